@@ -1,0 +1,422 @@
+//! `Config`: a checkpoint's `config.json` as a checked value. Every field is read here or refused here, so nothing
+//! downstream meets a value that the graphs do not implement.
+//!
+//! Both layouts that Hugging Face writes are read: that of transformers 4.53 (the official checkpoints: flat `rope_theta`,
+//! `torch_dtype`) and that of transformers 5 (`rope_parameters`, `dtype`, token ids on each side).
+
+use std::fmt;
+
+use serde_json::{Map, Value};
+
+/// A T5Gemma model's shape: two Gemma 2 stacks that may differ in everything but the token ids.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Config {
+    /// The bidirectional stack that reads the source.
+    pub encoder: Side,
+    /// The causal stack that writes the target and attends to the encoder's output.
+    pub decoder: Side,
+    /// Whether the output head shares the decoder's embedding table when the checkpoint stores no head of its own.
+    pub tie_word_embeddings: bool,
+    /// Special token ids; `generation_config.json` has precedence over them.
+    pub tokens: TokenIds,
+}
+
+/// The special token ids that `config.json` names.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct TokenIds {
+    /// `bos_token_id`, the token a target starts with unless `decoder_start_token_id` is given.
+    pub bos: Option<i64>,
+    /// `eos_token_id`, one or several; any of them ends a target.
+    pub eos: Vec<i64>,
+    /// `pad_token_id`.
+    pub pad: Option<i64>,
+}
+
+/// One stack: the fields of `encoder` or `decoder` in `config.json`, under the names used there.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Side {
+    /// Rows of the embedding table.
+    pub vocab_size: usize,
+    /// Width of the residual stream.
+    pub hidden_size: usize,
+    /// Width between the gate and down projections of the feed-forward block.
+    pub intermediate_size: usize,
+    /// Query heads.
+    pub num_attention_heads: usize,
+    /// Key and value heads; divides `num_attention_heads`.
+    pub num_key_value_heads: usize,
+    /// Width of one head; `num_attention_heads * head_dim` need not equal `hidden_size`.
+    pub head_dim: usize,
+    /// Scores are multiplied by `query_pre_attn_scalar^-0.5`.
+    pub query_pre_attn_scalar: f64,
+    /// Scores become `cap * tanh(score / cap)`.
+    pub attn_logit_softcapping: Option<f64>,
+    /// Logits become `cap * tanh(logit / cap)`; read on the decoder side only.
+    pub final_logit_softcapping: Option<f64>,
+    /// Whether the q, k, v and o projections have a bias.
+    pub attention_bias: bool,
+    /// Added to the mean square in RMSNorm.
+    pub rms_norm_eps: f64,
+    /// Base of the rotary frequencies.
+    pub rope_theta: f64,
+    /// The longest sequence the model was configured for, in tokens.
+    pub max_position_embeddings: usize,
+    /// What each layer's self-attention sees, in order; the length is `num_hidden_layers`.
+    pub layers: Vec<LayerType>,
+}
+
+/// What the self-attention of a layer sees.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LayerType {
+    /// Every position (of the past, in the decoder).
+    Full,
+    /// A window of this many positions: see `attention` for the exact rule on each side.
+    Sliding(usize),
+}
+
+/// A field of `config.json` that is missing, of the wrong kind, or asks for something the graphs do not implement.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ConfigError {
+    /// The field's path, such as `decoder.rope_parameters.rope_type`; empty for the document as a whole.
+    pub field: String,
+    /// What would have been accepted.
+    pub expected: String,
+    /// What stands there.
+    pub found: String,
+}
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let field = if self.field.is_empty() { "the document" } else { &self.field };
+        write!(f, "{field}: expected {}, found {}", self.expected, self.found)
+    }
+}
+
+impl std::error::Error for ConfigError {}
+
+impl Side {
+    /// Query heads that share one key and value head.
+    pub fn heads_per_group(&self) -> usize {
+        self.num_attention_heads / self.num_key_value_heads
+    }
+}
+
+impl Config {
+    /// Reads the text of a `config.json`.
+    ///
+    /// # Errors
+    /// The first field that is missing, malformed, contradictory, unknown or unsupported.
+    pub fn parse(json: &str) -> Result<Config, ConfigError> {
+        let value: Value = serde_json::from_str(json).map_err(|error| ConfigError {
+            field: String::new(),
+            expected: "a JSON object".into(),
+            found: error.to_string(),
+        })?;
+        let mut top = Fields::of("", &value)?;
+        if let Some(found) = top.text("model_type")?.filter(|kind| kind != "t5gemma") {
+            let hint = match found.as_str() {
+                "t5gemma2" => " (T5Gemma 2 is another architecture)",
+                "t5_gemma_module" => " (one side of a T5Gemma; the whole model's config.json is needed)",
+                _ => "",
+            };
+            return Err(top.error("model_type", "\"t5gemma\"", format!("{found:?}{hint}")));
+        }
+        top.expect("architectures", "[\"T5GemmaForConditionalGeneration\"]", |value| {
+            value.as_array().is_some_and(|names| names.iter().all(|name| name == "T5GemmaForConditionalGeneration"))
+        })?;
+        top.expect("is_encoder_decoder", "true", |value| value == &Value::Bool(true))?;
+
+        let encoder = top.side("encoder")?;
+        let decoder = top.side("decoder")?;
+        let config = Config {
+            tie_word_embeddings: top.boolean("tie_word_embeddings")?.unwrap_or(true),
+            tokens: TokenIds {
+                bos: top.token("bos_token_id")?.or(decoder.tokens.bos),
+                eos: top.tokens("eos_token_id")?.unwrap_or(decoder.tokens.eos),
+                pad: top.token("pad_token_id")?.or(decoder.tokens.pad),
+            },
+            encoder: encoder.side,
+            decoder: decoder.side,
+        };
+        // The sides' own sizes decide; the top-level copy is informative in every layout.
+        top.whole("vocab_size")?;
+        top.finish(IGNORED)?;
+        Ok(config)
+    }
+}
+
+/// Fields that do not change what inference computes: training settings, output selection and provenance.
+const IGNORED: &[&str] = &[
+    "_attn_implementation_autoset",
+    "_commit_hash",
+    "_name_or_path",
+    "attention_dropout",
+    "attn_implementation",
+    "chunk_size_feed_forward",
+    "classifier_dropout_rate",
+    "dropout_rate",
+    "dtype",
+    "id2label",
+    "initializer_range",
+    "label2id",
+    "num_labels",
+    "output_attentions",
+    "output_hidden_states",
+    "problem_type",
+    "return_dict",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+];
+
+/// A side with the token ids that transformers 5 repeats in it.
+struct ParsedSide {
+    side: Side,
+    tokens: TokenIds,
+}
+
+/// The fields of one JSON object that have not been read yet.
+struct Fields {
+    path: String,
+    left: Map<String, Value>,
+}
+
+impl Fields {
+    fn of(path: &str, value: &Value) -> Result<Fields, ConfigError> {
+        match value {
+            Value::Object(left) => Ok(Fields { path: path.to_string(), left: left.clone() }),
+            other => Err(ConfigError {
+                field: path.to_string(),
+                expected: "a JSON object".into(),
+                found: shown(other),
+            }),
+        }
+    }
+
+    fn error(&self, field: &str, expected: impl Into<String>, found: impl Into<String>) -> ConfigError {
+        let field = if self.path.is_empty() { field.to_string() } else { format!("{}.{field}", self.path) };
+        ConfigError { field, expected: expected.into(), found: found.into() }
+    }
+
+    /// Takes a field as a `T`; absent and `null` are `None`.
+    fn take<T>(
+        &mut self,
+        field: &str,
+        expected: &str,
+        read: impl FnOnce(&Value) -> Option<T>,
+    ) -> Result<Option<T>, ConfigError> {
+        match self.left.remove(field) {
+            None | Some(Value::Null) => Ok(None),
+            Some(value) => match read(&value) {
+                Some(read) => Ok(Some(read)),
+                None => Err(self.error(field, expected, shown(&value))),
+            },
+        }
+    }
+
+    /// Takes a field that may only have one value when it is there.
+    fn expect(&mut self, field: &str, expected: &str, holds: impl FnOnce(&Value) -> bool) -> Result<(), ConfigError> {
+        self.take(field, expected, |value| holds(value).then_some(())).map(|_| ())
+    }
+
+    fn text(&mut self, field: &str) -> Result<Option<String>, ConfigError> {
+        self.take(field, "a string", |value| value.as_str().map(str::to_string))
+    }
+
+    fn boolean(&mut self, field: &str) -> Result<Option<bool>, ConfigError> {
+        self.take(field, "true or false", Value::as_bool)
+    }
+
+    fn whole(&mut self, field: &str) -> Result<Option<usize>, ConfigError> {
+        // 2^31 bounds every product of two sizes below 2^62, so shape arithmetic cannot overflow.
+        self.take(field, "a whole number between 1 and 2147483647", |value| {
+            value.as_u64().filter(|&n| (1..1 << 31).contains(&n)).map(|n| n as usize)
+        })
+    }
+
+    fn positive(&mut self, field: &str) -> Result<Option<f64>, ConfigError> {
+        self.take(field, "a positive number", |value| value.as_f64().filter(|x| x.is_finite() && *x > 0.0))
+    }
+
+    /// A positive number whose `null` means "off" and whose absence means the default.
+    fn cap(&mut self, field: &str, default: f64) -> Result<Option<f64>, ConfigError> {
+        if self.left.contains_key(field) { self.positive(field) } else { Ok(Some(default)) }
+    }
+
+    fn token(&mut self, field: &str) -> Result<Option<i64>, ConfigError> {
+        self.take(field, "a token id", |value| value.as_i64().filter(|&id| id >= 0))
+    }
+
+    fn tokens(&mut self, field: &str) -> Result<Option<Vec<i64>>, ConfigError> {
+        self.take(field, "a token id or a list of them", |value| match value {
+            Value::Array(ids) => ids.iter().map(|id| id.as_i64().filter(|&id| id >= 0)).collect(),
+            one => one.as_i64().filter(|&id| id >= 0).map(|id| vec![id]),
+        })
+    }
+
+    fn side(&mut self, name: &str) -> Result<ParsedSide, ConfigError> {
+        let Some(value) = self.left.remove(name) else {
+            return Err(self.error(name, "the settings of this side", "nothing"));
+        };
+        let mut fields = Fields::of(name, &value)?;
+        fields.expect("model_type", "\"t5_gemma_module\"", |value| value == "t5_gemma_module")?;
+        fields.expect("is_decoder", &(name == "decoder").to_string(), |value| {
+            value == &Value::Bool(name == "decoder")
+        })?;
+        fields.expect("hidden_activation", "\"gelu_pytorch_tanh\"", |value| value == "gelu_pytorch_tanh")?;
+
+        let num_hidden_layers = fields.whole("num_hidden_layers")?.unwrap_or(26);
+        let sliding_window = fields.whole("sliding_window")?;
+        let side = Side {
+            vocab_size: fields.whole("vocab_size")?.unwrap_or(256_000),
+            hidden_size: fields.whole("hidden_size")?.unwrap_or(2304),
+            intermediate_size: fields.whole("intermediate_size")?.unwrap_or(9216),
+            num_attention_heads: fields.whole("num_attention_heads")?.unwrap_or(8),
+            num_key_value_heads: fields.whole("num_key_value_heads")?.unwrap_or(4),
+            head_dim: fields.whole("head_dim")?.unwrap_or(256),
+            query_pre_attn_scalar: fields.positive("query_pre_attn_scalar")?.unwrap_or(256.0),
+            attn_logit_softcapping: fields.cap("attn_logit_softcapping", 50.0)?,
+            final_logit_softcapping: fields.cap("final_logit_softcapping", 30.0)?,
+            attention_bias: fields.boolean("attention_bias")?.unwrap_or(false),
+            rms_norm_eps: fields.positive("rms_norm_eps")?.unwrap_or(1e-6),
+            rope_theta: fields.rope_theta()?,
+            max_position_embeddings: fields.whole("max_position_embeddings")?.unwrap_or(8192),
+            layers: fields.layers(num_hidden_layers, sliding_window.unwrap_or(4096))?,
+        };
+        if side.num_attention_heads % side.num_key_value_heads != 0 {
+            let expected = format!("a divisor of num_attention_heads ({})", side.num_attention_heads);
+            return Err(fields.error("num_key_value_heads", expected, side.num_key_value_heads.to_string()));
+        }
+        if side.head_dim % 2 != 0 {
+            return Err(fields.error("head_dim", "an even number (rotary halves)", side.head_dim.to_string()));
+        }
+        let tokens = TokenIds {
+            bos: fields.token("bos_token_id")?,
+            eos: fields.tokens("eos_token_id")?.unwrap_or_default(),
+            pad: fields.token("pad_token_id")?,
+        };
+        // The head is tied by the top-level flag alone; transformers recomputes the cross-attention width from the encoder.
+        fields.boolean("tie_word_embeddings")?;
+        fields.whole("cross_attention_hidden_size")?;
+        fields.finish(IGNORED)?;
+        Ok(ParsedSide { side, tokens })
+    }
+
+    fn rope_theta(&mut self) -> Result<f64, ConfigError> {
+        let flat = self.positive("rope_theta")?;
+        self.expect("rope_scaling", "null (no scaling)", |_| false)?;
+        let Some(value) = self.left.remove("rope_parameters").filter(|value| !value.is_null()) else {
+            return Ok(flat.unwrap_or(10_000.0));
+        };
+        let path = if self.path.is_empty() { "rope_parameters".into() } else { format!("{}.rope_parameters", self.path) };
+        let mut rope = Fields::of(&path, &value)?;
+        rope.expect("rope_type", "\"default\"", |value| value == "default")?;
+        let theta = rope.positive("rope_theta")?.or(flat).unwrap_or(10_000.0);
+        rope.finish(&[])?;
+        Ok(theta)
+    }
+
+    fn layers(&mut self, count: usize, window: usize) -> Result<Vec<LayerType>, ConfigError> {
+        let named = self.take("layer_types", "a list of \"sliding_attention\" and \"full_attention\"", |value| {
+            value
+                .as_array()?
+                .iter()
+                .map(|name| match name.as_str()? {
+                    "sliding_attention" => Some(LayerType::Sliding(window)),
+                    "full_attention" => Some(LayerType::Full),
+                    _ => None,
+                })
+                .collect::<Option<Vec<_>>>()
+        })?;
+        match named {
+            None => Ok((0..count)
+                .map(|layer| if layer % 2 == 0 { LayerType::Sliding(window) } else { LayerType::Full })
+                .collect()),
+            Some(layers) if layers.len() == count => Ok(layers),
+            Some(layers) => {
+                let expected = format!("one entry per layer (num_hidden_layers is {count})");
+                Err(self.error("layer_types", expected, format!("{} entries", layers.len())))
+            }
+        }
+    }
+
+    /// Refuses whatever has not been read and is not known to be without effect.
+    fn finish(mut self, ignored: &[&str]) -> Result<(), ConfigError> {
+        self.left.retain(|field, value| !ignored.contains(&field.as_str()) && !value.is_null());
+        match self.left.iter().next() {
+            None => Ok(()),
+            Some((field, value)) => Err(self.error(field, "no such field (its effect is unknown)", shown(value))),
+        }
+    }
+}
+
+fn shown(value: &Value) -> String {
+    let text = value.to_string();
+    match text.char_indices().nth(80) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn minimal() -> Value {
+        json!({
+            "model_type": "t5gemma",
+            "encoder": {"num_hidden_layers": 2, "sliding_window": 3},
+            "decoder": {"num_hidden_layers": 3, "layer_types": ["full_attention", "full_attention", "sliding_attention"]},
+        })
+    }
+
+    #[test]
+    fn missing_fields_take_the_documented_defaults() {
+        let config = Config::parse(&minimal().to_string()).expect("a minimal config is valid");
+        assert_eq!(config.encoder.layers, [LayerType::Sliding(3), LayerType::Full]);
+        assert_eq!(config.decoder.layers[2], LayerType::Sliding(4096));
+        assert_eq!(config.decoder.attn_logit_softcapping, Some(50.0));
+        assert!(config.tie_word_embeddings);
+    }
+
+    #[test]
+    fn null_switches_a_softcap_off() {
+        let mut json = minimal();
+        json["decoder"]["attn_logit_softcapping"] = Value::Null;
+        let config = Config::parse(&json.to_string()).expect("null is allowed");
+        assert_eq!(config.decoder.attn_logit_softcapping, None);
+        assert_eq!(config.encoder.attn_logit_softcapping, Some(50.0));
+    }
+
+    #[test]
+    fn what_is_not_implemented_is_refused_by_name() {
+        let cases = [
+            ("/model_type", json!("t5gemma2"), "model_type"),
+            ("/encoder/hidden_activation", json!("silu"), "encoder.hidden_activation"),
+            ("/decoder/rope_scaling", json!({"type": "linear"}), "decoder.rope_scaling"),
+            ("/decoder/rope_parameters", json!({"rope_type": "yarn"}), "decoder.rope_parameters.rope_type"),
+            ("/decoder/num_key_value_heads", json!(3), "decoder.num_key_value_heads"),
+            ("/decoder/layer_types", json!(["full_attention"]), "decoder.layer_types"),
+            ("/encoder/hidden_size", json!("wide"), "encoder.hidden_size"),
+            ("/encoder/hidden_size", json!(0), "encoder.hidden_size"),
+            ("/encoder/head_dim", json!(7), "encoder.head_dim"),
+            ("/encoder/qk_norm", json!(true), "encoder.qk_norm"),
+            ("/is_encoder_decoder", json!(false), "is_encoder_decoder"),
+            ("/encoder", json!([]), "encoder"),
+        ];
+        for (pointer, value, field) in cases {
+            let mut json = minimal();
+            let (parent, key) = pointer.rsplit_once('/').expect("pointers start with a slash");
+            json.pointer_mut(parent).expect("the parent exists")[key] = value;
+            let error = Config::parse(&json.to_string()).expect_err(field);
+            assert_eq!(error.field, field, "{error}");
+        }
+    }
+
+    #[test]
+    fn a_side_must_be_there() {
+        let error = Config::parse(r#"{"model_type": "t5gemma", "encoder": {}}"#).expect_err("no decoder");
+        assert_eq!(error.to_string(), "decoder: expected the settings of this side, found nothing");
+    }
+}

@@ -1,0 +1,154 @@
+//! The contract between exporter and runtime: the name, dtype and symbolic shape of every input and output of the three
+//! graphs, spelled once. Names and their order follow Optimum and transformers.js, so that other tools can run the files.
+
+use serde::{Deserialize, Serialize};
+
+pub use crate::onnx::{DType, Dim};
+
+use crate::config::Config;
+
+/// File name of the graph from source tokens to hidden states.
+pub const ENCODER: &str = "encoder_model.onnx";
+/// File name of the graph of the first decoder step.
+pub const DECODER: &str = "decoder_model.onnx";
+/// File name of the graph of the cached decoder steps.
+pub const DECODER_WITH_PAST: &str = "decoder_with_past_model.onnx";
+/// File name of the weights under all three graphs.
+pub const WEIGHTS: &str = "model.onnx_data";
+
+/// Source rows.
+pub const BATCH: &str = "batch_size";
+/// Target rows of one source row.
+pub const BEAMS: &str = "num_beams";
+/// Source tokens, padding included.
+pub const SOURCE: &str = "encoder_sequence_length";
+/// New target tokens.
+pub const TARGET: &str = "decoder_sequence_length";
+/// Target tokens whose keys and values are in the cache.
+pub const PAST: &str = "past_decoder_sequence_length";
+
+/// One input or output of a graph.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Port {
+    /// The name that a session is fed and asked by.
+    pub name: String,
+    /// The element type.
+    pub dtype: DType,
+    /// The dimensions, symbolic where they vary from run to run.
+    pub shape: Vec<Dim>,
+}
+
+/// The inputs and outputs of one graph, in order.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Ports {
+    /// What a run is given.
+    pub inputs: Vec<Port>,
+    /// What a run returns.
+    pub outputs: Vec<Port>,
+}
+
+/// The positions whose logits the decoder graphs return.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Logits {
+    /// The last position only: all that generation needs, and a 256k-wide row each.
+    #[default]
+    Last,
+    /// Every position given, for scoring.
+    All,
+}
+
+/// The ports of the three graphs.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Interface {
+    /// Source tokens → hidden states.
+    pub encoder: Ports,
+    /// First target tokens + hidden states → logits, self-attention and cross-attention keys and values.
+    pub decoder: Ports,
+    /// Next target tokens + past → logits, present self-attention keys and values.
+    pub decoder_with_past: Ports,
+}
+
+/// The role of a cached tensor: `Self_` grows with the target, `Cross` is fixed by the source.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cache {
+    /// Keys and values of the target so far, `[batch_size * num_beams, num_key_value_heads, target, head_dim]`.
+    SelfAttention,
+    /// Keys and values of the source, `[batch_size, num_key_value_heads, source, head_dim]`.
+    CrossAttention,
+}
+
+impl Cache {
+    /// The name of a layer's `key` or `value` among a graph's inputs (`past_key_values`) or outputs (`present`).
+    pub fn port(self, prefix: &str, layer: usize, part: &str) -> String {
+        let side = match self {
+            Cache::SelfAttention => "decoder",
+            Cache::CrossAttention => "encoder",
+        };
+        format!("{prefix}.{layer}.{side}.{part}")
+    }
+}
+
+impl Interface {
+    /// The interface of a model whose weights and activations are of `dtype`.
+    pub fn of(config: &Config, dtype: DType, logits: Logits) -> Interface {
+        let fixed = Dim::fixed;
+        let (batch, source) = (Dim::symbol(BATCH), Dim::symbol(SOURCE));
+        let (target, past) = (Dim::symbol(TARGET), Dim::symbol(PAST));
+        let rows = batch.times(&Dim::symbol(BEAMS));
+        let port = |name: &str, dtype, shape: &[&Dim]| Port {
+            name: name.to_string(),
+            dtype,
+            shape: shape.iter().map(|&dim| dim.clone()).collect(),
+        };
+
+        let hidden = |name| port(name, dtype, &[&batch, &source, &fixed(config.encoder.hidden_size)]);
+        let mask = |name| port(name, DType::Int64, &[&batch, &source]);
+        let target_ids = || port("input_ids", DType::Int64, &[&rows, &target]);
+        let scored = match logits {
+            Logits::Last => fixed(1),
+            Logits::All => target.clone(),
+        };
+        let logits = || port("logits", DType::Float32, &[&rows, &scored, &fixed(config.decoder.vocab_size)]);
+
+        let (kv_heads, head_dim) = (fixed(config.decoder.num_key_value_heads), fixed(config.decoder.head_dim));
+        let cached = |prefix: &str, layer, cache: Cache, rows: &Dim, length: &Dim| {
+            ["key", "value"].map(|part| port(&cache.port(prefix, layer, part), dtype, &[rows, &kv_heads, length, &head_dim]))
+        };
+        let layers = 0..config.decoder.layers.len();
+
+        Interface {
+            encoder: Ports {
+                inputs: vec![port("input_ids", DType::Int64, &[&batch, &source]), mask("attention_mask")],
+                outputs: vec![hidden("last_hidden_state")],
+            },
+            decoder: Ports {
+                inputs: vec![mask("encoder_attention_mask"), target_ids(), hidden("encoder_hidden_states")],
+                outputs: [logits()]
+                    .into_iter()
+                    .chain(layers.clone().flat_map(|layer| {
+                        let own = cached("present", layer, Cache::SelfAttention, &rows, &target);
+                        let cross = cached("present", layer, Cache::CrossAttention, &batch, &source);
+                        own.into_iter().chain(cross)
+                    }))
+                    .collect(),
+            },
+            decoder_with_past: Ports {
+                inputs: [mask("encoder_attention_mask"), target_ids()]
+                    .into_iter()
+                    .chain(layers.clone().flat_map(|layer| {
+                        let own = cached("past_key_values", layer, Cache::SelfAttention, &rows, &past);
+                        let cross = cached("past_key_values", layer, Cache::CrossAttention, &batch, &source);
+                        own.into_iter().chain(cross)
+                    }))
+                    .collect(),
+                outputs: [logits()]
+                    .into_iter()
+                    .chain(layers.flat_map(|layer| {
+                        cached("present", layer, Cache::SelfAttention, &rows, &past.plus(&target))
+                    }))
+                    .collect(),
+            },
+        }
+    }
+}

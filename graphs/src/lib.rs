@@ -1,0 +1,6 @@
+//! What T5Gemma computes.
+
+pub mod config;
+pub mod interface;
+pub mod manifest;
+pub mod onnx;

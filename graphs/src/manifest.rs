@@ -1,0 +1,136 @@
+//! `manifest.json`: what the exporter says of a model folder and the runtime checks before it trusts one. Plain data; the
+//! exporter fills it, the runtime compares it with the files.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::interface::{DType, Logits, Ports};
+
+/// The name of the file, beside the graphs.
+pub const MANIFEST: &str = "manifest.json";
+/// The value of `format`.
+pub const FORMAT: &str = "t5gemma-onnx";
+/// The version this code writes and the only one it reads; raised when an older reader would misread a folder.
+pub const FORMAT_VERSION: u32 = 1;
+/// Bytes of one sampled block of the weights: see [`WeightsRecord::sample_sha256`].
+pub const SAMPLE_BLOCK: u64 = 4096;
+/// Sampled blocks at most, spread evenly over the weights.
+pub const SAMPLE_BLOCKS: u64 = 256;
+
+/// The document.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Manifest {
+    /// [`FORMAT`].
+    pub format: String,
+    /// [`FORMAT_VERSION`].
+    pub format_version: u32,
+    /// Name and version of the program that wrote the folder.
+    pub exporter: String,
+    /// The lowering of the graphs: `portable`, …
+    pub target: String,
+    /// Type of weights, activations and caches.
+    pub dtype: DType,
+    /// Version of the standard operator set.
+    pub opset: u32,
+    /// Whether positions exactly one window apart see each other in the encoder: `inclusive` or `exclusive`.
+    pub encoder_window: EncoderWindow,
+    /// Positions whose logits the decoder graphs return.
+    pub logits: Logits,
+    /// Numbers in the model, counted once each.
+    pub parameters: u64,
+    /// Where the weights came from.
+    pub source: Source,
+    /// The graphs, under `encoder`, `decoder` and `decoder_with_past`.
+    pub graphs: BTreeMap<String, GraphRecord>,
+    /// The file of weights under all graphs.
+    pub weights: WeightsRecord,
+    /// Every other file of the folder but this one.
+    pub files: BTreeMap<String, FileRecord>,
+}
+
+/// Which positions a sliding encoder layer of window `W` sees.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum EncoderWindow {
+    /// `|query - key| <= W`: transformers 5.4 and later, eager attention.
+    #[default]
+    Inclusive,
+    /// `|query - key| < W`: Google's own code, transformers up to 5.3, flash attention.
+    Exclusive,
+}
+
+/// Where the weights came from.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Source {
+    /// The checkpoint's files with their hashes.
+    Checkpoint(BTreeMap<String, FileRecord>),
+    /// Random weights, for measuring a size.
+    Dummy {
+        /// The seed of the generator.
+        seed: u64,
+    },
+}
+
+/// A file's size and content hash.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileRecord {
+    /// Size in bytes.
+    pub bytes: u64,
+    /// SHA-256 of the content, in lower-case hexadecimal.
+    pub sha256: String,
+}
+
+/// One graph: its file, its ports, and the weights it refers to.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct GraphRecord {
+    /// File name.
+    pub file: String,
+    /// Size and hash of the file.
+    #[serde(flatten)]
+    pub record: FileRecord,
+    /// Inputs and outputs.
+    #[serde(flatten)]
+    pub ports: Ports,
+    /// Names of the tensors in [`WeightsRecord::tensors`] that are initializers of this graph.
+    pub weights: Vec<String>,
+}
+
+/// The weights file and what lies where in it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct WeightsRecord {
+    /// File name.
+    pub file: String,
+    /// Size and hash of the file.
+    #[serde(flatten)]
+    pub record: FileRecord,
+    /// SHA-256 over up to [`SAMPLE_BLOCKS`] blocks of [`SAMPLE_BLOCK`] bytes, the `i`-th of `n` blocks starting at
+    /// `i * (bytes - SAMPLE_BLOCK) / (n - 1)`: enough to notice another model's weights without reading gigabytes.
+    pub sample_sha256: String,
+    /// The tensors, in the order of the file.
+    pub tensors: Vec<TensorRecord>,
+}
+
+/// One tensor of the weights file.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TensorRecord {
+    /// Name of the initializer in every graph that uses it.
+    pub name: String,
+    /// Element type.
+    pub dtype: DType,
+    /// Dimensions.
+    pub shape: Vec<usize>,
+    /// First byte, a multiple of 4096.
+    pub offset: u64,
+    /// Length in bytes.
+    pub bytes: u64,
+}
+
+/// The offsets of the sampled blocks in a file of `bytes` bytes; a file too small to sample is one block.
+pub fn sample_offsets(bytes: u64) -> Vec<u64> {
+    let blocks = (bytes / SAMPLE_BLOCK).clamp(1, SAMPLE_BLOCKS);
+    let last = bytes.saturating_sub(SAMPLE_BLOCK);
+    (0..blocks).map(|block| if blocks == 1 { 0 } else { (last as u128 * block as u128 / (blocks - 1) as u128) as u64 }).collect()
+}
