@@ -1,1 +1,240 @@
-//! placeholder
+//! Writes a Hugging Face T5Gemma checkpoint as a model folder: three ONNX graphs over one file of weights, with the
+//! checkpoint's settings and tokenizer and a manifest that says what is what.
+//!
+//! ```no_run
+//! use t5gemma_exporter::{Checkpoint, Export, Silent, Source};
+//!
+//! let source = Source::Checkpoint(Checkpoint::open("t5gemma-2b-2b-ul2-it".as_ref())?);
+//! Export::default().run(&source, "t5gemma-2b-2b-ul2-it-onnx".as_ref(), &Silent)?;
+//! # anyhow::Ok(())
+//! ```
+//!
+//! Read this file first, then `checkpoint.rs` (what is read), `weights.rs` (which tensor goes where), `external_data.rs`
+//! and `proto.rs` (what is written). The graphs themselves come from `t5gemma_graphs`; no ONNX Runtime is needed here.
+
+mod checkpoint;
+mod convert;
+mod dummy;
+mod external_data;
+mod folder;
+mod inspect;
+mod presets;
+mod proto;
+mod weights;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::{fs, thread};
+
+use anyhow::{Context, Result};
+use sha2::{Digest, Sha256};
+use t5gemma_graphs::config::Config;
+use t5gemma_graphs::interface::{self, DType, Logits};
+use t5gemma_graphs::manifest::{self, EncoderWindow, FORMAT, FORMAT_VERSION, FileRecord, GraphRecord, Manifest};
+use t5gemma_graphs::{OPSET, Options, Target, decoder_init, decoder_step, encoder};
+
+pub use checkpoint::{Checkpoint, Tensor};
+pub use folder::Existing;
+pub use inspect::{Report, inspect};
+pub use presets::{PRESETS, preset};
+
+use checkpoint::{COMPANIONS, read_text};
+use folder::Aside;
+
+/// What to export as.
+#[derive(Clone, Debug)]
+pub struct Export {
+    /// The runtime that the graphs are written for.
+    pub target: Target,
+    /// Type of weights, activations and caches: float32, float16 or bfloat16.
+    pub dtype: DType,
+    /// Positions whose logits the decoder graphs return.
+    pub logits: Logits,
+    /// Whether positions exactly one window apart see each other in the encoder.
+    pub encoder_window: EncoderWindow,
+    /// What to do when the output folder exists.
+    pub existing: Existing,
+}
+
+impl Default for Export {
+    fn default() -> Export {
+        Export {
+            target: Target::Portable,
+            dtype: DType::Float32,
+            logits: Logits::default(),
+            encoder_window: EncoderWindow::default(),
+            existing: Existing::Refuse,
+        }
+    }
+}
+
+/// Where the model comes from.
+pub enum Source {
+    /// A checkpoint folder.
+    Checkpoint(Checkpoint),
+    /// Random weights for a configuration.
+    Dummy {
+        /// The text of a `config.json`.
+        config: String,
+        /// What the text was read from, for messages.
+        origin: String,
+        /// Seed of the weights.
+        seed: u64,
+    },
+}
+
+/// Follows an export and may stop it.
+pub trait Watch: Sync {
+    /// `bytes` of weights are going to be written.
+    fn started(&self, bytes: u64);
+    /// `bytes` more of them have been.
+    fn advanced(&self, bytes: u64);
+    /// Returns an error when the export should stop.
+    ///
+    /// # Errors
+    /// Whatever the export should end with.
+    fn check(&self) -> Result<()>;
+}
+
+/// Follows nothing.
+pub struct Silent;
+
+impl Watch for Silent {
+    fn started(&self, _: u64) {}
+    fn advanced(&self, _: u64) {}
+    fn check(&self) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// What an export did.
+#[derive(Debug)]
+pub struct Exported {
+    /// The manifest as written.
+    pub manifest: Manifest,
+    /// Tensors of the checkpoint that no graph uses.
+    pub unused: Vec<String>,
+}
+
+impl Export {
+    /// Writes the model folder `out`. It is written aside and renamed when complete, so an export that fails or is stopped
+    /// leaves nothing behind.
+    ///
+    /// # Errors
+    /// What is wrong with the checkpoint, or with writing, by file and field.
+    pub fn run(&self, source: &Source, out: &Path, watch: &dyn Watch) -> Result<Exported> {
+        let (text, origin) = source.config()?;
+        let config = Config::parse(&text).with_context(|| origin.clone())?;
+        let options = Options {
+            target: self.target,
+            dtype: self.dtype,
+            logits: self.logits,
+            encoder_window: self.encoder_window,
+            vocabulary: match source {
+                Source::Checkpoint(checkpoint) => weights::vocabulary(&config, checkpoint)?,
+                Source::Dummy { .. } => weights::default_vocabulary(&config),
+            },
+        };
+        let graphs = [
+            ("encoder", interface::ENCODER, encoder(&config, &options)),
+            ("decoder", interface::DECODER, decoder_init(&config, &options)),
+            ("decoder_with_past", interface::DECODER_WITH_PAST, decoder_step(&config, &options)),
+        ];
+        let weights = weights::collect(&graphs.each_ref().map(|(_, _, graph)| graph));
+        let unused = match source {
+            Source::Checkpoint(checkpoint) => weights::check(&weights, checkpoint)?,
+            Source::Dummy { .. } => Vec::new(),
+        };
+
+        let aside = Aside::create(out, self.existing)?;
+        let failed = AtomicBool::new(false);
+        let (weights_record, source_record) = thread::scope(|scope| {
+            let hashed = scope.spawn(|| source.record(&|| failed.load(Ordering::Relaxed)));
+            let written = external_data::write(&aside.path(interface::WEIGHTS), &weights, source, watch);
+            // The hash of a source whose export has failed is of no use to anyone.
+            failed.store(written.is_err(), Ordering::Relaxed);
+            (written, hashed.join().expect("hashing does not panic"))
+        });
+        let weights_record = weights_record?;
+
+        let ports = options.interface(&config);
+        let ports = [ports.encoder, ports.decoder, ports.decoder_with_past];
+        let mut graph_records = BTreeMap::new();
+        for ((part, file, graph), ports) in graphs.iter().zip(ports) {
+            let bytes = proto::encode(graph, |name| {
+                let at = weights_record.tensors.iter().find(|tensor| tensor.name == name);
+                let at = at.expect("every weight of every graph has been written");
+                proto::Location { file: interface::WEIGHTS.into(), offset: at.offset, bytes: at.bytes }
+            });
+            let weights = graph.parameters.iter().map(|p| graph.value(p.value).name.clone()).collect();
+            let record = aside.write(file, &bytes)?;
+            graph_records.insert(part.to_string(), GraphRecord { file: file.to_string(), record, ports, weights });
+        }
+
+        let mut files = BTreeMap::from([("config.json".to_string(), aside.write("config.json", text.as_bytes())?)]);
+        for (name, bytes) in source.companions()? {
+            files.insert(name.to_string(), aside.write(name, &bytes)?);
+        }
+        let manifest = Manifest {
+            format: FORMAT.into(),
+            format_version: FORMAT_VERSION,
+            exporter: format!("{} {}", env!("CARGO_PKG_NAME"), env!("CARGO_PKG_VERSION")),
+            target: self.target.name().into(),
+            dtype: self.dtype,
+            opset: OPSET,
+            encoder_window: self.encoder_window,
+            logits: self.logits,
+            parameters: weights.iter().map(|weight| weight.len() as u64).sum(),
+            source: source_record,
+            graphs: graph_records,
+            weights: weights_record,
+            files,
+        };
+        let text = serde_json::to_string_pretty(&manifest).context("the manifest cannot be written as JSON")? + "\n";
+        aside.write(manifest::MANIFEST, text.as_bytes())?;
+        watch.check()?;
+        aside.publish()?;
+        Ok(Exported { manifest, unused })
+    }
+}
+
+impl Source {
+    /// The text of the configuration and where it stands.
+    fn config(&self) -> Result<(String, String)> {
+        match self {
+            Source::Checkpoint(checkpoint) => {
+                let path = checkpoint.folder().join("config.json");
+                Ok((read_text(&path)?, path.display().to_string()))
+            }
+            Source::Dummy { config, origin, .. } => Ok((config.clone(), origin.clone())),
+        }
+    }
+
+    /// What the manifest says of this source; hashes are cut short once `stopped`.
+    fn record(&self, stopped: &dyn Fn() -> bool) -> manifest::Source {
+        let checkpoint = match self {
+            Source::Checkpoint(checkpoint) => checkpoint,
+            Source::Dummy { seed, .. } => return manifest::Source::Dummy { seed: *seed },
+        };
+        let mut files = BTreeMap::new();
+        for (name, bytes) in checkpoint.files() {
+            let mut hash = Sha256::new();
+            bytes.chunks(8 << 20).take_while(|_| !stopped()).for_each(|chunk| hash.update(chunk));
+            let record = FileRecord { bytes: bytes.len() as u64, sha256: hex::encode(hash.finalize()) };
+            files.insert(name.to_string(), record);
+        }
+        manifest::Source::Checkpoint(files)
+    }
+
+    /// The files that are carried along, with their content.
+    fn companions(&self) -> Result<Vec<(&'static str, Vec<u8>)>> {
+        let Source::Checkpoint(checkpoint) = self else { return Ok(Vec::new()) };
+        let there = |name: &&str| checkpoint.folder().join(name).exists();
+        let read = |name: &&'static str| {
+            let path: PathBuf = checkpoint.folder().join(name);
+            Ok((*name, fs::read(&path).with_context(|| format!("{}: cannot be read", path.display()))?))
+        };
+        COMPANIONS.iter().filter(|name| there(name)).map(read).collect()
+    }
+}

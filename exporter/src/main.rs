@@ -1,1 +1,216 @@
-fn main() {}
+//! The program `t5gemma-export`: parse, run, exit code.
+
+use std::io::{self, IsTerminal, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::builder::PossibleValuesParser;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use t5gemma_exporter::{Checkpoint, Existing, Export, PRESETS, Source, Watch, inspect, preset};
+use t5gemma_graphs::Target;
+use t5gemma_graphs::interface::{DType, Logits};
+use t5gemma_graphs::manifest::EncoderWindow;
+
+/// Writes a T5Gemma checkpoint as ONNX graphs that `t5gemma` and any ONNX runtime can run.
+///
+/// CHECKPOINT is a folder as Hugging Face saves or downloads it (config.json, safetensors, tokenizer.json). OUT becomes a
+/// folder with encoder_model.onnx, decoder_model.onnx (the first decoder step), decoder_with_past_model.onnx (the cached
+/// steps), their one weights file model.onnx_data, the settings and the tokenizer, and manifest.json.
+///
+/// Exit status: 0 done, 1 failed (the reason is on stderr, and nothing is left behind), 2 wrong usage, 130 interrupted.
+#[derive(Parser)]
+#[command(version, args_conflicts_with_subcommands = true, subcommand_negates_reqs = true, allow_missing_positional = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    export: ExportArgs,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Shows what a model folder or checkpoint holds: sizes, parameters by part, dtypes, opset, ports, operators
+    Inspect {
+        /// An exported model or a checkpoint
+        dir: PathBuf,
+        /// Print JSON instead of text
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+#[derive(Args)]
+struct ExportArgs {
+    /// Folder of the checkpoint; left out with --dummy-weights
+    checkpoint: Option<PathBuf>,
+    /// Folder to make
+    #[arg(required = true)]
+    out: Option<PathBuf>,
+    /// Runtime to write the graphs for
+    #[arg(long, default_value = "portable", value_parser = PossibleValuesParser::new(Target::ALL.map(Target::name)))]
+    target: String,
+    /// Type of weights, activations and caches; norms, soft-caps, softmax and logits are float32 in each, and for float16
+    /// the residual stream too
+    #[arg(long, value_enum, default_value = "float32")]
+    dtype: DTypeArg,
+    /// Return the logits of every position given to a decoder graph, not of the last only
+    #[arg(long)]
+    all_logits: bool,
+    /// Whether encoder positions exactly one window apart see each other: inclusive as in transformers 5.4 and later,
+    /// exclusive as in Google's code and earlier transformers; no difference for sources up to the window (4096)
+    #[arg(long, value_enum, default_value = "inclusive")]
+    encoder_window: WindowArg,
+    /// Replace OUT if it holds an exported model
+    #[arg(long)]
+    overwrite: bool,
+    /// Export random weights of the shapes that --preset or --config gives, to measure a size without its checkpoint
+    #[arg(long)]
+    dummy_weights: bool,
+    /// One of Google's sizes, encoder first
+    #[arg(long, requires = "dummy_weights", conflicts_with = "config", value_parser = PossibleValuesParser::new(PRESETS.iter().map(|(name, _)| *name)))]
+    preset: Option<String>,
+    /// A config.json
+    #[arg(long, requires = "dummy_weights")]
+    config: Option<PathBuf>,
+    /// Seed of the random weights
+    #[arg(long, requires = "dummy_weights", default_value_t = 0)]
+    seed: u64,
+    /// Show no progress
+    #[arg(short, long)]
+    quiet: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum DTypeArg {
+    Float32,
+    Float16,
+    Bfloat16,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum WindowArg {
+    Inclusive,
+    Exclusive,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let interrupted = Arc::new(AtomicBool::new(false));
+    let flag = Arc::clone(&interrupted);
+    let result = ctrlc::set_handler(move || flag.store(true, Ordering::Relaxed))
+        .context("the interrupt handler cannot be set")
+        .and_then(|()| run(cli, &interrupted));
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(_) if interrupted.load(Ordering::Relaxed) => {
+            eprintln!("t5gemma-export: interrupted; nothing was left behind");
+            ExitCode::from(130)
+        }
+        Err(error) => {
+            eprintln!("t5gemma-export: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli, interrupted: &AtomicBool) -> Result<()> {
+    match cli.command {
+        Some(Command::Inspect { dir, json }) => {
+            let report = inspect(&dir)?;
+            let text = if json { serde_json::to_string_pretty(&report)? + "\n" } else { report.to_string() };
+            io::stdout().write_all(text.as_bytes())?;
+            Ok(())
+        }
+        None => export(cli.export, interrupted),
+    }
+}
+
+fn export(args: ExportArgs, interrupted: &AtomicBool) -> Result<()> {
+    let out = args.out.clone().context("the folder to make is missing")?;
+    let export = Export {
+        target: Target::ALL.into_iter().find(|target| target.name() == args.target).context("unknown target")?,
+        dtype: match args.dtype {
+            DTypeArg::Float32 => DType::Float32,
+            DTypeArg::Float16 => DType::Float16,
+            DTypeArg::Bfloat16 => DType::BFloat16,
+        },
+        logits: if args.all_logits { Logits::All } else { Logits::Last },
+        encoder_window: match args.encoder_window {
+            WindowArg::Inclusive => EncoderWindow::Inclusive,
+            WindowArg::Exclusive => EncoderWindow::Exclusive,
+        },
+        existing: if args.overwrite { Existing::Overwrite } else { Existing::Refuse },
+    };
+    let source = source(&args)?;
+    let progress = Progress { bar: bar(args.quiet), interrupted };
+    let exported = export.run(&source, &out, &progress)?;
+    progress.bar.finish_and_clear();
+    if !exported.unused.is_empty() {
+        eprintln!("t5gemma-export: {} tensors of the checkpoint are not used:", exported.unused.len());
+        exported.unused.iter().take(10).for_each(|name| eprintln!("  {name}"));
+    }
+    if !args.quiet {
+        let (parameters, weights) = (exported.manifest.parameters, &exported.manifest.weights.record);
+        eprintln!("wrote {}: {parameters} parameters, {} bytes of weights", out.display(), weights.bytes);
+    }
+    Ok(())
+}
+
+fn source(args: &ExportArgs) -> Result<Source> {
+    if !args.dummy_weights {
+        let Some(checkpoint) = &args.checkpoint else {
+            bail!("expected CHECKPOINT and OUT, found only one folder; see --help")
+        };
+        return Ok(Source::Checkpoint(Checkpoint::open(checkpoint)?));
+    }
+    ensure!(args.checkpoint.is_none(), "--dummy-weights takes OUT only: no checkpoint is read");
+    let (config, origin) = match (&args.preset, &args.config) {
+        (Some(name), _) => (preset(name).context("unknown preset")?.to_string(), format!("preset {name}")),
+        (None, Some(path)) => {
+            let text = std::fs::read_to_string(path).with_context(|| format!("{}: cannot be read", path.display()))?;
+            (text, path.display().to_string())
+        }
+        (None, None) => bail!("--dummy-weights needs --preset SIZE or --config FILE"),
+    };
+    Ok(Source::Dummy { config, origin, seed: args.seed })
+}
+
+fn bar(quiet: bool) -> ProgressBar {
+    let target = if quiet || !io::stderr().is_terminal() {
+        ProgressDrawTarget::hidden()
+    } else {
+        ProgressDrawTarget::stderr()
+    };
+    let style = ProgressStyle::with_template("{bar:40} {bytes}/{total_bytes} {bytes_per_sec} {eta}")
+        .unwrap_or_else(|_| ProgressStyle::default_bar());
+    ProgressBar::with_draw_target(None, target).with_style(style)
+}
+
+struct Progress<'i> {
+    bar: ProgressBar,
+    interrupted: &'i AtomicBool,
+}
+
+impl Watch for Progress<'_> {
+    fn started(&self, bytes: u64) {
+        self.bar.set_length(bytes);
+    }
+
+    fn advanced(&self, bytes: u64) {
+        self.bar.inc(bytes);
+    }
+
+    fn check(&self) -> Result<()> {
+        ensure!(!self.interrupted.load(Ordering::Relaxed), "interrupted");
+        Ok(())
+    }
+}
+
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
+}

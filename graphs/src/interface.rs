@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 pub use crate::onnx::{DType, Dim};
 
 use crate::config::Config;
+use crate::onnx::{Graph, Value};
 
 /// File name of the graph from source tokens to hidden states.
 pub const ENCODER: &str = "encoder_model.onnx";
@@ -69,7 +70,7 @@ pub struct Interface {
     pub decoder_with_past: Ports,
 }
 
-/// The role of a cached tensor: `Self_` grows with the target, `Cross` is fixed by the source.
+/// The two kinds of cached tensors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Cache {
     /// Keys and values of the target so far, `[batch_size * num_beams, num_key_value_heads, target, head_dim]`.
@@ -151,4 +152,25 @@ impl Interface {
             },
         }
     }
+}
+
+/// Declares a graph's inputs.
+pub(crate) fn all_inputs<'g>(graph: &'g Graph, ports: &Ports) -> Vec<Value<'g>> {
+    ports.inputs.iter().map(|port| graph.input(&port.name, port.dtype, &port.shape)).collect()
+}
+
+/// Declares the inputs of a graph that has `N`.
+pub(crate) fn inputs<'g, const N: usize>(graph: &'g Graph, ports: &Ports) -> [Value<'g>; N] {
+    all_inputs(graph, ports).try_into().unwrap_or_else(|all: Vec<_>| panic!("{} inputs, not {N}", all.len()))
+}
+
+/// Declares a graph's outputs, which must be of the declared types.
+pub(crate) fn outputs<'g>(graph: &'g Graph, ports: &Ports, values: impl Iterator<Item = Value<'g>>) {
+    let mut declared = ports.outputs.iter();
+    for value in values {
+        let port = declared.next().expect("no more outputs than ports");
+        assert_eq!((value.dtype(), value.shape()), (port.dtype, port.shape.clone()), "{}", port.name);
+        graph.output(&port.name, value);
+    }
+    assert!(declared.next().is_none(), "no fewer outputs than ports");
 }

@@ -1,6 +1,72 @@
-//! What T5Gemma computes.
+//! What T5Gemma computes, as three ONNX graphs written from the model's equations: no files, no weight bytes, no ONNX
+//! Runtime, no protobuf.
+//!
+//! | graph | from | to |
+//! |---|---|---|
+//! | [`encoder`] | source tokens, mask | hidden states |
+//! | [`decoder_init`] | first target tokens, hidden states, mask | logits; keys and values of the target and of the source |
+//! | [`decoder_step`] | next target tokens, the keys and values so far, mask | logits; the target's keys and values |
+//!
+//! Read [`config`] (the model's shape) and [`interface`] (the names at the borders) first, then `encoder.rs`, `decoder.rs`,
+//! `attention.rs` and `nn.rs` for the equations, `lower.rs` for how a composite operator is written for a target, and
+//! [`onnx`] for the builder beneath. The equations are those of the T5Gemma implementation in transformers 5.23 with eager
+//! attention, and of the Gemma 2 report (arXiv 2408.00118) that both stacks come from.
 
 pub mod config;
 pub mod interface;
 pub mod manifest;
+
+mod encoder;
+
+mod decoder;
+mod decoder_init;
+mod decoder_step;
+
+mod attention;
+mod nn;
+
+mod lower;
 pub mod onnx;
+
+pub use decoder_init::decoder_init;
+pub use decoder_step::decoder_step;
+pub use encoder::encoder;
+pub use lower::Target;
+
+use config::Config;
+use interface::{DType, Interface, Logits};
+use manifest::EncoderWindow;
+
+/// Version of the standard operator set: the newest that has everything used here and that TensorRT reads.
+pub const OPSET: u32 = 20;
+
+/// Everything that decides the graphs besides the weights' numbers.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The runtime that the composite operators are written for.
+    pub target: Target,
+    /// Type of weights, activations and caches.
+    pub dtype: DType,
+    /// Positions whose logits the decoder graphs return.
+    pub logits: Logits,
+    /// Whether positions exactly one window apart see each other in the encoder.
+    pub encoder_window: EncoderWindow,
+    /// Which checkpoint tensors are the decoder's embedding and the output head.
+    pub vocabulary: Vocabulary,
+}
+
+/// The checkpoint's names of the decoder's two vocabulary-wide tensors; equal where the head is tied.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Vocabulary {
+    /// `[vocab_size, hidden_size]`, looked up by target tokens.
+    pub embedding: String,
+    /// `[vocab_size, hidden_size]`, multiplied with the last hidden state.
+    pub head: String,
+}
+
+impl Options {
+    /// The ports of the graphs these options give.
+    pub fn interface(&self, config: &Config) -> Interface {
+        Interface::of(config, self.dtype, self.logits)
+    }
+}

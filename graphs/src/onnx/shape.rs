@@ -71,6 +71,17 @@ impl Dim {
         Dim { factor: 1, symbols: vec![name.to_string()] }
     }
 
+    /// Sizes known when the graph is written.
+    pub fn all(sizes: &[usize]) -> Vec<Dim> {
+        sizes.iter().copied().map(Dim::fixed).collect()
+    }
+
+    /// A shape as text: `[2, batch_size]`.
+    pub fn list(shape: &[Dim]) -> String {
+        let dims: Vec<String> = shape.iter().map(Dim::to_string).collect();
+        format!("[{}]", dims.join(", "))
+    }
+
     /// The number, if the size is known when the graph is written.
     pub fn as_fixed(&self) -> Option<usize> {
         self.symbols.is_empty().then_some(self.factor)

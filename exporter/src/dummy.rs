@@ -1,0 +1,47 @@
+//! Random weights of sensible scale, for measuring a size without its checkpoint. Never zeros: they compress, and run faster
+//! than real numbers on some hardware.
+
+use t5gemma_graphs::onnx::Adjust;
+
+use crate::weights::Weight;
+
+/// The numbers of one weight, from `seed` and the weight's name alone, so that they do not depend on order or chunking.
+pub struct Numbers {
+    state: u64,
+    centre: f32,
+    reach: f32,
+}
+
+impl Numbers {
+    /// The numbers of `weight`, uniform around 0 (1 for norm factors): matrices keep the variance of what they are
+    /// multiplied with, embeddings have unit variance once scaled by `√hidden`.
+    pub fn of(weight: &Weight, seed: u64) -> Numbers {
+        // FNV-1a over the name keeps the streams of different weights apart.
+        let name = weight.name.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+            (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+        });
+        let (centre, deviation) = match (weight.adjust, weight.shape.as_slice()) {
+            (Adjust::OnePlus, _) => (1.0, 0.1),
+            (Adjust::AsIs, [_, columns]) => (0.0, (*columns as f32).powf(-0.5)),
+            (Adjust::AsIs, _) => (0.0, 0.02),
+        };
+        Numbers { state: name ^ seed.wrapping_mul(0x9e37_79b9_7f4a_7c15), centre, reach: deviation * 3f32.sqrt() }
+    }
+
+    /// Fills `out` with the next numbers.
+    pub fn fill(&mut self, out: &mut [f32]) {
+        for pair in out.chunks_mut(2) {
+            // SplitMix64 (Steele, Lea, Flood 2014).
+            self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+            let mut bits = self.state;
+            bits = (bits ^ (bits >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            bits = (bits ^ (bits >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+            bits ^= bits >> 31;
+            for (number, half) in pair.iter_mut().zip([bits as u32, (bits >> 32) as u32]) {
+                // 24 bits make an odd multiple of 2^-24 in (-1, 1): never zero.
+                let unit = (2 * (half >> 8) as i32 + 1 - (1 << 24)) as f32 / (1 << 24) as f32;
+                *number = self.centre + self.reach * unit;
+            }
+        }
+    }
+}

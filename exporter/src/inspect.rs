@@ -1,0 +1,207 @@
+//! What a model folder or a checkpoint holds, read from its settings, manifest and headers: no weights are read.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use serde::Serialize;
+use t5gemma_graphs::config::{Config, LayerType, Side};
+use t5gemma_graphs::interface::Port;
+use t5gemma_graphs::manifest::{MANIFEST, Manifest};
+use t5gemma_graphs::onnx::Dim;
+
+use crate::checkpoint::{Checkpoint, read_text};
+use crate::proto;
+
+/// The findings.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    /// `model` or `checkpoint`.
+    pub kind: &'static str,
+    /// The two stacks in a line each.
+    pub encoder: String,
+    /// See `encoder`.
+    pub decoder: String,
+    /// Numbers in all tensors.
+    pub parameters: u64,
+    /// Numbers by part of the model.
+    pub parts: BTreeMap<&'static str, u64>,
+    /// Tensors by element type.
+    pub dtypes: BTreeMap<String, usize>,
+    /// Bytes of each file that holds weights.
+    pub weights: BTreeMap<String, u64>,
+    /// What only an exported model has.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub model: Option<ModelReport>,
+}
+
+/// What only an exported model has.
+#[derive(Debug, Serialize)]
+pub struct ModelReport {
+    /// Name and version of the program that wrote it.
+    pub exporter: String,
+    /// The lowering of the graphs.
+    pub target: String,
+    /// Type of weights, activations and caches.
+    pub dtype: String,
+    /// The graphs, in the order in which they are run.
+    pub graphs: Vec<GraphReport>,
+}
+
+/// One graph.
+#[derive(Debug, Serialize)]
+pub struct GraphReport {
+    /// File name.
+    pub file: String,
+    /// Size of the file.
+    pub bytes: u64,
+    /// Version of the standard operator set.
+    pub opset: i64,
+    /// Version of the file format.
+    pub ir_version: i64,
+    /// How often each operator is used.
+    pub operators: BTreeMap<String, usize>,
+    /// What a run is given.
+    pub inputs: Vec<Port>,
+    /// What a run returns.
+    pub outputs: Vec<Port>,
+}
+
+/// Looks into an exported model or a checkpoint folder.
+///
+/// # Errors
+/// If the folder is neither, or a file that describes it is malformed.
+pub fn inspect(folder: &Path) -> Result<Report> {
+    let path = folder.join("config.json");
+    let config = Config::parse(&read_text(&path)?).with_context(|| path.display().to_string())?;
+    if folder.join(MANIFEST).exists() { model(folder, &config) } else { checkpoint(folder, &config) }
+}
+
+fn model(folder: &Path, config: &Config) -> Result<Report> {
+    let path = folder.join(MANIFEST);
+    let manifest: Manifest =
+        serde_json::from_str(&read_text(&path)?).with_context(|| format!("{}: not a manifest", path.display()))?;
+    let tensors = manifest.weights.tensors.iter().map(|tensor| {
+        (tensor.name.as_str(), tensor.dtype.to_string(), tensor.shape.iter().product::<usize>() as u64)
+    });
+    let mut report = Report::of("model", config, tensors);
+    report.weights.insert(manifest.weights.file.clone(), manifest.weights.record.bytes);
+    let mut graphs = Vec::new();
+    for part in ["encoder", "decoder", "decoder_with_past"] {
+        let Some(record) = manifest.graphs.get(part) else { continue };
+        let path = folder.join(&record.file);
+        let bytes = fs::read(&path).with_context(|| format!("{}: cannot be read", path.display()))?;
+        let summary = proto::summary(&bytes).with_context(|| path.display().to_string())?;
+        graphs.push(GraphReport {
+            file: record.file.clone(),
+            bytes: bytes.len() as u64,
+            opset: summary.opset,
+            ir_version: summary.ir_version,
+            operators: summary.operators,
+            inputs: record.ports.inputs.clone(),
+            outputs: record.ports.outputs.clone(),
+        });
+    }
+    let dtype = manifest.dtype.to_string();
+    report.model = Some(ModelReport { exporter: manifest.exporter, target: manifest.target, dtype, graphs });
+    Ok(report)
+}
+
+fn checkpoint(folder: &Path, config: &Config) -> Result<Report> {
+    let checkpoint = Checkpoint::open(folder)?;
+    let tensors = checkpoint.names().filter_map(|name| {
+        let tensor = checkpoint.tensor(name)?;
+        Some((name, tensor.dtype.to_string(), tensor.shape.iter().product::<usize>() as u64))
+    });
+    let mut report = Report::of("checkpoint", config, tensors);
+    report.weights = checkpoint.files().map(|(name, bytes)| (name.to_string(), bytes.len() as u64)).collect();
+    Ok(report)
+}
+
+impl Report {
+    fn of<'t>(kind: &'static str, config: &Config, tensors: impl Iterator<Item = (&'t str, String, u64)>) -> Report {
+        let mut report = Report {
+            kind,
+            encoder: described(&config.encoder),
+            decoder: described(&config.decoder),
+            parameters: 0,
+            parts: BTreeMap::new(),
+            dtypes: BTreeMap::new(),
+            weights: BTreeMap::new(),
+            model: None,
+        };
+        for (name, dtype, count) in tensors {
+            report.parameters += count;
+            *report.parts.entry(part(name)).or_default() += count;
+            *report.dtypes.entry(dtype).or_default() += 1;
+        }
+        report
+    }
+}
+
+fn part(tensor: &str) -> &'static str {
+    match tensor {
+        _ if tensor.starts_with("model.encoder.embed_tokens") => "encoder embedding",
+        _ if tensor.starts_with("model.encoder.") => "encoder",
+        _ if tensor.starts_with("model.decoder.embed_tokens") => "decoder embedding",
+        _ if tensor.starts_with("model.decoder.") => "decoder",
+        _ if tensor.starts_with("lm_head.") => "head",
+        _ => "other",
+    }
+}
+
+fn described(side: &Side) -> String {
+    let sliding = side.layers.iter().filter_map(|layer| match layer {
+        LayerType::Sliding(window) => Some(*window),
+        LayerType::Full => None,
+    });
+    let windows: Vec<usize> = sliding.collect();
+    let window = match windows.first() {
+        None => String::new(),
+        Some(window) => format!(", {} of them with a window of {window}", windows.len()),
+    };
+    format!(
+        "{} layers of width {}, {} heads ({} for keys and values) of {}, {} wide feed-forward, {} tokens{window}",
+        side.layers.len(),
+        side.hidden_size,
+        side.num_attention_heads,
+        side.num_key_value_heads,
+        side.head_dim,
+        side.intermediate_size,
+        side.vocab_size
+    )
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{}", self.kind)?;
+        writeln!(f, "  encoder     {}", self.encoder)?;
+        writeln!(f, "  decoder     {}", self.decoder)?;
+        writeln!(f, "  parameters  {}", self.parameters)?;
+        for (part, count) in &self.parts {
+            writeln!(f, "    {part:<18} {count:>14}")?;
+        }
+        for (dtype, count) in &self.dtypes {
+            writeln!(f, "  {dtype:<11} {count} tensors")?;
+        }
+        for (file, bytes) in &self.weights {
+            writeln!(f, "  {file}  {bytes} bytes")?;
+        }
+        let Some(model) = &self.model else { return Ok(()) };
+        writeln!(f, "  exported by {}, target {}, dtype {}", model.exporter, model.target, model.dtype)?;
+        for graph in &model.graphs {
+            let (opset, ir) = (graph.opset, graph.ir_version);
+            writeln!(f, "{}  {} bytes, opset {opset}, IR {ir}", graph.file, graph.bytes)?;
+            let operators: Vec<String> = graph.operators.iter().map(|(op, count)| format!("{op} {count}")).collect();
+            writeln!(f, "  operators  {}", operators.join(", "))?;
+            for (direction, ports) in [("in ", &graph.inputs), ("out", &graph.outputs)] {
+                for port in ports {
+                    writeln!(f, "  {direction}  {:<34} {:<8} {}", port.name, port.dtype, Dim::list(&port.shape))?;
+                }
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,183 @@
+//! A graph definition as the bytes of an ONNX file, and back as far as `inspect` needs. The only place that knows protobuf.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context, Result};
+use half::{bf16, f16};
+use prost::Message;
+use t5gemma_graphs::OPSET;
+use t5gemma_graphs::onnx::{Attribute, Constant, DType, Data, Definition, Dim, ValueInfo};
+
+use onnx::attribute_proto::AttributeType;
+use onnx::tensor_proto::{DataLocation, DataType};
+use onnx::{
+    AttributeProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, StringStringEntryProto, TensorProto,
+    TensorShapeProto, TypeProto, ValueInfoProto, tensor_shape_proto, type_proto,
+};
+
+#[allow(missing_docs, clippy::all, rustdoc::all)]
+mod onnx {
+    include!("../proto/onnx.rs");
+}
+
+/// The file format's version that goes with [`OPSET`].
+pub const IR_VERSION: i64 = 9;
+
+/// Where a weight lies in the file of weights.
+#[derive(Clone, Debug)]
+pub struct Location {
+    /// The file's name.
+    pub file: String,
+    /// First byte.
+    pub offset: u64,
+    /// Length in bytes.
+    pub bytes: u64,
+}
+
+/// The bytes of an ONNX file for a graph whose weights lie where `location` says, by initializer name.
+pub fn encode(graph: &Definition, location: impl Fn(&str) -> Location) -> Vec<u8> {
+    let constants = graph.constants.iter().map(|constant| inline(graph, constant));
+    let weights = graph.parameters.iter().map(|parameter| {
+        let info = graph.value(parameter.value);
+        let at = location(&info.name);
+        let entry = |key: &str, value: String| StringStringEntryProto { key: Some(key.into()), value: Some(value) };
+        TensorProto {
+            data_location: Some(DataLocation::External as i32),
+            external_data: vec![
+                entry("location", at.file),
+                entry("offset", at.offset.to_string()),
+                entry("length", at.bytes.to_string()),
+            ],
+            ..tensor(info)
+        }
+    });
+    let names = |ids: &[usize]| ids.iter().map(|&id| graph.value(id).name.clone()).collect();
+    let nodes = graph.nodes.iter().map(|node| NodeProto {
+        name: Some(node.name.clone()),
+        op_type: Some(node.op.into()),
+        input: names(&node.inputs),
+        output: names(&node.outputs),
+        attribute: node.attributes.iter().map(|(name, value)| attribute(name, value)).collect(),
+        ..Default::default()
+    });
+    let infos = |ids: &[usize]| ids.iter().map(|&id| value_info(graph.value(id))).collect();
+    let intermediate: Vec<usize> = graph
+        .nodes
+        .iter()
+        .flat_map(|node| node.outputs.iter().copied())
+        .filter(|id| !graph.outputs.contains(id))
+        .collect();
+    let model = ModelProto {
+        ir_version: Some(IR_VERSION),
+        opset_import: vec![OperatorSetIdProto { domain: Some(String::new()), version: Some(OPSET.into()) }],
+        producer_name: Some(env!("CARGO_PKG_NAME").into()),
+        producer_version: Some(env!("CARGO_PKG_VERSION").into()),
+        graph: Some(GraphProto {
+            name: Some(graph.name.clone()),
+            node: nodes.collect(),
+            initializer: constants.chain(weights).collect(),
+            input: infos(&graph.inputs),
+            output: infos(&graph.outputs),
+            value_info: infos(&intermediate),
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
+    model.encode_to_vec()
+}
+
+/// What `inspect` shows of an ONNX file.
+pub struct Summary {
+    /// Version of the standard operator set.
+    pub opset: i64,
+    /// Version of the file format.
+    pub ir_version: i64,
+    /// How often each operator is used.
+    pub operators: BTreeMap<String, usize>,
+}
+
+/// Reads an ONNX file as far as [`Summary`] goes.
+///
+/// # Errors
+/// If the bytes are not an ONNX model.
+pub fn summary(bytes: &[u8]) -> Result<Summary> {
+    let model = ModelProto::decode(bytes).context("not an ONNX model")?;
+    let graph = model.graph.context("an ONNX model without a graph")?;
+    let mut operators = BTreeMap::new();
+    for node in &graph.node {
+        let domain = node.domain.as_deref().filter(|domain| !domain.is_empty());
+        let op = node.op_type();
+        *operators.entry(domain.map_or_else(|| op.into(), |domain| format!("{domain}.{op}"))).or_insert(0) += 1;
+    }
+    let standard = model.opset_import.iter().find(|set| set.domain().is_empty());
+    Ok(Summary { opset: standard.map_or(0, OperatorSetIdProto::version), ir_version: model.ir_version.unwrap_or(0), operators })
+}
+
+fn data_type(dtype: DType) -> i32 {
+    let code = match dtype {
+        DType::Float32 => DataType::Float,
+        DType::Float16 => DataType::Float16,
+        DType::BFloat16 => DataType::Bfloat16,
+        DType::Int64 => DataType::Int64,
+        DType::Bool => DataType::Bool,
+    };
+    code as i32
+}
+
+fn tensor(info: &ValueInfo) -> TensorProto {
+    let size = |dim: &Dim| dim.as_fixed().expect("initializers have fixed sizes") as i64;
+    TensorProto {
+        name: Some(info.name.clone()),
+        data_type: Some(data_type(info.dtype)),
+        dims: info.shape.iter().map(size).collect(),
+        ..Default::default()
+    }
+}
+
+fn inline(graph: &Definition, constant: &Constant) -> TensorProto {
+    let info = graph.value(constant.value);
+    let raw: Vec<u8> = match &constant.data {
+        Data::Ints(numbers) => numbers.iter().flat_map(|number| number.to_le_bytes()).collect(),
+        Data::Floats(numbers) => numbers
+            .iter()
+            .flat_map(|&number| match info.dtype {
+                DType::Float16 => f16::from_f64(number).to_le_bytes().to_vec(),
+                DType::BFloat16 => bf16::from_f64(number).to_le_bytes().to_vec(),
+                _ => (number as f32).to_le_bytes().to_vec(),
+            })
+            .collect(),
+    };
+    TensorProto { raw_data: Some(raw), ..tensor(info) }
+}
+
+fn attribute(name: &str, value: &Attribute) -> AttributeProto {
+    let named = AttributeProto { name: Some(name.into()), ..Default::default() };
+    match value {
+        Attribute::Int(i) => AttributeProto { r#type: Some(AttributeType::Int as i32), i: Some(*i), ..named },
+        Attribute::Ints(ints) => {
+            AttributeProto { r#type: Some(AttributeType::Ints as i32), ints: ints.clone(), ..named }
+        }
+        Attribute::Text(s) => {
+            AttributeProto { r#type: Some(AttributeType::String as i32), s: Some(s.as_bytes().to_vec()), ..named }
+        }
+    }
+}
+
+fn value_info(info: &ValueInfo) -> ValueInfoProto {
+    let dim = |dim: &Dim| tensor_shape_proto::Dimension {
+        value: Some(match dim.as_fixed() {
+            Some(size) => tensor_shape_proto::dimension::Value::DimValue(size as i64),
+            None => tensor_shape_proto::dimension::Value::DimParam(dim.to_string()),
+        }),
+        ..Default::default()
+    };
+    let tensor_type = type_proto::Tensor {
+        elem_type: Some(data_type(info.dtype)),
+        shape: Some(TensorShapeProto { dim: info.shape.iter().map(dim).collect() }),
+    };
+    ValueInfoProto {
+        name: Some(info.name.clone()),
+        r#type: Some(TypeProto { value: Some(type_proto::Value::TensorType(tensor_type)), ..Default::default() }),
+        ..Default::default()
+    }
+}

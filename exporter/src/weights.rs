@@ -1,0 +1,128 @@
+//! Which weight of the graphs is which tensor of the checkpoint, checked both ways: a weight without its tensor is an error,
+//! a tensor that no weight uses is listed.
+
+use std::collections::BTreeSet;
+
+use anyhow::{Context, Result, bail, ensure};
+use t5gemma_graphs::Vocabulary;
+use t5gemma_graphs::config::Config;
+use t5gemma_graphs::onnx::{Adjust, DType, Definition};
+
+use crate::checkpoint::Checkpoint;
+
+/// A weight as the graphs use it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Weight {
+    /// Name of the initializer.
+    pub name: String,
+    /// Type in the file of weights.
+    pub dtype: DType,
+    /// Dimensions, which are the tensor's too.
+    pub shape: Vec<usize>,
+    /// The checkpoint's name of the tensor.
+    pub tensor: String,
+    /// What is done to the numbers.
+    pub adjust: Adjust,
+}
+
+impl Weight {
+    /// Numbers in the tensor.
+    pub fn len(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Length in the file of weights.
+    pub fn bytes(&self) -> u64 {
+        (self.len() * self.dtype.size()) as u64
+    }
+}
+
+/// The embedding every decoder has.
+const EMBEDDING: &str = "model.decoder.embed_tokens.weight";
+/// The output head, stored where it is not the embedding.
+const HEAD: &str = "lm_head.out_proj.weight";
+
+/// The weights of some graphs, each once, in order of first use.
+pub fn collect(graphs: &[&Definition]) -> Vec<Weight> {
+    let mut weights: Vec<Weight> = Vec::new();
+    let mut seen = BTreeSet::new();
+    for graph in graphs {
+        for parameter in &graph.parameters {
+            let info = graph.value(parameter.value);
+            if seen.insert(info.name.clone()) {
+                weights.push(Weight {
+                    name: info.name.clone(),
+                    dtype: info.dtype,
+                    shape: info.shape.iter().map(|dim| dim.as_fixed().expect("weights have fixed sizes")).collect(),
+                    tensor: parameter.tensor.clone(),
+                    adjust: parameter.adjust,
+                });
+            }
+        }
+    }
+    weights
+}
+
+/// Finds the decoder's embedding and the head among the stored tensors, as transformers 5 ties them: a stored head is used
+/// even where the config says tied, unless it equals the embedding; where only one is stored, it serves as both.
+pub fn vocabulary(config: &Config, checkpoint: &Checkpoint) -> Result<Vocabulary> {
+    let tie = config.tie_word_embeddings;
+    let own = |embedding: &str, head: &str| Vocabulary { embedding: embedding.into(), head: head.into() };
+    match (checkpoint.tensor(EMBEDDING), checkpoint.tensor(HEAD)) {
+        (Some(embedding), Some(head)) if tie && embedding.dtype == head.dtype && embedding.bytes == head.bytes => {
+            Ok(own(EMBEDDING, EMBEDDING))
+        }
+        (Some(_), Some(_)) => Ok(own(EMBEDDING, HEAD)),
+        (Some(_), None) if tie => Ok(own(EMBEDDING, EMBEDDING)),
+        (None, Some(_)) if tie => Ok(own(HEAD, HEAD)),
+        (Some(_), None) => bail!(
+            "{}: {HEAD}: missing, though config.json has tie_word_embeddings false",
+            checkpoint.folder().display()
+        ),
+        (None, _) => bail!("{}: {EMBEDDING}: missing", checkpoint.folder().display()),
+    }
+}
+
+/// The names used when no checkpoint says otherwise.
+pub fn default_vocabulary(config: &Config) -> Vocabulary {
+    let head = if config.tie_word_embeddings { EMBEDDING } else { HEAD };
+    Vocabulary { embedding: EMBEDDING.into(), head: head.into() }
+}
+
+/// Holds every weight to its tensor, and returns the names of the tensors that no weight uses.
+///
+/// # Errors
+/// All tensors that are missing or of another shape than the config asks for.
+pub fn check(weights: &[Weight], checkpoint: &Checkpoint) -> Result<Vec<String>> {
+    let mut wrong = Vec::new();
+    for weight in weights {
+        match checkpoint.tensor(&weight.tensor) {
+            None => wrong.push(format!("{}: missing (expected shape {:?})", weight.tensor, weight.shape)),
+            Some(tensor) if tensor.shape != weight.shape => {
+                wrong.push(format!("{}: expected shape {:?}, found {:?}", weight.tensor, weight.shape, tensor.shape));
+            }
+            Some(_) => {}
+        }
+    }
+    let shown = 10;
+    let more = wrong.len().saturating_sub(shown);
+    wrong.truncate(shown);
+    if more > 0 {
+        wrong.push(format!("… and {more} more"));
+    }
+    ensure!(
+        wrong.is_empty(),
+        "{}: the tensors are not those that config.json describes:\n  {}",
+        checkpoint.folder().display(),
+        wrong.join("\n  ")
+    );
+    let used: BTreeSet<&str> = weights.iter().map(|weight| weight.tensor.as_str()).collect();
+    // A stored head that equals the tied embedding is redundant, not left over.
+    let redundant = |name: &str| name == HEAD && !used.contains(HEAD);
+    Ok(checkpoint.names().filter(|name| !used.contains(name) && !redundant(name)).map(str::to_string).collect())
+}
+
+/// A tensor that [`check`] has found.
+pub(crate) fn found<'c>(checkpoint: &'c Checkpoint, weight: &Weight) -> Result<crate::checkpoint::Tensor<'c>> {
+    checkpoint.tensor(&weight.tensor).with_context(|| format!("{}: missing", weight.tensor))
+}

@@ -1,0 +1,38 @@
+//! The cached decoder steps: next target tokens, past, and the source's keys and values → logits and the present. Any
+//! number of new tokens, so that a draft can be verified or a prefix appended in one run.
+
+use crate::attention::{KeyValue, Tokens, padding_mask};
+use crate::config::Config;
+use crate::decoder::{Context, Memory, layer, logits};
+use crate::interface::PAST;
+use crate::nn::{Weights, embedding};
+use crate::onnx::{Definition, Dim, Graph};
+use crate::{Options, interface};
+
+/// The graph of the cached decoder steps.
+pub fn decoder_step(config: &Config, options: &Options) -> Definition {
+    let graph = Graph::new();
+    let ports = options.interface(config).decoder_with_past;
+    let inputs = interface::all_inputs(&graph, &ports);
+    let (&[mask, ids], cached) = inputs.split_first_chunk().expect("a mask and ids come before the cache");
+
+    let c = &config.decoder;
+    let root = Weights::root(&graph, options.dtype, options.target.lowering());
+    let w = root.at("model.decoder");
+    let tokens = Tokens::from(&graph, ids, Some(&Dim::symbol(PAST)));
+    let context = Context { tokens, visible: padding_mask(mask) };
+    let mut x = embedding(ids, c.vocab_size, c.hidden_size, &root.at(&options.vocabulary.embedding));
+    let mut presents = Vec::new();
+    for ((i, &kind), cached) in c.layers.iter().enumerate().zip(cached.chunks_exact(4)) {
+        let past = Some(KeyValue { key: cached[0], value: cached[1] });
+        let source = KeyValue { key: cached[2], value: cached[3] };
+        let w = w.at(&format!("layers.{i}"));
+        let (y, own) = layer(&graph, x, &context, Memory { past, source }, (c, kind), &w);
+        presents.extend([own.key, own.value]);
+        x = y;
+    }
+    let head = root.at(&options.vocabulary.head);
+    let logits = logits(x, &context.tokens, options.logits, c, &w.at("norm"), &head);
+    interface::outputs(&graph, &ports, [logits].into_iter().chain(presents));
+    graph.finish("decoder_with_past")
+}

@@ -1,0 +1,98 @@
+//! How a composite operator is written for a target. The model definition calls these methods and does not change when a
+//! target is added: a target overrides what its runtime does better than the portable form given here.
+//!
+//! Which type each part computes in is part of the contract: what must stay float32 in half precision (norms, soft-caps,
+//! softmax) is cast here, where it is done.
+
+use crate::attention::KeyValue;
+use crate::nn::softcap;
+use crate::onnx::{DType, Value};
+
+/// A runtime that graphs are written for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// Standard operators only, for any runtime that reads ONNX.
+    Portable,
+}
+
+impl Target {
+    /// Every target.
+    pub const ALL: [Target; 1] = [Target::Portable];
+
+    /// The name on the command line and in a manifest.
+    pub fn name(self) -> &'static str {
+        match self {
+            Target::Portable => "portable",
+        }
+    }
+
+    pub(crate) fn lowering(self) -> &'static dyn Lowering {
+        match self {
+            Target::Portable => &Portable,
+        }
+    }
+}
+
+/// Attention over given keys and values.
+pub struct Attention<'g> {
+    /// Queries, `[batch, queries, heads, head_dim]`.
+    pub query: Value<'g>,
+    /// Keys and values, `[batch, kv_heads, keys, head_dim]` each; a query head `i` uses `i / (heads / kv_heads)`.
+    pub key_value: KeyValue<'g>,
+    /// Which keys a query sees: bool, broadcast against `[batch, kv_heads, group, queries, keys]`.
+    pub visible: Value<'g>,
+    /// Factor of the scores.
+    pub scale: f64,
+    /// Soft-cap of the scaled scores.
+    pub cap: Option<f64>,
+}
+
+pub trait Lowering {
+    /// `x · wᵀ (+ b)`: x `[tokens, in]`, w `[out, in]`, b `[out]`, all of one type.
+    fn linear<'g>(&self, x: Value<'g>, weight: Value<'g>, bias: Option<Value<'g>>) -> Value<'g> {
+        x.gemm(weight, bias)
+    }
+
+    /// `x / √(mean(x²) + ε) · factor`: x `[tokens, hidden]` and factor `[hidden]` in float32.
+    fn rms_norm<'g>(&self, x: Value<'g>, factor: Value<'g>, eps: f64) -> Value<'g> {
+        x / ((x * x).mean() + eps).sqrt() * factor
+    }
+
+    /// `softmax(softcap(q·kᵀ·scale) + (visible ? 0 : min)) · v`, as `[batch, queries, heads, head_dim]`.
+    ///
+    /// The least finite number stands for −∞: a padded query that sees nothing then averages its keys, where −∞ would
+    /// give NaN, which reaches real rows through `0 · NaN`.
+    fn attention<'g>(&self, a: Attention<'g>) -> Value<'g> {
+        let [batch, queries, heads, head_dim] = [0, 1, 2, 3].map(|axis| a.query.dim(axis));
+        let [kv_heads, keys] = [1, 2].map(|axis| a.key_value.key.dim(axis));
+        let group = heads_in_group(&a);
+        let dtype = a.query.dtype();
+
+        // A group's heads share their keys: they lie along the query axis, so that keys and values are never repeated.
+        let q = (a.query * a.scale)
+            .reshape(&[batch.clone(), queries.clone(), kv_heads.clone(), group.into(), head_dim.clone()])
+            .transpose(&[0, 2, 3, 1, 4])
+            .reshape(&[batch.clone(), kv_heads.clone(), queries.times(&group.into()), head_dim.clone()]);
+        let scores = q.matmul(a.key_value.key.transpose(&[0, 1, 3, 2])).cast(DType::Float32);
+        let grouped = [batch.clone(), kv_heads.clone(), group.into(), queries.clone(), keys.clone()];
+        let bias = a.visible.choose(DType::Float32, 0.0, f32::MIN.into());
+        let weights = (softcap(scores, a.cap).reshape(&grouped) + bias).softmax().cast(dtype);
+
+        weights
+            .reshape(&[batch.clone(), kv_heads.clone(), queries.times(&group.into()), keys])
+            .matmul(a.key_value.value)
+            .reshape(&[batch.clone(), kv_heads, group.into(), queries.clone(), head_dim.clone()])
+            .transpose(&[0, 3, 1, 2, 4])
+            .reshape(&[batch, queries, heads, head_dim])
+    }
+}
+
+fn heads_in_group(a: &Attention<'_>) -> usize {
+    let [heads, kv_heads] = [a.query.dim(2), a.key_value.key.dim(1)].map(|dim| dim.as_fixed());
+    let (heads, kv_heads) = heads.zip(kv_heads).expect("the numbers of heads come from the config");
+    heads / kv_heads
+}
+
+struct Portable;
+
+impl Lowering for Portable {}
