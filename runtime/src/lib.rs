@@ -1,1 +1,3 @@
-//! placeholder
+//! Runs exported T5Gemma models.
+
+pub mod options;
