@@ -1,0 +1,814 @@
+//! `GenerationOptions`: Hugging Face's generation options as a checked value. Every option of a request is read here or
+//! refused here, so the search never meets one that it does not implement.
+//!
+//! # Design
+//! A request is held to more than a model's `generation_config.json`: an option that this version lacks, or that would
+//! have no effect, is an error in a request. In the file such keys are common and mostly harmless (cache settings,
+//! `top_k` beside greedy search), so they are passed over, except those that would change the result: these are kept in
+//! `unsupported`, the model opens, and a request has to override them before anything is generated.
+
+use std::{fmt, slice};
+
+use serde_json::{Map, Value};
+use t5gemma_graphs::config::TokenIds;
+
+/// What to generate and how: the options of Hugging Face's `generate` under their names there.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GenerationOptions {
+    /// How many tokens may be generated; has precedence over `max_length`. Neither given: 20.
+    pub max_new_tokens: Option<usize>,
+    /// How long a target may become, decoder prompt included.
+    pub max_length: Option<usize>,
+    /// No end of sequence before the target has this length, decoder prompt included.
+    pub min_length: usize,
+    /// No end of sequence before so many tokens have been generated; has precedence over `min_length`.
+    pub min_new_tokens: Option<usize>,
+    /// Beams of beam search; 1 is greedy search.
+    pub num_beams: usize,
+    /// How many hypotheses are returned for a source; at most `num_beams`.
+    pub num_return_sequences: usize,
+    /// Beam scores are divided by `length^length_penalty`.
+    pub length_penalty: f64,
+    /// When beam search is content with the hypotheses it has.
+    pub early_stopping: EarlyStopping,
+    /// What a target starts with.
+    pub decoder_start_token_id: i64,
+    /// The beginning-of-sequence token.
+    pub bos_token_id: Option<i64>,
+    /// The tokens that end a target. Their number, repetitions included, widens the choice of beam search.
+    pub eos_token_id: Vec<i64>,
+    /// What fills rows that have ended.
+    pub pad_token_id: i64,
+    /// Scores of tokens in the target are divided by it if positive, multiplied if negative; 1 is off.
+    pub repetition_penalty: f64,
+    /// The inverse of it is what `repetition_penalty` is, for the tokens of the source; 1 is off.
+    pub encoder_repetition_penalty: f64,
+    /// No sequence of so many tokens occurs twice in the target; 0 is off.
+    pub no_repeat_ngram_size: usize,
+    /// No sequence of so many tokens of the source occurs in the target; 0 is off.
+    pub encoder_no_repeat_ngram_size: usize,
+    /// Token sequences that are not generated.
+    pub bad_words_ids: Vec<Vec<i64>>,
+    /// Token sequences, and what is added to the score of their last token where it would complete them.
+    pub sequence_bias: Vec<(Vec<i64>, f32)>,
+    /// The token generated first if the decoder prompt is one token.
+    pub forced_bos_token_id: Option<i64>,
+    /// The tokens one of which is generated last if the maximum length is reached.
+    pub forced_eos_token_id: Vec<i64>,
+    /// After how many generated tokens ending becomes likelier, and by which factor with each further token.
+    pub exponential_decay_length_penalty: Option<(usize, f64)>,
+    /// Tokens that are never generated.
+    pub suppress_tokens: Vec<i64>,
+    /// Tokens that are not generated first.
+    pub begin_suppress_tokens: Vec<i64>,
+    /// Whether processed scores are made log-probabilities again.
+    pub renormalize_logits: bool,
+    /// Whether NaN and infinite scores are replaced by finite ones.
+    pub remove_invalid_values: bool,
+    /// Names and JSON values of what `generation_config.json` asks for and this version cannot do. Until a request
+    /// overrides each of them, [`GenerationOptions::check`] fails.
+    pub unsupported: Vec<(String, String)>,
+}
+
+/// When beam search is content with the hypotheses it has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum EarlyStopping {
+    /// When `num_beams` have finished and no beam is better than the worst of them at its present length.
+    False,
+    /// As soon as `num_beams` have finished.
+    True,
+    /// When `num_beams` have finished and no beam can become better than the worst of them.
+    Never,
+}
+
+/// An option that cannot be taken as it is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OptionError {
+    /// The option's name; empty for the document as a whole.
+    pub option: String,
+    /// What would have been accepted.
+    pub expected: String,
+    /// What stands there.
+    pub found: String,
+}
+
+impl fmt::Display for OptionError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let option = if self.option.is_empty() { "the document" } else { &self.option };
+        write!(f, "{option}: expected {}, found {}", self.expected, self.found)
+    }
+}
+
+impl std::error::Error for OptionError {}
+
+impl OptionError {
+    fn new(option: &str, expected: impl Into<String>, found: impl Into<String>) -> OptionError {
+        OptionError { option: option.to_string(), expected: expected.into(), found: found.into() }
+    }
+}
+
+/// Bounds what one source may cost; far above any useful number.
+const MAX_NUM_BEAMS: usize = 4096;
+
+impl Default for GenerationOptions {
+    /// Hugging Face's defaults with T5Gemma's token ids (start 2, end 1, padding 0).
+    fn default() -> GenerationOptions {
+        GenerationOptions {
+            max_new_tokens: None,
+            max_length: None,
+            min_length: 0,
+            min_new_tokens: None,
+            num_beams: 1,
+            num_return_sequences: 1,
+            length_penalty: 1.0,
+            early_stopping: EarlyStopping::False,
+            decoder_start_token_id: 2,
+            bos_token_id: Some(2),
+            eos_token_id: vec![1],
+            pad_token_id: 0,
+            repetition_penalty: 1.0,
+            encoder_repetition_penalty: 1.0,
+            no_repeat_ngram_size: 0,
+            encoder_no_repeat_ngram_size: 0,
+            bad_words_ids: Vec::new(),
+            sequence_bias: Vec::new(),
+            forced_bos_token_id: None,
+            forced_eos_token_id: Vec::new(),
+            exponential_decay_length_penalty: None,
+            suppress_tokens: Vec::new(),
+            begin_suppress_tokens: Vec::new(),
+            renormalize_logits: false,
+            remove_invalid_values: false,
+            unsupported: Vec::new(),
+        }
+    }
+}
+
+impl GenerationOptions {
+    /// Reads a model's defaults: the text of its `generation_config.json` if it has one, laid over `tokens` of its
+    /// `config.json`, laid over [`GenerationOptions::default`].
+    ///
+    /// # Errors
+    /// The first option with a value that it cannot have. Unknown keys are passed over.
+    pub fn of_model(generation_config: Option<&str>, tokens: &TokenIds) -> Result<GenerationOptions, OptionError> {
+        let mut options = GenerationOptions::default();
+        if let Some(bos) = tokens.bos {
+            options.bos_token_id = Some(bos);
+            options.decoder_start_token_id = bos;
+        }
+        if !tokens.eos.is_empty() {
+            options.eos_token_id.clone_from(&tokens.eos);
+        }
+        options.pad_token_id = tokens.pad.unwrap_or(options.pad_token_id);
+        let Some(text) = generation_config else { return Ok(options) };
+        let object: Map<String, Value> =
+            serde_json::from_str(text).map_err(|error| OptionError::new("", "a JSON object", error.to_string()))?;
+        options.read_all(&object, |options, name, value| {
+            if let Some((_, neutral, Effect::Result)) = unsupported(name)
+                && !neutral.is(value)
+            {
+                options.unsupported.push((name.to_string(), shown(value)));
+            }
+            Ok(())
+        })?;
+        Ok(options)
+    }
+
+    /// Lays a request's options over these. A `null` is an option not given; of `max_new_tokens` and `max_length`, and
+    /// of `min_new_tokens` and `min_length`, the first has precedence.
+    ///
+    /// # Errors
+    /// The first option that is unknown, not supported, without effect, or has a value that it cannot have, and options
+    /// that contradict each other.
+    pub fn with(&self, request: &Map<String, Value>) -> Result<GenerationOptions, OptionError> {
+        let mut options = self.clone();
+        options.read_all(request, |options, name, value| match unsupported(name) {
+            Some((_, neutral, _)) if neutral.is(value) => {
+                options.unsupported.retain(|(unsupported, _)| unsupported != name);
+                Ok(())
+            }
+            Some((_, neutral, _)) => {
+                let expected = match (name, neutral) {
+                    ("do_sample", _) => "false (sampling is not supported by this version)".to_string(),
+                    (_, Neutral::Absent) => "it left out (it is not supported by this version)".to_string(),
+                    _ => format!("{neutral} or it left out (it is not supported by this version)"),
+                };
+                Err(OptionError::new(name, expected, shown(value)))
+            }
+            None => Err(OptionError::new(name, "the name of a generation option", "an unknown name")),
+        })?;
+        options.check_together()?;
+
+        let given = |name: &str| request.get(name).filter(|value| !value.is_null());
+        for (length, new_tokens, set) in [
+            ("max_length", "max_new_tokens", self.max_new_tokens),
+            ("min_length", "min_new_tokens", self.min_new_tokens),
+        ] {
+            if let (Some(value), None, Some(set)) = (given(length), given(new_tokens), set) {
+                let expected =
+                    format!("{new_tokens} in its place (the model sets that to {set}, and it has precedence)");
+                return Err(OptionError::new(length, expected, shown(value)));
+            }
+        }
+        if options.num_beams == 1 {
+            for (name, is_default, default) in [
+                ("length_penalty", options.length_penalty == 1.0, "1"),
+                ("early_stopping", options.early_stopping == EarlyStopping::False, "false"),
+            ] {
+                if let (Some(value), false) = (given(name), is_default) {
+                    let expected = format!("{default} with num_beams 1 (it acts in beam search only)");
+                    return Err(OptionError::new(name, expected, shown(value)));
+                }
+            }
+        }
+        Ok(options)
+    }
+
+    /// Tells how long a target may become whose decoder prompt has `prompt_len` tokens.
+    pub fn max_length(&self, prompt_len: usize) -> usize {
+        match (self.max_new_tokens, self.max_length) {
+            (Some(new_tokens), _) => prompt_len.saturating_add(new_tokens),
+            (None, Some(length)) => length,
+            (None, None) => prompt_len.saturating_add(20),
+        }
+    }
+
+    /// Checks what depends on the model and the decoder prompt, just before generating.
+    ///
+    /// # Errors
+    /// A token id outside the vocabulary, a `max_length` that leaves no token to generate, something that
+    /// `generation_config.json` asks for and this version cannot do, and options that contradict each other.
+    pub fn check(&self, vocab_size: usize, prompt_len: usize) -> Result<(), OptionError> {
+        if let Some((name, value)) = self.unsupported.first() {
+            let expected = match unsupported(name) {
+                Some((_, Neutral::Absent, _)) | None => {
+                    "nothing (the model's generation_config.json sets it, and it is not supported by this version)"
+                        .into()
+                }
+                Some((_, neutral, _)) => format!(
+                    "{neutral} in the request (the model's generation_config.json sets it otherwise, which is not \
+                     supported by this version)"
+                ),
+            };
+            return Err(OptionError::new(name, expected, value));
+        }
+        self.check_together()?;
+        if self.max_length(prompt_len) <= prompt_len {
+            let (name, value) = match self.max_new_tokens {
+                Some(value) => ("max_new_tokens", value),
+                None => ("max_length", self.max_length(prompt_len)),
+            };
+            let expected = format!("room for at least one token after the {prompt_len} of the decoder prompt");
+            return Err(OptionError::new(name, expected, value.to_string()));
+        }
+        if self.num_beams > 1 && self.eos_token_id.len() >= vocab_size {
+            let expected = format!("fewer than the {vocab_size} tokens of the vocabulary");
+            return Err(OptionError::new("eos_token_id", expected, self.eos_token_id.len().to_string()));
+        }
+        let biased: Vec<i64> = self.sequence_bias.iter().flat_map(|(tokens, _)| tokens).copied().collect();
+        for (name, tokens) in [
+            ("decoder_start_token_id", slice::from_ref(&self.decoder_start_token_id)),
+            ("bos_token_id", self.bos_token_id.as_slice()),
+            ("eos_token_id", &self.eos_token_id),
+            ("pad_token_id", slice::from_ref(&self.pad_token_id)),
+            ("bad_words_ids", &self.bad_words_ids.concat()),
+            ("sequence_bias", &biased),
+            ("forced_bos_token_id", self.forced_bos_token_id.as_slice()),
+            ("forced_eos_token_id", &self.forced_eos_token_id),
+            ("suppress_tokens", &self.suppress_tokens),
+            ("begin_suppress_tokens", &self.begin_suppress_tokens),
+        ] {
+            let is_token = |&id: &i64| usize::try_from(id).is_ok_and(|id| id < vocab_size);
+            if let Some(id) = tokens.iter().find(|id| !is_token(id)) {
+                let expected = format!("token ids below {vocab_size}, the size of the vocabulary");
+                return Err(OptionError::new(name, expected, id.to_string()));
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks the options against each other.
+    fn check_together(&self) -> Result<(), OptionError> {
+        let is_inside = |n: usize, max: usize| (1..=max).contains(&n);
+        if !is_inside(self.num_beams, MAX_NUM_BEAMS) {
+            let expected = format!("a whole number from 1 to {MAX_NUM_BEAMS}");
+            return Err(OptionError::new("num_beams", expected, self.num_beams.to_string()));
+        }
+        if !is_inside(self.num_return_sequences, self.num_beams) {
+            let expected = format!("a whole number from 1 to num_beams ({})", self.num_beams);
+            return Err(OptionError::new("num_return_sequences", expected, self.num_return_sequences.to_string()));
+        }
+        Ok(())
+    }
+
+    /// Lays `given` over these options and hands every option that is not implemented to `unsupported`. The start
+    /// token follows the beginning-of-sequence token where it was the same before and is not given.
+    fn read_all(
+        &mut self,
+        given: &Map<String, Value>,
+        mut unsupported: impl FnMut(&mut Self, &str, &Value) -> Result<(), OptionError>,
+    ) -> Result<(), OptionError> {
+        let starts_with_bos = self.bos_token_id == Some(self.decoder_start_token_id);
+        for (name, value) in given.iter().filter(|(_, value)| !value.is_null()) {
+            if !self.read(name, value)? {
+                unsupported(self, name, value)?;
+            }
+        }
+        let start_is_given = given.get("decoder_start_token_id").is_some_and(|value| !value.is_null());
+        if let (true, false, Some(bos)) = (starts_with_bos, start_is_given, self.bos_token_id) {
+            self.decoder_start_token_id = bos;
+        }
+        Ok(())
+    }
+
+    /// Reads one option; false if it is not one that this version implements.
+    fn read(&mut self, name: &str, value: &Value) -> Result<bool, OptionError> {
+        let given = Given { name, value };
+        match name {
+            "max_new_tokens" => self.max_new_tokens = Some(given.whole(1)?),
+            "max_length" => self.max_length = Some(given.whole(1)?),
+            "min_length" => self.min_length = given.whole(0)?,
+            "min_new_tokens" => self.min_new_tokens = Some(given.whole(0)?),
+            "num_beams" => self.num_beams = given.whole(1)?,
+            "num_return_sequences" => self.num_return_sequences = given.whole(1)?,
+            "length_penalty" => self.length_penalty = given.take("a number", Value::as_f64)?,
+            "early_stopping" => {
+                self.early_stopping = given.take("true, false or \"never\"", |value| match value {
+                    Value::Bool(false) => Some(EarlyStopping::False),
+                    Value::Bool(true) => Some(EarlyStopping::True),
+                    Value::String(never) if never == "never" => Some(EarlyStopping::Never),
+                    _ => None,
+                })?;
+            }
+            "decoder_start_token_id" => self.decoder_start_token_id = given.token()?,
+            "bos_token_id" => self.bos_token_id = Some(given.token()?),
+            "eos_token_id" => self.eos_token_id = given.token_or_tokens()?,
+            "pad_token_id" => self.pad_token_id = given.token()?,
+            "repetition_penalty" => self.repetition_penalty = given.positive()?,
+            "encoder_repetition_penalty" => self.encoder_repetition_penalty = given.positive()?,
+            "no_repeat_ngram_size" => self.no_repeat_ngram_size = given.whole(0)?,
+            "encoder_no_repeat_ngram_size" => self.encoder_no_repeat_ngram_size = given.whole(0)?,
+            "bad_words_ids" => {
+                self.bad_words_ids = given.take("a list of lists of token ids, none of them empty", |value| {
+                    value.as_array()?.iter().map(sequence).collect()
+                })?;
+            }
+            "sequence_bias" => {
+                self.sequence_bias =
+                    given.take("a list of [[token ids], bias] pairs, no sequence empty", sequence_bias)?;
+            }
+            "forced_bos_token_id" => self.forced_bos_token_id = Some(given.token()?),
+            "forced_eos_token_id" => self.forced_eos_token_id = given.token_or_tokens()?,
+            "exponential_decay_length_penalty" => {
+                let decay = given.take("a pair [start, factor]", |value| match value.as_array()?.as_slice() {
+                    [start, factor] => Some((whole(start)?, factor.as_f64()?)),
+                    _ => None,
+                })?;
+                self.exponential_decay_length_penalty = Some(decay);
+            }
+            "suppress_tokens" => self.suppress_tokens = given.take("a list of token ids", tokens)?,
+            "begin_suppress_tokens" => self.begin_suppress_tokens = given.take("a list of token ids", tokens)?,
+            "renormalize_logits" => self.renormalize_logits = given.take("true or false", Value::as_bool)?,
+            "remove_invalid_values" => self.remove_invalid_values = given.take("true or false", Value::as_bool)?,
+            _ => return Ok(false),
+        }
+        Ok(true)
+    }
+}
+
+/// An option as it stands in a document.
+struct Given<'a> {
+    name: &'a str,
+    value: &'a Value,
+}
+
+impl Given<'_> {
+    fn take<T>(&self, expected: &str, read: impl FnOnce(&Value) -> Option<T>) -> Result<T, OptionError> {
+        read(self.value).ok_or_else(|| OptionError::new(self.name, expected, shown(self.value)))
+    }
+
+    fn whole(&self, least: usize) -> Result<usize, OptionError> {
+        self.take(&format!("a whole number of at least {least}"), |value| whole(value).filter(|&n| n >= least))
+    }
+
+    fn positive(&self) -> Result<f64, OptionError> {
+        // Scores are float32: a penalty must not become 0 or infinite there, nor its inverse.
+        let is_usable = |x: &f64| *x > 0.0 && (*x as f32).is_normal() && ((1.0 / *x) as f32).is_normal();
+        self.take("a positive number", |value| value.as_f64().filter(is_usable))
+    }
+
+    fn token(&self) -> Result<i64, OptionError> {
+        self.take("a token id", token)
+    }
+
+    fn token_or_tokens(&self) -> Result<Vec<i64>, OptionError> {
+        self.take("a token id or a list of them", |value| tokens(value).or_else(|| Some(vec![token(value)?])))
+    }
+}
+
+/// A number without a fraction, however it is written: 4 or 4.0.
+fn whole(value: &Value) -> Option<usize> {
+    const EXACT: f64 = 9_007_199_254_740_992.0; // 2^53
+    let float = || value.as_f64().filter(|x| x.fract() == 0.0 && (0.0..=EXACT).contains(x)).map(|x| x as usize);
+    value.as_u64().and_then(|n| usize::try_from(n).ok()).or_else(float)
+}
+
+fn token(value: &Value) -> Option<i64> {
+    i64::try_from(whole(value)?).ok()
+}
+
+fn tokens(value: &Value) -> Option<Vec<i64>> {
+    value.as_array()?.iter().map(token).collect()
+}
+
+/// Token ids, at least one.
+fn sequence(value: &Value) -> Option<Vec<i64>> {
+    tokens(value).filter(|tokens| !tokens.is_empty())
+}
+
+/// Pairs of a sequence and its bias; also the older form, an object whose keys are written like `(10, 45)` or `10`.
+fn sequence_bias(value: &Value) -> Option<Vec<(Vec<i64>, f32)>> {
+    let bias = |value: &Value| value.as_f64().map(|x| x as f32).filter(|x| x.is_finite());
+    match value {
+        Value::Array(pairs) => pairs
+            .iter()
+            .map(|pair| match pair.as_array()?.as_slice() {
+                [tokens, value] => Some((sequence(tokens)?, bias(value)?)),
+                _ => None,
+            })
+            .collect(),
+        Value::Object(entries) => entries
+            .iter()
+            .map(|(key, value)| {
+                let ids = key.trim().trim_start_matches(['(', '[']).trim_end_matches([')', ']', ',']);
+                let ids = ids.split(',').map(|id| id.trim().parse().ok().filter(|&id| id >= 0));
+                Some((ids.collect::<Option<_>>()?, bias(value)?))
+            })
+            .collect(),
+        _ => None,
+    }
+}
+
+fn shown(value: &Value) -> String {
+    let text = value.to_string();
+    match text.char_indices().nth(80) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text,
+    }
+}
+
+/// The value of an option that has no effect.
+enum Neutral {
+    Absent,
+    Flag(bool),
+    Number(f64),
+}
+
+impl Neutral {
+    fn is(&self, value: &Value) -> bool {
+        match self {
+            Neutral::Absent => false,
+            Neutral::Flag(flag) => value.as_bool() == Some(*flag),
+            Neutral::Number(number) => value.as_f64() == Some(*number),
+        }
+    }
+}
+
+impl fmt::Display for Neutral {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Neutral::Absent => write!(f, "nothing"),
+            Neutral::Flag(flag) => write!(f, "{flag}"),
+            Neutral::Number(number) => write!(f, "{number}"),
+        }
+    }
+}
+
+/// What ignoring an option of `generation_config.json` would do.
+enum Effect {
+    /// Other tokens would be generated than the model's authors asked for.
+    Result,
+    /// Nothing without sampling, or nothing at all.
+    None,
+}
+
+fn unsupported(name: &str) -> Option<&'static (&'static str, Neutral, Effect)> {
+    UNSUPPORTED.iter().find(|(unsupported, ..)| *unsupported == name)
+}
+
+/// Hugging Face's options that this version does not implement.
+const UNSUPPORTED: &[(&str, Neutral, Effect)] = &[
+    ("do_sample", Neutral::Flag(false), Effect::Result),
+    ("temperature", Neutral::Number(1.0), Effect::None),
+    ("top_k", Neutral::Number(50.0), Effect::None),
+    ("top_p", Neutral::Number(1.0), Effect::None),
+    ("min_p", Neutral::Absent, Effect::None),
+    ("top_h", Neutral::Absent, Effect::None),
+    ("typical_p", Neutral::Number(1.0), Effect::None),
+    ("epsilon_cutoff", Neutral::Number(0.0), Effect::None),
+    ("eta_cutoff", Neutral::Number(0.0), Effect::None),
+    ("penalty_alpha", Neutral::Number(0.0), Effect::Result),
+    ("num_beam_groups", Neutral::Number(1.0), Effect::Result),
+    ("diversity_penalty", Neutral::Number(0.0), Effect::Result),
+    ("constraints", Neutral::Absent, Effect::Result),
+    ("force_words_ids", Neutral::Absent, Effect::Result),
+    ("guidance_scale", Neutral::Number(1.0), Effect::Result),
+    ("stop_strings", Neutral::Absent, Effect::Result),
+    ("max_time", Neutral::Absent, Effect::Result),
+    ("watermarking_config", Neutral::Absent, Effect::Result),
+    ("token_healing", Neutral::Flag(false), Effect::Result),
+    ("dola_layers", Neutral::Absent, Effect::Result),
+    ("use_mtp", Neutral::Flag(false), Effect::None),
+    ("prompt_lookup_num_tokens", Neutral::Absent, Effect::None),
+    ("max_matching_ngram_size", Neutral::Absent, Effect::None),
+    ("is_assistant", Neutral::Flag(false), Effect::None),
+    ("num_assistant_tokens", Neutral::Absent, Effect::None),
+    ("num_assistant_tokens_schedule", Neutral::Absent, Effect::None),
+    ("assistant_confidence_threshold", Neutral::Absent, Effect::None),
+    ("assistant_early_exit", Neutral::Absent, Effect::None),
+    ("assistant_lookbehind", Neutral::Absent, Effect::None),
+    ("assistant_ensemble_weight", Neutral::Absent, Effect::None),
+    ("target_lookbehind", Neutral::Absent, Effect::None),
+    ("speculation_type", Neutral::Absent, Effect::None),
+    ("use_cache", Neutral::Flag(true), Effect::None),
+    ("cache_implementation", Neutral::Absent, Effect::None),
+    ("cache_config", Neutral::Absent, Effect::None),
+    ("max_cache_len", Neutral::Absent, Effect::None),
+    ("prefill_chunk_size", Neutral::Absent, Effect::None),
+    ("low_memory", Neutral::Flag(false), Effect::None),
+    ("compile_config", Neutral::Absent, Effect::None),
+    ("disable_compile", Neutral::Absent, Effect::None),
+    ("continuous_batching_config", Neutral::Absent, Effect::None),
+    ("output_attentions", Neutral::Flag(false), Effect::None),
+    ("output_hidden_states", Neutral::Flag(false), Effect::None),
+    ("output_scores", Neutral::Flag(false), Effect::None),
+    ("output_logits", Neutral::Flag(false), Effect::None),
+    ("return_dict_in_generate", Neutral::Flag(false), Effect::None),
+];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn model(generation_config: Value) -> Result<GenerationOptions, OptionError> {
+        GenerationOptions::of_model(Some(&generation_config.to_string()), &TokenIds::default())
+    }
+
+    fn with(options: &GenerationOptions, request: Value) -> Result<GenerationOptions, OptionError> {
+        options.with(request.as_object().expect("requests are objects"))
+    }
+
+    #[test]
+    fn every_option_is_read() {
+        let request = json!({
+            "max_new_tokens": 7, "max_length": 9.0, "min_length": 3, "min_new_tokens": 2, "num_beams": 4,
+            "num_return_sequences": 3, "length_penalty": 2, "early_stopping": "never", "decoder_start_token_id": 5,
+            "bos_token_id": 6, "eos_token_id": [1, 107], "pad_token_id": 3, "repetition_penalty": 1.5,
+            "encoder_repetition_penalty": 2, "no_repeat_ngram_size": 3, "encoder_no_repeat_ngram_size": 4,
+            "bad_words_ids": [[5], [6, 7]], "sequence_bias": [[[5], 3], [[6, 7], -4.5]], "forced_bos_token_id": 17,
+            "forced_eos_token_id": 1, "exponential_decay_length_penalty": [6, 1.6], "suppress_tokens": [8, 9],
+            "begin_suppress_tokens": [10], "renormalize_logits": true, "remove_invalid_values": true,
+            "do_sample": false, "temperature": null, "top_k": 50,
+        });
+        let expected = GenerationOptions {
+            max_new_tokens: Some(7),
+            max_length: Some(9),
+            min_length: 3,
+            min_new_tokens: Some(2),
+            num_beams: 4,
+            num_return_sequences: 3,
+            length_penalty: 2.0,
+            early_stopping: EarlyStopping::Never,
+            decoder_start_token_id: 5,
+            bos_token_id: Some(6),
+            eos_token_id: vec![1, 107],
+            pad_token_id: 3,
+            repetition_penalty: 1.5,
+            encoder_repetition_penalty: 2.0,
+            no_repeat_ngram_size: 3,
+            encoder_no_repeat_ngram_size: 4,
+            bad_words_ids: vec![vec![5], vec![6, 7]],
+            sequence_bias: vec![(vec![5], 3.0), (vec![6, 7], -4.5)],
+            forced_bos_token_id: Some(17),
+            forced_eos_token_id: vec![1],
+            exponential_decay_length_penalty: Some((6, 1.6)),
+            suppress_tokens: vec![8, 9],
+            begin_suppress_tokens: vec![10],
+            renormalize_logits: true,
+            remove_invalid_values: true,
+            unsupported: vec![],
+        };
+        assert_eq!(with(&GenerationOptions::default(), request.clone()), Ok(expected.clone()));
+        assert_eq!(model(request), Ok(expected));
+    }
+
+    #[test]
+    fn older_spellings_are_read() {
+        let cases = [
+            ("tuples as keys", json!({"(10, 45)": -2.0, "(64,)": 1}), vec![(vec![10, 45], -2.0), (vec![64], 1.0)]),
+            ("bare keys", json!({"10,45": -2.0, "[7]": 1.5}), vec![(vec![10, 45], -2.0), (vec![7], 1.5)]),
+        ];
+        for (name, sequence_bias, expected) in cases {
+            let options = with(&GenerationOptions::default(), json!({"sequence_bias": sequence_bias}));
+            assert_eq!(options.expect(name).sequence_bias, expected, "{name}");
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_taken_is_refused_in_words() {
+        let cases = [
+            (json!({"num_beams": "four"}), "num_beams: expected a whole number of at least 1, found \"four\""),
+            (json!({"num_beams": 0}), "num_beams: expected a whole number of at least 1, found 0"),
+            (json!({"num_beams": 2.5}), "num_beams: expected a whole number of at least 1, found 2.5"),
+            (json!({"num_beams": 5000}), "num_beams: expected a whole number from 1 to 4096, found 5000"),
+            (json!({"max_new_tokens": -1}), "max_new_tokens: expected a whole number of at least 1, found -1"),
+            (json!({"min_length": true}), "min_length: expected a whole number of at least 0, found true"),
+            (json!({"eos_token_id": [1, -2]}), "eos_token_id: expected a token id or a list of them, found [1,-2]"),
+            (json!({"repetition_penalty": 0}), "repetition_penalty: expected a positive number, found 0"),
+            (json!({"repetition_penalty": 1e-300}), "repetition_penalty: expected a positive number, found 1e-300"),
+            (json!({"length_penalty": "1"}), "length_penalty: expected a number, found \"1\""),
+            (
+                json!({"early_stopping": "always"}),
+                "early_stopping: expected true, false or \"never\", found \"always\"",
+            ),
+            (
+                json!({"bad_words_ids": [[]]}),
+                "bad_words_ids: expected a list of lists of token ids, none of them empty, found [[]]",
+            ),
+            (
+                json!({"sequence_bias": [[[], 1.0]]}),
+                "sequence_bias: expected a list of [[token ids], bias] pairs, no sequence empty, found [[[],1.0]]",
+            ),
+            (
+                json!({"sequence_bias": {"a": 1.0}}),
+                "sequence_bias: expected a list of [[token ids], bias] pairs, no sequence empty, found {\"a\":1.0}",
+            ),
+            (
+                json!({"exponential_decay_length_penalty": 2}),
+                "exponential_decay_length_penalty: expected a pair [start, factor], found 2",
+            ),
+            (json!({"suppress_tokens": 3}), "suppress_tokens: expected a list of token ids, found 3"),
+            (json!({"temprature": 1}), "temprature: expected the name of a generation option, found an unknown name"),
+            (
+                json!({"do_sample": true}),
+                "do_sample: expected false (sampling is not supported by this version), found true",
+            ),
+            (
+                json!({"temperature": 0.7}),
+                "temperature: expected 1 or it left out (it is not supported by this version), found 0.7",
+            ),
+            (
+                json!({"stop_strings": ["."]}),
+                "stop_strings: expected it left out (it is not supported by this version), found [\".\"]",
+            ),
+            (
+                json!({"num_return_sequences": 2}),
+                "num_return_sequences: expected a whole number from 1 to num_beams (1), found 2",
+            ),
+            (
+                json!({"length_penalty": 0.5}),
+                "length_penalty: expected 1 with num_beams 1 (it acts in beam search only), found 0.5",
+            ),
+            (
+                json!({"early_stopping": true, "num_beams": 1}),
+                "early_stopping: expected false with num_beams 1 (it acts in beam search only), found true",
+            ),
+        ];
+        for (request, message) in cases {
+            let error = with(&GenerationOptions::default(), request).expect_err(message);
+            assert_eq!(error.to_string(), message);
+        }
+        let error = GenerationOptions::of_model(Some("[1]"), &TokenIds::default()).expect_err("no object");
+        assert!(error.to_string().starts_with("the document: expected a JSON object, found"), "{error}");
+    }
+
+    #[test]
+    fn options_without_effect_are_accepted_at_their_defaults() {
+        for request in [
+            json!({"length_penalty": 1, "early_stopping": false}),
+            json!({"temperature": 1.0, "top_p": 1, "use_cache": true, "num_beam_groups": 1, "output_scores": false}),
+            json!({"do_sample": null, "stop_strings": null, "max_new_tokens": null}),
+        ] {
+            assert_eq!(with(&GenerationOptions::default(), request), Ok(GenerationOptions::default()));
+        }
+        let beams = model(json!({"num_beams": 4, "length_penalty": 0.6})).expect("valid");
+        assert!(with(&beams, json!({"num_beams": 1})).is_ok(), "what a request does not give cannot be its error");
+    }
+
+    #[test]
+    fn token_ids_come_from_the_nearest_that_names_them() {
+        let tokens = TokenIds { bos: Some(12), eos: vec![11], pad: Some(10) };
+        // name, generation_config.json, request, start token, end tokens, padding
+        type Case = (&'static str, Option<Value>, Value, i64, Vec<i64>, i64);
+        let cases: Vec<Case> = vec![
+            ("config.json", None, json!({}), 12, vec![11], 10),
+            (
+                "generation_config.json",
+                Some(json!({"eos_token_id": [1, 107], "pad_token_id": 0, "bos_token_id": 2})),
+                json!({}),
+                2,
+                vec![1, 107],
+                0,
+            ),
+            ("null is not given", Some(json!({"eos_token_id": null})), json!({"pad_token_id": null}), 12, vec![11], 10),
+            ("a request", Some(json!({"eos_token_id": 1})), json!({"eos_token_id": 7}), 12, vec![7], 10),
+            ("start follows bos", None, json!({"bos_token_id": 5}), 5, vec![11], 10),
+            (
+                "start of its own",
+                Some(json!({"decoder_start_token_id": 8})),
+                json!({"bos_token_id": 5}),
+                8,
+                vec![11],
+                10,
+            ),
+            ("no end tokens", None, json!({"eos_token_id": []}), 12, vec![], 10),
+        ];
+        for (name, generation_config, request, start, eos, pad) in cases {
+            let text = generation_config.map(|value| value.to_string());
+            let options = GenerationOptions::of_model(text.as_deref(), &tokens).expect(name);
+            let options = with(&options, request).expect(name);
+            assert_eq!(options.decoder_start_token_id, start, "{name}");
+            assert_eq!((options.eos_token_id, options.pad_token_id), (eos, pad), "{name}");
+        }
+        let bare = GenerationOptions::of_model(None, &TokenIds::default()).expect("nothing can be wrong");
+        assert_eq!(bare, GenerationOptions::default());
+    }
+
+    #[test]
+    fn a_generation_config_may_hold_what_this_version_passes_over() {
+        let config = json!({
+            "_from_model_config": true, "cache_implementation": "hybrid", "transformers_version": "4.53.0.dev0",
+            "top_k": 64, "top_p": 0.95, "temperature": 0.7, "use_cache": false, "output_attentions": true,
+            "something_new": {"a": 1},
+        });
+        assert_eq!(model(config), Ok(GenerationOptions::default()));
+        assert_eq!(model(json!({"num_beams": "4"})).expect_err("a bad value").option, "num_beams");
+    }
+
+    #[test]
+    fn a_model_that_asks_for_sampling_opens_but_does_not_generate_unasked() {
+        let sampling = model(json!({"do_sample": true, "top_k": 64, "num_return_sequences": 3})).expect("it opens");
+        let error = sampling.check(256, 1).expect_err("it must not become greedy search");
+        assert_eq!(
+            error.to_string(),
+            "do_sample: expected false in the request (the model's generation_config.json sets it otherwise, which is \
+             not supported by this version), found true"
+        );
+        assert!(with(&sampling, json!({"num_return_sequences": 1})).expect("well formed").check(256, 1).is_err());
+        let greedy = with(&sampling, json!({"do_sample": false, "num_return_sequences": 1})).expect("well formed");
+        assert_eq!(greedy.check(256, 1), Ok(()));
+        let error = with(&sampling, json!({"do_sample": false})).expect_err("three of one beam");
+        assert_eq!(error.option, "num_return_sequences");
+        let error = model(json!({"stop_strings": ["."]})).expect("it opens").check(256, 1).expect_err("not obeyed");
+        assert_eq!(error.option, "stop_strings");
+    }
+
+    #[test]
+    fn lengths_have_the_precedence_they_have_in_transformers() {
+        // name, generation_config.json, request, the longest target after a prompt of 3
+        let cases = [
+            ("default", json!({}), json!({}), Some(23)),
+            ("max_length counts the prompt", json!({}), json!({"max_length": 17}), Some(17)),
+            ("max_new_tokens does not", json!({}), json!({"max_new_tokens": 17}), Some(20)),
+            ("both", json!({}), json!({"max_new_tokens": 4, "max_length": 17}), Some(7)),
+            ("the model's max_length", json!({"max_length": 17}), json!({}), Some(17)),
+            ("is overridden", json!({"max_length": 17}), json!({"max_new_tokens": 4}), Some(7)),
+            ("cannot override", json!({"max_new_tokens": 4}), json!({"max_length": 17}), None),
+        ];
+        for (name, generation_config, request, expected) in cases {
+            let options = with(&model(generation_config).expect(name), request);
+            assert_eq!(options.map(|options| options.max_length(3)).ok(), expected, "{name}");
+        }
+        let error = with(&model(json!({"min_new_tokens": 4})).expect("valid"), json!({"min_length": 2}));
+        assert_eq!(
+            error.expect_err("it would have no effect").to_string(),
+            "min_length: expected min_new_tokens in its place (the model sets that to 4, and it has precedence), found 2"
+        );
+    }
+
+    #[test]
+    fn a_check_knows_the_vocabulary_and_the_prompt() {
+        let cases = [
+            (json!({}), None),
+            (json!({"max_length": 3}), Some("max_length")),
+            (json!({"max_length": 4, "eos_token_id": [8, 9]}), None),
+            (json!({"eos_token_id": [1, 10]}), Some("eos_token_id")),
+            (json!({"eos_token_id": [1, 1, 1, 1, 1, 1, 1, 1, 1, 1], "num_beams": 2}), Some("eos_token_id")),
+            (json!({"pad_token_id": 10}), Some("pad_token_id")),
+            (json!({"bos_token_id": 10}), Some("decoder_start_token_id")),
+            (json!({"bos_token_id": 10, "decoder_start_token_id": 1}), Some("bos_token_id")),
+            (json!({"bad_words_ids": [[1, 2], [3, 10]]}), Some("bad_words_ids")),
+            (json!({"sequence_bias": [[[1, 10], 1.0]]}), Some("sequence_bias")),
+            (json!({"forced_bos_token_id": 10}), Some("forced_bos_token_id")),
+            (json!({"forced_eos_token_id": [1, 10]}), Some("forced_eos_token_id")),
+            (json!({"suppress_tokens": [10]}), Some("suppress_tokens")),
+            (json!({"begin_suppress_tokens": [10]}), Some("begin_suppress_tokens")),
+        ];
+        for (request, expected) in cases {
+            let options = with(&GenerationOptions::default(), request.clone()).expect("well formed");
+            let option = options.check(10, 3).err().map(|error| error.option);
+            assert_eq!(option.as_deref(), expected, "{request}");
+        }
+    }
+}

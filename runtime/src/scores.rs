@@ -1,0 +1,758 @@
+//! From the logits of a search's rows to its candidates: logits processors, log-softmax and the choice of the best.
+//!
+//! A file of its own because it is the one place that walks whole vocabularies (256 thousand scores a row), and because
+//! its arithmetic follows Hugging Face's float32 operations one by one (but for the order of the sum in log-softmax).
+//! Only slices, no model and no tensors: which candidate becomes what is left to `search`. Standard library only.
+//!
+//! # Design
+//! A processor is an item of a list in Hugging Face's order, so a new one (temperature, top-k, …) is one more item. Most
+//! touch a handful of tokens; a pass over the vocabulary happens only in those whose definition needs it, and a row on
+//! which no processor acts is never written.
+//!
+//! NaN ranks above every number, as in PyTorch: a NaN that no processor replaces yields a candidate whose score is NaN,
+//! which the caller can refuse, and never a plausible token.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+
+use crate::options::GenerationOptions;
+use crate::search::{Candidate, Search};
+
+/// The logits processors that the options of a request ask for, for one source row.
+#[derive(Clone, Debug)]
+pub struct Processors {
+    /// In the order of application.
+    processors: Vec<Processor>,
+}
+
+#[derive(Clone, Debug)]
+enum Processor {
+    /// Adds to the score of a token that completes a sequence. Bad words are sequences with a bias of −∞.
+    SequenceBias(Vec<TokenBias>),
+    /// Makes the tokens of the source likelier (the penalty is below 1 then).
+    EncoderRepetitionPenalty { source: Vec<i64>, penalty: f32 },
+    /// Makes the tokens of the history less likely.
+    RepetitionPenalty(f32),
+    /// Forbids n-grams that the history holds already.
+    NoRepeatNgram(usize),
+    /// Forbids n-grams of the source.
+    EncoderNoRepeatNgram { source: Vec<i64>, size: usize },
+    /// Forbids tokens as long as the history's length is in a range.
+    Forbid { tokens: Vec<i64>, from: usize, to: usize },
+    /// Allows only some tokens at one length of the history.
+    Force { tokens: Vec<i64>, at: usize },
+    /// Replaces NaN and infinities.
+    RemoveInvalid,
+    /// Raises the scores of the end-of-sequence tokens, the more the longer the history is than `start`.
+    ExponentialDecay { eos: Vec<i64>, start: usize, factor: f64 },
+    /// Takes the logarithm of the softmax.
+    Renormalize,
+}
+
+/// The biases of the sequences that end in one token.
+#[derive(Clone, Debug)]
+struct TokenBias {
+    token: i64,
+    /// What must end the history, and what is added then.
+    sequences: Vec<(Vec<i64>, f32)>,
+}
+
+impl Processors {
+    /// Prepares the processors that `options` ask for: `source` holds the encoder's tokens with their padding, and
+    /// `prompt_len` counts the decoder's first tokens.
+    pub fn new(options: &GenerationOptions, source: &[i64], prompt_len: usize) -> Processors {
+        let mut processors = Vec::new();
+        let eos = &options.eos_token_id;
+        if !options.sequence_bias.is_empty() {
+            let sequences = options.sequence_bias.iter().map(|(tokens, bias)| (tokens.as_slice(), *bias));
+            processors.push(sequence_bias(sequences));
+        }
+        if options.encoder_repetition_penalty != 1.0 {
+            let penalty = (1.0 / options.encoder_repetition_penalty) as f32;
+            processors.push(Processor::EncoderRepetitionPenalty { source: source.to_vec(), penalty });
+        }
+        if options.repetition_penalty != 1.0 {
+            processors.push(Processor::RepetitionPenalty(options.repetition_penalty as f32));
+        }
+        if options.no_repeat_ngram_size > 0 {
+            processors.push(Processor::NoRepeatNgram(options.no_repeat_ngram_size));
+        }
+        if options.encoder_no_repeat_ngram_size > 0 {
+            let size = options.encoder_no_repeat_ngram_size;
+            processors.push(Processor::EncoderNoRepeatNgram { source: source.to_vec(), size });
+        }
+        if !options.bad_words_ids.is_empty() {
+            let is_eos = |word: &[i64]| matches!(word, [token] if eos.contains(token));
+            let words = options.bad_words_ids.iter().map(Vec::as_slice).filter(|word| !is_eos(word));
+            processors.push(sequence_bias(words.map(|word| (word, f32::NEG_INFINITY))));
+        }
+        // min_new_tokens has precedence over min_length, which counts the prompt.
+        let min_length = match options.min_new_tokens {
+            Some(min_new_tokens) => prompt_len.saturating_add(min_new_tokens),
+            None => options.min_length,
+        };
+        if min_length > 0 {
+            processors.push(Processor::Forbid { tokens: eos.clone(), from: 0, to: min_length });
+        }
+        if let Some(token) = options.forced_bos_token_id {
+            processors.push(Processor::Force { tokens: vec![token], at: 1 });
+        }
+        if !options.forced_eos_token_id.is_empty() {
+            let at = options.max_length(prompt_len).saturating_sub(1);
+            processors.push(Processor::Force { tokens: options.forced_eos_token_id.clone(), at });
+        }
+        if options.remove_invalid_values {
+            processors.push(Processor::RemoveInvalid);
+        }
+        if let Some((start, factor)) = options.exponential_decay_length_penalty {
+            let start = start.saturating_add(prompt_len);
+            processors.push(Processor::ExponentialDecay { eos: eos.clone(), start, factor });
+        }
+        if !options.suppress_tokens.is_empty() {
+            let tokens = options.suppress_tokens.clone();
+            processors.push(Processor::Forbid { tokens, from: 0, to: usize::MAX });
+        }
+        if !options.begin_suppress_tokens.is_empty() {
+            let is_forced = prompt_len == 1 && options.forced_bos_token_id.is_some();
+            let from = if is_forced { 2 } else { prompt_len };
+            let tokens = options.begin_suppress_tokens.clone();
+            processors.push(Processor::Forbid { tokens, from, to: from + 1 });
+        }
+        if options.renormalize_logits {
+            processors.push(Processor::Renormalize);
+        }
+        Processors { processors }
+    }
+
+    /// Applies the processors to the scores of one row: logits for greedy search, log-probabilities for beam search.
+    /// `history` is the row's prompt and generated tokens; tokens outside the vocabulary are passed over.
+    pub fn apply(&self, scores: &mut [f32], history: &[i64]) {
+        for processor in &self.processors {
+            if processor.is_active(history.len()) {
+                processor.apply(scores, history);
+            }
+        }
+    }
+
+    /// Chooses the best candidates of one step, best first, ties by beam and then token.
+    ///
+    /// `logits` holds [`Search::width`] rows of one vocabulary each and is overwritten where a processor acts.
+    /// Greedy search compares processed logits; beam search adds processed log-probabilities to the beams' scores.
+    ///
+    /// # Panics
+    /// If `logits` is empty or not a whole number of rows.
+    pub fn candidates(&self, logits: &mut [f32], search: &Search) -> Vec<Candidate> {
+        let vocab_size = logits.len() / search.width();
+        assert!(vocab_size > 0 && vocab_size * search.width() == logits.len(), "logits are rows of one vocabulary");
+        let mut best = Best::new(search.candidates());
+        for (beam, row) in logits.chunks_exact_mut(vocab_size).enumerate() {
+            let history = search.history(beam);
+            let mut norm = Norm::NONE;
+            if search.sums_log_probabilities() {
+                norm = Norm::of(row);
+                if self.processors.iter().any(|processor| processor.is_active(history.len())) {
+                    norm.apply(row);
+                    norm = Norm::NONE;
+                }
+            }
+            self.apply(row, history);
+            best.take_row(beam, row, norm, search.running_score(beam));
+        }
+        best.candidates
+    }
+}
+
+impl Processor {
+    /// Whether it can change anything for a history of this length.
+    fn is_active(&self, length: usize) -> bool {
+        match *self {
+            Processor::NoRepeatNgram(size) => length >= size,
+            Processor::EncoderNoRepeatNgram { size, .. } => length + 1 >= size,
+            Processor::Forbid { from, to, .. } => (from..to).contains(&length),
+            Processor::Force { at, .. } => length == at,
+            Processor::ExponentialDecay { start, .. } => length > start,
+            Processor::SequenceBias(_)
+            | Processor::EncoderRepetitionPenalty { .. }
+            | Processor::RepetitionPenalty(_)
+            | Processor::RemoveInvalid
+            | Processor::Renormalize => true,
+        }
+    }
+
+    /// Changes the scores; the history is of a length for which it is active.
+    fn apply(&self, scores: &mut [f32], history: &[i64]) {
+        match self {
+            Processor::SequenceBias(biases) => {
+                for TokenBias { token, sequences } in biases {
+                    let active = sequences.iter().filter(|(prefix, _)| history.ends_with(prefix));
+                    if let Some(bias) = active.map(|&(_, bias)| bias).reduce(|sum, bias| sum + bias)
+                        && let Some(score) = at(scores, *token)
+                    {
+                        *score += bias;
+                    }
+                }
+            }
+            Processor::EncoderRepetitionPenalty { source, penalty } => penalise(scores, source, *penalty),
+            Processor::RepetitionPenalty(penalty) => penalise(scores, history, *penalty),
+            Processor::NoRepeatNgram(size) => forbid_ngrams(scores, history, history, *size),
+            Processor::EncoderNoRepeatNgram { source, size } => forbid_ngrams(scores, source, history, *size),
+            Processor::Forbid { tokens, .. } => set(scores, tokens, f32::NEG_INFINITY),
+            Processor::Force { tokens, .. } => {
+                scores.fill(f32::NEG_INFINITY);
+                set(scores, tokens, 0.0);
+            }
+            Processor::RemoveInvalid => {
+                for score in scores {
+                    *score = if score.is_nan() { 0.0 } else { score.clamp(f32::MIN, f32::MAX) };
+                }
+            }
+            Processor::ExponentialDecay { eos, start, factor } => {
+                let growth = (factor.powf((history.len() - start) as f64) - 1.0) as f32;
+                update(scores, eos, |score| if score.is_finite() { score + score.abs() * growth } else { score });
+            }
+            Processor::Renormalize => Norm::of(scores).apply(scores),
+        }
+    }
+}
+
+/// Collects biased sequences by their last token; of a sequence given twice the last bias counts, as in a dictionary.
+fn sequence_bias<'a>(sequences: impl Iterator<Item = (&'a [i64], f32)>) -> Processor {
+    let mut places: HashMap<&[i64], usize> = HashMap::new();
+    let mut distinct: Vec<(&[i64], f32)> = Vec::new();
+    for (tokens, bias) in sequences.filter(|(tokens, _)| !tokens.is_empty()) {
+        match places.entry(tokens) {
+            Entry::Occupied(place) => distinct[*place.get()].1 = bias,
+            Entry::Vacant(place) => {
+                place.insert(distinct.len());
+                distinct.push((tokens, bias));
+            }
+        }
+    }
+    // Sums of float32 depend on their order: single tokens first, then by length in the order lengths first appear.
+    let mut lengths: HashMap<usize, usize> = HashMap::from([(1, 0)]);
+    for (tokens, _) in &distinct {
+        let next = lengths.len();
+        lengths.entry(tokens.len()).or_insert(next);
+    }
+    distinct.sort_by_key(|(tokens, _)| lengths[&tokens.len()]);
+
+    let mut places: HashMap<i64, usize> = HashMap::new();
+    let mut biases: Vec<TokenBias> = Vec::new();
+    for (tokens, bias) in distinct {
+        let (&token, prefix) = tokens.split_last().expect("empty sequences were passed over");
+        let place = *places.entry(token).or_insert_with(|| {
+            biases.push(TokenBias { token, sequences: Vec::new() });
+            biases.len() - 1
+        });
+        biases[place].sequences.push((prefix.to_vec(), bias));
+    }
+    Processor::SequenceBias(biases)
+}
+
+/// Moves the scores of tokens away from what is likely; a token that occurs twice is moved once.
+fn penalise(scores: &mut [f32], tokens: &[i64], penalty: f32) {
+    update(scores, tokens, |score| if score < 0.0 { score * penalty } else { score / penalty });
+}
+
+/// Forbids every token that would complete an n-gram of `text`.
+fn forbid_ngrams(scores: &mut [f32], text: &[i64], history: &[i64], size: usize) {
+    let prefix = &history[history.len() + 1 - size..];
+    for ngram in text.windows(size).filter(|ngram| ngram.starts_with(prefix)) {
+        set(scores, &ngram[size - 1..], f32::NEG_INFINITY);
+    }
+}
+
+/// Replaces the scores of tokens by a function of what they were before any was replaced.
+fn update(scores: &mut [f32], tokens: &[i64], new: impl Fn(f32) -> f32) {
+    let replaced: Vec<(i64, f32)> =
+        tokens.iter().filter_map(|&token| at(scores, token).map(|score| (token, new(*score)))).collect();
+    for (token, score) in replaced {
+        set(scores, &[token], score);
+    }
+}
+
+fn set(scores: &mut [f32], tokens: &[i64], score: f32) {
+    for &token in tokens {
+        if let Some(place) = at(scores, token) {
+            *place = score;
+        }
+    }
+}
+
+fn at(scores: &mut [f32], token: i64) -> Option<&mut f32> {
+    scores.get_mut(usize::try_from(token).ok()?)
+}
+
+/// What log-softmax subtracts from a row, one after the other.
+#[derive(Clone, Copy, Debug)]
+struct Norm {
+    max: f32,
+    log_sum: f32,
+}
+
+/// Independent accumulators, so that the compiler can keep them in vector registers.
+const LANES: usize = 16;
+
+impl Norm {
+    /// Subtracts nothing.
+    const NONE: Norm = Norm { max: 0.0, log_sum: 0.0 };
+
+    fn of(row: &[f32]) -> Norm {
+        let mut lanes = [f32::NEG_INFINITY; LANES];
+        for_lanes(row, |lane, x| lanes[lane] = if x > lanes[lane] { x } else { lanes[lane] });
+        let max = lanes.into_iter().fold(f32::NEG_INFINITY, f32::max);
+        // Blocks keep the float32 sums short; NaN and infinities reach the sum.
+        let sum: f64 = row
+            .chunks(64 * LANES)
+            .map(|block| {
+                let mut lanes = [0.0f32; LANES];
+                for_lanes(block, |lane, x| lanes[lane] += exp(x - max));
+                lanes.into_iter().map(f64::from).sum::<f64>()
+            })
+            .sum();
+        Norm { max, log_sum: sum.ln() as f32 }
+    }
+
+    fn apply(self, row: &mut [f32]) {
+        for x in row {
+            *x = self.subtract(*x);
+        }
+    }
+
+    #[inline]
+    fn subtract(self, x: f32) -> f32 {
+        x - self.max - self.log_sum
+    }
+}
+
+fn for_lanes(row: &[f32], mut visit: impl FnMut(usize, f32)) {
+    let (chunks, rest) = row.as_chunks::<LANES>();
+    for chunk in chunks {
+        for (lane, &x) in chunk.iter().enumerate() {
+            visit(lane, x);
+        }
+    }
+    for (lane, &x) in rest.iter().enumerate() {
+        visit(lane, x);
+    }
+}
+
+/// e^x for x ≤ 0, to 2 units in the last place; NaN for NaN, and e^−87 (below 2e-38) for anything under −87.
+///
+/// `f32::exp` is a call per element, which keeps the loop over the vocabulary from being vectorised.
+#[inline]
+fn exp(x: f32) -> f32 {
+    const ROUND: f32 = 12_582_912.0; // 1.5 · 2^23: adding it leaves a whole number in the low bits of the mantissa
+    let x = if x < -87.0 { -87.0 } else { x };
+    let shifted = x * std::f32::consts::LOG2_E + ROUND;
+    let n = shifted - ROUND;
+    // ln 2 in two parts, so that n · ln 2 is subtracted exactly; then Cephes' polynomial for e^r on |r| ≤ ln 2 / 2.
+    let r = x - n * 0.693_359_4 - n * -2.121_944_4e-4;
+    let series = [1.398_2e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 5.0e-1];
+    let p = series.into_iter().fold(1.987_569_1e-4, |p, c| p * r + c);
+    let two_to_n = f32::from_bits(shifted.to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(127) << 23);
+    (p * r * r + r + 1.0) * two_to_n
+}
+
+/// The best candidates among the rows seen so far, rows coming in the order of beams.
+struct Best {
+    count: usize,
+    /// Best first. Few enough that an insertion may move them all.
+    candidates: Vec<Candidate>,
+}
+
+impl Best {
+    fn new(count: usize) -> Best {
+        Best { count, candidates: Vec::with_capacity(count + 1) }
+    }
+
+    /// Offers every token of a row.
+    fn take_row(&mut self, beam: usize, row: &[f32], norm: Norm, running_score: f32) {
+        const BLOCK: usize = 64;
+        let score = |x: f32| norm.subtract(x) + running_score;
+        for (block, xs) in row.chunks(BLOCK).enumerate() {
+            // A whole block is compared without branches; few blocks hold a score that is good enough.
+            if let Some(worst) = self.worst()
+                && !xs.iter().fold(false, |any, &x| any | (score(x) > worst) | score(x).is_nan())
+            {
+                continue;
+            }
+            for (place, &x) in xs.iter().enumerate() {
+                self.offer(Candidate { parent: beam, token: (block * BLOCK + place) as i64, score: score(x) });
+            }
+        }
+    }
+
+    /// The score to beat.
+    fn worst(&self) -> Option<f32> {
+        self.candidates.get(self.count - 1).map(|candidate| candidate.score)
+    }
+
+    fn offer(&mut self, candidate: Candidate) {
+        let rank = rank(candidate.score);
+        // Beams and tokens ascend, so of equal scores the newcomer is the last.
+        let place = match self.worst() {
+            Some(worst) if self::rank(worst) >= rank => return,
+            _ => self.candidates.partition_point(|kept| self::rank(kept.score) >= rank),
+        };
+        self.candidates.truncate(self.count - 1);
+        self.candidates.insert(place, candidate);
+    }
+}
+
+/// Orders scores as whole numbers: −0 and 0 alike, NaN above all.
+fn rank(score: f32) -> i32 {
+    if score.is_nan() {
+        return i32::MAX;
+    }
+    let bits = (score + 0.0).to_bits() as i32;
+    if bits < 0 { bits ^ i32::MAX } else { bits }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Reproducible noise.
+    struct Noise(u64);
+
+    impl Noise {
+        fn next(&mut self) -> u64 {
+            self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+            let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+            z ^ (z >> 31)
+        }
+
+        /// Between −`scale` and `scale`.
+        fn row(&mut self, len: usize, scale: f32) -> Vec<f32> {
+            (0..len).map(|_| ((self.next() >> 40) as f32 / (1 << 23) as f32 - 1.0) * scale).collect()
+        }
+    }
+
+    const NAN: f32 = f32::NAN;
+    const INF: f32 = f32::INFINITY;
+
+    /// Equal, with NaN equal to itself.
+    fn is_same(a: &[f32], b: &[f32]) -> bool {
+        a.len() == b.len() && a.iter().zip(b).all(|(a, b)| a == b || (a.is_nan() && b.is_nan()))
+    }
+
+    #[test]
+    fn each_processor_does_what_its_option_says() {
+        let default = GenerationOptions::default;
+        // The source is [0, 4, 5, 4], the end-of-sequence token 1, the scores are [1, −1, 2, −2, 3, −3].
+        let scores = [1.0, -1.0, 2.0, -2.0, 3.0, -3.0];
+        type Case = (&'static str, GenerationOptions, usize, &'static [i64], [f32; 6]);
+        let cases: Vec<Case> = vec![
+            ("none", default(), 1, &[2, 4], scores),
+            (
+                "repetition_penalty counts a token once and the prompt too",
+                GenerationOptions { repetition_penalty: 2.0, ..default() },
+                1,
+                &[2, 3, 3],
+                [1.0, -1.0, 1.0, -4.0, 3.0, -3.0],
+            ),
+            (
+                "encoder_repetition_penalty works the other way, on the source with its padding",
+                GenerationOptions { encoder_repetition_penalty: 2.0, ..default() },
+                1,
+                &[2, 3],
+                [2.0, -1.0, 2.0, -2.0, 6.0, -1.5],
+            ),
+            (
+                "no_repeat_ngram_size 1 forbids the history",
+                GenerationOptions { no_repeat_ngram_size: 1, ..default() },
+                1,
+                &[2, 3],
+                [1.0, -1.0, -INF, -INF, 3.0, -3.0],
+            ),
+            (
+                "no_repeat_ngram_size 2 forbids what followed the last token",
+                GenerationOptions { no_repeat_ngram_size: 2, ..default() },
+                1,
+                &[2, 3, 4, 3, 5, 3],
+                [1.0, -1.0, 2.0, -2.0, -INF, -INF],
+            ),
+            (
+                "no_repeat_ngram_size is idle in a shorter history",
+                GenerationOptions { no_repeat_ngram_size: 3, ..default() },
+                1,
+                &[2, 2],
+                scores,
+            ),
+            (
+                "encoder_no_repeat_ngram_size looks into the source",
+                GenerationOptions { encoder_no_repeat_ngram_size: 2, ..default() },
+                1,
+                &[4],
+                [1.0, -1.0, 2.0, -2.0, 3.0, -INF],
+            ),
+            (
+                "encoder_no_repeat_ngram_size is idle while the history is shorter than its prefix",
+                GenerationOptions { encoder_no_repeat_ngram_size: 3, ..default() },
+                1,
+                &[4],
+                scores,
+            ),
+            (
+                "sequence_bias: sums for one token, prefixes must fit, the last of equals counts",
+                GenerationOptions {
+                    sequence_bias: vec![
+                        (vec![4], 9.0),
+                        (vec![3, 4], 1.0),
+                        (vec![2, 3, 4], 0.5),
+                        (vec![3, 2, 3, 4], 100.0),
+                        (vec![2, 5], 100.0),
+                        (vec![4], 0.25),
+                    ],
+                    ..default()
+                },
+                1,
+                &[2, 3],
+                [1.0, -1.0, 2.0, -2.0, 4.75, -3.0],
+            ),
+            (
+                "bad_words_ids: an end-of-sequence token is not a bad word",
+                GenerationOptions { bad_words_ids: vec![vec![0], vec![1], vec![3, 4], vec![2, 5]], ..default() },
+                1,
+                &[2, 3],
+                [-INF, -1.0, 2.0, -2.0, -INF, -3.0],
+            ),
+            (
+                "min_length counts the prompt",
+                GenerationOptions { min_length: 3, ..default() },
+                1,
+                &[2, 3],
+                [1.0, -INF, 2.0, -2.0, 3.0, -3.0],
+            ),
+            ("min_length reached", GenerationOptions { min_length: 2, ..default() }, 1, &[2, 3], scores),
+            (
+                "min_new_tokens does not count the prompt",
+                GenerationOptions { min_new_tokens: Some(2), eos_token_id: vec![1, 5], ..default() },
+                2,
+                &[2, 3, 4],
+                [1.0, -INF, 2.0, -2.0, 3.0, -INF],
+            ),
+            (
+                "min_new_tokens has precedence over min_length",
+                GenerationOptions { min_new_tokens: Some(0), min_length: 9, ..default() },
+                1,
+                &[2],
+                scores,
+            ),
+            (
+                "forced_bos_token_id after one token",
+                GenerationOptions { forced_bos_token_id: Some(3), ..default() },
+                1,
+                &[2],
+                [-INF, -INF, -INF, 0.0, -INF, -INF],
+            ),
+            (
+                "forced_bos_token_id not after two",
+                GenerationOptions { forced_bos_token_id: Some(3), ..default() },
+                2,
+                &[2, 4],
+                scores,
+            ),
+            (
+                "forced_eos_token_id for the last token",
+                GenerationOptions { forced_eos_token_id: vec![1, 4], max_new_tokens: Some(2), ..default() },
+                1,
+                &[2, 3],
+                [-INF, 0.0, -INF, -INF, 0.0, -INF],
+            ),
+            (
+                "forced_eos_token_id not earlier",
+                GenerationOptions { forced_eos_token_id: vec![1, 4], max_new_tokens: Some(3), ..default() },
+                1,
+                &[2, 3],
+                scores,
+            ),
+            (
+                "exponential_decay_length_penalty moves an end-of-sequence token once, upwards",
+                GenerationOptions {
+                    exponential_decay_length_penalty: Some((1, 3.0)),
+                    eos_token_id: vec![1, 4, 1],
+                    ..default()
+                },
+                1,
+                &[2, 3, 3, 3],
+                [1.0, 7.0, 2.0, -2.0, 27.0, -3.0],
+            ),
+            (
+                "exponential_decay_length_penalty is idle at its start",
+                GenerationOptions { exponential_decay_length_penalty: Some((1, 3.0)), ..default() },
+                1,
+                &[2, 3],
+                scores,
+            ),
+            (
+                "suppress_tokens",
+                GenerationOptions { suppress_tokens: vec![0, 5], ..default() },
+                1,
+                &[2, 3],
+                [-INF, -1.0, 2.0, -2.0, 3.0, -INF],
+            ),
+            (
+                "begin_suppress_tokens on the first token",
+                GenerationOptions { begin_suppress_tokens: vec![4], ..default() },
+                2,
+                &[2, 3],
+                [1.0, -1.0, 2.0, -2.0, -INF, -3.0],
+            ),
+            (
+                "begin_suppress_tokens not on the second",
+                GenerationOptions { begin_suppress_tokens: vec![4], ..default() },
+                1,
+                &[2, 3],
+                scores,
+            ),
+            (
+                "begin_suppress_tokens on the second if the first is forced",
+                GenerationOptions { begin_suppress_tokens: vec![4], forced_bos_token_id: Some(3), ..default() },
+                1,
+                &[2, 3],
+                [1.0, -1.0, 2.0, -2.0, -INF, -3.0],
+            ),
+            (
+                "tokens outside the vocabulary are passed over",
+                GenerationOptions { suppress_tokens: vec![6, -1], repetition_penalty: 2.0, ..default() },
+                1,
+                &[99, -100],
+                scores,
+            ),
+        ];
+        for (name, options, prompt_len, history, expected) in cases {
+            let mut row = scores;
+            Processors::new(&options, &[0, 4, 5, 4], prompt_len).apply(&mut row, history);
+            assert_eq!(row, expected, "{name}");
+        }
+    }
+
+    #[test]
+    fn invalid_values_are_removed_before_the_processors_that_follow() {
+        let options =
+            GenerationOptions { remove_invalid_values: true, suppress_tokens: vec![3], ..GenerationOptions::default() };
+        let mut row = [NAN, INF, -INF, INF, 1.0];
+        Processors::new(&options, &[], 1).apply(&mut row, &[2]);
+        assert_eq!(row, [0.0, f32::MAX, f32::MIN, -INF, 1.0]);
+    }
+
+    #[test]
+    fn the_exponential_is_good_to_two_units_in_the_last_place() {
+        for step in 0..=870_000 {
+            let x = -(step as f32) / 10_000.0;
+            let (exact, fast) = (f64::from(x).exp(), f64::from(exp(x)));
+            assert!((fast / exact - 1.0).abs() < 2.4e-7, "e^{x} is {exact:e}, not {fast:e}");
+        }
+        assert_eq!(exp(0.0), 1.0);
+        assert!(exp(-INF) > 0.0 && exp(-INF) < 2e-38);
+        assert!(exp(NAN).is_nan());
+    }
+
+    #[test]
+    fn log_softmax_agrees_with_the_definition() {
+        let mut noise = Noise(1);
+        for len in [1, 2, 15, 16, 17, 1000, 1024, 5000] {
+            for scale in [0.01, 3.0, 30.0, 1000.0] {
+                let mut row = noise.row(len, scale);
+                let max = row.iter().copied().map(f64::from).fold(f64::NEG_INFINITY, f64::max);
+                let sum: f64 = row.iter().map(|&x| (f64::from(x) - max).exp()).sum();
+                let expected: Vec<f64> = row.iter().map(|&x| f64::from(x) - max - sum.ln()).collect();
+                Norm::of(&row).apply(&mut row);
+                for (found, expected) in row.iter().zip(expected) {
+                    let tolerance = 2e-7 * (expected.abs() + sum.ln() + 1.0);
+                    assert!((f64::from(*found) - expected).abs() <= tolerance, "{len}, {scale}: {found}, {expected}");
+                }
+            }
+        }
+        let cases: &[(&str, &[f32], &[f32])] = &[
+            ("a forbidden token", &[0.0, -INF, -INF], &[0.0, -INF, -INF]),
+            ("NaN", &[0.0, NAN], &[NAN, NAN]),
+            ("infinity", &[0.0, INF], &[NAN, NAN]),
+            ("nothing allowed", &[-INF, -INF], &[NAN, NAN]),
+        ];
+        for (name, row, expected) in cases {
+            let mut row = row.to_vec();
+            Norm::of(&row).apply(&mut row);
+            assert!(is_same(&row, expected), "{name}: {row:?}");
+        }
+    }
+
+    #[test]
+    fn the_choice_is_that_of_a_full_sort() {
+        let mut noise = Noise(2);
+        for round in 0..400 {
+            let (len, width, count) = (1 + noise.next() as usize % 300, 1 + round % 4, 1 + round % 13);
+            // Few distinct values, so that most choices are ties; some rows hold what arithmetic can leave behind.
+            let levels = [2.0, 5.0, 1e6][round % 3];
+            let mut rows = noise.row(len * width, levels);
+            rows.iter_mut().for_each(|x| *x = if levels < 1e6 { x.round() } else { *x });
+            for special in [NAN, -INF, INF, -0.0, -1e9].into_iter().take(round % 6) {
+                let place = noise.next() as usize % rows.len();
+                rows[place] = special;
+            }
+            let running = noise.row(width, 3.0);
+            let mut expected: Vec<(i32, usize)> =
+                (0..rows.len()).map(|place| (rank(rows[place] + running[place / len]), place)).collect();
+            expected.sort_by_key(|&(rank, place)| (std::cmp::Reverse(rank), place));
+            expected.truncate(count);
+
+            let mut best = Best::new(count);
+            for (beam, row) in rows.chunks(len).enumerate() {
+                best.take_row(beam, row, Norm::NONE, running[beam]);
+            }
+            let found: Vec<(i32, usize)> = (best.candidates.iter())
+                .map(|candidate| (rank(candidate.score), candidate.parent * len + candidate.token as usize))
+                .collect();
+            assert_eq!(found, expected, "round {round}");
+        }
+    }
+
+    #[test]
+    fn greedy_candidates_are_the_best_logits() {
+        let suppress = GenerationOptions { suppress_tokens: vec![1], ..GenerationOptions::default() };
+        let plain = GenerationOptions::default();
+        // name, options, logits, token, score
+        type Case<'a> = (&'static str, &'a GenerationOptions, &'static [f32], i64, f32);
+        let cases: &[Case] = &[
+            ("the highest", &plain, &[1.0, 3.0, 2.0], 1, 3.0),
+            ("the first of equals", &plain, &[1.0, 3.0, 3.0], 1, 3.0),
+            ("zeros of both signs are equal", &plain, &[-0.0, 0.0], 0, 0.0),
+            ("after processing", &suppress, &[1.0, 3.0, 2.0], 2, 2.0),
+            ("nothing is left", &suppress, &[-INF, 3.0], 0, -INF),
+            ("NaN is not passed over", &plain, &[1.0, NAN, 2.0], 1, NAN),
+        ];
+        for &(name, options, logits, token, score) in cases {
+            let processors = Processors::new(options, &[], 1);
+            let found = processors.candidates(&mut logits.to_vec(), &Search::new(options, &[2]));
+            assert_eq!((found.len(), found[0].parent, found[0].token), (1, 0, token), "{name}");
+            assert!(is_same(&[found[0].score], &[score]), "{name}: {}", found[0].score);
+        }
+    }
+
+    #[test]
+    fn beam_candidates_of_the_first_step_come_from_the_first_beam() {
+        let options = GenerationOptions { num_beams: 2, ..GenerationOptions::default() };
+        let row = [0.5, 4.0, 1.0, 2.0, 3.0, 0.0];
+        let found =
+            Processors::new(&options, &[], 1).candidates(&mut [row, row].concat(), &Search::new(&options, &[2]));
+        let places: Vec<_> = found.iter().map(|candidate| (candidate.parent, candidate.token)).collect();
+        assert_eq!(places, [(0, 1), (0, 4), (0, 3), (0, 2)]);
+        let sum: f64 = row.iter().map(|&x| f64::from(x).exp()).sum();
+        assert!((f64::from(found[0].score) - (4.0 - sum.ln())).abs() < 1e-6);
+    }
+
+    #[test]
+    fn rows_are_not_written_unless_a_processor_acts() {
+        let row = [0.5, 4.0, 1.0, 2.0, 3.0, 0.0];
+        for num_beams in [1, 2] {
+            let options = GenerationOptions { num_beams, min_length: 3, ..GenerationOptions::default() };
+            let processors = Processors::new(&options, &[], 1);
+            let mut logits = row.repeat(num_beams);
+            processors.candidates(&mut logits, &Search::new(&options, &[2, 3, 4]));
+            assert_eq!(logits, row.repeat(num_beams), "num_beams {num_beams}");
+        }
+    }
+}

@@ -1,0 +1,410 @@
+//! Beam search as Hugging Face's vectorised implementation (transformers 5) computes it, for one source row.
+//!
+//! # Design
+//! Every score is a float32 and "not eligible" is the number −1e9 added to it, never a flag that excludes: which
+//! hypothesis is returned can hang on how such a sum rounds, so the arithmetic is kept, order of operations included.
+//! Ties, whose order PyTorch leaves open, go to the earlier entry.
+
+use super::{Candidate, FinishReason, Hypothesis, Progress};
+use crate::options::{EarlyStopping, GenerationOptions};
+
+/// Added to a score to put it behind every real one.
+const PENALTY: f32 = -1e9;
+
+#[derive(Clone, Debug)]
+pub(super) struct Beam {
+    /// Running beams, best first: prompt and generated tokens, and the summed log-probability.
+    running: Vec<Vec<i64>>,
+    running_scores: Vec<f32>,
+    /// What the last step did to the running beams.
+    next_tokens: Vec<i64>,
+    parents: Vec<usize>,
+    /// The best finished hypotheses, best first; filled up with entries that have not finished.
+    pool: Vec<Finished>,
+    /// Whether a running beam may still beat a finished hypothesis. Once false it stays false.
+    open: bool,
+    prompt_len: usize,
+    max_length: usize,
+    eos: Vec<i64>,
+    length_penalty: f64,
+    early_stopping: EarlyStopping,
+    num_return_sequences: usize,
+    /// The running beams before the last step, kept for their allocations.
+    spare: Vec<Vec<i64>>,
+}
+
+/// An entry of the pool.
+#[derive(Clone, Debug)]
+struct Finished {
+    tokens: Vec<i64>,
+    score: f32,
+    is_finished: bool,
+}
+
+impl Beam {
+    pub(super) fn new(options: &GenerationOptions, prompt: &[i64]) -> Beam {
+        let width = options.num_beams;
+        // All beams start from the same prompt: only the first may contribute to the first step.
+        let mut running_scores = vec![PENALTY; width];
+        running_scores[0] = 0.0;
+        Beam {
+            running: vec![prompt.to_vec(); width],
+            running_scores,
+            next_tokens: vec![prompt.last().copied().unwrap_or_default(); width],
+            parents: (0..width).collect(),
+            pool: vec![Finished { tokens: Vec::new(), score: PENALTY, is_finished: false }; width],
+            open: true,
+            prompt_len: prompt.len(),
+            max_length: options.max_length(prompt.len()),
+            eos: options.eos_token_id.clone(),
+            length_penalty: options.length_penalty,
+            early_stopping: options.early_stopping,
+            num_return_sequences: options.num_return_sequences,
+            spare: vec![Vec::new(); width],
+        }
+    }
+
+    pub(super) fn width(&self) -> usize {
+        self.running.len()
+    }
+
+    /// Enough that `width` of them do not end, whatever end-of-sequence tokens rank above them.
+    pub(super) fn candidates(&self) -> usize {
+        (1 + self.eos.len()).max(2) * self.width()
+    }
+
+    pub(super) fn history(&self, beam: usize) -> &[i64] {
+        &self.running[beam]
+    }
+
+    pub(super) fn running_score(&self, beam: usize) -> f32 {
+        self.running_scores[beam]
+    }
+
+    pub(super) fn next_tokens(&self) -> &[i64] {
+        &self.next_tokens
+    }
+
+    pub(super) fn parents(&self) -> &[usize] {
+        &self.parents
+    }
+
+    pub(super) fn advance(&mut self, candidates: &[Candidate]) -> Progress {
+        let generated = self.running[0].len() + 1 - self.prompt_len;
+        let at_end = self.running[0].len() + 1 >= self.max_length;
+        let stops: Vec<bool> = candidates.iter().map(|c| at_end || self.eos.contains(&c.token)).collect();
+
+        self.update_pool(candidates, &stops, generated);
+        self.update_running(candidates, &stops);
+
+        let length = match self.early_stopping {
+            EarlyStopping::Never if self.length_penalty > 0.0 => self.max_length.saturating_sub(self.prompt_len),
+            _ => generated,
+        };
+        let best = self.running_scores[0] / self.normaliser(length);
+        let worst = self.pool.iter().map(|entry| entry.score).fold(f32::INFINITY, f32::min);
+        self.open &= self.pool.iter().any(|entry| best > if entry.is_finished { worst } else { PENALTY });
+
+        let is_done = !self.open || self.is_full() || stops.iter().all(|&stop| stop);
+        if is_done { Progress::Done } else { Progress::Continue }
+    }
+
+    /// Whether early stopping has all the hypotheses it waits for.
+    fn is_full(&self) -> bool {
+        self.early_stopping == EarlyStopping::True && self.pool.iter().all(|entry| entry.is_finished)
+    }
+
+    /// `length^length_penalty`, computed as Python does and rounded once.
+    fn normaliser(&self, length: usize) -> f32 {
+        (length as f64).powf(self.length_penalty) as f32
+    }
+
+    /// Lets the candidates that end compete with the finished hypotheses, if they rank among the first `width`.
+    fn update_pool(&mut self, candidates: &[Candidate], stops: &[bool], generated: usize) {
+        let width = self.width();
+        let is_full = self.is_full();
+        let normaliser = self.normaliser(generated);
+        let eligible = |rank: usize| stops[rank] && rank < width;
+        let scores: Vec<f32> = (self.pool.iter().map(|entry| entry.score))
+            .chain(candidates.iter().enumerate().map(|(rank, candidate)| {
+                let mut score = candidate.score / normaliser;
+                for closed in [is_full, !self.open, !eligible(rank)] {
+                    if closed {
+                        score += PENALTY;
+                    }
+                }
+                score
+            }))
+            .collect();
+        let mut old: Vec<Option<Finished>> = std::mem::take(&mut self.pool).into_iter().map(Some).collect();
+        self.pool = best(&scores, width)
+            .into_iter()
+            .map(|index| match index.checked_sub(width) {
+                None => old[index].take().expect("no index is chosen twice"),
+                Some(rank) => {
+                    let Candidate { parent, token, .. } = candidates[rank];
+                    let mut tokens = self.running[parent][self.prompt_len..].to_vec();
+                    tokens.push(token);
+                    Finished { tokens, score: scores[index], is_finished: eligible(rank) }
+                }
+            })
+            .collect();
+    }
+
+    /// Makes the best candidates that do not end the running beams.
+    fn update_running(&mut self, candidates: &[Candidate], stops: &[bool]) {
+        let scores: Vec<f32> = (candidates.iter().zip(stops))
+            .map(|(candidate, &stop)| if stop { candidate.score + PENALTY } else { candidate.score })
+            .collect();
+        let chosen = best(&scores, self.width());
+        // Fewer candidates than beams exist only if the vocabulary is smaller than asked for: the last one is repeated.
+        let chosen = (0..self.width()).map(|beam| chosen[beam.min(chosen.len() - 1)]);
+        for (beam, index) in chosen.enumerate() {
+            let Candidate { parent, token, .. } = candidates[index];
+            self.spare[beam].clone_from(&self.running[parent]);
+            self.spare[beam].push(token);
+            self.running_scores[beam] = scores[index];
+            self.next_tokens[beam] = token;
+            self.parents[beam] = parent;
+        }
+        std::mem::swap(&mut self.running, &mut self.spare);
+    }
+
+    pub(super) fn finish(self) -> Vec<Hypothesis> {
+        let Beam { mut pool, eos, num_return_sequences, .. } = self;
+        pool.truncate(num_return_sequences);
+        pool.into_iter()
+            .map(|Finished { tokens, score, .. }| {
+                let finish_reason = FinishReason::of(&tokens, &eos);
+                Hypothesis { tokens, score: Some(score), finish_reason }
+            })
+            .collect()
+    }
+}
+
+/// The indices of the `count` highest scores, highest first, ties by index.
+fn best(scores: &[f32], count: usize) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..scores.len()).collect();
+    // Adding 0 makes a tie of −0 and 0, which `total_cmp` tells apart.
+    order.sort_by(|&a, &b| (scores[b] + 0.0).total_cmp(&(scores[a] + 0.0)));
+    order.truncate(count);
+    order
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::scores::Processors;
+    use crate::search::Search;
+
+    fn mix(mut z: u64) -> u64 {
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// The logits of a made-up model: a function of the source and of everything before the next token.
+    fn logits(source: u64, history: &[i64], vocab_size: usize, scale: f32) -> Vec<f32> {
+        let seed = history.iter().fold(mix(source + 1), |seed, &token| mix(seed ^ (token as u64 + 1)));
+        (0..vocab_size as u64)
+            .map(|token| (mix(seed.wrapping_add(token * 0x9e37)) >> 40) as f32 / (1 << 24) as f32 * scale)
+            .collect()
+    }
+
+    /// `_beam_search` of transformers written down step by step for a whole batch, with full sorts and no state but
+    /// its variables. Log-softmax and processors are those of `scores`, which has tests of its own.
+    fn reference(
+        options: &GenerationOptions,
+        prompt: &[i64],
+        sources: &[u64],
+        vocab_size: usize,
+        scale: f32,
+    ) -> Vec<Vec<(Vec<i64>, f32)>> {
+        let width = options.num_beams;
+        let max_length = options.max_length(prompt.len());
+        let keep = 2.max(1 + options.eos_token_id.len()) * width;
+        let processors = Processors::new(options, &[], prompt.len());
+        let log_softmax = GenerationOptions { renormalize_logits: true, ..GenerationOptions::default() };
+        let log_softmax = Processors::new(&log_softmax, &[], prompt.len());
+        let top = |scores: &[f32], count: usize| {
+            let mut order: Vec<usize> = (0..scores.len()).collect();
+            order.sort_by(|&a, &b| scores[b].partial_cmp(&scores[a]).expect("no NaN here").then(a.cmp(&b)));
+            order.truncate(count);
+            order
+        };
+        let power = |length: usize| (length as f64).powf(options.length_penalty) as f32;
+
+        let batch = sources.len();
+        let mut running: Vec<Vec<Vec<i64>>> = vec![vec![prompt.to_vec(); width]; batch];
+        let mut running_scores = vec![vec![-1e9f32; width]; batch];
+        running_scores.iter_mut().for_each(|scores| scores[0] = 0.0);
+        let mut finished: Vec<Vec<Vec<i64>>> = vec![vec![prompt.to_vec(); width]; batch];
+        let mut finished_scores = vec![vec![-1e9f32; width]; batch];
+        let mut is_finished = vec![vec![false; width]; batch];
+        let mut unsatisfied = vec![true; batch];
+        let mut length = prompt.len();
+        loop {
+            let mut all_stop = true;
+            for item in 0..batch {
+                let mut scores = Vec::new();
+                for beam in 0..width {
+                    let mut row = logits(sources[item], &running[item][beam], vocab_size, scale);
+                    log_softmax.apply(&mut row, &[]);
+                    processors.apply(&mut row, &running[item][beam]);
+                    scores.extend(row.iter().map(|x| x + running_scores[item][beam]));
+                }
+                let places = top(&scores, keep);
+                let top_scores: Vec<f32> = places.iter().map(|&place| scores[place]).collect();
+                let sequences: Vec<Vec<i64>> = (places.iter())
+                    .map(|place| [&running[item][place / vocab_size][..], &[(place % vocab_size) as i64]].concat())
+                    .collect();
+                let stop: Vec<bool> = (sequences.iter())
+                    .map(|tokens| length + 1 >= max_length || options.eos_token_id.contains(&tokens[length]))
+                    .collect();
+                all_stop &= stop.iter().all(|&stop| stop);
+
+                let going: Vec<f32> =
+                    (0..places.len()).map(|c| top_scores[c] + if stop[c] { -1e9 } else { 0.0 }).collect();
+                let next = top(&going, width);
+
+                let full = is_finished[item].iter().all(|&f| f) && options.early_stopping == EarlyStopping::True;
+                let mut merged_scores = finished_scores[item].clone();
+                let mut merged = finished[item].clone();
+                let mut merged_finished = is_finished[item].clone();
+                for c in 0..places.len() {
+                    let mut score = top_scores[c] / power(length + 1 - prompt.len());
+                    let just_finished = stop[c] && c < width;
+                    score += if full { -1e9 } else { 0.0 };
+                    score += if unsatisfied[item] { 0.0 } else { -1e9 };
+                    score += if just_finished { 0.0 } else { -1e9 };
+                    merged_scores.push(score);
+                    merged.push(sequences[c].clone());
+                    merged_finished.push(just_finished);
+                }
+                let kept = top(&merged_scores, width);
+                finished[item] = kept.iter().map(|&i| merged[i].clone()).collect();
+                finished_scores[item] = kept.iter().map(|&i| merged_scores[i]).collect();
+                is_finished[item] = kept.iter().map(|&i| merged_finished[i]).collect();
+
+                running[item] = next.iter().map(|&c| sequences[c].clone()).collect();
+                running_scores[item] = next.iter().map(|&c| going[c]).collect();
+            }
+            length += 1;
+            for item in 0..batch {
+                let hypothetical = match options.early_stopping {
+                    EarlyStopping::Never if options.length_penalty > 0.0 => max_length - prompt.len(),
+                    _ => length - prompt.len(),
+                };
+                let best = running_scores[item][0] / power(hypothetical);
+                let worst = finished_scores[item].iter().copied().fold(f32::INFINITY, f32::min);
+                unsatisfied[item] &= is_finished[item].iter().any(|&f| best > if f { worst } else { -1e9 });
+            }
+            let improvement_possible = unsatisfied.iter().any(|&u| u);
+            let open_beam =
+                !(is_finished.iter().flatten().all(|&f| f) && options.early_stopping == EarlyStopping::True);
+            if !(improvement_possible && open_beam && !all_stop) {
+                break;
+            }
+        }
+        (finished.into_iter().zip(finished_scores))
+            .map(|(tokens, scores)| {
+                let tokens = tokens.into_iter().map(|tokens| tokens[prompt.len()..].to_vec());
+                tokens.zip(scores).take(options.num_return_sequences).collect()
+            })
+            .collect()
+    }
+
+    #[test]
+    fn a_beam_search_finds_what_the_reference_finds_in_a_batch() {
+        let mut early = 0;
+        for round in 0..3000u64 {
+            let pick = |salt: u64, choices: u64| (mix(round * 64 + salt) % choices) as usize;
+            let vocab_size = 4 + pick(0, 12);
+            let num_beams = 2 + pick(1, 4);
+            let eos_token_id: Vec<i64> = (0..pick(2, 4) as i64).map(|id| id * 2 % vocab_size as i64).collect();
+            let mut options = GenerationOptions {
+                num_beams,
+                num_return_sequences: 1 + pick(3, num_beams as u64),
+                max_new_tokens: Some(1 + pick(4, 12)),
+                length_penalty: [1.0, -1.0, 0.0, 0.6, 2.0][pick(5, 5)],
+                early_stopping: [EarlyStopping::False, EarlyStopping::True, EarlyStopping::Never][pick(6, 3)],
+                eos_token_id,
+                ..GenerationOptions::default()
+            };
+            match pick(7, 8) {
+                0 => options.repetition_penalty = 1.3,
+                1 => options.no_repeat_ngram_size = 2,
+                2 => options.min_new_tokens = Some(3),
+                3 => options.forced_bos_token_id = Some(3),
+                4 => options.forced_eos_token_id = vec![2],
+                5 => options.sequence_bias = vec![(vec![3], 40.0), (vec![3, 1], -2.0)],
+                _ => {}
+            }
+            let prompt: Vec<i64> = (0..1 + pick(8, 3) as i64).collect();
+            let sources: Vec<u64> = (0..1 + pick(9, 3) as u64).map(|source| round * 3 + source).collect();
+            let scale = [1.0, 4.0, 12.0][pick(10, 3)];
+
+            let expected = reference(&options, &prompt, &sources, vocab_size, scale);
+            for (source, expected) in sources.iter().zip(expected) {
+                let processors = Processors::new(&options, &[], prompt.len());
+                let mut search = Search::new(&options, &prompt);
+                loop {
+                    let mut rows: Vec<f32> = (0..search.width())
+                        .flat_map(|beam| logits(*source, search.history(beam), vocab_size, scale))
+                        .collect();
+                    let before: Vec<Vec<i64>> = (0..num_beams).map(|beam| search.history(beam).to_vec()).collect();
+                    let candidates = processors.candidates(&mut rows, &search);
+                    let progress = search.advance(&candidates);
+                    for (beam, &parent) in search.parents().iter().enumerate() {
+                        let expected = [&before[parent][..], &[search.next_tokens()[beam]]].concat();
+                        assert_eq!(search.history(beam), expected, "round {round}");
+                    }
+                    if progress == Progress::Done {
+                        break;
+                    }
+                }
+                early += usize::from(search.history(0).len() < options.max_length(prompt.len()));
+                let found: Vec<_> = search.finish().into_iter().map(|h| (h.tokens, h.score)).collect();
+                let expected: Vec<_> = expected.into_iter().map(|(tokens, score)| (tokens, Some(score))).collect();
+                assert_eq!(found, expected, "round {round}, source {source}: {options:?}");
+            }
+        }
+        assert!(early > 1000, "only {early} searches ended before the maximum length");
+    }
+
+    #[test]
+    fn an_end_of_sequence_token_counts_only_among_the_first_beams() {
+        let candidate = |parent, token, score| Candidate { parent, token, score };
+        // name, candidates of the first step, what finished, where the beams go on
+        type Case = (&'static str, [Candidate; 4], &'static [&'static [i64]], [i64; 2]);
+        let cases: &[Case] = &[
+            (
+                "first",
+                [candidate(0, 1, -0.1), candidate(0, 5, -1.0), candidate(0, 6, -2.0), candidate(0, 7, -3.0)],
+                &[&[1], &[]],
+                [5, 6],
+            ),
+            (
+                "second",
+                [candidate(0, 5, -0.1), candidate(0, 1, -1.0), candidate(0, 6, -2.0), candidate(0, 7, -3.0)],
+                &[&[1], &[]],
+                [5, 6],
+            ),
+            (
+                "third is too late",
+                [candidate(0, 5, -0.1), candidate(0, 6, -1.0), candidate(0, 1, -2.0), candidate(0, 7, -3.0)],
+                &[&[], &[]],
+                [5, 6],
+            ),
+        ];
+        let options = GenerationOptions { num_beams: 2, num_return_sequences: 2, ..GenerationOptions::default() };
+        for (name, candidates, finished, next) in cases {
+            let mut search = Search::new(&options, &[2]);
+            assert_eq!((search.width(), search.candidates()), (2, 4), "{name}");
+            assert_eq!(search.advance(candidates), Progress::Continue, "{name}");
+            assert_eq!((search.next_tokens(), search.parents()), (&next[..], &[0, 0][..]), "{name}");
+            let found: Vec<Vec<i64>> = search.finish().into_iter().map(|hypothesis| hypothesis.tokens).collect();
+            assert_eq!(found, *finished, "{name}");
+        }
+    }
+}
