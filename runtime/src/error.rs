@@ -1,0 +1,164 @@
+//! `Error`: everything that can go wrong between a model folder and its answers. Each variant names the file, field, port
+//! or row, what was expected and what was found, so that a caller can act on it without reading code.
+
+use std::fmt;
+use std::path::PathBuf;
+
+use t5gemma_graphs::config::ConfigError;
+
+use crate::options::OptionError;
+
+/// What the runtime reports instead of an answer.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Error {
+    /// No usable ONNX Runtime library: what is wrong, and on a second line how to get one.
+    Library {
+        /// Where was looked and what was found there.
+        problem: String,
+        /// The commands that bring a usable library.
+        remedy: String,
+    },
+    /// A file that cannot be read, or is not of its kind.
+    File {
+        /// The file.
+        path: PathBuf,
+        /// The system's or the parser's words.
+        problem: String,
+    },
+    /// A model folder whose parts do not agree with its manifest.
+    Folder {
+        /// The file.
+        path: PathBuf,
+        /// What of the file: `size`, `sha256`, or a field of the manifest.
+        field: String,
+        /// What the manifest or this runtime asks for.
+        expected: String,
+        /// What is there.
+        found: String,
+    },
+    /// A `config.json` that this runtime does not implement.
+    Config {
+        /// The file.
+        path: PathBuf,
+        /// The field.
+        error: ConfigError,
+    },
+    /// A graph whose inputs or outputs are not those of its configuration.
+    Interface {
+        /// The graph's file.
+        path: PathBuf,
+        /// The first port that differs, such as `input 2`.
+        port: String,
+        /// The port that the configuration asks for.
+        expected: String,
+        /// The port of the graph.
+        found: String,
+    },
+    /// A model that is well-formed but that this machine's ONNX Runtime cannot run.
+    Unsupported {
+        /// What is not supported.
+        what: String,
+        /// What to do instead.
+        remedy: String,
+    },
+    /// ONNX Runtime failed.
+    OnnxRuntime {
+        /// What was being done.
+        during: String,
+        /// Its own words.
+        message: String,
+    },
+    /// A request's tokens, mask or lengths are not acceptable.
+    Input {
+        /// The field, with the row and position where there is one.
+        field: String,
+        /// What would have been accepted.
+        expected: String,
+        /// What was given.
+        found: String,
+    },
+    /// A generation option is not acceptable.
+    Options(OptionError),
+    /// Text was given or asked for and the folder's tokenizer cannot serve it.
+    Tokenizer {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        problem: String,
+    },
+    /// The model computed a NaN or an infinity.
+    NotFinite {
+        /// The source row.
+        row: usize,
+        /// The step, 0 for the first token.
+        step: usize,
+        /// The model's element type, which decides what helps.
+        dtype: t5gemma_graphs::interface::DType,
+    },
+    /// The caller asked to stop.
+    Cancelled,
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Error::Library { problem, remedy } => write!(f, "{problem}\n{remedy}"),
+            Error::File { path, problem } | Error::Tokenizer { path, problem } => {
+                write!(f, "{}: {problem}", path.display())
+            }
+            Error::Folder { path, field, expected, found } => {
+                write!(f, "{}: {field}: expected {expected}, found {found}", path.display())
+            }
+            Error::Config { path, error } => write!(f, "{}: {error}", path.display()),
+            Error::Interface { path, port, expected, found } => {
+                write!(f, "{}: {port}: expected {expected}, found {found}", path.display())
+            }
+            Error::Unsupported { what, remedy } => write!(f, "{what}; {remedy}"),
+            Error::OnnxRuntime { during, message } => write!(f, "{during}: onnx runtime: {message}"),
+            Error::Input { field, expected, found } => write!(f, "{field}: expected {expected}, found {found}"),
+            Error::Options(error) => error.fmt(f),
+            Error::NotFinite { row, step, dtype } => {
+                write!(f, "row {row}, step {step}: the logits are not finite")?;
+                if *dtype == t5gemma_graphs::interface::DType::Float16 {
+                    f.write_str("; float16 overflows above 65504, export with --dtype float32 or bfloat16")?;
+                }
+                Ok(())
+            }
+            Error::Cancelled => f.write_str("cancelled"),
+        }
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            Error::Config { error, .. } => Some(error),
+            Error::Options(error) => Some(error),
+            _ => None,
+        }
+    }
+}
+
+impl From<OptionError> for Error {
+    fn from(error: OptionError) -> Error {
+        Error::Options(error)
+    }
+}
+
+impl Error {
+    /// A failure of ONNX Runtime while doing something.
+    pub(crate) fn onnxruntime<R>(during: impl Into<String>) -> impl FnOnce(ort::Error<R>) -> Error {
+        move |error| Error::OnnxRuntime { during: during.into(), message: error.message().to_string() }
+    }
+
+    /// A file that could not be read.
+    pub(crate) fn file(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Error {
+        move |error| Error::File { path: path.into(), problem: error.to_string() }
+    }
+
+    /// A part of a request that is not acceptable.
+    pub(crate) fn input(field: impl Into<String>, expected: impl Into<String>, found: impl Into<String>) -> Error {
+        Error::Input { field: field.into(), expected: expected.into(), found: found.into() }
+    }
+}
