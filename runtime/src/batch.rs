@@ -1,0 +1,265 @@
+//! `Batch`: the tokens of one request as a checked rectangle. A file of its own because both doors of the model, encoding
+//! and generation, take it, and because its rules need no model; what depends on a model's sizes is checked by
+//! [`Batch::check`], once, before anything runs.
+
+use t5gemma_graphs::config::Config;
+
+use crate::error::Error;
+
+/// Source rows of one length with their masks, and optionally the beginnings of their targets.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Batch {
+    rows: usize,
+    length: usize,
+    ids: Vec<i64>,
+    mask: Vec<i64>,
+    prompts: Option<Prompts>,
+}
+
+/// The beginnings of the targets, `[rows, length]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Prompts {
+    pub length: usize,
+    pub ids: Vec<i64>,
+}
+
+impl Batch {
+    /// Makes a batch of sources of any lengths: each is padded on the right with `pad`, which the mask hides.
+    ///
+    /// # Errors
+    /// No source, or a source without a token.
+    pub fn padded<S: AsRef<[i64]>>(sources: &[S], pad: i64) -> Result<Batch, Error> {
+        if let Some(row) = sources.iter().position(|source| source.as_ref().is_empty()) {
+            return Err(Error::input(format!("input_ids[{row}]"), "at least one token", "none"));
+        }
+        let length = sources.iter().map(|source| source.as_ref().len()).max().unwrap_or(0);
+        let filled = |value: fn(i64) -> i64, fill: i64| {
+            let row = move |source: &S| {
+                let ids = source.as_ref();
+                let padding = std::iter::repeat_n(fill, length - ids.len());
+                ids.iter().map(|&id| value(id)).chain(padding).collect::<Vec<_>>()
+            };
+            sources.iter().flat_map(row).collect::<Vec<_>>()
+        };
+        Batch::flat(sources.len(), filled(|id| id, pad), filled(|_| 1, 0))
+    }
+
+    /// Makes a batch of sources that are padded already, anywhere: a token takes part where its mask is not zero.
+    ///
+    /// # Errors
+    /// No source, rows of unequal lengths, a mask of another shape, or a row of which nothing takes part.
+    pub fn masked<I: AsRef<[i64]>, M: AsRef<[i64]>>(ids: &[I], mask: &[M]) -> Result<Batch, Error> {
+        let length = ids.first().map_or(0, |row| row.as_ref().len());
+        let rectangle = |field: &str, found: Vec<usize>| match found.iter().position(|&tokens| tokens != length) {
+            Some(row) => Err(Error::input(
+                format!("{field}[{row}]"),
+                format!("{length} entries, as many as input_ids[0] has"),
+                format!("{} entries", found[row]),
+            )),
+            None => Ok(()),
+        };
+        rectangle("input_ids", ids.iter().map(|row| row.as_ref().len()).collect())?;
+        rectangle("attention_mask", mask.iter().map(|row| row.as_ref().len()).collect())?;
+        if mask.len() != ids.len() {
+            let expected = format!("{} rows, as many as input_ids has", ids.len());
+            return Err(Error::input("attention_mask", expected, format!("{} rows", mask.len())));
+        }
+        let flat = |row: &[i64]| row.to_vec();
+        Batch::flat(
+            ids.len(),
+            ids.iter().flat_map(|row| flat(row.as_ref())).collect(),
+            mask.iter().flat_map(|row| flat(row.as_ref())).collect(),
+        )
+    }
+
+    /// Makes a batch of `rows` sources from the concatenation of their tokens and of their masks.
+    ///
+    /// # Errors
+    /// No source, rows without a token, lengths that do not divide into rows, or a row of which nothing takes part.
+    pub fn flat(rows: usize, ids: Vec<i64>, mask: Vec<i64>) -> Result<Batch, Error> {
+        if rows == 0 {
+            return Err(Error::input("input_ids", "at least one row", "none"));
+        }
+        if ids.is_empty() {
+            return Err(Error::input("input_ids[0]", "at least one token", "none"));
+        }
+        if !ids.len().is_multiple_of(rows) {
+            let expected = format!("a multiple of {rows} entries, the number of rows");
+            return Err(Error::input("input_ids", expected, format!("{} entries", ids.len())));
+        }
+        if mask.len() != ids.len() {
+            let expected = format!("{} entries, as many as input_ids has", ids.len());
+            return Err(Error::input("attention_mask", expected, format!("{} entries", mask.len())));
+        }
+        let length = ids.len() / rows;
+        if let Some(row) = mask.chunks(length).position(|row| row.iter().all(|&visible| visible == 0)) {
+            return Err(Error::input(format!("attention_mask[{row}]"), "at least one entry that is not 0", "all 0"));
+        }
+        let mask = mask.into_iter().map(|visible| (visible != 0) as i64).collect();
+        Ok(Batch { rows, length, ids, mask, prompts: None })
+    }
+
+    /// Gives the beginning of each row's target; generation continues it.
+    ///
+    /// The decoder's start token is put before all rows unless one of them begins with it, as in transformers.
+    ///
+    /// # Errors
+    /// Not one row per source, or rows of unequal lengths.
+    pub fn with_decoder_input_ids<P: AsRef<[i64]>>(self, prompts: &[P]) -> Result<Batch, Error> {
+        if prompts.len() != self.rows {
+            let expected = format!("{} rows, as many as input_ids has", self.rows);
+            return Err(Error::input("decoder_input_ids", expected, format!("{} rows", prompts.len())));
+        }
+        let length = prompts[0].as_ref().len();
+        if let Some(row) = prompts.iter().position(|prompt| prompt.as_ref().len() != length) {
+            let expected = format!("{length} entries, as many as decoder_input_ids[0] has");
+            let found = format!("{} entries", prompts[row].as_ref().len());
+            return Err(Error::input(format!("decoder_input_ids[{row}]"), expected, found));
+        }
+        let ids = prompts.iter().flat_map(|prompt| prompt.as_ref().to_vec()).collect();
+        Ok(Batch { prompts: Some(Prompts { length, ids }), ..self })
+    }
+
+    /// The number of sources.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// The tokens of each source, padding included.
+    pub fn length(&self) -> usize {
+        self.length
+    }
+
+    /// All sources' tokens, one source after the other.
+    pub fn ids(&self) -> &[i64] {
+        &self.ids
+    }
+
+    /// All sources' masks, 0 or 1, one source after the other.
+    pub fn mask(&self) -> &[i64] {
+        &self.mask
+    }
+
+    /// The tokens of one source, padding included.
+    pub fn source(&self, row: usize) -> &[i64] {
+        &self.ids[row * self.length..][..self.length]
+    }
+
+    /// The beginnings of the targets, the start token included.
+    pub(crate) fn prompts(&self, start: i64) -> Prompts {
+        match &self.prompts {
+            None => Prompts { length: 1, ids: vec![start; self.rows] },
+            Some(prompts) if prompts.length == 0 => Prompts { length: 1, ids: vec![start; self.rows] },
+            Some(prompts) if prompts.ids.chunks(prompts.length).any(|prompt| prompt[0] == start) => prompts.clone(),
+            Some(prompts) => Prompts {
+                length: prompts.length + 1,
+                ids: prompts.ids.chunks(prompts.length).flat_map(|prompt| [&[start], prompt].concat()).collect(),
+            },
+        }
+    }
+
+    /// Checks what depends on the model: that every token is of its vocabularies and the sources are not too long.
+    pub(crate) fn check(&self, config: &Config) -> Result<(), Error> {
+        let longest = config.encoder.max_position_embeddings;
+        if self.length > longest {
+            let expected = format!("at most {longest} tokens a row (encoder.max_position_embeddings)");
+            return Err(Error::input("input_ids", expected, format!("{} tokens", self.length)));
+        }
+        check_ids("input_ids", self.length, &self.ids, config.encoder.vocab_size)?;
+        match &self.prompts {
+            Some(prompts) => check_ids("decoder_input_ids", prompts.length, &prompts.ids, config.decoder.vocab_size),
+            None => Ok(()),
+        }
+    }
+}
+
+fn check_ids(field: &str, length: usize, ids: &[i64], vocab_size: usize) -> Result<(), Error> {
+    match ids.iter().position(|&id| usize::try_from(id).map_or(true, |id| id >= vocab_size)) {
+        None => Ok(()),
+        Some(at) => Err(Error::input(
+            format!("{field}[{}][{}]", at / length, at % length),
+            format!("a token id below {vocab_size}, the size of the vocabulary"),
+            ids[at].to_string(),
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn error(result: Result<Batch, Error>) -> String {
+        result.expect_err("the batch is malformed").to_string()
+    }
+
+    #[test]
+    fn sources_are_padded_on_the_right_and_masked() {
+        let batch = Batch::padded(&[vec![5, 6, 7], vec![8]], 9).expect("well-formed");
+        assert_eq!(batch.ids(), [5, 6, 7, 8, 9, 9]);
+        assert_eq!(batch.mask(), [1, 1, 1, 1, 0, 0]);
+        assert_eq!(batch.source(1), [8, 9, 9]);
+    }
+
+    #[test]
+    fn any_mask_value_but_zero_is_visible() {
+        let batch = Batch::masked(&[[5, 6, 7]], &[[0, -1, 2]]).expect("well-formed");
+        assert_eq!(batch.mask(), [0, 1, 1]);
+    }
+
+    #[test]
+    fn malformed_batches_are_refused_by_field_and_row() {
+        let none: [Vec<i64>; 0] = [];
+        let rows = |lengths: &[usize]| lengths.iter().map(|&length| vec![1; length]).collect::<Vec<_>>();
+        let cases = [
+            (error(Batch::padded(&none, 0)), "input_ids: expected at least one row, found none"),
+            (error(Batch::padded(&rows(&[2, 0]), 0)), "input_ids[1]: expected at least one token, found none"),
+            (error(Batch::masked(&rows(&[2, 3]), &rows(&[2, 3]))), "input_ids[1]: expected 2 entries, as many as"),
+            (error(Batch::masked(&rows(&[2, 2]), &rows(&[2, 1]))), "attention_mask[1]: expected 2 entries, as many as"),
+            (error(Batch::masked(&rows(&[2, 2]), &rows(&[2]))), "attention_mask: expected 2 rows, as many as"),
+            (error(Batch::masked(&rows(&[0]), &rows(&[0]))), "input_ids[0]: expected at least one token, found none"),
+            (error(Batch::masked(&rows(&[1, 1]), &[[1], [0]])), "attention_mask[1]: expected at least one entry that"),
+            (error(Batch::flat(2, vec![1; 3], vec![1; 3])), "input_ids: expected a multiple of 2 entries"),
+            (error(Batch::flat(2, vec![1; 4], vec![1; 3])), "attention_mask: expected 4 entries, as many as"),
+        ];
+        for (found, expected) in cases {
+            assert!(found.starts_with(expected), "{found}\n{expected}");
+        }
+    }
+
+    #[test]
+    fn the_start_token_is_added_unless_a_row_begins_with_it() {
+        let batch = |prompts: &[[i64; 2]; 2]| {
+            let batch = Batch::padded(&[[5], [6]], 0).expect("well-formed");
+            batch.with_decoder_input_ids(prompts).expect("well-formed").prompts(2)
+        };
+        assert_eq!(batch(&[[7, 8], [9, 2]]), Prompts { length: 3, ids: vec![2, 7, 8, 2, 9, 2] });
+        assert_eq!(batch(&[[7, 8], [2, 9]]), Prompts { length: 2, ids: vec![7, 8, 2, 9] });
+        let none = Batch::padded(&[[5], [6]], 0).expect("well-formed");
+        assert_eq!(none.prompts(2), Prompts { length: 1, ids: vec![2, 2] });
+        let empty: [[i64; 0]; 2] = [[], []];
+        let empty = none.with_decoder_input_ids(&empty).expect("an empty prompt is none");
+        assert_eq!(empty.prompts(2), Prompts { length: 1, ids: vec![2, 2] });
+    }
+
+    #[test]
+    fn tokens_outside_the_vocabulary_are_refused_by_row_and_position() {
+        let config = r#"{"model_type": "t5gemma", "encoder": {"vocab_size": 10, "max_position_embeddings": 3},
+                         "decoder": {"vocab_size": 8}}"#;
+        let config = Config::parse(config).expect("a minimal config");
+        let source = |ids: &[i64]| Batch::padded(&[vec![1], ids.to_vec()], 0).expect("well-formed");
+        assert!(source(&[9]).check(&config).is_ok());
+        for (ids, expected) in [
+            (vec![1, 10], "input_ids[1][1]: expected a token id below 10, the size of the vocabulary, found 10"),
+            (vec![-1], "input_ids[1][0]: expected a token id below 10, the size of the vocabulary, found -1"),
+            (
+                vec![1; 4],
+                "input_ids: expected at most 3 tokens a row (encoder.max_position_embeddings), found 4 tokens",
+            ),
+        ] {
+            assert_eq!(source(&ids).check(&config).expect_err(expected).to_string(), expected);
+        }
+        let prompted = source(&[1]).with_decoder_input_ids(&[[2, 7], [2, 8]]).expect("well-formed");
+        let error = prompted.check(&config).expect_err("8 is outside").to_string();
+        assert!(error.starts_with("decoder_input_ids[1][1]: expected a token id below 8"), "{error}");
+    }
+}

@@ -1,0 +1,189 @@
+//! `Tokenizer`: text to token ids and back, as the checkpoint's `tokenizer.json` says. The only user of `tokenizers`; the
+//! rest of the runtime knows ids alone, and works without a tokenizer.
+
+use std::path::Path;
+
+use crate::error::Error;
+
+/// A model's tokenizer.
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+}
+
+impl Tokenizer {
+    /// The file's name in a model folder.
+    pub(crate) const FILE: &str = "tokenizer.json";
+
+    /// Reads a `tokenizer.json`; the error is the problem without the path.
+    pub(crate) fn open(path: &Path) -> Result<Tokenizer, String> {
+        if !path.exists() {
+            return Err("no such file: the model takes and gives token ids, but no text".into());
+        }
+        let mut inner = tokenizers::Tokenizer::from_file(path).map_err(|error| error.to_string())?;
+        // A truncation left over from training would drop the end of a source without a word; padding is the batch's.
+        inner.with_truncation(None).map_err(|error| error.to_string())?;
+        inner.with_padding(None);
+        Ok(Tokenizer { inner })
+    }
+
+    /// The tokens of a text, with the special tokens that the tokenizer's own post-processor adds and no others.
+    ///
+    /// # Errors
+    /// A text that the tokenizer cannot express.
+    pub fn encode(&self, text: &str) -> Result<Vec<i64>, Error> {
+        let encoding = self
+            .inner
+            .encode_fast(text, true)
+            .map_err(|error| Error::input("text", "text that the tokenizer can express", error.to_string()))?;
+        Ok(encoding.get_ids().iter().map(|&id| id as i64).collect())
+    }
+
+    /// The text of tokens; special tokens such as the end of text are part of it unless they are skipped.
+    ///
+    /// # Errors
+    /// An id that no tokenizer has.
+    pub fn decode(&self, tokens: &[i64], special: SpecialTokens) -> Result<String, Error> {
+        let ids = tokens.iter().map(|&token| token_id(token)).collect::<Result<Vec<u32>, Error>>()?;
+        self.text(&ids, special)
+    }
+
+    /// A decoder that is given tokens one by one.
+    pub fn stream(&self, special: SpecialTokens) -> TextStream<'_> {
+        TextStream { tokenizer: self, special, ids: Vec::new(), sent: 0 }
+    }
+
+    fn text(&self, ids: &[u32], special: SpecialTokens) -> Result<String, Error> {
+        self.inner
+            .decode(ids, special == SpecialTokens::Skip)
+            .map_err(|error| Error::input("tokens", "tokens that the tokenizer can decode", error.to_string()))
+    }
+}
+
+/// What becomes of special tokens in a text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SpecialTokens {
+    /// They are left out.
+    Skip,
+    /// They are written as the tokenizer names them.
+    Keep,
+}
+
+fn token_id(token: i64) -> Result<u32, Error> {
+    u32::try_from(token).map_err(|_| Error::input("tokens", "token ids between 0 and 4294967295", token.to_string()))
+}
+
+/// Turns a growing target into text piece by piece. A piece is whole characters: what ends within one waits for the next
+/// token, and [`TextStream::finish`] gives what is left.
+pub struct TextStream<'t> {
+    tokenizer: &'t Tokenizer,
+    special: SpecialTokens,
+    /// The tokens whose text is not settled, after those of the last piece, which decide on spaces between the two.
+    ids: Vec<u32>,
+    /// How many of `ids` have been given as text.
+    sent: usize,
+}
+
+impl TextStream<'_> {
+    /// Takes the next token and returns the text that it settles, which may be empty.
+    ///
+    /// # Errors
+    /// An id that no tokenizer has.
+    pub fn push(&mut self, token: i64) -> Result<String, Error> {
+        self.ids.push(token_id(token)?);
+        let piece = self.unsent()?;
+        // The replacement character stands for bytes that may yet become a character.
+        if piece.is_empty() || piece.ends_with(char::REPLACEMENT_CHARACTER) {
+            return Ok(String::new());
+        }
+        self.ids.drain(..self.sent);
+        self.sent = self.ids.len();
+        Ok(piece)
+    }
+
+    /// Returns the text of the tokens that waited for more.
+    ///
+    /// # Errors
+    /// Tokens that the tokenizer cannot decode.
+    pub fn finish(self) -> Result<String, Error> {
+        self.unsent()
+    }
+
+    fn unsent(&self) -> Result<String, Error> {
+        let sent = self.tokenizer.text(&self.ids[..self.sent], self.special)?;
+        let all = self.tokenizer.text(&self.ids, self.special)?;
+        // By characters: bytes that turn out to be no character change the text before them, but not its length in those.
+        Ok(all.chars().skip(sent.chars().count()).collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A tokenizer of Gemma's kind: words with a leading `▁`, bytes for what has no token.
+    const GEMMA_LIKE: &str = r#"{
+        "version": "1.0",
+        "truncation": {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0},
+        "padding": null,
+        "added_tokens": [
+            {"id": 1, "content": "<eos>", "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true},
+            {"id": 2, "content": "<bos>", "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true}
+        ],
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        "pre_tokenizer": null,
+        "post_processor": null,
+        "decoder": {"type": "Sequence", "decoders": [
+            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}]},
+        "model": {"type": "BPE", "dropout": null, "unk_token": "<unk>", "continuing_subword_prefix": null,
+            "end_of_word_suffix": null, "fuse_unk": true, "byte_fallback": true, "ignore_merges": false,
+            "vocab": {"<unk>": 0, "<eos>": 1, "<bos>": 2, "a": 3, "▁": 4, "▁a": 5,
+                "<0xE2>": 6, "<0x82>": 7, "<0xAC>": 8, "<0xFF>": 9, "<0x41>": 10},
+            "merges": [["▁", "a"]]}
+    }"#;
+
+    fn tokenizer() -> Tokenizer {
+        let folder = std::env::temp_dir().join(format!("t5gemma-tokenizer-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).expect("the temporary folder is writable");
+        let path = folder.join(format!("{:?}.json", std::thread::current().id()));
+        std::fs::write(&path, GEMMA_LIKE).expect("the temporary folder is writable");
+        let tokenizer = Tokenizer::open(&path).expect("the tokenizer is sound");
+        std::fs::remove_file(&path).expect("just written");
+        tokenizer
+    }
+
+    #[test]
+    fn text_is_encoded_in_full_and_comes_back() {
+        let tokenizer = tokenizer();
+        let ids = tokenizer.encode("a a€").expect("bytes express everything");
+        assert_eq!(ids, [3, 5, 6, 7, 8]);
+        assert_eq!(tokenizer.decode(&ids, SpecialTokens::Skip).expect("known ids"), "a a€");
+        let ended = [2, 3, 1];
+        assert_eq!(tokenizer.decode(&ended, SpecialTokens::Skip).expect("known ids"), "a");
+        assert_eq!(tokenizer.decode(&ended, SpecialTokens::Keep).expect("known ids"), "<bos>a<eos>");
+        assert!(tokenizer.decode(&[-1], SpecialTokens::Keep).is_err());
+    }
+
+    #[test]
+    fn a_stream_never_splits_a_character() {
+        let tokenizer = tokenizer();
+        let cases: [(&[i64], &[&str]); 5] = [
+            (&[3, 5, 5], &["a", " a", " a", ""]),
+            (&[3, 6, 7, 8, 5], &["a", "", "", "€", " a", ""]),
+            (&[3, 1, 5], &["a", "", " a", ""]),
+            (&[3, 6, 7], &["a", "", "", "\u{fffd}\u{fffd}"]),
+            (&[10, 9, 3], &["A", "", "\u{fffd}a", ""]),
+        ];
+        for (tokens, pieces) in cases {
+            let mut stream = tokenizer.stream(SpecialTokens::Skip);
+            let mut found: Vec<String> = tokens.iter().map(|&token| stream.push(token).expect("known ids")).collect();
+            found.push(stream.finish().expect("known ids"));
+            assert_eq!(found, pieces, "{tokens:?}");
+        }
+    }
+
+    #[test]
+    fn a_missing_tokenizer_is_named() {
+        let problem = Tokenizer::open(Path::new("no/such/tokenizer.json")).err().expect("there is none");
+        assert!(problem.contains("token ids"), "{problem}");
+    }
+}
