@@ -1,6 +1,28 @@
-//! Runs exported T5Gemma models.
+//! Runs exported T5Gemma models: a model folder and text in, text out.
+//!
+//! ```no_run
+//! use t5gemma_runtime::{Batch, Cancellation, Model, SpecialTokens};
+//!
+//! let model = Model::open("model")?;
+//! let tokenizer = model.tokenizer()?;
+//! let request = serde_json::json!({"max_new_tokens": 64, "num_beams": 4});
+//! let options = model.options().with(request.as_object().expect("written above"))?;
+//! let sources = [tokenizer.encode("The quick brown fox")?, tokenizer.encode("Hello")?];
+//! let batch = Batch::padded(&sources, options.pad_token_id)?;
+//! for hypotheses in model.generate(&batch, &options, &mut (), &Cancellation::new())? {
+//!     println!("{}", tokenizer.decode(&hypotheses[0].tokens, SpecialTokens::Skip)?);
+//! }
+//! # Ok::<(), t5gemma_runtime::Error>(())
+//! ```
+//!
+//! The modules in reading order: `generate` is the loop; `search` and `scores` decide on tokens from numbers alone;
+//! `model` and `state` hold everything that is ONNX Runtime's; `folder` and `onnxruntime` are what opening checks first.
 
 pub mod onnxruntime;
+
+mod folder;
+mod model;
+mod state;
 
 mod tokenizer;
 
@@ -9,8 +31,14 @@ pub mod options;
 pub mod scores;
 pub mod search;
 
+mod generate;
+
 mod error;
 
 pub use batch::Batch;
 pub use error::Error;
+pub use generate::Watch;
+pub use model::{Cancellation, Model, OpenOptions};
+pub use options::{GenerationOptions, OptionError};
+pub use search::{FinishReason, Hypothesis};
 pub use tokenizer::{SpecialTokens, TextStream, Tokenizer};

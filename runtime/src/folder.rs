@@ -1,0 +1,281 @@
+//! `Folder`: a model folder whose manifest has been read and whose files agree with it. Everything here happens before
+//! ONNX Runtime sees a byte, so that a truncated copy or a mix of two exports is an error about files, not a strange answer.
+
+use std::collections::HashSet;
+use std::fs::{self, File};
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use memmap2::Mmap;
+use sha2::{Digest, Sha256};
+use t5gemma_graphs::config::Config;
+use t5gemma_graphs::manifest::{
+    FORMAT, FORMAT_VERSION, FileRecord, GraphRecord, MANIFEST, Manifest, SAMPLE_BLOCK, TensorRecord, sample_offsets,
+};
+
+use crate::error::Error;
+
+/// Weights up to this size are hashed in full on every opening; larger ones by samples unless asked.
+const HASHED_IN_FULL: u64 = 64 << 20;
+
+/// A model folder, checked.
+pub(crate) struct Folder {
+    /// The folder.
+    pub path: PathBuf,
+    /// What the exporter says of it.
+    pub manifest: Manifest,
+    /// Its `config.json`.
+    pub config: Config,
+    /// The text of its `generation_config.json`, if it has one.
+    pub generation_config: Option<String>,
+    /// The weights file, mapped once for all graphs.
+    pub weights: Mmap,
+}
+
+/// The graphs of a model folder under their names in the manifest.
+pub(crate) const GRAPHS: [&str; 3] = ["encoder", "decoder", "decoder_with_past"];
+
+impl Folder {
+    /// Reads and checks a model folder. The weights are compared by samples, or in full if they are small or
+    /// `check_weights` is set.
+    pub fn open(path: &Path, check_weights: bool) -> Result<Folder, Error> {
+        let manifest = read_manifest(path)?;
+        let weights = &manifest.weights;
+
+        for graph in GRAPHS {
+            if !manifest.graphs.contains_key(graph) {
+                return Err(mismatch(path.join(MANIFEST), "graphs", graph, "no such graph"));
+            }
+        }
+        for (file, record) in manifest.graphs.values().map(|graph| (&graph.file, &graph.record)).chain(&manifest.files)
+        {
+            check_file(path, file, record)?;
+        }
+
+        let map = map_weights(path, &weights.file, &weights.record)?;
+        let in_full = check_weights || weights.record.bytes <= HASHED_IN_FULL;
+        let (field, expected, found) = if in_full {
+            ("sha256", &weights.record.sha256, hex::encode(Sha256::digest(&map)))
+        } else {
+            ("sample_sha256", &weights.sample_sha256, sampled(&map))
+        };
+        if *expected != found {
+            return Err(mismatch(path.join(&weights.file), field, expected, found));
+        }
+        check_tensors(&path.join(MANIFEST), &manifest)?;
+
+        let config_path = path.join("config.json");
+        let config =
+            Config::parse(&read_text(&config_path)?).map_err(|error| Error::Config { path: config_path, error })?;
+        let generation_config = match manifest.files.contains_key("generation_config.json") {
+            true => Some(read_text(&path.join("generation_config.json"))?),
+            false => None,
+        };
+        Ok(Folder { path: path.to_path_buf(), manifest, config, generation_config, weights: map })
+    }
+
+    /// The bytes of one tensor.
+    pub fn tensor(&self, tensor: &TensorRecord) -> &[u8] {
+        &self.weights[tensor.offset as usize..][..tensor.bytes as usize]
+    }
+
+    /// One of [`GRAPHS`].
+    pub fn graph(&self, name: &str) -> &GraphRecord {
+        &self.manifest.graphs[name]
+    }
+}
+
+fn mismatch(path: PathBuf, field: &str, expected: impl Into<String>, found: impl Into<String>) -> Error {
+    Error::Folder { path, field: field.into(), expected: expected.into(), found: found.into() }
+}
+
+fn read_text(path: &Path) -> Result<String, Error> {
+    fs::read_to_string(path).map_err(Error::file(path))
+}
+
+fn read_manifest(folder: &Path) -> Result<Manifest, Error> {
+    let path = folder.join(MANIFEST);
+    let value: serde_json::Value = serde_json::from_str(&read_text(&path)?)
+        .map_err(|error| Error::File { path: path.clone(), problem: format!("not JSON: {error}") })?;
+    // Format and version come first: another version's fields need not be those read below.
+    let format = value.get("format").cloned().unwrap_or_default();
+    if format != FORMAT {
+        return Err(mismatch(path, "format", format!("{FORMAT:?}"), format.to_string()));
+    }
+    let version = value.get("format_version").cloned().unwrap_or_default();
+    if version != FORMAT_VERSION {
+        return Err(mismatch(path, "format_version", FORMAT_VERSION.to_string(), version.to_string()));
+    }
+    serde_json::from_value(value).map_err(|error| Error::File { path, problem: error.to_string() })
+}
+
+/// The path of a file of the folder. A manifest names files of its own folder only.
+fn file_in(folder: &Path, name: &str) -> Result<PathBuf, Error> {
+    let path = folder.join(name);
+    match path.file_name() {
+        Some(file) if file == name && path.parent() == Some(folder) => Ok(path),
+        _ => Err(mismatch(folder.join(MANIFEST), "file", "the name of a file in the folder", format!("{name:?}"))),
+    }
+}
+
+/// Opens a file of the size that its record says.
+fn open_sized(folder: &Path, name: &str, record: &FileRecord) -> Result<(PathBuf, File), Error> {
+    let path = file_in(folder, name)?;
+    let file = File::open(&path).map_err(Error::file(&path))?;
+    let bytes = file.metadata().map_err(Error::file(&path))?.len();
+    match bytes == record.bytes {
+        true => Ok((path, file)),
+        false => Err(mismatch(path, "size", format!("{} bytes", record.bytes), format!("{bytes} bytes"))),
+    }
+}
+
+fn check_file(folder: &Path, name: &str, record: &FileRecord) -> Result<(), Error> {
+    let (path, mut file) = open_sized(folder, name, record)?;
+    let mut hash = Sha256::new();
+    let mut block = vec![0; 1 << 16];
+    loop {
+        match file.read(&mut block).map_err(Error::file(&path))? {
+            0 => break,
+            read => hash.update(&block[..read]),
+        }
+    }
+    let found = hex::encode(hash.finalize());
+    match found == record.sha256 {
+        true => Ok(()),
+        false => Err(mismatch(path, "sha256", &record.sha256, found)),
+    }
+}
+
+fn map_weights(folder: &Path, name: &str, record: &FileRecord) -> Result<Mmap, Error> {
+    let (path, file) = open_sized(folder, name, record)?;
+    // SAFETY: the map is read-only and is only ever read as plain numbers, of which every bit pattern is valid. That no
+    // one truncates the file while the model is open is the one thing asked of the file system, as of any mapped library.
+    unsafe { Mmap::map(&file) }.map_err(Error::file(&path))
+}
+
+/// The hash that `WeightsRecord::sample_sha256` documents.
+fn sampled(bytes: &[u8]) -> String {
+    let mut hash = Sha256::new();
+    for offset in sample_offsets(bytes.len() as u64) {
+        let rest = &bytes[offset as usize..];
+        hash.update(&rest[..rest.len().min(SAMPLE_BLOCK as usize)]);
+    }
+    hex::encode(hash.finalize())
+}
+
+/// Checks that every tensor lies within the file with the size of its shape, and that graphs name tensors that exist.
+fn check_tensors(manifest_path: &Path, manifest: &Manifest) -> Result<(), Error> {
+    let wrong = |field: String, expected: String, found: String| {
+        Err(Error::Folder { path: manifest_path.to_path_buf(), field, expected, found })
+    };
+    let mut names = HashSet::new();
+    for tensor in &manifest.weights.tensors {
+        let field = |part: &str| format!("weights.tensors[{:?}].{part}", tensor.name);
+        if !names.insert(tensor.name.as_str()) {
+            return wrong(field("name"), "a name used once".into(), "the same name again".into());
+        }
+        let elements = tensor.shape.iter().try_fold(tensor.dtype.size(), |bytes, &dim| bytes.checked_mul(dim));
+        if elements.map(|bytes| bytes as u64) != Some(tensor.bytes) {
+            let expected = format!("the size of {} {:?}", tensor.dtype, tensor.shape);
+            return wrong(field("bytes"), expected, tensor.bytes.to_string());
+        }
+        if !tensor.offset.is_multiple_of(4096) {
+            return wrong(field("offset"), "a multiple of 4096".into(), tensor.offset.to_string());
+        }
+        let end = tensor.offset.checked_add(tensor.bytes);
+        if end.is_none_or(|end| end > manifest.weights.record.bytes) {
+            let expected = format!("a tensor within the file's {} bytes", manifest.weights.record.bytes);
+            return wrong(field("offset"), expected, format!("{} + {} bytes", tensor.offset, tensor.bytes));
+        }
+    }
+    for (name, graph) in &manifest.graphs {
+        let mut used = HashSet::new();
+        for weight in &graph.weights {
+            if !names.contains(weight.as_str()) || !used.insert(weight) {
+                let expected = "names of weights.tensors, once each".to_string();
+                return wrong(format!("graphs.{name}.weights"), expected, format!("{weight:?}"));
+            }
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use t5gemma_graphs::interface::{DType, Logits, Ports};
+    use t5gemma_graphs::manifest::{EncoderWindow, Source, WeightsRecord};
+
+    use super::*;
+
+    fn record(bytes: u64) -> FileRecord {
+        FileRecord { bytes, sha256: String::new() }
+    }
+
+    fn manifest() -> Manifest {
+        let tensor = |name: &str, offset| TensorRecord {
+            name: name.into(),
+            dtype: DType::Float32,
+            shape: vec![2, 3],
+            offset,
+            bytes: 24,
+        };
+        let graph = GraphRecord {
+            file: "encoder_model.onnx".into(),
+            record: record(1),
+            ports: Ports { inputs: Vec::new(), outputs: Vec::new() },
+            weights: vec!["a".into(), "b".into()],
+        };
+        Manifest {
+            format: FORMAT.into(),
+            format_version: FORMAT_VERSION,
+            exporter: String::new(),
+            target: String::new(),
+            dtype: DType::Float32,
+            opset: 21,
+            encoder_window: EncoderWindow::Inclusive,
+            logits: Logits::Last,
+            parameters: 12,
+            source: Source::Dummy { seed: 0 },
+            graphs: BTreeMap::from([("encoder".to_string(), graph)]),
+            weights: WeightsRecord {
+                file: "model.onnx_data".into(),
+                record: record(4120),
+                sample_sha256: String::new(),
+                tensors: vec![tensor("a", 0), tensor("b", 4096)],
+            },
+            files: BTreeMap::new(),
+        }
+    }
+
+    #[test]
+    fn tensors_are_held_to_the_file() {
+        type Change = fn(&mut Manifest);
+        let cases: [(&str, Change); 7] = [
+            ("weights.tensors[\"a\"].name", |manifest| manifest.weights.tensors[1].name = "a".into()),
+            ("weights.tensors[\"b\"].offset", |manifest| manifest.weights.tensors[1].offset = 8192),
+            ("weights.tensors[\"b\"].offset", |manifest| manifest.weights.tensors[1].offset = u64::MAX - 4095),
+            ("weights.tensors[\"b\"].offset", |manifest| manifest.weights.tensors[1].offset = 100),
+            ("weights.tensors[\"a\"].bytes", |manifest| manifest.weights.tensors[0].bytes = 25),
+            ("weights.tensors[\"a\"].bytes", |manifest| manifest.weights.tensors[0].shape = vec![usize::MAX, 2]),
+            ("graphs.encoder.weights", |manifest| manifest.weights.tensors[0].name = "c".into()),
+        ];
+        check_tensors(Path::new(MANIFEST), &manifest()).expect("the unchanged manifest is sound");
+        for (field, change) in cases {
+            let mut manifest = manifest();
+            change(&mut manifest);
+            let error = check_tensors(Path::new(MANIFEST), &manifest).expect_err(field);
+            assert!(error.to_string().contains(&format!("{field}: expected")), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_manifest_names_files_of_its_own_folder() {
+        let folder = Path::new("folder");
+        assert_eq!(file_in(folder, "a.onnx").expect("a plain name"), Path::new("folder/a.onnx"));
+        for name in ["", ".", "..", "../a.onnx", "/etc/passwd", "sub/a.onnx", "a.onnx/"] {
+            assert!(file_in(folder, name).is_err(), "{name:?}");
+        }
+    }
+}

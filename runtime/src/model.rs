@@ -1,0 +1,514 @@
+//! `Model`: the three graphs of a model folder as ONNX Runtime sessions over one copy of the weights, held to the interface
+//! that the configuration implies. It runs them and knows what goes in and out; which tokens to feed it leaves to `generate`.
+//!
+//! # Design
+//! The weights are mapped once and given to every session as initializers, with ONNX Runtime's prepacking off: each
+//! session would otherwise read or pack a copy of its own. Tensors pass between graphs by position, because opening has
+//! verified that ports stand in the order of [`Interface`].
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::ptr::{self, NonNull};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use half::{bf16, f16};
+use ndarray::Array3;
+use ort::AsPointer;
+use ort::environment::Environment;
+use ort::memory::{Allocator, MemoryInfo};
+use ort::session::builder::AutoDevicePolicy;
+use ort::session::{RunOptions, Session, SessionInputValue};
+use ort::value::{DynValue, Outlet, Tensor, TensorElementType, ValueType};
+use t5gemma_graphs::config::Config;
+use t5gemma_graphs::interface::{BATCH, DType, Dim, Interface, Port, Ports};
+use t5gemma_graphs::manifest::{Manifest, TensorRecord};
+
+use crate::batch::{Batch, Prompts};
+use crate::error::Error;
+use crate::folder::Folder;
+use crate::generate::{self, Watch};
+use crate::onnxruntime;
+use crate::options::GenerationOptions;
+use crate::search::Hypothesis;
+use crate::state::State;
+use crate::tokenizer::Tokenizer;
+
+/// How a model is opened.
+#[derive(Clone, Debug, Default)]
+pub struct OpenOptions {
+    /// The ONNX Runtime library to load; by default it is searched for, see [`onnxruntime::report`].
+    pub library: Option<PathBuf>,
+    /// Threads to compute with; by default as many as the machine has cores.
+    pub threads: Option<usize>,
+    /// Compare the hash of the whole weights file, however large, instead of samples of it.
+    pub check_weights: bool,
+}
+
+/// An opened model, to be used from any number of threads. Each graph runs one call at a time.
+pub struct Model {
+    // The sessions read the weights that `folder` maps, so they stand before it: fields are dropped in this order.
+    encoder: Mutex<Session>,
+    decoder: Mutex<Session>,
+    decoder_with_past: Mutex<Session>,
+    /// For each cached tensor, in the order of the graphs, whether its first axis is source items.
+    per_item: Vec<bool>,
+    options: GenerationOptions,
+    tokenizer: OnceLock<Result<Tokenizer, String>>,
+    folder: Folder,
+}
+
+/// What the encoder makes of the sources.
+pub(crate) struct Encoded {
+    /// `[items, source, hidden_size]`.
+    hidden: DynValue,
+    /// `[items, source]`.
+    mask: DynValue,
+}
+
+/// The scores of the last target position of each row before any processing.
+pub(crate) struct Logits {
+    /// `[rows, 1, vocab_size]`.
+    value: DynValue,
+}
+
+impl Logits {
+    /// The scores, row after row.
+    pub fn rows_mut(&mut self) -> Result<&mut [f32], Error> {
+        let (_, scores) = self.value.try_extract_tensor_mut().map_err(Error::onnxruntime("reading the logits"))?;
+        Ok(scores)
+    }
+
+    /// The last position of each row.
+    fn last(value: DynValue) -> ort::Result<Logits> {
+        let (shape, scores) = value.try_extract_tensor::<f32>()?;
+        let (rows, positions, vocab_size) = (shape[0], shape[1] as usize, shape[2] as usize);
+        if positions == 1 {
+            return Ok(Logits { value });
+        }
+        let last: Vec<f32> = scores
+            .chunks_exact(positions * vocab_size)
+            .flat_map(|row| &row[(positions - 1) * vocab_size..])
+            .copied()
+            .collect();
+        let value = Tensor::from_array(([rows, 1, vocab_size as i64], last))?.into_dyn();
+        Ok(Logits { value })
+    }
+}
+
+impl Model {
+    /// Opens the model folder `path` with the default [`OpenOptions`].
+    ///
+    /// # Errors
+    /// See [`Model::open_with`].
+    pub fn open(path: impl AsRef<Path>) -> Result<Model, Error> {
+        Model::open_with(path, &OpenOptions::default())
+    }
+
+    /// Opens the model folder `path`.
+    ///
+    /// # Errors
+    /// No usable ONNX Runtime; a folder that is incomplete, altered, of another format version or of a configuration that
+    /// is not implemented; graphs whose inputs and outputs are not those of the configuration; an element type that this
+    /// machine cannot compute with.
+    pub fn open_with(path: impl AsRef<Path>, options: &OpenOptions) -> Result<Model, Error> {
+        if options.threads == Some(0) {
+            return Err(Error::input("threads", "at least 1", "0"));
+        }
+        let folder = Folder::open(path.as_ref(), options.check_weights)?;
+        let defaults = GenerationOptions::of_model(folder.generation_config.as_deref(), &folder.config.tokens)?;
+        let environment = onnxruntime::initialise(options.library.as_deref())?;
+
+        let weights = initializers(&folder).map_err(Error::onnxruntime("sharing the weights"))?;
+        let interface = Interface::of(&folder.config, folder.manifest.dtype, folder.manifest.logits);
+        let open = |graph, ports| open_session(&environment, &folder, graph, ports, &weights, options.threads);
+        Ok(Model {
+            encoder: open("encoder", &interface.encoder)?,
+            decoder: open("decoder", &interface.decoder)?,
+            decoder_with_past: open("decoder_with_past", &interface.decoder_with_past)?,
+            per_item: per_item(&interface),
+            options: defaults,
+            tokenizer: OnceLock::new(),
+            folder,
+        })
+    }
+
+    /// The model's own generation options, which a request's are laid over.
+    pub fn options(&self) -> &GenerationOptions {
+        &self.options
+    }
+
+    /// The model's configuration.
+    pub fn config(&self) -> &Config {
+        &self.folder.config
+    }
+
+    /// What the exporter says of the model.
+    pub fn manifest(&self) -> &Manifest {
+        &self.folder.manifest
+    }
+
+    /// The model's tokenizer, loaded when first asked for.
+    ///
+    /// # Errors
+    /// The folder has no `tokenizer.json`, or one that cannot be used.
+    pub fn tokenizer(&self) -> Result<&Tokenizer, Error> {
+        let path = self.folder.path.join(Tokenizer::FILE);
+        let loaded = self.tokenizer.get_or_init(|| Tokenizer::open(&path));
+        loaded.as_ref().map_err(|problem| Error::Tokenizer { path, problem: problem.clone() })
+    }
+
+    /// The encoder's last hidden states, `[rows, length, hidden_size]`; those of padding mean nothing.
+    ///
+    /// # Errors
+    /// Tokens outside the vocabulary, too many of them, or a cancellation.
+    pub fn encode(&self, batch: &Batch, cancel: &Cancellation) -> Result<Array3<f32>, Error> {
+        batch.check(&self.folder.config)?;
+        let hidden = self.run_encoder(batch, cancel)?.hidden;
+        let shape = [batch.rows(), batch.length(), self.folder.config.encoder.hidden_size];
+        let values = float32_values(&hidden).map_err(Error::onnxruntime("reading the hidden states"))?;
+        Ok(Array3::from_shape_vec(shape, values).expect("opening has verified the shape of the encoder's output"))
+    }
+
+    /// Generates a target for each source: `num_return_sequences` hypotheses a row, best first, in the order of the rows.
+    /// `watch` is shown tokens as they are chosen when `num_beams` is 1.
+    ///
+    /// # Errors
+    /// Tokens outside the vocabularies, lengths or options that do not fit the model, logits that are not finite, or
+    /// [`Error::Cancelled`] when `cancel` is used or `watch` asks to stop.
+    pub fn generate(
+        &self,
+        batch: &Batch,
+        options: &GenerationOptions,
+        watch: &mut dyn Watch,
+        cancel: &Cancellation,
+    ) -> Result<Vec<Vec<Hypothesis>>, Error> {
+        generate::generate(self, batch, options, watch, cancel)
+    }
+
+    /// Runs the encoder.
+    pub(crate) fn run_encoder(&self, batch: &Batch, cancel: &Cancellation) -> Result<Encoded, Error> {
+        let rectangle = |values: &[i64]| int64_tensor(batch.rows(), values.to_vec());
+        let (ids, mask) = (rectangle(batch.ids())?, rectangle(batch.mask())?);
+        let outputs = run(&self.encoder, "running the encoder", &[(&ids).into(), (&mask).into()], cancel)?;
+        let hidden = outputs.into_iter().next().expect("opening has verified that the encoder has one output");
+        Ok(Encoded { hidden, mask })
+    }
+
+    /// Runs the first decoder step: one target row for each source item.
+    pub(crate) fn start(
+        &self,
+        encoded: Encoded,
+        prompts: Prompts,
+        cancel: &Cancellation,
+    ) -> Result<(State, Logits), Error> {
+        let Encoded { hidden, mask } = encoded;
+        let ids = int64_tensor(prompts.ids.len() / prompts.length, prompts.ids)?;
+        let inputs = [(&mask).into(), (&ids).into(), (&hidden).into()];
+        let mut outputs = run(&self.decoder, "running the first decoder step", &inputs, cancel)?.into_iter();
+        let logits = outputs.next().expect("opening has verified that the logits come first");
+        let logits = Logits::last(logits).map_err(Error::onnxruntime("reading the logits"))?;
+        Ok((State::new(mask, outputs.collect(), self.per_item.clone()), logits))
+    }
+
+    /// Runs a further decoder step: one new token for each target row.
+    pub(crate) fn step(&self, state: &mut State, tokens: Vec<i64>, cancel: &Cancellation) -> Result<Logits, Error> {
+        debug_assert_eq!(tokens.len(), state.rows());
+        let ids = int64_tensor(tokens.len(), tokens)?;
+        let mut inputs: Vec<SessionInputValue> = vec![state.mask().into(), (&ids).into()];
+        inputs.extend(state.past().iter().map(SessionInputValue::from));
+        let mut outputs = run(&self.decoder_with_past, "running a decoder step", &inputs, cancel)?.into_iter();
+        drop(inputs);
+        let logits = outputs.next().expect("opening has verified that the logits come first");
+        state.grow(outputs);
+        Logits::last(logits).map_err(Error::onnxruntime("reading the logits"))
+    }
+}
+
+/// A way to stop calls that are given it, from any thread. Once used it stays used.
+#[derive(Clone, Default)]
+pub struct Cancellation(Arc<Signal>);
+
+#[derive(Default)]
+struct Signal {
+    cancelled: AtomicBool,
+    /// Made by the first run, because making it needs the library to be loaded.
+    run: OnceLock<RunOptions>,
+}
+
+impl Cancellation {
+    /// A cancellation that has not been used.
+    pub fn new() -> Cancellation {
+        Cancellation::default()
+    }
+
+    /// Stops the calls: a running graph ends at its next operator.
+    pub fn cancel(&self) {
+        self.0.cancelled.store(true, Ordering::SeqCst);
+        if let Some(run) = self.0.run.get() {
+            // Should it fail, the flag still ends the call before its next run.
+            let _ = run.terminate();
+        }
+    }
+
+    /// Whether [`Cancellation::cancel`] was called.
+    pub fn is_cancelled(&self) -> bool {
+        self.0.cancelled.load(Ordering::SeqCst)
+    }
+
+    /// The options of a run that this cancellation ends. Asked for before the flag is read, so that a cancellation at any
+    /// moment is seen by the one or the other.
+    fn run_options(&self) -> Result<&RunOptions, Error> {
+        if self.0.run.get().is_none() {
+            let made = RunOptions::new().map_err(Error::onnxruntime("preparing a run"))?;
+            self.0.run.get_or_init(|| made);
+        }
+        let run = self.0.run.get().expect("set above");
+        if self.is_cancelled() { Err(Error::Cancelled) } else { Ok(run) }
+    }
+}
+
+/// Runs a session and returns its outputs in order.
+fn run(
+    session: &Mutex<Session>,
+    during: &'static str,
+    inputs: &[SessionInputValue],
+    cancel: &Cancellation,
+) -> Result<Vec<DynValue>, Error> {
+    let mut session = session.lock().unwrap_or_else(PoisonError::into_inner);
+    let options = cancel.run_options()?;
+    match session.run_with_options(inputs, options) {
+        Ok(outputs) => Ok(outputs.into_iter().map(|(_, value)| value).collect()),
+        Err(_) if cancel.is_cancelled() => Err(Error::Cancelled),
+        Err(error) => Err(Error::onnxruntime(during)(error)),
+    }
+}
+
+fn int64_tensor(rows: usize, values: Vec<i64>) -> Result<DynValue, Error> {
+    let shape = [rows, values.len() / rows];
+    let tensor = Tensor::from_array((shape, values)).map_err(Error::onnxruntime("preparing a run"))?;
+    Ok(tensor.into_dyn())
+}
+
+fn float32_values(value: &DynValue) -> ort::Result<Vec<f32>> {
+    Ok(match value.data_type() {
+        TensorElementType::Float16 => value.try_extract_tensor::<f16>()?.1.iter().map(|x| x.to_f32()).collect(),
+        TensorElementType::Bfloat16 => value.try_extract_tensor::<bf16>()?.1.iter().map(|x| x.to_f32()).collect(),
+        _ => value.try_extract_tensor::<f32>()?.1.to_vec(),
+    })
+}
+
+/// For each cached tensor, in order, whether its first axis is source items.
+fn per_item(interface: &Interface) -> Vec<bool> {
+    let cached = &interface.decoder.outputs[1..];
+    cached.iter().map(|port| port.shape[0] == Dim::symbol(BATCH)).collect()
+}
+
+/// Every tensor of the weights file as a value over the mapped bytes.
+fn initializers(folder: &Folder) -> ort::Result<HashMap<&str, Arc<DynValue>>> {
+    let memory = MemoryInfo::default();
+    let tensors = folder.manifest.weights.tensors.iter();
+    tensors
+        .map(|tensor| {
+            let value = borrowed_value(&memory, tensor, folder.tensor(tensor))?;
+            Ok((tensor.name.as_str(), Arc::new(value)))
+        })
+        .collect()
+}
+
+/// A value that reads `bytes` in place. The caller keeps them in place for as long as the value is used; `Model` does by
+/// the order of its fields.
+fn borrowed_value(memory: &MemoryInfo, tensor: &TensorRecord, bytes: &[u8]) -> ort::Result<DynValue> {
+    let shape: Vec<i64> = tensor.shape.iter().map(|&dim| dim as i64).collect();
+    let mut value = ptr::null_mut();
+    // SAFETY: `bytes` are of the size of `shape` in `dtype` and start on a page (`Folder` has checked both). ONNX Runtime
+    // takes a mutable pointer for inputs and outputs alike; an initializer is only read. The value does not own the bytes.
+    let status = unsafe {
+        (ort::api().CreateTensorWithDataAsOrtValue)(
+            memory.ptr(),
+            bytes.as_ptr().cast_mut().cast(),
+            bytes.len(),
+            shape.as_ptr(),
+            shape.len(),
+            element_type(tensor.dtype).into(),
+            &mut value,
+        )
+    };
+    // SAFETY: the status is the one just returned, and is given away once.
+    unsafe { ort::Error::result_from_status(status) }?;
+    let value = NonNull::new(value).ok_or_else(|| ort::Error::new("no value and no error"))?;
+    // SAFETY: a value just made by ONNX Runtime, given away once.
+    Ok(unsafe { DynValue::from_ptr(value, Some(&Allocator::default())) })
+}
+
+fn element_type(dtype: DType) -> TensorElementType {
+    match dtype {
+        DType::Float32 => TensorElementType::Float32,
+        DType::Float16 => TensorElementType::Float16,
+        DType::BFloat16 => TensorElementType::Bfloat16,
+        DType::Int64 => TensorElementType::Int64,
+        DType::Bool => TensorElementType::Bool,
+    }
+}
+
+/// Opens one graph over the shared weights and holds it to its ports.
+fn open_session(
+    environment: &Environment,
+    folder: &Folder,
+    graph: &str,
+    ports: &Ports,
+    weights: &HashMap<&str, Arc<DynValue>>,
+    threads: Option<usize>,
+) -> Result<Mutex<Session>, Error> {
+    let record = folder.graph(graph);
+    let path = folder.path.join(&record.file);
+    let build = || {
+        let mut builder = Session::builder(environment)?
+            .with_auto_device(AutoDevicePolicy::PreferCPU)?
+            .with_prepacking(false)?
+            // The decoder's shapes grow with every step: a plan remembered for each would never be used again.
+            .with_memory_pattern(false)?;
+        if let Some(threads) = threads {
+            builder = builder.with_intra_threads(threads)?;
+        }
+        for name in &record.weights {
+            builder = builder.with_initializer(name, weights[name.as_str()].clone())?;
+        }
+        builder.commit_from_file(&path)
+    };
+    let session = build().map_err(|error: ort::Error| match folder.manifest.dtype {
+        DType::BFloat16 if error.code() == ort::ErrorCode::NotImplemented => Error::Unsupported {
+            what: format!("{}: ONNX Runtime does not compute in bfloat16 on the CPU", path.display()),
+            remedy: "export the model with --dtype float32".into(),
+        },
+        _ => Error::onnxruntime(format!("opening {}", path.display()))(error),
+    })?;
+    for (side, expected, found) in
+        [("input", &ports.inputs, session.inputs()), ("output", &ports.outputs, session.outputs())]
+    {
+        if let Some((port, expected, found)) = first_difference(side, expected, found) {
+            return Err(Error::Interface { path, port, expected, found });
+        }
+    }
+    Ok(Mutex::new(session))
+}
+
+/// The first port that is not as expected: its place, what was expected there, what is there.
+fn first_difference(side: &str, expected: &[Port], found: &[Outlet]) -> Option<(String, String, String)> {
+    (0..expected.len().max(found.len())).find_map(|index| {
+        let (expected, found) = (expected.get(index), found.get(index));
+        if let (Some(expected), Some(found)) = (expected, found)
+            && same_port(expected, found)
+        {
+            return None;
+        }
+        let none = || "none".to_string();
+        let expected = expected.map_or_else(none, |port| described(&port.name, &port.dtype, &port.shape));
+        Some((format!("{side} {index}"), expected, found.map_or_else(none, described_outlet)))
+    })
+}
+
+/// Whether name, element type, rank and the sizes known in advance agree.
+fn same_port(expected: &Port, found: &Outlet) -> bool {
+    let ValueType::Tensor { ty, shape, .. } = found.dtype() else { return false };
+    let same_dim = |(expected, &found): (&Dim, &i64)| match expected.as_fixed() {
+        Some(size) => found == size as i64,
+        None => found < 0,
+    };
+    found.name() == expected.name
+        && *ty == element_type(expected.dtype)
+        && shape.len() == expected.shape.len()
+        && expected.shape.iter().zip(shape.iter()).all(same_dim)
+}
+
+fn described_outlet(outlet: &Outlet) -> String {
+    let ValueType::Tensor { ty, shape, dimension_symbols } = outlet.dtype() else {
+        return format!("{} of {}", outlet.name(), outlet.dtype());
+    };
+    let dims: Vec<String> = shape
+        .iter()
+        .zip(dimension_symbols.iter())
+        .map(|(&dim, symbol)| match dim {
+            ..0 if symbol.is_empty() => "?".into(),
+            ..0 => symbol.clone(),
+            _ => dim.to_string(),
+        })
+        .collect();
+    let known = [DType::Float32, DType::Float16, DType::BFloat16, DType::Int64, DType::Bool]
+        .into_iter()
+        .find(|&dtype| element_type(dtype) == *ty);
+    match known {
+        Some(dtype) => described(outlet.name(), &dtype, &dims),
+        None => described(outlet.name(), ty, &dims),
+    }
+}
+
+fn described(name: &str, dtype: &impl std::fmt::Display, shape: &[impl std::fmt::Display]) -> String {
+    let dims: Vec<String> = shape.iter().map(ToString::to_string).collect();
+    format!("{name} {dtype} [{}]", dims.join(", "))
+}
+
+#[cfg(test)]
+mod tests {
+    use ort::value::{Shape, SymbolicDimensions};
+    use t5gemma_graphs::interface::Logits;
+
+    use super::*;
+
+    fn interface() -> Interface {
+        let config =
+            r#"{"model_type": "t5gemma", "encoder": {"num_hidden_layers": 2}, "decoder": {"num_hidden_layers": 3}}"#;
+        Interface::of(&Config::parse(config).expect("a minimal config"), DType::Float32, Logits::Last)
+    }
+
+    #[test]
+    fn a_model_is_shared_between_threads() {
+        fn check<T: Send + Sync>() {}
+        check::<Model>();
+        check::<Cancellation>();
+    }
+
+    #[test]
+    fn cached_tensors_keep_their_order_from_graph_to_graph() {
+        let interface = interface();
+        let after_prefix = |port: &Port| port.name.split_once('.').map(|(_, rest)| rest.to_string());
+        let names = |ports: &[Port]| ports.iter().map(after_prefix).collect::<Option<Vec<_>>>();
+        let made = names(&interface.decoder.outputs[1..]).expect("all cached");
+        assert_eq!(names(&interface.decoder_with_past.inputs[2..]).expect("all cached"), made);
+
+        let grown: Vec<String> = made
+            .iter()
+            .zip(per_item(&interface))
+            .filter(|(_, per_item)| !per_item)
+            .map(|(name, _)| name.clone())
+            .collect();
+        assert_eq!(names(&interface.decoder_with_past.outputs[1..]).expect("all cached"), grown);
+        assert_eq!(grown.len(), 2 * 3);
+    }
+
+    #[test]
+    fn the_first_differing_port_is_described() {
+        let expected = &interface().encoder.inputs;
+        let outlet = |name: &str, ty, dims: &[i64]| {
+            let symbols = dims.iter().map(|_| "rows".to_string());
+            let dimension_symbols = SymbolicDimensions::new(symbols);
+            Outlet::new(name, ValueType::Tensor { ty, shape: Shape::new(dims.iter().copied()), dimension_symbols })
+        };
+        let ids = || outlet("input_ids", TensorElementType::Int64, &[-1, -1]);
+        let mask = || outlet("attention_mask", TensorElementType::Int64, &[-1, -1]);
+        assert_eq!(first_difference("input", expected, &[ids(), mask()]), None);
+
+        let cases = [
+            (vec![ids()], "input 1", "none"),
+            (vec![mask(), ids()], "input 0", "attention_mask int64 [rows, rows]"),
+            (vec![outlet("input_ids", TensorElementType::Int32, &[-1, -1])], "input 0", "input_ids i32 [rows, rows]"),
+            (vec![outlet("input_ids", TensorElementType::Int64, &[-1])], "input 0", "input_ids int64 [rows]"),
+            (vec![outlet("input_ids", TensorElementType::Int64, &[4, -1])], "input 0", "input_ids int64 [4, rows]"),
+            (vec![ids(), mask(), ids()], "input 2", "input_ids int64 [rows, rows]"),
+        ];
+        for (found, port, shown) in cases {
+            let (at, _, found) = first_difference("input", expected, &found).expect(port);
+            assert_eq!((at.as_str(), found.as_str()), (port, shown));
+        }
+    }
+}
