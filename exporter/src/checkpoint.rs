@@ -163,8 +163,12 @@ fn weight_map(folder: &Path) -> Result<Option<BTreeMap<String, String>>> {
     if !path.exists() {
         let hint = match () {
             () if folder.join("manifest.json").exists() => " (this is an exported model, not a checkpoint)",
-            () if folder.join("adapter_config.json").exists() => " (this is a LoRA adapter: merge it into its base model and save that)",
-            () if folder.join("pytorch_model.bin").exists() => " (found pytorch_model.bin: load and save it with safe_serialization=True)",
+            () if folder.join("adapter_config.json").exists() => {
+                " (this is a LoRA adapter: merge it into its base model and save that)"
+            }
+            () if folder.join("pytorch_model.bin").exists() => {
+                " (found pytorch_model.bin: load and save it with safe_serialization=True)"
+            }
             () => "",
         };
         bail!("{}: expected {SINGLE} or {INDEX}, found neither{hint}", folder.display());

@@ -17,9 +17,10 @@ impl Numbers {
     /// multiplied with, embeddings have unit variance once scaled by `√hidden`.
     pub fn of(weight: &Weight, seed: u64) -> Numbers {
         // FNV-1a over the name keeps the streams of different weights apart.
-        let name = weight.name.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
-            (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-        });
+        let name = weight
+            .name
+            .bytes()
+            .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
         let (centre, deviation) = match (weight.adjust, weight.shape.as_slice()) {
             (Adjust::OnePlus, _) => (1.0, 0.1),
             (Adjust::AsIs, [_, columns]) => (0.0, (*columns as f32).powf(-0.5)),

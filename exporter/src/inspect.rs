@@ -83,9 +83,10 @@ fn model(folder: &Path, config: &Config) -> Result<Report> {
     let path = folder.join(MANIFEST);
     let manifest: Manifest =
         serde_json::from_str(&read_text(&path)?).with_context(|| format!("{}: not a manifest", path.display()))?;
-    let tensors = manifest.weights.tensors.iter().map(|tensor| {
-        (tensor.name.as_str(), tensor.dtype.to_string(), tensor.shape.iter().product::<usize>() as u64)
-    });
+    let tensors =
+        manifest.weights.tensors.iter().map(|tensor| {
+            (tensor.name.as_str(), tensor.dtype.to_string(), tensor.shape.iter().product::<usize>() as u64)
+        });
     let mut report = Report::of("model", config, tensors);
     report.weights.insert(manifest.weights.file.clone(), manifest.weights.record.bytes);
     let mut graphs = Vec::new();

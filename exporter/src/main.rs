@@ -23,7 +23,12 @@ use t5gemma_graphs::manifest::EncoderWindow;
 ///
 /// Exit status: 0 done, 1 failed (the reason is on stderr, and nothing is left behind), 2 wrong usage, 130 interrupted.
 #[derive(Parser)]
-#[command(version, args_conflicts_with_subcommands = true, subcommand_negates_reqs = true, allow_missing_positional = true)]
+#[command(
+    version,
+    args_conflicts_with_subcommands = true,
+    subcommand_negates_reqs = true,
+    allow_missing_positional = true
+)]
 struct Cli {
     #[command(subcommand)]
     command: Option<Command>,
@@ -181,11 +186,8 @@ fn source(args: &ExportArgs) -> Result<Source> {
 }
 
 fn bar(quiet: bool) -> ProgressBar {
-    let target = if quiet || !io::stderr().is_terminal() {
-        ProgressDrawTarget::hidden()
-    } else {
-        ProgressDrawTarget::stderr()
-    };
+    let target =
+        if quiet || !io::stderr().is_terminal() { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
     let style = ProgressStyle::with_template("{bar:40} {bytes}/{total_bytes} {bytes_per_sec} {eta}")
         .unwrap_or_else(|_| ProgressStyle::default_bar());
     ProgressBar::with_draw_target(None, target).with_style(style)

@@ -110,7 +110,11 @@ pub fn summary(bytes: &[u8]) -> Result<Summary> {
         *operators.entry(domain.map_or_else(|| op.into(), |domain| format!("{domain}.{op}"))).or_insert(0) += 1;
     }
     let standard = model.opset_import.iter().find(|set| set.domain().is_empty());
-    Ok(Summary { opset: standard.map_or(0, OperatorSetIdProto::version), ir_version: model.ir_version.unwrap_or(0), operators })
+    Ok(Summary {
+        opset: standard.map_or(0, OperatorSetIdProto::version),
+        ir_version: model.ir_version.unwrap_or(0),
+        operators,
+    })
 }
 
 fn data_type(dtype: DType) -> i32 {

@@ -121,10 +121,9 @@ pub fn causal<'g>(
     let (query, new) = projections(graph, x, tokens, side, w);
     let present = match past {
         None => new,
-        Some(past) => KeyValue {
-            key: Value::concat(&[past.key, new.key], 2),
-            value: Value::concat(&[past.value, new.value], 2),
-        },
+        Some(past) => {
+            KeyValue { key: Value::concat(&[past.key, new.key], 2), value: Value::concat(&[past.value, new.value], 2) }
+        }
     };
     let keys = present.key.dim(2);
     let visible = causal_mask(graph, tokens, &keys, layer);
@@ -143,8 +142,7 @@ pub fn cross<'g>(
 ) -> Value<'g> {
     let _scope = w.scope();
     let shape = [&source.key.dim(0), &beams.times(&tokens.length)];
-    let query =
-        heads(x, shape, [side.num_attention_heads, side.head_dim], side.attention_bias, &w.at("q_proj"));
+    let query = heads(x, shape, [side.num_attention_heads, side.head_dim], side.attention_bias, &w.at("q_proj"));
     attend(query, source, visible, side, w)
 }
 

@@ -185,11 +185,9 @@ impl Fields {
     fn of(path: &str, value: &Value) -> Result<Fields, ConfigError> {
         match value {
             Value::Object(left) => Ok(Fields { path: path.to_string(), left: left.clone() }),
-            other => Err(ConfigError {
-                field: path.to_string(),
-                expected: "a JSON object".into(),
-                found: shown(other),
-            }),
+            other => {
+                Err(ConfigError { field: path.to_string(), expected: "a JSON object".into(), found: shown(other) })
+            }
         }
     }
 
@@ -260,9 +258,8 @@ impl Fields {
         };
         let mut fields = Fields::of(name, &value)?;
         fields.expect("model_type", "\"t5_gemma_module\"", |value| value == "t5_gemma_module")?;
-        fields.expect("is_decoder", &(name == "decoder").to_string(), |value| {
-            value == &Value::Bool(name == "decoder")
-        })?;
+        fields
+            .expect("is_decoder", &(name == "decoder").to_string(), |value| value == &Value::Bool(name == "decoder"))?;
         fields.expect("hidden_activation", "\"gelu_pytorch_tanh\"", |value| value == "gelu_pytorch_tanh")?;
 
         let num_hidden_layers = fields.whole("num_hidden_layers")?.unwrap_or(26);
@@ -308,7 +305,8 @@ impl Fields {
         let Some(value) = self.left.remove("rope_parameters").filter(|value| !value.is_null()) else {
             return Ok(flat.unwrap_or(10_000.0));
         };
-        let path = if self.path.is_empty() { "rope_parameters".into() } else { format!("{}.rope_parameters", self.path) };
+        let path =
+            if self.path.is_empty() { "rope_parameters".into() } else { format!("{}.rope_parameters", self.path) };
         let mut rope = Fields::of(&path, &value)?;
         rope.expect("rope_type", "\"default\"", |value| value == "default")?;
         let theta = rope.positive("rope_theta")?.or(flat).unwrap_or(10_000.0);

@@ -114,7 +114,8 @@ impl Interface {
 
         let (kv_heads, head_dim) = (fixed(config.decoder.num_key_value_heads), fixed(config.decoder.head_dim));
         let cached = |prefix: &str, layer, cache: Cache, rows: &Dim, length: &Dim| {
-            ["key", "value"].map(|part| port(&cache.port(prefix, layer, part), dtype, &[rows, &kv_heads, length, &head_dim]))
+            ["key", "value"]
+                .map(|part| port(&cache.port(prefix, layer, part), dtype, &[rows, &kv_heads, length, &head_dim]))
         };
         let layers = 0..config.decoder.layers.len();
 
@@ -145,9 +146,11 @@ impl Interface {
                     .collect(),
                 outputs: [logits()]
                     .into_iter()
-                    .chain(layers.flat_map(|layer| {
-                        cached("present", layer, Cache::SelfAttention, &rows, &past.plus(&target))
-                    }))
+                    .chain(
+                        layers.flat_map(|layer| {
+                            cached("present", layer, Cache::SelfAttention, &rows, &past.plus(&target))
+                        }),
+                    )
                     .collect(),
             },
         }

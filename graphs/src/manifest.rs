@@ -132,5 +132,7 @@ pub struct TensorRecord {
 pub fn sample_offsets(bytes: u64) -> Vec<u64> {
     let blocks = (bytes / SAMPLE_BLOCK).clamp(1, SAMPLE_BLOCKS);
     let last = bytes.saturating_sub(SAMPLE_BLOCK);
-    (0..blocks).map(|block| if blocks == 1 { 0 } else { (last as u128 * block as u128 / (blocks - 1) as u128) as u64 }).collect()
+    (0..blocks)
+        .map(|block| if blocks == 1 { 0 } else { (last as u128 * block as u128 / (blocks - 1) as u128) as u64 })
+        .collect()
 }

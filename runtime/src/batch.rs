@@ -145,6 +145,11 @@ impl Batch {
         &self.ids[row * self.length..][..self.length]
     }
 
+    /// The mask of one source.
+    pub fn row_mask(&self, row: usize) -> &[i64] {
+        &self.mask[row * self.length..][..self.length]
+    }
+
     /// The beginnings of the targets, the start token included.
     pub(crate) fn prompts(&self, start: i64) -> Prompts {
         match &self.prompts {

@@ -35,11 +35,12 @@ struct Item {
     processors: Processors,
 }
 
-/// See [`Model::generate`].
+/// See [`Model::generate`]; `search` begins the search for one source row at a decoder prompt.
 pub(crate) fn generate(
     model: &Model,
     batch: &Batch,
     options: &GenerationOptions,
+    search: fn(&GenerationOptions, &[i64]) -> Search,
     watch: &mut dyn Watch,
     cancel: &Cancellation,
 ) -> Result<Vec<Vec<Hypothesis>>, Error> {
@@ -59,7 +60,7 @@ pub(crate) fn generate(
     let mut items: Vec<Item> = (0..batch.rows())
         .map(|row| Item {
             row,
-            search: Search::new(options, &prompts.ids[row * prompts.length..][..prompts.length]),
+            search: search(options, &prompts.ids[row * prompts.length..][..prompts.length]),
             processors: Processors::new(options, batch.source(row), prompts.length),
         })
         .collect();

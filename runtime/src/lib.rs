@@ -32,6 +32,7 @@ pub mod scores;
 pub mod search;
 
 mod generate;
+pub mod verify;
 
 mod error;
 

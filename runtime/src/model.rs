@@ -30,7 +30,7 @@ use crate::folder::Folder;
 use crate::generate::{self, Watch};
 use crate::onnxruntime;
 use crate::options::GenerationOptions;
-use crate::search::Hypothesis;
+use crate::search::{Hypothesis, Search};
 use crate::state::State;
 use crate::tokenizer::Tokenizer;
 
@@ -183,7 +183,7 @@ impl Model {
         watch: &mut dyn Watch,
         cancel: &Cancellation,
     ) -> Result<Vec<Vec<Hypothesis>>, Error> {
-        generate::generate(self, batch, options, watch, cancel)
+        generate::generate(self, batch, options, Search::new, watch, cancel)
     }
 
     /// Runs the encoder.
@@ -211,10 +211,9 @@ impl Model {
         Ok((State::new(mask, outputs.collect(), self.per_item.clone()), logits))
     }
 
-    /// Runs a further decoder step: one new token for each target row.
+    /// Runs a further decoder step: new tokens for each target row, as many for one as for another.
     pub(crate) fn step(&self, state: &mut State, tokens: Vec<i64>, cancel: &Cancellation) -> Result<Logits, Error> {
-        debug_assert_eq!(tokens.len(), state.rows());
-        let ids = int64_tensor(tokens.len(), tokens)?;
+        let ids = int64_tensor(state.rows(), tokens)?;
         let mut inputs: Vec<SessionInputValue> = vec![state.mask().into(), (&ids).into()];
         inputs.extend(state.past().iter().map(SessionInputValue::from));
         let mut outputs = run(&self.decoder_with_past, "running a decoder step", &inputs, cancel)?.into_iter();

@@ -83,8 +83,13 @@ impl Search {
     pub fn new(options: &GenerationOptions, prompt: &[i64]) -> Search {
         Search(match options.num_beams {
             0 | 1 => Strategy::Greedy(Greedy::new(options, prompt)),
-            _ => Strategy::Beam(Beam::new(options, prompt)),
+            _ => return Search::beam(options, prompt),
         })
+    }
+
+    /// Starts a beam search at `prompt`, also if `num_beams` is 1.
+    pub fn beam(options: &GenerationOptions, prompt: &[i64]) -> Search {
+        Search(Strategy::Beam(Beam::new(options, prompt)))
     }
 
     /// Target rows that one step evaluates: 1, or `num_beams`.

@@ -294,8 +294,7 @@ impl<'g> Value<'g> {
         shape[last] = Dim::fixed(size / 2);
         let sizes = self.graph.constant(DType::Int64, &[2], Data::Ints(vec![size as i64 / 2; 2]));
         let half = (self.dtype(), shape);
-        let parts =
-            self.graph.node("Split", &[self, sizes], &[("axis", Attribute::Int(-1))], &[half.clone(), half]);
+        let parts = self.graph.node("Split", &[self, sizes], &[("axis", Attribute::Int(-1))], &[half.clone(), half]);
         (parts[0], parts[1])
     }
 

@@ -1,1 +1,108 @@
-fn main() {}
+//! The program `t5gemma`: parse, run, exit code. Each command is a file; `requests.rs` is the JSONL contract that two of
+//! them share, `tensors.rs` the files of numbers that are read and written.
+
+mod doctor;
+mod encode;
+mod generate;
+mod verify;
+
+mod requests;
+
+mod options;
+mod tensors;
+
+use std::io;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use clap::{Args, Parser, Subcommand};
+use t5gemma_runtime::{Cancellation, Error, Model, OpenOptions};
+
+/// Runs T5Gemma models that t5gemma-export has written.
+///
+/// Results go to stdout, everything else to stderr.
+///
+/// Exit status: 0 done, 1 failed or some request failed (the reason is on stderr or in its result), 2 wrong usage, 130
+/// interrupted.
+#[derive(Parser)]
+#[command(version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Generate(generate::Arguments),
+    Encode(encode::Arguments),
+    Verify(verify::Arguments),
+    Doctor(doctor::Arguments),
+}
+
+/// What every command that opens a model takes.
+#[derive(Args)]
+struct Opening {
+    /// Folder that t5gemma-export has made
+    model: PathBuf,
+    /// ONNX Runtime library to load [default: ORT_DYLIB_PATH, or as `t5gemma doctor` lists]
+    #[arg(long, value_name = "FILE")]
+    onnxruntime: Option<PathBuf>,
+    /// Threads to compute with [default: one a core]
+    #[arg(long)]
+    threads: Option<usize>,
+    /// Compare the hash of the whole weights file, however large, before running
+    #[arg(long)]
+    check_weights: bool,
+}
+
+impl Opening {
+    fn open(&self) -> Result<Model> {
+        let (library, threads) = (self.onnxruntime.clone(), self.threads);
+        let options = OpenOptions { library, threads, check_weights: self.check_weights };
+        Ok(Model::open_with(&self.model, &options)?)
+    }
+}
+
+/// How a command that did not fail as a whole ended.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Outcome {
+    Done,
+    SomeFailed,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let cancel = Cancellation::new();
+    let handler = cancel.clone();
+    let result = ctrlc::set_handler(move || {
+        if handler.is_cancelled() {
+            // The second interrupt does not wait for anything.
+            std::process::exit(130);
+        }
+        handler.cancel();
+    })
+    .context("the interrupt handler cannot be set")
+    .and_then(|()| match cli.command {
+        Command::Generate(arguments) => generate::run(arguments, &cancel),
+        Command::Encode(arguments) => encode::run(arguments, &cancel),
+        Command::Verify(arguments) => verify::run(arguments, &cancel),
+        Command::Doctor(arguments) => doctor::run(arguments),
+    });
+    match result {
+        Ok(Outcome::Done) => ExitCode::SUCCESS,
+        Ok(Outcome::SomeFailed) => ExitCode::FAILURE,
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) if matches!(error.downcast_ref(), Some(Error::Cancelled)) => ExitCode::from(130),
+        Err(error) => {
+            eprintln!("t5gemma: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error
+        .chain()
+        .any(|cause| cause.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe))
+}

@@ -1,0 +1,38 @@
+//! `t5gemma doctor`: which ONNX Runtime would be used, and what to do if none can.
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use t5gemma_runtime::onnxruntime;
+
+use crate::Outcome;
+
+/// Shows which ONNX Runtime was found, where, its version and providers, and what to do if something is missing
+#[derive(clap::Args)]
+pub struct Arguments {
+    /// ONNX Runtime library to look at instead of searching
+    #[arg(long, value_name = "FILE")]
+    onnxruntime: Option<PathBuf>,
+}
+
+/// Runs the command.
+pub fn run(arguments: Arguments) -> Result<Outcome> {
+    let report = onnxruntime::report(arguments.onnxruntime.as_deref());
+    println!("t5gemma {}", env!("CARGO_PKG_VERSION"));
+    println!("looked for ONNX Runtime, in order of precedence:");
+    for place in &report.places {
+        println!("  {:<24} {}: {}", place.why, place.path.display(), place.found);
+    }
+    match report.library {
+        Ok(library) => {
+            println!("using {}", library.path.display());
+            println!("  {}", library.build);
+            println!("  providers: {}", library.providers.join(", "));
+            Ok(Outcome::Done)
+        }
+        Err(error) => {
+            println!("{error}");
+            Ok(Outcome::SomeFailed)
+        }
+    }
+}

@@ -1,0 +1,102 @@
+//! `t5gemma encode`: encoder hidden states into a file.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail, ensure};
+use ndarray::{Array3, s};
+use serde_json::{Value, json};
+use t5gemma_runtime::{Cancellation, Model};
+
+use crate::requests::{self, Kind, Lines, Request};
+use crate::tensors::{write_npy, write_safetensors};
+use crate::{Opening, Outcome};
+
+/// Writes the encoder's last hidden states of texts: those given, or each line of stdin
+///
+/// One tensor for each text or request, named {id}.last_hidden_state, float32 [rows, source tokens, hidden size]; a text's
+/// id is its number from 0. Rows of a request keep its padding, whose states mean nothing. With --jsonl, each line of stdin
+/// is a request {"id"?, "text" | "input_ids", "attention_mask"?}. A request that fails is told on stderr and left out.
+#[derive(clap::Args)]
+pub struct Arguments {
+    #[command(flatten)]
+    opening: Opening,
+    /// Texts to encode [default: the lines of stdin]
+    texts: Vec<String>,
+    /// Read requests as JSON lines
+    #[arg(long, conflicts_with = "texts")]
+    jsonl: bool,
+    /// File to write: .safetensors, or .npy for a single text or request
+    #[arg(short, long, value_name = "FILE")]
+    output: PathBuf,
+}
+
+/// Runs the command.
+pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
+    let extension = arguments.output.extension().and_then(|extension| extension.to_str());
+    let npy = match extension {
+        Some("npy") => true,
+        Some("safetensors") => false,
+        _ => bail!("{}: expected a name that ends in .safetensors or .npy", arguments.output.display()),
+    };
+    let model = arguments.opening.open()?;
+    let mut outcome = Outcome::Done;
+    let mut tensors = BTreeMap::new();
+    let mut encode = |line: &str, number: usize| -> Result<()> {
+        let states = Request::parse(line, number, Kind::Encode, &model)
+            .map_err(|refused| (refused.id, refused.reason))
+            .and_then(|request| match states(&model, &request, cancel) {
+                Ok(states) => Ok((request.id, states)),
+                Err(error) => Err((request.id, error.to_string())),
+            });
+        if cancel.is_cancelled() {
+            return Err(t5gemma_runtime::Error::Cancelled.into());
+        }
+        match states {
+            Ok((id, states)) => {
+                let name = format!("{}.last_hidden_state", id.as_str().map_or_else(|| id.to_string(), str::to_string));
+                ensure!(!tensors.contains_key(&name), "request {}: the id {id} was given before", number + 1);
+                tensors.insert(name, states);
+            }
+            Err((id, reason)) => {
+                eprintln!("t5gemma: request {id}: {reason}");
+                outcome = Outcome::SomeFailed;
+            }
+        }
+        Ok(())
+    };
+    if arguments.texts.is_empty() {
+        let mut lines = Lines::stdin();
+        while let Some((number, line)) = lines.next()? {
+            let line = if arguments.jsonl { line } else { text_request(&line) };
+            encode(&line, number)?;
+        }
+    } else {
+        for (number, text) in arguments.texts.iter().enumerate() {
+            encode(&text_request(text), number)?;
+        }
+    }
+    if npy {
+        ensure!(
+            tensors.len() == 1,
+            "a .npy file holds one tensor, and there are {}: write .safetensors",
+            tensors.len()
+        );
+        let only = tensors.values().next().context("there is one tensor")?;
+        write_npy(&arguments.output, only)?;
+    } else {
+        write_safetensors(&arguments.output, &tensors)?;
+    }
+    Ok(outcome)
+}
+
+fn text_request(text: &str) -> String {
+    Value::to_string(&json!({"text": text}))
+}
+
+fn states(model: &Model, request: &Request, cancel: &Cancellation) -> Result<Array3<f32>, t5gemma_runtime::Error> {
+    let batch = requests::batch(std::slice::from_ref(request), model.options().pad_token_id)?;
+    let states = model.encode(&batch, cancel)?;
+    let length = request.sources.iter().map(Vec::len).max().unwrap_or(0);
+    Ok(states.slice(s![.., ..length, ..]).to_owned())
+}

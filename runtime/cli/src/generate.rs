@@ -1,0 +1,260 @@
+//! `t5gemma generate`: text in, text out; or requests in, results out, by the JSONL contract.
+
+use std::io::{self, IsTerminal, Write};
+use std::ops::ControlFlow;
+
+use anyhow::Result;
+use serde_json::{Map, Value, json};
+use t5gemma_runtime::{Cancellation, Error, GenerationOptions, Hypothesis, Model, SpecialTokens};
+
+use crate::options::GenerationFlags;
+use crate::requests::{self, Kind, Lines, Refused, Request};
+use crate::{Opening, Outcome};
+
+/// Answers texts: those given, or each line of stdin
+///
+/// With --jsonl, each line of stdin is a request and each line of stdout its result, in order:
+///
+///   request  {"id"?, "text" | "input_ids", "attention_mask"?, "decoder_input_ids"?, "options"?}
+///   result   {"id", "sequences": [[{"tokens", "text"?, "score"?, "finish_reason"}, …best first], …rows], "usage"}
+///   or       {"id", "error"}
+///
+/// "text" is a string or a list of them; "input_ids" is a row of token ids or a list of rows, padded anywhere: the mask
+/// decides. "options" are Hugging Face's generation options and stand over the flags below. "tokens" are the generated ids
+/// without the decoder prompt, end token included; "score" is that of beam search; "finish_reason" is "eos" or "length".
+/// Requests that are there together and have the same options are run as one batch.
+#[derive(clap::Args)]
+#[command(verbatim_doc_comment)]
+pub struct Arguments {
+    #[command(flatten)]
+    opening: Opening,
+    /// Texts to answer [default: the lines of stdin]
+    texts: Vec<String>,
+    /// Read requests and write results as JSON lines
+    #[arg(long, conflicts_with = "texts")]
+    jsonl: bool,
+    /// Most source rows to run at a time
+    #[arg(long, value_name = "ROWS", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
+    batch_size: u32,
+    #[command(flatten)]
+    flags: GenerationFlags,
+}
+
+/// Runs the command.
+pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
+    let model = arguments.opening.open()?;
+    // Flags that cannot be right for any request are told before anything is read.
+    let options = model.options().with(&arguments.flags.0)?;
+    let answering =
+        Answering { model: &model, cancel, flags: &arguments.flags.0, batch_size: arguments.batch_size as usize };
+    if arguments.jsonl {
+        return answering.jsonl();
+    }
+    model.tokenizer()?;
+    if !arguments.texts.is_empty() {
+        let mut texts = arguments.texts.into_iter();
+        return answering.texts(&options, || Ok(texts.next()), |_| Ok(true));
+    }
+    let lines = std::cell::RefCell::new(Lines::stdin());
+    let next = || Ok(lines.borrow_mut().next()?.map(|(_, line)| line));
+    answering.texts(&options, next, |_| lines.borrow_mut().is_ready())
+}
+
+struct Answering<'a> {
+    model: &'a Model,
+    cancel: &'a Cancellation,
+    flags: &'a Map<String, Value>,
+    batch_size: usize,
+}
+
+impl Answering<'_> {
+    /// Answers texts in batches of those that are there, or one by one as they are generated for a person to watch.
+    fn texts(
+        &self,
+        options: &GenerationOptions,
+        mut next: impl FnMut() -> Result<Option<String>>,
+        mut is_ready: impl FnMut(()) -> Result<bool>,
+    ) -> Result<Outcome> {
+        let streaming = options.num_beams == 1 && io::stdout().is_terminal();
+        let batch_size = if streaming { 1 } else { self.batch_size };
+        let mut outcome = Outcome::Done;
+        let mut number = 0;
+        while let Some(text) = next()? {
+            let mut texts = vec![text];
+            while texts.len() < batch_size && is_ready(())? {
+                match next()? {
+                    Some(text) => texts.push(text),
+                    None => break,
+                }
+            }
+            let requests: Vec<Result<Request, Refused>> = texts
+                .iter()
+                .enumerate()
+                .map(|(i, text)| {
+                    Request::parse(&json!({"text": text}).to_string(), number + i, Kind::Generate, self.model)
+                })
+                .collect();
+            number += texts.len();
+            for (i, answer) in self.answers(requests, streaming)?.into_iter().enumerate() {
+                match answer {
+                    Ok((_, _)) if streaming => println_flushed("")?,
+                    Ok((_, rows)) => {
+                        for hypothesis in rows.iter().flatten() {
+                            let text = self.model.tokenizer()?.decode(&hypothesis.tokens, SpecialTokens::Skip)?;
+                            println_flushed(&text)?;
+                        }
+                    }
+                    Err(refused) => {
+                        // An empty line keeps the lines of output beside those of the input.
+                        println_flushed("")?;
+                        eprintln!("t5gemma: text {}: {}", number - texts.len() + i + 1, refused.reason);
+                        outcome = Outcome::SomeFailed;
+                    }
+                }
+            }
+        }
+        Ok(outcome)
+    }
+
+    fn jsonl(&self) -> Result<Outcome> {
+        let mut lines = Lines::stdin();
+        let mut outcome = Outcome::Done;
+        while let Some((number, line)) = lines.next()? {
+            let mut requests = vec![Request::parse(&line, number, Kind::Generate, self.model)];
+            let rows = |requests: &[Result<Request, Refused>]| {
+                requests.iter().flatten().map(|request| request.sources.len()).sum::<usize>()
+            };
+            while rows(&requests) < self.batch_size && requests.len() < self.batch_size && lines.is_ready()? {
+                let Some((number, line)) = lines.next()? else { break };
+                requests.push(Request::parse(&line, number, Kind::Generate, self.model));
+            }
+            for answer in self.answers(requests, false)? {
+                let result = match answer {
+                    Ok((request, rows)) => self.result(&request, &rows)?,
+                    Err(refused) => {
+                        outcome = Outcome::SomeFailed;
+                        json!({"id": refused.id, "error": refused.reason})
+                    }
+                };
+                println_flushed(&result.to_string())?;
+            }
+        }
+        Ok(outcome)
+    }
+
+    /// Answers requests in order: neighbours with the same options and prompts of one length as one batch.
+    fn answers(&self, requests: Vec<Result<Request, Refused>>, stream: bool) -> Result<Vec<Answer>> {
+        let mut answers = Vec::with_capacity(requests.len());
+        let mut group: Vec<Request> = Vec::new();
+        for request in requests {
+            match request {
+                Ok(request) => {
+                    if group.first().is_some_and(|first| !fits(first, &request)) {
+                        answers.extend(self.group(std::mem::take(&mut group), stream)?);
+                    }
+                    group.push(request);
+                }
+                Err(refused) => {
+                    answers.extend(self.group(std::mem::take(&mut group), stream)?);
+                    answers.push(Err(refused));
+                }
+            }
+        }
+        answers.extend(self.group(group, stream)?);
+        Ok(answers)
+    }
+
+    /// Answers requests that fit into one batch. Should the batch be refused, each is tried alone, so that the error falls
+    /// to the one that is at fault.
+    fn group(&self, mut group: Vec<Request>, stream: bool) -> Result<Vec<Answer>> {
+        if group.is_empty() {
+            return Ok(Vec::new());
+        }
+        match self.generate(&group, stream) {
+            Ok(mut rows) => Ok(group
+                .into_iter()
+                .map(|request| {
+                    let rest = rows.split_off(request.sources.len());
+                    Ok((request, std::mem::replace(&mut rows, rest)))
+                })
+                .collect()),
+            Err(Error::Cancelled) => Err(Error::Cancelled.into()),
+            Err(error) if group.len() == 1 => {
+                let id = group.remove(0).id;
+                Ok(vec![Err(Refused { id, reason: error.to_string() })])
+            }
+            Err(_) => {
+                let alone = group.into_iter().map(|request| self.group(vec![request], stream));
+                Ok(alone.collect::<Result<Vec<_>>>()?.into_iter().flatten().collect())
+            }
+        }
+    }
+
+    fn generate(&self, group: &[Request], stream: bool) -> Result<Vec<Vec<Hypothesis>>, Error> {
+        let mut given = self.flags.clone();
+        given.extend(group[0].options.clone());
+        let options = self.model.options().with(&given)?;
+        let batch = requests::batch(group, options.pad_token_id)?;
+        if !stream {
+            return self.model.generate(&batch, &options, &mut (), self.cancel);
+        }
+        let mut text = self.model.tokenizer()?.stream(SpecialTokens::Skip);
+        let mut failed = None;
+        let mut show = |_row: usize, token: i64| match text.push(token).map(|piece| print_flushed(&piece)) {
+            Ok(Ok(())) => ControlFlow::Continue(()),
+            Ok(Err(_)) => ControlFlow::Break(()),
+            Err(error) => {
+                failed = Some(error);
+                ControlFlow::Break(())
+            }
+        };
+        let rows = self.model.generate(&batch, &options, &mut show, self.cancel);
+        if let Some(error) = failed {
+            return Err(error);
+        }
+        // A broken pipe shows again at the end of the line, where it is told from a cancellation.
+        let _ = print_flushed(&text.finish()?);
+        rows
+    }
+
+    /// The line of a result.
+    fn result(&self, request: &Request, rows: &[Vec<Hypothesis>]) -> Result<Value> {
+        let tokenizer = self.model.tokenizer().ok();
+        let sequence = |hypothesis: &Hypothesis| -> Result<Value> {
+            let mut sequence = Map::from_iter([("tokens".to_string(), json!(hypothesis.tokens))]);
+            if let Some(tokenizer) = tokenizer {
+                let text = tokenizer.decode(&hypothesis.tokens, SpecialTokens::Skip)?;
+                sequence.insert("text".into(), text.into());
+            }
+            if let Some(score) = hypothesis.score {
+                sequence.insert("score".into(), score.into());
+            }
+            sequence.insert("finish_reason".into(), hypothesis.finish_reason.as_str().into());
+            Ok(Value::Object(sequence))
+        };
+        let sequences =
+            rows.iter().map(|row| row.iter().map(sequence).collect::<Result<Vec<_>>>()).collect::<Result<Vec<_>>>()?;
+        let generated: usize = rows.iter().flatten().map(|hypothesis| hypothesis.tokens.len()).sum();
+        let usage = json!({"source_tokens": request.source_tokens(), "target_tokens": generated});
+        Ok(json!({"id": request.id, "sequences": sequences, "usage": usage}))
+    }
+}
+
+type Answer = Result<(Request, Vec<Vec<Hypothesis>>), Refused>;
+
+/// Whether two requests can be one batch.
+fn fits(a: &Request, b: &Request) -> bool {
+    let prompt = |request: &Request| request.prompts.as_ref().map(|prompts| prompts[0].clone());
+    // The start token is put before all prompts of a batch or before none, so only requests without any are joined.
+    a.options == b.options && prompt(a).is_none() && prompt(b).is_none()
+}
+
+fn print_flushed(text: &str) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    out.write_all(text.as_bytes())?;
+    out.flush()
+}
+
+fn println_flushed(text: &str) -> io::Result<()> {
+    print_flushed(&format!("{text}\n"))
+}

@@ -1,0 +1,73 @@
+//! Generation options on the command line: one flag for each, under Hugging Face's name. What they mean and which values
+//! they may have is the library's; here they become the JSON object that a request's `options` would be.
+
+use clap::{Arg, ArgMatches, Args, Command, FromArgMatches};
+use serde_json::{Map, Value};
+
+/// The options given, by their Hugging Face names.
+#[derive(Clone, Default)]
+pub struct GenerationFlags(pub Map<String, Value>);
+
+/// Name, placeholder and meaning of each flag. Lists are JSON.
+const FLAGS: &[(&str, &str, &str)] = &[
+    ("max_new_tokens", "N", "Generate at most so many tokens [default: the model's, or 20]"),
+    ("max_length", "N", "The same, counting the decoder prompt"),
+    ("min_new_tokens", "N", "No end before so many tokens"),
+    ("min_length", "N", "The same, counting the decoder prompt"),
+    ("num_beams", "N", "Beams of beam search; 1 is greedy"),
+    ("num_return_sequences", "N", "Hypotheses to return for each source, at most num_beams"),
+    ("length_penalty", "X", "Beam scores are divided by length^X"),
+    ("early_stopping", "MODE", "true, false or never: when beam search is content with what has finished"),
+    ("repetition_penalty", "X", "Above 1 makes tokens of the target less likely to come again"),
+    ("encoder_repetition_penalty", "X", "Above 1 makes tokens of the source more likely"),
+    ("no_repeat_ngram_size", "N", "No N tokens occur twice in a row in the target"),
+    ("encoder_no_repeat_ngram_size", "N", "No N tokens of the source occur in a row in the target"),
+    ("bad_words_ids", "JSON", "Token sequences that are not generated: [[17], [5, 6]]"),
+    ("sequence_bias", "JSON", "Token sequences and what is added to their scores: [[[17], -2.5]]"),
+    ("forced_bos_token_id", "ID", "The token generated first"),
+    ("forced_eos_token_id", "ID", "The token generated last when the maximum length is reached"),
+    ("exponential_decay_length_penalty", "JSON", "From where ending becomes likelier, and how fast: [30, 1.05]"),
+    ("suppress_tokens", "JSON", "Tokens that are never generated: [5, 6]"),
+    ("begin_suppress_tokens", "JSON", "Tokens that are not generated first: [5, 6]"),
+    ("eos_token_id", "IDS", "The token or tokens that end a target: 1 or [1, 107]"),
+    ("pad_token_id", "ID", "What pads sources of unequal length"),
+    ("decoder_start_token_id", "ID", "The token every target starts with"),
+    ("renormalize_logits", "BOOL", "Make processed scores log-probabilities again"),
+    ("remove_invalid_values", "BOOL", "Replace NaN and infinite scores instead of failing"),
+];
+
+fn flag((name, placeholder, help): &(&'static str, &'static str, &'static str)) -> Arg {
+    Arg::new(*name)
+        .long(name.replace('_', "-"))
+        .value_name(*placeholder)
+        .help(*help)
+        .allow_negative_numbers(true)
+        .help_heading("Generation options (Hugging Face's names)")
+}
+
+impl Args for GenerationFlags {
+    fn augment_args(command: Command) -> Command {
+        command.args(FLAGS.iter().map(flag))
+    }
+
+    fn augment_args_for_update(command: Command) -> Command {
+        Self::augment_args(command)
+    }
+}
+
+impl FromArgMatches for GenerationFlags {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<GenerationFlags, clap::Error> {
+        let given = FLAGS.iter().filter_map(|(name, ..)| {
+            let text = matches.get_one::<String>(name)?;
+            // What is not JSON is a word, such as `never`; the library says whether the option takes it.
+            let value = serde_json::from_str(text).unwrap_or_else(|_| Value::String(text.clone()));
+            Some((name.to_string(), value))
+        });
+        Ok(GenerationFlags(given.collect()))
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        *self = GenerationFlags::from_arg_matches(matches)?;
+        Ok(())
+    }
+}

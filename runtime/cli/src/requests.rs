@@ -1,0 +1,197 @@
+//! The JSONL contract: a request a line in, a result a line out, in order. Reading lines, what a request may hold, and how
+//! requests become batches; what is done with a batch is the command's.
+
+use std::collections::VecDeque;
+use std::io::{self, BufRead};
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::thread;
+
+use anyhow::{Context, Result, bail};
+use serde_json::{Map, Value};
+use t5gemma_runtime::{Batch, Model};
+
+/// A request as it stands on its line.
+pub struct Request {
+    /// `id`, or the line's number from 0 where there is none.
+    pub id: Value,
+    /// The sources as token ids.
+    pub sources: Vec<Vec<i64>>,
+    /// `attention_mask`, of the shape of `sources`; all ones where it is not given.
+    pub mask: Vec<Vec<i64>>,
+    /// `decoder_input_ids`, a row for each source.
+    pub prompts: Option<Vec<Vec<i64>>>,
+    /// `options`.
+    pub options: Map<String, Value>,
+}
+
+/// A line that is not a request: its `id` as far as it can be told, and why.
+pub struct Refused {
+    pub id: Value,
+    pub reason: String,
+}
+
+/// What requests may hold besides sources.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// Sources only.
+    Encode,
+    /// Sources, decoder prompts and generation options.
+    Generate,
+}
+
+impl Request {
+    /// Reads a line. `number` counts lines from 0.
+    pub fn parse(line: &str, number: usize, kind: Kind, model: &Model) -> Result<Request, Refused> {
+        let mut id = Value::from(number);
+        Request::read(line, &mut id, kind, model).map_err(|error| Refused { id, reason: format!("{error:#}") })
+    }
+
+    fn read(line: &str, id: &mut Value, kind: Kind, model: &Model) -> Result<Request> {
+        let mut fields: Map<String, Value> =
+            serde_json::from_str(line).context("expected a JSON object on one line")?;
+        match fields.remove("id") {
+            None | Some(Value::Null) => {}
+            Some(given @ (Value::String(_) | Value::Number(_))) => *id = given,
+            Some(other) => bail!("id: expected a string or a number, found {other}"),
+        }
+        let mut take = |name: &str| fields.remove(name).filter(|value| !value.is_null());
+        let (text, ids, mask) = (take("text"), take("input_ids"), take("attention_mask"));
+        let (prompts, options) = match kind {
+            Kind::Generate => (take("decoder_input_ids"), take("options")),
+            Kind::Encode => (None, None),
+        };
+        if let Some((name, _)) = fields.iter().next() {
+            let known = match kind {
+                Kind::Generate => "id, text, input_ids, attention_mask, decoder_input_ids and options",
+                Kind::Encode => "id, text, input_ids and attention_mask",
+            };
+            bail!("{name}: expected only {known}, found another field");
+        }
+        let sources = match (text, ids) {
+            (Some(text), None) => texts(&text)?
+                .into_iter()
+                .map(|text| Ok(model.tokenizer()?.encode(text)?))
+                .collect::<Result<Vec<_>>>()?,
+            (None, Some(ids)) => rows("input_ids", &ids)?,
+            (None, None) => bail!("expected text or input_ids, found neither"),
+            (Some(_), Some(_)) => bail!("expected text or input_ids, found both"),
+        };
+        let mask = match mask {
+            Some(mask) => rows("attention_mask", &mask)?,
+            None => sources.iter().map(|source| vec![1; source.len()]).collect(),
+        };
+        let prompts = prompts.map(|prompts| rows("decoder_input_ids", &prompts)).transpose()?;
+        let options = match options {
+            None => Map::new(),
+            Some(Value::Object(options)) => options,
+            Some(other) => bail!("options: expected an object of generation options, found {other}"),
+        };
+        let request = Request { id: id.clone(), sources, mask, prompts, options };
+        // What the library refuses of this request alone is known before it is put in a batch with others.
+        batch(std::slice::from_ref(&request), 0)?;
+        Ok(request)
+    }
+
+    /// Source tokens that take part.
+    pub fn source_tokens(&self) -> usize {
+        self.mask.iter().flatten().filter(|&&visible| visible != 0).count()
+    }
+}
+
+/// One batch of the sources of several requests, shorter ones padded with `pad` on the right. Their prompts, where they
+/// have any, are of one length.
+pub fn batch(requests: &[Request], pad: i64) -> Result<Batch, t5gemma_runtime::Error> {
+    let rows = |part: fn(&Request) -> &Vec<Vec<i64>>| requests.iter().flat_map(part).cloned().collect::<Vec<_>>();
+    let (mut sources, mut mask) = (rows(|request| &request.sources), rows(|request| &request.mask));
+    // A row whose mask does not fit, or that is empty, is left as it is for the library to refuse by name.
+    if sources.iter().zip(&mask).all(|(source, mask)| source.len() == mask.len() && !source.is_empty()) {
+        let length = sources.iter().map(Vec::len).max().unwrap_or(0);
+        sources.iter_mut().for_each(|source| source.resize(length, pad));
+        mask.iter_mut().for_each(|mask| mask.resize(length, 0));
+    }
+    let batch = Batch::masked(&sources, &mask)?;
+    let prompts: Vec<Vec<i64>> =
+        requests.iter().flat_map(|request| request.prompts.iter().flatten()).cloned().collect();
+    if requests.iter().any(|request| request.prompts.is_some()) {
+        batch.with_decoder_input_ids(&prompts)
+    } else {
+        Ok(batch)
+    }
+}
+
+/// `"…"` or `["…", "…"]`.
+fn texts(value: &Value) -> Result<Vec<&str>> {
+    let list = match value {
+        Value::String(text) => Some(vec![text.as_str()]),
+        Value::Array(texts) => texts.iter().map(Value::as_str).collect(),
+        _ => None,
+    };
+    list.with_context(|| format!("text: expected a string or a list of strings, found {}", shown(value)))
+}
+
+/// `[1, 2]` or `[[1, 2], [3, 4]]`.
+fn rows(field: &str, value: &Value) -> Result<Vec<Vec<i64>>> {
+    let row = |value: &Value| value.as_array()?.iter().map(Value::as_i64).collect::<Option<Vec<i64>>>();
+    let rows = match value.as_array() {
+        Some(list) if list.first().is_some_and(Value::is_array) => list.iter().map(row).collect(),
+        Some(_) => row(value).map(|row| vec![row]),
+        None => None,
+    };
+    rows.with_context(|| {
+        format!("{field}: expected whole numbers in a list or a list of lists, found {}", shown(value))
+    })
+}
+
+fn shown(value: &Value) -> String {
+    let text = value.to_string();
+    match text.char_indices().nth(60) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text,
+    }
+}
+
+/// Lines of stdin, read ahead on a thread of their own: whoever waits for an answer before writing on is not kept waiting,
+/// and a file is read while the model runs.
+pub struct Lines {
+    received: Receiver<io::Result<String>>,
+    pending: VecDeque<String>,
+    number: usize,
+}
+
+impl Lines {
+    /// Starts reading.
+    pub fn stdin() -> Lines {
+        let (lines, received) = sync_channel(256);
+        thread::spawn(move || {
+            for line in io::stdin().lock().lines() {
+                if lines.send(line).is_err() {
+                    break;
+                }
+            }
+        });
+        Lines { received, pending: VecDeque::new(), number: 0 }
+    }
+
+    /// The next line with its number from 0; waits for it.
+    pub fn next(&mut self) -> Result<Option<(usize, String)>> {
+        let line = match self.pending.pop_front() {
+            Some(line) => line,
+            None => match self.received.recv() {
+                Ok(line) => line.context("stdin cannot be read")?,
+                Err(_) => return Ok(None),
+            },
+        };
+        self.number += 1;
+        Ok(Some((self.number - 1, line)))
+    }
+
+    /// Whether a further line is there already.
+    pub fn is_ready(&mut self) -> Result<bool> {
+        if self.pending.is_empty()
+            && let Ok(line) = self.received.try_recv()
+        {
+            self.pending.push_back(line.context("stdin cannot be read")?);
+        }
+        Ok(!self.pending.is_empty())
+    }
+}

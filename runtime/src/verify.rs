@@ -1,0 +1,325 @@
+//! Checks that a model folder computes what it should: that different ways to the same numbers agree, and that the numbers
+//! are those of a reference where one is given. In the library because it runs the model in ways that generation never
+//! does; reading files of reference numbers is left to the caller.
+
+use std::collections::BTreeMap;
+use std::ops::ControlFlow;
+
+use ndarray::{Array2, Array3, ArrayD, Axis, s};
+use t5gemma_graphs::interface::DType;
+use t5gemma_graphs::manifest::EncoderWindow;
+
+use crate::batch::{Batch, Prompts};
+use crate::error::Error;
+use crate::generate;
+use crate::model::{Cancellation, Model};
+use crate::options::GenerationOptions;
+use crate::search::Search;
+
+/// One comparison.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Check {
+    /// What was compared.
+    pub name: String,
+    /// The largest absolute difference found.
+    pub largest: f32,
+    /// The largest that passes.
+    pub limit: f32,
+}
+
+impl Check {
+    /// Whether the difference is within the limit.
+    pub fn passed(&self) -> bool {
+        self.largest <= self.limit
+    }
+}
+
+/// Reference tensors by name, as the project's fixtures name them: `in.B.input_ids` and `in.B.attention_mask` `[rows,
+/// source]` for any batch name `B`, and for each of these, where present, `enc.B.last_hidden_state`, `dec.B.first.logits`,
+/// `dec.B.forced_ids` with `dec.B.forced_logits`, and `dec.B.prefill.logits`.
+#[derive(Clone, Debug, Default)]
+pub struct Golden {
+    /// int64 tensors.
+    pub whole: BTreeMap<String, ArrayD<i64>>,
+    /// float32 tensors.
+    pub floats: BTreeMap<String, ArrayD<f32>>,
+}
+
+/// Target tokens that are fed in the checks without a reference.
+const TARGETS: usize = 8;
+/// Source lengths of their batch: ragged, with the shortest possible.
+const SOURCES: [usize; 5] = [23, 9, 1, 16, 4];
+
+/// Compares the model with itself: cached steps with recomputation, one step of many tokens with many of one, a ragged
+/// batch with its rows alone, padding on the left with padding on the right, beam search of width one with greedy search,
+/// and beam scores with scores recomputed from the logits.
+///
+/// `tolerance` replaces the default limit of each comparison of numbers: 5e-4 in float32, and in half precision a tenth of
+/// the largest number compared.
+///
+/// # Errors
+/// As [`Model::generate`].
+pub fn consistency(model: &Model, tolerance: Option<f32>, cancel: &Cancellation) -> Result<Vec<Check>, Error> {
+    let limit = |largest: f32| limit(model, tolerance, largest);
+    let (encoder, decoder) = (&model.config().encoder, &model.config().decoder);
+    let mut draw = Draw(0x7435_6765_6d6d_61);
+    let longest = encoder.max_position_embeddings;
+    let sources = SOURCES.map(|length| draw.tokens(length.min(longest), encoder.vocab_size));
+    let rows = sources.len();
+    let targets = draw.tokens(rows * TARGETS, decoder.vocab_size);
+    let ragged = Batch::padded(&sources, model.options().pad_token_id)?;
+
+    let one_by_one = forced(model, &ragged, &targets, &[1; TARGETS], cancel)?;
+    let scale = largest(one_by_one.iter());
+    let mut checks = Vec::new();
+    let mut check = |name: &str, largest: f32, limit: f32| checks.push(Check { name: name.into(), largest, limit });
+
+    let mut difference = 0.0_f32;
+    for length in 1..=TARGETS {
+        let prefix: Vec<i64> = targets.chunks(TARGETS).flat_map(|row| &row[..length]).copied().collect();
+        let whole = forced(model, &ragged, &prefix, &[length], cancel)?;
+        difference = difference.max(apart(&whole.slice(s![0, .., ..]), &one_by_one.slice(s![length - 1, .., ..])));
+    }
+    check("cached steps = recomputation", difference, limit(scale));
+
+    let in_two = forced(model, &ragged, &targets, &[1, TARGETS - 1], cancel)?;
+    let difference = apart(&in_two.slice(s![1, .., ..]), &one_by_one.slice(s![TARGETS - 1, .., ..]));
+    check("one step of many tokens = many steps of one", difference, limit(scale));
+
+    let hidden = model.encode(&ragged, cancel)?;
+    let (mut of_hidden, mut of_logits) = (0.0_f32, 0.0_f32);
+    for (row, source) in sources.iter().enumerate() {
+        let alone = Batch::padded(std::slice::from_ref(source), 0)?;
+        let states = model.encode(&alone, cancel)?;
+        of_hidden = of_hidden.max(apart(&states.slice(s![0, .., ..]), &hidden.slice(s![row, ..source.len(), ..])));
+        let logits = forced(model, &alone, &targets[row * TARGETS..][..TARGETS], &[1; TARGETS], cancel)?;
+        of_logits = of_logits.max(apart(&logits.slice(s![.., 0, ..]), &one_by_one.slice(s![.., row, ..])));
+    }
+    let hidden_scale = largest(hidden.iter());
+    check("hidden states of a ragged batch = of its rows alone", of_hidden, limit(hidden_scale));
+    check("logits of a ragged batch = of its rows alone", of_logits, limit(scale));
+
+    let left = padded_left(&sources)?;
+    let (mut of_hidden, states) = (0.0_f32, model.encode(&left, cancel)?);
+    for (row, source) in sources.iter().enumerate() {
+        let padding = left.length() - source.len();
+        let (a, b) = (states.slice(s![row, padding.., ..]), hidden.slice(s![row, ..source.len(), ..]));
+        of_hidden = of_hidden.max(apart(&a, &b));
+    }
+    let logits = forced(model, &left, &targets, &[1; TARGETS], cancel)?;
+    check("hidden states padded left = padded right", of_hidden, limit(hidden_scale));
+    check("logits padded left = padded right", apart(&logits, &one_by_one), limit(scale));
+
+    let greedy = GenerationOptions {
+        max_new_tokens: Some(16.min(decoder.max_position_embeddings - 1)),
+        num_beams: 1,
+        num_return_sequences: 1,
+        ..model.options().clone()
+    };
+    let tokens = |search: fn(&GenerationOptions, &[i64]) -> Search| -> Result<Vec<Vec<i64>>, Error> {
+        let mut ignored = |_: usize, _: i64| ControlFlow::Continue(());
+        let found = generate::generate(model, &ragged, &greedy, search, &mut ignored, cancel)?;
+        Ok(found.into_iter().map(|mut row| row.swap_remove(0).tokens).collect())
+    };
+    let (by_greedy, by_beam) = (tokens(Search::new)?, tokens(Search::beam)?);
+    let different = by_greedy.iter().zip(&by_beam).filter(|(a, b)| a != b).count();
+    check("rows in which a beam of width 1 differs from greedy", different as f32, 0.0);
+
+    let beams = GenerationOptions { num_beams: 4, ..greedy };
+    let difference = beam_scores(model, &ragged, &beams, cancel)?;
+    check("beam scores = recomputed from the logits", difference, limit(scale));
+    Ok(checks)
+}
+
+/// Compares the model with reference numbers, of which hidden states count where the mask is 1.
+///
+/// # Errors
+/// As [`Model::generate`]; [`Error::Input`] for reference tensors that are missing or of shapes that do not belong together.
+pub fn against(
+    model: &Model,
+    golden: &Golden,
+    tolerance: Option<f32>,
+    cancel: &Cancellation,
+) -> Result<Vec<Check>, Error> {
+    let mut checks: BTreeMap<&str, Check> = BTreeMap::new();
+    let mut compare = |name: &'static str, largest: f32, scale: f32| {
+        let limit = limit(model, tolerance, scale);
+        let check = checks.entry(name).or_insert(Check { name: name.into(), largest: 0.0, limit });
+        check.largest = check.largest.max(largest);
+        check.limit = check.limit.max(limit);
+    };
+    let inclusive = model.manifest().encoder_window == EncoderWindow::Inclusive;
+    let start = model.options().decoder_start_token_id;
+    for (name, ids) in &golden.whole {
+        let Some(batch_name) = name.strip_prefix("in.").and_then(|name| name.strip_suffix(".input_ids")) else {
+            continue;
+        };
+        let mask_name = format!("in.{batch_name}.attention_mask");
+        let mask = golden.whole.get(&mask_name).ok_or_else(|| Error::input(&mask_name, "a tensor", "none"))?;
+        let rows = ids.shape().first().copied().unwrap_or(0);
+        let batch = Batch::flat(rows, ids.iter().copied().collect(), mask.iter().copied().collect())?;
+
+        let suffix = if inclusive { "" } else { ".window_exclusive" };
+        if let Some(expected) = golden.floats.get(&format!("enc.{batch_name}.last_hidden_state{suffix}")) {
+            let states = model.encode(&batch, cancel)?;
+            same_shape(name, expected.shape(), states.shape())?;
+            let real = batch.mask().iter().map(|&visible| visible != 0);
+            let width = states.shape()[2];
+            let pairs =
+                states.exact_chunks([1, 1, width]).into_iter().zip(expected.exact_chunks([1, 1, width].as_ref()));
+            let largest_apart = pairs
+                .zip(real)
+                .filter(|(_, real)| *real)
+                .map(|((a, b), _)| apart_numbers(a.iter(), b.iter()))
+                .fold(0.0, f32::max);
+            compare("hidden states", largest_apart, largest(expected.iter()));
+        }
+        if !inclusive {
+            // The reference's decoder numbers are those of its own window rule.
+            continue;
+        }
+        let mut compare_logits = |name: &'static str, tensor: String, found: Array2<f32>, position: usize| {
+            let Some(expected) = golden.floats.get(&tensor) else { return Ok(()) };
+            let positions = expected.shape().get(1).copied().unwrap_or(0);
+            same_shape(&tensor, expected.shape(), &[found.shape()[0], positions, found.shape()[1]])?;
+            let expected = expected.index_axis(Axis(1), position);
+            compare(name, apart_numbers(found.iter(), expected.iter()), largest(expected.iter()));
+            Ok::<(), Error>(())
+        };
+        let first = forced(model, &batch, &vec![start; rows], &[1], cancel)?;
+        compare_logits("first logits", format!("dec.{batch_name}.first.logits"), piece(&first, 0), 0)?;
+        let Some(ids) = golden.whole.get(&format!("dec.{batch_name}.forced_ids")) else { continue };
+        let steps = ids.shape().last().copied().unwrap_or(0);
+        let targets: Vec<i64> = ids
+            .as_standard_layout()
+            .rows()
+            .into_iter()
+            .flat_map(|row| [start].into_iter().chain(row.to_vec()).collect::<Vec<_>>())
+            .collect();
+        let stepped = forced(model, &batch, &targets, &vec![1; steps + 1], cancel)?;
+        for step in 0..steps {
+            let found = piece(&stepped, step + 1);
+            compare_logits("logits of cached steps", format!("dec.{batch_name}.forced_logits"), found, step)?;
+        }
+        let prefill = format!("dec.{batch_name}.prefill.logits");
+        let Some(length) = golden.floats.get(&prefill).map(|expected| expected.shape()[1]) else { continue };
+        let prompt: Vec<i64> = targets.chunks(steps + 1).flat_map(|row| &row[..length]).copied().collect();
+        let found = forced(model, &batch, &prompt, &[length], cancel)?;
+        compare_logits("logits after a prompt", prefill, piece(&found, 0), length - 1)?;
+    }
+    Ok(checks.into_values().collect())
+}
+
+fn limit(model: &Model, tolerance: Option<f32>, largest: f32) -> f32 {
+    match model.manifest().dtype {
+        _ if tolerance.is_some() => tolerance.unwrap_or_default(),
+        DType::Float32 => 5e-4,
+        _ => largest / 10.0,
+    }
+}
+
+/// Feeds `targets` `[rows, Σ pieces]` in runs of the given lengths; returns the logits after each,
+/// `[pieces, rows, vocab_size]`.
+fn forced(
+    model: &Model,
+    batch: &Batch,
+    targets: &[i64],
+    pieces: &[usize],
+    cancel: &Cancellation,
+) -> Result<Array3<f32>, Error> {
+    let (rows, length) = (batch.rows(), targets.len() / batch.rows());
+    let part = |from: usize, count: usize| -> Vec<i64> {
+        targets.chunks(length).flat_map(|row| &row[from..from + count]).copied().collect()
+    };
+    let mut all = Vec::new();
+    let encoded = model.run_encoder(batch, cancel)?;
+    let prompts = Prompts { length: pieces[0], ids: part(0, pieces[0]) };
+    let (mut state, mut logits) = model.start(encoded, prompts, cancel)?;
+    let mut fed = pieces[0];
+    all.extend_from_slice(logits.rows_mut()?);
+    for &count in &pieces[1..] {
+        logits = model.step(&mut state, part(fed, count), cancel)?;
+        fed += count;
+        all.extend_from_slice(logits.rows_mut()?);
+    }
+    let shape = [pieces.len(), rows, model.config().decoder.vocab_size];
+    Ok(Array3::from_shape_vec(shape, all).expect("each run returns one row of logits for each row"))
+}
+
+/// The largest difference between the scores that beam search reports and those computed anew from the logits.
+fn beam_scores(model: &Model, batch: &Batch, options: &GenerationOptions, cancel: &Cancellation) -> Result<f32, Error> {
+    let mut difference = 0.0_f32;
+    for (row, found) in model.generate(batch, options, &mut (), cancel)?.into_iter().enumerate() {
+        let best = &found[0];
+        let alone = Batch::flat(1, batch.source(row).to_vec(), batch.row_mask(row).to_vec())?;
+        let mut targets = vec![options.decoder_start_token_id];
+        targets.extend_from_slice(&best.tokens[..best.tokens.len() - 1]);
+        let logits = forced(model, &alone, &targets, &vec![1; targets.len()], cancel)?;
+        let log_probability: f32 = best
+            .tokens
+            .iter()
+            .zip(logits.outer_iter())
+            .map(|(&token, logits)| {
+                let top = largest_signed(logits.iter());
+                let sum: f32 = logits.iter().map(|logit| (logit - top).exp()).sum();
+                logits[[0, token as usize]] - top - sum.ln()
+            })
+            .sum();
+        let score = log_probability / (best.tokens.len() as f32).powf(options.length_penalty as f32);
+        difference = difference.max((score - best.score.unwrap_or(f32::NAN)).abs());
+    }
+    Ok(difference)
+}
+
+fn padded_left(sources: &[Vec<i64>]) -> Result<Batch, Error> {
+    let length = sources.iter().map(Vec::len).max().unwrap_or(0);
+    let row = |source: &Vec<i64>, value: fn(i64) -> i64| {
+        let padding = std::iter::repeat_n(0, length - source.len());
+        padding.chain(source.iter().map(|&id| value(id))).collect::<Vec<i64>>()
+    };
+    let ids: Vec<Vec<i64>> = sources.iter().map(|source| row(source, |id| id)).collect();
+    let mask: Vec<Vec<i64>> = sources.iter().map(|source| row(source, |_| 1)).collect();
+    Batch::masked(&ids, &mask)
+}
+
+fn piece(logits: &Array3<f32>, piece: usize) -> Array2<f32> {
+    logits.index_axis(Axis(0), piece).to_owned()
+}
+
+fn same_shape(name: &str, expected: &[usize], found: &[usize]) -> Result<(), Error> {
+    if expected == found {
+        return Ok(());
+    }
+    Err(Error::input(name, format!("shape {found:?}, that of the model's tensor"), format!("{expected:?}")))
+}
+
+fn apart<D: ndarray::Dimension>(a: &ndarray::ArrayRef<f32, D>, b: &ndarray::ArrayRef<f32, D>) -> f32 {
+    apart_numbers(a.iter(), b.iter())
+}
+
+/// The largest absolute difference; NaN on either side counts as infinite.
+fn apart_numbers<'n>(a: impl Iterator<Item = &'n f32>, b: impl Iterator<Item = &'n f32>) -> f32 {
+    let difference = |(a, b): (&f32, &f32)| if a == b { 0.0 } else { (a - b).abs() };
+    a.zip(b).map(difference).fold(0.0, |largest, next| if next.is_nan() { f32::INFINITY } else { largest.max(next) })
+}
+
+fn largest<'n>(numbers: impl Iterator<Item = &'n f32>) -> f32 {
+    numbers.fold(0.0, |largest, number| largest.max(number.abs()))
+}
+
+fn largest_signed<'n>(numbers: impl Iterator<Item = &'n f32>) -> f32 {
+    numbers.copied().fold(f32::NEG_INFINITY, f32::max)
+}
+
+/// Tokens without meaning, the same on every machine (a 64-bit linear congruential generator, Knuth's MMIX constants).
+struct Draw(u64);
+
+impl Draw {
+    fn tokens(&mut self, count: usize, vocab_size: usize) -> Vec<i64> {
+        let mut next = || {
+            self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            ((self.0 >> 33) % vocab_size as u64) as i64
+        };
+        (0..count).map(|_| next()).collect()
+    }
+}
