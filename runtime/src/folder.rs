@@ -64,6 +64,9 @@ impl Folder {
         }
         check_tensors(&path.join(MANIFEST), &manifest)?;
 
+        if !manifest.files.contains_key("config.json") {
+            return Err(mismatch(path.join(MANIFEST), "files", "config.json", "no such entry"));
+        }
         let config_path = path.join("config.json");
         let config =
             Config::parse(&read_text(&config_path)?).map_err(|error| Error::Config { path: config_path, error })?;
@@ -95,6 +98,10 @@ fn read_text(path: &Path) -> Result<String, Error> {
 
 fn read_manifest(folder: &Path) -> Result<Manifest, Error> {
     let path = folder.join(MANIFEST);
+    if !path.exists() {
+        let problem = "no such file: not a model folder, which is what t5gemma-export makes of a checkpoint".into();
+        return Err(Error::File { path, problem });
+    }
     let value: serde_json::Value = serde_json::from_str(&read_text(&path)?)
         .map_err(|error| Error::File { path: path.clone(), problem: format!("not JSON: {error}") })?;
     // Format and version come first: another version's fields need not be those read below.

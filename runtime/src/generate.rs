@@ -72,7 +72,7 @@ pub(crate) fn generate(
         let scores = logits.rows_mut()?;
         // The beams of an item begin as one: the first step has one row for all of them.
         let rows_per_item = state.rows() / state.items();
-        let mut widened = Vec::new();
+        let mut widened;
         let (mut going_on, mut parents, mut tokens) = (Vec::new(), Vec::new(), Vec::new());
         let mut finished = Vec::new();
         for (slot, item) in items.iter_mut().enumerate() {
@@ -83,8 +83,7 @@ pub(crate) fn generate(
                 return Err(Error::NotFinite { row: item.row, step, dtype: model.manifest().dtype });
             }
             if rows_per_item < width {
-                widened.clear();
-                widened.extend(std::iter::repeat_n(&*scores, width).flatten());
+                widened = scores.repeat(width);
                 scores = &mut widened;
             }
             let candidates = item.processors.candidates(scores, &item.search);

@@ -79,10 +79,13 @@ impl Logits {
         Ok(scores)
     }
 
-    /// The last position of each row.
-    fn last(value: DynValue) -> ort::Result<Logits> {
+    /// The last position of each of `rows` rows. What opening could not verify, the number of rows, is checked here.
+    fn last(value: DynValue, rows: usize) -> ort::Result<Logits> {
         let (shape, scores) = value.try_extract_tensor::<f32>()?;
-        let (rows, positions, vocab_size) = (shape[0], shape[1] as usize, shape[2] as usize);
+        if shape[0] != rows as i64 || shape[1] < 1 {
+            return Err(ort::Error::new(format!("{rows} rows gave logits of shape {shape}")));
+        }
+        let (positions, vocab_size) = (shape[1] as usize, shape[2] as usize);
         if positions == 1 {
             return Ok(Logits { value });
         }
@@ -91,7 +94,7 @@ impl Logits {
             .flat_map(|row| &row[(positions - 1) * vocab_size..])
             .copied()
             .collect();
-        let value = Tensor::from_array(([rows, 1, vocab_size as i64], last))?.into_dyn();
+        let value = Tensor::from_array(([rows, 1, vocab_size], last))?.into_dyn();
         Ok(Logits { value })
     }
 }
@@ -167,7 +170,8 @@ impl Model {
         let hidden = self.run_encoder(batch, cancel)?.hidden;
         let shape = [batch.rows(), batch.length(), self.folder.config.encoder.hidden_size];
         let values = float32_values(&hidden).map_err(Error::onnxruntime("reading the hidden states"))?;
-        Ok(Array3::from_shape_vec(shape, values).expect("opening has verified the shape of the encoder's output"))
+        Array3::from_shape_vec(shape, values)
+            .map_err(|error| Error::onnxruntime("reading the hidden states")(ort::Error::wrap(error)))
     }
 
     /// Generates a target for each source: `num_return_sequences` hypotheses a row, best first, in the order of the rows.
@@ -203,11 +207,12 @@ impl Model {
         cancel: &Cancellation,
     ) -> Result<(State, Logits), Error> {
         let Encoded { hidden, mask } = encoded;
-        let ids = int64_tensor(prompts.ids.len() / prompts.length, prompts.ids)?;
+        let rows = prompts.ids.len() / prompts.length;
+        let ids = int64_tensor(rows, prompts.ids)?;
         let inputs = [(&mask).into(), (&ids).into(), (&hidden).into()];
         let mut outputs = run(&self.decoder, "running the first decoder step", &inputs, cancel)?.into_iter();
         let logits = outputs.next().expect("opening has verified that the logits come first");
-        let logits = Logits::last(logits).map_err(Error::onnxruntime("reading the logits"))?;
+        let logits = Logits::last(logits, rows).map_err(Error::onnxruntime("reading the logits"))?;
         Ok((State::new(mask, outputs.collect(), self.per_item.clone()), logits))
     }
 
@@ -220,7 +225,7 @@ impl Model {
         drop(inputs);
         let logits = outputs.next().expect("opening has verified that the logits come first");
         state.grow(outputs);
-        Logits::last(logits).map_err(Error::onnxruntime("reading the logits"))
+        Logits::last(logits, state.rows()).map_err(Error::onnxruntime("reading the logits"))
     }
 }
 

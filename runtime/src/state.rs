@@ -93,6 +93,9 @@ where
     T: PrimitiveTensorElementType + std::fmt::Debug + Copy + 'static,
 {
     let (shape, data) = value.try_extract_tensor::<T>()?;
+    if rows.iter().any(|&row| row as i64 >= shape[0]) {
+        return Err(ort::Error::new(format!("rows {rows:?} of a cache of shape {shape}")));
+    }
     let row = shape[1..].iter().map(|&dim| dim as usize).product::<usize>();
     let mut gathered = Vec::with_capacity(rows.len() * row);
     for &parent in rows {
