@@ -131,9 +131,9 @@ impl Config {
         let config = Config {
             tie_word_embeddings: top.boolean("tie_word_embeddings")?.unwrap_or(true),
             tokens: TokenIds {
-                bos: top.token("bos_token_id")?.or(decoder.tokens.bos),
-                eos: top.tokens("eos_token_id")?.unwrap_or(decoder.tokens.eos),
-                pad: top.token("pad_token_id")?.or(decoder.tokens.pad),
+                bos: top.token("bos_token_id")?.or(decoder.bos).or(Some(2)),
+                eos: top.tokens("eos_token_id")?.or(decoder.eos).unwrap_or_else(|| vec![1]),
+                pad: top.token("pad_token_id")?.or(decoder.pad).or(Some(0)),
             },
             encoder: encoder.side,
             decoder: decoder.side,
@@ -172,7 +172,9 @@ const IGNORED: &[&str] = &[
 /// A side with the token ids that transformers 5 repeats in it.
 struct ParsedSide {
     side: Side,
-    tokens: TokenIds,
+    bos: Option<i64>,
+    eos: Option<Vec<i64>>,
+    pad: Option<i64>,
 }
 
 /// The fields of one JSON object that have not been read yet.
@@ -280,23 +282,20 @@ impl Fields {
             max_position_embeddings: fields.whole("max_position_embeddings")?.unwrap_or(8192),
             layers: fields.layers(num_hidden_layers, sliding_window.unwrap_or(4096))?,
         };
-        if side.num_attention_heads % side.num_key_value_heads != 0 {
+        if !side.num_attention_heads.is_multiple_of(side.num_key_value_heads) {
             let expected = format!("a divisor of num_attention_heads ({})", side.num_attention_heads);
             return Err(fields.error("num_key_value_heads", expected, side.num_key_value_heads.to_string()));
         }
-        if side.head_dim % 2 != 0 {
+        if !side.head_dim.is_multiple_of(2) {
             return Err(fields.error("head_dim", "an even number (rotary halves)", side.head_dim.to_string()));
         }
-        let tokens = TokenIds {
-            bos: fields.token("bos_token_id")?,
-            eos: fields.tokens("eos_token_id")?.unwrap_or_default(),
-            pad: fields.token("pad_token_id")?,
-        };
+        let (bos, pad) = (fields.token("bos_token_id")?, fields.token("pad_token_id")?);
+        let eos = fields.tokens("eos_token_id")?;
         // The head is tied by the top-level flag alone; transformers recomputes the cross-attention width from the encoder.
         fields.boolean("tie_word_embeddings")?;
         fields.whole("cross_attention_hidden_size")?;
         fields.finish(IGNORED)?;
-        Ok(ParsedSide { side, tokens })
+        Ok(ParsedSide { side, bos, eos, pad })
     }
 
     fn rope_theta(&mut self) -> Result<f64, ConfigError> {

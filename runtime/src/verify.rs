@@ -62,7 +62,7 @@ const SOURCES: [usize; 5] = [23, 9, 1, 16, 4];
 pub fn consistency(model: &Model, tolerance: Option<f32>, cancel: &Cancellation) -> Result<Vec<Check>, Error> {
     let limit = |largest: f32| limit(model, tolerance, largest);
     let (encoder, decoder) = (&model.config().encoder, &model.config().decoder);
-    let mut draw = Draw(0x7435_6765_6d6d_61);
+    let mut draw = Draw(7);
     let longest = encoder.max_position_embeddings;
     let sources = SOURCES.map(|length| draw.tokens(length.min(longest), encoder.vocab_size));
     let rows = sources.len();

@@ -282,7 +282,7 @@ impl Graph {
         if let Some(ids) = state.written.get(&key) {
             return ids.iter().map(|&id| Value { graph: self, id }).collect();
         }
-        let path = format!("/{}/{op}", state.scope);
+        let path = if state.scope.is_empty() { format!("/{op}") } else { format!("/{}/{op}", state.scope) };
         let name = state.unique(path);
         let ids: Vec<usize> = outputs
             .iter()

@@ -1,0 +1,95 @@
+# Fetches, builds, demonstrates and tests the project. All that comes of it lies in target, .cache and .venv.
+
+SHELL := bash
+CARGO ?= cargo
+PYTHON ?= python3
+# The cargo profile of `build` and `demo`.
+PROFILE ?= release
+
+PROGRAMS := $(or $(CARGO_TARGET_DIR),target)/$(if $(filter dev,$(PROFILE)),debug,$(PROFILE))
+FETCHED := .cache/onnxruntime/lib/libonnxruntime.$(if $(filter Darwin,$(shell uname)),dylib,so)
+# An ORT_DYLIB_PATH of your own is used, and nothing fetched.
+LIBRARY := $(or $(ORT_DYLIB_PATH),$(FETCHED))
+TOKENIZER := .cache/tokenizer-gemma2
+CHECKPOINT := tests/demo/checkpoint
+MODEL := .cache/demo-model
+
+# What programs and tests find things by.
+export ORT_DYLIB_PATH := $(abspath $(LIBRARY))
+export T5GEMMA_PYTHON := $(CURDIR)/.venv/bin/python
+export T5GEMMA_GEMMA_TOKENIZER := $(CURDIR)/$(TOKENIZER)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_ROOT_USER_ACTION := ignore
+
+.PHONY: help
+help: ## this list (the default)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: demo
+demo: onnxruntime $(MODEL)/manifest.json ## export the small checkpoint of tests/demo and answer some lines with it
+	@echo "== the lines"
+	@cat tests/scripts/demo.txt
+	@echo "== $(MODEL), greedy"
+	$(PROGRAMS)/t5gemma generate $(MODEL) < tests/scripts/demo.txt
+	@echo "== $(MODEL), four beams"
+	$(PROGRAMS)/t5gemma generate $(MODEL) --num-beams 4 < tests/scripts/demo.txt
+
+.PHONY: build
+build: ## build the programs t5gemma-export and t5gemma
+	$(CARGO) build --profile $(PROFILE) --locked -p t5gemma-exporter -p t5gemma-cli
+
+.PHONY: onnxruntime
+onnxruntime: $(LIBRARY) ## fetch libonnxruntime into .cache/onnxruntime/lib
+
+.PHONY: tokenizer
+tokenizer: $(TOKENIZER)/tokenizer.json ## fetch Gemma's tokenizer, for the tests, into .cache/tokenizer-gemma2
+
+.PHONY: python
+python: .venv/complete ## set up .venv with the packages that the tests' Python scripts need
+
+.PHONY: check
+check: ## formatting and lints
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+
+.PHONY: test
+test: check onnxruntime tokenizer python ## everything that CI runs
+	$(CARGO) build --workspace --locked
+	set -o pipefail; $(CARGO) test --workspace --locked --no-fail-fast | tee .cache/tests.log
+	$(MAKE) demo PROFILE=dev
+	@echo "make test: formatting, lints, tests and demo are well"
+	@awk '/^test result:/ { passed += $$4; failed += $$6 } END { print "tests:", passed " passed,", failed " failed" }' \
+	    .cache/tests.log
+
+.PHONY: clean
+clean: ## remove everything built or fetched
+	$(CARGO) clean
+	rm -rf .cache .venv
+
+# Files
+
+$(FETCHED): tests/scripts/onnxruntime.txt
+	$(PYTHON) tests/scripts/fetch.py onnxruntime $(@D)
+
+$(TOKENIZER)/tokenizer.json: tests/scripts/fetch.py
+	$(PYTHON) tests/scripts/fetch.py tokenizer $(@D)
+
+# The packages are put in from outside, so that neither ensurepip nor a pip of its own is needed.
+.venv/complete: tests/requirements.txt tests/scripts/onnxruntime.txt
+	rm -rf .venv
+	$(PYTHON) -m venv --without-pip .venv
+	packages=$$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+	$(PYTHON) -m pip install --quiet --no-deps --only-binary=:all: --target "$$packages" \
+	    --requirement tests/requirements.txt && \
+	$(PYTHON) -m pip install --quiet --no-deps --only-binary=:all: --target "$$packages" --upgrade \
+	    --require-hashes --requirement tests/scripts/onnxruntime.txt
+	touch $@
+
+# Exported anew when the checkpoint or the exporter has changed.
+$(MODEL)/manifest.json: $(PROGRAMS)/t5gemma-export $(wildcard $(CHECKPOINT)/*)
+	@echo "== exporting $(CHECKPOINT) to $(MODEL)"
+	$(PROGRAMS)/t5gemma-export --overwrite $(CHECKPOINT) $(MODEL)
+
+# The recipe does nothing, but without one make would take the file for changed every time.
+$(PROGRAMS)/t5gemma-export: build
+	@:

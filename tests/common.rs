@@ -1,0 +1,135 @@
+//! What the tests share: the fixtures, models exported from them once, the programs, and the Python beside them.
+
+use std::collections::HashMap;
+use std::ffi::OsStr;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::sync::{Mutex, OnceLock};
+
+use serde_json::Value;
+use t5gemma_exporter::{Checkpoint, Export, Silent, Source};
+use tempfile::TempDir;
+
+/// The checkpoints with reference tensors and generation cases.
+pub const FIXTURES: [&str; 7] = [
+    "tiny-balanced",
+    "tiny-bf16",
+    "tiny-legacy-config",
+    "tiny-mha-nocap",
+    "tiny-sharded",
+    "tiny-unbalanced",
+    "tiny-untied",
+];
+
+/// This package's folder.
+pub fn tests() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// The folder of a fixture, with `checkpoint`, `golden.safetensors` and `cases.json`.
+pub fn fixture(name: &str) -> PathBuf {
+    tests().join("fixtures/public").join(name)
+}
+
+/// A fixture's `cases.json`.
+pub fn cases(name: &str) -> Value {
+    let path = fixture(name).join("cases.json");
+    let text = std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    serde_json::from_str(&text).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+/// A folder that lives as long as the test binary runs.
+fn scratch() -> &'static Path {
+    static SCRATCH: OnceLock<TempDir> = OnceLock::new();
+    SCRATCH.get_or_init(|| TempDir::new().expect("a temporary folder can be made")).path()
+}
+
+/// A fixture's checkpoint as exported by default, once for all tests.
+pub fn exported(name: &str) -> PathBuf {
+    exported_as(name, "default", Export::default())
+}
+
+/// A fixture's checkpoint exported in another way, once for all tests that say `label`.
+pub fn exported_as(name: &str, label: &str, export: Export) -> PathBuf {
+    exported_from(&fixture(name).join("checkpoint"), &format!("{name}-{label}"), export)
+}
+
+/// The demo checkpoint as exported by default, once for all tests.
+pub fn demo() -> PathBuf {
+    exported_from(&tests().join("demo/checkpoint"), "demo", Export::default())
+}
+
+fn exported_from(checkpoint: &Path, label: &str, export: Export) -> PathBuf {
+    static DONE: Mutex<Option<HashMap<String, PathBuf>>> = Mutex::new(None);
+    let mut done = DONE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let done = done.get_or_insert_default();
+    if let Some(path) = done.get(label) {
+        return path.clone();
+    }
+    let out = scratch().join(label);
+    let source = Source::Checkpoint(Checkpoint::open(checkpoint).expect("the fixture opens"));
+    export.run(&source, &out, &Silent).expect("the fixture exports");
+    done.insert(label.to_string(), out.clone());
+    out
+}
+
+/// One of the programs, built on first use; `cargo test` alone does not build other packages' programs.
+pub fn program(name: &str) -> Command {
+    static BUILT: OnceLock<()> = OnceLock::new();
+    BUILT.get_or_init(|| {
+        let built = Command::new(env!("CARGO"))
+            .args(["build", "--quiet", "--workspace", "--locked", "--manifest-path"])
+            .arg(tests().join("../Cargo.toml"))
+            .status()
+            .expect("cargo runs");
+        assert!(built.success(), "the programs build");
+    });
+    let folder = std::env::current_exe().expect("a test has a path");
+    let folder = folder.parent().and_then(Path::parent).expect("tests lie in the profile's deps folder");
+    Command::new(folder.join(name))
+}
+
+/// Runs a program with arguments and text on its stdin.
+pub fn run<S: AsRef<OsStr>>(name: &str, arguments: impl IntoIterator<Item = S>, stdin: &str) -> Output {
+    let mut child = program(name)
+        .args(arguments)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the program starts");
+    let mut pipe = child.stdin.take().expect("stdin is piped");
+    let text = stdin.to_string();
+    // Written on a thread of its own: a program may answer before it has read everything.
+    let writer = std::thread::spawn(move || {
+        // A program that stops early closes its end; what it says then is for the test to judge.
+        let _ = pipe.write_all(text.as_bytes());
+    });
+    let output = child.wait_with_output().expect("the program ends");
+    writer.join().expect("writing does not panic");
+    output
+}
+
+/// A program's stdout, after checking that it succeeded.
+pub fn stdout(output: Output) -> String {
+    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{}\nstdout: {out}\nstderr: {err}", output.status);
+    out.into_owned()
+}
+
+/// What an environment variable names, which `make test` sets.
+pub fn from_make(variable: &str) -> PathBuf {
+    let value = std::env::var_os(variable);
+    value.unwrap_or_else(|| panic!("{variable} is not set: run the tests by `make test`")).into()
+}
+
+/// Runs one of the Python scripts beside the tests and returns what it prints.
+pub fn python<S: AsRef<OsStr>>(script: &str, arguments: impl IntoIterator<Item = S>) -> String {
+    let output = Command::new(from_make("T5GEMMA_PYTHON"))
+        .arg(tests().join("scripts").join(script))
+        .args(arguments)
+        .output()
+        .expect("Python runs");
+    stdout(output)
+}

@@ -1,0 +1,14 @@
+//! Everything that needs files, sessions or programs. `common.rs` has what the tests share: fixtures, exported models,
+//! programs.
+
+mod common;
+
+mod export;
+mod generation;
+mod parity;
+mod processors;
+mod programs;
+mod python;
+mod tokenizer;
+
+mod broken;
