@@ -1,1 +1,210 @@
-//! placeholder
+//! Token ids and scores against transformers: every generation case of every fixture, through the program's JSONL door and
+//! through the Rust API, and the demo model against recorded answers.
+
+use ndarray::Array2;
+use safetensors::SafeTensors;
+use serde_json::{Map, Value, json};
+use t5gemma_runtime::{Batch, Cancellation, Model};
+
+use crate::common::{FIXTURES, cases, demo, exported, fixture, run, stdout, tests};
+
+/// Scores agree to this; those of finished beams are sums of some tens of float32 logarithms.
+const SCORE_TOLERANCE: f64 = 5e-4;
+
+#[test]
+fn every_case_gives_the_reference_tokens_through_jsonl() {
+    for name in FIXTURES {
+        let (cases, inputs) = (cases(name), inputs(name));
+        let cases = cases["cases"].as_array().expect("cases is a list");
+        let requests: Vec<String> = cases
+            .iter()
+            .map(|case| {
+                let (ids, mask) = &inputs[case["input"].as_str().expect("a case names its input")];
+                let mut request = json!({
+                    "id": case["id"],
+                    "input_ids": lists(ids),
+                    "attention_mask": lists(mask),
+                    "options": case["options"],
+                });
+                if !case["decoder_input_ids"].is_null() {
+                    request["decoder_input_ids"] = case["decoder_input_ids"].clone();
+                }
+                request.to_string()
+            })
+            .collect();
+        let model = exported(name);
+        let model = model.to_str().expect("temporary paths are UTF-8");
+        let output = stdout(run("t5gemma", ["generate", model, "--jsonl"], &(requests.join("\n") + "\n")));
+        let results: Vec<Value> = output.lines().map(|line| serde_json::from_str(line).expect("a JSON line")).collect();
+        assert_eq!(results.len(), cases.len(), "{name}");
+        for (case, result) in cases.iter().zip(&results) {
+            assert_eq!(case["id"], result["id"], "{name}: results come in the order of requests");
+            let found: Vec<(Value, Option<f64>)> = result["sequences"]
+                .as_array()
+                .unwrap_or_else(|| panic!("{name} {}: {result}", case["id"]))
+                .iter()
+                .flat_map(|row| row.as_array().expect("a row is a list"))
+                .map(|sequence| (sequence["tokens"].clone(), sequence["score"].as_f64()))
+                .collect();
+            check_case(&format!("{name} {}", case["id"]), case, &found);
+        }
+    }
+}
+
+#[test]
+fn every_case_gives_the_reference_tokens_through_rust() {
+    for name in FIXTURES {
+        let (cases, inputs) = (cases(name), inputs(name));
+        let model = Model::open(exported(name)).expect("the model opens");
+        for case in cases["cases"].as_array().expect("cases is a list") {
+            let (ids, mask) = &inputs[case["input"].as_str().expect("a case names its input")];
+            let mut batch = Batch::masked(&nested(ids), &nested(mask)).expect("the fixture's inputs are valid");
+            if let Ok(prompts) = serde_json::from_value::<Vec<Vec<i64>>>(case["decoder_input_ids"].clone()) {
+                batch = batch.with_decoder_input_ids(&prompts).expect("the fixture's prompts are valid");
+            }
+            let options = case["options"].as_object().expect("options are an object");
+            let options = model.options().with(options).expect("the fixture's options are valid");
+            let rows = model.generate(&batch, &options, &mut (), &Cancellation::new());
+            let found: Vec<(Value, Option<f64>)> = rows
+                .unwrap_or_else(|error| panic!("{name} {}: {error}", case["id"]))
+                .iter()
+                .flatten()
+                .map(|hypothesis| (json!(hypothesis.tokens), hypothesis.score.map(f64::from)))
+                .collect();
+            check_case(&format!("{name} {}", case["id"]), case, &found);
+        }
+    }
+}
+
+#[test]
+fn a_row_alone_gives_what_it_gives_in_a_batch() {
+    let model = Model::open(exported("tiny-balanced")).expect("the model opens");
+    let (ids, mask) = &inputs("tiny-balanced")["right"];
+    for (beams, returned) in [(1, 1), (4, 3)] {
+        let request = json!({"num_beams": beams, "num_return_sequences": returned, "max_new_tokens": 24});
+        let options = model.options().with(request.as_object().expect("written above")).expect("valid options");
+        let generate = |batch: &Batch| {
+            let rows = model.generate(batch, &options, &mut (), &Cancellation::new()).expect("generates");
+            rows.into_iter().map(|row| row.into_iter().map(|h| h.tokens).collect::<Vec<_>>()).collect::<Vec<_>>()
+        };
+        let together = generate(&Batch::masked(&nested(ids), &nested(mask)).expect("valid"));
+        for (row, expected) in together.iter().enumerate() {
+            let real: Vec<i64> =
+                ids.row(row).iter().zip(mask.row(row)).filter(|(_, mask)| **mask == 1).map(|(id, _)| *id).collect();
+            let alone = generate(&Batch::padded(&[real], 0).expect("valid"));
+            assert_eq!(&alone[0], expected, "row {row}, {beams} beams");
+        }
+    }
+}
+
+#[test]
+fn the_demo_answers_as_recorded_from_transformers() {
+    let text = std::fs::read_to_string(tests().join("demo/expected.json")).expect("expected.json is there");
+    let expected: Vec<Value> = serde_json::from_str(&text).expect("expected.json is a list");
+    let request = |case: &Value, options: Value| json!({"text": case["text"], "options": options}).to_string();
+    let greedy = expected.iter().map(|case| request(case, json!({"max_new_tokens": 128})));
+    let beam = expected.iter().map(|case| request(case, json!({"max_new_tokens": 128, "num_beams": 4})));
+    let lines: Vec<String> = greedy.chain(beam).collect();
+    let model = demo();
+    let model = model.to_str().expect("temporary paths are UTF-8");
+    let output = stdout(run("t5gemma", ["generate", model, "--jsonl"], &(lines.join("\n") + "\n")));
+    let found: Vec<Value> = output.lines().map(|line| serde_json::from_str(line).expect("a JSON line")).collect();
+    let (greedy, beam) = found.split_at(expected.len());
+    for ((case, greedy), beam) in expected.iter().zip(greedy).zip(beam) {
+        assert_eq!(greedy["sequences"][0][0]["tokens"], case["greedy"], "{}", case["text"]);
+        assert_eq!(beam["sequences"][0][0]["tokens"], case["beam4"], "{}", case["text"]);
+        let (score, expected) = (&beam["sequences"][0][0]["score"], &case["beam4_score"]);
+        let apart = score.as_f64().zip(expected.as_f64()).map(|(a, b)| (a - b).abs());
+        assert!(apart.is_some_and(|apart| apart < SCORE_TOLERANCE), "{}: {score} for {expected}", case["text"]);
+    }
+}
+
+#[test]
+fn tokens_are_shown_as_they_are_chosen_and_a_watch_can_stop() {
+    let model = Model::open(exported("tiny-balanced")).expect("the model opens");
+    let (ids, mask) = &inputs("tiny-balanced")["right"];
+    let batch = Batch::masked(&nested(ids), &nested(mask)).expect("valid");
+    let mut shown = vec![Vec::new(); batch.rows()];
+    let mut watch = |row: usize, token: i64| {
+        shown[row].push(token);
+        std::ops::ControlFlow::Continue(())
+    };
+    let rows = model.generate(&batch, model.options(), &mut watch, &Cancellation::new()).expect("generates");
+    assert_eq!(shown, rows.iter().map(|row| row[0].tokens.clone()).collect::<Vec<_>>());
+
+    let mut count = 0;
+    let mut stop = |_: usize, _: i64| {
+        count += 1;
+        if count == 3 { std::ops::ControlFlow::Break(()) } else { std::ops::ControlFlow::Continue(()) }
+    };
+    let stopped = model.generate(&batch, model.options(), &mut stop, &Cancellation::new());
+    assert!(matches!(stopped, Err(t5gemma_runtime::Error::Cancelled)));
+    assert_eq!(count, 3);
+}
+
+#[test]
+fn another_thread_can_cancel() {
+    let model = Model::open(exported("tiny-balanced")).expect("the model opens");
+    let batch = Batch::padded(&[vec![5; 200]], 0).expect("valid");
+    let cancel = Cancellation::new();
+    let from_outside = cancel.clone();
+    let mut tokens = 0;
+    let mut watch = |_: usize, _: i64| {
+        tokens += 1;
+        if tokens == 2 {
+            let cancel = from_outside.clone();
+            std::thread::spawn(move || cancel.cancel()).join().expect("cancelling does not panic");
+        }
+        std::ops::ControlFlow::Continue(())
+    };
+    let request = json!({"max_new_tokens": 300, "eos_token_id": [199], "suppress_tokens": [199]});
+    let options = model.options().with(request.as_object().expect("written above")).expect("valid options");
+    let stopped = model.generate(&batch, &options, &mut watch, &cancel);
+    assert!(matches!(stopped, Err(t5gemma_runtime::Error::Cancelled)));
+    assert_eq!(tokens, 2);
+}
+
+type Inputs = std::collections::HashMap<String, (Array2<i64>, Array2<i64>)>;
+
+/// Ids and masks of a fixture's inputs by name.
+fn inputs(name: &str) -> Inputs {
+    let path = fixture(name).join("golden.safetensors");
+    let bytes = std::fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    let tensors = SafeTensors::deserialize(&bytes).expect("golden.safetensors is a safetensors file");
+    let read = |tensor: &str| {
+        let view = tensors.tensor(tensor).expect("every input has ids and a mask");
+        let numbers = view.data().chunks_exact(8).map(|b| i64::from_le_bytes(b.try_into().expect("8 bytes")));
+        Array2::from_shape_vec([view.shape()[0], view.shape()[1]], numbers.collect()).expect("a rectangle")
+    };
+    let names = tensors.names();
+    let inputs = names.iter().filter_map(|name| name.strip_prefix("in.")?.strip_suffix(".input_ids"));
+    inputs
+        .map(|input| {
+            let ids = read(&format!("in.{input}.input_ids"));
+            (input.to_string(), (ids, read(&format!("in.{input}.attention_mask"))))
+        })
+        .collect()
+}
+
+fn nested(rows: &Array2<i64>) -> Vec<Vec<i64>> {
+    rows.outer_iter().map(|row| row.to_vec()).collect()
+}
+
+fn lists(rows: &Array2<i64>) -> Value {
+    json!(nested(rows))
+}
+
+/// Compares hypotheses, rows flattened, with a case's expected tokens and scores.
+fn check_case(name: &str, case: &Value, found: &[(Value, Option<f64>)]) {
+    let expected: &Map<String, Value> = case["expected"].as_object().expect("expected is an object");
+    let tokens = expected["tokens"].as_array().expect("tokens is a list");
+    assert_eq!(found.len(), tokens.len(), "{name}: hypotheses");
+    for (i, ((found, _), expected)) in found.iter().zip(tokens).enumerate() {
+        assert_eq!(found, expected, "{name}: hypothesis {i}");
+    }
+    let Some(scores) = expected.get("sequences_scores").and_then(Value::as_array) else { return };
+    for (i, ((_, found), expected)) in found.iter().zip(scores).enumerate() {
+        let apart = found.zip(expected.as_f64()).map(|(a, b)| (a - b).abs());
+        assert!(apart.is_some_and(|apart| apart < SCORE_TOLERANCE), "{name}: score {i}: {found:?} for {expected}");
+    }
+}

@@ -1,1 +1,136 @@
-//! placeholder
+//! The programs as a person or another program uses them: what they print where, exit codes, and the order of results.
+
+use std::io::{BufRead, BufReader, Write};
+use std::process::Stdio;
+
+use serde_json::{Value, json};
+
+use crate::common::{demo, exported, program, run, stdout};
+
+#[test]
+fn generate_answers_arguments_and_lines_alike() {
+    let model = demo();
+    let model = model.to_str().expect("temporary paths are UTF-8");
+    let texts = ["Room 12 is 5 km away.", "Dr. Lee paid $3.50.", "It is 3:05 pm."];
+    let from_arguments = stdout(run("t5gemma", [&["generate", model], &texts[..]].concat(), ""));
+    let from_lines = stdout(run("t5gemma", ["generate", model], &(texts.join("\n") + "\n")));
+    assert_eq!(from_arguments, from_lines);
+    assert_eq!(from_arguments.lines().count(), texts.len());
+    let beams = ["generate", model, "--num-beams", "4", "--num-return-sequences", "3", texts[0]];
+    assert_eq!(stdout(run("t5gemma", beams, "")).lines().count(), 3);
+}
+
+#[test]
+fn a_result_is_written_before_the_next_request_is_read() {
+    let mut child = program("t5gemma")
+        .arg("generate")
+        .arg(exported("tiny-balanced"))
+        .arg("--jsonl")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("the program starts");
+    let mut stdin = child.stdin.take().expect("piped");
+    let mut lines = BufReader::new(child.stdout.take().expect("piped")).lines();
+    for id in ["first", "second", "third"] {
+        writeln!(stdin, "{}", json!({"id": id, "input_ids": [5, 6, 7]})).expect("the program reads");
+        stdin.flush().expect("the program reads");
+        let line = lines.next().expect("a result").expect("a line");
+        let result: Value = serde_json::from_str(&line).expect("JSON");
+        assert_eq!(result["id"], id);
+    }
+    drop(stdin);
+    assert!(child.wait().expect("the program ends").success());
+}
+
+#[test]
+fn results_come_in_order_whatever_the_batches() {
+    let requests: Vec<String> = (0..23)
+        .map(|i| {
+            let source: Vec<i64> = (3..5 + i % 7).collect();
+            let options = if i % 3 == 0 { json!({"num_beams": 2}) } else { json!({}) };
+            json!({"id": format!("r{i}"), "input_ids": source, "options": options}).to_string()
+        })
+        .collect();
+    let model = exported("tiny-untied");
+    let model = model.to_str().expect("temporary paths are UTF-8");
+    let answers = |batch_size: &str| {
+        let arguments = ["generate", model, "--jsonl", "--batch-size", batch_size];
+        stdout(run("t5gemma", arguments, &requests.join("\n")))
+            .lines()
+            .map(|line| serde_json::from_str::<Value>(line).expect("JSON"))
+            .map(|result| (result["id"].clone(), result["sequences"][0][0]["tokens"].clone()))
+            .collect::<Vec<_>>()
+    };
+    let (one_by_one, batched) = (answers("1"), answers("8"));
+    assert_eq!(one_by_one, batched);
+    assert!(one_by_one.iter().enumerate().all(|(i, (id, _))| *id == format!("r{i}")));
+}
+
+#[test]
+fn usage_counts_what_took_part_and_what_was_generated() {
+    let model = exported("tiny-untied");
+    let model = model.to_str().expect("temporary paths are UTF-8");
+    let request = json!({"input_ids": [[5, 6, 0], [7, 0, 0]], "attention_mask": [[1, 1, 0], [1, 0, 0]],
+        "options": {"max_new_tokens": 3, "min_new_tokens": 3}});
+    let result: Value =
+        serde_json::from_str(&stdout(run("t5gemma", ["generate", model, "--jsonl"], &request.to_string())))
+            .expect("JSON");
+    assert_eq!(result["id"], 0);
+    assert_eq!(result["usage"], json!({"source_tokens": 3, "target_tokens": 6}));
+    assert_eq!(result["sequences"][1][0]["finish_reason"], "length");
+}
+
+#[test]
+fn encode_writes_npy_for_one_and_safetensors_for_many() {
+    let model = demo();
+    let folder = tempfile::tempdir().expect("a temporary folder can be made");
+    let (npy, many) = (folder.path().join("one.npy"), folder.path().join("many.safetensors"));
+    let encode = |out: &std::path::Path, texts: &[&str]| {
+        let arguments = ["encode".as_ref(), model.as_path(), "--output".as_ref(), out];
+        run("t5gemma", arguments.into_iter().chain(texts.iter().map(|text| text.as_ref())), "")
+    };
+    stdout(encode(&npy, &["one text"]));
+    assert!(std::fs::read(&npy).expect("written").starts_with(b"\x93NUMPY"));
+    stdout(encode(&many, &["one text", "and another"]));
+    let bytes = std::fs::read(&many).expect("written");
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).expect("a safetensors file");
+    let mut names = tensors.names();
+    names.sort();
+    assert_eq!(names, ["0.last_hidden_state", "1.last_hidden_state"]);
+
+    let refused = encode(&folder.path().join("two.npy"), &["one text", "and another"]);
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(!folder.path().join("two.npy").exists());
+}
+
+#[test]
+fn doctor_names_the_library_it_uses() {
+    let report = stdout(run("t5gemma", ["doctor"], ""));
+    assert!(report.contains("using ") && report.contains("CPUExecutionProvider"), "{report}");
+}
+
+#[test]
+fn a_closed_pipe_is_success() {
+    let mut child = program("t5gemma-export")
+        .arg("inspect")
+        .arg(exported("tiny-balanced"))
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("the program starts");
+    drop(child.stdout.take());
+    assert!(child.wait().expect("the program ends").success());
+}
+
+#[test]
+fn the_smallest_official_size_exports_and_generates() {
+    let folder = tempfile::tempdir().expect("a temporary folder can be made");
+    let out = folder.path().join("s-s");
+    let out = out.to_str().expect("temporary paths are UTF-8");
+    stdout(run("t5gemma-export", ["--dummy-weights", "--preset", "s-s", out], ""));
+    let request = json!({"input_ids": [2, 651, 4320, 8426], "options": {"max_new_tokens": 4, "min_new_tokens": 4}});
+    let result: Value =
+        serde_json::from_str(&stdout(run("t5gemma", ["generate", out, "--jsonl"], &request.to_string())))
+            .expect("JSON");
+    assert_eq!(result["sequences"][0][0]["tokens"].as_array().map(Vec::len), Some(4), "{result}");
+}

@@ -53,7 +53,7 @@ pub fn write(path: &Path, weights: &[Weight], source: &Source, watch: &dyn Watch
         loop {
             watch.check()?;
             let mut bytes = Vec::with_capacity(CHUNK * weight.dtype.size());
-            let more = chunks.next(&mut scratch, &mut bytes).with_context(|| weight.tensor.clone())?;
+            let more = chunks.next(&mut scratch, &mut bytes).with_context(|| source.place(&weight.tensor))?;
             watch.advanced(bytes.len() as u64);
             out.put(bytes).with_context(failed)?;
             if !more {

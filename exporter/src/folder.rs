@@ -4,15 +4,16 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
 use sha2::{Digest, Sha256};
-use t5gemma_graphs::manifest::{FileRecord, MANIFEST};
+use t5gemma_graphs::manifest::{FORMAT, FileRecord, MANIFEST};
 
 /// What to do when the output folder exists and is not empty.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Existing {
     /// Stop with an error.
     Refuse,
-    /// Replace it if it is an exported model; any other folder is refused still.
+    /// Replace it if it is an exported model and holds nothing else; any other folder is refused still.
     Overwrite,
 }
 
@@ -20,38 +21,25 @@ pub enum Existing {
 pub struct Aside {
     temporary: PathBuf,
     out: PathBuf,
+    existing: Existing,
     published: bool,
+    /// Dropped after the folder itself is gone.
+    _above: Above,
 }
 
 impl Aside {
     /// Makes the folder, after checking that `out` may be written.
     pub fn create(out: &Path, existing: Existing) -> Result<Aside> {
         let Some(name) = out.file_name() else { bail!("{}: expected the name of a folder to make", out.display()) };
-        if out.exists() {
-            ensure!(out.is_dir(), "{}: expected a folder or nothing, found a file", out.display());
-            let mut entries = fs::read_dir(out).with_context(|| format!("{}: cannot be listed", out.display()))?;
-            let empty = entries.next().is_none();
-            let ours = out.join(MANIFEST).exists();
-            match existing {
-                _ if empty => {}
-                Existing::Refuse => {
-                    bail!("{}: exists and is not empty; name another folder or pass --overwrite", out.display())
-                }
-                Existing::Overwrite => ensure!(
-                    ours,
-                    "{}: has no {MANIFEST}, so it is not an exported model and is not overwritten",
-                    out.display()
-                ),
-            }
-        }
+        check(out, existing)?;
         let parent = match out.parent() {
             Some(parent) if !parent.as_os_str().is_empty() => parent,
             _ => Path::new("."),
         };
-        fs::create_dir_all(parent).with_context(|| format!("{}: cannot be made", parent.display()))?;
+        let above = Above::make(parent)?;
         let temporary = parent.join(format!(".{}.partial-{}", name.to_string_lossy(), std::process::id()));
         fs::create_dir(&temporary).with_context(|| format!("{}: cannot be made", temporary.display()))?;
-        Ok(Aside { temporary, out: out.to_path_buf(), published: false })
+        Ok(Aside { temporary, out: out.to_path_buf(), existing, published: false, _above: above })
     }
 
     /// The path of a file in it.
@@ -69,6 +57,8 @@ impl Aside {
     /// Gives the folder its name.
     pub fn publish(mut self) -> Result<()> {
         let failed = || format!("{}: cannot be renamed to {}", self.temporary.display(), self.out.display());
+        // Another export may have come first.
+        check(&self.out, self.existing)?;
         if self.out.exists() {
             let mut old = self.temporary.clone().into_os_string();
             old.push("-replaced");
@@ -95,4 +85,59 @@ impl Drop for Aside {
             let _ = fs::remove_dir_all(&self.temporary);
         }
     }
+}
+
+/// The folders above the output folder that were not there before. Those that stay empty are removed on drop.
+struct Above(Vec<PathBuf>);
+
+impl Above {
+    fn make(folder: &Path) -> Result<Above> {
+        let missing = folder.ancestors().take_while(|above| !above.as_os_str().is_empty() && !above.exists());
+        let above = Above(missing.map(Path::to_path_buf).collect());
+        fs::create_dir_all(folder).with_context(|| format!("{}: cannot be made", folder.display()))?;
+        Ok(above)
+    }
+}
+
+impl Drop for Above {
+    fn drop(&mut self) {
+        for folder in &self.0 {
+            // Fails where something is in it, which is then the model or someone else's.
+            let _ = fs::remove_dir(folder);
+        }
+    }
+}
+
+/// Checks that `out` may become the model folder: nothing, an empty folder, or what `existing` allows.
+fn check(out: &Path, existing: Existing) -> Result<()> {
+    if !out.exists() {
+        return Ok(());
+    }
+    ensure!(out.is_dir(), "{}: expected a folder or nothing, found a file", out.display());
+    let entries = fs::read_dir(out).and_then(Iterator::collect::<std::io::Result<Vec<_>>>);
+    let entries = entries.with_context(|| format!("{}: cannot be listed", out.display()))?;
+    match existing {
+        _ if entries.is_empty() => return Ok(()),
+        Existing::Refuse => bail!("{}: exists and is not empty; name another folder or pass --overwrite", out.display()),
+        Existing::Overwrite => {}
+    }
+    // Other programs have a manifest.json too, so its name alone says nothing. The format's version does not matter here.
+    let text = fs::read_to_string(out.join(MANIFEST)).unwrap_or_default();
+    let manifest: Value = serde_json::from_str(&text).unwrap_or_default();
+    ensure!(
+        manifest["format"] == FORMAT,
+        "{}: has no {MANIFEST} of an exported model and is not overwritten",
+        out.display()
+    );
+    let listed = |name: &str| {
+        name == MANIFEST
+            || manifest["weights"]["file"] == name
+            || manifest["files"].get(name).is_some()
+            || manifest["graphs"].as_object().is_some_and(|graphs| graphs.values().any(|graph| graph["file"] == name))
+    };
+    let foreign = entries.iter().find(|entry| !entry.file_name().to_str().is_some_and(listed));
+    if let Some(foreign) = foreign {
+        bail!("{}: is not of the exported model beside it, which is not overwritten", foreign.path().display());
+    }
+    Ok(())
 }

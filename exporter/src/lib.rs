@@ -28,6 +28,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::{fs, thread};
 
 use anyhow::{Context, Result};
+use serde::de::IgnoredAny;
 use sha2::{Digest, Sha256};
 use t5gemma_graphs::config::Config;
 use t5gemma_graphs::interface::{self, DType, Logits};
@@ -147,10 +148,12 @@ impl Export {
             Source::Dummy { .. } => Vec::new(),
         };
 
+        let companions = source.companions()?;
+
         let aside = Aside::create(out, self.existing)?;
         let failed = AtomicBool::new(false);
         let (weights_record, source_record) = thread::scope(|scope| {
-            let hashed = scope.spawn(|| source.record(&|| failed.load(Ordering::Relaxed)));
+            let hashed = scope.spawn(|| source.record(&|| failed.load(Ordering::Relaxed) || watch.check().is_err()));
             let written = external_data::write(&aside.path(interface::WEIGHTS), &weights, source, watch);
             // The hash of a source whose export has failed is of no use to anyone.
             failed.store(written.is_err(), Ordering::Relaxed);
@@ -173,7 +176,7 @@ impl Export {
         }
 
         let mut files = BTreeMap::from([("config.json".to_string(), aside.write("config.json", text.as_bytes())?)]);
-        for (name, bytes) in source.companions()? {
+        for (name, bytes) in companions {
             files.insert(name.to_string(), aside.write(name, &bytes)?);
         }
         let manifest = Manifest {
@@ -197,6 +200,15 @@ impl Export {
         aside.publish()?;
         Ok(Exported { manifest, unused })
     }
+}
+
+/// The numbers in a model of this configuration, each counted once.
+pub fn parameters(config: &Config) -> u64 {
+    let vocabulary = weights::default_vocabulary(config);
+    let (target, dtype) = (Target::Portable, DType::Float32);
+    let options = Options { target, dtype, logits: Logits::Last, encoder_window: EncoderWindow::Inclusive, vocabulary };
+    let graphs = [encoder(config, &options), decoder_init(config, &options)];
+    weights::collect(&graphs.each_ref()).iter().map(|weight| weight.len() as u64).sum()
 }
 
 impl Source {
@@ -227,13 +239,29 @@ impl Source {
         manifest::Source::Checkpoint(files)
     }
 
-    /// The files that are carried along, with their content.
+    /// Where a tensor is, for messages.
+    fn place(&self, tensor: &str) -> String {
+        match self {
+            Source::Checkpoint(checkpoint) => match checkpoint.file_of(tensor) {
+                Some(file) => format!("{}: {tensor}", file.display()),
+                None => tensor.to_string(),
+            },
+            Source::Dummy { .. } => tensor.to_string(),
+        }
+    }
+
+    /// The files that are carried along, with their content. What none of the tools that read them could use is refused.
     fn companions(&self) -> Result<Vec<(&'static str, Vec<u8>)>> {
         let Source::Checkpoint(checkpoint) = self else { return Ok(Vec::new()) };
         let there = |name: &&str| checkpoint.folder().join(name).exists();
         let read = |name: &&'static str| {
             let path: PathBuf = checkpoint.folder().join(name);
-            Ok((*name, fs::read(&path).with_context(|| format!("{}: cannot be read", path.display()))?))
+            let bytes = fs::read(&path).with_context(|| format!("{}: cannot be read", path.display()))?;
+            if path.extension().is_some_and(|extension| extension == "json") {
+                serde_json::from_slice::<BTreeMap<String, IgnoredAny>>(&bytes)
+                    .with_context(|| format!("{}: expected a JSON object", path.display()))?;
+            }
+            Ok((*name, bytes))
         };
         COMPANIONS.iter().filter(|name| there(name)).map(read).collect()
     }

@@ -69,7 +69,7 @@ struct ExportArgs {
     /// exclusive as in Google's code and earlier transformers; no difference for sources up to the window (4096)
     #[arg(long, value_enum, default_value = "inclusive")]
     encoder_window: WindowArg,
-    /// Replace OUT if it holds an exported model
+    /// Replace OUT if it holds an exported model and nothing else
     #[arg(long)]
     overwrite: bool,
     /// Export random weights of the shapes that --preset or --config gives, to measure a size without its checkpoint
@@ -135,6 +135,9 @@ fn run(cli: Cli, interrupted: &AtomicBool) -> Result<()> {
     }
 }
 
+/// Unused tensors listed by name.
+const SHOWN: usize = 10;
+
 fn export(args: ExportArgs, interrupted: &AtomicBool) -> Result<()> {
     let out = args.out.clone().context("the folder to make is missing")?;
     let export = Export {
@@ -157,7 +160,10 @@ fn export(args: ExportArgs, interrupted: &AtomicBool) -> Result<()> {
     progress.bar.finish_and_clear();
     if !exported.unused.is_empty() {
         eprintln!("t5gemma-export: {} tensors of the checkpoint are not used:", exported.unused.len());
-        exported.unused.iter().take(10).for_each(|name| eprintln!("  {name}"));
+        exported.unused.iter().take(SHOWN).for_each(|name| eprintln!("  {name}"));
+        if exported.unused.len() > SHOWN {
+            eprintln!("  … and {} more", exported.unused.len() - SHOWN);
+        }
     }
     if !args.quiet {
         let (parameters, weights) = (exported.manifest.parameters, &exported.manifest.weights.record);

@@ -29,9 +29,7 @@ impl Batch {
     /// # Errors
     /// No source, or a source without a token.
     pub fn padded<S: AsRef<[i64]>>(sources: &[S], pad: i64) -> Result<Batch, Error> {
-        if let Some(row) = sources.iter().position(|source| source.as_ref().is_empty()) {
-            return Err(Error::input(format!("input_ids[{row}]"), "at least one token", "none"));
-        }
+        check_rows(sources)?;
         let length = sources.iter().map(|source| source.as_ref().len()).max().unwrap_or(0);
         let filled = |value: fn(i64) -> i64, fill: i64| {
             let row = move |source: &S| {
@@ -47,8 +45,9 @@ impl Batch {
     /// Makes a batch of sources that are padded already, anywhere: a token takes part where its mask is not zero.
     ///
     /// # Errors
-    /// No source, rows of unequal lengths, a mask of another shape, or a row of which nothing takes part.
+    /// No source, a source without a token, rows of unequal lengths, a mask of another shape, or a row of which nothing takes part.
     pub fn masked<I: AsRef<[i64]>, M: AsRef<[i64]>>(ids: &[I], mask: &[M]) -> Result<Batch, Error> {
+        check_rows(ids)?;
         let length = ids.first().map_or(0, |row| row.as_ref().len());
         let rectangle = |field: &str, found: Vec<usize>| match found.iter().position(|&tokens| tokens != length) {
             Some(row) => Err(Error::input(
@@ -175,6 +174,13 @@ impl Batch {
             Some(prompts) => check_ids("decoder_input_ids", prompts.length, &prompts.ids, config.decoder.vocab_size),
             None => Ok(()),
         }
+    }
+}
+
+fn check_rows<S: AsRef<[i64]>>(sources: &[S]) -> Result<(), Error> {
+    match sources.iter().position(|source| source.as_ref().is_empty()) {
+        Some(row) => Err(Error::input(format!("input_ids[{row}]"), "at least one token", "none")),
+        None => Ok(()),
     }
 }
 

@@ -44,6 +44,13 @@ pub enum Error {
         /// The field.
         error: ConfigError,
     },
+    /// A `generation_config.json` with an option that cannot be taken as it is.
+    GenerationConfig {
+        /// The file.
+        path: PathBuf,
+        /// The option.
+        error: OptionError,
+    },
     /// A graph whose inputs or outputs are not those of its configuration.
     Interface {
         /// The graph's file.
@@ -111,6 +118,7 @@ impl fmt::Display for Error {
                 write!(f, "{}: {field}: expected {expected}, found {found}", path.display())
             }
             Error::Config { path, error } => write!(f, "{}: {error}", path.display()),
+            Error::GenerationConfig { path, error } => write!(f, "{}: {error}", path.display()),
             Error::Interface { path, port, expected, found } => {
                 write!(f, "{}: {port}: expected {expected}, found {found}", path.display())
             }
@@ -134,7 +142,7 @@ impl std::error::Error for Error {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
             Error::Config { error, .. } => Some(error),
-            Error::Options(error) => Some(error),
+            Error::Options(error) | Error::GenerationConfig { error, .. } => Some(error),
             _ => None,
         }
     }

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use memmap2::Mmap;
 use sha2::{Digest, Sha256};
 use t5gemma_graphs::config::Config;
+use t5gemma_graphs::interface::{Dim, Interface, Port};
 use t5gemma_graphs::manifest::{
     FORMAT, FORMAT_VERSION, FileRecord, GraphRecord, MANIFEST, Manifest, SAMPLE_BLOCK, TensorRecord, sample_offsets,
 };
@@ -70,6 +71,7 @@ impl Folder {
         let config_path = path.join("config.json");
         let config =
             Config::parse(&read_text(&config_path)?).map_err(|error| Error::Config { path: config_path, error })?;
+        check_ports(&path.join(MANIFEST), &manifest, &config)?;
         let generation_config = match manifest.files.contains_key("generation_config.json") {
             true => Some(read_text(&path.join("generation_config.json"))?),
             false => None,
@@ -170,12 +172,36 @@ fn sampled(bytes: &[u8]) -> String {
     hex::encode(hash.finalize())
 }
 
-/// Checks that every tensor lies within the file with the size of its shape, and that graphs name tensors that exist.
+/// Checks that the manifest describes the inputs and outputs that the configuration implies.
+fn check_ports(manifest_path: &Path, manifest: &Manifest, config: &Config) -> Result<(), Error> {
+    let interface = Interface::of(config, manifest.dtype, manifest.logits);
+    let graphs = [&interface.encoder, &interface.decoder, &interface.decoder_with_past];
+    for (graph, expected) in GRAPHS.into_iter().zip(graphs) {
+        let found = &manifest.graphs[graph].ports;
+        for (side, expected, found) in
+            [("inputs", &expected.inputs, &found.inputs), ("outputs", &expected.outputs, &found.outputs)]
+        {
+            let (expected, found) = (|at: usize| expected.get(at), |at: usize| found.get(at));
+            let mut places = (0..).take_while(|&at| expected(at).is_some() || found(at).is_some());
+            if let Some(at) = places.find(|&at| expected(at) != found(at)) {
+                let described = |port: &Port| format!("{} {} {}", port.name, port.dtype, Dim::list(&port.shape));
+                let shown = |port: Option<&Port>| port.map_or("none".into(), described);
+                let field = format!("graphs.{graph}.{side}[{at}]");
+                return Err(mismatch(manifest_path.to_path_buf(), &field, shown(expected(at)), shown(found(at))));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Checks that every tensor lies within the file with the size of its shape and after the one before it, and that graphs
+/// name tensors that exist.
 fn check_tensors(manifest_path: &Path, manifest: &Manifest) -> Result<(), Error> {
     let wrong = |field: String, expected: String, found: String| {
         Err(Error::Folder { path: manifest_path.to_path_buf(), field, expected, found })
     };
     let mut names = HashSet::new();
+    let mut previous_end = 0;
     for tensor in &manifest.weights.tensors {
         let field = |part: &str| format!("weights.tensors[{:?}].{part}", tensor.name);
         if !names.insert(tensor.name.as_str()) {
@@ -194,6 +220,11 @@ fn check_tensors(manifest_path: &Path, manifest: &Manifest) -> Result<(), Error>
             let expected = format!("a tensor within the file's {} bytes", manifest.weights.record.bytes);
             return wrong(field("offset"), expected, format!("{} + {} bytes", tensor.offset, tensor.bytes));
         }
+        if tensor.offset < previous_end {
+            let expected = format!("at least {previous_end}, the end of the tensor before it");
+            return wrong(field("offset"), expected, tensor.offset.to_string());
+        }
+        previous_end = tensor.offset + tensor.bytes;
     }
     for (name, graph) in &manifest.graphs {
         let mut used = HashSet::new();
@@ -259,11 +290,12 @@ mod tests {
     #[test]
     fn tensors_are_held_to_the_file() {
         type Change = fn(&mut Manifest);
-        let cases: [(&str, Change); 7] = [
+        let cases: [(&str, Change); 8] = [
             ("weights.tensors[\"a\"].name", |manifest| manifest.weights.tensors[1].name = "a".into()),
             ("weights.tensors[\"b\"].offset", |manifest| manifest.weights.tensors[1].offset = 8192),
             ("weights.tensors[\"b\"].offset", |manifest| manifest.weights.tensors[1].offset = u64::MAX - 4095),
             ("weights.tensors[\"b\"].offset", |manifest| manifest.weights.tensors[1].offset = 100),
+            ("weights.tensors[\"b\"].offset", |manifest| manifest.weights.tensors[1].offset = 0),
             ("weights.tensors[\"a\"].bytes", |manifest| manifest.weights.tensors[0].bytes = 25),
             ("weights.tensors[\"a\"].bytes", |manifest| manifest.weights.tensors[0].shape = vec![usize::MAX, 2]),
             ("graphs.encoder.weights", |manifest| manifest.weights.tensors[0].name = "c".into()),

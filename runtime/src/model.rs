@@ -119,7 +119,8 @@ impl Model {
             return Err(Error::input("threads", "at least 1", "0"));
         }
         let folder = Folder::open(path.as_ref(), options.check_weights)?;
-        let defaults = GenerationOptions::of_model(folder.generation_config.as_deref(), &folder.config.tokens)?;
+        let defaults = GenerationOptions::of_model(folder.generation_config.as_deref(), &folder.config.tokens)
+            .map_err(|error| Error::GenerationConfig { path: folder.path.join("generation_config.json"), error })?;
         let environment = onnxruntime::initialise(options.library.as_deref())?;
 
         let weights = initializers(&folder).map_err(Error::onnxruntime("sharing the weights"))?;
@@ -157,7 +158,7 @@ impl Model {
     /// The folder has no `tokenizer.json`, or one that cannot be used.
     pub fn tokenizer(&self) -> Result<&Tokenizer, Error> {
         let path = self.folder.path.join(Tokenizer::FILE);
-        let loaded = self.tokenizer.get_or_init(|| Tokenizer::open(&path));
+        let loaded = self.tokenizer.get_or_init(|| Tokenizer::read(&path));
         loaded.as_ref().map_err(|problem| Error::Tokenizer { path, problem: problem.clone() })
     }
 

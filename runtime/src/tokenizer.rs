@@ -14,8 +14,16 @@ impl Tokenizer {
     /// The file's name in a model folder.
     pub(crate) const FILE: &str = "tokenizer.json";
 
-    /// Reads a `tokenizer.json`; the error is the problem without the path.
-    pub(crate) fn open(path: &Path) -> Result<Tokenizer, String> {
+    /// Reads a `tokenizer.json`.
+    ///
+    /// # Errors
+    /// A file that is not there or not a tokenizer.
+    pub fn open(path: &Path) -> Result<Tokenizer, Error> {
+        Tokenizer::read(path).map_err(|problem| Error::Tokenizer { path: path.to_path_buf(), problem })
+    }
+
+    /// [`Tokenizer::open`], with the problem without the path as the error.
+    pub(crate) fn read(path: &Path) -> Result<Tokenizer, String> {
         if !path.exists() {
             return Err("no such file: the model takes and gives token ids, but no text".into());
         }

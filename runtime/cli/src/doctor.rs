@@ -1,5 +1,6 @@
 //! `t5gemma doctor`: which ONNX Runtime would be used, and what to do if none can.
 
+use std::io::{self, Write};
 use std::path::PathBuf;
 
 use anyhow::Result;
@@ -18,20 +19,21 @@ pub struct Arguments {
 /// Runs the command.
 pub fn run(arguments: Arguments) -> Result<Outcome> {
     let report = onnxruntime::report(arguments.onnxruntime.as_deref());
-    println!("t5gemma {}", env!("CARGO_PKG_VERSION"));
-    println!("looked for ONNX Runtime, in order of precedence:");
+    let mut out = io::stdout().lock();
+    writeln!(out, "t5gemma {}", env!("CARGO_PKG_VERSION"))?;
+    writeln!(out, "looked for ONNX Runtime, in order of precedence:")?;
     for place in &report.places {
-        println!("  {:<24} {}: {}", place.why, place.path.display(), place.found);
+        writeln!(out, "  {:<24} {}: {}", place.why, place.path.display(), place.found)?;
     }
     match report.library {
         Ok(library) => {
-            println!("using {}", library.path.display());
-            println!("  {}", library.build);
-            println!("  providers: {}", library.providers.join(", "));
+            writeln!(out, "using {}", library.path.display())?;
+            writeln!(out, "  {}", library.build)?;
+            writeln!(out, "  providers: {}", library.providers.join(", "))?;
             Ok(Outcome::Done)
         }
         Err(error) => {
-            println!("{error}");
+            writeln!(out, "{error}")?;
             Ok(Outcome::SomeFailed)
         }
     }

@@ -5,10 +5,9 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
 use ndarray::{Array3, s};
-use serde_json::{Value, json};
 use t5gemma_runtime::{Cancellation, Model};
 
-use crate::requests::{self, Kind, Lines, Request};
+use crate::requests::{self, Kind, Lines, Refused, Request};
 use crate::tensors::{write_npy, write_safetensors};
 use crate::{Opening, Outcome};
 
@@ -16,7 +15,8 @@ use crate::{Opening, Outcome};
 ///
 /// One tensor for each text or request, named {id}.last_hidden_state, float32 [rows, source tokens, hidden size]; a text's
 /// id is its number from 0. Rows of a request keep its padding, whose states mean nothing. With --jsonl, each line of stdin
-/// is a request {"id"?, "text" | "input_ids", "attention_mask"?}. A request that fails is told on stderr and left out.
+/// is a request {"id"?, "text" | "input_ids", "attention_mask"?}, and blank lines are passed over. A request that fails is
+/// told on stderr and left out.
 #[derive(clap::Args)]
 pub struct Arguments {
     #[command(flatten)]
@@ -42,8 +42,8 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     let model = arguments.opening.open()?;
     let mut outcome = Outcome::Done;
     let mut tensors = BTreeMap::new();
-    let mut encode = |line: &str, number: usize| -> Result<()> {
-        let states = Request::parse(line, number, Kind::Encode, &model)
+    let mut encode = |request: Result<Request, Refused>, number: usize| -> Result<()> {
+        let states = request
             .map_err(|refused| (refused.id, refused.reason))
             .and_then(|request| match states(&model, &request, cancel) {
                 Ok(states) => Ok((request.id, states)),
@@ -66,14 +66,16 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
         Ok(())
     };
     if arguments.texts.is_empty() {
-        let mut lines = Lines::stdin();
+        let (mut lines, read) = match arguments.jsonl {
+            true => (Lines::requests(), Request::parse as Read),
+            false => (Lines::texts(), Request::of_text as Read),
+        };
         while let Some((number, line)) = lines.next()? {
-            let line = if arguments.jsonl { line } else { text_request(&line) };
-            encode(&line, number)?;
+            encode(read(&line, number, Kind::Encode, &model), number)?;
         }
     } else {
         for (number, text) in arguments.texts.iter().enumerate() {
-            encode(&text_request(text), number)?;
+            encode(Request::of_text(text.as_bytes(), number, Kind::Encode, &model), number)?;
         }
     }
     if npy {
@@ -90,9 +92,7 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     Ok(outcome)
 }
 
-fn text_request(text: &str) -> String {
-    Value::to_string(&json!({"text": text}))
-}
+type Read = fn(&[u8], usize, Kind, &Model) -> Result<Request, Refused>;
 
 fn states(model: &Model, request: &Request, cancel: &Cancellation) -> Result<Array3<f32>, t5gemma_runtime::Error> {
     let batch = requests::batch(std::slice::from_ref(request), model.options().pad_token_id)?;

@@ -3,7 +3,7 @@
 use std::io::{self, IsTerminal, Write};
 use std::ops::ControlFlow;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use serde_json::{Map, Value, json};
 use t5gemma_runtime::{Cancellation, Error, GenerationOptions, Hypothesis, Model, SpecialTokens};
 
@@ -22,7 +22,8 @@ use crate::{Opening, Outcome};
 /// "text" is a string or a list of them; "input_ids" is a row of token ids or a list of rows, padded anywhere: the mask
 /// decides. "options" are Hugging Face's generation options and stand over the flags below. "tokens" are the generated ids
 /// without the decoder prompt, end token included; "score" is that of beam search; "finish_reason" is "eos" or "length".
-/// Requests that are there together and have the same options are run as one batch.
+/// Requests that are there together and have the same options are run as one batch. An "id" left out is the line's number
+/// from 0. A line that is no request, be it not even UTF-8, is answered by its error; blank lines are passed over.
 #[derive(clap::Args)]
 #[command(verbatim_doc_comment)]
 pub struct Arguments {
@@ -53,9 +54,9 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     model.tokenizer()?;
     if !arguments.texts.is_empty() {
         let mut texts = arguments.texts.into_iter();
-        return answering.texts(&options, || Ok(texts.next()), |_| Ok(true));
+        return answering.texts(&options, || Ok(texts.next().map(String::into_bytes)), |_| Ok(true));
     }
-    let lines = std::cell::RefCell::new(Lines::stdin());
+    let lines = std::cell::RefCell::new(Lines::texts());
     let next = || Ok(lines.borrow_mut().next()?.map(|(_, line)| line));
     answering.texts(&options, next, |_| lines.borrow_mut().is_ready())
 }
@@ -72,7 +73,7 @@ impl Answering<'_> {
     fn texts(
         &self,
         options: &GenerationOptions,
-        mut next: impl FnMut() -> Result<Option<String>>,
+        mut next: impl FnMut() -> Result<Option<Vec<u8>>>,
         mut is_ready: impl FnMut(()) -> Result<bool>,
     ) -> Result<Outcome> {
         let streaming = options.num_beams == 1 && io::stdout().is_terminal();
@@ -90,9 +91,7 @@ impl Answering<'_> {
             let requests: Vec<Result<Request, Refused>> = texts
                 .iter()
                 .enumerate()
-                .map(|(i, text)| {
-                    Request::parse(&json!({"text": text}).to_string(), number + i, Kind::Generate, self.model)
-                })
+                .map(|(i, text)| Request::of_text(text, number + i, Kind::Generate, self.model))
                 .collect();
             number += texts.len();
             for (i, answer) in self.answers(requests, streaming)?.into_iter().enumerate() {
@@ -117,7 +116,7 @@ impl Answering<'_> {
     }
 
     fn jsonl(&self) -> Result<Outcome> {
-        let mut lines = Lines::stdin();
+        let mut lines = Lines::requests();
         let mut outcome = Outcome::Done;
         while let Some((number, line)) = lines.next()? {
             let mut requests = vec![Request::parse(&line, number, Kind::Generate, self.model)];
@@ -249,12 +248,11 @@ fn fits(a: &Request, b: &Request) -> bool {
     a.options == b.options && prompt(a).is_none() && prompt(b).is_none()
 }
 
-fn print_flushed(text: &str) -> io::Result<()> {
+fn print_flushed(text: &str) -> Result<()> {
     let mut out = io::stdout().lock();
-    out.write_all(text.as_bytes())?;
-    out.flush()
+    out.write_all(text.as_bytes()).and_then(|()| out.flush()).context("stdout cannot be written")
 }
 
-fn println_flushed(text: &str) -> io::Result<()> {
+fn println_flushed(text: &str) -> Result<()> {
     print_flushed(&format!("{text}\n"))
 }

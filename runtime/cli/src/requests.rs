@@ -1,13 +1,12 @@
 //! The JSONL contract: a request a line in, a result a line out, in order. Reading lines, what a request may hold, and how
 //! requests become batches; what is done with a batch is the command's.
 
-use std::collections::VecDeque;
 use std::io::{self, BufRead};
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread;
 
 use anyhow::{Context, Result, bail};
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 use t5gemma_runtime::{Batch, Model};
 
 /// A request as it stands on its line.
@@ -40,19 +39,28 @@ pub enum Kind {
 }
 
 impl Request {
+    /// Makes a request of a text, which is a line of stdin or an argument. `number` counts them from 0.
+    pub fn of_text(text: &[u8], number: usize, kind: Kind, model: &Model) -> Result<Request, Refused> {
+        match str::from_utf8(text) {
+            Ok(text) => Request::parse(json!({"text": text}).to_string().as_bytes(), number, kind, model),
+            Err(error) => Err(Refused { id: number.into(), reason: format!("expected UTF-8: {error}") }),
+        }
+    }
+
     /// Reads a line. `number` counts lines from 0.
-    pub fn parse(line: &str, number: usize, kind: Kind, model: &Model) -> Result<Request, Refused> {
+    pub fn parse(line: &[u8], number: usize, kind: Kind, model: &Model) -> Result<Request, Refused> {
         let mut id = Value::from(number);
         Request::read(line, &mut id, kind, model).map_err(|error| Refused { id, reason: format!("{error:#}") })
     }
 
-    fn read(line: &str, id: &mut Value, kind: Kind, model: &Model) -> Result<Request> {
+    fn read(line: &[u8], id: &mut Value, kind: Kind, model: &Model) -> Result<Request> {
+        let line = str::from_utf8(line).context("expected UTF-8")?;
         let mut fields: Map<String, Value> =
             serde_json::from_str(line).context("expected a JSON object on one line")?;
         match fields.remove("id") {
             None | Some(Value::Null) => {}
             Some(given @ (Value::String(_) | Value::Number(_))) => *id = given,
-            Some(other) => bail!("id: expected a string or a number, found {other}"),
+            Some(other) => bail!("id: expected a string or a number, found {}", shown(&other)),
         }
         let mut take = |name: &str| fields.remove(name).filter(|value| !value.is_null());
         let (text, ids, mask) = (take("text"), take("input_ids"), take("attention_mask"));
@@ -65,7 +73,7 @@ impl Request {
                 Kind::Generate => "id, text, input_ids, attention_mask, decoder_input_ids and options",
                 Kind::Encode => "id, text, input_ids and attention_mask",
             };
-            bail!("{name}: expected only {known}, found another field");
+            bail!("expected only the fields {known}, found {}", shown(&name.as_str().into()));
         }
         let sources = match (text, ids) {
             (Some(text), None) => texts(&text)?
@@ -84,7 +92,7 @@ impl Request {
         let options = match options {
             None => Map::new(),
             Some(Value::Object(options)) => options,
-            Some(other) => bail!("options: expected an object of generation options, found {other}"),
+            Some(other) => bail!("options: expected an object of generation options, found {}", shown(&other)),
         };
         let request = Request { id: id.clone(), sources, mask, prompts, options };
         // What the library refuses of this request alone is known before it is put in a batch with others.
@@ -153,45 +161,61 @@ fn shown(value: &Value) -> String {
 /// Lines of stdin, read ahead on a thread of their own: whoever waits for an answer before writing on is not kept waiting,
 /// and a file is read while the model runs.
 pub struct Lines {
-    received: Receiver<io::Result<String>>,
-    pending: VecDeque<String>,
-    number: usize,
+    received: Receiver<io::Result<Line>>,
+    pending: Option<Line>,
 }
 
+/// A line's number from 0, and what stands on it, not necessarily UTF-8.
+type Line = (usize, Vec<u8>);
+
 impl Lines {
-    /// Starts reading.
-    pub fn stdin() -> Lines {
+    /// Starts reading texts: every line is one.
+    pub fn texts() -> Lines {
+        Lines::read(|_| true)
+    }
+
+    /// Starts reading requests: a blank line is none, but counts.
+    pub fn requests() -> Lines {
+        Lines::read(|line| !line.trim_ascii().is_empty())
+    }
+
+    fn read(wanted: fn(&[u8]) -> bool) -> Lines {
         let (lines, received) = sync_channel(256);
         thread::spawn(move || {
-            for line in io::stdin().lock().lines() {
+            for (number, line) in io::stdin().lock().split(b'\n').enumerate() {
+                let line = line.map(|mut line| {
+                    line.pop_if(|last| *last == b'\r');
+                    (number, line)
+                });
+                if line.as_ref().is_ok_and(|(_, line)| !wanted(line)) {
+                    continue;
+                }
                 if lines.send(line).is_err() {
                     break;
                 }
             }
         });
-        Lines { received, pending: VecDeque::new(), number: 0 }
+        Lines { received, pending: None }
     }
 
-    /// The next line with its number from 0; waits for it.
-    pub fn next(&mut self) -> Result<Option<(usize, String)>> {
-        let line = match self.pending.pop_front() {
-            Some(line) => line,
-            None => match self.received.recv() {
-                Ok(line) => line.context("stdin cannot be read")?,
-                Err(_) => return Ok(None),
-            },
-        };
-        self.number += 1;
-        Ok(Some((self.number - 1, line)))
+    /// The next line; waits for it.
+    pub fn next(&mut self) -> Result<Option<Line>> {
+        if let Some(line) = self.pending.take() {
+            return Ok(Some(line));
+        }
+        match self.received.recv() {
+            Ok(line) => line.context("stdin cannot be read").map(Some),
+            Err(_) => Ok(None),
+        }
     }
 
     /// Whether a further line is there already.
     pub fn is_ready(&mut self) -> Result<bool> {
-        if self.pending.is_empty()
+        if self.pending.is_none()
             && let Ok(line) = self.received.try_recv()
         {
-            self.pending.push_back(line.context("stdin cannot be read")?);
+            self.pending = Some(line.context("stdin cannot be read")?);
         }
-        Ok(!self.pending.is_empty())
+        Ok(self.pending.is_some())
     }
 }

@@ -1,10 +1,11 @@
 //! `t5gemma verify`: whether a model computes what it should.
 
+use std::io::{self, Write};
 use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
 use t5gemma_runtime::Cancellation;
-use t5gemma_runtime::verify::{Golden, against, consistency};
+use t5gemma_runtime::verify::{Check, Golden, against, consistency};
 
 use crate::tensors::Tensors;
 use crate::{Opening, Outcome};
@@ -40,7 +41,8 @@ pub fn run(mut arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     }
     for check in &checks {
         let verdict = if check.passed() { "ok  " } else { "FAIL" };
-        println!("{verdict} {:<52} {:>9.2e}  (limit {:.2e})", check.name, check.largest, check.limit);
+        let Check { name, largest, limit } = check;
+        writeln!(io::stdout(), "{verdict} {name:<52} {largest:>9.2e}  (limit {limit:.2e})")?;
     }
     Ok(if checks.iter().all(|check| check.passed()) { Outcome::Done } else { Outcome::SomeFailed })
 }
