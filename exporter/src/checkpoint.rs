@@ -131,6 +131,11 @@ impl Checkpoint {
         // SIGBUS, as with every mapped file; nothing is written through it.
         let bytes = unsafe { Mmap::map(&file) }.with_context(|| format!("{}: cannot be mapped", path.display()))?;
         let malformed = || format!("{}: not a whole safetensors file ({} bytes)", path.display(), bytes.len());
+        ensure!(
+            !bytes.starts_with(b"version https://git-lfs"),
+            "{}: expected a safetensors file, found the pointer of Git LFS to one (fetch it by `git lfs pull`)",
+            path.display()
+        );
         let (header, _) = SafeTensors::read_metadata(&bytes).with_context(malformed)?;
         // Holds the header to the file's length, so that the ranges below cannot leave it.
         let views = SafeTensors::deserialize(&bytes).with_context(malformed)?;

@@ -118,7 +118,9 @@ fn check(out: &Path, existing: Existing) -> Result<()> {
     let entries = entries.with_context(|| format!("{}: cannot be listed", out.display()))?;
     match existing {
         _ if entries.is_empty() => return Ok(()),
-        Existing::Refuse => bail!("{}: exists and is not empty; name another folder or pass --overwrite", out.display()),
+        Existing::Refuse => {
+            bail!("{}: exists and is not empty; name another folder or pass --overwrite", out.display())
+        }
         Existing::Overwrite => {}
     }
     // Other programs have a manifest.json too, so its name alone says nothing. The format's version does not matter here.
@@ -140,4 +142,29 @@ fn check(out: &Path, existing: Existing) -> Result<()> {
         bail!("{}: is not of the exported model beside it, which is not overwritten", foreign.path().display());
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_that_came_to_be_meanwhile_is_not_replaced() {
+        let folder = tempfile::tempdir().expect("a temporary folder can be made");
+        let out = folder.path().join("above/out");
+        for existing in [Existing::Refuse, Existing::Overwrite] {
+            let aside = Aside::create(&out, existing).expect("nothing is there");
+            aside.write("manifest.json", b"{}").expect("writable");
+            fs::create_dir(&out).expect("nothing is there");
+            fs::write(out.join("thesis.txt"), "years of work").expect("writable");
+            aside.publish().expect_err("something is there");
+            assert_eq!(fs::read_to_string(out.join("thesis.txt")).expect("left alone"), "years of work");
+            assert_eq!(
+                fs::read_dir(folder.path().join("above")).expect("listed").count(),
+                1,
+                "the folder aside is gone"
+            );
+            fs::remove_dir_all(&out).expect("ours");
+        }
+    }
 }

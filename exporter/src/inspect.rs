@@ -83,11 +83,19 @@ fn model(folder: &Path, config: &Config) -> Result<Report> {
     let path = folder.join(MANIFEST);
     let manifest: Manifest =
         serde_json::from_str(&read_text(&path)?).with_context(|| format!("{}: not a manifest", path.display()))?;
-    let tensors =
-        manifest.weights.tensors.iter().map(|tensor| {
-            (tensor.name.as_str(), tensor.dtype.to_string(), tensor.shape.iter().product::<usize>() as u64)
-        });
-    let mut report = Report::of("model", config, tensors);
+    let tensors = manifest.weights.tensors.iter().map(|tensor| {
+        let numbers = tensor.shape.iter().try_fold(1_u64, |numbers, &size| numbers.checked_mul(size as u64));
+        // The bound keeps the sum over all tensors within range too.
+        let numbers = numbers.filter(|&numbers| numbers <= manifest.weights.record.bytes).with_context(|| {
+            format!(
+                "{}: weights.tensors[{:?}].shape: more numbers than the file has bytes",
+                path.display(),
+                tensor.name
+            )
+        })?;
+        Ok((tensor.name.as_str(), tensor.dtype.to_string(), numbers))
+    });
+    let mut report = Report::of("model", config, tensors.collect::<Result<Vec<_>>>()?.into_iter());
     report.weights.insert(manifest.weights.file.clone(), manifest.weights.record.bytes);
     let mut graphs = Vec::new();
     for part in ["encoder", "decoder", "decoder_with_past"] {

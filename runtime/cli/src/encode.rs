@@ -43,12 +43,12 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     let mut outcome = Outcome::Done;
     let mut tensors = BTreeMap::new();
     let mut encode = |request: Result<Request, Refused>, number: usize| -> Result<()> {
-        let states = request
-            .map_err(|refused| (refused.id, refused.reason))
-            .and_then(|request| match states(&model, &request, cancel) {
+        let states = request.map_err(|refused| (refused.id, refused.reason)).and_then(|request| {
+            match states(&model, &request, cancel) {
                 Ok(states) => Ok((request.id, states)),
                 Err(error) => Err((request.id, error.to_string())),
-            });
+            }
+        });
         if cancel.is_cancelled() {
             return Err(t5gemma_runtime::Error::Cancelled.into());
         }
