@@ -1,7 +1,9 @@
 //! Attention: rotary positions, what each layer sees, and the three uses of the one soft-capped operator (the encoder over
 //! its source, the decoder over its past, the decoder over the source). The operator itself is in `lower.rs`.
 
-use crate::config::{LayerType, Side};
+use crate::config::LayerType;
+use crate::decoder::Context;
+use crate::interface::BEAMS;
 use crate::lower::Attention;
 use crate::manifest::EncoderWindow;
 use crate::nn::{Weights, linear};
@@ -39,122 +41,90 @@ impl<'g> Tokens<'g> {
 /// `x·cos(pos·f) + [−x₂, x₁]·sin(pos·f)` over the halves `x₁, x₂` of the last axis, with `f_j = θ^(−2j/head_dim)`.
 ///
 /// x: `[rows, length, heads, head_dim]`. The angles are float32 whatever x is.
-fn rotary<'g>(graph: &'g Graph, x: Value<'g>, tokens: &Tokens<'g>, side: &Side) -> Value<'g> {
-    let half = side.head_dim / 2;
+fn rotary<'g>(x: Value<'g>, tokens: &Tokens<'g>, w: &Weights<'g>) -> Value<'g> {
+    let half = w.side.head_dim / 2;
     // Powers and quotients in float32, as the reference computes them.
-    let theta = side.rope_theta as f32;
-    let frequency = |j| 1.0 / theta.powf((2 * j) as f32 / side.head_dim as f32);
+    let theta = w.side.rope_theta as f32;
+    let frequency = |j| 1.0 / theta.powf((2 * j) as f32 / w.side.head_dim as f32);
     let frequencies = Data::Floats((0..half).map(|j| f64::from(frequency(j))).collect());
-    let frequencies = graph.constant(DType::Float32, &[1, 1, half], frequencies);
+    let frequencies = w.graph.constant(DType::Float32, &[1, 1, half], frequencies);
     let angles = tokens.positions.cast(DType::Float32).unsqueeze(&[1, 2]) * frequencies; // [length, 1, head_dim / 2]
     let (cos, sin) = (angles.cos().cast(x.dtype()), angles.sin().cast(x.dtype()));
     let (x1, x2) = x.halves();
     x * Value::concat(&[cos, cos], -1) + Value::concat(&[x2, x1], -1) * Value::concat(&[-sin, sin], -1)
 }
 
-/// A projection of x `[rows·length, in]` into heads, `[rows, length, heads, head_dim]`.
-fn heads<'g>(
-    x: Value<'g>,
-    [rows, length]: [&Dim; 2],
-    [heads, head_dim]: [usize; 2],
-    bias: bool,
-    w: &Weights<'g>,
-) -> Value<'g> {
+/// A projection of x `[rows·length, in]` into `count` heads, `[rows, length, count, head_dim]`.
+fn heads<'g>(x: Value<'g>, [rows, length]: [&Dim; 2], count: usize, w: &Weights<'g>) -> Value<'g> {
     let input = x.dim(-1).as_fixed().expect("the width of the residual stream is fixed");
-    let projected = linear(x, [input, heads * head_dim], bias, w);
-    projected.reshape(&[rows.clone(), length.clone(), heads.into(), head_dim.into()])
+    let head_dim = w.side.head_dim;
+    let projected = linear(x, [input, count * head_dim], w.side.attention_bias, w);
+    projected.reshape(&[rows.clone(), length.clone(), count.into(), head_dim.into()])
 }
 
 /// `o(attention(q, k, v))`, back on the residual stream `[rows·length, hidden]`.
-fn attend<'g>(query: Value<'g>, kv: KeyValue<'g>, visible: Value<'g>, side: &Side, w: &Weights<'g>) -> Value<'g> {
+fn attend<'g>(query: Value<'g>, key_value: KeyValue<'g>, visible: Value<'g>, w: &Weights<'g>) -> Value<'g> {
     let tokens = query.dim(0).times(&query.dim(1));
-    let scale = side.query_pre_attn_scalar.powf(-0.5);
-    let attention = Attention { query, key_value: kv, visible, scale, cap: side.attn_logit_softcapping };
-    let width = side.num_attention_heads * side.head_dim;
+    let scale = w.side.query_pre_attn_scalar.powf(-0.5);
+    let attention = Attention { query, key_value, visible, scale, cap: w.side.attn_logit_softcapping };
+    let width = w.side.num_attention_heads * w.side.head_dim;
     let context = w.lowering.attention(attention).reshape(&[tokens, width.into()]);
-    linear(context, [width, side.hidden_size], side.attention_bias, &w.at("o_proj"))
+    linear(context, [width, w.side.hidden_size], w.side.attention_bias, &w.at("o_proj"))
 }
 
 /// Rotated queries, and the rotated keys and the values of the given tokens.
-fn projections<'g>(
-    graph: &'g Graph,
-    x: Value<'g>,
-    tokens: &Tokens<'g>,
-    side: &Side,
-    w: &Weights<'g>,
-) -> (Value<'g>, KeyValue<'g>) {
-    let project = |name: &str, count| {
-        heads(x, [&tokens.rows, &tokens.length], [count, side.head_dim], side.attention_bias, &w.at(name))
-    };
-    let query = rotary(graph, project("q_proj", side.num_attention_heads), tokens, side);
-    let key = rotary(graph, project("k_proj", side.num_key_value_heads), tokens, side);
-    let value = project("v_proj", side.num_key_value_heads);
+fn projections<'g>(x: Value<'g>, tokens: &Tokens<'g>, w: &Weights<'g>) -> (Value<'g>, KeyValue<'g>) {
+    let project = |name: &str, count| heads(x, [&tokens.rows, &tokens.length], count, &w.at(name));
+    let query = rotary(project("q_proj", w.side.num_attention_heads), tokens, w);
+    let key = rotary(project("k_proj", w.side.num_key_value_heads), tokens, w);
+    let value = project("v_proj", w.side.num_key_value_heads);
     let key_value = KeyValue { key: key.transpose(&[0, 2, 1, 3]), value: value.transpose(&[0, 2, 1, 3]) };
     (query, key_value) // [rows, length, heads, head_dim], [rows, kv_heads, length, head_dim]
 }
 
-/// The encoder's self-attention: every token sees every unmasked token within its layer's window, both ways.
-pub fn bidirectional<'g>(
-    graph: &'g Graph,
-    x: Value<'g>,
-    tokens: &Tokens<'g>,
-    visible: Value<'g>,
-    side: &Side,
-    w: &Weights<'g>,
-) -> Value<'g> {
+/// The encoder's self-attention: every token sees what is `visible` to it, before and after it.
+pub fn bidirectional<'g>(x: Value<'g>, tokens: &Tokens<'g>, visible: Value<'g>, w: &Weights<'g>) -> Value<'g> {
     let _scope = w.scope();
-    let (query, key_value) = projections(graph, x, tokens, side, w);
-    attend(query, key_value, visible, side, w)
+    let (query, key_value) = projections(x, tokens, w);
+    attend(query, key_value, visible, w)
 }
 
 /// The decoder's self-attention: every token sees itself and what came before it within its layer's window. Returns the
 /// keys and values of past and new tokens too.
 pub fn causal<'g>(
-    graph: &'g Graph,
     x: Value<'g>,
-    tokens: &Tokens<'g>,
+    context: &Context<'g>,
     past: Option<KeyValue<'g>>,
-    (side, layer): (&Side, LayerType),
     w: &Weights<'g>,
 ) -> (Value<'g>, KeyValue<'g>) {
     let _scope = w.scope();
-    let (query, new) = projections(graph, x, tokens, side, w);
+    let (query, new) = projections(x, &context.tokens, w);
     let present = match past {
         None => new,
         Some(past) => {
             KeyValue { key: Value::concat(&[past.key, new.key], 2), value: Value::concat(&[past.value, new.value], 2) }
         }
     };
-    let keys = present.key.dim(2);
-    let visible = causal_mask(graph, tokens, &keys, layer);
-    (attend(query, present, visible, side, w), present)
+    let visible = causal_mask(w.graph, &context.tokens, &present.key.dim(2), context.kind);
+    (attend(query, present, visible, w), present)
 }
 
 /// The decoder's attention to the source, without rotary positions and without a window. `source` is at batch size; the
 /// beams of a source row lie along its query axis, so that keys and values are not repeated for them.
-pub fn cross<'g>(
-    x: Value<'g>,
-    tokens: &Tokens<'g>,
-    (source, visible): (KeyValue<'g>, Value<'g>),
-    side: &Side,
-    beams: &Dim,
-    w: &Weights<'g>,
-) -> Value<'g> {
+pub fn cross<'g>(x: Value<'g>, context: &Context<'g>, source: KeyValue<'g>, w: &Weights<'g>) -> Value<'g> {
     let _scope = w.scope();
-    let shape = [&source.key.dim(0), &beams.times(&tokens.length)];
-    let query = heads(x, shape, [side.num_attention_heads, side.head_dim], side.attention_bias, &w.at("q_proj"));
-    attend(query, source, visible, side, w)
+    let shape = [&source.key.dim(0), &Dim::symbol(BEAMS).times(&context.tokens.length)];
+    let query = heads(x, shape, w.side.num_attention_heads, &w.at("q_proj"));
+    attend(query, source, context.visible, w)
 }
 
 /// The keys and values that [`cross`] attends to, of the encoder's hidden states `[batch, source, width]`.
-pub fn cross_key_value<'g>(hidden: Value<'g>, side: &Side, w: &Weights<'g>) -> KeyValue<'g> {
+pub fn cross_key_value<'g>(hidden: Value<'g>, w: &Weights<'g>) -> KeyValue<'g> {
     let _scope = w.scope();
     let [batch, source, width] = [0, 1, 2].map(|axis| hidden.dim(axis));
     let flat = hidden.reshape(&[batch.times(&source), width]);
-    let project = |name: &str| {
-        let size = [side.num_key_value_heads, side.head_dim];
-        heads(flat, [&batch, &source], size, side.attention_bias, &w.at(name)).transpose(&[0, 2, 1, 3])
-    };
+    let project =
+        |name: &str| heads(flat, [&batch, &source], w.side.num_key_value_heads, &w.at(name)).transpose(&[0, 2, 1, 3]);
     KeyValue { key: project("k_proj"), value: project("v_proj") }
 }
 

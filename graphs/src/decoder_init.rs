@@ -14,21 +14,21 @@ pub fn decoder_init(config: &Config, options: &Options) -> Definition {
     let ports = options.interface(config).decoder;
     let [mask, ids, hidden] = interface::inputs(&graph, &ports);
 
-    let c = &config.decoder;
-    let root = Weights::root(&graph, options.dtype, options.target.lowering());
+    let root = Weights::root(&graph, &config.decoder, options);
     let w = root.at("model.decoder");
-    let context = Context { tokens: Tokens::from(&graph, ids, None), visible: padding_mask(mask) };
-    let mut x = embedding(ids, c.vocab_size, c.hidden_size, &root.at(&options.vocabulary.embedding));
+    let (tokens, visible) = (Tokens::from(&graph, ids, None), padding_mask(mask));
+    let mut x = embedding(ids, &root.at(&options.vocabulary.embedding));
     let mut presents = Vec::new();
-    for (i, &kind) in c.layers.iter().enumerate() {
+    for (i, &kind) in config.decoder.layers.iter().enumerate() {
         let w = w.at(&format!("layers.{i}"));
-        let source = cross_key_value(hidden, c, &w.at("cross_attn"));
-        let (y, own) = layer(&graph, x, &context, Memory { past: None, source }, (c, kind), &w);
+        let source = cross_key_value(hidden, &w.at("cross_attn"));
+        let context = Context { tokens: tokens.clone(), visible, kind };
+        let (y, own) = layer(x, &context, Memory { past: None, source }, &w);
         presents.extend([own.key, own.value, source.key, source.value]);
         x = y;
     }
     let head = root.at(&options.vocabulary.head);
-    let logits = logits(x, &context.tokens, options.logits, c, &w.at("norm"), &head);
+    let logits = logits(x, &tokens, options.logits, [&w.at("norm"), &head]);
     interface::outputs(&graph, &ports, [logits].into_iter().chain(presents));
     graph.finish("decoder")
 }

@@ -16,23 +16,22 @@ pub fn decoder_step(config: &Config, options: &Options) -> Definition {
     let inputs = interface::all_inputs(&graph, &ports);
     let (&[mask, ids], cached) = inputs.split_first_chunk().expect("a mask and ids come before the cache");
 
-    let c = &config.decoder;
-    let root = Weights::root(&graph, options.dtype, options.target.lowering());
+    let root = Weights::root(&graph, &config.decoder, options);
     let w = root.at("model.decoder");
-    let tokens = Tokens::from(&graph, ids, Some(&Dim::symbol(PAST)));
-    let context = Context { tokens, visible: padding_mask(mask) };
-    let mut x = embedding(ids, c.vocab_size, c.hidden_size, &root.at(&options.vocabulary.embedding));
+    let (tokens, visible) = (Tokens::from(&graph, ids, Some(&Dim::symbol(PAST))), padding_mask(mask));
+    let mut x = embedding(ids, &root.at(&options.vocabulary.embedding));
     let mut presents = Vec::new();
-    for ((i, &kind), cached) in c.layers.iter().enumerate().zip(cached.chunks_exact(4)) {
+    for ((i, &kind), cached) in config.decoder.layers.iter().enumerate().zip(cached.chunks_exact(4)) {
         let past = Some(KeyValue { key: cached[0], value: cached[1] });
         let source = KeyValue { key: cached[2], value: cached[3] };
         let w = w.at(&format!("layers.{i}"));
-        let (y, own) = layer(&graph, x, &context, Memory { past, source }, (c, kind), &w);
+        let context = Context { tokens: tokens.clone(), visible, kind };
+        let (y, own) = layer(x, &context, Memory { past, source }, &w);
         presents.extend([own.key, own.value]);
         x = y;
     }
     let head = root.at(&options.vocabulary.head);
-    let logits = logits(x, &context.tokens, options.logits, c, &w.at("norm"), &head);
+    let logits = logits(x, &tokens, options.logits, [&w.at("norm"), &head]);
     interface::outputs(&graph, &ports, [logits].into_iter().chain(presents));
     graph.finish("decoder_with_past")
 }

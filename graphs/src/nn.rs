@@ -1,23 +1,26 @@
 //! The blocks that both stacks are made of: one equation each, over a residual stream `[tokens, hidden]`. Also the cursor
 //! by which a block reaches its weights.
 
+use crate::Options;
 use crate::config::Side;
 use crate::lower::Lowering;
 use crate::onnx::{Adjust, DType, Data, Graph, Scope, Value};
 
-/// A place in the checkpoint: step into a name with [`at`](Weights::at), ask for a tensor with the shape it must have.
+/// A place in one side of the checkpoint: step into a name with [`at`](Weights::at), ask for a tensor with the shape it must
+/// have. It carries what every block needs with its weights: the side's configuration, and how operators are lowered.
 #[derive(Clone)]
 pub struct Weights<'g> {
-    graph: &'g Graph,
-    path: String,
-    dtype: DType,
+    pub graph: &'g Graph,
+    pub side: &'g Side,
     pub lowering: &'g dyn Lowering,
+    dtype: DType,
+    path: String,
 }
 
 impl<'g> Weights<'g> {
-    /// The root of the checkpoint, whose matrices are used as `dtype`.
-    pub fn root(graph: &'g Graph, dtype: DType, lowering: &'g dyn Lowering) -> Weights<'g> {
-        Weights { graph, path: String::new(), dtype, lowering }
+    /// The root of the checkpoint, for the blocks of `side`.
+    pub fn root(graph: &'g Graph, side: &'g Side, options: &Options) -> Weights<'g> {
+        Weights { graph, side, lowering: options.target.lowering(), dtype: options.dtype, path: String::new() }
     }
 
     /// The place called `name` under this one.
@@ -53,7 +56,9 @@ impl<'g> Weights<'g> {
 }
 
 /// `Embed[ids] · √hidden`, with the factor rounded to the weights' type as the reference rounds it.
-pub fn embedding<'g>(ids: Value<'g>, vocab_size: usize, hidden_size: usize, w: &Weights<'g>) -> Value<'g> {
+pub fn embedding<'g>(ids: Value<'g>, w: &Weights<'g>) -> Value<'g> {
+    let _scope = w.scope();
+    let (vocab_size, hidden_size) = (w.side.vocab_size, w.side.hidden_size);
     let factor = w.graph.constant(w.dtype, &[], Data::Floats(vec![(hidden_size as f64).sqrt()]));
     let [rows, length] = [0, 1].map(|axis| ids.dim(axis));
     let table = w.tensor(&[vocab_size, hidden_size]);
@@ -69,9 +74,10 @@ pub fn linear<'g>(x: Value<'g>, [input, output]: [usize; 2], bias: bool, w: &Wei
 }
 
 /// `x / √(mean(x²) + ε) · (1 + w)`, computed and returned in float32.
-pub fn rms_norm<'g>(x: Value<'g>, side: &Side, w: &Weights<'g>) -> Value<'g> {
+pub fn rms_norm<'g>(x: Value<'g>, w: &Weights<'g>) -> Value<'g> {
     let _scope = w.scope();
-    w.lowering.rms_norm(x.cast(DType::Float32), w.at("weight").one_plus(side.hidden_size), side.rms_norm_eps)
+    let factor = w.at("weight").one_plus(w.side.hidden_size);
+    w.lowering.rms_norm(x.cast(DType::Float32), factor, w.side.rms_norm_eps)
 }
 
 /// `cap · tanh(x / cap)`, or `x` where there is no cap.
@@ -83,15 +89,15 @@ pub fn softcap(x: Value<'_>, cap: Option<f64>) -> Value<'_> {
 }
 
 /// `down(gelu(gate(x)) ⊙ up(x))`
-pub fn gated_mlp<'g>(x: Value<'g>, side: &Side, w: &Weights<'g>) -> Value<'g> {
+pub fn gated_mlp<'g>(x: Value<'g>, w: &Weights<'g>) -> Value<'g> {
     let _scope = w.scope();
-    let (hidden, wide) = (side.hidden_size, side.intermediate_size);
+    let (hidden, wide) = (w.side.hidden_size, w.side.intermediate_size);
     let gate = linear(x, [hidden, wide], false, &w.at("gate_proj"));
     let up = linear(x, [hidden, wide], false, &w.at("up_proj"));
     linear(gate.gelu_tanh() * up, [wide, hidden], false, &w.at("down_proj"))
 }
 
 /// `x + norm(branch)`: the sandwich norm acts on the branch before the sum.
-pub fn residual<'g>(x: Value<'g>, branch: Value<'g>, side: &Side, norm: &Weights<'g>) -> Value<'g> {
-    x + rms_norm(branch, side, norm).cast(x.dtype())
+pub fn residual<'g>(x: Value<'g>, branch: Value<'g>, norm: &Weights<'g>) -> Value<'g> {
+    x + rms_norm(branch, norm).cast(x.dtype())
 }

@@ -380,3 +380,123 @@ impl<'g> BitAnd for Value<'g> {
         self.binary("And", other, DType::Bool)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::onnx::{Attribute, Constant, Definition};
+
+    fn dims(shape: &[&str]) -> Vec<Dim> {
+        shape.iter().map(|dim| dim.parse().map_or_else(|_| Dim::symbol(dim), Dim::fixed)).collect()
+    }
+
+    fn operators(graph: Graph) -> Vec<&'static str> {
+        graph.finish("test").nodes.iter().map(|node| node.op).collect()
+    }
+
+    /// The constant that is the second input of the only node called `op`.
+    fn second_input<'d>(graph: &'d Definition, op: &str) -> Option<&'d Constant> {
+        let node = graph.nodes.iter().find(|node| node.op == op).expect("the operator was written");
+        graph.constants.iter().find(|constant| constant.value == node.inputs[1])
+    }
+
+    #[test]
+    fn what_is_written_twice_is_computed_once() {
+        let graph = Graph::new();
+        let x = graph.input("x", DType::Float32, &dims(&["n", "4"]));
+        let once = (x * x).mean() + 1.0;
+        let again = (x * x).mean() + 1.0;
+        graph.output("y", (once + again).sqrt());
+        assert_eq!(operators(graph), ["Mul", "ReduceMean", "Add", "Add", "Sqrt"]);
+    }
+
+    #[test]
+    fn what_no_output_needs_is_left_out() {
+        let graph = Graph::new();
+        let x = graph.input("x", DType::Float32, &dims(&["n"]));
+        let _unused = x.cos();
+        graph.output("y", x.sin());
+        assert_eq!(operators(graph), ["Sin"]);
+    }
+
+    #[test]
+    fn an_output_that_is_also_an_input_is_copied() {
+        let graph = Graph::new();
+        let x = graph.input("x", DType::Float32, &dims(&["n"]));
+        graph.output("y", x);
+        let graph = graph.finish("test");
+        assert_eq!(graph.nodes[0].op, "Identity");
+        assert_eq!(
+            (graph.value(graph.inputs[0]).name.as_str(), graph.value(graph.outputs[0]).name.as_str()),
+            ("x", "y")
+        );
+    }
+
+    #[test]
+    fn reshapes_copy_infer_and_look_up() {
+        struct Case {
+            name: &'static str,
+            from: &'static [&'static str],
+            to: &'static [&'static str],
+            written: Option<&'static [i64]>,
+        }
+        let cases = [
+            Case { name: "copied and fixed", from: &["n", "8"], to: &["n", "2", "4"], written: Some(&[0, 2, 4]) },
+            Case { name: "one inferred", from: &["4", "n"], to: &["n", "4"], written: Some(&[-1, 4]) },
+            Case { name: "one looked up", from: &["n", "m", "4"], to: &["m", "n", "4"], written: None },
+        ];
+        for case in cases {
+            let graph = Graph::new();
+            let x = graph.input("x", DType::Float32, &dims(case.from));
+            graph.output("y", x.reshape(&dims(case.to)));
+            let graph = graph.finish("test");
+            assert_eq!(graph.value(graph.outputs[0]).shape, dims(case.to), "{}", case.name);
+            let written = second_input(&graph, "Reshape").map(|constant| constant.data.clone());
+            assert_eq!(written, case.written.map(|shape| Data::Ints(shape.to_vec())), "{}", case.name);
+        }
+    }
+
+    #[test]
+    fn operands_are_broadcast_from_the_right() {
+        let graph = Graph::new();
+        let x = graph.input("x", DType::Float32, &dims(&["b", "1", "4"]));
+        let y = graph.input("y", DType::Float32, &dims(&["s", "1"]));
+        assert_eq!((x + y).shape(), dims(&["b", "s", "4"]));
+    }
+
+    #[test]
+    fn a_cast_to_the_same_type_is_not_written() {
+        let graph = Graph::new();
+        let x = graph.input("x", DType::Float16, &dims(&["n"]));
+        graph.output("y", x.cast(DType::Float16).cast(DType::Float32));
+        let graph = graph.finish("test");
+        assert_eq!(graph.nodes.len(), 1);
+        assert_eq!(graph.nodes[0].attributes, [("to", Attribute::Int(1))]);
+    }
+
+    #[test]
+    #[should_panic(expected = "Add of float32 and float16, in scope \"model/layer\"")]
+    fn types_do_not_mix() {
+        let graph = Graph::new();
+        let x = graph.input("x", DType::Float32, &dims(&["n"]));
+        let y = graph.input("y", DType::Float16, &dims(&["n"]));
+        let _scope = graph.scope("model.layer");
+        let _ = x + y;
+    }
+
+    #[test]
+    #[should_panic(expected = "Gemm of (Float32, \"[n, 4]\") and (Float32, \"[3, 5]\")")]
+    fn a_weight_must_fit_what_it_is_multiplied_with() {
+        let graph = Graph::new();
+        let x = graph.input("x", DType::Float32, &dims(&["n", "4"]));
+        let w = graph.input("w", DType::Float32, &dims(&["3", "5"]));
+        let _ = x.gemm(w, None);
+    }
+
+    #[test]
+    #[should_panic(expected = "Reshape of [n, 4] to [n, 5]")]
+    fn a_reshape_keeps_the_number_of_elements() {
+        let graph = Graph::new();
+        let _ = graph.input("x", DType::Float32, &dims(&["n", "4"])).reshape(&dims(&["n", "5"]));
+    }
+}
