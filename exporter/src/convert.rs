@@ -6,7 +6,7 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use t5gemma_graphs::onnx::{Adjust, DType};
 
-/// Appends to `out` the numbers in `bytes`, adjusted and rounded to `to`.
+/// Writes to `out` the numbers in `bytes`, adjusted and rounded to `to`; `out` has just the room for them.
 ///
 /// `scratch` holds the float32 form between two conversions and is reused from call to call.
 ///
@@ -17,27 +17,19 @@ pub fn convert(
     (from, to): (DType, DType),
     adjust: Adjust,
     scratch: &mut Vec<f32>,
-    out: &mut Vec<u8>,
+    out: &mut [u8],
 ) -> Result<()> {
     if from == to && adjust == Adjust::AsIs {
-        out.extend_from_slice(bytes);
+        out.copy_from_slice(bytes);
         return Ok(());
     }
     scratch.resize(bytes.len() / from.size(), 0.0);
-    let pairs = || bytes.chunks_exact(2).map(|pair| u16::from_le_bytes([pair[0], pair[1]]));
     match from {
-        DType::Float32 => {
-            for (number, four) in scratch.iter_mut().zip(bytes.chunks_exact(4)) {
-                *number = f32::from_le_bytes([four[0], four[1], four[2], four[3]]);
-            }
-        }
-        DType::BFloat16 => {
-            for (number, bits) in scratch.iter_mut().zip(pairs()) {
-                *number = f32::from_bits(u32::from(bits) << 16);
-            }
-        }
+        DType::Float32 => read(bytes, scratch, f32::from_le_bytes),
+        DType::BFloat16 => read(bytes, scratch, |pair| f32::from_bits(u32::from(u16::from_le_bytes(pair)) << 16)),
         DType::Float16 => {
-            let halves: Vec<f16> = pairs().map(f16::from_bits).collect();
+            let mut halves = vec![f16::ZERO; scratch.len()];
+            read(bytes, &mut halves, f16::from_le_bytes);
             halves.convert_to_f32_slice(scratch);
         }
         DType::Int64 | DType::Bool => bail!("weights of {from} cannot be converted"),
@@ -48,27 +40,41 @@ pub fn convert(
     round(scratch, to, out)
 }
 
-/// Appends `numbers` to `out`, rounded to `to`.
+/// Writes `numbers` to `out`, rounded to `to`; `out` has just the room for them.
 ///
 /// # Errors
 /// A finite number beyond the range of `to`.
-pub fn round(numbers: &[f32], to: DType, out: &mut Vec<u8>) -> Result<()> {
+pub fn round(numbers: &[f32], to: DType, out: &mut [u8]) -> Result<()> {
     match to {
-        DType::Float32 => out.extend(numbers.iter().flat_map(|number| number.to_le_bytes())),
+        DType::Float32 => write(out, numbers, f32::to_le_bytes),
         DType::Float16 => {
             let mut halves = vec![f16::ZERO; numbers.len()];
             halves.convert_from_f32_slice(numbers);
             for (&number, half) in numbers.iter().zip(&halves) {
-                if number.is_finite() && half.is_infinite() {
+                if half.is_infinite() && number.is_finite() {
                     bail!("{number} does not fit float16 (largest 65504); use float32 or bfloat16");
                 }
             }
-            out.extend(halves.iter().flat_map(|half| half.to_le_bytes()));
+            write(out, &halves, f16::to_le_bytes);
         }
-        DType::BFloat16 => out.extend(numbers.iter().flat_map(|&number| bf16::from_f32(number).to_le_bytes())),
+        DType::BFloat16 => write(out, numbers, |number| bf16::from_f32(number).to_le_bytes()),
         DType::Int64 | DType::Bool => bail!("weights cannot be {to}"),
     }
     Ok(())
+}
+
+// Chunks of a constant size let the compiler work on many numbers at once.
+
+fn read<T, const N: usize>(bytes: &[u8], numbers: &mut [T], number: impl Fn([u8; N]) -> T) {
+    for (place, bytes) in numbers.iter_mut().zip(bytes.as_chunks().0) {
+        *place = number(*bytes);
+    }
+}
+
+fn write<T: Copy, const N: usize>(out: &mut [u8], numbers: &[T], bytes: impl Fn(T) -> [u8; N]) {
+    for (place, &number) in out.as_chunks_mut().0.iter_mut().zip(numbers) {
+        *place = bytes(number);
+    }
 }
 
 #[cfg(test)]
@@ -79,11 +85,11 @@ mod tests {
         let mut bytes: Vec<u8> = numbers.iter().flat_map(|number| number.to_le_bytes()).collect();
         let mut from = DType::Float32;
         for &to in path {
-            let mut out = Vec::new();
+            let mut out = vec![0; numbers.len() * to.size()];
             convert(&bytes, (from, to), adjust, &mut Vec::new(), &mut out)?;
             (bytes, from) = (out, to);
         }
-        let mut out = Vec::new();
+        let mut out = vec![0; numbers.len() * 4];
         convert(&bytes, (from, DType::Float32), Adjust::AsIs, &mut Vec::new(), &mut out)?;
         Ok(out.chunks_exact(4).map(|four| f32::from_le_bytes([four[0], four[1], four[2], four[3]])).collect())
     }

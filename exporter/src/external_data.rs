@@ -4,8 +4,7 @@
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, SyncSender, channel, sync_channel};
 use std::thread::{self, JoinHandle};
 
 use anyhow::{Context, Result};
@@ -50,15 +49,13 @@ pub fn write(path: &Path, weights: &[Weight], source: &Source, watch: &dyn Watch
     for (weight, record) in weights.iter().zip(&tensors) {
         out.put(vec![0; (record.offset - out.written) as usize]).with_context(failed)?;
         let mut chunks = Chunks::of(weight, source)?;
-        loop {
+        for first in (0..weight.len()).step_by(CHUNK) {
             watch.check()?;
-            let mut bytes = Vec::with_capacity(CHUNK * weight.dtype.size());
-            let more = chunks.next(&mut scratch, &mut bytes).with_context(|| source.place(&weight.tensor))?;
+            let mut bytes = out.hashing.buffer();
+            bytes.resize(CHUNK.min(weight.len() - first) * weight.dtype.size(), 0);
+            chunks.next(&mut scratch, &mut bytes).with_context(|| source.place(&weight.tensor))?;
             watch.advanced(bytes.len() as u64);
             out.put(bytes).with_context(failed)?;
-            if !more {
-                break;
-            }
         }
     }
     let sha256 = out.hashing.finish();
@@ -70,7 +67,7 @@ pub fn write(path: &Path, weights: &[Weight], source: &Source, watch: &dyn Watch
 /// The numbers of one weight, chunk by chunk.
 enum Chunks<'s> {
     Stored { weight: &'s Weight, dtype: t5gemma_graphs::onnx::DType, left: &'s [u8] },
-    Random { weight: &'s Weight, numbers: Numbers, left: usize },
+    Random { weight: &'s Weight, numbers: Numbers },
 }
 
 impl<'s> Chunks<'s> {
@@ -80,27 +77,22 @@ impl<'s> Chunks<'s> {
                 let tensor = found(checkpoint, weight)?;
                 Chunks::Stored { weight, dtype: tensor.dtype, left: tensor.bytes }
             }
-            Source::Dummy { seed, .. } => {
-                Chunks::Random { weight, numbers: Numbers::of(weight, *seed), left: weight.len() }
-            }
+            Source::Dummy { seed, .. } => Chunks::Random { weight, numbers: Numbers::of(weight, *seed) },
         })
     }
 
-    /// Appends the next chunk's bytes to `out`; returns whether more follow.
-    fn next(&mut self, scratch: &mut Vec<f32>, out: &mut Vec<u8>) -> Result<bool> {
+    /// Writes the next numbers to `out`, as many as there is room for.
+    fn next(&mut self, scratch: &mut Vec<f32>, out: &mut [u8]) -> Result<()> {
         match self {
             Chunks::Stored { weight, dtype, left } => {
-                let (chunk, rest) = left.split_at(left.len().min(CHUNK * dtype.size()));
-                convert(chunk, (*dtype, weight.dtype), weight.adjust, scratch, out)?;
+                let (chunk, rest) = left.split_at(out.len() / weight.dtype.size() * dtype.size());
                 *left = rest;
-                Ok(!rest.is_empty())
+                convert(chunk, (*dtype, weight.dtype), weight.adjust, scratch, out)
             }
-            Chunks::Random { weight, numbers, left } => {
-                scratch.resize((*left).min(CHUNK), 0.0);
+            Chunks::Random { weight, numbers } => {
+                scratch.resize(out.len() / weight.dtype.size(), 0.0);
                 numbers.fill(scratch);
-                round(scratch, weight.dtype, out)?;
-                *left -= scratch.len();
-                Ok(*left > 0)
+                round(scratch, weight.dtype, out)
             }
         }
     }
@@ -114,33 +106,44 @@ struct Output {
 
 impl Output {
     fn put(&mut self, bytes: Vec<u8>) -> std::io::Result<()> {
-        let bytes = Arc::new(bytes);
-        self.hashing.update(Arc::clone(&bytes));
         self.file.write_all(&bytes)?;
         self.written += bytes.len() as u64;
+        self.hashing.update(bytes);
         Ok(())
     }
 }
 
-/// SHA-256 on a thread of its own, so that hashing and writing overlap.
+/// SHA-256 on a thread of its own, so that it overlaps with converting and writing what follows. Buffers go back and forth:
+/// fresh ones would cost the system more than the conversion.
 struct Hashing {
-    chunks: SyncSender<Arc<Vec<u8>>>,
+    chunks: SyncSender<Vec<u8>>,
+    used: Receiver<Vec<u8>>,
     thread: JoinHandle<String>,
 }
 
 impl Hashing {
     fn start() -> Hashing {
-        // Two chunks in the channel, one in each thread: the bound on memory.
-        let (chunks, received): (_, Receiver<Arc<Vec<u8>>>) = sync_channel(2);
+        // The bound on memory: two chunks in the channel, one in each thread.
+        let (chunks, received) = sync_channel::<Vec<u8>>(2);
+        let (back, used) = channel();
         let thread = thread::spawn(move || {
             let mut hash = Sha256::new();
-            received.iter().for_each(|chunk| hash.update(chunk.as_slice()));
+            for chunk in received {
+                hash.update(&chunk);
+                // Nobody waits for the last buffers.
+                let _ = back.send(chunk);
+            }
             hex::encode(hash.finalize())
         });
-        Hashing { chunks, thread }
+        Hashing { chunks, used, thread }
     }
 
-    fn update(&self, chunk: Arc<Vec<u8>>) {
+    /// A buffer with anything in it.
+    fn buffer(&self) -> Vec<u8> {
+        self.used.try_recv().unwrap_or_default()
+    }
+
+    fn update(&self, chunk: Vec<u8>) {
         self.chunks.send(chunk).expect("the hashing thread lives until the channel closes");
     }
 
