@@ -5,6 +5,7 @@ mod checkpoints;
 mod libraries;
 mod models;
 mod outputs;
+mod references;
 mod requests;
 
 use std::fs;

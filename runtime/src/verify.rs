@@ -158,11 +158,13 @@ pub fn against(
         let mask = golden.whole.get(&mask_name).ok_or_else(|| Error::input(&mask_name, "a tensor", "none"))?;
         let rows = ids.shape().first().copied().unwrap_or(0);
         let batch = Batch::flat(rows, ids.iter().copied().collect(), mask.iter().copied().collect())?;
+        batch.check(model.config())?;
 
         let suffix = if inclusive { "" } else { ".window_exclusive" };
-        if let Some(expected) = golden.floats.get(&format!("enc.{batch_name}.last_hidden_state{suffix}")) {
+        let hidden_name = format!("enc.{batch_name}.last_hidden_state{suffix}");
+        if let Some(expected) = golden.floats.get(&hidden_name) {
             let states = model.encode(&batch, cancel)?;
-            same_shape(name, expected.shape(), states.shape())?;
+            same_shape(&hidden_name, expected.shape(), states.shape())?;
             let real = batch.mask().iter().map(|&visible| visible != 0);
             let width = states.shape()[2];
             let pairs =
@@ -181,15 +183,17 @@ pub fn against(
         let mut compare_logits = |name: &'static str, tensor: String, found: Array2<f32>, position: usize| {
             let Some(expected) = golden.floats.get(&tensor) else { return Ok(()) };
             let positions = expected.shape().get(1).copied().unwrap_or(0);
-            same_shape(&tensor, expected.shape(), &[found.shape()[0], positions, found.shape()[1]])?;
+            same_shape(&tensor, expected.shape(), &[found.shape()[0], positions.max(position + 1), found.shape()[1]])?;
             let expected = expected.index_axis(Axis(1), position);
             compare(name, apart_numbers(found.iter(), expected.iter()), largest(expected.iter()));
             Ok::<(), Error>(())
         };
         let first = forced(model, &batch, &vec![start; rows], &[1], cancel)?;
         compare_logits("first logits", format!("dec.{batch_name}.first.logits"), piece(&first, 0), 0)?;
-        let Some(ids) = golden.whole.get(&format!("dec.{batch_name}.forced_ids")) else { continue };
+        let forced_name = format!("dec.{batch_name}.forced_ids");
+        let Some(ids) = golden.whole.get(&forced_name) else { continue };
         let steps = ids.shape().last().copied().unwrap_or(0);
+        same_shape(&forced_name, ids.shape(), &[rows, steps])?;
         let targets: Vec<i64> = ids
             .as_standard_layout()
             .rows()
@@ -202,7 +206,12 @@ pub fn against(
             compare_logits("logits of cached steps", format!("dec.{batch_name}.forced_logits"), found, step)?;
         }
         let prefill = format!("dec.{batch_name}.prefill.logits");
-        let Some(length) = golden.floats.get(&prefill).map(|expected| expected.shape()[1]) else { continue };
+        let Some(expected) = golden.floats.get(&prefill) else { continue };
+        let length = expected.shape().get(1).copied().unwrap_or(0);
+        if !(1..=steps + 1).contains(&length) {
+            let most = format!("1 to {} positions, one more than {forced_name} has", steps + 1);
+            return Err(Error::input(prefill, most, format!("shape {:?}", expected.shape())));
+        }
         let prompt: Vec<i64> = targets.chunks(steps + 1).flat_map(|row| &row[..length]).copied().collect();
         let found = forced(model, &batch, &prompt, &[length], cancel)?;
         compare_logits("logits after a prompt", prefill, piece(&found, 0), length - 1)?;
