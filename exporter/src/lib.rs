@@ -147,6 +147,7 @@ impl Export {
             Source::Checkpoint(checkpoint) => weights::check(&weights, checkpoint)?,
             Source::Dummy { .. } => Vec::new(),
         };
+        weights::check_size(&weights).with_context(|| origin.clone())?;
 
         let companions = source.companions()?;
 

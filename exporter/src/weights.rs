@@ -63,6 +63,19 @@ pub fn collect(graphs: &[&Definition]) -> Vec<Weight> {
     weights
 }
 
+/// Checks that the size of all weights together can be counted, as it always can where a checkpoint has them.
+pub fn check_size(weights: &[Weight]) -> Result<()> {
+    let bytes = |weight: &Weight| weight.shape.iter().try_fold(weight.dtype.size(), |all, &size| all.checked_mul(size));
+    let total = weights.iter().try_fold(0_usize, |all, weight| all.checked_add(bytes(weight)?));
+    // Half of what can be counted leaves room for the gaps between tensors.
+    ensure!(
+        total.is_some_and(|total| total < usize::MAX / 2),
+        "expected sizes of a model, found more than {} bytes of weights",
+        usize::MAX / 2
+    );
+    Ok(())
+}
+
 /// Finds the decoder's embedding and the head among the stored tensors, as transformers 5 ties them: a stored head is used
 /// even where the config says tied, unless it equals the embedding; where only one is stored, it serves as both.
 pub fn vocabulary(config: &Config, checkpoint: &Checkpoint) -> Result<Vocabulary> {

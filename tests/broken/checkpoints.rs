@@ -426,6 +426,20 @@ fn a_number_beyond_float16_is_named() {
 }
 
 #[test]
+fn random_weights_beyond_counting_are_refused() {
+    let folder = tempfile::tempdir().expect("a temporary folder can be made");
+    let most = json!(2_147_483_647);
+    let sizes = ["/decoder/vocab_size", "/decoder/hidden_size", "/decoder/intermediate_size"];
+    copy(&fixture("tiny-untied").join("checkpoint"), &folder.path().join("checkpoint"));
+    set(&folder.path().join("checkpoint"), "config.json", &sizes.map(|size| (size, most.clone())));
+    let (config, out) = (folder.path().join("checkpoint/config.json"), folder.path().join("out"));
+    let arguments = ["--dummy-weights".as_ref(), "--config".as_ref(), config.as_os_str(), out.as_os_str()];
+    let says = ["checkpoint/config.json: expected sizes of a model, found more than "];
+    let checked = refused(&run("t5gemma-export", arguments, ""), &says);
+    checked.and_then(|()| holds(folder.path(), &["checkpoint"])).unwrap_or_else(|wrong| panic!("{wrong}"));
+}
+
+#[test]
 fn tensors_that_no_graph_uses_are_listed() {
     let folder = tempfile::tempdir().expect("a temporary folder can be made");
     let checkpoint = copy(&fixture("tiny-untied").join("checkpoint"), &folder.path().join("checkpoint"));
