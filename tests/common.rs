@@ -12,9 +12,10 @@ use t5gemma_exporter::{Checkpoint, Export, Silent, Source};
 use tempfile::TempDir;
 
 /// The checkpoints with reference tensors and generation cases.
-pub const FIXTURES: [&str; 7] = [
+pub const FIXTURES: [&str; 8] = [
     "tiny-balanced",
     "tiny-bf16",
+    "tiny-bias",
     "tiny-legacy-config",
     "tiny-mha-nocap",
     "tiny-sharded",
