@@ -169,6 +169,11 @@ const IGNORED: &[&str] = &[
     "use_cache",
 ];
 
+/// Far beyond any real model: a damaged number is refused before a graph of its size is built.
+const MOST_LAYERS: usize = 4096;
+/// See [`MOST_LAYERS`]; the rotary frequencies of a head are written into the graph.
+const MOST_HEAD_DIM: usize = 65536;
+
 /// A side with the token ids that transformers 5 repeats in it.
 struct ParsedSide {
     side: Side,
@@ -228,9 +233,13 @@ impl Fields {
     }
 
     fn whole(&mut self, field: &str) -> Result<Option<usize>, ConfigError> {
-        // 2^31 bounds every product of two sizes below 2^62, so shape arithmetic cannot overflow.
-        self.take(field, "a whole number between 1 and 2147483647", |value| {
-            value.as_u64().filter(|&n| (1..1 << 31).contains(&n)).map(|n| n as usize)
+        // Every product of two sizes stays below 2^62, so shape arithmetic cannot overflow.
+        self.whole_up_to(i32::MAX as usize, field)
+    }
+
+    fn whole_up_to(&mut self, most: usize, field: &str) -> Result<Option<usize>, ConfigError> {
+        self.take(field, &format!("a whole number between 1 and {most}"), |value| {
+            value.as_u64().and_then(|n| usize::try_from(n).ok()).filter(|n| (1..=most).contains(n))
         })
     }
 
@@ -264,7 +273,7 @@ impl Fields {
             .expect("is_decoder", &(name == "decoder").to_string(), |value| value == &Value::Bool(name == "decoder"))?;
         fields.expect("hidden_activation", "\"gelu_pytorch_tanh\"", |value| value == "gelu_pytorch_tanh")?;
 
-        let num_hidden_layers = fields.whole("num_hidden_layers")?.unwrap_or(26);
+        let num_hidden_layers = fields.whole_up_to(MOST_LAYERS, "num_hidden_layers")?.unwrap_or(26);
         let sliding_window = fields.whole("sliding_window")?;
         let side = Side {
             vocab_size: fields.whole("vocab_size")?.unwrap_or(256_000),
@@ -272,7 +281,7 @@ impl Fields {
             intermediate_size: fields.whole("intermediate_size")?.unwrap_or(9216),
             num_attention_heads: fields.whole("num_attention_heads")?.unwrap_or(8),
             num_key_value_heads: fields.whole("num_key_value_heads")?.unwrap_or(4),
-            head_dim: fields.whole("head_dim")?.unwrap_or(256),
+            head_dim: fields.whole_up_to(MOST_HEAD_DIM, "head_dim")?.unwrap_or(256),
             query_pre_attn_scalar: fields.positive("query_pre_attn_scalar")?.unwrap_or(256.0),
             attn_logit_softcapping: fields.cap("attn_logit_softcapping", 50.0)?,
             final_logit_softcapping: fields.cap("final_logit_softcapping", 30.0)?,
@@ -398,6 +407,8 @@ mod tests {
             ("/encoder/hidden_size", json!("wide"), "encoder.hidden_size"),
             ("/encoder/hidden_size", json!(0), "encoder.hidden_size"),
             ("/encoder/head_dim", json!(7), "encoder.head_dim"),
+            ("/encoder/head_dim", json!(2_147_483_646), "encoder.head_dim"),
+            ("/decoder/num_hidden_layers", json!(2_147_483_647), "decoder.num_hidden_layers"),
             ("/encoder/qk_norm", json!(true), "encoder.qk_norm"),
             ("/is_encoder_decoder", json!(false), "is_encoder_decoder"),
             ("/encoder", json!([]), "encoder"),

@@ -7,6 +7,7 @@ use anyhow::{Context, Result, bail, ensure};
 use ndarray::{Array3, s};
 use t5gemma_runtime::{Cancellation, Model};
 
+use crate::progress::counter;
 use crate::requests::{self, Kind, Lines, Refused, Request};
 use crate::tensors::{write_npy, write_safetensors};
 use crate::{Opening, Outcome};
@@ -42,6 +43,7 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     let model = arguments.opening.open()?;
     let mut outcome = Outcome::Done;
     let mut tensors = BTreeMap::new();
+    let done = counter("encoded", false);
     let mut encode = |request: Result<Request, Refused>, number: usize| -> Result<()> {
         let states = request.map_err(|refused| (refused.id, refused.reason)).and_then(|request| {
             match states(&model, &request, cancel) {
@@ -57,9 +59,10 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
                 let name = format!("{}.last_hidden_state", id.as_str().map_or_else(|| id.to_string(), str::to_string));
                 ensure!(!tensors.contains_key(&name), "request {}: the id {id} was given before", number + 1);
                 tensors.insert(name, states);
+                done.inc(1);
             }
             Err((id, reason)) => {
-                eprintln!("t5gemma: request {id}: {reason}");
+                done.suspend(|| eprintln!("t5gemma: request {id}: {reason}"));
                 outcome = Outcome::SomeFailed;
             }
         }

@@ -8,6 +8,7 @@ use serde_json::{Map, Value, json};
 use t5gemma_runtime::{Cancellation, Error, GenerationOptions, Hypothesis, Model, SpecialTokens};
 
 use crate::options::GenerationFlags;
+use crate::progress::counter;
 use crate::requests::{self, Kind, Lines, Refused, Request};
 use crate::{Opening, Outcome};
 
@@ -79,6 +80,7 @@ impl Answering<'_> {
         let streaming = options.num_beams == 1 && io::stdout().is_terminal();
         let batch_size = if streaming { 1 } else { self.batch_size };
         let mut outcome = Outcome::Done;
+        let done = counter("texts", true);
         let mut number = 0;
         while let Some(text) = next()? {
             let mut texts = vec![text];
@@ -94,6 +96,7 @@ impl Answering<'_> {
                 .map(|(i, text)| Request::of_text(text, number + i, Kind::Generate, self.model))
                 .collect();
             number += texts.len();
+            done.set_position(number as u64);
             for (i, answer) in self.answers(requests, streaming)?.into_iter().enumerate() {
                 match answer {
                     Ok((_, _)) if streaming => println_flushed("")?,
@@ -106,7 +109,8 @@ impl Answering<'_> {
                     Err(refused) => {
                         // An empty line keeps the lines of output beside those of the input.
                         println_flushed("")?;
-                        eprintln!("t5gemma: text {}: {}", number - texts.len() + i + 1, refused.reason);
+                        let text = number - texts.len() + i + 1;
+                        done.suspend(|| eprintln!("t5gemma: text {text}: {}", refused.reason));
                         outcome = Outcome::SomeFailed;
                     }
                 }
@@ -118,6 +122,7 @@ impl Answering<'_> {
     fn jsonl(&self) -> Result<Outcome> {
         let mut lines = Lines::requests();
         let mut outcome = Outcome::Done;
+        let done = counter("requests", true);
         while let Some((number, line)) = lines.next()? {
             let mut requests = vec![Request::parse(&line, number, Kind::Generate, self.model)];
             let rows = |requests: &[Result<Request, Refused>]| {
@@ -136,6 +141,7 @@ impl Answering<'_> {
                     }
                 };
                 println_flushed(&result.to_string())?;
+                done.inc(1);
             }
         }
         Ok(outcome)

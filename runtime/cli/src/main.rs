@@ -9,6 +9,7 @@ mod verify;
 mod requests;
 
 mod options;
+mod progress;
 mod tensors;
 
 use std::io;
