@@ -47,7 +47,10 @@ pub fn write(path: &Path, weights: &[Weight], source: &Source, watch: &dyn Watch
     let mut out = Output { file, hashing: Hashing::start(), written: 0 };
     let mut scratch = Vec::new();
     for (weight, record) in weights.iter().zip(&tensors) {
-        out.put(vec![0; (record.offset - out.written) as usize]).with_context(failed)?;
+        let mut padding = out.hashing.buffer();
+        padding.clear();
+        padding.resize((record.offset - out.written) as usize, 0);
+        out.put(padding).with_context(failed)?;
         let mut chunks = Chunks::of(weight, source)?;
         for first in (0..weight.len()).step_by(CHUNK) {
             watch.check()?;
@@ -138,7 +141,8 @@ impl Hashing {
         Hashing { chunks, used, thread }
     }
 
-    /// A buffer with anything in it.
+    /// A buffer with anything in it: one that has been hashed, or else a new one. All that is sent must come from here, so
+    /// that there are never more of them than can be under way at once.
     fn buffer(&self) -> Vec<u8> {
         self.used.try_recv().unwrap_or_default()
     }

@@ -45,6 +45,9 @@ pub struct OpenOptions {
     pub check_weights: bool,
 }
 
+/// More than any machine computes with; ONNX Runtime starts as many as it is told to, whatever that takes.
+const MOST_THREADS: usize = 1024;
+
 /// An opened model, to be used from any number of threads. Each graph runs one call at a time.
 pub struct Model {
     // The sessions read the weights that `folder` maps, so they stand before it: fields are dropped in this order.
@@ -115,8 +118,8 @@ impl Model {
     /// is not implemented; graphs whose inputs and outputs are not those of the configuration; an element type that this
     /// machine cannot compute with.
     pub fn open_with(path: impl AsRef<Path>, options: &OpenOptions) -> Result<Model, Error> {
-        if options.threads == Some(0) {
-            return Err(Error::input("threads", "at least 1", "0"));
+        if let Some(threads) = options.threads.filter(|threads| !(1..=MOST_THREADS).contains(threads)) {
+            return Err(Error::input("threads", format!("1 to {MOST_THREADS}"), threads.to_string()));
         }
         let folder = Folder::open(path.as_ref(), options.check_weights)?;
         let defaults = GenerationOptions::of_model(folder.generation_config.as_deref(), &folder.config.tokens)

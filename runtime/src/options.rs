@@ -37,6 +37,9 @@ pub struct GenerationOptions {
     pub bos_token_id: Option<i64>,
     /// The tokens that end a target. Their number, repetitions included, widens the choice of beam search.
     pub eos_token_id: Vec<i64>,
+    /// The end tokens that the model's own files name. Small models keep Gemma's `[1, 107]` whatever their vocabulary; one
+    /// outside of it is never generated, where in a request it is a mistake.
+    pub eos_of_model: Vec<i64>,
     /// What fills rows that have ended.
     pub pad_token_id: i64,
     /// Scores of tokens in the target are divided by it if positive, multiplied if negative; 1 is off.
@@ -125,6 +128,7 @@ impl Default for GenerationOptions {
             decoder_start_token_id: 2,
             bos_token_id: Some(2),
             eos_token_id: vec![1],
+            eos_of_model: vec![1],
             pad_token_id: 0,
             repetition_penalty: 1.0,
             encoder_repetition_penalty: 1.0,
@@ -158,6 +162,7 @@ impl GenerationOptions {
         }
         if !tokens.eos.is_empty() {
             options.eos_token_id.clone_from(&tokens.eos);
+            options.eos_of_model.clone_from(&tokens.eos);
         }
         options.pad_token_id = tokens.pad.unwrap_or(options.pad_token_id);
         let Some(text) = generation_config else { return Ok(options) };
@@ -171,6 +176,7 @@ impl GenerationOptions {
             }
             Ok(())
         })?;
+        options.eos_of_model.clone_from(&options.eos_token_id);
         Ok(options)
     }
 
@@ -265,11 +271,13 @@ impl GenerationOptions {
             let expected = format!("fewer than the {vocab_size} tokens of the vocabulary");
             return Err(OptionError::new("eos_token_id", expected, self.eos_token_id.len().to_string()));
         }
+        let of_request: Vec<i64> =
+            self.eos_token_id.iter().copied().filter(|id| !self.eos_of_model.contains(id)).collect();
         let biased: Vec<i64> = self.sequence_bias.iter().flat_map(|(tokens, _)| tokens).copied().collect();
         for (name, tokens) in [
             ("decoder_start_token_id", slice::from_ref(&self.decoder_start_token_id)),
             ("bos_token_id", self.bos_token_id.as_slice()),
-            ("eos_token_id", &self.eos_token_id),
+            ("eos_token_id", &of_request),
             ("pad_token_id", slice::from_ref(&self.pad_token_id)),
             ("bad_words_ids", &self.bad_words_ids.concat()),
             ("sequence_bias", &biased),
@@ -810,5 +818,13 @@ mod tests {
             let option = options.check(10, 3).err().map(|error| error.option);
             assert_eq!(option.as_deref(), expected, "{request}");
         }
+    }
+
+    #[test]
+    fn an_end_token_that_only_the_model_names_may_lie_outside_the_vocabulary() {
+        let options = model(json!({"eos_token_id": [1, 107]})).expect("valid");
+        assert_eq!(options.check(10, 1), Ok(()));
+        let error = with(&options, json!({"eos_token_id": [1, 108]})).expect("well formed").check(10, 1);
+        assert_eq!(error.expect_err("a request's mistake").option, "eos_token_id");
     }
 }
