@@ -1,11 +1,12 @@
 //! The programs as a person or another program uses them: what they print where, exit codes, and the order of results.
 
 use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
 use serde_json::{Value, json};
 
-use crate::common::{demo, exported, program, run, stdout};
+use crate::common::{demo, exported, fixture, program, run, stdout};
 
 #[test]
 fn generate_answers_arguments_and_lines_alike() {
@@ -102,6 +103,111 @@ fn encode_writes_npy_for_one_and_safetensors_for_many() {
     let refused = encode(&folder.path().join("two.npy"), &["one text", "and another"]);
     assert_eq!(refused.status.code(), Some(1));
     assert!(!folder.path().join("two.npy").exists());
+}
+
+/// A fixture exported with another `generation_config.json`.
+fn with_settings(folder: &Path, settings: Value) -> PathBuf {
+    let (checkpoint, out) = (folder.join("checkpoint"), folder.join("model"));
+    std::fs::create_dir(&checkpoint).expect("a new folder");
+    for name in ["config.json", "model.safetensors"] {
+        let from = fixture("tiny-balanced").join("checkpoint").join(name);
+        std::fs::copy(from, checkpoint.join(name)).expect("the fixture is there");
+    }
+    std::fs::write(checkpoint.join("generation_config.json"), settings.to_string()).expect("written");
+    stdout(run("t5gemma-export", [&checkpoint, &out], ""));
+    out
+}
+
+#[test]
+fn a_model_that_asks_for_sampling_is_usable_without() {
+    let folder = tempfile::tempdir().expect("a temporary folder can be made");
+    let model = with_settings(folder.path(), json!({"do_sample": true, "top_k": 64, "eos_token_id": [1, 999]}));
+    let request = json!({"input_ids": [5, 6]}).to_string();
+    let generate = |flags: &[&str]| {
+        let arguments = ["generate".as_ref(), model.as_os_str(), "--jsonl".as_ref()];
+        run("t5gemma", arguments.into_iter().chain(flags.iter().map(|flag| flag.as_ref())), &request)
+    };
+    let refused = generate(&[]);
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&refused.stdout).contains("do_sample: expected false"));
+    stdout(generate(&["--do-sample", "false"]));
+    stdout(run("t5gemma", ["verify".as_ref(), model.as_path()], ""));
+}
+
+/// Logits processors act on logits in greedy search and on log-probabilities in beam search, which `verify` compares.
+#[test]
+fn verify_looks_past_a_models_processors() {
+    let folder = tempfile::tempdir().expect("a temporary folder can be made");
+    let model = with_settings(folder.path(), json!({"repetition_penalty": 1.3, "no_repeat_ngram_size": 2}));
+    stdout(run("t5gemma", ["verify".as_ref(), model.as_path()], ""));
+}
+
+#[test]
+fn a_result_does_not_depend_on_its_neighbours_padding() {
+    let model = exported("tiny-balanced");
+    let model = model.to_str().expect("temporary paths are UTF-8");
+    let options = json!({"encoder_repetition_penalty": 5.0, "max_new_tokens": 12});
+    let short = json!({"input_ids": [5, 6, 7], "options": options}).to_string();
+    let long = json!({"input_ids": [9, 8, 7, 6, 5, 4, 3, 9, 9], "options": options}).to_string();
+    let tokens = |lines: &[&str]| {
+        let output = stdout(run("t5gemma", ["generate", model, "--jsonl"], &lines.join("\n")));
+        let first: Value = serde_json::from_str(output.lines().next().expect("a result")).expect("JSON");
+        first["sequences"][0][0]["tokens"].clone()
+    };
+    assert_eq!(tokens(&[&short]), tokens(&[&short, &long]));
+}
+
+#[test]
+fn a_request_and_the_flags_do_not_contradict_each_other_in_silence() {
+    let model = exported("tiny-balanced");
+    let model = model.to_str().expect("temporary paths are UTF-8");
+    let answer = |options: Value| {
+        let request = json!({"input_ids": [5, 6], "options": options}).to_string();
+        let output = run("t5gemma", ["generate", model, "--jsonl", "--max-new-tokens", "3"], &request);
+        serde_json::from_slice::<Value>(&output.stdout).expect("JSON")
+    };
+    let refused = answer(json!({"max_length": 4}));
+    assert!(refused["error"].as_str().is_some_and(|error| error.starts_with("max_length: ")), "{refused}");
+    let kept = answer(json!({"max_new_tokens": null}));
+    assert_eq!(kept["usage"]["target_tokens"], 3, "a null leaves the flag as it is");
+}
+
+#[cfg(unix)]
+#[test]
+fn an_idle_program_ends_when_it_is_told_to() {
+    let mut child = program("t5gemma")
+        .arg("generate")
+        .arg(exported("tiny-balanced"))
+        .arg("--jsonl")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("the program starts");
+    let mut stdin = child.stdin.take().expect("piped");
+    let mut lines = BufReader::new(child.stdout.take().expect("piped")).lines();
+    writeln!(stdin, "{}", json!({"input_ids": [5]})).expect("the program reads");
+    lines.next().expect("a result").expect("a line");
+    let told = std::process::Command::new("kill").args(["-TERM", &child.id().to_string()]).status();
+    assert!(told.expect("kill runs").success());
+    // Its stdin is open still: only the signal can end it.
+    assert_eq!(child.wait().expect("the program ends").code(), Some(130));
+    drop(stdin);
+}
+
+#[test]
+fn an_id_given_twice_costs_only_its_own_request() {
+    let folder = tempfile::tempdir().expect("a temporary folder can be made");
+    let out = folder.path().join("states.safetensors");
+    let lines = r#"{"id": "x", "input_ids": [5]}
+{"id": "x", "input_ids": [6]}
+{"id": "y", "input_ids": [7]}"#;
+    let model = exported("tiny-balanced");
+    let arguments = ["encode".as_ref(), model.as_path(), "--jsonl".as_ref(), "-o".as_ref(), out.as_path()];
+    let output = run("t5gemma", arguments, lines);
+    assert_eq!(output.status.code(), Some(1));
+    let bytes = std::fs::read(&out).expect("written");
+    assert_eq!(safetensors::SafeTensors::deserialize(&bytes).expect("a safetensors file").len(), 2);
+    assert_eq!(std::fs::read_dir(folder.path()).expect("listed").count(), 1, "nothing else is left");
 }
 
 #[test]

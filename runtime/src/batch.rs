@@ -13,6 +13,8 @@ pub struct Batch {
     length: usize,
     ids: Vec<i64>,
     mask: Vec<i64>,
+    /// How much of each row was given; what follows was put there to make the rows equally long.
+    given: Vec<usize>,
     prompts: Option<Prompts>,
 }
 
@@ -39,7 +41,32 @@ impl Batch {
             };
             sources.iter().flat_map(row).collect::<Vec<_>>()
         };
-        Batch::flat(sources.len(), filled(|id| id, pad), filled(|_| 1, 0))
+        let given = sources.iter().map(|source| source.as_ref().len()).collect();
+        Ok(Batch { given, ..Batch::flat(sources.len(), filled(|id| id, pad), filled(|_| 1, 0))? })
+    }
+
+    /// Makes one batch of several without decoder prompts; shorter rows are padded on the right with `pad`, which the mask
+    /// hides and no logits processor sees, so that a row's result does not depend on its neighbours. A batch alone stays as
+    /// it is, prompts included.
+    ///
+    /// # Errors
+    /// No batch, or several of which one has decoder prompts.
+    pub fn joined(mut batches: Vec<Batch>, pad: i64) -> Result<Batch, Error> {
+        if batches.len() == 1 {
+            return Ok(batches.remove(0));
+        }
+        if batches.iter().any(|batch| batch.prompts.is_some()) {
+            return Err(Error::input("decoder_input_ids", "none in a joined batch", "some"));
+        }
+        let length = batches.iter().map(|batch| batch.length).max().unwrap_or(0);
+        let wider = |rows: &[i64], own: usize, fill: i64| {
+            let row = move |row: &[i64]| [row, &vec![fill; length - own]].concat();
+            rows.chunks(own).flat_map(row).collect::<Vec<_>>()
+        };
+        let ids = batches.iter().flat_map(|batch| wider(&batch.ids, batch.length, pad)).collect();
+        let mask = batches.iter().flat_map(|batch| wider(&batch.mask, batch.length, 0)).collect();
+        let given = batches.iter().flat_map(|batch| batch.given.clone()).collect();
+        Ok(Batch { given, ..Batch::flat(batches.iter().map(|batch| batch.rows).sum(), ids, mask)? })
     }
 
     /// Makes a batch of sources that are padded already, anywhere: a token takes part where its mask is not zero.
@@ -95,7 +122,7 @@ impl Batch {
             return Err(Error::input(format!("attention_mask[{row}]"), "at least one entry that is not 0", "all 0"));
         }
         let mask = mask.into_iter().map(|visible| (visible != 0) as i64).collect();
-        Ok(Batch { rows, length, ids, mask, prompts: None })
+        Ok(Batch { rows, length, ids, mask, given: vec![length; rows], prompts: None })
     }
 
     /// Gives the beginning of each row's target; generation continues it.
@@ -139,14 +166,14 @@ impl Batch {
         &self.mask
     }
 
-    /// The tokens of one source, padding included.
+    /// The tokens of one source as it was given: with padding of its own, without what made rows equally long.
     pub fn source(&self, row: usize) -> &[i64] {
-        &self.ids[row * self.length..][..self.length]
+        &self.ids[row * self.length..][..self.given[row]]
     }
 
-    /// The mask of one source.
+    /// The mask of one source as it was given.
     pub fn row_mask(&self, row: usize) -> &[i64] {
-        &self.mask[row * self.length..][..self.length]
+        &self.mask[row * self.length..][..self.given[row]]
     }
 
     /// The beginnings of the targets, the start token included.
@@ -208,7 +235,19 @@ mod tests {
         let batch = Batch::padded(&[vec![5, 6, 7], vec![8]], 9).expect("well-formed");
         assert_eq!(batch.ids(), [5, 6, 7, 8, 9, 9]);
         assert_eq!(batch.mask(), [1, 1, 1, 1, 0, 0]);
-        assert_eq!(batch.source(1), [8, 9, 9]);
+        assert_eq!((batch.source(1), batch.row_mask(1)), ([8].as_slice(), [1].as_slice()));
+    }
+
+    #[test]
+    fn joined_rows_keep_their_own_padding_and_no_more() {
+        let batches = vec![
+            Batch::masked(&[[5, 0]], &[[1, 0]]).expect("well-formed"),
+            Batch::masked(&[[6, 7, 8], [6, 6, 6]], &[[1, 1, 1], [0, 0, 1]]).expect("well-formed"),
+        ];
+        let batch = Batch::joined(batches, 9).expect("well-formed");
+        assert_eq!(batch.ids(), [5, 0, 9, 6, 7, 8, 6, 6, 6]);
+        assert_eq!(batch.mask(), [1, 0, 0, 1, 1, 1, 0, 0, 1]);
+        assert_eq!((batch.source(0), batch.source(1)), ([5, 0].as_slice(), [6, 7, 8].as_slice()));
     }
 
     #[test]

@@ -129,7 +129,7 @@ impl fmt::Display for Error {
             Error::NotFinite { row, step, dtype } => {
                 write!(f, "row {row}, step {step}: the logits are not finite")?;
                 if *dtype == t5gemma_graphs::interface::DType::Float16 {
-                    f.write_str("; float16 overflows above 65504, export with --dtype float32 or bfloat16")?;
+                    f.write_str("; float16 overflows above 65504, export with --dtype float32")?;
                 }
                 Ok(())
             }
@@ -138,15 +138,8 @@ impl fmt::Display for Error {
     }
 }
 
-impl std::error::Error for Error {
-    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        match self {
-            Error::Config { error, .. } => Some(error),
-            Error::Options(error) | Error::GenerationConfig { error, .. } => Some(error),
-            _ => None,
-        }
-    }
-}
+/// Without a `source`: `Display` says all that there is to say.
+impl std::error::Error for Error {}
 
 impl From<OptionError> for Error {
     fn from(error: OptionError) -> Error {

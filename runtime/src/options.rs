@@ -110,8 +110,11 @@ impl OptionError {
     }
 }
 
+/// Sums of so large a bias over a whole target are still finite; -1e9 is as good as forbidden already.
+const MAX_BIAS: f32 = 1e30;
+
 /// Bounds what one source may cost; far above any useful number.
-const MAX_NUM_BEAMS: usize = 4096;
+const MAX_NUM_BEAMS: usize = 256;
 
 impl Default for GenerationOptions {
     /// Hugging Face's defaults with T5Gemma's token ids (start 2, end 1, padding 0).
@@ -211,8 +214,7 @@ impl GenerationOptions {
             ("min_length", "min_new_tokens", self.min_new_tokens),
         ] {
             if let (Some(value), None, Some(set)) = (given(length), given(new_tokens), set) {
-                let expected =
-                    format!("{new_tokens} in its place (the model sets that to {set}, and it has precedence)");
+                let expected = format!("{new_tokens} in its place (it is set to {set} already, and has precedence)");
                 return Err(OptionError::new(length, expected, shown(value)));
             }
         }
@@ -339,7 +341,11 @@ impl GenerationOptions {
             "min_new_tokens" => self.min_new_tokens = Some(given.whole(0)?),
             "num_beams" => self.num_beams = given.whole(1)?,
             "num_return_sequences" => self.num_return_sequences = given.whole(1)?,
-            "length_penalty" => self.length_penalty = given.take("a number", Value::as_f64)?,
+            "length_penalty" => {
+                // Beyond, lengths to that power leave the range of float32 and with it all order among hypotheses.
+                let usable = |value: &Value| value.as_f64().filter(|x| x.abs() <= 10.0);
+                self.length_penalty = given.take("a number from -10 to 10", usable)?;
+            }
             "early_stopping" => {
                 self.early_stopping = given.take("true, false or \"never\"", |value| match value {
                     Value::Bool(false) => Some(EarlyStopping::False),
@@ -436,7 +442,7 @@ fn sequence(value: &Value) -> Option<Vec<i64>> {
 
 /// Pairs of a sequence and its bias; also the older form, an object whose keys are written like `(10, 45)` or `10`.
 fn sequence_bias(value: &Value) -> Option<Vec<(Vec<i64>, f32)>> {
-    let bias = |value: &Value| value.as_f64().map(|x| x as f32).filter(|x| x.is_finite());
+    let bias = |value: &Value| value.as_f64().map(|x| x as f32).filter(|x| x.abs() <= MAX_BIAS);
     match value {
         Value::Array(pairs) => pairs
             .iter()
@@ -591,6 +597,7 @@ mod tests {
             decoder_start_token_id: 5,
             bos_token_id: Some(6),
             eos_token_id: vec![1, 107],
+            eos_of_model: vec![1],
             pad_token_id: 3,
             repetition_penalty: 1.5,
             encoder_repetition_penalty: 2.0,
@@ -608,7 +615,7 @@ mod tests {
             unsupported: vec![],
         };
         assert_eq!(with(&GenerationOptions::default(), request.clone()), Ok(expected.clone()));
-        assert_eq!(model(request), Ok(expected));
+        assert_eq!(model(request), Ok(GenerationOptions { eos_of_model: vec![1, 107], ..expected }));
     }
 
     #[test]
@@ -629,13 +636,13 @@ mod tests {
             (json!({"num_beams": "four"}), "num_beams: expected a whole number of at least 1, found \"four\""),
             (json!({"num_beams": 0}), "num_beams: expected a whole number of at least 1, found 0"),
             (json!({"num_beams": 2.5}), "num_beams: expected a whole number of at least 1, found 2.5"),
-            (json!({"num_beams": 5000}), "num_beams: expected a whole number from 1 to 4096, found 5000"),
+            (json!({"num_beams": 5000}), "num_beams: expected a whole number from 1 to 256, found 5000"),
             (json!({"max_new_tokens": -1}), "max_new_tokens: expected a whole number of at least 1, found -1"),
             (json!({"min_length": true}), "min_length: expected a whole number of at least 0, found true"),
             (json!({"eos_token_id": [1, -2]}), "eos_token_id: expected a token id or a list of them, found [1,-2]"),
             (json!({"repetition_penalty": 0}), "repetition_penalty: expected a positive number, found 0"),
             (json!({"repetition_penalty": 1e-300}), "repetition_penalty: expected a positive number, found 1e-300"),
-            (json!({"length_penalty": "1"}), "length_penalty: expected a number, found \"1\""),
+            (json!({"length_penalty": "1"}), "length_penalty: expected a number from -10 to 10, found \"1\""),
             (
                 json!({"early_stopping": "always"}),
                 "early_stopping: expected true, false or \"never\", found \"always\"",
@@ -791,7 +798,7 @@ mod tests {
         let error = with(&model(json!({"min_new_tokens": 4})).expect("valid"), json!({"min_length": 2}));
         assert_eq!(
             error.expect_err("it would have no effect").to_string(),
-            "min_length: expected min_new_tokens in its place (the model sets that to 4, and it has precedence), found 2"
+            "min_length: expected min_new_tokens in its place (it is set to 4 already, and has precedence), found 2"
         );
     }
 

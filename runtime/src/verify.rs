@@ -110,11 +110,17 @@ pub fn consistency(model: &Model, tolerance: Option<f32>, cancel: &Cancellation)
     check("hidden states padded left = padded right", of_hidden, limit(hidden_scale));
     check("logits padded left = padded right", apart(&logits, &one_by_one), limit(scale));
 
+    // The model's token ids without its other settings: processors act on logits in greedy search and on log-probabilities
+    // in beam search, so that the two rightly differ.
+    let own = model.options();
     let greedy = GenerationOptions {
         max_new_tokens: Some(16.min(decoder.max_position_embeddings - 1)),
-        num_beams: 1,
-        num_return_sequences: 1,
-        ..model.options().clone()
+        decoder_start_token_id: own.decoder_start_token_id,
+        bos_token_id: own.bos_token_id,
+        eos_token_id: own.eos_token_id.clone(),
+        eos_of_model: own.eos_of_model.clone(),
+        pad_token_id: own.pad_token_id,
+        ..GenerationOptions::default()
     };
     let tokens = |search: fn(&GenerationOptions, &[i64]) -> Search| -> Result<Vec<Vec<i64>>, Error> {
         let mut ignored = |_: usize, _: i64| ControlFlow::Continue(());

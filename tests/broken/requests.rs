@@ -83,7 +83,7 @@ fn lines() -> Vec<Line> {
         (options(json!({"temperature": 0.5})), &["temperature: expected 1 or it left out"]),
         (options(json!({"num_beams": "4"})), &["num_beams: expected a whole number of at least 1, found \"4\""]),
         (options(json!({"num_beams": 0})), &["num_beams: expected a whole number of at least 1, found 0"]),
-        (options(json!({"num_beams": 1e9})), &["num_beams: expected a whole number from 1 to 4096"]),
+        (options(json!({"num_beams": 1e9})), &["num_beams: expected a whole number from 1 to 256"]),
         (
             options(json!({"num_beams": 2, "num_return_sequences": 3})),
             &["num_return_sequences: expected a whole number from 1 to num_beams (2), found 3"],
@@ -96,12 +96,15 @@ fn lines() -> Vec<Line> {
         (options(json!({"sequence_bias": [[[5], 1e300]]})), &["sequence_bias: expected a list of"]),
         (options(json!({"length_penalty": 2})), &["length_penalty: expected 1 with num_beams 1"]),
         // Options that make no sense, but no error either.
-        (options(json!({"num_beams": 300, "max_new_tokens": 2})), &[]),
+        (options(json!({"num_beams": 250, "max_new_tokens": 2})), &[]),
         (options(json!({"suppress_tokens": (0..200).collect::<Vec<_>>(), "max_new_tokens": 2})), &[]),
         (options(json!({"suppress_tokens": (0..200).collect::<Vec<_>>(), "num_beams": 3, "max_new_tokens": 2})), &[]),
         (options(json!({"min_new_tokens": 9_007_199_254_740_992_u64, "max_new_tokens": 2})), &[]),
         (options(json!({"exponential_decay_length_penalty": [0, 1e308], "max_new_tokens": 2})), &[]),
-        (options(json!({"length_penalty": -1e308, "num_beams": 2, "max_new_tokens": 2})), &[]),
+        (
+            options(json!({"length_penalty": -1e308, "num_beams": 2, "max_new_tokens": 2})),
+            &["length_penalty: expected a number from -10 to 10"],
+        ),
         (good(), &[]),
     ];
     let mut lines: Vec<Line> =

@@ -9,7 +9,7 @@ use t5gemma_runtime::{Cancellation, Model};
 
 use crate::progress::counter;
 use crate::requests::{self, Kind, Lines, Refused, Request};
-use crate::tensors::{write_npy, write_safetensors};
+use crate::tensors::{Aside, write_npy, write_safetensors};
 use crate::{Opening, Outcome};
 
 /// Writes the encoder's last hidden states of texts: those given, or each line of stdin
@@ -40,14 +40,21 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
         Some("safetensors") => false,
         _ => bail!("{}: expected a name that ends in .safetensors or .npy", arguments.output.display()),
     };
+    // A place that cannot be written is told before anything is computed.
+    let file = Aside::create(&arguments.output)?;
     let model = arguments.opening.open()?;
     let mut outcome = Outcome::Done;
     let mut tensors = BTreeMap::new();
     let done = counter("encoded", false);
-    let mut encode = |request: Result<Request, Refused>, number: usize| -> Result<()> {
+    let mut encode = |request: Result<Request, Refused>| -> Result<()> {
         let states = request.map_err(|refused| (refused.id, refused.reason)).and_then(|request| {
+            let name =
+                format!("{}.last_hidden_state", request.id.as_str().map_or(request.id.to_string(), str::to_string));
+            if tensors.contains_key(&name) {
+                return Err((request.id, "the same id was given before".to_string()));
+            }
             match states(&model, &request, cancel) {
-                Ok(states) => Ok((request.id, states)),
+                Ok(states) => Ok((name, states)),
                 Err(error) => Err((request.id, error.to_string())),
             }
         });
@@ -55,9 +62,7 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
             return Err(t5gemma_runtime::Error::Cancelled.into());
         }
         match states {
-            Ok((id, states)) => {
-                let name = format!("{}.last_hidden_state", id.as_str().map_or_else(|| id.to_string(), str::to_string));
-                ensure!(!tensors.contains_key(&name), "request {}: the id {id} was given before", number + 1);
+            Ok((name, states)) => {
                 tensors.insert(name, states);
                 done.inc(1);
             }
@@ -73,12 +78,12 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
             true => (Lines::requests(), Request::parse as Read),
             false => (Lines::texts(), Request::of_text as Read),
         };
-        while let Some((number, line)) = lines.next()? {
-            encode(read(&line, number, Kind::Encode, &model), number)?;
+        while let Some((number, line)) = lines.next(cancel)? {
+            encode(read(&line, number, Kind::Encode, &model))?;
         }
     } else {
         for (number, text) in arguments.texts.iter().enumerate() {
-            encode(Request::of_text(text.as_bytes(), number, Kind::Encode, &model), number)?;
+            encode(Request::of_text(text.as_bytes(), number, Kind::Encode, &model))?;
         }
     }
     if npy {
@@ -88,9 +93,9 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
             tensors.len()
         );
         let only = tensors.values().next().context("there is one tensor")?;
-        write_npy(&arguments.output, only)?;
+        write_npy(file, only)?;
     } else {
-        write_safetensors(&arguments.output, &tensors)?;
+        write_safetensors(file, tensors)?;
     }
     Ok(outcome)
 }

@@ -47,25 +47,25 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     let model = arguments.opening.open()?;
     // Flags that cannot be right for any request are told before anything is read.
     let options = model.options().with(&arguments.flags.0)?;
-    let answering =
-        Answering { model: &model, cancel, flags: &arguments.flags.0, batch_size: arguments.batch_size as usize };
+    let answering = Answering { model: &model, cancel, options: &options, batch_size: arguments.batch_size as usize };
     if arguments.jsonl {
         return answering.jsonl();
     }
     model.tokenizer()?;
     if !arguments.texts.is_empty() {
         let mut texts = arguments.texts.into_iter();
-        return answering.texts(&options, || Ok(texts.next().map(String::into_bytes)), |_| Ok(true));
+        return answering.texts(|| Ok(texts.next().map(String::into_bytes)), |_| Ok(true));
     }
     let lines = std::cell::RefCell::new(Lines::texts());
-    let next = || Ok(lines.borrow_mut().next()?.map(|(_, line)| line));
-    answering.texts(&options, next, |_| lines.borrow_mut().is_ready())
+    let next = || Ok(lines.borrow_mut().next(cancel)?.map(|(_, line)| line));
+    answering.texts(next, |_| lines.borrow_mut().is_ready())
 }
 
 struct Answering<'a> {
     model: &'a Model,
     cancel: &'a Cancellation,
-    flags: &'a Map<String, Value>,
+    /// The model's own with the flags over them; a request's are laid over these.
+    options: &'a GenerationOptions,
     batch_size: usize,
 }
 
@@ -73,11 +73,10 @@ impl Answering<'_> {
     /// Answers texts in batches of those that are there, or one by one as they are generated for a person to watch.
     fn texts(
         &self,
-        options: &GenerationOptions,
         mut next: impl FnMut() -> Result<Option<Vec<u8>>>,
         mut is_ready: impl FnMut(()) -> Result<bool>,
     ) -> Result<Outcome> {
-        let streaming = options.num_beams == 1 && io::stdout().is_terminal();
+        let streaming = self.options.num_beams == 1 && io::stdout().is_terminal();
         let batch_size = if streaming { 1 } else { self.batch_size };
         let mut outcome = Outcome::Done;
         let done = counter("texts", true);
@@ -123,13 +122,13 @@ impl Answering<'_> {
         let mut lines = Lines::requests();
         let mut outcome = Outcome::Done;
         let done = counter("requests", true);
-        while let Some((number, line)) = lines.next()? {
+        while let Some((number, line)) = lines.next(self.cancel)? {
             let mut requests = vec![Request::parse(&line, number, Kind::Generate, self.model)];
             let rows = |requests: &[Result<Request, Refused>]| {
                 requests.iter().flatten().map(|request| request.sources.len()).sum::<usize>()
             };
             while rows(&requests) < self.batch_size && requests.len() < self.batch_size && lines.is_ready()? {
-                let Some((number, line)) = lines.next()? else { break };
+                let Some((number, line)) = lines.next(self.cancel)? else { break };
                 requests.push(Request::parse(&line, number, Kind::Generate, self.model));
             }
             for answer in self.answers(requests, false)? {
@@ -196,9 +195,7 @@ impl Answering<'_> {
     }
 
     fn generate(&self, group: &[Request], stream: bool) -> Result<Vec<Vec<Hypothesis>>, Error> {
-        let mut given = self.flags.clone();
-        given.extend(group[0].options.clone());
-        let options = self.model.options().with(&given)?;
+        let options = self.options.with(&group[0].options)?;
         let batch = requests::batch(group, options.pad_token_id)?;
         if !stream {
             return self.model.generate(&batch, &options, &mut (), self.cancel);

@@ -24,8 +24,8 @@ use t5gemma_runtime::{Cancellation, Error, Model, OpenOptions};
 ///
 /// Results go to stdout, everything else to stderr.
 ///
-/// Exit status: 0 done, 1 failed or some request failed (the reason is on stderr or in its result), 2 wrong usage, 130
-/// interrupted.
+/// Exit status: 0 done, 1 failed or some request failed (the reason is on stderr or in its result), 2 arguments
+/// that cannot be parsed, 130 interrupted or terminated.
 #[derive(Parser)]
 #[command(version)]
 struct Cli {

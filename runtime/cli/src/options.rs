@@ -32,6 +32,7 @@ const FLAGS: &[(&str, &str, &str)] = &[
     ("eos_token_id", "IDS", "The token or tokens that end a target: 1 or [1, 107]"),
     ("pad_token_id", "ID", "What pads sources of unequal length"),
     ("decoder_start_token_id", "ID", "The token every target starts with"),
+    ("do_sample", "BOOL", "false where the model's own settings ask for sampling, which is not supported yet"),
     ("renormalize_logits", "BOOL", "Make processed scores log-probabilities again"),
     ("remove_invalid_values", "BOOL", "Replace NaN and infinite scores instead of failing"),
 ];

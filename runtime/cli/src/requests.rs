@@ -2,12 +2,13 @@
 //! requests become batches; what is done with a batch is the command's.
 
 use std::io::{self, BufRead};
-use std::sync::mpsc::{Receiver, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use serde_json::{Map, Value, json};
-use t5gemma_runtime::{Batch, Model};
+use t5gemma_runtime::{Batch, Cancellation, Model};
 
 /// A request as it stands on its line.
 pub struct Request {
@@ -106,25 +107,24 @@ impl Request {
     }
 }
 
-/// One batch of the sources of several requests, shorter ones padded with `pad` on the right. Their prompts, where they
-/// have any, are of one length.
+/// One batch of the sources of several requests.
 pub fn batch(requests: &[Request], pad: i64) -> Result<Batch, t5gemma_runtime::Error> {
-    let rows = |part: fn(&Request) -> &Vec<Vec<i64>>| requests.iter().flat_map(part).cloned().collect::<Vec<_>>();
-    let (mut sources, mut mask) = (rows(|request| &request.sources), rows(|request| &request.mask));
-    // A row whose mask does not fit, or that is empty, is left as it is for the library to refuse by name.
-    if sources.iter().zip(&mask).all(|(source, mask)| source.len() == mask.len() && !source.is_empty()) {
+    let of_one = |request: &Request| {
+        let (mut sources, mut mask) = (request.sources.clone(), request.mask.clone());
+        // A row whose mask does not fit, or that is empty, is left as it is for the library to refuse by name.
+        let fits = sources.iter().zip(&mask).all(|(source, mask)| source.len() == mask.len() && !source.is_empty());
         let length = sources.iter().map(Vec::len).max().unwrap_or(0);
-        sources.iter_mut().for_each(|source| source.resize(length, pad));
-        mask.iter_mut().for_each(|mask| mask.resize(length, 0));
-    }
-    let batch = Batch::masked(&sources, &mask)?;
-    let prompts: Vec<Vec<i64>> =
-        requests.iter().flat_map(|request| request.prompts.iter().flatten()).cloned().collect();
-    if requests.iter().any(|request| request.prompts.is_some()) {
-        batch.with_decoder_input_ids(&prompts)
-    } else {
-        Ok(batch)
-    }
+        if fits {
+            sources.iter_mut().for_each(|source| source.resize(length, pad));
+            mask.iter_mut().for_each(|mask| mask.resize(length, 0));
+        }
+        let batch = Batch::masked(&sources, &mask)?;
+        match &request.prompts {
+            Some(prompts) => batch.with_decoder_input_ids(prompts),
+            None => Ok(batch),
+        }
+    };
+    Batch::joined(requests.iter().map(of_one).collect::<Result<_, _>>()?, pad)
 }
 
 /// `"…"` or `["…", "…"]`.
@@ -198,14 +198,18 @@ impl Lines {
         Lines { received, pending: None }
     }
 
-    /// The next line; waits for it.
-    pub fn next(&mut self) -> Result<Option<Line>> {
+    /// The next line; waits for it, or for a cancellation.
+    pub fn next(&mut self, cancel: &Cancellation) -> Result<Option<Line>> {
         if let Some(line) = self.pending.take() {
             return Ok(Some(line));
         }
-        match self.received.recv() {
-            Ok(line) => line.context("stdin cannot be read").map(Some),
-            Err(_) => Ok(None),
+        loop {
+            match self.received.recv_timeout(Duration::from_millis(50)) {
+                Ok(line) => return line.context("stdin cannot be read").map(Some),
+                Err(RecvTimeoutError::Disconnected) => return Ok(None),
+                Err(RecvTimeoutError::Timeout) if cancel.is_cancelled() => bail!(t5gemma_runtime::Error::Cancelled),
+                Err(RecvTimeoutError::Timeout) => {}
+            }
         }
     }
 

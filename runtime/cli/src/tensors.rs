@@ -1,47 +1,83 @@
 //! Files of numbers: safetensors and .npy written whole or not at all, safetensors read. The runtime's only user of either.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
-use std::fs;
+use std::fs::{self, File};
+use std::io::BufWriter;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use ndarray::{Array, Array3, ArrayD, Dimension};
+use ndarray::{Array3, ArrayD};
 use ndarray_npy::WriteNpyExt;
-use safetensors::tensor::{Dtype, TensorView};
+use safetensors::tensor::Dtype;
 
 /// Writes float32 tensors as a safetensors file.
-pub fn write_safetensors(path: &Path, tensors: &BTreeMap<String, Array3<f32>>) -> Result<()> {
-    let bytes: Vec<(&String, Vec<u8>, Vec<usize>)> =
-        tensors.iter().map(|(name, tensor)| (name, little_endian(tensor), tensor.shape().to_vec())).collect();
-    let views = bytes
-        .iter()
-        .map(|(name, bytes, shape)| Ok((name.as_str(), TensorView::new(Dtype::F32, shape.clone(), bytes)?)))
-        .collect::<Result<Vec<_>>>()?;
-    let file = safetensors::serialize(views, None).context("the tensors cannot be put into one file")?;
-    write_aside(path, &file)
+pub fn write_safetensors(file: Aside, tensors: BTreeMap<String, Array3<f32>>) -> Result<()> {
+    let tensors = tensors.into_iter().map(|(name, tensor)| (name, Floats(tensor)));
+    let written = safetensors::serialize_to_file(tensors, None, &file.temporary);
+    written.with_context(|| file.cannot())?;
+    file.publish()
 }
 
 /// Writes one tensor as a .npy file.
-pub fn write_npy(path: &Path, tensor: &Array3<f32>) -> Result<()> {
-    let mut file = Vec::new();
-    tensor.write_npy(&mut file).context("the tensor cannot be written as .npy")?;
-    write_aside(path, &file)
+pub fn write_npy(file: Aside, tensor: &Array3<f32>) -> Result<()> {
+    let mut out = File::create(&file.temporary).map(BufWriter::new).with_context(|| file.cannot())?;
+    tensor.write_npy(&mut out).with_context(|| file.cannot())?;
+    out.into_inner().map_err(std::io::IntoInnerError::into_error).with_context(|| file.cannot())?;
+    file.publish()
 }
 
-fn write_aside(path: &Path, bytes: &[u8]) -> Result<()> {
-    let mut aside = path.as_os_str().to_owned();
-    aside.push(format!(".partial-{}", std::process::id()));
-    let aside = PathBuf::from(aside);
-    let written = fs::write(&aside, bytes).and_then(|()| fs::rename(&aside, path));
-    if written.is_err() {
-        // What could not be written is not worth a second error.
-        let _ = fs::remove_file(&aside);
+/// A file beside the one to be written, removed on drop unless it has taken its place.
+pub struct Aside {
+    temporary: PathBuf,
+    path: PathBuf,
+}
+
+impl Aside {
+    /// Makes the file, empty; one that is there already is someone else's.
+    pub fn create(path: &Path) -> Result<Aside> {
+        let mut temporary = path.as_os_str().to_owned();
+        temporary.push(format!(".partial-{}", std::process::id()));
+        let temporary = PathBuf::from(temporary);
+        File::create_new(&temporary).with_context(|| format!("{}: cannot be made", temporary.display()))?;
+        Ok(Aside { temporary, path: path.to_path_buf() })
     }
-    written.with_context(|| format!("{}: cannot be written", path.display()))
+
+    fn cannot(&self) -> String {
+        format!("{}: cannot be written", self.path.display())
+    }
+
+    fn publish(self) -> Result<()> {
+        fs::rename(&self.temporary, &self.path).with_context(|| self.cannot())
+    }
 }
 
-fn little_endian<D: Dimension>(tensor: &Array<f32, D>) -> Vec<u8> {
-    tensor.iter().flat_map(|number| number.to_le_bytes()).collect()
+impl Drop for Aside {
+    fn drop(&mut self) {
+        // It is gone where it has been published.
+        let _ = fs::remove_file(&self.temporary);
+    }
+}
+
+/// A tensor as safetensors asks for it: its bytes are made when it is written, so that only one is held twice.
+struct Floats(Array3<f32>);
+
+impl safetensors::View for Floats {
+    fn dtype(&self) -> Dtype {
+        Dtype::F32
+    }
+
+    fn shape(&self) -> &[usize] {
+        self.0.shape()
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        Cow::Owned(self.0.iter().flat_map(|number| number.to_le_bytes()).collect())
+    }
+
+    fn data_len(&self) -> usize {
+        self.0.len() * size_of::<f32>()
+    }
 }
 
 /// The tensors of a safetensors file.
