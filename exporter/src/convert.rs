@@ -52,7 +52,9 @@ pub fn round(numbers: &[f32], to: DType, out: &mut [u8]) -> Result<()> {
             halves.convert_from_f32_slice(numbers);
             for (&number, half) in numbers.iter().zip(&halves) {
                 if half.is_infinite() && number.is_finite() {
-                    bail!("{number} does not fit float16 (largest 65504); use float32 or bfloat16");
+                    bail!(
+                        "{number} does not fit float16 (largest 65504); use float32, or bfloat16 where there is a GPU"
+                    );
                 }
             }
             write(out, &halves, f16::to_le_bytes);

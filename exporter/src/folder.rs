@@ -30,6 +30,9 @@ pub struct Aside {
 impl Aside {
     /// Makes the folder, after checking that `out` may be written.
     pub fn create(out: &Path, existing: Existing) -> Result<Aside> {
+        // A folder that is there is replaced where it is, however it is named: `.`, or through a link.
+        let out =
+            &if out.exists() { fs::canonicalize(out).with_context(|| out.display().to_string())? } else { out.into() };
         let Some(name) = out.file_name() else { bail!("{}: expected the name of a folder to make", out.display()) };
         check(out, existing)?;
         let parent = match out.parent() {
@@ -38,7 +41,10 @@ impl Aside {
         };
         let above = Above::make(parent)?;
         let temporary = parent.join(format!(".{}.partial-{}", name.to_string_lossy(), std::process::id()));
-        fs::create_dir(&temporary).with_context(|| format!("{}: cannot be made", temporary.display()))?;
+        fs::create_dir(&temporary).with_context(|| match temporary.exists() {
+            true => format!("{}: left over from an export that was killed; remove it", temporary.display()),
+            false => format!("{}: cannot be made", temporary.display()),
+        })?;
         Ok(Aside { temporary, out: out.to_path_buf(), existing, published: false, _above: above })
     }
 
@@ -111,9 +117,11 @@ impl Drop for Above {
 /// Checks that `out` may become the model folder: nothing, an empty folder, or what `existing` allows.
 fn check(out: &Path, existing: Existing) -> Result<()> {
     if !out.exists() {
+        ensure!(!out.is_symlink(), "{}: expected a folder or nothing, found a link to nothing", out.display());
         return Ok(());
     }
     ensure!(out.is_dir(), "{}: expected a folder or nothing, found a file", out.display());
+    ensure!(!is_mount_point(out), "{}: is a mount point, which cannot be replaced; name a folder in it", out.display());
     let entries = fs::read_dir(out).and_then(Iterator::collect::<std::io::Result<Vec<_>>>);
     let entries = entries.with_context(|| format!("{}: cannot be listed", out.display()))?;
     match existing {
@@ -142,6 +150,21 @@ fn check(out: &Path, existing: Existing) -> Result<()> {
         bail!("{}: is not of the exported model beside it, which is not overwritten", foreign.path().display());
     }
     Ok(())
+}
+
+/// Whether something is mounted on a folder, which then can be neither renamed nor removed.
+fn is_mount_point(folder: &Path) -> bool {
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::MetadataExt;
+        let device = |path: &Path| fs::metadata(path).map(|metadata| metadata.dev()).ok();
+        folder.parent().is_some_and(|parent| device(parent) != device(folder))
+    }
+    #[cfg(not(unix))]
+    {
+        let _ = folder;
+        false
+    }
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@ use std::fmt;
 use std::fs;
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 use t5gemma_graphs::config::{Config, LayerType, Side};
 use t5gemma_graphs::interface::Port;
@@ -100,6 +100,8 @@ fn model(folder: &Path, config: &Config) -> Result<Report> {
     let mut graphs = Vec::new();
     for part in ["encoder", "decoder", "decoder_with_past"] {
         let Some(record) = manifest.graphs.get(part) else { continue };
+        let plain = Path::new(&record.file).file_name().is_some_and(|name| name == record.file.as_str());
+        ensure!(plain, "{}: expected the name of a file in the folder, found {:?}", path.display(), record.file);
         let path = folder.join(&record.file);
         let bytes = fs::read(&path).with_context(|| format!("{}: cannot be read", path.display()))?;
         let summary = proto::summary(&bytes).with_context(|| path.display().to_string())?;

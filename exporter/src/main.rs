@@ -21,7 +21,8 @@ use t5gemma_graphs::manifest::EncoderWindow;
 /// folder with encoder_model.onnx, decoder_model.onnx (the first decoder step), decoder_with_past_model.onnx (the cached
 /// steps), their one weights file model.onnx_data, the settings and the tokenizer, and manifest.json.
 ///
-/// Exit status: 0 done, 1 failed (the reason is on stderr, and nothing is left behind), 2 wrong usage, 130 interrupted.
+/// Exit status: 0 done, 1 failed (the reason is on stderr, and nothing is left behind), 2 arguments that
+/// cannot be parsed, 130 interrupted or terminated.
 #[derive(Parser)]
 #[command(
     version,
