@@ -91,8 +91,8 @@ pub fn program(name: &str) -> Command {
     Command::new(folder.join(name))
 }
 
-/// Runs a program with arguments and text on its stdin.
-pub fn run<S: AsRef<OsStr>>(name: &str, arguments: impl IntoIterator<Item = S>, stdin: &str) -> Output {
+/// Runs a program with arguments and something, not necessarily text, on its stdin.
+pub fn run<S: AsRef<OsStr>>(name: &str, arguments: impl IntoIterator<Item = S>, stdin: impl AsRef<[u8]>) -> Output {
     let mut child = program(name)
         .args(arguments)
         .stdin(Stdio::piped())
@@ -101,11 +101,11 @@ pub fn run<S: AsRef<OsStr>>(name: &str, arguments: impl IntoIterator<Item = S>, 
         .spawn()
         .expect("the program starts");
     let mut pipe = child.stdin.take().expect("stdin is piped");
-    let text = stdin.to_string();
+    let bytes = stdin.as_ref().to_vec();
     // Written on a thread of its own: a program may answer before it has read everything.
     let writer = std::thread::spawn(move || {
         // A program that stops early closes its end; what it says then is for the test to judge.
-        let _ = pipe.write_all(text.as_bytes());
+        let _ = pipe.write_all(&bytes);
     });
     let output = child.wait_with_output().expect("the program ends");
     writer.join().expect("writing does not panic");

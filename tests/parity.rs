@@ -116,7 +116,7 @@ fn encoded(model: &Path, golden: &SafeTensors, input: &str) -> Vec<f32> {
     let folder = tempfile::tempdir().expect("a temporary folder can be made");
     let out = folder.path().join("states.safetensors");
     let arguments = ["encode".as_ref(), model, "--jsonl".as_ref(), "--output".as_ref(), out.as_path()];
-    stdout(run("t5gemma", arguments, &request.to_string()));
+    stdout(run("t5gemma", arguments, request.to_string()));
     let bytes = std::fs::read(&out).expect("the file is written");
     let written = SafeTensors::deserialize(&bytes).expect("a safetensors file");
     floats(&written, &format!("{input}.last_hidden_state"))

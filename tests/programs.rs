@@ -1,8 +1,8 @@
 //! The programs as a person or another program uses them: what they print where, exit codes, and the order of results.
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Lines, Write};
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{Child, ChildStdin, ChildStdout, Stdio};
 
 use serde_json::{Value, json};
 
@@ -21,8 +21,8 @@ fn generate_answers_arguments_and_lines_alike() {
     assert_eq!(stdout(run("t5gemma", beams, "")).lines().count(), 3);
 }
 
-#[test]
-fn a_result_is_written_before_the_next_request_is_read() {
+/// `t5gemma generate --jsonl` waiting for requests, with its stdin and the lines of its stdout.
+fn serving() -> (Child, ChildStdin, Lines<BufReader<ChildStdout>>) {
     let mut child = program("t5gemma")
         .arg("generate")
         .arg(exported("tiny-balanced"))
@@ -31,8 +31,14 @@ fn a_result_is_written_before_the_next_request_is_read() {
         .stdout(Stdio::piped())
         .spawn()
         .expect("the program starts");
-    let mut stdin = child.stdin.take().expect("piped");
-    let mut lines = BufReader::new(child.stdout.take().expect("piped")).lines();
+    let stdin = child.stdin.take().expect("piped");
+    let lines = BufReader::new(child.stdout.take().expect("piped")).lines();
+    (child, stdin, lines)
+}
+
+#[test]
+fn a_result_is_written_before_the_next_request_is_read() {
+    let (mut child, mut stdin, mut lines) = serving();
     for id in ["first", "second", "third"] {
         writeln!(stdin, "{}", json!({"id": id, "input_ids": [5, 6, 7]})).expect("the program reads");
         stdin.flush().expect("the program reads");
@@ -57,7 +63,7 @@ fn results_come_in_order_whatever_the_batches() {
     let model = model.to_str().expect("temporary paths are UTF-8");
     let answers = |batch_size: &str| {
         let arguments = ["generate", model, "--jsonl", "--batch-size", batch_size];
-        stdout(run("t5gemma", arguments, &requests.join("\n")))
+        stdout(run("t5gemma", arguments, requests.join("\n")))
             .lines()
             .map(|line| serde_json::from_str::<Value>(line).expect("JSON"))
             .map(|result| (result["id"].clone(), result["sequences"][0][0]["tokens"].clone()))
@@ -75,7 +81,7 @@ fn usage_counts_what_took_part_and_what_was_generated() {
     let request = json!({"input_ids": [[5, 6, 0], [7, 0, 0]], "attention_mask": [[1, 1, 0], [1, 0, 0]],
         "options": {"max_new_tokens": 3, "min_new_tokens": 3}});
     let result: Value =
-        serde_json::from_str(&stdout(run("t5gemma", ["generate", model, "--jsonl"], &request.to_string())))
+        serde_json::from_str(&stdout(run("t5gemma", ["generate", model, "--jsonl"], request.to_string())))
             .expect("JSON");
     assert_eq!(result["id"], 0);
     assert_eq!(result["usage"], json!({"source_tokens": 3, "target_tokens": 6}));
@@ -150,7 +156,7 @@ fn a_result_does_not_depend_on_its_neighbours_padding() {
     let short = json!({"input_ids": [5, 6, 7], "options": options}).to_string();
     let long = json!({"input_ids": [9, 8, 7, 6, 5, 4, 3, 9, 9], "options": options}).to_string();
     let tokens = |lines: &[&str]| {
-        let output = stdout(run("t5gemma", ["generate", model, "--jsonl"], &lines.join("\n")));
+        let output = stdout(run("t5gemma", ["generate", model, "--jsonl"], lines.join("\n")));
         let first: Value = serde_json::from_str(output.lines().next().expect("a result")).expect("JSON");
         first["sequences"][0][0]["tokens"].clone()
     };
@@ -175,16 +181,7 @@ fn a_request_and_the_flags_do_not_contradict_each_other_in_silence() {
 #[cfg(unix)]
 #[test]
 fn an_idle_program_ends_when_it_is_told_to() {
-    let mut child = program("t5gemma")
-        .arg("generate")
-        .arg(exported("tiny-balanced"))
-        .arg("--jsonl")
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .expect("the program starts");
-    let mut stdin = child.stdin.take().expect("piped");
-    let mut lines = BufReader::new(child.stdout.take().expect("piped")).lines();
+    let (mut child, mut stdin, mut lines) = serving();
     writeln!(stdin, "{}", json!({"input_ids": [5]})).expect("the program reads");
     lines.next().expect("a result").expect("a line");
     let told = std::process::Command::new("kill").args(["-TERM", &child.id().to_string()]).status();
@@ -236,7 +233,6 @@ fn the_smallest_official_size_exports_and_generates() {
     stdout(run("t5gemma-export", ["--dummy-weights", "--preset", "s-s", out], ""));
     let request = json!({"input_ids": [2, 651, 4320, 8426], "options": {"max_new_tokens": 4, "min_new_tokens": 4}});
     let result: Value =
-        serde_json::from_str(&stdout(run("t5gemma", ["generate", out, "--jsonl"], &request.to_string())))
-            .expect("JSON");
+        serde_json::from_str(&stdout(run("t5gemma", ["generate", out, "--jsonl"], request.to_string()))).expect("JSON");
     assert_eq!(result["sequences"][0][0]["tokens"].as_array().map(Vec::len), Some(4), "{result}");
 }

@@ -94,13 +94,6 @@ impl fmt::Display for ConfigError {
 
 impl std::error::Error for ConfigError {}
 
-impl Side {
-    /// Query heads that share one key and value head.
-    pub fn heads_per_group(&self) -> usize {
-        self.num_attention_heads / self.num_key_value_heads
-    }
-}
-
 impl Config {
     /// Reads the text of a `config.json`.
     ///
@@ -356,7 +349,8 @@ impl Fields {
     }
 }
 
-fn shown(value: &Value) -> String {
+/// Writes a JSON value as error messages show it: as JSON, cut short.
+pub fn shown(value: &Value) -> String {
     let text = value.to_string();
     match text.char_indices().nth(80) {
         Some((end, _)) => format!("{}…", &text[..end]),

@@ -10,7 +10,7 @@
 use std::{fmt, slice};
 
 use serde_json::{Map, Value};
-use t5gemma_graphs::config::TokenIds;
+use t5gemma_graphs::config::{TokenIds, shown};
 
 /// What to generate and how: the options of Hugging Face's `generate` under their names there.
 #[derive(Clone, Debug, PartialEq)]
@@ -460,14 +460,6 @@ fn sequence_bias(value: &Value) -> Option<Vec<(Vec<i64>, f32)>> {
             })
             .collect(),
         _ => None,
-    }
-}
-
-fn shown(value: &Value) -> String {
-    let text = value.to_string();
-    match text.char_indices().nth(80) {
-        Some((end, _)) => format!("{}…", &text[..end]),
-        None => text,
     }
 }
 

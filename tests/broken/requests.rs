@@ -1,11 +1,8 @@
 //! Lines that are not requests among lines that are: each is answered in its place, and the others are not disturbed.
 
-use std::io::Write;
-use std::process::{Output, Stdio};
-
 use serde_json::{Value, json};
 
-use crate::common::{demo, exported, program};
+use crate::common::{demo, exported, run};
 
 /// A line and what its error says; nothing for a line that is answered.
 type Line = (Vec<u8>, &'static [&'static str]);
@@ -134,7 +131,7 @@ fn every_line_is_answered_in_its_place() {
     let (mut failed, mut answers) = (Vec::new(), Vec::new());
     for batch_size in ["1", "8"] {
         let arguments = ["generate", model.to_str().expect("UTF-8"), "--jsonl", "--batch-size", batch_size];
-        let output = fed(&arguments, &stdin);
+        let output = run("t5gemma", arguments, &stdin);
         assert_eq!(output.status.code(), Some(1));
         assert_eq!(String::from_utf8_lossy(&output.stderr), "");
         let out = String::from_utf8(output.stdout).expect("UTF-8");
@@ -168,7 +165,7 @@ fn every_line_is_answered_in_its_place() {
 fn blank_lines_are_passed_over_and_counted() {
     let model = exported("tiny-untied");
     let stdin = b"\n{\"input_ids\": [5]}\n\n  \t\r\n{\"input_ids\": [6]}\r\n\n";
-    let output = fed(&["generate", model.to_str().expect("UTF-8"), "--jsonl"], stdin);
+    let output = run("t5gemma", ["generate", model.to_str().expect("UTF-8"), "--jsonl"], stdin);
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let out = String::from_utf8(output.stdout).expect("UTF-8");
     let ids: Vec<Value> =
@@ -179,7 +176,8 @@ fn blank_lines_are_passed_over_and_counted() {
 #[test]
 fn a_text_that_is_not_utf_8_leaves_its_line_empty() {
     let model = demo();
-    let output = fed(&["generate", model.to_str().expect("UTF-8")], b"It is 3:05 pm.\n\xff\xfe\nIt is 3:05 pm.\r\n");
+    let output =
+        run("t5gemma", ["generate", model.to_str().expect("UTF-8")], b"It is 3:05 pm.\n\xff\xfe\nIt is 3:05 pm.\r\n");
     assert_eq!(output.status.code(), Some(1));
     let out = String::from_utf8(output.stdout).expect("UTF-8");
     let lines: Vec<&str> = out.lines().collect();
@@ -196,7 +194,7 @@ fn encode_leaves_out_what_it_cannot_encode() {
     let model = exported("tiny-untied");
     let arguments = ["encode", model.to_str().expect("UTF-8"), "--jsonl", "--output", out.to_str().expect("UTF-8")];
     let stdin = b"{\"input_ids\": [5]}\n\n\xff\n{\"input_ids\": [900]}\n{\"id\": \"last\", \"input_ids\": [5, 6]}\n";
-    let output = fed(&arguments, stdin);
+    let output = run("t5gemma", arguments, stdin);
     assert_eq!(output.status.code(), Some(1));
     let err = String::from_utf8_lossy(&output.stderr);
     assert_eq!(err.lines().count(), 2, "{err}");
@@ -207,22 +205,4 @@ fn encode_leaves_out_what_it_cannot_encode() {
     names.sort();
     assert_eq!(names, ["0.last_hidden_state", "last.last_hidden_state"]);
     super::holds(folder.path(), &["states.safetensors"]).unwrap_or_else(|wrong| panic!("{wrong}"));
-}
-
-/// Runs `t5gemma` with bytes on its stdin.
-fn fed(arguments: &[&str], stdin: &[u8]) -> Output {
-    let mut child = program("t5gemma")
-        .args(arguments)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .expect("the program starts");
-    let mut pipe = child.stdin.take().expect("stdin is piped");
-    let bytes = stdin.to_vec();
-    let writer = std::thread::spawn(move || pipe.write_all(&bytes));
-    let output = child.wait_with_output().expect("the program ends");
-    // A program that stops early closes its end; what it says then is for the test to judge.
-    let _ = writer.join().expect("writing does not panic");
-    output
 }

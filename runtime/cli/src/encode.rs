@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
-use ndarray::{Array3, s};
+use ndarray::Array3;
 use t5gemma_runtime::{Cancellation, Model};
 
 use crate::progress::counter;
@@ -104,7 +104,5 @@ type Read = fn(&[u8], usize, Kind, &Model) -> Result<Request, Refused>;
 
 fn states(model: &Model, request: &Request, cancel: &Cancellation) -> Result<Array3<f32>, t5gemma_runtime::Error> {
     let batch = requests::batch(std::slice::from_ref(request), model.options().pad_token_id)?;
-    let states = model.encode(&batch, cancel)?;
-    let length = request.sources.iter().map(Vec::len).max().unwrap_or(0);
-    Ok(states.slice(s![.., ..length, ..]).to_owned())
+    model.encode(&batch, cancel)
 }

@@ -54,11 +54,11 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     model.tokenizer()?;
     if !arguments.texts.is_empty() {
         let mut texts = arguments.texts.into_iter();
-        return answering.texts(|| Ok(texts.next().map(String::into_bytes)), |_| Ok(true));
+        return answering.texts(|| Ok(texts.next().map(String::into_bytes)), || Ok(true));
     }
     let lines = std::cell::RefCell::new(Lines::texts());
     let next = || Ok(lines.borrow_mut().next(cancel)?.map(|(_, line)| line));
-    answering.texts(next, |_| lines.borrow_mut().is_ready())
+    answering.texts(next, || lines.borrow_mut().is_ready())
 }
 
 struct Answering<'a> {
@@ -74,7 +74,7 @@ impl Answering<'_> {
     fn texts(
         &self,
         mut next: impl FnMut() -> Result<Option<Vec<u8>>>,
-        mut is_ready: impl FnMut(()) -> Result<bool>,
+        mut is_ready: impl FnMut() -> Result<bool>,
     ) -> Result<Outcome> {
         let streaming = self.options.num_beams == 1 && io::stdout().is_terminal();
         let batch_size = if streaming { 1 } else { self.batch_size };
@@ -83,7 +83,7 @@ impl Answering<'_> {
         let mut number = 0;
         while let Some(text) = next()? {
             let mut texts = vec![text];
-            while texts.len() < batch_size && is_ready(())? {
+            while texts.len() < batch_size && is_ready()? {
                 match next()? {
                     Some(text) => texts.push(text),
                     None => break,
@@ -146,7 +146,7 @@ impl Answering<'_> {
         Ok(outcome)
     }
 
-    /// Answers requests in order: neighbours with the same options and prompts of one length as one batch.
+    /// Answers requests in order: neighbours with the same options and without decoder prompts as one batch.
     fn answers(&self, requests: Vec<Result<Request, Refused>>, stream: bool) -> Result<Vec<Answer>> {
         let mut answers = Vec::with_capacity(requests.len());
         let mut group: Vec<Request> = Vec::new();
@@ -246,9 +246,8 @@ type Answer = Result<(Request, Vec<Vec<Hypothesis>>), Refused>;
 
 /// Whether two requests can be one batch.
 fn fits(a: &Request, b: &Request) -> bool {
-    let prompt = |request: &Request| request.prompts.as_ref().map(|prompts| prompts[0].clone());
     // The start token is put before all prompts of a batch or before none, so only requests without any are joined.
-    a.options == b.options && prompt(a).is_none() && prompt(b).is_none()
+    a.options == b.options && a.prompts.is_none() && b.prompts.is_none()
 }
 
 fn print_flushed(text: &str) -> Result<()> {
