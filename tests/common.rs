@@ -9,6 +9,7 @@ use std::sync::{Mutex, OnceLock};
 
 use serde_json::Value;
 use t5gemma_exporter::{Checkpoint, Export, Silent, Source};
+use t5gemma_graphs::Target;
 use tempfile::TempDir;
 
 /// The checkpoints with reference tensors and generation cases.
@@ -49,6 +50,16 @@ fn scratch() -> &'static Path {
 /// A fixture's checkpoint as exported by default, once for all tests.
 pub fn exported(name: &str) -> PathBuf {
     exported_as(name, "default", Export::default())
+}
+
+/// A fixture's checkpoint as exported for a target, once for all tests.
+pub fn exported_for(name: &str, target: Target) -> PathBuf {
+    exported_as(name, target.name(), Export { target, ..Export::default() })
+}
+
+/// Every fixture with every target.
+pub fn fixtures_and_targets() -> impl Iterator<Item = (&'static str, Target)> {
+    FIXTURES.into_iter().flat_map(|name| Target::ALL.map(|target| (name, target)))
 }
 
 /// A fixture's checkpoint exported in another way, once for all tests that say `label`.

@@ -7,7 +7,7 @@ use std::path::Path;
 use serde_json::Value;
 use t5gemma_exporter::{Checkpoint, Export, Silent, Source, inspect, preset};
 use t5gemma_graphs::config::Config;
-use t5gemma_graphs::interface::{DType, Interface, Logits};
+use t5gemma_graphs::interface::{CacheLayout, DType, Interface, Logits};
 use t5gemma_graphs::manifest::Manifest;
 
 use crate::common::{FIXTURES, exported, exported_as, fixture, run, stdout};
@@ -52,7 +52,8 @@ fn a_manifest_holds_the_interface_of_its_config() {
     ] {
         let model = exported_as("tiny-unbalanced", label, Export { dtype, logits, ..Export::default() });
         let config = fs::read_to_string(model.join("config.json")).expect("the config is carried along");
-        let expected = Interface::of(&Config::parse(&config).expect("a valid config"), dtype, logits);
+        let expected =
+            Interface::of(&Config::parse(&config).expect("a valid config"), dtype, logits, CacheLayout::Growing);
         let graphs = manifest(&model).graphs;
         assert_eq!(graphs["encoder"].ports, expected.encoder, "{label}");
         assert_eq!(graphs["decoder"].ports, expected.decoder, "{label}");

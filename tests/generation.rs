@@ -6,14 +6,14 @@ use safetensors::SafeTensors;
 use serde_json::{Map, Value, json};
 use t5gemma_runtime::{Batch, Cancellation, Model};
 
-use crate::common::{FIXTURES, cases, demo, exported, fixture, run, stdout, tests};
+use crate::common::{cases, demo, exported, exported_for, fixture, fixtures_and_targets, run, stdout, tests};
 
 /// Scores agree to this; those of finished beams are sums of some tens of float32 logarithms.
 const SCORE_TOLERANCE: f64 = 5e-4;
 
 #[test]
 fn every_case_gives_the_reference_tokens_through_jsonl() {
-    for name in FIXTURES {
+    for (name, target) in fixtures_and_targets() {
         let (cases, inputs) = (cases(name), inputs(name));
         let cases = cases["cases"].as_array().expect("cases is a list");
         let requests: Vec<String> = cases
@@ -32,7 +32,7 @@ fn every_case_gives_the_reference_tokens_through_jsonl() {
                 request.to_string()
             })
             .collect();
-        let model = exported(name);
+        let model = exported_for(name, target);
         let model = model.to_str().expect("temporary paths are UTF-8");
         let output = stdout(run("t5gemma", ["generate", model, "--jsonl"], &(requests.join("\n") + "\n")));
         let results: Vec<Value> = output.lines().map(|line| serde_json::from_str(line).expect("a JSON line")).collect();
@@ -46,16 +46,16 @@ fn every_case_gives_the_reference_tokens_through_jsonl() {
                 .flat_map(|row| row.as_array().expect("a row is a list"))
                 .map(|sequence| (sequence["tokens"].clone(), sequence["score"].as_f64()))
                 .collect();
-            check_case(&format!("{name} {}", case["id"]), case, &found);
+            check_case(&format!("{name} for {} {}", target.name(), case["id"]), case, &found);
         }
     }
 }
 
 #[test]
 fn every_case_gives_the_reference_tokens_through_rust() {
-    for name in FIXTURES {
+    for (name, target) in fixtures_and_targets() {
         let (cases, inputs) = (cases(name), inputs(name));
-        let model = Model::open(exported(name)).expect("the model opens");
+        let model = Model::open(exported_for(name, target)).expect("the model opens");
         for case in cases["cases"].as_array().expect("cases is a list") {
             let (ids, mask) = &inputs[case["input"].as_str().expect("a case names its input")];
             let mut batch = Batch::masked(&nested(ids), &nested(mask)).expect("the fixture's inputs are valid");
@@ -71,7 +71,7 @@ fn every_case_gives_the_reference_tokens_through_rust() {
                 .flatten()
                 .map(|hypothesis| (json!(hypothesis.tokens), hypothesis.score.map(f64::from)))
                 .collect();
-            check_case(&format!("{name} {}", case["id"]), case, &found);
+            check_case(&format!("{name} for {} {}", target.name(), case["id"]), case, &found);
         }
     }
 }

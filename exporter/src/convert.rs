@@ -24,20 +24,29 @@ pub fn convert(
         return Ok(());
     }
     scratch.resize(bytes.len() / from.size(), 0.0);
-    match from {
-        DType::Float32 => read(bytes, scratch, f32::from_le_bytes),
-        DType::BFloat16 => read(bytes, scratch, |pair| f32::from_bits(u32::from(u16::from_le_bytes(pair)) << 16)),
-        DType::Float16 => {
-            let mut halves = vec![f16::ZERO; scratch.len()];
-            read(bytes, &mut halves, f16::from_le_bytes);
-            halves.convert_to_f32_slice(scratch);
-        }
-        DType::Int64 | DType::Bool => bail!("weights of {from} cannot be converted"),
-    }
+    read(bytes, from, scratch)?;
     if adjust == Adjust::OnePlus {
         scratch.iter_mut().for_each(|number| *number += 1.0);
     }
     round(scratch, to, out)
+}
+
+/// Writes the numbers in `bytes` to `numbers`, which has just the room for them.
+///
+/// # Errors
+/// A type that weights do not have.
+pub fn read(bytes: &[u8], from: DType, numbers: &mut [f32]) -> Result<()> {
+    match from {
+        DType::Float32 => each(bytes, numbers, f32::from_le_bytes),
+        DType::BFloat16 => each(bytes, numbers, |pair| f32::from_bits(u32::from(u16::from_le_bytes(pair)) << 16)),
+        DType::Float16 => {
+            let mut halves = vec![f16::ZERO; numbers.len()];
+            each(bytes, &mut halves, f16::from_le_bytes);
+            halves.convert_to_f32_slice(numbers);
+        }
+        _ => bail!("weights of {from} cannot be converted"),
+    }
+    Ok(())
 }
 
 /// Writes `numbers` to `out`, rounded to `to`; `out` has just the room for them.
@@ -60,14 +69,14 @@ pub fn round(numbers: &[f32], to: DType, out: &mut [u8]) -> Result<()> {
             write(out, &halves, f16::to_le_bytes);
         }
         DType::BFloat16 => write(out, numbers, |number| bf16::from_f32(number).to_le_bytes()),
-        DType::Int64 | DType::Bool => bail!("weights cannot be {to}"),
+        _ => bail!("weights cannot be {to}"),
     }
     Ok(())
 }
 
 // Chunks of a constant size let the compiler work on many numbers at once.
 
-fn read<T, const N: usize>(bytes: &[u8], numbers: &mut [T], number: impl Fn([u8; N]) -> T) {
+fn each<T, const N: usize>(bytes: &[u8], numbers: &mut [T], number: impl Fn([u8; N]) -> T) {
     for (place, bytes) in numbers.iter_mut().zip(bytes.as_chunks().0) {
         *place = number(*bytes);
     }

@@ -1,11 +1,9 @@
 //! Random weights of sensible scale, for measuring a size without its checkpoint. Never zeros: they compress, and run faster
 //! than real numbers on some hardware.
 
-use t5gemma_graphs::onnx::Adjust;
+use t5gemma_graphs::onnx::{Adjust, Part};
 
-use crate::weights::Weight;
-
-/// The numbers of one weight, from `seed` and the weight's name alone, so that they do not depend on order or chunking.
+/// The numbers of one tensor, from `seed` and the tensor's name alone, so that they do not depend on order or chunking.
 pub struct Numbers {
     state: u64,
     centre: f32,
@@ -13,20 +11,20 @@ pub struct Numbers {
 }
 
 impl Numbers {
-    /// The numbers of `weight`, uniform around 0 (1 for norm factors): matrices keep the variance of what they are
+    /// The numbers of a tensor, uniform around 0 (1 for norm factors): matrices keep the variance of what they are
     /// multiplied with, embeddings have unit variance once scaled by `√hidden`.
-    pub fn of(weight: &Weight, seed: u64) -> Numbers {
-        // FNV-1a over the name keeps the streams of different weights apart.
-        let name = weight
-            .name
+    pub fn of(part: &Part, adjust: Adjust, seed: u64) -> Numbers {
+        // FNV-1a over the name keeps the streams of different tensors apart.
+        let name = part
+            .tensor
             .bytes()
             .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
-        let (centre, deviation) = match (weight.adjust, weight.shape.as_slice()) {
+        let (centre, deviation) = match (adjust, part.shape.as_slice()) {
             // A head tied to the embedding finds the last token most like itself, for ever, unless signs are mixed before it.
-            (Adjust::OnePlus, _) if weight.tensor == "model.decoder.norm.weight" => (0.0, 1.0),
+            (Adjust::OnePlus, _) if part.tensor == "model.decoder.norm.weight" => (0.0, 1.0),
             (Adjust::OnePlus, _) => (1.0, 0.1),
-            (Adjust::AsIs, [_, columns]) => (0.0, (*columns as f32).powf(-0.5)),
-            (Adjust::AsIs, _) => (0.0, 0.02),
+            (_, [_, columns]) => (0.0, (*columns as f32).powf(-0.5)),
+            _ => (0.0, 0.02),
         };
         Numbers { state: name ^ seed.wrapping_mul(0x9e37_79b9_7f4a_7c15), centre, reach: deviation * 3f32.sqrt() }
     }

@@ -1,5 +1,5 @@
 //! One file of weights under all graphs: the order and offsets of the tensors, and the stream of their bytes. Memory in use
-//! is a few chunks, whatever the model's size.
+//! is a few chunks, whatever the model's size, and the scales of one matrix where it is held in few bits.
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
@@ -10,9 +10,11 @@ use std::thread::{self, JoinHandle};
 use anyhow::{Context, Result};
 use sha2::{Digest, Sha256};
 use t5gemma_graphs::manifest::{FileRecord, SAMPLE_BLOCK, TensorRecord, WeightsRecord, sample_offsets};
+use t5gemma_graphs::onnx::{Adjust, Blocks, DType, Part};
 
-use crate::convert::{convert, round};
-use crate::dummy::Numbers;
+use crate::convert::{convert, read, round};
+use crate::dummy;
+use crate::quantize::{PackedRows, pack};
 use crate::weights::{Weight, found};
 use crate::{Source, Watch};
 
@@ -24,14 +26,22 @@ const CHUNK: usize = 2 << 20;
 /// Where each weight will lie, in the order given.
 pub fn layout(weights: &[Weight]) -> Vec<TensorRecord> {
     let mut end = 0_u64;
-    weights
-        .iter()
-        .map(|weight| {
-            let (offset, bytes) = (end.next_multiple_of(ALIGNMENT), weight.bytes());
-            end = offset + bytes;
-            TensorRecord { name: weight.name.clone(), dtype: weight.dtype, shape: weight.shape.clone(), offset, bytes }
-        })
-        .collect()
+    let mut records: Vec<TensorRecord> = Vec::with_capacity(weights.len());
+    for weight in weights {
+        let same = weight.alias.map(|earlier| &records[earlier]);
+        let offset = same.map_or(end.next_multiple_of(ALIGNMENT), |same| same.offset);
+        let record = TensorRecord {
+            name: weight.name.clone(),
+            dtype: weight.dtype,
+            shape: weight.shape.clone(),
+            offset,
+            bytes: weight.bytes(),
+            same_bytes_as: same.map(|same| same.name.clone()),
+        };
+        end = end.max(record.offset + record.bytes);
+        records.push(record);
+    }
+    records
 }
 
 /// Writes the file of weights as [`layout`] has it.
@@ -40,25 +50,61 @@ pub fn layout(weights: &[Weight]) -> Vec<TensorRecord> {
 /// A full disk or other failure of the file, a number that does not fit its type, or an interruption by `watch`.
 pub fn write(path: &Path, weights: &[Weight], source: &Source, watch: &dyn Watch) -> Result<WeightsRecord> {
     let tensors = layout(weights);
-    let total = tensors.last().map_or(0, |last| last.offset + last.bytes);
+    let total = tensors.iter().map(|tensor| tensor.offset + tensor.bytes).max().unwrap_or(0);
     watch.started(total);
     let failed = || format!("{}: cannot be written ({total} bytes are needed in all)", path.display());
     let file = File::options().create_new(true).read(true).write(true).open(path).with_context(failed)?;
     let mut out = Output { file, hashing: Hashing::start(), written: 0 };
     let mut scratch = Vec::new();
-    for (weight, record) in weights.iter().zip(&tensors) {
+    // Scales and zero points come with the packed numbers, and are written after them.
+    let mut packed = PackedRows::default();
+    for (weight, record) in weights.iter().zip(&tensors).filter(|(weight, _)| weight.alias.is_none()) {
         let mut padding = out.hashing.buffer();
         padding.clear();
         padding.resize((record.offset - out.written) as usize, 0);
         out.put(padding).with_context(failed)?;
-        let mut chunks = Chunks::of(weight, source)?;
-        for first in (0..weight.len()).step_by(CHUNK) {
-            watch.check()?;
-            let mut bytes = out.hashing.buffer();
-            bytes.resize(CHUNK.min(weight.len() - first) * weight.dtype.size(), 0);
-            chunks.next(&mut scratch, &mut bytes).with_context(|| source.place(&weight.tensor))?;
-            watch.advanced(bytes.len() as u64);
-            out.put(bytes).with_context(failed)?;
+        let ready = match weight.adjust {
+            Adjust::Packed(_) => {
+                packed = PackedRows::default();
+                None
+            }
+            Adjust::Scales(_) => Some(packed.scales.iter().flat_map(|scale| scale.to_le_bytes()).collect::<Vec<u8>>()),
+            Adjust::ZeroPoints(_) => Some(std::mem::take(&mut packed.zero_points)),
+            Adjust::AsIs | Adjust::OnePlus => None,
+        };
+        if let Some(ready) = ready {
+            for chunk in ready.chunks(CHUNK) {
+                let mut bytes = out.hashing.buffer();
+                bytes.clear();
+                bytes.extend_from_slice(chunk);
+                watch.advanced(bytes.len() as u64);
+                out.put(bytes).with_context(failed)?;
+            }
+            continue;
+        }
+        for part in &weight.parts {
+            let mut numbers = Numbers::of(part, weight.adjust, source)?;
+            let (count, row) = (part.shape.iter().product::<usize>(), part.shape.last().copied().unwrap_or(1));
+            let chunk = match weight.adjust {
+                Adjust::Packed(_) => (CHUNK / row).max(1) * row,
+                _ => CHUNK,
+            };
+            for first in (0..count).step_by(chunk) {
+                watch.check()?;
+                let mut bytes = out.hashing.buffer();
+                let chunk = chunk.min(count - first);
+                if let Adjust::Packed(blocks) = weight.adjust {
+                    scratch.resize(chunk, 0.0);
+                    numbers.next_float32(&mut scratch).with_context(|| source.place(&part.tensor))?;
+                    bytes.clear();
+                    pack_rows(&scratch, row, blocks, &mut bytes, &mut packed);
+                } else {
+                    bytes.resize(chunk * weight.dtype.size(), 0);
+                    numbers.next(weight, &mut scratch, &mut bytes).with_context(|| source.place(&part.tensor))?;
+                }
+                watch.advanced(bytes.len() as u64);
+                out.put(bytes).with_context(failed)?;
+            }
         }
     }
     let sha256 = out.hashing.finish();
@@ -67,35 +113,63 @@ pub fn write(path: &Path, weights: &[Weight], source: &Source, watch: &dyn Watch
     Ok(WeightsRecord { file: name, record: FileRecord { bytes: total, sha256 }, sample_sha256, tensors })
 }
 
-/// The numbers of one weight, chunk by chunk.
-enum Chunks<'s> {
-    Stored { weight: &'s Weight, dtype: t5gemma_graphs::onnx::DType, left: &'s [u8] },
-    Random { weight: &'s Weight, numbers: Numbers },
+/// Packs rows of `k` numbers on all cores: adds their bytes to `bytes`, and their scales and zero points to `packed`.
+fn pack_rows(rows: &[f32], k: usize, blocks: Blocks, bytes: &mut Vec<u8>, packed: &mut PackedRows) {
+    let threads = thread::available_parallelism().map_or(1, Into::into);
+    let share = (rows.len() / k).div_ceil(threads).max(1) * k;
+    thread::scope(|scope| {
+        let parts: Vec<_> = rows.chunks(share).map(|part| scope.spawn(move || pack(part, k, blocks))).collect();
+        for part in parts {
+            packed.append(part.join().expect("packing does not panic"));
+        }
+    });
+    bytes.append(&mut packed.numbers);
 }
 
-impl<'s> Chunks<'s> {
-    fn of(weight: &'s Weight, source: &'s Source) -> Result<Chunks<'s>> {
+/// The numbers of one tensor, chunk by chunk.
+enum Numbers<'s> {
+    Stored { dtype: DType, left: &'s [u8] },
+    Random(dummy::Numbers),
+}
+
+impl<'s> Numbers<'s> {
+    fn of(part: &Part, adjust: Adjust, source: &'s Source) -> Result<Numbers<'s>> {
         Ok(match source {
             Source::Checkpoint(checkpoint) => {
-                let tensor = found(checkpoint, weight)?;
-                Chunks::Stored { weight, dtype: tensor.dtype, left: tensor.bytes }
+                let tensor = found(checkpoint, part)?;
+                Numbers::Stored { dtype: tensor.dtype, left: tensor.bytes }
             }
-            Source::Dummy { seed, .. } => Chunks::Random { weight, numbers: Numbers::of(weight, *seed) },
+            Source::Dummy { seed, .. } => Numbers::Random(dummy::Numbers::of(part, adjust, *seed)),
         })
     }
 
-    /// Writes the next numbers to `out`, as many as there is room for.
-    fn next(&mut self, scratch: &mut Vec<f32>, out: &mut [u8]) -> Result<()> {
+    /// Writes the next numbers to `out` as `weight` has them, as many as there is room for.
+    fn next(&mut self, weight: &Weight, scratch: &mut Vec<f32>, out: &mut [u8]) -> Result<()> {
         match self {
-            Chunks::Stored { weight, dtype, left } => {
+            Numbers::Stored { dtype, left } => {
                 let (chunk, rest) = left.split_at(out.len() / weight.dtype.size() * dtype.size());
                 *left = rest;
                 convert(chunk, (*dtype, weight.dtype), weight.adjust, scratch, out)
             }
-            Chunks::Random { weight, numbers } => {
+            Numbers::Random(numbers) => {
                 scratch.resize(out.len() / weight.dtype.size(), 0.0);
                 numbers.fill(scratch);
                 round(scratch, weight.dtype, out)
+            }
+        }
+    }
+
+    /// The next numbers, as many as there is room for.
+    fn next_float32(&mut self, out: &mut [f32]) -> Result<()> {
+        match self {
+            Numbers::Stored { dtype, left } => {
+                let (chunk, rest) = left.split_at(out.len() * dtype.size());
+                *left = rest;
+                read(chunk, *dtype, out)
+            }
+            Numbers::Random(numbers) => {
+                numbers.fill(out);
+                Ok(())
             }
         }
     }
@@ -173,7 +247,6 @@ fn sample(file: &mut File, bytes: u64) -> std::io::Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use t5gemma_graphs::onnx::{Adjust, DType};
 
     #[test]
     fn tensors_are_aligned_and_do_not_overlap() {
@@ -181,8 +254,9 @@ mod tests {
             name: name.into(),
             dtype: DType::BFloat16,
             shape: shape.to_vec(),
-            tensor: name.into(),
+            parts: vec![Part { tensor: name.into(), shape: shape.to_vec() }],
             adjust: Adjust::AsIs,
+            alias: None,
         };
         let records = layout(&[weight("a", &[3, 5]), weight("b", &[4096]), weight("c", &[1])]);
         let places: Vec<(u64, u64)> = records.iter().map(|record| (record.offset, record.bytes)).collect();

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 use t5gemma_graphs::config::{Config, LayerType, Side};
 use t5gemma_graphs::interface::Port;
-use t5gemma_graphs::manifest::{MANIFEST, Manifest};
+use t5gemma_graphs::manifest::{MANIFEST, Manifest, TensorRecord};
 use t5gemma_graphs::onnx::Dim;
 
 use crate::checkpoint::{Checkpoint, read_text};
@@ -83,7 +83,11 @@ fn model(folder: &Path, config: &Config) -> Result<Report> {
     let path = folder.join(MANIFEST);
     let manifest: Manifest =
         serde_json::from_str(&read_text(&path)?).with_context(|| format!("{}: not a manifest", path.display()))?;
-    let tensors = manifest.weights.tensors.iter().map(|tensor| {
+    let counted = |tensor: &&TensorRecord| {
+        let of_blocks = [".scales", ".zero_points"].iter().any(|suffix| tensor.name.ends_with(suffix));
+        !of_blocks && tensor.same_bytes_as.is_none()
+    };
+    let tensors = manifest.weights.tensors.iter().filter(counted).map(|tensor| {
         let numbers = tensor.shape.iter().try_fold(1_u64, |numbers, &size| numbers.checked_mul(size as u64));
         // The bound keeps the sum over all tensors within range too.
         let numbers = numbers.filter(|&numbers| numbers <= manifest.weights.record.bytes).with_context(|| {

@@ -20,6 +20,7 @@ mod folder;
 mod inspect;
 mod presets;
 mod proto;
+mod quantize;
 mod weights;
 
 use std::collections::BTreeMap;
@@ -27,13 +28,15 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::{fs, thread};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail, ensure};
 use serde::de::IgnoredAny;
 use sha2::{Digest, Sha256};
 use t5gemma_graphs::config::Config;
 use t5gemma_graphs::interface::{self, DType, Logits};
 use t5gemma_graphs::manifest::{self, EncoderWindow, FORMAT, FORMAT_VERSION, FileRecord, GraphRecord, Manifest};
-use t5gemma_graphs::{OPSET, Options, Target, decoder_init, decoder_step, encoder};
+use t5gemma_graphs::onnx::Blocks;
+use t5gemma_graphs::quantization::Quantization;
+use t5gemma_graphs::{Options, Target, decoder_init, decoder_step, encoder};
 
 pub use checkpoint::{Checkpoint, Tensor};
 pub use folder::Existing;
@@ -54,6 +57,8 @@ pub struct Export {
     pub logits: Logits,
     /// Whether positions exactly one window apart see each other in the encoder.
     pub encoder_window: EncoderWindow,
+    /// Which matrices to hold in few bits; for targets that read them.
+    pub quantization: Quantization,
     /// What to do when the output folder exists.
     pub existing: Existing,
 }
@@ -65,6 +70,7 @@ impl Default for Export {
             dtype: DType::Float32,
             logits: Logits::default(),
             encoder_window: EncoderWindow::default(),
+            quantization: Quantization::default(),
             existing: Existing::Refuse,
         }
     }
@@ -125,6 +131,7 @@ impl Export {
     /// # Errors
     /// What is wrong with the checkpoint, or with writing, by file and field.
     pub fn run(&self, source: &Source, out: &Path, watch: &dyn Watch) -> Result<Exported> {
+        self.check()?;
         let (text, origin) = source.config()?;
         let config = Config::parse(&text).with_context(|| origin.clone())?;
         let options = Options {
@@ -132,6 +139,7 @@ impl Export {
             dtype: self.dtype,
             logits: self.logits,
             encoder_window: self.encoder_window,
+            quantization: self.quantization.clone(),
             vocabulary: match source {
                 Source::Checkpoint(checkpoint) => weights::vocabulary(&config, checkpoint)?,
                 Source::Dummy { .. } => weights::default_vocabulary(&config),
@@ -166,7 +174,7 @@ impl Export {
         let ports = [ports.encoder, ports.decoder, ports.decoder_with_past];
         let mut graph_records = BTreeMap::new();
         for ((part, file, graph), ports) in graphs.iter().zip(ports) {
-            let bytes = proto::encode(graph, |name| {
+            let bytes = proto::encode(graph, self.target.opset(), |name| {
                 let at = weights_record.tensors.iter().find(|tensor| tensor.name == name);
                 let at = at.expect("every weight of every graph has been written");
                 proto::Location { file: interface::WEIGHTS.into(), offset: at.offset, bytes: at.bytes }
@@ -186,10 +194,12 @@ impl Export {
             exporter: format!("{} {}", env!("CARGO_PKG_NAME"), env!("CARGO_PKG_VERSION")),
             target: self.target.name().into(),
             dtype: self.dtype,
-            opset: OPSET,
+            opset: self.target.opset(),
             encoder_window: self.encoder_window,
             logits: self.logits,
-            parameters: weights.iter().map(|weight| weight.len() as u64).sum(),
+            cache: self.target.cache(&config),
+            quantization: self.quantization.clone(),
+            parameters: weights::numbers(&weights),
             source: source_record,
             graphs: graph_records,
             weights: weights_record,
@@ -201,15 +211,40 @@ impl Export {
         aside.publish()?;
         Ok(Exported { manifest, unused })
     }
+
+    /// Refuses what does not go together, whatever the checkpoint.
+    fn check(&self) -> Result<()> {
+        let (target, dtypes) = (self.target.name(), self.target.dtypes());
+        if !dtypes.contains(&self.dtype) {
+            let all: Vec<String> = dtypes.iter().map(ToString::to_string).collect();
+            bail!("--dtype: expected {} for target {target}, found {}", all.join(", "), self.dtype);
+        }
+        if self.quantization.is_any() && !self.target.reads_packed() {
+            bail!("--quantize: expected a target whose runtime reads packed weights (cpu), found target {target}");
+        }
+        let parts = [self.quantization.encoder, self.quantization.decoder, self.quantization.head];
+        for Blocks { bits, size, .. } in parts.into_iter().flatten() {
+            ensure!(matches!(bits, 4 | 8), "--quantize: expected int8 or int4, found {bits} bits");
+            ensure!(matches!(size, 16 | 32 | 64 | 128), "--block-size: expected 16, 32, 64 or 128, found {size}");
+        }
+        Ok(())
+    }
 }
 
 /// The numbers in a model of this configuration, each counted once.
 pub fn parameters(config: &Config) -> u64 {
     let vocabulary = weights::default_vocabulary(config);
     let (target, dtype) = (Target::Portable, DType::Float32);
-    let options = Options { target, dtype, logits: Logits::Last, encoder_window: EncoderWindow::Inclusive, vocabulary };
+    let options = Options {
+        target,
+        dtype,
+        logits: Logits::Last,
+        encoder_window: EncoderWindow::Inclusive,
+        quantization: Quantization::default(),
+        vocabulary,
+    };
     let graphs = [encoder(config, &options), decoder_init(config, &options)];
-    weights::collect(&graphs.each_ref()).iter().map(|weight| weight.len() as u64).sum()
+    weights::numbers(&weights::collect(&graphs.each_ref()))
 }
 
 impl Source {

@@ -14,6 +14,8 @@ use t5gemma_exporter::{Checkpoint, Existing, Export, PRESETS, Source, Watch, ins
 use t5gemma_graphs::Target;
 use t5gemma_graphs::interface::{DType, Logits};
 use t5gemma_graphs::manifest::EncoderWindow;
+use t5gemma_graphs::onnx::Blocks;
+use t5gemma_graphs::quantization::Quantization;
 
 /// Writes a T5Gemma checkpoint as ONNX graphs that `t5gemma` and any ONNX runtime can run.
 ///
@@ -70,6 +72,8 @@ struct ExportArgs {
     /// exclusive as in Google's code and earlier transformers; no difference for sources up to the window (4096)
     #[arg(long, value_enum, default_value = "inclusive")]
     encoder_window: WindowArg,
+    #[command(flatten)]
+    quantize: QuantizeArgs,
     /// Replace OUT if it holds an exported model and nothing else
     #[arg(long)]
     overwrite: bool,
@@ -88,6 +92,57 @@ struct ExportArgs {
     /// Show no progress
     #[arg(short, long)]
     quiet: bool,
+}
+
+#[derive(Args)]
+struct QuantizeArgs {
+    /// Hold the weight matrices in blocks of this many bits, with float32 activations (target cpu)
+    #[arg(long, value_enum, default_value = "none")]
+    quantize: Bits,
+    /// The same for the encoder's layers [default: as --quantize]
+    #[arg(long, value_enum)]
+    quantize_encoder: Option<Bits>,
+    /// The same for the decoder's layers [default: as --quantize]
+    #[arg(long, value_enum)]
+    quantize_decoder: Option<Bits>,
+    /// The same for the output head, and for the embedding that is tied to it [default: as --quantize]
+    #[arg(long, value_enum)]
+    quantize_head: Option<Bits>,
+    /// Numbers that share a scale: 16, 32, 64 or 128 [default: 128 for int8, 32 for int4]
+    #[arg(long, value_name = "N")]
+    block_size: Option<usize>,
+    /// Give every block a zero point of its own
+    #[arg(long)]
+    asymmetric: bool,
+    /// Leave the matrices of this checkpoint name as they are; `*` stands for any text; may be repeated
+    #[arg(long, value_name = "PATTERN")]
+    quantize_exclude: Vec<String>,
+}
+
+impl QuantizeArgs {
+    fn quantization(&self) -> Quantization {
+        let blocks = |part: Option<Bits>| {
+            let (bits, size) = match part.unwrap_or(self.quantize) {
+                Bits::None => return None,
+                Bits::Int8 => (8, 128),
+                Bits::Int4 => (4, 32),
+            };
+            Some(Blocks { bits, size: self.block_size.unwrap_or(size), symmetric: !self.asymmetric })
+        };
+        Quantization {
+            encoder: blocks(self.quantize_encoder),
+            decoder: blocks(self.quantize_decoder),
+            head: blocks(self.quantize_head),
+            exclude: self.quantize_exclude.clone(),
+        }
+    }
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Bits {
+    None,
+    Int8,
+    Int4,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -153,6 +208,7 @@ fn export(args: ExportArgs, interrupted: &AtomicBool) -> Result<()> {
             WindowArg::Inclusive => EncoderWindow::Inclusive,
             WindowArg::Exclusive => EncoderWindow::Exclusive,
         },
+        quantization: args.quantize.quantization(),
         existing: if args.overwrite { Existing::Overwrite } else { Existing::Refuse },
     };
     let source = source(&args)?;

@@ -1,11 +1,10 @@
 //! A graph definition as the bytes of an ONNX file, and back as far as `inspect` needs. The only place that knows protobuf.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Context, Result};
 use half::{bf16, f16};
 use prost::Message;
-use t5gemma_graphs::OPSET;
 use t5gemma_graphs::onnx::{Attribute, Constant, DType, Data, Definition, Dim, ValueInfo};
 
 use onnx::attribute_proto::AttributeType;
@@ -20,8 +19,14 @@ mod onnx {
     include!("../proto/onnx.rs");
 }
 
-/// The file format's version that goes with [`OPSET`].
-pub const IR_VERSION: i64 = 9;
+/// The file format's version that goes with a version of the standard operator set.
+fn ir_version(opset: u32) -> i64 {
+    match opset {
+        ..=20 => 9,
+        21..=22 => 10,
+        _ => 11,
+    }
+}
 
 /// Where a weight lies in the file of weights.
 #[derive(Clone, Debug)]
@@ -35,7 +40,7 @@ pub struct Location {
 }
 
 /// The bytes of an ONNX file for a graph whose weights lie where `location` says, by initializer name.
-pub fn encode(graph: &Definition, location: impl Fn(&str) -> Location) -> Vec<u8> {
+pub fn encode(graph: &Definition, opset: u32, location: impl Fn(&str) -> Location) -> Vec<u8> {
     let constants = graph.constants.iter().map(|constant| inline(graph, constant));
     let weights = graph.parameters.iter().map(|parameter| {
         let info = graph.value(parameter.value);
@@ -51,10 +56,12 @@ pub fn encode(graph: &Definition, location: impl Fn(&str) -> Location) -> Vec<u8
             ..tensor(info)
         }
     });
-    let names = |ids: &[usize]| ids.iter().map(|&id| graph.value(id).name.clone()).collect();
+    let name = |id: &Option<usize>| id.map_or_else(String::new, |id| graph.value(id).name.clone());
+    let names = |ids: &[Option<usize>]| ids.iter().map(name).collect();
     let nodes = graph.nodes.iter().map(|node| NodeProto {
         name: Some(node.name.clone()),
-        op_type: Some(node.op.into()),
+        op_type: Some(node.operator().1.into()),
+        domain: Some(node.operator().0).filter(|domain| !domain.is_empty()).map(Into::into),
         input: names(&node.inputs),
         output: names(&node.outputs),
         attribute: node.attributes.iter().map(|(name, value)| attribute(name, value)).collect(),
@@ -64,12 +71,17 @@ pub fn encode(graph: &Definition, location: impl Fn(&str) -> Location) -> Vec<u8
     let intermediate: Vec<usize> = graph
         .nodes
         .iter()
-        .flat_map(|node| node.outputs.iter().copied())
+        .flat_map(|node| node.outputs.iter().copied().flatten())
         .filter(|id| !graph.outputs.contains(id))
         .collect();
+    let others: BTreeSet<&str> = graph.nodes.iter().map(|node| node.operator().0).collect();
+    let others = others.into_iter().filter(|domain| !domain.is_empty()).map(|domain| (domain, 1));
+    let opsets = [("", opset)].into_iter().chain(others);
+    let opsets = opsets
+        .map(|(domain, version)| OperatorSetIdProto { domain: Some(domain.into()), version: Some(version.into()) });
     let model = ModelProto {
-        ir_version: Some(IR_VERSION),
-        opset_import: vec![OperatorSetIdProto { domain: Some(String::new()), version: Some(OPSET.into()) }],
+        ir_version: Some(ir_version(opset)),
+        opset_import: opsets.collect(),
         producer_name: Some(env!("CARGO_PKG_NAME").into()),
         producer_version: Some(env!("CARGO_PKG_VERSION").into()),
         graph: Some(GraphProto {
@@ -123,6 +135,8 @@ fn data_type(dtype: DType) -> i32 {
         DType::Float16 => DataType::Float16,
         DType::BFloat16 => DataType::Bfloat16,
         DType::Int64 => DataType::Int64,
+        DType::Int32 => DataType::Int32,
+        DType::UInt8 => DataType::Uint8,
         DType::Bool => DataType::Bool,
     };
     code as i32
@@ -141,6 +155,9 @@ fn tensor(info: &ValueInfo) -> TensorProto {
 fn inline(graph: &Definition, constant: &Constant) -> TensorProto {
     let info = graph.value(constant.value);
     let raw: Vec<u8> = match &constant.data {
+        Data::Ints(numbers) if info.dtype == DType::Int32 => {
+            numbers.iter().flat_map(|&number| (number as i32).to_le_bytes()).collect()
+        }
         Data::Ints(numbers) => numbers.iter().flat_map(|number| number.to_le_bytes()).collect(),
         Data::Floats(numbers) => numbers
             .iter()
@@ -158,6 +175,9 @@ fn attribute(name: &str, value: &Attribute) -> AttributeProto {
     let named = AttributeProto { name: Some(name.into()), ..Default::default() };
     match value {
         Attribute::Int(i) => AttributeProto { r#type: Some(AttributeType::Int as i32), i: Some(*i), ..named },
+        Attribute::Float(bits) => {
+            AttributeProto { r#type: Some(AttributeType::Float as i32), f: Some(f32::from_bits(*bits)), ..named }
+        }
         Attribute::Ints(ints) => {
             AttributeProto { r#type: Some(AttributeType::Ints as i32), ints: ints.clone(), ..named }
         }

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use anyhow::{Context, Result, bail, ensure};
 use t5gemma_graphs::Vocabulary;
 use t5gemma_graphs::config::Config;
-use t5gemma_graphs::onnx::{Adjust, DType, Definition};
+use t5gemma_graphs::onnx::{Adjust, DType, Definition, Part};
 
 use crate::checkpoint::Checkpoint;
 
@@ -17,24 +17,14 @@ pub struct Weight {
     pub name: String,
     /// Type in the file of weights.
     pub dtype: DType,
-    /// Dimensions, which are the tensor's too.
+    /// Dimensions.
     pub shape: Vec<usize>,
-    /// The checkpoint's name of the tensor.
-    pub tensor: String,
+    /// The checkpoint's tensors that it is made of, one above the other.
+    pub parts: Vec<Part>,
     /// What is done to the numbers.
     pub adjust: Adjust,
-}
-
-impl Weight {
-    /// Numbers in the tensor.
-    pub fn len(&self) -> usize {
-        self.shape.iter().product()
-    }
-
-    /// Length in the file of weights.
-    pub fn bytes(&self) -> u64 {
-        (self.len() * self.dtype.size()) as u64
-    }
+    /// An earlier weight that is the same bytes in another shape.
+    pub alias: Option<usize>,
 }
 
 /// The embedding every decoder has.
@@ -50,17 +40,33 @@ pub fn collect(graphs: &[&Definition]) -> Vec<Weight> {
         for parameter in &graph.parameters {
             let info = graph.value(parameter.value);
             if seen.insert(info.name.clone()) {
+                let same = |weight: &Weight| weight.parts == parameter.parts && weight.adjust == parameter.adjust;
                 weights.push(Weight {
                     name: info.name.clone(),
                     dtype: info.dtype,
                     shape: info.shape.iter().map(|dim| dim.as_fixed().expect("weights have fixed sizes")).collect(),
-                    tensor: parameter.tensor.clone(),
+                    alias: weights.iter().position(same),
+                    parts: parameter.parts.clone(),
                     adjust: parameter.adjust,
                 });
             }
         }
     }
     weights
+}
+
+impl Weight {
+    /// Length in the file of weights.
+    pub fn bytes(&self) -> u64 {
+        (self.shape.iter().product::<usize>() * self.dtype.size()) as u64
+    }
+}
+
+/// Numbers in the tensors that the weights are made of, each counted once.
+pub fn numbers(weights: &[Weight]) -> u64 {
+    let mut seen = BTreeSet::new();
+    let parts = weights.iter().flat_map(|weight| &weight.parts).filter(|part| seen.insert(&part.tensor));
+    parts.map(|part| part.shape.iter().product::<usize>() as u64).sum()
 }
 
 /// Checks that the size of all weights together can be counted, as it always can where a checkpoint has them.
@@ -108,11 +114,15 @@ pub fn default_vocabulary(config: &Config) -> Vocabulary {
 /// All tensors that are missing or of another shape than the config asks for.
 pub fn check(weights: &[Weight], checkpoint: &Checkpoint) -> Result<Vec<String>> {
     let mut wrong = Vec::new();
-    for weight in weights {
-        match checkpoint.tensor(&weight.tensor) {
-            None => wrong.push(format!("{}: missing (expected shape {:?})", weight.tensor, weight.shape)),
-            Some(tensor) if tensor.shape != weight.shape => {
-                wrong.push(format!("{}: expected shape {:?}, found {:?}", weight.tensor, weight.shape, tensor.shape));
+    let mut used = BTreeSet::new();
+    for part in weights.iter().flat_map(|weight| &weight.parts) {
+        if !used.insert(part.tensor.as_str()) {
+            continue;
+        }
+        match checkpoint.tensor(&part.tensor) {
+            None => wrong.push(format!("{}: missing (expected shape {:?})", part.tensor, part.shape)),
+            Some(tensor) if tensor.shape != part.shape => {
+                wrong.push(format!("{}: expected shape {:?}, found {:?}", part.tensor, part.shape, tensor.shape));
             }
             Some(_) => {}
         }
@@ -129,13 +139,12 @@ pub fn check(weights: &[Weight], checkpoint: &Checkpoint) -> Result<Vec<String>>
         checkpoint.folder().display(),
         wrong.join("\n  ")
     );
-    let used: BTreeSet<&str> = weights.iter().map(|weight| weight.tensor.as_str()).collect();
     // A stored head that equals the tied embedding is redundant, not left over.
     let redundant = |name: &str| name == HEAD && !used.contains(HEAD);
     Ok(checkpoint.names().filter(|name| !used.contains(name) && !redundant(name)).map(str::to_string).collect())
 }
 
 /// A tensor that [`check`] has found.
-pub(crate) fn found<'c>(checkpoint: &'c Checkpoint, weight: &Weight) -> Result<crate::checkpoint::Tensor<'c>> {
-    checkpoint.tensor(&weight.tensor).with_context(|| format!("{}: missing", weight.tensor))
+pub(crate) fn found<'c>(checkpoint: &'c Checkpoint, part: &Part) -> Result<crate::checkpoint::Tensor<'c>> {
+    checkpoint.tensor(&part.tensor).with_context(|| format!("{}: missing", part.tensor))
 }

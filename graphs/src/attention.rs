@@ -38,15 +38,30 @@ impl<'g> Tokens<'g> {
     }
 }
 
-/// `x·cos(pos·f) + [−x₂, x₁]·sin(pos·f)` over the halves `x₁, x₂` of the last axis, with `f_j = θ^(−2j/head_dim)`.
+/// The angles' frequencies `f_j = θ^(−2j/head_dim)`: powers and quotients in float32, as the reference computes them.
+fn frequencies(w: &Weights<'_>) -> impl Iterator<Item = f32> {
+    let (theta, head_dim) = (w.side.rope_theta as f32, w.side.head_dim);
+    (0..head_dim / 2).map(move |j| 1.0 / theta.powf((2 * j) as f32 / head_dim as f32))
+}
+
+/// `cos(pos·f)` and `sin(pos·f)` of every position there can be: float32 `[max_position_embeddings, head_dim / 2]` each.
+pub fn rotary_tables<'g>(w: &Weights<'g>) -> [Value<'g>; 2] {
+    let shape = [w.side.max_position_embeddings, w.side.head_dim / 2];
+    let table = |name, function: fn(f32) -> f32| {
+        w.graph.table(name, &shape, || {
+            let of = |position: usize| frequencies(w).map(move |f| f64::from(function(position as f32 * f)));
+            (0..shape[0]).flat_map(of).collect()
+        })
+    };
+    [table("rotary_cos", f32::cos), table("rotary_sin", f32::sin)]
+}
+
+/// `x·cos(pos·f) + [−x₂, x₁]·sin(pos·f)` over the halves `x₁, x₂` of the last axis.
 ///
 /// x: `[rows, length, heads, head_dim]`. The angles are float32 whatever x is.
 fn rotary<'g>(x: Value<'g>, tokens: &Tokens<'g>, w: &Weights<'g>) -> Value<'g> {
     let half = w.side.head_dim / 2;
-    // Powers and quotients in float32, as the reference computes them.
-    let theta = w.side.rope_theta as f32;
-    let frequency = |j| 1.0 / theta.powf((2 * j) as f32 / w.side.head_dim as f32);
-    let frequencies = Data::Floats((0..half).map(|j| f64::from(frequency(j))).collect());
+    let frequencies = Data::Floats(frequencies(w).map(f64::from).collect());
     let frequencies = w.graph.constant(DType::Float32, &[1, 1, half], frequencies);
     let angles = tokens.positions.cast(DType::Float32).unsqueeze(&[1, 2]) * frequencies; // [length, 1, head_dim / 2]
     let (cos, sin) = (angles.cos().cast(x.dtype()), angles.sin().cast(x.dtype()));
@@ -68,8 +83,7 @@ fn attend<'g>(query: Value<'g>, key_value: KeyValue<'g>, visible: Value<'g>, w: 
     let scale = w.side.query_pre_attn_scalar.powf(-0.5);
     let attention = Attention { query, key_value, visible, scale, cap: w.side.attn_logit_softcapping };
     let width = w.side.num_attention_heads * w.side.head_dim;
-    let context = w.lowering.attention(attention).reshape(&[tokens, width.into()]);
-    linear(context, [width, w.side.hidden_size], w.side.attention_bias, &w.at("o_proj"))
+    w.output_projection(w.lowering.attention(attention).reshape(&[tokens, width.into()]))
 }
 
 /// Rotated queries, and the rotated keys and the values of the given tokens.
@@ -98,6 +112,16 @@ pub fn causal<'g>(
     w: &Weights<'g>,
 ) -> (Value<'g>, KeyValue<'g>) {
     let _scope = w.scope();
+    w.lowering.causal(x, context, past, w)
+}
+
+/// [`causal`] with a present that is a new tensor, one step longer than the past.
+pub fn growing<'g>(
+    x: Value<'g>,
+    context: &Context<'g>,
+    past: Option<KeyValue<'g>>,
+    w: &Weights<'g>,
+) -> (Value<'g>, KeyValue<'g>) {
     let (query, new) = projections(x, &context.tokens, w);
     let present = match past {
         None => new,

@@ -74,6 +74,16 @@ pub enum LayerType {
     Sliding(usize),
 }
 
+impl LayerType {
+    /// The number of positions of a layer that does not see all.
+    pub fn window(self) -> Option<usize> {
+        match self {
+            LayerType::Full => None,
+            LayerType::Sliding(window) => Some(window),
+        }
+    }
+}
+
 /// A field of `config.json` that is missing, of the wrong kind, or asks for something the graphs do not implement.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ConfigError {

@@ -2,7 +2,7 @@
 
 use crate::attention::{KeyValue, Tokens, causal, cross};
 use crate::config::LayerType;
-use crate::interface::Logits;
+use crate::interface::{CacheLayout, Logits};
 use crate::nn::{Weights, gated_mlp, residual, rms_norm, softcap};
 use crate::onnx::{DType, Dim, Value};
 
@@ -20,6 +20,8 @@ pub struct Context<'g> {
     pub visible: Value<'g>,
     /// What their self-attention sees.
     pub kind: LayerType,
+    /// How their keys and values pass to the next step.
+    pub cache: CacheLayout,
 }
 
 /// h = x + norm(self_attention(norm(x)))
@@ -58,7 +60,7 @@ pub fn logits<'g>(x: Value<'g>, tokens: &Tokens<'g>, which: Logits, [norm, head]
     };
     let normed = rms_norm(x, norm);
     let _scope = head.scope();
-    let table = head.tensor(&[vocab_size, hidden_size]);
+    let table = head.matrix([vocab_size, hidden_size]);
     let scores = head.lowering.linear(normed.cast(head.dtype()), table, None).cast(DType::Float32);
     softcap(scores, head.side.final_logit_softcapping).reshape(&[rows.clone(), positions, vocab_size.into()])
 }

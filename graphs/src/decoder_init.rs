@@ -17,12 +17,13 @@ pub fn decoder_init(config: &Config, options: &Options) -> Definition {
     let root = Weights::root(&graph, &config.decoder, options);
     let w = root.at("model.decoder");
     let (tokens, visible) = (Tokens::from(&graph, ids, None), padding_mask(mask));
+    let cache = options.target.cache(config);
     let mut x = embedding(ids, &root.at(&options.vocabulary.embedding));
     let mut presents = Vec::new();
     for (i, &kind) in config.decoder.layers.iter().enumerate() {
         let w = w.at(&format!("layers.{i}"));
         let source = cross_key_value(hidden, &w.at("cross_attn"));
-        let context = Context { tokens: tokens.clone(), visible, kind };
+        let context = Context { tokens: tokens.clone(), visible, kind, cache };
         let (y, own) = layer(x, &context, Memory { past: None, source }, &w);
         presents.extend([own.key, own.value, source.key, source.value]);
         x = y;

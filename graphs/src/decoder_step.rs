@@ -4,7 +4,7 @@
 use crate::attention::{KeyValue, Tokens, padding_mask};
 use crate::config::Config;
 use crate::decoder::{Context, Memory, layer, logits};
-use crate::interface::PAST;
+use crate::interface::{CacheLayout, PAST};
 use crate::nn::{Weights, embedding};
 use crate::onnx::{Definition, Dim, Graph};
 use crate::{Options, interface};
@@ -15,17 +15,25 @@ pub fn decoder_step(config: &Config, options: &Options) -> Definition {
     let ports = options.interface(config).decoder_with_past;
     let inputs = interface::all_inputs(&graph, &ports);
     let (&[mask, ids], cached) = inputs.split_first_chunk().expect("a mask and ids come before the cache");
+    let cache = options.target.cache(config);
 
     let root = Weights::root(&graph, &config.decoder, options);
     let w = root.at("model.decoder");
-    let (tokens, visible) = (Tokens::from(&graph, ids, Some(&Dim::symbol(PAST))), padding_mask(mask));
+    let (tokens, cached) = match cache {
+        CacheLayout::Growing => (Tokens::from(&graph, ids, Some(&Dim::symbol(PAST))), cached),
+        CacheLayout::InPlace => {
+            let (&positions, cached) = cached.split_first().expect("positions come before a cache of fixed capacity");
+            (Tokens { rows: ids.dim(0), length: ids.dim(1), positions }, cached)
+        }
+    };
+    let visible = padding_mask(mask);
     let mut x = embedding(ids, &root.at(&options.vocabulary.embedding));
     let mut presents = Vec::new();
     for ((i, &kind), cached) in config.decoder.layers.iter().enumerate().zip(cached.chunks_exact(4)) {
         let past = Some(KeyValue { key: cached[0], value: cached[1] });
         let source = KeyValue { key: cached[2], value: cached[3] };
         let w = w.at(&format!("layers.{i}"));
-        let context = Context { tokens: tokens.clone(), visible, kind };
+        let context = Context { tokens: tokens.clone(), visible, kind, cache };
         let (y, own) = layer(x, &context, Memory { past, source }, &w);
         presents.extend([own.key, own.value]);
         x = y;

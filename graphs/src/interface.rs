@@ -25,8 +25,10 @@ pub const BEAMS: &str = "num_beams";
 pub const SOURCE: &str = "encoder_sequence_length";
 /// New target tokens.
 pub const TARGET: &str = "decoder_sequence_length";
-/// Target tokens whose keys and values are in the cache.
+/// Target tokens whose keys and values are in the cache, or that it has room for.
 pub const PAST: &str = "past_decoder_sequence_length";
+/// Target tokens that a cache of fixed capacity has room for after a step: as many as before it, or as there are.
+pub const PRESENT: &str = "present_decoder_sequence_length";
 
 /// One input or output of a graph.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -57,6 +59,19 @@ pub enum Logits {
     Last,
     /// Every position given, for scoring.
     All,
+}
+
+/// How the keys and values of the target pass from one cached step to the next.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CacheLayout {
+    /// The present is a new tensor, longer than the past by the step's tokens.
+    #[default]
+    Growing,
+    /// The past has room for more tokens than there are, `cache_position` (int64, the positions of the step's tokens) tells
+    /// where they go, and the present may be given the past's memory: the step then writes nothing but its own tokens.
+    /// Steps of several tokens are for single rows.
+    InPlace,
 }
 
 /// The ports of the three graphs.
@@ -92,7 +107,7 @@ impl Cache {
 
 impl Interface {
     /// The interface of a model whose weights and activations are of `dtype`.
-    pub fn of(config: &Config, dtype: DType, logits: Logits) -> Interface {
+    pub fn of(config: &Config, dtype: DType, logits: Logits, cache: CacheLayout) -> Interface {
         let fixed = Dim::fixed;
         let (batch, source) = (Dim::symbol(BATCH), Dim::symbol(SOURCE));
         let (target, past) = (Dim::symbol(TARGET), Dim::symbol(PAST));
@@ -118,6 +133,10 @@ impl Interface {
                 .map(|part| port(&cache.port(prefix, layer, part), dtype, &[rows, &kv_heads, length, &head_dim]))
         };
         let layers = 0..config.decoder.layers.len();
+        let (present, position) = match cache {
+            CacheLayout::Growing => (past.plus(&target), None),
+            CacheLayout::InPlace => (Dim::symbol(PRESENT), Some(port("cache_position", DType::Int64, &[&target]))),
+        };
 
         Interface {
             encoder: Ports {
@@ -138,6 +157,7 @@ impl Interface {
             decoder_with_past: Ports {
                 inputs: [mask("encoder_attention_mask"), target_ids()]
                     .into_iter()
+                    .chain(position)
                     .chain(layers.clone().flat_map(|layer| {
                         let own = cached("past_key_values", layer, Cache::SelfAttention, &rows, &past);
                         let cross = cached("past_key_values", layer, Cache::CrossAttention, &batch, &source);
@@ -146,11 +166,7 @@ impl Interface {
                     .collect(),
                 outputs: [logits()]
                     .into_iter()
-                    .chain(
-                        layers.flat_map(|layer| {
-                            cached("present", layer, Cache::SelfAttention, &rows, &past.plus(&target))
-                        }),
-                    )
+                    .chain(layers.flat_map(|layer| cached("present", layer, Cache::SelfAttention, &rows, &present)))
                     .collect(),
             },
         }

@@ -15,6 +15,7 @@
 pub mod config;
 pub mod interface;
 pub mod manifest;
+pub mod quantization;
 
 mod encoder;
 
@@ -36,9 +37,7 @@ pub use lower::Target;
 use config::Config;
 use interface::{DType, Interface, Logits};
 use manifest::EncoderWindow;
-
-/// Version of the standard operator set: the newest that has everything used here and that TensorRT reads.
-pub const OPSET: u32 = 20;
+use quantization::Quantization;
 
 /// Everything that decides the graphs besides the weights' numbers.
 #[derive(Clone, Debug)]
@@ -51,6 +50,8 @@ pub struct Options {
     pub logits: Logits,
     /// Whether positions exactly one window apart see each other in the encoder.
     pub encoder_window: EncoderWindow,
+    /// Which matrices are held in few bits.
+    pub quantization: Quantization,
     /// Which checkpoint tensors are the decoder's embedding and the output head.
     pub vocabulary: Vocabulary,
 }
@@ -67,6 +68,6 @@ pub struct Vocabulary {
 impl Options {
     /// The ports of the graphs these options give.
     pub fn interface(&self, config: &Config) -> Interface {
-        Interface::of(config, self.dtype, self.logits)
+        Interface::of(config, self.dtype, self.logits, self.target.cache(config))
     }
 }

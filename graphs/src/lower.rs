@@ -4,33 +4,83 @@
 //! Which type each part computes in is part of the contract: what must stay float32 in half precision (norms, soft-caps,
 //! softmax) is cast here, where it is done.
 
-use crate::attention::KeyValue;
-use crate::nn::softcap;
-use crate::onnx::{DType, Value};
+mod cpu;
+
+use crate::attention::{self, KeyValue};
+use crate::config::Config;
+use crate::decoder::Context;
+use crate::interface::CacheLayout;
+use crate::nn::{Weights, softcap};
+use crate::onnx::{DType, Packed, Value};
 
 /// A runtime that graphs are written for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Target {
     /// Standard operators only, for any runtime that reads ONNX.
     Portable,
+    /// ONNX Runtime on a CPU.
+    Cpu,
 }
 
 impl Target {
     /// Every target.
-    pub const ALL: [Target; 1] = [Target::Portable];
+    pub const ALL: [Target; 2] = [Target::Portable, Target::Cpu];
 
     /// The name on the command line and in a manifest.
     pub fn name(self) -> &'static str {
         match self {
             Target::Portable => "portable",
+            Target::Cpu => "cpu",
+        }
+    }
+
+    /// Version of the standard operator set.
+    pub fn opset(self) -> u32 {
+        match self {
+            // The newest that has everything used and that TensorRT reads.
+            Target::Portable => 20,
+            // The first with Attention.
+            Target::Cpu => 23,
+        }
+    }
+
+    /// Types of weights and activations that the runtime computes in.
+    pub fn dtypes(self) -> &'static [DType] {
+        match self {
+            Target::Portable => &[DType::Float32, DType::Float16, DType::BFloat16],
+            // Halves are computed there by casts to float32, one for each use of a weight.
+            Target::Cpu => &[DType::Float32],
+        }
+    }
+
+    /// Whether matrices can be held in few bits.
+    pub fn reads_packed(self) -> bool {
+        self == Target::Cpu
+    }
+
+    /// How the keys and values of the target pass from step to step.
+    pub fn cache(self, config: &Config) -> CacheLayout {
+        match self {
+            Target::Cpu if config.decoder.head_dim.is_multiple_of(cpu::HEAD_DIM) => CacheLayout::InPlace,
+            _ => CacheLayout::Growing,
         }
     }
 
     pub(crate) fn lowering(self) -> &'static dyn Lowering {
         match self {
             Target::Portable => &Portable,
+            Target::Cpu => &cpu::Cpu,
         }
     }
+}
+
+/// A weight matrix `[out, in]`, as it is held.
+#[derive(Clone, Copy)]
+pub enum Matrix<'g> {
+    /// Its numbers.
+    Plain(Value<'g>),
+    /// In few bits.
+    Packed(Packed<'g>),
 }
 
 /// Attention over given keys and values.
@@ -49,8 +99,11 @@ pub struct Attention<'g> {
 
 pub trait Lowering {
     /// `x · wᵀ (+ b)`: x `[tokens, in]`, w `[out, in]`, b `[out]`, all of one type.
-    fn linear<'g>(&self, x: Value<'g>, weight: Value<'g>, bias: Option<Value<'g>>) -> Value<'g> {
-        x.gemm(weight, bias)
+    fn linear<'g>(&self, x: Value<'g>, weight: Matrix<'g>, bias: Option<Value<'g>>) -> Value<'g> {
+        match weight {
+            Matrix::Plain(weight) => x.gemm(weight, bias),
+            Matrix::Packed(weight) => x.matmul_nbits(weight, bias),
+        }
     }
 
     /// `x / √(mean(x²) + ε) · factor`: x `[tokens, hidden]` and factor `[hidden]` in float32.
@@ -58,33 +111,49 @@ pub trait Lowering {
         x / ((x * x).mean() + eps).sqrt() * factor
     }
 
-    /// `softmax(softcap(q·kᵀ·scale) + (visible ? 0 : min)) · v`, as `[batch, queries, heads, head_dim]`.
-    ///
-    /// The least finite number stands for −∞: a padded query that sees nothing then averages its keys, where −∞ would
-    /// give NaN, which reaches real rows through `0 · NaN`.
-    fn attention<'g>(&self, a: Attention<'g>) -> Value<'g> {
-        let [batch, queries, heads, head_dim] = [0, 1, 2, 3].map(|axis| a.query.dim(axis));
-        let [kv_heads, keys] = [1, 2].map(|axis| a.key_value.key.dim(axis));
-        let group = heads_in_group(&a);
-        let dtype = a.query.dtype();
-
-        // A group's heads share their keys: they lie along the query axis, so that keys and values are never repeated.
-        let q = (a.query * a.scale)
-            .reshape(&[batch.clone(), queries.clone(), kv_heads.clone(), group.into(), head_dim.clone()])
-            .transpose(&[0, 2, 3, 1, 4])
-            .reshape(&[batch.clone(), kv_heads.clone(), queries.times(&group.into()), head_dim.clone()]);
-        let scores = q.matmul(a.key_value.key.transpose(&[0, 1, 3, 2])).cast(DType::Float32);
-        let grouped = [batch.clone(), kv_heads.clone(), group.into(), queries.clone(), keys.clone()];
-        let bias = a.visible.choose(DType::Float32, 0.0, f32::MIN.into());
-        let weights = (softcap(scores, a.cap).reshape(&grouped) + bias).softmax().cast(dtype);
-
-        weights
-            .reshape(&[batch.clone(), kv_heads.clone(), queries.times(&group.into()), keys])
-            .matmul(a.key_value.value)
-            .reshape(&[batch.clone(), kv_heads, group.into(), queries.clone(), head_dim.clone()])
-            .transpose(&[0, 3, 1, 2, 4])
-            .reshape(&[batch, queries, heads, head_dim])
+    /// The decoder's self-attention, from the residual stream back to it: see [`attention::causal`].
+    fn causal<'g>(
+        &self,
+        x: Value<'g>,
+        context: &Context<'g>,
+        past: Option<KeyValue<'g>>,
+        w: &Weights<'g>,
+    ) -> (Value<'g>, KeyValue<'g>) {
+        attention::growing(x, context, past, w)
     }
+
+    /// `softmax(softcap(q·kᵀ·scale) + (visible ? 0 : min)) · v`, as `[batch, queries, heads, head_dim]`.
+    fn attention<'g>(&self, a: Attention<'g>) -> Value<'g> {
+        decomposed(a)
+    }
+}
+
+/// The portable form of [`Lowering::attention`].
+///
+/// The least finite number stands for −∞: a padded query that sees nothing then averages its keys, where −∞ would give NaN,
+/// which reaches real rows through `0 · NaN`.
+fn decomposed(a: Attention<'_>) -> Value<'_> {
+    let [batch, queries, heads, head_dim] = [0, 1, 2, 3].map(|axis| a.query.dim(axis));
+    let [kv_heads, keys] = [1, 2].map(|axis| a.key_value.key.dim(axis));
+    let group = heads_in_group(&a);
+    let dtype = a.query.dtype();
+
+    // A group's heads share their keys: they lie along the query axis, so that keys and values are never repeated.
+    let q = (a.query * a.scale)
+        .reshape(&[batch.clone(), queries.clone(), kv_heads.clone(), group.into(), head_dim.clone()])
+        .transpose(&[0, 2, 3, 1, 4])
+        .reshape(&[batch.clone(), kv_heads.clone(), queries.times(&group.into()), head_dim.clone()]);
+    let scores = q.matmul(a.key_value.key.transpose(&[0, 1, 3, 2])).cast(DType::Float32);
+    let grouped = [batch.clone(), kv_heads.clone(), group.into(), queries.clone(), keys.clone()];
+    let bias = a.visible.choose(DType::Float32, 0.0, f32::MIN.into());
+    let weights = (softcap(scores, a.cap).reshape(&grouped) + bias).softmax().cast(dtype);
+
+    weights
+        .reshape(&[batch.clone(), kv_heads.clone(), queries.times(&group.into()), keys])
+        .matmul(a.key_value.value)
+        .reshape(&[batch.clone(), kv_heads, group.into(), queries.clone(), head_dim.clone()])
+        .transpose(&[0, 3, 1, 2, 4])
+        .reshape(&[batch, queries, heads, head_dim])
 }
 
 fn heads_in_group(a: &Attention<'_>) -> usize {

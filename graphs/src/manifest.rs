@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::interface::{DType, Logits, Ports};
+use crate::interface::{CacheLayout, DType, Logits, Ports};
+use crate::quantization::Quantization;
 
 /// The name of the file, beside the graphs.
 pub const MANIFEST: &str = "manifest.json";
@@ -38,6 +39,12 @@ pub struct Manifest {
     pub encoder_window: EncoderWindow,
     /// Positions whose logits the decoder graphs return.
     pub logits: Logits,
+    /// How the keys and values of the target pass from step to step.
+    #[serde(default)]
+    pub cache: CacheLayout,
+    /// Which matrices are held in few bits.
+    #[serde(default)]
+    pub quantization: Quantization,
     /// Numbers in the model, counted once each.
     pub parameters: u64,
     /// Where the weights came from.
@@ -126,6 +133,9 @@ pub struct TensorRecord {
     pub offset: u64,
     /// Length in bytes.
     pub bytes: u64,
+    /// An earlier tensor that is the same bytes in another shape, if this one is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub same_bytes_as: Option<String>,
 }
 
 /// The offsets of the sampled blocks in a file of `bytes` bytes; a file too small to sample is one block.

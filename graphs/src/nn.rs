@@ -3,8 +3,8 @@
 
 use crate::Options;
 use crate::config::Side;
-use crate::lower::Lowering;
-use crate::onnx::{Adjust, DType, Data, Graph, Scope, Value};
+use crate::lower::{Lowering, Matrix};
+use crate::onnx::{Adjust, Blocks, DType, Data, Graph, Packed, Part, Scope, Value};
 
 /// A place in one side of the checkpoint: step into a name with [`at`](Weights::at), ask for a tensor with the shape it must
 /// have. It carries what every block needs with its weights: the side's configuration, and how operators are lowered.
@@ -13,14 +13,14 @@ pub struct Weights<'g> {
     pub graph: &'g Graph,
     pub side: &'g Side,
     pub lowering: &'g dyn Lowering,
-    dtype: DType,
+    options: &'g Options,
     path: String,
 }
 
 impl<'g> Weights<'g> {
     /// The root of the checkpoint, for the blocks of `side`.
-    pub fn root(graph: &'g Graph, side: &'g Side, options: &Options) -> Weights<'g> {
-        Weights { graph, side, lowering: options.target.lowering(), dtype: options.dtype, path: String::new() }
+    pub fn root(graph: &'g Graph, side: &'g Side, options: &'g Options) -> Weights<'g> {
+        Weights { graph, side, lowering: options.target.lowering(), options, path: String::new() }
     }
 
     /// The place called `name` under this one.
@@ -36,22 +36,68 @@ impl<'g> Weights<'g> {
 
     /// The matrix or bias at this place.
     pub fn tensor(&self, shape: &[usize]) -> Value<'g> {
-        self.graph.parameter(&self.path, self.dtype, shape, Adjust::AsIs)
+        self.graph.parameter(&self.path, &self.whole(shape), self.dtype(), shape, Adjust::AsIs)
+    }
+
+    /// The matrix `[out, in]` at this place, to be multiplied with.
+    pub fn matrix(&self, shape: [usize; 2]) -> Matrix<'g> {
+        match self.options.quantization.of(&self.path) {
+            Some(blocks) => Matrix::Packed(self.packed(&self.whole(&shape), shape, blocks)),
+            None => Matrix::Plain(self.tensor(&shape)),
+        }
+    }
+
+    /// The tensor that the checkpoint has at this place.
+    fn whole(&self, shape: &[usize]) -> [Part; 1] {
+        [Part { tensor: self.path.clone(), shape: shape.to_vec() }]
+    }
+
+    /// The matrix `[out, in]` of `parts` one above the other, in few bits, under the name of this place.
+    fn packed(&self, parts: &[Part], [n, k]: [usize; 2], blocks: Blocks) -> Packed<'g> {
+        let parameter = |dtype, shape: &[usize], adjust| self.graph.parameter(&self.path, parts, dtype, shape, adjust);
+        let of_row = blocks.of_row(k);
+        Packed {
+            numbers: parameter(DType::UInt8, &[n, of_row, blocks.bytes()], Adjust::Packed(blocks)),
+            scales: parameter(DType::Float32, &[n, of_row], Adjust::Scales(blocks)),
+            zero_points: (!blocks.symmetric)
+                .then(|| parameter(DType::UInt8, &[n, blocks.zero_point_bytes(k)], Adjust::ZeroPoints(blocks))),
+            blocks,
+            shape: [n, k],
+        }
     }
 
     /// `1 +` the vector at this place, in float32 whatever the matrices are in.
     pub fn one_plus(&self, size: usize) -> Value<'g> {
-        self.graph.parameter(&self.path, DType::Float32, &[size], Adjust::OnePlus)
+        self.graph.parameter(&self.path, &self.whole(&[size]), DType::Float32, &[size], Adjust::OnePlus)
+    }
+
+    /// The table `[n, k]` at this place in few bits, to be looked up in. What is also the head has been packed for it, and is
+    /// read under a second name in the shape that fits here; rows must be whole blocks.
+    fn packed_table(&self, [n, k]: [usize; 2]) -> Option<Packed<'g>> {
+        let quantization = &self.options.quantization;
+        let is_head = self.path == self.options.vocabulary.head;
+        let blocks = if is_head { quantization.of(&self.path) } else { quantization.of_embedding(&self.path) };
+        let blocks = blocks.filter(|blocks| k.is_multiple_of(blocks.size))?;
+        let (name, shape) = (format!("{}.rows", self.path), [n, k * usize::from(blocks.bits) / 8]);
+        let parts = self.whole(&[n, k]);
+        let numbers = self.graph.parameter(&name, &parts, DType::UInt8, &shape, Adjust::Packed(blocks));
+        Some(Packed { numbers, ..self.packed(&parts, [n, k], blocks) })
+    }
+
+    /// `context · o_projᵀ (+ b)`, the last step of the attention at this place.
+    pub fn output_projection(&self, context: Value<'g>) -> Value<'g> {
+        let width = self.side.num_attention_heads * self.side.head_dim;
+        linear(context, [width, self.side.hidden_size], self.side.attention_bias, &self.at("o_proj"))
     }
 
     /// The type of the matrices, and of what is multiplied with them.
     pub fn dtype(&self) -> DType {
-        self.dtype
+        self.options.dtype
     }
 
     /// The type of the residual stream. A float16 stream would overflow: Gemma 2's residuals are known to pass 65504.
     pub fn residual(&self) -> DType {
-        if self.dtype == DType::Float16 { DType::Float32 } else { self.dtype }
+        if self.dtype() == DType::Float16 { DType::Float32 } else { self.dtype() }
     }
 }
 
@@ -59,18 +105,50 @@ impl<'g> Weights<'g> {
 pub fn embedding<'g>(ids: Value<'g>, w: &Weights<'g>) -> Value<'g> {
     let _scope = w.scope();
     let (vocab_size, hidden_size) = (w.side.vocab_size, w.side.hidden_size);
-    let factor = w.graph.constant(w.dtype, &[], Data::Floats(vec![(hidden_size as f64).sqrt()]));
+    let factor = w.graph.constant(w.dtype(), &[], Data::Floats(vec![(hidden_size as f64).sqrt()]));
     let [rows, length] = [0, 1].map(|axis| ids.dim(axis));
-    let table = w.tensor(&[vocab_size, hidden_size]);
-    let x = table.gather(ids).reshape(&[rows.times(&length), hidden_size.into()]); // [tokens, hidden]
+    let shape = [vocab_size, hidden_size];
+    let looked_up = match w.packed_table(shape) {
+        Some(table) => ids.gather_packed(table),
+        None => w.tensor(&shape).gather(ids),
+    };
+    let x = looked_up.reshape(&[rows.times(&length), hidden_size.into()]); // [tokens, hidden]
     x.cast(w.residual()) * factor.cast(w.residual())
 }
 
 /// `x · Wᵀ (+ b)`, computed and returned in the weights' type.
 pub fn linear<'g>(x: Value<'g>, [input, output]: [usize; 2], bias: bool, w: &Weights<'g>) -> Value<'g> {
-    let weight = w.at("weight").tensor(&[output, input]);
+    let weight = w.at("weight").matrix([output, input]);
     let bias = bias.then(|| w.at("bias").tensor(&[output]));
-    w.lowering.linear(x.cast(w.dtype), weight, bias)
+    w.lowering.linear(x.cast(w.dtype()), weight, bias)
+}
+
+/// Several [`linear`]s of one input, side by side, as one product: `(name, outputs)` of each under the place `w`. Held in few
+/// bits only if all of them are, in one way.
+pub fn stacked<'g>(
+    x: Value<'g>,
+    input: usize,
+    (name, parts): (&str, &[(&str, usize)]),
+    bias: bool,
+    w: &Weights<'g>,
+) -> Value<'g> {
+    let part = |&(part, output): &(&str, usize), what: &str| {
+        let shape = if what == "bias" { vec![output] } else { vec![output, input] };
+        Part { tensor: w.at(part).at(what).path, shape }
+    };
+    let all = |what: &str| -> Vec<Part> { parts.iter().map(|named| part(named, what)).collect() };
+    let output = parts.iter().map(|(_, outputs)| outputs).sum();
+    let (weights, at) = (all("weight"), w.at(name).at("weight"));
+    let held: Vec<Option<Blocks>> = weights.iter().map(|part| w.options.quantization.of(&part.tensor)).collect();
+    let weight = match held[0] {
+        Some(blocks) if held.iter().all(|held| *held == Some(blocks)) => {
+            Matrix::Packed(at.packed(&weights, [output, input], blocks))
+        }
+        _ => Matrix::Plain(w.graph.parameter(&at.path, &weights, w.dtype(), &[output, input], Adjust::AsIs)),
+    };
+    let bias =
+        bias.then(|| w.graph.parameter(&w.at(name).at("bias").path, &all("bias"), w.dtype(), &[output], Adjust::AsIs));
+    w.lowering.linear(x.cast(w.dtype()), weight, bias)
 }
 
 /// `x / √(mean(x²) + ε) · (1 + w)`, computed and returned in float32.

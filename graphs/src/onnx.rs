@@ -5,9 +5,13 @@
 //! `Value` is a copyable handle into the graph's arena, so equations read as equations and nothing returns a `Result`: a
 //! shape that does not fit is a mistake in a model definition, and panics with the definition's line, scope and shapes.
 
+mod contrib;
 mod graph;
 mod ops;
 mod shape;
 
-pub use graph::{Adjust, Attribute, Constant, Data, Definition, Graph, Node, Parameter, Scope, Value, ValueInfo};
+pub use contrib::{Heads, Packed};
+pub use graph::{
+    Adjust, Attribute, Blocks, Constant, Data, Definition, Graph, Node, Parameter, Part, Scope, Value, ValueInfo,
+};
 pub use shape::{DType, Dim};

@@ -174,7 +174,7 @@ fn sampled(bytes: &[u8]) -> String {
 
 /// Checks that the manifest describes the inputs and outputs that the configuration implies.
 fn check_ports(manifest_path: &Path, manifest: &Manifest, config: &Config) -> Result<(), Error> {
-    let interface = Interface::of(config, manifest.dtype, manifest.logits);
+    let interface = Interface::of(config, manifest.dtype, manifest.logits, manifest.cache);
     let graphs = [&interface.encoder, &interface.decoder, &interface.decoder_with_past];
     for (graph, expected) in GRAPHS.into_iter().zip(graphs) {
         let found = &manifest.graphs[graph].ports;
@@ -220,6 +220,13 @@ fn check_tensors(manifest_path: &Path, manifest: &Manifest) -> Result<(), Error>
             let expected = format!("a tensor within the file's {} bytes", manifest.weights.record.bytes);
             return wrong(field("offset"), expected, format!("{} + {} bytes", tensor.offset, tensor.bytes));
         }
+        if let Some(other) = &tensor.same_bytes_as {
+            let same = manifest.weights.tensors.iter().find(|earlier| earlier.name == *other);
+            if same.map(|same| (same.offset, same.bytes)) != Some((tensor.offset, tensor.bytes)) {
+                return wrong(field("same_bytes_as"), "a tensor at the same place".into(), format!("{other:?}"));
+            }
+            continue;
+        }
         if tensor.offset < previous_end {
             let expected = format!("at least {previous_end}, the end of the tensor before it");
             return wrong(field("offset"), expected, tensor.offset.to_string());
@@ -242,8 +249,9 @@ fn check_tensors(manifest_path: &Path, manifest: &Manifest) -> Result<(), Error>
 mod tests {
     use std::collections::BTreeMap;
 
-    use t5gemma_graphs::interface::{DType, Logits, Ports};
+    use t5gemma_graphs::interface::{CacheLayout, DType, Logits, Ports};
     use t5gemma_graphs::manifest::{EncoderWindow, Source, WeightsRecord};
+    use t5gemma_graphs::quantization::Quantization;
 
     use super::*;
 
@@ -258,6 +266,7 @@ mod tests {
             shape: vec![2, 3],
             offset,
             bytes: 24,
+            same_bytes_as: None,
         };
         let graph = GraphRecord {
             file: "encoder_model.onnx".into(),
@@ -274,6 +283,8 @@ mod tests {
             opset: 21,
             encoder_window: EncoderWindow::Inclusive,
             logits: Logits::Last,
+            cache: CacheLayout::Growing,
+            quantization: Quantization::default(),
             parameters: 12,
             source: Source::Dummy { seed: 0 },
             graphs: BTreeMap::from([("encoder".to_string(), graph)]),
@@ -290,7 +301,10 @@ mod tests {
     #[test]
     fn tensors_are_held_to_the_file() {
         type Change = fn(&mut Manifest);
-        let cases: [(&str, Change); 8] = [
+        let cases: [(&str, Change); 9] = [
+            ("weights.tensors[\"b\"].same_bytes_as", |manifest| {
+                manifest.weights.tensors[1].same_bytes_as = Some("a".into());
+            }),
             ("weights.tensors[\"a\"].name", |manifest| manifest.weights.tensors[1].name = "a".into()),
             ("weights.tensors[\"b\"].offset", |manifest| manifest.weights.tensors[1].offset = 8192),
             ("weights.tensors[\"b\"].offset", |manifest| manifest.weights.tensors[1].offset = u64::MAX - 4095),

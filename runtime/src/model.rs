@@ -21,7 +21,7 @@ use ort::session::builder::AutoDevicePolicy;
 use ort::session::{RunOptions, Session, SessionInputValue};
 use ort::value::{DynValue, Outlet, Tensor, TensorElementType, ValueType};
 use t5gemma_graphs::config::Config;
-use t5gemma_graphs::interface::{BATCH, DType, Dim, Interface, Port, Ports};
+use t5gemma_graphs::interface::{BATCH, CacheLayout, DType, Dim, Interface, Port, Ports};
 use t5gemma_graphs::manifest::{Manifest, TensorRecord};
 
 use crate::batch::{Batch, Prompts};
@@ -31,7 +31,7 @@ use crate::generate::{self, Watch};
 use crate::onnxruntime;
 use crate::options::GenerationOptions;
 use crate::search::{Hypothesis, Search};
-use crate::state::State;
+use crate::state::{Cache, State};
 use crate::tokenizer::Tokenizer;
 
 /// How a model is opened.
@@ -68,6 +68,9 @@ pub(crate) struct Encoded {
     /// `[items, source]`.
     mask: DynValue,
 }
+
+/// What a failure of [`Model::step`] says was being done.
+const DECODER_STEP: &str = "running a decoder step";
 
 /// The scores of the last target position of each row before any processing.
 pub(crate) struct Logits {
@@ -127,7 +130,8 @@ impl Model {
         let environment = onnxruntime::initialise(options.library.as_deref())?;
 
         let weights = initializers(&folder).map_err(Error::onnxruntime("sharing the weights"))?;
-        let interface = Interface::of(&folder.config, folder.manifest.dtype, folder.manifest.logits);
+        let Manifest { dtype, logits, cache, .. } = folder.manifest;
+        let interface = Interface::of(&folder.config, dtype, logits, cache);
         let open = |graph, ports| open_session(&environment, &folder, graph, ports, &weights, options.threads);
         Ok(Model {
             encoder: open("encoder", &interface.encoder)?,
@@ -217,19 +221,39 @@ impl Model {
         let mut outputs = run(&self.decoder, "running the first decoder step", &inputs, cancel)?.into_iter();
         let logits = outputs.next().expect("opening has verified that the logits come first");
         let logits = Logits::last(logits, rows).map_err(Error::onnxruntime("reading the logits"))?;
-        Ok((State::new(mask, outputs.collect(), self.per_item.clone()), logits))
+        let cached = outputs.collect();
+        let state = match self.folder.manifest.cache {
+            CacheLayout::Growing => Ok(State::growing(mask, cached, self.per_item.clone())),
+            CacheLayout::InPlace => State::in_place(mask, cached, &self.per_item),
+        };
+        Ok((state.map_err(Error::onnxruntime("preparing the cache"))?, logits))
     }
 
     /// Runs a further decoder step: new tokens for each target row, as many for one as for another.
     pub(crate) fn step(&self, state: &mut State, tokens: Vec<i64>, cancel: &Cancellation) -> Result<Logits, Error> {
-        let ids = int64_tensor(state.rows(), tokens)?;
-        let mut inputs: Vec<SessionInputValue> = vec![state.mask().into(), (&ids).into()];
-        inputs.extend(state.past().iter().map(SessionInputValue::from));
-        let mut outputs = run(&self.decoder_with_past, "running a decoder step", &inputs, cancel)?.into_iter();
-        drop(inputs);
-        let logits = outputs.next().expect("opening has verified that the logits come first");
-        state.grow(outputs);
-        Logits::last(logits, state.rows()).map_err(Error::onnxruntime("reading the logits"))
+        let rows = state.rows();
+        let logits = match state.cache_mut() {
+            Cache::Growing(cache) => {
+                let ids = int64_tensor(rows, tokens)?;
+                let mut inputs: Vec<SessionInputValue> = vec![cache.mask().into(), (&ids).into()];
+                inputs.extend(cache.past().iter().map(SessionInputValue::from));
+                let mut outputs = run(&self.decoder_with_past, DECODER_STEP, &inputs, cancel)?.into_iter();
+                drop(inputs);
+                let logits = outputs.next().expect("opening has verified that the logits come first");
+                cache.grow(outputs);
+                logits
+            }
+            Cache::InPlace(cache) => {
+                let mut session = self.decoder_with_past.lock().unwrap_or_else(PoisonError::into_inner);
+                let options = cancel.run_options()?;
+                match cache.step(&mut session, &tokens, options) {
+                    Ok(logits) => logits,
+                    Err(_) if cancel.is_cancelled() => return Err(Error::Cancelled),
+                    Err(error) => return Err(Error::onnxruntime(DECODER_STEP)(error)),
+                }
+            }
+        };
+        Logits::last(logits, rows).map_err(Error::onnxruntime("reading the logits"))
     }
 }
 
@@ -355,6 +379,8 @@ fn element_type(dtype: DType) -> TensorElementType {
         DType::Float16 => TensorElementType::Float16,
         DType::BFloat16 => TensorElementType::Bfloat16,
         DType::Int64 => TensorElementType::Int64,
+        DType::Int32 => TensorElementType::Int32,
+        DType::UInt8 => TensorElementType::Uint8,
         DType::Bool => TensorElementType::Bool,
     }
 }
@@ -442,9 +468,7 @@ fn described_outlet(outlet: &Outlet) -> String {
             _ => dim.to_string(),
         })
         .collect();
-    let known = [DType::Float32, DType::Float16, DType::BFloat16, DType::Int64, DType::Bool]
-        .into_iter()
-        .find(|&dtype| element_type(dtype) == *ty);
+    let known = DType::ALL.into_iter().find(|&dtype| element_type(dtype) == *ty);
     match known {
         Some(dtype) => described(outlet.name(), &dtype, &dims),
         None => described(outlet.name(), ty, &dims),
@@ -459,14 +483,15 @@ fn described(name: &str, dtype: &impl std::fmt::Display, shape: &[impl std::fmt:
 #[cfg(test)]
 mod tests {
     use ort::value::{Shape, SymbolicDimensions};
-    use t5gemma_graphs::interface::Logits;
+    use t5gemma_graphs::interface::{CacheLayout, Logits};
 
     use super::*;
 
     fn interface() -> Interface {
         let config =
             r#"{"model_type": "t5gemma", "encoder": {"num_hidden_layers": 2}, "decoder": {"num_hidden_layers": 3}}"#;
-        Interface::of(&Config::parse(config).expect("a minimal config"), DType::Float32, Logits::Last)
+        let config = Config::parse(config).expect("a minimal config");
+        Interface::of(&config, DType::Float32, Logits::Last, CacheLayout::Growing)
     }
 
     #[test]
@@ -509,7 +534,7 @@ mod tests {
         let cases = [
             (vec![ids()], "input 1", "none"),
             (vec![mask(), ids()], "input 0", "attention_mask int64 [rows, rows]"),
-            (vec![outlet("input_ids", TensorElementType::Int32, &[-1, -1])], "input 0", "input_ids i32 [rows, rows]"),
+            (vec![outlet("input_ids", TensorElementType::Int32, &[-1, -1])], "input 0", "input_ids int32 [rows, rows]"),
             (vec![outlet("input_ids", TensorElementType::Int64, &[-1])], "input 0", "input_ids int64 [rows]"),
             (vec![outlet("input_ids", TensorElementType::Int64, &[4, -1])], "input 0", "input_ids int64 [4, rows]"),
             (vec![ids(), mask(), ids()], "input 2", "input_ids int64 [rows, rows]"),

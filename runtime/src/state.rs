@@ -1,31 +1,47 @@
-//! `State`: what the decoder remembers of the rows in flight between two steps. The keys and values that one run returns
-//! are fed to the next as they are; only a change of rows (beams that continue another beam, items that have finished)
-//! copies them. Which row continues which is decided elsewhere.
+//! `State`: what the decoder remembers of the rows in flight between two steps, and how it follows a change of rows (beams
+//! that continue another beam, items that have finished). Which row continues which is decided elsewhere. The two ways of
+//! keeping it are those of [`CacheLayout`](t5gemma_graphs::interface::CacheLayout).
+
+mod growing;
+mod in_place;
 
 use half::{bf16, f16};
 use ort::value::{DynValue, PrimitiveTensorElementType, Tensor, TensorElementType};
 
 use crate::error::Error;
+use growing::Growing;
+use in_place::InPlace;
 
 /// The keys and values of the rows in flight, with the mask of their sources.
 ///
 /// Target rows are ordered by source item: the beams of one item are adjacent, and every item has as many.
 pub(crate) struct State {
-    /// `[items, source]`.
-    mask: DynValue,
-    /// The inputs of the cached decoder step after mask and tokens, in its order.
-    past: Vec<DynValue>,
-    /// For each of `past`, whether its first axis is source items (cross-attention) or target rows (self-attention).
-    per_item: Vec<bool>,
+    cache: Cache,
     items: usize,
     rows: usize,
 }
 
+/// The keys and values.
+pub(crate) enum Cache {
+    /// Every step makes new ones.
+    Growing(Growing),
+    /// Every step writes into what there is.
+    InPlace(Box<InPlace>),
+}
+
 impl State {
-    /// The state after the first decoder step, which runs one target row for each source item.
-    pub fn new(mask: DynValue, past: Vec<DynValue>, per_item: Vec<bool>) -> State {
+    /// The state after the first decoder step, which runs one target row for each source item: `mask` is `[items, source]`,
+    /// `cached` are the step's outputs after the logits, and `per_item` tells of each whether its first axis is source
+    /// items (cross-attention) or target rows (self-attention).
+    pub fn growing(mask: DynValue, cached: Vec<DynValue>, per_item: Vec<bool>) -> State {
         let items = mask.shape()[0] as usize;
-        State { mask, past, per_item, items, rows: items }
+        State { cache: Cache::Growing(Growing::new(mask, cached, per_item)), items, rows: items }
+    }
+
+    /// The same, to be continued in place.
+    pub fn in_place(mask: DynValue, cached: Vec<DynValue>, per_item: &[bool]) -> ort::Result<State> {
+        let items = mask.shape()[0] as usize;
+        Ok(State { cache: Cache::InPlace(Box::new(InPlace::new(mask, cached, per_item)?)), items, rows: items })
     }
 
     /// The number of source items in flight.
@@ -38,57 +54,40 @@ impl State {
         self.rows
     }
 
-    /// The sources' mask.
-    pub fn mask(&self) -> &DynValue {
-        &self.mask
-    }
-
-    /// Everything cached, in the order of the graph's inputs.
-    pub fn past(&self) -> &[DynValue] {
-        &self.past
-    }
-
-    /// Takes a step's grown self-attention keys and values, in the order of the graph's outputs.
-    pub fn grow(&mut self, present: impl IntoIterator<Item = DynValue>) {
-        let grown = self.past.iter_mut().zip(&self.per_item).filter(|(_, per_item)| !**per_item);
-        for ((past, _), present) in grown.zip(present) {
-            *past = present;
-        }
+    /// The keys and values, for a step.
+    pub fn cache_mut(&mut self) -> &mut Cache {
+        &mut self.cache
     }
 
     /// Keeps the source items `items`, and makes target row `r` the continuation of row `parents[r]`. Both count in the
     /// items and rows of before the call; `parents` holds as many rows for each kept item.
     pub fn select(&mut self, items: &[usize], parents: &[usize]) -> Result<(), Error> {
-        let gather = |value: &mut DynValue, rows: &[usize], before: usize| -> Result<(), Error> {
-            if !rows.iter().copied().eq(0..before) {
-                *value = gather_rows(value, rows).map_err(Error::onnxruntime("reordering the cache"))?;
-            }
-            Ok(())
-        };
-        gather(&mut self.mask, items, self.items)?;
-        for (past, &per_item) in self.past.iter_mut().zip(&self.per_item) {
-            match per_item {
-                true => gather(past, items, self.items)?,
-                false => gather(past, parents, self.rows)?,
-            }
+        let before = (self.items, self.rows);
+        match &mut self.cache {
+            Cache::Growing(cache) => cache.select(items, parents, before),
+            Cache::InPlace(cache) => cache.select(items, parents, before),
         }
+        .map_err(Error::onnxruntime("reordering the cache"))?;
         (self.items, self.rows) = (items.len(), parents.len());
         Ok(())
     }
 }
 
-/// A tensor of the given rows (entries of the first axis) of another, whatever the element type.
-fn gather_rows(value: &DynValue, rows: &[usize]) -> ort::Result<DynValue> {
-    match value.data_type() {
-        TensorElementType::Float32 => gather_rows_of::<f32>(value, rows),
-        TensorElementType::Float16 => gather_rows_of::<f16>(value, rows),
-        TensorElementType::Bfloat16 => gather_rows_of::<bf16>(value, rows),
-        TensorElementType::Int64 => gather_rows_of::<i64>(value, rows),
-        other => Err(ort::Error::new(format!("a cache of {other}"))),
+/// Makes `value` the tensor of the given rows (entries of the first axis) of itself, which has `before` rows.
+fn keep_rows(value: &mut DynValue, rows: &[usize], before: usize) -> ort::Result<()> {
+    if !rows.iter().copied().eq(0..before) {
+        *value = match value.data_type() {
+            TensorElementType::Float32 => gather_rows::<f32>(value, rows),
+            TensorElementType::Float16 => gather_rows::<f16>(value, rows),
+            TensorElementType::Bfloat16 => gather_rows::<bf16>(value, rows),
+            TensorElementType::Int64 => gather_rows::<i64>(value, rows),
+            other => Err(ort::Error::new(format!("a cache of {other}"))),
+        }?;
     }
+    Ok(())
 }
 
-fn gather_rows_of<T>(value: &DynValue, rows: &[usize]) -> ort::Result<DynValue>
+fn gather_rows<T>(value: &DynValue, rows: &[usize]) -> ort::Result<DynValue>
 where
     T: PrimitiveTensorElementType + std::fmt::Debug + Copy + 'static,
 {

@@ -4,6 +4,8 @@ use std::cell::RefCell;
 use std::collections::HashMap;
 use std::panic::Location;
 
+use serde::{Deserialize, Serialize};
+
 use super::{DType, Dim};
 
 /// A graph under construction.
@@ -48,17 +50,17 @@ pub struct ValueInfo {
     pub shape: Vec<Dim>,
 }
 
-/// One operator of the standard domain.
+/// One operator.
 #[derive(Clone, Debug)]
 pub struct Node {
     /// Unique within the graph: the scope it was written in and the operator's name.
     pub name: String,
-    /// The operator.
+    /// The operator; one that is not of the standard domain follows its domain and a dot.
     pub op: &'static str,
-    /// Indices of values.
-    pub inputs: Vec<usize>,
-    /// Indices of values.
-    pub outputs: Vec<usize>,
+    /// Indices of values; none for an optional input that is left out.
+    pub inputs: Vec<Option<usize>>,
+    /// Indices of values; none for an optional output that is not asked for.
+    pub outputs: Vec<Option<usize>>,
     /// Attributes, in order.
     pub attributes: Vec<(&'static str, Attribute)>,
 }
@@ -68,6 +70,8 @@ pub struct Node {
 pub enum Attribute {
     /// A whole number.
     Int(i64),
+    /// A number in float32, as its bits.
+    Float(u32),
     /// Several whole numbers.
     Ints(Vec<i64>),
     /// Text.
@@ -79,7 +83,7 @@ pub enum Attribute {
 pub enum Data {
     /// For the float types.
     Floats(Vec<f64>),
-    /// For int64.
+    /// For the whole numbers.
     Ints(Vec<i64>),
 }
 
@@ -97,10 +101,19 @@ pub struct Constant {
 pub struct Parameter {
     /// The value it defines.
     pub value: usize,
-    /// The checkpoint's name of the tensor.
-    pub tensor: String,
-    /// What is done to the tensor's numbers before they are rounded to the value's dtype.
+    /// The tensors of the checkpoint that it is made of, one above the other.
+    pub parts: Vec<Part>,
+    /// What is done to the tensors' numbers before they are rounded to the value's dtype.
     pub adjust: Adjust,
+}
+
+/// A tensor of the checkpoint.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// The checkpoint's name of it.
+    pub tensor: String,
+    /// Its dimensions.
+    pub shape: Vec<usize>,
 }
 
 /// What is done to a checkpoint tensor's numbers on the way into a graph.
@@ -110,6 +123,41 @@ pub enum Adjust {
     AsIs,
     /// `1 + w`, in float32: the factor that Gemma's RMSNorm multiplies by.
     OnePlus,
+    /// Whole numbers of few bits, see [`Blocks`].
+    Packed(Blocks),
+    /// What the packed numbers of a block are multiplied with.
+    Scales(Blocks),
+    /// The packed numbers that stand for zero, one a block.
+    ZeroPoints(Blocks),
+}
+
+/// How the rows of a matrix `[n, k]` are held in few bits a number, as `MatMulNBits` reads them: in blocks of `size`
+/// numbers along `k`, the last one filled up, with `w = scale · (packed − zero)`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Blocks {
+    /// Bits of a packed number, 4 or 8; of two in a byte the first is the lower.
+    pub bits: u8,
+    /// Numbers in a block: a power of two from 16 to 128.
+    pub size: usize,
+    /// Whether zero is in the middle, `2^(bits − 1)`, of every block, which then has no zero point of its own.
+    pub symmetric: bool,
+}
+
+impl Blocks {
+    /// Blocks in a row of `k` numbers.
+    pub fn of_row(self, k: usize) -> usize {
+        k.div_ceil(self.size)
+    }
+
+    /// Bytes of a packed block.
+    pub fn bytes(self) -> usize {
+        self.size * usize::from(self.bits) / 8
+    }
+
+    /// Bytes of a row's zero points.
+    pub fn zero_point_bytes(self, k: usize) -> usize {
+        (self.of_row(k) * usize::from(self.bits)).div_ceil(8)
+    }
 }
 
 /// Keeps node names under a path until it is dropped.
@@ -121,7 +169,7 @@ pub struct Scope<'g> {
 #[derive(PartialEq, Eq, Hash)]
 struct Key {
     op: &'static str,
-    inputs: Vec<usize>,
+    inputs: Vec<Option<usize>>,
     attributes: Vec<(&'static str, Attribute)>,
 }
 
@@ -135,7 +183,7 @@ struct State {
     constants: Vec<Constant>,
     parameters: Vec<Parameter>,
     /// Nodes already written, by what they compute.
-    written: HashMap<Key, Vec<usize>>,
+    written: HashMap<Key, Vec<Option<usize>>>,
     names: HashMap<String, usize>,
 }
 
@@ -185,12 +233,16 @@ impl Graph {
         state.outputs.push(value.id);
     }
 
-    /// A tensor of the checkpoint, rounded to `dtype` after `adjust`.
-    pub fn parameter(&self, tensor: &str, dtype: DType, shape: &[usize], adjust: Adjust) -> Value<'_> {
+    /// A tensor of the checkpoint, or several one above the other, rounded to `dtype` after `adjust`. `name` is what it is
+    /// called where it is as stored; the same bytes can be had in several shapes under several names.
+    pub fn parameter(&self, name: &str, parts: &[Part], dtype: DType, shape: &[usize], adjust: Adjust) -> Value<'_> {
         let mut state = self.state.borrow_mut();
         let name = match adjust {
-            Adjust::AsIs => tensor.to_string(),
-            Adjust::OnePlus => format!("{tensor}.one_plus"),
+            Adjust::AsIs => name.to_string(),
+            Adjust::OnePlus => format!("{name}.one_plus"),
+            Adjust::Packed(Blocks { bits, .. }) => format!("{name}.int{bits}"),
+            Adjust::Scales(_) => format!("{name}.scales"),
+            Adjust::ZeroPoints(_) => format!("{name}.zero_points"),
         };
         let known = state.parameters.iter().find(|known| state.values[known.value].name == name);
         let id = match known {
@@ -198,7 +250,7 @@ impl Graph {
                 let (info, expected) = (&state.values[known.value], Dim::all(shape));
                 assert!(
                     info.dtype == dtype && info.shape == expected,
-                    "{tensor} is used as {} {:?} and as {dtype} {shape:?}",
+                    "{name} is used as {} {:?} and as {dtype} {shape:?}",
                     info.dtype,
                     info.shape
                 );
@@ -206,7 +258,7 @@ impl Graph {
             }
             None => {
                 let id = state.add(name, dtype, Dim::all(shape));
-                state.parameters.push(Parameter { value: id, tensor: tensor.to_string(), adjust });
+                state.parameters.push(Parameter { value: id, parts: parts.to_vec(), adjust });
                 id
             }
         };
@@ -217,7 +269,7 @@ impl Graph {
     pub fn constant(&self, dtype: DType, shape: &[usize], data: Data) -> Value<'_> {
         let count = match &data {
             Data::Floats(numbers) if dtype.is_float() => numbers.len(),
-            Data::Ints(numbers) if dtype == DType::Int64 => numbers.len(),
+            Data::Ints(numbers) if matches!(dtype, DType::Int64 | DType::Int32) => numbers.len(),
             other => panic!("a constant of {dtype} cannot hold {other:?}"),
         };
         assert_eq!(count, shape.iter().product::<usize>(), "a constant of shape {shape:?}");
@@ -235,6 +287,23 @@ impl Graph {
                 id
             }
         };
+        Value { graph: self, id }
+    }
+
+    /// Numbers that are part of the graph, of float32, under a name: made once, however often they are asked for.
+    pub fn table(&self, name: &str, shape: &[usize], numbers: impl FnOnce() -> Vec<f64>) -> Value<'_> {
+        let known = {
+            let state = self.state.borrow();
+            state.constants.iter().find(|known| state.values[known.value].name == name).map(|known| known.value)
+        };
+        let id = known.unwrap_or_else(|| {
+            let numbers = numbers();
+            assert_eq!(numbers.len(), shape.iter().product::<usize>(), "{name} of shape {shape:?}");
+            let mut state = self.state.borrow_mut();
+            let id = state.add(name.to_string(), DType::Float32, Dim::all(shape));
+            state.constants.push(Constant { value: id, data: Data::Floats(numbers) });
+            id
+        });
         Value { graph: self, id }
     }
 
@@ -276,22 +345,68 @@ impl Graph {
         attributes: &[(&'static str, Attribute)],
         outputs: &[(DType, Vec<Dim>)],
     ) -> Vec<Value<'g>> {
+        let inputs: Vec<Option<Value<'g>>> = inputs.iter().copied().map(Some).collect();
+        let outputs: Vec<Option<(DType, Vec<Dim>)>> = outputs.iter().cloned().map(Some).collect();
+        self.node_with_options(op, &inputs, attributes, &outputs).into_iter().flatten().collect()
+    }
+
+    /// Writes an operator some of whose inputs or outputs may be left out, or finds the one written before.
+    pub(super) fn node_with_options<'g>(
+        &'g self,
+        op: &'static str,
+        inputs: &[Option<Value<'g>>],
+        attributes: &[(&'static str, Attribute)],
+        outputs: &[Option<(DType, Vec<Dim>)>],
+    ) -> Vec<Option<Value<'g>>> {
         let mut state = self.state.borrow_mut();
-        let inputs: Vec<usize> = inputs.iter().map(|value| value.id).collect();
+        let inputs: Vec<Option<usize>> = inputs.iter().map(|value| value.map(|value| value.id)).collect();
         let key = Key { op, inputs: inputs.clone(), attributes: attributes.to_vec() };
+        let value = |id: &Option<usize>| id.map(|id| Value { graph: self, id });
         if let Some(ids) = state.written.get(&key) {
-            return ids.iter().map(|&id| Value { graph: self, id }).collect();
+            return ids.iter().map(value).collect();
         }
-        let path = if state.scope.is_empty() { format!("/{op}") } else { format!("/{}/{op}", state.scope) };
+        let (_, short) = split(op);
+        let path = if state.scope.is_empty() { format!("/{short}") } else { format!("/{}/{short}", state.scope) };
         let name = state.unique(path);
-        let ids: Vec<usize> = outputs
+        let ids: Vec<Option<usize>> = outputs
             .iter()
             .enumerate()
-            .map(|(i, (dtype, shape))| state.add(format!("{name}_output_{i}"), *dtype, shape.clone()))
+            .map(|(i, output)| {
+                output.as_ref().map(|(dtype, shape)| state.add(format!("{name}_output_{i}"), *dtype, shape.clone()))
+            })
             .collect();
         state.nodes.push(Node { name, op, inputs, outputs: ids.clone(), attributes: attributes.to_vec() });
         state.written.insert(key, ids.clone());
-        ids.into_iter().map(|id| Value { graph: self, id }).collect()
+        ids.iter().map(value).collect()
+    }
+
+    /// The inputs of the node that computes `value`, if that is an `op`.
+    pub(super) fn inputs_of<'g>(&'g self, value: Value<'g>, op: &str) -> Option<Vec<Value<'g>>> {
+        let state = self.state.borrow();
+        let node = state.nodes.iter().find(|node| node.op == op && node.outputs.contains(&Some(value.id)))?;
+        node.inputs.iter().map(|id| id.map(|id| Value { graph: self, id })).collect()
+    }
+
+    /// Has `value` computed by a new operator, which computes more besides, in the place of the one that computes it.
+    /// `outputs` are the new ones; the old value is the last output.
+    pub(super) fn recompute<'g>(
+        &'g self,
+        value: Value<'g>,
+        op: &'static str,
+        inputs: &[Value<'g>],
+        attributes: &[(&'static str, Attribute)],
+        outputs: &[Option<(DType, Vec<Dim>)>],
+    ) -> Vec<Option<Value<'g>>> {
+        let new = {
+            let inputs: Vec<Option<Value<'g>>> = inputs.iter().copied().map(Some).collect();
+            self.node_with_options(op, &inputs, attributes, outputs)
+        };
+        let mut state = self.state.borrow_mut();
+        let mut node = state.nodes.pop().expect("written just now");
+        let place = state.nodes.iter().position(|old| old.outputs == [Some(value.id)]).expect("has one output");
+        node.outputs.push(Some(value.id));
+        state.nodes[place] = node;
+        new
     }
 
     /// Stops with what is wrong and where in the model definition it was written.
@@ -309,8 +424,8 @@ impl Graph {
         }
         let mut nodes = Vec::new();
         for node in state.nodes.into_iter().rev() {
-            if node.outputs.iter().any(|&id| needed[id]) {
-                node.inputs.iter().for_each(|&id| needed[id] = true);
+            if node.outputs.iter().flatten().any(|&id| needed[id]) {
+                node.inputs.iter().flatten().for_each(|&id| needed[id] = true);
                 nodes.push(node);
             }
         }
@@ -324,6 +439,25 @@ impl Graph {
             constants: state.constants.into_iter().filter(|constant| needed[constant.value]).collect(),
             parameters: state.parameters.into_iter().filter(|parameter| needed[parameter.value]).collect(),
         }
+    }
+}
+
+/// The domain and the name of an operator.
+fn split(op: &'static str) -> (&'static str, &'static str) {
+    op.rsplit_once('.').unwrap_or(("", op))
+}
+
+impl Node {
+    /// The operator's domain, empty for the standard one, and its name there.
+    pub fn operator(&self) -> (&'static str, &'static str) {
+        split(self.op)
+    }
+}
+
+impl Attribute {
+    /// A number, rounded to float32.
+    pub fn float(number: f64) -> Attribute {
+        Attribute::Float((number as f32).to_bits())
     }
 }
 

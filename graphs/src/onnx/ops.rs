@@ -1,5 +1,4 @@
-//! The operators that model definitions use, each with its rule for dtypes and shapes. All are of the standard ONNX domain
-//! at [`OPSET`](crate::OPSET).
+//! The standard ONNX operators that model definitions use, each with its rule for dtypes and shapes.
 
 use std::ops::{Add, BitAnd, Div, Mul, Neg, Sub};
 
@@ -87,6 +86,8 @@ impl<'g> Value<'g> {
         // The numbers of TensorProto.DataType.
         let code = match to {
             DType::Float32 => 1,
+            DType::UInt8 => 2,
+            DType::Int32 => 6,
             DType::Int64 => 7,
             DType::Bool => 9,
             DType::Float16 => 10,
@@ -283,6 +284,17 @@ impl<'g> Value<'g> {
         first.graph.node("Concat", parts, &[("axis", Attribute::Int(axis as i64))], &[(first.dtype(), shape)])[0]
     }
 
+    /// The tensor repeated along axes of length 1 until it has the dimensions `to`, which other tensors have.
+    #[track_caller]
+    pub fn expand(self, to: &[Dim]) -> Value<'g> {
+        if self.shape() == to {
+            return self;
+        }
+        let sizes: Vec<Value<'g>> = to.iter().map(|dim| self.graph.size(dim)).collect();
+        let sizes = if sizes.len() == 1 { sizes[0] } else { Value::concat(&sizes, 0) };
+        self.one("Expand", &[self, sizes], self.dtype(), to.to_vec())
+    }
+
     /// The two halves of the last axis.
     #[track_caller]
     pub fn halves(self) -> (Value<'g>, Value<'g>) {
@@ -397,7 +409,7 @@ mod tests {
     /// The constant that is the second input of the only node called `op`.
     fn second_input<'d>(graph: &'d Definition, op: &str) -> Option<&'d Constant> {
         let node = graph.nodes.iter().find(|node| node.op == op).expect("the operator was written");
-        graph.constants.iter().find(|constant| constant.value == node.inputs[1])
+        graph.constants.iter().find(|constant| Some(constant.value) == node.inputs[1])
     }
 
     #[test]

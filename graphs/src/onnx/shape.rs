@@ -16,18 +16,26 @@ pub enum DType {
     BFloat16,
     /// Signed 64-bit integer: token ids, masks at the interface, shapes.
     Int64,
+    /// Signed 32-bit integer: lengths, where an operator wants them so.
+    Int32,
+    /// Byte: numbers packed into blocks.
+    UInt8,
     /// One byte, 0 or 1: masks inside a graph.
     Bool,
 }
 
 impl DType {
+    /// Every type.
+    pub const ALL: [DType; 7] =
+        [DType::Float32, DType::Float16, DType::BFloat16, DType::Int64, DType::Int32, DType::UInt8, DType::Bool];
+
     /// The bytes of one element.
     pub fn size(self) -> usize {
         match self {
             DType::Int64 => 8,
-            DType::Float32 => 4,
+            DType::Float32 | DType::Int32 => 4,
             DType::Float16 | DType::BFloat16 => 2,
-            DType::Bool => 1,
+            DType::Bool | DType::UInt8 => 1,
         }
     }
 
@@ -44,6 +52,8 @@ impl fmt::Display for DType {
             DType::Float16 => "float16",
             DType::BFloat16 => "bfloat16",
             DType::Int64 => "int64",
+            DType::Int32 => "int32",
+            DType::UInt8 => "uint8",
             DType::Bool => "bool",
         })
     }

@@ -1,0 +1,68 @@
+//! For ONNX Runtime on a CPU, where a decoder step is bound by the bytes of the weights and then by the number of operators:
+//! one operator for a norm and the sum before it, one for the whole of self-attention with rotary positions and a cache that
+//! is written in place, one for cross-attention.
+
+use super::{Attention, Lowering, decomposed};
+use crate::attention::{KeyValue, rotary_tables};
+use crate::decoder::Context;
+use crate::interface::{CacheLayout, PRESENT};
+use crate::nn::{Weights, stacked};
+use crate::onnx::{DType, Data, Dim, Heads, Value};
+
+/// `GroupQueryAttention` rotates heads of multiples of this width only; other models keep a growing cache.
+pub const HEAD_DIM: usize = 16;
+
+pub struct Cpu;
+
+impl Lowering for Cpu {
+    fn rms_norm<'g>(&self, x: Value<'g>, factor: Value<'g>, eps: f64) -> Value<'g> {
+        x.simplified_layer_norm(factor, eps)
+    }
+
+    fn causal<'g>(
+        &self,
+        x: Value<'g>,
+        context: &Context<'g>,
+        past: Option<KeyValue<'g>>,
+        w: &Weights<'g>,
+    ) -> (Value<'g>, KeyValue<'g>) {
+        if context.cache == CacheLayout::Growing {
+            return crate::attention::growing(x, context, past, w);
+        }
+        let (tokens, side, graph) = (&context.tokens, w.side, w.graph);
+        let [q, kv] = [side.num_attention_heads, side.num_key_value_heads].map(|count| count * side.head_dim);
+        let parts = [("q_proj", q), ("k_proj", kv), ("v_proj", kv)];
+        let projected = stacked(x, side.hidden_size, ("qkv_proj", &parts), side.attention_bias, w);
+        let packed = projected.reshape(&[tokens.rows.clone(), tokens.length.clone(), (q + 2 * kv).into()]);
+
+        let last = tokens.positions.last(0).cast(DType::Int32); // [1]
+        let total = last + graph.constant(DType::Int32, &[1], Data::Ints(vec![1]));
+        let lengths = [last.expand(std::slice::from_ref(&tokens.rows)), total];
+        let heads = Heads {
+            count: side.num_attention_heads,
+            kv_count: side.num_key_value_heads,
+            dim: side.head_dim,
+            scale: side.query_pre_attn_scalar.powf(-0.5),
+            cap: side.attn_logit_softcapping,
+            window: context.kind.window(),
+        };
+        let present = if past.is_some() { Dim::symbol(PRESENT) } else { tokens.length.clone() };
+        let past = past.map(|past| [past.key, past.value]);
+        let [attended, key, value] = packed.group_query_attention(past, lengths, rotary_tables(w), heads, &present);
+        let attended = attended.reshape(&[tokens.rows.times(&tokens.length), q.into()]);
+        (w.output_projection(attended), KeyValue { key, value })
+    }
+
+    fn attention<'g>(&self, a: Attention<'g>) -> Value<'g> {
+        // The encoder's scores are a square: there ONNX Runtime is faster in steps, whose tanh it vectorises.
+        if a.query.dim(1) == a.key_value.key.dim(2) {
+            return decomposed(a);
+        }
+        let visible = if a.visible.shape().len() == 5 { a.visible.squeeze(1) } else { a.visible };
+        let query = a.query.transpose(&[0, 2, 1, 3]); // [batch, heads, queries, head_dim]
+        let mut shape = visible.shape();
+        shape[visible.shape().len() - 2] = query.dim(2);
+        let visible = visible.expand(&shape);
+        query.attention([a.key_value.key, a.key_value.value], visible, a.scale, a.cap).transpose(&[0, 2, 1, 3])
+    }
+}

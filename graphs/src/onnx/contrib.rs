@@ -1,0 +1,146 @@
+//! Operators of ONNX Runtime's own domain, and those of the standard one that only its newer versions have: what the
+//! targets that are written for ONNX Runtime are lowered to.
+
+use super::graph::{Attribute, Value};
+use super::{Blocks, DType, Dim};
+
+/// A matrix `[n, k]` packed in blocks.
+#[derive(Clone, Copy)]
+pub struct Packed<'g> {
+    /// uint8 `[n, blocks, bytes of a block]`.
+    pub numbers: Value<'g>,
+    /// float32 `[n, blocks]`.
+    pub scales: Value<'g>,
+    /// uint8 `[n, bytes of a row's zero points]`, for blocks that are not symmetric.
+    pub zero_points: Option<Value<'g>>,
+    /// How it is packed.
+    pub blocks: Blocks,
+    /// Rows and columns.
+    pub shape: [usize; 2],
+}
+
+/// What `GroupQueryAttention` is told of its heads.
+#[derive(Clone, Copy)]
+pub struct Heads {
+    /// Query heads.
+    pub count: usize,
+    /// Heads of keys and values.
+    pub kv_count: usize,
+    /// Width of a head.
+    pub dim: usize,
+    /// Factor of the scores.
+    pub scale: f64,
+    /// Soft-cap of the scores.
+    pub cap: Option<f64>,
+    /// Positions that a query sees, itself included; all before it if none.
+    pub window: Option<usize>,
+}
+
+impl<'g> Value<'g> {
+    /// `x / √(mean(x²) + ε) · factor`, of a sum also the sum itself from one operator.
+    #[track_caller]
+    pub fn simplified_layer_norm(self, factor: Value<'g>, eps: f64) -> Value<'g> {
+        let epsilon = ("epsilon", Attribute::float(eps));
+        let output = (self.dtype(), self.shape());
+        let sum = self.graph.inputs_of(self, "Add").filter(|parts| parts.iter().all(|part| part.shape() == output.1));
+        let Some(parts) = sum else {
+            let attributes = [("axis", Attribute::Int(-1)), epsilon];
+            return self.graph.node("SimplifiedLayerNormalization", &[self, factor], &attributes, &[output])[0];
+        };
+        let inputs = [parts[0], parts[1], factor];
+        let op = "com.microsoft.SkipSimplifiedLayerNormalization";
+        let outputs = self.graph.recompute(self, op, &inputs, &[epsilon], &[Some(output), None, None]);
+        outputs[0].expect("the first output is asked for")
+    }
+
+    /// `x · wᵀ (+ b)` with a packed weight: x `[tokens, k]`, b `[n]`.
+    #[track_caller]
+    pub fn matmul_nbits(self, weight: Packed<'g>, bias: Option<Value<'g>>) -> Value<'g> {
+        let [n, k] = weight.shape;
+        let x = self.shape();
+        if x.len() != 2 || x[1] != Dim::fixed(k) || self.dtype() != DType::Float32 {
+            self.graph.mistake(format!("MatMulNBits of {} by [{n}, {k}]", Dim::list(&x)));
+        }
+        let number = |number: usize| Attribute::Int(number as i64);
+        let attributes = [
+            ("K", number(k)),
+            ("N", number(n)),
+            ("bits", Attribute::Int(weight.blocks.bits.into())),
+            ("block_size", number(weight.blocks.size)),
+            // Products of int8 with int8: the fast way where this machine has no better one.
+            ("accuracy_level", Attribute::Int(4)),
+        ];
+        let mut inputs = vec![Some(self), Some(weight.numbers), Some(weight.scales)];
+        if weight.zero_points.is_some() || bias.is_some() {
+            inputs.extend([weight.zero_points, None, bias]);
+        }
+        while matches!(inputs.last(), Some(None)) {
+            inputs.pop();
+        }
+        let output = Some((self.dtype(), vec![x[0].clone(), Dim::fixed(n)]));
+        let op = "com.microsoft.MatMulNBits";
+        self.graph.node_with_options(op, &inputs, &attributes, &[output])[0].expect("asked for")
+    }
+
+    /// The rows of a packed matrix `[n, k]` that `ids` name, `[…ids, k]` in float32. Its numbers here are `[n, bytes of k]`.
+    #[track_caller]
+    pub fn gather_packed(self, table: Packed<'g>) -> Value<'g> {
+        let attributes = [
+            ("bits", Attribute::Int(table.blocks.bits.into())),
+            ("block_size", Attribute::Int(table.blocks.size as i64)),
+            ("gather_axis", Attribute::Int(0)),
+            ("quantize_axis", Attribute::Int(1)),
+        ];
+        let inputs: Vec<Value<'g>> = [table.numbers, self, table.scales].into_iter().chain(table.zero_points).collect();
+        let shape = [self.shape(), vec![Dim::fixed(table.shape[1])]].concat();
+        let op = "com.microsoft.GatherBlockQuantized";
+        self.graph.node(op, &inputs, &attributes, &[(DType::Float32, shape)])[0]
+    }
+
+    /// Causal attention of queries, keys and values that lie side by side, `[rows, length, (count + 2·kv_count)·dim]`, with
+    /// rotary positions, over a past `[rows, kv_count, capacity, dim]` that it is written into in place if the present is
+    /// given the same memory. Returns the context `[rows, length, count·dim]` and the present, of length `present`.
+    #[track_caller]
+    pub fn group_query_attention(
+        self,
+        past: Option<[Value<'g>; 2]>,
+        lengths: [Value<'g>; 2],
+        rotary: [Value<'g>; 2],
+        heads: Heads,
+        present: &Dim,
+    ) -> [Value<'g>; 3] {
+        let mut attributes = vec![
+            ("num_heads", Attribute::Int(heads.count as i64)),
+            ("kv_num_heads", Attribute::Int(heads.kv_count as i64)),
+            ("scale", Attribute::float(heads.scale)),
+            ("do_rotary", Attribute::Int(1)),
+        ];
+        attributes.extend(heads.cap.map(|cap| ("softcap", Attribute::float(cap))));
+        attributes.extend(heads.window.map(|window| ("local_window_size", Attribute::Int(window as i64))));
+        let [key, value] = past.map_or([None; 2], |past| past.map(Some));
+        let ([last, total], [cos, sin]) = (lengths, rotary);
+        let inputs = [Some(self), None, None, key, value, Some(last), Some(total), Some(cos), Some(sin)];
+        let (rows, dtype) = (self.dim(0), self.dtype());
+        let context = vec![rows.clone(), self.dim(1), Dim::fixed(heads.count * heads.dim)];
+        let cached = vec![rows, heads.kv_count.into(), present.clone(), heads.dim.into()];
+        let outputs = [context, cached.clone(), cached].map(|shape| Some((dtype, shape)));
+        let op = "com.microsoft.GroupQueryAttention";
+        let outputs = self.graph.node_with_options(op, &inputs, &attributes, &outputs);
+        [0, 1, 2].map(|i| outputs[i].expect("asked for"))
+    }
+
+    /// `softmax(softcap(q·kᵀ·scale) + (visible ? 0 : −∞)) · v`: queries `[batch, heads, queries, dim]`, keys and values
+    /// `[batch, kv_heads, keys, dim]`, visible bool, broadcast against `[batch, heads, queries, keys]`.
+    pub fn attention(
+        self,
+        [key, value]: [Value<'g>; 2],
+        visible: Value<'g>,
+        scale: f64,
+        cap: Option<f64>,
+    ) -> Value<'g> {
+        let mut attributes = vec![("scale", Attribute::float(scale))];
+        attributes.extend(cap.map(|cap| ("softcap", Attribute::float(cap))));
+        let output = (self.dtype(), self.shape());
+        self.graph.node("Attention", &[self, key, value, visible], &attributes, &[output])[0]
+    }
+}

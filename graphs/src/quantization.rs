@@ -1,0 +1,94 @@
+//! Which matrices are held in few bits: plain data, decided by the exporter and recorded in the manifest.
+
+use serde::{Deserialize, Serialize};
+
+use crate::onnx::Blocks;
+
+/// How the matrices of each part are held; none as they are.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Quantization {
+    /// The encoder's layers and its embedding.
+    pub encoder: Option<Blocks>,
+    /// The decoder's layers.
+    pub decoder: Option<Blocks>,
+    /// The output head, and the decoder's embedding where the head is tied to it.
+    pub head: Option<Blocks>,
+    /// Checkpoint names of matrices that are left as they are; `*` stands for any text.
+    pub exclude: Vec<String>,
+}
+
+impl Quantization {
+    /// How the matrix that the checkpoint calls `name` is held.
+    pub fn of(&self, name: &str) -> Option<Blocks> {
+        if self.exclude.iter().any(|pattern| matches(pattern, name)) {
+            return None;
+        }
+        if name.starts_with("model.encoder.") {
+            self.encoder
+        } else if name.starts_with("model.decoder.layers.") {
+            self.decoder
+        } else {
+            self.head
+        }
+    }
+
+    /// How the embedding that the checkpoint calls `name` and that nothing multiplies with is held: reading a few rows costs
+    /// nothing, so they keep 8 bits.
+    pub fn of_embedding(&self, name: &str) -> Option<Blocks> {
+        self.of(name).map(|blocks| Blocks { bits: 8, ..blocks })
+    }
+
+    /// Whether anything may be held in few bits.
+    pub fn is_any(&self) -> bool {
+        self.encoder.is_some() || self.decoder.is_some() || self.head.is_some()
+    }
+}
+
+/// Whether `pattern`, in which `*` stands for any text, describes all of `name`.
+pub fn matches(pattern: &str, name: &str) -> bool {
+    let mut parts = pattern.split('*');
+    let first = parts.next().unwrap_or_default();
+    let Some(mut rest) = name.strip_prefix(first) else { return false };
+    let Some(last) = parts.next_back() else { return rest.is_empty() };
+    for part in parts {
+        match rest.find(part) {
+            Some(at) => rest = &rest[at + part.len()..],
+            None => return false,
+        }
+    }
+    rest.len() >= last.len() && rest.ends_with(last)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_star_stands_for_any_text() {
+        let cases = [
+            ("a.b", "a.b", true),
+            ("a.b", "a.bc", false),
+            ("*.down_proj.weight", "model.decoder.layers.3.mlp.down_proj.weight", true),
+            ("model.*.layers.0.*", "model.encoder.layers.0.mlp.up_proj.weight", true),
+            ("model.*.layers.0.*", "model.encoder.layers.10.mlp.up_proj.weight", false),
+            ("*", "", true),
+            ("a*a", "a", false),
+            ("a*b*c", "axxbyyc", true),
+        ];
+        for (pattern, name, expected) in cases {
+            assert_eq!(matches(pattern, name), expected, "{pattern} on {name}");
+        }
+    }
+
+    #[test]
+    fn a_matrix_is_held_as_its_part_is() {
+        let blocks = |bits| Some(Blocks { bits, size: 32, symmetric: true });
+        let quantization =
+            Quantization { encoder: blocks(8), decoder: blocks(4), head: None, exclude: vec!["*.layers.0.*".into()] };
+        assert_eq!(quantization.of("model.encoder.layers.1.mlp.up_proj.weight"), blocks(8));
+        assert_eq!(quantization.of("model.decoder.layers.1.mlp.up_proj.weight"), blocks(4));
+        assert_eq!(quantization.of("model.decoder.layers.0.mlp.up_proj.weight"), None);
+        assert_eq!(quantization.of("model.decoder.embed_tokens.weight"), None);
+    }
+}
