@@ -3,6 +3,7 @@
 
 mod common;
 
+mod bench;
 mod export;
 mod generation;
 mod parity;

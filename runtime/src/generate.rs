@@ -14,6 +14,11 @@ use crate::search::{Hypothesis, Progress, Search};
 pub trait Watch {
     /// Takes the next token of a source row; [`ControlFlow::Break`] ends the whole call as a cancellation does.
     fn token(&mut self, row: usize, token: i64) -> ControlFlow<()>;
+
+    /// Is told, also in beam search, that all rows have chosen what a step brings them; [`ControlFlow::Break`] as above.
+    fn step(&mut self) -> ControlFlow<()> {
+        ControlFlow::Continue(())
+    }
 }
 
 impl Watch for () {
@@ -104,6 +109,9 @@ pub(crate) fn generate(
                     tokens.extend_from_slice(item.search.next_tokens());
                 }
             }
+        }
+        if watch.step().is_break() {
+            return Err(Error::Cancelled);
         }
 
         for slot in finished.into_iter().rev() {

@@ -183,7 +183,7 @@ impl Model {
     }
 
     /// Generates a target for each source: `num_return_sequences` hypotheses a row, best first, in the order of the rows.
-    /// `watch` is shown tokens as they are chosen when `num_beams` is 1.
+    /// `watch` is shown tokens as they are chosen when `num_beams` is 1, and told of every step.
     ///
     /// # Errors
     /// Tokens outside the vocabularies, lengths or options that do not fit the model, logits that are not finite, or

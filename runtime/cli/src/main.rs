@@ -1,6 +1,7 @@
 //! The program `t5gemma`: parse, run, exit code. Each command is a file; `requests.rs` is the JSONL contract that two of
 //! them share, `tensors.rs` the files of numbers that are read and written.
 
+mod bench;
 mod doctor;
 mod encode;
 mod generate;
@@ -38,6 +39,7 @@ enum Command {
     Generate(generate::Arguments),
     Encode(encode::Arguments),
     Verify(verify::Arguments),
+    Bench(bench::Arguments),
     Doctor(doctor::Arguments),
 }
 
@@ -88,6 +90,7 @@ fn main() -> ExitCode {
         Command::Generate(arguments) => generate::run(arguments, &cancel),
         Command::Encode(arguments) => encode::run(arguments, &cancel),
         Command::Verify(arguments) => verify::run(arguments, &cancel),
+        Command::Bench(arguments) => bench::run(arguments, &cancel),
         Command::Doctor(arguments) => doctor::run(arguments),
     });
     match result {

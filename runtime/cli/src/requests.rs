@@ -150,7 +150,8 @@ fn rows(field: &str, value: &Value) -> Result<Vec<Vec<i64>>> {
     })
 }
 
-fn shown(value: &Value) -> String {
+/// A value in a message, cut where it is long.
+pub fn shown(value: &Value) -> String {
     let text = value.to_string();
     match text.char_indices().nth(60) {
         Some((end, _)) => format!("{}…", &text[..end]),

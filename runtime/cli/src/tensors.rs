@@ -1,4 +1,4 @@
-//! Files of numbers: safetensors and .npy written whole or not at all, safetensors read. The runtime's only user of either.
+//! Files of numbers: safetensors, .npy and JSON written whole or not at all, safetensors read. The runtime's only user of either.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -24,6 +24,12 @@ pub fn write_npy(file: Aside, tensor: &Array3<f32>) -> Result<()> {
     let mut out = File::create(&file.temporary).map(BufWriter::new).with_context(|| file.cannot())?;
     tensor.write_npy(&mut out).with_context(|| file.cannot())?;
     out.into_inner().map_err(std::io::IntoInnerError::into_error).with_context(|| file.cannot())?;
+    file.publish()
+}
+
+/// Writes a text.
+pub fn write_text(file: Aside, text: &str) -> Result<()> {
+    fs::write(&file.temporary, text).with_context(|| file.cannot())?;
     file.publish()
 }
 

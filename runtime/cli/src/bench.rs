@@ -1,0 +1,430 @@
+//! `t5gemma bench`: how fast a model is on this machine, and how near to what the machine's memory allows. One case from
+//! flags, or the cases of a request file (`protocol.rs`); what the machine says of itself is `machine.rs`.
+
+mod machine;
+mod protocol;
+
+use std::io::{self, Write};
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+
+use anyhow::{Result, ensure};
+use serde_json::{Value, json};
+use t5gemma_runtime::{Batch, Cancellation, Error, GenerationOptions, Hypothesis, Model, Watch};
+
+use crate::progress::counter;
+use crate::{Opening, Outcome};
+use machine::{Memory, now_ns, read_bandwidth};
+
+/// Measures how fast a model is on this machine
+///
+/// Random sources of one length, and targets of exactly --max-new-tokens: no end token may be chosen. Measured are opening,
+/// opening until the first token, and then, repeated: encoding, generation until its first token, each further step, and
+/// whole calls; the memory of this process; and what the machine reads from memory at best, beside what a step must read.
+/// The model's own generation settings do not count but for its token ids.
+///
+/// With --request, the cases of a JSON file are measured and the times written as JSON, so that runtimes can be compared
+/// by one harness:
+///
+///   request   {"protocol": 1, "threads"?, "decoder_start_token_id"?, "eos_token_id"?, "pad_token_id"?,
+///              "gate"?: {"busy", "max_wait_s", "total_wait_s"}, "cases": [{"id", "src": [[ids], …], "beams", "gen",
+///              "ops": ["encode", "ttft", "generate"], "repeats"?: {"encode", …}, "tries"?}, …]}
+///   response  {"protocol": 1, "peer", "version", "notes", "load": {"loaded_ns", "first_token_ns"}, "cases": [{"id",
+///              "encode": [{"start_ns", "end_ns", "foreign"?, "steps_ns"?}, …], "ttft": […], "generate": […],
+///              "ids": [[…], …], "scores": […] or null, "error"?}, …]}
+///
+/// Times are of the monotonic clock. "gate" makes a run wait until others use less than "busy" of the machine, and lets a
+/// run be repeated, "tries" times at most, of which others used much ("foreign").
+#[derive(clap::Args)]
+#[command(verbatim_doc_comment)]
+pub struct Arguments {
+    #[command(flatten)]
+    opening: Opening,
+    /// Print JSON instead of a table
+    #[arg(long)]
+    json: bool,
+    /// Source rows
+    #[arg(long, value_name = "ROWS", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    batch_size: u32,
+    /// Beams of beam search; 1 is greedy
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    num_beams: u32,
+    /// Tokens of each source
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
+    source_length: u32,
+    /// Tokens to generate
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
+    max_new_tokens: u32,
+    /// Measured runs of encoding and of generation
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    repeat: u32,
+    /// Runs of each before the measured ones
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    warmup: u32,
+    /// Measure the cases of this JSON file
+    #[arg(long, value_name = "FILE", requires = "response", conflicts_with_all =
+        ["threads", "json", "batch_size", "num_beams", "source_length", "max_new_tokens", "repeat", "warmup"])]
+    request: Option<PathBuf>,
+    /// Write the times of --request to this JSON file
+    #[arg(long, value_name = "FILE", requires = "request")]
+    response: Option<PathBuf>,
+}
+
+/// Runs the command.
+pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
+    if let (Some(request), Some(response)) = (&arguments.request, &arguments.response) {
+        return protocol::run(arguments.opening, request, response, cancel);
+    }
+    let start = now_ns();
+    let model = arguments.opening.open()?;
+    let opened = now_ns();
+    let case = Case::random(&model, &arguments)?;
+    case.generate(&model, 1, cancel)?;
+    let first_token = now_ns();
+    let measured = measure(&model, &case, &arguments, cancel)?;
+    // Before the bandwidth is measured, which takes memory of its own.
+    let memory = Memory::now();
+    let bandwidth = read_bandwidth(arguments.opening.threads.unwrap_or(usize::MAX), cancel)?;
+    let report = Report {
+        open_ms: milliseconds(start, opened),
+        open_to_first_token_ms: milliseconds(start, first_token),
+        measured,
+        memory,
+        bandwidth,
+        step: StepBytes::of(&model, &case),
+    };
+    let text = match arguments.json {
+        true => format!("{:#}\n", report.json(&model, &case, &arguments)),
+        false => report.table(&model, &case, &arguments),
+    };
+    io::stdout().lock().write_all(text.as_bytes())?;
+    Ok(Outcome::Done)
+}
+
+/// Something to generate, always to its full length.
+struct Case {
+    batch: Batch,
+    /// How, but not how much.
+    options: GenerationOptions,
+    /// How much.
+    tokens: usize,
+}
+
+impl Case {
+    /// Random sources of the length and number that the arguments ask for, the same ones every time.
+    fn random(model: &Model, arguments: &Arguments) -> Result<Case> {
+        let (rows, length) = (arguments.batch_size as usize, arguments.source_length as usize);
+        let longest = model.config().encoder.max_position_embeddings;
+        ensure!(
+            length <= longest,
+            "source_length: expected at most {longest} (encoder.max_position_embeddings), found {length}"
+        );
+        let tokens = random_tokens(model.config().encoder.vocab_size, rows * length);
+        let options = Case::options(model, arguments.num_beams as usize);
+        let sources: Vec<&[i64]> = tokens.chunks(length).collect();
+        let batch = Batch::padded(&sources, options.pad_token_id)?;
+        Ok(Case { batch, options, tokens: arguments.max_new_tokens as usize })
+    }
+
+    /// Plain greedy or beam search with the model's token ids and nothing else of its own.
+    fn options(model: &Model, num_beams: usize) -> GenerationOptions {
+        let own = model.options();
+        GenerationOptions {
+            decoder_start_token_id: own.decoder_start_token_id,
+            eos_token_id: own.eos_token_id.clone(),
+            eos_of_model: own.eos_of_model.clone(),
+            pad_token_id: own.pad_token_id,
+            num_beams,
+            ..GenerationOptions::default()
+        }
+    }
+
+    /// Generates `tokens` tokens a row, with the moments at which each step's were chosen.
+    fn generate(&self, model: &Model, tokens: usize, cancel: &Cancellation) -> Result<Generated, Error> {
+        let options =
+            GenerationOptions { max_new_tokens: Some(tokens), min_new_tokens: Some(tokens), ..self.options.clone() };
+        let mut moments = Moments(Vec::with_capacity(tokens));
+        let start = now_ns();
+        let rows = model.generate(&self.batch, &options, &mut moments, cancel)?;
+        Ok(Generated { start, end: now_ns(), steps: moments.0, rows })
+    }
+}
+
+/// Tokens drawn from a vocabulary without its first four, which have meanings of their own.
+fn random_tokens(vocab_size: usize, count: usize) -> Vec<i64> {
+    let first = 4.min(vocab_size - 1);
+    let mut state = 0u64;
+    // SplitMix64, https://prng.di.unimi.it/splitmix64.c
+    let mut random = move || {
+        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = state;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    };
+    (0..count).map(|_| first as i64 + (random() % (vocab_size - first) as u64) as i64).collect()
+}
+
+/// A generation with its moments, by [`now_ns`].
+struct Generated {
+    start: u64,
+    end: u64,
+    /// When the tokens of each step were chosen.
+    steps: Vec<u64>,
+    rows: Vec<Vec<Hypothesis>>,
+}
+
+struct Moments(Vec<u64>);
+
+impl Watch for Moments {
+    fn token(&mut self, _: usize, _: i64) -> ControlFlow<()> {
+        ControlFlow::Continue(())
+    }
+
+    fn step(&mut self) -> ControlFlow<()> {
+        self.0.push(now_ns());
+        ControlFlow::Continue(())
+    }
+}
+
+fn milliseconds(from: u64, to: u64) -> f64 {
+    (to - from) as f64 / 1e6
+}
+
+/// Times in milliseconds, sorted; never empty.
+struct Times(Vec<f64>);
+
+impl Times {
+    /// None of none, and of a clock that did not tell.
+    fn of(mut times: Vec<f64>) -> Option<Times> {
+        times.sort_by(f64::total_cmp);
+        (!times.is_empty()).then_some(Times(times))
+    }
+
+    /// The smallest time that `share` of all do not exceed.
+    fn quantile(&self, share: f64) -> f64 {
+        let rank = (share * self.0.len() as f64).ceil() as usize;
+        self.0[rank.clamp(1, self.0.len()) - 1]
+    }
+
+    fn median(&self) -> f64 {
+        self.quantile(0.5)
+    }
+
+    fn json(&self) -> Value {
+        let [min, median, p90, p99] = self.row();
+        json!({"min": min, "median": median, "p90": p90, "p99": p99, "count": self.0.len()})
+    }
+
+    /// As [`Times::COLUMNS`].
+    fn row(&self) -> [f64; 4] {
+        [self.0[0], self.median(), self.quantile(0.9), self.quantile(0.99)]
+    }
+
+    const COLUMNS: [&str; 4] = ["min", "median", "p90", "p99"];
+}
+
+/// The times of the measured runs, in milliseconds.
+struct Measured {
+    encode: Times,
+    first_token: Times,
+    /// None if there is no step after the first token.
+    step: Option<Times>,
+    call: Times,
+}
+
+fn measure(model: &Model, case: &Case, arguments: &Arguments, cancel: &Cancellation) -> Result<Measured> {
+    let runs = counter("runs", false);
+    let (mut encode, mut first_token, mut step, mut call) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    for run in 0..u64::from(arguments.warmup) + u64::from(arguments.repeat) {
+        let is_measured = run >= u64::from(arguments.warmup);
+        let start = now_ns();
+        model.encode(&case.batch, cancel)?;
+        let encoded = now_ns();
+        let generated = case.generate(model, case.tokens, cancel)?;
+        if is_measured {
+            encode.push(milliseconds(start, encoded));
+            first_token.extend(generated.steps.first().map(|&first| milliseconds(generated.start, first)));
+            step.extend(generated.steps.windows(2).map(|pair| milliseconds(pair[0], pair[1])));
+            call.push(milliseconds(generated.start, generated.end));
+        }
+        runs.inc(1);
+    }
+    runs.finish_and_clear();
+    let measured = "every run is measured, and generates a token at least";
+    Ok(Measured {
+        encode: Times::of(encode).expect(measured),
+        first_token: Times::of(first_token).expect(measured),
+        step: Times::of(step),
+        call: Times::of(call).expect(measured),
+    })
+}
+
+/// Bytes that a step after the first cannot do without reading.
+struct StepBytes {
+    weights: u64,
+    /// Keys and values of the sources, and of the targets at half of their length.
+    caches: u64,
+}
+
+impl StepBytes {
+    fn of(model: &Model, case: &Case) -> StepBytes {
+        let (manifest, decoder) = (model.manifest(), &model.config().decoder);
+        let used: Vec<&str> = manifest.graphs["decoder_with_past"].weights.iter().map(String::as_str).collect();
+        // With a head of its own the model reads of its embedding table the rows of the step's tokens only.
+        let has_head = used.iter().any(|name| name.starts_with("lm_head."));
+        let read = |name: &str| used.contains(&name) && !(has_head && name.starts_with("model.decoder.embed_tokens."));
+        let weights = manifest.weights.tensors.iter().filter(|tensor| read(&tensor.name)).map(|tensor| tensor.bytes);
+
+        let position =
+            2 * decoder.layers.len() * decoder.num_key_value_heads * decoder.head_dim * manifest.dtype.size();
+        let targets = case.batch.rows() * case.options.num_beams * case.tokens / 2;
+        let sources = case.batch.rows() * case.batch.length();
+        StepBytes { weights: weights.sum(), caches: (position * (targets + sources)) as u64 }
+    }
+
+    fn total(&self) -> u64 {
+        self.weights + self.caches
+    }
+}
+
+struct Report {
+    open_ms: f64,
+    open_to_first_token_ms: f64,
+    measured: Measured,
+    memory: Option<Memory>,
+    /// Bytes a second.
+    bandwidth: Option<f64>,
+    step: StepBytes,
+}
+
+impl Report {
+    /// New tokens of all returned rows in a second of the median call.
+    fn tokens_per_second(&self, case: &Case) -> f64 {
+        (case.batch.rows() * case.tokens) as f64 / self.measured.call.median() * 1e3
+    }
+
+    /// The least milliseconds that reading a step's bytes takes, and the share of the median step that this is.
+    fn limit(&self) -> Option<(f64, Option<f64>)> {
+        let limit = self.step.total() as f64 / self.bandwidth? * 1e3;
+        Some((limit, self.measured.step.as_ref().map(|step| limit / step.median())))
+    }
+
+    fn json(&self, model: &Model, case: &Case, arguments: &Arguments) -> Value {
+        let (manifest, measured) = (model.manifest(), &self.measured);
+        let memory = self.memory.map(|memory| {
+            json!({"peak": memory.peak, "resident": memory.resident, "anonymous": memory.anonymous,
+                "file_backed": memory.file_backed})
+        });
+        let (limit, share) = self.limit().unzip();
+        json!({
+            "model": {
+                "path": arguments.opening.model.to_string_lossy(),
+                "target": manifest.target,
+                "dtype": manifest.dtype.to_string(),
+                "parameters": manifest.parameters,
+                "weights_bytes": manifest.weights.record.bytes,
+            },
+            "case": {
+                "batch_size": case.batch.rows(),
+                "num_beams": case.options.num_beams,
+                "source_length": case.batch.length(),
+                "max_new_tokens": case.tokens,
+                "warmup": arguments.warmup,
+                "repeat": arguments.repeat,
+                "threads": arguments.opening.threads,
+            },
+            "open_ms": self.open_ms,
+            "open_to_first_token_ms": self.open_to_first_token_ms,
+            "encode_ms": measured.encode.json(),
+            "first_token_ms": measured.first_token.json(),
+            "step_ms": measured.step.as_ref().map(Times::json),
+            "generate_ms": measured.call.json(),
+            "tokens_per_second": self.tokens_per_second(case),
+            "memory_bytes": memory,
+            "bandwidth": {
+                "read_bytes_per_second": self.bandwidth,
+                "step_weight_bytes": self.step.weights,
+                "step_cache_bytes": self.step.caches,
+                "step_limit_ms": limit,
+                "share_of_limit": share.flatten(),
+            },
+        })
+    }
+
+    fn table(&self, model: &Model, case: &Case, arguments: &Arguments) -> String {
+        let (manifest, measured) = (model.manifest(), &self.measured);
+        let not_available = || "not available".to_string();
+        let megabytes = |bytes: u64| format!("{:.0} MB", bytes as f64 / 1e6);
+        let times = |times: Option<&Times>| match times {
+            Some(times) => times.row().map(|time| format!("{time:>10.2}")).concat(),
+            None => not_available(),
+        };
+        let memory = self.memory.map_or_else(not_available, |memory| {
+            let [peak, resident, anonymous, file_backed] =
+                [memory.peak, memory.resident, memory.anonymous, memory.file_backed].map(megabytes);
+            format!("{peak} at its peak; now {resident}, {anonymous} of it anonymous and {file_backed} of files")
+        });
+        let bandwidth = match (self.bandwidth, self.limit()) {
+            (Some(bandwidth), Some((limit, share))) => {
+                let share =
+                    share.map_or_else(String::new, |share| format!(", {:.0}% of the median step", share * 100.0));
+                format!("{:.1} GB/s: {limit:.2} ms for what a step must read{share}", bandwidth / 1e9)
+            }
+            _ => not_available(),
+        };
+        let threads = arguments.opening.threads.map_or("one a core".to_string(), |threads| threads.to_string());
+        [
+            ("model", format!("{}: {}, {}", arguments.opening.model.display(), manifest.target, manifest.dtype)),
+            ("sources", format!("{} of {} tokens", case.batch.rows(), case.batch.length())),
+            ("targets", format!("{} tokens, num_beams {}", case.tokens, case.options.num_beams)),
+            ("runs", format!("{} after {} for warming up; threads: {threads}", arguments.repeat, arguments.warmup)),
+            ("open", format!("{:.0} ms, until the first token {:.0} ms", self.open_ms, self.open_to_first_token_ms)),
+            ("ms", Times::COLUMNS.map(|column| format!("{column:>10}")).concat()),
+            ("  encode", times(Some(&measured.encode))),
+            ("  first token", times(Some(&measured.first_token))),
+            ("  further step", times(measured.step.as_ref())),
+            ("  whole call", times(Some(&measured.call))),
+            ("tokens/s", format!("{:.1}", self.tokens_per_second(case))),
+            ("memory", memory),
+            (
+                "a step reads",
+                format!(
+                    "{} of weights, {} of keys and values",
+                    megabytes(self.step.weights),
+                    megabytes(self.step.caches)
+                ),
+            ),
+            ("memory reads", bandwidth),
+        ]
+        .map(|(name, value)| format!("{name:<16}{value}\n"))
+        .concat()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn quantiles_are_times_that_were_measured() {
+        let times = |count: u32| Times::of((1..=count).rev().map(f64::from).collect()).expect("some times");
+        assert_eq!(times(1).row(), [1.0, 1.0, 1.0, 1.0]);
+        assert_eq!(times(2).row(), [1.0, 1.0, 2.0, 2.0]);
+        assert_eq!(times(100).row(), [1.0, 50.0, 90.0, 99.0]);
+        assert_eq!(times(1000).quantile(1.0), 1000.0);
+        assert!(Times::of(Vec::new()).is_none());
+    }
+
+    #[test]
+    fn random_tokens_are_of_the_vocabulary_and_always_the_same() {
+        for vocab_size in [1, 3, 5, 200, 256_000] {
+            let tokens = random_tokens(vocab_size, 1000);
+            let first = 4.min(vocab_size as i64 - 1);
+            assert!(tokens.iter().all(|token| (first..vocab_size as i64).contains(token)), "{vocab_size}");
+            assert_eq!(tokens, random_tokens(vocab_size, 1000));
+        }
+        let distinct: std::collections::HashSet<i64> = random_tokens(256_000, 64).into_iter().collect();
+        assert!(distinct.len() > 60);
+    }
+}

@@ -1,0 +1,460 @@
+//! A request file in, a response file out: how one harness measures this runtime and others alike. The cases, how often
+//! each is run and what a run is are the request's; the harness makes of the times what it wants.
+
+use std::fs;
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::{Map, Value, json};
+use t5gemma_runtime::{Batch, Cancellation, Error, Model};
+
+use super::Case;
+use super::machine::{Processors, now_ns};
+use crate::progress::counter;
+use crate::tensors::{Aside, write_text};
+use crate::{Opening, Outcome};
+
+/// The version of requests and responses.
+const PROTOCOL: u64 = 1;
+/// A run of which others used more of the machine is repeated.
+const MOST_FOREIGN: f64 = 0.08;
+
+/// Runs the cases of the file `request` and writes the file `response`.
+pub fn run(mut opening: Opening, request: &Path, response: &Path, cancel: &Cancellation) -> Result<Outcome> {
+    let text = fs::read_to_string(request).with_context(|| format!("{}: cannot be read", request.display()))?;
+    let request = Request::parse(&text).with_context(|| request.display().to_string())?;
+    // A place that cannot be written is told before anything is computed.
+    let file = Aside::create(response)?;
+    opening.threads = request.threads;
+    let model = opening.open()?;
+    let loaded = now_ns();
+    let first = &request.cases[0];
+    let case = request.case(first, &model).with_context(|| format!("cases[0] ({})", first.id))?;
+    case.generate(&model, 1, cancel)?;
+    let first_token = now_ns();
+
+    let mut gate = request.gate;
+    let mut outcome = Outcome::Done;
+    let done = counter("cases", false);
+    let mut cases = Vec::with_capacity(request.cases.len());
+    for planned in &request.cases {
+        let mut result = Map::from_iter([("id".to_string(), planned.id.clone())]);
+        result.extend(["encode", "ttft", "generate"].map(|op| (op.to_string(), json!([]))));
+        let run = request.case(planned, &model).and_then(|case| run_case(&model, planned, &case, &mut gate, cancel));
+        match run {
+            Ok(fields) => result.extend(fields),
+            Err(error) if matches!(error.downcast_ref(), Some(Error::Cancelled)) => return Err(error),
+            Err(error) => {
+                done.suspend(|| eprintln!("t5gemma: case {}: {error:#}", planned.id));
+                result.insert("error".into(), format!("{error:#}").into());
+                outcome = Outcome::SomeFailed;
+            }
+        }
+        cases.push(Value::Object(result));
+        done.inc(1);
+    }
+    done.finish_and_clear();
+    let manifest = model.manifest();
+    let response = json!({
+        "protocol": PROTOCOL,
+        "peer": "t5gemma",
+        "version": format!("t5gemma {}", env!("CARGO_PKG_VERSION")),
+        "notes": format!("{}, {}", manifest.target, manifest.dtype),
+        "load": {"loaded_ns": loaded, "first_token_ns": first_token},
+        "cases": cases,
+    });
+    write_text(file, &response.to_string())?;
+    Ok(outcome)
+}
+
+/// Runs the operations of a case and tells the fields of its result.
+fn run_case(
+    model: &Model,
+    planned: &Planned,
+    case: &Case,
+    gate: &mut Gate,
+    cancel: &Cancellation,
+) -> Result<Map<String, Value>> {
+    let mut fields = Map::new();
+    for &(op, repeats) in &planned.ops {
+        op.run(model, case, op.warm_up(case), cancel)?;
+        let (mut runs, mut last) = (Vec::new(), None);
+        let mut undisturbed = 0;
+        while undisturbed < repeats && (runs.len() as u64) < repeats.saturating_mul(planned.tries) {
+            if !gate.has_time() && runs.len() as u64 >= repeats {
+                break;
+            }
+            gate.wait(cancel)?;
+            let before = Processors::now();
+            let run = op.run(model, case, case.tokens, cancel)?;
+            let foreign = Processors::now().zip(before).map(|(after, before)| after.foreign_since(&before));
+            undisturbed += u64::from(foreign.is_none_or(|foreign| foreign < MOST_FOREIGN));
+
+            let mut fields = json!({"start_ns": run.start, "end_ns": run.end});
+            if let Some(foreign) = foreign {
+                fields["foreign"] = foreign.into();
+            }
+            if op == Op::Generate {
+                fields["steps_ns"] = json!(run.steps);
+            }
+            runs.push(fields);
+            last = Some(run);
+        }
+        fields.insert(op.name().into(), runs.into());
+        if let (Op::Generate, Some(run)) = (op, last) {
+            let best: Vec<_> = run.rows.iter().filter_map(|hypotheses| hypotheses.first()).collect();
+            fields.insert("ids".into(), best.iter().map(|hypothesis| json!(hypothesis.tokens)).collect());
+            let scores: Option<Vec<f32>> = best.iter().map(|hypothesis| hypothesis.score).collect();
+            fields.insert("scores".into(), json!(scores));
+        }
+    }
+    Ok(fields)
+}
+
+/// What is measured of a case.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Op {
+    /// Token ids to the encoder's hidden states.
+    Encode,
+    /// Everything for one new token.
+    FirstToken,
+    /// Everything for all new tokens.
+    Generate,
+}
+
+impl Op {
+    fn name(self) -> &'static str {
+        match self {
+            Op::Encode => "encode",
+            Op::FirstToken => "ttft",
+            Op::Generate => "generate",
+        }
+    }
+
+    /// How many tokens the run before the measured ones generates.
+    fn warm_up(self, case: &Case) -> usize {
+        case.tokens.min(2)
+    }
+
+    fn run(self, model: &Model, case: &Case, tokens: usize, cancel: &Cancellation) -> Result<super::Generated, Error> {
+        match self {
+            Op::Encode => {
+                let start = now_ns();
+                model.encode(&case.batch, cancel)?;
+                Ok(super::Generated { start, end: now_ns(), steps: Vec::new(), rows: Vec::new() })
+            }
+            Op::FirstToken => case.generate(model, 1, cancel),
+            Op::Generate => case.generate(model, tokens, cancel),
+        }
+    }
+}
+
+/// Waits for a machine that others leave alone.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+struct Gate {
+    /// Share of the machine in use that is quiet enough.
+    busy: f64,
+    /// Seconds to wait before one run.
+    max_wait: f64,
+    /// Seconds left for all runs.
+    total_wait: f64,
+}
+
+impl Gate {
+    fn has_time(&self) -> bool {
+        self.total_wait > 0.0
+    }
+
+    fn wait(&mut self, cancel: &Cancellation) -> Result<(), Error> {
+        let start = Instant::now();
+        while self.has_time() && start.elapsed().as_secs_f64() < self.max_wait {
+            let Some(before) = Processors::now() else { return Ok(()) };
+            let looked = Instant::now();
+            thread::sleep(Duration::from_millis(120));
+            let is_quiet = Processors::now().is_none_or(|after| after.busy_since(&before) <= self.busy);
+            if !is_quiet {
+                thread::sleep(Duration::from_millis(100));
+            }
+            self.total_wait -= looked.elapsed().as_secs_f64();
+            if cancel.is_cancelled() {
+                return Err(Error::Cancelled);
+            }
+            if is_quiet {
+                break;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A request, checked as far as it can be without a model.
+#[derive(Debug, PartialEq)]
+struct Request {
+    threads: Option<usize>,
+    /// The model's own where they are left out.
+    decoder_start_token_id: Option<i64>,
+    eos_token_id: Option<i64>,
+    pad_token_id: Option<i64>,
+    gate: Gate,
+    /// At least one.
+    cases: Vec<Planned>,
+}
+
+/// A case of a request.
+#[derive(Debug, PartialEq)]
+struct Planned {
+    id: Value,
+    sources: Vec<Vec<i64>>,
+    num_beams: usize,
+    tokens: usize,
+    /// In order, with the number of timed runs.
+    ops: Vec<(Op, u64)>,
+    /// Runs may be repeated until there are so many times as many.
+    tries: u64,
+}
+
+/// Timed runs of an operation whose number is left out, and tries where they are.
+const RUNS: u64 = 3;
+
+impl Request {
+    fn parse(text: &str) -> Result<Request> {
+        let document: Value = serde_json::from_str(text).context("expected a JSON object")?;
+        let mut top = Fields::of("", &document)?;
+        let protocol = top.required("protocol")?.whole(0)?;
+        ensure!(protocol == PROTOCOL, "protocol: expected {PROTOCOL}, found {protocol}");
+        let threads = top.optional("threads").map(|threads| threads.whole(1)).transpose()?;
+        let mut token = |name| top.optional(name).map(|id| id.whole(0)).transpose();
+        let [start, eos, pad] = [token("decoder_start_token_id")?, token("eos_token_id")?, token("pad_token_id")?];
+        let gate = match top.optional("gate") {
+            None => Gate::default(),
+            Some(gate) => {
+                let mut gate = Fields::of(&gate.path, gate.value)?;
+                let mut number = |name, absent: f64| gate.optional(name).map_or(Ok(absent), |field| field.number());
+                let (busy, max_wait, total_wait) =
+                    (number("busy", 1.0)?, number("max_wait_s", 0.0)?, number("total_wait_s", 0.0)?);
+                gate.nothing_else()?;
+                Gate { busy, max_wait, total_wait }
+            }
+        };
+        let cases = top.required("cases")?;
+        let listed = cases.list()?;
+        ensure!(!listed.is_empty(), "cases: expected at least one, found none");
+        let cases = listed.into_iter().map(Planned::parse).collect::<Result<Vec<_>>>()?;
+        // Of use to others: where their models lie, and when they were started.
+        for name in ["model", "paths", "t0_ns"] {
+            top.optional(name);
+        }
+        top.nothing_else()?;
+        let id = |id: Option<u64>| id.map(|id| id as i64);
+        Ok(Request {
+            threads: threads.map(|threads| threads as usize),
+            decoder_start_token_id: id(start),
+            eos_token_id: id(eos),
+            pad_token_id: id(pad),
+            gate,
+            cases,
+        })
+    }
+
+    /// What is to be run of a planned case: plain greedy or beam search.
+    fn case(&self, planned: &Planned, model: &Model) -> Result<Case> {
+        let mut options = Case::options(model, planned.num_beams);
+        options.decoder_start_token_id = self.decoder_start_token_id.unwrap_or(options.decoder_start_token_id);
+        if let Some(eos) = self.eos_token_id {
+            options.eos_token_id = vec![eos];
+        }
+        options.pad_token_id = self.pad_token_id.unwrap_or(options.pad_token_id);
+        let batch = Batch::padded(&planned.sources, options.pad_token_id)?;
+        Ok(Case { batch, options, tokens: planned.tokens })
+    }
+}
+
+impl Planned {
+    fn parse(field: Field) -> Result<Planned> {
+        let mut fields = Fields::of(&field.path, field.value)?;
+        let id = fields.required("id")?.value.clone();
+        let rows = fields.required("src")?.list()?;
+        let row = |row: &Field| row.list()?.iter().map(|id| Ok(id.whole(0)? as i64)).collect::<Result<Vec<_>>>();
+        let sources = rows.iter().map(row).collect::<Result<Vec<_>>>()?;
+        let num_beams = fields.required("beams")?.whole(1)? as usize;
+        let tokens = fields.required("gen")?.whole(1)? as usize;
+        let tries = fields.optional("tries").map_or(Ok(RUNS), |tries| tries.whole(1))?;
+        let repeats = fields.optional("repeats");
+        let mut repeats = repeats.map(|repeats| Fields::of(&repeats.path, repeats.value)).transpose()?;
+        let mut number = |op: Op| match repeats.as_mut().and_then(|repeats| repeats.optional(op.name())) {
+            Some(number) => number.whole(1),
+            None => Ok(RUNS),
+        };
+        // Taken whether asked for or not: a harness gives the same numbers to every case.
+        let all = [Op::Encode, Op::FirstToken, Op::Generate];
+        let numbers = [number(all[0])?, number(all[1])?, number(all[2])?];
+        if let Some(repeats) = repeats {
+            repeats.nothing_else()?;
+        }
+        let ops = fields.required("ops")?.list()?;
+        let ops = ops.iter().map(|op| match all.iter().position(|known| op.value == known.name()) {
+            Some(known) => Ok((all[known], numbers[known])),
+            None => Err(op.unlike("encode, ttft or generate")),
+        });
+        let ops = ops.collect::<Result<Vec<_>>>()?;
+        fields.nothing_else()?;
+        Ok(Planned { id, sources, num_beams, tokens, ops, tries })
+    }
+}
+
+/// An object whose fields are taken one by one, so that those that nobody knows are left.
+struct Fields<'a> {
+    path: String,
+    left: Vec<(&'a String, &'a Value)>,
+}
+
+/// A value and where it stands.
+struct Field<'a> {
+    path: String,
+    value: &'a Value,
+}
+
+impl<'a> Fields<'a> {
+    fn of(path: &str, value: &'a Value) -> Result<Fields<'a>> {
+        match value {
+            Value::Object(fields) => Ok(Fields { path: path.to_string(), left: fields.iter().collect() }),
+            value if path.is_empty() => bail!("expected a JSON object, found {}", crate::requests::shown(value)),
+            value => Err(Field { path: path.to_string(), value }.unlike("an object")),
+        }
+    }
+
+    fn optional(&mut self, name: &str) -> Option<Field<'a>> {
+        let at = self.left.iter().position(|(known, _)| *known == name)?;
+        Some(Field { path: self.path_of(name), value: self.left.remove(at).1 }).filter(|field| !field.value.is_null())
+    }
+
+    fn required(&mut self, name: &str) -> Result<Field<'a>> {
+        self.optional(name).with_context(|| format!("{}: expected a value, found none", self.path_of(name)))
+    }
+
+    fn nothing_else(&self) -> Result<()> {
+        match self.left.first() {
+            Some((name, _)) => bail!("{}: expected the name of a field, found an unknown one", self.path_of(name)),
+            None => Ok(()),
+        }
+    }
+
+    fn path_of(&self, name: &str) -> String {
+        if self.path.is_empty() { name.to_string() } else { format!("{}.{name}", self.path) }
+    }
+}
+
+impl<'a> Field<'a> {
+    fn whole(&self, least: u64) -> Result<u64> {
+        // What a signed number can hold, which token ids are.
+        let number = self.value.as_i64().and_then(|number| u64::try_from(number).ok());
+        number.filter(|&number| number >= least).ok_or_else(|| self.unlike(&format!("a whole number from {least}")))
+    }
+
+    fn number(&self) -> Result<f64> {
+        self.value.as_f64().filter(|number| *number >= 0.0).ok_or_else(|| self.unlike("a number from 0"))
+    }
+
+    fn list(&self) -> Result<Vec<Field<'a>>> {
+        let list = self.value.as_array().ok_or_else(|| self.unlike("a list"))?;
+        let entry = |(index, value)| Field { path: format!("{}[{index}]", self.path), value };
+        Ok(list.iter().enumerate().map(entry).collect())
+    }
+
+    fn unlike(&self, expected: &str) -> anyhow::Error {
+        anyhow::anyhow!("{}: expected {expected}, found {}", self.path, crate::requests::shown(self.value))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request() -> Value {
+        json!({
+            "protocol": 1, "model": "s-s", "threads": 2, "paths": {"other": "folder"}, "decoder_start_token_id": 2,
+            "eos_token_id": 1, "pad_token_id": 0, "t0_ns": 12345,
+            "gate": {"busy": 0.25, "max_wait_s": 15, "total_wait_s": 150.5},
+            "cases": [{"id": "ragged", "src": [[5, 6, 7], [8]], "beams": 4, "gen": 64, "ops": ["generate", "encode"],
+                "repeats": {"encode": 5, "ttft": 3, "generate": 2}, "tries": 7}],
+        })
+    }
+
+    #[test]
+    fn a_request_is_read_as_it_stands() {
+        let planned = Planned {
+            id: "ragged".into(),
+            sources: vec![vec![5, 6, 7], vec![8]],
+            num_beams: 4,
+            tokens: 64,
+            ops: vec![(Op::Generate, 2), (Op::Encode, 5)],
+            tries: 7,
+        };
+        let expected = Request {
+            threads: Some(2),
+            decoder_start_token_id: Some(2),
+            eos_token_id: Some(1),
+            pad_token_id: Some(0),
+            gate: Gate { busy: 0.25, max_wait: 15.0, total_wait: 150.5 },
+            cases: vec![planned],
+        };
+        assert_eq!(Request::parse(&request().to_string()).expect("well-formed"), expected);
+    }
+
+    #[test]
+    fn what_may_be_left_out_has_a_meaning() {
+        let shortest =
+            json!({"protocol": 1, "cases": [{"id": 0, "src": [[5]], "beams": 1, "gen": 1, "ops": ["ttft"]}]});
+        let request = Request::parse(&shortest.to_string()).expect("well-formed");
+        assert_eq!((request.threads, request.eos_token_id, request.gate), (None, None, Gate::default()));
+        assert_eq!((request.cases[0].ops.as_slice(), request.cases[0].tries), ([(Op::FirstToken, 3)].as_slice(), 3));
+    }
+
+    #[test]
+    fn a_malformed_request_is_refused_by_field() {
+        let changed = |pointer: &str, value: Value| {
+            let mut request = request();
+            let (parent, name) = pointer.rsplit_once('/').expect("a pointer has a slash");
+            request.pointer_mut(parent).expect("there is such a place")[name] = value;
+            request.to_string()
+        };
+        let cases = [
+            ("".to_string(), "expected a JSON object: EOF"),
+            ("[]".to_string(), "expected a JSON object, found []"),
+            ("{}".to_string(), "protocol: expected a value, found none"),
+            (changed("/protocol", json!(2)), "protocol: expected 1, found 2"),
+            (changed("/threads", json!(0)), "threads: expected a whole number from 1, found 0"),
+            (changed("/gate", json!(5)), "gate: expected an object, found 5"),
+            (changed("/gate/busy", json!(-1)), "gate.busy: expected a number from 0, found -1"),
+            (changed("/gate/wait", json!(1)), "gate.wait: expected the name of a field, found an unknown one"),
+            (changed("/eos_token_id", json!([1])), "eos_token_id: expected a whole number from 0, found [1]"),
+            (changed("/cases", json!([])), "cases: expected at least one, found none"),
+            (changed("/cases", json!([[]])), "cases[0]: expected an object, found []"),
+            (changed("/cases/0/id", Value::Null), "cases[0].id: expected a value, found none"),
+            (changed("/cases/0/src", json!([5])), "cases[0].src[0]: expected a list, found 5"),
+            (changed("/cases/0/src", json!([[5, "a"]])), "cases[0].src[0][1]: expected a whole number from 0"),
+            (changed("/cases/0/src", json!([[u64::MAX]])), "cases[0].src[0][0]: expected a whole number from 0"),
+            (changed("/cases/0/beams", json!(0)), "cases[0].beams: expected a whole number from 1, found 0"),
+            (changed("/cases/0/gen", json!(1.5)), "cases[0].gen: expected a whole number from 1, found 1.5"),
+            (changed("/cases/0/ops", json!(["decode"])), "cases[0].ops[0]: expected encode, ttft or generate, found"),
+            (changed("/cases/0/repeats/encode", json!(0)), "cases[0].repeats.encode: expected a whole number from 1"),
+            (changed("/cases/0/repeats/decode", json!(1)), "cases[0].repeats.decode: expected the name of a field"),
+            (changed("/cases/0/beam", json!(1)), "cases[0].beam: expected the name of a field, found an unknown one"),
+            (changed("/repeats", json!(1)), "repeats: expected the name of a field, found an unknown one"),
+        ];
+        for (text, expected) in cases {
+            let error = format!("{:#}", Request::parse(&text).expect_err(expected));
+            assert!(error.starts_with(expected), "{error}\n{expected}");
+        }
+    }
+
+    #[test]
+    fn a_gate_without_time_lets_everything_through() {
+        let started = Instant::now();
+        let mut gate = Gate { busy: 0.0, max_wait: 60.0, total_wait: 0.0 };
+        gate.wait(&Cancellation::new()).expect("nobody cancels");
+        assert!(started.elapsed() < Duration::from_secs(30) && !gate.has_time());
+    }
+}
