@@ -4,6 +4,7 @@
 
 use t5gemma_graphs::config::Config;
 
+use crate::draws::Draws;
 use crate::error::Error;
 
 /// Source rows of one length with their masks, and optionally the beginnings of their targets.
@@ -15,6 +16,10 @@ pub struct Batch {
     mask: Vec<i64>,
     /// How much of each row was given; what follows was put there to make the rows equally long.
     given: Vec<usize>,
+    /// What each row draws from where it samples, if it does not follow the options.
+    seeds: Vec<Option<u64>>,
+    /// The place of each row in the batch that it was given in.
+    places: Vec<usize>,
     prompts: Option<Prompts>,
 }
 
@@ -66,7 +71,10 @@ impl Batch {
         let ids = batches.iter().flat_map(|batch| wider(&batch.ids, batch.length, pad)).collect();
         let mask = batches.iter().flat_map(|batch| wider(&batch.mask, batch.length, 0)).collect();
         let given = batches.iter().flat_map(|batch| batch.given.clone()).collect();
-        Ok(Batch { given, ..Batch::flat(batches.iter().map(|batch| batch.rows).sum(), ids, mask)? })
+        let seeds = batches.iter().flat_map(|batch| batch.seeds.clone()).collect();
+        let places = batches.iter().flat_map(|batch| batch.places.clone()).collect();
+        let rows = batches.iter().map(|batch| batch.rows).sum();
+        Ok(Batch { given, seeds, places, ..Batch::flat(rows, ids, mask)? })
     }
 
     /// Makes a batch of sources that are padded already, anywhere: a token takes part where its mask is not zero.
@@ -122,7 +130,8 @@ impl Batch {
             return Err(Error::input(format!("attention_mask[{row}]"), "at least one entry that is not 0", "all 0"));
         }
         let mask = mask.into_iter().map(|visible| (visible != 0) as i64).collect();
-        Ok(Batch { rows, length, ids, mask, given: vec![length; rows], prompts: None })
+        let (given, seeds, places) = (vec![length; rows], vec![None; rows], (0..rows).collect());
+        Ok(Batch { rows, length, ids, mask, given, seeds, places, prompts: None })
     }
 
     /// Gives the beginning of each row's target; generation continues it.
@@ -144,6 +153,19 @@ impl Batch {
         }
         let ids = prompts.iter().flat_map(|prompt| prompt.as_ref().to_vec()).collect();
         Ok(Batch { prompts: Some(Prompts { length, ids }), ..self })
+    }
+
+    /// Gives these rows a seed of their own, which they keep in a joined batch.
+    pub fn with_seed(self, seed: u64) -> Batch {
+        Batch { seeds: vec![Some(seed); self.rows], ..self }
+    }
+
+    /// What a row draws from, `seed` being that of the options.
+    pub(crate) fn draws(&self, row: usize, seed: u64) -> Draws {
+        let (ids, mask) = (self.source(row), self.row_mask(row));
+        // Padding is no part of a source: wherever it stands, the same text draws the same.
+        let visible = ids.iter().zip(mask).filter(|(_, visible)| **visible != 0).map(|(id, _)| *id);
+        Draws::new(self.seeds[row].unwrap_or(seed), self.places[row], visible)
     }
 
     /// The number of sources.
@@ -248,6 +270,19 @@ mod tests {
         assert_eq!(batch.ids(), [5, 0, 9, 6, 7, 8, 6, 6, 6]);
         assert_eq!(batch.mask(), [1, 0, 0, 1, 1, 1, 0, 0, 1]);
         assert_eq!((batch.source(0), batch.source(1)), ([5, 0].as_slice(), [6, 7, 8].as_slice()));
+    }
+
+    #[test]
+    fn a_row_draws_the_same_in_any_batch_and_with_any_padding() {
+        let alone = Batch::masked(&[[6, 7]], &[[1, 1]]).expect("well-formed").with_seed(3);
+        let padded = Batch::masked(&[[0, 6, 7]], &[[0, 1, 1]]).expect("well-formed").with_seed(3);
+        let other = Batch::padded(&[vec![5], vec![6, 7]], 0).expect("well-formed").with_seed(4);
+        let joined = Batch::joined(vec![other.clone(), padded], 0).expect("well-formed");
+        assert_eq!(joined.draws(2, 9), alone.draws(0, 8));
+        assert_eq!((joined.draws(0, 9), joined.draws(1, 9)), (other.draws(0, 8), other.draws(1, 8)));
+        assert_ne!(other.with_seed(3).draws(1, 9), alone.draws(0, 9), "another place in its request");
+        let unseeded = Batch::padded(&[[6, 7]], 0).expect("well-formed");
+        assert_eq!(unseeded.draws(0, 3), alone.draws(0, 8));
     }
 
     #[test]

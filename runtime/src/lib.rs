@@ -27,6 +27,7 @@ mod state;
 mod tokenizer;
 
 mod batch;
+mod draws;
 pub mod options;
 pub mod scores;
 pub mod search;
@@ -37,6 +38,7 @@ pub mod verify;
 mod error;
 
 pub use batch::Batch;
+pub use draws::Draws;
 pub use error::Error;
 pub use generate::Watch;
 pub use model::{Cancellation, Model, OpenOptions};

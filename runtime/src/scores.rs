@@ -12,11 +12,15 @@
 //! NaN ranks above every number, as in PyTorch: a NaN that no processor replaces yields a candidate whose score is NaN,
 //! which the caller can refuse, and never a plausible token.
 
+mod warpers;
+
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 
+use crate::draws::Draws;
 use crate::options::GenerationOptions;
 use crate::search::{Candidate, Search};
+use warpers::Warper;
 
 /// The logits processors that the options of a request ask for, for one source row.
 #[derive(Clone, Debug)]
@@ -45,6 +49,8 @@ enum Processor {
     RemoveInvalid,
     /// Raises the scores of the end-of-sequence tokens, the more the longer the history is than `start`.
     ExponentialDecay { eos: Vec<i64>, start: usize, factor: f64 },
+    /// Prepares a draw.
+    Warp(Warper),
     /// Takes the logarithm of the softmax.
     Renormalize,
 }
@@ -118,6 +124,7 @@ impl Processors {
             let tokens = options.begin_suppress_tokens.clone();
             processors.push(Processor::Forbid { tokens, from, to: from + 1 });
         }
+        processors.extend(warpers::warpers(options).into_iter().map(Processor::Warp));
         if options.renormalize_logits {
             processors.push(Processor::Renormalize);
         }
@@ -134,10 +141,11 @@ impl Processors {
         }
     }
 
-    /// Chooses the best candidates of one step, best first, ties by beam and then token.
+    /// Chooses the candidates of one step: for a search that compares rows the best or, where it samples, draws without
+    /// replacement in the order drawn; otherwise the best or a draw of each row. Ties go by row and then token.
     ///
-    /// `logits` holds [`Search::width`] rows of one vocabulary each and is overwritten where a processor acts.
-    /// Greedy search compares processed logits; beam search adds processed log-probabilities to the beams' scores.
+    /// `logits` holds [`Search::width`] rows of one vocabulary each and is overwritten where a processor acts. Beam search
+    /// adds processed log-probabilities to the beams' scores; otherwise the processed logits count.
     ///
     /// # Panics
     /// If `logits` is empty or not a whole number of rows.
@@ -145,6 +153,7 @@ impl Processors {
         let vocab_size = logits.len() / search.width();
         assert!(vocab_size > 0 && vocab_size * search.width() == logits.len(), "logits are rows of one vocabulary");
         let mut best = Best::new(search.candidates());
+        let mut of_rows = Vec::new();
         for (beam, row) in logits.chunks_exact_mut(vocab_size).enumerate() {
             let history = search.history(beam);
             let mut norm = Norm::NONE;
@@ -156,10 +165,40 @@ impl Processors {
                 }
             }
             self.apply(row, history);
-            best.take_row(beam, row, norm, search.running_score(beam));
+            let (step, running) = (history.len() as u32, search.running_score(beam));
+            match (search.compares_rows(), search.draws()) {
+                (true, None) => best.take_row(beam, row, |x| norm.subtract(x) + running),
+                (true, Some(draws)) => best.draw_row(beam, row, |x| norm.subtract(x) + running, draws, step),
+                (false, None) => {
+                    let mut best = Best::new(1);
+                    best.take_row(beam, row, |x| x);
+                    of_rows.extend(best.candidates);
+                }
+                (false, Some(draws)) => {
+                    let token = draw(row, draws.uniform(step, search.lane(beam)));
+                    of_rows.push(Candidate { parent: beam, token: token as i64, score: row[token] });
+                }
+            }
         }
-        best.candidates
+        if search.compares_rows() { best.candidates } else { of_rows }
     }
+}
+
+/// Draws a token with the probability that the softmax of the scores gives it: the first for which the probabilities up to
+/// and with it exceed `u`. Where nothing is allowed, the first of all.
+fn draw(row: &[f32], u: f64) -> usize {
+    let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let weight = |x: f32| if x == f32::NEG_INFINITY { 0.0 } else { f64::from(exp(x - max)) };
+    let limit = row.iter().map(|&x| weight(x)).sum::<f64>() * u;
+    let (mut sum, mut last) = (0.0, 0);
+    for (token, &x) in row.iter().enumerate().filter(|(_, x)| **x != f32::NEG_INFINITY) {
+        sum += weight(x);
+        last = token;
+        if sum > limit {
+            break;
+        }
+    }
+    last
 }
 
 impl Processor {
@@ -175,6 +214,7 @@ impl Processor {
             | Processor::EncoderRepetitionPenalty { .. }
             | Processor::RepetitionPenalty(_)
             | Processor::RemoveInvalid
+            | Processor::Warp(_)
             | Processor::Renormalize => true,
         }
     }
@@ -210,6 +250,7 @@ impl Processor {
                 let growth = (factor.powf((history.len() - start) as f64) - 1.0) as f32;
                 update(scores, eos, |score| if score.is_finite() { score + score.abs() * growth } else { score });
             }
+            Processor::Warp(warper) => warper.apply(scores),
             Processor::Renormalize => Norm::of(scores).apply(scores),
         }
     }
@@ -359,17 +400,18 @@ struct Best {
     count: usize,
     /// Best first. Few enough that an insertion may move them all.
     candidates: Vec<Candidate>,
+    /// What each of them is compared by: its score, or that with noise.
+    keys: Vec<f32>,
 }
 
 impl Best {
     fn new(count: usize) -> Best {
-        Best { count, candidates: Vec::with_capacity(count + 1) }
+        Best { count, candidates: Vec::with_capacity(count + 1), keys: Vec::with_capacity(count + 1) }
     }
 
     /// Offers every token of a row.
-    fn take_row(&mut self, beam: usize, row: &[f32], norm: Norm, running_score: f32) {
+    fn take_row(&mut self, beam: usize, row: &[f32], score: impl Fn(f32) -> f32) {
         const BLOCK: usize = 64;
-        let score = |x: f32| norm.subtract(x) + running_score;
         for (block, xs) in row.chunks(BLOCK).enumerate() {
             // A whole block is compared without branches; few blocks hold a score that is good enough.
             if let Some(worst) = self.worst()
@@ -378,25 +420,46 @@ impl Best {
                 continue;
             }
             for (place, &x) in xs.iter().enumerate() {
-                self.offer(Candidate { parent: beam, token: (block * BLOCK + place) as i64, score: score(x) });
+                let token = (block * BLOCK + place) as i64;
+                let score = score(x);
+                self.offer(score, Candidate { parent: beam, token, score });
             }
         }
     }
 
-    /// The score to beat.
-    fn worst(&self) -> Option<f32> {
-        self.candidates.get(self.count - 1).map(|candidate| candidate.score)
+    /// Offers every token of a row at its score with Gumbel noise: the best of these are draws without replacement from
+    /// the softmax of the scores of all rows, in the order drawn.
+    fn draw_row(&mut self, beam: usize, row: &[f32], score: impl Fn(f32) -> f32, draws: &Draws, step: u32) {
+        const BLOCK: usize = 4;
+        for (block, xs) in row.chunks(BLOCK).enumerate() {
+            if self.worst().is_some() && xs.iter().all(|&x| x == f32::NEG_INFINITY) {
+                continue;
+            }
+            let noise = draws.open_uniforms(step, (beam as u32) << 24 | block as u32);
+            for (place, (&x, u)) in xs.iter().zip(noise).enumerate() {
+                let token = (block * BLOCK + place) as i64;
+                let score = score(x);
+                self.offer(score - (-u.ln()).ln() as f32, Candidate { parent: beam, token, score });
+            }
+        }
     }
 
-    fn offer(&mut self, candidate: Candidate) {
-        let rank = rank(candidate.score);
-        // Beams and tokens ascend, so of equal scores the newcomer is the last.
+    /// The key to beat.
+    fn worst(&self) -> Option<f32> {
+        self.keys.get(self.count - 1).copied()
+    }
+
+    fn offer(&mut self, key: f32, candidate: Candidate) {
+        let rank = rank(key);
+        // Beams and tokens ascend, so of equal keys the newcomer is the last.
         let place = match self.worst() {
             Some(worst) if self::rank(worst) >= rank => return,
-            _ => self.candidates.partition_point(|kept| self::rank(kept.score) >= rank),
+            _ => self.keys.partition_point(|&kept| self::rank(kept) >= rank),
         };
         self.candidates.truncate(self.count - 1);
         self.candidates.insert(place, candidate);
+        self.keys.truncate(self.count - 1);
+        self.keys.insert(place, key);
     }
 }
 
@@ -701,7 +764,7 @@ mod tests {
 
             let mut best = Best::new(count);
             for (beam, row) in rows.chunks(len).enumerate() {
-                best.take_row(beam, row, Norm::NONE, running[beam]);
+                best.take_row(beam, row, |x| x + running[beam]);
             }
             let found: Vec<(i32, usize)> = (best.candidates.iter())
                 .map(|candidate| (rank(candidate.score), candidate.parent * len + candidate.token as usize))
