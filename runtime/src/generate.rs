@@ -5,6 +5,7 @@ use std::ops::ControlFlow;
 
 use crate::batch::Batch;
 use crate::error::Error;
+use crate::logprobs::Trace;
 use crate::model::{Cancellation, Model};
 use crate::options::GenerationOptions;
 use crate::scores::Processors;
@@ -36,6 +37,8 @@ struct Item {
     processors: Processors,
     /// Tokens of the first hypothesis that the watch was shown.
     shown: usize,
+    /// With `output_logprobs`.
+    trace: Option<Trace>,
 }
 
 /// Shows a row's tokens to the watch.
@@ -76,6 +79,7 @@ pub(crate) fn generate(
                 .drawing(batch.draws(row, seed)),
             processors: Processors::new(options, batch.source(row), prompts.length),
             shown: 0,
+            trace: options.output_logprobs.then(|| Trace::new(options.top_logprobs)),
         })
         .collect();
     let mut results: Vec<Vec<Hypothesis>> = vec![Vec::new(); batch.rows()];
@@ -100,7 +104,11 @@ pub(crate) fn generate(
                 widened = scores.repeat(width);
                 scores = &mut widened;
             }
+            let unprocessed = item.trace.is_some().then(|| scores.to_vec());
             let candidates = item.processors.candidates(scores, &item.search);
+            if let (Some(trace), Some(logits)) = (&mut item.trace, unprocessed) {
+                trace.take(&candidates, &logits, width);
+            }
             match item.search.advance(&candidates) {
                 Progress::Done => finished.push(slot),
                 Progress::Continue => {
@@ -108,6 +116,9 @@ pub(crate) fn generate(
                     let settled = item.search.settled(item.shown);
                     show(item.row, settled, watch)?;
                     item.shown += settled.len();
+                    if let Some(trace) = &mut item.trace {
+                        trace.follow(&item.search);
+                    }
                 }
             }
         }
@@ -125,8 +136,11 @@ pub(crate) fn generate(
         }
 
         for slot in finished.into_iter().rev() {
-            let Item { row, search, shown, .. } = items.remove(slot);
+            let Item { row, search, shown, trace, .. } = items.remove(slot);
             results[row] = search.finish();
+            for hypothesis in &mut results[row] {
+                hypothesis.logprobs = trace.as_ref().map(|trace| trace.of(&hypothesis.tokens));
+            }
             show(row, results[row][0].tokens.get(shown..).unwrap_or(&[]), watch)?;
         }
         if items.is_empty() {

@@ -33,6 +33,8 @@ pub mod scores;
 pub mod search;
 
 mod generate;
+mod logprobs;
+mod score;
 pub mod verify;
 
 mod error;
@@ -41,7 +43,8 @@ pub use batch::Batch;
 pub use draws::Draws;
 pub use error::Error;
 pub use generate::Watch;
+pub use logprobs::Logprobs;
 pub use model::{Cancellation, Model, OpenOptions};
-pub use options::{GenerationOptions, OptionError};
+pub use options::{GenerationOptions, LogitsProcessor, OptionError, Position};
 pub use search::{FinishReason, Hypothesis};
 pub use tokenizer::{SpecialTokens, TextStream, Tokenizer};

@@ -8,6 +8,7 @@
 //! `unsupported`, the model opens, and a request has to override them before anything is generated.
 
 use std::hash::{BuildHasher, Hasher, RandomState};
+use std::sync::Arc;
 use std::{fmt, slice};
 
 use serde_json::{Map, Value};
@@ -94,9 +95,62 @@ pub struct GenerationOptions {
     pub renormalize_logits: bool,
     /// Whether NaN and infinite scores are replaced by finite ones.
     pub remove_invalid_values: bool,
+    /// Subtracted from the score of a token for each time it was generated.
+    pub frequency_penalty: f64,
+    /// Subtracted from the score of a token that was generated, however often.
+    pub presence_penalty: f64,
+    /// Whether hypotheses come with the model's log-probabilities of their tokens.
+    pub output_logprobs: bool,
+    /// Of how many of the likeliest tokens at each place these are given too.
+    pub top_logprobs: usize,
+    /// The caller's own changes to scores, after all others but those of sampling. Not an option of requests.
+    pub logits_processor: Vec<LogitsProcessor>,
     /// Names and JSON values of what `generation_config.json` asks for and this version cannot do. Until a request
     /// overrides each of them, [`GenerationOptions::check`] fails.
     pub unsupported: Vec<(String, String)>,
+}
+
+/// A change to scores that the caller makes.
+#[derive(Clone)]
+pub struct LogitsProcessor(Arc<Change>);
+
+type Change = dyn Fn(&Position, &mut [f32]) + Send + Sync;
+
+/// Where scores belong: what a [`LogitsProcessor`] is told.
+#[derive(Clone, Copy, Debug)]
+pub struct Position<'a> {
+    /// The tokens of the source, with the padding that it was given with.
+    pub source: &'a [i64],
+    /// Prompt and generated tokens of the target so far.
+    pub history: &'a [i64],
+    /// How many of these are the prompt.
+    pub prompt_len: usize,
+}
+
+impl LogitsProcessor {
+    /// Makes one of a function that changes the scores of the next token, one for each of the vocabulary: logits, or
+    /// log-probabilities in beam search. A score of −∞ forbids its token. It is called for each target at each step and
+    /// must not depend on anything but what it is given, or results will depend on neighbours in a batch.
+    pub fn new(change: impl Fn(&Position, &mut [f32]) + Send + Sync + 'static) -> LogitsProcessor {
+        LogitsProcessor(Arc::new(change))
+    }
+
+    pub(crate) fn apply(&self, place: &Position, scores: &mut [f32]) {
+        (self.0)(place, scores);
+    }
+}
+
+impl fmt::Debug for LogitsProcessor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("LogitsProcessor(…)")
+    }
+}
+
+/// Equal are clones of one.
+impl PartialEq for LogitsProcessor {
+    fn eq(&self, other: &LogitsProcessor) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
 }
 
 /// When beam search is content with the hypotheses it has.
@@ -141,7 +195,9 @@ const MAX_BIAS: f32 = 1e30;
 
 /// Bounds what one source may cost; far above any useful number.
 const MAX_NUM_BEAMS: usize = 256;
-/// The same without beams.
+/// Bounds the size of a result.
+const MAX_TOP_LOGPROBS: usize = 1000;
+/// As `MAX_NUM_BEAMS`, without beams.
 const MAX_NUM_RETURN_SEQUENCES: usize = 256;
 
 impl Default for GenerationOptions {
@@ -186,6 +242,11 @@ impl Default for GenerationOptions {
             begin_suppress_tokens: Vec::new(),
             renormalize_logits: false,
             remove_invalid_values: false,
+            frequency_penalty: 0.0,
+            presence_penalty: 0.0,
+            output_logprobs: false,
+            top_logprobs: 0,
+            logits_processor: Vec::new(),
             unsupported: Vec::new(),
         }
     }
@@ -261,6 +322,7 @@ impl GenerationOptions {
         for (acts, condition, of) in [
             (options.num_beams > 1, "num_beams 1 (it acts in beam search only)", of_beam_search as Named),
             (options.do_sample, "do_sample false (it acts in sampling only)", of_sampling),
+            (options.output_logprobs, "output_logprobs false (it belongs to them)", of_logprobs),
         ] {
             for ((name, value_now), (_, default)) in of(&options).into_iter().zip(of(&default)) {
                 if let (Some(value), false) = (given(name), acts || value_now == default) {
@@ -473,6 +535,13 @@ impl GenerationOptions {
             "suppress_tokens" => self.suppress_tokens = given.take("a list of token ids", tokens)?,
             "begin_suppress_tokens" => self.begin_suppress_tokens = given.take("a list of token ids", tokens)?,
             "renormalize_logits" => self.renormalize_logits = given.flag()?,
+            "frequency_penalty" => self.frequency_penalty = given.openai_penalty()?,
+            "presence_penalty" => self.presence_penalty = given.openai_penalty()?,
+            "output_logprobs" => self.output_logprobs = given.flag()?,
+            "top_logprobs" => {
+                self.top_logprobs = given
+                    .take("a whole number from 0 to 1000", |value| whole(value).filter(|&n| n <= MAX_TOP_LOGPROBS))?
+            }
             "remove_invalid_values" => self.remove_invalid_values = given.flag()?,
             _ => return Ok(false),
         }
@@ -491,6 +560,11 @@ fn of_beam_search(options: &GenerationOptions) -> Vec<(&'static str, String)> {
         EarlyStopping::Never => "\"never\"",
     };
     vec![("length_penalty", options.length_penalty.to_string()), ("early_stopping", early_stopping.to_string())]
+}
+
+/// What belongs to log-probabilities.
+fn of_logprobs(options: &GenerationOptions) -> Vec<(&'static str, String)> {
+    vec![("top_logprobs", options.top_logprobs.to_string())]
 }
 
 /// What acts in sampling only.
@@ -531,6 +605,10 @@ impl Given<'_> {
 
     fn number(&self) -> Result<f64, OptionError> {
         self.take("a number", Value::as_f64)
+    }
+
+    fn openai_penalty(&self) -> Result<f64, OptionError> {
+        self.take("a number from -2 to 2", |value| value.as_f64().filter(|x| x.abs() <= 2.0))
     }
 
     fn positive(&self) -> Result<f64, OptionError> {
@@ -686,7 +764,8 @@ mod tests {
 
     #[test]
     fn every_option_is_read() {
-        let request = json!({
+        let request: Value = serde_json::from_str(
+            r#"{
             "max_new_tokens": 7, "max_length": 9.0, "min_length": 3, "min_new_tokens": 2, "num_beams": 4,
             "num_return_sequences": 3, "length_penalty": 2, "early_stopping": "never", "decoder_start_token_id": 5,
             "bos_token_id": 6, "eos_token_id": [1, 107], "pad_token_id": 3, "repetition_penalty": 1.5,
@@ -695,9 +774,12 @@ mod tests {
             "forced_eos_token_id": 1, "exponential_decay_length_penalty": [6, 1.6], "suppress_tokens": [8, 9],
             "begin_suppress_tokens": [10], "renormalize_logits": true, "remove_invalid_values": true,
             "do_sample": true, "temperature": 0.7, "top_k": 40, "top_p": 0.9, "min_p": 0.05, "top_h": 0.4, "top_n_sigma": 2,
-            "typical_p": 0.8, "epsilon_cutoff": 0.01, "eta_cutoff": 0.02, "seed": 18446744073709551615_u64,
-            "return_alternatives": false, "stop_strings": null,
-        });
+            "typical_p": 0.8, "epsilon_cutoff": 0.01, "eta_cutoff": 0.02, "seed": 18446744073709551615,
+            "return_alternatives": false, "stop_strings": null, "frequency_penalty": 0.5, "presence_penalty": -0.25,
+            "output_logprobs": true, "top_logprobs": 3
+        }"#,
+        )
+        .expect("JSON");
         let expected = GenerationOptions {
             max_new_tokens: Some(7),
             max_length: Some(9),
@@ -737,6 +819,11 @@ mod tests {
             begin_suppress_tokens: vec![10],
             renormalize_logits: true,
             remove_invalid_values: true,
+            frequency_penalty: 0.5,
+            presence_penalty: -0.25,
+            output_logprobs: true,
+            top_logprobs: 3,
+            logits_processor: vec![],
             unsupported: vec![],
         };
         assert_eq!(with(&GenerationOptions::default(), request.clone()), Ok(expected.clone()));
@@ -790,6 +877,11 @@ mod tests {
             ),
             (json!({"suppress_tokens": 3}), "suppress_tokens: expected a list of token ids, found 3"),
             (json!({"temprature": 1}), "temprature: expected the name of a generation option, found an unknown name"),
+            (json!({"presence_penalty": 3}), "presence_penalty: expected a number from -2 to 2, found 3"),
+            (
+                json!({"top_logprobs": 3}),
+                "top_logprobs: expected 0 with output_logprobs false (it belongs to them), found 3",
+            ),
             (json!({"do_sample": 1}), "do_sample: expected true or false, found 1"),
             (
                 json!({"temperature": 0.7}),

@@ -18,7 +18,7 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 
 use crate::draws::Draws;
-use crate::options::GenerationOptions;
+use crate::options::{GenerationOptions, LogitsProcessor, Position};
 use crate::search::{Candidate, Search};
 use warpers::Warper;
 
@@ -37,6 +37,8 @@ enum Processor {
     EncoderRepetitionPenalty { source: Vec<i64>, penalty: f32 },
     /// Makes the tokens of the history less likely.
     RepetitionPenalty(f32),
+    /// Makes generated tokens less likely, by how often they were and that they were.
+    Generated { frequency: f32, presence: f32, prompt_len: usize },
     /// Forbids n-grams that the history holds already.
     NoRepeatNgram(usize),
     /// Forbids n-grams of the source.
@@ -49,6 +51,8 @@ enum Processor {
     RemoveInvalid,
     /// Raises the scores of the end-of-sequence tokens, the more the longer the history is than `start`.
     ExponentialDecay { eos: Vec<i64>, start: usize, factor: f64 },
+    /// Does what the caller wants.
+    Caller { processor: LogitsProcessor, source: Vec<i64>, prompt_len: usize },
     /// Prepares a draw.
     Warp(Warper),
     /// Takes the logarithm of the softmax.
@@ -79,6 +83,10 @@ impl Processors {
         }
         if options.repetition_penalty != 1.0 {
             processors.push(Processor::RepetitionPenalty(options.repetition_penalty as f32));
+        }
+        let (frequency, presence) = (options.frequency_penalty as f32, options.presence_penalty as f32);
+        if (frequency, presence) != (0.0, 0.0) {
+            processors.push(Processor::Generated { frequency, presence, prompt_len });
         }
         if options.no_repeat_ngram_size > 0 {
             processors.push(Processor::NoRepeatNgram(options.no_repeat_ngram_size));
@@ -124,6 +132,11 @@ impl Processors {
             let tokens = options.begin_suppress_tokens.clone();
             processors.push(Processor::Forbid { tokens, from, to: from + 1 });
         }
+        processors.extend(options.logits_processor.iter().map(|processor| Processor::Caller {
+            processor: processor.clone(),
+            source: source.to_vec(),
+            prompt_len,
+        }));
         processors.extend(warpers::warpers(options).into_iter().map(Processor::Warp));
         if options.renormalize_logits {
             processors.push(Processor::Renormalize);
@@ -209,11 +222,13 @@ impl Processor {
             Processor::EncoderNoRepeatNgram { size, .. } => length + 1 >= size,
             Processor::Forbid { from, to, .. } => (from..to).contains(&length),
             Processor::Force { at, .. } => length == at,
+            Processor::Generated { prompt_len, .. } => length > prompt_len,
             Processor::ExponentialDecay { start, .. } => length > start,
             Processor::SequenceBias(_)
             | Processor::EncoderRepetitionPenalty { .. }
             | Processor::RepetitionPenalty(_)
             | Processor::RemoveInvalid
+            | Processor::Caller { .. }
             | Processor::Warp(_)
             | Processor::Renormalize => true,
         }
@@ -234,6 +249,15 @@ impl Processor {
             }
             Processor::EncoderRepetitionPenalty { source, penalty } => penalise(scores, source, *penalty),
             Processor::RepetitionPenalty(penalty) => penalise(scores, history, *penalty),
+            Processor::Generated { frequency, presence, prompt_len } => {
+                let mut counts: HashMap<i64, u32> = HashMap::new();
+                history[*prompt_len..].iter().for_each(|&token| *counts.entry(token).or_default() += 1);
+                for (token, count) in counts {
+                    if let Some(score) = at(scores, token) {
+                        *score -= count as f32 * frequency + presence;
+                    }
+                }
+            }
             Processor::NoRepeatNgram(size) => forbid_ngrams(scores, history, history, *size),
             Processor::EncoderNoRepeatNgram { source, size } => forbid_ngrams(scores, source, history, *size),
             Processor::Forbid { tokens, .. } => set(scores, tokens, f32::NEG_INFINITY),
@@ -249,6 +273,9 @@ impl Processor {
             Processor::ExponentialDecay { eos, start, factor } => {
                 let growth = (factor.powf((history.len() - start) as f64) - 1.0) as f32;
                 update(scores, eos, |score| if score.is_finite() { score + score.abs() * growth } else { score });
+            }
+            Processor::Caller { processor, source, prompt_len } => {
+                processor.apply(&Position { source, history, prompt_len: *prompt_len }, scores);
             }
             Processor::Warp(warper) => warper.apply(scores),
             Processor::Renormalize => Norm::of(scores).apply(scores),
@@ -322,6 +349,31 @@ fn set(scores: &mut [f32], tokens: &[i64], score: f32) {
 
 fn at(scores: &mut [f32], token: i64) -> Option<&mut f32> {
     scores.get_mut(usize::try_from(token).ok()?)
+}
+
+/// The log-probabilities of the tokens at one place.
+pub(crate) struct LogProbabilities<'a> {
+    logits: &'a [f32],
+    norm: Norm,
+}
+
+impl<'a> LogProbabilities<'a> {
+    /// Those that `logits` amount to.
+    pub fn of(logits: &'a [f32]) -> LogProbabilities<'a> {
+        LogProbabilities { logits, norm: Norm::of(logits) }
+    }
+
+    /// That of a token of the vocabulary.
+    pub fn token(&self, token: i64) -> f32 {
+        self.norm.subtract(self.logits[token as usize])
+    }
+
+    /// The likeliest tokens with theirs, best first.
+    pub fn best(&self, count: usize) -> Vec<(i64, f32)> {
+        let mut best = Best::new(count);
+        best.take_row(0, self.logits, |x| self.norm.subtract(x));
+        best.candidates.into_iter().map(|candidate| (candidate.token, candidate.score)).collect()
+    }
 }
 
 /// What log-softmax subtracts from a row, one after the other.
@@ -515,6 +567,35 @@ mod tests {
                 1,
                 &[2, 3, 3],
                 [1.0, -1.0, 1.0, -4.0, 3.0, -3.0],
+            ),
+            (
+                "frequency_penalty counts what was generated, not the prompt",
+                GenerationOptions { frequency_penalty: 0.5, ..default() },
+                1,
+                &[2, 3, 3, 4],
+                [1.0, -1.0, 2.0, -3.0, 2.5, -3.0],
+            ),
+            (
+                "presence_penalty does not count",
+                GenerationOptions { presence_penalty: 0.5, frequency_penalty: -0.25, ..default() },
+                1,
+                &[2, 3, 3, 4],
+                [1.0, -1.0, 2.0, -2.0, 2.75, -3.0],
+            ),
+            (
+                "logits_processor is told the place and comes before what sampling does",
+                GenerationOptions {
+                    logits_processor: vec![LogitsProcessor::new(|place, scores| {
+                        assert_eq!((place.source, place.prompt_len), (&[0, 4, 5, 4][..], 1));
+                        scores[place.history[1] as usize] = 9.0;
+                    })],
+                    do_sample: true,
+                    top_k: 2,
+                    ..default()
+                },
+                1,
+                &[2, 5],
+                [-INF, -INF, -INF, -INF, 3.0, 9.0],
             ),
             (
                 "encoder_repetition_penalty works the other way, on the source with its padding",

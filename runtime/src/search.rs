@@ -8,6 +8,7 @@ mod beam;
 mod rows;
 
 use crate::draws::Draws;
+use crate::logprobs::Logprobs;
 use crate::options::GenerationOptions;
 use beam::Beam;
 use rows::Rows;
@@ -57,6 +58,8 @@ pub struct Hypothesis {
     pub score: Option<f32>,
     /// Why it ends.
     pub finish_reason: FinishReason,
+    /// The model's log-probabilities of the tokens, with `output_logprobs`.
+    pub logprobs: Option<Logprobs>,
 }
 
 /// Whether a search wants another step.

@@ -39,11 +39,23 @@ impl Tokenizer {
     /// # Errors
     /// A text that the tokenizer cannot express.
     pub fn encode(&self, text: &str) -> Result<Vec<i64>, Error> {
+        self.ids(text, true)
+    }
+
+    fn ids(&self, text: &str, special: bool) -> Result<Vec<i64>, Error> {
         let encoding = self
             .inner
-            .encode_fast(text, true)
+            .encode_fast(text, special)
             .map_err(|error| Error::input("text", "text that the tokenizer can express", error.to_string()))?;
         Ok(encoding.get_ids().iter().map(|&id| id as i64).collect())
+    }
+
+    /// The tokens of a target's text, or of the beginning of one: without any special tokens around it.
+    ///
+    /// # Errors
+    /// A text that the tokenizer cannot express.
+    pub fn encode_target(&self, text: &str) -> Result<Vec<i64>, Error> {
+        self.ids(text, false)
     }
 
     /// The text of tokens; special tokens such as the end of text are part of it unless they are skipped.

@@ -16,13 +16,19 @@ use crate::{Opening, Outcome};
 ///
 /// With --jsonl, each line of stdin is a request and each line of stdout its result, in order:
 ///
-///   request  {"id"?, "text" | "input_ids", "attention_mask"?, "decoder_input_ids"?, "options"?}
-///   result   {"id", "sequences": [[{"tokens", "text"?, "score"?, "finish_reason"}, …best first], …rows], "usage"}
+///   request  {"id"?, "text" | "input_ids", "attention_mask"?, "decoder_text"? | "decoder_input_ids"?,
+///            "options"?}
+///   result   {"id", "sequences": [[{"tokens", "text"?, "score"?, "finish_reason", "logprob"?, "logprobs"?,
+///            "top_logprobs"?}, …best first], …rows], "seed"?, "usage"}
 ///   or       {"id", "error"}
 ///
 /// "text" is a string or a list of them; "input_ids" is a row of token ids or a list of rows, padded anywhere: the mask
-/// decides. "options" are Hugging Face's generation options and stand over the flags below. "tokens" are the generated ids
+/// decides. "decoder_text" is how the target begins, without special tokens, "decoder_input_ids" the same as token ids; neither
+/// is part of the result. "options" are Hugging Face's generation options and stand over the flags below. "tokens" are the generated ids
 /// without the decoder prompt, end token included; "score" is that of beam search; "finish_reason" is "eos" or "length".
+/// With "output_logprobs", "logprobs" are the model's log-probabilities of the tokens, before any processing, "logprob" is
+/// their sum, and "top_logprobs" the [token, log-probability] pairs of as many of the likeliest at each place. "seed" is what
+/// was drawn from where tokens are sampled.
 /// Requests that are there together and have the same options are run as one batch. An "id" left out is the line's number
 /// from 0. A line that is no request, be it not even UTF-8, is answered by its error; blank lines are passed over.
 #[derive(clap::Args)]
@@ -76,7 +82,7 @@ impl Answering<'_> {
         mut next: impl FnMut() -> Result<Option<Vec<u8>>>,
         mut is_ready: impl FnMut() -> Result<bool>,
     ) -> Result<Outcome> {
-        let streaming = self.options.num_beams == 1 && io::stdout().is_terminal();
+        let streaming = self.options.num_return_sequences == 1 && io::stdout().is_terminal();
         let batch_size = if streaming { 1 } else { self.batch_size };
         let mut outcome = Outcome::Done;
         let done = counter("texts", true);
@@ -152,7 +158,8 @@ impl Answering<'_> {
         let mut group: Vec<Request> = Vec::new();
         for request in requests {
             match request {
-                Ok(request) => {
+                Ok(mut request) => {
+                    request.seed = self.seed(&request);
                     if group.first().is_some_and(|first| !fits(first, &request)) {
                         answers.extend(self.group(std::mem::take(&mut group), stream)?);
                     }
@@ -166,6 +173,12 @@ impl Answering<'_> {
         }
         answers.extend(self.group(group, stream)?);
         Ok(answers)
+    }
+
+    /// What a request draws from if it samples. Options that are refused say so when it is run.
+    fn seed(&self, request: &Request) -> Option<u64> {
+        let options = self.options.with(&request.options).ok().filter(|options| options.do_sample)?;
+        Some(options.seed.unwrap_or_else(GenerationOptions::draw_seed))
     }
 
     /// Answers requests that fit into one batch. Should the batch be refused, each is tried alone, so that the error falls
@@ -232,13 +245,20 @@ impl Answering<'_> {
                 sequence.insert("score".into(), score.into());
             }
             sequence.insert("finish_reason".into(), hypothesis.finish_reason.as_str().into());
+            if let Some(logprobs) = &hypothesis.logprobs {
+                sequence.extend(requests::logprobs(logprobs));
+            }
             Ok(Value::Object(sequence))
         };
         let sequences =
             rows.iter().map(|row| row.iter().map(sequence).collect::<Result<Vec<_>>>()).collect::<Result<Vec<_>>>()?;
         let generated: usize = rows.iter().flatten().map(|hypothesis| hypothesis.tokens.len()).sum();
         let usage = json!({"source_tokens": request.source_tokens(), "target_tokens": generated});
-        Ok(json!({"id": request.id, "sequences": sequences, "usage": usage}))
+        let mut result = Map::from_iter([("id".to_string(), request.id.clone())]);
+        result.insert("sequences".into(), sequences.into());
+        result.extend(request.seed.map(|seed| ("seed".to_string(), seed.into())));
+        result.insert("usage".into(), usage);
+        Ok(result.into())
     }
 }
 
@@ -247,7 +267,12 @@ type Answer = Result<(Request, Vec<Vec<Hypothesis>>), Refused>;
 /// Whether two requests can be one batch.
 fn fits(a: &Request, b: &Request) -> bool {
     // The start token is put before all prompts of a batch or before none, so only requests without any are joined.
-    a.options == b.options && a.prompts.is_none() && b.prompts.is_none()
+    a.prompts.is_none() && b.prompts.is_none() && without_seed(a).eq(without_seed(b))
+}
+
+/// A request's options but for the seed, which each row of a batch has of its own.
+fn without_seed(request: &Request) -> impl Iterator<Item = (&String, &Value)> {
+    request.options.iter().filter(|(name, _)| *name != "seed")
 }
 
 fn print_flushed(text: &str) -> Result<()> {

@@ -206,6 +206,7 @@ impl Beam {
                 tokens,
                 score: Some(score),
                 finish_reason,
+                logprobs: None,
             })
             .collect()
     }

@@ -111,7 +111,7 @@ impl Rows {
     pub(super) fn finish(self) -> Vec<Hypothesis> {
         let hypothesis = |Target { mut history, finish_reason }| {
             let tokens = history.split_off(self.prompt_len);
-            Hypothesis { tokens, score: None, finish_reason }
+            Hypothesis { tokens, score: None, finish_reason, logprobs: None }
         };
         self.targets.into_iter().map(hypothesis).collect()
     }
@@ -153,7 +153,7 @@ mod tests {
                     break;
                 }
             }
-            let hypothesis = Hypothesis { tokens: tokens.to_vec(), score: None, finish_reason };
+            let hypothesis = Hypothesis { tokens: tokens.to_vec(), score: None, finish_reason, logprobs: None };
             assert_eq!(search.finish(), [hypothesis], "{name}");
         }
     }
@@ -179,8 +179,12 @@ mod tests {
         assert_eq!(take(&mut search, &[1, 7]), Progress::Continue);
         assert_eq!((search.width(), search.next_tokens(), search.parents()), (1, &[7][..], &[1][..]));
         assert_eq!(take(&mut search, &[8]), Progress::Done);
-        let hypothesis =
-            |tokens: &[i64], finish_reason| Hypothesis { tokens: tokens.to_vec(), score: None, finish_reason };
+        let hypothesis = |tokens: &[i64], finish_reason| Hypothesis {
+            tokens: tokens.to_vec(),
+            score: None,
+            finish_reason,
+            logprobs: None,
+        };
         let expected = [
             hypothesis(&[5, 1], FinishReason::Eos),
             hypothesis(&[1], FinishReason::Eos),
