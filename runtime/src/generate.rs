@@ -10,6 +10,7 @@ use crate::model::{Cancellation, Model};
 use crate::options::GenerationOptions;
 use crate::scores::Processors;
 use crate::search::{Hypothesis, Progress, Search};
+use crate::stop::Stops;
 
 /// Is shown the tokens of a generation as they are chosen. `()` shows them to no one; closures are watches.
 pub trait Watch {
@@ -82,6 +83,7 @@ pub(crate) fn generate(
             trace: options.output_logprobs.then(|| Trace::new(options.top_logprobs)),
         })
         .collect();
+    let stops = Stops::new(options, || model.tokenizer())?;
     let mut results: Vec<Vec<Hypothesis>> = vec![Vec::new(); batch.rows()];
     let encoded = model.run_encoder(batch, cancel)?;
     let (mut state, mut logits) = model.start(encoded, prompts, cancel)?;
@@ -104,14 +106,22 @@ pub(crate) fn generate(
                 widened = scores.repeat(width);
                 scores = &mut widened;
             }
+            let is_over = stops.is_over();
             let unprocessed = item.trace.is_some().then(|| scores.to_vec());
-            let candidates = item.processors.candidates(scores, &item.search);
-            if let (Some(trace), Some(logits)) = (&mut item.trace, unprocessed) {
-                trace.take(&candidates, &logits, width);
-            }
-            match item.search.advance(&candidates) {
+            let progress = loop {
+                let candidates = item.processors.candidates(scores, &item.search);
+                if let (Some(trace), Some(logits)) = (&mut item.trace, &unprocessed) {
+                    trace.take(&candidates, logits, width);
+                }
+                let ends = stops.of(&candidates, &item.search, is_over)?;
+                match item.search.advance_to_ends(&candidates, &ends) {
+                    Progress::Turn => {}
+                    progress => break progress,
+                }
+            };
+            match progress {
                 Progress::Done => finished.push(slot),
-                Progress::Continue => {
+                Progress::Continue | Progress::Turn => {
                     going_on.push(slot);
                     let settled = item.search.settled(item.shown);
                     show(item.row, settled, watch)?;

@@ -35,6 +35,7 @@ pub mod search;
 mod generate;
 mod logprobs;
 mod score;
+mod stop;
 pub mod verify;
 
 mod error;

@@ -52,6 +52,14 @@ pub struct GenerationOptions {
     pub eta_cutoff: f64,
     /// What the draws depend on, with the source and its place in the request; another one for each call if not given.
     pub seed: Option<u64>,
+    /// Groups that the beams are in; those of one avoid the tokens of the others. 1 is off.
+    pub num_beam_groups: usize,
+    /// Subtracted from the score of a token for each beam of an earlier group that has just chosen it.
+    pub diversity_penalty: f64,
+    /// Texts that end a target in which one of them has come to stand; they may begin in one token and end in another.
+    pub stop_strings: Vec<String>,
+    /// After so many seconds all targets end as they are.
+    pub max_time: Option<f64>,
     /// Whether each hypothesis begins with another of the best first tokens, which are then completed.
     pub return_alternatives: bool,
     /// Beam scores are divided by `length^length_penalty`.
@@ -221,6 +229,10 @@ impl Default for GenerationOptions {
             epsilon_cutoff: 0.0,
             eta_cutoff: 0.0,
             seed: None,
+            num_beam_groups: 1,
+            diversity_penalty: 0.0,
+            stop_strings: Vec::new(),
+            max_time: None,
             return_alternatives: false,
             length_penalty: 1.0,
             early_stopping: EarlyStopping::False,
@@ -322,6 +334,7 @@ impl GenerationOptions {
         for (acts, condition, of) in [
             (options.num_beams > 1, "num_beams 1 (it acts in beam search only)", of_beam_search as Named),
             (options.do_sample, "do_sample false (it acts in sampling only)", of_sampling),
+            (options.num_beam_groups > 1, "num_beam_groups 1 (it acts between groups only)", of_groups),
             (options.output_logprobs, "output_logprobs false (it belongs to them)", of_logprobs),
         ] {
             for ((name, value_now), (_, default)) in of(&options).into_iter().zip(of(&default)) {
@@ -419,6 +432,19 @@ impl GenerationOptions {
             let expected = format!("a whole number from 1 to {what}");
             return Err(OptionError::new("num_return_sequences", expected, self.num_return_sequences.to_string()));
         }
+        let (groups, beams) = (self.num_beam_groups, self.num_beams);
+        if groups == 0 || beams % groups != 0 {
+            let expected = format!("a divisor of num_beams ({beams})");
+            return Err(OptionError::new("num_beam_groups", expected, groups.to_string()));
+        }
+        if groups > 1 && self.do_sample {
+            let expected = "1 with do_sample true (groups of beams do not sample)";
+            return Err(OptionError::new("num_beam_groups", expected, groups.to_string()));
+        }
+        if groups > 1 && self.diversity_penalty <= 0.0 {
+            let expected = "a number above 0 with num_beam_groups above 1 (all groups would find the same)";
+            return Err(OptionError::new("diversity_penalty", expected, self.diversity_penalty.to_string()));
+        }
         if self.return_alternatives && self.num_beams > 1 {
             let expected = "false with num_beams above 1 (beam search does not complete alternatives)";
             return Err(OptionError::new("return_alternatives", expected, "true"));
@@ -492,6 +518,18 @@ impl GenerationOptions {
             "epsilon_cutoff" => self.epsilon_cutoff = given.number()?,
             "eta_cutoff" => self.eta_cutoff = given.number()?,
             "seed" => self.seed = Some(given.take("a whole number below 2^64", Value::as_u64)?),
+            "num_beam_groups" => self.num_beam_groups = given.whole(1)?,
+            "diversity_penalty" => {
+                let usable = |value: &Value| value.as_f64().filter(|x| (0.0..=f64::from(MAX_BIAS)).contains(x));
+                self.diversity_penalty = given.take("a number of at least 0", usable)?;
+            }
+            "stop_strings" => {
+                self.stop_strings = given.take("a string or a list of strings, none of them empty", strings)?;
+            }
+            "max_time" => {
+                let seconds = |value: &Value| value.as_f64().filter(|&seconds| seconds >= 0.0);
+                self.max_time = Some(given.take("a number of seconds", seconds)?);
+            }
             "return_alternatives" => self.return_alternatives = given.flag()?,
             "length_penalty" => {
                 // Beyond, lengths to that power leave the range of float32 and with it all order among hypotheses.
@@ -560,6 +598,11 @@ fn of_beam_search(options: &GenerationOptions) -> Vec<(&'static str, String)> {
         EarlyStopping::Never => "\"never\"",
     };
     vec![("length_penalty", options.length_penalty.to_string()), ("early_stopping", early_stopping.to_string())]
+}
+
+/// What acts between groups of beams only.
+fn of_groups(options: &GenerationOptions) -> Vec<(&'static str, String)> {
+    vec![("diversity_penalty", options.diversity_penalty.to_string())]
 }
 
 /// What belongs to log-probabilities.
@@ -641,6 +684,15 @@ fn tokens(value: &Value) -> Option<Vec<i64>> {
     value.as_array()?.iter().map(token).collect()
 }
 
+/// Texts, given as one or as a list.
+fn strings(value: &Value) -> Option<Vec<String>> {
+    let string = |value: &Value| value.as_str().filter(|text| !text.is_empty()).map(str::to_string);
+    match value {
+        Value::Array(list) => list.iter().map(string).collect(),
+        one => Some(vec![string(one)?]),
+    }
+}
+
 /// Token ids, at least one.
 fn sequence(value: &Value) -> Option<Vec<i64>> {
     tokens(value).filter(|tokens| !tokens.is_empty())
@@ -711,13 +763,9 @@ fn unsupported(name: &str) -> Option<&'static (&'static str, Neutral, Effect)> {
 /// Hugging Face's options that this version does not implement.
 const UNSUPPORTED: &[(&str, Neutral, Effect)] = &[
     ("penalty_alpha", Neutral::Number(0.0), Effect::Result),
-    ("num_beam_groups", Neutral::Number(1.0), Effect::Result),
-    ("diversity_penalty", Neutral::Number(0.0), Effect::Result),
     ("constraints", Neutral::Absent, Effect::Result),
     ("force_words_ids", Neutral::Absent, Effect::Result),
     ("guidance_scale", Neutral::Number(1.0), Effect::Result),
-    ("stop_strings", Neutral::Absent, Effect::Result),
-    ("max_time", Neutral::Absent, Effect::Result),
     ("watermarking_config", Neutral::Absent, Effect::Result),
     ("token_healing", Neutral::Flag(false), Effect::Result),
     ("dola_layers", Neutral::Absent, Effect::Result),
@@ -775,7 +823,8 @@ mod tests {
             "begin_suppress_tokens": [10], "renormalize_logits": true, "remove_invalid_values": true,
             "do_sample": true, "temperature": 0.7, "top_k": 40, "top_p": 0.9, "min_p": 0.05, "top_h": 0.4, "top_n_sigma": 2,
             "typical_p": 0.8, "epsilon_cutoff": 0.01, "eta_cutoff": 0.02, "seed": 18446744073709551615,
-            "return_alternatives": false, "stop_strings": null, "frequency_penalty": 0.5, "presence_penalty": -0.25,
+            "return_alternatives": false, "stop_strings": ["\n", "."], "max_time": 2.5, "num_beam_groups": 1,
+            "diversity_penalty": 0, "frequency_penalty": 0.5, "presence_penalty": -0.25,
             "output_logprobs": true, "top_logprobs": 3
         }"#,
         )
@@ -798,6 +847,10 @@ mod tests {
             epsilon_cutoff: 0.01,
             eta_cutoff: 0.02,
             seed: Some(u64::MAX),
+            num_beam_groups: 1,
+            diversity_penalty: 0.0,
+            stop_strings: vec!["\n".into(), ".".into()],
+            max_time: Some(2.5),
             return_alternatives: false,
             length_penalty: 2.0,
             early_stopping: EarlyStopping::Never,
@@ -882,6 +935,28 @@ mod tests {
                 json!({"top_logprobs": 3}),
                 "top_logprobs: expected 0 with output_logprobs false (it belongs to them), found 3",
             ),
+            (
+                json!({"stop_strings": ["a", ""]}),
+                "stop_strings: expected a string or a list of strings, none of them empty, found [\"a\",\"\"]",
+            ),
+            (json!({"max_time": -1}), "max_time: expected a number of seconds, found -1"),
+            (
+                json!({"num_beams": 4, "num_beam_groups": 3, "diversity_penalty": 1}),
+                "num_beam_groups: expected a divisor of num_beams (4), found 3",
+            ),
+            (
+                json!({"num_beams": 4, "num_beam_groups": 2}),
+                "diversity_penalty: expected a number above 0 with num_beam_groups above 1 (all groups would find the \
+                 same), found 0",
+            ),
+            (
+                json!({"diversity_penalty": 1}),
+                "diversity_penalty: expected 0 with num_beam_groups 1 (it acts between groups only), found 1",
+            ),
+            (
+                json!({"num_beams": 4, "num_beam_groups": 2, "do_sample": true, "diversity_penalty": 1}),
+                "num_beam_groups: expected 1 with do_sample true (groups of beams do not sample), found 2",
+            ),
             (json!({"do_sample": 1}), "do_sample: expected true or false, found 1"),
             (
                 json!({"temperature": 0.7}),
@@ -913,8 +988,8 @@ mod tests {
                  found true",
             ),
             (
-                json!({"stop_strings": ["."]}),
-                "stop_strings: expected it left out (it is not supported by this version), found [\".\"]",
+                json!({"force_words_ids": [[5]]}),
+                "force_words_ids: expected it left out (it is not supported by this version), found [[5]]",
             ),
             (
                 json!({"num_return_sequences": 2}),
@@ -1017,8 +1092,8 @@ mod tests {
 
     #[test]
     fn a_model_that_asks_for_more_than_there_is_opens_but_does_not_generate_unasked() {
-        let error = model(json!({"stop_strings": ["."]})).expect("it opens").check(256, 1).expect_err("not obeyed");
-        assert_eq!(error.option, "stop_strings");
+        let error = model(json!({"guidance_scale": 2})).expect("it opens").check(256, 1).expect_err("not obeyed");
+        assert_eq!(error.option, "guidance_scale");
     }
 
     #[test]

@@ -33,6 +33,8 @@ pub struct Processors {
 enum Processor {
     /// Adds to the score of a token that completes a sequence. Bad words are sequences with a bias of −∞.
     SequenceBias(Vec<TokenBias>),
+    /// Makes tokens less likely that groups of beams chose before in this step.
+    Diversity(f32),
     /// Makes the tokens of the source likelier (the penalty is below 1 then).
     EncoderRepetitionPenalty { source: Vec<i64>, penalty: f32 },
     /// Makes the tokens of the history less likely.
@@ -76,6 +78,9 @@ impl Processors {
         if !options.sequence_bias.is_empty() {
             let sequences = options.sequence_bias.iter().map(|(tokens, bias)| (tokens.as_slice(), *bias));
             processors.push(sequence_bias(sequences));
+        }
+        if options.diversity_penalty != 0.0 {
+            processors.push(Processor::Diversity(options.diversity_penalty as f32));
         }
         if options.encoder_repetition_penalty != 1.0 {
             let penalty = (1.0 / options.encoder_repetition_penalty) as f32;
@@ -147,9 +152,14 @@ impl Processors {
     /// Applies the processors to the scores of one row: logits for greedy search, log-probabilities for beam search.
     /// `history` is the row's prompt and generated tokens; tokens outside the vocabulary are passed over.
     pub fn apply(&self, scores: &mut [f32], history: &[i64]) {
+        self.apply_after(scores, history, &[]);
+    }
+
+    /// [`Processors::apply`] after groups of beams have chosen tokens in this step.
+    fn apply_after(&self, scores: &mut [f32], history: &[i64], chosen: &[i64]) {
         for processor in &self.processors {
             if processor.is_active(history.len()) {
-                processor.apply(scores, history);
+                processor.apply(scores, history, chosen);
             }
         }
     }
@@ -167,7 +177,8 @@ impl Processors {
         assert!(vocab_size > 0 && vocab_size * search.width() == logits.len(), "logits are rows of one vocabulary");
         let mut best = Best::new(search.candidates());
         let mut of_rows = Vec::new();
-        for (beam, row) in logits.chunks_exact_mut(vocab_size).enumerate() {
+        let rows = search.rows();
+        for (beam, row) in logits.chunks_exact_mut(vocab_size).enumerate().take(rows.end).skip(rows.start) {
             let history = search.history(beam);
             let mut norm = Norm::NONE;
             if search.sums_log_probabilities() {
@@ -177,7 +188,7 @@ impl Processors {
                     norm = Norm::NONE;
                 }
             }
-            self.apply(row, history);
+            self.apply_after(row, history, search.chosen());
             let (step, running) = (history.len() as u32, search.running_score(beam));
             match (search.compares_rows(), search.draws()) {
                 (true, None) => best.take_row(beam, row, |x| norm.subtract(x) + running),
@@ -225,6 +236,7 @@ impl Processor {
             Processor::Generated { prompt_len, .. } => length > prompt_len,
             Processor::ExponentialDecay { start, .. } => length > start,
             Processor::SequenceBias(_)
+            | Processor::Diversity(_)
             | Processor::EncoderRepetitionPenalty { .. }
             | Processor::RepetitionPenalty(_)
             | Processor::RemoveInvalid
@@ -235,8 +247,16 @@ impl Processor {
     }
 
     /// Changes the scores; the history is of a length for which it is active.
-    fn apply(&self, scores: &mut [f32], history: &[i64]) {
+    fn apply(&self, scores: &mut [f32], history: &[i64], chosen: &[i64]) {
         match self {
+            Processor::Diversity(penalty) => {
+                // Each beam that chose a token counts.
+                for &token in chosen {
+                    if let Some(score) = at(scores, token) {
+                        *score -= penalty;
+                    }
+                }
+            }
             Processor::SequenceBias(biases) => {
                 for TokenBias { token, sequences } in biases {
                     let active = sequences.iter().filter(|(prefix, _)| history.ends_with(prefix));

@@ -5,12 +5,16 @@
 //! the business of `scores`. Standard library only.
 
 mod beam;
+mod groups;
 mod rows;
+
+use std::ops::Range;
 
 use crate::draws::Draws;
 use crate::logprobs::Logprobs;
 use crate::options::GenerationOptions;
 use beam::Beam;
+use groups::Groups;
 use rows::Rows;
 
 /// One way of continuing one beam by one token.
@@ -67,6 +71,8 @@ pub struct Hypothesis {
 pub enum Progress {
     /// Feed [`Search::next_tokens`] and advance again.
     Continue,
+    /// Advance again with candidates of the same step: a group of beams has chosen, the next is to.
+    Turn,
     /// Nothing that follows can change the result.
     Done,
 }
@@ -83,12 +89,16 @@ pub struct Search {
 enum Strategy {
     Rows(Rows),
     Beam(Beam),
+    Groups(Groups),
 }
 
 impl Search {
     /// Starts at `prompt`, the decoder's first tokens (at least the start token): beam search if `num_beams` is more than
-    /// 1, else greedy; with `do_sample`, drawing as [`Search::drawing`] says or else from the options' seed alone.
+    /// 1, diverse if `num_beam_groups` is, else greedy; with `do_sample`, drawing as [`Search::drawing`] says or else from the options' seed alone.
     pub fn new(options: &GenerationOptions, prompt: &[i64]) -> Search {
+        if options.num_beam_groups > 1 {
+            return Search { strategy: Strategy::Groups(Groups::new(options, prompt)), draws: None };
+        }
         if options.num_beams > 1 {
             return Search::beam(options, prompt);
         }
@@ -110,6 +120,7 @@ impl Search {
         match &self.strategy {
             Strategy::Rows(rows) => rows.width(),
             Strategy::Beam(beam) => beam.width(),
+            Strategy::Groups(groups) => groups.width(),
         }
     }
 
@@ -118,6 +129,23 @@ impl Search {
         match &self.strategy {
             Strategy::Rows(rows) => rows.candidates(),
             Strategy::Beam(beam) => beam.candidates(),
+            Strategy::Groups(groups) => groups.candidates(),
+        }
+    }
+
+    /// The rows that this step's candidates continue: all, or those of the group of beams that chooses next.
+    pub(crate) fn rows(&self) -> Range<usize> {
+        match &self.strategy {
+            Strategy::Groups(groups) => groups.rows(),
+            _ => 0..self.width(),
+        }
+    }
+
+    /// What groups of beams chose before in this step.
+    pub(crate) fn chosen(&self) -> &[i64] {
+        match &self.strategy {
+            Strategy::Groups(groups) => groups.chosen(),
+            _ => &[],
         }
     }
 
@@ -126,13 +154,13 @@ impl Search {
     pub(crate) fn compares_rows(&self) -> bool {
         match &self.strategy {
             Strategy::Rows(rows) => rows.branches(),
-            Strategy::Beam(_) => true,
+            Strategy::Beam(_) | Strategy::Groups(_) => true,
         }
     }
 
     /// Whether scores are summed log-probabilities.
     pub(crate) fn sums_log_probabilities(&self) -> bool {
-        matches!(self.strategy, Strategy::Beam(_))
+        !matches!(self.strategy, Strategy::Rows(_))
     }
 
     /// What this step's candidates are drawn from; `None` where they are the best. The first tokens of alternatives are.
@@ -147,7 +175,7 @@ impl Search {
     pub(crate) fn lane(&self, row: usize) -> u32 {
         match &self.strategy {
             Strategy::Rows(rows) => rows.target(row) as u32,
-            Strategy::Beam(_) => row as u32,
+            Strategy::Beam(_) | Strategy::Groups(_) => row as u32,
         }
     }
 
@@ -155,7 +183,8 @@ impl Search {
     pub fn history(&self, row: usize) -> &[i64] {
         match &self.strategy {
             Strategy::Rows(rows) => rows.history(row),
-            Strategy::Beam(search) => search.history(row),
+            Strategy::Beam(beam) => beam.history(row),
+            Strategy::Groups(groups) => groups.history(row),
         }
     }
 
@@ -164,6 +193,7 @@ impl Search {
         match &self.strategy {
             Strategy::Rows(_) => 0.0,
             Strategy::Beam(search) => search.running_score(beam),
+            Strategy::Groups(groups) => groups.running_score(beam),
         }
     }
 
@@ -172,6 +202,7 @@ impl Search {
         match &self.strategy {
             Strategy::Rows(rows) => rows.first().get(from..).unwrap_or(&[]),
             Strategy::Beam(beam) => beam.settled(from),
+            Strategy::Groups(groups) => groups.settled(from),
         }
     }
 
@@ -193,6 +224,7 @@ impl Search {
         match &mut self.strategy {
             Strategy::Rows(rows) => rows.advance(candidates, ends),
             Strategy::Beam(beam) => beam.advance(candidates, ends),
+            Strategy::Groups(groups) => groups.advance(candidates, ends),
         }
     }
 
@@ -201,6 +233,7 @@ impl Search {
         match &self.strategy {
             Strategy::Rows(rows) => rows.next_tokens(),
             Strategy::Beam(beam) => beam.next_tokens(),
+            Strategy::Groups(groups) => groups.next_tokens(),
         }
     }
 
@@ -209,6 +242,7 @@ impl Search {
         match &self.strategy {
             Strategy::Rows(rows) => rows.parents(),
             Strategy::Beam(beam) => beam.parents(),
+            Strategy::Groups(groups) => groups.parents(),
         }
     }
 
@@ -218,6 +252,7 @@ impl Search {
         match self.strategy {
             Strategy::Rows(rows) => rows.finish(),
             Strategy::Beam(beam) => beam.finish(),
+            Strategy::Groups(groups) => groups.finish(),
         }
     }
 }

@@ -105,7 +105,18 @@ impl Request {
         };
         let prompts = match prompts {
             (None, None) => None,
-            (Some(text), None) => Some(written("decoder_text", &text)?),
+            (Some(text), None) => {
+                let prompts = written("decoder_text", &text)?;
+                if let Some(other) = prompts.iter().find(|prompt| prompt.len() != prompts[0].len()) {
+                    bail!(
+                        "decoder_text: expected texts of equally many tokens, or a request for each, found {} and {} \
+                         tokens",
+                        prompts[0].len(),
+                        other.len()
+                    );
+                }
+                Some(prompts)
+            }
             (None, Some(ids)) => Some(rows("decoder_input_ids", &ids)?),
             (Some(_), Some(_)) => bail!("expected decoder_text or decoder_input_ids, found both"),
         };

@@ -100,14 +100,17 @@ impl Beam {
 
     /// What is certain to be the beginning of the best hypothesis, from its generated token `from` on.
     pub(super) fn settled(&self, from: usize) -> &[i64] {
-        let running = self.running.iter().map(|tokens| &tokens[self.prompt_len..]);
-        let finished = self.pool.iter().take(1).filter(|entry| entry.is_finished).map(|entry| entry.tokens.as_slice());
-        let from_there = |tokens: &'_ [i64]| tokens.len().min(from);
-        let mut all = running.chain(finished).map(|tokens| &tokens[from_there(tokens)..]);
-        let first = all.next().unwrap_or(&[]);
-        let common =
-            |length: usize, other: &[i64]| first[..length].iter().zip(other).take_while(|(a, b)| a == b).count();
-        &first[..all.fold(first.len(), common)]
+        common_prefix(self.running().chain(self.best_finished()), from)
+    }
+
+    /// The generated tokens of the running beams.
+    pub(super) fn running(&self) -> impl Iterator<Item = &[i64]> {
+        self.running.iter().map(|tokens| &tokens[self.prompt_len..])
+    }
+
+    /// The tokens of the best finished hypothesis, if there is one.
+    pub(super) fn best_finished(&self) -> Option<&[i64]> {
+        self.pool.first().filter(|entry| entry.is_finished).map(|entry| entry.tokens.as_slice())
     }
 
     pub(super) fn advance(&mut self, candidates: &[Candidate], ends: &[Option<FinishReason>]) -> Progress {
@@ -210,6 +213,14 @@ impl Beam {
             })
             .collect()
     }
+}
+
+/// What all of `targets` have in common, from token `from` on.
+pub(super) fn common_prefix<'t>(targets: impl Iterator<Item = &'t [i64]>, from: usize) -> &'t [i64] {
+    let mut targets = targets.map(|tokens| tokens.get(from..).unwrap_or(&[]));
+    let first = targets.next().unwrap_or(&[]);
+    let common = |length: usize, other: &[i64]| first[..length].iter().zip(other).take_while(|(a, b)| a == b).count();
+    &first[..targets.fold(first.len(), common)]
 }
 
 /// The indices of the `count` highest scores, highest first, ties by index.
