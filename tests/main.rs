@@ -9,6 +9,7 @@ mod parity;
 mod processors;
 mod programs;
 mod python;
+mod sampling;
 mod tokenizer;
 
 mod broken;

@@ -50,19 +50,27 @@ impl Batch {
         Ok(Batch { given, ..Batch::flat(sources.len(), filled(|id| id, pad), filled(|_| 1, 0))? })
     }
 
-    /// Makes one batch of several without decoder prompts; shorter rows are padded on the right with `pad`, which the mask
+    /// Makes one batch of several that have no decoder prompts or all the same; shorter rows are padded on the right with `pad`, which the mask
     /// hides and no logits processor sees, so that a row's result does not depend on its neighbours. A batch alone stays as
     /// it is, prompts included.
     ///
     /// # Errors
-    /// No batch, or several of which one has decoder prompts.
+    /// No batch, or several whose decoder prompts differ.
     pub fn joined(mut batches: Vec<Batch>, pad: i64) -> Result<Batch, Error> {
         if batches.len() == 1 {
             return Ok(batches.remove(0));
         }
-        if batches.iter().any(|batch| batch.prompts.is_some()) {
-            return Err(Error::input("decoder_input_ids", "none in a joined batch", "some"));
+        // The start token is put before all prompts of a batch or before none: only for equal ones that is the same.
+        let of_all = batches.iter().flat_map(|batch| match &batch.prompts {
+            Some(prompts) if prompts.length > 0 => prompts.ids.chunks(prompts.length).map(Some).collect(),
+            _ => vec![None; batch.rows],
+        });
+        let of_all: Vec<Option<&[i64]>> = of_all.collect();
+        if of_all.windows(2).any(|pair| pair[0] != pair[1]) {
+            return Err(Error::input("decoder_input_ids", "the same for all rows of a joined batch", "others"));
         }
+        let prompts = of_all.first().copied().flatten();
+        let prompts = prompts.map(|prompt| Prompts { length: prompt.len(), ids: prompt.repeat(of_all.len()) });
         let length = batches.iter().map(|batch| batch.length).max().unwrap_or(0);
         let wider = |rows: &[i64], own: usize, fill: i64| {
             let row = move |row: &[i64]| [row, &vec![fill; length - own]].concat();
@@ -74,7 +82,7 @@ impl Batch {
         let seeds = batches.iter().flat_map(|batch| batch.seeds.clone()).collect();
         let places = batches.iter().flat_map(|batch| batch.places.clone()).collect();
         let rows = batches.iter().map(|batch| batch.rows).sum();
-        Ok(Batch { given, seeds, places, ..Batch::flat(rows, ids, mask)? })
+        Ok(Batch { given, seeds, places, prompts, ..Batch::flat(rows, ids, mask)? })
     }
 
     /// Makes a batch of sources that are padded already, anywhere: a token takes part where its mask is not zero.
@@ -270,6 +278,21 @@ mod tests {
         assert_eq!(batch.ids(), [5, 0, 9, 6, 7, 8, 6, 6, 6]);
         assert_eq!(batch.mask(), [1, 0, 0, 1, 1, 1, 0, 0, 1]);
         assert_eq!((batch.source(0), batch.source(1)), ([5, 0].as_slice(), [6, 7, 8].as_slice()));
+    }
+
+    #[test]
+    fn rows_with_the_same_prompt_can_be_joined_and_others_cannot() {
+        let batch = |prompt: &[i64]| {
+            Batch::padded(&[[5, 6]], 0).and_then(|batch| batch.with_decoder_input_ids(&[prompt])).expect("well-formed")
+        };
+        let joined = Batch::joined(vec![batch(&[7, 8]), batch(&[7, 8])], 0).expect("they are the same");
+        assert_eq!(joined.prompts(2), Prompts { length: 3, ids: vec![2, 7, 8, 2, 7, 8] });
+        let empty = Batch::joined(vec![batch(&[]), Batch::padded(&[[9]], 0).expect("well-formed")], 0);
+        assert_eq!(empty.expect("an empty prompt is none").prompts(2), Prompts { length: 1, ids: vec![2, 2] });
+        for other in [batch(&[7]), batch(&[2, 8]), Batch::padded(&[[9]], 0).expect("well-formed")] {
+            let message = error(Batch::joined(vec![batch(&[7, 8]), other], 0));
+            assert!(message.starts_with("decoder_input_ids: expected the same for all rows"), "{message}");
+        }
     }
 
     #[test]

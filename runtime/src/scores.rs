@@ -896,6 +896,109 @@ mod tests {
         }
     }
 
+    /// Pearson's statistic of counts against probabilities; cells that are expected less than five times are one.
+    fn chi_square(counts: &[u32], probabilities: &[f64]) -> (f64, usize) {
+        let draws = f64::from(counts.iter().sum::<u32>());
+        let (mut rest, mut cells) = ((0.0, 0.0), Vec::new());
+        for (&count, &probability) in counts.iter().zip(probabilities) {
+            match probability * draws {
+                0.0 => assert_eq!(count, 0, "what is impossible was drawn"),
+                expected if expected < 5.0 => rest = (rest.0 + f64::from(count), rest.1 + expected),
+                expected => cells.push((f64::from(count), expected)),
+            }
+        }
+        cells.extend((rest.1 > 0.0).then_some(rest));
+        let statistic = cells.iter().map(|(count, expected)| (count - expected).powi(2) / expected).sum();
+        (statistic, cells.len() - 1)
+    }
+
+    /// What a chi-square variable exceeds once in ten thousand times (Wilson and Hilferty's approximation).
+    fn limit(degrees: usize) -> f64 {
+        let spread = 2.0 / (9.0 * degrees as f64);
+        degrees as f64 * (1.0 - spread + 3.719 * spread.sqrt()).powi(3)
+    }
+
+    fn softmax(scores: &[f32]) -> Vec<f64> {
+        let sum: f64 = scores.iter().map(|&x| f64::from(x).exp()).sum();
+        scores.iter().map(|&x| f64::from(x).exp() / sum).collect()
+    }
+
+    #[test]
+    fn samples_are_drawn_with_their_probabilities() {
+        const ROWS: usize = 200;
+        const ROUNDS: usize = 500;
+        let default = || GenerationOptions {
+            do_sample: true,
+            top_k: 0,
+            num_return_sequences: ROWS,
+            ..GenerationOptions::default()
+        };
+        let row = Noise(5).row(37, 3.0);
+        let cases = [
+            ("plain", default()),
+            ("temperature", GenerationOptions { temperature: 0.6, ..default() }),
+            ("top_k", GenerationOptions { top_k: 6, temperature: 1.5, ..default() }),
+            ("top_p", GenerationOptions { top_p: 0.8, ..default() }),
+            ("after a processor", GenerationOptions { suppress_tokens: vec![0, 9], min_p: 0.05, ..default() }),
+        ];
+        for (name, options) in cases {
+            let processors = Processors::new(&options, &[], 1);
+            let mut processed = row.clone();
+            processors.apply(&mut processed, &[2]);
+            let mut counts = vec![0; row.len()];
+            for round in 0..ROUNDS {
+                let search = Search::new(&options, &[2]).drawing(Draws::new(round as u64, 0, [7]));
+                let candidates = processors.candidates(&mut row.repeat(ROWS), &search);
+                assert!(candidates.iter().enumerate().all(|(lane, candidate)| candidate.parent == lane), "{name}");
+                candidates.iter().for_each(|candidate| counts[candidate.token as usize] += 1);
+            }
+            let (statistic, degrees) = chi_square(&counts, &softmax(&processed));
+            assert!(statistic < limit(degrees), "{name}: {statistic} with {degrees} degrees of freedom: {counts:?}");
+        }
+    }
+
+    #[test]
+    fn beams_that_sample_draw_without_replacement_from_all_beams() {
+        const VOCAB: usize = 5;
+        let options = GenerationOptions { num_beams: 2, do_sample: true, top_k: 0, ..GenerationOptions::default() };
+        let mut search = Search::new(&options, &[2]);
+        let candidates = [(3, -0.2), (4, -0.9), (1, -2.0), (0, -2.5)];
+        search.advance(&candidates.map(|(token, score)| Candidate { parent: 0, token, score }));
+        let rows = Noise(6).row(2 * VOCAB, 1.0);
+        let processors = Processors::new(&options, &[], 1);
+        let mut sums = rows.clone();
+        for (row, running) in sums.chunks_mut(VOCAB).zip([-0.2, -0.9]) {
+            Norm::of(row).apply(row);
+            row.iter_mut().for_each(|score| *score += running);
+        }
+        let chance = softmax(&sums);
+        let mut counts = vec![0; chance.len() * chance.len()];
+        for seed in 0..60_000 {
+            let search = search.clone().drawing(Draws::new(seed, 0, [7]));
+            let found = processors.candidates(&mut rows.clone(), &search);
+            assert_eq!(found.len(), 4);
+            let places: Vec<usize> = found.iter().map(|found| found.parent * VOCAB + found.token as usize).collect();
+            assert!(found.iter().zip(&places).all(|(found, &place)| (found.score - sums[place]).abs() < 1e-6));
+            counts[places[0] * chance.len() + places[1]] += 1;
+        }
+        let pairs: Vec<f64> = (0..counts.len())
+            .map(|pair| (pair / chance.len(), pair % chance.len()))
+            .map(|(a, b)| if a == b { 0.0 } else { chance[a] * chance[b] / (1.0 - chance[a]) })
+            .collect();
+        let (statistic, degrees) = chi_square(&counts, &pairs);
+        assert!(degrees > 60 && statistic < limit(degrees), "{statistic} with {degrees} degrees of freedom");
+    }
+
+    #[test]
+    fn a_draw_is_the_token_in_whose_part_of_the_interval_the_number_falls() {
+        let row = [-INF, 0.5f32.ln(), -INF, 0.25f32.ln(), 0.25f32.ln(), -INF];
+        let cases = [(0.0, 1), (0.499, 1), (0.501, 3), (0.749, 3), (0.751, 4), (1.0 - f64::EPSILON / 2.0, 4)];
+        for (u, token) in cases {
+            assert_eq!(draw(&row, u), token, "{u}");
+        }
+        assert_eq!(draw(&[-INF; 3], 0.7), 0, "nothing is allowed");
+    }
+
     #[test]
     fn beam_candidates_of_the_first_step_come_from_the_first_beam() {
         let options = GenerationOptions { num_beams: 2, ..GenerationOptions::default() };

@@ -42,6 +42,9 @@ pub struct Arguments {
     /// Read requests and write results as JSON lines
     #[arg(long, conflicts_with = "texts")]
     jsonl: bool,
+    /// Text that every target begins with; only what follows is written
+    #[arg(long, value_name = "TEXT", conflicts_with = "jsonl")]
+    decoder_text: Option<String>,
     /// Most source rows to run at a time
     #[arg(long, value_name = "ROWS", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
     batch_size: u32,
@@ -54,7 +57,9 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     let model = arguments.opening.open()?;
     // Flags that cannot be right for any request are told before anything is read.
     let options = model.options().with(&arguments.flags.0)?;
-    let answering = Answering { model: &model, cancel, options: &options, batch_size: arguments.batch_size as usize };
+    let batch_size = arguments.batch_size as usize;
+    let prompt = arguments.decoder_text.map(|text| model.tokenizer()?.encode_target(&text)).transpose()?;
+    let answering = Answering { model: &model, cancel, options: &options, prompt, batch_size };
     if arguments.jsonl {
         return answering.jsonl();
     }
@@ -73,6 +78,8 @@ struct Answering<'a> {
     cancel: &'a Cancellation,
     /// The model's own with the flags over them; a request's are laid over these.
     options: &'a GenerationOptions,
+    /// What the targets of texts begin with.
+    prompt: Option<Vec<i64>>,
     batch_size: usize,
 }
 
@@ -99,7 +106,10 @@ impl Answering<'_> {
             let requests: Vec<Result<Request, Refused>> = texts
                 .iter()
                 .enumerate()
-                .map(|(i, text)| Request::of_text(text, number + i, Kind::Generate, self.model))
+                .map(|(i, text)| {
+                    let request = Request::of_text(text, number + i, Kind::Generate, self.model)?;
+                    Ok(Request { prompts: self.prompt.clone().map(|prompt| vec![prompt]), ..request })
+                })
                 .collect();
             number += texts.len();
             done.set_position(number as u64);
@@ -153,7 +163,7 @@ impl Answering<'_> {
         Ok(outcome)
     }
 
-    /// Answers requests in order: neighbours with the same options and without decoder prompts as one batch.
+    /// Answers requests in order: neighbours with the same options and the same decoder prompt as one batch.
     fn answers(&self, requests: Vec<Result<Request, Refused>>, stream: bool) -> Result<Vec<Answer>> {
         let mut answers = Vec::with_capacity(requests.len());
         let mut group: Vec<Request> = Vec::new();
@@ -267,8 +277,16 @@ type Answer = Result<(Request, Vec<Vec<Hypothesis>>), Refused>;
 
 /// Whether two requests can be one batch.
 fn fits(a: &Request, b: &Request) -> bool {
-    // The start token is put before all prompts of a batch or before none, so only requests without any are joined.
-    a.prompts.is_none() && b.prompts.is_none() && without_seed(a).eq(without_seed(b))
+    same_prompt(a, b) && without_seed(a).eq(without_seed(b))
+}
+
+/// Whether all targets of both begin alike, without which a batch cannot hold them.
+fn same_prompt(a: &Request, b: &Request) -> bool {
+    let mut all = [a, b].into_iter().flat_map(|request| match &request.prompts {
+        Some(prompts) => prompts.iter().map(Some).collect(),
+        None => vec![None],
+    });
+    all.next().is_some_and(|first| all.all(|prompt| prompt == first))
 }
 
 /// A request's options but for the seed, which each row of a batch has of its own.

@@ -78,7 +78,7 @@ struct Scoring<'a> {
 type Answer = Result<(Request, Vec<Logprobs>), Refused>;
 
 impl Scoring<'_> {
-    /// Answers requests in order, those without decoder prompts as one batch.
+    /// Answers requests in order, neighbours without decoder prompts as one batch.
     fn answers(&self, requests: Vec<Result<Request, Refused>>) -> Result<Vec<Answer>> {
         let mut answers = Vec::with_capacity(requests.len());
         let mut group: Vec<Request> = Vec::new();

@@ -15,11 +15,11 @@ pub(super) struct Groups {
     chosen: Vec<i64>,
     /// What the groups that have chosen in this step do in the next.
     going_on: Vec<usize>,
+    coming_tokens: Vec<i64>,
+    coming_parents: Vec<usize>,
+    /// The same of the step before, which stands until all have chosen.
     next_tokens: Vec<i64>,
     parents: Vec<usize>,
-    /// The same of the step before, which stands until all have chosen.
-    last_tokens: Vec<i64>,
-    last_parents: Vec<usize>,
     size: usize,
     num_return_sequences: usize,
 }
@@ -35,10 +35,10 @@ impl Groups {
             turn: 0,
             chosen: Vec::new(),
             going_on: Vec::new(),
-            next_tokens: Vec::new(),
-            parents: Vec::new(),
-            last_tokens: vec![prompt.last().copied().unwrap_or_default(); size * count],
-            last_parents: (0..size * count).collect(),
+            coming_tokens: Vec::new(),
+            coming_parents: Vec::new(),
+            next_tokens: vec![prompt.last().copied().unwrap_or_default(); size * count],
+            parents: (0..size * count).collect(),
             size,
             num_return_sequences: options.num_return_sequences,
         }
@@ -71,11 +71,11 @@ impl Groups {
     }
 
     pub(super) fn next_tokens(&self) -> &[i64] {
-        &self.last_tokens
+        &self.next_tokens
     }
 
     pub(super) fn parents(&self) -> &[usize] {
-        &self.last_parents
+        &self.parents
     }
 
     pub(super) fn settled(&self, from: usize) -> &[i64] {
@@ -97,8 +97,8 @@ impl Groups {
         self.chosen.extend_from_slice(group.next_tokens());
         if progress == Progress::Continue {
             self.going_on.push(index);
-            self.next_tokens.extend_from_slice(group.next_tokens());
-            self.parents.extend(group.parents().iter().map(|parent| first_row + parent));
+            self.coming_tokens.extend_from_slice(group.next_tokens());
+            self.coming_parents.extend(group.parents().iter().map(|parent| first_row + parent));
         }
         self.turn += 1;
         if self.turn < self.live.len() {
@@ -107,8 +107,8 @@ impl Groups {
         self.turn = 0;
         self.chosen.clear();
         self.live = std::mem::take(&mut self.going_on);
-        self.last_tokens = std::mem::take(&mut self.next_tokens);
-        self.last_parents = std::mem::take(&mut self.parents);
+        self.next_tokens = std::mem::take(&mut self.coming_tokens);
+        self.parents = std::mem::take(&mut self.coming_parents);
         if self.live.is_empty() { Progress::Done } else { Progress::Continue }
     }
 
