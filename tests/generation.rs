@@ -164,10 +164,11 @@ fn another_thread_can_cancel() {
     assert_eq!(tokens, 2);
 }
 
-type Inputs = std::collections::HashMap<String, (Array2<i64>, Array2<i64>)>;
+/// Ids and masks by name.
+pub type Inputs = std::collections::HashMap<String, (Array2<i64>, Array2<i64>)>;
 
 /// Ids and masks of a fixture's inputs by name.
-fn inputs(name: &str) -> Inputs {
+pub fn inputs(name: &str) -> Inputs {
     let path = fixture(name).join("golden.safetensors");
     let bytes = std::fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     let tensors = SafeTensors::deserialize(&bytes).expect("golden.safetensors is a safetensors file");
@@ -186,7 +187,8 @@ fn inputs(name: &str) -> Inputs {
         .collect()
 }
 
-fn nested(rows: &Array2<i64>) -> Vec<Vec<i64>> {
+/// The rows of a rectangle.
+pub fn nested(rows: &Array2<i64>) -> Vec<Vec<i64>> {
     rows.outer_iter().map(|row| row.to_vec()).collect()
 }
 

@@ -10,6 +10,7 @@ mod parity;
 mod processors;
 mod programs;
 mod python;
+mod sampling;
 mod tokenizer;
 
 mod broken;

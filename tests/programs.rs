@@ -125,7 +125,7 @@ fn with_settings(folder: &Path, settings: Value) -> PathBuf {
 }
 
 #[test]
-fn a_model_that_asks_for_sampling_is_usable_without() {
+fn a_model_that_asks_for_sampling_samples_unless_told_not_to() {
     let folder = tempfile::tempdir().expect("a temporary folder can be made");
     let model = with_settings(folder.path(), json!({"do_sample": true, "top_k": 64, "eos_token_id": [1, 999]}));
     let request = json!({"input_ids": [5, 6]}).to_string();
@@ -133,10 +133,11 @@ fn a_model_that_asks_for_sampling_is_usable_without() {
         let arguments = ["generate".as_ref(), model.as_os_str(), "--jsonl".as_ref()];
         run("t5gemma", arguments.into_iter().chain(flags.iter().map(|flag| flag.as_ref())), &request)
     };
-    let refused = generate(&[]);
-    assert_eq!(refused.status.code(), Some(1));
-    assert!(String::from_utf8_lossy(&refused.stdout).contains("do_sample: expected false"));
-    stdout(generate(&["--do-sample", "false"]));
+    let result = |flags: &[&str]| serde_json::from_str::<Value>(&stdout(generate(flags))).expect("a result");
+    let sampled = result(&[]);
+    let seed = sampled["seed"].as_u64().expect("a result tells what it drew from").to_string();
+    assert_eq!(result(&["--seed", &seed])["sequences"], sampled["sequences"]);
+    assert!(result(&["--do-sample", "false"]).get("seed").is_none());
     stdout(run("t5gemma", ["verify".as_ref(), model.as_path()], ""));
 }
 

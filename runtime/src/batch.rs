@@ -4,6 +4,7 @@
 
 use t5gemma_graphs::config::Config;
 
+use crate::draws::Draws;
 use crate::error::Error;
 
 /// Source rows of one length with their masks, and optionally the beginnings of their targets.
@@ -15,6 +16,10 @@ pub struct Batch {
     mask: Vec<i64>,
     /// How much of each row was given; what follows was put there to make the rows equally long.
     given: Vec<usize>,
+    /// What each row draws from where it samples, if it does not follow the options.
+    seeds: Vec<Option<u64>>,
+    /// The place of each row in the batch that it was given in.
+    places: Vec<usize>,
     prompts: Option<Prompts>,
 }
 
@@ -45,19 +50,27 @@ impl Batch {
         Ok(Batch { given, ..Batch::flat(sources.len(), filled(|id| id, pad), filled(|_| 1, 0))? })
     }
 
-    /// Makes one batch of several without decoder prompts; shorter rows are padded on the right with `pad`, which the mask
+    /// Makes one batch of several that have no decoder prompts or all the same; shorter rows are padded on the right with `pad`, which the mask
     /// hides and no logits processor sees, so that a row's result does not depend on its neighbours. A batch alone stays as
     /// it is, prompts included.
     ///
     /// # Errors
-    /// No batch, or several of which one has decoder prompts.
+    /// No batch, or several whose decoder prompts differ.
     pub fn joined(mut batches: Vec<Batch>, pad: i64) -> Result<Batch, Error> {
         if batches.len() == 1 {
             return Ok(batches.remove(0));
         }
-        if batches.iter().any(|batch| batch.prompts.is_some()) {
-            return Err(Error::input("decoder_input_ids", "none in a joined batch", "some"));
+        // The start token is put before all prompts of a batch or before none: only for equal ones that is the same.
+        let of_all = batches.iter().flat_map(|batch| match &batch.prompts {
+            Some(prompts) if prompts.length > 0 => prompts.ids.chunks(prompts.length).map(Some).collect(),
+            _ => vec![None; batch.rows],
+        });
+        let of_all: Vec<Option<&[i64]>> = of_all.collect();
+        if of_all.windows(2).any(|pair| pair[0] != pair[1]) {
+            return Err(Error::input("decoder_input_ids", "the same for all rows of a joined batch", "others"));
         }
+        let prompts = of_all.first().copied().flatten();
+        let prompts = prompts.map(|prompt| Prompts { length: prompt.len(), ids: prompt.repeat(of_all.len()) });
         let length = batches.iter().map(|batch| batch.length).max().unwrap_or(0);
         let wider = |rows: &[i64], own: usize, fill: i64| {
             let row = move |row: &[i64]| [row, &vec![fill; length - own]].concat();
@@ -66,7 +79,10 @@ impl Batch {
         let ids = batches.iter().flat_map(|batch| wider(&batch.ids, batch.length, pad)).collect();
         let mask = batches.iter().flat_map(|batch| wider(&batch.mask, batch.length, 0)).collect();
         let given = batches.iter().flat_map(|batch| batch.given.clone()).collect();
-        Ok(Batch { given, ..Batch::flat(batches.iter().map(|batch| batch.rows).sum(), ids, mask)? })
+        let seeds = batches.iter().flat_map(|batch| batch.seeds.clone()).collect();
+        let places = batches.iter().flat_map(|batch| batch.places.clone()).collect();
+        let rows = batches.iter().map(|batch| batch.rows).sum();
+        Ok(Batch { given, seeds, places, prompts, ..Batch::flat(rows, ids, mask)? })
     }
 
     /// Makes a batch of sources that are padded already, anywhere: a token takes part where its mask is not zero.
@@ -122,7 +138,8 @@ impl Batch {
             return Err(Error::input(format!("attention_mask[{row}]"), "at least one entry that is not 0", "all 0"));
         }
         let mask = mask.into_iter().map(|visible| (visible != 0) as i64).collect();
-        Ok(Batch { rows, length, ids, mask, given: vec![length; rows], prompts: None })
+        let (given, seeds, places) = (vec![length; rows], vec![None; rows], (0..rows).collect());
+        Ok(Batch { rows, length, ids, mask, given, seeds, places, prompts: None })
     }
 
     /// Gives the beginning of each row's target; generation continues it.
@@ -144,6 +161,19 @@ impl Batch {
         }
         let ids = prompts.iter().flat_map(|prompt| prompt.as_ref().to_vec()).collect();
         Ok(Batch { prompts: Some(Prompts { length, ids }), ..self })
+    }
+
+    /// Gives these rows a seed of their own, which they keep in a joined batch.
+    pub fn with_seed(self, seed: u64) -> Batch {
+        Batch { seeds: vec![Some(seed); self.rows], ..self }
+    }
+
+    /// What a row draws from, `seed` being that of the options.
+    pub(crate) fn draws(&self, row: usize, seed: u64) -> Draws {
+        let (ids, mask) = (self.source(row), self.row_mask(row));
+        // Padding is no part of a source: wherever it stands, the same text draws the same.
+        let visible = ids.iter().zip(mask).filter(|(_, visible)| **visible != 0).map(|(id, _)| *id);
+        Draws::new(self.seeds[row].unwrap_or(seed), self.places[row], visible)
     }
 
     /// The number of sources.
@@ -248,6 +278,34 @@ mod tests {
         assert_eq!(batch.ids(), [5, 0, 9, 6, 7, 8, 6, 6, 6]);
         assert_eq!(batch.mask(), [1, 0, 0, 1, 1, 1, 0, 0, 1]);
         assert_eq!((batch.source(0), batch.source(1)), ([5, 0].as_slice(), [6, 7, 8].as_slice()));
+    }
+
+    #[test]
+    fn rows_with_the_same_prompt_can_be_joined_and_others_cannot() {
+        let batch = |prompt: &[i64]| {
+            Batch::padded(&[[5, 6]], 0).and_then(|batch| batch.with_decoder_input_ids(&[prompt])).expect("well-formed")
+        };
+        let joined = Batch::joined(vec![batch(&[7, 8]), batch(&[7, 8])], 0).expect("they are the same");
+        assert_eq!(joined.prompts(2), Prompts { length: 3, ids: vec![2, 7, 8, 2, 7, 8] });
+        let empty = Batch::joined(vec![batch(&[]), Batch::padded(&[[9]], 0).expect("well-formed")], 0);
+        assert_eq!(empty.expect("an empty prompt is none").prompts(2), Prompts { length: 1, ids: vec![2, 2] });
+        for other in [batch(&[7]), batch(&[2, 8]), Batch::padded(&[[9]], 0).expect("well-formed")] {
+            let message = error(Batch::joined(vec![batch(&[7, 8]), other], 0));
+            assert!(message.starts_with("decoder_input_ids: expected the same for all rows"), "{message}");
+        }
+    }
+
+    #[test]
+    fn a_row_draws_the_same_in_any_batch_and_with_any_padding() {
+        let alone = Batch::masked(&[[6, 7]], &[[1, 1]]).expect("well-formed").with_seed(3);
+        let padded = Batch::masked(&[[0, 6, 7]], &[[0, 1, 1]]).expect("well-formed").with_seed(3);
+        let other = Batch::padded(&[vec![5], vec![6, 7]], 0).expect("well-formed").with_seed(4);
+        let joined = Batch::joined(vec![other.clone(), padded], 0).expect("well-formed");
+        assert_eq!(joined.draws(2, 9), alone.draws(0, 8));
+        assert_eq!((joined.draws(0, 9), joined.draws(1, 9)), (other.draws(0, 8), other.draws(1, 8)));
+        assert_ne!(other.with_seed(3).draws(1, 9), alone.draws(0, 9), "another place in its request");
+        let unseeded = Batch::padded(&[[6, 7]], 0).expect("well-formed");
+        assert_eq!(unseeded.draws(0, 3), alone.draws(0, 8));
     }
 
     #[test]

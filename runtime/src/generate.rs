@@ -5,14 +5,17 @@ use std::ops::ControlFlow;
 
 use crate::batch::Batch;
 use crate::error::Error;
+use crate::logprobs::Trace;
 use crate::model::{Cancellation, Model};
 use crate::options::GenerationOptions;
 use crate::scores::Processors;
 use crate::search::{Hypothesis, Progress, Search};
+use crate::stop::Stops;
 
 /// Is shown the tokens of a generation as they are chosen. `()` shows them to no one; closures are watches.
 pub trait Watch {
-    /// Takes the next token of a source row; [`ControlFlow::Break`] ends the whole call as a cancellation does.
+    /// Takes the next token of a source row's first hypothesis, once it is certain; [`ControlFlow::Break`] ends the whole
+    /// call as a cancellation does.
     fn token(&mut self, row: usize, token: i64) -> ControlFlow<()>;
 
     /// Is told, also in beam search, that all rows have chosen what a step brings them; [`ControlFlow::Break`] as above.
@@ -33,11 +36,23 @@ impl<F: FnMut(usize, i64) -> ControlFlow<()>> Watch for F {
     }
 }
 
-/// A source row whose target is not finished.
+/// A source row whose targets are not finished.
 struct Item {
     row: usize,
     search: Search,
     processors: Processors,
+    /// Tokens of the first hypothesis that the watch was shown.
+    shown: usize,
+    /// With `output_logprobs`.
+    trace: Option<Trace>,
+}
+
+/// Shows a row's tokens to the watch.
+fn show(row: usize, tokens: &[i64], watch: &mut dyn Watch) -> Result<(), Error> {
+    match tokens.iter().any(|&token| watch.token(row, token).is_break()) {
+        true => Err(Error::Cancelled),
+        false => Ok(()),
+    }
 }
 
 /// See [`Model::generate`]; `search` begins the search for one source row at a decoder prompt.
@@ -62,51 +77,63 @@ pub(crate) fn generate(
         ));
     }
 
+    let seed = options.seed.unwrap_or_else(GenerationOptions::draw_seed);
     let mut items: Vec<Item> = (0..batch.rows())
         .map(|row| Item {
             row,
-            search: search(options, &prompts.ids[row * prompts.length..][..prompts.length]),
+            search: search(options, &prompts.ids[row * prompts.length..][..prompts.length])
+                .drawing(batch.draws(row, seed)),
             processors: Processors::new(options, batch.source(row), prompts.length),
+            shown: 0,
+            trace: options.output_logprobs.then(|| Trace::new(options.top_logprobs)),
         })
         .collect();
+    let stops = Stops::new(options, || model.tokenizer())?;
     let mut results: Vec<Vec<Hypothesis>> = vec![Vec::new(); batch.rows()];
     let encoded = model.run_encoder(batch, cancel)?;
     let (mut state, mut logits) = model.start(encoded, prompts, cancel)?;
 
     for step in 0.. {
         let scores = logits.rows_mut()?;
-        // The beams of an item begin as one: the first step has one row for all of them.
+        // The rows of an item begin as one: the first step has one row for all of them.
         let rows_per_item = state.rows() / state.items();
         let mut widened;
-        let (mut going_on, mut parents, mut tokens) = (Vec::new(), Vec::new(), Vec::new());
+        let mut going_on = Vec::new();
         let mut finished = Vec::new();
         for (slot, item) in items.iter_mut().enumerate() {
             let width = item.search.width();
-            let mut scores =
-                &mut scores[slot * rows_per_item * decoder.vocab_size..][..rows_per_item * decoder.vocab_size];
+            let rows = rows_per_item.min(width);
+            let mut scores = &mut scores[slot * rows_per_item * decoder.vocab_size..][..rows * decoder.vocab_size];
             if !options.remove_invalid_values && !all_finite(scores) {
                 return Err(Error::NotFinite { row: item.row, step, dtype: model.manifest().dtype });
             }
-            if rows_per_item < width {
+            if rows < width {
                 widened = scores.repeat(width);
                 scores = &mut widened;
             }
-            let candidates = item.processors.candidates(scores, &item.search);
-            let progress = item.search.advance(&candidates);
-
-            if width == 1
-                && let Some(&token) = item.search.history(0).last()
-                && watch.token(item.row, token).is_break()
-            {
-                return Err(Error::Cancelled);
-            }
+            let is_over = stops.is_over();
+            let unprocessed = item.trace.is_some().then(|| scores.to_vec());
+            let progress = loop {
+                let candidates = item.processors.candidates(scores, &item.search);
+                if let (Some(trace), Some(logits)) = (&mut item.trace, &unprocessed) {
+                    trace.take(&candidates, logits, width);
+                }
+                let ends = stops.of(&candidates, &item.search, is_over)?;
+                match item.search.advance_to_ends(&candidates, &ends) {
+                    Progress::Turn => {}
+                    progress => break progress,
+                }
+            };
             match progress {
                 Progress::Done => finished.push(slot),
-                Progress::Continue => {
-                    let first_row = slot * rows_per_item;
+                Progress::Continue | Progress::Turn => {
                     going_on.push(slot);
-                    parents.extend(item.search.parents().iter().map(|&beam| first_row + beam.min(rows_per_item - 1)));
-                    tokens.extend_from_slice(item.search.next_tokens());
+                    let settled = item.search.settled(item.shown);
+                    show(item.row, settled, watch)?;
+                    item.shown += settled.len();
+                    if let Some(trace) = &mut item.trace {
+                        trace.follow(&item.search);
+                    }
                 }
             }
         }
@@ -114,9 +141,25 @@ pub(crate) fn generate(
             return Err(Error::Cancelled);
         }
 
+        // Every item has as many rows as the widest: where targets have ended, the last that goes on is computed again.
+        let width = going_on.iter().map(|&slot| items[slot].search.width()).max().unwrap_or(0);
+        let (mut parents, mut tokens) = (Vec::new(), Vec::new());
+        for &slot in &going_on {
+            let search = &items[slot].search;
+            let rows = (0..width).map(|row| row.min(search.width() - 1));
+            for row in rows {
+                parents.push(slot * rows_per_item + search.parents()[row].min(rows_per_item - 1));
+                tokens.push(search.next_tokens()[row]);
+            }
+        }
+
         for slot in finished.into_iter().rev() {
-            let Item { row, search, .. } = items.remove(slot);
+            let Item { row, search, shown, trace, .. } = items.remove(slot);
             results[row] = search.finish();
+            for hypothesis in &mut results[row] {
+                hypothesis.logprobs = trace.as_ref().map(|trace| trace.of(&hypothesis.tokens));
+            }
+            show(row, results[row][0].tokens.get(shown..).unwrap_or(&[]), watch)?;
         }
         if items.is_empty() {
             break;

@@ -27,19 +27,25 @@ mod state;
 mod tokenizer;
 
 mod batch;
+mod draws;
 pub mod options;
 pub mod scores;
 pub mod search;
 
 mod generate;
+mod logprobs;
+mod score;
+mod stop;
 pub mod verify;
 
 mod error;
 
 pub use batch::Batch;
+pub use draws::Draws;
 pub use error::Error;
 pub use generate::Watch;
+pub use logprobs::Logprobs;
 pub use model::{Cancellation, Model, OpenOptions};
-pub use options::{GenerationOptions, OptionError};
+pub use options::{GenerationOptions, LogitsProcessor, OptionError, Position};
 pub use search::{FinishReason, Hypothesis};
 pub use tokenizer::{SpecialTokens, TextStream, Tokenizer};

@@ -28,8 +28,10 @@ use crate::batch::{Batch, Prompts};
 use crate::error::Error;
 use crate::folder::Folder;
 use crate::generate::{self, Watch};
+use crate::logprobs::Logprobs;
 use crate::onnxruntime;
 use crate::options::GenerationOptions;
+use crate::score;
 use crate::search::{Hypothesis, Search};
 use crate::state::{Cache, State};
 use crate::tokenizer::Tokenizer;
@@ -182,8 +184,8 @@ impl Model {
             .map_err(|error| Error::onnxruntime("reading the hidden states")(ort::Error::wrap(error)))
     }
 
-    /// Generates a target for each source: `num_return_sequences` hypotheses a row, best first, in the order of the rows.
-    /// `watch` is shown tokens as they are chosen when `num_beams` is 1, and told of every step.
+    /// Generates targets for each source: `num_return_sequences` hypotheses a row, those of beams best first, in the order
+    /// of the rows. `watch` is shown the tokens of each row's first as soon as they are certain, and told of every step.
     ///
     /// # Errors
     /// Tokens outside the vocabularies, lengths or options that do not fit the model, logits that are not finite, or
@@ -196,6 +198,22 @@ impl Model {
         cancel: &Cancellation,
     ) -> Result<Vec<Vec<Hypothesis>>, Error> {
         generate::generate(self, batch, options, Search::new, watch, cancel)
+    }
+
+    /// The log-probabilities of given targets, each for its source, end token included where it is given; with those of
+    /// the `top` likeliest tokens at each place. They come after the decoder prompts of `batch`, or the start token.
+    ///
+    /// # Errors
+    /// Not one target for each source, an empty one, tokens outside the vocabularies, lengths that do not fit the model,
+    /// logits that are not finite, or a cancellation.
+    pub fn score(
+        &self,
+        batch: &Batch,
+        targets: &[Vec<i64>],
+        top: usize,
+        cancel: &Cancellation,
+    ) -> Result<Vec<Logprobs>, Error> {
+        score::score(self, batch, targets, top, cancel)
     }
 
     /// Runs the encoder.

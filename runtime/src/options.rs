@@ -7,6 +7,8 @@
 //! `top_k` beside greedy search), so they are passed over, except those that would change the result: these are kept in
 //! `unsupported`, the model opens, and a request has to override them before anything is generated.
 
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::sync::Arc;
 use std::{fmt, slice};
 
 use serde_json::{Map, Value};
@@ -23,10 +25,43 @@ pub struct GenerationOptions {
     pub min_length: usize,
     /// No end of sequence before so many tokens have been generated; has precedence over `min_length`.
     pub min_new_tokens: Option<usize>,
-    /// Beams of beam search; 1 is greedy search.
+    /// Beams of beam search; 1 is greedy search, or sampling.
     pub num_beams: usize,
-    /// How many hypotheses are returned for a source; at most `num_beams`.
+    /// How many hypotheses are returned for a source; with beams at most as many, without only where each differs: by
+    /// `do_sample` or `return_alternatives`.
     pub num_return_sequences: usize,
+    /// Whether tokens are drawn with the probabilities that are left after the options below.
+    pub do_sample: bool,
+    /// Scores are divided by it before a draw; below 1 makes likely tokens likelier.
+    pub temperature: f64,
+    /// Only so many best tokens are drawn from; 0 is off.
+    pub top_k: usize,
+    /// Only the likeliest tokens whose probabilities add up to it are drawn from; 1 is off.
+    pub top_p: f64,
+    /// Only tokens with at least such a part of the best token's probability are drawn from; 0 is off.
+    pub min_p: f64,
+    /// Only the likeliest tokens that carry such a part of the entropy are drawn from, of 100.
+    pub top_h: Option<f64>,
+    /// Only tokens whose scores are within so many standard deviations of the best are drawn from; 0 is off.
+    pub top_n_sigma: f64,
+    /// Only the tokens closest to the expected information whose probabilities add up to it are drawn from; 1 is off.
+    pub typical_p: f64,
+    /// Only tokens with at least this probability are drawn from; 0 is off.
+    pub epsilon_cutoff: f64,
+    /// The same with a bound that falls where the choice is wide; 0 is off.
+    pub eta_cutoff: f64,
+    /// What the draws depend on, with the source and its place in the request; another one for each call if not given.
+    pub seed: Option<u64>,
+    /// Groups that the beams are in; those of one avoid the tokens of the others. 1 is off.
+    pub num_beam_groups: usize,
+    /// Subtracted from the score of a token for each beam of an earlier group that has just chosen it.
+    pub diversity_penalty: f64,
+    /// Texts that end a target in which one of them has come to stand; they may begin in one token and end in another.
+    pub stop_strings: Vec<String>,
+    /// After so many seconds all targets end as they are.
+    pub max_time: Option<f64>,
+    /// Whether each hypothesis begins with another of the best first tokens, which are then completed.
+    pub return_alternatives: bool,
     /// Beam scores are divided by `length^length_penalty`.
     pub length_penalty: f64,
     /// When beam search is content with the hypotheses it has.
@@ -68,9 +103,62 @@ pub struct GenerationOptions {
     pub renormalize_logits: bool,
     /// Whether NaN and infinite scores are replaced by finite ones.
     pub remove_invalid_values: bool,
+    /// Subtracted from the score of a token for each time it was generated.
+    pub frequency_penalty: f64,
+    /// Subtracted from the score of a token that was generated, however often.
+    pub presence_penalty: f64,
+    /// Whether hypotheses come with the model's log-probabilities of their tokens.
+    pub output_logprobs: bool,
+    /// Of how many of the likeliest tokens at each place these are given too.
+    pub top_logprobs: usize,
+    /// The caller's own changes to scores, after all others but those of sampling. Not an option of requests.
+    pub logits_processor: Vec<LogitsProcessor>,
     /// Names and JSON values of what `generation_config.json` asks for and this version cannot do. Until a request
     /// overrides each of them, [`GenerationOptions::check`] fails.
     pub unsupported: Vec<(String, String)>,
+}
+
+/// A change to scores that the caller makes.
+#[derive(Clone)]
+pub struct LogitsProcessor(Arc<Change>);
+
+type Change = dyn Fn(&Position, &mut [f32]) + Send + Sync;
+
+/// Where scores belong: what a [`LogitsProcessor`] is told.
+#[derive(Clone, Copy, Debug)]
+pub struct Position<'a> {
+    /// The tokens of the source, with the padding that it was given with.
+    pub source: &'a [i64],
+    /// Prompt and generated tokens of the target so far.
+    pub history: &'a [i64],
+    /// How many of these are the prompt.
+    pub prompt_len: usize,
+}
+
+impl LogitsProcessor {
+    /// Makes one of a function that changes the scores of the next token, one for each of the vocabulary: logits, or
+    /// log-probabilities in beam search. A score of −∞ forbids its token. It is called for each target at each step and
+    /// must not depend on anything but what it is given, or results will depend on neighbours in a batch.
+    pub fn new(change: impl Fn(&Position, &mut [f32]) + Send + Sync + 'static) -> LogitsProcessor {
+        LogitsProcessor(Arc::new(change))
+    }
+
+    pub(crate) fn apply(&self, place: &Position, scores: &mut [f32]) {
+        (self.0)(place, scores);
+    }
+}
+
+impl fmt::Debug for LogitsProcessor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("LogitsProcessor(…)")
+    }
+}
+
+/// Equal are clones of one.
+impl PartialEq for LogitsProcessor {
+    fn eq(&self, other: &LogitsProcessor) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
 }
 
 /// When beam search is content with the hypotheses it has.
@@ -115,6 +203,10 @@ const MAX_BIAS: f32 = 1e30;
 
 /// Bounds what one source may cost; far above any useful number.
 const MAX_NUM_BEAMS: usize = 256;
+/// Bounds the size of a result.
+const MAX_TOP_LOGPROBS: usize = 1000;
+/// As `MAX_NUM_BEAMS`, without beams.
+const MAX_NUM_RETURN_SEQUENCES: usize = 256;
 
 impl Default for GenerationOptions {
     /// Hugging Face's defaults with T5Gemma's token ids (start 2, end 1, padding 0).
@@ -126,6 +218,22 @@ impl Default for GenerationOptions {
             min_new_tokens: None,
             num_beams: 1,
             num_return_sequences: 1,
+            do_sample: false,
+            temperature: 1.0,
+            top_k: 50,
+            top_p: 1.0,
+            min_p: 0.0,
+            top_h: None,
+            top_n_sigma: 0.0,
+            typical_p: 1.0,
+            epsilon_cutoff: 0.0,
+            eta_cutoff: 0.0,
+            seed: None,
+            num_beam_groups: 1,
+            diversity_penalty: 0.0,
+            stop_strings: Vec::new(),
+            max_time: None,
+            return_alternatives: false,
             length_penalty: 1.0,
             early_stopping: EarlyStopping::False,
             decoder_start_token_id: 2,
@@ -146,6 +254,11 @@ impl Default for GenerationOptions {
             begin_suppress_tokens: Vec::new(),
             renormalize_logits: false,
             remove_invalid_values: false,
+            frequency_penalty: 0.0,
+            presence_penalty: 0.0,
+            output_logprobs: false,
+            top_logprobs: 0,
+            logits_processor: Vec::new(),
             unsupported: Vec::new(),
         }
     }
@@ -197,9 +310,8 @@ impl GenerationOptions {
                 Ok(())
             }
             Some((_, neutral, _)) => {
-                let expected = match (name, neutral) {
-                    ("do_sample", _) => "false (sampling is not supported by this version)".to_string(),
-                    (_, Neutral::Absent) => "it left out (it is not supported by this version)".to_string(),
+                let expected = match neutral {
+                    Neutral::Absent => "it left out (it is not supported by this version)".to_string(),
                     _ => format!("{neutral} or it left out (it is not supported by this version)"),
                 };
                 Err(OptionError::new(name, expected, shown(value)))
@@ -218,18 +330,26 @@ impl GenerationOptions {
                 return Err(OptionError::new(length, expected, shown(value)));
             }
         }
-        if options.num_beams == 1 {
-            for (name, is_default, default) in [
-                ("length_penalty", options.length_penalty == 1.0, "1"),
-                ("early_stopping", options.early_stopping == EarlyStopping::False, "false"),
-            ] {
-                if let (Some(value), false) = (given(name), is_default) {
-                    let expected = format!("{default} with num_beams 1 (it acts in beam search only)");
+        let default = GenerationOptions::default();
+        for (acts, condition, of) in [
+            (options.num_beams > 1, "num_beams 1 (it acts in beam search only)", of_beam_search as Named),
+            (options.do_sample, "do_sample false (it acts in sampling only)", of_sampling),
+            (options.num_beam_groups > 1, "num_beam_groups 1 (it acts between groups only)", of_groups),
+            (options.output_logprobs, "output_logprobs false (it belongs to them)", of_logprobs),
+        ] {
+            for ((name, value_now), (_, default)) in of(&options).into_iter().zip(of(&default)) {
+                if let (Some(value), false) = (given(name), acts || value_now == default) {
+                    let expected = format!("{default} with {condition}");
                     return Err(OptionError::new(name, expected, shown(value)));
                 }
             }
         }
         Ok(options)
+    }
+
+    /// A seed for a call that gives none: another one each time.
+    pub fn draw_seed() -> u64 {
+        RandomState::new().build_hasher().finish()
     }
 
     /// Tells how long a target may become whose decoder prompt has `prompt_len` tokens.
@@ -304,9 +424,55 @@ impl GenerationOptions {
             let expected = format!("a whole number from 1 to {MAX_NUM_BEAMS}");
             return Err(OptionError::new("num_beams", expected, self.num_beams.to_string()));
         }
-        if !is_inside(self.num_return_sequences, self.num_beams) {
-            let expected = format!("a whole number from 1 to num_beams ({})", self.num_beams);
+        let (most, what) = match self.num_beams == 1 && (self.do_sample || self.return_alternatives) {
+            true => (MAX_NUM_RETURN_SEQUENCES, MAX_NUM_RETURN_SEQUENCES.to_string()),
+            false => (self.num_beams, format!("num_beams ({})", self.num_beams)),
+        };
+        if !is_inside(self.num_return_sequences, most) {
+            let expected = format!("a whole number from 1 to {what}");
             return Err(OptionError::new("num_return_sequences", expected, self.num_return_sequences.to_string()));
+        }
+        let (groups, beams) = (self.num_beam_groups, self.num_beams);
+        if groups == 0 || beams % groups != 0 {
+            let expected = format!("a divisor of num_beams ({beams})");
+            return Err(OptionError::new("num_beam_groups", expected, groups.to_string()));
+        }
+        if groups > 1 && self.do_sample {
+            let expected = "1 with do_sample true (groups of beams do not sample)";
+            return Err(OptionError::new("num_beam_groups", expected, groups.to_string()));
+        }
+        if groups > 1 && self.diversity_penalty <= 0.0 {
+            let expected = "a number above 0 with num_beam_groups above 1 (all groups would find the same)";
+            return Err(OptionError::new("diversity_penalty", expected, self.diversity_penalty.to_string()));
+        }
+        if self.return_alternatives && self.num_beams > 1 {
+            let expected = "false with num_beams above 1 (beam search does not complete alternatives)";
+            return Err(OptionError::new("return_alternatives", expected, "true"));
+        }
+        if self.do_sample {
+            let is_positive = |x: f64| (x as f32).is_normal() && x > 0.0 && ((1.0 / x) as f32).is_normal();
+            let is_part = |x: f64| (0.0..=1.0).contains(&x);
+            let above_0 = |x: f64| x > 0.0 && x <= 1.0;
+            let cutoff = |x: f64| (0.0..1.0).contains(&x);
+            for (name, value, is_valid, expected) in [
+                (
+                    "temperature",
+                    self.temperature,
+                    is_positive(self.temperature),
+                    "a positive number (do_sample false takes the likeliest tokens)",
+                ),
+                ("top_p", self.top_p, is_part(self.top_p), "a number from 0 to 1"),
+                ("min_p", self.min_p, is_part(self.min_p), "a number from 0 to 1"),
+                ("top_h", self.top_h.unwrap_or(1.0), above_0(self.top_h.unwrap_or(1.0)), "a number above 0, at most 1"),
+                ("top_n_sigma", self.top_n_sigma, self.top_n_sigma >= 0.0, "a number of at least 0"),
+                ("typical_p", self.typical_p, above_0(self.typical_p), "a number above 0, at most 1"),
+                ("epsilon_cutoff", self.epsilon_cutoff, cutoff(self.epsilon_cutoff), "a number from 0 to below 1"),
+                ("eta_cutoff", self.eta_cutoff, cutoff(self.eta_cutoff), "a number from 0 to below 1"),
+            ] {
+                if !is_valid {
+                    return Err(OptionError::new(name, expected, value.to_string()));
+                }
+            }
         }
         Ok(())
     }
@@ -341,6 +507,30 @@ impl GenerationOptions {
             "min_new_tokens" => self.min_new_tokens = Some(given.whole(0)?),
             "num_beams" => self.num_beams = given.whole(1)?,
             "num_return_sequences" => self.num_return_sequences = given.whole(1)?,
+            "do_sample" => self.do_sample = given.flag()?,
+            "temperature" => self.temperature = given.number()?,
+            "top_k" => self.top_k = given.whole(0)?,
+            "top_p" => self.top_p = given.number()?,
+            "min_p" => self.min_p = given.number()?,
+            "top_h" => self.top_h = Some(given.number()?),
+            "top_n_sigma" => self.top_n_sigma = given.number()?,
+            "typical_p" => self.typical_p = given.number()?,
+            "epsilon_cutoff" => self.epsilon_cutoff = given.number()?,
+            "eta_cutoff" => self.eta_cutoff = given.number()?,
+            "seed" => self.seed = Some(given.take("a whole number below 2^64", Value::as_u64)?),
+            "num_beam_groups" => self.num_beam_groups = given.whole(1)?,
+            "diversity_penalty" => {
+                let usable = |value: &Value| value.as_f64().filter(|x| (0.0..=f64::from(MAX_BIAS)).contains(x));
+                self.diversity_penalty = given.take("a number of at least 0", usable)?;
+            }
+            "stop_strings" => {
+                self.stop_strings = given.take("a string or a list of strings, none of them empty", strings)?;
+            }
+            "max_time" => {
+                let seconds = |value: &Value| value.as_f64().filter(|&seconds| seconds >= 0.0);
+                self.max_time = Some(given.take("a number of seconds", seconds)?);
+            }
+            "return_alternatives" => self.return_alternatives = given.flag()?,
             "length_penalty" => {
                 // Beyond, lengths to that power leave the range of float32 and with it all order among hypotheses.
                 let usable = |value: &Value| value.as_f64().filter(|x| x.abs() <= 10.0);
@@ -382,12 +572,59 @@ impl GenerationOptions {
             }
             "suppress_tokens" => self.suppress_tokens = given.take("a list of token ids", tokens)?,
             "begin_suppress_tokens" => self.begin_suppress_tokens = given.take("a list of token ids", tokens)?,
-            "renormalize_logits" => self.renormalize_logits = given.take("true or false", Value::as_bool)?,
-            "remove_invalid_values" => self.remove_invalid_values = given.take("true or false", Value::as_bool)?,
+            "renormalize_logits" => self.renormalize_logits = given.flag()?,
+            "frequency_penalty" => self.frequency_penalty = given.openai_penalty()?,
+            "presence_penalty" => self.presence_penalty = given.openai_penalty()?,
+            "output_logprobs" => self.output_logprobs = given.flag()?,
+            "top_logprobs" => {
+                self.top_logprobs = given
+                    .take("a whole number from 0 to 1000", |value| whole(value).filter(|&n| n <= MAX_TOP_LOGPROBS))?
+            }
+            "remove_invalid_values" => self.remove_invalid_values = given.flag()?,
             _ => return Ok(false),
         }
         Ok(true)
     }
+}
+
+/// Names and values, as text, of some of the options.
+type Named = fn(&GenerationOptions) -> Vec<(&'static str, String)>;
+
+/// What acts in beam search only.
+fn of_beam_search(options: &GenerationOptions) -> Vec<(&'static str, String)> {
+    let early_stopping = match options.early_stopping {
+        EarlyStopping::False => "false",
+        EarlyStopping::True => "true",
+        EarlyStopping::Never => "\"never\"",
+    };
+    vec![("length_penalty", options.length_penalty.to_string()), ("early_stopping", early_stopping.to_string())]
+}
+
+/// What acts between groups of beams only.
+fn of_groups(options: &GenerationOptions) -> Vec<(&'static str, String)> {
+    vec![("diversity_penalty", options.diversity_penalty.to_string())]
+}
+
+/// What belongs to log-probabilities.
+fn of_logprobs(options: &GenerationOptions) -> Vec<(&'static str, String)> {
+    vec![("top_logprobs", options.top_logprobs.to_string())]
+}
+
+/// What acts in sampling only.
+fn of_sampling(options: &GenerationOptions) -> Vec<(&'static str, String)> {
+    let or_nothing = |value: Option<String>| value.unwrap_or_else(|| "it left out".to_string());
+    vec![
+        ("temperature", options.temperature.to_string()),
+        ("top_k", options.top_k.to_string()),
+        ("top_p", options.top_p.to_string()),
+        ("min_p", options.min_p.to_string()),
+        ("top_h", or_nothing(options.top_h.map(|share| share.to_string()))),
+        ("top_n_sigma", options.top_n_sigma.to_string()),
+        ("typical_p", options.typical_p.to_string()),
+        ("epsilon_cutoff", options.epsilon_cutoff.to_string()),
+        ("eta_cutoff", options.eta_cutoff.to_string()),
+        ("seed", or_nothing(options.seed.map(|seed| seed.to_string()))),
+    ]
 }
 
 /// An option as it stands in a document.
@@ -403,6 +640,18 @@ impl Given<'_> {
 
     fn whole(&self, least: usize) -> Result<usize, OptionError> {
         self.take(&format!("a whole number of at least {least}"), |value| whole(value).filter(|&n| n >= least))
+    }
+
+    fn flag(&self) -> Result<bool, OptionError> {
+        self.take("true or false", Value::as_bool)
+    }
+
+    fn number(&self) -> Result<f64, OptionError> {
+        self.take("a number", Value::as_f64)
+    }
+
+    fn openai_penalty(&self) -> Result<f64, OptionError> {
+        self.take("a number from -2 to 2", |value| value.as_f64().filter(|x| x.abs() <= 2.0))
     }
 
     fn positive(&self) -> Result<f64, OptionError> {
@@ -433,6 +682,15 @@ fn token(value: &Value) -> Option<i64> {
 
 fn tokens(value: &Value) -> Option<Vec<i64>> {
     value.as_array()?.iter().map(token).collect()
+}
+
+/// Texts, given as one or as a list.
+fn strings(value: &Value) -> Option<Vec<String>> {
+    let string = |value: &Value| value.as_str().filter(|text| !text.is_empty()).map(str::to_string);
+    match value {
+        Value::Array(list) => list.iter().map(string).collect(),
+        one => Some(vec![string(one)?]),
+    }
 }
 
 /// Token ids, at least one.
@@ -504,23 +762,10 @@ fn unsupported(name: &str) -> Option<&'static (&'static str, Neutral, Effect)> {
 
 /// Hugging Face's options that this version does not implement.
 const UNSUPPORTED: &[(&str, Neutral, Effect)] = &[
-    ("do_sample", Neutral::Flag(false), Effect::Result),
-    ("temperature", Neutral::Number(1.0), Effect::None),
-    ("top_k", Neutral::Number(50.0), Effect::None),
-    ("top_p", Neutral::Number(1.0), Effect::None),
-    ("min_p", Neutral::Absent, Effect::None),
-    ("top_h", Neutral::Absent, Effect::None),
-    ("typical_p", Neutral::Number(1.0), Effect::None),
-    ("epsilon_cutoff", Neutral::Number(0.0), Effect::None),
-    ("eta_cutoff", Neutral::Number(0.0), Effect::None),
     ("penalty_alpha", Neutral::Number(0.0), Effect::Result),
-    ("num_beam_groups", Neutral::Number(1.0), Effect::Result),
-    ("diversity_penalty", Neutral::Number(0.0), Effect::Result),
     ("constraints", Neutral::Absent, Effect::Result),
     ("force_words_ids", Neutral::Absent, Effect::Result),
     ("guidance_scale", Neutral::Number(1.0), Effect::Result),
-    ("stop_strings", Neutral::Absent, Effect::Result),
-    ("max_time", Neutral::Absent, Effect::Result),
     ("watermarking_config", Neutral::Absent, Effect::Result),
     ("token_healing", Neutral::Flag(false), Effect::Result),
     ("dola_layers", Neutral::Absent, Effect::Result),
@@ -567,7 +812,8 @@ mod tests {
 
     #[test]
     fn every_option_is_read() {
-        let request = json!({
+        let request: Value = serde_json::from_str(
+            r#"{
             "max_new_tokens": 7, "max_length": 9.0, "min_length": 3, "min_new_tokens": 2, "num_beams": 4,
             "num_return_sequences": 3, "length_penalty": 2, "early_stopping": "never", "decoder_start_token_id": 5,
             "bos_token_id": 6, "eos_token_id": [1, 107], "pad_token_id": 3, "repetition_penalty": 1.5,
@@ -575,8 +821,14 @@ mod tests {
             "bad_words_ids": [[5], [6, 7]], "sequence_bias": [[[5], 3], [[6, 7], -4.5]], "forced_bos_token_id": 17,
             "forced_eos_token_id": 1, "exponential_decay_length_penalty": [6, 1.6], "suppress_tokens": [8, 9],
             "begin_suppress_tokens": [10], "renormalize_logits": true, "remove_invalid_values": true,
-            "do_sample": false, "temperature": null, "top_k": 50,
-        });
+            "do_sample": true, "temperature": 0.7, "top_k": 40, "top_p": 0.9, "min_p": 0.05, "top_h": 0.4, "top_n_sigma": 2,
+            "typical_p": 0.8, "epsilon_cutoff": 0.01, "eta_cutoff": 0.02, "seed": 18446744073709551615,
+            "return_alternatives": false, "stop_strings": ["\n", "."], "max_time": 2.5, "num_beam_groups": 1,
+            "diversity_penalty": 0, "frequency_penalty": 0.5, "presence_penalty": -0.25,
+            "output_logprobs": true, "top_logprobs": 3
+        }"#,
+        )
+        .expect("JSON");
         let expected = GenerationOptions {
             max_new_tokens: Some(7),
             max_length: Some(9),
@@ -584,6 +836,22 @@ mod tests {
             min_new_tokens: Some(2),
             num_beams: 4,
             num_return_sequences: 3,
+            do_sample: true,
+            temperature: 0.7,
+            top_k: 40,
+            top_p: 0.9,
+            min_p: 0.05,
+            top_h: Some(0.4),
+            top_n_sigma: 2.0,
+            typical_p: 0.8,
+            epsilon_cutoff: 0.01,
+            eta_cutoff: 0.02,
+            seed: Some(u64::MAX),
+            num_beam_groups: 1,
+            diversity_penalty: 0.0,
+            stop_strings: vec!["\n".into(), ".".into()],
+            max_time: Some(2.5),
+            return_alternatives: false,
             length_penalty: 2.0,
             early_stopping: EarlyStopping::Never,
             decoder_start_token_id: 5,
@@ -604,6 +872,11 @@ mod tests {
             begin_suppress_tokens: vec![10],
             renormalize_logits: true,
             remove_invalid_values: true,
+            frequency_penalty: 0.5,
+            presence_penalty: -0.25,
+            output_logprobs: true,
+            top_logprobs: 3,
+            logits_processor: vec![],
             unsupported: vec![],
         };
         assert_eq!(with(&GenerationOptions::default(), request.clone()), Ok(expected.clone()));
@@ -657,17 +930,66 @@ mod tests {
             ),
             (json!({"suppress_tokens": 3}), "suppress_tokens: expected a list of token ids, found 3"),
             (json!({"temprature": 1}), "temprature: expected the name of a generation option, found an unknown name"),
+            (json!({"presence_penalty": 3}), "presence_penalty: expected a number from -2 to 2, found 3"),
             (
-                json!({"do_sample": true}),
-                "do_sample: expected false (sampling is not supported by this version), found true",
+                json!({"top_logprobs": 3}),
+                "top_logprobs: expected 0 with output_logprobs false (it belongs to them), found 3",
             ),
+            (
+                json!({"stop_strings": ["a", ""]}),
+                "stop_strings: expected a string or a list of strings, none of them empty, found [\"a\",\"\"]",
+            ),
+            (json!({"max_time": -1}), "max_time: expected a number of seconds, found -1"),
+            (
+                json!({"num_beams": 4, "num_beam_groups": 3, "diversity_penalty": 1}),
+                "num_beam_groups: expected a divisor of num_beams (4), found 3",
+            ),
+            (
+                json!({"num_beams": 4, "num_beam_groups": 2}),
+                "diversity_penalty: expected a number above 0 with num_beam_groups above 1 (all groups would find the \
+                 same), found 0",
+            ),
+            (
+                json!({"diversity_penalty": 1}),
+                "diversity_penalty: expected 0 with num_beam_groups 1 (it acts between groups only), found 1",
+            ),
+            (
+                json!({"num_beams": 4, "num_beam_groups": 2, "do_sample": true, "diversity_penalty": 1}),
+                "num_beam_groups: expected 1 with do_sample true (groups of beams do not sample), found 2",
+            ),
+            (json!({"do_sample": 1}), "do_sample: expected true or false, found 1"),
             (
                 json!({"temperature": 0.7}),
-                "temperature: expected 1 or it left out (it is not supported by this version), found 0.7",
+                "temperature: expected 1 with do_sample false (it acts in sampling only), found 0.7",
+            ),
+            (json!({"seed": 7}), "seed: expected it left out with do_sample false (it acts in sampling only), found 7"),
+            (json!({"seed": -1, "do_sample": true}), "seed: expected a whole number below 2^64, found -1"),
+            (json!({"top_k": 2.5, "do_sample": true}), "top_k: expected a whole number of at least 0, found 2.5"),
+            (json!({"top_p": "1"}), "top_p: expected a number, found \"1\""),
+            (
+                json!({"temperature": 0, "do_sample": true}),
+                "temperature: expected a positive number (do_sample false takes the likeliest tokens), found 0",
+            ),
+            (json!({"top_p": 1.5, "do_sample": true}), "top_p: expected a number from 0 to 1, found 1.5"),
+            (json!({"top_h": 0, "do_sample": true}), "top_h: expected a number above 0, at most 1, found 0"),
+            (json!({"typical_p": 0, "do_sample": true}), "typical_p: expected a number above 0, at most 1, found 0"),
+            (json!({"eta_cutoff": 1, "do_sample": true}), "eta_cutoff: expected a number from 0 to below 1, found 1"),
+            (
+                json!({"num_return_sequences": 257, "do_sample": true}),
+                "num_return_sequences: expected a whole number from 1 to 256, found 257",
             ),
             (
-                json!({"stop_strings": ["."]}),
-                "stop_strings: expected it left out (it is not supported by this version), found [\".\"]",
+                json!({"num_return_sequences": 3, "num_beams": 2, "do_sample": true}),
+                "num_return_sequences: expected a whole number from 1 to num_beams (2), found 3",
+            ),
+            (
+                json!({"return_alternatives": true, "num_beams": 2}),
+                "return_alternatives: expected false with num_beams above 1 (beam search does not complete alternatives), \
+                 found true",
+            ),
+            (
+                json!({"force_words_ids": [[5]]}),
+                "force_words_ids: expected it left out (it is not supported by this version), found [[5]]",
             ),
             (
                 json!({"num_return_sequences": 2}),
@@ -749,26 +1071,29 @@ mod tests {
             "top_k": 64, "top_p": 0.95, "temperature": 0.7, "use_cache": false, "output_attentions": true,
             "something_new": {"a": 1},
         });
-        assert_eq!(model(config), Ok(GenerationOptions::default()));
+        let kept = GenerationOptions { top_k: 64, top_p: 0.95, temperature: 0.7, ..GenerationOptions::default() };
+        assert_eq!(model(config), Ok(kept));
+        let odd = model(json!({"temperature": 0})).expect("it would matter in sampling only");
+        assert_eq!(odd.check(256, 1), Ok(()));
         assert_eq!(model(json!({"num_beams": "4"})).expect_err("a bad value").option, "num_beams");
     }
 
     #[test]
-    fn a_model_that_asks_for_sampling_opens_but_does_not_generate_unasked() {
+    fn a_model_may_ask_for_sampling_and_a_request_override_it() {
         let sampling = model(json!({"do_sample": true, "top_k": 64, "num_return_sequences": 3})).expect("it opens");
-        let error = sampling.check(256, 1).expect_err("it must not become greedy search");
-        assert_eq!(
-            error.to_string(),
-            "do_sample: expected false in the request (the model's generation_config.json sets it otherwise, which is \
-             not supported by this version), found true"
-        );
-        assert!(with(&sampling, json!({"num_return_sequences": 1})).expect("well formed").check(256, 1).is_err());
+        assert_eq!(sampling.check(256, 1), Ok(()));
+        let hotter = with(&sampling, json!({"temperature": 2})).expect("the model samples");
+        assert_eq!((hotter.top_k, hotter.temperature), (64, 2.0));
         let greedy = with(&sampling, json!({"do_sample": false, "num_return_sequences": 1})).expect("well formed");
         assert_eq!(greedy.check(256, 1), Ok(()));
         let error = with(&sampling, json!({"do_sample": false})).expect_err("three of one beam");
         assert_eq!(error.option, "num_return_sequences");
-        let error = model(json!({"stop_strings": ["."]})).expect("it opens").check(256, 1).expect_err("not obeyed");
-        assert_eq!(error.option, "stop_strings");
+    }
+
+    #[test]
+    fn a_model_that_asks_for_more_than_there_is_opens_but_does_not_generate_unasked() {
+        let error = model(json!({"guidance_scale": 2})).expect("it opens").check(256, 1).expect_err("not obeyed");
+        assert_eq!(error.option, "guidance_scale");
     }
 
     #[test]

@@ -12,11 +12,15 @@
 //! NaN ranks above every number, as in PyTorch: a NaN that no processor replaces yields a candidate whose score is NaN,
 //! which the caller can refuse, and never a plausible token.
 
+mod warpers;
+
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 
-use crate::options::GenerationOptions;
+use crate::draws::Draws;
+use crate::options::{GenerationOptions, LogitsProcessor, Position};
 use crate::search::{Candidate, Search};
+use warpers::Warper;
 
 /// The logits processors that the options of a request ask for, for one source row.
 #[derive(Clone, Debug)]
@@ -29,10 +33,14 @@ pub struct Processors {
 enum Processor {
     /// Adds to the score of a token that completes a sequence. Bad words are sequences with a bias of −∞.
     SequenceBias(Vec<TokenBias>),
+    /// Makes tokens less likely that groups of beams chose before in this step.
+    Diversity(f32),
     /// Makes the tokens of the source likelier (the penalty is below 1 then).
     EncoderRepetitionPenalty { source: Vec<i64>, penalty: f32 },
     /// Makes the tokens of the history less likely.
     RepetitionPenalty(f32),
+    /// Makes generated tokens less likely, by how often they were and that they were.
+    Generated { frequency: f32, presence: f32, prompt_len: usize },
     /// Forbids n-grams that the history holds already.
     NoRepeatNgram(usize),
     /// Forbids n-grams of the source.
@@ -45,6 +53,10 @@ enum Processor {
     RemoveInvalid,
     /// Raises the scores of the end-of-sequence tokens, the more the longer the history is than `start`.
     ExponentialDecay { eos: Vec<i64>, start: usize, factor: f64 },
+    /// Does what the caller wants.
+    Caller { processor: LogitsProcessor, source: Vec<i64>, prompt_len: usize },
+    /// Prepares a draw.
+    Warp(Warper),
     /// Takes the logarithm of the softmax.
     Renormalize,
 }
@@ -67,12 +79,19 @@ impl Processors {
             let sequences = options.sequence_bias.iter().map(|(tokens, bias)| (tokens.as_slice(), *bias));
             processors.push(sequence_bias(sequences));
         }
+        if options.diversity_penalty != 0.0 {
+            processors.push(Processor::Diversity(options.diversity_penalty as f32));
+        }
         if options.encoder_repetition_penalty != 1.0 {
             let penalty = (1.0 / options.encoder_repetition_penalty) as f32;
             processors.push(Processor::EncoderRepetitionPenalty { source: source.to_vec(), penalty });
         }
         if options.repetition_penalty != 1.0 {
             processors.push(Processor::RepetitionPenalty(options.repetition_penalty as f32));
+        }
+        let (frequency, presence) = (options.frequency_penalty as f32, options.presence_penalty as f32);
+        if (frequency, presence) != (0.0, 0.0) {
+            processors.push(Processor::Generated { frequency, presence, prompt_len });
         }
         if options.no_repeat_ngram_size > 0 {
             processors.push(Processor::NoRepeatNgram(options.no_repeat_ngram_size));
@@ -118,6 +137,12 @@ impl Processors {
             let tokens = options.begin_suppress_tokens.clone();
             processors.push(Processor::Forbid { tokens, from, to: from + 1 });
         }
+        processors.extend(options.logits_processor.iter().map(|processor| Processor::Caller {
+            processor: processor.clone(),
+            source: source.to_vec(),
+            prompt_len,
+        }));
+        processors.extend(warpers::warpers(options).into_iter().map(Processor::Warp));
         if options.renormalize_logits {
             processors.push(Processor::Renormalize);
         }
@@ -127,17 +152,23 @@ impl Processors {
     /// Applies the processors to the scores of one row: logits for greedy search, log-probabilities for beam search.
     /// `history` is the row's prompt and generated tokens; tokens outside the vocabulary are passed over.
     pub fn apply(&self, scores: &mut [f32], history: &[i64]) {
+        self.apply_after(scores, history, &[]);
+    }
+
+    /// [`Processors::apply`] after groups of beams have chosen tokens in this step.
+    fn apply_after(&self, scores: &mut [f32], history: &[i64], chosen: &[i64]) {
         for processor in &self.processors {
             if processor.is_active(history.len()) {
-                processor.apply(scores, history);
+                processor.apply(scores, history, chosen);
             }
         }
     }
 
-    /// Chooses the best candidates of one step, best first, ties by beam and then token.
+    /// Chooses the candidates of one step: for a search that compares rows the best or, where it samples, draws without
+    /// replacement in the order drawn; otherwise the best or a draw of each row. Ties go by row and then token.
     ///
-    /// `logits` holds [`Search::width`] rows of one vocabulary each and is overwritten where a processor acts.
-    /// Greedy search compares processed logits; beam search adds processed log-probabilities to the beams' scores.
+    /// `logits` holds [`Search::width`] rows of one vocabulary each and is overwritten where a processor acts. Beam search
+    /// adds processed log-probabilities to the beams' scores; otherwise the processed logits count.
     ///
     /// # Panics
     /// If `logits` is empty or not a whole number of rows.
@@ -145,7 +176,9 @@ impl Processors {
         let vocab_size = logits.len() / search.width();
         assert!(vocab_size > 0 && vocab_size * search.width() == logits.len(), "logits are rows of one vocabulary");
         let mut best = Best::new(search.candidates());
-        for (beam, row) in logits.chunks_exact_mut(vocab_size).enumerate() {
+        let mut of_rows = Vec::new();
+        let rows = search.rows();
+        for (beam, row) in logits.chunks_exact_mut(vocab_size).enumerate().take(rows.end).skip(rows.start) {
             let history = search.history(beam);
             let mut norm = Norm::NONE;
             if search.sums_log_probabilities() {
@@ -155,11 +188,41 @@ impl Processors {
                     norm = Norm::NONE;
                 }
             }
-            self.apply(row, history);
-            best.take_row(beam, row, norm, search.running_score(beam));
+            self.apply_after(row, history, search.chosen());
+            let (step, running) = (history.len() as u32, search.running_score(beam));
+            match (search.compares_rows(), search.draws()) {
+                (true, None) => best.take_row(beam, row, |x| norm.subtract(x) + running),
+                (true, Some(draws)) => best.draw_row(beam, row, |x| norm.subtract(x) + running, draws, step),
+                (false, None) => {
+                    let mut best = Best::new(1);
+                    best.take_row(beam, row, |x| x);
+                    of_rows.extend(best.candidates);
+                }
+                (false, Some(draws)) => {
+                    let token = draw(row, draws.uniform(step, search.lane(beam)));
+                    of_rows.push(Candidate { parent: beam, token: token as i64, score: row[token] });
+                }
+            }
         }
-        best.candidates
+        if search.compares_rows() { best.candidates } else { of_rows }
     }
+}
+
+/// Draws a token with the probability that the softmax of the scores gives it: the first for which the probabilities up to
+/// and with it exceed `u`. Where nothing is allowed, the first of all.
+fn draw(row: &[f32], u: f64) -> usize {
+    let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let weight = |x: f32| if x == f32::NEG_INFINITY { 0.0 } else { f64::from(exp(x - max)) };
+    let limit = row.iter().map(|&x| weight(x)).sum::<f64>() * u;
+    let (mut sum, mut last) = (0.0, 0);
+    for (token, &x) in row.iter().enumerate().filter(|(_, x)| **x != f32::NEG_INFINITY) {
+        sum += weight(x);
+        last = token;
+        if sum > limit {
+            break;
+        }
+    }
+    last
 }
 
 impl Processor {
@@ -170,18 +233,30 @@ impl Processor {
             Processor::EncoderNoRepeatNgram { size, .. } => length + 1 >= size,
             Processor::Forbid { from, to, .. } => (from..to).contains(&length),
             Processor::Force { at, .. } => length == at,
+            Processor::Generated { prompt_len, .. } => length > prompt_len,
             Processor::ExponentialDecay { start, .. } => length > start,
             Processor::SequenceBias(_)
+            | Processor::Diversity(_)
             | Processor::EncoderRepetitionPenalty { .. }
             | Processor::RepetitionPenalty(_)
             | Processor::RemoveInvalid
+            | Processor::Caller { .. }
+            | Processor::Warp(_)
             | Processor::Renormalize => true,
         }
     }
 
     /// Changes the scores; the history is of a length for which it is active.
-    fn apply(&self, scores: &mut [f32], history: &[i64]) {
+    fn apply(&self, scores: &mut [f32], history: &[i64], chosen: &[i64]) {
         match self {
+            Processor::Diversity(penalty) => {
+                // Each beam that chose a token counts.
+                for &token in chosen {
+                    if let Some(score) = at(scores, token) {
+                        *score -= penalty;
+                    }
+                }
+            }
             Processor::SequenceBias(biases) => {
                 for TokenBias { token, sequences } in biases {
                     let active = sequences.iter().filter(|(prefix, _)| history.ends_with(prefix));
@@ -194,6 +269,15 @@ impl Processor {
             }
             Processor::EncoderRepetitionPenalty { source, penalty } => penalise(scores, source, *penalty),
             Processor::RepetitionPenalty(penalty) => penalise(scores, history, *penalty),
+            Processor::Generated { frequency, presence, prompt_len } => {
+                let mut counts: HashMap<i64, u32> = HashMap::new();
+                history[*prompt_len..].iter().for_each(|&token| *counts.entry(token).or_default() += 1);
+                for (token, count) in counts {
+                    if let Some(score) = at(scores, token) {
+                        *score -= count as f32 * frequency + presence;
+                    }
+                }
+            }
             Processor::NoRepeatNgram(size) => forbid_ngrams(scores, history, history, *size),
             Processor::EncoderNoRepeatNgram { source, size } => forbid_ngrams(scores, source, history, *size),
             Processor::Forbid { tokens, .. } => set(scores, tokens, f32::NEG_INFINITY),
@@ -210,6 +294,10 @@ impl Processor {
                 let growth = (factor.powf((history.len() - start) as f64) - 1.0) as f32;
                 update(scores, eos, |score| if score.is_finite() { score + score.abs() * growth } else { score });
             }
+            Processor::Caller { processor, source, prompt_len } => {
+                processor.apply(&Position { source, history, prompt_len: *prompt_len }, scores);
+            }
+            Processor::Warp(warper) => warper.apply(scores),
             Processor::Renormalize => Norm::of(scores).apply(scores),
         }
     }
@@ -281,6 +369,31 @@ fn set(scores: &mut [f32], tokens: &[i64], score: f32) {
 
 fn at(scores: &mut [f32], token: i64) -> Option<&mut f32> {
     scores.get_mut(usize::try_from(token).ok()?)
+}
+
+/// The log-probabilities of the tokens at one place.
+pub(crate) struct LogProbabilities<'a> {
+    logits: &'a [f32],
+    norm: Norm,
+}
+
+impl<'a> LogProbabilities<'a> {
+    /// Those that `logits` amount to.
+    pub fn of(logits: &'a [f32]) -> LogProbabilities<'a> {
+        LogProbabilities { logits, norm: Norm::of(logits) }
+    }
+
+    /// That of a token of the vocabulary.
+    pub fn token(&self, token: i64) -> f32 {
+        self.norm.subtract(self.logits[token as usize])
+    }
+
+    /// The likeliest tokens with theirs, best first.
+    pub fn best(&self, count: usize) -> Vec<(i64, f32)> {
+        let mut best = Best::new(count);
+        best.take_row(0, self.logits, |x| self.norm.subtract(x));
+        best.candidates.into_iter().map(|candidate| (candidate.token, candidate.score)).collect()
+    }
 }
 
 /// What log-softmax subtracts from a row, one after the other.
@@ -359,17 +472,18 @@ struct Best {
     count: usize,
     /// Best first. Few enough that an insertion may move them all.
     candidates: Vec<Candidate>,
+    /// What each of them is compared by: its score, or that with noise.
+    keys: Vec<f32>,
 }
 
 impl Best {
     fn new(count: usize) -> Best {
-        Best { count, candidates: Vec::with_capacity(count + 1) }
+        Best { count, candidates: Vec::with_capacity(count + 1), keys: Vec::with_capacity(count + 1) }
     }
 
     /// Offers every token of a row.
-    fn take_row(&mut self, beam: usize, row: &[f32], norm: Norm, running_score: f32) {
+    fn take_row(&mut self, beam: usize, row: &[f32], score: impl Fn(f32) -> f32) {
         const BLOCK: usize = 64;
-        let score = |x: f32| norm.subtract(x) + running_score;
         for (block, xs) in row.chunks(BLOCK).enumerate() {
             // A whole block is compared without branches; few blocks hold a score that is good enough.
             if let Some(worst) = self.worst()
@@ -378,25 +492,46 @@ impl Best {
                 continue;
             }
             for (place, &x) in xs.iter().enumerate() {
-                self.offer(Candidate { parent: beam, token: (block * BLOCK + place) as i64, score: score(x) });
+                let token = (block * BLOCK + place) as i64;
+                let score = score(x);
+                self.offer(score, Candidate { parent: beam, token, score });
             }
         }
     }
 
-    /// The score to beat.
-    fn worst(&self) -> Option<f32> {
-        self.candidates.get(self.count - 1).map(|candidate| candidate.score)
+    /// Offers every token of a row at its score with Gumbel noise: the best of these are draws without replacement from
+    /// the softmax of the scores of all rows, in the order drawn.
+    fn draw_row(&mut self, beam: usize, row: &[f32], score: impl Fn(f32) -> f32, draws: &Draws, step: u32) {
+        const BLOCK: usize = 4;
+        for (block, xs) in row.chunks(BLOCK).enumerate() {
+            if self.worst().is_some() && xs.iter().all(|&x| x == f32::NEG_INFINITY) {
+                continue;
+            }
+            let noise = draws.open_uniforms(step, (beam as u32) << 24 | block as u32);
+            for (place, (&x, u)) in xs.iter().zip(noise).enumerate() {
+                let token = (block * BLOCK + place) as i64;
+                let score = score(x);
+                self.offer(score - (-u.ln()).ln() as f32, Candidate { parent: beam, token, score });
+            }
+        }
     }
 
-    fn offer(&mut self, candidate: Candidate) {
-        let rank = rank(candidate.score);
-        // Beams and tokens ascend, so of equal scores the newcomer is the last.
+    /// The key to beat.
+    fn worst(&self) -> Option<f32> {
+        self.keys.get(self.count - 1).copied()
+    }
+
+    fn offer(&mut self, key: f32, candidate: Candidate) {
+        let rank = rank(key);
+        // Beams and tokens ascend, so of equal keys the newcomer is the last.
         let place = match self.worst() {
             Some(worst) if self::rank(worst) >= rank => return,
-            _ => self.candidates.partition_point(|kept| self::rank(kept.score) >= rank),
+            _ => self.keys.partition_point(|&kept| self::rank(kept) >= rank),
         };
         self.candidates.truncate(self.count - 1);
         self.candidates.insert(place, candidate);
+        self.keys.truncate(self.count - 1);
+        self.keys.insert(place, key);
     }
 }
 
@@ -452,6 +587,35 @@ mod tests {
                 1,
                 &[2, 3, 3],
                 [1.0, -1.0, 1.0, -4.0, 3.0, -3.0],
+            ),
+            (
+                "frequency_penalty counts what was generated, not the prompt",
+                GenerationOptions { frequency_penalty: 0.5, ..default() },
+                1,
+                &[2, 3, 3, 4],
+                [1.0, -1.0, 2.0, -3.0, 2.5, -3.0],
+            ),
+            (
+                "presence_penalty does not count",
+                GenerationOptions { presence_penalty: 0.5, frequency_penalty: -0.25, ..default() },
+                1,
+                &[2, 3, 3, 4],
+                [1.0, -1.0, 2.0, -2.0, 2.75, -3.0],
+            ),
+            (
+                "logits_processor is told the place and comes before what sampling does",
+                GenerationOptions {
+                    logits_processor: vec![LogitsProcessor::new(|place, scores| {
+                        assert_eq!((place.source, place.prompt_len), (&[0, 4, 5, 4][..], 1));
+                        scores[place.history[1] as usize] = 9.0;
+                    })],
+                    do_sample: true,
+                    top_k: 2,
+                    ..default()
+                },
+                1,
+                &[2, 5],
+                [-INF, -INF, -INF, -INF, 3.0, 9.0],
             ),
             (
                 "encoder_repetition_penalty works the other way, on the source with its padding",
@@ -701,7 +865,7 @@ mod tests {
 
             let mut best = Best::new(count);
             for (beam, row) in rows.chunks(len).enumerate() {
-                best.take_row(beam, row, Norm::NONE, running[beam]);
+                best.take_row(beam, row, |x| x + running[beam]);
             }
             let found: Vec<(i32, usize)> = (best.candidates.iter())
                 .map(|candidate| (rank(candidate.score), candidate.parent * len + candidate.token as usize))
@@ -730,6 +894,109 @@ mod tests {
             assert_eq!((found.len(), found[0].parent, found[0].token), (1, 0, token), "{name}");
             assert!(is_same(&[found[0].score], &[score]), "{name}: {}", found[0].score);
         }
+    }
+
+    /// Pearson's statistic of counts against probabilities; cells that are expected less than five times are one.
+    fn chi_square(counts: &[u32], probabilities: &[f64]) -> (f64, usize) {
+        let draws = f64::from(counts.iter().sum::<u32>());
+        let (mut rest, mut cells) = ((0.0, 0.0), Vec::new());
+        for (&count, &probability) in counts.iter().zip(probabilities) {
+            match probability * draws {
+                0.0 => assert_eq!(count, 0, "what is impossible was drawn"),
+                expected if expected < 5.0 => rest = (rest.0 + f64::from(count), rest.1 + expected),
+                expected => cells.push((f64::from(count), expected)),
+            }
+        }
+        cells.extend((rest.1 > 0.0).then_some(rest));
+        let statistic = cells.iter().map(|(count, expected)| (count - expected).powi(2) / expected).sum();
+        (statistic, cells.len() - 1)
+    }
+
+    /// What a chi-square variable exceeds once in ten thousand times (Wilson and Hilferty's approximation).
+    fn limit(degrees: usize) -> f64 {
+        let spread = 2.0 / (9.0 * degrees as f64);
+        degrees as f64 * (1.0 - spread + 3.719 * spread.sqrt()).powi(3)
+    }
+
+    fn softmax(scores: &[f32]) -> Vec<f64> {
+        let sum: f64 = scores.iter().map(|&x| f64::from(x).exp()).sum();
+        scores.iter().map(|&x| f64::from(x).exp() / sum).collect()
+    }
+
+    #[test]
+    fn samples_are_drawn_with_their_probabilities() {
+        const ROWS: usize = 200;
+        const ROUNDS: usize = 500;
+        let default = || GenerationOptions {
+            do_sample: true,
+            top_k: 0,
+            num_return_sequences: ROWS,
+            ..GenerationOptions::default()
+        };
+        let row = Noise(5).row(37, 3.0);
+        let cases = [
+            ("plain", default()),
+            ("temperature", GenerationOptions { temperature: 0.6, ..default() }),
+            ("top_k", GenerationOptions { top_k: 6, temperature: 1.5, ..default() }),
+            ("top_p", GenerationOptions { top_p: 0.8, ..default() }),
+            ("after a processor", GenerationOptions { suppress_tokens: vec![0, 9], min_p: 0.05, ..default() }),
+        ];
+        for (name, options) in cases {
+            let processors = Processors::new(&options, &[], 1);
+            let mut processed = row.clone();
+            processors.apply(&mut processed, &[2]);
+            let mut counts = vec![0; row.len()];
+            for round in 0..ROUNDS {
+                let search = Search::new(&options, &[2]).drawing(Draws::new(round as u64, 0, [7]));
+                let candidates = processors.candidates(&mut row.repeat(ROWS), &search);
+                assert!(candidates.iter().enumerate().all(|(lane, candidate)| candidate.parent == lane), "{name}");
+                candidates.iter().for_each(|candidate| counts[candidate.token as usize] += 1);
+            }
+            let (statistic, degrees) = chi_square(&counts, &softmax(&processed));
+            assert!(statistic < limit(degrees), "{name}: {statistic} with {degrees} degrees of freedom: {counts:?}");
+        }
+    }
+
+    #[test]
+    fn beams_that_sample_draw_without_replacement_from_all_beams() {
+        const VOCAB: usize = 5;
+        let options = GenerationOptions { num_beams: 2, do_sample: true, top_k: 0, ..GenerationOptions::default() };
+        let mut search = Search::new(&options, &[2]);
+        let candidates = [(3, -0.2), (4, -0.9), (1, -2.0), (0, -2.5)];
+        search.advance(&candidates.map(|(token, score)| Candidate { parent: 0, token, score }));
+        let rows = Noise(6).row(2 * VOCAB, 1.0);
+        let processors = Processors::new(&options, &[], 1);
+        let mut sums = rows.clone();
+        for (row, running) in sums.chunks_mut(VOCAB).zip([-0.2, -0.9]) {
+            Norm::of(row).apply(row);
+            row.iter_mut().for_each(|score| *score += running);
+        }
+        let chance = softmax(&sums);
+        let mut counts = vec![0; chance.len() * chance.len()];
+        for seed in 0..60_000 {
+            let search = search.clone().drawing(Draws::new(seed, 0, [7]));
+            let found = processors.candidates(&mut rows.clone(), &search);
+            assert_eq!(found.len(), 4);
+            let places: Vec<usize> = found.iter().map(|found| found.parent * VOCAB + found.token as usize).collect();
+            assert!(found.iter().zip(&places).all(|(found, &place)| (found.score - sums[place]).abs() < 1e-6));
+            counts[places[0] * chance.len() + places[1]] += 1;
+        }
+        let pairs: Vec<f64> = (0..counts.len())
+            .map(|pair| (pair / chance.len(), pair % chance.len()))
+            .map(|(a, b)| if a == b { 0.0 } else { chance[a] * chance[b] / (1.0 - chance[a]) })
+            .collect();
+        let (statistic, degrees) = chi_square(&counts, &pairs);
+        assert!(degrees > 60 && statistic < limit(degrees), "{statistic} with {degrees} degrees of freedom");
+    }
+
+    #[test]
+    fn a_draw_is_the_token_in_whose_part_of_the_interval_the_number_falls() {
+        let row = [-INF, 0.5f32.ln(), -INF, 0.25f32.ln(), 0.25f32.ln(), -INF];
+        let cases = [(0.0, 1), (0.499, 1), (0.501, 3), (0.749, 3), (0.751, 4), (1.0 - f64::EPSILON / 2.0, 4)];
+        for (u, token) in cases {
+            assert_eq!(draw(&row, u), token, "{u}");
+        }
+        assert_eq!(draw(&[-INF; 3], 0.7), 0, "nothing is allowed");
     }
 
     #[test]

@@ -39,11 +39,23 @@ impl Tokenizer {
     /// # Errors
     /// A text that the tokenizer cannot express.
     pub fn encode(&self, text: &str) -> Result<Vec<i64>, Error> {
+        self.ids(text, true)
+    }
+
+    fn ids(&self, text: &str, special: bool) -> Result<Vec<i64>, Error> {
         let encoding = self
             .inner
-            .encode_fast(text, true)
+            .encode_fast(text, special)
             .map_err(|error| Error::input("text", "text that the tokenizer can express", error.to_string()))?;
         Ok(encoding.get_ids().iter().map(|&id| id as i64).collect())
+    }
+
+    /// The tokens of a target's text, or of the beginning of one: without any special tokens around it.
+    ///
+    /// # Errors
+    /// A text that the tokenizer cannot express.
+    pub fn encode_target(&self, text: &str) -> Result<Vec<i64>, Error> {
+        self.ids(text, false)
     }
 
     /// The text of tokens; special tokens such as the end of text are part of it unless they are skipped.
@@ -124,44 +136,47 @@ impl TextStream<'_> {
     }
 }
 
+/// A tokenizer of Gemma's kind: words with a leading `▁`, bytes for what has no token.
+#[cfg(test)]
+const GEMMA_LIKE: &str = r#"{
+    "version": "1.0",
+    "truncation": {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0},
+    "padding": null,
+    "added_tokens": [
+        {"id": 1, "content": "<eos>", "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true},
+        {"id": 2, "content": "<bos>", "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true}
+    ],
+    "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+    "pre_tokenizer": null,
+    "post_processor": null,
+    "decoder": {"type": "Sequence", "decoders": [
+        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}]},
+    "model": {"type": "BPE", "dropout": null, "unk_token": "<unk>", "continuing_subword_prefix": null,
+        "end_of_word_suffix": null, "fuse_unk": true, "byte_fallback": true, "ignore_merges": false,
+        "vocab": {"<unk>": 0, "<eos>": 1, "<bos>": 2, "a": 3, "▁": 4, "▁a": 5,
+            "<0xE2>": 6, "<0x82>": 7, "<0xAC>": 8, "<0xFF>": 9, "<0x41>": 10},
+        "merges": [["▁", "a"]]}
+}"#;
+
+/// A [`Tokenizer`] of it.
+#[cfg(test)]
+pub(crate) fn gemma_like() -> Tokenizer {
+    let folder = std::env::temp_dir().join(format!("t5gemma-tokenizer-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).expect("the temporary folder is writable");
+    let path = folder.join(format!("{:?}.json", std::thread::current().id()));
+    std::fs::write(&path, GEMMA_LIKE).expect("the temporary folder is writable");
+    let tokenizer = Tokenizer::open(&path).expect("the tokenizer is sound");
+    std::fs::remove_file(&path).expect("just written");
+    tokenizer
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// A tokenizer of Gemma's kind: words with a leading `▁`, bytes for what has no token.
-    const GEMMA_LIKE: &str = r#"{
-        "version": "1.0",
-        "truncation": {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0},
-        "padding": null,
-        "added_tokens": [
-            {"id": 1, "content": "<eos>", "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true},
-            {"id": 2, "content": "<bos>", "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true}
-        ],
-        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-        "pre_tokenizer": null,
-        "post_processor": null,
-        "decoder": {"type": "Sequence", "decoders": [
-            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}]},
-        "model": {"type": "BPE", "dropout": null, "unk_token": "<unk>", "continuing_subword_prefix": null,
-            "end_of_word_suffix": null, "fuse_unk": true, "byte_fallback": true, "ignore_merges": false,
-            "vocab": {"<unk>": 0, "<eos>": 1, "<bos>": 2, "a": 3, "▁": 4, "▁a": 5,
-                "<0xE2>": 6, "<0x82>": 7, "<0xAC>": 8, "<0xFF>": 9, "<0x41>": 10},
-            "merges": [["▁", "a"]]}
-    }"#;
-
-    fn tokenizer() -> Tokenizer {
-        let folder = std::env::temp_dir().join(format!("t5gemma-tokenizer-{}", std::process::id()));
-        std::fs::create_dir_all(&folder).expect("the temporary folder is writable");
-        let path = folder.join(format!("{:?}.json", std::thread::current().id()));
-        std::fs::write(&path, GEMMA_LIKE).expect("the temporary folder is writable");
-        let tokenizer = Tokenizer::open(&path).expect("the tokenizer is sound");
-        std::fs::remove_file(&path).expect("just written");
-        tokenizer
-    }
-
     #[test]
     fn text_is_encoded_in_full_and_comes_back() {
-        let tokenizer = tokenizer();
+        let tokenizer = gemma_like();
         let ids = tokenizer.encode("a a€").expect("bytes express everything");
         assert_eq!(ids, [3, 5, 6, 7, 8]);
         assert_eq!(tokenizer.decode(&ids, SpecialTokens::Skip).expect("known ids"), "a a€");
@@ -173,7 +188,7 @@ mod tests {
 
     #[test]
     fn a_stream_never_splits_a_character() {
-        let tokenizer = tokenizer();
+        let tokenizer = gemma_like();
         let cases: [(&[i64], &[&str]); 5] = [
             (&[3, 5, 5], &["a", " a", " a", ""]),
             (&[3, 6, 7, 8, 5], &["a", "", "", "€", " a", ""]),

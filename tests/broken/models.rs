@@ -133,7 +133,7 @@ fn manifests_that_are_not_right() {
         },
         Case {
             name: "an unknown field",
-            change: |folder| set(folder, MANIFEST, &[("/quantization", json!("int4"))]),
+            change: |folder| set(folder, MANIFEST, &[("/compression", json!("int4"))]),
             says: &["model/manifest.json: unknown field `compression`"],
         },
         Case {

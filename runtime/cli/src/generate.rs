@@ -16,13 +16,20 @@ use crate::{Opening, Outcome};
 ///
 /// With --jsonl, each line of stdin is a request and each line of stdout its result, in order:
 ///
-///   request  {"id"?, "text" | "input_ids", "attention_mask"?, "decoder_input_ids"?, "options"?}
-///   result   {"id", "sequences": [[{"tokens", "text"?, "score"?, "finish_reason"}, …best first], …rows], "usage"}
+///   request  {"id"?, "text" | "input_ids", "attention_mask"?, "decoder_text"? | "decoder_input_ids"?,
+///            "options"?}
+///   result   {"id", "sequences": [[{"tokens", "text"?, "score"?, "finish_reason", "logprob"?, "logprobs"?,
+///            "top_logprobs"?}, …best first], …rows], "seed"?, "usage"}
 ///   or       {"id", "error"}
 ///
 /// "text" is a string or a list of them; "input_ids" is a row of token ids or a list of rows, padded anywhere: the mask
-/// decides. "options" are Hugging Face's generation options and stand over the flags below. "tokens" are the generated ids
-/// without the decoder prompt, end token included; "score" is that of beam search; "finish_reason" is "eos" or "length".
+/// decides. "decoder_text" is how the target begins, without special tokens, "decoder_input_ids" the same as token ids; neither
+/// is part of the result. "options" are Hugging Face's generation options and stand over the flags below. "tokens" are the generated ids
+/// without the decoder prompt, end token included; "score" is that of beam search; "finish_reason" is "eos", "length",
+/// "stop_string" or "time".
+/// With "output_logprobs", "logprobs" are the model's log-probabilities of the tokens, before any processing, "logprob" is
+/// their sum, and "top_logprobs" the [token, log-probability] pairs of as many of the likeliest at each place. "seed" is what
+/// was drawn from where tokens are sampled.
 /// Requests that are there together and have the same options are run as one batch. An "id" left out is the line's number
 /// from 0. A line that is no request, be it not even UTF-8, is answered by its error; blank lines are passed over.
 #[derive(clap::Args)]
@@ -35,6 +42,9 @@ pub struct Arguments {
     /// Read requests and write results as JSON lines
     #[arg(long, conflicts_with = "texts")]
     jsonl: bool,
+    /// Text that every target begins with; only what follows is written
+    #[arg(long, value_name = "TEXT", conflicts_with = "jsonl")]
+    decoder_text: Option<String>,
     /// Most source rows to run at a time
     #[arg(long, value_name = "ROWS", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
     batch_size: u32,
@@ -47,7 +57,9 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     let model = arguments.opening.open()?;
     // Flags that cannot be right for any request are told before anything is read.
     let options = model.options().with(&arguments.flags.0)?;
-    let answering = Answering { model: &model, cancel, options: &options, batch_size: arguments.batch_size as usize };
+    let batch_size = arguments.batch_size as usize;
+    let prompt = arguments.decoder_text.map(|text| model.tokenizer()?.encode_target(&text)).transpose()?;
+    let answering = Answering { model: &model, cancel, options: &options, prompt, batch_size };
     if arguments.jsonl {
         return answering.jsonl();
     }
@@ -66,6 +78,8 @@ struct Answering<'a> {
     cancel: &'a Cancellation,
     /// The model's own with the flags over them; a request's are laid over these.
     options: &'a GenerationOptions,
+    /// What the targets of texts begin with.
+    prompt: Option<Vec<i64>>,
     batch_size: usize,
 }
 
@@ -76,7 +90,7 @@ impl Answering<'_> {
         mut next: impl FnMut() -> Result<Option<Vec<u8>>>,
         mut is_ready: impl FnMut() -> Result<bool>,
     ) -> Result<Outcome> {
-        let streaming = self.options.num_beams == 1 && io::stdout().is_terminal();
+        let streaming = self.options.num_return_sequences == 1 && io::stdout().is_terminal();
         let batch_size = if streaming { 1 } else { self.batch_size };
         let mut outcome = Outcome::Done;
         let done = counter("texts", true);
@@ -92,7 +106,10 @@ impl Answering<'_> {
             let requests: Vec<Result<Request, Refused>> = texts
                 .iter()
                 .enumerate()
-                .map(|(i, text)| Request::of_text(text, number + i, Kind::Generate, self.model))
+                .map(|(i, text)| {
+                    let request = Request::of_text(text, number + i, Kind::Generate, self.model)?;
+                    Ok(Request { prompts: self.prompt.clone().map(|prompt| vec![prompt]), ..request })
+                })
                 .collect();
             number += texts.len();
             done.set_position(number as u64);
@@ -146,13 +163,14 @@ impl Answering<'_> {
         Ok(outcome)
     }
 
-    /// Answers requests in order: neighbours with the same options and without decoder prompts as one batch.
+    /// Answers requests in order: neighbours with the same options and the same decoder prompt as one batch.
     fn answers(&self, requests: Vec<Result<Request, Refused>>, stream: bool) -> Result<Vec<Answer>> {
         let mut answers = Vec::with_capacity(requests.len());
         let mut group: Vec<Request> = Vec::new();
         for request in requests {
             match request {
-                Ok(request) => {
+                Ok(mut request) => {
+                    request.seed = self.seed(&request);
                     if group.first().is_some_and(|first| !fits(first, &request)) {
                         answers.extend(self.group(std::mem::take(&mut group), stream)?);
                     }
@@ -166,6 +184,12 @@ impl Answering<'_> {
         }
         answers.extend(self.group(group, stream)?);
         Ok(answers)
+    }
+
+    /// What a request draws from if it samples. Options that are refused say so when it is run.
+    fn seed(&self, request: &Request) -> Option<u64> {
+        let options = self.options.with(&request.options).ok().filter(|options| options.do_sample)?;
+        Some(options.seed.unwrap_or_else(GenerationOptions::draw_seed))
     }
 
     /// Answers requests that fit into one batch. Should the batch be refused, each is tried alone, so that the error falls
@@ -232,13 +256,20 @@ impl Answering<'_> {
                 sequence.insert("score".into(), score.into());
             }
             sequence.insert("finish_reason".into(), hypothesis.finish_reason.as_str().into());
+            if let Some(logprobs) = &hypothesis.logprobs {
+                sequence.extend(requests::logprobs(logprobs));
+            }
             Ok(Value::Object(sequence))
         };
         let sequences =
             rows.iter().map(|row| row.iter().map(sequence).collect::<Result<Vec<_>>>()).collect::<Result<Vec<_>>>()?;
         let generated: usize = rows.iter().flatten().map(|hypothesis| hypothesis.tokens.len()).sum();
         let usage = json!({"source_tokens": request.source_tokens(), "target_tokens": generated});
-        Ok(json!({"id": request.id, "sequences": sequences, "usage": usage}))
+        let mut result = Map::from_iter([("id".to_string(), request.id.clone())]);
+        result.insert("sequences".into(), sequences.into());
+        result.extend(request.seed.map(|seed| ("seed".to_string(), seed.into())));
+        result.insert("usage".into(), usage);
+        Ok(result.into())
     }
 }
 
@@ -246,8 +277,21 @@ type Answer = Result<(Request, Vec<Vec<Hypothesis>>), Refused>;
 
 /// Whether two requests can be one batch.
 fn fits(a: &Request, b: &Request) -> bool {
-    // The start token is put before all prompts of a batch or before none, so only requests without any are joined.
-    a.options == b.options && a.prompts.is_none() && b.prompts.is_none()
+    same_prompt(a, b) && without_seed(a).eq(without_seed(b))
+}
+
+/// Whether all targets of both begin alike, without which a batch cannot hold them.
+fn same_prompt(a: &Request, b: &Request) -> bool {
+    let mut all = [a, b].into_iter().flat_map(|request| match &request.prompts {
+        Some(prompts) => prompts.iter().map(Some).collect(),
+        None => vec![None],
+    });
+    all.next().is_some_and(|first| all.all(|prompt| prompt == first))
+}
+
+/// A request's options but for the seed, which each row of a batch has of its own.
+fn without_seed(request: &Request) -> impl Iterator<Item = (&String, &Value)> {
+    request.options.iter().filter(|(name, _)| *name != "seed")
 }
 
 fn print_flushed(text: &str) -> Result<()> {

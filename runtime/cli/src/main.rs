@@ -1,10 +1,11 @@
-//! The program `t5gemma`: parse, run, exit code. Each command is a file; `requests.rs` is the JSONL contract that two of
-//! them share, `tensors.rs` the files of numbers that are read and written.
+//! The program `t5gemma`: parse, run, exit code. Each command is a file; `requests.rs` is the JSONL contract that three
+//! of them share, `tensors.rs` the files of numbers that are read and written.
 
 mod bench;
 mod doctor;
 mod encode;
 mod generate;
+mod score;
 mod verify;
 
 mod requests;
@@ -37,6 +38,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Generate(generate::Arguments),
+    Score(score::Arguments),
     Encode(encode::Arguments),
     Verify(verify::Arguments),
     Bench(bench::Arguments),
@@ -88,6 +90,7 @@ fn main() -> ExitCode {
     .context("the interrupt handler cannot be set")
     .and_then(|()| match cli.command {
         Command::Generate(arguments) => generate::run(arguments, &cancel),
+        Command::Score(arguments) => score::run(arguments, &cancel),
         Command::Encode(arguments) => encode::run(arguments, &cancel),
         Command::Verify(arguments) => verify::run(arguments, &cancel),
         Command::Bench(arguments) => bench::run(arguments, &cancel),

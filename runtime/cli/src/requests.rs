@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use serde_json::{Map, Value, json};
-use t5gemma_runtime::{Batch, Cancellation, Model};
+use t5gemma_runtime::{Batch, Cancellation, Logprobs, Model};
 
 /// A request as it stands on its line.
 pub struct Request {
@@ -18,10 +18,14 @@ pub struct Request {
     pub sources: Vec<Vec<i64>>,
     /// `attention_mask`, of the shape of `sources`; all ones where it is not given.
     pub mask: Vec<Vec<i64>>,
-    /// `decoder_input_ids`, a row for each source.
+    /// `decoder_input_ids` or `decoder_text`, a row for each source.
     pub prompts: Option<Vec<Vec<i64>>>,
     /// `options`.
     pub options: Map<String, Value>,
+    /// `target` or `target_ids`, a row for each source.
+    pub targets: Vec<Vec<i64>>,
+    /// What its rows draw from if they sample.
+    pub seed: Option<u64>,
 }
 
 /// A line that is not a request: its `id` as far as it can be told, and why.
@@ -37,6 +41,8 @@ pub enum Kind {
     Encode,
     /// Sources, decoder prompts and generation options.
     Generate,
+    /// Sources, decoder prompts and targets, whose texts are followed by the end token or not.
+    Score { eos: bool },
 }
 
 impl Request {
@@ -65,19 +71,23 @@ impl Request {
         }
         let mut take = |name: &str| fields.remove(name).filter(|value| !value.is_null());
         let (text, ids, mask) = (take("text"), take("input_ids"), take("attention_mask"));
-        let (prompts, options) = match kind {
-            Kind::Generate => (take("decoder_input_ids"), take("options")),
-            Kind::Encode => (None, None),
-        };
+        let mut take_if = |is_taken: bool, name: &str| if is_taken { take(name) } else { None };
+        let (decodes, generates) = (kind != Kind::Encode, kind == Kind::Generate);
+        let prompts = (take_if(decodes, "decoder_text"), take_if(decodes, "decoder_input_ids"));
+        let targets = (take_if(!generates && decodes, "target"), take_if(!generates && decodes, "target_ids"));
+        let options = take_if(generates, "options");
         if let Some((name, _)) = fields.iter().next() {
             let known = match kind {
-                Kind::Generate => "id, text, input_ids, attention_mask, decoder_input_ids and options",
+                Kind::Generate => "id, text, input_ids, attention_mask, decoder_text, decoder_input_ids and options",
+                Kind::Score { .. } => {
+                    "id, text, input_ids, attention_mask, target, target_ids, decoder_text and decoder_input_ids"
+                }
                 Kind::Encode => "id, text, input_ids and attention_mask",
             };
             bail!("expected only the fields {known}, found {}", shown(&name.as_str().into()));
         }
         let sources = match (text, ids) {
-            (Some(text), None) => texts(&text)?
+            (Some(text), None) => texts("text", &text)?
                 .into_iter()
                 .map(|text| Ok(model.tokenizer()?.encode(text)?))
                 .collect::<Result<Vec<_>>>()?,
@@ -89,13 +99,48 @@ impl Request {
             Some(mask) => rows("attention_mask", &mask)?,
             None => sources.iter().map(|source| vec![1; source.len()]).collect(),
         };
-        let prompts = prompts.map(|prompts| rows("decoder_input_ids", &prompts)).transpose()?;
+        let written = |field: &str, value: &Value| {
+            let encode = |text: &str| Ok(model.tokenizer()?.encode_target(text)?);
+            texts(field, value)?.into_iter().map(encode).collect::<Result<Vec<_>>>()
+        };
+        let prompts = match prompts {
+            (None, None) => None,
+            (Some(text), None) => {
+                let prompts = written("decoder_text", &text)?;
+                if let Some(other) = prompts.iter().find(|prompt| prompt.len() != prompts[0].len()) {
+                    bail!(
+                        "decoder_text: expected texts of equally many tokens, or a request for each, found {} and {} \
+                         tokens",
+                        prompts[0].len(),
+                        other.len()
+                    );
+                }
+                Some(prompts)
+            }
+            (None, Some(ids)) => Some(rows("decoder_input_ids", &ids)?),
+            (Some(_), Some(_)) => bail!("expected decoder_text or decoder_input_ids, found both"),
+        };
+        let targets = match (targets, kind) {
+            ((Some(text), None), _) => {
+                let eos = model.options().eos_token_id.first().filter(|_| kind == Kind::Score { eos: true });
+                let mut targets = written("target", &text)?;
+                targets.iter_mut().for_each(|target| target.extend(eos));
+                targets
+            }
+            ((None, Some(ids)), _) => rows("target_ids", &ids)?,
+            ((Some(_), Some(_)), _) => bail!("expected target or target_ids, found both"),
+            ((None, None), Kind::Score { .. }) => bail!("expected target or target_ids, found neither"),
+            ((None, None), _) => Vec::new(),
+        };
+        if matches!(kind, Kind::Score { .. }) && targets.len() != sources.len() {
+            bail!("target: expected {} rows, one for each source, found {}", sources.len(), targets.len());
+        }
         let options = match options {
             None => Map::new(),
             Some(Value::Object(options)) => options,
             Some(other) => bail!("options: expected an object of generation options, found {}", shown(&other)),
         };
-        let request = Request { id: id.clone(), sources, mask, prompts, options };
+        let request = Request { id: id.clone(), sources, mask, prompts, options, targets, seed: None };
         // What the library refuses of this request alone is known before it is put in a batch with others.
         batch(std::slice::from_ref(&request), 0)?;
         Ok(request)
@@ -119,6 +164,10 @@ pub fn batch(requests: &[Request], pad: i64) -> Result<Batch, t5gemma_runtime::E
             mask.iter_mut().for_each(|mask| mask.resize(length, 0));
         }
         let batch = Batch::masked(&sources, &mask)?;
+        let batch = match request.seed {
+            Some(seed) => batch.with_seed(seed),
+            None => batch,
+        };
         match &request.prompts {
             Some(prompts) => batch.with_decoder_input_ids(prompts),
             None => Ok(batch),
@@ -127,14 +176,26 @@ pub fn batch(requests: &[Request], pad: i64) -> Result<Batch, t5gemma_runtime::E
     Batch::joined(requests.iter().map(of_one).collect::<Result<_, _>>()?, pad)
 }
 
+/// The fields of a result that log-probabilities become.
+pub fn logprobs(found: &Logprobs) -> Map<String, Value> {
+    let mut fields = Map::from_iter([
+        ("logprob".to_string(), found.sum().into()),
+        ("logprobs".to_string(), found.tokens.clone().into()),
+    ]);
+    if !found.top.is_empty() {
+        fields.insert("top_logprobs".into(), json!(found.top));
+    }
+    fields
+}
+
 /// `"…"` or `["…", "…"]`.
-fn texts(value: &Value) -> Result<Vec<&str>> {
+fn texts<'v>(field: &str, value: &'v Value) -> Result<Vec<&'v str>> {
     let list = match value {
         Value::String(text) => Some(vec![text.as_str()]),
         Value::Array(texts) => texts.iter().map(Value::as_str).collect(),
         _ => None,
     };
-    list.with_context(|| format!("text: expected a string or a list of strings, found {}", shown(value)))
+    list.with_context(|| format!("{field}: expected a string or a list of strings, found {}", shown(value)))
 }
 
 /// `[1, 2]` or `[[1, 2], [3, 4]]`.

@@ -39,6 +39,7 @@ struct Finished {
     tokens: Vec<i64>,
     score: f32,
     is_finished: bool,
+    finish_reason: FinishReason,
 }
 
 impl Beam {
@@ -52,7 +53,15 @@ impl Beam {
             running_scores,
             next_tokens: vec![prompt.last().copied().unwrap_or_default(); width],
             parents: (0..width).collect(),
-            pool: vec![Finished { tokens: Vec::new(), score: PENALTY, is_finished: false }; width],
+            pool: vec![
+                Finished {
+                    tokens: Vec::new(),
+                    score: PENALTY,
+                    is_finished: false,
+                    finish_reason: FinishReason::Length
+                };
+                width
+            ],
             open: true,
             prompt_len: prompt.len(),
             max_length: options.max_length(prompt.len()),
@@ -89,10 +98,31 @@ impl Beam {
         &self.parents
     }
 
-    pub(super) fn advance(&mut self, candidates: &[Candidate]) -> Progress {
+    /// What is certain to be the beginning of the best hypothesis, from its generated token `from` on.
+    pub(super) fn settled(&self, from: usize) -> &[i64] {
+        common_prefix(self.running().chain(self.best_finished()), from)
+    }
+
+    /// The generated tokens of the running beams.
+    pub(super) fn running(&self) -> impl Iterator<Item = &[i64]> {
+        self.running.iter().map(|tokens| &tokens[self.prompt_len..])
+    }
+
+    /// The tokens of the best finished hypothesis, if there is one.
+    pub(super) fn best_finished(&self) -> Option<&[i64]> {
+        self.pool.first().filter(|entry| entry.is_finished).map(|entry| entry.tokens.as_slice())
+    }
+
+    pub(super) fn advance(&mut self, candidates: &[Candidate], ends: &[Option<FinishReason>]) -> Progress {
         let generated = self.running[0].len() + 1 - self.prompt_len;
         let at_end = self.running[0].len() + 1 >= self.max_length;
-        let stops: Vec<bool> = candidates.iter().map(|c| at_end || self.eos.contains(&c.token)).collect();
+        let stops: Vec<Option<FinishReason>> = (candidates.iter().enumerate())
+            .map(|(rank, candidate)| match ends.get(rank).copied().flatten() {
+                _ if self.eos.contains(&candidate.token) => Some(FinishReason::Eos),
+                None if at_end => Some(FinishReason::Length),
+                end => end,
+            })
+            .collect();
 
         self.update_pool(candidates, &stops, generated);
         self.update_running(candidates, &stops);
@@ -105,7 +135,7 @@ impl Beam {
         let worst = self.pool.iter().map(|entry| entry.score).fold(f32::INFINITY, f32::min);
         self.open &= self.pool.iter().any(|entry| best > if entry.is_finished { worst } else { PENALTY });
 
-        let is_done = !self.open || self.is_full() || stops.iter().all(|&stop| stop);
+        let is_done = !self.open || self.is_full() || stops.iter().all(|stop| stop.is_some());
         if is_done { Progress::Done } else { Progress::Continue }
     }
 
@@ -120,11 +150,11 @@ impl Beam {
     }
 
     /// Lets the candidates that end compete with the finished hypotheses, if they rank among the first `width`.
-    fn update_pool(&mut self, candidates: &[Candidate], stops: &[bool], generated: usize) {
+    fn update_pool(&mut self, candidates: &[Candidate], stops: &[Option<FinishReason>], generated: usize) {
         let width = self.width();
         let is_full = self.is_full();
         let normaliser = self.normaliser(generated);
-        let eligible = |rank: usize| stops[rank] && rank < width;
+        let eligible = |rank: usize| stops[rank].is_some() && rank < width;
         let scores: Vec<f32> = (self.pool.iter().map(|entry| entry.score))
             .chain(candidates.iter().enumerate().map(|(rank, candidate)| {
                 let mut score = candidate.score / normaliser;
@@ -145,16 +175,17 @@ impl Beam {
                     let Candidate { parent, token, .. } = candidates[rank];
                     let mut tokens = self.running[parent][self.prompt_len..].to_vec();
                     tokens.push(token);
-                    Finished { tokens, score: scores[index], is_finished: eligible(rank) }
+                    let finish_reason = stops[rank].unwrap_or(FinishReason::Length);
+                    Finished { tokens, score: scores[index], is_finished: eligible(rank), finish_reason }
                 }
             })
             .collect();
     }
 
     /// Makes the best candidates that do not end the running beams.
-    fn update_running(&mut self, candidates: &[Candidate], stops: &[bool]) {
+    fn update_running(&mut self, candidates: &[Candidate], stops: &[Option<FinishReason>]) {
         let scores: Vec<f32> = (candidates.iter().zip(stops))
-            .map(|(candidate, &stop)| if stop { candidate.score + PENALTY } else { candidate.score })
+            .map(|(candidate, stop)| if stop.is_some() { candidate.score + PENALTY } else { candidate.score })
             .collect();
         let chosen = best(&scores, self.width());
         // Fewer candidates than beams exist only if the vocabulary is smaller than asked for: the last one is repeated.
@@ -171,15 +202,25 @@ impl Beam {
     }
 
     pub(super) fn finish(self) -> Vec<Hypothesis> {
-        let Beam { mut pool, eos, num_return_sequences, .. } = self;
+        let Beam { mut pool, num_return_sequences, .. } = self;
         pool.truncate(num_return_sequences);
         pool.into_iter()
-            .map(|Finished { tokens, score, .. }| {
-                let finish_reason = FinishReason::of(&tokens, &eos);
-                Hypothesis { tokens, score: Some(score), finish_reason }
+            .map(|Finished { tokens, score, finish_reason, .. }| Hypothesis {
+                tokens,
+                score: Some(score),
+                finish_reason,
+                logprobs: None,
             })
             .collect()
     }
+}
+
+/// What all of `targets` have in common, from token `from` on.
+pub(super) fn common_prefix<'t>(targets: impl Iterator<Item = &'t [i64]>, from: usize) -> &'t [i64] {
+    let mut targets = targets.map(|tokens| tokens.get(from..).unwrap_or(&[]));
+    let first = targets.next().unwrap_or(&[]);
+    let common = |length: usize, other: &[i64]| first[..length].iter().zip(other).take_while(|(a, b)| a == b).count();
+    &first[..targets.fold(first.len(), common)]
 }
 
 /// The indices of the `count` highest scores, highest first, ties by index.

@@ -1,0 +1,145 @@
+//! `t5gemma score`: how likely given targets are.
+
+use std::io::{self, Write};
+
+use anyhow::{Context, Result};
+use serde_json::{Map, Value, json};
+use t5gemma_runtime::{Cancellation, Error, Logprobs, Model};
+
+use crate::progress::counter;
+use crate::requests::{self, Kind, Lines, Refused, Request};
+use crate::{Opening, Outcome};
+
+/// Tells how likely given targets are, each for its source
+///
+/// Each line of stdin is a request and each line of stdout its result, in order:
+///
+///   request  {"id"?, "text" | "input_ids", "attention_mask"?, "target" | "target_ids", "decoder_text"? |
+///            "decoder_input_ids"?}
+///   result   {"id", "scores": [{"tokens", "logprob", "perplexity", "logprobs", "top_logprobs"?}, …rows], "usage"}
+///   or       {"id", "error"}
+///
+/// "target" is a text or a list of them, one for each source; the end token is scored behind each unless --no-eos is given.
+/// "target_ids" are scored as they are. "logprobs" are the model's log-probabilities of the tokens, "logprob" is their sum,
+/// and "perplexity" e to the power of minus their mean. What the decoder is given first is not scored.
+#[derive(clap::Args)]
+#[command(verbatim_doc_comment)]
+pub struct Arguments {
+    #[command(flatten)]
+    opening: Opening,
+    /// Most source rows to run at a time
+    #[arg(long, value_name = "ROWS", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
+    batch_size: u32,
+    /// Score texts without the end token behind them
+    #[arg(long)]
+    no_eos: bool,
+    /// Tell the log-probabilities of the N likeliest tokens at each place
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    top_logprobs: usize,
+}
+
+/// Runs the command.
+pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
+    let model = arguments.opening.open()?;
+    let kind = Kind::Score { eos: !arguments.no_eos };
+    let scoring = Scoring { model: &model, cancel, top: arguments.top_logprobs };
+    let batch_size = arguments.batch_size as usize;
+    let mut lines = Lines::requests();
+    let mut outcome = Outcome::Done;
+    let done = counter("requests", true);
+    while let Some((number, line)) = lines.next(cancel)? {
+        let mut requests = vec![Request::parse(&line, number, kind, &model)];
+        while requests.len() < batch_size && lines.is_ready()? {
+            let Some((number, line)) = lines.next(cancel)? else { break };
+            requests.push(Request::parse(&line, number, kind, &model));
+        }
+        for answer in scoring.answers(requests)? {
+            let result = match answer {
+                Ok((request, scores)) => result(&request, &scores),
+                Err(refused) => {
+                    outcome = Outcome::SomeFailed;
+                    json!({"id": refused.id, "error": refused.reason})
+                }
+            };
+            let mut out = io::stdout().lock();
+            writeln!(out, "{result}").and_then(|()| out.flush()).context("stdout cannot be written")?;
+            done.inc(1);
+        }
+    }
+    Ok(outcome)
+}
+
+struct Scoring<'a> {
+    model: &'a Model,
+    cancel: &'a Cancellation,
+    top: usize,
+}
+
+type Answer = Result<(Request, Vec<Logprobs>), Refused>;
+
+impl Scoring<'_> {
+    /// Answers requests in order, neighbours without decoder prompts as one batch.
+    fn answers(&self, requests: Vec<Result<Request, Refused>>) -> Result<Vec<Answer>> {
+        let mut answers = Vec::with_capacity(requests.len());
+        let mut group: Vec<Request> = Vec::new();
+        for request in requests {
+            match request {
+                Ok(request) if request.prompts.is_none() => group.push(request),
+                alone => {
+                    answers.extend(self.group(std::mem::take(&mut group))?);
+                    match alone {
+                        Ok(request) => answers.extend(self.group(vec![request])?),
+                        Err(refused) => answers.push(Err(refused)),
+                    }
+                }
+            }
+        }
+        answers.extend(self.group(group)?);
+        Ok(answers)
+    }
+
+    /// Answers requests as one batch. Should it be refused, each is tried alone, so that the error falls to the one that is
+    /// at fault.
+    fn group(&self, mut group: Vec<Request>) -> Result<Vec<Answer>> {
+        if group.is_empty() {
+            return Ok(Vec::new());
+        }
+        let pad = self.model.options().pad_token_id;
+        let targets: Vec<Vec<i64>> = group.iter().flat_map(|request| request.targets.clone()).collect();
+        let scored =
+            requests::batch(&group, pad).and_then(|batch| self.model.score(&batch, &targets, self.top, self.cancel));
+        match scored {
+            Ok(mut rows) => Ok(group
+                .into_iter()
+                .map(|request| {
+                    let rest = rows.split_off(request.sources.len());
+                    Ok((request, std::mem::replace(&mut rows, rest)))
+                })
+                .collect()),
+            Err(Error::Cancelled) => Err(Error::Cancelled.into()),
+            Err(error) if group.len() == 1 => {
+                Ok(vec![Err(Refused { id: group.remove(0).id, reason: error.to_string() })])
+            }
+            Err(_) => {
+                let alone = group.into_iter().map(|request| self.group(vec![request]));
+                Ok(alone.collect::<Result<Vec<_>>>()?.into_iter().flatten().collect())
+            }
+        }
+    }
+}
+
+/// The line of a result.
+fn result(request: &Request, scores: &[Logprobs]) -> Value {
+    let score = |(tokens, found): (&Vec<i64>, &Logprobs)| {
+        let mut score = Map::from_iter([("tokens".to_string(), json!(tokens))]);
+        let mut of_tokens = requests::logprobs(found);
+        score.extend(of_tokens.shift_remove_entry("logprob"));
+        score.insert("perplexity".into(), found.perplexity().into());
+        score.extend(of_tokens);
+        Value::Object(score)
+    };
+    let tokens: usize = request.targets.iter().map(Vec::len).sum();
+    let scores: Vec<Value> = request.targets.iter().zip(scores).map(score).collect();
+    let usage = json!({"source_tokens": request.source_tokens(), "target_tokens": tokens});
+    json!({"id": request.id, "scores": scores, "usage": usage})
+}

@@ -1,0 +1,161 @@
+//! The model's own log-probabilities of the tokens that a search chose: of the logits before any processing, so that they
+//! are comparable across options and with those of [`Model::score`](crate::Model::score). A tree of what the candidates of
+//! all steps were, because only the end tells which of them became hypotheses.
+
+use std::collections::HashMap;
+
+use crate::scores::LogProbabilities;
+use crate::search::{Candidate, Search};
+
+/// The log-probabilities of one target's tokens.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Logprobs {
+    /// Of each token, given everything before it.
+    pub tokens: Vec<f32>,
+    /// For each token, the likeliest tokens at its place with theirs, best first; empty if none were asked for.
+    pub top: Vec<Vec<(i64, f32)>>,
+}
+
+impl Logprobs {
+    /// The log-probability of the whole target.
+    pub fn sum(&self) -> f64 {
+        self.tokens.iter().map(|&logprob| f64::from(logprob)).sum()
+    }
+
+    /// `e^(−mean)` of the tokens' log-probabilities; that of no token is 1.
+    pub fn perplexity(&self) -> f64 {
+        (-self.sum() / self.tokens.len().max(1) as f64).exp()
+    }
+
+    /// Takes the next token's, from the logits at its place.
+    pub(crate) fn push(&mut self, logits: &[f32], token: i64, top: usize) {
+        let at = LogProbabilities::of(logits);
+        self.tokens.push(at.token(token));
+        if top > 0 {
+            self.top.push(at.best(top));
+        }
+    }
+}
+
+/// What a search's candidates were worth to the model.
+pub(crate) struct Trace {
+    top: usize,
+    /// Place and next token to the place behind it. The places are the indices of `logprobs` and `best`.
+    next: HashMap<(usize, i64), usize>,
+    logprobs: Vec<f32>,
+    /// The likeliest tokens at a place where candidates were taken.
+    best: Vec<Vec<(i64, f32)>>,
+    /// Where the rows of the next step are.
+    rows: Vec<usize>,
+}
+
+impl Trace {
+    /// Before the first step of a search; `top` alternatives are kept of each token.
+    pub fn new(top: usize) -> Trace {
+        Trace { top, next: HashMap::new(), logprobs: vec![0.0], best: vec![Vec::new()], rows: Vec::new() }
+    }
+
+    /// Takes a step's candidates and the logits of the rows they continue, before any processing.
+    pub fn take(&mut self, candidates: &[Candidate], logits: &[f32], width: usize) {
+        self.rows.resize(width, 0);
+        let rows: Vec<&[f32]> = logits.chunks_exact(logits.len() / width).collect();
+        let mut at: Vec<Option<LogProbabilities>> = rows.iter().map(|_| None).collect();
+        for candidate in candidates {
+            let place = self.rows[candidate.parent];
+            let at = at[candidate.parent].get_or_insert_with(|| LogProbabilities::of(rows[candidate.parent]));
+            if self.top > 0 && self.best[place].is_empty() {
+                self.best[place] = at.best(self.top);
+            }
+            let new = self.logprobs.len();
+            if *self.next.entry((place, candidate.token)).or_insert(new) == new {
+                self.logprobs.push(at.token(candidate.token));
+                self.best.push(Vec::new());
+            }
+        }
+    }
+
+    /// Follows the rows that go on after the candidates that were taken.
+    pub fn follow(&mut self, search: &Search) {
+        let steps = search.parents().iter().zip(search.next_tokens());
+        self.rows = steps.map(|(&parent, &token)| self.next[&(self.rows[parent], token)]).collect();
+    }
+
+    /// The log-probabilities of a hypothesis.
+    pub fn of(&self, tokens: &[i64]) -> Logprobs {
+        let mut place = 0;
+        let mut found = Logprobs::default();
+        for &token in tokens {
+            if self.top > 0 {
+                found.top.push(self.best[place].clone());
+            }
+            place = self.next[&(place, token)];
+            found.tokens.push(self.logprobs[place]);
+        }
+        found
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::options::GenerationOptions;
+    use crate::scores::Processors;
+    use crate::search::Progress;
+
+    /// Logits of a made-up model of ten tokens.
+    fn logits(history: &[i64]) -> Vec<f32> {
+        let place = history.iter().fold(7i64, |sum, &token| (sum * 31 + token) % 1009);
+        (0..10).map(|token| ((place * (token + 3)) % 101) as f32 / 20.0).collect()
+    }
+
+    #[test]
+    fn every_hypothesis_has_the_log_probabilities_of_its_tokens() {
+        let default = GenerationOptions::default;
+        let cases = [
+            ("greedy", default()),
+            ("beams", GenerationOptions { num_beams: 4, num_return_sequences: 4, ..default() }),
+            ("samples", GenerationOptions { do_sample: true, num_return_sequences: 5, top_k: 4, ..default() }),
+            ("alternatives", GenerationOptions { return_alternatives: true, num_return_sequences: 3, ..default() }),
+            (
+                "beams that sample, with a processor",
+                GenerationOptions {
+                    num_beams: 3,
+                    num_return_sequences: 2,
+                    do_sample: true,
+                    repetition_penalty: 1.5,
+                    suppress_tokens: vec![4],
+                    ..default()
+                },
+            ),
+        ];
+        for (name, options) in cases {
+            let mut search = Search::new(&options, &[2]);
+            let mut trace = Trace::new(2);
+            loop {
+                let rows: Vec<f32> = (0..search.width()).flat_map(|row| logits(search.history(row))).collect();
+                let candidates = Processors::new(&options, &[], 1).candidates(&mut rows.clone(), &search);
+                trace.take(&candidates, &rows, search.width());
+                if search.advance(&candidates) == Progress::Done {
+                    break;
+                }
+                trace.follow(&search);
+            }
+            for hypothesis in search.finish() {
+                let mut expected = Logprobs::default();
+                for (at, &token) in hypothesis.tokens.iter().enumerate() {
+                    expected.push(&logits(&[&[2], &hypothesis.tokens[..at]].concat()), token, 2);
+                }
+                assert!(!hypothesis.tokens.is_empty(), "{name}");
+                assert_eq!(trace.of(&hypothesis.tokens), expected, "{name}: {:?}", hypothesis.tokens);
+            }
+        }
+    }
+
+    #[test]
+    fn perplexity_is_that_of_a_uniform_choice() {
+        let mut uniform = Logprobs::default();
+        assert_eq!(uniform.perplexity(), 1.0);
+        (0..3).for_each(|token| uniform.push(&[0.5; 8], token, 0));
+        assert!((uniform.perplexity() - 8.0).abs() < 1e-5 && (uniform.sum() + 3.0 * 8f64.ln()).abs() < 1e-5);
+    }
+}

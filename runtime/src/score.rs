@@ -1,0 +1,73 @@
+//! How likely given targets are: teacher forcing through the cached decoder steps, a token a step, rows leaving as their
+//! targets end.
+
+use crate::batch::{Batch, Prompts};
+use crate::error::Error;
+use crate::logprobs::Logprobs;
+use crate::model::{Cancellation, Model};
+
+/// See [`Model::score`].
+pub(crate) fn score(
+    model: &Model,
+    batch: &Batch,
+    targets: &[Vec<i64>],
+    top: usize,
+    cancel: &Cancellation,
+) -> Result<Vec<Logprobs>, Error> {
+    let decoder = &model.config().decoder;
+    batch.check(model.config())?;
+    check(targets, batch.rows(), decoder.vocab_size)?;
+    if top > decoder.vocab_size {
+        let expected = format!("at most {}, the size of the vocabulary", decoder.vocab_size);
+        return Err(Error::input("top_logprobs", expected, top.to_string()));
+    }
+    let prompts = batch.prompts(model.options().decoder_start_token_id);
+    let longest = targets.iter().map(Vec::len).max().unwrap_or(0) + prompts.length;
+    let most = decoder.max_position_embeddings;
+    if longest > most {
+        let expected = format!("at most {most} target tokens (decoder.max_position_embeddings)");
+        let found = format!("{longest}, of which {} are the prompt", prompts.length);
+        return Err(Error::input("target_ids", expected, found));
+    }
+
+    let mut found = vec![Logprobs::default(); targets.len()];
+    let encoded = model.run_encoder(batch, cancel)?;
+    let Prompts { length, ids } = prompts;
+    let (mut state, mut logits) = model.start(encoded, Prompts { length, ids }, cancel)?;
+    let mut rows: Vec<usize> = (0..targets.len()).collect();
+    for step in 0.. {
+        let scores = logits.rows_mut()?;
+        for (&row, scores) in rows.iter().zip(scores.chunks_exact(decoder.vocab_size)) {
+            if !scores.iter().all(|score| score.is_finite()) {
+                return Err(Error::NotFinite { row, step, dtype: model.manifest().dtype });
+            }
+            found[row].push(scores, targets[row][step], top);
+        }
+        let going_on: Vec<usize> = (0..rows.len()).filter(|&slot| targets[rows[slot]].len() > step + 1).collect();
+        if going_on.is_empty() {
+            break;
+        }
+        state.select(&going_on, &going_on)?;
+        rows = going_on.iter().map(|&slot| rows[slot]).collect();
+        let tokens = rows.iter().map(|&row| targets[row][step]).collect();
+        logits = model.step(&mut state, tokens, cancel)?;
+    }
+    Ok(found)
+}
+
+fn check(targets: &[Vec<i64>], rows: usize, vocab_size: usize) -> Result<(), Error> {
+    if targets.len() != rows {
+        let expected = format!("{rows} rows, as many as input_ids has");
+        return Err(Error::input("target_ids", expected, format!("{} rows", targets.len())));
+    }
+    for (row, target) in targets.iter().enumerate() {
+        if target.is_empty() {
+            return Err(Error::input(format!("target_ids[{row}]"), "at least one token", "none"));
+        }
+        if let Some(at) = target.iter().position(|&id| usize::try_from(id).map_or(true, |id| id >= vocab_size)) {
+            let expected = format!("a token id below {vocab_size}, the size of the vocabulary");
+            return Err(Error::input(format!("target_ids[{row}][{at}]"), expected, target[at].to_string()));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,285 @@
+//! What sampling does to a row's scores before it draws: temperature, and truncations that leave the likelier tokens. The
+//! arithmetic is that of Hugging Face's `…LogitsWarper` classes in float32, cumulative sums in float64 as PyTorch has them.
+//!
+//! # Design
+//! A truncation looks only at tokens that are still allowed: after `top_k`, which is on by default, these are a few of 256
+//! thousand. A forbidden token has probability 0 and cannot change what any of the definitions keeps.
+
+use super::{Norm, exp, rank};
+use crate::options::GenerationOptions;
+
+/// A warper, in Hugging Face's words.
+#[derive(Clone, Debug)]
+pub(super) enum Warper {
+    /// Divides by the temperature.
+    Temperature(f32),
+    /// Keeps what is within so many standard deviations of the best.
+    TopNSigma(f32),
+    /// Keeps the likeliest of the 100 best until their share of the entropy of these is used up.
+    TopH(f32),
+    /// Keeps the best, and what equals the last of them.
+    TopK(usize),
+    /// Keeps the likeliest whose probabilities add up to the mass.
+    TopP { mass: f64, least: usize },
+    /// Keeps what has at least such a part of the best token's probability.
+    MinP { part: f32, least: usize },
+    /// Keeps those closest to the expected information whose probabilities add up to the mass.
+    Typical { mass: f32, least: usize },
+    /// Keeps what is likelier than a constant.
+    Epsilon { cutoff: f32, least: usize },
+    /// Keeps what is likelier than a bound that falls with the entropy.
+    Eta { cutoff: f32, least: usize },
+}
+
+/// Tokens that `top_h` looks at.
+const TOP_H_TOKENS: usize = 100;
+
+/// The warpers that the options ask for, in the order of application; none without `do_sample`.
+pub(super) fn warpers(options: &GenerationOptions) -> Vec<Warper> {
+    let mut warpers = Vec::new();
+    if !options.do_sample {
+        return warpers;
+    }
+    // Beams need a token more than there are end tokens, so that they can go on.
+    let least = if options.num_beams > 1 { options.eos_token_id.len() + 1 } else { 1 };
+    let mut add = |is_on: bool, warper: Warper| {
+        if is_on {
+            warpers.push(warper);
+        }
+    };
+    add(options.temperature != 1.0, Warper::Temperature(options.temperature as f32));
+    let sigmas = options.top_n_sigma;
+    add(sigmas > 0.0, Warper::TopNSigma(sigmas as f32));
+    add(options.top_h.is_some(), Warper::TopH(options.top_h.unwrap_or(1.0) as f32));
+    add(options.top_k > 0, Warper::TopK(options.top_k.max(least)));
+    add(options.top_p < 1.0, Warper::TopP { mass: options.top_p, least });
+    add(options.min_p > 0.0, Warper::MinP { part: options.min_p as f32, least });
+    add(options.typical_p < 1.0, Warper::Typical { mass: options.typical_p as f32, least });
+    add(options.epsilon_cutoff > 0.0, Warper::Epsilon { cutoff: options.epsilon_cutoff as f32, least });
+    add(options.eta_cutoff > 0.0, Warper::Eta { cutoff: options.eta_cutoff as f32, least });
+    warpers
+}
+
+impl Warper {
+    pub(super) fn apply(&self, scores: &mut [f32]) {
+        match *self {
+            Warper::Temperature(temperature) => scores.iter_mut().for_each(|score| *score /= temperature),
+            Warper::TopNSigma(sigmas) => {
+                let (mut count, mut sum, mut squares) = (0.0f64, 0.0f64, 0.0f64);
+                let best = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+                for distance in scores.iter().filter(|score| score.is_finite()).map(|&score| f64::from(score - best)) {
+                    (count, sum, squares) = (count + 1.0, sum + distance, squares + distance * distance);
+                }
+                let variance = (squares - sum * sum / count).max(0.0) / (count - 1.0).max(1.0);
+                let least = f64::from(best) - f64::from(sigmas) * variance.sqrt();
+                forbid(scores, |score| f64::from(score) < least);
+            }
+            Warper::TopH(share) => {
+                let mut best = allowed(scores);
+                let count = TOP_H_TOKENS.min(best.len());
+                if count == 0 {
+                    return;
+                }
+                best.select_nth_unstable_by_key(count - 1, |entry| std::cmp::Reverse(entry.order()));
+                best.truncate(count);
+                best.sort_by_key(|entry| std::cmp::Reverse(entry.order()));
+                let terms = information(&best);
+                let limit = (terms.iter().sum::<f64>() as f32 * share) as f64;
+                let mut used = 0.0;
+                let kept = (terms.iter().take_while(|&&term| {
+                    used += term;
+                    (used as f32) as f64 <= limit
+                }))
+                .count()
+                .max(1);
+                keep(scores, &best[..kept]);
+            }
+            Warper::TopK(count) => {
+                let mut order: Vec<i32> = scores.iter().map(|&score| rank(score)).collect();
+                let count = count.min(order.len());
+                let (_, &mut least, _) = order.select_nth_unstable_by_key(count - 1, |&rank| std::cmp::Reverse(rank));
+                forbid(scores, |score| rank(score) < least);
+            }
+            Warper::TopP { mass, least } => {
+                let mut entries = allowed(scores);
+                entries.sort_by_key(Entry::order);
+                let rest = (1.0 - mass) as f32;
+                let mut sum = 0.0f64;
+                let unlikely = entries.iter().take_while(|entry| {
+                    sum += f64::from(entry.probability);
+                    sum as f32 <= rest
+                });
+                let dropped = unlikely.count().min(entries.len().saturating_sub(least));
+                drop_entries(scores, &entries[..dropped]);
+            }
+            Warper::MinP { part, least } => {
+                let entries = allowed(scores);
+                let best = entries.iter().map(|entry| entry.probability).fold(0.0, f32::max);
+                drop_unlikely(scores, entries, part * best, least, false);
+            }
+            Warper::Typical { mass, least } => {
+                let mut entries = allowed(scores);
+                let entropy: f64 = information(&entries).iter().sum();
+                let norm = Norm::of(scores);
+                let far = |entry: &Entry| (-norm.subtract(entry.score) - entropy as f32).abs();
+                entries.sort_by(|a, b| far(a).total_cmp(&far(b)).then(a.token.cmp(&b.token)));
+                let mut sum = 0.0f64;
+                let within = entries.iter().take_while(|entry| {
+                    sum += f64::from(entry.probability);
+                    (sum as f32) < mass
+                });
+                let last = within.count().min(entries.len().saturating_sub(1));
+                let Some(farthest) = entries.get(last).map(far) else { return };
+                let kept = entries.partition_point(|entry| far(entry) <= farthest).max(least).min(entries.len());
+                drop_entries(scores, &entries[kept..]);
+            }
+            Warper::Epsilon { cutoff, least } => {
+                let entries = allowed(scores);
+                drop_unlikely(scores, entries, cutoff, least, true);
+            }
+            Warper::Eta { cutoff, least } => {
+                let entries = allowed(scores);
+                let entropy = information(&entries).iter().sum::<f64>() as f32;
+                let cutoff = cutoff.min(cutoff.sqrt() * (-entropy).exp());
+                drop_unlikely(scores, entries, cutoff, least, true);
+            }
+        }
+    }
+}
+
+/// A token that is still allowed.
+#[derive(Clone, Copy, Debug)]
+struct Entry {
+    token: usize,
+    score: f32,
+    probability: f32,
+}
+
+impl Entry {
+    /// Ascending scores, among equals descending tokens: of the best the lowest token comes last.
+    fn order(&self) -> (i32, std::cmp::Reverse<usize>) {
+        (rank(self.score), std::cmp::Reverse(self.token))
+    }
+}
+
+/// The tokens whose score is not −∞, with their probabilities.
+fn allowed(scores: &[f32]) -> Vec<Entry> {
+    let norm = Norm::of(scores);
+    let sum = norm.log_sum.exp();
+    (scores.iter().enumerate())
+        .filter(|(_, score)| **score != f32::NEG_INFINITY)
+        .map(|(token, &score)| Entry { token, score, probability: exp(score - norm.max) / sum })
+        .collect()
+}
+
+/// `−p · log p` of each entry, where the entries are all there is.
+fn information(entries: &[Entry]) -> Vec<f64> {
+    let scores: Vec<f32> = entries.iter().map(|entry| entry.score).collect();
+    let norm = Norm::of(&scores);
+    scores.iter().map(|&score| norm.subtract(score)).map(|log| f64::from(-log * exp(log))).collect()
+}
+
+fn forbid(scores: &mut [f32], is_out: impl Fn(f32) -> bool) {
+    for score in scores {
+        *score = if is_out(*score) { f32::NEG_INFINITY } else { *score };
+    }
+}
+
+fn drop_entries(scores: &mut [f32], entries: &[Entry]) {
+    for entry in entries {
+        scores[entry.token] = f32::NEG_INFINITY;
+    }
+}
+
+fn keep(scores: &mut [f32], entries: &[Entry]) {
+    scores.fill(f32::NEG_INFINITY);
+    for entry in entries {
+        scores[entry.token] = entry.score;
+    }
+}
+
+/// Forbids what is less likely than `cutoff`, but for the `least` best; with `ties`, what equals the last of these stays too.
+fn drop_unlikely(scores: &mut [f32], mut entries: Vec<Entry>, cutoff: f32, least: usize, ties: bool) {
+    let Some(last) = least.min(entries.len()).checked_sub(1) else { return };
+    let (_, &mut least, _) = entries.select_nth_unstable_by_key(last, |entry| std::cmp::Reverse(entry.order()));
+    let stays = |entry: &Entry| match ties {
+        true => rank(entry.score) >= rank(least.score),
+        false => entry.order() >= least.order(),
+    };
+    entries.retain(|entry| entry.probability < cutoff && !stays(entry));
+    drop_entries(scores, &entries);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const INF: f32 = f32::INFINITY;
+
+    #[test]
+    fn each_warper_keeps_what_its_option_says() {
+        let default = || GenerationOptions { do_sample: true, top_k: 0, ..GenerationOptions::default() };
+        // Probabilities 0.4, 0.1, 0.2, 0.05, 0.2, 0.05.
+        let scores = [0.4f32, 0.1, 0.2, 0.05, 0.2, 0.05].map(f32::ln);
+        type Case = (&'static str, GenerationOptions, &'static [usize]);
+        let cases: Vec<Case> = vec![
+            ("none", default(), &[0, 1, 2, 3, 4, 5]),
+            (
+                "without do_sample nothing is cut",
+                GenerationOptions { do_sample: false, top_k: 1, ..default() },
+                &[0, 1, 2, 3, 4, 5],
+            ),
+            ("top_k", GenerationOptions { top_k: 1, ..default() }, &[0]),
+            ("top_k keeps ties at the last place", GenerationOptions { top_k: 2, ..default() }, &[0, 2, 4]),
+            (
+                "top_k with beams keeps one more than end tokens",
+                { GenerationOptions { top_k: 1, num_beams: 2, eos_token_id: vec![1, 3, 5], ..default() } },
+                &[0, 1, 2, 4],
+            ),
+            ("top_p", GenerationOptions { top_p: 0.75, ..default() }, &[0, 2, 4]),
+            ("top_p of 0 leaves the best", GenerationOptions { top_p: 0.0, ..default() }, &[0]),
+            ("min_p", GenerationOptions { min_p: 0.3, ..default() }, &[0, 2, 4]),
+            ("min_p of 1 leaves the best", GenerationOptions { min_p: 1.0, ..default() }, &[0]),
+            // The entropy is 1.56; the tokens with 0.2 carry 1.61, those with 0.1 2.30, the first 0.92.
+            ("typical_p", GenerationOptions { typical_p: 0.3, ..default() }, &[2, 4]),
+            ("typical_p, more", GenerationOptions { typical_p: 0.7, ..default() }, &[0, 2, 4]),
+            ("epsilon_cutoff", GenerationOptions { epsilon_cutoff: 0.15, ..default() }, &[0, 2, 4]),
+            ("epsilon_cutoff leaves the best", GenerationOptions { epsilon_cutoff: 0.9, ..default() }, &[0]),
+            // √0.1 · e^-1.56 = 0.066.
+            ("eta_cutoff", GenerationOptions { eta_cutoff: 0.1, ..default() }, &[0, 1, 2, 4]),
+            ("top_n_sigma", GenerationOptions { top_n_sigma: 1.0, ..default() }, &[0, 2, 4]),
+            // The terms of the entropy: 0.37, then 0.32 twice, of 1.56 in all.
+            ("top_h", GenerationOptions { top_h: Some(0.5), ..default() }, &[0, 2]),
+            ("top_h leaves the best", GenerationOptions { top_h: Some(0.01), ..default() }, &[0]),
+        ];
+        for (name, options, expected) in cases {
+            let mut row = scores;
+            warpers(&options).iter().for_each(|warper| warper.apply(&mut row));
+            let kept: Vec<usize> = (0..row.len()).filter(|&token| row[token] != -INF).collect();
+            assert_eq!(kept, expected, "{name}");
+            assert!(kept.iter().all(|&token| row[token] == scores[token]), "{name}: {row:?}");
+        }
+    }
+
+    #[test]
+    fn a_row_of_which_nothing_is_allowed_stays_so() {
+        let options = GenerationOptions {
+            do_sample: true,
+            temperature: 0.5,
+            top_n_sigma: 1.0,
+            top_h: Some(0.5),
+            top_p: 0.5,
+            min_p: 0.5,
+            typical_p: 0.5,
+            epsilon_cutoff: 0.5,
+            eta_cutoff: 0.5,
+            ..GenerationOptions::default()
+        };
+        for row in [vec![-INF; 4], vec![-INF, 3.0, -INF, -INF]] {
+            let mut found = row.clone();
+            warpers(&options).iter().for_each(|warper| warper.apply(&mut found));
+            let expected: Vec<f32> = row.iter().map(|score| score / 0.5).collect();
+            assert_eq!(found, expected);
+        }
+    }
+}

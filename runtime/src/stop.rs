@@ -1,0 +1,127 @@
+//! What ends targets besides the search's own rules: stop strings, which may begin in one token and end in another, and
+//! the clock.
+
+use std::time::{Duration, Instant};
+
+use crate::error::Error;
+use crate::options::GenerationOptions;
+use crate::search::{Candidate, FinishReason, Search};
+use crate::tokenizer::{SpecialTokens, Tokenizer};
+
+/// The ends of one call.
+pub(crate) struct Stops<'m> {
+    strings: Option<(&'m Tokenizer, &'m [String])>,
+    deadline: Option<Instant>,
+}
+
+impl<'m> Stops<'m> {
+    /// Starts the clock. `tokenizer` is asked for where there are stop strings.
+    pub fn new(
+        options: &'m GenerationOptions,
+        tokenizer: impl FnOnce() -> Result<&'m Tokenizer, Error>,
+    ) -> Result<Stops<'m>, Error> {
+        let strings = match options.stop_strings.as_slice() {
+            [] => None,
+            strings => Some((tokenizer()?, strings)),
+        };
+        // So late a deadline that the clock has no such time is none.
+        let time = options.max_time.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+        Ok(Stops { strings, deadline: time.and_then(|time| Instant::now().checked_add(time)) })
+    }
+
+    /// Whether the time is over.
+    pub fn is_over(&self) -> bool {
+        self.deadline.is_some_and(|deadline| Instant::now() > deadline)
+    }
+
+    /// Which of a step's candidates end their targets, all of them if the time is over.
+    pub fn of(
+        &self,
+        candidates: &[Candidate],
+        search: &Search,
+        is_over: bool,
+    ) -> Result<Vec<Option<FinishReason>>, Error> {
+        if self.strings.is_none() && !is_over {
+            return Ok(Vec::new());
+        }
+        let end = |candidate: &Candidate| {
+            Ok(match self.strings {
+                Some((tokenizer, strings))
+                    if completes(tokenizer, strings, search.history(candidate.parent), candidate.token)? =>
+                {
+                    Some(FinishReason::StopString)
+                }
+                _ if is_over => Some(FinishReason::Time),
+                _ => None,
+            })
+        };
+        candidates.iter().map(end).collect()
+    }
+}
+
+/// Whether `token` completes one of the strings in the text of `history`, which holds none that ends in what was generated.
+fn completes(tokenizer: &Tokenizer, strings: &[String], history: &[i64], token: i64) -> Result<bool, Error> {
+    let longest = strings.iter().map(String::len).max().unwrap_or(0);
+    // A token is a byte at least, unless it is one that has no text: then more of them are looked at.
+    let mut count = longest + 4;
+    let (before, after) = loop {
+        let tail = &history[history.len().saturating_sub(count)..];
+        let before = tokenizer.decode(tail, SpecialTokens::Keep)?;
+        if before.len() >= longest || tail.len() == history.len() {
+            break (before, tokenizer.decode(&[tail, &[token]].concat(), SpecialTokens::Keep)?);
+        }
+        count *= 2;
+    };
+    // Bytes that become a character change the text before the token.
+    let kept = before.bytes().zip(after.bytes()).take_while(|(a, b)| a == b).count();
+    Ok(strings.iter().any(|string| after.rfind(string.as_str()).is_some_and(|at| at + string.len() > kept)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tokenizer::gemma_like;
+
+    #[test]
+    fn a_stop_string_is_found_across_tokens_and_only_where_it_ends() {
+        // The vocabulary: 1 <eos>, 2 <bos>, 3 a, 4 ▁, 5 ▁a, 6 to 8 the bytes of €, 10 the byte A.
+        // name, strings, history, token, whether it completes one
+        type Case = (&'static str, &'static [&'static str], &'static [i64], i64, bool);
+        let cases: &[Case] = &[
+            ("one token", &["a"], &[2], 3, true),
+            ("part of a token", &["a"], &[2, 10], 5, true),
+            ("two tokens", &["a a"], &[2, 3], 5, true),
+            ("three tokens", &["Aa a"], &[2, 10, 3], 5, true),
+            ("not yet", &["a aa"], &[2, 3], 5, false),
+            ("the second of two", &["€", "aa"], &[2, 3], 3, true),
+            ("one that the prompt holds", &["a a"], &[2, 3, 5], 4, false),
+            ("one that begins in the prompt", &["a a"], &[2, 3], 5, true),
+            ("again", &["a"], &[2, 3], 5, true),
+            ("overlapping itself", &["aa"], &[2, 3, 3], 3, true),
+            ("a character in the making", &["€"], &[2, 6], 7, false),
+            ("a character of three tokens", &["€"], &[2, 6, 7], 8, true),
+            ("a special token", &["<eos>"], &[2, 3], 1, true),
+            ("far behind tokens without text", &["aa"], &[2, 3, 99, 99, 99, 99, 99, 99, 99, 99, 99], 3, true),
+        ];
+        let tokenizer = gemma_like();
+        for &(name, strings, history, token, expected) in cases {
+            let strings: Vec<String> = strings.iter().map(|string| string.to_string()).collect();
+            assert_eq!(completes(&tokenizer, &strings, history, token).expect("known ids"), expected, "{name}");
+        }
+    }
+
+    #[test]
+    fn the_clock_ends_every_candidate() {
+        let options = GenerationOptions { max_time: Some(0.0), ..GenerationOptions::default() };
+        let stops = Stops::new(&options, || unreachable!("no strings, no tokenizer")).expect("valid");
+        std::thread::sleep(Duration::from_millis(1));
+        let candidates = [3, 4].map(|token| Candidate { parent: 0, token, score: 0.0 });
+        let search = Search::new(&options, &[2]);
+        assert_eq!(stops.of(&candidates, &search, stops.is_over()).expect("no text"), [Some(FinishReason::Time); 2]);
+        for max_time in [None, Some(1e300), Some(3600.0)] {
+            let options = GenerationOptions { max_time, ..GenerationOptions::default() };
+            let stops = Stops::new(&options, || unreachable!("no strings, no tokenizer")).expect("valid");
+            assert!(!stops.is_over(), "{max_time:?}");
+        }
+    }
+}
