@@ -21,6 +21,7 @@
 pub mod onnxruntime;
 
 mod folder;
+mod kernels;
 mod model;
 mod state;
 

@@ -28,6 +28,7 @@ use crate::batch::{Batch, Prompts};
 use crate::error::Error;
 use crate::folder::Folder;
 use crate::generate::{self, Watch};
+use crate::kernels;
 use crate::logprobs::Logprobs;
 use crate::onnxruntime;
 use crate::options::GenerationOptions;
@@ -422,6 +423,9 @@ fn open_session(
             .with_memory_pattern(false)?;
         if let Some(threads) = threads {
             builder = builder.with_intra_threads(threads)?;
+        }
+        if folder.manifest.quantization.is_any() {
+            builder = builder.with_operators(kernels::operators()?)?;
         }
         for name in &record.weights {
             builder = builder.with_initializer(name, weights[name.as_str()].clone())?;

@@ -1,0 +1,143 @@
+//! Operators of ONNX Runtime's own domain that this runtime computes itself, on ONNX Runtime's threads. The graphs stay such
+//! that ONNX Runtime alone can run them: a kernel given to a session stands before the built-in one of the same name.
+//!
+//! # Design
+//! `MatMulNBits` is the one that pays. ONNX Runtime's packs the weights anew for each process, which costs the start and a
+//! second copy, rounds activations to 8 bits, and is slower than float32 from some eight rows on. This one reads the weights
+//! as they lie in the mapped file, at the speed of the memory where rows are few, and rounds activations to 16 bits: an error
+//! that is lost beside that of the weights.
+
+mod product;
+
+use ort::operator::{ComputeContext, Kernel, KernelContext, Operator, OperatorDomain, OperatorInput, OperatorOutput};
+use ort::value::TensorElementType;
+
+use product::{Activations, Weights};
+
+/// The operators to give to a session.
+pub(crate) fn operators() -> ort::Result<OperatorDomain> {
+    OperatorDomain::new("com.microsoft")?.add(MatMulNBits)
+}
+
+/// `y = x · wᵀ (+ b)` with `w [n, k]` in blocks of few bits, see `t5gemma_graphs::onnx::Blocks`.
+struct MatMulNBits;
+
+impl Operator for MatMulNBits {
+    type Kernel<'attr> = Product;
+
+    fn name(&self) -> &str {
+        "MatMulNBits"
+    }
+
+    fn inputs(&self) -> impl IntoIterator<Item = OperatorInput> {
+        [
+            OperatorInput::required(TensorElementType::Float32),
+            OperatorInput::required(TensorElementType::Uint8),
+            OperatorInput::required(TensorElementType::Float32),
+            OperatorInput::optional(TensorElementType::Uint8),
+            OperatorInput::optional(TensorElementType::Int32),
+            OperatorInput::optional(TensorElementType::Float32),
+        ]
+    }
+
+    fn outputs(&self) -> impl IntoIterator<Item = OperatorOutput> {
+        [OperatorOutput::required(TensorElementType::Float32)]
+    }
+
+    fn create_kernel<'attr>(&self, node: &KernelContext<'attr>) -> ort::Result<Product> {
+        let attribute = |name: &str| {
+            let number = node.get::<i64>(name).and_then(|number| usize::try_from(number).ok());
+            number.ok_or_else(|| ort::Error::new(format!("MatMulNBits: {name}: expected a whole number")))
+        };
+        let [n, k, bits, block_size] = [attribute("N")?, attribute("K")?, attribute("bits")?, attribute("block_size")?];
+        if !matches!(bits, 4 | 8) || !matches!(block_size, 16 | 32 | 64 | 128) || n == 0 || k == 0 {
+            let expected = "4 or 8 bits and blocks of 16, 32, 64 or 128";
+            return Err(ort::Error::new(format!("MatMulNBits: expected {expected}, found {bits} and {block_size}")));
+        }
+        Ok(Product { n, k, bits, block_size, activations: Activations::default() })
+    }
+}
+
+/// The kernel of one node.
+struct Product {
+    n: usize,
+    k: usize,
+    bits: usize,
+    block_size: usize,
+    /// Kept for their allocation.
+    activations: Activations,
+}
+
+/// Weights below this many bytes are not worth waking another thread for.
+const SHARED_FROM: usize = 96 << 10;
+/// Bytes of weights that one thread takes at a time.
+const SHARE: usize = 128 << 10;
+
+impl Kernel for Product {
+    fn compute(&mut self, context: &ComputeContext) -> ort::Result<()> {
+        let missing = |what: &str| ort::Error::new(format!("MatMulNBits: {what} is missing"));
+        let inputs = context.num_inputs()?;
+        let input = |at: usize| if at < inputs { context.input(at) } else { Ok(None) };
+        let (x, numbers, scales) = (input(0)?, input(1)?, input(2)?);
+        let (x, numbers) = (x.ok_or_else(|| missing("A"))?, numbers.ok_or_else(|| missing("B"))?);
+        let scales = scales.ok_or_else(|| missing("scales"))?;
+        let (zero_points, bias) = (input(3)?, input(5)?);
+
+        let (shape, x) = x.try_extract_tensor::<f32>()?;
+        let zero_points = zero_points.as_ref().map(|zeros| zeros.try_extract_tensor::<u8>()).transpose()?;
+        let weights = Weights {
+            numbers: numbers.try_extract_tensor::<u8>()?.1,
+            scales: scales.try_extract_tensor::<f32>()?.1,
+            zero_points: zero_points.map(|(_, zeros)| zeros),
+            k: self.k,
+            bits: self.bits,
+            block_size: self.block_size,
+        };
+        let bias = bias.as_ref().map(|bias| bias.try_extract_tensor::<f32>()).transpose()?.map(|(_, bias)| bias);
+        let rows = x.len() / self.k;
+        let fits = rows * self.k == x.len() && weights.is_of(self.n) && bias.is_none_or(|bias| bias.len() == self.n);
+        if !fits || shape.last() != Some(&(self.k as i64)) {
+            return Err(ort::Error::new(format!("MatMulNBits of {shape} by [{}, {}]", self.n, self.k)));
+        }
+
+        let mut to: Vec<i64> = shape.to_vec();
+        *to.last_mut().expect("has the axis that was looked at") = self.n as i64;
+        let mut output = context.output(0, to)?.ok_or_else(|| missing("the output"))?;
+        let (_, y) = output.try_extract_tensor_mut::<f32>()?;
+
+        self.activations.prepare(rows, &weights);
+        let spread = |total: usize, work: &(dyn Fn(usize) + Sync)| match total {
+            0 => Ok(()),
+            1 => {
+                work(0);
+                Ok(())
+            }
+            _ => context.par_for(total, 0, work),
+        };
+        let target = self.activations.target();
+        spread(rows.div_ceil(ROUNDED_AT_A_TIME), &|share| {
+            let first = share * ROUNDED_AT_A_TIME;
+            for row in first..rows.min(first + ROUNDED_AT_A_TIME) {
+                // SAFETY: every row is rounded by one call only, into room that was made for all of them.
+                unsafe { target.round(row, &x[row * self.k..][..self.k], &weights) };
+            }
+        })?;
+
+        let bytes = numbers_in_a_row(&weights) * self.n;
+        let share = if bytes < SHARED_FROM { self.n } else { (SHARE / numbers_in_a_row(&weights)).clamp(8, self.n) };
+        let y = product::Output::new(y, rows, self.n);
+        let activations = &self.activations;
+        spread(self.n.div_ceil(share), &|part| {
+            let columns = part * share..self.n.min((part + 1) * share);
+            // SAFETY: every column is computed by one call only.
+            unsafe { product::multiply(activations, &weights, bias, columns, &y) };
+        })
+    }
+}
+
+/// Rows that one thread rounds at a time.
+const ROUNDED_AT_A_TIME: usize = 16;
+
+fn numbers_in_a_row(weights: &Weights) -> usize {
+    weights.k.div_ceil(weights.block_size) * weights.block_size * weights.bits / 8
+}
