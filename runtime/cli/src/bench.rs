@@ -274,7 +274,12 @@ impl StepBytes {
         // With a head of its own the model reads of its embedding table the rows of the step's tokens only.
         let has_head = used.iter().any(|name| name.starts_with("lm_head."));
         let read = |name: &str| used.contains(&name) && !(has_head && name.starts_with("model.decoder.embed_tokens."));
-        let weights = manifest.weights.tensors.iter().filter(|tensor| read(&tensor.name)).map(|tensor| tensor.bytes);
+        let weights = manifest
+            .weights
+            .tensors
+            .iter()
+            .filter(|tensor| read(&tensor.name) && tensor.same_bytes_as.is_none())
+            .map(|tensor| tensor.bytes);
 
         let position =
             2 * decoder.layers.len() * decoder.num_key_value_heads * decoder.head_dim * manifest.dtype.size();

@@ -57,8 +57,7 @@ impl Weights<'_> {
 #[derive(Default)]
 pub struct Activations {
     rows: usize,
-    /// `[rows, blocks · block_size]`, filled up with zeros. For 4-bit weights the even ones of each 32 come before the odd
-    /// ones, as they lie in the weights' bytes.
+    /// `[rows, blocks · block_size]`, filled up with zeros, in the order of [`Order::of`].
     numbers: Vec<i16>,
     /// `[rows, blocks]`: the sums of the numbers.
     sums: Vec<i32>,
@@ -78,6 +77,32 @@ impl Activations {
     /// Where rows are rounded into, from several threads.
     pub fn target(&mut self) -> Target {
         Target { numbers: self.numbers.as_mut_ptr(), sums: self.sums.as_mut_ptr(), scales: self.scales.as_mut_ptr() }
+    }
+}
+
+/// In which order activations are kept, so that the numbers which lie in one word of the weights meet theirs.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Order {
+    /// As they come.
+    Plain,
+    /// Of each 64 every fourth, from the first, the second, …: four weights in two bytes.
+    Fours,
+}
+
+impl Order {
+    fn of(w: &Weights) -> Order {
+        match (w.bits, w.block_size) {
+            (4, 32..) if (w.blocks() * w.block_size).is_multiple_of(64) => Order::Fours,
+            _ => Order::Plain,
+        }
+    }
+
+    /// Where the number at `at` is kept.
+    fn place(self, at: usize) -> usize {
+        match self {
+            Order::Plain => at,
+            Order::Fours => at / 64 * 64 + at % 4 * 16 + at % 64 / 4,
+        }
     }
 }
 
@@ -134,11 +159,12 @@ impl Target {
         for (sum, block) in sums.iter_mut().zip(numbers.chunks_exact(size)) {
             *sum = block.iter().map(|&number| i32::from(number)).sum();
         }
-        if weights.bits == 4 && size >= 32 {
-            for chunk in numbers.as_chunks_mut::<32>().0 {
-                let old = *chunk;
-                for (at, pair) in old.as_chunks::<2>().0.iter().enumerate() {
-                    [chunk[at], chunk[16 + at]] = *pair;
+        match Order::of(weights) {
+            Order::Plain => {}
+            Order::Fours => {
+                for chunk in numbers.as_chunks_mut::<64>().0 {
+                    let old = *chunk;
+                    (0..64).for_each(|at| chunk[Order::Fours.place(at)] = old[at]);
                 }
             }
         }
@@ -165,7 +191,8 @@ impl Output {
     }
 }
 
-/// Rows of activations that are multiplied with a row of weights at a time.
+/// Rows of activations, or columns of a single row, that are computed at a time: the one shares what is read of the weights,
+/// the other keeps several reads of them under way.
 const TILE: usize = 4;
 
 /// Computes the columns `columns` of the product.
@@ -183,74 +210,89 @@ pub unsafe fn multiply(x: &Activations, w: &Weights, bias: Option<&[f32]>, colum
     let whole = x.rows / TILE * TILE;
     for first in (0..whole).step_by(TILE) {
         for column in columns.clone() {
-            let sums = (dots.of_tile)(x, w, first, column);
+            let [sums] = (dots.of_rows)(x, w, first, column);
             (0..TILE).for_each(|at| put(first + at, column, sums[at]));
         }
     }
+    let tiles = columns.start..columns.start + columns.len() / TILE * TILE;
     for row in whole..x.rows {
-        for column in columns.clone() {
-            put(row, column, (dots.of_one)(x, w, row, column)[0]);
+        for first in tiles.clone().step_by(TILE) {
+            let sums = (dots.of_columns)(x, w, row, first);
+            (0..TILE).for_each(|at| put(row, first + at, sums[at][0]));
+        }
+        for column in tiles.end..columns.end {
+            put(row, column, (dots.of_one)(x, w, row, column)[0][0]);
         }
     }
 }
 
-/// Products of rows of activations, from a first one on, with a row of weights, without the activations' scale.
+/// Products of rows of activations from one on with columns from one on, without the activations' scale.
 struct Dots {
-    of_tile: fn(&Activations, &Weights, usize, usize) -> [f32; TILE],
-    of_one: fn(&Activations, &Weights, usize, usize) -> [f32; 1],
+    of_rows: fn(&Activations, &Weights, usize, usize) -> [[f32; TILE]; 1],
+    of_columns: fn(&Activations, &Weights, usize, usize) -> [[f32; 1]; TILE],
+    of_one: fn(&Activations, &Weights, usize, usize) -> [[f32; 1]; 1],
 }
 
 /// The best way on this machine.
 fn dots(w: &Weights) -> Dots {
     #[cfg(target_arch = "x86_64")]
     if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-        return match w.bits {
-            8 => Dots {
+        if w.bits == 8 {
+            return Dots {
                 // SAFETY: the features are there.
-                of_tile: |x, w, row, column| unsafe { avx2::dots_8(x, w, row, column) },
+                of_rows: |x, w, row, column| unsafe { avx2::dots_8(x, w, row, column) },
+                // SAFETY: as above.
+                of_columns: |x, w, row, column| unsafe { avx2::dots_8(x, w, row, column) },
                 // SAFETY: as above.
                 of_one: |x, w, row, column| unsafe { avx2::dots_8(x, w, row, column) },
-            },
-            _ if w.block_size >= 32 => Dots {
+            };
+        }
+        if Order::of(w) == Order::Fours {
+            return Dots {
                 // SAFETY: the features are there.
-                of_tile: |x, w, row, column| unsafe { avx2::dots_4(x, w, row, column) },
+                of_rows: |x, w, row, column| unsafe { avx2::dots_4(x, w, row, column) },
+                // SAFETY: as above.
+                of_columns: |x, w, row, column| unsafe { avx2::dots_4(x, w, row, column) },
                 // SAFETY: as above.
                 of_one: |x, w, row, column| unsafe { avx2::dots_4(x, w, row, column) },
-            },
-            _ => Dots { of_tile: portable, of_one: portable },
-        };
+            };
+        }
     }
     let _ = w;
-    Dots { of_tile: portable, of_one: portable }
+    Dots { of_rows: portable, of_columns: portable, of_one: portable }
 }
 
 /// For any machine.
-fn portable<const ROWS: usize>(x: &Activations, w: &Weights, first: usize, column: usize) -> [f32; ROWS] {
+fn portable<const ROWS: usize, const COLUMNS: usize>(
+    x: &Activations,
+    w: &Weights,
+    row: usize,
+    column: usize,
+) -> [[f32; ROWS]; COLUMNS] {
+    std::array::from_fn(|at| portable_column(x, w, row, column + at))
+}
+
+fn portable_column<const ROWS: usize>(x: &Activations, w: &Weights, first: usize, column: usize) -> [f32; ROWS] {
     let (blocks, size, bytes) = (w.blocks(), w.block_size, w.block_bytes());
+    let order = Order::of(w);
     let mut codes = [0_i16; 128];
     let mut totals = [0.0; ROWS];
     for block in 0..blocks {
         let packed = &w.numbers[(column * blocks + block) * bytes..][..bytes];
         let codes = &mut codes[..size];
-        match (w.bits, size) {
-            (8, _) => codes.iter_mut().zip(packed).for_each(|(code, &byte)| *code = byte.into()),
-            (_, 16) => {
+        match w.bits {
+            8 => codes.iter_mut().zip(packed).for_each(|(code, &byte)| *code = byte.into()),
+            _ => {
                 for (pair, &byte) in codes.as_chunks_mut::<2>().0.iter_mut().zip(packed) {
                     *pair = [(byte & 15).into(), (byte >> 4).into()];
-                }
-            }
-            _ => {
-                for (codes, packed) in codes.as_chunks_mut::<32>().0.iter_mut().zip(packed.as_chunks::<16>().0) {
-                    for (at, &byte) in packed.iter().enumerate() {
-                        (codes[at], codes[16 + at]) = ((byte & 15).into(), (byte >> 4).into());
-                    }
                 }
             }
         }
         let (scale, zero) = (w.scales[column * blocks + block], w.zero_point(column, block));
         for (row, total) in totals.iter_mut().enumerate() {
-            let numbers = &x.numbers[((first + row) * blocks + block) * size..][..size];
-            let product = numbers.iter().zip(&*codes).map(|(&x, &w)| i32::from(x) * i32::from(w));
+            let numbers = &x.numbers[(first + row) * blocks * size..][..blocks * size];
+            let number = |at: usize| numbers[order.place(block * size + at)];
+            let product = codes.iter().enumerate().map(|(at, &w)| i32::from(number(at)) * i32::from(w));
             let sum = product.fold(0_i32, i32::wrapping_add);
             let zeros = zero.wrapping_mul(x.sums[(first + row) * blocks + block]);
             *total += sum.wrapping_sub(zeros) as f32 * scale;
@@ -262,95 +304,201 @@ fn portable<const ROWS: usize>(x: &Activations, w: &Weights, first: usize, colum
 #[cfg(target_arch = "x86_64")]
 mod avx2 {
     use std::arch::x86_64::*;
+    use std::array::from_fn;
 
     use super::{Activations, Weights};
+
+    /// Bytes from what is read to what will be.
+    const AHEAD: usize = 4096;
+
+    /// Where the operands of a tile begin: rows of activations from one on, columns (rows of weights) from one on.
+    struct Tile<const ROWS: usize, const COLUMNS: usize> {
+        x: [*const i16; ROWS],
+        packed: [*const u8; COLUMNS],
+        scales: [*const f32; COLUMNS],
+    }
+
+    impl<const ROWS: usize, const COLUMNS: usize> Tile<ROWS, COLUMNS> {
+        #[inline(always)]
+        fn at(x: &Activations, w: &Weights, row: usize, column: usize) -> Tile<ROWS, COLUMNS> {
+            let (blocks, of_row) = (w.blocks(), w.blocks() * w.block_size);
+            let bytes = blocks * w.block_bytes();
+            // The last of each is looked at, so that everything before it is within bounds.
+            assert!((row + ROWS) * of_row <= x.numbers.len() && (row + ROWS) * blocks <= x.sums.len());
+            assert!((column + COLUMNS) * bytes <= w.numbers.len() && (column + COLUMNS) * blocks <= w.scales.len());
+            Tile {
+                x: from_fn(|at| x.numbers[(row + at) * of_row..].as_ptr()),
+                packed: from_fn(|at| w.numbers[(column + at) * bytes..].as_ptr()),
+                scales: from_fn(|at| w.scales[(column + at) * blocks..].as_ptr()),
+            }
+        }
+
+        /// Has the memory send what will be read a little later than `bytes` bytes of each column from `first` on: rows are
+        /// too short for the processor to see by itself where they go.
+        #[inline(always)]
+        fn fetch(&self, first: usize, bytes: usize) {
+            // Several rows of activations take longer than the memory does.
+            if ROWS > 1 || !first.is_multiple_of(64) {
+                return;
+            }
+            for packed in self.packed {
+                for line in (0..bytes).step_by(64) {
+                    // SAFETY: a hint, which may name any address.
+                    unsafe { _mm_prefetch::<_MM_HINT_T0>(packed.wrapping_add(first + line + AHEAD).cast()) };
+                }
+            }
+        }
+    }
 
     /// With weights of 8 bits.
     ///
     /// # Safety
     /// The processor has AVX2 and FMA.
     #[target_feature(enable = "avx2,fma")]
-    pub unsafe fn dots_8<const ROWS: usize>(x: &Activations, w: &Weights, first: usize, column: usize) -> [f32; ROWS] {
-        let size = w.block_size;
-        // SAFETY: `Weights::is_of` and `Activations::prepare` have seen to the lengths.
-        unsafe {
-            dots(x, w, first, column, |packed, numbers, sums: &mut [__m256i; ROWS]| {
-                for at in (0..size).step_by(16) {
-                    let codes = _mm256_cvtepu8_epi16(_mm_loadu_si128(packed.add(at).cast()));
-                    for row in 0..ROWS {
-                        let x = _mm256_loadu_si256(numbers[row].add(at).cast());
-                        sums[row] = _mm256_add_epi32(sums[row], _mm256_madd_epi16(codes, x));
+    pub unsafe fn dots_8<const ROWS: usize, const COLUMNS: usize>(
+        x: &Activations,
+        w: &Weights,
+        row: usize,
+        column: usize,
+    ) -> [[f32; ROWS]; COLUMNS] {
+        let tile = Tile::<ROWS, COLUMNS>::at(x, w, row, column);
+        let (blocks, size) = (w.blocks(), w.block_size);
+        let zero = _mm256_setzero_si256();
+        let mut totals = [[_mm256_setzero_ps(); ROWS]; COLUMNS];
+        for block in 0..blocks {
+            let mut sums: [[__m256i; ROWS]; COLUMNS] = minus_zeros(x, w, [row, column, block]);
+            let first = block * size;
+            tile.fetch(first, size);
+            for at in (first..first + size).step_by(16) {
+                // SAFETY: within the tile.
+                unsafe {
+                    let mut x = [zero; ROWS];
+                    for (x, from) in x.iter_mut().zip(tile.x) {
+                        *x = _mm256_loadu_si256(from.add(at).cast());
+                    }
+                    for (column, sums) in sums.iter_mut().enumerate() {
+                        let codes = _mm256_cvtepu8_epi16(_mm_loadu_si128(tile.packed[column].add(at).cast()));
+                        for (sum, x) in sums.iter_mut().zip(x) {
+                            *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(codes, x));
+                        }
                     }
                 }
-            })
+            }
+            for (column, (totals, sums)) in totals.iter_mut().zip(sums).enumerate() {
+                // SAFETY: within the tile.
+                let scale = unsafe { _mm256_broadcast_ss(&*tile.scales[column].add(block)) };
+                for (total, sum) in totals.iter_mut().zip(sums) {
+                    *total = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), scale, *total);
+                }
+            }
         }
+        sums_of(totals)
     }
 
-    /// With weights of 4 bits, in blocks of at least 32.
+    /// With weights of 4 bits, 64 at a time: they are one block, part of one, or two.
     ///
     /// # Safety
     /// The processor has AVX2 and FMA.
     #[target_feature(enable = "avx2,fma")]
-    pub unsafe fn dots_4<const ROWS: usize>(x: &Activations, w: &Weights, first: usize, column: usize) -> [f32; ROWS] {
-        let size = w.block_size;
-        let low = _mm_set1_epi8(15);
-        // SAFETY: as above.
-        unsafe {
-            dots(x, w, first, column, |packed, numbers, sums: &mut [__m256i; ROWS]| {
-                for at in (0..size).step_by(32) {
-                    let pairs = _mm_loadu_si128(packed.add(at / 2).cast());
-                    let even = _mm256_cvtepu8_epi16(_mm_and_si128(pairs, low));
-                    let odd = _mm256_cvtepu8_epi16(_mm_and_si128(_mm_srli_epi16::<4>(pairs), low));
-                    for row in 0..ROWS {
-                        let x = numbers[row].add(at);
-                        let evens = _mm256_madd_epi16(even, _mm256_loadu_si256(x.cast()));
-                        let odds = _mm256_madd_epi16(odd, _mm256_loadu_si256(x.add(16).cast()));
-                        sums[row] = _mm256_add_epi32(sums[row], _mm256_add_epi32(evens, odds));
-                    }
-                }
-            })
-        }
-    }
-
-    /// Goes through the blocks; `block` adds the products of one to the sums.
-    #[inline]
-    #[target_feature(enable = "avx2,fma")]
-    unsafe fn dots<const ROWS: usize>(
+    pub unsafe fn dots_4<const ROWS: usize, const COLUMNS: usize>(
         x: &Activations,
         w: &Weights,
-        first: usize,
+        row: usize,
         column: usize,
-        block: impl Fn(*const u8, [*const i16; ROWS], &mut [__m256i; ROWS]),
-    ) -> [f32; ROWS] {
-        let (blocks, size, bytes) = (w.blocks(), w.block_size, w.block_bytes());
-        debug_assert!((column + 1) * blocks * bytes <= w.numbers.len());
-        debug_assert!((first + ROWS) * blocks * size <= x.numbers.len());
-        let packed = w.numbers[column * blocks * bytes..].as_ptr();
-        let scales = &w.scales[column * blocks..][..blocks];
-        let middle = 1 << (w.bits - 1);
-        let mut totals = [_mm256_setzero_ps(); ROWS];
-        for (at, &scale) in scales.iter().enumerate() {
-            let zero = if w.zero_points.is_none() { middle } else { w.zero_point(column, at) };
-            let mut sums = [_mm256_setzero_si256(); ROWS];
-            let mut numbers = [std::ptr::null(); ROWS];
-            for row in 0..ROWS {
-                let of_zero = zero * x.sums[(first + row) * blocks + at];
-                sums[row] = _mm256_zextsi128_si256(_mm_cvtsi32_si128(of_zero.wrapping_neg()));
-                // SAFETY: within the activations, as asserted.
-                numbers[row] = unsafe { x.numbers.as_ptr().add(((first + row) * blocks + at) * size) };
+    ) -> [[f32; ROWS]; COLUMNS] {
+        let tile = Tile::<ROWS, COLUMNS>::at(x, w, row, column);
+        let (blocks, size) = (w.blocks(), w.block_size);
+        let low = _mm256_set1_epi16(15);
+        // Which of two blocks each of eight sums belongs to.
+        let halves = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
+        let (at_once, span) = if size == 32 { (2, 64) } else { (1, size) };
+        let mut totals = [[_mm256_setzero_ps(); ROWS]; COLUMNS];
+        for block in (0..blocks).step_by(at_once) {
+            let mut sums: [[__m256i; ROWS]; COLUMNS] = minus_zeros(x, w, [row, column, block]);
+            if at_once == 2 {
+                let second: [[__m256i; ROWS]; COLUMNS] = minus_zeros(x, w, [row, column, block + 1]);
+                for (sums, second) in sums.iter_mut().zip(second) {
+                    for (sum, second) in sums.iter_mut().zip(second) {
+                        *sum = _mm256_inserti128_si256::<1>(*sum, _mm256_castsi256_si128(second));
+                    }
+                }
             }
-            // SAFETY: within the weights, as asserted.
-            block(unsafe { packed.add(at * bytes) }, numbers, &mut sums);
-            let scale = _mm256_set1_ps(scale);
-            for row in 0..ROWS {
-                totals[row] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[row]), scale, totals[row]);
+            let first = block * size;
+            tile.fetch(first / 2, span / 2);
+            for at in (first..first + span).step_by(64) {
+                for (column, sums) in sums.iter_mut().enumerate() {
+                    // SAFETY: within the tile.
+                    unsafe {
+                        let words = _mm256_loadu_si256(tile.packed[column].add(at / 2).cast());
+                        let fours = [
+                            _mm256_and_si256(words, low),
+                            _mm256_and_si256(_mm256_srli_epi16::<4>(words), low),
+                            _mm256_and_si256(_mm256_srli_epi16::<8>(words), low),
+                            _mm256_srli_epi16::<12>(words),
+                        ];
+                        for (row, sum) in sums.iter_mut().enumerate() {
+                            let x = tile.x[row].add(at);
+                            for (i, four) in fours.into_iter().enumerate() {
+                                let x = _mm256_loadu_si256(x.add(16 * i).cast());
+                                *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(four, x));
+                            }
+                        }
+                    }
+                }
+            }
+            for (column, (totals, sums)) in totals.iter_mut().zip(sums).enumerate() {
+                // SAFETY: within the tile.
+                let scale = unsafe {
+                    let scales = tile.scales[column].add(block);
+                    match at_once {
+                        2 => {
+                            let two = _mm_castpd_ps(_mm_load_sd(scales.cast()));
+                            _mm256_permutevar8x32_ps(_mm256_castps128_ps256(two), halves)
+                        }
+                        _ => _mm256_broadcast_ss(&*scales),
+                    }
+                };
+                for (total, sum) in totals.iter_mut().zip(sums) {
+                    *total = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), scale, *total);
+                }
             }
         }
-        totals.map(|total| {
-            let half = _mm_add_ps(_mm256_castps256_ps128(total), _mm256_extractf128_ps::<1>(total));
-            let quarter = _mm_add_ps(half, _mm_movehl_ps(half, half));
-            _mm_cvtss_f32(_mm_add_ss(quarter, _mm_shuffle_ps::<1>(quarter, quarter)))
-        })
+        sums_of(totals)
+    }
+
+    /// What the zero points of a block take from its sums, in the first of eight lanes: the place is row, column and block.
+    #[inline]
+    #[target_feature(enable = "avx2,fma")]
+    fn minus_zeros<const ROWS: usize, const COLUMNS: usize>(
+        x: &Activations,
+        w: &Weights,
+        [row, column, block]: [usize; 3],
+    ) -> [[__m256i; ROWS]; COLUMNS] {
+        let blocks = w.blocks();
+        let mut minus = [[_mm256_setzero_si256(); ROWS]; COLUMNS];
+        for (column, minus) in (column..).zip(&mut minus) {
+            let zero = if w.zero_points.is_none() { 1 << (w.bits - 1) } else { w.zero_point(column, block) };
+            for (row, minus) in (row..).zip(minus) {
+                // SAFETY: `Tile::at` has seen to it that the last row's sums are there.
+                let sum = unsafe { *x.sums.get_unchecked(row * blocks + block) };
+                *minus = _mm256_zextsi128_si256(_mm_cvtsi32_si128(sum.wrapping_mul(-zero)));
+            }
+        }
+        minus
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma")]
+    fn sums_of<const ROWS: usize, const COLUMNS: usize>(totals: [[__m256; ROWS]; COLUMNS]) -> [[f32; ROWS]; COLUMNS] {
+        let mut sums = [[0.0; ROWS]; COLUMNS];
+        for (sums, totals) in sums.iter_mut().zip(totals) {
+            for (sum, lanes) in sums.iter_mut().zip(totals) {
+                let half = _mm_add_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps::<1>(lanes));
+                let quarter = _mm_add_ps(half, _mm_movehl_ps(half, half));
+                *sum = _mm_cvtss_f32(_mm_add_ss(quarter, _mm_shuffle_ps::<1>(quarter, quarter)));
+            }
+        }
+        sums
     }
 }
 
@@ -433,7 +581,7 @@ mod tests {
                 // What this machine computes is what any computes.
                 for row in 0..rows {
                     for column in 0..n {
-                        let [any] = portable::<1>(&activations, &weights, row, column);
+                        let [[any]] = portable::<1, 1>(&activations, &weights, row, column);
                         let any = f64::from(any * activations.scales[row] + bias[column]);
                         let here = f64::from(y[row * n + column]);
                         assert!((any - here).abs() < 1e-4 * (1.0 + any.abs()), "{case}: {any} and {here}");
