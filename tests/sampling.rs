@@ -6,12 +6,13 @@ use std::collections::HashMap;
 use std::ops::ControlFlow;
 
 use serde_json::{Value, json};
+use t5gemma_graphs::Target;
 use t5gemma_runtime::{
     Batch, Cancellation, FinishReason, GenerationOptions, Hypothesis, LogitsProcessor, Model, OpenOptions,
     SpecialTokens,
 };
 
-use crate::common::{FIXTURES, cases, demo, exported, run, stdout};
+use crate::common::{FIXTURES, cases, demo, exported, exported_for, run, stdout};
 use crate::generation::{inputs, nested};
 
 fn options(model: &Model, request: Value) -> GenerationOptions {
@@ -28,9 +29,13 @@ fn tokens(rows: &[Vec<Hypothesis>]) -> Vec<Vec<Vec<i64>>> {
 
 #[test]
 fn a_seed_gives_the_same_tokens_in_any_batch_and_on_any_number_of_threads() {
+    Target::ALL.into_iter().for_each(check_seeds);
+}
+
+fn check_seeds(target: Target) {
     let open = |threads| {
         let options = OpenOptions { threads: Some(threads), ..OpenOptions::default() };
-        Model::open_with(exported("tiny-balanced"), &options).expect("the model opens")
+        Model::open_with(exported_for("tiny-balanced", target), &options).expect("the model opens")
     };
     let model = open(1);
     let sources: [&[i64]; 4] = [&[5, 6, 7, 8, 9], &[10, 11], &[12; 17], &[5, 6, 7]];
@@ -162,7 +167,11 @@ fn scores_of_targets_are_those_that_transformers_gives_its_beams() {
 
 #[test]
 fn log_probabilities_of_a_generation_are_those_of_its_score() {
-    let model = Model::open(exported("tiny-balanced")).expect("the model opens");
+    Target::ALL.into_iter().for_each(check_log_probabilities);
+}
+
+fn check_log_probabilities(target: Target) {
+    let model = Model::open(exported_for("tiny-balanced", target)).expect("the model opens");
     let (ids, mask) = &inputs("tiny-balanced")["right"];
     let batch = Batch::masked(&nested(ids), &nested(mask)).expect("valid").with_seed(3);
     for request in [
@@ -170,6 +179,9 @@ fn log_probabilities_of_a_generation_are_those_of_its_score() {
         json!({"repetition_penalty": 1.8}),
         json!({"num_beams": 4, "num_return_sequences": 4, "length_penalty": 0}),
         json!({"do_sample": true, "num_return_sequences": 3, "temperature": 2}),
+        // Targets that end each at another place, and go on beyond where a cache in place begins.
+        json!({"do_sample": true, "num_return_sequences": 6, "top_k": 0, "max_new_tokens": 90,
+               "eos_token_id": [1, 16, 66, 79]}),
         json!({"do_sample": true, "num_beams": 3, "num_return_sequences": 2}),
         json!({"num_beams": 6, "num_beam_groups": 3, "diversity_penalty": 0.7, "num_return_sequences": 6}),
         json!({"return_alternatives": true, "num_return_sequences": 4}),
@@ -177,7 +189,7 @@ fn log_probabilities_of_a_generation_are_those_of_its_score() {
         let mut with_logprobs = request.clone();
         with_logprobs["output_logprobs"] = true.into();
         with_logprobs["top_logprobs"] = 3.into();
-        with_logprobs["max_new_tokens"] = 10.into();
+        with_logprobs.as_object_mut().expect("an object").entry("max_new_tokens").or_insert(10.into());
         let options = options(&model, with_logprobs);
         let rows = generate(&model, &batch, &options);
         let changes_scores = options.repetition_penalty != 1.0 || options.do_sample || options.num_beam_groups > 1;

@@ -23,13 +23,13 @@ use crate::{Opening, Outcome};
 ///   or       {"id", "error"}
 ///
 /// "text" is a string or a list of them; "input_ids" is a row of token ids or a list of rows, padded anywhere: the mask
-/// decides. "decoder_text" is how the target begins, without special tokens, "decoder_input_ids" the same as token ids; neither
-/// is part of the result. "options" are Hugging Face's generation options and stand over the flags below. "tokens" are the generated ids
-/// without the decoder prompt, end token included; "score" is that of beam search; "finish_reason" is "eos", "length",
-/// "stop_string" or "time".
-/// With "output_logprobs", "logprobs" are the model's log-probabilities of the tokens, before any processing, "logprob" is
-/// their sum, and "top_logprobs" the [token, log-probability] pairs of as many of the likeliest at each place. "seed" is what
-/// was drawn from where tokens are sampled.
+/// decides. "decoder_text" is how the target begins, without special tokens, "decoder_input_ids" the same as token ids;
+/// neither is part of the result. "options" are Hugging Face's generation options and stand over the flags below.
+/// "tokens" are the generated ids without the decoder prompt, end token included; "score" is that of beam search;
+/// "finish_reason" is "eos", "length", "stop_string" or "time". With "output_logprobs", "logprobs" are the model's
+/// log-probabilities of the tokens, before any processing, "logprob" is their sum, and "top_logprobs" the
+/// [token, log-probability] pairs of as many of the likeliest at each place. "seed" is what was drawn from where tokens
+/// are sampled.
 /// Requests that are there together and have the same options are run as one batch. An "id" left out is the line's number
 /// from 0. A line that is no request, be it not even UTF-8, is answered by its error; blank lines are passed over.
 #[derive(clap::Args)]

@@ -357,7 +357,7 @@ mod tests {
 
     #[test]
     fn a_beam_search_finds_what_the_reference_finds_in_a_batch() {
-        let mut early = 0;
+        let (mut early, mut settled_early) = (0, 0);
         for round in 0..3000u64 {
             let pick = |salt: u64, choices: u64| (mix(round * 64 + salt) % choices) as usize;
             let vocab_size = 4 + pick(0, 12);
@@ -389,6 +389,7 @@ mod tests {
             for (source, expected) in sources.iter().zip(expected) {
                 let processors = Processors::new(&options, &[], prompt.len());
                 let mut search = Search::new(&options, &prompt);
+                let mut settled: Vec<i64> = Vec::new();
                 loop {
                     let mut rows: Vec<f32> = (0..search.width())
                         .flat_map(|beam| logits(*source, search.history(beam), vocab_size, scale))
@@ -403,13 +404,17 @@ mod tests {
                     if progress == Progress::Done {
                         break;
                     }
+                    settled.extend_from_slice(search.settled(settled.len()));
                 }
+                settled_early += usize::from(!settled.is_empty());
                 early += usize::from(search.history(0).len() < options.max_length(prompt.len()));
                 let found: Vec<_> = search.finish().into_iter().map(|h| (h.tokens, h.score)).collect();
+                assert!(found[0].0.starts_with(&settled), "round {round}: {settled:?} was certain");
                 let expected: Vec<_> = expected.into_iter().map(|(tokens, score)| (tokens, Some(score))).collect();
                 assert_eq!(found, expected, "round {round}, source {source}: {options:?}");
             }
         }
+        assert!(settled_early > 1000, "only {settled_early} searches were certain of a token before their end");
         assert!(early > 1000, "only {early} searches ended before the maximum length");
     }
 
