@@ -61,6 +61,10 @@ test: check onnxruntime tokenizer python ## everything that CI runs
 	@awk '/^test result:/ { passed += $$4; failed += $$6 } END { print "tests:", passed " passed,", failed " failed" }' \
 	    .cache/tests.log
 
+.PHONY: bench
+bench: ## time search and scores; models are timed by `t5gemma bench`
+	$(CARGO) bench --locked -p t5gemma-runtime
+
 .PHONY: clean
 clean: ## remove everything built or fetched
 	$(CARGO) clean
