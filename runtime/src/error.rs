@@ -103,6 +103,13 @@ pub enum Error {
         /// The model's element type, which decides what helps.
         dtype: t5gemma_graphs::interface::DType,
     },
+    /// A grammar became too complex while it was followed.
+    Constraint {
+        /// The source row.
+        row: usize,
+        /// The grammar's own words.
+        problem: String,
+    },
     /// The caller asked to stop.
     Cancelled,
 }
@@ -133,6 +140,7 @@ impl fmt::Display for Error {
                 }
                 Ok(())
             }
+            Error::Constraint { row, problem } => write!(f, "row {row}: the constraint cannot be followed: {problem}"),
             Error::Cancelled => f.write_str("cancelled"),
         }
     }

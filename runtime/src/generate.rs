@@ -2,8 +2,10 @@
 //! search, and tells the state which rows go on; it knows neither tensors nor how a search decides.
 
 use std::ops::ControlFlow;
+use std::sync::Arc;
 
 use crate::batch::Batch;
+use crate::constraint::{Constraint, Walk};
 use crate::error::Error;
 use crate::logprobs::Trace;
 use crate::model::{Cancellation, Model};
@@ -45,6 +47,8 @@ struct Item {
     shown: usize,
     /// With `output_logprobs`.
     trace: Option<Trace>,
+    /// With constraints.
+    walk: Option<Arc<Walk>>,
 }
 
 /// Shows a row's tokens to the watch.
@@ -77,15 +81,31 @@ pub(crate) fn generate(
         ));
     }
 
+    let constraint = Constraint::new(model, options, prompts.length)?;
+    // Which hypotheses are the best is for the constraint to say, so a search with beams has to give all that it has.
+    let of_search = &match &constraint {
+        Some(_) if options.num_beams > 1 => {
+            GenerationOptions { num_return_sequences: options.num_beams, ..options.clone() }
+        }
+        _ => options.clone(),
+    };
     let seed = options.seed.unwrap_or_else(GenerationOptions::draw_seed);
     let mut items: Vec<Item> = (0..batch.rows())
-        .map(|row| Item {
-            row,
-            search: search(options, &prompts.ids[row * prompts.length..][..prompts.length])
-                .drawing(batch.draws(row, seed)),
-            processors: Processors::new(options, batch.source(row), prompts.length),
-            shown: 0,
-            trace: options.output_logprobs.then(|| Trace::new(options.top_logprobs)),
+        .map(|row| {
+            let walk = constraint.as_ref().map(|constraint| Arc::new(Walk::new(constraint, row)));
+            let processors = Processors::new(options, batch.source(row), prompts.length);
+            Item {
+                row,
+                search: search(of_search, &prompts.ids[row * prompts.length..][..prompts.length])
+                    .drawing(batch.draws(row, seed)),
+                processors: match &walk {
+                    Some(walk) => processors.limited(walk.clone()),
+                    None => processors,
+                },
+                shown: 0,
+                trace: options.output_logprobs.then(|| Trace::new(options.top_logprobs)),
+                walk,
+            }
         })
         .collect();
     let stops = Stops::new(options, || model.tokenizer())?;
@@ -114,11 +134,14 @@ pub(crate) fn generate(
             let is_over = stops.is_over();
             let unprocessed = item.trace.is_some().then(|| scores.to_vec());
             let progress = loop {
-                let candidates = item.processors.candidates(scores, &item.search);
+                let mut candidates = item.processors.candidates(scores, &item.search);
+                let mut ends = stops.of(&candidates, &item.search, is_over)?;
+                if let Some(walk) = &item.walk {
+                    walk.take(&mut candidates, &mut ends, &item.search)?;
+                }
                 if let (Some(trace), Some(logits)) = (&mut item.trace, &unprocessed) {
                     trace.take(&candidates, logits, width);
                 }
-                let ends = stops.of(&candidates, &item.search, is_over)?;
                 match item.search.advance_to_ends(&candidates, &ends) {
                     Progress::Turn => {}
                     progress => break progress,
@@ -128,7 +151,9 @@ pub(crate) fn generate(
                 Progress::Done => finished.push(slot),
                 Progress::Continue | Progress::Turn => {
                     going_on.push(slot);
-                    let settled = item.search.settled(item.shown);
+                    // Of beams, the best hypothesis may be passed over for one that meets the constraint.
+                    let is_certain = item.walk.is_none() || !item.search.sums_log_probabilities();
+                    let settled = if is_certain { item.search.settled(item.shown) } else { &[] };
                     show(item.row, settled, watch)?;
                     item.shown += settled.len();
                     if let Some(trace) = &mut item.trace {
@@ -154,8 +179,12 @@ pub(crate) fn generate(
         }
 
         for slot in finished.into_iter().rev() {
-            let Item { row, search, shown, trace, .. } = items.remove(slot);
-            results[row] = search.finish();
+            let Item { row, search, shown, trace, walk, .. } = items.remove(slot);
+            let found = search.finish();
+            results[row] = match walk {
+                Some(walk) => walk.judged(found, options),
+                None => found,
+            };
             for hypothesis in &mut results[row] {
                 hypothesis.logprobs = trace.as_ref().map(|trace| trace.of(&hypothesis.tokens));
             }

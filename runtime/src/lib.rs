@@ -16,6 +16,7 @@
 //! ```
 //!
 //! The modules in reading order: `generate` is the loop; `search` and `scores` decide on tokens from numbers alone;
+//! `constraint` limits what they may decide;
 //! `model` and `state` hold everything that is ONNX Runtime's; `folder` and `onnxruntime` are what opening checks first.
 
 pub mod onnxruntime;
@@ -28,6 +29,7 @@ mod state;
 mod tokenizer;
 
 mod batch;
+mod constraint;
 mod draws;
 pub mod options;
 pub mod scores;
@@ -42,6 +44,7 @@ pub mod verify;
 mod error;
 
 pub use batch::Batch;
+pub use constraint::{Constraints, PrefixAllowedTokens, Sequence};
 pub use draws::Draws;
 pub use error::Error;
 pub use generate::Watch;

@@ -25,6 +25,7 @@ use t5gemma_graphs::interface::{BATCH, CacheLayout, DType, Dim, Interface, Port,
 use t5gemma_graphs::manifest::{Manifest, TensorRecord};
 
 use crate::batch::{Batch, Prompts};
+use crate::constraint::Vocabulary;
 use crate::error::Error;
 use crate::folder::Folder;
 use crate::generate::{self, Watch};
@@ -61,6 +62,7 @@ pub struct Model {
     per_item: Vec<bool>,
     options: GenerationOptions,
     tokenizer: OnceLock<Result<Tokenizer, String>>,
+    vocabulary: OnceLock<Result<Vocabulary, String>>,
     folder: Folder,
 }
 
@@ -143,6 +145,7 @@ impl Model {
             per_item: per_item(&interface),
             options: defaults,
             tokenizer: OnceLock::new(),
+            vocabulary: OnceLock::new(),
             folder,
         })
     }
@@ -170,6 +173,16 @@ impl Model {
         let path = self.folder.path.join(Tokenizer::FILE);
         let loaded = self.tokenizer.get_or_init(|| Tokenizer::read(&path));
         loaded.as_ref().map_err(|problem| Error::Tokenizer { path, problem: problem.clone() })
+    }
+
+    /// The texts of the tokens as constraints need them, prepared when first asked for.
+    pub(crate) fn vocabulary(&self) -> Result<&Vocabulary, Error> {
+        let tokenizer = self.tokenizer()?;
+        let prepare = || Vocabulary::new(tokenizer, self.folder.config.decoder.vocab_size);
+        self.vocabulary.get_or_init(prepare).as_ref().map_err(|problem| Error::Tokenizer {
+            path: self.folder.path.join(Tokenizer::FILE),
+            problem: problem.clone(),
+        })
     }
 
     /// The encoder's last hidden states, `[rows, length, hidden_size]`; those of padding mean nothing.

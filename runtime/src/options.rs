@@ -14,6 +14,8 @@ use std::{fmt, slice};
 use serde_json::{Map, Value};
 use t5gemma_graphs::config::{TokenIds, shown};
 
+use crate::constraint::Constraints;
+
 /// What to generate and how: the options of Hugging Face's `generate` under their names there.
 #[derive(Clone, Debug, PartialEq)]
 pub struct GenerationOptions {
@@ -113,6 +115,8 @@ pub struct GenerationOptions {
     pub top_logprobs: usize,
     /// The caller's own changes to scores, after all others but those of sampling. Not an option of requests.
     pub logits_processor: Vec<LogitsProcessor>,
+    /// What the output as a whole has to be.
+    pub constraints: Constraints,
     /// Names and JSON values of what `generation_config.json` asks for and this version cannot do. Until a request
     /// overrides each of them, [`GenerationOptions::check`] fails.
     pub unsupported: Vec<(String, String)>,
@@ -193,7 +197,7 @@ impl fmt::Display for OptionError {
 impl std::error::Error for OptionError {}
 
 impl OptionError {
-    fn new(option: &str, expected: impl Into<String>, found: impl Into<String>) -> OptionError {
+    pub(crate) fn new(option: &str, expected: impl Into<String>, found: impl Into<String>) -> OptionError {
         OptionError { option: option.to_string(), expected: expected.into(), found: found.into() }
     }
 }
@@ -259,6 +263,7 @@ impl Default for GenerationOptions {
             output_logprobs: false,
             top_logprobs: 0,
             logits_processor: Vec::new(),
+            constraints: Constraints::default(),
             unsupported: Vec::new(),
         }
     }
@@ -581,7 +586,10 @@ impl GenerationOptions {
                     .take("a whole number from 0 to 1000", |value| whole(value).filter(|&n| n <= MAX_TOP_LOGPROBS))?
             }
             "remove_invalid_values" => self.remove_invalid_values = given.flag()?,
-            _ => return Ok(false),
+            _ => {
+                let refused = |expected| OptionError::new(name, expected, shown(value));
+                return self.constraints.read(name, value).map_err(refused);
+            }
         }
         Ok(true)
     }
@@ -825,7 +833,7 @@ mod tests {
             "typical_p": 0.8, "epsilon_cutoff": 0.01, "eta_cutoff": 0.02, "seed": 18446744073709551615,
             "return_alternatives": false, "stop_strings": ["\n", "."], "max_time": 2.5, "num_beam_groups": 1,
             "diversity_penalty": 0, "frequency_penalty": 0.5, "presence_penalty": -0.25,
-            "output_logprobs": true, "top_logprobs": 3
+            "output_logprobs": true, "top_logprobs": 3, "regex": "a+"
         }"#,
         )
         .expect("JSON");
@@ -877,6 +885,7 @@ mod tests {
             output_logprobs: true,
             top_logprobs: 3,
             logits_processor: vec![],
+            constraints: Constraints { regex: Some("a+".into()), ..Constraints::default() },
             unsupported: vec![],
         };
         assert_eq!(with(&GenerationOptions::default(), request.clone()), Ok(expected.clone()));

@@ -16,11 +16,19 @@ mod warpers;
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::fmt::Debug;
+use std::sync::Arc;
 
 use crate::draws::Draws;
 use crate::options::{GenerationOptions, LogitsProcessor, Position};
 use crate::search::{Candidate, Search};
 use warpers::Warper;
+
+/// A limit on the tokens that may come next, beyond what the options say token by token.
+pub trait Limit: Debug + Send + Sync {
+    /// Sets the scores of the tokens that may not follow `history` to −∞.
+    fn apply(&self, scores: &mut [f32], history: &[i64]);
+}
 
 /// The logits processors that the options of a request ask for, for one source row.
 #[derive(Clone, Debug)]
@@ -55,6 +63,8 @@ enum Processor {
     ExponentialDecay { eos: Vec<i64>, start: usize, factor: f64 },
     /// Does what the caller wants.
     Caller { processor: LogitsProcessor, source: Vec<i64>, prompt_len: usize },
+    /// Leaves only the tokens that a constraint on the whole output allows.
+    Limit(Arc<dyn Limit>),
     /// Prepares a draw.
     Warp(Warper),
     /// Takes the logarithm of the softmax.
@@ -147,6 +157,15 @@ impl Processors {
             processors.push(Processor::Renormalize);
         }
         Processors { processors }
+    }
+
+    /// Adds a limit. It acts after the processors that forbid tokens, so that what either forbids is forbidden, and before
+    /// those of sampling, which choose among what is left.
+    pub fn limited(mut self, limit: Arc<dyn Limit>) -> Processors {
+        let is_later = |processor: &Processor| matches!(processor, Processor::Warp(_) | Processor::Renormalize);
+        let place = self.processors.iter().position(is_later);
+        self.processors.insert(place.unwrap_or(self.processors.len()), Processor::Limit(limit));
+        self
     }
 
     /// Applies the processors to the scores of one row: logits for greedy search, log-probabilities for beam search.
@@ -242,6 +261,7 @@ impl Processor {
             | Processor::RemoveInvalid
             | Processor::Caller { .. }
             | Processor::Warp(_)
+            | Processor::Limit(_)
             | Processor::Renormalize => true,
         }
     }
@@ -298,6 +318,7 @@ impl Processor {
                 processor.apply(&Position { source, history, prompt_len: *prompt_len }, scores);
             }
             Processor::Warp(warper) => warper.apply(scores),
+            Processor::Limit(limit) => limit.apply(scores, history),
             Processor::Renormalize => Norm::of(scores).apply(scores),
         }
     }

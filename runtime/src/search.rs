@@ -39,16 +39,23 @@ pub enum FinishReason {
     StopString,
     /// `max_time` was over.
     Time,
+    /// It meets its constraint, and nothing may follow it, not even an end-of-sequence token.
+    Constraint,
+    /// It ended before it met its constraint, or the options forbid every token that could follow.
+    ConstraintIncomplete,
 }
 
 impl FinishReason {
-    /// Names the reason as results spell it: `eos`, `length`, `stop_string` or `time`.
+    /// Names the reason as results spell it: `eos`, `length`, `stop_string`, `time`, `constraint` or
+    /// `constraint_incomplete`.
     pub fn as_str(self) -> &'static str {
         match self {
             FinishReason::Eos => "eos",
             FinishReason::Length => "length",
             FinishReason::StopString => "stop_string",
             FinishReason::Time => "time",
+            FinishReason::Constraint => "constraint",
+            FinishReason::ConstraintIncomplete => "constraint_incomplete",
         }
     }
 }
@@ -216,7 +223,8 @@ impl Search {
     }
 
     /// [`Search::advance`], where `ends` says which candidates end their target for a reason that the search does not
-    /// know. Candidates beyond its length do not.
+    /// know. Candidates beyond its length do not. One that ends by [`FinishReason::Constraint`] is none: its target ends as
+    /// it is.
     ///
     /// # Panics
     /// See [`Search::advance`].

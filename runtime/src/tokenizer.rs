@@ -2,12 +2,25 @@
 //! rest of the runtime knows ids alone, and works without a tokenizer.
 
 use std::path::Path;
+use std::sync::Arc;
+
+use serde_json::Value;
 
 use crate::error::Error;
 
-/// A model's tokenizer.
+/// A model's tokenizer. Clones share it.
+#[derive(Clone)]
 pub struct Tokenizer {
-    inner: tokenizers::Tokenizer,
+    inner: Arc<tokenizers::Tokenizer>,
+}
+
+/// What a token is in text.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct TokenText {
+    /// Its bytes, not necessarily whole characters; of a special token, its name. Empty where there is no such token.
+    pub bytes: Vec<u8>,
+    /// Whether it stands for no text at all.
+    pub is_special: bool,
 }
 
 impl Tokenizer {
@@ -31,7 +44,7 @@ impl Tokenizer {
         // A truncation left over from training would drop the end of a source without a word; padding is the batch's.
         inner.with_truncation(None).map_err(|error| error.to_string())?;
         inner.with_padding(None);
-        Ok(Tokenizer { inner })
+        Ok(Tokenizer { inner: Arc::new(inner) })
     }
 
     /// The tokens of a text, with the special tokens that the tokenizer's own post-processor adds and no others.
@@ -67,6 +80,44 @@ impl Tokenizer {
         self.text(&ids, special)
     }
 
+    /// The text of every token by its id, such that the text of a target is that of its tokens one after the other. Of
+    /// two tokens with the same bytes, one of them a byte that stands in for text without a token, only the other has a text.
+    ///
+    /// # Errors
+    /// A decoder that does more than that.
+    pub(crate) fn token_texts(&self) -> Result<Vec<TokenText>, String> {
+        let decoder = serde_json::to_value(self.inner.get_decoder()).map_err(|error| error.to_string())?;
+        let steps = decoding_steps(&decoder)
+            .ok_or_else(|| format!("its decoder does more than join tokens, so they have no text each: {decoder}"))?;
+        let mut texts = vec![TokenText::default(); self.inner.get_vocab_size(true)];
+        let mut place = |id: u32, text: TokenText| {
+            let id = id as usize;
+            if id >= texts.len() {
+                texts.resize(id + 1, TokenText::default());
+            }
+            texts[id] = text;
+        };
+        let (mut written, mut bytes) = (std::collections::HashSet::new(), Vec::new());
+        for (token, id) in self.inner.get_vocab(false) {
+            match decoded(&token, &steps) {
+                Decoded::Text(text) => {
+                    written.insert(text.clone().into_bytes());
+                    place(id, TokenText { bytes: text.into_bytes(), is_special: false });
+                }
+                Decoded::Byte(byte) => bytes.push((id, vec![byte])),
+            }
+        }
+        for (id, byte) in bytes {
+            if !written.contains(&byte) {
+                place(id, TokenText { bytes: byte, is_special: false });
+            }
+        }
+        for (id, token) in self.inner.get_added_tokens_decoder() {
+            place(id, TokenText { bytes: token.content.into_bytes(), is_special: token.special });
+        }
+        Ok(texts)
+    }
+
     /// A decoder that is given tokens one by one.
     pub fn stream(&self, special: SpecialTokens) -> TextStream<'_> {
         TextStream { tokenizer: self, special, ids: Vec::new(), sent: 0 }
@@ -86,6 +137,53 @@ pub enum SpecialTokens {
     Skip,
     /// They are written as the tokenizer names them.
     Keep,
+}
+
+/// A part of a decoder that acts on one token alone.
+enum DecodingStep {
+    Replace { pattern: String, content: String },
+    ByteFallback,
+}
+
+/// What decoding makes of a token.
+enum Decoded {
+    Text(String),
+    Byte(u8),
+}
+
+/// The steps of a decoder as the file spells it, if each acts on one token alone.
+fn decoding_steps(decoder: &Value) -> Option<Vec<DecodingStep>> {
+    match decoder["type"].as_str()? {
+        "Sequence" => {
+            let steps: Option<Vec<_>> = decoder["decoders"].as_array()?.iter().map(decoding_steps).collect();
+            Some(steps?.into_iter().flatten().collect())
+        }
+        "Replace" => {
+            let pattern = decoder["pattern"]["String"].as_str()?.to_string();
+            Some(vec![DecodingStep::Replace { pattern, content: decoder["content"].as_str()?.to_string() }])
+        }
+        "ByteFallback" => Some(vec![DecodingStep::ByteFallback]),
+        "Fuse" => Some(Vec::new()),
+        _ => None,
+    }
+}
+
+fn decoded(token: &str, steps: &[DecodingStep]) -> Decoded {
+    let mut text = token.to_string();
+    for step in steps {
+        match step {
+            DecodingStep::Replace { pattern, content } => text = text.replace(pattern, content),
+            DecodingStep::ByteFallback => {
+                let byte = text.strip_prefix("<0x").and_then(|rest| rest.strip_suffix('>'));
+                if let Some(byte) = byte.filter(|hex| hex.len() == 2)
+                    && let Ok(byte) = u8::from_str_radix(byte, 16)
+                {
+                    return Decoded::Byte(byte);
+                }
+            }
+        }
+    }
+    Decoded::Text(text)
 }
 
 fn token_id(token: i64) -> Result<u32, Error> {
@@ -202,6 +300,29 @@ mod tests {
             found.push(stream.finish().expect("known ids"));
             assert_eq!(found, pieces, "{tokens:?}");
         }
+    }
+
+    #[test]
+    fn every_token_has_its_text() {
+        let texts = gemma_like().token_texts().expect("a decoder that joins tokens");
+        let expected: [(&[u8], bool); 11] = [
+            (b"<unk>", false),
+            (b"<eos>", true),
+            (b"<bos>", true),
+            (b"a", false),
+            (b" ", false),
+            (b" a", false),
+            (&[0xe2], false),
+            (&[0x82], false),
+            (&[0xac], false),
+            (&[0xff], false),
+            (b"A", false),
+        ];
+        let found: Vec<(&[u8], bool)> = texts.iter().map(|text| (text.bytes.as_slice(), text.is_special)).collect();
+        assert_eq!(found, expected);
+
+        let unknown = serde_json::json!({"type": "Sequence", "decoders": [{"type": "Strip", "content": " "}]});
+        assert!(decoding_steps(&unknown).is_none());
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 
 use anyhow::{Context, Result};
 use serde_json::{Map, Value, json};
-use t5gemma_runtime::{Cancellation, Error, GenerationOptions, Hypothesis, Model, SpecialTokens};
+use t5gemma_runtime::{Cancellation, Error, FinishReason, GenerationOptions, Hypothesis, Model, SpecialTokens};
 
 use crate::options::GenerationFlags;
 use crate::progress::counter;
@@ -26,10 +26,11 @@ use crate::{Opening, Outcome};
 /// decides. "decoder_text" is how the target begins, without special tokens, "decoder_input_ids" the same as token ids;
 /// neither is part of the result. "options" are Hugging Face's generation options and stand over the flags below.
 /// "tokens" are the generated ids without the decoder prompt, end token included; "score" is that of beam search;
-/// "finish_reason" is "eos", "length", "stop_string" or "time". With "output_logprobs", "logprobs" are the model's
-/// log-probabilities of the tokens, before any processing, "logprob" is their sum, and "top_logprobs" the
-/// [token, log-probability] pairs of as many of the likeliest at each place. "seed" is what was drawn from where tokens
-/// are sampled.
+/// "finish_reason" is "eos", "length", "stop_string", "time", "constraint_incomplete" where the output ended before it was
+/// what the constraints ask for, or "constraint" where it is that and no end token may follow. With "output_logprobs",
+/// "logprobs" are the model's log-probabilities of the tokens, before any processing, "logprob" is their sum, and
+/// "top_logprobs" the [token, log-probability] pairs of as many of the likeliest at each place. "seed" is what was drawn
+/// from where tokens are sampled.
 /// Requests that are there together and have the same options are run as one batch. An "id" left out is the line's number
 /// from 0. A line that is no request, be it not even UTF-8, is answered by its error; blank lines are passed over.
 #[derive(clap::Args)]
@@ -115,11 +116,19 @@ impl Answering<'_> {
             done.set_position(number as u64);
             for (i, answer) in self.answers(requests, streaming)?.into_iter().enumerate() {
                 match answer {
-                    Ok((_, _)) if streaming => println_flushed("")?,
                     Ok((_, rows)) => {
                         for hypothesis in rows.iter().flatten() {
-                            let text = self.model.tokenizer()?.decode(&hypothesis.tokens, SpecialTokens::Skip)?;
+                            let text = match streaming {
+                                true => String::new(),
+                                false => self.model.tokenizer()?.decode(&hypothesis.tokens, SpecialTokens::Skip)?,
+                            };
                             println_flushed(&text)?;
+                            if hypothesis.finish_reason == FinishReason::ConstraintIncomplete {
+                                let text = number - texts.len() + i + 1;
+                                let problem = "the output ended before it met its constraint";
+                                done.suspend(|| eprintln!("t5gemma: text {text}: {problem}"));
+                                outcome = Outcome::SomeFailed;
+                            }
                         }
                     }
                     Err(refused) => {

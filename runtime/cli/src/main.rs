@@ -10,6 +10,7 @@ mod verify;
 
 mod requests;
 
+mod constraints;
 mod options;
 mod progress;
 mod tensors;

@@ -4,6 +4,8 @@
 use clap::{Arg, ArgMatches, Args, Command, FromArgMatches};
 use serde_json::{Map, Value};
 
+use crate::constraints;
+
 /// The options given, by their Hugging Face names.
 #[derive(Clone, Default)]
 pub struct GenerationFlags(pub Map<String, Value>);
@@ -79,7 +81,7 @@ fn flag((name, placeholder, help): &(&'static str, &'static str, &'static str)) 
 
 impl Args for GenerationFlags {
     fn augment_args(command: Command) -> Command {
-        command.args(FLAGS.iter().map(flag))
+        constraints::augment(command.args(FLAGS.iter().map(flag)))
     }
 
     fn augment_args_for_update(command: Command) -> Command {
@@ -95,7 +97,7 @@ impl FromArgMatches for GenerationFlags {
             let value = serde_json::from_str(text).unwrap_or_else(|_| Value::String(text.clone()));
             Some((name.to_string(), value))
         });
-        Ok(GenerationFlags(given.collect()))
+        Ok(GenerationFlags(given.chain(constraints::given(matches)).collect()))
     }
 
     fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {

@@ -88,8 +88,13 @@ impl Rows {
         let mut going_on = Vec::with_capacity(self.live.len());
         for (index, (&live, candidate)) in self.live.iter().zip(candidates).enumerate() {
             let target = &mut self.targets[live];
+            let given = ends.get(index).copied().flatten();
+            if given == Some(FinishReason::Constraint) {
+                target.finish_reason = FinishReason::Constraint;
+                continue;
+            }
             target.history.push(candidate.token);
-            let end = match ends.get(index).copied().flatten() {
+            let end = match given {
                 _ if self.eos.contains(&candidate.token) => Some(FinishReason::Eos),
                 Some(end) => Some(end),
                 None if target.history.len() >= self.max_length => Some(FinishReason::Length),
