@@ -11,6 +11,7 @@ mod processors;
 mod programs;
 mod python;
 mod sampling;
+mod tasks;
 mod tokenizer;
 
 mod broken;

@@ -16,10 +16,12 @@
 //! ```
 //!
 //! The modules in reading order: `generate` is the loop; `search` and `scores` decide on tokens from numbers alone;
-//! `model` and `state` hold everything that is ONNX Runtime's; `folder` and `onnxruntime` are what opening checks first.
+//! `model` and `state` hold everything that is ONNX Runtime's, `encoder` and `classify` what models do besides generating; `folder` and `onnxruntime` are what opening checks first.
 
 pub mod onnxruntime;
 
+mod classify;
+mod encoder;
 mod folder;
 mod model;
 mod state;
@@ -41,11 +43,14 @@ pub mod verify;
 mod error;
 
 pub use batch::Batch;
+pub use classify::ScoreFunction;
 pub use draws::Draws;
+pub use encoder::Encoder;
 pub use error::Error;
 pub use generate::Watch;
 pub use logprobs::Logprobs;
 pub use model::{Cancellation, Model, OpenOptions};
 pub use options::{GenerationOptions, LogitsProcessor, OptionError, Position};
 pub use search::{FinishReason, Hypothesis};
+pub use t5gemma_graphs::task::{Features, Pooling, Task};
 pub use tokenizer::{SpecialTokens, TextStream, Tokenizer};
