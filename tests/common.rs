@@ -72,7 +72,8 @@ pub fn demo() -> PathBuf {
     exported_from(&tests().join("demo/checkpoint"), "demo", Export::default())
 }
 
-fn exported_from(checkpoint: &Path, label: &str, export: Export) -> PathBuf {
+/// A checkpoint exported in some way, once for all tests that say `label`.
+pub fn exported_from(checkpoint: &Path, label: &str, export: Export) -> PathBuf {
     static DONE: Mutex<Option<HashMap<String, PathBuf>>> = Mutex::new(None);
     let mut done = DONE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     let done = done.get_or_insert_default();

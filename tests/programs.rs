@@ -104,7 +104,8 @@ fn encode_writes_npy_for_one_and_safetensors_for_many() {
     let tensors = safetensors::SafeTensors::deserialize(&bytes).expect("a safetensors file");
     let mut names = tensors.names();
     names.sort();
-    assert_eq!(names, ["0.last_hidden_state", "1.last_hidden_state"]);
+    let parts = ["attention_mask", "input_ids", "last_hidden_state"];
+    assert_eq!(names, ["0", "1"].map(|id| parts.map(|part| format!("{id}.{part}"))).as_flattened());
 
     let refused = encode(&folder.path().join("two.npy"), &["one text", "and another"]);
     assert_eq!(refused.status.code(), Some(1));

@@ -94,7 +94,17 @@ impl Checkpoint {
                 found.map_or("in no file", String::as_str)
             );
         }
+        checkpoint.name_as_with_a_head();
         Ok(checkpoint)
+    }
+
+    /// The classes without a head (`T5GemmaModel`, `T5GemmaEncoderModel`) save the names that the others put behind
+    /// `model.`; all are known by the longer name from here on.
+    fn name_as_with_a_head(&mut self) {
+        if self.tensors.keys().all(|name| name.starts_with("encoder.") || name.starts_with("decoder.")) {
+            let tensors = std::mem::take(&mut self.tensors);
+            self.tensors = tensors.into_iter().map(|(name, place)| (format!("model.{name}"), place)).collect();
+        }
     }
 
     /// The folder.

@@ -11,6 +11,7 @@ use t5gemma_graphs::config::{Config, LayerType, Side};
 use t5gemma_graphs::interface::Port;
 use t5gemma_graphs::manifest::{MANIFEST, Manifest, TensorRecord};
 use t5gemma_graphs::onnx::Dim;
+use t5gemma_graphs::task::Task;
 
 use crate::checkpoint::{Checkpoint, read_text};
 use crate::proto;
@@ -42,6 +43,8 @@ pub struct Report {
 pub struct ModelReport {
     /// Name and version of the program that wrote it.
     pub exporter: String,
+    /// What the model is for.
+    pub task: Task,
     /// The lowering of the graphs.
     pub target: String,
     /// Type of weights, activations and caches.
@@ -102,7 +105,7 @@ fn model(folder: &Path, config: &Config) -> Result<Report> {
     let mut report = Report::of("model", config, tensors.collect::<Result<Vec<_>>>()?.into_iter());
     report.weights.insert(manifest.weights.file.clone(), manifest.weights.record.bytes);
     let mut graphs = Vec::new();
-    for part in ["encoder", "decoder", "decoder_with_past"] {
+    for part in ["model", "encoder", "decoder", "decoder_with_past"] {
         let Some(record) = manifest.graphs.get(part) else { continue };
         let plain = Path::new(&record.file).file_name().is_some_and(|name| name == record.file.as_str());
         ensure!(plain, "{}: expected the name of a file in the folder, found {:?}", path.display(), record.file);
@@ -120,7 +123,8 @@ fn model(folder: &Path, config: &Config) -> Result<Report> {
         });
     }
     let dtype = manifest.dtype.to_string();
-    report.model = Some(ModelReport { exporter: manifest.exporter, target: manifest.target, dtype, graphs });
+    report.model =
+        Some(ModelReport { exporter: manifest.exporter, task: manifest.task, target: manifest.target, dtype, graphs });
     Ok(report)
 }
 
@@ -162,7 +166,7 @@ fn part(tensor: &str) -> &'static str {
         _ if tensor.starts_with("model.encoder.") => "encoder",
         _ if tensor.starts_with("model.decoder.embed_tokens") => "decoder embedding",
         _ if tensor.starts_with("model.decoder.") => "decoder",
-        _ if tensor.starts_with("lm_head.") => "head",
+        _ if tensor.starts_with("lm_head.") || tensor.starts_with("score.") => "head",
         _ => "other",
     }
 }
@@ -206,6 +210,7 @@ impl fmt::Display for Report {
         }
         let Some(model) = &self.model else { return Ok(()) };
         writeln!(f, "  exported by {}, target {}, dtype {}", model.exporter, model.target, model.dtype)?;
+        writeln!(f, "  task {}", model.task)?;
         for graph in &model.graphs {
             let (opset, ir) = (graph.opset, graph.ir_version);
             writeln!(f, "{}  {} bytes, opset {opset}, IR {ir}", graph.file, graph.bytes)?;

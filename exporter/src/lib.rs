@@ -32,11 +32,12 @@ use anyhow::{Context, Result, bail, ensure};
 use serde::de::IgnoredAny;
 use sha2::{Digest, Sha256};
 use t5gemma_graphs::config::Config;
-use t5gemma_graphs::interface::{self, DType, Logits};
+use t5gemma_graphs::interface::{self, CacheLayout, DType, Logits};
 use t5gemma_graphs::manifest::{self, EncoderWindow, FORMAT, FORMAT_VERSION, FileRecord, GraphRecord, Manifest};
 use t5gemma_graphs::onnx::Blocks;
 use t5gemma_graphs::quantization::Quantization;
-use t5gemma_graphs::{Options, Target, decoder_init, decoder_step, encoder};
+use t5gemma_graphs::task::Task;
+use t5gemma_graphs::{Options, Target, decoder_init, definitions, encoder};
 
 pub use checkpoint::{Checkpoint, Tensor};
 pub use folder::Existing;
@@ -49,6 +50,8 @@ use folder::Aside;
 /// What to export as.
 #[derive(Clone, Debug)]
 pub struct Export {
+    /// What the model is for; by default what the checkpoint was made for.
+    pub task: Option<Task>,
     /// The runtime that the graphs are written for.
     pub target: Target,
     /// Type of weights, activations and caches: float32, float16 or bfloat16.
@@ -66,6 +69,7 @@ pub struct Export {
 impl Default for Export {
     fn default() -> Export {
         Export {
+            task: None,
             target: Target::Portable,
             dtype: DType::Float32,
             logits: Logits::default(),
@@ -134,25 +138,29 @@ impl Export {
         self.check()?;
         let (text, origin) = source.config()?;
         let config = Config::parse(&text).with_context(|| origin.clone())?;
+        let task = task(self.task.clone(), &config).with_context(|| origin.clone())?;
+        ensure!(
+            self.logits == Logits::Last || task.is_generation(),
+            "all logits: expected the task {}, which has a decoder's, found {}",
+            Task::Text2TextGeneration.name(),
+            task.name()
+        );
         let options = Options {
+            task: task.clone(),
             target: self.target,
             dtype: self.dtype,
             logits: self.logits,
             encoder_window: self.encoder_window,
             quantization: self.quantization.clone(),
             vocabulary: match source {
-                Source::Checkpoint(checkpoint) => weights::vocabulary(&config, checkpoint)?,
-                Source::Dummy { .. } => weights::default_vocabulary(&config),
+                Source::Checkpoint(checkpoint) if task.is_generation() => weights::vocabulary(&config, checkpoint)?,
+                _ => weights::default_vocabulary(&config),
             },
         };
-        let graphs = [
-            ("encoder", interface::ENCODER, encoder(&config, &options)),
-            ("decoder", interface::DECODER, decoder_init(&config, &options)),
-            ("decoder_with_past", interface::DECODER_WITH_PAST, decoder_step(&config, &options)),
-        ];
-        let weights = weights::collect(&graphs.each_ref().map(|(_, _, graph)| graph));
+        let graphs = definitions(&config, &options);
+        let weights = weights::collect(&graphs.iter().collect::<Vec<_>>());
         let unused = match source {
-            Source::Checkpoint(checkpoint) => weights::check(&weights, checkpoint)?,
+            Source::Checkpoint(checkpoint) => weights::check(&weights, checkpoint, &task)?,
             Source::Dummy { .. } => Vec::new(),
         };
         weights::check_size(&weights).with_context(|| origin.clone())?;
@@ -170,10 +178,10 @@ impl Export {
         });
         let weights_record = weights_record?;
 
-        let ports = options.interface(&config);
-        let ports = [ports.encoder, ports.decoder, ports.decoder_with_past];
         let mut graph_records = BTreeMap::new();
-        for ((part, file, graph), ports) in graphs.iter().zip(ports) {
+        let cache = if task.is_generation() { self.target.cache(&config) } else { CacheLayout::default() };
+        let parts = interface::parts(&config, self.dtype, self.logits, cache, &task);
+        for (interface::Part { name, file, ports }, graph) in parts.into_iter().zip(&graphs) {
             let bytes = proto::encode(graph, self.target.opset(), |name| {
                 let at = weights_record.tensors.iter().find(|tensor| tensor.name == name);
                 let at = at.expect("every weight of every graph has been written");
@@ -181,7 +189,7 @@ impl Export {
             });
             let weights = graph.parameters.iter().map(|p| graph.value(p.value).name.clone()).collect();
             let record = aside.write(file, &bytes)?;
-            graph_records.insert(part.to_string(), GraphRecord { file: file.to_string(), record, ports, weights });
+            graph_records.insert(name.to_string(), GraphRecord { file: file.to_string(), record, ports, weights });
         }
 
         let mut files = BTreeMap::from([("config.json".to_string(), aside.write("config.json", text.as_bytes())?)]);
@@ -192,12 +200,13 @@ impl Export {
             format: FORMAT.into(),
             format_version: FORMAT_VERSION,
             exporter: format!("{} {}", env!("CARGO_PKG_NAME"), env!("CARGO_PKG_VERSION")),
+            task,
             target: self.target.name().into(),
             dtype: self.dtype,
             opset: self.target.opset(),
             encoder_window: self.encoder_window,
             logits: self.logits,
-            cache: self.target.cache(&config),
+            cache,
             quantization: self.quantization.clone(),
             parameters: weights::numbers(&weights),
             source: source_record,
@@ -231,11 +240,35 @@ impl Export {
     }
 }
 
+/// The task to export for, which must suit the checkpoint.
+fn task(wanted: Option<Task>, config: &Config) -> Result<Task> {
+    let task = wanted.unwrap_or_else(|| Task::of(config));
+    ensure!(
+        task.suits(config),
+        "architectures: expected a checkpoint for the task {}, found {}, which is for {}",
+        task.name(),
+        config.architecture.name(),
+        Task::of(config).name()
+    );
+    let Task::FeatureExtraction(mut features) = task else { return Ok(task) };
+    let all = config.encoder.layers.len();
+    let layers = features.layers(config).with_context(|| {
+        format!(
+            "hidden_layer: expected 0 to {all}, or -1 to -{} from the end, found {}",
+            all + 1,
+            features.hidden_layer
+        )
+    })?;
+    features.hidden_layer = layers as i64;
+    Ok(Task::FeatureExtraction(features))
+}
+
 /// The numbers in a model of this configuration, each counted once.
 pub fn parameters(config: &Config) -> u64 {
     let vocabulary = weights::default_vocabulary(config);
     let (target, dtype) = (Target::Portable, DType::Float32);
     let options = Options {
+        task: Task::Text2TextGeneration,
         target,
         dtype,
         logits: Logits::Last,

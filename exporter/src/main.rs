@@ -16,6 +16,7 @@ use t5gemma_graphs::interface::{DType, Logits};
 use t5gemma_graphs::manifest::EncoderWindow;
 use t5gemma_graphs::onnx::Blocks;
 use t5gemma_graphs::quantization::Quantization;
+use t5gemma_graphs::task::{Features, Pooling, Task};
 
 /// Writes a T5Gemma checkpoint as ONNX graphs that `t5gemma` and any ONNX runtime can run.
 ///
@@ -58,6 +59,20 @@ struct ExportArgs {
     /// Folder to make
     #[arg(required = true)]
     out: Option<PathBuf>,
+    /// What the model is for [default: what the checkpoint was saved for, by config.json's architectures];
+    /// feature-extraction exports the encoder of any checkpoint, alone
+    #[arg(long, value_parser = PossibleValuesParser::new(Task::all().map(|task| task.name())))]
+    task: Option<String>,
+    /// One vector for each source of feature-extraction, by its tokens' states: their mean, that of the first or the last
+    #[arg(long, value_name = "HOW", value_parser = PossibleValuesParser::new(Pooling::ALL.map(Pooling::name)))]
+    pooling: Option<String>,
+    /// Divide the vectors of feature-extraction by their length
+    #[arg(long)]
+    normalize: bool,
+    /// The hidden states of feature-extraction: 0 the embedding, N what layer N returns, negative from the end, last the
+    /// normed output [default: last]
+    #[arg(long, value_name = "N|last", allow_negative_numbers = true, value_parser = hidden_layer)]
+    hidden_layer: Option<i64>,
     /// Runtime to write the graphs for
     #[arg(long, default_value = "portable", value_parser = PossibleValuesParser::new(Target::ALL.map(Target::name)))]
     target: String,
@@ -197,6 +212,7 @@ const SHOWN: usize = 10;
 fn export(args: ExportArgs, interrupted: &AtomicBool) -> Result<()> {
     let out = args.out.clone().context("the folder to make is missing")?;
     let export = Export {
+        task: task(&args)?,
         target: Target::ALL.into_iter().find(|target| target.name() == args.target).context("unknown target")?,
         dtype: match args.dtype {
             DTypeArg::Float32 => DType::Float32,
@@ -227,6 +243,31 @@ fn export(args: ExportArgs, interrupted: &AtomicBool) -> Result<()> {
         eprintln!("wrote {}: {parameters} parameters, {} bytes of weights", out.display(), weights.bytes);
     }
     Ok(())
+}
+
+fn hidden_layer(text: &str) -> Result<i64, String> {
+    if text == "last" { Ok(-1) } else { text.parse().map_err(|_| "expected a whole number or last".to_string()) }
+}
+
+fn task(args: &ExportArgs) -> Result<Option<Task>> {
+    let pooling = args.pooling.as_deref().and_then(|name| Pooling::ALL.into_iter().find(|known| known.name() == name));
+    let task = args.task.as_deref().and_then(|name| Task::all().into_iter().find(|known| known.name() == name));
+    if let Some(Task::FeatureExtraction(defaults)) = task {
+        return Ok(Some(Task::FeatureExtraction(Features {
+            pooling: pooling.unwrap_or(defaults.pooling),
+            normalize: args.normalize,
+            hidden_layer: args.hidden_layer.unwrap_or(defaults.hidden_layer),
+        })));
+    }
+    let given = [
+        ("--pooling", pooling.is_some()),
+        ("--normalize", args.normalize),
+        ("--hidden-layer", args.hidden_layer.is_some()),
+    ];
+    if let Some((flag, _)) = given.iter().find(|(_, given)| *given) {
+        bail!("{flag} needs --task feature-extraction");
+    }
+    Ok(task)
 }
 
 fn source(args: &ExportArgs) -> Result<Source> {

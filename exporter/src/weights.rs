@@ -7,6 +7,7 @@ use anyhow::{Context, Result, bail, ensure};
 use t5gemma_graphs::Vocabulary;
 use t5gemma_graphs::config::Config;
 use t5gemma_graphs::onnx::{Adjust, DType, Definition, Part};
+use t5gemma_graphs::task::Task;
 
 use crate::checkpoint::Checkpoint;
 
@@ -112,7 +113,7 @@ pub fn default_vocabulary(config: &Config) -> Vocabulary {
 ///
 /// # Errors
 /// All tensors that are missing or of another shape than the config asks for.
-pub fn check(weights: &[Weight], checkpoint: &Checkpoint) -> Result<Vec<String>> {
+pub fn check(weights: &[Weight], checkpoint: &Checkpoint, task: &Task) -> Result<Vec<String>> {
     let mut wrong = Vec::new();
     let mut used = BTreeSet::new();
     for part in weights.iter().flat_map(|weight| &weight.parts) {
@@ -141,7 +142,10 @@ pub fn check(weights: &[Weight], checkpoint: &Checkpoint) -> Result<Vec<String>>
     );
     // A stored head that equals the tied embedding is redundant, not left over.
     let redundant = |name: &str| name == HEAD && !used.contains(HEAD);
-    Ok(checkpoint.names().filter(|name| !used.contains(name) && !redundant(name)).map(str::to_string).collect())
+    // Whoever exports the encoder alone leaves the rest behind on purpose.
+    let left = |name: &str| matches!(task, Task::FeatureExtraction(_)) && !name.starts_with("model.encoder.");
+    let unused = checkpoint.names().filter(|name| !used.contains(name) && !redundant(name) && !left(name));
+    Ok(unused.map(str::to_string).collect())
 }
 
 /// A tensor that [`check`] has found.

@@ -129,7 +129,11 @@ pub fn growing<'g>(
             KeyValue { key: Value::concat(&[past.key, new.key], 2), value: Value::concat(&[past.value, new.value], 2) }
         }
     };
-    let visible = causal_mask(w.graph, &context.tokens, &present.key.dim(2), context.kind);
+    let causal = causal_mask(w.graph, &context.tokens, &present.key.dim(2), context.kind);
+    let visible = match context.target {
+        None => causal,
+        Some(target) => target & causal, // [batch, 1, 1, length, keys]
+    };
     (attend(query, present, visible, w), present)
 }
 
@@ -137,7 +141,12 @@ pub fn growing<'g>(
 /// beams of a source row lie along its query axis, so that keys and values are not repeated for them.
 pub fn cross<'g>(x: Value<'g>, context: &Context<'g>, source: KeyValue<'g>, w: &Weights<'g>) -> Value<'g> {
     let _scope = w.scope();
-    let shape = [&source.key.dim(0), &Dim::symbol(BEAMS).times(&context.tokens.length)];
+    let batch = source.key.dim(0);
+    let queries = match context.tokens.rows == batch {
+        true => context.tokens.length.clone(),
+        false => Dim::symbol(BEAMS).times(&context.tokens.length),
+    };
+    let shape = [&batch, &queries];
     let query = heads(x, shape, w.side.num_attention_heads, &w.at("q_proj"));
     attend(query, source, context.visible, w)
 }

@@ -19,6 +19,73 @@ pub struct Config {
     pub tie_word_embeddings: bool,
     /// Special token ids; `generation_config.json` has precedence over them.
     pub tokens: TokenIds,
+    /// The class that the checkpoint was saved from.
+    pub architecture: Architecture,
+    /// What only the classifiers have.
+    pub classifier: Option<Classifier>,
+}
+
+/// The class of transformers that a checkpoint was saved from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Architecture {
+    /// `T5GemmaForConditionalGeneration`, which is meant where none is named.
+    #[default]
+    ConditionalGeneration,
+    /// `T5GemmaModel`: both stacks without a head.
+    Model,
+    /// `T5GemmaEncoderModel`.
+    EncoderModel,
+    /// `T5GemmaForSequenceClassification`.
+    SequenceClassification,
+    /// `T5GemmaForTokenClassification`.
+    TokenClassification,
+}
+
+impl Architecture {
+    const ALL: [Architecture; 5] = [
+        Architecture::ConditionalGeneration,
+        Architecture::Model,
+        Architecture::EncoderModel,
+        Architecture::SequenceClassification,
+        Architecture::TokenClassification,
+    ];
+
+    /// The name of the class.
+    pub fn name(self) -> &'static str {
+        match self {
+            Architecture::ConditionalGeneration => "T5GemmaForConditionalGeneration",
+            Architecture::Model => "T5GemmaModel",
+            Architecture::EncoderModel => "T5GemmaEncoderModel",
+            Architecture::SequenceClassification => "T5GemmaForSequenceClassification",
+            Architecture::TokenClassification => "T5GemmaForTokenClassification",
+        }
+    }
+}
+
+/// What a classifier is besides its stacks.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Classifier {
+    /// Whether the decoder reads the source again and is what the labels are scored from; otherwise the encoder is.
+    pub is_encoder_decoder: bool,
+    /// The name of each label.
+    pub labels: Vec<String>,
+    /// What the scores of the labels mean.
+    pub problem_type: Option<ProblemType>,
+    /// The token put before the source that the decoder reads: its side's `bos_token_id`.
+    pub decoder_start: i64,
+    /// The tokens that the decoder does not see: its side's `pad_token_id`.
+    pub decoder_pad: i64,
+}
+
+/// What the scores of labels mean, as `problem_type` says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ProblemType {
+    /// Numbers to be predicted.
+    Regression,
+    /// Exactly one label holds.
+    SingleLabelClassification,
+    /// Each label holds or does not.
+    MultiLabelClassification,
 }
 
 /// The special token ids that `config.json` names.
@@ -124,14 +191,24 @@ impl Config {
             };
             return Err(top.error("model_type", "\"t5gemma\"", format!("{found:?}{hint}")));
         }
-        top.expect("architectures", "[\"T5GemmaForConditionalGeneration\"]", |value| {
-            value.as_array().is_some_and(|names| names.iter().all(|name| name == "T5GemmaForConditionalGeneration"))
-        })?;
-        top.expect("is_encoder_decoder", "true", |value| value == &Value::Bool(true))?;
+        let architecture = top.architecture()?;
+        let is_encoder_decoder = top.is_encoder_decoder(architecture)?;
 
         let encoder = top.side("encoder")?;
         let decoder = top.side("decoder")?;
+        let classifier = match architecture {
+            Architecture::SequenceClassification | Architecture::TokenClassification => Some(Classifier {
+                is_encoder_decoder,
+                labels: top.labels()?,
+                problem_type: top.problem_type()?,
+                decoder_start: decoder.bos.unwrap_or(2),
+                decoder_pad: decoder.pad.unwrap_or(0),
+            }),
+            _ => None,
+        };
         let config = Config {
+            architecture,
+            classifier,
             tie_word_embeddings: top.boolean("tie_word_embeddings")?.unwrap_or(true),
             tokens: TokenIds {
                 bos: top.token("bos_token_id")?.or(decoder.bos).or(Some(2)),
@@ -176,6 +253,8 @@ const IGNORED: &[&str] = &[
 const MOST_LAYERS: usize = 4096;
 /// See [`MOST_LAYERS`]; the rotary frequencies of a head are written into the graph.
 const MOST_HEAD_DIM: usize = 65536;
+/// See [`MOST_LAYERS`]; each label has a name.
+const MOST_LABELS: usize = 65536;
 
 /// A side with the token ids that transformers 5 repeats in it.
 struct ParsedSide {
@@ -310,6 +389,56 @@ impl Fields {
         Ok(ParsedSide { side, bos, eos, pad })
     }
 
+    fn architecture(&mut self) -> Result<Architecture, ConfigError> {
+        let names = Architecture::ALL.map(|known| format!("[{:?}]", known.name()));
+        let read = |value: &Value| {
+            let names = value.as_array()?;
+            let known = |name: &Value| Architecture::ALL.into_iter().find(|known| name == known.name());
+            let first = names.first().map_or(Some(Architecture::default()), known)?;
+            names.iter().all(|name| name == first.name()).then_some(first)
+        };
+        Ok(self.take("architectures", &names.join(" or "), read)?.unwrap_or_default())
+    }
+
+    fn is_encoder_decoder(&mut self, architecture: Architecture) -> Result<bool, ConfigError> {
+        let given = self.boolean("is_encoder_decoder")?;
+        match (architecture, given) {
+            (Architecture::ConditionalGeneration | Architecture::Model, Some(false)) => {
+                Err(self.error("is_encoder_decoder", format!("true for {}", architecture.name()), "false"))
+            }
+            (_, given) => Ok(given.unwrap_or(true)),
+        }
+    }
+
+    /// The names of a classifier's labels: those of `id2label`, or transformers' own for `num_labels`, or for two.
+    fn labels(&mut self) -> Result<Vec<String>, ConfigError> {
+        let number = self.whole_up_to(MOST_LABELS, "num_labels")?;
+        let named = self.take("id2label", "an object with a name for each label from \"0\" on", |value| {
+            let names = value.as_object().filter(|names| !names.is_empty())?;
+            (0..names.len())
+                .map(|id| Some(names.get(&id.to_string())?.as_str()?.to_string()))
+                .collect::<Option<Vec<_>>>()
+        })?;
+        match (named, number) {
+            (Some(named), Some(number)) if named.len() != number => {
+                let expected = format!("{} as id2label has, or none", named.len());
+                Err(self.error("num_labels", expected, number.to_string()))
+            }
+            (Some(named), _) => Ok(named),
+            (None, number) => Ok((0..number.unwrap_or(2)).map(|id| format!("LABEL_{id}")).collect()),
+        }
+    }
+
+    fn problem_type(&mut self) -> Result<Option<ProblemType>, ConfigError> {
+        let expected = "\"regression\", \"single_label_classification\" or \"multi_label_classification\"";
+        self.take("problem_type", expected, |value| match value.as_str()? {
+            "regression" => Some(ProblemType::Regression),
+            "single_label_classification" => Some(ProblemType::SingleLabelClassification),
+            "multi_label_classification" => Some(ProblemType::MultiLabelClassification),
+            _ => None,
+        })
+    }
+
     fn rope_theta(&mut self) -> Result<f64, ConfigError> {
         let flat = self.positive("rope_theta")?;
         self.expect("rope_scaling", "null (no scaling)", |_| false)?;
@@ -415,6 +544,8 @@ mod tests {
             ("/decoder/num_hidden_layers", json!(2_147_483_647), "decoder.num_hidden_layers"),
             ("/encoder/qk_norm", json!(true), "encoder.qk_norm"),
             ("/is_encoder_decoder", json!(false), "is_encoder_decoder"),
+            ("/architectures", json!(["T5Model"]), "architectures"),
+            ("/architectures", json!(["T5GemmaEncoderModel", "T5GemmaModel"]), "architectures"),
             ("/encoder", json!([]), "encoder"),
         ];
         for (pointer, value, field) in cases {
@@ -424,6 +555,35 @@ mod tests {
             let error = Config::parse(&json.to_string()).expect_err(field);
             assert_eq!(error.field, field, "{error}");
         }
+    }
+
+    #[test]
+    fn classifiers_name_their_labels() {
+        let classifier = |changes: Value| {
+            let mut json = minimal();
+            json["architectures"] = json!(["T5GemmaForSequenceClassification"]);
+            json.as_object_mut().expect("an object").extend(changes.as_object().expect("an object").clone());
+            Config::parse(&json.to_string()).map(|config| config.classifier.expect("a classifier").labels)
+        };
+        for (changes, labels) in [
+            (json!({}), vec!["LABEL_0", "LABEL_1"]),
+            (json!({"num_labels": 3}), vec!["LABEL_0", "LABEL_1", "LABEL_2"]),
+            (json!({"id2label": {"1": "no", "0": "yes"}}), vec!["yes", "no"]),
+        ] {
+            assert_eq!(classifier(changes).expect("well-formed"), labels);
+        }
+        for (changes, field) in [
+            (json!({"id2label": {"1": "no"}}), "id2label"),
+            (json!({"id2label": {}}), "id2label"),
+            (json!({"id2label": {"0": "no"}, "num_labels": 2}), "num_labels"),
+            (json!({"num_labels": 1_000_000}), "num_labels"),
+            (json!({"problem_type": "riddle"}), "problem_type"),
+        ] {
+            assert_eq!(classifier(changes).expect_err(field).field, field);
+        }
+        let mut json = minimal();
+        json["id2label"] = json!(7);
+        Config::parse(&json.to_string()).expect("labels mean nothing to a generating model");
     }
 
     #[test]

@@ -18,6 +18,8 @@ pub struct Context<'g> {
     pub tokens: Tokens<'g>,
     /// Which source tokens they see: bool `[batch, 1, 1, 1, source]`.
     pub visible: Value<'g>,
+    /// Which of them are seen at all, bool `[batch, 1, 1, 1, target]`; nothing where there is no padding.
+    pub target: Option<Value<'g>>,
     /// What their self-attention sees.
     pub kind: LayerType,
     /// How their keys and values pass to the next step.

@@ -23,7 +23,7 @@ pub fn decoder_init(config: &Config, options: &Options) -> Definition {
     for (i, &kind) in config.decoder.layers.iter().enumerate() {
         let w = w.at(&format!("layers.{i}"));
         let source = cross_key_value(hidden, &w.at("cross_attn"));
-        let context = Context { tokens: tokens.clone(), visible, kind, cache };
+        let context = Context { tokens: tokens.clone(), visible, target: None, kind, cache };
         let (y, own) = layer(x, &context, Memory { past: None, source }, &w);
         presents.extend([own.key, own.value, source.key, source.value]);
         x = y;

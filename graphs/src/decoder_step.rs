@@ -33,7 +33,7 @@ pub fn decoder_step(config: &Config, options: &Options) -> Definition {
         let past = Some(KeyValue { key: cached[0], value: cached[1] });
         let source = KeyValue { key: cached[2], value: cached[3] };
         let w = w.at(&format!("layers.{i}"));
-        let context = Context { tokens: tokens.clone(), visible, kind, cache };
+        let context = Context { tokens: tokens.clone(), visible, target: None, kind, cache };
         let (y, own) = layer(x, &context, Memory { past, source }, &w);
         presents.extend([own.key, own.value]);
         x = y;

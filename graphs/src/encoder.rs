@@ -13,19 +13,46 @@ pub fn encoder(config: &Config, options: &Options) -> Definition {
     let [ids, mask] = interface::inputs(&graph, &ports);
 
     let w = Weights::root(&graph, &config.encoder, options).at("model.encoder");
-    let tokens = Tokens::from(&graph, ids, None);
-    let padding = padding_mask(mask);
-    let mut x = embedding(ids, &w.at("embed_tokens.weight"));
-    for (i, &kind) in config.encoder.layers.iter().enumerate() {
-        let visible = match window_mask(&tokens, kind, options.encoder_window) {
-            Some(window) => padding & window, // [batch, 1, 1, source, source]
-            None => padding,
-        };
-        x = layer(x, &tokens, visible, &w.at(&format!("layers.{i}")));
-    }
-    let hidden = rms_norm(x, &w.at("norm")).cast(w.dtype());
+    let hidden = states(&Source::of(&graph, ids, mask), config.encoder.layers.len(), config, options, &w);
     interface::outputs(&graph, &ports, [hidden.reshape(&ports.outputs[0].shape)].into_iter());
     graph.finish("encoder")
+}
+
+/// What the encoder reads.
+pub struct Source<'g> {
+    /// int64 `[batch, source]`
+    pub ids: Value<'g>,
+    pub tokens: Tokens<'g>,
+    /// Which of the tokens take part: bool `[batch, 1, 1, 1, source]`.
+    pub visible: Value<'g>,
+}
+
+impl<'g> Source<'g> {
+    pub fn of(graph: &'g Graph, ids: Value<'g>, mask: Value<'g>) -> Source<'g> {
+        Source { ids, tokens: Tokens::from(graph, ids, None), visible: padding_mask(mask) }
+    }
+}
+
+/// What the first `layers` layers return, `[batch·source, hidden]`; behind the last of all, normed.
+pub fn states<'g>(
+    source: &Source<'g>,
+    layers: usize,
+    config: &Config,
+    options: &Options,
+    w: &Weights<'g>,
+) -> Value<'g> {
+    let mut x = embedding(source.ids, &w.at("embed_tokens.weight"));
+    for (i, &kind) in config.encoder.layers[..layers].iter().enumerate() {
+        let visible = match window_mask(&source.tokens, kind, options.encoder_window) {
+            Some(window) => source.visible & window, // [batch, 1, 1, source, source]
+            None => source.visible,
+        };
+        x = layer(x, &source.tokens, visible, &w.at(&format!("layers.{i}")));
+    }
+    match layers == config.encoder.layers.len() {
+        true => rms_norm(x, &w.at("norm")).cast(w.dtype()),
+        false => x.cast(w.dtype()),
+    }
 }
 
 /// h = x + norm(attention(norm(x)))

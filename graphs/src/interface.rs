@@ -7,6 +7,7 @@ pub use crate::onnx::{DType, Dim};
 
 use crate::config::Config;
 use crate::onnx::{Graph, Value};
+use crate::task::{Pooling, Task};
 
 /// File name of the graph from source tokens to hidden states.
 pub const ENCODER: &str = "encoder_model.onnx";
@@ -14,6 +15,8 @@ pub const ENCODER: &str = "encoder_model.onnx";
 pub const DECODER: &str = "decoder_model.onnx";
 /// File name of the graph of the cached decoder steps.
 pub const DECODER_WITH_PAST: &str = "decoder_with_past_model.onnx";
+/// File name of the only graph of a model that does not generate.
+pub const MODEL: &str = "model.onnx";
 /// File name of the weights under all three graphs.
 pub const WEIGHTS: &str = "model.onnx_data";
 
@@ -170,6 +173,58 @@ impl Interface {
                     .collect(),
             },
         }
+    }
+}
+
+/// One graph of a model folder.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Part {
+    /// Its name in the manifest.
+    pub name: &'static str,
+    /// Its file.
+    pub file: &'static str,
+    /// Its inputs and outputs.
+    pub ports: Ports,
+}
+
+/// The graphs of a model for `task`, in the order in which they are run.
+pub fn parts(config: &Config, dtype: DType, logits: Logits, cache: CacheLayout, task: &Task) -> Vec<Part> {
+    if !task.is_generation() {
+        return vec![Part { name: "model", file: MODEL, ports: model(config, dtype, task) }];
+    }
+    let Interface { encoder, decoder, decoder_with_past } = Interface::of(config, dtype, logits, cache);
+    vec![
+        Part { name: "encoder", file: ENCODER, ports: encoder },
+        Part { name: "decoder", file: DECODER, ports: decoder },
+        Part { name: "decoder_with_past", file: DECODER_WITH_PAST, ports: decoder_with_past },
+    ]
+}
+
+/// The ports of the only graph of a model that does not generate.
+pub(crate) fn model(config: &Config, dtype: DType, task: &Task) -> Ports {
+    let (batch, source) = (Dim::symbol(BATCH), Dim::symbol(SOURCE));
+    let port = |name: &str, dtype, shape: &[&Dim]| Port {
+        name: name.to_string(),
+        dtype,
+        shape: shape.iter().map(|&dim| dim.clone()).collect(),
+    };
+    let hidden = Dim::fixed(config.encoder.hidden_size);
+    let labels = Dim::fixed(config.classifier.as_ref().map_or(0, |classifier| classifier.labels.len()));
+    let output = match task {
+        Task::FeatureExtraction(features) if features.pooling != Pooling::None => {
+            port("sentence_embedding", DType::Float32, &[&batch, &hidden])
+        }
+        Task::FeatureExtraction(features) => {
+            let layers = features.layers(config).filter(|&layers| layers < config.encoder.layers.len());
+            let name = layers.map_or("last_hidden_state".into(), |layers| format!("hidden_states.{layers}"));
+            port(&name, dtype, &[&batch, &source, &hidden])
+        }
+        Task::TokenClassification => port("logits", DType::Float32, &[&batch, &source, &labels]),
+        Task::TextClassification | Task::Text2TextGeneration => port("logits", DType::Float32, &[&batch, &labels]),
+    };
+    Ports {
+        inputs: ["input_ids", "attention_mask"].map(|name| port(name, DType::Int64, &[&batch, &source])).to_vec(),
+        outputs: vec![output],
     }
 }
 

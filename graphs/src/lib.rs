@@ -7,6 +7,8 @@
 //! | [`decoder_init`] | first target tokens, hidden states, mask | logits; keys and values of the target and of the source |
 //! | [`decoder_step`] | next target tokens, the keys and values so far, mask | logits; the target's keys and values |
 //!
+//! Models for other tasks (see [`task`]) have a single graph: the encoder with a pooling, or with a classifier's head.
+//!
 //! Read [`config`] (the model's shape) and [`interface`] (the names at the borders) first, then `encoder.rs`, `decoder.rs`,
 //! `attention.rs` and `nn.rs` for the equations, `lower.rs` for how a composite operator is written for a target, and
 //! [`onnx`] for the builder beneath. The equations are those of the T5Gemma implementation in transformers 5.23 with eager
@@ -16,12 +18,16 @@ pub mod config;
 pub mod interface;
 pub mod manifest;
 pub mod quantization;
+pub mod task;
 
 mod encoder;
 
 mod decoder;
 mod decoder_init;
 mod decoder_step;
+
+mod classifier;
+mod features;
 
 mod attention;
 mod nn;
@@ -37,11 +43,15 @@ pub use lower::Target;
 use config::Config;
 use interface::{DType, Interface, Logits};
 use manifest::EncoderWindow;
+use onnx::Definition;
 use quantization::Quantization;
+use task::Task;
 
 /// Everything that decides the graphs besides the weights' numbers.
 #[derive(Clone, Debug)]
 pub struct Options {
+    /// What the graphs are for.
+    pub task: Task,
     /// The runtime that the composite operators are written for.
     pub target: Target,
     /// Type of weights, activations and caches.
@@ -63,6 +73,17 @@ pub struct Vocabulary {
     pub embedding: String,
     /// `[vocab_size, hidden_size]`, multiplied with the last hidden state.
     pub head: String,
+}
+
+/// The graphs of the options' task, in the order of [`interface::parts`].
+pub fn definitions(config: &Config, options: &Options) -> Vec<Definition> {
+    match &options.task {
+        Task::Text2TextGeneration => {
+            vec![encoder(config, options), decoder_init(config, options), decoder_step(config, options)]
+        }
+        Task::FeatureExtraction(wanted) => vec![features::features(config, options, wanted)],
+        Task::TextClassification | Task::TokenClassification => vec![classifier::classifier(config, options)],
+    }
 }
 
 impl Options {

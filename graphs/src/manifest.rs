@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::interface::{CacheLayout, DType, Logits, Ports};
 use crate::quantization::Quantization;
+use crate::task::Task;
 
 /// The name of the file, beside the graphs.
 pub const MANIFEST: &str = "manifest.json";
@@ -29,6 +30,9 @@ pub struct Manifest {
     pub format_version: u32,
     /// Name and version of the program that wrote the folder.
     pub exporter: String,
+    /// What the graphs are for; left out where that is generation.
+    #[serde(default, skip_serializing_if = "Task::is_generation")]
+    pub task: Task,
     /// The lowering of the graphs: `portable`, …
     pub target: String,
     /// Type of weights, activations and caches.
@@ -49,7 +53,7 @@ pub struct Manifest {
     pub parameters: u64,
     /// Where the weights came from.
     pub source: Source,
-    /// The graphs, under `encoder`, `decoder` and `decoder_with_past`.
+    /// The graphs: `encoder`, `decoder` and `decoder_with_past`, or for tasks other than generation one `model`.
     pub graphs: BTreeMap<String, GraphRecord>,
     /// The file of weights under all graphs.
     pub weights: WeightsRecord,

@@ -24,7 +24,10 @@ impl Quantization {
         if self.exclude.iter().any(|pattern| matches(pattern, name)) {
             return None;
         }
-        if name.starts_with("model.encoder.") {
+        // A classifier's head is a row for each label: nothing to save, and what decides the answer.
+        if name.starts_with("score.") {
+            None
+        } else if name.starts_with("model.encoder.") {
             self.encoder
         } else if name.starts_with("model.decoder.layers.") {
             self.decoder
@@ -90,5 +93,7 @@ mod tests {
         assert_eq!(quantization.of("model.decoder.layers.1.mlp.up_proj.weight"), blocks(4));
         assert_eq!(quantization.of("model.decoder.layers.0.mlp.up_proj.weight"), None);
         assert_eq!(quantization.of("model.decoder.embed_tokens.weight"), None);
+        let quantization = Quantization { head: blocks(8), ..quantization };
+        assert_eq!(quantization.of("score.out_proj.weight"), None);
     }
 }

@@ -9,10 +9,11 @@ use std::path::{Path, PathBuf};
 use memmap2::Mmap;
 use sha2::{Digest, Sha256};
 use t5gemma_graphs::config::Config;
-use t5gemma_graphs::interface::{Dim, Interface, Port};
+use t5gemma_graphs::interface::{self, Dim, Part, Port};
 use t5gemma_graphs::manifest::{
     FORMAT, FORMAT_VERSION, FileRecord, GraphRecord, MANIFEST, Manifest, SAMPLE_BLOCK, TensorRecord, sample_offsets,
 };
+use t5gemma_graphs::task::Task;
 
 use crate::error::Error;
 
@@ -33,9 +34,6 @@ pub(crate) struct Folder {
     pub weights: Mmap,
 }
 
-/// The graphs of a model folder under their names in the manifest.
-pub(crate) const GRAPHS: [&str; 3] = ["encoder", "decoder", "decoder_with_past"];
-
 impl Folder {
     /// Reads and checks a model folder. The weights are compared by samples, or in full if they are small or
     /// `check_weights` is set.
@@ -43,11 +41,6 @@ impl Folder {
         let manifest = read_manifest(path)?;
         let weights = &manifest.weights;
 
-        for graph in GRAPHS {
-            if !manifest.graphs.contains_key(graph) {
-                return Err(mismatch(path.join(MANIFEST), "graphs", graph, "no such graph"));
-            }
-        }
         for (file, record) in manifest.graphs.values().map(|graph| (&graph.file, &graph.record)).chain(&manifest.files)
         {
             check_file(path, file, record)?;
@@ -71,6 +64,7 @@ impl Folder {
         let config_path = path.join("config.json");
         let config =
             Config::parse(&read_text(&config_path)?).map_err(|error| Error::Config { path: config_path, error })?;
+        check_task(&path.join(MANIFEST), &manifest, &config)?;
         check_ports(&path.join(MANIFEST), &manifest, &config)?;
         let generation_config = match manifest.files.contains_key("generation_config.json") {
             true => Some(read_text(&path.join("generation_config.json"))?),
@@ -84,7 +78,7 @@ impl Folder {
         &self.weights[tensor.offset as usize..][..tensor.bytes as usize]
     }
 
-    /// One of [`GRAPHS`].
+    /// A graph by its name in [`interface::parts`], all of which opening has found.
     pub fn graph(&self, name: &str) -> &GraphRecord {
         &self.manifest.graphs[name]
     }
@@ -172,12 +166,31 @@ fn sampled(bytes: &[u8]) -> String {
     hex::encode(hash.finalize())
 }
 
+/// Checks that the configuration is one for the task.
+fn check_task(manifest_path: &Path, manifest: &Manifest, config: &Config) -> Result<(), Error> {
+    let task = &manifest.task;
+    if !task.suits(config) {
+        let expected = Task::of(config).name().to_string() + " as config.json's architectures imply";
+        return Err(mismatch(manifest_path.to_path_buf(), "task", expected, task.name()));
+    }
+    match task {
+        Task::FeatureExtraction(features) if features.hidden_layer < 0 || features.layers(config).is_none() => {
+            let (expected, found) =
+                (format!("0 to {}", config.encoder.layers.len()), features.hidden_layer.to_string());
+            Err(mismatch(manifest_path.to_path_buf(), "task.hidden_layer", expected, found))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Checks that the manifest describes the inputs and outputs that the configuration implies.
 fn check_ports(manifest_path: &Path, manifest: &Manifest, config: &Config) -> Result<(), Error> {
-    let interface = Interface::of(config, manifest.dtype, manifest.logits, manifest.cache);
-    let graphs = [&interface.encoder, &interface.decoder, &interface.decoder_with_past];
-    for (graph, expected) in GRAPHS.into_iter().zip(graphs) {
-        let found = &manifest.graphs[graph].ports;
+    for Part { name: graph, ports: expected, .. } in
+        interface::parts(config, manifest.dtype, manifest.logits, manifest.cache, &manifest.task)
+    {
+        let Some(GraphRecord { ports: found, .. }) = manifest.graphs.get(graph) else {
+            return Err(mismatch(manifest_path.to_path_buf(), "graphs", graph, "no such graph"));
+        };
         for (side, expected, found) in
             [("inputs", &expected.inputs, &found.inputs), ("outputs", &expected.outputs, &found.outputs)]
         {
@@ -278,6 +291,7 @@ mod tests {
             format: FORMAT.into(),
             format_version: FORMAT_VERSION,
             exporter: String::new(),
+            task: Task::default(),
             target: String::new(),
             dtype: DType::Float32,
             opset: 21,

@@ -16,11 +16,13 @@
 //! ```
 //!
 //! The modules in reading order: `generate` is the loop; `search` and `scores` decide on tokens from numbers alone;
-//! `constraint` limits what they may decide;
-//! `model` and `state` hold everything that is ONNX Runtime's; `folder` and `onnxruntime` are what opening checks first.
+//! `constraint` limits what they may decide; `model`, `state` and `kernels` hold everything that is ONNX Runtime's, `encoder`
+//! and `classify` what models do besides generating; `folder` and `onnxruntime` are what opening checks first.
 
 pub mod onnxruntime;
 
+mod classify;
+mod encoder;
 mod folder;
 mod kernels;
 mod model;
@@ -44,12 +46,15 @@ pub mod verify;
 mod error;
 
 pub use batch::Batch;
+pub use classify::ScoreFunction;
 pub use constraint::{Constraints, PrefixAllowedTokens, Sequence};
 pub use draws::Draws;
+pub use encoder::Encoder;
 pub use error::Error;
 pub use generate::Watch;
 pub use logprobs::Logprobs;
 pub use model::{Cancellation, Model, OpenOptions};
 pub use options::{GenerationOptions, LogitsProcessor, OptionError, Position};
 pub use search::{FinishReason, Hypothesis};
+pub use t5gemma_graphs::task::{Features, Pooling, Task};
 pub use tokenizer::{SpecialTokens, TextStream, Tokenizer};

@@ -26,6 +26,7 @@ use t5gemma_graphs::manifest::{Manifest, TensorRecord};
 
 use crate::batch::{Batch, Prompts};
 use crate::constraint::Vocabulary;
+use crate::encoder::other_task;
 use crate::error::Error;
 use crate::folder::Folder;
 use crate::generate::{self, Watch};
@@ -126,10 +127,11 @@ impl Model {
     /// is not implemented; graphs whose inputs and outputs are not those of the configuration; an element type that this
     /// machine cannot compute with.
     pub fn open_with(path: impl AsRef<Path>, options: &OpenOptions) -> Result<Model, Error> {
-        if let Some(threads) = options.threads.filter(|threads| !(1..=MOST_THREADS).contains(threads)) {
-            return Err(Error::input("threads", format!("1 to {MOST_THREADS}"), threads.to_string()));
-        }
+        check_threads(options)?;
         let folder = Folder::open(path.as_ref(), options.check_weights)?;
+        if !folder.manifest.task.is_generation() {
+            return Err(other_task(&folder.path, &folder.manifest.task, "text2text-generation, to be generated with"));
+        }
         let defaults = GenerationOptions::of_model(folder.generation_config.as_deref(), &folder.config.tokens)
             .map_err(|error| Error::GenerationConfig { path: folder.path.join("generation_config.json"), error })?;
         let environment = onnxruntime::initialise(options.library.as_deref())?;
@@ -332,8 +334,16 @@ impl Cancellation {
     }
 }
 
+/// Refuses options that no machine can have.
+pub(crate) fn check_threads(options: &OpenOptions) -> Result<(), Error> {
+    match options.threads.filter(|threads| !(1..=MOST_THREADS).contains(threads)) {
+        Some(threads) => Err(Error::input("threads", format!("1 to {MOST_THREADS}"), threads.to_string())),
+        None => Ok(()),
+    }
+}
+
 /// Runs a session and returns its outputs in order.
-fn run(
+pub(crate) fn run(
     session: &Mutex<Session>,
     during: &'static str,
     inputs: &[SessionInputValue],
@@ -348,13 +358,13 @@ fn run(
     }
 }
 
-fn int64_tensor(rows: usize, values: Vec<i64>) -> Result<DynValue, Error> {
+pub(crate) fn int64_tensor(rows: usize, values: Vec<i64>) -> Result<DynValue, Error> {
     let shape = [rows, values.len() / rows];
     let tensor = Tensor::from_array((shape, values)).map_err(Error::onnxruntime("preparing a run"))?;
     Ok(tensor.into_dyn())
 }
 
-fn float32_values(value: &DynValue) -> ort::Result<Vec<f32>> {
+pub(crate) fn float32_values(value: &DynValue) -> ort::Result<Vec<f32>> {
     Ok(match value.data_type() {
         TensorElementType::Float16 => value.try_extract_tensor::<f16>()?.1.iter().map(|x| x.to_f32()).collect(),
         TensorElementType::Bfloat16 => value.try_extract_tensor::<bf16>()?.1.iter().map(|x| x.to_f32()).collect(),
@@ -369,7 +379,7 @@ fn per_item(interface: &Interface) -> Vec<bool> {
 }
 
 /// Every tensor of the weights file as a value over the mapped bytes.
-fn initializers(folder: &Folder) -> ort::Result<HashMap<&str, Arc<DynValue>>> {
+pub(crate) fn initializers(folder: &Folder) -> ort::Result<HashMap<&str, Arc<DynValue>>> {
     let memory = MemoryInfo::default();
     let tensors = folder.manifest.weights.tensors.iter();
     tensors
@@ -418,7 +428,7 @@ fn element_type(dtype: DType) -> TensorElementType {
 }
 
 /// Opens one graph over the shared weights and holds it to its ports.
-fn open_session(
+pub(crate) fn open_session(
     environment: &Environment,
     folder: &Folder,
     graph: &str,

@@ -118,6 +118,11 @@ impl Tokenizer {
         Ok(texts)
     }
 
+    /// The piece of the vocabulary that an id stands for, if it has one.
+    pub fn token(&self, id: i64) -> Option<String> {
+        self.inner.id_to_token(u32::try_from(id).ok()?)
+    }
+
     /// A decoder that is given tokens one by one.
     pub fn stream(&self, special: SpecialTokens) -> TextStream<'_> {
         TextStream { tokenizer: self, special, ids: Vec::new(), sent: 0 }

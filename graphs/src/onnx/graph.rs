@@ -468,6 +468,11 @@ impl Drop for Scope<'_> {
 }
 
 impl<'g> Value<'g> {
+    /// The graph it is part of.
+    pub fn graph(self) -> &'g Graph {
+        self.graph
+    }
+
     /// The element type.
     pub fn dtype(self) -> DType {
         self.graph.state.borrow().values[self.id].dtype

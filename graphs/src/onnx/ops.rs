@@ -1,5 +1,7 @@
 //! The standard ONNX operators that model definitions use, each with its rule for dtypes and shapes.
 
+mod select;
+
 use std::ops::{Add, BitAnd, Div, Mul, Neg, Sub};
 
 use super::graph::{Attribute, Data, Graph, Value};
@@ -346,6 +348,15 @@ impl<'g> Sub<f64> for Value<'g> {
     #[track_caller]
     fn sub(self, other: f64) -> Value<'g> {
         self.binary("Sub", self.graph.number(self.dtype(), other), self.dtype())
+    }
+}
+
+impl<'g> Sub for Value<'g> {
+    type Output = Value<'g>;
+
+    #[track_caller]
+    fn sub(self, other: Value<'g>) -> Value<'g> {
+        self.binary("Sub", other, self.dtype())
     }
 }
 

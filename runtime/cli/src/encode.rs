@@ -1,23 +1,31 @@
-//! `t5gemma encode`: encoder hidden states into a file.
+//! `t5gemma encode`: encoder hidden states, or one vector for each text, into a file.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
-use ndarray::Array3;
-use t5gemma_runtime::{Cancellation, Model};
+use clap::ValueEnum;
+use clap::builder::PossibleValuesParser;
+use ndarray::{Array2, ArrayD, Axis, s};
+use t5gemma_runtime::{Cancellation, Encoder, Error, Pooling};
 
 use crate::progress::counter;
-use crate::requests::{self, Kind, Lines, Refused, Request};
-use crate::tensors::{Aside, write_npy, write_safetensors};
+use crate::requests::{self, Kind, Refused, Request, Requests};
+use crate::tensors::{Aside, Numbers, write_npy, write_safetensors};
 use crate::{Opening, Outcome};
 
-/// Writes the encoder's last hidden states of texts: those given, or each line of stdin
+/// Writes the encoder's hidden states of texts, or one vector for each: those given, or each line of stdin
 ///
-/// One tensor for each text or request, named {id}.last_hidden_state, float32 [rows, source tokens, hidden size]; a text's
-/// id is its number from 0. Rows of a request keep its padding, whose states mean nothing. With --jsonl, each line of stdin
-/// is a request {"id"?, "text" | "input_ids", "attention_mask"?}, and blank lines are passed over. A request that fails is
-/// told on stderr and left out.
+/// A .safetensors file has for each text or request {id}.last_hidden_state, float32 [rows, source tokens, hidden size]
+/// ({id}.hidden_states.N from a model exported with --hidden-layer N), with {id}.attention_mask and {id}.input_ids; pooled,
+/// {id}.sentence_embedding, float32 [rows, hidden size]. A text's id is its number from 0. Rows of a request keep its
+/// padding, whose states mean nothing. A .npy file has the rows of all texts one after the other, where they are equally
+/// long: pooled, padded to --max-length, or of a single request; unless pooled, their mask is written beside it as
+/// NAME.attention_mask.npy.
+///
+/// With --jsonl, each line of stdin is a request {"id"?, "text" | "input_ids", "attention_mask"?}, and blank lines are passed
+/// over. A request that fails is told on stderr and left out; a .npy file, whose rows are known by their place, is then not
+/// written. Any model folder will do, one that generates or one of the task feature-extraction.
 #[derive(clap::Args)]
 pub struct Arguments {
     #[command(flatten)]
@@ -27,9 +35,34 @@ pub struct Arguments {
     /// Read requests as JSON lines
     #[arg(long, conflicts_with = "texts")]
     jsonl: bool,
-    /// File to write: .safetensors, or .npy for a single text or request
+    /// File to write: .safetensors or .npy
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
+    /// One vector for each source, by its tokens' states: their mean, that of the first or the last [default: the model's]
+    #[arg(long, value_name = "HOW", value_parser = PossibleValuesParser::new(Pooling::ALL.map(Pooling::name)))]
+    pooling: Option<String>,
+    /// Divide pooled vectors by their length
+    #[arg(long)]
+    normalize: bool,
+    /// Longest source, in tokens; a longer one fails unless --truncation is given
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    max_length: Option<u32>,
+    /// Cut longer sources to --max-length, on the right
+    #[arg(long, requires = "max_length")]
+    truncation: bool,
+    /// Pad the sources of a request to the longest of them, or every source to --max-length
+    #[arg(long, value_name = "TO", value_enum, default_value = "longest")]
+    padding: Padding,
+    /// Most source rows to run at a time
+    #[arg(long, value_name = "ROWS", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
+    batch_size: u32,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Padding {
+    Longest,
+    #[value(name = "max_length")]
+    MaxLength,
 }
 
 /// Runs the command.
@@ -40,69 +73,197 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
         Some("safetensors") => false,
         _ => bail!("{}: expected a name that ends in .safetensors or .npy", arguments.output.display()),
     };
+    ensure!(
+        arguments.padding == Padding::Longest || arguments.max_length.is_some(),
+        "--padding max_length needs --max-length N"
+    );
     // A place that cannot be written is told before anything is computed.
     let file = Aside::create(&arguments.output)?;
-    let model = arguments.opening.open()?;
+    let encoder = arguments.opening.open_encoder()?;
+    let own = encoder.features()?;
+    let wanted = arguments.pooling.as_deref();
+    let pooling = Pooling::ALL.into_iter().find(|known| Some(known.name()) == wanted).unwrap_or(own.pooling);
+    ensure!(
+        pooling != Pooling::None || !arguments.normalize,
+        "--normalize needs --pooling mean, first or last (a model exported with --normalize divides every token's states)"
+    );
+    let encoding = Encoding { encoder: &encoder, cancel, arguments: &arguments, pooling };
+
     let mut outcome = Outcome::Done;
-    let mut tensors = BTreeMap::new();
+    let mut encoded: Vec<Encoded> = Vec::new();
+    let mut ids = std::collections::BTreeSet::new();
     let done = counter("encoded", false);
-    let mut encode = |request: Result<Request, Refused>| -> Result<()> {
-        let states = request.map_err(|refused| (refused.id, refused.reason)).and_then(|request| {
-            let name =
-                format!("{}.last_hidden_state", request.id.as_str().map_or(request.id.to_string(), str::to_string));
-            if tensors.contains_key(&name) {
-                return Err((request.id, "the same id was given before".to_string()));
+    let mut read = Requests::open(&arguments.texts, arguments.jsonl, Kind::Encode, &encoder);
+    loop {
+        let group = read.next_group(arguments.batch_size as usize, cancel)?;
+        if group.is_empty() {
+            break;
+        }
+        let group = group.into_iter().map(|request| {
+            let mut request = request?;
+            match encoding.fit(&mut request) {
+                _ if !ids.insert(name(&request)) => Err((request, "the same id was given before".to_string())),
+                Err(error) => Err((request, error.to_string())),
+                Ok(()) => return Ok(request),
             }
-            match states(&model, &request, cancel) {
-                Ok(states) => Ok((name, states)),
-                Err(error) => Err((request.id, error.to_string())),
-            }
+            .map_err(|(request, reason)| Refused { id: request.id, reason })
         });
-        if cancel.is_cancelled() {
-            return Err(t5gemma_runtime::Error::Cancelled.into());
-        }
-        match states {
-            Ok((name, states)) => {
-                tensors.insert(name, states);
-                done.inc(1);
+        for answer in encoding.answers(group.collect())? {
+            match answer {
+                Ok(one) => {
+                    encoded.push(one);
+                    done.inc(1);
+                }
+                Err(refused) => {
+                    done.suspend(|| eprintln!("t5gemma: request {}: {}", refused.id, refused.reason));
+                    outcome = Outcome::SomeFailed;
+                }
             }
-            Err((id, reason)) => {
-                done.suspend(|| eprintln!("t5gemma: request {id}: {reason}"));
-                outcome = Outcome::SomeFailed;
-            }
-        }
-        Ok(())
-    };
-    if arguments.texts.is_empty() {
-        let (mut lines, read) = match arguments.jsonl {
-            true => (Lines::requests(), Request::parse as Read),
-            false => (Lines::texts(), Request::of_text as Read),
-        };
-        while let Some((number, line)) = lines.next(cancel)? {
-            encode(read(&line, number, Kind::Encode, &model))?;
-        }
-    } else {
-        for (number, text) in arguments.texts.iter().enumerate() {
-            encode(Request::of_text(text.as_bytes(), number, Kind::Encode, &model))?;
         }
     }
-    if npy {
-        ensure!(
-            tensors.len() == 1,
-            "a .npy file holds one tensor, and there are {}: write .safetensors",
-            tensors.len()
-        );
-        let only = tensors.values().next().context("there is one tensor")?;
-        write_npy(file, only)?;
-    } else {
-        write_safetensors(file, tensors)?;
+    let output = output_name(&encoder, pooling);
+    if !npy {
+        write_safetensors(file, named(encoded, &output))?;
+        return Ok(outcome);
     }
+    // The rows of an array are known by their place alone, which a missing one would change.
+    ensure!(outcome == Outcome::Done, "{}: not written, as a request failed", arguments.output.display());
+    let masks = (pooling == Pooling::None).then(|| stacked(encoded.iter().map(|one| &one.mask))).transpose()?;
+    let states = stacked(encoded.iter().map(|one| &one.output))?;
+    if let Some(masks) = masks {
+        write_npy(Aside::create(&arguments.output.with_extension("attention_mask.npy"))?, &Numbers::Whole(masks))?;
+    }
+    write_npy(file, &Numbers::Floats(states))?;
     Ok(outcome)
 }
 
-type Read = fn(&[u8], usize, Kind, &Model) -> Result<Request, Refused>;
+/// What is written of a request.
+struct Encoded {
+    name: String,
+    /// Hidden states `[rows, length, hidden]` or vectors `[rows, hidden]`.
+    output: ArrayD<f32>,
+    /// `[rows, length]`
+    ids: ArrayD<i64>,
+    /// `[rows, length]`
+    mask: ArrayD<i64>,
+}
 
-fn states(model: &Model, request: &Request, cancel: &Cancellation) -> Result<Array3<f32>, t5gemma_runtime::Error> {
-    let batch = requests::batch(std::slice::from_ref(request), model.options().pad_token_id)?;
-    model.encode(&batch, cancel)
+struct Encoding<'a> {
+    encoder: &'a Encoder,
+    cancel: &'a Cancellation,
+    arguments: &'a Arguments,
+    pooling: Pooling,
+}
+
+impl Encoding<'_> {
+    /// Cuts or pads a request's sources as the arguments ask.
+    fn fit(&self, request: &mut Request) -> Result<()> {
+        let Some(most) = self.arguments.max_length.map(|most| most as usize) else { return Ok(()) };
+        for (row, (source, mask)) in request.sources.iter_mut().zip(&mut request.mask).enumerate() {
+            ensure!(
+                source.len() <= most || self.arguments.truncation,
+                "input_ids[{row}]: expected at most {most} tokens (--max-length) or --truncation, found {}",
+                source.len()
+            );
+            source.truncate(most);
+            mask.truncate(most);
+            if self.arguments.padding == Padding::MaxLength {
+                source.resize(most, self.encoder.pad_token_id());
+                mask.resize(most, 0);
+            }
+        }
+        Ok(())
+    }
+
+    /// Encodes requests as one batch; should it be refused, each alone, so that the error falls to the one at fault.
+    fn answers(&self, group: Vec<Result<Request, Refused>>) -> Result<Vec<Result<Encoded, Refused>>> {
+        let requests: Vec<&Request> = group.iter().flatten().collect();
+        let mut together = match self.encode(&requests) {
+            Ok(encoded) => Some(encoded.into_iter()),
+            Err(Error::Cancelled) => return Err(Error::Cancelled.into()),
+            Err(_) => None,
+        };
+        group
+            .into_iter()
+            .map(|request| {
+                let request = match request {
+                    Ok(request) => request,
+                    Err(refused) => return Ok(Err(refused)),
+                };
+                if let Some(one) = together.as_mut().and_then(Iterator::next) {
+                    return Ok(Ok(one));
+                }
+                match self.encode(&[&request]) {
+                    Ok(mut one) => Ok(Ok(one.remove(0))),
+                    Err(Error::Cancelled) => Err(Error::Cancelled.into()),
+                    Err(error) => Ok(Err(Refused { id: request.id, reason: error.to_string() })),
+                }
+            })
+            .collect()
+    }
+
+    fn encode(&self, requests: &[&Request]) -> Result<Vec<Encoded>, Error> {
+        if requests.is_empty() {
+            return Ok(Vec::new());
+        }
+        let pad = self.encoder.pad_token_id();
+        let batch = requests::batch(requests, pad)?;
+        let output = match self.pooling {
+            Pooling::None => self.encoder.encode(&batch, self.cancel)?.into_dyn(),
+            pooling => self.encoder.embed(&batch, pooling, self.arguments.normalize, self.cancel)?.into_dyn(),
+        };
+        let mut first = 0;
+        let one = |request: &&Request| {
+            let (rows, length) = (request.sources.len(), request.sources.iter().map(Vec::len).max().unwrap_or(0));
+            let mut output = output.slice_axis(Axis(0), (first..first + rows).into());
+            if self.pooling == Pooling::None {
+                output = output.slice_axis_move(Axis(1), (..length).into());
+            }
+            let rectangle = |flat: &[i64]| {
+                let whole = Array2::from_shape_vec([batch.rows(), batch.length()], flat.to_vec());
+                whole.map(|whole| whole.slice(s![first..first + rows, ..length]).to_owned().into_dyn())
+            };
+            let (ids, mask) = (rectangle(batch.ids()), rectangle(batch.mask()));
+            let (ids, mask) = ids.and_then(|ids| Ok((ids, mask?))).expect("a batch is a rectangle");
+            first += rows;
+            Encoded { name: name(request), output: output.to_owned(), ids, mask }
+        };
+        Ok(requests.iter().map(one).collect())
+    }
+}
+
+fn name(request: &Request) -> String {
+    request.id.as_str().map_or(request.id.to_string(), str::to_string)
+}
+
+/// What a tensor of the model's output is called.
+fn output_name(encoder: &Encoder, pooling: Pooling) -> String {
+    let manifest = encoder.manifest();
+    let graph = manifest.graphs.get("model").or(manifest.graphs.get("encoder"));
+    match (pooling, graph.and_then(|graph| graph.ports.outputs.first())) {
+        (Pooling::None, Some(port)) => port.name.clone(),
+        (Pooling::None, None) => "last_hidden_state".into(),
+        _ => "sentence_embedding".into(),
+    }
+}
+
+fn named(encoded: Vec<Encoded>, output: &str) -> BTreeMap<String, Numbers> {
+    let mut tensors = BTreeMap::new();
+    for Encoded { name, output: states, ids, mask } in encoded {
+        if states.ndim() == 3 {
+            tensors.insert(format!("{name}.input_ids"), Numbers::Whole(ids));
+            tensors.insert(format!("{name}.attention_mask"), Numbers::Whole(mask));
+        }
+        tensors.insert(format!("{name}.{output}"), Numbers::Floats(states));
+    }
+    tensors
+}
+
+/// The rows of all tensors, one after the other.
+fn stacked<'t, T: Clone + 't>(tensors: impl Iterator<Item = &'t ArrayD<T>>) -> Result<ArrayD<T>> {
+    let views: Vec<_> = tensors.map(|tensor| tensor.view()).collect();
+    ensure!(!views.is_empty(), "there is nothing to write");
+    ndarray::concatenate(Axis(0), &views).ok().context(
+        "a .npy file holds rows of one length, and these differ: write .safetensors, or give --padding max_length or --pooling",
+    )
 }

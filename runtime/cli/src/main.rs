@@ -1,7 +1,8 @@
-//! The program `t5gemma`: parse, run, exit code. Each command is a file; `requests.rs` is the JSONL contract that three
+//! The program `t5gemma`: parse, run, exit code. Each command is a file; `requests.rs` is the JSONL contract that several
 //! of them share, `tensors.rs` the files of numbers that are read and written.
 
 mod bench;
+mod classify;
 mod doctor;
 mod encode;
 mod generate;
@@ -21,7 +22,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
-use t5gemma_runtime::{Cancellation, Error, Model, OpenOptions};
+use t5gemma_runtime::{Cancellation, Encoder, Error, Model, OpenOptions};
 
 /// Runs T5Gemma models that t5gemma-export has written.
 ///
@@ -41,6 +42,7 @@ enum Command {
     Generate(generate::Arguments),
     Score(score::Arguments),
     Encode(encode::Arguments),
+    Classify(classify::Arguments),
     Verify(verify::Arguments),
     Bench(bench::Arguments),
     Doctor(doctor::Arguments),
@@ -64,9 +66,16 @@ struct Opening {
 
 impl Opening {
     fn open(&self) -> Result<Model> {
+        Ok(Model::open_with(&self.model, &self.options())?)
+    }
+
+    fn open_encoder(&self) -> Result<Encoder> {
+        Ok(Encoder::open_with(&self.model, &self.options())?)
+    }
+
+    fn options(&self) -> OpenOptions {
         let (library, threads) = (self.onnxruntime.clone(), self.threads);
-        let options = OpenOptions { library, threads, check_weights: self.check_weights };
-        Ok(Model::open_with(&self.model, &options)?)
+        OpenOptions { library, threads, check_weights: self.check_weights }
     }
 }
 
@@ -93,6 +102,7 @@ fn main() -> ExitCode {
         Command::Generate(arguments) => generate::run(arguments, &cancel),
         Command::Score(arguments) => score::run(arguments, &cancel),
         Command::Encode(arguments) => encode::run(arguments, &cancel),
+        Command::Classify(arguments) => classify::run(arguments, &cancel),
         Command::Verify(arguments) => verify::run(arguments, &cancel),
         Command::Bench(arguments) => bench::run(arguments, &cancel),
         Command::Doctor(arguments) => doctor::run(arguments),

@@ -1,6 +1,7 @@
 //! The JSONL contract: a request a line in, a result a line out, in order. Reading lines, what a request may hold, and how
 //! requests become batches; what is done with a batch is the command's.
 
+use std::borrow::Borrow;
 use std::io::{self, BufRead};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::thread;
@@ -8,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use serde_json::{Map, Value, json};
-use t5gemma_runtime::{Batch, Cancellation, Logprobs, Model};
+use t5gemma_runtime::{Batch, Cancellation, Encoder, Logprobs, Model, Tokenizer};
 
 /// A request as it stands on its line.
 pub struct Request {
@@ -34,6 +35,33 @@ pub struct Refused {
     pub reason: String,
 }
 
+/// A model as far as reading requests needs it.
+pub trait Reader {
+    /// The model's tokenizer, for requests with text.
+    fn tokenizer(&self) -> Result<&Tokenizer, t5gemma_runtime::Error>;
+
+    /// The token that ends a target.
+    fn end(&self) -> Option<i64> {
+        None
+    }
+}
+
+impl Reader for Model {
+    fn tokenizer(&self) -> Result<&Tokenizer, t5gemma_runtime::Error> {
+        Model::tokenizer(self)
+    }
+
+    fn end(&self) -> Option<i64> {
+        self.options().eos_token_id.first().copied()
+    }
+}
+
+impl Reader for Encoder {
+    fn tokenizer(&self) -> Result<&Tokenizer, t5gemma_runtime::Error> {
+        Encoder::tokenizer(self)
+    }
+}
+
 /// What requests may hold besides sources.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
@@ -47,7 +75,7 @@ pub enum Kind {
 
 impl Request {
     /// Makes a request of a text, which is a line of stdin or an argument. `number` counts them from 0.
-    pub fn of_text(text: &[u8], number: usize, kind: Kind, model: &Model) -> Result<Request, Refused> {
+    pub fn of_text(text: &[u8], number: usize, kind: Kind, model: &dyn Reader) -> Result<Request, Refused> {
         match str::from_utf8(text) {
             Ok(text) => Request::parse(json!({"text": text}).to_string().as_bytes(), number, kind, model),
             Err(error) => Err(Refused { id: number.into(), reason: format!("expected UTF-8: {error}") }),
@@ -55,12 +83,12 @@ impl Request {
     }
 
     /// Reads a line. `number` counts lines from 0.
-    pub fn parse(line: &[u8], number: usize, kind: Kind, model: &Model) -> Result<Request, Refused> {
+    pub fn parse(line: &[u8], number: usize, kind: Kind, model: &dyn Reader) -> Result<Request, Refused> {
         let mut id = Value::from(number);
         Request::read(line, &mut id, kind, model).map_err(|error| Refused { id, reason: format!("{error:#}") })
     }
 
-    fn read(line: &[u8], id: &mut Value, kind: Kind, model: &Model) -> Result<Request> {
+    fn read(line: &[u8], id: &mut Value, kind: Kind, model: &dyn Reader) -> Result<Request> {
         let line = str::from_utf8(line).context("expected UTF-8")?;
         let mut fields: Map<String, Value> =
             serde_json::from_str(line).context("expected a JSON object on one line")?;
@@ -122,7 +150,7 @@ impl Request {
         };
         let targets = match (targets, kind) {
             ((Some(text), None), _) => {
-                let eos = model.options().eos_token_id.first().filter(|_| kind == Kind::Score { eos: true });
+                let eos = model.end().filter(|_| kind == Kind::Score { eos: true });
                 let mut targets = written("target", &text)?;
                 targets.iter_mut().for_each(|target| target.extend(eos));
                 targets
@@ -153,7 +181,7 @@ impl Request {
 }
 
 /// One batch of the sources of several requests.
-pub fn batch(requests: &[Request], pad: i64) -> Result<Batch, t5gemma_runtime::Error> {
+pub fn batch<R: Borrow<Request>>(requests: &[R], pad: i64) -> Result<Batch, t5gemma_runtime::Error> {
     let of_one = |request: &Request| {
         let (mut sources, mut mask) = (request.sources.clone(), request.mask.clone());
         // A row whose mask does not fit, or that is empty, is left as it is for the library to refuse by name.
@@ -173,7 +201,7 @@ pub fn batch(requests: &[Request], pad: i64) -> Result<Batch, t5gemma_runtime::E
             None => Ok(batch),
         }
     };
-    Batch::joined(requests.iter().map(of_one).collect::<Result<_, _>>()?, pad)
+    Batch::joined(requests.iter().map(|request| of_one(request.borrow())).collect::<Result<_, _>>()?, pad)
 }
 
 /// The fields of a result that log-probabilities become.
@@ -217,6 +245,48 @@ pub fn shown(value: &Value) -> String {
     match text.char_indices().nth(60) {
         Some((end, _)) => format!("{}…", &text[..end]),
         None => text,
+    }
+}
+
+/// Requests from wherever a command is given them, for commands that have no use for streaming.
+pub struct Requests<'a> {
+    texts: std::iter::Enumerate<std::slice::Iter<'a, String>>,
+    /// Where the texts are not given as arguments.
+    lines: Option<Lines>,
+    jsonl: bool,
+    kind: Kind,
+    model: &'a dyn Reader,
+}
+
+impl<'a> Requests<'a> {
+    /// Reads the texts given, or stdin where there are none.
+    pub fn open(texts: &'a [String], jsonl: bool, kind: Kind, model: &'a dyn Reader) -> Requests<'a> {
+        let lines = match (texts.is_empty(), jsonl) {
+            (false, _) => None,
+            (true, true) => Some(Lines::requests()),
+            (true, false) => Some(Lines::texts()),
+        };
+        Requests { texts: texts.iter().enumerate(), lines, jsonl, kind, model }
+    }
+
+    /// Waits for a request, and takes those that are there behind it until they have `rows` rows; none at the end.
+    pub fn next_group(&mut self, rows: usize, cancel: &Cancellation) -> Result<Vec<Result<Request, Refused>>> {
+        let mut group = Vec::new();
+        let mut taken = 0;
+        while taken < rows && (group.is_empty() || self.lines.as_mut().map_or(Ok(true), Lines::is_ready)?) {
+            let read = match &mut self.lines {
+                None => self.texts.next().map(|(number, text)| (number, text.as_bytes().to_vec())),
+                Some(lines) => lines.next(cancel)?,
+            };
+            let Some((number, line)) = read else { break };
+            let request = match self.jsonl {
+                true => Request::parse(&line, number, self.kind, self.model),
+                false => Request::of_text(&line, number, self.kind, self.model),
+            };
+            taken += request.as_ref().map_or(1, |request| request.sources.len());
+            group.push(request);
+        }
+        Ok(group)
     }
 }
 

@@ -7,22 +7,33 @@ use std::io::BufWriter;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use ndarray::{Array3, ArrayD};
+use ndarray::ArrayD;
 use ndarray_npy::WriteNpyExt;
 use safetensors::tensor::Dtype;
 
-/// Writes float32 tensors as a safetensors file.
-pub fn write_safetensors(file: Aside, tensors: BTreeMap<String, Array3<f32>>) -> Result<()> {
-    let tensors = tensors.into_iter().map(|(name, tensor)| (name, Floats(tensor)));
+/// A tensor to be written.
+pub enum Numbers {
+    /// float32
+    Floats(ArrayD<f32>),
+    /// int64
+    Whole(ArrayD<i64>),
+}
+
+/// Writes tensors as a safetensors file.
+pub fn write_safetensors(file: Aside, tensors: BTreeMap<String, Numbers>) -> Result<()> {
     let written = safetensors::serialize_to_file(tensors, None, &file.temporary);
     written.with_context(|| file.cannot())?;
     file.publish()
 }
 
 /// Writes one tensor as a .npy file.
-pub fn write_npy(file: Aside, tensor: &Array3<f32>) -> Result<()> {
+pub fn write_npy(file: Aside, tensor: &Numbers) -> Result<()> {
     let mut out = File::create(&file.temporary).map(BufWriter::new).with_context(|| file.cannot())?;
-    tensor.write_npy(&mut out).with_context(|| file.cannot())?;
+    let written = match tensor {
+        Numbers::Floats(tensor) => tensor.write_npy(&mut out),
+        Numbers::Whole(tensor) => tensor.write_npy(&mut out),
+    };
+    written.with_context(|| file.cannot())?;
     out.into_inner().map_err(std::io::IntoInnerError::into_error).with_context(|| file.cannot())?;
     file.publish()
 }
@@ -66,23 +77,33 @@ impl Drop for Aside {
 }
 
 /// A tensor as safetensors asks for it: its bytes are made when it is written, so that only one is held twice.
-struct Floats(Array3<f32>);
-
-impl safetensors::View for Floats {
+impl safetensors::View for Numbers {
     fn dtype(&self) -> Dtype {
-        Dtype::F32
+        match self {
+            Numbers::Floats(_) => Dtype::F32,
+            Numbers::Whole(_) => Dtype::I64,
+        }
     }
 
     fn shape(&self) -> &[usize] {
-        self.0.shape()
+        match self {
+            Numbers::Floats(tensor) => tensor.shape(),
+            Numbers::Whole(tensor) => tensor.shape(),
+        }
     }
 
     fn data(&self) -> Cow<'_, [u8]> {
-        Cow::Owned(self.0.iter().flat_map(|number| number.to_le_bytes()).collect())
+        Cow::Owned(match self {
+            Numbers::Floats(tensor) => tensor.iter().flat_map(|number| number.to_le_bytes()).collect(),
+            Numbers::Whole(tensor) => tensor.iter().flat_map(|number| number.to_le_bytes()).collect(),
+        })
     }
 
     fn data_len(&self) -> usize {
-        self.0.len() * size_of::<f32>()
+        match self {
+            Numbers::Floats(tensor) => tensor.len() * size_of::<f32>(),
+            Numbers::Whole(tensor) => tensor.len() * size_of::<i64>(),
+        }
     }
 }
 

@@ -1,0 +1,66 @@
+//! Feature extraction: the encoder alone, with the hidden states of any layer and their pooling to one vector for each
+//! source. What is pooled is computed in float32, whatever the model is in.
+
+use crate::config::Config;
+use crate::encoder::{self, Source};
+use crate::nn::Weights;
+use crate::onnx::{DType, Definition, Graph, Value};
+use crate::task::{Features, Pooling, Task};
+use crate::{Options, interface};
+
+/// The graph from source tokens to the states or the vector of each source.
+pub(crate) fn features(config: &Config, options: &Options, features: &Features) -> Definition {
+    let graph = Graph::new();
+    let ports = interface::model(config, options.dtype, &Task::FeatureExtraction(*features));
+    let [ids, mask] = interface::inputs(&graph, &ports);
+
+    let w = Weights::root(&graph, &config.encoder, options).at("model.encoder");
+    let source = Source::of(&graph, ids, mask);
+    let layers = features.layers(config).expect("the exporter has checked the number of the layer");
+    let states = encoder::states(&source, layers, config, options, &w); // [batch·source, hidden]
+    let states = states.reshape(&[ids.dim(0), ids.dim(1), config.encoder.hidden_size.into()]);
+    let taken = match features.pooling {
+        Pooling::None => states,
+        pooling => pooled(states.cast(DType::Float32), mask, pooling),
+    };
+    let output = if features.normalize { normalized(taken.cast(DType::Float32)) } else { taken };
+    interface::outputs(&graph, &ports, [output.cast(ports.outputs[0].dtype)].into_iter());
+    graph.finish("model")
+}
+
+/// One vector `[batch, hidden]` of the states `[batch, source, hidden]` that `mask` (int64 `[batch, source]`) lets through.
+fn pooled<'g>(states: Value<'g>, mask: Value<'g>, pooling: Pooling) -> Value<'g> {
+    let seen = mask.cast(DType::Bool);
+    match pooling {
+        Pooling::None => states,
+        Pooling::Mean => {
+            let sum = states.where_true(seen.unsqueeze(&[2])).sum(1).squeeze(1);
+            sum / seen.cast(DType::Float32).sum(-1)
+        }
+        Pooling::Last => states.entry(last(seen)),
+        Pooling::First => states.entry(first(seen)),
+    }
+}
+
+/// The last position of each row where `true` stands, or 0: int64 `[batch, 1]` of bool `[batch, source]`.
+pub(crate) fn last(seen: Value<'_>) -> Value<'_> {
+    positions(seen).where_true(seen).greatest(-1)
+}
+
+fn first(seen: Value<'_>) -> Value<'_> {
+    // Counted from the right, the first position is the greatest.
+    let length = seen.graph().size(&seen.dim(1));
+    let from_the_right = length - positions(seen); // length, …, 1
+    length - from_the_right.where_true(seen).greatest(-1)
+}
+
+/// The positions of rows of this length, int64 `[1, source]`.
+fn positions(rows: Value<'_>) -> Value<'_> {
+    let (graph, length) = (rows.graph(), rows.dim(1));
+    graph.range(graph.size(&0.into()), graph.size(&length), &length).unsqueeze(&[0])
+}
+
+/// `x / max(√Σx², 1e-12)` over the last axis, as `torch.nn.functional.normalize`.
+fn normalized(x: Value<'_>) -> Value<'_> {
+    x / (x * x).sum(-1).sqrt().at_least(1e-12)
+}

@@ -1,0 +1,163 @@
+//! `Task`: what a model folder is for, under Hugging Face's names of tasks. Plain data that the exporter writes into the
+//! manifest and the runtime reads; the graphs of each task are in the files named for what they compute.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use crate::config::{Architecture, Config};
+
+/// What a model folder is for, which decides its graphs.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "name", rename_all = "kebab-case")]
+pub enum Task {
+    /// The encoder and both decoder graphs.
+    #[default]
+    #[serde(rename = "text2text-generation")]
+    Text2TextGeneration,
+    /// The encoder alone: hidden states, or one vector for each source.
+    FeatureExtraction(Features),
+    /// Scores of labels for each source.
+    TextClassification,
+    /// Scores of labels for each token of a source.
+    TokenClassification,
+}
+
+/// What feature extraction returns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Features {
+    /// How the states of a source become one vector.
+    pub pooling: Pooling,
+    /// Whether vectors are divided by their Euclidean length.
+    pub normalize: bool,
+    /// Which of Hugging Face's `hidden_states`: 0 is the embedding, `n` what layer `n` returns, the last is normed.
+    /// Negative numbers count from the end; a manifest has none.
+    pub hidden_layer: i64,
+}
+
+/// How the states of a source become one vector.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Pooling {
+    /// They do not: every token keeps its own.
+    #[default]
+    None,
+    /// The mean over the tokens that take part.
+    Mean,
+    /// The state of the first token that takes part.
+    First,
+    /// The state of the last token that takes part.
+    Last,
+}
+
+impl fmt::Display for Task {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())?;
+        let Task::FeatureExtraction(features) = self else { return Ok(()) };
+        write!(f, " of hidden layer {}, pooling {}", features.hidden_layer, features.pooling)?;
+        if features.normalize { f.write_str(", normalized") } else { Ok(()) }
+    }
+}
+
+impl Pooling {
+    /// Every pooling.
+    pub const ALL: [Pooling; 4] = [Pooling::None, Pooling::Mean, Pooling::First, Pooling::Last];
+
+    /// The name on command lines and in a manifest.
+    pub fn name(self) -> &'static str {
+        match self {
+            Pooling::None => "none",
+            Pooling::Mean => "mean",
+            Pooling::First => "first",
+            Pooling::Last => "last",
+        }
+    }
+}
+
+impl fmt::Display for Pooling {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl Default for Features {
+    /// The last hidden states as they are.
+    fn default() -> Features {
+        Features { pooling: Pooling::None, normalize: false, hidden_layer: -1 }
+    }
+}
+
+impl Features {
+    /// How many layers the states have passed, if the encoder has as many.
+    pub fn layers(&self, config: &Config) -> Option<usize> {
+        let all = config.encoder.layers.len();
+        match usize::try_from(self.hidden_layer) {
+            Ok(layer) => Some(layer).filter(|&layer| layer <= all),
+            Err(_) => (all + 1).checked_sub(usize::try_from(self.hidden_layer.unsigned_abs()).ok()?),
+        }
+    }
+}
+
+impl Task {
+    /// Every task by its name, with default settings.
+    pub fn all() -> [Task; 4] {
+        let features = Task::FeatureExtraction(Features::default());
+        [Task::Text2TextGeneration, features, Task::TextClassification, Task::TokenClassification]
+    }
+
+    /// Hugging Face's name.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Task::Text2TextGeneration => "text2text-generation",
+            Task::FeatureExtraction(_) => "feature-extraction",
+            Task::TextClassification => "text-classification",
+            Task::TokenClassification => "token-classification",
+        }
+    }
+
+    /// What a checkpoint of this configuration was made for.
+    pub fn of(config: &Config) -> Task {
+        match config.architecture {
+            Architecture::ConditionalGeneration => Task::Text2TextGeneration,
+            Architecture::Model | Architecture::EncoderModel => Task::FeatureExtraction(Features::default()),
+            Architecture::SequenceClassification => Task::TextClassification,
+            Architecture::TokenClassification => Task::TokenClassification,
+        }
+    }
+
+    /// Whether a checkpoint of this configuration has what the task needs: its own task does, and every one has an encoder.
+    pub fn suits(&self, config: &Config) -> bool {
+        matches!(self, Task::FeatureExtraction(_)) || self.name() == Task::of(config).name()
+    }
+
+    /// Whether this is the task of a manifest that names none.
+    pub fn is_generation(&self) -> bool {
+        *self == Task::Text2TextGeneration
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hidden_layers_count_from_both_ends() {
+        let config = r#"{"model_type": "t5gemma", "encoder": {"num_hidden_layers": 3}, "decoder": {}}"#;
+        let config = Config::parse(config).expect("a minimal config");
+        for (hidden_layer, layers) in
+            [(0, Some(0)), (3, Some(3)), (4, None), (-1, Some(3)), (-4, Some(0)), (-5, None), (i64::MIN, None)]
+        {
+            assert_eq!(Features { hidden_layer, ..Features::default() }.layers(&config), layers, "{hidden_layer}");
+        }
+    }
+
+    #[test]
+    fn tasks_survive_json() {
+        for task in Task::all() {
+            let text = serde_json::to_string(&task).expect("a task is an object");
+            assert!(text.starts_with(&format!("{{\"name\":\"{}\"", task.name())), "{text}");
+            assert_eq!(serde_json::from_str::<Task>(&text).expect("reads what was written"), task);
+        }
+    }
+}

@@ -1,0 +1,219 @@
+//! `t5gemma classify`: text in, labels and their scores out.
+
+use std::io::{self, Write};
+
+use anyhow::Result;
+use clap::builder::PossibleValuesParser;
+use serde_json::{Value, json};
+use t5gemma_runtime::{Cancellation, Encoder, Error, ScoreFunction, Task};
+
+use crate::progress::counter;
+use crate::requests::{self, Kind, Refused, Request, Requests};
+use crate::{Opening, Outcome};
+
+/// Labels texts: those given, or each line of stdin
+///
+/// The model is one of the task text-classification, which labels each text, or token-classification, which labels each
+/// token. A text's line has its best labels, each with its score, apart by tabs; of tokens, each has a line of token,
+/// label and score, and an empty line ends a text. With --jsonl, each line of stdin is a request and each line of stdout
+/// its result, in order:
+///
+///   request  {"id"?, "text" | "input_ids", "attention_mask"?}
+///   result   {"id", "labels": [[{"label", "score"}, …best first], …rows], "usage"}
+///   or       {"id", "tokens": [[{"token", "text"?, "labels": [{"label", "score"}, …]}, …], …rows], "usage"}
+///   or       {"id", "error"}
+///
+/// "token" is the token's id and "text" its piece of the vocabulary; tokens that are masked are left out. "usage" counts
+/// "source_tokens".
+#[derive(clap::Args)]
+#[command(verbatim_doc_comment)]
+pub struct Arguments {
+    #[command(flatten)]
+    opening: Opening,
+    /// Texts to label [default: the lines of stdin]
+    texts: Vec<String>,
+    /// Read requests and write results as JSON lines
+    #[arg(long, conflicts_with = "texts")]
+    jsonl: bool,
+    /// How many labels are told, best first, or all
+    #[arg(long, value_name = "N|all", default_value = "1", value_parser = top_k)]
+    top_k: usize,
+    /// What makes scores of the labels' logits [default: by the model's problem_type: sigmoid where several labels may
+    /// hold or there is but one, none for a regression, otherwise softmax; for tokens always softmax]
+    #[arg(long, value_name = "NAME", value_parser = PossibleValuesParser::new(ScoreFunction::ALL.map(ScoreFunction::name)))]
+    function_to_apply: Option<String>,
+    /// Most source rows to run at a time
+    #[arg(long, value_name = "ROWS", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
+    batch_size: u32,
+}
+
+fn top_k(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(k) if k > 0 => Ok(k),
+        _ if text == "all" => Ok(usize::MAX),
+        _ => Err("expected a positive whole number or all".into()),
+    }
+}
+
+/// Runs the command.
+pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
+    let encoder = arguments.opening.open_encoder()?;
+    let classifier = encoder.classifier()?;
+    if !arguments.jsonl {
+        encoder.tokenizer()?;
+    }
+    let of_tokens = encoder.manifest().task == Task::TokenClassification;
+    let default = if of_tokens { ScoreFunction::Softmax } else { ScoreFunction::of(classifier) };
+    let wanted = arguments.function_to_apply.as_deref();
+    let function = ScoreFunction::ALL.into_iter().find(|known| Some(known.name()) == wanted).unwrap_or(default);
+    let labels = &classifier.labels;
+    let classifying = Classifying { encoder: &encoder, cancel, labels, function, top_k: arguments.top_k };
+
+    let mut outcome = Outcome::Done;
+    let done = counter("classified", true);
+    let mut read = Requests::open(&arguments.texts, arguments.jsonl, Kind::Encode, &encoder);
+    let mut number = 0;
+    loop {
+        let group = read.next_group(arguments.batch_size as usize, cancel)?;
+        if group.is_empty() {
+            return Ok(outcome);
+        }
+        for answer in classifying.answers(group)? {
+            number += 1;
+            let line = match answer {
+                Ok((request, rows)) if arguments.jsonl => classifying.result(&request, rows).to_string(),
+                Ok((_, rows)) => classifying.text(&rows),
+                Err(refused) => {
+                    outcome = Outcome::SomeFailed;
+                    if arguments.jsonl {
+                        json!({"id": refused.id, "error": refused.reason}).to_string()
+                    } else {
+                        done.suspend(|| eprintln!("t5gemma: text {number}: {}", refused.reason));
+                        String::new()
+                    }
+                }
+            };
+            let mut out = io::stdout().lock();
+            writeln!(out, "{line}").and_then(|()| out.flush())?;
+            done.inc(1);
+        }
+    }
+}
+
+/// What is said of a row: of the source whole, or of its tokens.
+enum Row {
+    Source(Vec<f32>),
+    Tokens(Vec<(i64, Vec<f32>)>),
+}
+
+struct Classifying<'a> {
+    encoder: &'a Encoder,
+    cancel: &'a Cancellation,
+    labels: &'a [String],
+    function: ScoreFunction,
+    top_k: usize,
+}
+
+type Answer = Result<(Request, Vec<Row>), Refused>;
+
+impl Classifying<'_> {
+    /// Answers requests as one batch; should it be refused, each alone, so that the error falls to the one at fault.
+    fn answers(&self, group: Vec<Result<Request, Refused>>) -> Result<Vec<Answer>> {
+        let requests: Vec<&Request> = group.iter().flatten().collect();
+        let mut together = match self.rows(&requests) {
+            Ok(rows) => Some(rows.into_iter()),
+            Err(Error::Cancelled) => return Err(Error::Cancelled.into()),
+            Err(_) => None,
+        };
+        let answer = |request: Result<Request, Refused>| {
+            let request = match request {
+                Ok(request) => request,
+                Err(refused) => return Ok(Err(refused)),
+            };
+            if let Some(rows) = &mut together {
+                let rows = rows.by_ref().take(request.sources.len()).collect();
+                return Ok(Ok((request, rows)));
+            }
+            match self.rows(&[&request]) {
+                Ok(rows) => Ok(Ok((request, rows))),
+                Err(Error::Cancelled) => Err(Error::Cancelled.into()),
+                Err(error) => Ok(Err(Refused { id: request.id, reason: error.to_string() })),
+            }
+        };
+        group.into_iter().map(answer).collect()
+    }
+
+    fn rows(&self, requests: &[&Request]) -> Result<Vec<Row>, Error> {
+        if requests.is_empty() {
+            return Ok(Vec::new());
+        }
+        let batch = requests::batch(requests, self.encoder.pad_token_id())?;
+        if self.encoder.manifest().task == Task::TextClassification {
+            let logits = self.encoder.classify(&batch, self.cancel)?;
+            return Ok(logits.outer_iter().map(|row| Row::Source(self.function.scores(&row.to_vec()))).collect());
+        }
+        let logits = self.encoder.classify_tokens(&batch, self.cancel)?;
+        let row = |(row, logits): (usize, ndarray::ArrayView2<'_, f32>)| {
+            let tokens = batch.source(row).iter().zip(batch.row_mask(row)).zip(logits.outer_iter());
+            let seen = tokens.filter(|((_, mask), _)| **mask != 0);
+            Row::Tokens(seen.map(|((&id, _), logits)| (id, self.function.scores(&logits.to_vec()))).collect())
+        };
+        Ok(logits.outer_iter().enumerate().map(row).collect())
+    }
+
+    /// The best labels with their scores; the first of equals comes first.
+    fn best(&self, scores: &[f32]) -> Vec<(&str, f32)> {
+        let mut labels: Vec<(&str, f32)> = self.labels.iter().map(String::as_str).zip(scores.iter().copied()).collect();
+        labels.sort_by(|(_, a), (_, b)| b.total_cmp(a));
+        labels.truncate(self.top_k);
+        labels
+    }
+
+    /// The lines of a text.
+    fn text(&self, rows: &[Row]) -> String {
+        let best = |scores: &[f32]| {
+            let pairs: Vec<String> =
+                self.best(scores).iter().map(|(label, score)| format!("{label}\t{score}")).collect();
+            pairs.join("\t")
+        };
+        let lines = rows.iter().flat_map(|row| match row {
+            Row::Source(scores) => vec![best(scores)],
+            Row::Tokens(tokens) => {
+                let line = |(id, scores): &(i64, Vec<f32>)| {
+                    format!("{}\t{}\n", self.piece(*id).unwrap_or_else(|| id.to_string()), best(scores))
+                };
+                vec![tokens.iter().map(line).collect()]
+            }
+        });
+        lines.collect::<Vec<_>>().join("\n")
+    }
+
+    fn piece(&self, id: i64) -> Option<String> {
+        self.encoder.tokenizer().ok()?.token(id)
+    }
+
+    /// The line of a result.
+    fn result(&self, request: &Request, rows: Vec<Row>) -> Value {
+        let labels = |scores: &[f32]| {
+            let label = |(label, score): (&str, f32)| json!({"label": label, "score": score});
+            self.best(scores).into_iter().map(label).collect::<Vec<_>>()
+        };
+        let usage = json!({"source_tokens": request.source_tokens()});
+        let of_tokens = matches!(rows.first(), Some(Row::Tokens(_)));
+        let row = |row: &Row| match row {
+            Row::Source(scores) => json!(labels(scores)),
+            Row::Tokens(tokens) => tokens
+                .iter()
+                .map(|(id, scores)| match self.piece(*id) {
+                    Some(text) => json!({"token": id, "text": text, "labels": labels(scores)}),
+                    None => json!({"token": id, "labels": labels(scores)}),
+                })
+                .collect(),
+        };
+        let rows: Vec<Value> = rows.iter().map(row).collect();
+        match of_tokens {
+            true => json!({"id": request.id, "tokens": rows, "usage": usage}),
+            false => json!({"id": request.id, "labels": rows, "usage": usage}),
+        }
+    }
+}

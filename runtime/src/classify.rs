@@ -1,0 +1,164 @@
+//! Classification: the scores that a classifier gives its labels, and what they mean. The graph has the labels' logits;
+//! which function makes them probabilities is decided here, by the rules of transformers' pipelines.
+
+use ndarray::{Array2, Array3, Axis};
+use t5gemma_graphs::config::{Classifier, ProblemType};
+use t5gemma_graphs::task::Task;
+
+use crate::batch::Batch;
+use crate::encoder::Encoder;
+use crate::error::Error;
+use crate::model::Cancellation;
+
+/// What is done to logits to make them scores.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ScoreFunction {
+    /// Nothing.
+    None,
+    /// `1 / (1 + exp(−x))` for each label by itself.
+    Sigmoid,
+    /// `exp(x) / Σ exp(x)` over the labels.
+    Softmax,
+}
+
+impl ScoreFunction {
+    /// Every function.
+    pub const ALL: [ScoreFunction; 3] = [ScoreFunction::None, ScoreFunction::Sigmoid, ScoreFunction::Softmax];
+
+    /// Hugging Face's name.
+    pub fn name(self) -> &'static str {
+        match self {
+            ScoreFunction::None => "none",
+            ScoreFunction::Sigmoid => "sigmoid",
+            ScoreFunction::Softmax => "softmax",
+        }
+    }
+
+    /// The function for a classifier of sources: none for a regression, the sigmoid where labels exclude nothing or there
+    /// is but one, the softmax otherwise.
+    pub fn of(classifier: &Classifier) -> ScoreFunction {
+        match (classifier.problem_type, classifier.labels.len()) {
+            (Some(ProblemType::Regression), _) => ScoreFunction::None,
+            (Some(ProblemType::MultiLabelClassification), _) | (_, 1) => ScoreFunction::Sigmoid,
+            _ => ScoreFunction::Softmax,
+        }
+    }
+
+    /// The scores of logits.
+    pub fn scores(self, logits: &[f32]) -> Vec<f32> {
+        match self {
+            ScoreFunction::None => logits.to_vec(),
+            ScoreFunction::Sigmoid => logits.iter().map(|logit| 1.0 / (1.0 + (-logit).exp())).collect(),
+            ScoreFunction::Softmax => {
+                let greatest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+                let powers: Vec<f32> = logits.iter().map(|logit| (logit - greatest).exp()).collect();
+                let sum: f32 = powers.iter().sum();
+                powers.into_iter().map(|power| power / sum).collect()
+            }
+        }
+    }
+}
+
+impl Encoder {
+    /// What the model's labels are.
+    ///
+    /// # Errors
+    /// The model is no classifier.
+    pub fn classifier(&self) -> Result<&Classifier, Error> {
+        let task = &self.manifest().task;
+        match (task, &self.config().classifier) {
+            (Task::TextClassification | Task::TokenClassification, Some(classifier)) => Ok(classifier),
+            _ => Err(self.other_task(task, "text-classification or token-classification, to be classified with")),
+        }
+    }
+
+    /// The logits of each source's labels, `[rows, labels]`.
+    ///
+    /// A classifier with a decoder reads one token more of a row that is padded (as in transformers), so rows that were
+    /// padded only to stand beside longer ones are run without that padding: a row's result does not depend on its
+    /// neighbours.
+    ///
+    /// # Errors
+    /// The model is no classifier of sources; otherwise as [`Encoder::encode`].
+    pub fn classify(&self, batch: &Batch, cancel: &Cancellation) -> Result<Array2<f32>, Error> {
+        let classifier = self.classifier()?;
+        if self.manifest().task != Task::TextClassification {
+            return Err(self.other_task(&self.manifest().task, "text-classification, to classify whole sources"));
+        }
+        let run = |batch: &Batch| self.output(batch, cancel)?.into_dimensionality().map_err(unexpected);
+        if !classifier.is_encoder_decoder {
+            return run(batch);
+        }
+        batch.check(self.config())?;
+        let mut logits = Array2::zeros([batch.rows(), classifier.labels.len()]);
+        for rows in rows_by_length(batch) {
+            let of = |part: fn(&Batch, usize) -> &[i64]| rows.iter().map(move |&row| part(batch, row));
+            let (ids, mask): (Vec<_>, Vec<_>) = (of(Batch::source).collect(), of(Batch::row_mask).collect());
+            for (&row, found) in rows.iter().zip(run(&Batch::masked(&ids, &mask)?)?.outer_iter()) {
+                logits.index_axis_mut(Axis(0), row).assign(&found);
+            }
+        }
+        Ok(logits)
+    }
+
+    /// The logits of each token's labels, `[rows, length, labels]`; those of padding mean nothing.
+    ///
+    /// # Errors
+    /// The model is no classifier of tokens; otherwise as [`Encoder::encode`].
+    pub fn classify_tokens(&self, batch: &Batch, cancel: &Cancellation) -> Result<Array3<f32>, Error> {
+        self.classifier()?;
+        if self.manifest().task != Task::TokenClassification {
+            return Err(self.other_task(&self.manifest().task, "token-classification, to classify tokens"));
+        }
+        self.output(batch, cancel)?.into_dimensionality().map_err(unexpected)
+    }
+}
+
+/// Groups of rows that were given with the same length.
+fn rows_by_length(batch: &Batch) -> Vec<Vec<usize>> {
+    let mut rows: Vec<usize> = (0..batch.rows()).collect();
+    rows.sort_by_key(|&row| batch.source(row).len());
+    rows.chunk_by(|&a, &b| batch.source(a).len() == batch.source(b).len()).map(<[usize]>::to_vec).collect()
+}
+
+fn unexpected(error: ndarray::ShapeError) -> Error {
+    Error::OnnxRuntime { during: "reading the logits".into(), message: error.to_string() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_function_follows_from_the_problem() {
+        let classifier = |problem_type, labels: usize| Classifier {
+            is_encoder_decoder: false,
+            labels: vec![String::new(); labels],
+            problem_type,
+            decoder_start: 2,
+            decoder_pad: 0,
+        };
+        for (problem, labels, expected) in [
+            (None, 3, ScoreFunction::Softmax),
+            (None, 1, ScoreFunction::Sigmoid),
+            (Some(ProblemType::SingleLabelClassification), 2, ScoreFunction::Softmax),
+            (Some(ProblemType::MultiLabelClassification), 5, ScoreFunction::Sigmoid),
+            (Some(ProblemType::Regression), 1, ScoreFunction::None),
+        ] {
+            assert_eq!(ScoreFunction::of(&classifier(problem, labels)), expected, "{problem:?} {labels}");
+        }
+    }
+
+    #[test]
+    fn scores_of_large_logits_are_finite() {
+        assert_eq!(ScoreFunction::Softmax.scores(&[1000.0, 1000.0]), [0.5, 0.5]);
+        assert_eq!(ScoreFunction::Sigmoid.scores(&[0.0, -1000.0]), [0.5, 0.0]);
+        assert_eq!(ScoreFunction::None.scores(&[7.0]), [7.0]);
+    }
+
+    #[test]
+    fn rows_are_grouped_by_the_length_they_were_given_with() {
+        let batch = Batch::padded(&[vec![5, 6], vec![7], vec![8, 9]], 0).expect("well-formed");
+        assert_eq!(rows_by_length(&batch), [vec![1], vec![0, 2]]);
+    }
+}

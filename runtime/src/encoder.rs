@@ -1,0 +1,220 @@
+//! `Encoder`: a model folder opened for its encoder alone, or for the only graph of a model that was exported for another
+//! task than generation. Hidden states and pooled vectors are here, classification is in `classify.rs`; what generates is
+//! `Model`.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, OnceLock};
+
+use ndarray::{Array2, Array3, ArrayD, ArrayView2, Axis};
+use ort::session::Session;
+use t5gemma_graphs::config::Config;
+use t5gemma_graphs::interface;
+use t5gemma_graphs::manifest::{MANIFEST, Manifest};
+use t5gemma_graphs::task::{Features, Pooling, Task};
+
+use crate::batch::Batch;
+use crate::error::Error;
+use crate::folder::Folder;
+use crate::model::{
+    Cancellation, OpenOptions, check_threads, float32_values, initializers, int64_tensor, open_session, run,
+};
+use crate::onnxruntime;
+use crate::tokenizer::Tokenizer;
+
+/// An opened encoder or classifier, to be used from any number of threads. It runs one call at a time.
+pub struct Encoder {
+    // The session reads the weights that `folder` maps, so it stands before it: fields are dropped in this order.
+    session: Mutex<Session>,
+    tokenizer: OnceLock<Result<Tokenizer, String>>,
+    folder: Folder,
+}
+
+impl Encoder {
+    /// Opens the model folder `path` with the default [`OpenOptions`].
+    ///
+    /// # Errors
+    /// As [`Model::open_with`](crate::Model::open_with).
+    pub fn open(path: impl AsRef<Path>) -> Result<Encoder, Error> {
+        Encoder::open_with(path, &OpenOptions::default())
+    }
+
+    /// Opens the model folder `path`, which may be of any task; of one that generates only the encoder is opened.
+    ///
+    /// # Errors
+    /// As [`Model::open_with`](crate::Model::open_with).
+    pub fn open_with(path: impl AsRef<Path>, options: &OpenOptions) -> Result<Encoder, Error> {
+        check_threads(options)?;
+        let folder = Folder::open(path.as_ref(), options.check_weights)?;
+        let environment = onnxruntime::initialise(options.library.as_deref())?;
+        let weights = initializers(&folder).map_err(Error::onnxruntime("sharing the weights"))?;
+        let Manifest { dtype, logits, cache, task, .. } = &folder.manifest;
+        let parts = interface::parts(&folder.config, *dtype, *logits, *cache, task);
+        let first = parts.first().expect("a model has a graph, and its encoder comes first");
+        let session = open_session(&environment, &folder, first.name, &first.ports, &weights, options.threads)?;
+        Ok(Encoder { session, tokenizer: OnceLock::new(), folder })
+    }
+
+    /// The model's configuration.
+    pub fn config(&self) -> &Config {
+        &self.folder.config
+    }
+
+    /// What the exporter says of the model.
+    pub fn manifest(&self) -> &Manifest {
+        &self.folder.manifest
+    }
+
+    /// The folder.
+    pub(crate) fn path(&self) -> &Path {
+        &self.folder.path
+    }
+
+    /// The model's tokenizer, loaded when first asked for.
+    ///
+    /// # Errors
+    /// The folder has no `tokenizer.json`, or one that cannot be used.
+    pub fn tokenizer(&self) -> Result<&Tokenizer, Error> {
+        let path = self.folder.path.join(Tokenizer::FILE);
+        let loaded = self.tokenizer.get_or_init(|| Tokenizer::read(&path));
+        loaded.as_ref().map_err(|problem| Error::Tokenizer { path, problem: problem.clone() })
+    }
+
+    /// What pads sources of unequal length.
+    pub fn pad_token_id(&self) -> i64 {
+        self.folder.config.tokens.pad.unwrap_or(0)
+    }
+
+    /// What the model's graph was made to return: the last hidden states as they are, unless it was exported otherwise.
+    ///
+    /// # Errors
+    /// The model is a classifier.
+    pub fn features(&self) -> Result<Features, Error> {
+        match &self.folder.manifest.task {
+            Task::FeatureExtraction(features) => Ok(*features),
+            Task::Text2TextGeneration => Ok(Features::default()),
+            task => Err(self.other_task(task, "feature-extraction, to be encoded with")),
+        }
+    }
+
+    /// The hidden states of each token, `[rows, length, hidden_size]`; those of padding mean nothing.
+    ///
+    /// # Errors
+    /// A model of another task, or that returns one vector for each source; otherwise as [`Model::encode`](crate::Model::encode).
+    pub fn encode(&self, batch: &Batch, cancel: &Cancellation) -> Result<Array3<f32>, Error> {
+        let pooling = self.features()?.pooling;
+        if pooling != Pooling::None {
+            return Err(self.pooled_already(Pooling::None, pooling));
+        }
+        self.output(batch, cancel)?.into_dimensionality().map_err(wrong_rank)
+    }
+
+    /// One vector for each source, `[rows, hidden_size]`, of Euclidean length 1 if `normalize` is set.
+    ///
+    /// # Errors
+    /// `pooling` is none, or another than that of a model that was exported with one; otherwise as [`Encoder::encode`].
+    pub fn embed(
+        &self,
+        batch: &Batch,
+        pooling: Pooling,
+        normalize: bool,
+        cancel: &Cancellation,
+    ) -> Result<Array2<f32>, Error> {
+        let own = self.features()?.pooling;
+        if pooling == Pooling::None {
+            return Err(Error::input("pooling", "mean, first or last", "none"));
+        }
+        if own != Pooling::None && own != pooling {
+            return Err(self.pooled_already(pooling, own));
+        }
+        let mut vectors = match own {
+            Pooling::None => pooled(&self.encode(batch, cancel)?, batch, pooling),
+            _ => self.output(batch, cancel)?.into_dimensionality().map_err(wrong_rank)?,
+        };
+        if normalize {
+            for mut vector in vectors.rows_mut() {
+                let length = vector.iter().map(|x| x * x).sum::<f32>().sqrt().max(1e-12);
+                vector.mapv_inplace(|x| x / length);
+            }
+        }
+        Ok(vectors)
+    }
+
+    /// The graph's output for a batch.
+    pub(crate) fn output(&self, batch: &Batch, cancel: &Cancellation) -> Result<ArrayD<f32>, Error> {
+        batch.check(&self.folder.config)?;
+        let rectangle = |values: &[i64]| int64_tensor(batch.rows(), values.to_vec());
+        let (ids, mask) = (rectangle(batch.ids())?, rectangle(batch.mask())?);
+        let outputs = run(&self.session, "running the encoder", &[(&ids).into(), (&mask).into()], cancel)?;
+        let output = outputs.into_iter().next().expect("opening has verified that there is one output");
+        let shape: Vec<usize> = output.shape().iter().map(|&size| size as usize).collect();
+        let values = float32_values(&output).map_err(Error::onnxruntime("reading the output"))?;
+        if shape.first() != Some(&batch.rows()) {
+            let message = format!("{} rows gave an output of shape {shape:?}", batch.rows());
+            return Err(Error::OnnxRuntime { during: "reading the output".into(), message });
+        }
+        ArrayD::from_shape_vec(shape, values).map_err(wrong_rank)
+    }
+
+    /// The error of a call that the model was not exported for.
+    pub(crate) fn other_task(&self, found: &Task, expected: &str) -> Error {
+        other_task(self.path(), found, expected)
+    }
+
+    fn pooled_already(&self, wanted: Pooling, own: Pooling) -> Error {
+        Error::Folder {
+            path: self.path().join(MANIFEST),
+            field: "task.pooling".into(),
+            expected: format!("{wanted} as asked for (export with --pooling {wanted}, or none for any)"),
+            found: own.to_string(),
+        }
+    }
+}
+
+/// The error of a use that a model was not exported for.
+pub(crate) fn other_task(folder: &Path, found: &Task, expected: &str) -> Error {
+    let path: PathBuf = folder.join(MANIFEST);
+    let name = expected.split([' ', ',']).next().unwrap_or(expected);
+    let expected = format!("{expected} (export the checkpoint with --task {name})");
+    Error::Folder { path, field: "task".into(), expected, found: found.name().into() }
+}
+
+fn wrong_rank(error: ndarray::ShapeError) -> Error {
+    Error::OnnxRuntime { during: "reading the output".into(), message: error.to_string() }
+}
+
+/// One vector for each row of `states`, of the tokens that its mask lets through; every row of a batch has one.
+fn pooled(states: &Array3<f32>, batch: &Batch, pooling: Pooling) -> Array2<f32> {
+    let mut vectors = Array2::zeros([states.shape()[0], states.shape()[2]]);
+    let rows = states.outer_iter().zip(batch.mask().chunks(batch.length()));
+    for ((states, mask), mut vector) in rows.zip(vectors.outer_iter_mut()) {
+        vector.assign(&pooled_row(states, mask, pooling));
+    }
+    vectors
+}
+
+fn pooled_row(states: ArrayView2<'_, f32>, mask: &[i64], pooling: Pooling) -> ndarray::Array1<f32> {
+    let seen: Vec<usize> = (0..mask.len()).filter(|&at| mask[at] != 0).collect();
+    let one = |at: Option<&usize>| states.row(at.copied().unwrap_or(0)).to_owned();
+    match pooling {
+        Pooling::First => one(seen.first()),
+        Pooling::Last => one(seen.last()),
+        Pooling::Mean | Pooling::None => states.select(Axis(0), &seen).sum_axis(Axis(0)) / seen.len() as f32,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ndarray::array;
+
+    use super::*;
+
+    #[test]
+    fn only_tokens_that_take_part_are_pooled() {
+        let states = array![[9.0, 9.0], [1.0, 2.0], [f32::NAN, 0.0], [3.0, 6.0], [9.0, 9.0]];
+        for (pooling, expected) in
+            [(Pooling::Mean, [2.0, 4.0]), (Pooling::First, [1.0, 2.0]), (Pooling::Last, [3.0, 6.0])]
+        {
+            assert_eq!(pooled_row(states.view(), &[0, 1, 0, 1, 0], pooling).to_vec(), expected, "{pooling}");
+        }
+    }
+}
