@@ -33,6 +33,7 @@ mod draws;
 pub mod options;
 pub mod scores;
 pub mod search;
+mod speculation;
 
 mod generate;
 mod logprobs;
