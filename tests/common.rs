@@ -72,6 +72,11 @@ pub fn demo() -> PathBuf {
     exported_from(&tests().join("demo/checkpoint"), "demo", Export::default())
 }
 
+/// The demo checkpoint as exported in another way, once for all tests that say `label`.
+pub fn demo_as(label: &str, export: Export) -> PathBuf {
+    exported_from(&tests().join("demo/checkpoint"), &format!("demo-{label}"), export)
+}
+
 /// A checkpoint exported in some way, once for all tests that say `label`.
 pub fn exported_from(checkpoint: &Path, label: &str, export: Export) -> PathBuf {
     static DONE: Mutex<Option<HashMap<String, PathBuf>>> = Mutex::new(None);

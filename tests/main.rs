@@ -12,6 +12,7 @@ mod processors;
 mod programs;
 mod python;
 mod sampling;
+mod speculation;
 mod tasks;
 mod tokenizer;
 

@@ -4,14 +4,17 @@
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
+use t5gemma_graphs::interface::Logits;
+
 use crate::batch::Batch;
 use crate::constraint::{Constraint, Walk};
 use crate::error::Error;
 use crate::logprobs::Trace;
 use crate::model::{Cancellation, Model};
-use crate::options::GenerationOptions;
+use crate::options::{GenerationOptions, OptionError};
 use crate::scores::Processors;
 use crate::search::{Hypothesis, Progress, Search};
+use crate::speculation::Lookup;
 use crate::stop::Stops;
 
 /// Is shown the tokens of a generation as they are chosen. `()` shows them to no one; closures are watches.
@@ -47,6 +50,8 @@ struct Item {
     shown: usize,
     /// With `output_logprobs`.
     trace: Option<Trace>,
+    /// With `prompt_lookup_num_tokens`.
+    lookup: Option<Lookup>,
     /// With constraints.
     walk: Option<Arc<Walk>>,
 }
@@ -81,6 +86,12 @@ pub(crate) fn generate(
         ));
     }
 
+    if let Some(tokens) = options.prompt_lookup_num_tokens
+        && model.manifest().logits != Logits::All
+    {
+        let expected = "nothing for this model (drafts need the scores of all positions: export it with --all-logits)";
+        return Err(OptionError::new("prompt_lookup_num_tokens", expected, tokens.to_string()).into());
+    }
     let constraint = Constraint::new(model, options, prompts.length)?;
     // Which hypotheses are the best is for the constraint to say, so a search with beams has to give all that it has.
     let of_search = &match &constraint {
@@ -104,6 +115,10 @@ pub(crate) fn generate(
                 },
                 shown: 0,
                 trace: options.output_logprobs.then(|| Trace::new(options.top_logprobs)),
+                lookup: options.prompt_lookup_num_tokens.map(|tokens| {
+                    let ngram_size = options.max_matching_ngram_size.unwrap_or(2);
+                    Lookup::new(batch.source(row), tokens, ngram_size)
+                }),
                 walk,
             }
         })
@@ -113,8 +128,10 @@ pub(crate) fn generate(
     let encoded = model.run_encoder(batch, cancel)?;
     let (mut state, mut logits) = model.start(encoded, prompts, cancel)?;
 
+    // Of logits of several positions, the one at which the search is.
+    let mut position = 0;
     for step in 0.. {
-        let scores = logits.rows_mut()?;
+        let scores = &mut logits.rows_mut()?[position * decoder.vocab_size..];
         // The rows of an item begin as one: the first step has one row for all of them.
         let rows_per_item = state.rows() / state.items();
         let mut widened;
@@ -193,8 +210,25 @@ pub(crate) fn generate(
         if items.is_empty() {
             break;
         }
-        state.select(&going_on, &parents)?;
-        logits = model.step(&mut state, tokens, cancel)?;
+        let mut draft = Vec::new();
+        if let ([Item { search, lookup: Some(lookup), .. }], [token]) = (items.as_mut_slice(), tokens.as_slice()) {
+            if lookup.follows(*token) {
+                // What follows it is scored already.
+                position += 1;
+                continue;
+            }
+            let length = search.history(0).len();
+            draft = lookup.draft(search.history(0), max_length.saturating_sub(length + 1));
+            state.select(&going_on, &parents)?;
+            state.truncate(length - 1)?;
+        } else {
+            state.select(&going_on, &parents)?;
+        }
+        position = 0;
+        logits = match draft.is_empty() {
+            true => model.step(&mut state, tokens, cancel)?,
+            false => model.step_all(&mut state, [tokens, draft].concat(), cancel)?,
+        };
     }
     Ok(results)
 }

@@ -36,6 +36,7 @@ mod draws;
 pub mod options;
 pub mod scores;
 pub mod search;
+mod speculation;
 
 mod generate;
 mod logprobs;

@@ -265,8 +265,25 @@ impl Model {
 
     /// Runs a further decoder step: new tokens for each target row, as many for one as for another.
     pub(crate) fn step(&self, state: &mut State, tokens: Vec<i64>, cancel: &Cancellation) -> Result<Logits, Error> {
+        let logits = self.run_step(state, tokens, cancel)?;
+        Logits::last(logits, state.rows()).map_err(Error::onnxruntime("reading the logits"))
+    }
+
+    /// [`Model::step`] of one target row, with the scores of each of its new tokens one after the other; the model has to
+    /// be one that gives all.
+    pub(crate) fn step_all(&self, state: &mut State, tokens: Vec<i64>, cancel: &Cancellation) -> Result<Logits, Error> {
+        let expected = [1, tokens.len() as i64];
+        let value = self.run_step(state, tokens, cancel)?;
+        if value.shape()[..2] != expected {
+            let problem = ort::Error::new(format!("{expected:?} tokens gave logits of shape {}", value.shape()));
+            return Err(Error::onnxruntime("reading the logits")(problem));
+        }
+        Ok(Logits { value })
+    }
+
+    fn run_step(&self, state: &mut State, tokens: Vec<i64>, cancel: &Cancellation) -> Result<DynValue, Error> {
         let rows = state.rows();
-        let logits = match state.cache_mut() {
+        Ok(match state.cache_mut() {
             Cache::Growing(cache) => {
                 let ids = int64_tensor(rows, tokens)?;
                 let mut inputs: Vec<SessionInputValue> = vec![cache.mask().into(), (&ids).into()];
@@ -286,8 +303,7 @@ impl Model {
                     Err(error) => return Err(Error::onnxruntime(DECODER_STEP)(error)),
                 }
             }
-        };
-        Logits::last(logits, rows).map_err(Error::onnxruntime("reading the logits"))
+        })
     }
 }
 

@@ -115,6 +115,11 @@ pub struct GenerationOptions {
     pub top_logprobs: usize,
     /// The caller's own changes to scores, after all others but those of sampling. Not an option of requests.
     pub logits_processor: Vec<LogitsProcessor>,
+    /// Drafts of so many tokens are looked up in the source, for greedy search of one row. Needs a model that gives the
+    /// scores of all positions. Which tokens are generated does not depend on it.
+    pub prompt_lookup_num_tokens: Option<usize>,
+    /// How many of the last tokens are looked for then, at most; not given: 2.
+    pub max_matching_ngram_size: Option<usize>,
     /// What the output as a whole has to be.
     pub constraints: Constraints,
     /// Names and JSON values of what `generation_config.json` asks for and this version cannot do. Until a request
@@ -263,6 +268,8 @@ impl Default for GenerationOptions {
             output_logprobs: false,
             top_logprobs: 0,
             logits_processor: Vec::new(),
+            prompt_lookup_num_tokens: None,
+            max_matching_ngram_size: None,
             constraints: Constraints::default(),
             unsupported: Vec::new(),
         }
@@ -454,6 +461,16 @@ impl GenerationOptions {
             let expected = "false with num_beams above 1 (beam search does not complete alternatives)";
             return Err(OptionError::new("return_alternatives", expected, "true"));
         }
+        if let Some(tokens) = self.prompt_lookup_num_tokens
+            && (self.num_beams > 1 || self.num_return_sequences > 1 || self.do_sample)
+        {
+            let expected = "nothing but with greedy search of one target (drafts are for that alone)";
+            return Err(OptionError::new("prompt_lookup_num_tokens", expected, tokens.to_string()));
+        }
+        if let (None, Some(size)) = (self.prompt_lookup_num_tokens, self.max_matching_ngram_size) {
+            let expected = "nothing without prompt_lookup_num_tokens (without drafts, it has no effect)";
+            return Err(OptionError::new("max_matching_ngram_size", expected, size.to_string()));
+        }
         if self.do_sample {
             let is_positive = |x: f64| (x as f32).is_normal() && x > 0.0 && ((1.0 / x) as f32).is_normal();
             let is_part = |x: f64| (0.0..=1.0).contains(&x);
@@ -580,6 +597,8 @@ impl GenerationOptions {
             "renormalize_logits" => self.renormalize_logits = given.flag()?,
             "frequency_penalty" => self.frequency_penalty = given.openai_penalty()?,
             "presence_penalty" => self.presence_penalty = given.openai_penalty()?,
+            "prompt_lookup_num_tokens" => self.prompt_lookup_num_tokens = Some(given.whole(1)?),
+            "max_matching_ngram_size" => self.max_matching_ngram_size = Some(given.whole(1)?),
             "output_logprobs" => self.output_logprobs = given.flag()?,
             "top_logprobs" => {
                 self.top_logprobs = given
@@ -778,8 +797,6 @@ const UNSUPPORTED: &[(&str, Neutral, Effect)] = &[
     ("token_healing", Neutral::Flag(false), Effect::Result),
     ("dola_layers", Neutral::Absent, Effect::Result),
     ("use_mtp", Neutral::Flag(false), Effect::None),
-    ("prompt_lookup_num_tokens", Neutral::Absent, Effect::None),
-    ("max_matching_ngram_size", Neutral::Absent, Effect::None),
     ("is_assistant", Neutral::Flag(false), Effect::None),
     ("num_assistant_tokens", Neutral::Absent, Effect::None),
     ("num_assistant_tokens_schedule", Neutral::Absent, Effect::None),
@@ -885,11 +902,20 @@ mod tests {
             output_logprobs: true,
             top_logprobs: 3,
             logits_processor: vec![],
+            prompt_lookup_num_tokens: None,
+            max_matching_ngram_size: None,
             constraints: Constraints { regex: Some("a+".into()), ..Constraints::default() },
             unsupported: vec![],
         };
         assert_eq!(with(&GenerationOptions::default(), request.clone()), Ok(expected.clone()));
         assert_eq!(model(request), Ok(GenerationOptions { eos_of_model: vec![1, 107], ..expected }));
+    }
+
+    #[test]
+    fn options_of_drafts_are_read() {
+        let request = json!({"prompt_lookup_num_tokens": 5, "max_matching_ngram_size": 3});
+        let options = with(&GenerationOptions::default(), request).expect("greedy search of one target");
+        assert_eq!((options.prompt_lookup_num_tokens, options.max_matching_ngram_size), (Some(5), Some(3)));
     }
 
     #[test]

@@ -73,6 +73,42 @@ impl State {
     }
 }
 
+impl State {
+    /// Forgets the target tokens behind the first `length`; there is one row.
+    pub fn truncate(&mut self, length: usize) -> Result<(), Error> {
+        match &mut self.cache {
+            Cache::Growing(cache) => cache.truncate(length).map_err(Error::onnxruntime("shortening the cache")),
+            Cache::InPlace(cache) => {
+                cache.truncate(length);
+                Ok(())
+            }
+        }
+    }
+}
+
+/// Makes `value`, `[1, heads, tokens, size]`, what it is of the first `length` tokens.
+fn keep_tokens(value: &mut DynValue, length: usize) -> ort::Result<()> {
+    if value.shape()[2] > length as i64 {
+        *value = match value.data_type() {
+            TensorElementType::Float32 => first_tokens::<f32>(value, length),
+            TensorElementType::Float16 => first_tokens::<f16>(value, length),
+            TensorElementType::Bfloat16 => first_tokens::<bf16>(value, length),
+            other => Err(ort::Error::new(format!("a cache of {other}"))),
+        }?;
+    }
+    Ok(())
+}
+
+fn first_tokens<T>(value: &DynValue, length: usize) -> ort::Result<DynValue>
+where
+    T: PrimitiveTensorElementType + std::fmt::Debug + Copy + 'static,
+{
+    let (shape, data) = value.try_extract_tensor::<T>()?;
+    let (tokens, size) = (shape[2] as usize, shape[3] as usize);
+    let kept: Vec<T> = data.chunks_exact(tokens * size).flat_map(|head| &head[..length * size]).copied().collect();
+    Ok(Tensor::from_array(([shape[0] as usize, shape[1] as usize, length, size], kept))?.into_dyn())
+}
+
 /// Makes `value` the tensor of the given rows (entries of the first axis) of itself, which has `before` rows.
 fn keep_rows(value: &mut DynValue, rows: &[usize], before: usize) -> ort::Result<()> {
     if !rows.iter().copied().eq(0..before) {

@@ -66,6 +66,12 @@ const FLAGS: &[(&str, &str, &str)] = &[
     ("decoder_start_token_id", "ID", "The token every target starts with"),
     ("output_logprobs", "BOOL", "Tell the model's log-probability of each token (with --jsonl)"),
     ("top_logprobs", "N", "The same for the N likeliest tokens at each place"),
+    (
+        "prompt_lookup_num_tokens",
+        "N",
+        "Greedy search drafts N tokens from the source, for the same output in fewer steps",
+    ),
+    ("max_matching_ngram_size", "N", "Last tokens to look for in the source for a draft, at most [default: 2]"),
     ("renormalize_logits", "BOOL", "Make processed scores log-probabilities again"),
     ("remove_invalid_values", "BOOL", "Replace NaN and infinite scores instead of failing"),
 ];

@@ -3,7 +3,7 @@
 
 use ort::value::DynValue;
 
-use super::keep_rows;
+use super::{keep_rows, keep_tokens};
 
 /// The inputs of the cached decoder step but for its tokens.
 pub(crate) struct Growing {
@@ -36,6 +36,11 @@ impl Growing {
         for ((past, _), present) in grown.zip(present) {
             *past = present;
         }
+    }
+
+    pub(super) fn truncate(&mut self, length: usize) -> ort::Result<()> {
+        let own = self.past.iter_mut().zip(&self.per_item).filter(|(_, per_item)| !**per_item);
+        own.map(|(past, _)| past).try_for_each(|past| keep_tokens(past, length))
     }
 
     pub(super) fn select(

@@ -150,6 +150,11 @@ impl InPlace {
         Ok(())
     }
 
+    pub(super) fn truncate(&mut self, length: usize) {
+        self.length = self.length.min(length);
+        self.common.iter_mut().for_each(|common| *common = length.min(*common));
+    }
+
     pub(super) fn select(
         &mut self,
         items: &[usize],

@@ -1,0 +1,93 @@
+//! Drafts of what comes next, looked up in the source: summaries, corrections and answers from tables copy it. The model
+//! scores a whole draft in one step, and the search then chooses as if it had not been there: a draft can save steps but
+//! never change a choice. Only token ids; running the model is the loop's.
+
+use std::collections::VecDeque;
+
+/// Looks for the last tokens of a target in its source.
+#[derive(Clone, Debug)]
+pub(crate) struct Lookup {
+    source: Vec<i64>,
+    /// Tokens of a draft at most.
+    num_tokens: usize,
+    /// Tokens at the end of the target that are looked for, at most.
+    ngram_size: usize,
+    /// Where in the source the last draft that was followed went on: of several places, the next one behind it is taken.
+    cursor: usize,
+    /// What has been drafted and not been chosen yet.
+    ahead: VecDeque<i64>,
+}
+
+impl Lookup {
+    /// Prepares drafts of at most `num_tokens` tokens that follow the last `ngram_size` or fewer in `source`.
+    pub(crate) fn new(source: &[i64], num_tokens: usize, ngram_size: usize) -> Lookup {
+        Lookup { source: source.to_vec(), num_tokens, ngram_size, cursor: 0, ahead: VecDeque::new() }
+    }
+
+    /// Drafts what follows `history`, `room` tokens at most. Of the n-grams at its end that the source holds, the longest
+    /// counts. Whatever was drafted before is forgotten.
+    pub(crate) fn draft(&mut self, history: &[i64], room: usize) -> Vec<i64> {
+        self.ahead.clear();
+        let longest = self.ngram_size.min(history.len()).min(self.source.len());
+        for size in (1..=longest).rev() {
+            let ngram = &history[history.len() - size..];
+            // What stands at the very end of the source is followed by nothing.
+            let ends = (size..self.source.len()).filter(|&end| self.source[..end].ends_with(ngram));
+            let Some(start) = ends.min_by_key(|&end| (end < self.cursor, end)) else { continue };
+            let end = self.source.len().min(start + self.num_tokens.min(room));
+            self.cursor = start;
+            self.ahead.extend(&self.source[start..end]);
+            break;
+        }
+        self.ahead.iter().copied().collect()
+    }
+
+    /// Whether `token` is what was drafted next; what follows it in the draft stays, or all of the draft goes.
+    pub(crate) fn follows(&mut self, token: i64) -> bool {
+        let follows = self.ahead.pop_front() == Some(token);
+        match follows {
+            true => self.cursor += 1,
+            false => self.ahead.clear(),
+        }
+        follows
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn drafts_are_what_follows_in_the_source() {
+        type Case = (&'static str, &'static [i64], &'static [i64], usize, &'static [i64]);
+        let source: &[i64] = &[2, 10, 11, 12, 10, 13, 14, 1];
+        let cases: &[Case] = &[
+            ("the start token is one like others", source, &[2], 9, &[10, 11, 12]),
+            ("the longest n-gram counts", source, &[2, 12, 10], 9, &[13, 14, 1]),
+            ("or a shorter one", source, &[2, 14, 10], 9, &[11, 12, 10]),
+            ("as much as there is", source, &[2, 10, 13], 9, &[14, 1]),
+            ("as much as there is room for", source, &[2], 2, &[10, 11]),
+            ("nothing at the end", source, &[2, 14, 1], 9, &[]),
+            ("nothing unknown", source, &[2, 99], 9, &[]),
+            ("nothing without room", source, &[2], 0, &[]),
+            ("nothing without a source", &[], &[2], 9, &[]),
+        ];
+        for &(name, source, history, room, draft) in cases {
+            assert_eq!(Lookup::new(source, 3, 2).draft(history, room), draft, "{name}");
+        }
+    }
+
+    #[test]
+    fn a_draft_is_followed_as_far_as_it_is_right() {
+        let mut lookup = Lookup::new(&[2, 10, 11, 10, 12, 10, 13], 3, 1);
+        assert_eq!(lookup.draft(&[2], 9), [10, 11, 10]);
+        assert_eq!([10, 11, 15, 10].map(|token| lookup.follows(token)), [true, true, false, false]);
+        // The first place behind what was followed.
+        assert_eq!(lookup.draft(&[2, 10, 11, 15, 10], 9), [12, 10, 13]);
+        assert!(lookup.follows(12) && lookup.follows(10));
+        assert_eq!(lookup.draft(&[10], 9), [13]);
+        // None is left behind it: from the beginning.
+        assert!(lookup.follows(13));
+        assert_eq!(lookup.draft(&[10], 9), [11, 10, 12]);
+    }
+}
