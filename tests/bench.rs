@@ -6,9 +6,13 @@ use std::process::{Output, Stdio};
 use std::time::Duration;
 
 use serde_json::{Value, json};
+use t5gemma_exporter::Export;
+use t5gemma_graphs::Target;
+use t5gemma_graphs::onnx::Blocks;
+use t5gemma_graphs::quantization::Quantization;
 use t5gemma_runtime::{Batch, Cancellation, Error, GenerationOptions, Model, Watch};
 
-use crate::common::{exported, program, run, stdout};
+use crate::common::{exported, exported_as, program, run, stdout};
 
 fn bench(model: &str, arguments: &[&str]) -> Output {
     let model = exported(model);
@@ -81,6 +85,28 @@ fn a_step_reads_the_head_but_not_an_embedding_table_of_its_own() {
         assert!(0 < table && table < all);
         assert_eq!(report["bandwidth"]["step_weight_bytes"], if reads_table { all } else { all - table }, "{model}");
     }
+}
+
+/// The packed head is the embedding table under another name, at the same place of the weights file.
+#[test]
+fn a_step_reads_a_tied_table_once() {
+    let blocks = Some(Blocks { bits: 8, size: 16, symmetric: true });
+    let quantization = Quantization { encoder: blocks, decoder: blocks, head: blocks, ..Quantization::default() };
+    let export = Export { target: Target::Cpu, quantization, ..Export::default() };
+    let model = exported_as("tiny-balanced", "bench-int8", export);
+    let arguments = ["--json", "--source-length", "2", "--max-new-tokens", "2"];
+    let output = run("t5gemma", [&["bench", model.to_str().expect("UTF-8")], &arguments[..]].concat(), "");
+    let report: Value = serde_json::from_str(&stdout(output)).expect("JSON");
+    let text = std::fs::read_to_string(model.join("manifest.json")).expect("the model has a manifest");
+    let manifest: Value = serde_json::from_str(&text).expect("JSON");
+    let tensors = manifest["weights"]["tensors"].as_array().expect("a list");
+    let used = manifest["graphs"]["decoder_with_past"]["weights"].as_array().expect("a list");
+    let used = || tensors.iter().filter(|tensor| used.contains(&tensor["name"]));
+    let aliases = used().filter(|tensor| !tensor["same_bytes_as"].is_null()).count();
+    let once = used().filter(|tensor| tensor["same_bytes_as"].is_null());
+    assert!(aliases > 0, "the head is the table");
+    let bytes: u64 = once.filter_map(|tensor| tensor["bytes"].as_u64()).sum();
+    assert_eq!(report["bandwidth"]["step_weight_bytes"], bytes);
 }
 
 #[test]

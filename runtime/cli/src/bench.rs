@@ -4,6 +4,7 @@
 mod machine;
 mod protocol;
 
+use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::ops::ControlFlow;
 use std::path::PathBuf;
@@ -274,18 +275,17 @@ impl StepBytes {
         // With a head of its own the model reads of its embedding table the rows of the step's tokens only.
         let has_head = used.iter().any(|name| name.starts_with("lm_head."));
         let read = |name: &str| used.contains(&name) && !(has_head && name.starts_with("model.decoder.embed_tokens."));
-        let weights = manifest
-            .weights
-            .tensors
-            .iter()
-            .filter(|tensor| read(&tensor.name) && tensor.same_bytes_as.is_none())
-            .map(|tensor| tensor.bytes);
+        // By place: what is the embedding table to one operator and the head to another is read once.
+        let weights: BTreeMap<u64, u64> = (manifest.weights.tensors.iter())
+            .filter(|tensor| read(&tensor.name))
+            .map(|tensor| (tensor.offset, tensor.bytes))
+            .collect();
 
         let position =
             2 * decoder.layers.len() * decoder.num_key_value_heads * decoder.head_dim * manifest.dtype.size();
         let targets = case.batch.rows() * case.options.num_beams * case.tokens / 2;
         let sources = case.batch.rows() * case.batch.length();
-        StepBytes { weights: weights.sum(), caches: (position * (targets + sources)) as u64 }
+        StepBytes { weights: weights.values().sum(), caches: (position * (targets + sources)) as u64 }
     }
 
     fn total(&self) -> u64 {
