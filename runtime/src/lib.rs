@@ -22,10 +22,12 @@ pub mod onnxruntime;
 
 mod classify;
 mod encoder;
+mod encoder_cache;
 mod folder;
 mod model;
 mod state;
 
+mod chat;
 mod tokenizer;
 
 mod batch;
@@ -43,6 +45,7 @@ pub mod verify;
 mod error;
 
 pub use batch::Batch;
+pub use chat::ChatTemplate;
 pub use classify::ScoreFunction;
 pub use draws::Draws;
 pub use encoder::Encoder;
