@@ -10,7 +10,7 @@ use t5gemma_exporter::Export;
 use t5gemma_graphs::Target;
 use t5gemma_graphs::interface::DType;
 use t5gemma_graphs::task::{Features, Pooling, Task};
-use t5gemma_runtime::{Batch, Cancellation, Encoder};
+use t5gemma_runtime::{Batch, Cancellation, Encoder, Model, OpenOptions};
 
 use crate::common::{demo, exported, exported_from, fixture, run, stdout, tests};
 
@@ -405,4 +405,56 @@ fn encode_writes_rows_of_one_length_into_one_array() {
     let first = vectors.floats("0.last_hidden_state");
     let row: ArrayView1<'_, f32> = first.view().into_shape_with_order(first.len()).expect("contiguous");
     assert!(row.iter().all(|x| x.is_finite()));
+}
+
+#[test]
+fn hidden_states_are_handed_back_as_sources() {
+    let folder = tempfile::tempdir().expect("a temporary folder can be made");
+    let states = folder.path().join("states.safetensors");
+    let states = states.to_str().expect("temporary paths are UTF-8");
+    let model = demo();
+    let lines = "Room 12 is 5 km away.\nDr. Lee paid $3.50.\nIt is 3:05 pm.\n";
+    for options in [&["--batch-size", "2"][..], &["--num-beams", "3"], &["--encoder-no-repeat-ngram-size", "3"]] {
+        stdout(run("t5gemma", arguments("encode", &model, &["-o", states]), lines));
+        let direct = stdout(run("t5gemma", arguments("generate", &model, options), lines));
+        let from_states = [&["--encoder-outputs", states], options].concat();
+        assert_eq!(stdout(run("t5gemma", arguments("generate", &model, &from_states), "")), direct, "{options:?}");
+    }
+    let jsonl = arguments("generate", &model, &["--encoder-outputs", states, "--jsonl"]);
+    let result = stdout(run("t5gemma", jsonl, ""));
+    let result: Value = serde_json::from_str(result.lines().nth(1).expect("three results")).expect("JSON");
+    assert_eq!(result["id"], 1);
+
+    let of_another = exported("tiny-balanced");
+    let output = run("t5gemma", arguments("generate", &of_another, &["--encoder-outputs", states, "--jsonl"]), "");
+    assert!(String::from_utf8_lossy(&output.stdout).contains("encoder_outputs: expected states of width"));
+    stdout(run("t5gemma", arguments("encode", &model, &["-o", states, "--pooling", "mean"]), lines));
+    let output = run("t5gemma", arguments("generate", &model, &["--encoder-outputs", states]), "");
+    assert!(
+        String::from_utf8_lossy(&output.stderr).contains("expected tensors ID.last_hidden_state, found 0.sentence")
+    );
+}
+
+#[test]
+fn remembered_sources_give_what_encoded_ones_give() {
+    let open = |encoder_cache_bytes| {
+        let options = OpenOptions { encoder_cache_bytes, ..OpenOptions::default() };
+        Model::open_with(exported("tiny-unbalanced"), &options).expect("opens")
+    };
+    // Room for all of the sources, or for some of them.
+    for cached in [open(1 << 20), open(2_000)] {
+        let plain = open(0);
+        let sources: [&[i64]; 4] = [&[5, 6, 7, 8], &[9], &[3, 3], &[5, 6, 7, 8]];
+        for rows in [vec![0, 1], vec![1, 2], vec![3], vec![2, 0, 1], vec![0, 1, 2, 3]] {
+            let sources: Vec<&[i64]> = rows.iter().map(|&row| sources[row]).collect();
+            let batch = Batch::padded(&sources, 0).expect("a batch");
+            let generate = |model: &Model| {
+                let options = model.options().clone();
+                model.generate(&batch, &options, &mut (), &Cancellation::new()).expect("generates")
+            };
+            assert_eq!(generate(&cached), generate(&plain), "{rows:?}");
+            let states = |model: &Model| model.encode(&batch, &Cancellation::new()).expect("encodes").into_dyn();
+            check_close(&format!("{rows:?}"), &states(&cached), &states(&plain), Some(batch.mask()));
+        }
+    }
 }

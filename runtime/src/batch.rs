@@ -2,13 +2,14 @@
 //! and generation, take it, and because its rules need no model; what depends on a model's sizes is checked by
 //! [`Batch::check`], once, before anything runs.
 
+use ndarray::{Array3, s};
 use t5gemma_graphs::config::Config;
 
 use crate::draws::Draws;
 use crate::error::Error;
 
 /// Source rows of one length with their masks, and optionally the beginnings of their targets.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Batch {
     rows: usize,
     length: usize,
@@ -21,6 +22,8 @@ pub struct Batch {
     /// The place of each row in the batch that it was given in.
     places: Vec<usize>,
     prompts: Option<Prompts>,
+    /// What the encoder makes of the sources, `[rows, length, hidden_size]`, where it is known already.
+    states: Option<Array3<f32>>,
 }
 
 /// The beginnings of the targets, `[rows, length]`.
@@ -69,6 +72,7 @@ impl Batch {
         if of_all.windows(2).any(|pair| pair[0] != pair[1]) {
             return Err(Error::input("decoder_input_ids", "the same for all rows of a joined batch", "others"));
         }
+        let states = joined_states(&batches)?;
         let prompts = of_all.first().copied().flatten();
         let prompts = prompts.map(|prompt| Prompts { length: prompt.len(), ids: prompt.repeat(of_all.len()) });
         let length = batches.iter().map(|batch| batch.length).max().unwrap_or(0);
@@ -82,7 +86,7 @@ impl Batch {
         let seeds = batches.iter().flat_map(|batch| batch.seeds.clone()).collect();
         let places = batches.iter().flat_map(|batch| batch.places.clone()).collect();
         let rows = batches.iter().map(|batch| batch.rows).sum();
-        Ok(Batch { given, seeds, places, prompts, ..Batch::flat(rows, ids, mask)? })
+        Ok(Batch { given, seeds, places, prompts, states, ..Batch::flat(rows, ids, mask)? })
     }
 
     /// Makes a batch of sources that are padded already, anywhere: a token takes part where its mask is not zero.
@@ -139,7 +143,7 @@ impl Batch {
         }
         let mask = mask.into_iter().map(|visible| (visible != 0) as i64).collect();
         let (given, seeds, places) = (vec![length; rows], vec![None; rows], (0..rows).collect());
-        Ok(Batch { rows, length, ids, mask, given, seeds, places, prompts: None })
+        Ok(Batch { rows, length, ids, mask, given, seeds, places, prompts: None, states: None })
     }
 
     /// Gives the beginning of each row's target; generation continues it.
@@ -166,6 +170,27 @@ impl Batch {
     /// Gives these rows a seed of their own, which they keep in a joined batch.
     pub fn with_seed(self, seed: u64) -> Batch {
         Batch { seeds: vec![Some(seed); self.rows], ..self }
+    }
+
+    /// Gives what the encoder made of these sources before, `[rows, length, hidden_size]` as [`Model::encode`] and
+    /// [`Encoder::encode`] return it: it is then not run for them. States of padding are not looked at.
+    ///
+    /// [`Model::encode`]: crate::Model::encode
+    /// [`Encoder::encode`]: crate::Encoder::encode
+    ///
+    /// # Errors
+    /// States of other rows or lengths.
+    pub fn with_encoder_outputs(self, states: Array3<f32>) -> Result<Batch, Error> {
+        if states.shape()[..2] != [self.rows, self.length] {
+            let expected = format!("states of {} rows of {} tokens, as input_ids has", self.rows, self.length);
+            return Err(Error::input("encoder_outputs", expected, format!("shape {:?}", states.shape())));
+        }
+        Ok(Batch { states: Some(states), ..self })
+    }
+
+    /// What the encoder makes of the sources, where it is known already.
+    pub(crate) fn encoder_outputs(&self) -> Option<&Array3<f32>> {
+        self.states.as_ref()
     }
 
     /// What a row draws from, `seed` being that of the options.
@@ -232,6 +257,25 @@ impl Batch {
             None => Ok(()),
         }
     }
+}
+
+/// The states of batches that are joined, if they have any.
+fn joined_states(batches: &[Batch]) -> Result<Option<Array3<f32>>, Error> {
+    let all: Vec<&Array3<f32>> = batches.iter().filter_map(|batch| batch.states.as_ref()).collect();
+    let Some(first) = all.first() else { return Ok(None) };
+    let width = first.shape()[2];
+    if all.len() < batches.len() || all.iter().any(|states| states.shape()[2] != width) {
+        return Err(Error::input("encoder_outputs", "states of one width for all rows of a joined batch", "others"));
+    }
+    let length = batches.iter().map(|batch| batch.length).max().unwrap_or(0);
+    let mut joined = Array3::zeros([batches.iter().map(|batch| batch.rows).sum(), length, width]);
+    let mut row = 0;
+    for states in all {
+        let end = row + states.shape()[0];
+        joined.slice_mut(s![row..end, ..states.shape()[1], ..]).assign(states);
+        row = end;
+    }
+    Ok(Some(joined))
 }
 
 fn check_rows<S: AsRef<[i64]>>(sources: &[S]) -> Result<(), Error> {
@@ -306,6 +350,26 @@ mod tests {
         assert_ne!(other.with_seed(3).draws(1, 9), alone.draws(0, 9), "another place in its request");
         let unseeded = Batch::padded(&[[6, 7]], 0).expect("well-formed");
         assert_eq!(unseeded.draws(0, 3), alone.draws(0, 8));
+    }
+
+    #[test]
+    fn states_are_joined_with_their_sources() {
+        let batch = |length: usize, value: f32| {
+            let batch = Batch::padded(&[vec![5; length]], 0).expect("well-formed");
+            batch.with_encoder_outputs(Array3::from_elem([1, length, 2], value)).expect("of this batch")
+        };
+        let joined = Batch::joined(vec![batch(1, 3.0), batch(2, 4.0)], 0).expect("well-formed");
+        let states = joined.encoder_outputs().expect("both have them");
+        assert_eq!(states.iter().copied().collect::<Vec<f32>>(), [3.0, 3.0, 0.0, 0.0, 4.0, 4.0, 4.0, 4.0]);
+
+        let without = Batch::padded(&[[5]], 0).expect("well-formed");
+        let mixed = Batch::joined(vec![batch(1, 3.0), without.clone()], 0);
+        assert!(error(mixed).starts_with("encoder_outputs: expected states of one width"));
+        let other = without.with_encoder_outputs(Array3::zeros([1, 2, 2]));
+        assert_eq!(
+            error(other),
+            "encoder_outputs: expected states of 1 rows of 1 tokens, as input_ids has, found shape [1, 2, 2]"
+        );
     }
 
     #[test]

@@ -23,11 +23,13 @@ pub mod onnxruntime;
 
 mod classify;
 mod encoder;
+mod encoder_cache;
 mod folder;
 mod kernels;
 mod model;
 mod state;
 
+mod chat;
 mod tokenizer;
 
 mod batch;
@@ -47,6 +49,7 @@ pub mod verify;
 mod error;
 
 pub use batch::Batch;
+pub use chat::ChatTemplate;
 pub use classify::ScoreFunction;
 pub use constraint::{Constraints, PrefixAllowedTokens, Sequence};
 pub use draws::Draws;

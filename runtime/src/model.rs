@@ -27,6 +27,7 @@ use t5gemma_graphs::manifest::{Manifest, TensorRecord};
 use crate::batch::{Batch, Prompts};
 use crate::constraint::Vocabulary;
 use crate::encoder::other_task;
+use crate::encoder_cache::{EncoderCache, States};
 use crate::error::Error;
 use crate::folder::Folder;
 use crate::generate::{self, Watch};
@@ -48,6 +49,9 @@ pub struct OpenOptions {
     pub threads: Option<usize>,
     /// Compare the hash of the whole weights file, however large, instead of samples of it.
     pub check_weights: bool,
+    /// How many bytes of encoder results are kept, so that a source that comes again is not encoded again; none by default.
+    /// A result from here may differ in its last digits from one that was encoded beside other rows. [`Model`] only.
+    pub encoder_cache_bytes: usize,
 }
 
 /// More than any machine computes with; ONNX Runtime starts as many as it is told to, whatever that takes.
@@ -61,6 +65,7 @@ pub struct Model {
     decoder_with_past: Mutex<Session>,
     /// For each cached tensor, in the order of the graphs, whether its first axis is source items.
     per_item: Vec<bool>,
+    encoder_cache: Option<EncoderCache>,
     options: GenerationOptions,
     tokenizer: OnceLock<Result<Tokenizer, String>>,
     vocabulary: OnceLock<Result<Vocabulary, String>>,
@@ -145,6 +150,7 @@ impl Model {
             decoder: open("decoder", &interface.decoder)?,
             decoder_with_past: open("decoder_with_past", &interface.decoder_with_past)?,
             per_item: per_item(&interface),
+            encoder_cache: Some(options.encoder_cache_bytes).filter(|&bytes| bytes > 0).map(EncoderCache::new),
             options: defaults,
             tokenizer: OnceLock::new(),
             vocabulary: OnceLock::new(),
@@ -232,8 +238,60 @@ impl Model {
         score::score(self, batch, targets, top, cancel)
     }
 
-    /// Runs the encoder.
+    /// What the encoder makes of a batch: given with it, remembered, or computed.
     pub(crate) fn run_encoder(&self, batch: &Batch, cancel: &Cancellation) -> Result<Encoded, Error> {
+        let width = self.folder.config.encoder.hidden_size;
+        if let Some(states) = batch.encoder_outputs() {
+            if states.shape()[2] != width {
+                let expected = format!("states of width {width} (encoder.hidden_size)");
+                return Err(Error::input("encoder_outputs", expected, format!("width {}", states.shape()[2])));
+            }
+            return self.encoded(batch, states.iter().copied().collect());
+        }
+        let Some(cache) = &self.encoder_cache else { return self.compute_encoder(batch, cancel) };
+        let mut known: Vec<Option<States>> =
+            (0..batch.rows()).map(|row| cache.get(batch.source(row), batch.row_mask(row))).collect();
+        let missing: Vec<usize> = (0..batch.rows()).filter(|&row| known[row].is_none()).collect();
+        if !missing.is_empty() {
+            let of = |part: &[i64]| -> Vec<i64> {
+                missing.iter().flat_map(|&row| &part[row * batch.length()..][..batch.length()]).copied().collect()
+            };
+            let sources = Batch::flat(missing.len(), of(batch.ids()), of(batch.mask()))?;
+            let computed = self.compute_encoder(&sources, cancel)?;
+            let values = float32_values(&computed.hidden).map_err(Error::onnxruntime("reading the hidden states"))?;
+            for (&row, values) in missing.iter().zip(values.chunks_exact(batch.length() * width)) {
+                let own = &values[..batch.source(row).len() * width];
+                cache.put(batch.source(row), batch.row_mask(row), own);
+                known[row] = Some(own.into());
+            }
+            if missing.len() == batch.rows() {
+                return Ok(computed);
+            }
+        }
+        let mut states = Vec::with_capacity(batch.rows() * batch.length() * width);
+        for (row, own) in known.iter().enumerate() {
+            states.extend_from_slice(own.as_deref().expect("found or computed above"));
+            // States of padding mean nothing, but must be numbers.
+            states.resize((row + 1) * batch.length() * width, 0.0);
+        }
+        self.encoded(batch, states)
+    }
+
+    /// Hidden states as the decoder takes them.
+    fn encoded(&self, batch: &Batch, states: Vec<f32>) -> Result<Encoded, Error> {
+        let shape = [batch.rows(), batch.length(), self.folder.config.encoder.hidden_size];
+        let hidden = match self.folder.manifest.dtype {
+            DType::Float16 => Tensor::from_array((shape, states.into_iter().map(f16::from_f32).collect::<Vec<_>>()))
+                .map(Tensor::into_dyn),
+            DType::BFloat16 => Tensor::from_array((shape, states.into_iter().map(bf16::from_f32).collect::<Vec<_>>()))
+                .map(Tensor::into_dyn),
+            _ => Tensor::from_array((shape, states)).map(Tensor::into_dyn),
+        };
+        let hidden = hidden.map_err(Error::onnxruntime("preparing a run"))?;
+        Ok(Encoded { hidden, mask: int64_tensor(batch.rows(), batch.mask().to_vec())? })
+    }
+
+    fn compute_encoder(&self, batch: &Batch, cancel: &Cancellation) -> Result<Encoded, Error> {
         let rectangle = |values: &[i64]| int64_tensor(batch.rows(), values.to_vec());
         let (ids, mask) = (rectangle(batch.ids())?, rectangle(batch.mask())?);
         let outputs = run(&self.encoder, "running the encoder", &[(&ids).into(), (&mask).into()], cancel)?;

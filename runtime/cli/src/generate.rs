@@ -2,11 +2,13 @@
 
 use std::io::{self, IsTerminal, Write};
 use std::ops::ControlFlow;
+use std::path::PathBuf;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde_json::{Map, Value, json};
 use t5gemma_runtime::{Cancellation, Error, FinishReason, GenerationOptions, Hypothesis, Model, SpecialTokens};
 
+use crate::chat::Chat;
 use crate::options::GenerationFlags;
 use crate::progress::counter;
 use crate::requests::{self, Kind, Lines, Refused, Request};
@@ -16,21 +18,22 @@ use crate::{Opening, Outcome};
 ///
 /// With --jsonl, each line of stdin is a request and each line of stdout its result, in order:
 ///
-///   request  {"id"?, "text" | "input_ids", "attention_mask"?, "decoder_text"? | "decoder_input_ids"?,
-///            "options"?}
+///   request  {"id"?, "text" | "messages" | "input_ids", "attention_mask"?,
+///            "decoder_text"? | "decoder_input_ids"?, "options"?}
 ///   result   {"id", "sequences": [[{"tokens", "text"?, "score"?, "finish_reason", "logprob"?, "logprobs"?,
 ///            "top_logprobs"?}, …best first], …rows], "seed"?, "usage"}
 ///   or       {"id", "error"}
 ///
-/// "text" is a string or a list of them; "input_ids" is a row of token ids or a list of rows, padded anywhere: the mask
-/// decides. "decoder_text" is how the target begins, without special tokens, "decoder_input_ids" the same as token ids;
-/// neither is part of the result. "options" are Hugging Face's generation options and stand over the flags below.
-/// "tokens" are the generated ids without the decoder prompt, end token included; "score" is that of beam search;
-/// "finish_reason" is "eos", "length", "stop_string", "time", "constraint_incomplete" where the output ended before it was
-/// what the constraints ask for, or "constraint" where it is that and no end token may follow. With "output_logprobs",
-/// "logprobs" are the model's log-probabilities of the tokens, before any processing, "logprob" is their sum, and
-/// "top_logprobs" the [token, log-probability] pairs of as many of the likeliest at each place. "seed" is what was drawn
-/// from where tokens are sampled.
+/// "text" is a string or a list of them; "messages" is a conversation for instruction-tuned models, a list of {"role",
+/// "content"}, written by the checkpoint's own chat template, with the beginning of the answer; "input_ids" is a row of
+/// token ids or a list of rows, padded anywhere: the mask decides. "decoder_text" is how the target begins, without special
+/// tokens, "decoder_input_ids" the same as token ids; neither is part of the result. "options" are Hugging Face's generation
+/// options and stand over the flags below. "tokens" are the generated ids without the decoder prompt, end token included;
+/// "score" is that of beam search; "finish_reason" is "eos", "length", "stop_string", "time", "constraint_incomplete" where
+/// the output ended before it was what the constraints ask for, or "constraint" where it is that and no end token may
+/// follow. With "output_logprobs", "logprobs" are the model's log-probabilities of the tokens, before any processing,
+/// "logprob" is their sum, and "top_logprobs" the [token, log-probability] pairs of as many of the likeliest at each place.
+/// "seed" is what was drawn from where tokens are sampled.
 /// Requests that are there together and have the same options are run as one batch. An "id" left out is the line's number
 /// from 0. A line that is no request, be it not even UTF-8, is answered by its error; blank lines are passed over.
 #[derive(clap::Args)]
@@ -43,6 +46,19 @@ pub struct Arguments {
     /// Read requests and write results as JSON lines
     #[arg(long, conflicts_with = "texts")]
     jsonl: bool,
+    /// Take each text for the user's turn of a conversation, written by the checkpoint's own chat template
+    #[arg(long)]
+    chat: bool,
+    /// A system turn before conversations that have none, where the template knows such turns
+    #[arg(long, value_name = "TEXT")]
+    system: Option<String>,
+    /// Answer the texts whose hidden states `t5gemma encode` has written to this file, by this or an equal encoder; nothing is
+    /// encoded. Results come in the order of the ids
+    #[arg(long, value_name = "FILE.safetensors", conflicts_with_all = ["texts", "chat"])]
+    encoder_outputs: Option<PathBuf>,
+    /// Memory for encoder results, so that a source that comes again is not encoded again [default: 0, none]
+    #[arg(long, value_name = "BYTES", default_value_t = 0, hide_default_value = true)]
+    encoder_cache_bytes: usize,
     /// Text that every target begins with; only what follows is written
     #[arg(long, value_name = "TEXT", conflicts_with = "jsonl")]
     decoder_text: Option<String>,
@@ -55,12 +71,24 @@ pub struct Arguments {
 
 /// Runs the command.
 pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
-    let model = arguments.opening.open()?;
+    let opening = Opening { encoder_cache_bytes: arguments.encoder_cache_bytes, ..arguments.opening };
+    let model = opening.open()?;
     // Flags that cannot be right for any request are told before anything is read.
     let options = model.options().with(&arguments.flags.0)?;
     let batch_size = arguments.batch_size as usize;
     let prompt = arguments.decoder_text.map(|text| model.tokenizer()?.encode_target(&text)).transpose()?;
-    let answering = Answering { model: &model, cancel, options: &options, prompt, batch_size };
+    ensure!(
+        arguments.system.is_none() || arguments.chat || arguments.jsonl,
+        "--system needs --chat, or requests with messages"
+    );
+    let chat = Chat::of(&opening.model, &model, arguments.chat, arguments.system);
+    if arguments.chat {
+        chat.template()?;
+    }
+    let answering = Answering { model: &model, chat: &chat, cancel, options: &options, prompt, batch_size };
+    if let Some(file) = &arguments.encoder_outputs {
+        return answering.given(requests::of_encoder_outputs(file)?, arguments.jsonl);
+    }
     if arguments.jsonl {
         return answering.jsonl();
     }
@@ -76,6 +104,8 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
 
 struct Answering<'a> {
     model: &'a Model,
+    /// The model as requests are read with it.
+    chat: &'a Chat<'a>,
     cancel: &'a Cancellation,
     /// The model's own with the flags over them; a request's are laid over these.
     options: &'a GenerationOptions,
@@ -108,7 +138,7 @@ impl Answering<'_> {
                 .iter()
                 .enumerate()
                 .map(|(i, text)| {
-                    let request = Request::of_text(text, number + i, Kind::Generate, self.model)?;
+                    let request = Request::of_text(text, number + i, Kind::Generate, self.chat)?;
                     Ok(Request { prompts: self.prompt.clone().map(|prompt| vec![prompt]), ..request })
                 })
                 .collect();
@@ -144,18 +174,52 @@ impl Answering<'_> {
         Ok(outcome)
     }
 
+    /// Answers requests that are all there, as texts or as JSON lines.
+    fn given(&self, requests: Vec<Request>, jsonl: bool) -> Result<Outcome> {
+        let mut outcome = Outcome::Done;
+        let mut requests = requests.into_iter().peekable();
+        while requests.peek().is_some() {
+            let group = requests.by_ref().take(self.batch_size).map(|request| {
+                let prompts = self.prompt.clone().map(|prompt| vec![prompt; request.sources.len()]);
+                Ok(Request { prompts, ..request })
+            });
+            let group = group.collect();
+            for answer in self.answers(group, false)? {
+                match answer {
+                    Ok((request, rows)) if jsonl => println_flushed(&self.result(&request, &rows)?.to_string())?,
+                    Ok((_, rows)) => {
+                        for hypothesis in rows.iter().flatten() {
+                            let text = self.model.tokenizer()?.decode(&hypothesis.tokens, SpecialTokens::Skip)?;
+                            println_flushed(&text)?;
+                        }
+                    }
+                    Err(Refused { id, reason }) => {
+                        outcome = Outcome::SomeFailed;
+                        if jsonl {
+                            println_flushed(&json!({"id": id, "error": reason}).to_string())?;
+                        } else {
+                            println_flushed("")?;
+                            eprintln!("t5gemma: text {id}: {reason}");
+                        }
+                    }
+                }
+            }
+        }
+        Ok(outcome)
+    }
+
     fn jsonl(&self) -> Result<Outcome> {
         let mut lines = Lines::requests();
         let mut outcome = Outcome::Done;
         let done = counter("requests", true);
         while let Some((number, line)) = lines.next(self.cancel)? {
-            let mut requests = vec![Request::parse(&line, number, Kind::Generate, self.model)];
+            let mut requests = vec![Request::parse(&line, number, Kind::Generate, self.chat)];
             let rows = |requests: &[Result<Request, Refused>]| {
                 requests.iter().flatten().map(|request| request.sources.len()).sum::<usize>()
             };
             while rows(&requests) < self.batch_size && requests.len() < self.batch_size && lines.is_ready()? {
                 let Some((number, line)) = lines.next(self.cancel)? else { break };
-                requests.push(Request::parse(&line, number, Kind::Generate, self.model));
+                requests.push(Request::parse(&line, number, Kind::Generate, self.chat));
             }
             for answer in self.answers(requests, false)? {
                 let result = match answer {

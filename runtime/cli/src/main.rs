@@ -2,6 +2,7 @@
 //! of them share, `tensors.rs` the files of numbers that are read and written.
 
 mod bench;
+mod chat;
 mod classify;
 mod doctor;
 mod encode;
@@ -62,6 +63,9 @@ struct Opening {
     /// Compare the hash of the whole weights file, however large, before running
     #[arg(long)]
     check_weights: bool,
+    /// For commands that encode the same source more than once.
+    #[arg(skip)]
+    encoder_cache_bytes: usize,
 }
 
 impl Opening {
@@ -75,7 +79,8 @@ impl Opening {
 
     fn options(&self) -> OpenOptions {
         let (library, threads) = (self.onnxruntime.clone(), self.threads);
-        OpenOptions { library, threads, check_weights: self.check_weights }
+        let (check_weights, encoder_cache_bytes) = (self.check_weights, self.encoder_cache_bytes);
+        OpenOptions { library, threads, check_weights, encoder_cache_bytes }
     }
 }
 

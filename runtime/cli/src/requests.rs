@@ -3,11 +3,15 @@
 
 use std::borrow::Borrow;
 use std::io::{self, BufRead};
+use std::path::Path;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::thread;
 use std::time::Duration;
 
+use crate::chat::Chat;
+use crate::tensors::Tensors;
 use anyhow::{Context, Result, bail};
+use ndarray::{Array3, Ix2, Ix3};
 use serde_json::{Map, Value, json};
 use t5gemma_runtime::{Batch, Cancellation, Encoder, Logprobs, Model, Tokenizer};
 
@@ -27,6 +31,8 @@ pub struct Request {
     pub targets: Vec<Vec<i64>>,
     /// What its rows draw from if they sample.
     pub seed: Option<u64>,
+    /// What the encoder made of the sources before.
+    pub states: Option<Array3<f32>>,
 }
 
 /// A line that is not a request: its `id` as far as it can be told, and why.
@@ -39,6 +45,11 @@ pub struct Refused {
 pub trait Reader {
     /// The model's tokenizer, for requests with text.
     fn tokenizer(&self) -> Result<&Tokenizer, t5gemma_runtime::Error>;
+
+    /// What makes a text of a conversation, for requests with messages, if there is such a thing.
+    fn chat(&self) -> Option<&Chat<'_>> {
+        None
+    }
 
     /// The token that ends a target.
     fn end(&self) -> Option<i64> {
@@ -98,6 +109,8 @@ impl Request {
             Some(other) => bail!("id: expected a string or a number, found {}", shown(&other)),
         }
         let mut take = |name: &str| fields.remove(name).filter(|value| !value.is_null());
+        let chat = model.chat().filter(|_| kind == Kind::Generate);
+        let messages = if chat.is_some() { take("messages") } else { None };
         let (text, ids, mask) = (take("text"), take("input_ids"), take("attention_mask"));
         let mut take_if = |is_taken: bool, name: &str| if is_taken { take(name) } else { None };
         let (decodes, generates) = (kind != Kind::Encode, kind == Kind::Generate);
@@ -106,7 +119,9 @@ impl Request {
         let options = take_if(generates, "options");
         if let Some((name, _)) = fields.iter().next() {
             let known = match kind {
-                Kind::Generate => "id, text, input_ids, attention_mask, decoder_text, decoder_input_ids and options",
+                Kind::Generate => {
+                    "id, text, messages, input_ids, attention_mask, decoder_text, decoder_input_ids and options"
+                }
                 Kind::Score { .. } => {
                     "id, text, input_ids, attention_mask, target, target_ids, decoder_text and decoder_input_ids"
                 }
@@ -114,14 +129,21 @@ impl Request {
             };
             bail!("expected only the fields {known}, found {}", shown(&name.as_str().into()));
         }
-        let sources = match (text, ids) {
-            (Some(text), None) => texts("text", &text)?
+        let sources = match (text, ids, messages, chat) {
+            (Some(text), None, None, chat) => texts("text", &text)?
                 .into_iter()
-                .map(|text| Ok(model.tokenizer()?.encode(text)?))
+                .map(|text| match chat.filter(|chat| chat.of_texts) {
+                    Some(chat) => chat.source(&[json!({"role": "user", "content": text})]),
+                    None => Ok(model.tokenizer()?.encode(text)?),
+                })
                 .collect::<Result<Vec<_>>>()?,
-            (None, Some(ids)) => rows("input_ids", &ids)?,
-            (None, None) => bail!("expected text or input_ids, found neither"),
-            (Some(_), Some(_)) => bail!("expected text or input_ids, found both"),
+            (None, Some(ids), None, _) => rows("input_ids", &ids)?,
+            (None, None, Some(Value::Array(messages)), Some(chat)) => vec![chat.source(&messages)?],
+            (None, None, Some(other), _) => bail!("messages: expected a list of messages, found {}", shown(&other)),
+            (None, None, None, Some(_)) => bail!("expected text, messages or input_ids, found none of them"),
+            (None, None, None, None) => bail!("expected text or input_ids, found neither"),
+            (Some(_), Some(_), None, _) => bail!("expected text or input_ids, found both"),
+            (_, _, Some(_), _) => bail!("expected messages alone, found text or input_ids beside them"),
         };
         let mask = match mask {
             Some(mask) => rows("attention_mask", &mask)?,
@@ -168,7 +190,7 @@ impl Request {
             Some(Value::Object(options)) => options,
             Some(other) => bail!("options: expected an object of generation options, found {}", shown(&other)),
         };
-        let request = Request { id: id.clone(), sources, mask, prompts, options, targets, seed: None };
+        let request = Request { id: id.clone(), sources, mask, prompts, options, targets, seed: None, states: None };
         // What the library refuses of this request alone is known before it is put in a batch with others.
         batch(std::slice::from_ref(&request), 0)?;
         Ok(request)
@@ -196,12 +218,47 @@ pub fn batch<R: Borrow<Request>>(requests: &[R], pad: i64) -> Result<Batch, t5ge
             Some(seed) => batch.with_seed(seed),
             None => batch,
         };
+        let batch = match &request.states {
+            Some(states) => batch.with_encoder_outputs(states.clone())?,
+            None => batch,
+        };
         match &request.prompts {
             Some(prompts) => batch.with_decoder_input_ids(prompts),
             None => Ok(batch),
         }
     };
     Batch::joined(requests.iter().map(|request| of_one(request.borrow())).collect::<Result<_, _>>()?, pad)
+}
+
+/// Requests with the encoder results of a file that `t5gemma encode` has written, in the order of their ids: those that are
+/// whole numbers first, by their values.
+pub fn of_encoder_outputs(path: &Path) -> Result<Vec<Request>> {
+    let file = Tensors::read(path)?;
+    let names = file.names()?;
+    let mut ids: Vec<&str> = names.iter().filter_map(|name| name.strip_suffix(".last_hidden_state")).collect();
+    if ids.is_empty() {
+        bail!("{}: expected tensors ID.last_hidden_state, found {}", path.display(), names.join(", "));
+    }
+    ids.sort_by_key(|id| (id.parse::<u64>().map_or((1, 0), |number| (0, number)), id.to_string()));
+    let request = |id: &str| {
+        let wrong = |what: &str, expected: &str| format!("{}: {id}.{what}: expected {expected}", path.display());
+        let states = file.floats(&format!("{id}.last_hidden_state"))?;
+        let states = states.and_then(|states| states.into_dimensionality::<Ix3>().ok());
+        let states = states.with_context(|| wrong("last_hidden_state", "[rows, tokens, hidden size]"))?;
+        let rectangle = |what: &str| -> Result<Vec<Vec<i64>>> {
+            let numbers = file.whole(&format!("{id}.{what}"))?.and_then(|ids| ids.into_dimensionality::<Ix2>().ok());
+            let numbers = numbers.filter(|numbers| numbers.shape() == &states.shape()[..2]);
+            let expected = format!("int64 of shape {:?}, as its last_hidden_state has", &states.shape()[..2]);
+            let numbers = numbers.with_context(|| wrong(what, &expected))?;
+            Ok(numbers.outer_iter().map(|row| row.to_vec()).collect())
+        };
+        // The tokens are not read again, but some options look at them.
+        let (sources, mask) = (rectangle("input_ids")?, rectangle("attention_mask")?);
+        let (options, id) = (Map::new(), id.parse::<u64>().map_or_else(|_| id.into(), Value::from));
+        let states = Some(states);
+        Ok(Request { id, sources, mask, prompts: None, options, targets: Vec::new(), seed: None, states })
+    };
+    ids.into_iter().map(request).collect()
 }
 
 /// The fields of a result that log-probabilities become.

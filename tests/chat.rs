@@ -1,0 +1,141 @@
+//! Conversations: chat templates against transformers, and `generate --chat`.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+use t5gemma_runtime::{ChatTemplate, Tokenizer};
+
+use crate::common::{from_make, run, stdout, tests};
+
+fn golden() -> Value {
+    let text = fs::read_to_string(tests().join("fixtures/chat.json")).expect("the fixture is there");
+    serde_json::from_str(&text).expect("JSON")
+}
+
+#[test]
+fn conversations_are_written_as_transformers_writes_them() {
+    let golden = golden();
+    let folder = tempfile::tempdir().expect("a temporary folder can be made");
+    let gemma = Tokenizer::open(&from_make("T5GEMMA_GEMMA_TOKENIZER").join("tokenizer.json")).expect("loads");
+    let mut wrong = Vec::new();
+    let cases = golden["cases"].as_array().expect("a list");
+    for case in cases {
+        let name = case["name"].as_str().expect("a name");
+        let config = &golden["templates"][case["template"].as_str().expect("a name")];
+        fs::write(folder.path().join("tokenizer_config.json"), config.to_string()).expect("written");
+        let template = ChatTemplate::open(folder.path()).unwrap_or_else(|error| panic!("{name}: {error}"));
+        let found = template.apply(case["messages"].as_array().expect("a list"));
+        match (&found, case["text"].as_str()) {
+            (Ok(found), Some(expected)) if found == expected => {
+                let ids = gemma.encode_target(found).expect("encodes");
+                if case.get("ids").is_some_and(|expected| *expected != json!(ids)) {
+                    wrong.push(format!("{name}: ids {ids:?}"));
+                }
+            }
+            // The message of a refusal is the template's where it raises one.
+            (Err(error), None) if error.to_string().starts_with("messages: ") => {
+                let expected = case["error"].as_str().expect("an error");
+                if ["roles must", "System role"].iter().any(|raised| expected.contains(raised))
+                    && !error.to_string().contains(expected)
+                {
+                    wrong.push(format!("{name}: {error}"));
+                }
+            }
+            _ => wrong.push(format!("{name}: {found:?}, expected {case}")),
+        }
+    }
+    assert!(wrong.is_empty(), "{} of {}:\n{}", wrong.len(), cases.len(), wrong.join("\n"));
+}
+
+#[test]
+fn a_template_may_stand_in_a_file_of_its_own() {
+    let folder = tempfile::tempdir().expect("a temporary folder can be made");
+    let at = |name: &str| folder.path().join(name);
+    let messages = [json!({"role": "user", "content": "hi"})];
+    let error = ChatTemplate::open(folder.path()).err().expect("there is none").to_string();
+    assert!(error.contains("tokenizer_config.json: chat_template: expected a template"), "{error}");
+
+    let several = json!([{"name": "rag", "template": "no"}, {"name": "default", "template": "several"}]);
+    fs::write(at("tokenizer_config.json"), json!({"chat_template": several, "bos_token": "<s>"}).to_string())
+        .expect("written");
+    let apply = || ChatTemplate::open(folder.path()).expect("a template").apply(&messages).expect("written");
+    assert_eq!(apply(), "several");
+    fs::write(at("chat_template.jinja"), "{{ bos_token }}{{ messages[0].content }}").expect("written");
+    assert_eq!(apply(), "<s>hi", "the file has precedence, the special tokens are still those of the settings");
+    fs::write(at("chat_template.jinja"), "{% if %}").expect("written");
+    let error = ChatTemplate::open(folder.path()).err().expect("malformed").to_string();
+    assert!(error.contains("chat_template.jinja: chat_template: ") && error.contains("line 1"), "{error}");
+}
+
+/// The demo with a template that puts its text into brackets for the system's turn.
+fn demo_with(folder: &Path, template: Option<&str>) -> PathBuf {
+    let (from, out) = (folder.join("checkpoint"), folder.join("model"));
+    fs::create_dir(&from).expect("a new folder");
+    for entry in fs::read_dir(tests().join("demo/checkpoint")).expect("the demo is there") {
+        let entry = entry.expect("an entry");
+        fs::write(from.join(entry.file_name()), fs::read(entry.path()).expect("readable")).expect("writable");
+    }
+    if let Some(template) = template {
+        fs::write(from.join("chat_template.jinja"), template).expect("writable");
+    }
+    stdout(run("t5gemma-export", [&from, &out], ""));
+    out
+}
+
+#[test]
+fn generate_takes_conversations() {
+    let folder = tempfile::tempdir().expect("a temporary folder can be made");
+    let template = "{% for m in messages %}{% if m.role == 'system' %}{{ m.content }} {% else %}{{ m.content }}{% endif %}{% endfor %}";
+    let model = demo_with(folder.path(), Some(template));
+    let model = model.to_str().expect("temporary paths are UTF-8");
+    let plain = stdout(run("t5gemma", ["generate", model, "Room 12 is 5 km away."], ""));
+    assert_eq!(stdout(run("t5gemma", ["generate", model, "--chat", "Room 12 is 5 km away."], "")), plain);
+    let with_system = ["generate", model, "--chat", "--system", "Room 12", "is 5 km away."];
+    assert_eq!(stdout(run("t5gemma", with_system, "")), plain);
+
+    let user = |content: &str| json!({"role": "user", "content": content});
+    let requests = [
+        json!({"messages": [user("Room 12 is 5 km away.")]}),
+        json!({"messages": [json!({"role": "system", "content": "Room 12"}), user("is 5 km away.")]}),
+        json!({"messages": [json!({"role": "oracle", "content": "?"})]}),
+        json!({"messages": "?"}),
+        json!({"messages": [user("a")], "text": "b"}),
+        json!({}),
+    ];
+    let lines = requests.each_ref().map(Value::to_string).join("\n");
+    let output = run("t5gemma", ["generate", model, "--jsonl"], &lines);
+    let results: Vec<Value> =
+        String::from_utf8_lossy(&output.stdout).lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
+    for result in &results[..2] {
+        assert_eq!(result["sequences"][0][0]["text"], plain.trim_end(), "{result}");
+    }
+    for (result, says) in results[2..].iter().zip([
+        "messages[0].role: expected one of system, ",
+        "messages: expected a list of messages",
+        "expected messages alone",
+        "expected text, messages or input_ids",
+    ]) {
+        assert!(result["error"].as_str().is_some_and(|error| error.starts_with(says)), "{result}");
+    }
+}
+
+#[test]
+fn a_checkpoint_without_a_template_says_so() {
+    let folder = tempfile::tempdir().expect("a temporary folder can be made");
+    let model = demo_with(folder.path(), None);
+    let model = model.to_str().expect("temporary paths are UTF-8");
+    for arguments in [&["generate", model, "--chat", "text"][..], &["generate", model, "--system", "a", "text"]] {
+        let output = run("t5gemma", arguments, "");
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(1), "{error}");
+        assert!(
+            error.contains("chat_template: expected a template") || error.contains("--system needs --chat"),
+            "{error}"
+        );
+    }
+    let request = json!({"messages": [{"role": "user", "content": "a"}]}).to_string();
+    let output = run("t5gemma", ["generate", model, "--jsonl"], &request);
+    let result: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    assert!(result["error"].as_str().is_some_and(|error| error.contains("chat_template: expected")), "{result}");
+}
