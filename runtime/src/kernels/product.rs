@@ -1,7 +1,10 @@
 //! The product of rounded activations with weights of few bits: whole numbers within a block, float32 from block to block.
 //!
 //! `y = sx · Σ_blocks sw · (Σ q·w − zero · Σ q)`, where `q` are a row's activations as 16-bit numbers of scale `sx`. The sums
-//! in the brackets are exact: they wrap in 32 bits, but their difference fits, `128 · 255 · 32767 < 2³¹`.
+//! in the brackets are exact, `128 · 255 · 32767 < 2³¹`; those of `q` are taken off last, all blocks at a time.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
 
 use std::ops::Range;
 
@@ -41,6 +44,11 @@ impl Weights<'_> {
             && self.zero_points.is_none_or(|zeros| zeros.len() == n * self.zero_point_bytes())
     }
 
+    /// The zero point of every block, if they all have the same.
+    fn same_zero_point(&self) -> Option<i32> {
+        self.zero_points.is_none().then_some(1 << (self.bits - 1))
+    }
+
     fn zero_point(&self, row: usize, block: usize) -> i32 {
         match (self.zero_points, self.bits) {
             (None, bits) => 1 << (bits - 1),
@@ -59,8 +67,8 @@ pub struct Activations {
     rows: usize,
     /// `[rows, blocks · block_size]`, filled up with zeros, in the order of [`Order::of`].
     numbers: Vec<i16>,
-    /// `[rows, blocks]`: the sums of the numbers.
-    sums: Vec<i32>,
+    /// `[rows, blocks]`: the sums of the numbers, times the zero point where all blocks have the same.
+    sums: Vec<f32>,
     /// `[rows]`
     scales: Vec<f32>,
 }
@@ -70,7 +78,7 @@ impl Activations {
     pub fn prepare(&mut self, rows: usize, weights: &Weights) {
         self.rows = rows;
         self.numbers.resize(rows * weights.blocks() * weights.block_size, 0);
-        self.sums.resize(rows * weights.blocks(), 0);
+        self.sums.resize(rows * weights.blocks(), 0.0);
         self.scales.resize(rows, 0.0);
     }
 
@@ -113,7 +121,7 @@ const SHIFT: f32 = 12_582_912.0;
 #[derive(Clone, Copy)]
 pub struct Target {
     numbers: *mut i16,
-    sums: *mut i32,
+    sums: *mut f32,
     scales: *mut f32,
 }
 
@@ -156,8 +164,9 @@ impl Target {
             *number = (x * inverse + SHIFT).to_bits() as i16;
         }
         padding.fill(0);
+        let zero = weights.same_zero_point().unwrap_or(1) as f32;
         for (sum, block) in sums.iter_mut().zip(numbers.chunks_exact(size)) {
-            *sum = block.iter().map(|&number| i32::from(number)).sum();
+            *sum = block.iter().map(|&number| i32::from(number)).sum::<i32>() as f32 * zero;
         }
         match Order::of(weights) {
             Order::Plain => {}
@@ -191,315 +200,113 @@ impl Output {
     }
 }
 
-/// Rows of activations, or columns of a single row, that are computed at a time: the one shares what is read of the weights,
-/// the other keeps several reads of them under way.
-const TILE: usize = 4;
+/// The most rows of activations that are computed at a time: the processor has registers for them.
+const ROWS: usize = 4;
+/// The most columns that are computed at a time.
+const COLUMNS: usize = 4;
 
 /// Computes the columns `columns` of the product.
 ///
 /// # Safety
 /// No one else writes these columns of `y` meanwhile, and what `y` was made from lives.
 pub unsafe fn multiply(x: &Activations, w: &Weights, bias: Option<&[f32]>, columns: Range<usize>, y: &Output) {
-    let dots = dots(w);
-    let put = |row: usize, column: usize, sum: f32| {
-        let value = sum * x.scales[row] + bias.map_or(0.0, |bias| bias[column]);
-        debug_assert!(row < y.rows && column < y.n);
-        // SAFETY: within the output, and no one else writes the column.
-        unsafe { *y.values.add(row * y.n + column) = value };
-    };
-    let whole = x.rows / TILE * TILE;
-    for first in (0..whole).step_by(TILE) {
-        for column in columns.clone() {
-            let [sums] = (dots.of_rows)(x, w, first, column);
-            (0..TILE).for_each(|at| put(first + at, column, sums[at]));
-        }
-    }
-    let tiles = columns.start..columns.start + columns.len() / TILE * TILE;
-    for row in whole..x.rows {
-        for first in tiles.clone().step_by(TILE) {
-            let sums = (dots.of_columns)(x, w, row, first);
-            (0..TILE).for_each(|at| put(row, first + at, sums[at][0]));
-        }
-        for column in tiles.end..columns.end {
-            put(row, column, (dots.of_one)(x, w, row, column)[0][0]);
-        }
-    }
-}
-
-/// Products of rows of activations from one on with columns from one on, without the activations' scale.
-struct Dots {
-    of_rows: fn(&Activations, &Weights, usize, usize) -> [[f32; TILE]; 1],
-    of_columns: fn(&Activations, &Weights, usize, usize) -> [[f32; 1]; TILE],
-    of_one: fn(&Activations, &Weights, usize, usize) -> [[f32; 1]; 1],
-}
-
-/// The best way on this machine.
-fn dots(w: &Weights) -> Dots {
+    assert!(columns.end <= y.n && x.rows == y.rows && bias.is_none_or(|bias| bias.len() == y.n), "sizes of a product");
+    let product = Product { x, w, bias, columns, y };
     #[cfg(target_arch = "x86_64")]
     if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-        if w.bits == 8 {
-            return Dots {
-                // SAFETY: the features are there.
-                of_rows: |x, w, row, column| unsafe { avx2::dots_8(x, w, row, column) },
-                // SAFETY: as above.
-                of_columns: |x, w, row, column| unsafe { avx2::dots_8(x, w, row, column) },
-                // SAFETY: as above.
-                of_one: |x, w, row, column| unsafe { avx2::dots_8(x, w, row, column) },
-            };
-        }
-        if Order::of(w) == Order::Fours {
-            return Dots {
-                // SAFETY: the features are there.
-                of_rows: |x, w, row, column| unsafe { avx2::dots_4(x, w, row, column) },
-                // SAFETY: as above.
-                of_columns: |x, w, row, column| unsafe { avx2::dots_4(x, w, row, column) },
-                // SAFETY: as above.
-                of_one: |x, w, row, column| unsafe { avx2::dots_4(x, w, row, column) },
-            };
+        match (w.bits, Order::of(w)) {
+            // SAFETY: the features are there.
+            (8, _) => return unsafe { avx2::multiply::<8>(&product) },
+            // SAFETY: as above.
+            (_, Order::Fours) => return unsafe { avx2::multiply::<4>(&product) },
+            _ => {}
         }
     }
-    let _ = w;
-    Dots { of_rows: portable, of_columns: portable, of_one: portable }
+    product.in_tiles(portable);
 }
+
+/// What is to be computed.
+struct Product<'p> {
+    x: &'p Activations,
+    w: &'p Weights<'p>,
+    bias: Option<&'p [f32]>,
+    columns: Range<usize>,
+    /// To be written, in these columns, by no one else.
+    y: &'p Output,
+}
+
+impl Product<'_> {
+    /// Computes it tile by tile. `tile` is given activations and weights, first row and number of rows, first column and
+    /// number of columns, and the scales of the columns times their zero points, `[columns, blocks]`, or only the scales
+    /// where all zero points are the same.
+    #[inline(always)]
+    fn in_tiles(&self, tile: impl Fn(&Activations, &Weights, [usize; 2], [usize; 2], &[f32]) -> Sums) {
+        let Product { x, w, bias, columns, y } = self;
+        let blocks = w.blocks();
+        // A single row keeps several reads of the weights under way; more rows share what is read.
+        let width = if x.rows == 1 { COLUMNS } else { COLUMNS / 2 };
+        let mut own_zeros = Vec::new();
+        for row in (0..x.rows).step_by(ROWS) {
+            let rows = ROWS.min(x.rows - row);
+            for column in columns.clone().step_by(width) {
+                let width = width.min(columns.end - column);
+                let scales = &w.scales[column * blocks..(column + width) * blocks];
+                let zeros = match w.zero_points {
+                    None => scales,
+                    Some(_) => {
+                        let zero = |at: usize| w.zero_point(column + at / blocks, at % blocks) as f32;
+                        own_zeros.clear();
+                        own_zeros.extend(scales.iter().enumerate().map(|(at, scale)| scale * zero(at)));
+                        &own_zeros[..]
+                    }
+                };
+                let sums = tile(x, w, [row, rows], [column, width], zeros);
+                for (column, sums) in (column..column + width).zip(sums) {
+                    let bias = bias.map_or(0.0, |bias| bias[column]);
+                    for (row, sum) in (row..row + rows).zip(sums) {
+                        // SAFETY: within the output, and no one else writes the column.
+                        unsafe { *y.values.add(row * y.n + column) = sum * x.scales[row] + bias };
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The products of some rows of activations with some columns, without the activations' scales; those of rows and columns
+/// that a tile has not are 0.
+type Sums = [[f32; ROWS]; COLUMNS];
 
 /// For any machine.
-fn portable<const ROWS: usize, const COLUMNS: usize>(
+fn portable(
     x: &Activations,
     w: &Weights,
-    row: usize,
-    column: usize,
-) -> [[f32; ROWS]; COLUMNS] {
-    std::array::from_fn(|at| portable_column(x, w, row, column + at))
-}
-
-fn portable_column<const ROWS: usize>(x: &Activations, w: &Weights, first: usize, column: usize) -> [f32; ROWS] {
+    [row, rows]: [usize; 2],
+    [column, columns]: [usize; 2],
+    zeros: &[f32],
+) -> Sums {
     let (blocks, size, bytes) = (w.blocks(), w.block_size, w.block_bytes());
     let order = Order::of(w);
     let mut codes = [0_i16; 128];
-    let mut totals = [0.0; ROWS];
-    for block in 0..blocks {
-        let packed = &w.numbers[(column * blocks + block) * bytes..][..bytes];
-        let codes = &mut codes[..size];
-        match w.bits {
-            8 => codes.iter_mut().zip(packed).for_each(|(code, &byte)| *code = byte.into()),
-            _ => {
-                for (pair, &byte) in codes.as_chunks_mut::<2>().0.iter_mut().zip(packed) {
-                    *pair = [(byte & 15).into(), (byte >> 4).into()];
-                }
-            }
-        }
-        let (scale, zero) = (w.scales[column * blocks + block], w.zero_point(column, block));
-        for (row, total) in totals.iter_mut().enumerate() {
-            let numbers = &x.numbers[(first + row) * blocks * size..][..blocks * size];
-            let number = |at: usize| numbers[order.place(block * size + at)];
-            let product = codes.iter().enumerate().map(|(at, &w)| i32::from(number(at)) * i32::from(w));
-            let sum = product.fold(0_i32, i32::wrapping_add);
-            let zeros = zero.wrapping_mul(x.sums[(first + row) * blocks + block]);
-            *total += sum.wrapping_sub(zeros) as f32 * scale;
-        }
-    }
-    totals
-}
-
-#[cfg(target_arch = "x86_64")]
-mod avx2 {
-    use std::arch::x86_64::*;
-    use std::array::from_fn;
-
-    use super::{Activations, Weights};
-
-    /// Bytes from what is read to what will be.
-    const AHEAD: usize = 4096;
-
-    /// Where the operands of a tile begin: rows of activations from one on, columns (rows of weights) from one on.
-    struct Tile<const ROWS: usize, const COLUMNS: usize> {
-        x: [*const i16; ROWS],
-        packed: [*const u8; COLUMNS],
-        scales: [*const f32; COLUMNS],
-    }
-
-    impl<const ROWS: usize, const COLUMNS: usize> Tile<ROWS, COLUMNS> {
-        #[inline(always)]
-        fn at(x: &Activations, w: &Weights, row: usize, column: usize) -> Tile<ROWS, COLUMNS> {
-            let (blocks, of_row) = (w.blocks(), w.blocks() * w.block_size);
-            let bytes = blocks * w.block_bytes();
-            // The last of each is looked at, so that everything before it is within bounds.
-            assert!((row + ROWS) * of_row <= x.numbers.len() && (row + ROWS) * blocks <= x.sums.len());
-            assert!((column + COLUMNS) * bytes <= w.numbers.len() && (column + COLUMNS) * blocks <= w.scales.len());
-            Tile {
-                x: from_fn(|at| x.numbers[(row + at) * of_row..].as_ptr()),
-                packed: from_fn(|at| w.numbers[(column + at) * bytes..].as_ptr()),
-                scales: from_fn(|at| w.scales[(column + at) * blocks..].as_ptr()),
-            }
-        }
-
-        /// Has the memory send what will be read a little later than `bytes` bytes of each column from `first` on: rows are
-        /// too short for the processor to see by itself where they go.
-        #[inline(always)]
-        fn fetch(&self, first: usize, bytes: usize) {
-            // Several rows of activations take longer than the memory does.
-            if ROWS > 1 || !first.is_multiple_of(64) {
-                return;
-            }
-            for packed in self.packed {
-                for line in (0..bytes).step_by(64) {
-                    // SAFETY: a hint, which may name any address.
-                    unsafe { _mm_prefetch::<_MM_HINT_T0>(packed.wrapping_add(first + line + AHEAD).cast()) };
-                }
-            }
-        }
-    }
-
-    /// With weights of 8 bits.
-    ///
-    /// # Safety
-    /// The processor has AVX2 and FMA.
-    #[target_feature(enable = "avx2,fma")]
-    pub unsafe fn dots_8<const ROWS: usize, const COLUMNS: usize>(
-        x: &Activations,
-        w: &Weights,
-        row: usize,
-        column: usize,
-    ) -> [[f32; ROWS]; COLUMNS] {
-        let tile = Tile::<ROWS, COLUMNS>::at(x, w, row, column);
-        let (blocks, size) = (w.blocks(), w.block_size);
-        let zero = _mm256_setzero_si256();
-        let mut totals = [[_mm256_setzero_ps(); ROWS]; COLUMNS];
-        for block in 0..blocks {
-            let mut sums: [[__m256i; ROWS]; COLUMNS] = minus_zeros(x, w, [row, column, block]);
-            let first = block * size;
-            tile.fetch(first, size);
-            for at in (first..first + size).step_by(16) {
-                // SAFETY: within the tile.
-                unsafe {
-                    let mut x = [zero; ROWS];
-                    for (x, from) in x.iter_mut().zip(tile.x) {
-                        *x = _mm256_loadu_si256(from.add(at).cast());
-                    }
-                    for (column, sums) in sums.iter_mut().enumerate() {
-                        let codes = _mm256_cvtepu8_epi16(_mm_loadu_si128(tile.packed[column].add(at).cast()));
-                        for (sum, x) in sums.iter_mut().zip(x) {
-                            *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(codes, x));
-                        }
-                    }
-                }
-            }
-            for (column, (totals, sums)) in totals.iter_mut().zip(sums).enumerate() {
-                // SAFETY: within the tile.
-                let scale = unsafe { _mm256_broadcast_ss(&*tile.scales[column].add(block)) };
-                for (total, sum) in totals.iter_mut().zip(sums) {
-                    *total = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), scale, *total);
-                }
-            }
-        }
-        sums_of(totals)
-    }
-
-    /// With weights of 4 bits, 64 at a time: they are one block, part of one, or two.
-    ///
-    /// # Safety
-    /// The processor has AVX2 and FMA.
-    #[target_feature(enable = "avx2,fma")]
-    pub unsafe fn dots_4<const ROWS: usize, const COLUMNS: usize>(
-        x: &Activations,
-        w: &Weights,
-        row: usize,
-        column: usize,
-    ) -> [[f32; ROWS]; COLUMNS] {
-        let tile = Tile::<ROWS, COLUMNS>::at(x, w, row, column);
-        let (blocks, size) = (w.blocks(), w.block_size);
-        let low = _mm256_set1_epi16(15);
-        // Which of two blocks each of eight sums belongs to.
-        let halves = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
-        let (at_once, span) = if size == 32 { (2, 64) } else { (1, size) };
-        let mut totals = [[_mm256_setzero_ps(); ROWS]; COLUMNS];
-        for block in (0..blocks).step_by(at_once) {
-            let mut sums: [[__m256i; ROWS]; COLUMNS] = minus_zeros(x, w, [row, column, block]);
-            if at_once == 2 {
-                let second: [[__m256i; ROWS]; COLUMNS] = minus_zeros(x, w, [row, column, block + 1]);
-                for (sums, second) in sums.iter_mut().zip(second) {
-                    for (sum, second) in sums.iter_mut().zip(second) {
-                        *sum = _mm256_inserti128_si256::<1>(*sum, _mm256_castsi256_si128(second));
-                    }
-                }
-            }
-            let first = block * size;
-            tile.fetch(first / 2, span / 2);
-            for at in (first..first + span).step_by(64) {
-                for (column, sums) in sums.iter_mut().enumerate() {
-                    // SAFETY: within the tile.
-                    unsafe {
-                        let words = _mm256_loadu_si256(tile.packed[column].add(at / 2).cast());
-                        let fours = [
-                            _mm256_and_si256(words, low),
-                            _mm256_and_si256(_mm256_srli_epi16::<4>(words), low),
-                            _mm256_and_si256(_mm256_srli_epi16::<8>(words), low),
-                            _mm256_srli_epi16::<12>(words),
-                        ];
-                        for (row, sum) in sums.iter_mut().enumerate() {
-                            let x = tile.x[row].add(at);
-                            for (i, four) in fours.into_iter().enumerate() {
-                                let x = _mm256_loadu_si256(x.add(16 * i).cast());
-                                *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(four, x));
-                            }
-                        }
-                    }
-                }
-            }
-            for (column, (totals, sums)) in totals.iter_mut().zip(sums).enumerate() {
-                // SAFETY: within the tile.
-                let scale = unsafe {
-                    let scales = tile.scales[column].add(block);
-                    match at_once {
-                        2 => {
-                            let two = _mm_castpd_ps(_mm_load_sd(scales.cast()));
-                            _mm256_permutevar8x32_ps(_mm256_castps128_ps256(two), halves)
-                        }
-                        _ => _mm256_broadcast_ss(&*scales),
-                    }
+    let mut sums = Sums::default();
+    for (at, sums) in sums.iter_mut().enumerate().take(columns) {
+        for (block, zero) in zeros[at * blocks..][..blocks].iter().enumerate() {
+            let packed = &w.numbers[((column + at) * blocks + block) * bytes..][..bytes];
+            for (at, code) in codes[..size].iter_mut().enumerate() {
+                *code = match w.bits {
+                    8 => packed[at].into(),
+                    _ => (packed[at / 2] >> (at % 2 * 4) & 15).into(),
                 };
-                for (total, sum) in totals.iter_mut().zip(sums) {
-                    *total = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), scale, *total);
-                }
+            }
+            let scale = w.scales[(column + at) * blocks + block];
+            for (row, sum) in (row..row + rows).zip(&mut *sums) {
+                let number = |at: usize| x.numbers[row * blocks * size + order.place(block * size + at)];
+                let products = codes[..size].iter().enumerate().map(|(at, &w)| i32::from(number(at)) * i32::from(w));
+                *sum += products.sum::<i32>() as f32 * scale - x.sums[row * blocks + block] * zero;
             }
         }
-        sums_of(totals)
     }
-
-    /// What the zero points of a block take from its sums, in the first of eight lanes: the place is row, column and block.
-    #[inline]
-    #[target_feature(enable = "avx2,fma")]
-    fn minus_zeros<const ROWS: usize, const COLUMNS: usize>(
-        x: &Activations,
-        w: &Weights,
-        [row, column, block]: [usize; 3],
-    ) -> [[__m256i; ROWS]; COLUMNS] {
-        let blocks = w.blocks();
-        let mut minus = [[_mm256_setzero_si256(); ROWS]; COLUMNS];
-        for (column, minus) in (column..).zip(&mut minus) {
-            let zero = if w.zero_points.is_none() { 1 << (w.bits - 1) } else { w.zero_point(column, block) };
-            for (row, minus) in (row..).zip(minus) {
-                // SAFETY: `Tile::at` has seen to it that the last row's sums are there.
-                let sum = unsafe { *x.sums.get_unchecked(row * blocks + block) };
-                *minus = _mm256_zextsi128_si256(_mm_cvtsi32_si128(sum.wrapping_mul(-zero)));
-            }
-        }
-        minus
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx2,fma")]
-    fn sums_of<const ROWS: usize, const COLUMNS: usize>(totals: [[__m256; ROWS]; COLUMNS]) -> [[f32; ROWS]; COLUMNS] {
-        let mut sums = [[0.0; ROWS]; COLUMNS];
-        for (sums, totals) in sums.iter_mut().zip(totals) {
-            for (sum, lanes) in sums.iter_mut().zip(totals) {
-                let half = _mm_add_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps::<1>(lanes));
-                let quarter = _mm_add_ps(half, _mm_movehl_ps(half, half));
-                *sum = _mm_cvtss_f32(_mm_add_ss(quarter, _mm_shuffle_ps::<1>(quarter, quarter)));
-            }
-        }
-        sums
-    }
+    sums
 }
 
 #[cfg(test)]
@@ -579,13 +386,19 @@ mod tests {
                 assert!(apart < 1e-4, "{case}: {apart}");
 
                 // What this machine computes is what any computes.
-                for row in 0..rows {
-                    for column in 0..n {
-                        let [[any]] = portable::<1, 1>(&activations, &weights, row, column);
-                        let any = f64::from(any * activations.scales[row] + bias[column]);
-                        let here = f64::from(y[row * n + column]);
-                        assert!((any - here).abs() < 1e-4 * (1.0 + any.abs()), "{case}: {any} and {here}");
-                    }
+                for (at, &here) in y.iter().enumerate() {
+                    let (row, column) = (at / n, at % n);
+                    let blocks = weights.blocks();
+                    let scales = &scales[column * blocks..][..blocks];
+                    let zero = |block: usize| weights.zero_point(column, block) as f32;
+                    let zeros: Vec<f32> = match symmetric {
+                        true => scales.to_vec(),
+                        false => scales.iter().enumerate().map(|(block, scale)| scale * zero(block)).collect(),
+                    };
+                    let sums = portable(&activations, &weights, [row, 1], [column, 1], &zeros);
+                    let any = f64::from(sums[0][0] * activations.scales[row] + bias[column]);
+                    let here = f64::from(here);
+                    assert!((any - here).abs() < 1e-4 * (1.0 + any.abs()), "{case}: {any} and {here}");
                 }
             }
         }
