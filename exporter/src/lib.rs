@@ -35,7 +35,7 @@ use t5gemma_graphs::config::Config;
 use t5gemma_graphs::interface::{self, CacheLayout, DType, Logits};
 use t5gemma_graphs::manifest::{self, EncoderWindow, FORMAT, FORMAT_VERSION, FileRecord, GraphRecord, Manifest};
 use t5gemma_graphs::onnx::Blocks;
-use t5gemma_graphs::quantization::Quantization;
+use t5gemma_graphs::quantization::{self, Quantization};
 use t5gemma_graphs::task::Task;
 use t5gemma_graphs::{Options, Target, decoder_init, definitions, encoder};
 
@@ -159,6 +159,14 @@ impl Export {
         };
         let graphs = definitions(&config, &options);
         let weights = weights::collect(&graphs.iter().collect::<Vec<_>>());
+        for pattern in &self.quantization.exclude {
+            let mut names = weights.iter().flat_map(|weight| &weight.parts).map(|part| &part.tensor);
+            let expected = "--quantize-exclude: expected the name of a weight, in which * may stand for any text";
+            ensure!(
+                names.any(|name| quantization::matches(pattern, name)),
+                "{expected}, found {pattern:?}, which no weight has"
+            );
+        }
         let unused = match source {
             Source::Checkpoint(checkpoint) => weights::check(&weights, checkpoint, &task)?,
             Source::Dummy { .. } => Vec::new(),

@@ -8,7 +8,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::builder::PossibleValuesParser;
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::error::ErrorKind;
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use t5gemma_exporter::{Checkpoint, Existing, Export, PRESETS, Source, Watch, inspect, preset};
 use t5gemma_graphs::Target;
@@ -31,7 +32,7 @@ use t5gemma_graphs::task::{Features, Pooling, Task};
     version,
     args_conflicts_with_subcommands = true,
     subcommand_negates_reqs = true,
-    allow_missing_positional = true
+    override_usage = USAGE
 )]
 struct Cli {
     #[command(subcommand)]
@@ -39,6 +40,10 @@ struct Cli {
     #[command(flatten)]
     export: ExportArgs,
 }
+
+const USAGE: &str = "t5gemma-export [OPTIONS] CHECKPOINT OUT
+       t5gemma-export [OPTIONS] --dummy-weights --preset SIZE OUT
+       t5gemma-export <COMMAND>";
 
 #[derive(Subcommand)]
 enum Command {
@@ -54,11 +59,10 @@ enum Command {
 
 #[derive(Args)]
 struct ExportArgs {
-    /// Folder of the checkpoint; left out with --dummy-weights
-    checkpoint: Option<PathBuf>,
-    /// Folder to make
-    #[arg(required = true)]
-    out: Option<PathBuf>,
+    /// Folder of the checkpoint, left out with --dummy-weights, and folder to make
+    // One argument: of two, clap would take the first for OUT as soon as an option follows it.
+    #[arg(required = true, num_args = 1..=2, value_names = ["CHECKPOINT", "OUT"])]
+    folders: Vec<PathBuf>,
     /// What the model is for [default: what the checkpoint was saved for, by config.json's architectures];
     /// feature-extraction exports the encoder of any checkpoint, alone
     #[arg(long, value_parser = PossibleValuesParser::new(Task::all().map(|task| task.name())))]
@@ -135,7 +139,7 @@ struct QuantizeArgs {
 }
 
 impl QuantizeArgs {
-    fn quantization(&self) -> Quantization {
+    fn quantization(&self) -> Result<Quantization> {
         let blocks = |part: Option<Bits>| {
             let (bits, size) = match part.unwrap_or(self.quantize) {
                 Bits::None => return None,
@@ -144,12 +148,21 @@ impl QuantizeArgs {
             };
             Some(Blocks { bits, size: self.block_size.unwrap_or(size), symmetric: !self.asymmetric })
         };
-        Quantization {
+        let quantization = Quantization {
             encoder: blocks(self.quantize_encoder),
             decoder: blocks(self.quantize_decoder),
             head: blocks(self.quantize_head),
             exclude: self.quantize_exclude.clone(),
+        };
+        let of_blocks = [
+            ("--block-size", self.block_size.is_some()),
+            ("--asymmetric", self.asymmetric),
+            ("--quantize-exclude", !self.quantize_exclude.is_empty()),
+        ];
+        if let Some((flag, _)) = of_blocks.iter().find(|(_, given)| *given && !quantization.is_any()) {
+            bail!("{flag} needs --quantize, or --quantize-encoder, -decoder or -head");
         }
+        Ok(quantization)
     }
 }
 
@@ -173,8 +186,30 @@ enum WindowArg {
     Exclusive,
 }
 
+/// The same without subcommands, of which clap would take OUT for one behind an option.
+#[derive(Parser)]
+#[command(name = "t5gemma-export", version, override_usage = USAGE)]
+struct ExportAlone {
+    #[command(flatten)]
+    export: ExportArgs,
+}
+
+fn parse() -> Cli {
+    let first = std::env::args().nth(1);
+    let named = |name: &str| first.as_deref() == Some(name);
+    if named("help") || Cli::command().get_subcommands().any(|command| named(command.get_name())) {
+        return Cli::parse();
+    }
+    match ExportAlone::try_parse() {
+        Ok(ExportAlone { export }) => Cli { command: None, export },
+        // What is shown and said is the whole program's.
+        Err(error) if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) => Cli::parse(),
+        Err(error) => error.exit(),
+    }
+}
+
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = parse();
     let interrupted = Arc::new(AtomicBool::new(false));
     let flag = Arc::clone(&interrupted);
     let result = ctrlc::set_handler(move || flag.store(true, Ordering::Relaxed))
@@ -210,7 +245,11 @@ fn run(cli: Cli, interrupted: &AtomicBool) -> Result<()> {
 const SHOWN: usize = 10;
 
 fn export(args: ExportArgs, interrupted: &AtomicBool) -> Result<()> {
-    let out = args.out.clone().context("the folder to make is missing")?;
+    let (checkpoint, out) = match &args.folders[..] {
+        [out] => (None, out),
+        [checkpoint, out] => (Some(checkpoint), out),
+        folders => bail!("expected CHECKPOINT and OUT, found {} folders; see --help", folders.len()),
+    };
     let export = Export {
         task: task(&args)?,
         target: Target::ALL.into_iter().find(|target| target.name() == args.target).context("unknown target")?,
@@ -224,12 +263,12 @@ fn export(args: ExportArgs, interrupted: &AtomicBool) -> Result<()> {
             WindowArg::Inclusive => EncoderWindow::Inclusive,
             WindowArg::Exclusive => EncoderWindow::Exclusive,
         },
-        quantization: args.quantize.quantization(),
+        quantization: args.quantize.quantization()?,
         existing: if args.overwrite { Existing::Overwrite } else { Existing::Refuse },
     };
-    let source = source(&args)?;
+    let source = source(&args, checkpoint)?;
     let progress = Progress { bar: bar(args.quiet), interrupted };
-    let exported = export.run(&source, &out, &progress)?;
+    let exported = export.run(&source, out, &progress)?;
     progress.bar.finish_and_clear();
     if !exported.unused.is_empty() {
         eprintln!("t5gemma-export: {} tensors of the checkpoint are not used:", exported.unused.len());
@@ -270,14 +309,14 @@ fn task(args: &ExportArgs) -> Result<Option<Task>> {
     Ok(task)
 }
 
-fn source(args: &ExportArgs) -> Result<Source> {
+fn source(args: &ExportArgs, checkpoint: Option<&PathBuf>) -> Result<Source> {
     if !args.dummy_weights {
-        let Some(checkpoint) = &args.checkpoint else {
+        let Some(checkpoint) = checkpoint else {
             bail!("expected CHECKPOINT and OUT, found only one folder; see --help")
         };
         return Ok(Source::Checkpoint(Checkpoint::open(checkpoint)?));
     }
-    ensure!(args.checkpoint.is_none(), "--dummy-weights takes OUT only: no checkpoint is read");
+    ensure!(checkpoint.is_none(), "--dummy-weights takes OUT only: no checkpoint is read");
     let (config, origin) = match (&args.preset, &args.config) {
         (Some(name), _) => (preset(name).context("unknown preset")?.to_string(), format!("preset {name}")),
         (None, Some(path)) => {

@@ -519,3 +519,29 @@ fn set_shard(folder: &Path, tensor: &str, shard: serde_json::Value) {
         *bytes = index.to_string().into_bytes();
     });
 }
+
+/// Arguments that go before and behind the folders.
+#[test]
+fn options_that_do_nothing_are_refused() {
+    let folder = tempfile::tempdir().expect("a temporary folder can be made");
+    let checkpoint = fixture("tiny-untied").join("checkpoint");
+    let out = folder.path().join("out");
+    let (checkpoint, path) = (checkpoint.to_str().expect("UTF-8"), out.to_str().expect("UTF-8"));
+    for (between, says) in [
+        (&["--block-size", "32"][..], "--block-size needs --quantize"),
+        (&["--asymmetric"], "--asymmetric needs --quantize"),
+        (&["--quantize-exclude", "*"], "--quantize-exclude needs --quantize"),
+        (
+            &["--target", "cpu", "--quantize", "int8", "--quantize-exclude", "*.layer.0.*"],
+            "found \"*.layer.0.*\", which no weight has",
+        ),
+        (&["--target", "cpu", "--quantize", "int8", "--block-size", "48"], "expected 16, 32, 64 or 128, found 48"),
+    ] {
+        let output = run("t5gemma-export", [&[checkpoint], between, &[path]].concat(), "");
+        refused(&output, &[says]).unwrap_or_else(|wrong| panic!("{between:?}: {wrong}"));
+        assert!(!out.exists(), "{between:?}");
+    }
+    let between = ["--target", "cpu", "--quantize", "int8", "--quantize-exclude", "*.layers.0.*"];
+    let output = run("t5gemma-export", [&[checkpoint], &between[..], &[path]].concat(), "");
+    assert!(output.status.success() && out.exists(), "{}", String::from_utf8_lossy(&output.stderr));
+}
