@@ -244,8 +244,14 @@ impl Batch {
         }
     }
 
-    /// Checks what depends on the model: that every token is of its vocabularies and the sources are not too long.
+    /// Checks what depends on the model: that every token is of its vocabularies, the sources are not too long, and what
+    /// is known of them is of this encoder's width.
     pub(crate) fn check(&self, config: &Config) -> Result<(), Error> {
+        let width = config.encoder.hidden_size;
+        if let Some(found) = self.states.as_ref().map(|states| states.shape()[2]).filter(|&found| found != width) {
+            let expected = format!("states of width {width} (encoder.hidden_size)");
+            return Err(Error::input("encoder_outputs", expected, format!("width {found}")));
+        }
         let longest = config.encoder.max_position_embeddings;
         if self.length > longest {
             let expected = format!("at most {longest} tokens a row (encoder.max_position_embeddings)");

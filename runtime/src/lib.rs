@@ -57,7 +57,7 @@ pub use encoder::Encoder;
 pub use error::Error;
 pub use generate::Watch;
 pub use logprobs::Logprobs;
-pub use model::{Cancellation, Model, OpenOptions};
+pub use model::{Cancellation, DEFAULT_ENCODER_CACHE_BYTES, Model, OpenOptions};
 pub use options::{GenerationOptions, LogitsProcessor, OptionError, Position};
 pub use search::{FinishReason, Hypothesis};
 pub use t5gemma_graphs::task::{Features, Pooling, Task};

@@ -27,7 +27,7 @@ use t5gemma_graphs::manifest::{Manifest, TensorRecord};
 use crate::batch::{Batch, Prompts};
 use crate::constraint::Vocabulary;
 use crate::encoder::other_task;
-use crate::encoder_cache::{EncoderCache, States};
+use crate::encoder_cache::EncoderCache;
 use crate::error::Error;
 use crate::folder::Folder;
 use crate::generate::{self, Watch};
@@ -41,7 +41,7 @@ use crate::state::{Cache, State};
 use crate::tokenizer::Tokenizer;
 
 /// How a model is opened.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct OpenOptions {
     /// The ONNX Runtime library to load; by default it is searched for, see [`onnxruntime::report`].
     pub library: Option<PathBuf>,
@@ -49,9 +49,20 @@ pub struct OpenOptions {
     pub threads: Option<usize>,
     /// Compare the hash of the whole weights file, however large, instead of samples of it.
     pub check_weights: bool,
-    /// How many bytes of encoder results are kept, so that a source that comes again is not encoded again; none by default.
-    /// A result from here may differ in its last digits from one that was encoded beside other rows. [`Model`] only.
+    /// How many bytes of encoder results are kept, so that sources that come again (regenerated, or with other options) are
+    /// not encoded again; [`DEFAULT_ENCODER_CACHE_BYTES`] by default, 0 for none. What is found is what encoding again would
+    /// give, to the last digit: sources are the same only with the same rows beside them. [`Model`] only.
     pub encoder_cache_bytes: usize,
+}
+
+/// What [`OpenOptions::encoder_cache_bytes`] is by default: 64 MiB, which are 7000 source tokens of the 2b model's width.
+pub const DEFAULT_ENCODER_CACHE_BYTES: usize = 64 << 20;
+
+impl Default for OpenOptions {
+    fn default() -> OpenOptions {
+        let encoder_cache_bytes = DEFAULT_ENCODER_CACHE_BYTES;
+        OpenOptions { library: None, threads: None, check_weights: false, encoder_cache_bytes }
+    }
 }
 
 /// More than any machine computes with; ONNX Runtime starts as many as it is told to, whatever that takes.
@@ -238,43 +249,19 @@ impl Model {
         score::score(self, batch, targets, top, cancel)
     }
 
-    /// What the encoder makes of a batch: given with it, remembered, or computed.
+    /// What the encoder makes of a batch that was checked: given with it, remembered, or computed.
     pub(crate) fn run_encoder(&self, batch: &Batch, cancel: &Cancellation) -> Result<Encoded, Error> {
-        let width = self.folder.config.encoder.hidden_size;
         if let Some(states) = batch.encoder_outputs() {
-            if states.shape()[2] != width {
-                let expected = format!("states of width {width} (encoder.hidden_size)");
-                return Err(Error::input("encoder_outputs", expected, format!("width {}", states.shape()[2])));
-            }
             return self.encoded(batch, states.iter().copied().collect());
         }
         let Some(cache) = &self.encoder_cache else { return self.compute_encoder(batch, cancel) };
-        let mut known: Vec<Option<States>> =
-            (0..batch.rows()).map(|row| cache.get(batch.source(row), batch.row_mask(row))).collect();
-        let missing: Vec<usize> = (0..batch.rows()).filter(|&row| known[row].is_none()).collect();
-        if !missing.is_empty() {
-            let of = |part: &[i64]| -> Vec<i64> {
-                missing.iter().flat_map(|&row| &part[row * batch.length()..][..batch.length()]).copied().collect()
-            };
-            let sources = Batch::flat(missing.len(), of(batch.ids()), of(batch.mask()))?;
-            let computed = self.compute_encoder(&sources, cancel)?;
-            let values = float32_values(&computed.hidden).map_err(Error::onnxruntime("reading the hidden states"))?;
-            for (&row, values) in missing.iter().zip(values.chunks_exact(batch.length() * width)) {
-                let own = &values[..batch.source(row).len() * width];
-                cache.put(batch.source(row), batch.row_mask(row), own);
-                known[row] = Some(own.into());
-            }
-            if missing.len() == batch.rows() {
-                return Ok(computed);
-            }
+        if let Some(states) = cache.get(batch.rows(), batch.ids(), batch.mask()) {
+            return self.encoded(batch, states.to_vec());
         }
-        let mut states = Vec::with_capacity(batch.rows() * batch.length() * width);
-        for (row, own) in known.iter().enumerate() {
-            states.extend_from_slice(own.as_deref().expect("found or computed above"));
-            // States of padding mean nothing, but must be numbers.
-            states.resize((row + 1) * batch.length() * width, 0.0);
-        }
-        self.encoded(batch, states)
+        let computed = self.compute_encoder(batch, cancel)?;
+        let states = float32_values(&computed.hidden).map_err(Error::onnxruntime("reading the hidden states"))?;
+        cache.put(batch.rows(), batch.ids(), batch.mask(), &states);
+        Ok(computed)
     }
 
     /// Hidden states as the decoder takes them.
