@@ -188,6 +188,23 @@ impl Batch {
         Ok(Batch { states: Some(states), ..self })
     }
 
+    /// One row as it was given, without what made rows equally long and without a decoder prompt.
+    pub(crate) fn alone(&self, row: usize) -> Batch {
+        let length = self.given[row];
+        let states = self.states.as_ref().map(|states| states.slice(s![row..=row, ..length, ..]).to_owned());
+        Batch {
+            rows: 1,
+            length,
+            ids: self.source(row).to_vec(),
+            mask: self.row_mask(row).to_vec(),
+            given: vec![length],
+            seeds: vec![self.seeds[row]],
+            places: vec![self.places[row]],
+            prompts: None,
+            states,
+        }
+    }
+
     /// What the encoder makes of the sources, where it is known already.
     pub(crate) fn encoder_outputs(&self) -> Option<&Array3<f32>> {
         self.states.as_ref()

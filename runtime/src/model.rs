@@ -37,7 +37,7 @@ use crate::onnxruntime;
 use crate::options::GenerationOptions;
 use crate::score;
 use crate::search::{Hypothesis, Search};
-use crate::state::{Cache, State};
+use crate::state::{Cache, First, Ragged, State};
 use crate::tokenizer::Tokenizer;
 
 /// How a model is opened.
@@ -93,6 +93,8 @@ pub(crate) struct Encoded {
 
 /// What a failure of [`Model::step`] says was being done.
 const DECODER_STEP: &str = "running a decoder step";
+const PREPARING_CACHE: &str = "preparing the cache";
+const READING_LOGITS: &str = "reading the logits";
 
 /// The scores of the last target position of each row before any processing.
 pub(crate) struct Logits {
@@ -103,7 +105,7 @@ pub(crate) struct Logits {
 impl Logits {
     /// The scores, row after row.
     pub fn rows_mut(&mut self) -> Result<&mut [f32], Error> {
-        let (_, scores) = self.value.try_extract_tensor_mut().map_err(Error::onnxruntime("reading the logits"))?;
+        let (_, scores) = self.value.try_extract_tensor_mut().map_err(Error::onnxruntime(READING_LOGITS))?;
         Ok(scores)
     }
 
@@ -293,25 +295,63 @@ impl Model {
         prompts: Prompts,
         cancel: &Cancellation,
     ) -> Result<(State, Logits), Error> {
+        let (mask, cached, logits) = self.first_step(encoded, prompts, cancel)?;
+        let state = match self.folder.manifest.cache {
+            CacheLayout::Growing => Ok(State::growing(mask, cached, self.per_item.clone())),
+            CacheLayout::InPlace => State::in_place(mask, cached, &self.per_item),
+        };
+        Ok((state.map_err(Error::onnxruntime(PREPARING_CACHE))?, logits))
+    }
+
+    /// [`Model::start`], to be continued among rows of other lengths; only with [`CacheLayout::InPlace`].
+    pub(crate) fn start_ragged(
+        &self,
+        encoded: Encoded,
+        prompts: Prompts,
+        cancel: &Cancellation,
+    ) -> Result<(First, Logits), Error> {
+        let (mask, cached, logits) = self.first_step(encoded, prompts, cancel)?;
+        let first = First::new(mask, cached, &self.per_item).map_err(Error::onnxruntime(PREPARING_CACHE))?;
+        Ok((first, logits))
+    }
+
+    /// The sources' mask, what is cached of sources and targets, and the logits.
+    fn first_step(
+        &self,
+        encoded: Encoded,
+        prompts: Prompts,
+        cancel: &Cancellation,
+    ) -> Result<(DynValue, Vec<DynValue>, Logits), Error> {
         let Encoded { hidden, mask } = encoded;
         let rows = prompts.ids.len() / prompts.length;
         let ids = int64_tensor(rows, prompts.ids)?;
         let inputs = [(&mask).into(), (&ids).into(), (&hidden).into()];
         let mut outputs = run(&self.decoder, "running the first decoder step", &inputs, cancel)?.into_iter();
         let logits = outputs.next().expect("opening has verified that the logits come first");
-        let logits = Logits::last(logits, rows).map_err(Error::onnxruntime("reading the logits"))?;
-        let cached = outputs.collect();
-        let state = match self.folder.manifest.cache {
-            CacheLayout::Growing => Ok(State::growing(mask, cached, self.per_item.clone())),
-            CacheLayout::InPlace => State::in_place(mask, cached, &self.per_item),
-        };
-        Ok((state.map_err(Error::onnxruntime("preparing the cache"))?, logits))
+        let logits = Logits::last(logits, rows).map_err(Error::onnxruntime(READING_LOGITS))?;
+        Ok((mask, outputs.collect(), logits))
+    }
+
+    /// Runs a further decoder step of rows of different lengths: a token for each.
+    pub(crate) fn step_ragged(
+        &self,
+        state: &mut Ragged,
+        tokens: &[i64],
+        cancel: &Cancellation,
+    ) -> Result<Logits, Error> {
+        let mut session = self.decoder_with_past.lock().unwrap_or_else(PoisonError::into_inner);
+        let options = cancel.run_options()?;
+        match state.step(&mut session, tokens, options) {
+            Ok(logits) => Logits::last(logits, tokens.len()).map_err(Error::onnxruntime(READING_LOGITS)),
+            Err(_) if cancel.is_cancelled() => Err(Error::Cancelled),
+            Err(error) => Err(Error::onnxruntime(DECODER_STEP)(error)),
+        }
     }
 
     /// Runs a further decoder step: new tokens for each target row, as many for one as for another.
     pub(crate) fn step(&self, state: &mut State, tokens: Vec<i64>, cancel: &Cancellation) -> Result<Logits, Error> {
         let logits = self.run_step(state, tokens, cancel)?;
-        Logits::last(logits, state.rows()).map_err(Error::onnxruntime("reading the logits"))
+        Logits::last(logits, state.rows()).map_err(Error::onnxruntime(READING_LOGITS))
     }
 
     /// [`Model::step`] of one target row, with the scores of each of its new tokens one after the other; the model has to
@@ -321,7 +361,7 @@ impl Model {
         let value = self.run_step(state, tokens, cancel)?;
         if value.shape()[..2] != expected {
             let problem = ort::Error::new(format!("{expected:?} tokens gave logits of shape {}", value.shape()));
-            return Err(Error::onnxruntime("reading the logits")(problem));
+            return Err(Error::onnxruntime(READING_LOGITS)(problem));
         }
         Ok(Logits { value })
     }
