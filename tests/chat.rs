@@ -86,7 +86,7 @@ fn demo_with(folder: &Path, template: Option<&str>) -> PathBuf {
 #[test]
 fn generate_takes_conversations() {
     let folder = tempfile::tempdir().expect("a temporary folder can be made");
-    let template = "{% for m in messages %}{% if m.role == 'system' %}{{ m.content }} {% else %}{{ m.content }}{% endif %}{% endfor %}";
+    let template = "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }} {% else %}{{ m.content }}{% endif %}{% endfor %}";
     let model = demo_with(folder.path(), Some(template));
     let model = model.to_str().expect("temporary paths are UTF-8");
     let plain = stdout(run("t5gemma", ["generate", model, "Room 12 is 5 km away."], ""));

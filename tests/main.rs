@@ -6,6 +6,7 @@ mod common;
 mod bench;
 mod chat;
 mod constraints;
+mod engine;
 mod export;
 mod generation;
 mod parity;

@@ -21,7 +21,7 @@ pub struct KeyValue<'g> {
 pub struct Tokens<'g> {
     pub rows: Dim,
     pub length: Dim,
-    /// int64 `[length]`
+    /// int64 `[length]`; `[rows, length]` where a cache of fixed capacity is written
     pub positions: Value<'g>,
 }
 

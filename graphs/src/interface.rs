@@ -71,9 +71,9 @@ pub enum CacheLayout {
     /// The present is a new tensor, longer than the past by the step's tokens.
     #[default]
     Growing,
-    /// The past has room for more tokens than there are, `cache_position` (int64, the positions of the step's tokens) tells
-    /// where they go, and the present may be given the past's memory: the step then writes nothing but its own tokens.
-    /// Steps of several tokens are for single rows.
+    /// The past has room for more tokens than there are, `cache_position` (int64, the positions of the step's tokens, of each
+    /// row its own) tells where they go, and the present may be given the past's memory: the step then writes nothing but
+    /// its own tokens. Rows of different lengths can share a step. Steps of several tokens are for single rows.
     InPlace,
 }
 
@@ -138,7 +138,9 @@ impl Interface {
         let layers = 0..config.decoder.layers.len();
         let (present, position) = match cache {
             CacheLayout::Growing => (past.plus(&target), None),
-            CacheLayout::InPlace => (Dim::symbol(PRESENT), Some(port("cache_position", DType::Int64, &[&target]))),
+            CacheLayout::InPlace => {
+                (Dim::symbol(PRESENT), Some(port("cache_position", DType::Int64, &[&rows, &target])))
+            }
         };
 
         Interface {

@@ -188,6 +188,23 @@ impl Batch {
         Ok(Batch { states: Some(states), ..self })
     }
 
+    /// One row as it was given, without what made rows equally long and without a decoder prompt.
+    pub(crate) fn alone(&self, row: usize) -> Batch {
+        let length = self.given[row];
+        let states = self.states.as_ref().map(|states| states.slice(s![row..=row, ..length, ..]).to_owned());
+        Batch {
+            rows: 1,
+            length,
+            ids: self.source(row).to_vec(),
+            mask: self.row_mask(row).to_vec(),
+            given: vec![length],
+            seeds: vec![self.seeds[row]],
+            places: vec![self.places[row]],
+            prompts: None,
+            states,
+        }
+    }
+
     /// What the encoder makes of the sources, where it is known already.
     pub(crate) fn encoder_outputs(&self) -> Option<&Array3<f32>> {
         self.states.as_ref()
@@ -244,8 +261,14 @@ impl Batch {
         }
     }
 
-    /// Checks what depends on the model: that every token is of its vocabularies and the sources are not too long.
+    /// Checks what depends on the model: that every token is of its vocabularies, the sources are not too long, and what
+    /// is known of them is of this encoder's width.
     pub(crate) fn check(&self, config: &Config) -> Result<(), Error> {
+        let width = config.encoder.hidden_size;
+        if let Some(found) = self.states.as_ref().map(|states| states.shape()[2]).filter(|&found| found != width) {
+            let expected = format!("states of width {width} (encoder.hidden_size)");
+            return Err(Error::input("encoder_outputs", expected, format!("width {found}")));
+        }
         let longest = config.encoder.max_position_embeddings;
         if self.length > longest {
             let expected = format!("at most {longest} tokens a row (encoder.max_position_embeddings)");

@@ -4,11 +4,13 @@
 //! Templates are Jinja as transformers runs it: blocks trimmed, Python's methods of strings and dictionaries, `tojson` as
 //! Python writes JSON, `raise_exception`, and the named special tokens as variables.
 
+use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Value, ValueKind};
+use minijinja::value::{Enumerator, Kwargs, Object, ObjectRepr, Value, ValueKind};
 use minijinja::{Environment, ErrorKind, Output, State};
 use serde_json::{Map, Value as Json};
 
@@ -95,25 +97,29 @@ impl ChatTemplate {
             return Err(Error::input("messages", "at least one message", "none"));
         }
         let messages = messages.iter().enumerate().map(|(at, message)| checked(at, message));
-        let messages = Json::Array(messages.collect::<Result<_, Error>>()?);
-        let value: Value = serde_json::from_value(messages).expect("a template's values are more than JSON's");
+        let messages: Vec<Value> = messages.collect::<Result<_, Error>>()?;
         let mut context = vec![
-            ("messages", value),
+            ("messages", Value::from(messages)),
             ("add_generation_prompt", Value::from(true)),
             ("tools", Value::from(())),
             ("documents", Value::from(())),
         ];
         context.extend(self.special_tokens.iter().map(|(name, text)| (*name, Value::from(text.as_str()))));
         let template = self.environment.get_template(NAME).expect("added when it was read");
-        template.render(Value::from_pairs(context)).map_err(|error| {
+        let refused = |found: String| {
             let expected = format!("a conversation that the template of {} takes", self.path.display());
-            Error::input("messages", expected, told(&error))
-        })
+            Error::input("messages", expected, found)
+        };
+        let text = template.render(Value::from_pairs(context)).map_err(|error| refused(told(&error)))?;
+        if text.contains(WHOLE) {
+            return Err(refused(UNKNOWN_PARTS.into()));
+        }
+        Ok(text)
     }
 }
 
 /// A message of the right form, without fields that are null, which templates take for something.
-fn checked(at: usize, message: &Json) -> Result<Json, Error> {
+fn checked(at: usize, message: &Json) -> Result<Value, Error> {
     let field = |name: &str| format!("messages[{at}]{name}");
     let shown = t5gemma_graphs::config::shown;
     let Json::Object(message) = message else {
@@ -127,7 +133,42 @@ fn checked(at: usize, message: &Json) -> Result<Json, Error> {
     if !message.get("content").is_some_and(|content| content.is_string() || content.is_array()) {
         return Err(Error::input(field(".content"), "text, or a list of parts", found("content")));
     }
-    Ok(Json::Object(message))
+    let read =
+        |json: Json| -> Value { serde_json::from_value(json).expect("a template's values are more than JSON's") };
+    let value = |(name, value)| match value {
+        Json::Array(parts) if name == "content" => {
+            (name, Value::from_object(Parts(parts.into_iter().map(read).collect())))
+        }
+        other => (name, read(other)),
+    };
+    Ok(Value::from_pairs(message.into_iter().map(value)))
+}
+
+/// The parts that a message's content is a list of. They can be looked at one by one, but have no text as a whole.
+#[derive(Debug)]
+struct Parts(Vec<Value>);
+
+/// Stands in the output where parts were written whole, as a filter or operator may do before the formatter sees them.
+/// Noncharacters, which no text has in this order.
+const WHOLE: &str = "\u{fdd0}\u{fdef}\u{fdd0}\u{fdef}";
+const UNKNOWN_PARTS: &str = "expected content that is text, as the template writes it whole, found parts";
+
+impl Object for Parts {
+    fn repr(self: &Arc<Self>) -> ObjectRepr {
+        ObjectRepr::Seq
+    }
+
+    fn get_value(self: &Arc<Self>, key: &Value) -> Option<Value> {
+        self.0.get(key.as_usize()?).cloned()
+    }
+
+    fn enumerate(self: &Arc<Self>) -> Enumerator {
+        Enumerator::Seq(self.0.len())
+    }
+
+    fn render(self: &Arc<Self>, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        out.write_str(WHOLE)
+    }
 }
 
 fn read_object(path: &Path) -> Result<Map<String, Json>, Error> {
@@ -190,8 +231,7 @@ fn as_python_writes(out: &mut Output, state: &mut State, value: &Value) -> Resul
         ValueKind::Bool => "False",
         ValueKind::None => "None",
         ValueKind::Seq | ValueKind::Map => {
-            let what = "expected content that is text, as the template writes it whole, found parts";
-            return Err(minijinja::Error::new(ErrorKind::InvalidOperation, what));
+            return Err(minijinja::Error::new(ErrorKind::InvalidOperation, UNKNOWN_PARTS));
         }
         _ => return minijinja::escape_formatter(out, state, value),
     };

@@ -9,7 +9,7 @@ use t5gemma_graphs::config::ConfigError;
 use crate::options::OptionError;
 
 /// What the runtime reports instead of an answer.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum Error {
     /// No usable ONNX Runtime library: what is wrong, and on a second line how to get one.
@@ -110,6 +110,29 @@ pub enum Error {
         /// The grammar's own words.
         problem: String,
     },
+    /// A function of the caller's (a logits processor, allowed tokens) panicked.
+    Panicked {
+        /// The source row.
+        row: usize,
+    },
+    /// A request that an [`Engine`](crate::Engine) can never hold, whatever else it does.
+    TooLarge {
+        /// What there is too much of.
+        what: &'static str,
+        /// How much the request needs.
+        needed: usize,
+        /// How much there is in all.
+        limit: usize,
+    },
+    /// An [`Engine`](crate::Engine) with as many requests waiting as it may have.
+    Busy {
+        /// The requests that wait.
+        waiting: usize,
+    },
+    /// An [`Engine`](crate::Engine) that takes no more requests.
+    Closed,
+    /// The request's deadline passed before it was done.
+    Deadline,
     /// The caller asked to stop.
     Cancelled,
 }
@@ -141,6 +164,13 @@ impl fmt::Display for Error {
                 Ok(())
             }
             Error::Constraint { row, problem } => write!(f, "row {row}: the constraint cannot be followed: {problem}"),
+            Error::Panicked { row } => write!(f, "row {row}: a function given with the options panicked"),
+            Error::TooLarge { what, needed, limit } => {
+                write!(f, "the request needs {needed} {what}, more than the {limit} there may be")
+            }
+            Error::Busy { waiting } => write!(f, "{waiting} requests are waiting already"),
+            Error::Closed => f.write_str("the engine takes no more requests"),
+            Error::Deadline => f.write_str("the deadline has passed"),
             Error::Cancelled => f.write_str("cancelled"),
         }
     }

@@ -15,7 +15,7 @@
 //! # Ok::<(), t5gemma_runtime::Error>(())
 //! ```
 //!
-//! The modules in reading order: `generate` is the loop; `search` and `scores` decide on tokens from numbers alone;
+//! The modules in reading order: `generate` is the loop for one call, `engine` that for many at once; `search` and `scores` decide on tokens from numbers alone;
 //! `constraint` limits what they may decide; `model`, `state` and `kernels` hold everything that is ONNX Runtime's, `encoder`
 //! and `classify` what models do besides generating; `folder` and `onnxruntime` are what opening checks first.
 
@@ -40,7 +40,9 @@ pub mod scores;
 pub mod search;
 mod speculation;
 
+mod engine;
 mod generate;
+mod item;
 mod logprobs;
 mod score;
 mod stop;
@@ -54,10 +56,11 @@ pub use classify::ScoreFunction;
 pub use constraint::{Constraints, PrefixAllowedTokens, Sequence};
 pub use draws::Draws;
 pub use encoder::Encoder;
+pub use engine::{Canceller, Engine, EngineOptions, EngineStats, Event, Generation, Request, Waited};
 pub use error::Error;
 pub use generate::Watch;
 pub use logprobs::Logprobs;
-pub use model::{Cancellation, Model, OpenOptions};
+pub use model::{Cancellation, DEFAULT_ENCODER_CACHE_BYTES, Model, OpenOptions};
 pub use options::{GenerationOptions, LogitsProcessor, OptionError, Position};
 pub use search::{FinishReason, Hypothesis};
 pub use t5gemma_graphs::task::{Features, Pooling, Task};

@@ -27,7 +27,7 @@ use t5gemma_graphs::manifest::{Manifest, TensorRecord};
 use crate::batch::{Batch, Prompts};
 use crate::constraint::Vocabulary;
 use crate::encoder::other_task;
-use crate::encoder_cache::{EncoderCache, States};
+use crate::encoder_cache::EncoderCache;
 use crate::error::Error;
 use crate::folder::Folder;
 use crate::generate::{self, Watch};
@@ -37,11 +37,11 @@ use crate::onnxruntime;
 use crate::options::GenerationOptions;
 use crate::score;
 use crate::search::{Hypothesis, Search};
-use crate::state::{Cache, State};
+use crate::state::{Cache, First, Ragged, State};
 use crate::tokenizer::Tokenizer;
 
 /// How a model is opened.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct OpenOptions {
     /// The ONNX Runtime library to load; by default it is searched for, see [`onnxruntime::report`].
     pub library: Option<PathBuf>,
@@ -49,9 +49,20 @@ pub struct OpenOptions {
     pub threads: Option<usize>,
     /// Compare the hash of the whole weights file, however large, instead of samples of it.
     pub check_weights: bool,
-    /// How many bytes of encoder results are kept, so that a source that comes again is not encoded again; none by default.
-    /// A result from here may differ in its last digits from one that was encoded beside other rows. [`Model`] only.
+    /// How many bytes of encoder results are kept, so that sources that come again (regenerated, or with other options) are
+    /// not encoded again; [`DEFAULT_ENCODER_CACHE_BYTES`] by default, 0 for none. What is found is what encoding again would
+    /// give, to the last digit: sources are the same only with the same rows beside them. [`Model`] only.
     pub encoder_cache_bytes: usize,
+}
+
+/// What [`OpenOptions::encoder_cache_bytes`] is by default: 64 MiB, which are 7000 source tokens of the 2b model's width.
+pub const DEFAULT_ENCODER_CACHE_BYTES: usize = 64 << 20;
+
+impl Default for OpenOptions {
+    fn default() -> OpenOptions {
+        let encoder_cache_bytes = DEFAULT_ENCODER_CACHE_BYTES;
+        OpenOptions { library: None, threads: None, check_weights: false, encoder_cache_bytes }
+    }
 }
 
 /// More than any machine computes with; ONNX Runtime starts as many as it is told to, whatever that takes.
@@ -82,6 +93,8 @@ pub(crate) struct Encoded {
 
 /// What a failure of [`Model::step`] says was being done.
 const DECODER_STEP: &str = "running a decoder step";
+const PREPARING_CACHE: &str = "preparing the cache";
+const READING_LOGITS: &str = "reading the logits";
 
 /// The scores of the last target position of each row before any processing.
 pub(crate) struct Logits {
@@ -92,7 +105,7 @@ pub(crate) struct Logits {
 impl Logits {
     /// The scores, row after row.
     pub fn rows_mut(&mut self) -> Result<&mut [f32], Error> {
-        let (_, scores) = self.value.try_extract_tensor_mut().map_err(Error::onnxruntime("reading the logits"))?;
+        let (_, scores) = self.value.try_extract_tensor_mut().map_err(Error::onnxruntime(READING_LOGITS))?;
         Ok(scores)
     }
 
@@ -238,43 +251,19 @@ impl Model {
         score::score(self, batch, targets, top, cancel)
     }
 
-    /// What the encoder makes of a batch: given with it, remembered, or computed.
+    /// What the encoder makes of a batch that was checked: given with it, remembered, or computed.
     pub(crate) fn run_encoder(&self, batch: &Batch, cancel: &Cancellation) -> Result<Encoded, Error> {
-        let width = self.folder.config.encoder.hidden_size;
         if let Some(states) = batch.encoder_outputs() {
-            if states.shape()[2] != width {
-                let expected = format!("states of width {width} (encoder.hidden_size)");
-                return Err(Error::input("encoder_outputs", expected, format!("width {}", states.shape()[2])));
-            }
             return self.encoded(batch, states.iter().copied().collect());
         }
         let Some(cache) = &self.encoder_cache else { return self.compute_encoder(batch, cancel) };
-        let mut known: Vec<Option<States>> =
-            (0..batch.rows()).map(|row| cache.get(batch.source(row), batch.row_mask(row))).collect();
-        let missing: Vec<usize> = (0..batch.rows()).filter(|&row| known[row].is_none()).collect();
-        if !missing.is_empty() {
-            let of = |part: &[i64]| -> Vec<i64> {
-                missing.iter().flat_map(|&row| &part[row * batch.length()..][..batch.length()]).copied().collect()
-            };
-            let sources = Batch::flat(missing.len(), of(batch.ids()), of(batch.mask()))?;
-            let computed = self.compute_encoder(&sources, cancel)?;
-            let values = float32_values(&computed.hidden).map_err(Error::onnxruntime("reading the hidden states"))?;
-            for (&row, values) in missing.iter().zip(values.chunks_exact(batch.length() * width)) {
-                let own = &values[..batch.source(row).len() * width];
-                cache.put(batch.source(row), batch.row_mask(row), own);
-                known[row] = Some(own.into());
-            }
-            if missing.len() == batch.rows() {
-                return Ok(computed);
-            }
+        if let Some(states) = cache.get(batch.rows(), batch.ids(), batch.mask()) {
+            return self.encoded(batch, states.to_vec());
         }
-        let mut states = Vec::with_capacity(batch.rows() * batch.length() * width);
-        for (row, own) in known.iter().enumerate() {
-            states.extend_from_slice(own.as_deref().expect("found or computed above"));
-            // States of padding mean nothing, but must be numbers.
-            states.resize((row + 1) * batch.length() * width, 0.0);
-        }
-        self.encoded(batch, states)
+        let computed = self.compute_encoder(batch, cancel)?;
+        let states = float32_values(&computed.hidden).map_err(Error::onnxruntime("reading the hidden states"))?;
+        cache.put(batch.rows(), batch.ids(), batch.mask(), &states);
+        Ok(computed)
     }
 
     /// Hidden states as the decoder takes them.
@@ -306,25 +295,63 @@ impl Model {
         prompts: Prompts,
         cancel: &Cancellation,
     ) -> Result<(State, Logits), Error> {
+        let (mask, cached, logits) = self.first_step(encoded, prompts, cancel)?;
+        let state = match self.folder.manifest.cache {
+            CacheLayout::Growing => Ok(State::growing(mask, cached, self.per_item.clone())),
+            CacheLayout::InPlace => State::in_place(mask, cached, &self.per_item),
+        };
+        Ok((state.map_err(Error::onnxruntime(PREPARING_CACHE))?, logits))
+    }
+
+    /// [`Model::start`], to be continued among rows of other lengths; only with [`CacheLayout::InPlace`].
+    pub(crate) fn start_ragged(
+        &self,
+        encoded: Encoded,
+        prompts: Prompts,
+        cancel: &Cancellation,
+    ) -> Result<(First, Logits), Error> {
+        let (mask, cached, logits) = self.first_step(encoded, prompts, cancel)?;
+        let first = First::new(mask, cached, &self.per_item).map_err(Error::onnxruntime(PREPARING_CACHE))?;
+        Ok((first, logits))
+    }
+
+    /// The sources' mask, what is cached of sources and targets, and the logits.
+    fn first_step(
+        &self,
+        encoded: Encoded,
+        prompts: Prompts,
+        cancel: &Cancellation,
+    ) -> Result<(DynValue, Vec<DynValue>, Logits), Error> {
         let Encoded { hidden, mask } = encoded;
         let rows = prompts.ids.len() / prompts.length;
         let ids = int64_tensor(rows, prompts.ids)?;
         let inputs = [(&mask).into(), (&ids).into(), (&hidden).into()];
         let mut outputs = run(&self.decoder, "running the first decoder step", &inputs, cancel)?.into_iter();
         let logits = outputs.next().expect("opening has verified that the logits come first");
-        let logits = Logits::last(logits, rows).map_err(Error::onnxruntime("reading the logits"))?;
-        let cached = outputs.collect();
-        let state = match self.folder.manifest.cache {
-            CacheLayout::Growing => Ok(State::growing(mask, cached, self.per_item.clone())),
-            CacheLayout::InPlace => State::in_place(mask, cached, &self.per_item),
-        };
-        Ok((state.map_err(Error::onnxruntime("preparing the cache"))?, logits))
+        let logits = Logits::last(logits, rows).map_err(Error::onnxruntime(READING_LOGITS))?;
+        Ok((mask, outputs.collect(), logits))
+    }
+
+    /// Runs a further decoder step of rows of different lengths: a token for each.
+    pub(crate) fn step_ragged(
+        &self,
+        state: &mut Ragged,
+        tokens: &[i64],
+        cancel: &Cancellation,
+    ) -> Result<Logits, Error> {
+        let mut session = self.decoder_with_past.lock().unwrap_or_else(PoisonError::into_inner);
+        let options = cancel.run_options()?;
+        match state.step(&mut session, tokens, options) {
+            Ok(logits) => Logits::last(logits, tokens.len()).map_err(Error::onnxruntime(READING_LOGITS)),
+            Err(_) if cancel.is_cancelled() => Err(Error::Cancelled),
+            Err(error) => Err(Error::onnxruntime(DECODER_STEP)(error)),
+        }
     }
 
     /// Runs a further decoder step: new tokens for each target row, as many for one as for another.
     pub(crate) fn step(&self, state: &mut State, tokens: Vec<i64>, cancel: &Cancellation) -> Result<Logits, Error> {
         let logits = self.run_step(state, tokens, cancel)?;
-        Logits::last(logits, state.rows()).map_err(Error::onnxruntime("reading the logits"))
+        Logits::last(logits, state.rows()).map_err(Error::onnxruntime(READING_LOGITS))
     }
 
     /// [`Model::step`] of one target row, with the scores of each of its new tokens one after the other; the model has to
@@ -334,7 +361,7 @@ impl Model {
         let value = self.run_step(state, tokens, cancel)?;
         if value.shape()[..2] != expected {
             let problem = ort::Error::new(format!("{expected:?} tokens gave logits of shape {}", value.shape()));
-            return Err(Error::onnxruntime("reading the logits")(problem));
+            return Err(Error::onnxruntime(READING_LOGITS)(problem));
         }
         Ok(Logits { value })
     }

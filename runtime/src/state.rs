@@ -4,6 +4,7 @@
 
 mod growing;
 mod in_place;
+mod ragged;
 
 use half::{bf16, f16};
 use ort::value::{DynValue, PrimitiveTensorElementType, Tensor, TensorElementType};
@@ -11,6 +12,7 @@ use ort::value::{DynValue, PrimitiveTensorElementType, Tensor, TensorElementType
 use crate::error::Error;
 use growing::Growing;
 use in_place::InPlace;
+pub(crate) use ragged::{First, Ragged, capacity};
 
 /// The keys and values of the rows in flight, with the mask of their sources.
 ///

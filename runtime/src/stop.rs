@@ -9,24 +9,18 @@ use crate::search::{Candidate, FinishReason, Search};
 use crate::tokenizer::{SpecialTokens, Tokenizer};
 
 /// The ends of one call.
-pub(crate) struct Stops<'m> {
-    strings: Option<(&'m Tokenizer, &'m [String])>,
+pub(crate) struct Stops {
+    strings: Vec<String>,
     deadline: Option<Instant>,
 }
 
-impl<'m> Stops<'m> {
-    /// Starts the clock. `tokenizer` is asked for where there are stop strings.
-    pub fn new(
-        options: &'m GenerationOptions,
-        tokenizer: impl FnOnce() -> Result<&'m Tokenizer, Error>,
-    ) -> Result<Stops<'m>, Error> {
-        let strings = match options.stop_strings.as_slice() {
-            [] => None,
-            strings => Some((tokenizer()?, strings)),
-        };
+impl Stops {
+    /// Starts the clock.
+    pub fn new(options: &GenerationOptions) -> Stops {
         // So late a deadline that the clock has no such time is none.
         let time = options.max_time.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
-        Ok(Stops { strings, deadline: time.and_then(|time| Instant::now().checked_add(time)) })
+        let deadline = time.and_then(|time| Instant::now().checked_add(time));
+        Stops { strings: options.stop_strings.clone(), deadline }
     }
 
     /// Whether the time is over.
@@ -34,20 +28,23 @@ impl<'m> Stops<'m> {
         self.deadline.is_some_and(|deadline| Instant::now() > deadline)
     }
 
-    /// Which of a step's candidates end their targets, all of them if the time is over.
-    pub fn of(
+    /// Which of a step's candidates end their targets, all of them if the time is over. `tokenizer` is asked for where there
+    /// are stop strings.
+    pub fn of<'m>(
         &self,
         candidates: &[Candidate],
         search: &Search,
         is_over: bool,
+        tokenizer: impl FnOnce() -> Result<&'m Tokenizer, Error>,
     ) -> Result<Vec<Option<FinishReason>>, Error> {
-        if self.strings.is_none() && !is_over {
+        if self.strings.is_empty() && !is_over {
             return Ok(Vec::new());
         }
+        let tokenizer = if self.strings.is_empty() { None } else { Some(tokenizer()?) };
         let end = |candidate: &Candidate| {
-            Ok(match self.strings {
-                Some((tokenizer, strings))
-                    if completes(tokenizer, strings, search.history(candidate.parent), candidate.token)? =>
+            Ok(match tokenizer {
+                Some(tokenizer)
+                    if completes(tokenizer, &self.strings, search.history(candidate.parent), candidate.token)? =>
                 {
                     Some(FinishReason::StopString)
                 }
@@ -113,14 +110,15 @@ mod tests {
     #[test]
     fn the_clock_ends_every_candidate() {
         let options = GenerationOptions { max_time: Some(0.0), ..GenerationOptions::default() };
-        let stops = Stops::new(&options, || unreachable!("no strings, no tokenizer")).expect("valid");
+        let stops = Stops::new(&options);
         std::thread::sleep(Duration::from_millis(1));
         let candidates = [3, 4].map(|token| Candidate { parent: 0, token, score: 0.0 });
         let search = Search::new(&options, &[2]);
-        assert_eq!(stops.of(&candidates, &search, stops.is_over()).expect("no text"), [Some(FinishReason::Time); 2]);
+        let ends = stops.of(&candidates, &search, stops.is_over(), || unreachable!("no strings, no tokenizer"));
+        assert_eq!(ends.expect("no text"), [Some(FinishReason::Time); 2]);
         for max_time in [None, Some(1e300), Some(3600.0)] {
             let options = GenerationOptions { max_time, ..GenerationOptions::default() };
-            let stops = Stops::new(&options, || unreachable!("no strings, no tokenizer")).expect("valid");
+            let stops = Stops::new(&options);
             assert!(!stops.is_over(), "{max_time:?}");
         }
     }

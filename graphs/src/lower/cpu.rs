@@ -35,9 +35,12 @@ impl Lowering for Cpu {
         let projected = stacked(x, side.hidden_size, ("qkv_proj", &parts), side.attention_bias, w);
         let packed = projected.reshape(&[tokens.rows.clone(), tokens.length.clone(), (q + 2 * kv).into()]);
 
-        let last = tokens.positions.last(0).cast(DType::Int32); // [1]
-        let total = last + graph.constant(DType::Int32, &[1], Data::Ints(vec![1]));
-        let lengths = [last.expand(std::slice::from_ref(&tokens.rows)), total];
+        let rows = std::slice::from_ref(&tokens.rows);
+        let last = match past {
+            None => tokens.positions.last(0).cast(DType::Int32).expand(rows),
+            Some(_) => tokens.positions.last(1).cast(DType::Int32).reshape(rows),
+        };
+        let lengths = [last, last.greatest(0) + graph.constant(DType::Int32, &[1], Data::Ints(vec![1]))];
         let heads = Heads {
             count: side.num_attention_heads,
             kv_count: side.num_key_value_heads,

@@ -6,7 +6,9 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Map, Value, json};
-use t5gemma_runtime::{Cancellation, Error, FinishReason, GenerationOptions, Hypothesis, Model, SpecialTokens};
+use t5gemma_runtime::{
+    Cancellation, DEFAULT_ENCODER_CACHE_BYTES, Error, FinishReason, GenerationOptions, Hypothesis, Model, SpecialTokens,
+};
 
 use crate::chat::Chat;
 use crate::options::GenerationFlags;
@@ -56,8 +58,8 @@ pub struct Arguments {
     /// encoded. Results come in the order of the ids
     #[arg(long, value_name = "FILE.safetensors", conflicts_with_all = ["texts", "chat"])]
     encoder_outputs: Option<PathBuf>,
-    /// Memory for encoder results, so that a source that comes again is not encoded again [default: 0, none]
-    #[arg(long, value_name = "BYTES", default_value_t = 0, hide_default_value = true)]
+    /// Memory for encoder results, so that sources that come again with other options are not encoded again; 0 for none
+    #[arg(long, value_name = "BYTES", default_value_t = DEFAULT_ENCODER_CACHE_BYTES)]
     encoder_cache_bytes: usize,
     /// Text that every target begins with; only what follows is written
     #[arg(long, value_name = "TEXT", conflicts_with = "jsonl")]

@@ -36,7 +36,7 @@ struct Bound {
     binding: IoBinding,
     /// `[rows, tokens]`
     ids: Tensor<i64>,
-    /// `[tokens]`
+    /// `[rows, tokens]`
     positions: Tensor<i64>,
     /// The name of the session's first output.
     logits: String,
@@ -87,7 +87,7 @@ impl InPlace {
         let Some(Bound { binding, ids, positions, logits }) = &mut self.bound else { unreachable!("bound just above") };
         ids.extract_tensor_mut().1.copy_from_slice(tokens);
         for (at, position) in positions.extract_tensor_mut().1.iter_mut().enumerate() {
-            *position = (self.length + at) as i64;
+            *position = (self.length + at % count) as i64;
         }
         let mut outputs = session.run_binding_with_options(binding, options)?;
         let logits = outputs.remove(logits.as_str()).ok_or_else(|| ort::Error::new("no logits"))?;
@@ -109,7 +109,7 @@ impl InPlace {
             names.next().ok_or_else(|| ort::Error::new(format!("too few {side}s")))
         };
         let ids = Tensor::<i64>::new(&allocator, [rows, count])?;
-        let positions = Tensor::<i64>::new(&allocator, [count])?;
+        let positions = Tensor::<i64>::new(&allocator, [rows, count])?;
         binding.bind_input(next("input", &mut inputs)?, &self.mask)?;
         binding.bind_input(next("input", &mut inputs)?, &ids)?;
         binding.bind_input(next("input", &mut inputs)?, &positions)?;

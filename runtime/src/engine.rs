@@ -1,0 +1,405 @@
+//! `Engine`: continuous batching. Requests are submitted from any thread at any time; their rows join the rows in flight
+//! between two steps, each with its own beams, lengths and options, and leave when they are finished. What a request gets
+//! is what [`Model::generate`] gives it alone.
+//!
+//! ```no_run
+//! # use std::sync::Arc;
+//! # use t5gemma_runtime::{Batch, Engine, EngineOptions, Event, Model, Request};
+//! let model = Arc::new(Model::open("model")?);
+//! let engine = Engine::new(model.clone(), EngineOptions::default());
+//! let batch = Batch::padded(&[model.tokenizer()?.encode("The quick brown fox")?], 0)?;
+//! for event in engine.submit(Request::new(batch, model.options().clone()))? {
+//!     match event? {
+//!         Event::Token { token, .. } => println!("{token}"),
+//!         Event::Row { hypotheses, .. } => println!("{:?}", hypotheses[0].finish_reason),
+//!     }
+//! }
+//! # Ok::<(), t5gemma_runtime::Error>(())
+//! ```
+//!
+//! # Design
+//! How rows of different lengths share a step depends on the model's cache layout. One that is written in place is told each
+//! row's position (`cache_position`), so all rows in flight share every step, and a row may join at any. The growing layout
+//! has one position for all rows and no mask over the target: rows can share steps only with those that began with them.
+//! There, rows that are admitted together form a cohort, which runs its own steps in turn with the other cohorts; a mask
+//! and positions of each row's own would cost the portable graphs operators in every layer, and padding on the left would
+//! change results. So cohorts are exact but read the weights once each, and the in-place layout is the one to serve with.
+//!
+//! Sources are encoded one by one, as when alone, so that rounding does not depend on who else is there, and equal
+//! sources are encoded once as long as the model's encoder cache holds them.
+//!
+//! A source's row is admitted only when the memory that it may come to need is free, so that nothing in flight has to be
+//! given up: see [`EngineOptions::max_bytes`]. Requests wait in a line, each of which gives one row in turn; the row that
+//! does not fit is waited for, so none is passed over for ever.
+
+mod plan;
+mod rows;
+mod worker;
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use crate::batch::Batch;
+use crate::error::Error;
+use crate::item::Call;
+use crate::model::{Cancellation, Model};
+use crate::options::GenerationOptions;
+use crate::search::Hypothesis;
+use plan::{Need, Plan};
+use worker::{Message, Submitted, Worker};
+
+/// The bounds of an [`Engine`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EngineOptions {
+    /// Target rows in flight at most: the beams or samples of all sources together. 64 by default.
+    pub max_rows: usize,
+    /// Bytes of keys, values and logits that rows in flight may come to need at most, each row counted with the longest
+    /// source and the longest target of all; 4 GiB by default. The weights and the scratch memory of a run come on top.
+    pub max_bytes: usize,
+    /// Requests that wait for all of their rows to be admitted at most; 1024 by default.
+    pub max_waiting: usize,
+}
+
+impl Default for EngineOptions {
+    fn default() -> EngineOptions {
+        EngineOptions { max_rows: 64, max_bytes: 4 << 30, max_waiting: 1024 }
+    }
+}
+
+/// What is asked of an [`Engine`].
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// The sources, which are admitted one by one.
+    pub batch: Batch,
+    /// How their targets are generated. `max_time` begins when the first source is admitted.
+    pub options: GenerationOptions,
+    /// When the request is given up, done or not, waiting or in flight.
+    pub deadline: Option<Instant>,
+}
+
+impl Request {
+    /// A request without a deadline.
+    pub fn new(batch: Batch, options: GenerationOptions) -> Request {
+        Request { batch, options, deadline: None }
+    }
+}
+
+/// What happens to a request, in order.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Event {
+    /// The next token of a source row's first hypothesis is certain.
+    Token {
+        /// The source's row in the request's batch.
+        row: usize,
+        /// The token.
+        token: i64,
+    },
+    /// A source row is finished; all its tokens have been told.
+    Row {
+        /// The source's row in the request's batch.
+        row: usize,
+        /// The `num_return_sequences` hypotheses, of beams the best first.
+        hypotheses: Vec<Hypothesis>,
+    },
+}
+
+/// What an [`Engine`] has done and is doing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct EngineStats {
+    /// Requests that were taken, the later ones too.
+    pub submitted: u64,
+    /// Requests that were answered.
+    pub finished: u64,
+    /// Requests that ended with an error, those cancelled or too late included.
+    pub failed: u64,
+    /// Requests of which a source has not been admitted.
+    pub waiting_requests: usize,
+    /// Sources that have not been admitted.
+    pub waiting_sources: usize,
+    /// Sources in flight.
+    pub sources: usize,
+    /// Target rows in flight.
+    pub rows: usize,
+    /// Bytes that the rows in flight may come to need, as [`EngineOptions::max_bytes`] counts.
+    pub planned_bytes: usize,
+    /// Runs of a decoder graph so far.
+    pub steps: u64,
+    /// Target rows in all of them together: divided by `steps`, how well steps were shared.
+    pub stepped_rows: u64,
+}
+
+/// Generates for many at once on a thread of its own. Dropping it is [`Engine::shutdown`].
+pub struct Engine {
+    shared: Arc<Shared>,
+    worker: Mutex<Option<JoinHandle<()>>>,
+}
+
+/// What the engine's thread and its callers share.
+struct Shared {
+    model: Arc<Model>,
+    options: EngineOptions,
+    plan: Plan,
+    line: Mutex<Line>,
+    /// Something was submitted, cancelled or closed.
+    changed: Condvar,
+    /// A request has ended.
+    ended: Condvar,
+    /// Stops the run in progress.
+    stop: Cancellation,
+}
+
+/// What has been submitted and not been taken by the engine's thread.
+#[derive(Default)]
+struct Line {
+    submitted: Vec<Submitted>,
+    phase: Phase,
+    stats: EngineStats,
+}
+
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+enum Phase {
+    #[default]
+    Open,
+    /// Nothing more is taken.
+    Draining,
+    /// Nothing more is done.
+    Closed,
+}
+
+impl Shared {
+    fn line(&self) -> MutexGuard<'_, Line> {
+        self.line.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Closes the line when it is dropped.
+struct Closing(Arc<Shared>);
+
+impl Drop for Closing {
+    fn drop(&mut self) {
+        let mut line = self.0.line();
+        line.phase = Phase::Closed;
+        line.submitted.clear();
+        drop(line);
+        self.0.ended.notify_all();
+    }
+}
+
+impl Engine {
+    /// Starts a thread that generates with `model`, which may be used by others meanwhile; they take turns.
+    pub fn new(model: Arc<Model>, options: EngineOptions) -> Engine {
+        let shared = Arc::new(Shared {
+            plan: Plan::of(&model),
+            model,
+            options,
+            line: Mutex::default(),
+            changed: Condvar::new(),
+            ended: Condvar::new(),
+            stop: Cancellation::new(),
+        });
+        let of_worker = shared.clone();
+        let worker = thread::spawn(move || {
+            // Whether it returns or panics, nobody shall wait for it any more.
+            let _closing = Closing(of_worker.clone());
+            Worker::new(of_worker).run();
+        });
+        Engine { shared, worker: Mutex::new(Some(worker)) }
+    }
+
+    /// Submits a request. It is checked here, by the caller's thread, where its constraints are compiled too.
+    ///
+    /// # Errors
+    /// What [`Model::generate`] refuses; [`Error::TooLarge`] for a source that can never be admitted; [`Error::Busy`] if
+    /// too many requests are waiting; [`Error::Closed`] after [`Engine::drain`] or [`Engine::shutdown`].
+    pub fn submit(&self, request: Request) -> Result<Generation, Error> {
+        let Request { batch, options, deadline } = request;
+        let call = Call::new(&self.shared.model, &batch, &options)?;
+        for row in 0..call.batch.rows() {
+            self.shared.plan.check(&Need::of(&call, row), &self.shared.options)?;
+        }
+        let rows = call.batch.rows();
+        let (events, received) = mpsc::channel();
+        let cancelled = Arc::new(AtomicBool::new(false));
+        let submitted = Submitted { call, deadline, events, cancelled: cancelled.clone() };
+        let mut line = self.shared.line();
+        if line.phase != Phase::Open {
+            return Err(Error::Closed);
+        }
+        if line.stats.waiting_requests >= self.shared.options.max_waiting {
+            return Err(Error::Busy { waiting: line.stats.waiting_requests });
+        }
+        line.stats.submitted += 1;
+        line.stats.waiting_requests += 1;
+        line.stats.waiting_sources += rows;
+        line.submitted.push(submitted);
+        self.shared.changed.notify_all();
+        Ok(Generation { events: received, rows, cancelled, shared: self.shared.clone(), has_ended: false })
+    }
+
+    /// What the engine has done and is doing.
+    pub fn stats(&self) -> EngineStats {
+        self.shared.line().stats
+    }
+
+    /// Takes no more requests, and waits until all that were taken have ended.
+    pub fn drain(&self) {
+        let mut line = self.shared.line();
+        if line.phase == Phase::Open {
+            line.phase = Phase::Draining;
+        }
+        while line.phase != Phase::Closed && line.stats.submitted > line.stats.finished + line.stats.failed {
+            line = self.shared.ended.wait(line).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Ends everything at once: requests that are not done end with [`Error::Cancelled`]. Returns when the thread has
+    /// ended.
+    pub fn shutdown(&self) {
+        self.shared.line().phase = Phase::Closed;
+        self.shared.stop.cancel();
+        self.shared.changed.notify_all();
+        self.shared.ended.notify_all();
+        let worker = self.worker.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(worker) = worker {
+            // Its panic was reported where it happened.
+            let _ = worker.join();
+        }
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        self.shutdown();
+    }
+}
+
+/// A request that an [`Engine`] was given: the events of its rows, as an iterator that waits for them and ends after the
+/// last row or an error. Dropping it cancels the request.
+pub struct Generation {
+    events: Receiver<Message>,
+    rows: usize,
+    cancelled: Arc<AtomicBool>,
+    shared: Arc<Shared>,
+    has_ended: bool,
+}
+
+impl Generation {
+    /// The number of source rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Ends the request at the next step with [`Error::Cancelled`], unless it is done before.
+    pub fn cancel(&self) {
+        self.canceller().cancel();
+    }
+
+    /// A way to cancel the request from another thread.
+    pub fn canceller(&self) -> Canceller {
+        Canceller { cancelled: self.cancelled.clone(), shared: self.shared.clone() }
+    }
+
+    /// The next event, if it comes within `timeout`; [`Waited::Ended`] when there are no more.
+    pub fn next_within(&mut self, timeout: Duration) -> Waited {
+        if self.has_ended {
+            return Waited::Ended;
+        }
+        match self.events.recv_timeout(timeout) {
+            Ok(message) => self.take(message).map_or(Waited::Ended, Waited::Event),
+            Err(RecvTimeoutError::Timeout) => Waited::TimedOut,
+            Err(RecvTimeoutError::Disconnected) => {
+                self.take(Message::Ended(Err(Error::Closed))).map_or(Waited::Ended, Waited::Event)
+            }
+        }
+    }
+
+    /// Waits for all rows and returns what [`Model::generate`] returns.
+    ///
+    /// # Errors
+    /// What a run can fail by; [`Error::Cancelled`], [`Error::Deadline`]; [`Error::Closed`] if the engine's thread is gone.
+    pub fn wait(mut self) -> Result<Vec<Vec<Hypothesis>>, Error> {
+        let mut rows = vec![Vec::new(); self.rows];
+        for event in self.by_ref() {
+            if let Event::Row { row, hypotheses } = event? {
+                rows[row] = hypotheses;
+            }
+        }
+        Ok(rows)
+    }
+
+    fn take(&mut self, message: Message) -> Option<Result<Event, Error>> {
+        match message {
+            Message::Event(event) => Some(Ok(event)),
+            Message::Ended(result) => {
+                self.has_ended = true;
+                result.err().map(Err)
+            }
+        }
+    }
+}
+
+/// What waiting for an event came to.
+#[derive(Clone, Debug)]
+pub enum Waited {
+    /// An event, or why the request failed, behind which nothing comes.
+    Event(Result<Event, Error>),
+    /// Nothing happened in that time.
+    TimedOut,
+    /// Everything has been told.
+    Ended,
+}
+
+impl Iterator for Generation {
+    type Item = Result<Event, Error>;
+
+    fn next(&mut self) -> Option<Result<Event, Error>> {
+        if self.has_ended {
+            return None;
+        }
+        let message = self.events.recv().unwrap_or(Message::Ended(Err(Error::Closed)));
+        self.take(message)
+    }
+}
+
+impl Drop for Generation {
+    fn drop(&mut self) {
+        if !self.has_ended {
+            self.cancel();
+        }
+    }
+}
+
+/// Cancels one request, from any thread.
+#[derive(Clone)]
+pub struct Canceller {
+    cancelled: Arc<AtomicBool>,
+    shared: Arc<Shared>,
+}
+
+impl Canceller {
+    /// See [`Generation::cancel`].
+    pub fn cancel(&self) {
+        self.cancelled.store(true, Ordering::SeqCst);
+        // The lock is taken so that the thread is either before looking or waiting.
+        drop(self.shared.line());
+        self.shared.changed.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_engine_is_shared_and_its_generations_travel_between_threads() {
+        fn check_shared<T: Send + Sync>() {}
+        fn check_sent<T: Send>() {}
+        check_shared::<Engine>();
+        check_shared::<Canceller>();
+        check_sent::<Generation>();
+    }
+}

@@ -1,0 +1,202 @@
+//! `Call` and `Item`: a request that was checked against its model, and one of its source rows whose targets are not
+//! finished, with everything that decides on them. An item turns the scores of a step into what its rows do next; running
+//! the model for them, alone or beside others, is left to [`generate`](crate::generate) and [`engine`](crate::engine).
+
+use std::sync::Arc;
+
+use t5gemma_graphs::interface::Logits;
+
+use crate::batch::{Batch, Prompts};
+use crate::constraint::{Constraint, Walk};
+use crate::error::Error;
+use crate::logprobs::Trace;
+use crate::model::Model;
+use crate::options::{GenerationOptions, OptionError};
+use crate::scores::Processors;
+use crate::search::{Hypothesis, Progress, Search};
+use crate::speculation::Lookup;
+use crate::stop::Stops;
+
+/// Begins the search for one source row at a decoder prompt.
+pub(crate) type Start = fn(&GenerationOptions, &[i64]) -> Search;
+
+/// Sources and options that the model takes.
+pub(crate) struct Call {
+    pub batch: Batch,
+    pub prompts: Prompts,
+    pub options: Arc<GenerationOptions>,
+    /// How long a target may become, prompt included.
+    pub max_length: usize,
+    constraint: Option<Arc<Constraint>>,
+    seed: u64,
+}
+
+impl Call {
+    /// Checks what depends on the model, and compiles the constraints.
+    pub fn new(model: &Model, batch: &Batch, options: &GenerationOptions) -> Result<Call, Error> {
+        let decoder = &model.config().decoder;
+        batch.check(model.config())?;
+        let prompts = batch.prompts(options.decoder_start_token_id);
+        options.check(decoder.vocab_size, prompts.length)?;
+        let (max_length, longest) = (options.max_length(prompts.length), decoder.max_position_embeddings);
+        if max_length > longest {
+            return Err(Error::input(
+                "max_length",
+                format!("at most {longest} target tokens (decoder.max_position_embeddings)"),
+                format!("{max_length}, of which {} are the prompt", prompts.length),
+            ));
+        }
+        if let Some(tokens) = options.prompt_lookup_num_tokens
+            && model.manifest().logits != Logits::All
+        {
+            let expected =
+                "nothing for this model (drafts need the scores of all positions: export it with --all-logits)";
+            return Err(OptionError::new("prompt_lookup_num_tokens", expected, tokens.to_string()).into());
+        }
+        let constraint = Constraint::new(model, options, prompts.length)?;
+        if !options.stop_strings.is_empty() {
+            model.tokenizer()?;
+        }
+        let seed = options.seed.unwrap_or_else(GenerationOptions::draw_seed);
+        Ok(Call { batch: batch.clone(), prompts, options: Arc::new(options.clone()), max_length, constraint, seed })
+    }
+
+    /// What the target of a row begins with.
+    pub fn prompt(&self, row: usize) -> &[i64] {
+        &self.prompts.ids[row * self.prompts.length..][..self.prompts.length]
+    }
+
+    /// Begins a row.
+    pub fn item(&self, row: usize, search: Start, stops: &Arc<Stops>) -> Item {
+        let (options, source) = (&self.options, self.batch.source(row));
+        let walk = self.constraint.as_ref().map(|constraint| Arc::new(Walk::new(constraint, row)));
+        // Which hypotheses are the best is for the constraint to say, so a search with beams has to give all that it has.
+        let of_search = match &walk {
+            Some(_) if options.num_beams > 1 => {
+                &GenerationOptions { num_return_sequences: options.num_beams, ..(**options).clone() }
+            }
+            _ => &**options,
+        };
+        let processors = Processors::new(options, source, self.prompts.length);
+        Item {
+            row,
+            search: search(of_search, self.prompt(row)).drawing(self.batch.draws(row, self.seed)),
+            processors: match &walk {
+                Some(walk) => processors.limited(walk.clone()),
+                None => processors,
+            },
+            shown: 0,
+            trace: options.output_logprobs.then(|| Trace::new(options.top_logprobs)),
+            lookup: options.prompt_lookup_num_tokens.map(|tokens| {
+                let ngram_size = options.max_matching_ngram_size.unwrap_or(2);
+                Lookup::new(source, tokens, ngram_size)
+            }),
+            walk,
+            stops: stops.clone(),
+            options: options.clone(),
+        }
+    }
+}
+
+/// A source row whose targets are not finished.
+pub(crate) struct Item {
+    /// Its row in the call.
+    pub row: usize,
+    pub search: Search,
+    /// With `prompt_lookup_num_tokens`.
+    pub lookup: Option<Lookup>,
+    processors: Processors,
+    /// Tokens of the first hypothesis that were shown.
+    shown: usize,
+    /// With `output_logprobs`.
+    trace: Option<Trace>,
+    /// With constraints.
+    walk: Option<Arc<Walk>>,
+    stops: Arc<Stops>,
+    options: Arc<GenerationOptions>,
+}
+
+impl Item {
+    /// Takes the scores of its rows, or of the first of equal ones, and tells whether its targets are finished.
+    pub fn take(&mut self, model: &Model, scores: &mut [f32], step: usize) -> Result<bool, Error> {
+        if !self.options.remove_invalid_values && !all_finite(scores) {
+            return Err(Error::NotFinite { row: self.row, step, dtype: model.manifest().dtype });
+        }
+        let width = self.search.width();
+        let rows = scores.len() / model.config().decoder.vocab_size;
+        let mut widened;
+        let mut scores = scores;
+        if rows < width {
+            widened = scores.repeat(width);
+            scores = &mut widened;
+        }
+        let is_over = self.stops.is_over();
+        let unprocessed = self.trace.is_some().then(|| scores.to_vec());
+        let progress = loop {
+            let mut candidates = self.processors.candidates(scores, &self.search);
+            let mut ends = self.stops.of(&candidates, &self.search, is_over, || model.tokenizer())?;
+            if let Some(walk) = &self.walk {
+                walk.take(&mut candidates, &mut ends, &self.search)?;
+            }
+            if let (Some(trace), Some(logits)) = (&mut self.trace, &unprocessed) {
+                trace.take(&candidates, logits, width);
+            }
+            match self.search.advance_to_ends(&candidates, &ends) {
+                Progress::Turn => {}
+                progress => break progress,
+            }
+        };
+        if progress == Progress::Done {
+            return Ok(true);
+        }
+        if let Some(trace) = &mut self.trace {
+            trace.follow(&self.search);
+        }
+        Ok(false)
+    }
+
+    /// The tokens of the first hypothesis that have become certain since they were asked for.
+    pub fn settled(&mut self) -> &[i64] {
+        // Of beams, the best hypothesis may be passed over for one that meets the constraint.
+        if self.walk.is_some() && self.search.sums_log_probabilities() {
+            return &[];
+        }
+        let settled = self.search.settled(self.shown);
+        self.shown += settled.len();
+        settled
+    }
+
+    /// The hypotheses, and how many tokens of the first were certain before.
+    pub fn finish(self) -> (Vec<Hypothesis>, usize) {
+        let found = self.search.finish();
+        let mut found = match self.walk {
+            Some(walk) => walk.judged(found, &self.options),
+            None => found,
+        };
+        for hypothesis in &mut found {
+            hypothesis.logprobs = self.trace.as_ref().map(|trace| trace.of(&hypothesis.tokens));
+        }
+        (found, self.shown)
+    }
+}
+
+/// Whether no score is NaN or infinite. In blocks, so that the compiler can compare many at once.
+fn all_finite(scores: &[f32]) -> bool {
+    scores.chunks(4096).all(|block| block.iter().fold(true, |finite, score| finite & score.is_finite()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_bad_score_is_found_anywhere() {
+        let mut scores = vec![0.5; 10_000];
+        assert!(all_finite(&scores));
+        for (at, bad) in [(0, f32::NAN), (4096, f32::INFINITY), (9_999, f32::NEG_INFINITY)] {
+            let good = std::mem::replace(&mut scores[at], bad);
+            assert!(!all_finite(&scores), "{at}");
+            scores[at] = good;
+        }
+    }
+}
