@@ -2,11 +2,18 @@
 //! that ONNX Runtime alone can run them: a kernel given to a session stands before the built-in one of the same name.
 //!
 //! # Design
-//! `MatMulNBits` is the one that pays. ONNX Runtime's packs the weights anew for each process, which costs the start and a
-//! second copy, rounds activations to 8 bits, and is slower than float32 from some eight rows on. This one reads the weights
-//! as they lie in the mapped file, at the speed of the memory where rows are few, and rounds activations to 16 bits: an error
-//! that is lost beside that of the weights.
+//! Two pay, the products with weights of few bits and those with weights in float32: both read the weights as they lie in the
+//! mapped file, at the speed of the memory where rows are few.
+//!
+//! `MatMulNBits`: ONNX Runtime's packs the weights anew for each process, which costs the start and a
+//! second copy, rounds activations to 8 bits, and is slower than float32 from some eight rows on. This one rounds activations
+//! to 16 bits: an error that is lost beside that of the weights.
+//!
+//! `TransposeMatMul`: ONNX Runtime's either packs the weights once, which costs the start and a second copy, or at every product,
+//! which costs several beams twice the time of one.
 
+#[cfg(target_arch = "x86_64")]
+mod float;
 mod product;
 
 use ort::operator::{ComputeContext, Kernel, KernelContext, Operator, OperatorDomain, OperatorInput, OperatorOutput};
@@ -16,7 +23,12 @@ use product::{Activations, Weights};
 
 /// The operators to give to a session.
 pub(crate) fn operators() -> ort::Result<OperatorDomain> {
-    OperatorDomain::new("com.microsoft")?.add(MatMulNBits)
+    let domain = OperatorDomain::new("com.microsoft")?.add(MatMulNBits)?;
+    #[cfg(target_arch = "x86_64")]
+    if float::is_here() {
+        return domain.add(TransposeMatMul);
+    }
+    Ok(domain)
 }
 
 /// `y = x · wᵀ (+ b)` with `w [n, k]` in blocks of few bits, see `t5gemma_graphs::onnx::Blocks`.
@@ -70,8 +82,9 @@ struct Product {
 
 /// Weights below this many bytes are not worth waking another thread for.
 const SHARED_FROM: usize = 96 << 10;
-/// Bytes of weights that one thread takes at a time.
+/// Bytes of weights that one thread takes at a time: at least, and where there are many.
 const SHARE: usize = 128 << 10;
+const SHARE_OF_MANY: usize = 512 << 10;
 
 impl Kernel for Product {
     fn compute(&mut self, context: &ComputeContext) -> ort::Result<()> {
@@ -124,7 +137,8 @@ impl Kernel for Product {
         })?;
 
         let bytes = numbers_in_a_row(&weights) * self.n;
-        let share = if bytes < SHARED_FROM { self.n } else { (SHARE / numbers_in_a_row(&weights)).clamp(8, self.n) };
+        let taken = (bytes / 16).clamp(SHARE, SHARE_OF_MANY) / numbers_in_a_row(&weights);
+        let share = if bytes < SHARED_FROM { self.n } else { taken.clamp(8, self.n.max(8)) };
         let y = product::Output::new(y, rows, self.n);
         let activations = &self.activations;
         spread(self.n.div_ceil(share), &|part| {
@@ -132,6 +146,92 @@ impl Kernel for Product {
             // SAFETY: every column is computed by one call only.
             unsafe { product::multiply(activations, &weights, bias, columns, &y) };
         })
+    }
+}
+
+/// `y = x · wᵀ` with `w [n, k]` in float32.
+#[cfg(target_arch = "x86_64")]
+struct TransposeMatMul;
+
+#[cfg(target_arch = "x86_64")]
+impl Operator for TransposeMatMul {
+    type Kernel<'attr> = FloatProduct;
+
+    fn name(&self) -> &str {
+        "TransposeMatMul"
+    }
+
+    fn inputs(&self) -> impl IntoIterator<Item = OperatorInput> {
+        [OperatorInput::required(TensorElementType::Float32), OperatorInput::required(TensorElementType::Float32)]
+    }
+
+    fn outputs(&self) -> impl IntoIterator<Item = OperatorOutput> {
+        [OperatorOutput::required(TensorElementType::Float32)]
+    }
+
+    fn create_kernel<'attr>(&self, node: &KernelContext<'attr>) -> ort::Result<FloatProduct> {
+        let number = |name: &str, default: i64| node.get::<i64>(name).unwrap_or(default);
+        if number("transA", 0) != 0
+            || number("transB", 0) != 1
+            || node.get::<f32>("alpha").is_some_and(|alpha| alpha != 1.0)
+        {
+            return Err(ort::Error::new("TransposeMatMul: expected transB alone"));
+        }
+        Ok(FloatProduct)
+    }
+}
+
+/// The kernel of one node.
+#[cfg(target_arch = "x86_64")]
+struct FloatProduct;
+
+/// Bytes of float32 weights that one thread takes at a time: a part of its second cache, which all rows then find them in.
+#[cfg(target_arch = "x86_64")]
+const FLOAT_SHARE: usize = 192 << 10;
+/// The same where few rows read them once.
+#[cfg(target_arch = "x86_64")]
+const FLOAT_SHARE_OF_FEW: usize = 1 << 20;
+
+#[cfg(target_arch = "x86_64")]
+impl Kernel for FloatProduct {
+    fn compute(&mut self, context: &ComputeContext) -> ort::Result<()> {
+        let missing = |what: &str| ort::Error::new(format!("TransposeMatMul: {what} is missing"));
+        let (x, w) = (context.input(0)?, context.input(1)?);
+        let (x, w) = (x.ok_or_else(|| missing("A"))?, w.ok_or_else(|| missing("B"))?);
+        let ((shape, x), (of_weights, w)) = (x.try_extract_tensor::<f32>()?, w.try_extract_tensor::<f32>()?);
+        let ([n, k], Some(last)) = (of_weights.as_ref(), shape.last()) else {
+            return Err(ort::Error::new(format!("TransposeMatMul of {shape} by {of_weights}")));
+        };
+        if last != k || *k == 0 {
+            return Err(ort::Error::new(format!("TransposeMatMul of {shape} by {of_weights}")));
+        }
+        let mut to: Vec<i64> = shape.to_vec();
+        *to.last_mut().expect("has the axis that was looked at") = *n;
+        let [n, k] = [*n as usize, *k as usize];
+        let rows = x.len() / k;
+        let mut output = context.output(0, to)?.ok_or_else(|| missing("the output"))?;
+        let (_, y) = output.try_extract_tensor_mut::<f32>()?;
+
+        let product = float::Product::new(x, w, y, [rows, n, k]);
+        let bytes = match rows {
+            0..8 if n * k * 4 < 2 * SHARED_FROM => n * k * 4,
+            // As many parts as keep every thread of a large machine busy.
+            0..8 => (n * k * 4 / 16).clamp(FLOAT_SHARE, FLOAT_SHARE_OF_FEW),
+            _ => FLOAT_SHARE,
+        };
+        let share = (bytes / 4 / k / 12 * 12).clamp(12, n.max(12));
+        let work = |part: usize| {
+            // SAFETY: the operator is given to no session without the features, and every column is computed by one call.
+            unsafe { float::multiply(&product, part * share..n.min((part + 1) * share)) };
+        };
+        match n.div_ceil(share) {
+            0 => Ok(()),
+            1 => {
+                work(0);
+                Ok(())
+            }
+            parts => context.par_for(parts, 0, work),
+        }
     }
 }
 

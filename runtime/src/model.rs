@@ -20,6 +20,7 @@ use ort::memory::{Allocator, MemoryInfo};
 use ort::session::builder::AutoDevicePolicy;
 use ort::session::{RunOptions, Session, SessionInputValue};
 use ort::value::{DynValue, Outlet, Tensor, TensorElementType, ValueType};
+use t5gemma_graphs::Target;
 use t5gemma_graphs::config::Config;
 use t5gemma_graphs::interface::{BATCH, CacheLayout, DType, Dim, Interface, Port, Ports};
 use t5gemma_graphs::manifest::{Manifest, TensorRecord};
@@ -548,7 +549,7 @@ pub(crate) fn open_session(
         if let Some(threads) = threads {
             builder = builder.with_intra_threads(threads)?;
         }
-        if folder.manifest.quantization.is_any() {
+        if folder.manifest.target == Target::Cpu.name() {
             builder = builder.with_operators(kernels::operators()?)?;
         }
         for name in &record.weights {

@@ -2,7 +2,7 @@
 //! one operator for a norm and the sum before it, one for the whole of self-attention with rotary positions and a cache that
 //! is written in place, one for cross-attention.
 
-use super::{Attention, Lowering, decomposed};
+use super::{Attention, Lowering, Matrix, decomposed};
 use crate::attention::{KeyValue, rotary_tables};
 use crate::decoder::Context;
 use crate::interface::{CacheLayout, PRESENT};
@@ -15,6 +15,14 @@ pub const HEAD_DIM: usize = 16;
 pub struct Cpu;
 
 impl Lowering for Cpu {
+    fn linear<'g>(&self, x: Value<'g>, weight: Matrix<'g>, bias: Option<Value<'g>>) -> Value<'g> {
+        match (weight, bias) {
+            (Matrix::Packed(weight), bias) => x.matmul_nbits(weight, bias),
+            (Matrix::Plain(weight), None) => x.transpose_matmul(weight),
+            (Matrix::Plain(weight), Some(bias)) => x.transpose_matmul(weight) + bias,
+        }
+    }
+
     fn rms_norm<'g>(&self, x: Value<'g>, factor: Value<'g>, eps: f64) -> Value<'g> {
         x.simplified_layer_norm(factor, eps)
     }

@@ -53,6 +53,19 @@ impl<'g> Value<'g> {
         outputs[0].expect("the first output is asked for")
     }
 
+    /// `x · wᵀ`: x `[tokens, k]`, w `[n, k]`. The name that ONNX Runtime had for it before `FusedMatMul`, which its optimizers
+    /// write for products of other ranks, too: under this one a runtime can have a kernel of its own for weights alone.
+    #[track_caller]
+    pub fn transpose_matmul(self, weight: Value<'g>) -> Value<'g> {
+        let (x, w) = (self.shape(), weight.shape());
+        if x.len() != 2 || w.len() != 2 || x[1] != w[1] || self.dtype() != weight.dtype() {
+            self.graph.mistake(format!("TransposeMatMul of {} by {}", Dim::list(&x), Dim::list(&w)));
+        }
+        let output = (self.dtype(), vec![x[0].clone(), w[0].clone()]);
+        let attributes = [("transB", Attribute::Int(1))];
+        self.graph.node("com.microsoft.TransposeMatMul", &[self, weight], &attributes, &[output])[0]
+    }
+
     /// `x · wᵀ (+ b)` with a packed weight: x `[tokens, k]`, b `[n]`.
     #[track_caller]
     pub fn matmul_nbits(self, weight: Packed<'g>, bias: Option<Value<'g>>) -> Value<'g> {

@@ -6,7 +6,7 @@ use std::array::from_fn;
 use super::{Activations, COLUMNS, Product, ROWS, Sums, Weights};
 
 /// Bytes from what is read to what will be.
-const AHEAD: usize = 4096;
+const AHEAD: usize = 2048;
 
 /// Weights of 4 bits meet activations in the order of [`Order::Fours`](super::Order::Fours).
 ///
