@@ -4,13 +4,16 @@ use std::fs;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use t5gemma_exporter::Export;
 use t5gemma_graphs::Target;
 use t5gemma_graphs::interface::CacheLayout;
-use t5gemma_runtime::{Batch, Cancellation, Engine, EngineOptions, GenerationOptions, Hypothesis, Model, Request};
+use t5gemma_runtime::{
+    Batch, Cancellation, Engine, EngineOptions, Error, Event, GenerationOptions, Hypothesis, LogitsProcessor, Model,
+    Request, Waited,
+};
 
 use crate::common::{exported_from, fixture, tests};
 
@@ -199,4 +202,171 @@ fn random_requests_at_random_times_give_what_each_gives_alone() {
         assert_eq!((stats.waiting_requests, stats.waiting_sources), (0, 0));
         assert!(stats.stepped_rows > 2 * stats.steps, "steps are shared: {stats:?}");
     }
+}
+
+const TARGETS: [Target; 2] = [Target::Portable, Target::Cpu];
+
+/// A request that takes many steps.
+fn long(model: &Model) -> Request {
+    let options = options(model, &json!({"max_new_tokens": 450, "min_new_tokens": 450}));
+    Request::new(Batch::padded(&[[5, 6, 7]], 0).expect("well-formed"), options)
+}
+
+fn short(model: &Model) -> Request {
+    let options = options(model, &json!({"max_new_tokens": 6, "num_beams": 2}));
+    Request::new(Batch::padded(&[[8, 9]], 0).expect("well-formed"), options)
+}
+
+fn alone(model: &Model, Request { batch, options, .. }: &Request) -> Vec<Vec<Hypothesis>> {
+    model.generate(batch, options, &mut (), &Cancellation::new()).expect("generates")
+}
+
+#[test]
+fn tokens_are_told_as_they_come_and_rows_as_they_finish() {
+    for target in TARGETS {
+        let model = open(target);
+        let engine = Engine::new(model.clone(), EngineOptions::default());
+        let batch = Batch::padded(&[vec![5, 6, 7], vec![8], vec![9, 10]], 0).expect("well-formed");
+        for request in [
+            json!({"max_new_tokens": 12}),
+            json!({"max_new_tokens": 12, "num_beams": 3}),
+            json!({"max_new_tokens": 12, "num_beams": 3, "required_phrases": [[40, 41]]}),
+        ] {
+            let request = Request::new(batch.clone(), options(&model, &request));
+            let expected = alone(&model, &request);
+            let mut told = vec![Vec::new(); 3];
+            let mut finished = Vec::new();
+            for event in engine.submit(request).expect("taken") {
+                match event.expect("nothing fails") {
+                    Event::Token { row, token } => {
+                        assert!(!finished.contains(&row), "a row that is finished says nothing more");
+                        told[row].push(token);
+                    }
+                    Event::Row { row, hypotheses } => {
+                        assert_eq!(told[row], hypotheses[0].tokens);
+                        check_same("events", &[hypotheses], &expected[row..=row]);
+                        finished.push(row);
+                    }
+                }
+            }
+            finished.sort();
+            assert_eq!(finished, [0, 1, 2]);
+        }
+    }
+}
+
+#[test]
+fn requests_end_when_they_are_cancelled_or_late_and_others_go_on() {
+    for target in TARGETS {
+        let model = open(target);
+        let engine = Engine::new(model.clone(), EngineOptions::default());
+        let expected = alone(&model, &short(&model));
+
+        let mut cancelled = engine.submit(long(&model)).expect("taken");
+        let late = Request { deadline: Some(Instant::now() + Duration::from_millis(30)), ..long(&model) };
+        let mut late = engine.submit(late).expect("taken");
+        let past = Request { deadline: Some(Instant::now()), ..short(&model) };
+        assert!(matches!(engine.submit(past).expect("taken").wait(), Err(Error::Deadline)));
+        assert!(matches!(cancelled.next(), Some(Ok(Event::Token { row: 0, .. }))), "in flight");
+        let other = engine.submit(short(&model)).expect("taken");
+        let canceller = cancelled.canceller();
+        thread::spawn(move || canceller.cancel()).join().expect("does not panic");
+        check_same("beside", &other.wait().expect("generates"), &expected);
+        assert!(matches!(cancelled.by_ref().last(), Some(Err(Error::Cancelled))));
+        assert!(cancelled.next().is_none() && matches!(cancelled.next_within(Duration::ZERO), Waited::Ended));
+        assert!(matches!(late.by_ref().last(), Some(Err(Error::Deadline))));
+        engine.drain();
+        let stats = engine.stats();
+        assert_eq!((stats.submitted, stats.finished, stats.failed), (4, 1, 3));
+        assert!(matches!(engine.submit(short(&model)).err(), Some(Error::Closed)));
+    }
+}
+
+#[test]
+fn what_cannot_be_taken_is_refused_with_the_figures() {
+    let model = open(Target::Cpu);
+    let options_of = |max_rows, max_bytes, max_waiting| EngineOptions { max_rows, max_bytes, max_waiting };
+    // One row of 64 tokens of room and 3 of source, in 8 tensors and one that is moved, of 2 heads of 16 numbers.
+    let bytes = |rows: usize, room: usize, source: usize| rows * ((room + source) * 9 * 2 * 16 * 4 + 200 * 4);
+    let config = &model.config().decoder;
+    assert_eq!((config.num_key_value_heads, config.layers.len(), config.vocab_size), (2, 4, 200), "of this fixture");
+    let refused = |engine: &Engine, request: Request| engine.submit(request).err().expect("refused").to_string();
+
+    let engine = Engine::new(model.clone(), options_of(1, usize::MAX, 9));
+    assert_eq!(
+        refused(&engine, short(&model)),
+        "the request needs 2 target rows (num_beams or num_return_sequences), more than the 1 there may be"
+    );
+    let engine = Engine::new(model.clone(), options_of(9, bytes(2, 64, 2), 9));
+    let needed = bytes(1, 512, 3);
+    let limit = bytes(2, 64, 2);
+    assert_eq!(
+        refused(&engine, long(&model)),
+        format!("the request needs {needed} bytes of keys, values and logits, more than the {limit} there may be")
+    );
+    check_same(
+        "it fits exactly",
+        &engine.submit(short(&model)).expect("taken").wait().expect("generates"),
+        &alone(&model, &short(&model)),
+    );
+
+    // One in flight, one waiting, and no more.
+    let engine = Engine::new(model.clone(), options_of(1, usize::MAX, 1));
+    let mut in_flight = engine.submit(long(&model)).expect("taken");
+    in_flight.next().expect("an event").expect("no error");
+    let waiting = engine.submit(long(&model)).expect("taken");
+    assert!(matches!(engine.submit(long(&model)).err(), Some(Error::Busy { waiting: 1 })));
+    drop(in_flight);
+    assert_eq!(waiting.wait().expect("generates")[0][0].tokens.len(), 450);
+}
+
+#[test]
+fn memory_is_never_planned_beyond_its_limit() {
+    for target in TARGETS {
+        let model = open(target);
+        let most = 6_000_000;
+        let engine = Engine::new(model.clone(), EngineOptions { max_bytes: most, ..EngineOptions::default() });
+        let mut noise = Noise(7);
+        let requests: Vec<Request> = (0..24)
+            .map(|_| {
+                let options = json!({"max_new_tokens": 1 + noise.below(300), "num_beams": 1 + noise.below(3)});
+                Request::new(noise.batch(), self::options(&model, &options))
+            })
+            .collect();
+        let mut generations: Vec<_> =
+            requests.iter().map(|request| engine.submit(request.clone()).expect("fits")).collect();
+        let mut fullest = 0;
+        while generations.iter_mut().any(|generation| !matches!(generation.next_within(Duration::ZERO), Waited::Ended))
+        {
+            let stats = engine.stats();
+            assert!(stats.planned_bytes <= most && stats.rows <= 64, "{stats:?}");
+            fullest = fullest.max(stats.planned_bytes);
+        }
+        assert!(fullest > most / 2, "the limit is what held requests back: {fullest}");
+    }
+}
+
+#[test]
+fn a_function_that_panics_ends_its_own_request() {
+    let model = open(Target::Cpu);
+    let engine = Engine::new(model.clone(), EngineOptions::default());
+    let mut panicking = short(&model);
+    panicking.options.logits_processor = vec![LogitsProcessor::new(|place, _| assert!(place.history.len() < 3))];
+    let (panicking, other) = (engine.submit(panicking).expect("taken"), engine.submit(short(&model)).expect("taken"));
+    assert!(matches!(panicking.wait(), Err(Error::Panicked { row: 0 })));
+    check_same("beside", &other.wait().expect("generates"), &alone(&model, &short(&model)));
+}
+
+#[test]
+fn a_shutdown_ends_everything() {
+    let model = open(Target::Portable);
+    let engine = Engine::new(model.clone(), EngineOptions { max_rows: 1, ..EngineOptions::default() });
+    let generations: Vec<_> = (0..3).map(|_| engine.submit(long(&model)).expect("taken")).collect();
+    engine.shutdown();
+    for generation in generations {
+        assert!(matches!(generation.wait(), Err(Error::Cancelled)));
+    }
+    engine.drain();
+    assert!(matches!(engine.submit(long(&model)).err(), Some(Error::Closed)));
+    assert_eq!(alone(&model, &short(&model)).len(), 1, "the model goes on");
 }

@@ -238,3 +238,71 @@ fn the_smallest_official_size_exports_and_generates() {
         serde_json::from_str(&stdout(run("t5gemma", ["generate", out, "--jsonl"], request.to_string()))).expect("JSON");
     assert_eq!(result["sequences"][0][0]["tokens"].as_array().map(Vec::len), Some(4), "{result}");
 }
+
+#[test]
+fn packed_requests_are_answered_in_order_and_as_alone() {
+    let lines = std::fs::read_to_string(crate::common::tests().join("scripts/demo.txt")).expect("the lines are there");
+    let lines = [&*lines, "It is 3:05 pm.\n", "Room 12 is 5 km away.\n", "\u{1}\n"].concat();
+    let model = crate::common::demo();
+    let run_with = |command: &str, more: &[&str], stdin: &str| {
+        let arguments = [&[command, model.to_str().expect("temporary paths are UTF-8")], more].concat();
+        stdout(run("t5gemma", arguments, stdin))
+    };
+    let alone = run_with("generate", &["--batch-size", "1"], &lines);
+    for packing in [["--max-batch-tokens", "60"], ["--max-batch-tokens", "9999"]] {
+        assert_eq!(run_with("generate", &packing, &lines), alone, "{packing:?}");
+    }
+
+    // Other options, several sources, prompts, and lines that are no requests, all among each other.
+    let request = |(at, text): (usize, &str)| match at % 5 {
+        0 => json!({"id": at, "text": text}).to_string(),
+        1 => json!({"id": at, "text": text, "options": {"num_beams": 2}}).to_string(),
+        2 => json!({"id": at, "text": [text, "Room 7."]}).to_string(),
+        3 => json!({"id": at, "text": text, "options": {"num_beam": 2}}).to_string(),
+        _ => json!({"id": at, "text": text, "decoder_text": "the"}).to_string(),
+    };
+    let requests: Vec<String> = lines.lines().enumerate().map(request).collect();
+    let program = |more: &[&str]| -> Vec<Value> {
+        let arguments = [&["generate", model.to_str().expect("temporary paths are UTF-8"), "--jsonl"], more].concat();
+        let output = run("t5gemma", arguments, requests.join("\n"));
+        let texts = |line: &str| {
+            let result: Value = serde_json::from_str(line).expect("JSON");
+            let sequences = result["sequences"].as_array().cloned().unwrap_or_default();
+            let texts: Vec<Value> = sequences.iter().map(|row| row[0]["text"].clone()).collect();
+            json!([result["id"], result["error"], texts])
+        };
+        String::from_utf8_lossy(&output.stdout).lines().map(texts).collect()
+    };
+    let expected = program(&["--batch-size", "1"]);
+    assert_eq!(program(&["--max-batch-tokens", "50"]), expected);
+    assert_eq!(program(&["--max-batch-tokens", "50", "--batch-size", "2"]), expected);
+
+    let targets = |(at, text): (usize, &str)| json!({"id": at, "text": text, "target": "room seven"}).to_string();
+    let targets: Vec<String> = lines.lines().enumerate().map(targets).collect();
+    let scores = |more: &[&str]| -> Vec<(Value, f64)> {
+        let read = |line: &str| {
+            let result: Value = serde_json::from_str(line).expect("JSON");
+            (result["id"].clone(), result["scores"][0]["logprob"].as_f64().expect("a number"))
+        };
+        run_with("score", more, &targets.join("\n")).lines().map(read).collect()
+    };
+    for (found, expected) in scores(&["--max-batch-tokens", "70"]).into_iter().zip(scores(&["--batch-size", "1"])) {
+        assert_eq!(found.0, expected.0);
+        assert!((found.1 - expected.1).abs() < 1e-3, "{found:?}, expected {expected:?}");
+    }
+
+    let folder = tempfile::tempdir().expect("a temporary folder can be made");
+    let vectors = |name: &str, more: &[&str]| {
+        let file = folder.path().join(name);
+        let output = ["-o", file.to_str().expect("temporary paths are UTF-8"), "--pooling", "mean"];
+        run_with("encode", &[&output, more].concat(), &lines);
+        let bytes = std::fs::read(file).expect("written");
+        let floats =
+            bytes[bytes.len() % 4..].chunks_exact(4).map(|four| f32::from_le_bytes(four.try_into().expect("4")));
+        floats.collect::<Vec<f32>>()
+    };
+    let (packed, alone) = (vectors("a.npy", &["--max-batch-tokens", "70"]), vectors("b.npy", &["--batch-size", "1"]));
+    assert_eq!(packed.len(), alone.len());
+    // The header is the same bytes, whatever they are as numbers.
+    assert!(packed.iter().zip(&alone).all(|(a, b)| a.to_bits() == b.to_bits() || (a - b).abs() < 1e-4));
+}

@@ -7,6 +7,7 @@ use clap::builder::PossibleValuesParser;
 use serde_json::{Value, json};
 use t5gemma_runtime::{Cancellation, Encoder, Error, ScoreFunction, Task};
 
+use crate::packing::Packing;
 use crate::progress::counter;
 use crate::requests::{self, Kind, Refused, Request, Requests};
 use crate::{Opening, Outcome};
@@ -74,7 +75,7 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     let mut read = Requests::open(&arguments.texts, arguments.jsonl, Kind::Encode, &encoder);
     let mut number = 0;
     loop {
-        let group = read.next_group(arguments.batch_size as usize, cancel)?;
+        let group = read.next_group(&Packing::of_rows(arguments.batch_size), cancel)?;
         if group.is_empty() {
             return Ok(outcome);
         }

@@ -9,6 +9,7 @@ use clap::builder::PossibleValuesParser;
 use ndarray::{Array2, ArrayD, Axis, s};
 use t5gemma_runtime::{Cancellation, Encoder, Error, Pooling};
 
+use crate::packing::Packing;
 use crate::progress::counter;
 use crate::requests::{self, Kind, Refused, Request, Requests};
 use crate::tensors::{Aside, Numbers, write_npy, write_safetensors};
@@ -53,9 +54,8 @@ pub struct Arguments {
     /// Pad the sources of a request to the longest of them, or every source to --max-length
     #[arg(long, value_name = "TO", value_enum, default_value = "longest")]
     padding: Padding,
-    /// Most source rows to run at a time
-    #[arg(long, value_name = "ROWS", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
-    batch_size: u32,
+    #[command(flatten)]
+    packing: Packing,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -95,7 +95,7 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     let done = counter("encoded", false);
     let mut read = Requests::open(&arguments.texts, arguments.jsonl, Kind::Encode, &encoder);
     loop {
-        let group = read.next_group(arguments.batch_size as usize, cancel)?;
+        let group = read.next_group(&arguments.packing, cancel)?;
         if group.is_empty() {
             break;
         }
@@ -108,7 +108,17 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
             }
             .map_err(|(request, reason)| Refused { id: request.id, reason })
         });
-        for answer in encoding.answers(group.collect())? {
+        let group: Vec<_> = group.collect();
+        let answers = match arguments.packing.is_by_tokens() {
+            true => arguments.packing.run(
+                group,
+                |_, _| true,
+                Err,
+                |pack| encoding.answers(pack.into_iter().map(Ok).collect()),
+            ),
+            false => encoding.answers(group),
+        };
+        for answer in answers? {
             match answer {
                 Ok(one) => {
                     encoded.push(one);

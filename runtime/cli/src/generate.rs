@@ -12,6 +12,7 @@ use t5gemma_runtime::{
 
 use crate::chat::Chat;
 use crate::options::GenerationFlags;
+use crate::packing::Packing;
 use crate::progress::counter;
 use crate::requests::{self, Kind, Lines, Refused, Request};
 use crate::{Opening, Outcome};
@@ -64,9 +65,8 @@ pub struct Arguments {
     /// Text that every target begins with; only what follows is written
     #[arg(long, value_name = "TEXT", conflicts_with = "jsonl")]
     decoder_text: Option<String>,
-    /// Most source rows to run at a time
-    #[arg(long, value_name = "ROWS", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
-    batch_size: u32,
+    #[command(flatten)]
+    packing: Packing,
     #[command(flatten)]
     flags: GenerationFlags,
 }
@@ -77,7 +77,7 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     let model = opening.open()?;
     // Flags that cannot be right for any request are told before anything is read.
     let options = model.options().with(&arguments.flags.0)?;
-    let batch_size = arguments.batch_size as usize;
+    let packing = arguments.packing;
     let prompt = arguments.decoder_text.map(|text| model.tokenizer()?.encode_target(&text)).transpose()?;
     ensure!(
         arguments.system.is_none() || arguments.chat || arguments.jsonl,
@@ -87,7 +87,7 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     if arguments.chat {
         chat.template()?;
     }
-    let answering = Answering { model: &model, chat: &chat, cancel, options: &options, prompt, batch_size };
+    let answering = Answering { model: &model, chat: &chat, cancel, options: &options, prompt, packing };
     if let Some(file) = &arguments.encoder_outputs {
         return answering.given(requests::of_encoder_outputs(file)?, arguments.jsonl);
     }
@@ -101,7 +101,7 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     }
     let lines = std::cell::RefCell::new(Lines::texts());
     let next = || Ok(lines.borrow_mut().next(cancel)?.map(|(_, line)| line));
-    answering.texts(next, || lines.borrow_mut().is_ready())
+    answering.texts(next, || lines.borrow_mut().is_ready(&answering.packing))
 }
 
 struct Answering<'a> {
@@ -113,7 +113,7 @@ struct Answering<'a> {
     options: &'a GenerationOptions,
     /// What the targets of texts begin with.
     prompt: Option<Vec<i64>>,
-    batch_size: usize,
+    packing: Packing,
 }
 
 impl Answering<'_> {
@@ -124,13 +124,13 @@ impl Answering<'_> {
         mut is_ready: impl FnMut() -> Result<bool>,
     ) -> Result<Outcome> {
         let streaming = self.options.num_return_sequences == 1 && io::stdout().is_terminal();
-        let batch_size = if streaming { 1 } else { self.batch_size };
+        let window = if streaming { 1 } else { self.packing.window() };
         let mut outcome = Outcome::Done;
         let done = counter("texts", true);
         let mut number = 0;
         while let Some(text) = next()? {
             let mut texts = vec![text];
-            while texts.len() < batch_size && is_ready()? {
+            while texts.len() < window && is_ready()? {
                 match next()? {
                     Some(text) => texts.push(text),
                     None => break,
@@ -181,7 +181,7 @@ impl Answering<'_> {
         let mut outcome = Outcome::Done;
         let mut requests = requests.into_iter().peekable();
         while requests.peek().is_some() {
-            let group = requests.by_ref().take(self.batch_size).map(|request| {
+            let group = requests.by_ref().take(self.packing.window()).map(|request| {
                 let prompts = self.prompt.clone().map(|prompt| vec![prompt; request.sources.len()]);
                 Ok(Request { prompts, ..request })
             });
@@ -219,7 +219,8 @@ impl Answering<'_> {
             let rows = |requests: &[Result<Request, Refused>]| {
                 requests.iter().flatten().map(|request| request.sources.len()).sum::<usize>()
             };
-            while rows(&requests) < self.batch_size && requests.len() < self.batch_size && lines.is_ready()? {
+            let window = self.packing.window();
+            while rows(&requests) < window && requests.len() < window && lines.is_ready(&self.packing)? {
                 let Some((number, line)) = lines.next(self.cancel)? else { break };
                 requests.push(Request::parse(&line, number, Kind::Generate, self.chat));
             }
@@ -238,8 +239,12 @@ impl Answering<'_> {
         Ok(outcome)
     }
 
-    /// Answers requests in order: neighbours with the same options and the same decoder prompt as one batch.
-    fn answers(&self, requests: Vec<Result<Request, Refused>>, stream: bool) -> Result<Vec<Answer>> {
+    /// Answers requests in order: those, or neighbours, with the same options and the same decoder prompt as one batch.
+    fn answers(&self, mut requests: Vec<Result<Request, Refused>>, stream: bool) -> Result<Vec<Answer>> {
+        if self.packing.is_by_tokens() && !stream {
+            requests.iter_mut().flatten().for_each(|request| request.seed = self.seed(request));
+            return self.packing.run(requests, fits, Err, |pack| self.group(pack, false));
+        }
         let mut answers = Vec::with_capacity(requests.len());
         let mut group: Vec<Request> = Vec::new();
         for request in requests {

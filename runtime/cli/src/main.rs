@@ -14,6 +14,7 @@ mod requests;
 
 mod constraints;
 mod options;
+mod packing;
 mod progress;
 mod tensors;
 

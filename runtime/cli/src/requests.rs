@@ -9,6 +9,7 @@ use std::thread;
 use std::time::Duration;
 
 use crate::chat::Chat;
+use crate::packing::Packing;
 use crate::tensors::Tensors;
 use anyhow::{Context, Result, bail};
 use ndarray::{Array3, Ix2, Ix3};
@@ -326,11 +327,13 @@ impl<'a> Requests<'a> {
         Requests { texts: texts.iter().enumerate(), lines, jsonl, kind, model }
     }
 
-    /// Waits for a request, and takes those that are there behind it until they have `rows` rows; none at the end.
-    pub fn next_group(&mut self, rows: usize, cancel: &Cancellation) -> Result<Vec<Result<Request, Refused>>> {
+    /// Waits for a request, and takes those that are there behind it until they are enough; none at the end.
+    pub fn next_group(&mut self, packing: &Packing, cancel: &Cancellation) -> Result<Vec<Result<Request, Refused>>> {
         let mut group = Vec::new();
         let mut taken = 0;
-        while taken < rows && (group.is_empty() || self.lines.as_mut().map_or(Ok(true), Lines::is_ready)?) {
+        while taken < packing.window()
+            && (group.is_empty() || self.lines.as_mut().map_or(Ok(true), |lines| lines.is_ready(packing))?)
+        {
             let read = match &mut self.lines {
                 None => self.texts.next().map(|(number, text)| (number, text.as_bytes().to_vec())),
                 Some(lines) => lines.next(cancel)?,
@@ -402,10 +405,11 @@ impl Lines {
         }
     }
 
-    /// Whether a further line is there already.
-    pub fn is_ready(&mut self) -> Result<bool> {
+    /// Whether a further line is there already, or nearly so where many are to be looked through.
+    pub fn is_ready(&mut self, packing: &Packing) -> Result<bool> {
+        let patience = if packing.is_by_tokens() { Duration::from_millis(20) } else { Duration::ZERO };
         if self.pending.is_none()
-            && let Ok(line) = self.received.try_recv()
+            && let Ok(line) = self.received.recv_timeout(patience)
         {
             self.pending = Some(line.context("stdin cannot be read")?);
         }

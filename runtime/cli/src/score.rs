@@ -6,6 +6,7 @@ use anyhow::{Context, Result};
 use serde_json::{Map, Value, json};
 use t5gemma_runtime::{Cancellation, Error, Logprobs, Model};
 
+use crate::packing::Packing;
 use crate::progress::counter;
 use crate::requests::{self, Kind, Lines, Refused, Request};
 use crate::{Opening, Outcome};
@@ -27,9 +28,8 @@ use crate::{Opening, Outcome};
 pub struct Arguments {
     #[command(flatten)]
     opening: Opening,
-    /// Most source rows to run at a time
-    #[arg(long, value_name = "ROWS", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
-    batch_size: u32,
+    #[command(flatten)]
+    packing: Packing,
     /// Score texts without the end token behind them
     #[arg(long)]
     no_eos: bool,
@@ -42,18 +42,22 @@ pub struct Arguments {
 pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     let model = arguments.opening.open()?;
     let kind = Kind::Score { eos: !arguments.no_eos };
+    let packing = &arguments.packing;
     let scoring = Scoring { model: &model, cancel, top: arguments.top_logprobs };
-    let batch_size = arguments.batch_size as usize;
     let mut lines = Lines::requests();
     let mut outcome = Outcome::Done;
     let done = counter("requests", true);
     while let Some((number, line)) = lines.next(cancel)? {
         let mut requests = vec![Request::parse(&line, number, kind, &model)];
-        while requests.len() < batch_size && lines.is_ready()? {
+        while requests.len() < packing.window() && lines.is_ready(packing)? {
             let Some((number, line)) = lines.next(cancel)? else { break };
             requests.push(Request::parse(&line, number, kind, &model));
         }
-        for answer in scoring.answers(requests)? {
+        let answers = match packing.is_by_tokens() {
+            true => packing.run(requests, fits, Err, |pack| scoring.group(pack)),
+            false => scoring.answers(requests),
+        };
+        for answer in answers? {
             let result = match answer {
                 Ok((request, scores)) => result(&request, &scores),
                 Err(refused) => {
@@ -76,6 +80,11 @@ struct Scoring<'a> {
 }
 
 type Answer = Result<(Request, Vec<Logprobs>), Refused>;
+
+/// Whether two requests can be one batch.
+fn fits(a: &Request, b: &Request) -> bool {
+    a.prompts.is_none() && b.prompts.is_none()
+}
 
 impl Scoring<'_> {
     /// Answers requests in order, neighbours without decoder prompts as one batch.

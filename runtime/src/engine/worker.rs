@@ -172,6 +172,8 @@ impl Worker {
                 self.line.push_back(id);
             }
         }
+        // Before their first events: who has seen one knows that there is room in the line.
+        self.tell();
         // Prompts of one length share their first step.
         while let Some(&(id, ..)) = admitted.first() {
             let length_of =
