@@ -12,12 +12,14 @@
 //! Read this file first, then `checkpoint.rs` (what is read), `weights.rs` (which tensor goes where), `external_data.rs`
 //! and `proto.rs` (what is written). The graphs themselves come from `t5gemma_graphs`; no ONNX Runtime is needed here.
 
+mod check;
 mod checkpoint;
 mod convert;
 mod dummy;
 mod external_data;
 mod folder;
 mod inspect;
+mod plan;
 mod presets;
 mod proto;
 mod quantize;
@@ -39,9 +41,11 @@ use t5gemma_graphs::quantization::{self, Quantization};
 use t5gemma_graphs::task::Task;
 use t5gemma_graphs::{Options, Target, decoder_init, definitions, encoder, reorder};
 
+pub use check::{Checked, Finding, TensorRt, check};
 pub use checkpoint::{Checkpoint, Tensor};
 pub use folder::Existing;
 pub use inspect::{Report, inspect};
+pub use plan::Plan;
 pub use presets::{PRESETS, preset};
 
 use checkpoint::{COMPANIONS, read_text};
@@ -64,6 +68,8 @@ pub struct Export {
     pub quantization: Quantization,
     /// Target tokens to give the cache room for, once and for all; for TensorRT. Otherwise it is as the target has it.
     pub capacity: Option<usize>,
+    /// What is going to be served, for TensorRT.
+    pub plan: Option<Plan>,
     /// What to do when the output folder exists.
     pub existing: Existing,
 }
@@ -78,6 +84,7 @@ impl Default for Export {
             encoder_window: EncoderWindow::default(),
             quantization: Quantization::default(),
             capacity: None,
+            plan: None,
             existing: Existing::Refuse,
         }
     }
@@ -146,6 +153,7 @@ impl Export {
             ("all logits", self.logits == Logits::All),
             ("--candidates", matches!(self.logits, Logits::Candidates(_))),
             ("--cache", self.capacity.is_some()),
+            ("--plan", self.plan.is_some()),
         ];
         for (what, given) in of_decoder {
             ensure!(
@@ -169,6 +177,9 @@ impl Export {
                 _ => weights::default_vocabulary(&config),
             },
         };
+        if let Some(plan) = &self.plan {
+            plan.check(&config, options.cache(&config))?;
+        }
         let graphs = definitions(&config, &options);
         let weights = weights::collect(&graphs.iter().collect::<Vec<_>>());
         for pattern in &self.quantization.exclude {
@@ -222,7 +233,7 @@ impl Export {
         for (name, bytes) in companions {
             files.insert(name.to_string(), aside.write(name, &bytes)?);
         }
-        let manifest = Manifest {
+        let mut manifest = Manifest {
             format: FORMAT.into(),
             format_version: FORMAT_VERSION,
             exporter: format!("{} {}", env!("CARGO_PKG_NAME"), env!("CARGO_PKG_VERSION")),
@@ -240,6 +251,12 @@ impl Export {
             weights: weights_record,
             files,
         };
+        if let Some(plan) = &self.plan {
+            for (name, bytes) in plan.files(&config, &manifest)? {
+                let record = aside.write(&name, &bytes)?;
+                manifest.files.insert(name, record);
+            }
+        }
         let text = serde_json::to_string_pretty(&manifest).context("the manifest cannot be written as JSON")? + "\n";
         aside.write(manifest::MANIFEST, text.as_bytes())?;
         watch.check()?;
@@ -261,6 +278,11 @@ impl Export {
             let those = those(Target::reads_packed);
             bail!("--quantize: expected a target whose runtime reads packed weights ({those}), found target {target}");
         }
+        ensure!(
+            self.plan.is_none() || self.target == Target::TensorRt,
+            "--plan: expected target {}, found target {target}",
+            Target::TensorRt.name()
+        );
         if self.capacity.is_some() && !self.target.has_static_cache() {
             let those = those(Target::has_static_cache);
             bail!("--cache: expected a target with a cache of fixed capacity ({those}), found target {target}");

@@ -11,7 +11,7 @@ use clap::builder::PossibleValuesParser;
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use t5gemma_exporter::{Checkpoint, Existing, Export, PRESETS, Source, Watch, inspect, preset};
+use t5gemma_exporter::{Checkpoint, Existing, Export, PRESETS, Plan, Source, TensorRt, Watch, check, inspect, preset};
 use t5gemma_graphs::Target;
 use t5gemma_graphs::interface::{DType, Logits};
 use t5gemma_graphs::manifest::EncoderWindow;
@@ -51,6 +51,17 @@ enum Command {
     Inspect {
         /// An exported model or a checkpoint
         dir: PathBuf,
+        /// Print JSON instead of text
+        #[arg(long)]
+        json: bool,
+    },
+    /// Tells without TensorRT whether it would take an ONNX file or all of a folder, with reasons; exit status 1 if not
+    Check {
+        /// An ONNX file, or an exported model or other folder of ONNX files
+        path: PathBuf,
+        /// tensorrt (10.16, the last that ONNX Runtime works with), tensorrt=10.x, tensorrt=11.x, or tensorrt=rtx
+        #[arg(long, default_value = "tensorrt")]
+        target: TensorRt,
         /// Print JSON instead of text
         #[arg(long)]
         json: bool,
@@ -95,6 +106,11 @@ struct ExportArgs {
     /// cache is as the target has it
     #[arg(long, value_name = "static=N", value_parser = capacity)]
     cache: Option<usize>,
+    /// What is going to be served, such as batch=1..16,source=1..1024,target=256,beams=1..4 (target tensorrt): adds to OUT
+    /// the optimisation profiles, options for ONNX Runtime's providers, a script that builds engines, wrappers for these,
+    /// and a table of the memory they take
+    #[arg(long, value_name = "PLAN")]
+    plan: Option<Plan>,
     /// Whether encoder positions exactly one window apart see each other: inclusive as in transformers 5.4 and later,
     /// exclusive as in Google's code and earlier transformers; no difference for sources up to the window (4096)
     #[arg(long, value_enum, default_value = "inclusive")]
@@ -246,6 +262,14 @@ fn run(cli: Cli, interrupted: &AtomicBool) -> Result<()> {
             io::stdout().write_all(text.as_bytes())?;
             Ok(())
         }
+        Some(Command::Check { path, target, json }) => {
+            let checked = check(&path, target)?;
+            let text = if json { serde_json::to_string_pretty(&checked)? + "\n" } else { checked.to_string() };
+            io::stdout().write_all(text.as_bytes())?;
+            let findings = checked.findings.len();
+            ensure!(findings == 0, "{target} would not take {}: {findings} findings", path.display());
+            Ok(())
+        }
         None => export(cli.export, interrupted),
     }
 }
@@ -275,6 +299,7 @@ fn export(args: ExportArgs, interrupted: &AtomicBool) -> Result<()> {
             None => Logits::Last,
         },
         capacity: args.cache,
+        plan: args.plan.clone(),
         encoder_window: match args.encoder_window {
             WindowArg::Inclusive => EncoderWindow::Inclusive,
             WindowArg::Exclusive => EncoderWindow::Exclusive,

@@ -22,6 +22,13 @@ pub const REORDER: &str = "reorder_model.onnx";
 /// File name of the weights under all three graphs.
 pub const WEIGHTS: &str = "model.onnx_data";
 
+/// File name of the optimisation profiles of a serving plan.
+pub const PROFILES_FILE: &str = "profiles.json";
+/// File name of the options that a serving plan gives providers.
+pub const PROVIDER_OPTIONS: &str = "provider_options.json";
+/// The folder for engines that are built of the graphs.
+pub const ENGINES: &str = "engines";
+
 /// Source rows.
 pub const BATCH: &str = "batch_size";
 /// Target rows of one source row.
