@@ -10,6 +10,7 @@ use std::sync::{Mutex, OnceLock};
 use serde_json::Value;
 use t5gemma_exporter::{Checkpoint, Export, Silent, Source};
 use t5gemma_graphs::Target;
+use t5gemma_graphs::interface::Logits;
 use tempfile::TempDir;
 
 /// The checkpoints with reference tensors and generation cases.
@@ -57,9 +58,22 @@ pub fn exported_for(name: &str, target: Target) -> PathBuf {
     exported_as(name, target.name(), Export { target, ..Export::default() })
 }
 
-/// Every fixture with every target.
+/// Every fixture in every way that the runtime can run it on a CPU: the fixture's name, the way's, and the model.
+pub fn exported_every_way() -> impl Iterator<Item = (&'static str, &'static str, PathBuf)> {
+    let to_a_capacity = || {
+        let (target, capacity, logits) = (Target::TensorRt, Some(64), Logits::Candidates(4));
+        Export { target, capacity, logits, ..Export::default() }
+    };
+    FIXTURES.into_iter().flat_map(move |name| {
+        let targets = Target::ALL.map(|target| (target.name(), exported_for(name, target)));
+        let fixed = exported_as(name, "static", to_a_capacity());
+        targets.into_iter().chain([("tensorrt with a static cache", fixed)]).map(move |(way, model)| (name, way, model))
+    })
+}
+
+/// Every fixture with every target that is for a CPU.
 pub fn fixtures_and_targets() -> impl Iterator<Item = (&'static str, Target)> {
-    FIXTURES.into_iter().flat_map(|name| Target::ALL.map(|target| (name, target)))
+    FIXTURES.into_iter().flat_map(|name| [Target::Portable, Target::Cpu].map(|target| (name, target)))
 }
 
 /// A fixture's checkpoint exported in another way, once for all tests that say `label`.

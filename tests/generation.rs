@@ -10,7 +10,9 @@ use t5gemma_graphs::onnx::Blocks;
 use t5gemma_graphs::quantization::Quantization;
 use t5gemma_runtime::{Batch, Cancellation, Model};
 
-use crate::common::{cases, demo, demo_as, exported, exported_for, fixture, fixtures_and_targets, run, stdout, tests};
+use crate::common::{
+    cases, demo, demo_as, exported, exported_every_way, exported_for, fixture, fixtures_and_targets, run, stdout, tests,
+};
 
 /// Scores agree to this; those of finished beams are sums of some tens of float32 logarithms.
 const SCORE_TOLERANCE: f64 = 5e-4;
@@ -57,9 +59,9 @@ fn every_case_gives_the_reference_tokens_through_jsonl() {
 
 #[test]
 fn every_case_gives_the_reference_tokens_through_rust() {
-    for (name, target) in fixtures_and_targets() {
+    for (name, way, model) in exported_every_way() {
         let (cases, inputs) = (cases(name), inputs(name));
-        let model = Model::open(exported_for(name, target)).expect("the model opens");
+        let model = Model::open(model).expect("the model opens");
         for case in cases["cases"].as_array().expect("cases is a list") {
             let (ids, mask) = &inputs[case["input"].as_str().expect("a case names its input")];
             let mut batch = Batch::masked(&nested(ids), &nested(mask)).expect("the fixture's inputs are valid");
@@ -75,7 +77,7 @@ fn every_case_gives_the_reference_tokens_through_rust() {
                 .flatten()
                 .map(|hypothesis| (json!(hypothesis.tokens), hypothesis.score.map(f64::from)))
                 .collect();
-            check_case(&format!("{name} for {} {}", target.name(), case["id"]), case, &found);
+            check_case(&format!("{name} for {way} {}", case["id"]), case, &found);
         }
     }
 }

@@ -16,6 +16,7 @@ mod python;
 mod sampling;
 mod speculation;
 mod tasks;
+mod tensorrt;
 mod tokenizer;
 
 mod broken;

@@ -4,6 +4,7 @@
 use std::path::PathBuf;
 
 use t5gemma_exporter::Export;
+use t5gemma_graphs::Target;
 use t5gemma_graphs::interface::{DType, Logits};
 
 use crate::common::{FIXTURES, exported, exported_as, fixture, python};
@@ -19,6 +20,12 @@ fn onnx_checks_every_graph_in_every_type() {
         models.extend(["tiny-balanced", "tiny-unbalanced"].map(|name| in_half(name, dtype)));
     }
     models.push(exported_as("tiny-balanced", "all-logits", Export { logits: Logits::All, ..Export::default() }));
+    for (capacity, dtype) in [(None, DType::BFloat16), (Some(32), DType::Float16), (Some(32), DType::BFloat16)] {
+        let (target, logits) = (Target::TensorRt, Logits::Candidates(4));
+        let label = format!("tensorrt-{dtype}-{capacity:?}");
+        let export = Export { target, dtype, capacity, logits, ..Export::default() };
+        models.push(exported_as("tiny-unbalanced", &label, export));
+    }
     python("check_onnx.py", &models);
 }
 

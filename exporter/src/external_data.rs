@@ -68,7 +68,11 @@ pub fn write(path: &Path, weights: &[Weight], source: &Source, watch: &dyn Watch
                 packed = PackedRows::default();
                 None
             }
-            Adjust::Scales(_) => Some(packed.scales.iter().flat_map(|scale| scale.to_le_bytes()).collect::<Vec<u8>>()),
+            Adjust::Scales(_) => {
+                let mut scales = vec![0; packed.scales.len() * weight.dtype.size()];
+                round(&packed.scales, weight.dtype, &mut scales).with_context(|| weight.name.clone())?;
+                Some(scales)
+            }
             Adjust::ZeroPoints(_) => Some(std::mem::take(&mut packed.zero_points)),
             Adjust::AsIs | Adjust::OnePlus => None,
         };

@@ -12,12 +12,14 @@
 //! Read this file first, then `checkpoint.rs` (what is read), `weights.rs` (which tensor goes where), `external_data.rs`
 //! and `proto.rs` (what is written). The graphs themselves come from `t5gemma_graphs`; no ONNX Runtime is needed here.
 
+mod check;
 mod checkpoint;
 mod convert;
 mod dummy;
 mod external_data;
 mod folder;
 mod inspect;
+mod plan;
 mod presets;
 mod proto;
 mod quantize;
@@ -37,11 +39,13 @@ use t5gemma_graphs::manifest::{self, EncoderWindow, FORMAT, FORMAT_VERSION, File
 use t5gemma_graphs::onnx::Blocks;
 use t5gemma_graphs::quantization::{self, Quantization};
 use t5gemma_graphs::task::Task;
-use t5gemma_graphs::{Options, Target, decoder_init, definitions, encoder};
+use t5gemma_graphs::{Options, Target, decoder_init, definitions, encoder, reorder};
 
+pub use check::{Checked, Finding, TensorRt, check};
 pub use checkpoint::{Checkpoint, Tensor};
 pub use folder::Existing;
 pub use inspect::{Report, inspect};
+pub use plan::Plan;
 pub use presets::{PRESETS, preset};
 
 use checkpoint::{COMPANIONS, read_text};
@@ -62,6 +66,10 @@ pub struct Export {
     pub encoder_window: EncoderWindow,
     /// Which matrices to hold in few bits; for targets that read them.
     pub quantization: Quantization,
+    /// Target tokens to give the cache room for, once and for all; for TensorRT. Otherwise it is as the target has it.
+    pub capacity: Option<usize>,
+    /// What is going to be served, for TensorRT.
+    pub plan: Option<Plan>,
     /// What to do when the output folder exists.
     pub existing: Existing,
 }
@@ -75,6 +83,8 @@ impl Default for Export {
             logits: Logits::default(),
             encoder_window: EncoderWindow::default(),
             quantization: Quantization::default(),
+            capacity: None,
+            plan: None,
             existing: Existing::Refuse,
         }
     }
@@ -139,12 +149,21 @@ impl Export {
         let (text, origin) = source.config()?;
         let config = Config::parse(&text).with_context(|| origin.clone())?;
         let task = task(self.task.clone(), &config).with_context(|| origin.clone())?;
-        ensure!(
-            self.logits == Logits::Last || task.is_generation(),
-            "all logits: expected the task {}, which has a decoder's, found {}",
-            Task::Text2TextGeneration.name(),
-            task.name()
-        );
+        let of_decoder = [
+            ("all logits", self.logits == Logits::All),
+            ("--candidates", matches!(self.logits, Logits::Candidates(_))),
+            ("--cache", self.capacity.is_some()),
+            ("--plan", self.plan.is_some()),
+        ];
+        for (what, given) in of_decoder {
+            ensure!(
+                !given || task.is_generation(),
+                "{what}: expected the task {}, which has a decoder's, found {}",
+                Task::Text2TextGeneration.name(),
+                task.name()
+            );
+        }
+        check_sizes(&config, self).with_context(|| origin.clone())?;
         let options = Options {
             task: task.clone(),
             target: self.target,
@@ -152,11 +171,15 @@ impl Export {
             logits: self.logits,
             encoder_window: self.encoder_window,
             quantization: self.quantization.clone(),
+            capacity: self.capacity,
             vocabulary: match source {
                 Source::Checkpoint(checkpoint) if task.is_generation() => weights::vocabulary(&config, checkpoint)?,
                 _ => weights::default_vocabulary(&config),
             },
         };
+        if let Some(plan) = &self.plan {
+            plan.check(&config, options.cache(&config))?;
+        }
         let graphs = definitions(&config, &options);
         let weights = weights::collect(&graphs.iter().collect::<Vec<_>>());
         for pattern in &self.quantization.exclude {
@@ -187,7 +210,7 @@ impl Export {
         let weights_record = weights_record?;
 
         let mut graph_records = BTreeMap::new();
-        let cache = if task.is_generation() { self.target.cache(&config) } else { CacheLayout::default() };
+        let cache = if task.is_generation() { options.cache(&config) } else { CacheLayout::default() };
         let parts = interface::parts(&config, self.dtype, self.logits, cache, &task);
         for (interface::Part { name, file, ports }, graph) in parts.into_iter().zip(&graphs) {
             let bytes = proto::encode(graph, self.target.opset(), |name| {
@@ -201,10 +224,16 @@ impl Export {
         }
 
         let mut files = BTreeMap::from([("config.json".to_string(), aside.write("config.json", text.as_bytes())?)]);
+        if task.is_generation() && self.target.is_device() {
+            let graph = reorder(&config, self.dtype);
+            let bytes =
+                proto::encode(&graph, self.target.opset(), |name| unreachable!("{name}: a graph without weights"));
+            files.insert(interface::REORDER.to_string(), aside.write(interface::REORDER, &bytes)?);
+        }
         for (name, bytes) in companions {
             files.insert(name.to_string(), aside.write(name, &bytes)?);
         }
-        let manifest = Manifest {
+        let mut manifest = Manifest {
             format: FORMAT.into(),
             format_version: FORMAT_VERSION,
             exporter: format!("{} {}", env!("CARGO_PKG_NAME"), env!("CARGO_PKG_VERSION")),
@@ -222,6 +251,12 @@ impl Export {
             weights: weights_record,
             files,
         };
+        if let Some(plan) = &self.plan {
+            for (name, bytes) in plan.files(&config, &manifest)? {
+                let record = aside.write(&name, &bytes)?;
+                manifest.files.insert(name, record);
+            }
+        }
         let text = serde_json::to_string_pretty(&manifest).context("the manifest cannot be written as JSON")? + "\n";
         aside.write(manifest::MANIFEST, text.as_bytes())?;
         watch.check()?;
@@ -236,8 +271,21 @@ impl Export {
             let all: Vec<String> = dtypes.iter().map(ToString::to_string).collect();
             bail!("--dtype: expected {} for target {target}, found {}", all.join(", "), self.dtype);
         }
+        let those = |suits: fn(Target) -> bool| {
+            Target::ALL.into_iter().filter(|&target| suits(target)).map(Target::name).collect::<Vec<_>>().join(", ")
+        };
         if self.quantization.is_any() && !self.target.reads_packed() {
-            bail!("--quantize: expected a target whose runtime reads packed weights (cpu), found target {target}");
+            let those = those(Target::reads_packed);
+            bail!("--quantize: expected a target whose runtime reads packed weights ({those}), found target {target}");
+        }
+        ensure!(
+            self.plan.is_none() || self.target == Target::TensorRt,
+            "--plan: expected target {}, found target {target}",
+            Target::TensorRt.name()
+        );
+        if self.capacity.is_some() && !self.target.has_static_cache() {
+            let those = those(Target::has_static_cache);
+            bail!("--cache: expected a target with a cache of fixed capacity ({those}), found target {target}");
         }
         let parts = [self.quantization.encoder, self.quantization.decoder, self.quantization.head];
         for Blocks { bits, size, .. } in parts.into_iter().flatten() {
@@ -246,6 +294,20 @@ impl Export {
         }
         Ok(())
     }
+}
+
+/// Refuses sizes that do not fit the model.
+fn check_sizes(config: &Config, export: &Export) -> Result<()> {
+    if let Some(capacity) = export.capacity {
+        let most = config.decoder.max_position_embeddings;
+        ensure!((1..=most).contains(&capacity), "--cache: expected static=1 to static={most}, found static={capacity}");
+    }
+    if let Logits::Candidates(count) = export.logits {
+        // The limit of TensorRT's TopK.
+        let most = config.decoder.vocab_size.min(3839);
+        ensure!((1..=most).contains(&count), "--candidates: expected 1 to {most}, found {count}");
+    }
+    Ok(())
 }
 
 /// The task to export for, which must suit the checkpoint.
@@ -282,6 +344,7 @@ pub fn parameters(config: &Config) -> u64 {
         logits: Logits::Last,
         encoder_window: EncoderWindow::Inclusive,
         quantization: Quantization::default(),
+        capacity: None,
         vocabulary,
     };
     let graphs = [encoder(config, &options), decoder_init(config, &options)];

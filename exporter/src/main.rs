@@ -11,7 +11,7 @@ use clap::builder::PossibleValuesParser;
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use t5gemma_exporter::{Checkpoint, Existing, Export, PRESETS, Source, Watch, inspect, preset};
+use t5gemma_exporter::{Checkpoint, Existing, Export, PRESETS, Plan, Source, TensorRt, Watch, check, inspect, preset};
 use t5gemma_graphs::Target;
 use t5gemma_graphs::interface::{DType, Logits};
 use t5gemma_graphs::manifest::EncoderWindow;
@@ -55,6 +55,17 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Tells without TensorRT whether it would take an ONNX file or all of a folder, with reasons; exit status 1 if not
+    Check {
+        /// An ONNX file, or an exported model or other folder of ONNX files
+        path: PathBuf,
+        /// tensorrt (10.16, the last that ONNX Runtime works with), tensorrt=10.x, tensorrt=11.x, or tensorrt=rtx
+        #[arg(long, default_value = "tensorrt")]
+        target: TensorRt,
+        /// Print JSON instead of text
+        #[arg(long)]
+        json: bool,
+    },
 }
 
 #[derive(Args)]
@@ -81,12 +92,25 @@ struct ExportArgs {
     #[arg(long, default_value = "portable", value_parser = PossibleValuesParser::new(Target::ALL.map(Target::name)))]
     target: String,
     /// Type of weights, activations and caches; norms, soft-caps, softmax and logits are float32 in each, and for float16
-    /// the residual stream too
-    #[arg(long, value_enum, default_value = "float32")]
-    dtype: DTypeArg,
+    /// the residual stream too [default: float32; for targets cuda and tensorrt bfloat16]
+    #[arg(long, value_enum)]
+    dtype: Option<DTypeArg>,
     /// Return the logits of every position given to a decoder graph, not of the last only
     #[arg(long)]
     all_logits: bool,
+    /// Return beside the logits of the last position its N greatest, their tokens and the logarithm of the sum of all
+    /// exponentials, so that logits need not leave a GPU
+    #[arg(long, value_name = "N", conflicts_with = "all_logits")]
+    candidates: Option<usize>,
+    /// Give the cache room for N target tokens and every step, the first too, one graph (target tensorrt); by default the
+    /// cache is as the target has it
+    #[arg(long, value_name = "static=N", value_parser = capacity)]
+    cache: Option<usize>,
+    /// What is going to be served, such as batch=1..16,source=1..1024,target=256,beams=1..4 (target tensorrt): adds to OUT
+    /// the optimisation profiles, options for ONNX Runtime's providers, a script that builds engines, wrappers for these,
+    /// and a table of the memory they take
+    #[arg(long, value_name = "PLAN")]
+    plan: Option<Plan>,
     /// Whether encoder positions exactly one window apart see each other: inclusive as in transformers 5.4 and later,
     /// exclusive as in Google's code and earlier transformers; no difference for sources up to the window (4096)
     #[arg(long, value_enum, default_value = "inclusive")]
@@ -115,7 +139,8 @@ struct ExportArgs {
 
 #[derive(Args)]
 struct QuantizeArgs {
-    /// Hold the weight matrices in blocks of this many bits, with float32 activations (target cpu)
+    /// Hold the weight matrices in blocks of this many bits, with activations as they are (targets cpu and
+    /// cuda)
     #[arg(long, value_enum, default_value = "none")]
     quantize: Bits,
     /// The same for the encoder's layers [default: as --quantize]
@@ -237,6 +262,14 @@ fn run(cli: Cli, interrupted: &AtomicBool) -> Result<()> {
             io::stdout().write_all(text.as_bytes())?;
             Ok(())
         }
+        Some(Command::Check { path, target, json }) => {
+            let checked = check(&path, target)?;
+            let text = if json { serde_json::to_string_pretty(&checked)? + "\n" } else { checked.to_string() };
+            io::stdout().write_all(text.as_bytes())?;
+            let findings = checked.findings.len();
+            ensure!(findings == 0, "{target} would not take {}: {findings} findings", path.display());
+            Ok(())
+        }
         None => export(cli.export, interrupted),
     }
 }
@@ -250,15 +283,23 @@ fn export(args: ExportArgs, interrupted: &AtomicBool) -> Result<()> {
         [checkpoint, out] => (Some(checkpoint), out),
         folders => bail!("expected CHECKPOINT and OUT, found {} folders; see --help", folders.len()),
     };
+    let target = Target::ALL.into_iter().find(|target| target.name() == args.target).context("unknown target")?;
     let export = Export {
         task: task(&args)?,
-        target: Target::ALL.into_iter().find(|target| target.name() == args.target).context("unknown target")?,
+        target,
         dtype: match args.dtype {
-            DTypeArg::Float32 => DType::Float32,
-            DTypeArg::Float16 => DType::Float16,
-            DTypeArg::Bfloat16 => DType::BFloat16,
+            None => target.default_dtype(),
+            Some(DTypeArg::Float32) => DType::Float32,
+            Some(DTypeArg::Float16) => DType::Float16,
+            Some(DTypeArg::Bfloat16) => DType::BFloat16,
         },
-        logits: if args.all_logits { Logits::All } else { Logits::Last },
+        logits: match args.candidates {
+            Some(count) => Logits::Candidates(count),
+            None if args.all_logits => Logits::All,
+            None => Logits::Last,
+        },
+        capacity: args.cache,
+        plan: args.plan.clone(),
         encoder_window: match args.encoder_window {
             WindowArg::Inclusive => EncoderWindow::Inclusive,
             WindowArg::Exclusive => EncoderWindow::Exclusive,
@@ -282,6 +323,11 @@ fn export(args: ExportArgs, interrupted: &AtomicBool) -> Result<()> {
         eprintln!("wrote {}: {parameters} parameters, {} bytes of weights", out.display(), weights.bytes);
     }
     Ok(())
+}
+
+fn capacity(text: &str) -> Result<usize, String> {
+    let number = text.strip_prefix("static=").and_then(|number| number.parse().ok());
+    number.ok_or_else(|| "expected static=N".to_string())
 }
 
 fn hidden_layer(text: &str) -> Result<i64, String> {

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use anyhow::{Context, Result};
 use half::{bf16, f16};
 use prost::Message;
+use t5gemma_graphs::interface::{Port, Ports};
 use t5gemma_graphs::onnx::{Attribute, Constant, DType, Data, Definition, Dim, ValueInfo};
 
 use onnx::attribute_proto::AttributeType;
@@ -13,6 +14,10 @@ use onnx::{
     AttributeProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, StringStringEntryProto, TensorProto,
     TensorShapeProto, TypeProto, ValueInfoProto, tensor_shape_proto, type_proto,
 };
+
+mod read;
+
+pub use read::{Attribute as Given, Graph, Initializer, Model, Node, Value, read};
 
 #[allow(missing_docs, clippy::all, rustdoc::all)]
 mod onnx {
@@ -91,6 +96,52 @@ pub fn encode(graph: &Definition, opset: u32, location: impl Fn(&str) -> Locatio
             input: infos(&graph.inputs),
             output: infos(&graph.outputs),
             value_info: infos(&intermediate),
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
+    model.encode_to_vec()
+}
+
+/// A model of one node, by which ONNX Runtime runs an engine that is built already. `engine` is its path from the file on.
+pub fn wrapper(name: &str, engine: &str, built_of: &str, ports: &Ports) -> Vec<u8> {
+    let info =
+        |port: &Port| value_info(&ValueInfo { name: port.name.clone(), dtype: port.dtype, shape: port.shape.clone() });
+    let names = |ports: &[Port]| ports.iter().map(|port| port.name.clone()).collect();
+    let text = |name: &str, text: &str| AttributeProto {
+        name: Some(name.into()),
+        r#type: Some(AttributeType::String as i32),
+        s: Some(text.as_bytes().to_vec()),
+        ..Default::default()
+    };
+    let node = NodeProto {
+        name: Some(format!("{name}_engine")),
+        op_type: Some("EPContext".into()),
+        domain: Some("com.microsoft".into()),
+        input: names(&ports.inputs),
+        output: names(&ports.outputs),
+        attribute: vec![
+            attribute("main_context", &Attribute::Int(1)),
+            attribute("embed_mode", &Attribute::Int(0)),
+            text("ep_cache_context", engine),
+            text("source", "TensorrtExecutionProvider"),
+            text("onnx_model_filename", built_of),
+        ],
+        ..Default::default()
+    };
+    let opsets = [("", 21), ("com.microsoft", 1)];
+    let opsets =
+        opsets.map(|(domain, version)| OperatorSetIdProto { domain: Some(domain.into()), version: Some(version) });
+    let model = ModelProto {
+        ir_version: Some(ir_version(21)),
+        opset_import: opsets.to_vec(),
+        producer_name: Some(env!("CARGO_PKG_NAME").into()),
+        producer_version: Some(env!("CARGO_PKG_VERSION").into()),
+        graph: Some(GraphProto {
+            name: Some(name.into()),
+            node: vec![node],
+            input: ports.inputs.iter().map(info).collect(),
+            output: ports.outputs.iter().map(info).collect(),
             ..Default::default()
         }),
         ..Default::default()

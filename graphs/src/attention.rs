@@ -137,6 +137,28 @@ pub fn growing<'g>(
     (attend(query, present, visible, w), present)
 }
 
+/// [`causal`] with a past that has room for `capacity` tokens, into which the new ones are written at their positions. What
+/// lies behind them is not seen, but must be numbers.
+pub fn fixed<'g>(
+    x: Value<'g>,
+    context: &Context<'g>,
+    past: Option<KeyValue<'g>>,
+    capacity: usize,
+    w: &Weights<'g>,
+) -> (Value<'g>, KeyValue<'g>) {
+    let past = past.expect("a cache of fixed capacity is there from the first token on");
+    let (query, new) = projections(x, &context.tokens, w);
+    let at = context.tokens.positions.unsqueeze(&[0, 1, 3]).expand(&new.key.shape());
+    let present = KeyValue { key: past.key.scattered(at, new.key, 2), value: past.value.scattered(at, new.value, 2) };
+    let kind = match context.kind {
+        // Nothing ever leaves a window as wide as the cache.
+        LayerType::Sliding(window) if window >= capacity => LayerType::Full,
+        kind => kind,
+    };
+    let visible = causal_mask(w.graph, &context.tokens, &Dim::fixed(capacity), kind);
+    (attend(query, present, visible, w), present)
+}
+
 /// The decoder's attention to the source, without rotary positions and without a window. `source` is at batch size; the
 /// beams of a source row lie along its query axis, so that keys and values are not repeated for them.
 pub fn cross<'g>(x: Value<'g>, context: &Context<'g>, source: KeyValue<'g>, w: &Weights<'g>) -> Value<'g> {

@@ -50,12 +50,20 @@ pub fn layer<'g>(
     (y, present)
 }
 
+/// What stands behind the other outputs of a decoder graph: see [`Logits::Candidates`].
+pub fn candidates(logits: Value<'_>, which: Logits) -> Vec<Value<'_>> {
+    let Logits::Candidates(count) = which else { return Vec::new() };
+    let logits = logits.squeeze(1); // [rows, vocab_size]
+    let [scores, ids] = logits.top(count);
+    vec![scores, ids, logits.log_sum_exp()]
+}
+
 /// `softcap(head · norm(x))` in float32, `[rows, positions, vocab_size]`, of x `[rows·length, hidden]`.
 pub fn logits<'g>(x: Value<'g>, tokens: &Tokens<'g>, which: Logits, [norm, head]: [&Weights<'g>; 2]) -> Value<'g> {
     let (rows, vocab_size, hidden_size) = (&tokens.rows, head.side.vocab_size, head.side.hidden_size);
     let (x, positions) = match which {
         Logits::All => (x, tokens.length.clone()),
-        Logits::Last => {
+        Logits::Last | Logits::Candidates(_) => {
             let last = x.reshape(&[rows.clone(), tokens.length.clone(), hidden_size.into()]).last(1);
             (last.reshape(&[rows.clone(), hidden_size.into()]), Dim::fixed(1))
         }

@@ -3,13 +3,18 @@
 
 use crate::attention::{Tokens, cross_key_value, padding_mask};
 use crate::config::Config;
-use crate::decoder::{Context, Memory, layer, logits};
+use crate::decoder::{Context, Memory, candidates, layer, logits};
+use crate::interface::CacheLayout;
 use crate::nn::{Weights, embedding};
 use crate::onnx::{Definition, Graph};
 use crate::{Options, interface};
 
 /// The graph of the first decoder step.
 pub fn decoder_init(config: &Config, options: &Options) -> Definition {
+    let cache = options.cache(config);
+    if let CacheLayout::Static(_) = cache {
+        return cross_only(config, options);
+    }
     let graph = Graph::new();
     let ports = options.interface(config).decoder;
     let [mask, ids, hidden] = interface::inputs(&graph, &ports);
@@ -17,7 +22,6 @@ pub fn decoder_init(config: &Config, options: &Options) -> Definition {
     let root = Weights::root(&graph, &config.decoder, options);
     let w = root.at("model.decoder");
     let (tokens, visible) = (Tokens::from(&graph, ids, None), padding_mask(mask));
-    let cache = options.target.cache(config);
     let mut x = embedding(ids, &root.at(&options.vocabulary.embedding));
     let mut presents = Vec::new();
     for (i, &kind) in config.decoder.layers.iter().enumerate() {
@@ -30,6 +34,19 @@ pub fn decoder_init(config: &Config, options: &Options) -> Definition {
     }
     let head = root.at(&options.vocabulary.head);
     let logits = logits(x, &tokens, options.logits, [&w.at("norm"), &head]);
-    interface::outputs(&graph, &ports, [logits].into_iter().chain(presents));
+    let candidates = candidates(logits, options.logits);
+    interface::outputs(&graph, &ports, [logits].into_iter().chain(presents).chain(candidates));
+    graph.finish("decoder")
+}
+
+/// Where the cache has room for all steps from the beginning, only the source's keys and values are left to be made once.
+fn cross_only(config: &Config, options: &Options) -> Definition {
+    let graph = Graph::new();
+    let ports = options.interface(config).decoder;
+    let [hidden] = interface::inputs(&graph, &ports);
+    let w = Weights::root(&graph, &config.decoder, options).at("model.decoder");
+    let source = |layer| cross_key_value(hidden, &w.at(&format!("layers.{layer}")).at("cross_attn"));
+    let made = (0..config.decoder.layers.len()).map(source).flat_map(|source| [source.key, source.value]);
+    interface::outputs(&graph, &ports, made.collect::<Vec<_>>().into_iter());
     graph.finish("decoder")
 }

@@ -3,7 +3,7 @@
 
 use crate::attention::{KeyValue, Tokens, padding_mask};
 use crate::config::Config;
-use crate::decoder::{Context, Memory, layer, logits};
+use crate::decoder::{Context, Memory, candidates, layer, logits};
 use crate::interface::{CacheLayout, PAST};
 use crate::nn::{Weights, embedding};
 use crate::onnx::{Definition, Dim, Graph};
@@ -15,13 +15,13 @@ pub fn decoder_step(config: &Config, options: &Options) -> Definition {
     let ports = options.interface(config).decoder_with_past;
     let inputs = interface::all_inputs(&graph, &ports);
     let (&[mask, ids], cached) = inputs.split_first_chunk().expect("a mask and ids come before the cache");
-    let cache = options.target.cache(config);
+    let cache = options.cache(config);
 
     let root = Weights::root(&graph, &config.decoder, options);
     let w = root.at("model.decoder");
     let (tokens, cached) = match cache {
         CacheLayout::Growing => (Tokens::from(&graph, ids, Some(&Dim::symbol(PAST))), cached),
-        CacheLayout::InPlace => {
+        CacheLayout::InPlace | CacheLayout::Static(_) => {
             let (&positions, cached) = cached.split_first().expect("positions come before a cache of fixed capacity");
             (Tokens { rows: ids.dim(0), length: ids.dim(1), positions }, cached)
         }
@@ -40,6 +40,7 @@ pub fn decoder_step(config: &Config, options: &Options) -> Definition {
     }
     let head = root.at(&options.vocabulary.head);
     let logits = logits(x, &tokens, options.logits, [&w.at("norm"), &head]);
-    interface::outputs(&graph, &ports, [logits].into_iter().chain(presents));
+    let candidates = candidates(logits, options.logits);
+    interface::outputs(&graph, &ports, [logits].into_iter().chain(presents).chain(candidates));
     graph.finish("decoder_with_past")
 }

@@ -17,8 +17,17 @@ pub const DECODER: &str = "decoder_model.onnx";
 pub const DECODER_WITH_PAST: &str = "decoder_with_past_model.onnx";
 /// File name of the only graph of a model that does not generate.
 pub const MODEL: &str = "model.onnx";
+/// File name of the graph that makes target rows the continuations of others.
+pub const REORDER: &str = "reorder_model.onnx";
 /// File name of the weights under all three graphs.
 pub const WEIGHTS: &str = "model.onnx_data";
+
+/// File name of the optimisation profiles of a serving plan.
+pub const PROFILES_FILE: &str = "profiles.json";
+/// File name of the options that a serving plan gives providers.
+pub const PROVIDER_OPTIONS: &str = "provider_options.json";
+/// The folder for engines that are built of the graphs.
+pub const ENGINES: &str = "engines";
 
 /// Source rows.
 pub const BATCH: &str = "batch_size";
@@ -30,6 +39,15 @@ pub const SOURCE: &str = "encoder_sequence_length";
 pub const TARGET: &str = "decoder_sequence_length";
 /// Target tokens whose keys and values are in the cache, or that it has room for.
 pub const PAST: &str = "past_decoder_sequence_length";
+/// Target rows after a change of rows.
+pub const PARENTS: &str = "num_parents";
+/// The greatest logits of [`Logits::Candidates`], greatest first.
+pub const TOP_SCORES: &str = "top_scores";
+/// Their tokens.
+pub const TOP_IDS: &str = "top_ids";
+/// The logarithm of the sum of the exponentials of all logits.
+pub const LOG_SUM_EXP: &str = "log_sum_exp";
+
 /// Target tokens that a cache of fixed capacity has room for after a step: as many as before it, or as there are.
 pub const PRESENT: &str = "present_decoder_sequence_length";
 
@@ -62,6 +80,9 @@ pub enum Logits {
     Last,
     /// Every position given, for scoring.
     All,
+    /// The last position only, with as many of its greatest, their tokens and the logarithm of the sum of all exponentials
+    /// behind the other outputs: so a search needs not read the row where it lies in a GPU's memory.
+    Candidates(usize),
 }
 
 /// How the keys and values of the target pass from one cached step to the next.
@@ -75,6 +96,10 @@ pub enum CacheLayout {
     /// row its own) tells where they go, and the present may be given the past's memory: the step then writes nothing but
     /// its own tokens. Rows of different lengths can share a step. Steps of several tokens are for single rows.
     InPlace,
+    /// The past has room for this many tokens, `cache_position` (int64, the positions of the step's tokens) tells where they
+    /// go, and the present is a new tensor of the same size. Every step is of one graph, the first too; before it the past
+    /// is zeros.
+    Static(usize),
 }
 
 /// The ports of the three graphs.
@@ -124,9 +149,10 @@ impl Interface {
         let hidden = |name| port(name, dtype, &[&batch, &source, &fixed(config.encoder.hidden_size)]);
         let mask = |name| port(name, DType::Int64, &[&batch, &source]);
         let target_ids = || port("input_ids", DType::Int64, &[&rows, &target]);
-        let scored = match logits {
-            Logits::Last => fixed(1),
-            Logits::All => target.clone(),
+        let (scored, candidates) = match logits {
+            Logits::Last => (fixed(1), None),
+            Logits::All => (target.clone(), None),
+            Logits::Candidates(count) => (fixed(1), Some(count)),
         };
         let logits = || port("logits", DType::Float32, &[&rows, &scored, &fixed(config.decoder.vocab_size)]);
 
@@ -136,19 +162,27 @@ impl Interface {
                 .map(|part| port(&cache.port(prefix, layer, part), dtype, &[rows, &kv_heads, length, &head_dim]))
         };
         let layers = 0..config.decoder.layers.len();
-        let (present, position) = match cache {
-            CacheLayout::Growing => (past.plus(&target), None),
-            CacheLayout::InPlace => {
-                (Dim::symbol(PRESENT), Some(port("cache_position", DType::Int64, &[&rows, &target])))
-            }
+        let (past, present, position) = match cache {
+            CacheLayout::Growing => (past.clone(), past.plus(&target), None),
+            CacheLayout::InPlace => (past, Dim::symbol(PRESENT), Some(vec![&rows, &target])),
+            CacheLayout::Static(capacity) => (fixed(capacity), fixed(capacity), Some(vec![&target])),
         };
-
-        Interface {
-            encoder: Ports {
-                inputs: vec![port("input_ids", DType::Int64, &[&batch, &source]), mask("attention_mask")],
-                outputs: vec![hidden("last_hidden_state")],
+        let candidates = match candidates {
+            None => Vec::new(),
+            Some(count) => vec![
+                port(TOP_SCORES, DType::Float32, &[&rows, &fixed(count)]),
+                port(TOP_IDS, DType::Int64, &[&rows, &fixed(count)]),
+                port(LOG_SUM_EXP, DType::Float32, &[&rows, &fixed(1)]),
+            ],
+        };
+        let first = match cache {
+            CacheLayout::Static(_) => Ports {
+                inputs: vec![hidden("encoder_hidden_states")],
+                outputs: (layers.clone())
+                    .flat_map(|layer| cached("present", layer, Cache::CrossAttention, &batch, &source))
+                    .collect(),
             },
-            decoder: Ports {
+            _ => Ports {
                 inputs: vec![mask("encoder_attention_mask"), target_ids(), hidden("encoder_hidden_states")],
                 outputs: [logits()]
                     .into_iter()
@@ -157,12 +191,21 @@ impl Interface {
                         let cross = cached("present", layer, Cache::CrossAttention, &batch, &source);
                         own.into_iter().chain(cross)
                     }))
+                    .chain(candidates.clone())
                     .collect(),
             },
+        };
+
+        Interface {
+            encoder: Ports {
+                inputs: vec![port("input_ids", DType::Int64, &[&batch, &source]), mask("attention_mask")],
+                outputs: vec![hidden("last_hidden_state")],
+            },
+            decoder: first,
             decoder_with_past: Ports {
                 inputs: [mask("encoder_attention_mask"), target_ids()]
                     .into_iter()
-                    .chain(position)
+                    .chain(position.map(|shape| port("cache_position", DType::Int64, &shape)))
                     .chain(layers.clone().flat_map(|layer| {
                         let own = cached("past_key_values", layer, Cache::SelfAttention, &rows, &past);
                         let cross = cached("past_key_values", layer, Cache::CrossAttention, &batch, &source);
@@ -172,6 +215,7 @@ impl Interface {
                 outputs: [logits()]
                     .into_iter()
                     .chain(layers.flat_map(|layer| cached("present", layer, Cache::SelfAttention, &rows, &present)))
+                    .chain(candidates)
                     .collect(),
             },
         }
@@ -200,6 +244,25 @@ pub fn parts(config: &Config, dtype: DType, logits: Logits, cache: CacheLayout, 
         Part { name: "decoder", file: DECODER, ports: decoder },
         Part { name: "decoder_with_past", file: DECODER_WITH_PAST, ports: decoder_with_past },
     ]
+}
+
+/// The ports of the graph in [`REORDER`]: which row each row is to continue, which target token is to stand at each place,
+/// and what there is. The keys and values of sources have the dimensions that those of targets have, and can be given in
+/// their place.
+pub fn reorder(config: &Config, dtype: DType) -> Ports {
+    let (parents, places) = (Dim::symbol(PARENTS), Dim::symbol(PRESENT));
+    let indices = |name: &str, dim: &Dim| Port { name: name.into(), dtype: DType::Int64, shape: vec![dim.clone()] };
+    let step = Interface::of(config, dtype, Logits::Last, CacheLayout::Growing).decoder_with_past;
+    let own = Cache::SelfAttention.port("", 0, "");
+    let side = own.split('.').nth(2).expect("a prefix, a layer, a side, a part");
+    let past = step.inputs.into_iter().filter(|port| port.name.split('.').nth(2) == Some(side)).collect::<Vec<_>>();
+    let outputs = past.iter().zip(&step.outputs[1..]).map(|(past, present)| Port {
+        shape: vec![parents.clone(), past.shape[1].clone(), places.clone(), past.shape[3].clone()],
+        ..present.clone()
+    });
+    let outputs = outputs.collect();
+    let inputs = [indices("parents", &parents), indices("places", &places)].into_iter().chain(past).collect();
+    Ports { inputs, outputs }
 }
 
 /// The ports of the only graph of a model that does not generate.

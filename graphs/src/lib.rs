@@ -25,6 +25,7 @@ mod encoder;
 mod decoder;
 mod decoder_init;
 mod decoder_step;
+mod reorder;
 
 mod classifier;
 mod features;
@@ -39,9 +40,10 @@ pub use decoder_init::decoder_init;
 pub use decoder_step::decoder_step;
 pub use encoder::encoder;
 pub use lower::Target;
+pub use reorder::reorder;
 
 use config::Config;
-use interface::{DType, Interface, Logits};
+use interface::{CacheLayout, DType, Interface, Logits};
 use manifest::EncoderWindow;
 use onnx::Definition;
 use quantization::Quantization;
@@ -62,6 +64,8 @@ pub struct Options {
     pub encoder_window: EncoderWindow,
     /// Which matrices are held in few bits.
     pub quantization: Quantization,
+    /// Target tokens that the cache has room for, where it is given a fixed capacity.
+    pub capacity: Option<usize>,
     /// Which checkpoint tensors are the decoder's embedding and the output head.
     pub vocabulary: Vocabulary,
 }
@@ -89,6 +93,11 @@ pub fn definitions(config: &Config, options: &Options) -> Vec<Definition> {
 impl Options {
     /// The ports of the graphs these options give.
     pub fn interface(&self, config: &Config) -> Interface {
-        Interface::of(config, self.dtype, self.logits, self.target.cache(config))
+        Interface::of(config, self.dtype, self.logits, self.cache(config))
+    }
+
+    /// How the keys and values of the target pass from step to step.
+    pub fn cache(&self, config: &Config) -> CacheLayout {
+        self.capacity.map_or_else(|| self.target.cache(config), CacheLayout::Static)
     }
 }

@@ -5,6 +5,8 @@
 //! softmax) is cast here, where it is done.
 
 mod cpu;
+mod cuda;
+mod tensorrt;
 
 use crate::attention::{self, KeyValue};
 use crate::config::Config;
@@ -20,17 +22,23 @@ pub enum Target {
     Portable,
     /// ONNX Runtime on a CPU.
     Cpu,
+    /// ONNX Runtime on an NVIDIA GPU by its CUDA provider.
+    Cuda,
+    /// TensorRT, by itself or as a provider of ONNX Runtime.
+    TensorRt,
 }
 
 impl Target {
     /// Every target.
-    pub const ALL: [Target; 2] = [Target::Portable, Target::Cpu];
+    pub const ALL: [Target; 4] = [Target::Portable, Target::Cpu, Target::Cuda, Target::TensorRt];
 
     /// The name on the command line and in a manifest.
     pub fn name(self) -> &'static str {
         match self {
             Target::Portable => "portable",
             Target::Cpu => "cpu",
+            Target::Cuda => "cuda",
+            Target::TensorRt => "tensorrt",
         }
     }
 
@@ -40,28 +48,48 @@ impl Target {
             // The newest that has everything used and that TensorRT reads.
             Target::Portable => 20,
             // The first with Attention.
-            Target::Cpu => 23,
+            Target::Cpu | Target::Cuda => 23,
+            // The first with packed matrices, and the last whose operators every TensorRT 10 reads.
+            Target::TensorRt => 21,
         }
     }
 
     /// Types of weights and activations that the runtime computes in.
     pub fn dtypes(self) -> &'static [DType] {
         match self {
-            Target::Portable => &[DType::Float32, DType::Float16, DType::BFloat16],
+            Target::Portable | Target::Cuda | Target::TensorRt => &[DType::Float32, DType::Float16, DType::BFloat16],
             // Halves are computed there by casts to float32, one for each use of a weight.
             Target::Cpu => &[DType::Float32],
         }
     }
 
-    /// Whether matrices can be held in few bits.
-    pub fn reads_packed(self) -> bool {
-        self == Target::Cpu
+    /// The type to export in unless another is asked for.
+    pub fn default_dtype(self) -> DType {
+        match self {
+            Target::Portable | Target::Cpu => DType::Float32,
+            Target::Cuda | Target::TensorRt => DType::BFloat16,
+        }
     }
 
-    /// How the keys and values of the target pass from step to step.
-    pub fn cache(self, config: &Config) -> CacheLayout {
+    /// Whether matrices can be held in few bits.
+    pub fn reads_packed(self) -> bool {
+        matches!(self, Target::Cpu | Target::Cuda)
+    }
+
+    /// Whether the graphs are for a device with a memory of its own.
+    pub fn is_device(self) -> bool {
+        matches!(self, Target::Cuda | Target::TensorRt)
+    }
+
+    /// Whether the cache can be given a fixed capacity.
+    pub fn has_static_cache(self) -> bool {
+        self == Target::TensorRt
+    }
+
+    /// How the keys and values of the target pass from step to step, unless they are given a fixed capacity.
+    pub(crate) fn cache(self, config: &Config) -> CacheLayout {
         match self {
-            Target::Cpu if config.decoder.head_dim.is_multiple_of(cpu::HEAD_DIM) => CacheLayout::InPlace,
+            Target::Cpu | Target::Cuda if config.decoder.head_dim.is_multiple_of(cpu::HEAD_DIM) => CacheLayout::InPlace,
             _ => CacheLayout::Growing,
         }
     }
@@ -70,6 +98,8 @@ impl Target {
         match self {
             Target::Portable => &Portable,
             Target::Cpu => &cpu::Cpu,
+            Target::Cuda => &cuda::Cuda,
+            Target::TensorRt => &tensorrt::TensorRt,
         }
     }
 }
@@ -119,7 +149,10 @@ pub trait Lowering {
         past: Option<KeyValue<'g>>,
         w: &Weights<'g>,
     ) -> (Value<'g>, KeyValue<'g>) {
-        attention::growing(x, context, past, w)
+        match context.cache {
+            CacheLayout::Static(capacity) => attention::fixed(x, context, past, capacity, w),
+            _ => attention::growing(x, context, past, w),
+        }
     }
 
     /// `softmax(softcap(q·kᵀ·scale) + (visible ? 0 : min)) · v`, as `[batch, queries, heads, head_dim]`.

@@ -58,7 +58,7 @@ impl<'g> Weights<'g> {
         let of_row = blocks.of_row(k);
         Packed {
             numbers: parameter(DType::UInt8, &[n, of_row, blocks.bytes()], Adjust::Packed(blocks)),
-            scales: parameter(DType::Float32, &[n, of_row], Adjust::Scales(blocks)),
+            scales: parameter(self.dtype(), &[n, of_row], Adjust::Scales(blocks)),
             zero_points: (!blocks.symmetric)
                 .then(|| parameter(DType::UInt8, &[n, blocks.zero_point_bytes(k)], Adjust::ZeroPoints(blocks))),
             blocks,

@@ -38,11 +38,11 @@ impl Call {
         batch.check(model.config())?;
         let prompts = batch.prompts(options.decoder_start_token_id);
         options.check(decoder.vocab_size, prompts.length)?;
-        let (max_length, longest) = (options.max_length(prompts.length), decoder.max_position_embeddings);
+        let (max_length, (longest, limit)) = (options.max_length(prompts.length), model.longest_target());
         if max_length > longest {
             return Err(Error::input(
                 "max_length",
-                format!("at most {longest} target tokens (decoder.max_position_embeddings)"),
+                format!("at most {longest} target tokens ({limit})"),
                 format!("{max_length}, of which {} are the prompt", prompts.length),
             ));
         }

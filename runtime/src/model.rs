@@ -22,7 +22,7 @@ use ort::session::{RunOptions, Session, SessionInputValue};
 use ort::value::{DynValue, Outlet, Tensor, TensorElementType, ValueType};
 use t5gemma_graphs::Target;
 use t5gemma_graphs::config::Config;
-use t5gemma_graphs::interface::{BATCH, CacheLayout, DType, Dim, Interface, Port, Ports};
+use t5gemma_graphs::interface::{self, BATCH, CacheLayout, DType, Dim, Interface, Port, Ports, REORDER};
 use t5gemma_graphs::manifest::{Manifest, TensorRecord};
 
 use crate::batch::{Batch, Prompts};
@@ -38,7 +38,7 @@ use crate::onnxruntime;
 use crate::options::GenerationOptions;
 use crate::score;
 use crate::search::{Hypothesis, Search};
-use crate::state::{Cache, First, Ragged, State};
+use crate::state::{Cache, Device, First, Plan, Ragged, State};
 use crate::tokenizer::Tokenizer;
 
 /// How a model is opened.
@@ -77,6 +77,8 @@ pub struct Model {
     decoder_with_past: Mutex<Session>,
     /// For each cached tensor, in the order of the graphs, whether its first axis is source items.
     per_item: Vec<bool>,
+    /// Of a model that is made for a device, how its cache is kept there.
+    resident: Option<Plan>,
     encoder_cache: Option<EncoderCache>,
     options: GenerationOptions,
     tokenizer: OnceLock<Result<Tokenizer, String>>,
@@ -94,6 +96,7 @@ pub(crate) struct Encoded {
 
 /// What a failure of [`Model::step`] says was being done.
 const DECODER_STEP: &str = "running a decoder step";
+const FIRST_STEP: &str = "running the first decoder step";
 const PREPARING_CACHE: &str = "preparing the cache";
 const READING_LOGITS: &str = "reading the logits";
 
@@ -159,11 +162,23 @@ impl Model {
         let Manifest { dtype, logits, cache, .. } = folder.manifest;
         let interface = Interface::of(&folder.config, dtype, logits, cache);
         let open = |graph, ports| open_session(&environment, &folder, graph, ports, &weights, options.threads);
+        let resident = match folder.manifest.files.contains_key(REORDER) {
+            false => None,
+            true => {
+                let ports = interface::reorder(&folder.config, dtype);
+                let path = folder.path.join(REORDER);
+                let reorder = open_graph(&environment, &folder, &path, &ports, &[], &weights, options.threads)?;
+                let heads = [folder.config.decoder.num_key_value_heads, folder.config.decoder.head_dim];
+                let per_item = per_item(&interface);
+                Some(Plan { layout: cache, device: Device::Cpu, dtype, per_item, heads, reorder: Arc::new(reorder) })
+            }
+        };
         Ok(Model {
             encoder: open("encoder", &interface.encoder)?,
             decoder: open("decoder", &interface.decoder)?,
             decoder_with_past: open("decoder_with_past", &interface.decoder_with_past)?,
             per_item: per_item(&interface),
+            resident,
             encoder_cache: Some(options.encoder_cache_bytes).filter(|&bytes| bytes > 0).map(EncoderCache::new),
             options: defaults,
             tokenizer: OnceLock::new(),
@@ -175,6 +190,14 @@ impl Model {
     /// The model's own generation options, which a request's are laid over.
     pub fn options(&self) -> &GenerationOptions {
         &self.options
+    }
+
+    /// The target tokens that the model can continue, and what limits them.
+    pub(crate) fn longest_target(&self) -> (usize, &'static str) {
+        match (self.folder.config.decoder.max_position_embeddings, self.folder.manifest.cache) {
+            (longest, CacheLayout::Static(capacity)) if capacity < longest => (capacity, "the capacity of the cache"),
+            (longest, _) => (longest, "decoder.max_position_embeddings"),
+        }
     }
 
     /// The model's configuration.
@@ -296,12 +319,46 @@ impl Model {
         prompts: Prompts,
         cancel: &Cancellation,
     ) -> Result<(State, Logits), Error> {
+        if let Some(plan) = &self.resident {
+            return self.start_resident(plan, encoded, prompts, cancel);
+        }
         let (mask, cached, logits) = self.first_step(encoded, prompts, cancel)?;
         let state = match self.folder.manifest.cache {
             CacheLayout::Growing => Ok(State::growing(mask, cached, self.per_item.clone())),
+            CacheLayout::Static(_) => Err(ort::Error::new(format!("a cache of fixed capacity without {REORDER}"))),
             CacheLayout::InPlace => State::in_place(mask, cached, &self.per_item),
         };
         Ok((state.map_err(Error::onnxruntime(PREPARING_CACHE))?, logits))
+    }
+
+    /// [`Model::start`] of a model whose cache stays on its device.
+    fn start_resident(
+        &self,
+        plan: &Plan,
+        Encoded { hidden, mask }: Encoded,
+        prompts: Prompts,
+        cancel: &Cancellation,
+    ) -> Result<(State, Logits), Error> {
+        let rows = prompts.ids.len() / prompts.length;
+        let ids = int64_tensor(rows, prompts.ids.clone())?;
+        let started = {
+            let mut session = self.decoder.lock().unwrap_or_else(PoisonError::into_inner);
+            State::resident(plan, &mut session, mask, (&ids, &hidden), cancel.run_options()?)
+        };
+        let (mut state, logits) = match started {
+            Err(_) if cancel.is_cancelled() => return Err(Error::Cancelled),
+            started => started.map_err(Error::onnxruntime(FIRST_STEP))?,
+        };
+        let logits = match logits {
+            Some(logits) => logits,
+            None => self.run_step(&mut state, prompts.ids, cancel)?,
+        };
+        Ok((state, Logits::last(logits, rows).map_err(Error::onnxruntime(READING_LOGITS))?))
+    }
+
+    /// How rows in flight are kept in the process's own memory, as far as callers of [`Model::start_ragged`] are concerned.
+    pub(crate) fn layout(&self) -> CacheLayout {
+        if self.resident.is_some() { CacheLayout::Growing } else { self.folder.manifest.cache }
     }
 
     /// [`Model::start`], to be continued among rows of other lengths; only with [`CacheLayout::InPlace`].
@@ -327,10 +384,10 @@ impl Model {
         let rows = prompts.ids.len() / prompts.length;
         let ids = int64_tensor(rows, prompts.ids)?;
         let inputs = [(&mask).into(), (&ids).into(), (&hidden).into()];
-        let mut outputs = run(&self.decoder, "running the first decoder step", &inputs, cancel)?.into_iter();
+        let mut outputs = run(&self.decoder, FIRST_STEP, &inputs, cancel)?.into_iter();
         let logits = outputs.next().expect("opening has verified that the logits come first");
         let logits = Logits::last(logits, rows).map_err(Error::onnxruntime(READING_LOGITS))?;
-        Ok((mask, outputs.collect(), logits))
+        Ok((mask, outputs.take(self.per_item.len()).collect(), logits))
     }
 
     /// Runs a further decoder step of rows of different lengths: a token for each.
@@ -380,10 +437,15 @@ impl Model {
                 cache.grow(outputs);
                 logits
             }
-            Cache::InPlace(cache) => {
+            cache => {
                 let mut session = self.decoder_with_past.lock().unwrap_or_else(PoisonError::into_inner);
                 let options = cancel.run_options()?;
-                match cache.step(&mut session, &tokens, options) {
+                let stepped = match cache {
+                    Cache::InPlace(cache) => cache.step(&mut session, &tokens, options),
+                    Cache::Resident(cache) => cache.step(&mut session, &tokens, options),
+                    Cache::Growing(_) => unreachable!("matched above"),
+                };
+                match stepped {
                     Ok(logits) => logits,
                     Err(_) if cancel.is_cancelled() => return Err(Error::Cancelled),
                     Err(error) => return Err(Error::onnxruntime(DECODER_STEP)(error)),
@@ -476,8 +538,9 @@ pub(crate) fn float32_values(value: &DynValue) -> ort::Result<Vec<f32>> {
 
 /// For each cached tensor, in order, whether its first axis is source items.
 fn per_item(interface: &Interface) -> Vec<bool> {
-    let cached = &interface.decoder.outputs[1..];
-    cached.iter().map(|port| port.shape[0] == Dim::symbol(BATCH)).collect()
+    // Nothing but what is cached has four axes.
+    let cached = interface.decoder_with_past.inputs.iter().filter(|port| port.shape.len() == 4);
+    cached.map(|port| port.shape[0] == Dim::symbol(BATCH)).collect()
 }
 
 /// Every tensor of the weights file as a value over the mapped bytes.
@@ -540,6 +603,18 @@ pub(crate) fn open_session(
 ) -> Result<Mutex<Session>, Error> {
     let record = folder.graph(graph);
     let path = folder.path.join(&record.file);
+    open_graph(environment, folder, &path, ports, &record.weights, weights, threads)
+}
+
+fn open_graph(
+    environment: &Environment,
+    folder: &Folder,
+    path: &Path,
+    ports: &Ports,
+    used: &[String],
+    weights: &HashMap<&str, Arc<DynValue>>,
+    threads: Option<usize>,
+) -> Result<Mutex<Session>, Error> {
     let build = || {
         let mut builder = Session::builder(environment)?
             .with_auto_device(AutoDevicePolicy::PreferCPU)?
@@ -552,10 +627,10 @@ pub(crate) fn open_session(
         if folder.manifest.target == Target::Cpu.name() {
             builder = builder.with_operators(kernels::operators()?)?;
         }
-        for name in &record.weights {
+        for name in used {
             builder = builder.with_initializer(name, weights[name.as_str()].clone())?;
         }
-        builder.commit_from_file(&path)
+        builder.commit_from_file(path)
     };
     let session = build().map_err(|error: ort::Error| match folder.manifest.dtype {
         DType::BFloat16 if error.code() == ort::ErrorCode::NotImplemented => Error::Unsupported {
@@ -568,7 +643,7 @@ pub(crate) fn open_session(
         [("input", &ports.inputs, session.inputs()), ("output", &ports.outputs, session.outputs())]
     {
         if let Some((port, expected, found)) = first_difference(side, expected, found) {
-            return Err(Error::Interface { path, port, expected, found });
+            return Err(Error::Interface { path: path.to_path_buf(), port, expected, found });
         }
     }
     Ok(Mutex::new(session))

@@ -23,9 +23,9 @@ pub(crate) fn score(
     }
     let prompts = batch.prompts(model.options().decoder_start_token_id);
     let longest = targets.iter().map(Vec::len).max().unwrap_or(0) + prompts.length;
-    let most = decoder.max_position_embeddings;
+    let (most, limit) = model.longest_target();
     if longest > most {
-        let expected = format!("at most {most} target tokens (decoder.max_position_embeddings)");
+        let expected = format!("at most {most} target tokens ({limit})");
         let found = format!("{longest}, of which {} are the prompt", prompts.length);
         return Err(Error::input("target_ids", expected, found));
     }

@@ -1,18 +1,21 @@
 //! `State`: what the decoder remembers of the rows in flight between two steps, and how it follows a change of rows (beams
-//! that continue another beam, items that have finished). Which row continues which is decided elsewhere. The two ways of
-//! keeping it are those of [`CacheLayout`](t5gemma_graphs::interface::CacheLayout).
+//! that continue another beam, items that have finished). Which row continues which is decided elsewhere. Two ways of
+//! keeping it are for the process's own memory, and the third for the memory of a device.
 
 mod growing;
 mod in_place;
 mod ragged;
+mod resident;
 
 use half::{bf16, f16};
+use ort::session::{NoSelectedOutputs, RunOptions, Session};
 use ort::value::{DynValue, PrimitiveTensorElementType, Tensor, TensorElementType};
 
 use crate::error::Error;
 use growing::Growing;
 use in_place::InPlace;
 pub(crate) use ragged::{First, Ragged, capacity};
+pub(crate) use resident::{Device, Plan, Resident};
 
 /// The keys and values of the rows in flight, with the mask of their sources.
 ///
@@ -29,6 +32,8 @@ pub(crate) enum Cache {
     Growing(Growing),
     /// Every step writes into what there is.
     InPlace(Box<InPlace>),
+    /// It stays where the sessions compute.
+    Resident(Box<Resident>),
 }
 
 impl State {
@@ -44,6 +49,20 @@ impl State {
     pub fn in_place(mask: DynValue, cached: Vec<DynValue>, per_item: &[bool]) -> ort::Result<State> {
         let items = mask.shape()[0] as usize;
         Ok(State { cache: Cache::InPlace(Box::new(InPlace::new(mask, cached, per_item)?)), items, rows: items })
+    }
+
+    /// The state after the first decoder graph has run on `ids` and `hidden`, with the logits if it gives any; to be kept as
+    /// the plan says.
+    pub fn resident(
+        plan: &Plan,
+        session: &mut Session,
+        mask: DynValue,
+        given: (&DynValue, &DynValue),
+        options: &RunOptions<NoSelectedOutputs>,
+    ) -> ort::Result<(State, Option<DynValue>)> {
+        let items = mask.shape()[0] as usize;
+        let (resident, logits) = Resident::start(plan, session, mask, given, options)?;
+        Ok((State { cache: Cache::Resident(Box::new(resident)), items, rows: items }, logits))
     }
 
     /// The number of source items in flight.
@@ -68,6 +87,7 @@ impl State {
         match &mut self.cache {
             Cache::Growing(cache) => cache.select(items, parents, before),
             Cache::InPlace(cache) => cache.select(items, parents, before),
+            Cache::Resident(cache) => cache.select(items, parents, before),
         }
         .map_err(Error::onnxruntime("reordering the cache"))?;
         (self.items, self.rows) = (items.len(), parents.len());
@@ -84,6 +104,7 @@ impl State {
                 cache.truncate(length);
                 Ok(())
             }
+            Cache::Resident(cache) => cache.truncate(length).map_err(Error::onnxruntime("shortening the cache")),
         }
     }
 }

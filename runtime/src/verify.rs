@@ -114,7 +114,7 @@ pub fn consistency(model: &Model, tolerance: Option<f32>, cancel: &Cancellation)
     // in beam search, so that the two rightly differ.
     let own = model.options();
     let greedy = GenerationOptions {
-        max_new_tokens: Some(16.min(decoder.max_position_embeddings - 1)),
+        max_new_tokens: Some(16.min(model.longest_target().0 - 1)),
         decoder_start_token_id: own.decoder_start_token_id,
         bos_token_id: own.bos_token_id,
         eos_token_id: own.eos_token_id.clone(),

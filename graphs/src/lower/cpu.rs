@@ -57,9 +57,10 @@ impl Lowering for Cpu {
             cap: side.attn_logit_softcapping,
             window: context.kind.window(),
         };
+        let tables = rotary_tables(w).map(|table| table.cast(projected.dtype()));
         let present = if past.is_some() { Dim::symbol(PRESENT) } else { tokens.length.clone() };
         let past = past.map(|past| [past.key, past.value]);
-        let [attended, key, value] = packed.group_query_attention(past, lengths, rotary_tables(w), heads, &present);
+        let [attended, key, value] = packed.group_query_attention(past, lengths, tables, heads, &present);
         let attended = attended.reshape(&[tokens.rows.times(&tokens.length), q.into()]);
         (w.output_projection(attended), KeyValue { key, value })
     }

@@ -2,14 +2,14 @@
 //! targets that are written for ONNX Runtime are lowered to.
 
 use super::graph::{Attribute, Value};
-use super::{Blocks, DType, Dim};
+use super::{Blocks, Dim};
 
 /// A matrix `[n, k]` packed in blocks.
 #[derive(Clone, Copy)]
 pub struct Packed<'g> {
     /// uint8 `[n, blocks, bytes of a block]`.
     pub numbers: Value<'g>,
-    /// float32 `[n, blocks]`.
+    /// `[n, blocks]`, in the type of what is multiplied with the matrix.
     pub scales: Value<'g>,
     /// uint8 `[n, bytes of a row's zero points]`, for blocks that are not symmetric.
     pub zero_points: Option<Value<'g>>,
@@ -71,7 +71,7 @@ impl<'g> Value<'g> {
     pub fn matmul_nbits(self, weight: Packed<'g>, bias: Option<Value<'g>>) -> Value<'g> {
         let [n, k] = weight.shape;
         let x = self.shape();
-        if x.len() != 2 || x[1] != Dim::fixed(k) || self.dtype() != DType::Float32 {
+        if x.len() != 2 || x[1] != Dim::fixed(k) || self.dtype() != weight.scales.dtype() {
             self.graph.mistake(format!("MatMulNBits of {} by [{n}, {k}]", Dim::list(&x)));
         }
         let number = |number: usize| Attribute::Int(number as i64);
@@ -95,7 +95,7 @@ impl<'g> Value<'g> {
         self.graph.node_with_options(op, &inputs, &attributes, &[output])[0].expect("asked for")
     }
 
-    /// The rows of a packed matrix `[n, k]` that `ids` name, `[…ids, k]` in float32. Its numbers here are `[n, bytes of k]`.
+    /// The rows of a packed matrix `[n, k]` that `ids` name, `[…ids, k]` in the type of its scales. Its numbers here are `[n, bytes of k]`.
     #[track_caller]
     pub fn gather_packed(self, table: Packed<'g>) -> Value<'g> {
         let attributes = [
@@ -107,7 +107,7 @@ impl<'g> Value<'g> {
         let inputs: Vec<Value<'g>> = [table.numbers, self, table.scales].into_iter().chain(table.zero_points).collect();
         let shape = [self.shape(), vec![Dim::fixed(table.shape[1])]].concat();
         let op = "com.microsoft.GatherBlockQuantized";
-        self.graph.node(op, &inputs, &attributes, &[(DType::Float32, shape)])[0]
+        self.graph.node(op, &inputs, &attributes, &[(table.scales.dtype(), shape)])[0]
     }
 
     /// Causal attention of queries, keys and values that lie side by side, `[rows, length, (count + 2·kv_count)·dim]`, with
@@ -143,7 +143,8 @@ impl<'g> Value<'g> {
     }
 
     /// `softmax(softcap(q·kᵀ·scale) + (visible ? 0 : −∞)) · v`: queries `[batch, heads, queries, dim]`, keys and values
-    /// `[batch, kv_heads, keys, dim]`, visible bool, broadcast against `[batch, heads, queries, keys]`.
+    /// `[batch, kv_heads, keys, dim]`, visible bool, or what is added to the scores, broadcast against
+    /// `[batch, heads, queries, keys]`.
     pub fn attention(
         self,
         [key, value]: [Value<'g>; 2],

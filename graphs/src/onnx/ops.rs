@@ -1,5 +1,6 @@
 //! The standard ONNX operators that model definitions use, each with its rule for dtypes and shapes.
 
+mod place;
 mod select;
 
 use std::ops::{Add, BitAnd, Div, Mul, Neg, Sub};

@@ -97,6 +97,11 @@ impl Dim {
         self.symbols.is_empty().then_some(self.factor)
     }
 
+    /// The size, if `of` tells that of each symbol.
+    pub fn size(&self, of: impl Fn(&str) -> Option<usize>) -> Option<usize> {
+        self.symbols.iter().try_fold(self.factor, |product, symbol| Some(product * of(symbol)?))
+    }
+
     /// This size times another.
     pub fn times(&self, other: &Dim) -> Dim {
         let mut symbols = [self.symbols.clone(), other.symbols.clone()].concat();

@@ -73,6 +73,7 @@ impl Plan {
             CacheLayout::InPlace => times(capacity(need.target), self.tensors.saturating_add(1)),
             // The past is there as long as the present is made.
             CacheLayout::Growing => times(need.target, times(2, self.tensors)),
+            CacheLayout::Static(capacity) => times(capacity, times(2, self.tensors)),
         };
         let source = times(need.source, self.tensors.saturating_add(1));
         times(need.rows, times(target.saturating_add(source), self.of_tensor).saturating_add(self.logits))

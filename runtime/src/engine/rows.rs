@@ -39,8 +39,8 @@ impl Begun {
         cancel: &Cancellation,
     ) -> Result<(Begun, Logits), Error> {
         let encoded = model.run_encoder(sources, cancel)?;
-        Ok(match model.manifest().cache {
-            CacheLayout::Growing => {
+        Ok(match model.layout() {
+            CacheLayout::Growing | CacheLayout::Static(_) => {
                 let (state, logits) = model.start(encoded, prompts, cancel)?;
                 (Begun::Cohort(state), logits)
             }

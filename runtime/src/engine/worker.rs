@@ -144,7 +144,7 @@ impl Worker {
     fn admit(&mut self) {
         let mut admitted: Vec<(Id, usize, Need)> = Vec::new();
         let shared = self.shared.clone();
-        let is_shared = shared.model.manifest().cache == CacheLayout::InPlace;
+        let is_shared = shared.model.layout() == CacheLayout::InPlace;
         if !is_shared && self.flights.len() >= MOST_COHORTS {
             return;
         }

@@ -1,0 +1,204 @@
+//! What is made for TensorRT, without TensorRT: `check` on ours and on graphs with planted faults, and what follows from a
+//! serving plan. Whether a builder of NVIDIA's takes the graphs is `make check-rtx`; what they compute is in `generation.rs`.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde_json::{Value, json};
+use t5gemma_exporter::{Export, Finding, TensorRt, check};
+use t5gemma_graphs::Target;
+use t5gemma_graphs::interface::{DType, Logits};
+
+use crate::common::{FIXTURES, exported, exported_as, exported_for, fixture, python, run, stdout};
+
+const PLAN: &str = "batch=1..4,source=1..32,target=32,beams=1..4";
+
+/// A fixture as it would be served, in a cache that grows or of a capacity.
+fn served(name: &str, dtype: DType, capacity: Option<usize>) -> PathBuf {
+    let (target, logits, plan) = (Target::TensorRt, Logits::Candidates(8), Some(PLAN.parse().expect("a plan")));
+    let export = Export { target, dtype, capacity, logits, plan, ..Export::default() };
+    exported_as(name, &format!("served-{dtype}-{capacity:?}"), export)
+}
+
+fn findings(path: &Path, version: &str) -> Vec<Finding> {
+    let checked = check(path, version.parse::<TensorRt>().expect("a version")).expect("ONNX files");
+    assert!(checked.graphs.values().sum::<usize>() > 0, "{checked:?}");
+    checked.findings
+}
+
+#[test]
+fn every_graph_for_tensorrt_passes_the_check() {
+    for name in FIXTURES {
+        for dtype in [DType::BFloat16, DType::Float16, DType::Float32] {
+            for capacity in [None, Some(32)] {
+                assert_eq!(findings(&served(name, dtype, capacity), "tensorrt"), [], "{name} {dtype} {capacity:?}");
+            }
+        }
+    }
+    for version in ["tensorrt=10.0", "tensorrt=10.16", "tensorrt=11.1", "tensorrt=rtx"] {
+        assert_eq!(findings(&served("tiny-balanced", DType::BFloat16, Some(32)), version), [], "{version}");
+    }
+    assert_eq!(findings(&exported("tiny-balanced"), "tensorrt=10.0"), [], "the portable graphs are standard too");
+}
+
+#[test]
+fn graphs_for_onnx_runtime_do_not_pass() {
+    for target in [Target::Cpu, Target::Cuda] {
+        let found = findings(&exported_for("tiny-balanced", target), "tensorrt");
+        let of = |operator: &str| found.iter().any(|finding| finding.operator.as_deref() == Some(operator));
+        assert!(of("com.microsoft.GroupQueryAttention") && of("SimplifiedLayerNormalization"), "{target:?}");
+        let capped = |finding: &Finding| finding.kind == "rule" && finding.reason.contains("softcap is not 0");
+        assert!(found.iter().any(capped), "{target:?}: {found:?}");
+    }
+}
+
+#[test]
+fn every_planted_fault_is_found_and_named() {
+    let folder = tempfile::tempdir().expect("a temporary folder can be made");
+    let model = served("tiny-balanced", DType::BFloat16, Some(32));
+    let graph = model.join("decoder_with_past_model.onnx");
+    let planted: Value =
+        serde_json::from_str(&python("plant_faults.py", [graph.as_path(), folder.path()])).expect("JSON");
+    let planted = planted.as_array().expect("a list");
+    assert!(planted.len() >= 15);
+    for fault in planted {
+        let (name, kind) = (fault[0].as_str().expect("a name"), fault[1].as_str().expect("a kind"));
+        let found = findings(&folder.path().join(name), "tensorrt=10.3");
+        let named =
+            |finding: &&Finding| finding.kind == kind && fault[2].as_str().is_none_or(|node| finding.node == node);
+        assert!(found.iter().any(|finding| named(&finding)), "{name}: {found:?}");
+        let path = folder.path().join(name);
+        let output = run("t5gemma-export", ["check", "--target", "tensorrt=10.3", path.to_str().expect("UTF-8")], "");
+        assert_eq!(output.status.code(), Some(1), "{name}");
+        assert!(String::from_utf8_lossy(&output.stdout).contains(kind), "{name}");
+    }
+    let huge = folder.path().join("huge.onnx");
+    let file = fs::File::create(&huge).expect("a file can be made");
+    file.set_len(i32::MAX as u64 + 1).expect("a file with a hole can be made");
+    let found = check(&huge, TensorRt::default()).expect("not read").findings;
+    assert_eq!(found.iter().map(|finding| finding.kind).collect::<Vec<_>>(), ["size"]);
+}
+
+#[test]
+fn profiles_that_do_not_cover_the_inputs_are_found() {
+    let model = served("tiny-balanced", DType::BFloat16, Some(32));
+    let whole: Value = serde_json::from_slice(&fs::read(model.join("profiles.json")).expect("profiles")).expect("JSON");
+    let folder = tempfile::tempdir().expect("a temporary folder can be made");
+    for entry in fs::read_dir(&model).expect("a folder") {
+        let path = entry.expect("an entry").path();
+        fs::copy(&path, folder.path().join(path.file_name().expect("a name"))).expect("copied");
+    }
+    let (graph, input) = ("encoder_model.onnx", "input_ids");
+    type Plant = fn(&mut Value);
+    let faults: [(&str, &str, Plant); 5] = [
+        ("left out", "profile", |profile| *profile = Value::Null),
+        ("from nothing on", "empty", |profile| profile[0][1] = json!(0)),
+        ("descending", "profile", |profile| profile[1][0] = json!(99)),
+        ("of other axes", "profile", |profile| profile[2] = json!([1])),
+        ("of a fixed size", "profile", |profile| profile[0] = json!([1, 1, 1])),
+    ];
+    for (name, kind, plant) in faults {
+        let mut profiles = whole.clone();
+        plant(&mut profiles[graph][input]);
+        if profiles[graph][input].is_null() {
+            profiles[graph].as_object_mut().expect("an object").remove(input);
+        }
+        fs::write(folder.path().join("profiles.json"), profiles.to_string()).expect("written");
+        let found = findings(folder.path(), "tensorrt");
+        assert!(found.iter().any(|f| f.kind == kind && f.node == input && f.graph == graph), "{name}: {found:?}");
+    }
+    let mut profiles = whole.clone();
+    profiles[graph]["input_idz"] = profiles[graph][input].clone();
+    fs::write(folder.path().join("profiles.json"), profiles.to_string()).expect("written");
+    assert!(findings(folder.path(), "tensorrt").iter().any(|f| f.node == "input_idz" && f.kind == "profile"));
+}
+
+#[test]
+fn plans_that_do_not_fit_are_refused() {
+    let checkpoint = fixture("tiny-balanced").join("checkpoint");
+    let checkpoint = checkpoint.to_str().expect("UTF-8");
+    let folder = tempfile::tempdir().expect("a temporary folder can be made");
+    let out = folder.path().join("out");
+    let out = out.to_str().expect("UTF-8");
+    for (arguments, code, word) in [
+        (&["--target", "tensorrt", "--plan", "source=1..9999,target=9"][..], 1, "encoder.max_position_embeddings"),
+        (
+            &["--target", "tensorrt", "--cache", "static=16", "--plan", "source=9,target=17"],
+            1,
+            "the capacity of the cache",
+        ),
+        (&["--target", "cuda", "--plan", "source=9,target=9"], 1, "--plan: expected target tensorrt"),
+        (&["--target", "cuda", "--cache", "static=16"], 1, "--cache: expected a target"),
+        (&["--target", "tensorrt", "--cache", "static=99999"], 1, "--cache: expected static=1 to static="),
+        (&["--target", "tensorrt", "--candidates", "0"], 1, "--candidates: expected 1 to"),
+        (&["--target", "tensorrt", "--cache", "16"], 2, "expected static=N"),
+        (&["--target", "tensorrt", "--plan", "source=9"], 2, "target"),
+    ] {
+        let output = run("t5gemma-export", [arguments, &[checkpoint, out]].concat(), "");
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(code), "{arguments:?}: {error}");
+        assert!(error.contains(word), "{arguments:?}: {error}");
+        assert!(!Path::new(out).exists());
+    }
+}
+
+/// The script is run with a `trtexec` that only says what it was asked for.
+#[cfg(unix)]
+#[test]
+fn the_script_builds_once_and_refuses_what_is_stale() {
+    use std::os::unix::fs::PermissionsExt;
+
+    let folder = tempfile::tempdir().expect("a temporary folder can be made");
+    let (model, tools) = (folder.path().join("model"), folder.path().join("tools"));
+    fs::create_dir_all(&tools).expect("a folder");
+    fs::create_dir_all(&model).expect("a folder");
+    let script = model.join("build_engines.sh");
+    fs::copy(served("tiny-balanced", DType::BFloat16, Some(32)).join("build_engines.sh"), &script).expect("copied");
+    let tool = |name: &str, text: &str| {
+        let path = tools.join(name);
+        fs::write(&path, format!("#!/bin/sh\n{text}\n")).expect("written");
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("made executable");
+    };
+    let trtexec = |version: &str| {
+        let engine = r#"for a in "$@"; do case $a in --saveEngine=*) echo engine > "${a#--saveEngine=}"; esac; done"#;
+        tool("trtexec", &format!("echo '&&&& RUNNING TensorRT.trtexec [TensorRT v{version}] '\"$@\"\n{engine}"));
+    };
+    let path = format!("{}:{}", tools.display(), std::env::var("PATH").expect("a PATH"));
+    let bash = |arguments: &[&str]| {
+        let output = Command::new("bash").arg(&script).args(arguments).env("PATH", &path).output().expect("bash runs");
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        (output.status.code(), text(&output.stdout), text(&output.stderr))
+    };
+    let missing = Command::new("bash").arg(&script).env("PATH", "/usr/bin:/bin").output().expect("bash runs");
+    assert!(!missing.status.success());
+    assert!(String::from_utf8_lossy(&missing.stderr).contains("trtexec is not installed"));
+
+    tool("nvidia-smi", "echo 'NVIDIA H100 80GB HBM3, 9.0'");
+    trtexec("101600");
+    let (code, out, error) = bash(&["--verbose"]);
+    assert_eq!(code, Some(0), "{out}{error}");
+    for word in ["--stronglyTyped", "--verbose", "--minShapes=", "past_key_values.0.decoder.key:16x", "x32x"] {
+        assert!(out.contains(word), "{word} in {out}");
+    }
+    for stem in ["encoder_model", "decoder_model", "decoder_with_past_model"] {
+        assert!(model.join(format!("engines/{stem}.plan")).is_file(), "{stem}");
+    }
+    let (code, out, _) = bash(&[]);
+    assert_eq!((code, out.matches("is built").count(), out.matches("RUNNING").count()), (Some(0), 3, 0), "{out}");
+    trtexec("110100");
+    let (code, _, error) = bash(&[]);
+    assert!(code == Some(1) && error.contains("TensorRT 110100") && error.contains("TensorRT 101600"), "{error}");
+    let (code, out, _) = bash(&["--force"]);
+    assert!(code == Some(0) && !out.contains("--stronglyTyped"), "{out}");
+    tool("nvidia-smi", "echo 'NVIDIA L4, 8.9'");
+    let (code, _, error) = bash(&[]);
+    assert!(code == Some(1) && error.contains("NVIDIA L4") && error.contains("H100"), "{error}");
+}
+
+#[test]
+fn wrappers_have_the_ports_of_their_graphs() {
+    let model = served("tiny-balanced", DType::BFloat16, Some(32));
+    stdout(run("t5gemma-export", ["check", model.to_str().expect("UTF-8"), "--json"], ""));
+    python("check_wrappers.py", [model]);
+}
