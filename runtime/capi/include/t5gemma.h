@@ -14,7 +14,7 @@
  *         t5g_model *model;
  *         if (argc < 2 || failed(t5g_model_open(argv[1], NULL, &model))) return 1;
  *
- *         const char *texts[] = {"meet me at 5:30 pm", "it costs $20"};
+ *         const char *texts[] = {"Dr. Smith paid $3.50 on May 3, 2019.", "The meeting starts at 9:05 am on Elm St."};
  *         t5g_sources sources = t5g_sources_default();
  *         sources.rows = 2;
  *         sources.texts = texts;
