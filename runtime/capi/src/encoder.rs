@@ -184,6 +184,7 @@ pub extern "C" fn t5g_encoder_encode(
             return Err(Failure::argument("normalize", "0 without a pooling", "1"));
         }
         let (encoder, batch) = (&opened.encoder, opened.batch(sources)?);
+        encoder.features()?;
         let length = if pooling == Pooling::None { batch.length() } else { 1 };
         let shape = Shape::of(&batch, length, encoder.config().encoder.hidden_size);
         put_states(states, given, shape, &batch, || {

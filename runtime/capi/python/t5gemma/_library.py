@@ -56,7 +56,8 @@ class Header:
         self._library = ctypes.CDLL(str(library_file()))
         for returned, name, arguments in re.findall(r"^([\w ]+[ *]+)(t5g_\w+)\(([^()]*)\);", text, flags=re.M):
             function = getattr(self._library, name)
-            function.restype = of_type(returned, returned=True)
+            # A text that may hold zeros is read by its size.
+            function.restype = ctypes.c_void_p if name == "t5g_text_data" else of_type(returned, returned=True)
             given = [] if arguments == "void" else arguments.split(",")
             function.argtypes = [self._argument(argument.strip()) for argument in given]
             setattr(self, name, function)
@@ -147,6 +148,6 @@ def take_text(function: Any, *arguments: Any) -> str:
     """The text that a function gives."""
     text = call(function, *arguments)
     try:
-        return ctypes.string_at(ctypes.cast(C.t5g_text_data(text), ctypes.c_void_p), C.t5g_text_size(text)).decode()
+        return ctypes.string_at(C.t5g_text_data(text), C.t5g_text_size(text)).decode()
     finally:
         C.t5g_text_free(text)
