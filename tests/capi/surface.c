@@ -1,5 +1,8 @@
 /* Every function of t5gemma.h, used well and badly: surface DEMO CLASSIFIER SCRATCH. DEMO is a model with a tokenizer that
  * says "five dollars" for "$5"; CLASSIFIER labels sources, without a tokenizer; SCRATCH is a folder that is no model. */
+#define _POSIX_C_SOURCE 200809L
+#include <time.h>
+
 #include "check.h"
 
 static const char *const TEXTS[] = {"mr brown paid $5 on may 3rd", "Prof. Lee lives at 1420 Elm St. in Boston."};
@@ -601,6 +604,131 @@ static void check_tokenizer(const t5g_model *model, const char *demo) {
     CHECK(t5g_tokens_free(target) == T5G_OK && t5g_tokens_data(target) == NULL && t5g_tokens_size(target) == 0);
 }
 
+struct answered {
+    struct seen seen;
+    volatile int done;
+    t5g_result *result;
+    t5g_error *error;
+};
+
+static void done(void *user, t5g_result *result, t5g_error *error) {
+    struct answered *answered = user;
+    CHECK((result == NULL) != (error == NULL));
+    answered->result = result;
+    answered->error = error;
+    __atomic_store_n(&answered->done, 1, __ATOMIC_SEQ_CST);
+}
+
+static void wait_for(struct answered *answered) {
+    struct timespec nap = {0, 1000000};
+    while (!__atomic_load_n(&answered->done, __ATOMIC_SEQ_CST)) nanosleep(&nap, NULL);
+}
+
+static void check_engine(const t5g_model *model) {
+    t5g_engine *engine;
+    t5g_request *request, *second;
+    t5g_result *result;
+    t5g_sources sources = texts();
+    t5g_generation_options options = short_options();
+    t5g_engine_options bounds = t5g_engine_options_default();
+    FAILS(t5g_engine_new(NULL, NULL, &engine), T5G_ERROR_ARGUMENT, "model", "NULL");
+    FAILS(t5g_engine_new(model, NULL, NULL), T5G_ERROR_ARGUMENT, "engine", "NULL");
+    bounds.max_rows = -3;
+    FAILS(t5g_engine_new(model, &bounds, &engine), T5G_ERROR_ARGUMENT, "options.max_rows", "-3");
+    bounds.max_rows = 4;
+    WELL(t5g_engine_new(model, &bounds, &engine));
+
+    /* Polled to the end, with text. */
+    char spoken[2][200] = {"", ""};
+    int rows = 0;
+    t5g_call call = t5g_call_default();
+    call.stream_text = 1;
+    call.deadline_seconds = 3600;
+    WELL(t5g_engine_submit(engine, &sources, &options, &call, &request));
+    WELL(t5g_engine_submit(engine, &sources, &options, NULL, &second));
+    t5g_event event = t5g_event_default();
+    do {
+        WELL(t5g_request_poll(request, 10, &event));
+        CHECK(event.kind != T5G_EVENT_NONE);
+        if (event.kind == T5G_EVENT_PIECE) strcat(spoken[event.row], event.text);
+        rows += event.kind == T5G_EVENT_ROW;
+    } while (event.kind != T5G_EVENT_END);
+    CHECK(rows == 2 && strcmp(spoken[0], SPOKEN[0]) == 0 && strcmp(spoken[1], SPOKEN[1]) == 0);
+    WELL(t5g_request_poll(request, 0, &event));
+    CHECK(event.kind == T5G_EVENT_END);
+    FAILS(t5g_request_poll(request, -1, &event), T5G_ERROR_ARGUMENT, "seconds", "-1");
+    event.size = 0;
+    FAILS(t5g_request_poll(request, 0, &event), T5G_ERROR_ARGUMENT, "event.size", "found 0");
+    const char *text;
+    for (int time = 0; time < 2; time++) {
+        WELL(t5g_request_result(time ? request : second, &result));
+        WELL(t5g_result_text(result, 1, 0, &text, NULL));
+        CHECK(strcmp(text, SPOKEN[1]) == 0);
+        t5g_result_free(result);
+    }
+    CHECK(t5g_request_free(request) == T5G_OK && t5g_request_free(request) == T5G_ERROR_HANDLE);
+    FAILS(t5g_request_result(request, &result), T5G_ERROR_HANDLE, "request", "freed");
+    t5g_request_free(second);
+
+    /* By callback; stopped by a piece, by a cancellation, by a deadline. */
+    struct answered answered;
+    memset(&answered, 0, sizeof answered);
+    call.user = &answered;
+    call.on_piece = on_piece;
+    FAILS(t5g_engine_submit(engine, &sources, &options, &call, &request), T5G_ERROR_ARGUMENT, "call.on_piece", "poll");
+    FAILS(t5g_engine_call(engine, &sources, &options, &call, NULL), T5G_ERROR_ARGUMENT, "done", "NULL");
+    WELL(t5g_engine_call(engine, &sources, &options, &call, done));
+    wait_for(&answered);
+    WELL(answered.error);
+    CHECK(strcmp(answered.seen.text[1], SPOKEN[1]) == 0 && t5g_result_rows(answered.result) == 2);
+    t5g_result_free(answered.result);
+
+    memset(&answered, 0, sizeof answered);
+    call.on_piece = NULL;
+    t5g_generation_options endless = t5g_generation_options_default();
+    int64_t end = 1;
+    endless.max_new_tokens = 500;
+    endless.suppress_tokens = &end;
+    endless.suppress_tokens_count = 1;
+    WELL(t5g_cancellation_new(&call.cancellation));
+    WELL(t5g_engine_call(engine, &sources, &endless, &call, done));
+    WELL(t5g_cancellation_cancel(call.cancellation));
+    wait_for(&answered);
+    FAILS(answered.error, T5G_ERROR_CANCELLED, NULL, "cancelled");
+    t5g_cancellation_free(call.cancellation);
+    call = t5g_call_default();
+    call.deadline_seconds = 0.001;
+    WELL(t5g_engine_submit(engine, &sources, &endless, &call, &request));
+    FAILS(t5g_request_result(request, &result), T5G_ERROR_DEADLINE, "deadline_seconds", "deadline");
+    t5g_request_free(request);
+
+    options.num_beams = 5;
+    FAILS(t5g_engine_submit(engine, &sources, &options, NULL, &request), T5G_ERROR_TOO_LARGE, NULL, "4");
+    options.num_beams = 0;
+    FAILS(t5g_engine_submit(engine, &sources, &options, NULL, &request), T5G_ERROR_OPTIONS, "num_beams", "found 0");
+    options.num_beams = T5G_UNSET;
+    WELL(t5g_engine_submit(engine, &sources, &endless, NULL, &request));
+    t5g_request_free(request); /* cancels it */
+    WELL(t5g_engine_drain(engine));
+    FAILS(t5g_engine_submit(engine, &sources, &options, NULL, &request), T5G_ERROR_CLOSED, NULL, "no more");
+    t5g_engine_counts counts = t5g_engine_counts_default();
+    WELL(t5g_engine_stats(engine, &counts));
+    CHECK(counts.submitted == 6 && counts.finished == 3 && counts.failed == 3 && counts.rows == 0 && counts.max_rows == 4);
+    CHECK(counts.steps > 0 && counts.stepped_rows > counts.steps);
+    WELL(t5g_engine_shutdown(engine));
+    CHECK(t5g_engine_free(engine) == T5G_OK && t5g_engine_free(engine) == T5G_ERROR_HANDLE);
+    FAILS(t5g_engine_drain(engine), T5G_ERROR_HANDLE, "engine", "freed");
+
+    /* What is left when an engine is freed fails. */
+    WELL(t5g_engine_new(model, NULL, &engine));
+    WELL(t5g_engine_submit(engine, &sources, &endless, NULL, &request));
+    t5g_engine_free(engine);
+    t5g_error *error = t5g_request_result(request, &result);
+    CHECK(t5g_error_code(error) == T5G_ERROR_CANCELLED || t5g_error_code(error) == T5G_ERROR_CLOSED);
+    t5g_error_free(error);
+    t5g_request_free(request);
+}
+
 static void check_errors(void) {
     t5g_model *model;
     t5g_error *error = t5g_model_open(NULL, NULL, &model);
@@ -630,6 +758,7 @@ int main(int argc, char **argv) {
     check_scores(model);
     check_encoding(model, demo, classifier);
     check_tokenizer(model, demo);
+    check_engine(model);
 
     /* A result keeps its model, so that its text can be had later. */
     t5g_sources sources = texts();

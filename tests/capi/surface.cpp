@@ -1,6 +1,7 @@
 // t5gemma.hpp, used well and badly: surface DEMO. Compiled a second time with T5GEMMA_EXPECTED, which throws nothing.
 #include <cmath>
 #include <cstdio>
+#include <future>
 
 #include <t5gemma.hpp>
 
@@ -135,6 +136,24 @@ static void check(const char *demo) {
     const auto pooled = encoder.encode(t5g::Sources::texts({TEXT}), T5G_POOLING_MEAN, true);
     CHECK(pooled.length == 1 && pooled.values.size() == states.width);
     CHECK(thrown([&] { encoder.classify(t5g::Sources::texts({TEXT})); }).field() == "task");
+
+    auto engine = t5g::Engine::start(model);
+    t5g::GenerationOptions plain;
+    plain.max_new_tokens = 40;
+    auto request = engine.submit(t5g::Sources::texts({TEXT}), plain, true);
+    std::promise<std::string> told;
+    std::string pieces, polled;
+    engine.call(
+        t5g::Sources::texts({TEXT}), plain,
+        [&](t5g::Expected<t5g::Result> done) { told.set_value(done ? std::string(done->text(0)) : done.error().what()); },
+        [&](const t5g::Piece &piece) { return (pieces += piece.text).size() < 1000; });
+    for (auto event = request.poll(std::chrono::seconds(10)); event.kind != T5G_EVENT_END;
+         event = request.poll(std::chrono::seconds(10)))
+        polled += event.text;
+    CHECK(polled == SPOKEN && request.result().text(0) == SPOKEN && told.get_future().get() == SPOKEN && pieces == SPOKEN);
+    engine.drain();
+    CHECK(engine.stats().finished == 2);
+    CHECK(thrown([&] { engine.submit(t5g::Sources::texts({TEXT})); }).code() == T5G_ERROR_CLOSED);
     CHECK(thrown([&] { model.chat("[]"); }).code() == T5G_ERROR_FILE);
 }
 

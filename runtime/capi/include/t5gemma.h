@@ -55,9 +55,9 @@
  * opening it again costs and leaks nothing.
  *
  * THREADS. Every function may be called from any thread at any time, and every object may be used by several at once,
- * but for t5g_stream, which is one thread's at a time: T5G_ERROR_BUSY tells of a second. One model runs each of its graphs
- * for one call at a time, so calls from several threads take turns. Callbacks come on the thread of the call, in which they
- * may call this library; log messages come from any thread.
+ * but for t5g_stream and t5g_request, which are one thread's at a time: T5G_ERROR_BUSY tells of a second. One model runs each
+ * of its graphs for one call at a time, so calls from several threads take turns; t5g_engine has them share steps. Callbacks
+ * come on the thread of the call, in which they may call this library; t5g_engine_call and log messages say otherwise.
  *
  * STRUCTS. The first field of each is its size, so that they can grow: t5g_..._default() sets it, and everything else to
  * "not given". All fields are 8 bytes wide. A program runs with any library of the same T5G_ABI_MAJOR, older ones included as
@@ -94,6 +94,8 @@ typedef struct t5g_tokenizer t5g_tokenizer;
 typedef struct t5g_stream t5g_stream;
 typedef struct t5g_cancellation t5g_cancellation;
 typedef struct t5g_result t5g_result;
+typedef struct t5g_engine t5g_engine;
+typedef struct t5g_request t5g_request;
 
 /* The library's version, such as "0.1.0". The text is static. */
 const char *t5g_version(void);
@@ -126,7 +128,10 @@ enum {
     T5G_ERROR_ONNXRUNTIME = 14, /* ONNX Runtime failed */
     T5G_ERROR_CANCELLED = 15,   /* a cancellation was used, or a callback asked to stop */
     T5G_ERROR_DEADLINE = 16,    /* t5g_call.deadline_seconds were over */
-    T5G_ERROR_INTERNAL = 17     /* a bug of the library */
+    T5G_ERROR_INTERNAL = 17,    /* a bug of the library */
+    T5G_ERROR_TOO_LARGE = 18,   /* a request that an engine can never hold */
+    T5G_ERROR_FULL = 19,        /* an engine with as many requests waiting as it may have */
+    T5G_ERROR_CLOSED = 20       /* an engine that takes no more requests */
 };
 
 /* What kind of error it is; T5G_ERROR_HANDLE if it is no error's handle. */
@@ -188,7 +193,7 @@ typedef struct t5g_open_options {
     int64_t device;              /* which of several; T5G_UNSET: the first */
     int64_t threads;             /* T5G_UNSET: as many as the machine has cores */
     int64_t check_weights;       /* 1: hash the whole file of weights, however large */
-    int64_t encoder_cache_bytes; /* what may be kept of the encoder's results for sources that come again; T5G_UNSET: 0 */
+    int64_t encoder_cache_bytes; /* what may be kept of the encoder's results for sources that come again; 0: nothing */
     const char *json;            /* the same as a JSON object under the same names; NULL: nothing. Each option at most once */
 } t5g_open_options;
 
@@ -425,6 +430,107 @@ t5g_error *t5g_result_text(const t5g_result *result, size_t row, size_t index, c
 /* The result as `t5gemma generate --jsonl` writes it: {"sequences": ..., "seed", "usage"}. */
 t5g_error *t5g_result_json(const t5g_result *result, t5g_text **json);
 t5g_code t5g_result_free(t5g_result *result);
+
+
+/* ---- The engine: many requests in one batch ---- */
+
+/* Its bounds; T5G_UNSET leaves those of the library. */
+typedef struct t5g_engine_options {
+    size_t size;
+    int64_t max_rows;    /* target rows in flight: the beams or samples of all sources together */
+    int64_t max_bytes;   /* what keys, values and logits of the rows in flight may come to need */
+    int64_t max_waiting; /* requests that wait for all of their rows to be admitted */
+} t5g_engine_options;
+
+static inline t5g_engine_options t5g_engine_options_default(void) {
+    t5g_engine_options options;
+    memset(&options, 0, sizeof options);
+    options.size = sizeof options;
+    options.max_rows = options.max_bytes = options.max_waiting = T5G_UNSET;
+    return options;
+}
+
+/* Starts a thread that generates for many requests at once: rows join between two steps and leave when they are finished, and
+ * each gets what t5g_model_generate gives it alone. Best with models exported for --target cpu, whose rows share every
+ * step. `options` may be NULL. */
+t5g_error *t5g_engine_new(const t5g_model *model, const t5g_engine_options *options, t5g_engine **engine);
+
+/* Submits sources, to be polled. `options` and `call` may be NULL; of the callbacks of `call` only those that change scores may
+ * be given, and they come on the engine's thread until the request has ended. Its cancellation and deadline hold while the
+ * request waits, too. T5G_ERROR_FULL, T5G_ERROR_TOO_LARGE and T5G_ERROR_CLOSED refuse it. */
+t5g_error *t5g_engine_submit(const t5g_engine *engine, const t5g_sources *sources, const t5g_generation_options *options,
+                             const t5g_call *call, t5g_request **request);
+
+enum {
+    T5G_EVENT_NONE = 0,  /* nothing happened in that time */
+    T5G_EVENT_PIECE = 1, /* a token of a row, or with token -1 the last of its text */
+    T5G_EVENT_ROW = 2,   /* a row is finished */
+    T5G_EVENT_END = 3    /* all are, and everything has been told */
+};
+
+typedef struct t5g_event {
+    size_t size; /* set by the caller */
+    int64_t kind;
+    size_t row;
+    int64_t token;
+    const char *text; /* with t5g_call.stream_text, else NULL; lives until the next call with the request */
+    size_t text_size;
+} t5g_event;
+
+static inline t5g_event t5g_event_default(void) {
+    t5g_event event;
+    memset(&event, 0, sizeof event);
+    event.size = sizeof event;
+    return event;
+}
+
+/* Waits up to `seconds` for what happens next to a request; fails if it failed. */
+t5g_error *t5g_request_poll(t5g_request *request, double seconds, t5g_event *event);
+/* Waits until a request has ended, passing over events, and gives its result, each time anew. */
+t5g_error *t5g_request_result(t5g_request *request, t5g_result **result);
+/* Frees a request, which is cancelled if it has not ended. */
+t5g_code t5g_request_free(t5g_request *request);
+
+/* Is given a result or an error, which are then the caller's to free. */
+typedef void (*t5g_done)(void *user, t5g_result *result, t5g_error *error);
+
+/* Submits sources, to be told of: pieces and in the end, exactly once, `done` come on a thread of the request's own, with
+ * t5g_call.user. Its on_step is not called. If this fails, `done` is not called. */
+t5g_error *t5g_engine_call(const t5g_engine *engine, const t5g_sources *sources, const t5g_generation_options *options,
+                           const t5g_call *call, t5g_done done);
+
+typedef struct t5g_engine_counts {
+    size_t size;             /* set by the caller */
+    uint64_t submitted;      /* requests that were taken */
+    uint64_t finished;       /* of them, those that were answered */
+    uint64_t failed;         /* of them, those that ended with an error */
+    size_t waiting_requests; /* requests of which a source has not been admitted */
+    size_t waiting_sources;
+    size_t sources;          /* in flight */
+    size_t rows;             /* target rows in flight */
+    size_t planned_bytes;    /* what these may come to need, as max_bytes counts */
+    uint64_t steps;          /* runs of a decoder graph so far */
+    uint64_t stepped_rows;   /* target rows in all of them together */
+    size_t max_rows;         /* the bounds in force */
+    size_t max_bytes;
+    size_t max_waiting;
+} t5g_engine_counts;
+
+static inline t5g_engine_counts t5g_engine_counts_default(void) {
+    t5g_engine_counts counts;
+    memset(&counts, 0, sizeof counts);
+    counts.size = sizeof counts;
+    return counts;
+}
+
+t5g_error *t5g_engine_stats(const t5g_engine *engine, t5g_engine_counts *counts);
+
+/* Takes no more requests, and waits until all that were taken have ended. */
+t5g_error *t5g_engine_drain(const t5g_engine *engine);
+/* Ends everything at once: requests that are not done fail with T5G_ERROR_CANCELLED or T5G_ERROR_CLOSED. */
+t5g_error *t5g_engine_shutdown(const t5g_engine *engine);
+/* Shuts it down and frees it; not from a callback on its own thread. */
+t5g_code t5g_engine_free(t5g_engine *engine);
 
 
 /* ---- Hidden states, vectors, labels ---- */

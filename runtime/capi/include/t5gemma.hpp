@@ -27,6 +27,7 @@
 #include <cstdlib>
 #include <exception>
 #include <functional>
+#include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -650,6 +651,105 @@ public:
 
 private:
     detail::Handle<t5g_model, t5g_model_free> handle_;
+};
+
+struct EngineOptions : t5g_engine_options {
+    EngineOptions() : t5g_engine_options(t5g_engine_options_default()) {}
+};
+
+/// What happened to a request: T5G_EVENT_…. The text lives until the next call with the request.
+struct Event {
+    std::int64_t kind;
+    std::size_t row;
+    std::int64_t token;
+    std::string_view text;
+};
+
+/// A request that an engine was given; for one thread at a time. It is cancelled when it goes before its end.
+class Request {
+public:
+    explicit Request(t5g_request *request) : handle_(request) {}
+    Returned<Event> poll(std::chrono::duration<double> wait) {
+        t5g_event event = t5g_event_default();
+        t5g_error *error = t5g_request_poll(handle_.get(), wait.count(), &event);
+        return detail::returned<Event>(error, [&] {
+            std::string_view text = event.text ? std::string_view(event.text, event.text_size) : std::string_view();
+            return Event{event.kind, event.row, event.token, text};
+        });
+    }
+    Returned<Result> result() {
+        t5g_result *made = nullptr;
+        return detail::returned<Result>(t5g_request_result(handle_.get(), &made), [&] { return Result(made); });
+    }
+
+private:
+    detail::Handle<t5g_request, t5g_request_free> handle_;
+};
+
+/// Generates for many requests in one batch, for any number of threads.
+class Engine {
+public:
+    explicit Engine(t5g_engine *engine) : handle_(engine) {}
+    static Returned<Engine> start(const Model &model, const EngineOptions &options = {}) {
+        t5g_engine *made = nullptr;
+        return detail::returned<Engine>(t5g_engine_new(model.get(), &options, &made), [&] { return Engine(made); });
+    }
+    /// Submits sources, to be polled.
+    Returned<Request> submit(const Sources &sources, const GenerationOptions &options = {}, bool stream_text = false,
+                             std::chrono::duration<double> deadline = {}, Cancellation *cancellation = nullptr) const {
+        t5g_call call = t5g_call_default();
+        call.stream_text = stream_text ? 1 : 0;
+        call.deadline_seconds = deadline.count();
+        call.cancellation = cancellation ? cancellation->get() : nullptr;
+        t5g_request *made = nullptr;
+        t5g_error *error = sources.with(
+            [&](const t5g_sources *given) { return t5g_engine_submit(handle_.get(), given, &options, &call, &made); });
+        return detail::returned<Request>(error, [&] { return Request(made); });
+    }
+    /// Submits sources, to be told of on another thread: `on_piece` as they come (false ends the request), then once
+    /// `on_done` with the result or the error. Neither may throw.
+    Returned<void> call(const Sources &sources, const GenerationOptions &options,
+                        std::function<void(Expected<Result>)> on_done,
+                        std::function<bool(const Piece &)> on_piece = nullptr,
+                        std::chrono::duration<double> deadline = {}, Cancellation *cancellation = nullptr) const {
+        struct Told {
+            std::function<void(Expected<Result>)> on_done;
+            std::function<bool(const Piece &)> on_piece;
+        };
+        auto told = std::make_unique<Told>(Told{std::move(on_done), std::move(on_piece)});
+        t5g_call call = t5g_call_default();
+        call.user = told.get();
+        call.deadline_seconds = deadline.count();
+        call.cancellation = cancellation ? cancellation->get() : nullptr;
+        if (told->on_piece) {
+            call.stream_text = 1;
+            call.on_piece = [](void *user, const t5g_piece *piece) -> std::int32_t {
+                std::string_view text(piece->text ? piece->text : "", piece->text_size);
+                return static_cast<Told *>(user)->on_piece(Piece{piece->row, piece->token, text}) ? 0 : 1;
+            };
+        }
+        t5g_error *error = sources.with([&](const t5g_sources *given) {
+            return t5g_engine_call(handle_.get(), given, &options, &call,
+                                   [](void *user, t5g_result *result, t5g_error *error) {
+                                       std::unique_ptr<Told> told(static_cast<Told *>(user));
+                                       if (error != nullptr) told->on_done(Error(error));
+                                       else told->on_done(Result(result));
+                                   });
+        });
+        if (error == nullptr) told.release();
+        return detail::returned(error);
+    }
+    Returned<t5g_engine_counts> stats() const {
+        t5g_engine_counts counts = t5g_engine_counts_default();
+        return detail::returned<t5g_engine_counts>(t5g_engine_stats(handle_.get(), &counts), [&] { return counts; });
+    }
+    /// Takes no more requests, and waits until all that were taken have ended.
+    Returned<void> drain() const { return detail::returned(t5g_engine_drain(handle_.get())); }
+    /// Ends everything at once.
+    Returned<void> shutdown() const { return detail::returned(t5g_engine_shutdown(handle_.get())); }
+
+private:
+    detail::Handle<t5g_engine, t5g_engine_free> handle_;
 };
 
 /// An opened encoder or classifier, for any number of threads.

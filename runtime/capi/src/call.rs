@@ -4,7 +4,7 @@ use std::ffi::{c_char, c_void};
 use std::ops::ControlFlow;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError, mpsc};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread;
 use std::time::Duration;
 
@@ -13,9 +13,13 @@ use t5gemma_runtime::{
     TextStream, Watch,
 };
 
-use crate::error::{Code, Failure, c_string, fallible, free, value};
+use crate::error::{Code, Failure, fallible, free, value};
 use crate::handle::{Handle, Held, Object};
 use crate::input::{Fields, Out, Record, flag};
+use crate::tokenizer::Written;
+
+type OnPiece = extern "C" fn(*mut c_void, *const t5g_piece) -> i32;
+type OnStep = extern "C" fn(*mut c_void) -> i32;
 
 #[derive(Clone, Copy)]
 #[repr(C)]
@@ -25,8 +29,8 @@ pub struct t5g_call {
     cancellation: Handle<Cancellations>,
     deadline_seconds: f64,
     stream_text: i64,
-    on_piece: Option<extern "C" fn(*mut c_void, *const t5g_piece) -> i32>,
-    on_step: Option<extern "C" fn(*mut c_void) -> i32>,
+    on_piece: Option<OnPiece>,
+    on_step: Option<OnStep>,
     logits_processor: Option<extern "C" fn(*mut c_void, *const t5g_position, *mut f32, usize)>,
     prefix_allowed_tokens: Option<extern "C" fn(*mut c_void, usize, *const i64, usize, *mut *const i64) -> usize>,
 }
@@ -108,10 +112,32 @@ impl Call {
         })
     }
 
+    /// How long the call may take.
+    pub fn deadline(&self) -> Option<Duration> {
+        self.deadline
+    }
+
+    /// Whether pieces come with text.
+    pub fn wants_text(&self) -> bool {
+        self.stream_text
+    }
+
+    /// Has the caller's cancellation stop something, for as long as what is returned lives.
+    pub fn list(&self, stop: impl Fn() + Send + Sync + 'static) -> Option<Listed> {
+        self.cancellation.as_ref().map(|all| Cancellations::list(all.share(), Box::new(stop)))
+    }
+
+    /// The callbacks that are shown what happens.
+    pub fn shown(&self) -> Shown {
+        let t5g_call { user, on_piece, on_step, .. } = self.given;
+        Shown { user: User(user), on_piece, on_step }
+    }
+
     /// Does something that the caller's cancellation and deadline can stop.
     pub fn run<T>(&self, work: impl FnOnce(&Cancellation) -> Result<T, Error>) -> Result<T, Failure> {
         let own = Cancellation::new();
-        let _listed = self.cancellation.as_ref().map(|all| all.list(own.clone()));
+        let to_stop = own.clone();
+        let _listed = self.list(move || to_stop.cancel());
         let Some(deadline) = self.deadline else { return Ok(work(&own)?) };
         let is_over = AtomicBool::new(false);
         let result = thread::scope(|scope| {
@@ -176,35 +202,58 @@ impl Call {
             }
             false => Vec::new(),
         };
-        Ok(Pieces { given: self.given, streams, failed: None })
+        Ok(Pieces { shown: self.shown(), streams, failed: None })
     }
+}
+
+/// The callbacks that are shown what happens, and the caller's pointer for them.
+#[derive(Clone, Copy)]
+pub struct Shown {
+    user: User,
+    on_piece: Option<OnPiece>,
+    on_step: Option<OnStep>,
+}
+
+impl Shown {
+    pub fn user(&self) -> *mut c_void {
+        self.user.pointer()
+    }
+
+    /// The field of one that is given.
+    pub fn name(&self) -> Option<&'static str> {
+        let steps = self.on_step.map(|_| "on_step");
+        self.on_piece.map(|_| "on_piece").or(steps)
+    }
+
+    /// Shows a token, with its text where that is wanted.
+    pub fn piece(&self, row: usize, token: i64, text: Option<String>) -> ControlFlow<()> {
+        let Some(on_piece) = self.on_piece else { return ControlFlow::Continue(()) };
+        let text = text.map(Written::new);
+        let piece = t5g_piece {
+            size: size_of::<t5g_piece>(),
+            row,
+            token,
+            text: text.as_ref().map_or(ptr::null(), Written::pointer),
+            text_size: text.as_ref().map_or(0, Written::size),
+        };
+        going_on(on_piece(self.user(), &piece))
+    }
+}
+
+/// What a callback's answer means.
+fn going_on(answer: i32) -> ControlFlow<()> {
+    if answer == 0 { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
 }
 
 /// Shows tokens and text as they become certain.
 pub struct Pieces<'m> {
-    given: t5g_call,
+    shown: Shown,
     /// One for each row, where text is wanted.
     streams: Vec<TextStream<'m>>,
     failed: Option<Error>,
 }
 
 impl Pieces<'_> {
-    fn show(&self, row: usize, token: i64, text: Option<String>) -> ControlFlow<()> {
-        let Some(on_piece) = self.given.on_piece else { return ControlFlow::Continue(()) };
-        let text = text.map(c_string);
-        let piece = t5g_piece {
-            size: size_of::<t5g_piece>(),
-            row,
-            token,
-            text: text.as_ref().map_or(ptr::null(), |text| text.as_ptr()),
-            text_size: text.as_ref().map_or(0, |text| text.as_bytes().len()),
-        };
-        match on_piece(self.given.user, &piece) {
-            0 => ControlFlow::Continue(()),
-            _ => ControlFlow::Break(()),
-        }
-    }
-
     /// Shows the text that waited for more tokens, after `result`, which failed for reasons of showing if that was so.
     pub fn finish<T>(mut self, result: Result<T, Error>) -> Result<T, Error> {
         if let Some(error) = self.failed.take() {
@@ -213,7 +262,7 @@ impl Pieces<'_> {
         let result = result?;
         for (row, stream) in std::mem::take(&mut self.streams).into_iter().enumerate() {
             let text = stream.finish()?;
-            if !text.is_empty() && self.show(row, -1, Some(text)).is_break() {
+            if !text.is_empty() && self.shown.piece(row, -1, Some(text)).is_break() {
                 return Err(Error::Cancelled);
             }
         }
@@ -230,19 +279,16 @@ impl Watch for Pieces<'_> {
                 return ControlFlow::Break(());
             }
         };
-        self.show(row, token, text)
+        self.shown.piece(row, token, text)
     }
 
     fn step(&mut self) -> ControlFlow<()> {
-        match self.given.on_step.map(|on_step| on_step(self.given.user)) {
-            None | Some(0) => ControlFlow::Continue(()),
-            Some(_) => ControlFlow::Break(()),
-        }
+        self.shown.on_step.map_or(ControlFlow::Continue(()), |on_step| going_on(on_step(self.shown.user())))
     }
 }
 
-/// What a `t5g_cancellation` is: the cancellations of the calls that it is given to. Each call has its own, because a deadline
-/// ends one of them and not the others.
+/// What a `t5g_cancellation` is: ways to stop the calls that it is given to. Each call has its own, because a deadline ends
+/// one of them and not the others.
 #[derive(Default)]
 pub struct Cancellations(Mutex<Calls>);
 
@@ -250,8 +296,10 @@ pub struct Cancellations(Mutex<Calls>);
 struct Calls {
     is_used: bool,
     next: usize,
-    running: Vec<(usize, Cancellation)>,
+    running: Vec<(usize, Stop)>,
 }
+
+type Stop = Box<dyn Fn() + Send + Sync>;
 
 impl Object for Cancellations {
     const NAME: &'static str = "t5g_cancellation";
@@ -262,31 +310,33 @@ impl Cancellations {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Cancels a call too, for as long as what is returned lives.
-    fn list(&self, call: Cancellation) -> Listed<'_> {
-        let mut calls = self.calls();
+    /// Stops a call too, for as long as what is returned lives.
+    fn list(all: Arc<Cancellations>, stop: Stop) -> Listed {
+        let mut calls = all.calls();
         if calls.is_used {
-            call.cancel();
+            stop();
         }
         let number = calls.next;
         calls.next += 1;
-        calls.running.push((number, call));
-        Listed { all: self, number }
+        calls.running.push((number, stop));
+        drop(calls);
+        Listed { all, number }
     }
 
     fn cancel(&self) {
         let mut calls = self.calls();
         calls.is_used = true;
-        calls.running.iter().for_each(|(_, call)| call.cancel());
+        calls.running.iter().for_each(|(_, stop)| stop());
     }
 }
 
-struct Listed<'a> {
-    all: &'a Cancellations,
+/// A call that a cancellation can stop.
+pub struct Listed {
+    all: Arc<Cancellations>,
     number: usize,
 }
 
-impl Drop for Listed<'_> {
+impl Drop for Listed {
     fn drop(&mut self) {
         self.all.calls().running.retain(|(number, _)| *number != self.number);
     }
@@ -343,15 +393,18 @@ mod tests {
 
     #[test]
     fn a_cancellation_stops_all_its_calls_whenever_they_begin() {
-        let all = Cancellations::default();
-        let (first, second) = (Cancellation::new(), Cancellation::new());
-        let listed = all.list(first.clone());
-        drop(all.list(second.clone()));
+        let all = Arc::new(Cancellations::default());
+        let list = |call: &Cancellation| {
+            let call = call.clone();
+            Cancellations::list(all.clone(), Box::new(move || call.cancel()))
+        };
+        let [first, second, third] = [(); 3].map(|()| Cancellation::new());
+        let listed = list(&first);
+        drop(list(&second));
         all.cancel();
         assert!(first.is_cancelled() && !second.is_cancelled(), "the second was over before");
         drop(listed);
-        let third = Cancellation::new();
-        let _listed = all.list(third.clone());
+        let _listed = list(&third);
         assert!(third.is_cancelled() && all.calls().running.len() == 1);
     }
 }

@@ -31,6 +31,9 @@ pub enum Code {
     Cancelled = 15,
     Deadline = 16,
     Internal = 17,
+    TooLarge = 18,
+    Full = 19,
+    Closed = 20,
 }
 
 /// What becomes a `t5g_error`.
@@ -102,6 +105,10 @@ impl From<Error> for Failure {
             Error::NotFinite { .. } => (Code::NotFinite, None),
             Error::Constraint { .. } => (Code::Constraint, None),
             Error::Cancelled => (Code::Cancelled, None),
+            Error::Deadline => (Code::Deadline, Some("deadline_seconds".to_string())),
+            Error::TooLarge { .. } => (Code::TooLarge, None),
+            Error::Busy { .. } => (Code::Full, None),
+            Error::Closed => (Code::Closed, None),
             _ => (Code::Internal, None),
         };
         let failure = Failure::new(code, message);

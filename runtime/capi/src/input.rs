@@ -257,6 +257,15 @@ pub fn flag(value: i64, name: &str) -> Result<bool, Failure> {
     }
 }
 
+/// A number that is a size, if it is given.
+pub fn whole(value: i64, name: &str) -> Result<Option<usize>, Failure> {
+    match usize::try_from(value) {
+        Ok(value) => Ok(Some(value)),
+        Err(_) if value == UNSET => Ok(None),
+        Err(_) => Err(Failure::argument(name, "a whole number, or T5G_UNSET", value.to_string())),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

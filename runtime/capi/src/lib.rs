@@ -3,7 +3,8 @@
 //!
 //! # Design
 //! What the caller hands over is taken as a type of `input.rs` (`Text`, `Array`, `Record`, `Out`) or as a `Handle`, and
-//! their methods check it: the only `unsafe` besides is where callbacks are called. The promise that memory is as long as the
+//! their methods check it: the only `unsafe` besides is where a callback gives an array and
+//! where streams of text keep their tokenizer. The promise that memory is as long as the
 //! header says is the caller's, made by calling. Handles are numbers into a table, so that those that were freed, or are of
 //! another kind, are known for what they are.
 
@@ -21,6 +22,8 @@ mod model;
 mod options;
 mod result;
 mod sources;
+
+mod engine;
 
 mod encoder;
 mod tokenizer;

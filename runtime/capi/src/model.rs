@@ -1,7 +1,7 @@
 //! Models: opened, described, generated with, scored by.
 
 use std::path::PathBuf;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use serde_json::{Value, json};
 use t5gemma_runtime::{Batch, ChatTemplate, GenerationOptions, Model};
@@ -19,7 +19,7 @@ use crate::tokenizer::{Reading, Written};
 
 /// A `t5g_model`.
 pub struct Opened {
-    pub model: Model,
+    pub model: Arc<Model>,
     path: PathBuf,
     chat: OnceLock<Result<ChatTemplate, Failure>>,
 }
@@ -60,7 +60,7 @@ pub extern "C" fn t5g_model_open(
         let place = model.check("model")?;
         let (path, options) = (PathBuf::from(path.required("path")?), open_options(options)?);
         onnxruntime::prepare();
-        let model = Model::open_with(&path, &options)?;
+        let model = Arc::new(Model::open_with(&path, &options)?);
         place.put(Handle::new(Opened { model, path, chat: OnceLock::new() }));
         Ok(())
     })
@@ -70,7 +70,7 @@ pub extern "C" fn t5g_model_open(
 pub extern "C" fn t5g_model_describe(model: Handle<Opened>, json: Out<Handle<Written>>) -> Handle<Failure> {
     fallible(|| {
         let (place, opened) = (json.check("json")?, model.get("model")?);
-        let (model, options) = (&opened.model, opened.model.options());
+        let (model, options) = (&*opened.model, opened.model.options());
         let (manifest, config) = (model.manifest(), model.config());
         let described = json!({
             "path": opened.path.to_string_lossy(),
@@ -128,7 +128,7 @@ pub extern "C" fn t5g_model_generate(
 ) -> Handle<Failure> {
     fallible(|| {
         let (place, opened) = (result.check("result")?, model.get("model")?);
-        let model = &opened.model;
+        let model = &*opened.model;
         let (call, given) = (Call::read(call)?, generation_options(options)?);
         let mut options = call.add_to(model.options().with(&given)?);
         if options.do_sample {
