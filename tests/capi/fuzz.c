@@ -23,10 +23,11 @@ enum { SLOTS = 6 };
 /* Handles of all kinds side by side: what is taken from here may be of the right kind. */
 static void *slots[SLOTS];
 static int kinds[SLOTS];
-enum { NONE, MODEL, ENCODER, TOKENIZER, STREAM, CANCELLATION, RESULT, TEXT, TOKENS };
+enum { NONE, MODEL, ENCODER, TOKENIZER, STREAM, CANCELLATION, RESULT, TEXT, TOKENS, REQUEST, ENGINE };
 
 static t5g_model *model;
 static t5g_encoder *encoder;
+static t5g_engine *engine;
 static char *const UNTOUCHED = (char *)"untouched";
 
 static void *handle(void) {
@@ -40,6 +41,7 @@ static void *likely(int kind) {
     if (byte() % 8 == 0) return handle();
     if (kind == MODEL) return model;
     if (kind == ENCODER) return encoder;
+    if (kind == ENGINE) return engine;
     for (size_t at = 0; at < SLOTS; at++)
         if (kinds[at] == kind) return slots[at];
     return handle();
@@ -54,6 +56,8 @@ static t5g_code free_kind(int kind, void *it) {
     case CANCELLATION: return t5g_cancellation_free(it);
     case RESULT: return t5g_result_free(it);
     case TEXT: return t5g_text_free(it);
+    case REQUEST: return t5g_request_free(it);
+    case ENGINE: return t5g_engine_free(it);
     default: return t5g_tokens_free(it);
     }
 }
@@ -208,7 +212,7 @@ static void step(void) {
     t5g_targets targets = t5g_targets_default();
     const char *shown = UNTOUCHED;
     size_t size;
-    switch (below(30)) {
+    switch (below(35)) {
     case 0:
     case 1: {
         t5g_sources *s = sources(&given);
@@ -308,10 +312,41 @@ static void step(void) {
         KEEP(t5g_encoder_classify(likely(ENCODER), s, (int32_t)number(), c, states(&room)), NONE);
         break;
     }
+    case 27:
+    case 28: {
+        t5g_sources *s = sources(&given);
+        t5g_generation_options *o = options(&wanted);
+        t5g_call *c = call(&way);
+        /* Callbacks would be of this program's bytes, on another thread. */
+        if (c != NULL && byte() % 8) c->on_piece = NULL, c->on_step = NULL;
+        KEEP(t5g_engine_submit(likely(ENGINE), s, o, c, (t5g_request **)&out), REQUEST);
+        break;
+    }
+    case 29: {
+        t5g_event event = t5g_event_default();
+        event.size = wrong_size(event.size);
+        KEEP(t5g_request_poll(likely(REQUEST), byte() % 4 ? 0.001 : real() - 0.5, &event), NONE);
+        break;
+    }
+    case 30: KEEP(t5g_request_result(likely(REQUEST), (t5g_result **)&out), RESULT); break;
+    case 31: {
+        t5g_engine_counts counts = t5g_engine_counts_default();
+        counts.size = wrong_size(counts.size);
+        KEEP(t5g_engine_stats(likely(ENGINE), &counts), NONE);
+        CHECK(counts.finished + counts.failed <= counts.submitted);
+        break;
+    }
+    case 32: {
+        t5g_engine_options bounds = t5g_engine_options_default();
+        bounds.max_rows = number();
+        bounds.max_bytes = number();
+        if (byte() % 8 == 0) KEEP(t5g_engine_new(likely(MODEL), &bounds, (t5g_engine **)&out), ENGINE);
+        break;
+    }
     default: {
         /* Frees something, possibly by the wrong function; a slot keeps what was freed. */
         size_t slot = below(SLOTS);
-        int kind = byte() % 4 ? kinds[slot] : 1 + (int)below(8);
+        int kind = byte() % 4 ? kinds[slot] : 1 + (int)below(10);
         if (slots[slot] == model || kind == NONE) break;
         t5g_code code = free_kind(kind, slots[slot]);
         CHECK(code == (kind == kinds[slot] || slots[slot] == NULL ? T5G_OK : T5G_ERROR_HANDLE));
@@ -329,12 +364,13 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     input = data;
     left = size;
     if (encoder == NULL) WELL(t5g_encoder_open(getenv("FUZZ_MODEL"), NULL, &encoder));
+    if (engine == NULL) WELL(t5g_engine_new(model, NULL, &engine));
     memset(slots, 0, sizeof slots);
     memset(kinds, 0, sizeof kinds);
     while (left > 0) step();
     for (size_t at = 0; at < SLOTS; at++)
         if (kinds[at] != NONE) CHECK(free_kind(kinds[at], slots[at]) == T5G_OK);
-    CHECK(t5g_live_handles() == 2);
+    CHECK(t5g_live_handles() == 3);
     return 0;
 }
 

@@ -89,6 +89,18 @@ def main(demo, classifier):
     error = fails(t5gemma.Error, "not done within", lambda: [model.generate(TEXTS * 8, deadline=0.05, **endless) for _ in range(99)])
     assert error.field == "deadline_seconds"
 
+    with t5gemma.Engine(model, max_rows=8) as engine:
+        streamed, waited = engine.submit(TEXTS, max_new_tokens=40, stream_text=True), engine.submit(TEXTS, max_new_tokens=40)
+        told = ["", ""]
+        for row, token, text in streamed:
+            told[row] += text
+        assert told == SPOKEN and [row[0].text for row in waited.result()] == SPOKEN == [row[0].text for row in streamed.result()]
+        fails(t5gemma.Error, "num_beams", lambda: engine.submit("x", num_beams=0))
+        fails(t5gemma.Error, "deadline", engine.submit(TEXTS * 8, deadline=0.001, **endless | {"num_beams": 1}).result)
+        engine.drain()
+        assert engine.stats["finished"] == 2 and engine.stats["max_rows"] == 8
+        fails(t5gemma.Error, "no more", lambda: engine.submit("x"))
+
     with t5gemma.Encoder.open(demo) as encoder:
         vectors = encoder.embed(TEXTS, "mean", normalize=True)
         assert vectors.shape == (2, states.shape[2]) and np.allclose((vectors**2).sum(1), 1, atol=1e-5)

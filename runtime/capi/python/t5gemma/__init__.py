@@ -23,7 +23,7 @@ import numpy as np
 
 from ._library import C, Error, call, callback, filled, take_text
 
-__all__ = ["Cancellation", "Encoder", "Error", "Hypothesis", "Model", "Tokenizer", "onnxruntime_report", "version"]
+__all__ = ["Cancellation", "Encoder", "Engine", "Error", "Hypothesis", "Model", "Request", "Tokenizer", "onnxruntime_report", "version"]
 
 Sources = Union[str, Sequence[str], np.ndarray, Sequence[Sequence[int]], Sequence[Mapping[str, Any]]]
 """A text, texts, a rectangle of token ids, rows of token ids of any lengths, or a conversation: {"role", "content"} each."""
@@ -257,6 +257,83 @@ class Model(_Opened):
         """The encoder's last hidden states, [rows, length, hidden_size], and the mask, [rows, length]."""
         given = _Given(sources, attention_mask)
         return _states(lambda states: call(C.t5g_model_encode, self._handle, given.pointer, None, states, out=False))
+
+
+class Request(_Owner):
+    """A request that an engine was given; for one thread at a time. Freeing it cancels it."""
+
+    _free = "t5g_request_free"
+
+    def __iter__(self) -> Iterator[tuple[int, int, str]]:
+        """Row, token (-1 with the last text of a row) and text as they become certain."""
+        event, kinds = filled("t5g_event"), C.constants
+        while True:
+            call(C.t5g_request_poll, self._handle, 0.1, ctypes.byref(event), out=False)
+            if event.kind == kinds["T5G_EVENT_PIECE"]:
+                text = ctypes.string_at(event.text, event.text_size).decode() if event.text else ""
+                yield event.row, event.token, text
+            elif event.kind == kinds["T5G_EVENT_END"]:
+                return
+
+    def result(self) -> list[list[Hypothesis]]:
+        """Waits for the end: what Model.generate returns."""
+        for _ in self:
+            pass
+        return _taken(call(C.t5g_request_result, self._handle))
+
+
+class Engine(_Owner):
+    """Generates for many requests in one batch, for any number of threads."""
+
+    _free = "t5g_engine_free"
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        max_rows: int | None = None,
+        max_bytes: int | None = None,
+        max_waiting: int | None = None,
+    ) -> None:
+        bounds = {"max_rows": max_rows, "max_bytes": max_bytes, "max_waiting": max_waiting}
+        given = filled("t5g_engine_options", **{name: value for name, value in bounds.items() if value is not None})
+        super().__init__(call(C.t5g_engine_new, model._handle, ctypes.byref(given)))
+
+    def submit(
+        self,
+        sources: Sources,
+        *,
+        attention_mask: np.ndarray | None = None,
+        decoder_input_ids: np.ndarray | None = None,
+        decoder_text: str | Sequence[str] | None = None,
+        stream_text: bool = False,
+        cancellation: Cancellation | None = None,
+        deadline: float = 0.0,
+        **options: Any,
+    ) -> Request:
+        """Submits sources; `deadline` counts from now, waiting included."""
+        given = _Given(sources, attention_mask, decoder_input_ids, decoder_text)
+        wanted = filled("t5g_generation_options", json=json.dumps(options).encode())
+        way = filled("t5g_call", deadline_seconds=deadline, stream_text=int(stream_text))
+        if cancellation is not None:
+            way.cancellation = cancellation._handle
+        pointers = given.pointer, ctypes.byref(wanted), ctypes.byref(way)
+        return Request(call(C.t5g_engine_submit, self._handle, *pointers))
+
+    @property
+    def stats(self) -> dict[str, int]:
+        """What the engine has done and is doing, and its bounds."""
+        counts = filled("t5g_engine_counts")
+        call(C.t5g_engine_stats, self._handle, ctypes.byref(counts), out=False)
+        return {name: getattr(counts, name) for name, _ in counts._fields_[1:]}
+
+    def drain(self) -> None:
+        """Takes no more requests, and waits until all that were taken have ended."""
+        call(C.t5g_engine_drain, self._handle, out=False)
+
+    def shutdown(self) -> None:
+        """Ends everything at once."""
+        call(C.t5g_engine_shutdown, self._handle, out=False)
 
 
 class Encoder(_Opened):

@@ -15,6 +15,7 @@ HERE = Path(__file__).parent
 NUMBERS = {
     "size_t": ctypes.c_size_t,
     "int64_t": ctypes.c_int64,
+    "uint64_t": ctypes.c_uint64,
     "uint32_t": ctypes.c_uint32,
     "int32_t": ctypes.c_int32,
     "t5g_code": ctypes.c_int32,
@@ -115,7 +116,7 @@ if C.t5g_abi_version() >> 16 != C.constants["T5G_ABI_MAJOR"]:
 def filled(struct: str, **fields: Any) -> ctypes.Structure:
     """A struct with its size and the fields given; the others are not given."""
     made = C.structs[struct]()
-    is_options = struct in ("t5g_open_options", "t5g_generation_options")
+    is_options = struct in ("t5g_open_options", "t5g_generation_options", "t5g_engine_options")
     for name, kind in made._fields_:
         if is_options and kind is ctypes.c_int64:
             setattr(made, name, -(2**63))
