@@ -176,7 +176,7 @@ fn valgrind_finds_nothing() {
     let program = installed().program("capi/surface.c", "valgrind", &[]);
     let mut valgrind = Command::new("valgrind");
     valgrind.args(["--quiet", "--error-exitcode=9", "--leak-check=full", "--errors-for-leak-kinds=definite"]);
-
+    valgrind.arg(format!("--suppressions={}", tests().join("capi/valgrind.supp").display()));
     valgrind.arg(program).arg(demo()).arg(classifier()).arg(scratch.path());
     assert!(done(valgrind).ends_with("well\n"));
 }

@@ -708,12 +708,17 @@ static void check_engine(const t5g_model *model) {
     FAILS(t5g_engine_submit(engine, &sources, &options, NULL, &request), T5G_ERROR_OPTIONS, "num_beams", "found 0");
     options.num_beams = T5G_UNSET;
     WELL(t5g_engine_submit(engine, &sources, &endless, NULL, &request));
+    WELL(t5g_request_cancel(request));
+    FAILS(t5g_request_result(request, &result), T5G_ERROR_CANCELLED, NULL, "cancelled");
+    t5g_request_free(request);
+    FAILS(t5g_request_cancel(request), T5G_ERROR_HANDLE, "request", "freed");
+    WELL(t5g_engine_submit(engine, &sources, &endless, NULL, &request));
     t5g_request_free(request); /* cancels it */
     WELL(t5g_engine_drain(engine));
     FAILS(t5g_engine_submit(engine, &sources, &options, NULL, &request), T5G_ERROR_CLOSED, NULL, "no more");
     t5g_engine_counts counts = t5g_engine_counts_default();
     WELL(t5g_engine_stats(engine, &counts));
-    CHECK(counts.submitted == 6 && counts.finished == 3 && counts.failed == 3 && counts.rows == 0 && counts.max_rows == 4);
+    CHECK(counts.submitted == 7 && counts.finished == 3 && counts.failed == 4 && counts.rows == 0 && counts.max_rows == 4);
     CHECK(counts.steps > 0 && counts.stepped_rows > counts.steps);
     WELL(t5g_engine_shutdown(engine));
     CHECK(t5g_engine_free(engine) == T5G_OK && t5g_engine_free(engine) == T5G_ERROR_HANDLE);

@@ -488,6 +488,8 @@ static inline t5g_event t5g_event_default(void) {
 t5g_error *t5g_request_poll(t5g_request *request, double seconds, t5g_event *event);
 /* Waits until a request has ended, passing over events, and gives its result, each time anew. */
 t5g_error *t5g_request_result(t5g_request *request, t5g_result **result);
+/* Ends a request, from any thread: it fails with T5G_ERROR_CANCELLED, unless it is done before. */
+t5g_error *t5g_request_cancel(const t5g_request *request);
 /* Frees a request, which is cancelled if it has not ended. */
 t5g_code t5g_request_free(t5g_request *request);
 

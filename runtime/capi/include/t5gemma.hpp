@@ -677,6 +677,8 @@ public:
             return Event{event.kind, event.row, event.token, text};
         });
     }
+    /// From any thread.
+    Returned<void> cancel() const { return detail::returned(t5g_request_cancel(handle_.get())); }
     Returned<Result> result() {
         t5g_result *made = nullptr;
         return detail::returned<Result>(t5g_request_result(handle_.get(), &made), [&] { return Result(made); });

@@ -12,8 +12,7 @@ number() { sed -n "s/^#define $1 \([0-9]*\)$/\1/p" "$here/include/t5gemma.h"; }
 major=$(number T5G_ABI_MAJOR) minor=$(number T5G_ABI_MINOR)
 functions=$(sed -n 's/.*[ *]\(t5g_[a-z0-9_]*\)(.*/\1/p' "$here/include/t5gemma.h" | grep -v _default | sort -u)
 
-mkdir -p "$root"/{bin,include,lib/pkgconfig,lib/cmake/t5gemma,share/doc/t5gemma}
-rmdir "$root/bin" 2>/dev/null || true
+mkdir -p "$root"/{include,lib/pkgconfig,lib/cmake/t5gemma,share/doc/t5gemma}
 work=$(mktemp -d "$root/lib/.install.XXXXXX")
 trap 'rm -rf "$work"' EXIT
 

@@ -21,7 +21,7 @@ def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
         if line.startswith("Version:")
     )
     tag = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
-    files = {f"t5gemma/{file.name}": file for file in sorted((HERE / "t5gemma").glob("*.py*")) if file.is_file()}
+    files = {f"t5gemma/{file.name}": file for file in sorted((HERE / "t5gemma").glob("*py*")) if file.is_file()}
     files["t5gemma/t5gemma.h"] = prefix / "include/t5gemma.h"
     for name in ("libt5gemma.so", "libt5gemma.dylib", "libonnxruntime.so", "libonnxruntime.dylib"):
         if (prefix / "lib" / name).exists():

@@ -8,12 +8,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use t5gemma_runtime::{
-    Engine, EngineOptions, Event, Generation, GenerationOptions, Hypothesis, Request, SpecialTokens, TextStream,
-    Tokenizer, Waited,
+    Canceller, Engine, EngineOptions, Event, Generation, GenerationOptions, Hypothesis, Request, SpecialTokens,
+    TextStream, Tokenizer, Waited,
 };
 
 use crate::call::{Call, Listed, t5g_call};
-use crate::error::{Code, Failure, fallible, free, guarded};
+use crate::error::{Code, Failure, fallible, free, guarded, value};
 use crate::handle::{Handle, Held, Object};
 use crate::input::{Fields, Out, Record, UNSET, whole};
 use crate::model::{Opened, source_tokens};
@@ -122,7 +122,10 @@ impl Object for Serving {
 }
 
 /// A `t5g_request`.
-pub struct Asked(Mutex<Running>);
+pub struct Asked {
+    running: Mutex<Running>,
+    canceller: Canceller,
+}
 
 impl Object for Asked {
     const NAME: &'static str = "t5g_request";
@@ -241,7 +244,7 @@ impl Running {
 
 impl Asked {
     fn only(&self) -> Result<MutexGuard<'_, Running>, Failure> {
-        match self.0.try_lock() {
+        match self.running.try_lock() {
             Ok(running) => Ok(running),
             Err(TryLockError::Poisoned(poisoned)) => Ok(poisoned.into_inner()),
             Err(TryLockError::WouldBlock) => {
@@ -334,7 +337,9 @@ pub extern "C" fn t5g_engine_submit(
                 "a function",
             ));
         }
-        place.put(Handle::new(Asked(Mutex::new(submit(&serving, sources, options, &call)?))));
+        let running = submit(&serving, sources, options, &call)?;
+        let canceller = running.generation.canceller();
+        place.put(Handle::new(Asked { running: Mutex::new(running), canceller }));
         Ok(())
     })
 }
@@ -462,6 +467,16 @@ pub extern "C" fn t5g_request_result(request: Handle<Asked>, result: Out<Handle<
 }
 
 #[unsafe(no_mangle)]
+pub extern "C" fn t5g_request_cancel(request: Handle<Asked>) -> Handle<Failure> {
+    fallible(|| {
+        request.get("request")?.canceller.cancel();
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
 pub extern "C" fn t5g_request_free(request: Handle<Asked>) -> i32 {
+    // Another thread may be waiting on it; what is no live request is for `free` to tell.
+    value((), || Ok(request.get("request")?.canceller.cancel()));
     free(request, "request")
 }

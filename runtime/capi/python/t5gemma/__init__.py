@@ -275,6 +275,10 @@ class Request(_Owner):
             elif event.kind == kinds["T5G_EVENT_END"]:
                 return
 
+    def cancel(self) -> None:
+        """Ends the request, from any thread."""
+        call(C.t5g_request_cancel, self._handle, out=False)
+
     def result(self) -> list[list[Hypothesis]]:
         """Waits for the end: what Model.generate returns."""
         for _ in self:
