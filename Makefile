@@ -10,6 +10,13 @@ PROGRAMS := $(or $(CARGO_TARGET_DIR),target)/$(if $(filter dev,$(PROFILE)),debug
 FETCHED := .cache/onnxruntime/lib/libonnxruntime.$(if $(filter Darwin,$(shell uname)),dylib,so)
 # An ORT_DYLIB_PATH of your own is used, and nothing fetched.
 LIBRARY := $(or $(ORT_DYLIB_PATH),$(FETCHED))
+VERSION := $(shell sed -n 's/^version = "\(.*\)"$$/\1/p' Cargo.toml)
+# Where `install` puts the C library; a DESTDIR before it is not written into anything.
+PREFIX ?= /usr/local
+# Where packages are put together, and where they come to lie.
+STAGE ?= target/stage
+DIST ?= target/dist
+WHEELS ?= target/wheels
 TOKENIZER := .cache/tokenizer-gemma2
 CHECKPOINT := tests/demo/checkpoint
 MODEL := .cache/demo-model
@@ -37,6 +44,32 @@ demo: onnxruntime $(MODEL)/manifest.json ## export the small checkpoint of tests
 .PHONY: build
 build: ## build the programs t5gemma-export and t5gemma
 	$(CARGO) build --profile $(PROFILE) --locked -p t5gemma-exporter -p t5gemma-cli
+
+.PHONY: install
+install: ## install libt5gemma with its headers into PREFIX (under DESTDIR); ONNXRUNTIME=FILE puts that library beside it
+	$(CARGO) build --profile $(PROFILE) --locked -p t5gemma-capi
+	DESTDIR=$(DESTDIR) runtime/capi/package/install.sh $(PROGRAMS)/libt5gemma.a $(VERSION) $(abspath $(PREFIX))
+
+.PHONY: dist
+dist: $(LIBRARY) ## pack libt5gemma with ONNX Runtime, licences and checksums into DIST
+	$(eval package := t5gemma-$(VERSION)-$(shell uname -s | tr A-Z a-z)-$(shell uname -m))
+	rm -rf $(STAGE)/$(package)
+	$(MAKE) install PREFIX=$(STAGE)/$(package) DESTDIR= ONNXRUNTIME=$(LIBRARY) STRIP=strip
+	CARGO=$(CARGO) $(PYTHON) runtime/capi/package/licences.py $(STAGE)/$(package)/share/doc/t5gemma
+	for file in LICENSE ThirdPartyNotices.txt; do \
+	    if [ -e $(dir $(LIBRARY))$$file ]; then cp $(dir $(LIBRARY))$$file $(STAGE)/$(package)/share/doc/t5gemma/onnxruntime-$$file; fi; \
+	done
+	cd $(STAGE)/$(package) && find . -type f ! -name SHA256SUMS | LC_ALL=C sort | xargs sha256sum > SHA256SUMS
+	mkdir -p $(DIST)
+	tar -C $(STAGE) --sort=name --owner=0 --group=0 --numeric-owner --mtime=@0 -cf - $(package) | gzip -n > $(DIST)/$(package).tar.gz
+	@echo "packed $(DIST)/$(package).tar.gz"
+
+.PHONY: wheel
+wheel: ## make the Python package t5gemma in WHEELS
+	rm -rf $(STAGE)/wheel
+	$(MAKE) install PREFIX=$(STAGE)/wheel DESTDIR= STRIP=strip
+	T5GEMMA_PREFIX=$(abspath $(STAGE)/wheel) $(PYTHON) -m pip wheel --quiet --no-deps --no-build-isolation --no-index \
+	    --wheel-dir $(WHEELS) runtime/capi/python
 
 .PHONY: onnxruntime
 onnxruntime: $(LIBRARY) ## fetch libonnxruntime into .cache/onnxruntime/lib

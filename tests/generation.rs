@@ -220,12 +220,12 @@ pub fn nested(rows: &Array2<i64>) -> Vec<Vec<i64>> {
     rows.outer_iter().map(|row| row.to_vec()).collect()
 }
 
-fn lists(rows: &Array2<i64>) -> Value {
+pub fn lists(rows: &Array2<i64>) -> Value {
     json!(nested(rows))
 }
 
 /// Compares hypotheses, rows flattened, with a case's expected tokens and scores.
-fn check_case(name: &str, case: &Value, found: &[(Value, Option<f64>)]) {
+pub fn check_case(name: &str, case: &Value, found: &[(Value, Option<f64>)]) {
     let expected: &Map<String, Value> = case["expected"].as_object().expect("expected is an object");
     let tokens = expected["tokens"].as_array().expect("tokens is a list");
     assert_eq!(found.len(), tokens.len(), "{name}: hypotheses");

@@ -4,6 +4,7 @@
 mod common;
 
 mod bench;
+mod capi;
 mod chat;
 mod constraints;
 mod engine;

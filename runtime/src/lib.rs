@@ -19,6 +19,7 @@
 //! `constraint` limits what they may decide; `model`, `state` and `kernels` hold everything that is ONNX Runtime's, `encoder`
 //! and `classify` what models do besides generating; `folder` and `onnxruntime` are what opening checks first.
 
+pub mod log;
 pub mod onnxruntime;
 
 mod classify;

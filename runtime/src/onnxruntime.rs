@@ -6,12 +6,13 @@ use std::env;
 use std::ffi::OsStr;
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use ort::environment::Environment;
 use ort::ep::ExecutionProvider;
 
 use crate::error::Error;
+use crate::log;
 
 /// The environment variable that names the library.
 pub const LIBRARY_VARIABLE: &str = "ORT_DYLIB_PATH";
@@ -30,6 +31,15 @@ const FETCHED: &str = ".cache/onnxruntime/lib";
 
 /// The library in use by this process; a failed attempt leaves nothing behind and may be repeated.
 static LOADED: Mutex<Option<Loaded>> = Mutex::new(None);
+
+/// A folder that a library over this one lies in.
+static BESIDE: OnceLock<PathBuf> = OnceLock::new();
+
+/// Has the library looked for in `folder` too, before the folder of the program: for shared libraries over this one. Only
+/// the first call counts.
+pub fn look_beside(folder: PathBuf) {
+    let _ = BESIDE.set(folder);
+}
 
 #[derive(Clone)]
 struct Loaded {
@@ -134,7 +144,8 @@ pub(crate) fn initialise(library: Option<&Path>) -> Result<Environment, Error> {
         problem: one_line(&format!("{} ({why}): {error}", path.display())),
         remedy: remedy(),
     };
-    let environment = ort::init_from(&path)
+    let logger = log::logger();
+    let mut builder = ort::init_from(&path)
         .map_err(|error| match &error {
             // The loader's reason, such as a library it needs in turn, is behind the first message.
             ort::LoadDynamicError::Dlopen { error, .. } => match std::error::Error::source(error) {
@@ -144,9 +155,14 @@ pub(crate) fn initialise(library: Option<&Path>) -> Result<Environment, Error> {
             _ => unusable(&error),
         })?
         .with_name("t5gemma")
-        .with_telemetry(false)
-        .build()
-        .map_err(|error| unusable(&error))?;
+        .with_telemetry(false);
+    if let Some((_, logger)) = &logger {
+        builder = builder.with_logger(logger.clone());
+    }
+    let environment = builder.build().map_err(|error| unusable(&error))?;
+    if let Some((level, _)) = logger {
+        environment.set_log_level(level);
+    }
     Ok(slot.insert(Loaded { environment, path }).environment.clone())
 }
 
@@ -205,6 +221,7 @@ fn places(library: Option<&Path>) -> impl Iterator<Item = Box<dyn FnOnce() -> Pl
     let places = [
         library.map(|path| named(EXPLICIT, path.to_path_buf())),
         variable.map(|path| named(LIBRARY_VARIABLE, path.into())),
+        BESIDE.get().map(|beside| folder("beside libt5gemma", beside.clone())),
         beside.map(|beside| folder("beside the executable", beside)),
         fetched.map(|fetched| folder("the source tree's copy", fetched)),
         data_folder().map(|data| folder("the user's copy", data.join("t5gemma"))),

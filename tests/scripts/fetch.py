@@ -49,6 +49,8 @@ def onnxruntime(folder, work):
         file = folder / Path(member).name
         with archive.open(member) as source, open(file, "wb") as target:
             shutil.copyfileobj(source, target)
+        for licence in ("LICENSE", "ThirdPartyNotices.txt"):
+            (folder / licence).write_bytes(archive.read(f"onnxruntime/{licence}"))
     for link in links:
         (folder / link).symlink_to(file.name)
 

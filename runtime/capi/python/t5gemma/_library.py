@@ -1,0 +1,154 @@
+"""libt5gemma through ctypes, as t5gemma.h declares it: the header lies in the package and is read, so that nothing of it is
+spelled twice. Functions of a ctypes.CDLL give the interpreter's lock away while they run."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any, Callable
+
+HERE = Path(__file__).parent
+NUMBERS = {
+    "size_t": ctypes.c_size_t,
+    "int64_t": ctypes.c_int64,
+    "uint64_t": ctypes.c_uint64,
+    "uint32_t": ctypes.c_uint32,
+    "int32_t": ctypes.c_int32,
+    "t5g_code": ctypes.c_int32,
+    "t5g_severity": ctypes.c_int32,
+    "double": ctypes.c_double,
+    "void": None,
+}
+
+
+class Error(Exception):
+    """A failure of the library: `code` is one of T5G_ERROR_…, `field` the argument or option at fault."""
+
+    def __init__(self, code: int, message: str, field: str | None) -> None:
+        super().__init__(message)
+        self.code, self.field = code, field
+
+
+def of_type(declared: str, returned: bool = False) -> Any:
+    """The ctypes type of a declaration such as `const int64_t *tokens`."""
+    if "*" not in declared:
+        words = declared.replace("const ", "").split()
+        return NUMBERS.get(words[0], ctypes.c_void_p)
+    is_text = re.match(r"const char \*\w*$", declared.strip())
+    return ctypes.c_char_p if is_text and returned else ctypes.c_void_p
+
+
+class Header:
+    """What t5gemma.h declares, and the library that it declares."""
+
+    def __init__(self) -> None:
+        text = (HERE / "t5gemma.h").read_text(encoding="utf-8")
+        text = re.sub(r"/\*.*?\*/", "", text, flags=re.S)
+        text = re.sub(r"static inline .*?\n}\n", "", text, flags=re.S)
+        self.constants = {name: int(value) for name, value in re.findall(r"\b(T5G_[A-Z0-9_]+) (?:= )?(\d+)\b", text)}
+        self.structs: dict[str, type[ctypes.Structure]] = {}
+        self.callbacks: dict[tuple[str, str], Any] = {}
+        for body, name in re.findall(r"typedef struct t5g_\w+ {(.*?)} (t5g_\w+);", text, flags=re.S):
+            self.structs[name] = type(name, (ctypes.Structure,), {"_fields_": list(self._fields(name, body))})
+        self._library = ctypes.CDLL(str(library_file()))
+        for returned, name, arguments in re.findall(r"^([\w ]+[ *]+)(t5g_\w+)\(([^()]*)\);", text, flags=re.M):
+            function = getattr(self._library, name)
+            # A text that may hold zeros is read by its size.
+            function.restype = ctypes.c_void_p if name == "t5g_text_data" else of_type(returned, returned=True)
+            given = [] if arguments == "void" else arguments.split(",")
+            function.argtypes = [self._argument(argument.strip()) for argument in given]
+            setattr(self, name, function)
+
+    @staticmethod
+    def _argument(declared: str) -> Any:
+        return ctypes.c_void_p if declared.startswith("t5g_log ") else (
+            ctypes.c_char_p if re.match(r"const char \*\w+$", declared) else of_type(declared)
+        )
+
+    def _fields(self, struct: str, body: str) -> Any:
+        for declared in (part.strip() for part in re.sub(r"\s+", " ", body).split(";")):
+            function = re.match(r"(\w+) \(\*(\w+)\)\((.*)\)$", declared)
+            if function:
+                returned, name, arguments = function.groups()
+                types = [of_type(argument.strip()) for argument in arguments.split(",")]
+                self.callbacks[struct, name] = ctypes.CFUNCTYPE(of_type(returned), *types)
+                yield name, ctypes.c_void_p
+            elif declared:
+                kind, names = re.match(r"((?:const )?\w+)(?: const)? ?(.*)$", declared).groups()
+                for name in names.split(","):
+                    is_text = kind == "const char" and re.match(r"\s*\*\w+$", name) and struct != "t5g_piece"
+                    pointer = ctypes.c_char_p if is_text else ctypes.c_void_p
+                    yield name.split("*")[-1].strip(), pointer if "*" in name else NUMBERS[kind]
+
+
+def library_file() -> Path:
+    """T5GEMMA_LIBRARY, or the file in the package."""
+    named = os.environ.get("T5GEMMA_LIBRARY")
+    if named:
+        return Path(named)
+    for name in ("libt5gemma.so", "libt5gemma.dylib"):
+        if (HERE / name).exists():
+            return HERE / name
+    raise ImportError(f"expected libt5gemma in {HERE} or named by T5GEMMA_LIBRARY, found neither")
+
+
+def use_installed_onnxruntime() -> None:
+    """Has the library of the package `onnxruntime` used where none is named and none lies beside libt5gemma."""
+    if os.environ.get("ORT_DYLIB_PATH") or list(library_file().resolve().parent.glob("libonnxruntime.*")):
+        return
+    found = importlib.util.find_spec("onnxruntime")
+    for folder in (found.submodule_search_locations or []) if found else []:
+        for file in sorted(Path(folder, "capi").glob("libonnxruntime.*")):
+            os.environ["ORT_DYLIB_PATH"] = str(file)
+            return
+
+
+use_installed_onnxruntime()
+C = Header()
+if C.t5g_abi_version() >> 16 != C.constants["T5G_ABI_MAJOR"]:
+    raise ImportError(f"expected ABI {C.constants['T5G_ABI_MAJOR']}, found {C.t5g_abi_version() >> 16} in {library_file()}")
+
+
+def filled(struct: str, **fields: Any) -> ctypes.Structure:
+    """A struct with its size and the fields given; the others are not given."""
+    made = C.structs[struct]()
+    is_options = struct in ("t5g_open_options", "t5g_generation_options", "t5g_engine_options")
+    for name, kind in made._fields_:
+        if is_options and kind is ctypes.c_int64:
+            setattr(made, name, -(2**63))
+        if is_options and kind is ctypes.c_double:
+            setattr(made, name, math.nan)
+    made.size = ctypes.sizeof(made)
+    for name, value in fields.items():
+        setattr(made, name, value)
+    return made
+
+
+def callback(struct: str, field: str) -> Callable[[Callable[..., Any]], Any]:
+    """The type of a callback."""
+    return C.callbacks[struct, field]
+
+
+def call(function: Any, *arguments: Any, out: bool = True) -> Any:
+    """Calls a function that may fail, and returns the handle that it gives as its last argument."""
+    given = ctypes.c_void_p()
+    error = function(*arguments, *([ctypes.byref(given)] if out else []))
+    if error:
+        field = C.t5g_error_field(error)
+        failure = Error(C.t5g_error_code(error), C.t5g_error_message(error).decode(), field.decode() if field else None)
+        C.t5g_error_free(error)
+        raise failure
+    return given.value
+
+
+def take_text(function: Any, *arguments: Any) -> str:
+    """The text that a function gives."""
+    text = call(function, *arguments)
+    try:
+        return ctypes.string_at(C.t5g_text_data(text), C.t5g_text_size(text)).decode()
+    finally:
+        C.t5g_text_free(text)

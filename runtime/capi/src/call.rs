@@ -1,0 +1,410 @@
+//! What concerns one call: who may stop it, until when it may take, and the callbacks that it is given.
+
+use std::ffi::{c_char, c_void};
+use std::ops::ControlFlow;
+use std::ptr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::thread;
+use std::time::Duration;
+
+use t5gemma_runtime::{
+    Cancellation, Error, GenerationOptions, LogitsProcessor, Model, Position, PrefixAllowedTokens, SpecialTokens,
+    TextStream, Watch,
+};
+
+use crate::error::{Code, Failure, fallible, free, value};
+use crate::handle::{Handle, Held, Object};
+use crate::input::{Fields, Out, Record, flag};
+use crate::tokenizer::Written;
+
+type OnPiece = extern "C" fn(*mut c_void, *const t5g_piece) -> i32;
+type OnStep = extern "C" fn(*mut c_void) -> i32;
+
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct t5g_call {
+    size: usize,
+    user: *mut c_void,
+    cancellation: Handle<Cancellations>,
+    deadline_seconds: f64,
+    stream_text: i64,
+    on_piece: Option<OnPiece>,
+    on_step: Option<OnStep>,
+    logits_processor: Option<extern "C" fn(*mut c_void, *const t5g_position, *mut f32, usize)>,
+    prefix_allowed_tokens: Option<extern "C" fn(*mut c_void, usize, *const i64, usize, *mut *const i64) -> usize>,
+}
+
+// SAFETY: words; NULL is no function, and of other words the caller says that they are functions.
+unsafe impl Fields for t5g_call {
+    const OLDEST: usize = 72;
+
+    fn unset() -> t5g_call {
+        t5g_call {
+            size: 0,
+            user: ptr::null_mut(),
+            cancellation: Handle::NULL,
+            deadline_seconds: 0.0,
+            stream_text: 0,
+            on_piece: None,
+            on_step: None,
+            logits_processor: None,
+            prefix_allowed_tokens: None,
+        }
+    }
+}
+
+#[repr(C)]
+pub struct t5g_piece {
+    size: usize,
+    row: usize,
+    token: i64,
+    text: *const c_char,
+    text_size: usize,
+}
+
+#[repr(C)]
+pub struct t5g_position {
+    size: usize,
+    source: *const i64,
+    source_length: usize,
+    target: *const i64,
+    target_length: usize,
+    prompt_length: usize,
+}
+
+/// The caller's own pointer, which goes back to the caller's callbacks only.
+#[derive(Clone, Copy)]
+struct User(*mut c_void);
+
+// SAFETY: callbacks come on the thread of the call that was given them.
+unsafe impl Send for User {}
+// SAFETY: as above.
+unsafe impl Sync for User {}
+
+impl User {
+    fn pointer(self) -> *mut c_void {
+        self.0
+    }
+}
+
+/// A `t5g_call`, checked.
+pub struct Call {
+    given: t5g_call,
+    cancellation: Option<Held<Cancellations>>,
+    deadline: Option<Duration>,
+    stream_text: bool,
+}
+
+impl Call {
+    pub fn read(call: Record<t5g_call>) -> Result<Call, Failure> {
+        let given = call.optional("call")?.unwrap_or_else(t5g_call::unset);
+        let seconds = given.deadline_seconds;
+        if !(0.0..).contains(&seconds) {
+            return Err(Failure::argument("call.deadline_seconds", "seconds from now, or 0", seconds.to_string()));
+        }
+        Ok(Call {
+            given,
+            cancellation: given.cancellation.find("call.cancellation")?,
+            // Later than any clock goes is never.
+            deadline: (seconds > 0.0).then(|| Duration::try_from_secs_f64(seconds).ok()).flatten(),
+            stream_text: flag(given.stream_text, "call.stream_text")?,
+        })
+    }
+
+    /// How long the call may take.
+    pub fn deadline(&self) -> Option<Duration> {
+        self.deadline
+    }
+
+    /// Whether pieces come with text.
+    pub fn wants_text(&self) -> bool {
+        self.stream_text
+    }
+
+    /// Has the caller's cancellation stop something, for as long as what is returned lives.
+    pub fn list(&self, stop: impl Fn() + Send + Sync + 'static) -> Option<Listed> {
+        self.cancellation.as_ref().map(|all| Cancellations::list(all.share(), Box::new(stop)))
+    }
+
+    /// The callbacks that are shown what happens.
+    pub fn shown(&self) -> Shown {
+        let t5g_call { user, on_piece, on_step, .. } = self.given;
+        Shown { user: User(user), on_piece, on_step }
+    }
+
+    /// Does something that the caller's cancellation and deadline can stop.
+    pub fn run<T>(&self, work: impl FnOnce(&Cancellation) -> Result<T, Error>) -> Result<T, Failure> {
+        let own = Cancellation::new();
+        let to_stop = own.clone();
+        let _listed = self.list(move || to_stop.cancel());
+        let Some(deadline) = self.deadline else { return Ok(work(&own)?) };
+        let is_over = AtomicBool::new(false);
+        let result = thread::scope(|scope| {
+            let (done, waiting) = mpsc::channel::<()>();
+            let (own, is_over) = (&own, &is_over);
+            let clock = thread::Builder::new().name("t5g-deadline".into()).spawn_scoped(scope, move || {
+                if waiting.recv_timeout(deadline) == Err(mpsc::RecvTimeoutError::Timeout) {
+                    is_over.store(true, Ordering::SeqCst);
+                    own.cancel();
+                }
+            });
+            clock.map_err(|error| Failure::new(Code::Internal, format!("no thread for the deadline: {error}")))?;
+            let result = work(own);
+            drop(done);
+            Ok::<_, Failure>(result)
+        })?;
+        match result {
+            Err(Error::Cancelled) if is_over.load(Ordering::SeqCst) => {
+                Err(Failure::new(Code::Deadline, format!("not done within {deadline:?}")).at("deadline_seconds"))
+            }
+            result => Ok(result?),
+        }
+    }
+
+    /// Adds the callbacks that change what is generated.
+    pub fn add_to(&self, mut options: GenerationOptions) -> GenerationOptions {
+        let user = User(self.given.user);
+        if let Some(change) = self.given.logits_processor {
+            options.logits_processor.push(LogitsProcessor::new(move |place: &Position, scores: &mut [f32]| {
+                let position = t5g_position {
+                    size: size_of::<t5g_position>(),
+                    source: place.source.as_ptr(),
+                    source_length: place.source.len(),
+                    target: place.history.as_ptr(),
+                    target_length: place.history.len(),
+                    prompt_length: place.prompt_len,
+                };
+                change(user.pointer(), &position, scores.as_mut_ptr(), scores.len());
+            }));
+        }
+        if let Some(allowed) = self.given.prefix_allowed_tokens {
+            let allowed = move |row: usize, target: &[i64]| {
+                let mut tokens = ptr::null();
+                let count = allowed(user.pointer(), row, target.as_ptr(), target.len(), &mut tokens);
+                if tokens.is_null() || !tokens.is_aligned() {
+                    return Vec::new();
+                }
+                // SAFETY: the header asks for so many tokens there, that live until the next call.
+                unsafe { std::slice::from_raw_parts(tokens, count.min(isize::MAX as usize / 8)) }.to_vec()
+            };
+            options.constraints.prefix_allowed_tokens = Some(PrefixAllowedTokens::new(allowed));
+        }
+        options
+    }
+
+    /// What shows a generation of `rows` sources to the caller.
+    pub fn watch<'m>(&self, model: &'m Model, rows: usize) -> Result<Pieces<'m>, Failure> {
+        let streams = match self.stream_text && self.given.on_piece.is_some() {
+            true => {
+                let tokenizer = model.tokenizer()?;
+                (0..rows).map(|_| tokenizer.stream(SpecialTokens::Skip)).collect()
+            }
+            false => Vec::new(),
+        };
+        Ok(Pieces { shown: self.shown(), streams, failed: None })
+    }
+}
+
+/// The callbacks that are shown what happens, and the caller's pointer for them.
+#[derive(Clone, Copy)]
+pub struct Shown {
+    user: User,
+    on_piece: Option<OnPiece>,
+    on_step: Option<OnStep>,
+}
+
+impl Shown {
+    pub fn user(&self) -> *mut c_void {
+        self.user.pointer()
+    }
+
+    /// The field of one that is given.
+    pub fn name(&self) -> Option<&'static str> {
+        let steps = self.on_step.map(|_| "on_step");
+        self.on_piece.map(|_| "on_piece").or(steps)
+    }
+
+    /// Shows a token, with its text where that is wanted.
+    pub fn piece(&self, row: usize, token: i64, text: Option<String>) -> ControlFlow<()> {
+        let Some(on_piece) = self.on_piece else { return ControlFlow::Continue(()) };
+        let text = text.map(Written::new);
+        let piece = t5g_piece {
+            size: size_of::<t5g_piece>(),
+            row,
+            token,
+            text: text.as_ref().map_or(ptr::null(), Written::pointer),
+            text_size: text.as_ref().map_or(0, Written::size),
+        };
+        going_on(on_piece(self.user(), &piece))
+    }
+}
+
+/// What a callback's answer means.
+fn going_on(answer: i32) -> ControlFlow<()> {
+    if answer == 0 { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+}
+
+/// Shows tokens and text as they become certain.
+pub struct Pieces<'m> {
+    shown: Shown,
+    /// One for each row, where text is wanted.
+    streams: Vec<TextStream<'m>>,
+    failed: Option<Error>,
+}
+
+impl Pieces<'_> {
+    /// Shows the text that waited for more tokens, after `result`, which failed for reasons of showing if that was so.
+    pub fn finish<T>(mut self, result: Result<T, Error>) -> Result<T, Error> {
+        if let Some(error) = self.failed.take() {
+            return Err(error);
+        }
+        let result = result?;
+        for (row, stream) in std::mem::take(&mut self.streams).into_iter().enumerate() {
+            let text = stream.finish()?;
+            if !text.is_empty() && self.shown.piece(row, -1, Some(text)).is_break() {
+                return Err(Error::Cancelled);
+            }
+        }
+        Ok(result)
+    }
+}
+
+impl Watch for Pieces<'_> {
+    fn token(&mut self, row: usize, token: i64) -> ControlFlow<()> {
+        let text = match self.streams.get_mut(row).map(|stream| stream.push(token)).transpose() {
+            Ok(text) => text,
+            Err(error) => {
+                self.failed = Some(error);
+                return ControlFlow::Break(());
+            }
+        };
+        self.shown.piece(row, token, text)
+    }
+
+    fn step(&mut self) -> ControlFlow<()> {
+        self.shown.on_step.map_or(ControlFlow::Continue(()), |on_step| going_on(on_step(self.shown.user())))
+    }
+}
+
+/// What a `t5g_cancellation` is: ways to stop the calls that it is given to. Each call has its own, because a deadline ends
+/// one of them and not the others.
+#[derive(Default)]
+pub struct Cancellations(Mutex<Calls>);
+
+#[derive(Default)]
+struct Calls {
+    is_used: bool,
+    next: usize,
+    running: Vec<(usize, Stop)>,
+}
+
+type Stop = Box<dyn Fn() + Send + Sync>;
+
+impl Object for Cancellations {
+    const NAME: &'static str = "t5g_cancellation";
+}
+
+impl Cancellations {
+    fn calls(&self) -> MutexGuard<'_, Calls> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Stops a call too, for as long as what is returned lives.
+    fn list(all: Arc<Cancellations>, stop: Stop) -> Listed {
+        let mut calls = all.calls();
+        if calls.is_used {
+            stop();
+        }
+        let number = calls.next;
+        calls.next += 1;
+        calls.running.push((number, stop));
+        drop(calls);
+        Listed { all, number }
+    }
+
+    fn cancel(&self) {
+        let mut calls = self.calls();
+        calls.is_used = true;
+        calls.running.iter().for_each(|(_, stop)| stop());
+    }
+}
+
+/// A call that a cancellation can stop.
+pub struct Listed {
+    all: Arc<Cancellations>,
+    number: usize,
+}
+
+impl Drop for Listed {
+    fn drop(&mut self) {
+        self.all.calls().running.retain(|(number, _)| *number != self.number);
+    }
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn t5g_cancellation_new(cancellation: Out<Handle<Cancellations>>) -> Handle<Failure> {
+    fallible(|| {
+        cancellation.check("cancellation")?.put(Handle::new(Cancellations::default()));
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn t5g_cancellation_cancel(cancellation: Handle<Cancellations>) -> Handle<Failure> {
+    fallible(|| {
+        cancellation.get("cancellation")?.cancel();
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn t5g_cancellation_is_cancelled(cancellation: Handle<Cancellations>) -> i32 {
+    value(-1, || Ok(cancellation.get("cancellation")?.calls().is_used.into()))
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn t5g_cancellation_free(cancellation: Handle<Cancellations>) -> i32 {
+    free(cancellation, "cancellation")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn call(deadline: Option<Duration>) -> Call {
+        Call { given: t5g_call::unset(), cancellation: None, deadline, stream_text: false }
+    }
+
+    /// Works until it is stopped.
+    fn until_stopped(cancel: &Cancellation) -> Result<(), Error> {
+        while !cancel.is_cancelled() {
+            thread::sleep(Duration::from_millis(1));
+        }
+        Err(Error::Cancelled)
+    }
+
+    #[test]
+    fn a_deadline_stops_its_call_and_says_so() {
+        let failure = call(Some(Duration::from_millis(5))).run(until_stopped).expect_err("it never ends");
+        assert_eq!(failure.code(), Code::Deadline, "{}", failure.message());
+        assert_eq!(call(Some(Duration::from_secs(3600))).run(|_| Ok(7)).ok(), Some(7));
+    }
+
+    #[test]
+    fn a_cancellation_stops_all_its_calls_whenever_they_begin() {
+        let all = Arc::new(Cancellations::default());
+        let list = |call: &Cancellation| {
+            let call = call.clone();
+            Cancellations::list(all.clone(), Box::new(move || call.cancel()))
+        };
+        let [first, second, third] = [(); 3].map(|()| Cancellation::new());
+        let listed = list(&first);
+        drop(list(&second));
+        all.cancel();
+        assert!(first.is_cancelled() && !second.is_cancelled(), "the second was over before");
+        drop(listed);
+        let _listed = list(&third);
+        assert!(third.is_cancelled() && all.calls().running.len() == 1);
+    }
+}

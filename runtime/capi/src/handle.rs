@@ -1,0 +1,207 @@
+//! Handles: a number for each object that a caller holds, never given twice. Behind it is a table of what is live; freeing
+//! takes the entry out, and the object goes when the last call on it is over.
+
+use std::any::Any;
+use std::collections::BTreeMap;
+use std::marker::PhantomData;
+use std::ops::Deref;
+use std::ptr;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
+
+use crate::error::{Code, Failure};
+
+#[cfg(not(target_pointer_width = "64"))]
+compile_error!("handles are 64 bits wide");
+
+/// What an object is called in messages: the name of its type in the header.
+pub trait Object: Send + Sync + 'static {
+    const NAME: &'static str;
+}
+
+/// A handle as it crosses the border.
+#[repr(transparent)]
+pub struct Handle<O>(*const Opaque, PhantomData<O>);
+
+#[repr(C)]
+struct Opaque([u8; 0]);
+
+impl<O> Clone for Handle<O> {
+    fn clone(&self) -> Handle<O> {
+        *self
+    }
+}
+
+impl<O> Copy for Handle<O> {}
+
+#[derive(Clone)]
+struct Entry {
+    object: Arc<dyn Any + Send + Sync>,
+    name: &'static str,
+    /// Whether the object took part in a call that ended by a bug of ours.
+    is_broken: Arc<AtomicBool>,
+}
+
+static TABLE: RwLock<BTreeMap<usize, Entry>> = RwLock::new(BTreeMap::new());
+static NEXT: AtomicUsize = AtomicUsize::new(1);
+/// Above every address that a process can have, so that a handle taken for a pointer faults; low bits keep it aligned.
+const BASE: usize = 0x0035_0000_0000_0000;
+const STEP: usize = 16;
+
+/// An object for the time of a call. If the call ends by a panic, the object serves no more.
+pub struct Held<O> {
+    object: Arc<O>,
+    is_broken: Arc<AtomicBool>,
+}
+
+impl<O> Deref for Held<O> {
+    type Target = O;
+
+    fn deref(&self) -> &O {
+        &self.object
+    }
+}
+
+impl<O> Held<O> {
+    /// The object, to be kept beyond the call.
+    pub fn share(&self) -> Arc<O> {
+        self.object.clone()
+    }
+}
+
+impl<O> Drop for Held<O> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.is_broken.store(true, Ordering::SeqCst);
+        }
+    }
+}
+
+impl<O: Object> Handle<O> {
+    /// No object.
+    pub const NULL: Handle<O> = Handle(ptr::null(), PhantomData);
+
+    /// Enters an object.
+    pub fn new(object: O) -> Handle<O> {
+        let id = BASE + STEP * NEXT.fetch_add(1, Ordering::Relaxed);
+        let entry = Entry { object: Arc::new(object), name: O::NAME, is_broken: Arc::default() };
+        TABLE.write().unwrap_or_else(PoisonError::into_inner).insert(id, entry);
+        Handle(ptr::without_provenance(id), PhantomData)
+    }
+
+    /// The object of a handle that the header requires; `argument` is its name there.
+    pub fn get(self, argument: &str) -> Result<Held<O>, Failure> {
+        match self.find(argument)? {
+            Some(held) => Ok(held),
+            None => Err(Failure::argument(argument, format!("a {}", O::NAME), "NULL")),
+        }
+    }
+
+    /// The object of a handle that may be NULL.
+    pub fn find(self, argument: &str) -> Result<Option<Held<O>>, Failure> {
+        if self.0.is_null() {
+            return Ok(None);
+        }
+        let entry = TABLE.read().unwrap_or_else(PoisonError::into_inner).get(&self.0.addr()).cloned();
+        let Some(Entry { object, name, is_broken }) = entry else { return Err(self.unknown(argument)) };
+        let object = object.downcast::<O>().map_err(|_| self.of_another_kind(argument, name))?;
+        if is_broken.load(Ordering::SeqCst) {
+            let message = format!("{argument}: this {name} was left in an unknown state by a bug; free it");
+            return Err(Failure::new(Code::Internal, message).at(argument));
+        }
+        Ok(Some(Held { object, is_broken }))
+    }
+
+    /// Takes the object out; of NULL, nothing.
+    pub fn free(self, argument: &str) -> Result<(), Failure> {
+        if self.0.is_null() {
+            return Ok(());
+        }
+        let mut table = TABLE.write().unwrap_or_else(PoisonError::into_inner);
+        match table.get(&self.0.addr()) {
+            None => Err(self.unknown(argument)),
+            Some(entry) if !entry.object.is::<O>() => Err(self.of_another_kind(argument, entry.name)),
+            Some(_) => {
+                let entry = table.remove(&self.0.addr());
+                // The object may be large, and others wait for the table.
+                drop(table);
+                drop(entry);
+                Ok(())
+            }
+        }
+    }
+
+    fn unknown(self, argument: &str) -> Failure {
+        let was_given = self.0.addr() > BASE && self.0.addr() < BASE + STEP * NEXT.load(Ordering::Relaxed);
+        let found = if was_given { "a handle that was freed" } else { "something that is no handle" };
+        Failure::handle(argument, O::NAME, found)
+    }
+
+    fn of_another_kind(self, argument: &str, name: &str) -> Failure {
+        Failure::handle(argument, O::NAME, format!("a {name}"))
+    }
+}
+
+/// How many objects callers hold.
+pub fn live() -> usize {
+    TABLE.read().unwrap_or_else(PoisonError::into_inner).len()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Cup(u32);
+    struct Plate;
+
+    impl Object for Cup {
+        const NAME: &'static str = "t5g_cup";
+    }
+
+    impl Object for Plate {
+        const NAME: &'static str = "t5g_plate";
+    }
+
+    fn message<T>(result: Result<T, Failure>) -> String {
+        result.err().expect("an error").message().to_string()
+    }
+
+    #[test]
+    fn what_is_no_live_handle_of_the_kind_is_told() {
+        let cup = Handle::new(Cup(7));
+        assert_eq!(cup.get("cup").ok().map(|cup| cup.0), Some(7));
+        let plate: Handle<Plate> = Handle(cup.0, PhantomData);
+        assert_eq!(message(plate.get("plate")), "plate: expected a live t5g_plate, found a t5g_cup");
+        assert_eq!(message(plate.free("plate")), "plate: expected a live t5g_plate, found a t5g_cup");
+        assert!(cup.free("cup").is_ok());
+        assert_eq!(message(cup.get("cup")), "cup: expected a live t5g_cup, found a handle that was freed");
+        assert_eq!(message(cup.free("cup")), "cup: expected a live t5g_cup, found a handle that was freed");
+        let null: Handle<Cup> = Handle(ptr::null(), PhantomData);
+        assert!(null.free("cup").is_ok());
+        assert_eq!(message(null.get("cup")), "cup: expected a t5g_cup, found NULL");
+        let stray: Handle<Cup> = Handle(ptr::without_provenance(4096), PhantomData);
+        assert_eq!(message(stray.get("cup")), "cup: expected a live t5g_cup, found something that is no handle");
+    }
+
+    #[test]
+    fn a_panic_breaks_the_objects_of_its_call_and_no_others() {
+        let (used, other) = (Handle::new(Cup(1)), Handle::new(Cup(2)));
+        let error = crate::error::guarded(|| {
+            let cup = used.get("used")?;
+            assert_eq!(cup.0, 2, "this test's own bug");
+            Ok(())
+        });
+        let failure = error.expect_err("it panicked");
+        assert!(failure.message().contains("this test's own bug"), "{}", failure.message());
+        assert!(message(used.get("used")).contains("unknown state"));
+        assert!(other.get("other").is_ok() && used.free("used").is_ok() && other.free("other").is_ok());
+    }
+
+    #[test]
+    fn an_object_that_is_freed_in_use_stays_until_the_call_is_over() {
+        let cup = Handle::new(Cup(3));
+        let held = cup.get("cup").expect("live");
+        assert!(cup.free("cup").is_ok());
+        assert_eq!((held.0, Arc::strong_count(&held.share())), (3, 2));
+    }
+}

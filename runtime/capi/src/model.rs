@@ -1,0 +1,190 @@
+//! Models: opened, described, generated with, scored by.
+
+use std::path::PathBuf;
+use std::sync::{Arc, OnceLock};
+
+use serde_json::{Value, json};
+use t5gemma_runtime::{Batch, ChatTemplate, GenerationOptions, Model};
+
+use crate::call::{Call, t5g_call};
+use crate::encoder::{Shape, put_states, t5g_states};
+use crate::error::{Failure, fallible, free};
+use crate::handle::{Handle, Object};
+use crate::input::{Out, Record, Text};
+use crate::onnxruntime;
+use crate::options::{generation_options, open_options, t5g_generation_options, t5g_open_options};
+use crate::result::Answers;
+use crate::sources::{Reader, list, t5g_sources, t5g_targets};
+use crate::tokenizer::{Reading, Written};
+
+/// A `t5g_model`.
+pub struct Opened {
+    pub model: Arc<Model>,
+    path: PathBuf,
+    chat: OnceLock<Result<ChatTemplate, Failure>>,
+}
+
+impl Object for Opened {
+    const NAME: &'static str = "t5g_model";
+}
+
+impl Opened {
+    fn chat(&self) -> Result<&ChatTemplate, Failure> {
+        let open = || ChatTemplate::open(&self.path).map_err(Failure::from);
+        self.chat.get_or_init(open).as_ref().map_err(Failure::clone)
+    }
+
+    /// Reads sources for this model, and what a call makes of them.
+    pub fn read<T>(&self, work: impl FnOnce(&Reader) -> Result<T, Failure>) -> Result<T, Failure> {
+        work(&Reader {
+            tokenizer: &|| self.model.tokenizer(),
+            chat: &|| self.chat(),
+            pad_token_id: self.model.options().pad_token_id,
+            hidden_size: self.model.config().encoder.hidden_size,
+        })
+    }
+}
+
+/// How many tokens of a batch take part.
+pub fn source_tokens(batch: &Batch) -> usize {
+    batch.mask().iter().filter(|&&visible| visible != 0).count()
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn t5g_model_open(
+    path: Text,
+    options: Record<t5g_open_options>,
+    model: Out<Handle<Opened>>,
+) -> Handle<Failure> {
+    fallible(|| {
+        let place = model.check("model")?;
+        let (path, options) = (PathBuf::from(path.required("path")?), open_options(options)?);
+        onnxruntime::prepare();
+        let model = Arc::new(Model::open_with(&path, &options)?);
+        place.put(Handle::new(Opened { model, path, chat: OnceLock::new() }));
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn t5g_model_describe(model: Handle<Opened>, json: Out<Handle<Written>>) -> Handle<Failure> {
+    fallible(|| {
+        let (place, opened) = (json.check("json")?, model.get("model")?);
+        let (model, options) = (&*opened.model, opened.model.options());
+        let (manifest, config) = (model.manifest(), model.config());
+        let described = json!({
+            "path": opened.path.to_string_lossy(),
+            "task": manifest.task.name(),
+            "target": manifest.target,
+            "dtype": manifest.dtype.to_string(),
+            "parameters": manifest.parameters,
+            "exporter": manifest.exporter,
+            "source_vocab_size": config.encoder.vocab_size,
+            "target_vocab_size": config.decoder.vocab_size,
+            "hidden_size": config.encoder.hidden_size,
+            "max_source_length": config.encoder.max_position_embeddings,
+            "max_target_length": config.decoder.max_position_embeddings,
+            "decoder_start_token_id": options.decoder_start_token_id,
+            "eos_token_id": options.eos_token_id,
+            "pad_token_id": options.pad_token_id,
+            "labels": Value::Null,
+        });
+        place.put(Written::handle(described.to_string()));
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn t5g_model_tokenizer(model: Handle<Opened>, tokenizer: Out<Handle<Reading>>) -> Handle<Failure> {
+    fallible(|| {
+        let (place, opened) = (tokenizer.check("tokenizer")?, model.get("model")?);
+        place.put(Handle::new(Reading(opened.model.tokenizer()?.clone())));
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn t5g_model_chat(model: Handle<Opened>, messages: Text, text: Out<Handle<Written>>) -> Handle<Failure> {
+    fallible(|| {
+        let (place, opened) = (text.check("text")?, model.get("model")?);
+        let messages = list(messages.required("messages")?, "messages")?;
+        place.put(Written::handle(opened.chat()?.apply(&messages)?));
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn t5g_model_free(model: Handle<Opened>) -> i32 {
+    free(model, "model")
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn t5g_model_generate(
+    model: Handle<Opened>,
+    sources: Record<t5g_sources>,
+    options: Record<t5g_generation_options>,
+    call: Record<t5g_call>,
+    result: Out<Handle<Answers>>,
+) -> Handle<Failure> {
+    fallible(|| {
+        let (place, opened) = (result.check("result")?, model.get("model")?);
+        let model = &*opened.model;
+        let (call, given) = (Call::read(call)?, generation_options(options)?);
+        let mut options = call.add_to(model.options().with(&given)?);
+        if options.do_sample {
+            options.seed = Some(options.seed.unwrap_or_else(GenerationOptions::draw_seed));
+        }
+        let batch = opened.read(|reader| reader.batch(sources))?;
+        let mut pieces = call.watch(model, batch.rows())?;
+        let rows = call.run(|cancel| {
+            let rows = model.generate(&batch, &options, &mut pieces, cancel);
+            pieces.finish(rows)
+        })?;
+        let seed = options.seed.filter(|_| options.do_sample);
+        place.put(Handle::new(Answers::new(opened.share(), rows, seed, source_tokens(&batch))));
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn t5g_model_score(
+    model: Handle<Opened>,
+    sources: Record<t5g_sources>,
+    targets: Record<t5g_targets>,
+    top_logprobs: usize,
+    call: Record<t5g_call>,
+    result: Out<Handle<Answers>>,
+) -> Handle<Failure> {
+    fallible(|| {
+        let (place, opened) = (result.check("result")?, model.get("model")?);
+        let call = Call::read(call)?;
+        let end = opened.model.options().eos_token_id.first().copied();
+        let (batch, targets) = opened.read(|reader| {
+            let batch = reader.batch(sources)?;
+            let targets = reader.targets(targets, batch.rows(), end)?;
+            Ok((batch, targets))
+        })?;
+        let found = call.run(|cancel| opened.model.score(&batch, &targets, top_logprobs, cancel))?;
+        place.put(Handle::new(Answers::scored(opened.share(), targets, found, source_tokens(&batch))));
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn t5g_model_encode(
+    model: Handle<Opened>,
+    sources: Record<t5g_sources>,
+    call: Record<t5g_call>,
+    states: Record<t5g_states>,
+) -> Handle<Failure> {
+    fallible(|| {
+        let (place, opened) = (states.get("states")?, model.get("model")?);
+        let call = Call::read(call)?;
+        let batch = opened.read(|reader| reader.batch(sources))?;
+        let shape = Shape::of(&batch, batch.length(), opened.model.config().encoder.hidden_size);
+        put_states(states, place, shape, &batch, || {
+            let found = call.run(|cancel| opened.model.encode(&batch, cancel))?;
+            Ok(found.into_iter().collect())
+        })
+    })
+}

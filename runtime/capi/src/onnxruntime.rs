@@ -1,0 +1,131 @@
+//! ONNX Runtime: where it is looked for beside this library, what it says, and what there is of it.
+
+use std::collections::VecDeque;
+use std::ffi::{CStr, OsStr, c_char, c_void};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, Once, PoisonError, RwLock};
+
+use serde_json::{Value, json};
+use t5gemma_runtime::log::{self, Severity};
+use t5gemma_runtime::onnxruntime::{look_beside, report};
+
+use crate::error::{Failure, c_string, fallible};
+use crate::handle::Handle;
+use crate::input::{Out, Text};
+use crate::tokenizer::Written;
+
+type Log = extern "C" fn(*mut c_void, i32, *const c_char);
+
+/// A caller's log: from which severity on, whereto, and for whom.
+#[derive(Clone, Copy)]
+struct Listener {
+    severity: Severity,
+    log: Log,
+    user: *mut c_void,
+}
+
+// SAFETY: the header says that the log is called from any thread.
+unsafe impl Send for Listener {}
+// SAFETY: as above.
+unsafe impl Sync for Listener {}
+
+static LISTENER: RwLock<Option<Listener>> = RwLock::new(None);
+static RECENT: Mutex<VecDeque<String>> = Mutex::new(VecDeque::new());
+/// Messages that are kept.
+const KEPT: usize = 64;
+
+const SEVERITIES: [Severity; 5] =
+    [Severity::Verbose, Severity::Info, Severity::Warning, Severity::Error, Severity::Fatal];
+
+/// What has to be known before ONNX Runtime is loaded.
+pub fn prepare() {
+    static DONE: Once = Once::new();
+    DONE.call_once(|| {
+        log::set(Severity::Warning, take);
+        if let Some(folder) = own_folder() {
+            look_beside(folder);
+        }
+    });
+}
+
+/// Keeps a message and gives it to the caller's log.
+fn take(severity: Severity, message: &str) {
+    if severity >= Severity::Warning {
+        let mut recent = RECENT.lock().unwrap_or_else(PoisonError::into_inner);
+        if recent.len() == KEPT {
+            recent.pop_front();
+        }
+        recent.push_back(format!("{severity:?}: {}", message.replace('\n', " ")));
+    }
+    let listener = *LISTENER.read().unwrap_or_else(PoisonError::into_inner);
+    if let Some(Listener { severity: least, log, user }) = listener
+        && severity >= least
+    {
+        log(user, severity as i32, c_string(message).as_ptr());
+    }
+}
+
+/// The folder of the file that this code was loaded from.
+fn own_folder() -> Option<PathBuf> {
+    use std::os::unix::ffi::OsStrExt;
+    // SAFETY: an all-zero Dl_info is one, and dladdr fills it in for an address of code.
+    let name = unsafe {
+        let mut found: libc::Dl_info = std::mem::zeroed();
+        if libc::dladdr(own_folder as *const c_void, &mut found) == 0 || found.dli_fname.is_null() {
+            return None;
+        }
+        CStr::from_ptr(found.dli_fname)
+    };
+    let path = Path::new(OsStr::from_bytes(name.to_bytes()));
+    // As it was found, and not where a link leads: ONNX Runtime is put beside what programs name.
+    std::path::absolute(path).ok()?.parent().map(Path::to_path_buf)
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn t5g_log_set(severity: i32, log: Option<Log>, user: *mut c_void) -> Handle<Failure> {
+    fallible(|| {
+        let known = usize::try_from(severity).ok().and_then(|severity| SEVERITIES.get(severity));
+        let severity = *known
+            .ok_or_else(|| Failure::argument("severity", "T5G_SEVERITY_VERBOSE to _FATAL", severity.to_string()))?;
+        prepare();
+        let listener = log.map(|log| Listener { severity, log, user });
+        *LISTENER.write().unwrap_or_else(PoisonError::into_inner) = listener;
+        log::set(severity.min(Severity::Warning), take);
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn t5g_log_recent(text: Out<Handle<Written>>) -> Handle<Failure> {
+    fallible(|| {
+        let place = text.check("text")?;
+        let recent = RECENT.lock().unwrap_or_else(PoisonError::into_inner);
+        let lines: String = recent.iter().map(|line| format!("{line}\n")).collect();
+        place.put(Written::handle(lines));
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn t5g_onnxruntime_report(library: Text, json: Out<Handle<Written>>) -> Handle<Failure> {
+    fallible(|| {
+        let place = json.check("json")?;
+        let library = library.optional("library")?.map(PathBuf::from);
+        prepare();
+        let report = report(library.as_deref());
+        let shown = |path: &Path| path.to_string_lossy().into_owned();
+        let places = report.places.iter();
+        let places: Vec<Value> = places
+            .map(|place| json!({"why": place.why, "path": shown(&place.path), "found": place.found.to_string()}))
+            .collect();
+        let (library, error) = match &report.library {
+            Ok(library) => {
+                let providers = &library.providers;
+                (json!({"path": shown(&library.path), "build": library.build, "providers": providers}), Value::Null)
+            }
+            Err(error) => (Value::Null, error.to_string().into()),
+        };
+        place.put(Written::handle(json!({"places": places, "library": library, "error": error}).to_string()));
+        Ok(())
+    })
+}

@@ -1,0 +1,235 @@
+//! Results: targets that were generated or scored, with what is known of each.
+
+use std::ffi::c_char;
+use std::ptr;
+use std::sync::{Arc, OnceLock};
+
+use serde_json::{Map, Value, json};
+use t5gemma_runtime::{FinishReason, Hypothesis, Logprobs, SpecialTokens};
+
+use crate::error::{Failure, fallible, free, value};
+use crate::handle::{Handle, Object};
+use crate::input::{Fields, Out, Record};
+use crate::model::Opened;
+use crate::tokenizer::Written;
+
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct t5g_hypothesis {
+    size: usize,
+    tokens: *const i64,
+    token_count: usize,
+    finish_reason: i64,
+    score: f64,
+    logprob: f64,
+    perplexity: f64,
+    logprobs: *const f32,
+    top_count: usize,
+    top_tokens: *const i64,
+    top_logprobs: *const f32,
+}
+
+// SAFETY: words, of which any are a value.
+unsafe impl Fields for t5g_hypothesis {
+    const OLDEST: usize = 88;
+
+    fn unset() -> t5g_hypothesis {
+        t5g_hypothesis {
+            size: 0,
+            tokens: ptr::null(),
+            token_count: 0,
+            finish_reason: 0,
+            score: f64::NAN,
+            logprob: f64::NAN,
+            perplexity: f64::NAN,
+            logprobs: ptr::null(),
+            top_count: 0,
+            top_tokens: ptr::null(),
+            top_logprobs: ptr::null(),
+        }
+    }
+}
+
+/// A `t5g_result`.
+pub struct Answers {
+    opened: Arc<Opened>,
+    rows: Vec<Vec<Answer>>,
+    seed: Option<u64>,
+    source_tokens: usize,
+}
+
+impl Object for Answers {
+    const NAME: &'static str = "t5g_result";
+}
+
+/// A target, laid out as C reads it.
+struct Answer {
+    tokens: Vec<i64>,
+    finish_reason: Option<FinishReason>,
+    score: Option<f32>,
+    logprobs: Option<Logprobs>,
+    top_tokens: Vec<i64>,
+    top_logprobs: Vec<f32>,
+    text: OnceLock<Result<Written, Failure>>,
+}
+
+impl Answer {
+    fn new(tokens: Vec<i64>, logprobs: Option<Logprobs>) -> Answer {
+        let (mut top_tokens, mut top_logprobs) = (Vec::new(), Vec::new());
+        for &(token, logprob) in logprobs.iter().flat_map(|logprobs| logprobs.top.iter().flatten()) {
+            top_tokens.push(token);
+            top_logprobs.push(logprob);
+        }
+        let text = OnceLock::new();
+        Answer { tokens, finish_reason: None, score: None, logprobs, top_tokens, top_logprobs, text }
+    }
+
+    fn of(hypothesis: Hypothesis) -> Answer {
+        let Hypothesis { tokens, score, finish_reason, logprobs } = hypothesis;
+        Answer { finish_reason: Some(finish_reason), score, ..Answer::new(tokens, logprobs) }
+    }
+}
+
+impl Answers {
+    /// What was generated for each row; `seed` is what was sampled from.
+    pub fn new(opened: Arc<Opened>, rows: Vec<Vec<Hypothesis>>, seed: Option<u64>, source_tokens: usize) -> Answers {
+        let rows = rows.into_iter().map(|row| row.into_iter().map(Answer::of).collect()).collect();
+        Answers { opened, rows, seed, source_tokens }
+    }
+
+    /// Targets that were scored, one for each row.
+    pub fn scored(opened: Arc<Opened>, targets: Vec<Vec<i64>>, found: Vec<Logprobs>, source_tokens: usize) -> Answers {
+        let rows = targets.into_iter().zip(found).map(|(tokens, found)| vec![Answer::new(tokens, Some(found))]);
+        Answers { opened, rows: rows.collect(), seed: None, source_tokens }
+    }
+
+    fn answer(&self, row: usize, index: usize) -> Result<&Answer, Failure> {
+        let rows = self.rows.len();
+        let refused = |name, count| move |at: usize| Failure::argument(name, format!("below {count}"), at.to_string());
+        let row = self.rows.get(row).ok_or_else(|| refused("row", rows)(row))?;
+        row.get(index).ok_or_else(|| refused("index", row.len())(index))
+    }
+
+    fn text<'a>(&self, answer: &'a Answer) -> Result<&'a Written, Failure> {
+        let decode = || {
+            let tokenizer = self.opened.model.tokenizer()?;
+            Ok(Written::new(tokenizer.decode(&answer.tokens, SpecialTokens::Skip)?))
+        };
+        answer.text.get_or_init(decode).as_ref().map_err(Failure::clone)
+    }
+
+    fn json(&self, answer: &Answer) -> Value {
+        let mut fields = Map::new();
+        fields.insert("tokens".into(), answer.tokens.clone().into());
+        if let Ok(tokenizer) = self.opened.model.tokenizer()
+            && let Ok(text) = tokenizer.decode(&answer.tokens, SpecialTokens::Skip)
+        {
+            fields.insert("text".into(), text.into());
+        }
+        if let Some(score) = answer.score {
+            fields.insert("score".into(), score.into());
+        }
+        if let Some(reason) = answer.finish_reason {
+            fields.insert("finish_reason".into(), reason.as_str().into());
+        }
+        if let Some(logprobs) = &answer.logprobs {
+            fields.insert("logprob".into(), logprobs.sum().into());
+            fields.insert("logprobs".into(), logprobs.tokens.clone().into());
+            if !logprobs.top.is_empty() {
+                fields.insert("top_logprobs".into(), json!(logprobs.top));
+            }
+        }
+        Value::Object(fields)
+    }
+}
+
+fn number(reason: FinishReason) -> i64 {
+    match reason {
+        FinishReason::Eos => 1,
+        FinishReason::Length => 2,
+        FinishReason::StopString => 3,
+        FinishReason::Time => 4,
+        FinishReason::Constraint => 5,
+        FinishReason::ConstraintIncomplete => 6,
+    }
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn t5g_result_rows(result: Handle<Answers>) -> usize {
+    value(0, || Ok(result.get("result")?.rows.len()))
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn t5g_result_count(result: Handle<Answers>, row: usize) -> usize {
+    value(0, || Ok(result.get("result")?.rows.get(row).map_or(0, Vec::len)))
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn t5g_result_get(
+    result: Handle<Answers>,
+    row: usize,
+    index: usize,
+    hypothesis: Record<t5g_hypothesis>,
+) -> Handle<Failure> {
+    fallible(|| {
+        let result = result.get("result")?;
+        let answer = result.answer(row, index)?;
+        let logprobs = answer.logprobs.as_ref();
+        let found = t5g_hypothesis {
+            size: 0,
+            tokens: answer.tokens.as_ptr(),
+            token_count: answer.tokens.len(),
+            finish_reason: answer.finish_reason.map_or(0, number),
+            score: answer.score.map_or(f64::NAN, f64::from),
+            logprob: logprobs.map_or(f64::NAN, Logprobs::sum),
+            perplexity: logprobs.map_or(f64::NAN, Logprobs::perplexity),
+            logprobs: logprobs.map_or(ptr::null(), |logprobs| logprobs.tokens.as_ptr()),
+            top_count: logprobs.and_then(|logprobs| logprobs.top.first()).map_or(0, Vec::len),
+            top_tokens: if answer.top_tokens.is_empty() { ptr::null() } else { answer.top_tokens.as_ptr() },
+            top_logprobs: if answer.top_logprobs.is_empty() { ptr::null() } else { answer.top_logprobs.as_ptr() },
+        };
+        hypothesis.put(found, "hypothesis")
+    })
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn t5g_result_text(
+    result: Handle<Answers>,
+    row: usize,
+    index: usize,
+    text: Out<*const c_char>,
+    size: Out<usize>,
+) -> Handle<Failure> {
+    fallible(|| {
+        let (place, size, result) = (text.check("text")?, size.optional("size")?, result.get("result")?);
+        let text = result.text(result.answer(row, index)?)?;
+        place.put(text.pointer());
+        if let Some(size) = size {
+            size.put(text.size());
+        }
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn t5g_result_json(result: Handle<Answers>, json: Out<Handle<Written>>) -> Handle<Failure> {
+    fallible(|| {
+        let (place, result) = (json.check("json")?, result.get("result")?);
+        let rows = result.rows.iter();
+        let sequences: Vec<Vec<Value>> =
+            rows.map(|row| row.iter().map(|answer| result.json(answer)).collect()).collect();
+        let target_tokens: usize = result.rows.iter().flatten().map(|answer| answer.tokens.len()).sum();
+        let mut fields = json!({"sequences": sequences});
+        if let Some(seed) = result.seed {
+            fields["seed"] = seed.into();
+        }
+        fields["usage"] = json!({"source_tokens": result.source_tokens, "target_tokens": target_tokens});
+        place.put(Written::handle(fields.to_string()));
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn t5g_result_free(result: Handle<Answers>) -> i32 {
+    free(result, "result")
+}

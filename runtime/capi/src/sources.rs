@@ -1,0 +1,239 @@
+//! Sources and targets as C gives them, as batches and rows of tokens.
+
+use ndarray::Array3;
+use serde_json::Value;
+use t5gemma_runtime::{Batch, ChatTemplate, Error, Tokenizer};
+
+use crate::error::{Code, Failure};
+use crate::input::{Array, Fields, Record, Text, ZERO_TERMINATED, flag};
+
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct t5g_sources {
+    size: usize,
+    rows: usize,
+    texts: Array<Text>,
+    text_sizes: Array<usize>,
+    messages: Text,
+    input_ids: Array<i64>,
+    lengths: Array<usize>,
+    length: usize,
+    attention_mask: Array<i64>,
+    decoder_texts: Array<Text>,
+    decoder_input_ids: Array<i64>,
+    decoder_length: usize,
+    encoder_outputs: Array<f32>,
+}
+
+// SAFETY: words, of which any are a value.
+unsafe impl Fields for t5g_sources {
+    const OLDEST: usize = 104;
+
+    fn unset() -> t5g_sources {
+        t5g_sources {
+            size: 0,
+            rows: 0,
+            texts: Array::NULL,
+            text_sizes: Array::NULL,
+            messages: Text::NULL,
+            input_ids: Array::NULL,
+            lengths: Array::NULL,
+            length: 0,
+            attention_mask: Array::NULL,
+            decoder_texts: Array::NULL,
+            decoder_input_ids: Array::NULL,
+            decoder_length: 0,
+            encoder_outputs: Array::NULL,
+        }
+    }
+}
+
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct t5g_targets {
+    size: usize,
+    texts: Array<Text>,
+    text_sizes: Array<usize>,
+    target_ids: Array<i64>,
+    lengths: Array<usize>,
+    without_end: i64,
+}
+
+// SAFETY: words, of which any are a value.
+unsafe impl Fields for t5g_targets {
+    const OLDEST: usize = 48;
+
+    fn unset() -> t5g_targets {
+        t5g_targets {
+            size: 0,
+            texts: Array::NULL,
+            text_sizes: Array::NULL,
+            target_ids: Array::NULL,
+            lengths: Array::NULL,
+            without_end: 0,
+        }
+    }
+}
+
+/// What of an opened model makes tokens of what callers give.
+pub struct Reader<'a> {
+    pub tokenizer: &'a dyn Fn() -> Result<&'a Tokenizer, Error>,
+    /// What makes texts of conversations.
+    pub chat: &'a dyn Fn() -> Result<&'a ChatTemplate, Failure>,
+    pub pad_token_id: i64,
+    /// Of the encoder.
+    pub hidden_size: usize,
+}
+
+impl Reader<'_> {
+    /// The sources as a batch, with everything that was given besides.
+    pub fn batch(&self, sources: Record<t5g_sources>) -> Result<Batch, Failure> {
+        let given = sources.get("sources")?;
+        let texts = given.texts.optional(given.rows, "sources.texts")?;
+        let messages = given.messages.optional("sources.messages")?;
+        if given.rows == 0 && (texts.is_some() || messages.is_none()) {
+            return Err(Failure::expected(Code::Input, "sources.rows", "at least one row", "0"));
+        }
+        let batch = match (texts, messages, given.input_ids.is_null()) {
+            (Some(texts), None, true) => {
+                let texts = sized(texts, given.text_sizes, "sources.texts", "sources.text_sizes")?;
+                let tokenizer = (self.tokenizer)()?;
+                let rows: Result<Vec<Vec<i64>>, Error> = texts.iter().map(|text| tokenizer.encode(text)).collect();
+                Batch::padded(&rows?, self.pad_token_id)?
+            }
+            (None, Some(messages), true) => {
+                if given.rows > 1 {
+                    let expected = "1 (a conversation is one source)";
+                    return Err(Failure::expected(Code::Input, "sources.rows", expected, given.rows.to_string()));
+                }
+                let text = (self.chat)()?.apply(&list(messages, "sources.messages")?)?;
+                Batch::padded(&[(self.tokenizer)()?.encode_target(&text)?], self.pad_token_id)?
+            }
+            (None, None, false) => self.of_ids(&given)?,
+            (None, None, true) => {
+                let (expected, found) = ("texts, messages or input_ids", "none of them");
+                return Err(Failure::expected(Code::Input, "sources", expected, found));
+            }
+            _ => {
+                let (expected, found) = ("one of texts, messages and input_ids", "several");
+                return Err(Failure::expected(Code::Input, "sources", expected, found));
+            }
+        };
+        let batch = self.with_prompts(batch, &given)?;
+        let shape = [batch.rows(), batch.length(), self.hidden_size];
+        let count = product(&shape, "sources.encoder_outputs")?;
+        match given.encoder_outputs.optional(count, "sources.encoder_outputs")? {
+            None => Ok(batch),
+            Some(states) => {
+                let states = Array3::from_shape_vec(shape, states.to_vec());
+                Ok(batch.with_encoder_outputs(states.map_err(|error| Failure::new(Code::Input, error.to_string()))?)?)
+            }
+        }
+    }
+
+    fn of_ids(&self, given: &t5g_sources) -> Result<Batch, Failure> {
+        let Some(lengths) = given.lengths.optional(given.rows, "sources.lengths")? else {
+            let count = product(&[given.rows, given.length], "sources.input_ids")?;
+            let ids = given.input_ids.get(count, "sources.input_ids")?.to_vec();
+            let mask = given.attention_mask.optional(count, "sources.attention_mask")?;
+            let mask = mask.map_or_else(|| vec![1; count], <[i64]>::to_vec);
+            return Ok(Batch::flat(given.rows, ids, mask)?);
+        };
+        if !given.attention_mask.is_null() || given.length > 0 {
+            let name = if given.length > 0 { "sources.length" } else { "sources.attention_mask" };
+            return Err(Failure::expected(Code::Input, name, "nothing with lengths", "something"));
+        }
+        let rows = ragged(&given.input_ids, lengths, "sources.input_ids")?;
+        Ok(Batch::padded(&rows, self.pad_token_id)?)
+    }
+
+    fn with_prompts(&self, batch: Batch, given: &t5g_sources) -> Result<Batch, Failure> {
+        let rows = batch.rows();
+        let texts = given.decoder_texts.optional(rows, "sources.decoder_texts")?;
+        let count = product(&[rows, given.decoder_length], "sources.decoder_input_ids")?;
+        let ids = given.decoder_input_ids.optional(count, "sources.decoder_input_ids")?;
+        match (texts, ids) {
+            (None, None) if given.decoder_length == 0 => Ok(batch),
+            (None, None) => Err(Failure::argument("sources.decoder_input_ids", "a pointer", "NULL")),
+            (Some(texts), None) => {
+                let tokenizer = (self.tokenizer)()?;
+                let prompt = |text: &Text| {
+                    Ok::<_, Failure>(tokenizer.encode_target(text.get(ZERO_TERMINATED, "sources.decoder_texts")?)?)
+                };
+                let prompts = texts.iter().map(prompt).collect::<Result<Vec<_>, _>>()?;
+                Ok(batch.with_decoder_input_ids(&prompts)?)
+            }
+            (None, Some(_)) if given.decoder_length == 0 => Ok(batch),
+            (None, Some(ids)) => {
+                let prompts: Vec<&[i64]> = ids.chunks(given.decoder_length).collect();
+                Ok(batch.with_decoder_input_ids(&prompts)?)
+            }
+            (Some(_), Some(_)) => {
+                Err(Failure::expected(Code::Input, "sources", "decoder_texts or decoder_input_ids", "both"))
+            }
+        }
+    }
+
+    /// The targets of `rows` sources; `end` goes behind texts.
+    pub fn targets(
+        &self,
+        targets: Record<t5g_targets>,
+        rows: usize,
+        end: Option<i64>,
+    ) -> Result<Vec<Vec<i64>>, Failure> {
+        let given = targets.get("targets")?;
+        let end = end.filter(|_| given.without_end == 0);
+        flag(given.without_end, "targets.without_end")?;
+        match (given.texts.optional(rows, "targets.texts")?, given.target_ids.is_null()) {
+            (Some(texts), true) => {
+                let tokenizer = (self.tokenizer)()?;
+                let texts = sized(texts, given.text_sizes, "targets.texts", "targets.text_sizes")?;
+                let of = |text: &&str| {
+                    let mut tokens = tokenizer.encode_target(text)?;
+                    tokens.extend(end);
+                    Ok(tokens)
+                };
+                Ok(texts.iter().map(of).collect::<Result<Vec<_>, Error>>()?)
+            }
+            (None, false) => {
+                let lengths = given.lengths.get(rows, "targets.lengths")?;
+                Ok(ragged(&given.target_ids, lengths, "targets.target_ids")?.into_iter().map(<[i64]>::to_vec).collect())
+            }
+            (texts, _) => {
+                let found = if texts.is_some() { "both" } else { "neither" };
+                Err(Failure::expected(Code::Input, "targets", "texts or target_ids", found))
+            }
+        }
+    }
+}
+
+/// A JSON list.
+pub fn list(json: &str, name: &str) -> Result<Vec<Value>, Failure> {
+    let refused = |error: serde_json::Error| Failure::expected(Code::Input, name, "a JSON list", error.to_string());
+    serde_json::from_str(json).map_err(refused)
+}
+
+fn sized<'a>(texts: &'a [Text], sizes: Array<usize>, name: &str, of_sizes: &str) -> Result<Vec<&'a str>, Failure> {
+    let sizes = sizes.optional(texts.len(), of_sizes)?.map(<[usize]>::to_vec);
+    let sizes = sizes.unwrap_or_else(|| vec![ZERO_TERMINATED; texts.len()]);
+    let text = |(row, (text, size)): (usize, (&'a Text, usize))| text.get(size, &format!("{name}[{row}]"));
+    texts.iter().zip(sizes).enumerate().map(text).collect()
+}
+
+/// Rows of their own lengths, one after the other.
+fn ragged<'a>(ids: &'a Array<i64>, lengths: &[usize], name: &str) -> Result<Vec<&'a [i64]>, Failure> {
+    let too_long = || Failure::argument(name, "what fits into memory", "more");
+    let count = lengths.iter().try_fold(0usize, |sum, &length| sum.checked_add(length)).ok_or_else(too_long)?;
+    let mut rest = ids.get(count, name)?;
+    let row = |&length: &usize| {
+        let (row, after) = rest.split_at(length);
+        rest = after;
+        row
+    };
+    Ok(lengths.iter().map(row).collect())
+}
+
+fn product(sizes: &[usize], name: &str) -> Result<usize, Failure> {
+    let product = sizes.iter().try_fold(1usize, |product, &size| product.checked_mul(size));
+    product.ok_or_else(|| Failure::argument(name, "what fits into memory", format!("{sizes:?} elements")))
+}
