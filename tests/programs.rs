@@ -5,8 +5,12 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Stdio};
 
 use serde_json::{Value, json};
+use t5gemma_exporter::Export;
+use t5gemma_graphs::Target;
+use t5gemma_graphs::onnx::Blocks;
+use t5gemma_graphs::quantization::Quantization;
 
-use crate::common::{demo, exported, fixture, program, run, stdout};
+use crate::common::{demo, exported, exported_as, fixture, program, run, stdout};
 
 #[test]
 fn generate_answers_arguments_and_lines_alike() {
@@ -305,4 +309,38 @@ fn packed_requests_are_answered_in_order_and_as_alone() {
     assert_eq!(packed.len(), alone.len());
     // The header is the same bytes, whatever they are as numbers.
     assert!(packed.iter().zip(&alone).all(|(a, b)| a.to_bits() == b.to_bits() || (a - b).abs() < 1e-4));
+}
+
+#[test]
+fn verify_tells_how_far_two_models_are_apart() {
+    let own = exported("tiny-balanced");
+    let fewer = {
+        let blocks = |bits| Some(Blocks { bits, size: 16, symmetric: true });
+        let quantization = |bits| Quantization {
+            encoder: blocks(bits),
+            decoder: blocks(bits),
+            head: blocks(bits),
+            ..Quantization::default()
+        };
+        let export = |bits| Export { target: Target::Cpu, quantization: quantization(bits), ..Export::default() };
+        [8, 4].map(|bits| exported_as("tiny-balanced", &format!("apart-{bits}"), export(bits)))
+    };
+    let report = |model: &Path, other: &Path| -> Value {
+        let arguments =
+            ["verify".as_ref(), model.as_os_str(), "--against".as_ref(), other.as_os_str(), "--json".as_ref()];
+        serde_json::from_str(&stdout(run("t5gemma", arguments, ""))).expect("JSON")
+    };
+    let itself = report(&own, &own);
+    assert_eq!(itself["logits_relative_error"], 0.0, "{itself}");
+    assert_eq!((&itself["top1_agreement"], &itself["kl_divergence"]), (&json!(1.0), &json!(0.0)), "{itself}");
+    let error = |report: &Value| report["logits_relative_error"].as_f64().expect("a number");
+    let [eight, four] = fewer.each_ref().map(|model| report(model, &own));
+    assert!(error(&eight) > 1e-5 && error(&eight) < 0.05, "{eight}");
+    assert!(error(&four) > 3.0 * error(&eight) && error(&four) < 0.5, "{four}");
+    let other = exported("tiny-unbalanced");
+    let arguments = ["verify".as_ref(), own.as_os_str(), "--against".as_ref(), other.as_os_str()];
+    let refused = run("t5gemma", arguments, "");
+    let said = String::from_utf8_lossy(&refused.stderr);
+    assert_eq!(refused.status.code(), Some(1), "{said}");
+    assert!(said.contains("against: expected a model of the same vocabularies, of 200 and 200 tokens"), "{said}");
 }

@@ -2,6 +2,8 @@
 //! are those of a reference where one is given. In the library because it runs the model in ways that generation never
 //! does; reading files of reference numbers is left to the caller.
 
+mod comparison;
+
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 
@@ -15,6 +17,8 @@ use crate::generate;
 use crate::model::{Cancellation, Model};
 use crate::options::GenerationOptions;
 use crate::search::Search;
+
+pub use comparison::{Comparison, comparison};
 
 /// One comparison.
 #[derive(Clone, Debug, PartialEq)]

@@ -27,7 +27,7 @@ fn lines() -> Vec<Line> {
         // The document.
         (json!([1, 2]), &["expected a JSON object on one line", "sequence"]),
         (json!("text"), &["expected a JSON object on one line", "string"]),
-        (json!({}), &["expected text or input_ids, found neither"]),
+        (json!({}), &["expected text, messages or input_ids, found none of them"]),
         (json!({"id": "both", "text": "a", "input_ids": [5]}), &["expected text or input_ids, found both"]),
         (with(json!({"max_new_tokens": 3})), &["expected only the fields id, text", "found \"max_new_tokens\""]),
         (with(json!({"x".repeat(5000): 3})), &["expected only the fields id, text", "…"]),

@@ -19,7 +19,7 @@ mod progress;
 mod tensors;
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
@@ -71,7 +71,12 @@ struct Opening {
 
 impl Opening {
     fn open(&self) -> Result<Model> {
-        Ok(Model::open_with(&self.model, &self.options())?)
+        self.open_model(&self.model)
+    }
+
+    /// Another model in the same way.
+    fn open_model(&self, path: &Path) -> Result<Model> {
+        Ok(Model::open_with(path, &self.options())?)
     }
 
     fn open_encoder(&self) -> Result<Encoder> {

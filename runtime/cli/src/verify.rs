@@ -1,11 +1,13 @@
 //! `t5gemma verify`: whether a model computes what it should.
 
+use std::fs;
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
+use serde_json::json;
 use t5gemma_runtime::Cancellation;
-use t5gemma_runtime::verify::{Check, Golden, against, consistency};
+use t5gemma_runtime::verify::{Check, Golden, against, comparison, consistency};
 
 use crate::tensors::Tensors;
 use crate::{Opening, Outcome};
@@ -14,7 +16,8 @@ use crate::{Opening, Outcome};
 ///
 /// Prints the largest error of each comparison: cached steps = recomputation, a ragged batch = its rows alone, left = right
 /// padding, beam width 1 = greedy, beam scores = recomputed ones, and each kind of reference tensor. Exit status 1 if one is
-/// beyond its limit.
+/// beyond its limit. With --against, tells instead how far the model is from another of the same checkpoint, which nothing
+/// limits.
 #[derive(clap::Args)]
 pub struct Arguments {
     #[command(flatten)]
@@ -26,10 +29,23 @@ pub struct Arguments {
     /// Largest absolute error that passes [default: 5e-4 in float32, a tenth of the largest number in half precision]
     #[arg(long)]
     tolerance: Option<f32>,
+    /// A model of the same checkpoint, in more bits or for another target: reports how far hidden states and logits are
+    /// from its own, along its own greedy answers, and how often both have the same likeliest token
+    #[arg(long, value_name = "OTHER_MODEL", conflicts_with_all = ["golden", "tolerance"])]
+    against: Option<PathBuf>,
+    /// Sources for --against, one a line [default: tokens without meaning]
+    #[arg(long, value_name = "FILE", requires = "against")]
+    texts: Option<PathBuf>,
+    /// Print the report of --against as JSON
+    #[arg(long, requires = "against")]
+    json: bool,
 }
 
 /// Runs the command.
 pub fn run(mut arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
+    if let Some(other) = &arguments.against {
+        return compare(&arguments, other, cancel);
+    }
     let golden = arguments.golden.as_deref().map(Tensors::read).transpose()?.map(|file| read(&file)).transpose()?;
     arguments.opening.check_weights = true;
     let model = arguments.opening.open()?;
@@ -45,6 +61,48 @@ pub fn run(mut arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
         writeln!(io::stdout(), "{verdict} {name:<52} {largest:>9.2e}  (limit {limit:.2e})")?;
     }
     Ok(if checks.iter().all(|check| check.passed()) { Outcome::Done } else { Outcome::SomeFailed })
+}
+
+fn compare(arguments: &Arguments, other: &Path, cancel: &Cancellation) -> Result<Outcome> {
+    let model = arguments.opening.open()?;
+    let other = arguments.opening.open_model(other)?;
+    let sources = match &arguments.texts {
+        None => Vec::new(),
+        Some(path) => {
+            let text = fs::read_to_string(path).with_context(|| format!("{}: cannot be read", path.display()))?;
+            let lines = text.lines().filter(|line| !line.trim().is_empty());
+            let sources = lines.map(|line| other.tokenizer()?.encode(line)).collect::<Result<Vec<_>, _>>()?;
+            ensure!(!sources.is_empty(), "{}: expected lines of text, found none", path.display());
+            sources
+        }
+    };
+    let found = comparison(&model, &other, &sources, cancel)?;
+    if arguments.json {
+        let report = json!({
+            "positions": found.positions,
+            "hidden_relative_error": found.hidden_relative_error,
+            "logits_relative_error": found.logits_relative_error,
+            "logits_largest_error": found.logits_largest_error,
+            "top1_agreement": found.top1_agreement,
+            "top1_in_top5": found.top1_in_top5,
+            "kl_divergence": found.kl_divergence,
+        });
+        writeln!(io::stdout(), "{report:#}")?;
+        return Ok(Outcome::Done);
+    }
+    let percent = |share: f64| format!("{:.2} %", 100.0 * share);
+    for (name, value) in [
+        ("target positions", found.positions.to_string()),
+        ("hidden states, relative error", format!("{:.2e}", found.hidden_relative_error)),
+        ("logits, relative error", format!("{:.2e}", found.logits_relative_error)),
+        ("logits, largest error", format!("{:.2e}", found.logits_largest_error)),
+        ("same likeliest token", percent(found.top1_agreement)),
+        ("its likeliest token among the five likeliest", percent(found.top1_in_top5)),
+        ("Kullback-Leibler divergence, nats", format!("{:.2e}", found.kl_divergence)),
+    ] {
+        writeln!(io::stdout(), "{name:<46} {value:>10}")?;
+    }
+    Ok(Outcome::Done)
 }
 
 fn read(file: &Tensors) -> Result<Golden> {
