@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Stdio};
 
 use serde_json::{Value, json};
+use t5gemma_exporter::Export;
+use t5gemma_graphs::Target;
 
 use crate::common::{demo, exported, fixture, program, run, stdout};
 
@@ -305,4 +307,36 @@ fn packed_requests_are_answered_in_order_and_as_alone() {
     assert_eq!(packed.len(), alone.len());
     // The header is the same bytes, whatever they are as numbers.
     assert!(packed.iter().zip(&alone).all(|(a, b)| a.to_bits() == b.to_bits() || (a - b).abs() < 1e-4));
+}
+
+#[test]
+fn requests_with_other_options_run_beside_each_other_and_are_answered_in_order() {
+    let export = Export { target: Target::Cpu, ..Export::default() };
+    let model = crate::common::exported_as("tiny-balanced", "cpu", export);
+    let model = model.to_str().expect("temporary paths are UTF-8");
+    let request = |at: i64| match at % 6 {
+        0 => json!({"input_ids": [5, 6, 7 + at], "options": {"max_new_tokens": 40}}).to_string(),
+        1 => json!({"input_ids": [5 + at], "options": {"max_new_tokens": 3, "num_beams": 3}}).to_string(),
+        2 => json!({"input_ids": [[5, at], [9, 9]], "options": {"do_sample": true, "seed": at}}).to_string(),
+        3 => json!({"input_ids": [5], "decoder_input_ids": [7, at]}).to_string(),
+        4 => json!({"input_ids": [5, at + 1000]}).to_string(),
+        _ => "no request".to_string(),
+    };
+    let lines: Vec<String> = (0..60).map(request).collect();
+    let results = |more: &[&str]| {
+        let output = run("t5gemma", [&["generate", model, "--jsonl"], more].concat(), lines.join("\n"));
+        assert_eq!(output.status.code(), Some(1));
+        let result = |line: &str| {
+            let result: Value = serde_json::from_str(line).expect("JSON");
+            let rows = result["sequences"].as_array().cloned().unwrap_or_default();
+            let tokens: Vec<Value> = rows.iter().map(|row| row[0]["tokens"].clone()).collect();
+            json!([result["id"], result["error"], result["seed"], result["usage"], tokens])
+        };
+        String::from_utf8_lossy(&output.stdout).lines().map(result).collect::<Vec<Value>>()
+    };
+    let alone = results(&["--batch-size", "1"]);
+    assert_eq!(alone.len(), 60);
+    for more in [&[][..], &["--batch-size", "3"], &["--batch-size", "500"]] {
+        assert_eq!(results(more), alone, "{more:?}");
+    }
 }
