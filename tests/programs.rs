@@ -344,3 +344,35 @@ fn verify_tells_how_far_two_models_are_apart() {
     assert_eq!(refused.status.code(), Some(1), "{said}");
     assert!(said.contains("against: expected a model of the same vocabularies, of 200 and 200 tokens"), "{said}");
 }
+
+#[test]
+fn requests_with_other_options_run_beside_each_other_and_are_answered_in_order() {
+    let export = Export { target: Target::Cpu, ..Export::default() };
+    let model = crate::common::exported_as("tiny-balanced", "cpu", export);
+    let model = model.to_str().expect("temporary paths are UTF-8");
+    let request = |at: i64| match at % 6 {
+        0 => json!({"input_ids": [5, 6, 7 + at], "options": {"max_new_tokens": 40}}).to_string(),
+        1 => json!({"input_ids": [5 + at], "options": {"max_new_tokens": 3, "num_beams": 3}}).to_string(),
+        2 => json!({"input_ids": [[5, at], [9, 9]], "options": {"do_sample": true, "seed": at}}).to_string(),
+        3 => json!({"input_ids": [5], "decoder_input_ids": [7, at]}).to_string(),
+        4 => json!({"input_ids": [5, at + 1000]}).to_string(),
+        _ => "no request".to_string(),
+    };
+    let lines: Vec<String> = (0..60).map(request).collect();
+    let results = |more: &[&str]| {
+        let output = run("t5gemma", [&["generate", model, "--jsonl"], more].concat(), lines.join("\n"));
+        assert_eq!(output.status.code(), Some(1));
+        let result = |line: &str| {
+            let result: Value = serde_json::from_str(line).expect("JSON");
+            let rows = result["sequences"].as_array().cloned().unwrap_or_default();
+            let tokens: Vec<Value> = rows.iter().map(|row| row[0]["tokens"].clone()).collect();
+            json!([result["id"], result["error"], result["seed"], result["usage"], tokens])
+        };
+        String::from_utf8_lossy(&output.stdout).lines().map(result).collect::<Vec<Value>>()
+    };
+    let alone = results(&["--batch-size", "1"]);
+    assert_eq!(alone.len(), 60);
+    for more in [&[][..], &["--batch-size", "3"], &["--batch-size", "500"]] {
+        assert_eq!(results(more), alone, "{more:?}");
+    }
+}

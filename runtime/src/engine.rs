@@ -42,6 +42,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use t5gemma_graphs::interface::CacheLayout;
+
 use crate::batch::Batch;
 use crate::error::Error;
 use crate::item::Call;
@@ -190,6 +192,11 @@ impl Drop for Closing {
 }
 
 impl Engine {
+    /// Whether all rows in flight share every step with this model; otherwise only those do that were admitted together.
+    pub fn shares_all_steps(model: &Model) -> bool {
+        model.layout() == CacheLayout::InPlace
+    }
+
     /// Starts a thread that generates with `model`, which may be used by others meanwhile; they take turns.
     pub fn new(model: Arc<Model>, options: EngineOptions) -> Engine {
         let shared = Arc::new(Shared {

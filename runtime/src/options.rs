@@ -68,6 +68,8 @@ pub struct GenerationOptions {
     pub length_penalty: f64,
     /// When beam search is content with the hypotheses it has.
     pub early_stopping: EarlyStopping,
+    /// With `early_stopping` true, beam search goes on until `num_beams · patience` hypotheses have finished, rounded.
+    pub patience: f64,
     /// What a target starts with.
     pub decoder_start_token_id: i64,
     /// The beginning-of-sequence token.
@@ -212,6 +214,8 @@ const MAX_BIAS: f32 = 1e30;
 
 /// Bounds what one source may cost; far above any useful number.
 const MAX_NUM_BEAMS: usize = 256;
+/// Bounds the hypotheses that are kept.
+const MAX_PATIENCE: f64 = 100.0;
 /// Bounds the size of a result.
 const MAX_TOP_LOGPROBS: usize = 1000;
 /// As `MAX_NUM_BEAMS`, without beams.
@@ -245,6 +249,7 @@ impl Default for GenerationOptions {
             return_alternatives: false,
             length_penalty: 1.0,
             early_stopping: EarlyStopping::False,
+            patience: 1.0,
             decoder_start_token_id: 2,
             bos_token_id: Some(2),
             eos_token_id: vec![1],
@@ -364,6 +369,11 @@ impl GenerationOptions {
         RandomState::new().build_hasher().finish()
     }
 
+    /// How many hypotheses of `beams` beams have to finish before early stopping ends the search.
+    pub(crate) fn patient_size(&self, beams: usize) -> usize {
+        (beams as f64 * self.patience).round() as usize
+    }
+
     /// Tells how long a target may become whose decoder prompt has `prompt_len` tokens.
     pub fn max_length(&self, prompt_len: usize) -> usize {
         match (self.max_new_tokens, self.max_length) {
@@ -452,6 +462,17 @@ impl GenerationOptions {
         if groups > 1 && self.do_sample {
             let expected = "1 with do_sample true (groups of beams do not sample)";
             return Err(OptionError::new("num_beam_groups", expected, groups.to_string()));
+        }
+        if self.patience != 1.0 && self.num_beams > 1 {
+            if self.early_stopping != EarlyStopping::True {
+                let expected = "1 without early_stopping true (it says how many hypotheses that waits for)";
+                return Err(OptionError::new("patience", expected, self.patience.to_string()));
+            }
+            let least = self.num_return_sequences.div_ceil(groups);
+            if self.patient_size(beams / groups) < least {
+                let expected = format!("enough for num_return_sequences ({})", self.num_return_sequences);
+                return Err(OptionError::new("patience", expected, self.patience.to_string()));
+            }
         }
         if groups > 1 && self.diversity_penalty <= 0.0 {
             let expected = "a number above 0 with num_beam_groups above 1 (all groups would find the same)";
@@ -566,6 +587,10 @@ impl GenerationOptions {
                     _ => None,
                 })?;
             }
+            "patience" => {
+                let usable = |value: &Value| value.as_f64().filter(|x| *x > 0.0 && *x <= MAX_PATIENCE);
+                self.patience = given.take("a number above 0, at most 100", usable)?;
+            }
             "decoder_start_token_id" => self.decoder_start_token_id = given.token()?,
             "bos_token_id" => self.bos_token_id = Some(given.token()?),
             "eos_token_id" => self.eos_token_id = given.token_or_tokens()?,
@@ -624,7 +649,11 @@ fn of_beam_search(options: &GenerationOptions) -> Vec<(&'static str, String)> {
         EarlyStopping::True => "true",
         EarlyStopping::Never => "\"never\"",
     };
-    vec![("length_penalty", options.length_penalty.to_string()), ("early_stopping", early_stopping.to_string())]
+    vec![
+        ("length_penalty", options.length_penalty.to_string()),
+        ("early_stopping", early_stopping.to_string()),
+        ("patience", options.patience.to_string()),
+    ]
 }
 
 /// What acts between groups of beams only.
@@ -840,7 +869,7 @@ mod tests {
         let request: Value = serde_json::from_str(
             r#"{
             "max_new_tokens": 7, "max_length": 9.0, "min_length": 3, "min_new_tokens": 2, "num_beams": 4,
-            "num_return_sequences": 3, "length_penalty": 2, "early_stopping": "never", "decoder_start_token_id": 5,
+            "num_return_sequences": 3, "length_penalty": 2, "early_stopping": "never", "patience": 1, "decoder_start_token_id": 5,
             "bos_token_id": 6, "eos_token_id": [1, 107], "pad_token_id": 3, "repetition_penalty": 1.5,
             "encoder_repetition_penalty": 2, "no_repeat_ngram_size": 3, "encoder_no_repeat_ngram_size": 4,
             "bad_words_ids": [[5], [6, 7]], "sequence_bias": [[[5], 3], [[6, 7], -4.5]], "forced_bos_token_id": 17,
@@ -879,6 +908,7 @@ mod tests {
             return_alternatives: false,
             length_penalty: 2.0,
             early_stopping: EarlyStopping::Never,
+            patience: 1.0,
             decoder_start_token_id: 5,
             bos_token_id: Some(6),
             eos_token_id: vec![1, 107],
@@ -943,6 +973,15 @@ mod tests {
             (json!({"repetition_penalty": 0}), "repetition_penalty: expected a positive number, found 0"),
             (json!({"repetition_penalty": 1e-300}), "repetition_penalty: expected a positive number, found 1e-300"),
             (json!({"length_penalty": "1"}), "length_penalty: expected a number from -10 to 10, found \"1\""),
+            (json!({"patience": 0}), "patience: expected a number above 0, at most 100, found 0"),
+            (
+                json!({"patience": 2, "num_beams": 2}),
+                "patience: expected 1 without early_stopping true (it says how many hypotheses that waits for), found 2",
+            ),
+            (
+                json!({"patience": 0.5, "num_beams": 4, "num_return_sequences": 3, "early_stopping": true}),
+                "patience: expected enough for num_return_sequences (3), found 0.5",
+            ),
             (
                 json!({"early_stopping": "always"}),
                 "early_stopping: expected true, false or \"never\", found \"always\"",
@@ -1033,6 +1072,10 @@ mod tests {
             (
                 json!({"length_penalty": 0.5}),
                 "length_penalty: expected 1 with num_beams 1 (it acts in beam search only), found 0.5",
+            ),
+            (
+                json!({"patience": 2, "early_stopping": true, "num_beams": 1}),
+                "early_stopping: expected false with num_beams 1 (it acts in beam search only), found true",
             ),
             (
                 json!({"early_stopping": true, "num_beams": 1}),

@@ -1,13 +1,17 @@
 //! `t5gemma generate`: text in, text out; or requests in, results out, by the JSONL contract.
 
+mod continuous;
+
 use std::io::{self, IsTerminal, Write};
 use std::ops::ControlFlow;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Map, Value, json};
 use t5gemma_runtime::{
-    Cancellation, DEFAULT_ENCODER_CACHE_BYTES, Error, FinishReason, GenerationOptions, Hypothesis, Model, SpecialTokens,
+    Cancellation, DEFAULT_ENCODER_CACHE_BYTES, Engine, Error, FinishReason, GenerationOptions, Hypothesis, Model,
+    SpecialTokens,
 };
 
 use crate::chat::Chat;
@@ -37,7 +41,8 @@ use crate::{Opening, Outcome};
 /// follow. With "output_logprobs", "logprobs" are the model's log-probabilities of the tokens, before any processing,
 /// "logprob" is their sum, and "top_logprobs" the [token, log-probability] pairs of as many of the likeliest at each place.
 /// "seed" is what was drawn from where tokens are sampled.
-/// Requests that are there together and have the same options are run as one batch. An "id" left out is the line's number
+/// Requests that are there together and have the same options are run as one batch; of a model whose cache is in place
+/// (--target cpu), also those with other options, and what comes later joins them. An "id" left out is the line's number
 /// from 0. A line that is no request, be it not even UTF-8, is answered by its error; blank lines are passed over.
 #[derive(clap::Args)]
 #[command(verbatim_doc_comment)]
@@ -74,7 +79,7 @@ pub struct Arguments {
 /// Runs the command.
 pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     let opening = Opening { encoder_cache_bytes: arguments.encoder_cache_bytes, ..arguments.opening };
-    let model = opening.open()?;
+    let model = Arc::new(opening.open()?);
     // Flags that cannot be right for any request are told before anything is read.
     let options = model.options().with(&arguments.flags.0)?;
     let packing = arguments.packing;
@@ -92,7 +97,12 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
         return answering.given(requests::of_encoder_outputs(file)?, arguments.jsonl);
     }
     if arguments.jsonl {
-        return answering.jsonl();
+        // Drafts are made for a row alone, and packs by tokens are asked for.
+        let is_shared = Engine::shares_all_steps(&model) && answering.packing.rows() > 1;
+        return match is_shared && !answering.packing.is_by_tokens() && options.prompt_lookup_num_tokens.is_none() {
+            true => answering.continuous(&model),
+            false => answering.jsonl(),
+        };
     }
     model.tokenizer()?;
     if !arguments.texts.is_empty() {

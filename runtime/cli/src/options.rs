@@ -48,6 +48,7 @@ const FLAGS: &[(&str, &str, &str)] = &[
     ("max_time", "SECONDS", "End all targets as they are after so long"),
     ("length_penalty", "X", "Beam scores are divided by length^X"),
     ("early_stopping", "MODE", "true, false or never: when beam search is content with what has finished"),
+    ("patience", "X", "With early_stopping true, wait for X times as many finished hypotheses as there are beams"),
     ("repetition_penalty", "X", "Above 1 makes tokens of the target less likely to come again"),
     ("frequency_penalty", "X", "Subtracted from a token's score for each time it was generated"),
     ("presence_penalty", "X", "Subtracted from the score of a token that was generated"),

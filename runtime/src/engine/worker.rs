@@ -7,11 +7,9 @@ use std::sync::mpsc::Sender;
 use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 
-use t5gemma_graphs::interface::CacheLayout;
-
 use super::plan::Need;
 use super::rows::{Begun, GoingOn, Rows};
-use super::{Event, Phase, Shared};
+use super::{Engine, Event, Phase, Shared};
 use crate::batch::{Batch, Prompts};
 use crate::error::Error;
 use crate::item::{Call, Item};
@@ -144,7 +142,7 @@ impl Worker {
     fn admit(&mut self) {
         let mut admitted: Vec<(Id, usize, Need)> = Vec::new();
         let shared = self.shared.clone();
-        let is_shared = shared.model.layout() == CacheLayout::InPlace;
+        let is_shared = Engine::shares_all_steps(&shared.model);
         if !is_shared && self.flights.len() >= MOST_COHORTS {
             return;
         }

@@ -19,7 +19,8 @@ pub(super) struct Beam {
     /// What the last step did to the running beams.
     next_tokens: Vec<i64>,
     parents: Vec<usize>,
-    /// The best finished hypotheses, best first; filled up with entries that have not finished.
+    /// The best finished hypotheses, best first, as many as there are beams or patience waits for; filled up with entries
+    /// that have not finished.
     pool: Vec<Finished>,
     /// Whether a running beam may still beat a finished hypothesis. Once false it stays false.
     open: bool,
@@ -48,6 +49,10 @@ impl Beam {
         // All beams start from the same prompt: only the first may contribute to the first step.
         let mut running_scores = vec![PENALTY; width];
         running_scores[0] = 0.0;
+        let wanted = match options.early_stopping {
+            EarlyStopping::True => options.patient_size(width).max(1),
+            _ => width,
+        };
         Beam {
             running: vec![prompt.to_vec(); width],
             running_scores,
@@ -60,7 +65,7 @@ impl Beam {
                     is_finished: false,
                     finish_reason: FinishReason::Length
                 };
-                width
+                wanted
             ],
             open: true,
             prompt_len: prompt.len(),
@@ -151,7 +156,7 @@ impl Beam {
 
     /// Lets the candidates that end compete with the finished hypotheses, if they rank among the first `width`.
     fn update_pool(&mut self, candidates: &[Candidate], stops: &[Option<FinishReason>], generated: usize) {
-        let width = self.width();
+        let (width, wanted) = (self.width(), self.pool.len());
         let is_full = self.is_full();
         let normaliser = self.normaliser(generated);
         let eligible = |rank: usize| stops[rank].is_some() && rank < width;
@@ -167,9 +172,9 @@ impl Beam {
             }))
             .collect();
         let mut old: Vec<Option<Finished>> = std::mem::take(&mut self.pool).into_iter().map(Some).collect();
-        self.pool = best(&scores, width)
+        self.pool = best(&scores, wanted)
             .into_iter()
-            .map(|index| match index.checked_sub(width) {
+            .map(|index| match index.checked_sub(wanted) {
                 None => old[index].take().expect("no index is chosen twice"),
                 Some(rank) => {
                     let Candidate { parent, token, .. } = candidates[rank];
@@ -416,6 +421,32 @@ mod tests {
         }
         assert!(settled_early > 1000, "only {settled_early} searches were certain of a token before their end");
         assert!(early > 1000, "only {early} searches ended before the maximum length");
+    }
+
+    #[test]
+    fn patience_is_how_many_hypotheses_early_stopping_waits_for() {
+        let candidate = |parent, token, score| Candidate { parent, token, score };
+        // Every step ends one hypothesis of two beams.
+        for (patience, steps, returned) in [(1.0, 2, 2), (0.5, 1, 1), (2.0, 4, 2), (1.4, 3, 2)] {
+            let options = GenerationOptions {
+                num_beams: 2,
+                num_return_sequences: returned,
+                early_stopping: EarlyStopping::True,
+                patience,
+                ..GenerationOptions::default()
+            };
+            let mut search = Search::new(&options, &[2]);
+            for step in 1..=steps {
+                let ends = candidate(0, 1, -1.0 - step as f32);
+                let candidates = [ends, candidate(0, 5, -2.0), candidate(1, 6, -3.0), candidate(1, 7, -4.0)];
+                let expected = if step == steps { Progress::Done } else { Progress::Continue };
+                assert_eq!(search.advance(&candidates), expected, "patience {patience}, step {step}");
+            }
+            let found = search.finish();
+            assert_eq!(found.len(), returned, "patience {patience}");
+            // −(1 + step) / step: the later, the better.
+            assert_eq!(found[0].tokens.len(), steps, "patience {patience}");
+        }
     }
 
     #[test]

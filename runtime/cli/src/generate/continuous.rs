@@ -1,0 +1,131 @@
+//! Requests as JSON lines through an engine: what is read joins what is being generated, whatever its options. Answers come
+//! in the order of the requests all the same.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Result;
+use serde_json::{Value, json};
+use t5gemma_runtime::{Engine, EngineOptions, Error, Event, Generation, Hypothesis, Model, Waited};
+
+use super::{Answering, println_flushed};
+use crate::Outcome;
+use crate::progress::counter;
+use crate::requests::{self, Kind, Lines, Refused, Request};
+
+/// Requests that may have been read and not been answered.
+const WINDOW: usize = 256;
+
+/// How long to look at one request before looking at the others.
+const PATIENCE: Duration = Duration::from_millis(1);
+
+/// A request in its place in the order of answers.
+enum Place {
+    Answered(Result<Value, Refused>),
+    Pending(Box<Pending>),
+}
+
+struct Pending {
+    request: Request,
+    generation: Generation,
+    /// What is known of its rows; nothing of those that are in flight.
+    rows: Vec<Vec<Hypothesis>>,
+}
+
+impl Answering<'_> {
+    /// Answers requests with `--batch-size` sources in flight.
+    pub(super) fn continuous(&self, model: &Arc<Model>) -> Result<Outcome> {
+        // As many rows as so many sources need; nothing waits in the engine.
+        let unbounded = EngineOptions { max_rows: usize::MAX, max_bytes: usize::MAX, max_waiting: usize::MAX };
+        let engine = Engine::new(model.clone(), unbounded);
+        let mut lines = Lines::requests();
+        let mut places: VecDeque<Place> = VecDeque::new();
+        let (mut next, mut at_end, mut in_flight) = (None, false, 0);
+        let mut outcome = Outcome::Done;
+        let done = counter("requests", true);
+        loop {
+            while places.len() < WINDOW {
+                if next.is_none() && !at_end && (places.is_empty() || lines.is_ready(&self.packing)?) {
+                    match lines.next(self.cancel)? {
+                        None => at_end = true,
+                        Some((number, line)) => match Request::parse(&line, number, Kind::Generate, self.chat) {
+                            Ok(request) => next = Some(request),
+                            Err(refused) => places.push_back(Place::Answered(Err(refused))),
+                        },
+                    }
+                    continue;
+                }
+                let has_room =
+                    |request: &mut Request| in_flight == 0 || in_flight + request.sources.len() <= self.packing.rows();
+                let Some(request) = next.take_if(has_room) else { break };
+                places.push_back(self.submitted(&engine, request));
+                if let Some(Place::Pending(pending)) = places.back() {
+                    in_flight += pending.rows.len();
+                }
+            }
+            while let Some(Place::Answered(_)) = places.front() {
+                let Some(Place::Answered(answer)) = places.pop_front() else { unreachable!("looked at just above") };
+                let result = answer.unwrap_or_else(|refused| {
+                    outcome = Outcome::SomeFailed;
+                    json!({"id": refused.id, "error": refused.reason})
+                });
+                println_flushed(&result.to_string())?;
+                done.inc(1);
+            }
+            if places.is_empty() && at_end && next.is_none() {
+                return Ok(outcome);
+            }
+            if self.cancel.is_cancelled() {
+                return Err(Error::Cancelled.into());
+            }
+            let mut patience = PATIENCE;
+            for place in &mut places {
+                in_flight -= self.look(place, std::mem::take(&mut patience))?;
+            }
+        }
+    }
+
+    /// Hands a request to the engine.
+    fn submitted(&self, engine: &Engine, mut request: Request) -> Place {
+        request.seed = self.seed(&request);
+        let submit = || {
+            let options = self.options.with(&request.options)?;
+            let batch = requests::batch(std::slice::from_ref(&request), options.pad_token_id)?;
+            engine.submit(t5gemma_runtime::Request::new(batch, options))
+        };
+        match submit() {
+            Ok(generation) => {
+                let rows = vec![Vec::new(); generation.rows()];
+                Place::Pending(Box::new(Pending { request, generation, rows }))
+            }
+            Err(error) => Place::Answered(Err(Refused { id: request.id, reason: error.to_string() })),
+        }
+    }
+
+    /// Takes what has happened to a request, and tells how many of its sources are not in flight any more.
+    fn look(&self, place: &mut Place, patience: Duration) -> Result<usize> {
+        let Place::Pending(pending) = place else { return Ok(0) };
+        let Pending { request, generation, rows } = &mut **pending;
+        let mut finished = 0;
+        let left = |rows: &[Vec<Hypothesis>]| rows.iter().filter(|row| row.is_empty()).count();
+        let mut wait = patience;
+        let answer = loop {
+            match generation.next_within(std::mem::take(&mut wait)) {
+                Waited::Event(Ok(Event::Row { row, hypotheses })) => {
+                    rows[row] = hypotheses;
+                    finished += 1;
+                }
+                Waited::Event(Ok(Event::Token { .. })) => {}
+                Waited::Event(Err(error)) => {
+                    finished += left(rows);
+                    break Err(Refused { id: request.id.clone(), reason: error.to_string() });
+                }
+                Waited::Ended => break Ok(self.result(request, rows)?),
+                Waited::TimedOut => return Ok(finished),
+            }
+        };
+        *place = Place::Answered(answer);
+        Ok(finished)
+    }
+}
