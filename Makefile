@@ -30,7 +30,7 @@ export PIP_ROOT_USER_ACTION := ignore
 
 .PHONY: help
 help: ## this list (the default)
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: demo
 demo: onnxruntime $(MODEL)/manifest.json ## export the small checkpoint of tests/demo and answer some lines with it
@@ -98,6 +98,16 @@ test: check onnxruntime tokenizer python ## everything that CI runs
 bench: ## time search and scores; models are timed by `t5gemma bench`
 	$(CARGO) bench --locked -p t5gemma-runtime
 
+.PHONY: check-rtx
+check-rtx: .venv/complete .cache/tensorrt-rtx/complete ## compile graphs with NVIDIA's builder for RTX; needs no GPU, but x86-64 Linux
+	$(CARGO) build --locked --profile $(PROFILE) -p t5gemma-exporter
+	PYTHONPATH=.cache/tensorrt-rtx .venv/bin/python tests/scripts/check_rtx.py $(PROGRAMS)/t5gemma-export .cache/check-rtx \
+	    $(CHECK_RTX)
+
+.PHONY: gpu-check
+gpu-check: build python ## everything that only a machine with an NVIDIA GPU can tell (GPU_CHECK="--sizes 2b-2b": its options)
+	tests/scripts/gpu_check.sh $(PROGRAMS)/t5gemma-export $(PROGRAMS)/t5gemma .cache/gpu-check $(GPU_CHECK)
+
 .PHONY: clean
 clean: ## remove everything built or fetched
 	$(CARGO) clean
@@ -120,6 +130,11 @@ $(TOKENIZER)/tokenizer.json: tests/scripts/fetch.py
 	    --requirement tests/requirements.txt && \
 	$(PYTHON) -m pip install --quiet --no-deps --only-binary=:all: --target "$$packages" --upgrade \
 	    --require-hashes --requirement tests/scripts/onnxruntime.txt
+	touch $@
+
+.cache/tensorrt-rtx/complete: tests/scripts/tensorrt_rtx.txt
+	rm -rf $(@D)
+	$(PYTHON) -m pip install --quiet --no-deps --only-binary=:all: --target $(@D) --require-hashes --requirement $<
 	touch $@
 
 # Exported anew when the checkpoint or the exporter has changed.

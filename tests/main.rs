@@ -13,6 +13,7 @@ mod generation;
 mod parity;
 mod processors;
 mod programs;
+mod providers;
 mod python;
 mod sampling;
 mod speculation;

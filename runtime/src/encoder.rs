@@ -15,10 +15,7 @@ use t5gemma_graphs::task::{Features, Pooling, Task};
 use crate::batch::Batch;
 use crate::error::Error;
 use crate::folder::Folder;
-use crate::model::{
-    Cancellation, OpenOptions, check_threads, float32_values, initializers, int64_tensor, open_session, run,
-};
-use crate::onnxruntime;
+use crate::model::{Cancellation, OpenOptions, Opener, check_options, float32_values, int64_tensor, run};
 use crate::tokenizer::Tokenizer;
 
 /// An opened encoder or classifier, to be used from any number of threads. It runs one call at a time.
@@ -43,14 +40,12 @@ impl Encoder {
     /// # Errors
     /// As [`Model::open_with`](crate::Model::open_with).
     pub fn open_with(path: impl AsRef<Path>, options: &OpenOptions) -> Result<Encoder, Error> {
-        check_threads(options)?;
+        check_options(options)?;
         let folder = Folder::open(path.as_ref(), options.check_weights)?;
-        let environment = onnxruntime::initialise(options.library.as_deref())?;
-        let weights = initializers(&folder).map_err(Error::onnxruntime("sharing the weights"))?;
         let Manifest { dtype, logits, cache, task, .. } = &folder.manifest;
         let parts = interface::parts(&folder.config, *dtype, *logits, *cache, task);
         let first = parts.first().expect("a model has a graph, and its encoder comes first");
-        let session = open_session(&environment, &folder, first.name, &first.ports, &weights, options.threads)?;
+        let session = Opener::new(&folder, options)?.open(first.name, &first.ports)?;
         Ok(Encoder { session, tokenizer: OnceLock::new(), folder })
     }
 

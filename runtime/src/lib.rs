@@ -19,8 +19,10 @@
 //! `constraint` limits what they may decide; `model`, `state` and `kernels` hold everything that is ONNX Runtime's, `encoder`
 //! and `classify` what models do besides generating; `folder` and `onnxruntime` are what opening checks first.
 
+mod engines;
 pub mod log;
 pub mod onnxruntime;
+mod provider;
 
 mod classify;
 mod encoder;
@@ -58,11 +60,13 @@ pub use constraint::{Constraints, PrefixAllowedTokens, Sequence};
 pub use draws::Draws;
 pub use encoder::Encoder;
 pub use engine::{Canceller, Engine, EngineOptions, EngineStats, Event, Generation, Request, Waited};
+pub use engines::build_engines;
 pub use error::Error;
 pub use generate::Watch;
 pub use logprobs::Logprobs;
 pub use model::{Cancellation, DEFAULT_ENCODER_CACHE_BYTES, Model, OpenOptions};
 pub use options::{GenerationOptions, LogitsProcessor, OptionError, Position};
+pub use provider::{Elsewhere, Placement, Provider};
 pub use search::{FinishReason, Hypothesis};
 pub use t5gemma_graphs::task::{Features, Pooling, Task};
 pub use tokenizer::{SpecialTokens, TextStream, Tokenizer};

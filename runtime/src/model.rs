@@ -6,7 +6,7 @@
 //! session would otherwise read or pack a copy of its own. Tensors pass between graphs by position, because opening has
 //! verified that ports stand in the order of [`Interface`].
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -17,7 +17,6 @@ use ndarray::Array3;
 use ort::AsPointer;
 use ort::environment::Environment;
 use ort::memory::{Allocator, MemoryInfo};
-use ort::session::builder::AutoDevicePolicy;
 use ort::session::{RunOptions, Session, SessionInputValue};
 use ort::value::{DynValue, Outlet, Tensor, TensorElementType, ValueType};
 use t5gemma_graphs::Target;
@@ -36,9 +35,10 @@ use crate::kernels;
 use crate::logprobs::Logprobs;
 use crate::onnxruntime;
 use crate::options::GenerationOptions;
+use crate::provider::{self, Elsewhere, Placement, Provider};
 use crate::score;
 use crate::search::{Hypothesis, Search};
-use crate::state::{Cache, Device, First, Plan, Ragged, State};
+use crate::state::{Cache, First, Plan, Ragged, State};
 use crate::tokenizer::Tokenizer;
 
 /// How a model is opened.
@@ -54,6 +54,8 @@ pub struct OpenOptions {
     /// not encoded again; [`DEFAULT_ENCODER_CACHE_BYTES`] by default, 0 for none. What is found is what encoding again would
     /// give, to the last digit: sources are the same only with the same rows beside them. [`Model`] only.
     pub encoder_cache_bytes: usize,
+    /// What computes the model; the processor by default.
+    pub placement: Placement,
 }
 
 /// What [`OpenOptions::encoder_cache_bytes`] is by default: 64 MiB, which are 7000 source tokens of the 2b model's width.
@@ -62,7 +64,8 @@ pub const DEFAULT_ENCODER_CACHE_BYTES: usize = 64 << 20;
 impl Default for OpenOptions {
     fn default() -> OpenOptions {
         let encoder_cache_bytes = DEFAULT_ENCODER_CACHE_BYTES;
-        OpenOptions { library: None, threads: None, check_weights: false, encoder_cache_bytes }
+        let placement = Placement::default();
+        OpenOptions { library: None, threads: None, check_weights: false, encoder_cache_bytes, placement }
     }
 }
 
@@ -79,6 +82,7 @@ pub struct Model {
     per_item: Vec<bool>,
     /// Of a model that is made for a device, how its cache is kept there.
     resident: Option<Plan>,
+    elsewhere: Vec<Elsewhere>,
     encoder_cache: Option<EncoderCache>,
     options: GenerationOptions,
     tokenizer: OnceLock<Result<Tokenizer, String>>,
@@ -149,36 +153,40 @@ impl Model {
     /// is not implemented; graphs whose inputs and outputs are not those of the configuration; an element type that this
     /// machine cannot compute with.
     pub fn open_with(path: impl AsRef<Path>, options: &OpenOptions) -> Result<Model, Error> {
-        check_threads(options)?;
+        check_options(options)?;
         let folder = Folder::open(path.as_ref(), options.check_weights)?;
         if !folder.manifest.task.is_generation() {
             return Err(other_task(&folder.path, &folder.manifest.task, "text2text-generation, to be generated with"));
         }
         let defaults = GenerationOptions::of_model(folder.generation_config.as_deref(), &folder.config.tokens)
             .map_err(|error| Error::GenerationConfig { path: folder.path.join("generation_config.json"), error })?;
-        let environment = onnxruntime::initialise(options.library.as_deref())?;
-
-        let weights = initializers(&folder).map_err(Error::onnxruntime("sharing the weights"))?;
+        let mut opener = Opener::new(&folder, options)?;
         let Manifest { dtype, logits, cache, .. } = folder.manifest;
         let interface = Interface::of(&folder.config, dtype, logits, cache);
-        let open = |graph, ports| open_session(&environment, &folder, graph, ports, &weights, options.threads);
         let resident = match folder.manifest.files.contains_key(REORDER) {
             false => None,
             true => {
-                let ports = interface::reorder(&folder.config, dtype);
-                let path = folder.path.join(REORDER);
-                let reorder = open_graph(&environment, &folder, &path, &ports, &[], &weights, options.threads)?;
+                let reorder = Arc::new(opener.open_reorder(&interface::reorder(&folder.config, dtype))?);
                 let heads = [folder.config.decoder.num_key_value_heads, folder.config.decoder.head_dim];
-                let per_item = per_item(&interface);
-                Some(Plan { layout: cache, device: Device::Cpu, dtype, per_item, heads, reorder: Arc::new(reorder) })
+                let (device, per_item) = (options.placement.device(), per_item(&interface));
+                Some(Plan { layout: cache, device, dtype, per_item, heads, reorder })
             }
         };
+        let [encoder, decoder, decoder_with_past] = [
+            ("encoder", &interface.encoder),
+            ("decoder", &interface.decoder),
+            ("decoder_with_past", &interface.decoder_with_past),
+        ]
+        .map(|(graph, ports)| opener.open(graph, ports));
+        let elsewhere = std::mem::take(&mut opener.elsewhere);
+        drop(opener);
         Ok(Model {
-            encoder: open("encoder", &interface.encoder)?,
-            decoder: open("decoder", &interface.decoder)?,
-            decoder_with_past: open("decoder_with_past", &interface.decoder_with_past)?,
+            encoder: encoder?,
+            decoder: decoder?,
+            decoder_with_past: decoder_with_past?,
             per_item: per_item(&interface),
             resident,
+            elsewhere,
             encoder_cache: Some(options.encoder_cache_bytes).filter(|&bytes| bytes > 0).map(EncoderCache::new),
             options: defaults,
             tokenizer: OnceLock::new(),
@@ -198,6 +206,11 @@ impl Model {
             (longest, CacheLayout::Static(capacity)) if capacity < longest => (capacity, "the capacity of the cache"),
             (longest, _) => (longest, "decoder.max_position_embeddings"),
         }
+    }
+
+    /// What other providers compute than the one that was asked for: shapes and the like are always the CPU's.
+    pub fn elsewhere(&self) -> &[Elsewhere] {
+        &self.elsewhere
     }
 
     /// The model's configuration.
@@ -499,7 +512,8 @@ impl Cancellation {
 }
 
 /// Refuses options that no machine can have.
-pub(crate) fn check_threads(options: &OpenOptions) -> Result<(), Error> {
+pub(crate) fn check_options(options: &OpenOptions) -> Result<(), Error> {
+    options.placement.check()?;
     match options.threads.filter(|threads| !(1..=MOST_THREADS).contains(threads)) {
         Some(threads) => Err(Error::input("threads", format!("1 to {MOST_THREADS}"), threads.to_string())),
         None => Ok(()),
@@ -592,61 +606,95 @@ fn element_type(dtype: DType) -> TensorElementType {
     }
 }
 
-/// Opens one graph over the shared weights and holds it to its ports.
-pub(crate) fn open_session(
-    environment: &Environment,
-    folder: &Folder,
-    graph: &str,
-    ports: &Ports,
-    weights: &HashMap<&str, Arc<DynValue>>,
-    threads: Option<usize>,
-) -> Result<Mutex<Session>, Error> {
-    let record = folder.graph(graph);
-    let path = folder.path.join(&record.file);
-    open_graph(environment, folder, &path, ports, &record.weights, weights, threads)
+/// What sessions are opened from.
+pub(crate) struct Opener<'f> {
+    environment: Environment,
+    folder: &'f Folder,
+    weights: HashMap<&'f str, Arc<DynValue>>,
+    options: &'f OpenOptions,
+    /// What other providers compute than the one asked for, in the graphs opened so far.
+    pub elsewhere: Vec<Elsewhere>,
 }
 
-fn open_graph(
-    environment: &Environment,
-    folder: &Folder,
-    path: &Path,
-    ports: &Ports,
-    used: &[String],
-    weights: &HashMap<&str, Arc<DynValue>>,
-    threads: Option<usize>,
-) -> Result<Mutex<Session>, Error> {
-    let build = || {
-        let mut builder = Session::builder(environment)?
-            .with_auto_device(AutoDevicePolicy::PreferCPU)?
-            .with_prepacking(false)?
-            // The decoder's shapes grow with every step: a plan remembered for each would never be used again.
-            .with_memory_pattern(false)?;
-        if let Some(threads) = threads {
-            builder = builder.with_intra_threads(threads)?;
-        }
-        if folder.manifest.target == Target::Cpu.name() {
-            builder = builder.with_operators(kernels::operators()?)?;
-        }
-        for name in used {
-            builder = builder.with_initializer(name, weights[name.as_str()].clone())?;
-        }
-        builder.commit_from_file(path)
-    };
-    let session = build().map_err(|error: ort::Error| match folder.manifest.dtype {
-        DType::BFloat16 if error.code() == ort::ErrorCode::NotImplemented => Error::Unsupported {
-            what: format!("{}: ONNX Runtime does not compute in bfloat16 on the CPU", path.display()),
-            remedy: "export the model with --dtype float32".into(),
-        },
-        _ => Error::onnxruntime(format!("opening {}", path.display()))(error),
-    })?;
-    for (side, expected, found) in
-        [("input", &ports.inputs, session.inputs()), ("output", &ports.outputs, session.outputs())]
-    {
-        if let Some((port, expected, found)) = first_difference(side, expected, found) {
-            return Err(Error::Interface { path: path.to_path_buf(), port, expected, found });
-        }
+impl<'f> Opener<'f> {
+    /// Loads ONNX Runtime, and has the weights ready.
+    pub fn new(folder: &'f Folder, options: &'f OpenOptions) -> Result<Opener<'f>, Error> {
+        let environment = onnxruntime::initialise(options.library.as_deref())?;
+        let weights = initializers(folder).map_err(Error::onnxruntime("sharing the weights"))?;
+        provider::check_cache(folder, options.placement.provider)?;
+        Ok(Opener { environment, folder, weights, options, elsewhere: Vec::new() })
     }
-    Ok(Mutex::new(session))
+
+    /// Opens one graph over the shared weights and holds it to its ports.
+    pub fn open(&mut self, graph: &str, ports: &Ports) -> Result<Mutex<Session>, Error> {
+        let (folder, placement) = (self.folder, &self.options.placement);
+        let given = placement.options_of(folder, graph)?;
+        if let Some(wrapper) = provider::built(folder, graph, placement.provider)? {
+            return self.open_file(&wrapper, (graph, ports, &[]), &given);
+        }
+        let record = folder.graph(graph);
+        self.open_file(&folder.path.join(&record.file), (graph, ports, &record.weights), &given)
+    }
+
+    /// Opens the graph that changes rows, for which TensorRT's options are not.
+    fn open_reorder(&mut self, ports: &Ports) -> Result<Mutex<Session>, Error> {
+        let path = self.folder.path.join(REORDER);
+        self.open_file(&path, ("reorder", ports, &[]), &BTreeMap::new())
+    }
+
+    fn open_file(
+        &mut self,
+        path: &Path,
+        (graph, ports, used): (&str, &Ports, &[String]),
+        given: &BTreeMap<String, String>,
+    ) -> Result<Mutex<Session>, Error> {
+        let Placement { provider, .. } = self.options.placement;
+        // The few operators that move a cache are not worth an engine.
+        let cuda = Placement { provider: Provider::Cuda, options: Vec::new(), ..self.options.placement.clone() };
+        let placement = match (graph, provider) {
+            ("reorder", Provider::TensorRt) => &cuda,
+            _ => &self.options.placement,
+        };
+        let builder = placement.builder(&self.environment, given)?;
+        let build = || {
+            let builder = if provider == Provider::Cpu { builder } else { provider::recording(builder)? };
+            let mut builder = builder
+                .with_prepacking(false)?
+                // The decoder's shapes grow with every step: a plan remembered for each would never be used again.
+                .with_memory_pattern(false)?;
+            if let Some(threads) = self.options.threads {
+                builder = builder.with_intra_threads(threads)?;
+            }
+            let manifest = &self.folder.manifest;
+            let ours = manifest.target == Target::Cpu.name() || manifest.quantization.is_any();
+            if ours && provider == Provider::Cpu {
+                builder = builder.with_operators(kernels::operators()?)?;
+            }
+            for name in used {
+                builder = builder.with_initializer(name, self.weights[name.as_str()].clone())?;
+            }
+            builder.commit_from_file(path)
+        };
+        let session = build().map_err(|error: ort::Error| match (self.folder.manifest.dtype, provider) {
+            (DType::BFloat16, Provider::Cpu) if error.code() == ort::ErrorCode::NotImplemented => Error::Unsupported {
+                what: format!("{}: ONNX Runtime does not compute in bfloat16 on the CPU", path.display()),
+                remedy: "export the model with --dtype float32, or use a GPU (--provider)".into(),
+            },
+            _ => Error::onnxruntime(format!("opening {}", path.display()))(error),
+        })?;
+        for (side, expected, found) in
+            [("input", &ports.inputs, session.inputs()), ("output", &ports.outputs, session.outputs())]
+        {
+            if let Some((port, expected, found)) = first_difference(side, expected, found) {
+                return Err(Error::Interface { path: path.to_path_buf(), port, expected, found });
+            }
+        }
+        if provider != Provider::Cpu {
+            let elsewhere = provider::elsewhere(&session, placement.provider, graph);
+            self.elsewhere.extend(elsewhere.map_err(Error::onnxruntime("asking what computes the operators"))?);
+        }
+        Ok(Mutex::new(session))
+    }
 }
 
 /// The first port that is not as expected: its place, what was expected there, what is there.

@@ -13,6 +13,7 @@ use ort::ep::ExecutionProvider;
 
 use crate::error::Error;
 use crate::log;
+use crate::provider::{self, Placement, Provider};
 
 /// The environment variable that names the library.
 pub const LIBRARY_VARIABLE: &str = "ORT_DYLIB_PATH";
@@ -188,12 +189,43 @@ fn choose(places: impl IntoIterator<Item = Place>) -> Result<Place, Error> {
 }
 
 fn remedy() -> String {
+    format!("run `make onnxruntime` in the source tree, or {}", remedy_for("onnxruntime"))
+}
+
+/// How to get the library of a package.
+pub(crate) fn remedy_for(package: &str) -> String {
     format!(
-        "run `make onnxruntime` in the source tree, or `pip download --no-deps --only-binary=:all: onnxruntime=={PINNED}`, \
+        "`pip download --no-deps --only-binary=:all: {package}=={PINNED}`, \
          unzip it and set {LIBRARY_VARIABLE} to its onnxruntime/capi/{}onnxruntime{}.{PINNED}",
         env::consts::DLL_PREFIX,
         env::consts::DLL_SUFFIX
     )
+}
+
+/// The folder of the library in use.
+pub(crate) fn folder() -> PathBuf {
+    let loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
+    let path = loaded.as_ref().map(|loaded| loaded.path.clone()).unwrap_or_default();
+    let path = path.canonicalize().unwrap_or(path);
+    path.parent().map(Path::to_path_buf).unwrap_or_default()
+}
+
+/// What tells the library in use from others.
+pub(crate) fn version() -> String {
+    one_line(ort::info())
+}
+
+/// A provider, and why it cannot be used if it cannot.
+pub type Attempt = (Provider, Result<(), Error>);
+
+/// Tries providers with a graph of one operator.
+///
+/// # Errors
+/// No usable library.
+pub fn attempts(library: Option<&Path>, placements: &[Placement]) -> Result<Vec<Attempt>, Error> {
+    let environment = initialise(library)?;
+    let attempt = |placement: &Placement| (placement.provider, provider::attempt(&environment, placement));
+    Ok(placements.iter().map(attempt).collect())
 }
 
 /// The places to look at, in order; each is looked at when called, because looking loads the library for a moment.
@@ -277,9 +309,9 @@ const PROVIDERS: [&str; 4] =
     ["CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider"];
 
 /// A provider by its place in [`PROVIDERS`], to ask for it by name without `ort`'s feature of that provider.
-struct Provider<const INDEX: usize>;
+struct Named<const INDEX: usize>;
 
-impl<const INDEX: usize> ExecutionProvider for Provider<INDEX> {
+impl<const INDEX: usize> ExecutionProvider for Named<INDEX> {
     const NAME: &'static str = PROVIDERS[INDEX];
 
     fn register(&self, _: &mut ort::session::builder::SessionBuilder) -> ort::Result<()> {
@@ -290,10 +322,10 @@ impl<const INDEX: usize> ExecutionProvider for Provider<INDEX> {
 /// The providers compiled into the loaded library.
 fn providers() -> Vec<&'static str> {
     let available = [
-        Provider::<0>::is_available(),
-        Provider::<1>::is_available(),
-        Provider::<2>::is_available(),
-        Provider::<3>::is_available(),
+        Named::<0>::is_available(),
+        Named::<1>::is_available(),
+        Named::<2>::is_available(),
+        Named::<3>::is_available(),
     ];
     PROVIDERS.into_iter().zip(available).filter(|(_, there)| matches!(there, Ok(true))).map(|(name, _)| name).collect()
 }

@@ -4,7 +4,7 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 
 use anyhow::Result;
-use t5gemma_runtime::onnxruntime;
+use t5gemma_runtime::{Placement, Provider, onnxruntime};
 
 use crate::Outcome;
 
@@ -14,6 +14,9 @@ pub struct Arguments {
     /// ONNX Runtime library to look at instead of searching
     #[arg(long, value_name = "FILE")]
     onnxruntime: Option<PathBuf>,
+    /// Number of the GPU to look at
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    device: u32,
 }
 
 /// Runs the command.
@@ -30,6 +33,19 @@ pub fn run(arguments: Arguments) -> Result<Outcome> {
             writeln!(out, "using {}", library.path.display())?;
             writeln!(out, "  {}", library.build)?;
             writeln!(out, "  providers: {}", library.providers.join(", "))?;
+            let placements = Provider::ALL.map(|provider| Placement {
+                provider,
+                device: if provider == Provider::Cpu { 0 } else { arguments.device },
+                options: Vec::new(),
+            });
+            for (provider, attempt) in onnxruntime::attempts(arguments.onnxruntime.as_deref(), &placements)? {
+                match attempt {
+                    Ok(()) => writeln!(out, "  --provider {provider}: ready")?,
+                    Err(error) => {
+                        writeln!(out, "  --provider {provider}: {}", error.to_string().replace('\n', "\n    "))?
+                    }
+                }
+            }
             Ok(Outcome::Done)
         }
         Err(error) => {

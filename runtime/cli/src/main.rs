@@ -6,6 +6,7 @@ mod chat;
 mod classify;
 mod doctor;
 mod encode;
+mod engines;
 mod generate;
 mod score;
 mod verify;
@@ -23,8 +24,9 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
+use clap::builder::PossibleValuesParser;
 use clap::{Args, Parser, Subcommand};
-use t5gemma_runtime::{Cancellation, Encoder, Error, Model, OpenOptions};
+use t5gemma_runtime::{Cancellation, Encoder, Error, Model, OpenOptions, Placement, Provider};
 
 /// Runs T5Gemma models that t5gemma-export has written.
 ///
@@ -47,6 +49,7 @@ enum Command {
     Classify(classify::Arguments),
     Verify(verify::Arguments),
     Bench(bench::Arguments),
+    BuildEngines(engines::Arguments),
     Doctor(doctor::Arguments),
 }
 
@@ -64,6 +67,16 @@ struct Opening {
     /// Compare the hash of the whole weights file, however large, before running
     #[arg(long)]
     check_weights: bool,
+    /// What computes the model: cpu, cuda, tensorrt (and cuda for what it does not take), nv-tensorrt-rtx. One that cannot
+    /// be had is an error, see `t5gemma doctor`
+    #[arg(long, default_value = "cpu", value_parser = PossibleValuesParser::new(Provider::ALL.map(Provider::name)))]
+    provider: String,
+    /// Number of the GPU
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    device: u32,
+    /// Option of the provider by ONNX Runtime's name of it, over those of the model's serving plan; may be repeated
+    #[arg(long, value_name = "NAME=VALUE", value_parser = provider_option)]
+    provider_option: Vec<(String, String)>,
     /// For commands that encode the same source more than once.
     #[arg(skip)]
     encoder_cache_bytes: usize,
@@ -76,7 +89,11 @@ impl Opening {
 
     /// Another model in the same way.
     fn open_model(&self, path: &Path) -> Result<Model> {
-        Ok(Model::open_with(path, &self.options())?)
+        let model = Model::open_with(path, &self.options())?;
+        for elsewhere in model.elsewhere() {
+            eprintln!("t5gemma: {elsewhere}");
+        }
+        Ok(model)
     }
 
     fn open_encoder(&self) -> Result<Encoder> {
@@ -86,8 +103,15 @@ impl Opening {
     fn options(&self) -> OpenOptions {
         let (library, threads) = (self.onnxruntime.clone(), self.threads);
         let (check_weights, encoder_cache_bytes) = (self.check_weights, self.encoder_cache_bytes);
-        OpenOptions { library, threads, check_weights, encoder_cache_bytes }
+        let provider = Provider::ALL.into_iter().find(|provider| provider.name() == self.provider).unwrap_or_default();
+        let placement = Placement { provider, device: self.device, options: self.provider_option.clone() };
+        OpenOptions { library, threads, check_weights, encoder_cache_bytes, placement }
     }
+}
+
+fn provider_option(text: &str) -> Result<(String, String), String> {
+    let option = text.split_once('=').ok_or_else(|| format!("expected NAME=VALUE, found {text}"))?;
+    Ok((option.0.to_string(), option.1.to_string()))
 }
 
 /// How a command that did not fail as a whole ended.
@@ -116,6 +140,7 @@ fn main() -> ExitCode {
         Command::Classify(arguments) => classify::run(arguments, &cancel),
         Command::Verify(arguments) => verify::run(arguments, &cancel),
         Command::Bench(arguments) => bench::run(arguments, &cancel),
+        Command::BuildEngines(arguments) => engines::run(arguments),
         Command::Doctor(arguments) => doctor::run(arguments),
     });
     match result {

@@ -24,7 +24,6 @@ pub(crate) enum Device {
     /// The process's own memory.
     Cpu,
     /// An NVIDIA GPU.
-    #[expect(dead_code)]
     Cuda(i32),
 }
 

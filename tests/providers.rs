@@ -1,0 +1,71 @@
+//! Providers that are not there: each is an error that names what is missing and what has it, and nothing is computed by the
+//! CPU instead. What works with a GPU is `make gpu-check`.
+
+use t5gemma_exporter::Export;
+use t5gemma_graphs::Target;
+use t5gemma_graphs::interface::DType;
+
+use crate::common::{demo, exported_as, run, stdout};
+
+/// Exit status and stderr of `t5gemma generate` with a provider that this ONNX Runtime, made for CPUs, does not have.
+fn refused(arguments: &[&str]) -> (Option<i32>, String) {
+    let model = demo();
+    let model = model.to_str().expect("temporary paths are UTF-8");
+    let output = run("t5gemma", [&["generate", model], arguments].concat(), "May 3rd.\n");
+    assert!(output.stdout.is_empty(), "{arguments:?}: nothing is answered");
+    (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+#[test]
+fn a_provider_that_is_not_there_is_an_error_with_its_package() {
+    for (provider, package) in [
+        ("cuda", "onnxruntime-gpu"),
+        ("tensorrt", "onnxruntime-gpu"),
+        ("nv-tensorrt-rtx", "onnxruntime-ep-nv-tensorrt-rtx-cu13"),
+    ] {
+        let (code, error) = refused(&["--provider", provider]);
+        assert_eq!(code, Some(1), "{provider}: {error}");
+        assert!(error.contains(provider) && error.contains(package), "{provider}: {error}");
+        assert!(error.lines().count() <= 2, "{provider}: {error}");
+    }
+}
+
+#[test]
+fn what_means_nothing_to_a_provider_is_refused() {
+    for (arguments, code, word) in [
+        (&["--device", "1"][..], 1, "found cpu with device 1"),
+        (&["--provider-option", "device_id=0"], 1, "found cpu with device_id=0"),
+        (&["--provider", "cuda", "--provider-option", "nothing"], 2, "expected NAME=VALUE"),
+        (&["--provider", "rocm"], 2, "nv-tensorrt-rtx"),
+        (&["--provider", "nv-tensorrt-rtx", "--provider-option", "library=/nowhere.so"], 1, "expected /nowhere.so"),
+    ] {
+        let (found, error) = refused(arguments);
+        assert_eq!(found, Some(code), "{arguments:?}: {error}");
+        assert!(error.contains(word), "{arguments:?}: {error}");
+    }
+}
+
+#[test]
+fn doctor_tries_every_provider() {
+    let report = stdout(run("t5gemma", ["doctor"], ""));
+    assert!(report.contains("--provider cpu: ready"), "{report}");
+    for (provider, package) in
+        [("cuda", "onnxruntime-gpu"), ("tensorrt", "onnxruntime-gpu"), ("nv-tensorrt-rtx", "nv-tensorrt-rtx-cu13")]
+    {
+        let from = report.find(&format!("--provider {provider}: ")).unwrap_or_else(|| panic!("{provider}: {report}"));
+        assert!(report[from..].lines().take(2).any(|line| line.contains(package)), "{provider}: {report}");
+    }
+}
+
+#[test]
+fn engines_are_built_of_a_plan_and_by_who_builds_them() {
+    let export = Export { target: Target::TensorRt, dtype: DType::BFloat16, ..Export::default() };
+    let model = exported_as("tiny-balanced", "tensorrt-unplanned", export);
+    let model = model.to_str().expect("temporary paths are UTF-8");
+    for (provider, word) in [("cpu", "tensorrt or nv-tensorrt-rtx"), ("tensorrt", "--plan")] {
+        let output = run("t5gemma", ["build-engines", model, "--provider", provider], "");
+        assert_eq!(output.status.code(), Some(1), "{provider}");
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(error.contains(word), "{provider}: {error}");
+    }
+}

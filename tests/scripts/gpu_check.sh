@@ -1,0 +1,135 @@
+#!/usr/bin/env bash
+# Everything that only a machine with an NVIDIA GPU can tell, by `make gpu-check`: which provider works; the golden tensors and
+# cases on CUDA in float32, float16 and bfloat16; the same through TensorRT and TensorRT for RTX where they are installed;
+# times of dummy models against the memory's bandwidth and, where torch is there, against transformers.
+#
+#   gpu_check.sh EXPORTER T5GEMMA OUT [--sizes "2b-2b 9b-2b"] [--device N] [--quick]
+#
+# Every step is a line of OUT/summary.txt: ok, FAIL, or skip with the reason. Exit status 1 if a step fails.
+# What a GPU is needed for has not been run by those who wrote this: see the README on what was run on what.
+set -uo pipefail
+exporter=$1 t5gemma=$2 out=$3
+shift 3
+sizes="2b-2b 9b-2b" device=0 quick=
+while [ $# -gt 0 ]; do
+    case $1 in
+        --sizes) sizes=$2; shift 2 ;;
+        --device) device=$2; shift 2 ;;
+        --quick) quick=1; shift ;;
+        *) echo "gpu_check.sh: unknown option $1" >&2; exit 2 ;;
+    esac
+done
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+fixtures=$here/../fixtures/public
+python=${T5GEMMA_PYTHON:-python3}
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
+summary=$out/summary.txt
+: > "$summary"
+failed=0
+
+say() { printf '%s\n' "$*" | tee -a "$summary"; }
+
+# step NAME COMMAND...: runs it, with its output in a file of that name
+step() {
+    local name=$1 log=$out/${1//[^A-Za-z0-9._-]/_}.log start=$SECONDS
+    shift
+    if "$@" > "$log" 2>&1; then
+        say "ok    $name ($((SECONDS - start)) s)"
+    else
+        say "FAIL  $name ($((SECONDS - start)) s), see $log:"
+        tail -n 3 "$log" | sed 's/^/        /' | tee -a "$summary"
+        failed=1
+        return 1
+    fi
+}
+
+skip() { say "skip  $1: $2"; }
+
+export_as() { rm -rf "$2" && "$exporter" --quiet "${@:3}" "$1" "$2"; }
+
+say "t5gemma $("$t5gemma" --version 2>&1 | head -n 1), $(uname -sm), $(date -u +%F)"
+if command -v nvidia-smi > /dev/null; then
+    nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader | tee -a "$summary"
+else
+    say "no nvidia-smi: no NVIDIA driver here"
+fi
+"$t5gemma" doctor --device "$device" > "$out/doctor.log" 2>&1
+sed 's/^/    /' "$out/doctor.log" | tee -a "$summary"
+
+ready() { grep -q -- "--provider $1: ready" "$out/doctor.log"; }
+
+# golden MODEL FIXTURE DTYPE ARGUMENTS...: tensors within the limits, and of float32 the tokens too
+golden() {
+    local model=$1 fixture=$2 dtype=$3
+    shift 3
+    "$t5gemma" verify "$model" --golden "$fixtures/$fixture/golden.safetensors" "$@" || return 1
+    "$python" "$here/golden_cases.py" "$t5gemma" "$model" "$fixtures/$fixture" --dtype "$dtype" -- "$@"
+}
+
+# The providers on tiny models, in each type and each layout that is for them. The processor's is run too: it shows that the
+# script itself works where there is no GPU.
+providers="cpu cuda tensorrt nv-tensorrt-rtx"
+for provider in $providers; do
+    if ! ready "$provider"; then
+        reason=$(grep -- "--provider $provider:" "$out/doctor.log" | sed "s/.*--provider $provider: //")
+        skip "$provider" "${reason:-not tried}"
+        continue
+    fi
+    dtypes="float32 float16 bfloat16" target=cuda given=(--provider "$provider" --device "$device")
+    case $provider in
+        cpu) dtypes=float32 given=() ;;
+        tensorrt | nv-tensorrt-rtx) target=tensorrt ;;
+    esac
+    for fixture in tiny-balanced tiny-unbalanced; do
+        for dtype in $dtypes; do
+            layouts="as-is"
+            if [ $target = tensorrt ] || [ "$provider" = cpu ]; then layouts="as-is static"; fi
+            for layout in $layouts; do
+                model=$out/models/$provider-$fixture-$dtype-$layout
+                how=(--target $target --dtype "$dtype")
+                if [ $layout = static ]; then how=(--target tensorrt --dtype "$dtype" --cache static=64); fi
+                case ${how[1]} in
+                    tensorrt) how+=(--plan "batch=1..8,source=1..64,target=64,beams=1..8,prompt=1..16") ;;
+                esac
+                name="$provider $fixture $dtype $layout"
+                step "export $name" export_as "$fixtures/$fixture/checkpoint" "$model" "${how[@]}" || continue
+                if [ $target = tensorrt ]; then
+                    step "engines $name" "$t5gemma" build-engines "$model" "${given[@]}" || continue
+                fi
+                step "golden $name" golden "$model" "$fixture" "$dtype" ${given[@]+"${given[@]}"}
+            done
+        done
+    done
+done
+
+# Times. Random weights, made here; a model that does not fit on the disk is left out.
+bench() { "$t5gemma" bench "$@" --max-new-tokens 64 --source-length 512 --repeat 3 --json; }
+if [ -n "$quick" ]; then sizes=s-s; fi
+for size in $sizes; do
+    provider=cuda
+    if ! ready cuda; then
+        skip "bench $size" "no CUDA"
+        [ -n "$quick" ] && provider=cpu || continue
+    fi
+    model=$out/models/$size-$provider
+    how=(--target cuda --dummy-weights --preset "$size" --candidates 16) given=(--provider cuda --device "$device")
+    if [ $provider = cpu ]; then how+=(--dtype float32) given=(); fi
+    rm -rf "$model"
+    step "export $size" "$exporter" --quiet "${how[@]}" "$model" || continue
+    for batch in 1 32; do
+        if [ $provider = cpu ] && [ $batch = 32 ]; then continue; fi
+        step "bench $size batch $batch" bench "$model" --batch-size $batch ${given[@]+"${given[@]}"} \
+            && cp "$out/bench_${size}_batch_$batch.log" "$out/bench-$size-$batch.json"
+    done
+    if "$python" -c 'import torch, transformers; assert torch.cuda.is_available()' 2> /dev/null; then
+        step "transformers $size" "$python" "$here/bench_transformers.py" "$size" --batch 1 32 --device "$device"
+    else
+        skip "transformers $size" "torch with CUDA and transformers are not installed for $python"
+    fi
+    rm -rf "$model"
+done
+
+say ""
+if [ $failed = 0 ]; then say "all that could be run is well"; else say "some steps failed"; fi
+exit $failed
