@@ -175,7 +175,8 @@ fn valgrind_finds_nothing() {
     let scratch = TempDir::new().expect("a temporary folder can be made");
     let program = installed().program("capi/surface.c", "valgrind", &[]);
     let mut valgrind = Command::new("valgrind");
-    valgrind.args(["--quiet", "--error-exitcode=9", "--leak-check=full", "--errors-for-leak-kinds=definite"]);
+    valgrind.args(["--quiet", "--error-exitcode=9", "--leak-check=full"]);
+    valgrind.args(["--errors-for-leak-kinds=definite", "--show-leak-kinds=definite"]);
     valgrind.arg(format!("--suppressions={}", tests().join("capi/valgrind.supp").display()));
     valgrind.arg(program).arg(demo()).arg(classifier()).arg(scratch.path());
     assert!(done(valgrind).ends_with("well\n"));
