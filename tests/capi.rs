@@ -11,7 +11,7 @@ use t5gemma_exporter::Export;
 use t5gemma_graphs::Target;
 use tempfile::TempDir;
 
-use crate::common::{cases, demo, exported_for, exported_from, from_make, stdout, tests};
+use crate::common::{cases, demo, exported_for, exported_from, fixtures_and_targets, from_make, stdout, tests};
 use crate::generation::{check_case, inputs, lists};
 
 const STRICT: [&str; 5] = ["-Wall", "-Wextra", "-pedantic", "-Werror", "-g"];
@@ -111,7 +111,11 @@ fn classifier() -> PathBuf {
 
 /// The demo model with a cache that is written in place, of which an engine's rows share every step.
 fn demo_for_cpu() -> PathBuf {
-    exported_from(&tests().join("demo/checkpoint"), "demo-cpu", Export { target: Target::Cpu, ..Export::default() })
+    exported_from(
+        &tests().join("demo/checkpoint"),
+        "demo-capi-cpu",
+        Export { target: Target::Cpu, ..Export::default() },
+    )
 }
 
 #[test]
@@ -175,7 +179,8 @@ fn valgrind_finds_nothing() {
     let scratch = TempDir::new().expect("a temporary folder can be made");
     let program = installed().program("capi/surface.c", "valgrind", &[]);
     let mut valgrind = Command::new("valgrind");
-    valgrind.args(["--quiet", "--error-exitcode=9", "--leak-check=full", "--errors-for-leak-kinds=definite"]);
+    valgrind.args(["--quiet", "--error-exitcode=9", "--leak-check=full"]);
+    valgrind.args(["--errors-for-leak-kinds=definite", "--show-leak-kinds=definite"]);
     valgrind.arg(format!("--suppressions={}", tests().join("capi/valgrind.supp").display()));
     valgrind.arg(program).arg(demo()).arg(classifier()).arg(scratch.path());
     assert!(done(valgrind).ends_with("well\n"));
@@ -214,7 +219,7 @@ fn every_case_gives_the_reference_tokens_through_c_cpp_and_python() {
     let installed = installed();
     let (c, cpp) =
         (installed.program("capi/golden.c", "plain", &[]), installed.program("capi/golden.cpp", "plain", &[]));
-    for (name, target) in [("tiny-balanced", Target::Portable), ("tiny-unbalanced", Target::Cpu)] {
+    for (name, target) in fixtures_and_targets() {
         let (cases, inputs) = (cases(name), inputs(name));
         let cases = cases["cases"].as_array().expect("cases is a list");
         let flat = |value: &Value| {
@@ -233,7 +238,7 @@ fn every_case_gives_the_reference_tokens_through_c_cpp_and_python() {
             format!("{rows} {length} {ids} {mask} {width} {prompt} {}\n", case["options"])
         };
         let input: String = cases.iter().map(line).collect();
-        let file = installed.folder.path().join(format!("{name}.cases"));
+        let file = installed.folder.path().join("cases");
         std::fs::write(&file, input).expect("written");
         let mut python = installed.python();
         python.arg(tests().join("scripts/capi_golden.py"));
