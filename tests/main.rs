@@ -15,6 +15,7 @@ mod processors;
 mod programs;
 mod providers;
 mod python;
+mod random;
 mod sampling;
 mod speculation;
 mod tasks;
