@@ -86,7 +86,7 @@ check: ## formatting and lints
 	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
 
 .PHONY: test
-test: check onnxruntime tokenizer python ## everything that CI runs
+test: check onnxruntime tokenizer python ## everything that CI runs but check-rtx
 	$(CARGO) build --workspace --locked
 	set -o pipefail; $(CARGO) test --workspace --locked --no-fail-fast | tee .cache/tests.log
 	$(MAKE) demo PROFILE=dev

@@ -665,9 +665,8 @@ impl<'f> Opener<'f> {
             if let Some(threads) = self.options.threads {
                 builder = builder.with_intra_threads(threads)?;
             }
-            let manifest = &self.folder.manifest;
-            let ours = manifest.target == Target::Cpu.name() || manifest.quantization.is_any();
-            if ours && provider == Provider::Cpu {
+            // Ours stand before ONNX Runtime's own, and take float32 only, as graphs for a CPU are.
+            if self.folder.manifest.target == Target::Cpu.name() && provider == Provider::Cpu {
                 builder = builder.with_operators(kernels::operators()?)?;
             }
             for name in used {

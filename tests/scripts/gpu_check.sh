@@ -5,7 +5,8 @@
 #
 #   gpu_check.sh EXPORTER T5GEMMA OUT [--sizes "2b-2b 9b-2b"] [--device N] [--quick]
 #
-# Every step is a line of OUT/summary.txt: ok, FAIL, or skip with the reason. Exit status 1 if a step fails.
+# Every step is a line of OUT/summary.txt: ok, FAIL, or skip with the reason. Exit status 1 if a step fails, or if no provider
+# for a GPU could be used.
 # What a GPU is needed for has not been run by those who wrote this: see the README on what was run on what.
 set -uo pipefail
 exporter=$1 t5gemma=$2 out=$3
@@ -131,5 +132,9 @@ for size in $sizes; do
 done
 
 say ""
+if ! ready cuda && ! ready tensorrt && ! ready nv-tensorrt-rtx; then
+    say "no provider for a GPU could be used: of GPUs this says nothing"
+    exit 1
+fi
 if [ $failed = 0 ]; then say "all that could be run is well"; else say "some steps failed"; fi
 exit $failed
