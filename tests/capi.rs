@@ -194,6 +194,11 @@ fn eight_threads_get_what_one_gets() {
 }
 
 #[test]
+fn the_door_costs_less_than_a_hundredth_of_what_the_smallest_model_does() {
+    well(&installed().program("capi/overhead.c", "fast", &["-O2"]), &[&demo()]);
+}
+
+#[test]
 fn random_calls_break_nothing() {
     let program = installed().program("capi/fuzz.c", "sanitized", &SANITIZED);
     let mut fuzz = Command::new(program);
