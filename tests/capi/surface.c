@@ -119,7 +119,15 @@ static void check_opening(const char *demo, const char *classifier, const char *
     options.library = NULL;
     options.provider = "abacus";
     FAILS(t5g_model_open(demo, &options, &model), T5G_ERROR_OPTIONS, "provider", "abacus");
+    options.provider = "cuda";
+    FAILS(t5g_model_open(demo, &options, &model), T5G_ERROR_LIBRARY, NULL, "onnxruntime-gpu");
     options.provider = "cpu";
+    options.device = 1;
+    FAILS(t5g_model_open(demo, &options, &model), T5G_ERROR_OPTIONS, "device", "found 1");
+    options.device = T5G_UNSET;
+    options.json = "{\"provider_options\": {\"arena\": [1]}}";
+    FAILS(t5g_model_open(demo, &options, &model), T5G_ERROR_OPTIONS, "provider_options", "texts and numbers");
+    options.json = NULL;
     options.threads = 0;
     FAILS(t5g_model_open(demo, &options, &model), T5G_ERROR_INPUT, "threads", "found 0");
     options.threads = -1;

@@ -189,12 +189,13 @@ t5g_error *t5g_onnxruntime_report(const char *library, t5g_text **json);
 typedef struct t5g_open_options {
     size_t size;
     const char *library;         /* the file of ONNX Runtime; NULL: searched for */
-    const char *provider;        /* what computes: "cpu"; NULL: the same */
-    int64_t device;              /* which of several; T5G_UNSET: the first */
+    const char *provider;        /* what computes: "cpu", "cuda", "tensorrt", "nv-tensorrt-rtx"; NULL: "cpu" */
+    int64_t device;              /* the number of the GPU; T5G_UNSET: the first */
     int64_t threads;             /* T5G_UNSET: as many as the machine has cores */
     int64_t check_weights;       /* 1: hash the whole file of weights, however large */
     int64_t encoder_cache_bytes; /* what may be kept of the encoder's results for sources that come again; 0: nothing */
-    const char *json;            /* the same as a JSON object under the same names; NULL: nothing. Each option at most once */
+    const char *json;            /* the same as a JSON object under the same names, and "provider_options", an object with
+                                    options of the provider by ONNX Runtime's names; NULL: nothing. Each at most once */
 } t5g_open_options;
 
 static inline t5g_open_options t5g_open_options_default(void) {
@@ -211,7 +212,8 @@ t5g_error *t5g_model_open(const char *path, const t5g_open_options *options, t5g
 
 /* The folder's manifest, configuration and default generation options, as JSON:
  * {"path", "task", "target", "dtype", "parameters", "exporter", "source_vocab_size", "target_vocab_size", "hidden_size",
- * "max_source_length", "max_target_length", "decoder_start_token_id", "eos_token_id", "pad_token_id", "labels"}. */
+ * "max_source_length", "max_target_length", "decoder_start_token_id", "eos_token_id", "pad_token_id", "labels",
+ * "elsewhere"}; the last lists the operators that another provider computes than the one asked for. */
 t5g_error *t5g_model_describe(const t5g_model *model, t5g_text **json);
 
 /* The model's tokenizer, read when first asked for. */

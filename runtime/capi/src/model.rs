@@ -88,6 +88,7 @@ pub extern "C" fn t5g_model_describe(model: Handle<Opened>, json: Out<Handle<Wri
             "eos_token_id": options.eos_token_id,
             "pad_token_id": options.pad_token_id,
             "labels": Value::Null,
+            "elsewhere": model.elsewhere().iter().map(ToString::to_string).collect::<Vec<_>>(),
         });
         place.put(Written::handle(described.to_string()));
         Ok(())

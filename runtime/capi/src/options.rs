@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 
 use serde_json::{Map, Value, json};
-use t5gemma_runtime::OpenOptions;
+use t5gemma_runtime::{OpenOptions, Provider};
 
 use crate::error::{Code, Failure};
 use crate::input::{Array, Fields, Record, Text, UNSET, ZERO_TERMINATED};
@@ -58,10 +58,25 @@ pub fn open_options(options: Record<t5g_open_options>) -> Result<OpenOptions, Fa
             || value.as_u64().and_then(|value| usize::try_from(value).ok()).ok_or_else(|| refused("a whole number"));
         match name.as_str() {
             "library" => options.library = Some(PathBuf::from(value.as_str().ok_or_else(|| refused("a path"))?)),
-            "provider" if value == "cpu" => {}
-            "provider" => return Err(refused("\"cpu\"")),
-            "device" if whole()? == 0 => {}
-            "device" => return Err(refused("0 (there is one cpu)")),
+            "provider" => {
+                let known = Provider::ALL.into_iter().find(|provider| value == provider.name());
+                let names = Provider::ALL.map(|provider| format!("{:?}", provider.name())).join(", ");
+                options.placement.provider = known.ok_or_else(|| refused(&names))?;
+            }
+            "device" => {
+                let device = whole()?.try_into();
+                options.placement.device = device.map_err(|_| refused("the number of a device"))?;
+            }
+            "provider_options" => {
+                let given = value.as_object().ok_or_else(|| refused("an object of the provider's options"))?;
+                let text = |value: &Value| match value {
+                    Value::String(text) => Ok(text.clone()),
+                    Value::Number(number) => Ok(number.to_string()),
+                    _ => Err(refused("texts and numbers in an object")),
+                };
+                let given = given.iter().map(|(name, value)| Ok((name.clone(), text(value)?)));
+                options.placement.options = given.collect::<Result<_, Failure>>()?;
+            }
             "threads" => options.threads = Some(whole()?),
             "check_weights" => options.check_weights = value.as_bool().ok_or_else(|| refused("true or false"))?,
             "encoder_cache_bytes" => options.encoder_cache_bytes = whole()?,
@@ -74,6 +89,10 @@ pub fn open_options(options: Record<t5g_open_options>) -> Result<OpenOptions, Fa
                 ));
             }
         }
+    }
+    let placement = &options.placement;
+    if placement.provider == Provider::Cpu && placement.device != 0 {
+        return Err(Failure::expected(Code::Options, "device", "0 (there is one cpu)", placement.device.to_string()));
     }
     Ok(options)
 }
