@@ -335,8 +335,9 @@ fn verify_tells_how_far_two_models_are_apart() {
     assert_eq!((&itself["top1_agreement"], &itself["kl_divergence"]), (&json!(1.0), &json!(0.0)), "{itself}");
     let error = |report: &Value| report["logits_relative_error"].as_f64().expect("a number");
     let [eight, four] = fewer.each_ref().map(|model| report(model, &own));
-    assert!(error(&eight) > 1e-5 && error(&eight) < 0.05, "{eight}");
-    assert!(error(&four) > 3.0 * error(&eight) && error(&four) < 0.5, "{four}");
+    // Four bits are sixteen times as coarse.
+    assert!(error(&eight) > 1e-5 && error(&four) > 3.0 * error(&eight), "{eight} {four}");
+    assert!(eight["top1_agreement"].as_f64() > four["top1_agreement"].as_f64(), "{eight} {four}");
     let other = exported("tiny-unbalanced");
     let arguments = ["verify".as_ref(), own.as_os_str(), "--against".as_ref(), other.as_os_str()];
     let refused = run("t5gemma", arguments, "");
