@@ -95,8 +95,9 @@ test: check onnxruntime tokenizer python ## everything that CI runs but check-rt
 	    .cache/tests.log
 
 .PHONY: bench
-bench: ## time search and scores; models are timed by `t5gemma bench`
+bench: $(LIBRARY) ## time search, scores and the C door; models are timed by `t5gemma bench`
 	$(CARGO) bench --locked -p t5gemma-runtime
+	$(CARGO) test --locked -p t5gemma-tests --test all -- --ignored --nocapture the_door_costs
 
 .PHONY: check-rtx
 check-rtx: .venv/complete .cache/tensorrt-rtx/complete ## compile graphs with NVIDIA's builder for RTX; needs no GPU, but x86-64 Linux

@@ -193,9 +193,13 @@ fn eight_threads_get_what_one_gets() {
     well(&installed().program("capi/stress.c", "plain", &["-O2"]), &[&demo_for_cpu()]);
 }
 
+/// Part of `make bench`.
 #[test]
+#[ignore = "a measurement"]
 fn the_door_costs_less_than_a_hundredth_of_what_the_smallest_model_does() {
-    well(&installed().program("capi/overhead.c", "fast", &["-O2"]), &[&demo()]);
+    let mut program = Command::new(installed().program("capi/overhead.c", "fast", &["-O2"]));
+    program.arg(demo());
+    println!("{}", done(program));
 }
 
 #[test]
