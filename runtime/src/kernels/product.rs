@@ -5,6 +5,8 @@
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod panels;
 
 use std::ops::Range;
 
@@ -65,7 +67,8 @@ impl Weights<'_> {
 #[derive(Default)]
 pub struct Activations {
     rows: usize,
-    /// `[rows, blocks · block_size]`, filled up with zeros, in the order of [`Order::of`].
+    order: Order,
+    /// `[rows, blocks · block_size]`, filled up with zeros.
     numbers: Vec<i16>,
     /// `[rows, blocks]`: the sums of the numbers, times the zero point where all blocks have the same.
     sums: Vec<f32>,
@@ -77,6 +80,7 @@ impl Activations {
     /// Makes room.
     pub fn prepare(&mut self, rows: usize, weights: &Weights) {
         self.rows = rows;
+        self.order = Order::of(weights, rows);
         self.numbers.resize(rows * weights.blocks() * weights.block_size, 0);
         self.sums.resize(rows * weights.blocks(), 0.0);
         self.scales.resize(rows, 0.0);
@@ -84,23 +88,30 @@ impl Activations {
 
     /// Where rows are rounded into, from several threads.
     pub fn target(&mut self) -> Target {
-        Target { numbers: self.numbers.as_mut_ptr(), sums: self.sums.as_mut_ptr(), scales: self.scales.as_mut_ptr() }
+        Target {
+            order: self.order,
+            numbers: self.numbers.as_mut_ptr(),
+            sums: self.sums.as_mut_ptr(),
+            scales: self.scales.as_mut_ptr(),
+        }
     }
 }
 
 /// In which order activations are kept, so that the numbers which lie in one word of the weights meet theirs.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
 enum Order {
     /// As they come.
+    #[default]
     Plain,
     /// Of each 64 every fourth, from the first, the second, …: four weights in two bytes.
     Fours,
 }
 
 impl Order {
-    fn of(w: &Weights) -> Order {
+    /// That for `rows` rows of activations.
+    fn of(w: &Weights, rows: usize) -> Order {
         match (w.bits, w.block_size) {
-            (4, 32..) if (w.blocks() * w.block_size).is_multiple_of(64) => Order::Fours,
+            (4, 32..) if (w.blocks() * w.block_size).is_multiple_of(64) && !is_of_many(rows) => Order::Fours,
             _ => Order::Plain,
         }
     }
@@ -114,12 +125,18 @@ impl Order {
     }
 }
 
+/// Whether so many rows make it worth while to bring the weights into another order first, see [`panels`].
+fn is_of_many(rows: usize) -> bool {
+    cfg!(target_arch = "x86_64") && rows >= 8
+}
+
 /// 1.5 · 2²³: added to a small number it leaves the nearest whole one in the low bits of the sum, ties to even.
 const SHIFT: f32 = 12_582_912.0;
 
 /// The memory of [`Activations`].
 #[derive(Clone, Copy)]
 pub struct Target {
+    order: Order,
     numbers: *mut i16,
     sums: *mut f32,
     scales: *mut f32,
@@ -168,7 +185,7 @@ impl Target {
         for (sum, block) in sums.iter_mut().zip(numbers.chunks_exact(size)) {
             *sum = block.iter().map(|&number| i32::from(number)).sum::<i32>() as f32 * zero;
         }
-        match Order::of(weights) {
+        match self.order {
             Order::Plain => {}
             Order::Fours => {
                 for chunk in numbers.as_chunks_mut::<64>().0 {
@@ -214,8 +231,12 @@ pub unsafe fn multiply(x: &Activations, w: &Weights, bias: Option<&[f32]>, colum
     let product = Product { x, w, bias, columns, y };
     #[cfg(target_arch = "x86_64")]
     if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-        match (w.bits, Order::of(w)) {
+        match (w.bits, x.order) {
             // SAFETY: the features are there.
+            (8, _) if is_of_many(x.rows) => return unsafe { panels::multiply::<8>(&product) },
+            // SAFETY: as above.
+            (_, Order::Plain) if is_of_many(x.rows) => return unsafe { panels::multiply::<4>(&product) },
+            // SAFETY: as above.
             (8, _) => return unsafe { avx2::multiply::<8>(&product) },
             // SAFETY: as above.
             (_, Order::Fours) => return unsafe { avx2::multiply::<4>(&product) },
@@ -286,7 +307,6 @@ fn portable(
     zeros: &[f32],
 ) -> Sums {
     let (blocks, size, bytes) = (w.blocks(), w.block_size, w.block_bytes());
-    let order = Order::of(w);
     let mut codes = [0_i16; 128];
     let mut sums = Sums::default();
     for (at, sums) in sums.iter_mut().enumerate().take(columns) {
@@ -300,7 +320,7 @@ fn portable(
             }
             let scale = w.scales[(column + at) * blocks + block];
             for (row, sum) in (row..row + rows).zip(&mut *sums) {
-                let number = |at: usize| x.numbers[row * blocks * size + order.place(block * size + at)];
+                let number = |at: usize| x.numbers[row * blocks * size + x.order.place(block * size + at)];
                 let products = codes[..size].iter().enumerate().map(|(at, &w)| i32::from(number(at)) * i32::from(w));
                 *sum += products.sum::<i32>() as f32 * scale - x.sums[row * blocks + block] * zero;
             }
@@ -350,7 +370,7 @@ mod tests {
             (4, 16, true),
             (4, 64, true),
         ] {
-            for (rows, n, k) in [(1, 5, 64), (3, 7, 200), (4, 3, 128), (9, 33, 136)] {
+            for (rows, n, k) in [(1, 5, 64), (3, 7, 200), (4, 3, 128), (9, 33, 136), (8, 16, 512), (20, 41, 1160)] {
                 let mut next = noise((bits * block_size * rows + k) as u64);
                 let mut weights = Weights { numbers: &[], scales: &[], zero_points: None, k, bits, block_size };
                 let numbers: Vec<u8> =

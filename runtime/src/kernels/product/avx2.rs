@@ -54,8 +54,8 @@ fn of<const BITS: usize, const R: usize, const C: usize>(
     let mut totals = [[_mm256_setzero_ps(); R]; C];
     for block in (0..blocks).step_by(at_once) {
         let first = block * size;
-        // Several rows take longer than the memory does.
-        if R == 1 {
+        // Further rows find it in the cache.
+        if row == 0 {
             fetch(&packed, first * BITS / 8, span * BITS / 8);
         }
         let mut sums = [[_mm256_setzero_si256(); R]; C];
