@@ -21,5 +21,6 @@ mod speculation;
 mod tasks;
 mod tensorrt;
 mod tokenizer;
+mod vocabulary;
 
 mod broken;

@@ -3,25 +3,29 @@
 //! `Model`.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, OnceLock};
+use std::sync::OnceLock;
 
 use ndarray::{Array2, Array3, ArrayD, ArrayView2, Axis};
-use ort::session::Session;
 use t5gemma_graphs::config::Config;
 use t5gemma_graphs::interface;
 use t5gemma_graphs::manifest::{MANIFEST, Manifest};
 use t5gemma_graphs::task::{Features, Pooling, Task};
 
+use crate::apart;
 use crate::batch::Batch;
 use crate::error::Error;
 use crate::folder::Folder;
-use crate::model::{Cancellation, OpenOptions, Opener, check_options, float32_values, int64_tensor, run};
+use crate::model::{Cancellation, Graph, OpenOptions, Opener, check_options, float32_values, int64_tensor, run};
+use crate::provider::Provider;
+use crate::scores::Wanted;
 use crate::tokenizer::Tokenizer;
 
 /// An opened encoder or classifier, to be used from any number of threads. It runs one call at a time.
 pub struct Encoder {
     // The session reads the weights that `folder` maps, so it stands before it: fields are dropped in this order.
-    session: Mutex<Session>,
+    session: Graph,
+    /// Whether the processor computes it.
+    on_cpu: bool,
     tokenizer: OnceLock<Result<Tokenizer, String>>,
     folder: Folder,
 }
@@ -46,7 +50,8 @@ impl Encoder {
         let parts = interface::parts(&folder.config, *dtype, *logits, *cache, task);
         let first = parts.first().expect("a model has a graph, and its encoder comes first");
         let session = Opener::new(&folder, options)?.open(first.name, &first.ports)?;
-        Ok(Encoder { session, tokenizer: OnceLock::new(), folder })
+        let on_cpu = options.placement.provider == Provider::Cpu;
+        Ok(Encoder { session, on_cpu, tokenizer: OnceLock::new(), folder })
     }
 
     /// The model's configuration.
@@ -137,9 +142,19 @@ impl Encoder {
     /// The graph's output for a batch.
     pub(crate) fn output(&self, batch: &Batch, cancel: &Cancellation) -> Result<ArrayD<f32>, Error> {
         batch.check(&self.folder.config)?;
+        // A classifier looks at the tokens of padding too.
+        if let (true, Ok(Features { pooling, .. })) = (self.on_cpu, self.features()) {
+            let groups = apart::groups(batch.mask(), batch.length());
+            if groups.len() > 1 {
+                let by_token = pooling == Pooling::None;
+                let (shape, values) = apart::run_apart(&self.session, batch, &groups, by_token, cancel)?;
+                return ArrayD::from_shape_vec(shape, values).map_err(wrong_rank);
+            }
+        }
         let rectangle = |values: &[i64]| int64_tensor(batch.rows(), values.to_vec());
         let (ids, mask) = (rectangle(batch.ids())?, rectangle(batch.mask())?);
-        let outputs = run(&self.session, "running the encoder", &[(&ids).into(), (&mask).into()], cancel)?;
+        let outputs =
+            run((&self.session, Wanted::All), "running the encoder", &[(&ids).into(), (&mask).into()], cancel)?;
         let output = outputs.into_iter().next().expect("opening has verified that there is one output");
         let shape: Vec<usize> = output.shape().iter().map(|&size| size as usize).collect();
         let values = float32_values(&output).map_err(Error::onnxruntime("reading the output"))?;

@@ -12,7 +12,7 @@ use crate::error::Error;
 use crate::logprobs::Trace;
 use crate::model::Model;
 use crate::options::{GenerationOptions, OptionError};
-use crate::scores::Processors;
+use crate::scores::{Processors, Wanted};
 use crate::search::{Hypothesis, Progress, Search};
 use crate::speculation::Lookup;
 use crate::stop::Stops;
@@ -117,6 +117,14 @@ pub(crate) struct Item {
 }
 
 impl Item {
+    /// What it needs of the logits of its rows at the next step, or at one that is `ahead` tokens later.
+    pub fn wanted(&self, ahead: usize) -> Wanted {
+        match self.trace.is_some() || self.walk.is_some() {
+            true => Wanted::All,
+            false => self.processors.wanted(&self.search, ahead),
+        }
+    }
+
     /// Takes the scores of its rows, or of the first of equal ones, and tells whether its targets are finished.
     pub fn take(&mut self, model: &Model, scores: &mut [f32], step: usize) -> Result<bool, Error> {
         if !self.options.remove_invalid_values && !all_finite(scores) {

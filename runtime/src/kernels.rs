@@ -10,25 +10,78 @@
 //! to 16 bits: an error that is lost beside that of the weights.
 //!
 //! `TransposeMatMul`: ONNX Runtime's either packs the weights once, which costs the start and a second copy, or at every product,
-//! which costs several beams twice the time of one.
+//! which costs several beams twice the time of one. Of the head of a vocabulary mostly the greatest results alone matter:
+//! see [`best`].
 
+#[cfg(target_arch = "x86_64")]
+mod best;
 #[cfg(target_arch = "x86_64")]
 mod float;
 mod product;
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use ort::operator::{ComputeContext, Kernel, KernelContext, Operator, OperatorDomain, OperatorInput, OperatorOutput};
 use ort::value::TensorElementType;
 
+use crate::scores::Wanted;
 use product::{Activations, Weights};
 
-/// The operators to give to a session.
-pub(crate) fn operators() -> ort::Result<OperatorDomain> {
-    let domain = OperatorDomain::new("com.microsoft")?.add(MatMulNBits)?;
+/// The kernels of a session: what they have in common with those of the model's other sessions, and what is wanted of them.
+#[derive(Default)]
+pub(crate) struct Kernels {
+    wish: Arc<Wish>,
     #[cfg(target_arch = "x86_64")]
-    if float::is_here() {
-        return domain.add(TransposeMatMul);
+    copies: Arc<best::Copies>,
+}
+
+impl Kernels {
+    /// Those for another session of the model.
+    pub fn beside(&self) -> Kernels {
+        Kernels {
+            wish: Arc::default(),
+            #[cfg(target_arch = "x86_64")]
+            copies: self.copies.clone(),
+        }
     }
-    Ok(domain)
+
+    /// Says what is wanted of the results of large products, before a run, by who has the session to itself.
+    pub fn want(&self, wanted: Wanted) {
+        self.wish.set(wanted);
+    }
+
+    /// The operators to give to the session.
+    pub fn operators(&self) -> ort::Result<OperatorDomain> {
+        let domain = OperatorDomain::new("com.microsoft")?.add(MatMulNBits)?;
+        #[cfg(target_arch = "x86_64")]
+        if float::is_here() {
+            return domain.add(TransposeMatMul { wish: self.wish.clone(), copies: self.copies.clone() });
+        }
+        Ok(domain)
+    }
+}
+
+/// What is wanted of the run of a session that is under way.
+#[derive(Debug, Default)]
+struct Wish(AtomicU64);
+
+impl Wish {
+    fn set(&self, wanted: Wanted) {
+        let code = match wanted {
+            Wanted::All => 0,
+            Wanted::Best { count, sum } => (count.max(1) as u64) << 1 | u64::from(sum),
+        };
+        self.0.store(code, Ordering::Release);
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn get(&self) -> Wanted {
+        match self.0.load(Ordering::Acquire) {
+            0 => Wanted::All,
+            code => Wanted::Best { count: (code >> 1) as usize, sum: code & 1 == 1 },
+        }
+    }
 }
 
 /// `y = x · wᵀ (+ b)` with `w [n, k]` in blocks of few bits, see `t5gemma_graphs::onnx::Blocks`.
@@ -119,16 +172,8 @@ impl Kernel for Product {
         let (_, y) = output.try_extract_tensor_mut::<f32>()?;
 
         self.activations.prepare(rows, &weights);
-        let spread = |total: usize, work: &(dyn Fn(usize) + Sync)| match total {
-            0 => Ok(()),
-            1 => {
-                work(0);
-                Ok(())
-            }
-            _ => context.par_for(total, 0, work),
-        };
         let target = self.activations.target();
-        spread(rows.div_ceil(ROUNDED_AT_A_TIME), &|share| {
+        spread(context, rows.div_ceil(ROUNDED_AT_A_TIME), &|share| {
             let first = share * ROUNDED_AT_A_TIME;
             for row in first..rows.min(first + ROUNDED_AT_A_TIME) {
                 // SAFETY: every row is rounded by one call only, into room that was made for all of them.
@@ -141,7 +186,7 @@ impl Kernel for Product {
         let share = if bytes < SHARED_FROM { self.n } else { taken.clamp(8, self.n.max(8)) };
         let y = product::Output::new(y, rows, self.n);
         let activations = &self.activations;
-        spread(self.n.div_ceil(share), &|part| {
+        spread(context, self.n.div_ceil(share), &|part| {
             let columns = part * share..self.n.min((part + 1) * share);
             // SAFETY: every column is computed by one call only.
             unsafe { product::multiply(activations, &weights, bias, columns, &y) };
@@ -151,7 +196,10 @@ impl Kernel for Product {
 
 /// `y = x · wᵀ` with `w [n, k]` in float32.
 #[cfg(target_arch = "x86_64")]
-struct TransposeMatMul;
+struct TransposeMatMul {
+    wish: Arc<Wish>,
+    copies: Arc<best::Copies>,
+}
 
 #[cfg(target_arch = "x86_64")]
 impl Operator for TransposeMatMul {
@@ -177,13 +225,19 @@ impl Operator for TransposeMatMul {
         {
             return Err(ort::Error::new("TransposeMatMul: expected transB alone"));
         }
-        Ok(FloatProduct)
+        let (wish, copies) = (self.wish.clone(), self.copies.clone());
+        Ok(FloatProduct { wish, copies, activations: Activations::default() })
     }
 }
 
 /// The kernel of one node.
 #[cfg(target_arch = "x86_64")]
-struct FloatProduct;
+struct FloatProduct {
+    wish: Arc<Wish>,
+    copies: Arc<best::Copies>,
+    /// Kept for their allocation.
+    activations: Activations,
+}
 
 /// Bytes of float32 weights that one thread takes at a time: a part of its second cache, which all rows then find them in.
 #[cfg(target_arch = "x86_64")]
@@ -212,26 +266,41 @@ impl Kernel for FloatProduct {
         let mut output = context.output(0, to)?.ok_or_else(|| missing("the output"))?;
         let (_, y) = output.try_extract_tensor_mut::<f32>()?;
 
+        // SAFETY: the operator is given to no session without the features; weights are the same as long as the model is open.
+        let done = unsafe {
+            let spread: best::Spread = &|parts, work| spread(context, parts, work);
+            self.copies.multiply(self.wish.get(), &mut self.activations, (x, w, y), [rows, n, k], spread)?
+        };
+        if done {
+            return Ok(());
+        }
         let product = float::Product::new(x, w, y, [rows, n, k]);
+        let all = n * k * 4;
         let bytes = match rows {
-            0..8 if n * k * 4 < 2 * SHARED_FROM => n * k * 4,
+            0..8 if all < 2 * SHARED_FROM => all,
             // As many parts as keep every thread of a large machine busy.
-            0..8 => (n * k * 4 / 16).clamp(FLOAT_SHARE, FLOAT_SHARE_OF_FEW),
-            _ => FLOAT_SHARE,
+            0..8 => (all / 16).clamp(FLOAT_SHARE, FLOAT_SHARE_OF_FEW),
+            _ => (all / 16).clamp(FLOAT_SHARE / 4, FLOAT_SHARE),
         };
         let share = (bytes / 4 / k / 12 * 12).clamp(12, n.max(12));
-        let work = |part: usize| {
+        spread(context, n.div_ceil(share), &|part| {
             // SAFETY: the operator is given to no session without the features, and every column is computed by one call.
             unsafe { float::multiply(&product, part * share..n.min((part + 1) * share)) };
-        };
-        match n.div_ceil(share) {
-            0 => Ok(()),
-            1 => {
-                work(0);
-                Ok(())
-            }
-            parts => context.par_for(parts, 0, work),
+        })
+    }
+}
+
+/// Has the session's threads do the parts of some work, each taking the next when it is done with one: parts that are dealt out
+/// beforehand wait for the thread that the system holds up.
+fn spread(context: &ComputeContext, parts: usize, work: &(dyn Fn(usize) + Send + Sync)) -> ort::Result<()> {
+    match parts {
+        0 => Ok(()),
+        1 => {
+            work(0);
+            Ok(())
         }
+        // ONNX Runtime deals `parts` out to as many batches, and its threads take batches as they come.
+        _ => context.par_for(parts, parts, work),
     }
 }
 

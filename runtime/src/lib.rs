@@ -24,6 +24,7 @@ pub mod log;
 pub mod onnxruntime;
 mod provider;
 
+mod apart;
 mod classify;
 mod encoder;
 mod encoder_cache;

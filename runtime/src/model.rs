@@ -10,12 +10,11 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use half::{bf16, f16};
 use ndarray::Array3;
 use ort::AsPointer;
-use ort::environment::Environment;
 use ort::memory::{Allocator, MemoryInfo};
 use ort::session::{RunOptions, Session, SessionInputValue};
 use ort::value::{DynValue, Outlet, Tensor, TensorElementType, ValueType};
@@ -24,6 +23,7 @@ use t5gemma_graphs::config::Config;
 use t5gemma_graphs::interface::{self, BATCH, CacheLayout, DType, Dim, Interface, Port, Ports, REORDER};
 use t5gemma_graphs::manifest::{Manifest, TensorRecord};
 
+use crate::apart;
 use crate::batch::{Batch, Prompts};
 use crate::constraint::Vocabulary;
 use crate::encoder::other_task;
@@ -31,12 +31,13 @@ use crate::encoder_cache::EncoderCache;
 use crate::error::Error;
 use crate::folder::Folder;
 use crate::generate::{self, Watch};
-use crate::kernels;
+use crate::kernels::Kernels;
 use crate::logprobs::Logprobs;
 use crate::onnxruntime;
 use crate::options::GenerationOptions;
 use crate::provider::{self, Elsewhere, Placement, Provider};
 use crate::score;
+use crate::scores::Wanted;
 use crate::search::{Hypothesis, Search};
 use crate::state::{Cache, First, Plan, Ragged, State};
 use crate::tokenizer::Tokenizer;
@@ -46,7 +47,8 @@ use crate::tokenizer::Tokenizer;
 pub struct OpenOptions {
     /// The ONNX Runtime library to load; by default it is searched for, see [`onnxruntime::report`].
     pub library: Option<PathBuf>,
-    /// Threads to compute with; by default as many as the machine has cores.
+    /// Threads to compute with; by default as many as the machine has cores. All models of a process share the threads that
+    /// the first was opened with; one that asks for another number has its own.
     pub threads: Option<usize>,
     /// Compare the hash of the whole weights file, however large, instead of samples of it.
     pub check_weights: bool,
@@ -75,11 +77,13 @@ const MOST_THREADS: usize = 1024;
 /// An opened model, to be used from any number of threads. Each graph runs one call at a time.
 pub struct Model {
     // The sessions read the weights that `folder` maps, so they stand before it: fields are dropped in this order.
-    encoder: Mutex<Session>,
-    decoder: Mutex<Session>,
-    decoder_with_past: Mutex<Session>,
+    encoder: Graph,
+    decoder: Graph,
+    decoder_with_past: Graph,
     /// For each cached tensor, in the order of the graphs, whether its first axis is source items.
     per_item: Vec<bool>,
+    /// Whether the processor computes it.
+    on_cpu: bool,
     /// Of a model that is made for a device, how its cache is kept there.
     resident: Option<Plan>,
     elsewhere: Vec<Elsewhere>,
@@ -88,6 +92,21 @@ pub struct Model {
     tokenizer: OnceLock<Result<Tokenizer, String>>,
     vocabulary: OnceLock<Result<Vocabulary, String>>,
     folder: Folder,
+}
+
+/// An opened graph, which runs one call at a time.
+pub(crate) struct Graph {
+    session: Mutex<Session>,
+    kernels: Kernels,
+}
+
+impl Graph {
+    /// The session, for runs of which so much is wanted.
+    pub fn lock(&self, wanted: Wanted) -> MutexGuard<'_, Session> {
+        let session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
+        self.kernels.want(wanted);
+        session
+    }
 }
 
 /// What the encoder makes of the sources.
@@ -185,6 +204,7 @@ impl Model {
             decoder: decoder?,
             decoder_with_past: decoder_with_past?,
             per_item: per_item(&interface),
+            on_cpu: options.placement.provider == Provider::Cpu,
             resident,
             elsewhere,
             encoder_cache: Some(options.encoder_cache_bytes).filter(|&bytes| bytes > 0).map(EncoderCache::new),
@@ -318,24 +338,33 @@ impl Model {
     }
 
     fn compute_encoder(&self, batch: &Batch, cancel: &Cancellation) -> Result<Encoded, Error> {
+        if self.on_cpu {
+            let groups = apart::groups(batch.mask(), batch.length());
+            if groups.len() > 1 {
+                let (_, states) = apart::run_apart(&self.encoder, batch, &groups, true, cancel)?;
+                return self.encoded(batch, states);
+            }
+        }
         let rectangle = |values: &[i64]| int64_tensor(batch.rows(), values.to_vec());
         let (ids, mask) = (rectangle(batch.ids())?, rectangle(batch.mask())?);
-        let outputs = run(&self.encoder, "running the encoder", &[(&ids).into(), (&mask).into()], cancel)?;
+        let outputs =
+            run((&self.encoder, Wanted::All), "running the encoder", &[(&ids).into(), (&mask).into()], cancel)?;
         let hidden = outputs.into_iter().next().expect("opening has verified that the encoder has one output");
         Ok(Encoded { hidden, mask })
     }
 
-    /// Runs the first decoder step: one target row for each source item.
+    /// Runs the first decoder step: one target row for each source item, of whose logits so much is wanted.
     pub(crate) fn start(
         &self,
         encoded: Encoded,
         prompts: Prompts,
+        wanted: Wanted,
         cancel: &Cancellation,
     ) -> Result<(State, Logits), Error> {
         if let Some(plan) = &self.resident {
             return self.start_resident(plan, encoded, prompts, cancel);
         }
-        let (mask, cached, logits) = self.first_step(encoded, prompts, cancel)?;
+        let (mask, cached, logits) = self.first_step(encoded, prompts, wanted, cancel)?;
         let state = match self.folder.manifest.cache {
             CacheLayout::Growing => Ok(State::growing(mask, cached, self.per_item.clone())),
             CacheLayout::Static(_) => Err(ort::Error::new(format!("a cache of fixed capacity without {REORDER}"))),
@@ -355,7 +384,7 @@ impl Model {
         let rows = prompts.ids.len() / prompts.length;
         let ids = int64_tensor(rows, prompts.ids.clone())?;
         let started = {
-            let mut session = self.decoder.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut session = self.decoder.lock(Wanted::All);
             State::resident(plan, &mut session, mask, (&ids, &hidden), cancel.run_options()?)
         };
         let (mut state, logits) = match started {
@@ -364,7 +393,7 @@ impl Model {
         };
         let logits = match logits {
             Some(logits) => logits,
-            None => self.run_step(&mut state, prompts.ids, cancel)?,
+            None => self.run_step(&mut state, prompts.ids, Wanted::All, cancel)?,
         };
         Ok((state, Logits::last(logits, rows).map_err(Error::onnxruntime(READING_LOGITS))?))
     }
@@ -379,9 +408,10 @@ impl Model {
         &self,
         encoded: Encoded,
         prompts: Prompts,
+        wanted: Wanted,
         cancel: &Cancellation,
     ) -> Result<(First, Logits), Error> {
-        let (mask, cached, logits) = self.first_step(encoded, prompts, cancel)?;
+        let (mask, cached, logits) = self.first_step(encoded, prompts, wanted, cancel)?;
         let first = First::new(mask, cached, &self.per_item).map_err(Error::onnxruntime(PREPARING_CACHE))?;
         Ok((first, logits))
     }
@@ -391,13 +421,14 @@ impl Model {
         &self,
         encoded: Encoded,
         prompts: Prompts,
+        wanted: Wanted,
         cancel: &Cancellation,
     ) -> Result<(DynValue, Vec<DynValue>, Logits), Error> {
         let Encoded { hidden, mask } = encoded;
         let rows = prompts.ids.len() / prompts.length;
         let ids = int64_tensor(rows, prompts.ids)?;
         let inputs = [(&mask).into(), (&ids).into(), (&hidden).into()];
-        let mut outputs = run(&self.decoder, FIRST_STEP, &inputs, cancel)?.into_iter();
+        let mut outputs = run((&self.decoder, wanted), FIRST_STEP, &inputs, cancel)?.into_iter();
         let logits = outputs.next().expect("opening has verified that the logits come first");
         let logits = Logits::last(logits, rows).map_err(Error::onnxruntime(READING_LOGITS))?;
         Ok((mask, outputs.take(self.per_item.len()).collect(), logits))
@@ -408,9 +439,10 @@ impl Model {
         &self,
         state: &mut Ragged,
         tokens: &[i64],
+        wanted: Wanted,
         cancel: &Cancellation,
     ) -> Result<Logits, Error> {
-        let mut session = self.decoder_with_past.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut session = self.decoder_with_past.lock(wanted);
         let options = cancel.run_options()?;
         match state.step(&mut session, tokens, options) {
             Ok(logits) => Logits::last(logits, tokens.len()).map_err(Error::onnxruntime(READING_LOGITS)),
@@ -420,16 +452,28 @@ impl Model {
     }
 
     /// Runs a further decoder step: new tokens for each target row, as many for one as for another.
-    pub(crate) fn step(&self, state: &mut State, tokens: Vec<i64>, cancel: &Cancellation) -> Result<Logits, Error> {
-        let logits = self.run_step(state, tokens, cancel)?;
+    pub(crate) fn step(
+        &self,
+        state: &mut State,
+        tokens: Vec<i64>,
+        wanted: Wanted,
+        cancel: &Cancellation,
+    ) -> Result<Logits, Error> {
+        let logits = self.run_step(state, tokens, wanted, cancel)?;
         Logits::last(logits, state.rows()).map_err(Error::onnxruntime(READING_LOGITS))
     }
 
     /// [`Model::step`] of one target row, with the scores of each of its new tokens one after the other; the model has to
     /// be one that gives all.
-    pub(crate) fn step_all(&self, state: &mut State, tokens: Vec<i64>, cancel: &Cancellation) -> Result<Logits, Error> {
+    pub(crate) fn step_all(
+        &self,
+        state: &mut State,
+        tokens: Vec<i64>,
+        wanted: Wanted,
+        cancel: &Cancellation,
+    ) -> Result<Logits, Error> {
         let expected = [1, tokens.len() as i64];
-        let value = self.run_step(state, tokens, cancel)?;
+        let value = self.run_step(state, tokens, wanted, cancel)?;
         if value.shape()[..2] != expected {
             let problem = ort::Error::new(format!("{expected:?} tokens gave logits of shape {}", value.shape()));
             return Err(Error::onnxruntime(READING_LOGITS)(problem));
@@ -437,21 +481,27 @@ impl Model {
         Ok(Logits { value })
     }
 
-    fn run_step(&self, state: &mut State, tokens: Vec<i64>, cancel: &Cancellation) -> Result<DynValue, Error> {
+    fn run_step(
+        &self,
+        state: &mut State,
+        tokens: Vec<i64>,
+        wanted: Wanted,
+        cancel: &Cancellation,
+    ) -> Result<DynValue, Error> {
         let rows = state.rows();
         Ok(match state.cache_mut() {
             Cache::Growing(cache) => {
                 let ids = int64_tensor(rows, tokens)?;
                 let mut inputs: Vec<SessionInputValue> = vec![cache.mask().into(), (&ids).into()];
                 inputs.extend(cache.past().iter().map(SessionInputValue::from));
-                let mut outputs = run(&self.decoder_with_past, DECODER_STEP, &inputs, cancel)?.into_iter();
+                let mut outputs = run((&self.decoder_with_past, wanted), DECODER_STEP, &inputs, cancel)?.into_iter();
                 drop(inputs);
                 let logits = outputs.next().expect("opening has verified that the logits come first");
                 cache.grow(outputs);
                 logits
             }
             cache => {
-                let mut session = self.decoder_with_past.lock().unwrap_or_else(PoisonError::into_inner);
+                let mut session = self.decoder_with_past.lock(wanted);
                 let options = cancel.run_options()?;
                 let stepped = match cache {
                     Cache::InPlace(cache) => cache.step(&mut session, &tokens, options),
@@ -520,14 +570,14 @@ pub(crate) fn check_options(options: &OpenOptions) -> Result<(), Error> {
     }
 }
 
-/// Runs a session and returns its outputs in order.
+/// Runs a graph and returns its outputs in order.
 pub(crate) fn run(
-    session: &Mutex<Session>,
+    (graph, wanted): (&Graph, Wanted),
     during: &'static str,
     inputs: &[SessionInputValue],
     cancel: &Cancellation,
 ) -> Result<Vec<DynValue>, Error> {
-    let mut session = session.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut session = graph.lock(wanted);
     let options = cancel.run_options()?;
     match session.run_with_options(inputs, options) {
         Ok(outputs) => Ok(outputs.into_iter().map(|(_, value)| value).collect()),
@@ -608,10 +658,11 @@ fn element_type(dtype: DType) -> TensorElementType {
 
 /// What sessions are opened from.
 pub(crate) struct Opener<'f> {
-    environment: Environment,
+    library: onnxruntime::Loaded,
     folder: &'f Folder,
     weights: HashMap<&'f str, Arc<DynValue>>,
     options: &'f OpenOptions,
+    kernels: Kernels,
     /// What other providers compute than the one asked for, in the graphs opened so far.
     pub elsewhere: Vec<Elsewhere>,
 }
@@ -619,14 +670,14 @@ pub(crate) struct Opener<'f> {
 impl<'f> Opener<'f> {
     /// Loads ONNX Runtime, and has the weights ready.
     pub fn new(folder: &'f Folder, options: &'f OpenOptions) -> Result<Opener<'f>, Error> {
-        let environment = onnxruntime::initialise(options.library.as_deref())?;
+        let library = onnxruntime::initialise(options.library.as_deref(), options.threads)?;
         let weights = initializers(folder).map_err(Error::onnxruntime("sharing the weights"))?;
         provider::check_cache(folder, options.placement.provider)?;
-        Ok(Opener { environment, folder, weights, options, elsewhere: Vec::new() })
+        Ok(Opener { library, folder, weights, options, kernels: Kernels::default(), elsewhere: Vec::new() })
     }
 
     /// Opens one graph over the shared weights and holds it to its ports.
-    pub fn open(&mut self, graph: &str, ports: &Ports) -> Result<Mutex<Session>, Error> {
+    pub fn open(&mut self, graph: &str, ports: &Ports) -> Result<Graph, Error> {
         let (folder, placement) = (self.folder, &self.options.placement);
         let given = placement.options_of(folder, graph)?;
         if let Some(wrapper) = provider::built(folder, graph, placement.provider)? {
@@ -637,7 +688,7 @@ impl<'f> Opener<'f> {
     }
 
     /// Opens the graph that changes rows, for which TensorRT's options are not.
-    fn open_reorder(&mut self, ports: &Ports) -> Result<Mutex<Session>, Error> {
+    fn open_reorder(&mut self, ports: &Ports) -> Result<Graph, Error> {
         let path = self.folder.path.join(REORDER);
         self.open_file(&path, ("reorder", ports, &[]), &BTreeMap::new())
     }
@@ -647,7 +698,7 @@ impl<'f> Opener<'f> {
         path: &Path,
         (graph, ports, used): (&str, &Ports, &[String]),
         given: &BTreeMap<String, String>,
-    ) -> Result<Mutex<Session>, Error> {
+    ) -> Result<Graph, Error> {
         let Placement { provider, .. } = self.options.placement;
         // The few operators that move a cache are not worth an engine.
         let cuda = Placement { provider: Provider::Cuda, options: Vec::new(), ..self.options.placement.clone() };
@@ -655,19 +706,27 @@ impl<'f> Opener<'f> {
             ("reorder", Provider::TensorRt) => &cuda,
             _ => &self.options.placement,
         };
-        let builder = placement.builder(&self.environment, given)?;
+        let builder = placement.builder(&self.library.environment, given)?;
+        let kernels = self.kernels.beside();
         let build = || {
             let builder = if provider == Provider::Cpu { builder } else { provider::recording(builder)? };
             let mut builder = builder
                 .with_prepacking(false)?
                 // The decoder's shapes grow with every step: a plan remembered for each would never be used again.
                 .with_memory_pattern(false)?;
-            if let Some(threads) = self.options.threads {
-                builder = builder.with_intra_threads(threads)?;
+            if std::env::var_os("PROFILE_ORT").is_some() {
+                builder = builder.with_profiling(format!("/tmp/w/prof-{graph}"))?;
+            }
+            if let Some(threads) = self.options.threads.filter(|_| self.options.threads != self.library.threads) {
+                builder = builder
+                    .with_independent_thread_pool()?
+                    .with_intra_threads(threads)?
+                    // Between calls they would keep the threads of the other graphs from their cores.
+                    .with_config_entry("session.force_spinning_stop", "1")?;
             }
             // Ours stand before ONNX Runtime's own, and take float32 only, as graphs for a CPU are.
             if self.folder.manifest.target == Target::Cpu.name() && provider == Provider::Cpu {
-                builder = builder.with_operators(kernels::operators()?)?;
+                builder = builder.with_operators(kernels.operators()?)?;
             }
             for name in used {
                 builder = builder.with_initializer(name, self.weights[name.as_str()].clone())?;
@@ -692,7 +751,7 @@ impl<'f> Opener<'f> {
             let elsewhere = provider::elsewhere(&session, placement.provider, graph);
             self.elsewhere.extend(elsewhere.map_err(Error::onnxruntime("asking what computes the operators"))?);
         }
-        Ok(Mutex::new(session))
+        Ok(Graph { session: Mutex::new(session), kernels })
     }
 }
 

@@ -8,7 +8,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
-use ort::environment::Environment;
+use ort::environment::{Environment, GlobalThreadPoolOptions};
 use ort::ep::ExecutionProvider;
 
 use crate::error::Error;
@@ -42,10 +42,13 @@ pub fn look_beside(folder: PathBuf) {
     let _ = BESIDE.set(folder);
 }
 
+/// The library in use, with what all models of the process share.
 #[derive(Clone)]
-struct Loaded {
-    environment: Environment,
+pub(crate) struct Loaded {
+    pub environment: Environment,
     path: PathBuf,
+    /// How many threads the environment's pool was made of; as many as the machine has cores where it was not said.
+    pub threads: Option<usize>,
 }
 
 /// One place where the library was looked for.
@@ -112,19 +115,19 @@ pub struct LibraryInfo {
 /// Looks everywhere, loads what [`open`](crate::Model::open) would load, and tells.
 pub fn report(library: Option<&Path>) -> Report {
     let places = places(library).map(|look| look()).collect();
-    let library = initialise(library).map(|_| {
-        let loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
-        let path = loaded.as_ref().map(|loaded| loaded.path.clone()).unwrap_or_default();
-        LibraryInfo { path, build: ort::info().to_string(), providers: providers() }
+    let library = initialise(library, None).map(|Loaded { path, .. }| {
+        let build = ort::info().to_string();
+        LibraryInfo { path, build, providers: providers() }
     });
     Report { places, library }
 }
 
-/// Loads the library on first use; later calls return what is loaded.
+/// Loads the library on first use, with a pool of so many threads for all sessions: threads of their own would wait for work
+/// on each other's cores. Later calls return what is loaded.
 ///
 /// # Errors
 /// No usable library, or a `library` other than the one this process has loaded already.
-pub(crate) fn initialise(library: Option<&Path>) -> Result<Environment, Error> {
+pub(crate) fn initialise(library: Option<&Path>, threads: Option<usize>) -> Result<Loaded, Error> {
     let mut slot = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(loaded) = slot.as_ref() {
         return match library.map(absolute) {
@@ -136,7 +139,7 @@ pub(crate) fn initialise(library: Option<&Path>) -> Result<Environment, Error> {
                 ),
                 remedy: "name the same library in every call, or none".into(),
             }),
-            _ => Ok(loaded.environment.clone()),
+            _ => Ok(loaded.clone()),
         };
     }
 
@@ -157,6 +160,8 @@ pub(crate) fn initialise(library: Option<&Path>) -> Result<Environment, Error> {
         })?
         .with_name("t5gemma")
         .with_telemetry(false);
+    let pool = GlobalThreadPoolOptions::default().with_intra_threads(threads.unwrap_or(0));
+    builder = builder.with_global_thread_pool(pool.map_err(|error| unusable(&error))?);
     if let Some((_, logger)) = &logger {
         builder = builder.with_logger(logger.clone());
     }
@@ -164,7 +169,7 @@ pub(crate) fn initialise(library: Option<&Path>) -> Result<Environment, Error> {
     if let Some((level, _)) = logger {
         environment.set_log_level(level);
     }
-    Ok(slot.insert(Loaded { environment, path }).environment.clone())
+    Ok(slot.insert(Loaded { environment, path, threads }).clone())
 }
 
 /// The first usable library. A library that the user named is the one meant: if it is unusable nothing else is taken.
@@ -223,7 +228,7 @@ pub type Attempt = (Provider, Result<(), Error>);
 /// # Errors
 /// No usable library.
 pub fn attempts(library: Option<&Path>, placements: &[Placement]) -> Result<Vec<Attempt>, Error> {
-    let environment = initialise(library)?;
+    let Loaded { environment, .. } = initialise(library, None)?;
     let attempt = |placement: &Placement| (placement.provider, provider::attempt(&environment, placement));
     Ok(placements.iter().map(attempt).collect())
 }

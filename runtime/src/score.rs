@@ -5,6 +5,7 @@ use crate::batch::{Batch, Prompts};
 use crate::error::Error;
 use crate::logprobs::Logprobs;
 use crate::model::{Cancellation, Model};
+use crate::scores::Wanted;
 
 /// See [`Model::score`].
 pub(crate) fn score(
@@ -33,7 +34,7 @@ pub(crate) fn score(
     let mut found = vec![Logprobs::default(); targets.len()];
     let encoded = model.run_encoder(batch, cancel)?;
     let Prompts { length, ids } = prompts;
-    let (mut state, mut logits) = model.start(encoded, Prompts { length, ids }, cancel)?;
+    let (mut state, mut logits) = model.start(encoded, Prompts { length, ids }, Wanted::All, cancel)?;
     let mut rows: Vec<usize> = (0..targets.len()).collect();
     for step in 0.. {
         let scores = logits.rows_mut()?;
@@ -50,7 +51,7 @@ pub(crate) fn score(
         state.select(&going_on, &going_on)?;
         rows = going_on.iter().map(|&slot| rows[slot]).collect();
         let tokens = rows.iter().map(|&row| targets[row][step]).collect();
-        logits = model.step(&mut state, tokens, cancel)?;
+        logits = model.step(&mut state, tokens, Wanted::All, cancel)?;
     }
     Ok(found)
 }

@@ -30,6 +30,33 @@ pub trait Limit: Debug + Send + Sync {
     fn apply(&self, scores: &mut [f32], history: &[i64]);
 }
 
+/// What a step needs of the logits of each row.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Wanted {
+    /// All of them.
+    #[default]
+    All,
+    /// The greatest `count`, and of the others that they are no greater.
+    Best {
+        /// How many.
+        count: usize,
+        /// Whether the sum of the exponentials of all counts too.
+        sum: bool,
+    },
+}
+
+impl Wanted {
+    /// What serves both.
+    pub fn and(self, other: Wanted) -> Wanted {
+        match (self, other) {
+            (Wanted::Best { count: a, sum: b }, Wanted::Best { count: c, sum: d }) => {
+                Wanted::Best { count: a.max(c), sum: b || d }
+            }
+            _ => Wanted::All,
+        }
+    }
+}
+
 /// The logits processors that the options of a request ask for, for one source row.
 #[derive(Clone, Debug)]
 pub struct Processors {
@@ -166,6 +193,35 @@ impl Processors {
         let place = self.processors.iter().position(is_later);
         self.processors.insert(place.unwrap_or(self.processors.len()), Processor::Limit(limit));
         self
+    }
+
+    /// What the next step needs of the logits, or one that is `ahead` tokens later.
+    pub(crate) fn wanted(&self, search: &Search, ahead: usize) -> Wanted {
+        let length = search.history(search.rows().start).len() + ahead;
+        let sum = search.sums_log_probabilities();
+        // Beams and draws beside each other may leave what others choose from.
+        let mut count = if search.compares_rows() { search.candidates() } else { 1 };
+        let mut is_cut = search.draws().is_none();
+        for processor in self.processors.iter().filter(|processor| processor.is_active(length)) {
+            // Where a processor makes some tokens less likely, as many that follow them may take their place.
+            count += match processor {
+                Processor::Forbid { tokens, .. } => tokens.len(),
+                Processor::RepetitionPenalty(penalty) if *penalty >= 1.0 => length,
+                Processor::Generated { frequency, presence, .. } if *frequency >= 0.0 && *presence >= 0.0 => length,
+                Processor::NoRepeatNgram(_) => length,
+                Processor::EncoderNoRepeatNgram { source, .. } => source.len(),
+                Processor::Warp(Warper::Temperature(_)) => 0,
+                // What others leave of these does not depend on the rest.
+                Processor::Warp(Warper::TopK(kept)) => {
+                    is_cut = true;
+                    *kept
+                }
+                Processor::Warp(Warper::TopP { .. } | Warper::MinP { .. } | Warper::Typical { .. }) if is_cut => 0,
+                Processor::Warp(Warper::Epsilon { .. } | Warper::Eta { .. }) if is_cut => 0,
+                _ => return Wanted::All,
+            };
+        }
+        if is_cut { Wanted::Best { count, sum } } else { Wanted::All }
     }
 
     /// Applies the processors to the scores of one row: logits for greedy search, log-probabilities for beam search.

@@ -16,6 +16,7 @@ use crate::error::Error;
 use crate::generate;
 use crate::model::{Cancellation, Model};
 use crate::options::GenerationOptions;
+use crate::scores::Wanted;
 use crate::search::Search;
 
 pub use comparison::{Comparison, comparison};
@@ -253,11 +254,11 @@ fn forced(
     let mut all = Vec::new();
     let encoded = model.run_encoder(batch, cancel)?;
     let prompts = Prompts { length: pieces[0], ids: part(0, pieces[0]) };
-    let (mut state, mut logits) = model.start(encoded, prompts, cancel)?;
+    let (mut state, mut logits) = model.start(encoded, prompts, Wanted::All, cancel)?;
     let mut fed = pieces[0];
     all.extend_from_slice(logits.rows_mut()?);
     for &count in &pieces[1..] {
-        logits = model.step(&mut state, part(fed, count), cancel)?;
+        logits = model.step(&mut state, part(fed, count), Wanted::All, cancel)?;
         fed += count;
         all.extend_from_slice(logits.rows_mut()?);
     }

@@ -6,6 +6,7 @@ use t5gemma_graphs::interface::CacheLayout;
 use crate::batch::{Batch, Prompts};
 use crate::error::Error;
 use crate::model::{Cancellation, Logits, Model};
+use crate::scores::Wanted;
 use crate::state::{First, Ragged, State};
 
 /// Keys and values of rows that share their steps.
@@ -36,16 +37,17 @@ impl Begun {
         model: &Model,
         sources: &Batch,
         prompts: Prompts,
+        wanted: Wanted,
         cancel: &Cancellation,
     ) -> Result<(Begun, Logits), Error> {
         let encoded = model.run_encoder(sources, cancel)?;
         Ok(match model.layout() {
             CacheLayout::Growing | CacheLayout::Static(_) => {
-                let (state, logits) = model.start(encoded, prompts, cancel)?;
+                let (state, logits) = model.start(encoded, prompts, wanted, cancel)?;
                 (Begun::Cohort(state), logits)
             }
             CacheLayout::InPlace => {
-                let (first, logits) = model.start_ragged(encoded, prompts, cancel)?;
+                let (first, logits) = model.start_ragged(encoded, prompts, wanted, cancel)?;
                 (Begun::Ragged(first), logits)
             }
         })
@@ -80,10 +82,16 @@ impl Rows {
     }
 
     /// Runs a step: a token for each row.
-    pub fn step(&mut self, model: &Model, tokens: Vec<i64>, cancel: &Cancellation) -> Result<Logits, Error> {
+    pub fn step(
+        &mut self,
+        model: &Model,
+        tokens: Vec<i64>,
+        wanted: Wanted,
+        cancel: &Cancellation,
+    ) -> Result<Logits, Error> {
         match self {
-            Rows::Cohort(state) => model.step(state, tokens, cancel),
-            Rows::Ragged(ragged) => model.step_ragged(ragged, &tokens, cancel),
+            Rows::Cohort(state) => model.step(state, tokens, wanted, cancel),
+            Rows::Ragged(ragged) => model.step_ragged(ragged, &tokens, wanted, cancel),
         }
     }
 

@@ -13,6 +13,7 @@ use super::{Engine, Event, Phase, Shared};
 use crate::batch::{Batch, Prompts};
 use crate::error::Error;
 use crate::item::{Call, Item};
+use crate::scores::Wanted;
 use crate::search::Search;
 use crate::stop::Stops;
 
@@ -216,7 +217,8 @@ impl Worker {
             return;
         }
         let lengths: Vec<usize> = batches.iter().map(Batch::length).collect();
-        let begun = Batch::joined(batches, 0).and_then(|batch| Begun::start(model, &batch, prompts, cancel));
+        let wanted = wanted(&members);
+        let begun = Batch::joined(batches, 0).and_then(|batch| Begun::start(model, &batch, prompts, wanted, cancel));
         let vocab_size = model.config().decoder.vocab_size;
         let begun = begun.and_then(|(begun, mut logits)| {
             let going_on: Vec<bool> = {
@@ -267,7 +269,7 @@ impl Worker {
         let widths: Vec<usize> = members.iter().map(|member| member.item.search.width()).collect();
         let tokens: Vec<i64> = members.iter().flat_map(|member| member.item.search.next_tokens()).copied().collect();
         self.count_step(tokens.len());
-        let logits = self.flights[at].rows.step(&shared.model, tokens, &shared.stop);
+        let logits = self.flights[at].rows.step(&shared.model, tokens, wanted(&members), &shared.stop);
         let going_on = logits.and_then(|mut logits| {
             let mut scores = logits.rows_mut()?;
             let mut going_on = Vec::with_capacity(members.len());
@@ -396,4 +398,9 @@ impl Worker {
         line.stats.rows = self.flights.iter().flat_map(|flight| &flight.members).map(|m| m.item.search.width()).sum();
         line.stats.planned_bytes = needs.iter().map(|need| self.shared.plan.bytes(need)).sum();
     }
+}
+
+/// What a step needs of the logits of all rows.
+fn wanted(members: &[Member]) -> Wanted {
+    members.iter().map(|member| member.item.wanted(0)).reduce(Wanted::and).unwrap_or_default()
 }

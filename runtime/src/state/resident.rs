@@ -5,7 +5,7 @@
 //! The device is one value, [`Device`]: with the CPU for a device the same code runs on a machine without a GPU, and that is
 //! how it is tested.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use half::{bf16, f16};
 use ort::memory::{AllocationDevice, AllocatorType, MemoryInfo, MemoryType};
@@ -14,6 +14,8 @@ use ort::value::{DynValue, Tensor};
 use t5gemma_graphs::interface::{CacheLayout, DType};
 
 use super::keep_rows;
+use crate::model::Graph;
+use crate::scores::Wanted;
 
 /// Room for this many target tokens to begin with, where it can be extended.
 const FIRST_CAPACITY: usize = 64;
@@ -51,7 +53,7 @@ pub(crate) struct Plan {
     /// Heads, and the width of each.
     pub heads: [usize; 2],
     /// The graph that changes rows.
-    pub reorder: Arc<Mutex<Session>>,
+    pub reorder: Arc<Graph>,
 }
 
 /// The memory of the cached decoder step.
@@ -228,7 +230,7 @@ impl Resident {
 
     /// The given rows and places of keys and values, by the graph for it.
     fn taken(&self, values: &[DynValue], rows: &[usize], places: Vec<i64>) -> ort::Result<Vec<DynValue>> {
-        let mut session = self.plan.reorder.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut session = self.plan.reorder.lock(Wanted::All);
         let mut binding = session.create_binding()?;
         let parents = Tensor::from_array(([rows.len()], rows.iter().map(|&row| row as i64).collect::<Vec<_>>()))?;
         let places = Tensor::from_array(([places.len()], places))?;
