@@ -161,8 +161,8 @@ impl Model {
         let defaults = GenerationOptions::of_model(folder.generation_config.as_deref(), &folder.config.tokens)
             .map_err(|error| Error::GenerationConfig { path: folder.path.join("generation_config.json"), error })?;
         let mut opener = Opener::new(&folder, options)?;
-        let Manifest { dtype, logits, cache, .. } = folder.manifest;
-        let interface = Interface::of(&folder.config, dtype, logits, cache);
+        let Manifest { dtype, cache, .. } = folder.manifest;
+        let interface = Interface::of(&folder.config, dtype, folder.manifest.returned(), cache);
         let resident = match folder.manifest.files.contains_key(REORDER) {
             false => None,
             true => {
