@@ -294,6 +294,12 @@ fn models_that_do_not_tell_it_say_how_to_export_them() {
         assert_eq!(output.status.code(), Some(1), "{said}");
         assert!(said.contains("export it with --alignment"), "{said}");
     }
+    for flag in ["--output-attentions", "--output-logprobs"] {
+        let output = run("t5gemma", [Path::new("generate"), &model, Path::new(flag), Path::new("true")], "nine\n");
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!((output.status.code(), output.stdout.len()), (Some(1), 0), "{said}");
+        assert!(said.contains(&format!("{flag} needs --jsonl")), "{said}");
+    }
 }
 
 #[test]

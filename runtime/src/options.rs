@@ -66,9 +66,8 @@ pub struct GenerationOptions {
     pub return_alternatives: bool,
     /// Beam scores are divided by `length^length_penalty`.
     pub length_penalty: f64,
-    /// What is added to the score of a finished hypothesis is so many times `Σ log(min(coverage, 1))` over the source's tokens,
-    /// their coverage being what all tokens of the target attended to them; 0 is off. Needs a model that tells what its
-    /// targets attend to.
+    /// Beam scores get so many times the sum of `log(min(coverage, 1))` over the source's tokens, the coverage of one being what
+    /// all tokens of the target attended to it; 0 is off. Needs a model exported with `--alignment`.
     pub coverage_penalty: f64,
     /// When beam search is content with the hypotheses it has.
     pub early_stopping: EarlyStopping,
@@ -119,7 +118,7 @@ pub struct GenerationOptions {
     pub output_logprobs: bool,
     /// Of how many of the likeliest tokens at each place these are given too.
     pub top_logprobs: usize,
-    /// Whether hypotheses come with what their tokens attended to in the source. Needs a model that tells it.
+    /// Whether hypotheses come with what each token attended to in the source. Needs a model exported with `--alignment`.
     pub output_attentions: bool,
     /// The caller's own changes to scores, after all others but those of sampling. Not an option of requests.
     pub logits_processor: Vec<LogitsProcessor>,
@@ -181,7 +180,7 @@ impl PartialEq for LogitsProcessor {
 /// When beam search is content with the hypotheses it has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum EarlyStopping {
-    /// When `num_beams` have finished and no beam is better than the worst of them at its present length.
+    /// When `num_beams` have finished and no beam is better than the worst of them at its present length and coverage.
     False,
     /// As soon as `num_beams` have finished.
     True,

@@ -237,8 +237,8 @@ impl Search {
     }
 
     /// [`Search::advance_to_ends`] of a search whose hypotheses get `endings` besides their scores, according to the row that
-    /// their last token continues; if empty, none do. Running beams are compared with what has finished as if they could not
-    /// get less than 0.
+    /// their last token continues; if empty, none do. Running beams are compared with what has finished as if they ended now,
+    /// or with `early_stopping` never as if they were going to get 0, the most that there is.
     pub(crate) fn advance_to_covered_ends(
         &mut self,
         candidates: &[Candidate],

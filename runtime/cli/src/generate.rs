@@ -7,7 +7,7 @@ use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Map, Value, json};
 use t5gemma_runtime::{
     Cancellation, DEFAULT_ENCODER_CACHE_BYTES, Engine, Error, FinishReason, GenerationOptions, Hypothesis, Model,
@@ -84,6 +84,10 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     let model = Arc::new(opening.open()?);
     // Flags that cannot be right for any request are told before anything is read.
     let options = model.options().with(&arguments.flags.0)?;
+    let of_jsonl = [("--output-logprobs", options.output_logprobs), ("--output-attentions", options.output_attentions)];
+    if let Some((flag, _)) = of_jsonl.iter().find(|(_, is_asked)| *is_asked && !arguments.jsonl) {
+        bail!("{flag} needs --jsonl: texts have no room for it");
+    }
     let packing = arguments.packing;
     let prompt = arguments.decoder_text.map(|text| model.tokenizer()?.encode_target(&text)).transpose()?;
     ensure!(

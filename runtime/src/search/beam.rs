@@ -141,7 +141,10 @@ impl Beam {
             EarlyStopping::Never if self.length_penalty > 0.0 => self.max_length.saturating_sub(self.prompt_len),
             _ => generated,
         };
-        let best = self.running_scores[0] / self.normaliser(length);
+        let mut best = self.running_scores[0] / self.normaliser(length);
+        if let (true, Some(ending)) = (self.early_stopping != EarlyStopping::Never, endings.get(self.parents[0])) {
+            best += ending;
+        }
         let worst = self.pool.iter().map(|entry| entry.score).fold(f32::INFINITY, f32::min);
         self.open &= self.pool.iter().any(|entry| best > if entry.is_finished { worst } else { PENALTY });
 
@@ -383,7 +386,10 @@ mod tests {
                     EarlyStopping::Never if options.length_penalty > 0.0 => max_length - prompt.len(),
                     _ => length - prompt.len(),
                 };
-                let best = running_scores[item][0] / power(hypothetical);
+                let mut best = running_scores[item][0] / power(hypothetical);
+                if options.coverage_penalty != 0.0 && options.early_stopping != EarlyStopping::Never {
+                    best += coverage(options.coverage_penalty, sources[item], &running[item][0], prompt.len());
+                }
                 let worst = finished_scores[item].iter().copied().fold(f32::INFINITY, f32::min);
                 unsatisfied[item] &= is_finished[item].iter().any(|&f| best > if f { worst } else { -1e9 });
             }
