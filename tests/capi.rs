@@ -11,7 +11,9 @@ use t5gemma_exporter::Export;
 use t5gemma_graphs::Target;
 use tempfile::TempDir;
 
-use crate::common::{cases, demo, exported_for, exported_from, fixtures_and_targets, from_make, stdout, tests};
+use crate::common::{
+    cases, demo, demo_as, exported_for, exported_from, fixtures_and_targets, from_make, stdout, tests,
+};
 use crate::generation::{check_case, inputs, lists};
 
 const STRICT: [&str; 5] = ["-Wall", "-Wextra", "-pedantic", "-Werror", "-g"];
@@ -114,8 +116,13 @@ fn demo_for_cpu() -> PathBuf {
     exported_from(
         &tests().join("demo/checkpoint"),
         "demo-capi-cpu",
-        Export { target: Target::Cpu, ..Export::default() },
+        Export { target: Target::Cpu, alignment: Some(Vec::new()), ..Export::default() },
     )
+}
+
+/// The demo model that tells what its targets attend to.
+fn demo_with_alignment() -> PathBuf {
+    demo_as("alignment", Export { alignment: Some(Vec::new()), ..Export::default() })
 }
 
 #[test]
@@ -182,7 +189,7 @@ fn valgrind_finds_nothing() {
     valgrind.args(["--quiet", "--error-exitcode=9", "--leak-check=full"]);
     valgrind.args(["--errors-for-leak-kinds=definite", "--show-leak-kinds=definite"]);
     valgrind.arg(format!("--suppressions={}", tests().join("capi/valgrind.supp").display()));
-    valgrind.arg(program).arg(demo()).arg(classifier()).arg(scratch.path());
+    valgrind.arg(program).arg(demo_with_alignment()).arg(classifier()).arg(scratch.path());
     assert!(done(valgrind).ends_with("well\n"));
 }
 
@@ -272,7 +279,7 @@ fn every_case_gives_the_reference_tokens_through_c_cpp_and_python() {
 #[test]
 fn python_users_have_what_the_package_promises() {
     let mut python = installed().python();
-    python.arg(tests().join("scripts/capi_python.py")).arg(demo()).arg(classifier());
+    python.arg(tests().join("scripts/capi_python.py")).arg(demo_with_alignment()).arg(classifier());
     assert_eq!(done(python), "well\n");
 }
 

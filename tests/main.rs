@@ -3,6 +3,7 @@
 
 mod common;
 
+mod alignment;
 mod bench;
 mod capi;
 mod chat;

@@ -20,6 +20,10 @@ fn onnx_checks_every_graph_in_every_type() {
         models.extend(["tiny-balanced", "tiny-unbalanced"].map(|name| in_half(name, dtype)));
     }
     models.push(exported_as("tiny-balanced", "all-logits", Export { logits: Logits::All, ..Export::default() }));
+    for target in [Target::Portable, Target::TensorRt] {
+        let export = Export { target, alignment: Some(Vec::new()), ..Export::default() };
+        models.push(exported_as("tiny-unbalanced", &format!("alignment-{}", target.name()), export));
+    }
     for (capacity, dtype) in [(None, DType::BFloat16), (Some(32), DType::Float16), (Some(32), DType::BFloat16)] {
         let (target, logits) = (Target::TensorRt, Logits::Candidates(4));
         let label = format!("tensorrt-{dtype}-{capacity:?}");

@@ -350,6 +350,17 @@ fn exports_that_a_checkpoint_cannot_give_are_refused() {
         (checkpoint("token-encoder"), vec!["--task", "text-classification"], "which is for token-classification"),
         (generating.clone(), vec!["--pooling", "mean"], "--pooling needs --task feature-extraction"),
         (generating.clone(), vec!["--task", "feature-extraction", "--all-logits"], "all logits: expected the task"),
+        (generating.clone(), vec!["--task", "feature-extraction", "--alignment"], "--alignment: expected the task"),
+        (
+            generating.clone(),
+            vec!["--alignment", "--alignment-layers", "9"],
+            "--alignment-layers: expected decoder layers from 0 to ",
+        ),
+        (
+            generating.clone(),
+            vec!["--alignment", "--alignment-layers", "1,0,1"],
+            "--alignment-layers: expected each layer once, found 1 twice",
+        ),
         (
             checkpoint("encoder"),
             vec!["--task", "feature-extraction", "--hidden-layer", "9"],

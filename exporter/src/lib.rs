@@ -62,6 +62,8 @@ pub struct Export {
     pub dtype: DType,
     /// Positions whose logits the decoder graphs return.
     pub logits: Logits,
+    /// Decoder layers whose cross-attention the decoder graphs return the mean of, all if empty; without it they return none.
+    pub alignment: Option<Vec<usize>>,
     /// Whether positions exactly one window apart see each other in the encoder.
     pub encoder_window: EncoderWindow,
     /// Which matrices to hold in few bits; for targets that read them.
@@ -81,6 +83,7 @@ impl Default for Export {
             target: Target::Portable,
             dtype: DType::Float32,
             logits: Logits::default(),
+            alignment: None,
             encoder_window: EncoderWindow::default(),
             quantization: Quantization::default(),
             capacity: None,
@@ -152,6 +155,7 @@ impl Export {
         let of_decoder = [
             ("all logits", self.logits == Logits::All),
             ("--candidates", matches!(self.logits, Logits::Candidates(_))),
+            ("--alignment", self.alignment.is_some()),
             ("--cache", self.capacity.is_some()),
             ("--plan", self.plan.is_some()),
         ];
@@ -169,6 +173,7 @@ impl Export {
             target: self.target,
             dtype: self.dtype,
             logits: self.logits,
+            alignment_layers: alignment_layers(self.alignment.as_deref(), &config)?,
             encoder_window: self.encoder_window,
             quantization: self.quantization.clone(),
             capacity: self.capacity,
@@ -211,7 +216,7 @@ impl Export {
 
         let mut graph_records = BTreeMap::new();
         let cache = if task.is_generation() { options.cache(&config) } else { CacheLayout::default() };
-        let parts = interface::parts(&config, self.dtype, self.logits, cache, &task);
+        let parts = interface::parts(&config, self.dtype, options.returned(), cache, &task);
         for (interface::Part { name, file, ports }, graph) in parts.into_iter().zip(&graphs) {
             let bytes = proto::encode(graph, self.target.opset(), |name| {
                 let at = weights_record.tensors.iter().find(|tensor| tensor.name == name);
@@ -243,6 +248,7 @@ impl Export {
             opset: self.target.opset(),
             encoder_window: self.encoder_window,
             logits: self.logits,
+            alignment_layers: options.alignment_layers.clone(),
             cache,
             quantization: self.quantization.clone(),
             parameters: weights::numbers(&weights),
@@ -310,6 +316,24 @@ fn check_sizes(config: &Config, export: &Export) -> Result<()> {
     Ok(())
 }
 
+/// The layers of an alignment, ascending.
+fn alignment_layers(wanted: Option<&[usize]>, config: &Config) -> Result<Vec<usize>> {
+    let all = config.decoder.layers.len();
+    let mut layers = match wanted {
+        None => return Ok(Vec::new()),
+        Some([]) => return Ok((0..all).collect()),
+        Some(layers) => layers.to_vec(),
+    };
+    if let Some(layer) = layers.iter().find(|&&layer| layer >= all) {
+        bail!("--alignment-layers: expected decoder layers from 0 to {}, found {layer}", all - 1);
+    }
+    layers.sort_unstable();
+    if let Some(twice) = layers.windows(2).find(|pair| pair[0] == pair[1]) {
+        bail!("--alignment-layers: expected each layer once, found {} twice", twice[0]);
+    }
+    Ok(layers)
+}
+
 /// The task to export for, which must suit the checkpoint.
 fn task(wanted: Option<Task>, config: &Config) -> Result<Task> {
     let task = wanted.unwrap_or_else(|| Task::of(config));
@@ -342,6 +366,7 @@ pub fn parameters(config: &Config) -> u64 {
         target,
         dtype,
         logits: Logits::Last,
+        alignment_layers: Vec::new(),
         encoder_window: EncoderWindow::Inclusive,
         quantization: Quantization::default(),
         capacity: None,

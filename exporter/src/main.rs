@@ -102,6 +102,13 @@ struct ExportArgs {
     /// exponentials, so that logits need not leave a GPU
     #[arg(long, value_name = "N", conflicts_with = "all_logits")]
     candidates: Option<usize>,
+    /// Return beside the logits how much each target token attends to each source token (cross_attentions), for
+    /// output_attentions and coverage_penalty of t5gemma: probabilities, the mean over heads and layers
+    #[arg(long)]
+    alignment: bool,
+    /// The decoder layers that this is the mean of, such as 0,3 [default: all]
+    #[arg(long, value_name = "LAYERS", value_delimiter = ',', requires = "alignment")]
+    alignment_layers: Vec<usize>,
     /// Give the cache room for N target tokens and every step, the first too, one graph (target tensorrt); by default the
     /// cache is as the target has it
     #[arg(long, value_name = "static=N", value_parser = capacity)]
@@ -298,6 +305,7 @@ fn export(args: ExportArgs, interrupted: &AtomicBool) -> Result<()> {
             None if args.all_logits => Logits::All,
             None => Logits::Last,
         },
+        alignment: args.alignment.then(|| args.alignment_layers.clone()),
         capacity: args.cache,
         plan: args.plan.clone(),
         encoder_window: match args.encoder_window {

@@ -4,7 +4,7 @@
 use crate::config::LayerType;
 use crate::decoder::Context;
 use crate::interface::BEAMS;
-use crate::lower::Attention;
+use crate::lower::{Attention, with_weights};
 use crate::manifest::EncoderWindow;
 use crate::nn::{Weights, linear};
 use crate::onnx::{DType, Data, Dim, Graph, Value};
@@ -79,11 +79,18 @@ fn heads<'g>(x: Value<'g>, [rows, length]: [&Dim; 2], count: usize, w: &Weights<
 
 /// `o(attention(q, k, v))`, back on the residual stream `[rows·length, hidden]`.
 fn attend<'g>(query: Value<'g>, key_value: KeyValue<'g>, visible: Value<'g>, w: &Weights<'g>) -> Value<'g> {
-    let tokens = query.dim(0).times(&query.dim(1));
+    merged(w.lowering.attention(attention(query, key_value, visible, w)), w)
+}
+
+fn attention<'g>(query: Value<'g>, key_value: KeyValue<'g>, visible: Value<'g>, w: &Weights<'g>) -> Attention<'g> {
     let scale = w.side.query_pre_attn_scalar.powf(-0.5);
-    let attention = Attention { query, key_value, visible, scale, cap: w.side.attn_logit_softcapping };
-    let width = w.side.num_attention_heads * w.side.head_dim;
-    w.output_projection(w.lowering.attention(attention).reshape(&[tokens, width.into()]))
+    Attention { query, key_value, visible, scale, cap: w.side.attn_logit_softcapping }
+}
+
+/// `o(x)` of all heads' `[batch, queries, heads, head_dim]`.
+fn merged<'g>(x: Value<'g>, w: &Weights<'g>) -> Value<'g> {
+    let (tokens, width) = (x.dim(0).times(&x.dim(1)), w.side.num_attention_heads * w.side.head_dim);
+    w.output_projection(x.reshape(&[tokens, width.into()]))
 }
 
 /// Rotated queries, and the rotated keys and the values of the given tokens.
@@ -160,8 +167,14 @@ pub fn fixed<'g>(
 }
 
 /// The decoder's attention to the source, without rotary positions and without a window. `source` is at batch size; the
-/// beams of a source row lie along its query axis, so that keys and values are not repeated for them.
-pub fn cross<'g>(x: Value<'g>, context: &Context<'g>, source: KeyValue<'g>, w: &Weights<'g>) -> Value<'g> {
+/// beams of a source row lie along its query axis, so that keys and values are not repeated for them. Where the context asks
+/// for it, also how much every query attends to the source, the mean over heads: float32 `[batch, queries, source]`.
+pub fn cross<'g>(
+    x: Value<'g>,
+    context: &Context<'g>,
+    source: KeyValue<'g>,
+    w: &Weights<'g>,
+) -> (Value<'g>, Option<Value<'g>>) {
     let _scope = w.scope();
     let batch = source.key.dim(0);
     let queries = match context.tokens.rows == batch {
@@ -170,7 +183,11 @@ pub fn cross<'g>(x: Value<'g>, context: &Context<'g>, source: KeyValue<'g>, w: &
     };
     let shape = [&batch, &queries];
     let query = heads(x, shape, w.side.num_attention_heads, &w.at("q_proj"));
-    attend(query, source, context.visible, w)
+    if !context.is_aligned {
+        return (attend(query, source, context.visible, w), None);
+    }
+    let (read, weights) = with_weights(attention(query, source, context.visible, w));
+    (merged(read, w), Some(weights.mean_along(&[1, 2]).squeeze(1).squeeze(1)))
 }
 
 /// The keys and values that [`cross`] attends to, of the encoder's hidden states `[batch, source, width]`.

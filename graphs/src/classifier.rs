@@ -63,8 +63,8 @@ fn read_again<'g>(
         let w = w.at(&format!("layers.{i}"));
         let memory = Memory { past: None, source: cross_key_value(hidden, &w.at("cross_attn")) };
         let (tokens, target, cache) = (tokens.clone(), Some(target), CacheLayout::Growing);
-        let context = Context { tokens, visible: source.visible, target, kind, cache };
-        x = layer(x, &context, memory, &w).0;
+        let context = Context { tokens, visible: source.visible, target, kind, cache, is_aligned: false };
+        x = layer(x, &context, memory, &w).output;
     }
     rms_norm(x, &w.at("norm")).cast(w.dtype())
 }

@@ -24,30 +24,44 @@ pub struct Context<'g> {
     pub kind: LayerType,
     /// How their keys and values pass to the next step.
     pub cache: CacheLayout,
+    /// Whether how much they attend to the source is asked for.
+    pub is_aligned: bool,
+}
+
+/// What a decoder layer makes.
+pub struct Layer<'g> {
+    /// The residual stream behind it.
+    pub output: Value<'g>,
+    /// The keys and values of past and new target tokens.
+    pub present: KeyValue<'g>,
+    /// Where it is asked for, how much each target token attends to each source token: float32 `[batch, queries, source]`,
+    /// the beams of a source row along the queries.
+    pub attended: Option<Value<'g>>,
 }
 
 /// h = x + norm(self_attention(norm(x)))
 /// h = h + norm(cross_attention(norm(h)))
 /// y = h + norm(mlp(norm(h)))
-///
-/// Returns y and the keys and values of past and new target tokens.
-pub fn layer<'g>(
-    x: Value<'g>,
-    context: &Context<'g>,
-    memory: Memory<'g>,
-    w: &Weights<'g>,
-) -> (Value<'g>, KeyValue<'g>) {
+pub fn layer<'g>(x: Value<'g>, context: &Context<'g>, memory: Memory<'g>, w: &Weights<'g>) -> Layer<'g> {
     let normed = rms_norm(x, &w.at("pre_self_attn_layernorm"));
     let (attended, present) = causal(normed, context, memory.past, &w.at("self_attn"));
     let h = residual(x, attended, &w.at("post_self_attn_layernorm"));
 
     let normed = rms_norm(h, &w.at("pre_cross_attn_layernorm"));
-    let attended = cross(normed, context, memory.source, &w.at("cross_attn"));
-    let h = residual(h, attended, &w.at("post_cross_attn_layernorm"));
+    let (read, attended) = cross(normed, context, memory.source, &w.at("cross_attn"));
+    let h = residual(h, read, &w.at("post_cross_attn_layernorm"));
 
     let normed = rms_norm(h, &w.at("pre_feedforward_layernorm"));
     let y = residual(h, gated_mlp(normed, &w.at("mlp")), &w.at("post_feedforward_layernorm"));
-    (y, present)
+    Layer { output: y, present, attended }
+}
+
+/// The mean over layers of how much each target token attends to each source token, float32 `[rows, length, source]`; nothing
+/// where no layer was asked.
+pub fn alignment<'g>(attended: &[Value<'g>], tokens: &Tokens<'g>) -> Option<Value<'g>> {
+    let sum = attended.iter().copied().reduce(|sum, layer| sum + layer)?;
+    let mean = sum * (1.0 / attended.len() as f64);
+    Some(mean.reshape(&[tokens.rows.clone(), tokens.length.clone(), mean.dim(-1)]))
 }
 
 /// What stands behind the other outputs of a decoder graph: see [`Logits::Candidates`].

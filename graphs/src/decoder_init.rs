@@ -3,7 +3,7 @@
 
 use crate::attention::{Tokens, cross_key_value, padding_mask};
 use crate::config::Config;
-use crate::decoder::{Context, Memory, candidates, layer, logits};
+use crate::decoder::{Context, Memory, alignment, candidates, layer, logits};
 use crate::interface::CacheLayout;
 use crate::nn::{Weights, embedding};
 use crate::onnx::{Definition, Graph};
@@ -23,19 +23,22 @@ pub fn decoder_init(config: &Config, options: &Options) -> Definition {
     let w = root.at("model.decoder");
     let (tokens, visible) = (Tokens::from(&graph, ids, None), padding_mask(mask));
     let mut x = embedding(ids, &root.at(&options.vocabulary.embedding));
-    let mut presents = Vec::new();
+    let (mut presents, mut attended) = (Vec::new(), Vec::new());
     for (i, &kind) in config.decoder.layers.iter().enumerate() {
         let w = w.at(&format!("layers.{i}"));
         let source = cross_key_value(hidden, &w.at("cross_attn"));
-        let context = Context { tokens: tokens.clone(), visible, target: None, kind, cache };
-        let (y, own) = layer(x, &context, Memory { past: None, source }, &w);
-        presents.extend([own.key, own.value, source.key, source.value]);
-        x = y;
+        let is_aligned = options.alignment_layers.contains(&i);
+        let context = Context { tokens: tokens.clone(), visible, target: None, kind, cache, is_aligned };
+        let made = layer(x, &context, Memory { past: None, source }, &w);
+        presents.extend([made.present.key, made.present.value, source.key, source.value]);
+        attended.extend(made.attended);
+        x = made.output;
     }
     let head = root.at(&options.vocabulary.head);
     let logits = logits(x, &tokens, options.logits, [&w.at("norm"), &head]);
     let candidates = candidates(logits, options.logits);
-    interface::outputs(&graph, &ports, [logits].into_iter().chain(presents).chain(candidates));
+    let alignment = alignment(&attended, &tokens);
+    interface::outputs(&graph, &ports, [logits].into_iter().chain(presents).chain(candidates).chain(alignment));
     graph.finish("decoder")
 }
 

@@ -3,7 +3,7 @@
 
 use crate::attention::{KeyValue, Tokens, padding_mask};
 use crate::config::Config;
-use crate::decoder::{Context, Memory, candidates, layer, logits};
+use crate::decoder::{Context, Memory, alignment, candidates, layer, logits};
 use crate::interface::{CacheLayout, PAST};
 use crate::nn::{Weights, embedding};
 use crate::onnx::{Definition, Dim, Graph};
@@ -28,19 +28,22 @@ pub fn decoder_step(config: &Config, options: &Options) -> Definition {
     };
     let visible = padding_mask(mask);
     let mut x = embedding(ids, &root.at(&options.vocabulary.embedding));
-    let mut presents = Vec::new();
+    let (mut presents, mut attended) = (Vec::new(), Vec::new());
     for ((i, &kind), cached) in config.decoder.layers.iter().enumerate().zip(cached.chunks_exact(4)) {
         let past = Some(KeyValue { key: cached[0], value: cached[1] });
         let source = KeyValue { key: cached[2], value: cached[3] };
         let w = w.at(&format!("layers.{i}"));
-        let context = Context { tokens: tokens.clone(), visible, target: None, kind, cache };
-        let (y, own) = layer(x, &context, Memory { past, source }, &w);
-        presents.extend([own.key, own.value]);
-        x = y;
+        let is_aligned = options.alignment_layers.contains(&i);
+        let context = Context { tokens: tokens.clone(), visible, target: None, kind, cache, is_aligned };
+        let made = layer(x, &context, Memory { past, source }, &w);
+        presents.extend([made.present.key, made.present.value]);
+        attended.extend(made.attended);
+        x = made.output;
     }
     let head = root.at(&options.vocabulary.head);
     let logits = logits(x, &tokens, options.logits, [&w.at("norm"), &head]);
     let candidates = candidates(logits, options.logits);
-    interface::outputs(&graph, &ports, [logits].into_iter().chain(presents).chain(candidates));
+    let alignment = alignment(&attended, &tokens);
+    interface::outputs(&graph, &ports, [logits].into_iter().chain(presents).chain(candidates).chain(alignment));
     graph.finish("decoder_with_past")
 }

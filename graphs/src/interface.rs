@@ -47,6 +47,8 @@ pub const TOP_SCORES: &str = "top_scores";
 pub const TOP_IDS: &str = "top_ids";
 /// The logarithm of the sum of the exponentials of all logits.
 pub const LOG_SUM_EXP: &str = "log_sum_exp";
+/// How much each target token given attends to each source token: the mean over heads and layers of [`Returned::alignment`].
+pub const CROSS_ATTENTIONS: &str = "cross_attentions";
 
 /// Target tokens that a cache of fixed capacity has room for after a step: as many as before it, or as there are.
 pub const PRESENT: &str = "present_decoder_sequence_length";
@@ -83,6 +85,21 @@ pub enum Logits {
     /// The last position only, with as many of its greatest, their tokens and the logarithm of the sum of all exponentials
     /// behind the other outputs: so a search needs not read the row where it lies in a GPU's memory.
     Candidates(usize),
+}
+
+/// What the decoder graphs return besides keys and values.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Returned {
+    /// The positions whose logits.
+    pub logits: Logits,
+    /// Whether [`CROSS_ATTENTIONS`] of every position given, behind all other outputs.
+    pub alignment: bool,
+}
+
+impl From<Logits> for Returned {
+    fn from(logits: Logits) -> Returned {
+        Returned { logits, alignment: false }
+    }
 }
 
 /// How the keys and values of the target pass from one cached step to the next.
@@ -135,7 +152,8 @@ impl Cache {
 
 impl Interface {
     /// The interface of a model whose weights and activations are of `dtype`.
-    pub fn of(config: &Config, dtype: DType, logits: Logits, cache: CacheLayout) -> Interface {
+    pub fn of(config: &Config, dtype: DType, returned: impl Into<Returned>, cache: CacheLayout) -> Interface {
+        let Returned { logits, alignment } = returned.into();
         let fixed = Dim::fixed;
         let (batch, source) = (Dim::symbol(BATCH), Dim::symbol(SOURCE));
         let (target, past) = (Dim::symbol(TARGET), Dim::symbol(PAST));
@@ -175,6 +193,7 @@ impl Interface {
                 port(LOG_SUM_EXP, DType::Float32, &[&rows, &fixed(1)]),
             ],
         };
+        let attended = alignment.then(|| port(CROSS_ATTENTIONS, DType::Float32, &[&rows, &target, &source]));
         let first = match cache {
             CacheLayout::Static(_) => Ports {
                 inputs: vec![hidden("encoder_hidden_states")],
@@ -192,6 +211,7 @@ impl Interface {
                         own.into_iter().chain(cross)
                     }))
                     .chain(candidates.clone())
+                    .chain(attended.clone())
                     .collect(),
             },
         };
@@ -216,6 +236,7 @@ impl Interface {
                     .into_iter()
                     .chain(layers.flat_map(|layer| cached("present", layer, Cache::SelfAttention, &rows, &present)))
                     .chain(candidates)
+                    .chain(attended)
                     .collect(),
             },
         }
@@ -234,11 +255,17 @@ pub struct Part {
 }
 
 /// The graphs of a model for `task`, in the order in which they are run.
-pub fn parts(config: &Config, dtype: DType, logits: Logits, cache: CacheLayout, task: &Task) -> Vec<Part> {
+pub fn parts(
+    config: &Config,
+    dtype: DType,
+    returned: impl Into<Returned>,
+    cache: CacheLayout,
+    task: &Task,
+) -> Vec<Part> {
     if !task.is_generation() {
         return vec![Part { name: "model", file: MODEL, ports: model(config, dtype, task) }];
     }
-    let Interface { encoder, decoder, decoder_with_past } = Interface::of(config, dtype, logits, cache);
+    let Interface { encoder, decoder, decoder_with_past } = Interface::of(config, dtype, returned, cache);
     vec![
         Part { name: "encoder", file: ENCODER, ports: encoder },
         Part { name: "decoder", file: DECODER, ports: decoder },

@@ -43,7 +43,7 @@ pub use lower::Target;
 pub use reorder::reorder;
 
 use config::Config;
-use interface::{CacheLayout, DType, Interface, Logits};
+use interface::{CacheLayout, DType, Interface, Logits, Returned};
 use manifest::EncoderWindow;
 use onnx::Definition;
 use quantization::Quantization;
@@ -60,6 +60,8 @@ pub struct Options {
     pub dtype: DType,
     /// Positions whose logits the decoder graphs return.
     pub logits: Logits,
+    /// Decoder layers whose cross-attention the decoder graphs return the mean of; none if empty.
+    pub alignment_layers: Vec<usize>,
     /// Whether positions exactly one window apart see each other in the encoder.
     pub encoder_window: EncoderWindow,
     /// Which matrices are held in few bits.
@@ -93,7 +95,12 @@ pub fn definitions(config: &Config, options: &Options) -> Vec<Definition> {
 impl Options {
     /// The ports of the graphs these options give.
     pub fn interface(&self, config: &Config) -> Interface {
-        Interface::of(config, self.dtype, self.logits, self.cache(config))
+        Interface::of(config, self.dtype, self.returned(), self.cache(config))
+    }
+
+    /// What the decoder graphs return besides keys and values.
+    pub fn returned(&self) -> Returned {
+        Returned { logits: self.logits, alignment: !self.alignment_layers.is_empty() }
     }
 
     /// How the keys and values of the target pass from step to step.

@@ -166,6 +166,11 @@ pub trait Lowering {
 /// The least finite number stands for −∞: a padded query that sees nothing then averages its keys, where −∞ would give NaN,
 /// which reaches real rows through `0 · NaN`.
 fn decomposed(a: Attention<'_>) -> Value<'_> {
+    with_weights(a).0
+}
+
+/// The portable form of [`Lowering::attention`], and the softmax in it: float32 `[batch, kv_heads, group, queries, keys]`.
+pub fn with_weights<'g>(a: Attention<'g>) -> (Value<'g>, Value<'g>) {
     let [batch, queries, heads, head_dim] = [0, 1, 2, 3].map(|axis| a.query.dim(axis));
     let [kv_heads, keys] = [1, 2].map(|axis| a.key_value.key.dim(axis));
     let group = heads_in_group(&a);
@@ -179,14 +184,16 @@ fn decomposed(a: Attention<'_>) -> Value<'_> {
     let scores = q.matmul(a.key_value.key.transpose(&[0, 1, 3, 2])).cast(DType::Float32);
     let grouped = [batch.clone(), kv_heads.clone(), group.into(), queries.clone(), keys.clone()];
     let bias = a.visible.choose(DType::Float32, 0.0, f32::MIN.into());
-    let weights = (softcap(scores, a.cap).reshape(&grouped) + bias).softmax().cast(dtype);
+    let weights = (softcap(scores, a.cap).reshape(&grouped) + bias).softmax();
 
-    weights
+    let read = weights
+        .cast(dtype)
         .reshape(&[batch.clone(), kv_heads.clone(), queries.times(&group.into()), keys])
         .matmul(a.key_value.value)
         .reshape(&[batch.clone(), kv_heads, group.into(), queries.clone(), head_dim.clone()])
         .transpose(&[0, 3, 1, 2, 4])
-        .reshape(&[batch, queries, heads, head_dim])
+        .reshape(&[batch, queries, heads, head_dim]);
+    (read, weights)
 }
 
 fn heads_in_group(a: &Attention<'_>) -> usize {

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::interface::{CacheLayout, DType, Logits, Ports};
+use crate::interface::{CacheLayout, DType, Logits, Ports, Returned};
 use crate::quantization::Quantization;
 use crate::task::Task;
 
@@ -43,6 +43,9 @@ pub struct Manifest {
     pub encoder_window: EncoderWindow,
     /// Positions whose logits the decoder graphs return.
     pub logits: Logits,
+    /// Decoder layers whose cross-attention the decoder graphs return the mean of; empty where they return none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub alignment_layers: Vec<usize>,
     /// How the keys and values of the target pass from step to step.
     #[serde(default)]
     pub cache: CacheLayout,
@@ -59,6 +62,13 @@ pub struct Manifest {
     pub weights: WeightsRecord,
     /// Every other file of the folder but this one.
     pub files: BTreeMap<String, FileRecord>,
+}
+
+impl Manifest {
+    /// What the decoder graphs return besides keys and values.
+    pub fn returned(&self) -> Returned {
+        Returned { logits: self.logits, alignment: !self.alignment_layers.is_empty() }
+    }
 }
 
 /// Which positions a sliding encoder layer of window `W` sees.

@@ -423,8 +423,14 @@ impl Walk {
     }
 
     /// The hypotheses of a finished search with why they end. With beams, those that meet the constraint come first, each
-    /// once; what is left of beams that found no target is dropped, so there may be fewer than were asked for.
-    pub(crate) fn judged(&self, mut found: Vec<Hypothesis>, options: &GenerationOptions) -> Vec<Hypothesis> {
+    /// once; what is left of beams that found no target is dropped, so there may be fewer than were asked for. `ending` is what
+    /// the score of a target gets besides.
+    pub(crate) fn judged(
+        &self,
+        mut found: Vec<Hypothesis>,
+        options: &GenerationOptions,
+        ending: impl Fn(&[i64]) -> f32,
+    ) -> Vec<Hypothesis> {
         let stuck = self.tracks().stuck.take();
         if options.num_beams > 1 {
             let mut seen: HashSet<Vec<i64>> = HashSet::new();
@@ -433,10 +439,11 @@ impl Walk {
                 let (tokens, score) = stuck.unwrap_or_default();
                 let normaliser = (tokens.len().max(1) as f64).powf(options.length_penalty) as f32;
                 found.push(Hypothesis {
+                    score: Some(score / normaliser + ending(&tokens)),
                     tokens,
-                    score: Some(score / normaliser),
                     finish_reason: FinishReason::Constraint,
                     logprobs: None,
+                    cross_attentions: None,
                 });
             }
         }
@@ -506,7 +513,7 @@ mod tests {
                 }
             };
             if progress == Progress::Done {
-                return walk.judged(search.finish(), options);
+                return walk.judged(search.finish(), options, |_| 0.0);
             }
         }
     }

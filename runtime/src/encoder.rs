@@ -46,8 +46,9 @@ impl Encoder {
     pub fn open_with(path: impl AsRef<Path>, options: &OpenOptions) -> Result<Encoder, Error> {
         check_options(options)?;
         let folder = Folder::open(path.as_ref(), options.check_weights)?;
-        let Manifest { dtype, logits, cache, task, .. } = &folder.manifest;
-        let parts = interface::parts(&folder.config, *dtype, *logits, *cache, task);
+        let manifest = &folder.manifest;
+        let parts =
+            interface::parts(&folder.config, manifest.dtype, manifest.returned(), manifest.cache, &manifest.task);
         let first = parts.first().expect("a model has a graph, and its encoder comes first");
         let session = Opener::new(&folder, options)?.open(first.name, &first.ports)?;
         let on_cpu = options.placement.provider == Provider::Cpu;

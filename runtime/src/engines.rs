@@ -37,7 +37,7 @@ pub fn build_engines(path: &Path, options: &OpenOptions, anew: bool, watch: &mut
     }
     let mut opener = Opener::new(&folder, options)?;
     let manifest = &folder.manifest;
-    let parts = interface::parts(&folder.config, manifest.dtype, manifest.logits, manifest.cache, &manifest.task);
+    let parts = interface::parts(&folder.config, manifest.dtype, manifest.returned(), manifest.cache, &manifest.task);
     fs::create_dir_all(&engines).map_err(Error::file(&engines))?;
     for part in &parts {
         watch(part.name);

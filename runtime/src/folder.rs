@@ -186,7 +186,7 @@ fn check_task(manifest_path: &Path, manifest: &Manifest, config: &Config) -> Res
 /// Checks that the manifest describes the inputs and outputs that the configuration implies.
 fn check_ports(manifest_path: &Path, manifest: &Manifest, config: &Config) -> Result<(), Error> {
     for Part { name: graph, ports: expected, .. } in
-        interface::parts(config, manifest.dtype, manifest.logits, manifest.cache, &manifest.task)
+        interface::parts(config, manifest.dtype, manifest.returned(), manifest.cache, &manifest.task)
     {
         let Some(GraphRecord { ports: found, .. }) = manifest.graphs.get(graph) else {
             return Err(mismatch(manifest_path.to_path_buf(), "graphs", graph, "no such graph"));
@@ -297,6 +297,7 @@ mod tests {
             opset: 21,
             encoder_window: EncoderWindow::Inclusive,
             logits: Logits::Last,
+            alignment_layers: Vec::new(),
             cache: CacheLayout::Growing,
             quantization: Quantization::default(),
             parameters: 12,

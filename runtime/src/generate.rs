@@ -61,7 +61,6 @@ pub(crate) fn generate(
     cancel: &Cancellation,
 ) -> Result<Vec<Vec<Hypothesis>>, Error> {
     let call = Call::new(model, batch, options)?;
-    let vocab_size = model.config().decoder.vocab_size;
     let stops = Arc::new(Stops::new(options));
     let mut items: Vec<Item> = (0..batch.rows()).map(|row| call.item(row, search, &stops)).collect();
     let mut results: Vec<Vec<Hypothesis>> = vec![Vec::new(); batch.rows()];
@@ -71,15 +70,14 @@ pub(crate) fn generate(
     // Of logits of several positions, the one at which the search is.
     let mut position = 0;
     for step in 0.. {
-        let scores = &mut logits.rows_mut()?[position * vocab_size..];
+        let mut said = logits.said()?;
         // The rows of an item begin as one: the first step has one row for all of them.
         let rows_per_item = state.rows() / state.items();
         let mut going_on = Vec::new();
         let mut finished = Vec::new();
         for (slot, item) in items.iter_mut().enumerate() {
             let rows = rows_per_item.min(item.search.width());
-            let scores = &mut scores[slot * rows_per_item * vocab_size..][..rows * vocab_size];
-            match item.take(model, scores, step)? {
+            match item.take(model, said.rows(position + slot * rows_per_item, rows), step)? {
                 true => finished.push(slot),
                 false => {
                     going_on.push(slot);

@@ -6,11 +6,12 @@ use std::sync::Arc;
 
 use t5gemma_graphs::interface::Logits;
 
+use crate::alignment::Attending;
 use crate::batch::{Batch, Prompts};
 use crate::constraint::{Constraint, Walk};
 use crate::error::Error;
 use crate::logprobs::Trace;
-use crate::model::Model;
+use crate::model::{Model, Said};
 use crate::options::{GenerationOptions, OptionError};
 use crate::scores::{Processors, Wanted};
 use crate::search::{Hypothesis, Progress, Search};
@@ -53,6 +54,14 @@ impl Call {
                 "nothing for this model (drafts need the scores of all positions: export it with --all-logits)";
             return Err(OptionError::new("prompt_lookup_num_tokens", expected, tokens.to_string()).into());
         }
+        for (option, is_asked, neutral, found) in [
+            ("output_attentions", options.output_attentions, "false", "true".to_string()),
+            ("coverage_penalty", options.coverage_penalty != 0.0, "0", options.coverage_penalty.to_string()),
+        ] {
+            if is_asked && !model.attends() {
+                return Err(model.tells_no_attentions(option, neutral, &found).into());
+            }
+        }
         let constraint = Constraint::new(model, options, prompts.length)?;
         if !options.stop_strings.is_empty() {
             model.tokenizer()?;
@@ -87,6 +96,7 @@ impl Call {
             },
             shown: 0,
             trace: options.output_logprobs.then(|| Trace::new(options.top_logprobs)),
+            attending: Attending::new(options, self.batch.row_mask(row)),
             lookup: options.prompt_lookup_num_tokens.map(|tokens| {
                 let ngram_size = options.max_matching_ngram_size.unwrap_or(2);
                 Lookup::new(source, tokens, ngram_size)
@@ -110,6 +120,8 @@ pub(crate) struct Item {
     shown: usize,
     /// With `output_logprobs`.
     trace: Option<Trace>,
+    /// With `output_attentions` or `coverage_penalty`.
+    attending: Option<Attending>,
     /// With constraints.
     walk: Option<Arc<Walk>>,
     stops: Arc<Stops>,
@@ -125,8 +137,9 @@ impl Item {
         }
     }
 
-    /// Takes the scores of its rows, or of the first of equal ones, and tells whether its targets are finished.
-    pub fn take(&mut self, model: &Model, scores: &mut [f32], step: usize) -> Result<bool, Error> {
+    /// Takes what a step says of its rows, or of the first of equal ones, and tells whether its targets are finished.
+    pub fn take(&mut self, model: &Model, said: Said, step: usize) -> Result<bool, Error> {
+        let Said { scores, attended, .. } = said;
         if !self.options.remove_invalid_values && !all_finite(scores) {
             return Err(Error::NotFinite { row: self.row, step, dtype: model.manifest().dtype });
         }
@@ -137,6 +150,9 @@ impl Item {
         if rows < width {
             widened = scores.repeat(width);
             scores = &mut widened;
+        }
+        if let Some(attending) = &mut self.attending {
+            attending.step(attended, rows, width);
         }
         let is_over = self.stops.is_over();
         let unprocessed = self.trace.is_some().then(|| scores.to_vec());
@@ -149,7 +165,12 @@ impl Item {
             if let (Some(trace), Some(logits)) = (&mut self.trace, &unprocessed) {
                 trace.take(&candidates, logits, width);
             }
-            match self.search.advance_to_ends(&candidates, &ends) {
+            let mut endings: &[f32] = &[];
+            if let Some(attending) = &mut self.attending {
+                attending.take(&candidates);
+                endings = attending.endings();
+            }
+            match self.search.advance_to_covered_ends(&candidates, &ends, endings) {
                 Progress::Turn => {}
                 progress => break progress,
             }
@@ -159,6 +180,9 @@ impl Item {
         }
         if let Some(trace) = &mut self.trace {
             trace.follow(&self.search);
+        }
+        if let Some(attending) = &mut self.attending {
+            attending.follow(&self.search);
         }
         Ok(false)
     }
@@ -178,11 +202,16 @@ impl Item {
     pub fn finish(self) -> (Vec<Hypothesis>, usize) {
         let found = self.search.finish();
         let mut found = match self.walk {
-            Some(walk) => walk.judged(found, &self.options),
+            Some(walk) => {
+                let ending = |tokens: &[i64]| self.attending.as_ref().map_or(0.0, |attending| attending.ending(tokens));
+                walk.judged(found, &self.options, ending)
+            }
             None => found,
         };
+        let told = self.attending.filter(|_| self.options.output_attentions);
         for hypothesis in &mut found {
             hypothesis.logprobs = self.trace.as_ref().map(|trace| trace.of(&hypothesis.tokens));
+            hypothesis.cross_attentions = told.as_ref().map(|attending| attending.of(&hypothesis.tokens));
         }
         (found, self.shown)
     }

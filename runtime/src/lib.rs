@@ -47,13 +47,17 @@ mod speculation;
 mod engine;
 mod generate;
 mod item;
-mod logprobs;
+mod places;
 mod score;
 mod stop;
+
+mod alignment;
+mod logprobs;
 pub mod verify;
 
 mod error;
 
+pub use alignment::CrossAttentions;
 pub use batch::Batch;
 pub use chat::ChatTemplate;
 pub use classify::ScoreFunction;

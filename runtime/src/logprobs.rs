@@ -1,9 +1,7 @@
 //! The model's own log-probabilities of the tokens that a search chose: of the logits before any processing, so that they
-//! are comparable across options and with those of [`Model::score`](crate::Model::score). A tree of what the candidates of
-//! all steps were, because only the end tells which of them became hypotheses.
+//! are comparable across options and with those of [`Model::score`](crate::Model::score).
 
-use std::collections::HashMap;
-
+use crate::places::Places;
 use crate::scores::LogProbabilities;
 use crate::search::{Candidate, Search};
 
@@ -40,34 +38,31 @@ impl Logprobs {
 /// What a search's candidates were worth to the model.
 pub(crate) struct Trace {
     top: usize,
-    /// Place and next token to the place behind it. The places are the indices of `logprobs` and `best`.
-    next: HashMap<(usize, i64), usize>,
+    places: Places,
+    /// By place, of the token before it.
     logprobs: Vec<f32>,
-    /// The likeliest tokens at a place where candidates were taken.
+    /// By place, the likeliest tokens there if candidates were taken.
     best: Vec<Vec<(i64, f32)>>,
-    /// Where the rows of the next step are.
-    rows: Vec<usize>,
 }
 
 impl Trace {
     /// Before the first step of a search; `top` alternatives are kept of each token.
     pub fn new(top: usize) -> Trace {
-        Trace { top, next: HashMap::new(), logprobs: vec![0.0], best: vec![Vec::new()], rows: Vec::new() }
+        Trace { top, places: Places::default(), logprobs: vec![0.0], best: vec![Vec::new()] }
     }
 
     /// Takes a step's candidates and the logits of the rows they continue, before any processing.
     pub fn take(&mut self, candidates: &[Candidate], logits: &[f32], width: usize) {
-        self.rows.resize(width, 0);
+        self.places.step(width);
         let rows: Vec<&[f32]> = logits.chunks_exact(logits.len() / width).collect();
         let mut at: Vec<Option<LogProbabilities>> = rows.iter().map(|_| None).collect();
         for candidate in candidates {
-            let place = self.rows[candidate.parent];
+            let place = self.places.of_row(candidate.parent);
             let at = at[candidate.parent].get_or_insert_with(|| LogProbabilities::of(rows[candidate.parent]));
             if self.top > 0 && self.best[place].is_empty() {
                 self.best[place] = at.best(self.top);
             }
-            let new = self.logprobs.len();
-            if *self.next.entry((place, candidate.token)).or_insert(new) == new {
+            if self.places.take(candidate) {
                 self.logprobs.push(at.token(candidate.token));
                 self.best.push(Vec::new());
             }
@@ -76,20 +71,17 @@ impl Trace {
 
     /// Follows the rows that go on after the candidates that were taken.
     pub fn follow(&mut self, search: &Search) {
-        let steps = search.parents().iter().zip(search.next_tokens());
-        self.rows = steps.map(|(&parent, &token)| self.next[&(self.rows[parent], token)]).collect();
+        self.places.follow(search);
     }
 
     /// The log-probabilities of a hypothesis.
     pub fn of(&self, tokens: &[i64]) -> Logprobs {
-        let mut place = 0;
         let mut found = Logprobs::default();
-        for &token in tokens {
+        for (place, behind) in self.places.along(tokens) {
             if self.top > 0 {
                 found.top.push(self.best[place].clone());
             }
-            place = self.next[&(place, token)];
-            found.tokens.push(self.logprobs[place]);
+            found.tokens.push(self.logprobs[behind]);
         }
         found
     }

@@ -23,6 +23,7 @@ use t5gemma_graphs::config::Config;
 use t5gemma_graphs::interface::{self, BATCH, CacheLayout, DType, Dim, Interface, Port, Ports, REORDER};
 use t5gemma_graphs::manifest::{Manifest, TensorRecord};
 
+use crate::alignment::CrossAttentions;
 use crate::apart;
 use crate::batch::{Batch, Prompts};
 use crate::constraint::Vocabulary;
@@ -34,12 +35,12 @@ use crate::generate::{self, Watch};
 use crate::kernels::Kernels;
 use crate::logprobs::Logprobs;
 use crate::onnxruntime;
-use crate::options::GenerationOptions;
+use crate::options::{GenerationOptions, OptionError};
 use crate::provider::{self, Elsewhere, Placement, Provider};
 use crate::score;
 use crate::scores::Wanted;
 use crate::search::{Hypothesis, Search};
-use crate::state::{Cache, First, Plan, Ragged, State};
+use crate::state::{Cache, First, Plan, Ragged, Returned, State};
 use crate::tokenizer::Tokenizer;
 
 /// How a model is opened.
@@ -123,10 +124,36 @@ const FIRST_STEP: &str = "running the first decoder step";
 const PREPARING_CACHE: &str = "preparing the cache";
 const READING_LOGITS: &str = "reading the logits";
 
-/// The scores of the last target position of each row before any processing.
+/// What a step says of the last target position of each row, or of each position of a row: the scores before any processing,
+/// and what it attends to.
 pub(crate) struct Logits {
     /// `[rows, 1, vocab_size]`.
     value: DynValue,
+    /// `[rows, 1, source]`, of models that tell it.
+    attended: Option<DynValue>,
+}
+
+/// What a step says of some rows.
+pub(crate) struct Said<'a> {
+    /// Their scores, row after row.
+    pub scores: &'a mut [f32],
+    /// What they attend to, row after row; empty of models that do not tell it.
+    pub attended: &'a [f32],
+    vocab_size: usize,
+    source: usize,
+}
+
+impl Said<'_> {
+    /// `count` of the rows, from `first` on.
+    pub fn rows(&mut self, first: usize, count: usize) -> Said<'_> {
+        let Said { vocab_size, source, .. } = *self;
+        Said {
+            scores: &mut self.scores[first * vocab_size..][..count * vocab_size],
+            attended: &self.attended[first * source..][..count * source],
+            vocab_size,
+            source,
+        }
+    }
 }
 
 impl Logits {
@@ -136,24 +163,39 @@ impl Logits {
         Ok(scores)
     }
 
-    /// The last position of each of `rows` rows. What opening could not verify, the number of rows, is checked here.
-    fn last(value: DynValue, rows: usize) -> ort::Result<Logits> {
-        let (shape, scores) = value.try_extract_tensor::<f32>()?;
-        if shape[0] != rows as i64 || shape[1] < 1 {
-            return Err(ort::Error::new(format!("{rows} rows gave logits of shape {shape}")));
+    /// All of it.
+    pub fn said(&mut self) -> Result<Said<'_>, Error> {
+        let (vocab_size, mut source) = (self.value.shape()[2] as usize, 0);
+        let (_, scores) = self.value.try_extract_tensor_mut().map_err(Error::onnxruntime(READING_LOGITS))?;
+        let mut attended: &[f32] = &[];
+        if let Some(value) = &self.attended {
+            source = value.shape()[2] as usize;
+            attended = value.try_extract_tensor().map_err(Error::onnxruntime(READING_LOGITS))?.1;
         }
-        let (positions, vocab_size) = (shape[1] as usize, shape[2] as usize);
-        if positions == 1 {
-            return Ok(Logits { value });
-        }
-        let last: Vec<f32> = scores
-            .chunks_exact(positions * vocab_size)
-            .flat_map(|row| &row[(positions - 1) * vocab_size..])
-            .copied()
-            .collect();
-        let value = Tensor::from_array(([rows, 1, vocab_size], last))?.into_dyn();
-        Ok(Logits { value })
+        Ok(Said { scores, attended, vocab_size, source })
     }
+
+    /// The last position of each of `rows` rows.
+    fn last(returned: Returned, rows: usize) -> ort::Result<Logits> {
+        let attended = returned.attended.map(|attended| last_position(attended, rows)).transpose()?;
+        Ok(Logits { value: last_position(returned.logits, rows)?, attended })
+    }
+}
+
+/// Of `[rows, positions, width]` the last position of each row. What opening could not verify, the number of rows, is checked
+/// here.
+fn last_position(value: DynValue, rows: usize) -> ort::Result<DynValue> {
+    let (shape, numbers) = value.try_extract_tensor::<f32>()?;
+    if shape[0] != rows as i64 || shape[1] < 1 {
+        return Err(ort::Error::new(format!("{rows} rows gave an output of shape {shape}")));
+    }
+    let (positions, width) = (shape[1] as usize, shape[2] as usize);
+    if positions == 1 {
+        return Ok(value);
+    }
+    let rows_of_all = numbers.chunks_exact(positions * width);
+    let last: Vec<f32> = rows_of_all.flat_map(|row| &row[(positions - 1) * width..]).copied().collect();
+    Ok(Tensor::from_array(([rows, 1, width], last))?.into_dyn())
 }
 
 impl Model {
@@ -180,8 +222,8 @@ impl Model {
         let defaults = GenerationOptions::of_model(folder.generation_config.as_deref(), &folder.config.tokens)
             .map_err(|error| Error::GenerationConfig { path: folder.path.join("generation_config.json"), error })?;
         let mut opener = Opener::new(&folder, options)?;
-        let Manifest { dtype, logits, cache, .. } = folder.manifest;
-        let interface = Interface::of(&folder.config, dtype, logits, cache);
+        let Manifest { dtype, cache, .. } = folder.manifest;
+        let interface = Interface::of(&folder.config, dtype, folder.manifest.returned(), cache);
         let resident = match folder.manifest.files.contains_key(REORDER) {
             false => None,
             true => {
@@ -218,6 +260,17 @@ impl Model {
     /// The model's own generation options, which a request's are laid over.
     pub fn options(&self) -> &GenerationOptions {
         &self.options
+    }
+
+    /// What is wrong with an option of a model that does not tell what its targets attend to.
+    pub(crate) fn tells_no_attentions(&self, option: &str, neutral: &str, found: &str) -> OptionError {
+        let why = "it does not tell what its targets attend to: export it with --alignment";
+        OptionError::new(option, format!("{neutral} for this model ({why})"), found)
+    }
+
+    /// Whether the model tells what its targets attend to.
+    pub(crate) fn attends(&self) -> bool {
+        self.folder.manifest.returned().alignment
     }
 
     /// The target tokens that the model can continue, and what limits them.
@@ -305,7 +358,26 @@ impl Model {
         top: usize,
         cancel: &Cancellation,
     ) -> Result<Vec<Logprobs>, Error> {
-        score::score(self, batch, targets, top, cancel)
+        let scored = score::score(self, batch, targets, top, cancel)?;
+        Ok(scored.into_iter().map(|(logprobs, _)| logprobs).collect())
+    }
+
+    /// [`Model::score`] with what the targets attend to in their sources.
+    ///
+    /// # Errors
+    /// As [`Model::score`], and of a model that was exported without `--alignment`.
+    pub fn score_with_attentions(
+        &self,
+        batch: &Batch,
+        targets: &[Vec<i64>],
+        top: usize,
+        cancel: &Cancellation,
+    ) -> Result<Vec<(Logprobs, CrossAttentions)>, Error> {
+        if !self.attends() {
+            return Err(self.tells_no_attentions("output_attentions", "false", "true").into());
+        }
+        let scored = score::score(self, batch, targets, top, cancel)?;
+        Ok(scored.into_iter().map(|(logprobs, attended)| (logprobs, attended.unwrap_or_default())).collect())
     }
 
     /// What the encoder makes of a batch that was checked: given with it, remembered, or computed.
@@ -387,15 +459,15 @@ impl Model {
             let mut session = self.decoder.lock(Wanted::All);
             State::resident(plan, &mut session, mask, (&ids, &hidden), cancel.run_options()?)
         };
-        let (mut state, logits) = match started {
+        let (mut state, returned) = match started {
             Err(_) if cancel.is_cancelled() => return Err(Error::Cancelled),
             started => started.map_err(Error::onnxruntime(FIRST_STEP))?,
         };
-        let logits = match logits {
-            Some(logits) => logits,
+        let returned = match returned {
+            Some(returned) => returned,
             None => self.run_step(&mut state, prompts.ids, Wanted::All, cancel)?,
         };
-        Ok((state, Logits::last(logits, rows).map_err(Error::onnxruntime(READING_LOGITS))?))
+        Ok((state, Logits::last(returned, rows).map_err(Error::onnxruntime(READING_LOGITS))?))
     }
 
     /// How rows in flight are kept in the process's own memory, as far as callers of [`Model::start_ragged`] are concerned.
@@ -428,9 +500,11 @@ impl Model {
         let rows = prompts.ids.len() / prompts.length;
         let ids = int64_tensor(rows, prompts.ids)?;
         let inputs = [(&mask).into(), (&ids).into(), (&hidden).into()];
-        let mut outputs = run((&self.decoder, wanted), FIRST_STEP, &inputs, cancel)?.into_iter();
+        let mut outputs = run((&self.decoder, wanted), FIRST_STEP, &inputs, cancel)?;
+        let attended = if self.attends() { outputs.pop() } else { None };
+        let mut outputs = outputs.into_iter();
         let logits = outputs.next().expect("opening has verified that the logits come first");
-        let logits = Logits::last(logits, rows).map_err(Error::onnxruntime(READING_LOGITS))?;
+        let logits = Logits::last(Returned { logits, attended }, rows).map_err(Error::onnxruntime(READING_LOGITS))?;
         Ok((mask, outputs.take(self.per_item.len()).collect(), logits))
     }
 
@@ -445,7 +519,7 @@ impl Model {
         let mut session = self.decoder_with_past.lock(wanted);
         let options = cancel.run_options()?;
         match state.step(&mut session, tokens, options) {
-            Ok(logits) => Logits::last(logits, tokens.len()).map_err(Error::onnxruntime(READING_LOGITS)),
+            Ok(returned) => Logits::last(returned, tokens.len()).map_err(Error::onnxruntime(READING_LOGITS)),
             Err(_) if cancel.is_cancelled() => Err(Error::Cancelled),
             Err(error) => Err(Error::onnxruntime(DECODER_STEP)(error)),
         }
@@ -459,8 +533,8 @@ impl Model {
         wanted: Wanted,
         cancel: &Cancellation,
     ) -> Result<Logits, Error> {
-        let logits = self.run_step(state, tokens, wanted, cancel)?;
-        Logits::last(logits, state.rows()).map_err(Error::onnxruntime(READING_LOGITS))
+        let returned = self.run_step(state, tokens, wanted, cancel)?;
+        Logits::last(returned, state.rows()).map_err(Error::onnxruntime(READING_LOGITS))
     }
 
     /// [`Model::step`] of one target row, with the scores of each of its new tokens one after the other; the model has to
@@ -473,12 +547,14 @@ impl Model {
         cancel: &Cancellation,
     ) -> Result<Logits, Error> {
         let expected = [1, tokens.len() as i64];
-        let value = self.run_step(state, tokens, wanted, cancel)?;
-        if value.shape()[..2] != expected {
-            let problem = ort::Error::new(format!("{expected:?} tokens gave logits of shape {}", value.shape()));
+        let Returned { logits: value, attended } = self.run_step(state, tokens, wanted, cancel)?;
+        if let Some(other) =
+            [Some(&value), attended.as_ref()].into_iter().flatten().find(|v| v.shape()[..2] != expected)
+        {
+            let problem = ort::Error::new(format!("{expected:?} tokens gave an output of shape {}", other.shape()));
             return Err(Error::onnxruntime(READING_LOGITS)(problem));
         }
-        Ok(Logits { value })
+        Ok(Logits { value, attended })
     }
 
     fn run_step(
@@ -487,18 +563,20 @@ impl Model {
         tokens: Vec<i64>,
         wanted: Wanted,
         cancel: &Cancellation,
-    ) -> Result<DynValue, Error> {
+    ) -> Result<Returned, Error> {
         let rows = state.rows();
         Ok(match state.cache_mut() {
             Cache::Growing(cache) => {
                 let ids = int64_tensor(rows, tokens)?;
                 let mut inputs: Vec<SessionInputValue> = vec![cache.mask().into(), (&ids).into()];
                 inputs.extend(cache.past().iter().map(SessionInputValue::from));
-                let mut outputs = run((&self.decoder_with_past, wanted), DECODER_STEP, &inputs, cancel)?.into_iter();
+                let mut outputs = run((&self.decoder_with_past, wanted), DECODER_STEP, &inputs, cancel)?;
                 drop(inputs);
+                let attended = if self.attends() { outputs.pop() } else { None };
+                let mut outputs = outputs.into_iter();
                 let logits = outputs.next().expect("opening has verified that the logits come first");
                 cache.grow(outputs);
-                logits
+                Returned { logits, attended }
             }
             cache => {
                 let mut session = self.decoder_with_past.lock(wanted);
@@ -509,7 +587,7 @@ impl Model {
                     Cache::Growing(_) => unreachable!("matched above"),
                 };
                 match stepped {
-                    Ok(logits) => logits,
+                    Ok(returned) => returned,
                     Err(_) if cancel.is_cancelled() => return Err(Error::Cancelled),
                     Err(error) => return Err(Error::onnxruntime(DECODER_STEP)(error)),
                 }

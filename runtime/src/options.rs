@@ -66,6 +66,9 @@ pub struct GenerationOptions {
     pub return_alternatives: bool,
     /// Beam scores are divided by `length^length_penalty`.
     pub length_penalty: f64,
+    /// Beam scores get so many times the sum of `log(min(coverage, 1))` over the source's tokens, the coverage of one being what
+    /// all tokens of the target attended to it; 0 is off. Needs a model exported with `--alignment`.
+    pub coverage_penalty: f64,
     /// When beam search is content with the hypotheses it has.
     pub early_stopping: EarlyStopping,
     /// With `early_stopping` true, beam search goes on until `num_beams · patience` hypotheses have finished, rounded.
@@ -115,6 +118,8 @@ pub struct GenerationOptions {
     pub output_logprobs: bool,
     /// Of how many of the likeliest tokens at each place these are given too.
     pub top_logprobs: usize,
+    /// Whether hypotheses come with what each token attended to in the source. Needs a model exported with `--alignment`.
+    pub output_attentions: bool,
     /// The caller's own changes to scores, after all others but those of sampling. Not an option of requests.
     pub logits_processor: Vec<LogitsProcessor>,
     /// Drafts of so many tokens are looked up in the source, for greedy search of one row. Needs a model that gives the
@@ -175,7 +180,7 @@ impl PartialEq for LogitsProcessor {
 /// When beam search is content with the hypotheses it has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum EarlyStopping {
-    /// When `num_beams` have finished and no beam is better than the worst of them at its present length.
+    /// When `num_beams` have finished and no beam is better than the worst of them at its present length and coverage.
     False,
     /// As soon as `num_beams` have finished.
     True,
@@ -214,6 +219,8 @@ const MAX_BIAS: f32 = 1e30;
 
 /// Bounds what one source may cost; far above any useful number.
 const MAX_NUM_BEAMS: usize = 256;
+/// With the longest source it is still far from the number that stands for −∞ in beam search.
+const MAX_COVERAGE_PENALTY: f64 = 100.0;
 /// Bounds the hypotheses that are kept.
 const MAX_PATIENCE: f64 = 100.0;
 /// Bounds the size of a result.
@@ -248,6 +255,7 @@ impl Default for GenerationOptions {
             max_time: None,
             return_alternatives: false,
             length_penalty: 1.0,
+            coverage_penalty: 0.0,
             early_stopping: EarlyStopping::False,
             patience: 1.0,
             decoder_start_token_id: 2,
@@ -272,6 +280,7 @@ impl Default for GenerationOptions {
             presence_penalty: 0.0,
             output_logprobs: false,
             top_logprobs: 0,
+            output_attentions: false,
             logits_processor: Vec::new(),
             prompt_lookup_num_tokens: None,
             max_matching_ngram_size: None,
@@ -310,6 +319,8 @@ impl GenerationOptions {
             Ok(())
         })?;
         options.eos_of_model.clone_from(&options.eos_token_id);
+        // Not every model can tell them, and files set it for other runtimes.
+        options.output_attentions = false;
         Ok(options)
     }
 
@@ -474,6 +485,10 @@ impl GenerationOptions {
                 return Err(OptionError::new("patience", expected, self.patience.to_string()));
             }
         }
+        if !(0.0..=MAX_COVERAGE_PENALTY).contains(&self.coverage_penalty) {
+            let found = self.coverage_penalty.to_string();
+            return Err(OptionError::new("coverage_penalty", "a number from 0 to 100", found));
+        }
         if groups > 1 && self.diversity_penalty <= 0.0 {
             let expected = "a number above 0 with num_beam_groups above 1 (all groups would find the same)";
             return Err(OptionError::new("diversity_penalty", expected, self.diversity_penalty.to_string()));
@@ -579,6 +594,10 @@ impl GenerationOptions {
                 let usable = |value: &Value| value.as_f64().filter(|x| x.abs() <= 10.0);
                 self.length_penalty = given.take("a number from -10 to 10", usable)?;
             }
+            "coverage_penalty" => {
+                let usable = |value: &Value| value.as_f64().filter(|x| (0.0..=MAX_COVERAGE_PENALTY).contains(x));
+                self.coverage_penalty = given.take("a number from 0 to 100", usable)?;
+            }
             "early_stopping" => {
                 self.early_stopping = given.take("true, false or \"never\"", |value| match value {
                     Value::Bool(false) => Some(EarlyStopping::False),
@@ -625,6 +644,7 @@ impl GenerationOptions {
             "prompt_lookup_num_tokens" => self.prompt_lookup_num_tokens = Some(given.whole(1)?),
             "max_matching_ngram_size" => self.max_matching_ngram_size = Some(given.whole(1)?),
             "output_logprobs" => self.output_logprobs = given.flag()?,
+            "output_attentions" => self.output_attentions = given.flag()?,
             "top_logprobs" => {
                 self.top_logprobs = given
                     .take("a whole number from 0 to 1000", |value| whole(value).filter(|&n| n <= MAX_TOP_LOGPROBS))?
@@ -651,6 +671,7 @@ fn of_beam_search(options: &GenerationOptions) -> Vec<(&'static str, String)> {
     };
     vec![
         ("length_penalty", options.length_penalty.to_string()),
+        ("coverage_penalty", options.coverage_penalty.to_string()),
         ("early_stopping", early_stopping.to_string()),
         ("patience", options.patience.to_string()),
     ]
@@ -844,7 +865,6 @@ const UNSUPPORTED: &[(&str, Neutral, Effect)] = &[
     ("compile_config", Neutral::Absent, Effect::None),
     ("disable_compile", Neutral::Absent, Effect::None),
     ("continuous_batching_config", Neutral::Absent, Effect::None),
-    ("output_attentions", Neutral::Flag(false), Effect::None),
     ("output_hidden_states", Neutral::Flag(false), Effect::None),
     ("output_scores", Neutral::Flag(false), Effect::None),
     ("output_logits", Neutral::Flag(false), Effect::None),
@@ -869,7 +889,7 @@ mod tests {
         let request: Value = serde_json::from_str(
             r#"{
             "max_new_tokens": 7, "max_length": 9.0, "min_length": 3, "min_new_tokens": 2, "num_beams": 4,
-            "num_return_sequences": 3, "length_penalty": 2, "early_stopping": "never", "patience": 1, "decoder_start_token_id": 5,
+            "num_return_sequences": 3, "length_penalty": 2, "coverage_penalty": 0.2, "early_stopping": "never", "patience": 1, "decoder_start_token_id": 5,
             "bos_token_id": 6, "eos_token_id": [1, 107], "pad_token_id": 3, "repetition_penalty": 1.5,
             "encoder_repetition_penalty": 2, "no_repeat_ngram_size": 3, "encoder_no_repeat_ngram_size": 4,
             "bad_words_ids": [[5], [6, 7]], "sequence_bias": [[[5], 3], [[6, 7], -4.5]], "forced_bos_token_id": 17,
@@ -879,7 +899,7 @@ mod tests {
             "typical_p": 0.8, "epsilon_cutoff": 0.01, "eta_cutoff": 0.02, "seed": 18446744073709551615,
             "return_alternatives": false, "stop_strings": ["\n", "."], "max_time": 2.5, "num_beam_groups": 1,
             "diversity_penalty": 0, "frequency_penalty": 0.5, "presence_penalty": -0.25,
-            "output_logprobs": true, "top_logprobs": 3, "regex": "a+"
+            "output_logprobs": true, "top_logprobs": 3, "output_attentions": true, "regex": "a+"
         }"#,
         )
         .expect("JSON");
@@ -907,6 +927,7 @@ mod tests {
             max_time: Some(2.5),
             return_alternatives: false,
             length_penalty: 2.0,
+            coverage_penalty: 0.2,
             early_stopping: EarlyStopping::Never,
             patience: 1.0,
             decoder_start_token_id: 5,
@@ -931,6 +952,7 @@ mod tests {
             presence_penalty: -0.25,
             output_logprobs: true,
             top_logprobs: 3,
+            output_attentions: true,
             logits_processor: vec![],
             prompt_lookup_num_tokens: None,
             max_matching_ngram_size: None,
@@ -938,7 +960,9 @@ mod tests {
             unsupported: vec![],
         };
         assert_eq!(with(&GenerationOptions::default(), request.clone()), Ok(expected.clone()));
-        assert_eq!(model(request), Ok(GenerationOptions { eos_of_model: vec![1, 107], ..expected }));
+        // A file cannot ask for what most exports do not tell.
+        let of_model = GenerationOptions { eos_of_model: vec![1, 107], output_attentions: false, ..expected };
+        assert_eq!(model(request), Ok(of_model));
     }
 
     #[test]
@@ -974,6 +998,15 @@ mod tests {
             (json!({"repetition_penalty": 1e-300}), "repetition_penalty: expected a positive number, found 1e-300"),
             (json!({"length_penalty": "1"}), "length_penalty: expected a number from -10 to 10, found \"1\""),
             (json!({"patience": 0}), "patience: expected a number above 0, at most 100, found 0"),
+            (
+                json!({"coverage_penalty": -0.1, "num_beams": 2}),
+                "coverage_penalty: expected a number from 0 to 100, found -0.1",
+            ),
+            (
+                json!({"coverage_penalty": 0.1}),
+                "coverage_penalty: expected 0 with num_beams 1 (it acts in beam search only), found 0.1",
+            ),
+            (json!({"output_attentions": 1}), "output_attentions: expected true or false, found 1"),
             (
                 json!({"patience": 2, "num_beams": 2}),
                 "patience: expected 1 without early_stopping true (it says how many hypotheses that waits for), found 2",

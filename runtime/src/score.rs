@@ -1,20 +1,21 @@
 //! How likely given targets are: teacher forcing through the cached decoder steps, a token a step, rows leaving as their
 //! targets end.
 
+use crate::alignment::CrossAttentions;
 use crate::batch::{Batch, Prompts};
 use crate::error::Error;
 use crate::logprobs::Logprobs;
-use crate::model::{Cancellation, Model};
+use crate::model::{Cancellation, Model, Said};
 use crate::scores::Wanted;
 
-/// See [`Model::score`].
+/// See [`Model::score`] and, of models that tell it, [`Model::score_with_attentions`].
 pub(crate) fn score(
     model: &Model,
     batch: &Batch,
     targets: &[Vec<i64>],
     top: usize,
     cancel: &Cancellation,
-) -> Result<Vec<Logprobs>, Error> {
+) -> Result<Vec<(Logprobs, Option<CrossAttentions>)>, Error> {
     let decoder = &model.config().decoder;
     batch.check(model.config())?;
     check(targets, batch.rows(), decoder.vocab_size)?;
@@ -31,18 +32,25 @@ pub(crate) fn score(
         return Err(Error::input("target_ids", expected, found));
     }
 
-    let mut found = vec![Logprobs::default(); targets.len()];
+    let nothing_yet = |row: usize| {
+        let attended = model.attends().then(|| CrossAttentions::of_source(batch.source(row).len()));
+        (Logprobs::default(), attended)
+    };
+    let mut found: Vec<_> = (0..targets.len()).map(nothing_yet).collect();
     let encoded = model.run_encoder(batch, cancel)?;
     let Prompts { length, ids } = prompts;
     let (mut state, mut logits) = model.start(encoded, Prompts { length, ids }, Wanted::All, cancel)?;
     let mut rows: Vec<usize> = (0..targets.len()).collect();
     for step in 0.. {
-        let scores = logits.rows_mut()?;
-        for (&row, scores) in rows.iter().zip(scores.chunks_exact(decoder.vocab_size)) {
+        let mut said = logits.said()?;
+        for (slot, &row) in rows.iter().enumerate() {
+            let Said { scores, attended, .. } = said.rows(slot, 1);
             if !scores.iter().all(|score| score.is_finite()) {
                 return Err(Error::NotFinite { row, step, dtype: model.manifest().dtype });
             }
-            found[row].push(scores, targets[row][step], top);
+            let (logprobs, cross_attentions) = &mut found[row];
+            logprobs.push(scores, targets[row][step], top);
+            cross_attentions.iter_mut().for_each(|found| found.push(attended));
         }
         let going_on: Vec<usize> = (0..rows.len()).filter(|&slot| targets[rows[slot]].len() > step + 1).collect();
         if going_on.is_empty() {

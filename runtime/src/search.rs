@@ -10,6 +10,7 @@ mod rows;
 
 use std::ops::Range;
 
+use crate::alignment::CrossAttentions;
 use crate::draws::Draws;
 use crate::logprobs::Logprobs;
 use crate::options::GenerationOptions;
@@ -65,12 +66,15 @@ impl FinishReason {
 pub struct Hypothesis {
     /// The generated tokens: without the prompt, without filling, with the end-of-sequence token if there is one.
     pub tokens: Vec<i64>,
-    /// Summed log-probability divided by `length^length_penalty`, Hugging Face's `sequences_scores`; beam search only.
+    /// Summed log-probability divided by `length^length_penalty`, Hugging Face's `sequences_scores`, and what
+    /// `coverage_penalty` adds; beam search only.
     pub score: Option<f32>,
     /// Why it ends.
     pub finish_reason: FinishReason,
     /// The model's log-probabilities of the tokens, with `output_logprobs`.
     pub logprobs: Option<Logprobs>,
+    /// What the tokens attended to in the source, with `output_attentions`.
+    pub cross_attentions: Option<CrossAttentions>,
 }
 
 /// Whether a search wants another step.
@@ -229,10 +233,22 @@ impl Search {
     /// # Panics
     /// See [`Search::advance`].
     pub fn advance_to_ends(&mut self, candidates: &[Candidate], ends: &[Option<FinishReason>]) -> Progress {
+        self.advance_to_covered_ends(candidates, ends, &[])
+    }
+
+    /// [`Search::advance_to_ends`] of a search whose hypotheses get `endings` besides their scores, according to the row that
+    /// their last token continues; if empty, none do. Running beams are compared with what has finished as if they ended now,
+    /// or with `early_stopping` never as if they were going to get 0, the most that there is.
+    pub(crate) fn advance_to_covered_ends(
+        &mut self,
+        candidates: &[Candidate],
+        ends: &[Option<FinishReason>],
+        endings: &[f32],
+    ) -> Progress {
         match &mut self.strategy {
             Strategy::Rows(rows) => rows.advance(candidates, ends),
-            Strategy::Beam(beam) => beam.advance(candidates, ends),
-            Strategy::Groups(groups) => groups.advance(candidates, ends),
+            Strategy::Beam(beam) => beam.advance(candidates, ends, endings),
+            Strategy::Groups(groups) => groups.advance(candidates, ends, endings),
         }
     }
 

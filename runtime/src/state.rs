@@ -16,6 +16,7 @@ use growing::Growing;
 use in_place::InPlace;
 pub(crate) use ragged::{First, Ragged, capacity};
 pub(crate) use resident::{Device, Plan, Resident};
+use t5gemma_graphs::interface::CROSS_ATTENTIONS;
 
 /// The keys and values of the rows in flight, with the mask of their sources.
 ///
@@ -36,6 +37,19 @@ pub(crate) enum Cache {
     Resident(Box<Resident>),
 }
 
+/// What a run returns besides what is cached.
+pub(crate) struct Returned {
+    /// `[rows, positions, vocab_size]`.
+    pub logits: DynValue,
+    /// `[rows, tokens, source]`, of models that tell what their targets attend to.
+    pub attended: Option<DynValue>,
+}
+
+/// The name of the output that tells what targets attend to, if a graph has it: it is the last.
+fn attended_port(session: &Session) -> Option<String> {
+    session.outputs().last().filter(|port| port.name() == CROSS_ATTENTIONS).map(|port| port.name().to_string())
+}
+
 impl State {
     /// The state after the first decoder step, which runs one target row for each source item: `mask` is `[items, source]`,
     /// `cached` are the step's outputs after the logits, and `per_item` tells of each whether its first axis is source
@@ -51,7 +65,7 @@ impl State {
         Ok(State { cache: Cache::InPlace(Box::new(InPlace::new(mask, cached, per_item)?)), items, rows: items })
     }
 
-    /// The state after the first decoder graph has run on `ids` and `hidden`, with the logits if it gives any; to be kept as
+    /// The state after the first decoder graph has run on `ids` and `hidden`, with what it returns if it is a step; to be kept as
     /// the plan says.
     pub fn resident(
         plan: &Plan,
@@ -59,10 +73,10 @@ impl State {
         mask: DynValue,
         given: (&DynValue, &DynValue),
         options: &RunOptions<NoSelectedOutputs>,
-    ) -> ort::Result<(State, Option<DynValue>)> {
+    ) -> ort::Result<(State, Option<Returned>)> {
         let items = mask.shape()[0] as usize;
-        let (resident, logits) = Resident::start(plan, session, mask, given, options)?;
-        Ok((State { cache: Cache::Resident(Box::new(resident)), items, rows: items }, logits))
+        let (resident, returned) = Resident::start(plan, session, mask, given, options)?;
+        Ok((State { cache: Cache::Resident(Box::new(resident)), items, rows: items }, returned))
     }
 
     /// The number of source items in flight.

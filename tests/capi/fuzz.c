@@ -141,12 +141,14 @@ static t5g_generation_options *options(t5g_generation_options *made) {
         int64_t *whole[] = {&made->max_new_tokens, &made->min_length, &made->num_beams, &made->num_return_sequences,
                             &made->do_sample, &made->seed, &made->top_k, &made->early_stopping, &made->output_logprobs,
                             &made->top_logprobs, &made->pad_token_id, &made->no_repeat_ngram_size, &made->num_beam_groups,
-                            &made->exponential_decay_start, &made->forced_bos_token_id, &made->return_alternatives};
+                            &made->exponential_decay_start, &made->forced_bos_token_id, &made->return_alternatives,
+                            &made->output_attentions};
         double *reals[] = {&made->temperature, &made->top_p, &made->length_penalty, &made->repetition_penalty,
-                           &made->max_time, &made->diversity_penalty, &made->exponential_decay_factor};
-        int64_t *chosen = whole[below(16)];
+                           &made->max_time, &made->diversity_penalty, &made->exponential_decay_factor,
+                           &made->coverage_penalty, &made->patience};
+        int64_t *chosen = whole[below(17)];
         if (byte() % 2) *chosen = chosen == &made->max_new_tokens ? number() % 6 : chosen == &made->num_beams ? number() % 5 : number();
-        else *reals[below(7)] = real();
+        else *reals[below(9)] = real();
     }
     if (byte() % 8 == 0) {
         made->suppress_tokens = ids;

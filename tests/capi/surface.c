@@ -210,6 +210,24 @@ static void check_generation(const t5g_model *model) {
     CHECK(found.top_count == 2 && found.top_logprobs[0] >= found.top_logprobs[1] && found.top_tokens[0] == found.tokens[0]);
     t5g_result_free(result);
 
+    /* What the tokens attended to, and what a coverage penalty makes of it. */
+    double score = found.score;
+    options.num_return_sequences = 3;
+    options.output_attentions = 1;
+    options.coverage_penalty = 0.5;
+    WELL(t5g_model_generate(model, &sources, &options, NULL, &result));
+    found = t5g_hypothesis_default();
+    WELL(t5g_result_get(result, 0, 0, &found));
+    CHECK(found.source_length > 5 && found.cross_attentions != NULL && found.score < score);
+    double penalty = 0;
+    for (size_t place = 0; place < found.source_length; place++) {
+        double coverage = 0;
+        for (size_t at = 0; at < found.token_count; at++) coverage += found.cross_attentions[at * found.source_length + place];
+        penalty += log(coverage < 1 ? coverage : 1);
+    }
+    CHECK(fabs(found.logprob / (double)found.token_count + 0.5 * penalty - found.score) < 1e-4);
+    t5g_result_free(result);
+
     /* Sampling is the same for the same seed, by struct and by JSON. */
     int64_t tokens[2][64];
     size_t counts[2];
@@ -446,6 +464,17 @@ static void check_scores(const t5g_model *model) {
     double likely = found.logprob;
     size_t count = found.token_count;
     t5g_result_free(result);
+    CHECK(found.source_length == 0 && found.cross_attentions == NULL);
+    targets.output_attentions = 1;
+    WELL(t5g_model_score(model, &sources, &targets, 0, NULL, &result));
+    WELL(t5g_result_get(result, 1, 0, &found));
+    double sum = 0;
+    for (size_t place = 0; place < found.source_length; place++) sum += found.cross_attentions[place];
+    CHECK(found.source_length > 5 && fabs(sum - 1) < 1e-4);
+    t5g_result_free(result);
+    targets.output_attentions = 2;
+    FAILS(t5g_model_score(model, &sources, &targets, 0, NULL, &result), T5G_ERROR_ARGUMENT, "targets.output_attentions", "2");
+    targets.output_attentions = 0;
     targets.without_end = 1;
     WELL(t5g_model_score(model, &sources, &targets, 0, NULL, &result));
     WELL(t5g_result_get(result, 0, 0, &found));

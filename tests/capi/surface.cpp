@@ -78,6 +78,15 @@ static void check(const char *demo) {
     const auto best = beams.hypothesis(0), second = beams.hypothesis(0, 1);
     CHECK(best.score > second.score && best.logprobs.size() == best.tokens.size());
     CHECK(best.top_tokens.size() == 2 * best.tokens.size() && tokenizer.decode(best.tokens) == SPOKEN);
+    CHECK(best.source_length == 0 && best.cross_attentions.size() == 0);
+    options.output_attentions = 1;
+    auto attending = model.generate(t5g::Sources::ids({ids}), options);
+    const auto aligned = attending.hypothesis(0);
+    CHECK(aligned.source_length == ids.size());
+    CHECK(aligned.cross_attentions.size() == aligned.tokens.size() * aligned.source_length);
+    auto targets = t5g::Targets::texts({SPOKEN});
+    auto scored = model.score(t5g::Sources::ids({ids}), targets.output_attentions());
+    CHECK(scored.hypothesis(0).cross_attentions.size() == aligned.cross_attentions.size());
 
     auto stream = tokenizer.stream();
     std::string whole;

@@ -33,6 +33,15 @@ def main(demo, classifier):
     first, second = best[0]
     assert first.text == SPOKEN[0] and first.score > second.score and first.finish_reason == "eos"
     assert np.isclose(first.logprobs.sum(), first.logprob) and first.top_tokens.shape == (first.tokens.size, 2)
+    assert first.cross_attentions is None
+    covering = model.generate(TEXTS[0], max_new_tokens=40, num_beams=3, output_attentions=True, coverage_penalty=0.5)[0][0]
+    attended = covering.cross_attentions
+    assert attended.dtype == np.float32 and np.allclose(attended.sum(1), 1, atol=1e-5)
+    assert attended.shape == (covering.tokens.size, len(model.tokenizer.encode(TEXTS[0])))
+    scored = model.score([TEXTS[0]], [covering.tokens], output_attentions=True)[0]
+    assert np.allclose(scored.cross_attentions, attended, atol=1e-5)
+    expected = scored.logprob / covering.tokens.size + 0.5 * np.log(np.minimum(attended.sum(0), 1)).sum()
+    assert np.isclose(covering.score, expected, atol=1e-4)
     assert fails(t5gemma.Error, "num_beams", lambda: model.generate("x", num_beams=0)).field == "num_beams"
     fails(t5gemma.Error, "num_beam", lambda: model.generate("x", num_beam=4))
     fails(ValueError, "expected int64", lambda: model.generate(np.zeros((1, 2))))

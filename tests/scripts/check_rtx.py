@@ -86,6 +86,9 @@ def exports(sizes, capacity):
             label = f"{dtype} {'static' if cache else 'growing'}"
             for fixture in sorted(path for path in FIXTURES.iterdir() if (path / "checkpoint").is_dir()):
                 yield f"{fixture.name} {label}", [*ways, "--plan", plan, str(fixture / "checkpoint")]
+                if fixture.name == "tiny-unbalanced":
+                    aligned = [*ways, "--alignment", "--plan", plan, str(fixture / "checkpoint")]
+                    yield f"{fixture.name} {label} aligned", aligned
             # Of s-s with a cache that grows, the builder wants 64 GiB for the first step, and is refused them.
             for size in sizes if cache else []:
                 yield f"{size} {label}", [*ways, "--plan", plan, "--dummy-weights", "--preset", size]

@@ -78,7 +78,7 @@ extern "C" {
 #endif
 
 #define T5G_ABI_MAJOR 1
-#define T5G_ABI_MINOR 0
+#define T5G_ABI_MINOR 1
 
 /* The size of a text that ends at its first zero. */
 #define T5G_ZERO_TERMINATED ((size_t)-1)
@@ -288,6 +288,8 @@ typedef struct t5g_generation_options {
     const char *const *stop_strings; /* each ending at its zero */
     size_t stop_strings_count;
     const char *json_schema, *regex, *grammar;
+    double coverage_penalty, patience;
+    int64_t output_attentions;
 } t5g_generation_options;
 
 static inline t5g_generation_options t5g_generation_options_default(void) {
@@ -300,10 +302,10 @@ static inline t5g_generation_options t5g_generation_options_default(void) {
     o.return_alternatives = o.renormalize_logits = o.remove_invalid_values = T5G_UNSET;
     o.output_logprobs = o.top_logprobs = o.prompt_lookup_num_tokens = o.max_matching_ngram_size = T5G_UNSET;
     o.decoder_start_token_id = o.bos_token_id = o.pad_token_id = o.forced_bos_token_id = T5G_UNSET;
-    o.exponential_decay_start = T5G_UNSET;
+    o.exponential_decay_start = o.output_attentions = T5G_UNSET;
     o.temperature = o.top_p = o.min_p = o.top_h = o.top_n_sigma = o.typical_p = (double)NAN;
     o.epsilon_cutoff = o.eta_cutoff = o.diversity_penalty = o.length_penalty = (double)NAN;
-    o.repetition_penalty = o.encoder_repetition_penalty = (double)NAN;
+    o.repetition_penalty = o.encoder_repetition_penalty = o.coverage_penalty = o.patience = (double)NAN;
     o.frequency_penalty = o.presence_penalty = o.max_time = o.exponential_decay_factor = (double)NAN;
     return o;
 }
@@ -375,6 +377,7 @@ typedef struct t5g_targets {
     const int64_t *target_ids; /* or the tokens of all rows, one row after the other */
     const size_t *lengths;     /* [rows]: how many each row has */
     int64_t without_end;       /* 1: no end token behind texts */
+    int64_t output_attentions; /* 1: tell what the targets attend to, with a model exported with --alignment */
 } t5g_targets;
 
 static inline t5g_targets t5g_targets_default(void) {
@@ -412,6 +415,9 @@ typedef struct t5g_hypothesis {
     size_t top_count;        /* how many of the likeliest tokens at each place follow */
     const int64_t *top_tokens; /* [token_count, top_count], best first */
     const float *top_logprobs; /* [token_count, top_count] */
+    size_t source_length;      /* how many tokens the source has, with padding of its own; 0 without output_attentions */
+    const float *cross_attentions; /* [token_count, source_length]: how much each token attended to each of the source, the
+                                    * mean over heads and the layers of the export; NULL without output_attentions */
 } t5g_hypothesis;
 
 static inline t5g_hypothesis t5g_hypothesis_default(void) {

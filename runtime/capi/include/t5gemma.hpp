@@ -312,6 +312,11 @@ public:
         }
         return targets;
     }
+    /// Tells what the targets attend to, too.
+    Targets &output_attentions(bool told = true) {
+        output_attentions_ = told;
+        return *this;
+    }
     template <class Use>
     auto with(Use use) const {
         t5g_targets given = t5g_targets_default();
@@ -322,6 +327,7 @@ public:
             sizes.push_back(text.size());
         }
         given.without_end = without_end_ ? 1 : 0;
+        given.output_attentions = output_attentions_ ? 1 : 0;
         if (lengths_.empty()) {
             given.texts = texts.data();
             given.text_sizes = sizes.data();
@@ -336,7 +342,7 @@ private:
     std::vector<std::string> texts_;
     std::vector<std::int64_t> ids_;
     std::vector<std::size_t> lengths_;
-    bool without_end_ = false;
+    bool without_end_ = false, output_attentions_ = false;
 };
 
 /// A piece of a row's first hypothesis.
@@ -468,6 +474,9 @@ struct Hypothesis {
     std::size_t top_count;
     Span<const std::int64_t> top_tokens;
     Span<const float> top_logprobs;
+    /// How many tokens the source has, with padding of its own, and how much each token attended to each of them.
+    std::size_t source_length;
+    Span<const float> cross_attentions;
 };
 
 class Result {
@@ -487,7 +496,9 @@ public:
                               {found.logprobs, found.logprobs ? found.token_count : 0},
                               found.top_count,
                               {found.top_tokens, top},
-                              {found.top_logprobs, top}};
+                              {found.top_logprobs, top},
+                              found.source_length,
+                              {found.cross_attentions, found.token_count * found.source_length}};
         });
     }
     Returned<std::string_view> text(std::size_t row, std::size_t index = 0) const {

@@ -160,12 +160,22 @@ pub extern "C" fn t5g_model_score(
         let (place, opened) = (result.check("result")?, model.get("model")?);
         let call = Call::read(call)?;
         let end = opened.model.options().eos_token_id.first().copied();
+        let output_attentions = targets.get("targets")?.output_attentions()?;
         let (batch, targets) = opened.read(|reader| {
             let batch = reader.batch(sources)?;
             let targets = reader.targets(targets, batch.rows(), end)?;
             Ok((batch, targets))
         })?;
-        let found = call.run(|cancel| opened.model.score(&batch, &targets, top_logprobs, cancel))?;
+        let found = call.run(|cancel| match output_attentions {
+            false => {
+                let scored = opened.model.score(&batch, &targets, top_logprobs, cancel)?;
+                Ok(scored.into_iter().map(|logprobs| (logprobs, None)).collect())
+            }
+            true => {
+                let scored = opened.model.score_with_attentions(&batch, &targets, top_logprobs, cancel)?;
+                Ok(scored.into_iter().map(|(logprobs, attended)| (logprobs, Some(attended))).collect())
+            }
+        })?;
         place.put(Handle::new(Answers::scored(opened.share(), targets, found, source_tokens(&batch))));
         Ok(())
     })

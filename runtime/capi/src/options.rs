@@ -229,6 +229,9 @@ pub struct t5g_generation_options {
     json_schema: Text,
     regex: Text,
     grammar: Text,
+    coverage_penalty: f64,
+    patience: f64,
+    output_attentions: i64,
 }
 
 // SAFETY: words, of which any are a value.
@@ -294,6 +297,9 @@ unsafe impl Fields for t5g_generation_options {
             json_schema: Text::NULL,
             regex: Text::NULL,
             grammar: Text::NULL,
+            coverage_penalty: NAN,
+            patience: NAN,
+            output_attentions: UNSET,
         }
     }
 }
@@ -309,9 +315,10 @@ pub fn generation_options(options: Record<t5g_generation_options>) -> Result<Map
         whole: max_new_tokens max_length min_new_tokens min_length num_beams num_return_sequences seed top_k
             num_beam_groups no_repeat_ngram_size encoder_no_repeat_ngram_size top_logprobs prompt_lookup_num_tokens
             max_matching_ngram_size decoder_start_token_id bos_token_id pad_token_id forced_bos_token_id;
-        flag: do_sample return_alternatives renormalize_logits remove_invalid_values output_logprobs;
+        flag: do_sample return_alternatives renormalize_logits remove_invalid_values output_logprobs output_attentions;
         number: temperature top_p min_p top_h top_n_sigma typical_p epsilon_cutoff eta_cutoff diversity_penalty
-            length_penalty repetition_penalty encoder_repetition_penalty frequency_penalty presence_penalty max_time;
+            length_penalty repetition_penalty encoder_repetition_penalty frequency_penalty presence_penalty max_time
+            coverage_penalty patience;
         json: json_schema;
         text: regex grammar;
     }
@@ -359,6 +366,8 @@ mod tests {
             stop_strings_count: 2,
             exponential_decay_start: 3,
             exponential_decay_factor: 1.5,
+            coverage_penalty: 0.25,
+            output_attentions: 1,
             json_schema: Text::of(c"{\"type\": \"object\"}"),
             json: Text::of(c"{\"bad_words_ids\": [[5]]}"),
             ..t5g_generation_options::unset()
@@ -366,7 +375,8 @@ mod tests {
         let expected = json!({
             "bad_words_ids": [[5]], "max_new_tokens": 5, "do_sample": true, "temperature": 0.5,
             "json_schema": {"type": "object"}, "eos_token_id": [1, 107], "stop_strings": [".", "!"],
-            "early_stopping": "never", "exponential_decay_length_penalty": [3, 1.5],
+            "early_stopping": "never", "exponential_decay_length_penalty": [3, 1.5], "coverage_penalty": 0.25,
+            "output_attentions": true,
         });
         assert_eq!(read(&mut options), Ok(expected));
         assert_eq!(read(&mut t5g_generation_options::unset()), Ok(json!({})));

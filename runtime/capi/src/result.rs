@@ -5,7 +5,7 @@ use std::ptr;
 use std::sync::{Arc, OnceLock};
 
 use serde_json::{Map, Value, json};
-use t5gemma_runtime::{FinishReason, Hypothesis, Logprobs, SpecialTokens};
+use t5gemma_runtime::{CrossAttentions, FinishReason, Hypothesis, Logprobs, SpecialTokens};
 
 use crate::error::{Failure, fallible, free, value};
 use crate::handle::{Handle, Object};
@@ -27,6 +27,8 @@ pub struct t5g_hypothesis {
     top_count: usize,
     top_tokens: *const i64,
     top_logprobs: *const f32,
+    source_length: usize,
+    cross_attentions: *const f32,
 }
 
 // SAFETY: words, of which any are a value.
@@ -46,6 +48,8 @@ unsafe impl Fields for t5g_hypothesis {
             top_count: 0,
             top_tokens: ptr::null(),
             top_logprobs: ptr::null(),
+            source_length: 0,
+            cross_attentions: ptr::null(),
         }
     }
 }
@@ -70,6 +74,7 @@ struct Answer {
     logprobs: Option<Logprobs>,
     top_tokens: Vec<i64>,
     top_logprobs: Vec<f32>,
+    cross_attentions: Option<CrossAttentions>,
     text: OnceLock<Result<Written, Failure>>,
 }
 
@@ -80,13 +85,13 @@ impl Answer {
             top_tokens.push(token);
             top_logprobs.push(logprob);
         }
-        let text = OnceLock::new();
-        Answer { tokens, finish_reason: None, score: None, logprobs, top_tokens, top_logprobs, text }
+        let (text, cross_attentions) = (OnceLock::new(), None);
+        Answer { tokens, finish_reason: None, score: None, logprobs, top_tokens, top_logprobs, cross_attentions, text }
     }
 
     fn of(hypothesis: Hypothesis) -> Answer {
-        let Hypothesis { tokens, score, finish_reason, logprobs } = hypothesis;
-        Answer { finish_reason: Some(finish_reason), score, ..Answer::new(tokens, logprobs) }
+        let Hypothesis { tokens, score, finish_reason, logprobs, cross_attentions } = hypothesis;
+        Answer { finish_reason: Some(finish_reason), score, cross_attentions, ..Answer::new(tokens, logprobs) }
     }
 }
 
@@ -98,8 +103,15 @@ impl Answers {
     }
 
     /// Targets that were scored, one for each row.
-    pub fn scored(opened: Arc<Opened>, targets: Vec<Vec<i64>>, found: Vec<Logprobs>, source_tokens: usize) -> Answers {
-        let rows = targets.into_iter().zip(found).map(|(tokens, found)| vec![Answer::new(tokens, Some(found))]);
+    pub fn scored(
+        opened: Arc<Opened>,
+        targets: Vec<Vec<i64>>,
+        found: Vec<(Logprobs, Option<CrossAttentions>)>,
+        source_tokens: usize,
+    ) -> Answers {
+        let rows = targets.into_iter().zip(found).map(|(tokens, (logprobs, cross_attentions))| {
+            vec![Answer { cross_attentions, ..Answer::new(tokens, Some(logprobs)) }]
+        });
         Answers { opened, rows: rows.collect(), seed: None, source_tokens }
     }
 
@@ -139,6 +151,9 @@ impl Answers {
                 fields.insert("top_logprobs".into(), json!(logprobs.top));
             }
         }
+        if let Some(attended) = &answer.cross_attentions {
+            fields.insert("cross_attentions".into(), attended.decimals().collect());
+        }
         Value::Object(fields)
     }
 }
@@ -174,7 +189,7 @@ pub extern "C" fn t5g_result_get(
     fallible(|| {
         let result = result.get("result")?;
         let answer = result.answer(row, index)?;
-        let logprobs = answer.logprobs.as_ref();
+        let (logprobs, attended) = (answer.logprobs.as_ref(), answer.cross_attentions.as_ref());
         let found = t5g_hypothesis {
             size: 0,
             tokens: answer.tokens.as_ptr(),
@@ -187,6 +202,8 @@ pub extern "C" fn t5g_result_get(
             top_count: logprobs.and_then(|logprobs| logprobs.top.first()).map_or(0, Vec::len),
             top_tokens: if answer.top_tokens.is_empty() { ptr::null() } else { answer.top_tokens.as_ptr() },
             top_logprobs: if answer.top_logprobs.is_empty() { ptr::null() } else { answer.top_logprobs.as_ptr() },
+            source_length: attended.map_or(0, CrossAttentions::source_length),
+            cross_attentions: attended.map_or(ptr::null(), |attended| attended.values().as_ptr()),
         };
         hypothesis.put(found, "hypothesis")
     })

@@ -57,6 +57,7 @@ pub struct t5g_targets {
     target_ids: Array<i64>,
     lengths: Array<usize>,
     without_end: i64,
+    output_attentions: i64,
 }
 
 // SAFETY: words, of which any are a value.
@@ -71,7 +72,16 @@ unsafe impl Fields for t5g_targets {
             target_ids: Array::NULL,
             lengths: Array::NULL,
             without_end: 0,
+            output_attentions: 0,
         }
+    }
+}
+
+impl t5g_targets {
+    /// Whether what they attend to is asked for.
+    pub fn output_attentions(&self) -> Result<bool, Failure> {
+        flag(self.output_attentions, "targets.output_attentions")?;
+        Ok(self.output_attentions == 1)
     }
 }
 

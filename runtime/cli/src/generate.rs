@@ -7,7 +7,7 @@ use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Map, Value, json};
 use t5gemma_runtime::{
     Cancellation, DEFAULT_ENCODER_CACHE_BYTES, Engine, Error, FinishReason, GenerationOptions, Hypothesis, Model,
@@ -28,7 +28,7 @@ use crate::{Opening, Outcome};
 ///   request  {"id"?, "text" | "messages" | "input_ids", "attention_mask"?,
 ///            "decoder_text"? | "decoder_input_ids"?, "options"?}
 ///   result   {"id", "sequences": [[{"tokens", "text"?, "score"?, "finish_reason", "logprob"?, "logprobs"?,
-///            "top_logprobs"?}, …best first], …rows], "seed"?, "usage"}
+///            "top_logprobs"?, "cross_attentions"?}, …best first], …rows], "seed"?, "usage"}
 ///   or       {"id", "error"}
 ///
 /// "text" is a string or a list of them; "messages" is a conversation for instruction-tuned models, a list of {"role",
@@ -40,6 +40,8 @@ use crate::{Opening, Outcome};
 /// the output ended before it was what the constraints ask for, or "constraint" where it is that and no end token may
 /// follow. With "output_logprobs", "logprobs" are the model's log-probabilities of the tokens, before any processing,
 /// "logprob" is their sum, and "top_logprobs" the [token, log-probability] pairs of as many of the likeliest at each place.
+/// With "output_attentions", "cross_attentions" are for each of the tokens how much it attended to each source token, padding
+/// included: probabilities, the mean over heads and the layers that the model was exported for (--alignment).
 /// "seed" is what was drawn from where tokens are sampled.
 /// Requests that are there together and have the same options are run as one batch; of a model whose cache is in place
 /// (--target cpu), also those with other options, and what comes later joins them. An "id" left out is the line's number
@@ -82,6 +84,10 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     let model = Arc::new(opening.open()?);
     // Flags that cannot be right for any request are told before anything is read.
     let options = model.options().with(&arguments.flags.0)?;
+    let of_jsonl = [("--output-logprobs", options.output_logprobs), ("--output-attentions", options.output_attentions)];
+    if let Some((flag, _)) = of_jsonl.iter().find(|(_, is_asked)| *is_asked && !arguments.jsonl) {
+        bail!("{flag} needs --jsonl: texts have no room for it");
+    }
     let packing = arguments.packing;
     let prompt = arguments.decoder_text.map(|text| model.tokenizer()?.encode_target(&text)).transpose()?;
     ensure!(
@@ -336,7 +342,7 @@ impl Answering<'_> {
     /// The line of a result.
     fn result(&self, request: &Request, rows: &[Vec<Hypothesis>]) -> Result<Value> {
         let tokenizer = self.model.tokenizer().ok();
-        let sequence = |hypothesis: &Hypothesis| -> Result<Value> {
+        let sequence = |hypothesis: &Hypothesis, source: usize| -> Result<Value> {
             let mut sequence = Map::from_iter([("tokens".to_string(), json!(hypothesis.tokens))]);
             if let Some(tokenizer) = tokenizer {
                 let text = tokenizer.decode(&hypothesis.tokens, SpecialTokens::Skip)?;
@@ -349,10 +355,15 @@ impl Answering<'_> {
             if let Some(logprobs) = &hypothesis.logprobs {
                 sequence.extend(requests::logprobs(logprobs));
             }
+            if let Some(attended) = &hypothesis.cross_attentions {
+                sequence.insert("cross_attentions".into(), requests::cross_attentions(attended, source));
+            }
             Ok(Value::Object(sequence))
         };
-        let sequences =
-            rows.iter().map(|row| row.iter().map(sequence).collect::<Result<Vec<_>>>()).collect::<Result<Vec<_>>>()?;
+        let of_row = |(row, source): (&Vec<Hypothesis>, &Vec<i64>)| {
+            row.iter().map(|hypothesis| sequence(hypothesis, source.len())).collect::<Result<Vec<_>>>()
+        };
+        let sequences = rows.iter().zip(&request.sources).map(of_row).collect::<Result<Vec<_>>>()?;
         let generated: usize = rows.iter().flatten().map(|hypothesis| hypothesis.tokens.len()).sum();
         let usage = json!({"source_tokens": request.source_tokens(), "target_tokens": generated});
         let mut result = Map::from_iter([("id".to_string(), request.id.clone())]);

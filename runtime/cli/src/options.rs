@@ -47,6 +47,12 @@ const FLAGS: &[(&str, &str, &str)] = &[
     ("stop_strings", "TEXT", "Texts after which a target ends: one, or a JSON list"),
     ("max_time", "SECONDS", "End all targets as they are after so long"),
     ("length_penalty", "X", "Beam scores are divided by length^X"),
+    (
+        "coverage_penalty",
+        "X",
+        "Beam scores get X times the sum of log(min(coverage, 1)) over the source's tokens, with a model exported with \
+         --alignment",
+    ),
     ("early_stopping", "MODE", "true, false or never: when beam search is content with what has finished"),
     ("patience", "X", "With early_stopping true, wait for X times as many finished hypotheses as there are beams"),
     ("repetition_penalty", "X", "Above 1 makes tokens of the target less likely to come again"),
@@ -67,6 +73,11 @@ const FLAGS: &[(&str, &str, &str)] = &[
     ("decoder_start_token_id", "ID", "The token every target starts with"),
     ("output_logprobs", "BOOL", "Tell the model's log-probability of each token (with --jsonl)"),
     ("top_logprobs", "N", "The same for the N likeliest tokens at each place"),
+    (
+        "output_attentions",
+        "BOOL",
+        "Tell what each token attended to in the source (with --jsonl, and a model exported with --alignment)",
+    ),
     (
         "prompt_lookup_num_tokens",
         "N",

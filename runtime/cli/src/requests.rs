@@ -14,7 +14,7 @@ use crate::tensors::Tensors;
 use anyhow::{Context, Result, bail};
 use ndarray::{Array3, Ix2, Ix3};
 use serde_json::{Map, Value, json};
-use t5gemma_runtime::{Batch, Cancellation, Encoder, Logprobs, Model, Tokenizer};
+use t5gemma_runtime::{Batch, Cancellation, CrossAttentions, Encoder, Logprobs, Model, Tokenizer};
 
 /// A request as it stands on its line.
 pub struct Request {
@@ -272,6 +272,11 @@ pub fn logprobs(found: &Logprobs) -> Map<String, Value> {
         fields.insert("top_logprobs".into(), json!(found.top));
     }
     fields
+}
+
+/// What a target attended to, a list for each of its tokens, with a number for each of the `source` tokens that were given.
+pub fn cross_attentions(found: &CrossAttentions, source: usize) -> Value {
+    found.decimals().map(|row| row.into_iter().take(source).collect::<Vec<_>>()).collect()
 }
 
 /// `"…"` or `["…", "…"]`.

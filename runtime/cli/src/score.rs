@@ -4,7 +4,7 @@ use std::io::{self, Write};
 
 use anyhow::{Context, Result};
 use serde_json::{Map, Value, json};
-use t5gemma_runtime::{Cancellation, Error, Logprobs, Model};
+use t5gemma_runtime::{Batch, Cancellation, CrossAttentions, Error, Logprobs, Model};
 
 use crate::packing::Packing;
 use crate::progress::counter;
@@ -17,12 +17,14 @@ use crate::{Opening, Outcome};
 ///
 ///   request  {"id"?, "text" | "input_ids", "attention_mask"?, "target" | "target_ids", "decoder_text"? |
 ///            "decoder_input_ids"?}
-///   result   {"id", "scores": [{"tokens", "logprob", "perplexity", "logprobs", "top_logprobs"?}, …rows], "usage"}
+///   result   {"id", "scores": [{"tokens", "logprob", "perplexity", "logprobs", "top_logprobs"?,
+///            "cross_attentions"?}, …rows], "usage"}
 ///   or       {"id", "error"}
 ///
 /// "target" is a text or a list of them, one for each source; the end token is scored behind each unless --no-eos is given.
 /// "target_ids" are scored as they are. "logprobs" are the model's log-probabilities of the tokens, "logprob" is their sum,
-/// and "perplexity" e to the power of minus their mean. What the decoder is given first is not scored.
+/// and "perplexity" e to the power of minus their mean. "cross_attentions" are as of `t5gemma generate`. What the decoder is
+/// given first is not scored.
 #[derive(clap::Args)]
 #[command(verbatim_doc_comment)]
 pub struct Arguments {
@@ -36,6 +38,9 @@ pub struct Arguments {
     /// Tell the log-probabilities of the N likeliest tokens at each place
     #[arg(long, value_name = "N", default_value_t = 0)]
     top_logprobs: usize,
+    /// Tell what each token attends to in the source (a model exported with --alignment)
+    #[arg(long)]
+    output_attentions: bool,
 }
 
 /// Runs the command.
@@ -43,7 +48,8 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     let model = arguments.opening.open()?;
     let kind = Kind::Score { eos: !arguments.no_eos };
     let packing = &arguments.packing;
-    let scoring = Scoring { model: &model, cancel, top: arguments.top_logprobs };
+    let (top, output_attentions) = (arguments.top_logprobs, arguments.output_attentions);
+    let scoring = Scoring { model: &model, cancel, top, output_attentions };
     let mut lines = Lines::requests();
     let mut outcome = Outcome::Done;
     let done = counter("requests", true);
@@ -77,9 +83,13 @@ struct Scoring<'a> {
     model: &'a Model,
     cancel: &'a Cancellation,
     top: usize,
+    output_attentions: bool,
 }
 
-type Answer = Result<(Request, Vec<Logprobs>), Refused>;
+/// A target's log-probabilities, and what it attends to where that is asked for.
+type Scored = (Logprobs, Option<CrossAttentions>);
+
+type Answer = Result<(Request, Vec<Scored>), Refused>;
 
 /// Whether two requests can be one batch.
 fn fits(a: &Request, b: &Request) -> bool {
@@ -107,6 +117,15 @@ impl Scoring<'_> {
         Ok(answers)
     }
 
+    fn score(&self, batch: &Batch, targets: &[Vec<i64>]) -> Result<Vec<Scored>, Error> {
+        if self.output_attentions {
+            let scored = self.model.score_with_attentions(batch, targets, self.top, self.cancel)?;
+            return Ok(scored.into_iter().map(|(logprobs, attended)| (logprobs, Some(attended))).collect());
+        }
+        let scored = self.model.score(batch, targets, self.top, self.cancel)?;
+        Ok(scored.into_iter().map(|logprobs| (logprobs, None)).collect())
+    }
+
     /// Answers requests as one batch. Should it be refused, each is tried alone, so that the error falls to the one that is
     /// at fault.
     fn group(&self, mut group: Vec<Request>) -> Result<Vec<Answer>> {
@@ -115,9 +134,7 @@ impl Scoring<'_> {
         }
         let pad = self.model.options().pad_token_id;
         let targets: Vec<Vec<i64>> = group.iter().flat_map(|request| request.targets.clone()).collect();
-        let scored =
-            requests::batch(&group, pad).and_then(|batch| self.model.score(&batch, &targets, self.top, self.cancel));
-        match scored {
+        match requests::batch(&group, pad).and_then(|batch| self.score(&batch, &targets)) {
             Ok(mut rows) => Ok(group
                 .into_iter()
                 .map(|request| {
@@ -138,17 +155,20 @@ impl Scoring<'_> {
 }
 
 /// The line of a result.
-fn result(request: &Request, scores: &[Logprobs]) -> Value {
-    let score = |(tokens, found): (&Vec<i64>, &Logprobs)| {
+fn result(request: &Request, scores: &[Scored]) -> Value {
+    let score = |((tokens, source), (found, attended)): ((&Vec<i64>, &Vec<i64>), &Scored)| {
         let mut score = Map::from_iter([("tokens".to_string(), json!(tokens))]);
         let mut of_tokens = requests::logprobs(found);
         score.extend(of_tokens.shift_remove_entry("logprob"));
         score.insert("perplexity".into(), found.perplexity().into());
         score.extend(of_tokens);
+        if let Some(attended) = attended {
+            score.insert("cross_attentions".into(), requests::cross_attentions(attended, source.len()));
+        }
         Value::Object(score)
     };
     let tokens: usize = request.targets.iter().map(Vec::len).sum();
-    let scores: Vec<Value> = request.targets.iter().zip(scores).map(score).collect();
+    let scores: Vec<Value> = request.targets.iter().zip(&request.sources).zip(scores).map(score).collect();
     let usage = json!({"source_tokens": request.source_tokens(), "target_tokens": tokens});
     json!({"id": request.id, "scores": scores, "usage": usage})
 }

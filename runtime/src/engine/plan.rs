@@ -17,6 +17,8 @@ pub(super) struct Need {
     pub target: usize,
     /// Tokens of the source.
     pub source: usize,
+    /// Bytes of what its targets attended to, where that is kept.
+    pub attended: usize,
 }
 
 impl Need {
@@ -24,7 +26,12 @@ impl Need {
     pub fn of(call: &Call, row: usize) -> Need {
         let options = &call.options;
         let rows = options.num_beams.max(options.num_return_sequences);
-        Need { rows, target: call.max_length, source: call.batch.source(row).len() }
+        let source = call.batch.source(row).len();
+        let is_attending = options.output_attentions || options.coverage_penalty != 0.0;
+        let new_tokens = call.max_length.saturating_sub(call.prompts.length);
+        let numbers = rows.saturating_mul(new_tokens).saturating_mul(source);
+        let attended = if is_attending { numbers.saturating_mul(size_of::<f32>()) } else { 0 };
+        Need { rows, target: call.max_length, source, attended }
     }
 
     /// What both need side by side, in memory that is a rectangle.
@@ -33,6 +40,7 @@ impl Need {
             rows: self.rows.saturating_add(other.rows),
             target: self.target.max(other.target),
             source: self.source.max(other.source),
+            attended: self.attended.saturating_add(other.attended),
         }
     }
 }
@@ -77,6 +85,7 @@ impl Plan {
         };
         let source = times(need.source, self.tensors.saturating_add(1));
         times(need.rows, times(target.saturating_add(source), self.of_tensor).saturating_add(self.logits))
+            .saturating_add(need.attended)
     }
 
     /// Whether rows fit into an engine that does nothing else.
@@ -97,7 +106,7 @@ impl Plan {
 mod tests {
     use super::*;
 
-    const NEED: Need = Need { rows: 2, target: 65, source: 10 };
+    const NEED: Need = Need { rows: 2, target: 65, source: 10, attended: 0 };
 
     fn plan(layout: CacheLayout) -> Plan {
         Plan { layout, of_tensor: 100, tensors: 4, logits: 1000 }
@@ -109,7 +118,11 @@ mod tests {
         assert_eq!(plan(CacheLayout::InPlace).bytes(&NEED), 2 * ((128 + 10) * 5 * 100 + 1000));
         // Or the past and the present of 65 tokens.
         assert_eq!(plan(CacheLayout::Growing).bytes(&NEED), 2 * ((65 * 8 + 10 * 5) * 100 + 1000));
-        assert_eq!(NEED.beside(Need { rows: 1, target: 9, source: 20 }), Need { rows: 3, target: 65, source: 20 });
+        let other = Need { rows: 1, target: 9, source: 20, attended: 720 };
+        let both = Need { rows: 3, target: 65, source: 20, attended: 720 };
+        assert_eq!(NEED.beside(other), both);
+        let attending = Need { attended: 5200, ..NEED };
+        assert_eq!(plan(CacheLayout::InPlace).bytes(&attending), plan(CacheLayout::InPlace).bytes(&NEED) + 5200);
     }
 
     #[test]

@@ -13,6 +13,7 @@ use super::{Engine, Event, Phase, Shared};
 use crate::batch::{Batch, Prompts};
 use crate::error::Error;
 use crate::item::{Call, Item};
+use crate::model::Said;
 use crate::scores::Wanted;
 use crate::search::Search;
 use crate::stop::Stops;
@@ -219,11 +220,10 @@ impl Worker {
         let lengths: Vec<usize> = batches.iter().map(Batch::length).collect();
         let wanted = wanted(&members);
         let begun = Batch::joined(batches, 0).and_then(|batch| Begun::start(model, &batch, prompts, wanted, cancel));
-        let vocab_size = model.config().decoder.vocab_size;
         let begun = begun.and_then(|(begun, mut logits)| {
             let going_on: Vec<bool> = {
-                let rows = logits.rows_mut()?.chunks_exact_mut(vocab_size);
-                members.iter_mut().zip(rows).map(|(member, scores)| self.take(member, scores)).collect()
+                let mut said = logits.said()?;
+                members.iter_mut().enumerate().map(|(row, member)| self.take(member, said.rows(row, 1))).collect()
             };
             Ok((begun, going_on))
         });
@@ -264,19 +264,17 @@ impl Worker {
     /// Runs a step of a flight.
     fn step(&mut self, at: usize) {
         let shared = self.shared.clone();
-        let vocab_size = shared.model.config().decoder.vocab_size;
         let mut members = std::mem::take(&mut self.flights[at].members);
         let widths: Vec<usize> = members.iter().map(|member| member.item.search.width()).collect();
         let tokens: Vec<i64> = members.iter().flat_map(|member| member.item.search.next_tokens()).copied().collect();
         self.count_step(tokens.len());
         let logits = self.flights[at].rows.step(&shared.model, tokens, wanted(&members), &shared.stop);
         let going_on = logits.and_then(|mut logits| {
-            let mut scores = logits.rows_mut()?;
+            let (mut said, mut first) = (logits.said()?, 0);
             let mut going_on = Vec::with_capacity(members.len());
             for (member, width) in members.iter_mut().zip(&widths) {
-                let (own, rest) = scores.split_at_mut(width * vocab_size);
-                scores = rest;
-                going_on.push(self.take(member, own));
+                going_on.push(self.take(member, said.rows(first, *width)));
+                first += width;
             }
             Ok(going_on)
         });
@@ -313,15 +311,15 @@ impl Worker {
         }
     }
 
-    /// Gives a member its scores, and tells whether it goes on. One that fails ends its request.
-    fn take(&mut self, member: &mut Member, scores: &mut [f32]) -> bool {
+    /// Gives a member what a step says of it, and tells whether it goes on. One that fails ends its request.
+    fn take(&mut self, member: &mut Member, said: Said) -> bool {
         let (item, step) = (&mut member.item, member.step);
         member.step += 1;
         if !self.requests.contains_key(&member.request) {
             return false;
         }
         // The item is not used again after a panic.
-        let taken = catch_unwind(AssertUnwindSafe(|| item.take(&self.shared.model, scores, step)));
+        let taken = catch_unwind(AssertUnwindSafe(|| item.take(&self.shared.model, said, step)));
         match taken.unwrap_or(Err(Error::Panicked { row: item.row })) {
             Ok(true) => false,
             Ok(false) => {

@@ -118,7 +118,12 @@ impl Beam {
         self.pool.first().filter(|entry| entry.is_finished).map(|entry| entry.tokens.as_slice())
     }
 
-    pub(super) fn advance(&mut self, candidates: &[Candidate], ends: &[Option<FinishReason>]) -> Progress {
+    pub(super) fn advance(
+        &mut self,
+        candidates: &[Candidate],
+        ends: &[Option<FinishReason>],
+        endings: &[f32],
+    ) -> Progress {
         let generated = self.running[0].len() + 1 - self.prompt_len;
         let at_end = self.running[0].len() + 1 >= self.max_length;
         let stops: Vec<Option<FinishReason>> = (candidates.iter().enumerate())
@@ -129,14 +134,17 @@ impl Beam {
             })
             .collect();
 
-        self.update_pool(candidates, &stops, generated);
+        self.update_pool(candidates, &stops, (generated, endings));
         self.update_running(candidates, &stops);
 
         let length = match self.early_stopping {
             EarlyStopping::Never if self.length_penalty > 0.0 => self.max_length.saturating_sub(self.prompt_len),
             _ => generated,
         };
-        let best = self.running_scores[0] / self.normaliser(length);
+        let mut best = self.running_scores[0] / self.normaliser(length);
+        if let (true, Some(ending)) = (self.early_stopping != EarlyStopping::Never, endings.get(self.parents[0])) {
+            best += ending;
+        }
         let worst = self.pool.iter().map(|entry| entry.score).fold(f32::INFINITY, f32::min);
         self.open &= self.pool.iter().any(|entry| best > if entry.is_finished { worst } else { PENALTY });
 
@@ -154,8 +162,14 @@ impl Beam {
         (length as f64).powf(self.length_penalty) as f32
     }
 
-    /// Lets the candidates that end compete with the finished hypotheses, if they rank among the first `width`.
-    fn update_pool(&mut self, candidates: &[Candidate], stops: &[Option<FinishReason>], generated: usize) {
+    /// Lets the candidates that end compete with the finished hypotheses, if they rank among the first `width`. They get what
+    /// is in `endings` at their parents, if anything.
+    fn update_pool(
+        &mut self,
+        candidates: &[Candidate],
+        stops: &[Option<FinishReason>],
+        (generated, endings): (usize, &[f32]),
+    ) {
         let (width, wanted) = (self.width(), self.pool.len());
         let is_full = self.is_full();
         let normaliser = self.normaliser(generated);
@@ -163,6 +177,9 @@ impl Beam {
         let scores: Vec<f32> = (self.pool.iter().map(|entry| entry.score))
             .chain(candidates.iter().enumerate().map(|(rank, candidate)| {
                 let mut score = candidate.score / normaliser;
+                if let Some(ending) = endings.get(candidate.parent) {
+                    score += ending;
+                }
                 for closed in [is_full, !self.open, !eligible(rank)] {
                     if closed {
                         score += PENALTY;
@@ -215,6 +232,7 @@ impl Beam {
                 score: Some(score),
                 finish_reason,
                 logprobs: None,
+                cross_attentions: None,
             })
             .collect()
     }
@@ -240,6 +258,7 @@ fn best(scores: &[f32], count: usize) -> Vec<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::alignment::Attending;
     use crate::scores::Processors;
     use crate::search::Search;
 
@@ -255,6 +274,29 @@ mod tests {
         (0..vocab_size as u64)
             .map(|token| (mix(seed.wrapping_add(token * 0x9e37)) >> 40) as f32 / (1 << 24) as f32 * scale)
             .collect()
+    }
+
+    /// The mask of every source.
+    const MASK: [i64; 5] = [1, 1, 0, 1, 1];
+
+    /// What the next token of a made-up model attends to.
+    fn attended(source: u64, history: &[i64]) -> Vec<f32> {
+        let mut row = logits(source + 7919, history, MASK.len(), 9.0);
+        row.iter_mut().zip(MASK).for_each(|(x, visible)| *x = if visible == 0 { 0.0 } else { x.exp() });
+        let sum: f32 = row.iter().sum();
+        row.iter_mut().for_each(|x| *x /= sum);
+        row
+    }
+
+    /// What `coverage_penalty` adds to the score of a target, token by token and anew for each.
+    fn coverage(penalty: f64, source: u64, tokens: &[i64], prompt_len: usize) -> f32 {
+        let rows: Vec<Vec<f32>> = (prompt_len..tokens.len()).map(|at| attended(source, &tokens[..at])).collect();
+        let mut sum = 0.0;
+        for (token, _) in MASK.iter().enumerate().filter(|(_, visible)| **visible != 0) {
+            let covered = rows.iter().fold(0.0, |covered, row| covered + row[token]);
+            sum += f64::from(if covered < 1.0 { covered } else { 1.0 }).ln();
+        }
+        (penalty * sum) as f32
     }
 
     /// `_beam_search` of transformers written down step by step for a whole batch, with full sorts and no state but
@@ -319,6 +361,9 @@ mod tests {
                 let mut merged_finished = is_finished[item].clone();
                 for c in 0..places.len() {
                     let mut score = top_scores[c] / power(length + 1 - prompt.len());
+                    if options.coverage_penalty != 0.0 {
+                        score += coverage(options.coverage_penalty, sources[item], &sequences[c], prompt.len());
+                    }
                     let just_finished = stop[c] && c < width;
                     score += if full { -1e9 } else { 0.0 };
                     score += if unsatisfied[item] { 0.0 } else { -1e9 };
@@ -341,7 +386,10 @@ mod tests {
                     EarlyStopping::Never if options.length_penalty > 0.0 => max_length - prompt.len(),
                     _ => length - prompt.len(),
                 };
-                let best = running_scores[item][0] / power(hypothetical);
+                let mut best = running_scores[item][0] / power(hypothetical);
+                if options.coverage_penalty != 0.0 && options.early_stopping != EarlyStopping::Never {
+                    best += coverage(options.coverage_penalty, sources[item], &running[item][0], prompt.len());
+                }
                 let worst = finished_scores[item].iter().copied().fold(f32::INFINITY, f32::min);
                 unsatisfied[item] &= is_finished[item].iter().any(|&f| best > if f { worst } else { -1e9 });
             }
@@ -362,7 +410,7 @@ mod tests {
 
     #[test]
     fn a_beam_search_finds_what_the_reference_finds_in_a_batch() {
-        let (mut early, mut settled_early) = (0, 0);
+        let (mut early, mut settled_early, mut covered_otherwise) = (0, 0, 0);
         for round in 0..3000u64 {
             let pick = |salt: u64, choices: u64| (mix(round * 64 + salt) % choices) as usize;
             let vocab_size = 4 + pick(0, 12);
@@ -374,6 +422,7 @@ mod tests {
                 max_new_tokens: Some(1 + pick(4, 12)),
                 length_penalty: [1.0, -1.0, 0.0, 0.6, 2.0][pick(5, 5)],
                 early_stopping: [EarlyStopping::False, EarlyStopping::True, EarlyStopping::Never][pick(6, 3)],
+                coverage_penalty: [0.0, 0.0, 0.1, 1.5][pick(11, 4)],
                 eos_token_id,
                 ..GenerationOptions::default()
             };
@@ -391,9 +440,18 @@ mod tests {
             let scale = [1.0, 4.0, 12.0][pick(10, 3)];
 
             let expected = reference(&options, &prompt, &sources, vocab_size, scale);
+            if options.coverage_penalty != 0.0 {
+                let uncovered = GenerationOptions { coverage_penalty: 0.0, ..options.clone() };
+                let tokens = |found: &[Vec<(Vec<i64>, f32)>]| -> Vec<Vec<i64>> {
+                    found.iter().flatten().map(|(tokens, _)| tokens.clone()).collect()
+                };
+                let otherwise = reference(&uncovered, &prompt, &sources, vocab_size, scale);
+                covered_otherwise += usize::from(tokens(&otherwise) != tokens(&expected));
+            }
             for (source, expected) in sources.iter().zip(expected) {
                 let processors = Processors::new(&options, &[], prompt.len());
                 let mut search = Search::new(&options, &prompt);
+                let mut attending = Attending::new(&options, &MASK);
                 let mut settled: Vec<i64> = Vec::new();
                 loop {
                     let mut rows: Vec<f32> = (0..search.width())
@@ -401,7 +459,14 @@ mod tests {
                         .collect();
                     let before: Vec<Vec<i64>> = (0..num_beams).map(|beam| search.history(beam).to_vec()).collect();
                     let candidates = processors.candidates(&mut rows, &search);
-                    let progress = search.advance(&candidates);
+                    let mut endings: &[f32] = &[];
+                    if let Some(attending) = &mut attending {
+                        let rows: Vec<f32> = before.iter().flat_map(|history| attended(*source, history)).collect();
+                        attending.step(&rows, num_beams, num_beams);
+                        attending.take(&candidates);
+                        endings = attending.endings();
+                    }
+                    let progress = search.advance_to_covered_ends(&candidates, &[], endings);
                     for (beam, &parent) in search.parents().iter().enumerate() {
                         let expected = [&before[parent][..], &[search.next_tokens()[beam]]].concat();
                         assert_eq!(search.history(beam), expected, "round {round}");
@@ -409,6 +474,7 @@ mod tests {
                     if progress == Progress::Done {
                         break;
                     }
+                    attending.iter_mut().for_each(|attending| attending.follow(&search));
                     settled.extend_from_slice(search.settled(settled.len()));
                 }
                 settled_early += usize::from(!settled.is_empty());
@@ -421,6 +487,7 @@ mod tests {
         }
         assert!(settled_early > 1000, "only {settled_early} searches were certain of a token before their end");
         assert!(early > 1000, "only {early} searches ended before the maximum length");
+        assert!(covered_otherwise > 300, "only {covered_otherwise} searches found another target for its coverage");
     }
 
     #[test]

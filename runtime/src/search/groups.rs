@@ -86,14 +86,19 @@ impl Groups {
         common_prefix(contenders, from)
     }
 
-    pub(super) fn advance(&mut self, candidates: &[Candidate], ends: &[Option<FinishReason>]) -> Progress {
+    pub(super) fn advance(
+        &mut self,
+        candidates: &[Candidate],
+        ends: &[Option<FinishReason>],
+        endings: &[f32],
+    ) -> Progress {
         let index = self.live[self.turn];
         let first_row = self.turn * self.size;
         let own: Vec<Candidate> = (candidates.iter())
             .map(|candidate| Candidate { parent: candidate.parent - first_row, ..*candidate })
             .collect();
         let group = &mut self.groups[index];
-        let progress = group.advance(&own, ends);
+        let progress = group.advance(&own, ends, endings.get(first_row..).unwrap_or(&[]));
         self.chosen.extend_from_slice(group.next_tokens());
         if progress == Progress::Continue {
             self.going_on.push(index);

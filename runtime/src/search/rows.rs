@@ -116,7 +116,7 @@ impl Rows {
     pub(super) fn finish(self) -> Vec<Hypothesis> {
         let hypothesis = |Target { mut history, finish_reason }| {
             let tokens = history.split_off(self.prompt_len);
-            Hypothesis { tokens, score: None, finish_reason, logprobs: None }
+            Hypothesis { tokens, score: None, finish_reason, logprobs: None, cross_attentions: None }
         };
         self.targets.into_iter().map(hypothesis).collect()
     }
@@ -158,7 +158,8 @@ mod tests {
                     break;
                 }
             }
-            let hypothesis = Hypothesis { tokens: tokens.to_vec(), score: None, finish_reason, logprobs: None };
+            let tokens = tokens.to_vec();
+            let hypothesis = Hypothesis { tokens, score: None, finish_reason, logprobs: None, cross_attentions: None };
             assert_eq!(search.finish(), [hypothesis], "{name}");
         }
     }
@@ -189,6 +190,7 @@ mod tests {
             score: None,
             finish_reason,
             logprobs: None,
+            cross_attentions: None,
         };
         let expected = [
             hypothesis(&[5, 1], FinishReason::Eos),

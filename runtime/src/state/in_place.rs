@@ -9,7 +9,7 @@ use ort::memory::Allocator;
 use ort::session::{IoBinding, NoSelectedOutputs, RunOptions, Session};
 use ort::value::{DynValue, Tensor};
 
-use super::keep_rows;
+use super::{Returned, attended_port, keep_rows};
 
 /// Room for this many target tokens to begin with.
 const FIRST_CAPACITY: usize = 64;
@@ -40,6 +40,8 @@ struct Bound {
     positions: Tensor<i64>,
     /// The name of the session's first output.
     logits: String,
+    /// The name of what tells what the tokens attend to.
+    attended: Option<String>,
 }
 
 impl InPlace {
@@ -62,38 +64,41 @@ impl InPlace {
         Ok(InPlace { mask, sources, targets, length, common, bound, moved })
     }
 
-    /// Runs the cached step for `tokens`, as many for each row, and returns its logits.
+    /// Runs the cached step for `tokens`, as many for each row, and returns what it says.
     pub fn step(
         &mut self,
         session: &mut Session,
         tokens: &[i64],
         options: &RunOptions<NoSelectedOutputs>,
-    ) -> ort::Result<DynValue> {
+    ) -> ort::Result<Returned> {
         let rows = self.mask_rows();
         let count = tokens.len() / rows;
         if count > 1 && rows > 1 {
             // The attention over a cache takes several tokens of a single row only: one after the other, then.
-            let mut logits = None;
+            let mut last = None;
             for at in 0..count {
                 let each: Vec<i64> = tokens.iter().skip(at).step_by(count).copied().collect();
-                logits = Some(self.step(session, &each, options)?);
+                last = Some(self.step(session, &each, options)?);
             }
-            return logits.ok_or_else(|| ort::Error::new("a step without tokens"));
+            return last.ok_or_else(|| ort::Error::new("a step without tokens"));
         }
         self.reserve(count)?;
         if self.bound.as_ref().is_none_or(|bound| bound.ids.shape()[1] as usize != count) {
             self.bound = Some(self.bind(session, rows, count)?);
         }
-        let Some(Bound { binding, ids, positions, logits }) = &mut self.bound else { unreachable!("bound just above") };
+        let Some(Bound { binding, ids, positions, logits, attended }) = &mut self.bound else {
+            unreachable!("bound just above")
+        };
         ids.extract_tensor_mut().1.copy_from_slice(tokens);
         for (at, position) in positions.extract_tensor_mut().1.iter_mut().enumerate() {
             *position = (self.length + at % count) as i64;
         }
         let mut outputs = session.run_binding_with_options(binding, options)?;
         let logits = outputs.remove(logits.as_str()).ok_or_else(|| ort::Error::new("no logits"))?;
+        let attended = attended.as_ref().and_then(|name| outputs.remove(name.as_str()));
         self.length += count;
         // Rows that were equal so far may differ in the new tokens: what they have in common does not grow.
-        Ok(logits)
+        Ok(Returned { logits, attended })
     }
 
     fn mask_rows(&self) -> usize {
@@ -118,6 +123,11 @@ impl InPlace {
         let scored = if scores.get(1) == Some(&1) { 1 } else { count };
         let vocab_size = scores.last().map_or(0, |&size| size as usize);
         binding.bind_output(logits.clone(), &mut Tensor::<f32>::new(&allocator, [rows, scored, vocab_size])?)?;
+        let attended = attended_port(session);
+        if let Some(name) = &attended {
+            let source = self.mask.shape()[1] as usize;
+            binding.bind_output(name, &mut Tensor::<f32>::new(&allocator, [rows, count, source])?)?;
+        }
         for (own, source) in self.targets.chunks_exact_mut(2).zip(self.sources.chunks_exact(2)) {
             for target in own {
                 binding.bind_input(next("input", &mut inputs)?, target)?;
@@ -127,7 +137,7 @@ impl InPlace {
                 binding.bind_input(next("input", &mut inputs)?, source)?;
             }
         }
-        Ok(Bound { binding, ids, positions, logits })
+        Ok(Bound { binding, ids, positions, logits, attended })
     }
 
     /// Makes room for `count` more tokens.

@@ -13,6 +13,8 @@ use ort::memory::Allocator;
 use ort::session::{IoBinding, NoSelectedOutputs, RunOptions, Session};
 use ort::value::{DynValue, Tensor, TensorValueType};
 
+use super::{Returned, attended_port};
+
 /// Room for this many target tokens at least.
 const LEAST_CAPACITY: usize = 64;
 
@@ -56,6 +58,8 @@ struct Bound {
     positions: Tensor<i64>,
     /// The name of the session's first output.
     logits: String,
+    /// The name of what tells what the tokens attend to.
+    attended: Option<String>,
 }
 
 /// What the first decoder step returned of some sources.
@@ -144,13 +148,13 @@ impl Ragged {
         self.rebuild(&from, members, None)
     }
 
-    /// Runs the cached step for one token of each row, and returns its logits.
+    /// Runs the cached step for one token of each row, and returns what it says.
     pub fn step(
         &mut self,
         session: &mut Session,
         tokens: &[i64],
         options: &RunOptions<NoSelectedOutputs>,
-    ) -> ort::Result<DynValue> {
+    ) -> ort::Result<Returned> {
         let longest = self.members.iter().map(|member| member.length).max().unwrap_or(0);
         if self.targets.first().is_some_and(|target| longest as i64 >= target.shape()[2]) {
             let from: Vec<From> = (0..self.rows()).map(From::Row).collect();
@@ -159,14 +163,17 @@ impl Ragged {
         if self.bound.is_none() {
             self.bound = Some(self.bind(session)?);
         }
-        let Some(Bound { binding, ids, positions, logits }) = &mut self.bound else { unreachable!("bound just above") };
+        let Some(Bound { binding, ids, positions, logits, attended }) = &mut self.bound else {
+            unreachable!("bound just above")
+        };
         ids.extract_tensor_mut().1.copy_from_slice(tokens);
         let lengths = self.members.iter().flat_map(|member| std::iter::repeat_n(member.length as i64, member.rows));
         positions.extract_tensor_mut().1.iter_mut().zip(lengths).for_each(|(position, length)| *position = length);
         let mut outputs = session.run_binding_with_options(binding, options)?;
         let logits = outputs.remove(logits.as_str()).ok_or_else(|| ort::Error::new("no logits"))?;
+        let attended = attended.as_ref().and_then(|name| outputs.remove(name.as_str()));
         self.members.iter_mut().for_each(|member| member.length += 1);
-        Ok(logits)
+        Ok(Returned { logits, attended })
     }
 
     fn bind(&mut self, session: &Session) -> ort::Result<Bound> {
@@ -187,6 +194,11 @@ impl Ragged {
         let scores = session.outputs()[0].dtype().tensor_shape().map(|shape| shape.to_vec()).unwrap_or_default();
         let vocab_size = scores.last().map_or(0, |&size| size as usize);
         binding.bind_output(logits.clone(), &mut Tensor::<f32>::new(&allocator, [rows, 1, vocab_size])?)?;
+        let attended = attended_port(session);
+        if let Some(name) = &attended {
+            let source = mask.shape()[1] as usize;
+            binding.bind_output(name, &mut Tensor::<f32>::new(&allocator, [rows, 1, source])?)?;
+        }
         for (own, source) in self.targets.chunks_exact_mut(2).zip(self.sources.chunks_exact(2)) {
             for target in own {
                 binding.bind_input(next("input", &mut inputs)?, target)?;
@@ -196,7 +208,7 @@ impl Ragged {
                 binding.bind_input(next("input", &mut inputs)?, source)?;
             }
         }
-        Ok(Bound { binding, ids, positions, logits })
+        Ok(Bound { binding, ids, positions, logits, attended })
     }
 
     /// Moves everything: row `r` is taken from `from[r]`.

@@ -13,7 +13,7 @@ use ort::session::{IoBinding, NoSelectedOutputs, RunOptions, Session};
 use ort::value::{DynValue, Tensor};
 use t5gemma_graphs::interface::{CacheLayout, DType};
 
-use super::keep_rows;
+use super::{Returned, attended_port, keep_rows};
 use crate::model::Graph;
 use crate::scores::Wanted;
 
@@ -73,7 +73,7 @@ pub(crate) struct Resident {
 }
 
 impl Resident {
-    /// Runs the first decoder graph, and returns its logits where it has some: with a cache of fixed capacity the first
+    /// Runs the first decoder graph, and returns what it says where it is a step: with a cache of fixed capacity the first
     /// tokens are for [`Resident::step`] as all others.
     pub(super) fn start(
         plan: &Plan,
@@ -81,7 +81,7 @@ impl Resident {
         mask: DynValue,
         (ids, hidden): (&DynValue, &DynValue),
         options: &RunOptions<NoSelectedOutputs>,
-    ) -> ort::Result<(Resident, Option<DynValue>)> {
+    ) -> ort::Result<(Resident, Option<Returned>)> {
         let (items, prompt) = (mask.shape()[0] as usize, ids.shape()[1] as usize);
         let mut binding = session.create_binding()?;
         let is_static = matches!(plan.layout, CacheLayout::Static(_));
@@ -92,13 +92,19 @@ impl Resident {
         if let Some(logits) = &logits {
             binding.bind_output_to_device(logits, &Device::Cpu.memory()?)?;
         }
+        let attended = attended_port(session);
+        if let Some(attended) = &attended {
+            binding.bind_output_to_device(attended, &Device::Cpu.memory()?)?;
+        }
         let cached = plan.per_item.iter().filter(|&&per_item| per_item || !is_static).count();
         names.truncate(cached);
         let memory = plan.device.memory()?;
         names.iter().try_for_each(|name| binding.bind_output_to_device(name, &memory))?;
         let mut outputs = session.run_binding_with_options(&binding, options)?;
         let mut take = |name: &str| outputs.remove(name).ok_or_else(|| ort::Error::new(format!("no {name}")));
+        let attended = attended.map(|name| take(&name)).transpose()?;
         let logits = logits.map(|name| take(&name)).transpose()?;
+        let returned = logits.map(|logits| Returned { logits, attended });
         let values = names.iter().map(|name| take(name)).collect::<ort::Result<Vec<_>>>()?;
         let (mut sources, mut targets) = (Vec::new(), Vec::new());
         match plan.layout {
@@ -121,26 +127,26 @@ impl Resident {
             let rows: Vec<usize> = (0..items).collect();
             resident.replace(&rows, FIRST_CAPACITY.max((length + 1).next_power_of_two()))?;
         }
-        Ok((resident, logits))
+        Ok((resident, returned))
     }
 
-    /// Runs the cached step for `tokens`, as many for each row, and returns its logits.
+    /// Runs the cached step for `tokens`, as many for each row, and returns what it says.
     pub fn step(
         &mut self,
         session: &mut Session,
         tokens: &[i64],
         options: &RunOptions<NoSelectedOutputs>,
-    ) -> ort::Result<DynValue> {
+    ) -> ort::Result<Returned> {
         let count = tokens.len() / self.rows;
         let in_place = self.plan.layout == CacheLayout::InPlace;
         if in_place && count > 1 && self.rows > 1 {
             // The attention over a cache takes several tokens of a single row only: one after the other, then.
-            let mut logits = None;
+            let mut last = None;
             for at in 0..count {
                 let each: Vec<i64> = tokens.iter().skip(at).step_by(count).copied().collect();
-                logits = Some(self.step(session, &each, options)?);
+                last = Some(self.step(session, &each, options)?);
             }
-            return logits.ok_or_else(|| ort::Error::new("a step without tokens"));
+            return last.ok_or_else(|| ort::Error::new("a step without tokens"));
         }
         self.reserve(count)?;
         let mut binding = match self.bound.take() {
@@ -162,6 +168,10 @@ impl Resident {
             binding.bind_input(session.inputs()[2].name(), &Tensor::from_array((shape, positions))?)?;
         }
         binding.bind_output_to_device(&logits, &Device::Cpu.memory()?)?;
+        let attended = attended_port(session);
+        if let Some(attended) = &attended {
+            binding.bind_output_to_device(attended, &Device::Cpu.memory()?)?;
+        }
         let presents = self.targets.iter().map(|_| name()).collect::<ort::Result<Vec<_>>>()?;
         if !in_place {
             let memory = self.plan.device.memory()?;
@@ -170,13 +180,14 @@ impl Resident {
         let mut outputs = session.run_binding_with_options(&binding, options)?;
         let mut take = |name: &str| outputs.remove(name).ok_or_else(|| ort::Error::new(format!("no {name}")));
         let logits = take(&logits)?;
+        let attended = attended.map(|name| take(&name)).transpose()?;
         if !in_place {
             self.targets = presents.iter().map(|name| take(name)).collect::<ort::Result<_>>()?;
         }
         drop(outputs);
         self.bound = in_place.then_some(binding);
         self.length += count;
-        Ok(logits)
+        Ok(Returned { logits, attended })
     }
 
     /// All that stays from step to step: in place that is everything but the tokens.

@@ -43,6 +43,14 @@ impl<'g> Value<'g> {
         self.reduced("ReduceMax", axis)
     }
 
+    /// The mean along axes, which stay with length 1.
+    #[track_caller]
+    pub fn mean_along(self, axes: &[isize]) -> Value<'g> {
+        let mut shape = self.shape();
+        axes.iter().for_each(|&axis| shape[self.axis(axis)] = Dim::fixed(1));
+        self.one("ReduceMean", &[self, self.graph.axes(axes)], self.dtype(), shape)
+    }
+
     #[track_caller]
     fn reduced(self, op: &'static str, axis: isize) -> Value<'g> {
         let (mut shape, at) = (self.shape(), self.axis(axis));

@@ -59,6 +59,8 @@ class Hypothesis:
     top_tokens: np.ndarray | None
     """[tokens, top_logprobs], best first."""
     top_logprobs: np.ndarray | None
+    cross_attentions: np.ndarray | None
+    """float32 [tokens, source tokens], with output_attentions: how much each token attended to each of the source."""
 
 
 class _Owner:
@@ -232,13 +234,16 @@ class Model(_Opened):
         *,
         top_logprobs: int = 0,
         without_end: bool = False,
+        output_attentions: bool = False,
         attention_mask: np.ndarray | None = None,
         cancellation: Cancellation | None = None,
         deadline: float = 0.0,
     ) -> list[Hypothesis]:
         """How likely targets are, one for each source."""
         given = _Given(sources, attention_mask)
-        wanted = filled("t5g_targets", without_end=int(without_end))
+        wanted = filled(
+            "t5g_targets", without_end=int(without_end), output_attentions=int(output_attentions)
+        )
         if all(isinstance(target, str) for target in targets):
             texts, sizes, keep = _texts(targets)
             wanted.texts, wanted.text_sizes = ctypes.addressof(texts), ctypes.addressof(sizes)
@@ -577,6 +582,9 @@ def _hypothesis(result: int, row: int, index: int) -> Hypothesis:
         logprobs=_copied(found.logprobs, (count,), np.float32) if found.logprobs else None,
         top_tokens=_copied(found.top_tokens, top, np.int64) if found.top_count else None,
         top_logprobs=_copied(found.top_logprobs, top, np.float32) if found.top_count else None,
+        cross_attentions=_copied(found.cross_attentions, (count, found.source_length), np.float32)
+        if found.cross_attentions
+        else None,
     )
 
 

@@ -1,0 +1,268 @@
+//! What targets attended to in their sources while they were generated, and how much of a source one has covered: for those
+//! who ask for it with `output_attentions`, and for beam search with a `coverage_penalty`. Only numbers that a step returned;
+//! which they are was decided when the model was exported.
+
+use std::slice::ChunksExact;
+
+use crate::options::GenerationOptions;
+use crate::places::Places;
+use crate::search::{Candidate, Search};
+
+/// How much each token of a target attended to each token of its source when it was chosen: probabilities, the mean over heads
+/// and those decoder layers that the model was exported with. A row sums to 1; padding of the source has 0.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct CrossAttentions {
+    source: usize,
+    values: Vec<f32>,
+}
+
+impl CrossAttentions {
+    /// Before the first token, for a source of so many tokens with its padding.
+    pub(crate) fn of_source(source: usize) -> CrossAttentions {
+        CrossAttentions { source, values: Vec::new() }
+    }
+
+    /// Takes the next token's; what is behind the source made rows equally long.
+    pub(crate) fn push(&mut self, attended: &[f32]) {
+        self.values.extend_from_slice(&attended[..self.source]);
+    }
+
+    /// The source's tokens as it was given, with padding of its own.
+    pub fn source_length(&self) -> usize {
+        self.source
+    }
+
+    /// All numbers, `[target tokens, source tokens]`.
+    pub fn values(&self) -> &[f32] {
+        &self.values
+    }
+
+    /// The numbers of each target token.
+    pub fn tokens(&self) -> ChunksExact<'_, f32> {
+        self.values.chunks_exact(self.source.max(1))
+    }
+
+    /// The numbers of each target token with as many digits as tell float32 apart, as JSON is to have them.
+    pub fn decimals(&self) -> impl Iterator<Item = Vec<f64>> {
+        let number = |x: &f32| x.to_string().parse::<f64>().unwrap_or_else(|_| f64::from(*x));
+        self.tokens().map(move |row| row.iter().map(number).collect())
+    }
+
+    /// The source token that each target token attended to most; of several the first.
+    pub fn most_attended(&self) -> Vec<usize> {
+        let most = |row: &[f32]| (1..row.len()).fold(0, |most, at| if row[at] > row[most] { at } else { most });
+        self.tokens().map(most).collect()
+    }
+}
+
+/// `coverage_penalty · Σ log(min(coverage, 1))` over the source's tokens but for padding, where the coverage of a source token
+/// is what all tokens of the target attended to it: 0 for a target that covers its source, and less for others. What has no
+/// coverage that a float32 can tell counts as the least that it can.
+///
+/// The formula is that of Wu et al., "Google's Neural Machine Translation System" (arXiv 1609.08144), equation 14.
+fn coverage_term(penalty: f64, covered: &[f32], mask: &[i64]) -> f32 {
+    let visible = covered.iter().zip(mask).filter(|(_, mask)| **mask != 0);
+    let sum: f64 = visible.map(|(&covered, _)| f64::from(covered.clamp(f32::MIN_POSITIVE, 1.0)).ln()).sum();
+    (penalty * sum) as f32
+}
+
+/// What the rows of a search attend to, step by step.
+pub(crate) struct Attending {
+    places: Places,
+    /// By place, what the token chosen there attends to; nothing before its step.
+    attended: Vec<Vec<f32>>,
+    /// The source's mask.
+    mask: Vec<i64>,
+    penalty: f64,
+    /// For each row of the step, what a hypothesis gets that ends by continuing it; none without a penalty.
+    endings: Vec<f32>,
+    /// For each row of the step, what its target has attended to, this step included.
+    covered: Vec<Vec<f32>>,
+}
+
+impl Attending {
+    /// Before the first step, for a source with such a mask; nothing if no option asks for it.
+    pub fn new(options: &GenerationOptions, mask: &[i64]) -> Option<Attending> {
+        let is_wanted = options.output_attentions || options.coverage_penalty != 0.0;
+        is_wanted.then(|| Attending {
+            places: Places::default(),
+            attended: vec![Vec::new()],
+            mask: mask.to_vec(),
+            penalty: options.coverage_penalty,
+            endings: Vec::new(),
+            covered: Vec::new(),
+        })
+    }
+
+    /// Takes what the rows of a step attend to, `[rows, at least the source]`, of `width` rows or one for all of them.
+    pub fn step(&mut self, attended: &[f32], rows: usize, width: usize) {
+        self.places.step(width);
+        self.covered.resize(width, vec![0.0; self.mask.len()]);
+        self.endings.clear();
+        let rows: Vec<&[f32]> = attended.chunks_exact(attended.len() / rows).collect();
+        for (row, covered) in self.covered.iter_mut().enumerate() {
+            let attended = &rows[row.min(rows.len() - 1)][..self.mask.len()];
+            let place = &mut self.attended[self.places.of_row(row)];
+            if place.is_empty() {
+                place.extend_from_slice(attended);
+            }
+            if self.penalty != 0.0 {
+                covered.iter_mut().zip(attended).for_each(|(covered, attended)| *covered += attended);
+                self.endings.push(coverage_term(self.penalty, covered, &self.mask));
+            }
+        }
+    }
+
+    /// Takes candidates of the step.
+    pub fn take(&mut self, candidates: &[Candidate]) {
+        for candidate in candidates {
+            if self.places.take(candidate) {
+                self.attended.push(Vec::new());
+            }
+        }
+    }
+
+    /// For each row of the step, what is added to the score of a hypothesis that ends by continuing it; empty without a
+    /// penalty.
+    pub fn endings(&self) -> &[f32] {
+        &self.endings
+    }
+
+    /// Follows the rows that go on after the candidates that were taken.
+    pub fn follow(&mut self, search: &Search) {
+        self.places.follow(search);
+        self.covered = search.parents().iter().map(|&parent| self.covered[parent].clone()).collect();
+    }
+
+    /// What a hypothesis attended to.
+    pub fn of(&self, tokens: &[i64]) -> CrossAttentions {
+        let mut found = CrossAttentions::of_source(self.mask.len());
+        self.places.along(tokens).for_each(|(place, _)| found.push(&self.attended[place]));
+        found
+    }
+
+    /// What is added to the score of a target that ends behind `tokens`.
+    pub fn ending(&self, tokens: &[i64]) -> f32 {
+        if self.penalty == 0.0 {
+            return 0.0;
+        }
+        let mut covered = vec![0.0; self.mask.len()];
+        for (place, _) in self.places.along(tokens) {
+            covered.iter_mut().zip(&self.attended[place]).for_each(|(covered, attended)| *covered += attended);
+        }
+        coverage_term(self.penalty, &covered, &self.mask)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::scores::Processors;
+    use crate::search::Progress;
+
+    #[test]
+    fn coverage_is_what_all_tokens_attended_to_a_source_token() {
+        const LEAST: f64 = -87.336_544_750_553_1; // ln of the least normal float32
+        // name, penalty, coverage, mask, what is added
+        type Case = (&'static str, f64, &'static [f32], &'static [i64], f64);
+        let cases: &[Case] = &[
+            ("all covered", 1.0, &[1.0, 1.0], &[1, 1], 0.0),
+            ("more than covered is no better", 1.0, &[3.5, 1.0], &[1, 1], 0.0),
+            ("half of one", 1.0, &[0.5, 1.5], &[1, 1], 0.5_f64.ln()),
+            ("half of each", 1.0, &[0.5, 0.5], &[1, 1], 2.0 * 0.5_f64.ln()),
+            ("the penalty is a factor", 0.2, &[0.5, 0.25], &[1, 1], 0.2 * 0.125_f64.ln()),
+            ("padding does not count", 1.0, &[0.0, 0.25, 0.0], &[0, 1, 0], 0.25_f64.ln()),
+            ("what was never attended to counts as the least", 1.0, &[0.0, 1.0], &[1, 1], LEAST),
+            ("below the least as well", 1.0, &[1e-42, 1.0], &[1, 1], LEAST),
+        ];
+        for &(name, penalty, covered, mask, expected) in cases {
+            let found = f64::from(coverage_term(penalty, covered, mask));
+            assert!((found - expected).abs() < 1e-6 * expected.abs().max(1.0), "{name}: {found}, expected {expected}");
+        }
+    }
+
+    #[test]
+    fn the_most_attended_is_the_first_of_the_greatest() {
+        let mut attended = CrossAttentions::of_source(3);
+        [[0.2, 0.5, 0.3, 9.0], [0.4, 0.4, 0.2, 9.0], [0.0, 0.5, 0.5, 9.0]].iter().for_each(|row| attended.push(row));
+        assert_eq!((attended.source_length(), attended.values().len()), (3, 9));
+        assert_eq!(attended.tokens().map(<[f32]>::to_vec).nth(1), Some(vec![0.4, 0.4, 0.2]));
+        assert_eq!(attended.most_attended(), [1, 0, 1]);
+    }
+
+    /// What a made-up model of ten tokens says of the token behind a history, and what that attends to.
+    fn said(history: &[i64]) -> ([f32; 10], [f32; 4]) {
+        let place = history.iter().fold(7i64, |sum, &token| (sum * 31 + token) % 1009);
+        let number = |at: usize| ((place * (at as i64 + 3)) % 101) as f32;
+        (std::array::from_fn(|token| number(token) / 20.0), std::array::from_fn(|at| number(at + 20) / 101.0))
+    }
+
+    #[test]
+    fn every_hypothesis_has_what_its_own_tokens_attended_to() {
+        let default = || GenerationOptions { output_attentions: true, ..GenerationOptions::default() };
+        let beams = || GenerationOptions { num_beams: 4, num_return_sequences: 4, ..default() };
+        let cases = [
+            ("greedy", default()),
+            ("beams", beams()),
+            ("beams that cover", GenerationOptions { coverage_penalty: 0.7, ..beams() }),
+            ("groups", GenerationOptions { num_beam_groups: 2, diversity_penalty: 1.0, ..beams() }),
+            (
+                "groups that cover",
+                GenerationOptions { num_beam_groups: 2, diversity_penalty: 1.0, coverage_penalty: 0.7, ..beams() },
+            ),
+            ("samples", GenerationOptions { do_sample: true, num_return_sequences: 5, top_k: 4, ..default() }),
+            ("alternatives", GenerationOptions { return_alternatives: true, num_return_sequences: 3, ..default() }),
+        ];
+        let mask = [1, 1, 1, 0];
+        for (name, options) in cases {
+            let mut search = Search::new(&options, &[2]);
+            let mut attending = Attending::new(&options, &mask).expect("asked for");
+            let processors = Processors::new(&options, &[], 1);
+            let mut is_first = true;
+            'steps: loop {
+                let rows: Vec<_> = (0..search.width()).map(|row| said(search.history(row))).collect();
+                let mut scores: Vec<f32> = rows.iter().flat_map(|(scores, _)| *scores).collect();
+                // The first step has one row for all, and rows are wider where other sources are longer.
+                let attended = rows.iter().take(if is_first { 1 } else { rows.len() });
+                let attended: Vec<f32> = attended.flat_map(|(_, [a, b, c, d])| [*a, *b, *c, *d, 9.0]).collect();
+                attending.step(&attended, attended.len() / 5, search.width());
+                is_first = false;
+                loop {
+                    let candidates = processors.candidates(&mut scores, &search);
+                    attending.take(&candidates);
+                    match search.advance_to_covered_ends(&candidates, &[], attending.endings()) {
+                        Progress::Turn => {}
+                        Progress::Continue => break,
+                        Progress::Done => break 'steps,
+                    }
+                }
+                attending.follow(&search);
+            }
+            let found = search.finish();
+            for hypothesis in &found {
+                let tokens = &hypothesis.tokens;
+                let expected: Vec<f32> =
+                    (0..tokens.len()).flat_map(|at| said(&[&[2], &tokens[..at]].concat()).1).collect();
+                assert!(!tokens.is_empty(), "{name}");
+                assert_eq!(attending.of(tokens).values(), expected, "{name}: {tokens:?}");
+                if let Some(score) = hypothesis.score {
+                    let sum: f64 = (0..tokens.len())
+                        .map(|at| {
+                            let logits = said(&[&[2], &tokens[..at]].concat()).0.map(f64::from);
+                            logits[tokens[at] as usize] - logits.iter().map(|x| x.exp()).sum::<f64>().ln()
+                        })
+                        .sum();
+                    let covered = (0..3).map(|at| expected.chunks(4).map(|row| f64::from(row[at])).sum::<f64>());
+                    let covered: f64 = covered.map(|covered| covered.min(1.0).ln()).sum();
+                    let score_expected = sum / tokens.len() as f64 + options.coverage_penalty * covered;
+                    // What groups subtract for each other is part of their sums.
+                    if options.num_beam_groups == 1 {
+                        assert!((f64::from(score) - score_expected).abs() < 1e-4, "{name}: {score}, {score_expected}");
+                    }
+                    let ending = f64::from(attending.ending(tokens));
+                    assert!((ending - options.coverage_penalty * covered).abs() < 1e-4, "{name}: {ending}");
+                }
+            }
+        }
+    }
+}
