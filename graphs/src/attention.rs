@@ -90,7 +90,9 @@ fn attention<'g>(query: Value<'g>, key_value: KeyValue<'g>, visible: Value<'g>, 
 /// `o(x)` of all heads' `[batch, queries, heads, head_dim]`.
 fn merged<'g>(x: Value<'g>, w: &Weights<'g>) -> Value<'g> {
     let (tokens, width) = (x.dim(0).times(&x.dim(1)), w.side.num_attention_heads * w.side.head_dim);
-    w.output_projection(x.reshape(&[tokens, width.into()]))
+    // TensorRT bounds what it has to infer by quotients, so that after the quotient of beams each layer would be as many times
+    // larger than the one before as there are sources at most.
+    w.output_projection(x.reshape_to_known(&[tokens, width.into()]))
 }
 
 /// Rotated queries, and the rotated keys and the values of the given tokens.

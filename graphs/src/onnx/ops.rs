@@ -218,6 +218,25 @@ impl<'g> Value<'g> {
     /// read off tensors that have them.
     #[track_caller]
     pub fn reshape(self, to: &[Dim]) -> Value<'g> {
+        let open = self.open(to);
+        let inferred = open.iter().find(|&&axis| !self.graph.has_size(&to[axis])).or(open.first()).copied();
+        self.reshaped(to, inferred)
+    }
+
+    /// [`Value::reshape`] that infers nothing: all dimensions that vary are read off tensors that have them.
+    #[track_caller]
+    pub fn reshape_to_known(self, to: &[Dim]) -> Value<'g> {
+        self.reshaped(to, None)
+    }
+
+    /// The axes of `to` that are neither fixed nor copied from the same axis of this tensor.
+    fn open(self, to: &[Dim]) -> Vec<usize> {
+        let from = self.shape();
+        (0..to.len()).filter(|&axis| to[axis].as_fixed().is_none() && from.get(axis) != Some(&to[axis])).collect()
+    }
+
+    #[track_caller]
+    fn reshaped(self, to: &[Dim], inferred: Option<usize>) -> Value<'g> {
         let from = self.shape();
         if from == to {
             return self;
@@ -226,16 +245,14 @@ impl<'g> Value<'g> {
         if product(&from) != product(to) {
             self.graph.mistake(format!("Reshape of {} to {}", Dim::list(&from), Dim::list(to)));
         }
-        let copied = |axis: usize| from.get(axis) == Some(&to[axis]);
-        let open: Vec<usize> = (0..to.len()).filter(|&axis| to[axis].as_fixed().is_none() && !copied(axis)).collect();
-        let inferred = open.iter().find(|&&axis| !self.graph.has_size(&to[axis])).or(open.first()).copied();
+        let open = self.open(to);
         let vector = |numbers: Vec<i64>| self.graph.constant(DType::Int64, &[numbers.len()], Data::Ints(numbers));
         let number = |axis: usize| match to[axis].as_fixed() {
             Some(size) => size as i64,
             None if inferred == Some(axis) => -1,
             None => 0,
         };
-        let shape = if open.len() <= 1 {
+        let shape = if open.iter().all(|&axis| inferred == Some(axis)) {
             vector((0..to.len()).map(number).collect())
         } else {
             let parts: Vec<Value<'g>> = (0..to.len())
