@@ -133,17 +133,19 @@ fn the_demo_keeps_its_answers_in_few_bits() {
         .map(|case| json!({"text": case["text"], "options": {"max_new_tokens": 128}}).to_string())
         .collect();
     // Of the held-out sentences 8 bits may change 3 in a thousand, 4 bits 15; here are a hundred.
-    for (bits, size, changed) in [(8, 128, 1), (4, 32, 3)] {
+    for (target, bits, size, changed) in
+        [(Target::Cpu, 8, 128, 1), (Target::Cpu, 4, 32, 3), (Target::TensorRt, 4, 32, 3)]
+    {
         let blocks = Some(Blocks { bits, size, symmetric: true });
         let quantization = Quantization { encoder: blocks, decoder: blocks, head: blocks, exclude: Vec::new() };
-        let export = Export { target: Target::Cpu, quantization, ..Export::default() };
-        let model = demo_as(&format!("int{bits}"), export);
+        let export = Export { target, quantization, ..Export::default() };
+        let model = demo_as(&format!("{}-int{bits}", target.name()), export);
         let model = model.to_str().expect("temporary paths are UTF-8");
         let output = stdout(run("t5gemma", ["generate", model, "--jsonl"], &(lines.join("\n") + "\n")));
         let found = output.lines().map(|line| serde_json::from_str::<Value>(line).expect("a JSON line"));
         let other = found.zip(&expected).filter(|(found, case)| found["sequences"][0][0]["tokens"] != case["greedy"]);
         let other = other.count();
-        assert!(other <= changed, "{bits} bits: {other} of {} answers changed", expected.len());
+        assert!(other <= changed, "{target:?}, {bits} bits: {other} of {} answers changed", expected.len());
     }
 }
 

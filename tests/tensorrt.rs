@@ -9,6 +9,8 @@ use serde_json::{Value, json};
 use t5gemma_exporter::{Export, Finding, TensorRt, check};
 use t5gemma_graphs::Target;
 use t5gemma_graphs::interface::{DType, Logits};
+use t5gemma_graphs::onnx::Blocks;
+use t5gemma_graphs::quantization::Quantization;
 
 use crate::common::{FIXTURES, exported, exported_as, exported_for, fixture, python, run, stdout};
 
@@ -35,6 +37,14 @@ fn every_graph_for_tensorrt_passes_the_check() {
                 assert_eq!(findings(&served(name, dtype, capacity), "tensorrt"), [], "{name} {dtype} {capacity:?}");
             }
         }
+    }
+    let blocks = Some(Blocks { bits: 4, size: 16, symmetric: true });
+    let quantization = Quantization { encoder: blocks, decoder: blocks, head: blocks, exclude: Vec::new() };
+    for dtype in [DType::BFloat16, DType::Float16] {
+        let export =
+            Export { target: Target::TensorRt, dtype, quantization: quantization.clone(), ..Export::default() };
+        let model = exported_as("tiny-balanced", &format!("int4-{dtype}"), export);
+        assert_eq!(findings(&model, "tensorrt"), [], "{dtype} and int4");
     }
     for version in ["tensorrt=10.0", "tensorrt=10.16", "tensorrt=11.1", "tensorrt=rtx"] {
         assert_eq!(findings(&served("tiny-balanced", DType::BFloat16, Some(32)), version), [], "{version}");
@@ -132,6 +142,9 @@ fn plans_that_do_not_fit_are_refused() {
         (&["--target", "cuda", "--cache", "static=16"], 1, "--cache: expected a target"),
         (&["--target", "tensorrt", "--cache", "static=99999"], 1, "--cache: expected static=1 to static="),
         (&["--target", "tensorrt", "--candidates", "0"], 1, "--candidates: expected 1 to"),
+        (&["--target", "tensorrt", "--quantize", "int8"], 1, "--quantize: expected int4 for target tensorrt"),
+        (&["--target", "tensorrt", "--quantize", "int4", "--asymmetric"], 1, "--asymmetric: expected blocks without"),
+        (&["--target", "tensorrt", "--quantize", "int4", "--block-size", "128"], 1, "--block-size: expected a divisor"),
         (&["--target", "tensorrt", "--cache", "16"], 2, "expected static=N"),
         (&["--target", "tensorrt", "--plan", "source=9"], 2, "target"),
     ] {

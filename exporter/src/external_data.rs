@@ -15,6 +15,7 @@ use t5gemma_graphs::onnx::{Adjust, Blocks, DType, Part};
 use crate::convert::{convert, read, round};
 use crate::dummy;
 use crate::quantize::{PackedRows, pack};
+use crate::signed::pack_signed;
 use crate::weights::{Weight, found};
 use crate::{Source, Watch};
 
@@ -64,7 +65,7 @@ pub fn write(path: &Path, weights: &[Weight], source: &Source, watch: &dyn Watch
         padding.resize((record.offset - out.written) as usize, 0);
         out.put(padding).with_context(failed)?;
         let ready = match weight.adjust {
-            Adjust::Packed(_) => {
+            Adjust::Packed(_) | Adjust::Signed(_) => {
                 packed = PackedRows::default();
                 None
             }
@@ -90,18 +91,23 @@ pub fn write(path: &Path, weights: &[Weight], source: &Source, watch: &dyn Watch
             let mut numbers = Numbers::of(part, weight.adjust, source)?;
             let (count, row) = (part.shape.iter().product::<usize>(), part.shape.last().copied().unwrap_or(1));
             let chunk = match weight.adjust {
-                Adjust::Packed(_) => (CHUNK / row).max(1) * row,
+                Adjust::Packed(_) | Adjust::Signed(_) => (CHUNK / row).max(1) * row,
                 _ => CHUNK,
             };
             for first in (0..count).step_by(chunk) {
                 watch.check()?;
                 let mut bytes = out.hashing.buffer();
                 let chunk = chunk.min(count - first);
-                if let Adjust::Packed(blocks) = weight.adjust {
+                let pack: Option<(Pack, Blocks)> = match weight.adjust {
+                    Adjust::Packed(blocks) => Some((pack, blocks)),
+                    Adjust::Signed(blocks) => Some((pack_signed, blocks)),
+                    _ => None,
+                };
+                if let Some((pack, blocks)) = pack {
                     scratch.resize(chunk, 0.0);
                     numbers.next_float32(&mut scratch).with_context(|| source.place(&part.tensor))?;
                     bytes.clear();
-                    pack_rows(&scratch, row, blocks, &mut bytes, &mut packed);
+                    pack_rows(&scratch, (row, pack, blocks), &mut bytes, &mut packed);
                 } else {
                     bytes.resize(chunk * weight.dtype.size(), 0);
                     numbers.next(weight, &mut scratch, &mut bytes).with_context(|| source.place(&part.tensor))?;
@@ -117,8 +123,11 @@ pub fn write(path: &Path, weights: &[Weight], source: &Source, watch: &dyn Watch
     Ok(WeightsRecord { file: name, record: FileRecord { bytes: total, sha256 }, sample_sha256, tensors })
 }
 
+/// Packs some rows of as many numbers.
+type Pack = fn(&[f32], usize, Blocks) -> PackedRows;
+
 /// Packs rows of `k` numbers on all cores: adds their bytes to `bytes`, and their scales and zero points to `packed`.
-fn pack_rows(rows: &[f32], k: usize, blocks: Blocks, bytes: &mut Vec<u8>, packed: &mut PackedRows) {
+fn pack_rows(rows: &[f32], (k, pack, blocks): (usize, Pack, Blocks), bytes: &mut Vec<u8>, packed: &mut PackedRows) {
     let threads = thread::available_parallelism().map_or(1, Into::into);
     let share = (rows.len() / k).div_ceil(threads).max(1) * k;
     thread::scope(|scope| {

@@ -23,6 +23,7 @@ mod plan;
 mod presets;
 mod proto;
 mod quantize;
+mod signed;
 mod weights;
 
 use std::collections::BTreeMap;
@@ -33,7 +34,7 @@ use std::{fs, thread};
 use anyhow::{Context, Result, bail, ensure};
 use serde::de::IgnoredAny;
 use sha2::{Digest, Sha256};
-use t5gemma_graphs::config::Config;
+use t5gemma_graphs::config::{Config, Side};
 use t5gemma_graphs::interface::{self, CacheLayout, DType, Logits};
 use t5gemma_graphs::manifest::{self, EncoderWindow, FORMAT, FORMAT_VERSION, FileRecord, GraphRecord, Manifest};
 use t5gemma_graphs::onnx::Blocks;
@@ -294,9 +295,13 @@ impl Export {
             bail!("--cache: expected a target with a cache of fixed capacity ({those}), found target {target}");
         }
         let parts = [self.quantization.encoder, self.quantization.decoder, self.quantization.head];
-        for Blocks { bits, size, .. } in parts.into_iter().flatten() {
+        for Blocks { bits, size, symmetric } in parts.into_iter().flatten() {
             ensure!(matches!(bits, 4 | 8), "--quantize: expected int8 or int4, found {bits} bits");
             ensure!(matches!(size, 16 | 32 | 64 | 128), "--block-size: expected 16, 32, 64 or 128, found {size}");
+            if self.target.signs_packed() {
+                ensure!(bits == 4, "--quantize: expected int4 for target {target}, found int{bits}");
+                ensure!(symmetric, "--asymmetric: expected blocks without zero points for target {target}");
+            }
         }
         Ok(())
     }
@@ -304,6 +309,21 @@ impl Export {
 
 /// Refuses sizes that do not fit the model.
 fn check_sizes(config: &Config, export: &Export) -> Result<()> {
+    let Quantization { encoder, decoder, head, .. } = &export.quantization;
+    let widths = |side: &Side| [side.hidden_size, side.num_attention_heads * side.head_dim, side.intermediate_size];
+    let (of_encoder, of_decoder) = (widths(&config.encoder), widths(&config.decoder));
+    let across = [config.encoder.hidden_size];
+    for (blocks, widths) in
+        [(encoder, &of_encoder[..]), (decoder, &of_decoder), (decoder, &across), (head, &of_decoder[..1])]
+    {
+        let Some(Blocks { size, .. }) = blocks.filter(|_| export.target.signs_packed()) else { continue };
+        if let Some(width) = widths.iter().find(|width| !width.is_multiple_of(size)) {
+            let target = export.target.name();
+            bail!(
+                "--block-size: expected a divisor of the matrices' widths for target {target}, found {size} for {width}"
+            );
+        }
+    }
     if let Some(capacity) = export.capacity {
         let most = config.decoder.max_position_embeddings;
         ensure!((1..=most).contains(&capacity), "--cache: expected static=1 to static={most}, found static={capacity}");

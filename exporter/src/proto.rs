@@ -188,6 +188,7 @@ fn data_type(dtype: DType) -> i32 {
         DType::Int64 => DataType::Int64,
         DType::Int32 => DataType::Int32,
         DType::UInt8 => DataType::Uint8,
+        DType::Int4 => DataType::Int4,
         DType::Bool => DataType::Bool,
     };
     code as i32

@@ -59,7 +59,7 @@ pub fn collect(graphs: &[&Definition]) -> Vec<Weight> {
 impl Weight {
     /// Length in the file of weights.
     pub fn bytes(&self) -> u64 {
-        (self.shape.iter().product::<usize>() * self.dtype.size()) as u64
+        self.dtype.bytes(self.shape.iter().product()).expect("the size of weights was checked") as u64
     }
 }
 
@@ -72,7 +72,9 @@ pub fn numbers(weights: &[Weight]) -> u64 {
 
 /// Checks that the size of all weights together can be counted, as it always can where a checkpoint has them.
 pub fn check_size(weights: &[Weight]) -> Result<()> {
-    let bytes = |weight: &Weight| weight.shape.iter().try_fold(weight.dtype.size(), |all, &size| all.checked_mul(size));
+    let bytes = |weight: &Weight| {
+        weight.dtype.bytes(weight.shape.iter().try_fold(1_usize, |all, &size| all.checked_mul(size))?)
+    };
     let total = weights.iter().try_fold(0_usize, |all, weight| all.checked_add(bytes(weight)?));
     // Half of what can be counted leaves room for the gaps between tensors.
     ensure!(

@@ -73,7 +73,12 @@ impl Target {
 
     /// Whether matrices can be held in few bits.
     pub fn reads_packed(self) -> bool {
-        matches!(self, Target::Cpu | Target::Cuda)
+        self != Target::Portable
+    }
+
+    /// Whether these are signed numbers of 4 bits with positive scales, as standard operators have them.
+    pub fn signs_packed(self) -> bool {
+        self == Target::TensorRt
     }
 
     /// Whether the graphs are for a device with a memory of its own.

@@ -57,7 +57,10 @@ impl<'g> Weights<'g> {
         let parameter = |dtype, shape: &[usize], adjust| self.graph.parameter(&self.path, parts, dtype, shape, adjust);
         let of_row = blocks.of_row(k);
         Packed {
-            numbers: parameter(DType::UInt8, &[n, of_row, blocks.bytes()], Adjust::Packed(blocks)),
+            numbers: match self.options.target.signs_packed() {
+                true => parameter(DType::Int4, &[n, k], Adjust::Signed(blocks)),
+                false => parameter(DType::UInt8, &[n, of_row, blocks.bytes()], Adjust::Packed(blocks)),
+            },
             scales: parameter(self.dtype(), &[n, of_row], Adjust::Scales(blocks)),
             zero_points: (!blocks.symmetric)
                 .then(|| parameter(DType::UInt8, &[n, blocks.zero_point_bytes(k)], Adjust::ZeroPoints(blocks))),
@@ -77,7 +80,8 @@ impl<'g> Weights<'g> {
         let quantization = &self.options.quantization;
         let is_head = self.path == self.options.vocabulary.head;
         let blocks = if is_head { quantization.of(&self.path) } else { quantization.of_embedding(&self.path) };
-        let blocks = blocks.filter(|blocks| k.is_multiple_of(blocks.size))?;
+        // Standard operators would have to unpack the whole table.
+        let blocks = blocks.filter(|blocks| k.is_multiple_of(blocks.size) && !self.options.target.signs_packed())?;
         let (name, shape) = (format!("{}.rows", self.path), [n, k * usize::from(blocks.bits) / 8]);
         let parts = self.whole(&[n, k]);
         let numbers = self.graph.parameter(&name, &parts, DType::UInt8, &shape, Adjust::Packed(blocks));

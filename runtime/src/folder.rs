@@ -220,8 +220,8 @@ fn check_tensors(manifest_path: &Path, manifest: &Manifest) -> Result<(), Error>
         if !names.insert(tensor.name.as_str()) {
             return wrong(field("name"), "a name used once".into(), "the same name again".into());
         }
-        let elements = tensor.shape.iter().try_fold(tensor.dtype.size(), |bytes, &dim| bytes.checked_mul(dim));
-        if elements.map(|bytes| bytes as u64) != Some(tensor.bytes) {
+        let elements = tensor.shape.iter().try_fold(1_usize, |elements, &dim| elements.checked_mul(dim));
+        if elements.and_then(|elements| tensor.dtype.bytes(elements)).map(|bytes| bytes as u64) != Some(tensor.bytes) {
             let expected = format!("the size of {} {:?}", tensor.dtype, tensor.shape);
             return wrong(field("bytes"), expected, tensor.bytes.to_string());
         }

@@ -730,6 +730,7 @@ fn element_type(dtype: DType) -> TensorElementType {
         DType::Int64 => TensorElementType::Int64,
         DType::Int32 => TensorElementType::Int32,
         DType::UInt8 => TensorElementType::Uint8,
+        DType::Int4 => TensorElementType::Int4,
         DType::Bool => TensorElementType::Bool,
     }
 }

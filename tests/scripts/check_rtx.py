@@ -3,7 +3,8 @@
 `check_rtx.py EXPORTER FOLDER [--sizes SIZE...] [--minutes N]`.
 
 FOLDER is for the models: those of the tiny fixtures and of dummy weights in Google's sizes, in bfloat16 and float16, with a
-cache that grows and with one of a capacity, each with a serving plan whose profiles are used. Every graph is parsed, and compiled for SM80, SM89 and SM120. Exit status 1 if one is refused, or if the time is over before all are compiled. It is not the TensorRT
+cache that grows and with one of a capacity, these and the demo's also with weights of 4 bits, each with a serving plan whose
+profiles are used. Every graph is parsed, and compiled for SM80, SM89 and SM120. Exit status 1 if one is refused, or if the time is over before all are compiled. It is not the TensorRT
 of data centres, whose parser and compiler are close relatives: what this takes, that may still refuse.
 """
 
@@ -91,6 +92,11 @@ def exports(sizes, capacity):
                     yield f"{fixture.name} {label} aligned", aligned
             for size in sizes:
                 yield f"{size} {label}", [*ways, "--plan", plan, "--dummy-weights", "--preset", size]
+            if cache:
+                ways = [*ways, "--quantize", "int4", "--plan", plan]
+                yield f"demo {label} int4", [*ways, str(TESTS / "demo/checkpoint")]
+                for size in sizes:
+                    yield f"{size} {label} int4", [*ways, "--dummy-weights", "--preset", size]
 
 
 def main():

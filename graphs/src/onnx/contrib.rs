@@ -7,7 +7,7 @@ use super::{Blocks, Dim};
 /// A matrix `[n, k]` packed in blocks.
 #[derive(Clone, Copy)]
 pub struct Packed<'g> {
-    /// uint8 `[n, blocks, bytes of a block]`.
+    /// uint8 `[n, blocks, bytes of a block]`; for standard operators int4 `[n, k]`.
     pub numbers: Value<'g>,
     /// `[n, blocks]`, in the type of what is multiplied with the matrix.
     pub scales: Value<'g>,

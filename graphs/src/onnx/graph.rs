@@ -125,7 +125,9 @@ pub enum Adjust {
     OnePlus,
     /// Whole numbers of few bits, see [`Blocks`].
     Packed(Blocks),
-    /// What the packed numbers of a block are multiplied with.
+    /// The same as signed numbers, 0 for zero, one after the other and scaled by positive numbers; rows are whole blocks.
+    Signed(Blocks),
+    /// What the packed or signed numbers of a block are multiplied with.
     Scales(Blocks),
     /// The packed numbers that stand for zero, one a block.
     ZeroPoints(Blocks),
@@ -240,7 +242,7 @@ impl Graph {
         let name = match adjust {
             Adjust::AsIs => name.to_string(),
             Adjust::OnePlus => format!("{name}.one_plus"),
-            Adjust::Packed(Blocks { bits, .. }) => format!("{name}.int{bits}"),
+            Adjust::Packed(Blocks { bits, .. }) | Adjust::Signed(Blocks { bits, .. }) => format!("{name}.int{bits}"),
             Adjust::Scales(_) => format!("{name}.scales"),
             Adjust::ZeroPoints(_) => format!("{name}.zero_points"),
         };

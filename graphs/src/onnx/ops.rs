@@ -1,6 +1,7 @@
 //! The standard ONNX operators that model definitions use, each with its rule for dtypes and shapes.
 
 mod place;
+mod quantized;
 mod select;
 
 use std::ops::{Add, BitAnd, Div, Mul, Neg, Sub};
@@ -95,6 +96,7 @@ impl<'g> Value<'g> {
             DType::Bool => 9,
             DType::Float16 => 10,
             DType::BFloat16 => 16,
+            DType::Int4 => 22,
         };
         self.graph.node("Cast", &[self], &[("to", Attribute::Int(code))], &[(to, self.shape())])[0]
     }

@@ -20,22 +20,37 @@ pub enum DType {
     Int32,
     /// Byte: numbers packed into blocks.
     UInt8,
+    /// Signed 4-bit integer: two in a byte, the first in its lower half.
+    Int4,
     /// One byte, 0 or 1: masks inside a graph.
     Bool,
 }
 
 impl DType {
     /// Every type.
-    pub const ALL: [DType; 7] =
-        [DType::Float32, DType::Float16, DType::BFloat16, DType::Int64, DType::Int32, DType::UInt8, DType::Bool];
+    pub const ALL: [DType; 8] = [
+        DType::Float32,
+        DType::Float16,
+        DType::BFloat16,
+        DType::Int64,
+        DType::Int32,
+        DType::UInt8,
+        DType::Int4,
+        DType::Bool,
+    ];
 
-    /// The bytes of one element.
+    /// The bytes of `count` elements, if so many can be counted.
+    pub fn bytes(self, count: usize) -> Option<usize> {
+        if self == DType::Int4 { Some(count.div_ceil(2)) } else { count.checked_mul(self.size()) }
+    }
+
+    /// The bytes of one element, or of two that share one.
     pub fn size(self) -> usize {
         match self {
             DType::Int64 => 8,
             DType::Float32 | DType::Int32 => 4,
             DType::Float16 | DType::BFloat16 => 2,
-            DType::Bool | DType::UInt8 => 1,
+            DType::Bool | DType::UInt8 | DType::Int4 => 1,
         }
     }
 
@@ -54,6 +69,7 @@ impl fmt::Display for DType {
             DType::Int64 => "int64",
             DType::Int32 => "int32",
             DType::UInt8 => "uint8",
+            DType::Int4 => "int4",
             DType::Bool => "bool",
         })
     }
