@@ -61,7 +61,8 @@ pub fn exported_for(name: &str, target: Target) -> PathBuf {
 /// Every fixture in every way that the runtime can run it on a CPU: the fixture's name, the way's, and the model.
 pub fn exported_every_way() -> impl Iterator<Item = (&'static str, &'static str, PathBuf)> {
     let to_a_capacity = || {
-        let (target, capacity, logits) = (Target::TensorRt, Some(64), Logits::Candidates(4));
+        // As many candidates as most of the cases' beams need.
+        let (target, capacity, logits) = (Target::TensorRt, Some(64), Logits::Candidates(12));
         Export { target, capacity, logits, ..Export::default() }
     };
     FIXTURES.into_iter().flat_map(move |name| {

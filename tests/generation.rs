@@ -6,12 +6,14 @@ use safetensors::SafeTensors;
 use serde_json::{Map, Value, json};
 use t5gemma_exporter::Export;
 use t5gemma_graphs::Target;
+use t5gemma_graphs::interface::Logits;
 use t5gemma_graphs::onnx::Blocks;
 use t5gemma_graphs::quantization::Quantization;
 use t5gemma_runtime::{Batch, Cancellation, Model};
 
 use crate::common::{
-    cases, demo, demo_as, exported, exported_every_way, exported_for, fixture, fixtures_and_targets, run, stdout, tests,
+    cases, demo, demo_as, exported, exported_as, exported_every_way, exported_for, fixture, fixtures_and_targets, run,
+    stdout, tests,
 };
 
 /// Scores agree to this; those of finished beams are sums of some tens of float32 logarithms.
@@ -78,6 +80,46 @@ fn every_case_gives_the_reference_tokens_through_rust() {
                 .map(|hypothesis| (json!(hypothesis.tokens), hypothesis.score.map(f64::from)))
                 .collect();
             check_case(&format!("{name} for {way} {}", case["id"]), case, &found);
+        }
+    }
+}
+
+#[test]
+fn candidates_of_the_graph_give_what_logits_give() {
+    let requests = [
+        json!({}),
+        json!({"min_new_tokens": 6}),
+        json!({"num_beams": 3, "num_return_sequences": 3, "length_penalty": 0.5}),
+        // These need more than the candidates, from the first step on or only from or up to a later one.
+        json!({"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5}),
+        json!({"repetition_penalty": 1.5}),
+        json!({"num_beams": 4, "no_repeat_ngram_size": 3}),
+        json!({"begin_suppress_tokens": [5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15]}),
+        json!({"output_logprobs": true}),
+        json!({"do_sample": true, "seed": 7}),
+    ];
+    let (ids, mask) = &inputs("tiny-unbalanced")["right"];
+    let batch = Batch::masked(&nested(ids), &nested(mask)).expect("the fixture's inputs are valid");
+    for (target, capacity) in [(Target::Cuda, None), (Target::TensorRt, None), (Target::TensorRt, Some(64))] {
+        let model = |logits: Logits| {
+            let label = format!("candidates-{}-{capacity:?}-{logits:?}", target.name());
+            let export = Export { target, capacity, logits, ..Export::default() };
+            Model::open(exported_as("tiny-unbalanced", &label, export)).expect("the model opens")
+        };
+        let [logits, candidates] = [Logits::Last, Logits::Candidates(10)].map(model);
+        for request in &requests {
+            let generate = |model: &Model| {
+                let options = model.options().with(request.as_object().expect("written above")).expect("valid options");
+                let options =
+                    options.with(json!({"max_new_tokens": 20}).as_object().expect("an object")).expect("valid");
+                model.generate(&batch, &options, &mut (), &Cancellation::new()).expect("generates")
+            };
+            let (expected, found) = (generate(&logits), generate(&candidates));
+            for (expected, found) in expected.iter().flatten().zip(found.iter().flatten()) {
+                assert_eq!(found.tokens, expected.tokens, "{} {capacity:?} {request}", target.name());
+                let apart = found.score.zip(expected.score).map_or(0.0, |(a, b)| (a - b).abs());
+                assert!(apart < 1e-5, "{} {capacity:?} {request}: {apart}", target.name());
+            }
         }
     }
 }
