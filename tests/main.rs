@@ -8,6 +8,7 @@ mod bench;
 mod capi;
 mod chat;
 mod constraints;
+mod devices;
 mod engine;
 mod export;
 mod generation;
@@ -25,3 +26,4 @@ mod tokenizer;
 mod vocabulary;
 
 mod broken;
+mod calibration;

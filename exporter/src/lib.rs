@@ -26,7 +26,7 @@ mod quantize;
 mod signed;
 mod weights;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::{fs, thread};
@@ -38,7 +38,7 @@ use t5gemma_graphs::config::{Config, Side};
 use t5gemma_graphs::interface::{self, CacheLayout, DType, Logits};
 use t5gemma_graphs::manifest::{self, EncoderWindow, FORMAT, FORMAT_VERSION, FileRecord, GraphRecord, Manifest};
 use t5gemma_graphs::onnx::Blocks;
-use t5gemma_graphs::quantization::{self, Quantization};
+use t5gemma_graphs::quantization::{self, Activations, Quantization};
 use t5gemma_graphs::task::Task;
 use t5gemma_graphs::{Options, Target, decoder_init, definitions, encoder, reorder};
 
@@ -69,6 +69,9 @@ pub struct Export {
     pub encoder_window: EncoderWindow,
     /// Which matrices to hold in few bits; for targets that read them.
     pub quantization: Quantization,
+    /// What is known of the numbers that matrices are multiplied with, or that it is to be observed. 8 bits for TensorRT need
+    /// ranges.
+    pub activations: Activations,
     /// Target tokens to give the cache room for, once and for all; for TensorRT. Otherwise it is as the target has it.
     pub capacity: Option<usize>,
     /// What is going to be served, for TensorRT.
@@ -87,6 +90,7 @@ impl Default for Export {
             alignment: None,
             encoder_window: EncoderWindow::default(),
             quantization: Quantization::default(),
+            activations: Activations::default(),
             capacity: None,
             plan: None,
             existing: Existing::Refuse,
@@ -159,6 +163,8 @@ impl Export {
             ("--alignment", self.alignment.is_some()),
             ("--cache", self.capacity.is_some()),
             ("--plan", self.plan.is_some()),
+            ("--observe", self.activations == Activations::Observed),
+            ("--calibrate", matches!(self.activations, Activations::Ranges(_))),
         ];
         for (what, given) in of_decoder {
             ensure!(
@@ -177,6 +183,7 @@ impl Export {
             alignment_layers: alignment_layers(self.alignment.as_deref(), &config)?,
             encoder_window: self.encoder_window,
             quantization: self.quantization.clone(),
+            activations: self.activations.clone(),
             capacity: self.capacity,
             vocabulary: match source {
                 Source::Checkpoint(checkpoint) if task.is_generation() => weights::vocabulary(&config, checkpoint)?,
@@ -185,6 +192,9 @@ impl Export {
         };
         if let Some(plan) = &self.plan {
             plan.check(&config, options.cache(&config))?;
+        }
+        if let Activations::Ranges(ranges) = &self.activations {
+            check_ranges(&config, &options, ranges)?;
         }
         let graphs = definitions(&config, &options);
         let weights = weights::collect(&graphs.iter().collect::<Vec<_>>());
@@ -215,10 +225,14 @@ impl Export {
         });
         let weights_record = weights_record?;
 
-        let mut graph_records = BTreeMap::new();
+        let (mut graph_records, mut observed) = (BTreeMap::new(), BTreeMap::new());
         let cache = if task.is_generation() { options.cache(&config) } else { CacheLayout::default() };
         let parts = interface::parts(&config, self.dtype, options.returned(), cache, &task);
-        for (interface::Part { name, file, ports }, graph) in parts.into_iter().zip(&graphs) {
+        for (interface::Part { name, file, mut ports }, graph) in parts.into_iter().zip(&graphs) {
+            if !graph.observed.is_empty() {
+                ports.outputs.push(interface::activation_ranges(graph.observed.len()));
+                observed.insert(name.to_string(), graph.observed.clone());
+            }
             let bytes = proto::encode(graph, self.target.opset(), |name| {
                 let at = weights_record.tensors.iter().find(|tensor| tensor.name == name);
                 let at = at.expect("every weight of every graph has been written");
@@ -252,6 +266,7 @@ impl Export {
             alignment_layers: options.alignment_layers.clone(),
             cache,
             quantization: self.quantization.clone(),
+            observed,
             parameters: weights::numbers(&weights),
             source: source_record,
             graphs: graph_records,
@@ -295,11 +310,24 @@ impl Export {
             bail!("--cache: expected a target with a cache of fixed capacity ({those}), found target {target}");
         }
         let parts = [self.quantization.encoder, self.quantization.decoder, self.quantization.head];
+        if self.activations == Activations::Observed {
+            let suits = self.target == Target::Portable && self.dtype == DType::Float32 && !self.quantization.is_any();
+            ensure!(suits, "--observe: expected target {} in float32, not quantized", Target::Portable.name());
+        }
+        if matches!(self.activations, Activations::Ranges(_)) {
+            let eight = parts.iter().flatten().any(|blocks| blocks.bits == 8);
+            let expected = Target::TensorRt.name();
+            ensure!(
+                self.target == Target::TensorRt && eight,
+                "--calibrate: expected --quantize int8 for target {expected}, which computes in 8 bits"
+            );
+        }
         for Blocks { bits, size, symmetric } in parts.into_iter().flatten() {
             ensure!(matches!(bits, 4 | 8), "--quantize: expected int8 or int4, found {bits} bits");
             ensure!(matches!(size, 16 | 32 | 64 | 128), "--block-size: expected 16, 32, 64 or 128, found {size}");
             if self.target.signs_packed() {
-                ensure!(bits == 4, "--quantize: expected int4 for target {target}, found int{bits}");
+                let is_known = bits == 4 || matches!(self.activations, Activations::Ranges(_));
+                ensure!(is_known, "--quantize int8: expected --calibrate for target {target}, found none");
                 ensure!(symmetric, "--asymmetric: expected blocks without zero points for target {target}");
             }
         }
@@ -316,7 +344,9 @@ fn check_sizes(config: &Config, export: &Export) -> Result<()> {
     for (blocks, widths) in
         [(encoder, &of_encoder[..]), (decoder, &of_decoder), (decoder, &across), (head, &of_decoder[..1])]
     {
-        let Some(Blocks { size, .. }) = blocks.filter(|_| export.target.signs_packed()) else { continue };
+        // Of 8 bits a row is a block.
+        let is_blocked = |blocks: &Blocks| export.target.signs_packed() && blocks.bits == 4;
+        let Some(Blocks { size, .. }) = blocks.filter(is_blocked) else { continue };
         if let Some(width) = widths.iter().find(|width| !width.is_multiple_of(size)) {
             let target = export.target.name();
             bail!(
@@ -354,6 +384,24 @@ fn alignment_layers(wanted: Option<&[usize]>, config: &Config) -> Result<Vec<usi
     Ok(layers)
 }
 
+/// Holds ranges to the matrices of the model.
+fn check_ranges(config: &Config, options: &Options, ranges: &BTreeMap<String, f32>) -> Result<()> {
+    let observed = definitions(config, &Options { activations: Activations::Observed, ..options.clone() });
+    let known: BTreeSet<&str> = observed.iter().flat_map(|graph| &graph.observed).map(String::as_str).collect();
+    let is_rounded = |name: &str| options.quantization.of(name).is_some_and(|blocks| blocks.bits == 8);
+    for &name in known.iter().filter(|name| is_rounded(name)) {
+        match ranges.get(name) {
+            Some(range) if range.is_finite() && *range >= 0.0 => {}
+            Some(range) => bail!("--calibrate: ranges: {name}: expected a number of 0 or more, found {range}"),
+            None => bail!("--calibrate: ranges: expected one for {name}, found none"),
+        }
+    }
+    match ranges.keys().find(|name| !known.contains(name.as_str())) {
+        Some(name) => bail!("--calibrate: ranges: expected names of this model's matrices, found {name}"),
+        None => Ok(()),
+    }
+}
+
 /// The task to export for, which must suit the checkpoint.
 fn task(wanted: Option<Task>, config: &Config) -> Result<Task> {
     let task = wanted.unwrap_or_else(|| Task::of(config));
@@ -389,6 +437,7 @@ pub fn parameters(config: &Config) -> u64 {
         alignment_layers: Vec::new(),
         encoder_window: EncoderWindow::Inclusive,
         quantization: Quantization::default(),
+        activations: Activations::Unknown,
         capacity: None,
         vocabulary,
     };

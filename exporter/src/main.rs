@@ -14,9 +14,9 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use t5gemma_exporter::{Checkpoint, Existing, Export, PRESETS, Plan, Source, TensorRt, Watch, check, inspect, preset};
 use t5gemma_graphs::Target;
 use t5gemma_graphs::interface::{DType, Logits};
-use t5gemma_graphs::manifest::EncoderWindow;
+use t5gemma_graphs::manifest::{ActivationRanges, EncoderWindow};
 use t5gemma_graphs::onnx::Blocks;
-use t5gemma_graphs::quantization::Quantization;
+use t5gemma_graphs::quantization::{Activations, Quantization};
 use t5gemma_graphs::task::{Features, Pooling, Task};
 
 /// Writes a T5Gemma checkpoint as ONNX graphs that `t5gemma` and any ONNX runtime can run.
@@ -146,8 +146,8 @@ struct ExportArgs {
 
 #[derive(Args)]
 struct QuantizeArgs {
-    /// Hold the weight matrices in blocks of this many bits, with activations as they are (targets cpu and
-    /// cuda)
+    /// Hold the weight matrices in blocks of this many bits, with activations as they are (targets cpu and cuda, and int4 for
+    /// tensorrt; int8 for tensorrt computes in 8 bits and needs --calibrate)
     #[arg(long, value_enum, default_value = "none")]
     quantize: Bits,
     /// The same for the encoder's layers [default: as --quantize]
@@ -168,9 +168,25 @@ struct QuantizeArgs {
     /// Leave the matrices of this checkpoint name as they are; `*` stands for any text; may be repeated
     #[arg(long, value_name = "PATTERN")]
     quantize_exclude: Vec<String>,
+    /// Return how large the numbers become that matrices are multiplied with, for `t5gemma calibrate` (target portable)
+    #[arg(long)]
+    observe: bool,
+    /// What `t5gemma calibrate` has written of this model: has int8 matrices of target tensorrt, with a scale a row, multiplied
+    /// in 8 bits
+    #[arg(long, value_name = "RANGES.json", conflicts_with = "observe")]
+    calibrate: Option<PathBuf>,
 }
 
 impl QuantizeArgs {
+    fn activations(&self) -> Result<Activations> {
+        let Some(path) = &self.calibrate else {
+            return Ok(if self.observe { Activations::Observed } else { Activations::Unknown });
+        };
+        let text = std::fs::read_to_string(path).with_context(|| format!("{}: cannot be read", path.display()))?;
+        let read: ActivationRanges = serde_json::from_str(&text).with_context(|| path.display().to_string())?;
+        Ok(Activations::Ranges(read.ranges))
+    }
+
     fn quantization(&self) -> Result<Quantization> {
         let blocks = |part: Option<Bits>| {
             let (bits, size) = match part.unwrap_or(self.quantize) {
@@ -313,6 +329,7 @@ fn export(args: ExportArgs, interrupted: &AtomicBool) -> Result<()> {
             WindowArg::Exclusive => EncoderWindow::Exclusive,
         },
         quantization: args.quantize.quantization()?,
+        activations: args.quantize.activations()?,
         existing: if args.overwrite { Existing::Overwrite } else { Existing::Refuse },
     };
     let source = source(&args, checkpoint)?;

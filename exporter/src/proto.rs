@@ -188,6 +188,7 @@ fn data_type(dtype: DType) -> i32 {
         DType::Int64 => DataType::Int64,
         DType::Int32 => DataType::Int32,
         DType::UInt8 => DataType::Uint8,
+        DType::Int8 => DataType::Int8,
         DType::Int4 => DataType::Int4,
         DType::Bool => DataType::Bool,
     };
@@ -210,6 +211,7 @@ fn inline(graph: &Definition, constant: &Constant) -> TensorProto {
         Data::Ints(numbers) if info.dtype == DType::Int32 => {
             numbers.iter().flat_map(|&number| (number as i32).to_le_bytes()).collect()
         }
+        Data::Ints(numbers) if info.dtype == DType::Int8 => numbers.iter().map(|&number| number as i8 as u8).collect(),
         Data::Ints(numbers) => numbers.iter().flat_map(|number| number.to_le_bytes()).collect(),
         Data::Floats(numbers) => numbers
             .iter()

@@ -9,22 +9,29 @@ use crate::quantize::PackedRows;
 /// more coarsely does.
 const SHARES: [f32; 12] = [1.0, 0.975, 0.95, 0.925, 0.9, 0.875, 0.85, 0.825, 0.8, 0.775, 0.75, 0.7];
 
-/// Packs `rows`, row after row of `k` numbers, `k` being whole blocks of 4 bits.
+/// Packs `rows`, row after row of `k` numbers, `k` being whole blocks.
 pub fn pack_signed(rows: &[f32], k: usize, blocks: Blocks) -> PackedRows {
-    debug_assert!(k.is_multiple_of(blocks.size) && blocks.bits == 4);
+    debug_assert!(k.is_multiple_of(blocks.size));
     let mut packed = PackedRows::default();
     let half = f32::from(1_u8 << (blocks.bits - 1));
     for block in rows.chunks_exact(blocks.size) {
-        let scale = best_scale(block, half);
-        let code = |x: f32| ((x / scale).round_ties_even().clamp(-half, half - 1.0) as i8 & 0x0f) as u8;
-        packed.numbers.extend(block.as_chunks::<2>().0.iter().map(|&[first, second]| code(first) | code(second) << 4));
+        // 8 bits are fine enough that a search would gain nothing.
+        let scale = best_scale(block, half, if blocks.bits == 8 { &SHARES[..1] } else { &SHARES });
+        let code = |x: f32| (x / scale).round_ties_even().clamp(-half, half - 1.0) as i8 as u8;
+        match blocks.bits {
+            4 => {
+                let pairs = block.as_chunks::<2>().0.iter();
+                packed.numbers.extend(pairs.map(|&[first, second]| code(first) & 0x0f | code(second) << 4));
+            }
+            _ => packed.numbers.extend(block.iter().map(|&x| code(x))),
+        }
         packed.scales.push(scale);
     }
     packed
 }
 
 /// The scale of least squared error among those tried. Scales have to be positive, also where all numbers are zero.
-fn best_scale(block: &[f32], half: f32) -> f32 {
+fn best_scale(block: &[f32], half: f32, shares: &[f32]) -> f32 {
     let (low, high) = block.iter().fold((0.0_f32, 0.0_f32), |(low, high), &x| (low.min(x), high.max(x)));
     let whole = (-low / half).max(high / (half - 1.0));
     // The least that is a number of its own in float16, where scales may go.
@@ -35,7 +42,7 @@ fn best_scale(block: &[f32], half: f32) -> f32 {
         let code = |x: f32| (x / scale).round_ties_even().clamp(-half, half - 1.0);
         block.iter().map(|&x| (x - code(x) * scale).powi(2)).sum()
     };
-    let tried = SHARES.iter().map(|share| (error(whole * share), whole * share));
+    let tried = shares.iter().map(|share| (error(whole * share), whole * share));
     tried.min_by(|(a, _), (b, _)| a.total_cmp(b)).map_or(whole, |(_, scale)| scale)
 }
 
@@ -46,6 +53,17 @@ mod tests {
     fn unpacked(packed: &PackedRows, size: usize) -> Vec<f32> {
         let codes = packed.numbers.iter().flat_map(|&byte| [(byte << 4) as i8 >> 4, byte as i8 >> 4]);
         codes.enumerate().map(|(at, code)| f32::from(code) * packed.scales[at / size]).collect()
+    }
+
+    #[test]
+    fn rows_of_8_bits_have_a_scale_each() {
+        let rows = [vec![1.27, -1.27, 0.01, 0.0], vec![-12.7, 0.1, 0.0, 12.6]].concat();
+        let packed = pack_signed(&rows, 4, Blocks { bits: 8, size: 4, symmetric: true });
+        let found = packed.numbers.iter().enumerate().map(|(at, &code)| f32::from(code as i8) * packed.scales[at / 4]);
+        assert_eq!((packed.numbers.len(), packed.scales.len()), (8, 2));
+        for (found, expected) in found.zip(&rows) {
+            assert!((found - expected).abs() <= packed.scales[1] / 2.0, "{found} for {expected}");
+        }
     }
 
     #[test]

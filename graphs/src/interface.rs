@@ -50,6 +50,9 @@ pub const LOG_SUM_EXP: &str = "log_sum_exp";
 /// How much each target token given attends to each source token: the mean over heads and layers of [`Returned::alignment`].
 pub const CROSS_ATTENTIONS: &str = "cross_attentions";
 
+/// How large what each matrix is multiplied with becomes: see [`activation_ranges`].
+pub const ACTIVATION_RANGES: &str = "activation_ranges";
+
 /// Target tokens that a cache of fixed capacity has room for after a step: as many as before it, or as there are.
 pub const PRESENT: &str = "present_decoder_sequence_length";
 
@@ -273,6 +276,12 @@ pub fn parts(
     ]
 }
 
+/// The last output of a graph whose activations are observed: the greatest absolute number of what each of `count` matrices is
+/// multiplied with in a run.
+pub fn activation_ranges(count: usize) -> Port {
+    Port { name: ACTIVATION_RANGES.into(), dtype: DType::Float32, shape: vec![Dim::fixed(count)] }
+}
+
 /// The ports of the graph in [`REORDER`]: which row each row is to continue, which target token is to stand at each place,
 /// and what there is. The keys and values of sources have the dimensions that those of targets have, and can be given in
 /// their place.
@@ -330,8 +339,9 @@ pub(crate) fn inputs<'g, const N: usize>(graph: &'g Graph, ports: &Ports) -> [Va
     all_inputs(graph, ports).try_into().unwrap_or_else(|all: Vec<_>| panic!("{} inputs, not {N}", all.len()))
 }
 
-/// Declares a graph's outputs, which must be of the declared types.
+/// Declares a graph's outputs, which must be of the declared types, and behind them how large what is observed becomes.
 pub(crate) fn outputs<'g>(graph: &'g Graph, ports: &Ports, values: impl Iterator<Item = Value<'g>>) {
+    let observed: Vec<Value> = graph.observed().iter().map(|(_, value)| value.greatest_absolute()).collect();
     let mut declared = ports.outputs.iter();
     for value in values {
         let port = declared.next().expect("no more outputs than ports");
@@ -339,4 +349,7 @@ pub(crate) fn outputs<'g>(graph: &'g Graph, ports: &Ports, values: impl Iterator
         graph.output(&port.name, value);
     }
     assert!(declared.next().is_none(), "no fewer outputs than ports");
+    if !observed.is_empty() {
+        graph.output(ACTIVATION_RANGES, Value::concat(&observed, 0));
+    }
 }

@@ -46,7 +46,7 @@ use config::Config;
 use interface::{CacheLayout, DType, Interface, Logits, Returned};
 use manifest::EncoderWindow;
 use onnx::Definition;
-use quantization::Quantization;
+use quantization::{Activations, Quantization};
 use task::Task;
 
 /// Everything that decides the graphs besides the weights' numbers.
@@ -66,6 +66,8 @@ pub struct Options {
     pub encoder_window: EncoderWindow,
     /// Which matrices are held in few bits.
     pub quantization: Quantization,
+    /// What is known of the numbers that matrices are multiplied with.
+    pub activations: Activations,
     /// Target tokens that the cache has room for, where it is given a fixed capacity.
     pub capacity: Option<usize>,
     /// Which checkpoint tensors are the decoder's embedding and the output head.

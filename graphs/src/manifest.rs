@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::interface::{CacheLayout, DType, Logits, Ports, Returned};
+use crate::config::Config;
+use crate::interface::{self, CacheLayout, DType, Logits, Part, Ports, Returned};
 use crate::quantization::Quantization;
 use crate::task::Task;
 
@@ -52,6 +53,9 @@ pub struct Manifest {
     /// Which matrices are held in few bits.
     #[serde(default)]
     pub quantization: Quantization,
+    /// Of the graphs whose activations are observed, what they are multiplied with, in the order of the last output.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub observed: BTreeMap<String, Vec<String>>,
     /// Numbers in the model, counted once each.
     pub parameters: u64,
     /// Where the weights came from.
@@ -69,6 +73,29 @@ impl Manifest {
     pub fn returned(&self) -> Returned {
         Returned { logits: self.logits, alignment: !self.alignment_layers.is_empty() }
     }
+
+    /// The graphs that a model of this configuration and manifest has, in the order in which they are run.
+    pub fn parts(&self, config: &Config) -> Vec<Part> {
+        let mut parts = interface::parts(config, self.dtype, self.returned(), self.cache, &self.task);
+        for part in &mut parts {
+            let observed = self.observed.get(part.name).map(|names| interface::activation_ranges(names.len()));
+            part.ports.outputs.extend(observed);
+        }
+        parts
+    }
+}
+
+/// How large the numbers become that matrices are multiplied with: what `t5gemma calibrate` writes and
+/// `t5gemma-export --calibrate` reads.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ActivationRanges {
+    /// Texts that they were found with.
+    pub texts: usize,
+    /// Of the greatest absolute numbers in each text, this percentile is given; 100 is the greatest of all.
+    pub percentile: f64,
+    /// By the checkpoint's name of the matrix.
+    pub ranges: BTreeMap<String, f32>,
 }
 
 /// Which positions a sliding encoder layer of window `W` sees.

@@ -5,6 +5,7 @@ use crate::Options;
 use crate::config::Side;
 use crate::lower::{Lowering, Matrix};
 use crate::onnx::{Adjust, Blocks, DType, Data, Graph, Packed, Part, Scope, Value};
+use crate::quantization::Activations;
 
 /// A place in one side of the checkpoint: step into a name with [`at`](Weights::at), ask for a tensor with the shape it must
 /// have. It carries what every block needs with its weights: the side's configuration, and how operators are lowered.
@@ -47,6 +48,26 @@ impl<'g> Weights<'g> {
         }
     }
 
+    /// What the matrix at this place is multiplied with: x as it is, noted where that is asked for, or rounded as the matrix
+    /// is.
+    ///
+    /// # Panics
+    /// If the matrix has 8 bits for a target that computes in them and nothing is known of x.
+    pub fn multiplied(&self, x: Value<'g>) -> Value<'g> {
+        match &self.options.activations {
+            Activations::Observed => {
+                self.graph.observe(&self.path, x);
+                x
+            }
+            Activations::Ranges(ranges) if self.options.quantization.of(&self.path).is_some_and(|b| b.bits == 8) => {
+                let range = ranges.get(&self.path).expect("the ranges were held to the matrices");
+                // What was always zero has a scale all the same, and in every type.
+                x.rounded_to_int8(f64::from(range.max(1e-3)) / 127.0)
+            }
+            _ => x,
+        }
+    }
+
     /// The tensor that the checkpoint has at this place.
     fn whole(&self, shape: &[usize]) -> [Part; 1] {
         [Part { tensor: self.path.clone(), shape: shape.to_vec() }]
@@ -58,12 +79,26 @@ impl<'g> Weights<'g> {
         let of_row = blocks.of_row(k);
         Packed {
             numbers: match self.options.target.signs_packed() {
-                true => parameter(DType::Int4, &[n, k], Adjust::Signed(blocks)),
+                true if blocks.bits == 4 => parameter(DType::Int4, &[n, k], Adjust::Signed(blocks)),
+                true => return self.rows_packed(parts, [n, k], blocks),
                 false => parameter(DType::UInt8, &[n, of_row, blocks.bytes()], Adjust::Packed(blocks)),
             },
             scales: parameter(self.dtype(), &[n, of_row], Adjust::Scales(blocks)),
             zero_points: (!blocks.symmetric)
                 .then(|| parameter(DType::UInt8, &[n, blocks.zero_point_bytes(k)], Adjust::ZeroPoints(blocks))),
+            blocks,
+            shape: [n, k],
+        }
+    }
+
+    /// The matrix in signed 8 bits, with a scale for each row.
+    fn rows_packed(&self, parts: &[Part], [n, k]: [usize; 2], blocks: Blocks) -> Packed<'g> {
+        let blocks = Blocks { size: k, ..blocks };
+        let parameter = |dtype, shape: &[usize], adjust| self.graph.parameter(&self.path, parts, dtype, shape, adjust);
+        Packed {
+            numbers: parameter(DType::Int8, &[n, k], Adjust::Signed(blocks)),
+            scales: parameter(self.dtype(), &[n], Adjust::Scales(blocks)),
+            zero_points: None,
             blocks,
             shape: [n, k],
         }
@@ -122,9 +157,10 @@ pub fn embedding<'g>(ids: Value<'g>, w: &Weights<'g>) -> Value<'g> {
 
 /// `x · Wᵀ (+ b)`, computed and returned in the weights' type.
 pub fn linear<'g>(x: Value<'g>, [input, output]: [usize; 2], bias: bool, w: &Weights<'g>) -> Value<'g> {
-    let weight = w.at("weight").matrix([output, input]);
+    let at = w.at("weight");
+    let weight = at.matrix([output, input]);
     let bias = bias.then(|| w.at("bias").tensor(&[output]));
-    w.lowering.linear(x.cast(w.dtype()), weight, bias)
+    w.lowering.linear(at.multiplied(x.cast(w.dtype())), weight, bias)
 }
 
 /// Several [`linear`]s of one input, side by side, as one product: `(name, outputs)` of each under the place `w`. Held in few

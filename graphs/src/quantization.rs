@@ -1,5 +1,7 @@
 //! Which matrices are held in few bits: plain data, decided by the exporter and recorded in the manifest.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 use crate::onnx::Blocks;
@@ -46,6 +48,18 @@ impl Quantization {
     pub fn is_any(&self) -> bool {
         self.encoder.is_some() || self.decoder.is_some() || self.head.is_some()
     }
+}
+
+/// What is known of the numbers that matrices are multiplied with.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub enum Activations {
+    /// Nothing: they are as they come.
+    #[default]
+    Unknown,
+    /// How large they become is to be told: [`ACTIVATION_RANGES`](crate::interface::ACTIVATION_RANGES).
+    Observed,
+    /// How large they become, by the checkpoint's name of the matrix. They are rounded to 8 bits where the matrix is.
+    Ranges(BTreeMap<String, f32>),
 }
 
 /// Whether `pattern`, in which `*` stands for any text, describes all of `name`.

@@ -7,7 +7,6 @@ use std::sync::OnceLock;
 
 use ndarray::{Array2, Array3, ArrayD, ArrayView2, Axis};
 use t5gemma_graphs::config::Config;
-use t5gemma_graphs::interface;
 use t5gemma_graphs::manifest::{MANIFEST, Manifest};
 use t5gemma_graphs::task::{Features, Pooling, Task};
 
@@ -46,9 +45,7 @@ impl Encoder {
     pub fn open_with(path: impl AsRef<Path>, options: &OpenOptions) -> Result<Encoder, Error> {
         check_options(options)?;
         let folder = Folder::open(path.as_ref(), options.check_weights)?;
-        let manifest = &folder.manifest;
-        let parts =
-            interface::parts(&folder.config, manifest.dtype, manifest.returned(), manifest.cache, &manifest.task);
+        let parts = folder.manifest.parts(&folder.config);
         let first = parts.first().expect("a model has a graph, and its encoder comes first");
         let session = Opener::new(&folder, options)?.open(first.name, &first.ports)?;
         let on_cpu = options.placement.provider == Provider::Cpu;

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use t5gemma_graphs::interface::{self, ENGINES, PROVIDER_OPTIONS};
+use t5gemma_graphs::interface::{ENGINES, PROVIDER_OPTIONS};
 
 use crate::error::Error;
 use crate::folder::Folder;
@@ -37,7 +37,7 @@ pub fn build_engines(path: &Path, options: &OpenOptions, anew: bool, watch: &mut
     }
     let mut opener = Opener::new(&folder, options)?;
     let manifest = &folder.manifest;
-    let parts = interface::parts(&folder.config, manifest.dtype, manifest.returned(), manifest.cache, &manifest.task);
+    let parts = manifest.parts(&folder.config);
     fs::create_dir_all(&engines).map_err(Error::file(&engines))?;
     for part in &parts {
         watch(part.name);

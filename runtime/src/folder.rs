@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use memmap2::Mmap;
 use sha2::{Digest, Sha256};
 use t5gemma_graphs::config::Config;
-use t5gemma_graphs::interface::{self, Dim, Part, Port};
+use t5gemma_graphs::interface::{Dim, Part, Port};
 use t5gemma_graphs::manifest::{
     FORMAT, FORMAT_VERSION, FileRecord, GraphRecord, MANIFEST, Manifest, SAMPLE_BLOCK, TensorRecord, sample_offsets,
 };
@@ -185,9 +185,7 @@ fn check_task(manifest_path: &Path, manifest: &Manifest, config: &Config) -> Res
 
 /// Checks that the manifest describes the inputs and outputs that the configuration implies.
 fn check_ports(manifest_path: &Path, manifest: &Manifest, config: &Config) -> Result<(), Error> {
-    for Part { name: graph, ports: expected, .. } in
-        interface::parts(config, manifest.dtype, manifest.returned(), manifest.cache, &manifest.task)
-    {
+    for Part { name: graph, ports: expected, .. } in manifest.parts(config) {
         let Some(GraphRecord { ports: found, .. }) = manifest.graphs.get(graph) else {
             return Err(mismatch(manifest_path.to_path_buf(), "graphs", graph, "no such graph"));
         };
@@ -300,6 +298,7 @@ mod tests {
             alignment_layers: Vec::new(),
             cache: CacheLayout::Growing,
             quantization: Quantization::default(),
+            observed: BTreeMap::new(),
             parameters: 12,
             source: Source::Dummy { seed: 0 },
             graphs: BTreeMap::from([("encoder".to_string(), graph)]),

@@ -44,7 +44,9 @@ pub mod scores;
 pub mod search;
 mod speculation;
 
+mod calibrate;
 mod engine;
+mod fleet;
 mod generate;
 mod item;
 mod places;
@@ -54,11 +56,13 @@ mod stop;
 mod alignment;
 mod logprobs;
 pub mod verify;
+mod warm_up;
 
 mod error;
 
 pub use alignment::CrossAttentions;
 pub use batch::Batch;
+pub use calibrate::Calibration;
 pub use chat::ChatTemplate;
 pub use classify::ScoreFunction;
 pub use constraint::{Constraints, PrefixAllowedTokens, Sequence};
@@ -67,11 +71,14 @@ pub use encoder::Encoder;
 pub use engine::{Canceller, Engine, EngineOptions, EngineStats, Event, Generation, Request, Waited};
 pub use engines::build_engines;
 pub use error::Error;
+pub use fleet::Fleet;
 pub use generate::Watch;
 pub use logprobs::Logprobs;
 pub use model::{Cancellation, DEFAULT_ENCODER_CACHE_BYTES, Model, OpenOptions};
 pub use options::{GenerationOptions, LogitsProcessor, OptionError, Position};
 pub use provider::{Elsewhere, Placement, Provider};
 pub use search::{FinishReason, Hypothesis};
+pub use t5gemma_graphs::manifest::ActivationRanges;
 pub use t5gemma_graphs::task::{Features, Pooling, Task};
 pub use tokenizer::{SpecialTokens, TextStream, Tokenizer};
+pub use warm_up::Usual;

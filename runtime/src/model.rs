@@ -113,7 +113,7 @@ impl Graph {
 /// What the encoder makes of the sources.
 pub(crate) struct Encoded {
     /// `[items, source, hidden_size]`.
-    hidden: DynValue,
+    pub hidden: DynValue,
     /// `[items, source]`.
     mask: DynValue,
 }
@@ -223,7 +223,15 @@ impl Model {
             .map_err(|error| Error::GenerationConfig { path: folder.path.join("generation_config.json"), error })?;
         let mut opener = Opener::new(&folder, options)?;
         let Manifest { dtype, cache, .. } = folder.manifest;
-        let interface = Interface::of(&folder.config, dtype, folder.manifest.returned(), cache);
+        let mut interface = Interface::of(&folder.config, dtype, folder.manifest.returned(), cache);
+        for (graph, names) in &folder.manifest.observed {
+            let ports = match graph.as_str() {
+                "encoder" => &mut interface.encoder,
+                "decoder" => &mut interface.decoder,
+                _ => &mut interface.decoder_with_past,
+            };
+            ports.outputs.push(interface::activation_ranges(names.len()));
+        }
         let resident = match folder.manifest.files.contains_key(REORDER) {
             false => None,
             true => {
@@ -294,6 +302,11 @@ impl Model {
     /// What the exporter says of the model.
     pub fn manifest(&self) -> &Manifest {
         &self.folder.manifest
+    }
+
+    /// The model's folder.
+    pub(crate) fn path(&self) -> &Path {
+        &self.folder.path
     }
 
     /// The model's tokenizer, loaded when first asked for.
@@ -409,7 +422,8 @@ impl Model {
         Ok(Encoded { hidden, mask: int64_tensor(batch.rows(), batch.mask().to_vec())? })
     }
 
-    fn compute_encoder(&self, batch: &Batch, cancel: &Cancellation) -> Result<Encoded, Error> {
+    /// What the encoder computes of a batch that was checked, whatever is remembered.
+    pub(crate) fn compute_encoder(&self, batch: &Batch, cancel: &Cancellation) -> Result<Encoded, Error> {
         if self.on_cpu {
             let groups = apart::groups(batch.mask(), batch.length());
             if groups.len() > 1 {
@@ -468,6 +482,39 @@ impl Model {
             None => self.run_step(&mut state, prompts.ids, Wanted::All, cancel)?,
         };
         Ok((state, Logits::last(returned, rows).map_err(Error::onnxruntime(READING_LOGITS))?))
+    }
+
+    /// What the graphs observe of a source that was checked and of a whole target: of each matrix the greatest absolute number
+    /// that it is multiplied with.
+    pub(crate) fn observe(
+        &self,
+        batch: &Batch,
+        target: Prompts,
+        cancel: &Cancellation,
+    ) -> Result<BTreeMap<String, f32>, Error> {
+        const DURING: &str = "observing the activations";
+        let rectangle = |values: &[i64]| int64_tensor(batch.rows(), values.to_vec());
+        let (ids, mask, target) = (rectangle(batch.ids())?, rectangle(batch.mask())?, rectangle(&target.ids)?);
+        let encoded = run(&self.encoder, DURING, &[(&ids).into(), (&mask).into()], cancel)?;
+        let hidden = &encoded[0];
+        let decoded = run(&self.decoder, DURING, &[(&mask).into(), (&target).into(), hidden.into()], cancel)?;
+        let mut ranges = BTreeMap::new();
+        for (graph, outputs) in [("encoder", &encoded), ("decoder", &decoded)] {
+            let (Some(names), Some(last)) = (self.folder.manifest.observed.get(graph), outputs.last()) else {
+                return Err(Error::Unsupported {
+                    what: format!("{}: its graphs observe nothing", self.folder.path.display()),
+                    remedy: "export the model with --observe".into(),
+                });
+            };
+            let (_, found) = last.try_extract_tensor::<f32>().map_err(Error::onnxruntime(DURING))?;
+            ranges.extend(names.iter().cloned().zip(found.iter().copied()));
+        }
+        Ok(ranges)
+    }
+
+    /// Whether the cache stays in the memory of the device that computes.
+    pub(crate) fn is_resident(&self) -> bool {
+        self.resident.is_some()
     }
 
     /// How rows in flight are kept in the process's own memory, as far as callers of [`Model::start_ragged`] are concerned.
@@ -730,6 +777,7 @@ fn element_type(dtype: DType) -> TensorElementType {
         DType::Int64 => TensorElementType::Int64,
         DType::Int32 => TensorElementType::Int32,
         DType::UInt8 => TensorElementType::Uint8,
+        DType::Int8 => TensorElementType::Int8,
         DType::Int4 => TensorElementType::Int4,
         DType::Bool => TensorElementType::Bool,
     }

@@ -3,9 +3,10 @@
 `check_rtx.py EXPORTER FOLDER [--sizes SIZE...] [--minutes N]`.
 
 FOLDER is for the models: those of the tiny fixtures and of dummy weights in Google's sizes, in bfloat16 and float16, with a
-cache that grows and with one of a capacity, these and the demo's also with weights of 4 bits, each with a serving plan whose
-profiles are used. Every graph is parsed, and compiled for SM80, SM89 and SM120. Exit status 1 if one is refused, or if the time is over before all are compiled. It is not the TensorRT
-of data centres, whose parser and compiler are close relatives: what this takes, that may still refuse.
+cache that grows and with one of a capacity, the sizes and the demo also with weights of 4 bits, and the demo in 8 bits, each
+with a serving plan whose profiles are used. Every graph is parsed, and compiled for SM80, SM89 and SM120. Exit status 1 if
+one is refused, or if the time is over before all are compiled. It is not the TensorRT of data centres, whose parser and
+compiler are close relatives: what this takes, that may still refuse.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from pathlib import Path
 CAPABILITIES = ["SM80", "SM89", "SM120"]
 TESTS = Path(__file__).resolve().parent.parent
 FIXTURES = TESTS / "fixtures/public"
+DEMO = TESTS / "demo/checkpoint"
 GRAPHS = ["encoder_model", "decoder_model", "decoder_with_past_model"]
 
 
@@ -78,7 +80,19 @@ def compiled(tensorrt, graph, profile):
         yield capability, time.monotonic() - start, 0 if engine is None else engine.nbytes, refused
 
 
-def exports(sizes, capacity):
+def ranges(exporter, folder):
+    """A file of ranges for the demo: which they are makes no difference to a builder."""
+    model, path = folder / "observed", folder / "ranges.json"
+    shutil.rmtree(model, ignore_errors=True)
+    subprocess.run([exporter, "--quiet", "--observe", str(DEMO), str(model)], check=True)
+    observed = json.loads((model / "manifest.json").read_text())["observed"]
+    of_all = {name: 8.0 for names in observed.values() for name in names}
+    path.write_text(json.dumps({"texts": 1, "percentile": 100.0, "ranges": of_all}))
+    shutil.rmtree(model)
+    return path
+
+
+def exports(sizes, capacity, ranges):
     """What to export: a label, and the arguments for it."""
     for dtype in ("bfloat16", "float16"):
         for cache in ([], ["--cache", f"static={capacity}"]):
@@ -92,9 +106,12 @@ def exports(sizes, capacity):
                     yield f"{fixture.name} {label} aligned", aligned
             for size in sizes:
                 yield f"{size} {label}", [*ways, "--plan", plan, "--dummy-weights", "--preset", size]
-            if cache:
+            # Without sizes there is little time, and the types differ by their casts only.
+            if cache and (sizes or dtype == "bfloat16"):
+                int8 = ["--quantize", "int8", "--calibrate", str(ranges)]
+                yield f"demo {label} int8", [*ways, *int8, "--plan", plan, str(DEMO)]
                 ways = [*ways, "--quantize", "int4", "--plan", plan]
-                yield f"demo {label} int4", [*ways, str(TESTS / "demo/checkpoint")]
+                yield f"demo {label} int4", [*ways, str(DEMO)]
                 for size in sizes:
                     yield f"{size} {label} int4", [*ways, "--dummy-weights", "--preset", size]
 
@@ -113,7 +130,7 @@ def main():
     refused = engines = 0
     # Fixtures of one shape give one graph: what differs is in their weights only.
     known = set()
-    for label, how in exports(given.sizes, 64):
+    for label, how in exports(given.sizes, 64, ranges(given.exporter, given.folder)):
         if given.only not in label:
             continue
         out = given.folder / label.replace(" ", "-")

@@ -37,6 +37,8 @@ pub struct Definition {
     pub constants: Vec<Constant>,
     /// Tensors whose numbers are the model's weights, in order of first use.
     pub parameters: Vec<Parameter>,
+    /// The names of what was observed, in order.
+    pub observed: Vec<String>,
 }
 
 /// A tensor's name and type.
@@ -187,6 +189,8 @@ struct State {
     /// Nodes already written, by what they compute.
     written: HashMap<Key, Vec<Option<usize>>>,
     names: HashMap<String, usize>,
+    /// What is to be observed as it passes, under the names it has there.
+    observed: Vec<(String, usize)>,
 }
 
 impl State {
@@ -271,7 +275,7 @@ impl Graph {
     pub fn constant(&self, dtype: DType, shape: &[usize], data: Data) -> Value<'_> {
         let count = match &data {
             Data::Floats(numbers) if dtype.is_float() => numbers.len(),
-            Data::Ints(numbers) if matches!(dtype, DType::Int64 | DType::Int32) => numbers.len(),
+            Data::Ints(numbers) if matches!(dtype, DType::Int64 | DType::Int32 | DType::Int8) => numbers.len(),
             other => panic!("a constant of {dtype} cannot hold {other:?}"),
         };
         assert_eq!(count, shape.iter().product::<usize>(), "a constant of shape {shape:?}");
@@ -332,6 +336,20 @@ impl Graph {
         let Some((id, axis)) = found else { self.mistake(format!("no tensor has the dimension {dim}")) };
         let bounds = [("start", Attribute::Int(axis as i64)), ("end", Attribute::Int(axis as i64 + 1))];
         self.node("Shape", &[Value { graph: self, id }], &bounds, &[(DType::Int64, vec![Dim::fixed(1)])])[0]
+    }
+
+    /// Notes a tensor for [`Graph::observed`], unless something is noted under that name.
+    pub fn observe(&self, name: &str, value: Value<'_>) {
+        let mut state = self.state.borrow_mut();
+        if state.observed.iter().all(|(known, _)| known != name) {
+            state.observed.push((name.to_string(), value.id));
+        }
+    }
+
+    /// What was noted, in order.
+    pub fn observed(&self) -> Vec<(String, Value<'_>)> {
+        let observed = self.state.borrow().observed.clone();
+        observed.into_iter().map(|(name, id)| (name, Value { graph: self, id })).collect()
     }
 
     /// Whether some tensor has `dim` among its dimensions, so that [`Graph::size`] can tell it.
@@ -440,6 +458,7 @@ impl Graph {
             outputs: state.outputs,
             constants: state.constants.into_iter().filter(|constant| needed[constant.value]).collect(),
             parameters: state.parameters.into_iter().filter(|parameter| needed[parameter.value]).collect(),
+            observed: state.observed.into_iter().map(|(name, _)| name).collect(),
         }
     }
 }

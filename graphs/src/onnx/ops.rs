@@ -91,6 +91,7 @@ impl<'g> Value<'g> {
         let code = match to {
             DType::Float32 => 1,
             DType::UInt8 => 2,
+            DType::Int8 => 3,
             DType::Int32 => 6,
             DType::Int64 => 7,
             DType::Bool => 9,

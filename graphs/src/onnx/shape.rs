@@ -20,6 +20,8 @@ pub enum DType {
     Int32,
     /// Byte: numbers packed into blocks.
     UInt8,
+    /// Signed 8-bit integer: what is computed with in few bits.
+    Int8,
     /// Signed 4-bit integer: two in a byte, the first in its lower half.
     Int4,
     /// One byte, 0 or 1: masks inside a graph.
@@ -28,13 +30,14 @@ pub enum DType {
 
 impl DType {
     /// Every type.
-    pub const ALL: [DType; 8] = [
+    pub const ALL: [DType; 9] = [
         DType::Float32,
         DType::Float16,
         DType::BFloat16,
         DType::Int64,
         DType::Int32,
         DType::UInt8,
+        DType::Int8,
         DType::Int4,
         DType::Bool,
     ];
@@ -50,7 +53,7 @@ impl DType {
             DType::Int64 => 8,
             DType::Float32 | DType::Int32 => 4,
             DType::Float16 | DType::BFloat16 => 2,
-            DType::Bool | DType::UInt8 | DType::Int4 => 1,
+            DType::Bool | DType::UInt8 | DType::Int8 | DType::Int4 => 1,
         }
     }
 
@@ -69,6 +72,7 @@ impl fmt::Display for DType {
             DType::Int64 => "int64",
             DType::Int32 => "int32",
             DType::UInt8 => "uint8",
+            DType::Int8 => "int8",
             DType::Int4 => "int4",
             DType::Bool => "bool",
         })

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use t5gemma_runtime::build_engines;
 
 use crate::{Opening, Outcome};
@@ -22,7 +22,8 @@ pub struct Arguments {
 
 /// Runs the command.
 pub fn run(arguments: Arguments) -> Result<Outcome> {
-    let options = arguments.opening.options();
+    ensure!(!arguments.opening.warm_up, "--warm-up: expected a command that generates");
+    let options = arguments.opening.options(arguments.opening.one_device()?);
     let start = Instant::now();
     let mut tell = |graph: &str| eprintln!("{:>6.1} s  building the engine of {graph}", start.elapsed().as_secs_f32());
     build_engines(&arguments.opening.model, &options, arguments.force, &mut tell)?;

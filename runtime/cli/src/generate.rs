@@ -5,7 +5,6 @@ mod continuous;
 use std::io::{self, IsTerminal, Write};
 use std::ops::ControlFlow;
 use std::path::PathBuf;
-use std::sync::Arc;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Map, Value, json};
@@ -81,7 +80,11 @@ pub struct Arguments {
 /// Runs the command.
 pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     let opening = Opening { encoder_cache_bytes: arguments.encoder_cache_bytes, ..arguments.opening };
-    let model = Arc::new(opening.open()?);
+    if !arguments.jsonl {
+        opening.one_device()?;
+    }
+    let models = opening.open_all()?;
+    let model = models[0].clone();
     // Flags that cannot be right for any request are told before anything is read.
     let options = model.options().with(&arguments.flags.0)?;
     let of_jsonl = [("--output-logprobs", options.output_logprobs), ("--output-attentions", options.output_attentions)];
@@ -104,11 +107,14 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     }
     if arguments.jsonl {
         // Drafts are made for a row alone, and packs by tokens are asked for.
+        let can_be_shared = !answering.packing.is_by_tokens() && options.prompt_lookup_num_tokens.is_none();
+        if models.len() > 1 {
+            let expected = "--device: expected one number with --max-batch-tokens and prompt_lookup_num_tokens";
+            ensure!(can_be_shared, "{expected}, found {}", models.len());
+            return answering.continuous(&models);
+        }
         let is_shared = Engine::shares_all_steps(&model) && answering.packing.rows() > 1;
-        return match is_shared && !answering.packing.is_by_tokens() && options.prompt_lookup_num_tokens.is_none() {
-            true => answering.continuous(&model),
-            false => answering.jsonl(),
-        };
+        return if is_shared && can_be_shared { answering.continuous(&models) } else { answering.jsonl() };
     }
     model.tokenizer()?;
     if !arguments.texts.is_empty() {

@@ -2,6 +2,7 @@
 //! of them share, `tensors.rs` the files of numbers that are read and written.
 
 mod bench;
+mod calibrate;
 mod chat;
 mod classify;
 mod doctor;
@@ -22,8 +23,9 @@ mod tensors;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail, ensure};
 use clap::builder::PossibleValuesParser;
 use clap::{Args, Parser, Subcommand};
 use t5gemma_runtime::{Cancellation, Encoder, Error, Model, OpenOptions, Placement, Provider};
@@ -49,6 +51,7 @@ enum Command {
     Classify(classify::Arguments),
     Verify(verify::Arguments),
     Bench(bench::Arguments),
+    Calibrate(calibrate::Arguments),
     BuildEngines(engines::Arguments),
     Doctor(doctor::Arguments),
 }
@@ -71,9 +74,13 @@ struct Opening {
     /// be had is an error, see `t5gemma doctor`
     #[arg(long, default_value = "cpu", value_parser = PossibleValuesParser::new(Provider::ALL.map(Provider::name)))]
     provider: String,
-    /// Number of the GPU
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    device: u32,
+    /// Number of the GPU; several, as in 0,1, have `generate --jsonl` answer with a copy of the model on each
+    #[arg(long, value_name = "N[,N…]", value_delimiter = ',', default_value = "0")]
+    device: Vec<u32>,
+    /// Run the usual sizes of the model's serving plan once before anything else, so that the first answer takes no longer
+    /// than the others; without a plan, a source of 64 tokens
+    #[arg(long)]
+    warm_up: bool,
     /// Option of the provider by ONNX Runtime's name of it, over those of the model's serving plan; may be repeated
     #[arg(long, value_name = "NAME=VALUE", value_parser = provider_option)]
     provider_option: Vec<(String, String)>,
@@ -89,22 +96,42 @@ impl Opening {
 
     /// Another model in the same way.
     fn open_model(&self, path: &Path) -> Result<Model> {
-        let model = Model::open_with(path, &self.options())?;
+        self.open_on(path, self.one_device()?)
+    }
+
+    /// The model on each of the devices.
+    fn open_all(&self) -> Result<Vec<Arc<Model>>> {
+        self.device.iter().map(|&device| Ok(Arc::new(self.open_on(&self.model, device)?))).collect()
+    }
+
+    fn open_on(&self, path: &Path, device: u32) -> Result<Model> {
+        let model = Model::open_with(path, &self.options(device))?;
         for elsewhere in model.elsewhere() {
             eprintln!("t5gemma: {elsewhere}");
+        }
+        if self.warm_up {
+            model.warm_up(&Cancellation::new())?;
         }
         Ok(model)
     }
 
     fn open_encoder(&self) -> Result<Encoder> {
-        Ok(Encoder::open_with(&self.model, &self.options())?)
+        ensure!(!self.warm_up, "--warm-up: expected a command that generates");
+        Ok(Encoder::open_with(&self.model, &self.options(self.one_device()?))?)
     }
 
-    fn options(&self) -> OpenOptions {
+    fn one_device(&self) -> Result<u32> {
+        let [device] = self.device[..] else {
+            bail!("--device: expected one number, found {} (several are for generate --jsonl)", self.device.len());
+        };
+        Ok(device)
+    }
+
+    fn options(&self, device: u32) -> OpenOptions {
         let (library, threads) = (self.onnxruntime.clone(), self.threads);
         let (check_weights, encoder_cache_bytes) = (self.check_weights, self.encoder_cache_bytes);
         let provider = Provider::ALL.into_iter().find(|provider| provider.name() == self.provider).unwrap_or_default();
-        let placement = Placement { provider, device: self.device, options: self.provider_option.clone() };
+        let placement = Placement { provider, device, options: self.provider_option.clone() };
         OpenOptions { library, threads, check_weights, encoder_cache_bytes, placement }
     }
 }
@@ -140,6 +167,7 @@ fn main() -> ExitCode {
         Command::Classify(arguments) => classify::run(arguments, &cancel),
         Command::Verify(arguments) => verify::run(arguments, &cancel),
         Command::Bench(arguments) => bench::run(arguments, &cancel),
+        Command::Calibrate(arguments) => calibrate::run(arguments, &cancel),
         Command::BuildEngines(arguments) => engines::run(arguments),
         Command::Doctor(arguments) => doctor::run(arguments),
     });

@@ -49,6 +49,8 @@ impl Need {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Plan {
     layout: CacheLayout,
+    /// Tensors that are there twice while rows change.
+    moved: usize,
     /// Bytes of one token's keys and values, in one of the tensors of a cache.
     of_tensor: usize,
     /// Tensors of the targets, and as many of the sources.
@@ -65,10 +67,13 @@ impl Plan {
             DType::Float16 | DType::BFloat16 => 2,
             _ => 4,
         };
+        let tensors = 2 * decoder.layers.len();
         Plan {
             layout: model.manifest().cache,
+            // On a device one run of a graph moves them all.
+            moved: if model.is_resident() { tensors } else { 1 },
             of_tensor: decoder.num_key_value_heads * decoder.head_dim * width,
-            tensors: 2 * decoder.layers.len(),
+            tensors,
             logits: 4 * decoder.vocab_size,
         }
     }
@@ -77,13 +82,12 @@ impl Plan {
     pub fn bytes(&self, need: &Need) -> usize {
         let times = usize::saturating_mul;
         let target = match self.layout {
-            // A tensor is moved at a time.
-            CacheLayout::InPlace => times(capacity(need.target), self.tensors.saturating_add(1)),
+            CacheLayout::InPlace => times(capacity(need.target), self.tensors.saturating_add(self.moved)),
             // The past is there as long as the present is made.
             CacheLayout::Growing => times(need.target, times(2, self.tensors)),
             CacheLayout::Static(capacity) => times(capacity, times(2, self.tensors)),
         };
-        let source = times(need.source, self.tensors.saturating_add(1));
+        let source = times(need.source, self.tensors.saturating_add(self.moved));
         times(need.rows, times(target.saturating_add(source), self.of_tensor).saturating_add(self.logits))
             .saturating_add(need.attended)
     }
@@ -109,7 +113,7 @@ mod tests {
     const NEED: Need = Need { rows: 2, target: 65, source: 10, attended: 0 };
 
     fn plan(layout: CacheLayout) -> Plan {
-        Plan { layout, of_tensor: 100, tensors: 4, logits: 1000 }
+        Plan { layout, moved: 1, of_tensor: 100, tensors: 4, logits: 1000 }
     }
 
     #[test]
@@ -123,6 +127,11 @@ mod tests {
         assert_eq!(NEED.beside(other), both);
         let attending = Need { attended: 5200, ..NEED };
         assert_eq!(plan(CacheLayout::InPlace).bytes(&attending), plan(CacheLayout::InPlace).bytes(&NEED) + 5200);
+        // On a device all 4 tensors are moved at a time; what has a capacity takes it whatever the target's length.
+        let resident = |layout| Plan { moved: 4, ..plan(layout) };
+        assert_eq!(resident(CacheLayout::InPlace).bytes(&NEED), 2 * ((128 + 10) * 8 * 100 + 1000));
+        assert_eq!(resident(CacheLayout::Growing).bytes(&NEED), 2 * ((65 + 10) * 8 * 100 + 1000));
+        assert_eq!(resident(CacheLayout::Static(256)).bytes(&NEED), 2 * ((256 + 10) * 8 * 100 + 1000));
     }
 
     #[test]

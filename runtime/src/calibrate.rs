@@ -1,0 +1,85 @@
+//! How large the numbers become that a model's matrices are multiplied with, on given sources and on what the model makes of
+//! them: what an export needs that computes in 8 bits.
+
+use std::collections::BTreeMap;
+
+use t5gemma_graphs::manifest::ActivationRanges;
+
+use crate::batch::{Batch, Prompts};
+use crate::error::Error;
+use crate::model::{Cancellation, Model};
+use crate::options::GenerationOptions;
+
+/// Collects ranges, source by source.
+pub struct Calibration<'m> {
+    model: &'m Model,
+    /// Of each matrix the greatest absolute number in each source.
+    found: BTreeMap<String, Vec<f32>>,
+    texts: usize,
+}
+
+impl<'m> Calibration<'m> {
+    /// Nothing so far.
+    ///
+    /// # Errors
+    /// A model that was not exported to be observed.
+    pub fn new(model: &'m Model) -> Result<Calibration<'m>, Error> {
+        if model.manifest().observed.is_empty() {
+            return Err(Error::Unsupported {
+                what: format!("{}: its graphs observe nothing", model.path().display()),
+                remedy: "export the model with --observe".into(),
+            });
+        }
+        Ok(Calibration { model, found: BTreeMap::new(), texts: 0 })
+    }
+
+    /// Observes the sources of a batch, each alone, with the targets that the model makes of them.
+    ///
+    /// # Errors
+    /// What [`Model::generate`] can fail by; numbers that are not finite.
+    pub fn add(&mut self, batch: &Batch, options: &GenerationOptions, cancel: &Cancellation) -> Result<(), Error> {
+        for row in 0..batch.rows() {
+            let alone = batch.alone(row);
+            let found = self.model.generate(&alone, options, &mut (), cancel)?;
+            let Prompts { mut ids, .. } = alone.prompts(options.decoder_start_token_id);
+            ids.extend_from_slice(&found[0][0].tokens);
+            ids.truncate(self.model.longest_target().0);
+            let target = Prompts { length: ids.len(), ids };
+            for (name, range) in self.model.observe(&alone, target, cancel)? {
+                if !range.is_finite() {
+                    return Err(Error::NotFinite { row, step: 0, dtype: self.model.manifest().dtype });
+                }
+                self.found.entry(name).or_default().push(range);
+            }
+            self.texts += 1;
+        }
+        Ok(())
+    }
+
+    /// The ranges: of each matrix the percentile of what was found in the sources, 100 for the greatest.
+    pub fn ranges(self, percentile: f64) -> ActivationRanges {
+        let ranges = self.found.into_iter().map(|(name, found)| (name, at_percentile(found, percentile))).collect();
+        ActivationRanges { texts: self.texts, percentile, ranges }
+    }
+}
+
+/// The least number that `percentile` of a hundred are not above.
+fn at_percentile(mut found: Vec<f32>, percentile: f64) -> f32 {
+    found.sort_by(f32::total_cmp);
+    let place = (found.len() as f64 * percentile / 100.0).ceil() as usize;
+    found.get(place.clamp(1, found.len().max(1)) - 1).copied().unwrap_or(0.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_percentile_is_a_number_that_was_found() {
+        let found: Vec<f32> = (1..=10).rev().map(|number| number as f32).collect();
+        for (percentile, expected) in [(100.0, 10.0), (99.9, 10.0), (90.0, 9.0), (50.0, 5.0), (0.0, 1.0)] {
+            assert_eq!(at_percentile(found.clone(), percentile), expected, "{percentile}");
+        }
+        assert_eq!(at_percentile(vec![3.0], 50.0), 3.0);
+    }
+}
