@@ -6,6 +6,8 @@ use std::path::PathBuf;
 use t5gemma_exporter::Export;
 use t5gemma_graphs::Target;
 use t5gemma_graphs::interface::{DType, Logits};
+use t5gemma_graphs::onnx::Blocks;
+use t5gemma_graphs::quantization::Quantization;
 
 use crate::common::{FIXTURES, exported, exported_as, fixture, python};
 
@@ -30,6 +32,10 @@ fn onnx_checks_every_graph_in_every_type() {
         let export = Export { target, dtype, capacity, logits, ..Export::default() };
         models.push(exported_as("tiny-unbalanced", &label, export));
     }
+    let blocks = Some(Blocks { bits: 4, size: 16, symmetric: true });
+    let quantization = Quantization { encoder: blocks, decoder: blocks, head: blocks, exclude: Vec::new() };
+    let export = Export { target: Target::TensorRt, dtype: DType::BFloat16, quantization, ..Export::default() };
+    models.push(exported_as("tiny-balanced", "tensorrt-int4", export));
     python("check_onnx.py", &models);
 }
 

@@ -71,6 +71,8 @@ def misplaced(tensor, folder, places):
     entry = {item.key: item.value for item in tensor.external_data}
     file, offset, length = folder / entry["location"], int(entry.get("offset", 0)), int(entry.get("length", -1))
     size = math.prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    if tensor.data_type == onnx.TensorProto.INT4:
+        size = (size + 1) // 2
     if file.parent != folder or not file.is_file():
         yield f"initializer {tensor.name}: no file {entry['location']} beside the graph"
     elif length != size:

@@ -88,8 +88,9 @@ for provider in $providers; do
             if [ $target = tensorrt ] || [ "$provider" = cpu ]; then layouts="as-is static"; fi
             for layout in $layouts; do
                 model=$out/models/$provider-$fixture-$dtype-$layout
-                how=(--target $target --dtype "$dtype")
-                if [ $layout = static ]; then how=(--target tensorrt --dtype "$dtype" --cache static=64); fi
+                # As many candidates as the cases with beams need, so that the GPU's choice of the greatest is seen too.
+                how=(--target $target --dtype "$dtype" --candidates 12)
+                if [ $layout = static ]; then how=(--target tensorrt --dtype "$dtype" --candidates 12 --cache static=64); fi
                 case ${how[1]} in
                     tensorrt) how+=(--plan "batch=1..8,source=1..64,target=64,beams=1..8,prompt=1..16") ;;
                 esac
