@@ -131,6 +131,14 @@ impl Placement {
                 format!("cpu with {found}"),
             ));
         }
+        let replays = |(name, value): &&(String, String)| {
+            (name.ends_with("cuda_graph") || name.ends_with("cuda_graph_enable")) && value != "0"
+        };
+        if let Some((name, value)) = self.options.iter().find(replays) {
+            // A graph that was captured writes where its first run did, and reads what was there.
+            let expected = "no CUDA graphs: what a step is given and returns lies elsewhere each time";
+            return Err(Error::input("provider option", expected, format!("{name}={value}")));
+        }
         match self.options.iter().find(|(name, value)| name.is_empty() || name.contains('\0') || value.contains('\0')) {
             Some((name, value)) => Err(Error::input("provider option", "NAME=VALUE", format!("{name:?}={value:?}"))),
             None => Ok(()),
@@ -453,12 +461,19 @@ mod tests {
     }
 
     #[test]
-    fn a_cpu_has_neither_devices_nor_options() {
+    fn options_that_cannot_be_right_are_refused() {
         let placement = Placement { device: 1, ..Placement::default() };
         assert!(placement.check().is_err());
         let options = vec![("device_id".to_string(), "0".to_string())];
         assert!(Placement { options: options.clone(), ..Placement::default() }.check().is_err());
         assert!(Placement { provider: Provider::Cuda, device: 1, options }.check().is_ok());
+        for (value, is_taken) in [("0", true), ("1", false)] {
+            for name in ["enable_cuda_graph", "trt_cuda_graph_enable"] {
+                let options = vec![(name.to_string(), value.to_string())];
+                let placement = Placement { provider: Provider::TensorRt, device: 0, options };
+                assert_eq!(placement.check().is_ok(), is_taken, "{name}={value}");
+            }
+        }
         let options = vec![("a\0b".to_string(), String::new())];
         assert!(Placement { provider: Provider::Cuda, device: 0, options }.check().is_err());
     }
