@@ -312,7 +312,11 @@ impl Export {
         let parts = [self.quantization.encoder, self.quantization.decoder, self.quantization.head];
         if self.activations == Activations::Observed {
             let suits = self.target == Target::Portable && self.dtype == DType::Float32 && !self.quantization.is_any();
-            ensure!(suits, "--observe: expected target {} in float32, not quantized", Target::Portable.name());
+            ensure!(
+                suits && self.alignment.is_none(),
+                "--observe: expected target {} in float32, not quantized and without --alignment",
+                Target::Portable.name()
+            );
         }
         if matches!(self.activations, Activations::Ranges(_)) {
             let eight = parts.iter().flatten().any(|blocks| blocks.bits == 8);

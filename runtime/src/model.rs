@@ -238,7 +238,11 @@ impl Model {
                 let reorder = Arc::new(opener.open_reorder(&interface::reorder(&folder.config, dtype))?);
                 let heads = [folder.config.decoder.num_key_value_heads, folder.config.decoder.head_dim];
                 let (device, per_item) = (options.placement.device(), per_item(&interface));
-                Some(Plan { layout: cache, device, dtype, per_item, heads, reorder })
+                let candidates = match folder.manifest.logits {
+                    interface::Logits::Candidates(count) => Some(count),
+                    _ => None,
+                };
+                Some(Plan { layout: cache, device, dtype, per_item, heads, reorder, candidates })
             }
         };
         let [encoder, decoder, decoder_with_past] = [
@@ -448,7 +452,7 @@ impl Model {
         cancel: &Cancellation,
     ) -> Result<(State, Logits), Error> {
         if let Some(plan) = &self.resident {
-            return self.start_resident(plan, encoded, prompts, cancel);
+            return self.start_resident(plan, (encoded, prompts), wanted, cancel);
         }
         let (mask, cached, logits) = self.first_step(encoded, prompts, wanted, cancel)?;
         let state = match self.folder.manifest.cache {
@@ -463,15 +467,15 @@ impl Model {
     fn start_resident(
         &self,
         plan: &Plan,
-        Encoded { hidden, mask }: Encoded,
-        prompts: Prompts,
+        (Encoded { hidden, mask }, prompts): (Encoded, Prompts),
+        wanted: Wanted,
         cancel: &Cancellation,
     ) -> Result<(State, Logits), Error> {
         let rows = prompts.ids.len() / prompts.length;
         let ids = int64_tensor(rows, prompts.ids.clone())?;
         let started = {
             let mut session = self.decoder.lock(Wanted::All);
-            State::resident(plan, &mut session, mask, (&ids, &hidden), cancel.run_options()?)
+            State::resident(plan, &mut session, mask, (&ids, &hidden), wanted, cancel.run_options()?)
         };
         let (mut state, returned) = match started {
             Err(_) if cancel.is_cancelled() => return Err(Error::Cancelled),
@@ -479,7 +483,7 @@ impl Model {
         };
         let returned = match returned {
             Some(returned) => returned,
-            None => self.run_step(&mut state, prompts.ids, Wanted::All, cancel)?,
+            None => self.run_step(&mut state, prompts.ids, wanted, cancel)?,
         };
         Ok((state, Logits::last(returned, rows).map_err(Error::onnxruntime(READING_LOGITS))?))
     }
@@ -495,9 +499,10 @@ impl Model {
         const DURING: &str = "observing the activations";
         let rectangle = |values: &[i64]| int64_tensor(batch.rows(), values.to_vec());
         let (ids, mask, target) = (rectangle(batch.ids())?, rectangle(batch.mask())?, rectangle(&target.ids)?);
-        let encoded = run(&self.encoder, DURING, &[(&ids).into(), (&mask).into()], cancel)?;
+        let encoded = run((&self.encoder, Wanted::All), DURING, &[(&ids).into(), (&mask).into()], cancel)?;
         let hidden = &encoded[0];
-        let decoded = run(&self.decoder, DURING, &[(&mask).into(), (&target).into(), hidden.into()], cancel)?;
+        let decoded =
+            run((&self.decoder, Wanted::All), DURING, &[(&mask).into(), (&target).into(), hidden.into()], cancel)?;
         let mut ranges = BTreeMap::new();
         for (graph, outputs) in [("encoder", &encoded), ("decoder", &decoded)] {
             let (Some(names), Some(last)) = (self.folder.manifest.observed.get(graph), outputs.last()) else {
@@ -630,7 +635,7 @@ impl Model {
                 let options = cancel.run_options()?;
                 let stepped = match cache {
                     Cache::InPlace(cache) => cache.step(&mut session, &tokens, options),
-                    Cache::Resident(cache) => cache.step(&mut session, &tokens, options),
+                    Cache::Resident(cache) => cache.step(&mut session, &tokens, wanted, options),
                     Cache::Growing(_) => unreachable!("matched above"),
                 };
                 match stepped {

@@ -2,6 +2,7 @@
 //! that continue another beam, items that have finished). Which row continues which is decided elsewhere. Two ways of
 //! keeping it are for the process's own memory, and the third for the memory of a device.
 
+mod candidates;
 mod growing;
 mod in_place;
 mod ragged;
@@ -12,6 +13,7 @@ use ort::session::{NoSelectedOutputs, RunOptions, Session};
 use ort::value::{DynValue, PrimitiveTensorElementType, Tensor, TensorElementType};
 
 use crate::error::Error;
+use crate::scores::Wanted;
 use growing::Growing;
 use in_place::InPlace;
 pub(crate) use ragged::{First, Ragged, capacity};
@@ -72,10 +74,11 @@ impl State {
         session: &mut Session,
         mask: DynValue,
         given: (&DynValue, &DynValue),
+        wanted: Wanted,
         options: &RunOptions<NoSelectedOutputs>,
     ) -> ort::Result<(State, Option<Returned>)> {
         let items = mask.shape()[0] as usize;
-        let (resident, returned) = Resident::start(plan, session, mask, given, options)?;
+        let (resident, returned) = Resident::start(plan, session, mask, given, wanted, options)?;
         Ok((State { cache: Cache::Resident(Box::new(resident)), items, rows: items }, returned))
     }
 

@@ -1,5 +1,6 @@
 //! A cache that stays in the memory of the device that computes: what a run returns is bound to the next run where it lies,
-//! and a change of rows is a graph of its own (`reorder_model.onnx`). Only token ids, positions and logits come and go.
+//! and a change of rows is a graph of its own (`reorder_model.onnx`). Only token ids, positions and logits come and go, or of
+//! the logits the greatest, where no more is wanted.
 //!
 //! # Design
 //! The device is one value, [`Device`]: with the CPU for a device the same code runs on a machine without a GPU, and that is
@@ -11,8 +12,9 @@ use half::{bf16, f16};
 use ort::memory::{AllocationDevice, AllocatorType, MemoryInfo, MemoryType};
 use ort::session::{IoBinding, NoSelectedOutputs, RunOptions, Session};
 use ort::value::{DynValue, Tensor};
-use t5gemma_graphs::interface::{CacheLayout, DType};
+use t5gemma_graphs::interface::{CacheLayout, DType, LOG_SUM_EXP, TOP_IDS, TOP_SCORES};
 
+use super::candidates::spread;
 use super::{Returned, attended_port, keep_rows};
 use crate::model::Graph;
 use crate::scores::Wanted;
@@ -54,6 +56,38 @@ pub(crate) struct Plan {
     pub heads: [usize; 2],
     /// The graph that changes rows.
     pub reorder: Arc<Graph>,
+    /// How many of the greatest logits the graphs return beside all of them.
+    pub candidates: Option<usize>,
+}
+
+impl Plan {
+    /// The outputs that hold what is wanted of the logits. What is not bound is not copied from the device.
+    fn scores(&self, logits: String, wanted: Wanted) -> Vec<String> {
+        match (wanted, self.candidates) {
+            (Wanted::Best { count, .. }, Some(most)) if count <= most => {
+                [TOP_SCORES, TOP_IDS, LOG_SUM_EXP].map(String::from).to_vec()
+            }
+            _ => vec![logits],
+        }
+    }
+}
+
+/// Logits of what a run returned of them.
+fn whole(mut scores: Vec<DynValue>, vocab_size: usize) -> ort::Result<DynValue> {
+    let [best, ids, sums] = &scores[..] else { return Ok(scores.swap_remove(0)) };
+    let (shape, best) = best.try_extract_tensor::<f32>()?;
+    let (ids, sums) = (ids.try_extract_tensor::<i64>()?.1, sums.try_extract_tensor::<f32>()?.1);
+    let (rows, count) = (shape[0] as usize, shape[1] as usize);
+    let mut logits = vec![0.0_f32; rows * vocab_size];
+    let given = best.chunks_exact(count).zip(ids.chunks_exact(count)).zip(sums);
+    given.zip(logits.chunks_exact_mut(vocab_size)).for_each(|((given, &sum), row)| spread(given, sum, row));
+    Ok(Tensor::from_array(([rows, 1, vocab_size], logits))?.into_dyn())
+}
+
+/// Tokens that a graph has logits of.
+fn vocab_size(session: &Session) -> usize {
+    let shape = session.outputs().first().and_then(|port| port.dtype().tensor_shape());
+    shape.and_then(|shape| shape.last().copied()).map_or(0, |size| size.max(0) as usize)
 }
 
 /// The memory of the cached decoder step.
@@ -68,8 +102,9 @@ pub(crate) struct Resident {
     rows: usize,
     /// Target tokens there are keys and values of.
     length: usize,
-    /// What the cached step is bound to, where that stays from step to step; none after a change.
-    bound: Option<IoBinding>,
+    /// What the cached step is bound to, where that stays from step to step, with the outputs that hold its scores; none
+    /// after a change.
+    bound: Option<(Vec<String>, IoBinding)>,
 }
 
 impl Resident {
@@ -80,6 +115,7 @@ impl Resident {
         session: &mut Session,
         mask: DynValue,
         (ids, hidden): (&DynValue, &DynValue),
+        wanted: Wanted,
         options: &RunOptions<NoSelectedOutputs>,
     ) -> ort::Result<(Resident, Option<Returned>)> {
         let (items, prompt) = (mask.shape()[0] as usize, ids.shape()[1] as usize);
@@ -88,10 +124,10 @@ impl Resident {
         let inputs: Vec<&DynValue> = if is_static { vec![hidden] } else { vec![&mask, ids, hidden] };
         bind_inputs(&mut binding, session, &inputs)?;
         let mut names = session.outputs().iter().map(|port| port.name().to_string()).collect::<Vec<_>>();
-        let logits = (!is_static).then(|| names.remove(0));
-        if let Some(logits) = &logits {
-            binding.bind_output_to_device(logits, &Device::Cpu.memory()?)?;
-        }
+        let scores = (!is_static).then(|| plan.scores(names.remove(0), wanted));
+        let host = Device::Cpu.memory()?;
+        scores.iter().flatten().try_for_each(|name| binding.bind_output_to_device(name, &host))?;
+        let size = vocab_size(session);
         let attended = attended_port(session);
         if let Some(attended) = &attended {
             binding.bind_output_to_device(attended, &Device::Cpu.memory()?)?;
@@ -103,7 +139,8 @@ impl Resident {
         let mut outputs = session.run_binding_with_options(&binding, options)?;
         let mut take = |name: &str| outputs.remove(name).ok_or_else(|| ort::Error::new(format!("no {name}")));
         let attended = attended.map(|name| take(&name)).transpose()?;
-        let logits = logits.map(|name| take(&name)).transpose()?;
+        let scores = scores.map(|names| names.iter().map(|name| take(name)).collect::<ort::Result<Vec<_>>>());
+        let logits = scores.transpose()?.map(|scores| whole(scores, size)).transpose()?;
         let returned = logits.map(|logits| Returned { logits, attended });
         let values = names.iter().map(|name| take(name)).collect::<ort::Result<Vec<_>>>()?;
         let (mut sources, mut targets) = (Vec::new(), Vec::new());
@@ -135,6 +172,7 @@ impl Resident {
         &mut self,
         session: &mut Session,
         tokens: &[i64],
+        wanted: Wanted,
         options: &RunOptions<NoSelectedOutputs>,
     ) -> ort::Result<Returned> {
         let count = tokens.len() / self.rows;
@@ -144,19 +182,20 @@ impl Resident {
             let mut last = None;
             for at in 0..count {
                 let each: Vec<i64> = tokens.iter().skip(at).step_by(count).copied().collect();
-                last = Some(self.step(session, &each, options)?);
+                last = Some(self.step(session, &each, wanted, options)?);
             }
             return last.ok_or_else(|| ort::Error::new("a step without tokens"));
         }
         self.reserve(count)?;
-        let mut binding = match self.bound.take() {
-            Some(binding) => binding,
-            None => self.bind(session)?,
-        };
+        let size = vocab_size(session);
         let outputs = session.outputs().iter().map(|port| port.name().to_string());
         let mut names = outputs.collect::<Vec<_>>().into_iter();
         let mut name = || names.next().ok_or_else(|| ort::Error::new("too few outputs"));
-        let logits = name()?;
+        let scores = self.plan.scores(name()?, wanted);
+        let mut binding = match self.bound.take() {
+            Some((same, binding)) if same == scores => binding,
+            _ => self.bind(session)?,
+        };
         // Bound anew for each run: what was given to a device was copied there, and what was returned is someone else's.
         let ids = Tensor::from_array(([self.rows, count], tokens.to_vec()))?;
         binding.bind_input(session.inputs()[1].name(), &ids)?;
@@ -167,7 +206,8 @@ impl Resident {
             let positions = positions.collect::<Vec<_>>();
             binding.bind_input(session.inputs()[2].name(), &Tensor::from_array((shape, positions))?)?;
         }
-        binding.bind_output_to_device(&logits, &Device::Cpu.memory()?)?;
+        let host = Device::Cpu.memory()?;
+        scores.iter().try_for_each(|name| binding.bind_output_to_device(name, &host))?;
         let attended = attended_port(session);
         if let Some(attended) = &attended {
             binding.bind_output_to_device(attended, &Device::Cpu.memory()?)?;
@@ -179,13 +219,13 @@ impl Resident {
         }
         let mut outputs = session.run_binding_with_options(&binding, options)?;
         let mut take = |name: &str| outputs.remove(name).ok_or_else(|| ort::Error::new(format!("no {name}")));
-        let logits = take(&logits)?;
+        let logits = whole(scores.iter().map(|name| take(name)).collect::<ort::Result<Vec<_>>>()?, size)?;
         let attended = attended.map(|name| take(&name)).transpose()?;
         if !in_place {
             self.targets = presents.iter().map(|name| take(name)).collect::<ort::Result<_>>()?;
         }
         drop(outputs);
-        self.bound = in_place.then_some(binding);
+        self.bound = in_place.then_some((scores, binding));
         self.length += count;
         Ok(Returned { logits, attended })
     }
