@@ -142,7 +142,7 @@ fn plans_that_do_not_fit_are_refused() {
         (&["--target", "cuda", "--cache", "static=16"], 1, "--cache: expected a target"),
         (&["--target", "tensorrt", "--cache", "static=99999"], 1, "--cache: expected static=1 to static="),
         (&["--target", "tensorrt", "--candidates", "0"], 1, "--candidates: expected 1 to"),
-        (&["--target", "tensorrt", "--quantize", "int8"], 1, "--quantize: expected int4 for target tensorrt"),
+        (&["--target", "tensorrt", "--quantize", "int8"], 1, "--quantize int8: expected --calibrate for target"),
         (&["--target", "tensorrt", "--quantize", "int4", "--asymmetric"], 1, "--asymmetric: expected blocks without"),
         (&["--target", "tensorrt", "--quantize", "int4", "--block-size", "128"], 1, "--block-size: expected a divisor"),
         (&["--target", "tensorrt", "--cache", "16"], 2, "expected static=N"),
