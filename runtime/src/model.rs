@@ -846,9 +846,6 @@ impl<'f> Opener<'f> {
                 .with_prepacking(false)?
                 // The decoder's shapes grow with every step: a plan remembered for each would never be used again.
                 .with_memory_pattern(false)?;
-            if std::env::var_os("PROFILE_ORT").is_some() {
-                builder = builder.with_profiling(format!("/tmp/w/prof-{graph}"))?;
-            }
             if let Some(threads) = self.options.threads.filter(|_| self.options.threads != self.library.threads) {
                 builder = builder
                     .with_independent_thread_pool()?
