@@ -64,8 +64,6 @@ fn best_grid(block: &[f32], blocks: Blocks) -> Grid {
     if low == 0.0 && high == 0.0 {
         return Grid { scale: 0.0, zero: levels / 2.0 };
     }
-    // 8 bits are fine enough that a search would gain nothing.
-    let shares: &[f32] = if blocks.bits == 8 { &[1.0] } else { &SHARES };
     let mut best = (f32::INFINITY, Grid { scale: 0.0, zero: 0.0 });
     let mut consider = |grid: Grid| {
         let error = squared_error(block, grid, levels - 1.0);
@@ -73,7 +71,7 @@ fn best_grid(block: &[f32], blocks: Blocks) -> Grid {
             best = (error, grid);
         }
     };
-    for share in shares {
+    for share in shares(blocks.bits) {
         if blocks.symmetric {
             let zero = levels / 2.0;
             // One side has a code more than the other; the sign of the scale says which.
@@ -90,7 +88,12 @@ fn best_grid(block: &[f32], blocks: Blocks) -> Grid {
     refined(block, best, levels - 1.0)
 }
 
-/// How much of the range that holds all numbers is tried.
+/// How much of the range that holds all numbers is tried for scales.
+pub fn shares(bits: u8) -> &'static [f32] {
+    // 8 bits are fine enough that a search would gain nothing.
+    if bits == 8 { &SHARES[..1] } else { &SHARES }
+}
+
 const SHARES: [f32; 12] = [1.0, 0.975, 0.95, 0.925, 0.9, 0.875, 0.85, 0.825, 0.8, 0.775, 0.75, 0.7];
 
 /// The scale that fits the codes of `grid` best, where that is better than the grid's own.

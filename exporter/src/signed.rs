@@ -3,11 +3,7 @@
 
 use t5gemma_graphs::onnx::Blocks;
 
-use crate::quantize::PackedRows;
-
-/// How much of the range that holds all numbers is tried: clipping the largest can lose less than rounding the others
-/// more coarsely does.
-const SHARES: [f32; 12] = [1.0, 0.975, 0.95, 0.925, 0.9, 0.875, 0.85, 0.825, 0.8, 0.775, 0.75, 0.7];
+use crate::quantize::{PackedRows, shares};
 
 /// Packs `rows`, row after row of `k` numbers, `k` being whole blocks.
 pub fn pack_signed(rows: &[f32], k: usize, blocks: Blocks) -> PackedRows {
@@ -15,8 +11,7 @@ pub fn pack_signed(rows: &[f32], k: usize, blocks: Blocks) -> PackedRows {
     let mut packed = PackedRows::default();
     let half = f32::from(1_u8 << (blocks.bits - 1));
     for block in rows.chunks_exact(blocks.size) {
-        // 8 bits are fine enough that a search would gain nothing.
-        let scale = best_scale(block, half, if blocks.bits == 8 { &SHARES[..1] } else { &SHARES });
+        let scale = best_scale(block, half, shares(blocks.bits));
         let code = |x: f32| (x / scale).round_ties_even().clamp(-half, half - 1.0) as i8 as u8;
         match blocks.bits {
             4 => {
