@@ -9,6 +9,7 @@ use t5gemma_runtime::{Calibration, Cancellation};
 
 use crate::progress::counter;
 use crate::requests::{self, Kind, Request};
+use crate::tensors::{Aside, write_text};
 use crate::{Opening, Outcome};
 
 /// Tells how large the numbers become that a model's matrices are multiplied with
@@ -40,6 +41,7 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     ensure!(percentile > 0.0 && percentile <= 100.0, "--percentile: expected more than 0 to 100, found {percentile}");
     let model = opening.open()?;
     let mut calibration = Calibration::new(&model)?;
+    let output = Aside::create(&output)?;
     let lines = fs::read(&texts).with_context(|| format!("{}: cannot be read", texts.display()))?;
     let lines = lines.split(|&byte| byte == b'\n').enumerate().filter(|(_, line)| !line.trim_ascii().is_empty());
     let done = counter("texts", true);
@@ -59,7 +61,6 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     done.finish_and_clear();
     let ranges = calibration.ranges(percentile);
     ensure!(ranges.texts > 0, "{}: expected a request a line, found none", texts.display());
-    let text = serde_json::to_string_pretty(&ranges)? + "\n";
-    fs::write(&output, text).with_context(|| format!("{}: cannot be written", output.display()))?;
+    write_text(output, &(serde_json::to_string_pretty(&ranges)? + "\n"))?;
     Ok(Outcome::Done)
 }
