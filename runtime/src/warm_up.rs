@@ -45,17 +45,17 @@ impl Model {
         let (vocab_size, width) = (self.config().encoder.vocab_size, self.config().encoder.hidden_size);
         let rows = |row: usize| (0..usual.source).map(|at| ((row * 31 + at * 7 + 5) % vocab_size) as i64).collect();
         let batch = Batch::padded(&(0..usual.batch).map(rows).collect::<Vec<Vec<i64>>>(), 0)?;
-        let unset = GenerationOptions::default();
+        batch.check(self.config())?;
+        // Not remembered: nobody is going to ask for it.
+        let encoded = self.compute_encoder(&batch, cancel)?;
+        let during = "reading the hidden states";
+        let states = float32_values(&encoded.hidden).map_err(Error::onnxruntime(during))?;
+        let states = Array3::from_shape_vec([usual.batch, usual.source, width], states)
+            .map_err(|error| Error::onnxruntime(during)(ort::Error::wrap(error)))?;
+        let batch = batch.with_encoder_outputs(states)?;
         let mut widths = vec![1, usual.beams];
         widths.dedup();
         for num_beams in widths {
-            batch.check(self.config())?;
-            // Not remembered: nobody is going to ask for it.
-            let encoded = self.compute_encoder(&batch, cancel)?;
-            let during = "reading the hidden states";
-            let states = float32_values(&encoded.hidden).map_err(Error::onnxruntime(during))?;
-            let states = Array3::from_shape_vec([usual.batch, usual.source, width], states)
-                .map_err(|error| Error::onnxruntime(during)(ort::Error::wrap(error)))?;
             let options = GenerationOptions {
                 num_beams,
                 max_new_tokens: Some(TOKENS.min(self.longest_target().0.saturating_sub(1)).max(1)),
@@ -63,9 +63,9 @@ impl Model {
                 pad_token_id: self.options().pad_token_id,
                 // What ends a target would end the runs.
                 eos_token_id: vec![self.config().decoder.vocab_size as i64 - 1],
-                ..unset.clone()
+                ..GenerationOptions::default()
             };
-            self.generate(&batch.clone().with_encoder_outputs(states)?, &options, &mut (), cancel)?;
+            self.generate(&batch, &options, &mut (), cancel)?;
         }
         Ok(usual)
     }
