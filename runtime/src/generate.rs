@@ -9,7 +9,6 @@ use crate::error::Error;
 use crate::item::{Call, Item, Start};
 use crate::model::{Cancellation, Model};
 use crate::options::GenerationOptions;
-use crate::scores::Wanted;
 use crate::search::Hypothesis;
 use crate::stop::Stops;
 
@@ -45,12 +44,6 @@ fn show(row: usize, tokens: &[i64], watch: &mut dyn Watch) -> Result<(), Error> 
     }
 }
 
-/// What a step needs of the logits of all rows, and of those of drafts.
-fn wanted(items: &[Item], drafts: usize) -> Wanted {
-    let each = items.iter().flat_map(|item| (0..=drafts).map(|ahead| item.wanted(ahead)));
-    each.reduce(Wanted::and).unwrap_or_default()
-}
-
 /// See [`Model::generate`]; `search` begins the search for one source row at a decoder prompt.
 pub(crate) fn generate(
     model: &Model,
@@ -65,7 +58,8 @@ pub(crate) fn generate(
     let mut items: Vec<Item> = (0..batch.rows()).map(|row| call.item(row, search, &stops)).collect();
     let mut results: Vec<Vec<Hypothesis>> = vec![Vec::new(); batch.rows()];
     let encoded = model.run_encoder(batch, cancel)?;
-    let (mut state, mut logits) = model.start(encoded, call.prompts.clone(), wanted(&items, 0), cancel)?;
+    let (mut state, mut logits) =
+        model.start(encoded, call.prompts.clone(), Item::all_want(items.iter(), 0), cancel)?;
 
     // Of logits of several positions, the one at which the search is.
     let mut position = 0;
@@ -126,7 +120,7 @@ pub(crate) fn generate(
             state.select(&going_on, &parents)?;
         }
         position = 0;
-        let wanted = wanted(&items, draft.len());
+        let wanted = Item::all_want(items.iter(), draft.len());
         logits = match draft.is_empty() {
             true => model.step(&mut state, tokens, wanted, cancel)?,
             false => model.step_all(&mut state, [tokens, draft].concat(), wanted, cancel)?,

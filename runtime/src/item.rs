@@ -130,11 +130,17 @@ pub(crate) struct Item {
 
 impl Item {
     /// What it needs of the logits of its rows at the next step, or at one that is `ahead` tokens later.
-    pub fn wanted(&self, ahead: usize) -> Wanted {
+    fn wanted(&self, ahead: usize) -> Wanted {
         match self.trace.is_some() || self.walk.is_some() {
             true => Wanted::All,
             false => self.processors.wanted(&self.search, ahead),
         }
+    }
+
+    /// What a step needs of the logits of the rows of all `items`, and of those of so many `drafts`.
+    pub fn all_want<'i>(items: impl Iterator<Item = &'i Item>, drafts: usize) -> Wanted {
+        let each = items.flat_map(|item| (0..=drafts).map(|ahead| item.wanted(ahead)));
+        each.reduce(Wanted::and).unwrap_or_default()
     }
 
     /// Takes what a step says of its rows, or of the first of equal ones, and tells whether its targets are finished.

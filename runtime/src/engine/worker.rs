@@ -14,7 +14,6 @@ use crate::batch::{Batch, Prompts};
 use crate::error::Error;
 use crate::item::{Call, Item};
 use crate::model::Said;
-use crate::scores::Wanted;
 use crate::search::Search;
 use crate::stop::Stops;
 
@@ -218,7 +217,7 @@ impl Worker {
             return;
         }
         let lengths: Vec<usize> = batches.iter().map(Batch::length).collect();
-        let wanted = wanted(&members);
+        let wanted = Item::all_want(members.iter().map(|member| &member.item), 0);
         let begun = Batch::joined(batches, 0).and_then(|batch| Begun::start(model, &batch, prompts, wanted, cancel));
         let begun = begun.and_then(|(begun, mut logits)| {
             let going_on: Vec<bool> = {
@@ -268,7 +267,8 @@ impl Worker {
         let widths: Vec<usize> = members.iter().map(|member| member.item.search.width()).collect();
         let tokens: Vec<i64> = members.iter().flat_map(|member| member.item.search.next_tokens()).copied().collect();
         self.count_step(tokens.len());
-        let logits = self.flights[at].rows.step(&shared.model, tokens, wanted(&members), &shared.stop);
+        let wanted = Item::all_want(members.iter().map(|member| &member.item), 0);
+        let logits = self.flights[at].rows.step(&shared.model, tokens, wanted, &shared.stop);
         let going_on = logits.and_then(|mut logits| {
             let (mut said, mut first) = (logits.said()?, 0);
             let mut going_on = Vec::with_capacity(members.len());
@@ -396,9 +396,4 @@ impl Worker {
         line.stats.rows = self.flights.iter().flat_map(|flight| &flight.members).map(|m| m.item.search.width()).sum();
         line.stats.planned_bytes = needs.iter().map(|need| self.shared.plan.bytes(need)).sum();
     }
-}
-
-/// What a step needs of the logits of all rows.
-fn wanted(members: &[Member]) -> Wanted {
-    members.iter().map(|member| member.item.wanted(0)).reduce(Wanted::and).unwrap_or_default()
 }

@@ -130,7 +130,7 @@ impl Resident {
         let size = vocab_size(session);
         let attended = attended_port(session);
         if let Some(attended) = &attended {
-            binding.bind_output_to_device(attended, &Device::Cpu.memory()?)?;
+            binding.bind_output_to_device(attended, &host)?;
         }
         let cached = plan.per_item.iter().filter(|&&per_item| per_item || !is_static).count();
         names.truncate(cached);
@@ -210,7 +210,7 @@ impl Resident {
         scores.iter().try_for_each(|name| binding.bind_output_to_device(name, &host))?;
         let attended = attended_port(session);
         if let Some(attended) = &attended {
-            binding.bind_output_to_device(attended, &Device::Cpu.memory()?)?;
+            binding.bind_output_to_device(attended, &host)?;
         }
         let presents = self.targets.iter().map(|_| name()).collect::<ort::Result<Vec<_>>>()?;
         if !in_place {
