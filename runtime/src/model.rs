@@ -59,6 +59,9 @@ pub struct OpenOptions {
     pub encoder_cache_bytes: usize,
     /// What computes the model; the processor by default.
     pub placement: Placement,
+    /// Have ONNX Runtime write down how long each operator of each graph takes: into files that begin with this and the
+    /// graph's name, when the model is closed.
+    pub profile: Option<PathBuf>,
 }
 
 /// What [`OpenOptions::encoder_cache_bytes`] is by default: 64 MiB, which are 7000 source tokens of the 2b model's width.
@@ -68,7 +71,14 @@ impl Default for OpenOptions {
     fn default() -> OpenOptions {
         let encoder_cache_bytes = DEFAULT_ENCODER_CACHE_BYTES;
         let placement = Placement::default();
-        OpenOptions { library: None, threads: None, check_weights: false, encoder_cache_bytes, placement }
+        OpenOptions {
+            library: None,
+            threads: None,
+            check_weights: false,
+            encoder_cache_bytes,
+            placement,
+            profile: None,
+        }
     }
 }
 
@@ -846,6 +856,11 @@ impl<'f> Opener<'f> {
                 .with_prepacking(false)?
                 // The decoder's shapes grow with every step: a plan remembered for each would never be used again.
                 .with_memory_pattern(false)?;
+            if let Some(prefix) = &self.options.profile {
+                let mut file = prefix.clone().into_os_string();
+                file.push(format!("-{graph}"));
+                builder = builder.with_profiling(file)?;
+            }
             if let Some(threads) = self.options.threads.filter(|_| self.options.threads != self.library.threads) {
                 builder = builder
                     .with_independent_thread_pool()?

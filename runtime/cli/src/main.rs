@@ -84,6 +84,10 @@ struct Opening {
     /// Option of the provider by ONNX Runtime's name of it, over those of the model's serving plan; may be repeated
     #[arg(long, value_name = "NAME=VALUE", value_parser = provider_option)]
     provider_option: Vec<(String, String)>,
+    /// Have ONNX Runtime write how long each operator takes into the files PREFIX-GRAPH_TIME.json, which chrome://tracing
+    /// shows; it slows the operators down a little
+    #[arg(long, value_name = "PREFIX")]
+    profile: Option<PathBuf>,
     /// For commands that encode the same source more than once.
     #[arg(skip)]
     encoder_cache_bytes: usize,
@@ -132,7 +136,7 @@ impl Opening {
         let (check_weights, encoder_cache_bytes) = (self.check_weights, self.encoder_cache_bytes);
         let provider = Provider::ALL.into_iter().find(|provider| provider.name() == self.provider).unwrap_or_default();
         let placement = Placement { provider, device, options: self.provider_option.clone() };
-        OpenOptions { library, threads, check_weights, encoder_cache_bytes, placement }
+        OpenOptions { library, threads, check_weights, encoder_cache_bytes, placement, profile: self.profile.clone() }
     }
 }
 
