@@ -13,12 +13,14 @@
 //! which costs several beams twice the time of one. Of the head of a vocabulary mostly the greatest results alone matter:
 //! see [`best`].
 
+mod attention;
 #[cfg(target_arch = "x86_64")]
 mod best;
 #[cfg(target_arch = "x86_64")]
 mod float;
 mod product;
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -51,12 +53,26 @@ impl Kernels {
         self.wish.set(wanted);
     }
 
+    #[cfg(target_arch = "x86_64")]
+    fn best(&self) -> Best {
+        Best { wish: self.wish.clone(), copies: self.copies.clone() }
+    }
+
     /// The operators to give to the session.
-    pub fn operators(&self) -> ort::Result<OperatorDomain> {
-        let domain = OperatorDomain::new("com.microsoft")?.add(MatMulNBits)?;
+    pub fn operators(&self) -> ort::Result<Vec<OperatorDomain>> {
+        let standard = OperatorDomain::new("")?.add(attention::Attention)?;
+        Ok(vec![standard, self.of_onnxruntime()?])
+    }
+
+    fn of_onnxruntime(&self) -> ort::Result<OperatorDomain> {
+        let domain = OperatorDomain::new("com.microsoft")?.add(MatMulNBits {
+            #[cfg(target_arch = "x86_64")]
+            best: self.best(),
+        })?;
+        let domain = domain.add(attention::GroupQueryAttention)?;
         #[cfg(target_arch = "x86_64")]
         if float::is_here() {
-            return domain.add(TransposeMatMul { wish: self.wish.clone(), copies: self.copies.clone() });
+            return domain.add(TransposeMatMul { best: self.best() });
         }
         Ok(domain)
     }
@@ -84,8 +100,41 @@ impl Wish {
     }
 }
 
+/// Products of which only the greatest results are wanted.
+#[cfg(target_arch = "x86_64")]
+#[derive(Clone)]
+struct Best {
+    wish: Arc<Wish>,
+    copies: Arc<best::Copies>,
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Best {
+    /// [`best::Copies::multiply`] by the threads of the session.
+    ///
+    /// # Safety
+    /// As there, but for the processor's features.
+    unsafe fn multiply(
+        &self,
+        context: &ComputeContext,
+        room: &mut best::Room,
+        operands: (&[f32], best::Table, &mut [f32]),
+        sizes: [usize; 3],
+    ) -> ort::Result<bool> {
+        if !float::is_here() {
+            return Ok(false);
+        }
+        let spread: best::Spread = &|parts, work| spread(context, parts, work);
+        // SAFETY: the features are there; the rest is the caller's.
+        unsafe { self.copies.multiply(self.wish.get(), room, operands, sizes, spread) }
+    }
+}
+
 /// `y = x · wᵀ (+ b)` with `w [n, k]` in blocks of few bits, see `t5gemma_graphs::onnx::Blocks`.
-struct MatMulNBits;
+struct MatMulNBits {
+    #[cfg(target_arch = "x86_64")]
+    best: Best,
+}
 
 impl Operator for MatMulNBits {
     type Kernel<'attr> = Product;
@@ -119,7 +168,15 @@ impl Operator for MatMulNBits {
             let expected = "4 or 8 bits and blocks of 16, 32, 64 or 128";
             return Err(ort::Error::new(format!("MatMulNBits: expected {expected}, found {bits} and {block_size}")));
         }
-        Ok(Product { n, k, bits, block_size, activations: Activations::default() })
+        Ok(Product {
+            n,
+            k,
+            bits,
+            block_size,
+            activations: Activations::default(),
+            #[cfg(target_arch = "x86_64")]
+            best: (self.best.clone(), best::Room::default()),
+        })
     }
 }
 
@@ -131,6 +188,8 @@ struct Product {
     block_size: usize,
     /// Kept for their allocation.
     activations: Activations,
+    #[cfg(target_arch = "x86_64")]
+    best: (Best, best::Room),
 }
 
 /// Weights below this many bytes are not worth waking another thread for.
@@ -171,7 +230,16 @@ impl Kernel for Product {
         let mut output = context.output(0, to)?.ok_or_else(|| missing("the output"))?;
         let (_, y) = output.try_extract_tensor_mut::<f32>()?;
 
-        self.activations.prepare(rows, &weights);
+        #[cfg(target_arch = "x86_64")]
+        if bias.is_none() {
+            let (best, room) = &mut self.best;
+            let operands = (x, best::Table::Packed(&weights), &mut *y);
+            // SAFETY: weights are the same as long as the model is open.
+            if unsafe { best.multiply(context, room, operands, [rows, self.n, self.k])? } {
+                return Ok(());
+            }
+        }
+        self.activations.prepare(rows, &weights, false);
         let target = self.activations.target();
         spread(context, rows.div_ceil(ROUNDED_AT_A_TIME), &|share| {
             let first = share * ROUNDED_AT_A_TIME;
@@ -197,8 +265,7 @@ impl Kernel for Product {
 /// `y = x · wᵀ` with `w [n, k]` in float32.
 #[cfg(target_arch = "x86_64")]
 struct TransposeMatMul {
-    wish: Arc<Wish>,
-    copies: Arc<best::Copies>,
+    best: Best,
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -225,18 +292,15 @@ impl Operator for TransposeMatMul {
         {
             return Err(ort::Error::new("TransposeMatMul: expected transB alone"));
         }
-        let (wish, copies) = (self.wish.clone(), self.copies.clone());
-        Ok(FloatProduct { wish, copies, activations: Activations::default() })
+        Ok(FloatProduct { best: self.best.clone(), room: best::Room::default() })
     }
 }
 
 /// The kernel of one node.
 #[cfg(target_arch = "x86_64")]
 struct FloatProduct {
-    wish: Arc<Wish>,
-    copies: Arc<best::Copies>,
-    /// Kept for their allocation.
-    activations: Activations,
+    best: Best,
+    room: best::Room,
 }
 
 /// Bytes of float32 weights that one thread takes at a time: a part of its second cache, which all rows then find them in.
@@ -266,12 +330,9 @@ impl Kernel for FloatProduct {
         let mut output = context.output(0, to)?.ok_or_else(|| missing("the output"))?;
         let (_, y) = output.try_extract_tensor_mut::<f32>()?;
 
-        // SAFETY: the operator is given to no session without the features; weights are the same as long as the model is open.
-        let done = unsafe {
-            let spread: best::Spread = &|parts, work| spread(context, parts, work);
-            self.copies.multiply(self.wish.get(), &mut self.activations, (x, w, y), [rows, n, k], spread)?
-        };
-        if done {
+        let operands = (x, best::Table::Float(w), &mut *y);
+        // SAFETY: weights are the same as long as the model is open.
+        if unsafe { self.best.multiply(context, &mut self.room, operands, [rows, n, k])? } {
             return Ok(());
         }
         let product = float::Product::new(x, w, y, [rows, n, k]);
@@ -301,6 +362,37 @@ fn spread(context: &ComputeContext, parts: usize, work: &(dyn Fn(usize) + Send +
         }
         // ONNX Runtime deals `parts` out to as many batches, and its threads take batches as they come.
         _ => context.par_for(parts, parts, work),
+    }
+}
+
+/// Memory that several threads write different parts of.
+struct Parts<T> {
+    start: *mut T,
+    length: usize,
+}
+
+// SAFETY: plain memory; who writes where is what `Parts::of` asks its callers to see to.
+unsafe impl<T: Send> Send for Parts<T> {}
+// SAFETY: as above.
+unsafe impl<T: Send> Sync for Parts<T> {}
+
+impl<T> Parts<T> {
+    /// Of `all`, which must outlive it.
+    fn new(all: &mut [T]) -> Parts<T> {
+        Parts { start: all.as_mut_ptr(), length: all.len() }
+    }
+
+    fn start(&self) -> *const T {
+        self.start
+    }
+
+    /// # Safety
+    /// The memory that this was made of lives, and no one else reads or writes this part of it.
+    #[allow(clippy::mut_from_ref)]
+    unsafe fn of(&self, range: Range<usize>) -> &mut [T] {
+        assert!(range.start <= range.end && range.end <= self.length, "a part of {}", self.length);
+        // SAFETY: within the memory; the rest is the caller's.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(range.start), range.len()) }
     }
 }
 

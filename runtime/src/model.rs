@@ -870,7 +870,9 @@ impl<'f> Opener<'f> {
             }
             // Ours stand before ONNX Runtime's own, and take float32 only, as graphs for a CPU are.
             if self.folder.manifest.target == Target::Cpu.name() && provider == Provider::Cpu {
-                builder = builder.with_operators(kernels.operators()?)?;
+                for domain in kernels.operators()? {
+                    builder = builder.with_operators(domain)?;
+                }
             }
             for name in used {
                 builder = builder.with_initializer(name, self.weights[name.as_str()].clone())?;

@@ -1,26 +1,30 @@
-//! The product with a very large matrix of float32 of which only the greatest results count: first with a copy of the matrix
-//! in 8 bits, a quarter of the bytes; then, in float32, with those of its rows whose results may be among the greatest.
+//! The product with a very large matrix of which only the greatest results count: first roughly for all of its rows, then as it
+//! should be for those whose results may be among the greatest.
 //!
 //! # Design
+//! Of a matrix in float32 the rough pass reads a copy in 8 bits, a quarter of the bytes; one in few bits it reads as it lies.
+//! Either meets activations of 6 bits, which halves the work.
+//!
 //! A result of the first pass is off by at most `‖w − ŵ‖·‖x‖ + ‖w‖·‖x − x̂‖` (Cauchy and Schwarz), where `ŵ` and `x̂` are what `w`
-//! and `x` were rounded to; the norms of the rows are kept with the copy. A row whose result could not reach the `m`-th greatest
-//! lower bound, even so, is not among the `m` greatest; every other is computed in float32. So the `m` greatest results are
-//! those of the plain product, and proven to be, whatever the weights.
+//! and `x` were rounded to; the norms of the rows are kept. A row whose result could not reach the `m`-th greatest lower bound,
+//! even so, is not among the `m` greatest; every other is computed in full. So the `m` greatest results are those of the plain
+//! product, and proven to be, whatever the weights.
 //!
-//! Where the sum of all exponentials counts too (log-softmax), a few thousand of the greatest are computed in float32: what is
-//! left of the first pass has a small share in that sum, and errors of either sign.
+//! Where the sum of all exponentials counts too (log-softmax), the first pass takes activations of 16 bits, and a few thousand
+//! of the greatest are computed in float32: what is left of the first pass has a small share in that sum, and errors of either
+//! sign. With a matrix in few bits that would be the product itself.
 //!
-//! The copy is made when a matrix is used for the second time, so that a short call need not wait for it.
+//! Copy and norms are made when a matrix is used for the second time, so that a short call need not wait for them.
 
 use std::collections::HashMap;
-use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
-use super::float;
+use super::product::rough::{self, Rough};
 use super::product::{self, Activations, Output, Weights};
+use super::{Parts, float};
 use crate::scores::Wanted;
 
-/// Matrices of fewer numbers are not worth a copy.
+/// Matrices of fewer numbers are not worth it.
 const LARGE: usize = 8 << 20;
 /// More rows of activations keep the processor busy with the products themselves.
 const MOST_ROWS: usize = 64;
@@ -33,89 +37,100 @@ const BLOCK: usize = 128;
 /// The error of a sum in float32, of so many times the product of the norms: 512 roundings of 2⁻²⁴ each would be a third of it.
 const ROUNDING: f32 = 1e-4;
 
-/// The copies of a model's matrices, for all of its sessions.
+/// What is known of a model's large matrices, for all of its sessions.
 #[derive(Default)]
 pub(crate) struct Copies(Mutex<HashMap<(usize, usize), Use>>);
 
 enum Use {
     Once,
-    Copied(Arc<Copy>),
+    Known(Arc<Known>),
+}
+
+/// What is known of a matrix `[n, k]`.
+struct Known {
+    /// `[n]`: the Euclidean lengths of the rows.
+    lengths: Vec<f32>,
+    /// Of a matrix in float32.
+    copy: Option<Copy>,
 }
 
 /// A matrix `[n, k]` in 8 bits.
 struct Copy {
-    k: usize,
     numbers: Vec<u8>,
     scales: Vec<f32>,
     /// `[n]`: the Euclidean lengths of the rows' errors.
     errors: Vec<f32>,
-    /// `[n]`: the Euclidean lengths of the rows.
-    lengths: Vec<f32>,
+}
+
+/// A matrix `[n, k]`, as it is held.
+#[derive(Clone, Copy)]
+pub(super) enum Table<'t> {
+    Float(&'t [f32]),
+    Packed(&'t Weights<'t>),
+}
+
+/// Kept for its allocations.
+#[derive(Default)]
+pub(super) struct Room {
+    activations: Activations,
+    rough: Rough,
 }
 
 /// Does the parts `0..count` of some work, on several threads.
 pub(super) type Spread<'s> = &'s dyn Fn(usize, &(dyn Fn(usize) + Send + Sync)) -> ort::Result<()>;
 
 impl Copies {
-    /// Computes the product as far as it is wanted, and tells whether it did: otherwise all of it is to be computed.
+    /// Computes the product `y = x · wᵀ` as far as it is wanted, and tells whether it did: otherwise all of it is to be
+    /// computed.
     ///
     /// # Safety
     /// The processor has AVX2 and FMA, and `w` is the same at this place for as long as these copies live.
     pub unsafe fn multiply(
         &self,
         wanted: Wanted,
-        activations: &mut Activations,
-        (x, w, y): (&[f32], &[f32], &mut [f32]),
+        room: &mut Room,
+        (x, w, y): (&[f32], Table, &mut [f32]),
         [rows, n, k]: [usize; 3],
         spread: Spread,
     ) -> ort::Result<bool> {
         let Wanted::Best { count, sum } = wanted else { return Ok(false) };
         let count = if sum { count.max(FOR_THE_SUM) } else { count };
-        if n * k < LARGE || rows > MOST_ROWS || rows * count > n / 8 {
+        let takes = match w {
+            Table::Float(_) => true,
+            Table::Packed(w) => !sum && rough::takes(w),
+        };
+        if !takes || n * k < LARGE || rows > MOST_ROWS || rows * count > n / 8 {
             return Ok(false);
         }
         // SAFETY: the caller's.
-        let Some(copy) = (unsafe { self.of(w, [n, k], spread)? }) else { return Ok(false) };
+        let Some(known) = (unsafe { self.of(w, [n, k], spread)? }) else { return Ok(false) };
         // SAFETY: the caller's.
-        unsafe { copy.multiply(activations, (x, w, y), [rows, n, k], count, spread) }
+        unsafe { known.multiply(room, (x, w, y), [rows, n, k], (count, sum), spread) }
     }
 
-    /// The copy of a matrix; none at its first use, or while another session makes it.
+    /// What is known of a matrix; nothing at its first use, or while another session finds it out.
     ///
     /// # Safety
     /// As for [`Copies::multiply`].
-    unsafe fn of(&self, w: &[f32], [n, k]: [usize; 2], spread: Spread) -> ort::Result<Option<Arc<Copy>>> {
+    unsafe fn of(&self, w: Table, [n, k]: [usize; 2], spread: Spread) -> ort::Result<Option<Arc<Known>>> {
         let Ok(mut copies) = self.0.try_lock() else { return Ok(None) };
-        let place = (w.as_ptr() as usize, w.len());
+        let place = match w {
+            Table::Float(w) => (w.as_ptr() as usize, w.len()),
+            Table::Packed(w) => (w.numbers.as_ptr() as usize, w.numbers.len()),
+        };
         match copies.get(&place) {
-            Some(Use::Copied(copy)) => Ok(Some(copy.clone())),
+            Some(Use::Known(known)) => Ok(Some(known.clone())),
             None => {
                 copies.insert(place, Use::Once);
                 Ok(None)
             }
             Some(Use::Once) => {
                 // SAFETY: the caller's.
-                let copy = Arc::new(unsafe { Copy::new(w, [n, k], spread)? });
-                copies.insert(place, Use::Copied(copy.clone()));
-                Ok(Some(copy))
+                let known = Arc::new(unsafe { Known::new(w, [n, k], spread)? });
+                copies.insert(place, Use::Known(known.clone()));
+                Ok(Some(known))
             }
         }
-    }
-}
-
-/// Memory that several threads write different parts of.
-struct Parts<T>(*mut T);
-
-// SAFETY: plain memory; who writes where is what `Parts::of` asks its callers to see to.
-unsafe impl<T: Send> Sync for Parts<T> {}
-
-impl<T> Parts<T> {
-    /// # Safety
-    /// Within the memory that this was made of, which lives, and no one else reads or writes it.
-    #[allow(clippy::mut_from_ref)]
-    unsafe fn of(&self, range: Range<usize>) -> &mut [T] {
-        // SAFETY: the caller's.
-        unsafe { std::slice::from_raw_parts_mut(self.0.add(range.start), range.len()) }
     }
 }
 
@@ -124,21 +139,30 @@ fn share(k: usize) -> usize {
     ((256 << 10) / k).clamp(1, 4096).next_multiple_of(CHUNK)
 }
 
-impl Copy {
+impl Known {
     /// # Safety
     /// The processor has AVX2 and FMA.
-    unsafe fn new(w: &[f32], [n, k]: [usize; 2], spread: Spread) -> ort::Result<Copy> {
-        let blocks = k.div_ceil(BLOCK);
-        let mut copy = Copy {
-            k,
-            numbers: vec![0; n * blocks * BLOCK],
-            scales: vec![0.0; n * blocks],
-            errors: vec![0.0; n],
-            lengths: vec![0.0; n],
-        };
-        let (numbers, scales) = (Parts(copy.numbers.as_mut_ptr()), Parts(copy.scales.as_mut_ptr()));
-        let (errors, lengths) = (Parts(copy.errors.as_mut_ptr()), Parts(copy.lengths.as_mut_ptr()));
+    unsafe fn new(w: Table, [n, k]: [usize; 2], spread: Spread) -> ort::Result<Known> {
+        let mut lengths = vec![0.0; n];
+        let of_lengths = Parts::new(&mut lengths);
         let share = share(k);
+        let w = match w {
+            Table::Float(w) => w,
+            Table::Packed(w) => {
+                spread(n.div_ceil(share), &|part| {
+                    let rows = part * share..n.min((part + 1) * share);
+                    // SAFETY: every row is taken by one call only.
+                    let lengths = unsafe { of_lengths.of(rows.clone()) };
+                    lengths.iter_mut().zip(rows).for_each(|(length, row)| *length = w.length_of(row));
+                })?;
+                return Ok(Known { lengths, copy: None });
+            }
+        };
+        let blocks = k.div_ceil(BLOCK);
+        let mut copy =
+            Copy { numbers: vec![0; n * blocks * BLOCK], scales: vec![0.0; n * blocks], errors: vec![0.0; n] };
+        let (numbers, scales) = (Parts::new(&mut copy.numbers), Parts::new(&mut copy.scales));
+        let errors = Parts::new(&mut copy.errors);
         spread(n.div_ceil(share), &|part| {
             for row in part * share..n.min((part + 1) * share) {
                 // SAFETY: every row is taken by one call only; the features are the caller's.
@@ -147,55 +171,76 @@ impl Copy {
                     let scales = scales.of(row * blocks..(row + 1) * blocks);
                     let [error, length] = rounded(&w[row * k..][..k], numbers, scales);
                     errors.of(row..row + 1)[0] = error;
-                    lengths.of(row..row + 1)[0] = length;
+                    of_lengths.of(row..row + 1)[0] = length;
                 }
             }
         })?;
-        Ok(copy)
+        Ok(Known { lengths, copy: Some(copy) })
     }
 
-    fn weights(&self) -> Weights<'_> {
-        let Copy { k, numbers, scales, .. } = self;
-        Weights { numbers, scales, zero_points: None, k: *k, bits: 8, block_size: BLOCK }
-    }
-
-    /// The product, with the greatest `count` results of each row in float32; false if that would have been too many.
+    /// The product, with the greatest `count` results of each row as they should be; false if that would have been too many.
     ///
     /// # Safety
     /// The processor has AVX2 and FMA.
     unsafe fn multiply(
         &self,
-        activations: &mut Activations,
-        (x, w, y): (&[f32], &[f32], &mut [f32]),
+        Room { activations, rough }: &mut Room,
+        (x, w, y): (&[f32], Table, &mut [f32]),
         [rows, n, k]: [usize; 3],
-        count: usize,
+        (count, sum): (usize, bool),
         spread: Spread,
     ) -> ort::Result<bool> {
-        let weights = self.weights();
-        activations.prepare(rows, &weights);
-        let target = activations.target();
-        // How far the lengths of the errors and those of the rows themselves move a result.
-        let mut slack = vec![[0.0_f32; 2]; rows];
-        for (row, (x, slack)) in x.chunks_exact(k).zip(&mut slack).enumerate() {
-            // SAFETY: room was made, and there is one thread.
-            unsafe { target.round(row, x, &weights) };
-            let largest = x.iter().fold(0.0, |largest: f32, x| largest.max(x.abs()));
-            let length = x.iter().map(|x| x * x).sum::<f32>().sqrt();
-            let error = (k as f32).sqrt() * largest / 32767.0 * 0.5;
-            *slack = [length * 1.0001, error * 1.01 + length * ROUNDING];
+        let copied;
+        let weights = match (w, &self.copy) {
+            (Table::Packed(w), _) => w,
+            (Table::Float(_), Some(Copy { numbers, scales, .. })) => {
+                copied = Weights { numbers, scales, zero_points: None, k, bits: 8, block_size: BLOCK };
+                &copied
+            }
+            (Table::Float(_), None) => return Ok(false),
+        };
+        let is_packed = self.copy.is_none();
+        if is_packed || sum {
+            activations.prepare(rows, weights, is_packed);
+            let target = activations.target();
+            for (row, x) in x.chunks_exact(k).enumerate() {
+                // SAFETY: room was made, and there is one thread.
+                unsafe { target.round(row, x, weights) };
+            }
         }
+        if !sum {
+            rough.round(x, weights);
+        }
+        let (activations, rough) = (&*activations, &*rough);
+        // How far the lengths of the errors and those of the rows themselves move a result.
+        let slack: Vec<[f32; 2]> = (x.chunks_exact(k).enumerate())
+            .map(|(row, x)| {
+                let largest = x.iter().fold(0.0, |largest: f32, x| largest.max(x.abs()));
+                let length = x.iter().map(|x| x * x).sum::<f32>().sqrt();
+                let in_16_bits = (k as f32).sqrt() * largest / 32767.0 * 0.5;
+                let error = match (sum, is_packed) {
+                    (true, _) => in_16_bits,
+                    (false, true) => rough.errors()[row] + in_16_bits,
+                    (false, false) => rough.errors()[row],
+                };
+                let of_weights = if is_packed { 0.0 } else { (length + error) * 1.0001 };
+                [of_weights, error * 1.01 + length * ROUNDING]
+            })
+            .collect();
 
         let share = share(k);
         let chunks = n.div_ceil(CHUNK);
         let mut least = vec![f32::NEG_INFINITY; rows * chunks];
-        let (output, bounds) = (Output::new(y, rows, n), Parts(least.as_mut_ptr()));
-        let found = Parts(y.as_mut_ptr());
-        let activations = &*activations;
+        let (output, bounds) = (Output::new(y, rows, n), Parts::new(&mut least));
+        let found = Parts::new(y);
         spread(n.div_ceil(share), &|part| {
             let columns = part * share..n.min((part + 1) * share);
             // SAFETY: every column is computed, and then read, by one call only; shares are whole chunks.
             unsafe {
-                product::multiply(activations, &weights, None, columns.clone(), &output);
+                match sum {
+                    true => product::multiply(activations, weights, None, columns.clone(), &output),
+                    false => rough::multiply(rough, weights, columns.clone(), &output),
+                }
                 for (row, slack) in slack.iter().enumerate() {
                     let results = found.of(row * n + columns.start..row * n + columns.end);
                     let of_row = columns.start / CHUNK..columns.end.div_ceil(CHUNK);
@@ -233,12 +278,15 @@ impl Copy {
         if columns.len() > n / 3 {
             return Ok(false);
         }
-        let product = float::Product::new(x, w, y, [rows, n, k]);
+        let in_full = match w {
+            Table::Float(w) => InFull::Float(float::Product::new(x, w, y, [rows, n, k])),
+            Table::Packed(w) => InFull::Packed(activations, w, Output::new(y, rows, n)),
+        };
         const AT_ONCE: usize = 64;
         spread(columns.len().div_ceil(AT_ONCE), &|part| {
             for &column in &columns[part * AT_ONCE..columns.len().min((part + 1) * AT_ONCE)] {
                 // SAFETY: every column is computed by one call only; the features are the caller's.
-                unsafe { float::multiply(&product, column..column + 1) };
+                unsafe { in_full.compute(column) };
             }
         })?;
         Ok(true)
@@ -247,13 +295,12 @@ impl Copy {
     /// The greatest lower bound among each [`CHUNK`] of results.
     #[target_feature(enable = "avx2,fma")]
     fn lower_bounds(&self, first: usize, results: &[f32], slack: [f32; 2], bounds: &mut [f32]) {
-        let errors = self.errors[first..][..results.len()].chunks(CHUNK);
-        let lengths = self.lengths[first..][..results.len()].chunks(CHUNK);
-        for (((results, errors), lengths), bound) in results.chunks(CHUNK).zip(errors).zip(lengths).zip(bounds) {
+        for (at, (results, bound)) in results.chunks(CHUNK).zip(bounds).enumerate() {
+            let moved = self.moves(first + at * CHUNK, results, [-slack[0], -slack[1]]);
+            let (eights, _) = moved.as_chunks::<8>();
             let mut lanes = [f32::NEG_INFINITY; 8];
-            for (at, ((result, error), length)) in results.iter().zip(errors).zip(lengths).enumerate() {
-                let lane = &mut lanes[at % 8];
-                *lane = lane.max(result - slack[0] * error - slack[1] * length);
+            for eight in eights {
+                lanes.iter_mut().zip(eight).for_each(|(lane, result)| *lane = lane.max(*result));
             }
             *bound = lanes.into_iter().fold(f32::NEG_INFINITY, f32::max);
         }
@@ -262,11 +309,46 @@ impl Copy {
     /// The columns whose results may be `limit` or greater.
     #[target_feature(enable = "avx2,fma")]
     fn reaching(&self, first: usize, results: &[f32], slack: [f32; 2], limit: f32, reach: &mut Vec<usize>) {
-        let upper = |at: usize| results[at] + slack[0] * self.errors[first + at] + slack[1] * self.lengths[first + at];
-        for from in (0..results.len()).step_by(CHUNK) {
-            let to = results.len().min(from + CHUNK);
-            if (from..to).fold(false, |any, at| any | (upper(at) >= limit)) {
-                reach.extend((from..to).filter(|&at| upper(at) >= limit).map(|at| first + at));
+        for (at, results) in results.chunks(CHUNK).enumerate() {
+            let moved = self.moves(first + at * CHUNK, results, slack);
+            if moved.iter().fold(false, |any, result| any | (*result >= limit)) {
+                let there = (0..results.len()).filter(|&at| moved[at] >= limit);
+                reach.extend(there.map(|column| first + at * CHUNK + column));
+            }
+        }
+    }
+
+    /// A chunk's results, moved by so much of the lengths of the errors and of the rows themselves; nothing is −∞.
+    #[inline]
+    #[target_feature(enable = "avx2,fma")]
+    fn moves(&self, first: usize, results: &[f32], slack: [f32; 2]) -> [f32; CHUNK] {
+        let mut moved = [f32::NEG_INFINITY; CHUNK];
+        let lengths = &self.lengths[first..][..results.len()];
+        // Weights in few bits are themselves.
+        let errors = self.copy.as_ref().map_or(lengths, |copy| &copy.errors[first..][..results.len()]);
+        for (((moved, result), error), length) in moved.iter_mut().zip(results).zip(errors).zip(lengths) {
+            *moved = result + slack[0] * error + slack[1] * length;
+        }
+        moved
+    }
+}
+
+/// The product as it should be.
+enum InFull<'p> {
+    Float(float::Product<'p>),
+    Packed(&'p Activations, &'p Weights<'p>, Output),
+}
+
+impl InFull<'_> {
+    /// # Safety
+    /// The processor has AVX2 and FMA, and no one else computes this column.
+    unsafe fn compute(&self, column: usize) {
+        let columns = column..column + 1;
+        // SAFETY: the caller's.
+        unsafe {
+            match self {
+                InFull::Float(product) => float::multiply(product, columns),
+                InFull::Packed(x, w, y) => product::multiply(x, w, None, columns, y),
             }
         }
     }
@@ -345,11 +427,11 @@ mod tests {
             // SAFETY: the features are there, and there is one thread.
             unsafe { float::multiply(&float::Product::new(&x, &w, &mut plain, [rows, n, k]), 0..n) };
 
-            let (copies, mut activations) = (Copies::default(), Activations::default());
+            let (copies, mut room) = (Copies::default(), Room::default());
             let mut y = vec![f32::NAN; rows * n];
             let mut multiply = |wanted, y: &mut [f32]| {
                 // SAFETY: as above.
-                unsafe { copies.multiply(wanted, &mut activations, (&x, &w, y), [rows, n, k], &alone) }
+                unsafe { copies.multiply(wanted, &mut room, (&x, Table::Float(&w), y), [rows, n, k], &alone) }
             };
             for (wanted, expected) in [(wanted, false), (Wanted::All, false), (wanted, true)] {
                 assert_eq!(multiply(wanted, &mut y).ok(), Some(expected), "{wanted:?}");
@@ -371,6 +453,70 @@ mod tests {
     }
 
     #[test]
+    fn the_greatest_of_few_bits_are_those_of_the_plain_product() {
+        if !float::is_here() {
+            return;
+        }
+        for (bits, block_size, rows, n, k, count) in [
+            (8, 128, 1, 65_600, 136_usize, 1),
+            (8, 64, 3, 40_001, 250, 30),
+            (4, 32, 1, 80_000, 120, 2),
+            (4, 64, 2, 66_000, 128, 9),
+            (4, 128, 9, 36_000, 256, 4),
+        ] {
+            let blocks = k.div_ceil(block_size);
+            let code = |x: &f32| ((x + 1.0) * 127.9) as u8;
+            let numbers: Vec<u8> = noise(n * blocks * block_size * bits / 8, 13).iter().map(code).collect();
+            let scales: Vec<f32> = noise(n * blocks, 17).iter().map(|x| x.abs() * 0.01 + 0.001).collect();
+            let weights = Weights { numbers: &numbers, scales: &scales, zero_points: None, k, bits, block_size };
+            let mut x = noise(rows * k, 7);
+            // One activation far above the others of its row, as models have them.
+            x[k / 3] = 5.0;
+            let mut room = Room::default();
+            room.activations.prepare(rows, &weights, true);
+            let mut plain = vec![0.0; rows * n];
+            let output = Output::new(&mut plain, rows, n);
+            for (row, x) in x.chunks_exact(k).enumerate() {
+                // SAFETY: room was made, and there is one thread.
+                unsafe { room.activations.target().round(row, x, &weights) };
+            }
+            // SAFETY: there is one thread.
+            unsafe { product::multiply(&room.activations, &weights, None, 0..n, &output) };
+
+            let copies = Copies::default();
+            let mut y = vec![f32::NAN; rows * n];
+            for expected in [false, true] {
+                let operands = (&x[..], Table::Packed(&weights), &mut y[..]);
+                let wanted = Wanted::Best { count, sum: false };
+                // SAFETY: the features are there, and the weights stay.
+                let done = unsafe { copies.multiply(wanted, &mut room, operands, [rows, n, k], &alone) };
+                assert_eq!(done.ok(), Some(expected), "{bits} bits, {block_size}");
+            }
+            for (plain, y) in plain.chunks(n).zip(y.chunks(n)) {
+                let best = |results: &[f32]| {
+                    let mut order: Vec<usize> = (0..n).collect();
+                    order.sort_by(|&a, &b| results[b].total_cmp(&results[a]).then(a.cmp(&b)));
+                    order[..count].iter().map(|&at| (at, results[at].to_bits())).collect::<Vec<_>>()
+                };
+                assert_eq!(best(y), best(plain), "{bits} bits, {block_size}, {rows} rows");
+                assert!(plain.iter().zip(y).filter(|(a, b)| a != b).count() > n / 2, "only roughly for most");
+                let (apart, size) = plain
+                    .iter()
+                    .zip(y)
+                    .fold((0.0, 0.0), |(apart, size): (f32, f32), (a, b)| (apart + (a - b).powi(2), size + a.powi(2)));
+                assert!((apart / size).sqrt() < 0.1, "{bits} bits, {block_size}: {}", (apart / size).sqrt());
+            }
+            // Of a row with what is not finite nothing is.
+            x[0] = f32::INFINITY;
+            let operands = (&x[..], Table::Packed(&weights), &mut y[..]);
+            let wanted = Wanted::Best { count, sum: false };
+            // SAFETY: as above.
+            let done = unsafe { copies.multiply(wanted, &mut room, operands, [rows, n, k], &alone) };
+            assert!(done.is_ok() && y[..n].iter().all(|y| y.is_nan()) && y[n..].iter().all(|y| y.is_finite()));
+        }
+    }
+
+    #[test]
     fn what_cannot_be_told_apart_is_computed() {
         if !float::is_here() {
             return;
@@ -381,12 +527,13 @@ mod tests {
         let x = noise(k, 5);
         let at = (0..k).max_by(|&a, &b| x[a].abs().total_cmp(&x[b].abs())).unwrap_or(0);
         w[40_000 * k + at] += 1e-4 * x[at].signum();
-        let (copies, mut activations) = (Copies::default(), Activations::default());
+        let (copies, mut room) = (Copies::default(), Room::default());
         let wanted = Wanted::Best { count: 1, sum: false };
         let mut y = vec![0.0; n];
         for _ in 0..2 {
+            let operands = (&x[..], Table::Float(&w), &mut y[..]);
             // SAFETY: the features are there, and there is one thread.
-            let done = unsafe { copies.multiply(wanted, &mut activations, (&x, &w, &mut y), [1, n, k], &alone) };
+            let done = unsafe { copies.multiply(wanted, &mut room, operands, [1, n, k], &alone) };
             // Too many to be worth it: the caller has to compute all.
             assert_eq!(done.ok(), Some(false));
         }

@@ -6,7 +6,11 @@
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
+pub use avx2::across;
+#[cfg(target_arch = "x86_64")]
 mod panels;
+#[cfg(target_arch = "x86_64")]
+pub mod rough;
 
 use std::ops::Range;
 
@@ -35,6 +39,11 @@ impl Weights<'_> {
         self.block_size * self.bits / 8
     }
 
+    /// Numbers whose products are summed up as whole numbers: a block, or where these are short two of them side by side.
+    fn span(&self) -> usize {
+        if self.bits == 4 && self.block_size == 32 { 64 } else { self.block_size }
+    }
+
     fn zero_point_bytes(&self) -> usize {
         (self.blocks() * self.bits).div_ceil(8)
     }
@@ -44,6 +53,29 @@ impl Weights<'_> {
         self.numbers.len() == n * self.blocks() * self.block_bytes()
             && self.scales.len() == n * self.blocks()
             && self.zero_points.is_none_or(|zeros| zeros.len() == n * self.zero_point_bytes())
+    }
+
+    /// The Euclidean length of a row.
+    #[cfg(target_arch = "x86_64")]
+    pub fn length_of(&self, row: usize) -> f32 {
+        let (blocks, bytes) = (self.blocks(), self.block_bytes());
+        let (mut left, mut sum) = (self.k, 0.0);
+        for block in 0..blocks {
+            let numbers = &self.numbers[(row * blocks + block) * bytes..][..bytes];
+            let zero = self.zero_point(row, block);
+            let square = |code: u8| (i32::from(code) - zero).pow(2);
+            let there = left.min(self.block_size);
+            let squares: i32 = match self.bits {
+                8 => numbers[..there].iter().map(|&code| square(code)).sum(),
+                _ => {
+                    let pairs = numbers[..there / 2].iter().map(|&pair| square(pair & 15) + square(pair >> 4));
+                    pairs.sum::<i32>() + if there % 2 == 1 { square(numbers[there / 2] & 15) } else { 0 }
+                }
+            };
+            sum += squares as f32 * self.scales[row * blocks + block].powi(2);
+            left -= there;
+        }
+        sum.sqrt() * 1.0001
     }
 
     /// The zero point of every block, if they all have the same.
@@ -68,21 +100,30 @@ impl Weights<'_> {
 pub struct Activations {
     rows: usize,
     order: Order,
+    /// Whether whole panels of columns are computed.
+    in_panels: bool,
     /// `[rows, blocks · block_size]`, filled up with zeros.
     numbers: Vec<i16>,
     /// `[rows, blocks]`: the sums of the numbers, times the zero point where all blocks have the same.
     sums: Vec<f32>,
+    /// `[rows, spans]`: what the zero point that all blocks have in common takes off the sums of a span, in the first lane of
+    /// each block; zeros where blocks have zero points of their own.
+    starts: Vec<[i32; 8]>,
     /// `[rows]`
     scales: Vec<f32>,
 }
 
 impl Activations {
-    /// Makes room.
-    pub fn prepare(&mut self, rows: usize, weights: &Weights) {
+    /// Makes room, for products with many columns at a time or with `scattered` ones.
+    pub fn prepare(&mut self, rows: usize, weights: &Weights, scattered: bool) {
+        let length = weights.blocks() * weights.block_size;
         self.rows = rows;
-        self.order = Order::of(weights, rows);
-        self.numbers.resize(rows * weights.blocks() * weights.block_size, 0);
+        // Many rows make it worth while to bring the weights into another order first.
+        self.in_panels = cfg!(target_arch = "x86_64") && rows >= 8 && !scattered;
+        self.order = if self.in_panels { Order::Plain } else { Order::of(weights) };
+        self.numbers.resize(rows * length, 0);
         self.sums.resize(rows * weights.blocks(), 0.0);
+        self.starts.resize(rows * length.div_ceil(weights.span()), [0; 8]);
         self.scales.resize(rows, 0.0);
     }
 
@@ -92,6 +133,7 @@ impl Activations {
             order: self.order,
             numbers: self.numbers.as_mut_ptr(),
             sums: self.sums.as_mut_ptr(),
+            starts: self.starts.as_mut_ptr(),
             scales: self.scales.as_mut_ptr(),
         }
     }
@@ -108,10 +150,10 @@ enum Order {
 }
 
 impl Order {
-    /// That for `rows` rows of activations.
-    fn of(w: &Weights, rows: usize) -> Order {
+    /// That for few rows of activations.
+    fn of(w: &Weights) -> Order {
         match (w.bits, w.block_size) {
-            (4, 32..) if (w.blocks() * w.block_size).is_multiple_of(64) && !is_of_many(rows) => Order::Fours,
+            (4, 32..) if (w.blocks() * w.block_size).is_multiple_of(64) => Order::Fours,
             _ => Order::Plain,
         }
     }
@@ -125,11 +167,6 @@ impl Order {
     }
 }
 
-/// Whether so many rows make it worth while to bring the weights into another order first, see [`panels`].
-fn is_of_many(rows: usize) -> bool {
-    cfg!(target_arch = "x86_64") && rows >= 8
-}
-
 /// 1.5 · 2²³: added to a small number it leaves the nearest whole one in the low bits of the sum, ties to even.
 const SHIFT: f32 = 12_582_912.0;
 
@@ -139,6 +176,7 @@ pub struct Target {
     order: Order,
     numbers: *mut i16,
     sums: *mut f32,
+    starts: *mut [i32; 8],
     scales: *mut f32,
 }
 
@@ -153,12 +191,14 @@ impl Target {
     /// # Safety
     /// The activations this came from live, have room for the row, and no one else reads or writes the row meanwhile.
     pub unsafe fn round(self, row: usize, x: &[f32], weights: &Weights) {
-        let (blocks, size) = (weights.blocks(), weights.block_size);
+        let (blocks, size, span) = (weights.blocks(), weights.block_size, weights.span());
+        let spans = (blocks * size).div_ceil(span);
         // SAFETY: the row's part of each, which the caller has to itself.
-        let (numbers, sums, scale) = unsafe {
+        let (numbers, sums, starts, scale) = unsafe {
             (
                 std::slice::from_raw_parts_mut(self.numbers.add(row * blocks * size), blocks * size),
                 std::slice::from_raw_parts_mut(self.sums.add(row * blocks), blocks),
+                std::slice::from_raw_parts_mut(self.starts.add(row * spans), spans),
                 &mut *self.scales.add(row),
             )
         };
@@ -181,9 +221,12 @@ impl Target {
             *number = (x * inverse + SHIFT).to_bits() as i16;
         }
         padding.fill(0);
-        let zero = weights.same_zero_point().unwrap_or(1) as f32;
-        for (sum, block) in sums.iter_mut().zip(numbers.chunks_exact(size)) {
-            *sum = block.iter().map(|&number| i32::from(number)).sum::<i32>() as f32 * zero;
+        let zero = weights.same_zero_point();
+        starts.fill([0; 8]);
+        for (at, (sum, block)) in sums.iter_mut().zip(numbers.chunks_exact(size)).enumerate() {
+            let exact = block.iter().map(|&number| i32::from(number)).sum::<i32>();
+            *sum = exact as f32 * zero.unwrap_or(1) as f32;
+            starts[at * size / span][at * size % span / size * 4] = -exact * zero.unwrap_or(0);
         }
         match self.order {
             Order::Plain => {}
@@ -217,11 +260,6 @@ impl Output {
     }
 }
 
-/// The most rows of activations that are computed at a time: the processor has registers for them.
-const ROWS: usize = 4;
-/// The most columns that are computed at a time.
-const COLUMNS: usize = 4;
-
 /// Computes the columns `columns` of the product.
 ///
 /// # Safety
@@ -233,9 +271,9 @@ pub unsafe fn multiply(x: &Activations, w: &Weights, bias: Option<&[f32]>, colum
     if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
         match (w.bits, x.order) {
             // SAFETY: the features are there.
-            (8, _) if is_of_many(x.rows) => return unsafe { panels::multiply::<8>(&product) },
+            (8, _) if x.in_panels => return unsafe { panels::multiply::<8>(&product) },
             // SAFETY: as above.
-            (_, Order::Plain) if is_of_many(x.rows) => return unsafe { panels::multiply::<4>(&product) },
+            (_, Order::Plain) if x.in_panels => return unsafe { panels::multiply::<4>(&product) },
             // SAFETY: as above.
             (8, _) => return unsafe { avx2::multiply::<8>(&product) },
             // SAFETY: as above.
@@ -243,7 +281,7 @@ pub unsafe fn multiply(x: &Activations, w: &Weights, bias: Option<&[f32]>, colum
             _ => {}
         }
     }
-    product.in_tiles(portable);
+    product.portable();
 }
 
 /// What is to be computed.
@@ -257,76 +295,35 @@ struct Product<'p> {
 }
 
 impl Product<'_> {
-    /// Computes it tile by tile. `tile` is given activations and weights, first row and number of rows, first column and
-    /// number of columns, and the scales of the columns times their zero points, `[columns, blocks]`, or only the scales
-    /// where all zero points are the same.
-    #[inline(always)]
-    fn in_tiles(&self, tile: impl Fn(&Activations, &Weights, [usize; 2], [usize; 2], &[f32]) -> Sums) {
-        let Product { x, w, bias, columns, y } = self;
-        let blocks = w.blocks();
-        // A single row keeps several reads of the weights under way; more rows share what is read.
-        let width = if x.rows == 1 { COLUMNS } else { COLUMNS / 2 };
-        let mut own_zeros = Vec::new();
-        for row in (0..x.rows).step_by(ROWS) {
-            let rows = ROWS.min(x.rows - row);
-            for column in columns.clone().step_by(width) {
-                let width = width.min(columns.end - column);
-                let scales = &w.scales[column * blocks..(column + width) * blocks];
-                let zeros = match w.zero_points {
-                    None => scales,
-                    Some(_) => {
-                        let zero = |at: usize| w.zero_point(column + at / blocks, at % blocks) as f32;
-                        own_zeros.clear();
-                        own_zeros.extend(scales.iter().enumerate().map(|(at, scale)| scale * zero(at)));
-                        &own_zeros[..]
-                    }
-                };
-                let sums = tile(x, w, [row, rows], [column, width], zeros);
-                for (column, sums) in (column..column + width).zip(sums) {
-                    let bias = bias.map_or(0.0, |bias| bias[column]);
-                    for (row, sum) in (row..row + rows).zip(sums) {
-                        // SAFETY: within the output, and no one else writes the column.
-                        unsafe { *y.values.add(row * y.n + column) = sum * x.scales[row] + bias };
-                    }
-                }
+    /// For any machine.
+    fn portable(&self) {
+        for column in self.columns.clone() {
+            for row in 0..self.x.rows {
+                // SAFETY: within the output, and no one else writes the column.
+                unsafe { *self.y.values.add(row * self.y.n + column) = self.at(row, column) };
             }
         }
     }
-}
 
-/// The products of some rows of activations with some columns, without the activations' scales; those of rows and columns
-/// that a tile has not are 0.
-type Sums = [[f32; ROWS]; COLUMNS];
-
-/// For any machine.
-fn portable(
-    x: &Activations,
-    w: &Weights,
-    [row, rows]: [usize; 2],
-    [column, columns]: [usize; 2],
-    zeros: &[f32],
-) -> Sums {
-    let (blocks, size, bytes) = (w.blocks(), w.block_size, w.block_bytes());
-    let mut codes = [0_i16; 128];
-    let mut sums = Sums::default();
-    for (at, sums) in sums.iter_mut().enumerate().take(columns) {
-        for (block, zero) in zeros[at * blocks..][..blocks].iter().enumerate() {
-            let packed = &w.numbers[((column + at) * blocks + block) * bytes..][..bytes];
-            for (at, code) in codes[..size].iter_mut().enumerate() {
-                *code = match w.bits {
-                    8 => packed[at].into(),
-                    _ => (packed[at / 2] >> (at % 2 * 4) & 15).into(),
-                };
-            }
-            let scale = w.scales[(column + at) * blocks + block];
-            for (row, sum) in (row..row + rows).zip(&mut *sums) {
-                let number = |at: usize| x.numbers[row * blocks * size + x.order.place(block * size + at)];
-                let products = codes[..size].iter().enumerate().map(|(at, &w)| i32::from(number(at)) * i32::from(w));
-                *sum += products.sum::<i32>() as f32 * scale - x.sums[row * blocks + block] * zero;
-            }
+    /// One result.
+    fn at(&self, row: usize, column: usize) -> f32 {
+        let Product { x, w, bias, .. } = self;
+        let (blocks, size, bytes) = (w.blocks(), w.block_size, w.block_bytes());
+        let mut sum = 0.0;
+        for block in 0..blocks {
+            let packed = &w.numbers[(column * blocks + block) * bytes..][..bytes];
+            let code = |at: usize| match w.bits {
+                8 => i32::from(packed[at]),
+                _ => i32::from(packed[at / 2] >> (at % 2 * 4) & 15),
+            };
+            let number = |at: usize| i32::from(x.numbers[row * blocks * size + x.order.place(block * size + at)]);
+            let products = (0..size).map(|at| number(at) * code(at)).sum::<i32>();
+            // What all blocks have in common has been multiplied already.
+            let zero = if w.zero_points.is_some() { w.zero_point(column, block) as f32 } else { 1.0 };
+            sum += (products as f32 - x.sums[row * blocks + block] * zero) * w.scales[column * blocks + block];
         }
+        sum * x.scales[row] + bias.map_or(0.0, |bias| bias[column])
     }
-    sums
 }
 
 #[cfg(test)]
@@ -370,7 +367,17 @@ mod tests {
             (4, 16, true),
             (4, 64, true),
         ] {
-            for (rows, n, k) in [(1, 5, 64), (3, 7, 200), (4, 3, 128), (9, 33, 136), (8, 16, 512), (20, 41, 1160)] {
+            for (rows, n, k, scattered) in [
+                (1, 5, 64, false),
+                (1, 13, 512, false),
+                (2, 9, 192, false),
+                (3, 7, 200, false),
+                (4, 3, 128, false),
+                (9, 33, 136, false),
+                (9, 33, 136, true),
+                (8, 16, 512, false),
+                (20, 41, 1160, false),
+            ] {
                 let mut next = noise((bits * block_size * rows + k) as u64);
                 let mut weights = Weights { numbers: &[], scales: &[], zero_points: None, k, bits, block_size };
                 let numbers: Vec<u8> =
@@ -384,7 +391,7 @@ mod tests {
                 let x: Vec<f32> = (0..rows * k).map(|_| (next() % 2001) as f32 / 1000.0 - 1.0).collect();
 
                 let mut activations = Activations::default();
-                activations.prepare(rows, &weights);
+                activations.prepare(rows, &weights, scattered);
                 let target = activations.target();
                 for row in 0..rows {
                     // SAFETY: room was made, and there is one thread.
@@ -406,18 +413,9 @@ mod tests {
                 assert!(apart < 1e-4, "{case}: {apart}");
 
                 // What this machine computes is what any computes.
+                let product = Product { x: &activations, w: &weights, bias: Some(&bias), columns: 0..n, y: &output };
                 for (at, &here) in y.iter().enumerate() {
-                    let (row, column) = (at / n, at % n);
-                    let blocks = weights.blocks();
-                    let scales = &scales[column * blocks..][..blocks];
-                    let zero = |block: usize| weights.zero_point(column, block) as f32;
-                    let zeros: Vec<f32> = match symmetric {
-                        true => scales.to_vec(),
-                        false => scales.iter().enumerate().map(|(block, scale)| scale * zero(block)).collect(),
-                    };
-                    let sums = portable(&activations, &weights, [row, 1], [column, 1], &zeros);
-                    let any = f64::from(sums[0][0] * activations.scales[row] + bias[column]);
-                    let here = f64::from(here);
+                    let (any, here) = (f64::from(product.at(at / n, at % n)), f64::from(here));
                     assert!((any - here).abs() < 1e-4 * (1.0 + any.abs()), "{case}: {any} and {here}");
                 }
             }
@@ -432,7 +430,7 @@ mod tests {
             let mut x = [1.0; 16];
             x[3] = bad;
             let mut activations = Activations::default();
-            activations.prepare(1, &weights);
+            activations.prepare(1, &weights, false);
             // SAFETY: room was made, and there is one thread.
             unsafe { activations.target().round(0, &x, &weights) };
             let mut y = [0.0; 2];

@@ -1,12 +1,18 @@
-//! The product with AVX2.
+//! The product with AVX2, for few rows: the weights are read in the order in which they lie in memory, and each is brought into
+//! 16 bits for all rows of a tile at once.
 
 use std::arch::x86_64::*;
 use std::array::from_fn;
+use std::ops::Range;
 
-use super::{Activations, COLUMNS, Product, ROWS, Sums, Weights};
+use super::{Activations, Product, Weights};
 
 /// Bytes from what is read to what will be.
 const AHEAD: usize = 2048;
+/// Columns that all rows are computed of before the next ones: they stay in the first cache.
+const NEAR: usize = 32;
+/// Sums that are taken across their registers together.
+pub const SUMS: usize = 8;
 
 /// Weights of 4 bits meet activations in the order of [`Order::Fours`](super::Order::Fours).
 ///
@@ -14,144 +20,164 @@ const AHEAD: usize = 2048;
 /// The processor has AVX2 and FMA.
 #[target_feature(enable = "avx2,fma")]
 pub unsafe fn multiply<const BITS: usize>(product: &Product) {
-    product.in_tiles(|x, w, [row, rows], [column, columns], zeros| match (rows, columns) {
-        (1, 4) => of::<BITS, 1, 4>(x, w, row, column, zeros),
-        (1, 3) => of::<BITS, 1, 3>(x, w, row, column, zeros),
-        (1, 2) => of::<BITS, 1, 2>(x, w, row, column, zeros),
-        (1, 1) => of::<BITS, 1, 1>(x, w, row, column, zeros),
-        (2, 2) => of::<BITS, 2, 2>(x, w, row, column, zeros),
-        (2, 1) => of::<BITS, 2, 1>(x, w, row, column, zeros),
-        (3, 2) => of::<BITS, 3, 2>(x, w, row, column, zeros),
-        (3, 1) => of::<BITS, 3, 1>(x, w, row, column, zeros),
-        (4, 2) => of::<BITS, 4, 2>(x, w, row, column, zeros),
-        (4, 1) => of::<BITS, 4, 1>(x, w, row, column, zeros),
-        other => unreachable!("a tile of {other:?}"),
-    });
+    match product.w.span() {
+        128 => of_span::<BITS, 128>(product),
+        64 => of_span::<BITS, 64>(product),
+        32 => of_span::<BITS, 32>(product),
+        _ => of_span::<BITS, 16>(product),
+    }
 }
 
+/// With the length of a span known beforehand, no more than the sums is left to do in it.
+#[target_feature(enable = "avx2,fma")]
+fn of_span<const BITS: usize, const SPAN: usize>(product: &Product) {
+    let rows = product.x.rows;
+    for first in product.columns.clone().step_by(NEAR) {
+        let columns = first..product.columns.end.min(first + NEAR);
+        for row in (0..rows).step_by(4) {
+            match rows - row {
+                1 => of_rows::<BITS, SPAN, 1, 8>(product, row, columns.clone()),
+                2 => of_rows::<BITS, SPAN, 2, 4>(product, row, columns.clone()),
+                3 => of_rows::<BITS, SPAN, 3, 2>(product, row, columns.clone()),
+                _ => of_rows::<BITS, SPAN, 4, 2>(product, row, columns.clone()),
+            }
+        }
+    }
+}
+
+/// `R` rows, `C` columns at a time.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-fn of<const BITS: usize, const R: usize, const C: usize>(
+fn of_rows<const BITS: usize, const SPAN: usize, const R: usize, const C: usize>(
+    product: &Product,
+    row: usize,
+    columns: Range<usize>,
+) {
+    let whole = columns.start + columns.len() / C * C;
+    for column in (columns.start..whole).step_by(C) {
+        write::<R, C>(product, row, column, tile::<BITS, SPAN, R, C>(product.x, product.w, row, column));
+    }
+    for column in whole..columns.end {
+        write::<R, 1>(product, row, column, tile::<BITS, SPAN, R, 1>(product.x, product.w, row, column));
+    }
+}
+
+/// Gives a tile's sums `[rows, columns]` their scales and biases, and writes them.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn write<const R: usize, const C: usize>(product: &Product, row: usize, column: usize, sums: [f32; SUMS]) {
+    let Product { x, bias, y, .. } = product;
+    for (row, sums) in (row..row + R).zip(sums.chunks_exact(C)) {
+        let scale = x.scales[row];
+        for (column, sum) in (column..).zip(sums) {
+            let bias = bias.map_or(0.0, |bias| bias[column]);
+            // SAFETY: within the output, and no one else writes the column.
+            unsafe { *y.values.add(row * y.n + column) = sum * scale + bias };
+        }
+    }
+}
+
+/// The sums `[rows, columns]` of a tile.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn tile<const BITS: usize, const SPAN: usize, const R: usize, const C: usize>(
     x: &Activations,
     w: &Weights,
     row: usize,
     column: usize,
-    zeros: &[f32],
-) -> Sums {
-    const { assert!(R <= ROWS && C <= COLUMNS) };
-    let (blocks, size) = (w.blocks(), w.block_size);
-    let (length, bytes) = (blocks * size, blocks * w.block_bytes());
-    // Blocks of 32 numbers of 4 bits are taken two at a time: of each sixteen numbers the first eight are the first's.
-    let (at_once, span) = if BITS == 4 && size == 32 { (2, 64) } else { (1, size) };
-    // Everything below stays within these; `blocks` is a multiple of `at_once` in the order that 4 bits are in.
-    assert!((row + R) * length <= x.numbers.len() && (row + R) * blocks <= x.sums.len());
+) -> [f32; SUMS] {
+    const { assert!(R * C <= SUMS) };
+    let (blocks, size, span) = (w.blocks(), w.block_size, SPAN);
+    let (length, bytes, spans) = (blocks * size, blocks * w.block_bytes(), blocks * size / span);
+    // Everything below stays within these; spans are whole ones in the order that 4 bits are in.
+    assert!((row + R) * length <= x.numbers.len() && (row + R) * spans <= x.starts.len());
     assert!((column + C) * bytes <= w.numbers.len() && (column + C) * blocks <= w.scales.len());
-    assert!(blocks.is_multiple_of(at_once) && span.is_multiple_of(if BITS == 4 { 64 } else { 16 }));
+    assert!(spans * span == length && span == w.span() && span.is_multiple_of(if BITS == 4 { 64 } else { 16 }));
     let numbers: [*const i16; R] = from_fn(|at| x.numbers[(row + at) * length..].as_ptr());
-    let packed: [*const u8; C] = from_fn(|at| w.numbers[(column + at) * bytes..].as_ptr());
-    let scales: [*const f32; C] = from_fn(|at| w.scales[(column + at) * blocks..].as_ptr());
+    let starts: [*const [i32; 8]; R] = from_fn(|at| x.starts[(row + at) * spans..].as_ptr());
 
-    let mut totals = [[_mm256_setzero_ps(); R]; C];
-    for block in (0..blocks).step_by(at_once) {
-        let first = block * size;
-        // Further rows find it in the cache.
-        if row == 0 {
-            fetch(&packed, first * BITS / 8, span * BITS / 8);
-        }
-        let mut sums = [[_mm256_setzero_si256(); R]; C];
-        if BITS == 8 {
-            for at in (first..first + span).step_by(16) {
-                // SAFETY: within the tile.
-                unsafe {
-                    let codes: [__m256i; C] =
-                        from_fn(|column| _mm256_cvtepu8_epi16(_mm_loadu_si128(packed[column].add(at).cast())));
-                    for row in 0..R {
-                        let x = _mm256_loadu_si256(numbers[row].add(at).cast());
-                        for column in 0..C {
-                            let product = _mm256_madd_epi16(codes[column], x);
-                            sums[column][row] = _mm256_add_epi32(sums[column][row], product);
+    let mut totals = [_mm256_setzero_ps(); SUMS];
+    for at_column in 0..C {
+        let packed = w.numbers[(column + at_column) * bytes..].as_ptr();
+        let scales = w.scales[(column + at_column) * blocks..].as_ptr();
+        let mut totals_here = [_mm256_setzero_ps(); R];
+        for of_span in 0..spans {
+            // SAFETY: within the tile.
+            unsafe {
+                // What zero is off, before anything is added.
+                let mut sums: [__m256i; R] = from_fn(|row| _mm256_loadu_si256(starts[row].add(of_span).cast()));
+                // Further rows find it in the cache.
+                if row == 0 {
+                    fetch(packed, of_span * span * BITS / 8, span * BITS / 8);
+                }
+                if BITS == 8 {
+                    for at in (of_span * span..(of_span + 1) * span).step_by(16) {
+                        let codes = _mm256_cvtepu8_epi16(_mm_loadu_si128(packed.add(at).cast()));
+                        for row in 0..R {
+                            let x = _mm256_loadu_si256(numbers[row].add(at).cast());
+                            sums[row] = _mm256_add_epi32(sums[row], _mm256_madd_epi16(codes, x));
                         }
                     }
-                }
-            }
-        } else {
-            for at in (first..first + span).step_by(64) {
-                for column in 0..C {
-                    // SAFETY: within the tile.
-                    unsafe {
-                        let fours = fours(_mm256_loadu_si256(packed[column].add(at / 2).cast()));
+                } else {
+                    for at in (of_span * span..(of_span + 1) * span).step_by(64) {
+                        let fours = fours(_mm256_loadu_si256(packed.add(at / 2).cast()));
                         for row in 0..R {
                             for (i, &four) in fours.iter().enumerate() {
                                 let x = _mm256_loadu_si256(numbers[row].add(at + 16 * i).cast());
-                                let product = _mm256_madd_epi16(four, x);
-                                sums[column][row] = _mm256_add_epi32(sums[column][row], product);
+                                sums[row] = _mm256_add_epi32(sums[row], _mm256_madd_epi16(four, x));
                             }
                         }
                     }
                 }
-            }
-        }
-        for column in 0..C {
-            // SAFETY: within the tile.
-            let scale = unsafe {
-                match at_once {
-                    2 => two_scales(scales[column].add(block)),
-                    _ => _mm256_broadcast_ss(&*scales[column].add(block)),
-                }
-            };
-            for row in 0..R {
-                let sum = _mm256_cvtepi32_ps(sums[column][row]);
-                totals[column][row] = _mm256_fmadd_ps(sum, scale, totals[column][row]);
-            }
-        }
-    }
-
-    let lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    for column in 0..C {
-        let zeros = &zeros[column * blocks..][..blocks];
-        for block in (0..blocks).step_by(8) {
-            let there = _mm256_cmpgt_epi32(_mm256_set1_epi32((blocks - block).min(8) as i32), lanes);
-            // SAFETY: only lanes that are there are read.
-            unsafe {
-                let zeros = _mm256_maskload_ps(zeros.as_ptr().add(block), there);
-                for (row, total) in (row..).zip(&mut totals[column]) {
-                    let sums = _mm256_maskload_ps(x.sums.as_ptr().add(row * blocks + block), there);
-                    *total = _mm256_fnmadd_ps(zeros, sums, *total);
+                let scale = match span == size {
+                    true => _mm256_broadcast_ss(&*scales.add(of_span)),
+                    false => two_scales(scales.add(2 * of_span)),
+                };
+                for row in 0..R {
+                    totals_here[row] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[row]), scale, totals_here[row]);
                 }
             }
         }
+        if w.zero_points.is_some() {
+            for (row, total) in (row..).zip(&mut totals_here) {
+                let mut zeros = 0.0;
+                for block in 0..blocks {
+                    let zero = w.zero_point(column + at_column, block) as f32;
+                    zeros += w.scales[(column + at_column) * blocks + block] * zero * x.sums[row * blocks + block];
+                }
+                *total = _mm256_sub_ps(*total, _mm256_setr_ps(zeros, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0));
+            }
+        }
+        for (at_row, total) in totals_here.into_iter().enumerate() {
+            totals[at_row * C + at_column] = total;
+        }
     }
-    // The eight lanes of four sums at a time.
-    let mut flat = [_mm256_setzero_ps(); ROWS * COLUMNS];
-    let mut sums = [0.0; ROWS * COLUMNS];
-    for (at, total) in totals.as_flattened().iter().enumerate() {
-        flat[at] = *total;
-    }
-    for (fours, sums) in flat.chunks_exact(4).zip(sums.chunks_exact_mut(4)).take((R * C).div_ceil(4)) {
-        let all = _mm256_hadd_ps(_mm256_hadd_ps(fours[0], fours[1]), _mm256_hadd_ps(fours[2], fours[3]));
-        let all = _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps::<1>(all));
-        // SAFETY: four numbers.
-        unsafe { _mm_storeu_ps(sums.as_mut_ptr(), all) };
-    }
-    let mut result = Sums::default();
-    for (result, sums) in result.iter_mut().zip(sums.chunks_exact(R)).take(C) {
-        result[..R].copy_from_slice(sums);
-    }
-    result
+    across(totals)
 }
 
-/// Has the memory send what will be read a little later than `bytes` bytes of each column from `first` on: rows are too
-/// short for the processor to see by itself where they go.
+/// The sums of the eight lanes of each.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+pub fn across(x: [__m256; SUMS]) -> [f32; SUMS] {
+    let [a, b] =
+        [0, 4].map(|at| _mm256_hadd_ps(_mm256_hadd_ps(x[at], x[at + 1]), _mm256_hadd_ps(x[at + 2], x[at + 3])));
+    let (low, high) = (_mm256_permute2f128_ps::<0x20>(a, b), _mm256_permute2f128_ps::<0x31>(a, b));
+    let mut sums = [0.0; SUMS];
+    // SAFETY: eight numbers.
+    unsafe { _mm256_storeu_ps(sums.as_mut_ptr(), _mm256_add_ps(low, high)) };
+    sums
+}
+
+/// Has the memory send what will be read a little later than `bytes` bytes from `first` on: the processor alone would not look
+/// beyond a page.
 #[inline(always)]
-fn fetch(packed: &[*const u8], first: usize, bytes: usize) {
-    if !first.is_multiple_of(64) {
+pub(super) fn fetch(packed: *const u8, first: usize, bytes: usize) {
+    if bytes < 64 && !first.is_multiple_of(64) {
         return;
     }
-    for packed in packed {
-        for line in (0..bytes).step_by(64) {
-            // SAFETY: a hint, which may name any address.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(packed.wrapping_add(first + line + AHEAD).cast()) };
-        }
+    for line in (0..bytes).step_by(64) {
+        // SAFETY: a hint, which may name any address.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(packed.wrapping_add(first + line + AHEAD).cast()) };
     }
 }
 
@@ -174,8 +200,8 @@ fn fours(words: __m256i) -> [__m256i; 4] {
 /// There are two.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-unsafe fn two_scales(scales: *const f32) -> __m256 {
+pub(super) unsafe fn two_scales(scales: *const f32) -> __m256 {
     // SAFETY: the caller's.
-    let two = _mm_castpd_ps(unsafe { _mm_load_sd(scales.cast()) });
-    _mm256_permutevar8x32_ps(_mm256_castps128_ps256(two), _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1))
+    let two = _mm256_castpd_ps(unsafe { _mm256_broadcast_sd(&*scales.cast()) });
+    _mm256_permutevar_ps(two, _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1))
 }

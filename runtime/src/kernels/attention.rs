@@ -1,0 +1,427 @@
+//! Attention: the standard operator, over given keys and values, and `GroupQueryAttention`, over a past that is written into.
+//!
+//! ONNX Runtime's own take several passes over a square of scores, which a layer with a window mostly throws away, and wake
+//! threads for the few numbers of a decoder step.
+
+mod functions;
+mod head;
+
+use std::ops::Range;
+
+use ort::operator::{ComputeContext, Kernel, KernelContext, Operator, OperatorInput, OperatorOutput};
+use ort::value::{Shape, TensorElementType};
+
+use super::{Parts, spread};
+use head::{Head, Room, TILE, Visible, are_many, attend, length_of_turned, turned};
+
+/// Fewer products than this are not worth waking another thread for, nor what takes as long to read.
+const SHARED_FROM: usize = 250_000;
+/// Products that take as long as reading a number.
+const AS_READING: usize = 6;
+/// Queries that one thread takes at a time.
+const SHARE: usize = 8 * TILE;
+
+/// The number of an attribute, or what it is without being there.
+fn attribute(node: &KernelContext, operator: &str, name: &str, default: Option<usize>) -> ort::Result<usize> {
+    match node.get::<i64>(name) {
+        None => default.ok_or_else(|| ort::Error::new(format!("{operator}: {name}: expected a number, found none"))),
+        Some(number) => usize::try_from(number)
+            .map_err(|_| ort::Error::new(format!("{operator}: {name}: expected no negative number, found {number}"))),
+    }
+}
+
+fn soft_cap(node: &KernelContext) -> Option<f32> {
+    node.get::<f32>("softcap").filter(|&cap| cap > 0.0)
+}
+
+fn four(operator: &str, shape: &Shape) -> ort::Result<[usize; 4]> {
+    let sizes: Vec<usize> = shape.iter().map(|&size| size as usize).collect();
+    sizes.try_into().map_err(|_| ort::Error::new(format!("{operator} of {shape}")))
+}
+
+/// `softmax(softcap(q·kᵀ·scale) where visible) · v`: queries `[batch, heads, queries, dim]`, keys and values
+/// `[batch, kv_heads, keys, dim]`, visible bool, broadcast against `[batch, heads, queries, keys]`.
+pub(super) struct Attention;
+
+impl Operator for Attention {
+    type Kernel<'attr> = OverGiven;
+
+    fn name(&self) -> &str {
+        "Attention"
+    }
+
+    fn inputs(&self) -> impl IntoIterator<Item = OperatorInput> {
+        let float = || OperatorInput::required(TensorElementType::Float32);
+        [float(), float(), float(), OperatorInput::required(TensorElementType::Bool)]
+    }
+
+    fn outputs(&self) -> impl IntoIterator<Item = OperatorOutput> {
+        [OperatorOutput::required(TensorElementType::Float32)]
+    }
+
+    fn create_kernel<'attr>(&self, node: &KernelContext<'attr>) -> ort::Result<OverGiven> {
+        let scale = node.get::<f32>("scale").ok_or_else(|| ort::Error::new("Attention: expected a scale"))?;
+        if attribute(node, "Attention", "is_causal", Some(0))? != 0 {
+            return Err(ort::Error::new("Attention: expected a mask for what is causal"));
+        }
+        Ok(OverGiven { scale, cap: soft_cap(node), room: Room::default(), turned: Vec::new() })
+    }
+}
+
+/// The kernel of one node.
+pub(super) struct OverGiven {
+    scale: f32,
+    cap: Option<f32>,
+    room: Room,
+    turned: Vec<f32>,
+}
+
+/// A mask, `[rows, keys]`.
+struct Mask<'m> {
+    mask: &'m [bool],
+    keys: usize,
+    /// For each row what lies between the first and the last that it shows, and whether it shows all of that.
+    rows: &'m [(Range<usize>, bool)],
+    /// Queries that have rows of their own; the next ones have the same again.
+    queries: usize,
+}
+
+impl Mask<'_> {
+    fn row(&self, query: usize) -> usize {
+        query % self.queries % self.rows.len()
+    }
+}
+
+impl Visible for Mask<'_> {
+    fn range(&self, query: usize) -> Range<usize> {
+        self.rows[self.row(query)].0.clone()
+    }
+
+    fn seen(&self, query: usize, range: Range<usize>) -> Option<&[bool]> {
+        let row = self.row(query);
+        (!self.rows[row].1).then(|| &self.mask[row * self.keys..][range])
+    }
+}
+
+/// What a row of a mask shows.
+fn extent(row: &[bool]) -> (Range<usize>, bool) {
+    const CHUNK: usize = 64;
+    let any = |chunk: &[bool]| chunk.iter().fold(false, |any, &seen| any | seen);
+    let Some(first) = row.chunks(CHUNK).position(any) else { return (0..0, true) };
+    let first = first * CHUNK + row[first * CHUNK..].iter().position(|&seen| seen).unwrap_or(0);
+    let last = row.rchunks(CHUNK).position(any).map_or(row.len(), |chunk| row.len() - chunk * CHUNK);
+    let end = row[..last].iter().rposition(|&seen| seen).map_or(first, |at| at + 1);
+    (first..end, row[first..end].iter().fold(true, |all, &seen| all & seen))
+}
+
+impl Kernel for OverGiven {
+    fn compute(&mut self, context: &ComputeContext) -> ort::Result<()> {
+        let input = |at: usize| context.input(at)?.ok_or_else(|| ort::Error::new("Attention: expected four inputs"));
+        let [query, key, value, visible] = [input(0)?, input(1)?, input(2)?, input(3)?];
+        let (of_query, queries) = query.try_extract_tensor::<f32>()?;
+        let (of_key, keys) = key.try_extract_tensor::<f32>()?;
+        let (of_value, values) = value.try_extract_tensor::<f32>()?;
+        let (of_visible, mask) = visible.try_extract_tensor::<bool>()?;
+        let [batch, heads, count, dim] = four("Attention", of_query)?;
+        let [key_batch, kv_heads, length, key_dim] = four("Attention", of_key)?;
+        let [mask_batch, mask_heads, mask_rows, mask_keys] = four("Attention", of_visible)?;
+        let fits = of_key == of_value
+            && (key_batch, key_dim, mask_keys) == (batch, dim, length)
+            && kv_heads > 0
+            && heads.is_multiple_of(kv_heads)
+            && (mask_batch == batch || mask_batch == 1)
+            && mask_heads == 1
+            && (mask_rows == count || mask_rows == 1);
+        if !fits {
+            return Err(ort::Error::new(format!(
+                "Attention of {of_query} over {of_key} and {of_value} where {of_visible}"
+            )));
+        }
+        let mut output =
+            context.output(0, of_query.to_vec())?.ok_or_else(|| ort::Error::new("Attention: the output is missing"))?;
+        let (_, to) = output.try_extract_tensor_mut::<f32>()?;
+        if to.is_empty() {
+            return Ok(());
+        }
+        if length == 0 {
+            to.fill(0.0);
+            return Ok(());
+        }
+
+        let rows: Vec<(Range<usize>, bool)> = mask.chunks_exact(length).map(extent).collect();
+        let (pairs, group) = (batch * kv_heads, heads / kv_heads);
+        let (of_head, of_turned) = (length * dim, length_of_turned(length, dim));
+        let turns = are_many(count);
+        if turns {
+            self.turned.resize(pairs * of_turned, 0.0);
+            let to = Parts::new(&mut self.turned);
+            spread(context, pairs, &|pair| {
+                // SAFETY: every pair is taken by one call only.
+                let to = unsafe { to.of(pair * of_turned..(pair + 1) * of_turned) };
+                turned(&keys[pair * of_head..][..of_head], dim, to);
+            })?;
+        }
+        // The heads of a group lie one behind the other, as if they were more queries of one head.
+        let together = group * count;
+        let compute = |pair: usize, range: Range<usize>, room: &mut Room, to: &mut [f32]| {
+            let of_row = if mask_batch == 1 { 0 } else { pair / kv_heads } * mask_rows;
+            let visible = Mask {
+                mask: &mask[of_row * length..][..mask_rows * length],
+                keys: length,
+                rows: &rows[of_row..][..mask_rows],
+                queries: count,
+            };
+            let head = Head {
+                queries: &queries[pair * together * dim..][..together * dim],
+                keys: &keys[pair * of_head..][..of_head],
+                values: &values[pair * of_head..][..of_head],
+                turned: turns.then(|| &self.turned[pair * of_turned..][..of_turned]),
+                dim,
+                scale: self.scale,
+                cap: self.cap,
+            };
+            attend(head, &visible, range, room, to);
+        };
+        if pairs * together.max(AS_READING) * of_head < SHARED_FROM {
+            for (pair, to) in to.chunks_exact_mut(together * dim).enumerate() {
+                compute(pair, 0..together, &mut self.room, to);
+            }
+            return Ok(());
+        }
+        let shares = together.div_ceil(SHARE);
+        let to = Parts::new(to);
+        spread(context, pairs * shares, &|part| {
+            let (pair, first) = (part / shares, part % shares * SHARE);
+            let range = first..together.min(first + SHARE);
+            let place = pair * together * dim;
+            // SAFETY: every part is taken by one call only.
+            let to = unsafe { to.of(place + range.start * dim..place + range.end * dim) };
+            compute(pair, range, &mut Room::default(), to);
+        })
+    }
+}
+
+/// Causal attention with rotary positions over a past that has room for what is new; see
+/// `t5gemma_graphs::onnx::Value::group_query_attention`.
+pub(super) struct GroupQueryAttention;
+
+impl Operator for GroupQueryAttention {
+    type Kernel<'attr> = OverPast;
+
+    fn name(&self) -> &str {
+        "GroupQueryAttention"
+    }
+
+    fn inputs(&self) -> impl IntoIterator<Item = OperatorInput> {
+        let (float, int) = (TensorElementType::Float32, TensorElementType::Int32);
+        [
+            OperatorInput::required(float),
+            OperatorInput::optional(float),
+            OperatorInput::optional(float),
+            OperatorInput::optional(float),
+            OperatorInput::optional(float),
+            OperatorInput::required(int),
+            OperatorInput::required(int),
+            OperatorInput::required(float),
+            OperatorInput::required(float),
+        ]
+    }
+
+    fn outputs(&self) -> impl IntoIterator<Item = OperatorOutput> {
+        [(); 3].map(|()| OperatorOutput::required(TensorElementType::Float32))
+    }
+
+    fn create_kernel<'attr>(&self, node: &KernelContext<'attr>) -> ort::Result<OverPast> {
+        const NAME: &str = "GroupQueryAttention";
+        let [heads, kv_heads] =
+            [attribute(node, NAME, "num_heads", None)?, attribute(node, NAME, "kv_num_heads", None)?];
+        let scale = node.get::<f32>("scale").ok_or_else(|| ort::Error::new(format!("{NAME}: expected a scale")))?;
+        if kv_heads == 0 || !heads.is_multiple_of(kv_heads) {
+            return Err(ort::Error::new(format!("{NAME}: {heads} heads over {kv_heads}")));
+        }
+        if attribute(node, NAME, "do_rotary", Some(0))? != 1
+            || attribute(node, NAME, "rotary_interleaved", Some(0))? != 0
+        {
+            return Err(ort::Error::new(format!("{NAME}: expected rotary positions, not interleaved")));
+        }
+        let window = node.get::<i64>("local_window_size").and_then(|window| usize::try_from(window).ok());
+        Ok(OverPast { heads, kv_heads, scale, cap: soft_cap(node), window, room: PastRoom::default() })
+    }
+}
+
+/// The kernel of one node.
+pub(super) struct OverPast {
+    heads: usize,
+    kv_heads: usize,
+    scale: f32,
+    cap: Option<f32>,
+    /// Positions that a query sees, itself included.
+    window: Option<usize>,
+    room: PastRoom,
+}
+
+#[derive(Default)]
+struct PastRoom {
+    room: Room,
+    queries: Vec<f32>,
+    context: Vec<f32>,
+    turned: Vec<f32>,
+}
+
+/// Where a past begins.
+struct Past(*const f32);
+
+// SAFETY: plain memory that is only read.
+unsafe impl Sync for Past {}
+// SAFETY: as above.
+unsafe impl Send for Past {}
+
+impl Past {
+    fn start(&self) -> *const f32 {
+        self.0
+    }
+}
+
+/// New tokens behind a past: each sees itself and what came before it, within the window.
+struct Causal {
+    past: usize,
+    /// New tokens; the next queries are the same tokens again.
+    new: usize,
+    window: Option<usize>,
+}
+
+impl Visible for Causal {
+    fn range(&self, query: usize) -> Range<usize> {
+        let end = self.past + query % self.new + 1;
+        end - self.window.unwrap_or(end).clamp(1, end)..end
+    }
+
+    fn seen(&self, _: usize, _: Range<usize>) -> Option<&[bool]> {
+        None
+    }
+}
+
+impl Kernel for OverPast {
+    fn compute(&mut self, context: &ComputeContext) -> ort::Result<()> {
+        let wrong = |what: &str| ort::Error::new(format!("GroupQueryAttention: {what}"));
+        let inputs = context.num_inputs()?;
+        if inputs != 9 {
+            return Err(wrong(&format!("expected nine inputs, found {inputs}")));
+        }
+        let input = |at: usize| context.input(at)?.ok_or_else(|| wrong(&format!("input {at} is missing")));
+        let [packed, last, total, cos, sin] = [input(0)?, input(5)?, input(6)?, input(7)?, input(8)?];
+        let past = [context.input(3)?, context.input(4)?];
+        let (of_packed, packed) = packed.try_extract_tensor::<f32>()?;
+        let (_, last) = last.try_extract_tensor::<i32>()?;
+        let (_, total) = total.try_extract_tensor::<i32>()?;
+        let ((of_tables, cos), (_, sin)) = (cos.try_extract_tensor::<f32>()?, sin.try_extract_tensor::<f32>()?);
+        let past = match &past {
+            [Some(key), Some(value)] => Some([key.try_extract_tensor::<f32>()?, value.try_extract_tensor::<f32>()?]),
+            _ => None,
+        };
+        let &mut OverPast { heads, kv_heads, scale, cap, window, .. } = self;
+        let width = heads + 2 * kv_heads;
+        let &[rows, new, across] = of_packed.as_ref() else { return Err(wrong(&format!("of {of_packed}"))) };
+        let [rows, new, dim] = [rows as usize, new as usize, across as usize / width];
+        let room = past.as_ref().map_or(Ok(0), |[(of_key, _), (of_value, _)]| match four("the past", of_key)? {
+            [key_rows, key_heads, room, key_dim]
+                if of_key == of_value && (key_rows, key_heads, key_dim) == (rows, kv_heads, dim) =>
+            {
+                Ok(room)
+            }
+            _ => Err(wrong(&format!("{of_packed} over a past of {of_key} and {of_value}"))),
+        })?;
+        let total = total.first().map_or(0, |&total| total.max(0) as usize);
+        let capacity = room.max(total);
+        let ends: Vec<usize> = last.iter().map(|&last| (last.max(-1) + 1) as usize).collect();
+        let half = dim / 2;
+        let positions = of_tables.first().map_or(0, |&positions| positions as usize);
+        let fits = ends.len() == rows
+            && dim * width == across as usize
+            && dim % 2 == 0
+            && cos.len() == positions * half
+            && sin.len() == cos.len()
+            && ends.iter().all(|&end| end >= new && end <= capacity.min(positions) && end - new <= room);
+        if !fits {
+            let tables = format!("{of_tables} angles");
+            return Err(wrong(&format!("{of_packed} up to {ends:?} of {capacity} positions with {tables}")));
+        }
+        let missing = || wrong("an output is missing");
+        let cached = vec![rows as i64, kv_heads as i64, capacity as i64, dim as i64];
+        let mut attended =
+            context.output(0, vec![rows as i64, new as i64, (heads * dim) as i64])?.ok_or_else(missing)?;
+        let mut key = context.output(1, cached.clone())?.ok_or_else(missing)?;
+        let mut value = context.output(2, cached)?.ok_or_else(missing)?;
+        let attended = Parts::new(attended.try_extract_tensor_mut::<f32>()?.1);
+        let present =
+            [Parts::new(key.try_extract_tensor_mut::<f32>()?.1), Parts::new(value.try_extract_tensor_mut::<f32>()?.1)];
+        // No more than addresses: it may be the memory of the present.
+        let past = past.map(|past| past.map(|(_, numbers)| Past(numbers.as_ptr())));
+
+        let group = heads / kv_heads;
+        let rotated = |x: &[f32], position: usize, to: &mut [f32]| {
+            let (cos, sin) = (&cos[position * half..][..half], &sin[position * half..][..half]);
+            for at in 0..half {
+                let [a, b] = [x[at], x[at + half]];
+                to[at] = a * cos[at] - b * sin[at];
+                to[at + half] = b * cos[at] + a * sin[at];
+            }
+        };
+        let compute = |part: usize, scratch: &mut PastRoom| {
+            let (row, of_kv) = (part / kv_heads, part % kv_heads);
+            let (end, place) = (ends[row], part * capacity * dim);
+            let before = end - new;
+            let token = |at: usize, head: usize| &packed[((row * new + at) * width + head) * dim..][..dim];
+            // SAFETY: every row and head is taken by one call only; a past is read before it is written, where it is the same
+            // memory.
+            let [keys, values] = [0, 1].map(|which| unsafe {
+                let to = present[which].of(place..place + capacity * dim);
+                if let Some(past) = past.as_ref().map(|past| past[which].start())
+                    && past != present[which].start()
+                {
+                    let from = past.add(part * room * dim);
+                    std::ptr::copy_nonoverlapping(from, to.as_mut_ptr(), before * dim);
+                }
+                to
+            });
+            for at in 0..new {
+                rotated(token(at, heads + of_kv), before + at, &mut keys[(before + at) * dim..][..dim]);
+                values[(before + at) * dim..][..dim].copy_from_slice(token(at, heads + kv_heads + of_kv));
+            }
+            // As in `OverGiven`, more heads are as more queries.
+            let PastRoom { room, queries, context, turned: keys_turned } = scratch;
+            queries.resize(group * new * dim, 0.0);
+            context.resize(group * new * dim, 0.0);
+            for (at, to) in queries.chunks_exact_mut(dim).enumerate() {
+                rotated(token(at % new, of_kv * group + at / new), before + at % new, to);
+            }
+            let turns = are_many(new);
+            if turns {
+                keys_turned.resize(length_of_turned(end, dim), 0.0);
+                turned(&keys[..end * dim], dim, keys_turned);
+            }
+            let head = Head {
+                queries,
+                keys: &keys[..end * dim],
+                values: &values[..end * dim],
+                turned: turns.then_some(&keys_turned[..]),
+                dim,
+                scale,
+                cap,
+            };
+            attend(head, &Causal { past: before, new, window }, 0..group * new, room, context);
+            for (at, from) in context.chunks_exact(dim).enumerate() {
+                let place = ((row * new + at % new) * heads + of_kv * group + at / new) * dim;
+                // SAFETY: as above.
+                unsafe { attended.of(place..place + dim) }.copy_from_slice(from);
+            }
+        };
+        let parts = rows * kv_heads;
+        let longest = ends.iter().copied().max().unwrap_or(0);
+        if parts * (group * new).max(AS_READING) * longest * dim < SHARED_FROM {
+            (0..parts).for_each(|part| compute(part, &mut self.room));
+            return Ok(());
+        }
+        spread(context, parts, &|part| compute(part, &mut PastRoom::default()))
+    }
+}

@@ -1,0 +1,333 @@
+//! `softmax(softcap(q·kᵀ·scale) where visible) · v` for one head, without the square of all scores, and without those of keys
+//! that a whole tile of queries does not see.
+//!
+//! # Design
+//! A head is computed for a few queries at a time: their scores stay in the first cache. Many queries find the keys turned
+//! round beforehand, so that scores of neighbouring keys are neighbouring lanes; few queries take them as they lie.
+//!
+//! Written in plain arrays, which compilers bring into vector registers; compiled once more for x86-64 with AVX2.
+
+use std::ops::Range;
+
+use super::functions::{dots, exponentials, multiply_add, softcap};
+
+/// Queries that are computed at a time.
+pub const TILE: usize = 6;
+/// Keys, and numbers of values, whose sums are under way at a time.
+const WIDE: usize = 16;
+/// Fewer queries are not worth turning the keys round for.
+const MANY: usize = 8;
+
+/// What one head attends with: queries `[queries, dim]`, keys and values `[keys, dim]`.
+#[derive(Clone, Copy)]
+pub struct Head<'h> {
+    pub queries: &'h [f32],
+    pub keys: &'h [f32],
+    pub values: &'h [f32],
+    /// The keys as [`turned`] makes them, if it has.
+    pub turned: Option<&'h [f32]>,
+    pub dim: usize,
+    pub scale: f32,
+    pub cap: Option<f32>,
+}
+
+/// What the queries of a tile see: keys in a range, and of those the ones that are not hidden from all or some.
+pub trait Visible {
+    /// All keys that the query may see are within it.
+    fn range(&self, query: usize) -> Range<usize>;
+    /// For each key of a range whether the query sees it; nothing if it sees all.
+    fn seen(&self, query: usize, range: Range<usize>) -> Option<&[bool]>;
+}
+
+/// Kept for its allocations.
+#[derive(Default)]
+pub struct Room {
+    /// `[TILE, keys]`
+    scores: Vec<f32>,
+    /// `[TILE, dim]`
+    queries: Vec<f32>,
+}
+
+/// Whether keys are worth turning round for so many queries.
+pub fn are_many(queries: usize) -> bool {
+    queries >= MANY
+}
+
+/// Numbers of the keys `[keys, dim]` when they are turned round.
+pub fn length_of_turned(keys: usize, dim: usize) -> usize {
+    keys.next_multiple_of(WIDE) * dim
+}
+
+/// The keys `[keys, dim]` as `[panels, dim, WIDE]`, filled up with zeros.
+pub fn turned(keys: &[f32], dim: usize, to: &mut [f32]) {
+    for (keys, panel) in keys.chunks(WIDE * dim).zip(to.chunks_exact_mut(WIDE * dim)) {
+        if keys.len() < panel.len() {
+            panel.fill(0.0);
+        }
+        for (key, numbers) in keys.chunks_exact(dim).enumerate() {
+            for (panel, number) in panel.chunks_exact_mut(WIDE).zip(numbers) {
+                panel[key] = *number;
+            }
+        }
+    }
+}
+
+/// Computes the queries `queries` of a head into `to`, `[queries, dim]`. A query that sees nothing becomes zeros.
+pub fn attend(head: Head, visible: &impl Visible, queries: Range<usize>, room: &mut Room, to: &mut [f32]) {
+    #[cfg(target_arch = "x86_64")]
+    if super::super::float::is_here() {
+        // SAFETY: the features are there.
+        return unsafe { with_avx2(head, visible, queries, room, to) };
+    }
+    in_tiles::<false>(head, visible, queries, room, to);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+fn with_avx2(head: Head, visible: &impl Visible, queries: Range<usize>, room: &mut Room, to: &mut [f32]) {
+    in_tiles::<true>(head, visible, queries, room, to);
+}
+
+#[inline(always)]
+fn in_tiles<const FUSED: bool>(
+    head: Head,
+    visible: &impl Visible,
+    queries: Range<usize>,
+    room: &mut Room,
+    to: &mut [f32],
+) {
+    let dim = head.dim;
+    for (first, to) in queries.clone().step_by(TILE).zip(to.chunks_mut(TILE * dim)) {
+        match queries.end - first {
+            1 => tile::<FUSED, 1>(head, visible, first, room, to),
+            2 => tile::<FUSED, 2>(head, visible, first, room, to),
+            3 => tile::<FUSED, 3>(head, visible, first, room, to),
+            4 => tile::<FUSED, 4>(head, visible, first, room, to),
+            5 => tile::<FUSED, 5>(head, visible, first, room, to),
+            _ => tile::<FUSED, TILE>(head, visible, first, room, to),
+        }
+    }
+}
+
+/// `R` queries from `first` on.
+#[inline(always)]
+fn tile<const FUSED: bool, const R: usize>(
+    head: Head,
+    visible: &impl Visible,
+    first: usize,
+    room: &mut Room,
+    to: &mut [f32],
+) {
+    let dim = head.dim;
+    let ranges: [Range<usize>; R] = std::array::from_fn(|at| visible.range(first + at));
+    let there = ranges.iter().filter(|range| !range.is_empty());
+    let mut start = there.clone().map(|range| range.start).min().unwrap_or(0);
+    let end = there.map(|range| range.end).max().unwrap_or(0);
+    if start == end {
+        return to.fill(0.0);
+    }
+    let Room { scores, queries } = room;
+    let own = head.queries[first * dim..(first + R) * dim].iter().map(|x| x * head.scale);
+    queries.clear();
+    queries.extend(own);
+    let count = match head.turned {
+        Some(turned) => {
+            // Whole panels; what they have besides is hidden below.
+            start = start / WIDE * WIDE;
+            let panels = start / WIDE..end.div_ceil(WIDE);
+            scores.resize(R * panels.len() * WIDE, 0.0);
+            let panels = &turned[panels.start * WIDE * dim..panels.end * WIDE * dim];
+            scores_of_panels::<FUSED, R>(queries, panels, dim, scores);
+            panels.len() / dim
+        }
+        None => {
+            let count = end - start;
+            scores.resize(R * count, 0.0);
+            for (at, keys) in head.keys[start * dim..end * dim].chunks(8 * dim).enumerate() {
+                for (query, scores) in queries.chunks_exact(dim).zip(scores.chunks_exact_mut(count)) {
+                    dots::<FUSED>(query, keys, &mut scores[8 * at..count.min(8 * at + 8)]);
+                }
+            }
+            count
+        }
+    };
+    let mut sums = [0.0_f32; R];
+    for (at, scores) in scores.chunks_exact_mut(count).enumerate() {
+        if let Some(cap) = head.cap {
+            softcap::<FUSED>(scores, cap);
+        }
+        let range = &ranges[at];
+        let own = range.start.max(start) - start..range.end.max(start) - start;
+        scores[..own.start].fill(f32::NEG_INFINITY);
+        scores[own.end..].fill(f32::NEG_INFINITY);
+        if let Some(seen) = visible.seen(first + at, range.clone()) {
+            for (score, &seen) in scores[own].iter_mut().zip(seen) {
+                *score = if seen { *score } else { f32::NEG_INFINITY };
+            }
+        }
+        sums[at] = exponentials::<FUSED>(scores);
+    }
+
+    let values = &head.values[start * dim..end * dim];
+    // As many numbers of a value at a time as there are registers for.
+    let scores: [&[f32]; R] = std::array::from_fn(|row| &scores[row * count..][..end - start]);
+    let from = match R {
+        1 => sums_of_values::<FUSED, R, { 4 * WIDE }>(scores, values, dim, 0, to),
+        2 | 3 => sums_of_values::<FUSED, R, { 2 * WIDE }>(scores, values, dim, 0, to),
+        _ => 0,
+    };
+    let from = sums_of_values::<FUSED, R, WIDE>(scores, values, dim, from, to);
+    for (scores, to) in scores.iter().zip(to.chunks_exact_mut(dim)) {
+        for (at, to) in to.iter_mut().enumerate().skip(from) {
+            *to = values.chunks_exact(dim).zip(*scores).map(|(value, p)| value[at] * p).sum();
+        }
+    }
+    for (to, sum) in to.chunks_exact_mut(dim).zip(sums) {
+        let factor = if sum > 0.0 {
+            1.0 / sum
+        } else if sum.is_nan() {
+            sum
+        } else {
+            0.0
+        };
+        to.iter_mut().for_each(|x| *x *= factor);
+    }
+}
+
+/// The sums of the values `[keys, dim]`, times the probabilities, `keys` of each query: `W` numbers of them at a time from `from` on.
+/// Returns where fewer are left.
+#[inline(always)]
+fn sums_of_values<const FUSED: bool, const R: usize, const W: usize>(
+    probabilities: [&[f32]; R],
+    values: &[f32],
+    dim: usize,
+    mut from: usize,
+    to: &mut [f32],
+) -> usize {
+    assert!(probabilities.iter().all(|row| row.len() * dim == values.len()), "a probability for each value");
+    while from + W <= dim {
+        let mut totals = [[0.0_f32; W]; R];
+        for (at, value) in values.chunks_exact(dim).enumerate() {
+            let value: &[f32; W] = value[from..from + W].try_into().expect("as many");
+            for (row, totals) in totals.iter_mut().enumerate() {
+                // SAFETY: there are as many as values.
+                multiply_add::<FUSED, W>(totals, unsafe { *probabilities[row].get_unchecked(at) }, value);
+            }
+        }
+        for (row, totals) in totals.iter().enumerate() {
+            to[row * dim + from..][..W].copy_from_slice(totals);
+        }
+        from += W;
+    }
+    from
+}
+
+/// The scores of the queries `[R, dim]` with `panels [panels, dim, WIDE]` of keys, as `[R, panels · WIDE]`.
+#[inline(always)]
+fn scores_of_panels<const FUSED: bool, const R: usize>(
+    queries: &[f32],
+    panels: &[f32],
+    dim: usize,
+    scores: &mut [f32],
+) {
+    let count = panels.len() / dim;
+    let queries: [&[f32]; R] = std::array::from_fn(|row| &queries[row * dim..][..dim]);
+    for (panel, keys) in panels.chunks_exact(dim * WIDE).enumerate() {
+        let mut totals = [[0.0_f32; WIDE]; R];
+        let (keys, _) = keys.as_chunks::<WIDE>();
+        for (at, keys) in keys[..dim].iter().enumerate() {
+            for (row, totals) in totals.iter_mut().enumerate() {
+                // SAFETY: `at` is below `dim`, as many as there are.
+                multiply_add::<FUSED, WIDE>(totals, unsafe { *queries[row].get_unchecked(at) }, keys);
+            }
+        }
+        for (row, totals) in totals.iter().enumerate() {
+            scores[row * count + panel * WIDE..][..WIDE].copy_from_slice(totals);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn noise(count: usize, seed: u32) -> Vec<f32> {
+        let mut state = seed;
+        let mut next = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 8) as f32 / 8_388_608.0 - 1.0
+        };
+        (0..count).map(|_| next() * 2.0).collect()
+    }
+
+    struct Seen(Vec<Vec<bool>>);
+
+    impl Visible for Seen {
+        fn range(&self, query: usize) -> Range<usize> {
+            let row = &self.0[query];
+            let first = row.iter().position(|&seen| seen).unwrap_or(0);
+            first..row.iter().rposition(|&seen| seen).map_or(first, |at| at + 1)
+        }
+
+        fn seen(&self, query: usize, range: Range<usize>) -> Option<&[bool]> {
+            let row = &self.0[query][range];
+            row.contains(&false).then_some(row)
+        }
+    }
+
+    fn reference(head: &Head, seen: &[bool], query: usize) -> Vec<f64> {
+        let dim = head.dim;
+        let scores = head.keys.chunks(dim).zip(seen).map(|(key, &seen)| {
+            let products = key.iter().zip(&head.queries[query * dim..]).map(|(&a, &b)| f64::from(a) * f64::from(b));
+            let score = products.sum::<f64>() * f64::from(head.scale);
+            let score = head.cap.map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh());
+            if seen { score.exp() } else { 0.0 }
+        });
+        let scores: Vec<f64> = scores.collect();
+        let sum: f64 = scores.iter().sum();
+        let products = |at: usize| scores.iter().zip(head.values.chunks(dim)).map(move |(p, v)| p * f64::from(v[at]));
+        (0..dim).map(|at| if sum > 0.0 { products(at).sum::<f64>() / sum } else { 0.0 }).collect()
+    }
+
+    #[test]
+    fn heads_are_those_of_float64() {
+        for (queries, keys, dim, cap) in [
+            (1, 1, 16, None),
+            (1, 37, 64, Some(50.0)),
+            (2, 16, 48, Some(2.0)),
+            (3, 40, 8, None),
+            (7, 100, 24, Some(50.0)),
+            (20, 33, 256, None),
+            (64, 64, 64, Some(50.0)),
+            (13, 7, 20, None),
+        ] {
+            let [q, k, v] = [(queries, 3), (keys, 5), (keys, 7)].map(|(count, seed)| noise(count * dim, seed));
+            // A window with holes; the second query sees nothing.
+            let sees =
+                |query: usize, key: usize| query != 1 && key.abs_diff(query * keys / queries) < 9 && key % 5 != 2;
+            let seen = Seen((0..queries).map(|query| (0..keys).map(|key| sees(query, key)).collect()).collect());
+            let mut of_keys = vec![f32::NAN; length_of_turned(keys, dim)];
+            turned(&k, dim, &mut of_keys);
+            for is_turned in [false, true] {
+                let turned = is_turned.then_some(&of_keys[..]);
+                let head = Head { queries: &q, keys: &k, values: &v, turned, dim, scale: 0.3, cap };
+                let mut to = vec![f32::NAN; queries * dim];
+                let (mut room, half) = (Room::default(), queries / 2);
+                let (first, second) = to.split_at_mut(half * dim);
+                attend(head, &seen, 0..half, &mut room, first);
+                attend(head, &seen, half..queries, &mut room, second);
+                let mut plain = vec![f32::NAN; queries * dim];
+                in_tiles::<false>(head, &seen, 0..queries, &mut room, &mut plain);
+                for query in 0..queries {
+                    let expected = reference(&head, &seen.0[query], query);
+                    for found in [&to, &plain] {
+                        let found = &found[query * dim..][..dim];
+                        let apart = expected.iter().zip(found).map(|(a, &b)| (a - f64::from(b)).abs());
+                        let apart = apart.fold(0.0, f64::max);
+                        assert!(apart < 5e-6, "{queries}, {keys}, {dim}, {is_turned}: query {query}: {apart}");
+                    }
+                }
+            }
+        }
+    }
+}
