@@ -3,8 +3,8 @@
 use crate::attention::{KeyValue, Tokens, causal, cross};
 use crate::config::LayerType;
 use crate::interface::{CacheLayout, Logits};
-use crate::nn::{Weights, gated_mlp, residual, rms_norm, softcap};
-use crate::onnx::{DType, Dim, Value};
+use crate::nn::{Weights, gated_mlp, residual, rms_norm};
+use crate::onnx::{Dim, Value};
 
 /// What a layer remembers: the target so far (nothing at the first step), and the source.
 pub struct Memory<'g> {
@@ -85,6 +85,6 @@ pub fn logits<'g>(x: Value<'g>, tokens: &Tokens<'g>, which: Logits, [norm, head]
     let normed = rms_norm(x, norm);
     let _scope = head.scope();
     let table = head.matrix([vocab_size, hidden_size]);
-    let scores = head.lowering.linear(head.multiplied(normed.cast(head.dtype())), table, None).cast(DType::Float32);
-    softcap(scores, head.side.final_logit_softcapping).reshape(&[rows.clone(), positions, vocab_size.into()])
+    let (x, cap) = (head.multiplied(normed.cast(head.dtype())), head.side.final_logit_softcapping);
+    head.lowering.logits(x, table, cap, [rows.clone(), positions])
 }

@@ -13,7 +13,7 @@ use crate::config::Config;
 use crate::decoder::Context;
 use crate::interface::CacheLayout;
 use crate::nn::{Weights, softcap};
-use crate::onnx::{DType, Packed, Value};
+use crate::onnx::{DType, Dim, Packed, Value};
 
 /// A runtime that graphs are written for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -139,6 +139,14 @@ pub trait Lowering {
             Matrix::Plain(weight) => x.gemm(weight, bias),
             Matrix::Packed(weight) => x.matmul_nbits(weight, bias),
         }
+    }
+
+    /// `softcap(x · tableᵀ)` in float32, `[rows, positions, vocab_size]`: x `[rows·positions, hidden]`, table
+    /// `[vocab_size, hidden]`.
+    fn logits<'g>(&self, x: Value<'g>, table: Matrix<'g>, cap: Option<f64>, [rows, positions]: [Dim; 2]) -> Value<'g> {
+        let scores = softcap(self.linear(x, table, None).cast(DType::Float32), cap);
+        let vocab_size = scores.dim(-1);
+        scores.reshape(&[rows, positions, vocab_size])
     }
 
     /// `x / √(mean(x²) + ε) · factor`: x `[tokens, hidden]` and factor `[hidden]` in float32.

@@ -2,7 +2,7 @@
 //! one operator for a norm and the sum before it, one for the whole of self-attention with rotary positions and a cache that
 //! is written in place, one for cross-attention.
 
-use super::{Attention, Lowering, Matrix, decomposed};
+use super::{Attention, Lowering, Matrix};
 use crate::attention::{KeyValue, rotary_tables};
 use crate::decoder::Context;
 use crate::interface::{CacheLayout, PRESENT};
@@ -20,6 +20,15 @@ impl Lowering for Cpu {
             (Matrix::Packed(weight), bias) => x.matmul_nbits(weight, bias),
             (Matrix::Plain(weight), None) => x.transpose_matmul(weight),
             (Matrix::Plain(weight), Some(bias)) => x.transpose_matmul(weight) + bias,
+        }
+    }
+
+    /// What can be done to the few numbers of x is not done to the very many scores.
+    fn logits<'g>(&self, x: Value<'g>, table: Matrix<'g>, cap: Option<f64>, [rows, positions]: [Dim; 2]) -> Value<'g> {
+        let x = x.reshape(&[rows, positions, x.dim(-1)]);
+        match cap {
+            None => self.linear(x, table, None),
+            Some(cap) => self.linear(x * (1.0 / cap), table, None).tanh() * cap,
         }
     }
 
@@ -66,10 +75,6 @@ impl Lowering for Cpu {
     }
 
     fn attention<'g>(&self, a: Attention<'g>) -> Value<'g> {
-        // The encoder's scores are a square: there ONNX Runtime is faster in steps, whose tanh it vectorises.
-        if a.query.dim(1) == a.key_value.key.dim(2) {
-            return decomposed(a);
-        }
         let visible = if a.visible.shape().len() == 5 { a.visible.squeeze(1) } else { a.visible };
         let query = a.query.transpose(&[0, 2, 1, 3]); // [batch, heads, queries, head_dim]
         let mut shape = visible.shape();

@@ -53,25 +53,25 @@ impl<'g> Value<'g> {
         outputs[0].expect("the first output is asked for")
     }
 
-    /// `x · wᵀ`: x `[tokens, k]`, w `[n, k]`. The name that ONNX Runtime had for it before `FusedMatMul`, which its optimizers
+    /// `x · wᵀ`: x `[…, k]`, w `[n, k]`. The name that ONNX Runtime had for it before `FusedMatMul`, which its optimizers
     /// write for products of other ranks, too: under this one a runtime can have a kernel of its own for weights alone.
     #[track_caller]
     pub fn transpose_matmul(self, weight: Value<'g>) -> Value<'g> {
         let (x, w) = (self.shape(), weight.shape());
-        if x.len() != 2 || w.len() != 2 || x[1] != w[1] || self.dtype() != weight.dtype() {
+        if x.len() < 2 || w.len() != 2 || x.last() != Some(&w[1]) || self.dtype() != weight.dtype() {
             self.graph.mistake(format!("TransposeMatMul of {} by {}", Dim::list(&x), Dim::list(&w)));
         }
-        let output = (self.dtype(), vec![x[0].clone(), w[0].clone()]);
+        let output = (self.dtype(), [&x[..x.len() - 1], &w[..1]].concat());
         let attributes = [("transB", Attribute::Int(1))];
         self.graph.node("com.microsoft.TransposeMatMul", &[self, weight], &attributes, &[output])[0]
     }
 
-    /// `x · wᵀ (+ b)` with a packed weight: x `[tokens, k]`, b `[n]`.
+    /// `x · wᵀ (+ b)` with a packed weight: x `[…, k]`, b `[n]`.
     #[track_caller]
     pub fn matmul_nbits(self, weight: Packed<'g>, bias: Option<Value<'g>>) -> Value<'g> {
         let [n, k] = weight.shape;
         let x = self.shape();
-        if x.len() != 2 || x[1] != Dim::fixed(k) || self.dtype() != weight.scales.dtype() {
+        if x.len() < 2 || x.last() != Some(&Dim::fixed(k)) || self.dtype() != weight.scales.dtype() {
             self.graph.mistake(format!("MatMulNBits of {} by [{n}, {k}]", Dim::list(&x)));
         }
         let number = |number: usize| Attribute::Int(number as i64);
@@ -90,7 +90,7 @@ impl<'g> Value<'g> {
         while matches!(inputs.last(), Some(None)) {
             inputs.pop();
         }
-        let output = Some((self.dtype(), vec![x[0].clone(), Dim::fixed(n)]));
+        let output = Some((self.dtype(), [&x[..x.len() - 1], &[Dim::fixed(n)]].concat()));
         let op = "com.microsoft.MatMulNBits";
         self.graph.node_with_options(op, &inputs, &attributes, &[output])[0].expect("asked for")
     }
