@@ -1,12 +1,15 @@
-//! Several copies of a model behind one door, and first runs before anybody waits: with the CPU for every device.
+//! Several copies of a model behind one line, and first runs before anybody waits: with the CPU for every device.
 
+use std::path::Path;
 use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use t5gemma_exporter::Export;
 use t5gemma_graphs::Target;
 use t5gemma_graphs::interface::Logits;
-use t5gemma_runtime::{Batch, Cancellation, EngineOptions, Fleet, Model, Request, Usual};
+use t5gemma_runtime::{Batch, Cancellation, Engine, EngineOptions, Error, Hypothesis, Model, Request, Usual, Waited};
 
 use crate::common::{demo, demo_as, exported, exported_as, exported_for, run, stdout, tests};
 
@@ -19,36 +22,129 @@ fn requests(count: usize) -> Vec<Value> {
     cases.iter().take(count).enumerate().map(request).collect()
 }
 
-#[test]
-fn two_engines_answer_as_one_does_and_share_the_work() {
-    let path = demo_as("cpu", Export { target: Target::Cpu, ..Export::default() });
-    let models: Vec<Arc<Model>> = (0..2).map(|_| Arc::new(Model::open(&path).expect("the model opens"))).collect();
-    let fleet = Fleet::new(&models, &EngineOptions { max_rows: 8, ..EngineOptions::default() }).expect("copies");
-    let model = &models[0];
-    let tokenizer = model.tokenizer().expect("a tokenizer");
-    let submitted: Vec<_> = (requests(12).iter())
-        .map(|request| {
-            let source = tokenizer.encode(request["text"].as_str().expect("a text")).expect("encoded");
-            let batch = Batch::padded(&[source], 0).expect("valid");
-            let options = model.options().with(request["options"].as_object().expect("an object")).expect("valid");
-            let generation = fleet.submit(Request::new(batch.clone(), options.clone())).expect("taken");
-            (batch, options, generation)
-        })
-        .collect();
-    for (batch, options, generation) in submitted {
-        let found = generation.wait().expect("answered");
-        let expected = model.generate(&batch, &options, &mut (), &Cancellation::new()).expect("generates");
-        let tokens = |rows: &[Vec<t5gemma_runtime::Hypothesis>]| rows[0][0].tokens.clone();
-        assert_eq!(tokens(&found), tokens(&expected));
-    }
-    fleet.drain();
-    let stats = fleet.stats();
-    assert_eq!(stats.iter().map(|stats| stats.finished).sum::<u64>(), 12);
-    assert!(stats.iter().all(|stats| stats.finished >= 3), "{stats:?}");
+/// Two copies of a model with a cache in place and two with a growing one.
+fn pairs() -> [[Arc<Model>; 2]; 2] {
+    let open = |path: &Path| Arc::new(Model::open(path).expect("the model opens"));
+    [exported_for("tiny-balanced", Target::Cpu), exported("tiny-balanced")].map(|path| [open(&path), open(&path)])
+}
 
-    assert!(Fleet::new(&[], &EngineOptions::default()).is_err());
-    let other = Arc::new(Model::open(exported("tiny-balanced")).expect("the model opens"));
-    let error = Fleet::new(&[models[0].clone(), other], &EngineOptions::default()).err().expect("two models");
+/// A request that takes `steps` steps of `beams` rows for each of its sources.
+fn request(model: &Model, sources: usize, steps: usize, beams: usize) -> Request {
+    let options = json!({"max_new_tokens": steps, "min_new_tokens": steps, "num_beams": beams});
+    let options = model.options().with(options.as_object().expect("an object")).expect("valid");
+    let source = |at: usize| vec![5 + at as i64, 6, 7];
+    Request::new(Batch::padded(&(0..sources).map(source).collect::<Vec<_>>(), 0).expect("valid"), options)
+}
+
+fn alone(model: &Model, request: &Request) -> Vec<Vec<Hypothesis>> {
+    model.generate(&request.batch, &request.options, &mut (), &Cancellation::new()).expect("generates")
+}
+
+fn tokens(rows: &[Vec<Hypothesis>]) -> Vec<&[i64]> {
+    rows.iter().map(|row| &row[0].tokens[..]).collect()
+}
+
+/// Waits until something is so.
+fn wait_until(is_so: impl Fn() -> bool) {
+    let start = Instant::now();
+    while !is_so() {
+        assert!(start.elapsed() < Duration::from_secs(300), "it does not come to be");
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn copies_share_one_line_and_none_is_idle_while_a_source_waits() {
+    for models in pairs() {
+        let model = &models[0];
+        let engine = Engine::of_copies(&models, EngineOptions { max_rows: 2, ..EngineOptions::default() });
+        let engine = engine.expect("copies");
+        // The sources of one request go to both.
+        let many = request(model, 6, 40, 1);
+        let generation = engine.submit(many.clone()).expect("taken");
+        assert_eq!(tokens(&generation.wait().expect("answered")), tokens(&alone(model, &many)));
+        wait_until(|| engine.stats().sources == 0);
+        let stats = engine.stats_of_copies();
+        assert!(stats.iter().all(|copy| copy.stepped_rows >= 40), "{stats:?}");
+        // While one is busy and full the other answers what comes.
+        let short = request(model, 1, 4, 2);
+        let expected = alone(model, &short);
+        let mut long = engine.submit(request(model, 1, 450, 2)).expect("taken");
+        long.next().expect("an event").expect("no error");
+        for _ in 0..3 {
+            let generation = engine.submit(short.clone()).expect("taken");
+            assert_eq!(tokens(&generation.wait().expect("answered")), tokens(&expected));
+        }
+        let busy = engine.stats();
+        assert!(busy.finished == 4 && busy.sources >= 1, "the long one goes on meanwhile: {busy:?}");
+        long.cancel();
+        engine.drain();
+        let stats = engine.stats();
+        assert_eq!((stats.submitted, stats.finished, stats.failed), (5, 4, 1));
+        assert!(matches!(engine.submit(many).err(), Some(Error::Closed)));
+    }
+}
+
+#[test]
+fn sources_are_taken_in_the_order_of_their_arrival() {
+    for models in pairs() {
+        let model = &models[0];
+        // Beside four rows there is room for one, which is not for who comes behind four others.
+        let engine = Engine::of_copies(&models, EngineOptions { max_rows: 5, ..EngineOptions::default() });
+        let engine = engine.expect("copies");
+        let mut busy: Vec<_> = (0..2).map(|_| engine.submit(request(model, 1, 450, 4)).expect("taken")).collect();
+        for generation in &mut busy {
+            wait_until(|| engine.stats().waiting_requests == 0);
+            drop(generation.next_within(Duration::ZERO));
+        }
+        let large = engine.submit(request(model, 1, 20, 4)).expect("taken");
+        let mut small = engine.submit(request(model, 1, 4, 1)).expect("taken");
+        assert!(matches!(small.next_within(Duration::from_millis(30)), Waited::TimedOut), "there is room for it only");
+        assert_eq!(engine.stats().waiting_requests, 2);
+        busy.pop();
+        small.next().expect("an event").expect("no error");
+        assert_eq!(engine.stats().waiting_requests, 0, "the large one was taken first");
+        large.wait().expect("answered");
+    }
+}
+
+#[test]
+fn the_line_of_copies_has_one_bound_and_ends_as_one() {
+    for models in pairs() {
+        let model = &models[0];
+        let bounds = EngineOptions { max_rows: 1, max_waiting: 2, ..EngineOptions::default() };
+        let engine = Engine::of_copies(&models, bounds).expect("copies");
+        let long = || request(model, 1, 450, 1);
+        let in_flight: Vec<_> = (0..2)
+            .map(|_| {
+                let generation = engine.submit(long()).expect("taken");
+                wait_until(|| engine.stats().waiting_requests == 0);
+                generation
+            })
+            .collect();
+        let mut waiting: Vec<_> = (0..2).map(|_| engine.submit(long()).expect("taken")).collect();
+        assert!(matches!(engine.submit(long()).err(), Some(Error::Busy { waiting: 2 })));
+        // Who waits can be cancelled, or be too late.
+        waiting.remove(0).cancel();
+        wait_until(|| engine.stats().waiting_requests == 1);
+        let late = Request { deadline: Some(Instant::now() + Duration::from_millis(5)), ..long() };
+        assert!(matches!(engine.submit(late).expect("there is room").wait(), Err(Error::Deadline)));
+        engine.shutdown();
+        for generation in in_flight.into_iter().chain(waiting) {
+            assert!(matches!(generation.wait(), Err(Error::Cancelled)));
+        }
+        let stats = engine.stats();
+        assert_eq!((stats.submitted, stats.failed, stats.waiting_sources, stats.rows), (5, 5, 0, 0));
+        assert!(matches!(engine.submit(long()).err(), Some(Error::Closed)));
+    }
+}
+
+#[test]
+fn only_copies_share_a_line() {
+    let none: Option<Error> = Engine::of_copies(&[], EngineOptions::default()).err();
+    assert!(none.expect("no model").to_string().contains("models: expected at least one"));
+    let [[model, _], [other, _]] = pairs();
+    let error = Engine::of_copies(&[model, other], EngineOptions::default()).err().expect("two models");
     assert!(error.to_string().contains("models[1]: expected a copy of models[0]"), "{error}");
 }
 

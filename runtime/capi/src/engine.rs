@@ -313,6 +313,7 @@ pub extern "C" fn t5g_engine_new(
             max_rows: whole(given.max_rows, "options.max_rows")?.unwrap_or(default.max_rows),
             max_bytes: whole(given.max_bytes, "options.max_bytes")?.unwrap_or(default.max_bytes),
             max_waiting: whole(given.max_waiting, "options.max_waiting")?.unwrap_or(default.max_waiting),
+            ..default
         };
         let engine = Engine::new(opened.model.clone(), options.clone());
         place.put(Handle::new(Serving { engine, options, opened: opened.share() }));
