@@ -326,6 +326,11 @@ impl Engine {
         Ok(Generation { events: received, rows, cancelled, shared: self.shared.clone(), has_ended: false })
     }
 
+    /// The copies of the model that it generates with.
+    pub fn copies(&self) -> usize {
+        self.shared.copies.len()
+    }
+
     /// What the engine has done and is doing.
     pub fn stats(&self) -> EngineStats {
         let line = self.shared.line();
