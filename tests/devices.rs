@@ -1,5 +1,7 @@
 //! Several copies of a model behind one line, and first runs before anybody waits: with the CPU for every device.
 
+use std::fs;
+use std::io::Write as _;
 use std::path::Path;
 use std::sync::Arc;
 use std::thread;
@@ -9,7 +11,9 @@ use serde_json::{Value, json};
 use t5gemma_exporter::Export;
 use t5gemma_graphs::Target;
 use t5gemma_graphs::interface::Logits;
-use t5gemma_runtime::{Batch, Cancellation, Engine, EngineOptions, Error, Hypothesis, Model, Request, Usual, Waited};
+use t5gemma_runtime::{
+    Batch, Cancellation, Engine, EngineOptions, Error, Hypothesis, Model, OpenOptions, Request, Usual, Waited,
+};
 
 use crate::common::{demo, demo_as, exported, exported_as, exported_for, run, stdout, tests};
 
@@ -222,4 +226,124 @@ fn the_first_runs_are_those_of_the_plan() {
     let file = file.to_str().expect("temporary paths are UTF-8");
     let refused = run("t5gemma", ["encode", model, "--warm-up", "-o", file, text], "");
     assert!(String::from_utf8_lossy(&refused.stderr).contains("--warm-up: expected a command that generates"));
+}
+
+/// A folder with the files of a model, and what it answers before and after its weights file is written over with zeros.
+fn answers_around_a_lost_file(target: Target) -> [Option<Vec<Vec<i64>>>; 2] {
+    let folder = tempfile::tempdir().expect("a temporary folder can be made");
+    let from = exported_for("tiny-balanced", target);
+    for entry in fs::read_dir(from).expect("a model") {
+        let entry = entry.expect("an entry");
+        fs::copy(entry.path(), folder.path().join(entry.file_name())).expect("copied");
+    }
+    let options = OpenOptions { encoder_cache_bytes: 0, ..OpenOptions::default() };
+    let model = Model::open_with(folder.path(), &options).expect("the model opens");
+    let wanted = request(&model, 2, 12, 2);
+    let answer = || {
+        let found = model.generate(&wanted.batch, &wanted.options, &mut (), &Cancellation::new());
+        found.ok().map(|rows| tokens(&rows).into_iter().map(<[i64]>::to_vec).collect())
+    };
+    let before = answer();
+    let weights = folder.path().join(&model.manifest().weights.file);
+    let bytes = fs::metadata(&weights).expect("there").len() as usize;
+    let mut file = fs::OpenOptions::new().write(true).open(weights).expect("writable");
+    file.write_all(&vec![0; bytes]).expect("written");
+    [before, answer()]
+}
+
+#[test]
+fn a_device_has_a_copy_of_the_weights_that_all_graphs_read() {
+    let [before, after] = answers_around_a_lost_file(Target::Cuda);
+    assert!(before.is_some() && before == after, "{before:?}, {after:?}");
+    // A model for the processor reads the file itself.
+    let [before, after] = answers_around_a_lost_file(Target::Cpu);
+    assert!(before.is_some() && before != after, "{before:?}, {after:?}");
+}
+
+#[test]
+fn steps_in_memory_that_stays_give_what_others_do() {
+    let open = |export: Export, label: &str, steady_steps: bool| {
+        let path = exported_as("tiny-balanced", &format!("steady-{label}"), export);
+        let options = OpenOptions { steady_steps, ..OpenOptions::default() };
+        Arc::new(Model::open_with(path, &options).expect("the model opens"))
+    };
+    let export = |logits: Logits, alignment: Option<Vec<usize>>| Export {
+        target: Target::Cuda,
+        logits,
+        alignment,
+        ..Export::default()
+    };
+    let wanted = [
+        json!({"max_new_tokens": 40}),
+        // Beyond the room that there is at first, and the next.
+        json!({"max_new_tokens": 200, "min_new_tokens": 200}),
+        json!({"max_new_tokens": 30, "do_sample": true, "seed": 7, "num_return_sequences": 2}),
+        json!({"max_new_tokens": 30, "num_beams": 3}),
+        json!({"max_new_tokens": 30, "num_beams": 4, "num_return_sequences": 2}),
+        json!({"max_new_tokens": 30, "repetition_penalty": 1.3, "output_logprobs": true}),
+    ];
+    let source = |length: usize| (0..length).map(|at| 5 + (at * 37 % 190) as i64).collect::<Vec<_>>();
+    let batches = [vec![3], vec![5, 64, 1], vec![65, 20], vec![3]]
+        .map(|lengths| Batch::padded(&lengths.into_iter().map(source).collect::<Vec<_>>(), 0).expect("valid"));
+    for (logits, alignment, label) in [
+        (Logits::Last, None, "last"),
+        (Logits::Candidates(12), None, "candidates"),
+        (Logits::All, Some(Vec::new()), "alignment"),
+    ] {
+        let is_attending = alignment.is_some();
+        let [moving, steady] = [false, true].map(|steady| open(export(logits, alignment.clone()), label, steady));
+        let mut requests = Vec::new();
+        for (batch, wanted) in batches.iter().flat_map(|batch| wanted.iter().map(move |wanted| (batch, wanted))) {
+            let mut wanted = wanted.as_object().expect("an object").clone();
+            if is_attending {
+                wanted.insert("output_attentions".into(), json!(true));
+                wanted.insert("prompt_lookup_num_tokens".into(), json!(3));
+                wanted.retain(|name, _| !name.starts_with("num_") && name != "do_sample" && name != "seed");
+            }
+            // Drafts are of one source.
+            if batch.rows() > 1 {
+                wanted.remove("prompt_lookup_num_tokens");
+            }
+            let options = moving.options().with(&wanted).expect("valid");
+            requests.push(Request::new(batch.clone(), options));
+        }
+        let check = |found: &[Vec<Hypothesis>], expected: &[Vec<Hypothesis>], name: &str| {
+            for (found, expected) in found.iter().flatten().zip(expected.iter().flatten()) {
+                assert_eq!(found.tokens, expected.tokens, "{label} {name}");
+                let apart = found.score.zip(expected.score).map_or(0.0, |(a, b)| (a - b).abs());
+                assert!(apart < 1e-4, "{label} {name}: {apart}");
+                let [found, expected] = [found, expected].map(|hypothesis| &hypothesis.cross_attentions);
+                assert_eq!(found.is_some(), is_attending);
+                if let (Some(found), Some(expected)) = (found, expected) {
+                    assert_eq!(found.source_length(), expected.source_length());
+                    assert_eq!(found.values().len(), expected.values().len());
+                    let numbers = found.values().iter().zip(expected.values());
+                    assert!(numbers.into_iter().all(|(a, b)| (a - b).abs() < 1e-5), "{label} {name}");
+                }
+            }
+        };
+        let expected: Vec<_> = requests.iter().map(|request| alone(&moving, request)).collect();
+        for (at, (request, expected)) in requests.iter().zip(&expected).enumerate() {
+            check(&alone(&steady, request), expected, &format!("request {at}"));
+        }
+        // Memory is kept, for so many sizes at most, and not where nobody asked for it.
+        let sizes = steady.steady_sizes();
+        assert!((2..=8).contains(&sizes) && moving.steady_sizes() == 0, "{sizes}");
+        alone(&steady, &requests[0]);
+        let again = steady.steady_sizes();
+        alone(&steady, &requests[0]);
+        assert_eq!(steady.steady_sizes(), again, "it serves the next request");
+        // Several at a time have memory of their own.
+        if !is_attending {
+            let engine = Engine::new(steady.clone(), EngineOptions::default());
+            let generations: Vec<_> =
+                requests.iter().map(|request| engine.submit(request.clone()).expect("taken")).collect();
+            for (at, (generation, expected)) in generations.into_iter().zip(&expected).enumerate() {
+                check(&generation.wait().expect("answered"), expected, &format!("request {at} of many"));
+            }
+        }
+    }
+    let options = OpenOptions { steady_steps: true, ..OpenOptions::default() };
+    let refused = Model::open_with(exported("tiny-balanced"), &options).err().expect("it has no such cache");
+    assert!(refused.to_string().contains("steady_steps: expected false"), "{refused}");
 }

@@ -38,6 +38,16 @@ fn what_means_nothing_to_a_provider_is_refused() {
         (&["--provider", "cuda", "--provider-option", "nothing"], 2, "expected NAME=VALUE"),
         (&["--provider", "rocm"], 2, "nv-tensorrt-rtx"),
         (&["--provider", "nv-tensorrt-rtx", "--provider-option", "library=/nowhere.so"], 1, "expected /nowhere.so"),
+        (
+            &["--provider", "cuda", "--provider-option", "enable_cuda_graph=1"],
+            1,
+            "expected no CUDA graphs, which need a cache in place (--target cuda), found enable_cuda_graph=1",
+        ),
+        (
+            &["--provider", "tensorrt", "--provider-option", "trt_cuda_graph_enable=1"],
+            1,
+            "expected no CUDA graphs, which need the provider cuda, found trt_cuda_graph_enable=1",
+        ),
     ] {
         let (found, error) = refused(arguments);
         assert_eq!(found, Some(code), "{arguments:?}: {error}");

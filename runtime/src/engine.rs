@@ -271,6 +271,11 @@ impl Engine {
         if let Some(at) = models.iter().position(|model| !is_copy(model)) {
             return Err(Error::input(format!("models[{at}]"), "a copy of models[0]", "another model"));
         }
+        if models.len() > 1 && models.iter().any(|model| model.captures()) {
+            // What one captures fails when another takes memory meanwhile.
+            let expected = "one model, where steps are captured as CUDA graphs";
+            return Err(Error::input("models", expected, models.len().to_string()));
+        }
         Ok(Engine::start(Plan::of(first), models.to_vec(), options))
     }
 

@@ -32,6 +32,7 @@ mod folder;
 mod kernels;
 mod model;
 mod state;
+mod weights;
 
 mod chat;
 mod tokenizer;

@@ -132,7 +132,7 @@ impl Opening {
         let (check_weights, encoder_cache_bytes) = (self.check_weights, self.encoder_cache_bytes);
         let provider = Provider::ALL.into_iter().find(|provider| provider.name() == self.provider).unwrap_or_default();
         let placement = Placement { provider, device, options: self.provider_option.clone() };
-        OpenOptions { library, threads, check_weights, encoder_cache_bytes, placement }
+        OpenOptions { library, threads, check_weights, encoder_cache_bytes, placement, ..OpenOptions::default() }
     }
 }
 
