@@ -59,7 +59,8 @@ pub struct OpenOptions {
     pub placement: Placement,
     /// Whether the steps of a model whose cache stays on its device and is written in place (`--target cuda`) have memory that
     /// stays where it is from request to request, where rows are generated one by one (greedily, or drawn). CUDA graphs need it,
-    /// so the provider's option `enable_cuda_graph` has it be so. Not by default.
+    /// so the provider's option `enable_cuda_graph` has it be so. What is kept comes on top of
+    /// [`EngineOptions::max_bytes`](crate::EngineOptions::max_bytes). Not by default.
     pub steady_steps: bool,
 }
 
