@@ -284,6 +284,28 @@ fn python_users_have_what_the_package_promises() {
 }
 
 #[test]
+fn every_graph_reads_the_weights_where_they_are_given_to_it() {
+    let models = [Target::Portable, Target::Cpu, Target::Cuda].map(|target| exported_for("tiny-balanced", target));
+    let mut python = installed().python();
+    python.arg(tests().join("scripts/weights_once.py")).args(&models);
+    for (model, line) in models.iter().zip(done(python).lines()) {
+        let found: Value = serde_json::from_str(line).expect("JSON");
+        let manifest = std::fs::read(model.join("manifest.json")).expect("a manifest");
+        let manifest: Value = serde_json::from_slice(&manifest).expect("JSON");
+        let graphs = manifest["graphs"].as_object().expect("graphs").values();
+        let sorted = |names: Vec<&Value>| {
+            let mut names: Vec<String> = names.iter().map(|name| name.as_str().expect("a name").to_string()).collect();
+            names.sort();
+            names
+        };
+        let given = sorted(graphs.flat_map(|graph| graph["weights"].as_array().expect("names")).collect());
+        assert!(given.len() > 100, "{}", model.display());
+        assert_eq!(sorted(found["used"].as_array().expect("names").iter().collect()), given, "{}", model.display());
+        assert_eq!(found["refused"], serde_json::json!([]), "{}", model.display());
+    }
+}
+
+#[test]
 fn the_examples_build_and_run() {
     let installed = installed();
     let work = TempDir::new().expect("a temporary folder can be made");

@@ -1,12 +1,19 @@
-//! Several copies of a model behind one door, and first runs before anybody waits: with the CPU for every device.
+//! Several copies of a model behind one line, and first runs before anybody waits: with the CPU for every device.
 
+use std::fs;
+use std::io::Write as _;
+use std::path::Path;
 use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use t5gemma_exporter::Export;
 use t5gemma_graphs::Target;
 use t5gemma_graphs::interface::Logits;
-use t5gemma_runtime::{Batch, Cancellation, EngineOptions, Fleet, Model, Request, Usual};
+use t5gemma_runtime::{
+    Batch, Cancellation, Engine, EngineOptions, Error, Hypothesis, Model, OpenOptions, Request, Usual, Waited,
+};
 
 use crate::common::{demo, demo_as, exported, exported_as, exported_for, run, stdout, tests};
 
@@ -19,36 +26,129 @@ fn requests(count: usize) -> Vec<Value> {
     cases.iter().take(count).enumerate().map(request).collect()
 }
 
-#[test]
-fn two_engines_answer_as_one_does_and_share_the_work() {
-    let path = demo_as("cpu", Export { target: Target::Cpu, ..Export::default() });
-    let models: Vec<Arc<Model>> = (0..2).map(|_| Arc::new(Model::open(&path).expect("the model opens"))).collect();
-    let fleet = Fleet::new(&models, &EngineOptions { max_rows: 8, ..EngineOptions::default() }).expect("copies");
-    let model = &models[0];
-    let tokenizer = model.tokenizer().expect("a tokenizer");
-    let submitted: Vec<_> = (requests(12).iter())
-        .map(|request| {
-            let source = tokenizer.encode(request["text"].as_str().expect("a text")).expect("encoded");
-            let batch = Batch::padded(&[source], 0).expect("valid");
-            let options = model.options().with(request["options"].as_object().expect("an object")).expect("valid");
-            let generation = fleet.submit(Request::new(batch.clone(), options.clone())).expect("taken");
-            (batch, options, generation)
-        })
-        .collect();
-    for (batch, options, generation) in submitted {
-        let found = generation.wait().expect("answered");
-        let expected = model.generate(&batch, &options, &mut (), &Cancellation::new()).expect("generates");
-        let tokens = |rows: &[Vec<t5gemma_runtime::Hypothesis>]| rows[0][0].tokens.clone();
-        assert_eq!(tokens(&found), tokens(&expected));
-    }
-    fleet.drain();
-    let stats = fleet.stats();
-    assert_eq!(stats.iter().map(|stats| stats.finished).sum::<u64>(), 12);
-    assert!(stats.iter().all(|stats| stats.finished >= 3), "{stats:?}");
+/// Two copies of a model with a cache in place and two with a growing one.
+fn pairs() -> [[Arc<Model>; 2]; 2] {
+    let open = |path: &Path| Arc::new(Model::open(path).expect("the model opens"));
+    [exported_for("tiny-balanced", Target::Cpu), exported("tiny-balanced")].map(|path| [open(&path), open(&path)])
+}
 
-    assert!(Fleet::new(&[], &EngineOptions::default()).is_err());
-    let other = Arc::new(Model::open(exported("tiny-balanced")).expect("the model opens"));
-    let error = Fleet::new(&[models[0].clone(), other], &EngineOptions::default()).err().expect("two models");
+/// A request that takes `steps` steps of `beams` rows for each of its sources.
+fn request(model: &Model, sources: usize, steps: usize, beams: usize) -> Request {
+    let options = json!({"max_new_tokens": steps, "min_new_tokens": steps, "num_beams": beams});
+    let options = model.options().with(options.as_object().expect("an object")).expect("valid");
+    let source = |at: usize| vec![5 + at as i64, 6, 7];
+    Request::new(Batch::padded(&(0..sources).map(source).collect::<Vec<_>>(), 0).expect("valid"), options)
+}
+
+fn alone(model: &Model, request: &Request) -> Vec<Vec<Hypothesis>> {
+    model.generate(&request.batch, &request.options, &mut (), &Cancellation::new()).expect("generates")
+}
+
+fn tokens(rows: &[Vec<Hypothesis>]) -> Vec<&[i64]> {
+    rows.iter().map(|row| &row[0].tokens[..]).collect()
+}
+
+/// Waits until something is so.
+fn wait_until(is_so: impl Fn() -> bool) {
+    let start = Instant::now();
+    while !is_so() {
+        assert!(start.elapsed() < Duration::from_secs(300), "it does not come to be");
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn copies_share_one_line_and_none_is_idle_while_a_source_waits() {
+    for models in pairs() {
+        let model = &models[0];
+        let engine = Engine::of_copies(&models, EngineOptions { max_rows: 2, ..EngineOptions::default() });
+        let engine = engine.expect("copies");
+        // The sources of one request go to both.
+        let many = request(model, 6, 40, 1);
+        let generation = engine.submit(many.clone()).expect("taken");
+        assert_eq!(tokens(&generation.wait().expect("answered")), tokens(&alone(model, &many)));
+        wait_until(|| engine.stats().sources == 0);
+        let stats = engine.stats_of_copies();
+        assert!(stats.iter().all(|copy| copy.stepped_rows >= 40), "{stats:?}");
+        // While one is busy and full the other answers what comes.
+        let short = request(model, 1, 4, 2);
+        let expected = alone(model, &short);
+        let mut long = engine.submit(request(model, 1, 450, 2)).expect("taken");
+        long.next().expect("an event").expect("no error");
+        for _ in 0..3 {
+            let generation = engine.submit(short.clone()).expect("taken");
+            assert_eq!(tokens(&generation.wait().expect("answered")), tokens(&expected));
+        }
+        let busy = engine.stats();
+        assert!(busy.finished == 4 && busy.sources >= 1, "the long one goes on meanwhile: {busy:?}");
+        long.cancel();
+        engine.drain();
+        let stats = engine.stats();
+        assert_eq!((stats.submitted, stats.finished, stats.failed), (5, 4, 1));
+        assert!(matches!(engine.submit(many).err(), Some(Error::Closed)));
+    }
+}
+
+#[test]
+fn sources_are_taken_in_the_order_of_their_arrival() {
+    for models in pairs() {
+        let model = &models[0];
+        // Beside four rows there is room for one, which is not for who comes behind four others.
+        let engine = Engine::of_copies(&models, EngineOptions { max_rows: 5, ..EngineOptions::default() });
+        let engine = engine.expect("copies");
+        let mut busy: Vec<_> = (0..2).map(|_| engine.submit(request(model, 1, 450, 4)).expect("taken")).collect();
+        for generation in &mut busy {
+            wait_until(|| engine.stats().waiting_requests == 0);
+            drop(generation.next_within(Duration::ZERO));
+        }
+        let large = engine.submit(request(model, 1, 20, 4)).expect("taken");
+        let mut small = engine.submit(request(model, 1, 4, 1)).expect("taken");
+        assert!(matches!(small.next_within(Duration::from_millis(30)), Waited::TimedOut), "there is room for it only");
+        assert_eq!(engine.stats().waiting_requests, 2);
+        busy.pop();
+        small.next().expect("an event").expect("no error");
+        assert_eq!(engine.stats().waiting_requests, 0, "the large one was taken first");
+        large.wait().expect("answered");
+    }
+}
+
+#[test]
+fn the_line_of_copies_has_one_bound_and_ends_as_one() {
+    for models in pairs() {
+        let model = &models[0];
+        let bounds = EngineOptions { max_rows: 1, max_waiting: 2, ..EngineOptions::default() };
+        let engine = Engine::of_copies(&models, bounds).expect("copies");
+        let long = || request(model, 1, 450, 1);
+        let in_flight: Vec<_> = (0..2)
+            .map(|_| {
+                let generation = engine.submit(long()).expect("taken");
+                wait_until(|| engine.stats().waiting_requests == 0);
+                generation
+            })
+            .collect();
+        let mut waiting: Vec<_> = (0..2).map(|_| engine.submit(long()).expect("taken")).collect();
+        assert!(matches!(engine.submit(long()).err(), Some(Error::Busy { waiting: 2 })));
+        // Who waits can be cancelled, or be too late.
+        waiting.remove(0).cancel();
+        wait_until(|| engine.stats().waiting_requests == 1);
+        let late = Request { deadline: Some(Instant::now() + Duration::from_millis(5)), ..long() };
+        assert!(matches!(engine.submit(late).expect("there is room").wait(), Err(Error::Deadline)));
+        engine.shutdown();
+        for generation in in_flight.into_iter().chain(waiting) {
+            assert!(matches!(generation.wait(), Err(Error::Cancelled)));
+        }
+        let stats = engine.stats();
+        assert_eq!((stats.submitted, stats.failed, stats.waiting_sources, stats.rows), (5, 5, 0, 0));
+        assert!(matches!(engine.submit(long()).err(), Some(Error::Closed)));
+    }
+}
+
+#[test]
+fn only_copies_share_a_line() {
+    let none: Option<Error> = Engine::of_copies(&[], EngineOptions::default()).err();
+    assert!(none.expect("no model").to_string().contains("models: expected at least one"));
+    let [[model, _], [other, _]] = pairs();
+    let error = Engine::of_copies(&[model, other], EngineOptions::default()).err().expect("two models");
     assert!(error.to_string().contains("models[1]: expected a copy of models[0]"), "{error}");
 }
 
@@ -126,4 +226,124 @@ fn the_first_runs_are_those_of_the_plan() {
     let file = file.to_str().expect("temporary paths are UTF-8");
     let refused = run("t5gemma", ["encode", model, "--warm-up", "-o", file, text], "");
     assert!(String::from_utf8_lossy(&refused.stderr).contains("--warm-up: expected a command that generates"));
+}
+
+/// A folder with the files of a model, and what it answers before and after its weights file is written over with zeros.
+fn answers_around_a_lost_file(target: Target) -> [Option<Vec<Vec<i64>>>; 2] {
+    let folder = tempfile::tempdir().expect("a temporary folder can be made");
+    let from = exported_for("tiny-balanced", target);
+    for entry in fs::read_dir(from).expect("a model") {
+        let entry = entry.expect("an entry");
+        fs::copy(entry.path(), folder.path().join(entry.file_name())).expect("copied");
+    }
+    let options = OpenOptions { encoder_cache_bytes: 0, ..OpenOptions::default() };
+    let model = Model::open_with(folder.path(), &options).expect("the model opens");
+    let wanted = request(&model, 2, 12, 2);
+    let answer = || {
+        let found = model.generate(&wanted.batch, &wanted.options, &mut (), &Cancellation::new());
+        found.ok().map(|rows| tokens(&rows).into_iter().map(<[i64]>::to_vec).collect())
+    };
+    let before = answer();
+    let weights = folder.path().join(&model.manifest().weights.file);
+    let bytes = fs::metadata(&weights).expect("there").len() as usize;
+    let mut file = fs::OpenOptions::new().write(true).open(weights).expect("writable");
+    file.write_all(&vec![0; bytes]).expect("written");
+    [before, answer()]
+}
+
+#[test]
+fn a_device_has_a_copy_of_the_weights_that_all_graphs_read() {
+    let [before, after] = answers_around_a_lost_file(Target::Cuda);
+    assert!(before.is_some() && before == after, "{before:?}, {after:?}");
+    // A model for the processor reads the file itself.
+    let [before, after] = answers_around_a_lost_file(Target::Cpu);
+    assert!(before.is_some() && before != after, "{before:?}, {after:?}");
+}
+
+#[test]
+fn steps_in_memory_that_stays_give_what_others_do() {
+    let open = |export: Export, label: &str, steady_steps: bool| {
+        let path = exported_as("tiny-balanced", &format!("steady-{label}"), export);
+        let options = OpenOptions { steady_steps, ..OpenOptions::default() };
+        Arc::new(Model::open_with(path, &options).expect("the model opens"))
+    };
+    let export = |logits: Logits, alignment: Option<Vec<usize>>| Export {
+        target: Target::Cuda,
+        logits,
+        alignment,
+        ..Export::default()
+    };
+    let wanted = [
+        json!({"max_new_tokens": 40}),
+        // Beyond the room that there is at first, and the next.
+        json!({"max_new_tokens": 200, "min_new_tokens": 200}),
+        json!({"max_new_tokens": 30, "do_sample": true, "seed": 7, "num_return_sequences": 2}),
+        json!({"max_new_tokens": 30, "num_beams": 3}),
+        json!({"max_new_tokens": 30, "num_beams": 4, "num_return_sequences": 2}),
+        json!({"max_new_tokens": 30, "repetition_penalty": 1.3, "output_logprobs": true}),
+    ];
+    let source = |length: usize| (0..length).map(|at| 5 + (at * 37 % 190) as i64).collect::<Vec<_>>();
+    let batches = [vec![3], vec![5, 64, 1], vec![65, 20], vec![3]]
+        .map(|lengths| Batch::padded(&lengths.into_iter().map(source).collect::<Vec<_>>(), 0).expect("valid"));
+    for (logits, alignment, label) in [
+        (Logits::Last, None, "last"),
+        (Logits::Candidates(12), None, "candidates"),
+        (Logits::All, Some(Vec::new()), "alignment"),
+    ] {
+        let is_attending = alignment.is_some();
+        let [moving, steady] = [false, true].map(|steady| open(export(logits, alignment.clone()), label, steady));
+        let mut requests = Vec::new();
+        for (batch, wanted) in batches.iter().flat_map(|batch| wanted.iter().map(move |wanted| (batch, wanted))) {
+            let mut wanted = wanted.as_object().expect("an object").clone();
+            if is_attending {
+                wanted.insert("output_attentions".into(), json!(true));
+                wanted.insert("prompt_lookup_num_tokens".into(), json!(3));
+                wanted.retain(|name, _| !name.starts_with("num_") && name != "do_sample" && name != "seed");
+            }
+            // Drafts are of one source.
+            if batch.rows() > 1 {
+                wanted.remove("prompt_lookup_num_tokens");
+            }
+            let options = moving.options().with(&wanted).expect("valid");
+            requests.push(Request::new(batch.clone(), options));
+        }
+        let check = |found: &[Vec<Hypothesis>], expected: &[Vec<Hypothesis>], name: &str| {
+            for (found, expected) in found.iter().flatten().zip(expected.iter().flatten()) {
+                assert_eq!(found.tokens, expected.tokens, "{label} {name}");
+                let apart = found.score.zip(expected.score).map_or(0.0, |(a, b)| (a - b).abs());
+                assert!(apart < 1e-4, "{label} {name}: {apart}");
+                let [found, expected] = [found, expected].map(|hypothesis| &hypothesis.cross_attentions);
+                assert_eq!(found.is_some(), is_attending);
+                if let (Some(found), Some(expected)) = (found, expected) {
+                    assert_eq!(found.source_length(), expected.source_length());
+                    assert_eq!(found.values().len(), expected.values().len());
+                    let numbers = found.values().iter().zip(expected.values());
+                    assert!(numbers.into_iter().all(|(a, b)| (a - b).abs() < 1e-5), "{label} {name}");
+                }
+            }
+        };
+        let expected: Vec<_> = requests.iter().map(|request| alone(&moving, request)).collect();
+        for (at, (request, expected)) in requests.iter().zip(&expected).enumerate() {
+            check(&alone(&steady, request), expected, &format!("request {at}"));
+        }
+        // Memory is kept, for so many sizes at most, and not where nobody asked for it.
+        let sizes = steady.steady_sizes();
+        assert!((2..=8).contains(&sizes) && moving.steady_sizes() == 0, "{sizes}");
+        alone(&steady, &requests[0]);
+        let again = steady.steady_sizes();
+        alone(&steady, &requests[0]);
+        assert_eq!(steady.steady_sizes(), again, "it serves the next request");
+        // Several at a time have memory of their own.
+        if !is_attending {
+            let engine = Engine::new(steady.clone(), EngineOptions::default());
+            let generations: Vec<_> =
+                requests.iter().map(|request| engine.submit(request.clone()).expect("taken")).collect();
+            for (at, (generation, expected)) in generations.into_iter().zip(&expected).enumerate() {
+                check(&generation.wait().expect("answered"), expected, &format!("request {at} of many"));
+            }
+        }
+    }
+    let options = OpenOptions { steady_steps: true, ..OpenOptions::default() };
+    let refused = Model::open_with(exported("tiny-balanced"), &options).err().expect("it has no such cache");
+    assert!(refused.to_string().contains("steady_steps: expected false"), "{refused}");
 }

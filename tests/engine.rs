@@ -154,53 +154,59 @@ fn random_requests_at_random_times_give_what_each_gives_alone() {
         let refused = alone.iter().filter(|result| result.is_err()).count();
         assert!(refused < 20, "{refused} of 200 are no requests");
 
-        let engine = Engine::new(model.clone(), EngineOptions { max_rows: 24, ..EngineOptions::default() });
-        let wrong = Mutex::new(Vec::new());
-        thread::scope(|scope| {
-            for thread in 0..THREADS {
-                let (engine, model, requests, alone, wrong) = (&engine, &model, &requests, &alone, &wrong);
-                scope.spawn(move || {
-                    let mut noise = Noise(thread as u64);
-                    let mut pending = Vec::new();
-                    for at in (thread..requests.len()).step_by(THREADS) {
-                        let (request, batch) = &requests[at];
-                        match engine.submit(Request::new(batch.clone(), options(model, request))) {
-                            Ok(generation) => pending.push((at, generation)),
-                            Err(error) => {
-                                let expected = alone[at].as_ref().expect_err("refused alone too").to_string();
-                                assert_eq!(error.to_string(), expected);
-                            }
-                        }
-                        // Some that nobody waits for.
-                        if noise.below(5) == 0 {
-                            drop(engine.submit(Request::new(batch.clone(), options(model, request))));
-                        }
-                        thread::sleep(Duration::from_micros(noise.below(9000) as u64));
-                    }
-                    for (at, generation) in pending {
-                        match (generation.wait(), &alone[at]) {
-                            (Ok(found), Ok(expected)) => {
-                                let name = format!("{} request {at}: {}", model.manifest().target, requests[at].0);
-                                let same = || check_same(&name, &found, expected);
-                                if let Err(panic) = std::panic::catch_unwind(same) {
-                                    let text = panic.downcast_ref::<String>().cloned().unwrap_or_default();
-                                    wrong.lock().expect("no panic").push(text);
+        // Alone and beside another copy, as on two devices.
+        for copies in [vec![model.clone()], vec![model.clone(), open(target)]] {
+            let bounds = EngineOptions { max_rows: 24, ..EngineOptions::default() };
+            let engine = Engine::of_copies(&copies, bounds).expect("copies");
+            let wrong = Mutex::new(Vec::new());
+            thread::scope(|scope| {
+                for thread in 0..THREADS {
+                    let (engine, model, requests, alone, wrong) = (&engine, &model, &requests, &alone, &wrong);
+                    scope.spawn(move || {
+                        let mut noise = Noise(thread as u64);
+                        let mut pending = Vec::new();
+                        for at in (thread..requests.len()).step_by(THREADS) {
+                            let (request, batch) = &requests[at];
+                            match engine.submit(Request::new(batch.clone(), options(model, request))) {
+                                Ok(generation) => pending.push((at, generation)),
+                                Err(error) => {
+                                    let expected = alone[at].as_ref().expect_err("refused alone too").to_string();
+                                    assert_eq!(error.to_string(), expected);
                                 }
                             }
-                            (Err(found), Err(expected)) => assert_eq!(found.to_string(), expected.to_string()),
-                            (found, expected) => panic!("{at}: {found:?}, expected {expected:?}"),
+                            // Some that nobody waits for.
+                            if noise.below(5) == 0 {
+                                drop(engine.submit(Request::new(batch.clone(), options(model, request))));
+                            }
+                            thread::sleep(Duration::from_micros(noise.below(9000) as u64));
                         }
-                    }
-                });
-            }
-        });
-        let wrong = wrong.into_inner().expect("no panic");
-        assert!(wrong.is_empty(), "{} differ:\n{}", wrong.len(), wrong.join("\n"));
-        engine.drain();
-        let stats = engine.stats();
-        assert_eq!(stats.submitted, stats.finished + stats.failed);
-        assert_eq!((stats.waiting_requests, stats.waiting_sources), (0, 0));
-        assert!(stats.stepped_rows > 2 * stats.steps, "steps are shared: {stats:?}");
+                        for (at, generation) in pending {
+                            match (generation.wait(), &alone[at]) {
+                                (Ok(found), Ok(expected)) => {
+                                    let name = format!("{} request {at}: {}", model.manifest().target, requests[at].0);
+                                    let same = || check_same(&name, &found, expected);
+                                    if let Err(panic) = std::panic::catch_unwind(same) {
+                                        let text = panic.downcast_ref::<String>().cloned().unwrap_or_default();
+                                        wrong.lock().expect("no panic").push(text);
+                                    }
+                                }
+                                (Err(found), Err(expected)) => assert_eq!(found.to_string(), expected.to_string()),
+                                (found, expected) => panic!("{at}: {found:?}, expected {expected:?}"),
+                            }
+                        }
+                    });
+                }
+            });
+            let wrong = wrong.into_inner().expect("no panic");
+            assert!(wrong.is_empty(), "{} differ:\n{}", wrong.len(), wrong.join("\n"));
+            engine.drain();
+            let stats = engine.stats();
+            assert_eq!(stats.submitted, stats.finished + stats.failed);
+            assert_eq!((stats.waiting_requests, stats.waiting_sources), (0, 0));
+            assert!(stats.stepped_rows > 2 * stats.steps, "steps are shared: {stats:?}");
+            let of_copies = engine.stats_of_copies();
+            assert!(of_copies.iter().all(|copy| copy.steps * 4 > stats.steps / copies.len() as u64), "{of_copies:?}");
+        }
     }
 }
 
@@ -285,7 +291,10 @@ fn requests_end_when_they_are_cancelled_or_late_and_others_go_on() {
 #[test]
 fn what_cannot_be_taken_is_refused_with_the_figures() {
     let model = open(Target::Cpu);
-    let options_of = |max_rows, max_bytes, max_waiting| EngineOptions { max_rows, max_bytes, max_waiting };
+    let options_of = |max_rows, max_bytes, max_waiting| {
+        let default = EngineOptions::default();
+        EngineOptions { max_rows, max_bytes, max_waiting, ..default }
+    };
     // One row of 64 tokens of room and 3 of source, in 8 tensors and one that is moved, of 2 heads of 16 numbers.
     let bytes = |rows: usize, room: usize, source: usize| rows * ((room + source) * 9 * 2 * 16 * 4 + 200 * 4);
     let config = &model.config().decoder;
@@ -308,6 +317,12 @@ fn what_cannot_be_taken_is_refused_with_the_figures() {
         "it fits exactly",
         &engine.submit(short(&model)).expect("taken").wait().expect("generates"),
         &alone(&model, &short(&model)),
+    );
+
+    let engine = Engine::new(model.clone(), EngineOptions { max_sources: 0, ..EngineOptions::default() });
+    assert_eq!(
+        refused(&engine, short(&model)),
+        "the request needs 1 source in flight (max_sources), more than the 0 there may be"
     );
 
     // One in flight, one waiting, and no more.

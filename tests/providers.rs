@@ -5,7 +5,7 @@ use t5gemma_exporter::Export;
 use t5gemma_graphs::Target;
 use t5gemma_graphs::interface::DType;
 
-use crate::common::{demo, exported_as, run, stdout};
+use crate::common::{demo, exported_as, exported_for, run, stdout};
 
 /// Exit status and stderr of `t5gemma generate` with a provider that this ONNX Runtime, made for CPUs, does not have.
 fn refused(arguments: &[&str]) -> (Option<i32>, String) {
@@ -38,10 +38,42 @@ fn what_means_nothing_to_a_provider_is_refused() {
         (&["--provider", "cuda", "--provider-option", "nothing"], 2, "expected NAME=VALUE"),
         (&["--provider", "rocm"], 2, "nv-tensorrt-rtx"),
         (&["--provider", "nv-tensorrt-rtx", "--provider-option", "library=/nowhere.so"], 1, "expected /nowhere.so"),
+        (
+            &["--provider", "cuda", "--provider-option", "enable_cuda_graph=1"],
+            1,
+            "expected no CUDA graphs, which need a cache in place (--target cuda), found enable_cuda_graph=1",
+        ),
+        (
+            &["--provider", "tensorrt", "--provider-option", "trt_cuda_graph_enable=1"],
+            1,
+            "expected no CUDA graphs, which need the provider cuda, found trt_cuda_graph_enable=1",
+        ),
     ] {
         let (found, error) = refused(arguments);
         assert_eq!(found, Some(code), "{arguments:?}: {error}");
         assert!(error.contains(word), "{arguments:?}: {error}");
+    }
+}
+
+#[test]
+fn cuda_graphs_are_for_steps_that_can_be_captured() {
+    let whole = exported_for("tiny-balanced", Target::Cuda);
+    let standard = exported_for("tiny-balanced", Target::Portable);
+    for (command, model, word) in [
+        ("generate", &whole, "CUDA graphs, which need float16 or bfloat16"),
+        ("generate", &standard, "CUDA graphs, which need a cache in place"),
+        ("encode", &whole, "CUDA graphs, which need generation"),
+    ] {
+        let model = model.to_str().expect("temporary paths are UTF-8");
+        let folder = tempfile::tempdir().expect("a temporary folder can be made");
+        let mut arguments = vec![command, model, "--provider", "cuda", "--provider-option", "enable_cuda_graph=1"];
+        let file = folder.path().join("states.safetensors");
+        if command == "encode" {
+            arguments.extend(["-o", file.to_str().expect("temporary paths are UTF-8")]);
+        }
+        let output = run("t5gemma", arguments, "5 6 7\n");
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.code() == Some(1) && error.contains(word), "{command} {model}: {error}");
     }
 }
 

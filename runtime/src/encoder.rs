@@ -15,7 +15,7 @@ use crate::batch::Batch;
 use crate::error::Error;
 use crate::folder::Folder;
 use crate::model::{Cancellation, Graph, OpenOptions, Opener, check_options, float32_values, int64_tensor, run};
-use crate::provider::Provider;
+use crate::provider::{Provider, no_graphs};
 use crate::scores::Wanted;
 use crate::tokenizer::Tokenizer;
 
@@ -44,6 +44,9 @@ impl Encoder {
     /// As [`Model::open_with`](crate::Model::open_with).
     pub fn open_with(path: impl AsRef<Path>, options: &OpenOptions) -> Result<Encoder, Error> {
         check_options(options)?;
+        if let Some(option) = options.placement.captures() {
+            return Err(no_graphs("generation", option));
+        }
         let folder = Folder::open(path.as_ref(), options.check_weights)?;
         let parts = folder.manifest.parts(&folder.config);
         let first = parts.first().expect("a model has a graph, and its encoder comes first");

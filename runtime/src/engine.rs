@@ -31,11 +31,16 @@
 //! A source's row is admitted only when the memory that it may come to need is free, so that nothing in flight has to be
 //! given up: see [`EngineOptions::max_bytes`]. Requests wait in a line, each of which gives one row in turn; the row that
 //! does not fit is waited for, so none is passed over for ever.
+//!
+//! Several copies of a model, each on a device of its own, have one line: the thread of each takes the next row when it has
+//! room, so that no device is without work while a row waits, and rows of one request may be computed by several. Of few rows
+//! each takes its share only, and leaves the next to one that has none.
 
 mod plan;
 mod rows;
 mod worker;
 
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
@@ -51,9 +56,9 @@ use crate::model::{Cancellation, Model};
 use crate::options::GenerationOptions;
 use crate::search::Hypothesis;
 use plan::{Need, Plan};
-use worker::{Message, Submitted, Worker};
+use worker::{Message, Running, Worker};
 
-/// The bounds of an [`Engine`].
+/// The bounds of an [`Engine`]: of rows and bytes for each copy of the model.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EngineOptions {
     /// Target rows in flight at most: the beams or samples of all sources together. 64 by default.
@@ -61,13 +66,15 @@ pub struct EngineOptions {
     /// Bytes of keys, values and logits that rows in flight may come to need at most, each row counted with the longest
     /// source and the longest target of all; 4 GiB by default. The weights and the scratch memory of a run come on top.
     pub max_bytes: usize,
-    /// Requests that wait for all of their rows to be admitted at most; 1024 by default.
+    /// Sources in flight at most; as many as there are rows for by default.
+    pub max_sources: usize,
+    /// Requests that wait for all of their rows to be admitted at most; 1024 by default. Of all copies together.
     pub max_waiting: usize,
 }
 
 impl Default for EngineOptions {
     fn default() -> EngineOptions {
-        EngineOptions { max_rows: 64, max_bytes: 4 << 30, max_waiting: 1024 }
+        EngineOptions { max_rows: 64, max_bytes: 4 << 30, max_sources: usize::MAX, max_waiting: 1024 }
     }
 }
 
@@ -134,15 +141,16 @@ pub struct EngineStats {
     pub stepped_rows: u64,
 }
 
-/// Generates for many at once on a thread of its own. Dropping it is [`Engine::shutdown`].
+/// Generates for many at once, on a thread for each copy of the model. Dropping it is [`Engine::shutdown`].
 pub struct Engine {
     shared: Arc<Shared>,
-    worker: Mutex<Option<JoinHandle<()>>>,
+    workers: Mutex<Vec<JoinHandle<()>>>,
 }
 
-/// What the engine's thread and its callers share.
+/// What the engine's threads and its callers share.
 struct Shared {
-    model: Arc<Model>,
+    /// The copies of the model, each with what stops its run in progress.
+    copies: Vec<(Arc<Model>, Cancellation)>,
     options: EngineOptions,
     plan: Plan,
     line: Mutex<Line>,
@@ -150,16 +158,34 @@ struct Shared {
     changed: Condvar,
     /// A request has ended.
     ended: Condvar,
-    /// Stops the run in progress.
-    stop: Cancellation,
 }
 
-/// What has been submitted and not been taken by the engine's thread.
+/// What tells requests apart, in the order of their submission.
+type Id = u64;
+
+/// The requests that have not ended, and what is told of all.
 #[derive(Default)]
 struct Line {
-    submitted: Vec<Submitted>,
+    requests: BTreeMap<Id, Progress>,
+    /// Those with sources to be admitted; the next source is the first's.
+    waiting: VecDeque<Id>,
     phase: Phase,
-    stats: EngineStats,
+    /// Threads that wait, because they have no rows in flight and there are none to admit.
+    idle: usize,
+    submitted: u64,
+    finished: u64,
+    failed: u64,
+    /// What each copy of the model is doing: the fields that are not the line's.
+    doing: Vec<EngineStats>,
+}
+
+/// A request that has not ended.
+struct Progress {
+    running: Arc<Running>,
+    /// The next source to be admitted.
+    next: usize,
+    /// Sources that are not finished.
+    left: usize,
 }
 
 #[derive(Clone, Copy, Default, PartialEq, Eq)]
@@ -170,6 +196,34 @@ enum Phase {
     Draining,
     /// Nothing more is done.
     Closed,
+}
+
+impl Line {
+    /// Sources that have not been admitted.
+    fn waiting_sources(&self) -> usize {
+        let waiting = self.waiting.iter().filter_map(|id| self.requests.get(id));
+        waiting.map(|progress| progress.running.call.batch.rows() - progress.next).sum()
+    }
+
+    /// What is told of one copy of the model, or of several together.
+    fn stats(&self, copies: &[EngineStats]) -> EngineStats {
+        let of_line = EngineStats {
+            submitted: self.submitted,
+            finished: self.finished,
+            failed: self.failed,
+            waiting_requests: self.waiting.len(),
+            waiting_sources: self.waiting_sources(),
+            ..EngineStats::default()
+        };
+        copies.iter().fold(of_line, |sum, copy| EngineStats {
+            sources: sum.sources + copy.sources,
+            rows: sum.rows + copy.rows,
+            planned_bytes: sum.planned_bytes + copy.planned_bytes,
+            steps: sum.steps + copy.steps,
+            stepped_rows: sum.stepped_rows + copy.stepped_rows,
+            ..sum
+        })
+    }
 }
 
 impl Shared {
@@ -185,8 +239,10 @@ impl Drop for Closing {
     fn drop(&mut self) {
         let mut line = self.0.line();
         line.phase = Phase::Closed;
-        line.submitted.clear();
+        line.waiting.clear();
+        line.requests.clear();
         drop(line);
+        self.0.changed.notify_all();
         self.0.ended.notify_all();
     }
 }
@@ -199,22 +255,50 @@ impl Engine {
 
     /// Starts a thread that generates with `model`, which may be used by others meanwhile; they take turns.
     pub fn new(model: Arc<Model>, options: EngineOptions) -> Engine {
+        Engine::start(Plan::of(&model), vec![model], options)
+    }
+
+    /// Starts a thread for each of several copies of a model, opened on devices of their own, with these bounds for each; all
+    /// take what is submitted from one line.
+    ///
+    /// # Errors
+    /// No model, or models that are not copies of one.
+    pub fn of_copies(models: &[Arc<Model>], options: EngineOptions) -> Result<Engine, Error> {
+        let Some(first) = models.first() else { return Err(Error::input("models", "at least one", "none")) };
+        // Graphs and weights, as their hashes tell.
+        let (weights, graphs) = (&first.manifest().weights.record, &first.manifest().graphs);
+        let is_copy = |model: &Model| model.manifest().weights.record == *weights && model.manifest().graphs == *graphs;
+        if let Some(at) = models.iter().position(|model| !is_copy(model)) {
+            return Err(Error::input(format!("models[{at}]"), "a copy of models[0]", "another model"));
+        }
+        if models.len() > 1 && models.iter().any(|model| model.captures()) {
+            // What one captures fails when another takes memory meanwhile.
+            let expected = "one model, where steps are captured as CUDA graphs";
+            return Err(Error::input("models", expected, models.len().to_string()));
+        }
+        Ok(Engine::start(Plan::of(first), models.to_vec(), options))
+    }
+
+    fn start(plan: Plan, models: Vec<Arc<Model>>, options: EngineOptions) -> Engine {
+        let doing = vec![EngineStats::default(); models.len()];
         let shared = Arc::new(Shared {
-            plan: Plan::of(&model),
-            model,
+            copies: models.into_iter().map(|model| (model, Cancellation::new())).collect(),
             options,
-            line: Mutex::default(),
+            plan,
+            line: Mutex::new(Line { doing, ..Line::default() }),
             changed: Condvar::new(),
             ended: Condvar::new(),
-            stop: Cancellation::new(),
         });
-        let of_worker = shared.clone();
-        let worker = thread::spawn(move || {
-            // Whether it returns or panics, nobody shall wait for it any more.
-            let _closing = Closing(of_worker.clone());
-            Worker::new(of_worker).run();
-        });
-        Engine { shared, worker: Mutex::new(Some(worker)) }
+        let worker = |copy| {
+            let of_worker = shared.clone();
+            thread::spawn(move || {
+                // Whether it returns or panics, nobody shall wait for it any more.
+                let _closing = Closing(of_worker.clone());
+                Worker::new(of_worker, copy).run();
+            })
+        };
+        let workers = (0..shared.copies.len()).map(worker).collect();
+        Engine { shared, workers: Mutex::new(workers) }
     }
 
     /// Submits a request. It is checked here, by the caller's thread, where its constraints are compiled too.
@@ -224,32 +308,44 @@ impl Engine {
     /// too many requests are waiting; [`Error::Closed`] after [`Engine::drain`] or [`Engine::shutdown`].
     pub fn submit(&self, request: Request) -> Result<Generation, Error> {
         let Request { batch, options, deadline } = request;
-        let call = Call::new(&self.shared.model, &batch, &options)?;
+        let call = Call::new(&self.shared.copies[0].0, &batch, &options)?;
         for row in 0..call.batch.rows() {
             self.shared.plan.check(&Need::of(&call, row), &self.shared.options)?;
         }
         let rows = call.batch.rows();
         let (events, received) = mpsc::channel();
         let cancelled = Arc::new(AtomicBool::new(false));
-        let submitted = Submitted { call, deadline, events, cancelled: cancelled.clone() };
         let mut line = self.shared.line();
         if line.phase != Phase::Open {
             return Err(Error::Closed);
         }
-        if line.stats.waiting_requests >= self.shared.options.max_waiting {
-            return Err(Error::Busy { waiting: line.stats.waiting_requests });
+        if line.waiting.len() >= self.shared.options.max_waiting {
+            return Err(Error::Busy { waiting: line.waiting.len() });
         }
-        line.stats.submitted += 1;
-        line.stats.waiting_requests += 1;
-        line.stats.waiting_sources += rows;
-        line.submitted.push(submitted);
+        let id = line.submitted;
+        line.submitted += 1;
+        let running = Arc::new(Running::new(id, call, deadline, events, cancelled.clone()));
+        line.requests.insert(id, Progress { running, next: 0, left: rows });
+        line.waiting.push_back(id);
         self.shared.changed.notify_all();
         Ok(Generation { events: received, rows, cancelled, shared: self.shared.clone(), has_ended: false })
     }
 
+    /// The copies of the model that it generates with.
+    pub fn copies(&self) -> usize {
+        self.shared.copies.len()
+    }
+
     /// What the engine has done and is doing.
     pub fn stats(&self) -> EngineStats {
-        self.shared.line().stats
+        let line = self.shared.line();
+        line.stats(&line.doing)
+    }
+
+    /// The same of each copy of the model: what is in flight and the steps are its own, and the requests those of all.
+    pub fn stats_of_copies(&self) -> Vec<EngineStats> {
+        let line = self.shared.line();
+        line.doing.iter().map(|&doing| line.stats(&[doing])).collect()
     }
 
     /// Takes no more requests, and waits until all that were taken have ended.
@@ -258,20 +354,20 @@ impl Engine {
         if line.phase == Phase::Open {
             line.phase = Phase::Draining;
         }
-        while line.phase != Phase::Closed && line.stats.submitted > line.stats.finished + line.stats.failed {
+        while line.phase != Phase::Closed && line.submitted > line.finished + line.failed {
             line = self.shared.ended.wait(line).unwrap_or_else(PoisonError::into_inner);
         }
     }
 
-    /// Ends everything at once: requests that are not done end with [`Error::Cancelled`]. Returns when the thread has
+    /// Ends everything at once: requests that are not done end with [`Error::Cancelled`]. Returns when the threads have
     /// ended.
     pub fn shutdown(&self) {
         self.shared.line().phase = Phase::Closed;
-        self.shared.stop.cancel();
+        self.shared.copies.iter().for_each(|(_, stop)| stop.cancel());
         self.shared.changed.notify_all();
         self.shared.ended.notify_all();
-        let worker = self.worker.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(worker) = worker {
+        let workers = std::mem::take(&mut *self.workers.lock().unwrap_or_else(PoisonError::into_inner));
+        for worker in workers {
             // Its panic was reported where it happened.
             let _ = worker.join();
         }
@@ -391,7 +487,7 @@ impl Canceller {
     /// See [`Generation::cancel`].
     pub fn cancel(&self) {
         self.cancelled.store(true, Ordering::SeqCst);
-        // The lock is taken so that the thread is either before looking or waiting.
+        // The lock is taken so that a thread is either before looking or waiting.
         drop(self.shared.line());
         self.shared.changed.notify_all();
     }

@@ -32,6 +32,7 @@ mod folder;
 mod kernels;
 mod model;
 mod state;
+mod weights;
 
 mod chat;
 mod tokenizer;
@@ -46,7 +47,6 @@ mod speculation;
 
 mod calibrate;
 mod engine;
-mod fleet;
 mod generate;
 mod item;
 mod places;
@@ -71,7 +71,6 @@ pub use encoder::Encoder;
 pub use engine::{Canceller, Engine, EngineOptions, EngineStats, Event, Generation, Request, Waited};
 pub use engines::build_engines;
 pub use error::Error;
-pub use fleet::Fleet;
 pub use generate::Watch;
 pub use logprobs::Logprobs;
 pub use model::{Cancellation, DEFAULT_ENCODER_CACHE_BYTES, Model, OpenOptions};

@@ -2,26 +2,23 @@
 //! that the configuration implies. It runs them and knows what goes in and out; which tokens to feed it leaves to `generate`.
 //!
 //! # Design
-//! The weights are mapped once and given to every session as initializers, with ONNX Runtime's prepacking off: each
-//! session would otherwise read or pack a copy of its own. Tensors pass between graphs by position, because opening has
+//! The weights are mapped once, and for a device copied there once, and given to every session as initializers, with ONNX
+//! Runtime's prepacking off: each session would otherwise read or pack a copy of its own. Tensors pass between graphs by position, because opening has
 //! verified that ports stand in the order of [`Interface`].
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use half::{bf16, f16};
 use ndarray::Array3;
-use ort::AsPointer;
-use ort::memory::{Allocator, MemoryInfo};
 use ort::session::{RunOptions, Session, SessionInputValue};
 use ort::value::{DynValue, Outlet, Tensor, TensorElementType, ValueType};
 use t5gemma_graphs::Target;
 use t5gemma_graphs::config::Config;
 use t5gemma_graphs::interface::{self, BATCH, CacheLayout, DType, Dim, Interface, Port, Ports, REORDER};
-use t5gemma_graphs::manifest::{Manifest, TensorRecord};
+use t5gemma_graphs::manifest::Manifest;
 
 use crate::alignment::CrossAttentions;
 use crate::apart;
@@ -36,12 +33,13 @@ use crate::kernels::Kernels;
 use crate::logprobs::Logprobs;
 use crate::onnxruntime;
 use crate::options::{GenerationOptions, OptionError};
-use crate::provider::{self, Elsewhere, Placement, Provider};
+use crate::provider::{self, Elsewhere, Placement, Provider, no_graphs};
 use crate::score;
 use crate::scores::Wanted;
 use crate::search::{Hypothesis, Search};
-use crate::state::{Cache, First, Plan, Ragged, Returned, State};
+use crate::state::{Cache, First, Plan, Pool, Ragged, Returned, State};
 use crate::tokenizer::Tokenizer;
+use crate::weights::{self, Initializers, Uploaded, element_type};
 
 /// How a model is opened.
 #[derive(Clone, Debug)]
@@ -62,6 +60,11 @@ pub struct OpenOptions {
     /// Have ONNX Runtime write down how long each operator of each graph takes: into files that begin with this and the
     /// graph's name, when the model is closed.
     pub profile: Option<PathBuf>,
+    /// Whether the steps of a model whose cache stays on its device and is written in place (`--target cuda`) have memory that
+    /// stays where it is from request to request, where rows are generated one by one (greedily, or drawn). CUDA graphs need it,
+    /// so the provider's option `enable_cuda_graph` has it be so. What is kept comes on top of
+    /// [`EngineOptions::max_bytes`](crate::EngineOptions::max_bytes). Not by default.
+    pub steady_steps: bool,
 }
 
 /// What [`OpenOptions::encoder_cache_bytes`] is by default: 64 MiB, which are 7000 source tokens of the 2b model's width.
@@ -78,6 +81,7 @@ impl Default for OpenOptions {
             encoder_cache_bytes,
             placement,
             profile: None,
+            steady_steps: false,
         }
     }
 }
@@ -87,7 +91,8 @@ const MOST_THREADS: usize = 1024;
 
 /// An opened model, to be used from any number of threads. Each graph runs one call at a time.
 pub struct Model {
-    // The sessions read the weights that `folder` maps, so they stand before it: fields are dropped in this order.
+    // The sessions read the weights that `folder` maps or `_uploaded` has, so they stand before these: fields are dropped in
+    // this order.
     encoder: Graph,
     decoder: Graph,
     decoder_with_past: Graph,
@@ -97,6 +102,7 @@ pub struct Model {
     on_cpu: bool,
     /// Of a model that is made for a device, how its cache is kept there.
     resident: Option<Plan>,
+    _uploaded: Option<Uploaded>,
     elsewhere: Vec<Elsewhere>,
     encoder_cache: Option<EncoderCache>,
     options: GenerationOptions,
@@ -231,7 +237,19 @@ impl Model {
         }
         let defaults = GenerationOptions::of_model(folder.generation_config.as_deref(), &folder.config.tokens)
             .map_err(|error| Error::GenerationConfig { path: folder.path.join("generation_config.json"), error })?;
+        let is_steady = folder.manifest.files.contains_key(REORDER) && folder.manifest.cache == CacheLayout::InPlace;
+        if let Some(option) = options.placement.captures().filter(|_| !is_steady) {
+            return Err(no_graphs("a cache in place (--target cuda)", option));
+        }
+        if let Some(option) = options.placement.captures().filter(|_| folder.manifest.dtype == DType::Float32) {
+            return Err(no_graphs("float16 or bfloat16 (in float32 the CPU computes self-attention)", option));
+        }
+        if options.steady_steps && !is_steady {
+            let expected = "false for a model without a cache in place on its device (--target cuda)";
+            return Err(Error::input("steady_steps", expected, "true"));
+        }
         let mut opener = Opener::new(&folder, options)?;
+        let uploaded = opener.upload()?;
         let Manifest { dtype, cache, .. } = folder.manifest;
         let mut interface = Interface::of(&folder.config, dtype, folder.manifest.returned(), cache);
         for (graph, names) in &folder.manifest.observed {
@@ -252,7 +270,11 @@ impl Model {
                     interface::Logits::Candidates(count) => Some(count),
                     _ => None,
                 };
-                Some(Plan { layout: cache, device, dtype, per_item, heads, reorder, candidates })
+                let longest = folder.config.decoder.max_position_embeddings;
+                let captures = options.placement.captures();
+                let steady = captures.is_some() || options.steady_steps;
+                let steady = steady.then(|| Arc::new(Pool::new(captures.is_some())));
+                Some(Plan { layout: cache, device, dtype, per_item, heads, longest, reorder, candidates, steady })
             }
         };
         let [encoder, decoder, decoder_with_past] = [
@@ -270,6 +292,7 @@ impl Model {
             per_item: per_item(&interface),
             on_cpu: options.placement.provider == Provider::Cpu,
             resident,
+            _uploaded: uploaded,
             elsewhere,
             encoder_cache: Some(options.encoder_cache_bytes).filter(|&bytes| bytes > 0).map(EncoderCache::new),
             options: defaults,
@@ -527,6 +550,16 @@ impl Model {
         Ok(ranges)
     }
 
+    /// Whether steps are captured as CUDA graphs.
+    pub(crate) fn captures(&self) -> bool {
+        self.resident.as_ref().and_then(|plan| plan.steady.as_ref()).is_some_and(|pool| pool.captures())
+    }
+
+    /// Sizes of steps that memory is kept for, as [`OpenOptions::steady_steps`] has it, not counting those in use.
+    pub fn steady_sizes(&self) -> usize {
+        self.resident.as_ref().and_then(|plan| plan.steady.as_ref()).map_or(0, |pool| pool.sizes())
+    }
+
     /// Whether the cache stays in the memory of the device that computes.
     pub(crate) fn is_resident(&self) -> bool {
         self.resident.is_some()
@@ -747,62 +780,11 @@ fn per_item(interface: &Interface) -> Vec<bool> {
     cached.map(|port| port.shape[0] == Dim::symbol(BATCH)).collect()
 }
 
-/// Every tensor of the weights file as a value over the mapped bytes.
-pub(crate) fn initializers(folder: &Folder) -> ort::Result<HashMap<&str, Arc<DynValue>>> {
-    let memory = MemoryInfo::default();
-    let tensors = folder.manifest.weights.tensors.iter();
-    tensors
-        .map(|tensor| {
-            let value = borrowed_value(&memory, tensor, folder.tensor(tensor))?;
-            Ok((tensor.name.as_str(), Arc::new(value)))
-        })
-        .collect()
-}
-
-/// A value that reads `bytes` in place. The caller keeps them in place for as long as the value is used; `Model` does by
-/// the order of its fields.
-fn borrowed_value(memory: &MemoryInfo, tensor: &TensorRecord, bytes: &[u8]) -> ort::Result<DynValue> {
-    let shape: Vec<i64> = tensor.shape.iter().map(|&dim| dim as i64).collect();
-    let mut value = ptr::null_mut();
-    // SAFETY: `bytes` are of the size of `shape` in `dtype` and start on a page (`Folder` has checked both). ONNX Runtime
-    // takes a mutable pointer for inputs and outputs alike; an initializer is only read. The value does not own the bytes.
-    let status = unsafe {
-        (ort::api().CreateTensorWithDataAsOrtValue)(
-            memory.ptr(),
-            bytes.as_ptr().cast_mut().cast(),
-            bytes.len(),
-            shape.as_ptr(),
-            shape.len(),
-            element_type(tensor.dtype).into(),
-            &mut value,
-        )
-    };
-    // SAFETY: the status is the one just returned, and is given away once.
-    unsafe { ort::Error::result_from_status(status) }?;
-    let value = NonNull::new(value).ok_or_else(|| ort::Error::new("no value and no error"))?;
-    // SAFETY: a value just made by ONNX Runtime, given away once.
-    Ok(unsafe { DynValue::from_ptr(value, Some(&Allocator::default())) })
-}
-
-fn element_type(dtype: DType) -> TensorElementType {
-    match dtype {
-        DType::Float32 => TensorElementType::Float32,
-        DType::Float16 => TensorElementType::Float16,
-        DType::BFloat16 => TensorElementType::Bfloat16,
-        DType::Int64 => TensorElementType::Int64,
-        DType::Int32 => TensorElementType::Int32,
-        DType::UInt8 => TensorElementType::Uint8,
-        DType::Int8 => TensorElementType::Int8,
-        DType::Int4 => TensorElementType::Int4,
-        DType::Bool => TensorElementType::Bool,
-    }
-}
-
 /// What sessions are opened from.
 pub(crate) struct Opener<'f> {
     library: onnxruntime::Loaded,
     folder: &'f Folder,
-    weights: HashMap<&'f str, Arc<DynValue>>,
+    weights: Initializers<'f>,
     options: &'f OpenOptions,
     kernels: Kernels,
     /// What other providers compute than the one asked for, in the graphs opened so far.
@@ -813,9 +795,23 @@ impl<'f> Opener<'f> {
     /// Loads ONNX Runtime, and has the weights ready.
     pub fn new(folder: &'f Folder, options: &'f OpenOptions) -> Result<Opener<'f>, Error> {
         let library = onnxruntime::initialise(options.library.as_deref(), options.threads)?;
-        let weights = initializers(folder).map_err(Error::onnxruntime("sharing the weights"))?;
+        let weights = weights::mapped(folder).map_err(Error::onnxruntime("sharing the weights"))?;
         provider::check_cache(folder, options.placement.provider)?;
         Ok(Opener { library, folder, weights, options, kernels: Kernels::default(), elsewhere: Vec::new() })
+    }
+
+    /// Has the graphs opened from here on read the weights from one copy on the device, where that is how the provider reads them.
+    /// What is returned has to outlive them.
+    fn upload(&mut self) -> Result<Option<Uploaded>, Error> {
+        let placement = &self.options.placement;
+        // An engine of TensorRT has its weights in itself; of the others, models for the CPU read the file where it is mapped.
+        let reads_in_place = matches!(placement.provider, Provider::Cpu | Provider::Cuda);
+        if !reads_in_place || !self.folder.manifest.files.contains_key(REORDER) {
+            return Ok(None);
+        }
+        let uploaded = Uploaded::new(&self.library.environment, placement, self.folder)?;
+        self.weights = uploaded.initializers(self.folder).map_err(Error::onnxruntime("sharing the weights"))?;
+        Ok(Some(uploaded))
     }
 
     /// Opens one graph over the shared weights and holds it to its ports.

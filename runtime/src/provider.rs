@@ -106,6 +106,16 @@ impl fmt::Display for Elsewhere {
     }
 }
 
+/// The CUDA provider's option for CUDA graphs.
+const CAPTURES: &str = "enable_cuda_graph";
+
+/// An option for CUDA graphs, where what a step is given and returns lies elsewhere each time: a graph that was captured writes
+/// where its first run did, and reads what was there.
+pub(crate) fn no_graphs(needed: &str, (name, value): &(String, String)) -> Error {
+    let expected = format!("no CUDA graphs, which need {needed}");
+    Error::input("provider option", expected, format!("{name}={value}"))
+}
+
 /// The folder's options for each graph, by provider.
 type Planned = BTreeMap<String, BTreeMap<String, BTreeMap<String, String>>>;
 
@@ -116,6 +126,12 @@ impl Placement {
             Provider::Cpu => Device::Cpu,
             _ => Device::Cuda(self.device as i32),
         }
+    }
+
+    /// The option that has the provider capture steps as CUDA graphs, if it is given.
+    pub(crate) fn captures(&self) -> Option<&(String, String)> {
+        let captures = |(name, value): &&(String, String)| name == CAPTURES && value != "0";
+        self.options.iter().rfind(|(name, _)| name == CAPTURES).filter(captures)
     }
 
     /// Refuses what means nothing.
@@ -132,12 +148,11 @@ impl Placement {
             ));
         }
         let replays = |(name, value): &&(String, String)| {
-            (name.ends_with("cuda_graph") || name.ends_with("cuda_graph_enable")) && value != "0"
+            let captures = self.provider == Provider::Cuda && name == CAPTURES;
+            (name.ends_with("cuda_graph") || name.ends_with("cuda_graph_enable")) && value != "0" && !captures
         };
-        if let Some((name, value)) = self.options.iter().find(replays) {
-            // A graph that was captured writes where its first run did, and reads what was there.
-            let expected = "no CUDA graphs: what a step is given and returns lies elsewhere each time";
-            return Err(Error::input("provider option", expected, format!("{name}={value}")));
+        if let Some(option) = self.options.iter().find(replays) {
+            return Err(no_graphs("the provider cuda", option));
         }
         match self.options.iter().find(|(name, value)| name.is_empty() || name.contains('\0') || value.contains('\0')) {
             Some((name, value)) => Err(Error::input("provider option", "NAME=VALUE", format!("{name:?}={value:?}"))),
@@ -164,6 +179,10 @@ impl Placement {
             }));
         }
         options.extend(self.options.iter().cloned());
+        // The other graphs are given and return what lies elsewhere each time.
+        if graph != "decoder_with_past" {
+            options.remove(CAPTURES);
+        }
         Ok(options)
     }
 
@@ -470,8 +489,12 @@ mod tests {
         for (value, is_taken) in [("0", true), ("1", false)] {
             for name in ["enable_cuda_graph", "trt_cuda_graph_enable"] {
                 let options = vec![(name.to_string(), value.to_string())];
-                let placement = Placement { provider: Provider::TensorRt, device: 0, options };
-                assert_eq!(placement.check().is_ok(), is_taken, "{name}={value}");
+                let placement = |provider| Placement { provider, device: 0, options: options.clone() };
+                assert_eq!(placement(Provider::TensorRt).check().is_ok(), is_taken, "{name}={value}");
+                // Which model may have it is seen when it is opened.
+                let cuda = placement(Provider::Cuda);
+                assert_eq!(cuda.check().is_ok(), is_taken || name == CAPTURES, "{name}={value}");
+                assert_eq!(cuda.captures().is_some(), !is_taken && name == CAPTURES, "{name}={value}");
             }
         }
         let options = vec![("a\0b".to_string(), String::new())];

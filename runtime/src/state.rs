@@ -7,6 +7,7 @@ mod growing;
 mod in_place;
 mod ragged;
 mod resident;
+mod steady;
 
 use half::{bf16, f16};
 use ort::session::{NoSelectedOutputs, RunOptions, Session};
@@ -18,6 +19,7 @@ use growing::Growing;
 use in_place::InPlace;
 pub(crate) use ragged::{First, Ragged, capacity};
 pub(crate) use resident::{Device, Plan, Resident};
+pub(crate) use steady::Pool;
 use t5gemma_graphs::interface::CROSS_ATTENTIONS;
 
 /// The keys and values of the rows in flight, with the mask of their sources.

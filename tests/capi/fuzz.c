@@ -334,7 +334,8 @@ static void step(void) {
     case 31: {
         t5g_engine_counts counts = t5g_engine_counts_default();
         counts.size = wrong_size(counts.size);
-        KEEP(t5g_engine_stats(likely(ENGINE), &counts), NONE);
+        KEEP(byte() % 2 ? t5g_engine_stats_of_copy(likely(ENGINE), byte() % 3, &counts)
+                        : t5g_engine_stats(likely(ENGINE), &counts), NONE);
         CHECK(counts.finished + counts.failed <= counts.submitted);
         break;
     }
@@ -342,6 +343,9 @@ static void step(void) {
         t5g_engine_options bounds = t5g_engine_options_default();
         bounds.max_rows = number();
         bounds.max_bytes = number();
+        int64_t devices[2] = {number(), 0};
+        bounds.devices = byte() % 2 ? devices : NULL;
+        bounds.device_count = byte() % 3;
         if (byte() % 8 == 0) KEEP(t5g_engine_new(likely(MODEL), &bounds, (t5g_engine **)&out), ENGINE);
         break;
     }

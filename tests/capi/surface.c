@@ -673,6 +673,9 @@ static void check_engine(const t5g_model *model) {
     bounds.max_rows = -3;
     FAILS(t5g_engine_new(model, &bounds, &engine), T5G_ERROR_ARGUMENT, "options.max_rows", "-3");
     bounds.max_rows = 4;
+    bounds.device_count = 1;
+    FAILS(t5g_engine_new(model, &bounds, &engine), T5G_ERROR_ARGUMENT, "options.devices", "NULL");
+    bounds.device_count = 0;
     WELL(t5g_engine_new(model, &bounds, &engine));
 
     /* Polled to the end, with text. */
@@ -760,6 +763,38 @@ static void check_engine(const t5g_model *model) {
     WELL(t5g_engine_shutdown(engine));
     CHECK(t5g_engine_free(engine) == T5G_OK && t5g_engine_free(engine) == T5G_ERROR_HANDLE);
     FAILS(t5g_engine_drain(engine), T5G_ERROR_HANDLE, "engine", "freed");
+
+    /* Two copies of the model, which take from one line. */
+    int64_t devices[] = {0, 0};
+    size_t copy_rows = 0;
+    bounds.devices = devices;
+    bounds.device_count = 2;
+    devices[1] = -1;
+    FAILS(t5g_engine_new(model, &bounds, &engine), T5G_ERROR_ARGUMENT, "options.devices[1]", "-1");
+    devices[1] = 3;
+    FAILS(t5g_engine_new(model, &bounds, &engine), T5G_ERROR_OPTIONS, "options.devices[1]", "one cpu");
+    devices[1] = 0;
+    bounds.max_rows = 1;
+    WELL(t5g_engine_new(model, &bounds, &engine));
+    WELL(t5g_engine_submit(engine, &sources, &options, NULL, &request));
+    WELL(t5g_request_result(request, &result));
+    for (size_t row = 0; row < 2; row++) {
+        WELL(t5g_result_text(result, row, 0, &text, NULL));
+        CHECK(strcmp(text, SPOKEN[row]) == 0);
+    }
+    t5g_result_free(result);
+    t5g_request_free(request);
+    WELL(t5g_engine_drain(engine));
+    for (size_t copy = 0; copy < 2; copy++) {
+        WELL(t5g_engine_stats_of_copy(engine, copy, &counts));
+        CHECK(counts.copies == 2 && counts.finished == 1 && counts.stepped_rows > 0);
+        copy_rows += counts.stepped_rows;
+    }
+    WELL(t5g_engine_stats(engine, &counts));
+    CHECK(counts.stepped_rows == copy_rows && counts.copies == 2);
+    FAILS(t5g_engine_stats_of_copy(engine, 2, &counts), T5G_ERROR_ARGUMENT, "copy", "less than 2");
+    FAILS(t5g_engine_stats_of_copy(NULL, 0, &counts), T5G_ERROR_ARGUMENT, "engine", "NULL");
+    t5g_engine_free(engine);
 
     /* What is left when an engine is freed fails. */
     WELL(t5g_engine_new(model, NULL, &engine));

@@ -163,6 +163,10 @@ static void check(const char *demo) {
     engine.drain();
     CHECK(engine.stats().finished == 2);
     CHECK(thrown([&] { engine.submit(t5g::Sources::texts({TEXT})); }).code() == T5G_ERROR_CLOSED);
+    auto pair = t5g::Engine::start(model, {}, {0, 0});
+    CHECK(pair.submit(t5g::Sources::texts({TEXT}), plain).result().text(0) == SPOKEN && pair.stats().copies == 2);
+    CHECK(pair.stats_of_copy(0).steps + pair.stats_of_copy(1).steps == pair.stats().steps);
+    CHECK(thrown([&] { t5g::Engine::start(model, {}, {-1}); }).field() == "options.devices[0]");
     CHECK(thrown([&] { model.chat("[]"); }).code() == T5G_ERROR_FILE);
 }
 

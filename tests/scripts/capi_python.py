@@ -110,6 +110,14 @@ def main(demo, classifier):
         assert engine.stats["finished"] == 2 and engine.stats["max_rows"] == 8
         fails(t5gemma.Error, "no more", lambda: engine.submit("x"))
 
+    with t5gemma.Engine(model, max_rows=1, devices=[0, 0]) as engine:
+        assert [row[0].text for row in engine.submit(TEXTS, max_new_tokens=40).result()] == SPOKEN
+        engine.drain()
+        copies = engine.stats_of_copies
+        assert len(copies) == engine.stats["copies"] == 2 and all(copy["stepped_rows"] > 0 for copy in copies)
+        fails(ValueError, "at least one", lambda: t5gemma.Engine(model, devices=[]))
+        fails(t5gemma.Error, "options.devices[1]", lambda: t5gemma.Engine(model, devices=[0, -1]))
+
     with t5gemma.Encoder.open(demo) as encoder:
         vectors = encoder.embed(TEXTS, "mean", normalize=True)
         assert vectors.shape == (2, states.shape[2]) and np.allclose((vectors**2).sum(1), 1, atol=1e-5)

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Everything that only a machine with an NVIDIA GPU can tell, by `make gpu-check`: which provider works; the golden tensors and
 # cases on CUDA in float32, float16 and bfloat16; the same through TensorRT and TensorRT for RTX where they are installed;
-# times of dummy models against the memory's bandwidth and, where torch is there, against transformers.
+# whether CUDA graphs change a token; whether the weights are in the GPU's memory once; times of dummy models against the memory's
+# bandwidth, with CUDA graphs too, and, where torch is there, against transformers.
 #
 #   gpu_check.sh EXPORTER T5GEMMA OUT [--sizes "2b-2b 9b-2b"] [--device N] [--quick]
 #
@@ -68,6 +69,18 @@ golden() {
     "$python" "$here/golden_cases.py" "$t5gemma" "$model" "$fixtures/$fixture" --dtype "$dtype" -- "$@"
 }
 
+# same_tokens MODEL FIXTURE DTYPE OPTION ARGUMENTS...: the same tokens with an option of the provider as without
+same_tokens() {
+    local model=$1 fixture=$2 dtype=$3 option=$4 tokens
+    shift 4
+    tokens=$out/tokens-$(basename "$model")
+    "$python" "$here/golden_cases.py" "$t5gemma" "$model" "$fixtures/$fixture" --dtype "$dtype" --tokens "$tokens-without" -- \
+        "$@" || return 1
+    "$python" "$here/golden_cases.py" "$t5gemma" "$model" "$fixtures/$fixture" --dtype "$dtype" --tokens "$tokens-with" -- \
+        "$@" ${option:+--provider-option "$option"} || return 1
+    [ -s "$tokens-with" ] && cmp "$tokens-without" "$tokens-with"
+}
+
 # The providers on tiny models, in each type and each layout that is for them. The processor's is run too: it shows that the
 # script itself works where there is no GPU.
 providers="cpu cuda tensorrt nv-tensorrt-rtx"
@@ -100,6 +113,12 @@ for provider in $providers; do
                     step "engines $name" "$t5gemma" build-engines "$model" "${given[@]}" || continue
                 fi
                 step "golden $name" golden "$model" "$fixture" "$dtype" ${given[@]+"${given[@]}"}
+                case $provider in
+                    cuda) [ "$dtype" = float32 ] || step "CUDA graphs $name" \
+                        same_tokens "$model" "$fixture" "$dtype" enable_cuda_graph=1 "${given[@]}" ;;
+                    # Shows that the step itself works.
+                    cpu) step "same tokens $name" same_tokens "$model" "$fixture" "$dtype" "" ;;
+                esac
             done
         done
     done
@@ -107,6 +126,36 @@ done
 
 # Times. Random weights, made here; a model that does not fit on the disk is left out.
 bench() { "$t5gemma" bench "$@" --max-new-tokens 64 --source-length 512 --repeat 3 --json; }
+# most_memory COMMAND...: runs it, and prints the most MiB of the GPU's memory that its process had, or 0
+most_memory() {
+    local most=0 used pid
+    "$@" > /dev/null &
+    pid=$!
+    while kill -0 $pid 2> /dev/null; do
+        used=$(nvidia-smi --id="$device" --query-compute-apps=pid,used_memory --format=csv,noheader,nounits 2> /dev/null \
+            | awk -F ', *' -v pid=$pid '$1 == pid { print $2 + 0 }')
+        [ "${used:-0}" -gt $most ] && most=$used
+        sleep 0.2
+    done
+    wait $pid || return 1
+    echo $most
+}
+
+# weights_once MODEL ARGUMENTS...: the memory that a short source takes is little more than that of the weights. Each graph with a
+# copy of its own would take half as much again where the decoder is as large as the encoder.
+weights_once() {
+    local model=$1 weights used
+    shift
+    weights=$(($(stat -c %s "$model/model.onnx_data") >> 20))
+    used=$(most_memory "$t5gemma" bench "$model" "$@" --max-new-tokens 16 --source-length 16 --repeat 1 --json) || return 1
+    echo "$used MiB of the GPU's memory for $weights MiB of weights"
+    if [ "$used" = 0 ]; then
+        echo "nvidia-smi does not tell what a process has, as in some containers: look at it by hand"
+        return 0
+    fi
+    [ "$used" -ge "$weights" ] && [ "$used" -le $((weights * 5 / 4 + 1536)) ]
+}
+
 if [ -n "$quick" ]; then sizes=s-s; fi
 for size in $sizes; do
     provider=cuda
@@ -124,6 +173,13 @@ for size in $sizes; do
         step "bench $size batch $batch" bench "$model" --batch-size $batch ${given[@]+"${given[@]}"} \
             && cp "$out/bench_${size}_batch_$batch.log" "$out/bench-$size-$batch.json"
     done
+    if [ $provider = cuda ]; then
+        step "weights once $size" weights_once "$model" "${given[@]}" && tail -n 2 "$out/weights_once_$size.log" | tee -a "$summary"
+        step "bench $size batch 1 CUDA graphs" bench "$model" --batch-size 1 "${given[@]}" \
+            --provider-option enable_cuda_graph=1 && cp "$out/bench_${size}_batch_1_CUDA_graphs.log" "$out/bench-$size-1-graphs.json"
+    else
+        skip "weights once $size, CUDA graphs" "no CUDA"
+    fi
     if "$python" -c 'import torch, transformers; assert torch.cuda.is_available()' 2> /dev/null; then
         step "transformers $size" "$python" "$here/bench_transformers.py" "$size" --batch 1 32 --device "$device"
     else

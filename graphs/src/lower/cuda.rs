@@ -1,12 +1,17 @@
 //! For ONNX Runtime's CUDA provider, where a step is bound by the bytes it reads and by how many kernels it launches: the
 //! operators of the CPU's lowering, which CUDA has too, and one operator for the encoder's attention as well.
+//!
+//! # Design
+//! What an operator reads in the process's memory is made of shapes alone, in a cached step. A number that was computed on the
+//! GPU would have to be waited for in every step, and a step with such a copy in it cannot be captured as a CUDA graph.
 
 use super::cpu::Cpu;
 use super::{Attention, Lowering};
-use crate::attention::KeyValue;
+use crate::attention::{KeyValue, rotary_tables};
 use crate::decoder::Context;
-use crate::nn::Weights;
-use crate::onnx::{DType, Value};
+use crate::interface::{CacheLayout, PRESENT};
+use crate::nn::{Weights, stacked};
+use crate::onnx::{DType, Dim, Heads, Value};
 
 pub struct Cuda;
 
@@ -22,7 +27,36 @@ impl Lowering for Cuda {
         past: Option<KeyValue<'g>>,
         w: &Weights<'g>,
     ) -> (Value<'g>, KeyValue<'g>) {
-        Cpu.causal(x, context, past, w)
+        let past = match (context.cache, past) {
+            (CacheLayout::InPlace | CacheLayout::Static(_), Some(past)) => past,
+            _ => return Cpu.causal(x, context, past, w),
+        };
+        let (tokens, side) = (&context.tokens, w.side);
+        let [q, kv] = [side.num_attention_heads, side.num_key_value_heads].map(|count| count * side.head_dim);
+        let parts = [("q_proj", q), ("k_proj", kv), ("v_proj", kv)];
+        let projected = stacked(x, side.hidden_size, ("qkv_proj", &parts), side.attention_bias, w);
+        let packed = projected.reshape(&[tokens.rows.clone(), tokens.length.clone(), (q + 2 * kv).into()]);
+        let last = tokens.positions.last(1).cast(DType::Int32).reshape(std::slice::from_ref(&tokens.rows));
+        // The longest row may have as many tokens as there is room for: what each has is told by `last`, on the GPU.
+        let most = w.graph.size(&past.key.dim(2)).cast(DType::Int32);
+        let heads = Heads {
+            count: side.num_attention_heads,
+            kv_count: side.num_key_value_heads,
+            dim: side.head_dim,
+            scale: side.query_pre_attn_scalar.powf(-0.5),
+            cap: side.attn_logit_softcapping,
+            window: context.kind.window(),
+        };
+        let tables = rotary_tables(w).map(|table| table.cast(projected.dtype()));
+        let [attended, key, value] = packed.group_query_attention(
+            Some([past.key, past.value]),
+            [last, most],
+            tables,
+            heads,
+            &Dim::symbol(PRESENT),
+        );
+        let attended = attended.reshape(&[tokens.rows.times(&tokens.length), q.into()]);
+        (w.output_projection(attended), KeyValue { key, value })
     }
 
     /// What is not visible gets a number of its own to add instead of a bool: the operator's own for `false` may be −∞, with
@@ -37,5 +71,83 @@ impl Lowering for Cuda {
         shape[bias.shape().len() - 2] = query.dim(2);
         let bias = bias.expand(&shape);
         query.attention([a.key_value.key, a.key_value.value], bias, a.scale, a.cap).transpose(&[0, 2, 1, 3])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use crate::config::Config;
+    use crate::interface::Logits;
+    use crate::lower::Target;
+    use crate::manifest::EncoderWindow;
+    use crate::onnx::{DType, Definition, Node};
+    use crate::quantization::{Activations, Quantization};
+    use crate::task::Task;
+    use crate::{Options, Vocabulary, decoder_step};
+
+    /// The inputs that operators of the CUDA provider read in the process's memory.
+    fn host_inputs(node: &Node) -> &'static [usize] {
+        match node.op {
+            "Reshape" | "Expand" | "Squeeze" | "Unsqueeze" | "TopK" | "ReduceMax" | "ReduceSum" | "ReduceMean" => &[1],
+            "Slice" => &[1, 2, 3, 4],
+            "Range" => &[0, 1, 2],
+            "ConstantOfShape" => &[0],
+            "com.microsoft.GroupQueryAttention" => &[6],
+            _ => &[],
+        }
+    }
+
+    /// The first input of an operator in the process's memory that needs a number from the GPU: what makes it.
+    fn first_copy(definition: &Definition) -> Option<String> {
+        let made: HashMap<usize, &Node> = (definition.nodes.iter())
+            .flat_map(|node| node.outputs.iter().flatten().map(move |&output| (output, node)))
+            .collect();
+        let constants: Vec<usize> = definition.constants.iter().map(|constant| constant.value).collect();
+        let host = |node: &Node| host_inputs(node).iter().filter_map(|&at| *node.inputs.get(at)?).collect::<Vec<_>>();
+        let mut needed: Vec<usize> = definition.nodes.iter().flat_map(host).collect();
+        while let Some(value) = needed.pop() {
+            if constants.contains(&value) {
+                continue;
+            }
+            match made.get(&value) {
+                Some(node) if node.op == "Shape" => {}
+                Some(node) if ["Concat", "Cast", "Gather", "Mul", "Add"].contains(&node.op) => {
+                    needed.extend(node.inputs.iter().flatten());
+                }
+                Some(node) => return Some(node.name.clone()),
+                None => return Some(definition.value(value).name.clone()),
+            }
+        }
+        None
+    }
+
+    #[test]
+    fn a_cached_step_waits_for_no_number_from_the_gpu() {
+        let config = r#"{"model_type": "t5gemma", "encoder": {"num_hidden_layers": 2, "head_dim": 32},
+            "decoder": {"num_hidden_layers": 3, "head_dim": 32}}"#;
+        let config = Config::parse(config).expect("a minimal config");
+        let step = |target: Target, logits: Logits| {
+            let options = Options {
+                task: Task::Text2TextGeneration,
+                target,
+                dtype: DType::BFloat16,
+                logits,
+                alignment_layers: vec![1],
+                encoder_window: EncoderWindow::Inclusive,
+                quantization: Quantization::default(),
+                activations: Activations::default(),
+                capacity: None,
+                vocabulary: Vocabulary { embedding: "embedding".into(), head: "embedding".into() },
+            };
+            decoder_step::decoder_step(&config, &options)
+        };
+        for logits in [Logits::Last, Logits::All, Logits::Candidates(8)] {
+            assert_eq!(first_copy(&step(Target::Cuda, logits)), None, "{logits:?}");
+        }
+        // The CPU's is told the length of the longest row, which is computed of the positions.
+        let found = first_copy(&step(Target::Cpu, Logits::Last)).expect("seen");
+        assert!(found.contains("self_attn"), "{found}");
     }
 }

@@ -78,7 +78,7 @@ extern "C" {
 #endif
 
 #define T5G_ABI_MAJOR 1
-#define T5G_ABI_MINOR 1
+#define T5G_ABI_MINOR 2
 
 /* The size of a text that ends at its first zero. */
 #define T5G_ZERO_TERMINATED ((size_t)-1)
@@ -442,12 +442,15 @@ t5g_code t5g_result_free(t5g_result *result);
 
 /* ---- The engine: many requests in one batch ---- */
 
-/* Its bounds; T5G_UNSET leaves those of the library. */
+/* Its bounds, of rows and bytes for each device; T5G_UNSET leaves those of the library. */
 typedef struct t5g_engine_options {
     size_t size;
     int64_t max_rows;    /* target rows in flight: the beams or samples of all sources together */
     int64_t max_bytes;   /* what keys, values and logits of the rows in flight may come to need */
     int64_t max_waiting; /* requests that wait for all of their rows to be admitted */
+    const int64_t *devices; /* [device_count]: the numbers of the GPUs to compute on, each with a copy of the model. That on the
+                               model's own device is the model itself, once; the others are opened as it was, which takes as long */
+    size_t device_count;    /* 0: the model's own device alone */
 } t5g_engine_options;
 
 static inline t5g_engine_options t5g_engine_options_default(void) {
@@ -460,11 +463,12 @@ static inline t5g_engine_options t5g_engine_options_default(void) {
 
 /* Starts a thread that generates for many requests at once: rows join between two steps and leave when they are finished, and
  * each gets what t5g_model_generate gives it alone. Best with models exported for --target cpu, whose rows share every
- * step. `options` may be NULL. */
+ * step. `options` may be NULL. Of several devices each has a thread, and all take rows from one line in the order of arrival, as
+ * soon as they have room. */
 t5g_error *t5g_engine_new(const t5g_model *model, const t5g_engine_options *options, t5g_engine **engine);
 
 /* Submits sources, to be polled. `options` and `call` may be NULL; of the callbacks of `call` only those that change scores may
- * be given, and they come on the engine's thread until the request has ended. Its cancellation and deadline hold while the
+ * be given, and they come on the engine's threads until the request has ended. Its cancellation and deadline hold while the
  * request waits, too. T5G_ERROR_FULL, T5G_ERROR_TOO_LARGE and T5G_ERROR_CLOSED refuse it. */
 t5g_error *t5g_engine_submit(const t5g_engine *engine, const t5g_sources *sources, const t5g_generation_options *options,
                              const t5g_call *call, t5g_request **request);
@@ -524,6 +528,7 @@ typedef struct t5g_engine_counts {
     size_t max_rows;         /* the bounds in force */
     size_t max_bytes;
     size_t max_waiting;
+    size_t copies;           /* of the model: one for each device */
 } t5g_engine_counts;
 
 static inline t5g_engine_counts t5g_engine_counts_default(void) {
@@ -534,12 +539,14 @@ static inline t5g_engine_counts t5g_engine_counts_default(void) {
 }
 
 t5g_error *t5g_engine_stats(const t5g_engine *engine, t5g_engine_counts *counts);
+/* The same with what one copy of the model has in flight and its steps; the requests and sources that wait are those of all. */
+t5g_error *t5g_engine_stats_of_copy(const t5g_engine *engine, size_t copy, t5g_engine_counts *counts);
 
 /* Takes no more requests, and waits until all that were taken have ended. */
 t5g_error *t5g_engine_drain(const t5g_engine *engine);
 /* Ends everything at once: requests that are not done fail with T5G_ERROR_CANCELLED or T5G_ERROR_CLOSED. */
 t5g_error *t5g_engine_shutdown(const t5g_engine *engine);
-/* Shuts it down and frees it; not from a callback on its own thread. */
+/* Shuts it down and frees it; not from a callback on a thread of its own. */
 t5g_code t5g_engine_free(t5g_engine *engine);
 
 

@@ -703,8 +703,14 @@ private:
 class Engine {
 public:
     explicit Engine(t5g_engine *engine) : handle_(engine) {}
-    static Returned<Engine> start(const Model &model, const EngineOptions &options = {}) {
+    /// On `devices`, if there are any, each with a copy of the model; all take rows from one line.
+    static Returned<Engine> start(const Model &model, EngineOptions options = {},
+                                  const std::vector<std::int64_t> &devices = {}) {
         t5g_engine *made = nullptr;
+        if (!devices.empty()) {
+            options.devices = devices.data();
+            options.device_count = devices.size();
+        }
         return detail::returned<Engine>(t5g_engine_new(model.get(), &options, &made), [&] { return Engine(made); });
     }
     /// Submits sources, to be polled.
@@ -755,6 +761,12 @@ public:
     Returned<t5g_engine_counts> stats() const {
         t5g_engine_counts counts = t5g_engine_counts_default();
         return detail::returned<t5g_engine_counts>(t5g_engine_stats(handle_.get(), &counts), [&] { return counts; });
+    }
+    /// The same with what one copy of the model has in flight and its steps.
+    Returned<t5g_engine_counts> stats_of_copy(std::size_t copy) const {
+        t5g_engine_counts counts = t5g_engine_counts_default();
+        t5g_error *error = t5g_engine_stats_of_copy(handle_.get(), copy, &counts);
+        return detail::returned<t5g_engine_counts>(error, [&] { return counts; });
     }
     /// Takes no more requests, and waits until all that were taken have ended.
     Returned<void> drain() const { return detail::returned(t5g_engine_drain(handle_.get())); }

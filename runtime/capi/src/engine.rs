@@ -8,14 +8,14 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use t5gemma_runtime::{
-    Canceller, Engine, EngineOptions, Event, Generation, GenerationOptions, Hypothesis, Request, SpecialTokens,
-    TextStream, Tokenizer, Waited,
+    Canceller, Engine, EngineOptions, EngineStats, Event, Generation, GenerationOptions, Hypothesis, Request,
+    SpecialTokens, TextStream, Tokenizer, Waited,
 };
 
 use crate::call::{Call, Listed, t5g_call};
 use crate::error::{Code, Failure, fallible, free, guarded, value};
 use crate::handle::{Handle, Held, Object};
-use crate::input::{Fields, Out, Record, UNSET, whole};
+use crate::input::{Array, Fields, Out, Record, UNSET, whole};
 use crate::model::{Opened, source_tokens};
 use crate::options::{generation_options, t5g_generation_options};
 use crate::result::Answers;
@@ -29,6 +29,8 @@ pub struct t5g_engine_options {
     max_rows: i64,
     max_bytes: i64,
     max_waiting: i64,
+    devices: Array<i64>,
+    device_count: usize,
 }
 
 // SAFETY: words, of which any are a value.
@@ -36,7 +38,14 @@ unsafe impl Fields for t5g_engine_options {
     const OLDEST: usize = 32;
 
     fn unset() -> t5g_engine_options {
-        t5g_engine_options { size: 0, max_rows: UNSET, max_bytes: UNSET, max_waiting: UNSET }
+        t5g_engine_options {
+            size: 0,
+            max_rows: UNSET,
+            max_bytes: UNSET,
+            max_waiting: UNSET,
+            devices: Array::NULL,
+            device_count: 0,
+        }
     }
 }
 
@@ -57,6 +66,7 @@ pub struct t5g_engine_counts {
     max_rows: usize,
     max_bytes: usize,
     max_waiting: usize,
+    copies: usize,
 }
 
 // SAFETY: words, of which any are a value.
@@ -79,6 +89,7 @@ unsafe impl Fields for t5g_engine_counts {
             max_rows: 0,
             max_bytes: 0,
             max_waiting: 0,
+            copies: 0,
         }
     }
 }
@@ -119,6 +130,28 @@ pub struct Serving {
 
 impl Object for Serving {
     const NAME: &'static str = "t5g_engine";
+}
+
+impl Serving {
+    fn counts(&self, found: EngineStats) -> t5g_engine_counts {
+        t5g_engine_counts {
+            size: 0,
+            submitted: found.submitted,
+            finished: found.finished,
+            failed: found.failed,
+            waiting_requests: found.waiting_requests,
+            waiting_sources: found.waiting_sources,
+            sources: found.sources,
+            rows: found.rows,
+            planned_bytes: found.planned_bytes,
+            steps: found.steps,
+            stepped_rows: found.stepped_rows,
+            max_rows: self.options.max_rows,
+            max_bytes: self.options.max_bytes,
+            max_waiting: self.options.max_waiting,
+            copies: self.engine.copies(),
+        }
+    }
 }
 
 /// A `t5g_request`.
@@ -313,8 +346,11 @@ pub extern "C" fn t5g_engine_new(
             max_rows: whole(given.max_rows, "options.max_rows")?.unwrap_or(default.max_rows),
             max_bytes: whole(given.max_bytes, "options.max_bytes")?.unwrap_or(default.max_bytes),
             max_waiting: whole(given.max_waiting, "options.max_waiting")?.unwrap_or(default.max_waiting),
+            ..default
         };
-        let engine = Engine::new(opened.model.clone(), options.clone());
+        let devices = given.devices.get(given.device_count, "options.devices")?;
+        let models = if devices.is_empty() { vec![opened.model.clone()] } else { opened.copies(devices)? };
+        let engine = Engine::of_copies(&models, options.clone())?;
         place.put(Handle::new(Serving { engine, options, opened: opened.share() }));
         Ok(())
     })
@@ -396,24 +432,21 @@ fn next_or_end(running: &mut Running) -> Result<Option<Told>, Failure> {
 pub extern "C" fn t5g_engine_stats(engine: Handle<Serving>, counts: Record<t5g_engine_counts>) -> Handle<Failure> {
     fallible(|| {
         let serving = engine.get("engine")?;
-        let (found, options) = (serving.engine.stats(), &serving.options);
-        let filled = t5g_engine_counts {
-            size: 0,
-            submitted: found.submitted,
-            finished: found.finished,
-            failed: found.failed,
-            waiting_requests: found.waiting_requests,
-            waiting_sources: found.waiting_sources,
-            sources: found.sources,
-            rows: found.rows,
-            planned_bytes: found.planned_bytes,
-            steps: found.steps,
-            stepped_rows: found.stepped_rows,
-            max_rows: options.max_rows,
-            max_bytes: options.max_bytes,
-            max_waiting: options.max_waiting,
-        };
-        counts.put(filled, "counts")
+        counts.put(serving.counts(serving.engine.stats()), "counts")
+    })
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn t5g_engine_stats_of_copy(
+    engine: Handle<Serving>,
+    copy: usize,
+    counts: Record<t5g_engine_counts>,
+) -> Handle<Failure> {
+    fallible(|| {
+        let serving = engine.get("engine")?;
+        let copies = serving.engine.stats_of_copies();
+        let refused = || Failure::argument("copy", format!("less than {}", copies.len()), copy.to_string());
+        counts.put(serving.counts(*copies.get(copy).ok_or_else(refused)?), "counts")
     })
 }
 

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 
 use serde_json::{Value, json};
-use t5gemma_runtime::{Batch, ChatTemplate, GenerationOptions, Model};
+use t5gemma_runtime::{Batch, ChatTemplate, GenerationOptions, Model, OpenOptions};
 
 use crate::call::{Call, t5g_call};
 use crate::encoder::{Shape, put_states, t5g_states};
@@ -12,7 +12,7 @@ use crate::error::{Failure, fallible, free};
 use crate::handle::{Handle, Object};
 use crate::input::{Out, Record, Text};
 use crate::onnxruntime;
-use crate::options::{generation_options, open_options, t5g_generation_options, t5g_open_options};
+use crate::options::{check_device, generation_options, open_options, t5g_generation_options, t5g_open_options};
 use crate::result::Answers;
 use crate::sources::{Reader, list, t5g_sources, t5g_targets};
 use crate::tokenizer::{Reading, Written};
@@ -21,6 +21,7 @@ use crate::tokenizer::{Reading, Written};
 pub struct Opened {
     pub model: Arc<Model>,
     path: PathBuf,
+    options: OpenOptions,
     chat: OnceLock<Result<ChatTemplate, Failure>>,
 }
 
@@ -32,6 +33,25 @@ impl Opened {
     fn chat(&self) -> Result<&ChatTemplate, Failure> {
         let open = || ChatTemplate::open(&self.path).map_err(Failure::from);
         self.chat.get_or_init(open).as_ref().map_err(Failure::clone)
+    }
+
+    /// The model on each of the devices: itself on its own, once, and copies opened as it was.
+    pub fn copies(&self, devices: &[i64]) -> Result<Vec<Arc<Model>>, Failure> {
+        let mut own = Some(self.model.clone());
+        let open = |(at, &device): (usize, &i64)| {
+            let name = format!("options.devices[{at}]");
+            let refused = || Failure::argument(&name, "the number of a device", device.to_string());
+            let mut options = self.options.clone();
+            options.placement.device = u32::try_from(device).map_err(|_| refused())?;
+            check_device(&options, &name)?;
+            if options.placement.device == self.options.placement.device
+                && let Some(own) = own.take()
+            {
+                return Ok(own);
+            }
+            Ok(Arc::new(Model::open_with(&self.path, &options)?))
+        };
+        devices.iter().enumerate().map(open).collect()
     }
 
     /// Reads sources for this model, and what a call makes of them.
@@ -61,7 +81,7 @@ pub extern "C" fn t5g_model_open(
         let (path, options) = (PathBuf::from(path.required("path")?), open_options(options)?);
         onnxruntime::prepare();
         let model = Arc::new(Model::open_with(&path, &options)?);
-        place.put(Handle::new(Opened { model, path, chat: OnceLock::new() }));
+        place.put(Handle::new(Opened { model, path, options, chat: OnceLock::new() }));
         Ok(())
     })
 }

@@ -90,11 +90,17 @@ pub fn open_options(options: Record<t5g_open_options>) -> Result<OpenOptions, Fa
             }
         }
     }
-    let placement = &options.placement;
-    if placement.provider == Provider::Cpu && placement.device != 0 {
-        return Err(Failure::expected(Code::Options, "device", "0 (there is one cpu)", placement.device.to_string()));
-    }
+    check_device(&options, "device")?;
     Ok(options)
+}
+
+/// Refuses a device that the provider does not have.
+pub fn check_device(options: &OpenOptions, name: &str) -> Result<(), Failure> {
+    let placement = &options.placement;
+    match placement.provider == Provider::Cpu && placement.device != 0 {
+        true => Err(Failure::expected(Code::Options, name, "0 (there is one cpu)", placement.device.to_string())),
+        false => Ok(()),
+    }
 }
 
 /// Options by their names, each from one place.

@@ -136,7 +136,16 @@ impl Opening {
         let (check_weights, encoder_cache_bytes) = (self.check_weights, self.encoder_cache_bytes);
         let provider = Provider::ALL.into_iter().find(|provider| provider.name() == self.provider).unwrap_or_default();
         let placement = Placement { provider, device, options: self.provider_option.clone() };
-        OpenOptions { library, threads, check_weights, encoder_cache_bytes, placement, profile: self.profile.clone() }
+        let profile = self.profile.clone();
+        OpenOptions {
+            library,
+            threads,
+            check_weights,
+            encoder_cache_bytes,
+            placement,
+            profile,
+            ..OpenOptions::default()
+        }
     }
 }
 

@@ -97,6 +97,7 @@ impl Plan {
         for (what, needed, limit) in [
             ("target rows (num_beams or num_return_sequences)", need.rows, options.max_rows),
             ("bytes of keys, values and logits", self.bytes(need), options.max_bytes),
+            ("source in flight (max_sources)", 1, options.max_sources),
         ] {
             if needed > limit {
                 return Err(Error::TooLarge { what, needed, limit });

@@ -1,19 +1,20 @@
-//! The engine's thread: admits rows, runs a step of each flight in turn, and tells callers what came of it.
+//! A thread of the engine, of one copy of the model: admits rows, runs a step of each flight in turn, and tells callers what
+//! came of it.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::HashSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, OnceLock, PoisonError};
 use std::time::Instant;
 
 use super::plan::Need;
 use super::rows::{Begun, GoingOn, Rows};
-use super::{Engine, Event, Phase, Shared};
+use super::{Engine, EngineStats, Event, Id, Phase, Shared};
 use crate::batch::{Batch, Prompts};
 use crate::error::Error;
 use crate::item::{Call, Item};
-use crate::model::Said;
+use crate::model::{Model, Said};
 use crate::search::Search;
 use crate::stop::Stops;
 
@@ -27,31 +28,51 @@ pub(super) enum Message {
     Ended(Result<(), Error>),
 }
 
-/// A request as it is handed to the thread.
-pub(super) struct Submitted {
+/// A request as the threads that answer it share it.
+pub(super) struct Running {
+    id: Id,
     pub call: Call,
-    pub deadline: Option<Instant>,
-    pub events: Sender<Message>,
-    pub cancelled: Arc<AtomicBool>,
-}
-
-/// A request that has not ended.
-struct Running {
-    submitted: Submitted,
-    /// The next source to be admitted.
-    next: usize,
-    /// Sources that are not finished.
-    left: usize,
+    deadline: Option<Instant>,
+    events: Sender<Message>,
+    cancelled: Arc<AtomicBool>,
     /// From when its first source is admitted.
-    stops: Option<Arc<Stops>>,
+    stops: OnceLock<Arc<Stops>>,
+    /// Set with the line locked, when the last message is sent.
+    has_ended: AtomicBool,
 }
 
-/// What tells requests apart, in the order of their submission.
-type Id = u64;
+impl Running {
+    pub fn new(
+        id: Id,
+        call: Call,
+        deadline: Option<Instant>,
+        events: Sender<Message>,
+        cancelled: Arc<AtomicBool>,
+    ) -> Running {
+        Running { id, call, deadline, events, cancelled, stops: OnceLock::new(), has_ended: AtomicBool::new(false) }
+    }
+
+    fn has_ended(&self) -> bool {
+        self.has_ended.load(Ordering::SeqCst)
+    }
+
+    fn tell(&self, event: Event) {
+        // Whoever has gone is noticed by the cancellation that this is.
+        let _ = self.events.send(Message::Event(event));
+    }
+
+    /// Why it is to be given up, if it is.
+    fn given_up(&self, now: Instant) -> Option<Error> {
+        if self.cancelled.load(Ordering::SeqCst) {
+            return Some(Error::Cancelled);
+        }
+        self.deadline.is_some_and(|deadline| now >= deadline).then_some(Error::Deadline)
+    }
+}
 
 /// A source in flight.
 struct Member {
-    request: Id,
+    request: Arc<Running>,
     item: Item,
     need: Need,
     step: usize,
@@ -69,24 +90,22 @@ impl Flight {
     }
 }
 
-/// The state of the engine's thread.
+/// The state of the thread.
 pub(super) struct Worker {
     shared: Arc<Shared>,
-    requests: HashMap<Id, Running>,
-    /// Requests with sources to be admitted; the next source is the first's.
-    line: VecDeque<Id>,
+    /// Which of the copies it is of.
+    copy: usize,
     flights: Vec<Flight>,
-    next_id: Id,
 }
 
 impl Worker {
-    pub fn new(shared: Arc<Shared>) -> Worker {
-        Worker { shared, requests: HashMap::new(), line: VecDeque::new(), flights: Vec::new(), next_id: 0 }
+    pub fn new(shared: Arc<Shared>, copy: usize) -> Worker {
+        Worker { shared, copy, flights: Vec::new() }
     }
 
     /// Works until the engine is closed.
     pub fn run(mut self) {
-        while self.take_submitted() {
+        while self.wait() {
             self.give_up();
             self.admit();
             for at in 0..self.flights.len() {
@@ -95,106 +114,112 @@ impl Worker {
             self.flights.retain(|flight| !flight.members.is_empty());
             self.tell();
         }
-        for id in self.requests.keys().copied().collect::<Vec<_>>() {
-            self.end(id, Err(Error::Cancelled));
+        let unended: Vec<_> = self.shared.line().requests.values().map(|progress| progress.running.clone()).collect();
+        for request in unended {
+            self.end(&request, Err(Error::Cancelled));
         }
         self.flights.clear();
         self.tell();
     }
 
-    /// Takes what was submitted, and waits if there is nothing to do; false if the engine is closed.
-    fn take_submitted(&mut self) -> bool {
-        let shared = self.shared.clone();
-        let mut line = shared.line();
-        loop {
-            let submitted = std::mem::take(&mut line.submitted);
-            let is_closed = line.phase == Phase::Closed;
-            if !submitted.is_empty() || is_closed || !self.requests.is_empty() {
-                drop(line);
-                for submitted in submitted {
-                    let left = submitted.call.batch.rows();
-                    self.requests.insert(self.next_id, Running { submitted, next: 0, left, stops: None });
-                    self.line.push_back(self.next_id);
-                    self.next_id += 1;
-                }
-                return !is_closed;
-            }
-            line = shared.changed.wait(line).unwrap_or_else(PoisonError::into_inner);
+    /// Waits if there is nothing to do; false if the engine is closed.
+    fn wait(&self) -> bool {
+        let mut line = self.shared.line();
+        line.idle += 1;
+        while line.phase != Phase::Closed && self.flights.is_empty() && line.waiting.is_empty() {
+            line = self.shared.changed.wait(line).unwrap_or_else(PoisonError::into_inner);
         }
+        line.idle -= 1;
+        line.phase != Phase::Closed
     }
 
     /// Ends the requests that were cancelled or are too late.
-    fn give_up(&mut self) {
+    fn give_up(&self) {
         let now = Instant::now();
-        let ended: Vec<(Id, Error)> = (self.requests.iter())
-            .filter_map(|(&id, Running { submitted, .. })| {
-                if submitted.cancelled.load(Ordering::SeqCst) {
-                    return Some((id, Error::Cancelled));
-                }
-                submitted.deadline.is_some_and(|deadline| now >= deadline).then_some((id, Error::Deadline))
-            })
+        let ended: Vec<_> = (self.shared.line().requests.values())
+            .filter_map(|progress| Some((progress.running.clone(), progress.running.given_up(now)?)))
             .collect();
-        for (id, error) in ended {
-            self.end(id, Err(error));
+        for (request, error) in ended {
+            self.end(&request, Err(error));
         }
     }
 
-    /// Begins the sources that there is room for.
-    fn admit(&mut self) {
-        let mut admitted: Vec<(Id, usize, Need)> = Vec::new();
-        let shared = self.shared.clone();
-        let is_shared = Engine::shares_all_steps(&shared.model);
+    /// Takes from the line the sources that there is room for.
+    fn admitted(&self) -> Vec<(Arc<Running>, usize, Need)> {
+        let shared = &*self.shared;
+        let is_shared = Engine::shares_all_steps(self.model());
+        let mut admitted = Vec::new();
         if !is_shared && self.flights.len() >= MOST_COHORTS {
-            return;
+            return admitted;
         }
         // Flights are rectangles each; rows that can join one are part of it.
         let mut others: Vec<Need> = self.flights.iter().filter_map(Flight::need).collect();
         let mut own = if is_shared { others.pop() } else { None };
-        while let Some(&id) = self.line.front() {
-            let Some(running) = self.requests.get_mut(&id) else {
-                self.line.pop_front();
+        let sources: usize = self.flights.iter().map(|flight| flight.members.len()).sum();
+        let mut line = shared.line();
+        let line = &mut *line;
+        let share = line.waiting_sources().div_ceil(shared.copies.len());
+        while let Some(&id) = line.waiting.front() {
+            let Some(progress) = line.requests.get_mut(&id) else {
+                line.waiting.pop_front();
                 continue;
             };
-            let need = Need::of(&running.submitted.call, running.next);
+            let has_work = !self.flights.is_empty() || !admitted.is_empty();
+            if admitted.len() == share || (has_work && line.idle > 0) {
+                break;
+            }
+            let call = &progress.running.call;
+            let need = Need::of(call, progress.next);
             let with = own.map_or(need, |own| own.beside(need));
             let rows = others.iter().map(|other| other.rows).sum::<usize>().saturating_add(with.rows);
             let bytes = others.iter().map(|other| shared.plan.bytes(other)).sum::<usize>();
             let bytes = bytes.saturating_add(shared.plan.bytes(&with));
-            if rows > shared.options.max_rows || bytes > shared.options.max_bytes {
+            let is_full = sources + admitted.len() >= shared.options.max_sources;
+            if is_full || rows > shared.options.max_rows || bytes > shared.options.max_bytes {
                 break;
             }
             own = Some(with);
-            admitted.push((id, running.next, need));
-            running.next += 1;
-            self.line.pop_front();
-            if running.next < running.submitted.call.batch.rows() {
-                self.line.push_back(id);
+            admitted.push((progress.running.clone(), progress.next, need));
+            progress.next += 1;
+            let goes_on = progress.next < call.batch.rows();
+            line.waiting.pop_front();
+            if goes_on {
+                line.waiting.push_back(id);
             }
         }
-        // Before their first events: who has seen one knows that there is room in the line.
-        self.tell();
+        admitted
+    }
+
+    /// Begins the sources that there is room for.
+    fn admit(&mut self) {
+        let mut admitted = self.admitted();
         // Prompts of one length share their first step.
-        while let Some(&(id, ..)) = admitted.first() {
-            let length_of =
-                |worker: &Worker, id: &Id| worker.requests.get(id).map(|running| running.submitted.call.prompts.length);
-            let length = length_of(self, &id);
-            let (now, later) = admitted.into_iter().partition(|(id, ..)| length_of(self, id) == length);
+        while let Some((request, ..)) = admitted.first() {
+            let length = request.call.prompts.length;
+            let (now, later) = admitted.into_iter().partition(|(request, ..)| request.call.prompts.length == length);
             admitted = later;
             self.begin(now);
         }
     }
 
+    /// The copy of the model.
+    fn model(&self) -> &Model {
+        &self.shared.copies[self.copy].0
+    }
+
     /// Runs the first step of sources whose prompts are of one length.
-    fn begin(&mut self, sources: Vec<(Id, usize, Need)>) {
+    fn begin(&mut self, sources: Vec<(Arc<Running>, usize, Need)>) {
         let shared = self.shared.clone();
-        let (model, cancel) = (&shared.model, &shared.stop);
+        let (model, cancel) = &shared.copies[self.copy];
         let mut members = Vec::new();
         let mut batches = Vec::new();
         let mut prompts = Prompts { length: 0, ids: Vec::new() };
-        for (id, row, need) in sources {
+        for (request, row, need) in sources {
             // Another source of the request may have failed.
-            let Some(running) = self.requests.get_mut(&id) else { continue };
-            let call = &running.submitted.call;
+            if request.has_ended() {
+                continue;
+            }
+            let call = &request.call;
             let alone = call.batch.alone(row);
             let encoded = match alone.encoder_outputs() {
                 Some(_) => Ok(alone),
@@ -203,15 +228,15 @@ impl Worker {
             match encoded {
                 Ok(batch) => batches.push(batch),
                 Err(error) => {
-                    self.end(id, Err(error));
+                    self.end(&request, Err(error));
                     continue;
                 }
             }
-            let stops = running.stops.get_or_insert_with(|| Arc::new(Stops::new(&call.options)));
+            let stops = request.stops.get_or_init(|| Arc::new(Stops::new(&call.options)));
             let item = call.item(row, Search::new, stops);
             prompts.length = call.prompts.length;
             prompts.ids.extend_from_slice(call.prompt(row));
-            members.push(Member { request: id, item, need, step: 0 });
+            members.push(Member { request, item, need, step: 0 });
         }
         if members.is_empty() {
             return;
@@ -263,12 +288,13 @@ impl Worker {
     /// Runs a step of a flight.
     fn step(&mut self, at: usize) {
         let shared = self.shared.clone();
+        let (model, cancel) = &shared.copies[self.copy];
         let mut members = std::mem::take(&mut self.flights[at].members);
         let widths: Vec<usize> = members.iter().map(|member| member.item.search.width()).collect();
         let tokens: Vec<i64> = members.iter().flat_map(|member| member.item.search.next_tokens()).copied().collect();
         self.count_step(tokens.len());
         let wanted = Item::all_want(members.iter().map(|member| &member.item), 0);
-        let logits = self.flights[at].rows.step(&shared.model, tokens, wanted, &shared.stop);
+        let logits = self.flights[at].rows.step(model, tokens, wanted, cancel);
         let going_on = logits.and_then(|mut logits| {
             let (mut said, mut first) = (logits.said()?, 0);
             let mut going_on = Vec::with_capacity(members.len());
@@ -284,7 +310,7 @@ impl Worker {
             let mut first = 0;
             let mut continued = Vec::new();
             for (index, (member, &rows)) in members.iter().zip(&widths).enumerate() {
-                if going_on[index] && self.requests.contains_key(&member.request) {
+                if going_on[index] && !member.request.has_ended() {
                     continued.push(GoingOn { first, rows, member: index, parents: member.item.search.parents() });
                 }
                 first += rows;
@@ -312,88 +338,94 @@ impl Worker {
     }
 
     /// Gives a member what a step says of it, and tells whether it goes on. One that fails ends its request.
-    fn take(&mut self, member: &mut Member, said: Said) -> bool {
+    fn take(&self, member: &mut Member, said: Said) -> bool {
         let (item, step) = (&mut member.item, member.step);
         member.step += 1;
-        if !self.requests.contains_key(&member.request) {
+        if member.request.has_ended() {
             return false;
         }
         // The item is not used again after a panic.
-        let taken = catch_unwind(AssertUnwindSafe(|| item.take(&self.shared.model, said, step)));
+        let taken = catch_unwind(AssertUnwindSafe(|| item.take(self.model(), said, step)));
         match taken.unwrap_or(Err(Error::Panicked { row: item.row })) {
             Ok(true) => false,
             Ok(false) => {
                 let row = item.row;
-                let events = &self.requests[&member.request].submitted.events;
                 for &token in item.settled() {
-                    // Whoever has gone is noticed by the cancellation that this is.
-                    let _ = events.send(Message::Event(Event::Token { row, token }));
+                    member.request.tell(Event::Token { row, token });
                 }
                 true
             }
             Err(error) => {
-                self.end(member.request, Err(error));
+                self.end(&member.request, Err(error));
                 false
             }
         }
     }
 
     /// Tells what a source's targets are, unless its request has ended.
-    fn finish(&mut self, member: Member) {
-        let Some(running) = self.requests.get_mut(&member.request) else { return };
-        let row = member.item.row;
-        let (hypotheses, shown) = member.item.finish();
-        let events = &running.submitted.events;
-        for &token in hypotheses[0].tokens.get(shown..).unwrap_or(&[]) {
-            let _ = events.send(Message::Event(Event::Token { row, token }));
+    fn finish(&self, member: Member) {
+        let Member { request, item, .. } = member;
+        if request.has_ended() {
+            return;
         }
-        let _ = events.send(Message::Event(Event::Row { row, hypotheses }));
-        running.left -= 1;
-        if running.left == 0 {
-            self.end(member.request, Ok(()));
+        let row = item.row;
+        let (hypotheses, shown) = item.finish();
+        for &token in hypotheses[0].tokens.get(shown..).unwrap_or(&[]) {
+            request.tell(Event::Token { row, token });
+        }
+        request.tell(Event::Row { row, hypotheses });
+        let is_last = {
+            let mut line = self.shared.line();
+            let progress = line.requests.get_mut(&request.id);
+            progress.is_some_and(|progress| {
+                progress.left -= 1;
+                progress.left == 0
+            })
+        };
+        if is_last {
+            self.end(&request, Ok(()));
         }
     }
 
     /// Ends the requests of sources whose run has failed.
-    fn fail(&mut self, members: Vec<Member>, error: &Error) {
-        let requests: HashSet<Id> = members.iter().map(|member| member.request).collect();
-        for id in requests {
-            self.end(id, Err(error.clone()));
+    fn fail(&self, members: Vec<Member>, error: &Error) {
+        for member in members {
+            self.end(&member.request, Err(error.clone()));
         }
     }
 
-    fn end(&mut self, id: Id, result: Result<(), Error>) {
-        let Some(running) = self.requests.remove(&id) else { return };
-        self.line.retain(|&waiting| waiting != id);
-        {
-            let mut line = self.shared.line();
-            match &result {
-                Ok(()) => line.stats.finished += 1,
-                Err(_) => line.stats.failed += 1,
-            }
+    /// Ends a request, unless it has ended.
+    fn end(&self, request: &Running, result: Result<(), Error>) {
+        let mut line = self.shared.line();
+        if line.requests.remove(&request.id).is_none() {
+            return;
         }
-        let _ = running.submitted.events.send(Message::Ended(result));
+        line.waiting.retain(|&waiting| waiting != request.id);
+        match &result {
+            Ok(()) => line.finished += 1,
+            Err(_) => line.failed += 1,
+        }
+        request.has_ended.store(true, Ordering::SeqCst);
+        drop(line);
+        let _ = request.events.send(Message::Ended(result));
         self.shared.ended.notify_all();
     }
 
     fn count_step(&self, rows: usize) {
-        let mut line = self.shared.line();
-        line.stats.steps += 1;
-        line.stats.stepped_rows += rows as u64;
+        let doing = &mut self.shared.line().doing[self.copy];
+        doing.steps += 1;
+        doing.stepped_rows += rows as u64;
     }
 
     /// Brings the statistics up to date.
     fn tell(&self) {
         let needs: Vec<Need> = self.flights.iter().filter_map(Flight::need).collect();
-        let waiting = self.line.iter().filter_map(|id| self.requests.get(id));
-        let waiting_sources: usize = waiting.map(|running| running.submitted.call.batch.rows() - running.next).sum();
-        let mut line = self.shared.line();
-        // What was submitted meanwhile is not in the line yet.
-        let not_taken: usize = line.submitted.iter().map(|submitted| submitted.call.batch.rows()).sum();
-        line.stats.waiting_requests = self.line.len() + line.submitted.len();
-        line.stats.waiting_sources = waiting_sources + not_taken;
-        line.stats.sources = self.flights.iter().map(|flight| flight.members.len()).sum();
-        line.stats.rows = self.flights.iter().flat_map(|flight| &flight.members).map(|m| m.item.search.width()).sum();
-        line.stats.planned_bytes = needs.iter().map(|need| self.shared.plan.bytes(need)).sum();
+        let doing = &mut self.shared.line().doing[self.copy];
+        *doing = EngineStats {
+            sources: self.flights.iter().map(|flight| flight.members.len()).sum(),
+            rows: self.flights.iter().flat_map(|flight| &flight.members).map(|m| m.item.search.width()).sum(),
+            planned_bytes: needs.iter().map(|need| self.shared.plan.bytes(need)).sum(),
+            ..*doing
+        };
     }
 }

@@ -15,6 +15,7 @@ use ort::value::{DynValue, Tensor};
 use t5gemma_graphs::interface::{CacheLayout, DType, LOG_SUM_EXP, TOP_IDS, TOP_SCORES};
 
 use super::candidates::spread;
+use super::steady::{Pool, SOURCES, Size, Steady, cut, padded};
 use super::{Returned, attended_port, keep_rows};
 use crate::model::Graph;
 use crate::scores::Wanted;
@@ -32,7 +33,7 @@ pub(crate) enum Device {
 }
 
 impl Device {
-    fn memory(self) -> ort::Result<MemoryInfo<'static>> {
+    pub(crate) fn memory(self) -> ort::Result<MemoryInfo<'static>> {
         let (device, id) = match self {
             Device::Cpu => (AllocationDevice::CPU, 0),
             Device::Cuda(id) => (AllocationDevice::CUDA, id),
@@ -54,13 +55,23 @@ pub(crate) struct Plan {
     pub per_item: Vec<bool>,
     /// Heads, and the width of each.
     pub heads: [usize; 2],
+    /// Target tokens that the model knows positions of.
+    pub longest: usize,
     /// The graph that changes rows.
     pub reorder: Arc<Graph>,
     /// How many of the greatest logits the graphs return beside all of them.
     pub candidates: Option<usize>,
+    /// Memory for steps that stays where it is, where there is to be such; of a cache in place only.
+    pub steady: Option<Arc<Pool>>,
 }
 
 impl Plan {
+    /// The tokens to have room for where so many are needed.
+    fn room(&self, needed: usize) -> usize {
+        // An operator that is told of more than there are positions refuses them.
+        needed.next_power_of_two().max(FIRST_CAPACITY).min(self.longest).max(needed)
+    }
+
     /// The outputs that hold what is wanted of the logits. What is not bound is not copied from the device.
     fn scores(&self, logits: String, wanted: Wanted) -> Vec<String> {
         match (wanted, self.candidates) {
@@ -105,6 +116,18 @@ pub(crate) struct Resident {
     /// What the cached step is bound to, where that stays from step to step, with the outputs that hold its scores; none
     /// after a change.
     bound: Option<(Vec<String>, IoBinding)>,
+    /// Tokens of a source, without those that it was padded with for `steady`.
+    source: usize,
+    /// Whether a step has run since the rows changed last.
+    is_settled: bool,
+    /// The memory that the keys and values lie in, if it is such as stays.
+    steady: Option<Steady>,
+}
+
+impl Drop for Resident {
+    fn drop(&mut self) {
+        self.give_back(Vec::new(), Vec::new());
+    }
 }
 
 impl Resident {
@@ -119,6 +142,7 @@ impl Resident {
         options: &RunOptions<NoSelectedOutputs>,
     ) -> ort::Result<(Resident, Option<Returned>)> {
         let (items, prompt) = (mask.shape()[0] as usize, ids.shape()[1] as usize);
+        let source = mask.shape()[1] as usize;
         let mut binding = session.create_binding()?;
         let is_static = matches!(plan.layout, CacheLayout::Static(_));
         let inputs: Vec<&DynValue> = if is_static { vec![hidden] } else { vec![&mask, ids, hidden] };
@@ -159,10 +183,22 @@ impl Resident {
         }
         let length = if is_static { 0 } else { prompt };
         let plan = plan.clone();
-        let mut resident = Resident { plan, mask, sources, targets, rows: items, length, bound: None };
+        let mut resident = Resident {
+            plan,
+            mask,
+            sources,
+            targets,
+            rows: items,
+            length,
+            bound: None,
+            source,
+            is_settled: false,
+            steady: None,
+        };
         if resident.plan.layout == CacheLayout::InPlace {
             let rows: Vec<usize> = (0..items).collect();
-            resident.replace(&rows, FIRST_CAPACITY.max((length + 1).next_power_of_two()))?;
+            let room = resident.plan.room(length + 1);
+            resident.replace(&rows, room)?;
         }
         Ok((resident, returned))
     }
@@ -192,6 +228,12 @@ impl Resident {
         let mut names = outputs.collect::<Vec<_>>().into_iter();
         let mut name = || names.next().ok_or_else(|| ort::Error::new("too few outputs"));
         let scores = self.plan.scores(name()?, wanted);
+        let attended = attended_port(session);
+        if count == 1 && self.settle(session)? {
+            return self.steady_step(session, tokens, (scores, attended));
+        }
+        let uncaptured = self.plan.steady.as_ref().map(|pool| pool.uncaptured()).transpose()?.flatten();
+        let options = uncaptured.as_ref().unwrap_or(options);
         let mut binding = match self.bound.take() {
             Some((same, binding)) if same == scores => binding,
             _ => self.bind(session)?,
@@ -208,7 +250,6 @@ impl Resident {
         }
         let host = Device::Cpu.memory()?;
         scores.iter().try_for_each(|name| binding.bind_output_to_device(name, &host))?;
-        let attended = attended_port(session);
         if let Some(attended) = &attended {
             binding.bind_output_to_device(attended, &host)?;
         }
@@ -220,14 +261,99 @@ impl Resident {
         let mut outputs = session.run_binding_with_options(&binding, options)?;
         let mut take = |name: &str| outputs.remove(name).ok_or_else(|| ort::Error::new(format!("no {name}")));
         let logits = whole(scores.iter().map(|name| take(name)).collect::<ort::Result<Vec<_>>>()?, size)?;
-        let attended = attended.map(|name| take(&name)).transpose()?;
+        let attended = attended.map(|name| cut(take(&name)?, self.source)).transpose()?;
         if !in_place {
             self.targets = presents.iter().map(|name| take(name)).collect::<ort::Result<_>>()?;
         }
         drop(outputs);
         self.bound = in_place.then_some((scores, binding));
         self.length += count;
+        self.is_settled = true;
         Ok(Returned { logits, attended })
+    }
+
+    /// Moves the keys and values into memory that stays where it is, and tells whether they are there. They are moved only when a
+    /// step has run since the rows changed: those of beams may change in every step.
+    fn settle(&mut self, session: &Session) -> ort::Result<bool> {
+        let Some(pool) = self.plan.steady.clone() else { return Ok(false) };
+        let items = self.mask.shape()[0] as usize;
+        if self.steady.is_some() || !self.is_settled || items != self.rows {
+            return Ok(self.steady.is_some());
+        }
+        let size = Size { rows: self.rows, room: self.capacity(), source: self.source.next_multiple_of(SOURCES) };
+        let rows: Vec<usize> = (0..self.rows).collect();
+        let room = (0..size.room as i64).collect();
+        let last = self.sources.first().map_or(0, |source| source.shape()[2] - 1);
+        // What is behind a source is not seen, but must be numbers.
+        let source = (0..size.source as i64).map(|place| place.min(last)).collect();
+        let mut steady = match pool.take(size) {
+            Some(mut steady) => {
+                self.take_into(&self.targets, (&rows, room), &mut steady.targets)?;
+                self.take_into(&self.sources, (&rows, source), &mut steady.sources)?;
+                steady
+            }
+            None => {
+                let mut steady = Steady::new(session, self.plan.device, size)?;
+                steady.targets = self.taken(&self.targets, &rows, room)?;
+                steady.sources = self.taken(&self.sources, &rows, source)?;
+                steady
+            }
+        };
+        let mask = padded(&self.mask, size.source)?;
+        steady.set_mask(&mask)?;
+        self.bound = None;
+        self.mask = mask.into_dyn();
+        self.targets = std::mem::take(&mut steady.targets);
+        self.sources = std::mem::take(&mut steady.sources);
+        self.steady = Some(steady);
+        Ok(true)
+    }
+
+    /// [`Resident::step`] of one token a row in memory that stays.
+    fn steady_step(
+        &mut self,
+        session: &mut Session,
+        tokens: &[i64],
+        (scores, attended): (Vec<String>, Option<String>),
+    ) -> ort::Result<Returned> {
+        let size = vocab_size(session);
+        let (Some(pool), Some(steady)) = (&self.plan.steady, &mut self.steady) else {
+            return Err(ort::Error::new("a step in memory that there is none of"));
+        };
+        let wanted: Vec<String> = scores.iter().chain(&attended).cloned().collect();
+        let cached = (&self.sources[..], &mut self.targets[..]);
+        let given = (tokens, self.length);
+        let mut returned = steady.step(pool, (session, self.plan.device), cached, given, &wanted)?;
+        let attended = match attended {
+            Some(_) => returned.pop().map(|attended| cut(attended, self.source)).transpose()?,
+            None => None,
+        };
+        self.length += 1;
+        Ok(Returned { logits: whole(returned, size)?, attended })
+    }
+
+    /// Takes the keys and values out of memory that stays, before they change.
+    fn unsettle(&mut self) -> ort::Result<()> {
+        self.is_settled = false;
+        if self.steady.is_some() {
+            let rows: Vec<usize> = (0..self.rows).collect();
+            let places = |values: &[DynValue]| (0..values.first().map_or(0, |value| value.shape()[2])).collect();
+            let targets = self.taken(&self.targets, &rows, places(&self.targets))?;
+            let sources = self.taken(&self.sources, &rows, places(&self.sources))?;
+            self.bound = None;
+            self.give_back(sources, targets);
+        }
+        Ok(())
+    }
+
+    /// Gives memory that stays to whoever wants it next, and keeps these keys and values instead.
+    fn give_back(&mut self, sources: Vec<DynValue>, targets: Vec<DynValue>) {
+        if let (Some(pool), Some(mut steady)) = (&self.plan.steady, self.steady.take()) {
+            self.bound = None;
+            steady.sources = std::mem::replace(&mut self.sources, sources);
+            steady.targets = std::mem::replace(&mut self.targets, targets);
+            pool.put(steady);
+        }
     }
 
     /// All that stays from step to step: in place that is everything but the tokens.
@@ -255,7 +381,7 @@ impl Resident {
             CacheLayout::Growing => Ok(()),
             CacheLayout::InPlace if needed > capacity => {
                 let rows: Vec<usize> = (0..self.rows).collect();
-                self.replace(&rows, needed.next_power_of_two())
+                self.replace(&rows, self.plan.room(needed))
             }
             CacheLayout::Static(_) if needed > capacity => {
                 Err(ort::Error::new(format!("{needed} target tokens for a cache of {capacity}")))
@@ -270,6 +396,7 @@ impl Resident {
 
     /// Makes the targets' cache that of the given rows, with `room` tokens each.
     fn replace(&mut self, rows: &[usize], room: usize) -> ort::Result<()> {
+        self.unsettle()?;
         self.bound = None;
         let last = self.length.min(self.capacity()).saturating_sub(1);
         // What is in the room behind the tokens is never seen, but must be numbers: the last token's are.
@@ -281,6 +408,32 @@ impl Resident {
 
     /// The given rows and places of keys and values, by the graph for it.
     fn taken(&self, values: &[DynValue], rows: &[usize], places: Vec<i64>) -> ort::Result<Vec<DynValue>> {
+        let memory = self.plan.device.memory()?;
+        let outputs = |binding: &mut IoBinding, name: &str, _: usize| binding.bind_output_to_device(name, &memory);
+        self.reorder(values, (rows, places), outputs)
+    }
+
+    /// The same, put where there are some already.
+    fn take_into(
+        &self,
+        values: &[DynValue],
+        (rows, places): (&[usize], Vec<i64>),
+        into: &mut [DynValue],
+    ) -> ort::Result<()> {
+        let outputs = |binding: &mut IoBinding, name: &str, at: usize| match into.get_mut(at) {
+            Some(value) => binding.bind_output(name, value),
+            None => Err(ort::Error::new(format!("no room for {name}"))),
+        };
+        self.reorder(values, (rows, places), outputs).map(drop)
+    }
+
+    /// Runs the graph that changes rows, with its outputs bound by a function of binding, name and place.
+    fn reorder(
+        &self,
+        values: &[DynValue],
+        (rows, places): (&[usize], Vec<i64>),
+        mut bind: impl FnMut(&mut IoBinding, &str, usize) -> ort::Result<()>,
+    ) -> ort::Result<Vec<DynValue>> {
         let mut session = self.plan.reorder.lock(Wanted::All);
         let mut binding = session.create_binding()?;
         let parents = Tensor::from_array(([rows.len()], rows.iter().map(|&row| row as i64).collect::<Vec<_>>()))?;
@@ -288,9 +441,8 @@ impl Resident {
         let (parents, places) = (parents.into_dyn(), places.into_dyn());
         let inputs: Vec<&DynValue> = [&parents, &places].into_iter().chain(values).collect();
         bind_inputs(&mut binding, &session, &inputs)?;
-        let memory = self.plan.device.memory()?;
         let names: Vec<String> = session.outputs().iter().map(|port| port.name().to_string()).collect();
-        names.iter().try_for_each(|name| binding.bind_output_to_device(name, &memory))?;
+        names.iter().enumerate().try_for_each(|(at, name)| bind(&mut binding, name, at))?;
         let mut outputs = session.run_binding(&binding)?;
         let mut take = |name: &String| outputs.remove(name).ok_or_else(|| ort::Error::new(format!("no {name}")));
         names.iter().map(&mut take).collect()
@@ -318,6 +470,7 @@ impl Resident {
             return Err(ort::Error::new(format!("items {items:?} and rows {parents:?} of a cache")));
         }
         if !items.iter().copied().eq(0..items_before) {
+            self.unsettle()?;
             self.bound = None;
             keep_rows(&mut self.mask, items, items_before)?;
             let length = self.sources.first().map_or(0, |source| source.shape()[2]);

@@ -292,7 +292,11 @@ class Request(_Owner):
 
 
 class Engine(_Owner):
-    """Generates for many requests in one batch, for any number of threads."""
+    """Generates for many requests in one batch, for any number of threads.
+
+    `devices` are the numbers of the GPUs to compute on, each with a copy of the model: all take rows from one line. The model
+    itself is that on its own device; the others are opened as it was. Bounds of rows and bytes are for each.
+    """
 
     _free = "t5g_engine_free"
 
@@ -303,9 +307,15 @@ class Engine(_Owner):
         max_rows: int | None = None,
         max_bytes: int | None = None,
         max_waiting: int | None = None,
+        devices: Sequence[int] | None = None,
     ) -> None:
         bounds = {"max_rows": max_rows, "max_bytes": max_bytes, "max_waiting": max_waiting}
         given = filled("t5g_engine_options", **{name: value for name, value in bounds.items() if value is not None})
+        if devices is not None:
+            if not len(devices):
+                raise ValueError("devices: expected at least one, found none")
+            numbers = (ctypes.c_int64 * len(devices))(*devices)
+            given.devices, given.device_count = ctypes.addressof(numbers), len(devices)
         super().__init__(call(C.t5g_engine_new, model._handle, ctypes.byref(given)))
 
     def submit(
@@ -335,6 +345,16 @@ class Engine(_Owner):
         counts = filled("t5g_engine_counts")
         call(C.t5g_engine_stats, self._handle, ctypes.byref(counts), out=False)
         return {name: getattr(counts, name) for name, _ in counts._fields_[1:]}
+
+    @property
+    def stats_of_copies(self) -> list[dict[str, int]]:
+        """The same with what each copy of the model has in flight and its steps."""
+        counts = filled("t5g_engine_counts")
+        copies = []
+        for copy in range(self.stats["copies"]):
+            call(C.t5g_engine_stats_of_copy, self._handle, copy, ctypes.byref(counts), out=False)
+            copies.append({name: getattr(counts, name) for name, _ in counts._fields_[1:]})
+        return copies
 
     def drain(self) -> None:
         """Takes no more requests, and waits until all that were taken have ended."""

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use serde_json::{Value, json};
-use t5gemma_runtime::{EngineOptions, Error, Event, Fleet, Generation, Hypothesis, Model, Waited};
+use t5gemma_runtime::{Engine, EngineOptions, Error, Event, Generation, Hypothesis, Model, Waited};
 
 use super::{Answering, println_flushed};
 use crate::Outcome;
@@ -36,9 +36,11 @@ struct Pending {
 impl Answering<'_> {
     /// Answers requests with `--batch-size` sources in flight on each device.
     pub(super) fn continuous(&self, models: &[Arc<Model>]) -> Result<Outcome> {
-        // As many rows as so many sources need; nothing waits in the engine.
-        let unbounded = EngineOptions { max_rows: usize::MAX, max_bytes: usize::MAX, max_waiting: usize::MAX };
-        let fleet = Fleet::new(models, &unbounded)?;
+        // As many rows as so many sources need.
+        let max_sources = self.packing.rows();
+        let unbounded =
+            EngineOptions { max_rows: usize::MAX, max_bytes: usize::MAX, max_sources, max_waiting: usize::MAX };
+        let engine = Engine::of_copies(models, unbounded)?;
         let most = self.packing.rows().saturating_mul(models.len());
         let mut lines = Lines::requests();
         let mut places: VecDeque<Place> = VecDeque::new();
@@ -59,7 +61,7 @@ impl Answering<'_> {
                 }
                 let has_room = |request: &mut Request| in_flight == 0 || in_flight + request.sources.len() <= most;
                 let Some(request) = next.take_if(has_room) else { break };
-                places.push_back(self.submitted(&fleet, request));
+                places.push_back(self.submitted(&engine, request));
                 if let Some(Place::Pending(pending)) = places.back() {
                     in_flight += pending.rows.len();
                 }
@@ -86,13 +88,13 @@ impl Answering<'_> {
         }
     }
 
-    /// Hands a request to an engine.
-    fn submitted(&self, fleet: &Fleet, mut request: Request) -> Place {
+    /// Hands a request to the engine.
+    fn submitted(&self, engine: &Engine, mut request: Request) -> Place {
         request.seed = self.seed(&request);
         let submit = || {
             let options = self.options.with(&request.options)?;
             let batch = requests::batch(std::slice::from_ref(&request), options.pad_token_id)?;
-            fleet.submit(t5gemma_runtime::Request::new(batch, options))
+            engine.submit(t5gemma_runtime::Request::new(batch, options))
         };
         match submit() {
             Ok(generation) => {
