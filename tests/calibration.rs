@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use t5gemma_exporter::{Export, TensorRt, check};
 use t5gemma_graphs::Target;
 use t5gemma_graphs::interface::DType;
-use t5gemma_graphs::manifest::ActivationRanges;
+use t5gemma_graphs::manifest::{ActivationRanges, Manifest};
 use t5gemma_graphs::onnx::Blocks;
 use t5gemma_graphs::quantization::{Activations, Quantization};
 
@@ -155,6 +155,15 @@ fn graphs_in_8_bits_pass_the_check() {
         assert_eq!(checked.findings, [], "{label}");
         let told = checked.notes.iter().filter(|note| note.contains("fp8") && note.contains("8.9")).count();
         assert_eq!(told, if blocks == Blocks::float8() { 3 } else { 0 }, "{label}: {:?}", checked.notes);
+        // Sums of whole numbers are scaled after the product, and float16 would not hold them.
+        let expected = match (blocks.name(), dtype) {
+            ("int8", DType::Float16) => DType::Float32,
+            _ => dtype,
+        };
+        let text = fs::read(model.join("manifest.json")).expect("a manifest");
+        let manifest: Manifest = serde_json::from_slice(&text).expect("a manifest");
+        let mut scales = manifest.weights.tensors.iter().filter(|tensor| tensor.name.ends_with(".scales")).peekable();
+        assert!(scales.peek().is_some() && scales.all(|scales| scales.dtype == expected), "{label}");
     }
 }
 

@@ -85,6 +85,7 @@ pub fn logits<'g>(x: Value<'g>, tokens: &Tokens<'g>, which: Logits, [norm, head]
     let normed = rms_norm(x, norm);
     let _scope = head.scope();
     let table = head.matrix([vocab_size, hidden_size]);
-    let scores = head.lowering.linear(head.multiplied(normed.cast(head.dtype())), table, None).cast(DType::Float32);
+    let scores =
+        head.lowering.linear(head.multiplied(normed.cast(head.factor_dtype())), table, None).cast(DType::Float32);
     softcap(scores, head.side.final_logit_softcapping).reshape(&[rows.clone(), positions, vocab_size.into()])
 }

@@ -107,7 +107,7 @@ impl<'g> Weights<'g> {
         let parameter = |dtype, shape: &[usize], adjust| self.graph.parameter(&self.path, parts, dtype, shape, adjust);
         Packed {
             numbers: parameter(dtype, &[n, k], Adjust::Signed(blocks)),
-            scales: parameter(self.dtype(), &scales, Adjust::Scales(blocks)),
+            scales: parameter(self.factor_dtype(), &scales, Adjust::Scales(blocks)),
             zero_points: None,
             blocks,
             shape: [n, k],
@@ -144,6 +144,15 @@ impl<'g> Weights<'g> {
         self.options.dtype
     }
 
+    /// The type that the matrix at this place is multiplied in. Of whole numbers of 8 bits with a scale for each row, builders
+    /// write the sums as they are and scale them afterwards: float16 would hold few of them.
+    pub fn factor_dtype(&self) -> DType {
+        match self.options.quantization.of(&self.path) {
+            Some(Blocks { bits: 8, code: Code::Whole, .. }) if self.options.target.signs_packed() => self.residual(),
+            _ => self.dtype(),
+        }
+    }
+
     /// The type of the residual stream. A float16 stream would overflow: Gemma 2's residuals are known to pass 65504.
     pub fn residual(&self) -> DType {
         if self.dtype() == DType::Float16 { DType::Float32 } else { self.dtype() }
@@ -169,8 +178,9 @@ pub fn embedding<'g>(ids: Value<'g>, w: &Weights<'g>) -> Value<'g> {
 pub fn linear<'g>(x: Value<'g>, [input, output]: [usize; 2], bias: bool, w: &Weights<'g>) -> Value<'g> {
     let at = w.at("weight");
     let weight = at.matrix([output, input]);
-    let bias = bias.then(|| w.at("bias").tensor(&[output]));
-    w.lowering.linear(at.multiplied(x.cast(w.dtype())), weight, bias)
+    let factor = at.factor_dtype();
+    let bias = bias.then(|| w.at("bias").tensor(&[output]).cast(factor));
+    w.lowering.linear(at.multiplied(x.cast(factor)), weight, bias).cast(w.dtype())
 }
 
 /// Several [`linear`]s of one input, side by side, as one product: `(name, outputs)` of each under the place `w`. Held in few
