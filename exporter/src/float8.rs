@@ -21,8 +21,9 @@ pub fn code(x: f32) -> u8 {
     // Of the numbers from 2^e on, and below 2^-6 of all, each is 2^(e-3) above the one before.
     let exponent = ((size.to_bits() >> 23) as i32 - 127).max(-6);
     let steps = (size * power_of_two(3 - exponent)).round_ties_even() as u8;
-    // Eight steps before the first of its exponent there is one of the exponent below.
-    sign | (((exponent + 6) as u8) << 3) + steps
+    // The first number of an exponent is its eighth step, which carries into the code's exponent, 0 for those below 2^-6.
+    let code = (exponent + 6) as u8 * 8 + steps;
+    sign | code
 }
 
 /// The scale of a matrix whose largest number is `largest`.
