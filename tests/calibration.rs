@@ -1,5 +1,6 @@
-//! 8 bits for TensorRT: ranges of activations found by the runtime, and what the exporter makes of them.
+//! int8 and fp8 for TensorRT: ranges of activations found by the runtime, and what the exporter makes of them.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -7,11 +8,11 @@ use serde_json::{Value, json};
 use t5gemma_exporter::{Export, TensorRt, check};
 use t5gemma_graphs::Target;
 use t5gemma_graphs::interface::DType;
-use t5gemma_graphs::manifest::ActivationRanges;
+use t5gemma_graphs::manifest::{ActivationRanges, Manifest};
 use t5gemma_graphs::onnx::Blocks;
 use t5gemma_graphs::quantization::{Activations, Quantization};
 
-use crate::common::{demo, demo_as, run, stdout, tests};
+use crate::common::{demo, demo_as, exported, exported_as, fixture, python, run, stdout, tests};
 
 /// A hundred of the demo's held-out texts with their answers.
 fn expected() -> Vec<Value> {
@@ -34,10 +35,13 @@ fn observed() -> PathBuf {
 
 /// What `t5gemma calibrate` finds with some texts.
 fn ranges(folder: &Path, texts: &str) -> ActivationRanges {
+    ranges_of(&observed(), folder, texts)
+}
+
+fn ranges_of(model: &Path, folder: &Path, texts: &str) -> ActivationRanges {
     let (file, output) = (folder.join("texts.jsonl"), folder.join("ranges.json"));
     fs::write(&file, texts).expect("written");
-    let model = observed();
-    let arguments = ["calibrate", utf8(&model), "--texts", utf8(&file), "--output", utf8(&output)];
+    let arguments = ["calibrate", utf8(model), "--texts", utf8(&file), "--output", utf8(&output)];
     stdout(run("t5gemma", arguments, ""));
     serde_json::from_slice(&fs::read(&output).expect("written by the program")).expect("ranges")
 }
@@ -46,8 +50,13 @@ fn utf8(path: &Path) -> &str {
     path.to_str().expect("temporary paths are UTF-8")
 }
 
-fn in_8_bits(ranges: ActivationRanges, dtype: DType) -> Export {
-    let blocks = Some(Blocks { bits: 8, size: 128, symmetric: true });
+/// The two ways to compute in 8 bits.
+fn ways() -> [Blocks; 2] {
+    [Blocks::whole(8, 128), Blocks::float8()]
+}
+
+fn in_8_bits(blocks: Blocks, ranges: ActivationRanges, dtype: DType) -> Export {
+    let blocks = Some(blocks);
     let quantization = Quantization { encoder: blocks, decoder: blocks, head: blocks, exclude: Vec::new() };
     let activations = Activations::Ranges(ranges.ranges);
     Export { target: Target::TensorRt, dtype, quantization, activations, ..Export::default() }
@@ -60,19 +69,22 @@ fn the_demo_keeps_its_answers_when_it_is_computed_in_8_bits() {
     assert_eq!(ranges.texts, 40);
     let requests = expected().into_iter().map(|case| json!({"text": case["text"], "options": {"max_new_tokens": 128}}));
     let requests: String = requests.map(|request| request.to_string() + "\n").collect();
-    let changed = |label: &str, ranges: ActivationRanges| {
-        let model = demo_as(label, in_8_bits(ranges, DType::Float32));
+    let changed = |blocks: Blocks, label: &str, ranges: ActivationRanges| {
+        let model = demo_as(&format!("{}-{label}", blocks.name()), in_8_bits(blocks, ranges, DType::Float32));
         let output = stdout(run("t5gemma", ["generate", utf8(&model), "--jsonl"], &requests));
         let found = output.lines().map(|line| serde_json::from_str::<Value>(line).expect("a JSON line"));
         let expected = expected();
         found.zip(&expected).filter(|(found, case)| found["sequences"][0][0]["tokens"] != case["greedy"]).count()
     };
-    let found = changed("8-bits", ranges.clone());
-    assert!(found <= 1, "{found} of 100 answers changed");
     // That the ranges matter: with a hundredth of them nearly everything is cut.
-    let cut = ranges.ranges.into_iter().map(|(name, range)| (name, range / 100.0)).collect();
-    let found = changed("8-bits-cut", ActivationRanges { ranges: cut, ..ranges });
-    assert!(found > 50, "{found} of 100 answers changed");
+    let cut = ranges.ranges.iter().map(|(name, range)| (name.clone(), range / 100.0)).collect();
+    let cut = ActivationRanges { ranges: cut, ..ranges.clone() };
+    for (blocks, most) in ways().into_iter().zip([1, 3]) {
+        let found = changed(blocks, "whole", ranges.clone());
+        assert!(found <= most, "{}: {found} of 100 answers changed", blocks.name());
+        let found = changed(blocks, "cut", cut.clone());
+        assert!(found > 50, "{}: {found} of 100 answers changed", blocks.name());
+    }
 }
 
 #[test]
@@ -87,6 +99,46 @@ fn the_ranges_are_the_greatest_of_all_texts() {
     }
 }
 
+/// Of a fixture in fp8 the codes against another implementation, and what they make of its numbers.
+#[test]
+fn weights_in_fp8_are_the_nearest_and_each_part_has_its_own() {
+    let folder = tempfile::tempdir().expect("a temporary folder can be made");
+    let name = "tiny-unbalanced";
+    let observed = exported_as(name, "observed", Export { activations: Activations::Observed, ..Export::default() });
+    let manifest: Value =
+        serde_json::from_slice(&fs::read(observed.join("manifest.json")).expect("a manifest")).expect("JSON");
+    let ids = |row: i64| (0..16).map(|at| 2 + (row * 977 + at * 131 + row * at * 29) % 200).collect::<Vec<i64>>();
+    let texts: String = (0..16).map(|row| json!({"input_ids": ids(row)}).to_string() + "\n").collect();
+    let ranges = ranges_of(&observed, folder.path(), &texts);
+    let blocks = Blocks::float8();
+    let whole = in_8_bits(blocks, ranges.clone(), DType::Float32);
+    for dtype in [DType::Float32, DType::Float16, DType::BFloat16] {
+        let model = exported_as(name, &format!("fp8-{dtype}"), Export { dtype, ..whole.clone() });
+        let found = python("check_float8.py", [&model, &fixture(name).join("checkpoint")]);
+        let found: Value = serde_json::from_str(&found).expect("JSON");
+        let matrices = manifest["observed"].as_object().expect("an object").values();
+        let matrices: BTreeSet<&str> =
+            matrices.flat_map(|names| names.as_array().expect("a list")).filter_map(Value::as_str).collect();
+        assert_eq!(found["matrices"], json!(matrices.len()), "{dtype}: {found}");
+    }
+    let plain = exported(name);
+    let error = |label: &str, quantization: Quantization| {
+        let model = exported_as(name, label, Export { quantization, ..whole.clone() });
+        let arguments = ["verify", utf8(&model), "--against", utf8(&plain), "--json"];
+        let found: Value = serde_json::from_str(&stdout(run("t5gemma", arguments, ""))).expect("JSON");
+        found["logits_relative_error"].as_f64().expect("a number")
+    };
+    let all = whole.quantization.clone();
+    let exclude = vec!["model.decoder.*".to_string()];
+    let of_all = error("fp8-all", all.clone());
+    let of_encoder = error("fp8-encoder", Quantization { decoder: None, head: None, ..all.clone() });
+    let excluded = error("fp8-excluded", Quantization { exclude, head: None, ..all.clone() });
+    let of_int8 = error("int8-all", in_8_bits(Blocks::whole(8, 128), ranges, DType::Float32).quantization);
+    // Of 4 significant bits rather than 7, but for every number: further off than int8, and not much further.
+    assert!(of_int8 < of_all && of_all < 3.0 * of_int8, "{of_int8}, {of_all}");
+    assert!(0.0 < of_encoder && of_encoder != of_all && of_encoder == excluded, "{of_encoder}, {excluded}, {of_all}");
+}
+
 #[test]
 fn graphs_in_8_bits_pass_the_check() {
     let model = observed();
@@ -96,9 +148,22 @@ fn graphs_in_8_bits_pass_the_check() {
         names.as_array().expect("a list").iter().map(|name| name.as_str().expect("a name").to_string())
     });
     let ranges = ActivationRanges { texts: 1, percentile: 100.0, ranges: names.map(|name| (name, 8.0)).collect() };
-    for dtype in [DType::BFloat16, DType::Float16] {
-        let model = demo_as(&format!("8-bits-{dtype}"), in_8_bits(ranges.clone(), dtype));
-        assert_eq!(check(&model, TensorRt::default()).expect("ONNX files").findings, [], "{dtype}");
+    for (blocks, dtype) in ways().into_iter().flat_map(|blocks| [(blocks, DType::BFloat16), (blocks, DType::Float16)]) {
+        let label = format!("{}-{dtype}", blocks.name());
+        let model = demo_as(&label, in_8_bits(blocks, ranges.clone(), dtype));
+        let checked = check(&model, TensorRt::default()).expect("ONNX files");
+        assert_eq!(checked.findings, [], "{label}");
+        let told = checked.notes.iter().filter(|note| note.contains("fp8") && note.contains("8.9")).count();
+        assert_eq!(told, if blocks == Blocks::float8() { 3 } else { 0 }, "{label}: {:?}", checked.notes);
+        // Sums of whole numbers are scaled after the product, and float16 would not hold them.
+        let expected = match (blocks.name(), dtype) {
+            ("int8", DType::Float16) => DType::Float32,
+            _ => dtype,
+        };
+        let text = fs::read(model.join("manifest.json")).expect("a manifest");
+        let manifest: Manifest = serde_json::from_slice(&text).expect("a manifest");
+        let mut scales = manifest.weights.tensors.iter().filter(|tensor| tensor.name.ends_with(".scales")).peekable();
+        assert!(scales.peek().is_some() && scales.all(|scales| scales.dtype == expected), "{label}");
     }
 }
 
@@ -110,8 +175,10 @@ fn ranges_that_do_not_fit_are_refused() {
     let out = folder.path().join("out");
     let checkpoint = tests().join("demo/checkpoint");
     let in_8_bits = ["--target", "tensorrt", "--quantize", "int8", "--calibrate", utf8(&file)];
+    let in_fp8 = ["--quantize", "fp8", "--calibrate", utf8(&file)];
+    let fp8_for = |target| [&["--target", target][..], &in_fp8].concat();
     type Plant = fn(&mut Value);
-    let cases: [(&str, Plant, &[&str], &str); 6] = [
+    let cases: [(&str, Plant, &[&str], &str); 14] = [
         (
             "missing",
             |ranges| {
@@ -131,8 +198,41 @@ fn ranges_that_do_not_fit_are_refused() {
             &in_8_bits,
             "found -1",
         ),
-        ("for nothing", |_| {}, &["--calibrate", utf8(&file)], "--calibrate: expected --quantize int8"),
+        ("for nothing", |_| {}, &["--calibrate", utf8(&file)], "--calibrate: expected --quantize int8 or fp8"),
         ("not there", |_| {}, &["--target", "tensorrt", "--quantize", "int8"], "--quantize int8: expected --calibrate"),
+        (
+            "missing for fp8",
+            |ranges| ranges["model.decoder.layers.0.mlp.up_proj.weight"] = json!(-2.0),
+            &fp8_for("tensorrt"),
+            "found -2",
+        ),
+        (
+            "not there for fp8",
+            |_| {},
+            &["--target", "tensorrt", "--quantize-head", "fp8"],
+            "--quantize fp8: expected --cal",
+        ),
+        ("for a CPU", |_| {}, &fp8_for("cpu"), "--quantize fp8: expected target tensorrt, found target cpu"),
+        ("for CUDA", |_| {}, &fp8_for("cuda"), "--quantize fp8: expected target tensorrt, found target cuda"),
+        ("for any", |_| {}, &fp8_for("portable"), "--quantize fp8: expected target tensorrt, found target portable"),
+        (
+            "in blocks",
+            |_| {},
+            &[&fp8_for("tensorrt")[..], &["--block-size", "32"]].concat(),
+            "--block-size: expected int8 or int4",
+        ),
+        (
+            "with zero points",
+            |_| {},
+            &[&fp8_for("tensorrt")[..], &["--asymmetric"]].concat(),
+            "--asymmetric: expected int8 or int4",
+        ),
+        (
+            "of a name that nothing has",
+            |_| {},
+            &[&fp8_for("tensorrt")[..], &["--quantize-exclude", "*.layer.0.*"]].concat(),
+            "--quantize-exclude: expected",
+        ),
         ("of 8 bits", |_| {}, &["--observe", "--target", "cpu"], "--observe: expected target portable"),
     ];
     for (name, plant, arguments, word) in cases {

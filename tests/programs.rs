@@ -315,7 +315,7 @@ fn packed_requests_are_answered_in_order_and_as_alone() {
 fn verify_tells_how_far_two_models_are_apart() {
     let own = exported("tiny-balanced");
     let fewer = {
-        let blocks = |bits| Some(Blocks { bits, size: 16, symmetric: true });
+        let blocks = |bits| Some(Blocks::whole(bits, 16));
         let quantization = |bits| Quantization {
             encoder: blocks(bits),
             decoder: blocks(bits),

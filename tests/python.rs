@@ -32,7 +32,7 @@ fn onnx_checks_every_graph_in_every_type() {
         let export = Export { target, dtype, capacity, logits, ..Export::default() };
         models.push(exported_as("tiny-unbalanced", &label, export));
     }
-    let blocks = Some(Blocks { bits: 4, size: 16, symmetric: true });
+    let blocks = Some(Blocks::whole(4, 16));
     let quantization = Quantization { encoder: blocks, decoder: blocks, head: blocks, exclude: Vec::new() };
     let export = Export { target: Target::TensorRt, dtype: DType::BFloat16, quantization, ..Export::default() };
     models.push(exported_as("tiny-balanced", "tensorrt-int4", export));

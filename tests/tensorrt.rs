@@ -10,7 +10,7 @@ use t5gemma_exporter::{Export, Finding, TensorRt, check};
 use t5gemma_graphs::Target;
 use t5gemma_graphs::interface::{DType, Logits};
 use t5gemma_graphs::onnx::Blocks;
-use t5gemma_graphs::quantization::Quantization;
+use t5gemma_graphs::quantization::{Activations, Quantization};
 
 use crate::common::{FIXTURES, exported, exported_as, exported_for, fixture, python, run, stdout};
 
@@ -38,7 +38,7 @@ fn every_graph_for_tensorrt_passes_the_check() {
             }
         }
     }
-    let blocks = Some(Blocks { bits: 4, size: 16, symmetric: true });
+    let blocks = Some(Blocks::whole(4, 16));
     let quantization = Quantization { encoder: blocks, decoder: blocks, head: blocks, exclude: Vec::new() };
     for dtype in [DType::BFloat16, DType::Float16] {
         let export =
@@ -156,23 +156,27 @@ fn plans_that_do_not_fit_are_refused() {
     }
 }
 
+/// A program of this name, in `sh`.
+#[cfg(unix)]
+fn tool(folder: &Path, name: &str, text: &str) {
+    use std::os::unix::fs::PermissionsExt;
+
+    let path = folder.join(name);
+    fs::write(&path, format!("#!/bin/sh\n{text}\n")).expect("written");
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("made executable");
+}
+
 /// The script is run with a `trtexec` that only says what it was asked for.
 #[cfg(unix)]
 #[test]
 fn the_script_builds_once_and_refuses_what_is_stale() {
-    use std::os::unix::fs::PermissionsExt;
-
     let folder = tempfile::tempdir().expect("a temporary folder can be made");
     let (model, tools) = (folder.path().join("model"), folder.path().join("tools"));
     fs::create_dir_all(&tools).expect("a folder");
     fs::create_dir_all(&model).expect("a folder");
     let script = model.join("build_engines.sh");
     fs::copy(served("tiny-balanced", DType::BFloat16, Some(32)).join("build_engines.sh"), &script).expect("copied");
-    let tool = |name: &str, text: &str| {
-        let path = tools.join(name);
-        fs::write(&path, format!("#!/bin/sh\n{text}\n")).expect("written");
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("made executable");
-    };
+    let tool = |name: &str, text: &str| tool(&tools, name, text);
     let trtexec = |version: &str| {
         let engine = r#"for a in "$@"; do case $a in --saveEngine=*) echo engine > "${a#--saveEngine=}"; esac; done"#;
         tool("trtexec", &format!("echo '&&&& RUNNING TensorRT.trtexec [TensorRT v{version}] '\"$@\"\n{engine}"));
@@ -207,6 +211,69 @@ fn the_script_builds_once_and_refuses_what_is_stale() {
     tool("nvidia-smi", "echo 'NVIDIA L4, 8.9'");
     let (code, _, error) = bash(&[]);
     assert!(code == Some(1) && error.contains("NVIDIA L4") && error.contains("H100"), "{error}");
+}
+
+/// With ranges that are as good as any, since nothing is run.
+#[cfg(unix)]
+#[test]
+fn a_plan_in_fp8_tells_the_gpus_that_have_none() {
+    let observed =
+        exported_as("tiny-balanced", "observed", Export { activations: Activations::Observed, ..Export::default() });
+    let manifest: Value =
+        serde_json::from_slice(&fs::read(observed.join("manifest.json")).expect("a manifest")).expect("JSON");
+    let names = manifest["observed"].as_object().expect("an object").values();
+    let names = names.flat_map(|names| names.as_array().expect("a list")).filter_map(Value::as_str);
+    let ranges = Activations::Ranges(names.map(|name| (name.to_string(), 8.0)).collect());
+    let blocks = Some(Blocks::float8());
+    let quantization = Quantization { encoder: blocks, decoder: blocks, head: blocks, exclude: Vec::new() };
+    let (target, plan) = (Target::TensorRt, Some(PLAN.parse().expect("a plan")));
+    let export = Export { target, plan, quantization, activations: ranges, ..Export::default() };
+    let memory = |model: &Path| fs::read_to_string(model.join("memory.txt")).expect("memory.txt");
+    let plain = served("tiny-balanced", DType::BFloat16, None);
+    assert!(!memory(&plain).contains("fp8"));
+    for dtype in [DType::BFloat16, DType::Float16, DType::Float32] {
+        for capacity in [None, Some(32)] {
+            let export = Export { dtype, capacity, ..export.clone() };
+            let model = exported_as("tiny-balanced", &format!("served-fp8-{dtype}-{capacity:?}"), export);
+            assert!(memory(&model).contains("fp8"));
+            assert_eq!(findings(&model, "tensorrt"), [], "{dtype} {capacity:?}");
+        }
+    }
+    let model = exported_as("tiny-balanced", &format!("served-fp8-{}-None", DType::BFloat16), export);
+    let shown = stdout(run("t5gemma-export", ["inspect", model.to_str().expect("UTF-8")], ""));
+    assert!(shown.contains("float8e4m3fn") && shown.contains("QuantizeLinear"), "{shown}");
+    let checked = stdout(run("t5gemma-export", ["check", model.to_str().expect("UTF-8")], ""));
+    assert!(checked.contains("encoder_model.onnx: computes in fp8"), "{checked}");
+
+    let tools = tempfile::tempdir().expect("a temporary folder can be made");
+    tool(tools.path(), "trtexec", "[ \"$*\" = --help ] || exit 3");
+    let refused = |gpu: &str, model: &Path| {
+        tool(tools.path(), "nvidia-smi", &format!("echo '{gpu}'"));
+        let folder = tempfile::tempdir().expect("a temporary folder can be made");
+        let script = folder.path().join("build_engines.sh");
+        fs::copy(model.join("build_engines.sh"), &script).expect("copied");
+        let path = format!("{}:{}", tools.path().display(), std::env::var("PATH").expect("a PATH"));
+        let output = Command::new("bash").arg(&script).env("PATH", &path).output().expect("bash runs");
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        let refused = error.contains("compute in fp8") && error.contains(gpu);
+        // What is not refused gets as far as a trtexec that fails.
+        assert_eq!(output.status.code(), Some(if refused { 1 } else { 3 }), "{gpu}: {error}");
+        assert_eq!(folder.path().join("engines").exists(), !refused, "{gpu}");
+        refused
+    };
+    for (gpu, expected) in [
+        ("NVIDIA A100-SXM4-80GB, 8.0", true),
+        ("NVIDIA A10, 8.6", true),
+        ("Orin, 8.7", true),
+        ("Tesla T4, 7.5", true),
+        ("NVIDIA L4, 8.9", false),
+        ("NVIDIA H100 80GB HBM3, 9.0", false),
+        ("NVIDIA B200, 10.0", false),
+        ("NVIDIA GeForce RTX 5090, 12.0", false),
+    ] {
+        assert_eq!(refused(gpu, &model), expected, "{gpu}");
+        assert!(!refused(gpu, &plain), "{gpu}");
+    }
 }
 
 #[test]

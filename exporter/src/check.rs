@@ -17,6 +17,10 @@ use serde::{Deserialize, Serialize};
 use crate::plan::{PROFILES, Profiles};
 use crate::proto::{Given as Attribute, Graph, Initializer, Model, Node, read};
 
+/// Which GPUs compute in fp8, for messages.
+pub(crate) const WITH_FLOAT8: &str =
+    "GPUs of compute capability 8.9 and up (Ada, Hopper, Blackwell) have, and Ampere (8.0 to 8.7) has not";
+
 /// What the parser takes.
 const OPERATORS: &str = include_str!("../tensorrt/operators.json");
 
@@ -156,11 +160,14 @@ pub struct Checked {
     pub graphs: BTreeMap<String, usize>,
     /// What is wrong.
     pub findings: Vec<Finding>,
+    /// What of some GPUs only can be told to be right.
+    pub notes: Vec<String>,
 }
 
 impl fmt::Display for Checked {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.findings.iter().try_for_each(|finding| writeln!(f, "{finding}"))?;
+        self.notes.iter().try_for_each(|note| writeln!(f, "{note}"))?;
         for (graph, operators) in &self.graphs {
             let findings = self.findings.iter().filter(|finding| finding.graph == *graph).count();
             writeln!(f, "{graph}: {operators} operators, {findings} findings")?;
@@ -197,7 +204,7 @@ pub fn check(path: &Path, version: TensorRt) -> Result<Checked> {
             Some(serde_json::from_slice(&bytes).with_context(|| format!("{}: not profiles", profiles.display()))?)
         }
     };
-    let mut checked = Checked { graphs: BTreeMap::new(), findings: Vec::new() };
+    let mut checked = Checked { graphs: BTreeMap::new(), findings: Vec::new(), notes: Vec::new() };
     for file in files {
         let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let size = fs::metadata(&file).with_context(|| cannot_read(&file))?.len();
@@ -214,6 +221,9 @@ pub fn check(path: &Path, version: TensorRt) -> Result<Checked> {
         let mut look = Look { table: &table, version, model: &model, found: &mut findings };
         look.all();
         look.external_data(folder);
+        if has_float8(&model.graph) {
+            checked.notes.push(format!("{name}: computes in fp8, which {WITH_FLOAT8}"));
+        }
         let is_wrapper = model.graph.nodes.iter().all(|node| node.op == "EPContext");
         if let Some(profiles) = profiles.as_ref().filter(|_| !is_wrapper) {
             // The graph that moves a cache is for ONNX Runtime's own providers.
@@ -232,6 +242,12 @@ pub fn check(path: &Path, version: TensorRt) -> Result<Checked> {
         }));
     }
     Ok(checked)
+}
+
+/// Whether a tensor of the graph is of FP8.
+fn has_float8(graph: &Graph) -> bool {
+    let constants = graph.initializers.values().map(|tensor| tensor.dtype);
+    constants.chain(graph.between.iter().map(|value| value.dtype)).any(|dtype| type_name(dtype) == Some("FP8"))
 }
 
 /// What is known of a tensor.

@@ -7,13 +7,14 @@ use std::path::Path;
 use std::sync::mpsc::{Receiver, SyncSender, channel, sync_channel};
 use std::thread::{self, JoinHandle};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use sha2::{Digest, Sha256};
 use t5gemma_graphs::manifest::{FileRecord, SAMPLE_BLOCK, TensorRecord, WeightsRecord, sample_offsets};
-use t5gemma_graphs::onnx::{Adjust, Blocks, DType, Part};
+use t5gemma_graphs::onnx::{Adjust, Blocks, Code, DType, Part};
 
 use crate::convert::{convert, read, round};
 use crate::dummy;
+use crate::float8::{self, pack_float8};
 use crate::quantize::{PackedRows, pack};
 use crate::signed::pack_signed;
 use crate::weights::{Weight, found};
@@ -67,6 +68,9 @@ pub fn write(path: &Path, weights: &[Weight], source: &Source, watch: &dyn Watch
         let ready = match weight.adjust {
             Adjust::Packed(_) | Adjust::Signed(_) => {
                 packed = PackedRows::default();
+                if let Adjust::Signed(Blocks { code: Code::Float8E4M3FN, .. }) = weight.adjust {
+                    packed.scales.push(float8::scale(largest(weight, source, watch, &mut scratch)?));
+                }
                 None
             }
             Adjust::Scales(_) => {
@@ -94,20 +98,23 @@ pub fn write(path: &Path, weights: &[Weight], source: &Source, watch: &dyn Watch
                 Adjust::Packed(_) | Adjust::Signed(_) => (CHUNK / row).max(1) * row,
                 _ => CHUNK,
             };
+            let pack: Option<Pack> = match (weight.adjust, packed.scales.first()) {
+                (Adjust::Packed(blocks), _) => Some(Box::new(move |rows| pack(rows, row, blocks))),
+                (Adjust::Signed(Blocks { code: Code::Float8E4M3FN, .. }), Some(&scale)) => {
+                    Some(Box::new(move |rows| pack_float8(rows, scale)))
+                }
+                (Adjust::Signed(blocks), _) => Some(Box::new(move |rows| pack_signed(rows, row, blocks))),
+                _ => None,
+            };
             for first in (0..count).step_by(chunk) {
                 watch.check()?;
                 let mut bytes = out.hashing.buffer();
                 let chunk = chunk.min(count - first);
-                let pack: Option<(Pack, Blocks)> = match weight.adjust {
-                    Adjust::Packed(blocks) => Some((pack, blocks)),
-                    Adjust::Signed(blocks) => Some((pack_signed, blocks)),
-                    _ => None,
-                };
-                if let Some((pack, blocks)) = pack {
+                if let Some(pack) = &pack {
                     scratch.resize(chunk, 0.0);
                     numbers.next_float32(&mut scratch).with_context(|| source.place(&part.tensor))?;
                     bytes.clear();
-                    pack_rows(&scratch, (row, pack, blocks), &mut bytes, &mut packed);
+                    pack_rows(&scratch, row, pack, &mut bytes, &mut packed);
                 } else {
                     bytes.resize(chunk * weight.dtype.size(), 0);
                     numbers.next(weight, &mut scratch, &mut bytes).with_context(|| source.place(&part.tensor))?;
@@ -123,15 +130,35 @@ pub fn write(path: &Path, weights: &[Weight], source: &Source, watch: &dyn Watch
     Ok(WeightsRecord { file: name, record: FileRecord { bytes: total, sha256 }, sample_sha256, tensors })
 }
 
-/// Packs some rows of as many numbers.
-type Pack = fn(&[f32], usize, Blocks) -> PackedRows;
+/// The largest absolute number of a weight, which has to be finite.
+fn largest(weight: &Weight, source: &Source, watch: &dyn Watch, scratch: &mut Vec<f32>) -> Result<f32> {
+    let mut largest = 0.0_f32;
+    for part in &weight.parts {
+        let mut numbers = Numbers::of(part, weight.adjust, source)?;
+        let count = part.shape.iter().product::<usize>();
+        for first in (0..count).step_by(CHUNK) {
+            watch.check()?;
+            scratch.resize(CHUNK.min(count - first), 0.0);
+            let place = || source.place(&part.tensor);
+            numbers.next_float32(scratch).with_context(place)?;
+            for &x in &*scratch {
+                ensure!(x.is_finite(), "{}: expected finite numbers to hold in fp8, found {x}", place());
+                largest = largest.max(x.abs());
+            }
+        }
+    }
+    Ok(largest)
+}
+
+/// Packs some rows.
+type Pack = Box<dyn Fn(&[f32]) -> PackedRows + Sync>;
 
 /// Packs rows of `k` numbers on all cores: adds their bytes to `bytes`, and their scales and zero points to `packed`.
-fn pack_rows(rows: &[f32], (k, pack, blocks): (usize, Pack, Blocks), bytes: &mut Vec<u8>, packed: &mut PackedRows) {
+fn pack_rows(rows: &[f32], k: usize, pack: &Pack, bytes: &mut Vec<u8>, packed: &mut PackedRows) {
     let threads = thread::available_parallelism().map_or(1, Into::into);
     let share = (rows.len() / k).div_ceil(threads).max(1) * k;
     thread::scope(|scope| {
-        let parts: Vec<_> = rows.chunks(share).map(|part| scope.spawn(move || pack(part, k, blocks))).collect();
+        let parts: Vec<_> = rows.chunks(share).map(|part| scope.spawn(move || pack(part))).collect();
         for part in parts {
             packed.append(part.join().expect("packing does not panic"));
         }

@@ -17,6 +17,7 @@ mod checkpoint;
 mod convert;
 mod dummy;
 mod external_data;
+mod float8;
 mod folder;
 mod inspect;
 mod plan;
@@ -37,7 +38,7 @@ use sha2::{Digest, Sha256};
 use t5gemma_graphs::config::{Config, Side};
 use t5gemma_graphs::interface::{self, CacheLayout, DType, Logits};
 use t5gemma_graphs::manifest::{self, EncoderWindow, FORMAT, FORMAT_VERSION, FileRecord, GraphRecord, Manifest};
-use t5gemma_graphs::onnx::Blocks;
+use t5gemma_graphs::onnx::{Blocks, Code};
 use t5gemma_graphs::quantization::{self, Activations, Quantization};
 use t5gemma_graphs::task::Task;
 use t5gemma_graphs::{Options, Target, decoder_init, definitions, encoder, reorder};
@@ -296,6 +297,12 @@ impl Export {
         let those = |suits: fn(Target) -> bool| {
             Target::ALL.into_iter().filter(|&target| suits(target)).map(Target::name).collect::<Vec<_>>().join(", ")
         };
+        let of_float8 = |blocks: Blocks| blocks.code == Code::Float8E4M3FN;
+        ensure!(
+            !self.quantization.parts().any(of_float8) || self.target == Target::TensorRt,
+            "--quantize fp8: expected target {}, found target {target}",
+            Target::TensorRt.name()
+        );
         if self.quantization.is_any() && !self.target.reads_packed() {
             let those = those(Target::reads_packed);
             bail!("--quantize: expected a target whose runtime reads packed weights ({those}), found target {target}");
@@ -309,7 +316,6 @@ impl Export {
             let those = those(Target::has_static_cache);
             bail!("--cache: expected a target with a cache of fixed capacity ({those}), found target {target}");
         }
-        let parts = [self.quantization.encoder, self.quantization.decoder, self.quantization.head];
         if self.activations == Activations::Observed {
             let suits = self.target == Target::Portable && self.dtype == DType::Float32 && !self.quantization.is_any();
             ensure!(
@@ -319,19 +325,21 @@ impl Export {
             );
         }
         if matches!(self.activations, Activations::Ranges(_)) {
-            let eight = parts.iter().flatten().any(|blocks| blocks.bits == 8);
+            let eight = self.quantization.parts().any(|blocks| blocks.bits == 8);
             let expected = Target::TensorRt.name();
             ensure!(
                 self.target == Target::TensorRt && eight,
-                "--calibrate: expected --quantize int8 for target {expected}, which computes in 8 bits"
+                "--calibrate: expected --quantize int8 or fp8 for target {expected}, which computes in 8 bits"
             );
         }
-        for Blocks { bits, size, symmetric } in parts.into_iter().flatten() {
-            ensure!(matches!(bits, 4 | 8), "--quantize: expected int8 or int4, found {bits} bits");
+        for blocks in self.quantization.parts() {
+            let Blocks { bits, size, symmetric, .. } = blocks;
+            ensure!(matches!(bits, 4 | 8), "--quantize: expected int8, fp8 or int4, found {bits} bits");
             ensure!(matches!(size, 16 | 32 | 64 | 128), "--block-size: expected 16, 32, 64 or 128, found {size}");
             if self.target.signs_packed() {
                 let is_known = bits == 4 || matches!(self.activations, Activations::Ranges(_));
-                ensure!(is_known, "--quantize int8: expected --calibrate for target {target}, found none");
+                let name = blocks.name();
+                ensure!(is_known, "--quantize {name}: expected --calibrate for target {target}, found none");
                 ensure!(symmetric, "--asymmetric: expected blocks without zero points for target {target}");
             }
         }

@@ -15,7 +15,7 @@ use t5gemma_exporter::{Checkpoint, Existing, Export, PRESETS, Plan, Source, Tens
 use t5gemma_graphs::Target;
 use t5gemma_graphs::interface::{DType, Logits};
 use t5gemma_graphs::manifest::{ActivationRanges, EncoderWindow};
-use t5gemma_graphs::onnx::Blocks;
+use t5gemma_graphs::onnx::{Blocks, Code};
 use t5gemma_graphs::quantization::{Activations, Quantization};
 use t5gemma_graphs::task::{Features, Pooling, Task};
 
@@ -147,7 +147,8 @@ struct ExportArgs {
 #[derive(Args)]
 struct QuantizeArgs {
     /// Hold the weight matrices in blocks of this many bits, with activations as they are (targets cpu and cuda, and int4 for
-    /// tensorrt; int8 for tensorrt computes in 8 bits and needs --calibrate)
+    /// tensorrt; int8 and fp8 for tensorrt compute in 8 bits and need --calibrate, fp8 also a GPU that has it: Ada, Hopper or
+    /// newer, compute capability 8.9 and up)
     #[arg(long, value_enum, default_value = "none")]
     quantize: Bits,
     /// The same for the encoder's layers [default: as --quantize]
@@ -171,8 +172,8 @@ struct QuantizeArgs {
     /// Return how large the numbers become that matrices are multiplied with, for `t5gemma calibrate` (target portable)
     #[arg(long)]
     observe: bool,
-    /// What `t5gemma calibrate` has written of this model: has int8 matrices of target tensorrt, with a scale a row, multiplied
-    /// in 8 bits
+    /// What `t5gemma calibrate` has written of this model: has int8 matrices of target tensorrt, with a scale a row, and fp8
+    /// ones, with one scale, multiplied in 8 bits
     #[arg(long, value_name = "RANGES.json", conflicts_with = "observe")]
     calibrate: Option<PathBuf>,
 }
@@ -189,12 +190,13 @@ impl QuantizeArgs {
 
     fn quantization(&self) -> Result<Quantization> {
         let blocks = |part: Option<Bits>| {
-            let (bits, size) = match part.unwrap_or(self.quantize) {
+            let blocks = match part.unwrap_or(self.quantize) {
                 Bits::None => return None,
-                Bits::Int8 => (8, 128),
-                Bits::Int4 => (4, 32),
+                Bits::Fp8 => return Some(Blocks::float8()),
+                Bits::Int8 => Blocks::whole(8, 128),
+                Bits::Int4 => Blocks::whole(4, 32),
             };
-            Some(Blocks { bits, size: self.block_size.unwrap_or(size), symmetric: !self.asymmetric })
+            Some(Blocks { size: self.block_size.unwrap_or(blocks.size), symmetric: !self.asymmetric, ..blocks })
         };
         let quantization = Quantization {
             encoder: blocks(self.quantize_encoder),
@@ -210,6 +212,10 @@ impl QuantizeArgs {
         if let Some((flag, _)) = of_blocks.iter().find(|(_, given)| *given && !quantization.is_any()) {
             bail!("{flag} needs --quantize, or --quantize-encoder, -decoder or -head");
         }
+        let is_blocked = quantization.parts().any(|blocks| blocks.code == Code::Whole);
+        if let Some((flag, _)) = of_blocks[..2].iter().find(|(_, given)| *given && !is_blocked) {
+            bail!("{flag}: expected int8 or int4 matrices, found fp8, which has no blocks");
+        }
         Ok(quantization)
     }
 }
@@ -218,6 +224,7 @@ impl QuantizeArgs {
 enum Bits {
     None,
     Int8,
+    Fp8,
     Int4,
 }
 

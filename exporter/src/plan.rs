@@ -13,6 +13,7 @@ use t5gemma_graphs::interface::{
 };
 use t5gemma_graphs::manifest::{GraphRecord, Manifest};
 
+use crate::check::WITH_FLOAT8;
 use crate::proto;
 
 /// Name of the file with the profiles.
@@ -144,7 +145,7 @@ impl Plan {
             (PROFILES.to_string(), json(&serde_json::to_value(&profiles)?)?),
             (PROVIDER_OPTIONS.to_string(), json(&options(&graphs, &profiles, manifest))?),
             ("build_engines.sh".to_string(), script(&graphs, &profiles, manifest)?.into_bytes()),
-            ("memory.txt".to_string(), table(&memory).into_bytes()),
+            ("memory.txt".to_string(), (table(&memory) + &note(manifest)).into_bytes()),
         ];
         for (name, record) in &graphs {
             let stem = stem(record);
@@ -241,6 +242,18 @@ fn table(memory: &[Memory]) -> String {
     text + "\nFrom shapes, at the greatest sizes of the plan; engines may hold a table that is both embedding and head twice,\nand building one takes about twice its weights.\n"
 }
 
+/// What the greatest sizes do not tell of the GPUs that are needed.
+fn note(manifest: &Manifest) -> String {
+    match has_float8(manifest) {
+        true => format!("\nThe engines compute in fp8, which {WITH_FLOAT8}.\n"),
+        false => String::new(),
+    }
+}
+
+fn has_float8(manifest: &Manifest) -> bool {
+    manifest.weights.tensors.iter().any(|tensor| tensor.dtype == DType::Float8E4M3FN)
+}
+
 fn sizes(shape: &[i64]) -> String {
     shape.iter().map(i64::to_string).collect::<Vec<_>>().join("x")
 }
@@ -288,6 +301,22 @@ fn options(graphs: &[(&str, &GraphRecord)], profiles: &Profiles, manifest: &Mani
     json!({"tensorrt": tensorrt, "nv-tensorrt-rtx": rtx})
 }
 
+/// The lines of the script by which it refuses a GPU that cannot compute as the graphs say.
+fn needed(manifest: &Manifest) -> String {
+    if !has_float8(manifest) {
+        return String::new();
+    }
+    format!(
+        r#"case ${{gpu##*, }} in [0-7].*|8.[0-8])
+    echo "build_engines.sh: the graphs compute in fp8, which {WITH_FLOAT8}" >&2
+    echo "  expected: compute capability 8.9 or up" >&2
+    echo "  found:    $gpu" >&2
+    exit 1;;
+esac
+"#
+    )
+}
+
 /// The script that builds engines with `trtexec`.
 fn script(graphs: &[(&str, &GraphRecord)], profiles: &Profiles, manifest: &Manifest) -> Result<String> {
     let mut script = format!(
@@ -306,7 +335,7 @@ for tool in trtexec nvidia-smi; do
     command -v "$tool" >/dev/null || {{ echo "build_engines.sh: $tool is not installed or not in PATH" >&2; exit 1; }}
 done
 gpu=$(nvidia-smi --query-gpu=name,compute_cap --format=csv,noheader | head -n 1)
-version=$(trtexec --help 2>&1 | sed -n 's/.*TensorRT[.v ]*\([0-9][0-9.]*\).*/\1/p' | head -n 1)
+{needed}version=$(trtexec --help 2>&1 | sed -n 's/.*TensorRT[.v ]*\([0-9][0-9.]*\).*/\1/p' | head -n 1)
 mkdir -p {ENGINES}
 
 build() {{
@@ -331,7 +360,8 @@ typed=(--stronglyTyped)
 case $version in 1[1-9]*) typed=();; esac
 
 "#,
-        weights = manifest.weights.record.sha256
+        weights = manifest.weights.record.sha256,
+        needed = needed(manifest),
     );
     for (_, record) in graphs {
         let profile = &profiles[&record.file];

@@ -8,6 +8,8 @@ use prost::Message;
 use t5gemma_graphs::interface::{Port, Ports};
 use t5gemma_graphs::onnx::{Attribute, Constant, DType, Data, Definition, Dim, ValueInfo};
 
+use crate::float8;
+
 use onnx::attribute_proto::AttributeType;
 use onnx::tensor_proto::{DataLocation, DataType};
 use onnx::{
@@ -190,6 +192,7 @@ fn data_type(dtype: DType) -> i32 {
         DType::UInt8 => DataType::Uint8,
         DType::Int8 => DataType::Int8,
         DType::Int4 => DataType::Int4,
+        DType::Float8E4M3FN => DataType::Float8e4m3fn,
         DType::Bool => DataType::Bool,
     };
     code as i32
@@ -218,6 +221,7 @@ fn inline(graph: &Definition, constant: &Constant) -> TensorProto {
             .flat_map(|&number| match info.dtype {
                 DType::Float16 => f16::from_f64(number).to_le_bytes().to_vec(),
                 DType::BFloat16 => bf16::from_f64(number).to_le_bytes().to_vec(),
+                DType::Float8E4M3FN => vec![float8::code(number as f32)],
                 _ => (number as f32).to_le_bytes().to_vec(),
             })
             .collect(),

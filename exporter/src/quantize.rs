@@ -200,7 +200,7 @@ mod tests {
             (4, 16, false, 0.07),
         ];
         for (bits, size, symmetric, most) in cases {
-            let error = relative_error(&numbers, 96, Blocks { bits, size, symmetric });
+            let error = relative_error(&numbers, 96, Blocks { symmetric, ..Blocks::whole(bits, size) });
             assert!(error < most, "{bits} bits, {size}, {symmetric}: {error}");
         }
     }
@@ -208,7 +208,7 @@ mod tests {
     #[test]
     fn the_search_beats_the_scale_that_holds_the_largest_number() {
         let numbers = noise(128 * 64);
-        let searched = relative_error(&numbers, 128, Blocks { bits: 4, size: 128, symmetric: true });
+        let searched = relative_error(&numbers, 128, Blocks::whole(4, 128));
         let plain: f32 = (numbers.chunks(128))
             .map(|block| {
                 let largest = block.iter().fold(0.0_f32, |largest, x| largest.max(x.abs()));
@@ -222,7 +222,7 @@ mod tests {
     #[test]
     fn blocks_of_zeros_and_of_one_number_are_exact() {
         for (bits, symmetric) in [(8, true), (8, false), (4, true), (4, false)] {
-            let blocks = Blocks { bits, size: 16, symmetric };
+            let blocks = Blocks { symmetric, ..Blocks::whole(bits, 16) };
             let mut numbers = vec![0.0; 40];
             assert_eq!(unpacked(&pack(&numbers, 40, blocks), 40, blocks), numbers, "{blocks:?}");
             numbers[37] = -3.5;

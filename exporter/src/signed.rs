@@ -1,5 +1,5 @@
 //! Signed numbers of few bits, block by block, with positive scales: what the standard `DequantizeLinear` reads and
-//! TensorRT takes. The blocks of ONNX Runtime's own operators are in `quantize.rs`.
+//! TensorRT takes. The blocks of ONNX Runtime's own operators are in `quantize.rs`, real numbers of 8 bits in `float8.rs`.
 
 use t5gemma_graphs::onnx::Blocks;
 
@@ -53,7 +53,7 @@ mod tests {
     #[test]
     fn rows_of_8_bits_have_a_scale_each() {
         let rows = [vec![1.27, -1.27, 0.01, 0.0], vec![-12.7, 0.1, 0.0, 12.6]].concat();
-        let packed = pack_signed(&rows, 4, Blocks { bits: 8, size: 4, symmetric: true });
+        let packed = pack_signed(&rows, 4, Blocks::whole(8, 4));
         let found = packed.numbers.iter().enumerate().map(|(at, &code)| f32::from(code as i8) * packed.scales[at / 4]);
         assert_eq!((packed.numbers.len(), packed.scales.len()), (8, 2));
         for (found, expected) in found.zip(&rows) {
@@ -64,7 +64,7 @@ mod tests {
     #[test]
     fn numbers_come_back_as_near_as_their_bits_let_them() {
         let size = 16;
-        let blocks = Blocks { bits: 4, size, symmetric: true };
+        let blocks = Blocks::whole(4, size);
         struct Case {
             name: &'static str,
             numbers: Vec<f32>,

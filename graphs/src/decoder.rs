@@ -85,6 +85,6 @@ pub fn logits<'g>(x: Value<'g>, tokens: &Tokens<'g>, which: Logits, [norm, head]
     let normed = rms_norm(x, norm);
     let _scope = head.scope();
     let table = head.matrix([vocab_size, hidden_size]);
-    let (x, cap) = (head.multiplied(normed.cast(head.dtype())), head.side.final_logit_softcapping);
+    let (x, cap) = (head.multiplied(normed.cast(head.factor_dtype())), head.side.final_logit_softcapping);
     head.lowering.logits(x, table, cap, [rows.clone(), positions])
 }

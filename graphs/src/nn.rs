@@ -4,7 +4,7 @@
 use crate::Options;
 use crate::config::Side;
 use crate::lower::{Lowering, Matrix};
-use crate::onnx::{Adjust, Blocks, DType, Data, Graph, Packed, Part, Scope, Value};
+use crate::onnx::{Adjust, Blocks, Code, DType, Data, Graph, Packed, Part, Scope, Value};
 use crate::quantization::Activations;
 
 /// A place in one side of the checkpoint: step into a name with [`at`](Weights::at), ask for a tensor with the shape it must
@@ -54,15 +54,19 @@ impl<'g> Weights<'g> {
     /// # Panics
     /// If the matrix has 8 bits for a target that computes in them and nothing is known of x.
     pub fn multiplied(&self, x: Value<'g>) -> Value<'g> {
-        match &self.options.activations {
-            Activations::Observed => {
+        match (&self.options.activations, self.options.quantization.of(&self.path)) {
+            (Activations::Observed, _) => {
                 self.graph.observe(&self.path, x);
                 x
             }
-            Activations::Ranges(ranges) if self.options.quantization.of(&self.path).is_some_and(|b| b.bits == 8) => {
-                let range = ranges.get(&self.path).expect("the ranges were held to the matrices");
-                // What was always zero has a scale all the same, and in every type.
-                x.rounded_to_int8(f64::from(range.max(1e-3)) / 127.0)
+            (Activations::Ranges(ranges), Some(Blocks { bits: 8, code, .. })) => {
+                let range = *ranges.get(&self.path).expect("the ranges were held to the matrices");
+                // What was always zero has a scale all the same, in every type, and so has its inverse.
+                let scale = match code {
+                    Code::Whole => f64::from(range.max(2e-3)) / 127.0,
+                    Code::Float8E4M3FN => f64::from(range.max(0.03)) / 448.0,
+                };
+                x.rounded(code, scale)
             }
             _ => x,
         }
@@ -75,14 +79,13 @@ impl<'g> Weights<'g> {
 
     /// The matrix `[out, in]` of `parts` one above the other, in few bits, under the name of this place.
     fn packed(&self, parts: &[Part], [n, k]: [usize; 2], blocks: Blocks) -> Packed<'g> {
+        if self.options.target.signs_packed() {
+            return self.packed_signed(parts, [n, k], blocks);
+        }
         let parameter = |dtype, shape: &[usize], adjust| self.graph.parameter(&self.path, parts, dtype, shape, adjust);
         let of_row = blocks.of_row(k);
         Packed {
-            numbers: match self.options.target.signs_packed() {
-                true if blocks.bits == 4 => parameter(DType::Int4, &[n, k], Adjust::Signed(blocks)),
-                true => return self.rows_packed(parts, [n, k], blocks),
-                false => parameter(DType::UInt8, &[n, of_row, blocks.bytes()], Adjust::Packed(blocks)),
-            },
+            numbers: parameter(DType::UInt8, &[n, of_row, blocks.bytes()], Adjust::Packed(blocks)),
             scales: parameter(self.dtype(), &[n, of_row], Adjust::Scales(blocks)),
             zero_points: (!blocks.symmetric)
                 .then(|| parameter(DType::UInt8, &[n, blocks.zero_point_bytes(k)], Adjust::ZeroPoints(blocks))),
@@ -91,13 +94,20 @@ impl<'g> Weights<'g> {
         }
     }
 
-    /// The matrix in signed 8 bits, with a scale for each row.
-    fn rows_packed(&self, parts: &[Part], [n, k]: [usize; 2], blocks: Blocks) -> Packed<'g> {
-        let blocks = Blocks { size: k, ..blocks };
+    /// The matrix in signed numbers: of 4 bits with a scale for each block, whole ones of 8 bits with one for each row, real
+    /// ones with one for all, which a builder can apply within the product. What those of rows are applied to afterwards is
+    /// beyond float16 for real numbers, whose rows gain nothing by scales of their own either.
+    fn packed_signed(&self, parts: &[Part], [n, k]: [usize; 2], blocks: Blocks) -> Packed<'g> {
+        let (dtype, size, scales) = match (blocks.code, blocks.bits) {
+            (Code::Whole, 4) => (DType::Int4, blocks.size, vec![n, blocks.of_row(k)]),
+            (Code::Whole, _) => (DType::Int8, k, vec![n]),
+            (Code::Float8E4M3FN, _) => (DType::Float8E4M3FN, n.saturating_mul(k), Vec::new()),
+        };
+        let blocks = Blocks { size, ..blocks };
         let parameter = |dtype, shape: &[usize], adjust| self.graph.parameter(&self.path, parts, dtype, shape, adjust);
         Packed {
-            numbers: parameter(DType::Int8, &[n, k], Adjust::Signed(blocks)),
-            scales: parameter(self.dtype(), &[n], Adjust::Scales(blocks)),
+            numbers: parameter(dtype, &[n, k], Adjust::Signed(blocks)),
+            scales: parameter(self.factor_dtype(), &scales, Adjust::Scales(blocks)),
             zero_points: None,
             blocks,
             shape: [n, k],
@@ -134,6 +144,15 @@ impl<'g> Weights<'g> {
         self.options.dtype
     }
 
+    /// The type that the matrix at this place is multiplied in. Of whole numbers of 8 bits with a scale for each row, builders
+    /// write the sums as they are and scale them afterwards: float16 would hold few of them.
+    pub fn factor_dtype(&self) -> DType {
+        match self.options.quantization.of(&self.path) {
+            Some(Blocks { bits: 8, code: Code::Whole, .. }) if self.options.target.signs_packed() => self.residual(),
+            _ => self.dtype(),
+        }
+    }
+
     /// The type of the residual stream. A float16 stream would overflow: Gemma 2's residuals are known to pass 65504.
     pub fn residual(&self) -> DType {
         if self.dtype() == DType::Float16 { DType::Float32 } else { self.dtype() }
@@ -159,8 +178,9 @@ pub fn embedding<'g>(ids: Value<'g>, w: &Weights<'g>) -> Value<'g> {
 pub fn linear<'g>(x: Value<'g>, [input, output]: [usize; 2], bias: bool, w: &Weights<'g>) -> Value<'g> {
     let at = w.at("weight");
     let weight = at.matrix([output, input]);
-    let bias = bias.then(|| w.at("bias").tensor(&[output]));
-    w.lowering.linear(at.multiplied(x.cast(w.dtype())), weight, bias)
+    let factor = at.factor_dtype();
+    let bias = bias.then(|| w.at("bias").tensor(&[output]).cast(factor));
+    w.lowering.linear(at.multiplied(x.cast(factor)), weight, bias).cast(w.dtype())
 }
 
 /// Several [`linear`]s of one input, side by side, as one product: `(name, outputs)` of each under the place `w`. Held in few

@@ -12,6 +12,6 @@ mod shape;
 
 pub use contrib::{Heads, Packed};
 pub use graph::{
-    Adjust, Attribute, Blocks, Constant, Data, Definition, Graph, Node, Parameter, Part, Scope, Value, ValueInfo,
+    Adjust, Attribute, Blocks, Code, Constant, Data, Definition, Graph, Node, Parameter, Part, Scope, Value, ValueInfo,
 };
 pub use shape::{DType, Dim};

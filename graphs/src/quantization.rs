@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::onnx::Blocks;
+use crate::onnx::{Blocks, Code};
 
 /// How the matrices of each part are held; none as they are.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -41,12 +41,17 @@ impl Quantization {
     /// How the embedding that the checkpoint calls `name` and that nothing multiplies with is held: reading a few rows costs
     /// nothing, so they keep 8 bits.
     pub fn of_embedding(&self, name: &str) -> Option<Blocks> {
-        self.of(name).map(|blocks| Blocks { bits: 8, ..blocks })
+        self.of(name).map(|blocks| Blocks { bits: 8, code: Code::Whole, ..blocks })
+    }
+
+    /// How the parts are held that are held in few bits.
+    pub fn parts(&self) -> impl Iterator<Item = Blocks> {
+        [self.encoder, self.decoder, self.head].into_iter().flatten()
     }
 
     /// Whether anything may be held in few bits.
     pub fn is_any(&self) -> bool {
-        self.encoder.is_some() || self.decoder.is_some() || self.head.is_some()
+        self.parts().next().is_some()
     }
 }
 
@@ -100,7 +105,7 @@ mod tests {
 
     #[test]
     fn a_matrix_is_held_as_its_part_is() {
-        let blocks = |bits| Some(Blocks { bits, size: 32, symmetric: true });
+        let blocks = |bits| Some(Blocks::whole(bits, 32));
         let quantization =
             Quantization { encoder: blocks(8), decoder: blocks(4), head: None, exclude: vec!["*.layers.0.*".into()] };
         assert_eq!(quantization.of("model.encoder.layers.1.mlp.up_proj.weight"), blocks(8));

@@ -160,6 +160,7 @@ pub(crate) fn element_type(dtype: DType) -> TensorElementType {
         DType::UInt8 => TensorElementType::Uint8,
         DType::Int8 => TensorElementType::Int8,
         DType::Int4 => TensorElementType::Int4,
+        DType::Float8E4M3FN => TensorElementType::Float8E4M3FN,
         DType::Bool => TensorElementType::Bool,
     }
 }

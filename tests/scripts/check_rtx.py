@@ -3,14 +3,16 @@
 `check_rtx.py EXPORTER FOLDER [--sizes SIZE...] [--minutes N]`.
 
 FOLDER is for the models: those of the tiny fixtures and of dummy weights in Google's sizes, in bfloat16 and float16, with a
-cache that grows and with one of a capacity, the sizes and the demo also with weights of 4 bits, and the demo in 8 bits, each
-with a serving plan whose profiles are used. Every graph is parsed, and compiled for SM80, SM89 and SM120. Exit status 1 if
-one is refused, or if the time is over before all are compiled. It is not the TensorRT of data centres, whose parser and
-compiler are close relatives: what this takes, that may still refuse.
+cache that grows and with one of a capacity, the fixtures also in fp8, the sizes and the demo also with weights of 4 bits and
+in fp8, and the demo in int8, each with a serving plan whose profiles are used. Every graph is parsed, and compiled for SM80,
+SM89 and SM120; those in fp8 have to be refused for SM80, which has none. Exit status 1 if one is refused else, or if the time
+is over before all are compiled. It is not the TensorRT of data centres, whose parser and compiler are close relatives: what
+this takes, that may still refuse.
 """
 
 import argparse
 import ctypes
+import functools
 import importlib.util
 import json
 import os
@@ -21,6 +23,7 @@ import time
 from pathlib import Path
 
 CAPABILITIES = ["SM80", "SM89", "SM120"]
+WITHOUT_FP8 = ["SM80"]
 TESTS = Path(__file__).resolve().parent.parent
 FIXTURES = TESTS / "fixtures/public"
 DEMO = TESTS / "demo/checkpoint"
@@ -80,40 +83,46 @@ def compiled(tensorrt, graph, profile):
         yield capability, time.monotonic() - start, 0 if engine is None else engine.nbytes, refused
 
 
-def ranges(exporter, folder):
-    """A file of ranges for the demo: which they are makes no difference to a builder."""
-    model, path = folder / "observed", folder / "ranges.json"
+@functools.cache
+def ranges(exporter, folder, name, source):
+    """A file of ranges for a model, made once: which they are makes no difference to a builder."""
+    model, path = folder / "observed", folder / f"{name}-ranges.json"
     shutil.rmtree(model, ignore_errors=True)
-    subprocess.run([exporter, "--quiet", "--observe", str(DEMO), str(model)], check=True)
+    subprocess.run([exporter, "--quiet", "--observe", *source, str(model)], check=True)
     observed = json.loads((model / "manifest.json").read_text())["observed"]
     of_all = {name: 8.0 for names in observed.values() for name in names}
-    path.write_text(json.dumps({"texts": 1, "percentile": 100.0, "ranges": of_all}))
     shutil.rmtree(model)
+    path.write_text(json.dumps({"texts": 1, "percentile": 100.0, "ranges": of_all}))
     return path
 
 
-def exports(sizes, capacity, ranges):
-    """What to export: a label, and the arguments for it."""
+def exports(sizes, capacity):
+    """What to export: a label, the arguments for it, and of what computes in 8 bits the name and source of its ranges."""
     for dtype in ("bfloat16", "float16"):
         for cache in ([], ["--cache", f"static={capacity}"]):
             ways = ["--target", "tensorrt", "--dtype", dtype, "--candidates", "8", *cache]
             plan = f"batch=1..4,source=1..64,target={capacity},beams=1..4"
             label = f"{dtype} {'static' if cache else 'growing'}"
             for fixture in sorted(path for path in FIXTURES.iterdir() if (path / "checkpoint").is_dir()):
-                yield f"{fixture.name} {label}", [*ways, "--plan", plan, str(fixture / "checkpoint")]
+                source = (str(fixture / "checkpoint"),)
+                yield f"{fixture.name} {label}", [*ways, "--plan", plan, *source], None
+                fp8 = [*ways, "--quantize", "fp8", "--plan", plan, *source]
+                yield f"{fixture.name} {label} fp8", fp8, (fixture.name, source)
                 if fixture.name == "tiny-unbalanced":
                     aligned = [*ways, "--alignment", "--plan", plan, str(fixture / "checkpoint")]
-                    yield f"{fixture.name} {label} aligned", aligned
+                    yield f"{fixture.name} {label} aligned", aligned, None
             for size in sizes:
-                yield f"{size} {label}", [*ways, "--plan", plan, "--dummy-weights", "--preset", size]
+                yield f"{size} {label}", [*ways, "--plan", plan, "--dummy-weights", "--preset", size], None
             # Without sizes there is little time, and the types differ by their casts only.
             if cache and (sizes or dtype == "bfloat16"):
-                int8 = ["--quantize", "int8", "--calibrate", str(ranges)]
-                yield f"demo {label} int8", [*ways, *int8, "--plan", plan, str(DEMO)]
-                ways = [*ways, "--quantize", "int4", "--plan", plan]
-                yield f"demo {label} int4", [*ways, str(DEMO)]
-                for size in sizes:
-                    yield f"{size} {label} int4", [*ways, "--dummy-weights", "--preset", size]
+                for bits in ("int8", "fp8", "int4"):
+                    packed = [*ways, "--quantize", bits, "--plan", plan]
+                    known = None if bits == "int4" else ("demo", (str(DEMO),))
+                    yield f"demo {label} {bits}", [*packed, str(DEMO)], known
+                    for size in sizes if bits != "int8" else []:
+                        source = ("--dummy-weights", "--preset", size)
+                        known = None if bits == "int4" else (size, source)
+                        yield f"{size} {label} {bits}", [*packed, *source], known
 
 
 def main():
@@ -127,17 +136,21 @@ def main():
     tensorrt = load()
     deadline = time.monotonic() + given.minutes * 60
     given.folder.mkdir(parents=True, exist_ok=True)
-    refused = engines = 0
+    refused = rightly = engines = 0
     # Fixtures of one shape give one graph: what differs is in their weights only.
     known = set()
-    for label, how in exports(given.sizes, 64, ranges(given.exporter, given.folder)):
+    for label, how, observed in exports(given.sizes, 64):
         if given.only not in label:
             continue
+        if observed:
+            how = ["--calibrate", str(ranges(given.exporter, given.folder, *observed)), *how]
         out = given.folder / label.replace(" ", "-")
         shutil.rmtree(out, ignore_errors=True)
         subprocess.run([given.exporter, "--quiet", *how, str(out)], check=True)
         manifest = json.loads((out / "manifest.json").read_text())
         profiles = json.loads((out / "profiles.json").read_text())
+        of_fp8 = {tensor["name"] for tensor in manifest["weights"]["tensors"] if tensor["dtype"] == "float8e4m3fn"}
+        assert bool(of_fp8) == label.endswith(" fp8"), label
         for name in GRAPHS:
             graph = out / f"{name}.onnx"
             shape = (name, manifest["dtype"], hash(graph.read_bytes()))
@@ -146,15 +159,24 @@ def main():
             known.add(shape)
             if time.monotonic() > deadline:
                 sys.exit(f"check_rtx.py: {given.minutes} minutes are over, before {label} {name}")
+            weights = next(part["weights"] for part in manifest["graphs"].values() if part["file"] == graph.name)
+            in_fp8 = not of_fp8.isdisjoint(weights)
             for step, seconds, size, wrong in compiled(tensorrt, graph, profiles[graph.name]):
                 verdict = "REFUSED" if wrong else "ok"
+                if in_fp8 and step in WITHOUT_FP8:
+                    if len(wrong) == 1 and "datatypes: fp8" in wrong[0]:
+                        print(f"no fp8  {label:<36} {name:<24} {step:<7}{seconds:>7.1f} s", flush=True)
+                        rightly += 1
+                        continue
+                    wrong = wrong or ["expected to be refused for its fp8, and was compiled"]
+                    verdict = "WRONG"
                 print(f"{verdict:<8}{label:<36} {name:<24} {step:<7}{seconds:>7.1f} s{size / 1e6:>9.1f} MB", flush=True)
                 for line in wrong:
                     print("   ", line)
                 refused += bool(wrong)
                 engines += not wrong and step != "parsed"
         shutil.rmtree(out)
-    print(f"{engines} engines compiled, {refused} refused")
+    print(f"{engines} engines compiled, {refused} refused, {rightly} more as they have no fp8")
     sys.exit(refused > 0 or engines == 0)
 
 

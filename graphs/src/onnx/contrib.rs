@@ -7,9 +7,9 @@ use super::{Blocks, Dim};
 /// A matrix `[n, k]` packed in blocks.
 #[derive(Clone, Copy)]
 pub struct Packed<'g> {
-    /// uint8 `[n, blocks, bytes of a block]`; for standard operators int4 `[n, k]`.
+    /// uint8 `[n, blocks, bytes of a block]`; for standard operators `[n, k]` of a type of few bits.
     pub numbers: Value<'g>,
-    /// `[n, blocks]`, in the type of what is multiplied with the matrix.
+    /// `[n, blocks]`, in the type of what is multiplied with the matrix; for standard operators also `[n]` or `[]`.
     pub scales: Value<'g>,
     /// uint8 `[n, bytes of a row's zero points]`, for blocks that are not symmetric.
     pub zero_points: Option<Value<'g>>,

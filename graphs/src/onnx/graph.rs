@@ -127,7 +127,8 @@ pub enum Adjust {
     OnePlus,
     /// Whole numbers of few bits, see [`Blocks`].
     Packed(Blocks),
-    /// The same as signed numbers, 0 for zero, one after the other and scaled by positive numbers; rows are whole blocks.
+    /// The same as signed numbers, 0 for zero, one after the other and scaled by positive numbers; rows are whole blocks, or
+    /// the matrix is one.
     Signed(Blocks),
     /// What the packed or signed numbers of a block are multiplied with.
     Scales(Blocks),
@@ -136,7 +137,8 @@ pub enum Adjust {
 }
 
 /// How the rows of a matrix `[n, k]` are held in few bits a number, as `MatMulNBits` reads them: in blocks of `size`
-/// numbers along `k`, the last one filled up, with `w = scale · (packed − zero)`.
+/// numbers along `k`, the last one filled up, with `w = scale · (packed − zero)`. A target may have whole rows, or the whole
+/// matrix, for a block of 8 bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Blocks {
     /// Bits of a packed number, 4 or 8; of two in a byte the first is the lower.
@@ -145,9 +147,48 @@ pub struct Blocks {
     pub size: usize,
     /// Whether zero is in the middle, `2^(bits − 1)`, of every block, which then has no zero point of its own.
     pub symmetric: bool,
+    /// What a packed number stands for.
+    #[serde(default, skip_serializing_if = "Code::is_whole")]
+    pub code: Code,
+}
+
+/// What the bits of a packed number stand for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Code {
+    /// A whole number.
+    #[default]
+    Whole,
+    /// A real number, of [`DType::Float8E4M3FN`].
+    Float8E4M3FN,
+}
+
+impl Code {
+    fn is_whole(&self) -> bool {
+        *self == Code::Whole
+    }
 }
 
 impl Blocks {
+    /// Whole numbers with zero in the middle.
+    pub fn whole(bits: u8, size: usize) -> Blocks {
+        Blocks { bits, size, symmetric: true, code: Code::Whole }
+    }
+
+    /// Real numbers of 8 bits.
+    pub fn float8() -> Blocks {
+        Blocks { code: Code::Float8E4M3FN, ..Blocks::whole(8, 128) }
+    }
+
+    /// The name of this way to hold numbers: `int4`, `int8` or `fp8`.
+    pub fn name(self) -> &'static str {
+        match (self.code, self.bits) {
+            (Code::Float8E4M3FN, _) => "fp8",
+            (Code::Whole, 4) => "int4",
+            (Code::Whole, _) => "int8",
+        }
+    }
+
     /// Blocks in a row of `k` numbers.
     pub fn of_row(self, k: usize) -> usize {
         k.div_ceil(self.size)
@@ -246,7 +287,7 @@ impl Graph {
         let name = match adjust {
             Adjust::AsIs => name.to_string(),
             Adjust::OnePlus => format!("{name}.one_plus"),
-            Adjust::Packed(Blocks { bits, .. }) | Adjust::Signed(Blocks { bits, .. }) => format!("{name}.int{bits}"),
+            Adjust::Packed(blocks) | Adjust::Signed(blocks) => format!("{name}.{}", blocks.name()),
             Adjust::Scales(_) => format!("{name}.scales"),
             Adjust::ZeroPoints(_) => format!("{name}.zero_points"),
         };
@@ -274,7 +315,7 @@ impl Graph {
     /// Numbers that are part of the graph.
     pub fn constant(&self, dtype: DType, shape: &[usize], data: Data) -> Value<'_> {
         let count = match &data {
-            Data::Floats(numbers) if dtype.is_float() => numbers.len(),
+            Data::Floats(numbers) if dtype.is_float() || dtype == DType::Float8E4M3FN => numbers.len(),
             Data::Ints(numbers) if matches!(dtype, DType::Int64 | DType::Int32 | DType::Int8) => numbers.len(),
             other => panic!("a constant of {dtype} cannot hold {other:?}"),
         };

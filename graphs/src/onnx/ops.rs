@@ -97,6 +97,7 @@ impl<'g> Value<'g> {
             DType::Bool => 9,
             DType::Float16 => 10,
             DType::BFloat16 => 16,
+            DType::Float8E4M3FN => 17,
             DType::Int4 => 22,
         };
         self.graph.node("Cast", &[self], &[("to", Attribute::Int(code))], &[(to, self.shape())])[0]

@@ -24,13 +24,15 @@ pub enum DType {
     Int8,
     /// Signed 4-bit integer: two in a byte, the first in its lower half.
     Int4,
+    /// Real numbers of 8 bits: 4 of exponent, 3 of mantissa, the greatest 448, and no infinities.
+    Float8E4M3FN,
     /// One byte, 0 or 1: masks inside a graph.
     Bool,
 }
 
 impl DType {
     /// Every type.
-    pub const ALL: [DType; 9] = [
+    pub const ALL: [DType; 10] = [
         DType::Float32,
         DType::Float16,
         DType::BFloat16,
@@ -39,6 +41,7 @@ impl DType {
         DType::UInt8,
         DType::Int8,
         DType::Int4,
+        DType::Float8E4M3FN,
         DType::Bool,
     ];
 
@@ -53,11 +56,11 @@ impl DType {
             DType::Int64 => 8,
             DType::Float32 | DType::Int32 => 4,
             DType::Float16 | DType::BFloat16 => 2,
-            DType::Bool | DType::UInt8 | DType::Int8 | DType::Int4 => 1,
+            DType::Bool | DType::UInt8 | DType::Int8 | DType::Int4 | DType::Float8E4M3FN => 1,
         }
     }
 
-    /// Whether the type holds real numbers.
+    /// Whether the type holds real numbers that can be computed with.
     pub fn is_float(self) -> bool {
         matches!(self, DType::Float32 | DType::Float16 | DType::BFloat16)
     }
@@ -74,6 +77,7 @@ impl fmt::Display for DType {
             DType::UInt8 => "uint8",
             DType::Int8 => "int8",
             DType::Int4 => "int4",
+            DType::Float8E4M3FN => "float8e4m3fn",
             DType::Bool => "bool",
         })
     }

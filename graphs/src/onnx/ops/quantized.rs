@@ -1,39 +1,49 @@
 //! The standard operators for numbers in few bits.
 
 use super::super::graph::{Attribute, Data, Value};
-use super::super::{Blocks, DType, Dim};
+use super::super::{Blocks, Code, DType, Dim};
 
 impl<'g> Value<'g> {
-    /// `w · scale` of this matrix `[n, k]` of int4 or int8, in the type of the scales: `[n, k / size]`, one for each block of
-    /// numbers along a row, or `[n]`, one for each row.
+    /// `w · scale` of this matrix `[n, k]` in few bits, in the type of the scales: `[n, k / size]`, one for each block of
+    /// numbers along a row, `[n]`, one for each row, or `[]`, one for all.
     #[track_caller]
     pub fn dequantized(self, scales: Value<'g>, blocks: Blocks) -> Value<'g> {
         let (shape, of_blocks) = (self.shape(), scales.shape());
-        let is_blocked = of_blocks.len() == 2;
         let fits = match (&shape[..], &of_blocks[..]) {
             ([n, k], [rows, count]) => {
                 n == rows && count.as_fixed().map(|count| count * blocks.size) == k.as_fixed() && k.as_fixed().is_some()
             }
             ([n, _], [rows]) => n == rows,
+            ([_, _], []) => true,
             _ => false,
         };
-        let dtype = if blocks.bits == 4 { DType::Int4 } else { DType::Int8 };
+        let dtype = match (blocks.code, blocks.bits) {
+            (Code::Float8E4M3FN, _) => DType::Float8E4M3FN,
+            (Code::Whole, 4) => DType::Int4,
+            (Code::Whole, _) => DType::Int8,
+        };
         if !fits || self.dtype() != dtype || !scales.dtype().is_float() {
             let (of, by) = (Dim::list(&shape), Dim::list(&of_blocks));
             self.graph.mistake(format!("DequantizeLinear of {} {of} by {} {by}", self.dtype(), scales.dtype()));
         }
-        let attributes = match is_blocked {
-            true => vec![("axis", Attribute::Int(1)), ("block_size", Attribute::Int(blocks.size as i64))],
-            false => vec![("axis", Attribute::Int(0))],
+        let attributes = match of_blocks.len() {
+            2 => vec![("axis", Attribute::Int(1)), ("block_size", Attribute::Int(blocks.size as i64))],
+            1 => vec![("axis", Attribute::Int(0))],
+            _ => Vec::new(),
         };
         self.graph.node("DequantizeLinear", &[self, scales], &attributes, &[(scales.dtype(), shape)])[0]
     }
 
-    /// The numbers rounded to int8 with the given scale, and back: what is beyond 127 of it is cut.
-    pub fn rounded_to_int8(self, scale: f64) -> Value<'g> {
+    /// The numbers rounded to int8 or real numbers of 8 bits with the given scale, and back: what is beyond 127 or 448 of it
+    /// is cut.
+    pub fn rounded(self, code: Code, scale: f64) -> Value<'g> {
         let scale = self.graph.constant(self.dtype(), &[], Data::Floats(vec![scale]));
-        let zero = self.graph.constant(DType::Int8, &[], Data::Ints(vec![0]));
-        let rounded = self.one("QuantizeLinear", &[self, scale, zero], DType::Int8, self.shape());
+        let (dtype, zero) = match code {
+            Code::Whole => (DType::Int8, Data::Ints(vec![0])),
+            Code::Float8E4M3FN => (DType::Float8E4M3FN, Data::Floats(vec![0.0])),
+        };
+        let zero = self.graph.constant(dtype, &[], zero);
+        let rounded = self.one("QuantizeLinear", &[self, scale, zero], dtype, self.shape());
         self.one("DequantizeLinear", &[rounded, scale, zero], self.dtype(), self.shape())
     }
 
@@ -45,15 +55,35 @@ impl<'g> Value<'g> {
 
 #[cfg(test)]
 mod tests {
-    use crate::onnx::{Blocks, DType, Dim, Graph};
+    use crate::onnx::{Blocks, Code, DType, Dim, Graph};
 
     #[test]
     fn a_matrix_takes_the_type_of_its_scales() {
         let graph = Graph::new();
         let w = graph.input("w", DType::Int4, &Dim::all(&[8, 64]));
         let scales = graph.input("scales", DType::BFloat16, &Dim::all(&[8, 2]));
-        let whole = w.dequantized(scales, Blocks { bits: 4, size: 32, symmetric: true });
+        let whole = w.dequantized(scales, Blocks::whole(4, 32));
         assert_eq!((whole.dtype(), whole.shape()), (DType::BFloat16, Dim::all(&[8, 64])));
+    }
+
+    #[test]
+    fn real_numbers_of_8_bits_have_one_scale() {
+        let graph = Graph::new();
+        let w = graph.input("w", DType::Float8E4M3FN, &Dim::all(&[8, 64]));
+        let scale = graph.input("scale", DType::Float16, &[]);
+        let whole = w.dequantized(scale, Blocks::float8());
+        assert_eq!((whole.dtype(), whole.shape()), (DType::Float16, Dim::all(&[8, 64])));
+        let x = graph.input("x", DType::BFloat16, &[Dim::symbol("tokens"), Dim::fixed(64)]);
+        let rounded = x.rounded(Code::Float8E4M3FN, 0.5);
+        assert_eq!((rounded.dtype(), rounded.shape()), (x.dtype(), x.shape()));
+    }
+
+    #[test]
+    #[should_panic(expected = "DequantizeLinear of int8 [8, 64] by float32 []")]
+    fn the_numbers_are_of_the_code() {
+        let graph = Graph::new();
+        let w = graph.input("w", DType::Int8, &Dim::all(&[8, 64]));
+        let _ = w.dequantized(graph.input("scale", DType::Float32, &[]), Blocks::float8());
     }
 
     #[test]
@@ -62,6 +92,6 @@ mod tests {
         let graph = Graph::new();
         let w = graph.input("w", DType::Int4, &Dim::all(&[8, 48]));
         let scales = graph.input("scales", DType::Float32, &Dim::all(&[8, 2]));
-        let _ = w.dequantized(scales, Blocks { bits: 4, size: 32, symmetric: true });
+        let _ = w.dequantized(scales, Blocks::whole(4, 32));
     }
 }
