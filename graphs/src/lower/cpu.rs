@@ -27,8 +27,8 @@ impl Lowering for Cpu {
     fn logits<'g>(&self, x: Value<'g>, table: Matrix<'g>, cap: Option<f64>, [rows, positions]: [Dim; 2]) -> Value<'g> {
         let x = x.reshape(&[rows, positions, x.dim(-1)]);
         match cap {
-            None => self.linear(x, table, None),
-            Some(cap) => self.linear(x * (1.0 / cap), table, None).tanh() * cap,
+            None => self.linear(x, table, None).cast(DType::Float32),
+            Some(cap) => self.linear(x * (1.0 / cap), table, None).cast(DType::Float32).tanh() * cap,
         }
     }
 

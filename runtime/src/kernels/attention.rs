@@ -124,8 +124,14 @@ impl Kernel for OverGiven {
         let (of_visible, mask) = visible.try_extract_tensor::<bool>()?;
         let [batch, heads, count, dim] = four("Attention", of_query)?;
         let [key_batch, kv_heads, length, key_dim] = four("Attention", of_key)?;
-        let [mask_batch, mask_heads, mask_rows, mask_keys] = four("Attention", of_visible)?;
+        // Axes that are not there are as those of size 1.
+        let mut of_mask = [1; 4];
+        for (to, &from) in of_mask.iter_mut().rev().zip(of_visible.iter().rev()) {
+            *to = from as usize;
+        }
+        let [mask_batch, mask_heads, mask_rows, mask_keys] = of_mask;
         let fits = of_key == of_value
+            && of_visible.len() <= 4
             && (key_batch, key_dim, mask_keys) == (batch, dim, length)
             && kv_heads > 0
             && heads.is_multiple_of(kv_heads)
