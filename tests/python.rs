@@ -46,6 +46,15 @@ fn pythons_onnxruntime_agrees_with_transformers() {
     }
 }
 
+/// This project's runtime has kernels of its own for these graphs; they are ONNX Runtime's to run all the same.
+#[test]
+fn pythons_onnxruntime_alone_runs_what_is_written_for_a_cpu() {
+    for name in FIXTURES {
+        let export = Export { target: Target::Cpu, ..Export::default() };
+        python("run_onnxruntime.py", [exported_as(name, "cpu", export), fixture(name)]);
+    }
+}
+
 #[test]
 fn onnxs_reference_evaluator_agrees_with_transformers() {
     for name in ["tiny-balanced", "tiny-unbalanced", "tiny-untied"] {

@@ -15,6 +15,8 @@ from safetensors.numpy import load_file
 START = 2
 # A row whose beams are all alike must score as the row alone.
 BEAMS = 2
+# Tokens that a cache which is written in place has room for.
+ROOM = 64
 
 
 class Comparison:
@@ -35,7 +37,8 @@ class Comparison:
 def compare(model, golden, engine):
     """Runs everything that the golden tensors cover and returns the largest differences by kind."""
     tensors = load_file(golden / "golden.safetensors")
-    exclusive = json.loads((model / "manifest.json").read_text())["encoder_window"] == "exclusive"
+    manifest = json.loads((model / "manifest.json").read_text())
+    exclusive, in_place = manifest["encoder_window"] == "exclusive", manifest.get("cache") == "in_place"
     encoder = engine(model / "encoder_model.onnx")
     decoder = engine(model / "decoder_model.onnx")
     decoder_with_past = engine(model / "decoder_with_past_model.onnx")
@@ -55,8 +58,24 @@ def compare(model, golden, engine):
 
         def step(tokens, cached):
             past = {name.replace("present", "past_key_values"): cached[name] for name in cached if name != "logits"}
+            if in_place:
+                return step_in_place(tokens, past, cached)
             present = decoder_with_past({"encoder_attention_mask": mask, "input_ids": tokens, **past})
             return {**cached, **present}
+
+        def step_in_place(tokens, past, cached):
+            length = past.pop("length", None) or past["past_key_values.0.decoder.key"].shape[2]
+            if tokens.shape[1] > 1 and len(tokens) > 1:
+                # The attention over such a cache takes several tokens of a single row only.
+                for at in range(tokens.shape[1]):
+                    cached = step(tokens[:, at : at + 1], cached)
+                return cached
+            for name, value in past.items():
+                if ".decoder." in name:
+                    past[name] = np.pad(value, [(0, 0), (0, 0), (0, ROOM - value.shape[2]), (0, 0)])
+            positions = np.broadcast_to(np.arange(length, length + tokens.shape[1]), tokens.shape).astype(np.int64)
+            inputs = {"encoder_attention_mask": mask, "input_ids": tokens, "cache_position": positions, **past}
+            return {**cached, **decoder_with_past(inputs), "length": length + tokens.shape[1]}
 
         first_token = np.full((len(ids), 1), START)
         first = start(first_token)
