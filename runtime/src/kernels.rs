@@ -31,7 +31,6 @@ use crate::scores::Wanted;
 use product::{Activations, Weights};
 
 /// The kernels of a session: what they have in common with those of the model's other sessions, and what is wanted of them.
-#[derive(Default)]
 pub(crate) struct Kernels {
     wish: Arc<Wish>,
     #[cfg(target_arch = "x86_64")]
@@ -39,6 +38,16 @@ pub(crate) struct Kernels {
 }
 
 impl Kernels {
+    /// Those for a model with a head of so many rows.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables))]
+    pub fn new(vocab_size: usize) -> Kernels {
+        Kernels {
+            wish: Arc::default(),
+            #[cfg(target_arch = "x86_64")]
+            copies: Arc::new(best::Copies::new(vocab_size)),
+        }
+    }
+
     /// Those for another session of the model.
     pub fn beside(&self) -> Kernels {
         Kernels {
@@ -48,7 +57,7 @@ impl Kernels {
         }
     }
 
-    /// Says what is wanted of the results of large products, before a run, by who has the session to itself.
+    /// Says what is wanted of the results of the head, before a run, by who has the session to itself.
     pub fn want(&self, wanted: Wanted) {
         self.wish.set(wanted);
     }
@@ -86,7 +95,7 @@ impl Wish {
     fn set(&self, wanted: Wanted) {
         let code = match wanted {
             Wanted::All => 0,
-            Wanted::Best { count, sum } => (count.max(1) as u64) << 1 | u64::from(sum),
+            Wanted::Best { count, sum } => (count.clamp(1, u32::MAX as usize) as u64) << 1 | u64::from(sum),
         };
         self.0.store(code, Ordering::Release);
     }
@@ -100,7 +109,7 @@ impl Wish {
     }
 }
 
-/// Products of which only the greatest results are wanted.
+/// The product with the head, of which only the greatest results may be wanted.
 #[cfg(target_arch = "x86_64")]
 #[derive(Clone)]
 struct Best {

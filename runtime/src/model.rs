@@ -37,7 +37,7 @@ use crate::provider::{self, Elsewhere, Placement, Provider, no_graphs};
 use crate::score;
 use crate::scores::Wanted;
 use crate::search::{Hypothesis, Search};
-use crate::state::{Cache, First, Plan, Pool, Ragged, Returned, State};
+use crate::state::{Cache, Device, First, Plan, Pool, Ragged, Returned, State};
 use crate::tokenizer::Tokenizer;
 use crate::weights::{self, Initializers, Uploaded, element_type};
 
@@ -246,6 +246,11 @@ impl Model {
         }
         if options.steady_steps && !is_steady {
             let expected = "false for a model without a cache in place on its device (--target cuda)";
+            return Err(Error::input("steady_steps", expected, "true"));
+        }
+        let is_mixed = folder.manifest.dtype == DType::Float32 && options.placement.device() != Device::Cpu;
+        if options.steady_steps && is_mixed {
+            let expected = "false in float32 on a GPU, where the CPU computes self-attention";
             return Err(Error::input("steady_steps", expected, "true"));
         }
         let mut opener = Opener::new(&folder, options)?;
@@ -797,7 +802,8 @@ impl<'f> Opener<'f> {
         let library = onnxruntime::initialise(options.library.as_deref(), options.threads)?;
         let weights = weights::mapped(folder).map_err(Error::onnxruntime("sharing the weights"))?;
         provider::check_cache(folder, options.placement.provider)?;
-        Ok(Opener { library, folder, weights, options, kernels: Kernels::default(), elsewhere: Vec::new() })
+        let kernels = Kernels::new(folder.config.decoder.vocab_size);
+        Ok(Opener { library, folder, weights, options, kernels, elsewhere: Vec::new() })
     }
 
     /// Has the graphs opened from here on read the weights from one copy on the device, where that is how the provider reads them.

@@ -204,7 +204,7 @@ impl Processors {
         let mut is_cut = search.draws().is_none();
         for processor in self.processors.iter().filter(|processor| processor.is_active(length)) {
             // Where a processor makes some tokens less likely, as many that follow them may take their place.
-            count += match processor {
+            let more = match processor {
                 Processor::Forbid { tokens, .. } => tokens.len(),
                 Processor::RepetitionPenalty(penalty) if *penalty >= 1.0 => length,
                 Processor::Generated { frequency, presence, .. } if *frequency >= 0.0 && *presence >= 0.0 => length,
@@ -220,6 +220,7 @@ impl Processors {
                 Processor::Warp(Warper::Epsilon { .. } | Warper::Eta { .. }) if is_cut => 0,
                 _ => return Wanted::All,
             };
+            count = count.saturating_add(more);
         }
         if is_cut { Wanted::Best { count, sum } } else { Wanted::All }
     }

@@ -339,10 +339,11 @@ impl Kernel for OverPast {
         })?;
         let total = total.first().map_or(0, |&total| total.max(0) as usize);
         let capacity = room.max(total);
-        let ends: Vec<usize> = last.iter().map(|&last| (last.max(-1) + 1) as usize).collect();
+        let ends: Vec<usize> = last.iter().map(|&last| (i64::from(last).max(-1) + 1) as usize).collect();
         let half = dim / 2;
         let positions = of_tables.first().map_or(0, |&positions| positions as usize);
         let fits = ends.len() == rows
+            && dim > 0
             && dim * width == across as usize
             && dim % 2 == 0
             && cos.len() == positions * half

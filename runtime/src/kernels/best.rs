@@ -1,4 +1,4 @@
-//! The product with a very large matrix of which only the greatest results count: first roughly for all of its rows, then as it
+//! The product with the head of a vocabulary, of which only the greatest results count: first roughly for all of its rows, then as it
 //! should be for those whose results may be among the greatest.
 //!
 //! # Design
@@ -37,9 +37,12 @@ const BLOCK: usize = 128;
 /// The error of a sum in float32, of so many times the product of the norms: 512 roundings of 2⁻²⁴ each would be a third of it.
 const ROUNDING: f32 = 1e-4;
 
-/// What is known of a model's large matrices, for all of its sessions.
-#[derive(Default)]
-pub(crate) struct Copies(Mutex<HashMap<(usize, usize), Use>>);
+/// What is known of a model's head, wherever it lies, for all of its sessions.
+pub(crate) struct Copies {
+    /// Rows of the head. Of other matrices all results count, however large they are.
+    rows: usize,
+    known: Mutex<HashMap<(usize, usize), Use>>,
+}
 
 enum Use {
     Once,
@@ -80,6 +83,11 @@ pub(super) struct Room {
 pub(super) type Spread<'s> = &'s dyn Fn(usize, &(dyn Fn(usize) + Send + Sync)) -> ort::Result<()>;
 
 impl Copies {
+    /// Nothing yet, for a head of so many rows.
+    pub fn new(rows: usize) -> Copies {
+        Copies { rows, known: Mutex::default() }
+    }
+
     /// Computes the product `y = x · wᵀ` as far as it is wanted, and tells whether it did: otherwise all of it is to be
     /// computed.
     ///
@@ -99,7 +107,8 @@ impl Copies {
             Table::Float(_) => true,
             Table::Packed(w) => !sum && rough::takes(w),
         };
-        if !takes || n * k < LARGE || rows > MOST_ROWS || rows * count > n / 8 {
+        // Bounds are looked at by chunks: there have to be as many as results that are wanted.
+        if !takes || n != self.rows || n * k < LARGE || rows > MOST_ROWS || rows * count > n / 8 || count > n / CHUNK {
             return Ok(false);
         }
         // SAFETY: the caller's.
@@ -113,7 +122,7 @@ impl Copies {
     /// # Safety
     /// As for [`Copies::multiply`].
     unsafe fn of(&self, w: Table, [n, k]: [usize; 2], spread: Spread) -> ort::Result<Option<Arc<Known>>> {
-        let Ok(mut copies) = self.0.try_lock() else { return Ok(None) };
+        let Ok(mut copies) = self.known.try_lock() else { return Ok(None) };
         let place = match w {
             Table::Float(w) => (w.as_ptr() as usize, w.len()),
             Table::Packed(w) => (w.numbers.as_ptr() as usize, w.numbers.len()),
@@ -306,13 +315,14 @@ impl Known {
         }
     }
 
-    /// The columns whose results may be `limit` or greater.
+    /// The columns whose results may be `limit` or greater, or are not numbers.
     #[target_feature(enable = "avx2,fma")]
     fn reaching(&self, first: usize, results: &[f32], slack: [f32; 2], limit: f32, reach: &mut Vec<usize>) {
         for (at, results) in results.chunks(CHUNK).enumerate() {
             let moved = self.moves(first + at * CHUNK, results, slack);
-            if moved.iter().fold(false, |any, result| any | (*result >= limit)) {
-                let there = (0..results.len()).filter(|&at| moved[at] >= limit);
+            let reaches = |result: f32| (result >= limit) | result.is_nan();
+            if moved.iter().fold(false, |any, &result| any | reaches(result)) {
+                let there = (0..results.len()).filter(|&at| reaches(moved[at]));
                 reach.extend(there.map(|column| first + at * CHUNK + column));
             }
         }
@@ -427,7 +437,7 @@ mod tests {
             // SAFETY: the features are there, and there is one thread.
             unsafe { float::multiply(&float::Product::new(&x, &w, &mut plain, [rows, n, k]), 0..n) };
 
-            let (copies, mut room) = (Copies::default(), Room::default());
+            let (copies, mut room) = (Copies::new(n), Room::default());
             let mut y = vec![f32::NAN; rows * n];
             let mut multiply = |wanted, y: &mut [f32]| {
                 // SAFETY: as above.
@@ -483,7 +493,7 @@ mod tests {
             // SAFETY: there is one thread.
             unsafe { product::multiply(&room.activations, &weights, None, 0..n, &output) };
 
-            let copies = Copies::default();
+            let copies = Copies::new(n);
             let mut y = vec![f32::NAN; rows * n];
             for expected in [false, true] {
                 let operands = (&x[..], Table::Packed(&weights), &mut y[..]);
@@ -506,13 +516,21 @@ mod tests {
                     .fold((0.0, 0.0), |(apart, size): (f32, f32), (a, b)| (apart + (a - b).powi(2), size + a.powi(2)));
                 assert!((apart / size).sqrt() < 0.1, "{bits} bits, {block_size}: {}", (apart / size).sqrt());
             }
-            // Of a row with what is not finite nothing is.
+            // Of a row with what is not finite nothing is: that is for the plain product to tell.
             x[0] = f32::INFINITY;
             let operands = (&x[..], Table::Packed(&weights), &mut y[..]);
             let wanted = Wanted::Best { count, sum: false };
             // SAFETY: as above.
             let done = unsafe { copies.multiply(wanted, &mut room, operands, [rows, n, k], &alone) };
-            assert!(done.is_ok() && y[..n].iter().all(|y| y.is_nan()) && y[n..].iter().all(|y| y.is_finite()));
+            assert_eq!(done.ok(), Some(false), "{bits} bits, {block_size}");
+            // Nor is another matrix than the head looked at, however large.
+            let (copies, x) = (Copies::new(n + 1), noise(rows * k, 7));
+            for _ in 0..3 {
+                let operands = (&x[..], Table::Packed(&weights), &mut y[..]);
+                // SAFETY: as above.
+                let done = unsafe { copies.multiply(wanted, &mut room, operands, [rows, n, k], &alone) };
+                assert_eq!(done.ok(), Some(false));
+            }
         }
     }
 
@@ -527,7 +545,7 @@ mod tests {
         let x = noise(k, 5);
         let at = (0..k).max_by(|&a, &b| x[a].abs().total_cmp(&x[b].abs())).unwrap_or(0);
         w[40_000 * k + at] += 1e-4 * x[at].signum();
-        let (copies, mut room) = (Copies::default(), Room::default());
+        let (copies, mut room) = (Copies::new(n), Room::default());
         let wanted = Wanted::Best { count: 1, sum: false };
         let mut y = vec![0.0; n];
         for _ in 0..2 {

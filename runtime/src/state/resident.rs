@@ -266,7 +266,9 @@ impl Resident {
             self.targets = presents.iter().map(|name| take(name)).collect::<ort::Result<_>>()?;
         }
         drop(outputs);
-        self.bound = in_place.then_some((scores, binding));
+        // In float32 a GPU leaves self-attention to the CPU, whose inputs are copied when they are bound.
+        let stays = in_place && (self.plan.dtype != DType::Float32 || self.plan.device == Device::Cpu);
+        self.bound = stays.then_some((scores, binding));
         self.length += count;
         self.is_settled = true;
         Ok(Returned { logits, attended })

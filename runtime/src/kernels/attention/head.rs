@@ -72,7 +72,8 @@ pub fn turned(keys: &[f32], dim: usize, to: &mut [f32]) {
     }
 }
 
-/// Computes the queries `queries` of a head into `to`, `[queries, dim]`. A query that sees nothing becomes zeros.
+/// Computes the queries `queries` of a head into `to`, `[queries, dim]`. A query that sees nothing
+/// sees all keys alike: what is hidden has the least finite score, not none, in the reference.
 pub fn attend(head: Head, visible: &impl Visible, queries: Range<usize>, room: &mut Room, to: &mut [f32]) {
     #[cfg(target_arch = "x86_64")]
     if super::super::float::is_here() {
@@ -124,7 +125,7 @@ fn tile<const FUSED: bool, const R: usize>(
     let mut start = there.clone().map(|range| range.start).min().unwrap_or(0);
     let end = there.map(|range| range.end).max().unwrap_or(0);
     if start == end {
-        return to.fill(0.0);
+        return to.chunks_exact_mut(dim).for_each(|to| mean(head.values, to));
     }
     let Room { scores, queries } = room;
     let own = head.queries[first * dim..(first + R) * dim].iter().map(|x| x * head.scale);
@@ -182,16 +183,24 @@ fn tile<const FUSED: bool, const R: usize>(
             *to = values.chunks_exact(dim).zip(*scores).map(|(value, p)| value[at] * p).sum();
         }
     }
-    for (to, sum) in to.chunks_exact_mut(dim).zip(sums) {
-        let factor = if sum > 0.0 {
-            1.0 / sum
-        } else if sum.is_nan() {
-            sum
-        } else {
-            0.0
-        };
+    for ((to, sum), range) in to.chunks_exact_mut(dim).zip(sums).zip(ranges) {
+        if range.is_empty() {
+            mean(head.values, to);
+            continue;
+        }
+        let factor = 1.0 / sum;
         to.iter_mut().for_each(|x| *x *= factor);
     }
+}
+
+/// The mean of the values `[keys, dim]`.
+fn mean(values: &[f32], to: &mut [f32]) {
+    to.fill(0.0);
+    for value in values.chunks_exact(to.len()) {
+        to.iter_mut().zip(value).for_each(|(to, x)| *to += x);
+    }
+    let factor = to.len() as f32 / values.len() as f32;
+    to.iter_mut().for_each(|x| *x *= factor);
 }
 
 /// The sums of the values `[keys, dim]`, times the probabilities, `keys` of each query: `W` numbers of them at a time from `from` on.
@@ -276,17 +285,21 @@ mod tests {
     }
 
     fn reference(head: &Head, seen: &[bool], query: usize) -> Vec<f64> {
-        let dim = head.dim;
+        let (dim, none) = (head.dim, !seen.contains(&true));
         let scores = head.keys.chunks(dim).zip(seen).map(|(key, &seen)| {
             let products = key.iter().zip(&head.queries[query * dim..]).map(|(&a, &b)| f64::from(a) * f64::from(b));
             let score = products.sum::<f64>() * f64::from(head.scale);
             let score = head.cap.map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh());
-            if seen { score.exp() } else { 0.0 }
+            match (seen, none) {
+                (_, true) => 1.0,
+                (true, _) => score.exp(),
+                (false, _) => 0.0,
+            }
         });
         let scores: Vec<f64> = scores.collect();
         let sum: f64 = scores.iter().sum();
         let products = |at: usize| scores.iter().zip(head.values.chunks(dim)).map(move |(p, v)| p * f64::from(v[at]));
-        (0..dim).map(|at| if sum > 0.0 { products(at).sum::<f64>() / sum } else { 0.0 }).collect()
+        (0..dim).map(|at| products(at).sum::<f64>() / sum).collect()
     }
 
     #[test]
