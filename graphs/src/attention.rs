@@ -56,17 +56,13 @@ pub fn rotary_tables<'g>(w: &Weights<'g>) -> [Value<'g>; 2] {
     [table("rotary_cos", f32::cos), table("rotary_sin", f32::sin)]
 }
 
-/// `x·cos(pos·f) + [−x₂, x₁]·sin(pos·f)` over the halves `x₁, x₂` of the last axis.
-///
-/// x: `[rows, length, heads, head_dim]`. The angles are float32 whatever x is.
+/// x turned by the angles `pos·f`: x `[rows, length, heads, head_dim]`. The angles are float32 whatever x is.
 fn rotary<'g>(x: Value<'g>, tokens: &Tokens<'g>, w: &Weights<'g>) -> Value<'g> {
     let half = w.side.head_dim / 2;
     let frequencies = Data::Floats(frequencies(w).map(f64::from).collect());
     let frequencies = w.graph.constant(DType::Float32, &[1, 1, half], frequencies);
     let angles = tokens.positions.cast(DType::Float32).unsqueeze(&[1, 2]) * frequencies; // [length, 1, head_dim / 2]
-    let (cos, sin) = (angles.cos().cast(x.dtype()), angles.sin().cast(x.dtype()));
-    let (x1, x2) = x.halves();
-    x * Value::concat(&[cos, cos], -1) + Value::concat(&[x2, x1], -1) * Value::concat(&[-sin, sin], -1)
+    w.lowering.rotary(x, [angles.cos().cast(x.dtype()), angles.sin().cast(x.dtype())])
 }
 
 /// A projection of x `[rows·length, in]` into `count` heads, `[rows, length, count, head_dim]`.

@@ -154,6 +154,13 @@ pub trait Lowering {
         x / ((x * x).mean() + eps).sqrt() * factor
     }
 
+    /// `x·cos + [−x₂, x₁]·sin` over the halves `x₁, x₂` of the last axis: x `[rows, length, heads, head_dim]`, cos and sin
+    /// `[length, 1, head_dim / 2]`, or `[rows, length, 1, head_dim / 2]` where a cache of fixed capacity is written, in x's type.
+    fn rotary<'g>(&self, x: Value<'g>, [cos, sin]: [Value<'g>; 2]) -> Value<'g> {
+        let (x1, x2) = x.halves();
+        x * Value::concat(&[cos, cos], -1) + Value::concat(&[x2, x1], -1) * Value::concat(&[-sin, sin], -1)
+    }
+
     /// The decoder's self-attention, from the residual stream back to it: see [`attention::causal`].
     fn causal<'g>(
         &self,

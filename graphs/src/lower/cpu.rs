@@ -36,6 +36,12 @@ impl Lowering for Cpu {
         x.simplified_layer_norm(factor, eps)
     }
 
+    fn rotary<'g>(&self, x: Value<'g>, tables: [Value<'g>; 2]) -> Value<'g> {
+        let [rows, length, heads, head_dim] = [0, 1, 2, 3].map(|axis| x.dim(axis));
+        let flat = x.reshape(&[rows, length, heads.times(&head_dim)]);
+        flat.rotary_embedding(tables.map(|table| table.squeeze(1))).reshape(&x.shape())
+    }
+
     fn causal<'g>(
         &self,
         x: Value<'g>,
@@ -46,32 +52,14 @@ impl Lowering for Cpu {
         if context.cache == CacheLayout::Growing {
             return crate::attention::growing(x, context, past, w);
         }
-        let (tokens, side, graph) = (&context.tokens, w.side, w.graph);
-        let [q, kv] = [side.num_attention_heads, side.num_key_value_heads].map(|count| count * side.head_dim);
-        let parts = [("q_proj", q), ("k_proj", kv), ("v_proj", kv)];
-        let projected = stacked(x, side.hidden_size, ("qkv_proj", &parts), side.attention_bias, w);
-        let packed = projected.reshape(&[tokens.rows.clone(), tokens.length.clone(), (q + 2 * kv).into()]);
-
-        let rows = std::slice::from_ref(&tokens.rows);
+        let positions = &context.tokens.positions;
+        let rows = std::slice::from_ref(&context.tokens.rows);
         let last = match past {
-            None => tokens.positions.last(0).cast(DType::Int32).expand(rows),
-            Some(_) => tokens.positions.last(1).cast(DType::Int32).reshape(rows),
+            None => positions.last(0).cast(DType::Int32).expand(rows),
+            Some(_) => positions.last(1).cast(DType::Int32).reshape(rows),
         };
-        let lengths = [last, last.greatest(0) + graph.constant(DType::Int32, &[1], Data::Ints(vec![1]))];
-        let heads = Heads {
-            count: side.num_attention_heads,
-            kv_count: side.num_key_value_heads,
-            dim: side.head_dim,
-            scale: side.query_pre_attn_scalar.powf(-0.5),
-            cap: side.attn_logit_softcapping,
-            window: context.kind.window(),
-        };
-        let tables = rotary_tables(w).map(|table| table.cast(projected.dtype()));
-        let present = if past.is_some() { Dim::symbol(PRESENT) } else { tokens.length.clone() };
-        let past = past.map(|past| [past.key, past.value]);
-        let [attended, key, value] = packed.group_query_attention(past, lengths, tables, heads, &present);
-        let attended = attended.reshape(&[tokens.rows.times(&tokens.length), q.into()]);
-        (w.output_projection(attended), KeyValue { key, value })
+        let most = last.greatest(0) + w.graph.constant(DType::Int32, &[1], Data::Ints(vec![1]));
+        group_query(x, context, past, [last, most], w)
     }
 
     fn attention<'g>(&self, a: Attention<'g>) -> Value<'g> {
@@ -82,4 +70,35 @@ impl Lowering for Cpu {
         let visible = visible.expand(&shape);
         query.attention([a.key_value.key, a.key_value.value], visible, a.scale, a.cap).transpose(&[0, 2, 1, 3])
     }
+}
+
+/// Self-attention by one operator, over a cache that is written in place: x and what is returned as in
+/// [`crate::attention::causal`]. `last` int32 `[rows]` is the place of each row's last token in the cache, `most` int32 `[1]`
+/// no less than the tokens of the longest row.
+pub fn group_query<'g>(
+    x: Value<'g>,
+    context: &Context<'g>,
+    past: Option<KeyValue<'g>>,
+    [last, most]: [Value<'g>; 2],
+    w: &Weights<'g>,
+) -> (Value<'g>, KeyValue<'g>) {
+    let (tokens, side) = (&context.tokens, w.side);
+    let [q, kv] = [side.num_attention_heads, side.num_key_value_heads].map(|count| count * side.head_dim);
+    let parts = [("q_proj", q), ("k_proj", kv), ("v_proj", kv)];
+    let projected = stacked(x, side.hidden_size, ("qkv_proj", &parts), side.attention_bias, w);
+    let packed = projected.reshape(&[tokens.rows.clone(), tokens.length.clone(), (q + 2 * kv).into()]);
+    let heads = Heads {
+        count: side.num_attention_heads,
+        kv_count: side.num_key_value_heads,
+        dim: side.head_dim,
+        scale: side.query_pre_attn_scalar.powf(-0.5),
+        cap: side.attn_logit_softcapping,
+        window: context.kind.window(),
+    };
+    let tables = rotary_tables(w).map(|table| table.cast(projected.dtype()));
+    let present = if past.is_some() { Dim::symbol(PRESENT) } else { tokens.length.clone() };
+    let past = past.map(|past| [past.key, past.value]);
+    let [attended, key, value] = packed.group_query_attention(past, [last, most], tables, heads, &present);
+    let attended = attended.reshape(&[tokens.rows.times(&tokens.length), q.into()]);
+    (w.output_projection(attended), KeyValue { key, value })
 }

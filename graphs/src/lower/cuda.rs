@@ -5,13 +5,13 @@
 //! What an operator reads in the process's memory is made of shapes alone, in a cached step. A number that was computed on the
 //! GPU would have to be waited for in every step, and a step with such a copy in it cannot be captured as a CUDA graph.
 
-use super::cpu::Cpu;
+use super::cpu::{Cpu, group_query};
 use super::{Attention, Lowering};
-use crate::attention::{KeyValue, rotary_tables};
+use crate::attention::KeyValue;
 use crate::decoder::Context;
-use crate::interface::{CacheLayout, PRESENT};
-use crate::nn::{Weights, stacked};
-use crate::onnx::{DType, Dim, Heads, Value};
+use crate::interface::CacheLayout;
+use crate::nn::Weights;
+use crate::onnx::{DType, Value};
 
 pub struct Cuda;
 
@@ -31,32 +31,11 @@ impl Lowering for Cuda {
             (CacheLayout::InPlace | CacheLayout::Static(_), Some(past)) => past,
             _ => return Cpu.causal(x, context, past, w),
         };
-        let (tokens, side) = (&context.tokens, w.side);
-        let [q, kv] = [side.num_attention_heads, side.num_key_value_heads].map(|count| count * side.head_dim);
-        let parts = [("q_proj", q), ("k_proj", kv), ("v_proj", kv)];
-        let projected = stacked(x, side.hidden_size, ("qkv_proj", &parts), side.attention_bias, w);
-        let packed = projected.reshape(&[tokens.rows.clone(), tokens.length.clone(), (q + 2 * kv).into()]);
+        let tokens = &context.tokens;
         let last = tokens.positions.last(1).cast(DType::Int32).reshape(std::slice::from_ref(&tokens.rows));
         // The longest row may have as many tokens as there is room for: what each has is told by `last`, on the GPU.
         let most = w.graph.size(&past.key.dim(2)).cast(DType::Int32);
-        let heads = Heads {
-            count: side.num_attention_heads,
-            kv_count: side.num_key_value_heads,
-            dim: side.head_dim,
-            scale: side.query_pre_attn_scalar.powf(-0.5),
-            cap: side.attn_logit_softcapping,
-            window: context.kind.window(),
-        };
-        let tables = rotary_tables(w).map(|table| table.cast(projected.dtype()));
-        let [attended, key, value] = packed.group_query_attention(
-            Some([past.key, past.value]),
-            [last, most],
-            tables,
-            heads,
-            &Dim::symbol(PRESENT),
-        );
-        let attended = attended.reshape(&[tokens.rows.times(&tokens.length), q.into()]);
-        (w.output_projection(attended), KeyValue { key, value })
+        group_query(x, context, Some(past), [last, most], w)
     }
 
     /// What is not visible gets a number of its own to add instead of a bool: the operator's own for `false` may be −∞, with

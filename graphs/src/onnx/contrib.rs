@@ -2,7 +2,7 @@
 //! targets that are written for ONNX Runtime are lowered to.
 
 use super::graph::{Attribute, Value};
-use super::{Blocks, Dim};
+use super::{Blocks, DType, Data, Dim};
 
 /// A matrix `[n, k]` packed in blocks.
 #[derive(Clone, Copy)]
@@ -108,6 +108,16 @@ impl<'g> Value<'g> {
         let shape = [self.shape(), vec![Dim::fixed(table.shape[1])]].concat();
         let op = "com.microsoft.GatherBlockQuantized";
         self.graph.node(op, &inputs, &attributes, &[(table.scales.dtype(), shape)])[0]
+    }
+
+    /// Heads side by side, `[rows, length, heads·dim]`, turned by the angles of which `tables` `[length, dim / 2]` are cosines
+    /// and sines, the halves of each head against each other.
+    #[track_caller]
+    pub fn rotary_embedding(self, tables: [Value<'g>; 2]) -> Value<'g> {
+        // One number: the place of the first token in the tables.
+        let first = self.graph.constant(DType::Int64, &[1], Data::Ints(vec![0]));
+        let output = (self.dtype(), self.shape());
+        self.graph.node("com.microsoft.RotaryEmbedding", &[self, first, tables[0], tables[1]], &[], &[output])[0]
     }
 
     /// Causal attention of queries, keys and values that lie side by side, `[rows, length, (count + 2·kv_count)·dim]`, with
