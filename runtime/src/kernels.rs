@@ -38,13 +38,13 @@ pub(crate) struct Kernels {
 }
 
 impl Kernels {
-    /// Those for a model with a head of so many rows.
+    /// Those for a model whose head has so many rows, and whose logits have this soft-cap.
     #[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables))]
-    pub fn new(vocab_size: usize) -> Kernels {
+    pub fn new(vocab_size: usize, cap: Option<f64>) -> Kernels {
         Kernels {
             wish: Arc::default(),
             #[cfg(target_arch = "x86_64")]
-            copies: Arc::new(best::Copies::new(vocab_size)),
+            copies: Arc::new(best::Copies::new(vocab_size, cap.map_or(1.0, |cap| cap as f32))),
         }
     }
 
@@ -266,7 +266,7 @@ impl Kernel for Product {
         spread(context, self.n.div_ceil(share), &|part| {
             let columns = part * share..self.n.min((part + 1) * share);
             // SAFETY: every column is computed by one call only.
-            unsafe { product::multiply(activations, &weights, bias, columns, &y) };
+            unsafe { product::multiply(activations, &weights, bias, [0..rows, columns], &y) };
         })
     }
 }
@@ -355,7 +355,7 @@ impl Kernel for FloatProduct {
         let share = (bytes / 4 / k / 12 * 12).clamp(12, n.max(12));
         spread(context, n.div_ceil(share), &|part| {
             // SAFETY: the operator is given to no session without the features, and every column is computed by one call.
-            unsafe { float::multiply(&product, part * share..n.min((part + 1) * share)) };
+            unsafe { float::multiply(&product, [0..rows, part * share..n.min((part + 1) * share)]) };
         })
     }
 }

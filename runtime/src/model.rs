@@ -802,7 +802,8 @@ impl<'f> Opener<'f> {
         let library = onnxruntime::initialise(options.library.as_deref(), options.threads)?;
         let weights = weights::mapped(folder).map_err(Error::onnxruntime("sharing the weights"))?;
         provider::check_cache(folder, options.placement.provider)?;
-        let kernels = Kernels::new(folder.config.decoder.vocab_size);
+        let decoder = &folder.config.decoder;
+        let kernels = Kernels::new(decoder.vocab_size, decoder.final_logit_softcapping);
         Ok(Opener { library, folder, weights, options, kernels, elsewhere: Vec::new() })
     }
 

@@ -37,17 +37,17 @@ impl<'p> Product<'p> {
     }
 }
 
-/// Computes the columns `columns`.
+/// Computes the rows `of_rows` of the columns `columns`.
 ///
 /// # Safety
-/// The processor has AVX2 and FMA, and no one else computes these columns.
+/// The processor has AVX2 and FMA, and no one else computes these.
 #[target_feature(enable = "avx2,fma")]
-pub unsafe fn multiply(product: &Product, columns: Range<usize>) {
-    assert!(columns.end <= product.n, "columns of a product");
+pub unsafe fn multiply(product: &Product, [of_rows, columns]: [Range<usize>; 2]) {
+    assert!(of_rows.end <= product.rows && columns.end <= product.n, "rows and columns of a product");
     for first in (0..product.k).step_by(DEPTH) {
         let depth = first..product.k.min(first + DEPTH);
-        for row in (0..product.rows).step_by(ROWS) {
-            let rows = ROWS.min(product.rows - row);
+        for row in of_rows.clone().step_by(ROWS) {
+            let rows = ROWS.min(of_rows.end - row);
             // Few rows wait for the memory, which is fastest when it is read in order.
             let width = if product.rows > ROWS && rows == ROWS { COLUMNS } else { 1 };
             for column in columns.clone().step_by(width) {
@@ -157,8 +157,8 @@ mod tests {
             let product = Product::new(&x, &w, &mut y, [rows, n, k]);
             // SAFETY: the features are there, and there is one thread.
             unsafe {
-                multiply(&product, 0..n / 2);
-                multiply(&product, n / 2..n);
+                multiply(&product, [0..rows, 0..n / 2]);
+                multiply(&product, [0..rows, n / 2..n]);
             }
             for (at, &found) in y.iter().enumerate() {
                 let terms = x[at / n * k..][..k].iter().zip(&w[at % n * k..][..k]);
@@ -179,7 +179,7 @@ mod tests {
         let mut y = [0.0];
         let product = Product::new(&x, &w, &mut y, [1, 1, 9]);
         // SAFETY: as above.
-        unsafe { multiply(&product, 0..1) };
+        unsafe { multiply(&product, [0..1, 0..1]) };
         assert!(y[0].is_nan());
     }
 }

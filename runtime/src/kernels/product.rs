@@ -260,13 +260,20 @@ impl Output {
     }
 }
 
-/// Computes the columns `columns` of the product.
+/// Computes these rows of these columns of the product.
 ///
 /// # Safety
-/// No one else writes these columns of `y` meanwhile, and what `y` was made from lives.
-pub unsafe fn multiply(x: &Activations, w: &Weights, bias: Option<&[f32]>, columns: Range<usize>, y: &Output) {
-    assert!(columns.end <= y.n && x.rows == y.rows && bias.is_none_or(|bias| bias.len() == y.n), "sizes of a product");
-    let product = Product { x, w, bias, columns, y };
+/// No one else writes them meanwhile, and what `y` was made from lives.
+pub unsafe fn multiply(
+    x: &Activations,
+    w: &Weights,
+    bias: Option<&[f32]>,
+    [rows, columns]: [Range<usize>; 2],
+    y: &Output,
+) {
+    let fits = rows.end <= y.rows && columns.end <= y.n && x.rows == y.rows;
+    assert!(fits && bias.is_none_or(|bias| bias.len() == y.n), "sizes of a product");
+    let product = Product { x, w, bias, rows, columns, y };
     #[cfg(target_arch = "x86_64")]
     if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
         match (w.bits, x.order) {
@@ -289,8 +296,9 @@ struct Product<'p> {
     x: &'p Activations,
     w: &'p Weights<'p>,
     bias: Option<&'p [f32]>,
+    rows: Range<usize>,
     columns: Range<usize>,
-    /// To be written, in these columns, by no one else.
+    /// To be written, in these rows and columns, by no one else.
     y: &'p Output,
 }
 
@@ -298,8 +306,8 @@ impl Product<'_> {
     /// For any machine.
     fn portable(&self) {
         for column in self.columns.clone() {
-            for row in 0..self.x.rows {
-                // SAFETY: within the output, and no one else writes the column.
+            for row in self.rows.clone() {
+                // SAFETY: within the output, and no one else writes there.
                 unsafe { *self.y.values.add(row * self.y.n + column) = self.at(row, column) };
             }
         }
@@ -401,7 +409,7 @@ mod tests {
                 let mut y = vec![f32::NAN; rows * n];
                 let output = Output::new(&mut y, rows, n);
                 // SAFETY: there is one thread.
-                unsafe { multiply(&activations, &weights, Some(&bias), 0..n, &output) };
+                unsafe { multiply(&activations, &weights, Some(&bias), [0..rows, 0..n], &output) };
 
                 let norm =
                     |values: &mut dyn Iterator<Item = f64>| values.map(|value| value * value).sum::<f64>().sqrt();
@@ -413,7 +421,8 @@ mod tests {
                 assert!(apart < 1e-4, "{case}: {apart}");
 
                 // What this machine computes is what any computes.
-                let product = Product { x: &activations, w: &weights, bias: Some(&bias), columns: 0..n, y: &output };
+                let (rows, columns) = (0..rows, 0..n);
+                let product = Product { x: &activations, w: &weights, bias: Some(&bias), rows, columns, y: &output };
                 for (at, &here) in y.iter().enumerate() {
                     let (any, here) = (f64::from(product.at(at / n, at % n)), f64::from(here));
                     assert!((any - here).abs() < 1e-4 * (1.0 + any.abs()), "{case}: {any} and {here}");
@@ -436,7 +445,7 @@ mod tests {
             let mut y = [0.0; 2];
             let output = Output::new(&mut y, 1, 2);
             // SAFETY: there is one thread.
-            unsafe { multiply(&activations, &weights, None, 0..2, &output) };
+            unsafe { multiply(&activations, &weights, None, [0..1, 0..2], &output) };
             assert!(y.iter().all(|y| y.is_nan()), "{bad}: {y:?}");
         }
     }

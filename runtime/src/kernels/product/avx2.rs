@@ -31,11 +31,10 @@ pub unsafe fn multiply<const BITS: usize>(product: &Product) {
 /// With the length of a span known beforehand, no more than the sums is left to do in it.
 #[target_feature(enable = "avx2,fma")]
 fn of_span<const BITS: usize, const SPAN: usize>(product: &Product) {
-    let rows = product.x.rows;
     for first in product.columns.clone().step_by(NEAR) {
         let columns = first..product.columns.end.min(first + NEAR);
-        for row in (0..rows).step_by(4) {
-            match rows - row {
+        for row in product.rows.clone().step_by(4) {
+            match product.rows.end - row {
                 1 => of_rows::<BITS, SPAN, 1, 8>(product, row, columns.clone()),
                 2 => of_rows::<BITS, SPAN, 2, 4>(product, row, columns.clone()),
                 3 => of_rows::<BITS, SPAN, 3, 2>(product, row, columns.clone()),

@@ -31,22 +31,24 @@ struct Panel {
 /// The processor has AVX2 and FMA.
 #[target_feature(enable = "avx2,fma")]
 pub unsafe fn multiply<const BITS: usize>(product: &Product) {
-    let Product { x, w, columns, .. } = product;
+    let Product { x, w, rows, columns, .. } = product;
     let length = w.blocks() * w.block_size;
     assert!(
         x.numbers.len() == x.rows * length && DEPTH.is_multiple_of(w.block_size) && w.block_size.is_multiple_of(16)
     );
     let mut panel = Panel { numbers: [0; WIDTH * DEPTH], scales: [[0.0; WIDTH]; DEPTH / 16], depth: 0 };
-    let tiles = x.rows.div_ceil(ROWS);
+    let tiles = rows.len().div_ceil(ROWS);
     for first in columns.clone().step_by(WIDTH) {
         let columns = first..columns.end.min(first + WIDTH);
         for from in (0..length).step_by(DEPTH) {
             panel.fill::<BITS>(w, columns.clone(), from..length.min(from + DEPTH));
-            let mut row = 0;
+            let next = if from + DEPTH < length { (first, from + DEPTH) } else { (first + WIDTH, 0) };
+            let mut row = rows.start;
             for left in (1..=tiles).rev() {
+                fetch::<BITS>(w, next, tiles - left..tiles - left + 1, tiles);
                 // As many rows in each tile as in the others, but for one.
-                let rows = (x.rows - row).div_ceil(left);
-                match rows {
+                let taken = (rows.end - row).div_ceil(left);
+                match taken {
                     1 => tile::<1>(product, &panel, row, columns.clone(), from),
                     2 => tile::<2>(product, &panel, row, columns.clone(), from),
                     3 => tile::<3>(product, &panel, row, columns.clone(), from),
@@ -54,9 +56,24 @@ pub unsafe fn multiply<const BITS: usize>(product: &Product) {
                     5 => tile::<5>(product, &panel, row, columns.clone(), from),
                     _ => tile::<ROWS>(product, &panel, row, columns.clone(), from),
                 }
-                row += rows;
+                row += taken;
             }
         }
+    }
+}
+
+/// Has the memory send these of `parts` parts of what the next panel, of columns from `column` and numbers from `from` on, will
+/// be filled with: the processor alone would not look so far ahead.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn fetch<const BITS: usize>(w: &Weights, (column, from): (usize, usize), of: Range<usize>, parts: usize) {
+    const LINE: usize = 64;
+    let (bytes, lines) = (w.blocks() * w.block_bytes(), const { DEPTH * BITS / 8 / LINE });
+    let all = WIDTH * lines;
+    for line in all * of.start / parts..all * of.end / parts {
+        let at = (column + line / lines) * bytes + from * BITS / 8 + line % lines * LINE;
+        // A hint, which may name any address.
+        _mm_prefetch::<_MM_HINT_T0>(w.numbers.as_ptr().wrapping_add(at).cast());
     }
 }
 
@@ -73,33 +90,52 @@ impl Panel {
             let scales = &w.scales[column * blocks..][..blocks][of_panel.clone()];
             self.scales.iter_mut().zip(scales).for_each(|(to, &scale)| to[at] = scale);
         }
-        for half in [0, 8] {
-            // Columns that are not there are as the last; no one reads them.
-            let columns: [usize; 8] = from_fn(|at| (columns.start + half + at).min(columns.end - 1));
-            let packed = columns.map(|column| w.numbers[column * bytes..].as_ptr());
-            let mut zeros = [_mm256_set1_epi16(w.same_zero_point().unwrap_or(0) as i16); 8];
-            for block in of_panel.clone() {
-                if w.zero_points.is_some() {
-                    zeros = columns.map(|column| _mm256_set1_epi16(w.zero_point(column, block) as i16));
-                }
-                for from in (block * size..(block + 1) * size).step_by(16) {
-                    // SAFETY: within the columns and the panel.
-                    unsafe {
-                        let rows: [__m256; 8] = from_fn(|at| {
-                            let packed = packed[at].add(from * BITS / 8);
-                            let numbers = match BITS {
-                                8 => _mm256_cvtepu8_epi16(_mm_loadu_si128(packed.cast())),
-                                _ => {
-                                    let pairs = _mm256_cvtepu8_epi32(_mm_loadl_epi64(packed.cast()));
-                                    let apart = _mm256_or_si256(pairs, _mm256_slli_epi32::<12>(pairs));
-                                    _mm256_and_si256(apart, _mm256_set1_epi32(0x000f_000f))
-                                }
-                            };
-                            _mm256_castsi256_ps(_mm256_sub_epi16(numbers, zeros[at]))
-                        });
-                        let to = self.numbers.as_mut_ptr().add((from - depth.start) * WIDTH + 2 * half);
-                        for (at, pairs) in transposed(rows).into_iter().enumerate() {
-                            _mm256_store_ps(to.add(at * 2 * WIDTH).cast(), pairs);
+        // In the order in which what is read 16 bits at a time of the lower and the upper lanes comes out as eight columns beside
+        // the next eight. Columns that are not there are as the last; no one reads them.
+        let [lower, upper] = [[0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15]].map(|lanes| {
+            let column = |at: usize| (columns.start + at).min(columns.end - 1);
+            lanes.map(|at| w.numbers[column(at) * bytes..].as_ptr())
+        });
+        let mut zeros = [_mm256_set1_epi16(w.same_zero_point().unwrap_or(0) as i16); 2];
+        // What lies in 16 bytes of each column, or less in short blocks.
+        let step = size.min(128 / BITS);
+        for block in of_panel {
+            if w.zero_points.is_some() {
+                let of_eight = |half: usize| {
+                    let zero = |at: usize| w.zero_point((columns.start + 8 * half + at).min(columns.end - 1), block);
+                    let [a, b, c, d, e, f, g, h] = from_fn(|at| zero(at) * 0x0001_0001);
+                    _mm256_setr_epi32(a, b, c, d, e, f, g, h)
+                };
+                zeros = [of_eight(0), of_eight(1)];
+            }
+            for from in (block * size..(block + 1) * size).step_by(step) {
+                // SAFETY: within the columns and the panel.
+                unsafe {
+                    let read = |column: *const u8| {
+                        let packed = column.add(from * BITS / 8).cast();
+                        if step * BITS == 128 { _mm_loadu_si128(packed) } else { _mm_loadl_epi64(packed) }
+                    };
+                    let rows = from_fn(|at| _mm256_set_m128i(read(upper[at]), read(lower[at])));
+                    let words = transposed(rows);
+                    let to = self.numbers.as_mut_ptr().add((from - depth.start) * WIDTH);
+                    let write = |pair: usize, halves: [__m256i; 2]| {
+                        for (half, (numbers, zeros)) in halves.into_iter().zip(zeros).enumerate() {
+                            let to = to.add((2 * pair + half) * WIDTH);
+                            _mm256_store_si256(to.cast(), _mm256_sub_epi16(numbers, zeros));
+                        }
+                    };
+                    for (at, word) in words.into_iter().enumerate().take(step * BITS / 16) {
+                        if BITS == 8 {
+                            let none = _mm256_setzero_si256();
+                            write(at, [_mm256_unpacklo_epi8(word, none), _mm256_unpackhi_epi8(word, none)]);
+                        } else {
+                            let low = _mm256_set1_epi16(15);
+                            let first = [word, _mm256_srli_epi16::<4>(word)].map(|word| _mm256_and_si256(word, low));
+                            let second =
+                                [_mm256_and_si256(_mm256_srli_epi16::<8>(word), low), _mm256_srli_epi16::<12>(word)];
+                            for (pair, [a, b]) in [first, second].into_iter().enumerate() {
+                                write(2 * at + pair, [_mm256_unpacklo_epi16(a, b), _mm256_unpackhi_epi16(a, b)]);
+                            }
                         }
                     }
                 }
@@ -142,41 +178,45 @@ fn tile<const R: usize>(product: &Product, panel: &Panel, row: usize, columns: R
     }
     for (row, totals) in (row..).zip(totals) {
         let scale = _mm256_set1_ps(x.scales[row]);
-        let mut found = [0.0; WIDTH];
-        // SAFETY: two times eight numbers.
-        unsafe {
-            _mm256_storeu_ps(found.as_mut_ptr(), _mm256_mul_ps(totals[0], scale));
-            _mm256_storeu_ps(found[8..].as_mut_ptr(), _mm256_mul_ps(totals[1], scale));
-        }
+        let found = totals.map(|total| _mm256_mul_ps(total, scale));
         // SAFETY: within the output, and no one else has these columns.
         let to = unsafe { std::slice::from_raw_parts_mut(y.values.add(row * y.n + columns.start), columns.len()) };
-        match (from, bias) {
-            (0, None) => to.copy_from_slice(&found[..to.len()]),
-            (0, Some(bias)) => {
-                let sums = found.iter().zip(&bias[columns.clone()]);
-                to.iter_mut().zip(sums).for_each(|(to, (found, bias))| *to = found + bias);
+        let bias = bias.map(|bias| &bias[columns.clone()]);
+        if let (0, None, WIDTH) = (from, bias, to.len()) {
+            // SAFETY: two times eight numbers.
+            unsafe {
+                _mm256_storeu_ps(to.as_mut_ptr(), found[0]);
+                _mm256_storeu_ps(to[8..].as_mut_ptr(), found[1]);
             }
+            continue;
+        }
+        // SAFETY: sixteen numbers are two times eight.
+        let found = unsafe { std::mem::transmute::<[__m256; 2], [f32; WIDTH]>(found) };
+        match (from, bias) {
+            (0, None) => to.iter_mut().zip(found).for_each(|(to, found)| *to = found),
+            (0, Some(bias)) => to.iter_mut().zip(found).zip(bias).for_each(|((to, found), bias)| *to = found + bias),
             _ => to.iter_mut().zip(found).for_each(|(to, found)| *to += found),
         }
     }
 }
 
-/// Eight rows of eight words, by columns.
+/// Eight rows of eight words of 16 bits, by columns, in either lane.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-fn transposed(rows: [__m256; 8]) -> [__m256; 8] {
-    let doubles = |x: [__m256; 2]| x.map(|x| _mm256_castps_pd(x));
-    let twos: [__m256; 8] = from_fn(|at| match (at % 2, [rows[at / 2 * 2], rows[at / 2 * 2 + 1]]) {
-        (0, [a, b]) => _mm256_unpacklo_ps(a, b),
-        (_, [a, b]) => _mm256_unpackhi_ps(a, b),
+fn transposed(rows: [__m256i; 8]) -> [__m256i; 8] {
+    let twos: [__m256i; 8] = from_fn(|at| match (at % 2, [rows[at / 2 * 2], rows[at / 2 * 2 + 1]]) {
+        (0, [a, b]) => _mm256_unpacklo_epi16(a, b),
+        (_, [a, b]) => _mm256_unpackhi_epi16(a, b),
     });
-    let fours: [__m256; 8] = from_fn(|at| {
-        let first = at / 4 * 4 + at % 4 / 2;
-        let [a, b] = doubles([twos[first], twos[first + 2]]);
-        _mm256_castpd_ps(if at % 2 == 0 { _mm256_unpacklo_pd(a, b) } else { _mm256_unpackhi_pd(a, b) })
+    // The first four are of words 0 to 3, of four rows and then of the others; the last four of words 4 to 7.
+    let fours: [__m256i; 8] = from_fn(|at| {
+        let first = at / 4 + at % 4 / 2 * 4;
+        let [a, b] = [twos[first], twos[first + 2]];
+        if at % 2 == 0 { _mm256_unpacklo_epi32(a, b) } else { _mm256_unpackhi_epi32(a, b) }
     });
-    from_fn(|at| match at {
-        0..4 => _mm256_permute2f128_ps::<0x20>(fours[at], fours[at + 4]),
-        _ => _mm256_permute2f128_ps::<0x31>(fours[at - 4], fours[at]),
+    from_fn(|at| {
+        let first = at / 4 * 4 + at / 2 % 2;
+        let [a, b] = [fours[first], fours[first + 2]];
+        if at % 2 == 0 { _mm256_unpacklo_epi64(a, b) } else { _mm256_unpackhi_epi64(a, b) }
     })
 }
