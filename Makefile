@@ -84,6 +84,7 @@ python: .venv/complete ## set up .venv with the packages that the tests' Python 
 check: ## formatting and lints
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+	$(CARGO) clippy -p t5gemma-runtime --features timed --benches --locked -- -D warnings
 
 .PHONY: test
 test: check onnxruntime tokenizer python ## everything that CI runs but check-rtx
@@ -95,8 +96,8 @@ test: check onnxruntime tokenizer python ## everything that CI runs but check-rt
 	    .cache/tests.log
 
 .PHONY: bench
-bench: $(LIBRARY) ## time search, scores and the C door; models are timed by `t5gemma bench`
-	$(CARGO) bench --locked -p t5gemma-runtime
+bench: $(LIBRARY) ## time kernels, search, scores and the C door; models are timed by `t5gemma bench`
+	$(CARGO) bench --locked -p t5gemma-runtime --features timed
 	$(CARGO) test --locked -p t5gemma-tests --test all -- --ignored --nocapture the_door_costs
 
 .PHONY: check-rtx

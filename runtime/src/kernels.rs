@@ -19,6 +19,8 @@ mod best;
 #[cfg(target_arch = "x86_64")]
 mod float;
 mod product;
+#[cfg(feature = "timed")]
+mod timed;
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -29,6 +31,8 @@ use ort::value::TensorElementType;
 
 use crate::scores::Wanted;
 use product::{Activations, Weights};
+#[cfg(feature = "timed")]
+pub use timed::*;
 
 /// The kernels of a session: what they have in common with those of the model's other sessions, and what is wanted of them.
 pub(crate) struct Kernels {

@@ -29,7 +29,11 @@ mod classify;
 mod encoder;
 mod encoder_cache;
 mod folder;
+#[cfg(not(feature = "timed"))]
 mod kernels;
+#[cfg(feature = "timed")]
+#[doc(hidden)]
+pub mod kernels;
 mod model;
 mod state;
 mod weights;

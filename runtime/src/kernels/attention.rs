@@ -4,7 +4,7 @@
 //! threads for the few numbers of a decoder step.
 
 mod functions;
-mod head;
+pub(super) mod head;
 
 use std::ops::Range;
 

@@ -158,8 +158,8 @@ fn tile<const BITS: usize, const SPAN: usize, const R: usize, const C: usize>(
 #[inline]
 #[target_feature(enable = "avx2,fma")]
 pub fn across(x: [__m256; SUMS]) -> [f32; SUMS] {
-    let [a, b] =
-        [0, 4].map(|at| _mm256_hadd_ps(_mm256_hadd_ps(x[at], x[at + 1]), _mm256_hadd_ps(x[at + 2], x[at + 3])));
+    let twos: [__m256; 4] = from_fn(|at| _mm256_hadd_ps(x[2 * at], x[2 * at + 1]));
+    let (a, b) = (_mm256_hadd_ps(twos[0], twos[1]), _mm256_hadd_ps(twos[2], twos[3]));
     let (low, high) = (_mm256_permute2f128_ps::<0x20>(a, b), _mm256_permute2f128_ps::<0x31>(a, b));
     let mut sums = [0.0; SUMS];
     // SAFETY: eight numbers.
