@@ -18,13 +18,13 @@ fn products(c: &mut Criterion) {
         for rows in ROWS.into_iter().filter(|rows| rows * n <= 2 << 20) {
             let shape = [rows, n, k];
             group.throughput(Throughput::Elements((rows * n * k) as u64));
-            for (bits, block_size) in [(8, 128), (4, 32)] {
-                group.bench_function(format!("int{bits}, {rows} rows"), |bencher| {
+            for (bits, block_size) in [(8, 128), (4, 32), (4, 128)] {
+                group.bench_function(format!("int{bits} by {block_size}, {rows} rows"), |bencher| {
                     bencher.iter(kernels::few_bits(shape, bits, block_size));
                 });
                 #[cfg(target_arch = "x86_64")]
                 if let Some(mut roughly) = kernels::roughly(shape, bits, block_size).filter(|_| rows <= 32) {
-                    group.bench_function(format!("int{bits} roughly, {rows} rows"), |bencher| {
+                    group.bench_function(format!("int{bits} by {block_size} roughly, {rows} rows"), |bencher| {
                         bencher.iter(&mut roughly);
                     });
                 }

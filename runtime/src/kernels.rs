@@ -13,6 +13,7 @@
 //! which costs several beams twice the time of one. Of the head of a vocabulary mostly the greatest results alone matter:
 //! see [`best`].
 
+mod aligned;
 mod attention;
 #[cfg(target_arch = "x86_64")]
 mod best;
@@ -30,7 +31,7 @@ use ort::operator::{ComputeContext, Kernel, KernelContext, Operator, OperatorDom
 use ort::value::TensorElementType;
 
 use crate::scores::Wanted;
-use product::{Activations, Weights};
+use product::{Activations, Columns, Weights};
 #[cfg(feature = "timed")]
 pub use timed::*;
 
@@ -270,7 +271,7 @@ impl Kernel for Product {
         spread(context, self.n.div_ceil(share), &|part| {
             let columns = part * share..self.n.min((part + 1) * share);
             // SAFETY: every column is computed by one call only.
-            unsafe { product::multiply(activations, &weights, bias, [0..rows, columns], &y) };
+            unsafe { product::multiply(activations, &weights, bias, (0..rows, Columns::All(columns)), &y) };
         })
     }
 }

@@ -11,6 +11,7 @@ use std::ops::Range;
 use ort::operator::{ComputeContext, Kernel, KernelContext, Operator, OperatorInput, OperatorOutput};
 use ort::value::{Shape, TensorElementType};
 
+use super::aligned::Aligned;
 use super::{Parts, spread};
 use head::{Head, Room, TILE, Visible, are_many, attend, length_of_turned, turned};
 
@@ -64,7 +65,7 @@ impl Operator for Attention {
         if attribute(node, "Attention", "is_causal", Some(0))? != 0 {
             return Err(ort::Error::new("Attention: expected a mask for what is causal"));
         }
-        Ok(OverGiven { scale, cap: soft_cap(node), room: Room::default(), turned: Vec::new() })
+        Ok(OverGiven { scale, cap: soft_cap(node), room: Room::default(), turned: Aligned::default() })
     }
 }
 
@@ -73,7 +74,7 @@ pub(super) struct OverGiven {
     scale: f32,
     cap: Option<f32>,
     room: Room,
-    turned: Vec<f32>,
+    turned: Aligned<f32>,
 }
 
 /// A mask, `[rows, keys]`.
@@ -269,9 +270,9 @@ pub(super) struct OverPast {
 #[derive(Default)]
 struct PastRoom {
     room: Room,
-    queries: Vec<f32>,
-    context: Vec<f32>,
-    turned: Vec<f32>,
+    queries: Aligned<f32>,
+    context: Aligned<f32>,
+    turned: Aligned<f32>,
 }
 
 /// Where a past begins.

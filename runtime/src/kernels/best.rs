@@ -2,28 +2,34 @@
 //! should be for those whose results may be among the greatest.
 //!
 //! # Design
-//! Of a matrix in float32 the rough pass reads a copy in 8 bits, a quarter of the bytes; one in few bits it reads as it lies.
-//! Either meets activations of 6 bits, which halves the work.
+//! How roughly depends on what is wanted of how many rows, see [`Pass`]. The fewer bits the fewer bytes are read, and the more
+//! rows are to be computed in full.
 //!
 //! A result of the first pass is off by at most `‖w − ŵ‖·‖x‖ + ‖w‖·‖x − x̂‖` (Cauchy and Schwarz), where `ŵ` and `x̂` are what `w`
 //! and `x` were rounded to; the norms of the rows are kept. A row whose result could not reach the `m`-th greatest lower bound,
 //! even so, is not among the `m` greatest; every other is computed in full. So the `m` greatest results are those of the plain
-//! product, and proven to be, whatever the weights.
+//! product, and proven to be, whatever the weights. With very few bits lower bounds are low: there the rows that look greatest
+//! are computed first, and the `m`-th greatest of these is the limit.
 //!
 //! Where the sum of all exponentials counts too (log-softmax), the first pass takes activations of 16 bits, and a few hundred
 //! of the greatest are computed in float32: what is left of the first pass has errors of either sign, and is moved by what these
 //! add to the sum on average. With a matrix in few bits that would be the product itself.
 //!
-//! Copy and norms are made when a matrix is used for the second time, so that a short call need not wait for them.
+//! Copies and norms are made when they would be used for the second time, so that a short call need not wait for them.
 
+mod copy;
+
+use std::arch::x86_64::*;
 use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::product::rough::{self, Rough};
-use super::product::{self, Activations, Output, Weights};
+use super::product::{self, Activations, Columns, Output, Weights};
 use super::{Parts, float};
 use crate::scores::Wanted;
+use copy::Known;
 
 /// Matrices of fewer numbers are not worth it.
 const LARGE: usize = 8 << 20;
@@ -35,8 +41,12 @@ const FOR_THE_SUM: usize = 256;
 const CHUNK: usize = 32;
 /// Rows that are computed in full together, where one of them may be among the greatest.
 const TOGETHER: usize = 4;
-/// Numbers of the copy with one scale.
-const BLOCK: usize = 128;
+/// The most results that a first pass with weights of 4 bits is for.
+const FEW_RESULTS: usize = 8;
+/// How many results are tried, at least, for how great the greatest are.
+const TRIED: usize = 16;
+/// So many passes in 4 bits that told too little are the last.
+const TOO_BLUNT: u32 = 8;
 /// The error of a sum in float32, of so many times the product of the norms: 512 roundings of 2⁻²⁴ each would be a third of it.
 const ROUNDING: f32 = 1e-4;
 
@@ -46,7 +56,8 @@ pub(crate) struct Copies {
     rows: usize,
     /// What results are multiplied by before their exponentials are summed up, about.
     factor: f32,
-    known: Mutex<HashMap<(usize, usize), Use>>,
+    /// By the matrix's place and length, and by what of it the pass reads.
+    known: Mutex<HashMap<(usize, usize, Reads), Use>>,
 }
 
 enum Use {
@@ -54,21 +65,49 @@ enum Use {
     Known(Arc<Known>),
 }
 
-/// What is known of a matrix `[n, k]`.
-struct Known {
-    /// `[n]`: the Euclidean lengths of the rows.
-    lengths: Vec<f32>,
-    /// Of a matrix in float32.
-    copy: Option<Copy>,
+/// How the first pass is done.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Pass {
+    /// With a copy in 4 bits of a matrix in more, and activations of 8.
+    Blunt,
+    /// With 8 bits, a copy if the matrix is in float32, or with the few bits it has, and activations of 6, which halves the work.
+    Rough,
+    /// With the same and activations of 16 bits, where the sum counts.
+    Sum,
 }
 
-/// A matrix `[n, k]` in 8 bits.
-struct Copy {
-    numbers: Vec<u8>,
-    scales: Vec<f32>,
-    /// `[n]`: the Euclidean lengths of the rows' errors.
-    errors: Vec<f32>,
-    largest_error: f32,
+/// What a first pass reads.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+enum Reads {
+    FourBits,
+    /// Of a matrix in float32; one in few bits is read itself.
+    EightBits,
+}
+
+impl Pass {
+    /// Those to try one after the other, the fastest first.
+    fn of(w: Table, rows: usize, count: usize, sum: bool) -> &'static [Pass] {
+        // One row waits for the memory; the more rows, and the more results of each, the more is to be computed in full.
+        let is_few = rows == 1 && count <= FEW_RESULTS;
+        match w {
+            Table::Float(_) if sum => &[Pass::Sum],
+            Table::Packed(_) if sum => &[],
+            Table::Float(_) if is_few => &[Pass::Blunt, Pass::Rough],
+            Table::Packed(w) if is_few && w.bits > 4 => match rough::takes(w) {
+                true => &[Pass::Blunt, Pass::Rough],
+                false => &[Pass::Blunt],
+            },
+            Table::Packed(w) if !rough::takes(w) => &[],
+            _ => &[Pass::Rough],
+        }
+    }
+
+    fn reads(self) -> Reads {
+        match self {
+            Pass::Blunt => Reads::FourBits,
+            Pass::Rough | Pass::Sum => Reads::EightBits,
+        }
+    }
 }
 
 /// A matrix `[n, k]`, as it is held.
@@ -83,6 +122,22 @@ pub(super) enum Table<'t> {
 pub(super) struct Room {
     activations: Activations,
     rough: Rough,
+    /// `[rows, chunks]`: see [`Known::bounds`].
+    least: Vec<f32>,
+    most: Vec<f32>,
+    /// By parts of the columns.
+    reached: Vec<Mutex<Reached>>,
+}
+
+/// What is to be computed in full of a part of the columns.
+#[derive(Default)]
+struct Reached {
+    /// One list of columns behind the other for some rows each.
+    columns: Vec<usize>,
+    /// Where each ends.
+    ends: Vec<usize>,
+    /// Kept for its allocation.
+    found: Vec<usize>,
 }
 
 /// Does the parts `0..count` of some work, on several threads.
@@ -110,29 +165,34 @@ impl Copies {
     ) -> ort::Result<bool> {
         let Wanted::Best { count, sum } = wanted else { return Ok(false) };
         let count = if sum { count.max(FOR_THE_SUM) } else { count };
-        let takes = match w {
-            Table::Float(_) => true,
-            Table::Packed(w) => !sum && rough::takes(w),
-        };
         // Bounds are looked at by chunks: there have to be as many as results that are wanted.
-        if !takes || n != self.rows || n * k < LARGE || rows > MOST_ROWS || count > n / CHUNK {
+        if n != self.rows || n * k < LARGE || rows > MOST_ROWS || count.max(TRIED) > n / CHUNK {
             return Ok(false);
         }
-        // SAFETY: the caller's.
-        let Some(known) = (unsafe { self.of(w, [n, k], spread)? }) else { return Ok(false) };
-        // SAFETY: the caller's.
-        unsafe { known.multiply(room, (x, w, y), [rows, n, k], (count, sum.then_some(self.factor)), spread) }
+        for &pass in Pass::of(w, rows, count, sum) {
+            // SAFETY: the caller's.
+            let Some(known) = (unsafe { self.of(w, pass.reads(), [n, k], spread)? }) else { return Ok(false) };
+            if pass == Pass::Blunt && known.blunt.load(Ordering::Relaxed) >= TOO_BLUNT {
+                continue;
+            }
+            let wanted = Want { pass, count, factor: self.factor };
+            // SAFETY: the caller's.
+            if unsafe { known.multiply(room, (x, w, &mut *y), [rows, n, k], wanted, spread)? } {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// What is known of a matrix; nothing at its first use, or while another session finds it out.
     ///
     /// # Safety
     /// As for [`Copies::multiply`].
-    unsafe fn of(&self, w: Table, [n, k]: [usize; 2], spread: Spread) -> ort::Result<Option<Arc<Known>>> {
+    unsafe fn of(&self, w: Table, reads: Reads, [n, k]: [usize; 2], spread: Spread) -> ort::Result<Option<Arc<Known>>> {
         let Ok(mut copies) = self.known.try_lock() else { return Ok(None) };
         let place = match w {
-            Table::Float(w) => (w.as_ptr() as usize, w.len()),
-            Table::Packed(w) => (w.numbers.as_ptr() as usize, w.numbers.len()),
+            Table::Float(w) => (w.as_ptr() as usize, w.len(), reads),
+            Table::Packed(w) => (w.numbers.as_ptr() as usize, w.numbers.len(), reads),
         };
         match copies.get(&place) {
             Some(Use::Known(known)) => Ok(Some(known.clone())),
@@ -142,12 +202,21 @@ impl Copies {
             }
             Some(Use::Once) => {
                 // SAFETY: the caller's.
-                let known = Arc::new(unsafe { Known::new(w, [n, k], spread)? });
+                let known = Arc::new(unsafe { Known::new(w, reads, [n, k], spread)? });
                 copies.insert(place, Use::Known(known.clone()));
                 Ok(Some(known))
             }
         }
     }
+}
+
+/// What a first pass is for.
+#[derive(Clone, Copy)]
+struct Want {
+    pass: Pass,
+    count: usize,
+    /// See [`Copies`].
+    factor: f32,
 }
 
 /// Rows of a matrix that one thread takes at a time: about 1 MiB of float32.
@@ -156,84 +225,43 @@ fn share(k: usize) -> usize {
 }
 
 impl Known {
-    /// # Safety
-    /// The processor has AVX2 and FMA.
-    unsafe fn new(w: Table, [n, k]: [usize; 2], spread: Spread) -> ort::Result<Known> {
-        let mut lengths = vec![0.0; n];
-        let of_lengths = Parts::new(&mut lengths);
-        let share = share(k);
-        let w = match w {
-            Table::Float(w) => w,
-            Table::Packed(w) => {
-                spread(n.div_ceil(share), &|part| {
-                    let rows = part * share..n.min((part + 1) * share);
-                    // SAFETY: every row is taken by one call only.
-                    let lengths = unsafe { of_lengths.of(rows.clone()) };
-                    lengths.iter_mut().zip(rows).for_each(|(length, row)| *length = w.length_of(row));
-                })?;
-                return Ok(Known { lengths, copy: None });
-            }
-        };
-        let blocks = k.div_ceil(BLOCK);
-        let (numbers, scales) = (vec![0; n * blocks * BLOCK], vec![0.0; n * blocks]);
-        let mut copy = Copy { numbers, scales, errors: vec![0.0; n], largest_error: 0.0 };
-        let (numbers, scales) = (Parts::new(&mut copy.numbers), Parts::new(&mut copy.scales));
-        let errors = Parts::new(&mut copy.errors);
-        spread(n.div_ceil(share), &|part| {
-            for row in part * share..n.min((part + 1) * share) {
-                // SAFETY: every row is taken by one call only; the features are the caller's.
-                unsafe {
-                    let numbers = numbers.of(row * blocks * BLOCK..(row + 1) * blocks * BLOCK);
-                    let scales = scales.of(row * blocks..(row + 1) * blocks);
-                    let [error, length] = rounded(&w[row * k..][..k], numbers, scales);
-                    errors.of(row..row + 1)[0] = error;
-                    of_lengths.of(row..row + 1)[0] = length;
-                }
-            }
-        })?;
-        copy.largest_error = copy.errors.iter().copied().fold(0.0, f32::max);
-        Ok(Known { lengths, copy: Some(copy) })
-    }
-
     /// The product, with the greatest `count` results of each row as they should be; false if that would have been too many.
     ///
     /// # Safety
     /// The processor has AVX2 and FMA.
     unsafe fn multiply(
         &self,
-        Room { activations, rough }: &mut Room,
+        Room { activations, rough, least, most, reached }: &mut Room,
         (x, w, y): (&[f32], Table, &mut [f32]),
         [rows, n, k]: [usize; 3],
-        (count, sum): (usize, Option<f32>),
+        Want { pass, count, factor }: Want,
         spread: Spread,
     ) -> ort::Result<bool> {
-        let copied;
-        let weights = match (w, &self.copy) {
-            (Table::Packed(w), _) => w,
-            (Table::Float(_), Some(Copy { numbers, scales, .. })) => {
-                copied = Weights { numbers, scales, zero_points: None, k, bits: 8, block_size: BLOCK };
-                &copied
-            }
+        let copied = self.copy.as_ref().map(|copy| copy.weights(k));
+        let (weights, in_few_bits) = match (w, &copied) {
+            (Table::Packed(w), Some(copied)) => (copied, Some(w)),
+            (Table::Packed(w), None) => (w, Some(w)),
+            (Table::Float(_), Some(copied)) => (copied, None),
             (Table::Float(_), None) => return Ok(false),
         };
-        let is_packed = self.copy.is_none();
-        if is_packed || sum.is_some() {
-            activations.prepare(rows, weights, is_packed);
+        // Activations of 16 bits are for the first pass, or for what is computed in full of few bits.
+        if let Some(weights) = if pass == Pass::Sum { Some(weights) } else { in_few_bits } {
+            activations.prepare(rows, weights, pass != Pass::Sum);
             let target = activations.target();
             for (row, x) in x.chunks_exact(k).enumerate() {
                 // SAFETY: room was made, and there is one thread.
                 unsafe { target.round(row, x, weights) };
             }
         }
-        if sum.is_none() {
+        if pass != Pass::Sum {
             rough.round(x, weights);
         }
         let (activations, rough) = (&*activations, &*rough);
         // Errors of either sign raise the sum of exponentials, by e^(σ²/2): of a row's error each number is met by one of x, so
         // that σ² is the product of their lengths' squares, divided by k.
-        let shifts: Vec<f32> = match sum {
-            Some(factor) => x.chunks_exact(k).map(|x| factor * square(x) / (2 * k) as f32).collect(),
-            None => Vec::new(),
+        let shifts: Vec<f32> = match pass {
+            Pass::Sum => x.chunks_exact(k).map(|x| factor * square(x) / (2 * k) as f32).collect(),
+            _ => Vec::new(),
         };
         let largest_error = self.copy.as_ref().map_or(0.0, |copy| copy.largest_error);
         // How far the lengths of the errors and those of the rows themselves move a result.
@@ -242,30 +270,34 @@ impl Known {
                 let largest = x.iter().fold(0.0, |largest: f32, x| largest.max(x.abs()));
                 let length = square(x).sqrt();
                 let in_16_bits = (k as f32).sqrt() * largest / 32767.0 * 0.5;
-                let error = match (sum, is_packed) {
-                    (Some(_), _) => in_16_bits,
-                    (None, true) => rough.errors()[row] + in_16_bits,
-                    (None, false) => rough.errors()[row],
+                let error = match (pass, in_few_bits) {
+                    (Pass::Sum, _) => in_16_bits,
+                    (_, Some(_)) => rough.errors()[row] + in_16_bits,
+                    (_, None) => rough.errors()[row],
                 };
                 let shifted = shifts.get(row).map_or(0.0, |shift| shift * largest_error);
-                let of_weights = if is_packed { 0.0 } else { (length + error) * 1.0001 + shifted };
+                let of_weights = if self.copy.is_some() { (length + error) * 1.0001 + shifted } else { 0.0 };
                 [of_weights, error * 1.01 + length * ROUNDING]
             })
             .collect();
 
         let share = share(k);
         let chunks = n.div_ceil(CHUNK);
-        let (mut least, mut most) = (vec![0.0; rows * chunks], vec![0.0; rows * chunks]);
+        least.resize(rows * chunks, 0.0);
+        most.resize(rows * chunks, 0.0);
         let output = Output::new(y, rows, n);
-        let (of_least, of_most) = (Parts::new(&mut least), Parts::new(&mut most));
+        let (of_least, of_most) = (Parts::new(least), Parts::new(most));
         let found = Parts::new(y);
         spread(n.div_ceil(share), &|part| {
             let columns = part * share..n.min((part + 1) * share);
             // SAFETY: every column is computed, and then read, by one call only; shares are whole chunks.
             unsafe {
-                match sum {
-                    Some(_) => product::multiply(activations, weights, None, [0..rows, columns.clone()], &output),
-                    None => rough::multiply(rough, weights, columns.clone(), &output),
+                match pass {
+                    Pass::Sum => {
+                        let all = (0..rows, Columns::All(columns.clone()));
+                        product::multiply(activations, weights, None, all, &output);
+                    }
+                    _ => rough::multiply(rough, weights, columns.clone(), &output),
                 }
                 for (row, slack) in slack.iter().enumerate() {
                     let results = found.of(row * n + columns.start..row * n + columns.end);
@@ -278,47 +310,72 @@ impl Known {
             }
         })?;
 
-        // In each of the chunks with the greatest lower bounds there is a result as great.
-        let mut limits = vec![0.0; rows];
-        let (of_rows, of_least) = (Parts::new(&mut limits), Parts::new(&mut least));
-        spread(rows, &|row| {
-            // SAFETY: every row is taken by one call only.
-            let (limit, least) = unsafe { (of_rows.of(row..row + 1), of_least.of(row * chunks..(row + 1) * chunks)) };
-            limit[0] = *least.select_nth_unstable_by(count - 1, |a, b| b.total_cmp(a)).1;
-        })?;
-        let of_parts: Vec<Mutex<Vec<(usize, usize)>>> = (0..n.div_ceil(share)).map(|_| Mutex::default()).collect();
-        let results: &[f32] = y;
-        spread(of_parts.len(), &|part| {
-            let columns = part * share..n.min((part + 1) * share);
-            let (mut reach, mut of_row) = (Vec::new(), Vec::new());
-            for (row, (slack, limit)) in slack.iter().zip(&limits).enumerate() {
-                let results = &results[row * n..][columns.clone()];
-                let most = &most[row * chunks..][columns.start / CHUNK..columns.end.div_ceil(CHUNK)];
-                // SAFETY: the features are the caller's.
-                unsafe { self.reaching(columns.start, (results, most), *slack, *limit, &mut of_row) };
-                reach.extend(of_row.drain(..).map(|column| (column, row / TOGETHER)));
-            }
-            reach.sort_unstable();
-            reach.dedup();
-            if let Ok(mut of_part) = of_parts[part].lock() {
-                *of_part = reach;
-            }
-        })?;
-        let places: Vec<(usize, usize)> =
-            of_parts.into_iter().flat_map(|part| part.into_inner().unwrap_or_else(|part| part.into_inner())).collect();
-        if places.len() > n * rows.div_ceil(TOGETHER) / 3 {
-            return Ok(false);
-        }
         let in_full = match w {
             Table::Float(w) => InFull::Float(float::Product::new(x, w, y, [rows, n, k])),
             Table::Packed(w) => InFull::Packed(activations, w, Output::new(y, rows, n)),
         };
-        const AT_ONCE: usize = 64;
-        spread(places.len().div_ceil(AT_ONCE), &|part| {
-            for &(column, of) in &places[part * AT_ONCE..places.len().min((part + 1) * AT_ONCE)] {
-                let of_rows = of * TOGETHER..rows.min((of + 1) * TOGETHER);
+        let mut limits = vec![0.0; rows];
+        let of_rows = Parts::new(&mut limits);
+        spread(rows, &|row| {
+            // SAFETY: every row is taken by one call only; the features are the caller's.
+            unsafe {
+                // In each of the chunks with the greatest lower bounds there is a result as great.
+                let mut limit = greatest(count, of_least.of(row * chunks..(row + 1) * chunks));
+                if pass == Pass::Blunt {
+                    let results = found.of(row * n..(row + 1) * n);
+                    let mut tried = tries(&most[row * chunks..][..chunks], results, TRIED.max(2 * count));
+                    for (column, result) in &mut tried {
+                        in_full.compute(row..row + 1, &[*column]);
+                        *result = found.of(row * n + *column..row * n + *column + 1)[0];
+                    }
+                    let mut tried: Vec<f32> = tried.into_iter().map(|(_, result)| result).collect();
+                    tried.iter_mut().filter(|result| result.is_nan()).for_each(|result| *result = f32::NEG_INFINITY);
+                    limit = limit.max(greatest(count, &mut tried));
+                }
+                of_rows.of(row..row + 1)[0] = limit;
+            }
+        })?;
+        reached.resize_with(n.div_ceil(share), Mutex::default);
+        let count = AtomicUsize::new(0);
+        spread(reached.len(), &|part| {
+            let columns = part * share..n.min((part + 1) * share);
+            let Reached { columns: reach, ends, found: here } = &mut *held(&reached[part]);
+            reach.clear();
+            ends.clear();
+            for first in (0..rows).step_by(TOGETHER) {
+                for row in first..rows.min(first + TOGETHER) {
+                    let most = &most[row * chunks..][columns.start / CHUNK..columns.end.div_ceil(CHUNK)];
+                    // SAFETY: no one writes now; the features are the caller's.
+                    unsafe {
+                        let results = found.of(row * n + columns.start..row * n + columns.end);
+                        self.reaching(columns.start, (results, most), slack[row], limits[row], here);
+                    }
+                }
+                if rows > 1 {
+                    here.sort_unstable();
+                    here.dedup();
+                }
+                reach.append(here);
+                ends.push(reach.len());
+            }
+            count.fetch_add(reach.len(), Ordering::Relaxed);
+        })?;
+        let (count, all) = (count.into_inner(), n * rows.div_ceil(TOGETHER));
+        if pass == Pass::Blunt {
+            let change = |blunt: u32| Some(if count > all / 8 { blunt + 1 } else { blunt.saturating_sub(1) });
+            // What was there before is of no use.
+            let _ = self.blunt.fetch_update(Ordering::Relaxed, Ordering::Relaxed, change);
+        }
+        if count > all / 3 {
+            return Ok(false);
+        }
+        spread(reached.len(), &|part| {
+            let Reached { columns, ends, .. } = &*held(&reached[part]);
+            let mut start = 0;
+            for (first, &end) in (0..rows).step_by(TOGETHER).zip(ends) {
                 // SAFETY: every place is computed by one call only; the features are the caller's.
-                unsafe { in_full.compute([of_rows, column..column + 1]) };
+                unsafe { in_full.compute(first..rows.min(first + TOGETHER), &columns[start..end]) };
+                start = end;
             }
         })?;
         Ok(true)
@@ -354,12 +411,23 @@ impl Known {
         limit: f32,
         reach: &mut Vec<usize>,
     ) {
-        let reaches = |result: f32| (result >= limit) | result.is_nan();
         for (at, (results, most)) in results.chunks(CHUNK).zip(most).enumerate() {
-            if reaches(*most) {
-                let moved = self.moves(first + at * CHUNK, results, slack);
-                let there = (0..results.len()).filter(|&at| reaches(moved[at]));
-                reach.extend(there.map(|column| first + at * CHUNK + column));
+            if *most < limit {
+                continue;
+            }
+            let (column, moved) = (first + at * CHUNK, self.moves(first + at * CHUNK, results, slack));
+            for (eight, moved) in (0..).zip(moved.as_chunks::<8>().0) {
+                // SAFETY: eight numbers.
+                let moved = unsafe { _mm256_loadu_ps(moved.as_ptr()) };
+                // Not less: what is not a number reaches everything.
+                let mut there = _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_NLT_UQ>(moved, _mm256_set1_ps(limit)));
+                while there != 0 {
+                    let lane = there.trailing_zeros() as usize;
+                    there &= there - 1;
+                    if eight * 8 + lane < results.len() {
+                        reach.push(column + eight * 8 + lane);
+                    }
+                }
             }
         }
     }
@@ -401,54 +469,39 @@ enum InFull<'p> {
 impl InFull<'_> {
     /// # Safety
     /// The processor has AVX2 and FMA, and no one else computes these rows of these columns.
-    unsafe fn compute(&self, part: [Range<usize>; 2]) {
+    unsafe fn compute(&self, rows: Range<usize>, columns: &[usize]) {
         // SAFETY: the caller's.
         unsafe {
             match self {
-                InFull::Float(product) => float::multiply(product, part),
-                InFull::Packed(x, w, y) => product::multiply(x, w, None, part, y),
+                InFull::Float(product) => {
+                    for (at, &column) in columns.iter().enumerate() {
+                        columns.get(at + 2).inspect(|&&later| product.fetch(later));
+                        float::multiply(product, [rows.clone(), column..column + 1]);
+                    }
+                }
+                InFull::Packed(x, w, y) => product::multiply(x, w, None, (rows, Columns::Listed(columns)), y),
             }
         }
     }
 }
 
-/// Rounds a row to 8 bits, and returns the lengths of its error and of itself.
-#[target_feature(enable = "avx2,fma")]
-fn rounded(row: &[f32], numbers: &mut [u8], scales: &mut [f32]) -> [f32; 2] {
-    let (mut errors, mut lengths) = ([0.0_f32; 8], [0.0_f32; 8]);
-    let mut padded;
-    for ((block, numbers), scale) in row.chunks(BLOCK).zip(numbers.chunks_exact_mut(BLOCK)).zip(scales) {
-        let block: &[f32; BLOCK] = match block.try_into() {
-            Ok(block) => block,
-            Err(_) => {
-                padded = [0.0; BLOCK];
-                padded[..block.len()].copy_from_slice(block);
-                &padded
-            }
-        };
-        let mut largest = [0.0_f32; 8];
-        for eight in block.as_chunks::<8>().0 {
-            for (largest, x) in largest.iter_mut().zip(eight) {
-                *largest = largest.max(x.abs());
-            }
-        }
-        let largest = largest.into_iter().fold(0.0, f32::max);
-        *scale = largest / 127.0;
-        let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
-        let eights = block.as_chunks::<8>().0.iter().zip(numbers.as_chunks_mut::<8>().0);
-        for (eight, numbers) in eights {
-            for at in 0..8 {
-                let x = eight[at];
-                // 1.5 · 2²³ leaves the nearest whole number in the low bits.
-                let shifted = x * inverse + 12_582_912.0;
-                let error = x - (shifted - 12_582_912.0) * *scale;
-                numbers[at] = (shifted.to_bits() as u8).wrapping_add(128);
-                errors[at] += error * error;
-                lengths[at] += x * x;
-            }
-        }
-    }
-    [errors, lengths].map(|lanes| lanes.into_iter().sum::<f32>().sqrt() * 1.0001)
+/// What a part of the columns' mutex holds, of which each is locked by one thread at a time.
+fn held(reached: &Mutex<Reached>) -> MutexGuard<'_, Reached> {
+    reached.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The `count`-th greatest of the values, of which there are as many, and which are put in another order.
+fn greatest(count: usize, values: &mut [f32]) -> f32 {
+    *values.select_nth_unstable_by(count - 1, |a, b| b.total_cmp(a)).1
+}
+
+/// The greatest results of those `count` chunks that have the greatest upper bounds, and their columns.
+fn tries(most: &[f32], results: &[f32], count: usize) -> Vec<(usize, f32)> {
+    let mut chunks: Vec<usize> = (0..most.len()).collect();
+    chunks.select_nth_unstable_by(count.min(most.len()) - 1, |&a, &b| most[b].total_cmp(&most[a]));
+    chunks.truncate(count);
+    let columns = chunks.into_iter().map(|chunk| chunk * CHUNK..results.len().min((chunk + 1) * CHUNK));
+    columns.filter_map(|columns| columns.map(|at| (at, results[at])).max_by(|a, b| a.1.total_cmp(&b.1))).collect()
 }
 
 #[cfg(test)]
@@ -573,7 +626,7 @@ mod tests {
                 unsafe { room.activations.target().round(row, x, &weights) };
             }
             // SAFETY: there is one thread.
-            unsafe { product::multiply(&room.activations, &weights, None, [0..rows, 0..n], &output) };
+            unsafe { product::multiply(&room.activations, &weights, None, (0..rows, Columns::All(0..n)), &output) };
 
             let copies = Copies::new(n, 1.0);
             let mut y = vec![f32::NAN; rows * n];
@@ -593,8 +646,14 @@ mod tests {
                 assert_eq!(best(y), best(plain), "{bits} bits, {block_size}, {rows} rows");
                 assert!(plain.iter().zip(y).filter(|(a, b)| a != b).count() > n / 2, "only roughly for most");
                 // What the choice rests on: no result is further off than is held to be possible.
+                let reads = Pass::of(Table::Packed(&weights), rows, count, false)[0].reads();
+                // SAFETY: as above.
+                let known = unsafe { copies.of(Table::Packed(&weights), reads, [n, k], &alone) };
+                let known = known.ok().flatten().expect("was made for the product");
+                let (length, error) = (square(&x[row * k..][..k]).sqrt(), room.rough.errors()[row]);
                 for (column, (a, b)) in plain.iter().zip(y).enumerate() {
-                    let possible = weights.length_of(column) * (room.rough.errors()[row] + 1e-3);
+                    let of_weights = known.copy.as_ref().map_or(0.0, |copy| copy.errors[column]);
+                    let possible = known.lengths[column] * (error + 1e-3) + of_weights * (length + error);
                     assert!((a - b).abs() <= possible, "{bits} bits, {block_size}: {a} and {b}, {possible}");
                 }
             }
@@ -630,7 +689,7 @@ mod tests {
         let (copies, mut room) = (Copies::new(n, 1.0), Room::default());
         let wanted = Wanted::Best { count: 1, sum: false };
         let mut y = vec![0.0; n];
-        for _ in 0..2 {
+        for _ in 0..TOO_BLUNT + 3 {
             let operands = (&x[..], Table::Float(&w), &mut y[..]);
             // SAFETY: the features are there, and there is one thread.
             let done = unsafe { copies.multiply(wanted, &mut room, operands, [1, n, k], &alone) };

@@ -35,6 +35,15 @@ impl<'p> Product<'p> {
         assert!(x.len() == rows * k && w.len() == n * k && y.len() == rows * n, "sizes of a product");
         Product { x, w, y: y.as_mut_ptr(), rows, n, k }
     }
+
+    /// Has the memory send the weights of a column.
+    #[inline]
+    pub fn fetch(&self, column: usize) {
+        for line in self.w[column * self.k..][..self.k].chunks(16) {
+            // SAFETY: a hint, which may name any address.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
+        }
+    }
 }
 
 /// Computes the rows `of_rows` of the columns `columns`.

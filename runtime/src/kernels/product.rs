@@ -14,6 +14,8 @@ pub mod rough;
 
 use std::ops::Range;
 
+use super::aligned::Aligned;
+
 /// A weight matrix `[n, k]` in blocks of few bits.
 pub struct Weights<'w> {
     /// `[n, blocks, bytes of a block]`; of two 4-bit numbers in a byte the first is the lower.
@@ -78,6 +80,26 @@ impl Weights<'_> {
         sum.sqrt() * 1.0001
     }
 
+    /// The numbers of a row, as float32 into `to`, which has room for them.
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    pub fn unpack(&self, row: usize, to: &mut [f32]) {
+        let (blocks, bytes) = (self.blocks(), self.block_bytes());
+        for (block, to) in to.chunks_mut(self.block_size).enumerate() {
+            let numbers = &self.numbers[(row * blocks + block) * bytes..][..bytes];
+            let (zero, scale) = (self.zero_point(row, block), self.scales[row * blocks + block]);
+            let number = |code: u8| (i32::from(code) - zero) as f32 * scale;
+            match self.bits {
+                8 => to.iter_mut().zip(numbers).for_each(|(to, &code)| *to = number(code)),
+                _ => {
+                    for (pair, &codes) in to.chunks_mut(2).zip(numbers) {
+                        pair.iter_mut().zip([codes & 15, codes >> 4]).for_each(|(to, code)| *to = number(code));
+                    }
+                }
+            }
+        }
+    }
+
     /// The zero point of every block, if they all have the same.
     fn same_zero_point(&self) -> Option<i32> {
         self.zero_points.is_none().then_some(1 << (self.bits - 1))
@@ -103,12 +125,12 @@ pub struct Activations {
     /// Whether whole panels of columns are computed.
     in_panels: bool,
     /// `[rows, blocks · block_size]`, filled up with zeros.
-    numbers: Vec<i16>,
+    numbers: Aligned<i16>,
     /// `[rows, blocks]`: the sums of the numbers, times the zero point where all blocks have the same.
     sums: Vec<f32>,
     /// `[rows, spans]`: what the zero point that all blocks have in common takes off the sums of a span, in the first lane of
     /// each block; zeros where blocks have zero points of their own.
-    starts: Vec<[i32; 8]>,
+    starts: Aligned<[i32; 8]>,
     /// `[rows]`
     scales: Vec<f32>,
 }
@@ -268,10 +290,14 @@ pub unsafe fn multiply(
     x: &Activations,
     w: &Weights,
     bias: Option<&[f32]>,
-    [rows, columns]: [Range<usize>; 2],
+    (rows, columns): (Range<usize>, Columns),
     y: &Output,
 ) {
-    let fits = rows.end <= y.rows && columns.end <= y.n && x.rows == y.rows;
+    let within = match &columns {
+        Columns::All(columns) => columns.end <= y.n,
+        Columns::Listed(columns) => !x.in_panels && columns.iter().all(|&column| column < y.n),
+    };
+    let fits = rows.end <= y.rows && within && x.rows == y.rows;
     assert!(fits && bias.is_none_or(|bias| bias.len() == y.n), "sizes of a product");
     let product = Product { x, w, bias, rows, columns, y };
     #[cfg(target_arch = "x86_64")]
@@ -291,13 +317,21 @@ pub unsafe fn multiply(
     product.portable();
 }
 
+/// Which columns of a product are to be computed.
+#[derive(Clone)]
+pub enum Columns<'c> {
+    All(Range<usize>),
+    /// Of activations that are for scattered ones.
+    Listed(&'c [usize]),
+}
+
 /// What is to be computed.
 struct Product<'p> {
     x: &'p Activations,
     w: &'p Weights<'p>,
     bias: Option<&'p [f32]>,
     rows: Range<usize>,
-    columns: Range<usize>,
+    columns: Columns<'p>,
     /// To be written, in these rows and columns, by no one else.
     y: &'p Output,
 }
@@ -305,11 +339,15 @@ struct Product<'p> {
 impl Product<'_> {
     /// For any machine.
     fn portable(&self) {
-        for column in self.columns.clone() {
+        let column = |column: usize| {
             for row in self.rows.clone() {
                 // SAFETY: within the output, and no one else writes there.
                 unsafe { *self.y.values.add(row * self.y.n + column) = self.at(row, column) };
             }
+        };
+        match &self.columns {
+            Columns::All(columns) => columns.clone().for_each(column),
+            Columns::Listed(columns) => columns.iter().copied().for_each(column),
         }
     }
 
@@ -409,7 +447,7 @@ mod tests {
                 let mut y = vec![f32::NAN; rows * n];
                 let output = Output::new(&mut y, rows, n);
                 // SAFETY: there is one thread.
-                unsafe { multiply(&activations, &weights, Some(&bias), [0..rows, 0..n], &output) };
+                unsafe { multiply(&activations, &weights, Some(&bias), (0..rows, Columns::All(0..n)), &output) };
 
                 let norm =
                     |values: &mut dyn Iterator<Item = f64>| values.map(|value| value * value).sum::<f64>().sqrt();
@@ -421,7 +459,7 @@ mod tests {
                 assert!(apart < 1e-4, "{case}: {apart}");
 
                 // What this machine computes is what any computes.
-                let (rows, columns) = (0..rows, 0..n);
+                let (rows, columns) = (0..rows, Columns::All(0..n));
                 let product = Product { x: &activations, w: &weights, bias: Some(&bias), rows, columns, y: &output };
                 for (at, &here) in y.iter().enumerate() {
                     let (any, here) = (f64::from(product.at(at / n, at % n)), f64::from(here));
@@ -445,7 +483,7 @@ mod tests {
             let mut y = [0.0; 2];
             let output = Output::new(&mut y, 1, 2);
             // SAFETY: there is one thread.
-            unsafe { multiply(&activations, &weights, None, [0..1, 0..2], &output) };
+            unsafe { multiply(&activations, &weights, None, (0..1, Columns::All(0..2)), &output) };
             assert!(y.iter().all(|y| y.is_nan()), "{bad}: {y:?}");
         }
     }

@@ -4,26 +4,29 @@
 use std::hint::black_box;
 use std::ops::Range;
 
+use super::aligned::Aligned;
 use super::attention::head::{Head, Room, Visible, attend, length_of_turned, turned};
 #[cfg(target_arch = "x86_64")]
 use super::float;
 #[cfg(target_arch = "x86_64")]
 use super::product::rough;
-use super::product::{self, Activations, Output, Weights};
+use super::product::{self, Activations, Columns, Output, Weights};
 
-/// Numbers of either sign.
-fn noise(count: usize) -> Vec<f32> {
+/// Numbers of either sign, which lie as those of ONNX Runtime and of the mapped file do.
+fn noise(count: usize) -> Aligned<f32> {
     let mut state = 1_u32;
     let mut next = || {
         state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
         (state >> 8) as f32 / 8_388_608.0 - 1.0
     };
-    (0..count).map(|_| next()).collect()
+    let mut numbers = Aligned::default();
+    (0..count).for_each(|_| numbers.push(next()));
+    numbers
 }
 
 /// A matrix `[n, k]` of `bits` bits in blocks.
 struct Packed {
-    numbers: Vec<u8>,
+    numbers: Aligned<u8>,
     scales: Vec<f32>,
     k: usize,
     bits: usize,
@@ -33,7 +36,9 @@ struct Packed {
 impl Packed {
     fn new([n, k]: [usize; 2], bits: usize, block_size: usize) -> Packed {
         let blocks = k.div_ceil(block_size);
-        let numbers = noise(n * blocks * block_size * bits / 8).iter().map(|x| (x.abs() * 256.0) as u8).collect();
+        let mut numbers = Aligned::default();
+        let codes = noise(n * blocks * block_size * bits / 8);
+        codes.iter().for_each(|x| numbers.push((x.abs() * 256.0) as u8));
         Packed { numbers, scales: vec![0.01; n * blocks], k, bits, block_size }
     }
 
@@ -56,7 +61,7 @@ pub fn few_bits([rows, n, k]: [usize; 3], bits: usize, block_size: usize) -> imp
         }
         let output = Output::new(&mut y, rows, n);
         // SAFETY: there is one thread.
-        unsafe { product::multiply(&activations, &weights, None, [0..rows, 0..n], &output) };
+        unsafe { product::multiply(&activations, &weights, None, (0..rows, Columns::All(0..n)), &output) };
         black_box(&y);
     }
 }

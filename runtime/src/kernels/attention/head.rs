@@ -10,6 +10,7 @@
 use std::ops::Range;
 
 use super::functions::{dots, exponentials, multiply_add, softcap};
+use crate::kernels::aligned::Aligned;
 
 /// Queries that are computed at a time.
 pub const TILE: usize = 6;
@@ -43,9 +44,9 @@ pub trait Visible {
 #[derive(Default)]
 pub struct Room {
     /// `[TILE, keys]`
-    scores: Vec<f32>,
+    scores: Aligned<f32>,
     /// `[TILE, dim]`
-    queries: Vec<f32>,
+    queries: Aligned<f32>,
 }
 
 /// Whether keys are worth turning round for so many queries.
@@ -129,8 +130,8 @@ fn tile<const FUSED: bool, const R: usize>(
     }
     let Room { scores, queries } = room;
     let own = head.queries[first * dim..(first + R) * dim].iter().map(|x| x * head.scale);
-    queries.clear();
-    queries.extend(own);
+    queries.resize(R * dim, 0.0);
+    queries.iter_mut().zip(own).for_each(|(to, own)| *to = own);
     let count = match head.turned {
         Some(turned) => {
             // Whole panels; what they have besides is hidden below.

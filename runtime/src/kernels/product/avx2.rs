@@ -5,10 +5,10 @@ use std::arch::x86_64::*;
 use std::array::from_fn;
 use std::ops::Range;
 
-use super::{Activations, Product, Weights};
+use super::{Columns, Product};
 
 /// Bytes from what is read to what will be.
-const AHEAD: usize = 2048;
+pub(super) const AHEAD: usize = 2048;
 /// Columns that all rows are computed of before the next ones: they stay in the first cache.
 const NEAR: usize = 32;
 /// Sums that are taken across their registers together.
@@ -31,15 +31,46 @@ pub unsafe fn multiply<const BITS: usize>(product: &Product) {
 /// With the length of a span known beforehand, no more than the sums is left to do in it.
 #[target_feature(enable = "avx2,fma")]
 fn of_span<const BITS: usize, const SPAN: usize>(product: &Product) {
-    for first in product.columns.clone().step_by(NEAR) {
-        let columns = first..product.columns.end.min(first + NEAR);
-        for row in product.rows.clone().step_by(4) {
-            match product.rows.end - row {
-                1 => of_rows::<BITS, SPAN, 1, 8>(product, row, columns.clone()),
-                2 => of_rows::<BITS, SPAN, 2, 4>(product, row, columns.clone()),
-                3 => of_rows::<BITS, SPAN, 3, 2>(product, row, columns.clone()),
-                _ => of_rows::<BITS, SPAN, 4, 2>(product, row, columns.clone()),
+    let Product { w, rows, columns, .. } = product;
+    let (bytes, start) = (w.blocks() * w.block_bytes(), w.numbers.as_ptr());
+    match columns {
+        Columns::All(columns) => {
+            let to_all = To { column: |at| at, later: |at| start.wrapping_add(at * bytes + AHEAD) };
+            for first in columns.clone().step_by(NEAR) {
+                of_some::<BITS, SPAN>(product, rows.clone(), first..columns.end.min(first + NEAR), &to_all);
             }
+        }
+        Columns::Listed(columns) => {
+            let later = |at| start.wrapping_add(columns.get(at + SUMS).map_or(0, |column| column * bytes));
+            let to_listed = To { column: |at: usize| columns[at], later };
+            of_some::<BITS, SPAN>(product, rows.clone(), 0..columns.len(), &to_listed);
+        }
+    }
+}
+
+/// Which columns are computed one after the other.
+struct To<C, L> {
+    /// The column at a place.
+    column: C,
+    /// What the memory is to send while that is computed.
+    later: L,
+}
+
+/// The columns at some places.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn of_some<const BITS: usize, const SPAN: usize>(
+    product: &Product,
+    rows: Range<usize>,
+    places: Range<usize>,
+    to: &To<impl Fn(usize) -> usize, impl Fn(usize) -> *const u8>,
+) {
+    for row in rows.clone().step_by(4) {
+        match rows.end - row {
+            1 => of_rows::<BITS, SPAN, 1, 8>(product, row, places.clone(), to),
+            2 => of_rows::<BITS, SPAN, 2, 4>(product, row, places.clone(), to),
+            3 => of_rows::<BITS, SPAN, 3, 2>(product, row, places.clone(), to),
+            _ => of_rows::<BITS, SPAN, 4, 2>(product, row, places.clone(), to),
         }
     }
 }
@@ -50,25 +81,29 @@ fn of_span<const BITS: usize, const SPAN: usize>(product: &Product) {
 fn of_rows<const BITS: usize, const SPAN: usize, const R: usize, const C: usize>(
     product: &Product,
     row: usize,
-    columns: Range<usize>,
+    places: Range<usize>,
+    to: &To<impl Fn(usize) -> usize, impl Fn(usize) -> *const u8>,
 ) {
-    let whole = columns.start + columns.len() / C * C;
-    for column in (columns.start..whole).step_by(C) {
-        write::<R, C>(product, row, column, tile::<BITS, SPAN, R, C>(product.x, product.w, row, column));
+    let whole = places.start + places.len() / C * C;
+    for place in (places.start..whole).step_by(C) {
+        let columns: [usize; C] = from_fn(|at| (to.column)(place + at));
+        let sums = tile::<BITS, SPAN, R, C>(product, row, columns, from_fn(|at| (to.later)(place + at)));
+        write::<R, C>(product, row, columns, sums);
     }
-    for column in whole..columns.end {
-        write::<R, 1>(product, row, column, tile::<BITS, SPAN, R, 1>(product.x, product.w, row, column));
+    for place in whole..places.end {
+        let columns = [(to.column)(place)];
+        write::<R, 1>(product, row, columns, tile::<BITS, SPAN, R, 1>(product, row, columns, [(to.later)(place)]));
     }
 }
 
 /// Gives a tile's sums `[rows, columns]` their scales and biases, and writes them.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-fn write<const R: usize, const C: usize>(product: &Product, row: usize, column: usize, sums: [f32; SUMS]) {
+fn write<const R: usize, const C: usize>(product: &Product, row: usize, columns: [usize; C], sums: [f32; SUMS]) {
     let Product { x, bias, y, .. } = product;
     for (row, sums) in (row..row + R).zip(sums.chunks_exact(C)) {
         let scale = x.scales[row];
-        for (column, sum) in (column..).zip(sums) {
+        for (column, sum) in columns.into_iter().zip(sums) {
             let bias = bias.map_or(0.0, |bias| bias[column]);
             // SAFETY: within the output, and no one else writes the column.
             unsafe { *y.values.add(row * y.n + column) = sum * scale + bias };
@@ -76,29 +111,30 @@ fn write<const R: usize, const C: usize>(product: &Product, row: usize, column: 
     }
 }
 
-/// The sums `[rows, columns]` of a tile.
+/// The sums `[rows, columns]` of a tile; the memory is to send `later`, a column's bytes each.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
 fn tile<const BITS: usize, const SPAN: usize, const R: usize, const C: usize>(
-    x: &Activations,
-    w: &Weights,
+    Product { x, w, rows, .. }: &Product,
     row: usize,
-    column: usize,
+    columns: [usize; C],
+    later: [*const u8; C],
 ) -> [f32; SUMS] {
     const { assert!(R * C <= SUMS) };
     let (blocks, size, span) = (w.blocks(), w.block_size, SPAN);
     let (length, bytes, spans) = (blocks * size, blocks * w.block_bytes(), blocks * size / span);
     // Everything below stays within these; spans are whole ones in the order that 4 bits are in.
     assert!((row + R) * length <= x.numbers.len() && (row + R) * spans <= x.starts.len());
-    assert!((column + C) * bytes <= w.numbers.len() && (column + C) * blocks <= w.scales.len());
+    let last = columns.into_iter().fold(0, usize::max);
+    assert!((last + 1) * bytes <= w.numbers.len() && (last + 1) * blocks <= w.scales.len());
     assert!(spans * span == length && span == w.span() && span.is_multiple_of(if BITS == 4 { 64 } else { 16 }));
     let numbers: [*const i16; R] = from_fn(|at| x.numbers[(row + at) * length..].as_ptr());
     let starts: [*const [i32; 8]; R] = from_fn(|at| x.starts[(row + at) * spans..].as_ptr());
 
     let mut totals = [_mm256_setzero_ps(); SUMS];
-    for at_column in 0..C {
-        let packed = w.numbers[(column + at_column) * bytes..].as_ptr();
-        let scales = w.scales[(column + at_column) * blocks..].as_ptr();
+    for (at_column, (column, later)) in columns.into_iter().zip(later).enumerate() {
+        let packed = w.numbers[column * bytes..].as_ptr();
+        let scales = w.scales[column * blocks..].as_ptr();
         let mut totals_here = [_mm256_setzero_ps(); R];
         for of_span in 0..spans {
             // SAFETY: within the tile.
@@ -106,8 +142,8 @@ fn tile<const BITS: usize, const SPAN: usize, const R: usize, const C: usize>(
                 // What zero is off, before anything is added.
                 let mut sums: [__m256i; R] = from_fn(|row| _mm256_loadu_si256(starts[row].add(of_span).cast()));
                 // Further rows find it in the cache.
-                if row == 0 {
-                    fetch(packed, of_span * span * BITS / 8, span * BITS / 8);
+                if row == rows.start {
+                    fetch(later, of_span * span * BITS / 8, span * BITS / 8);
                 }
                 if BITS == 8 {
                     for at in (of_span * span..(of_span + 1) * span).step_by(16) {
@@ -141,8 +177,8 @@ fn tile<const BITS: usize, const SPAN: usize, const R: usize, const C: usize>(
             for (row, total) in (row..).zip(&mut totals_here) {
                 let mut zeros = 0.0;
                 for block in 0..blocks {
-                    let zero = w.zero_point(column + at_column, block) as f32;
-                    zeros += w.scales[(column + at_column) * blocks + block] * zero * x.sums[row * blocks + block];
+                    let zero = w.zero_point(column, block) as f32;
+                    zeros += w.scales[column * blocks + block] * zero * x.sums[row * blocks + block];
                 }
                 *total = _mm256_sub_ps(*total, _mm256_setr_ps(zeros, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0));
             }
@@ -167,16 +203,16 @@ pub fn across(x: [__m256; SUMS]) -> [f32; SUMS] {
     sums
 }
 
-/// Has the memory send what will be read a little later than `bytes` bytes from `first` on: the processor alone would not look
+/// Has the memory send `bytes` bytes from `first` on of what will be read a little later: the processor alone would not look
 /// beyond a page.
 #[inline(always)]
-pub(super) fn fetch(packed: *const u8, first: usize, bytes: usize) {
+pub(super) fn fetch(later: *const u8, first: usize, bytes: usize) {
     if bytes < 64 && !first.is_multiple_of(64) {
         return;
     }
     for line in (0..bytes).step_by(64) {
         // SAFETY: a hint, which may name any address.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(packed.wrapping_add(first + line + AHEAD).cast()) };
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(later.wrapping_add(first + line).cast()) };
     }
 }
 

@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 use std::array::from_fn;
 use std::ops::Range;
 
-use super::{Product, Weights};
+use super::{Columns, Product, Weights};
 
 /// Columns of a panel.
 const WIDTH: usize = 16;
@@ -31,7 +31,9 @@ struct Panel {
 /// The processor has AVX2 and FMA.
 #[target_feature(enable = "avx2,fma")]
 pub unsafe fn multiply<const BITS: usize>(product: &Product) {
-    let Product { x, w, rows, columns, .. } = product;
+    let Product { x, w, rows, columns: Columns::All(columns), .. } = product else {
+        unreachable!("activations of panels are for all columns")
+    };
     let length = w.blocks() * w.block_size;
     assert!(
         x.numbers.len() == x.rows * length && DEPTH.is_multiple_of(w.block_size) && w.block_size.is_multiple_of(16)

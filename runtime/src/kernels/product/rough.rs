@@ -1,19 +1,24 @@
-//! The product of weights of few bits with activations of 6 bits, with AVX2: about half the work of the product proper. Its
-//! results are off by a known length at most, and so tell which of very many columns need not be computed at all.
+//! The product of weights of few bits with activations of 6 or 8 bits, with AVX2: about half the work of the product proper, or
+//! less. Its results are off by a known length at most, and so tell which of very many columns need not be computed at all.
 //!
 //! # Design
-//! Two products of 8 bits by 6, and two such pairs, fit into 16 bits: `4 · 255 · 31 < 2¹⁵`. Each span of activations has a scale
-//! of its own, so that a few large ones cost the others no bits.
+//! Two products of 8 bits by 6, and two such pairs, fit into 16 bits: `4 · 255 · 31 < 2¹⁵`. So do eight products of 4 bits by 8,
+//! `8 · 15 · 127 < 2¹⁵`: as many as meet in a block of 128. Each span of activations has a scale of its own, so that a few large
+//! ones cost the others no bits.
 
 use std::arch::x86_64::*;
 use std::array::from_fn;
 use std::ops::Range;
 
-use super::avx2::{SUMS, across, fetch, two_scales};
+use super::avx2::{AHEAD, SUMS, across, fetch, two_scales};
 use super::{Output, SHIFT, Weights};
+use crate::kernels::aligned::Aligned;
 
-/// The greatest number that an activation is rounded to.
-const GREATEST: f32 = 31.0;
+/// The greatest number that an activation is rounded to, by the bits of the weights.
+fn greatest(bits: usize) -> f32 {
+    if bits == 4 { 127.0 } else { 31.0 }
+}
+
 /// Numbers that are multiplied at a time.
 const STEP: usize = 64;
 /// Columns that all rows are computed of before the next ones: they stay in the first cache.
@@ -23,11 +28,11 @@ const NEAR: usize = 32;
 #[derive(Default)]
 pub struct Rough {
     /// `[rows, spans · span]`, of 4 bits of weights each 64 in the order even, odd; filled up with zeros.
-    numbers: Vec<i8>,
+    numbers: Aligned<i8>,
     /// `[rows, spans]`: what the zero point takes off the sums of a span, in the first lane of each block.
-    starts: Vec<[i32; 8]>,
+    starts: Aligned<[i32; 8]>,
     /// `[rows, spans]`: the scale of a span, eight times.
-    scales: Vec<[f32; 8]>,
+    scales: Aligned<[f32; 8]>,
     /// `[rows]`: the Euclidean lengths of what the rows lost.
     errors: Vec<f32>,
 }
@@ -59,8 +64,8 @@ impl Rough {
             for (at, (numbers, starts)) in of_spans.enumerate() {
                 let x = &x[(at * span).min(w.k)..((at + 1) * span).min(w.k)];
                 let largest = x.iter().fold(0.0, |largest: f32, x| largest.max(x.abs()));
-                let scale = largest / GREATEST;
-                let inverse = if largest > 0.0 { GREATEST / largest } else { 0.0 };
+                let scale = largest / greatest(w.bits);
+                let inverse = if largest > 0.0 { greatest(w.bits) / largest } else { 0.0 };
                 for (at, &x) in x.iter().enumerate() {
                     let number = (x * inverse + SHIFT).to_bits() as i8;
                     let lost = x - f32::from(number) * scale;
@@ -124,19 +129,22 @@ fn of_rows<const BITS: usize, const SIZE: usize, const R: usize, const C: usize>
     columns: Range<usize>,
     y: &Output,
 ) {
-    let write = |column: usize, count: usize, sums: [f32; SUMS]| {
-        for (row, sums) in (row..row + R).zip(sums.chunks_exact(count)) {
-            // SAFETY: within the output, and no one else has these columns.
-            let to = unsafe { std::slice::from_raw_parts_mut(y.values.add(row * y.n + column), count) };
-            to.copy_from_slice(sums);
-        }
-    };
     let whole = columns.start + columns.len() / C * C;
     for column in (columns.start..whole).step_by(C) {
-        write(column, C, tile::<BITS, SIZE, R, C>(x, w, row, column));
+        write::<R, C>(y, row, column, tile::<BITS, SIZE, R, C>(x, w, row, column));
     }
     for column in whole..columns.end {
-        write(column, 1, tile::<BITS, SIZE, R, 1>(x, w, row, column));
+        write::<R, 1>(y, row, column, tile::<BITS, SIZE, R, 1>(x, w, row, column));
+    }
+}
+
+/// Writes a tile's results `[rows, columns]`.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn write<const R: usize, const C: usize>(y: &Output, row: usize, column: usize, sums: [f32; SUMS]) {
+    for (at_row, sums) in sums.as_chunks::<C>().0.iter().enumerate().take(R) {
+        // SAFETY: within the output, and no one else has these columns.
+        unsafe { y.values.add((row + at_row) * y.n + column).cast::<[f32; C]>().write_unaligned(*sums) };
     }
 }
 
@@ -171,23 +179,35 @@ fn tile<const BITS: usize, const SIZE: usize, const R: usize, const C: usize>(
             // SAFETY: within the tile.
             unsafe {
                 if row == 0 {
-                    fetch(packed, of_span * span * BITS / 8, span * BITS / 8);
+                    fetch(packed.wrapping_add(AHEAD), of_span * span * BITS / 8, span * BITS / 8);
                 }
+                let packed = packed.add(of_span * (span * BITS / 8));
+                let numbers: [*const i8; R] = from_fn(|row| numbers[row].add(of_span * span));
                 let mut sums: [__m256i; R] = from_fn(|row| _mm256_loadu_si256(starts[row].add(of_span).cast()));
-                for at in (of_span * span..(of_span + 1) * span).step_by(STEP) {
-                    let packed = packed.add(at * BITS / 8);
+                let mut pairs = [_mm256_setzero_si256(); R];
+                for step in 0..span / STEP {
+                    let packed = packed.add(step * (STEP * BITS / 8));
                     let first = _mm256_loadu_si256(packed.cast());
                     let halves = match BITS {
                         8 => [first, _mm256_loadu_si256(packed.add(32).cast())],
                         _ => [_mm256_and_si256(first, low), _mm256_and_si256(_mm256_srli_epi16::<4>(first), low)],
                     };
                     for row in 0..R {
-                        let x = numbers[row].add(at);
-                        let pairs = _mm256_add_epi16(
+                        let x = numbers[row].add(step * STEP);
+                        let here = _mm256_add_epi16(
                             _mm256_maddubs_epi16(halves[0], _mm256_loadu_si256(x.cast())),
                             _mm256_maddubs_epi16(halves[1], _mm256_loadu_si256(x.add(32).cast())),
                         );
-                        sums[row] = _mm256_add_epi32(sums[row], _mm256_madd_epi16(pairs, ones));
+                        if BITS == 8 {
+                            sums[row] = _mm256_add_epi32(sums[row], _mm256_madd_epi16(here, ones));
+                        } else {
+                            pairs[row] = _mm256_add_epi16(pairs[row], here);
+                        }
+                    }
+                }
+                if BITS == 4 {
+                    for row in 0..R {
+                        sums[row] = _mm256_add_epi32(sums[row], _mm256_madd_epi16(pairs[row], ones));
                     }
                 }
                 let scale = match SIZE {
