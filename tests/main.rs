@@ -19,6 +19,7 @@ mod providers;
 mod python;
 mod random;
 mod sampling;
+mod shortlist;
 mod speculation;
 mod tasks;
 mod tensorrt;

@@ -3,9 +3,12 @@
 
 use t5gemma_graphs::onnx::{Adjust, Part};
 
+/// From a state of the generator to the next.
+const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
+
 /// The numbers of one tensor, from `seed` and the tensor's name alone, so that they do not depend on order or chunking.
 pub struct Numbers {
-    state: u64,
+    start: u64,
     centre: f32,
     reach: f32,
 }
@@ -26,23 +29,33 @@ impl Numbers {
             (_, [_, columns]) => (0.0, (*columns as f32).powf(-0.5)),
             _ => (0.0, 0.02),
         };
-        Numbers { state: name ^ seed.wrapping_mul(0x9e37_79b9_7f4a_7c15), centre, reach: deviation * 3f32.sqrt() }
+        Numbers { start: name ^ seed.wrapping_mul(STEP), centre, reach: deviation * 3f32.sqrt() }
     }
 
-    /// Fills `out` with the next numbers.
-    pub fn fill(&mut self, out: &mut [f32]) {
-        for pair in out.chunks_mut(2) {
-            // SplitMix64 (Steele, Lea, Flood 2014).
-            self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-            let mut bits = self.state;
-            bits = (bits ^ (bits >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-            bits = (bits ^ (bits >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-            bits ^= bits >> 31;
-            for (number, half) in pair.iter_mut().zip([bits as u32, (bits >> 32) as u32]) {
-                // 24 bits make an odd multiple of 2^-24 in (-1, 1): never zero.
-                let unit = (2 * (half >> 8) as i32 + 1 - (1 << 24)) as f32 / (1 << 24) as f32;
-                *number = self.centre + self.reach * unit;
-            }
+    /// Fills `out` with the numbers from the `first` on.
+    pub fn fill(&self, first: usize, out: &mut [f32]) {
+        // Two come of one state; of the one before an odd place the second.
+        let mut state = self.start.wrapping_add((first as u64 / 2).wrapping_mul(STEP));
+        let (before, out) = out.split_at_mut(out.len().min(first % 2));
+        if let [number] = before {
+            *number = self.pair(&mut state)[1];
         }
+        for numbers in out.chunks_mut(2) {
+            numbers.iter_mut().zip(self.pair(&mut state)).for_each(|(number, new)| *number = new);
+        }
+    }
+
+    fn pair(&self, state: &mut u64) -> [f32; 2] {
+        // SplitMix64 (Steele, Lea, Flood 2014).
+        *state = state.wrapping_add(STEP);
+        let mut bits = *state;
+        bits = (bits ^ (bits >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        bits = (bits ^ (bits >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        bits ^= bits >> 31;
+        [bits as u32, (bits >> 32) as u32].map(|half| {
+            // 24 bits make an odd multiple of 2^-24 in (-1, 1): never zero.
+            let unit = (2 * (half >> 8) as i32 + 1 - (1 << 24)) as f32 / (1 << 24) as f32;
+            self.centre + self.reach * unit
+        })
     }
 }

@@ -1,9 +1,12 @@
 //! One file of weights under all graphs: the order and offsets of the tensors, and the stream of their bytes. Memory in use
 //! is a few chunks, whatever the model's size, and the scales of one matrix where it is held in few bits.
 
+use std::borrow::Cow;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
+use std::ops::Range;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, channel, sync_channel};
 use std::thread::{self, JoinHandle};
 
@@ -93,7 +96,7 @@ pub fn write(path: &Path, weights: &[Weight], source: &Source, watch: &dyn Watch
         }
         for part in &weight.parts {
             let mut numbers = Numbers::of(part, weight.adjust, source)?;
-            let (count, row) = (part.shape.iter().product::<usize>(), part.shape.last().copied().unwrap_or(1));
+            let (count, row) = (part.numbers(), part.shape.last().copied().unwrap_or(1));
             let chunk = match weight.adjust {
                 Adjust::Packed(_) | Adjust::Signed(_) => (CHUNK / row).max(1) * row,
                 _ => CHUNK,
@@ -135,7 +138,7 @@ fn largest(weight: &Weight, source: &Source, watch: &dyn Watch, scratch: &mut Ve
     let mut largest = 0.0_f32;
     for part in &weight.parts {
         let mut numbers = Numbers::of(part, weight.adjust, source)?;
-        let count = part.shape.iter().product::<usize>();
+        let count = part.numbers();
         for first in (0..count).step_by(CHUNK) {
             watch.check()?;
             scratch.resize(CHUNK.min(count - first), 0.0);
@@ -166,52 +169,82 @@ fn pack_rows(rows: &[f32], k: usize, pack: &Pack, bytes: &mut Vec<u8>, packed: &
     bytes.append(&mut packed.numbers);
 }
 
-/// The numbers of one tensor, chunk by chunk.
-enum Numbers<'s> {
-    Stored { dtype: DType, left: &'s [u8] },
+/// The numbers of one tensor, or of the rows that are taken of it, chunk by chunk.
+struct Numbers<'s> {
+    from: Origin<'s>,
+    kept: Option<Arc<[usize]>>,
+    /// Numbers in a row.
+    width: usize,
+    /// Numbers that were read.
+    read: usize,
+}
+
+enum Origin<'s> {
+    Stored { dtype: DType, bytes: &'s [u8] },
     Random(dummy::Numbers),
 }
 
 impl<'s> Numbers<'s> {
     fn of(part: &Part, adjust: Adjust, source: &'s Source) -> Result<Numbers<'s>> {
-        Ok(match source {
+        let from = match source {
             Source::Checkpoint(checkpoint) => {
                 let tensor = found(checkpoint, part)?;
-                Numbers::Stored { dtype: tensor.dtype, left: tensor.bytes }
+                Origin::Stored { dtype: tensor.dtype, bytes: tensor.bytes }
             }
-            Source::Dummy { seed, .. } => Numbers::Random(dummy::Numbers::of(part, adjust, *seed)),
-        })
+            Source::Dummy { seed, .. } => Origin::Random(dummy::Numbers::of(part, adjust, *seed)),
+        };
+        Ok(Numbers { from, kept: part.kept.clone(), width: part.shape[1..].iter().product(), read: 0 })
+    }
+
+    /// Where the next `count` numbers lie in the tensor, in runs.
+    fn places(&mut self, count: usize) -> Vec<Range<usize>> {
+        let (mut runs, mut left) = (Vec::new(), self.read..self.read + count);
+        self.read = left.end;
+        let Some(kept) = &self.kept else { return vec![left] };
+        while !left.is_empty() {
+            let (row, first) = (left.start / self.width, left.start % self.width);
+            let taken = left.len().min(self.width - first);
+            let start = kept[row] * self.width + first;
+            runs.push(start..start + taken);
+            left.start += taken;
+        }
+        runs
+    }
+
+    /// The next numbers as they are stored.
+    fn stored(&mut self, count: usize, dtype: DType, bytes: &'s [u8]) -> Cow<'s, [u8]> {
+        let runs = self.places(count);
+        let run = |run: &Range<usize>| &bytes[run.start * dtype.size()..run.end * dtype.size()];
+        match &runs[..] {
+            [one] => run(one).into(),
+            runs => runs.iter().flat_map(run).copied().collect(),
+        }
     }
 
     /// Writes the next numbers to `out` as `weight` has them, as many as there is room for.
     fn next(&mut self, weight: &Weight, scratch: &mut Vec<f32>, out: &mut [u8]) -> Result<()> {
-        match self {
-            Numbers::Stored { dtype, left } => {
-                let (chunk, rest) = left.split_at(out.len() / weight.dtype.size() * dtype.size());
-                *left = rest;
-                convert(chunk, (*dtype, weight.dtype), weight.adjust, scratch, out)
-            }
-            Numbers::Random(numbers) => {
-                scratch.resize(out.len() / weight.dtype.size(), 0.0);
-                numbers.fill(scratch);
-                round(scratch, weight.dtype, out)
-            }
+        let count = out.len() / weight.dtype.size();
+        if let Origin::Stored { dtype, bytes } = self.from {
+            return convert(&self.stored(count, dtype, bytes), (dtype, weight.dtype), weight.adjust, scratch, out);
         }
+        scratch.resize(count, 0.0);
+        self.next_float32(scratch)?;
+        round(scratch, weight.dtype, out)
     }
 
     /// The next numbers, as many as there is room for.
     fn next_float32(&mut self, out: &mut [f32]) -> Result<()> {
-        match self {
-            Numbers::Stored { dtype, left } => {
-                let (chunk, rest) = left.split_at(out.len() * dtype.size());
-                *left = rest;
-                read(chunk, *dtype, out)
-            }
-            Numbers::Random(numbers) => {
-                numbers.fill(out);
-                Ok(())
-            }
+        if let Origin::Stored { dtype, bytes } = self.from {
+            return read(&self.stored(out.len(), dtype, bytes), dtype, out);
         }
+        let (runs, mut out) = (self.places(out.len()), out);
+        let Origin::Random(numbers) = &self.from else { unreachable!("stored ones were read above") };
+        for run in runs {
+            let (here, rest) = out.split_at_mut(run.len());
+            numbers.fill(run.start, here);
+            out = rest;
+        }
+        Ok(())
     }
 }
 
@@ -294,7 +327,7 @@ mod tests {
             name: name.into(),
             dtype: DType::BFloat16,
             shape: shape.to_vec(),
-            parts: vec![Part { tensor: name.into(), shape: shape.to_vec() }],
+            parts: vec![Part { tensor: name.into(), shape: shape.to_vec(), kept: None }],
             adjust: Adjust::AsIs,
             alias: None,
         };

@@ -29,6 +29,7 @@ mod weights;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::{fs, thread};
 
@@ -41,7 +42,7 @@ use t5gemma_graphs::manifest::{self, EncoderWindow, FORMAT, FORMAT_VERSION, File
 use t5gemma_graphs::onnx::{Blocks, Code};
 use t5gemma_graphs::quantization::{self, Activations, Quantization};
 use t5gemma_graphs::task::Task;
-use t5gemma_graphs::{Options, Target, decoder_init, definitions, encoder, reorder};
+use t5gemma_graphs::{Options, Target, Vocabulary, decoder_init, definitions, encoder, reorder};
 
 pub use check::{Checked, Finding, TensorRt, check};
 pub use checkpoint::{Checkpoint, Tensor};
@@ -64,6 +65,9 @@ pub struct Export {
     pub dtype: DType,
     /// Positions whose logits the decoder graphs return.
     pub logits: Logits,
+    /// The tokens that the model can generate, ascending; all without. The others have no logits, and the head is as much
+    /// smaller.
+    pub kept_tokens: Option<Vec<usize>>,
     /// Decoder layers whose cross-attention the decoder graphs return the mean of, all if empty; without it they return none.
     pub alignment: Option<Vec<usize>>,
     /// Whether positions exactly one window apart see each other in the encoder.
@@ -88,6 +92,7 @@ impl Default for Export {
             target: Target::Portable,
             dtype: DType::Float32,
             logits: Logits::default(),
+            kept_tokens: None,
             alignment: None,
             encoder_window: EncoderWindow::default(),
             quantization: Quantization::default(),
@@ -161,6 +166,7 @@ impl Export {
         let of_decoder = [
             ("all logits", self.logits == Logits::All),
             ("--candidates", matches!(self.logits, Logits::Candidates(_))),
+            ("--keep-tokens", self.kept_tokens.is_some()),
             ("--alignment", self.alignment.is_some()),
             ("--cache", self.capacity.is_some()),
             ("--plan", self.plan.is_some()),
@@ -176,6 +182,8 @@ impl Export {
             );
         }
         check_sizes(&config, self).with_context(|| origin.clone())?;
+        let companions = source.companions()?;
+        check_kept_tokens(self.kept_tokens.as_deref(), &config, &companions)?;
         let options = Options {
             task: task.clone(),
             target: self.target,
@@ -186,9 +194,12 @@ impl Export {
             quantization: self.quantization.clone(),
             activations: self.activations.clone(),
             capacity: self.capacity,
-            vocabulary: match source {
-                Source::Checkpoint(checkpoint) if task.is_generation() => weights::vocabulary(&config, checkpoint)?,
-                _ => weights::default_vocabulary(&config),
+            vocabulary: Vocabulary {
+                kept: self.kept_tokens.clone().map(Arc::from),
+                ..match source {
+                    Source::Checkpoint(checkpoint) if task.is_generation() => weights::vocabulary(&config, checkpoint)?,
+                    _ => weights::default_vocabulary(&config),
+                }
             },
         };
         if let Some(plan) = &self.plan {
@@ -212,8 +223,6 @@ impl Export {
             Source::Dummy { .. } => Vec::new(),
         };
         weights::check_size(&weights).with_context(|| origin.clone())?;
-
-        let companions = source.companions()?;
 
         let aside = Aside::create(out, self.existing)?;
         let failed = AtomicBool::new(false);
@@ -251,6 +260,10 @@ impl Export {
                 proto::encode(&graph, self.target.opset(), |name| unreachable!("{name}: a graph without weights"));
             files.insert(interface::REORDER.to_string(), aside.write(interface::REORDER, &bytes)?);
         }
+        if let Some(tokens) = &self.kept_tokens {
+            let text = serde_json::to_string(tokens).context("tokens cannot be written as JSON")? + "\n";
+            files.insert(manifest::KEPT_TOKENS.to_string(), aside.write(manifest::KEPT_TOKENS, text.as_bytes())?);
+        }
         for (name, bytes) in companions {
             files.insert(name.to_string(), aside.write(name, &bytes)?);
         }
@@ -264,6 +277,7 @@ impl Export {
             opset: self.target.opset(),
             encoder_window: self.encoder_window,
             logits: self.logits,
+            kept_tokens: self.kept_tokens.as_ref().map(Vec::len),
             alignment_layers: options.alignment_layers.clone(),
             cache,
             quantization: self.quantization.clone(),
@@ -372,9 +386,38 @@ fn check_sizes(config: &Config, export: &Export) -> Result<()> {
     }
     if let Logits::Candidates(count) = export.logits {
         // The limit of TensorRT's TopK.
-        let most = config.decoder.vocab_size.min(3839);
+        let tokens = export.kept_tokens.as_ref().map_or(config.decoder.vocab_size, Vec::len);
+        let most = tokens.min(3839);
         ensure!((1..=most).contains(&count), "--candidates: expected 1 to {most}, found {count}");
     }
+    Ok(())
+}
+
+/// Refuses tokens that the model does not have, and a choice of which no text would ever end.
+fn check_kept_tokens(tokens: Option<&[usize]>, config: &Config, companions: &[(&str, Vec<u8>)]) -> Result<()> {
+    let Some(tokens) = tokens else { return Ok(()) };
+    let vocab_size = config.decoder.vocab_size;
+    ensure!(!tokens.is_empty(), "--keep-tokens: expected ids of tokens, found none");
+    if let Some(token) = tokens.iter().find(|&&token| token >= vocab_size) {
+        bail!("--keep-tokens: expected token ids below {vocab_size}, the size of the vocabulary, found {token}");
+    }
+    if let Some(pair) = tokens.windows(2).find(|pair| pair[0] >= pair[1]) {
+        bail!("--keep-tokens: expected ascending token ids, each once, found {} before {}", pair[0], pair[1]);
+    }
+    let Some((name, text)) = companions.iter().find(|(name, _)| *name == "generation_config.json") else {
+        return Ok(());
+    };
+    let settings: serde_json::Value = serde_json::from_slice(text).with_context(|| (*name).to_string())?;
+    let ends: Vec<u64> = match settings.get("eos_token_id") {
+        Some(serde_json::Value::Array(tokens)) => tokens.iter().filter_map(serde_json::Value::as_u64).collect(),
+        Some(token) => token.as_u64().into_iter().collect(),
+        None => Vec::new(),
+    };
+    let is_kept = |token: &u64| tokens.binary_search(&(*token as usize)).is_ok();
+    ensure!(
+        ends.is_empty() || ends.iter().any(is_kept),
+        "--keep-tokens: expected one of those that end a text among them, eos_token_id {ends:?} of {name}, found none"
+    );
     Ok(())
 }
 

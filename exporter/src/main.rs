@@ -1,7 +1,9 @@
 //! The program `t5gemma-export`: parse, run, exit code.
 
+use std::collections::BTreeSet;
+use std::fs;
 use std::io::{self, IsTerminal, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -102,6 +104,10 @@ struct ExportArgs {
     /// exponentials, so that logits need not leave a GPU
     #[arg(long, value_name = "N", conflicts_with = "all_logits")]
     candidates: Option<usize>,
+    /// Have the model generate the tokens of this file only, a JSON array of ids as `t5gemma shortlist` writes it: the head,
+    /// of which every step reads all, is as much smaller, and the scores of those tokens are what they were
+    #[arg(long, value_name = "TOKENS.json")]
+    keep_tokens: Option<PathBuf>,
     /// Return beside the logits how much each target token attends to each source token (cross_attentions), for
     /// output_attentions and coverage_penalty of t5gemma: probabilities, the mean over heads and layers
     #[arg(long)]
@@ -328,6 +334,7 @@ fn export(args: ExportArgs, interrupted: &AtomicBool) -> Result<()> {
             None if args.all_logits => Logits::All,
             None => Logits::Last,
         },
+        kept_tokens: args.keep_tokens.as_deref().map(kept_tokens).transpose()?,
         alignment: args.alignment.then(|| args.alignment_layers.clone()),
         capacity: args.cache,
         plan: args.plan.clone(),
@@ -355,6 +362,14 @@ fn export(args: ExportArgs, interrupted: &AtomicBool) -> Result<()> {
         eprintln!("wrote {}: {parameters} parameters, {} bytes of weights", out.display(), weights.bytes);
     }
     Ok(())
+}
+
+/// The ids in a file of tokens, ascending.
+fn kept_tokens(path: &Path) -> Result<Vec<usize>> {
+    let text = fs::read(path).with_context(|| format!("--keep-tokens: {}: cannot be read", path.display()))?;
+    let tokens: Result<BTreeSet<usize>, _> = serde_json::from_slice(&text);
+    let tokens = tokens.with_context(|| format!("--keep-tokens: {}: expected a JSON array of ids", path.display()))?;
+    Ok(tokens.into_iter().collect())
 }
 
 fn capacity(text: &str) -> Result<usize, String> {

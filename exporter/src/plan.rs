@@ -219,7 +219,10 @@ impl Plan {
             Memory { what: "keys and values of targets, twice", bytes: own },
             Memory { what: "keys and values of sources", bytes: bytes(batch * source * token, number) },
             Memory { what: "hidden states", bytes: bytes(batch * source * encoder.hidden_size, number) },
-            Memory { what: "logits", bytes: bytes(rows * decoder.vocab_size, DType::Float32.size()) },
+            Memory {
+                what: "logits",
+                bytes: bytes(rows * manifest.kept_tokens.unwrap_or(decoder.vocab_size), DType::Float32.size()),
+            },
             Memory {
                 what: "scratch of an encoder layer (estimate)",
                 bytes: bytes(scores, DType::Float32.size() + number) + bytes(wide, number),

@@ -89,7 +89,7 @@ pub fn check_size(weights: &[Weight]) -> Result<()> {
 /// even where the config says tied, unless it equals the embedding; where only one is stored, it serves as both.
 pub fn vocabulary(config: &Config, checkpoint: &Checkpoint) -> Result<Vocabulary> {
     let tie = config.tie_word_embeddings;
-    let own = |embedding: &str, head: &str| Vocabulary { embedding: embedding.into(), head: head.into() };
+    let own = |embedding: &str, head: &str| Vocabulary { embedding: embedding.into(), head: head.into(), kept: None };
     match (checkpoint.tensor(EMBEDDING), checkpoint.tensor(HEAD)) {
         (Some(embedding), Some(head)) if tie && embedding.dtype == head.dtype && embedding.bytes == head.bytes => {
             Ok(own(EMBEDDING, EMBEDDING))
@@ -108,7 +108,7 @@ pub fn vocabulary(config: &Config, checkpoint: &Checkpoint) -> Result<Vocabulary
 /// The names used when no checkpoint says otherwise.
 pub fn default_vocabulary(config: &Config) -> Vocabulary {
     let head = if config.tie_word_embeddings { EMBEDDING } else { HEAD };
-    Vocabulary { embedding: EMBEDDING.into(), head: head.into() }
+    Vocabulary { embedding: EMBEDDING.into(), head: head.into(), kept: None }
 }
 
 /// Holds every weight to its tensor, and returns the names of the tensors that no weight uses.

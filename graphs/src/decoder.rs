@@ -72,9 +72,10 @@ pub fn candidates(logits: Value<'_>, which: Logits) -> Vec<Value<'_>> {
     vec![scores, ids, logits.log_sum_exp()]
 }
 
-/// `softcap(head · norm(x))` in float32, `[rows, positions, vocab_size]`, of x `[rows·length, hidden]`.
+/// `softcap(head · norm(x))` in float32, `[rows, positions, tokens]`, of x `[rows·length, hidden]`; tokens are those of the
+/// vocabulary or the ones that are kept of it.
 pub fn logits<'g>(x: Value<'g>, tokens: &Tokens<'g>, which: Logits, [norm, head]: [&Weights<'g>; 2]) -> Value<'g> {
-    let (rows, vocab_size, hidden_size) = (&tokens.rows, head.side.vocab_size, head.side.hidden_size);
+    let (rows, hidden_size) = (&tokens.rows, head.side.hidden_size);
     let (x, positions) = match which {
         Logits::All => (x, tokens.length.clone()),
         Logits::Last | Logits::Candidates(_) => {
@@ -84,7 +85,8 @@ pub fn logits<'g>(x: Value<'g>, tokens: &Tokens<'g>, which: Logits, [norm, head]
     };
     let normed = rms_norm(x, norm);
     let _scope = head.scope();
-    let table = head.matrix([vocab_size, hidden_size]);
+    let scored = head.kept().unwrap_or(head.side.vocab_size);
+    let table = head.matrix([scored, hidden_size]);
     let (x, cap) = (head.multiplied(normed.cast(head.factor_dtype())), head.side.final_logit_softcapping);
     head.lowering.logits(x, table, cap, [rows.clone(), positions])
 }

@@ -40,7 +40,7 @@ pub fn decoder_step(config: &Config, options: &Options) -> Definition {
         attended.extend(made.attended);
         x = made.output;
     }
-    let head = root.at(&options.vocabulary.head);
+    let head = root.at(&options.vocabulary.head).keeping(options.vocabulary.kept.as_ref());
     let logits = logits(x, &tokens, options.logits, [&w.at("norm"), &head]);
     let candidates = candidates(logits, options.logits);
     let alignment = alignment(&attended, &tokens);

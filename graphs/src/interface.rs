@@ -95,13 +95,15 @@ pub enum Logits {
 pub struct Returned {
     /// The positions whose logits.
     pub logits: Logits,
+    /// How many tokens have logits, if not all of the vocabulary.
+    pub kept_tokens: Option<usize>,
     /// Whether [`CROSS_ATTENTIONS`] of every position given, behind all other outputs.
     pub alignment: bool,
 }
 
 impl From<Logits> for Returned {
     fn from(logits: Logits) -> Returned {
-        Returned { logits, alignment: false }
+        Returned { logits, ..Returned::default() }
     }
 }
 
@@ -156,7 +158,7 @@ impl Cache {
 impl Interface {
     /// The interface of a model whose weights and activations are of `dtype`.
     pub fn of(config: &Config, dtype: DType, returned: impl Into<Returned>, cache: CacheLayout) -> Interface {
-        let Returned { logits, alignment } = returned.into();
+        let Returned { logits, kept_tokens, alignment } = returned.into();
         let fixed = Dim::fixed;
         let (batch, source) = (Dim::symbol(BATCH), Dim::symbol(SOURCE));
         let (target, past) = (Dim::symbol(TARGET), Dim::symbol(PAST));
@@ -175,7 +177,8 @@ impl Interface {
             Logits::All => (target.clone(), None),
             Logits::Candidates(count) => (fixed(1), Some(count)),
         };
-        let logits = || port("logits", DType::Float32, &[&rows, &scored, &fixed(config.decoder.vocab_size)]);
+        let tokens = fixed(kept_tokens.unwrap_or(config.decoder.vocab_size));
+        let logits = || port("logits", DType::Float32, &[&rows, &scored, &tokens]);
 
         let (kv_heads, head_dim) = (fixed(config.decoder.num_key_value_heads), fixed(config.decoder.head_dim));
         let cached = |prefix: &str, layer, cache: Cache, rows: &Dim, length: &Dim| {

@@ -42,6 +42,8 @@ pub use encoder::encoder;
 pub use lower::Target;
 pub use reorder::reorder;
 
+use std::sync::Arc;
+
 use config::Config;
 use interface::{CacheLayout, DType, Interface, Logits, Returned};
 use manifest::EncoderWindow;
@@ -81,6 +83,8 @@ pub struct Vocabulary {
     pub embedding: String,
     /// `[vocab_size, hidden_size]`, multiplied with the last hidden state.
     pub head: String,
+    /// The tokens that can be generated, ascending; all if none. The others have no logits.
+    pub kept: Option<Arc<[usize]>>,
 }
 
 /// The graphs of the options' task, in the order of [`interface::parts`].
@@ -102,7 +106,8 @@ impl Options {
 
     /// What the decoder graphs return besides keys and values.
     pub fn returned(&self) -> Returned {
-        Returned { logits: self.logits, alignment: !self.alignment_layers.is_empty() }
+        let kept_tokens = self.vocabulary.kept.as_ref().map(|kept| kept.len());
+        Returned { logits: self.logits, kept_tokens, alignment: !self.alignment_layers.is_empty() }
     }
 
     /// How the keys and values of the target pass from step to step.

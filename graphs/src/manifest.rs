@@ -12,6 +12,9 @@ use crate::task::Task;
 
 /// The name of the file, beside the graphs.
 pub const MANIFEST: &str = "manifest.json";
+/// The name of the file of a model that generates only some tokens of the vocabulary: their ids, a JSON array, ascending. The
+/// logits are theirs, in this order.
+pub const KEPT_TOKENS: &str = "kept_tokens.json";
 /// The value of `format`.
 pub const FORMAT: &str = "t5gemma-onnx";
 /// The version this code writes and the only one it reads; raised when an older reader would misread a folder.
@@ -44,6 +47,9 @@ pub struct Manifest {
     pub encoder_window: EncoderWindow,
     /// Positions whose logits the decoder graphs return.
     pub logits: Logits,
+    /// How many tokens have logits, if not all of the vocabulary: those of [`KEPT_TOKENS`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kept_tokens: Option<usize>,
     /// Decoder layers whose cross-attention the decoder graphs return the mean of; empty where they return none.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub alignment_layers: Vec<usize>,
@@ -71,7 +77,8 @@ pub struct Manifest {
 impl Manifest {
     /// What the decoder graphs return besides keys and values.
     pub fn returned(&self) -> Returned {
-        Returned { logits: self.logits, alignment: !self.alignment_layers.is_empty() }
+        let (logits, kept_tokens) = (self.logits, self.kept_tokens);
+        Returned { logits, kept_tokens, alignment: !self.alignment_layers.is_empty() }
     }
 
     /// The graphs that a model of this configuration and manifest has, in the order in which they are run.

@@ -1,6 +1,8 @@
 //! The blocks that both stacks are made of: one equation each, over a residual stream `[tokens, hidden]`. Also the cursor
 //! by which a block reaches its weights.
 
+use std::sync::Arc;
+
 use crate::Options;
 use crate::config::Side;
 use crate::lower::{Lowering, Matrix};
@@ -16,18 +18,35 @@ pub struct Weights<'g> {
     pub lowering: &'g dyn Lowering,
     options: &'g Options,
     path: String,
+    /// Of the head, which rows are taken; all if none.
+    kept: Option<Arc<[usize]>>,
 }
 
 impl<'g> Weights<'g> {
     /// The root of the checkpoint, for the blocks of `side`.
     pub fn root(graph: &'g Graph, side: &'g Side, options: &'g Options) -> Weights<'g> {
-        Weights { graph, side, lowering: options.target.lowering(), options, path: String::new() }
+        Weights { graph, side, lowering: options.target.lowering(), options, path: String::new(), kept: None }
     }
 
     /// The place called `name` under this one.
     pub fn at(&self, name: &str) -> Weights<'g> {
         let path = if self.path.is_empty() { name.to_string() } else { format!("{}.{name}", self.path) };
         Weights { path, ..self.clone() }
+    }
+
+    /// The same place, of whose rows `[vocab_size, …]` only some are taken.
+    pub fn keeping(&self, rows: Option<&Arc<[usize]>>) -> Weights<'g> {
+        Weights { kept: rows.cloned(), ..self.clone() }
+    }
+
+    /// How many rows are taken, if not all.
+    pub fn kept(&self) -> Option<usize> {
+        self.kept.as_ref().map(|kept| kept.len())
+    }
+
+    /// What the weight at this place is called: the whole one may be there too.
+    fn name(&self) -> String {
+        format!("{}{}", self.path, if self.kept.is_some() { ".kept" } else { "" })
     }
 
     /// Names nodes by this place until the scope is dropped.
@@ -37,7 +56,7 @@ impl<'g> Weights<'g> {
 
     /// The matrix or bias at this place.
     pub fn tensor(&self, shape: &[usize]) -> Value<'g> {
-        self.graph.parameter(&self.path, &self.whole(shape), self.dtype(), shape, Adjust::AsIs)
+        self.graph.parameter(&self.name(), &self.whole(shape), self.dtype(), shape, Adjust::AsIs)
     }
 
     /// The matrix `[out, in]` at this place, to be multiplied with.
@@ -74,7 +93,11 @@ impl<'g> Weights<'g> {
 
     /// The tensor that the checkpoint has at this place.
     fn whole(&self, shape: &[usize]) -> [Part; 1] {
-        [Part { tensor: self.path.clone(), shape: shape.to_vec() }]
+        let mut shape = shape.to_vec();
+        if self.kept.is_some() {
+            shape[0] = self.side.vocab_size;
+        }
+        [Part { tensor: self.path.clone(), shape, kept: self.kept.clone() }]
     }
 
     /// The matrix `[out, in]` of `parts` one above the other, in few bits, under the name of this place.
@@ -82,7 +105,8 @@ impl<'g> Weights<'g> {
         if self.options.target.signs_packed() {
             return self.packed_signed(parts, [n, k], blocks);
         }
-        let parameter = |dtype, shape: &[usize], adjust| self.graph.parameter(&self.path, parts, dtype, shape, adjust);
+        let parameter =
+            |dtype, shape: &[usize], adjust| self.graph.parameter(&self.name(), parts, dtype, shape, adjust);
         let of_row = blocks.of_row(k);
         Packed {
             numbers: parameter(DType::UInt8, &[n, of_row, blocks.bytes()], Adjust::Packed(blocks)),
@@ -104,7 +128,8 @@ impl<'g> Weights<'g> {
             (Code::Float8E4M3FN, _) => (DType::Float8E4M3FN, n.saturating_mul(k), Vec::new()),
         };
         let blocks = Blocks { size, ..blocks };
-        let parameter = |dtype, shape: &[usize], adjust| self.graph.parameter(&self.path, parts, dtype, shape, adjust);
+        let parameter =
+            |dtype, shape: &[usize], adjust| self.graph.parameter(&self.name(), parts, dtype, shape, adjust);
         Packed {
             numbers: parameter(dtype, &[n, k], Adjust::Signed(blocks)),
             scales: parameter(self.factor_dtype(), &scales, Adjust::Scales(blocks)),
@@ -194,7 +219,7 @@ pub fn stacked<'g>(
 ) -> Value<'g> {
     let part = |&(part, output): &(&str, usize), what: &str| {
         let shape = if what == "bias" { vec![output] } else { vec![output, input] };
-        Part { tensor: w.at(part).at(what).path, shape }
+        Part { tensor: w.at(part).at(what).path, shape, kept: None }
     };
     let all = |what: &str| -> Vec<Part> { parts.iter().map(|named| part(named, what)).collect() };
     let output = parts.iter().map(|(_, outputs)| outputs).sum();

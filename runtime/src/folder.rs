@@ -5,17 +5,20 @@ use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use memmap2::Mmap;
 use sha2::{Digest, Sha256};
 use t5gemma_graphs::config::Config;
 use t5gemma_graphs::interface::{Dim, Part, Port};
 use t5gemma_graphs::manifest::{
-    FORMAT, FORMAT_VERSION, FileRecord, GraphRecord, MANIFEST, Manifest, SAMPLE_BLOCK, TensorRecord, sample_offsets,
+    FORMAT, FORMAT_VERSION, FileRecord, GraphRecord, KEPT_TOKENS, MANIFEST, Manifest, SAMPLE_BLOCK, TensorRecord,
+    sample_offsets,
 };
 use t5gemma_graphs::task::Task;
 
 use crate::error::Error;
+use crate::scores::Kept;
 
 /// Weights up to this size are hashed in full on every opening; larger ones by samples unless asked.
 const HASHED_IN_FULL: u64 = 64 << 20;
@@ -30,6 +33,8 @@ pub(crate) struct Folder {
     pub config: Config,
     /// The text of its `generation_config.json`, if it has one.
     pub generation_config: Option<String>,
+    /// The tokens that the decoder graphs have logits of, if not of all.
+    pub kept: Option<Arc<Kept>>,
     /// The weights file, mapped once for all graphs.
     pub weights: Mmap,
 }
@@ -70,7 +75,8 @@ impl Folder {
             true => Some(read_text(&path.join("generation_config.json"))?),
             false => None,
         };
-        Ok(Folder { path: path.to_path_buf(), manifest, config, generation_config, weights: map })
+        let kept = kept_tokens(path, &manifest, &config)?.map(Arc::new);
+        Ok(Folder { path: path.to_path_buf(), manifest, config, generation_config, kept, weights: map })
     }
 
     /// The bytes of one tensor.
@@ -110,6 +116,23 @@ fn read_manifest(folder: &Path) -> Result<Manifest, Error> {
         return Err(mismatch(path, "format_version", FORMAT_VERSION.to_string(), version.to_string()));
     }
     serde_json::from_value(value).map_err(|error| Error::File { path, problem: error.to_string() })
+}
+
+/// The tokens of a model that keeps only some, as many as the manifest says.
+fn kept_tokens(folder: &Path, manifest: &Manifest, config: &Config) -> Result<Option<Kept>, Error> {
+    let (Some(count), vocab_size) = (manifest.kept_tokens, config.decoder.vocab_size as i64) else { return Ok(None) };
+    let path = folder.join(KEPT_TOKENS);
+    if !manifest.files.contains_key(KEPT_TOKENS) {
+        return Err(mismatch(folder.join(MANIFEST), "files", KEPT_TOKENS, "no such entry"));
+    }
+    let tokens: Vec<i64> = serde_json::from_str(&read_text(&path)?)
+        .map_err(|error| Error::File { path: path.clone(), problem: format!("expected an array of ids: {error}") })?;
+    let is_within = tokens.iter().all(|token| (0..vocab_size).contains(token));
+    if tokens.len() != count || !is_within || !tokens.windows(2).all(|pair| pair[0] < pair[1]) {
+        let expected = format!("{count} ids below {vocab_size}, ascending");
+        return Err(mismatch(path, "tokens", expected, format!("{} ids, not all of them so", tokens.len())));
+    }
+    Ok(Some(Kept::new(tokens)))
 }
 
 /// The path of a file of the folder. A manifest names files of its own folder only.
@@ -295,6 +318,7 @@ mod tests {
             opset: 21,
             encoder_window: EncoderWindow::Inclusive,
             logits: Logits::Last,
+            kept_tokens: None,
             alignment_layers: Vec::new(),
             cache: CacheLayout::Growing,
             quantization: Quantization::default(),

@@ -13,7 +13,7 @@ use crate::error::Error;
 use crate::logprobs::Trace;
 use crate::model::{Model, Said};
 use crate::options::{GenerationOptions, OptionError};
-use crate::scores::{Processors, Wanted};
+use crate::scores::{Kept, Processors, Wanted};
 use crate::search::{Hypothesis, Progress, Search};
 use crate::speculation::Lookup;
 use crate::stop::Stops;
@@ -29,6 +29,7 @@ pub(crate) struct Call {
     /// How long a target may become, prompt included.
     pub max_length: usize,
     constraint: Option<Arc<Constraint>>,
+    kept: Option<Arc<Kept>>,
     seed: u64,
 }
 
@@ -39,6 +40,9 @@ impl Call {
         batch.check(model.config())?;
         let prompts = batch.prompts(options.decoder_start_token_id);
         options.check(decoder.vocab_size, prompts.length)?;
+        if let Some(kept) = model.kept() {
+            options.check_kept(kept)?;
+        }
         let (max_length, (longest, limit)) = (options.max_length(prompts.length), model.longest_target());
         if max_length > longest {
             return Err(Error::input(
@@ -67,7 +71,16 @@ impl Call {
             model.tokenizer()?;
         }
         let seed = options.seed.unwrap_or_else(GenerationOptions::draw_seed);
-        Ok(Call { batch: batch.clone(), prompts, options: Arc::new(options.clone()), max_length, constraint, seed })
+        let kept = model.kept().cloned();
+        Ok(Call {
+            batch: batch.clone(),
+            prompts,
+            options: Arc::new(options.clone()),
+            max_length,
+            constraint,
+            kept,
+            seed,
+        })
     }
 
     /// What the target of a row begins with.
@@ -86,14 +99,19 @@ impl Call {
             }
             _ => &**options,
         };
-        let processors = Processors::new(options, source, self.prompts.length);
+        let mut processors = Processors::new(options, source, self.prompts.length);
+        if let Some(walk) = &walk {
+            processors = processors.limited(walk.clone());
+        }
+        let (mut kept, sees_all) = (self.kept.clone(), options.output_logprobs || processors.see_all());
+        if let Some(kept) = kept.take_if(|_| !sees_all) {
+            processors = processors.keeping(kept);
+        }
         Item {
             row,
             search: search(of_search, self.prompt(row)).drawing(self.batch.draws(row, self.seed)),
-            processors: match &walk {
-                Some(walk) => processors.limited(walk.clone()),
-                None => processors,
-            },
+            processors,
+            spread: kept,
             shown: 0,
             trace: options.output_logprobs.then(|| Trace::new(options.top_logprobs)),
             attending: Attending::new(options, self.batch.row_mask(row)),
@@ -116,6 +134,8 @@ pub(crate) struct Item {
     /// With `prompt_lookup_num_tokens`.
     pub lookup: Option<Lookup>,
     processors: Processors,
+    /// Of a model that keeps some tokens only, where whole rows are looked at.
+    spread: Option<Arc<Kept>>,
     /// Tokens of the first hypothesis that were shown.
     shown: usize,
     /// With `output_logprobs`.
@@ -145,14 +165,18 @@ impl Item {
 
     /// Takes what a step says of its rows, or of the first of equal ones, and tells whether its targets are finished.
     pub fn take(&mut self, model: &Model, said: Said, step: usize) -> Result<bool, Error> {
-        let Said { scores, attended, .. } = said;
+        let Said { scores, attended, tokens, .. } = said;
         if !self.options.remove_invalid_values && !all_finite(scores) {
             return Err(Error::NotFinite { row: self.row, step, dtype: model.manifest().dtype });
         }
         let width = self.search.width();
-        let rows = scores.len() / model.config().decoder.vocab_size;
-        let mut widened;
+        let rows = scores.len() / tokens;
+        let (mut widened, mut whole);
         let mut scores = scores;
+        if let Some(kept) = &self.spread {
+            whole = kept.spread(scores, model.config().decoder.vocab_size);
+            scores = &mut whole;
+        }
         if rows < width {
             widened = scores.repeat(width);
             scores = &mut widened;

@@ -39,6 +39,7 @@ mod state;
 mod weights;
 
 mod chat;
+mod shortlist;
 mod tokenizer;
 
 mod batch;
@@ -81,6 +82,7 @@ pub use model::{Cancellation, DEFAULT_ENCODER_CACHE_BYTES, Model, OpenOptions};
 pub use options::{GenerationOptions, LogitsProcessor, OptionError, Position};
 pub use provider::{Elsewhere, Placement, Provider};
 pub use search::{FinishReason, Hypothesis};
+pub use shortlist::Shortlist;
 pub use t5gemma_graphs::manifest::ActivationRanges;
 pub use t5gemma_graphs::task::{Features, Pooling, Task};
 pub use tokenizer::{SpecialTokens, TextStream, Tokenizer};

@@ -35,7 +35,7 @@ use crate::onnxruntime;
 use crate::options::{GenerationOptions, OptionError};
 use crate::provider::{self, Elsewhere, Placement, Provider, no_graphs};
 use crate::score;
-use crate::scores::Wanted;
+use crate::scores::{Kept, Wanted};
 use crate::search::{Hypothesis, Search};
 use crate::state::{Cache, Device, First, Plan, Pool, Ragged, Returned, State};
 use crate::tokenizer::Tokenizer;
@@ -143,7 +143,7 @@ const READING_LOGITS: &str = "reading the logits";
 /// What a step says of the last target position of each row, or of each position of a row: the scores before any processing,
 /// and what it attends to.
 pub(crate) struct Logits {
-    /// `[rows, 1, vocab_size]`.
+    /// `[rows, 1, tokens]`: of the vocabulary, or those that are kept of it.
     value: DynValue,
     /// `[rows, 1, source]`, of models that tell it.
     attended: Option<DynValue>,
@@ -155,18 +155,19 @@ pub(crate) struct Said<'a> {
     pub scores: &'a mut [f32],
     /// What they attend to, row after row; empty of models that do not tell it.
     pub attended: &'a [f32],
-    vocab_size: usize,
+    /// Scores in a row.
+    pub tokens: usize,
     source: usize,
 }
 
 impl Said<'_> {
     /// `count` of the rows, from `first` on.
     pub fn rows(&mut self, first: usize, count: usize) -> Said<'_> {
-        let Said { vocab_size, source, .. } = *self;
+        let Said { tokens, source, .. } = *self;
         Said {
-            scores: &mut self.scores[first * vocab_size..][..count * vocab_size],
+            scores: &mut self.scores[first * tokens..][..count * tokens],
             attended: &self.attended[first * source..][..count * source],
-            vocab_size,
+            tokens,
             source,
         }
     }
@@ -181,14 +182,14 @@ impl Logits {
 
     /// All of it.
     pub fn said(&mut self) -> Result<Said<'_>, Error> {
-        let (vocab_size, mut source) = (self.value.shape()[2] as usize, 0);
+        let (tokens, mut source) = (self.value.shape()[2] as usize, 0);
         let (_, scores) = self.value.try_extract_tensor_mut().map_err(Error::onnxruntime(READING_LOGITS))?;
         let mut attended: &[f32] = &[];
         if let Some(value) = &self.attended {
             source = value.shape()[2] as usize;
             attended = value.try_extract_tensor().map_err(Error::onnxruntime(READING_LOGITS))?.1;
         }
-        Ok(Said { scores, attended, vocab_size, source })
+        Ok(Said { scores, attended, tokens, source })
     }
 
     /// The last position of each of `rows` rows.
@@ -344,6 +345,11 @@ impl Model {
     /// What the exporter says of the model.
     pub fn manifest(&self) -> &Manifest {
         &self.folder.manifest
+    }
+
+    /// The tokens that it has logits of, if not of all.
+    pub(crate) fn kept(&self) -> Option<&Arc<Kept>> {
+        self.folder.kept.as_ref()
     }
 
     /// The model's folder.
@@ -803,7 +809,8 @@ impl<'f> Opener<'f> {
         let weights = weights::mapped(folder).map_err(Error::onnxruntime("sharing the weights"))?;
         provider::check_cache(folder, options.placement.provider)?;
         let decoder = &folder.config.decoder;
-        let kernels = Kernels::new(decoder.vocab_size, decoder.final_logit_softcapping);
+        let scored = folder.manifest.kept_tokens.unwrap_or(decoder.vocab_size);
+        let kernels = Kernels::new(scored, decoder.final_logit_softcapping);
         Ok(Opener { library, folder, weights, options, kernels, elsewhere: Vec::new() })
     }
 

@@ -15,6 +15,7 @@ use serde_json::{Map, Value};
 use t5gemma_graphs::config::{TokenIds, shown};
 
 use crate::constraint::Constraints;
+use crate::scores::Kept;
 
 /// What to generate and how: the options of Hugging Face's `generate` under their names there.
 #[derive(Clone, Debug, PartialEq)]
@@ -446,6 +447,24 @@ impl GenerationOptions {
                 let expected = format!("token ids below {vocab_size}, the size of the vocabulary");
                 return Err(OptionError::new(name, expected, id.to_string()));
             }
+        }
+        Ok(())
+    }
+
+    /// Checks what would have only tokens chosen that the model has no logits of.
+    pub(crate) fn check_kept(&self, kept: &Kept) -> Result<(), OptionError> {
+        for (name, tokens) in [
+            ("forced_bos_token_id", self.forced_bos_token_id.as_slice()),
+            ("forced_eos_token_id", &self.forced_eos_token_id),
+        ] {
+            if let Some(token) = tokens.iter().find(|&&token| !kept.has(token)) {
+                let expected = "tokens that this model keeps (those of kept_tokens.json)";
+                return Err(OptionError::new(name, expected, token.to_string()));
+            }
+        }
+        if self.top_logprobs > kept.tokens().len() {
+            let expected = format!("at most {}, the tokens that this model keeps", kept.tokens().len());
+            return Err(OptionError::new("top_logprobs", expected, self.top_logprobs.to_string()));
         }
         Ok(())
     }

@@ -6,7 +6,7 @@ use crate::batch::{Batch, Prompts};
 use crate::error::Error;
 use crate::logprobs::Logprobs;
 use crate::model::{Cancellation, Model, Said};
-use crate::scores::Wanted;
+use crate::scores::{Kept, Wanted};
 
 /// See [`Model::score`] and, of models that tell it, [`Model::score_with_attentions`].
 pub(crate) fn score(
@@ -18,9 +18,10 @@ pub(crate) fn score(
 ) -> Result<Vec<(Logprobs, Option<CrossAttentions>)>, Error> {
     let decoder = &model.config().decoder;
     batch.check(model.config())?;
-    check(targets, batch.rows(), decoder.vocab_size)?;
-    if top > decoder.vocab_size {
-        let expected = format!("at most {}, the size of the vocabulary", decoder.vocab_size);
+    check(targets, batch.rows(), decoder.vocab_size, model.kept().map(|kept| &**kept))?;
+    let scored = model.kept().map_or(decoder.vocab_size, |kept| kept.tokens().len());
+    if top > scored {
+        let expected = format!("at most {scored}, the tokens that the model has scores of");
         return Err(Error::input("top_logprobs", expected, top.to_string()));
     }
     let prompts = batch.prompts(model.options().decoder_start_token_id);
@@ -49,7 +50,10 @@ pub(crate) fn score(
                 return Err(Error::NotFinite { row, step, dtype: model.manifest().dtype });
             }
             let (logprobs, cross_attentions) = &mut found[row];
-            logprobs.push(scores, targets[row][step], top);
+            match model.kept() {
+                Some(kept) => logprobs.push(&kept.spread(scores, decoder.vocab_size), targets[row][step], top),
+                None => logprobs.push(scores, targets[row][step], top),
+            }
             cross_attentions.iter_mut().for_each(|found| found.push(attended));
         }
         let going_on: Vec<usize> = (0..rows.len()).filter(|&slot| targets[rows[slot]].len() > step + 1).collect();
@@ -64,7 +68,7 @@ pub(crate) fn score(
     Ok(found)
 }
 
-fn check(targets: &[Vec<i64>], rows: usize, vocab_size: usize) -> Result<(), Error> {
+fn check(targets: &[Vec<i64>], rows: usize, vocab_size: usize, kept: Option<&Kept>) -> Result<(), Error> {
     if targets.len() != rows {
         let expected = format!("{rows} rows, as many as input_ids has");
         return Err(Error::input("target_ids", expected, format!("{} rows", targets.len())));
@@ -75,6 +79,10 @@ fn check(targets: &[Vec<i64>], rows: usize, vocab_size: usize) -> Result<(), Err
         }
         if let Some(at) = target.iter().position(|&id| usize::try_from(id).map_or(true, |id| id >= vocab_size)) {
             let expected = format!("a token id below {vocab_size}, the size of the vocabulary");
+            return Err(Error::input(format!("target_ids[{row}][{at}]"), expected, target[at].to_string()));
+        }
+        if let Some(at) = kept.and_then(|kept| target.iter().position(|&id| !kept.has(id))) {
+            let expected = "a token that this model keeps (one of kept_tokens.json)";
             return Err(Error::input(format!("target_ids[{row}][{at}]"), expected, target[at].to_string()));
         }
     }

@@ -12,8 +12,10 @@
 //! NaN ranks above every number, as in PyTorch: a NaN that no processor replaces yields a candidate whose score is NaN,
 //! which the caller can refuse, and never a plausible token.
 
+mod kept;
 mod warpers;
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::fmt::Debug;
@@ -22,6 +24,7 @@ use std::sync::Arc;
 use crate::draws::Draws;
 use crate::options::{GenerationOptions, LogitsProcessor, Position};
 use crate::search::{Candidate, Search};
+pub use kept::Kept;
 use warpers::Warper;
 
 /// A limit on the tokens that may come next, beyond what the options say token by token.
@@ -62,6 +65,8 @@ impl Wanted {
 pub struct Processors {
     /// In the order of application.
     processors: Vec<Processor>,
+    /// Of rows that are not of the whole vocabulary, whose logits they are: processors have these places for tokens then.
+    kept: Option<Arc<Kept>>,
 }
 
 #[derive(Clone, Debug)]
@@ -183,7 +188,54 @@ impl Processors {
         if options.renormalize_logits {
             processors.push(Processor::Renormalize);
         }
-        Processors { processors }
+        Processors { processors, kept: None }
+    }
+
+    /// For rows of the logits of kept tokens alone. Tokens are still what goes in and comes out.
+    ///
+    /// # Panics
+    /// If [`Processors::see_all`].
+    pub fn keeping(mut self, kept: Arc<Kept>) -> Processors {
+        let replace = |tokens: &mut [i64]| tokens.iter_mut().for_each(|token| *token = kept.place(*token));
+        for processor in &mut self.processors {
+            match processor {
+                Processor::SequenceBias(biases) => {
+                    for TokenBias { token, sequences } in biases {
+                        replace(std::slice::from_mut(token));
+                        sequences.iter_mut().for_each(|(prefix, _)| replace(prefix));
+                    }
+                }
+                Processor::EncoderRepetitionPenalty { source, .. } | Processor::EncoderNoRepeatNgram { source, .. } => {
+                    replace(source)
+                }
+                Processor::Forbid { tokens, .. }
+                | Processor::Force { tokens, .. }
+                | Processor::ExponentialDecay { eos: tokens, .. } => replace(tokens),
+                Processor::Caller { .. } | Processor::Limit(_) => unreachable!("these see rows of the vocabulary"),
+                Processor::Diversity(_)
+                | Processor::RepetitionPenalty(_)
+                | Processor::Generated { .. }
+                | Processor::NoRepeatNgram(_)
+                | Processor::RemoveInvalid
+                | Processor::Warp(_)
+                | Processor::Renormalize => {}
+            }
+        }
+        self.kept = Some(kept);
+        self
+    }
+
+    /// Whether someone is shown whole rows, in which a token's score is at the token's place.
+    pub fn see_all(&self) -> bool {
+        self.processors.iter().any(|processor| matches!(processor, Processor::Caller { .. } | Processor::Limit(_)))
+    }
+
+    /// Tokens as the processors have them.
+    fn places<'t>(&self, tokens: &'t [i64]) -> Cow<'t, [i64]> {
+        match &self.kept {
+            None => tokens.into(),
+            Some(kept) => tokens.iter().map(|&token| kept.place(token)).collect(),
+        }
     }
 
     /// Adds a limit. It acts after the processors that forbid tokens, so that what either forbids is forbidden, and before
@@ -243,7 +295,7 @@ impl Processors {
     /// Chooses the candidates of one step: for a search that compares rows the best or, where it samples, draws without
     /// replacement in the order drawn; otherwise the best or a draw of each row. Ties go by row and then token.
     ///
-    /// `logits` holds [`Search::width`] rows of one vocabulary each and is overwritten where a processor acts. Beam search
+    /// `logits` holds [`Search::width`] rows of one vocabulary, or of the kept tokens, and is overwritten where a processor acts. Beam search
     /// adds processed log-probabilities to the beams' scores; otherwise the processed logits count.
     ///
     /// # Panics
@@ -254,8 +306,9 @@ impl Processors {
         let mut best = Best::new(search.candidates());
         let mut of_rows = Vec::new();
         let rows = search.rows();
+        let chosen = self.places(search.chosen());
         for (beam, row) in logits.chunks_exact_mut(vocab_size).enumerate().take(rows.end).skip(rows.start) {
-            let history = search.history(beam);
+            let history = &*self.places(search.history(beam));
             let mut norm = Norm::NONE;
             if search.sums_log_probabilities() {
                 norm = Norm::of(row);
@@ -264,7 +317,7 @@ impl Processors {
                     norm = Norm::NONE;
                 }
             }
-            self.apply_after(row, history, search.chosen());
+            self.apply_after(row, history, &chosen);
             let (step, running) = (history.len() as u32, search.running_score(beam));
             match (search.compares_rows(), search.draws()) {
                 (true, None) => best.take_row(beam, row, |x| norm.subtract(x) + running),
@@ -280,7 +333,11 @@ impl Processors {
                 }
             }
         }
-        if search.compares_rows() { best.candidates } else { of_rows }
+        let mut candidates = if search.compares_rows() { best.candidates } else { of_rows };
+        if let Some(kept) = &self.kept {
+            candidates.iter_mut().for_each(|candidate| candidate.token = kept.token(candidate.token));
+        }
+        candidates
     }
 }
 

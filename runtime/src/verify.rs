@@ -239,7 +239,7 @@ fn limit(model: &Model, tolerance: Option<f32>, largest: f32) -> f32 {
 }
 
 /// Feeds `targets` `[rows, Σ pieces]` in runs of the given lengths; returns the logits after each,
-/// `[pieces, rows, vocab_size]`.
+/// `[pieces, rows, tokens]`: of the vocabulary, or those that the model keeps of it.
 fn forced(
     model: &Model,
     batch: &Batch,
@@ -262,7 +262,8 @@ fn forced(
         fed += count;
         all.extend_from_slice(logits.rows_mut()?);
     }
-    let shape = [pieces.len(), rows, model.config().decoder.vocab_size];
+    let tokens = model.kept().map_or(model.config().decoder.vocab_size, |kept| kept.tokens().len());
+    let shape = [pieces.len(), rows, tokens];
     Ok(Array3::from_shape_vec(shape, all).expect("each run returns one row of logits for each row"))
 }
 
@@ -282,7 +283,8 @@ fn beam_scores(model: &Model, batch: &Batch, options: &GenerationOptions, cancel
             .map(|(&token, logits)| {
                 let top = largest_signed(logits.iter());
                 let sum: f32 = logits.iter().map(|logit| (logit - top).exp()).sum();
-                logits[[0, token as usize]] - top - sum.ln()
+                let place = model.kept().map_or(token, |kept| kept.place(token));
+                logits[[0, place as usize]] - top - sum.ln()
             })
             .sum();
         let score = log_probability / (best.tokens.len() as f32).powf(options.length_penalty as f32);

@@ -118,7 +118,7 @@ mod tests {
                 quantization: Quantization::default(),
                 activations: Activations::default(),
                 capacity: None,
-                vocabulary: Vocabulary { embedding: "embedding".into(), head: "embedding".into() },
+                vocabulary: Vocabulary { embedding: "embedding".into(), head: "embedding".into(), kept: None },
             };
             decoder_step::decoder_step(&config, &options)
         };

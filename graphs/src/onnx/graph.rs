@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::panic::Location;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
@@ -116,6 +117,16 @@ pub struct Part {
     pub tensor: String,
     /// Its dimensions.
     pub shape: Vec<usize>,
+    /// Those along the first axis that are taken, ascending; all if none.
+    pub kept: Option<Arc<[usize]>>,
+}
+
+impl Part {
+    /// Its numbers that are taken.
+    pub fn numbers(&self) -> usize {
+        let rows = self.kept.as_ref().map_or(self.shape[0], |kept| kept.len());
+        rows * self.shape[1..].iter().product::<usize>()
+    }
 }
 
 /// What is done to a checkpoint tensor's numbers on the way into a graph.

@@ -10,6 +10,7 @@ mod encode;
 mod engines;
 mod generate;
 mod score;
+mod shortlist;
 mod verify;
 
 mod requests;
@@ -52,6 +53,7 @@ enum Command {
     Verify(verify::Arguments),
     Bench(bench::Arguments),
     Calibrate(calibrate::Arguments),
+    Shortlist(shortlist::Arguments),
     BuildEngines(engines::Arguments),
     Doctor(doctor::Arguments),
 }
@@ -181,6 +183,7 @@ fn main() -> ExitCode {
         Command::Verify(arguments) => verify::run(arguments, &cancel),
         Command::Bench(arguments) => bench::run(arguments, &cancel),
         Command::Calibrate(arguments) => calibrate::run(arguments, &cancel),
+        Command::Shortlist(arguments) => shortlist::run(arguments, &cancel),
         Command::BuildEngines(arguments) => engines::run(arguments),
         Command::Doctor(arguments) => doctor::run(arguments),
     });

@@ -74,7 +74,7 @@ impl Plan {
             moved: if model.is_resident() { tensors } else { 1 },
             of_tensor: decoder.num_key_value_heads * decoder.head_dim * width,
             tensors,
-            logits: 4 * decoder.vocab_size,
+            logits: 4 * model.manifest().kept_tokens.unwrap_or(decoder.vocab_size),
         }
     }
 

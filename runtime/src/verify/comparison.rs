@@ -1,6 +1,8 @@
 //! How far a model is from another of the same checkpoint, in fewer bits or for another target: what each makes of the same
 //! sources and, at every position of the other's own greedy answers, of the next token.
 
+use ndarray::{Array3, Axis};
+
 use super::{Draw, forced};
 use crate::batch::Batch;
 use crate::error::Error;
@@ -79,8 +81,8 @@ pub fn comparison(
         let answer = other.generate(&batch, &greedy, &mut (), cancel)?.swap_remove(0).swap_remove(0).tokens;
         let targets: Vec<i64> = std::iter::once(own.decoder_start_token_id).chain(answer).take(steps).collect();
         let pieces = vec![1; targets.len()];
-        let a = forced(model, &batch, &targets, &pieces, cancel)?;
-        let b = forced(other, &batch, &targets, &pieces, cancel)?;
+        let a = of_tokens(model, other, forced(model, &batch, &targets, &pieces, cancel)?);
+        let b = of_tokens(other, model, forced(other, &batch, &targets, &pieces, cancel)?);
         logits.add(a.iter(), b.iter());
         for (a, b) in a.rows().into_iter().zip(b.rows()) {
             let (a, b) = (a.to_vec(), b.to_vec());
@@ -106,6 +108,18 @@ pub fn comparison(
         top1_in_top5: share(among),
         kl_divergence: divergence / positions as f64,
     })
+}
+
+/// The logits `[.., tokens]` of those tokens that both models have logits of.
+fn of_tokens(model: &Model, other: &Model, logits: Array3<f32>) -> Array3<f32> {
+    let (own, others) = (model.kept(), other.kept());
+    if own.is_none() && others.is_none() {
+        return logits;
+    }
+    let place = |token: i64| own.map_or(token, |kept| kept.place(token));
+    let all = 0..model.config().decoder.vocab_size as i64;
+    let both = all.filter(|&token| [own, others].into_iter().flatten().all(|kept| kept.has(token)));
+    logits.select(Axis(2), &both.map(|token| place(token) as usize).collect::<Vec<_>>())
 }
 
 #[derive(Default)]
