@@ -306,25 +306,27 @@ impl Processors {
         let mut best = Best::new(search.candidates());
         let mut of_rows = Vec::new();
         let rows = search.rows();
-        let chosen = self.places(search.chosen());
+        let (chosen, mut maxima) = (self.places(search.chosen()), Vec::new());
         for (beam, row) in logits.chunks_exact_mut(vocab_size).enumerate().take(rows.end).skip(rows.start) {
             let history = &*self.places(search.history(beam));
             let mut norm = Norm::NONE;
+            maxima.clear();
             if search.sums_log_probabilities() {
-                norm = Norm::of(row);
+                norm = Norm::with_maxima(row, &mut maxima);
                 if self.processors.iter().any(|processor| processor.is_active(history.len())) {
                     norm.apply(row);
                     norm = Norm::NONE;
+                    maxima.clear();
                 }
             }
             self.apply_after(row, history, &chosen);
             let (step, running) = (history.len() as u32, search.running_score(beam));
             match (search.compares_rows(), search.draws()) {
-                (true, None) => best.take_row(beam, row, |x| norm.subtract(x) + running),
+                (true, None) => best.take_row(beam, row, &maxima, |x| norm.subtract(x) + running),
                 (true, Some(draws)) => best.draw_row(beam, row, |x| norm.subtract(x) + running, draws, step),
                 (false, None) => {
                     let mut best = Best::new(1);
-                    best.take_row(beam, row, |x| x);
+                    best.take_row(beam, row, &[], |x| x);
                     of_rows.extend(best.candidates);
                 }
                 (false, Some(draws)) => {
@@ -526,7 +528,7 @@ impl<'a> LogProbabilities<'a> {
     /// The likeliest tokens with theirs, best first.
     pub fn best(&self, count: usize) -> Vec<(i64, f32)> {
         let mut best = Best::new(count);
-        best.take_row(0, self.logits, |x| self.norm.subtract(x));
+        best.take_row(0, self.logits, &[], |x| self.norm.subtract(x));
         best.candidates.into_iter().map(|candidate| (candidate.token, candidate.score)).collect()
     }
 }
@@ -544,39 +546,58 @@ const LANES: usize = 16;
 impl Norm {
     /// Subtracts nothing.
     const NONE: Norm = Norm { max: 0.0, log_sum: 0.0 };
+    /// Scores that are summed up together.
+    const BLOCK: usize = 64 * LANES;
 
     fn of(row: &[f32]) -> Norm {
+        Norm::with_maxima(row, &mut Vec::new())
+    }
+
+    /// That of a row, and the greatest score of each [`Norm::BLOCK`] of it, NaN apart: both in one pass, since what is to be
+    /// chosen from has to come from the memory.
+    fn with_maxima(row: &[f32], maxima: &mut Vec<f32>) -> Norm {
+        maxima.clear();
         #[cfg(target_arch = "x86_64")]
         if is_x86_feature_detected!("avx2") {
             // SAFETY: the feature is there.
-            return unsafe { Norm::with_avx2(row) };
+            return unsafe { Norm::with_avx2(row, maxima) };
         }
-        Norm::anywhere(row)
+        Norm::anywhere(row, maxima)
     }
 
     /// The same numbers as without, in half the time.
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx2")]
-    fn with_avx2(row: &[f32]) -> Norm {
-        Norm::anywhere(row)
+    fn with_avx2(row: &[f32], maxima: &mut Vec<f32>) -> Norm {
+        Norm::anywhere(row, maxima)
     }
 
     #[inline(always)]
-    fn anywhere(row: &[f32]) -> Norm {
-        let mut lanes = [f32::NEG_INFINITY; LANES];
-        for_lanes(row, |lane, x| lanes[lane] = if x > lanes[lane] { x } else { lanes[lane] });
-        let max = lanes.into_iter().fold(f32::NEG_INFINITY, f32::max);
+    fn anywhere(row: &[f32], maxima: &mut Vec<f32>) -> Norm {
+        let (mut max, mut sum) = (f32::NEG_INFINITY, 0.0);
         // Blocks keep the float32 sums short; NaN and infinities reach the sum.
-        let mut sum = 0.0;
         // Loops, not adapters: what these call is compiled without the features of who calls it.
-        for block in row.chunks(64 * LANES) {
+        for block in row.chunks(Norm::BLOCK) {
+            let mut lanes = [f32::NEG_INFINITY; LANES];
+            for_lanes(block, |lane, x| lanes[lane] = if x > lanes[lane] { x } else { lanes[lane] });
+            let of_block = lanes.into_iter().fold(f32::NEG_INFINITY, f32::max);
+            maxima.push(of_block);
+            if of_block > max {
+                sum *= (f64::from(max) - f64::from(of_block)).exp();
+                max = of_block;
+            }
+            // Before anything is possible what is impossible counts nothing.
+            let shift = if max == f32::NEG_INFINITY { f32::MAX } else { max };
             let mut lanes = [0.0f32; LANES];
-            for_lanes(block, |lane, x| lanes[lane] += exp(x - max));
+            for_lanes(block, |lane, x| lanes[lane] += exp(x - shift));
             let mut of_block = 0.0;
             for lane in lanes {
                 of_block += f64::from(lane);
             }
             sum += of_block;
+        }
+        if max == f32::NEG_INFINITY {
+            sum = f64::NAN;
         }
         Norm { max, log_sum: sum.ln() as f32 }
     }
@@ -637,27 +658,41 @@ impl Best {
         Best { count, candidates: Vec::with_capacity(count + 1), keys: Vec::with_capacity(count + 1) }
     }
 
-    /// Offers every token of a row.
-    fn take_row(&mut self, beam: usize, row: &[f32], score: impl Fn(f32) -> f32) {
+    /// Offers every token of a row, whose score does not fall as `x` grows. Where the greatest of each [`Norm::BLOCK`] are known
+    /// only blocks are looked at that may have a place.
+    fn take_row(&mut self, beam: usize, row: &[f32], maxima: &[f32], score: impl Fn(f32) -> f32) {
+        if maxima.is_empty() {
+            return self.take_part(beam, 0, row, score);
+        }
+        for (at, (block, &max)) in row.chunks(Norm::BLOCK).zip(maxima).enumerate() {
+            let best = score(max);
+            if self.worst().is_none_or(|worst| best > worst || best.is_nan()) {
+                self.take_part(beam, at * Norm::BLOCK, block, &score);
+            }
+        }
+    }
+
+    /// Offers the tokens from `first` on.
+    fn take_part(&mut self, beam: usize, first: usize, part: &[f32], score: impl Fn(f32) -> f32) {
         #[cfg(target_arch = "x86_64")]
         if is_x86_feature_detected!("avx2") {
             // SAFETY: the feature is there.
-            return unsafe { self.take_row_with_avx2(beam, row, score) };
+            return unsafe { self.take_part_with_avx2(beam, first, part, score) };
         }
-        self.take_row_anywhere(beam, row, score);
+        self.take_part_anywhere(beam, first, part, score);
     }
 
     /// The same candidates as without, in half the time.
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx2")]
-    fn take_row_with_avx2(&mut self, beam: usize, row: &[f32], score: impl Fn(f32) -> f32) {
-        self.take_row_anywhere(beam, row, score);
+    fn take_part_with_avx2(&mut self, beam: usize, first: usize, part: &[f32], score: impl Fn(f32) -> f32) {
+        self.take_part_anywhere(beam, first, part, score);
     }
 
     #[inline(always)]
-    fn take_row_anywhere(&mut self, beam: usize, row: &[f32], score: impl Fn(f32) -> f32) {
+    fn take_part_anywhere(&mut self, beam: usize, first: usize, part: &[f32], score: impl Fn(f32) -> f32) {
         const BLOCK: usize = 64;
-        for (block, xs) in row.chunks(BLOCK).enumerate() {
+        for (block, xs) in part.chunks(BLOCK).enumerate() {
             // A whole block is compared without branches; few blocks hold a score that is good enough.
             if let Some(worst) = self.worst() {
                 let mut any = false;
@@ -670,7 +705,7 @@ impl Best {
                 }
             }
             for (place, &x) in xs.iter().enumerate() {
-                let token = (block * BLOCK + place) as i64;
+                let token = (first + block * BLOCK + place) as i64;
                 let score = score(x);
                 self.offer(score, Candidate { parent: beam, token, score });
             }
@@ -1043,7 +1078,7 @@ mod tests {
 
             let mut best = Best::new(count);
             for (beam, row) in rows.chunks(len).enumerate() {
-                best.take_row(beam, row, |x| x + running[beam]);
+                best.take_row(beam, row, &[], |x| x + running[beam]);
             }
             let found: Vec<(i32, usize)> = (best.candidates.iter())
                 .map(|candidate| (rank(candidate.score), candidate.parent * len + candidate.token as usize))
