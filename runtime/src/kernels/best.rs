@@ -602,18 +602,21 @@ mod tests {
         if !float::is_here() {
             return;
         }
-        for (bits, block_size, rows, n, k, count) in [
-            (8, 128, 1, 65_600, 136_usize, 1),
-            (8, 64, 3, 40_001, 250, 30),
-            (4, 32, 1, 80_000, 120, 2),
-            (4, 64, 2, 66_000, 128, 9),
-            (4, 128, 9, 36_000, 256, 4),
+        for (bits, block_size, symmetric, rows, n, k, count) in [
+            (8, 128, true, 1, 65_600, 136_usize, 1),
+            (8, 32, false, 1, 65_600, 136, 3),
+            (8, 64, true, 3, 40_001, 250, 30),
+            (4, 32, true, 1, 80_000, 120, 2),
+            (4, 64, true, 2, 66_000, 128, 9),
+            (4, 128, true, 9, 36_000, 256, 4),
         ] {
             let blocks = k.div_ceil(block_size);
             let code = |x: &f32| ((x + 1.0) * 127.9) as u8;
             let numbers: Vec<u8> = noise(n * blocks * block_size * bits / 8, 13).iter().map(code).collect();
             let scales: Vec<f32> = noise(n * blocks, 17).iter().map(|x| x.abs() * 0.01 + 0.001).collect();
-            let weights = Weights { numbers: &numbers, scales: &scales, zero_points: None, k, bits, block_size };
+            let zeros: Vec<u8> = noise(n * blocks, 19).iter().map(|x| (x * 40.0 + 128.0) as u8).collect();
+            let zero_points = (!symmetric).then_some(&zeros[..]);
+            let weights = Weights { numbers: &numbers, scales: &scales, zero_points, k, bits, block_size };
             let mut x = noise(rows * k, 7);
             // One activation far above the others of its row, as models have them.
             x[k / 3] = 5.0;
