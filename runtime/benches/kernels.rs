@@ -20,7 +20,10 @@ fn products(c: &mut Criterion) {
             group.throughput(Throughput::Elements((rows * n * k) as u64));
             for (bits, block_size) in [(8, 128), (4, 32), (4, 128)] {
                 group.bench_function(format!("int{bits} by {block_size}, {rows} rows"), |bencher| {
-                    bencher.iter(kernels::few_bits(shape, bits, block_size));
+                    bencher.iter(kernels::few_bits(shape, bits, block_size, false));
+                });
+                group.bench_function(format!("int{bits} by {block_size} in an encoder, {rows} rows"), |bencher| {
+                    bencher.iter(kernels::few_bits(shape, bits, block_size, true));
                 });
                 #[cfg(target_arch = "x86_64")]
                 if let Some(mut roughly) = kernels::roughly(shape, bits, block_size).filter(|_| rows <= 32) {

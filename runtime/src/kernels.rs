@@ -19,9 +19,12 @@ mod attention;
 mod best;
 #[cfg(target_arch = "x86_64")]
 mod float;
+mod processor;
 mod product;
 #[cfg(feature = "timed")]
 mod timed;
+#[cfg(target_arch = "x86_64")]
+mod turn;
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -31,13 +34,24 @@ use ort::operator::{ComputeContext, Kernel, KernelContext, Operator, OperatorDom
 use ort::value::TensorElementType;
 
 use crate::scores::Wanted;
-use product::{Activations, Columns, Weights};
+use product::{Activations, Columns, Purpose, Weights};
 #[cfg(feature = "timed")]
 pub use timed::*;
+
+/// What a session computes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Side {
+    /// Hidden states of whole sources: products of very many rows, which wait for the processor rather than for the memory. Weights of
+    /// few bits meet activations of 8 bits there, where those are faster than 16.
+    Encoder,
+    /// Scores.
+    Decoder,
+}
 
 /// The kernels of a session: what they have in common with those of the model's other sessions, and what is wanted of them.
 pub(crate) struct Kernels {
     wish: Arc<Wish>,
+    purpose: Purpose,
     #[cfg(target_arch = "x86_64")]
     copies: Arc<best::Copies>,
 }
@@ -48,15 +62,20 @@ impl Kernels {
     pub fn new(vocab_size: usize, cap: Option<f64>) -> Kernels {
         Kernels {
             wish: Arc::default(),
+            purpose: Purpose::Whole,
             #[cfg(target_arch = "x86_64")]
             copies: Arc::new(best::Copies::new(vocab_size, cap.map_or(1.0, |cap| cap as f32))),
         }
     }
 
-    /// Those for another session of the model.
-    pub fn beside(&self) -> Kernels {
+    /// Those for another session of the model, that of an encoder or one with a decoder.
+    pub fn beside(&self, side: Side) -> Kernels {
         Kernels {
             wish: Arc::default(),
+            purpose: match side {
+                Side::Encoder => Purpose::Coarse,
+                Side::Decoder => Purpose::Whole,
+            },
             #[cfg(target_arch = "x86_64")]
             copies: self.copies.clone(),
         }
@@ -80,6 +99,7 @@ impl Kernels {
 
     fn of_onnxruntime(&self) -> ort::Result<OperatorDomain> {
         let domain = OperatorDomain::new("com.microsoft")?.add(MatMulNBits {
+            purpose: self.purpose,
             #[cfg(target_arch = "x86_64")]
             best: self.best(),
         })?;
@@ -146,6 +166,7 @@ impl Best {
 
 /// `y = x · wᵀ (+ b)` with `w [n, k]` in blocks of few bits, see `t5gemma_graphs::onnx::Blocks`.
 struct MatMulNBits {
+    purpose: Purpose,
     #[cfg(target_arch = "x86_64")]
     best: Best,
 }
@@ -187,6 +208,7 @@ impl Operator for MatMulNBits {
             k,
             bits,
             block_size,
+            purpose: self.purpose,
             activations: Activations::default(),
             #[cfg(target_arch = "x86_64")]
             best: (self.best.clone(), best::Room::default()),
@@ -200,6 +222,7 @@ struct Product {
     k: usize,
     bits: usize,
     block_size: usize,
+    purpose: Purpose,
     /// Kept for their allocation.
     activations: Activations,
     #[cfg(target_arch = "x86_64")]
@@ -211,6 +234,10 @@ const SHARED_FROM: usize = 96 << 10;
 /// Bytes of weights that one thread takes at a time: at least, and where there are many.
 const SHARE: usize = 128 << 10;
 const SHARE_OF_MANY: usize = 512 << 10;
+/// So many rows of activations make the products themselves the work, of which each thread is to have as much as the others.
+const MANY_ROWS: usize = 48;
+/// Bytes of weights that one thread takes at a time, at least, where there are so many rows.
+const SHARE_OF_ROWS: usize = 16 << 10;
 
 impl Kernel for Product {
     fn compute(&mut self, context: &ComputeContext) -> ort::Result<()> {
@@ -253,7 +280,7 @@ impl Kernel for Product {
                 return Ok(());
             }
         }
-        self.activations.prepare(rows, &weights, false);
+        self.activations.prepare(rows, &weights, self.purpose);
         let target = self.activations.target();
         spread(context, rows.div_ceil(ROUNDED_AT_A_TIME), &|share| {
             let first = share * ROUNDED_AT_A_TIME;
@@ -264,8 +291,14 @@ impl Kernel for Product {
         })?;
 
         let bytes = numbers_in_a_row(&weights) * self.n;
-        let taken = (bytes / 16).clamp(SHARE, SHARE_OF_MANY) / numbers_in_a_row(&weights);
-        let share = if bytes < SHARED_FROM { self.n } else { taken.clamp(8, self.n.max(8)) };
+        let taken = match rows {
+            0..MANY_ROWS => (bytes / 16).clamp(SHARE, SHARE_OF_MANY),
+            _ => (bytes / 16).clamp(SHARE_OF_ROWS, SHARE),
+        };
+        let taken = taken / numbers_in_a_row(&weights);
+        let share = if bytes < SHARED_FROM && rows < MANY_ROWS { self.n } else { taken.clamp(8, self.n.max(8)) };
+        // Whole panels.
+        let share = if rows < MANY_ROWS { share } else { share.next_multiple_of(32) };
         let y = product::Output::new(y, rows, self.n);
         let activations = &self.activations;
         spread(context, self.n.div_ceil(share), &|part| {
@@ -320,7 +353,10 @@ struct FloatProduct {
 /// Bytes of float32 weights that one thread takes at a time: a part of its second cache, which all rows then find them in.
 #[cfg(target_arch = "x86_64")]
 const FLOAT_SHARE: usize = 192 << 10;
-/// The same where few rows read them once.
+/// The most rows of activations that one thread takes at a time: larger caches keep them.
+#[cfg(target_arch = "x86_64")]
+const FLOAT_ROWS: usize = 512;
+/// Bytes of float32 weights that one thread takes at a time where few rows read them once.
 #[cfg(target_arch = "x86_64")]
 const FLOAT_SHARE_OF_FEW: usize = 1 << 20;
 
@@ -357,10 +393,14 @@ impl Kernel for FloatProduct {
             0..8 => (all / 16).clamp(FLOAT_SHARE, FLOAT_SHARE_OF_FEW),
             _ => (all / 16).clamp(FLOAT_SHARE / 4, FLOAT_SHARE),
         };
-        let share = (bytes / 4 / k / 12 * 12).clamp(12, n.max(12));
-        spread(context, n.div_ceil(share), &|part| {
-            // SAFETY: the operator is given to no session without the features, and every column is computed by one call.
-            unsafe { float::multiply(&product, [0..rows, part * share..n.min((part + 1) * share)]) };
+        let width = float::width(rows);
+        let share = (bytes / 4 / k / width * width).clamp(width, n.max(width));
+        let (parts, height) = (n.div_ceil(share), rows.div_ceil(rows.div_ceil(FLOAT_ROWS).max(1)).max(1));
+        spread(context, parts * rows.div_ceil(height), &|part| {
+            let (first, part) = (part / parts * height, part % parts);
+            let of = [first..rows.min(first + height), part * share..n.min((part + 1) * share)];
+            // SAFETY: the operator is given to no session without the features, and every column of a row is computed by one call.
+            unsafe { float::multiply(&product, of) };
         })
     }
 }

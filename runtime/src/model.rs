@@ -29,7 +29,7 @@ use crate::encoder_cache::EncoderCache;
 use crate::error::Error;
 use crate::folder::Folder;
 use crate::generate::{self, Watch};
-use crate::kernels::Kernels;
+use crate::kernels::{Kernels, Side};
 use crate::logprobs::Logprobs;
 use crate::onnxruntime;
 use crate::options::{GenerationOptions, OptionError};
@@ -859,7 +859,7 @@ impl<'f> Opener<'f> {
             _ => &self.options.placement,
         };
         let builder = placement.builder(&self.library.environment, given)?;
-        let kernels = self.kernels.beside();
+        let kernels = self.kernels.beside(if graph.starts_with("decoder") { Side::Decoder } else { Side::Encoder });
         let build = || {
             let builder = if provider == Provider::Cpu { builder } else { provider::recording(builder)? };
             let mut builder = builder

@@ -5,6 +5,7 @@
 
 mod functions;
 pub(super) mod head;
+mod sixteen;
 
 use std::ops::Range;
 
@@ -13,14 +14,14 @@ use ort::value::{Shape, TensorElementType};
 
 use super::aligned::Aligned;
 use super::{Parts, spread};
-use head::{Head, Room, TILE, Visible, are_many, attend, length_of_turned, turned};
+use head::{Head, Room, TILES, Visible, are_many, attend, length_of_turned, turned};
 
 /// Fewer products than this are not worth waking another thread for, nor what takes as long to read.
 const SHARED_FROM: usize = 250_000;
 /// Products that take as long as reading a number.
 const AS_READING: usize = 6;
 /// Queries that one thread takes at a time.
-const SHARE: usize = 8 * TILE;
+const SHARE: usize = 4 * TILES;
 
 /// The number of an attribute, or what it is without being there.
 fn attribute(node: &KernelContext, operator: &str, name: &str, default: Option<usize>) -> ort::Result<usize> {

@@ -26,7 +26,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::product::rough::{self, Rough};
-use super::product::{self, Activations, Columns, Output, Weights};
+use super::product::{self, Activations, Columns, Output, Purpose, Weights};
 use super::{Parts, float};
 use crate::scores::Wanted;
 use copy::Known;
@@ -246,7 +246,8 @@ impl Known {
         };
         // Activations of 16 bits are for the first pass, or for what is computed in full of few bits.
         if let Some(weights) = if pass == Pass::Sum { Some(weights) } else { in_few_bits } {
-            activations.prepare(rows, weights, pass != Pass::Sum);
+            let purpose = if pass == Pass::Sum { Purpose::Whole } else { Purpose::Scattered };
+            activations.prepare(rows, weights, purpose);
             let target = activations.target();
             for (row, x) in x.chunks_exact(k).enumerate() {
                 // SAFETY: room was made, and there is one thread.
@@ -621,7 +622,7 @@ mod tests {
             // One activation far above the others of its row, as models have them.
             x[k / 3] = 5.0;
             let mut room = Room::default();
-            room.activations.prepare(rows, &weights, true);
+            room.activations.prepare(rows, &weights, Purpose::Scattered);
             let mut plain = vec![0.0; rows * n];
             let output = Output::new(&mut plain, rows, n);
             for (row, x) in x.chunks_exact(k).enumerate() {
@@ -644,7 +645,9 @@ mod tests {
                 let best = |results: &[f32]| {
                     let mut order: Vec<usize> = (0..n).collect();
                     order.sort_by(|&a, &b| results[b].total_cmp(&results[a]).then(a.cmp(&b)));
-                    order[..count].iter().map(|&at| (at, results[at].to_bits())).collect::<Vec<_>>()
+                    // As above.
+                    let bits = |at: usize| if rows > TOGETHER { 0 } else { results[at].to_bits() };
+                    order[..count].iter().map(|&at| (at, bits(at))).collect::<Vec<_>>()
                 };
                 assert_eq!(best(y), best(plain), "{bits} bits, {block_size}, {rows} rows");
                 assert!(plain.iter().zip(y).filter(|(a, b)| a != b).count() > n / 2, "only roughly for most");

@@ -1,18 +1,25 @@
 //! The product with weights in float32, as they lie in the mapped file: neither packed nor copied, read once for all rows.
 //! For x86-64 with AVX2 alone; elsewhere ONNX Runtime's own is used.
 
+mod panels;
+mod wide;
+
 use std::arch::x86_64::*;
-use std::array::from_fn;
 use std::ops::Range;
+
+use super::processor::{Level, level};
 
 /// Whether this machine has what [`multiply`] needs.
 pub fn is_here() -> bool {
-    is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma")
+    level() >= Level::Avx2
 }
 
 /// The most rows, and with them columns, that are computed at a time: what the processor has registers for.
 const ROWS: usize = 4;
 const COLUMNS: usize = 3;
+/// So many rows are worth bringing the weights into another order for, with AVX2 and with AVX-512.
+const MANY: usize = 24;
+const MANY_WIDE: usize = 6;
 /// Numbers of a row that are taken before the next row is: four rows of them stay in the first cache.
 const DEPTH: usize = 2048;
 
@@ -46,13 +53,40 @@ impl<'p> Product<'p> {
     }
 }
 
+/// How many columns are computed together for so many rows: [`multiply`] is for multiples of them.
+pub fn width(rows: usize) -> usize {
+    match level() {
+        Level::Vnni if rows >= MANY_WIDE => wide::WIDTH,
+        _ if rows >= MANY => panels::WIDTH,
+        _ => ROWS * COLUMNS,
+    }
+}
+
 /// Computes the rows `of_rows` of the columns `columns`.
 ///
 /// # Safety
 /// The processor has AVX2 and FMA, and no one else computes these.
 #[target_feature(enable = "avx2,fma")]
-pub unsafe fn multiply(product: &Product, [of_rows, columns]: [Range<usize>; 2]) {
+pub unsafe fn multiply(product: &Product, of: [Range<usize>; 2]) {
+    // SAFETY: the caller's, and the level is no higher than the processor's.
+    unsafe { multiply_at(level(), product, of) };
+}
+
+/// The same, on a processor of this level.
+///
+/// # Safety
+/// As for [`multiply`]; the processor is of the level.
+#[target_feature(enable = "avx2,fma")]
+unsafe fn multiply_at(level: Level, product: &Product, [of_rows, columns]: [Range<usize>; 2]) {
     assert!(of_rows.end <= product.rows && columns.end <= product.n, "rows and columns of a product");
+    // SAFETY: the caller's.
+    unsafe {
+        match level {
+            Level::Vnni if of_rows.len() >= MANY_WIDE => return wide::multiply(product, [of_rows, columns]),
+            _ if of_rows.len() >= MANY => return panels::multiply(product, [of_rows, columns]),
+            _ => {}
+        }
+    }
     for first in (0..product.k).step_by(DEPTH) {
         let depth = first..product.k.min(first + DEPTH);
         for row in of_rows.clone().step_by(ROWS) {
@@ -92,20 +126,29 @@ struct Place {
 #[inline]
 #[target_feature(enable = "avx2,fma")]
 unsafe fn tile<const R: usize, const C: usize, const U: usize>(product: &Product, Place { row, column, depth }: Place) {
-    let Product { x, w, y, n, k, .. } = *product;
-    let x: [*const f32; R] = from_fn(|at| x[(row + at) * k..].as_ptr());
-    let w: [*const f32; C] = from_fn(|at| w[(column + at) * k..].as_ptr());
+    let Product { x: all, w: weights, y, n, k, .. } = *product;
+    let mut x: [*const f32; R] = [std::ptr::null(); R];
+    for (at, x) in x.iter_mut().enumerate() {
+        *x = all[(row + at) * k..].as_ptr();
+    }
+    let mut w: [*const f32; C] = [std::ptr::null(); C];
+    for (at, w) in w.iter_mut().enumerate() {
+        *w = weights[(column + at) * k..].as_ptr();
+    }
     let whole = depth.start + depth.len() / (8 * U) * (8 * U);
     let mut parts = [[[_mm256_setzero_ps(); R]; C]; U];
     for at in (depth.start..whole).step_by(8 * U) {
         for (part, at) in parts.iter_mut().zip((at..).step_by(8)) {
             // SAFETY: within the rows and columns of the tile.
             unsafe {
-                let w: [__m256; C] = from_fn(|column| _mm256_loadu_ps(w[column].add(at)));
+                let mut here = [_mm256_setzero_ps(); C];
+                for (here, w) in here.iter_mut().zip(w) {
+                    *here = _mm256_loadu_ps(w.add(at));
+                }
                 for row in 0..R {
                     let x = _mm256_loadu_ps(x[row].add(at));
                     for column in 0..C {
-                        part[column][row] = _mm256_fmadd_ps(w[column], x, part[column][row]);
+                        part[column][row] = _mm256_fmadd_ps(here[column], x, part[column][row]);
                     }
                 }
             }
@@ -146,6 +189,7 @@ unsafe fn tile<const R: usize, const C: usize, const U: usize>(product: &Product
 
 #[cfg(test)]
 mod tests {
+    use super::super::processor::found;
     use super::*;
 
     #[test]
@@ -153,8 +197,19 @@ mod tests {
         if !is_here() {
             return;
         }
-        for [rows, n, k] in [[1, 1, 1], [1, 9, 64], [2, 7, 100], [3, 10, 8], [4, 11, 513], [9, 25, 1100], [6, 4, 2050]]
-        {
+        const SHAPES: [[usize; 3]; 9] = [
+            [1, 1, 1],
+            [1, 9, 64],
+            [2, 7, 100],
+            [3, 10, 8],
+            [4, 11, 513],
+            [9, 25, 1100],
+            [6, 4, 2050],
+            [24, 16, 256],
+            [31, 71, 517],
+        ];
+        let levels = [Level::Avx2, Level::Vnni].into_iter().filter(|&level| level <= found());
+        for (level, [rows, n, k]) in levels.flat_map(|level| SHAPES.map(|shape| (level, shape))) {
             let mut state = (rows * 31 + n * 7 + k) as u32;
             let mut next = || {
                 state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
@@ -166,15 +221,15 @@ mod tests {
             let product = Product::new(&x, &w, &mut y, [rows, n, k]);
             // SAFETY: the features are there, and there is one thread.
             unsafe {
-                multiply(&product, [0..rows, 0..n / 2]);
-                multiply(&product, [0..rows, n / 2..n]);
+                multiply_at(level, &product, [0..rows, 0..n / 2]);
+                multiply_at(level, &product, [0..rows, n / 2..n]);
             }
             for (at, &found) in y.iter().enumerate() {
                 let terms = x[at / n * k..][..k].iter().zip(&w[at % n * k..][..k]);
                 let terms: Vec<f64> = terms.map(|(&x, &w)| f64::from(x) * f64::from(w)).collect();
                 let size = terms.iter().map(|term| term.abs()).sum::<f64>();
                 let apart = (f64::from(found) - terms.iter().sum::<f64>()).abs();
-                assert!(apart <= 1e-6 * size, "[{rows}, {k}] by [{n}, {k}], at {at}: {apart}");
+                assert!(apart <= 1e-6 * size, "{level:?}, [{rows}, {k}] by [{n}, {k}], at {at}: {apart}");
             }
         }
     }

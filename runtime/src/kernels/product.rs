@@ -11,10 +11,13 @@ pub use avx2::across;
 mod panels;
 #[cfg(target_arch = "x86_64")]
 pub mod rough;
+#[cfg(target_arch = "x86_64")]
+pub mod vnni;
 
 use std::ops::Range;
 
 use super::aligned::Aligned;
+use super::processor::{Level, level};
 
 /// A weight matrix `[n, k]` in blocks of few bits.
 pub struct Weights<'w> {
@@ -133,15 +136,40 @@ pub struct Activations {
     starts: Aligned<[i32; 8]>,
     /// `[rows]`
     scales: Vec<f32>,
+    /// Instead of all this, where the processor has VNNI.
+    #[cfg(target_arch = "x86_64")]
+    bytes: vnni::Rounded,
+    level: Level,
+}
+
+/// What activations are rounded for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Purpose {
+    /// Products with many columns at a time.
+    Whole,
+    /// The same, where 8 bits are enough if those are faster.
+    Coarse,
+    /// Products with columns here and there.
+    Scattered,
 }
 
 impl Activations {
-    /// Makes room, for products with many columns at a time or with `scattered` ones.
-    pub fn prepare(&mut self, rows: usize, weights: &Weights, scattered: bool) {
+    /// Makes room.
+    pub fn prepare(&mut self, rows: usize, weights: &Weights, purpose: Purpose) {
+        self.prepare_for(level(), rows, weights, purpose);
+    }
+
+    /// The same, for a processor of this level.
+    fn prepare_for(&mut self, level: Level, rows: usize, weights: &Weights, purpose: Purpose) {
         let length = weights.blocks() * weights.block_size;
-        self.rows = rows;
+        (self.rows, self.level) = (rows, level);
+        #[cfg(target_arch = "x86_64")]
+        if level == Level::Vnni {
+            let planes = if purpose == Purpose::Coarse { vnni::Planes::One } else { vnni::Planes::Two };
+            return self.bytes.prepare(rows, weights, planes);
+        }
         // Many rows make it worth while to bring the weights into another order first.
-        self.in_panels = cfg!(target_arch = "x86_64") && rows >= 8 && !scattered;
+        self.in_panels = level >= Level::Avx2 && rows >= 8 && purpose != Purpose::Scattered;
         self.order = if self.in_panels { Order::Plain } else { Order::of(weights) };
         self.numbers.resize(rows * length, 0);
         self.sums.resize(rows * weights.blocks(), 0.0);
@@ -157,7 +185,28 @@ impl Activations {
             sums: self.sums.as_mut_ptr(),
             starts: self.starts.as_mut_ptr(),
             scales: self.scales.as_mut_ptr(),
+            level: self.level,
+            #[cfg(target_arch = "x86_64")]
+            bytes: self.bytes.target(),
         }
+    }
+
+    /// An activation as it was rounded, without its scale.
+    fn number(&self, row: usize, at: usize, length: usize) -> i32 {
+        #[cfg(target_arch = "x86_64")]
+        if self.level == Level::Vnni {
+            return self.bytes.number(row, at);
+        }
+        self.numbers[row * length + self.order.place(at)].into()
+    }
+
+    /// Its scale.
+    fn scale(&self, row: usize, _at: usize) -> f32 {
+        #[cfg(target_arch = "x86_64")]
+        if self.level == Level::Vnni {
+            return self.bytes.scale(row, _at);
+        }
+        self.scales[row]
     }
 }
 
@@ -200,6 +249,9 @@ pub struct Target {
     sums: *mut f32,
     starts: *mut [i32; 8],
     scales: *mut f32,
+    level: Level,
+    #[cfg(target_arch = "x86_64")]
+    bytes: vnni::Target,
 }
 
 // SAFETY: plain memory; who writes where is what `Target::round` asks its callers to see to.
@@ -213,6 +265,31 @@ impl Target {
     /// # Safety
     /// The activations this came from live, have room for the row, and no one else reads or writes the row meanwhile.
     pub unsafe fn round(self, row: usize, x: &[f32], weights: &Weights) {
+        #[cfg(target_arch = "x86_64")]
+        match self.level {
+            // SAFETY: the caller's, and the level is no higher than the processor's.
+            Level::Vnni => return unsafe { self.bytes.round(row, x, weights) },
+            // SAFETY: as above.
+            Level::Avx2 => return unsafe { self.round_with_avx2(row, x, weights) },
+            Level::Generic => {}
+        }
+        // SAFETY: the caller's.
+        unsafe { self.round_anywhere(row, x, weights) };
+    }
+
+    /// # Safety
+    /// As for [`Target::round`]; the processor has AVX2 and FMA.
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2,fma")]
+    unsafe fn round_with_avx2(self, row: usize, x: &[f32], weights: &Weights) {
+        // SAFETY: the caller's.
+        unsafe { self.round_anywhere(row, x, weights) };
+    }
+
+    /// # Safety
+    /// As for [`Target::round`].
+    #[inline(always)]
+    unsafe fn round_anywhere(self, row: usize, x: &[f32], weights: &Weights) {
         let (blocks, size, span) = (weights.blocks(), weights.block_size, weights.span());
         let spans = (blocks * size).div_ceil(span);
         // SAFETY: the row's part of each, which the caller has to itself.
@@ -299,9 +376,14 @@ pub unsafe fn multiply(
     };
     let fits = rows.end <= y.rows && within && x.rows == y.rows;
     assert!(fits && bias.is_none_or(|bias| bias.len() == y.n), "sizes of a product");
+    #[cfg(target_arch = "x86_64")]
+    if x.level == Level::Vnni {
+        // SAFETY: the level is no higher than the processor's; the rest is the caller's.
+        return unsafe { vnni::multiply(&x.bytes, w, bias, (rows, columns), y) };
+    }
     let product = Product { x, w, bias, rows, columns, y };
     #[cfg(target_arch = "x86_64")]
-    if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+    if x.level == Level::Avx2 {
         match (w.bits, x.order) {
             // SAFETY: the features are there.
             (8, _) if x.in_panels => return unsafe { panels::multiply::<8>(&product) },
@@ -358,17 +440,16 @@ impl Product<'_> {
         let mut sum = 0.0;
         for block in 0..blocks {
             let packed = &w.numbers[(column * blocks + block) * bytes..][..bytes];
-            let code = |at: usize| match w.bits {
-                8 => i32::from(packed[at]),
-                _ => i32::from(packed[at / 2] >> (at % 2 * 4) & 15),
+            let zero = w.zero_point(column, block);
+            let weight = |at: usize| match w.bits {
+                8 => i32::from(packed[at]) - zero,
+                _ => i32::from(packed[at / 2] >> (at % 2 * 4) & 15) - zero,
             };
-            let number = |at: usize| i32::from(x.numbers[row * blocks * size + x.order.place(block * size + at)]);
-            let products = (0..size).map(|at| number(at) * code(at)).sum::<i32>();
-            // What all blocks have in common has been multiplied already.
-            let zero = if w.zero_points.is_some() { w.zero_point(column, block) as f32 } else { 1.0 };
-            sum += (products as f32 - x.sums[row * blocks + block] * zero) * w.scales[column * blocks + block];
+            let number = |at: usize| x.number(row, block * size + at, blocks * size);
+            let products = (0..size).map(|at| number(at) * weight(at)).sum::<i32>();
+            sum += products as f32 * (w.scales[column * blocks + block] * x.scale(row, block * size));
         }
-        sum * x.scales[row] + bias.map_or(0.0, |bias| bias[column])
+        sum + bias.map_or(0.0, |bias| bias[column])
     }
 }
 
@@ -402,70 +483,96 @@ mod tests {
             .collect()
     }
 
+    /// All that this processor can do.
+    fn levels() -> impl Iterator<Item = Level> {
+        let found = super::super::processor::found();
+        [Level::Generic, Level::Avx2, Level::Vnni].into_iter().filter(move |&level| level <= found)
+    }
+
     #[test]
     fn products_are_those_of_float64() {
-        for (bits, block_size, symmetric) in [
-            (8, 128, true),
-            (8, 32, false),
-            (8, 16, true),
-            (4, 32, true),
-            (4, 128, false),
-            (4, 16, true),
-            (4, 64, true),
-        ] {
-            for (rows, n, k, scattered) in [
-                (1, 5, 64, false),
-                (1, 13, 512, false),
-                (2, 9, 192, false),
-                (3, 7, 200, false),
-                (4, 3, 128, false),
-                (9, 33, 136, false),
-                (9, 33, 136, true),
-                (8, 16, 512, false),
-                (20, 41, 1160, false),
+        for level in levels() {
+            for (bits, block_size, symmetric) in [
+                (8, 128, true),
+                (8, 32, false),
+                (8, 16, true),
+                (8, 64, true),
+                (4, 32, true),
+                (4, 128, false),
+                (4, 16, true),
+                (4, 64, true),
+                (4, 32, false),
             ] {
-                let mut next = noise((bits * block_size * rows + k) as u64);
-                let mut weights = Weights { numbers: &[], scales: &[], zero_points: None, k, bits, block_size };
-                let numbers: Vec<u8> =
-                    (0..n * weights.blocks() * weights.block_bytes()).map(|_| next() as u8).collect();
-                let scales: Vec<f32> =
-                    (0..n * weights.blocks()).map(|_| (next() % 100) as f32 / 1000.0 - 0.02).collect();
-                let zeros: Vec<u8> = (0..n * weights.zero_point_bytes()).map(|_| next() as u8).collect();
-                (weights.numbers, weights.scales) = (&numbers, &scales);
-                weights.zero_points = (!symmetric).then_some(&zeros);
-                assert!(weights.is_of(n));
-                let x: Vec<f32> = (0..rows * k).map(|_| (next() % 2001) as f32 / 1000.0 - 1.0).collect();
-
-                let mut activations = Activations::default();
-                activations.prepare(rows, &weights, scattered);
-                let target = activations.target();
-                for row in 0..rows {
-                    // SAFETY: room was made, and there is one thread.
-                    unsafe { target.round(row, &x[row * k..][..k], &weights) };
-                }
-                let bias: Vec<f32> = (0..n).map(|column| column as f32).collect();
-                let mut y = vec![f32::NAN; rows * n];
-                let output = Output::new(&mut y, rows, n);
-                // SAFETY: there is one thread.
-                unsafe { multiply(&activations, &weights, Some(&bias), (0..rows, Columns::All(0..n)), &output) };
-
-                let norm =
-                    |values: &mut dyn Iterator<Item = f64>| values.map(|value| value * value).sum::<f64>().sqrt();
-                let expected: Vec<f64> =
-                    reference(&x, &weights, n).iter().enumerate().map(|(at, y)| y + (at % n) as f64).collect();
-                let apart = norm(&mut expected.iter().zip(&y).map(|(a, &b)| a - f64::from(b)));
-                let apart = apart / norm(&mut expected.iter().copied());
-                let case = format!("{bits} bits, {block_size}, {symmetric}: {rows}, {n}, {k}");
-                assert!(apart < 1e-4, "{case}: {apart}");
-
-                // What this machine computes is what any computes.
-                let (rows, columns) = (0..rows, Columns::All(0..n));
-                let product = Product { x: &activations, w: &weights, bias: Some(&bias), rows, columns, y: &output };
-                for (at, &here) in y.iter().enumerate() {
-                    let (any, here) = (f64::from(product.at(at / n, at % n)), f64::from(here));
-                    assert!((any - here).abs() < 1e-4 * (1.0 + any.abs()), "{case}: {any} and {here}");
+                for (rows, n, k, purpose) in [
+                    (1, 5, 64, Purpose::Whole),
+                    (1, 13, 512, Purpose::Whole),
+                    (2, 9, 192, Purpose::Whole),
+                    (3, 7, 200, Purpose::Whole),
+                    (4, 3, 128, Purpose::Whole),
+                    (9, 33, 136, Purpose::Whole),
+                    (9, 33, 136, Purpose::Scattered),
+                    (8, 16, 512, Purpose::Whole),
+                    (20, 41, 1160, Purpose::Whole),
+                    (2, 9, 192, Purpose::Coarse),
+                    (23, 70, 200, Purpose::Coarse),
+                    (45, 32, 640, Purpose::Coarse),
+                ] {
+                    product_is_that_of_float64(level, (bits, block_size, symmetric), [rows, n, k], purpose);
                 }
             }
+        }
+    }
+
+    fn product_is_that_of_float64(
+        level: Level,
+        (bits, block_size, symmetric): (usize, usize, bool),
+        [rows, n, k]: [usize; 3],
+        purpose: Purpose,
+    ) {
+        let mut next = noise((bits * block_size * rows + k) as u64);
+        let mut weights = Weights { numbers: &[], scales: &[], zero_points: None, k, bits, block_size };
+        let numbers: Vec<u8> = (0..n * weights.blocks() * weights.block_bytes()).map(|_| next() as u8).collect();
+        let scales: Vec<f32> = (0..n * weights.blocks()).map(|_| (next() % 100) as f32 / 1000.0 - 0.02).collect();
+        let zeros: Vec<u8> = (0..n * weights.zero_point_bytes()).map(|_| next() as u8).collect();
+        (weights.numbers, weights.scales) = (&numbers, &scales);
+        weights.zero_points = (!symmetric).then_some(&zeros);
+        assert!(weights.is_of(n));
+        let x: Vec<f32> = (0..rows * k).map(|_| (next() % 2001) as f32 / 1000.0 - 1.0).collect();
+
+        let mut activations = Activations::default();
+        activations.prepare_for(level, rows, &weights, purpose);
+        let target = activations.target();
+        for row in 0..rows {
+            // SAFETY: room was made, and there is one thread.
+            unsafe { target.round(row, &x[row * k..][..k], &weights) };
+        }
+        let bias: Vec<f32> = (0..n).map(|column| column as f32).collect();
+        let mut y = vec![f32::NAN; rows * n];
+        let output = Output::new(&mut y, rows, n);
+        // SAFETY: there is one thread.
+        unsafe {
+            let columns = Columns::All(0..n / 2);
+            multiply(&activations, &weights, Some(&bias), (0..rows, columns), &output);
+            let listed: Vec<usize> = (n / 2..n).collect();
+            let columns = if purpose == Purpose::Scattered { Columns::Listed(&listed) } else { Columns::All(n / 2..n) };
+            multiply(&activations, &weights, Some(&bias), (0..rows, columns), &output);
+        }
+
+        let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|value| value * value).sum::<f64>().sqrt();
+        let biased = |(at, y): (usize, f64)| y + (at % n) as f64;
+        let expected: Vec<f64> = reference(&x, &weights, n).into_iter().enumerate().map(biased).collect();
+        let apart = norm(&mut expected.iter().zip(&y).map(|(a, &b)| a - f64::from(b)));
+        let apart = apart / norm(&mut expected.iter().copied());
+        let case = format!("{level:?}, {bits} bits, {block_size}, {symmetric}: {rows}, {n}, {k}, {purpose:?}");
+        let is_coarse = level == Level::Vnni && purpose == Purpose::Coarse;
+        assert!(apart < if is_coarse { 1e-2 } else { 1e-4 }, "{case}: {apart}");
+
+        // What this machine computes is what any computes.
+        let (rows, columns) = (0..rows, Columns::All(0..n));
+        let product = Product { x: &activations, w: &weights, bias: Some(&bias), rows, columns, y: &output };
+        for (at, &here) in y.iter().enumerate() {
+            let (any, here) = (f64::from(product.at(at / n, at % n)), f64::from(here));
+            assert!((any - here).abs() < 1e-4 * (1.0 + any.abs()), "{case}: {any} and {here}");
         }
     }
 
@@ -473,18 +580,18 @@ mod tests {
     fn what_is_not_finite_is_not_hidden() {
         let (numbers, scales) = ([200_u8; 32], [1.0_f32; 2]);
         let weights = Weights { numbers: &numbers, scales: &scales, zero_points: None, k: 16, bits: 8, block_size: 16 };
-        for bad in [f32::NAN, f32::INFINITY] {
+        for (level, bad) in levels().flat_map(|level| [(level, f32::NAN), (level, f32::INFINITY)]) {
             let mut x = [1.0; 16];
             x[3] = bad;
             let mut activations = Activations::default();
-            activations.prepare(1, &weights, false);
+            activations.prepare_for(level, 1, &weights, Purpose::Whole);
             // SAFETY: room was made, and there is one thread.
             unsafe { activations.target().round(0, &x, &weights) };
             let mut y = [0.0; 2];
             let output = Output::new(&mut y, 1, 2);
             // SAFETY: there is one thread.
             unsafe { multiply(&activations, &weights, None, (0..1, Columns::All(0..2)), &output) };
-            assert!(y.iter().all(|y| y.is_nan()), "{bad}: {y:?}");
+            assert!(y.iter().all(|y| y.is_nan()), "{level:?}, {bad}: {y:?}");
         }
     }
 }

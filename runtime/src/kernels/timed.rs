@@ -10,7 +10,7 @@ use super::attention::head::{Head, Room, Visible, attend, length_of_turned, turn
 use super::float;
 #[cfg(target_arch = "x86_64")]
 use super::product::rough;
-use super::product::{self, Activations, Columns, Output, Weights};
+use super::product::{self, Activations, Columns, Output, Purpose, Weights};
 
 /// Numbers of either sign, which lie as those of ONNX Runtime and of the mapped file do.
 fn noise(count: usize) -> Aligned<f32> {
@@ -48,13 +48,14 @@ impl Packed {
     }
 }
 
-/// `MatMulNBits` of `[rows, k]` by `[n, k]`.
-pub fn few_bits([rows, n, k]: [usize; 3], bits: usize, block_size: usize) -> impl FnMut() {
+/// `MatMulNBits` of `[rows, k]` by `[n, k]`; `coarse` as in an encoder.
+pub fn few_bits([rows, n, k]: [usize; 3], bits: usize, block_size: usize, coarse: bool) -> impl FnMut() {
+    let purpose = if coarse { Purpose::Coarse } else { Purpose::Whole };
     let (packed, x, mut y) = (Packed::new([n, k], bits, block_size), noise(rows * k), vec![0.0; rows * n]);
     let mut activations = Activations::default();
     move || {
         let weights = packed.weights();
-        activations.prepare(rows, &weights, false);
+        activations.prepare(rows, &weights, purpose);
         for (row, x) in x.chunks_exact(k).enumerate() {
             // SAFETY: room was made, and there is one thread.
             unsafe { activations.target().round(row, x, &weights) };

@@ -5,15 +5,23 @@
 //! A head is computed for a few queries at a time: their scores stay in the first cache. Many queries find the keys turned
 //! round beforehand, so that scores of neighbouring keys are neighbouring lanes; few queries take them as they lie.
 //!
-//! Written in plain arrays, which compilers bring into vector registers; compiled once more for x86-64 with AVX2.
+//! Written once for [`Sixteen`] numbers at a time, and compiled for any processor, for x86-64 with AVX2, and with AVX-512.
 
 use std::ops::Range;
 
-use super::functions::{dots, exponentials, multiply_add, softcap};
+use super::functions::{dots, exponentials, softcap};
+#[cfg(target_arch = "x86_64")]
+use super::sixteen::{Avx2, Avx512};
+use super::sixteen::{Plain, Sixteen};
 use crate::kernels::aligned::Aligned;
+#[cfg(target_arch = "x86_64")]
+use crate::kernels::processor::{Level, level};
 
-/// Queries that are computed at a time.
-pub const TILE: usize = 6;
+/// Queries that are computed at a time: as many as there are registers for sums of theirs, with AVX-512 twice as many.
+const TILE: usize = 6;
+const WIDE_TILE: usize = 12;
+/// Queries that are whole tiles on any processor.
+pub const TILES: usize = WIDE_TILE;
 /// Keys, and numbers of values, whose sums are under way at a time.
 const WIDE: usize = 16;
 /// Fewer queries are not worth turning the keys round for.
@@ -43,9 +51,9 @@ pub trait Visible {
 /// Kept for its allocations.
 #[derive(Default)]
 pub struct Room {
-    /// `[TILE, keys]`
+    /// `[queries of a tile, keys]`
     scores: Aligned<f32>,
-    /// `[TILE, dim]`
+    /// `[queries of a tile, dim]`
     queries: Aligned<f32>,
 }
 
@@ -77,61 +85,86 @@ pub fn turned(keys: &[f32], dim: usize, to: &mut [f32]) {
 /// sees all keys alike: what is hidden has the least finite score, not none, in the reference.
 pub fn attend(head: Head, visible: &impl Visible, queries: Range<usize>, room: &mut Room, to: &mut [f32]) {
     #[cfg(target_arch = "x86_64")]
-    if super::super::float::is_here() {
-        // SAFETY: the features are there.
-        return unsafe { with_avx2(head, visible, queries, room, to) };
+    match level() {
+        // SAFETY: the level is no higher than the processor's.
+        Level::Vnni => return unsafe { with_avx512(head, visible, queries, room, to) },
+        // SAFETY: as above.
+        Level::Avx2 => return unsafe { with_avx2(head, visible, queries, room, to) },
+        Level::Generic => {}
     }
-    in_tiles::<false>(head, visible, queries, room, to);
+    // SAFETY: for any processor.
+    unsafe { in_tiles::<Plain, TILE>(head, visible, queries, room, to) };
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
 fn with_avx2(head: Head, visible: &impl Visible, queries: Range<usize>, room: &mut Room, to: &mut [f32]) {
-    in_tiles::<true>(head, visible, queries, room, to);
+    // SAFETY: the features are there.
+    unsafe { in_tiles::<Avx2, TILE>(head, visible, queries, room, to) };
 }
 
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+fn with_avx512(head: Head, visible: &impl Visible, queries: Range<usize>, room: &mut Room, to: &mut [f32]) {
+    // SAFETY: the features are there.
+    unsafe { in_tiles::<Avx512, WIDE_TILE>(head, visible, queries, room, to) };
+}
+
+/// # Safety
+/// The processor is of the level of `S`.
 #[inline(always)]
-fn in_tiles<const FUSED: bool>(
+unsafe fn in_tiles<S: Sixteen, const MOST: usize>(
     head: Head,
     visible: &impl Visible,
     queries: Range<usize>,
     room: &mut Room,
     to: &mut [f32],
 ) {
-    let dim = head.dim;
-    for (first, to) in queries.clone().step_by(TILE).zip(to.chunks_mut(TILE * dim)) {
-        match queries.end - first {
-            1 => tile::<FUSED, 1>(head, visible, first, room, to),
-            2 => tile::<FUSED, 2>(head, visible, first, room, to),
-            3 => tile::<FUSED, 3>(head, visible, first, room, to),
-            4 => tile::<FUSED, 4>(head, visible, first, room, to),
-            5 => tile::<FUSED, 5>(head, visible, first, room, to),
-            _ => tile::<FUSED, TILE>(head, visible, first, room, to),
-        }
+    let (dim, mut first) = (head.dim, queries.start);
+    while first < queries.end {
+        let to = &mut to[(first - queries.start) * dim..];
+        // SAFETY: the caller's.
+        first += unsafe {
+            match (queries.end - first).min(MOST) {
+                1 => tile::<S, 1>(head, visible, first, room, to),
+                2 => tile::<S, 2>(head, visible, first, room, to),
+                3 => tile::<S, 3>(head, visible, first, room, to),
+                4 => tile::<S, 4>(head, visible, first, room, to),
+                5 => tile::<S, 5>(head, visible, first, room, to),
+                WIDE_TILE => tile::<S, WIDE_TILE>(head, visible, first, room, to),
+                _ => tile::<S, TILE>(head, visible, first, room, to),
+            }
+        };
     }
 }
 
-/// `R` queries from `first` on.
+/// `R` queries from `first` on, as many as are returned.
+///
+/// # Safety
+/// The processor is of the level of `S`.
 #[inline(always)]
-fn tile<const FUSED: bool, const R: usize>(
+unsafe fn tile<S: Sixteen, const R: usize>(
     head: Head,
     visible: &impl Visible,
     first: usize,
     room: &mut Room,
     to: &mut [f32],
-) {
+) -> usize {
     let dim = head.dim;
+    let to = &mut to[..R * dim];
     let ranges: [Range<usize>; R] = std::array::from_fn(|at| visible.range(first + at));
     let there = ranges.iter().filter(|range| !range.is_empty());
     let mut start = there.clone().map(|range| range.start).min().unwrap_or(0);
     let end = there.map(|range| range.end).max().unwrap_or(0);
     if start == end {
-        return to.chunks_exact_mut(dim).for_each(|to| mean(head.values, to));
+        to.chunks_exact_mut(dim).for_each(|to| mean(head.values, to));
+        return R;
     }
     let Room { scores, queries } = room;
-    let own = head.queries[first * dim..(first + R) * dim].iter().map(|x| x * head.scale);
     queries.resize(R * dim, 0.0);
-    queries.iter_mut().zip(own).for_each(|(to, own)| *to = own);
+    for (to, x) in queries.iter_mut().zip(&head.queries[first * dim..(first + R) * dim]) {
+        *to = x * head.scale;
+    }
     let count = match head.turned {
         Some(turned) => {
             // Whole panels; what they have besides is hidden below.
@@ -139,7 +172,8 @@ fn tile<const FUSED: bool, const R: usize>(
             let panels = start / WIDE..end.div_ceil(WIDE);
             scores.resize(R * panels.len() * WIDE, 0.0);
             let panels = &turned[panels.start * WIDE * dim..panels.end * WIDE * dim];
-            scores_of_panels::<FUSED, R>(queries, panels, dim, scores);
+            // SAFETY: the caller's.
+            unsafe { scores_of_panels::<S, R>(queries, panels, dim, scores) };
             panels.len() / dim
         }
         None => {
@@ -147,7 +181,7 @@ fn tile<const FUSED: bool, const R: usize>(
             scores.resize(R * count, 0.0);
             for (at, keys) in head.keys[start * dim..end * dim].chunks(8 * dim).enumerate() {
                 for (query, scores) in queries.chunks_exact(dim).zip(scores.chunks_exact_mut(count)) {
-                    dots::<FUSED>(query, keys, &mut scores[8 * at..count.min(8 * at + 8)]);
+                    dots::<S>(query, keys, &mut scores[8 * at..count.min(8 * at + 8)]);
                 }
             }
             count
@@ -156,7 +190,8 @@ fn tile<const FUSED: bool, const R: usize>(
     let mut sums = [0.0_f32; R];
     for (at, scores) in scores.chunks_exact_mut(count).enumerate() {
         if let Some(cap) = head.cap {
-            softcap::<FUSED>(scores, cap);
+            // SAFETY: the caller's.
+            unsafe { softcap::<S>(scores, cap) };
         }
         let range = &ranges[at];
         let own = range.start.max(start) - start..range.end.max(start) - start;
@@ -167,18 +202,26 @@ fn tile<const FUSED: bool, const R: usize>(
                 *score = if seen { *score } else { f32::NEG_INFINITY };
             }
         }
-        sums[at] = exponentials::<FUSED>(scores);
+        // SAFETY: the caller's.
+        sums[at] = unsafe { exponentials::<S>(scores) };
     }
 
     let values = &head.values[start * dim..end * dim];
     // As many numbers of a value at a time as there are registers for.
-    let scores: [&[f32]; R] = std::array::from_fn(|row| &scores[row * count..][..end - start]);
-    let from = match R {
-        1 => sums_of_values::<FUSED, R, { 4 * WIDE }>(scores, values, dim, 0, to),
-        2 | 3 => sums_of_values::<FUSED, R, { 2 * WIDE }>(scores, values, dim, 0, to),
-        _ => 0,
+    let mut of_rows: [&[f32]; R] = [&[]; R];
+    for (row, of_row) in of_rows.iter_mut().enumerate() {
+        *of_row = &scores[row * count..][..end - start];
+    }
+    let scores = of_rows;
+    // SAFETY: the caller's.
+    let from = unsafe {
+        let from = match R {
+            1 => sums_of_values::<S, R, 4>(scores, values, dim, 0, to),
+            2 | 3 => sums_of_values::<S, R, 2>(scores, values, dim, 0, to),
+            _ => 0,
+        };
+        sums_of_values::<S, R, 1>(scores, values, dim, from, to)
     };
-    let from = sums_of_values::<FUSED, R, WIDE>(scores, values, dim, from, to);
     for (scores, to) in scores.iter().zip(to.chunks_exact_mut(dim)) {
         for (at, to) in to.iter_mut().enumerate().skip(from) {
             *to = values.chunks_exact(dim).zip(*scores).map(|(value, p)| value[at] * p).sum();
@@ -190,8 +233,11 @@ fn tile<const FUSED: bool, const R: usize>(
             continue;
         }
         let factor = 1.0 / sum;
-        to.iter_mut().for_each(|x| *x *= factor);
+        for x in to {
+            *x *= factor;
+        }
     }
+    R
 }
 
 /// The mean of the values `[keys, dim]`.
@@ -204,55 +250,82 @@ fn mean(values: &[f32], to: &mut [f32]) {
     to.iter_mut().for_each(|x| *x *= factor);
 }
 
-/// The sums of the values `[keys, dim]`, times the probabilities, `keys` of each query: `W` numbers of them at a time from `from` on.
-/// Returns where fewer are left.
+/// The sums of the values `[keys, dim]`, times the probabilities, `keys` of each query: `V` times sixteen numbers of them at a time from
+/// `from` on. Returns where fewer are left.
+///
+/// # Safety
+/// The processor is of the level of `S`.
 #[inline(always)]
-fn sums_of_values<const FUSED: bool, const R: usize, const W: usize>(
+#[expect(
+    clippy::needless_range_loop,
+    reason = "several arrays are walked at a time, which adapters would hide from the compiler"
+)]
+unsafe fn sums_of_values<S: Sixteen, const R: usize, const V: usize>(
     probabilities: [&[f32]; R],
     values: &[f32],
     dim: usize,
     mut from: usize,
     to: &mut [f32],
 ) -> usize {
-    assert!(probabilities.iter().all(|row| row.len() * dim == values.len()), "a probability for each value");
-    while from + W <= dim {
-        let mut totals = [[0.0_f32; W]; R];
-        for (at, value) in values.chunks_exact(dim).enumerate() {
-            let value: &[f32; W] = value[from..from + W].try_into().expect("as many");
-            for (row, totals) in totals.iter_mut().enumerate() {
-                // SAFETY: there are as many as values.
-                multiply_add::<FUSED, W>(totals, unsafe { *probabilities[row].get_unchecked(at) }, value);
+    let keys = values.len() / dim;
+    assert!(probabilities.iter().all(|row| row.len() == keys) && to.len() == R * dim, "a probability for each value");
+    while from + V * WIDE <= dim {
+        // SAFETY: within the values, of which there are as many as probabilities, and the output.
+        unsafe {
+            let mut totals = [[S::splat(0.0); V]; R];
+            let mut value = values.as_ptr().add(from);
+            for key in 0..keys {
+                let mut here = [S::splat(0.0); V];
+                for (at, here) in here.iter_mut().enumerate() {
+                    *here = S::load(value.add(at * WIDE));
+                }
+                for row in 0..R {
+                    let probability = S::splat(*probabilities[row].get_unchecked(key));
+                    for at in 0..V {
+                        totals[row][at] = probability.fused(here[at], totals[row][at]);
+                    }
+                }
+                value = value.wrapping_add(dim);
+            }
+            for row in 0..R {
+                for at in 0..V {
+                    totals[row][at].store(to.as_mut_ptr().add(row * dim + from + at * WIDE));
+                }
             }
         }
-        for (row, totals) in totals.iter().enumerate() {
-            to[row * dim + from..][..W].copy_from_slice(totals);
-        }
-        from += W;
+        from += V * WIDE;
     }
     from
 }
 
 /// The scores of the queries `[R, dim]` with `panels [panels, dim, WIDE]` of keys, as `[R, panels · WIDE]`.
+///
+/// # Safety
+/// The processor is of the level of `S`.
 #[inline(always)]
-fn scores_of_panels<const FUSED: bool, const R: usize>(
+#[expect(clippy::needless_range_loop, reason = "as above")]
+unsafe fn scores_of_panels<S: Sixteen, const R: usize>(
     queries: &[f32],
     panels: &[f32],
     dim: usize,
     scores: &mut [f32],
 ) {
     let count = panels.len() / dim;
-    let queries: [&[f32]; R] = std::array::from_fn(|row| &queries[row * dim..][..dim]);
+    assert!(queries.len() == R * dim && scores.len() == R * count && count.is_multiple_of(WIDE), "sizes of scores");
     for (panel, keys) in panels.chunks_exact(dim * WIDE).enumerate() {
-        let mut totals = [[0.0_f32; WIDE]; R];
-        let (keys, _) = keys.as_chunks::<WIDE>();
-        for (at, keys) in keys[..dim].iter().enumerate() {
-            for (row, totals) in totals.iter_mut().enumerate() {
-                // SAFETY: `at` is below `dim`, as many as there are.
-                multiply_add::<FUSED, WIDE>(totals, unsafe { *queries[row].get_unchecked(at) }, keys);
+        // SAFETY: within the queries, the panel and the scores.
+        unsafe {
+            let mut totals = [S::splat(0.0); R];
+            for at in 0..dim {
+                let keys = S::load(keys.as_ptr().add(at * WIDE));
+                for row in 0..R {
+                    let query = S::splat(*queries.as_ptr().add(row * dim + at));
+                    totals[row] = query.fused(keys, totals[row]);
+                }
             }
-        }
-        for (row, totals) in totals.iter().enumerate() {
-            scores[row * count + panel * WIDE..][..WIDE].copy_from_slice(totals);
+            for row in 0..R {
+                totals[row].store(scores.as_mut_ptr().add(row * count + panel * WIDE));
+            }
         }
     }
 }
@@ -331,10 +404,17 @@ mod tests {
                 attend(head, &seen, 0..half, &mut room, first);
                 attend(head, &seen, half..queries, &mut room, second);
                 let mut plain = vec![f32::NAN; queries * dim];
-                in_tiles::<false>(head, &seen, 0..queries, &mut room, &mut plain);
+                // SAFETY: for any processor.
+                unsafe { in_tiles::<Plain, TILE>(head, &seen, 0..queries, &mut room, &mut plain) };
+                let mut avx2 = plain.clone();
+                #[cfg(target_arch = "x86_64")]
+                if level() >= Level::Avx2 {
+                    // SAFETY: the features are there.
+                    unsafe { with_avx2(head, &seen, 0..queries, &mut room, &mut avx2) };
+                }
                 for query in 0..queries {
                     let expected = reference(&head, &seen.0[query], query);
-                    for found in [&to, &plain] {
+                    for found in [&to, &plain, &avx2] {
                         let found = &found[query * dim..][..dim];
                         let apart = expected.iter().zip(found).map(|(a, &b)| (a - f64::from(b)).abs());
                         let apart = apart.fold(0.0, f64::max);

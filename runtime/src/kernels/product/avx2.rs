@@ -2,7 +2,6 @@
 //! 16 bits for all rows of a tile at once.
 
 use std::arch::x86_64::*;
-use std::array::from_fn;
 use std::ops::Range;
 
 use super::{Columns, Product};
@@ -35,36 +34,48 @@ fn of_span<const BITS: usize, const SPAN: usize>(product: &Product) {
     let (bytes, start) = (w.blocks() * w.block_bytes(), w.numbers.as_ptr());
     match columns {
         Columns::All(columns) => {
-            let to_all = To { column: |at| at, later: |at| start.wrapping_add(at * bytes + AHEAD) };
             for first in columns.clone().step_by(NEAR) {
-                of_some::<BITS, SPAN>(product, rows.clone(), first..columns.end.min(first + NEAR), &to_all);
+                let near = first..columns.end.min(first + NEAR);
+                of_some::<BITS, SPAN>(product, rows.clone(), near, &To { listed: None, start, bytes });
             }
         }
         Columns::Listed(columns) => {
-            let later = |at| start.wrapping_add(columns.get(at + SUMS).map_or(0, |column| column * bytes));
-            let to_listed = To { column: |at: usize| columns[at], later };
-            of_some::<BITS, SPAN>(product, rows.clone(), 0..columns.len(), &to_listed);
+            let to = To { listed: Some(columns), start, bytes };
+            of_some::<BITS, SPAN>(product, rows.clone(), 0..columns.len(), &to);
         }
     }
 }
 
-/// Which columns are computed one after the other.
-struct To<C, L> {
+/// Which columns are computed one after the other: those of a list, or all.
+pub(super) struct To<'c> {
+    pub listed: Option<&'c [usize]>,
+    /// Of the first column.
+    pub start: *const u8,
+    /// Of a column.
+    pub bytes: usize,
+}
+
+impl To<'_> {
     /// The column at a place.
-    column: C,
+    #[inline(always)]
+    pub fn column(&self, place: usize) -> usize {
+        self.listed.map_or(place, |columns| columns[place])
+    }
+
     /// What the memory is to send while that is computed.
-    later: L,
+    #[inline(always)]
+    pub fn later(&self, place: usize) -> *const u8 {
+        match self.listed {
+            None => self.start.wrapping_add(place * self.bytes + AHEAD),
+            Some(columns) => self.start.wrapping_add(columns.get(place + SUMS).map_or(0, |column| column * self.bytes)),
+        }
+    }
 }
 
 /// The columns at some places.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-fn of_some<const BITS: usize, const SPAN: usize>(
-    product: &Product,
-    rows: Range<usize>,
-    places: Range<usize>,
-    to: &To<impl Fn(usize) -> usize, impl Fn(usize) -> *const u8>,
-) {
+fn of_some<const BITS: usize, const SPAN: usize>(product: &Product, rows: Range<usize>, places: Range<usize>, to: &To) {
     for row in rows.clone().step_by(4) {
         match rows.end - row {
             1 => of_rows::<BITS, SPAN, 1, 8>(product, row, places.clone(), to),
@@ -82,17 +93,20 @@ fn of_rows<const BITS: usize, const SPAN: usize, const R: usize, const C: usize>
     product: &Product,
     row: usize,
     places: Range<usize>,
-    to: &To<impl Fn(usize) -> usize, impl Fn(usize) -> *const u8>,
+    to: &To,
 ) {
     let whole = places.start + places.len() / C * C;
     for place in (places.start..whole).step_by(C) {
-        let columns: [usize; C] = from_fn(|at| (to.column)(place + at));
-        let sums = tile::<BITS, SPAN, R, C>(product, row, columns, from_fn(|at| (to.later)(place + at)));
+        let (mut columns, mut later) = ([0; C], [std::ptr::null(); C]);
+        for at in 0..C {
+            (columns[at], later[at]) = (to.column(place + at), to.later(place + at));
+        }
+        let sums = tile::<BITS, SPAN, R, C>(product, row, columns, later);
         write::<R, C>(product, row, columns, sums);
     }
     for place in whole..places.end {
-        let columns = [(to.column)(place)];
-        write::<R, 1>(product, row, columns, tile::<BITS, SPAN, R, 1>(product, row, columns, [(to.later)(place)]));
+        let columns = [to.column(place)];
+        write::<R, 1>(product, row, columns, tile::<BITS, SPAN, R, 1>(product, row, columns, [to.later(place)]));
     }
 }
 
@@ -128,8 +142,14 @@ fn tile<const BITS: usize, const SPAN: usize, const R: usize, const C: usize>(
     let last = columns.into_iter().fold(0, usize::max);
     assert!((last + 1) * bytes <= w.numbers.len() && (last + 1) * blocks <= w.scales.len());
     assert!(spans * span == length && span == w.span() && span.is_multiple_of(if BITS == 4 { 64 } else { 16 }));
-    let numbers: [*const i16; R] = from_fn(|at| x.numbers[(row + at) * length..].as_ptr());
-    let starts: [*const [i32; 8]; R] = from_fn(|at| x.starts[(row + at) * spans..].as_ptr());
+    let mut numbers: [*const i16; R] = [std::ptr::null(); R];
+    for (at, numbers) in numbers.iter_mut().enumerate() {
+        *numbers = x.numbers[(row + at) * length..].as_ptr();
+    }
+    let mut starts: [*const [i32; 8]; R] = [std::ptr::null(); R];
+    for (at, starts) in starts.iter_mut().enumerate() {
+        *starts = x.starts[(row + at) * spans..].as_ptr();
+    }
 
     let mut totals = [_mm256_setzero_ps(); SUMS];
     for (at_column, (column, later)) in columns.into_iter().zip(later).enumerate() {
@@ -140,7 +160,10 @@ fn tile<const BITS: usize, const SPAN: usize, const R: usize, const C: usize>(
             // SAFETY: within the tile.
             unsafe {
                 // What zero is off, before anything is added.
-                let mut sums: [__m256i; R] = from_fn(|row| _mm256_loadu_si256(starts[row].add(of_span).cast()));
+                let mut sums = [_mm256_setzero_si256(); R];
+                for (sum, starts) in sums.iter_mut().zip(starts) {
+                    *sum = _mm256_loadu_si256(starts.add(of_span).cast());
+                }
                 // Further rows find it in the cache.
                 if row == rows.start {
                     fetch(later, of_span * span * BITS / 8, span * BITS / 8);
@@ -194,8 +217,8 @@ fn tile<const BITS: usize, const SPAN: usize, const R: usize, const C: usize>(
 #[inline]
 #[target_feature(enable = "avx2,fma")]
 pub fn across(x: [__m256; SUMS]) -> [f32; SUMS] {
-    let twos: [__m256; 4] = from_fn(|at| _mm256_hadd_ps(x[2 * at], x[2 * at + 1]));
-    let (a, b) = (_mm256_hadd_ps(twos[0], twos[1]), _mm256_hadd_ps(twos[2], twos[3]));
+    let a = _mm256_hadd_ps(_mm256_hadd_ps(x[0], x[1]), _mm256_hadd_ps(x[2], x[3]));
+    let b = _mm256_hadd_ps(_mm256_hadd_ps(x[4], x[5]), _mm256_hadd_ps(x[6], x[7]));
     let (low, high) = (_mm256_permute2f128_ps::<0x20>(a, b), _mm256_permute2f128_ps::<0x31>(a, b));
     let mut sums = [0.0; SUMS];
     // SAFETY: eight numbers.

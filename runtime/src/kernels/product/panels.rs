@@ -31,13 +31,23 @@ struct Panel {
 /// The processor has AVX2 and FMA.
 #[target_feature(enable = "avx2,fma")]
 pub unsafe fn multiply<const BITS: usize>(product: &Product) {
+    match product.w.block_size {
+        128 => of_size::<BITS, 128>(product),
+        64 => of_size::<BITS, 64>(product),
+        32 => of_size::<BITS, 32>(product),
+        _ => of_size::<BITS, 16>(product),
+    }
+}
+
+/// With the length of a block known beforehand, no more than the sums is left to do in it.
+#[target_feature(enable = "avx2,fma")]
+fn of_size<const BITS: usize, const SIZE: usize>(product: &Product) {
     let Product { x, w, rows, columns: Columns::All(columns), .. } = product else {
         unreachable!("activations of panels are for all columns")
     };
     let length = w.blocks() * w.block_size;
-    assert!(
-        x.numbers.len() == x.rows * length && DEPTH.is_multiple_of(w.block_size) && w.block_size.is_multiple_of(16)
-    );
+    const { assert!(DEPTH.is_multiple_of(SIZE) && SIZE.is_multiple_of(16)) };
+    assert!(w.block_size == SIZE && x.numbers.len() == x.rows * length);
     let mut panel = Panel { numbers: [0; WIDTH * DEPTH], scales: [[0.0; WIDTH]; DEPTH / 16], depth: 0 };
     let tiles = rows.len().div_ceil(ROWS);
     for first in columns.clone().step_by(WIDTH) {
@@ -51,12 +61,12 @@ pub unsafe fn multiply<const BITS: usize>(product: &Product) {
                 // As many rows in each tile as in the others, but for one.
                 let taken = (rows.end - row).div_ceil(left);
                 match taken {
-                    1 => tile::<1>(product, &panel, row, columns.clone(), from),
-                    2 => tile::<2>(product, &panel, row, columns.clone(), from),
-                    3 => tile::<3>(product, &panel, row, columns.clone(), from),
-                    4 => tile::<4>(product, &panel, row, columns.clone(), from),
-                    5 => tile::<5>(product, &panel, row, columns.clone(), from),
-                    _ => tile::<ROWS>(product, &panel, row, columns.clone(), from),
+                    1 => tile::<SIZE, 1>(product, &panel, row, columns.clone(), from..from + panel.depth),
+                    2 => tile::<SIZE, 2>(product, &panel, row, columns.clone(), from..from + panel.depth),
+                    3 => tile::<SIZE, 3>(product, &panel, row, columns.clone(), from..from + panel.depth),
+                    4 => tile::<SIZE, 4>(product, &panel, row, columns.clone(), from..from + panel.depth),
+                    5 => tile::<SIZE, 5>(product, &panel, row, columns.clone(), from..from + panel.depth),
+                    _ => tile::<SIZE, ROWS>(product, &panel, row, columns.clone(), from..from + panel.depth),
                 }
                 row += taken;
             }
@@ -113,31 +123,34 @@ impl Panel {
             for from in (block * size..(block + 1) * size).step_by(step) {
                 // SAFETY: within the columns and the panel.
                 unsafe {
-                    let read = |column: *const u8| {
-                        let packed = column.add(from * BITS / 8).cast();
-                        if step * BITS == 128 { _mm_loadu_si128(packed) } else { _mm_loadl_epi64(packed) }
-                    };
-                    let rows = from_fn(|at| _mm256_set_m128i(read(upper[at]), read(lower[at])));
-                    let words = transposed(rows);
-                    let to = self.numbers.as_mut_ptr().add((from - depth.start) * WIDTH);
-                    let write = |pair: usize, halves: [__m256i; 2]| {
-                        for (half, (numbers, zeros)) in halves.into_iter().zip(zeros).enumerate() {
-                            let to = to.add((2 * pair + half) * WIDTH);
-                            _mm256_store_si256(to.cast(), _mm256_sub_epi16(numbers, zeros));
-                        }
-                    };
-                    for (at, word) in words.into_iter().enumerate().take(step * BITS / 16) {
-                        if BITS == 8 {
+                    let mut rows = [_mm256_setzero_si256(); 8];
+                    for (row, (lower, upper)) in rows.iter_mut().zip(lower.iter().zip(upper)) {
+                        let [lower, upper] = [lower.add(from * BITS / 8).cast(), upper.add(from * BITS / 8).cast()];
+                        *row = match step * BITS {
+                            128 => _mm256_set_m128i(_mm_loadu_si128(upper), _mm_loadu_si128(lower)),
+                            _ => _mm256_set_m128i(_mm_loadl_epi64(upper), _mm_loadl_epi64(lower)),
+                        };
+                    }
+                    let mut to = self.numbers.as_mut_ptr().add((from - depth.start) * WIDTH);
+                    for word in transposed(rows).into_iter().take(step * BITS / 16) {
+                        // Pairs of numbers of eight columns, and of the next eight.
+                        let (pairs, count) = if BITS == 8 {
                             let none = _mm256_setzero_si256();
-                            write(at, [_mm256_unpacklo_epi8(word, none), _mm256_unpackhi_epi8(word, none)]);
+                            let pair = [_mm256_unpacklo_epi8(word, none), _mm256_unpackhi_epi8(word, none)];
+                            ([pair, pair], 1)
                         } else {
                             let low = _mm256_set1_epi16(15);
-                            let first = [word, _mm256_srli_epi16::<4>(word)].map(|word| _mm256_and_si256(word, low));
-                            let second =
-                                [_mm256_and_si256(_mm256_srli_epi16::<8>(word), low), _mm256_srli_epi16::<12>(word)];
-                            for (pair, [a, b]) in [first, second].into_iter().enumerate() {
-                                write(2 * at + pair, [_mm256_unpacklo_epi16(a, b), _mm256_unpackhi_epi16(a, b)]);
-                            }
+                            let a = _mm256_and_si256(word, low);
+                            let b = _mm256_and_si256(_mm256_srli_epi16::<4>(word), low);
+                            let c = _mm256_and_si256(_mm256_srli_epi16::<8>(word), low);
+                            let d = _mm256_srli_epi16::<12>(word);
+                            let first = [_mm256_unpacklo_epi16(a, b), _mm256_unpackhi_epi16(a, b)];
+                            ([first, [_mm256_unpacklo_epi16(c, d), _mm256_unpackhi_epi16(c, d)]], 2)
+                        };
+                        for pair in pairs.into_iter().take(count) {
+                            _mm256_store_si256(to.cast(), _mm256_sub_epi16(pair[0], zeros[0]));
+                            _mm256_store_si256(to.add(WIDTH).cast(), _mm256_sub_epi16(pair[1], zeros[1]));
+                            to = to.add(2 * WIDTH);
                         }
                     }
                 }
@@ -146,26 +159,38 @@ impl Panel {
     }
 }
 
-/// Computes `R` rows of the panel's columns, or adds to them what its depth, which begins at `from`, brings.
+/// Computes `R` rows of the panel's columns, or adds to them what its depth brings, the numbers `depth`.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-fn tile<const R: usize>(product: &Product, panel: &Panel, row: usize, columns: Range<usize>, from: usize) {
-    let Product { x, w, bias, y, .. } = product;
-    let (length, size) = (w.blocks() * w.block_size, w.block_size);
-    assert!((row + R) * length <= x.numbers.len() && from + panel.depth <= length && columns.end <= y.n);
-    let numbers: [*const i16; R] = from_fn(|at| x.numbers[(row + at) * length + from..].as_ptr());
+fn tile<const SIZE: usize, const R: usize>(
+    Product { x, bias, y, .. }: &Product,
+    panel: &Panel,
+    row: usize,
+    columns: Range<usize>,
+    depth: Range<usize>,
+) {
+    // Pairs that are multiplied at a time.
+    const PAIRS: usize = 2;
+    let length = x.numbers.len() / x.rows;
+    assert!(row + R <= x.rows && depth.end <= length && depth.len() <= DEPTH && columns.end <= y.n);
+    let mut numbers: [*const i16; R] = [std::ptr::null(); R];
+    for (at, numbers) in numbers.iter_mut().enumerate() {
+        *numbers = x.numbers[(row + at) * length + depth.start..].as_ptr();
+    }
     let mut totals = [[_mm256_setzero_ps(); 2]; R];
-    for (block, scales) in panel.scales[..panel.depth / size].iter().enumerate() {
+    for (block, scales) in panel.scales[..depth.len() / SIZE].iter().enumerate() {
         let mut sums = [[_mm256_setzero_si256(); 2]; R];
-        for at in (block * size..(block + 1) * size).step_by(2) {
-            // SAFETY: within the panel and the rows.
-            unsafe {
-                let w = panel.numbers.as_ptr().add(at * WIDTH);
-                let w = [_mm256_load_si256(w.cast()), _mm256_load_si256(w.add(WIDTH).cast())];
-                for row in 0..R {
-                    let x = _mm256_set1_epi32(numbers[row].add(at).cast::<i32>().read_unaligned());
-                    sums[row][0] = _mm256_add_epi32(sums[row][0], _mm256_madd_epi16(w[0], x));
-                    sums[row][1] = _mm256_add_epi32(sums[row][1], _mm256_madd_epi16(w[1], x));
+        for first in (0..SIZE).step_by(2 * PAIRS) {
+            for at in (block * SIZE + first..).step_by(2).take(PAIRS) {
+                // SAFETY: within the panel and the rows.
+                unsafe {
+                    let w = panel.numbers.as_ptr().add(at * WIDTH);
+                    let w = [_mm256_load_si256(w.cast()), _mm256_load_si256(w.add(WIDTH).cast())];
+                    for row in 0..R {
+                        let x = _mm256_set1_epi32(numbers[row].add(at).cast::<i32>().read_unaligned());
+                        sums[row][0] = _mm256_add_epi32(sums[row][0], _mm256_madd_epi16(w[0], x));
+                        sums[row][1] = _mm256_add_epi32(sums[row][1], _mm256_madd_epi16(w[1], x));
+                    }
                 }
             }
         }
@@ -183,22 +208,30 @@ fn tile<const R: usize>(product: &Product, panel: &Panel, row: usize, columns: R
         let found = totals.map(|total| _mm256_mul_ps(total, scale));
         // SAFETY: within the output, and no one else has these columns.
         let to = unsafe { std::slice::from_raw_parts_mut(y.values.add(row * y.n + columns.start), columns.len()) };
-        let bias = bias.map(|bias| &bias[columns.clone()]);
-        if let (0, None, WIDTH) = (from, bias, to.len()) {
-            // SAFETY: two times eight numbers.
+        write(found, to, bias.map(|bias| &bias[columns.clone()]), depth.start == 0);
+    }
+}
+
+/// Writes what the `first` part of the depth brings, or adds what another does.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn write(found: [__m256; 2], to: &mut [f32], bias: Option<&[f32]>, first: bool) {
+    if let (None, [low, high]) = (bias, to.as_chunks_mut::<8>().0) {
+        for (to, found) in [low, high].into_iter().zip(found) {
+            // SAFETY: eight numbers.
             unsafe {
-                _mm256_storeu_ps(to.as_mut_ptr(), found[0]);
-                _mm256_storeu_ps(to[8..].as_mut_ptr(), found[1]);
+                let found = if first { found } else { _mm256_add_ps(_mm256_loadu_ps(to.as_ptr()), found) };
+                _mm256_storeu_ps(to.as_mut_ptr(), found);
             }
-            continue;
         }
-        // SAFETY: sixteen numbers are two times eight.
-        let found = unsafe { std::mem::transmute::<[__m256; 2], [f32; WIDTH]>(found) };
-        match (from, bias) {
-            (0, None) => to.iter_mut().zip(found).for_each(|(to, found)| *to = found),
-            (0, Some(bias)) => to.iter_mut().zip(found).zip(bias).for_each(|((to, found), bias)| *to = found + bias),
-            _ => to.iter_mut().zip(found).for_each(|(to, found)| *to += found),
-        }
+        return;
+    }
+    // SAFETY: sixteen numbers are two times eight.
+    let found = unsafe { std::mem::transmute::<[__m256; 2], [f32; WIDTH]>(found) };
+    match (first, bias) {
+        (true, None) => to.iter_mut().zip(found).for_each(|(to, found)| *to = found),
+        (true, Some(bias)) => to.iter_mut().zip(found).zip(bias).for_each(|((to, found), bias)| *to = found + bias),
+        (false, _) => to.iter_mut().zip(found).for_each(|(to, found)| *to += found),
     }
 }
 
@@ -206,19 +239,23 @@ fn tile<const R: usize>(product: &Product, panel: &Panel, row: usize, columns: R
 #[inline]
 #[target_feature(enable = "avx2,fma")]
 fn transposed(rows: [__m256i; 8]) -> [__m256i; 8] {
-    let twos: [__m256i; 8] = from_fn(|at| match (at % 2, [rows[at / 2 * 2], rows[at / 2 * 2 + 1]]) {
-        (0, [a, b]) => _mm256_unpacklo_epi16(a, b),
-        (_, [a, b]) => _mm256_unpackhi_epi16(a, b),
-    });
     // The first four are of words 0 to 3, of four rows and then of the others; the last four of words 4 to 7.
-    let fours: [__m256i; 8] = from_fn(|at| {
-        let first = at / 4 + at % 4 / 2 * 4;
-        let [a, b] = [twos[first], twos[first + 2]];
-        if at % 2 == 0 { _mm256_unpacklo_epi32(a, b) } else { _mm256_unpackhi_epi32(a, b) }
-    });
-    from_fn(|at| {
-        let first = at / 4 * 4 + at / 2 % 2;
-        let [a, b] = [fours[first], fours[first + 2]];
-        if at % 2 == 0 { _mm256_unpacklo_epi64(a, b) } else { _mm256_unpackhi_epi64(a, b) }
-    })
+    let mut fours = [_mm256_setzero_si256(); 8];
+    for (half, rows) in rows.as_chunks::<4>().0.iter().enumerate() {
+        let [low, high] = [_mm256_unpacklo_epi16(rows[0], rows[1]), _mm256_unpackhi_epi16(rows[0], rows[1])];
+        let [lower, higher] = [_mm256_unpacklo_epi16(rows[2], rows[3]), _mm256_unpackhi_epi16(rows[2], rows[3])];
+        fours[half * 2] = _mm256_unpacklo_epi32(low, lower);
+        fours[half * 2 + 1] = _mm256_unpackhi_epi32(low, lower);
+        fours[half * 2 + 4] = _mm256_unpacklo_epi32(high, higher);
+        fours[half * 2 + 5] = _mm256_unpackhi_epi32(high, higher);
+    }
+    let mut columns = [_mm256_setzero_si256(); 8];
+    for (at, pair) in columns.as_chunks_mut::<2>().0.iter_mut().enumerate() {
+        let first = at / 2 * 4 + at % 2;
+        *pair = [
+            _mm256_unpacklo_epi64(fours[first], fours[first + 2]),
+            _mm256_unpackhi_epi64(fours[first], fours[first + 2]),
+        ];
+    }
+    columns
 }

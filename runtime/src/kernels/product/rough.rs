@@ -5,14 +5,16 @@
 //! Two products of 8 bits by 6, and two such pairs, fit into 16 bits: `4 · 255 · 31 < 2¹⁵`. So do eight products of 4 bits by 8,
 //! `8 · 15 · 127 < 2¹⁵`: as many as meet in a block of 128. Each span of activations has a scale of its own, so that a few large
 //! ones cost the others no bits.
+//!
+//! Where the processor has VNNI activations of 8 bits are as fast as any, and [`vnni`] does all this.
 
 use std::arch::x86_64::*;
-use std::array::from_fn;
 use std::ops::Range;
 
 use super::avx2::{AHEAD, SUMS, across, fetch, two_scales};
-use super::{Output, SHIFT, Weights};
+use super::{Columns, Output, SHIFT, Weights, vnni};
 use crate::kernels::aligned::Aligned;
+use crate::kernels::processor::{Level, level};
 
 /// The greatest number that an activation is rounded to, by the bits of the weights.
 fn greatest(bits: usize) -> f32 {
@@ -35,18 +37,38 @@ pub struct Rough {
     scales: Aligned<[f32; 8]>,
     /// `[rows]`: the Euclidean lengths of what the rows lost.
     errors: Vec<f32>,
+    /// Instead of all this, where the processor has VNNI.
+    bytes: Option<vnni::Rounded>,
 }
 
 /// Whether [`multiply`] can take these weights.
 pub fn takes(w: &Weights) -> bool {
-    w.zero_points.is_none()
-        && matches!((w.bits, w.block_size), (8, 64 | 128) | (4, 32 | 64 | 128))
-        && (w.blocks() * w.block_size).is_multiple_of(w.span())
+    takes_at(level(), w)
+}
+
+fn takes_at(level: Level, w: &Weights) -> bool {
+    let fits = matches!((w.bits, w.block_size), (8, 64 | 128) | (4, 32 | 64 | 128))
+        && (w.blocks() * w.block_size).is_multiple_of(w.span());
+    level == Level::Vnni || w.zero_points.is_none() && fits
 }
 
 impl Rough {
     /// Rounds the rows `x` for weights that can be taken.
     pub fn round(&mut self, x: &[f32], w: &Weights) {
+        self.round_at(level(), x, w);
+    }
+
+    fn round_at(&mut self, level: Level, x: &[f32], w: &Weights) {
+        if level == Level::Vnni {
+            let bytes = self.bytes.get_or_insert_default();
+            bytes.prepare(x.len() / w.k, w, vnni::Planes::One);
+            for (row, x) in x.chunks_exact(w.k).enumerate() {
+                // SAFETY: room was made, there is one thread, and the level is no higher than the processor's.
+                unsafe { bytes.target().round(row, x, w) };
+            }
+            return;
+        }
+        self.bytes = None;
         let (span, spans) = (w.span(), w.blocks() * w.block_size / w.span());
         let rows = x.len() / w.k;
         let zero = w.same_zero_point().unwrap_or(0);
@@ -83,7 +105,7 @@ impl Rough {
 
     /// How much of each row was lost: the Euclidean length of it.
     pub fn errors(&self) -> &[f32] {
-        &self.errors
+        self.bytes.as_ref().map_or(&self.errors, |bytes| bytes.errors())
     }
 }
 
@@ -94,6 +116,10 @@ impl Rough {
 /// meanwhile, and what `y` was made from lives.
 #[target_feature(enable = "avx2,fma")]
 pub unsafe fn multiply(x: &Rough, w: &Weights, columns: Range<usize>, y: &Output) {
+    if let Some(bytes) = &x.bytes {
+        // SAFETY: they are there for such processors alone; the rest is the caller's.
+        return unsafe { vnni::multiply(bytes, w, None, (0..y.rows, Columns::All(columns)), y) };
+    }
     assert!(columns.end <= y.n && x.errors.len() == y.rows && takes(w), "sizes of a product");
     match (w.bits, w.block_size) {
         (8, 128) => of_size::<8, 128>(x, w, columns, y),
@@ -165,9 +191,18 @@ fn tile<const BITS: usize, const SIZE: usize, const R: usize, const C: usize>(
     assert!(w.bits == BITS && w.block_size == SIZE && spans * span == length);
     assert!((row + R) * length <= x.numbers.len() && (row + R) * spans <= x.starts.len().min(x.scales.len()));
     assert!((column + C) * bytes <= w.numbers.len() && (column + C) * blocks <= w.scales.len());
-    let numbers: [*const i8; R] = from_fn(|at| x.numbers[(row + at) * length..].as_ptr());
-    let starts: [*const [i32; 8]; R] = from_fn(|at| x.starts[(row + at) * spans..].as_ptr());
-    let factors: [*const [f32; 8]; R] = from_fn(|at| x.scales[(row + at) * spans..].as_ptr());
+    let mut numbers: [*const i8; R] = [std::ptr::null(); R];
+    for (at, numbers) in numbers.iter_mut().enumerate() {
+        *numbers = x.numbers[(row + at) * length..].as_ptr();
+    }
+    let mut starts: [*const [i32; 8]; R] = [std::ptr::null(); R];
+    for (at, starts) in starts.iter_mut().enumerate() {
+        *starts = x.starts[(row + at) * spans..].as_ptr();
+    }
+    let mut factors: [*const [f32; 8]; R] = [std::ptr::null(); R];
+    for (at, factors) in factors.iter_mut().enumerate() {
+        *factors = x.scales[(row + at) * spans..].as_ptr();
+    }
     let (ones, low) = (_mm256_set1_epi16(1), _mm256_set1_epi8(15));
 
     let mut totals = [_mm256_setzero_ps(); SUMS];
@@ -182,8 +217,10 @@ fn tile<const BITS: usize, const SIZE: usize, const R: usize, const C: usize>(
                     fetch(packed.wrapping_add(AHEAD), of_span * span * BITS / 8, span * BITS / 8);
                 }
                 let packed = packed.add(of_span * (span * BITS / 8));
-                let numbers: [*const i8; R] = from_fn(|row| numbers[row].add(of_span * span));
-                let mut sums: [__m256i; R] = from_fn(|row| _mm256_loadu_si256(starts[row].add(of_span).cast()));
+                let mut sums = [_mm256_setzero_si256(); R];
+                for (sum, starts) in sums.iter_mut().zip(starts) {
+                    *sum = _mm256_loadu_si256(starts.add(of_span).cast());
+                }
                 let mut pairs = [_mm256_setzero_si256(); R];
                 for step in 0..span / STEP {
                     let packed = packed.add(step * (STEP * BITS / 8));
@@ -193,7 +230,7 @@ fn tile<const BITS: usize, const SIZE: usize, const R: usize, const C: usize>(
                         _ => [_mm256_and_si256(first, low), _mm256_and_si256(_mm256_srli_epi16::<4>(first), low)],
                     };
                     for row in 0..R {
-                        let x = numbers[row].add(step * STEP);
+                        let x = numbers[row].add(of_span * span + step * STEP);
                         let here = _mm256_add_epi16(
                             _mm256_maddubs_epi16(halves[0], _mm256_loadu_si256(x.cast())),
                             _mm256_maddubs_epi16(halves[1], _mm256_loadu_si256(x.add(32).cast())),

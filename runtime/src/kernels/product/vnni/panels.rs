@@ -1,0 +1,266 @@
+//! Many rows: 32 columns of weights at a time are brought into an order in which no sum has to be taken across a register.
+
+use std::arch::x86_64::*;
+use std::ops::Range;
+
+use super::super::Weights;
+use super::{Product, span};
+use crate::kernels::turn::turn;
+
+/// Columns of a panel, two registers of sums.
+const WIDTH: usize = 32;
+/// Numbers of each column in a panel: it stays in the first cache, beside some rows of activations.
+const DEPTH: usize = 512;
+
+/// A part of 32 columns.
+#[repr(align(64))]
+struct Panel {
+    /// `[places / 4, columns, 4]`, places in the order of activations.
+    codes: [u8; WIDTH * DEPTH],
+    /// `[blocks, columns]`
+    scales: [[f32; WIDTH]; DEPTH / 16],
+    /// `[blocks, columns]`: scales times zero points, where blocks have these of their own.
+    zeros: [[f32; WIDTH]; DEPTH / 16],
+}
+
+/// A part of the product that is computed at a time.
+struct Part {
+    row: usize,
+    columns: Range<usize>,
+    /// Numbers of each.
+    depth: Range<usize>,
+}
+
+/// `MOST` rows are computed at a time where there are as many, or `MORE`.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+pub fn multiply<const BITS: usize, const SIZE: usize, const PLANES: usize, const MOST: usize, const MORE: usize>(
+    product: &Product,
+    columns: Range<usize>,
+) {
+    let Product { w, rows, y, .. } = product;
+    assert!(columns.end <= y.n, "columns of a product");
+    let length = w.blocks() * SIZE;
+    let mut panel =
+        Panel { codes: [0; WIDTH * DEPTH], scales: [[0.0; WIDTH]; DEPTH / 16], zeros: [[0.0; WIDTH]; DEPTH / 16] };
+    for first in columns.clone().step_by(WIDTH) {
+        let columns = first..columns.end.min(first + WIDTH);
+        for from in (0..length).step_by(DEPTH) {
+            let depth = from..length.min(from + DEPTH);
+            panel.fill::<BITS, SIZE>(w, columns.clone(), depth.clone());
+            let next = if depth.end < length { (first, depth.end) } else { (first + WIDTH, 0) };
+            let mut row = rows.start;
+            while row < rows.end {
+                fetch::<BITS, SIZE>(w, next, row - rows.start..rows.len().min(row - rows.start + 6), rows.len());
+                let part = |row| Part { row, columns: columns.clone(), depth: depth.clone() };
+                row += match rows.end - row {
+                    left if left >= MOST => tile::<BITS, SIZE, PLANES, MOST>(product, &panel, part(row)),
+                    left if left >= MORE => tile::<BITS, SIZE, PLANES, MORE>(product, &panel, part(row)),
+                    6.. => tile::<BITS, SIZE, PLANES, 6>(product, &panel, part(row)),
+                    5 => tile::<BITS, SIZE, PLANES, 5>(product, &panel, part(row)),
+                    4 => tile::<BITS, SIZE, PLANES, 4>(product, &panel, part(row)),
+                    3 => tile::<BITS, SIZE, PLANES, 3>(product, &panel, part(row)),
+                    2 => tile::<BITS, SIZE, PLANES, 2>(product, &panel, part(row)),
+                    _ => tile::<BITS, SIZE, PLANES, 1>(product, &panel, part(row)),
+                };
+            }
+        }
+    }
+}
+
+/// Has the memory send what the next panel, of columns from `column` and numbers from `from` on, will be filled with: a part of it for
+/// some of all rows.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn fetch<const BITS: usize, const SIZE: usize>(
+    w: &Weights,
+    (column, from): (usize, usize),
+    rows: Range<usize>,
+    of: usize,
+) {
+    const LINE: usize = 64;
+    let (bytes, lines) = (w.blocks() * SIZE * BITS / 8, const { DEPTH * BITS / 8 / LINE });
+    let all = WIDTH * lines;
+    for line in all * rows.start / of..all * rows.end / of {
+        let at = (column + line / lines) * bytes + from * BITS / 8 + line % lines * LINE;
+        // A hint, which may name any address.
+        _mm_prefetch::<_MM_HINT_T0>(w.numbers.as_ptr().wrapping_add(at).cast());
+    }
+}
+
+impl Panel {
+    /// Takes these numbers of the columns. Columns that are not there are as the last; no one reads them.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+    fn fill<const BITS: usize, const SIZE: usize>(&mut self, w: &Weights, columns: Range<usize>, depth: Range<usize>) {
+        let (blocks, bytes) = (w.blocks(), w.blocks() * SIZE * BITS / 8);
+        assert!(columns.end * bytes <= w.numbers.len() && columns.end * blocks <= w.scales.len());
+        assert!(depth.end * BITS <= bytes * 8 && depth.len() <= DEPTH && depth.start.is_multiple_of(DEPTH));
+        let of_panel = depth.start / SIZE..depth.end / SIZE;
+        let column = |at: usize| (columns.start + at).min(columns.end - 1);
+        for at in 0..WIDTH {
+            let scales = &w.scales[column(at) * blocks..][..blocks][of_panel.clone()];
+            self.scales.iter_mut().zip(scales).for_each(|(to, &scale)| to[at] = scale);
+            if w.zero_points.is_some() {
+                for ((to, &scale), block) in self.zeros.iter_mut().zip(scales).zip(of_panel.clone()) {
+                    to[at] = scale * w.zero_point(column(at), block) as f32;
+                }
+            }
+        }
+        let all = depth.start * BITS / 8..depth.end * BITS / 8;
+        for half in 0..2 {
+            let mut from: [*const u8; 16] = [std::ptr::null(); 16];
+            for (at, from) in from.iter_mut().enumerate() {
+                *from = w.numbers[column(half * 16 + at) * bytes..].as_ptr();
+            }
+            for first in all.clone().step_by(64) {
+                let mut here = from;
+                here.iter_mut().for_each(|column| *column = column.wrapping_add(first));
+                let place = (first - all.start) * 8 / BITS;
+                // SAFETY: within the columns, of which the last bytes are copied where there are not 64, and the panel.
+                unsafe {
+                    let to = self.codes.as_mut_ptr().add(place * WIDTH + half * 64);
+                    if first + 64 <= bytes {
+                        take::<BITS>(&here, to);
+                    } else {
+                        let mut ends = [[0_u8; 64]; 16];
+                        for (end, here) in ends.iter_mut().zip(&mut here) {
+                            std::ptr::copy_nonoverlapping(*here, end.as_mut_ptr(), bytes - first);
+                            *here = end.as_ptr();
+                        }
+                        take::<BITS>(&here, to);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Brings 64 bytes of sixteen columns each into the order of a panel, of which `to` is where their first four numbers go.
+///
+/// # Safety
+/// There are so many bytes, and a panel has room.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+unsafe fn take<const BITS: usize>(columns: &[*const u8; 16], to: *mut u8) {
+    let nibbles = _mm512_set1_epi8(15);
+    for quarter in 0..4 {
+        // SAFETY: the caller's; all goes into the panel.
+        unsafe {
+            for (at, word) in turn(columns, quarter).into_iter().enumerate() {
+                let to = to.add((quarter * 4 + at) * 4 * WIDTH);
+                if BITS == 8 {
+                    _mm512_store_si512(to.cast(), word);
+                } else {
+                    _mm512_store_si512(to.cast(), _mm512_and_si512(word, nibbles));
+                    let odd = _mm512_and_si512(_mm512_srli_epi16::<4>(word), nibbles);
+                    _mm512_store_si512(to.add(16 * 4 * WIDTH).cast(), odd);
+                }
+            }
+        }
+    }
+}
+
+/// Where the numbers of a block lie in a plane: so many from each place on.
+const fn places(bits: usize, size: usize, block: usize) -> [(usize, usize); 2] {
+    let at = block * size;
+    if bits == 8 {
+        return [(at, size), (at, 0)];
+    }
+    let even = at / 128 * 128 + at % 128 / 2;
+    [(even, size / 2), (even + 64, size / 2)]
+}
+
+/// Computes `R` rows of the panel's columns, or adds to them what its depth brings. Returns `R`.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn tile<const BITS: usize, const SIZE: usize, const PLANES: usize, const R: usize>(
+    Product { x, w, bias, y, .. }: &Product,
+    panel: &Panel,
+    Part { row, columns, depth }: Part,
+) -> usize {
+    const { assert!(R * PLANES <= 12) };
+    let (stride, blocks, spans) = (x.layout.stride, x.layout.blocks, x.layout.spans());
+    assert!(row + R <= x.rows && x.numbers.len() == x.rows * stride * PLANES && x.offsets.len() == x.rows * blocks);
+    assert!(x.scales.len() == x.rows * spans && x.sums.len() == x.offsets.len());
+    assert!(depth.len() <= DEPTH && depth.end.next_multiple_of(span(BITS, SIZE)) <= stride && columns.end <= y.n);
+    let mut numbers: [*const i8; R] = [std::ptr::null(); R];
+    for (at, numbers) in numbers.iter_mut().enumerate() {
+        *numbers = x.numbers[(row + at) * stride * PLANES + depth.start..].as_ptr();
+    }
+    let mut totals = [[_mm512_setzero_ps(); 2]; R];
+    for block in 0..depth.len() / SIZE {
+        let first_block = depth.start / SIZE + block;
+        let mut low = [[_mm512_setzero_si512(); 2]; R];
+        let mut high = [[_mm512_setzero_si512(); 2]; R];
+        for (at, low) in low.iter_mut().enumerate() {
+            // SAFETY: as many as rows and blocks.
+            let offset = unsafe { *x.offsets.get_unchecked((row + at) * blocks + first_block) };
+            // What zero is off, before anything is added.
+            *low = [_mm512_set1_epi32(offset); 2];
+        }
+        for (first, count) in places(BITS, SIZE, block) {
+            for place in (first..first + count).step_by(4) {
+                // SAFETY: within the panel and the rows.
+                unsafe {
+                    let codes = panel.codes.as_ptr().add(place * WIDTH);
+                    let codes = [_mm512_load_si512(codes.cast()), _mm512_load_si512(codes.add(64).cast())];
+                    for row in 0..R {
+                        let from = numbers[row].add(place);
+                        if PLANES == 2 {
+                            let four = _mm512_set1_epi32(from.cast::<i32>().read_unaligned());
+                            high[row][0] = _mm512_dpbusd_epi32(high[row][0], codes[0], four);
+                            high[row][1] = _mm512_dpbusd_epi32(high[row][1], codes[1], four);
+                        }
+                        let four = from.add((PLANES - 1) * stride).cast::<i32>().read_unaligned();
+                        let four = _mm512_set1_epi32(four);
+                        low[row][0] = _mm512_dpbusd_epi32(low[row][0], codes[0], four);
+                        low[row][1] = _mm512_dpbusd_epi32(low[row][1], codes[1], four);
+                    }
+                }
+            }
+        }
+        let scales = &panel.scales[block];
+        // SAFETY: two times sixteen scales.
+        let scales = unsafe { [_mm512_loadu_ps(scales.as_ptr()), _mm512_loadu_ps(scales[16..].as_ptr())] };
+        let of_span = (depth.start + block * SIZE) / span(BITS, SIZE);
+        for at in 0..R {
+            // SAFETY: as many as rows and spans.
+            let of_row = _mm512_set1_ps(unsafe { *x.scales.get_unchecked((row + at) * spans + of_span) });
+            for half in 0..2 {
+                let sum = match PLANES {
+                    2 => _mm512_add_epi32(low[at][half], _mm512_slli_epi32::<8>(high[at][half])),
+                    _ => low[at][half],
+                };
+                let scale = _mm512_mul_ps(scales[half], of_row);
+                totals[at][half] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, totals[at][half]);
+            }
+        }
+        if w.zero_points.is_some() {
+            for (at, totals) in totals.iter_mut().enumerate() {
+                let sum = _mm512_set1_ps(x.sums[(row + at) * blocks + first_block]);
+                for (half, total) in totals.iter_mut().enumerate() {
+                    // SAFETY: sixteen numbers.
+                    let zeros = unsafe { _mm512_loadu_ps(panel.zeros[block][half * 16..].as_ptr()) };
+                    *total = _mm512_fnmadd_ps(zeros, sum, *total);
+                }
+            }
+        }
+    }
+    for (at, totals) in totals.into_iter().enumerate() {
+        for (half, total) in totals.into_iter().enumerate() {
+            let first = columns.start + half * 16;
+            let there = ((1_u32 << columns.end.saturating_sub(first).min(16)) - 1) as u16;
+            // SAFETY: within the output, and no one else has these columns of the row.
+            unsafe {
+                let to = y.values.wrapping_add((row + at) * y.n + first);
+                let before = match (depth.start, bias) {
+                    (0, None) => _mm512_setzero_ps(),
+                    (0, Some(bias)) => _mm512_maskz_loadu_ps(there, bias.as_ptr().wrapping_add(first)),
+                    _ => _mm512_maskz_loadu_ps(there, to),
+                };
+                _mm512_mask_storeu_ps(to, there, _mm512_add_ps(before, total));
+            }
+        }
+    }
+    R
+}

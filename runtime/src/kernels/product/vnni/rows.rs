@@ -1,0 +1,225 @@
+//! Few rows, or columns here and there: the weights are read in the order in which they lie in memory, once for all rows of a tile.
+
+use std::arch::x86_64::*;
+use std::ops::Range;
+
+use super::super::Columns;
+use super::super::avx2::{SUMS, To, across};
+use super::{Product, span, step};
+
+/// Columns that all rows are computed of before the next ones: they stay in the first cache.
+const NEAR: usize = 32;
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+pub fn multiply<const BITS: usize, const SIZE: usize, const PLANES: usize>(product: &Product, columns: Columns) {
+    let w = product.w;
+    let (bytes, start) = (w.blocks() * w.block_bytes(), w.numbers.as_ptr());
+    match columns {
+        Columns::All(columns) => {
+            assert!(columns.end <= product.y.n, "columns of a product");
+            for first in columns.clone().step_by(NEAR) {
+                let near = first..columns.end.min(first + NEAR);
+                of_some::<BITS, SIZE, PLANES>(product, near, &To { listed: None, start, bytes });
+            }
+        }
+        Columns::Listed(columns) => {
+            assert!(columns.iter().all(|&column| column < product.y.n), "columns of a product");
+            let to = To { listed: Some(columns), start, bytes };
+            of_some::<BITS, SIZE, PLANES>(product, 0..columns.len(), &to);
+        }
+    }
+}
+
+/// The columns at some places.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn of_some<const BITS: usize, const SIZE: usize, const PLANES: usize>(
+    product: &Product,
+    places: Range<usize>,
+    to: &To,
+) {
+    // With whole spans there is no end to look out for.
+    let is_whole = product.x.layout.stride == product.w.blocks() * SIZE;
+    for row in product.rows.clone().step_by(4) {
+        let places = places.clone();
+        match (product.rows.end - row, is_whole) {
+            (1, true) => of_rows::<BITS, SIZE, PLANES, 1, 8, true>(product, row, places, to),
+            (1, false) => of_rows::<BITS, SIZE, PLANES, 1, 8, false>(product, row, places, to),
+            (2, true) => of_rows::<BITS, SIZE, PLANES, 2, 4, true>(product, row, places, to),
+            (2, false) => of_rows::<BITS, SIZE, PLANES, 2, 4, false>(product, row, places, to),
+            (3, true) => of_rows::<BITS, SIZE, PLANES, 3, 2, true>(product, row, places, to),
+            (3, false) => of_rows::<BITS, SIZE, PLANES, 3, 2, false>(product, row, places, to),
+            (_, true) => of_rows::<BITS, SIZE, PLANES, 4, 2, true>(product, row, places, to),
+            (_, false) => of_rows::<BITS, SIZE, PLANES, 4, 2, false>(product, row, places, to),
+        }
+    }
+}
+
+/// `R` rows, `C` columns at a time.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn of_rows<
+    const BITS: usize,
+    const SIZE: usize,
+    const PLANES: usize,
+    const R: usize,
+    const C: usize,
+    const WHOLE: bool,
+>(
+    product: &Product,
+    row: usize,
+    places: Range<usize>,
+    to: &To,
+) {
+    let whole = places.start + places.len() / C * C;
+    for place in (places.start..whole).step_by(C) {
+        tile::<BITS, SIZE, PLANES, R, C, WHOLE>(product, row, place, to);
+    }
+    for place in whole..places.end {
+        tile::<BITS, SIZE, PLANES, R, 1, WHOLE>(product, row, place, to);
+    }
+}
+
+/// `R` rows of `C` columns.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn tile<
+    const BITS: usize,
+    const SIZE: usize,
+    const PLANES: usize,
+    const R: usize,
+    const C: usize,
+    const WHOLE: bool,
+>(
+    Product { x, w, rows, bias, y }: &Product,
+    row: usize,
+    place: usize,
+    to: &To,
+) {
+    const { assert!(R * C <= SUMS) };
+    let (span, step) = const { (span(BITS, SIZE), step(BITS)) };
+    let (blocks, bytes, stride) = (w.blocks(), w.blocks() * SIZE * BITS / 8, x.layout.stride);
+    let spans = stride / span;
+    // Everything below stays within these.
+    let (mut columns, mut last) = ([0; C], 0);
+    for (at, column) in columns.iter_mut().enumerate() {
+        *column = to.column(place + at);
+        last = last.max(*column);
+    }
+    assert!((last + 1) * bytes <= w.numbers.len() && (last + 1) * blocks <= w.scales.len() && last < y.n);
+    assert!((row + R) * stride * PLANES <= x.numbers.len() && row + R <= y.rows);
+    assert!((row + R) * spans <= x.starts.len().min(x.scales.len()));
+    // SAFETY: within the operands, see above.
+    let (numbers, starts, scales) = unsafe {
+        (
+            x.numbers.as_ptr().add(row * stride * PLANES),
+            x.starts.as_ptr().add(row * spans),
+            x.scales.as_ptr().add(row * spans),
+        )
+    };
+    let mut totals = [_mm256_setzero_ps(); SUMS];
+    for (at_column, &column) in columns.iter().enumerate() {
+        // SAFETY: as above.
+        let (packed, of_column) =
+            unsafe { (w.numbers.as_ptr().add(column * bytes), w.scales.as_ptr().add(column * blocks)) };
+        let later = to.later(place + at_column);
+        let mut of_rows = [_mm512_setzero_ps(); R];
+        for at_span in 0..spans {
+            // SAFETY: as above.
+            unsafe {
+                if row == rows.start {
+                    for line in (0..span * BITS / 8).step_by(64) {
+                        // A hint, which may name any address.
+                        _mm_prefetch::<_MM_HINT_T0>(later.wrapping_add(at_span * span * BITS / 8 + line).cast());
+                    }
+                }
+                let mut low = [_mm512_setzero_si512(); R];
+                for (at_row, low) in low.iter_mut().enumerate() {
+                    *low = _mm512_loadu_si512(starts.add(at_row * spans + at_span).cast());
+                }
+                let mut high = [_mm512_setzero_si512(); R];
+                for at in (at_span * span..(at_span + 1) * span).step_by(step) {
+                    let first = at * BITS / 8;
+                    let codes = match WHOLE {
+                        true => _mm512_loadu_si512(packed.add(first).cast()),
+                        false => {
+                            let there = bytes.saturating_sub(first).min(64);
+                            let mask = if there == 64 { !0 } else { (1 << there) - 1 };
+                            _mm512_maskz_loadu_epi8(mask, packed.wrapping_add(first).cast())
+                        }
+                    };
+                    let nibbles = _mm512_set1_epi8(15);
+                    let parts = match BITS {
+                        8 => [codes, codes],
+                        _ => {
+                            [_mm512_and_si512(codes, nibbles), _mm512_and_si512(_mm512_srli_epi16::<4>(codes), nibbles)]
+                        }
+                    };
+                    for (part, codes) in parts.into_iter().enumerate().take(8 / BITS) {
+                        for at_row in 0..R {
+                            let x = numbers.add(at_row * stride * PLANES + at + part * 64);
+                            if PLANES == 2 {
+                                high[at_row] = _mm512_dpbusd_epi32(high[at_row], codes, _mm512_loadu_si512(x.cast()));
+                            }
+                            let x = _mm512_loadu_si512(x.add((PLANES - 1) * stride).cast());
+                            low[at_row] = _mm512_dpbusd_epi32(low[at_row], codes, x);
+                        }
+                    }
+                }
+                let left = if WHOLE { usize::MAX } else { blocks.saturating_sub(at_span * span / SIZE) };
+                let scale = lanes(of_column.wrapping_add(at_span * span / SIZE), span / SIZE, left);
+                for at_row in 0..R {
+                    let sum = match PLANES {
+                        2 => _mm512_add_epi32(low[at_row], _mm512_slli_epi32::<8>(high[at_row])),
+                        _ => low[at_row],
+                    };
+                    let scale = _mm512_mul_ps(scale, _mm512_set1_ps(*scales.add(at_row * spans + at_span)));
+                    of_rows[at_row] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, of_rows[at_row]);
+                }
+            }
+        }
+        for (at_row, sum) in of_rows.into_iter().enumerate() {
+            let half = _mm512_extractf32x8_ps::<1>(sum);
+            totals[at_row * C + at_column] = _mm256_add_ps(_mm512_castps512_ps256(sum), half);
+        }
+    }
+    let mut sums = across(totals);
+    if w.zero_points.is_some() {
+        for (at, sum) in sums.iter_mut().enumerate().take(R * C) {
+            let (row, column) = (row + at / C, columns[at % C]);
+            for block in 0..blocks {
+                let zero = w.zero_point(column, block) as f32;
+                *sum -= w.scales[column * blocks + block] * zero * x.sums[row * blocks + block];
+            }
+        }
+    }
+    for at_row in 0..R {
+        for (at_column, &column) in columns.iter().enumerate() {
+            let bias = bias.map_or(0.0, |bias| bias[column]);
+            // SAFETY: within the output, and no one else writes there.
+            unsafe { *y.values.add((row + at_row) * y.n + column) = sums[at_row * C + at_column] + bias };
+        }
+    }
+}
+
+/// The scales of the `count` blocks of a span, each for its lanes, of which there may be fewer.
+///
+/// # Safety
+/// There are as many as `count` and `left` allow.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+unsafe fn lanes(scales: *const f32, count: usize, left: usize) -> __m512 {
+    if count == 1 {
+        // SAFETY: the caller's.
+        return _mm512_set1_ps(unsafe { *scales });
+    }
+    let there = count.min(left);
+    // SAFETY: no more than there are.
+    let scales = unsafe { _mm512_maskz_loadu_ps(((1_u32 << there) - 1) as u16, scales) };
+    let order = match count {
+        2 => _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1),
+        4 => _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3),
+        _ => _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7),
+    };
+    _mm512_permutexvar_ps(order, scales)
+}
