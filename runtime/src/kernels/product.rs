@@ -166,7 +166,7 @@ impl Activations {
         #[cfg(target_arch = "x86_64")]
         if level == Level::Vnni {
             let planes = if purpose == Purpose::Coarse { vnni::Planes::One } else { vnni::Planes::Two };
-            return self.bytes.prepare(rows, weights, planes);
+            return self.bytes.prepare(rows, weights, planes, purpose == Purpose::Scattered);
         }
         // Many rows make it worth while to bring the weights into another order first.
         self.in_panels = level >= Level::Avx2 && rows >= 8 && purpose != Purpose::Scattered;

@@ -61,7 +61,7 @@ impl Rough {
     fn round_at(&mut self, level: Level, x: &[f32], w: &Weights) {
         if level == Level::Vnni {
             let bytes = self.bytes.get_or_insert_default();
-            bytes.prepare(x.len() / w.k, w, vnni::Planes::One);
+            bytes.prepare(x.len() / w.k, w, vnni::Planes::One, false);
             for (row, x) in x.chunks_exact(w.k).enumerate() {
                 // SAFETY: room was made, there is one thread, and the level is no higher than the processor's.
                 unsafe { bytes.target().round(row, x, w) };

@@ -4,19 +4,18 @@
 //! # Design
 //! Weights stay the codes that they are, without signs; what their zero point takes off the sums, these begin with. Of weights of 4
 //! bits, 64 bytes hold 128 numbers: those at even places lie in the lower halves, and activations are kept in that order.
-//! Activations have a scale for each span of 64 or 128 numbers, so that a few large ones cost the others no bits.
+//! Activations have a scale for each span of 64 or 128 numbers, so that a few large ones cost the others no bits. Where rows are many,
+//! as many of them as are computed at a time lie four bytes by four beside each other.
 
 mod panels;
 mod rows;
 
 use std::arch::x86_64::*;
+use std::num::NonZeroUsize;
 use std::ops::Range;
 
 use super::{Columns, Output, Weights};
 use crate::kernels::aligned::Aligned;
-
-/// From so many rows on the weights are brought into another order first.
-const MANY: usize = 5;
 
 /// Bytes of activations that each number is rounded to.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -58,13 +57,24 @@ struct Layout {
     /// Numbers of a row's plane: whole spans.
     stride: usize,
     planes: Planes,
+    /// Rows that lie beside each other, `[stride / 4, rows, planes, 4]`; none if each lies by itself, `[planes, stride]`.
+    tile: Option<NonZeroUsize>,
 }
 
 impl Layout {
-    fn of(w: &Weights, planes: Planes) -> Layout {
+    fn of(w: &Weights, planes: Planes, tile: Option<NonZeroUsize>) -> Layout {
         let (blocks, span) = (w.blocks(), span(w.bits, w.block_size));
         let stride = (blocks * w.block_size).next_multiple_of(span);
-        Layout { bits: w.bits, block_size: w.block_size, blocks, stride, planes }
+        Layout { bits: w.bits, block_size: w.block_size, blocks, stride, planes, tile }
+    }
+
+    /// Where a row's first plane begins, and how far apart its fours of numbers and its planes are.
+    fn place(self, row: usize) -> [usize; 3] {
+        let (planes, bytes) = (self.planes as usize, self.bytes());
+        match self.tile.map(NonZeroUsize::get) {
+            None => [row * bytes, 4, self.stride],
+            Some(tile) => [row / tile * tile * bytes + row % tile * planes * 4, tile * planes * 4, 4],
+        }
     }
 
     fn span(self) -> usize {
@@ -73,6 +83,11 @@ impl Layout {
 
     fn spans(self) -> usize {
         self.stride / self.span()
+    }
+
+    /// Rows that there is to be room for.
+    fn rows(self, rows: usize) -> usize {
+        rows.next_multiple_of(self.tile.map_or(1, NonZeroUsize::get))
     }
 
     /// Bytes of a row of activations.
@@ -86,7 +101,7 @@ impl Layout {
 pub struct Rounded {
     rows: usize,
     layout: Layout,
-    /// `[rows, planes, stride]`: the high bytes first, then the low ones.
+    /// See [`Layout::tile`]: the high bytes first, then the low ones.
     numbers: Aligned<i8>,
     /// `[rows, spans]`: what the zero point that all blocks have in common takes off the sums of a span, in each block's first lane.
     starts: Aligned<[i32; 16]>,
@@ -101,10 +116,11 @@ pub struct Rounded {
 }
 
 impl Rounded {
-    /// Makes room.
-    pub fn prepare(&mut self, rows: usize, w: &Weights, planes: Planes) {
-        let layout = Layout::of(w, planes);
+    /// Makes room, for products with columns here and there if they are `scattered`.
+    pub fn prepare(&mut self, rows: usize, w: &Weights, planes: Planes, scattered: bool) {
+        let layout = Layout::of(w, planes, if scattered { None } else { panels::tile_of(rows, planes) });
         (self.rows, self.layout) = (rows, layout);
+        let rows = layout.rows(rows);
         self.numbers.resize(rows * layout.bytes(), 0);
         self.starts.resize(rows * layout.spans(), [0; 16]);
         self.offsets.resize(rows * layout.blocks, 0);
@@ -133,12 +149,12 @@ impl Rounded {
 
     /// An activation as it was rounded, without its scale; for [`super::Product::at`].
     pub fn number(&self, row: usize, at: usize) -> i32 {
-        let Layout { stride, planes, bits, .. } = self.layout;
-        let place = if bits == 4 { at / 128 * 128 + at % 2 * 64 + at % 128 / 2 } else { at };
-        let planes = &self.numbers[row * self.layout.bytes()..][..stride * planes as usize];
-        match planes.get(stride + place) {
-            Some(&low) => i32::from(planes[place]) * 256 + i32::from(low),
-            None => planes[place].into(),
+        let place = if self.layout.bits == 4 { at / 128 * 128 + at % 2 * 64 + at % 128 / 2 } else { at };
+        let [first, fours, planes] = self.layout.place(row);
+        let first = first + place / 4 * fours + place % 4;
+        match self.layout.planes {
+            Planes::One => self.numbers[first].into(),
+            Planes::Two => i32::from(self.numbers[first]) * 256 + i32::from(self.numbers[first + planes]),
         }
     }
 
@@ -173,15 +189,16 @@ impl Target {
     /// meanwhile, and was prepared for these weights.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
     pub unsafe fn round(self, row: usize, x: &[f32], w: &Weights) {
-        let Layout { bits, block_size, blocks, stride, planes } = self.layout;
+        let Layout { bits, block_size, blocks, stride, planes, .. } = self.layout;
         let (span, spans) = (self.layout.span(), self.layout.spans());
         assert!(
             x.len() == w.k && w.k <= stride && blocks == w.blocks() && bits == w.bits && block_size == w.block_size
         );
+        let [first, fours, apart] = self.layout.place(row);
         // SAFETY: the row's part of each, which the caller has to itself.
         let (numbers, starts, offsets, sums, scales, error) = unsafe {
             (
-                std::slice::from_raw_parts_mut(self.numbers.add(row * self.layout.bytes()), self.layout.bytes()),
+                self.numbers.add(first),
                 std::slice::from_raw_parts_mut(self.starts.add(row * spans), spans),
                 std::slice::from_raw_parts_mut(self.offsets.add(row * blocks), blocks),
                 std::slice::from_raw_parts_mut(self.sums.add(row * blocks), blocks),
@@ -225,14 +242,13 @@ impl Target {
                 }
                 let low = _mm512_srai_epi32::<24>(_mm512_slli_epi32::<24>(whole));
                 let high = _mm512_srai_epi32::<8>(_mm512_sub_epi32(whole, low));
-                let to = numbers.as_mut_ptr();
                 // SAFETY: sixteen numbers of a span, in the order for the weights.
                 unsafe {
                     match planes {
-                        Planes::One => store(bits, to, at, _mm512_cvtepi32_epi8(whole)),
+                        Planes::One => store(bits, numbers, fours, at, _mm512_cvtepi32_epi8(whole)),
                         Planes::Two => {
-                            store(bits, to, at, _mm512_cvtepi32_epi8(high));
-                            store(bits, to.add(stride), at, _mm512_cvtepi32_epi8(low));
+                            store(bits, numbers, fours, at, _mm512_cvtepi32_epi8(high));
+                            store(bits, numbers.add(apart), fours, at, _mm512_cvtepi32_epi8(low));
                         }
                     }
                 }
@@ -253,24 +269,34 @@ impl Target {
     }
 }
 
-/// Stores sixteen numbers of a plane from `at` on.
+/// Stores sixteen numbers of a plane from `at` on, four by four `fours` bytes apart.
 ///
 /// # Safety
 /// The plane has room for whole spans, `at` is within it.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-unsafe fn store(bits: usize, plane: *mut i8, at: usize, numbers: __m128i) {
+unsafe fn store(bits: usize, plane: *mut i8, fours: usize, at: usize, numbers: __m128i) {
+    // Of 4 bits even places, then odd ones.
+    let order = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+    let (numbers, first, second) = match bits {
+        8 => (numbers, at, at + 8),
+        _ => {
+            let even = at / 128 * 128 + at % 128 / 2;
+            (_mm_shuffle_epi8(numbers, order), even, even + 64)
+        }
+    };
     // SAFETY: the caller's.
     unsafe {
-        if bits == 8 {
-            return _mm_storeu_si128(plane.add(at).cast(), numbers);
+        let [first, second] = [plane.add(first / 4 * fours), plane.add(second / 4 * fours)];
+        if fours == 4 {
+            _mm_storel_epi64(first.cast(), numbers);
+            _mm_storel_epi64(second.cast(), _mm_unpackhi_epi64(numbers, numbers));
+            return;
         }
-        // Even places, then odd ones.
-        let order = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
-        let parted = _mm_shuffle_epi8(numbers, order);
-        let to = plane.add(at / 128 * 128 + at % 128 / 2);
-        _mm_storel_epi64(to.cast(), parted);
-        _mm_storel_epi64(to.add(64).cast(), _mm_unpackhi_epi64(parted, parted));
+        first.cast::<i32>().write_unaligned(_mm_extract_epi32::<0>(numbers));
+        first.add(fours).cast::<i32>().write_unaligned(_mm_extract_epi32::<1>(numbers));
+        second.cast::<i32>().write_unaligned(_mm_extract_epi32::<2>(numbers));
+        second.add(fours).cast::<i32>().write_unaligned(_mm_extract_epi32::<3>(numbers));
     }
 }
 
@@ -315,15 +341,18 @@ struct Product<'p> {
 impl Product<'_> {
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
     fn of_size<const BITS: usize, const SIZE: usize>(&self, columns: Columns) {
-        match (columns, self.x.layout.planes) {
-            (Columns::All(columns), Planes::One) if self.rows.len() >= MANY => {
-                panels::multiply::<BITS, SIZE, 1, 12, 8>(self, columns)
-            }
-            (Columns::All(columns), Planes::Two) if self.rows.len() >= MANY => {
-                panels::multiply::<BITS, SIZE, 2, 6, 6>(self, columns)
-            }
-            (columns, Planes::One) => rows::multiply::<BITS, SIZE, 1>(self, columns),
-            (columns, Planes::Two) => rows::multiply::<BITS, SIZE, 2>(self, columns),
+        let Layout { planes, tile, .. } = self.x.layout;
+        match (columns, planes, tile.map_or(0, NonZeroUsize::get)) {
+            (columns, Planes::One, 0) => rows::multiply::<BITS, SIZE, 1>(self, columns),
+            (columns, Planes::Two, 0) => rows::multiply::<BITS, SIZE, 2>(self, columns),
+            (Columns::All(columns), Planes::One, 12) => panels::multiply::<BITS, SIZE, 1, 12>(self, columns),
+            (Columns::All(columns), Planes::One, 10) => panels::multiply::<BITS, SIZE, 1, 10>(self, columns),
+            (Columns::All(columns), Planes::One, 8) => panels::multiply::<BITS, SIZE, 1, 8>(self, columns),
+            (Columns::All(columns), Planes::One, 6) => panels::multiply::<BITS, SIZE, 1, 6>(self, columns),
+            (Columns::All(columns), Planes::Two, 6) => panels::multiply::<BITS, SIZE, 2, 6>(self, columns),
+            (Columns::All(columns), Planes::Two, 5) => panels::multiply::<BITS, SIZE, 2, 5>(self, columns),
+            (Columns::All(columns), Planes::Two, 4) => panels::multiply::<BITS, SIZE, 2, 4>(self, columns),
+            (_, planes, tile) => unreachable!("tiles of {tile} rows of {planes:?}"),
         }
     }
 }

@@ -1,10 +1,11 @@
 //! Many rows: 32 columns of weights at a time are brought into an order in which no sum has to be taken across a register.
 
 use std::arch::x86_64::*;
+use std::num::NonZeroUsize;
 use std::ops::Range;
 
 use super::super::Weights;
-use super::{Product, span};
+use super::{Planes, Product, span};
 use crate::kernels::turn::turn;
 
 /// Columns of a panel, two registers of sums.
@@ -25,20 +26,35 @@ struct Panel {
 
 /// A part of the product that is computed at a time.
 struct Part {
-    row: usize,
+    /// Those of a tile that are there.
+    rows: Range<usize>,
     columns: Range<usize>,
     /// Numbers of each.
     depth: Range<usize>,
 }
 
-/// `MOST` rows are computed at a time where there are as many, or `MORE`.
+/// From so many rows on the weights are brought into another order first.
+const MANY: usize = 5;
+
+/// How many rows are computed at a time of so many, so that registers are used best; none if the weights are taken as they lie.
+pub fn tile_of(rows: usize, planes: Planes) -> Option<NonZeroUsize> {
+    let tiles: &[usize] = match planes {
+        Planes::One => &[12, 10, 8, 6],
+        Planes::Two => &[6, 5, 4],
+    };
+    // Loading a panel's numbers takes about as long as one more row.
+    let tile = tiles.iter().min_by_key(|&&tile| rows.div_ceil(tile) * (tile + 1));
+    tile.copied().filter(|_| rows >= MANY).and_then(NonZeroUsize::new)
+}
+
+/// `R` rows are computed at a time.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-pub fn multiply<const BITS: usize, const SIZE: usize, const PLANES: usize, const MOST: usize, const MORE: usize>(
+pub fn multiply<const BITS: usize, const SIZE: usize, const PLANES: usize, const R: usize>(
     product: &Product,
     columns: Range<usize>,
 ) {
     let Product { w, rows, y, .. } = product;
-    assert!(columns.end <= y.n, "columns of a product");
+    assert!(columns.end <= y.n && rows.start.is_multiple_of(R), "rows and columns of a product");
     let length = w.blocks() * SIZE;
     let mut panel =
         Panel { codes: [0; WIDTH * DEPTH], scales: [[0.0; WIDTH]; DEPTH / 16], zeros: [[0.0; WIDTH]; DEPTH / 16] };
@@ -48,20 +64,10 @@ pub fn multiply<const BITS: usize, const SIZE: usize, const PLANES: usize, const
             let depth = from..length.min(from + DEPTH);
             panel.fill::<BITS, SIZE>(w, columns.clone(), depth.clone());
             let next = if depth.end < length { (first, depth.end) } else { (first + WIDTH, 0) };
-            let mut row = rows.start;
-            while row < rows.end {
-                fetch::<BITS, SIZE>(w, next, row - rows.start..rows.len().min(row - rows.start + 6), rows.len());
-                let part = |row| Part { row, columns: columns.clone(), depth: depth.clone() };
-                row += match rows.end - row {
-                    left if left >= MOST => tile::<BITS, SIZE, PLANES, MOST>(product, &panel, part(row)),
-                    left if left >= MORE => tile::<BITS, SIZE, PLANES, MORE>(product, &panel, part(row)),
-                    6.. => tile::<BITS, SIZE, PLANES, 6>(product, &panel, part(row)),
-                    5 => tile::<BITS, SIZE, PLANES, 5>(product, &panel, part(row)),
-                    4 => tile::<BITS, SIZE, PLANES, 4>(product, &panel, part(row)),
-                    3 => tile::<BITS, SIZE, PLANES, 3>(product, &panel, part(row)),
-                    2 => tile::<BITS, SIZE, PLANES, 2>(product, &panel, part(row)),
-                    _ => tile::<BITS, SIZE, PLANES, 1>(product, &panel, part(row)),
-                };
+            for row in rows.clone().step_by(R) {
+                fetch::<BITS, SIZE>(w, next, row - rows.start..rows.len().min(row - rows.start + R), rows.len());
+                let part = Part { rows: row..rows.end.min(row + R), columns: columns.clone(), depth: depth.clone() };
+                tile::<BITS, SIZE, PLANES, R>(product, &panel, part);
             }
         }
     }
@@ -170,23 +176,23 @@ const fn places(bits: usize, size: usize, block: usize) -> [(usize, usize); 2] {
     [(even, size / 2), (even + 64, size / 2)]
 }
 
-/// Computes `R` rows of the panel's columns, or adds to them what its depth brings. Returns `R`.
+/// Computes `R` rows of the panel's columns, or adds to them what its depth brings.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn tile<const BITS: usize, const SIZE: usize, const PLANES: usize, const R: usize>(
     Product { x, w, bias, y, .. }: &Product,
     panel: &Panel,
-    Part { row, columns, depth }: Part,
-) -> usize {
+    Part { rows, columns, depth }: Part,
+) {
     const { assert!(R * PLANES <= 12) };
-    let (stride, blocks, spans) = (x.layout.stride, x.layout.blocks, x.layout.spans());
-    assert!(row + R <= x.rows && x.numbers.len() == x.rows * stride * PLANES && x.offsets.len() == x.rows * blocks);
-    assert!(x.scales.len() == x.rows * spans && x.sums.len() == x.offsets.len());
+    let (row, stride, blocks, spans) = (rows.start, x.layout.stride, x.layout.blocks, x.layout.spans());
+    let room = x.layout.rows(x.rows);
+    assert!(row + R <= room && rows.end <= y.rows && x.numbers.len() == room * stride * PLANES);
+    assert!(x.offsets.len() == room * blocks && x.scales.len() == room * spans && x.sums.len() == x.offsets.len());
     assert!(depth.len() <= DEPTH && depth.end.next_multiple_of(span(BITS, SIZE)) <= stride && columns.end <= y.n);
-    let mut numbers: [*const i8; R] = [std::ptr::null(); R];
-    for (at, numbers) in numbers.iter_mut().enumerate() {
-        *numbers = x.numbers[(row + at) * stride * PLANES + depth.start..].as_ptr();
-    }
+    // Four numbers of all rows and planes lie beside the next four of them.
+    let pitch = const { R * PLANES };
+    let numbers = x.numbers[row * stride * PLANES + depth.start * pitch..].as_ptr();
     let mut totals = [[_mm512_setzero_ps(); 2]; R];
     for block in 0..depth.len() / SIZE {
         let first_block = depth.start / SIZE + block;
@@ -204,15 +210,14 @@ fn tile<const BITS: usize, const SIZE: usize, const PLANES: usize, const R: usiz
                 unsafe {
                     let codes = panel.codes.as_ptr().add(place * WIDTH);
                     let codes = [_mm512_load_si512(codes.cast()), _mm512_load_si512(codes.add(64).cast())];
+                    let fours = numbers.add(place * pitch).cast::<i32>();
                     for row in 0..R {
-                        let from = numbers[row].add(place);
                         if PLANES == 2 {
-                            let four = _mm512_set1_epi32(from.cast::<i32>().read_unaligned());
+                            let four = _mm512_set1_epi32(fours.add(row * PLANES).read_unaligned());
                             high[row][0] = _mm512_dpbusd_epi32(high[row][0], codes[0], four);
                             high[row][1] = _mm512_dpbusd_epi32(high[row][1], codes[1], four);
                         }
-                        let four = from.add((PLANES - 1) * stride).cast::<i32>().read_unaligned();
-                        let four = _mm512_set1_epi32(four);
+                        let four = _mm512_set1_epi32(fours.add(row * PLANES + PLANES - 1).read_unaligned());
                         low[row][0] = _mm512_dpbusd_epi32(low[row][0], codes[0], four);
                         low[row][1] = _mm512_dpbusd_epi32(low[row][1], codes[1], four);
                     }
@@ -246,7 +251,7 @@ fn tile<const BITS: usize, const SIZE: usize, const PLANES: usize, const R: usiz
             }
         }
     }
-    for (at, totals) in totals.into_iter().enumerate() {
+    for (at, totals) in totals.into_iter().enumerate().take(rows.len()) {
         for (half, total) in totals.into_iter().enumerate() {
             let first = columns.start + half * 16;
             let there = ((1_u32 << columns.end.saturating_sub(first).min(16)) - 1) as u16;
@@ -262,5 +267,4 @@ fn tile<const BITS: usize, const SIZE: usize, const PLANES: usize, const R: usiz
             }
         }
     }
-    R
 }
