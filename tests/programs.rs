@@ -10,7 +10,7 @@ use t5gemma_graphs::Target;
 use t5gemma_graphs::onnx::Blocks;
 use t5gemma_graphs::quantization::Quantization;
 
-use crate::common::{demo, exported, exported_as, fixture, program, run, stdout};
+use crate::common::{demo, demo_as, exported, exported_as, fixture, program, run, stdout};
 
 #[test]
 fn generate_answers_arguments_and_lines_alike() {
@@ -217,6 +217,31 @@ fn an_id_given_twice_costs_only_its_own_request() {
 fn doctor_names_the_library_it_uses() {
     let report = stdout(run("t5gemma", ["doctor"], ""));
     assert!(report.contains("using ") && report.contains("CPUExecutionProvider"), "{report}");
+}
+
+#[test]
+fn older_instructions_give_the_same_answers() {
+    let int8 = Blocks::whole(8, 128);
+    let quantization =
+        Quantization { encoder: Some(int8), decoder: Some(int8), head: Some(int8), ..Quantization::default() };
+    let export = |quantization| Export { target: Target::Cpu, quantization, ..Export::default() };
+    let models =
+        [demo_as("instructions", export(Quantization::default())), demo_as("instructions-int8", export(quantization))];
+    let lines = std::fs::read_to_string(crate::common::tests().join("scripts/demo.txt")).expect("it is there");
+    let answers = |model: &Path, limit: &str| {
+        let mut command = program("t5gemma");
+        command.arg("generate").arg(model).args(lines.lines()).args(["--num-beams", "2"]);
+        command.env("T5GEMMA_MAX_CPU_ISA", limit).output().expect("the program starts")
+    };
+    for model in &models {
+        let newest = stdout(answers(model, "avx512_vnni"));
+        for older in ["avx2", "generic"] {
+            assert_eq!(stdout(answers(model, older)), newest, "{}: {older}", model.display());
+        }
+    }
+    let refused = answers(&models[0], "avx3");
+    let message = String::from_utf8_lossy(&refused.stderr);
+    assert!(!refused.status.success() && message.contains("T5GEMMA_MAX_CPU_ISA: expected generic, avx2"), "{message}");
 }
 
 #[test]

@@ -34,6 +34,7 @@ use ort::operator::{ComputeContext, Kernel, KernelContext, Operator, OperatorDom
 use ort::value::TensorElementType;
 
 use crate::scores::Wanted;
+pub use processor::instructions;
 use product::{Activations, Columns, Purpose, Weights};
 #[cfg(feature = "timed")]
 pub use timed::*;
@@ -235,9 +236,9 @@ const SHARED_FROM: usize = 96 << 10;
 const SHARE: usize = 128 << 10;
 const SHARE_OF_MANY: usize = 512 << 10;
 /// So many rows of activations make the products themselves the work, of which each thread is to have as much as the others.
-const MANY_ROWS: usize = 48;
+const MANY_ROWS: usize = 8;
 /// Bytes of weights that one thread takes at a time, at least, where there are so many rows.
-const SHARE_OF_ROWS: usize = 16 << 10;
+const SHARE_OF_ROWS: usize = 32 << 10;
 
 impl Kernel for Product {
     fn compute(&mut self, context: &ComputeContext) -> ort::Result<()> {
@@ -298,7 +299,7 @@ impl Kernel for Product {
         let taken = taken / numbers_in_a_row(&weights);
         let share = if bytes < SHARED_FROM && rows < MANY_ROWS { self.n } else { taken.clamp(8, self.n.max(8)) };
         // Whole panels.
-        let share = if rows < MANY_ROWS { share } else { share.next_multiple_of(32) };
+        let share = share.next_multiple_of(32);
         let y = product::Output::new(y, rows, self.n);
         let activations = &self.activations;
         spread(context, self.n.div_ceil(share), &|part| {

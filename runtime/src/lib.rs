@@ -77,6 +77,7 @@ pub use engine::{Canceller, Engine, EngineOptions, EngineStats, Event, Generatio
 pub use engines::build_engines;
 pub use error::Error;
 pub use generate::Watch;
+pub use kernels::instructions;
 pub use logprobs::Logprobs;
 pub use model::{Cancellation, DEFAULT_ENCODER_CACHE_BYTES, Model, OpenOptions};
 pub use options::{GenerationOptions, LogitsProcessor, OptionError, Position};

@@ -29,7 +29,7 @@ use crate::encoder_cache::EncoderCache;
 use crate::error::Error;
 use crate::folder::Folder;
 use crate::generate::{self, Watch};
-use crate::kernels::{Kernels, Side};
+use crate::kernels::{self, Kernels, Side};
 use crate::logprobs::Logprobs;
 use crate::onnxruntime;
 use crate::options::{GenerationOptions, OptionError};
@@ -805,6 +805,7 @@ pub(crate) struct Opener<'f> {
 impl<'f> Opener<'f> {
     /// Loads ONNX Runtime, and has the weights ready.
     pub fn new(folder: &'f Folder, options: &'f OpenOptions) -> Result<Opener<'f>, Error> {
+        kernels::instructions()?;
         let library = onnxruntime::initialise(options.library.as_deref(), options.threads)?;
         let weights = weights::mapped(folder).map_err(Error::onnxruntime("sharing the weights"))?;
         provider::check_cache(folder, options.placement.provider)?;

@@ -8,7 +8,8 @@ use t5gemma_runtime::{Placement, Provider, onnxruntime};
 
 use crate::Outcome;
 
-/// Shows which ONNX Runtime was found, where, its version and providers, and what to do if something is missing
+/// Shows which instructions kernels use and which ONNX Runtime was found, where, its version and providers, and what to do if
+/// something is missing
 #[derive(clap::Args)]
 pub struct Arguments {
     /// ONNX Runtime library to look at instead of searching
@@ -24,6 +25,13 @@ pub fn run(arguments: Arguments) -> Result<Outcome> {
     let report = onnxruntime::report(arguments.onnxruntime.as_deref());
     let mut out = io::stdout().lock();
     writeln!(out, "t5gemma {}", env!("CARGO_PKG_VERSION"))?;
+    match t5gemma_runtime::instructions() {
+        Ok(instructions) => writeln!(out, "kernels for a CPU use {instructions}")?,
+        Err(error) => {
+            writeln!(out, "{error}")?;
+            return Ok(Outcome::SomeFailed);
+        }
+    }
     writeln!(out, "looked for ONNX Runtime, in order of precedence:")?;
     for place in &report.places {
         writeln!(out, "  {:<24} {}: {}", place.why, place.path.display(), place.found)?;

@@ -20,6 +20,8 @@ use head::{Head, Room, TILES, Visible, are_many, attend, length_of_turned, turne
 const SHARED_FROM: usize = 250_000;
 /// Products that take as long as reading a number.
 const AS_READING: usize = 6;
+/// Into so many parts rows and heads are dealt out where there are more.
+const PARTS: usize = 64;
 /// Queries that one thread takes at a time.
 const SHARE: usize = 4 * TILES;
 
@@ -431,6 +433,11 @@ impl Kernel for OverPast {
             (0..parts).for_each(|part| compute(part, &mut self.room));
             return Ok(());
         }
-        spread(context, parts, &|part| compute(part, &mut PastRoom::default()))
+        // Several at a time find the memory that the one before has asked for.
+        let taken = parts.div_ceil(PARTS);
+        spread(context, parts.div_ceil(taken), &|share| {
+            let mut room = PastRoom::default();
+            (share * taken..parts.min((share + 1) * taken)).for_each(|part| compute(part, &mut room));
+        })
     }
 }

@@ -3,6 +3,8 @@
 
 use std::sync::OnceLock;
 
+use crate::error::Error;
+
 /// What kernels are compiled for; each has all that those before it have.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
 pub enum Level {
@@ -15,17 +17,35 @@ pub enum Level {
     Vnni,
 }
 
+/// By the names that the variable has for them.
+const LEVELS: [(&str, Level); 3] = [("generic", Level::Generic), ("avx2", Level::Avx2), ("avx512_vnni", Level::Vnni)];
+
 /// The variable that names the newest level to use.
 const LIMIT: &str = "T5GEMMA_MAX_CPU_ISA";
 
 /// The level to use here.
 pub fn level() -> Level {
     static LEVEL: OnceLock<Level> = OnceLock::new();
-    *LEVEL.get_or_init(|| match std::env::var(LIMIT).as_deref() {
-        Ok("generic") => Level::Generic,
-        Ok("avx2") => found().min(Level::Avx2),
-        _ => found(),
-    })
+    *LEVEL.get_or_init(|| limited(std::env::var(LIMIT).ok().as_deref()).unwrap_or(found()))
+}
+
+/// The newest instructions that the kernels for a CPU use here: `avx512_vnni`, `avx2` or `generic`. The environment variable
+/// `T5GEMMA_MAX_CPU_ISA` names one of these to leave newer ones alone; anything else is an error.
+pub fn instructions() -> Result<&'static str, Error> {
+    limited(std::env::var(LIMIT).ok().as_deref())?;
+    Ok(LEVELS.iter().find(|(_, known)| *known == level()).map_or("generic", |(name, _)| name))
+}
+
+/// All that this processor can do, but for what is above a level of this name.
+fn limited(limit: Option<&str>) -> Result<Level, Error> {
+    let Some(limit) = limit else { return Ok(found()) };
+    match LEVELS.iter().find(|(name, _)| *name == limit) {
+        Some(&(_, level)) => Ok(level.min(found())),
+        None => Err(Error::Unsupported {
+            what: format!("{LIMIT}: expected generic, avx2 or avx512_vnni, found {limit:?}"),
+            remedy: "set it to one of these, or not at all".into(),
+        }),
+    }
 }
 
 /// All that this processor can do.
@@ -48,4 +68,21 @@ pub fn found() -> Level {
 #[cfg(not(target_arch = "x86_64"))]
 pub fn found() -> Level {
     Level::Generic
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn limits_are_known_names() {
+        assert_eq!(limited(None).ok(), Some(found()));
+        assert_eq!(limited(Some("generic")).ok(), Some(Level::Generic));
+        assert_eq!(limited(Some("avx2")).ok(), Some(found().min(Level::Avx2)));
+        let error = limited(Some("avx3")).err().map(|error| error.to_string()).unwrap_or_default();
+        assert!(
+            error.starts_with("T5GEMMA_MAX_CPU_ISA: expected generic, avx2 or avx512_vnni, found \"avx3\""),
+            "{error}"
+        );
+    }
 }

@@ -34,7 +34,7 @@ struct Part {
 }
 
 /// From so many rows on the weights are brought into another order first.
-const MANY: usize = 5;
+const MANY: usize = 4;
 
 /// How many rows are computed at a time of so many, so that registers are used best; none if the weights are taken as they lie.
 pub fn tile_of(rows: usize, planes: Planes) -> Option<NonZeroUsize> {
