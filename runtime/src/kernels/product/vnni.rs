@@ -233,7 +233,10 @@ impl Target {
             *scale = of_one;
             for at in all.step_by(16) {
                 let x = sixteen(at);
-                let whole = _mm512_cvtps_epi32(_mm512_mul_ps(x, _mm512_set1_ps(inverse)));
+                let scaled = _mm512_mul_ps(x, _mm512_set1_ps(inverse));
+                // What is not finite is no number here; the row's scales say so below.
+                let within = _mm512_cmp_ps_mask::<_CMP_LE_OQ>(_mm512_abs_ps(scaled), _mm512_set1_ps(32_768.0));
+                let whole = _mm512_maskz_cvtps_epi32(within, scaled);
                 let off = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(whole), _mm512_set1_ps(of_one), x);
                 lost = _mm512_fmadd_ps(off, off, lost);
                 let sum = _mm512_reduce_add_epi32(whole);
