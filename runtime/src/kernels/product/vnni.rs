@@ -320,15 +320,11 @@ pub unsafe fn multiply(
     assert!(rows.end <= y.rows && x.rows == y.rows && bias.is_none_or(|bias| bias.len() == y.n), "sizes of a product");
     assert!(w.is_of(y.n) && (bits, block_size, blocks) == (w.bits, w.block_size, w.blocks()), "weights of a product");
     let product = Product { x, w, bias, rows, y };
-    macro_rules! of_size {
-        ($($bits:literal, $size:literal;)*) => {
-            match (bits, block_size) {
-                $(($bits, $size) => product.of_size::<$bits, $size>(columns),)*
-                other => unreachable!("weights of {other:?}"),
-            }
-        };
+    match (bits, block_size) {
+        (8, 128) => product.of_span::<8, 128>(columns),
+        (8, _) => product.of_span::<8, 64>(columns),
+        _ => product.of_span::<4, 128>(columns),
     }
-    of_size!(8, 128; 8, 64; 8, 32; 8, 16; 4, 128; 4, 64; 4, 32; 4, 16;);
 }
 
 /// What is to be computed.
@@ -343,18 +339,18 @@ struct Product<'p> {
 
 impl Product<'_> {
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-    fn of_size<const BITS: usize, const SIZE: usize>(&self, columns: Columns) {
+    fn of_span<const BITS: usize, const SPAN: usize>(&self, columns: Columns) {
         let Layout { planes, tile, .. } = self.x.layout;
         match (columns, planes, tile.map_or(0, NonZeroUsize::get)) {
-            (columns, Planes::One, 0) => rows::multiply::<BITS, SIZE, 1>(self, columns),
-            (columns, Planes::Two, 0) => rows::multiply::<BITS, SIZE, 2>(self, columns),
-            (Columns::All(columns), Planes::One, 12) => panels::multiply::<BITS, SIZE, 1, 12>(self, columns),
-            (Columns::All(columns), Planes::One, 10) => panels::multiply::<BITS, SIZE, 1, 10>(self, columns),
-            (Columns::All(columns), Planes::One, 8) => panels::multiply::<BITS, SIZE, 1, 8>(self, columns),
-            (Columns::All(columns), Planes::One, 6) => panels::multiply::<BITS, SIZE, 1, 6>(self, columns),
-            (Columns::All(columns), Planes::Two, 6) => panels::multiply::<BITS, SIZE, 2, 6>(self, columns),
-            (Columns::All(columns), Planes::Two, 5) => panels::multiply::<BITS, SIZE, 2, 5>(self, columns),
-            (Columns::All(columns), Planes::Two, 4) => panels::multiply::<BITS, SIZE, 2, 4>(self, columns),
+            (columns, Planes::One, 0) => rows::multiply::<BITS, SPAN, 1>(self, columns),
+            (columns, Planes::Two, 0) => rows::multiply::<BITS, SPAN, 2>(self, columns),
+            (Columns::All(columns), Planes::One, 12) => panels::multiply::<BITS, 1, 12>(self, columns),
+            (Columns::All(columns), Planes::One, 10) => panels::multiply::<BITS, 1, 10>(self, columns),
+            (Columns::All(columns), Planes::One, 8) => panels::multiply::<BITS, 1, 8>(self, columns),
+            (Columns::All(columns), Planes::One, 6) => panels::multiply::<BITS, 1, 6>(self, columns),
+            (Columns::All(columns), Planes::Two, 6) => panels::multiply::<BITS, 2, 6>(self, columns),
+            (Columns::All(columns), Planes::Two, 5) => panels::multiply::<BITS, 2, 5>(self, columns),
+            (Columns::All(columns), Planes::Two, 4) => panels::multiply::<BITS, 2, 4>(self, columns),
             (_, planes, tile) => unreachable!("tiles of {tile} rows of {planes:?}"),
         }
     }

@@ -5,7 +5,7 @@ use std::num::NonZeroUsize;
 use std::ops::Range;
 
 use super::super::Weights;
-use super::{Planes, Product, span};
+use super::{Planes, Product};
 use crate::kernels::turn::turn;
 
 /// Columns of a panel, two registers of sums.
@@ -49,25 +49,22 @@ pub fn tile_of(rows: usize, planes: Planes) -> Option<NonZeroUsize> {
 
 /// `R` rows are computed at a time.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-pub fn multiply<const BITS: usize, const SIZE: usize, const PLANES: usize, const R: usize>(
-    product: &Product,
-    columns: Range<usize>,
-) {
+pub fn multiply<const BITS: usize, const PLANES: usize, const R: usize>(product: &Product, columns: Range<usize>) {
     let Product { w, rows, y, .. } = product;
     assert!(columns.end <= y.n && rows.start.is_multiple_of(R), "rows and columns of a product");
-    let length = w.blocks() * SIZE;
+    let length = w.blocks() * w.block_size;
     let mut panel =
         Panel { codes: [0; WIDTH * DEPTH], scales: [[0.0; WIDTH]; DEPTH / 16], zeros: [[0.0; WIDTH]; DEPTH / 16] };
     for first in columns.clone().step_by(WIDTH) {
         let columns = first..columns.end.min(first + WIDTH);
         for from in (0..length).step_by(DEPTH) {
             let depth = from..length.min(from + DEPTH);
-            panel.fill::<BITS, SIZE>(w, columns.clone(), depth.clone());
+            panel.fill::<BITS>(w, columns.clone(), depth.clone());
             let next = if depth.end < length { (first, depth.end) } else { (first + WIDTH, 0) };
             for row in rows.clone().step_by(R) {
-                fetch::<BITS, SIZE>(w, next, row - rows.start..rows.len().min(row - rows.start + R), rows.len());
+                fetch::<BITS>(w, next, row - rows.start..rows.len().min(row - rows.start + R), rows.len());
                 let part = Part { rows: row..rows.end.min(row + R), columns: columns.clone(), depth: depth.clone() };
-                tile::<BITS, SIZE, PLANES, R>(product, &panel, part);
+                tile::<BITS, PLANES, R>(product, &panel, part);
             }
         }
     }
@@ -77,14 +74,9 @@ pub fn multiply<const BITS: usize, const SIZE: usize, const PLANES: usize, const
 /// some of all rows.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn fetch<const BITS: usize, const SIZE: usize>(
-    w: &Weights,
-    (column, from): (usize, usize),
-    rows: Range<usize>,
-    of: usize,
-) {
+fn fetch<const BITS: usize>(w: &Weights, (column, from): (usize, usize), rows: Range<usize>, of: usize) {
     const LINE: usize = 64;
-    let (bytes, lines) = (w.blocks() * SIZE * BITS / 8, const { DEPTH * BITS / 8 / LINE });
+    let (bytes, lines) = (w.blocks() * w.block_bytes(), const { DEPTH * BITS / 8 / LINE });
     let all = WIDTH * lines;
     for line in all * rows.start / of..all * rows.end / of {
         let at = (column + line / lines) * bytes + from * BITS / 8 + line % lines * LINE;
@@ -97,11 +89,11 @@ impl Panel {
     /// Takes these numbers of the columns. Columns that are not there are as the last; no one reads them.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-    fn fill<const BITS: usize, const SIZE: usize>(&mut self, w: &Weights, columns: Range<usize>, depth: Range<usize>) {
-        let (blocks, bytes) = (w.blocks(), w.blocks() * SIZE * BITS / 8);
+    fn fill<const BITS: usize>(&mut self, w: &Weights, columns: Range<usize>, depth: Range<usize>) {
+        let (blocks, size, bytes) = (w.blocks(), w.block_size, w.blocks() * w.block_bytes());
         assert!(columns.end * bytes <= w.numbers.len() && columns.end * blocks <= w.scales.len());
         assert!(depth.end * BITS <= bytes * 8 && depth.len() <= DEPTH && depth.start.is_multiple_of(DEPTH));
-        let of_panel = depth.start / SIZE..depth.end / SIZE;
+        let of_panel = depth.start / size..depth.end / size;
         let column = |at: usize| (columns.start + at).min(columns.end - 1);
         for at in 0..WIDTH {
             let scales = &w.scales[column(at) * blocks..][..blocks][of_panel.clone()];
@@ -179,23 +171,23 @@ const fn places(bits: usize, size: usize, block: usize) -> [(usize, usize); 2] {
 /// Computes `R` rows of the panel's columns, or adds to them what its depth brings.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn tile<const BITS: usize, const SIZE: usize, const PLANES: usize, const R: usize>(
+fn tile<const BITS: usize, const PLANES: usize, const R: usize>(
     Product { x, w, bias, y, .. }: &Product,
     panel: &Panel,
     Part { rows, columns, depth }: Part,
 ) {
     const { assert!(R * PLANES <= 12) };
     let (row, stride, blocks, spans) = (rows.start, x.layout.stride, x.layout.blocks, x.layout.spans());
-    let room = x.layout.rows(x.rows);
+    let (room, size, span) = (x.layout.rows(x.rows), w.block_size, x.layout.span());
     assert!(row + R <= room && rows.end <= y.rows && x.numbers.len() == room * stride * PLANES);
     assert!(x.offsets.len() == room * blocks && x.scales.len() == room * spans && x.sums.len() == x.offsets.len());
-    assert!(depth.len() <= DEPTH && depth.end.next_multiple_of(span(BITS, SIZE)) <= stride && columns.end <= y.n);
+    assert!(depth.len() <= DEPTH && depth.end.next_multiple_of(span) <= stride && columns.end <= y.n);
     // Four numbers of all rows and planes lie beside the next four of them.
     let pitch = const { R * PLANES };
     let numbers = x.numbers[row * stride * PLANES + depth.start * pitch..].as_ptr();
     let mut totals = [[_mm512_setzero_ps(); 2]; R];
-    for block in 0..depth.len() / SIZE {
-        let first_block = depth.start / SIZE + block;
+    for block in 0..depth.len() / size {
+        let first_block = depth.start / size + block;
         let mut low = [[_mm512_setzero_si512(); 2]; R];
         let mut high = [[_mm512_setzero_si512(); 2]; R];
         for (at, low) in low.iter_mut().enumerate() {
@@ -204,7 +196,7 @@ fn tile<const BITS: usize, const SIZE: usize, const PLANES: usize, const R: usiz
             // What zero is off, before anything is added.
             *low = [_mm512_set1_epi32(offset); 2];
         }
-        for (first, count) in places(BITS, SIZE, block) {
+        for (first, count) in places(BITS, size, block) {
             for place in (first..first + count).step_by(4) {
                 // SAFETY: within the panel and the rows.
                 unsafe {
@@ -227,7 +219,7 @@ fn tile<const BITS: usize, const SIZE: usize, const PLANES: usize, const R: usiz
         let scales = &panel.scales[block];
         // SAFETY: two times sixteen scales.
         let scales = unsafe { [_mm512_loadu_ps(scales.as_ptr()), _mm512_loadu_ps(scales[16..].as_ptr())] };
-        let of_span = (depth.start + block * SIZE) / span(BITS, SIZE);
+        let of_span = (depth.start + block * size) / span;
         for at in 0..R {
             // SAFETY: as many as rows and spans.
             let of_row = _mm512_set1_ps(unsafe { *x.scales.get_unchecked((row + at) * spans + of_span) });

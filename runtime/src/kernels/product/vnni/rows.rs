@@ -5,13 +5,14 @@ use std::ops::Range;
 
 use super::super::Columns;
 use super::super::avx2::{SUMS, To, across};
-use super::{Product, span, step};
+use super::{Product, step};
 
 /// Columns that all rows are computed of before the next ones: they stay in the first cache.
 const NEAR: usize = 32;
 
+/// Spans are of `SPAN` numbers, whatever the blocks.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-pub fn multiply<const BITS: usize, const SIZE: usize, const PLANES: usize>(product: &Product, columns: Columns) {
+pub fn multiply<const BITS: usize, const SPAN: usize, const PLANES: usize>(product: &Product, columns: Columns) {
     let w = product.w;
     let (bytes, start) = (w.blocks() * w.block_bytes(), w.numbers.as_ptr());
     match columns {
@@ -19,13 +20,13 @@ pub fn multiply<const BITS: usize, const SIZE: usize, const PLANES: usize>(produ
             assert!(columns.end <= product.y.n, "columns of a product");
             for first in columns.clone().step_by(NEAR) {
                 let near = first..columns.end.min(first + NEAR);
-                of_some::<BITS, SIZE, PLANES>(product, near, &To { listed: None, start, bytes });
+                of_some::<BITS, SPAN, PLANES>(product, near, &To { listed: None, start, bytes });
             }
         }
         Columns::Listed(columns) => {
             assert!(columns.iter().all(|&column| column < product.y.n), "columns of a product");
             let to = To { listed: Some(columns), start, bytes };
-            of_some::<BITS, SIZE, PLANES>(product, 0..columns.len(), &to);
+            of_some::<BITS, SPAN, PLANES>(product, 0..columns.len(), &to);
         }
     }
 }
@@ -33,24 +34,17 @@ pub fn multiply<const BITS: usize, const SIZE: usize, const PLANES: usize>(produ
 /// The columns at some places.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn of_some<const BITS: usize, const SIZE: usize, const PLANES: usize>(
+fn of_some<const BITS: usize, const SPAN: usize, const PLANES: usize>(
     product: &Product,
     places: Range<usize>,
     to: &To,
 ) {
-    // With whole spans there is no end to look out for.
-    let is_whole = product.x.layout.stride == product.w.blocks() * SIZE;
     for row in product.rows.clone().step_by(4) {
-        let places = places.clone();
-        match (product.rows.end - row, is_whole) {
-            (1, true) => of_rows::<BITS, SIZE, PLANES, 1, 8, true>(product, row, places, to),
-            (1, false) => of_rows::<BITS, SIZE, PLANES, 1, 8, false>(product, row, places, to),
-            (2, true) => of_rows::<BITS, SIZE, PLANES, 2, 4, true>(product, row, places, to),
-            (2, false) => of_rows::<BITS, SIZE, PLANES, 2, 4, false>(product, row, places, to),
-            (3, true) => of_rows::<BITS, SIZE, PLANES, 3, 2, true>(product, row, places, to),
-            (3, false) => of_rows::<BITS, SIZE, PLANES, 3, 2, false>(product, row, places, to),
-            (_, true) => of_rows::<BITS, SIZE, PLANES, 4, 2, true>(product, row, places, to),
-            (_, false) => of_rows::<BITS, SIZE, PLANES, 4, 2, false>(product, row, places, to),
+        match product.rows.end - row {
+            1 => of_rows::<BITS, SPAN, PLANES, 1, 8>(product, row, places.clone(), to),
+            2 => of_rows::<BITS, SPAN, PLANES, 2, 4>(product, row, places.clone(), to),
+            3 => of_rows::<BITS, SPAN, PLANES, 3, 2>(product, row, places.clone(), to),
+            _ => of_rows::<BITS, SPAN, PLANES, 4, 2>(product, row, places.clone(), to),
         }
     }
 }
@@ -58,14 +52,7 @@ fn of_some<const BITS: usize, const SIZE: usize, const PLANES: usize>(
 /// `R` rows, `C` columns at a time.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn of_rows<
-    const BITS: usize,
-    const SIZE: usize,
-    const PLANES: usize,
-    const R: usize,
-    const C: usize,
-    const WHOLE: bool,
->(
+fn of_rows<const BITS: usize, const SPAN: usize, const PLANES: usize, const R: usize, const C: usize>(
     product: &Product,
     row: usize,
     places: Range<usize>,
@@ -73,32 +60,26 @@ fn of_rows<
 ) {
     let whole = places.start + places.len() / C * C;
     for place in (places.start..whole).step_by(C) {
-        tile::<BITS, SIZE, PLANES, R, C, WHOLE>(product, row, place, to);
+        tile::<BITS, SPAN, PLANES, R, C>(product, row, place, to);
     }
     for place in whole..places.end {
-        tile::<BITS, SIZE, PLANES, R, 1, WHOLE>(product, row, place, to);
+        tile::<BITS, SPAN, PLANES, R, 1>(product, row, place, to);
     }
 }
 
 /// `R` rows of `C` columns.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn tile<
-    const BITS: usize,
-    const SIZE: usize,
-    const PLANES: usize,
-    const R: usize,
-    const C: usize,
-    const WHOLE: bool,
->(
+fn tile<const BITS: usize, const SPAN: usize, const PLANES: usize, const R: usize, const C: usize>(
     Product { x, w, rows, bias, y }: &Product,
     row: usize,
     place: usize,
     to: &To,
 ) {
     const { assert!(R * C <= SUMS) };
-    let (span, step) = const { (span(BITS, SIZE), step(BITS)) };
-    let (blocks, bytes, stride) = (w.blocks(), w.blocks() * SIZE * BITS / 8, x.layout.stride);
+    let (span, step, size) = (SPAN, const { step(BITS) }, w.block_size);
+    let (blocks, bytes, stride) = (w.blocks(), w.blocks() * w.block_bytes(), x.layout.stride);
+    assert!(span == x.layout.span() && w.bits == BITS, "a span of {span} numbers of {BITS} bits");
     let spans = stride / span;
     // Everything below stays within these.
     let (mut columns, mut last) = ([0; C], 0);
@@ -140,13 +121,11 @@ fn tile<
                 let mut high = [_mm512_setzero_si512(); R];
                 for at in (at_span * span..(at_span + 1) * span).step_by(step) {
                     let first = at * BITS / 8;
-                    let codes = match WHOLE {
-                        true => _mm512_loadu_si512(packed.add(first).cast()),
-                        false => {
-                            let there = bytes.saturating_sub(first).min(64);
-                            let mask = if there == 64 { !0 } else { (1 << there) - 1 };
-                            _mm512_maskz_loadu_epi8(mask, packed.wrapping_add(first).cast())
-                        }
+                    // Beyond the last block there is nothing to read.
+                    let there = bytes.saturating_sub(first);
+                    let codes = match there {
+                        64.. => _mm512_loadu_si512(packed.add(first).cast()),
+                        _ => _mm512_maskz_loadu_epi8((1 << there) - 1, packed.wrapping_add(first).cast()),
                     };
                     let nibbles = _mm512_set1_epi8(15);
                     let parts = match BITS {
@@ -166,8 +145,8 @@ fn tile<
                         }
                     }
                 }
-                let left = if WHOLE { usize::MAX } else { blocks.saturating_sub(at_span * span / SIZE) };
-                let scale = lanes(of_column.wrapping_add(at_span * span / SIZE), span / SIZE, left);
+                let block = at_span * span / size;
+                let scale = lanes(of_column.wrapping_add(block), span / size, blocks.saturating_sub(block));
                 for at_row in 0..R {
                     let sum = match PLANES {
                         2 => _mm512_add_epi32(low[at_row], _mm512_slli_epi32::<8>(high[at_row])),
