@@ -16,6 +16,8 @@
 mod aligned;
 mod attention;
 #[cfg(target_arch = "x86_64")]
+mod avx512;
+#[cfg(target_arch = "x86_64")]
 mod best;
 #[cfg(target_arch = "x86_64")]
 mod float;
@@ -23,8 +25,6 @@ mod processor;
 mod product;
 #[cfg(feature = "timed")]
 mod timed;
-#[cfg(target_arch = "x86_64")]
-mod turn;
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -52,7 +52,6 @@ pub(crate) enum Side {
 /// The kernels of a session: what they have in common with those of the model's other sessions, and what is wanted of them.
 pub(crate) struct Kernels {
     wish: Arc<Wish>,
-    purpose: Purpose,
     #[cfg(target_arch = "x86_64")]
     copies: Arc<best::Copies>,
 }
@@ -63,20 +62,15 @@ impl Kernels {
     pub fn new(vocab_size: usize, cap: Option<f64>) -> Kernels {
         Kernels {
             wish: Arc::default(),
-            purpose: Purpose::Whole,
             #[cfg(target_arch = "x86_64")]
             copies: Arc::new(best::Copies::new(vocab_size, cap.map_or(1.0, |cap| cap as f32))),
         }
     }
 
-    /// Those for another session of the model, that of an encoder or one with a decoder.
-    pub fn beside(&self, side: Side) -> Kernels {
+    /// Those for another session of the model.
+    pub fn beside(&self) -> Kernels {
         Kernels {
             wish: Arc::default(),
-            purpose: match side {
-                Side::Encoder => Purpose::Coarse,
-                Side::Decoder => Purpose::Whole,
-            },
             #[cfg(target_arch = "x86_64")]
             copies: self.copies.clone(),
         }
@@ -92,15 +86,18 @@ impl Kernels {
         Best { wish: self.wish.clone(), copies: self.copies.clone() }
     }
 
-    /// The operators to give to the session.
-    pub fn operators(&self) -> ort::Result<Vec<OperatorDomain>> {
+    /// The operators to give to the session of this side.
+    pub fn operators(&self, side: Side) -> ort::Result<Vec<OperatorDomain>> {
         let standard = OperatorDomain::new("")?.add(attention::Attention)?;
-        Ok(vec![standard, self.of_onnxruntime()?])
+        Ok(vec![standard, self.of_onnxruntime(side)?])
     }
 
-    fn of_onnxruntime(&self) -> ort::Result<OperatorDomain> {
+    fn of_onnxruntime(&self, side: Side) -> ort::Result<OperatorDomain> {
         let domain = OperatorDomain::new("com.microsoft")?.add(MatMulNBits {
-            purpose: self.purpose,
+            purpose: match side {
+                Side::Encoder => Purpose::Coarse,
+                Side::Decoder => Purpose::Whole,
+            },
             #[cfg(target_arch = "x86_64")]
             best: self.best(),
         })?;

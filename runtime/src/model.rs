@@ -860,7 +860,7 @@ impl<'f> Opener<'f> {
             _ => &self.options.placement,
         };
         let builder = placement.builder(&self.library.environment, given)?;
-        let kernels = self.kernels.beside(if graph.starts_with("decoder") { Side::Decoder } else { Side::Encoder });
+        let kernels = self.kernels.beside();
         let build = || {
             let builder = if provider == Provider::Cpu { builder } else { provider::recording(builder)? };
             let mut builder = builder
@@ -881,7 +881,8 @@ impl<'f> Opener<'f> {
             }
             // Ours stand before ONNX Runtime's own, and take float32 only, as graphs for a CPU are.
             if self.folder.manifest.target == Target::Cpu.name() && provider == Provider::Cpu {
-                for domain in kernels.operators()? {
+                let side = if graph.starts_with("decoder") { Side::Decoder } else { Side::Encoder };
+                for domain in kernels.operators(side)? {
                     builder = builder.with_operators(domain)?;
                 }
             }

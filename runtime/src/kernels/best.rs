@@ -645,9 +645,7 @@ mod tests {
                 let best = |results: &[f32]| {
                     let mut order: Vec<usize> = (0..n).collect();
                     order.sort_by(|&a, &b| results[b].total_cmp(&results[a]).then(a.cmp(&b)));
-                    // As above.
-                    let bits = |at: usize| if rows > TOGETHER { 0 } else { results[at].to_bits() };
-                    order[..count].iter().map(|&at| (at, bits(at))).collect::<Vec<_>>()
+                    order[..count].iter().map(|&at| (at, results[at].to_bits())).collect::<Vec<_>>()
                 };
                 assert_eq!(best(y), best(plain), "{bits} bits, {block_size}, {rows} rows");
                 assert!(plain.iter().zip(y).filter(|(a, b)| a != b).count() > n / 2, "only roughly for most");

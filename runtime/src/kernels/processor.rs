@@ -26,14 +26,19 @@ const LIMIT: &str = "T5GEMMA_MAX_CPU_ISA";
 /// The level to use here.
 pub fn level() -> Level {
     static LEVEL: OnceLock<Level> = OnceLock::new();
-    *LEVEL.get_or_init(|| limited(std::env::var(LIMIT).ok().as_deref()).unwrap_or(found()))
+    *LEVEL.get_or_init(|| chosen().unwrap_or(found()))
 }
 
 /// The newest instructions that the kernels for a CPU use here: `avx512_vnni`, `avx2` or `generic`. The environment variable
 /// `T5GEMMA_MAX_CPU_ISA` names one of these to leave newer ones alone; anything else is an error.
 pub fn instructions() -> Result<&'static str, Error> {
-    limited(std::env::var(LIMIT).ok().as_deref())?;
-    Ok(LEVELS.iter().find(|(_, known)| *known == level()).map_or("generic", |(name, _)| name))
+    let chosen = chosen()?;
+    Ok(LEVELS.iter().find(|(_, level)| *level == chosen).map_or("generic", |(name, _)| name))
+}
+
+/// What the variable has chosen.
+fn chosen() -> Result<Level, Error> {
+    limited(std::env::var(LIMIT).ok().as_deref())
 }
 
 /// All that this processor can do, but for what is above a level of this name.

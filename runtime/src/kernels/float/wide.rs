@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::Product;
-use crate::kernels::turn::turn;
+use crate::kernels::avx512::{turn, write};
 
 /// Columns of a panel, two registers of sums.
 pub const WIDTH: usize = 32;
@@ -128,18 +128,10 @@ fn tile<const R: usize>(product: &Product, panel: &Panel, Part { row, columns, d
         }
     }
     for (at, sums) in sums.into_iter().enumerate() {
-        for (half, sum) in sums.into_iter().enumerate() {
-            let first = columns.start + half * 16;
-            let there = ((1_u32 << columns.end.saturating_sub(first).min(16)) - 1) as u16;
-            // SAFETY: within the output, and no one else has these columns of the row.
-            unsafe {
-                let to = y.wrapping_add((row + at) * n + first);
-                let sum = match depth.start {
-                    0 => sum,
-                    _ => _mm512_add_ps(_mm512_maskz_loadu_ps(there, to), sum),
-                };
-                _mm512_mask_storeu_ps(to, there, sum);
-            }
+        // SAFETY: within the output, and no one else has these columns of the row.
+        unsafe {
+            let to = y.add((row + at) * n + columns.start);
+            write(sums, (depth.start > 0).then_some(to.cast_const()), to, columns.len());
         }
     }
     R

@@ -4,7 +4,7 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::{Columns, Product};
+use super::{Columns, Product, Weights};
 
 /// Bytes from what is read to what will be.
 pub(super) const AHEAD: usize = 2048;
@@ -30,32 +30,33 @@ pub unsafe fn multiply<const BITS: usize>(product: &Product) {
 /// With the length of a span known beforehand, no more than the sums is left to do in it.
 #[target_feature(enable = "avx2,fma")]
 fn of_span<const BITS: usize, const SPAN: usize>(product: &Product) {
-    let Product { w, rows, columns, .. } = product;
-    let (bytes, start) = (w.blocks() * w.block_bytes(), w.numbers.as_ptr());
-    match columns {
-        Columns::All(columns) => {
-            for first in columns.clone().step_by(NEAR) {
-                let near = first..columns.end.min(first + NEAR);
-                of_some::<BITS, SPAN>(product, rows.clone(), near, &To { listed: None, start, bytes });
-            }
-        }
-        Columns::Listed(columns) => {
-            let to = To { listed: Some(columns), start, bytes };
-            of_some::<BITS, SPAN>(product, rows.clone(), 0..columns.len(), &to);
-        }
+    let (to, places, near) = To::of(&product.columns, product.w);
+    for first in places.clone().step_by(near) {
+        of_some::<BITS, SPAN>(product, product.rows.clone(), first..places.end.min(first + near), &to);
     }
 }
 
 /// Which columns are computed one after the other: those of a list, or all.
 pub(super) struct To<'c> {
-    pub listed: Option<&'c [usize]>,
+    listed: Option<&'c [usize]>,
     /// Of the first column.
-    pub start: *const u8,
+    start: *const u8,
     /// Of a column.
-    pub bytes: usize,
+    bytes: usize,
 }
 
-impl To<'_> {
+impl<'c> To<'c> {
+    /// The columns, their places, and how many of these all rows are computed of before the next ones.
+    pub fn of(columns: &Columns<'c>, w: &Weights) -> (To<'c>, Range<usize>, usize) {
+        let (start, bytes) = (w.numbers.as_ptr(), w.blocks() * w.block_bytes());
+        match *columns {
+            Columns::All(ref columns) => (To { listed: None, start, bytes }, columns.clone(), NEAR),
+            Columns::Listed(listed) => {
+                (To { listed: Some(listed), start, bytes }, 0..listed.len(), listed.len().max(1))
+            }
+        }
+    }
+
     /// The column at a place.
     #[inline(always)]
     pub fn column(&self, place: usize) -> usize {
@@ -198,11 +199,7 @@ fn tile<const BITS: usize, const SPAN: usize, const R: usize, const C: usize>(
         }
         if w.zero_points.is_some() {
             for (row, total) in (row..).zip(&mut totals_here) {
-                let mut zeros = 0.0;
-                for block in 0..blocks {
-                    let zero = w.zero_point(column, block) as f32;
-                    zeros += w.scales[column * blocks + block] * zero * x.sums[row * blocks + block];
-                }
+                let zeros = w.taken_off(column, &x.sums[row * blocks..][..blocks]);
                 *total = _mm256_sub_ps(*total, _mm256_setr_ps(zeros, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0));
             }
         }

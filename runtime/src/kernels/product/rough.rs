@@ -43,23 +43,15 @@ pub struct Rough {
 
 /// Whether [`multiply`] can take these weights.
 pub fn takes(w: &Weights) -> bool {
-    takes_at(level(), w)
-}
-
-fn takes_at(level: Level, w: &Weights) -> bool {
     let fits = matches!((w.bits, w.block_size), (8, 64 | 128) | (4, 32 | 64 | 128))
         && (w.blocks() * w.block_size).is_multiple_of(w.span());
-    level == Level::Vnni || w.zero_points.is_none() && fits
+    level() == Level::Vnni || w.zero_points.is_none() && fits
 }
 
 impl Rough {
     /// Rounds the rows `x` for weights that can be taken.
     pub fn round(&mut self, x: &[f32], w: &Weights) {
-        self.round_at(level(), x, w);
-    }
-
-    fn round_at(&mut self, level: Level, x: &[f32], w: &Weights) {
-        if level == Level::Vnni {
+        if level() == Level::Vnni {
             let bytes = self.bytes.get_or_insert_default();
             bytes.prepare(x.len() / w.k, w, vnni::Planes::One, false);
             for (row, x) in x.chunks_exact(w.k).enumerate() {

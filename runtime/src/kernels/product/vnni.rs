@@ -16,6 +16,7 @@ use std::ops::Range;
 
 use super::{Columns, Output, Weights};
 use crate::kernels::aligned::Aligned;
+use crate::kernels::avx512::mask;
 
 /// Bytes of activations that each number is rounded to.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -46,6 +47,11 @@ const fn step(bits: usize) -> usize {
 /// Numbers of activations that have a scale together.
 const fn span(bits: usize, block_size: usize) -> usize {
     if bits == 8 && block_size < 128 { 64 } else { 128 }
+}
+
+/// Where a number lies in its plane: of 4 bits those at even places before those at odd ones, 128 by 128.
+const fn place(bits: usize, at: usize) -> usize {
+    if bits == 8 { at } else { at / 128 * 128 + at % 2 * 64 + at % 128 / 2 }
 }
 
 /// How a matrix's rows are met by activations.
@@ -103,7 +109,8 @@ pub struct Rounded {
     layout: Layout,
     /// See [`Layout::tile`]: the high bytes first, then the low ones.
     numbers: Aligned<i8>,
-    /// `[rows, spans]`: what the zero point that all blocks have in common takes off the sums of a span, in each block's first lane.
+    /// `[rows, spans]`: what the zero point that all blocks have in common takes off the sums of a span, in each block's first lane; of
+    /// rows by themselves alone.
     starts: Aligned<[i32; 16]>,
     /// `[rows, blocks]`: the same, by blocks.
     offsets: Vec<i32>,
@@ -122,7 +129,7 @@ impl Rounded {
         (self.rows, self.layout) = (rows, layout);
         let rows = layout.rows(rows);
         self.numbers.resize(rows * layout.bytes(), 0);
-        self.starts.resize(rows * layout.spans(), [0; 16]);
+        self.starts.resize(if layout.tile.is_none() { rows * layout.spans() } else { 0 }, [0; 16]);
         self.offsets.resize(rows * layout.blocks, 0);
         self.sums.resize(rows * layout.blocks, 0.0);
         self.scales.resize(rows * layout.spans(), 0.0);
@@ -149,7 +156,7 @@ impl Rounded {
 
     /// An activation as it was rounded, without its scale; for [`super::Product::at`].
     pub fn number(&self, row: usize, at: usize) -> i32 {
-        let place = if self.layout.bits == 4 { at / 128 * 128 + at % 2 * 64 + at % 128 / 2 } else { at };
+        let place = place(self.layout.bits, at);
         let [first, fours, planes] = self.layout.place(row);
         let first = first + place / 4 * fours + place % 4;
         match self.layout.planes {
@@ -194,12 +201,15 @@ impl Target {
         assert!(
             x.len() == w.k && w.k <= stride && blocks == w.blocks() && bits == w.bits && block_size == w.block_size
         );
-        let [first, fours, apart] = self.layout.place(row);
+        let [start, fours, apart] = self.layout.place(row);
         // SAFETY: the row's part of each, which the caller has to itself.
         let (numbers, starts, offsets, sums, scales, error) = unsafe {
             (
-                self.numbers.add(first),
-                std::slice::from_raw_parts_mut(self.starts.add(row * spans), spans),
+                self.numbers.add(start),
+                match self.layout.tile {
+                    None => std::slice::from_raw_parts_mut(self.starts.add(row * spans), spans),
+                    Some(_) => &mut [][..],
+                },
                 std::slice::from_raw_parts_mut(self.offsets.add(row * blocks), blocks),
                 std::slice::from_raw_parts_mut(self.sums.add(row * blocks), blocks),
                 std::slice::from_raw_parts_mut(self.scales.add(row * spans), spans),
@@ -215,9 +225,9 @@ impl Target {
         for (at_span, scale) in scales.iter_mut().enumerate() {
             let all = at_span * span..(at_span + 1) * span;
             let sixteen = |at: usize| {
-                let there = x.len().saturating_sub(at).min(16);
+                let there = x.len().saturating_sub(at);
                 // SAFETY: no more than there is.
-                unsafe { _mm512_maskz_loadu_ps(((1_u32 << there) - 1) as u16, x.as_ptr().wrapping_add(at)) }
+                unsafe { _mm512_maskz_loadu_ps(mask(there), x.as_ptr().wrapping_add(at)) }
             };
             let mut largest = _mm512_setzero_ps();
             for at in all.clone().step_by(16) {
@@ -262,7 +272,9 @@ impl Target {
             *sum = *offset as f32 * scales[at / span];
             *offset *= -zero;
             // Lanes hold four bytes: of 4 bits eight numbers.
-            starts[at / span][at % span % step(bits) / (step(bits) / 16)] += *offset;
+            if let Some(start) = starts.get_mut(at / span) {
+                start[at % span % step(bits) / (step(bits) / 16)] += *offset;
+            }
         }
         *error = _mm512_reduce_add_ps(lost).sqrt() * 1.001;
         // As in float32, where all products of such a row are NaN.
@@ -281,12 +293,10 @@ impl Target {
 unsafe fn store(bits: usize, plane: *mut i8, fours: usize, at: usize, numbers: __m128i) {
     // Of 4 bits even places, then odd ones.
     let order = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
-    let (numbers, first, second) = match bits {
-        8 => (numbers, at, at + 8),
-        _ => {
-            let even = at / 128 * 128 + at % 128 / 2;
-            (_mm_shuffle_epi8(numbers, order), even, even + 64)
-        }
+    let first = place(bits, at);
+    let (numbers, second) = match bits {
+        8 => (numbers, first + 8),
+        _ => (_mm_shuffle_epi8(numbers, order), first + 64),
     };
     // SAFETY: the caller's.
     unsafe {

@@ -5,8 +5,8 @@ use std::num::NonZeroUsize;
 use std::ops::Range;
 
 use super::super::Weights;
-use super::{Planes, Product};
-use crate::kernels::turn::turn;
+use super::{Planes, Product, place};
+use crate::kernels::avx512::{turn, write};
 
 /// Columns of a panel, two registers of sums.
 const WIDTH: usize = 32;
@@ -160,12 +160,11 @@ unsafe fn take<const BITS: usize>(columns: &[*const u8; 16], to: *mut u8) {
 
 /// Where the numbers of a block lie in a plane: so many from each place on.
 const fn places(bits: usize, size: usize, block: usize) -> [(usize, usize); 2] {
-    let at = block * size;
-    if bits == 8 {
-        return [(at, size), (at, 0)];
+    let first = place(bits, block * size);
+    match bits {
+        8 => [(first, size), (first, 0)],
+        _ => [(first, size / 2), (first + 64, size / 2)],
     }
-    let even = at / 128 * 128 + at % 128 / 2;
-    [(even, size / 2), (even + 64, size / 2)]
 }
 
 /// Computes `R` rows of the panel's columns, or adds to them what its depth brings.
@@ -244,19 +243,14 @@ fn tile<const BITS: usize, const PLANES: usize, const R: usize>(
         }
     }
     for (at, totals) in totals.into_iter().enumerate().take(rows.len()) {
-        for (half, total) in totals.into_iter().enumerate() {
-            let first = columns.start + half * 16;
-            let there = ((1_u32 << columns.end.saturating_sub(first).min(16)) - 1) as u16;
-            // SAFETY: within the output, and no one else has these columns of the row.
-            unsafe {
-                let to = y.values.wrapping_add((row + at) * y.n + first);
-                let before = match (depth.start, bias) {
-                    (0, None) => _mm512_setzero_ps(),
-                    (0, Some(bias)) => _mm512_maskz_loadu_ps(there, bias.as_ptr().wrapping_add(first)),
-                    _ => _mm512_maskz_loadu_ps(there, to),
-                };
-                _mm512_mask_storeu_ps(to, there, _mm512_add_ps(before, total));
-            }
+        // SAFETY: within the output, and no one else has these columns of the row.
+        unsafe {
+            let to = y.values.add((row + at) * y.n + columns.start);
+            let before = match depth.start {
+                0 => bias.map(|bias| bias[columns.clone()].as_ptr()),
+                _ => Some(to.cast_const()),
+            };
+            write(totals, before, to, columns.len());
         }
     }
 }

@@ -6,28 +6,14 @@ use std::ops::Range;
 use super::super::Columns;
 use super::super::avx2::{SUMS, To, across};
 use super::{Product, step};
-
-/// Columns that all rows are computed of before the next ones: they stay in the first cache.
-const NEAR: usize = 32;
+use crate::kernels::avx512::mask;
 
 /// Spans are of `SPAN` numbers, whatever the blocks.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 pub fn multiply<const BITS: usize, const SPAN: usize, const PLANES: usize>(product: &Product, columns: Columns) {
-    let w = product.w;
-    let (bytes, start) = (w.blocks() * w.block_bytes(), w.numbers.as_ptr());
-    match columns {
-        Columns::All(columns) => {
-            assert!(columns.end <= product.y.n, "columns of a product");
-            for first in columns.clone().step_by(NEAR) {
-                let near = first..columns.end.min(first + NEAR);
-                of_some::<BITS, SPAN, PLANES>(product, near, &To { listed: None, start, bytes });
-            }
-        }
-        Columns::Listed(columns) => {
-            assert!(columns.iter().all(|&column| column < product.y.n), "columns of a product");
-            let to = To { listed: Some(columns), start, bytes };
-            of_some::<BITS, SPAN, PLANES>(product, 0..columns.len(), &to);
-        }
+    let (to, places, near) = To::of(&columns, product.w);
+    for first in places.clone().step_by(near) {
+        of_some::<BITS, SPAN, PLANES>(product, first..places.end.min(first + near), &to);
     }
 }
 
@@ -166,10 +152,7 @@ fn tile<const BITS: usize, const SPAN: usize, const PLANES: usize, const R: usiz
     if w.zero_points.is_some() {
         for (at, sum) in sums.iter_mut().enumerate().take(R * C) {
             let (row, column) = (row + at / C, columns[at % C]);
-            for block in 0..blocks {
-                let zero = w.zero_point(column, block) as f32;
-                *sum -= w.scales[column * blocks + block] * zero * x.sums[row * blocks + block];
-            }
+            *sum -= w.taken_off(column, &x.sums[row * blocks..][..blocks]);
         }
     }
     for at_row in 0..R {
@@ -192,9 +175,8 @@ unsafe fn lanes(scales: *const f32, count: usize, left: usize) -> __m512 {
         // SAFETY: the caller's.
         return _mm512_set1_ps(unsafe { *scales });
     }
-    let there = count.min(left);
     // SAFETY: no more than there are.
-    let scales = unsafe { _mm512_maskz_loadu_ps(((1_u32 << there) - 1) as u16, scales) };
+    let scales = unsafe { _mm512_maskz_loadu_ps(mask(count.min(left)), scales) };
     let order = match count {
         2 => _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1),
         4 => _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3),

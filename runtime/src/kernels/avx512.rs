@@ -1,4 +1,4 @@
-//! Words of sixteen rows, brought side by side: what panels of columns are filled with where the processor has AVX-512.
+//! What panels of columns have in common where the processor has AVX-512: how they are filled, and how their sums are written.
 
 use std::arch::x86_64::*;
 
@@ -36,6 +36,32 @@ pub unsafe fn turn(rows: &[*const u8; 16], quarter: usize) -> [__m512i; 4] {
         _mm512_unpacklo_epi64(high, higher),
         _mm512_unpackhi_epi64(high, higher),
     ]
+}
+
+/// The first of sixteen lanes, as many as there are.
+#[inline(always)]
+pub fn mask(count: usize) -> __mmask16 {
+    ((1_u32 << count.min(16)) - 1) as __mmask16
+}
+
+/// Writes the sums of the first `count` of 32 columns, added to what there is `before`.
+///
+/// # Safety
+/// There is room for as many, and as many are there before.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+pub unsafe fn write(sums: [__m512; 2], before: Option<*const f32>, to: *mut f32, count: usize) {
+    for (half, sum) in sums.into_iter().enumerate() {
+        let there = mask(count.saturating_sub(half * 16));
+        // SAFETY: the caller's; lanes that are not there are left alone.
+        unsafe {
+            let sum = match before {
+                None => sum,
+                Some(before) => _mm512_add_ps(_mm512_maskz_loadu_ps(there, before.wrapping_add(half * 16)), sum),
+            };
+            _mm512_mask_storeu_ps(to.wrapping_add(half * 16), there, sum);
+        }
+    }
 }
 
 #[cfg(test)]
