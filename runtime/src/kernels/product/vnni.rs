@@ -83,6 +83,14 @@ impl Layout {
         }
     }
 
+    /// Where the first of a row's `count` scales, sums or offsets is, and how far apart they are: rows of a tile lie beside each other.
+    fn item(self, row: usize, count: usize) -> [usize; 2] {
+        match self.tile.map(NonZeroUsize::get) {
+            None => [row * count, 1],
+            Some(tile) => [row / tile * tile * count + row % tile, tile],
+        }
+    }
+
     fn span(self) -> usize {
         span(self.bits, self.block_size)
     }
@@ -112,11 +120,11 @@ pub struct Rounded {
     /// `[rows, spans]`: what the zero point that all blocks have in common takes off the sums of a span, in each block's first lane; of
     /// rows by themselves alone.
     starts: Aligned<[i32; 16]>,
-    /// `[rows, blocks]`: the same, by blocks.
+    /// `[rows, blocks]`, or `[blocks, rows]` of each tile: the same, by blocks.
     offsets: Vec<i32>,
-    /// `[rows, blocks]`: the sums of the activations as rounded, for zero points of the blocks' own.
+    /// In the same order: the sums of the activations as rounded, for zero points of the blocks' own.
     sums: Vec<f32>,
-    /// `[rows, spans]`
+    /// `[rows, spans]`, or `[spans, rows]` of each tile.
     scales: Vec<f32>,
     /// `[rows]`: the Euclidean lengths of what the rows lost.
     errors: Vec<f32>,
@@ -167,7 +175,8 @@ impl Rounded {
 
     /// The scale of an activation.
     pub fn scale(&self, row: usize, at: usize) -> f32 {
-        self.scales[row * self.layout.spans() + at / self.layout.span()]
+        let [first, apart] = self.layout.item(row, self.layout.spans());
+        self.scales[first + at / self.layout.span() * apart]
     }
 }
 
@@ -196,91 +205,118 @@ impl Target {
     /// meanwhile, and was prepared for these weights.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
     pub unsafe fn round(self, row: usize, x: &[f32], w: &Weights) {
+        // SAFETY: the caller's.
+        unsafe {
+            match self.layout.planes {
+                Planes::One => self.round_to::<1>(row, x, w),
+                Planes::Two => self.round_to::<2>(row, x, w),
+            }
+        }
+    }
+
+    /// # Safety
+    /// As for [`Target::round`].
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+    unsafe fn round_to<const PLANES: usize>(self, row: usize, x: &[f32], w: &Weights) {
         let Layout { bits, block_size, blocks, stride, planes, .. } = self.layout;
         let (span, spans) = (self.layout.span(), self.layout.spans());
         assert!(
             x.len() == w.k && w.k <= stride && blocks == w.blocks() && bits == w.bits && block_size == w.block_size
         );
         let [start, fours, apart] = self.layout.place(row);
+        let ([first_block, next_block], [first_span, next_span]) =
+            (self.layout.item(row, blocks), self.layout.item(row, spans));
         // SAFETY: the row's part of each, which the caller has to itself.
-        let (numbers, starts, offsets, sums, scales, error) = unsafe {
-            (
-                self.numbers.add(start),
-                match self.layout.tile {
-                    None => std::slice::from_raw_parts_mut(self.starts.add(row * spans), spans),
-                    Some(_) => &mut [][..],
-                },
-                std::slice::from_raw_parts_mut(self.offsets.add(row * blocks), blocks),
-                std::slice::from_raw_parts_mut(self.sums.add(row * blocks), blocks),
-                std::slice::from_raw_parts_mut(self.scales.add(row * spans), spans),
-                &mut *self.errors.add(row),
-            )
+        let (numbers, starts, error) = unsafe {
+            let starts = match self.layout.tile {
+                None => std::slice::from_raw_parts_mut(self.starts.add(row * spans), spans),
+                Some(_) => &mut [][..],
+            };
+            (self.numbers.add(start), starts, &mut *self.errors.add(row))
         };
-        let zero = w.same_zero_point().unwrap_or(0);
         starts.fill([0; 16]);
-        offsets.fill(0);
+        let zero = w.same_zero_point().unwrap_or(0);
         // Anything times zero is zero, but for what is not finite.
         let mut finite = _mm512_setzero_ps();
         let mut lost = _mm512_setzero_ps();
-        for (at_span, scale) in scales.iter_mut().enumerate() {
-            let all = at_span * span..(at_span + 1) * span;
-            let sixteen = |at: usize| {
-                let there = x.len().saturating_sub(at);
-                // SAFETY: no more than there is.
-                unsafe { _mm512_maskz_loadu_ps(mask(there), x.as_ptr().wrapping_add(at)) }
-            };
+        for at_span in 0..spans {
+            let end = (at_span + 1) * span;
             let mut largest = _mm512_setzero_ps();
-            for at in all.clone().step_by(16) {
-                let x = sixteen(at);
+            let mut at = at_span * span;
+            while at < end {
+                let x = sixteen(x, at);
                 largest = _mm512_max_ps(largest, _mm512_abs_ps(x));
                 finite = _mm512_fmadd_ps(x, _mm512_setzero_ps(), finite);
+                at += 16;
             }
             let largest = _mm512_reduce_max_ps(largest);
             let inverse = planes.greatest() / largest;
             // Nothing, or too little to be told from it.
             let (inverse, of_one) =
                 if inverse.is_finite() { (inverse, largest / planes.greatest()) } else { (0.0, 0.0) };
-            *scale = of_one;
-            for at in all.step_by(16) {
-                let x = sixteen(at);
+            // SAFETY: one for each span.
+            unsafe { *self.scales.add(first_span + at_span * next_span) = of_one };
+            let mut at = at_span * span;
+            let mut of_block = _mm512_setzero_si512();
+            while at < end {
+                let x = sixteen(x, at);
                 let scaled = _mm512_mul_ps(x, _mm512_set1_ps(inverse));
                 // What is not finite is no number here; the row's scales say so below.
                 let within = _mm512_cmp_ps_mask::<_CMP_LE_OQ>(_mm512_abs_ps(scaled), _mm512_set1_ps(32_768.0));
                 let whole = _mm512_maskz_cvtps_epi32(within, scaled);
                 let off = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(whole), _mm512_set1_ps(of_one), x);
                 lost = _mm512_fmadd_ps(off, off, lost);
-                let sum = _mm512_reduce_add_epi32(whole);
-                if let Some(offset) = offsets.get_mut(at / block_size) {
-                    *offset += sum;
-                }
-                let low = _mm512_srai_epi32::<24>(_mm512_slli_epi32::<24>(whole));
-                let high = _mm512_srai_epi32::<8>(_mm512_sub_epi32(whole, low));
+                of_block = _mm512_add_epi32(of_block, whole);
                 // SAFETY: sixteen numbers of a span, in the order for the weights.
                 unsafe {
-                    match planes {
-                        Planes::One => store(bits, numbers, fours, at, _mm512_cvtepi32_epi8(whole)),
-                        Planes::Two => {
-                            store(bits, numbers, fours, at, _mm512_cvtepi32_epi8(high));
-                            store(bits, numbers.add(apart), fours, at, _mm512_cvtepi32_epi8(low));
-                        }
+                    if PLANES == 1 {
+                        store(bits, numbers, fours, at, _mm512_cvtepi32_epi8(whole));
+                    } else {
+                        let low = _mm512_srai_epi32::<24>(_mm512_slli_epi32::<24>(whole));
+                        let high = _mm512_srai_epi32::<8>(_mm512_sub_epi32(whole, low));
+                        store(bits, numbers, fours, at, _mm512_cvtepi32_epi8(high));
+                        store(bits, numbers.add(apart), fours, at, _mm512_cvtepi32_epi8(low));
                     }
                 }
-            }
-        }
-        for (block, (offset, sum)) in offsets.iter_mut().zip(sums).enumerate() {
-            let at = block * block_size;
-            *sum = *offset as f32 * scales[at / span];
-            *offset *= -zero;
-            // Lanes hold four bytes: of 4 bits eight numbers.
-            if let Some(start) = starts.get_mut(at / span) {
-                start[at % span % step(bits) / (step(bits) / 16)] += *offset;
+                at += 16;
+                // Sizes of blocks are powers of two; beyond the last one there are zeros alone.
+                if at & (block_size - 1) == 0 && at <= blocks * block_size {
+                    let block = (at >> block_size.trailing_zeros()) - 1;
+                    let sum = _mm512_reduce_add_epi32(of_block);
+                    of_block = _mm512_setzero_si512();
+                    // SAFETY: one for each block.
+                    unsafe {
+                        *self.sums.add(first_block + block * next_block) = sum as f32 * of_one;
+                        *self.offsets.add(first_block + block * next_block) = -zero * sum;
+                    }
+                    // Lanes hold four bytes: of 4 bits eight numbers.
+                    if let Some(start) = starts.get_mut(at_span) {
+                        start[block * block_size % span % step(bits) / (step(bits) / 16)] -= zero * sum;
+                    }
+                }
             }
         }
         *error = _mm512_reduce_add_ps(lost).sqrt() * 1.001;
         // As in float32, where all products of such a row are NaN.
         if _mm512_reduce_add_ps(finite) != 0.0 {
-            scales.fill(f32::NAN);
+            for at_span in 0..spans {
+                // SAFETY: one for each span.
+                unsafe { *self.scales.add(first_span + at_span * next_span) = f32::NAN };
+            }
         }
+    }
+}
+
+/// The sixteen numbers from `at` on, with zeros for those that are not there.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn sixteen(x: &[f32], at: usize) -> __m512 {
+    // SAFETY: no more than there is.
+    unsafe {
+        if at + 16 <= x.len() {
+            return _mm512_loadu_ps(x.as_ptr().add(at));
+        }
+        _mm512_maskz_loadu_ps(mask(x.len().saturating_sub(at)), x.as_ptr().wrapping_add(at))
     }
 }
 

@@ -181,59 +181,64 @@ fn tile<const BITS: usize, const PLANES: usize, const R: usize>(
     assert!(row + R <= room && rows.end <= y.rows && x.numbers.len() == room * stride * PLANES);
     assert!(x.offsets.len() == room * blocks && x.scales.len() == room * spans && x.sums.len() == x.offsets.len());
     assert!(depth.len() <= DEPTH && depth.end.next_multiple_of(span) <= stride && columns.end <= y.n);
-    // Four numbers of all rows and planes lie beside the next four of them.
+    assert!(x.layout.tile.is_some_and(|tile| tile.get() == R) && row.is_multiple_of(R), "a tile of {R} rows");
+    // Four numbers of all rows and planes lie beside the next four of them, and so do the rows' offsets, sums and scales.
     let pitch = const { R * PLANES };
     let numbers = x.numbers[row * stride * PLANES + depth.start * pitch..].as_ptr();
+    let (offsets, sums) = (x.offsets[row * blocks..].as_ptr(), x.sums[row * blocks..].as_ptr());
+    let scales = x.scales[row * spans..].as_ptr();
     let mut totals = [[_mm512_setzero_ps(); 2]; R];
     for block in 0..depth.len() / size {
-        let first_block = depth.start / size + block;
+        let of_block = (depth.start / size + block) * R;
         let mut low = [[_mm512_setzero_si512(); 2]; R];
         let mut high = [[_mm512_setzero_si512(); 2]; R];
         for (at, low) in low.iter_mut().enumerate() {
-            // SAFETY: as many as rows and blocks.
-            let offset = unsafe { *x.offsets.get_unchecked((row + at) * blocks + first_block) };
             // What zero is off, before anything is added.
-            *low = [_mm512_set1_epi32(offset); 2];
+            // SAFETY: as many as rows and blocks.
+            *low = [_mm512_set1_epi32(unsafe { *offsets.add(of_block + at) }); 2];
         }
         for (first, count) in places(BITS, size, block) {
-            for place in (first..first + count).step_by(4) {
-                // SAFETY: within the panel and the rows.
+            // SAFETY: the places are within the panel and the rows.
+            let (mut codes, mut fours) =
+                unsafe { (panel.codes.as_ptr().add(first * WIDTH), numbers.add(first * pitch).cast::<i32>()) };
+            for _ in 0..count / 4 {
+                // SAFETY: as above.
                 unsafe {
-                    let codes = panel.codes.as_ptr().add(place * WIDTH);
-                    let codes = [_mm512_load_si512(codes.cast()), _mm512_load_si512(codes.add(64).cast())];
-                    let fours = numbers.add(place * pitch).cast::<i32>();
+                    let here = [_mm512_load_si512(codes.cast()), _mm512_load_si512(codes.add(64).cast())];
                     for row in 0..R {
                         if PLANES == 2 {
                             let four = _mm512_set1_epi32(fours.add(row * PLANES).read_unaligned());
-                            high[row][0] = _mm512_dpbusd_epi32(high[row][0], codes[0], four);
-                            high[row][1] = _mm512_dpbusd_epi32(high[row][1], codes[1], four);
+                            high[row][0] = _mm512_dpbusd_epi32(high[row][0], here[0], four);
+                            high[row][1] = _mm512_dpbusd_epi32(high[row][1], here[1], four);
                         }
                         let four = _mm512_set1_epi32(fours.add(row * PLANES + PLANES - 1).read_unaligned());
-                        low[row][0] = _mm512_dpbusd_epi32(low[row][0], codes[0], four);
-                        low[row][1] = _mm512_dpbusd_epi32(low[row][1], codes[1], four);
+                        low[row][0] = _mm512_dpbusd_epi32(low[row][0], here[0], four);
+                        low[row][1] = _mm512_dpbusd_epi32(low[row][1], here[1], four);
                     }
+                    (codes, fours) = (codes.add(4 * WIDTH), fours.add(pitch));
                 }
             }
         }
-        let scales = &panel.scales[block];
+        let of_columns = &panel.scales[block];
         // SAFETY: two times sixteen scales.
-        let scales = unsafe { [_mm512_loadu_ps(scales.as_ptr()), _mm512_loadu_ps(scales[16..].as_ptr())] };
-        let of_span = (depth.start + block * size) / span;
+        let of_columns = unsafe { [_mm512_loadu_ps(of_columns.as_ptr()), _mm512_loadu_ps(of_columns[16..].as_ptr())] };
+        let of_span = (depth.start + block * size) / span * R;
         for at in 0..R {
             // SAFETY: as many as rows and spans.
-            let of_row = _mm512_set1_ps(unsafe { *x.scales.get_unchecked((row + at) * spans + of_span) });
+            let of_row = _mm512_set1_ps(unsafe { *scales.add(of_span + at) });
             for half in 0..2 {
                 let sum = match PLANES {
                     2 => _mm512_add_epi32(low[at][half], _mm512_slli_epi32::<8>(high[at][half])),
                     _ => low[at][half],
                 };
-                let scale = _mm512_mul_ps(scales[half], of_row);
+                let scale = _mm512_mul_ps(of_columns[half], of_row);
                 totals[at][half] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, totals[at][half]);
             }
         }
         if w.zero_points.is_some() {
             for (at, totals) in totals.iter_mut().enumerate() {
-                let sum = _mm512_set1_ps(x.sums[(row + at) * blocks + first_block]);
+                // SAFETY: as many as rows and blocks.
+                let sum = _mm512_set1_ps(unsafe { *sums.add(of_block + at) });
                 for (half, total) in totals.iter_mut().enumerate() {
                     // SAFETY: sixteen numbers.
                     let zeros = unsafe { _mm512_loadu_ps(panel.zeros[block][half * 16..].as_ptr()) };
