@@ -61,27 +61,58 @@ pub fn multiply<const BITS: usize, const PLANES: usize, const R: usize>(product:
             let depth = from..length.min(from + DEPTH);
             panel.fill::<BITS>(w, columns.clone(), depth.clone());
             let next = if depth.end < length { (first, depth.end) } else { (first + WIDTH, 0) };
+            let mut ahead = Ahead::of::<BITS>(w, next, rows.len().div_ceil(R));
             for row in rows.clone().step_by(R) {
-                fetch::<BITS>(w, next, row - rows.start..rows.len().min(row - rows.start + R), rows.len());
                 let part = Part { rows: row..rows.end.min(row + R), columns: columns.clone(), depth: depth.clone() };
-                tile::<BITS, PLANES, R>(product, &panel, part);
+                tile::<BITS, PLANES, R>(product, &panel, part, &mut ahead);
             }
         }
     }
 }
 
-/// Has the memory send what the next panel, of columns from `column` and numbers from `from` on, will be filled with: a part of it for
-/// some of all rows.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn fetch<const BITS: usize>(w: &Weights, (column, from): (usize, usize), rows: Range<usize>, of: usize) {
-    const LINE: usize = 64;
-    let (bytes, lines) = (w.blocks() * w.block_bytes(), const { DEPTH * BITS / 8 / LINE });
-    let all = WIDTH * lines;
-    for line in all * rows.start / of..all * rows.end / of {
-        let at = (column + line / lines) * bytes + from * BITS / 8 + line % lines * LINE;
-        // A hint, which may name any address.
-        _mm_prefetch::<_MM_HINT_T0>(w.numbers.as_ptr().wrapping_add(at).cast());
+/// What the next panel will be filled with, which the memory is to send while this one is computed.
+struct Ahead {
+    next: *const u8,
+    /// Lines of the column that are still to be asked for, and of each.
+    lines: [usize; 2],
+    /// Bytes between the columns' lines.
+    apart: usize,
+    /// Lines of all columns that are still to be asked for.
+    left: usize,
+    /// How many at a time.
+    count: usize,
+}
+
+/// Bytes that the memory sends at a time.
+const LINE: usize = 64;
+/// Numbers of each column that are multiplied from one asking to the next.
+const ASKED_EVERY: usize = 16;
+
+impl Ahead {
+    /// Of a panel of columns from `column` and numbers from `from` on, all of it while `tiles` are computed.
+    fn of<const BITS: usize>(w: &Weights, (column, from): (usize, usize), tiles: usize) -> Ahead {
+        let (pitch, lines) = (w.blocks() * w.block_bytes(), const { DEPTH * BITS / 8 / LINE });
+        let next = w.numbers.as_ptr().wrapping_add(column * pitch + from * BITS / 8);
+        let (apart, times) = (pitch.wrapping_sub(lines * LINE), tiles * const { DEPTH / ASKED_EVERY });
+        Ahead { next, lines: [lines; 2], apart, left: WIDTH * lines, count: (WIDTH * lines).div_ceil(times) }
+    }
+
+    /// Asks for some of it.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+    fn ask(&mut self) {
+        let count = self.count.min(self.left);
+        self.left -= count;
+        for _ in 0..count {
+            // A hint, which may name any address.
+            _mm_prefetch::<_MM_HINT_T1>(self.next.cast());
+            self.next = self.next.wrapping_add(LINE);
+            self.lines[0] -= 1;
+            if self.lines[0] == 0 {
+                self.lines[0] = self.lines[1];
+                self.next = self.next.wrapping_add(self.apart);
+            }
+        }
     }
 }
 
@@ -95,12 +126,33 @@ impl Panel {
         assert!(depth.end * BITS <= bytes * 8 && depth.len() <= DEPTH && depth.start.is_multiple_of(DEPTH));
         let of_panel = depth.start / size..depth.end / size;
         let column = |at: usize| (columns.start + at).min(columns.end - 1);
-        for at in 0..WIDTH {
-            let scales = &w.scales[column(at) * blocks..][..blocks][of_panel.clone()];
-            self.scales.iter_mut().zip(scales).for_each(|(to, &scale)| to[at] = scale);
-            if w.zero_points.is_some() {
-                for ((to, &scale), block) in self.zeros.iter_mut().zip(scales).zip(of_panel.clone()) {
-                    to[at] = scale * w.zero_point(column(at), block) as f32;
+        for half in 0..2 {
+            let mut from: [*const u8; 16] = [std::ptr::null(); 16];
+            for (at, from) in from.iter_mut().enumerate() {
+                *from = w.scales[column(half * 16 + at) * blocks + of_panel.start..].as_ptr().cast();
+            }
+            // Four blocks of all columns at a time, as far as there are so many.
+            let fours = of_panel.len() / 4;
+            for four in 0..fours {
+                // SAFETY: four scales of each column, and sixteen places for each of them.
+                unsafe {
+                    for (at, scales) in turn(&from, four).into_iter().enumerate() {
+                        let to = self.scales.as_mut_ptr().add(four * 4 + at).cast::<f32>().add(half * 16);
+                        _mm512_store_si512(to.cast(), scales);
+                    }
+                }
+            }
+            for block in fours * 4..of_panel.len() {
+                for (at, from) in from.iter().enumerate() {
+                    // SAFETY: a scale of the column.
+                    self.scales[block][half * 16 + at] = unsafe { *from.cast::<f32>().add(block) };
+                }
+            }
+        }
+        if w.zero_points.is_some() {
+            for at in 0..WIDTH {
+                for (zeros, (scales, block)) in self.zeros.iter_mut().zip(self.scales.iter().zip(of_panel.clone())) {
+                    zeros[at] = scales[at] * w.zero_point(column(at), block) as f32;
                 }
             }
         }
@@ -174,6 +226,7 @@ fn tile<const BITS: usize, const PLANES: usize, const R: usize>(
     Product { x, w, bias, y, .. }: &Product,
     panel: &Panel,
     Part { rows, columns, depth }: Part,
+    ahead: &mut Ahead,
 ) {
     const { assert!(R * PLANES <= 12) };
     let (row, stride, blocks, spans) = (rows.start, x.layout.stride, x.layout.blocks, x.layout.spans());
@@ -201,21 +254,24 @@ fn tile<const BITS: usize, const PLANES: usize, const R: usize>(
             // SAFETY: the places are within the panel and the rows.
             let (mut codes, mut fours) =
                 unsafe { (panel.codes.as_ptr().add(first * WIDTH), numbers.add(first * pitch).cast::<i32>()) };
-            for _ in 0..count / 4 {
-                // SAFETY: as above.
-                unsafe {
-                    let here = [_mm512_load_si512(codes.cast()), _mm512_load_si512(codes.add(64).cast())];
-                    for row in 0..R {
-                        if PLANES == 2 {
-                            let four = _mm512_set1_epi32(fours.add(row * PLANES).read_unaligned());
-                            high[row][0] = _mm512_dpbusd_epi32(high[row][0], here[0], four);
-                            high[row][1] = _mm512_dpbusd_epi32(high[row][1], here[1], four);
+            for at in (0..count).step_by(ASKED_EVERY) {
+                ahead.ask();
+                for _ in 0..(count - at).min(ASKED_EVERY) / 4 {
+                    // SAFETY: as above.
+                    unsafe {
+                        let here = [_mm512_load_si512(codes.cast()), _mm512_load_si512(codes.add(64).cast())];
+                        for row in 0..R {
+                            if PLANES == 2 {
+                                let four = _mm512_set1_epi32(fours.add(row * PLANES).read_unaligned());
+                                high[row][0] = _mm512_dpbusd_epi32(high[row][0], here[0], four);
+                                high[row][1] = _mm512_dpbusd_epi32(high[row][1], here[1], four);
+                            }
+                            let four = _mm512_set1_epi32(fours.add(row * PLANES + PLANES - 1).read_unaligned());
+                            low[row][0] = _mm512_dpbusd_epi32(low[row][0], here[0], four);
+                            low[row][1] = _mm512_dpbusd_epi32(low[row][1], here[1], four);
                         }
-                        let four = _mm512_set1_epi32(fours.add(row * PLANES + PLANES - 1).read_unaligned());
-                        low[row][0] = _mm512_dpbusd_epi32(low[row][0], here[0], four);
-                        low[row][1] = _mm512_dpbusd_epi32(low[row][1], here[1], four);
+                        (codes, fours) = (codes.add(4 * WIDTH), fours.add(pitch));
                     }
-                    (codes, fours) = (codes.add(4 * WIDTH), fours.add(pitch));
                 }
             }
         }
