@@ -11,9 +11,10 @@
 //! product, and proven to be, whatever the weights. With very few bits lower bounds are low: there the rows that look greatest
 //! are computed first, and the `m`-th greatest of these is the limit.
 //!
-//! Where the sum of all exponentials counts too (log-softmax), the first pass takes activations of 16 bits, and a few hundred
-//! of the greatest are computed in float32: what is left of the first pass has errors of either sign, and is moved by what these
-//! add to the sum on average. With a matrix in few bits that would be the product itself.
+//! Where the sum of all exponentials counts too (log-softmax), a few hundred of the greatest are computed in full: what is left of
+//! the first pass has errors of either sign, and is moved by what these add to the sum on average. For a matrix in float32 the pass
+//! takes activations of 16 bits, so that only the errors of its copy are left; for one in few bits, which is itself no more exact,
+//! activations of 8 bits, where the processor multiplies so many as fast.
 //!
 //! Copies and norms are made when they would be used for the second time, so that a short call need not wait for them.
 
@@ -35,8 +36,9 @@ use copy::Known;
 const LARGE: usize = 8 << 20;
 /// More rows of activations keep the processor busy with the products themselves.
 const MOST_ROWS: usize = 64;
-/// How many of the greatest results, at least, are computed in float32 where the sum of all counts.
-const FOR_THE_SUM: usize = 256;
+/// How many of the greatest results, at least, are computed in full where the sum of all counts: of a matrix in float32, and of one in
+/// few bits, whose own errors are greater.
+const FOR_THE_SUM: [usize; 2] = [256, 64];
 /// Results that are looked at together.
 const CHUNK: usize = 32;
 /// Rows that are computed in full together, where one of them may be among the greatest.
@@ -72,8 +74,10 @@ enum Pass {
     Blunt,
     /// With 8 bits, a copy if the matrix is in float32, or with the few bits it has, and activations of 6, which halves the work.
     Rough,
-    /// With the same and activations of 16 bits, where the sum counts.
+    /// With a copy in 8 bits and activations of 16, where the sum counts.
     Sum,
+    /// With the few bits it has and activations of 8, where the sum counts.
+    RoughSum,
 }
 
 /// What a first pass reads.
@@ -91,7 +95,10 @@ impl Pass {
         let is_few = rows == 1 && count <= FEW_RESULTS;
         match w {
             Table::Float(_) if sum => &[Pass::Sum],
-            Table::Packed(_) if sum => &[],
+            Table::Packed(w) if sum => match rough::takes(w) && rough::in_8_bits(w) {
+                true => &[Pass::RoughSum],
+                false => &[],
+            },
             Table::Float(_) if is_few => &[Pass::Blunt, Pass::Rough],
             Table::Packed(w) if is_few && w.bits > 4 => match rough::takes(w) {
                 true => &[Pass::Blunt, Pass::Rough],
@@ -105,7 +112,7 @@ impl Pass {
     fn reads(self) -> Reads {
         match self {
             Pass::Blunt => Reads::FourBits,
-            Pass::Rough | Pass::Sum => Reads::EightBits,
+            Pass::Rough | Pass::Sum | Pass::RoughSum => Reads::EightBits,
         }
     }
 }
@@ -164,7 +171,8 @@ impl Copies {
         spread: Spread,
     ) -> ort::Result<bool> {
         let Wanted::Best { count, sum } = wanted else { return Ok(false) };
-        let count = if sum { count.max(FOR_THE_SUM) } else { count };
+        let for_the_sum = FOR_THE_SUM[usize::from(matches!(w, Table::Packed(_)))];
+        let count = if sum { count.max(for_the_sum) } else { count };
         // Bounds are looked at by chunks: there have to be as many as results that are wanted.
         if n != self.rows || n * k < LARGE || rows > MOST_ROWS || count.max(TRIED) > n / CHUNK {
             return Ok(false);
@@ -258,13 +266,19 @@ impl Known {
             rough.round(x, weights);
         }
         let (activations, rough) = (&*activations, &*rough);
-        // Errors of either sign raise the sum of exponentials, by e^(σ²/2): of a row's error each number is met by one of x, so
-        // that σ² is the product of their lengths' squares, divided by k.
-        let shifts: Vec<f32> = match pass {
-            Pass::Sum => x.chunks_exact(k).map(|x| factor * square(x) / (2 * k) as f32).collect(),
-            _ => Vec::new(),
+        // Errors of either sign raise the sum of exponentials, by e^(σ²/2): each number of one is met by one of the other operand,
+        // so that σ² is the product of their lengths' squares, divided by k.
+        let shift = |square: f32| factor * square / (2 * k) as f32;
+        let (shifts, (met, longest)): (Vec<f32>, (&[f32], f32)) = match (pass, &self.copy) {
+            (Pass::Sum, Some(copy)) => {
+                (x.chunks_exact(k).map(|x| shift(square(x))).collect(), (&copy.errors, copy.largest_error))
+            }
+            (Pass::RoughSum, _) => {
+                let shifts = rough.errors().iter().map(|error| shift(error * error));
+                (shifts.collect(), (&self.lengths, self.largest_length))
+            }
+            _ => (Vec::new(), (&[], 0.0)),
         };
-        let largest_error = self.copy.as_ref().map_or(0.0, |copy| copy.largest_error);
         // How far the lengths of the errors and those of the rows themselves move a result.
         let slack: Vec<[f32; 2]> = (x.chunks_exact(k).enumerate())
             .map(|(row, x)| {
@@ -276,9 +290,12 @@ impl Known {
                     (_, Some(_)) => rough.errors()[row] + in_16_bits,
                     (_, None) => rough.errors()[row],
                 };
-                let shifted = shifts.get(row).map_or(0.0, |shift| shift * largest_error);
-                let of_weights = if self.copy.is_some() { (length + error) * 1.0001 + shifted } else { 0.0 };
-                [of_weights, error * 1.01 + length * ROUNDING]
+                // What the shift takes off.
+                let shifted = shifts.get(row).map_or(0.0, |shift| shift * longest);
+                match self.copy {
+                    Some(_) => [(length + error) * 1.0001 + shifted, error * 1.01 + length * ROUNDING],
+                    None => [0.0, error * 1.01 + length * ROUNDING + shifted],
+                }
             })
             .collect();
 
@@ -303,10 +320,8 @@ impl Known {
                 for (row, slack) in slack.iter().enumerate() {
                     let results = found.of(row * n + columns.start..row * n + columns.end);
                     let here = row * chunks + columns.start / CHUNK..row * chunks + columns.end.div_ceil(CHUNK);
-                    self.bounds(columns.start, results, *slack, [of_least.of(here.clone()), of_most.of(here)]);
-                    if let (Some(shift), Some(copy)) = (shifts.get(row), &self.copy) {
-                        shift_down(results, *shift, &copy.errors[columns.clone()]);
-                    }
+                    let lengths = shifts.get(row).map(|shift| (*shift, &met[columns.clone()]));
+                    self.bounds(columns.start, results, *slack, lengths, [of_least.of(here.clone()), of_most.of(here)]);
                 }
             }
         })?;
@@ -382,23 +397,27 @@ impl Known {
         Ok(true)
     }
 
-    /// The greatest lower and the greatest upper bound among each [`CHUNK`] of results, the latter NaN if one of these is.
+    /// A lower bound of the greatest of each [`CHUNK`] of results, and an upper one of all of them, NaN if one of these is; results are
+    /// moved down thereafter by so many times the squares of these lengths.
     #[target_feature(enable = "avx2,fma")]
-    fn bounds(&self, first: usize, results: &[f32], slack: [f32; 2], [least, most]: [&mut [f32]; 2]) {
-        for (at, results) in results.chunks(CHUNK).enumerate() {
-            let [lower, upper] =
-                [-1.0, 1.0].map(|sign| self.moves(first + at * CHUNK, results, slack.map(|slack| sign * slack)));
-            let mut greatest = [[f32::NEG_INFINITY; 8]; 2];
-            let mut unknown = [0.0; 8];
-            for (lower, upper) in lower.as_chunks::<8>().0.iter().zip(upper.as_chunks::<8>().0) {
-                for lane in 0..8 {
-                    greatest[0][lane] = greatest[0][lane].max(lower[lane]);
-                    greatest[1][lane] = greatest[1][lane].max(upper[lane]);
-                    unknown[lane] = if upper[lane].is_nan() { f32::NAN } else { unknown[lane] };
+    fn bounds(
+        &self,
+        first: usize,
+        results: &mut [f32],
+        slack: [f32; 2],
+        shift: Option<(f32, &[f32])>,
+        [least, most]: [&mut [f32]; 2],
+    ) {
+        for (at, results) in results.chunks_mut(CHUNK).enumerate() {
+            let [error, length] = self.longest_of_chunks[first / CHUNK + at];
+            let off = slack[0] * error + slack[1] * length;
+            let greatest = greatest_of(results);
+            [least[at], most[at]] = [greatest - off, greatest + off];
+            if let Some((shift, lengths)) = shift {
+                for (result, length) in results.iter_mut().zip(&lengths[at * CHUNK..]) {
+                    *result -= shift * length * length;
                 }
             }
-            [least[at], most[at]] = greatest.map(|lanes| lanes.into_iter().fold(f32::NEG_INFINITY, f32::max));
-            most[at] += unknown.into_iter().sum::<f32>();
         }
     }
 
@@ -453,12 +472,29 @@ fn square(x: &[f32]) -> f32 {
     x.iter().map(|x| x * x).sum()
 }
 
-/// Takes off each result so many times the square of its row's error.
+/// The greatest of at most [`CHUNK`] numbers, NaN if one of these is.
+#[inline]
 #[target_feature(enable = "avx2,fma")]
-fn shift_down(results: &mut [f32], shift: f32, errors: &[f32]) {
-    for (result, error) in results.iter_mut().zip(errors) {
-        *result -= shift * error * error;
+fn greatest_of(results: &[f32]) -> f32 {
+    let mut greatest = f32::NEG_INFINITY;
+    if let Ok(results) = <&[f32; CHUNK]>::try_from(results) {
+        // SAFETY: eight numbers each.
+        unsafe {
+            let [a, b, c, d] = [0, 8, 16, 24].map(|at| _mm256_loadu_ps(results.as_ptr().add(at)));
+            // Of two the second where one is NaN, which the sum is then too.
+            let sums = _mm256_add_ps(_mm256_add_ps(a, b), _mm256_add_ps(c, d));
+            if _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_UNORD_Q>(sums, sums)) == 0 {
+                let most = _mm256_max_ps(_mm256_max_ps(a, b), _mm256_max_ps(c, d));
+                let most = _mm_max_ps(_mm256_castps256_ps128(most), _mm256_extractf128_ps::<1>(most));
+                let most = _mm_max_ps(most, _mm_movehl_ps(most, most));
+                return _mm_cvtss_f32(_mm_max_ss(most, _mm_movehdup_ps(most)));
+            }
+        }
     }
+    for &result in results {
+        greatest = if result.is_nan() || greatest.is_nan() { f32::NAN } else { greatest.max(result) };
+    }
+    greatest
 }
 
 /// The product as it should be.
@@ -574,28 +610,52 @@ mod tests {
             return;
         }
         // Logits of about 1, and errors of about a hundredth, of either sign.
-        let (rows, n, k, factor) = (48, 70_000, 128, 30.0);
+        let (rows, n, k, factor) = (48, 70_000, 128, 30.0_f32);
         let bell = |count: usize, seed: u32| -> Vec<f32> {
             noise(4 * count, seed).chunks_exact(4).map(|four| four.iter().sum()).collect()
         };
         let (x, w) = (bell(rows * k, 7).iter().map(|x| x * 0.02).collect::<Vec<f32>>(), bell(n * k, 11));
-        let (copies, mut room) = (Copies::new(n, factor), Room::default());
-        let mut y = vec![f32::NAN; rows * n];
-        for expected in [false, true] {
-            let (wanted, operands) = (Wanted::Best { count: 8, sum: true }, (&x[..], Table::Float(&w), &mut y[..]));
-            // SAFETY: the features are there, and there is one thread.
-            let done = unsafe { copies.multiply(wanted, &mut room, operands, [rows, n, k], &alone) };
-            assert_eq!(done.ok(), Some(expected));
+        let codes: Vec<u8> = w.iter().map(|w| (w * 31.0 + 128.5) as u8).collect();
+        let scales = vec![1.0 / 31.0; n];
+        let packed = Weights { numbers: &codes, scales: &scales, zero_points: None, k, bits: 8, block_size: k };
+        for table in [Table::Float(&w), Table::Packed(&packed)] {
+            let is_taken = !Pass::of(table, rows, FOR_THE_SUM[1], true).is_empty();
+            let (copies, mut room) = (Copies::new(n, factor), Room::default());
+            let mut y = vec![f32::NAN; rows * n];
+            for is_known in [false, true] {
+                let (wanted, operands) = (Wanted::Best { count: 8, sum: true }, (&x[..], table, &mut y[..]));
+                // SAFETY: the features are there, and there is one thread.
+                let done = unsafe { copies.multiply(wanted, &mut room, operands, [rows, n, k], &alone) };
+                assert_eq!(done.ok(), Some(is_known && is_taken));
+            }
+            if !is_taken {
+                continue;
+            }
+            let mut plain = vec![0.0; rows * n];
+            // SAFETY: as above.
+            match table {
+                Table::Float(w) => unsafe {
+                    float::multiply(&float::Product::new(&x, w, &mut plain, [rows, n, k]), [0..rows, 0..n])
+                },
+                Table::Packed(w) => {
+                    let mut activations = Activations::default();
+                    activations.prepare(rows, w, Purpose::Whole);
+                    for (row, x) in x.chunks_exact(k).enumerate() {
+                        // SAFETY: room was made, and there is one thread.
+                        unsafe { activations.target().round(row, x, w) };
+                    }
+                    let output = Output::new(&mut plain, rows, n);
+                    // SAFETY: there is one thread.
+                    unsafe { product::multiply(&activations, w, None, (0..rows, Columns::All(0..n)), &output) };
+                }
+            }
+            let log_sum = |results: &[f32]| results.iter().map(|&x| f64::from(x * factor).exp()).sum::<f64>().ln();
+            let apart = plain.chunks(n).zip(y.chunks(n)).map(|(plain, y)| log_sum(y) - log_sum(plain));
+            let apart = apart.sum::<f64>() / rows as f64;
+            let squares = plain.iter().zip(&y).map(|(a, b)| f64::from(factor * (a - b)).powi(2)).sum::<f64>();
+            let raised = squares / (rows * n) as f64 / 2.0;
+            assert!(apart.abs() < raised / 2.0, "{apart:e}, where errors alone would make {raised:e}");
         }
-        let mut plain = vec![0.0; rows * n];
-        // SAFETY: as above.
-        unsafe { float::multiply(&float::Product::new(&x, &w, &mut plain, [rows, n, k]), [0..rows, 0..n]) };
-        let log_sum = |results: &[f32]| results.iter().map(|&x| f64::from(x * factor).exp()).sum::<f64>().ln();
-        let apart =
-            plain.chunks(n).zip(y.chunks(n)).map(|(plain, y)| log_sum(y) - log_sum(plain)).sum::<f64>() / rows as f64;
-        let squares = plain.iter().zip(&y).map(|(a, b)| f64::from(factor * (a - b)).powi(2)).sum::<f64>();
-        let raised = squares / (rows * n) as f64 / 2.0;
-        assert!(apart.abs() < raised / 2.0, "{apart:e}, where errors alone would make {raised:e}");
     }
 
     #[test]

@@ -125,14 +125,13 @@ unsafe fn in_tiles<S: Sixteen, const MOST: usize>(
         let to = &mut to[(first - queries.start) * dim..];
         // SAFETY: the caller's.
         first += unsafe {
-            match (queries.end - first).min(MOST) {
-                1 => tile::<S, 1>(head, visible, first, room, to),
-                2 => tile::<S, 2>(head, visible, first, room, to),
-                3 => tile::<S, 3>(head, visible, first, room, to),
-                4 => tile::<S, 4>(head, visible, first, room, to),
-                5 => tile::<S, 5>(head, visible, first, room, to),
-                WIDE_TILE => tile::<S, WIDE_TILE>(head, visible, first, room, to),
-                _ => tile::<S, TILE>(head, visible, first, room, to),
+            // Each number is one more variant of all that is compiled for it: any processor has two.
+            match queries.end - first {
+                WIDE_TILE.. if MOST == WIDE_TILE => tile::<S, WIDE_TILE>(head, visible, first, room, to),
+                TILE.. => tile::<S, TILE>(head, visible, first, room, to),
+                4.. if S::HAS_AVX2 => tile::<S, 4>(head, visible, first, room, to),
+                2.. if S::HAS_AVX2 => tile::<S, 2>(head, visible, first, room, to),
+                _ => tile::<S, 1>(head, visible, first, room, to),
             }
         };
     }
@@ -170,17 +169,23 @@ unsafe fn tile<S: Sixteen, const R: usize>(
             // Whole panels; what they have besides is hidden below.
             start = start / WIDE * WIDE;
             let panels = start / WIDE..end.div_ceil(WIDE);
-            scores.resize(R * panels.len() * WIDE, 0.0);
+            scores.resize(R * pitch(panels.len() * WIDE), 0.0);
             let panels = &turned[panels.start * WIDE * dim..panels.end * WIDE * dim];
             // SAFETY: the caller's.
-            unsafe { scores_of_panels::<S, R>(queries, panels, dim, scores) };
+            unsafe {
+                let done = match S::REGISTERS {
+                    WIDE.. => scores_of_panels::<S, R, 2>(queries, panels, dim, 0, scores),
+                    _ => 0,
+                };
+                scores_of_panels::<S, R, 1>(queries, panels, dim, done, scores);
+            }
             panels.len() / dim
         }
         None => {
             let count = end - start;
-            scores.resize(R * count, 0.0);
+            scores.resize(R * pitch(count), 0.0);
             for (at, keys) in head.keys[start * dim..end * dim].chunks(8 * dim).enumerate() {
-                for (query, scores) in queries.chunks_exact(dim).zip(scores.chunks_exact_mut(count)) {
+                for (query, scores) in queries.chunks_exact(dim).zip(scores.chunks_exact_mut(pitch(count))) {
                     dots::<S>(query, keys, &mut scores[8 * at..count.min(8 * at + 8)]);
                 }
             }
@@ -188,7 +193,8 @@ unsafe fn tile<S: Sixteen, const R: usize>(
         }
     };
     let mut sums = [0.0_f32; R];
-    for (at, scores) in scores.chunks_exact_mut(count).enumerate() {
+    for (at, scores) in scores.chunks_exact_mut(pitch(count)).enumerate() {
+        let scores = &mut scores[..count];
         if let Some(cap) = head.cap {
             // SAFETY: the caller's.
             unsafe { softcap::<S>(scores, cap) };
@@ -210,14 +216,14 @@ unsafe fn tile<S: Sixteen, const R: usize>(
     // As many numbers of a value at a time as there are registers for.
     let mut of_rows: [&[f32]; R] = [&[]; R];
     for (row, of_row) in of_rows.iter_mut().enumerate() {
-        *of_row = &scores[row * count..][..end - start];
+        *of_row = &scores[row * pitch(count)..][..end - start];
     }
     let scores = of_rows;
     // SAFETY: the caller's.
     let from = unsafe {
-        let from = match R {
-            1 => sums_of_values::<S, R, 4>(scores, values, dim, 0, to),
-            2 | 3 => sums_of_values::<S, R, 2>(scores, values, dim, 0, to),
+        let from = match (R, S::REGISTERS) {
+            (1, _) => sums_of_values::<S, R, 4>(scores, values, dim, 0, to),
+            (2 | 3, _) | (_, WIDE..) => sums_of_values::<S, R, 2>(scores, values, dim, 0, to),
             _ => 0,
         };
         sums_of_values::<S, R, 1>(scores, values, dim, from, to)
@@ -238,6 +244,12 @@ unsafe fn tile<S: Sixteen, const R: usize>(
         }
     }
     R
+}
+
+/// Numbers from a query's scores to the next one's: so many more than there are scores that queries side by side do not meet in the same
+/// lines of the first cache, as they would where scores are a power of two.
+fn pitch(count: usize) -> usize {
+    count + WIDE
 }
 
 /// The mean of the values `[keys, dim]`.
@@ -298,36 +310,49 @@ unsafe fn sums_of_values<S: Sixteen, const R: usize, const V: usize>(
     from
 }
 
-/// The scores of the queries `[R, dim]` with `panels [panels, dim, WIDE]` of keys, as `[R, panels · WIDE]`.
+/// The scores of the queries `[R, dim]` with `panels [panels, dim, WIDE]` of keys, [`pitch`] apart: those with `P` panels at a time from
+/// the panel `first` on. Returns where fewer are left.
 ///
 /// # Safety
 /// The processor is of the level of `S`.
 #[inline(always)]
 #[expect(clippy::needless_range_loop, reason = "as above")]
-unsafe fn scores_of_panels<S: Sixteen, const R: usize>(
+unsafe fn scores_of_panels<S: Sixteen, const R: usize, const P: usize>(
     queries: &[f32],
     panels: &[f32],
     dim: usize,
+    mut first: usize,
     scores: &mut [f32],
-) {
-    let count = panels.len() / dim;
-    assert!(queries.len() == R * dim && scores.len() == R * count && count.is_multiple_of(WIDE), "sizes of scores");
-    for (panel, keys) in panels.chunks_exact(dim * WIDE).enumerate() {
-        // SAFETY: within the queries, the panel and the scores.
+) -> usize {
+    let (count, all) = (panels.len() / dim, panels.len() / dim / WIDE);
+    let pitch = pitch(count);
+    assert!(queries.len() == R * dim && scores.len() == R * pitch && count.is_multiple_of(WIDE), "sizes of scores");
+    while first + P <= all {
+        // SAFETY: within the queries, the panels and the scores.
         unsafe {
-            let mut totals = [S::splat(0.0); R];
+            let mut totals = [[S::splat(0.0); P]; R];
+            let keys = panels.as_ptr().add(first * dim * WIDE);
             for at in 0..dim {
-                let keys = S::load(keys.as_ptr().add(at * WIDE));
+                let mut here = [S::splat(0.0); P];
+                for panel in 0..P {
+                    here[panel] = S::load(keys.add((panel * dim + at) * WIDE));
+                }
                 for row in 0..R {
                     let query = S::splat(*queries.as_ptr().add(row * dim + at));
-                    totals[row] = query.fused(keys, totals[row]);
+                    for panel in 0..P {
+                        totals[row][panel] = query.fused(here[panel], totals[row][panel]);
+                    }
                 }
             }
             for row in 0..R {
-                totals[row].store(scores.as_mut_ptr().add(row * count + panel * WIDE));
+                for panel in 0..P {
+                    totals[row][panel].store(scores.as_mut_ptr().add(row * pitch + (first + panel) * WIDE));
+                }
             }
         }
+        first += P;
     }
+    first
 }
 
 #[cfg(test)]

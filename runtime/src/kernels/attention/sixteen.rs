@@ -8,6 +8,8 @@
 pub trait Sixteen: Copy {
     /// Whether the processor has AVX2 and FMA.
     const HAS_AVX2: bool;
+    /// How many sixteens there are registers for.
+    const REGISTERS: usize;
 
     /// # Safety
     /// There are sixteen numbers, and the processor is of the level.
@@ -70,6 +72,7 @@ impl Plain {
 
 impl Sixteen for Plain {
     const HAS_AVX2: bool = false;
+    const REGISTERS: usize = 4;
 
     #[inline(always)]
     unsafe fn load(from: *const f32) -> Plain {
@@ -155,6 +158,7 @@ mod registers {
 
     impl Sixteen for Avx2 {
         const HAS_AVX2: bool = true;
+        const REGISTERS: usize = 8;
 
         #[inline(always)]
         unsafe fn load(from: *const f32) -> Avx2 {
@@ -235,6 +239,7 @@ mod registers {
 
     impl Sixteen for Avx512 {
         const HAS_AVX2: bool = true;
+        const REGISTERS: usize = 32;
 
         #[inline(always)]
         unsafe fn load(from: *const f32) -> Avx512 {

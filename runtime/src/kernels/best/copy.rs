@@ -4,7 +4,7 @@ use std::sync::atomic::AtomicU32;
 
 use memmap2::MmapMut;
 
-use super::{Reads, Spread, Table, share};
+use super::{CHUNK, Reads, Spread, Table, share};
 use crate::kernels::Parts;
 use crate::kernels::product::Weights;
 
@@ -17,6 +17,9 @@ const SHIFT: f32 = 12_582_912.0;
 pub(super) struct Known {
     /// `[n]`: the Euclidean lengths of the rows.
     pub lengths: Vec<f32>,
+    pub largest_length: f32,
+    /// The greatest lengths among each [`CHUNK`] of rows: of their errors, or of themselves where there is no copy, and of themselves.
+    pub longest_of_chunks: Vec<[f32; 2]>,
     /// None if the first pass reads the matrix itself.
     pub copy: Option<Copy>,
     /// How often, lately, this has told too little.
@@ -97,10 +100,14 @@ impl Known {
                 }
             }
         })?;
+        let largest = |lengths: &[f32]| lengths.iter().copied().fold(0.0, f32::max);
         if let Some(copy) = &mut copy {
-            copy.largest_error = copy.errors.iter().copied().fold(0.0, f32::max);
+            copy.largest_error = largest(&copy.errors);
         }
-        Ok(Known { lengths, copy, blunt: AtomicU32::new(0) })
+        let errors = copy.as_ref().map_or(&lengths, |copy| &copy.errors);
+        let chunks = errors.chunks(CHUNK).zip(lengths.chunks(CHUNK));
+        let longest_of_chunks = chunks.map(|(errors, lengths)| [largest(errors), largest(lengths)]).collect();
+        Ok(Known { largest_length: largest(&lengths), longest_of_chunks, lengths, copy, blunt: AtomicU32::new(0) })
     }
 }
 

@@ -73,17 +73,28 @@ impl<'c> To<'c> {
     }
 }
 
+/// How many rows are computed together where so many are left: each number is one more variant of all that is compiled for it.
+pub fn at_a_time(rows: usize) -> usize {
+    match rows {
+        4.. => 4,
+        2 | 3 => 2,
+        _ => 1,
+    }
+}
+
 /// The columns at some places.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
 fn of_some<const BITS: usize, const SPAN: usize>(product: &Product, rows: Range<usize>, places: Range<usize>, to: &To) {
-    for row in rows.clone().step_by(4) {
-        match rows.end - row {
+    let mut row = rows.start;
+    while row < rows.end {
+        let together = at_a_time(rows.end - row);
+        match together {
             1 => of_rows::<BITS, SPAN, 1, 8>(product, row, places.clone(), to),
             2 => of_rows::<BITS, SPAN, 2, 4>(product, row, places.clone(), to),
-            3 => of_rows::<BITS, SPAN, 3, 2>(product, row, places.clone(), to),
             _ => of_rows::<BITS, SPAN, 4, 2>(product, row, places.clone(), to),
         }
+        row += together;
     }
 }
 

@@ -11,7 +11,7 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::avx2::{AHEAD, SUMS, across, fetch, two_scales};
+use super::avx2::{AHEAD, SUMS, across, at_a_time, fetch, two_scales};
 use super::{Columns, Output, SHIFT, Weights, vnni};
 use crate::kernels::aligned::Aligned;
 use crate::kernels::processor::{Level, level};
@@ -46,6 +46,11 @@ pub fn takes(w: &Weights) -> bool {
     let fits = matches!((w.bits, w.block_size), (8, 64 | 128) | (4, 32 | 64 | 128))
         && (w.blocks() * w.block_size).is_multiple_of(w.span());
     level() == Level::Vnni || w.zero_points.is_none() && fits
+}
+
+/// Whether activations are rounded to 8 bits for these, not to 6.
+pub fn in_8_bits(w: &Weights) -> bool {
+    level() == Level::Vnni || w.bits == 4
 }
 
 impl Rough {
@@ -126,13 +131,15 @@ pub unsafe fn multiply(x: &Rough, w: &Weights, columns: Range<usize>, y: &Output
 fn of_size<const BITS: usize, const SIZE: usize>(x: &Rough, w: &Weights, columns: Range<usize>, y: &Output) {
     for first in columns.clone().step_by(NEAR) {
         let columns = first..columns.end.min(first + NEAR);
-        for row in (0..y.rows).step_by(4) {
-            match y.rows - row {
+        let mut row = 0;
+        while row < y.rows {
+            let together = at_a_time(y.rows - row);
+            match together {
                 1 => of_rows::<BITS, SIZE, 1, 8>(x, w, row, columns.clone(), y),
                 2 => of_rows::<BITS, SIZE, 2, 4>(x, w, row, columns.clone(), y),
-                3 => of_rows::<BITS, SIZE, 3, 2>(x, w, row, columns.clone(), y),
                 _ => of_rows::<BITS, SIZE, 4, 2>(x, w, row, columns.clone(), y),
             }
+            row += together;
         }
     }
 }

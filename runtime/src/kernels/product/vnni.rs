@@ -239,6 +239,8 @@ impl Target {
         // Anything times zero is zero, but for what is not finite.
         let mut finite = _mm512_setzero_ps();
         let mut lost = _mm512_setzero_ps();
+        // The products of the row with itself, and with what it is rounded to.
+        let (mut square, mut met) = (_mm512_setzero_ps(), _mm512_setzero_ps());
         for at_span in 0..spans {
             let end = (at_span + 1) * span;
             let mut largest = _mm512_setzero_ps();
@@ -266,6 +268,10 @@ impl Target {
                 let whole = _mm512_maskz_cvtps_epi32(within, scaled);
                 let off = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(whole), _mm512_set1_ps(of_one), x);
                 lost = _mm512_fmadd_ps(off, off, lost);
+                if PLANES == 1 {
+                    square = _mm512_fmadd_ps(x, x, square);
+                    met = _mm512_fmadd_ps(x, _mm512_sub_ps(x, off), met);
+                }
                 of_block = _mm512_add_epi32(of_block, whole);
                 // SAFETY: sixteen numbers of a span, in the order for the weights.
                 unsafe {
@@ -296,7 +302,24 @@ impl Target {
                 }
             }
         }
-        *error = _mm512_reduce_add_ps(lost).sqrt() * 1.001;
+        let lost = _mm512_reduce_add_ps(lost).sqrt() * 1.001;
+        // 8 bits are few enough for a row to come out longer or shorter along itself, which moves all great products the same way,
+        // and the sum of their exponentials with them: its scales make up for that.
+        let (square, met) = (_mm512_reduce_add_ps(square), _mm512_reduce_add_ps(met));
+        let longer = if PLANES == 1 && met > 0.0 { square / met } else { 1.0 };
+        let longer = if (0.9..1.1).contains(&longer) { longer } else { 1.0 };
+        *error = lost + (longer - 1.0).abs() * square.sqrt() * 1.1;
+        if longer != 1.0 {
+            // SAFETY: one for each span and block.
+            unsafe {
+                for at_span in 0..spans {
+                    *self.scales.add(first_span + at_span * next_span) *= longer;
+                }
+                for block in 0..blocks {
+                    *self.sums.add(first_block + block * next_block) *= longer;
+                }
+            }
+        }
         // As in float32, where all products of such a row are NaN.
         if _mm512_reduce_add_ps(finite) != 0.0 {
             for at_span in 0..spans {

@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::super::Columns;
-use super::super::avx2::{SUMS, To, across};
+use super::super::avx2::{SUMS, To, across, at_a_time};
 use super::{Product, step};
 use crate::kernels::avx512::mask;
 
@@ -25,13 +25,15 @@ fn of_some<const BITS: usize, const SPAN: usize, const PLANES: usize>(
     places: Range<usize>,
     to: &To,
 ) {
-    for row in product.rows.clone().step_by(4) {
-        match product.rows.end - row {
+    let mut row = product.rows.start;
+    while row < product.rows.end {
+        let together = at_a_time(product.rows.end - row);
+        match together {
             1 => of_rows::<BITS, SPAN, PLANES, 1, 8>(product, row, places.clone(), to),
             2 => of_rows::<BITS, SPAN, PLANES, 2, 4>(product, row, places.clone(), to),
-            3 => of_rows::<BITS, SPAN, PLANES, 3, 2>(product, row, places.clone(), to),
             _ => of_rows::<BITS, SPAN, PLANES, 4, 2>(product, row, places.clone(), to),
         }
+        row += together;
     }
 }
 
