@@ -74,6 +74,7 @@ impl<'c> To<'c> {
 }
 
 /// How many rows are computed together where so many are left: each number is one more variant of all that is compiled for it.
+#[inline(always)]
 pub fn at_a_time(rows: usize) -> usize {
     match rows {
         4.. => 4,
@@ -99,7 +100,7 @@ fn of_some<const BITS: usize, const SPAN: usize>(product: &Product, rows: Range<
 }
 
 /// `R` rows, `C` columns at a time.
-#[inline]
+#[inline(never)]
 #[target_feature(enable = "avx2,fma")]
 fn of_rows<const BITS: usize, const SPAN: usize, const R: usize, const C: usize>(
     product: &Product,

@@ -38,7 +38,7 @@ fn of_some<const BITS: usize, const SPAN: usize, const PLANES: usize>(
 }
 
 /// `R` rows, `C` columns at a time.
-#[inline]
+#[inline(never)]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn of_rows<const BITS: usize, const SPAN: usize, const PLANES: usize, const R: usize, const C: usize>(
     product: &Product,
@@ -68,7 +68,7 @@ fn tile<const BITS: usize, const SPAN: usize, const PLANES: usize, const R: usiz
     let (span, step, size) = (SPAN, const { step(BITS) }, w.block_size);
     let (blocks, bytes, stride) = (w.blocks(), w.blocks() * w.block_bytes(), x.layout.stride);
     assert!(span == x.layout.span() && w.bits == BITS, "a span of {span} numbers of {BITS} bits");
-    let spans = stride / span;
+    let (spans, in_span) = (stride / span, span / size);
     // Everything below stays within these.
     let (mut columns, mut last) = ([0; C], 0);
     for (at, column) in columns.iter_mut().enumerate() {
@@ -133,8 +133,8 @@ fn tile<const BITS: usize, const SPAN: usize, const PLANES: usize, const R: usiz
                         }
                     }
                 }
-                let block = at_span * span / size;
-                let scale = lanes(of_column.wrapping_add(block), span / size, blocks.saturating_sub(block));
+                let block = at_span * in_span;
+                let scale = lanes(of_column.wrapping_add(block), in_span, blocks.saturating_sub(block));
                 for at_row in 0..R {
                     let sum = match PLANES {
                         2 => _mm512_add_epi32(low[at_row], _mm512_slli_epi32::<8>(high[at_row])),
