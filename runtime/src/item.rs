@@ -13,7 +13,7 @@ use crate::error::Error;
 use crate::logprobs::Trace;
 use crate::model::{Model, Said};
 use crate::options::{GenerationOptions, OptionError};
-use crate::scores::{Kept, Processors, Wanted};
+use crate::scores::{Kept, Processors, Summarised, Wanted};
 use crate::search::{Hypothesis, Progress, Search};
 use crate::speculation::Lookup;
 use crate::stop::Stops;
@@ -165,8 +165,9 @@ impl Item {
 
     /// Takes what a step says of its rows, or of the first of equal ones, and tells whether its targets are finished.
     pub fn take(&mut self, model: &Model, said: Said, step: usize) -> Result<bool, Error> {
-        let Said { scores, attended, tokens, .. } = said;
-        if !self.options.remove_invalid_values && !all_finite(scores) {
+        let Said { scores, mut known, attended, tokens, .. } = said;
+        let is_finite = || known.map_or_else(|| all_finite(scores), Summarised::are_finite);
+        if !self.options.remove_invalid_values && !is_finite() {
             return Err(Error::NotFinite { row: self.row, step, dtype: model.manifest().dtype });
         }
         let width = self.search.width();
@@ -175,11 +176,11 @@ impl Item {
         let mut scores = scores;
         if let Some(kept) = &self.spread {
             whole = kept.spread(scores, model.config().decoder.vocab_size);
-            scores = &mut whole;
+            (scores, known) = (&mut whole, None);
         }
         if rows < width {
             widened = scores.repeat(width);
-            scores = &mut widened;
+            (scores, known) = (&mut widened, None);
         }
         if let Some(attending) = &mut self.attending {
             attending.step(attended, rows, width);
@@ -187,7 +188,7 @@ impl Item {
         let is_over = self.stops.is_over();
         let unprocessed = self.trace.is_some().then(|| scores.to_vec());
         let progress = loop {
-            let mut candidates = self.processors.candidates(scores, &self.search);
+            let mut candidates = self.processors.candidates_of(scores, known, &self.search);
             let mut ends = self.stops.of(&candidates, &self.search, is_over, || model.tokenizer())?;
             if let Some(walk) = &self.walk {
                 walk.take(&mut candidates, &mut ends, &self.search)?;

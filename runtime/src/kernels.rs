@@ -11,7 +11,7 @@
 //!
 //! `TransposeMatMul`: ONNX Runtime's either packs the weights once, which costs the start and a second copy, or at every product,
 //! which costs several beams twice the time of one. Of the head of a vocabulary mostly the greatest results alone matter:
-//! see [`best`].
+//! see [`best`]; and what the search needs to know of all logits comes of the pass that gives them their soft-cap: see [`tanh`].
 
 mod aligned;
 mod attention;
@@ -21,8 +21,11 @@ mod avx512;
 mod best;
 #[cfg(target_arch = "x86_64")]
 mod float;
+mod functions;
 mod processor;
 mod product;
+mod sixteen;
+mod tanh;
 #[cfg(feature = "timed")]
 mod timed;
 
@@ -33,7 +36,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use ort::operator::{ComputeContext, Kernel, KernelContext, Operator, OperatorDomain, OperatorInput, OperatorOutput};
 use ort::value::TensorElementType;
 
-use crate::scores::Wanted;
+use crate::scores::{Summary, Wanted};
 pub use processor::instructions;
 use product::{Activations, Columns, Purpose, Weights};
 #[cfg(feature = "timed")]
@@ -52,16 +55,17 @@ pub(crate) enum Side {
 /// The kernels of a session: what they have in common with those of the model's other sessions, and what is wanted of them.
 pub(crate) struct Kernels {
     wish: Arc<Wish>,
+    told: Arc<tanh::Told>,
     #[cfg(target_arch = "x86_64")]
     copies: Arc<best::Copies>,
 }
 
 impl Kernels {
     /// Those for a model whose head has so many rows, and whose logits have this soft-cap.
-    #[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables))]
     pub fn new(vocab_size: usize, cap: Option<f64>) -> Kernels {
         Kernels {
             wish: Arc::default(),
+            told: Arc::new(tanh::Told::new(vocab_size, cap)),
             #[cfg(target_arch = "x86_64")]
             copies: Arc::new(best::Copies::new(vocab_size, cap.map_or(1.0, |cap| cap as f32))),
         }
@@ -71,6 +75,7 @@ impl Kernels {
     pub fn beside(&self) -> Kernels {
         Kernels {
             wish: Arc::default(),
+            told: Arc::new(self.told.beside()),
             #[cfg(target_arch = "x86_64")]
             copies: self.copies.clone(),
         }
@@ -79,6 +84,13 @@ impl Kernels {
     /// Says what is wanted of the results of the head, before a run, by who has the session to itself.
     pub fn want(&self, wanted: Wanted) {
         self.wish.set(wanted);
+        self.told.take();
+    }
+
+    /// What was found of the logits of the last run, row after row of whatever positions there are; nothing if no kernel here has made
+    /// them.
+    pub fn summary(&self) -> Option<Summary> {
+        self.told.take()
     }
 
     #[cfg(target_arch = "x86_64")]
@@ -88,7 +100,10 @@ impl Kernels {
 
     /// The operators to give to the session of this side.
     pub fn operators(&self, side: Side) -> ort::Result<Vec<OperatorDomain>> {
-        let standard = OperatorDomain::new("")?.add(attention::Attention)?;
+        let mut standard = OperatorDomain::new("")?.add(attention::Attention)?;
+        if side == Side::Decoder && tanh::is_fast() {
+            standard = standard.add(tanh::Tanh { told: self.told.clone() })?;
+        }
         Ok(vec![standard, self.of_onnxruntime(side)?])
     }
 

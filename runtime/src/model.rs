@@ -35,7 +35,7 @@ use crate::onnxruntime;
 use crate::options::{GenerationOptions, OptionError};
 use crate::provider::{self, Elsewhere, Placement, Provider, no_graphs};
 use crate::score;
-use crate::scores::{Kept, Wanted};
+use crate::scores::{Kept, Summarised, Summary, Wanted};
 use crate::search::{Hypothesis, Search};
 use crate::state::{Cache, Device, First, Plan, Pool, Ragged, Returned, State};
 use crate::tokenizer::Tokenizer;
@@ -147,12 +147,16 @@ pub(crate) struct Logits {
     value: DynValue,
     /// `[rows, 1, source]`, of models that tell it.
     attended: Option<DynValue>,
+    /// What is known of the scores.
+    summary: Option<Summary>,
 }
 
 /// What a step says of some rows.
 pub(crate) struct Said<'a> {
     /// Their scores, row after row.
     pub scores: &'a mut [f32],
+    /// What is known of these.
+    pub known: Option<Summarised<'a>>,
     /// What they attend to, row after row; empty of models that do not tell it.
     pub attended: &'a [f32],
     /// Scores in a row.
@@ -166,6 +170,7 @@ impl Said<'_> {
         let Said { tokens, source, .. } = *self;
         Said {
             scores: &mut self.scores[first * tokens..][..count * tokens],
+            known: self.known.map(|known| known.rows(first, count)),
             attended: &self.attended[first * source..][..count * source],
             tokens,
             source,
@@ -189,13 +194,16 @@ impl Logits {
             source = value.shape()[2] as usize;
             attended = value.try_extract_tensor().map_err(Error::onnxruntime(READING_LOGITS))?.1;
         }
-        Ok(Said { scores, attended, tokens, source })
+        let known = self.summary.as_ref().map(Summary::all);
+        Ok(Said { scores, known, attended, tokens, source })
     }
 
     /// The last position of each of `rows` rows.
-    fn last(returned: Returned, rows: usize) -> ort::Result<Logits> {
+    fn last(returned: Returned, rows: usize, summary: Option<Summary>) -> ort::Result<Logits> {
         let attended = returned.attended.map(|attended| last_position(attended, rows)).transpose()?;
-        Ok(Logits { value: last_position(returned.logits, rows)?, attended })
+        // A summary of more rows is of all positions.
+        let summary = summary.filter(|summary| summary.count() == rows);
+        Ok(Logits { value: last_position(returned.logits, rows)?, attended, summary })
     }
 }
 
@@ -527,9 +535,9 @@ impl Model {
         };
         let returned = match returned {
             Some(returned) => returned,
-            None => self.run_step(&mut state, prompts.ids, wanted, cancel)?,
+            None => self.run_step(&mut state, prompts.ids, wanted, cancel)?.0,
         };
-        Ok((state, Logits::last(returned, rows).map_err(Error::onnxruntime(READING_LOGITS))?))
+        Ok((state, Logits::last(returned, rows, None).map_err(Error::onnxruntime(READING_LOGITS))?))
     }
 
     /// What the graphs observe of a source that was checked and of a whole target: of each matrix the greatest absolute number
@@ -610,7 +618,8 @@ impl Model {
         let attended = if self.attends() { outputs.pop() } else { None };
         let mut outputs = outputs.into_iter();
         let logits = outputs.next().expect("opening has verified that the logits come first");
-        let logits = Logits::last(Returned { logits, attended }, rows).map_err(Error::onnxruntime(READING_LOGITS))?;
+        let returned = Returned { logits, attended };
+        let logits = Logits::last(returned, rows, None).map_err(Error::onnxruntime(READING_LOGITS))?;
         Ok((mask, outputs.take(self.per_item.len()).collect(), logits))
     }
 
@@ -625,7 +634,8 @@ impl Model {
         let mut session = self.decoder_with_past.lock(wanted);
         let options = cancel.run_options()?;
         match state.step(&mut session, tokens, options) {
-            Ok(returned) => Logits::last(returned, tokens.len()).map_err(Error::onnxruntime(READING_LOGITS)),
+            Ok(returned) => Logits::last(returned, tokens.len(), self.decoder_with_past.kernels.summary())
+                .map_err(Error::onnxruntime(READING_LOGITS)),
             Err(_) if cancel.is_cancelled() => Err(Error::Cancelled),
             Err(error) => Err(Error::onnxruntime(DECODER_STEP)(error)),
         }
@@ -639,8 +649,8 @@ impl Model {
         wanted: Wanted,
         cancel: &Cancellation,
     ) -> Result<Logits, Error> {
-        let returned = self.run_step(state, tokens, wanted, cancel)?;
-        Logits::last(returned, state.rows()).map_err(Error::onnxruntime(READING_LOGITS))
+        let (returned, summary) = self.run_step(state, tokens, wanted, cancel)?;
+        Logits::last(returned, state.rows(), summary).map_err(Error::onnxruntime(READING_LOGITS))
     }
 
     /// [`Model::step`] of one target row, with the scores of each of its new tokens one after the other; the model has to
@@ -653,14 +663,14 @@ impl Model {
         cancel: &Cancellation,
     ) -> Result<Logits, Error> {
         let expected = [1, tokens.len() as i64];
-        let Returned { logits: value, attended } = self.run_step(state, tokens, wanted, cancel)?;
+        let (Returned { logits: value, attended }, _) = self.run_step(state, tokens, wanted, cancel)?;
         if let Some(other) =
             [Some(&value), attended.as_ref()].into_iter().flatten().find(|v| v.shape()[..2] != expected)
         {
             let problem = ort::Error::new(format!("{expected:?} tokens gave an output of shape {}", other.shape()));
             return Err(Error::onnxruntime(READING_LOGITS)(problem));
         }
-        Ok(Logits { value, attended })
+        Ok(Logits { value, attended, summary: None })
     }
 
     fn run_step(
@@ -669,7 +679,7 @@ impl Model {
         tokens: Vec<i64>,
         wanted: Wanted,
         cancel: &Cancellation,
-    ) -> Result<Returned, Error> {
+    ) -> Result<(Returned, Option<Summary>), Error> {
         let rows = state.rows();
         Ok(match state.cache_mut() {
             Cache::Growing(cache) => {
@@ -682,7 +692,7 @@ impl Model {
                 let mut outputs = outputs.into_iter();
                 let logits = outputs.next().expect("opening has verified that the logits come first");
                 cache.grow(outputs);
-                Returned { logits, attended }
+                (Returned { logits, attended }, None)
             }
             cache => {
                 let mut session = self.decoder_with_past.lock(wanted);
@@ -693,7 +703,7 @@ impl Model {
                     Cache::Growing(_) => unreachable!("matched above"),
                 };
                 match stepped {
-                    Ok(returned) => returned,
+                    Ok(returned) => (returned, self.decoder_with_past.kernels.summary()),
                     Err(_) if cancel.is_cancelled() => return Err(Error::Cancelled),
                     Err(error) => return Err(Error::onnxruntime(DECODER_STEP)(error)),
                 }

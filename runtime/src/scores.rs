@@ -301,6 +301,16 @@ impl Processors {
     /// # Panics
     /// If `logits` is empty or not a whole number of rows.
     pub fn candidates(&self, logits: &mut [f32], search: &Search) -> Vec<Candidate> {
+        self.candidates_of(logits, None, search)
+    }
+
+    /// The same, of rows of which so much is known.
+    pub(crate) fn candidates_of(
+        &self,
+        logits: &mut [f32],
+        known: Option<Summarised>,
+        search: &Search,
+    ) -> Vec<Candidate> {
         let vocab_size = logits.len() / search.width();
         assert!(vocab_size > 0 && vocab_size * search.width() == logits.len(), "logits are rows of one vocabulary");
         let mut best = Best::new(search.candidates());
@@ -311,9 +321,16 @@ impl Processors {
             let history = &*self.places(search.history(beam));
             let mut norm = Norm::NONE;
             maxima.clear();
+            let changes = self.processors.iter().any(|processor| processor.is_active(history.len()));
+            if let (Some(known), false) = (known, changes) {
+                maxima.extend_from_slice(known.row(beam).1);
+            }
             if search.sums_log_probabilities() {
-                norm = Norm::with_maxima(row, &mut maxima);
-                if self.processors.iter().any(|processor| processor.is_active(history.len())) {
+                norm = match known {
+                    Some(known) => known.row(beam).0,
+                    None => Norm::with_maxima(row, &mut maxima),
+                };
+                if changes {
                     norm.apply(row);
                     norm = Norm::NONE;
                     maxima.clear();
@@ -326,7 +343,7 @@ impl Processors {
                 (true, Some(draws)) => best.draw_row(beam, row, |x| norm.subtract(x) + running, draws, step),
                 (false, None) => {
                     let mut best = Best::new(1);
-                    best.take_row(beam, row, &[], |x| x);
+                    best.take_row(beam, row, &maxima, |x| x);
                     of_rows.extend(best.candidates);
                 }
                 (false, Some(draws)) => {
@@ -533,8 +550,83 @@ impl<'a> LogProbabilities<'a> {
     }
 }
 
-/// What log-softmax subtracts from a row, one after the other.
+/// What is known of rows of logits from where they were made, so that they need not be walked again.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Summary {
+    norms: Vec<Norm>,
+    /// `[rows, blocks]`: the greatest of each [`Summary::BLOCK`] of a row, NaN apart.
+    maxima: Vec<f32>,
+}
+
+impl Summary {
+    /// Logits that have a maximum together.
+    pub const BLOCK: usize = Norm::BLOCK;
+
+    /// Of rows whose greatest logits these are, with the logarithms of the sums of exponentials relative to them, NaN if any logit is;
+    /// and `[rows, blocks]` maxima.
+    pub fn new(norms: impl Iterator<Item = [f32; 2]>, maxima: Vec<f32>) -> Summary {
+        Summary { norms: norms.map(|[max, log_sum]| Norm { max, log_sum }).collect(), maxima }
+    }
+
+    /// How many rows it is of.
+    pub fn count(&self) -> usize {
+        self.norms.len()
+    }
+
+    pub fn all(&self) -> Summarised<'_> {
+        Summarised { norms: &self.norms, maxima: &self.maxima }
+    }
+
+    /// That of some rows.
+    #[cfg(test)]
+    pub fn of(rows: &[f32], width: usize) -> Summary {
+        let (mut norms, mut maxima, mut of_row) = (Vec::new(), Vec::new(), Vec::new());
+        for row in rows.chunks_exact(width) {
+            norms.push(Norm::with_maxima(row, &mut of_row));
+            maxima.append(&mut of_row);
+        }
+        Summary { norms, maxima }
+    }
+
+    /// Itself, with the other's logarithms where they differ by rounding alone.
+    #[cfg(test)]
+    pub fn near(mut self, other: &Summary) -> Summary {
+        for (norm, other) in self.norms.iter_mut().zip(&other.norms) {
+            if (norm.log_sum - other.log_sum).abs() < 2e-6 * (1.0 + norm.log_sum.abs()) {
+                norm.log_sum = other.log_sum;
+            }
+        }
+        self
+    }
+}
+
+/// What is known of some of the rows.
 #[derive(Clone, Copy, Debug)]
+pub(crate) struct Summarised<'s> {
+    norms: &'s [Norm],
+    maxima: &'s [f32],
+}
+
+impl<'s> Summarised<'s> {
+    /// Of `count` of them, from `first` on.
+    pub fn rows(self, first: usize, count: usize) -> Summarised<'s> {
+        let blocks = self.maxima.len() / self.norms.len().max(1);
+        Summarised { norms: &self.norms[first..][..count], maxima: &self.maxima[first * blocks..][..count * blocks] }
+    }
+
+    /// Whether no logit is NaN or infinite, of logits that have a soft-cap.
+    pub fn are_finite(self) -> bool {
+        self.norms.iter().all(|norm| norm.max.is_finite() && norm.log_sum.is_finite())
+    }
+
+    fn row(self, row: usize) -> (Norm, &'s [f32]) {
+        let one = self.rows(row, 1);
+        (one.norms[0], one.maxima)
+    }
+}
+
+/// What log-softmax subtracts from a row, one after the other.
+#[derive(Clone, Copy, Debug, PartialEq)]
 struct Norm {
     max: f32,
     log_sum: f32,

@@ -3,9 +3,7 @@
 //! ONNX Runtime's own take several passes over a square of scores, which a layer with a window mostly throws away, and wake
 //! threads for the few numbers of a decoder step.
 
-mod functions;
 pub(super) mod head;
-mod sixteen;
 
 use std::ops::Range;
 

@@ -632,8 +632,8 @@ mod tests {
                 continue;
             }
             let mut plain = vec![0.0; rows * n];
-            // SAFETY: as above.
             match table {
+                // SAFETY: the features are there.
                 Table::Float(w) => unsafe {
                     float::multiply(&float::Product::new(&x, w, &mut plain, [rows, n, k]), [0..rows, 0..n])
                 },

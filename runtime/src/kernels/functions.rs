@@ -1,4 +1,4 @@
-//! The functions that attention is made of, over many numbers at a time.
+//! The functions that attention and logits are made of, over many numbers at a time.
 
 use super::sixteen::Sixteen;
 
@@ -133,6 +133,51 @@ unsafe fn capped<S: Sixteen>(x: S, cap: f32, inverse: f32, is_small: bool) -> S 
         let y = S::splat(-SATURATED).max(S::splat(SATURATED).min(y));
         let square = y.mul(y);
         S::splat(cap).mul(y.mul(polynomial(ABOVE, square)).div(polynomial(BELOW, square)))
+    }
+}
+
+/// What [`tanhs`] finds.
+pub struct Tanhs {
+    /// The greatest, numbers that are none apart.
+    pub greatest: f32,
+    /// The sum of the exponentials.
+    pub sum: f32,
+}
+
+/// `tanh(x)` of all, and what there is to say of `cap` times these: the sum is of `exp(cap · tanh(x) − cap)`, NaN if a number is.
+///
+/// # Safety
+/// The processor is of the level of `S`.
+#[inline(always)]
+pub unsafe fn tanhs<S: Sixteen>(x: &[f32], to: &mut [f32], cap: f32) -> Tanhs {
+    assert!(x.len() == to.len(), "as many as there are");
+    // SAFETY: sixteen numbers each; the rest is the caller's.
+    unsafe {
+        let mut greatest = S::splat(f32::NEG_INFINITY);
+        let mut sums = S::splat(0.0);
+        let (chunks, rest) = x.as_chunks::<LANES>();
+        for (at, chunk) in chunks.iter().enumerate() {
+            let tanh = capped::<S>(S::load(chunk.as_ptr()), 1.0, 1.0, false);
+            tanh.store(to.as_mut_ptr().add(at * LANES));
+            greatest = tanh.max(greatest);
+            sums = sums.add(exponential(tanh.fused(S::splat(cap), S::splat(-cap))));
+        }
+        if !rest.is_empty() {
+            let mut last = filled(rest, 0.0);
+            capped::<S>(S::load(last.as_ptr()), 1.0, 1.0, false).store(last.as_mut_ptr());
+            let end = to.len() - rest.len();
+            to[end..].copy_from_slice(&last[..rest.len()]);
+            let last = filled(&to[end..], f32::NEG_INFINITY);
+            let tanh = S::load(last.as_ptr());
+            greatest = tanh.max(greatest);
+            // Nothing of what is not there.
+            sums = sums.add(exponential(tanh.fused(S::splat(cap.max(f32::MIN_POSITIVE)), S::splat(-cap))));
+        }
+        let mut lanes = [0.0; LANES];
+        greatest.store(lanes.as_mut_ptr());
+        let greatest = lanes.into_iter().fold(f32::NEG_INFINITY, f32::max);
+        sums.store(lanes.as_mut_ptr());
+        Tanhs { greatest, sum: lanes.into_iter().sum() }
     }
 }
 

@@ -1,0 +1,203 @@
+//! `Tanh`, which is all but the last of what makes logits: with it comes what the choice among them needs, each row's sum of
+//! exponentials and the greatest of each part, while the numbers are at hand and by all threads.
+
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use ort::operator::{ComputeContext, Kernel, KernelContext, Operator, OperatorInput, OperatorOutput};
+use ort::value::TensorElementType;
+
+use super::functions::{Tanhs, tanhs};
+#[cfg(target_arch = "x86_64")]
+use super::processor::{Level, level};
+use super::sixteen::Plain;
+#[cfg(target_arch = "x86_64")]
+use super::sixteen::{Avx2, Avx512};
+use super::{Parts, spread};
+use crate::scores::Summary;
+
+/// Beyond this the exponential of the least logit, taken relative to the cap, would be no number of float32's full precision.
+const GREATEST_CAP: f32 = 40.0;
+/// Blocks of a row that one thread takes at a time.
+const BLOCKS: usize = 16;
+
+/// What a session's `Tanh` has found of the logits of its last run.
+#[derive(Debug, Default)]
+pub(crate) struct Told {
+    /// Logits in a row, and what they are the hyperbolic tangents times.
+    logits: Option<(usize, f32)>,
+    found: Mutex<Option<Summary>>,
+}
+
+impl Told {
+    /// Nothing yet, of a session that gives so many logits a row, with this soft-cap.
+    pub fn new(tokens: usize, cap: Option<f64>) -> Told {
+        let cap = cap.map(|cap| cap as f32).filter(|cap| (f32::MIN_POSITIVE..=GREATEST_CAP).contains(cap));
+        Told { logits: cap.map(|cap| (tokens, cap)), found: Mutex::default() }
+    }
+
+    /// For another session.
+    pub fn beside(&self) -> Told {
+        Told { logits: self.logits, found: Mutex::default() }
+    }
+
+    /// What was found, which is forgotten thereby.
+    pub fn take(&self) -> Option<Summary> {
+        self.found.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
+
+/// Whether this is faster here than ONNX Runtime's own.
+pub(super) fn is_fast() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return level() >= Level::Avx2;
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
+/// `tanh(x)` of float32.
+pub(super) struct Tanh {
+    pub told: Arc<Told>,
+}
+
+impl Operator for Tanh {
+    type Kernel<'attr> = OfAll;
+
+    fn name(&self) -> &str {
+        "Tanh"
+    }
+
+    fn inputs(&self) -> impl IntoIterator<Item = OperatorInput> {
+        [OperatorInput::required(TensorElementType::Float32)]
+    }
+
+    fn outputs(&self) -> impl IntoIterator<Item = OperatorOutput> {
+        [OperatorOutput::required(TensorElementType::Float32)]
+    }
+
+    fn create_kernel<'attr>(&self, _: &KernelContext<'attr>) -> ort::Result<OfAll> {
+        Ok(OfAll { told: self.told.clone() })
+    }
+}
+
+/// The kernel of one node.
+pub(super) struct OfAll {
+    told: Arc<Told>,
+}
+
+impl Kernel for OfAll {
+    fn compute(&mut self, context: &ComputeContext) -> ort::Result<()> {
+        let missing = |what: &str| ort::Error::new(format!("Tanh: {what} is missing"));
+        let x = context.input(0)?.ok_or_else(|| missing("the input"))?;
+        let (shape, x) = x.try_extract_tensor::<f32>()?;
+        let last = shape.last().map_or(1, |&last| last as usize);
+        let mut output = context.output(0, shape.to_vec())?.ok_or_else(|| missing("the output"))?;
+        let (_, y) = output.try_extract_tensor_mut::<f32>()?;
+        if x.is_empty() {
+            return Ok(());
+        }
+        let logits = self.told.logits.filter(|&(tokens, _)| tokens == last);
+        let (width, cap) = logits.unwrap_or((x.len(), 0.0));
+        let found = tanhs_of_rows(x, y, width, cap, &|parts, work| spread(context, parts, work))?;
+        if logits.is_some() {
+            *self.told.found.lock().unwrap_or_else(PoisonError::into_inner) = Some(found);
+        }
+        Ok(())
+    }
+}
+
+/// Does the parts `0..count` of some work, on several threads.
+type Spread<'s> = &'s dyn Fn(usize, &(dyn Fn(usize) + Send + Sync)) -> ort::Result<()>;
+
+/// The hyperbolic tangents `y` of rows `x [rows, width]`, and what there is to say of `cap` times these.
+fn tanhs_of_rows(x: &[f32], y: &mut [f32], width: usize, cap: f32, spread: Spread) -> ort::Result<Summary> {
+    let (rows, blocks) = (x.len() / width, width.div_ceil(Summary::BLOCK));
+    let parts = blocks.div_ceil(BLOCKS);
+    let (mut maxima, mut sums) = (vec![0.0_f32; rows * blocks], vec![0.0_f64; rows * blocks]);
+    let (of_maxima, of_sums, of_y) = (Parts::new(&mut maxima), Parts::new(&mut sums), Parts::new(y));
+    spread(rows * parts, &|part| {
+        let (row, first) = (part / parts, part % parts * BLOCKS);
+        for block in first..blocks.min(first + BLOCKS) {
+            let range = block * Summary::BLOCK..width.min((block + 1) * Summary::BLOCK);
+            let range = row * width + range.start..row * width + range.end;
+            let at: Range<usize> = row * blocks + block..row * blocks + block + 1;
+            // SAFETY: every block is written by one call only.
+            unsafe {
+                let Tanhs { greatest, sum } = of_block(&x[range.clone()], of_y.of(range), cap);
+                of_maxima.of(at.clone())[0] = greatest * cap;
+                of_sums.of(at)[0] = sum.into();
+            }
+        }
+    })?;
+    let norms = maxima.chunks_exact(blocks).zip(sums.chunks_exact(blocks)).map(|(maxima, sums)| {
+        let max = maxima.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        // The exponentials are relative to the cap, which no logit exceeds.
+        [max, (sums.iter().sum::<f64>().ln() + f64::from(cap) - f64::from(max)) as f32]
+    });
+    Ok(Summary::new(norms, maxima.clone()))
+}
+
+fn of_block(x: &[f32], to: &mut [f32], cap: f32) -> Tanhs {
+    #[cfg(target_arch = "x86_64")]
+    match level() {
+        // SAFETY: the level is no higher than the processor's.
+        Level::Vnni => return unsafe { with_avx512(x, to, cap) },
+        // SAFETY: as above.
+        Level::Avx2 => return unsafe { with_avx2(x, to, cap) },
+        Level::Generic => {}
+    }
+    // SAFETY: for any processor.
+    unsafe { tanhs::<Plain>(x, to, cap) }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+fn with_avx2(x: &[f32], to: &mut [f32], cap: f32) -> Tanhs {
+    // SAFETY: the features are there.
+    unsafe { tanhs::<Avx2>(x, to, cap) }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+fn with_avx512(x: &[f32], to: &mut [f32], cap: f32) -> Tanhs {
+    // SAFETY: the features are there.
+    unsafe { tanhs::<Avx512>(x, to, cap) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_are_summed_up_as_by_definition() {
+        let (rows, cap) = (3, 30.0_f32);
+        for width in [1, 37, 1024, 20_000] {
+            let x: Vec<f32> = (0..rows * width).map(|at| ((at * 7919) % 2003) as f32 / 700.0 - 1.5).collect();
+            let mut y = vec![f32::NAN; x.len()];
+            let alone: Spread = &|parts, work| {
+                (0..parts).for_each(work);
+                Ok(())
+            };
+            let Ok(found) = tanhs_of_rows(&x, &mut y, width, cap, alone) else { panic!("{width}: not computed") };
+            for (x, &y) in x.iter().zip(&y) {
+                assert!((f64::from(*x).tanh() - f64::from(y)).abs() < 3e-7, "{x}: {y}");
+            }
+            let logits: Vec<f32> = y.iter().map(|y| y * cap).collect();
+            assert_eq!(found, Summary::of(&logits, width).near(&found), "{width}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_number_reaches_the_sum() {
+        let mut x = vec![0.5; 3000];
+        x[2500] = f32::NAN;
+        let mut y = x.clone();
+        let alone: Spread = &|parts, work| {
+            (0..parts).for_each(work);
+            Ok(())
+        };
+        let Ok(found) = tanhs_of_rows(&x, &mut y, 1500, 30.0, alone) else { panic!("not computed") };
+        assert!(found.all().rows(0, 1).are_finite() && !found.all().rows(1, 1).are_finite());
+        assert!(y[2500].is_nan() && y[2499] == y[0]);
+    }
+}
