@@ -295,9 +295,10 @@ impl Kernel for Product {
         }
         self.activations.prepare(rows, &weights, self.purpose);
         let target = self.activations.target();
-        spread(context, rows.div_ceil(ROUNDED_AT_A_TIME), &|share| {
-            let first = share * ROUNDED_AT_A_TIME;
-            for row in first..rows.min(first + ROUNDED_AT_A_TIME) {
+        let together = self.activations.rounded_together();
+        spread(context, rows.div_ceil(together), &|share| {
+            let first = share * together;
+            for row in first..rows.min(first + together) {
                 // SAFETY: every row is rounded by one call only, into room that was made for all of them.
                 unsafe { target.round(row, &x[row * self.k..][..self.k], &weights) };
             }
@@ -462,9 +463,6 @@ impl<T> Parts<T> {
         unsafe { std::slice::from_raw_parts_mut(self.start.add(range.start), range.len()) }
     }
 }
-
-/// Rows that one thread rounds at a time.
-const ROUNDED_AT_A_TIME: usize = 16;
 
 fn numbers_in_a_row(weights: &Weights) -> usize {
     weights.k.div_ceil(weights.block_size) * weights.block_size * weights.bits / 8

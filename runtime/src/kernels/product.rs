@@ -187,6 +187,16 @@ impl Activations {
         self.scales.resize(rows, 0.0);
     }
 
+    /// How many rows one thread should round at a time: those that lie in the same lines of the cache.
+    pub fn rounded_together(&self) -> usize {
+        const FEW: usize = 16;
+        #[cfg(target_arch = "x86_64")]
+        if self.level == Level::Vnni {
+            return FEW.next_multiple_of(self.bytes.rows_in_a_tile());
+        }
+        FEW
+    }
+
     /// Where rows are rounded into, from several threads.
     pub fn target(&mut self) -> Target {
         Target {

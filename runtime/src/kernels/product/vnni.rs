@@ -144,6 +144,11 @@ impl Rounded {
         self.errors.resize(rows, 0.0);
     }
 
+    /// Rows that lie beside each other.
+    pub fn rows_in_a_tile(&self) -> usize {
+        self.layout.tile.map_or(1, NonZeroUsize::get)
+    }
+
     /// Where rows are rounded into, from several threads.
     pub fn target(&mut self) -> Target {
         Target {
