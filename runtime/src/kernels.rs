@@ -353,7 +353,7 @@ impl Operator for TransposeMatMul {
         {
             return Err(ort::Error::new("TransposeMatMul: expected transB alone"));
         }
-        Ok(FloatProduct { best: self.best.clone(), room: best::Room::default() })
+        Ok(FloatProduct { best: self.best.clone(), room: best::Room::default(), tiles: float::Tiles::default() })
     }
 }
 
@@ -362,6 +362,8 @@ impl Operator for TransposeMatMul {
 struct FloatProduct {
     best: Best,
     room: best::Room,
+    /// Kept for their allocation.
+    tiles: float::Tiles,
 }
 
 /// Bytes of float32 weights that one thread takes at a time: a part of its second cache, which all rows then find them in.
@@ -399,7 +401,16 @@ impl Kernel for FloatProduct {
         if unsafe { self.best.multiply(context, &mut self.room, operands, [rows, n, k])? } {
             return Ok(());
         }
-        let product = float::Product::new(x, w, y, [rows, n, k]);
+        let mut product = float::Product::new(x, w, y, [rows, n, k]);
+        let mut height = rows.div_ceil(rows.div_ceil(FLOAT_ROWS).max(1)).max(1);
+        if float::takes_tiles(rows) {
+            self.tiles.prepare(rows, k);
+            let (target, count) = (self.tiles.target(), self.tiles.count());
+            // SAFETY: the features are there where tiles are taken, and each is filled by one call only.
+            spread(context, count, &|tile| unsafe { target.fill(tile, x) })?;
+            height = height.next_multiple_of(self.tiles.height());
+            product = product.in_tiles(&self.tiles);
+        }
         let all = n * k * 4;
         let bytes = match rows {
             0..8 if all < 2 * SHARED_FROM => all,
@@ -409,7 +420,7 @@ impl Kernel for FloatProduct {
         };
         let width = float::width(rows);
         let share = (bytes / 4 / k / width * width).clamp(width, n.max(width));
-        let (parts, height) = (n.div_ceil(share), rows.div_ceil(rows.div_ceil(FLOAT_ROWS).max(1)).max(1));
+        let parts = n.div_ceil(share);
         spread(context, parts * rows.div_ceil(height), &|part| {
             let (first, part) = (part / parts * height, part % parts);
             let of = [first..rows.min(first + height), part * share..n.min((part + 1) * share)];

@@ -8,6 +8,7 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::processor::{Level, level};
+pub use wide::Tiles;
 
 /// Whether this machine has what [`multiply`] needs.
 pub fn is_here() -> bool {
@@ -26,6 +27,8 @@ const DEPTH: usize = 2048;
 /// The operands `x [rows, k]` and `w [n, k]`, and the result `[rows, n]`.
 pub struct Product<'p> {
     x: &'p [f32],
+    /// The same in tiles, where those are of use.
+    tiles: Option<&'p Tiles>,
     w: &'p [f32],
     y: *mut f32,
     rows: usize,
@@ -40,7 +43,12 @@ impl<'p> Product<'p> {
     /// `y` is written by [`multiply`] alone.
     pub fn new(x: &'p [f32], w: &'p [f32], y: &'p mut [f32], [rows, n, k]: [usize; 3]) -> Product<'p> {
         assert!(x.len() == rows * k && w.len() == n * k && y.len() == rows * n, "sizes of a product");
-        Product { x, w, y: y.as_mut_ptr(), rows, n, k }
+        Product { x, tiles: None, w, y: y.as_mut_ptr(), rows, n, k }
+    }
+
+    /// With the rows in tiles, so that they need not be brought into these for each call of [`multiply`], which is for whole ones then.
+    pub fn in_tiles(self, tiles: &'p Tiles) -> Product<'p> {
+        Product { tiles: Some(tiles), ..self }
     }
 
     /// Has the memory send the weights of a column.
@@ -53,10 +61,15 @@ impl<'p> Product<'p> {
     }
 }
 
+/// Whether so many rows are worth bringing into tiles.
+pub fn takes_tiles(rows: usize) -> bool {
+    level() == Level::Vnni && rows >= MANY_WIDE
+}
+
 /// How many columns are computed together for so many rows: [`multiply`] is for multiples of them.
 pub fn width(rows: usize) -> usize {
     match level() {
-        Level::Vnni if rows >= MANY_WIDE => wide::WIDTH,
+        _ if takes_tiles(rows) => wide::WIDTH,
         _ if rows >= MANY => panels::WIDTH,
         _ => ROWS * COLUMNS,
     }
@@ -82,7 +95,17 @@ unsafe fn multiply_at(level: Level, product: &Product, [of_rows, columns]: [Rang
     // SAFETY: the caller's.
     unsafe {
         match level {
-            Level::Vnni if of_rows.len() >= MANY_WIDE => return wide::multiply(product, [of_rows, columns]),
+            Level::Vnni if product.tiles.is_some() || of_rows.len() >= MANY_WIDE => {
+                let mut own = Tiles::default();
+                let tiles = product.tiles.unwrap_or_else(|| {
+                    own.prepare(product.rows, product.k);
+                    let (target, count) = (own.target(), own.count());
+                    // The level has the features, and there is one thread.
+                    (0..count).for_each(|tile| target.fill(tile, product.x));
+                    &own
+                });
+                return wide::multiply(product, tiles, [of_rows, columns]);
+            }
             _ if of_rows.len() >= MANY => return panels::multiply(product, [of_rows, columns]),
             _ => {}
         }
