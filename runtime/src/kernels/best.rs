@@ -618,7 +618,15 @@ mod tests {
         let codes: Vec<u8> = w.iter().map(|w| (w * 31.0 + 128.5) as u8).collect();
         let scales = vec![1.0 / 31.0; n];
         let packed = Weights { numbers: &codes, scales: &scales, zero_points: None, k, bits: 8, block_size: k };
-        for table in [Table::Float(&w), Table::Packed(&packed)] {
+        let pairs: Vec<u8> = (w.chunks_exact(2))
+            .map(|pair| {
+                let [low, high] = [pair[0], pair[1]].map(|w| (w * 2.5 + 8.5).clamp(0.0, 15.0) as u8);
+                low | high << 4
+            })
+            .collect();
+        let wide_scales = vec![1.0 / 2.5; n];
+        let of_four = Weights { numbers: &pairs, scales: &wide_scales, zero_points: None, k, bits: 4, block_size: k };
+        for table in [Table::Float(&w), Table::Packed(&packed), Table::Packed(&of_four)] {
             let is_taken = !Pass::of(table, rows, FOR_THE_SUM[1], true).is_empty();
             let (copies, mut room) = (Copies::new(n, factor), Room::default());
             let mut y = vec![f32::NAN; rows * n];

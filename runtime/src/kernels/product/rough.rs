@@ -48,6 +48,16 @@ pub fn takes(w: &Weights) -> bool {
     level() == Level::Vnni || w.zero_points.is_none() && fits
 }
 
+/// What the scales of a row are to be multiplied by, of which this is the square of its length and that its product with what it was
+/// rounded to; and how much further from the row that is, at most. 8 bits are few enough for a row to come out longer or shorter along
+/// itself, which moves all great products the same way, and the sum of their exponentials with them.
+#[inline(always)]
+pub fn along(square: f32, met: f32) -> (f32, f32) {
+    let longer = square / met;
+    // Neither of nothing nor of what is not finite.
+    if (0.9..1.1).contains(&longer) { (longer, (longer - 1.0).abs() * square.sqrt() * 1.1) } else { (1.0, 0.0) }
+}
+
 /// Whether activations are rounded to 8 bits for these, not to 6.
 pub fn in_8_bits(w: &Weights) -> bool {
     level() == Level::Vnni || w.bits == 4
@@ -78,7 +88,7 @@ impl Rough {
         let of_rows = self.numbers.chunks_exact_mut(spans * span).zip(self.starts.chunks_exact_mut(spans));
         for (x, (numbers, starts)) in x.chunks_exact(w.k).zip(of_rows) {
             let is_finite = x.iter().all(|x| x.is_finite());
-            let mut error = 0.0;
+            let (mut error, mut met) = (0.0, 0.0);
             let of_spans = numbers.chunks_exact_mut(span).zip(starts);
             for (at, (numbers, starts)) in of_spans.enumerate() {
                 let x = &x[(at * span).min(w.k)..((at + 1) * span).min(w.k)];
@@ -89,6 +99,7 @@ impl Rough {
                     let number = (x * inverse + SHIFT).to_bits() as i8;
                     let lost = x - f32::from(number) * scale;
                     error += lost * lost;
+                    met += x * (x - lost);
                     starts[at / w.block_size * 4 % 8] -= zero * i32::from(number);
                     let place = if w.bits == 4 { at / 64 * 64 + at % 2 * 32 + at % 64 / 2 } else { at };
                     numbers[place] = number;
@@ -96,7 +107,12 @@ impl Rough {
                 // What is not finite makes all of the row's products NaN, as in the product proper.
                 self.scales.push([if is_finite { scale } else { f32::NAN }; 8]);
             }
-            self.errors.push(error.sqrt() * 1.001);
+            // A row that came out longer or shorter along itself is made up for: see [`along`].
+            let square = x.iter().map(|x| x * x).sum::<f32>();
+            let (longer, more) = along(square, met);
+            let first = self.scales.len() - spans;
+            self.scales[first..].as_flattened_mut().iter_mut().for_each(|scale| *scale *= longer);
+            self.errors.push(error.sqrt() * 1.001 + more);
         }
     }
 

@@ -14,6 +14,7 @@ use std::arch::x86_64::*;
 use std::num::NonZeroUsize;
 use std::ops::Range;
 
+use super::rough::along;
 use super::{Columns, Output, Weights};
 use crate::kernels::aligned::Aligned;
 use crate::kernels::avx512::mask;
@@ -308,12 +309,11 @@ impl Target {
             }
         }
         let lost = _mm512_reduce_add_ps(lost).sqrt() * 1.001;
-        // 8 bits are few enough for a row to come out longer or shorter along itself, which moves all great products the same way,
-        // and the sum of their exponentials with them: its scales make up for that.
-        let (square, met) = (_mm512_reduce_add_ps(square), _mm512_reduce_add_ps(met));
-        let longer = if PLANES == 1 && met > 0.0 { square / met } else { 1.0 };
-        let longer = if (0.9..1.1).contains(&longer) { longer } else { 1.0 };
-        *error = lost + (longer - 1.0).abs() * square.sqrt() * 1.1;
+        let (longer, more) = match PLANES {
+            1 => along(_mm512_reduce_add_ps(square), _mm512_reduce_add_ps(met)),
+            _ => (1.0, 0.0),
+        };
+        *error = lost + more;
         if longer != 1.0 {
             // SAFETY: one for each span and block.
             unsafe {
