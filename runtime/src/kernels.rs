@@ -171,7 +171,7 @@ impl Best {
         if !float::is_here() {
             return Ok(false);
         }
-        let spread: best::Spread = &|parts, work| spread(context, parts, work);
+        let spread: Spread = &|parts, work| spread(context, parts, work);
         // SAFETY: the features are there; the rest is the caller's.
         unsafe { self.copies.multiply(self.wish.get(), room, operands, sizes, spread) }
     }
@@ -402,7 +402,7 @@ impl Kernel for FloatProduct {
             return Ok(());
         }
         let mut product = float::Product::new(x, w, y, [rows, n, k]);
-        let mut height = rows.div_ceil(rows.div_ceil(FLOAT_ROWS).max(1)).max(1);
+        let mut height = evenly(rows, FLOAT_ROWS);
         if float::takes_tiles(rows) {
             self.tiles.prepare(rows, k);
             let (target, count) = (self.tiles.target(), self.tiles.count());
@@ -428,6 +428,22 @@ impl Kernel for FloatProduct {
             unsafe { float::multiply(&product, of) };
         })
     }
+}
+
+/// Does the parts `0..count` of some work, on several threads.
+type Spread<'s> = &'s dyn Fn(usize, &(dyn Fn(usize) + Send + Sync)) -> ort::Result<()>;
+
+/// A [`Spread`] of one thread.
+#[cfg(test)]
+fn alone(parts: usize, work: &(dyn Fn(usize) + Send + Sync)) -> ort::Result<()> {
+    (0..parts).for_each(work);
+    Ok(())
+}
+
+/// How many of `count` are taken at a time where that is at most `most`: as many each time, but for the last.
+#[cfg(target_arch = "x86_64")]
+fn evenly(count: usize, most: usize) -> usize {
+    count.div_ceil(count.div_ceil(most).max(1)).max(1)
 }
 
 /// Has the session's threads do the parts of some work, each taking the next when it is done with one: parts that are dealt out

@@ -564,8 +564,8 @@ impl Summary {
 
     /// Of rows whose greatest logits these are, with the logarithms of the sums of exponentials relative to them, NaN if any logit is;
     /// and `[rows, blocks]` maxima.
-    pub fn new(norms: impl Iterator<Item = [f32; 2]>, maxima: Vec<f32>) -> Summary {
-        Summary { norms: norms.map(|[max, log_sum]| Norm { max, log_sum }).collect(), maxima }
+    pub fn new(norms: Vec<[f32; 2]>, maxima: Vec<f32>) -> Summary {
+        Summary { norms: norms.into_iter().map(|[max, log_sum]| Norm { max, log_sum }).collect(), maxima }
     }
 
     /// How many rows it is of.

@@ -28,7 +28,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::product::rough::{self, Rough};
 use super::product::{self, Activations, Columns, Output, Purpose, Weights};
-use super::{Parts, float};
+use super::{Parts, Spread, float};
 use crate::scores::Wanted;
 use copy::Known;
 
@@ -36,9 +36,6 @@ use copy::Known;
 const LARGE: usize = 8 << 20;
 /// More rows of activations keep the processor busy with the products themselves.
 const MOST_ROWS: usize = 64;
-/// How many of the greatest results, at least, are computed in full where the sum of all counts: of a matrix in float32, and of one in
-/// few bits, whose own errors are greater.
-const FOR_THE_SUM: [usize; 2] = [256, 64];
 /// Results that are looked at together.
 const CHUNK: usize = 32;
 /// Rows that are computed in full together, where one of them may be among the greatest.
@@ -124,6 +121,17 @@ pub(super) enum Table<'t> {
     Packed(&'t Weights<'t>),
 }
 
+impl Table<'_> {
+    /// How many of the greatest results, at least, are computed in full where the sum of all counts: a matrix in few bits has greater
+    /// errors of its own.
+    fn for_the_sum(&self) -> usize {
+        match self {
+            Table::Float(_) => 256,
+            Table::Packed(_) => 64,
+        }
+    }
+}
+
 /// Kept for its allocations.
 #[derive(Default)]
 pub(super) struct Room {
@@ -147,9 +155,6 @@ struct Reached {
     found: Vec<usize>,
 }
 
-/// Does the parts `0..count` of some work, on several threads.
-pub(super) type Spread<'s> = &'s dyn Fn(usize, &(dyn Fn(usize) + Send + Sync)) -> ort::Result<()>;
-
 impl Copies {
     /// Nothing yet, for a head of so many rows, whose results are about `factor` times smaller than what their exponentials
     /// are taken of.
@@ -171,8 +176,7 @@ impl Copies {
         spread: Spread,
     ) -> ort::Result<bool> {
         let Wanted::Best { count, sum } = wanted else { return Ok(false) };
-        let for_the_sum = FOR_THE_SUM[usize::from(matches!(w, Table::Packed(_)))];
-        let count = if sum { count.max(for_the_sum) } else { count };
+        let count = if sum { count.max(w.for_the_sum()) } else { count };
         // Bounds are looked at by chunks: there have to be as many as results that are wanted.
         if n != self.rows || n * k < LARGE || rows > MOST_ROWS || count.max(TRIED) > n / CHUNK {
             return Ok(false);
@@ -269,16 +273,12 @@ impl Known {
         // Errors of either sign raise the sum of exponentials, by e^(σ²/2): each number of one is met by one of the other operand,
         // so that σ² is the product of their lengths' squares, divided by k.
         let shift = |square: f32| factor * square / (2 * k) as f32;
-        let (shifts, (met, longest)): (Vec<f32>, (&[f32], f32)) = match (pass, &self.copy) {
-            (Pass::Sum, Some(copy)) => {
-                (x.chunks_exact(k).map(|x| shift(square(x))).collect(), (&copy.errors, copy.largest_error))
-            }
-            (Pass::RoughSum, _) => {
-                let shifts = rough.errors().iter().map(|error| shift(error * error));
-                (shifts.collect(), (&self.lengths, self.largest_length))
-            }
-            _ => (Vec::new(), (&[], 0.0)),
+        let (shifts, met): (Vec<f32>, &[f32]) = match (pass, &self.copy) {
+            (Pass::Sum, Some(copy)) => (x.chunks_exact(k).map(|x| shift(square(x))).collect(), &copy.errors),
+            (Pass::RoughSum, _) => (rough.errors().iter().map(|error| shift(error * error)).collect(), &self.lengths),
+            _ => (Vec::new(), &[]),
         };
+        let [longest_error, longest] = self.longest;
         // How far the lengths of the errors and those of the rows themselves move a result.
         let slack: Vec<[f32; 2]> = (x.chunks_exact(k).enumerate())
             .map(|(row, x)| {
@@ -291,10 +291,11 @@ impl Known {
                     (_, None) => rough.errors()[row],
                 };
                 // What the shift takes off.
-                let shifted = shifts.get(row).map_or(0.0, |shift| shift * longest);
+                let shift = shifts.get(row).copied().unwrap_or(0.0);
+                let of_rows = error * 1.01 + length * ROUNDING;
                 match self.copy {
-                    Some(_) => [(length + error) * 1.0001 + shifted, error * 1.01 + length * ROUNDING],
-                    None => [0.0, error * 1.01 + length * ROUNDING + shifted],
+                    Some(_) => [(length + error) * 1.0001 + shift * longest_error, of_rows],
+                    None => [0.0, of_rows + shift * longest],
                 }
             })
             .collect();
@@ -543,11 +544,22 @@ fn tries(most: &[f32], results: &[f32], count: usize) -> Vec<(usize, f32)> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::alone;
     use super::*;
 
-    fn alone(parts: usize, work: &(dyn Fn(usize) + Send + Sync)) -> ort::Result<()> {
-        (0..parts).for_each(work);
-        Ok(())
+    /// The product of `x` with all of `w`.
+    fn plain_of(x: &[f32], w: &Weights, n: usize, purpose: Purpose) -> Vec<f32> {
+        let rows = x.len() / w.k;
+        let (mut activations, mut plain) = (Activations::default(), vec![0.0; rows * n]);
+        activations.prepare(rows, w, purpose);
+        for (row, x) in x.chunks_exact(w.k).enumerate() {
+            // SAFETY: room was made, and there is one thread.
+            unsafe { activations.target().round(row, x, w) };
+        }
+        let output = Output::new(&mut plain, rows, n);
+        // SAFETY: there is one thread.
+        unsafe { product::multiply(&activations, w, None, (0..rows, Columns::All(0..n)), &output) };
+        plain
     }
 
     /// Numbers about as they come from a model: most small, some large.
@@ -627,7 +639,7 @@ mod tests {
         let wide_scales = vec![1.0 / 2.5; n];
         let of_four = Weights { numbers: &pairs, scales: &wide_scales, zero_points: None, k, bits: 4, block_size: k };
         for table in [Table::Float(&w), Table::Packed(&packed), Table::Packed(&of_four)] {
-            let is_taken = !Pass::of(table, rows, FOR_THE_SUM[1], true).is_empty();
+            let is_taken = !Pass::of(table, rows, table.for_the_sum(), true).is_empty();
             let (copies, mut room) = (Copies::new(n, factor), Room::default());
             let mut y = vec![f32::NAN; rows * n];
             for is_known in [false, true] {
@@ -639,24 +651,16 @@ mod tests {
             if !is_taken {
                 continue;
             }
-            let mut plain = vec![0.0; rows * n];
-            match table {
-                // SAFETY: the features are there.
-                Table::Float(w) => unsafe {
-                    float::multiply(&float::Product::new(&x, w, &mut plain, [rows, n, k]), [0..rows, 0..n])
-                },
-                Table::Packed(w) => {
-                    let mut activations = Activations::default();
-                    activations.prepare(rows, w, Purpose::Whole);
-                    for (row, x) in x.chunks_exact(k).enumerate() {
-                        // SAFETY: room was made, and there is one thread.
-                        unsafe { activations.target().round(row, x, w) };
-                    }
-                    let output = Output::new(&mut plain, rows, n);
-                    // SAFETY: there is one thread.
-                    unsafe { product::multiply(&activations, w, None, (0..rows, Columns::All(0..n)), &output) };
+            let plain = match table {
+                Table::Float(w) => {
+                    let mut plain = vec![0.0; rows * n];
+                    let product = float::Product::new(&x, w, &mut plain, [rows, n, k]);
+                    // SAFETY: the features are there, and there is one thread.
+                    unsafe { float::multiply(&product, [0..rows, 0..n]) };
+                    plain
                 }
-            }
+                Table::Packed(w) => plain_of(&x, w, n, Purpose::Whole),
+            };
             let log_sum = |results: &[f32]| results.iter().map(|&x| f64::from(x * factor).exp()).sum::<f64>().ln();
             let apart = plain.chunks(n).zip(y.chunks(n)).map(|(plain, y)| log_sum(y) - log_sum(plain));
             let apart = apart.sum::<f64>() / rows as f64;
@@ -689,18 +693,9 @@ mod tests {
             let mut x = noise(rows * k, 7);
             // One activation far above the others of its row, as models have them.
             x[k / 3] = 5.0;
-            let mut room = Room::default();
-            room.activations.prepare(rows, &weights, Purpose::Scattered);
-            let mut plain = vec![0.0; rows * n];
-            let output = Output::new(&mut plain, rows, n);
-            for (row, x) in x.chunks_exact(k).enumerate() {
-                // SAFETY: room was made, and there is one thread.
-                unsafe { room.activations.target().round(row, x, &weights) };
-            }
-            // SAFETY: there is one thread.
-            unsafe { product::multiply(&room.activations, &weights, None, (0..rows, Columns::All(0..n)), &output) };
+            let plain = plain_of(&x, &weights, n, Purpose::Scattered);
 
-            let copies = Copies::new(n, 1.0);
+            let (copies, mut room) = (Copies::new(n, 1.0), Room::default());
             let mut y = vec![f32::NAN; rows * n];
             for expected in [false, true] {
                 let operands = (&x[..], Table::Packed(&weights), &mut y[..]);

@@ -144,7 +144,8 @@ pub struct Tanhs {
     pub sum: f32,
 }
 
-/// `tanh(x)` of all, and what there is to say of `cap` times these: the sum is of `exp(cap · tanh(x) − cap)`, NaN if a number is.
+/// `tanh(x)` of all, and what there is to say of `cap` times these: the sum is of `exp(cap · tanh(x) − cap)`, NaN if a number is. `cap`
+/// is positive.
 ///
 /// # Safety
 /// The processor is of the level of `S`.
@@ -171,7 +172,7 @@ pub unsafe fn tanhs<S: Sixteen>(x: &[f32], to: &mut [f32], cap: f32) -> Tanhs {
             let tanh = S::load(last.as_ptr());
             greatest = tanh.max(greatest);
             // Nothing of what is not there.
-            sums = sums.add(exponential(tanh.fused(S::splat(cap.max(f32::MIN_POSITIVE)), S::splat(-cap))));
+            sums = sums.add(exponential(tanh.fused(S::splat(cap), S::splat(-cap))));
         }
         let mut lanes = [0.0; LANES];
         greatest.store(lanes.as_mut_ptr());

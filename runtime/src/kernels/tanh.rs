@@ -1,19 +1,17 @@
 //! `Tanh`, which is all but the last of what makes logits: with it comes what the choice among them needs, each row's sum of
 //! exponentials and the greatest of each part, while the numbers are at hand and by all threads.
 
-use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use ort::operator::{ComputeContext, Kernel, KernelContext, Operator, OperatorInput, OperatorOutput};
 use ort::value::TensorElementType;
 
 use super::functions::{Tanhs, tanhs};
-#[cfg(target_arch = "x86_64")]
 use super::processor::{Level, level};
 use super::sixteen::Plain;
 #[cfg(target_arch = "x86_64")]
 use super::sixteen::{Avx2, Avx512};
-use super::{Parts, spread};
+use super::{Parts, Spread, spread};
 use crate::scores::Summary;
 
 /// Beyond this the exponential of the least logit, taken relative to the cap, would be no number of float32's full precision.
@@ -49,10 +47,7 @@ impl Told {
 
 /// Whether this is faster here than ONNX Runtime's own.
 pub(super) fn is_fast() -> bool {
-    #[cfg(target_arch = "x86_64")]
-    return level() >= Level::Avx2;
-    #[cfg(not(target_arch = "x86_64"))]
-    false
+    level() >= Level::Avx2
 }
 
 /// `tanh(x)` of float32.
@@ -97,7 +92,7 @@ impl Kernel for OfAll {
             return Ok(());
         }
         let logits = self.told.logits.filter(|&(tokens, _)| tokens == last);
-        let (width, cap) = logits.unwrap_or((x.len(), 0.0));
+        let (width, cap) = logits.unwrap_or((x.len(), 1.0));
         let found = tanhs_of_rows(x, y, width, cap, &|parts, work| spread(context, parts, work))?;
         if logits.is_some() {
             *self.told.found.lock().unwrap_or_else(PoisonError::into_inner) = Some(found);
@@ -105,9 +100,6 @@ impl Kernel for OfAll {
         Ok(())
     }
 }
-
-/// Does the parts `0..count` of some work, on several threads.
-type Spread<'s> = &'s dyn Fn(usize, &(dyn Fn(usize) + Send + Sync)) -> ort::Result<()>;
 
 /// The hyperbolic tangents `y` of rows `x [rows, width]`, and what there is to say of `cap` times these.
 fn tanhs_of_rows(x: &[f32], y: &mut [f32], width: usize, cap: f32, spread: Spread) -> ort::Result<Summary> {
@@ -118,14 +110,13 @@ fn tanhs_of_rows(x: &[f32], y: &mut [f32], width: usize, cap: f32, spread: Sprea
     spread(rows * parts, &|part| {
         let (row, first) = (part / parts, part % parts * BLOCKS);
         for block in first..blocks.min(first + BLOCKS) {
-            let range = block * Summary::BLOCK..width.min((block + 1) * Summary::BLOCK);
-            let range = row * width + range.start..row * width + range.end;
-            let at: Range<usize> = row * blocks + block..row * blocks + block + 1;
+            let (start, at) = (row * width, row * blocks + block);
+            let range = start + block * Summary::BLOCK..start + width.min((block + 1) * Summary::BLOCK);
             // SAFETY: every block is written by one call only.
             unsafe {
                 let Tanhs { greatest, sum } = of_block(&x[range.clone()], of_y.of(range), cap);
-                of_maxima.of(at.clone())[0] = greatest * cap;
-                of_sums.of(at)[0] = sum.into();
+                of_maxima.of(at..at + 1)[0] = greatest * cap;
+                of_sums.of(at..at + 1)[0] = sum.into();
             }
         }
     })?;
@@ -134,7 +125,8 @@ fn tanhs_of_rows(x: &[f32], y: &mut [f32], width: usize, cap: f32, spread: Sprea
         // The exponentials are relative to the cap, which no logit exceeds.
         [max, (sums.iter().sum::<f64>().ln() + f64::from(cap) - f64::from(max)) as f32]
     });
-    Ok(Summary::new(norms, maxima.clone()))
+    let norms = norms.collect();
+    Ok(Summary::new(norms, maxima))
 }
 
 fn of_block(x: &[f32], to: &mut [f32], cap: f32) -> Tanhs {
@@ -166,6 +158,7 @@ fn with_avx512(x: &[f32], to: &mut [f32], cap: f32) -> Tanhs {
 
 #[cfg(test)]
 mod tests {
+    use super::super::alone;
     use super::*;
 
     #[test]
@@ -174,11 +167,7 @@ mod tests {
         for width in [1, 37, 1024, 20_000] {
             let x: Vec<f32> = (0..rows * width).map(|at| ((at * 7919) % 2003) as f32 / 700.0 - 1.5).collect();
             let mut y = vec![f32::NAN; x.len()];
-            let alone: Spread = &|parts, work| {
-                (0..parts).for_each(work);
-                Ok(())
-            };
-            let Ok(found) = tanhs_of_rows(&x, &mut y, width, cap, alone) else { panic!("{width}: not computed") };
+            let Ok(found) = tanhs_of_rows(&x, &mut y, width, cap, &alone) else { panic!("{width}: not computed") };
             for (x, &y) in x.iter().zip(&y) {
                 assert!((f64::from(*x).tanh() - f64::from(y)).abs() < 3e-7, "{x}: {y}");
             }
@@ -192,11 +181,7 @@ mod tests {
         let mut x = vec![0.5; 3000];
         x[2500] = f32::NAN;
         let mut y = x.clone();
-        let alone: Spread = &|parts, work| {
-            (0..parts).for_each(work);
-            Ok(())
-        };
-        let Ok(found) = tanhs_of_rows(&x, &mut y, 1500, 30.0, alone) else { panic!("not computed") };
+        let Ok(found) = tanhs_of_rows(&x, &mut y, 1500, 30.0, &alone) else { panic!("not computed") };
         assert!(found.all().rows(0, 1).are_finite() && !found.all().rows(1, 1).are_finite());
         assert!(y[2500].is_nan() && y[2499] == y[0]);
     }

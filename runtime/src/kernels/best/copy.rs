@@ -17,8 +17,9 @@ const SHIFT: f32 = 12_582_912.0;
 pub(super) struct Known {
     /// `[n]`: the Euclidean lengths of the rows.
     pub lengths: Vec<f32>,
-    pub largest_length: f32,
-    /// The greatest lengths among each [`CHUNK`] of rows: of their errors, or of themselves where there is no copy, and of themselves.
+    /// The greatest lengths among all rows: of their errors, or of themselves where there is no copy, and of themselves.
+    pub longest: [f32; 2],
+    /// The same among each [`CHUNK`] of them.
     pub longest_of_chunks: Vec<[f32; 2]>,
     /// None if the first pass reads the matrix itself.
     pub copy: Option<Copy>,
@@ -34,7 +35,6 @@ pub(super) struct Copy {
     bits: usize,
     /// `[n]`: the Euclidean lengths of the rows' errors.
     pub errors: Vec<f32>,
-    pub largest_error: f32,
 }
 
 impl Copy {
@@ -61,7 +61,7 @@ impl Known {
             // Small pages do too.
             #[cfg(target_os = "linux")]
             let _ = numbers.advise(memmap2::Advice::HugePage);
-            Ok(Copy { numbers, scales: vec![0.0; n * blocks], bits, errors: vec![0.0; n], largest_error: 0.0 })
+            Ok(Copy { numbers, scales: vec![0.0; n * blocks], bits, errors: vec![0.0; n] })
         };
         let mut copy = bits.map(new).transpose()?;
         let of_lengths = Parts::new(&mut lengths);
@@ -101,13 +101,11 @@ impl Known {
             }
         })?;
         let largest = |lengths: &[f32]| lengths.iter().copied().fold(0.0, f32::max);
-        if let Some(copy) = &mut copy {
-            copy.largest_error = largest(&copy.errors);
-        }
         let errors = copy.as_ref().map_or(&lengths, |copy| &copy.errors);
         let chunks = errors.chunks(CHUNK).zip(lengths.chunks(CHUNK));
         let longest_of_chunks = chunks.map(|(errors, lengths)| [largest(errors), largest(lengths)]).collect();
-        Ok(Known { largest_length: largest(&lengths), longest_of_chunks, lengths, copy, blunt: AtomicU32::new(0) })
+        let longest = [largest(errors), largest(&lengths)];
+        Ok(Known { longest, longest_of_chunks, lengths, copy, blunt: AtomicU32::new(0) })
     }
 }
 

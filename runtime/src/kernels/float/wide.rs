@@ -5,9 +5,9 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::Product;
-use crate::kernels::Parts;
 use crate::kernels::aligned::Aligned;
 use crate::kernels::avx512::{mask, turn, write};
+use crate::kernels::{Parts, evenly};
 
 /// Columns of a panel, two registers of sums.
 pub const WIDTH: usize = 32;
@@ -34,9 +34,7 @@ pub struct Tiles {
 impl Tiles {
     /// Makes room for rows of `k` numbers.
     pub fn prepare(&mut self, rows: usize, k: usize) {
-        // As many rows in each tile as in the others, but for the last.
-        let count = rows.div_ceil(ROWS).max(1);
-        (self.rows, self.k, self.height) = (rows, k, rows.div_ceil(count));
+        (self.rows, self.k, self.height) = (rows, k, evenly(rows, ROWS));
         let length = self.count() * k * self.height;
         self.numbers.resize(length, 0.0);
     }

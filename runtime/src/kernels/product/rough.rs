@@ -88,7 +88,7 @@ impl Rough {
         let of_rows = self.numbers.chunks_exact_mut(spans * span).zip(self.starts.chunks_exact_mut(spans));
         for (x, (numbers, starts)) in x.chunks_exact(w.k).zip(of_rows) {
             let is_finite = x.iter().all(|x| x.is_finite());
-            let (mut error, mut met) = (0.0, 0.0);
+            let (mut error, mut square, mut met) = (0.0, 0.0, 0.0);
             let of_spans = numbers.chunks_exact_mut(span).zip(starts);
             for (at, (numbers, starts)) in of_spans.enumerate() {
                 let x = &x[(at * span).min(w.k)..((at + 1) * span).min(w.k)];
@@ -99,6 +99,7 @@ impl Rough {
                     let number = (x * inverse + SHIFT).to_bits() as i8;
                     let lost = x - f32::from(number) * scale;
                     error += lost * lost;
+                    square += x * x;
                     met += x * (x - lost);
                     starts[at / w.block_size * 4 % 8] -= zero * i32::from(number);
                     let place = if w.bits == 4 { at / 64 * 64 + at % 2 * 32 + at % 64 / 2 } else { at };
@@ -108,7 +109,6 @@ impl Rough {
                 self.scales.push([if is_finite { scale } else { f32::NAN }; 8]);
             }
             // A row that came out longer or shorter along itself is made up for: see [`along`].
-            let square = x.iter().map(|x| x * x).sum::<f32>();
             let (longer, more) = along(square, met);
             let first = self.scales.len() - spans;
             self.scales[first..].as_flattened_mut().iter_mut().for_each(|scale| *scale *= longer);

@@ -314,22 +314,17 @@ impl Target {
             _ => (1.0, 0.0),
         };
         *error = lost + more;
-        if longer != 1.0 {
+        // All products of a row that is not finite are NaN, as in float32.
+        let factor = if _mm512_reduce_add_ps(finite) == 0.0 { longer } else { f32::NAN };
+        if factor != 1.0 {
             // SAFETY: one for each span and block.
             unsafe {
                 for at_span in 0..spans {
-                    *self.scales.add(first_span + at_span * next_span) *= longer;
+                    *self.scales.add(first_span + at_span * next_span) *= factor;
                 }
                 for block in 0..blocks {
-                    *self.sums.add(first_block + block * next_block) *= longer;
+                    *self.sums.add(first_block + block * next_block) *= factor;
                 }
-            }
-        }
-        // As in float32, where all products of such a row are NaN.
-        if _mm512_reduce_add_ps(finite) != 0.0 {
-            for at_span in 0..spans {
-                // SAFETY: one for each span.
-                unsafe { *self.scales.add(first_span + at_span * next_span) = f32::NAN };
             }
         }
     }
