@@ -6,10 +6,13 @@ use std::path::Path;
 use safetensors::SafeTensors;
 use serde_json::json;
 use t5gemma_exporter::Export;
+use t5gemma_graphs::Target;
 use t5gemma_graphs::interface::{DType, Logits};
 use t5gemma_graphs::manifest::EncoderWindow;
+use t5gemma_graphs::onnx::Blocks;
+use t5gemma_graphs::quantization::Quantization;
 
-use crate::common::{FIXTURES, exported, exported_as, fixture, run, stdout};
+use crate::common::{FIXTURES, exported, exported_as, fixture, program, run, stdout};
 
 /// In float32, where the mask is 1.
 const TOLERANCE: f32 = 5e-4;
@@ -50,6 +53,29 @@ fn the_exclusive_encoder_window_is_that_of_earlier_transformers() {
 fn encode_writes_the_reference_hidden_states() {
     for name in FIXTURES {
         check_encoded(&exported(name), name, "");
+    }
+}
+
+/// What weights of few bits are multiplied with is rounded, and what is rounded otherwise for the company it has would be another source
+/// in the decoder's eyes.
+#[test]
+fn with_weights_of_few_bits_a_source_is_encoded_to_the_same_numbers_whatever_is_beside_it() {
+    for bits in [8, 4] {
+        let blocks = Some(Blocks::whole(bits, 32));
+        let quantization = Quantization { encoder: blocks, decoder: blocks, head: blocks, ..Quantization::default() };
+        let export = Export { target: Target::Cpu, quantization, ..Export::default() };
+        let model = exported_as("tiny-balanced", &format!("verified-in-{bits}"), export);
+        for level in ["generic", "avx2", "avx512_vnni"] {
+            let mut command = program("t5gemma");
+            command.env("T5GEMMA_MAX_CPU_ISA", level).arg("verify").arg(&model);
+            let report = stdout(command.output().expect("the program starts"));
+            for compared in
+                ["hidden states of a ragged batch = of its rows alone", "hidden states padded left = padded right"]
+            {
+                let line = report.lines().find(|line| line.contains(compared)).expect("compared");
+                assert!(line.contains(" 0.00e0 "), "{bits} bits, {level}: {line}");
+            }
+        }
     }
 }
 

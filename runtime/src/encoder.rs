@@ -144,13 +144,13 @@ impl Encoder {
     pub(crate) fn output(&self, batch: &Batch, cancel: &Cancellation) -> Result<ArrayD<f32>, Error> {
         batch.check(&self.folder.config)?;
         // A classifier looks at the tokens of padding too.
-        if let (true, Ok(Features { pooling, .. })) = (self.on_cpu, self.features()) {
-            let groups = apart::groups(batch.mask(), batch.length());
-            if groups.len() > 1 {
-                let by_token = pooling == Pooling::None;
-                let (shape, values) = apart::run_apart(&self.session, batch, &groups, by_token, cancel)?;
-                return ArrayD::from_shape_vec(shape, values).map_err(wrong_rank);
-            }
+        if self.on_cpu
+            && let Ok(Features { pooling, .. }) = self.features()
+            && let Some(groups) = apart::groups(batch.mask(), batch.length())
+        {
+            let by_token = pooling == Pooling::None;
+            let (shape, values) = apart::run_apart(&self.session, batch, &groups, by_token, cancel)?;
+            return ArrayD::from_shape_vec(shape, values).map_err(wrong_rank);
         }
         let rectangle = |values: &[i64]| int64_tensor(batch.rows(), values.to_vec());
         let (ids, mask) = (rectangle(batch.ids())?, rectangle(batch.mask())?);

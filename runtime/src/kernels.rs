@@ -100,7 +100,7 @@ impl Kernels {
 
     /// The operators to give to the session of this side.
     pub fn operators(&self, side: Side) -> ort::Result<Vec<OperatorDomain>> {
-        let mut standard = OperatorDomain::new("")?.add(attention::Attention)?;
+        let mut standard = OperatorDomain::new("")?.add(attention::Attention { side })?;
         if side == Side::Decoder && tanh::is_fast() {
             standard = standard.add(tanh::Tanh { told: self.told.clone() })?;
         }

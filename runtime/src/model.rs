@@ -480,12 +480,11 @@ impl Model {
 
     /// What the encoder computes of a batch that was checked, whatever is remembered.
     pub(crate) fn compute_encoder(&self, batch: &Batch, cancel: &Cancellation) -> Result<Encoded, Error> {
-        if self.on_cpu {
-            let groups = apart::groups(batch.mask(), batch.length());
-            if groups.len() > 1 {
-                let (_, states) = apart::run_apart(&self.encoder, batch, &groups, true, cancel)?;
-                return self.encoded(batch, states);
-            }
+        if self.on_cpu
+            && let Some(groups) = apart::groups(batch.mask(), batch.length())
+        {
+            let (_, states) = apart::run_apart(&self.encoder, batch, &groups, true, cancel)?;
+            return self.encoded(batch, states);
         }
         let rectangle = |values: &[i64]| int64_tensor(batch.rows(), values.to_vec());
         let (ids, mask) = (rectangle(batch.ids())?, rectangle(batch.mask())?);

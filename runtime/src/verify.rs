@@ -59,8 +59,9 @@ const SOURCES: [usize; 5] = [23, 9, 1, 16, 4];
 /// batch with its rows alone, padding on the left with padding on the right, beam search of width one with greedy search,
 /// and beam scores with scores recomputed from the logits.
 ///
-/// `tolerance` replaces the default limit of each comparison of numbers: 5e-4 in float32, and in half precision a tenth of
-/// the largest number compared.
+/// `tolerance` replaces the default limit of each comparison of numbers: 5e-4 in float32; with weights of few bits, whose
+/// activations are rounded as well, a thousandth of the largest number compared where that is more; and in half precision a
+/// tenth of it.
 ///
 /// # Errors
 /// As [`Model::generate`].
@@ -233,6 +234,7 @@ pub fn against(
 fn limit(model: &Model, tolerance: Option<f32>, largest: f32) -> f32 {
     match model.manifest().dtype {
         _ if tolerance.is_some() => tolerance.unwrap_or_default(),
+        DType::Float32 if model.manifest().quantization.is_any() => (largest / 1000.0).max(5e-4),
         DType::Float32 => 5e-4,
         _ => largest / 10.0,
     }

@@ -26,7 +26,8 @@ pub struct Arguments {
     /// dec.B.first.logits, dec.B.forced_ids and dec.B.forced_logits, dec.B.prefill.logits where there are any
     #[arg(long, value_name = "FILE.safetensors")]
     golden: Option<PathBuf>,
-    /// Largest absolute error that passes [default: 5e-4 in float32, a tenth of the largest number in half precision]
+    /// Largest absolute error that passes [default: 5e-4 in float32, a thousandth of the largest number with weights of few
+    /// bits, a tenth of it in half precision]
     #[arg(long)]
     tolerance: Option<f32>,
     /// A model of the same checkpoint, in more bits or for another target: reports how far hidden states and logits are

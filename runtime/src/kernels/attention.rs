@@ -11,7 +11,7 @@ use ort::operator::{ComputeContext, Kernel, KernelContext, Operator, OperatorInp
 use ort::value::{Shape, TensorElementType};
 
 use super::aligned::Aligned;
-use super::{Parts, spread};
+use super::{Parts, Side, spread};
 use head::{Head, Room, TILES, Visible, are_many, attend, length_of_turned, turned};
 
 /// Fewer products than this are not worth waking another thread for, nor what takes as long to read.
@@ -43,7 +43,9 @@ fn four(operator: &str, shape: &Shape) -> ort::Result<[usize; 4]> {
 
 /// `softmax(softcap(q·kᵀ·scale) where visible) · v`: queries `[batch, heads, queries, dim]`, keys and values
 /// `[batch, kv_heads, keys, dim]`, visible bool, broadcast against `[batch, heads, queries, keys]`.
-pub(super) struct Attention;
+pub(super) struct Attention {
+    pub side: Side,
+}
 
 impl Operator for Attention {
     type Kernel<'attr> = OverGiven;
@@ -66,7 +68,13 @@ impl Operator for Attention {
         if attribute(node, "Attention", "is_causal", Some(0))? != 0 {
             return Err(ort::Error::new("Attention: expected a mask for what is causal"));
         }
-        Ok(OverGiven { scale, cap: soft_cap(node), room: Room::default(), turned: Aligned::default() })
+        Ok(OverGiven {
+            scale,
+            cap: soft_cap(node),
+            always_turns: self.side == Side::Encoder,
+            room: Room::default(),
+            turned: Aligned::default(),
+        })
     }
 }
 
@@ -74,6 +82,8 @@ impl Operator for Attention {
 pub(super) struct OverGiven {
     scale: f32,
     cap: Option<f32>,
+    /// Few queries too, so that a source's numbers are the same whatever is encoded beside it.
+    always_turns: bool,
     room: Room,
     turned: Aligned<f32>,
 }
@@ -159,7 +169,7 @@ impl Kernel for OverGiven {
         let rows: Vec<(Range<usize>, bool)> = mask.chunks_exact(length).map(extent).collect();
         let (pairs, group) = (batch * kv_heads, heads / kv_heads);
         let (of_head, of_turned) = (length * dim, length_of_turned(length, dim));
-        let turns = are_many(count);
+        let turns = self.always_turns || are_many(count);
         if turns {
             self.turned.resize(pairs * of_turned, 0.0);
             let to = Parts::new(&mut self.turned);

@@ -157,7 +157,8 @@ pub struct Activations {
 pub enum Purpose {
     /// Products with many columns at a time.
     Whole,
-    /// The same, where 8 bits are enough if those are faster.
+    /// The same, where 8 bits are enough if those are faster. Results of a row are the same whatever rows are beside it: with so few
+    /// bits, what is lost in the last place of float32 would come out as other numbers altogether.
     Coarse,
     /// Products with columns here and there.
     Scattered,
@@ -175,11 +176,20 @@ impl Activations {
         (self.rows, self.level) = (rows, level);
         #[cfg(target_arch = "x86_64")]
         if level == Level::Vnni {
-            let planes = if purpose == Purpose::Coarse { vnni::Planes::One } else { vnni::Planes::Two };
-            return self.bytes.prepare(rows, weights, planes, purpose == Purpose::Scattered);
+            let (planes, panels_from) = match purpose {
+                Purpose::Coarse => (vnni::Planes::One, 1),
+                Purpose::Whole => (vnni::Planes::Two, vnni::PANELS_FROM),
+                Purpose::Scattered => (vnni::Planes::Two, usize::MAX),
+            };
+            return self.bytes.prepare(rows, weights, planes, panels_from);
         }
         // Many rows make it worth while to bring the weights into another order first.
-        self.in_panels = level >= Level::Avx2 && rows >= 8 && purpose != Purpose::Scattered;
+        let panels_from = match purpose {
+            Purpose::Coarse => 1,
+            Purpose::Whole => 8,
+            Purpose::Scattered => usize::MAX,
+        };
+        self.in_panels = level >= Level::Avx2 && rows >= panels_from;
         self.order = if self.in_panels { Order::Plain } else { Order::of(weights) };
         self.numbers.resize(rows * length, 0);
         self.sums.resize(rows * weights.blocks(), 0.0);

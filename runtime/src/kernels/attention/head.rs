@@ -195,12 +195,13 @@ unsafe fn tile<S: Sixteen, const R: usize>(
     let mut sums = [0.0_f32; R];
     for (at, scores) in scores.chunks_exact_mut(pitch(count)).enumerate() {
         let scores = &mut scores[..count];
-        if let Some(cap) = head.cap {
-            // SAFETY: the caller's.
-            unsafe { softcap::<S>(scores, cap) };
-        }
         let range = &ranges[at];
         let own = range.start.max(start) - start..range.end.max(start) - start;
+        if let Some(cap) = head.cap {
+            // Of what the query sees alone: others may not have a say in how it is computed.
+            // SAFETY: the caller's.
+            unsafe { softcap::<S>(&mut scores[own.clone()], cap) };
+        }
         scores[..own.start].fill(f32::NEG_INFINITY);
         scores[own.end..].fill(f32::NEG_INFINITY);
         if let Some(seen) = visible.seen(first + at, range.clone()) {

@@ -68,7 +68,7 @@ impl Rough {
     pub fn round(&mut self, x: &[f32], w: &Weights) {
         if level() == Level::Vnni {
             let bytes = self.bytes.get_or_insert_default();
-            bytes.prepare(x.len() / w.k, w, vnni::Planes::One, false);
+            bytes.prepare(x.len() / w.k, w, vnni::Planes::One, vnni::PANELS_FROM);
             for (row, x) in x.chunks_exact(w.k).enumerate() {
                 // SAFETY: room was made, there is one thread, and the level is no higher than the processor's.
                 unsafe { bytes.target().round(row, x, w) };

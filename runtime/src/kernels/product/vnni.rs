@@ -10,6 +10,8 @@
 mod panels;
 mod rows;
 
+pub use panels::MANY as PANELS_FROM;
+
 use std::arch::x86_64::*;
 use std::num::NonZeroUsize;
 use std::ops::Range;
@@ -132,9 +134,10 @@ pub struct Rounded {
 }
 
 impl Rounded {
-    /// Makes room, for products with columns here and there if they are `scattered`.
-    pub fn prepare(&mut self, rows: usize, w: &Weights, planes: Planes, scattered: bool) {
-        let layout = Layout::of(w, planes, if scattered { None } else { panels::tile_of(rows, planes) });
+    /// Makes room. From `panels_from` rows on, which [`PANELS_FROM`] makes worth while, whole panels of columns are computed.
+    pub fn prepare(&mut self, rows: usize, w: &Weights, planes: Planes, panels_from: usize) {
+        let tile = if rows < panels_from { None } else { panels::tile_of(rows, planes) };
+        let layout = Layout::of(w, planes, tile);
         (self.rows, self.layout) = (rows, layout);
         let rows = layout.rows(rows);
         self.numbers.resize(rows * layout.bytes(), 0);

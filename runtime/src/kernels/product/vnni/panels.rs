@@ -33,10 +33,10 @@ struct Part {
     depth: Range<usize>,
 }
 
-/// From so many rows on the weights are brought into another order first.
-const MANY: usize = 4;
+/// From so many rows on it pays to bring the weights into another order first.
+pub const MANY: usize = 4;
 
-/// How many rows are computed at a time of so many, so that registers are used best; none if the weights are taken as they lie.
+/// How many rows are computed at a time of so many, so that registers are used best.
 pub fn tile_of(rows: usize, planes: Planes) -> Option<NonZeroUsize> {
     let tiles: &[usize] = match planes {
         Planes::One => &[12, 10, 8, 6],
@@ -44,7 +44,7 @@ pub fn tile_of(rows: usize, planes: Planes) -> Option<NonZeroUsize> {
     };
     // Loading a panel's numbers takes about as long as one more row.
     let tile = tiles.iter().min_by_key(|&&tile| rows.div_ceil(tile) * (tile + 1));
-    tile.copied().filter(|_| rows >= MANY).and_then(NonZeroUsize::new)
+    tile.copied().and_then(NonZeroUsize::new)
 }
 
 /// `R` rows are computed at a time.
