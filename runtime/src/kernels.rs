@@ -81,8 +81,14 @@ impl Kernels {
         }
     }
 
-    /// Says what is wanted of the results of the head, before a run, by who has the session to itself.
+    /// Says what is wanted of the results of the head, before a run, by who has the session to itself. Where a list of them will do, the
+    /// run may return logits of any number, of which [`Kernels::summary`] has the tokens.
     pub fn want(&self, wanted: Wanted) {
+        let wanted = match wanted {
+            // Their sum is that of logits, and what lists them knows of a soft-cap alone how logits come of results.
+            Wanted::Best { sum: true, .. } if !self.told.sums() => wanted.in_whole_rows(),
+            wanted => wanted,
+        };
         self.wish.set(wanted);
         self.told.take();
     }
@@ -95,7 +101,7 @@ impl Kernels {
 
     #[cfg(target_arch = "x86_64")]
     fn best(&self) -> Best {
-        Best { wish: self.wish.clone(), copies: self.copies.clone() }
+        Best { wish: self.wish.clone(), told: self.told.clone(), copies: self.copies.clone() }
     }
 
     /// The operators to give to the session of this side.
@@ -133,7 +139,9 @@ impl Wish {
     fn set(&self, wanted: Wanted) {
         let code = match wanted {
             Wanted::All => 0,
-            Wanted::Best { count, sum } => (count.clamp(1, u32::MAX as usize) as u64) << 1 | u64::from(sum),
+            Wanted::Best { count, sum, listed } => {
+                (count.clamp(1, u32::MAX as usize) as u64) << 2 | u64::from(listed) << 1 | u64::from(sum)
+            }
         };
         self.0.store(code, Ordering::Release);
     }
@@ -142,7 +150,7 @@ impl Wish {
     fn get(&self) -> Wanted {
         match self.0.load(Ordering::Acquire) {
             0 => Wanted::All,
-            code => Wanted::Best { count: (code >> 1) as usize, sum: code & 1 == 1 },
+            code => Wanted::Best { count: (code >> 2) as usize, sum: code & 1 == 1, listed: code & 2 == 2 },
         }
     }
 }
@@ -152,6 +160,7 @@ impl Wish {
 #[derive(Clone)]
 struct Best {
     wish: Arc<Wish>,
+    told: Arc<tanh::Told>,
     copies: Arc<best::Copies>,
 }
 
@@ -175,6 +184,57 @@ impl Best {
         // SAFETY: the features are there; the rest is the caller's.
         unsafe { self.copies.multiply(self.wish.get(), room, operands, sizes, spread) }
     }
+
+    /// Makes the product of `shape [.., k]` with a head `[n, k]` the output, of the wanted results alone, and tells of which tokens these
+    /// are, if that will do and can be done; otherwise there is no output yet.
+    ///
+    /// # Safety
+    /// As for [`Best::multiply`].
+    unsafe fn list(
+        &self,
+        context: &ComputeContext,
+        room: &mut best::Room,
+        (x, table, shape): (&[f32], best::Table, &[i64]),
+        sizes: [usize; 3],
+    ) -> ort::Result<Listing> {
+        let wanted = self.wish.get();
+        let Wanted::Best { sum, listed: true, .. } = wanted else { return Ok(Listing::NotTried) };
+        if !float::is_here() {
+            return Ok(Listing::NotTried);
+        }
+        let spread: Spread = &|parts, work| spread(context, parts, work);
+        // SAFETY: the features are there; the rest is the caller's.
+        let (tokens, width, results) = match unsafe { self.copies.list(wanted, room, (x, table), sizes, spread)? } {
+            best::List::Of { tokens, width, results } => (tokens, width, results),
+            best::List::InVain => return Ok(Listing::InVain),
+            best::List::NotTried => return Ok(Listing::NotTried),
+        };
+        let [rows, n, _] = sizes;
+        let norms = if sum { self.told.norms(results, n, spread)? } else { vec![[0.0; 2]; rows] };
+        let mut to = shape.to_vec();
+        *to.last_mut().expect("has the axis of k") = width as i64;
+        let mut output = context.output(0, to)?.ok_or_else(|| ort::Error::new("the output is missing"))?;
+        let (_, y) = output.try_extract_tensor_mut::<f32>()?;
+        for ((results, tokens), y) in
+            results.chunks_exact(n).zip(tokens.chunks_exact(width)).zip(y.chunks_exact_mut(width))
+        {
+            for (&token, y) in tokens.iter().zip(y) {
+                *y = results.get(token as usize).copied().unwrap_or(f32::NEG_INFINITY);
+            }
+        }
+        self.told.tell(Summary::of_listed(norms, tokens));
+        Ok(Listing::Done)
+    }
+}
+
+/// How listing went.
+#[cfg(target_arch = "x86_64")]
+#[derive(PartialEq, Eq)]
+enum Listing {
+    Done,
+    /// All results are to be computed.
+    InVain,
+    NotTried,
 }
 
 /// `y = x · wᵀ (+ b)` with `w [n, k]` in blocks of few bits, see `t5gemma_graphs::onnx::Blocks`.
@@ -279,13 +339,26 @@ impl Kernel for Product {
             return Err(ort::Error::new(format!("MatMulNBits of {shape} by [{}, {}]", self.n, self.k)));
         }
 
+        #[cfg(target_arch = "x86_64")]
+        let mut may_do_with_best = bias.is_none();
+        #[cfg(target_arch = "x86_64")]
+        if may_do_with_best {
+            let (best, room) = &mut self.best;
+            let operands = (x, best::Table::Packed(&weights), &shape[..]);
+            // SAFETY: weights are the same as long as the model is open.
+            match unsafe { best.list(context, room, operands, [rows, self.n, self.k])? } {
+                Listing::Done => return Ok(()),
+                Listing::InVain => may_do_with_best = false,
+                Listing::NotTried => {}
+            }
+        }
         let mut to: Vec<i64> = shape.to_vec();
         *to.last_mut().expect("has the axis that was looked at") = self.n as i64;
         let mut output = context.output(0, to)?.ok_or_else(|| missing("the output"))?;
         let (_, y) = output.try_extract_tensor_mut::<f32>()?;
 
         #[cfg(target_arch = "x86_64")]
-        if bias.is_none() {
+        if may_do_with_best {
             let (best, room) = &mut self.best;
             let operands = (x, best::Table::Packed(&weights), &mut *y);
             // SAFETY: weights are the same as long as the model is open.
@@ -393,13 +466,21 @@ impl Kernel for FloatProduct {
         *to.last_mut().expect("has the axis that was looked at") = *n;
         let [n, k] = [*n as usize, *k as usize];
         let rows = x.len() / k;
+        let operands = (x, best::Table::Float(w), &shape[..]);
+        // SAFETY: weights are the same as long as the model is open.
+        let listing = unsafe { self.best.list(context, &mut self.room, operands, [rows, n, k])? };
+        if listing == Listing::Done {
+            return Ok(());
+        }
         let mut output = context.output(0, to)?.ok_or_else(|| missing("the output"))?;
         let (_, y) = output.try_extract_tensor_mut::<f32>()?;
 
-        let operands = (x, best::Table::Float(w), &mut *y);
-        // SAFETY: weights are the same as long as the model is open.
-        if unsafe { self.best.multiply(context, &mut self.room, operands, [rows, n, k])? } {
-            return Ok(());
+        if listing == Listing::NotTried {
+            let operands = (x, best::Table::Float(w), &mut *y);
+            // SAFETY: weights are the same as long as the model is open.
+            if unsafe { self.best.multiply(context, &mut self.room, operands, [rows, n, k])? } {
+                return Ok(());
+            }
         }
         let mut product = float::Product::new(x, w, y, [rows, n, k]);
         let mut height = evenly(rows, FLOAT_ROWS);

@@ -32,6 +32,12 @@ pub fn set(severity: Severity, log: impl Fn(Severity, &str) + Send + Sync + 'sta
     *LOG.lock().unwrap_or_else(PoisonError::into_inner) = Some((severity, Arc::new(log)));
 }
 
+/// Whether messages below warnings are written, too.
+pub(crate) fn wants_more_than_warnings() -> bool {
+    let log = LOG.lock().unwrap_or_else(PoisonError::into_inner);
+    matches!(log.as_ref(), Some((Severity::Verbose | Severity::Info, _)))
+}
+
 /// The log as `ort` takes it, and the least level that is written.
 pub(crate) fn logger() -> Option<(LogLevel, LoggerFunction)> {
     let (severity, log) = LOG.lock().unwrap_or_else(PoisonError::into_inner).clone()?;

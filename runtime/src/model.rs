@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use half::{bf16, f16};
 use ndarray::Array3;
+use ort::logging::LogLevel;
 use ort::session::{RunOptions, Session, SessionInputValue};
 use ort::value::{DynValue, Outlet, Tensor, TensorElementType, ValueType};
 use t5gemma_graphs::Target;
@@ -30,6 +31,7 @@ use crate::error::Error;
 use crate::folder::Folder;
 use crate::generate::{self, Watch};
 use crate::kernels::{self, Kernels, Side};
+use crate::log;
 use crate::logprobs::Logprobs;
 use crate::onnxruntime;
 use crate::options::{GenerationOptions, OptionError};
@@ -118,8 +120,13 @@ pub(crate) struct Graph {
 }
 
 impl Graph {
-    /// The session, for runs of which so much is wanted.
+    /// The session, for runs of which so much is wanted, in whole rows.
     pub fn lock(&self, wanted: Wanted) -> MutexGuard<'_, Session> {
+        self.lock_to_list(wanted.in_whole_rows())
+    }
+
+    /// The session, for a run that may list what is wanted if that will do.
+    fn lock_to_list(&self, wanted: Wanted) -> MutexGuard<'_, Session> {
         let session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
         self.kernels.want(wanted);
         session
@@ -143,7 +150,7 @@ const READING_LOGITS: &str = "reading the logits";
 /// What a step says of the last target position of each row, or of each position of a row: the scores before any processing,
 /// and what it attends to.
 pub(crate) struct Logits {
-    /// `[rows, 1, tokens]`: of the vocabulary, or those that are kept of it.
+    /// `[rows, 1, tokens]`: of the vocabulary, or those that are kept of it; or of those that the summary lists.
     value: DynValue,
     /// `[rows, 1, source]`, of models that tell it.
     attended: Option<DynValue>,
@@ -201,9 +208,20 @@ impl Logits {
     /// The last position of each of `rows` rows.
     fn last(returned: Returned, rows: usize, summary: Option<Summary>) -> ort::Result<Logits> {
         let attended = returned.attended.map(|attended| last_position(attended, rows)).transpose()?;
-        // A summary of more rows is of all positions.
-        let summary = summary.filter(|summary| summary.count() == rows);
-        Ok(Logits { value: last_position(returned.logits, rows)?, attended, summary })
+        let value = last_position(returned.logits, rows)?;
+        let summary = match summary {
+            Some(summary) if summary.is_listed() => {
+                let (shape, listed) = value.try_extract_tensor::<f32>()?;
+                Some(
+                    summary
+                        .with_listed(listed, rows)
+                        .ok_or_else(|| ort::Error::new(format!("a list of logits {shape}")))?,
+                )
+            }
+            // A summary of more rows is of all positions.
+            summary => summary.filter(|summary| summary.count() == rows),
+        };
+        Ok(Logits { value, attended, summary })
     }
 }
 
@@ -630,9 +648,9 @@ impl Model {
         wanted: Wanted,
         cancel: &Cancellation,
     ) -> Result<Logits, Error> {
-        let mut session = self.decoder_with_past.lock(wanted);
+        let mut session = self.decoder_with_past.lock_to_list(wanted);
         let options = cancel.run_options()?;
-        match state.step(&mut session, tokens, options) {
+        match state.step(&mut session, tokens, wanted, options) {
             Ok(returned) => Logits::last(returned, tokens.len(), self.decoder_with_past.kernels.summary())
                 .map_err(Error::onnxruntime(READING_LOGITS)),
             Err(_) if cancel.is_cancelled() => Err(Error::Cancelled),
@@ -648,6 +666,7 @@ impl Model {
         wanted: Wanted,
         cancel: &Cancellation,
     ) -> Result<Logits, Error> {
+        let wanted = if tokens.len() == state.rows() { wanted } else { wanted.in_whole_rows() };
         let (returned, summary) = self.run_step(state, tokens, wanted, cancel)?;
         Logits::last(returned, state.rows(), summary).map_err(Error::onnxruntime(READING_LOGITS))
     }
@@ -662,6 +681,7 @@ impl Model {
         cancel: &Cancellation,
     ) -> Result<Logits, Error> {
         let expected = [1, tokens.len() as i64];
+        let wanted = wanted.in_whole_rows();
         let (Returned { logits: value, attended }, _) = self.run_step(state, tokens, wanted, cancel)?;
         if let Some(other) =
             [Some(&value), attended.as_ref()].into_iter().flatten().find(|v| v.shape()[..2] != expected)
@@ -694,10 +714,10 @@ impl Model {
                 (Returned { logits, attended }, None)
             }
             cache => {
-                let mut session = self.decoder_with_past.lock(wanted);
+                let mut session = self.decoder_with_past.lock_to_list(wanted);
                 let options = cancel.run_options()?;
                 let stepped = match cache {
-                    Cache::InPlace(cache) => cache.step(&mut session, &tokens, options),
+                    Cache::InPlace(cache) => cache.step(&mut session, &tokens, wanted, options),
                     Cache::Resident(cache) => cache.step(&mut session, &tokens, wanted, options),
                     Cache::Growing(_) => unreachable!("matched above"),
                 };
@@ -890,6 +910,10 @@ impl<'f> Opener<'f> {
             }
             // Ours stand before ONNX Runtime's own, and take float32 only, as graphs for a CPU are.
             if self.folder.manifest.target == Target::Cpu.name() && provider == Provider::Cpu {
+                // Logits that are listed are fewer than the graph says, of which ONNX Runtime would warn at every step.
+                if graph == "decoder_with_past" && !log::wants_more_than_warnings() {
+                    builder = builder.with_log_level(LogLevel::Error)?;
+                }
                 let side = if graph.starts_with("decoder") { Side::Decoder } else { Side::Encoder };
                 for domain in kernels.operators(side)? {
                     builder = builder.with_operators(domain)?;

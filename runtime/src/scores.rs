@@ -45,6 +45,8 @@ pub(crate) enum Wanted {
         count: usize,
         /// Whether the sum of the exponentials of all counts too.
         sum: bool,
+        /// Whether a list of them will do, with their tokens: processors look at single tokens alone, and nobody else at the rows.
+        listed: bool,
     },
 }
 
@@ -52,10 +54,18 @@ impl Wanted {
     /// What serves both.
     pub fn and(self, other: Wanted) -> Wanted {
         match (self, other) {
-            (Wanted::Best { count: a, sum: b }, Wanted::Best { count: c, sum: d }) => {
-                Wanted::Best { count: a.max(c), sum: b || d }
+            (Wanted::Best { count: a, sum: b, listed: e }, Wanted::Best { count: c, sum: d, listed: f }) => {
+                Wanted::Best { count: a.max(c), sum: b || d, listed: e && f }
             }
             _ => Wanted::All,
+        }
+    }
+
+    /// The same in rows of all tokens.
+    pub fn in_whole_rows(self) -> Wanted {
+        match self {
+            Wanted::Best { count, sum, .. } => Wanted::Best { count, sum, listed: false },
+            Wanted::All => Wanted::All,
         }
     }
 }
@@ -254,6 +264,7 @@ impl Processors {
         // Beams and draws beside each other may leave what others choose from.
         let mut count = if search.compares_rows() { search.candidates() } else { 1 };
         let mut is_cut = search.draws().is_none();
+        let mut listed = is_cut;
         for processor in self.processors.iter().filter(|processor| processor.is_active(length)) {
             // Where a processor makes some tokens less likely, as many that follow them may take their place.
             let more = match processor {
@@ -273,21 +284,23 @@ impl Processors {
                 _ => return Wanted::All,
             };
             count = count.saturating_add(more);
+            // Warpers look at whole rows.
+            listed &= !matches!(processor, Processor::Warp(_));
         }
-        if is_cut { Wanted::Best { count, sum } } else { Wanted::All }
+        if is_cut { Wanted::Best { count, sum, listed } } else { Wanted::All }
     }
 
     /// Applies the processors to the scores of one row: logits for greedy search, log-probabilities for beam search.
     /// `history` is the row's prompt and generated tokens; tokens outside the vocabulary are passed over.
     pub fn apply(&self, scores: &mut [f32], history: &[i64]) {
-        self.apply_after(scores, history, &[]);
+        self.apply_after(&mut Row { scores, listed: &[] }, history, &[]);
     }
 
     /// [`Processors::apply`] after groups of beams have chosen tokens in this step.
-    fn apply_after(&self, scores: &mut [f32], history: &[i64], chosen: &[i64]) {
+    fn apply_after(&self, row: &mut Row, history: &[i64], chosen: &[i64]) {
         for processor in &self.processors {
             if processor.is_active(history.len()) {
-                processor.apply(scores, history, chosen);
+                processor.apply(row, history, chosen);
             }
         }
     }
@@ -336,7 +349,8 @@ impl Processors {
                     maxima.clear();
                 }
             }
-            self.apply_after(row, history, &chosen);
+            let listed = known.map_or(&[][..], |known| known.rows(beam, 1).listed);
+            self.apply_after(&mut Row { scores: row, listed }, history, &chosen);
             let (step, running) = (history.len() as u32, search.running_score(beam));
             match (search.compares_rows(), search.draws()) {
                 (true, None) => best.take_row(beam, row, &maxima, |x| norm.subtract(x) + running),
@@ -353,6 +367,11 @@ impl Processors {
             }
         }
         let mut candidates = if search.compares_rows() { best.candidates } else { of_rows };
+        if let Some(known) = known.filter(|known| !known.listed.is_empty()) {
+            candidates
+                .iter_mut()
+                .for_each(|candidate| candidate.token = known.token(candidate.parent, candidate.token));
+        }
         if let Some(kept) = &self.kept {
             candidates.iter_mut().for_each(|candidate| candidate.token = kept.token(candidate.token));
         }
@@ -375,6 +394,24 @@ fn draw(row: &[f32], u: f64) -> usize {
         }
     }
     last
+}
+
+/// A row of scores.
+struct Row<'r> {
+    scores: &'r mut [f32],
+    /// Of which tokens they are, in order; nothing if they are of all.
+    listed: &'r [u32],
+}
+
+impl Row<'_> {
+    /// The score of a token, if there is one.
+    fn at(&mut self, token: i64) -> Option<&mut f32> {
+        let place = match self.listed {
+            [] => usize::try_from(token).ok()?,
+            listed => listed.binary_search(&u32::try_from(token).ok()?).ok()?,
+        };
+        self.scores.get_mut(place)
+    }
 }
 
 impl Processor {
@@ -400,12 +437,12 @@ impl Processor {
     }
 
     /// Changes the scores; the history is of a length for which it is active.
-    fn apply(&self, scores: &mut [f32], history: &[i64], chosen: &[i64]) {
+    fn apply(&self, row: &mut Row, history: &[i64], chosen: &[i64]) {
         match self {
             Processor::Diversity(penalty) => {
                 // Each beam that chose a token counts.
                 for &token in chosen {
-                    if let Some(score) = at(scores, token) {
+                    if let Some(score) = row.at(token) {
                         *score -= penalty;
                     }
                 }
@@ -414,45 +451,45 @@ impl Processor {
                 for TokenBias { token, sequences } in biases {
                     let active = sequences.iter().filter(|(prefix, _)| history.ends_with(prefix));
                     if let Some(bias) = active.map(|&(_, bias)| bias).reduce(|sum, bias| sum + bias)
-                        && let Some(score) = at(scores, *token)
+                        && let Some(score) = row.at(*token)
                     {
                         *score += bias;
                     }
                 }
             }
-            Processor::EncoderRepetitionPenalty { source, penalty } => penalise(scores, source, *penalty),
-            Processor::RepetitionPenalty(penalty) => penalise(scores, history, *penalty),
+            Processor::EncoderRepetitionPenalty { source, penalty } => penalise(row, source, *penalty),
+            Processor::RepetitionPenalty(penalty) => penalise(row, history, *penalty),
             Processor::Generated { frequency, presence, prompt_len } => {
                 let mut counts: HashMap<i64, u32> = HashMap::new();
                 history[*prompt_len..].iter().for_each(|&token| *counts.entry(token).or_default() += 1);
                 for (token, count) in counts {
-                    if let Some(score) = at(scores, token) {
+                    if let Some(score) = row.at(token) {
                         *score -= count as f32 * frequency + presence;
                     }
                 }
             }
-            Processor::NoRepeatNgram(size) => forbid_ngrams(scores, history, history, *size),
-            Processor::EncoderNoRepeatNgram { source, size } => forbid_ngrams(scores, source, history, *size),
-            Processor::Forbid { tokens, .. } => set(scores, tokens, f32::NEG_INFINITY),
+            Processor::NoRepeatNgram(size) => forbid_ngrams(row, history, history, *size),
+            Processor::EncoderNoRepeatNgram { source, size } => forbid_ngrams(row, source, history, *size),
+            Processor::Forbid { tokens, .. } => set(row, tokens, f32::NEG_INFINITY),
             Processor::Force { tokens, .. } => {
-                scores.fill(f32::NEG_INFINITY);
-                set(scores, tokens, 0.0);
+                row.scores.fill(f32::NEG_INFINITY);
+                set(row, tokens, 0.0);
             }
             Processor::RemoveInvalid => {
-                for score in scores {
+                for score in row.scores.iter_mut() {
                     *score = if score.is_nan() { 0.0 } else { score.clamp(f32::MIN, f32::MAX) };
                 }
             }
             Processor::ExponentialDecay { eos, start, factor } => {
                 let growth = (factor.powf((history.len() - start) as f64) - 1.0) as f32;
-                update(scores, eos, |score| if score.is_finite() { score + score.abs() * growth } else { score });
+                update(row, eos, |score| if score.is_finite() { score + score.abs() * growth } else { score });
             }
             Processor::Caller { processor, source, prompt_len } => {
-                processor.apply(&Position { source, history, prompt_len: *prompt_len }, scores);
+                processor.apply(&Position { source, history, prompt_len: *prompt_len }, row.scores);
             }
-            Processor::Warp(warper) => warper.apply(scores),
-            Processor::Limit(limit) => limit.apply(scores, history),
-            Processor::Renormalize => Norm::of(scores).apply(scores),
+            Processor::Warp(warper) => warper.apply(row.scores),
+            Processor::Limit(limit) => limit.apply(row.scores, history),
+            Processor::Renormalize => Norm::of(row.scores).apply(row.scores),
         }
     }
 }
@@ -492,37 +529,33 @@ fn sequence_bias<'a>(sequences: impl Iterator<Item = (&'a [i64], f32)>) -> Proce
 }
 
 /// Moves the scores of tokens away from what is likely; a token that occurs twice is moved once.
-fn penalise(scores: &mut [f32], tokens: &[i64], penalty: f32) {
-    update(scores, tokens, |score| if score < 0.0 { score * penalty } else { score / penalty });
+fn penalise(row: &mut Row, tokens: &[i64], penalty: f32) {
+    update(row, tokens, |score| if score < 0.0 { score * penalty } else { score / penalty });
 }
 
 /// Forbids every token that would complete an n-gram of `text`.
-fn forbid_ngrams(scores: &mut [f32], text: &[i64], history: &[i64], size: usize) {
+fn forbid_ngrams(row: &mut Row, text: &[i64], history: &[i64], size: usize) {
     let prefix = &history[history.len() + 1 - size..];
     for ngram in text.windows(size).filter(|ngram| ngram.starts_with(prefix)) {
-        set(scores, &ngram[size - 1..], f32::NEG_INFINITY);
+        set(row, &ngram[size - 1..], f32::NEG_INFINITY);
     }
 }
 
 /// Replaces the scores of tokens by a function of what they were before any was replaced.
-fn update(scores: &mut [f32], tokens: &[i64], new: impl Fn(f32) -> f32) {
+fn update(row: &mut Row, tokens: &[i64], new: impl Fn(f32) -> f32) {
     let replaced: Vec<(i64, f32)> =
-        tokens.iter().filter_map(|&token| at(scores, token).map(|score| (token, new(*score)))).collect();
+        tokens.iter().filter_map(|&token| row.at(token).map(|score| (token, new(*score)))).collect();
     for (token, score) in replaced {
-        set(scores, &[token], score);
+        set(row, &[token], score);
     }
 }
 
-fn set(scores: &mut [f32], tokens: &[i64], score: f32) {
+fn set(row: &mut Row, tokens: &[i64], score: f32) {
     for &token in tokens {
-        if let Some(place) = at(scores, token) {
+        if let Some(place) = row.at(token) {
             *place = score;
         }
     }
-}
-
-fn at(scores: &mut [f32], token: i64) -> Option<&mut f32> {
-    scores.get_mut(usize::try_from(token).ok()?)
 }
 
 /// The log-probabilities of the tokens at one place.
@@ -554,8 +587,10 @@ impl<'a> LogProbabilities<'a> {
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Summary {
     norms: Vec<Norm>,
-    /// `[rows, blocks]`: the greatest of each [`Summary::BLOCK`] of a row, NaN apart.
+    /// `[rows, blocks]`: the greatest of each [`Summary::BLOCK`] of a row, NaN apart; or nothing.
     maxima: Vec<f32>,
+    /// `[rows, logits in a row]`: of which tokens the logits are, in order, [`Summary::NONE`] where of none; nothing if they are of all.
+    listed: Vec<u32>,
 }
 
 impl Summary {
@@ -565,7 +600,36 @@ impl Summary {
     /// Of rows whose greatest logits these are, with the logarithms of the sums of exponentials relative to them, NaN if any logit is;
     /// and `[rows, blocks]` maxima.
     pub fn new(norms: Vec<[f32; 2]>, maxima: Vec<f32>) -> Summary {
-        Summary { norms: norms.into_iter().map(|[max, log_sum]| Norm { max, log_sum }).collect(), maxima }
+        let norms = norms.into_iter().map(|[max, log_sum]| Norm { max, log_sum }).collect();
+        Summary { norms, maxima, listed: Vec::new() }
+    }
+
+    /// Instead of a token, where a row lists fewer than others: its logit is −∞.
+    pub const NONE: u32 = u32::MAX;
+
+    /// Of rows that list the logits of these tokens alone, see [`Summary::new`]. Where no sum is wanted, norms are of no account.
+    pub fn of_listed(norms: Vec<[f32; 2]>, listed: Vec<u32>) -> Summary {
+        Summary { listed, ..Summary::new(norms, Vec::new()) }
+    }
+
+    /// Whether rows list some of their logits.
+    pub fn is_listed(&self) -> bool {
+        !self.listed.is_empty()
+    }
+
+    /// The same, with norms that are no numbers where one of the logits is none; nothing if these are not those of so many rows that it
+    /// lists.
+    pub fn with_listed(mut self, logits: &[f32], rows: usize) -> Option<Summary> {
+        if logits.len() != self.listed.len() || self.norms.len() != rows {
+            return None;
+        }
+        let width = logits.len() / rows;
+        for ((norm, logits), listed) in self.norms.iter_mut().zip(logits.chunks(width)).zip(self.listed.chunks(width)) {
+            if logits.iter().zip(listed).any(|(logit, &token)| token != Summary::NONE && !logit.is_finite()) {
+                norm.max = f32::NAN;
+            }
+        }
+        Some(self)
     }
 
     /// How many rows it is of.
@@ -574,7 +638,7 @@ impl Summary {
     }
 
     pub fn all(&self) -> Summarised<'_> {
-        Summarised { norms: &self.norms, maxima: &self.maxima }
+        Summarised { norms: &self.norms, maxima: &self.maxima, listed: &self.listed }
     }
 
     /// That of some rows.
@@ -585,7 +649,7 @@ impl Summary {
             norms.push(Norm::with_maxima(row, &mut of_row));
             maxima.append(&mut of_row);
         }
-        Summary { norms, maxima }
+        Summary { norms, maxima, listed: Vec::new() }
     }
 
     /// Itself, with the other's logarithms where they differ by rounding alone.
@@ -605,13 +669,24 @@ impl Summary {
 pub(crate) struct Summarised<'s> {
     norms: &'s [Norm],
     maxima: &'s [f32],
+    listed: &'s [u32],
 }
 
 impl<'s> Summarised<'s> {
     /// Of `count` of them, from `first` on.
     pub fn rows(self, first: usize, count: usize) -> Summarised<'s> {
-        let blocks = self.maxima.len() / self.norms.len().max(1);
-        Summarised { norms: &self.norms[first..][..count], maxima: &self.maxima[first * blocks..][..count * blocks] }
+        let rows = self.norms.len().max(1);
+        let (blocks, tokens) = (self.maxima.len() / rows, self.listed.len() / rows);
+        Summarised {
+            norms: &self.norms[first..][..count],
+            maxima: &self.maxima[first * blocks..][..count * blocks],
+            listed: &self.listed[first * tokens..][..count * tokens],
+        }
+    }
+
+    /// The token of the logit at a place of a row, of rows that list some.
+    fn token(self, row: usize, place: i64) -> i64 {
+        self.listed[row * (self.listed.len() / self.norms.len()) + place as usize].into()
     }
 
     /// Whether no logit is NaN or infinite, of logits that have a soft-cap.
@@ -1334,6 +1409,66 @@ mod tests {
         assert_eq!(places, [(0, 1), (0, 4), (0, 3), (0, 2)]);
         let sum: f64 = row.iter().map(|&x| f64::from(x).exp()).sum();
         assert!((f64::from(found[0].score) - (4.0 - sum.ln())).abs() < 1e-6);
+    }
+
+    #[test]
+    fn a_list_of_what_is_wanted_has_the_candidates_of_the_whole_rows() {
+        let plain = GenerationOptions::default();
+        let processed = GenerationOptions {
+            repetition_penalty: 1.3,
+            no_repeat_ngram_size: 2,
+            encoder_no_repeat_ngram_size: 2,
+            frequency_penalty: 0.4,
+            min_length: 9,
+            eos_token_id: vec![1, 40],
+            suppress_tokens: vec![17, 600],
+            ..plain.clone()
+        };
+        let mut noise = Noise(5);
+        for (options, num_beams) in [(&plain, 1), (&plain, 3), (&processed, 1), (&processed, 3)] {
+            let options = GenerationOptions { num_beams, ..options.clone() };
+            let (processors, mut search) = (Processors::new(&options, &[7, 8, 9, 7], 1), Search::new(&options, &[2]));
+            for step in 0..8 {
+                let Wanted::Best { count, sum, listed: true } = processors.wanted(&search, 0) else {
+                    panic!("{options:?}: not to be listed")
+                };
+                let (vocab_size, width) = (700, count + 5);
+                let mut logits = noise.row(vocab_size * num_beams, 4.0);
+                let (mut listed, mut tokens) = (Vec::new(), Vec::new());
+                for (at, row) in logits.chunks(vocab_size).enumerate() {
+                    let mut order: Vec<u32> = (0..vocab_size as u32).collect();
+                    order.sort_by(|&a, &b| row[b as usize].total_cmp(&row[a as usize]));
+                    // Some rows list more than they have to.
+                    order.truncate(count + at);
+                    order.sort_unstable();
+                    listed.extend(order.iter().map(|&token| row[token as usize]));
+                    order.resize(width, Summary::NONE);
+                    tokens.extend(order);
+                    listed.resize(tokens.len(), -INF);
+                }
+                let norms =
+                    Summary::of(&logits, vocab_size).norms.into_iter().map(|Norm { max, log_sum }| [max, log_sum]);
+                let norms = if sum { norms.collect() } else { vec![[0.0; 2]; num_beams] };
+                let known = Summary::of_listed(norms, tokens).with_listed(&listed, num_beams).expect("as many");
+                assert!(known.all().are_finite());
+                let expected = processors.candidates(&mut logits, &search);
+                let found = processors.candidates_of(&mut listed, Some(known.all()), &search);
+                assert_eq!(found, expected, "{num_beams} beams, step {step}, {options:?}");
+                if search.advance(&found) == crate::search::Progress::Done {
+                    break;
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_list_with_what_is_no_number_is_none() {
+        let known = || Summary::of_listed(vec![[0.0; 2]; 2], vec![3, 8, 1, Summary::NONE]);
+        let is_finite = |logits: &[f32]| known().with_listed(logits, 2).map(|known| known.all().are_finite());
+        assert_eq!(is_finite(&[1.0, 2.0, 3.0, -INF]), Some(true));
+        assert_eq!(is_finite(&[1.0, NAN, 3.0, -INF]), Some(false));
+        assert_eq!(is_finite(&[1.0, 2.0, -INF, -INF]), Some(false));
+        assert_eq!(is_finite(&[1.0, 2.0]), None);
     }
 
     #[test]

@@ -5,6 +5,7 @@
 mod candidates;
 mod growing;
 mod in_place;
+mod logits;
 mod ragged;
 mod resident;
 mod steady;

@@ -26,10 +26,11 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::aligned::Aligned;
 use super::product::rough::{self, Rough};
 use super::product::{self, Activations, Columns, Output, Purpose, Weights};
 use super::{Parts, Spread, float};
-use crate::scores::Wanted;
+use crate::scores::{Summary, Wanted};
 use copy::Known;
 
 /// Matrices of fewer numbers are not worth it.
@@ -122,6 +123,14 @@ pub(super) enum Table<'t> {
 }
 
 impl Table<'_> {
+    /// Where it is, how long it is, and what of it is read.
+    fn place(&self, reads: Reads) -> (usize, usize, Reads) {
+        match self {
+            Table::Float(w) => (w.as_ptr() as usize, w.len(), reads),
+            Table::Packed(w) => (w.numbers.as_ptr() as usize, w.numbers.len(), reads),
+        }
+    }
+
     /// How many of the greatest results, at least, are computed in full where the sum of all counts: a matrix in few bits has greater
     /// errors of its own.
     fn for_the_sum(&self) -> usize {
@@ -142,6 +151,22 @@ pub(super) struct Room {
     most: Vec<f32>,
     /// By parts of the columns.
     reached: Vec<Mutex<Reached>>,
+    /// `[rows, n]`, where these are not the output.
+    results: Aligned<f32>,
+}
+
+/// What was computed in full.
+pub(super) enum List<'r> {
+    Of {
+        /// `[rows, width]`: the columns, in order, [`Summary::NONE`] where a row has fewer.
+        tokens: Vec<u32>,
+        width: usize,
+        /// `[rows, n]`: all results.
+        results: &'r [f32],
+    },
+    /// It would have been too much.
+    InVain,
+    NotTried,
 }
 
 /// What is to be computed in full of a part of the columns.
@@ -162,6 +187,44 @@ impl Copies {
         Copies { rows, factor, known: Mutex::default() }
     }
 
+    /// How many of the greatest results are wanted, and whether the sum of all is, of a product that it is worth while for.
+    fn takes(&self, wanted: Wanted, w: Table, [rows, n, k]: [usize; 3]) -> Option<(usize, bool)> {
+        let Wanted::Best { count, sum, .. } = wanted else { return None };
+        let count = if sum { count.max(w.for_the_sum()) } else { count };
+        // Bounds are looked at by chunks: there have to be as many as results that are wanted.
+        let is_worth_it = n == self.rows && n * k >= LARGE && rows <= MOST_ROWS && count.max(TRIED) <= n / CHUNK;
+        is_worth_it.then_some((count, sum))
+    }
+
+    /// [`Copies::multiply`], which lists what it has computed in full. What is still to be found out of the matrix, that finds out.
+    ///
+    /// # Safety
+    /// As there.
+    pub unsafe fn list<'r>(
+        &self,
+        wanted: Wanted,
+        room: &'r mut Room,
+        (x, w): (&[f32], Table),
+        sizes: [usize; 3],
+        spread: Spread,
+    ) -> ort::Result<List<'r>> {
+        let [rows, n, _] = sizes;
+        let passes = self.takes(wanted, w, sizes).map_or(&[][..], |(count, sum)| Pass::of(w, rows, count, sum));
+        if !passes.first().is_some_and(|pass| self.is_known(w, pass.reads())) {
+            return Ok(List::NotTried);
+        }
+        let mut results = std::mem::take(&mut room.results);
+        results.resize(rows * n, 0.0);
+        // SAFETY: the caller's.
+        let is_done = unsafe { self.multiply(wanted, room, (x, w, &mut results), sizes, spread) };
+        room.results = results;
+        if !is_done? {
+            return Ok(List::InVain);
+        }
+        let (tokens, width) = listed(&room.reached, rows);
+        Ok(List::Of { tokens, width, results: &room.results })
+    }
+
     /// Computes the product `y = x · wᵀ` as far as it is wanted, and tells whether it did: otherwise all of it is to be
     /// computed.
     ///
@@ -175,12 +238,7 @@ impl Copies {
         [rows, n, k]: [usize; 3],
         spread: Spread,
     ) -> ort::Result<bool> {
-        let Wanted::Best { count, sum } = wanted else { return Ok(false) };
-        let count = if sum { count.max(w.for_the_sum()) } else { count };
-        // Bounds are looked at by chunks: there have to be as many as results that are wanted.
-        if n != self.rows || n * k < LARGE || rows > MOST_ROWS || count.max(TRIED) > n / CHUNK {
-            return Ok(false);
-        }
+        let Some((count, sum)) = self.takes(wanted, w, [rows, n, k]) else { return Ok(false) };
         for &pass in Pass::of(w, rows, count, sum) {
             // SAFETY: the caller's.
             let Some(known) = (unsafe { self.of(w, pass.reads(), [n, k], spread)? }) else { return Ok(false) };
@@ -196,16 +254,19 @@ impl Copies {
         Ok(false)
     }
 
+    /// Whether so much is known of a matrix.
+    fn is_known(&self, w: Table, reads: Reads) -> bool {
+        let copies = self.known.try_lock();
+        copies.is_ok_and(|copies| matches!(copies.get(&w.place(reads)), Some(Use::Known(_))))
+    }
+
     /// What is known of a matrix; nothing at its first use, or while another session finds it out.
     ///
     /// # Safety
     /// As for [`Copies::multiply`].
     unsafe fn of(&self, w: Table, reads: Reads, [n, k]: [usize; 2], spread: Spread) -> ort::Result<Option<Arc<Known>>> {
         let Ok(mut copies) = self.known.try_lock() else { return Ok(None) };
-        let place = match w {
-            Table::Float(w) => (w.as_ptr() as usize, w.len(), reads),
-            Table::Packed(w) => (w.numbers.as_ptr() as usize, w.numbers.len(), reads),
-        };
+        let place = w.place(reads);
         match copies.get(&place) {
             Some(Use::Known(known)) => Ok(Some(known.clone())),
             None => {
@@ -243,7 +304,7 @@ impl Known {
     /// The processor has AVX2 and FMA.
     unsafe fn multiply(
         &self,
-        Room { activations, rough, least, most, reached }: &mut Room,
+        Room { activations, rough, least, most, reached, .. }: &mut Room,
         (x, w, y): (&[f32], Table, &mut [f32]),
         [rows, n, k]: [usize; 3],
         Want { pass, count, factor }: Want,
@@ -523,6 +584,23 @@ impl InFull<'_> {
     }
 }
 
+/// The columns that were computed in full of each of so many rows, `[rows, width]`, and the width.
+fn listed(reached: &[Mutex<Reached>], rows: usize) -> (Vec<u32>, usize) {
+    let groups = rows.div_ceil(TOGETHER);
+    let mut of_groups = vec![Vec::new(); groups];
+    for part in reached {
+        let Reached { columns, ends, .. } = &*held(part);
+        let mut start = 0;
+        for (group, &end) in of_groups.iter_mut().zip(ends) {
+            group.extend(columns[start..end].iter().map(|&column| column as u32));
+            start = end;
+        }
+    }
+    let width = of_groups.iter().map(Vec::len).max().unwrap_or(0);
+    of_groups.iter_mut().for_each(|group| group.resize(width, Summary::NONE));
+    ((0..rows).flat_map(|row| &of_groups[row / TOGETHER]).copied().collect(), width)
+}
+
 /// What a part of the columns' mutex holds, of which each is locked by one thread at a time.
 fn held(reached: &Mutex<Reached>) -> MutexGuard<'_, Reached> {
     reached.lock().unwrap_or_else(PoisonError::into_inner)
@@ -578,11 +656,11 @@ mod tests {
             return;
         }
         for (rows, n, k, wanted) in [
-            (1, 65_600, 136, Wanted::Best { count: 1, sum: false }),
-            (3, 40_001, 256, Wanted::Best { count: 60, sum: false }),
-            (4, 40_001, 256, Wanted::Best { count: 60, sum: false }),
-            (9, 40_001, 256, Wanted::Best { count: 30, sum: false }),
-            (2, 70_000, 130, Wanted::Best { count: 8, sum: true }),
+            (1, 65_600, 136, Wanted::Best { count: 1, sum: false, listed: false }),
+            (3, 40_001, 256, Wanted::Best { count: 60, sum: false, listed: false }),
+            (4, 40_001, 256, Wanted::Best { count: 60, sum: false, listed: false }),
+            (9, 40_001, 256, Wanted::Best { count: 30, sum: false, listed: false }),
+            (2, 70_000, 130, Wanted::Best { count: 8, sum: true, listed: false }),
         ] {
             let (x, w) = (noise(rows * k, 7), noise(n * k, 11));
             let mut plain = vec![0.0; rows * n];
@@ -598,7 +676,7 @@ mod tests {
             for (wanted, expected) in [(wanted, false), (Wanted::All, false), (wanted, true)] {
                 assert_eq!(multiply(wanted, &mut y).ok(), Some(expected), "{wanted:?}");
             }
-            let Wanted::Best { count, sum } = wanted else { unreachable!("see above") };
+            let Wanted::Best { count, sum, .. } = wanted else { unreachable!("see above") };
             for (plain, y) in plain.chunks(n).zip(y.chunks(n)) {
                 let best = |results: &[f32]| {
                     let mut order: Vec<usize> = (0..n).collect();
@@ -612,6 +690,18 @@ mod tests {
                 let (apart, rest) = ((log_sum(y) - log_sum(plain)).abs(), plain.iter().zip(y).filter(|(a, b)| a != b));
                 assert!(rest.count() > n / 2, "only the first pass for most");
                 assert!(!sum || apart < 1e-5, "{apart}");
+            }
+            // SAFETY: as above.
+            let list = unsafe { copies.list(wanted, &mut room, (&x, Table::Float(&w)), [rows, n, k], &alone) };
+            let Ok(List::Of { tokens, width, results }) = list else { panic!("{wanted:?}: no list") };
+            assert_eq!(results, y, "{wanted:?}");
+            for (tokens, results) in tokens.chunks(width).zip(results.chunks(n)) {
+                let there = tokens.partition_point(|&token| token != Summary::NONE);
+                assert!(tokens[..there].is_sorted_by(|a, b| a < b) && there < n / 2, "{there} of {n}");
+                assert!(tokens[there..].iter().all(|&token| token == Summary::NONE));
+                let mut order: Vec<u32> = (0..n as u32).collect();
+                order.sort_by(|&a, &b| results[b as usize].total_cmp(&results[a as usize]));
+                assert!(order[..count].iter().all(|token| tokens[..there].binary_search(token).is_ok()), "{wanted:?}");
             }
         }
     }
@@ -643,7 +733,8 @@ mod tests {
             let (copies, mut room) = (Copies::new(n, factor), Room::default());
             let mut y = vec![f32::NAN; rows * n];
             for is_known in [false, true] {
-                let (wanted, operands) = (Wanted::Best { count: 8, sum: true }, (&x[..], table, &mut y[..]));
+                let (wanted, operands) =
+                    (Wanted::Best { count: 8, sum: true, listed: false }, (&x[..], table, &mut y[..]));
                 // SAFETY: the features are there, and there is one thread.
                 let done = unsafe { copies.multiply(wanted, &mut room, operands, [rows, n, k], &alone) };
                 assert_eq!(done.ok(), Some(is_known && is_taken));
@@ -699,7 +790,7 @@ mod tests {
             let mut y = vec![f32::NAN; rows * n];
             for expected in [false, true] {
                 let operands = (&x[..], Table::Packed(&weights), &mut y[..]);
-                let wanted = Wanted::Best { count, sum: false };
+                let wanted = Wanted::Best { count, sum: false, listed: false };
                 // SAFETY: the features are there, and the weights stay.
                 let done = unsafe { copies.multiply(wanted, &mut room, operands, [rows, n, k], &alone) };
                 assert_eq!(done.ok(), Some(expected), "{bits} bits, {block_size}");
@@ -727,7 +818,7 @@ mod tests {
             // Of a row with what is not finite nothing is: that is for the plain product to tell.
             x[0] = f32::INFINITY;
             let operands = (&x[..], Table::Packed(&weights), &mut y[..]);
-            let wanted = Wanted::Best { count, sum: false };
+            let wanted = Wanted::Best { count, sum: false, listed: false };
             // SAFETY: as above.
             let done = unsafe { copies.multiply(wanted, &mut room, operands, [rows, n, k], &alone) };
             assert_eq!(done.ok(), Some(false), "{bits} bits, {block_size}");
@@ -754,7 +845,7 @@ mod tests {
         let at = (0..k).max_by(|&a, &b| x[a].abs().total_cmp(&x[b].abs())).unwrap_or(0);
         w[40_000 * k + at] += 1e-4 * x[at].signum();
         let (copies, mut room) = (Copies::new(n, 1.0), Room::default());
-        let wanted = Wanted::Best { count: 1, sum: false };
+        let wanted = Wanted::Best { count: 1, sum: false, listed: false };
         let mut y = vec![0.0; n];
         for _ in 0..TOO_BLUNT + 3 {
             let operands = (&x[..], Table::Float(&w), &mut y[..]);

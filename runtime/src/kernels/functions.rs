@@ -144,14 +144,14 @@ pub struct Tanhs {
     pub sum: f32,
 }
 
-/// `tanh(x)` of all, and what there is to say of `cap` times these: the sum is of `exp(cap · tanh(x) − cap)`, NaN if a number is. `cap`
+/// `tanh(x)` of all, into `to` if there is such, and what there is to say of `cap` times these: the sum is of `exp(cap · tanh(x) − cap)`, NaN if a number is. `cap`
 /// is positive.
 ///
 /// # Safety
 /// The processor is of the level of `S`.
 #[inline(always)]
-pub unsafe fn tanhs<S: Sixteen>(x: &[f32], to: &mut [f32], cap: f32) -> Tanhs {
-    assert!(x.len() == to.len(), "as many as there are");
+pub unsafe fn tanhs<S: Sixteen>(x: &[f32], mut to: Option<&mut [f32]>, cap: f32) -> Tanhs {
+    assert!(to.as_ref().is_none_or(|to| to.len() == x.len()), "as many as there are");
     // SAFETY: sixteen numbers each; the rest is the caller's.
     unsafe {
         let mut greatest = S::splat(f32::NEG_INFINITY);
@@ -159,16 +159,19 @@ pub unsafe fn tanhs<S: Sixteen>(x: &[f32], to: &mut [f32], cap: f32) -> Tanhs {
         let (chunks, rest) = x.as_chunks::<LANES>();
         for (at, chunk) in chunks.iter().enumerate() {
             let tanh = capped::<S>(S::load(chunk.as_ptr()), 1.0, 1.0, false);
-            tanh.store(to.as_mut_ptr().add(at * LANES));
+            if let Some(to) = &mut to {
+                tanh.store(to.as_mut_ptr().add(at * LANES));
+            }
             greatest = tanh.max(greatest);
             sums = sums.add(exponential(tanh.fused(S::splat(cap), S::splat(-cap))));
         }
         if !rest.is_empty() {
             let mut last = filled(rest, 0.0);
             capped::<S>(S::load(last.as_ptr()), 1.0, 1.0, false).store(last.as_mut_ptr());
-            let end = to.len() - rest.len();
-            to[end..].copy_from_slice(&last[..rest.len()]);
-            let last = filled(&to[end..], f32::NEG_INFINITY);
+            if let Some(to) = &mut to {
+                to[chunks.len() * LANES..].copy_from_slice(&last[..rest.len()]);
+            }
+            let last = filled(&last[..rest.len()], f32::NEG_INFINITY);
             let tanh = S::load(last.as_ptr());
             greatest = tanh.max(greatest);
             // Nothing of what is not there.

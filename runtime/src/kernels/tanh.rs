@@ -39,6 +39,23 @@ impl Told {
         Told { logits: self.logits, found: Mutex::default() }
     }
 
+    /// Whether it can tell sums of exponentials.
+    pub fn sums(&self) -> bool {
+        self.logits.is_some()
+    }
+
+    /// What log-softmax subtracts from logits that rows of `width` such numbers will be made into: the greatest, and the logarithm of
+    /// the sum of the exponentials relative to it.
+    pub fn norms(&self, x: &[f32], width: usize, spread: Spread) -> ort::Result<Vec<[f32; 2]>> {
+        let cap = self.logits.map_or(1.0, |(_, cap)| cap);
+        Ok(tanhs_of_rows(x, None, width, cap, spread)?.0)
+    }
+
+    /// Has it tell this.
+    pub fn tell(&self, found: Summary) {
+        *self.found.lock().unwrap_or_else(PoisonError::into_inner) = Some(found);
+    }
+
     /// What was found, which is forgotten thereby.
     pub fn take(&self) -> Option<Summary> {
         self.found.lock().unwrap_or_else(PoisonError::into_inner).take()
@@ -93,20 +110,28 @@ impl Kernel for OfAll {
         }
         let logits = self.told.logits.filter(|&(tokens, _)| tokens == last);
         let (width, cap) = logits.unwrap_or((x.len(), 1.0));
-        let found = tanhs_of_rows(x, y, width, cap, &|parts, work| spread(context, parts, work))?;
+        let (norms, maxima) = tanhs_of_rows(x, Some(y), width, cap, &|parts, work| spread(context, parts, work))?;
         if logits.is_some() {
-            *self.told.found.lock().unwrap_or_else(PoisonError::into_inner) = Some(found);
+            self.told.tell(Summary::new(norms, maxima));
         }
         Ok(())
     }
 }
 
-/// The hyperbolic tangents `y` of rows `x [rows, width]`, and what there is to say of `cap` times these.
-fn tanhs_of_rows(x: &[f32], y: &mut [f32], width: usize, cap: f32, spread: Spread) -> ort::Result<Summary> {
+/// The hyperbolic tangents `y` of rows `x [rows, width]`, if these are wanted, and what there is to say of `cap` times them: see
+/// [`Summary::new`].
+fn tanhs_of_rows(
+    x: &[f32],
+    y: Option<&mut [f32]>,
+    width: usize,
+    cap: f32,
+    spread: Spread,
+) -> ort::Result<(Vec<[f32; 2]>, Vec<f32>)> {
     let (rows, blocks) = (x.len() / width, width.div_ceil(Summary::BLOCK));
     let parts = blocks.div_ceil(BLOCKS);
     let (mut maxima, mut sums) = (vec![0.0_f32; rows * blocks], vec![0.0_f64; rows * blocks]);
-    let (of_maxima, of_sums, of_y) = (Parts::new(&mut maxima), Parts::new(&mut sums), Parts::new(y));
+    let (of_maxima, of_sums) = (Parts::new(&mut maxima), Parts::new(&mut sums));
+    let of_y = y.map(Parts::new);
     spread(rows * parts, &|part| {
         let (row, first) = (part / parts, part % parts * BLOCKS);
         for block in first..blocks.min(first + BLOCKS) {
@@ -114,7 +139,8 @@ fn tanhs_of_rows(x: &[f32], y: &mut [f32], width: usize, cap: f32, spread: Sprea
             let range = start + block * Summary::BLOCK..start + width.min((block + 1) * Summary::BLOCK);
             // SAFETY: every block is written by one call only.
             unsafe {
-                let Tanhs { greatest, sum } = of_block(&x[range.clone()], of_y.of(range), cap);
+                let to = of_y.as_ref().map(|y| y.of(range.clone()));
+                let Tanhs { greatest, sum } = of_block(&x[range], to, cap);
                 of_maxima.of(at..at + 1)[0] = greatest * cap;
                 of_sums.of(at..at + 1)[0] = sum.into();
             }
@@ -125,11 +151,10 @@ fn tanhs_of_rows(x: &[f32], y: &mut [f32], width: usize, cap: f32, spread: Sprea
         // The exponentials are relative to the cap, which no logit exceeds.
         [max, (sums.iter().sum::<f64>().ln() + f64::from(cap) - f64::from(max)) as f32]
     });
-    let norms = norms.collect();
-    Ok(Summary::new(norms, maxima))
+    Ok((norms.collect(), maxima))
 }
 
-fn of_block(x: &[f32], to: &mut [f32], cap: f32) -> Tanhs {
+fn of_block(x: &[f32], to: Option<&mut [f32]>, cap: f32) -> Tanhs {
     #[cfg(target_arch = "x86_64")]
     match level() {
         // SAFETY: the level is no higher than the processor's.
@@ -144,14 +169,14 @@ fn of_block(x: &[f32], to: &mut [f32], cap: f32) -> Tanhs {
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
-fn with_avx2(x: &[f32], to: &mut [f32], cap: f32) -> Tanhs {
+fn with_avx2(x: &[f32], to: Option<&mut [f32]>, cap: f32) -> Tanhs {
     // SAFETY: the features are there.
     unsafe { tanhs::<Avx2>(x, to, cap) }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
-fn with_avx512(x: &[f32], to: &mut [f32], cap: f32) -> Tanhs {
+fn with_avx512(x: &[f32], to: Option<&mut [f32]>, cap: f32) -> Tanhs {
     // SAFETY: the features are there.
     unsafe { tanhs::<Avx512>(x, to, cap) }
 }
@@ -167,7 +192,12 @@ mod tests {
         for width in [1, 37, 1024, 20_000] {
             let x: Vec<f32> = (0..rows * width).map(|at| ((at * 7919) % 2003) as f32 / 700.0 - 1.5).collect();
             let mut y = vec![f32::NAN; x.len()];
-            let Ok(found) = tanhs_of_rows(&x, &mut y, width, cap, &alone) else { panic!("{width}: not computed") };
+            let found = |y| match tanhs_of_rows(&x, y, width, cap, &alone) {
+                Ok((norms, maxima)) => Summary::new(norms, maxima),
+                Err(error) => panic!("{width}: {error}"),
+            };
+            let (alone, found) = (found(None), found(Some(&mut y)));
+            assert_eq!(alone, found, "{width}");
             for (x, &y) in x.iter().zip(&y) {
                 assert!((f64::from(*x).tanh() - f64::from(y)).abs() < 3e-7, "{x}: {y}");
             }
@@ -181,7 +211,8 @@ mod tests {
         let mut x = vec![0.5; 3000];
         x[2500] = f32::NAN;
         let mut y = x.clone();
-        let Ok(found) = tanhs_of_rows(&x, &mut y, 1500, 30.0, &alone) else { panic!("not computed") };
+        let Ok((norms, maxima)) = tanhs_of_rows(&x, Some(&mut y), 1500, 30.0, &alone) else { panic!("not computed") };
+        let found = Summary::new(norms, maxima);
         assert!(found.all().rows(0, 1).are_finite() && !found.all().rows(1, 1).are_finite());
         assert!(y[2500].is_nan() && y[2499] == y[0]);
     }

@@ -9,7 +9,9 @@ use ort::memory::Allocator;
 use ort::session::{IoBinding, NoSelectedOutputs, RunOptions, Session};
 use ort::value::{DynValue, Tensor};
 
+use super::logits::LogitsPort;
 use super::{Returned, attended_port, keep_rows};
+use crate::scores::Wanted;
 
 /// Room for this many target tokens to begin with.
 const FIRST_CAPACITY: usize = 64;
@@ -38,8 +40,7 @@ struct Bound {
     ids: Tensor<i64>,
     /// `[rows, tokens]`
     positions: Tensor<i64>,
-    /// The name of the session's first output.
-    logits: String,
+    logits: LogitsPort,
     /// The name of what tells what the tokens attend to.
     attended: Option<String>,
 }
@@ -69,6 +70,7 @@ impl InPlace {
         &mut self,
         session: &mut Session,
         tokens: &[i64],
+        wanted: Wanted,
         options: &RunOptions<NoSelectedOutputs>,
     ) -> ort::Result<Returned> {
         let rows = self.mask_rows();
@@ -78,7 +80,7 @@ impl InPlace {
             let mut last = None;
             for at in 0..count {
                 let each: Vec<i64> = tokens.iter().skip(at).step_by(count).copied().collect();
-                last = Some(self.step(session, &each, options)?);
+                last = Some(self.step(session, &each, wanted, options)?);
             }
             return last.ok_or_else(|| ort::Error::new("a step without tokens"));
         }
@@ -93,8 +95,9 @@ impl InPlace {
         for (at, position) in positions.extract_tensor_mut().1.iter_mut().enumerate() {
             *position = (self.length + at % count) as i64;
         }
+        logits.bind(binding, wanted)?;
         let mut outputs = session.run_binding_with_options(binding, options)?;
-        let logits = outputs.remove(logits.as_str()).ok_or_else(|| ort::Error::new("no logits"))?;
+        let logits = outputs.remove(logits.name()).ok_or_else(|| ort::Error::new("no logits"))?;
         let attended = attended.as_ref().and_then(|name| outputs.remove(name.as_str()));
         self.length += count;
         // Rows that were equal so far may differ in the new tokens: what they have in common does not grow.
@@ -118,11 +121,7 @@ impl InPlace {
         binding.bind_input(next("input", &mut inputs)?, &self.mask)?;
         binding.bind_input(next("input", &mut inputs)?, &ids)?;
         binding.bind_input(next("input", &mut inputs)?, &positions)?;
-        let logits = next("output", &mut outputs)?;
-        let scores = session.outputs()[0].dtype().tensor_shape().map(|shape| shape.to_vec()).unwrap_or_default();
-        let scored = if scores.get(1) == Some(&1) { 1 } else { count };
-        let vocab_size = scores.last().map_or(0, |&size| size as usize);
-        binding.bind_output(logits.clone(), &mut Tensor::<f32>::new(&allocator, [rows, scored, vocab_size])?)?;
+        let logits = LogitsPort::new(session, next("output", &mut outputs)?, rows, count);
         let attended = attended_port(session);
         if let Some(name) = &attended {
             let source = self.mask.shape()[1] as usize;

@@ -13,7 +13,9 @@ use ort::memory::Allocator;
 use ort::session::{IoBinding, NoSelectedOutputs, RunOptions, Session};
 use ort::value::{DynValue, Tensor, TensorValueType};
 
+use super::logits::LogitsPort;
 use super::{Returned, attended_port};
+use crate::scores::Wanted;
 
 /// Room for this many target tokens at least.
 const LEAST_CAPACITY: usize = 64;
@@ -56,8 +58,7 @@ struct Bound {
     ids: Tensor<i64>,
     /// `[rows, 1]`
     positions: Tensor<i64>,
-    /// The name of the session's first output.
-    logits: String,
+    logits: LogitsPort,
     /// The name of what tells what the tokens attend to.
     attended: Option<String>,
 }
@@ -153,6 +154,7 @@ impl Ragged {
         &mut self,
         session: &mut Session,
         tokens: &[i64],
+        wanted: Wanted,
         options: &RunOptions<NoSelectedOutputs>,
     ) -> ort::Result<Returned> {
         let longest = self.members.iter().map(|member| member.length).max().unwrap_or(0);
@@ -169,8 +171,9 @@ impl Ragged {
         ids.extract_tensor_mut().1.copy_from_slice(tokens);
         let lengths = self.members.iter().flat_map(|member| std::iter::repeat_n(member.length as i64, member.rows));
         positions.extract_tensor_mut().1.iter_mut().zip(lengths).for_each(|(position, length)| *position = length);
+        logits.bind(binding, wanted)?;
         let mut outputs = session.run_binding_with_options(binding, options)?;
-        let logits = outputs.remove(logits.as_str()).ok_or_else(|| ort::Error::new("no logits"))?;
+        let logits = outputs.remove(logits.name()).ok_or_else(|| ort::Error::new("no logits"))?;
         let attended = attended.as_ref().and_then(|name| outputs.remove(name.as_str()));
         self.members.iter_mut().for_each(|member| member.length += 1);
         Ok(Returned { logits, attended })
@@ -190,10 +193,7 @@ impl Ragged {
         binding.bind_input(next("input", &mut inputs)?, mask)?;
         binding.bind_input(next("input", &mut inputs)?, &ids)?;
         binding.bind_input(next("input", &mut inputs)?, &positions)?;
-        let logits = next("output", &mut outputs)?;
-        let scores = session.outputs()[0].dtype().tensor_shape().map(|shape| shape.to_vec()).unwrap_or_default();
-        let vocab_size = scores.last().map_or(0, |&size| size as usize);
-        binding.bind_output(logits.clone(), &mut Tensor::<f32>::new(&allocator, [rows, 1, vocab_size])?)?;
+        let logits = LogitsPort::new(session, next("output", &mut outputs)?, rows, 1);
         let attended = attended_port(session);
         if let Some(name) = &attended {
             let source = mask.shape()[1] as usize;
