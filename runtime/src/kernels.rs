@@ -196,18 +196,19 @@ impl Best {
         room: &mut best::Room,
         (x, table, shape): (&[f32], best::Table, &[i64]),
         sizes: [usize; 3],
-    ) -> ort::Result<Listing> {
+    ) -> ort::Result<bool> {
         let wanted = self.wish.get();
-        let Wanted::Best { sum, listed: true, .. } = wanted else { return Ok(Listing::NotTried) };
-        if !float::is_here() {
-            return Ok(Listing::NotTried);
+        let Wanted::Best { sum, listed: true, .. } = wanted else { return Ok(false) };
+        if !float::is_here() || !self.copies.may_list(wanted, table, sizes) {
+            return Ok(false);
         }
         let spread: Spread = &|parts, work| spread(context, parts, work);
         // SAFETY: the features are there; the rest is the caller's.
-        let (tokens, width, results) = match unsafe { self.copies.list(wanted, room, (x, table), sizes, spread)? } {
-            best::List::Of { tokens, width, results } => (tokens, width, results),
-            best::List::InVain => return Ok(Listing::InVain),
-            best::List::NotTried => return Ok(Listing::NotTried),
+        let list = unsafe { self.copies.list(wanted, room, (x, table), sizes, spread)? };
+        let Some(best::List { tokens, width, results }) = list else {
+            // So many may be among the best that another try would be in vain.
+            self.wish.set(Wanted::All);
+            return Ok(false);
         };
         let [rows, n, _] = sizes;
         let norms = if sum { self.told.norms(results, n, spread)? } else { vec![[0.0; 2]; rows] };
@@ -223,18 +224,8 @@ impl Best {
             }
         }
         self.told.tell(Summary::of_listed(norms, tokens));
-        Ok(Listing::Done)
+        Ok(true)
     }
-}
-
-/// How listing went.
-#[cfg(target_arch = "x86_64")]
-#[derive(PartialEq, Eq)]
-enum Listing {
-    Done,
-    /// All results are to be computed.
-    InVain,
-    NotTried,
 }
 
 /// `y = x · wᵀ (+ b)` with `w [n, k]` in blocks of few bits, see `t5gemma_graphs::onnx::Blocks`.
@@ -340,16 +331,12 @@ impl Kernel for Product {
         }
 
         #[cfg(target_arch = "x86_64")]
-        let mut may_do_with_best = bias.is_none();
-        #[cfg(target_arch = "x86_64")]
-        if may_do_with_best {
+        if bias.is_none() {
             let (best, room) = &mut self.best;
             let operands = (x, best::Table::Packed(&weights), &shape[..]);
             // SAFETY: weights are the same as long as the model is open.
-            match unsafe { best.list(context, room, operands, [rows, self.n, self.k])? } {
-                Listing::Done => return Ok(()),
-                Listing::InVain => may_do_with_best = false,
-                Listing::NotTried => {}
+            if unsafe { best.list(context, room, operands, [rows, self.n, self.k])? } {
+                return Ok(());
             }
         }
         let mut to: Vec<i64> = shape.to_vec();
@@ -358,7 +345,7 @@ impl Kernel for Product {
         let (_, y) = output.try_extract_tensor_mut::<f32>()?;
 
         #[cfg(target_arch = "x86_64")]
-        if may_do_with_best {
+        if bias.is_none() {
             let (best, room) = &mut self.best;
             let operands = (x, best::Table::Packed(&weights), &mut *y);
             // SAFETY: weights are the same as long as the model is open.
@@ -468,19 +455,16 @@ impl Kernel for FloatProduct {
         let rows = x.len() / k;
         let operands = (x, best::Table::Float(w), &shape[..]);
         // SAFETY: weights are the same as long as the model is open.
-        let listing = unsafe { self.best.list(context, &mut self.room, operands, [rows, n, k])? };
-        if listing == Listing::Done {
+        if unsafe { self.best.list(context, &mut self.room, operands, [rows, n, k])? } {
             return Ok(());
         }
         let mut output = context.output(0, to)?.ok_or_else(|| missing("the output"))?;
         let (_, y) = output.try_extract_tensor_mut::<f32>()?;
 
-        if listing == Listing::NotTried {
-            let operands = (x, best::Table::Float(w), &mut *y);
-            // SAFETY: weights are the same as long as the model is open.
-            if unsafe { self.best.multiply(context, &mut self.room, operands, [rows, n, k])? } {
-                return Ok(());
-            }
+        let operands = (x, best::Table::Float(w), &mut *y);
+        // SAFETY: weights are the same as long as the model is open.
+        if unsafe { self.best.multiply(context, &mut self.room, operands, [rows, n, k])? } {
+            return Ok(());
         }
         let mut product = float::Product::new(x, w, y, [rows, n, k]);
         let mut height = evenly(rows, FLOAT_ROWS);

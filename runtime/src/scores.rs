@@ -608,6 +608,7 @@ impl Summary {
     pub const NONE: u32 = u32::MAX;
 
     /// Of rows that list the logits of these tokens alone, see [`Summary::new`]. Where no sum is wanted, norms are of no account.
+    #[cfg(any(test, target_arch = "x86_64"))]
     pub fn of_listed(norms: Vec<[f32; 2]>, listed: Vec<u32>) -> Summary {
         Summary { listed, ..Summary::new(norms, Vec::new()) }
     }

@@ -156,17 +156,12 @@ pub(super) struct Room {
 }
 
 /// What was computed in full.
-pub(super) enum List<'r> {
-    Of {
-        /// `[rows, width]`: the columns, in order, [`Summary::NONE`] where a row has fewer.
-        tokens: Vec<u32>,
-        width: usize,
-        /// `[rows, n]`: all results.
-        results: &'r [f32],
-    },
-    /// It would have been too much.
-    InVain,
-    NotTried,
+pub(super) struct List<'r> {
+    /// `[rows, width]`: the columns, in order, [`Summary::NONE`] where a row has fewer.
+    pub tokens: Vec<u32>,
+    pub width: usize,
+    /// `[rows, n]`: all results.
+    pub results: &'r [f32],
 }
 
 /// What is to be computed in full of a part of the columns.
@@ -196,7 +191,15 @@ impl Copies {
         is_worth_it.then_some((count, sum))
     }
 
-    /// [`Copies::multiply`], which lists what it has computed in full. What is still to be found out of the matrix, that finds out.
+    /// Whether [`Copies::list`] is worth while: what is still to be found out of the matrix, [`Copies::multiply`] finds out.
+    pub fn may_list(&self, wanted: Wanted, w: Table, sizes: [usize; 3]) -> bool {
+        let Some((count, sum)) = self.takes(wanted, w, sizes) else { return false };
+        let Some(pass) = Pass::of(w, sizes[0], count, sum).first() else { return false };
+        let copies = self.known.try_lock();
+        copies.is_ok_and(|copies| matches!(copies.get(&w.place(pass.reads())), Some(Use::Known(_))))
+    }
+
+    /// [`Copies::multiply`], which keeps the results and lists what it has computed in full; nothing if that would have been too much.
     ///
     /// # Safety
     /// As there.
@@ -207,22 +210,18 @@ impl Copies {
         (x, w): (&[f32], Table),
         sizes: [usize; 3],
         spread: Spread,
-    ) -> ort::Result<List<'r>> {
+    ) -> ort::Result<Option<List<'r>>> {
         let [rows, n, _] = sizes;
-        let passes = self.takes(wanted, w, sizes).map_or(&[][..], |(count, sum)| Pass::of(w, rows, count, sum));
-        if !passes.first().is_some_and(|pass| self.is_known(w, pass.reads())) {
-            return Ok(List::NotTried);
-        }
         let mut results = std::mem::take(&mut room.results);
         results.resize(rows * n, 0.0);
         // SAFETY: the caller's.
         let is_done = unsafe { self.multiply(wanted, room, (x, w, &mut results), sizes, spread) };
         room.results = results;
         if !is_done? {
-            return Ok(List::InVain);
+            return Ok(None);
         }
         let (tokens, width) = listed(&room.reached, rows);
-        Ok(List::Of { tokens, width, results: &room.results })
+        Ok(Some(List { tokens, width, results: &room.results }))
     }
 
     /// Computes the product `y = x · wᵀ` as far as it is wanted, and tells whether it did: otherwise all of it is to be
@@ -252,12 +251,6 @@ impl Copies {
             }
         }
         Ok(false)
-    }
-
-    /// Whether so much is known of a matrix.
-    fn is_known(&self, w: Table, reads: Reads) -> bool {
-        let copies = self.known.try_lock();
-        copies.is_ok_and(|copies| matches!(copies.get(&w.place(reads)), Some(Use::Known(_))))
     }
 
     /// What is known of a matrix; nothing at its first use, or while another session finds it out.
@@ -693,7 +686,7 @@ mod tests {
             }
             // SAFETY: as above.
             let list = unsafe { copies.list(wanted, &mut room, (&x, Table::Float(&w)), [rows, n, k], &alone) };
-            let Ok(List::Of { tokens, width, results }) = list else { panic!("{wanted:?}: no list") };
+            let Ok(Some(List { tokens, width, results })) = list else { panic!("{wanted:?}: no list") };
             assert_eq!(results, y, "{wanted:?}");
             for (tokens, results) in tokens.chunks(width).zip(results.chunks(n)) {
                 let there = tokens.partition_point(|&token| token != Summary::NONE);

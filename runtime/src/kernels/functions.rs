@@ -144,8 +144,8 @@ pub struct Tanhs {
     pub sum: f32,
 }
 
-/// `tanh(x)` of all, into `to` if there is such, and what there is to say of `cap` times these: the sum is of `exp(cap · tanh(x) − cap)`, NaN if a number is. `cap`
-/// is positive.
+/// `tanh(x)` of all, into `to` if there is such, and what there is to say of `cap` times these: the sum is of
+/// `exp(cap · tanh(x) − cap)`, NaN if a number is. `cap` is positive.
 ///
 /// # Safety
 /// The processor is of the level of `S`.

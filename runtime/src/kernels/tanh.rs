@@ -46,6 +46,7 @@ impl Told {
 
     /// What log-softmax subtracts from logits that rows of `width` such numbers will be made into: the greatest, and the logarithm of
     /// the sum of the exponentials relative to it.
+    #[cfg(target_arch = "x86_64")]
     pub fn norms(&self, x: &[f32], width: usize, spread: Spread) -> ort::Result<Vec<[f32; 2]>> {
         let cap = self.logits.map_or(1.0, |(_, cap)| cap);
         Ok(tanhs_of_rows(x, None, width, cap, spread)?.0)
