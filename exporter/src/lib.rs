@@ -276,6 +276,7 @@ impl Export {
             dtype: self.dtype,
             opset: self.target.opset(),
             encoder_window: self.encoder_window,
+            side_by_side: options.reads_side_by_side(),
             logits: self.logits,
             kept_tokens: self.kept_tokens.as_ref().map(Vec::len),
             alignment_layers: options.alignment_layers.clone(),

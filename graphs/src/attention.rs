@@ -21,7 +21,7 @@ pub struct KeyValue<'g> {
 pub struct Tokens<'g> {
     pub rows: Dim,
     pub length: Dim,
-    /// int64 `[length]`; `[rows, length]` where a cache of fixed capacity is written
+    /// int64 `[length]`; `[rows, length]` where a cache of fixed capacity is written, or where sources lie side by side
     pub positions: Value<'g>,
 }
 
@@ -36,6 +36,26 @@ impl<'g> Tokens<'g> {
         let positions = graph.range(start, end, &length);
         Tokens { rows, length, positions }
     }
+
+    /// Tokens of which those with the same number in `mask`, int64 `[rows, length]`, are one source, and those with 0 are padding. Also
+    /// which of them see each other, bool `[rows, 1, 1, length, length]`: padding sees the first source, as it does where there is
+    /// one.
+    pub fn side_by_side(graph: &'g Graph, ids: Value<'g>, mask: Value<'g>) -> (Tokens<'g>, Value<'g>) {
+        let tokens = Tokens::from(graph, ids, None);
+        let visible = mask.at_least(1.0).unsqueeze(&[2]).equals(mask.unsqueeze(&[1])); // [rows, length, length]
+        // Every source has the positions that it has alone, so that its numbers are the same ones, too.
+        let positions = (tokens.positions.unsqueeze(&[0]) - visible.first_true()).at_least(0.0);
+        (Tokens { positions, ..tokens }, visible.unsqueeze(&[1, 2]))
+    }
+}
+
+/// The angles of positions `[length]`, float32 `[length, head_dim / 2]`, with the axes `axes` of length 1 but for the last, which is
+/// that of the angles.
+pub fn angles<'g>(positions: Value<'g>, axes: &[isize], w: &Weights<'g>) -> Value<'g> {
+    let mut shape = vec![1; axes.len()];
+    shape.push(w.side.head_dim / 2);
+    let frequencies = Data::Floats(frequencies(w).map(f64::from).collect());
+    positions.cast(DType::Float32).unsqueeze(axes) * w.graph.constant(DType::Float32, &shape, frequencies)
 }
 
 /// The angles' frequencies `f_j = θ^(−2j/head_dim)`: powers and quotients in float32, as the reference computes them.
@@ -58,10 +78,7 @@ pub fn rotary_tables<'g>(w: &Weights<'g>) -> [Value<'g>; 2] {
 
 /// x turned by the angles `pos·f`: x `[rows, length, heads, head_dim]`. The angles are float32 whatever x is.
 fn rotary<'g>(x: Value<'g>, tokens: &Tokens<'g>, w: &Weights<'g>) -> Value<'g> {
-    let half = w.side.head_dim / 2;
-    let frequencies = Data::Floats(frequencies(w).map(f64::from).collect());
-    let frequencies = w.graph.constant(DType::Float32, &[1, 1, half], frequencies);
-    let angles = tokens.positions.cast(DType::Float32).unsqueeze(&[1, 2]) * frequencies; // [length, 1, head_dim / 2]
+    let angles = angles(tokens.positions, &[1, 2], w); // [length, 1, head_dim / 2]
     w.lowering.rotary(x, [angles.cos().cast(x.dtype()), angles.sin().cast(x.dtype())])
 }
 
@@ -104,6 +121,11 @@ fn projections<'g>(x: Value<'g>, tokens: &Tokens<'g>, w: &Weights<'g>) -> (Value
 /// The encoder's self-attention: every token sees what is `visible` to it, before and after it.
 pub fn bidirectional<'g>(x: Value<'g>, tokens: &Tokens<'g>, visible: Value<'g>, w: &Weights<'g>) -> Value<'g> {
     let _scope = w.scope();
+    w.lowering.bidirectional(x, tokens, visible, w)
+}
+
+/// [`bidirectional`] by heads that stand apart.
+pub fn over_source<'g>(x: Value<'g>, tokens: &Tokens<'g>, visible: Value<'g>, w: &Weights<'g>) -> Value<'g> {
     let (query, key_value) = projections(x, tokens, w);
     attend(query, key_value, visible, w)
 }
@@ -204,14 +226,18 @@ pub fn padding_mask(attention_mask: Value<'_>) -> Value<'_> {
     attention_mask.cast(DType::Bool).unsqueeze(&[1, 2, 3])
 }
 
-/// The pairs of positions within a bidirectional window: bool `[length, length]`, or nothing for a layer that sees all.
+/// The pairs of positions within a bidirectional window: bool `[length, length]`, `[rows, 1, 1, length, length]` where rows have
+/// positions of their own, or nothing for a layer that sees all.
 pub fn window_mask<'g>(tokens: &Tokens<'g>, layer: LayerType, rule: EncoderWindow) -> Option<Value<'g>> {
     let LayerType::Sliding(window) = layer else { return None };
     let reach = match rule {
         EncoderWindow::Inclusive => window,
         EncoderWindow::Exclusive => window - 1,
     } as f64;
-    let (query, key) = (tokens.positions.unsqueeze(&[1]), tokens.positions.unsqueeze(&[0]));
+    let (query, key) = match tokens.positions.shape().len() {
+        1 => (tokens.positions.unsqueeze(&[1]), tokens.positions.unsqueeze(&[0])),
+        _ => (tokens.positions.unsqueeze(&[1, 2, 4]), tokens.positions.unsqueeze(&[1, 2, 3])),
+    };
     Some(key.at_most(query + reach) & query.at_most(key + reach))
 }
 

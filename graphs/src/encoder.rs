@@ -13,7 +13,8 @@ pub fn encoder(config: &Config, options: &Options) -> Definition {
     let [ids, mask] = interface::inputs(&graph, &ports);
 
     let w = Weights::root(&graph, &config.encoder, options).at("model.encoder");
-    let hidden = states(&Source::of(&graph, ids, mask), config.encoder.layers.len(), config, options, &w);
+    let source = Source::of_each(&graph, ids, mask, options);
+    let hidden = states(&source, config.encoder.layers.len(), config, options, &w);
     interface::outputs(&graph, &ports, [hidden.reshape(&ports.outputs[0].shape)].into_iter());
     graph.finish("encoder")
 }
@@ -23,13 +24,23 @@ pub struct Source<'g> {
     /// int64 `[batch, source]`
     pub ids: Value<'g>,
     pub tokens: Tokens<'g>,
-    /// Which of the tokens take part: bool `[batch, 1, 1, 1, source]`.
+    /// Which of the tokens take part: bool `[batch, 1, 1, 1, source]`, or `[batch, 1, 1, source, source]` which of them see each
+    /// other.
     pub visible: Value<'g>,
 }
 
 impl<'g> Source<'g> {
     pub fn of(graph: &'g Graph, ids: Value<'g>, mask: Value<'g>) -> Source<'g> {
         Source { ids, tokens: Tokens::from(graph, ids, None), visible: padding_mask(mask) }
+    }
+
+    /// As [`Source::of`], but for graphs whose states are those of each token, so that several sources may lie side by side in a row.
+    pub fn of_each(graph: &'g Graph, ids: Value<'g>, mask: Value<'g>, options: &Options) -> Source<'g> {
+        if !options.reads_side_by_side() {
+            return Source::of(graph, ids, mask);
+        }
+        let (tokens, visible) = Tokens::side_by_side(graph, ids, mask);
+        Source { ids, tokens, visible }
     }
 }
 

@@ -15,7 +15,7 @@ pub(crate) fn features(config: &Config, options: &Options, features: &Features) 
     let [ids, mask] = interface::inputs(&graph, &ports);
 
     let w = Weights::root(&graph, &config.encoder, options).at("model.encoder");
-    let source = Source::of(&graph, ids, mask);
+    let source = Source::of_each(&graph, ids, mask, options);
     let layers = features.layers(config).expect("the exporter has checked the number of the layer");
     let states = encoder::states(&source, layers, config, options, &w); // [batch·source, hidden]
     let states = states.reshape(&[ids.dim(0), ids.dim(1), config.encoder.hidden_size.into()]);

@@ -155,6 +155,12 @@ impl Cache {
     }
 }
 
+/// Whether a decoder's weight is multiplied with the hidden states of the source rather than with states of the target. It is called
+/// as the checkpoint calls it, perhaps with a part behind.
+pub fn reads_source(weight: &str) -> bool {
+    ["k_proj", "v_proj"].iter().any(|part| weight.contains(&format!(".cross_attn.{part}.")))
+}
+
 impl Interface {
     /// The interface of a model whose weights and activations are of `dtype`.
     pub fn of(config: &Config, dtype: DType, returned: impl Into<Returned>, cache: CacheLayout) -> Interface {

@@ -49,7 +49,7 @@ use interface::{CacheLayout, DType, Interface, Logits, Returned};
 use manifest::EncoderWindow;
 use onnx::Definition;
 use quantization::{Activations, Quantization};
-use task::Task;
+use task::{Pooling, Task};
 
 /// Everything that decides the graphs besides the weights' numbers.
 #[derive(Clone, Debug)]
@@ -108,6 +108,17 @@ impl Options {
     pub fn returned(&self) -> Returned {
         let kept_tokens = self.vocabulary.kept.as_ref().map(|kept| kept.len());
         Returned { logits: self.logits, kept_tokens, alignment: !self.alignment_layers.is_empty() }
+    }
+
+    /// Whether a number in the encoder's `attention_mask` says which of several sources of a row a token belongs to: where
+    /// what it returns is of each token.
+    pub fn reads_side_by_side(&self) -> bool {
+        let is_of_tokens = match &self.task {
+            Task::Text2TextGeneration => true,
+            Task::FeatureExtraction(features) => features.pooling == Pooling::None,
+            Task::TextClassification | Task::TokenClassification => false,
+        };
+        is_of_tokens && self.target.reads_side_by_side()
     }
 
     /// How the keys and values of the target pass from step to step.

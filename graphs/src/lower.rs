@@ -8,7 +8,7 @@ mod cpu;
 mod cuda;
 mod tensorrt;
 
-use crate::attention::{self, KeyValue};
+use crate::attention::{self, KeyValue, Tokens};
 use crate::config::Config;
 use crate::decoder::Context;
 use crate::interface::CacheLayout;
@@ -86,6 +86,12 @@ impl Target {
         matches!(self, Target::Cuda | Target::TensorRt)
     }
 
+    /// Whether several sources may lie side by side in a row of the encoder, which is worth it where what is computed for
+    /// padding is lost.
+    pub(crate) fn reads_side_by_side(self) -> bool {
+        self == Target::Cpu
+    }
+
     /// Whether the cache can be given a fixed capacity.
     pub fn has_static_cache(self) -> bool {
         self == Target::TensorRt
@@ -159,6 +165,11 @@ pub trait Lowering {
     fn rotary<'g>(&self, x: Value<'g>, [cos, sin]: [Value<'g>; 2]) -> Value<'g> {
         let (x1, x2) = x.halves();
         x * Value::concat(&[cos, cos], -1) + Value::concat(&[x2, x1], -1) * Value::concat(&[-sin, sin], -1)
+    }
+
+    /// The encoder's self-attention, from the residual stream back to it: see [`attention::bidirectional`].
+    fn bidirectional<'g>(&self, x: Value<'g>, tokens: &Tokens<'g>, visible: Value<'g>, w: &Weights<'g>) -> Value<'g> {
+        attention::over_source(x, tokens, visible, w)
     }
 
     /// The decoder's self-attention, from the residual stream back to it: see [`attention::causal`].

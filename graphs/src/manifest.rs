@@ -45,6 +45,10 @@ pub struct Manifest {
     pub opset: u32,
     /// Whether positions exactly one window apart see each other in the encoder: `inclusive` or `exclusive`.
     pub encoder_window: EncoderWindow,
+    /// Whether the numbers in the encoder's `attention_mask` say which of several sources that lie side by side in a row a token
+    /// belongs to, from 1 on; 0 is padding.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub side_by_side: bool,
     /// Positions whose logits the decoder graphs return.
     pub logits: Logits,
     /// How many tokens have logits, if not all of the vocabulary: those of [`KEPT_TOKENS`].

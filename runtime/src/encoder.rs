@@ -146,7 +146,7 @@ impl Encoder {
         // A classifier looks at the tokens of padding too.
         if self.on_cpu
             && let Ok(Features { pooling, .. }) = self.features()
-            && let Some(groups) = apart::groups(batch.mask(), batch.length())
+            && let Some(groups) = apart::groups(batch.mask(), batch.length(), self.folder.manifest.side_by_side)
         {
             let by_token = pooling == Pooling::None;
             let (shape, values) = apart::run_apart(&self.session, batch, &groups, by_token, cancel)?;

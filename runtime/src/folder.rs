@@ -317,6 +317,7 @@ mod tests {
             dtype: DType::Float32,
             opset: 21,
             encoder_window: EncoderWindow::Inclusive,
+            side_by_side: false,
             logits: Logits::Last,
             kept_tokens: None,
             alignment_layers: Vec::new(),

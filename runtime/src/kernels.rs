@@ -22,9 +22,11 @@ mod best;
 #[cfg(target_arch = "x86_64")]
 mod float;
 mod functions;
+mod gelu;
 mod processor;
 mod product;
 mod sixteen;
+mod sources;
 mod tanh;
 #[cfg(feature = "timed")]
 mod timed;
@@ -39,6 +41,7 @@ use ort::value::TensorElementType;
 use crate::scores::{Summary, Wanted};
 pub use processor::instructions;
 use product::{Activations, Columns, Purpose, Weights};
+use sources::{Sources, of_source};
 #[cfg(feature = "timed")]
 pub use timed::*;
 
@@ -56,6 +59,7 @@ pub(crate) enum Side {
 pub(crate) struct Kernels {
     wish: Arc<Wish>,
     told: Arc<tanh::Told>,
+    sources: Arc<Sources>,
     #[cfg(target_arch = "x86_64")]
     copies: Arc<best::Copies>,
 }
@@ -66,6 +70,7 @@ impl Kernels {
         Kernels {
             wish: Arc::default(),
             told: Arc::new(tanh::Told::new(vocab_size, cap)),
+            sources: Arc::default(),
             #[cfg(target_arch = "x86_64")]
             copies: Arc::new(best::Copies::new(vocab_size, cap.map_or(1.0, |cap| cap as f32))),
         }
@@ -76,6 +81,7 @@ impl Kernels {
         Kernels {
             wish: Arc::default(),
             told: Arc::new(self.told.beside()),
+            sources: Arc::default(),
             #[cfg(target_arch = "x86_64")]
             copies: self.copies.clone(),
         }
@@ -93,6 +99,12 @@ impl Kernels {
         self.told.take();
     }
 
+    /// Says which tokens of sources are padding, zeros of `mask`, before a run that reads their hidden states, by who has the session to
+    /// itself: nothing is computed of those. Without it they are as others.
+    pub fn read(&self, mask: &[i64]) {
+        self.sources.set(mask);
+    }
+
     /// What was found of the logits of the last run, row after row of whatever positions there are; nothing if no kernel here has made
     /// them.
     pub fn summary(&self) -> Option<Summary> {
@@ -106,7 +118,7 @@ impl Kernels {
 
     /// The operators to give to the session of this side.
     pub fn operators(&self, side: Side) -> ort::Result<Vec<OperatorDomain>> {
-        let mut standard = OperatorDomain::new("")?.add(attention::Attention { side })?;
+        let mut standard = OperatorDomain::new("")?.add(attention::Attention { side })?.add(gelu::Gelu)?;
         if side == Side::Decoder && tanh::is_fast() {
             standard = standard.add(tanh::Tanh { told: self.told.clone() })?;
         }
@@ -115,17 +127,15 @@ impl Kernels {
 
     fn of_onnxruntime(&self, side: Side) -> ort::Result<OperatorDomain> {
         let domain = OperatorDomain::new("com.microsoft")?.add(MatMulNBits {
-            purpose: match side {
-                Side::Encoder => Purpose::Coarse,
-                Side::Decoder => Purpose::Whole,
-            },
+            side,
+            sources: self.sources.clone(),
             #[cfg(target_arch = "x86_64")]
             best: self.best(),
         })?;
         let domain = domain.add(attention::GroupQueryAttention)?;
         #[cfg(target_arch = "x86_64")]
         if float::is_here() {
-            return domain.add(TransposeMatMul { best: self.best() });
+            return domain.add(TransposeMatMul { best: self.best(), sources: self.sources.clone() });
         }
         Ok(domain)
     }
@@ -230,7 +240,8 @@ impl Best {
 
 /// `y = x · wᵀ (+ b)` with `w [n, k]` in blocks of few bits, see `t5gemma_graphs::onnx::Blocks`.
 struct MatMulNBits {
-    purpose: Purpose,
+    side: Side,
+    sources: Arc<Sources>,
     #[cfg(target_arch = "x86_64")]
     best: Best,
 }
@@ -267,12 +278,15 @@ impl Operator for MatMulNBits {
             let expected = "4 or 8 bits and blocks of 16, 32, 64 or 128";
             return Err(ort::Error::new(format!("MatMulNBits: expected {expected}, found {bits} and {block_size}")));
         }
+        let sources = of_source(node)?.then(|| self.sources.clone());
         Ok(Product {
             n,
             k,
             bits,
             block_size,
-            purpose: self.purpose,
+            // What is computed once of a source is worth no more bits in the decoder than in the encoder.
+            purpose: if self.side == Side::Encoder || sources.is_some() { Purpose::Coarse } else { Purpose::Whole },
+            sources,
             activations: Activations::default(),
             #[cfg(target_arch = "x86_64")]
             best: (self.best.clone(), best::Room::default()),
@@ -287,6 +301,8 @@ struct Product {
     bits: usize,
     block_size: usize,
     purpose: Purpose,
+    /// Of what reads sources, which of their tokens are there.
+    sources: Option<Arc<Sources>>,
     /// Kept for their allocation.
     activations: Activations,
     #[cfg(target_arch = "x86_64")]
@@ -356,8 +372,12 @@ impl Kernel for Product {
         self.activations.prepare(rows, &weights, self.purpose);
         let target = self.activations.target();
         let together = self.activations.rounded_together();
-        spread(context, rows.div_ceil(together), &|share| {
-            let first = share * together;
+        let spans = Sources::spans(self.sources.as_deref(), rows, together);
+        sources::clear_between(&spans, y, self.n);
+        let rounded: Vec<usize> =
+            spans.iter().flat_map(|span| span.start / together..span.end.div_ceil(together)).collect();
+        spread(context, rounded.len(), &|share| {
+            let first = rounded[share] * together;
             for row in first..rows.min(first + together) {
                 // SAFETY: every row is rounded by one call only, into room that was made for all of them.
                 unsafe { target.round(row, &x[row * self.k..][..self.k], &weights) };
@@ -377,8 +397,11 @@ impl Kernel for Product {
         let activations = &self.activations;
         spread(context, self.n.div_ceil(share), &|part| {
             let columns = part * share..self.n.min((part + 1) * share);
-            // SAFETY: every column is computed by one call only.
-            unsafe { product::multiply(activations, &weights, bias, (0..rows, Columns::All(columns)), &y) };
+            for span in &spans {
+                let of = (span.clone(), Columns::All(columns.clone()));
+                // SAFETY: every column of a row is computed by one call only.
+                unsafe { product::multiply(activations, &weights, bias, of, &y) };
+            }
         })
     }
 }
@@ -387,6 +410,7 @@ impl Kernel for Product {
 #[cfg(target_arch = "x86_64")]
 struct TransposeMatMul {
     best: Best,
+    sources: Arc<Sources>,
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -413,7 +437,12 @@ impl Operator for TransposeMatMul {
         {
             return Err(ort::Error::new("TransposeMatMul: expected transB alone"));
         }
-        Ok(FloatProduct { best: self.best.clone(), room: best::Room::default(), tiles: float::Tiles::default() })
+        Ok(FloatProduct {
+            best: self.best.clone(),
+            room: best::Room::default(),
+            sources: of_source(node)?.then(|| self.sources.clone()),
+            tiles: float::Tiles::default(),
+        })
     }
 }
 
@@ -422,6 +451,8 @@ impl Operator for TransposeMatMul {
 struct FloatProduct {
     best: Best,
     room: best::Room,
+    /// Of what reads sources, which of their tokens are there.
+    sources: Option<Arc<Sources>>,
     /// Kept for their allocation.
     tiles: float::Tiles,
 }
@@ -466,16 +497,30 @@ impl Kernel for FloatProduct {
         if unsafe { self.best.multiply(context, &mut self.room, operands, [rows, n, k])? } {
             return Ok(());
         }
-        let mut product = float::Product::new(x, w, y, [rows, n, k]);
-        let mut height = evenly(rows, FLOAT_ROWS);
+        let mut step = 1;
         if float::takes_tiles(rows) {
             self.tiles.prepare(rows, k);
-            let (target, count) = (self.tiles.target(), self.tiles.count());
+            step = self.tiles.height();
+        }
+        let spans = Sources::spans(self.sources.as_deref(), rows, step);
+        sources::clear_between(&spans, y, n);
+        let mut product = float::Product::new(x, w, y, [rows, n, k]);
+        if float::takes_tiles(rows) {
+            let target = self.tiles.target();
+            let tiles: Vec<usize> = spans.iter().flat_map(|span| span.start / step..span.end.div_ceil(step)).collect();
             // SAFETY: the features are there where tiles are taken, and each is filled by one call only.
-            spread(context, count, &|tile| unsafe { target.fill(tile, x) })?;
-            height = height.next_multiple_of(self.tiles.height());
+            spread(context, tiles.len(), &|tile| unsafe { target.fill(tiles[tile], x) })?;
             product = product.in_tiles(&self.tiles);
         }
+        // As many rows at a time as others, but for the last ones of a span.
+        let height = evenly(rows, FLOAT_ROWS).next_multiple_of(step);
+        let parts_of = |span: &Range<usize>| {
+            let end = span.end;
+            (span.start..end).step_by(height).map(move |first| first..end.min(first + height)).collect::<Vec<_>>()
+        };
+        let parts_of_rows: Vec<Range<usize>> = spans.iter().flat_map(parts_of).collect();
+        // Spans of a few rows each take the same columns one after the other, whose weights the cache then has.
+        let [outer, inner] = if spans.len() > 1 { [1, parts_of_rows.len()] } else { [parts_of_rows.len(), 1] };
         let all = n * k * 4;
         let bytes = match rows {
             0..8 if all < 2 * SHARED_FROM => all,
@@ -486,11 +531,13 @@ impl Kernel for FloatProduct {
         let width = float::width(rows);
         let share = (bytes / 4 / k / width * width).clamp(width, n.max(width));
         let parts = n.div_ceil(share);
-        spread(context, parts * rows.div_ceil(height), &|part| {
-            let (first, part) = (part / parts * height, part % parts);
-            let of = [first..rows.min(first + height), part * share..n.min((part + 1) * share)];
-            // SAFETY: the operator is given to no session without the features, and every column of a row is computed by one call.
-            unsafe { float::multiply(&product, of) };
+        spread(context, parts * outer, &|part| {
+            let (first, part) = (part / parts * inner, part % parts);
+            for rows in &parts_of_rows[first..first + inner] {
+                let of = [rows.clone(), part * share..n.min((part + 1) * share)];
+                // SAFETY: the operator is given to no session without the features, and every column of a row is computed by one call.
+                unsafe { float::multiply(&product, of) };
+            }
         })
     }
 }

@@ -499,7 +499,7 @@ impl Model {
     /// What the encoder computes of a batch that was checked, whatever is remembered.
     pub(crate) fn compute_encoder(&self, batch: &Batch, cancel: &Cancellation) -> Result<Encoded, Error> {
         if self.on_cpu
-            && let Some(groups) = apart::groups(batch.mask(), batch.length())
+            && let Some(groups) = apart::groups(batch.mask(), batch.length(), self.folder.manifest.side_by_side)
         {
             let (_, states) = apart::run_apart(&self.encoder, batch, &groups, true, cancel)?;
             return self.encoded(batch, states);
@@ -631,7 +631,10 @@ impl Model {
         let rows = prompts.ids.len() / prompts.length;
         let ids = int64_tensor(rows, prompts.ids)?;
         let inputs = [(&mask).into(), (&ids).into(), (&hidden).into()];
-        let mut outputs = run((&self.decoder, wanted), FIRST_STEP, &inputs, cancel)?;
+        let (_, seen) = mask.try_extract_tensor::<i64>().map_err(Error::onnxruntime("reading the mask"))?;
+        let session = self.decoder.lock(wanted);
+        self.decoder.kernels.read(seen);
+        let mut outputs = run_locked(session, FIRST_STEP, &inputs, cancel)?;
         let attended = if self.attends() { outputs.pop() } else { None };
         let mut outputs = outputs.into_iter();
         let logits = outputs.next().expect("opening has verified that the logits come first");
@@ -790,7 +793,15 @@ pub(crate) fn run(
     inputs: &[SessionInputValue],
     cancel: &Cancellation,
 ) -> Result<Vec<DynValue>, Error> {
-    let mut session = graph.lock(wanted);
+    run_locked(graph.lock(wanted), during, inputs, cancel)
+}
+
+fn run_locked(
+    mut session: MutexGuard<'_, Session>,
+    during: &'static str,
+    inputs: &[SessionInputValue],
+    cancel: &Cancellation,
+) -> Result<Vec<DynValue>, Error> {
     let options = cancel.run_options()?;
     match session.run_with_options(inputs, options) {
         Ok(outputs) => Ok(outputs.into_iter().map(|(_, value)| value).collect()),

@@ -110,14 +110,15 @@ impl<'g> Value<'g> {
         self.graph.node(op, &inputs, &attributes, &[(table.scales.dtype(), shape)])[0]
     }
 
-    /// Heads side by side, `[rows, length, heads·dim]`, turned by the angles of which `tables` `[length, dim / 2]` are cosines
-    /// and sines, the halves of each head against each other.
+    /// Heads side by side, `[rows, length, heads·dim]`, turned by the angles of which `tables` `[positions, dim / 2]` are cosines
+    /// and sines, the halves of each head against each other. `places`, int64 `[rows, length]`, are those of the tokens in the
+    /// tables; without them the first of a row is at 0.
     #[track_caller]
-    pub fn rotary_embedding(self, tables: [Value<'g>; 2]) -> Value<'g> {
-        // One number: the place of the first token in the tables.
-        let first = self.graph.constant(DType::Int64, &[1], Data::Ints(vec![0]));
+    pub fn rotary_embedding(self, places: Option<Value<'g>>, tables: [Value<'g>; 2]) -> Value<'g> {
+        // One number is the place of the first token.
+        let places = places.unwrap_or_else(|| self.graph.constant(DType::Int64, &[1], Data::Ints(vec![0])));
         let output = (self.dtype(), self.shape());
-        self.graph.node("com.microsoft.RotaryEmbedding", &[self, first, tables[0], tables[1]], &[], &[output])[0]
+        self.graph.node("com.microsoft.RotaryEmbedding", &[self, places, tables[0], tables[1]], &[], &[output])[0]
     }
 
     /// Causal attention of queries, keys and values that lie side by side, `[rows, length, (count + 2·kv_count)·dim]`, with
@@ -162,9 +163,29 @@ impl<'g> Value<'g> {
         scale: f64,
         cap: Option<f64>,
     ) -> Value<'g> {
-        let mut attributes = vec![("scale", Attribute::float(scale))];
-        attributes.extend(cap.map(|cap| ("softcap", Attribute::float(cap))));
+        let attributes = scores(scale, cap);
         let output = (self.dtype(), self.shape());
         self.graph.node("Attention", &[self, key, value, visible], &attributes, &[output])[0]
     }
+
+    /// The same of heads side by side, in `heads.kv_count` of keys and values: queries `[batch, queries, count·dim]`, keys and
+    /// values `[batch, keys, kv_count·dim]`. A window is what `visible` says.
+    #[track_caller]
+    pub fn attention_of_rows(self, [key, value]: [Value<'g>; 2], visible: Value<'g>, heads: Heads) -> Value<'g> {
+        if self.dim(-1) != (heads.count * heads.dim).into() || key.dim(-1) != (heads.kv_count * heads.dim).into() {
+            let (q, k) = (self.shape(), key.shape());
+            self.graph.mistake(format!("Attention of {} over {}", Dim::list(&q), Dim::list(&k)));
+        }
+        let mut attributes = scores(heads.scale, heads.cap);
+        attributes.push(("q_num_heads", Attribute::Int(heads.count as i64)));
+        attributes.push(("kv_num_heads", Attribute::Int(heads.kv_count as i64)));
+        let output = (self.dtype(), self.shape());
+        self.graph.node("Attention", &[self, key, value, visible], &attributes, &[output])[0]
+    }
+}
+
+/// The attributes that say what scores are.
+fn scores(scale: f64, cap: Option<f64>) -> Vec<(&'static str, Attribute)> {
+    let cap = cap.map(|cap| ("softcap", Attribute::float(cap)));
+    [("scale", Attribute::float(scale))].into_iter().chain(cap).collect()
 }

@@ -12,7 +12,7 @@ use ort::value::{Shape, TensorElementType};
 
 use super::aligned::Aligned;
 use super::{Parts, Side, spread};
-use head::{Head, Room, TILES, Visible, are_many, attend, length_of_turned, turned};
+use head::{Head, Room, TILES, Visible, WIDE, are_many, attend, length_of_turned, turned};
 
 /// Fewer products than this are not worth waking another thread for, nor what takes as long to read.
 const SHARED_FROM: usize = 250_000;
@@ -42,7 +42,8 @@ fn four(operator: &str, shape: &Shape) -> ort::Result<[usize; 4]> {
 }
 
 /// `softmax(softcap(q·kᵀ·scale) where visible) · v`: queries `[batch, heads, queries, dim]`, keys and values
-/// `[batch, kv_heads, keys, dim]`, visible bool, broadcast against `[batch, heads, queries, keys]`.
+/// `[batch, kv_heads, keys, dim]`, visible bool, broadcast against `[batch, heads, queries, keys]`. Heads may lie side by side, too,
+/// `[batch, queries, heads·dim]` and `[batch, keys, kv_heads·dim]`, if their numbers are given.
 pub(super) struct Attention {
     pub side: Side,
 }
@@ -71,9 +72,13 @@ impl Operator for Attention {
         Ok(OverGiven {
             scale,
             cap: soft_cap(node),
+            heads: [
+                attribute(node, "Attention", "q_num_heads", Some(0))?,
+                attribute(node, "Attention", "kv_num_heads", Some(0))?,
+            ],
             always_turns: self.side == Side::Encoder,
-            room: Room::default(),
-            turned: Aligned::default(),
+            scratch: Scratch::default(),
+            dealt: Deal::default(),
         })
     }
 }
@@ -84,8 +89,69 @@ pub(super) struct OverGiven {
     cap: Option<f32>,
     /// Few queries too, so that a source's numbers are the same whatever is encoded beside it.
     always_turns: bool,
-    room: Room,
+    /// Numbers of heads, and of those of keys and values, where they lie side by side.
+    heads: [usize; 2],
+    scratch: Scratch,
+    dealt: Deal,
+}
+
+/// What is brought into another order first, kept for its allocations: keys as [`turned`] makes them, and where heads lie side by
+/// side, values and queries one behind the other.
+#[derive(Default)]
+struct Deal {
     turned: Aligned<f32>,
+    values: Aligned<f32>,
+    queries: Aligned<f32>,
+}
+
+/// Kept for its allocations.
+#[derive(Default)]
+struct Scratch {
+    room: Room,
+    context: Aligned<f32>,
+}
+
+/// Where the rows of heads `[batch, heads, rows, dim]` lie, one behind the other or those of all heads side by side.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Layout {
+    batch: usize,
+    heads: usize,
+    rows: usize,
+    dim: usize,
+    is_side_by_side: bool,
+}
+
+impl Layout {
+    /// Of a tensor of rank 4, or of rank 3 and so many heads.
+    fn of(shape: &Shape, heads: usize) -> ort::Result<Layout> {
+        if let &[batch, rows, width] = shape.as_ref()
+            && heads > 0
+            && (width as usize).is_multiple_of(heads)
+        {
+            let dim = width as usize / heads;
+            return Ok(Layout { batch: batch as usize, heads, rows: rows as usize, dim, is_side_by_side: true });
+        }
+        let [batch, heads, rows, dim] = four("Attention", shape)?;
+        Ok(Layout { batch, heads, rows, dim, is_side_by_side: false })
+    }
+
+    /// Where a row begins: of which item of the batch, of which head, which one.
+    fn place(&self, item: usize, head: usize, row: usize) -> usize {
+        match self.is_side_by_side {
+            true => ((item * self.rows + row) * self.heads + head) * self.dim,
+            false => ((item * self.heads + head) * self.rows + row) * self.dim,
+        }
+    }
+
+    /// Numbers from a row of a head to the next.
+    fn pitch(&self) -> usize {
+        if self.is_side_by_side { self.heads * self.dim } else { self.dim }
+    }
+
+    /// Some rows of a head of an item, at least one, and what lies between them.
+    fn part<'x>(&self, all: &'x [f32], [item, head]: [usize; 2], rows: Range<usize>) -> &'x [f32] {
+        &all[self.place(item, head, rows.start)..self.place(item, head, rows.end - 1) + self.dim]
+    }
 }
 
 /// A mask, `[rows, keys]`.
@@ -134,8 +200,9 @@ impl Kernel for OverGiven {
         let (of_key, keys) = key.try_extract_tensor::<f32>()?;
         let (of_value, values) = value.try_extract_tensor::<f32>()?;
         let (of_visible, mask) = visible.try_extract_tensor::<bool>()?;
-        let [batch, heads, count, dim] = four("Attention", of_query)?;
-        let [key_batch, kv_heads, length, key_dim] = four("Attention", of_key)?;
+        let (given, source) = (Layout::of(of_query, self.heads[0])?, Layout::of(of_key, self.heads[1])?);
+        let Layout { batch, heads, rows: count, dim, .. } = given;
+        let (kv_heads, length) = (source.heads, source.rows);
         // Axes that are not there are as those of size 1.
         let mut of_mask = [1; 4];
         for (to, &from) in of_mask.iter_mut().rev().zip(of_visible.iter().rev()) {
@@ -144,7 +211,8 @@ impl Kernel for OverGiven {
         let [mask_batch, mask_heads, mask_rows, mask_keys] = of_mask;
         let fits = of_key == of_value
             && of_visible.len() <= 4
-            && (key_batch, key_dim, mask_keys) == (batch, dim, length)
+            && (source.batch, source.dim, mask_keys) == (batch, dim, length)
+            && source.is_side_by_side == given.is_side_by_side
             && kv_heads > 0
             && heads.is_multiple_of(kv_heads)
             && (mask_batch == batch || mask_batch == 1)
@@ -169,19 +237,47 @@ impl Kernel for OverGiven {
         let rows: Vec<(Range<usize>, bool)> = mask.chunks_exact(length).map(extent).collect();
         let (pairs, group) = (batch * kv_heads, heads / kv_heads);
         let (of_head, of_turned) = (length * dim, length_of_turned(length, dim));
-        let turns = self.always_turns || are_many(count);
+        let turns = self.always_turns || are_many(count) || source.is_side_by_side;
+        let Deal { turned: of_keys, values: of_values, queries: of_queries } = &mut self.dealt;
+        let is_side_by_side = given.is_side_by_side;
         if turns {
-            self.turned.resize(pairs * of_turned, 0.0);
-            let to = Parts::new(&mut self.turned);
-            spread(context, pairs, &|pair| {
-                // SAFETY: every pair is taken by one call only.
-                let to = unsafe { to.of(pair * of_turned..(pair + 1) * of_turned) };
-                turned(&keys[pair * of_head..][..of_head], dim, to);
+            of_keys.resize(pairs * of_turned, 0.0);
+            of_values.resize(if is_side_by_side { pairs * of_head } else { 0 }, 0.0);
+            of_queries.resize(if is_side_by_side { queries.len() } else { 0 }, 0.0);
+            let to = [&mut *of_keys, of_values, of_queries].map(|to| Parts::new(to));
+            let [panels, parts] = [length, if is_side_by_side { count } else { 0 }].map(|rows| rows.div_ceil(WIDE));
+            // All heads of a few tokens at a time: so they are read in the order in which they lie.
+            spread(context, batch * (panels + parts), &|part| {
+                let (item, panel) = (part / (panels + parts), part % (panels + parts));
+                let is_key = panel < panels;
+                let (from, first) = if is_key { (source, panel * WIDE) } else { (given, (panel - panels) * WIDE) };
+                let range = first..from.rows.min(first + WIDE);
+                for head in 0..from.heads {
+                    let place = ((item * from.heads + head) * from.rows + first) * dim;
+                    let place = place..place + range.len() * dim;
+                    if is_key {
+                        let at = (item * from.heads + head) * of_turned + first * dim;
+                        // SAFETY: every panel is taken by one call only.
+                        let to = unsafe { to[0].of(at..at + WIDE * dim) };
+                        turned(from.part(keys, [item, head], range.clone()), [from.pitch(), dim], to);
+                    }
+                    if is_side_by_side {
+                        let (x, to) = if is_key { (values, &to[1]) } else { (queries, &to[2]) };
+                        let x = from.part(x, [item, head], range.clone()).chunks(from.pitch());
+                        // SAFETY: as above.
+                        let to = unsafe { to.of(place) }.chunks_exact_mut(dim);
+                        to.zip(x).for_each(|(to, x)| to.copy_from_slice(&x[..dim]));
+                    }
+                }
             })?;
         }
-        // The heads of a group lie one behind the other, as if they were more queries of one head.
+        let (queries, values) = if is_side_by_side { (&of_queries[..], &of_values[..]) } else { (queries, values) };
+        // The heads of a group are as more queries of one head.
         let together = group * count;
-        let compute = |pair: usize, range: Range<usize>, room: &mut Room, to: &mut [f32]| {
+        let to = Parts::new(to);
+        let compute = |pair: usize, range: Range<usize>, scratch: &mut Scratch| {
+            let Scratch { room, context } = scratch;
+            let first = pair * together;
             let of_row = if mask_batch == 1 { 0 } else { pair / kv_heads } * mask_rows;
             let visible = Mask {
                 mask: &mask[of_row * length..][..mask_rows * length],
@@ -190,31 +286,37 @@ impl Kernel for OverGiven {
                 queries: count,
             };
             let head = Head {
-                queries: &queries[pair * together * dim..][..together * dim],
-                keys: &keys[pair * of_head..][..of_head],
+                queries: &queries[(first + range.start) * dim..(first + range.end) * dim],
+                // Turned keys are taken instead where these do not lie one behind the other.
+                keys: if is_side_by_side { &[] } else { &keys[pair * of_head..][..of_head] },
                 values: &values[pair * of_head..][..of_head],
-                turned: turns.then(|| &self.turned[pair * of_turned..][..of_turned]),
+                turned: turns.then(|| &of_keys[pair * of_turned..][..of_turned]),
                 dim,
                 scale: self.scale,
                 cap: self.cap,
             };
-            attend(head, &visible, range, room, to);
+            if !is_side_by_side {
+                // SAFETY: every query of a pair is taken by one call only.
+                let to = unsafe { to.of((first + range.start) * dim..(first + range.end) * dim) };
+                return attend(head, &visible, range, room, to);
+            }
+            context.resize(range.len() * dim, 0.0);
+            attend(head, &visible, range.clone(), room, context);
+            for (query, from) in range.zip(context.chunks_exact(dim)) {
+                let (head, row) = (pair % kv_heads * group + query / count, query % count);
+                let place = given.place(pair / kv_heads, head, row);
+                // SAFETY: as above.
+                unsafe { to.of(place..place + dim) }.copy_from_slice(from);
+            }
         };
         if pairs * together.max(AS_READING) * of_head < SHARED_FROM {
-            for (pair, to) in to.chunks_exact_mut(together * dim).enumerate() {
-                compute(pair, 0..together, &mut self.room, to);
-            }
+            (0..pairs).for_each(|pair| compute(pair, 0..together, &mut self.scratch));
             return Ok(());
         }
         let shares = together.div_ceil(SHARE);
-        let to = Parts::new(to);
         spread(context, pairs * shares, &|part| {
             let (pair, first) = (part / shares, part % shares * SHARE);
-            let range = first..together.min(first + SHARE);
-            let place = pair * together * dim;
-            // SAFETY: every part is taken by one call only.
-            let to = unsafe { to.of(place + range.start * dim..place + range.end * dim) };
-            compute(pair, range, &mut Room::default(), to);
+            compute(pair, first..together.min(first + SHARE), &mut Scratch::default());
         })
     }
 }
@@ -280,9 +382,8 @@ pub(super) struct OverPast {
 
 #[derive(Default)]
 struct PastRoom {
-    room: Room,
+    scratch: Scratch,
     queries: Aligned<f32>,
-    context: Aligned<f32>,
     turned: Aligned<f32>,
 }
 
@@ -408,7 +509,7 @@ impl Kernel for OverPast {
                 values[(before + at) * dim..][..dim].copy_from_slice(token(at, heads + kv_heads + of_kv));
             }
             // As in `OverGiven`, more heads are as more queries.
-            let PastRoom { room, queries, context, turned: keys_turned } = scratch;
+            let PastRoom { scratch: Scratch { room, context }, queries, turned: keys_turned } = scratch;
             queries.resize(group * new * dim, 0.0);
             context.resize(group * new * dim, 0.0);
             for (at, to) in queries.chunks_exact_mut(dim).enumerate() {
@@ -417,7 +518,7 @@ impl Kernel for OverPast {
             let turns = are_many(new);
             if turns {
                 keys_turned.resize(length_of_turned(end, dim), 0.0);
-                turned(&keys[..end * dim], dim, keys_turned);
+                turned(&keys[..end * dim], [dim; 2], keys_turned);
             }
             let head = Head {
                 queries,

@@ -240,6 +240,39 @@ unsafe fn exponential<S: Sixteen>(x: S) -> S {
     }
 }
 
+/// `x/2 · (1 + tanh(√(2/π) · (x + 0.044715·x³)))` of all, into `y`.
+///
+/// # Safety
+/// The processor is of the level of `S`.
+#[inline(always)]
+pub unsafe fn gelus<S: Sixteen>(x: &[f32], y: &mut [f32]) {
+    assert!(x.len() == y.len(), "as many as there are");
+    let (chunks, rest) = x.as_chunks::<LANES>();
+    // SAFETY: sixteen numbers each; the rest is the caller's.
+    unsafe {
+        for (at, chunk) in chunks.iter().enumerate() {
+            gelu(S::load(chunk.as_ptr())).store(y.as_mut_ptr().add(at * LANES));
+        }
+        let mut last = filled(rest, 0.0);
+        gelu(S::load(last.as_ptr())).store(last.as_mut_ptr());
+        y[chunks.len() * LANES..].copy_from_slice(&last[..rest.len()]);
+    }
+}
+
+/// # Safety
+/// The processor is of the level of `S`.
+#[inline(always)]
+unsafe fn gelu<S: Sixteen>(x: S) -> S {
+    /// √(2/π), and with it the factor of x³.
+    const FACTORS: [f32; 2] = [0.797_884_6, 0.044_715 * 0.797_884_6];
+    // SAFETY: the caller's.
+    unsafe {
+        let inner = x.mul(x.mul(x).fused(S::splat(FACTORS[1]), S::splat(FACTORS[0])));
+        let half = x.mul(S::splat(0.5));
+        capped::<S>(inner, 1.0, 1.0, false).fused(half, half)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::sixteen::Plain;
@@ -276,6 +309,23 @@ mod tests {
             assert!(apart <= 3e-7 * expected || *expected < 1.1 * (-87.0_f64).exp(), "{found}, {expected}");
         }
         assert!((f64::from(sum) / expected.iter().sum::<f64>() - 1.0).abs() < 1e-5);
+    }
+
+    #[test]
+    fn gelus_are_those_of_float64() {
+        let x: Vec<f32> = (-4_003..=4_003).map(|at| at as f32 / 400.0).collect();
+        let mut y = vec![f32::NAN; x.len()];
+        // SAFETY: for any processor, here and below.
+        unsafe { gelus::<Plain>(&x, &mut y) };
+        for (&x, &y) in x.iter().zip(&y) {
+            let x = f64::from(x);
+            let inner = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3));
+            assert!((f64::from(y) - x / 2.0 * (1.0 + inner.tanh())).abs() < 1e-6, "{x}: {y}");
+        }
+        let (mut y, x) = ([1.0; 3], [f32::NAN, 0.0, 1e30]);
+        // SAFETY: see above.
+        unsafe { gelus::<Plain>(&x, &mut y) };
+        assert!(y[0].is_nan() && y[1] == 0.0 && (y[2] / 1e30 - 1.0).abs() < 1e-6, "{y:?}");
     }
 
     #[test]

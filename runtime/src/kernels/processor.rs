@@ -53,6 +53,43 @@ fn limited(limit: Option<&str>) -> Result<Level, Error> {
     }
 }
 
+/// Defines a function of slices that another one, written for any [`Sixteen`](super::sixteen::Sixteen), is compiled to for
+/// each level.
+///
+/// # Safety
+/// What is compiled asks nothing of its callers but that the processor is of the level.
+macro_rules! at_level {
+    ($(#[$doc:meta])* fn $name:ident($($x:ident: $of:ty),*) $(-> $result:ty)? = $written:ident) => {
+        $(#[$doc])*
+        fn $name($($x: $of),*) $(-> $result)? {
+            #[cfg(target_arch = "x86_64")]
+            {
+                use crate::kernels::{processor::{Level, level}, sixteen::{Avx2, Avx512}};
+                #[target_feature(enable = "avx2,fma")]
+                fn with_avx2($($x: $of),*) $(-> $result)? {
+                    // SAFETY: the features are there.
+                    unsafe { $written::<Avx2>($($x),*) }
+                }
+                #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+                fn with_avx512($($x: $of),*) $(-> $result)? {
+                    // SAFETY: the features are there.
+                    unsafe { $written::<Avx512>($($x),*) }
+                }
+                match level() {
+                    // SAFETY: the level is no higher than the processor's.
+                    Level::Vnni => return unsafe { with_avx512($($x),*) },
+                    // SAFETY: as above.
+                    Level::Avx2 => return unsafe { with_avx2($($x),*) },
+                    Level::Generic => {}
+                }
+            }
+            // SAFETY: for any processor.
+            unsafe { $written::<crate::kernels::sixteen::Plain>($($x),*) }
+        }
+    };
+}
+pub(super) use at_level;
+
 /// All that this processor can do.
 #[cfg(target_arch = "x86_64")]
 pub fn found() -> Level {

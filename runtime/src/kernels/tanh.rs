@@ -7,10 +7,7 @@ use ort::operator::{ComputeContext, Kernel, KernelContext, Operator, OperatorInp
 use ort::value::TensorElementType;
 
 use super::functions::{Tanhs, tanhs};
-use super::processor::{Level, level};
-use super::sixteen::Plain;
-#[cfg(target_arch = "x86_64")]
-use super::sixteen::{Avx2, Avx512};
+use super::processor::{Level, at_level, level};
 use super::{Parts, Spread, spread};
 use crate::scores::Summary;
 
@@ -155,31 +152,8 @@ fn tanhs_of_rows(
     Ok((norms.collect(), maxima))
 }
 
-fn of_block(x: &[f32], to: Option<&mut [f32]>, cap: f32) -> Tanhs {
-    #[cfg(target_arch = "x86_64")]
-    match level() {
-        // SAFETY: the level is no higher than the processor's.
-        Level::Vnni => return unsafe { with_avx512(x, to, cap) },
-        // SAFETY: as above.
-        Level::Avx2 => return unsafe { with_avx2(x, to, cap) },
-        Level::Generic => {}
-    }
-    // SAFETY: for any processor.
-    unsafe { tanhs::<Plain>(x, to, cap) }
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-fn with_avx2(x: &[f32], to: Option<&mut [f32]>, cap: f32) -> Tanhs {
-    // SAFETY: the features are there.
-    unsafe { tanhs::<Avx2>(x, to, cap) }
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
-fn with_avx512(x: &[f32], to: Option<&mut [f32]>, cap: f32) -> Tanhs {
-    // SAFETY: the features are there.
-    unsafe { tanhs::<Avx512>(x, to, cap) }
+at_level! {
+    fn of_block(x: &[f32], to: Option<&mut [f32]>, cap: f32) -> Tanhs = tanhs
 }
 
 #[cfg(test)]

@@ -116,7 +116,7 @@ pub fn attention([length, dim]: [usize; 2], window: Option<usize>) -> impl FnMut
     let (mut around, mut to) = (vec![0.0; length_of_turned(length, dim)], vec![0.0; length * dim]);
     let mut room = Room::default();
     move || {
-        turned(&keys, dim, &mut around);
+        turned(&keys, [dim; 2], &mut around);
         let (queries, keys, values) = (&queries[..], &keys[..], &values[..]);
         let head = Head { queries, keys, values, turned: Some(&around), dim, scale: 0.1, cap: Some(50.0) };
         let visible = Window { keys: length, reach: window.unwrap_or(length) };

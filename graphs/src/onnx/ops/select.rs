@@ -51,6 +51,18 @@ impl<'g> Value<'g> {
         self.one("ReduceMean", &[self, self.graph.axes(axes)], self.dtype(), shape)
     }
 
+    /// The first place along the last axis where truth values are true, 0 if none is: int64, without that axis.
+    #[track_caller]
+    pub fn first_true(self) -> Value<'g> {
+        if self.dtype() != DType::Bool {
+            self.graph.mistake(format!("the first that is true of {}", self.dtype()));
+        }
+        let shape = self.shape();
+        let attributes = [("axis", Attribute::Int(-1)), ("keepdims", Attribute::Int(0))];
+        let output = (DType::Int64, shape[..shape.len() - 1].to_vec());
+        self.graph.node("ArgMax", &[self.cast(DType::UInt8)], &attributes, &[output])[0]
+    }
+
     #[track_caller]
     fn reduced(self, op: &'static str, axis: isize) -> Value<'g> {
         let (mut shape, at) = (self.shape(), self.axis(axis));

@@ -22,12 +22,12 @@ const TILE: usize = 6;
 const WIDE_TILE: usize = 12;
 /// Queries that are whole tiles on any processor.
 pub const TILES: usize = WIDE_TILE;
-/// Keys, and numbers of values, whose sums are under way at a time.
-const WIDE: usize = 16;
+/// Keys, and numbers of values, whose sums are under way at a time: the keys of a panel of turned ones.
+pub const WIDE: usize = 16;
 /// Fewer queries are not worth turning the keys round for.
 const MANY: usize = 8;
 
-/// What one head attends with: queries `[queries, dim]`, keys and values `[keys, dim]`.
+/// What one head attends with: those of its queries that are computed, `[queries, dim]`, keys and values `[keys, dim]`.
 #[derive(Clone, Copy)]
 pub struct Head<'h> {
     pub queries: &'h [f32],
@@ -67,21 +67,21 @@ pub fn length_of_turned(keys: usize, dim: usize) -> usize {
     keys.next_multiple_of(WIDE) * dim
 }
 
-/// The keys `[keys, dim]` as `[panels, dim, WIDE]`, filled up with zeros.
-pub fn turned(keys: &[f32], dim: usize, to: &mut [f32]) {
-    for (keys, panel) in keys.chunks(WIDE * dim).zip(to.chunks_exact_mut(WIDE * dim)) {
-        if keys.len() < panel.len() {
+/// Keys of `dim` numbers, one every `pitch`, as `[panels, dim, WIDE]`, filled up with zeros.
+pub fn turned(keys: &[f32], [pitch, dim]: [usize; 2], to: &mut [f32]) {
+    for (keys, panel) in keys.chunks(WIDE * pitch).zip(to.chunks_exact_mut(WIDE * dim)) {
+        if keys.len().div_ceil(pitch) < WIDE {
             panel.fill(0.0);
         }
-        for (key, numbers) in keys.chunks_exact(dim).enumerate() {
-            for (panel, number) in panel.chunks_exact_mut(WIDE).zip(numbers) {
+        for (key, numbers) in keys.chunks(pitch).enumerate() {
+            for (panel, number) in panel.chunks_exact_mut(WIDE).zip(&numbers[..dim]) {
                 panel[key] = *number;
             }
         }
     }
 }
 
-/// Computes the queries `queries` of a head into `to`, `[queries, dim]`. A query that sees nothing
+/// Computes the queries `queries` of a head, which are those that it has, into `to`, `[queries, dim]`. A query that sees nothing
 /// sees all keys alike: what is hidden has the least finite score, not none, in the reference.
 pub fn attend(head: Head, visible: &impl Visible, queries: Range<usize>, room: &mut Room, to: &mut [f32]) {
     #[cfg(target_arch = "x86_64")]
@@ -122,7 +122,8 @@ unsafe fn in_tiles<S: Sixteen, const MOST: usize>(
 ) {
     let (dim, mut first) = (head.dim, queries.start);
     while first < queries.end {
-        let to = &mut to[(first - queries.start) * dim..];
+        let place = (first - queries.start) * dim;
+        let (head, to) = (Head { queries: &head.queries[place..], ..head }, &mut to[place..]);
         // SAFETY: the caller's.
         first += unsafe {
             // Each number is one more variant of all that is compiled for it: any processor has two.
@@ -137,7 +138,7 @@ unsafe fn in_tiles<S: Sixteen, const MOST: usize>(
     }
 }
 
-/// `R` queries from `first` on, as many as are returned.
+/// The first `R` queries, as many as are returned: that at `first` and the next ones.
 ///
 /// # Safety
 /// The processor is of the level of `S`.
@@ -161,7 +162,7 @@ unsafe fn tile<S: Sixteen, const R: usize>(
     }
     let Room { scores, queries } = room;
     queries.resize(R * dim, 0.0);
-    for (to, x) in queries.iter_mut().zip(&head.queries[first * dim..(first + R) * dim]) {
+    for (to, x) in queries.iter_mut().zip(&head.queries[..R * dim]) {
         *to = x * head.scale;
     }
     let count = match head.turned {
@@ -202,15 +203,16 @@ unsafe fn tile<S: Sixteen, const R: usize>(
             // SAFETY: the caller's.
             unsafe { softcap::<S>(&mut scores[own.clone()], cap) };
         }
-        scores[..own.start].fill(f32::NEG_INFINITY);
-        scores[own.end..].fill(f32::NEG_INFINITY);
+        scores[..own.start].fill(0.0);
+        scores[own.end..].fill(0.0);
         if let Some(seen) = visible.seen(first + at, range.clone()) {
-            for (score, &seen) in scores[own].iter_mut().zip(seen) {
+            for (score, &seen) in scores[own.clone()].iter_mut().zip(seen) {
                 *score = if seen { *score } else { f32::NEG_INFINITY };
             }
         }
+        // From the first that it sees on, so that they are added up alike wherever that lies.
         // SAFETY: the caller's.
-        sums[at] = unsafe { exponentials::<S>(scores) };
+        sums[at] = unsafe { exponentials::<S>(&mut scores[own]) };
     }
 
     let values = &head.values[start * dim..end * dim];
@@ -420,7 +422,11 @@ mod tests {
                 |query: usize, key: usize| query != 1 && key.abs_diff(query * keys / queries) < 9 && key % 5 != 2;
             let seen = Seen((0..queries).map(|query| (0..keys).map(|key| sees(query, key)).collect()).collect());
             let mut of_keys = vec![f32::NAN; length_of_turned(keys, dim)];
-            turned(&k, dim, &mut of_keys);
+            turned(&k, [dim; 2], &mut of_keys);
+            let apart: Vec<f32> = k.chunks(dim).flat_map(|key| [key, &[9.0; 3]].concat()).collect();
+            let mut of_those = vec![f32::NAN; of_keys.len()];
+            turned(&apart[..apart.len() - 3], [dim + 3, dim], &mut of_those);
+            assert_eq!(of_those, of_keys, "{keys} keys of {dim}");
             for is_turned in [false, true] {
                 let turned = is_turned.then_some(&of_keys[..]);
                 let head = Head { queries: &q, keys: &k, values: &v, turned, dim, scale: 0.3, cap };
@@ -428,7 +434,7 @@ mod tests {
                 let (mut room, half) = (Room::default(), queries / 2);
                 let (first, second) = to.split_at_mut(half * dim);
                 attend(head, &seen, 0..half, &mut room, first);
-                attend(head, &seen, half..queries, &mut room, second);
+                attend(Head { queries: &q[half * dim..], ..head }, &seen, half..queries, &mut room, second);
                 let mut plain = vec![f32::NAN; queries * dim];
                 // SAFETY: for any processor.
                 unsafe { in_tiles::<Plain, TILE>(head, &seen, 0..queries, &mut room, &mut plain) };
