@@ -55,7 +55,8 @@ pub fn angles<'g>(positions: Value<'g>, axes: &[isize], w: &Weights<'g>) -> Valu
     let mut shape = vec![1; axes.len()];
     shape.push(w.side.head_dim / 2);
     let frequencies = Data::Floats(frequencies(w).map(f64::from).collect());
-    positions.cast(DType::Float32).unsqueeze(axes) * w.graph.constant(DType::Float32, &shape, frequencies)
+    let frequencies = w.graph.constant(DType::Float32, &shape, frequencies);
+    positions.cast(DType::Float32).unsqueeze(axes) * frequencies
 }
 
 /// The angles' frequencies `f_j = θ^(−2j/head_dim)`: powers and quotients in float32, as the reference computes them.
