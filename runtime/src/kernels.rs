@@ -374,8 +374,7 @@ impl Kernel for Product {
         let together = self.activations.rounded_together();
         let spans = Sources::spans(self.sources.as_deref(), rows, together);
         sources::clear_between(&spans, y, self.n);
-        let rounded: Vec<usize> =
-            spans.iter().flat_map(|span| span.start / together..span.end.div_ceil(together)).collect();
+        let rounded = sources::steps(&spans, together);
         spread(context, rounded.len(), &|share| {
             let first = rounded[share] * together;
             for row in first..rows.min(first + together) {
@@ -507,7 +506,7 @@ impl Kernel for FloatProduct {
         let mut product = float::Product::new(x, w, y, [rows, n, k]);
         if float::takes_tiles(rows) {
             let target = self.tiles.target();
-            let tiles: Vec<usize> = spans.iter().flat_map(|span| span.start / step..span.end.div_ceil(step)).collect();
+            let tiles = sources::steps(&spans, step);
             // SAFETY: the features are there where tiles are taken, and each is filled by one call only.
             spread(context, tiles.len(), &|tile| unsafe { target.fill(tiles[tile], x) })?;
             product = product.in_tiles(&self.tiles);

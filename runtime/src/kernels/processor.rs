@@ -59,8 +59,7 @@ fn limited(limit: Option<&str>) -> Result<Level, Error> {
 /// # Safety
 /// What is compiled asks nothing of its callers but that the processor is of the level.
 macro_rules! at_level {
-    ($(#[$doc:meta])* fn $name:ident($($x:ident: $of:ty),*) $(-> $result:ty)? = $written:ident) => {
-        $(#[$doc])*
+    (fn $name:ident($($x:ident: $of:ty),*) $(-> $result:ty)? = $written:ident) => {
         fn $name($($x: $of),*) $(-> $result)? {
             #[cfg(target_arch = "x86_64")]
             {

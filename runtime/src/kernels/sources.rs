@@ -44,6 +44,11 @@ impl Sources {
     }
 }
 
+/// Which steps of so many rows spans consist of: see [`Sources::spans`].
+pub fn steps(spans: &[Range<usize>], step: usize) -> Vec<usize> {
+    spans.iter().flat_map(|span| span.start / step..span.end.div_ceil(step)).collect()
+}
+
 /// Makes zeros of the rows of `y [rows, n]` that no span holds.
 pub fn clear_between(spans: &[Range<usize>], y: &mut [f32], n: usize) {
     let mut from = 0;
@@ -69,6 +74,7 @@ mod tests {
         assert_eq!(Sources::spans(Some(&sources), 10, 1), [0..2, 9..10]);
         assert_eq!(Sources::spans(Some(&sources), 10, 4), [0..4, 8..10]);
         assert_eq!(Sources::spans(Some(&sources), 10, 8), all);
+        assert_eq!(steps(&[0..4, 8..10], 4), [0, 2]);
         let mut y: Vec<f32> = (1..=20).map(|x| x as f32).collect();
         clear_between(&[0..4, 8..9], &mut y, 2);
         let expected =
