@@ -1,27 +1,33 @@
 //! Many rows: 32 columns of weights at a time are brought into an order in which no sum has to be taken across a register.
 
 use std::arch::x86_64::*;
+use std::mem::MaybeUninit;
 use std::num::NonZeroUsize;
 use std::ops::Range;
 
 use super::super::Weights;
 use super::{Planes, Product, place};
-use crate::kernels::avx512::{turn, write};
+use crate::kernels::avx512::{read, turn, turned, write};
 
 /// Columns of a panel, two registers of sums.
 const WIDTH: usize = 32;
-/// Numbers of each column in a panel: it stays in the first cache, beside some rows of activations.
+/// The most numbers of each column in a panel: it stays in the first cache, beside some rows of activations.
 const DEPTH: usize = 512;
+/// The same where both the panel that is filled and the one that is multiplied are to stay there: filling one takes long beside the
+/// products of so few tiles of rows.
+const DEPTH_OF_FEW: usize = 256;
+const FEW_TILES: usize = 3;
 
-/// A part of 32 columns.
+/// A part of 32 columns, as far as it was filled: most calls are over before they have filled it so many times that writing zeros
+/// first would not count.
 #[repr(align(64))]
 struct Panel {
     /// `[places / 4, columns, 4]`, places in the order of activations.
-    codes: [u8; WIDTH * DEPTH],
+    codes: [MaybeUninit<u8>; WIDTH * DEPTH],
     /// `[blocks, columns]`
-    scales: [[f32; WIDTH]; DEPTH / 16],
+    scales: [[MaybeUninit<f32>; WIDTH]; DEPTH / 16],
     /// `[blocks, columns]`: scales times zero points, where blocks have these of their own.
-    zeros: [[f32; WIDTH]; DEPTH / 16],
+    zeros: [[MaybeUninit<f32>; WIDTH]; DEPTH / 16],
 }
 
 /// A part of the product that is computed at a time.
@@ -34,7 +40,7 @@ struct Part {
 }
 
 /// From so many rows on it pays to bring the weights into another order first.
-pub const MANY: usize = 4;
+pub const MANY: usize = 5;
 
 /// How many rows are computed at a time of so many, so that registers are used best.
 pub fn tile_of(rows: usize, planes: Planes) -> Option<NonZeroUsize> {
@@ -52,78 +58,182 @@ pub fn tile_of(rows: usize, planes: Planes) -> Option<NonZeroUsize> {
 pub fn multiply<const BITS: usize, const PLANES: usize, const R: usize>(product: &Product, columns: Range<usize>) {
     let Product { w, rows, y, .. } = product;
     assert!(columns.end <= y.n && rows.start.is_multiple_of(R), "rows and columns of a product");
-    let length = w.blocks() * w.block_size;
-    let mut panel =
-        Panel { codes: [0; WIDTH * DEPTH], scales: [[0.0; WIDTH]; DEPTH / 16], zeros: [[0.0; WIDTH]; DEPTH / 16] };
-    for first in columns.clone().step_by(WIDTH) {
-        let columns = first..columns.end.min(first + WIDTH);
-        for from in (0..length).step_by(DEPTH) {
-            let depth = from..length.min(from + DEPTH);
-            panel.fill::<BITS>(w, columns.clone(), depth.clone());
-            let next = if depth.end < length { (first, depth.end) } else { (first + WIDTH, 0) };
-            let mut ahead = Ahead::of::<BITS>(w, next, rows.len().div_ceil(R));
+    let tiles = rows.len().div_ceil(R);
+    let places = Places::of(w, columns, if tiles <= FEW_TILES { DEPTH_OF_FEW } else { DEPTH });
+    let (mut panels, mut edge) = ([Panel::EMPTY; 2], Vec::new());
+    let (mut filled, mut next) = (None, places.first());
+    for at in 0.. {
+        // One is computed while the other one is filled.
+        let [first, second] = &mut panels;
+        let (panel, other) = if at % 2 == 0 { (&*first, second) } else { (&*second, first) };
+        let later = next.as_ref().and_then(|next| places.after(next));
+        let mut filling = match &next {
+            Some(next) => other.begin::<BITS>(w, next, later.as_ref().unwrap_or(&places.beyond()), &mut edge),
+            None => Filling::NONE,
+        };
+        if let Some(Place { columns, depth }) = filled {
+            filling.share(tiles * (depth.len() / FILLED_EVERY));
             for row in rows.clone().step_by(R) {
                 let part = Part { rows: row..rows.end.min(row + R), columns: columns.clone(), depth: depth.clone() };
-                tile::<BITS, PLANES, R>(product, &panel, part, &mut ahead);
+                match filling.left {
+                    0 => tile::<BITS, PLANES, R, false>(product, panel, part, &mut filling),
+                    _ => tile::<BITS, PLANES, R, true>(product, panel, part, &mut filling),
+                }
             }
         }
+        filling.finish::<BITS>();
+        if next.is_none() {
+            return;
+        }
+        (filled, next) = (next, later);
     }
 }
 
-/// What the next panel will be filled with, which the memory is to send while this one is computed.
-struct Ahead {
-    next: *const u8,
-    /// Lines of the column that are still to be asked for, and of each.
-    lines: [usize; 2],
-    /// Bytes between the columns' lines.
-    apart: usize,
-    /// Lines of all columns that are still to be asked for.
+/// What a panel is of.
+#[derive(Clone)]
+struct Place {
+    columns: Range<usize>,
+    /// Numbers of each.
+    depth: Range<usize>,
+}
+
+/// The panels of some columns, one after the other.
+struct Places {
+    columns: Range<usize>,
+    /// Numbers of a column, and in a panel.
+    length: usize,
+    depth: usize,
+}
+
+impl Places {
+    /// No deeper than `most`, and all about as deep as each other.
+    fn of(w: &Weights, columns: Range<usize>, most: usize) -> Places {
+        let length = w.blocks() * w.block_size;
+        let depth = length.div_ceil(length.div_ceil(most).max(1)).next_multiple_of(128);
+        Places { columns, length, depth }
+    }
+
+    fn first(&self) -> Option<Place> {
+        self.at(self.columns.start, 0)
+    }
+
+    fn after(&self, Place { columns, depth }: &Place) -> Option<Place> {
+        if depth.end < self.length { self.at(columns.start, depth.end) } else { self.at(columns.end, 0) }
+    }
+
+    /// The first one after the last, which is no one's yet, or the other thread's.
+    fn beyond(&self) -> Place {
+        Place { columns: self.columns.end..self.columns.end + WIDTH, depth: 0..self.depth }
+    }
+
+    fn at(&self, column: usize, from: usize) -> Option<Place> {
+        let columns = column..self.columns.end.min(column + WIDTH);
+        (!columns.is_empty()).then(|| Place { columns, depth: from..self.length.min(from + self.depth) })
+    }
+}
+
+/// Numbers of each column that are multiplied from one step of filling to the next.
+const FILLED_EVERY: usize = 16;
+
+/// The filling of a panel, sixteen bytes of sixteen columns at each step: what brings them into order and what multiplies others
+/// takes turns, so that the processor does both at once, and the memory sends what the next panel will be filled with meanwhile.
+struct Filling {
+    /// Where the next sixteen bytes of the first column are, where they go, and, of what the next panel will be filled with, the next
+    /// line of the first of four columns.
+    from: *const u8,
+    to: *mut u8,
+    later: *const u8,
+    /// The same for the second sixteen columns.
+    second: (*const u8, *mut u8, *const u8),
+    /// Bytes between the columns.
+    pitch: usize,
+    /// Steps that are still to be done, of each half, and at a time.
     left: usize,
-    /// How many at a time.
-    count: usize,
+    half: usize,
+    share: usize,
 }
 
-/// Bytes that the memory sends at a time.
-const LINE: usize = 64;
-/// Numbers of each column that are multiplied from one asking to the next.
-const ASKED_EVERY: usize = 16;
+impl Filling {
+    /// Of nothing.
+    const NONE: Filling = {
+        let (from, to) = (std::ptr::null(), std::ptr::null_mut());
+        Filling { from, to, later: from, second: (from, to, from), pitch: 0, left: 0, half: 0, share: 0 }
+    };
 
-impl Ahead {
-    /// Of a panel of columns from `column` and numbers from `from` on, all of it while `tiles` are computed.
-    fn of<const BITS: usize>(w: &Weights, (column, from): (usize, usize), tiles: usize) -> Ahead {
-        let (pitch, lines) = (w.blocks() * w.block_bytes(), const { DEPTH * BITS / 8 / LINE });
-        let next = w.numbers.as_ptr().wrapping_add(column * pitch + from * BITS / 8);
-        let (apart, times) = (pitch.wrapping_sub(lines * LINE), tiles * const { DEPTH / ASKED_EVERY });
-        Ahead { next, lines: [lines; 2], apart, left: WIDTH * lines, count: (WIDTH * lines).div_ceil(times) }
+    /// It is to be done in so many times.
+    fn share(&mut self, times: usize) {
+        self.share = self.left.div_ceil(times.max(1));
     }
 
-    /// Asks for some of it.
+    /// What is left.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+    fn finish<const BITS: usize>(&mut self) {
+        self.share = self.left;
+        self.go_on::<BITS>();
+    }
+
+    /// As much as is to be done at a time.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-    fn ask(&mut self) {
-        let count = self.count.min(self.left);
-        self.left -= count;
-        for _ in 0..count {
-            // A hint, which may name any address.
-            _mm_prefetch::<_MM_HINT_T1>(self.next.cast());
-            self.next = self.next.wrapping_add(LINE);
-            self.lines[0] -= 1;
-            if self.lines[0] == 0 {
-                self.lines[0] = self.lines[1];
-                self.next = self.next.wrapping_add(self.apart);
+    fn go_on<const BITS: usize>(&mut self) {
+        for _ in 0..self.share.min(self.left) {
+            // SAFETY: so many steps are left, for which there are the bytes and the room.
+            unsafe {
+                for (at, word) in turned(self.from, self.pitch).into_iter().enumerate() {
+                    let to = self.to.add(at * 4 * WIDTH);
+                    if BITS == 8 {
+                        _mm512_store_si512(to.cast(), word);
+                    } else {
+                        let nibbles = _mm512_set1_epi8(15);
+                        _mm512_store_si512(to.cast(), _mm512_and_si512(word, nibbles));
+                        let odd = _mm512_and_si512(_mm512_srli_epi16::<4>(word), nibbles);
+                        _mm512_store_si512(to.add(16 * 4 * WIDTH).cast(), odd);
+                    }
+                }
+                for column in 0..4 {
+                    // A hint, which may name any address.
+                    _mm_prefetch::<_MM_HINT_T1>(self.later.wrapping_add(column * self.pitch).cast());
+                }
+                self.left -= 1;
+                self.from = self.from.add(16);
+                self.to = self.to.wrapping_add(4 * 4 * WIDTH);
+                self.later = self.later.wrapping_add(4 * self.pitch);
+                // Of all columns a line is done.
+                if self.left.is_multiple_of(4) {
+                    self.later = self.later.wrapping_sub(16 * self.pitch).wrapping_add(64);
+                    if BITS == 4 {
+                        self.to = self.to.wrapping_add(16 * 4 * WIDTH);
+                    }
+                    if self.left == self.half {
+                        (self.from, self.to, self.later) = self.second;
+                    }
+                }
             }
         }
     }
 }
 
 impl Panel {
-    /// Takes these numbers of the columns. Columns that are not there are as the last; no one reads them.
-    #[inline]
+    const EMPTY: Panel = {
+        let of_blocks = [[MaybeUninit::uninit(); WIDTH]; DEPTH / 16];
+        Panel { codes: [MaybeUninit::uninit(); WIDTH * DEPTH], scales: of_blocks, zeros: of_blocks }
+    };
+
+    /// Takes the scales of what is at a place, and says how its numbers are taken, while those `later` are asked for. Columns that are
+    /// not there are any; no one reads them. What ends amid a line, or has fewer columns, is copied to the `edge` first.
+    #[inline(never)]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-    fn fill<const BITS: usize>(&mut self, w: &Weights, columns: Range<usize>, depth: Range<usize>) {
+    fn begin<const BITS: usize>(
+        &mut self,
+        w: &Weights,
+        Place { columns, depth }: &Place,
+        later: &Place,
+        edge: &mut Vec<u8>,
+    ) -> Filling {
         let (blocks, size, bytes) = (w.blocks(), w.block_size, w.blocks() * w.block_bytes());
         assert!(columns.end * bytes <= w.numbers.len() && columns.end * blocks <= w.scales.len());
-        assert!(depth.end * BITS <= bytes * 8 && depth.len() <= DEPTH && depth.start.is_multiple_of(DEPTH));
+        assert!(depth.end * BITS <= bytes * 8 && depth.len() <= DEPTH && depth.start.is_multiple_of(128));
+        assert!(columns.len() <= WIDTH && !columns.is_empty());
         let of_panel = depth.start / size..depth.end / size;
         let column = |at: usize| (columns.start + at).min(columns.end - 1);
         for half in 0..2 {
@@ -145,68 +255,41 @@ impl Panel {
             for block in fours * 4..of_panel.len() {
                 for (at, from) in from.iter().enumerate() {
                     // SAFETY: a scale of the column.
-                    self.scales[block][half * 16 + at] = unsafe { *from.cast::<f32>().add(block) };
+                    self.scales[block][half * 16 + at].write(unsafe { *from.cast::<f32>().add(block) });
                 }
             }
         }
         if w.zero_points.is_some() {
             for at in 0..WIDTH {
                 for (zeros, (scales, block)) in self.zeros.iter_mut().zip(self.scales.iter().zip(of_panel.clone())) {
-                    zeros[at] = scales[at] * w.zero_point(column(at), block) as f32;
+                    // SAFETY: written above.
+                    let scale = unsafe { scales[at].assume_init() };
+                    zeros[at].write(scale * w.zero_point(column(at), block) as f32);
                 }
             }
         }
-        let all = depth.start * BITS / 8..depth.end * BITS / 8;
-        for half in 0..2 {
-            let mut from: [*const u8; 16] = [std::ptr::null(); 16];
-            for (at, from) in from.iter_mut().enumerate() {
-                *from = w.numbers[column(half * 16 + at) * bytes..].as_ptr();
-            }
-            for first in all.clone().step_by(64) {
-                let mut here = from;
-                here.iter_mut().for_each(|column| *column = column.wrapping_add(first));
-                let place = (first - all.start) * 8 / BITS;
-                // SAFETY: within the columns, of which the last bytes are copied where there are not 64, and the panel.
-                unsafe {
-                    let to = self.codes.as_mut_ptr().add(place * WIDTH + half * 64);
-                    if first + 64 <= bytes {
-                        take::<BITS>(&here, to);
-                    } else {
-                        let mut ends = [[0_u8; 64]; 16];
-                        for (end, here) in ends.iter_mut().zip(&mut here) {
-                            std::ptr::copy_nonoverlapping(*here, end.as_mut_ptr(), bytes - first);
-                            *here = end.as_ptr();
-                        }
-                        take::<BITS>(&here, to);
-                    }
-                }
-            }
+        let scales = w.scales.as_ptr().wrapping_add(later.columns.start * blocks + later.depth.start / size);
+        for at in 0..WIDTH {
+            // A hint, which may name any address.
+            _mm_prefetch::<_MM_HINT_T1>(scales.wrapping_add(at * blocks).cast());
         }
-    }
-}
 
-/// Brings 64 bytes of sixteen columns each into the order of a panel, of which `to` is where their first four numbers go.
-///
-/// # Safety
-/// There are so many bytes, and a panel has room.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-unsafe fn take<const BITS: usize>(columns: &[*const u8; 16], to: *mut u8) {
-    let nibbles = _mm512_set1_epi8(15);
-    for quarter in 0..4 {
-        // SAFETY: the caller's; all goes into the panel.
-        unsafe {
-            for (at, word) in turn(columns, quarter).into_iter().enumerate() {
-                let to = to.add((quarter * 4 + at) * 4 * WIDTH);
-                if BITS == 8 {
-                    _mm512_store_si512(to.cast(), word);
-                } else {
-                    _mm512_store_si512(to.cast(), _mm512_and_si512(word, nibbles));
-                    let odd = _mm512_and_si512(_mm512_srli_epi16::<4>(word), nibbles);
-                    _mm512_store_si512(to.add(16 * 4 * WIDTH).cast(), odd);
-                }
+        let lines = (depth.len() * BITS / 8).div_ceil(64);
+        let numbers = w.numbers.as_ptr();
+        let (mut from, mut pitch) = (numbers.wrapping_add(columns.start * bytes + depth.start * BITS / 8), bytes);
+        if columns.len() < WIDTH || !(depth.len() * BITS / 8).is_multiple_of(64) {
+            const ROOM: usize = DEPTH;
+            edge.resize(WIDTH * ROOM, 0);
+            for (edge, column) in edge.chunks_exact_mut(ROOM).zip(columns.clone()) {
+                let numbers = &w.numbers[column * bytes..][depth.start * BITS / 8..depth.end * BITS / 8];
+                edge[..numbers.len()].copy_from_slice(numbers);
             }
+            (from, pitch) = (edge.as_ptr(), ROOM);
         }
+        let later = numbers.wrapping_add(later.columns.start * bytes + later.depth.start * BITS / 8);
+        let (to, half) = (self.codes.as_mut_ptr().cast::<u8>(), 4 * lines);
+        let second = (from.wrapping_add(16 * pitch), to.wrapping_add(64), later.wrapping_add(16 * pitch));
+        Filling { from, to, later, second, pitch, left: 2 * half, half, share: 0 }
     }
 }
 
@@ -219,14 +302,14 @@ const fn places(bits: usize, size: usize, block: usize) -> [(usize, usize); 2] {
     }
 }
 
-/// Computes `R` rows of the panel's columns, or adds to them what its depth brings.
+/// Computes `R` rows of the panel's columns, or adds to them what its depth brings; if it `FILLS`, another panel goes on to be filled.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn tile<const BITS: usize, const PLANES: usize, const R: usize>(
+fn tile<const BITS: usize, const PLANES: usize, const R: usize, const FILLS: bool>(
     Product { x, w, bias, y, .. }: &Product,
     panel: &Panel,
     Part { rows, columns, depth }: Part,
-    ahead: &mut Ahead,
+    filling: &mut Filling,
 ) {
     const { assert!(R * PLANES <= 12) };
     let (row, stride, blocks, spans) = (rows.start, x.layout.stride, x.layout.blocks, x.layout.spans());
@@ -241,6 +324,18 @@ fn tile<const BITS: usize, const PLANES: usize, const R: usize>(
     let (offsets, sums) = (x.offsets[row * blocks..].as_ptr(), x.sums[row * blocks..].as_ptr());
     let scales = x.scales[row * spans..].as_ptr();
     let mut totals = [[_mm512_setzero_ps(); 2]; R];
+    // Sums go on from panel to panel, so that they are the same however deep these are.
+    for (at, totals) in totals.iter_mut().enumerate().take(rows.len()) {
+        let before = match depth.start {
+            0 => bias.map(|bias| bias[columns.clone()].as_ptr()),
+            // SAFETY: within the output, of which no one else has these columns of the row.
+            _ => Some(unsafe { y.values.add((row + at) * y.n + columns.start).cast_const() }),
+        };
+        if let Some(before) = before {
+            // SAFETY: as many as columns.
+            *totals = unsafe { read(before, columns.len()) };
+        }
+    }
     for block in 0..depth.len() / size {
         let of_block = (depth.start / size + block) * R;
         let mut low = [[_mm512_setzero_si512(); 2]; R];
@@ -252,11 +347,14 @@ fn tile<const BITS: usize, const PLANES: usize, const R: usize>(
         }
         for (first, count) in places(BITS, size, block) {
             // SAFETY: the places are within the panel and the rows.
-            let (mut codes, mut fours) =
-                unsafe { (panel.codes.as_ptr().add(first * WIDTH), numbers.add(first * pitch).cast::<i32>()) };
-            for at in (0..count).step_by(ASKED_EVERY) {
-                ahead.ask();
-                for _ in 0..(count - at).min(ASKED_EVERY) / 4 {
+            let (mut codes, mut fours) = unsafe {
+                (panel.codes.as_ptr().cast::<u8>().add(first * WIDTH), numbers.add(first * pitch).cast::<i32>())
+            };
+            for at in (0..count).step_by(FILLED_EVERY) {
+                if FILLS {
+                    filling.go_on::<BITS>();
+                }
+                for _ in 0..(count - at).min(FILLED_EVERY) / 4 {
                     // SAFETY: as above.
                     unsafe {
                         let here = [_mm512_load_si512(codes.cast()), _mm512_load_si512(codes.add(64).cast())];
@@ -277,7 +375,8 @@ fn tile<const BITS: usize, const PLANES: usize, const R: usize>(
         }
         let of_columns = &panel.scales[block];
         // SAFETY: two times sixteen scales.
-        let of_columns = unsafe { [_mm512_loadu_ps(of_columns.as_ptr()), _mm512_loadu_ps(of_columns[16..].as_ptr())] };
+        let of_columns =
+            unsafe { [_mm512_loadu_ps(of_columns.as_ptr().cast()), _mm512_loadu_ps(of_columns[16..].as_ptr().cast())] };
         let of_span = (depth.start + block * size) / span * R;
         for at in 0..R {
             // SAFETY: as many as rows and spans.
@@ -297,21 +396,14 @@ fn tile<const BITS: usize, const PLANES: usize, const R: usize>(
                 let sum = _mm512_set1_ps(unsafe { *sums.add(of_block + at) });
                 for (half, total) in totals.iter_mut().enumerate() {
                     // SAFETY: sixteen numbers.
-                    let zeros = unsafe { _mm512_loadu_ps(panel.zeros[block][half * 16..].as_ptr()) };
+                    let zeros = unsafe { _mm512_loadu_ps(panel.zeros[block][half * 16..].as_ptr().cast()) };
                     *total = _mm512_fnmadd_ps(zeros, sum, *total);
                 }
             }
         }
     }
     for (at, totals) in totals.into_iter().enumerate().take(rows.len()) {
-        // SAFETY: within the output, and no one else has these columns of the row.
-        unsafe {
-            let to = y.values.add((row + at) * y.n + columns.start);
-            let before = match depth.start {
-                0 => bias.map(|bias| bias[columns.clone()].as_ptr()),
-                _ => Some(to.cast_const()),
-            };
-            write(totals, before, to, columns.len());
-        }
+        // SAFETY: as above.
+        unsafe { write(totals, None, y.values.add((row + at) * y.n + columns.start), columns.len()) };
     }
 }
