@@ -92,23 +92,17 @@ pub unsafe fn read(from: *const f32, count: usize) -> [__m512; 2] {
     }
 }
 
-/// Writes the sums of the first `count` of 32 columns, added to what there is `before`.
+/// Writes the sums of the first `count` of 32 columns.
 ///
 /// # Safety
-/// There is room for as many, and as many are there before.
+/// There is room for as many.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-pub unsafe fn write(sums: [__m512; 2], before: Option<*const f32>, to: *mut f32, count: usize) {
+pub unsafe fn write(sums: [__m512; 2], to: *mut f32, count: usize) {
     for (half, sum) in sums.into_iter().enumerate() {
         let there = mask(count.saturating_sub(half * 16));
         // SAFETY: the caller's; lanes that are not there are left alone.
-        unsafe {
-            let sum = match before {
-                None => sum,
-                Some(before) => _mm512_add_ps(_mm512_maskz_loadu_ps(there, before.wrapping_add(half * 16)), sum),
-            };
-            _mm512_mask_storeu_ps(to.wrapping_add(half * 16), there, sum);
-        }
+        unsafe { _mm512_mask_storeu_ps(to.wrapping_add(half * 16), there, sum) };
     }
 }
 

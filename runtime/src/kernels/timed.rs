@@ -12,6 +12,9 @@ use super::float;
 use super::product::rough;
 use super::product::{self, Activations, Columns, Output, Purpose, Weights};
 
+/// Numbers that are there before they come again: to make as many as a head has would take longer than what is timed.
+const PERIOD: usize = 1 << 20;
+
 /// Numbers of either sign, which lie as those of ONNX Runtime and of the mapped file do.
 fn noise(count: usize) -> Aligned<f32> {
     let mut state = 1_u32;
@@ -19,9 +22,17 @@ fn noise(count: usize) -> Aligned<f32> {
         state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
         (state >> 8) as f32 / 8_388_608.0 - 1.0
     };
-    let mut numbers = Aligned::default();
-    (0..count).for_each(|_| numbers.push(next()));
-    numbers
+    repeated(count, (0..count.min(PERIOD)).map(|_| next()).collect())
+}
+
+/// So many numbers: these, again and again.
+fn repeated<T: Copy>(count: usize, numbers: Vec<T>) -> Aligned<T> {
+    let mut all = Aligned::default();
+    while all.len() < count {
+        let left = count - all.len();
+        all.extend_from_slice(&numbers[..numbers.len().min(left)]);
+    }
+    all
 }
 
 /// A matrix `[n, k]` of `bits` bits in blocks.
@@ -36,10 +47,9 @@ struct Packed {
 impl Packed {
     fn new([n, k]: [usize; 2], bits: usize, block_size: usize) -> Packed {
         let blocks = k.div_ceil(block_size);
-        let mut numbers = Aligned::default();
-        let codes = noise(n * blocks * block_size * bits / 8);
-        codes.iter().for_each(|x| numbers.push((x.abs() * 256.0) as u8));
-        Packed { numbers, scales: vec![0.01; n * blocks], k, bits, block_size }
+        let count = n * blocks * block_size * bits / 8;
+        let codes = noise(count.min(PERIOD)).iter().map(|x| (x.abs() * 256.0) as u8).collect();
+        Packed { numbers: repeated(count, codes), scales: vec![0.01; n * blocks], k, bits, block_size }
     }
 
     fn weights(&self) -> Weights<'_> {

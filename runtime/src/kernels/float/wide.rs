@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use super::Product;
 use crate::kernels::aligned::Aligned;
-use crate::kernels::avx512::{mask, turn, write};
+use crate::kernels::avx512::{mask, read, turn, write};
 use crate::kernels::{Parts, evenly};
 
 /// Columns of a panel, two registers of sums.
@@ -208,11 +208,15 @@ fn tile<const R: usize>(product: &Product, tiles: &Tiles, panel: &Panel, Part { 
             (x, w) = (x.add(R), w.add(WIDTH));
         }
     }
-    for (row, sums) in rows.zip(sums) {
+    for (row, mut sums) in rows.zip(sums) {
         // SAFETY: within the output, and no one else has these columns of the row.
         unsafe {
             let to = y.add(row * n + columns.start);
-            write(sums, (depth.start > 0).then_some(to.cast_const()), to, columns.len());
+            if depth.start > 0 {
+                let before = read(to, columns.len());
+                sums = [_mm512_add_ps(before[0], sums[0]), _mm512_add_ps(before[1], sums[1])];
+            }
+            write(sums, to, columns.len());
         }
     }
 }

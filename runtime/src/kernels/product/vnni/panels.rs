@@ -404,6 +404,6 @@ fn tile<const BITS: usize, const PLANES: usize, const R: usize, const FILLS: boo
     }
     for (at, totals) in totals.into_iter().enumerate().take(rows.len()) {
         // SAFETY: as above.
-        unsafe { write(totals, None, y.values.add((row + at) * y.n + columns.start), columns.len()) };
+        unsafe { write(totals, y.values.add((row + at) * y.n + columns.start), columns.len()) };
     }
 }
