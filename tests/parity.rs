@@ -60,12 +60,12 @@ fn encode_writes_the_reference_hidden_states() {
 /// in the decoder's eyes.
 #[test]
 fn with_weights_of_few_bits_a_source_is_encoded_to_the_same_numbers_whatever_is_beside_it() {
-    for bits in [8, 4] {
-        let blocks = Some(Blocks::whole(bits, 32));
+    for (bits, block_size) in [(8, 32), (4, 32), (8, 64), (4, 64)] {
+        let blocks = Some(Blocks::whole(bits, block_size));
         let quantization = Quantization { encoder: blocks, decoder: blocks, head: blocks, ..Quantization::default() };
         let export = Export { target: Target::Cpu, quantization, ..Export::default() };
-        let model = exported_as("tiny-balanced", &format!("verified-in-{bits}"), export);
-        for level in ["generic", "avx2", "avx512_vnni"] {
+        let model = exported_as("tiny-balanced", &format!("verified-in-{bits}-by-{block_size}"), export);
+        for level in ["generic", "avx2", "avx512_vnni", "avx512_amx"] {
             let mut command = program("t5gemma");
             command.env("T5GEMMA_MAX_CPU_ISA", level).arg("verify").arg(&model);
             let report = stdout(command.output().expect("the program starts"));
@@ -73,7 +73,7 @@ fn with_weights_of_few_bits_a_source_is_encoded_to_the_same_numbers_whatever_is_
                 ["hidden states of a ragged batch = of its rows alone", "hidden states padded left = padded right"]
             {
                 let line = report.lines().find(|line| line.contains(compared)).expect("compared");
-                assert!(line.contains(" 0.00e0 "), "{bits} bits, {level}: {line}");
+                assert!(line.contains(" 0.00e0 "), "{bits} bits by {block_size}, {level}: {line}");
             }
         }
     }

@@ -63,7 +63,7 @@ impl<'p> Product<'p> {
 
 /// Whether so many rows are worth bringing into tiles.
 pub fn takes_tiles(rows: usize) -> bool {
-    level() == Level::Vnni && rows >= MANY_WIDE
+    level() >= Level::Vnni && rows >= MANY_WIDE
 }
 
 /// How many columns are computed together for so many rows: [`multiply`] is for multiples of them.
@@ -95,7 +95,7 @@ unsafe fn multiply_at(level: Level, product: &Product, [of_rows, columns]: [Rang
     // SAFETY: the caller's.
     unsafe {
         match level {
-            Level::Vnni if product.tiles.is_some() || of_rows.len() >= MANY_WIDE => {
+            Level::Vnni | Level::Amx if product.tiles.is_some() || of_rows.len() >= MANY_WIDE => {
                 let mut own = Tiles::default();
                 let tiles = product.tiles.unwrap_or_else(|| {
                     own.prepare(product.rows, product.k);

@@ -1,4 +1,4 @@
-//! What registers the processor has. `T5GEMMA_MAX_CPU_ISA=avx2` or `=generic` has newer ones left alone, to compare them or to get
+//! What registers the processor has. `T5GEMMA_MAX_CPU_ISA=avx512_vnni`, `=avx2` or `=generic` has newer ones left alone, to compare them or to get
 //! the same numbers on several machines.
 
 use std::sync::OnceLock;
@@ -15,10 +15,13 @@ pub enum Level {
     Avx2,
     /// AVX-512 (F, BW, DQ, VL) with VNNI.
     Vnni,
+    /// The same with AMX for bytes.
+    Amx,
 }
 
 /// By the names that the variable has for them.
-const LEVELS: [(&str, Level); 3] = [("generic", Level::Generic), ("avx2", Level::Avx2), ("avx512_vnni", Level::Vnni)];
+const LEVELS: [(&str, Level); 4] =
+    [("generic", Level::Generic), ("avx2", Level::Avx2), ("avx512_vnni", Level::Vnni), ("avx512_amx", Level::Amx)];
 
 /// The variable that names the newest level to use.
 const LIMIT: &str = "T5GEMMA_MAX_CPU_ISA";
@@ -29,7 +32,7 @@ pub fn level() -> Level {
     *LEVEL.get_or_init(|| chosen().unwrap_or(found()))
 }
 
-/// The newest instructions that the kernels for a CPU use here: `avx512_vnni`, `avx2` or `generic`. The environment variable
+/// The newest instructions that the kernels for a CPU use here: `avx512_amx`, `avx512_vnni`, `avx2` or `generic`. The environment variable
 /// `T5GEMMA_MAX_CPU_ISA` names one of these to leave newer ones alone; anything else is an error.
 pub fn instructions() -> Result<&'static str, Error> {
     let chosen = chosen()?;
@@ -47,7 +50,7 @@ fn limited(limit: Option<&str>) -> Result<Level, Error> {
     match LEVELS.iter().find(|(name, _)| *name == limit) {
         Some(&(_, level)) => Ok(level.min(found())),
         None => Err(Error::Unsupported {
-            what: format!("{LIMIT}: expected generic, avx2 or avx512_vnni, found {limit:?}"),
+            what: format!("{LIMIT}: expected generic, avx2, avx512_vnni or avx512_amx, found {limit:?}"),
             remedy: "set it to one of these, or not at all".into(),
         }),
     }
@@ -76,7 +79,7 @@ macro_rules! at_level {
                 }
                 match level() {
                     // SAFETY: the level is no higher than the processor's.
-                    Level::Vnni => return unsafe { with_avx512($($x),*) },
+                    Level::Amx | Level::Vnni => return unsafe { with_avx512($($x),*) },
                     // SAFETY: as above.
                     Level::Avx2 => return unsafe { with_avx2($($x),*) },
                     Level::Generic => {}
@@ -99,10 +102,35 @@ pub fn found() -> Level {
         && is_x86_feature_detected!("avx512vl")
         && is_x86_feature_detected!("avx512vnni");
     match (avx2, avx512) {
+        (true, true) if amx() => Level::Amx,
         (true, true) => Level::Vnni,
         (true, false) => Level::Avx2,
         (false, _) => Level::Generic,
     }
+}
+
+/// Whether the processor has AMX for bytes (leaf 7 of `cpuid`: bits 24 and 25 of `edx`), and the system lets this process use it: Linux
+/// keeps room for the tiles of those alone who ask.
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+fn amx() -> bool {
+    static ALLOWED: OnceLock<bool> = OnceLock::new();
+    *ALLOWED.get_or_init(|| {
+        // From asm/prctl.h and, for the state that is asked for, the processor's own number of it.
+        const ARCH_REQ_XCOMP_PERM: libc::c_long = 0x1023;
+        const TILES: libc::c_long = 18;
+        const BOTH: u32 = 0b11 << 24;
+        let has_leaf = std::arch::x86_64::__get_cpuid_max(0).0 >= 7;
+        has_leaf
+            && std::arch::x86_64::__cpuid_count(7, 0).edx & BOTH == BOTH
+            // SAFETY: it changes nothing but what the process may use.
+            && unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, TILES) } == 0
+    })
+}
+
+/// Whether AMX may be used: of other systems it is not known.
+#[cfg(all(target_arch = "x86_64", not(target_os = "linux")))]
+fn amx() -> bool {
+    false
 }
 
 /// All that this processor can do.
@@ -122,7 +150,7 @@ mod tests {
         assert_eq!(limited(Some("avx2")).ok(), Some(found().min(Level::Avx2)));
         let error = limited(Some("avx3")).err().map(|error| error.to_string()).unwrap_or_default();
         assert!(
-            error.starts_with("T5GEMMA_MAX_CPU_ISA: expected generic, avx2 or avx512_vnni, found \"avx3\""),
+            error.starts_with("T5GEMMA_MAX_CPU_ISA: expected generic, avx2, avx512_vnni or avx512_amx, found \"avx3\""),
             "{error}"
         );
     }

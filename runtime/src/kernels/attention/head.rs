@@ -87,7 +87,7 @@ pub fn attend(head: Head, visible: &impl Visible, queries: Range<usize>, room: &
     #[cfg(target_arch = "x86_64")]
     match level() {
         // SAFETY: the level is no higher than the processor's.
-        Level::Vnni => return unsafe { with_avx512(head, visible, queries, room, to) },
+        Level::Amx | Level::Vnni => return unsafe { with_avx512(head, visible, queries, room, to) },
         // SAFETY: as above.
         Level::Avx2 => return unsafe { with_avx2(head, visible, queries, room, to) },
         Level::Generic => {}

@@ -45,7 +45,7 @@ pub struct Rough {
 pub fn takes(w: &Weights) -> bool {
     let fits = matches!((w.bits, w.block_size), (8, 64 | 128) | (4, 32 | 64 | 128))
         && (w.blocks() * w.block_size).is_multiple_of(w.span());
-    level() == Level::Vnni || w.zero_points.is_none() && fits
+    level() >= Level::Vnni || w.zero_points.is_none() && fits
 }
 
 /// What the scales of a row are to be multiplied by, of which this is the square of its length and that its product with what it was
@@ -60,15 +60,15 @@ pub fn along(square: f32, met: f32) -> (f32, f32) {
 
 /// Whether activations are rounded to 8 bits for these, not to 6.
 pub fn in_8_bits(w: &Weights) -> bool {
-    level() == Level::Vnni || w.bits == 4
+    level() >= Level::Vnni || w.bits == 4
 }
 
 impl Rough {
     /// Rounds the rows `x` for weights that can be taken.
     pub fn round(&mut self, x: &[f32], w: &Weights) {
-        if level() == Level::Vnni {
+        if level() >= Level::Vnni {
             let bytes = self.bytes.get_or_insert_default();
-            bytes.prepare(x.len() / w.k, w, vnni::Planes::One, vnni::PANELS_FROM);
+            bytes.prepare(level(), x.len() / w.k, w, vnni::Planes::One, vnni::panels_from(level(), w));
             for (row, x) in x.chunks_exact(w.k).enumerate() {
                 // SAFETY: room was made, there is one thread, and the level is no higher than the processor's.
                 unsafe { bytes.target().round(row, x, w) };

@@ -5,12 +5,12 @@
 //! Weights stay the codes that they are, without signs; what their zero point takes off the sums, these begin with. Of weights of 4
 //! bits, 64 bytes hold 128 numbers: those at even places lie in the lower halves, and activations are kept in that order.
 //! Activations have a scale for each span of 64 or 128 numbers, so that a few large ones cost the others no bits. Where rows are many,
-//! as many of them as are computed at a time lie four bytes by four beside each other.
+//! as many of them as are computed at a time lie four bytes by four beside each other. Where the processor has AMX too, many rows are for
+//! that.
 
+mod amx;
 mod panels;
 mod rows;
-
-pub use panels::MANY as PANELS_FROM;
 
 use std::arch::x86_64::*;
 use std::num::NonZeroUsize;
@@ -20,6 +20,7 @@ use super::rough::along;
 use super::{Columns, Output, Weights};
 use crate::kernels::aligned::Aligned;
 use crate::kernels::avx512::mask;
+use crate::kernels::processor::Level;
 
 /// Bytes of activations that each number is rounded to.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -52,9 +53,32 @@ const fn span(bits: usize, block_size: usize) -> usize {
     if bits == 8 && block_size < 128 { 64 } else { 128 }
 }
 
-/// Where a number lies in its plane: of 4 bits those at even places before those at odd ones, 128 by 128.
-const fn place(bits: usize, at: usize) -> usize {
-    if bits == 8 { at } else { at / 128 * 128 + at % 2 * 64 + at % 128 / 2 }
+/// In which order the numbers of a plane lie.
+#[derive(Clone, Copy, PartialEq, Eq, Default)]
+enum Order {
+    #[default]
+    Plain,
+    /// Those at even places before those at odd ones, 128 by 128: as weights of 4 bits come out of a register.
+    Halves,
+}
+
+impl Order {
+    const fn of(bits: usize) -> Order {
+        if bits == 8 { Order::Plain } else { Order::Halves }
+    }
+
+    /// Where a number lies.
+    const fn place(self, at: usize) -> usize {
+        match self {
+            Order::Plain => at,
+            Order::Halves => at / 128 * 128 + at % 2 * 64 + at % 128 / 2,
+        }
+    }
+}
+
+/// From how many rows on it pays to bring them, or the weights, into another order first.
+pub fn panels_from(level: Level, w: &Weights) -> usize {
+    if level >= Level::Amx && amx::takes(w) { amx::MANY } else { panels::MANY }
 }
 
 /// How a matrix's rows are met by activations.
@@ -66,15 +90,26 @@ struct Layout {
     /// Numbers of a row's plane: whole spans.
     stride: usize,
     planes: Planes,
+    order: Order,
     /// Rows that lie beside each other, `[stride / 4, rows, planes, 4]`; none if each lies by itself, `[planes, stride]`.
     tile: Option<NonZeroUsize>,
+    /// Whether these are for AMX: `[stride / 4, planes, rows, 4]`.
+    is_for_amx: bool,
 }
 
 impl Layout {
-    fn of(w: &Weights, planes: Planes, tile: Option<NonZeroUsize>) -> Layout {
+    /// Of so many rows, which are to lie beside each other or not.
+    fn of(level: Level, rows: usize, w: &Weights, planes: Planes, in_tiles: bool) -> Layout {
         let (blocks, span) = (w.blocks(), span(w.bits, w.block_size));
         let stride = (blocks * w.block_size).next_multiple_of(span);
-        Layout { bits: w.bits, block_size: w.block_size, blocks, stride, planes, tile }
+        let is_for_amx = in_tiles && level >= Level::Amx && amx::takes(w);
+        let tile = match in_tiles {
+            true if is_for_amx => NonZeroUsize::new(amx::SIDE),
+            true => panels::tile_of(rows, planes),
+            false => None,
+        };
+        let order = if is_for_amx { Order::Plain } else { Order::of(w.bits) };
+        Layout { bits: w.bits, block_size: w.block_size, blocks, stride, planes, order, tile, is_for_amx }
     }
 
     /// Where a row's first plane begins, and how far apart its fours of numbers and its planes are.
@@ -82,6 +117,7 @@ impl Layout {
         let (planes, bytes) = (self.planes as usize, self.bytes());
         match self.tile.map(NonZeroUsize::get) {
             None => [row * bytes, 4, self.stride],
+            Some(tile) if self.is_for_amx => [row / tile * tile * bytes + row % tile * 4, tile * planes * 4, tile * 4],
             Some(tile) => [row / tile * tile * bytes + row % tile * planes * 4, tile * planes * 4, 4],
         }
     }
@@ -134,10 +170,9 @@ pub struct Rounded {
 }
 
 impl Rounded {
-    /// Makes room. From `panels_from` rows on, which [`PANELS_FROM`] makes worth while, whole panels of columns are computed.
-    pub fn prepare(&mut self, rows: usize, w: &Weights, planes: Planes, panels_from: usize) {
-        let tile = if rows < panels_from { None } else { panels::tile_of(rows, planes) };
-        let layout = Layout::of(w, planes, tile);
+    /// Makes room. From `panels_from` rows on, which [`panels_from()`] makes worth while, whole panels of columns are computed.
+    pub fn prepare(&mut self, level: Level, rows: usize, w: &Weights, planes: Planes, panels_from: usize) {
+        let layout = Layout::of(level, rows, w, planes, rows >= panels_from);
         (self.rows, self.layout) = (rows, layout);
         let rows = layout.rows(rows);
         self.numbers.resize(rows * layout.bytes(), 0);
@@ -173,7 +208,7 @@ impl Rounded {
 
     /// An activation as it was rounded, without its scale; for [`super::Product::at`].
     pub fn number(&self, row: usize, at: usize) -> i32 {
-        let place = place(self.layout.bits, at);
+        let place = self.layout.order.place(at);
         let [first, fours, planes] = self.layout.place(row);
         let first = first + place / 4 * fours + place % 4;
         match self.layout.planes {
@@ -227,7 +262,7 @@ impl Target {
     /// As for [`Target::round`].
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
     unsafe fn round_to<const PLANES: usize>(self, row: usize, x: &[f32], w: &Weights) {
-        let Layout { bits, block_size, blocks, stride, planes, .. } = self.layout;
+        let Layout { bits, block_size, blocks, stride, planes, order, .. } = self.layout;
         let (span, spans) = (self.layout.span(), self.layout.spans());
         assert!(
             x.len() == w.k && w.k <= stride && blocks == w.blocks() && bits == w.bits && block_size == w.block_size
@@ -285,12 +320,12 @@ impl Target {
                 // SAFETY: sixteen numbers of a span, in the order for the weights.
                 unsafe {
                     if PLANES == 1 {
-                        store(bits, numbers, fours, at, _mm512_cvtepi32_epi8(whole));
+                        store(order, numbers, fours, at, _mm512_cvtepi32_epi8(whole));
                     } else {
                         let low = _mm512_srai_epi32::<24>(_mm512_slli_epi32::<24>(whole));
                         let high = _mm512_srai_epi32::<8>(_mm512_sub_epi32(whole, low));
-                        store(bits, numbers, fours, at, _mm512_cvtepi32_epi8(high));
-                        store(bits, numbers.add(apart), fours, at, _mm512_cvtepi32_epi8(low));
+                        store(order, numbers, fours, at, _mm512_cvtepi32_epi8(high));
+                        store(order, numbers.add(apart), fours, at, _mm512_cvtepi32_epi8(low));
                     }
                 }
                 at += 16;
@@ -352,13 +387,12 @@ fn sixteen(x: &[f32], at: usize) -> __m512 {
 /// The plane has room for whole spans, `at` is within it.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-unsafe fn store(bits: usize, plane: *mut i8, fours: usize, at: usize, numbers: __m128i) {
-    // Of 4 bits even places, then odd ones.
-    let order = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
-    let first = place(bits, at);
-    let (numbers, second) = match bits {
-        8 => (numbers, first + 8),
-        _ => (_mm_shuffle_epi8(numbers, order), first + 64),
+unsafe fn store(order: Order, plane: *mut i8, fours: usize, at: usize, numbers: __m128i) {
+    let halves = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+    let first = order.place(at);
+    let (numbers, second) = match order {
+        Order::Plain => (numbers, first + 8),
+        Order::Halves => (_mm_shuffle_epi8(numbers, halves), first + 64),
     };
     // SAFETY: the caller's.
     unsafe {
@@ -412,7 +446,13 @@ struct Product<'p> {
 impl Product<'_> {
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
     fn of_span<const BITS: usize, const SPAN: usize>(&self, columns: Columns) {
-        let Layout { planes, tile, .. } = self.x.layout;
+        let Layout { planes, tile, is_for_amx, .. } = self.x.layout;
+        if let (Columns::All(columns), true) = (&columns, is_for_amx) {
+            return match planes {
+                Planes::One => amx::multiply::<BITS, 1>(self, columns.clone()),
+                Planes::Two => amx::multiply::<BITS, 2>(self, columns.clone()),
+            };
+        }
         match (columns, planes, tile.map_or(0, NonZeroUsize::get)) {
             (columns, Planes::One, 0) => rows::multiply::<BITS, SPAN, 1>(self, columns),
             (columns, Planes::Two, 0) => rows::multiply::<BITS, SPAN, 2>(self, columns),

@@ -6,7 +6,7 @@ use std::num::NonZeroUsize;
 use std::ops::Range;
 
 use super::super::Weights;
-use super::{Planes, Product, place};
+use super::{Order, Planes, Product};
 use crate::kernels::avx512::{read, turn, turned, write};
 
 /// Columns of a panel, two registers of sums.
@@ -295,7 +295,7 @@ impl Panel {
 
 /// Where the numbers of a block lie in a plane: so many from each place on.
 const fn places(bits: usize, size: usize, block: usize) -> [(usize, usize); 2] {
-    let first = place(bits, block * size);
+    let first = Order::of(bits).place(block * size);
     match bits {
         8 => [(first, size), (first, 0)],
         _ => [(first, size / 2), (first + 64, size / 2)],
