@@ -208,31 +208,22 @@ impl Best {
         sizes: [usize; 3],
     ) -> ort::Result<bool> {
         let wanted = self.wish.get();
-        let Wanted::Best { sum, listed: true, .. } = wanted else { return Ok(false) };
+        let Wanted::Best { listed: true, .. } = wanted else { return Ok(false) };
         if !float::is_here() || !self.copies.may_list(wanted, table, sizes) {
             return Ok(false);
         }
         let spread: Spread = &|parts, work| spread(context, parts, work);
         // SAFETY: the features are there; the rest is the caller's.
-        let list = unsafe { self.copies.list(wanted, room, (x, table), sizes, spread)? };
-        let Some(best::List { tokens, width, results }) = list else {
+        let list = unsafe { self.copies.list((wanted, &self.told), room, (x, table), sizes, spread)? };
+        let Some(best::List { tokens, width, results, norms }) = list else {
             // So many may be among the best that another try would be in vain.
             self.wish.set(Wanted::All);
             return Ok(false);
         };
-        let [rows, n, _] = sizes;
-        let norms = if sum { self.told.norms(results, n, spread)? } else { vec![[0.0; 2]; rows] };
         let mut to = shape.to_vec();
         *to.last_mut().expect("has the axis of k") = width as i64;
         let mut output = context.output(0, to)?.ok_or_else(|| ort::Error::new("the output is missing"))?;
-        let (_, y) = output.try_extract_tensor_mut::<f32>()?;
-        for ((results, tokens), y) in
-            results.chunks_exact(n).zip(tokens.chunks_exact(width)).zip(y.chunks_exact_mut(width))
-        {
-            for (&token, y) in tokens.iter().zip(y) {
-                *y = results.get(token as usize).copied().unwrap_or(f32::NEG_INFINITY);
-            }
-        }
+        output.try_extract_tensor_mut::<f32>()?.1.copy_from_slice(&results);
         self.told.tell(Summary::of_listed(norms, tokens));
         Ok(true)
     }

@@ -17,8 +17,11 @@
 //! activations of 8 bits, where the processor multiplies so many as fast.
 //!
 //! Copies and norms are made when they would be used for the second time, so that a short call need not wait for them.
+//!
+//! Where the processor multiplies as fast as the memory sends, all results are computed as they should be: see [`whole`].
 
 mod copy;
+mod whole;
 
 use std::arch::x86_64::*;
 use std::collections::HashMap;
@@ -29,6 +32,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use super::aligned::Aligned;
 use super::product::rough::{self, Rough};
 use super::product::{self, Activations, Columns, Output, Purpose, Weights};
+use super::tanh::Told;
 use super::{Parts, Spread, float};
 use crate::scores::{Summary, Wanted};
 use copy::Known;
@@ -56,6 +60,8 @@ pub(crate) struct Copies {
     rows: usize,
     /// What results are multiplied by before their exponentials are summed up, about.
     factor: f32,
+    /// Whether all results of some rows may be computed in full where that takes no longer.
+    whole: bool,
     /// By the matrix's place and length, and by what of it the pass reads.
     known: Mutex<HashMap<(usize, usize, Reads), Use>>,
 }
@@ -153,15 +159,18 @@ pub(super) struct Room {
     reached: Vec<Mutex<Reached>>,
     /// `[rows, n]`, where these are not the output.
     results: Aligned<f32>,
+    whole: whole::Room,
 }
 
-/// What was computed in full.
-pub(super) struct List<'r> {
+/// What was computed in full, and may be among the greatest.
+pub(super) struct List {
     /// `[rows, width]`: the columns, in order, [`Summary::NONE`] where a row has fewer.
     pub tokens: Vec<u32>,
     pub width: usize,
-    /// `[rows, n]`: all results.
-    pub results: &'r [f32],
+    /// `[rows, width]`: their results, −∞ where a row has fewer.
+    pub results: Vec<f32>,
+    /// `[rows]`: see [`Told::norms`]; zeros where the sum of all exponentials was not wanted.
+    pub norms: Vec<[f32; 2]>,
 }
 
 /// What is to be computed in full of a part of the columns.
@@ -179,7 +188,7 @@ impl Copies {
     /// Nothing yet, for a head of so many rows, whose results are about `factor` times smaller than what their exponentials
     /// are taken of.
     pub fn new(rows: usize, factor: f32) -> Copies {
-        Copies { rows, factor, known: Mutex::default() }
+        Copies { rows, factor, whole: true, known: Mutex::default() }
     }
 
     /// How many of the greatest results are wanted, and whether the sum of all is, of a product that it is worth while for.
@@ -191,8 +200,18 @@ impl Copies {
         is_worth_it.then_some((count, sum))
     }
 
+    /// The weights, if all results are to be computed in full however few are wanted.
+    fn in_full<'t>(&self, wanted: Wanted, w: Table<'t>, [rows, n, k]: [usize; 3]) -> Option<&'t Weights<'t>> {
+        let (Table::Packed(w), Wanted::Best { count, .. }) = (w, wanted) else { return None };
+        let is_head = n == self.rows && n * k >= LARGE;
+        (self.whole && is_head && whole::lists(count, n) && product::waits_for_memory(rows, w)).then_some(w)
+    }
+
     /// Whether [`Copies::list`] is worth while: what is still to be found out of the matrix, [`Copies::multiply`] finds out.
     pub fn may_list(&self, wanted: Wanted, w: Table, sizes: [usize; 3]) -> bool {
+        if self.in_full(wanted, w, sizes).is_some() {
+            return true;
+        }
         let Some((count, sum)) = self.takes(wanted, w, sizes) else { return false };
         let Some(pass) = Pass::of(w, sizes[0], count, sum).first() else { return false };
         let copies = self.known.try_lock();
@@ -203,14 +222,19 @@ impl Copies {
     ///
     /// # Safety
     /// As there.
-    pub unsafe fn list<'r>(
+    pub unsafe fn list(
         &self,
-        wanted: Wanted,
-        room: &'r mut Room,
+        (wanted, told): (Wanted, &Told),
+        room: &mut Room,
         (x, w): (&[f32], Table),
         sizes: [usize; 3],
         spread: Spread,
-    ) -> ort::Result<Option<List<'r>>> {
+    ) -> ort::Result<Option<List>> {
+        let Wanted::Best { count, sum, .. } = wanted else { return Ok(None) };
+        if let Some(w) = self.in_full(wanted, w, sizes) {
+            // SAFETY: such weights wait for the memory with the newest instructions alone.
+            return unsafe { whole::list((count, sum.then_some(told)), &mut room.whole, (x, w), sizes, spread) };
+        }
         let [rows, n, _] = sizes;
         let mut results = std::mem::take(&mut room.results);
         results.resize(rows * n, 0.0);
@@ -220,8 +244,14 @@ impl Copies {
         if !is_done? {
             return Ok(None);
         }
+        let norms = if sum { told.norms(&room.results, n, spread)? } else { vec![[0.0; 2]; rows] };
         let (tokens, width) = listed(&room.reached, rows);
-        Ok(Some(List { tokens, width, results: &room.results }))
+        let mut results = Vec::with_capacity(tokens.len());
+        for (tokens, of_row) in tokens.chunks_exact(width).zip(room.results.chunks_exact(n)) {
+            let result = |&token: &u32| of_row.get(token as usize).copied().unwrap_or(f32::NEG_INFINITY);
+            results.extend(tokens.iter().map(result));
+        }
+        Ok(Some(List { tokens, width, results, norms }))
     }
 
     /// Computes the product `y = x · wᵀ` as far as it is wanted, and tells whether it did: otherwise all of it is to be
@@ -238,6 +268,9 @@ impl Copies {
         spread: Spread,
     ) -> ort::Result<bool> {
         let Some((count, sum)) = self.takes(wanted, w, [rows, n, k]) else { return Ok(false) };
+        if self.in_full(wanted, w, [rows, n, k]).is_some() {
+            return Ok(false);
+        }
         for &pass in Pass::of(w, rows, count, sum) {
             // SAFETY: the caller's.
             let Some(known) = (unsafe { self.of(w, pass.reads(), [n, k], spread)? }) else { return Ok(false) };
@@ -595,8 +628,8 @@ fn listed(reached: &[Mutex<Reached>], rows: usize) -> (Vec<u32>, usize) {
 }
 
 /// What a part of the columns' mutex holds, of which each is locked by one thread at a time.
-fn held(reached: &Mutex<Reached>) -> MutexGuard<'_, Reached> {
-    reached.lock().unwrap_or_else(PoisonError::into_inner)
+fn held<T>(part: &Mutex<T>) -> MutexGuard<'_, T> {
+    part.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The `count`-th greatest of the values, of which there are as many, and which are put in another order.
@@ -618,8 +651,13 @@ mod tests {
     use super::super::alone;
     use super::*;
 
+    /// Those of a head that is multiplied roughly first, of whatever rows.
+    fn roughly(rows: usize, factor: f32) -> Copies {
+        Copies { whole: false, ..Copies::new(rows, factor) }
+    }
+
     /// The product of `x` with all of `w`.
-    fn plain_of(x: &[f32], w: &Weights, n: usize, purpose: Purpose) -> Vec<f32> {
+    pub fn plain_of(x: &[f32], w: &Weights, n: usize, purpose: Purpose) -> Vec<f32> {
         let rows = x.len() / w.k;
         let (mut activations, mut plain) = (Activations::default(), vec![0.0; rows * n]);
         activations.prepare(rows, w, purpose);
@@ -634,7 +672,7 @@ mod tests {
     }
 
     /// Numbers about as they come from a model: most small, some large.
-    fn noise(count: usize, seed: u32) -> Vec<f32> {
+    pub fn noise(count: usize, seed: u32) -> Vec<f32> {
         let mut state = seed;
         let mut next = || {
             state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
@@ -660,7 +698,7 @@ mod tests {
             // SAFETY: the features are there, and there is one thread.
             unsafe { float::multiply(&float::Product::new(&x, &w, &mut plain, [rows, n, k]), [0..rows, 0..n]) };
 
-            let (copies, mut room) = (Copies::new(n, 1.0), Room::default());
+            let (copies, mut room) = (roughly(n, 1.0), Room::default());
             let mut y = vec![f32::NAN; rows * n];
             let mut multiply = |wanted, y: &mut [f32]| {
                 // SAFETY: as above.
@@ -684,12 +722,14 @@ mod tests {
                 assert!(rest.count() > n / 2, "only the first pass for most");
                 assert!(!sum || apart < 1e-5, "{apart}");
             }
+            let told = Told::default();
             // SAFETY: as above.
-            let list = unsafe { copies.list(wanted, &mut room, (&x, Table::Float(&w)), [rows, n, k], &alone) };
-            let Ok(Some(List { tokens, width, results })) = list else { panic!("{wanted:?}: no list") };
-            assert_eq!(results, y, "{wanted:?}");
-            for (tokens, results) in tokens.chunks(width).zip(results.chunks(n)) {
+            let list = unsafe { copies.list((wanted, &told), &mut room, (&x, Table::Float(&w)), [rows, n, k], &alone) };
+            let Ok(Some(List { tokens, width, results: listed, .. })) = list else { panic!("{wanted:?}: no list") };
+            for ((tokens, listed), results) in tokens.chunks(width).zip(listed.chunks(width)).zip(y.chunks(n)) {
                 let there = tokens.partition_point(|&token| token != Summary::NONE);
+                let of_tokens = tokens[..there].iter().map(|&token| results[token as usize]);
+                assert!(of_tokens.eq(listed[..there].iter().copied()), "{wanted:?}");
                 assert!(tokens[..there].is_sorted_by(|a, b| a < b) && there < n / 2, "{there} of {n}");
                 assert!(tokens[there..].iter().all(|&token| token == Summary::NONE));
                 let mut order: Vec<u32> = (0..n as u32).collect();
@@ -723,7 +763,7 @@ mod tests {
         let of_four = Weights { numbers: &pairs, scales: &wide_scales, zero_points: None, k, bits: 4, block_size: k };
         for table in [Table::Float(&w), Table::Packed(&packed), Table::Packed(&of_four)] {
             let is_taken = !Pass::of(table, rows, table.for_the_sum(), true).is_empty();
-            let (copies, mut room) = (Copies::new(n, factor), Room::default());
+            let (copies, mut room) = (roughly(n, factor), Room::default());
             let mut y = vec![f32::NAN; rows * n];
             for is_known in [false, true] {
                 let (wanted, operands) =
@@ -779,7 +819,7 @@ mod tests {
             x[k / 3] = 5.0;
             let plain = plain_of(&x, &weights, n, Purpose::Scattered);
 
-            let (copies, mut room) = (Copies::new(n, 1.0), Room::default());
+            let (copies, mut room) = (roughly(n, 1.0), Room::default());
             let mut y = vec![f32::NAN; rows * n];
             for expected in [false, true] {
                 let operands = (&x[..], Table::Packed(&weights), &mut y[..]);

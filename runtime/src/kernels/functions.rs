@@ -70,6 +70,17 @@ unsafe fn greatest<S: Sixteen>(x: &[f32], least: f32, of: impl Fn(S) -> S) -> f3
     lanes.into_iter().fold(least, f32::max)
 }
 
+/// The greatest without their signs, numbers that are none apart.
+///
+/// # Safety
+/// The processor is of the level of `S`.
+#[inline(always)]
+unsafe fn largest<S: Sixteen>(x: &[f32]) -> f32 {
+    // The greater one of a number and its opposite.
+    // SAFETY: the caller's.
+    unsafe { greatest::<S>(x, 0.0, |x| x.max(x.mul(S::splat(-1.0)))) }
+}
+
 /// A polynomial with these factors, from the highest power down.
 ///
 /// # Safety
@@ -106,9 +117,7 @@ pub unsafe fn softcap<S: Sixteen>(x: &mut [f32], cap: f32) {
     let inverse = 1.0 / cap;
     // SAFETY: the caller's.
     unsafe {
-        // Without a number's sign: the greater one of it and its opposite.
-        let largest = greatest::<S>(x, 0.0, |x| x.max(x.mul(S::splat(-1.0))));
-        let is_small = largest * inverse < NEAR_ZERO;
+        let is_small = largest::<S>(x) * inverse < NEAR_ZERO;
         let (chunks, rest) = x.as_chunks_mut::<LANES>();
         for chunk in chunks {
             capped::<S>(S::load(chunk.as_ptr()), cap, inverse, is_small).store(chunk.as_mut_ptr());
@@ -154,11 +163,13 @@ pub unsafe fn tanhs<S: Sixteen>(x: &[f32], mut to: Option<&mut [f32]>, cap: f32)
     assert!(to.as_ref().is_none_or(|to| to.len() == x.len()), "as many as there are");
     // SAFETY: sixteen numbers each; the rest is the caller's.
     unsafe {
+        // Of results that are kept none is to depend on those beside it.
+        let is_small = to.is_none() && largest::<S>(x) < NEAR_ZERO;
         let mut greatest = S::splat(f32::NEG_INFINITY);
         let mut sums = S::splat(0.0);
         let (chunks, rest) = x.as_chunks::<LANES>();
         for (at, chunk) in chunks.iter().enumerate() {
-            let tanh = capped::<S>(S::load(chunk.as_ptr()), 1.0, 1.0, false);
+            let tanh = capped::<S>(S::load(chunk.as_ptr()), 1.0, 1.0, is_small);
             if let Some(to) = &mut to {
                 tanh.store(to.as_mut_ptr().add(at * LANES));
             }
@@ -167,7 +178,7 @@ pub unsafe fn tanhs<S: Sixteen>(x: &[f32], mut to: Option<&mut [f32]>, cap: f32)
         }
         if !rest.is_empty() {
             let mut last = filled(rest, 0.0);
-            capped::<S>(S::load(last.as_ptr()), 1.0, 1.0, false).store(last.as_mut_ptr());
+            capped::<S>(S::load(last.as_ptr()), 1.0, 1.0, is_small).store(last.as_mut_ptr());
             if let Some(to) = &mut to {
                 to[chunks.len() * LANES..].copy_from_slice(&last[..rest.len()]);
             }

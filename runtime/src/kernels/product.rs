@@ -40,6 +40,18 @@ impl Weights<'_> {
         self.k.div_ceil(self.block_size)
     }
 
+    /// These rows alone.
+    #[cfg(target_arch = "x86_64")]
+    pub fn rows(&self, rows: Range<usize>) -> Weights<'_> {
+        let of = |width: usize| rows.start * width..rows.end * width;
+        Weights {
+            numbers: &self.numbers[of(self.blocks() * self.block_bytes())],
+            scales: &self.scales[of(self.blocks())],
+            zero_points: self.zero_points.map(|zeros| &zeros[of(self.zero_point_bytes())]),
+            ..*self
+        }
+    }
+
     fn block_bytes(&self) -> usize {
         self.block_size * self.bits / 8
     }
@@ -427,6 +439,12 @@ pub unsafe fn multiply(
         }
     }
     product.portable();
+}
+
+/// Whether products of so many rows in full wait for the memory, however few bits of activations would do.
+#[cfg(target_arch = "x86_64")]
+pub fn waits_for_memory(rows: usize, w: &Weights) -> bool {
+    vnni::is_by_amx(level(), rows, w)
 }
 
 /// Which columns of a product are to be computed.

@@ -45,8 +45,25 @@ impl Told {
     /// the sum of the exponentials relative to it.
     #[cfg(target_arch = "x86_64")]
     pub fn norms(&self, x: &[f32], width: usize, spread: Spread) -> ort::Result<Vec<[f32; 2]>> {
-        let cap = self.logits.map_or(1.0, |(_, cap)| cap);
-        Ok(tanhs_of_rows(x, None, width, cap, spread)?.0)
+        Ok(tanhs_of_rows(x, None, width, self.cap(), spread)?.0)
+    }
+
+    /// What these numbers of a row are to its norm.
+    #[cfg(target_arch = "x86_64")]
+    pub fn part(&self, x: &[f32]) -> Share {
+        let Tanhs { greatest, sum } = of_block(x, None, self.cap());
+        Share { greatest: greatest * self.cap(), sum: sum.into() }
+    }
+
+    /// The norm of a row of these parts.
+    #[cfg(target_arch = "x86_64")]
+    pub fn norm(&self, parts: &[Share]) -> [f32; 2] {
+        norm(parts, self.cap())
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn cap(&self) -> f32 {
+        self.logits.map_or(1.0, |(_, cap)| cap)
     }
 
     /// Has it tell this.
@@ -58,6 +75,20 @@ impl Told {
     pub fn take(&self) -> Option<Summary> {
         self.found.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
+}
+
+/// What a part of a row's logits is to its norm.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Share {
+    greatest: f32,
+    /// Of the exponentials, relative to the cap, which no logit exceeds.
+    sum: f64,
+}
+
+/// The greatest logit of a row, and the logarithm of the sum of all exponentials relative to it.
+fn norm(parts: &[Share], cap: f32) -> [f32; 2] {
+    let max = parts.iter().map(|part| part.greatest).fold(f32::NEG_INFINITY, f32::max);
+    [max, (parts.iter().map(|part| part.sum).sum::<f64>().ln() + f64::from(cap) - f64::from(max)) as f32]
 }
 
 /// Whether this is faster here than ONNX Runtime's own.
@@ -127,8 +158,8 @@ fn tanhs_of_rows(
 ) -> ort::Result<(Vec<[f32; 2]>, Vec<f32>)> {
     let (rows, blocks) = (x.len() / width, width.div_ceil(Summary::BLOCK));
     let parts = blocks.div_ceil(BLOCKS);
-    let (mut maxima, mut sums) = (vec![0.0_f32; rows * blocks], vec![0.0_f64; rows * blocks]);
-    let (of_maxima, of_sums) = (Parts::new(&mut maxima), Parts::new(&mut sums));
+    let mut shares = vec![Share::default(); rows * blocks];
+    let of_shares = Parts::new(&mut shares);
     let of_y = y.map(Parts::new);
     spread(rows * parts, &|part| {
         let (row, first) = (part / parts, part % parts * BLOCKS);
@@ -139,17 +170,12 @@ fn tanhs_of_rows(
             unsafe {
                 let to = of_y.as_ref().map(|y| y.of(range.clone()));
                 let Tanhs { greatest, sum } = of_block(&x[range], to, cap);
-                of_maxima.of(at..at + 1)[0] = greatest * cap;
-                of_sums.of(at..at + 1)[0] = sum.into();
+                of_shares.of(at..at + 1)[0] = Share { greatest: greatest * cap, sum: sum.into() };
             }
         }
     })?;
-    let norms = maxima.chunks_exact(blocks).zip(sums.chunks_exact(blocks)).map(|(maxima, sums)| {
-        let max = maxima.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        // The exponentials are relative to the cap, which no logit exceeds.
-        [max, (sums.iter().sum::<f64>().ln() + f64::from(cap) - f64::from(max)) as f32]
-    });
-    Ok((norms.collect(), maxima))
+    let norms = shares.chunks_exact(blocks).map(|shares| norm(shares, cap)).collect();
+    Ok((norms, shares.iter().map(|share| share.greatest).collect()))
 }
 
 at_level! {

@@ -76,6 +76,11 @@ impl Order {
     }
 }
 
+/// Whether AMX is for so many rows.
+pub fn is_by_amx(level: Level, rows: usize, w: &Weights) -> bool {
+    level >= Level::Amx && amx::takes(w) && rows >= amx::MANY
+}
+
 /// From how many rows on it pays to bring them, or the weights, into another order first.
 pub fn panels_from(level: Level, w: &Weights) -> usize {
     if level >= Level::Amx && amx::takes(w) { amx::MANY } else { panels::MANY }
