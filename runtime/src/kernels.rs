@@ -14,6 +14,8 @@
 //! see [`best`]; and what the search needs to know of all logits comes of the pass that gives them their soft-cap: see [`tanh`].
 
 mod aligned;
+#[cfg(target_arch = "x86_64")]
+mod amx;
 mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
@@ -33,7 +35,7 @@ mod timed;
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use ort::operator::{ComputeContext, Kernel, KernelContext, Operator, OperatorDomain, OperatorInput, OperatorOutput};
 use ort::value::TensorElementType;
@@ -118,16 +120,19 @@ impl Kernels {
 
     /// The operators to give to the session of this side.
     pub fn operators(&self, side: Side) -> ort::Result<Vec<OperatorDomain>> {
-        let mut standard = OperatorDomain::new("")?.add(attention::Attention { side })?.add(gelu::Gelu)?;
+        let in_few_bits = Arc::new(AtomicBool::new(false));
+        let attention = attention::Attention { side, in_few_bits: in_few_bits.clone() };
+        let mut standard = OperatorDomain::new("")?.add(attention)?.add(gelu::Gelu)?;
         if side == Side::Decoder && tanh::is_fast() {
             standard = standard.add(tanh::Tanh { told: self.told.clone() })?;
         }
-        Ok(vec![standard, self.of_onnxruntime(side)?])
+        Ok(vec![standard, self.of_onnxruntime(side, in_few_bits)?])
     }
 
-    fn of_onnxruntime(&self, side: Side) -> ort::Result<OperatorDomain> {
+    fn of_onnxruntime(&self, side: Side, in_few_bits: Arc<AtomicBool>) -> ort::Result<OperatorDomain> {
         let domain = OperatorDomain::new("com.microsoft")?.add(MatMulNBits {
             side,
+            in_few_bits,
             sources: self.sources.clone(),
             #[cfg(target_arch = "x86_64")]
             best: self.best(),
@@ -232,6 +237,8 @@ impl Best {
 /// `y = x · wᵀ (+ b)` with `w [n, k]` in blocks of few bits, see `t5gemma_graphs::onnx::Blocks`.
 struct MatMulNBits {
     side: Side,
+    /// Made true: that there is such a product in the session.
+    in_few_bits: Arc<AtomicBool>,
     sources: Arc<Sources>,
     #[cfg(target_arch = "x86_64")]
     best: Best,
@@ -270,6 +277,7 @@ impl Operator for MatMulNBits {
             return Err(ort::Error::new(format!("MatMulNBits: expected {expected}, found {bits} and {block_size}")));
         }
         let sources = of_source(node)?.then(|| self.sources.clone());
+        self.in_few_bits.store(true, Ordering::Relaxed);
         Ok(Product {
             n,
             k,

@@ -3,9 +3,15 @@
 //! ONNX Runtime's own take several passes over a square of scores, which a layer with a window mostly throws away, and wake
 //! threads for the few numbers of a decoder step.
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 pub(super) mod head;
 
 use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+#[cfg(target_arch = "x86_64")]
+use std::sync::atomic::Ordering;
 
 use ort::operator::{ComputeContext, Kernel, KernelContext, Operator, OperatorInput, OperatorOutput};
 use ort::value::{Shape, TensorElementType};
@@ -46,6 +52,8 @@ fn four(operator: &str, shape: &Shape) -> ort::Result<[usize; 4]> {
 /// `[batch, queries, heads·dim]` and `[batch, keys, kv_heads·dim]`, if their numbers are given.
 pub(super) struct Attention {
     pub side: Side,
+    /// Whether the session has products of few bits, when all of its kernels are there.
+    pub in_few_bits: Arc<AtomicBool>,
 }
 
 impl Operator for Attention {
@@ -77,6 +85,9 @@ impl Operator for Attention {
                 attribute(node, "Attention", "kv_num_heads", Some(0))?,
             ],
             always_turns: self.side == Side::Encoder,
+            in_few_bits: self.in_few_bits.clone(),
+            #[cfg(target_arch = "x86_64")]
+            halves: amx::Halves::default(),
             scratch: Scratch::default(),
             dealt: Deal::default(),
         })
@@ -89,6 +100,10 @@ pub(super) struct OverGiven {
     cap: Option<f32>,
     /// Few queries too, so that a source's numbers are the same whatever is encoded beside it.
     always_turns: bool,
+    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "no kernel there"))]
+    in_few_bits: Arc<AtomicBool>,
+    #[cfg(target_arch = "x86_64")]
+    halves: amx::Halves,
     /// Numbers of heads, and of those of keys and values, where they lie side by side.
     heads: [usize; 2],
     scratch: Scratch,
@@ -235,6 +250,19 @@ impl Kernel for OverGiven {
         }
 
         let rows: Vec<(Range<usize>, bool)> = mask.chunks_exact(length).map(extent).collect();
+        #[cfg(target_arch = "x86_64")]
+        if self.always_turns && self.in_few_bits.load(Ordering::Relaxed) && amx::takes(dim) {
+            let plans = rows.chunks_exact(mask_rows).map(|rows| amx::Plan::of(rows, count));
+            if let Some(plans) = plans.collect::<Option<Vec<_>>>() {
+                let sees = amx::Sees { mask, rows: &rows, plans: &plans };
+                let head = amx::Heads { scale: self.scale, cap: self.cap, layouts: [given, source] };
+                // SAFETY: what it takes only processors with AMX have.
+                return unsafe {
+                    self.halves
+                        .attend(head, &sees, [queries, keys, values], to, &|parts, work| spread(context, parts, work))
+                };
+            }
+        }
         let (pairs, group) = (batch * kv_heads, heads / kv_heads);
         let (of_head, of_turned) = (length * dim, length_of_turned(length, dim));
         let turns = self.always_turns || are_many(count) || source.is_side_by_side;

@@ -15,7 +15,7 @@ pub enum Level {
     Avx2,
     /// AVX-512 (F, BW, DQ, VL) with VNNI.
     Vnni,
-    /// The same with AMX for bytes.
+    /// The same with AMX for bytes and bfloat16.
     Amx,
 }
 
@@ -109,7 +109,7 @@ pub fn found() -> Level {
     }
 }
 
-/// Whether the processor has AMX for bytes (leaf 7 of `cpuid`: bits 24 and 25 of `edx`), and the system lets this process use it: Linux
+/// Whether the processor has AMX for bytes and bfloat16 (leaf 7 of `cpuid`: bits 22, 24 and 25 of `edx`), and the system lets this process use it: Linux
 /// keeps room for the tiles of those alone who ask.
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 fn amx() -> bool {
@@ -118,10 +118,10 @@ fn amx() -> bool {
         // From asm/prctl.h and, for the state that is asked for, the processor's own number of it.
         const ARCH_REQ_XCOMP_PERM: libc::c_long = 0x1023;
         const TILES: libc::c_long = 18;
-        const BOTH: u32 = 0b11 << 24;
+        const ALL: u32 = 0b1101 << 22;
         let has_leaf = std::arch::x86_64::__get_cpuid_max(0).0 >= 7;
         has_leaf
-            && std::arch::x86_64::__cpuid_count(7, 0).edx & BOTH == BOTH
+            && std::arch::x86_64::__cpuid_count(7, 0).edx & ALL == ALL
             // SAFETY: it changes nothing but what the process may use.
             && unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, TILES) } == 0
     })

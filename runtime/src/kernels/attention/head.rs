@@ -157,7 +157,7 @@ unsafe fn tile<S: Sixteen, const R: usize>(
     let mut start = there.clone().map(|range| range.start).min().unwrap_or(0);
     let end = there.map(|range| range.end).max().unwrap_or(0);
     if start == end {
-        to.chunks_exact_mut(dim).for_each(|to| mean(head.values, to));
+        to.chunks_exact_mut(dim).for_each(|to| mean(head.values.chunks_exact(dim), to));
         return R;
     }
     let Room { scores, queries } = room;
@@ -238,7 +238,7 @@ unsafe fn tile<S: Sixteen, const R: usize>(
     }
     for ((to, sum), range) in to.chunks_exact_mut(dim).zip(sums).zip(ranges) {
         if range.is_empty() {
-            mean(head.values, to);
+            mean(head.values.chunks_exact(dim), to);
             continue;
         }
         let factor = 1.0 / sum;
@@ -255,13 +255,13 @@ fn pitch(count: usize) -> usize {
     count + WIDE
 }
 
-/// The mean of the values `[keys, dim]`.
-fn mean(values: &[f32], to: &mut [f32]) {
+/// The mean of values, of which there may be more numbers than there is room for.
+pub fn mean<'v>(values: impl ExactSizeIterator<Item = &'v [f32]>, to: &mut [f32]) {
     to.fill(0.0);
-    for value in values.chunks_exact(to.len()) {
+    let factor = 1.0 / values.len() as f32;
+    for value in values {
         to.iter_mut().zip(value).for_each(|(to, x)| *to += x);
     }
-    let factor = to.len() as f32 / values.len() as f32;
     to.iter_mut().for_each(|x| *x *= factor);
 }
 

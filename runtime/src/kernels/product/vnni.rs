@@ -19,6 +19,7 @@ use std::ops::Range;
 use super::rough::along;
 use super::{Columns, Output, Weights};
 use crate::kernels::aligned::Aligned;
+use crate::kernels::amx::SIDE;
 use crate::kernels::avx512::mask;
 use crate::kernels::processor::Level;
 
@@ -109,7 +110,7 @@ impl Layout {
         let stride = (blocks * w.block_size).next_multiple_of(span);
         let is_for_amx = in_tiles && level >= Level::Amx && amx::takes(w);
         let tile = match in_tiles {
-            true if is_for_amx => NonZeroUsize::new(amx::SIDE),
+            true if is_for_amx => NonZeroUsize::new(SIDE),
             true => panels::tile_of(rows, planes),
             false => None,
         };

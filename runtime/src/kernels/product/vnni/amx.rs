@@ -14,15 +14,12 @@ use std::ops::Range;
 
 use super::super::Weights;
 use super::Product;
+use crate::kernels::amx::{SIDE, Tiles, WIDTH};
 use crate::kernels::avx512::{mask, turned};
 
-/// Columns of weights, and rows of activations, of a tile.
-pub const SIDE: usize = 16;
 /// From so many rows on AMX is faster than what takes weights as they lie.
 pub const MANY: usize = 2;
 
-/// Bytes of a row of a tile.
-const WIDTH: usize = 64;
 /// Blocks that are multiplied before they are added up.
 const TOGETHER: usize = 4;
 
@@ -55,7 +52,8 @@ pub fn multiply<const BITS: usize, const PLANES: usize>(product: &Product, colum
     if columns.is_empty() {
         return;
     }
-    let _tiles = Tiles::configured();
+    // SAFETY: the processor has AMX, or no one had rounded activations for it.
+    let _tiles = unsafe { Tiles::configured() };
     // What is copied for some columns is read while it is copied for the next: tiles wait long for what was just stored.
     let mut rooms = [Room::of(w), Room::of(w)];
     let of_column = |first: usize| first..columns.end.min(first + SIDE);
@@ -70,37 +68,6 @@ pub fn multiply<const BITS: usize, const PLANES: usize>(product: &Product, colum
                 Part { rows: row..rows.end.min(row + SIDE), columns: columns.clone(), is_first: row == rows.start };
             tile::<PLANES>(product, &rooms[at % 2], part);
         }
-    }
-}
-
-/// The thread's tiles, as they are configured while this lives: two of sums, one of weights, two of activations.
-struct Tiles;
-
-impl Tiles {
-    fn configured() -> Tiles {
-        /// See `LDTILECFG` in Intel's manual.
-        #[repr(C, align(64))]
-        struct Config {
-            palette: u8,
-            start_row: u8,
-            reserved: [u8; 14],
-            bytes_of_a_row: [u16; 16],
-            rows: [u8; 16],
-        }
-        let mut config = Config { palette: 1, start_row: 0, reserved: [0; 14], bytes_of_a_row: [0; 16], rows: [0; 16] };
-        for tile in 0..5 {
-            (config.rows[tile], config.bytes_of_a_row[tile]) = (SIDE as u8, WIDTH as u16);
-        }
-        // SAFETY: the processor has AMX, which this process may use, or no one had rounded activations for it.
-        unsafe { asm!("ldtilecfg [{}]", in(reg) &config, options(nostack, readonly, preserves_flags)) };
-        Tiles
-    }
-}
-
-impl Drop for Tiles {
-    fn drop(&mut self) {
-        // SAFETY: as above. Tiles that are in use would be saved with every other register of the thread.
-        unsafe { asm!("tilerelease", options(nostack, nomem, preserves_flags)) };
     }
 }
 
