@@ -459,19 +459,11 @@ fn pairs(a: __m512, b: __m512) -> __m512i {
 mod tests {
     use super::super::super::alone;
     use super::super::extent;
+    use super::super::head::tests::noise;
     use super::*;
 
     const HEADS: usize = 4;
     const KV_HEADS: usize = 2;
-
-    fn noise(count: usize, seed: u32) -> Vec<f32> {
-        let mut state = seed;
-        let mut next = || {
-            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            (state >> 8) as f32 / 8_388_608.0 - 1.0
-        };
-        (0..count).map(|_| next() * 2.0).collect()
-    }
 
     /// Queries, keys and values `[tokens, heads · dim]`, and of which source each token is: none where it is padding.
     struct Packed {

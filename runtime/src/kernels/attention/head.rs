@@ -359,10 +359,11 @@ unsafe fn scores_of_panels<S: Sixteen, const R: usize, const P: usize>(
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
-    fn noise(count: usize, seed: u32) -> Vec<f32> {
+    /// Numbers between -2 and 2.
+    pub fn noise(count: usize, seed: u32) -> Vec<f32> {
         let mut state = seed;
         let mut next = || {
             state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
