@@ -250,16 +250,21 @@ impl Kernel for OverGiven {
         }
 
         let rows: Vec<(Range<usize>, bool)> = mask.chunks_exact(length).map(extent).collect();
+        let visible = |item: usize| Mask {
+            mask: &mask[item * mask_rows * length..][..mask_rows * length],
+            keys: length,
+            rows: &rows[item * mask_rows..][..mask_rows],
+            queries: count,
+        };
         #[cfg(target_arch = "x86_64")]
         if self.always_turns && self.in_few_bits.load(Ordering::Relaxed) && amx::takes(dim) {
-            let plans = rows.chunks_exact(mask_rows).map(|rows| amx::Plan::of(rows, count));
-            if let Some(plans) = plans.collect::<Option<Vec<_>>>() {
-                let sees = amx::Sees { mask, rows: &rows, plans: &plans };
+            let seen = (0..mask_batch).map(|item| Some((visible(item), amx::Plan::of(visible(item).rows, count)?)));
+            if let Some(seen) = seen.collect::<Option<Vec<_>>>() {
                 let head = amx::Heads { scale: self.scale, cap: self.cap, layouts: [given, source] };
                 // SAFETY: what it takes only processors with AMX have.
                 return unsafe {
                     self.halves
-                        .attend(head, &sees, [queries, keys, values], to, &|parts, work| spread(context, parts, work))
+                        .attend(head, &seen, [queries, keys, values], to, &|parts, work| spread(context, parts, work))
                 };
             }
         }
@@ -306,13 +311,7 @@ impl Kernel for OverGiven {
         let compute = |pair: usize, range: Range<usize>, scratch: &mut Scratch| {
             let Scratch { room, context } = scratch;
             let first = pair * together;
-            let of_row = if mask_batch == 1 { 0 } else { pair / kv_heads } * mask_rows;
-            let visible = Mask {
-                mask: &mask[of_row * length..][..mask_rows * length],
-                keys: length,
-                rows: &rows[of_row..][..mask_rows],
-                queries: count,
-            };
+            let visible = visible(if mask_batch == 1 { 0 } else { pair / kv_heads });
             let head = Head {
                 queries: &queries[(first + range.start) * dim..(first + range.end) * dim],
                 // Turned keys are taken instead where these do not lie one behind the other.

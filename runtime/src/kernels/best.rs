@@ -196,15 +196,19 @@ impl Copies {
         let Wanted::Best { count, sum, .. } = wanted else { return None };
         let count = if sum { count.max(w.for_the_sum()) } else { count };
         // Bounds are looked at by chunks: there have to be as many as results that are wanted.
-        let is_worth_it = n == self.rows && n * k >= LARGE && rows <= MOST_ROWS && count.max(TRIED) <= n / CHUNK;
+        let is_worth_it = self.is_head(n, k) && rows <= MOST_ROWS && count.max(TRIED) <= n / CHUNK;
         is_worth_it.then_some((count, sum))
+    }
+
+    /// Whether a matrix `[n, k]` is the head, and large enough to be looked at.
+    fn is_head(&self, n: usize, k: usize) -> bool {
+        n == self.rows && n * k >= LARGE
     }
 
     /// The weights, if all results are to be computed in full however few are wanted.
     fn in_full<'t>(&self, wanted: Wanted, w: Table<'t>, [rows, n, k]: [usize; 3]) -> Option<&'t Weights<'t>> {
         let (Table::Packed(w), Wanted::Best { count, .. }) = (w, wanted) else { return None };
-        let is_head = n == self.rows && n * k >= LARGE;
-        (self.whole && is_head && whole::lists(count, n) && product::waits_for_memory(rows, w)).then_some(w)
+        (self.whole && self.is_head(n, k) && whole::lists(count, n) && product::waits_for_memory(rows, w)).then_some(w)
     }
 
     /// Whether [`Copies::list`] is worth while: what is still to be found out of the matrix, [`Copies::multiply`] finds out.
@@ -346,12 +350,7 @@ impl Known {
         // Activations of 16 bits are for the first pass, or for what is computed in full of few bits.
         if let Some(weights) = if pass == Pass::Sum { Some(weights) } else { in_few_bits } {
             let purpose = if pass == Pass::Sum { Purpose::Whole } else { Purpose::Scattered };
-            activations.prepare(rows, weights, purpose);
-            let target = activations.target();
-            for (row, x) in x.chunks_exact(k).enumerate() {
-                // SAFETY: room was made, and there is one thread.
-                unsafe { target.round(row, x, weights) };
-            }
+            activations.round(x, weights, purpose);
         }
         if pass != Pass::Sum {
             rough.round(x, weights);
@@ -660,11 +659,7 @@ mod tests {
     pub fn plain_of(x: &[f32], w: &Weights, n: usize, purpose: Purpose) -> Vec<f32> {
         let rows = x.len() / w.k;
         let (mut activations, mut plain) = (Activations::default(), vec![0.0; rows * n]);
-        activations.prepare(rows, w, purpose);
-        for (row, x) in x.chunks_exact(w.k).enumerate() {
-            // SAFETY: room was made, and there is one thread.
-            unsafe { activations.target().round(row, x, w) };
-        }
+        activations.round(x, w, purpose);
         let output = Output::new(&mut plain, rows, n);
         // SAFETY: there is one thread.
         unsafe { product::multiply(&activations, w, None, (0..rows, Columns::All(0..n)), &output) };

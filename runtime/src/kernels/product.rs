@@ -209,6 +209,17 @@ impl Activations {
         self.scales.resize(rows, 0.0);
     }
 
+    /// Makes room for the rows `x [rows, k]`, and rounds them, on one thread.
+    #[cfg(any(target_arch = "x86_64", feature = "timed"))]
+    pub fn round(&mut self, x: &[f32], weights: &Weights, purpose: Purpose) {
+        self.prepare(x.len() / weights.k, weights, purpose);
+        let target = self.target();
+        for (row, x) in x.chunks_exact(weights.k).enumerate() {
+            // SAFETY: room was made, and there is one thread.
+            unsafe { target.round(row, x, weights) };
+        }
+    }
+
     /// How many rows one thread should round at a time: those that lie in the same lines of the cache.
     pub fn rounded_together(&self) -> usize {
         const FEW: usize = 16;

@@ -51,8 +51,7 @@ impl Told {
     /// What these numbers of a row are to its norm.
     #[cfg(target_arch = "x86_64")]
     pub fn part(&self, x: &[f32]) -> Share {
-        let Tanhs { greatest, sum } = of_block(x, None, self.cap());
-        Share { greatest: greatest * self.cap(), sum: sum.into() }
+        Share::of(x, None, self.cap())
     }
 
     /// The norm of a row of these parts.
@@ -83,6 +82,14 @@ pub(super) struct Share {
     greatest: f32,
     /// Of the exponentials, relative to the cap, which no logit exceeds.
     sum: f64,
+}
+
+impl Share {
+    /// Of `cap` times the hyperbolic tangents of `x`, which are written `to` a place if there is one.
+    fn of(x: &[f32], to: Option<&mut [f32]>, cap: f32) -> Share {
+        let Tanhs { greatest, sum } = of_block(x, to, cap);
+        Share { greatest: greatest * cap, sum: sum.into() }
+    }
 }
 
 /// The greatest logit of a row, and the logarithm of the sum of all exponentials relative to it.
@@ -169,8 +176,7 @@ fn tanhs_of_rows(
             // SAFETY: every block is written by one call only.
             unsafe {
                 let to = of_y.as_ref().map(|y| y.of(range.clone()));
-                let Tanhs { greatest, sum } = of_block(&x[range], to, cap);
-                of_shares.of(at..at + 1)[0] = Share { greatest: greatest * cap, sum: sum.into() };
+                of_shares.of(at..at + 1)[0] = Share::of(&x[range], to, cap);
             }
         }
     })?;

@@ -65,11 +65,7 @@ pub fn few_bits([rows, n, k]: [usize; 3], bits: usize, block_size: usize, coarse
     let mut activations = Activations::default();
     move || {
         let weights = packed.weights();
-        activations.prepare(rows, &weights, purpose);
-        for (row, x) in x.chunks_exact(k).enumerate() {
-            // SAFETY: room was made, and there is one thread.
-            unsafe { activations.target().round(row, x, &weights) };
-        }
+        activations.round(&x, &weights, purpose);
         let output = Output::new(&mut y, rows, n);
         // SAFETY: there is one thread.
         unsafe { product::multiply(&activations, &weights, None, (0..rows, Columns::All(0..n)), &output) };

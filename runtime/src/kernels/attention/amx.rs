@@ -15,11 +15,11 @@ use std::ops::Range;
 use super::super::aligned::Aligned;
 use super::super::amx::{SIDE, Tiles, WIDTH};
 use super::super::avx512::turned;
-use super::super::functions::{exponentials, softcap};
 use super::super::processor::{Level, level};
 use super::super::sixteen::Avx512;
 use super::super::{Parts, Spread};
-use super::{Layout, head};
+use super::head::{Visible, mean, weights_of};
+use super::{Layout, Mask};
 
 /// Keys, or numbers of queries and keys, that a tile has in a row.
 const GROUP: usize = WIDTH / 2;
@@ -27,6 +27,16 @@ const GROUP: usize = WIDTH / 2;
 const TILE: usize = SIDE * WIDTH;
 /// Tiles of queries that one thread takes at a time.
 const TOGETHER: usize = 4;
+
+/// Every odd one of the words of two registers.
+const ODD: [u16; GROUP] = {
+    let (mut odd, mut at) = ([0; GROUP], 0);
+    while at < GROUP {
+        odd[at] = 2 * at as u16 + 1;
+        at += 1;
+    }
+    odd
+};
 
 /// Whether heads of so many numbers are computed here.
 pub fn takes(dim: usize) -> bool {
@@ -83,21 +93,6 @@ impl Plan {
     }
 }
 
-/// What queries see: as [`super::Mask`], of each item of the batch or of all of them.
-pub struct Sees<'s> {
-    pub mask: &'s [bool],
-    pub rows: &'s [(Range<usize>, bool)],
-    pub plans: &'s [Plan],
-}
-
-impl Sees<'_> {
-    /// The mask's row of a query.
-    fn row(&self, item: usize, query: usize) -> usize {
-        let rows = self.rows.len() / self.plans.len();
-        item % self.plans.len() * rows + query % rows
-    }
-}
-
 /// What heads have in common.
 #[derive(Clone, Copy)]
 pub struct Heads {
@@ -127,21 +122,21 @@ struct Room {
 }
 
 impl Halves {
-    /// Attends.
+    /// Attends, with what is seen of each item of the batch, or of all of them.
     ///
     /// # Safety
     /// [`takes`] says so of the heads, and what is seen is within the keys.
     pub unsafe fn attend(
         &mut self,
         heads: Heads,
-        sees: &Sees,
+        seen: &[(Mask, Plan)],
         [queries, keys, values]: [&[f32]; 3],
         to: &mut [f32],
         spread: Spread,
     ) -> ort::Result<()> {
         let [given, source] = heads.layouts;
-        let (plans, dim) = (sees.plans, given.dim);
-        let groups = plans.iter().map(|plan| plan.groups.len()).max().unwrap_or(0);
+        let dim = given.dim;
+        let groups = seen.iter().map(|(_, plan)| plan.groups.len()).max().unwrap_or(0);
         let of_group = 2 * GROUP * dim;
         for all in [&mut self.keys, &mut self.values] {
             // What there is more of from another run does no harm, and to write it anew would take as long as what follows.
@@ -153,7 +148,7 @@ impl Halves {
         let [of_keys, of_values] = [Parts::new(&mut self.keys), Parts::new(&mut self.values)];
         spread(source.batch * groups, &|part| {
             let (item, group) = (part / groups, part % groups);
-            let Some(tokens) = plans[item % plans.len()].groups.get(group) else { return };
+            let Some(tokens) = seen[item % seen.len()].1.groups.get(group) else { return };
             let mut room = Aligned::default();
             room.resize(2 * GROUP * dim, 0);
             for head in 0..source.heads {
@@ -170,30 +165,30 @@ impl Halves {
         })?;
         let (of_keys, of_values) = (&self.keys[..], &self.values[..]);
         let to = Parts::new(to);
-        let shares = plans.iter().map(|plan| plan.tiles.len().div_ceil(TOGETHER)).max().unwrap_or(0);
+        let shares = seen.iter().map(|(_, plan)| plan.tiles.len().div_ceil(TOGETHER)).max().unwrap_or(0);
         let of_heads = given.heads / source.heads;
         spread(given.batch * given.heads * shares, &|part| {
             let ([item, head], share) = ([part / shares / given.heads, part / shares % given.heads], part % shares);
-            let plan = &plans[item % plans.len()];
+            let (visible, plan) = &seen[item % seen.len()];
             let mut room = Room::default();
             let first = (item * source.heads + head / of_heads) * groups * of_group;
             let length = plan.groups.len() * of_group;
             let halves = [&of_keys[first..first + length], &of_values[first..first + length]];
             // SAFETY: the features are the caller's.
             let _tiles = unsafe { Tiles::configured() };
-            for (of_tile, seen) in plan.tiles.iter().skip(share * TOGETHER).take(TOGETHER) {
-                let Some(seen) = seen else {
+            for (of_tile, source_of) in plan.tiles.iter().skip(share * TOGETHER).take(TOGETHER) {
+                let Some(source_of) = source_of else {
                     let values = source.part(values, [item, head / of_heads], 0..source.rows).chunks(source.pitch());
                     for query in of_tile.clone() {
                         let place = given.place(item, head, query);
                         // SAFETY: every query of a head is taken by one call only.
-                        head::mean(values.clone(), unsafe { to.of(place..place + dim) });
+                        mean(values.clone(), unsafe { to.of(place..place + dim) });
                     }
                     continue;
                 };
                 let x = given.part(queries, [item, head], of_tile.clone());
                 // SAFETY: the features are the caller's; the groups are those of the plan.
-                unsafe { tile(heads, (plan, *seen), (sees, item, of_tile.clone()), (x, halves), &mut room) };
+                unsafe { tile(heads, (plan, *source_of), (visible, of_tile.clone()), (x, halves), &mut room) };
                 for (context, query) in room.context.chunks_exact(dim).zip(of_tile.clone()) {
                     let place = given.place(item, head, query);
                     // SAFETY: as above.
@@ -212,13 +207,13 @@ impl Halves {
 unsafe fn tile(
     Heads { scale, cap, layouts }: Heads,
     (plan, source): (&Plan, usize),
-    (sees, item, queries): (&Sees, usize, Range<usize>),
+    (visible, queries): (&Mask, Range<usize>),
     (x, [keys, values]): (&[f32], [&[u16]; 2]),
     Room { scores, context, queries: of_queries, probabilities }: &mut Room,
 ) {
     let (dim, pitch) = (layouts[0].dim, layouts[0].pitch());
     let (all, before) = &plan.sources[source];
-    let ranges = queries.clone().map(|query| &sees.rows[sees.row(item, query)].0);
+    let ranges = queries.clone().map(|query| visible.range(query));
     let start = ranges.clone().map(|range| range.start).min().unwrap_or(all.start);
     let end = ranges.map(|range| range.end).max().unwrap_or(all.start);
     let groups = (start - all.start) / GROUP..(end - all.start).div_ceil(GROUP);
@@ -250,24 +245,10 @@ unsafe fn tile(
     }
     let mut sums = [0.0_f32; SIDE];
     for (at, query) in queries.clone().enumerate() {
-        let scores = &mut scores[at * apart..][..count];
-        let row = sees.row(item, query);
-        let (range, sees_all) = &sees.rows[row];
+        let (scores, range) = (&mut scores[at * apart..][..count], visible.range(query));
         let own = range.start - first..range.end - first;
-        if let Some(cap) = cap {
-            // SAFETY: the features are there.
-            unsafe { softcap::<Avx512>(&mut scores[own.clone()], cap) };
-        }
-        scores[..own.start].fill(0.0);
-        scores[own.end..].fill(0.0);
-        if !sees_all {
-            let seen = &sees.mask[row * layouts[1].rows..][range.clone()];
-            for (score, &seen) in scores[own.clone()].iter_mut().zip(seen) {
-                *score = if seen { *score } else { f32::NEG_INFINITY };
-            }
-        }
-        // SAFETY: as above.
-        sums[at] = unsafe { exponentials::<Avx512>(&mut scores[own]) };
+        // SAFETY: the features are there.
+        sums[at] = unsafe { weights_of::<Avx512>(scores, own, cap, visible.seen(query, range)) };
     }
     let apart_in_parts = count + GROUP;
     probabilities.iter_mut().for_each(|part| part.resize(SIDE * apart_in_parts, 0));
@@ -356,8 +337,8 @@ unsafe fn products(left: Left, right: Right, steps: usize, to: *mut f32, pitch: 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 fn split(x: &[f32], high: &mut [u16], low: &mut [u16]) {
     assert!(x.len().is_multiple_of(GROUP) && high.len() >= x.len() && low.len() >= x.len(), "room for {}", x.len());
-    // Every odd one of 64 words.
-    let odd = _mm512_add_epi16(_mm512_set1_epi16(1), _mm512_slli_epi16::<1>(counting()));
+    // SAFETY: as many as a register holds.
+    let odd = unsafe { _mm512_loadu_si512(ODD.as_ptr().cast()) };
     for at in (0..x.len()).step_by(GROUP) {
         // SAFETY: two times sixteen numbers, and room for their parts.
         unsafe {
@@ -377,16 +358,6 @@ fn split(x: &[f32], high: &mut [u16], low: &mut [u16]) {
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 fn upper(x: __m512) -> __m512 {
     _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0xffff_0000_u32 as i32)))
-}
-
-/// 0, 1, 2, … 31.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw")]
-fn counting() -> __m512i {
-    _mm512_cvtepu8_epi16(_mm256_setr_epi8(
-        0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29,
-        30, 31,
-    ))
 }
 
 /// Brings at most [`GROUP`] keys, one every `pitch`, into the order of [`Halves::keys`], with zeros for those that are not there. `room`
@@ -497,14 +468,14 @@ mod tests {
             let (count, dim) = (self.of.len(), self.dim);
             let mask: Vec<bool> = (0..count * count).map(|at| self.sees(window, at / count, at % count)).collect();
             let rows: Vec<(Range<usize>, bool)> = mask.chunks_exact(count).map(extent).collect();
-            let plans = [Plan::of(&rows, count).expect("an encoder's mask")];
+            let plan = Plan::of(&rows, count).expect("an encoder's mask");
             let layout = |heads| Layout { batch: 1, heads, rows: count, dim, is_side_by_side: true };
             let heads = Heads { scale: 0.2, cap, layouts: [layout(HEADS), layout(KV_HEADS)] };
-            let sees = Sees { mask: &mask, rows: &rows, plans: &plans };
+            let seen = [(Mask { mask: &mask, keys: count, rows: &rows, queries: count }, plan)];
             let mut to = vec![f32::NAN; count * HEADS * dim];
             let x = self.x.each_ref().map(|x| &x[..]);
             // SAFETY: they are taken, as is looked at before.
-            unsafe { Halves::default().attend(heads, &sees, x, &mut to, &alone) }.expect("it is done");
+            unsafe { Halves::default().attend(heads, &seen, x, &mut to, &alone) }.expect("it is done");
             to
         }
 

@@ -195,24 +195,11 @@ unsafe fn tile<S: Sixteen, const R: usize>(
     };
     let mut sums = [0.0_f32; R];
     for (at, scores) in scores.chunks_exact_mut(pitch(count)).enumerate() {
-        let scores = &mut scores[..count];
         let range = &ranges[at];
         let own = range.start.max(start) - start..range.end.max(start) - start;
-        if let Some(cap) = head.cap {
-            // Of what the query sees alone: others may not have a say in how it is computed.
-            // SAFETY: the caller's.
-            unsafe { softcap::<S>(&mut scores[own.clone()], cap) };
-        }
-        scores[..own.start].fill(0.0);
-        scores[own.end..].fill(0.0);
-        if let Some(seen) = visible.seen(first + at, range.clone()) {
-            for (score, &seen) in scores[own.clone()].iter_mut().zip(seen) {
-                *score = if seen { *score } else { f32::NEG_INFINITY };
-            }
-        }
-        // From the first that it sees on, so that they are added up alike wherever that lies.
         // SAFETY: the caller's.
-        sums[at] = unsafe { exponentials::<S>(&mut scores[own]) };
+        sums[at] =
+            unsafe { weights_of::<S>(&mut scores[..count], own, head.cap, visible.seen(first + at, range.clone())) };
     }
 
     let values = &head.values[start * dim..end * dim];
@@ -247,6 +234,34 @@ unsafe fn tile<S: Sixteen, const R: usize>(
         }
     }
     R
+}
+
+/// Makes what values are weighted with of a query's scores, of which it sees its own, or those `seen` of them, and returns their sum.
+///
+/// # Safety
+/// The processor is of the level of `S`.
+#[inline(always)]
+pub unsafe fn weights_of<S: Sixteen>(
+    scores: &mut [f32],
+    own: Range<usize>,
+    cap: Option<f32>,
+    seen: Option<&[bool]>,
+) -> f32 {
+    if let Some(cap) = cap {
+        // Of what the query sees alone: others may not have a say in how it is computed.
+        // SAFETY: the caller's.
+        unsafe { softcap::<S>(&mut scores[own.clone()], cap) };
+    }
+    scores[..own.start].fill(0.0);
+    scores[own.end..].fill(0.0);
+    if let Some(seen) = seen {
+        for (score, &seen) in scores[own.clone()].iter_mut().zip(seen) {
+            *score = if seen { *score } else { f32::NEG_INFINITY };
+        }
+    }
+    // From the first that it sees on, so that they are added up alike wherever that lies.
+    // SAFETY: the caller's.
+    unsafe { exponentials::<S>(&mut scores[own]) }
 }
 
 /// Numbers from a query's scores to the next one's: so many more than there are scores that queries side by side do not meet in the same

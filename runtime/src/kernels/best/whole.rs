@@ -59,16 +59,11 @@ pub(in super::super) unsafe fn list(
     (count, told): (usize, Option<&Told>),
     room: &mut Room,
     (x, w): (&[f32], &Weights),
-    [rows, n, k]: [usize; 3],
+    [rows, n, _]: [usize; 3],
     spread: Spread,
 ) -> ort::Result<Option<List>> {
     let Room { activations, kept, results } = room;
-    activations.prepare(rows, w, Purpose::Whole);
-    let target = activations.target();
-    for (row, x) in x.chunks_exact(k).enumerate() {
-        // SAFETY: room was made, and there is one thread.
-        unsafe { target.round(row, x, w) };
-    }
+    activations.round(x, w, Purpose::Whole);
     let (activations, results) = (&*activations, &*results);
     let share = share(rows);
     let shares = n.div_ceil(share);

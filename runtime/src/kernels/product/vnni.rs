@@ -55,9 +55,8 @@ const fn span(bits: usize, block_size: usize) -> usize {
 }
 
 /// In which order the numbers of a plane lie.
-#[derive(Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Clone, Copy)]
 enum Order {
-    #[default]
     Plain,
     /// Those at even places before those at odd ones, 128 by 128: as weights of 4 bits come out of a register.
     Halves,
@@ -79,12 +78,12 @@ impl Order {
 
 /// Whether AMX is for so many rows.
 pub fn is_by_amx(level: Level, rows: usize, w: &Weights) -> bool {
-    level >= Level::Amx && amx::takes(w) && rows >= amx::MANY
+    amx::takes(level, w) && rows >= amx::MANY
 }
 
 /// From how many rows on it pays to bring them, or the weights, into another order first.
 pub fn panels_from(level: Level, w: &Weights) -> usize {
-    if level >= Level::Amx && amx::takes(w) { amx::MANY } else { panels::MANY }
+    if amx::takes(level, w) { amx::MANY } else { panels::MANY }
 }
 
 /// How a matrix's rows are met by activations.
@@ -96,7 +95,6 @@ struct Layout {
     /// Numbers of a row's plane: whole spans.
     stride: usize,
     planes: Planes,
-    order: Order,
     /// Rows that lie beside each other, `[stride / 4, rows, planes, 4]`; none if each lies by itself, `[planes, stride]`.
     tile: Option<NonZeroUsize>,
     /// Whether these are for AMX: `[stride / 4, planes, rows, 4]`.
@@ -108,14 +106,18 @@ impl Layout {
     fn of(level: Level, rows: usize, w: &Weights, planes: Planes, in_tiles: bool) -> Layout {
         let (blocks, span) = (w.blocks(), span(w.bits, w.block_size));
         let stride = (blocks * w.block_size).next_multiple_of(span);
-        let is_for_amx = in_tiles && level >= Level::Amx && amx::takes(w);
+        let is_for_amx = in_tiles && amx::takes(level, w);
         let tile = match in_tiles {
             true if is_for_amx => NonZeroUsize::new(SIDE),
             true => panels::tile_of(rows, planes),
             false => None,
         };
-        let order = if is_for_amx { Order::Plain } else { Order::of(w.bits) };
-        Layout { bits: w.bits, block_size: w.block_size, blocks, stride, planes, order, tile, is_for_amx }
+        Layout { bits: w.bits, block_size: w.block_size, blocks, stride, planes, tile, is_for_amx }
+    }
+
+    /// For AMX weights of 4 bits are unpacked in their order.
+    fn order(self) -> Order {
+        if self.is_for_amx { Order::Plain } else { Order::of(self.bits) }
     }
 
     /// Where a row's first plane begins, and how far apart its fours of numbers and its planes are.
@@ -214,7 +216,7 @@ impl Rounded {
 
     /// An activation as it was rounded, without its scale; for [`super::Product::at`].
     pub fn number(&self, row: usize, at: usize) -> i32 {
-        let place = self.layout.order.place(at);
+        let place = self.layout.order().place(at);
         let [first, fours, planes] = self.layout.place(row);
         let first = first + place / 4 * fours + place % 4;
         match self.layout.planes {
@@ -268,8 +270,8 @@ impl Target {
     /// As for [`Target::round`].
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
     unsafe fn round_to<const PLANES: usize>(self, row: usize, x: &[f32], w: &Weights) {
-        let Layout { bits, block_size, blocks, stride, planes, order, .. } = self.layout;
-        let (span, spans) = (self.layout.span(), self.layout.spans());
+        let Layout { bits, block_size, blocks, stride, planes, .. } = self.layout;
+        let (span, spans, order) = (self.layout.span(), self.layout.spans(), self.layout.order());
         assert!(
             x.len() == w.k && w.k <= stride && blocks == w.blocks() && bits == w.bits && block_size == w.block_size
         );
@@ -453,13 +455,9 @@ impl Product<'_> {
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
     fn of_span<const BITS: usize, const SPAN: usize>(&self, columns: Columns) {
         let Layout { planes, tile, is_for_amx, .. } = self.x.layout;
-        if let (Columns::All(columns), true) = (&columns, is_for_amx) {
-            return match planes {
-                Planes::One => amx::multiply::<BITS, 1>(self, columns.clone()),
-                Planes::Two => amx::multiply::<BITS, 2>(self, columns.clone()),
-            };
-        }
         match (columns, planes, tile.map_or(0, NonZeroUsize::get)) {
+            (Columns::All(columns), Planes::One, _) if is_for_amx => amx::multiply::<BITS, 1>(self, columns),
+            (Columns::All(columns), Planes::Two, _) if is_for_amx => amx::multiply::<BITS, 2>(self, columns),
             (columns, Planes::One, 0) => rows::multiply::<BITS, SPAN, 1>(self, columns),
             (columns, Planes::Two, 0) => rows::multiply::<BITS, SPAN, 2>(self, columns),
             (Columns::All(columns), Planes::One, 12) => panels::multiply::<BITS, 1, 12>(self, columns),

@@ -16,6 +16,7 @@ use super::super::Weights;
 use super::Product;
 use crate::kernels::amx::{SIDE, Tiles, WIDTH};
 use crate::kernels::avx512::{mask, turned};
+use crate::kernels::processor::Level;
 
 /// From so many rows on AMX is faster than what takes weights as they lie.
 pub const MANY: usize = 2;
@@ -23,9 +24,9 @@ pub const MANY: usize = 2;
 /// Blocks that are multiplied before they are added up.
 const TOGETHER: usize = 4;
 
-/// Whether AMX is faster for these: adding up the sums of many small blocks takes longer than anything else.
-pub fn takes(w: &Weights) -> bool {
-    w.block_size.is_multiple_of(WIDTH)
+/// Whether there is AMX, and it is faster for these: adding up the sums of many small blocks takes longer than anything else.
+pub fn takes(level: Level, w: &Weights) -> bool {
+    level >= Level::Amx && w.block_size.is_multiple_of(WIDTH)
 }
 
 /// What a tile of sums is stored as: `[columns, rows]`.
