@@ -138,20 +138,24 @@ impl Layout {
         }
     }
 
+    #[inline]
     fn span(self) -> usize {
         span(self.bits, self.block_size)
     }
 
+    #[inline]
     fn spans(self) -> usize {
         self.stride / self.span()
     }
 
     /// Rows that there is to be room for.
+    #[inline]
     fn rows(self, rows: usize) -> usize {
         rows.next_multiple_of(self.tile.map_or(1, NonZeroUsize::get))
     }
 
     /// Bytes of a row of activations.
+    #[inline]
     fn bytes(self) -> usize {
         self.stride * self.planes as usize
     }
