@@ -14,7 +14,9 @@ use crate::apart;
 use crate::batch::Batch;
 use crate::error::Error;
 use crate::folder::Folder;
-use crate::model::{Cancellation, Graph, OpenOptions, Opener, check_options, float32_values, int64_tensor, run};
+use crate::model::{
+    Cancellation, Graph, OpenOptions, Opener, check_options, float32_values, int64_tensor, run, shares_rows,
+};
 use crate::provider::{Provider, no_graphs};
 use crate::scores::Wanted;
 use crate::tokenizer::Tokenizer;
@@ -146,7 +148,7 @@ impl Encoder {
         // A classifier looks at the tokens of padding too.
         if self.on_cpu
             && let Ok(Features { pooling, .. }) = self.features()
-            && let Some(groups) = apart::groups(batch.mask(), batch.length(), self.folder.manifest.side_by_side)
+            && let Some(groups) = apart::groups(batch.mask(), batch.length(), shares_rows(&self.folder.manifest))
         {
             let by_token = pooling == Pooling::None;
             let (shape, values) = apart::run_apart(&self.session, batch, &groups, by_token, cancel)?;

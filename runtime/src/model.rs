@@ -14,6 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use half::{bf16, f16};
 use ndarray::Array3;
 use ort::logging::LogLevel;
+use ort::session::builder::PrepackedWeights;
 use ort::session::{RunOptions, Session, SessionInputValue};
 use ort::value::{DynValue, Outlet, Tensor, TensorElementType, ValueType};
 use t5gemma_graphs::Target;
@@ -499,7 +500,7 @@ impl Model {
     /// What the encoder computes of a batch that was checked, whatever is remembered.
     pub(crate) fn compute_encoder(&self, batch: &Batch, cancel: &Cancellation) -> Result<Encoded, Error> {
         if self.on_cpu
-            && let Some(groups) = apart::groups(batch.mask(), batch.length(), self.folder.manifest.side_by_side)
+            && let Some(groups) = apart::groups(batch.mask(), batch.length(), shares_rows(&self.folder.manifest))
         {
             let (_, states) = apart::run_apart(&self.encoder, batch, &groups, true, cancel)?;
             return self.encoded(batch, states);
@@ -786,6 +787,11 @@ pub(crate) fn check_options(options: &OpenOptions) -> Result<(), Error> {
     }
 }
 
+/// Whether several sources may share a row of the encoder: its graph keeps them apart, and attention computes nothing between them.
+pub(crate) fn shares_rows(manifest: &Manifest) -> bool {
+    manifest.side_by_side && kernels::attention_skips_other_sources()
+}
+
 /// Runs a graph and returns its outputs in order.
 pub(crate) fn run(
     (graph, wanted): (&Graph, Wanted),
@@ -838,6 +844,8 @@ pub(crate) struct Opener<'f> {
     weights: Initializers<'f>,
     options: &'f OpenOptions,
     kernels: Kernels,
+    /// Copies of weights in ONNX Runtime's own layout, which the graphs share where it computes products of few bits.
+    prepacked: PrepackedWeights,
     /// What other providers compute than the one asked for, in the graphs opened so far.
     pub elsewhere: Vec<Elsewhere>,
 }
@@ -852,7 +860,8 @@ impl<'f> Opener<'f> {
         let decoder = &folder.config.decoder;
         let scored = folder.manifest.kept_tokens.unwrap_or(decoder.vocab_size);
         let kernels = Kernels::new(scored, decoder.final_logit_softcapping);
-        Ok(Opener { library, folder, weights, options, kernels, elsewhere: Vec::new() })
+        let prepacked = PrepackedWeights::new();
+        Ok(Opener { library, folder, weights, options, kernels, prepacked, elsewhere: Vec::new() })
     }
 
     /// Has the graphs opened from here on read the weights from one copy on the device, where that is how the provider reads them.
@@ -903,8 +912,12 @@ impl<'f> Opener<'f> {
         let kernels = self.kernels.beside();
         let build = || {
             let builder = if provider == Provider::Cpu { builder } else { provider::recording(builder)? };
+            let is_cpu = self.folder.manifest.target == Target::Cpu.name() && provider == Provider::Cpu;
+            let prepacks =
+                is_cpu && self.folder.manifest.quantization.is_any() && !kernels::reads_packed_weights_in_place();
+            let builder = if prepacks { builder.with_prepacked_weights(&self.prepacked)? } else { builder };
             let mut builder = builder
-                .with_prepacking(false)?
+                .with_prepacking(prepacks)?
                 // The decoder's shapes grow with every step: a plan remembered for each would never be used again.
                 .with_memory_pattern(false)?;
             if let Some(prefix) = &self.options.profile {
@@ -920,7 +933,7 @@ impl<'f> Opener<'f> {
                     .with_config_entry("session.force_spinning_stop", "1")?;
             }
             // Ours stand before ONNX Runtime's own, and take float32 only, as graphs for a CPU are.
-            if self.folder.manifest.target == Target::Cpu.name() && provider == Provider::Cpu {
+            if is_cpu {
                 // Logits that are listed are fewer than the graph says, of which ONNX Runtime would warn at every step.
                 if graph == "decoder_with_past" && !log::wants_more_than_warnings() {
                     builder = builder.with_log_level(LogLevel::Error)?;

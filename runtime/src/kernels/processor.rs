@@ -1,5 +1,6 @@
-//! What registers the processor has. `T5GEMMA_MAX_CPU_ISA=avx512_vnni`, `=avx2` or `=generic` has newer ones left alone, to compare them or to get
-//! the same numbers on several machines.
+//! The vector instructions of the processor. `T5GEMMA_MAX_CPU_ISA=avx512_vnni`, `=avx2` or `=generic` keeps the kernels here from using newer
+//! ones, to compare levels or to get the same numbers on several machines. At `generic` ONNX Runtime computes all that it has vector kernels
+//! for.
 
 use std::sync::OnceLock;
 
@@ -137,6 +138,18 @@ fn amx() -> bool {
 #[cfg(not(target_arch = "x86_64"))]
 pub fn found() -> Level {
     Level::Generic
+}
+
+/// Whether ONNX Runtime's products of few bits have kernels for the vector instructions of this processor: AVX2 and later, or NEON.
+pub fn has_vector_kernels() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    {
+        is_x86_feature_detected!("avx2")
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    {
+        cfg!(target_arch = "aarch64")
+    }
 }
 
 #[cfg(test)]

@@ -202,7 +202,7 @@ impl Activations {
             Purpose::Scattered => usize::MAX,
         };
         self.in_panels = level >= Level::Avx2 && rows >= panels_from;
-        self.order = if self.in_panels { Order::Plain } else { Order::of(weights) };
+        self.order = if level == Level::Generic || self.in_panels { Order::Plain } else { Order::of(weights) };
         self.numbers.resize(rows * length, 0);
         self.sums.resize(rows * weights.blocks(), 0.0);
         self.starts.resize(rows * length.div_ceil(weights.span()), [0; 8]);
@@ -245,6 +245,7 @@ impl Activations {
     }
 
     /// An activation as it was rounded, without its scale.
+    #[cfg(test)]
     fn number(&self, row: usize, at: usize, length: usize) -> i32 {
         #[cfg(target_arch = "x86_64")]
         if self.level >= Level::Vnni {
@@ -254,6 +255,7 @@ impl Activations {
     }
 
     /// Its scale.
+    #[cfg(test)]
     fn scale(&self, row: usize, _at: usize) -> f32 {
         #[cfg(target_arch = "x86_64")]
         if self.level >= Level::Vnni {
@@ -478,21 +480,46 @@ struct Product<'p> {
 }
 
 impl Product<'_> {
-    /// For any machine.
+    /// For any processor: a row of weights is unpacked once for all rows of activations, into 16-bit integers whose products compilers
+    /// sum up in vector registers.
     fn portable(&self) {
-        let column = |column: usize| {
+        let Product { x, w, bias, y, .. } = self;
+        let (blocks, size, bytes) = (w.blocks(), w.block_size, w.block_bytes());
+        let mut unpacked = vec![0_i16; blocks * size];
+        let mut column = |column: usize| {
+            for (block, unpacked) in unpacked.chunks_exact_mut(size).enumerate() {
+                let packed = &w.numbers[(column * blocks + block) * bytes..][..bytes];
+                let zero = w.zero_point(column, block) as i16;
+                match w.bits {
+                    8 => unpacked.iter_mut().zip(packed).for_each(|(to, &code)| *to = i16::from(code) - zero),
+                    _ => {
+                        for (pair, &codes) in unpacked.as_chunks_mut::<2>().0.iter_mut().zip(packed) {
+                            *pair = [i16::from(codes & 15) - zero, i16::from(codes >> 4) - zero];
+                        }
+                    }
+                }
+            }
+            let scales = &w.scales[column * blocks..][..blocks];
             for row in self.rows.clone() {
+                let numbers = &x.numbers[row * blocks * size..][..blocks * size];
+                let of_blocks = numbers.chunks_exact(size).zip(unpacked.chunks_exact(size)).zip(scales);
+                let mut sum = 0.0;
+                for ((numbers, weights), scale) in of_blocks {
+                    let products = numbers.iter().zip(weights).map(|(&x, &w)| i32::from(x) * i32::from(w));
+                    sum += products.sum::<i32>() as f32 * (scale * x.scales[row]);
+                }
                 // SAFETY: within the output, and no one else writes there.
-                unsafe { *self.y.values.add(row * self.y.n + column) = self.at(row, column) };
+                unsafe { *y.values.add(row * y.n + column) = sum + bias.map_or(0.0, |bias| bias[column]) };
             }
         };
         match &self.columns {
             Columns::All(columns) => columns.clone().for_each(column),
-            Columns::Listed(columns) => columns.iter().copied().for_each(column),
+            Columns::Listed(columns) => columns.iter().copied().for_each(&mut column),
         }
     }
 
-    /// One result.
+    /// One result, number by number.
+    #[cfg(test)]
     fn at(&self, row: usize, column: usize) -> f32 {
         let Product { x, w, bias, .. } = self;
         let (blocks, size, bytes) = (w.blocks(), w.block_size, w.block_bytes());

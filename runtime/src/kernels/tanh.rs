@@ -7,7 +7,7 @@ use ort::operator::{ComputeContext, Kernel, KernelContext, Operator, OperatorInp
 use ort::value::TensorElementType;
 
 use super::functions::{Tanhs, tanhs};
-use super::processor::{Level, at_level, level};
+use super::processor::at_level;
 use super::{Parts, Spread, spread};
 use crate::scores::Summary;
 
@@ -96,11 +96,6 @@ impl Share {
 fn norm(parts: &[Share], cap: f32) -> [f32; 2] {
     let max = parts.iter().map(|part| part.greatest).fold(f32::NEG_INFINITY, f32::max);
     [max, (parts.iter().map(|part| part.sum).sum::<f64>().ln() + f64::from(cap) - f64::from(max)) as f32]
-}
-
-/// Whether this is faster here than ONNX Runtime's own.
-pub(super) fn is_fast() -> bool {
-    level() >= Level::Avx2
 }
 
 /// `tanh(x)` of float32.

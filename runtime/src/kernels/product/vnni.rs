@@ -219,6 +219,7 @@ impl Rounded {
     }
 
     /// An activation as it was rounded, without its scale; for [`super::Product::at`].
+    #[cfg(test)]
     pub fn number(&self, row: usize, at: usize) -> i32 {
         let place = self.layout.order().place(at);
         let [first, fours, planes] = self.layout.place(row);
@@ -230,6 +231,7 @@ impl Rounded {
     }
 
     /// The scale of an activation.
+    #[cfg(test)]
     pub fn scale(&self, row: usize, at: usize) -> f32 {
         let [first, apart] = self.layout.item(row, self.layout.spans());
         self.scales[first + at / self.layout.span() * apart]
