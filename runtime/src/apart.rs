@@ -4,8 +4,9 @@
 use std::ops::Range;
 
 use crate::batch::Batch;
+use crate::cancellation::Cancellation;
 use crate::error::Error;
-use crate::model::{Cancellation, Graph, float32_values, int64_tensor, run};
+use crate::model::{Graph, float32_values, int64_tensor, run};
 use crate::scores::Wanted;
 
 /// Tokens of padding that take no longer than another run of the graph.

@@ -6,8 +6,9 @@ use std::collections::BTreeMap;
 use t5gemma_graphs::manifest::ActivationRanges;
 
 use crate::batch::{Batch, Prompts};
+use crate::cancellation::Cancellation;
 use crate::error::Error;
-use crate::model::{Cancellation, Model};
+use crate::model::Model;
 use crate::options::GenerationOptions;
 
 /// Collects ranges, source by source.

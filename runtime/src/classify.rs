@@ -6,9 +6,9 @@ use t5gemma_graphs::config::{Classifier, ProblemType};
 use t5gemma_graphs::task::Task;
 
 use crate::batch::Batch;
+use crate::cancellation::Cancellation;
 use crate::encoder::Encoder;
 use crate::error::Error;
-use crate::model::Cancellation;
 
 /// What is done to logits to make them scores.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -12,11 +12,10 @@ use t5gemma_graphs::task::{Features, Pooling, Task};
 
 use crate::apart;
 use crate::batch::Batch;
+use crate::cancellation::Cancellation;
 use crate::error::Error;
 use crate::folder::Folder;
-use crate::model::{
-    Cancellation, Graph, OpenOptions, Opener, check_options, float32_values, int64_tensor, run, shares_rows,
-};
+use crate::model::{Graph, OpenOptions, Opener, check_options, float32_values, int64_tensor, run, shares_rows};
 use crate::provider::{Provider, no_graphs};
 use crate::scores::Wanted;
 use crate::tokenizer::Tokenizer;
@@ -144,6 +143,7 @@ impl Encoder {
 
     /// The graph's output for a batch.
     pub(crate) fn output(&self, batch: &Batch, cancel: &Cancellation) -> Result<ArrayD<f32>, Error> {
+        cancel.check()?;
         batch.check(&self.folder.config)?;
         // A classifier looks at the tokens of padding too.
         if self.on_cpu
@@ -152,12 +152,14 @@ impl Encoder {
         {
             let by_token = pooling == Pooling::None;
             let (shape, values) = apart::run_apart(&self.session, batch, &groups, by_token, cancel)?;
+            cancel.check()?;
             return ArrayD::from_shape_vec(shape, values).map_err(wrong_rank);
         }
         let rectangle = |values: &[i64]| int64_tensor(batch.rows(), values.to_vec());
         let (ids, mask) = (rectangle(batch.ids())?, rectangle(batch.mask())?);
         let outputs =
             run((&self.session, Wanted::All), "running the encoder", &[(&ids).into(), (&mask).into()], cancel)?;
+        cancel.check()?;
         let output = outputs.into_iter().next().expect("opening has verified that there is one output");
         let shape: Vec<usize> = output.shape().iter().map(|&size| size as usize).collect();
         let values = float32_values(&output).map_err(Error::onnxruntime("reading the output"))?;

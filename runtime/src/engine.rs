@@ -50,9 +50,10 @@ use std::time::{Duration, Instant};
 use t5gemma_graphs::interface::CacheLayout;
 
 use crate::batch::Batch;
+use crate::cancellation::Cancellation;
 use crate::error::Error;
 use crate::item::Call;
-use crate::model::{Cancellation, Model};
+use crate::model::Model;
 use crate::options::GenerationOptions;
 use crate::search::Hypothesis;
 use plan::{Need, Plan};

@@ -5,9 +5,10 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use crate::batch::Batch;
+use crate::cancellation::Cancellation;
 use crate::error::Error;
 use crate::item::{Call, Item, Start};
-use crate::model::{Cancellation, Model};
+use crate::model::Model;
 use crate::options::GenerationOptions;
 use crate::search::Hypothesis;
 use crate::stop::Stops;
@@ -53,6 +54,7 @@ pub(crate) fn generate(
     watch: &mut dyn Watch,
     cancel: &Cancellation,
 ) -> Result<Vec<Vec<Hypothesis>>, Error> {
+    cancel.check()?;
     let call = Call::new(model, batch, options)?;
     let stops = Arc::new(Stops::new(options));
     let mut items: Vec<Item> = (0..batch.rows()).map(|row| call.item(row, search, &stops)).collect();
@@ -103,6 +105,8 @@ pub(crate) fn generate(
             results[row] = found;
         }
         if items.is_empty() {
+            // Also of a call that is done: what its last callbacks did counts.
+            cancel.check()?;
             break;
         }
         let mut draft = Vec::new();
@@ -110,6 +114,7 @@ pub(crate) fn generate(
             if lookup.follows(*token) {
                 // What follows it is scored already.
                 position += 1;
+                cancel.check()?;
                 continue;
             }
             let length = search.history(0).len();

@@ -8,14 +8,13 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use half::{bf16, f16};
 use ndarray::Array3;
 use ort::logging::LogLevel;
 use ort::session::builder::PrepackedWeights;
-use ort::session::{RunOptions, Session, SessionInputValue};
+use ort::session::{Session, SessionInputValue};
 use ort::value::{DynValue, Outlet, Tensor, TensorElementType, ValueType};
 use t5gemma_graphs::Target;
 use t5gemma_graphs::config::Config;
@@ -25,6 +24,7 @@ use t5gemma_graphs::manifest::Manifest;
 use crate::alignment::CrossAttentions;
 use crate::apart;
 use crate::batch::{Batch, Prompts};
+use crate::cancellation::Cancellation;
 use crate::constraint::Vocabulary;
 use crate::encoder::other_task;
 use crate::encoder_cache::EncoderCache;
@@ -409,8 +409,10 @@ impl Model {
     /// # Errors
     /// Tokens outside the vocabulary, too many of them, or a cancellation.
     pub fn encode(&self, batch: &Batch, cancel: &Cancellation) -> Result<Array3<f32>, Error> {
+        cancel.check()?;
         batch.check(&self.folder.config)?;
         let hidden = self.run_encoder(batch, cancel)?.hidden;
+        cancel.check()?;
         let shape = [batch.rows(), batch.length(), self.folder.config.encoder.hidden_size];
         let values = float32_values(&hidden).map_err(Error::onnxruntime("reading the hidden states"))?;
         Array3::from_shape_vec(shape, values)
@@ -421,8 +423,8 @@ impl Model {
     /// of the rows. `watch` is shown the tokens of each row's first as soon as they are certain, and told of every step.
     ///
     /// # Errors
-    /// Tokens outside the vocabularies, lengths or options that do not fit the model, logits that are not finite, or
-    /// [`Error::Cancelled`] when `cancel` is used or `watch` asks to stop.
+    /// Tokens outside the vocabularies, lengths or options that do not fit the model, logits that are not finite,
+    /// [`Error::Cancelled`] when `cancel` is used or `watch` asks to stop, or [`Error::Deadline`].
     pub fn generate(
         &self,
         batch: &Batch,
@@ -547,10 +549,7 @@ impl Model {
             let mut session = self.decoder.lock(Wanted::All);
             State::resident(plan, &mut session, mask, (&ids, &hidden), wanted, cancel.run_options()?)
         };
-        let (mut state, returned) = match started {
-            Err(_) if cancel.is_cancelled() => return Err(Error::Cancelled),
-            started => started.map_err(Error::onnxruntime(FIRST_STEP))?,
-        };
+        let (mut state, returned) = started.map_err(cancel.failed(FIRST_STEP))?;
         let returned = match returned {
             Some(returned) => returned,
             None => self.run_step(&mut state, prompts.ids, wanted, cancel)?.0,
@@ -654,12 +653,9 @@ impl Model {
     ) -> Result<Logits, Error> {
         let mut session = self.decoder_with_past.lock_to_list(wanted);
         let options = cancel.run_options()?;
-        match state.step(&mut session, tokens, wanted, options) {
-            Ok(returned) => Logits::last(returned, tokens.len(), self.decoder_with_past.kernels.summary())
-                .map_err(Error::onnxruntime(READING_LOGITS)),
-            Err(_) if cancel.is_cancelled() => Err(Error::Cancelled),
-            Err(error) => Err(Error::onnxruntime(DECODER_STEP)(error)),
-        }
+        let returned = state.step(&mut session, tokens, wanted, options).map_err(cancel.failed(DECODER_STEP))?;
+        Logits::last(returned, tokens.len(), self.decoder_with_past.kernels.summary())
+            .map_err(Error::onnxruntime(READING_LOGITS))
     }
 
     /// Runs a further decoder step: new tokens for each target row, as many for one as for another.
@@ -725,56 +721,9 @@ impl Model {
                     Cache::Resident(cache) => cache.step(&mut session, &tokens, wanted, options),
                     Cache::Growing(_) => unreachable!("matched above"),
                 };
-                match stepped {
-                    Ok(returned) => (returned, self.decoder_with_past.kernels.summary()),
-                    Err(_) if cancel.is_cancelled() => return Err(Error::Cancelled),
-                    Err(error) => return Err(Error::onnxruntime(DECODER_STEP)(error)),
-                }
+                (stepped.map_err(cancel.failed(DECODER_STEP))?, self.decoder_with_past.kernels.summary())
             }
         })
-    }
-}
-
-/// A way to stop calls that are given it, from any thread. Once used it stays used.
-#[derive(Clone, Default)]
-pub struct Cancellation(Arc<Signal>);
-
-#[derive(Default)]
-struct Signal {
-    cancelled: AtomicBool,
-    /// Made by the first run, because making it needs the library to be loaded.
-    run: OnceLock<RunOptions>,
-}
-
-impl Cancellation {
-    /// A cancellation that has not been used.
-    pub fn new() -> Cancellation {
-        Cancellation::default()
-    }
-
-    /// Stops the calls: a running graph ends at its next operator.
-    pub fn cancel(&self) {
-        self.0.cancelled.store(true, Ordering::SeqCst);
-        if let Some(run) = self.0.run.get() {
-            // Should it fail, the flag still ends the call before its next run.
-            let _ = run.terminate();
-        }
-    }
-
-    /// Whether [`Cancellation::cancel`] was called.
-    pub fn is_cancelled(&self) -> bool {
-        self.0.cancelled.load(Ordering::SeqCst)
-    }
-
-    /// The options of a run that this cancellation ends. Asked for before the flag is read, so that a cancellation at any
-    /// moment is seen by the one or the other.
-    fn run_options(&self) -> Result<&RunOptions, Error> {
-        if self.0.run.get().is_none() {
-            let made = RunOptions::new().map_err(Error::onnxruntime("preparing a run"))?;
-            self.0.run.get_or_init(|| made);
-        }
-        let run = self.0.run.get().expect("set above");
-        if self.is_cancelled() { Err(Error::Cancelled) } else { Ok(run) }
     }
 }
 
@@ -809,11 +758,8 @@ fn run_locked(
     cancel: &Cancellation,
 ) -> Result<Vec<DynValue>, Error> {
     let options = cancel.run_options()?;
-    match session.run_with_options(inputs, options) {
-        Ok(outputs) => Ok(outputs.into_iter().map(|(_, value)| value).collect()),
-        Err(_) if cancel.is_cancelled() => Err(Error::Cancelled),
-        Err(error) => Err(Error::onnxruntime(during)(error)),
-    }
+    let outputs = session.run_with_options(inputs, options).map_err(cancel.failed(during))?;
+    Ok(outputs.into_iter().map(|(_, value)| value).collect())
 }
 
 pub(crate) fn int64_tensor(rows: usize, values: Vec<i64>) -> Result<DynValue, Error> {
@@ -1041,7 +987,6 @@ mod tests {
     fn a_model_is_shared_between_threads() {
         fn check<T: Send + Sync>() {}
         check::<Model>();
-        check::<Cancellation>();
     }
 
     #[test]

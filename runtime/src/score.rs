@@ -3,9 +3,10 @@
 
 use crate::alignment::CrossAttentions;
 use crate::batch::{Batch, Prompts};
+use crate::cancellation::Cancellation;
 use crate::error::Error;
 use crate::logprobs::Logprobs;
-use crate::model::{Cancellation, Model, Said};
+use crate::model::{Model, Said};
 use crate::scores::{Kept, Wanted};
 
 /// See [`Model::score`] and, of models that tell it, [`Model::score_with_attentions`].
@@ -16,6 +17,7 @@ pub(crate) fn score(
     top: usize,
     cancel: &Cancellation,
 ) -> Result<Vec<(Logprobs, Option<CrossAttentions>)>, Error> {
+    cancel.check()?;
     let decoder = &model.config().decoder;
     batch.check(model.config())?;
     check(targets, batch.rows(), decoder.vocab_size, model.kept().map(|kept| &**kept))?;
@@ -58,6 +60,7 @@ pub(crate) fn score(
         }
         let going_on: Vec<usize> = (0..rows.len()).filter(|&slot| targets[rows[slot]].len() > step + 1).collect();
         if going_on.is_empty() {
+            cancel.check()?;
             break;
         }
         state.select(&going_on, &going_on)?;

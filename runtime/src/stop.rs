@@ -25,7 +25,7 @@ impl Stops {
 
     /// Whether the time is over.
     pub fn is_over(&self) -> bool {
-        self.deadline.is_some_and(|deadline| Instant::now() > deadline)
+        self.deadline.is_some_and(|deadline| Instant::now() >= deadline)
     }
 
     /// Which of a step's candidates end their targets, all of them if the time is over. `tokenizer` is asked for where there
@@ -111,7 +111,6 @@ mod tests {
     fn the_clock_ends_every_candidate() {
         let options = GenerationOptions { max_time: Some(0.0), ..GenerationOptions::default() };
         let stops = Stops::new(&options);
-        std::thread::sleep(Duration::from_millis(1));
         let candidates = [3, 4].map(|token| Candidate { parent: 0, token, score: 0.0 });
         let search = Search::new(&options, &[2]);
         let ends = stops.of(&candidates, &search, stops.is_over(), || unreachable!("no strings, no tokenizer"));

@@ -124,8 +124,8 @@ impl Tokenizer {
     }
 
     /// A decoder that is given tokens one by one.
-    pub fn stream(&self, special: SpecialTokens) -> TextStream<'_> {
-        TextStream { tokenizer: self, special, ids: Vec::new(), sent: 0 }
+    pub fn stream(&self, special: SpecialTokens) -> TextStream {
+        TextStream { tokenizer: self.clone(), special, ids: Vec::new(), sent: 0 }
     }
 
     fn text(&self, ids: &[u32], special: SpecialTokens) -> Result<String, Error> {
@@ -197,8 +197,8 @@ fn token_id(token: i64) -> Result<u32, Error> {
 
 /// Turns a growing target into text piece by piece. A piece is whole characters: what ends within one waits for the next
 /// token, and [`TextStream::finish`] gives what is left.
-pub struct TextStream<'t> {
-    tokenizer: &'t Tokenizer,
+pub struct TextStream {
+    tokenizer: Tokenizer,
     special: SpecialTokens,
     /// The tokens whose text is not settled, after those of the last piece, which decide on spaces between the two.
     ids: Vec<u32>,
@@ -206,7 +206,7 @@ pub struct TextStream<'t> {
     sent: usize,
 }
 
-impl TextStream<'_> {
+impl TextStream {
     /// Takes the next token and returns the text that it settles, which may be empty.
     ///
     /// # Errors

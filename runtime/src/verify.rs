@@ -12,9 +12,10 @@ use t5gemma_graphs::interface::DType;
 use t5gemma_graphs::manifest::EncoderWindow;
 
 use crate::batch::{Batch, Prompts};
+use crate::cancellation::Cancellation;
 use crate::error::Error;
 use crate::generate;
-use crate::model::{Cancellation, Model};
+use crate::model::Model;
 use crate::options::GenerationOptions;
 use crate::scores::Wanted;
 use crate::search::Search;

@@ -9,8 +9,9 @@ use ndarray::Array3;
 use t5gemma_graphs::interface::{DECODER_WITH_PAST, ENCODER, PROFILES_FILE};
 
 use crate::batch::Batch;
+use crate::cancellation::Cancellation;
 use crate::error::Error;
-use crate::model::{Cancellation, Model, float32_values};
+use crate::model::{Model, float32_values};
 use crate::options::GenerationOptions;
 
 /// The sizes that are usual.

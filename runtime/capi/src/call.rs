@@ -3,17 +3,15 @@
 use std::ffi::{c_char, c_void};
 use std::ops::ControlFlow;
 use std::ptr;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
-use std::thread;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use t5gemma_runtime::{
     Cancellation, Error, GenerationOptions, LogitsProcessor, Model, Position, PrefixAllowedTokens, SpecialTokens,
     TextStream, Watch,
 };
 
-use crate::error::{Code, Failure, fallible, free, value};
+use crate::error::{Failure, fallible, free, value};
 use crate::handle::{Handle, Held, Object};
 use crate::input::{Fields, Out, Record, flag};
 use crate::tokenizer::Written;
@@ -92,28 +90,37 @@ impl User {
 pub struct Call {
     given: t5g_call,
     cancellation: Option<Held<Cancellations>>,
-    deadline: Option<Duration>,
+    deadline: Option<Instant>,
     stream_text: bool,
+}
+
+/// The time that is so many seconds from now. A number that was computed from a clock may be below 0: it has passed. Later than
+/// any clock goes is never.
+fn deadline(seconds: f64) -> Result<Option<Instant>, Failure> {
+    if seconds.is_nan() {
+        let expected = "seconds from now, 0 for no deadline, or less for one that has passed";
+        return Err(Failure::argument("call.deadline_seconds", expected, "NaN"));
+    }
+    if seconds == 0.0 {
+        return Ok(None);
+    }
+    let left = Duration::try_from_secs_f64(seconds.max(0.0)).ok();
+    Ok(left.and_then(|left| Instant::now().checked_add(left)))
 }
 
 impl Call {
     pub fn read(call: Record<t5g_call>) -> Result<Call, Failure> {
         let given = call.optional("call")?.unwrap_or_else(t5g_call::unset);
-        let seconds = given.deadline_seconds;
-        if !(0.0..).contains(&seconds) {
-            return Err(Failure::argument("call.deadline_seconds", "seconds from now, or 0", seconds.to_string()));
-        }
         Ok(Call {
             given,
             cancellation: given.cancellation.find("call.cancellation")?,
-            // Later than any clock goes is never.
-            deadline: (seconds > 0.0).then(|| Duration::try_from_secs_f64(seconds).ok()).flatten(),
+            deadline: deadline(given.deadline_seconds)?,
             stream_text: flag(given.stream_text, "call.stream_text")?,
         })
     }
 
-    /// How long the call may take.
-    pub fn deadline(&self) -> Option<Duration> {
+    /// Until when the call may take.
+    pub fn deadline(&self) -> Option<Instant> {
         self.deadline
     }
 
@@ -135,31 +142,13 @@ impl Call {
 
     /// Does something that the caller's cancellation and deadline can stop.
     pub fn run<T>(&self, work: impl FnOnce(&Cancellation) -> Result<T, Error>) -> Result<T, Failure> {
-        let own = Cancellation::new();
+        let own = self.deadline.map_or_else(Cancellation::new, Cancellation::until);
         let to_stop = own.clone();
         let _listed = self.list(move || to_stop.cancel());
-        let Some(deadline) = self.deadline else { return Ok(work(&own)?) };
-        let is_over = AtomicBool::new(false);
-        let result = thread::scope(|scope| {
-            let (done, waiting) = mpsc::channel::<()>();
-            let (own, is_over) = (&own, &is_over);
-            let clock = thread::Builder::new().name("t5g-deadline".into()).spawn_scoped(scope, move || {
-                if waiting.recv_timeout(deadline) == Err(mpsc::RecvTimeoutError::Timeout) {
-                    is_over.store(true, Ordering::SeqCst);
-                    own.cancel();
-                }
-            });
-            clock.map_err(|error| Failure::new(Code::Internal, format!("no thread for the deadline: {error}")))?;
-            let result = work(own);
-            drop(done);
-            Ok::<_, Failure>(result)
-        })?;
-        match result {
-            Err(Error::Cancelled) if is_over.load(Ordering::SeqCst) => {
-                Err(Failure::new(Code::Deadline, format!("not done within {deadline:?}")).at("deadline_seconds"))
-            }
-            result => Ok(result?),
-        }
+        own.check()?;
+        let result = work(&own)?;
+        own.check()?;
+        Ok(result)
     }
 
     /// Adds the callbacks that change what is generated.
@@ -194,7 +183,7 @@ impl Call {
     }
 
     /// What shows a generation of `rows` sources to the caller.
-    pub fn watch<'m>(&self, model: &'m Model, rows: usize) -> Result<Pieces<'m>, Failure> {
+    pub fn watch(&self, model: &Model, rows: usize) -> Result<Pieces, Failure> {
         let streams = match self.stream_text && self.given.on_piece.is_some() {
             true => {
                 let tokenizer = model.tokenizer()?;
@@ -246,14 +235,14 @@ fn going_on(answer: i32) -> ControlFlow<()> {
 }
 
 /// Shows tokens and text as they become certain.
-pub struct Pieces<'m> {
+pub struct Pieces {
     shown: Shown,
     /// One for each row, where text is wanted.
-    streams: Vec<TextStream<'m>>,
+    streams: Vec<TextStream>,
     failed: Option<Error>,
 }
 
-impl Pieces<'_> {
+impl Pieces {
     /// Shows the text that waited for more tokens, after `result`, which failed for reasons of showing if that was so.
     pub fn finish<T>(mut self, result: Result<T, Error>) -> Result<T, Error> {
         if let Some(error) = self.failed.take() {
@@ -270,7 +259,7 @@ impl Pieces<'_> {
     }
 }
 
-impl Watch for Pieces<'_> {
+impl Watch for Pieces {
     fn token(&mut self, row: usize, token: i64) -> ControlFlow<()> {
         let text = match self.streams.get_mut(row).map(|stream| stream.push(token)).transpose() {
             Ok(text) => text,
@@ -371,24 +360,37 @@ pub extern "C" fn t5g_cancellation_free(cancellation: Handle<Cancellations>) -> 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn call(deadline: Option<Duration>) -> Call {
-        Call { given: t5g_call::unset(), cancellation: None, deadline, stream_text: false }
-    }
-
-    /// Works until it is stopped.
-    fn until_stopped(cancel: &Cancellation) -> Result<(), Error> {
-        while !cancel.is_cancelled() {
-            thread::sleep(Duration::from_millis(1));
-        }
-        Err(Error::Cancelled)
-    }
+    use crate::error::Code;
 
     #[test]
-    fn a_deadline_stops_its_call_and_says_so() {
-        let failure = call(Some(Duration::from_millis(5))).run(until_stopped).expect_err("it never ends");
-        assert_eq!(failure.code(), Code::Deadline, "{}", failure.message());
-        assert_eq!(call(Some(Duration::from_secs(3600))).run(|_| Ok(7)).ok(), Some(7));
+    fn a_deadline_is_compared_with_the_clock_and_one_that_has_passed_does_nothing() {
+        let call = |seconds: f64| {
+            let mut given = t5g_call { size: size_of::<t5g_call>(), deadline_seconds: seconds, ..t5g_call::unset() };
+            Call::read(Record::to(&mut given))
+        };
+        // Seconds, and whether there is work.
+        for (seconds, works) in [(0.0, true), (-0.0, true), (3600.0, true), (1e300, true), (f64::INFINITY, true)]
+            .into_iter()
+            .chain([(1e-12, false), (-1e-12, false), (-1.0, false), (-1e300, false), (f64::NEG_INFINITY, false)])
+        {
+            let mut has_worked = false;
+            let result = call(seconds).expect("a number").run(|_| {
+                has_worked = true;
+                Ok(7)
+            });
+            assert_eq!((has_worked, result.as_ref().ok()), (works, Some(&7).filter(|_| works)), "{seconds}");
+            if let Err(failure) = result {
+                assert_eq!((failure.code(), failure.message()), (Code::Deadline, "the deadline has passed"));
+            }
+        }
+        assert_eq!(call(f64::NAN).err().expect("no number").code(), Code::Argument);
+
+        // One that passes while there is work is noticed at the end, whatever the work says.
+        let result = call(1e-3).expect("a number").run(|cancel| {
+            while cancel.check().is_ok() {}
+            Ok(7)
+        });
+        assert_eq!(result.expect_err("late").code(), Code::Deadline);
     }
 
     #[test]

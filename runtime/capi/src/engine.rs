@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use t5gemma_runtime::{
     Canceller, Engine, EngineOptions, EngineStats, Event, Generation, GenerationOptions, Hypothesis, Request,
-    SpecialTokens, TextStream, Tokenizer, Waited,
+    SpecialTokens, TextStream, Waited,
 };
 
 use crate::call::{Call, Listed, t5g_call};
@@ -166,9 +166,8 @@ impl Object for Asked {
 
 /// A request and what has come of it.
 struct Running {
-    // Read `tokenizer`, so they stand before it: fields are dropped in this order.
-    streams: Vec<TextStream<'static>>,
-    tokenizer: Option<Box<Tokenizer>>,
+    /// One for each row, where text is wanted.
+    streams: Vec<Option<TextStream>>,
     generation: Generation,
     /// What has been received and not been told: an event may be told as several.
     untold: VecDeque<Told>,
@@ -222,16 +221,14 @@ impl Running {
     fn take(&mut self, event: Event) -> Result<(), Failure> {
         match event {
             Event::Token { row, token } => {
-                let text = self.streams.get_mut(row).map(|stream| stream.push(token)).transpose()?;
+                let stream = self.streams.get_mut(row).and_then(Option::as_mut);
+                let text = stream.map(|stream| stream.push(token)).transpose()?;
                 self.untold.push_back(Told::Piece { row, token, text });
             }
             Event::Row { row, hypotheses } => {
                 self.rows[row] = hypotheses;
-                if let Some(stream) = self.streams.get_mut(row) {
-                    let tokenizer = self.tokenizer.as_deref().expect("streams are of a tokenizer");
-                    // SAFETY: as in `Running::new`.
-                    let tokenizer: &'static Tokenizer = unsafe { &*ptr::from_ref(tokenizer) };
-                    let text = std::mem::replace(stream, tokenizer.stream(SpecialTokens::Skip)).finish()?;
+                if let Some(stream) = self.streams.get_mut(row).and_then(Option::take) {
+                    let text = stream.finish()?;
                     if !text.is_empty() {
                         self.untold.push_back(Told::Piece { row, token: -1, text: Some(text) });
                     }
@@ -303,22 +300,18 @@ fn submit(
     let seed = options.seed.filter(|_| options.do_sample);
     let batch = opened.read(|reader| reader.batch(sources))?;
     let (rows, source_tokens) = (batch.rows(), source_tokens(&batch));
-    let tokenizer = match call.wants_text() {
-        true => Some(Box::new(opened.model.tokenizer()?.clone())),
-        false => None,
+    let streams = match call.wants_text() {
+        true => {
+            let tokenizer = opened.model.tokenizer()?;
+            (0..rows).map(|_| Some(tokenizer.stream(SpecialTokens::Skip))).collect()
+        }
+        false => Vec::new(),
     };
-    let stream = |tokenizer: &Tokenizer| {
-        // SAFETY: the tokenizer is in a box that lives as long as the streams, and is never replaced or changed.
-        let tokenizer: &'static Tokenizer = unsafe { &*ptr::from_ref(tokenizer) };
-        (0..rows).map(|_| tokenizer.stream(SpecialTokens::Skip)).collect()
-    };
-    let streams = tokenizer.as_deref().map_or_else(Vec::new, stream);
-    let deadline = call.deadline().and_then(|deadline| Instant::now().checked_add(deadline));
+    let deadline = call.deadline();
     let generation = serving.engine.submit(Request { deadline, ..Request::new(batch, options) })?;
     let canceller = generation.canceller();
     Ok(Running {
         streams,
-        tokenizer,
         generation,
         untold: VecDeque::new(),
         text: None,

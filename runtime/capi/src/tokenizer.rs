@@ -154,12 +154,11 @@ pub extern "C" fn t5g_tokenizer_free(tokenizer: Handle<Reading>) -> i32 {
 pub struct Stream(Mutex<Growing>);
 
 struct Growing {
-    // Reads `tokenizer`, so it stands before it: fields are dropped in this order.
-    stream: Option<TextStream<'static>>,
+    stream: Option<TextStream>,
     special: SpecialTokens,
     /// What was given last, which the caller may still read.
     given: Written,
-    tokenizer: Box<Tokenizer>,
+    tokenizer: Tokenizer,
 }
 
 impl Object for Stream {
@@ -168,10 +167,8 @@ impl Object for Stream {
 
 impl Growing {
     /// The stream, begun if there is none.
-    fn stream(&mut self) -> &mut TextStream<'static> {
-        // SAFETY: the tokenizer is in a box that lives as long as the stream, and is never replaced or changed.
-        let tokenizer: &'static Tokenizer = unsafe { &*std::ptr::from_ref::<Tokenizer>(&self.tokenizer) };
-        self.stream.get_or_insert_with(|| tokenizer.stream(self.special))
+    fn stream(&mut self) -> &mut TextStream {
+        self.stream.get_or_insert_with(|| self.tokenizer.stream(self.special))
     }
 
     fn give(
@@ -208,7 +205,7 @@ pub extern "C" fn t5g_stream_new(
 ) -> Handle<Failure> {
     fallible(|| {
         let (place, tokenizer) = (stream.check("stream")?, tokenizer.get("tokenizer")?);
-        let (special, tokenizer) = (special(keep_special)?, Box::new(tokenizer.0.clone()));
+        let (special, tokenizer) = (special(keep_special)?, tokenizer.0.clone());
         let growing = Growing { stream: None, special, given: Written::new(String::new()), tokenizer };
         place.put(Handle::new(Stream(Mutex::new(growing))));
         Ok(())

@@ -4,8 +4,9 @@
 use t5gemma_graphs::interface::CacheLayout;
 
 use crate::batch::{Batch, Prompts};
+use crate::cancellation::Cancellation;
 use crate::error::Error;
-use crate::model::{Cancellation, Logits, Model};
+use crate::model::{Logits, Model};
 use crate::scores::Wanted;
 use crate::state::{First, Ragged, State};
 

@@ -5,8 +5,9 @@ use ndarray::{Array3, Axis};
 
 use super::{Draw, forced};
 use crate::batch::Batch;
+use crate::cancellation::Cancellation;
 use crate::error::Error;
-use crate::model::{Cancellation, Model};
+use crate::model::Model;
 use crate::options::GenerationOptions;
 
 /// Logits of a model beside those of another.
