@@ -135,7 +135,7 @@ fn an_engine_tells_it_of_rows_that_share_their_steps() {
     for name in FIXTURES {
         for target in [Target::Portable, Target::Cpu] {
             let model = Arc::new(Model::open(aligned(name, target)).expect("it opens"));
-            let engine = Engine::new(model.clone(), EngineOptions::default());
+            let engine = Engine::new(model.clone(), EngineOptions::default()).expect("an engine");
             let cases = golden[name].as_array().expect("a list of cases");
             let submit = |case: &Value| {
                 let request = Request::new(batch(case), options(&model, &case["options"]));

@@ -5,12 +5,13 @@ use std::ffi::OsStr;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
-use std::sync::{Mutex, OnceLock};
+use std::sync::{Arc, Condvar, Mutex, OnceLock};
 
 use serde_json::Value;
 use t5gemma_exporter::{Checkpoint, Export, Silent, Source};
 use t5gemma_graphs::Target;
 use t5gemma_graphs::interface::Logits;
+use t5gemma_runtime::{LogitsProcessor, Request};
 use tempfile::TempDir;
 
 /// The checkpoints with reference tensors and generation cases.
@@ -24,6 +25,52 @@ pub const FIXTURES: [&str; 8] = [
     "tiny-unbalanced",
     "tiny-untied",
 ];
+
+/// Holds requests within a step until it is opened, or goes: what is in flight meanwhile is no matter of time.
+#[derive(Default)]
+pub struct Hold(Arc<(Mutex<Held>, Condvar)>);
+
+#[derive(Default)]
+struct Held {
+    count: usize,
+    is_open: bool,
+}
+
+impl Hold {
+    /// A request each of whose sources is held when so many tokens of its target are there.
+    pub fn at(&self, tokens: usize, mut request: Request) -> Request {
+        let held = self.0.clone();
+        request.options.logits_processor.push(LogitsProcessor::new(move |place, _| {
+            if place.history.len() == place.prompt_len + tokens {
+                let (held, changed) = &*held;
+                let mut held = held.lock().expect("no panic");
+                held.count += 1;
+                changed.notify_all();
+                drop(changed.wait_while(held, |held| !held.is_open).expect("no panic"));
+            }
+        }));
+        request
+    }
+
+    /// Waits until so many sources are held.
+    pub fn wait_for(&self, count: usize) {
+        let (held, changed) = &*self.0;
+        let held = held.lock().expect("no panic");
+        drop(changed.wait_while(held, |held| held.count < count).expect("no panic"));
+    }
+
+    /// Lets all go on.
+    pub fn open(&self) {
+        self.0.0.lock().expect("no panic").is_open = true;
+        self.0.1.notify_all();
+    }
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        self.open();
+    }
+}
 
 /// This package's folder.
 pub fn tests() -> &'static Path {

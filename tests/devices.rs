@@ -12,10 +12,10 @@ use t5gemma_exporter::Export;
 use t5gemma_graphs::Target;
 use t5gemma_graphs::interface::Logits;
 use t5gemma_runtime::{
-    Batch, Cancellation, Engine, EngineOptions, Error, Hypothesis, Model, OpenOptions, Request, Usual, Waited,
+    Batch, Cancellation, Engine, EngineOptions, Error, Hypothesis, Model, OpenOptions, Request, Usual,
 };
 
-use crate::common::{demo, demo_as, exported, exported_as, exported_for, run, stdout, tests};
+use crate::common::{Hold, demo, demo_as, exported, exported_as, exported_for, run, stdout, tests};
 
 /// The demo's first texts as requests with various options.
 fn requests(count: usize) -> Vec<Value> {
@@ -48,15 +48,6 @@ fn tokens(rows: &[Vec<Hypothesis>]) -> Vec<&[i64]> {
     rows.iter().map(|row| &row[0].tokens[..]).collect()
 }
 
-/// Waits until something is so.
-fn wait_until(is_so: impl Fn() -> bool) {
-    let start = Instant::now();
-    while !is_so() {
-        assert!(start.elapsed() < Duration::from_secs(300), "it does not come to be");
-        thread::sleep(Duration::from_millis(1));
-    }
-}
-
 #[test]
 fn copies_share_one_line_and_none_is_idle_while_a_source_waits() {
     for models in pairs() {
@@ -67,24 +58,30 @@ fn copies_share_one_line_and_none_is_idle_while_a_source_waits() {
         let many = request(model, 6, 40, 1);
         let generation = engine.submit(many.clone()).expect("taken");
         assert_eq!(tokens(&generation.wait().expect("answered")), tokens(&alone(model, &many)));
-        wait_until(|| engine.stats().sources == 0);
-        let stats = engine.stats_of_copies();
-        assert!(stats.iter().all(|copy| copy.stepped_rows >= 40), "{stats:?}");
+        // Each has one while both are held.
+        let hold = Hold::default();
+        let pair = engine.submit(hold.at(2, request(model, 2, 40, 2))).expect("taken");
+        hold.wait_for(2);
+        hold.open();
+        pair.wait().expect("answered");
         // While one is busy and full the other answers what comes.
         let short = request(model, 1, 4, 2);
         let expected = alone(model, &short);
-        let mut long = engine.submit(request(model, 1, 450, 2)).expect("taken");
-        long.next().expect("an event").expect("no error");
+        let hold = Hold::default();
+        let long = engine.submit(hold.at(2, request(model, 1, 450, 2))).expect("taken");
+        hold.wait_for(1);
         for _ in 0..3 {
             let generation = engine.submit(short.clone()).expect("taken");
             assert_eq!(tokens(&generation.wait().expect("answered")), tokens(&expected));
         }
-        let busy = engine.stats();
-        assert!(busy.finished == 4 && busy.sources >= 1, "the long one goes on meanwhile: {busy:?}");
+        assert_eq!(engine.stats().finished, 5);
         long.cancel();
-        engine.drain();
+        hold.open();
+        engine.drain().expect("from outside");
         let stats = engine.stats();
-        assert_eq!((stats.submitted, stats.finished, stats.failed), (5, 4, 1));
+        assert_eq!((stats.submitted, stats.finished, stats.failed), (6, 5, 1));
+        assert_eq!((stats.sources, stats.rows, stats.planned_bytes), (0, 0, 0));
+        assert!(engine.stats_of_copies().iter().all(|copy| copy.stepped_rows >= 40), "{:?}", engine.stats_of_copies());
         assert!(matches!(engine.submit(many).err(), Some(Error::Closed)));
     }
 }
@@ -96,18 +93,22 @@ fn sources_are_taken_in_the_order_of_their_arrival() {
         // Beside four rows there is room for one, which is not for who comes behind four others.
         let engine = Engine::of_copies(&models, EngineOptions { max_rows: 5, ..EngineOptions::default() });
         let engine = engine.expect("copies");
-        let mut busy: Vec<_> = (0..2).map(|_| engine.submit(request(model, 1, 450, 4)).expect("taken")).collect();
-        for generation in &mut busy {
-            wait_until(|| engine.stats().waiting_requests == 0);
-            drop(generation.next_within(Duration::ZERO));
-        }
+        let holds = [Hold::default(), Hold::default()];
+        let [first, second] = [0, 1].map(|at| {
+            let generation = engine.submit(holds[at].at(2, request(model, 1, 40, 4))).expect("taken");
+            holds[at].wait_for(1);
+            generation
+        });
         let large = engine.submit(request(model, 1, 20, 4)).expect("taken");
         let mut small = engine.submit(request(model, 1, 4, 1)).expect("taken");
-        assert!(matches!(small.next_within(Duration::from_millis(30)), Waited::TimedOut), "there is room for it only");
         assert_eq!(engine.stats().waiting_requests, 2);
-        busy.pop();
+        // The second goes on for many steps, beside which there is room for the small one only.
+        holds[1].open();
+        second.wait().expect("answered");
         small.next().expect("an event").expect("no error");
         assert_eq!(engine.stats().waiting_requests, 0, "the large one was taken first");
+        holds[0].open();
+        first.wait().expect("answered");
         large.wait().expect("answered");
     }
 }
@@ -118,23 +119,28 @@ fn the_line_of_copies_has_one_bound_and_ends_as_one() {
         let model = &models[0];
         let bounds = EngineOptions { max_rows: 1, max_waiting: 2, ..EngineOptions::default() };
         let engine = Engine::of_copies(&models, bounds).expect("copies");
-        let long = || request(model, 1, 450, 1);
-        let in_flight: Vec<_> = (0..2)
-            .map(|_| {
-                let generation = engine.submit(long()).expect("taken");
-                wait_until(|| engine.stats().waiting_requests == 0);
-                generation
-            })
-            .collect();
-        let mut waiting: Vec<_> = (0..2).map(|_| engine.submit(long()).expect("taken")).collect();
-        assert!(matches!(engine.submit(long()).err(), Some(Error::Busy { waiting: 2 })));
-        // Who waits can be cancelled, or be too late.
-        waiting.remove(0).cancel();
-        wait_until(|| engine.stats().waiting_requests == 1);
+        let hold = Hold::default();
+        let long = || hold.at(2, request(model, 1, 450, 1));
+        let in_flight = [1, 2].map(|held| {
+            let generation = engine.submit(long()).expect("taken");
+            hold.wait_for(held);
+            generation
+        });
         let late = Request { deadline: Some(Instant::now() + Duration::from_millis(5)), ..long() };
-        assert!(matches!(engine.submit(late).expect("there is room").wait(), Err(Error::Deadline)));
-        engine.shutdown();
-        for generation in in_flight.into_iter().chain(waiting) {
+        let late = engine.submit(late).expect("taken");
+        let waiting = engine.submit(long()).expect("taken");
+        // Who waits is told of its deadline, although no thread looks.
+        assert!(matches!(late.wait(), Err(Error::Deadline)));
+        let other = engine.submit(long()).expect("there is room");
+        assert!(matches!(engine.submit(long()).err(), Some(Error::Busy { waiting: 2 })));
+        thread::scope(|scope| {
+            scope.spawn(|| engine.shutdown().expect("from outside"));
+            while !matches!(engine.submit(long()).err(), Some(Error::Closed)) {
+                thread::yield_now();
+            }
+            hold.open();
+        });
+        for generation in in_flight.into_iter().chain([waiting, other]) {
             assert!(matches!(generation.wait(), Err(Error::Cancelled)));
         }
         let stats = engine.stats();
@@ -335,7 +341,7 @@ fn steps_in_memory_that_stays_give_what_others_do() {
         assert_eq!(steady.steady_sizes(), again, "it serves the next request");
         // Several at a time have memory of their own.
         if !is_attending {
-            let engine = Engine::new(steady.clone(), EngineOptions::default());
+            let engine = Engine::new(steady.clone(), EngineOptions::default()).expect("an engine");
             let generations: Vec<_> =
                 requests.iter().map(|request| engine.submit(request.clone()).expect("taken")).collect();
             for (at, (generation, expected)) in generations.into_iter().zip(&expected).enumerate() {

@@ -15,7 +15,7 @@ use t5gemma_runtime::{
     Request, Waited,
 };
 
-use crate::common::{exported_from, fixture, tests};
+use crate::common::{Hold, exported_from, fixture, tests};
 
 /// Numbers that look random, the same in every run.
 struct Noise(u64);
@@ -199,14 +199,35 @@ fn random_requests_at_random_times_give_what_each_gives_alone() {
             });
             let wrong = wrong.into_inner().expect("no panic");
             assert!(wrong.is_empty(), "{} differ:\n{}", wrong.len(), wrong.join("\n"));
-            engine.drain();
+            engine.drain().expect("from outside");
             let stats = engine.stats();
             assert_eq!(stats.submitted, stats.finished + stats.failed);
             assert_eq!((stats.waiting_requests, stats.waiting_sources), (0, 0));
-            assert!(stats.stepped_rows > 2 * stats.steps, "steps are shared: {stats:?}");
-            let of_copies = engine.stats_of_copies();
-            assert!(of_copies.iter().all(|copy| copy.steps * 4 > stats.steps / copies.len() as u64), "{of_copies:?}");
+            assert_eq!((stats.sources, stats.rows, stats.planned_bytes), (0, 0, 0), "final when it was waited for");
         }
+    }
+}
+
+#[test]
+fn rows_that_are_admitted_together_share_their_steps() {
+    for target in TARGETS {
+        let model = open(target);
+        let engine = Engine::new(model.clone(), EngineOptions::default()).expect("an engine");
+        let hold = Hold::default();
+        let first = engine.submit(hold.at(0, long(&model))).expect("taken");
+        hold.wait_for(1);
+        let options = options(&model, &json!({"max_new_tokens": 20, "min_new_tokens": 20}));
+        let request = |at: i64| Request::new(Batch::padded(&[[5 + at, 6]], 0).expect("well-formed"), options.clone());
+        let others: Vec<_> = (0..3).map(|at| engine.submit(request(at)).expect("taken")).collect();
+        first.cancel();
+        hold.open();
+        for other in others {
+            assert_eq!(other.wait().expect("generates")[0][0].tokens.len(), 20);
+        }
+        engine.drain().expect("from outside");
+        let stats = engine.stats();
+        // Those of three rows; the first's own, and one at most that it begins before it is cancelled.
+        assert!((60..=62).contains(&stats.stepped_rows) && (20..=22).contains(&stats.steps), "{stats:?}");
     }
 }
 
@@ -231,7 +252,7 @@ fn alone(model: &Model, Request { batch, options, .. }: &Request) -> Vec<Vec<Hyp
 fn tokens_are_told_as_they_come_and_rows_as_they_finish() {
     for target in TARGETS {
         let model = open(target);
-        let engine = Engine::new(model.clone(), EngineOptions::default());
+        let engine = Engine::new(model.clone(), EngineOptions::default()).expect("an engine");
         let batch = Batch::padded(&[vec![5, 6, 7], vec![8], vec![9, 10]], 0).expect("well-formed");
         for request in [
             json!({"max_new_tokens": 12}),
@@ -265,25 +286,37 @@ fn tokens_are_told_as_they_come_and_rows_as_they_finish() {
 fn requests_end_when_they_are_cancelled_or_late_and_others_go_on() {
     for target in TARGETS {
         let model = open(target);
-        let engine = Engine::new(model.clone(), EngineOptions::default());
+        let engine = Engine::new(model.clone(), EngineOptions::default()).expect("an engine");
         let expected = alone(&model, &short(&model));
 
-        let mut cancelled = engine.submit(long(&model)).expect("taken");
+        // Held in flight until one is cancelled and the other too late, which its caller is told while it is held.
+        let hold = Hold::default();
+        let mut cancelled = engine.submit(hold.at(2, long(&model))).expect("taken");
+        assert!(matches!(cancelled.next(), Some(Ok(Event::Token { row: 0, .. }))), "in flight");
+        hold.wait_for(1);
         let late = Request { deadline: Some(Instant::now() + Duration::from_millis(30)), ..long(&model) };
         let mut late = engine.submit(late).expect("taken");
         let past = Request { deadline: Some(Instant::now()), ..short(&model) };
         assert!(matches!(engine.submit(past).expect("taken").wait(), Err(Error::Deadline)));
-        assert!(matches!(cancelled.next(), Some(Ok(Event::Token { row: 0, .. }))), "in flight");
         let other = engine.submit(short(&model)).expect("taken");
         let canceller = cancelled.canceller();
         thread::spawn(move || canceller.cancel()).join().expect("does not panic");
+        assert!(matches!(late.by_ref().last(), Some(Err(Error::Deadline))));
+        assert!(late.next().is_none() && matches!(late.next_within(Duration::ZERO), Waited::Ended));
+        hold.open();
         check_same("beside", &other.wait().expect("generates"), &expected);
         assert!(matches!(cancelled.by_ref().last(), Some(Err(Error::Cancelled))));
         assert!(cancelled.next().is_none() && matches!(cancelled.next_within(Duration::ZERO), Waited::Ended));
-        assert!(matches!(late.by_ref().last(), Some(Err(Error::Deadline))));
-        engine.drain();
+        // One that passes on the way, at whatever step: a step takes until then at least.
+        let deadline = Instant::now() + Duration::from_millis(50);
+        let mut slow = Request { deadline: Some(deadline), ..short(&model) };
+        slow.options.logits_processor.push(LogitsProcessor::new(move |_, _| {
+            thread::sleep(deadline.saturating_duration_since(Instant::now()));
+        }));
+        assert!(matches!(engine.submit(slow).expect("taken").wait(), Err(Error::Deadline)));
+        engine.drain().expect("from outside");
         let stats = engine.stats();
-        assert_eq!((stats.submitted, stats.finished, stats.failed), (4, 1, 3));
+        assert_eq!((stats.submitted, stats.finished, stats.failed), (5, 1, 4));
         assert!(matches!(engine.submit(short(&model)).err(), Some(Error::Closed)));
     }
 }
@@ -301,12 +334,12 @@ fn what_cannot_be_taken_is_refused_with_the_figures() {
     assert_eq!((config.num_key_value_heads, config.layers.len(), config.vocab_size), (2, 4, 200), "of this fixture");
     let refused = |engine: &Engine, request: Request| engine.submit(request).err().expect("refused").to_string();
 
-    let engine = Engine::new(model.clone(), options_of(1, usize::MAX, 9));
+    let engine = Engine::new(model.clone(), options_of(1, usize::MAX, 9)).expect("an engine");
     assert_eq!(
         refused(&engine, short(&model)),
         "the request needs 2 target rows (num_beams or num_return_sequences), more than the 1 there may be"
     );
-    let engine = Engine::new(model.clone(), options_of(9, bytes(2, 64, 2), 9));
+    let engine = Engine::new(model.clone(), options_of(9, bytes(2, 64, 2), 9)).expect("an engine");
     let needed = bytes(1, 512, 3);
     let limit = bytes(2, 64, 2);
     assert_eq!(
@@ -319,20 +352,35 @@ fn what_cannot_be_taken_is_refused_with_the_figures() {
         &alone(&model, &short(&model)),
     );
 
-    let engine = Engine::new(model.clone(), EngineOptions { max_sources: 0, ..EngineOptions::default() });
-    assert_eq!(
-        refused(&engine, short(&model)),
-        "the request needs 1 source in flight (max_sources), more than the 0 there may be"
-    );
-
     // One in flight, one waiting, and no more.
-    let engine = Engine::new(model.clone(), options_of(1, usize::MAX, 1));
-    let mut in_flight = engine.submit(long(&model)).expect("taken");
-    in_flight.next().expect("an event").expect("no error");
+    let engine = Engine::new(model.clone(), options_of(1, usize::MAX, 1)).expect("an engine");
+    let hold = Hold::default();
+    let in_flight = engine.submit(hold.at(2, long(&model))).expect("taken");
+    hold.wait_for(1);
     let waiting = engine.submit(long(&model)).expect("taken");
     assert!(matches!(engine.submit(long(&model)).err(), Some(Error::Busy { waiting: 1 })));
     drop(in_flight);
+    hold.open();
     assert_eq!(waiting.wait().expect("generates")[0][0].tokens.len(), 450);
+}
+
+#[test]
+fn bounds_of_nothing_are_refused_by_name() {
+    let model = open(Target::Cpu);
+    let default = EngineOptions::default;
+    for (name, options) in [
+        ("max_rows", EngineOptions { max_rows: 0, ..default() }),
+        ("max_bytes", EngineOptions { max_bytes: 0, ..default() }),
+        ("max_sources", EngineOptions { max_sources: 0, ..default() }),
+        ("max_waiting", EngineOptions { max_waiting: 0, ..default() }),
+    ] {
+        for refused in
+            [Engine::new(model.clone(), options.clone()), Engine::of_copies(std::slice::from_ref(&model), options)]
+        {
+            let error = refused.err().expect("refused").to_string();
+            assert_eq!(error, format!("{name}: expected at least 1, found 0"));
+        }
+    }
 }
 
 #[test]
@@ -340,7 +388,8 @@ fn memory_is_never_planned_beyond_its_limit() {
     for target in TARGETS {
         let model = open(target);
         let most = 6_000_000;
-        let engine = Engine::new(model.clone(), EngineOptions { max_bytes: most, ..EngineOptions::default() });
+        let engine = Engine::new(model.clone(), EngineOptions { max_bytes: most, ..EngineOptions::default() })
+            .expect("an engine");
         let mut noise = Noise(7);
         let requests: Vec<Request> = (0..24)
             .map(|_| {
@@ -348,15 +397,29 @@ fn memory_is_never_planned_beyond_its_limit() {
                 Request::new(noise.batch(), self::options(&model, &options))
             })
             .collect();
-        let mut generations: Vec<_> =
-            requests.iter().map(|request| engine.submit(request.clone()).expect("fits")).collect();
-        let mut fullest = 0;
-        while generations.iter_mut().any(|generation| !matches!(generation.next_within(Duration::ZERO), Waited::Ended))
-        {
-            let stats = engine.stats();
-            assert!(stats.planned_bytes <= most && stats.rows <= 64, "{stats:?}");
-            fullest = fullest.max(stats.planned_bytes);
+        // Looked at in every step, of requests that are all there when the first begins.
+        let (engine, seen) = (Arc::new(engine), Arc::new(Mutex::new(Vec::new())));
+        let hold = Hold::default();
+        let first = engine.submit(hold.at(0, short(&model))).expect("fits");
+        hold.wait_for(1);
+        let submit = |mut request: Request| {
+            let (own, seen) = (Arc::downgrade(&engine), seen.clone());
+            request.options.logits_processor.push(LogitsProcessor::new(move |_, _| {
+                let Some(engine) = own.upgrade() else { return };
+                seen.lock().expect("no panic").push(engine.stats());
+            }));
+            engine.submit(request).expect("fits")
+        };
+        let generations: Vec<_> = requests.into_iter().map(submit).collect();
+        hold.open();
+        first.wait().expect("generates");
+        for generation in generations {
+            generation.wait().expect("generates");
         }
+        engine.drain().expect("from outside");
+        let seen = seen.lock().expect("no panic");
+        let fullest = seen.iter().map(|stats| stats.planned_bytes).max().unwrap_or(0);
+        assert!(seen.iter().all(|stats| stats.planned_bytes <= most && stats.rows <= 64), "{fullest}");
         assert!(fullest > most / 2, "the limit is what held requests back: {fullest}");
     }
 }
@@ -364,7 +427,7 @@ fn memory_is_never_planned_beyond_its_limit() {
 #[test]
 fn a_function_that_panics_ends_its_own_request() {
     let model = open(Target::Cpu);
-    let engine = Engine::new(model.clone(), EngineOptions::default());
+    let engine = Engine::new(model.clone(), EngineOptions::default()).expect("an engine");
     let mut panicking = short(&model);
     panicking.options.logits_processor = vec![LogitsProcessor::new(|place, _| assert!(place.history.len() < 3))];
     let (panicking, other) = (engine.submit(panicking).expect("taken"), engine.submit(short(&model)).expect("taken"));
@@ -373,15 +436,42 @@ fn a_function_that_panics_ends_its_own_request() {
 }
 
 #[test]
+fn a_function_on_the_engines_thread_cannot_wait_for_it() {
+    let model = open(Target::Cpu);
+    let engine = Arc::new(Engine::new(model.clone(), EngineOptions::default()).expect("an engine"));
+    let told = Arc::new(Mutex::new(Vec::new()));
+    let (own, tell) = (Arc::downgrade(&engine), told.clone());
+    let mut request = short(&model);
+    request.options.logits_processor = vec![LogitsProcessor::new(move |_, _| {
+        let Some(engine) = own.upgrade() else { return };
+        let mut told = tell.lock().expect("no panic");
+        told.extend([engine.drain(), engine.shutdown()].map(|result| result.expect_err("refused").to_string()));
+    })];
+    engine.submit(request).expect("taken").wait().expect("generates");
+    let told = told.lock().expect("no panic");
+    assert!(!told.is_empty() && told.iter().all(|text| text.contains("from another thread")), "{told:?}");
+}
+
+#[test]
 fn a_shutdown_ends_everything() {
     let model = open(Target::Portable);
-    let engine = Engine::new(model.clone(), EngineOptions { max_rows: 1, ..EngineOptions::default() });
-    let generations: Vec<_> = (0..3).map(|_| engine.submit(long(&model)).expect("taken")).collect();
-    engine.shutdown();
+    let engine =
+        Engine::new(model.clone(), EngineOptions { max_rows: 1, ..EngineOptions::default() }).expect("an engine");
+    let hold = Hold::default();
+    let generations: Vec<_> = (0..3).map(|_| engine.submit(hold.at(2, long(&model))).expect("taken")).collect();
+    hold.wait_for(1);
+    thread::scope(|scope| {
+        scope.spawn(|| engine.shutdown().expect("from outside"));
+        // Held until it is closed.
+        while !matches!(engine.submit(long(&model)).err(), Some(Error::Closed)) {
+            thread::yield_now();
+        }
+        hold.open();
+    });
     for generation in generations {
         assert!(matches!(generation.wait(), Err(Error::Cancelled)));
     }
-    engine.drain();
+    engine.drain().expect("from outside");
     assert!(matches!(engine.submit(long(&model)).err(), Some(Error::Closed)));
     assert_eq!(alone(&model, &short(&model)).len(), 1, "the model goes on");
 }

@@ -25,7 +25,7 @@ fn random_requests_give_the_reference_tokens_among_each_other() {
         let cases = cases.as_array().expect("a list");
         for target in [Target::Portable, Target::Cpu] {
             let model = Arc::new(Model::open(exported_for(name, target)).expect("the model opens"));
-            let engine = Engine::new(model.clone(), EngineOptions::default());
+            let engine = Engine::new(model.clone(), EngineOptions::default()).expect("an engine");
             let submit = |case: &Value| {
                 let batch = Batch::masked(&rows(&case["input_ids"]), &rows(&case["attention_mask"])).expect("valid");
                 let batch = match case.get("decoder_input_ids") {

@@ -6,7 +6,7 @@
 //! # use std::sync::Arc;
 //! # use t5gemma_runtime::{Batch, Engine, EngineOptions, Event, Model, Request};
 //! let model = Arc::new(Model::open("model")?);
-//! let engine = Engine::new(model.clone(), EngineOptions::default());
+//! let engine = Engine::new(model.clone(), EngineOptions::default())?;
 //! let batch = Batch::padded(&[model.tokenizer()?.encode("The quick brown fox")?], 0)?;
 //! for event in engine.submit(Request::new(batch, model.options().clone()))? {
 //!     match event? {
@@ -32,6 +32,9 @@
 //! given up: see [`EngineOptions::max_bytes`]. Requests wait in a line, each of which gives one row in turn; the row that
 //! does not fit is waited for, so none is passed over for ever.
 //!
+//! A request ends at its deadline whoever notices: a thread of the engine before and after each run, or its caller, who waits no
+//! longer than that for an event. The steps that it shares with others are not interrupted.
+//!
 //! Several copies of a model, each on a device of its own, have one line: the thread of each takes the next row when it has
 //! room, so that no device is without work while a row waits, and rows of one request may be computed by several. Of few rows
 //! each takes its share only, and leaves the next to one that has none.
@@ -41,10 +44,11 @@ mod rows;
 mod worker;
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::process;
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
-use std::thread::{self, JoinHandle};
+use std::thread::{self, JoinHandle, ThreadId};
 use std::time::{Duration, Instant};
 
 use t5gemma_graphs::interface::CacheLayout;
@@ -76,6 +80,23 @@ pub struct EngineOptions {
 impl Default for EngineOptions {
     fn default() -> EngineOptions {
         EngineOptions { max_rows: 64, max_bytes: 4 << 30, max_sources: usize::MAX, max_waiting: 1024 }
+    }
+}
+
+impl EngineOptions {
+    /// Refuses bounds within which nothing can be done.
+    fn check(&self) -> Result<(), Error> {
+        let EngineOptions { max_rows, max_bytes, max_sources, max_waiting } = *self;
+        let bounds = [
+            ("max_rows", max_rows),
+            ("max_bytes", max_bytes),
+            ("max_sources", max_sources),
+            ("max_waiting", max_waiting),
+        ];
+        match bounds.into_iter().find(|&(_, bound)| bound == 0) {
+            Some((name, _)) => Err(Error::input(name, "at least 1", "0")),
+            None => Ok(()),
+        }
     }
 }
 
@@ -143,9 +164,13 @@ pub struct EngineStats {
 }
 
 /// Generates for many at once, on a thread for each copy of the model. Dropping it is [`Engine::shutdown`].
+///
+/// A process that is forked has none of the engine's threads: there, everything that is asked of the engine and its requests fails
+/// with [`Error::Forked`].
 pub struct Engine {
     shared: Arc<Shared>,
     workers: Mutex<Vec<JoinHandle<()>>>,
+    threads: Vec<ThreadId>,
 }
 
 /// What the engine's threads and its callers share.
@@ -154,10 +179,12 @@ struct Shared {
     copies: Vec<(Arc<Model>, Cancellation)>,
     options: EngineOptions,
     plan: Plan,
+    /// Whose threads they are.
+    process: u32,
     line: Mutex<Line>,
     /// Something was submitted, cancelled or closed.
     changed: Condvar,
-    /// A request has ended.
+    /// A request has ended, or a thread has nothing left to do.
     ended: Condvar,
 }
 
@@ -173,6 +200,8 @@ struct Line {
     phase: Phase,
     /// Threads that wait, because they have no rows in flight and there are none to admit.
     idle: usize,
+    /// Threads that have not ended.
+    alive: usize,
     submitted: u64,
     finished: u64,
     failed: u64,
@@ -231,20 +260,65 @@ impl Shared {
     fn line(&self) -> MutexGuard<'_, Line> {
         self.line.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// That this is the process of the engine's threads. In another the line may be locked for ever.
+    fn check_process(&self) -> Result<(), Error> {
+        match self.process == process::id() {
+            true => Ok(()),
+            false => Err(Error::Forked { process: self.process }),
+        }
+    }
+
+    /// Ends a request, unless it has ended. What is answered too late is not answered.
+    fn end(&self, request: &Running, result: Result<(), Error>) {
+        let mut line = self.line();
+        if line.requests.remove(&request.id).is_none() {
+            return;
+        }
+        line.waiting.retain(|&waiting| waiting != request.id);
+        let result = result.and_then(|()| request.cancel.check());
+        match &result {
+            Ok(()) => line.finished += 1,
+            Err(_) => line.failed += 1,
+        }
+        request.has_ended.store(true, Ordering::SeqCst);
+        drop(line);
+        let _ = request.events.send(Message::Ended(result));
+        self.ended.notify_all();
+    }
+
+    /// Ends everything at once.
+    fn close(&self) {
+        let mut line = self.line();
+        line.phase = Phase::Closed;
+        line.requests.values().for_each(|progress| progress.running.cancel.cancel());
+        drop(line);
+        self.copies.iter().for_each(|(_, stop)| stop.cancel());
+        self.changed.notify_all();
+        self.ended.notify_all();
+    }
 }
 
-/// Closes the line when it is dropped.
-struct Closing(Arc<Shared>);
+/// Closes the line when a thread of a copy ends, however it does.
+struct Closing {
+    shared: Arc<Shared>,
+    copy: usize,
+}
 
 impl Drop for Closing {
     fn drop(&mut self) {
-        let mut line = self.0.line();
+        let mut line = self.shared.line();
         line.phase = Phase::Closed;
+        line.alive -= 1;
+        line.failed += line.requests.len() as u64;
         line.waiting.clear();
+        // Their callers notice that nobody is left to tell them anything.
         line.requests.clear();
+        let doing = &mut line.doing[self.copy];
+        (doing.sources, doing.rows, doing.planned_bytes) = (0, 0, 0);
         drop(line);
-        self.0.changed.notify_all();
-        self.0.ended.notify_all();
+        self.shared.changed.notify_all();
+        self.shared.ended.notify_all();
     }
 }
 
@@ -255,7 +329,10 @@ impl Engine {
     }
 
     /// Starts a thread that generates with `model`, which may be used by others meanwhile; they take turns.
-    pub fn new(model: Arc<Model>, options: EngineOptions) -> Engine {
+    ///
+    /// # Errors
+    /// Bounds of 0.
+    pub fn new(model: Arc<Model>, options: EngineOptions) -> Result<Engine, Error> {
         Engine::start(Plan::of(&model), vec![model], options)
     }
 
@@ -263,7 +340,7 @@ impl Engine {
     /// take what is submitted from one line.
     ///
     /// # Errors
-    /// No model, or models that are not copies of one.
+    /// No model, models that are not copies of one, or bounds of 0.
     pub fn of_copies(models: &[Arc<Model>], options: EngineOptions) -> Result<Engine, Error> {
         let Some(first) = models.first() else { return Err(Error::input("models", "at least one", "none")) };
         // Graphs and weights, as their hashes tell.
@@ -277,16 +354,18 @@ impl Engine {
             let expected = "one model, where steps are captured as CUDA graphs";
             return Err(Error::input("models", expected, models.len().to_string()));
         }
-        Ok(Engine::start(Plan::of(first), models.to_vec(), options))
+        Engine::start(Plan::of(first), models.to_vec(), options)
     }
 
-    fn start(plan: Plan, models: Vec<Arc<Model>>, options: EngineOptions) -> Engine {
-        let doing = vec![EngineStats::default(); models.len()];
+    fn start(plan: Plan, models: Vec<Arc<Model>>, options: EngineOptions) -> Result<Engine, Error> {
+        options.check()?;
+        let (doing, alive) = (vec![EngineStats::default(); models.len()], models.len());
         let shared = Arc::new(Shared {
             copies: models.into_iter().map(|model| (model, Cancellation::new())).collect(),
             options,
             plan,
-            line: Mutex::new(Line { doing, ..Line::default() }),
+            process: process::id(),
+            line: Mutex::new(Line { doing, alive, ..Line::default() }),
             changed: Condvar::new(),
             ended: Condvar::new(),
         });
@@ -294,28 +373,31 @@ impl Engine {
             let of_worker = shared.clone();
             thread::spawn(move || {
                 // Whether it returns or panics, nobody shall wait for it any more.
-                let _closing = Closing(of_worker.clone());
+                let _closing = Closing { shared: of_worker.clone(), copy };
                 Worker::new(of_worker, copy).run();
             })
         };
-        let workers = (0..shared.copies.len()).map(worker).collect();
-        Engine { shared, workers: Mutex::new(workers) }
+        let workers: Vec<_> = (0..shared.copies.len()).map(worker).collect();
+        let threads = workers.iter().map(|worker| worker.thread().id()).collect();
+        Ok(Engine { shared, workers: Mutex::new(workers), threads })
     }
 
     /// Submits a request. It is checked here, by the caller's thread, where its constraints are compiled too.
     ///
     /// # Errors
     /// What [`Model::generate`] refuses; [`Error::TooLarge`] for a source that can never be admitted; [`Error::Busy`] if
-    /// too many requests are waiting; [`Error::Closed`] after [`Engine::drain`] or [`Engine::shutdown`].
+    /// too many requests are waiting; [`Error::Closed`] after [`Engine::drain`] or [`Engine::shutdown`]; [`Error::Forked`]. One
+    /// whose deadline has passed is taken, and fails by it.
     pub fn submit(&self, request: Request) -> Result<Generation, Error> {
+        self.shared.check_process()?;
         let Request { batch, options, deadline } = request;
+        let cancel = deadline.map_or_else(Cancellation::new, Cancellation::until);
         let call = Call::new(&self.shared.copies[0].0, &batch, &options)?;
         for row in 0..call.batch.rows() {
             self.shared.plan.check(&Need::of(&call, row), &self.shared.options)?;
         }
         let rows = call.batch.rows();
         let (events, received) = mpsc::channel();
-        let cancelled = Arc::new(AtomicBool::new(false));
         let mut line = self.shared.line();
         if line.phase != Phase::Open {
             return Err(Error::Closed);
@@ -325,11 +407,15 @@ impl Engine {
         }
         let id = line.submitted;
         line.submitted += 1;
-        let running = Arc::new(Running::new(id, call, deadline, events, cancelled.clone()));
-        line.requests.insert(id, Progress { running, next: 0, left: rows });
+        let running = Arc::new(Running::new(id, call, cancel.clone(), events));
+        line.requests.insert(id, Progress { running: running.clone(), next: 0, left: rows });
         line.waiting.push_back(id);
+        drop(line);
+        if let Err(error) = cancel.check() {
+            self.shared.end(&running, Err(error));
+        }
         self.shared.changed.notify_all();
-        Ok(Generation { events: received, rows, cancelled, shared: self.shared.clone(), has_ended: false })
+        Ok(Generation { events: received, rows, id, cancel, shared: self.shared.clone(), has_ended: false })
     }
 
     /// The copies of the model that it generates with.
@@ -337,47 +423,90 @@ impl Engine {
         self.shared.copies.len()
     }
 
-    /// What the engine has done and is doing.
+    /// What the engine has done and is doing. Of an engine of another process nothing, see [`Engine::check_process`].
     pub fn stats(&self) -> EngineStats {
+        if self.check_process().is_err() {
+            return EngineStats::default();
+        }
         let line = self.shared.line();
         line.stats(&line.doing)
     }
 
     /// The same of each copy of the model: what is in flight and the steps are its own, and the requests those of all.
     pub fn stats_of_copies(&self) -> Vec<EngineStats> {
+        if self.check_process().is_err() {
+            return vec![EngineStats::default(); self.copies()];
+        }
         let line = self.shared.line();
         line.doing.iter().map(|&doing| line.stats(&[doing])).collect()
     }
 
-    /// Takes no more requests, and waits until all that were taken have ended.
-    pub fn drain(&self) {
+    /// That the engine's threads are this process's, and not those of one that it was forked from.
+    ///
+    /// # Errors
+    /// [`Error::Forked`].
+    pub fn check_process(&self) -> Result<(), Error> {
+        self.shared.check_process()
+    }
+
+    /// Takes no more requests, and waits until all that were taken have ended and nothing is in flight: [`Engine::stats`] are then
+    /// final.
+    ///
+    /// # Errors
+    /// [`Error::Forked`], or a function given with options that calls this on a thread of the engine, for which that would wait.
+    pub fn drain(&self) -> Result<(), Error> {
+        self.check_waiting()?;
         let mut line = self.shared.line();
         if line.phase == Phase::Open {
             line.phase = Phase::Draining;
         }
-        while line.phase != Phase::Closed && line.submitted > line.finished + line.failed {
+        loop {
+            let is_done = match line.phase {
+                Phase::Closed => line.alive == 0,
+                _ => line.requests.is_empty() && line.idle == line.alive,
+            };
+            if is_done {
+                return Ok(());
+            }
             line = self.shared.ended.wait(line).unwrap_or_else(PoisonError::into_inner);
         }
     }
 
     /// Ends everything at once: requests that are not done end with [`Error::Cancelled`]. Returns when the threads have
     /// ended.
-    pub fn shutdown(&self) {
-        self.shared.line().phase = Phase::Closed;
-        self.shared.copies.iter().for_each(|(_, stop)| stop.cancel());
-        self.shared.changed.notify_all();
-        self.shared.ended.notify_all();
+    ///
+    /// # Errors
+    /// As [`Engine::drain`].
+    pub fn shutdown(&self) -> Result<(), Error> {
+        self.check_waiting()?;
+        self.shared.close();
         let workers = std::mem::take(&mut *self.workers.lock().unwrap_or_else(PoisonError::into_inner));
         for worker in workers {
             // Its panic was reported where it happened.
             let _ = worker.join();
+        }
+        Ok(())
+    }
+
+    /// That this thread can wait for the engine's.
+    fn check_waiting(&self) -> Result<(), Error> {
+        self.check_process()?;
+        match self.threads.contains(&thread::current().id()) {
+            false => Ok(()),
+            true => Err(Error::Unsupported {
+                what: "a function that the engine calls cannot wait for the engine to end".into(),
+                remedy: "drain it or shut it down from another thread".into(),
+            }),
         }
     }
 }
 
 impl Drop for Engine {
     fn drop(&mut self) {
-        self.shutdown();
+        if self.check_process().is_ok() && self.shutdown().is_err() {
+            // On a thread of its own, which ends after this call.
+            self.shared.close();
+        }
     }
 }
 
@@ -386,7 +515,8 @@ impl Drop for Engine {
 pub struct Generation {
     events: Receiver<Message>,
     rows: usize,
-    cancelled: Arc<AtomicBool>,
+    id: Id,
+    cancel: Cancellation,
     shared: Arc<Shared>,
     has_ended: bool,
 }
@@ -404,7 +534,7 @@ impl Generation {
 
     /// A way to cancel the request from another thread.
     pub fn canceller(&self) -> Canceller {
-        Canceller { cancelled: self.cancelled.clone(), shared: self.shared.clone() }
+        Canceller { cancel: self.cancel.clone(), shared: self.shared.clone() }
     }
 
     /// The next event, if it comes within `timeout`; [`Waited::Ended`] when there are no more.
@@ -412,19 +542,44 @@ impl Generation {
         if self.has_ended {
             return Waited::Ended;
         }
-        match self.events.recv_timeout(timeout) {
-            Ok(message) => self.take(message).map_or(Waited::Ended, Waited::Event),
-            Err(RecvTimeoutError::Timeout) => Waited::TimedOut,
-            Err(RecvTimeoutError::Disconnected) => {
-                self.take(Message::Ended(Err(Error::Closed))).map_or(Waited::Ended, Waited::Event)
+        match self.receive(Some(timeout)) {
+            Some(message) => self.take(message).map_or(Waited::Ended, Waited::Event),
+            None => Waited::TimedOut,
+        }
+    }
+
+    /// The next message, if it comes within `timeout`. At its deadline the request is ended, whatever keeps the engine.
+    fn receive(&self, timeout: Option<Duration>) -> Option<Message> {
+        if let Err(error) = self.shared.check_process() {
+            return Some(Message::Ended(Err(error)));
+        }
+        let left = self.cancel.deadline().map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        let received = match [timeout, left].into_iter().flatten().min() {
+            Some(wait) => self.events.recv_timeout(wait),
+            None => self.events.recv().map_err(|_| RecvTimeoutError::Disconnected),
+        };
+        match received {
+            Ok(message) => Some(message),
+            Err(RecvTimeoutError::Timeout)
+                if left.is_some_and(|left| timeout.is_none_or(|timeout| left <= timeout)) =>
+            {
+                let running = self.shared.line().requests.get(&self.id).map(|progress| progress.running.clone());
+                if let Some(running) = running {
+                    self.shared.end(&running, Err(Error::Deadline));
+                }
+                // Whoever has ended it sends the last message.
+                Some(self.events.recv().unwrap_or(Message::Ended(Err(Error::Closed))))
             }
+            Err(RecvTimeoutError::Timeout) => None,
+            Err(RecvTimeoutError::Disconnected) => Some(Message::Ended(Err(Error::Closed))),
         }
     }
 
     /// Waits for all rows and returns what [`Model::generate`] returns.
     ///
     /// # Errors
-    /// What a run can fail by; [`Error::Cancelled`], [`Error::Deadline`]; [`Error::Closed`] if the engine's thread is gone.
+    /// What a run can fail by; [`Error::Cancelled`], [`Error::Deadline`]; [`Error::Closed`] if the engine's thread is gone;
+    /// [`Error::Forked`].
     pub fn wait(mut self) -> Result<Vec<Vec<Hypothesis>>, Error> {
         let mut rows = vec![Vec::new(); self.rows];
         for event in self.by_ref() {
@@ -464,7 +619,7 @@ impl Iterator for Generation {
         if self.has_ended {
             return None;
         }
-        let message = self.events.recv().unwrap_or(Message::Ended(Err(Error::Closed)));
+        let message = self.receive(None)?;
         self.take(message)
     }
 }
@@ -480,14 +635,17 @@ impl Drop for Generation {
 /// Cancels one request, from any thread.
 #[derive(Clone)]
 pub struct Canceller {
-    cancelled: Arc<AtomicBool>,
+    cancel: Cancellation,
     shared: Arc<Shared>,
 }
 
 impl Canceller {
     /// See [`Generation::cancel`].
     pub fn cancel(&self) {
-        self.cancelled.store(true, Ordering::SeqCst);
+        if self.shared.check_process().is_err() {
+            return;
+        }
+        self.cancel.cancel();
         // The lock is taken so that a thread is either before looking or waiting.
         drop(self.shared.line());
         self.shared.changed.notify_all();

@@ -131,6 +131,11 @@ pub enum Error {
     },
     /// An [`Engine`](crate::Engine) that takes no more requests.
     Closed,
+    /// An [`Engine`](crate::Engine), or a request of one, in a process that was forked from the engine's.
+    Forked {
+        /// The process that has the engine's threads.
+        process: u32,
+    },
     /// The request's deadline passed before it was done.
     Deadline,
     /// The caller asked to stop.
@@ -170,6 +175,10 @@ impl fmt::Display for Error {
             }
             Error::Busy { waiting } => write!(f, "{waiting} requests are waiting already"),
             Error::Closed => f.write_str("the engine takes no more requests"),
+            Error::Forked { process } => write!(
+                f,
+                "the engine runs in process {process}, from which this process was forked without its threads; start an engine here"
+            ),
             Error::Deadline => f.write_str("the deadline has passed"),
             Error::Cancelled => f.write_str("cancelled"),
         }

@@ -7,6 +7,7 @@
 //! verified that ports stand in the order of [`Interface`].
 
 use std::collections::BTreeMap;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
@@ -346,6 +347,17 @@ impl Model {
         OptionError::new(option, format!("{neutral} for this model ({why})"), found)
     }
 
+    /// That the model tells what its targets attend to.
+    ///
+    /// # Errors
+    /// It was exported without `--alignment`.
+    pub fn check_attentions(&self) -> Result<(), Error> {
+        match self.attends() {
+            true => Ok(()),
+            false => Err(self.tells_no_attentions("output_attentions", "false", "true").into()),
+        }
+    }
+
     /// Whether the model tells what its targets attend to.
     pub(crate) fn attends(&self) -> bool {
         self.folder.manifest.returned().alignment
@@ -448,7 +460,7 @@ impl Model {
         top: usize,
         cancel: &Cancellation,
     ) -> Result<Vec<Logprobs>, Error> {
-        let scored = score::score(self, batch, targets, top, cancel)?;
+        let scored = self.score_watched(batch, targets, top, &mut || ControlFlow::Continue(()), cancel)?;
         Ok(scored.into_iter().map(|(logprobs, _)| logprobs).collect())
     }
 
@@ -463,11 +475,25 @@ impl Model {
         top: usize,
         cancel: &Cancellation,
     ) -> Result<Vec<(Logprobs, CrossAttentions)>, Error> {
-        if !self.attends() {
-            return Err(self.tells_no_attentions("output_attentions", "false", "true").into());
-        }
-        let scored = score::score(self, batch, targets, top, cancel)?;
+        self.check_attentions()?;
+        let scored = self.score_watched(batch, targets, top, &mut || ControlFlow::Continue(()), cancel)?;
         Ok(scored.into_iter().map(|(logprobs, attended)| (logprobs, attended.unwrap_or_default())).collect())
+    }
+
+    /// [`Model::score`], with what the targets attend to where the model tells it. `on_step` is called after each step of all
+    /// targets; [`ControlFlow::Break`] ends the call as a cancellation does.
+    ///
+    /// # Errors
+    /// As [`Model::score`].
+    pub fn score_watched(
+        &self,
+        batch: &Batch,
+        targets: &[Vec<i64>],
+        top: usize,
+        on_step: &mut dyn FnMut() -> ControlFlow<()>,
+        cancel: &Cancellation,
+    ) -> Result<Vec<(Logprobs, Option<CrossAttentions>)>, Error> {
+        score::score(self, batch, targets, top, on_step, cancel)
     }
 
     /// What the encoder makes of a batch that was checked: given with it, remembered, or computed.

@@ -1,6 +1,8 @@
 //! How likely given targets are: teacher forcing through the cached decoder steps, a token a step, rows leaving as their
 //! targets end.
 
+use std::ops::ControlFlow;
+
 use crate::alignment::CrossAttentions;
 use crate::batch::{Batch, Prompts};
 use crate::cancellation::Cancellation;
@@ -9,12 +11,13 @@ use crate::logprobs::Logprobs;
 use crate::model::{Model, Said};
 use crate::scores::{Kept, Wanted};
 
-/// See [`Model::score`] and, of models that tell it, [`Model::score_with_attentions`].
+/// See [`Model::score`] and, of models that tell it, [`Model::score_with_attentions`]; `on_step` is called after each step.
 pub(crate) fn score(
     model: &Model,
     batch: &Batch,
     targets: &[Vec<i64>],
     top: usize,
+    on_step: &mut dyn FnMut() -> ControlFlow<()>,
     cancel: &Cancellation,
 ) -> Result<Vec<(Logprobs, Option<CrossAttentions>)>, Error> {
     cancel.check()?;
@@ -57,6 +60,9 @@ pub(crate) fn score(
                 None => logprobs.push(scores, targets[row][step], top),
             }
             cross_attentions.iter_mut().for_each(|found| found.push(attended));
+        }
+        if on_step().is_break() {
+            return Err(Error::Cancelled);
         }
         let going_on: Vec<usize> = (0..rows.len()).filter(|&slot| targets[rows[slot]].len() > step + 1).collect();
         if going_on.is_empty() {

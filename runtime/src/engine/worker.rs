@@ -6,12 +6,12 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, OnceLock, PoisonError};
-use std::time::Instant;
 
 use super::plan::Need;
 use super::rows::{Begun, GoingOn, Rows};
 use super::{Engine, EngineStats, Event, Id, Phase, Shared};
 use crate::batch::{Batch, Prompts};
+use crate::cancellation::Cancellation;
 use crate::error::Error;
 use crate::item::{Call, Item};
 use crate::model::{Model, Said};
@@ -30,26 +30,20 @@ pub(super) enum Message {
 
 /// A request as the threads that answer it share it.
 pub(super) struct Running {
-    id: Id,
+    pub id: Id,
     pub call: Call,
-    deadline: Option<Instant>,
-    events: Sender<Message>,
-    cancelled: Arc<AtomicBool>,
+    /// By its caller, by its deadline, or with the whole engine.
+    pub cancel: Cancellation,
+    pub events: Sender<Message>,
     /// From when its first source is admitted.
     stops: OnceLock<Arc<Stops>>,
     /// Set with the line locked, when the last message is sent.
-    has_ended: AtomicBool,
+    pub has_ended: AtomicBool,
 }
 
 impl Running {
-    pub fn new(
-        id: Id,
-        call: Call,
-        deadline: Option<Instant>,
-        events: Sender<Message>,
-        cancelled: Arc<AtomicBool>,
-    ) -> Running {
-        Running { id, call, deadline, events, cancelled, stops: OnceLock::new(), has_ended: AtomicBool::new(false) }
+    pub fn new(id: Id, call: Call, cancel: Cancellation, events: Sender<Message>) -> Running {
+        Running { id, call, cancel, events, stops: OnceLock::new(), has_ended: AtomicBool::new(false) }
     }
 
     fn has_ended(&self) -> bool {
@@ -59,14 +53,6 @@ impl Running {
     fn tell(&self, event: Event) {
         // Whoever has gone is noticed by the cancellation that this is.
         let _ = self.events.send(Message::Event(event));
-    }
-
-    /// Why it is to be given up, if it is.
-    fn given_up(&self, now: Instant) -> Option<Error> {
-        if self.cancelled.load(Ordering::SeqCst) {
-            return Some(Error::Cancelled);
-        }
-        self.deadline.is_some_and(|deadline| now >= deadline).then_some(Error::Deadline)
     }
 }
 
@@ -127,6 +113,7 @@ impl Worker {
         let mut line = self.shared.line();
         line.idle += 1;
         while line.phase != Phase::Closed && self.flights.is_empty() && line.waiting.is_empty() {
+            self.shared.ended.notify_all();
             line = self.shared.changed.wait(line).unwrap_or_else(PoisonError::into_inner);
         }
         line.idle -= 1;
@@ -135,9 +122,8 @@ impl Worker {
 
     /// Ends the requests that were cancelled or are too late.
     fn give_up(&self) {
-        let now = Instant::now();
         let ended: Vec<_> = (self.shared.line().requests.values())
-            .filter_map(|progress| Some((progress.running.clone(), progress.running.given_up(now)?)))
+            .filter_map(|progress| Some((progress.running.clone(), progress.running.cancel.check().err()?)))
             .collect();
         for (request, error) in ended {
             self.end(&request, Err(error));
@@ -220,10 +206,11 @@ impl Worker {
                 continue;
             }
             let call = &request.call;
+            let stops = request.stops.get_or_init(|| Arc::new(Stops::new(&call.options)));
             let alone = call.batch.alone(row);
             let encoded = match alone.encoder_outputs() {
                 Some(_) => Ok(alone),
-                None => model.encode(&alone, cancel).and_then(|states| alone.with_encoder_outputs(states)),
+                None => model.encode(&alone, &request.cancel).and_then(|states| alone.with_encoder_outputs(states)),
             };
             match encoded {
                 Ok(batch) => batches.push(batch),
@@ -232,7 +219,6 @@ impl Worker {
                     continue;
                 }
             }
-            let stops = request.stops.get_or_init(|| Arc::new(Stops::new(&call.options)));
             let item = call.item(row, Search::new, stops);
             prompts.length = call.prompts.length;
             prompts.ids.extend_from_slice(call.prompt(row));
@@ -394,21 +380,8 @@ impl Worker {
         }
     }
 
-    /// Ends a request, unless it has ended.
     fn end(&self, request: &Running, result: Result<(), Error>) {
-        let mut line = self.shared.line();
-        if line.requests.remove(&request.id).is_none() {
-            return;
-        }
-        line.waiting.retain(|&waiting| waiting != request.id);
-        match &result {
-            Ok(()) => line.finished += 1,
-            Err(_) => line.failed += 1,
-        }
-        request.has_ended.store(true, Ordering::SeqCst);
-        drop(line);
-        let _ = request.events.send(Message::Ended(result));
-        self.shared.ended.notify_all();
+        self.shared.end(request, result);
     }
 
     fn count_step(&self, rows: usize) {
