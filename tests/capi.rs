@@ -16,7 +16,9 @@ use crate::common::{
 };
 use crate::generation::{check_case, inputs, lists};
 
-const STRICT: [&str; 5] = ["-Wall", "-Wextra", "-pedantic", "-Werror", "-g"];
+const STRICT: [&str; 6] = ["-Wall", "-Wextra", "-pedantic", "-Wshadow", "-Werror", "-g"];
+/// What warns in headers that are found by -I, as pkg-config has them found.
+const STRICTER: [&str; 4] = ["-Wold-style-cast", "-Wconversion", "-Wsign-conversion", "-Wdouble-promotion"];
 const SANITIZED: [&str; 2] = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"];
 
 /// What everything here is built from and into.
@@ -142,16 +144,53 @@ fn the_abi_is_the_one_that_is_committed() {
 
 #[test]
 fn the_headers_stand_alone() {
-    for (compiler, flags, header) in [
-        ("cc", vec!["-x", "c", "-std=c11"], "t5gemma.h"),
-        ("c++", vec!["-x", "c++", "-std=c++17"], "t5gemma.h"),
-        ("c++", vec!["-x", "c++", "-std=c++17"], "t5gemma.hpp"),
-        ("c++", vec!["-x", "c++", "-std=c++17", "-DT5GEMMA_EXPECTED", "-fno-exceptions"], "t5gemma.hpp"),
-    ] {
+    let include = tests().join("../runtime/capi/include");
+    let check = |compiler: &str, flags: &[&str], header: &str| {
         let mut command = Command::new(compiler);
         command.args(flags).args(STRICT).args(["-fsyntax-only", "-include", header, "/dev/null", "-I"]);
-        command.arg(tests().join("../runtime/capi/include"));
+        command.arg(&include);
         done(command);
+    };
+    // The compiler that is there, and clang where it is too.
+    let is_there = |compiler: &&str| Command::new(compiler).arg("--version").output().is_ok();
+    for compiler in ["cc", "clang"].iter().filter(|compiler| **compiler == "cc" || is_there(compiler)) {
+        check(compiler, &["-x", "c", "-std=c11", "-Wconversion", "-Wdouble-promotion"], "t5gemma.h");
+    }
+    for compiler in ["c++", "clang++"].iter().filter(|compiler| **compiler == "c++" || is_there(compiler)) {
+        for standard in ["-std=c++17", "-std=c++20"] {
+            for header in ["t5gemma.h", "t5gemma.hpp"] {
+                check(compiler, &[["-x", "c++", standard].as_slice(), &STRICTER].concat(), header);
+            }
+            for mode in [["-DT5GEMMA_EXPECTED"].as_slice(), &["-DT5GEMMA_EXPECTED", "-fno-exceptions"]] {
+                check(compiler, &[&["-x", "c++", standard], mode, &STRICTER].concat(), "t5gemma.hpp");
+            }
+        }
+    }
+}
+
+#[test]
+fn files_of_both_modes_can_be_linked_together() {
+    let (installed, demo) = (installed(), demo());
+    for (label, flags) in [("O0", ["-O0"].as_slice()), ("O2", &["-O2"]), ("lto", &["-O2", "-flto"])] {
+        let object = |mode: &str, define: &[&str]| {
+            let out = installed.folder.path().join(format!("modes-{label}-{mode}.o"));
+            let mut compiler = Command::new("c++");
+            compiler.arg("-std=c++17").args(STRICT).args(flags).args(define).arg("-c").arg("-o").arg(&out);
+            compiler.arg("-I").arg(tests().join("../runtime/capi/include")).arg(tests().join("capi/modes.cpp"));
+            done(compiler);
+            out
+        };
+        let objects = [object("throwing", &[]), object("returning", &["-DT5GEMMA_EXPECTED"])];
+        // In either order: of what is defined twice, the linker takes the first.
+        for (order, objects) in [("first", [&objects[0], &objects[1]]), ("last", [&objects[1], &objects[0]])] {
+            let out = installed.folder.path().join(format!("modes-{label}-{order}"));
+            let mut linker = Command::new("c++");
+            linker.args(STRICT).args(flags).args(objects).arg("-o").arg(&out).arg("-L");
+            linker.arg(installed.prefix().join("lib")).args(["-lt5gemma", "-pthread"]);
+            linker.arg(format!("-Wl,-rpath,{}", installed.prefix().join("lib").display()));
+            done(linker);
+            well(&out, &[&demo]);
+        }
     }
 }
 
@@ -175,9 +214,28 @@ fn every_function_is_used_well_and_badly_from_c_and_cpp() {
     let arguments: [&Path; 3] = [&demo, &classifier, scratch.path()];
     well(&installed.program("capi/surface.c", "plain", &[]), &arguments);
     well(&installed.program("capi/surface.c", "sanitized", &SANITIZED), &arguments);
-    let cpp = [SANITIZED.as_slice(), &["-DT5GEMMA_EXPECTED"]].concat();
-    well(&installed.program("capi/surface.cpp", "sanitized", &SANITIZED), &arguments[..1]);
-    well(&installed.program("capi/surface.cpp", "expected", &cpp), &arguments[..1]);
+    let cpp = [SANITIZED.as_slice(), &STRICTER].concat();
+    let expected = [cpp.as_slice(), &["-DT5GEMMA_EXPECTED"]].concat();
+    well(&installed.program("capi/surface.cpp", "sanitized", &cpp), &arguments[..1]);
+    well(&installed.program("capi/surface.cpp", "expected", &expected), &arguments[..1]);
+    let bare = [expected.as_slice(), &["-fno-exceptions"]].concat();
+    well(&installed.program("capi/surface.cpp", "bare", &bare), &arguments[..1]);
+}
+
+/// What on_done throws has nobody to go to: the program ends, and says why.
+#[test]
+fn an_exception_of_on_done_is_named_when_the_program_ends() {
+    let mut program = Command::new(installed().program("capi/throws.cpp", "plain", &[]));
+    let output = program.arg(demo()).output().expect("the program runs");
+    let told = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && told.contains("mine of on_done"), "{}: {told}", output.status);
+}
+
+#[cfg(unix)]
+#[test]
+fn a_process_that_is_forked_is_told_what_it_lacks() {
+    let demo = demo_for_cpu();
+    well(&installed().program("capi/fork.c", "plain", &[]), &[&demo]);
 }
 
 #[cfg(target_os = "linux")]
@@ -188,7 +246,7 @@ fn valgrind_finds_nothing() {
     let mut valgrind = Command::new("valgrind");
     valgrind.args(["--quiet", "--error-exitcode=9", "--leak-check=full"]);
     valgrind.args(["--errors-for-leak-kinds=definite", "--show-leak-kinds=definite"]);
-    valgrind.arg(format!("--suppressions={}", tests().join("capi/valgrind.supp").display()));
+    valgrind.arg(format!("--suppressions={}", installed().prefix().join("share/t5gemma/valgrind.supp").display()));
     valgrind.arg(program).arg(demo_with_alignment()).arg(classifier()).arg(scratch.path());
     assert!(done(valgrind).ends_with("well\n"));
 }
@@ -356,6 +414,61 @@ fn the_examples_build_and_run() {
 }
 
 #[test]
+fn cmake_finds_versions_that_are_as_good_and_no_others() {
+    let work = TempDir::new().expect("a temporary folder can be made");
+    let template = tests().join("../runtime/capi/package/t5gemmaConfigVersion.cmake.in");
+    let template = std::fs::read_to_string(template).expect("the template is there");
+    let script = |version: &str| {
+        let (file, use_it) = (work.path().join("version.cmake"), work.path().join("use.cmake"));
+        std::fs::write(&file, template.replace("@VERSION@", version)).expect("written");
+        std::fs::write(&use_it, format!("include({})\nmessage(\"${{PACKAGE_VERSION_COMPATIBLE}}\")", file.display()))
+            .expect("written");
+        use_it
+    };
+    let parts = |name: &str, version: &str| {
+        let mut parts = version.split('.').chain(std::iter::repeat("0"));
+        let [major, minor] = [parts.next(), parts.next()].map(Option::unwrap_or_default);
+        [format!("-D{name}={version}"), format!("-D{name}_MAJOR={major}"), format!("-D{name}_MINOR={minor}")]
+    };
+    let is_found = |installed: &str, wanted: &str| {
+        let mut cmake = Command::new(from_make("T5GEMMA_PYTHON"));
+        cmake.args(["-m", "cmake"]);
+        match wanted.split_once("...") {
+            None => cmake.args(parts("PACKAGE_FIND_VERSION", wanted)),
+            Some((least, most)) => {
+                let end = if most.starts_with('<') { "EXCLUDE" } else { "INCLUDE" };
+                let most = most.trim_start_matches('<');
+                cmake.args(parts("PACKAGE_FIND_VERSION", least)).arg(format!("-DPACKAGE_FIND_VERSION_RANGE={wanted}"));
+                cmake
+                    .arg(format!("-DPACKAGE_FIND_VERSION_MIN={least}"))
+                    .arg("-DPACKAGE_FIND_VERSION_RANGE_MIN=INCLUDE");
+                cmake.arg(format!("-DPACKAGE_FIND_VERSION_MAX={most}"));
+                cmake.arg(format!("-DPACKAGE_FIND_VERSION_RANGE_MAX={end}"))
+            }
+        };
+        let output = cmake.arg("-P").arg(script(installed)).output().expect("cmake runs");
+        String::from_utf8_lossy(&output.stderr).trim() == "TRUE"
+    };
+    for (installed, wanted, expected) in [
+        ("0.1.0", "0.1", true),
+        ("0.1.5", "0.1.2", true),
+        ("0.1.0", "0.1.2", false),
+        ("0.2.0", "0.1", false),
+        ("0.1.0", "0.2", false),
+        ("1.0.0", "0.1", false),
+        ("1.4.0", "1.2", true),
+        ("1.4.0", "1.5", false),
+        ("2.0.0", "1.2", false),
+        ("10.0.0", "1.0", false),
+        ("0.3.0", "0.1...<0.4", true),
+        ("0.4.0", "0.1...<0.4", false),
+        ("0.4.0", "0.1...0.4", true),
+    ] {
+        assert_eq!(is_found(installed, wanted), expected, "{installed} for {wanted}");
+    }
+}
+
+#[test]
 fn an_installation_can_be_moved_and_packed() {
     let (work, installed) = (TempDir::new().expect("a temporary folder can be made"), installed());
     let moved = work.path().join("elsewhere");
@@ -386,6 +499,7 @@ fn an_installation_can_be_moved_and_packed() {
         "include/t5gemma.h",
         "share/doc/t5gemma/LICENSE",
         "share/doc/t5gemma/THIRD-PARTY",
+        "share/t5gemma/valgrind.supp",
     ] {
         assert!(folder.join(file).exists(), "{file}");
     }

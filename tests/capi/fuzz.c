@@ -129,6 +129,11 @@ static t5g_sources *sources(t5g_sources *made) {
         made->decoder_input_ids = ids + 2;
         made->decoder_length = below(4);
     }
+    if (parts % 16 == 13) {
+        size_t *told[] = {&made->decoder_rows, &made->input_ids_size, &made->attention_mask_size, &made->encoder_rows,
+                          &made->encoder_length, &made->encoder_width};
+        *told[below(6)] = (size_t)number();
+    }
     return byte() % 32 == 0 ? NULL : made;
 }
 

@@ -21,10 +21,10 @@ int main(int, char **argv) {
         const auto prompts = numbers(in, rows * prompt);
         std::string json;
         std::getline(in, json);
-        auto sources = t5g::Sources::ids(ids.data(), rows, length, mask.data());
-        if (prompt > 0) sources.decoder_ids(prompts.data(), prompt);
+        auto sources = t5g::Sources::ids(ids, rows, length, mask);
+        if (prompt > 0) sources.decoder_ids(prompts, prompt);
         t5g::GenerationOptions options;
-        options.json = json.c_str();
+        options.json = json;
         const auto result = model.generate(sources, options);
         std::cout.precision(9);
         std::cout << "{\"sequences\": [";

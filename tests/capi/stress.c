@@ -93,7 +93,7 @@ int main(int argc, char **argv) {
     WELL(t5g_model_tokenizer(model, &tokenizer));
     WELL(t5g_stream_new(tokenizer, 0, &stream));
     for (size_t at = 0; at < 4; at++) CHECK(pthread_create(&threads[at], NULL, push, NULL) == 0);
-    for (int waits = 0; atomic_load(&refused) == 0 && waits < 1000; waits++) {
+    while (atomic_load(&refused) == 0) {
         struct timespec nap = {0, 10000000};
         nanosleep(&nap, NULL);
     }

@@ -1,6 +1,7 @@
 /* Every function of t5gemma.h, used well and badly: surface DEMO CLASSIFIER SCRATCH. DEMO is a model with a tokenizer that
  * says "five dollars" for "$5"; CLASSIFIER labels sources, without a tokenizer; SCRATCH is a folder that is no model. */
 #define _POSIX_C_SOURCE 200809L
+#include <stddef.h>
 #include <time.h>
 
 #include "check.h"
@@ -364,11 +365,61 @@ static void check_sources(const t5g_model *model) {
     sources.length = 2;
     FAILS(t5g_model_generate(model, &sources, o, NULL, &result), T5G_ERROR_ARGUMENT, "sources.input_ids", "aligned");
 
+    /* Sizes that are told are compared with what would be read; those of older programs are not there. */
+    sources = t5g_sources_default();
+    sources.rows = 2;
+    sources.length = 3;
+    padded[4] = 8;
+    prompts[3] = 41;
+    sources.input_ids = padded;
+    sources.input_ids_size = 5;
+    FAILS(t5g_model_generate(model, &sources, o, NULL, &result), T5G_ERROR_INPUT, "sources.input_ids_size", "6 (");
+    sources.input_ids_size = 6;
+    mask[0] = mask[1] = 1;
+    sources.attention_mask = mask;
+    sources.attention_mask_size = 3;
+    FAILS(t5g_model_generate(model, &sources, o, NULL, &result), T5G_ERROR_INPUT, "sources.attention_mask_size", "6 (");
+    sources.attention_mask_size = 6;
+    sources.decoder_input_ids = prompts;
+    sources.decoder_length = 2;
+    sources.decoder_rows = 1;
+    FAILS(t5g_model_generate(model, &sources, o, NULL, &result), T5G_ERROR_INPUT, "sources.decoder_rows", "2 (one for");
+    sources.decoder_rows = 2;
+    WELL(t5g_model_generate(model, &sources, o, NULL, &result));
+    t5g_result_free(result);
+    sources.size = offsetof(t5g_sources, decoder_text_sizes);
+    sources.decoder_rows = 1; /* beyond an older struct's end */
+    WELL(t5g_model_generate(model, &sources, o, NULL, &result));
+    t5g_result_free(result);
+    sources = t5g_sources_default();
+    sources.rows = 2;
+    sources.input_ids = ragged;
+    sources.lengths = lengths;
+    sources.input_ids_size = 4;
+    FAILS(t5g_model_generate(model, &sources, o, NULL, &result), T5G_ERROR_INPUT, "sources.input_ids_size", "5 (");
+
     const char *beginnings[] = {"it", "it"};
     sources = texts();
     sources.decoder_texts = beginnings;
     WELL(t5g_model_generate(model, &sources, o, NULL, &result));
     t5g_result_free(result);
+    sources.decoder_rows = 3;
+    FAILS(t5g_model_generate(model, &sources, o, NULL, &result), T5G_ERROR_INPUT, "sources.decoder_rows", "found 3");
+    sources.decoder_rows = 2;
+    /* A zero within a text belongs to it. */
+    const char zeros[] = "it\0it";
+    size_t sizes[] = {2, 2}, whole[] = {5, 5};
+    beginnings[0] = beginnings[1] = zeros;
+    t5g_text *cut[3];
+    for (int way = 0; way < 3; way++) {
+        sources.decoder_text_sizes = way == 0 ? NULL : way == 1 ? sizes : whole;
+        WELL(t5g_model_generate(model, &sources, o, NULL, &result));
+        WELL(t5g_result_json(result, &cut[way]));
+        t5g_result_free(result);
+    }
+    CHECK(strcmp(t5g_text_data(cut[0]), t5g_text_data(cut[1])) == 0);
+    CHECK(strcmp(t5g_text_data(cut[0]), t5g_text_data(cut[2])) != 0);
+    for (int way = 0; way < 3; way++) t5g_text_free(cut[way]);
     sources.texts = NULL;
     sources.messages = "[{\"role\": \"user\", \"content\": \"hi\"}]";
     sources.rows = 1;
@@ -424,9 +475,16 @@ static void check_calls(const t5g_model *model) {
 
     call = t5g_call_default();
     call.deadline_seconds = 1e-9;
-    FAILS(t5g_model_generate(model, &sources, &options, &call, &result), T5G_ERROR_DEADLINE, "deadline_seconds", "within");
+    FAILS(t5g_model_generate(model, &sources, &options, &call, &result), T5G_ERROR_DEADLINE, "deadline_seconds", "deadline has");
     call.deadline_seconds = -1;
-    FAILS(t5g_model_generate(model, &sources, &options, &call, &result), T5G_ERROR_ARGUMENT, "call.deadline_seconds", "-1");
+    FAILS(t5g_model_generate(model, &sources, &options, &call, &result), T5G_ERROR_DEADLINE, "deadline_seconds", "deadline has");
+    FAILS(t5g_model_warm_up(model, &call), T5G_ERROR_DEADLINE, "deadline_seconds", "deadline has");
+    call.deadline_seconds = (double)-INFINITY;
+    FAILS(t5g_model_generate(model, &sources, &options, &call, &result), T5G_ERROR_DEADLINE, "deadline_seconds", "deadline has");
+    call.deadline_seconds = (double)INFINITY;
+    WELL(t5g_model_warm_up(model, &call));
+    WELL(t5g_model_warm_up(model, NULL));
+    FAILS(t5g_model_warm_up(NULL, NULL), T5G_ERROR_ARGUMENT, "model", "NULL");
     call.deadline_seconds = (double)NAN;
     FAILS(t5g_model_generate(model, &sources, &options, &call, &result), T5G_ERROR_ARGUMENT, "call.deadline_seconds", "NaN");
     call.deadline_seconds = 1e300;
@@ -499,7 +557,37 @@ static void check_scores(const t5g_model *model) {
     FAILS(t5g_model_score(model, &sources, &targets, 0, NULL, &result), T5G_ERROR_INPUT, "targets", "both");
     FAILS(t5g_model_score(model, &sources, NULL, 0, NULL, &result), T5G_ERROR_ARGUMENT, "targets", "NULL");
     targets = t5g_targets_default();
+    targets.target_ids = ids;
+    targets.lengths = lengths;
+    lengths[0] = 1;
+    targets.rows = 1;
+    FAILS(t5g_model_score(model, &sources, &targets, 0, NULL, &result), T5G_ERROR_INPUT, "targets.rows", "2 (one for each");
+    targets.rows = 2;
+    targets.target_ids_size = 2;
+    FAILS(t5g_model_score(model, &sources, &targets, 0, NULL, &result), T5G_ERROR_INPUT, "targets.target_ids_size", "3 (");
+    targets.target_ids_size = 3;
+    WELL(t5g_model_score(model, &sources, &targets, 0, NULL, &result));
+    t5g_result_free(result);
+    targets.size = offsetof(t5g_targets, rows);
+    targets.rows = 1; /* beyond an older struct's end */
+    WELL(t5g_model_score(model, &sources, &targets, 0, NULL, &result));
+    t5g_result_free(result);
+    targets = t5g_targets_default();
     FAILS(t5g_model_score(model, &sources, &targets, 0, NULL, &result), T5G_ERROR_INPUT, "targets", "neither");
+    struct seen seen;
+    memset(&seen, 0, sizeof seen);
+    t5g_call call = t5g_call_default();
+    call.user = &seen;
+    call.on_step = on_step;
+    targets.texts = SPOKEN;
+    WELL(t5g_model_score(model, &sources, &targets, 0, &call, &result));
+    t5g_result_free(result);
+    CHECK(seen.steps > 3);
+    seen.stop_after = seen.steps + 2;
+    FAILS(t5g_model_score(model, &sources, &targets, 0, &call, &result), T5G_ERROR_CANCELLED, NULL, "cancelled");
+    CHECK(seen.steps == seen.stop_after);
+    call.on_piece = on_piece;
+    FAILS(t5g_model_score(model, &sources, &targets, 0, &call, &result), T5G_ERROR_ARGUMENT, "call.on_piece", "nothing is");
     targets.texts = SPOKEN;
     FAILS(t5g_model_score(model, &sources, &targets, 1 << 20, NULL, &result), T5G_ERROR_INPUT, "top_logprobs", "1048576");
 }
@@ -530,6 +618,15 @@ static void check_encoding(const t5g_model *model, const char *demo, const char 
     const char *text;
     t5g_sources known = texts();
     known.encoder_outputs = values;
+    known.encoder_rows = 1;
+    FAILS(t5g_model_generate(model, &known, &options, NULL, &result), T5G_ERROR_INPUT, "sources.encoder_rows", "2 (one for");
+    known.encoder_rows = states.rows;
+    known.encoder_length = states.length + 1;
+    FAILS(t5g_model_generate(model, &known, &options, NULL, &result), T5G_ERROR_INPUT, "sources.encoder_length", "tokens of");
+    known.encoder_length = states.length;
+    known.encoder_width = 1;
+    FAILS(t5g_model_generate(model, &known, &options, NULL, &result), T5G_ERROR_INPUT, "sources.encoder_width", "hidden_size");
+    known.encoder_width = states.width;
     WELL(t5g_model_generate(model, &known, &options, NULL, &result));
     WELL(t5g_result_text(result, 1, 0, &text, NULL));
     CHECK(strcmp(text, SPOKEN[1]) == 0);
@@ -661,6 +758,17 @@ static void wait_for(struct answered *answered) {
     while (!__atomic_load_n(&answered->done, __ATOMIC_SEQ_CST)) nanosleep(&nap, NULL);
 }
 
+/* Holds a request within a step until it is let go. */
+static int is_let_go;
+
+static void hold(void *user, const t5g_position *position, float *scores, size_t count) {
+    struct timespec nap = {0, 1000000};
+    (void)user, (void)position, (void)scores, (void)count;
+    while (!__atomic_load_n(&is_let_go, __ATOMIC_SEQ_CST)) nanosleep(&nap, NULL);
+}
+
+static void let_go(int now) { __atomic_store_n(&is_let_go, now, __ATOMIC_SEQ_CST); }
+
 static void check_engine(const t5g_model *model) {
     t5g_engine *engine;
     t5g_request *request, *second;
@@ -672,6 +780,15 @@ static void check_engine(const t5g_model *model) {
     FAILS(t5g_engine_new(model, NULL, NULL), T5G_ERROR_ARGUMENT, "engine", "NULL");
     bounds.max_rows = -3;
     FAILS(t5g_engine_new(model, &bounds, &engine), T5G_ERROR_ARGUMENT, "options.max_rows", "-3");
+    bounds.max_rows = 0;
+    FAILS(t5g_engine_new(model, &bounds, &engine), T5G_ERROR_ARGUMENT, "options.max_rows", "at least 1");
+    bounds.max_rows = T5G_UNSET;
+    bounds.max_bytes = 0;
+    FAILS(t5g_engine_new(model, &bounds, &engine), T5G_ERROR_ARGUMENT, "options.max_bytes", "at least 1");
+    bounds.max_bytes = T5G_UNSET;
+    bounds.max_waiting = 0;
+    FAILS(t5g_engine_new(model, &bounds, &engine), T5G_ERROR_ARGUMENT, "options.max_waiting", "at least 1");
+    bounds.max_waiting = T5G_UNSET;
     bounds.max_rows = 4;
     bounds.device_count = 1;
     FAILS(t5g_engine_new(model, &bounds, &engine), T5G_ERROR_ARGUMENT, "options.devices", "NULL");
@@ -699,6 +816,7 @@ static void check_engine(const t5g_model *model) {
     FAILS(t5g_request_poll(request, -1, &event), T5G_ERROR_ARGUMENT, "seconds", "-1");
     event.size = 0;
     FAILS(t5g_request_poll(request, 0, &event), T5G_ERROR_ARGUMENT, "event.size", "found 0");
+    event = t5g_event_default();
     const char *text;
     for (int time = 0; time < 2; time++) {
         WELL(t5g_request_result(time ? request : second, &result));
@@ -717,6 +835,9 @@ static void check_engine(const t5g_model *model) {
     call.on_piece = on_piece;
     FAILS(t5g_engine_submit(engine, &sources, &options, &call, &request), T5G_ERROR_ARGUMENT, "call.on_piece", "poll");
     FAILS(t5g_engine_call(engine, &sources, &options, &call, NULL), T5G_ERROR_ARGUMENT, "done", "NULL");
+    call.on_step = on_step;
+    FAILS(t5g_engine_call(engine, &sources, &options, &call, done), T5G_ERROR_ARGUMENT, "call.on_step", "on_piece");
+    call.on_step = NULL;
     WELL(t5g_engine_call(engine, &sources, &options, &call, done));
     wait_for(&answered);
     WELL(answered.error);
@@ -731,24 +852,33 @@ static void check_engine(const t5g_model *model) {
     endless.suppress_tokens = &end;
     endless.suppress_tokens_count = 1;
     WELL(t5g_cancellation_new(&call.cancellation));
+    call.logits_processor = hold;
     WELL(t5g_engine_call(engine, &sources, &endless, &call, done));
     WELL(t5g_cancellation_cancel(call.cancellation));
+    let_go(1);
     wait_for(&answered);
+    let_go(0);
     FAILS(answered.error, T5G_ERROR_CANCELLED, NULL, "cancelled");
     t5g_cancellation_free(call.cancellation);
     call = t5g_call_default();
-    call.deadline_seconds = 0.001;
-    WELL(t5g_engine_submit(engine, &sources, &endless, &call, &request));
-    FAILS(t5g_request_result(request, &result), T5G_ERROR_DEADLINE, "deadline_seconds", "deadline");
-    t5g_request_free(request);
+    /* One that passes on the way, one that had passed before. */
+    for (int time = 0; time < 2; time++) {
+        call.deadline_seconds = time ? -1 : 0.001;
+        WELL(t5g_engine_submit(engine, &sources, &endless, &call, &request));
+        FAILS(t5g_request_result(request, &result), T5G_ERROR_DEADLINE, "deadline_seconds", "deadline has");
+        t5g_request_free(request);
+    }
 
     options.num_beams = 5;
     FAILS(t5g_engine_submit(engine, &sources, &options, NULL, &request), T5G_ERROR_TOO_LARGE, NULL, "4");
     options.num_beams = 0;
     FAILS(t5g_engine_submit(engine, &sources, &options, NULL, &request), T5G_ERROR_OPTIONS, "num_beams", "found 0");
     options.num_beams = T5G_UNSET;
-    WELL(t5g_engine_submit(engine, &sources, &endless, NULL, &request));
+    call = t5g_call_default();
+    call.logits_processor = hold;
+    WELL(t5g_engine_submit(engine, &sources, &endless, &call, &request));
     WELL(t5g_request_cancel(request));
+    let_go(1);
     FAILS(t5g_request_result(request, &result), T5G_ERROR_CANCELLED, NULL, "cancelled");
     t5g_request_free(request);
     FAILS(t5g_request_cancel(request), T5G_ERROR_HANDLE, "request", "freed");
@@ -758,7 +888,11 @@ static void check_engine(const t5g_model *model) {
     FAILS(t5g_engine_submit(engine, &sources, &options, NULL, &request), T5G_ERROR_CLOSED, NULL, "no more");
     t5g_engine_counts counts = t5g_engine_counts_default();
     WELL(t5g_engine_stats(engine, &counts));
-    CHECK(counts.submitted == 7 && counts.finished == 3 && counts.failed == 4 && counts.rows == 0 && counts.max_rows == 4);
+    /* Final when it has been waited for. */
+    CHECK(counts.submitted == 8 && counts.finished + counts.failed == 8 && counts.max_rows == 4);
+    CHECK(counts.finished >= 3 && counts.failed >= 4); /* the last may have been faster than its end */
+    CHECK(counts.rows == 0 && counts.sources == 0 && counts.planned_bytes == 0);
+    CHECK(counts.waiting_requests == 0 && counts.waiting_sources == 0);
     CHECK(counts.steps > 0 && counts.stepped_rows > counts.steps);
     WELL(t5g_engine_shutdown(engine));
     CHECK(t5g_engine_free(engine) == T5G_OK && t5g_engine_free(engine) == T5G_ERROR_HANDLE);
@@ -796,12 +930,13 @@ static void check_engine(const t5g_model *model) {
     FAILS(t5g_engine_stats_of_copy(NULL, 0, &counts), T5G_ERROR_ARGUMENT, "engine", "NULL");
     t5g_engine_free(engine);
 
-    /* What is left when an engine is freed fails. */
+    /* What is left when an engine is freed fails, unless it was done. */
     WELL(t5g_engine_new(model, NULL, &engine));
     WELL(t5g_engine_submit(engine, &sources, &endless, NULL, &request));
     t5g_engine_free(engine);
     t5g_error *error = t5g_request_result(request, &result);
-    CHECK(t5g_error_code(error) == T5G_ERROR_CANCELLED || t5g_error_code(error) == T5G_ERROR_CLOSED);
+    if (error == NULL) t5g_result_free(result);
+    else CHECK(t5g_error_code(error) == T5G_ERROR_CANCELLED || t5g_error_code(error) == T5G_ERROR_CLOSED);
     t5g_error_free(error);
     t5g_request_free(request);
 }

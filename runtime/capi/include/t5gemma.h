@@ -59,6 +59,12 @@
  * of its graphs for one call at a time, so calls from several threads take turns; t5g_engine has them share steps. Callbacks
  * come on the thread of the call, in which they may call this library; t5g_engine_call and log messages say otherwise.
  *
+ * FORK. A process that is forked has none of its parent's threads. In the child t5g_engine_new gives engines that work; with an
+ * engine of the parent, and its requests, everything but freeing fails at once with T5G_ERROR_CLOSED, and callbacks of
+ * t5g_engine_call do not come. A model that was opened before can be used if no call was using it when the process was forked:
+ * ONNX Runtime's own threads are missing, so that calls compute with one thread. To fork before the first model is opened, or to
+ * exec, is better.
+ *
  * STRUCTS. The first field of each is its size, so that they can grow: t5g_..._default() sets it, and everything else to
  * "not given". All fields are 8 bytes wide. A program runs with any library of the same T5G_ABI_MAJOR, older ones included as
  * long as it sets no field that they lack.
@@ -78,12 +84,17 @@ extern "C" {
 #endif
 
 #define T5G_ABI_MAJOR 1
-#define T5G_ABI_MINOR 2
+#define T5G_ABI_MINOR 3
 
 /* The size of a text that ends at its first zero. */
-#define T5G_ZERO_TERMINATED ((size_t)-1)
+#define T5G_ZERO_TERMINATED SIZE_MAX
 /* A whole number that is not given, so that the model's own setting holds. Of floating point numbers NAN is the same. */
 #define T5G_UNSET INT64_MIN
+#ifdef __cplusplus
+#define T5G_UNSET_NUMBER static_cast<double>(NAN)
+#else
+#define T5G_UNSET_NUMBER ((double)NAN)
+#endif
 
 typedef struct t5g_error t5g_error;
 typedef struct t5g_text t5g_text;
@@ -127,11 +138,11 @@ enum {
     T5G_ERROR_NOT_FINITE = 13,  /* the model computed a NaN or an infinity */
     T5G_ERROR_ONNXRUNTIME = 14, /* ONNX Runtime failed */
     T5G_ERROR_CANCELLED = 15,   /* a cancellation was used, or a callback asked to stop */
-    T5G_ERROR_DEADLINE = 16,    /* t5g_call.deadline_seconds were over */
+    T5G_ERROR_DEADLINE = 16,    /* t5g_call.deadline_seconds have passed */
     T5G_ERROR_INTERNAL = 17,    /* a bug of the library */
     T5G_ERROR_TOO_LARGE = 18,   /* a request that an engine can never hold */
     T5G_ERROR_FULL = 19,        /* an engine with as many requests waiting as it may have */
-    T5G_ERROR_CLOSED = 20       /* an engine that takes no more requests */
+    T5G_ERROR_CLOSED = 20       /* an engine that takes no more requests, or belongs to the process this one was forked from */
 };
 
 /* What kind of error it is; T5G_ERROR_HANDLE if it is no error's handle. */
@@ -239,10 +250,18 @@ typedef struct t5g_sources {
     const size_t *lengths;            /* [rows]: how many tokens each row has; NULL: `length` */
     size_t length;
     const int64_t *attention_mask;    /* [rows, length], 0 where a token takes no part; NULL: all do. Not with `lengths` */
-    const char *const *decoder_texts; /* [rows], how the targets begin, ending at their zeros; NULL: as usual */
+    const char *const *decoder_texts; /* [rows], how the targets begin; NULL: as usual */
     const int64_t *decoder_input_ids; /* [rows, decoder_length], the same as tokens */
     size_t decoder_length;
     const float *encoder_outputs;     /* [rows, longest row, hidden_size], as t5g_model_encode gave them; NULL: computed */
+    const size_t *decoder_text_sizes; /* [rows]; NULL: all end at their zero */
+    /* How much there is where the above point, to be compared with what is read: T5G_ERROR_INPUT if it differs. 0: unchecked */
+    size_t decoder_rows;        /* of decoder_texts or decoder_input_ids */
+    size_t input_ids_size;      /* tokens in input_ids */
+    size_t attention_mask_size; /* numbers in attention_mask */
+    size_t encoder_rows;        /* of encoder_outputs, as t5g_states tells them */
+    size_t encoder_length;
+    size_t encoder_width;
 } t5g_sources;
 
 static inline t5g_sources t5g_sources_default(void) {
@@ -303,10 +322,10 @@ static inline t5g_generation_options t5g_generation_options_default(void) {
     o.output_logprobs = o.top_logprobs = o.prompt_lookup_num_tokens = o.max_matching_ngram_size = T5G_UNSET;
     o.decoder_start_token_id = o.bos_token_id = o.pad_token_id = o.forced_bos_token_id = T5G_UNSET;
     o.exponential_decay_start = o.output_attentions = T5G_UNSET;
-    o.temperature = o.top_p = o.min_p = o.top_h = o.top_n_sigma = o.typical_p = (double)NAN;
-    o.epsilon_cutoff = o.eta_cutoff = o.diversity_penalty = o.length_penalty = (double)NAN;
-    o.repetition_penalty = o.encoder_repetition_penalty = o.coverage_penalty = o.patience = (double)NAN;
-    o.frequency_penalty = o.presence_penalty = o.max_time = o.exponential_decay_factor = (double)NAN;
+    o.temperature = o.top_p = o.min_p = o.top_h = o.top_n_sigma = o.typical_p = T5G_UNSET_NUMBER;
+    o.epsilon_cutoff = o.eta_cutoff = o.diversity_penalty = o.length_penalty = T5G_UNSET_NUMBER;
+    o.repetition_penalty = o.encoder_repetition_penalty = o.coverage_penalty = o.patience = T5G_UNSET_NUMBER;
+    o.frequency_penalty = o.presence_penalty = o.max_time = o.exponential_decay_factor = T5G_UNSET_NUMBER;
     return o;
 }
 
@@ -331,20 +350,20 @@ typedef struct t5g_position {
 
 /* What concerns one call only. Callbacks return 0 to go on; anything else ends the call with T5G_ERROR_CANCELLED. They are
  * given `user`, and must return: no longjmp, no C++ exception (t5gemma.hpp carries those past). What they are shown lives
- * until they return. */
+ * until they return. A callback that a function would never call is refused. */
 typedef struct t5g_call {
     size_t size;
     void *user;
     t5g_cancellation *cancellation; /* NULL: none */
-    double deadline_seconds;        /* from now; 0: none. In contrast to max_time, nothing is returned */
+    double deadline_seconds;        /* from now; 0: none; below 0: it has passed. In contrast to max_time, nothing is returned */
     int64_t stream_text;            /* 1: pieces come with text */
     int32_t (*on_piece)(void *user, const t5g_piece *piece);
-    int32_t (*on_step)(void *user); /* all rows have chosen what a step brings them */
+    int32_t (*on_step)(void *user); /* all rows have chosen what a step brings them; what only encodes is one step */
     /* Changes the next token's scores, one for each of the target's vocabulary: logits, or log-probabilities with beams;
      * -INFINITY forbids. It must depend on nothing but its arguments. */
     void (*logits_processor)(void *user, const t5g_position *position, float *scores, size_t count);
     /* Hugging Face's prefix_allowed_tokens_fn: sets `*allowed` to the tokens that may follow, which have to live until it
-     * is called again or the call ends, and returns how many they are. */
+     * is called again on the same thread or the call ends, and returns how many they are. */
     size_t (*prefix_allowed_tokens)(void *user, size_t row, const int64_t *target, size_t length, const int64_t **allowed);
 } t5g_call;
 
@@ -369,6 +388,10 @@ t5g_code t5g_cancellation_free(t5g_cancellation *cancellation);
 t5g_error *t5g_model_generate(const t5g_model *model, const t5g_sources *sources, const t5g_generation_options *options,
                               const t5g_call *call, t5g_result **result);
 
+/* Generates a few tokens of random sources of usual sizes, so that the first request does not pay for what only a first run
+ * takes time for. Of `call`, which may be NULL, cancellation, deadline and on_step count. */
+t5g_error *t5g_model_warm_up(const t5g_model *model, const t5g_call *call);
+
 /* Targets to score, one for each source. */
 typedef struct t5g_targets {
     size_t size;
@@ -378,6 +401,8 @@ typedef struct t5g_targets {
     const size_t *lengths;     /* [rows]: how many each row has */
     int64_t without_end;       /* 1: no end token behind texts */
     int64_t output_attentions; /* 1: tell what the targets attend to, with a model exported with --alignment */
+    size_t rows;               /* how many targets there are, to be compared with the sources; 0: unchecked */
+    size_t target_ids_size;    /* how many tokens target_ids has, to be compared with lengths; 0: unchecked */
 } t5g_targets;
 
 static inline t5g_targets t5g_targets_default(void) {
@@ -388,7 +413,7 @@ static inline t5g_targets t5g_targets_default(void) {
 }
 
 /* How likely targets are: a result with one hypothesis for each source, which has log-probabilities, and those of the
- * `top_logprobs` likeliest tokens at each place. Of `call`, which may be NULL, cancellation and deadline count. */
+ * `top_logprobs` likeliest tokens at each place. Of `call`, which may be NULL, cancellation, deadline and on_step count. */
 t5g_error *t5g_model_score(const t5g_model *model, const t5g_sources *sources, const t5g_targets *targets,
                            size_t top_logprobs, const t5g_call *call, t5g_result **result);
 
@@ -442,7 +467,7 @@ t5g_code t5g_result_free(t5g_result *result);
 
 /* ---- The engine: many requests in one batch ---- */
 
-/* Its bounds, of rows and bytes for each device; T5G_UNSET leaves those of the library. */
+/* Its bounds, of rows and bytes for each device, at least 1; T5G_UNSET leaves those of the library. */
 typedef struct t5g_engine_options {
     size_t size;
     int64_t max_rows;    /* target rows in flight: the beams or samples of all sources together */
@@ -468,8 +493,9 @@ static inline t5g_engine_options t5g_engine_options_default(void) {
 t5g_error *t5g_engine_new(const t5g_model *model, const t5g_engine_options *options, t5g_engine **engine);
 
 /* Submits sources, to be polled. `options` and `call` may be NULL; of the callbacks of `call` only those that change scores may
- * be given, and they come on the engine's threads until the request has ended. Its cancellation and deadline hold while the
- * request waits, too. T5G_ERROR_FULL, T5G_ERROR_TOO_LARGE and T5G_ERROR_CLOSED refuse it. */
+ * be given, and they come on the engine's threads, for one row at a time on each, until the caller has been told the request's end
+ * or has freed it. Its cancellation and deadline hold while the
+ * request waits, too; one whose deadline has passed is taken, and fails by it. T5G_ERROR_FULL, T5G_ERROR_TOO_LARGE and T5G_ERROR_CLOSED refuse it. */
 t5g_error *t5g_engine_submit(const t5g_engine *engine, const t5g_sources *sources, const t5g_generation_options *options,
                              const t5g_call *call, t5g_request **request);
 
@@ -509,7 +535,8 @@ t5g_code t5g_request_free(t5g_request *request);
 typedef void (*t5g_done)(void *user, t5g_result *result, t5g_error *error);
 
 /* Submits sources, to be told of: pieces and in the end, exactly once, `done` come on a thread of the request's own, with
- * t5g_call.user. Its on_step is not called. If this fails, `done` is not called. */
+ * t5g_call.user; on_step is refused. Callbacks that change scores come as with t5g_engine_submit, and not any more when `done`
+ * does. If this fails, `done` is not called. */
 t5g_error *t5g_engine_call(const t5g_engine *engine, const t5g_sources *sources, const t5g_generation_options *options,
                            const t5g_call *call, t5g_done done);
 
@@ -542,11 +569,12 @@ t5g_error *t5g_engine_stats(const t5g_engine *engine, t5g_engine_counts *counts)
 /* The same with what one copy of the model has in flight and its steps; the requests and sources that wait are those of all. */
 t5g_error *t5g_engine_stats_of_copy(const t5g_engine *engine, size_t copy, t5g_engine_counts *counts);
 
-/* Takes no more requests, and waits until all that were taken have ended. */
+/* Takes no more requests, and waits until all that were taken have ended; what t5g_engine_stats tells then is final. Callbacks
+ * that change scores come on the engine's threads, where this and t5g_engine_shutdown are refused: they would wait for themselves. */
 t5g_error *t5g_engine_drain(const t5g_engine *engine);
 /* Ends everything at once: requests that are not done fail with T5G_ERROR_CANCELLED or T5G_ERROR_CLOSED. */
 t5g_error *t5g_engine_shutdown(const t5g_engine *engine);
-/* Shuts it down and frees it; not from a callback on a thread of its own. */
+/* Shuts it down and frees it; in a callback that changes scores, without waiting for the end. */
 t5g_code t5g_engine_free(t5g_engine *engine);
 
 

@@ -15,28 +15,49 @@
 //         return 1;
 //     }
 //
-// Objects own their handles and can be moved. Failures are thrown as t5g::Error; with T5GEMMA_EXPECTED defined before this
-// header, functions return t5g::Expected<T> instead, which holds a value or an Error, and nothing is thrown (also for
-// -fno-exceptions). Callbacks are any callables; an exception that one throws ends the call and comes out of it. Spans and
-// string_views point into the object that they were got from, nothing is copied.
+// OBJECTS own their handles and can be moved; what an object is moved into loses what it had, and what was moved from is refused
+// by name. Options, sources and targets keep what they are given; encoder_outputs of a named object is not copied. Spans and
+// string_views point into the object that they were got from, which therefore cannot be a temporary. Sizes that belong together
+// are compared before anything is read.
+//
+// FAILURES are thrown as t5g::Error; with T5GEMMA_EXPECTED defined before this header, functions return t5g::Expected<T> instead,
+// which holds a value or an Error, and nothing of this header's is thrown (also for -fno-exceptions). Files of either mode can be
+// linked together: their classes are different types.
+//
+// CALLBACKS are any callables. An exception that one throws ends the call and comes out of it; in a call of the engine it is
+// the cause() of the Error that on_done is given. on_done itself has nobody to throw to: std::terminate is called.
 #ifndef T5GEMMA_HPP
 #define T5GEMMA_HPP
 
+#include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <exception>
 #include <functional>
+#include <future>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <type_traits>
 #include <utility>
 #include <variant>
 #include <vector>
 
 #include "t5gemma.h"
+
+// What differs by mode is named by it, so that the linker cannot take one file's for another's.
+#if !defined(T5GEMMA_EXPECTED)
+#define T5GEMMA_MODE throwing
+#elif defined(__cpp_exceptions)
+#define T5GEMMA_MODE returning
+#else
+#define T5GEMMA_MODE returning_without_exceptions
+#endif
 
 namespace t5g {
 
@@ -46,6 +67,10 @@ class Span {
 public:
     Span() = default;
     Span(T *data, std::size_t size) : data_(data), size_(size) {}
+    Span(std::vector<std::remove_const_t<T>> &numbers) : Span(numbers.data(), numbers.size()) {}
+    template <class U = T, std::enable_if_t<std::is_const_v<U>, int> = 0>
+    Span(const std::vector<std::remove_const_t<T>> &numbers) : Span(numbers.data(), numbers.size()) {}
+    Span(std::vector<std::remove_const_t<T>> &&) = delete;
     T *data() const { return data_; }
     std::size_t size() const { return size_; }
     bool empty() const { return size_ == 0; }
@@ -63,19 +88,51 @@ class Error : public std::runtime_error {
 public:
     explicit Error(t5g_error *error)
         : std::runtime_error(t5g_error_message(error)), code_(t5g_error_code(error)) {
-        if (const char *field = t5g_error_field(error)) field_ = field;
+        if (const char *name = t5g_error_field(error)) field_ = name;
         t5g_error_free(error);
     }
-    Error(t5g_code code, const std::string &message) : std::runtime_error(message), code_(code) {}
+    Error(t5g_code code, const std::string &message, std::string field = {}, std::exception_ptr cause = nullptr)
+        : std::runtime_error(message), code_(code), field_(std::move(field)), cause_(std::move(cause)) {}
 
     t5g_code code() const { return code_; }
     /// Empty where there is none.
-    const std::string &field() const { return field_; }
+    const std::string &field() const & { return field_; }
+    std::string field() && { return std::move(field_); }
+    /// What a callback has thrown, if that is what ended the call.
+    std::exception_ptr cause() const { return cause_; }
 
 private:
     t5g_code code_;
     std::string field_;
+    std::exception_ptr cause_;
 };
+
+inline namespace T5GEMMA_MODE {
+
+class Result;
+class TextStream;
+
+namespace detail {
+
+/// Whether a class gives views into itself.
+template <class T>
+struct GivesViews : std::false_type {};
+template <>
+struct GivesViews<Result> : std::true_type {};
+template <>
+struct GivesViews<TextStream> : std::true_type {};
+
+[[noreturn]] inline void raise(const Error &error) {
+#if defined(__cpp_exceptions)
+    if (error.cause()) std::rethrow_exception(error.cause());
+    throw error;
+#else
+    std::fprintf(stderr, "t5g::Expected has no value: %s\n", error.what());
+    std::abort();
+#endif
+}
+
+} // namespace detail
 
 /// A value, or the error in its place.
 template <class T>
@@ -83,13 +140,37 @@ class Expected {
 public:
     Expected(T value) : held_(std::in_place_index<0>, std::move(value)) {}
     Expected(Error error) : held_(std::in_place_index<1>, std::move(error)) {}
-    explicit operator bool() const { return held_.index() == 0; }
+    explicit operator bool() const { return has_value(); }
+    bool has_value() const { return held_.index() == 0; }
     /// The value, which has to be there.
     T &operator*() & { return *std::get_if<0>(&held_); }
+    const T &operator*() const & { return *std::get_if<0>(&held_); }
     T &&operator*() && { return std::move(*std::get_if<0>(&held_)); }
-    T *operator->() { return std::get_if<0>(&held_); }
+    T *operator->() & { return std::get_if<0>(&held_); }
+    const T *operator->() const & { return std::get_if<0>(&held_); }
+    template <class U = T, std::enable_if_t<!detail::GivesViews<U>::value, int> = 0>
+    U *operator->() && {
+        return std::get_if<0>(&held_);
+    }
+    /// Views into a temporary would outlive it.
+    template <class U = T, std::enable_if_t<detail::GivesViews<U>::value, int> = 0>
+    U *operator->() && = delete;
+    /// The value; without one the error is thrown, or the program ended where nothing can be.
+    T &value() & {
+        if (!has_value()) detail::raise(error());
+        return **this;
+    }
+    const T &value() const & {
+        if (!has_value()) detail::raise(error());
+        return **this;
+    }
+    T value() && {
+        if (!has_value()) detail::raise(*std::get_if<1>(&held_));
+        return std::move(*std::get_if<0>(&held_));
+    }
     /// The error, which has to be there.
-    const Error &error() const { return *std::get_if<1>(&held_); }
+    const Error &error() const & { return *std::get_if<1>(&held_); }
+    Error error() && { return std::move(*std::get_if<1>(&held_)); }
 
 private:
     std::variant<T, Error> held_;
@@ -100,8 +181,13 @@ class Expected<void> {
 public:
     Expected() = default;
     Expected(Error error) : error_(std::move(error)) {}
-    explicit operator bool() const { return !error_; }
-    const Error &error() const { return *error_; }
+    explicit operator bool() const { return has_value(); }
+    bool has_value() const { return !error_; }
+    void value() const {
+        if (error_) detail::raise(*error_);
+    }
+    const Error &error() const & { return *error_; }
+    Error error() && { return std::move(*error_); }
 
 private:
     std::optional<Error> error_;
@@ -117,24 +203,71 @@ using Returned = T;
 
 namespace detail {
 
+/// An argument that is refused before C is asked.
+template <class T>
+Returned<T> refused(Error error) {
+#ifdef T5GEMMA_EXPECTED
+    return error;
+#else
+    throw error;
+#endif
+}
+
 /// What a function returns: `make`'s value if there is no error.
 template <class T, class Make>
 Returned<T> returned(t5g_error *error, Make make) {
-#ifdef T5GEMMA_EXPECTED
-    if (error != nullptr) return Error(error);
-#else
-    if (error != nullptr) throw Error(error);
-#endif
+    if (error != nullptr) return refused<T>(Error(error));
     return make();
 }
 
 inline Returned<void> returned(t5g_error *error) {
-#ifdef T5GEMMA_EXPECTED
-    if (error != nullptr) return Error(error);
-    return {};
-#else
-    if (error != nullptr) throw Error(error);
-#endif
+    if (error != nullptr) return refused<void>(Error(error));
+    return Returned<void>();
+}
+
+/// The first that is wrong, if any is.
+inline std::optional<Error> first(std::optional<Error> wrong) { return wrong; }
+template <class... More>
+std::optional<Error> first(std::optional<Error> wrong, More... more) {
+    return wrong ? wrong : first(std::move(more)...);
+}
+
+inline std::optional<Error> expected(t5g_code code, const std::string &field, const std::string &what,
+                                     const std::string &found) {
+    return Error(code, field + ": expected " + what + ", found " + found, field);
+}
+
+inline std::optional<Error> of_size(const std::string &field, std::size_t found, std::size_t wanted, const char *what) {
+    if (found == wanted) return std::nullopt;
+    return expected(T5G_ERROR_INPUT, field, std::to_string(wanted) + " (" + what + ")", std::to_string(found));
+}
+
+/// A text that C reads up to its first zero.
+inline std::optional<Error> without_zero(const std::string &field, const std::string &text) {
+    const std::size_t at = text.find('\0');
+    if (at == std::string::npos) return std::nullopt;
+    return expected(T5G_ERROR_ARGUMENT, field, "text without a zero byte", "one at " + std::to_string(at));
+}
+
+inline std::optional<Error> without_zero(const std::string &field, const std::optional<std::string> &text) {
+    return text ? without_zero(field, *text) : std::nullopt;
+}
+
+template <class N>
+void set(N &field, const std::optional<N> &given) {
+    if (given) field = *given;
+}
+
+inline void set(const char *&field, const std::optional<std::string> &given) {
+    if (given) field = given->c_str();
+}
+
+inline void set(const std::int64_t *&field, std::size_t &count, const std::optional<std::vector<std::int64_t>> &given) {
+    // An empty list is one that is given.
+    static const std::int64_t none = 0;
+    if (!given) return;
+    field = given->empty() ? &none : given->data();
+    count = given->size();
 }
 
 template <class T, t5g_code (*Free)(T *)>
@@ -143,7 +276,7 @@ public:
     explicit Handle(T *handle = nullptr) : handle_(handle) {}
     Handle(Handle &&other) noexcept : handle_(std::exchange(other.handle_, nullptr)) {}
     Handle &operator=(Handle &&other) noexcept {
-        std::swap(handle_, other.handle_);
+        if (this != &other) Free(std::exchange(handle_, std::exchange(other.handle_, nullptr)));
         return *this;
     }
     ~Handle() { Free(handle_); }
@@ -156,13 +289,10 @@ private:
 /// The text of a function that gives one.
 template <class Give>
 Returned<std::string> text(Give give) {
-    t5g_text *text = nullptr;
-    t5g_error *error = give(&text);
-    return returned<std::string>(error, [&] {
-        std::string copy(t5g_text_data(text), t5g_text_size(text));
-        t5g_text_free(text);
-        return copy;
-    });
+    t5g_text *given = nullptr;
+    t5g_error *error = give(&given);
+    Handle<t5g_text, t5g_text_free> owned(given);
+    return returned<std::string>(error, [&] { return std::string(t5g_text_data(given), t5g_text_size(given)); });
 }
 
 } // namespace detail
@@ -174,6 +304,7 @@ inline bool is_compatible() { return t5g_abi_version() >> 16 == T5G_ABI_MAJOR; }
 
 /// Where ONNX Runtime was looked for and what is used, as JSON.
 inline Returned<std::string> onnxruntime_report(const std::optional<std::string> &library = std::nullopt) {
+    if (auto wrong = detail::without_zero("library", library)) return detail::refused<std::string>(std::move(*wrong));
     return detail::text([&](t5g_text **json) {
         return t5g_onnxruntime_report(library ? library->c_str() : nullptr, json);
     });
@@ -182,25 +313,148 @@ inline Returned<std::string> onnxruntime_report(const std::optional<std::string>
 /// The last messages of ONNX Runtime.
 inline Returned<std::string> recent_log() { return detail::text(t5g_log_recent); }
 
-struct OpenOptions : t5g_open_options {
-    OpenOptions() : t5g_open_options(t5g_open_options_default()) {}
+/// t5g_open_options; what is empty is not given.
+struct OpenOptions {
+    std::optional<std::string> library, provider;
+    std::optional<std::int64_t> device, threads, check_weights, encoder_cache_bytes;
+    std::optional<std::string> json;
+
+    std::optional<Error> wrong() const {
+        return detail::first(detail::without_zero("library", library), detail::without_zero("provider", provider),
+                             detail::without_zero("json", json));
+    }
+    /// Calls `use` with what t5gemma.h takes.
+    template <class Use>
+    auto with(Use use) const {
+        t5g_open_options given = t5g_open_options_default();
+        detail::set(given.library, library);
+        detail::set(given.provider, provider);
+        detail::set(given.device, device);
+        detail::set(given.threads, threads);
+        detail::set(given.check_weights, check_weights);
+        detail::set(given.encoder_cache_bytes, encoder_cache_bytes);
+        detail::set(given.json, json);
+        return use(&given);
+    }
 };
 
-struct GenerationOptions : t5g_generation_options {
-    GenerationOptions() : t5g_generation_options(t5g_generation_options_default()) {}
+/// t5g_generation_options; what is empty is not given. What is true or false is 0 or 1.
+struct GenerationOptions {
+    std::optional<std::string> json;
+    std::optional<std::int64_t> max_new_tokens, max_length, min_new_tokens, min_length;
+    std::optional<std::int64_t> num_beams, num_return_sequences, do_sample, seed;
+    std::optional<double> temperature;
+    std::optional<std::int64_t> top_k;
+    std::optional<double> top_p, min_p, top_h, top_n_sigma, typical_p, epsilon_cutoff, eta_cutoff;
+    std::optional<std::int64_t> num_beam_groups;
+    std::optional<double> diversity_penalty, length_penalty;
+    /// 0, 1, or 2 for "never".
+    std::optional<std::int64_t> early_stopping;
+    std::optional<double> repetition_penalty, encoder_repetition_penalty, frequency_penalty, presence_penalty;
+    std::optional<std::int64_t> no_repeat_ngram_size, encoder_no_repeat_ngram_size;
+    std::optional<double> max_time;
+    std::optional<std::int64_t> return_alternatives, renormalize_logits, remove_invalid_values;
+    std::optional<std::int64_t> output_logprobs, top_logprobs;
+    std::optional<std::int64_t> prompt_lookup_num_tokens, max_matching_ngram_size;
+    std::optional<std::int64_t> decoder_start_token_id, bos_token_id, pad_token_id, forced_bos_token_id;
+    std::optional<std::vector<std::int64_t>> eos_token_id, forced_eos_token_id, suppress_tokens, begin_suppress_tokens;
+    /// With the next, exponential_decay_length_penalty.
+    std::optional<std::int64_t> exponential_decay_start;
+    std::optional<double> exponential_decay_factor;
+    std::optional<std::vector<std::string>> stop_strings;
+    std::optional<std::string> json_schema, regex, grammar;
+    std::optional<double> coverage_penalty, patience;
+    std::optional<std::int64_t> output_attentions;
+
+    std::optional<Error> wrong() const {
+        for (std::size_t at = 0; stop_strings && at < stop_strings->size(); at++)
+            if (auto found = detail::without_zero("stop_strings[" + std::to_string(at) + "]", (*stop_strings)[at]))
+                return found;
+        return detail::first(detail::without_zero("json", json), detail::without_zero("json_schema", json_schema),
+                             detail::without_zero("regex", regex), detail::without_zero("grammar", grammar));
+    }
+    /// Calls `use` with what t5gemma.h takes.
+    template <class Use>
+    auto with(Use use) const {
+        t5g_generation_options given = t5g_generation_options_default();
+        std::vector<const char *> stops;
+        detail::set(given.max_new_tokens, max_new_tokens);
+        detail::set(given.max_length, max_length);
+        detail::set(given.min_new_tokens, min_new_tokens);
+        detail::set(given.min_length, min_length);
+        detail::set(given.num_beams, num_beams);
+        detail::set(given.num_return_sequences, num_return_sequences);
+        detail::set(given.do_sample, do_sample);
+        detail::set(given.seed, seed);
+        detail::set(given.temperature, temperature);
+        detail::set(given.top_k, top_k);
+        detail::set(given.top_p, top_p);
+        detail::set(given.min_p, min_p);
+        detail::set(given.top_h, top_h);
+        detail::set(given.top_n_sigma, top_n_sigma);
+        detail::set(given.typical_p, typical_p);
+        detail::set(given.epsilon_cutoff, epsilon_cutoff);
+        detail::set(given.eta_cutoff, eta_cutoff);
+        detail::set(given.num_beam_groups, num_beam_groups);
+        detail::set(given.diversity_penalty, diversity_penalty);
+        detail::set(given.length_penalty, length_penalty);
+        detail::set(given.early_stopping, early_stopping);
+        detail::set(given.repetition_penalty, repetition_penalty);
+        detail::set(given.encoder_repetition_penalty, encoder_repetition_penalty);
+        detail::set(given.frequency_penalty, frequency_penalty);
+        detail::set(given.presence_penalty, presence_penalty);
+        detail::set(given.no_repeat_ngram_size, no_repeat_ngram_size);
+        detail::set(given.encoder_no_repeat_ngram_size, encoder_no_repeat_ngram_size);
+        detail::set(given.max_time, max_time);
+        detail::set(given.return_alternatives, return_alternatives);
+        detail::set(given.renormalize_logits, renormalize_logits);
+        detail::set(given.remove_invalid_values, remove_invalid_values);
+        detail::set(given.output_logprobs, output_logprobs);
+        detail::set(given.top_logprobs, top_logprobs);
+        detail::set(given.prompt_lookup_num_tokens, prompt_lookup_num_tokens);
+        detail::set(given.max_matching_ngram_size, max_matching_ngram_size);
+        detail::set(given.decoder_start_token_id, decoder_start_token_id);
+        detail::set(given.bos_token_id, bos_token_id);
+        detail::set(given.pad_token_id, pad_token_id);
+        detail::set(given.forced_bos_token_id, forced_bos_token_id);
+        detail::set(given.exponential_decay_start, exponential_decay_start);
+        detail::set(given.exponential_decay_factor, exponential_decay_factor);
+        detail::set(given.json, json);
+        detail::set(given.json_schema, json_schema);
+        detail::set(given.regex, regex);
+        detail::set(given.grammar, grammar);
+        detail::set(given.coverage_penalty, coverage_penalty);
+        detail::set(given.patience, patience);
+        detail::set(given.output_attentions, output_attentions);
+        detail::set(given.eos_token_id, given.eos_token_id_count, eos_token_id);
+        detail::set(given.forced_eos_token_id, given.forced_eos_token_id_count, forced_eos_token_id);
+        detail::set(given.suppress_tokens, given.suppress_tokens_count, suppress_tokens);
+        detail::set(given.begin_suppress_tokens, given.begin_suppress_tokens_count, begin_suppress_tokens);
+        if (stop_strings) {
+            for (const auto &stop : *stop_strings) stops.push_back(stop.c_str());
+            stops.push_back(nullptr); // so that an empty list is one that is given
+            given.stop_strings = stops.data();
+            given.stop_strings_count = stop_strings->size();
+        }
+        return use(&given);
+    }
 };
 
-/// Stops calls from any thread.
+/// Stops calls from any thread. One that was moved from stops nothing, and is refused where it is used.
 class Cancellation {
 public:
     Cancellation() {
         t5g_cancellation *made = nullptr;
-        if (t5g_error *error = t5g_cancellation_new(&made)) t5g_error_free(error);
+        t5g_error *error = t5g_cancellation_new(&made);
         handle_ = detail::Handle<t5g_cancellation, t5g_cancellation_free>(made);
+#ifdef T5GEMMA_EXPECTED
+        // Without one, its use is refused.
+        t5g_error_free(error);
+#else
+        if (error != nullptr) throw Error(error);
+#endif
     }
-    void cancel() {
-        if (t5g_error *error = t5g_cancellation_cancel(handle_.get())) t5g_error_free(error);
-    }
+    Returned<void> cancel() const { return detail::returned(t5g_cancellation_cancel(handle_.get())); }
     bool is_cancelled() const { return t5g_cancellation_is_cancelled(handle_.get()) == 1; }
     t5g_cancellation *get() const { return handle_.get(); }
 
@@ -208,11 +462,19 @@ private:
     detail::Handle<t5g_cancellation, t5g_cancellation_free> handle_;
 };
 
-/// The sources of a call. What is given by pointer has to live until the call is over; the rest is kept here.
+/// Numbers, [rows, length, width], and which tokens took part, [rows, mask_length].
+struct States {
+    std::vector<float> values;
+    std::vector<std::int64_t> attention_mask;
+    std::size_t rows = 0, length = 0, width = 0, mask_length = 0;
+};
+
+/// The sources of a call, which are kept here, but for encoder_outputs that are given as a view.
 class Sources {
 public:
     static Sources texts(std::vector<std::string> texts) {
         Sources sources;
+        sources.rows_ = texts.size();
         sources.texts_ = std::move(texts);
         return sources;
     }
@@ -223,24 +485,26 @@ public:
             sources.lengths_.push_back(row.size());
             sources.ids_.insert(sources.ids_.end(), row.begin(), row.end());
         }
-        sources.given_.rows = rows.size();
-        sources.is_ragged_ = true;
+        sources.rows_ = rows.size();
+        sources.kind_ = Kind::Ragged;
         return sources;
     }
     /// [rows, length], with a mask of the same shape or none.
-    static Sources ids(const std::int64_t *ids, std::size_t rows, std::size_t length, const std::int64_t *mask = nullptr) {
+    static Sources ids(Span<const std::int64_t> ids, std::size_t rows, std::size_t length,
+                       Span<const std::int64_t> mask = {}) {
         Sources sources;
-        sources.given_.rows = rows;
-        sources.given_.length = length;
-        sources.given_.input_ids = ids;
-        sources.given_.attention_mask = mask;
+        sources.ids_.assign(ids.begin(), ids.end());
+        sources.mask_.assign(mask.begin(), mask.end());
+        sources.rows_ = rows;
+        sources.length_ = length;
+        sources.kind_ = Kind::Rectangle;
         return sources;
     }
     /// A conversation: a JSON list of {"role", "content"}.
     static Sources messages(std::string json) {
         Sources sources;
         sources.messages_ = std::move(json);
-        sources.given_.rows = 1;
+        sources.rows_ = 1;
         return sources;
     }
     /// How the targets begin.
@@ -248,50 +512,147 @@ public:
         decoder_texts_ = std::move(texts);
         return *this;
     }
-    /// The same as tokens, [rows, length].
-    Sources &decoder_ids(const std::int64_t *ids, std::size_t length) {
-        given_.decoder_input_ids = ids;
-        given_.decoder_length = length;
+    /// The same as tokens, rows of one length.
+    Sources &decoder_ids(const std::vector<std::vector<std::int64_t>> &rows) {
+        decoder_ids_.emplace();
+        decoder_length_ = rows.empty() ? 0 : rows.front().size();
+        unequal_ = std::nullopt;
+        for (std::size_t row = 0; row < rows.size(); row++) {
+            if (rows[row].size() != decoder_length_ && !unequal_) {
+                unequal_ = detail::of_size("sources.decoder_input_ids[" + std::to_string(row) + "]", rows[row].size(),
+                                           decoder_length_, "tokens, as many as row 0 has");
+            }
+            decoder_ids_->insert(decoder_ids_->end(), rows[row].begin(), rows[row].end());
+        }
         return *this;
     }
-    /// What Model::encode gave for these sources.
-    Sources &encoder_outputs(const float *states) {
-        given_.encoder_outputs = states;
+    /// [rows, length].
+    Sources &decoder_ids(Span<const std::int64_t> ids, std::size_t length) {
+        decoder_ids_.emplace(ids.begin(), ids.end());
+        decoder_length_ = length;
+        unequal_ = std::nullopt;
         return *this;
+    }
+    /// What Model::encode gave for these sources, [rows, length, width]; has to live until the call is over.
+    Sources &encoder_outputs(Span<const float> states, std::size_t rows, std::size_t length, std::size_t width) {
+        states_ = nullptr;
+        outputs_ = Outputs{states, rows, length, width};
+        return *this;
+    }
+    Sources &encoder_outputs(const States &states) {
+        return encoder_outputs(states.values, states.rows, states.length, states.width);
+    }
+    Sources &encoder_outputs(States &&states) {
+        auto kept = std::make_shared<const States>(std::move(states));
+        encoder_outputs(*kept);
+        states_ = std::move(kept);
+        return *this;
+    }
+
+    std::size_t rows() const { return rows_; }
+    /// What does not belong together, if anything does not.
+    std::optional<Error> wrong() const {
+        if (kind_ == Kind::Rectangle) {
+            const auto size = product("sources.input_ids", rows_, length_);
+            if (!size) return size.error();
+            const char *what = "rows times length";
+            if (auto found = detail::of_size("sources.input_ids", ids_.size(), *size, what)) return found;
+            if (!mask_.empty())
+                if (auto found = detail::of_size("sources.attention_mask", mask_.size(), *size, what)) return found;
+        }
+        if (decoder_texts_)
+            if (auto found = detail::of_size("sources.decoder_texts", decoder_texts_->size(), rows_, EACH)) return found;
+        if (unequal_) return unequal_;
+        if (decoder_ids_) {
+            const auto size = product("sources.decoder_input_ids", rows_, decoder_length_);
+            if (!size) return size.error();
+            const char *what = "as many tokens for each source";
+            if (auto found = detail::of_size("sources.decoder_input_ids", decoder_ids_->size(), *size, what)) return found;
+        }
+        if (outputs_) {
+            if (auto found = detail::of_size("sources.encoder_outputs", outputs_->rows, rows_, EACH)) return found;
+            const auto vectors = product("sources.encoder_outputs", outputs_->rows, outputs_->length);
+            if (!vectors) return vectors.error();
+            const auto size = product("sources.encoder_outputs", *vectors, outputs_->width);
+            if (!size) return size.error();
+            const char *what = "rows times length times width";
+            if (auto found = detail::of_size("sources.encoder_outputs", outputs_->values.size(), *size, what)) return found;
+        }
+        return detail::without_zero("sources.messages", messages_);
     }
 
     /// Calls `use` with what t5gemma.h takes.
     template <class Use>
     auto with(Use use) const {
-        t5g_sources given = given_;
+        t5g_sources given = t5g_sources_default();
         std::vector<const char *> texts, decoder_texts;
-        std::vector<std::size_t> sizes;
+        std::vector<std::size_t> sizes, decoder_sizes;
+        given.rows = rows_;
         for (const auto &text : texts_) {
             texts.push_back(text.data());
             sizes.push_back(text.size());
         }
-        for (const auto &text : decoder_texts_) decoder_texts.push_back(text.c_str());
         if (!texts.empty()) {
-            given.rows = texts.size();
             given.texts = texts.data();
             given.text_sizes = sizes.data();
         }
-        if (!decoder_texts.empty()) given.decoder_texts = decoder_texts.data();
-        if (is_ragged_) {
-            given.input_ids = ids_.data();
-            given.lengths = lengths_.data();
+        if (decoder_texts_) {
+            // Libraries of ABI 1.2 know texts without their sizes.
+            bool has_zero = false;
+            for (const auto &text : *decoder_texts_) {
+                decoder_texts.push_back(text.c_str());
+                decoder_sizes.push_back(text.size());
+                has_zero |= text.find('\0') != std::string::npos;
+            }
+            given.decoder_texts = decoder_texts.data();
+            if (has_zero) given.decoder_text_sizes = decoder_sizes.data();
+        }
+        if (kind_ != Kind::Texts) given.input_ids = ids_.empty() ? &NONE : ids_.data();
+        if (kind_ == Kind::Ragged) given.lengths = lengths_.data();
+        if (kind_ == Kind::Rectangle) {
+            given.length = length_;
+            if (!mask_.empty()) given.attention_mask = mask_.data();
+        }
+        if (decoder_ids_) {
+            given.decoder_input_ids = decoder_ids_->data();
+            given.decoder_length = decoder_length_;
         }
         if (messages_) given.messages = messages_->c_str();
+        if (outputs_) {
+            given.encoder_outputs = outputs_->values.data();
+            given.encoder_rows = outputs_->rows;
+            given.encoder_length = outputs_->length;
+            given.encoder_width = outputs_->width;
+        }
         return use(&given);
     }
 
 private:
-    t5g_sources given_ = t5g_sources_default();
-    std::vector<std::string> texts_, decoder_texts_;
+    enum class Kind { Texts, Ragged, Rectangle };
+    struct Outputs {
+        Span<const float> values;
+        std::size_t rows, length, width;
+    };
+    static constexpr const char *EACH = "one for each source";
+    static constexpr std::int64_t NONE = 0;
+
+    static Expected<std::size_t> product(const char *field, std::size_t left, std::size_t right) {
+        if (right == 0 || left <= SIZE_MAX / right) return left * right;
+        const auto found = std::to_string(left) + " times " + std::to_string(right);
+        return *detail::expected(T5G_ERROR_INPUT, field, "what fits into memory", found);
+    }
+
+    Kind kind_ = Kind::Texts;
+    std::size_t rows_ = 0, length_ = 0, decoder_length_ = 0;
+    std::vector<std::string> texts_;
+    std::optional<std::vector<std::string>> decoder_texts_;
     std::optional<std::string> messages_;
-    std::vector<std::int64_t> ids_;
+    std::vector<std::int64_t> ids_, mask_;
     std::vector<std::size_t> lengths_;
-    bool is_ragged_ = false;
+    std::optional<std::vector<std::int64_t>> decoder_ids_;
+    std::optional<Error> unequal_;
+    std::optional<Outputs> outputs_;
+    std::shared_ptr<const States> states_;
 };
 
 /// Targets to score, one for each source.
@@ -306,6 +667,7 @@ public:
     }
     static Targets ids(const std::vector<std::vector<std::int64_t>> &rows) {
         Targets targets;
+        targets.are_ids_ = true;
         for (const auto &row : rows) {
             targets.lengths_.push_back(row.size());
             targets.ids_.insert(targets.ids_.end(), row.begin(), row.end());
@@ -317,23 +679,29 @@ public:
         output_attentions_ = told;
         return *this;
     }
+    std::size_t rows() const { return are_ids_ ? lengths_.size() : texts_.size(); }
+    /// What is wrong with them as the targets of so many sources.
+    std::optional<Error> wrong(std::size_t sources) const {
+        return detail::of_size(are_ids_ ? "targets.target_ids" : "targets.texts", rows(), sources, "one for each source");
+    }
     template <class Use>
     auto with(Use use) const {
+        static const std::int64_t none = 0;
         t5g_targets given = t5g_targets_default();
         std::vector<const char *> texts;
         std::vector<std::size_t> sizes;
-        for (const auto &text : texts_) {
-            texts.push_back(text.data());
-            sizes.push_back(text.size());
-        }
         given.without_end = without_end_ ? 1 : 0;
         given.output_attentions = output_attentions_ ? 1 : 0;
-        if (lengths_.empty()) {
+        if (are_ids_) {
+            given.target_ids = ids_.empty() ? &none : ids_.data();
+            given.lengths = lengths_.data();
+        } else {
+            for (const auto &text : texts_) {
+                texts.push_back(text.data());
+                sizes.push_back(text.size());
+            }
             given.texts = texts.data();
             given.text_sizes = sizes.data();
-        } else {
-            given.target_ids = ids_.data();
-            given.lengths = lengths_.data();
         }
         return use(&given);
     }
@@ -342,7 +710,7 @@ private:
     std::vector<std::string> texts_;
     std::vector<std::int64_t> ids_;
     std::vector<std::size_t> lengths_;
-    bool without_end_ = false, output_attentions_ = false;
+    bool are_ids_ = false, without_end_ = false, output_attentions_ = false;
 };
 
 /// A piece of a row's first hypothesis.
@@ -359,49 +727,46 @@ struct Position {
     std::size_t prompt_length;
 };
 
-/// What concerns one call only.
+/// How long a call may take, from now on. What is not more than 0 has passed already.
+using Deadline = std::optional<std::chrono::duration<double>>;
+
+/// What concerns one call only: of a model, of an encoder or of the engine. A callback that would never be called is refused.
 struct Call {
     /// Has to outlive the call.
     Cancellation *cancellation = nullptr;
-    /// 0: none.
-    std::chrono::duration<double> deadline{0};
-    /// Whether pieces come with text.
+    /// None by default.
+    Deadline deadline;
+    /// Whether pieces and events come with text.
     bool stream_text = true;
     /// False ends the call.
     std::function<bool(const Piece &)> on_piece;
     /// False ends the call.
     std::function<bool()> on_step;
+    /// In calls of the engine these come on its threads.
     std::function<void(const Position &, Span<float>)> logits_processor;
     std::function<std::vector<std::int64_t>(std::size_t row, Span<const std::int64_t> target)> prefix_allowed_tokens;
 };
 
 namespace detail {
 
-/// The callbacks of a call for the time of it, with what one of them has thrown.
+/// The callbacks of a call for the time of it, with what the first of them has thrown.
 class Callbacks {
 public:
+    /// Of a call that is over when the function returns.
     explicit Callbacks(const Call &call) : call_(call), given_(t5g_call_default()) {
         given_.user = this;
         given_.cancellation = call.cancellation ? call.cancellation->get() : nullptr;
-        given_.deadline_seconds = call.deadline.count();
+        // In C 0 is none.
+        if (call.deadline) given_.deadline_seconds = call.deadline->count() <= 0 ? -1 : call.deadline->count();
         if (call.on_piece) {
             given_.stream_text = call.stream_text ? 1 : 0;
-            given_.on_piece = [](void *user, const t5g_piece *piece) -> std::int32_t {
-                auto *own = static_cast<Callbacks *>(user);
-                std::string_view text = piece->text ? std::string_view(piece->text, piece->text_size) : std::string_view();
-                return own->guard(1, [&] { return own->call_.on_piece(Piece{piece->row, piece->token, text}) ? 0 : 1; });
-            };
+            given_.on_piece = piece;
         }
-        // Also without an on_step of the caller's: it ends a call in which a callback without a result has thrown.
-        given_.on_step = [](void *user) -> std::int32_t {
-            auto *own = static_cast<Callbacks *>(user);
-            if (own->thrown_) return 1;
-            return own->guard(1, [&] { return !own->call_.on_step || own->call_.on_step() ? 0 : 1; });
-        };
+        if (call.on_step) given_.on_step = step;
         if (call.logits_processor) {
             given_.logits_processor = [](void *user, const t5g_position *at, float *scores, std::size_t count) {
                 auto *own = static_cast<Callbacks *>(user);
-                own->guard(0, [&] {
+                own->guard("logits_processor", 0, [&] {
                     Position position{{at->source, at->source_length}, {at->target, at->target_length}, at->prompt_length};
                     own->call_.logits_processor(position, Span<float>(scores, count));
                     return 0;
@@ -411,44 +776,111 @@ public:
         if (call.prefix_allowed_tokens) {
             given_.prefix_allowed_tokens = [](void *user, std::size_t row, const std::int64_t *target, std::size_t length,
                                               const std::int64_t **allowed) -> std::size_t {
+                static thread_local std::vector<std::int64_t> tokens;
                 auto *own = static_cast<Callbacks *>(user);
-                own->guard(0, [&] {
-                    own->allowed_ = own->call_.prefix_allowed_tokens(row, {target, length});
-                    return 0;
-                });
-                *allowed = own->allowed_.data();
-                return own->allowed_.size();
+                const auto ask = [&] {
+                    tokens = own->call_.prefix_allowed_tokens(row, {target, length});
+                    return 1;
+                };
+                if (own->guard("prefix_allowed_tokens", 0, ask) == 0) tokens.clear();
+                *allowed = tokens.data();
+                return tokens.size();
             };
         }
     }
+    Callbacks(const Callbacks &) = delete;
+    Callbacks &operator=(const Callbacks &) = delete;
 
-    const t5g_call *get() const { return &given_; }
+    /// Has a call of a model end by a step when a callback without a result has thrown.
+    Callbacks &ended_by_steps() {
+        if (changes_scores()) given_.on_step = step;
+        return *this;
+    }
+
+    /// Has a call of the engine end, told by pieces, when a callback without a result has thrown.
+    void ended_by_pieces() {
+        if (!changes_scores()) return;
+        given_.on_piece = piece;
+        if (given_.cancellation == nullptr) given_.cancellation = own_.emplace().get();
+    }
+
+    /// A request that is cancelled when a callback has thrown.
+    void ends(t5g_request *request) {
+        request_ = request;
+        if (has_thrown_) t5g_error_free(t5g_request_cancel(request));
+    }
+
+    t5g_call *get() { return &given_; }
+    bool streams_text() const { return call_.stream_text; }
+
+    std::optional<Error> wrong() const {
+        if (call_.cancellation == nullptr || call_.cancellation->get() != nullptr) return std::nullopt;
+        return expected(T5G_ERROR_HANDLE, "call.cancellation", "a live t5g_cancellation", "one that was moved from");
+    }
 
     /// Throws what a callback has thrown, in place of the error that came of it.
-    t5g_error *passed(t5g_error *error) {
+    t5g_error *passed(t5g_error *error) const {
 #if defined(__cpp_exceptions)
-        if (thrown_) {
+        if (has_thrown_) {
             t5g_error_free(error);
-            std::rethrow_exception(std::exchange(thrown_, nullptr));
+            std::rethrow_exception(thrown_);
         }
 #endif
         return error;
     }
 
-    /// After an exception, results that came all the same are dropped.
-    bool has_thrown() const { return thrown_ != nullptr; }
+    /// What a callback has thrown as an error.
+    std::optional<Error> thrown() const {
+        if (!has_thrown_) return std::nullopt;
+        std::string message = "call." + thrown_by_ + ": threw an exception";
+#if defined(__cpp_exceptions)
+        try {
+            std::rethrow_exception(thrown_);
+        } catch (const std::exception &error) {
+            message += std::string(": ") + error.what();
+        } catch (...) {
+        }
+#endif
+        return Error(T5G_ERROR_CANCELLED, message, "call." + thrown_by_, thrown_);
+    }
 
 private:
+    bool changes_scores() const { return call_.logits_processor || call_.prefix_allowed_tokens; }
+
+    static std::int32_t piece(void *user, const t5g_piece *shown) {
+        auto *own = static_cast<Callbacks *>(user);
+        if (own->has_thrown_) return 1;
+        if (!own->call_.on_piece) return 0;
+        std::string_view text = shown->text ? std::string_view(shown->text, shown->text_size) : std::string_view();
+        return own->guard("on_piece", 1, [&] { return own->call_.on_piece(Piece{shown->row, shown->token, text}) ? 0 : 1; });
+    }
+
+    static std::int32_t step(void *user) {
+        auto *own = static_cast<Callbacks *>(user);
+        if (own->has_thrown_) return 1;
+        return own->guard("on_step", 1, [&] { return !own->call_.on_step || own->call_.on_step() ? 0 : 1; });
+    }
+
     template <class Work>
-    std::int32_t guard(std::int32_t otherwise, Work work) {
+    std::int32_t guard(const char *name, std::int32_t otherwise, Work work) {
 #if defined(__cpp_exceptions)
+        // After the first exception nothing is asked any more: the call is about to end.
+        if (has_thrown_) return otherwise;
         try {
             return work();
         } catch (...) {
-            if (!thrown_) thrown_ = std::current_exception();
+            const std::lock_guard<std::mutex> lock(first_);
+            if (!has_thrown_) {
+                thrown_ = std::current_exception();
+                thrown_by_ = name;
+                has_thrown_ = true;
+                if (own_) t5g_error_free(t5g_cancellation_cancel(own_->get()));
+                if (t5g_request *request = request_) t5g_error_free(t5g_request_cancel(request));
+            }
             return otherwise;
         }
 #else
+        (void)name;
         (void)otherwise;
         return work();
 #endif
@@ -456,8 +888,22 @@ private:
 
     const Call &call_;
     t5g_call given_;
-    std::vector<std::int64_t> allowed_;
+    std::optional<Cancellation> own_;
+    std::atomic<t5g_request *> request_{nullptr};
+    std::mutex first_;
     std::exception_ptr thrown_;
+    std::string thrown_by_;
+    std::atomic<bool> has_thrown_{false};
+};
+
+struct OwnCall {
+    Call own;
+};
+
+/// The callbacks of a call that goes on after the function has returned.
+class KeptCallbacks : private OwnCall, public Callbacks {
+public:
+    explicit KeptCallbacks(Call call) : OwnCall{std::move(call)}, Callbacks(own) {}
 };
 
 } // namespace detail
@@ -484,7 +930,7 @@ public:
     explicit Result(t5g_result *result) : handle_(result) {}
     std::size_t rows() const { return t5g_result_rows(handle_.get()); }
     std::size_t count(std::size_t row) const { return t5g_result_count(handle_.get(), row); }
-    Returned<Hypothesis> hypothesis(std::size_t row, std::size_t index = 0) const {
+    Returned<Hypothesis> hypothesis(std::size_t row, std::size_t index = 0) const & {
         t5g_hypothesis found = t5g_hypothesis_default();
         return detail::returned<Hypothesis>(t5g_result_get(handle_.get(), row, index, &found), [&] {
             std::size_t top = found.token_count * found.top_count;
@@ -501,12 +947,14 @@ public:
                               {found.cross_attentions, found.token_count * found.source_length}};
         });
     }
-    Returned<std::string_view> text(std::size_t row, std::size_t index = 0) const {
-        const char *text = nullptr;
+    Returned<Hypothesis> hypothesis(std::size_t row, std::size_t index = 0) const && = delete;
+    Returned<std::string_view> text(std::size_t row, std::size_t index = 0) const & {
+        const char *found = nullptr;
         std::size_t size = 0;
-        return detail::returned<std::string_view>(t5g_result_text(handle_.get(), row, index, &text, &size),
-                                                  [&] { return std::string_view(text, size); });
+        return detail::returned<std::string_view>(t5g_result_text(handle_.get(), row, index, &found, &size),
+                                                  [&] { return std::string_view(found, size); });
     }
+    Returned<std::string_view> text(std::size_t row, std::size_t index = 0) const && = delete;
     /// As `t5gemma generate --jsonl` writes it.
     Returned<std::string> json() const {
         return detail::text([&](t5g_text **json) { return t5g_result_json(handle_.get(), json); });
@@ -517,36 +965,29 @@ private:
     detail::Handle<t5g_result, t5g_result_free> handle_;
 };
 
-/// Numbers, [rows, length, width], and which tokens took part, [rows, mask_length].
-struct States {
-    std::vector<float> values;
-    std::vector<std::int64_t> attention_mask;
-    std::size_t rows = 0, length = 0, width = 0, mask_length = 0;
-};
-
 namespace detail {
 
 /// Asks for the sizes, then for the numbers.
 template <class Compute>
-Returned<States> states(Compute compute) {
+Returned<States> states(const Callbacks &callbacks, Compute compute) {
     t5g_states given = t5g_states_default();
-    States states;
+    States found;
     t5g_error *error = compute(&given);
     if (error == nullptr) {
-        states.values.resize(given.rows * given.length * given.width);
-        states.attention_mask.resize(given.rows * given.mask_length);
-        given.values = states.values.data();
-        given.capacity = states.values.size();
-        given.attention_mask = states.attention_mask.data();
-        given.mask_capacity = states.attention_mask.size();
+        found.values.resize(given.rows * given.length * given.width);
+        found.attention_mask.resize(given.rows * given.mask_length);
+        given.values = found.values.data();
+        given.capacity = found.values.size();
+        given.attention_mask = found.attention_mask.data();
+        given.mask_capacity = found.attention_mask.size();
         error = compute(&given);
     }
-    return returned<States>(error, [&] {
-        states.rows = given.rows;
-        states.length = given.length;
-        states.width = given.width;
-        states.mask_length = given.mask_length;
-        return std::move(states);
+    return returned<States>(callbacks.passed(error), [&] {
+        found.rows = given.rows;
+        found.length = given.length;
+        found.width = given.width;
+        found.mask_length = given.mask_length;
+        return std::move(found);
     });
 }
 
@@ -557,18 +998,20 @@ class TextStream {
 public:
     explicit TextStream(t5g_stream *stream) : handle_(stream) {}
     /// Lives until the next call.
-    Returned<std::string_view> push(std::int64_t token) {
-        const char *text = nullptr;
+    Returned<std::string_view> push(std::int64_t token) & {
+        const char *found = nullptr;
         std::size_t size = 0;
-        return detail::returned<std::string_view>(t5g_stream_push(handle_.get(), token, &text, &size),
-                                                  [&] { return std::string_view(text, size); });
+        return detail::returned<std::string_view>(t5g_stream_push(handle_.get(), token, &found, &size),
+                                                  [&] { return std::string_view(found, size); });
     }
-    Returned<std::string_view> finish() {
-        const char *text = nullptr;
+    Returned<std::string_view> push(std::int64_t token) && = delete;
+    Returned<std::string_view> finish() & {
+        const char *found = nullptr;
         std::size_t size = 0;
-        return detail::returned<std::string_view>(t5g_stream_finish(handle_.get(), &text, &size),
-                                                  [&] { return std::string_view(text, size); });
+        return detail::returned<std::string_view>(t5g_stream_finish(handle_.get(), &found, &size),
+                                                  [&] { return std::string_view(found, size); });
     }
+    Returned<std::string_view> finish() && = delete;
 
 private:
     detail::Handle<t5g_stream, t5g_stream_free> handle_;
@@ -578,6 +1021,7 @@ class Tokenizer {
 public:
     explicit Tokenizer(t5g_tokenizer *tokenizer) : handle_(tokenizer) {}
     static Returned<Tokenizer> open(const std::string &path) {
+        if (auto wrong = detail::without_zero("path", path)) return detail::refused<Tokenizer>(std::move(*wrong));
         t5g_tokenizer *made = nullptr;
         return detail::returned<Tokenizer>(t5g_tokenizer_open(path.c_str(), &made), [&] { return Tokenizer(made); });
     }
@@ -585,22 +1029,21 @@ public:
         t5g_tokens *tokens = nullptr;
         t5g_error *error = t5g_tokenizer_encode(handle_.get(), text.data(), text.size(), kind, &tokens);
         return detail::returned<std::vector<std::int64_t>>(error, [&] {
+            detail::Handle<t5g_tokens, t5g_tokens_free> owned(tokens);
             const std::int64_t *data = t5g_tokens_data(tokens);
-            std::vector<std::int64_t> copy(data, data + t5g_tokens_size(tokens));
-            t5g_tokens_free(tokens);
-            return copy;
+            return std::vector<std::int64_t>(data, data + t5g_tokens_size(tokens));
         });
     }
     Returned<std::string> decode(Span<const std::int64_t> tokens, bool special = false) const {
-        return detail::text([&](t5g_text **text) {
-            return t5g_tokenizer_decode(handle_.get(), tokens.data(), tokens.size(), special ? 1 : 0, text);
+        return detail::text([&](t5g_text **given) {
+            return t5g_tokenizer_decode(handle_.get(), tokens.data(), tokens.size(), special ? 1 : 0, given);
         });
     }
     Returned<std::string> decode(const std::vector<std::int64_t> &tokens, bool special = false) const {
         return decode(Span<const std::int64_t>(tokens.data(), tokens.size()), special);
     }
-    Returned<std::string> token(std::int64_t token) const {
-        return detail::text([&](t5g_text **piece) { return t5g_tokenizer_token(handle_.get(), token, piece); });
+    Returned<std::string> token(std::int64_t id) const {
+        return detail::text([&](t5g_text **piece) { return t5g_tokenizer_token(handle_.get(), id, piece); });
     }
     Returned<TextStream> stream(bool special = false) const {
         t5g_stream *made = nullptr;
@@ -617,8 +1060,12 @@ class Model {
 public:
     explicit Model(t5g_model *model) : handle_(model) {}
     static Returned<Model> open(const std::string &path, const OpenOptions &options = {}) {
+        if (auto wrong = detail::first(detail::without_zero("path", path), options.wrong()))
+            return detail::refused<Model>(std::move(*wrong));
         t5g_model *made = nullptr;
-        return detail::returned<Model>(t5g_model_open(path.c_str(), &options, &made), [&] { return Model(made); });
+        t5g_error *error =
+            options.with([&](const t5g_open_options *way) { return t5g_model_open(path.c_str(), way, &made); });
+        return detail::returned<Model>(error, [&] { return Model(made); });
     }
     Returned<std::string> describe() const {
         return detail::text([&](t5g_text **json) { return t5g_model_describe(handle_.get(), json); });
@@ -628,32 +1075,48 @@ public:
         return detail::returned<Tokenizer>(t5g_model_tokenizer(handle_.get(), &made), [&] { return Tokenizer(made); });
     }
     Returned<std::string> chat(const std::string &messages) const {
-        return detail::text([&](t5g_text **text) { return t5g_model_chat(handle_.get(), messages.c_str(), text); });
+        if (auto wrong = detail::without_zero("messages", messages)) return detail::refused<std::string>(std::move(*wrong));
+        return detail::text([&](t5g_text **given) { return t5g_model_chat(handle_.get(), messages.c_str(), given); });
+    }
+    /// Does what only a first run takes time for.
+    Returned<void> warm_up(const Call &call = {}) const {
+        detail::Callbacks callbacks(call);
+        if (auto wrong = callbacks.wrong()) return detail::refused<void>(std::move(*wrong));
+        return detail::returned(callbacks.passed(t5g_model_warm_up(handle_.get(), callbacks.get())));
     }
     Returned<Result> generate(const Sources &sources, const GenerationOptions &options = {}, const Call &call = {}) const {
         detail::Callbacks callbacks(call);
+        if (auto wrong = detail::first(sources.wrong(), options.wrong(), callbacks.wrong()))
+            return detail::refused<Result>(std::move(*wrong));
         t5g_result *made = nullptr;
         t5g_error *error = sources.with([&](const t5g_sources *given) {
-            return t5g_model_generate(handle_.get(), given, &options, callbacks.get(), &made);
+            return options.with([&](const t5g_generation_options *way) {
+                return t5g_model_generate(handle_.get(), given, way, callbacks.ended_by_steps().get(), &made);
+            });
         });
-        if (callbacks.has_thrown()) t5g_result_free(made);
-        return detail::returned<Result>(callbacks.passed(error), [&] { return Result(made); });
+        Result result(made);
+        return detail::returned<Result>(callbacks.passed(error), [&] { return std::move(result); });
     }
     Returned<Result> score(const Sources &sources, const Targets &targets, std::size_t top_logprobs = 0,
                            const Call &call = {}) const {
         detail::Callbacks callbacks(call);
+        if (auto wrong = detail::first(sources.wrong(), targets.wrong(sources.rows()), callbacks.wrong()))
+            return detail::refused<Result>(std::move(*wrong));
         t5g_result *made = nullptr;
         t5g_error *error = sources.with([&](const t5g_sources *given) {
             return targets.with([&](const t5g_targets *wanted) {
                 return t5g_model_score(handle_.get(), given, wanted, top_logprobs, callbacks.get(), &made);
             });
         });
-        return detail::returned<Result>(error, [&] { return Result(made); });
+        Result result(made);
+        return detail::returned<Result>(callbacks.passed(error), [&] { return std::move(result); });
     }
     Returned<States> encode(const Sources &sources, const Call &call = {}) const {
         detail::Callbacks callbacks(call);
+        if (auto wrong = detail::first(sources.wrong(), callbacks.wrong()))
+            return detail::refused<States>(std::move(*wrong));
         return sources.with([&](const t5g_sources *given) {
-            return detail::states([&](t5g_states *states) {
+            return detail::states(callbacks, [&](t5g_states *states) {
                 return t5g_model_encode(handle_.get(), given, callbacks.get(), states);
             });
         });
@@ -664,8 +1127,25 @@ private:
     detail::Handle<t5g_model, t5g_model_free> handle_;
 };
 
-struct EngineOptions : t5g_engine_options {
-    EngineOptions() : t5g_engine_options(t5g_engine_options_default()) {}
+/// t5g_engine_options; what is empty is not given.
+struct EngineOptions {
+    std::optional<std::int64_t> max_rows, max_bytes, max_waiting;
+    /// Each with a copy of the model; all take rows from one line.
+    std::vector<std::int64_t> devices;
+
+    /// Calls `use` with what t5gemma.h takes.
+    template <class Use>
+    auto with(Use use) const {
+        t5g_engine_options given = t5g_engine_options_default();
+        detail::set(given.max_rows, max_rows);
+        detail::set(given.max_bytes, max_bytes);
+        detail::set(given.max_waiting, max_waiting);
+        if (!devices.empty()) {
+            given.devices = devices.data();
+            given.device_count = devices.size();
+        }
+        return use(&given);
+    }
 };
 
 /// What happened to a request: T5G_EVENT_…. The text lives until the next call with the request.
@@ -679,23 +1159,39 @@ struct Event {
 /// A request that an engine was given; for one thread at a time. It is cancelled when it goes before its end.
 class Request {
 public:
-    explicit Request(t5g_request *request) : handle_(request) {}
-    Returned<Event> poll(std::chrono::duration<double> wait) {
+    explicit Request(t5g_request *request, std::unique_ptr<detail::KeptCallbacks> callbacks = nullptr)
+        : callbacks_(std::move(callbacks)), handle_(request) {}
+    Request(Request &&) = default;
+    Request &operator=(Request &&other) noexcept {
+        // The engine may be calling until the handle is freed.
+        handle_ = std::move(other.handle_);
+        callbacks_ = std::move(other.callbacks_);
+        return *this;
+    }
+    Returned<Event> poll(std::chrono::duration<double> wait) & {
         t5g_event event = t5g_event_default();
-        t5g_error *error = t5g_request_poll(handle_.get(), wait.count(), &event);
+        // What is left of a time that has passed is nothing.
+        const double seconds = wait.count() < 0 ? 0 : wait.count();
+        t5g_error *error = t5g_request_poll(handle_.get(), seconds, &event);
+        if (callbacks_ && (error != nullptr || event.kind == T5G_EVENT_END)) error = callbacks_->passed(error);
         return detail::returned<Event>(error, [&] {
             std::string_view text = event.text ? std::string_view(event.text, event.text_size) : std::string_view();
             return Event{event.kind, event.row, event.token, text};
         });
     }
+    Returned<Event> poll(std::chrono::duration<double> wait) && = delete;
     /// From any thread.
     Returned<void> cancel() const { return detail::returned(t5g_request_cancel(handle_.get())); }
     Returned<Result> result() {
         t5g_result *made = nullptr;
-        return detail::returned<Result>(t5g_request_result(handle_.get(), &made), [&] { return Result(made); });
+        t5g_error *error = t5g_request_result(handle_.get(), &made);
+        Result result(made);
+        if (callbacks_) error = callbacks_->passed(error);
+        return detail::returned<Result>(error, [&] { return std::move(result); });
     }
 
 private:
+    std::unique_ptr<detail::KeptCallbacks> callbacks_;
     detail::Handle<t5g_request, t5g_request_free> handle_;
 };
 
@@ -703,60 +1199,109 @@ private:
 class Engine {
 public:
     explicit Engine(t5g_engine *engine) : handle_(engine) {}
-    /// On `devices`, if there are any, each with a copy of the model; all take rows from one line.
-    static Returned<Engine> start(const Model &model, EngineOptions options = {},
-                                  const std::vector<std::int64_t> &devices = {}) {
+    static Returned<Engine> start(const Model &model, const EngineOptions &options = {}) {
         t5g_engine *made = nullptr;
-        if (!devices.empty()) {
-            options.devices = devices.data();
-            options.device_count = devices.size();
-        }
-        return detail::returned<Engine>(t5g_engine_new(model.get(), &options, &made), [&] { return Engine(made); });
+        t5g_error *error =
+            options.with([&](const t5g_engine_options *way) { return t5g_engine_new(model.get(), way, &made); });
+        return detail::returned<Engine>(error, [&] { return Engine(made); });
+    }
+    /// On `devices`, if there are any.
+    static Returned<Engine> start(const Model &model, EngineOptions options, std::vector<std::int64_t> devices) {
+        if (!devices.empty()) options.devices = std::move(devices);
+        return start(model, options);
     }
     /// Submits sources, to be polled.
-    Returned<Request> submit(const Sources &sources, const GenerationOptions &options = {}, bool stream_text = false,
-                             std::chrono::duration<double> deadline = {}, Cancellation *cancellation = nullptr) const {
-        t5g_call call = t5g_call_default();
-        call.stream_text = stream_text ? 1 : 0;
-        call.deadline_seconds = deadline.count();
-        call.cancellation = cancellation ? cancellation->get() : nullptr;
+    Returned<Request> submit(const Sources &sources, const GenerationOptions &options, Call call) const {
+        auto kept = std::make_unique<detail::KeptCallbacks>(std::move(call));
+        if (auto wrong = detail::first(sources.wrong(), options.wrong(), kept->wrong()))
+            return detail::refused<Request>(std::move(*wrong));
+        kept->get()->stream_text = kept->streams_text() ? 1 : 0;
         t5g_request *made = nullptr;
-        t5g_error *error = sources.with(
-            [&](const t5g_sources *given) { return t5g_engine_submit(handle_.get(), given, &options, &call, &made); });
-        return detail::returned<Request>(error, [&] { return Request(made); });
-    }
-    /// Submits sources, to be told of on another thread: `on_piece` as they come (false ends the request), then once
-    /// `on_done` with the result or the error. Neither may throw.
-    Returned<void> call(const Sources &sources, const GenerationOptions &options,
-                        std::function<void(Expected<Result>)> on_done,
-                        std::function<bool(const Piece &)> on_piece = nullptr,
-                        std::chrono::duration<double> deadline = {}, Cancellation *cancellation = nullptr) const {
-        struct Told {
-            std::function<void(Expected<Result>)> on_done;
-            std::function<bool(const Piece &)> on_piece;
-        };
-        auto told = std::make_unique<Told>(Told{std::move(on_done), std::move(on_piece)});
-        t5g_call call = t5g_call_default();
-        call.user = told.get();
-        call.deadline_seconds = deadline.count();
-        call.cancellation = cancellation ? cancellation->get() : nullptr;
-        if (told->on_piece) {
-            call.stream_text = 1;
-            call.on_piece = [](void *user, const t5g_piece *piece) -> std::int32_t {
-                std::string_view text(piece->text ? piece->text : "", piece->text_size);
-                return static_cast<Told *>(user)->on_piece(Piece{piece->row, piece->token, text}) ? 0 : 1;
-            };
-        }
         t5g_error *error = sources.with([&](const t5g_sources *given) {
-            return t5g_engine_call(handle_.get(), given, &options, &call,
-                                   [](void *user, t5g_result *result, t5g_error *error) {
-                                       std::unique_ptr<Told> told(static_cast<Told *>(user));
-                                       if (error != nullptr) told->on_done(Error(error));
-                                       else told->on_done(Result(result));
-                                   });
+            return options.with([&](const t5g_generation_options *way) {
+                return t5g_engine_submit(handle_.get(), given, way, kept->get(), &made);
+            });
         });
-        if (error == nullptr) told.release();
+        if (error == nullptr) kept->ends(made);
+        Request request(made, std::move(kept));
+        return detail::returned<Request>(error, [&] { return std::move(request); });
+    }
+    Returned<Request> submit(const Sources &sources, const GenerationOptions &options = {}, bool stream_text = false,
+                             Deadline deadline = std::nullopt, Cancellation *cancellation = nullptr) const {
+        Call call;
+        call.stream_text = stream_text;
+        call.deadline = deadline;
+        call.cancellation = cancellation;
+        return submit(sources, options, std::move(call));
+    }
+    /// Submits sources, to be told of on another thread: on_piece of `call` as they come, then once `on_done` with the result or
+    /// the error, behind which none of the callbacks comes any more.
+    Returned<void> call(const Sources &sources, const GenerationOptions &options,
+                        std::function<void(Expected<Result>)> on_done, Call call = {}) const {
+        struct Told : detail::KeptCallbacks {
+            Told(Call given, std::function<void(Expected<Result>)> told)
+                : KeptCallbacks(std::move(given)), on_done(std::move(told)) {}
+            std::function<void(Expected<Result>)> on_done;
+        };
+        if (!on_done) {
+            auto wrong = detail::expected(T5G_ERROR_ARGUMENT, "on_done", "a function", "none");
+            return detail::refused<void>(std::move(*wrong));
+        }
+        auto told = std::make_unique<Told>(std::move(call), std::move(on_done));
+        if (auto wrong = detail::first(sources.wrong(), options.wrong(), told->wrong()))
+            return detail::refused<void>(std::move(*wrong));
+        told->ended_by_pieces();
+        t5g_error *error = sources.with([&](const t5g_sources *given) {
+            return options.with([&](const t5g_generation_options *way) {
+                return t5g_engine_call(handle_.get(), given, way, told->get(),
+                                       [](void *user, t5g_result *made, t5g_error *failed) noexcept {
+                                           auto *callbacks = static_cast<detail::Callbacks *>(user);
+                                           std::unique_ptr<Told> own(static_cast<Told *>(callbacks));
+                                           Result result(made);
+                                           if (auto thrown = own->thrown()) {
+                                               t5g_error_free(failed);
+                                               own->on_done(std::move(*thrown));
+                                           } else if (failed != nullptr) {
+                                               own->on_done(Error(failed));
+                                           } else {
+                                               own->on_done(std::move(result));
+                                           }
+                                       });
+            });
+        });
+        // From here on it is on_done's to free.
+        if (error == nullptr) (void)told.release();
         return detail::returned(error);
+    }
+    Returned<void> call(const Sources &sources, const GenerationOptions &options,
+                        std::function<void(Expected<Result>)> on_done, std::function<bool(const Piece &)> on_piece,
+                        Deadline deadline = std::nullopt, Cancellation *cancellation = nullptr) const {
+        Call given;
+        given.on_piece = std::move(on_piece);
+        given.deadline = deadline;
+        given.cancellation = cancellation;
+        return call(sources, options, std::move(on_done), std::move(given));
+    }
+    /// Submits sources, to be waited for.
+    Returned<std::future<Returned<Result>>> async(const Sources &sources, const GenerationOptions &options = {},
+                                                  Call call = {}) const {
+        auto promise = std::make_shared<std::promise<Returned<Result>>>();
+        auto future = promise->get_future();
+        auto on_done = [promise](Expected<Result> done) {
+#ifdef T5GEMMA_EXPECTED
+            promise->set_value(std::move(done));
+#else
+            if (done) promise->set_value(*std::move(done));
+            else promise->set_exception(done.error().cause() ? done.error().cause() : std::make_exception_ptr(done.error()));
+#endif
+        };
+#ifdef T5GEMMA_EXPECTED
+        auto taken = this->call(sources, options, std::move(on_done), std::move(call));
+        if (!taken) return std::move(taken).error();
+#else
+        this->call(sources, options, std::move(on_done), std::move(call));
+#endif
+        return future;
     }
     Returned<t5g_engine_counts> stats() const {
         t5g_engine_counts counts = t5g_engine_counts_default();
@@ -782,8 +1327,12 @@ class Encoder {
 public:
     explicit Encoder(t5g_encoder *encoder) : handle_(encoder) {}
     static Returned<Encoder> open(const std::string &path, const OpenOptions &options = {}) {
+        if (auto wrong = detail::first(detail::without_zero("path", path), options.wrong()))
+            return detail::refused<Encoder>(std::move(*wrong));
         t5g_encoder *made = nullptr;
-        return detail::returned<Encoder>(t5g_encoder_open(path.c_str(), &options, &made), [&] { return Encoder(made); });
+        t5g_error *error =
+            options.with([&](const t5g_open_options *way) { return t5g_encoder_open(path.c_str(), way, &made); });
+        return detail::returned<Encoder>(error, [&] { return Encoder(made); });
     }
     Returned<std::string> describe() const {
         return detail::text([&](t5g_text **json) { return t5g_encoder_describe(handle_.get(), json); });
@@ -795,8 +1344,10 @@ public:
     Returned<States> encode(const Sources &sources, std::int32_t pooling = T5G_POOLING_NONE, bool normalize = false,
                             const Call &call = {}) const {
         detail::Callbacks callbacks(call);
+        if (auto wrong = detail::first(sources.wrong(), callbacks.wrong()))
+            return detail::refused<States>(std::move(*wrong));
         return sources.with([&](const t5g_sources *given) {
-            return detail::states([&](t5g_states *states) {
+            return detail::states(callbacks, [&](t5g_states *states) {
                 return t5g_encoder_encode(handle_.get(), given, pooling, normalize ? 1 : 0, callbacks.get(), states);
             });
         });
@@ -804,8 +1355,10 @@ public:
     Returned<States> classify(const Sources &sources, std::int32_t function = T5G_SCORES_DEFAULT,
                               const Call &call = {}) const {
         detail::Callbacks callbacks(call);
+        if (auto wrong = detail::first(sources.wrong(), callbacks.wrong()))
+            return detail::refused<States>(std::move(*wrong));
         return sources.with([&](const t5g_sources *given) {
-            return detail::states([&](t5g_states *states) {
+            return detail::states(callbacks, [&](t5g_states *states) {
                 return t5g_encoder_classify(handle_.get(), given, function, callbacks.get(), states);
             });
         });
@@ -815,6 +1368,9 @@ private:
     detail::Handle<t5g_encoder, t5g_encoder_free> handle_;
 };
 
+} // inline namespace
 } // namespace t5g
+
+#undef T5GEMMA_MODE
 
 #endif

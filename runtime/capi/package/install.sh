@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lays out lib/ and include/ under DESTDIR and PREFIX: install.sh ARCHIVE VERSION PREFIX. ARCHIVE is what cargo makes of
+# Lays out lib/, include/ and share/ under DESTDIR and PREFIX: install.sh ARCHIVE VERSION PREFIX. ARCHIVE is what cargo makes of
 # runtime/capi. It is linked here and not by cargo, because crates within it export C functions of their own, which
 # rustc would export from a shared library too. ONNXRUNTIME=FILE puts that library beside.
 set -euo pipefail
@@ -12,7 +12,7 @@ number() { sed -n "s/^#define $1 \([0-9]*\)$/\1/p" "$here/include/t5gemma.h"; }
 major=$(number T5G_ABI_MAJOR) minor=$(number T5G_ABI_MINOR)
 functions=$(sed -n 's/.*[ *]\(t5g_[a-z0-9_]*\)(.*/\1/p' "$here/include/t5gemma.h" | grep -v _default | sort -u)
 
-mkdir -p "$root"/{include,lib/pkgconfig,lib/cmake/t5gemma,share/doc/t5gemma}
+mkdir -p "$root"/{include,lib/pkgconfig,lib/cmake/t5gemma,share/doc/t5gemma,share/t5gemma}
 work=$(mktemp -d "$root/lib/.install.XXXXXX")
 trap 'rm -rf "$work"' EXIT
 
@@ -48,6 +48,7 @@ ln -sfn "$file" "$root/lib/$soname"
 ln -sfn "$soname" "$root/lib/$plain"
 install -m 644 "$here/include/t5gemma.h" "$here/include/t5gemma.hpp" "$root/include/"
 install -m 644 "$here/../../LICENSE" "$root/share/doc/t5gemma/"
+install -m 644 "$here/package/valgrind.supp" "$root/share/t5gemma/"
 fill() { sed -e "s|@VERSION@|$version|; s|@FILE@|$file|; s|@SONAME@|$soname|; s|@SYSTEM_LIBRARIES@|$system|" "$1" > "$2"; }
 fill "$here/package/t5gemma.pc.in" "$root/lib/pkgconfig/t5gemma.pc"
 for part in Config ConfigVersion; do

@@ -2,8 +2,10 @@
 
 use std::ffi::{c_char, c_void};
 use std::ops::ControlFlow;
+use std::process;
 use std::ptr;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, ThreadId};
 use std::time::{Duration, Instant};
 
 use t5gemma_runtime::{
@@ -75,7 +77,8 @@ pub struct t5g_position {
 #[derive(Clone, Copy)]
 struct User(*mut c_void);
 
-// SAFETY: callbacks come on the thread of the call that was given them.
+// SAFETY: nothing here reads what it points at. The header says on which threads callbacks come, an engine's among them, and that
+// the caller's data has to bear that.
 unsafe impl Send for User {}
 // SAFETY: as above.
 unsafe impl Sync for User {}
@@ -84,6 +87,15 @@ impl User {
     fn pointer(self) -> *mut c_void {
         self.0
     }
+}
+
+/// What a function does of what a call may concern, which decides on the callbacks that have a meaning.
+#[derive(Clone, Copy)]
+pub enum Role {
+    Scores,
+    Encodes,
+    Submits,
+    Tells,
 }
 
 /// A `t5g_call`, checked.
@@ -119,6 +131,25 @@ impl Call {
         })
     }
 
+    /// Refuses callbacks that would never be called.
+    pub fn of(self, role: Role) -> Result<Call, Failure> {
+        let t5g_call { on_piece, on_step, logits_processor, prefix_allowed_tokens, .. } = self.given;
+        let (pieces, steps) = (("on_piece", on_piece.is_some()), ("on_step", on_step.is_some()));
+        let changes = [
+            ("logits_processor", logits_processor.is_some()),
+            ("prefix_allowed_tokens", prefix_allowed_tokens.is_some()),
+        ];
+        let (refused, why): (&[(&str, bool)], _) = match role {
+            Role::Scores | Role::Encodes => (&[pieces, changes[0], changes[1]], "nothing is generated"),
+            Role::Submits => (&[pieces, steps], "t5g_request_poll tells the same"),
+            Role::Tells => (&[steps], "steps are of many requests; on_piece tells of this one"),
+        };
+        match refused.iter().find(|(_, is_given)| *is_given) {
+            Some((name, _)) => Err(Failure::argument(&format!("call.{name}"), format!("NULL ({why})"), "a function")),
+            None => Ok(self),
+        }
+    }
+
     /// Until when the call may take.
     pub fn deadline(&self) -> Option<Instant> {
         self.deadline
@@ -151,11 +182,21 @@ impl Call {
         Ok(result)
     }
 
-    /// Adds the callbacks that change what is generated.
-    pub fn add_to(&self, mut options: GenerationOptions) -> GenerationOptions {
+    /// [`Call::run`], of something that is one step.
+    pub fn run_in_one_step<T>(&self, work: impl FnOnce(&Cancellation) -> Result<T, Error>) -> Result<T, Failure> {
+        self.run(|cancel| {
+            let result = work(cancel)?;
+            if self.shown().step().is_break() { Err(Error::Cancelled) } else { Ok(result) }
+        })
+    }
+
+    /// Adds the callbacks that change what is generated, each of which is called as long as `gate` is open.
+    pub fn add_to(&self, mut options: GenerationOptions, gate: &Arc<Gate>) -> GenerationOptions {
         let user = User(self.given.user);
         if let Some(change) = self.given.logits_processor {
+            let gate = gate.clone();
             options.logits_processor.push(LogitsProcessor::new(move |place: &Position, scores: &mut [f32]| {
+                let Some(_inside) = gate.enter() else { return };
                 let position = t5g_position {
                     size: size_of::<t5g_position>(),
                     source: place.source.as_ptr(),
@@ -168,7 +209,9 @@ impl Call {
             }));
         }
         if let Some(allowed) = self.given.prefix_allowed_tokens {
+            let gate = gate.clone();
             let allowed = move |row: usize, target: &[i64]| {
+                let Some(_inside) = gate.enter() else { return Vec::new() };
                 let mut tokens = ptr::null();
                 let count = allowed(user.pointer(), row, target.as_ptr(), target.len(), &mut tokens);
                 if tokens.is_null() || !tokens.is_aligned() {
@@ -208,10 +251,9 @@ impl Shown {
         self.user.pointer()
     }
 
-    /// The field of one that is given.
-    pub fn name(&self) -> Option<&'static str> {
-        let steps = self.on_step.map(|_| "on_step");
-        self.on_piece.map(|_| "on_piece").or(steps)
+    /// Tells that all rows have chosen what a step brings them.
+    pub fn step(&self) -> ControlFlow<()> {
+        self.on_step.map_or(ControlFlow::Continue(()), |on_step| going_on(on_step(self.user())))
     }
 
     /// Shows a token, with its text where that is wanted.
@@ -272,7 +314,72 @@ impl Watch for Pieces {
     }
 
     fn step(&mut self) -> ControlFlow<()> {
-        self.shown.on_step.map_or(ControlFlow::Continue(()), |on_step| going_on(on_step(self.shown.user())))
+        self.shown.step()
+    }
+}
+
+/// Whether callbacks that change what is generated may still be called: an engine's threads may be at it when a request ends,
+/// and what the caller has for them lives no longer.
+pub struct Gate {
+    /// Whose threads may be inside; a process that is forked has none of them.
+    process: u32,
+    state: Mutex<GateState>,
+    left: Condvar,
+}
+
+#[derive(Default)]
+struct GateState {
+    is_closed: bool,
+    inside: Vec<ThreadId>,
+}
+
+/// A callback that is running.
+struct Inside<'a>(&'a Gate);
+
+impl Default for Gate {
+    fn default() -> Gate {
+        Gate { process: process::id(), state: Mutex::default(), left: Condvar::new() }
+    }
+}
+
+impl Gate {
+    fn state(&self) -> MutexGuard<'_, GateState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Enters, if it is open, for as long as what is returned lives.
+    fn enter(&self) -> Option<Inside<'_>> {
+        let mut state = self.state();
+        if state.is_closed {
+            return None;
+        }
+        state.inside.push(thread::current().id());
+        Some(Inside(self))
+    }
+
+    /// Lets nobody enter any more, and waits until all have left; a callback that ends its own request does not wait for itself.
+    pub fn close(&self) {
+        if self.process != process::id() {
+            return;
+        }
+        let own = thread::current().id();
+        let mut state = self.state();
+        state.is_closed = true;
+        while !state.inside.is_empty() && !state.inside.contains(&own) {
+            state = self.left.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+impl Drop for Inside<'_> {
+    fn drop(&mut self) {
+        let own = thread::current().id();
+        let mut state = self.0.state();
+        if let Some(at) = state.inside.iter().position(|&thread| thread == own) {
+            state.inside.swap_remove(at);
+        }
+        drop(state);
+        self.0.left.notify_all();
     }
 }
 
@@ -359,6 +466,9 @@ pub extern "C" fn t5g_cancellation_free(cancellation: Handle<Cancellations>) -> 
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::sync::mpsc;
+
     use super::*;
     use crate::error::Code;
 
@@ -391,6 +501,32 @@ mod tests {
             Ok(7)
         });
         assert_eq!(result.expect_err("late").code(), Code::Deadline);
+    }
+
+    #[test]
+    fn a_closed_gate_has_nobody_inside_and_who_is_inside_does_not_wait() {
+        let gate = Gate::default();
+        let (enter, entered) = mpsc::channel();
+        let (leave, leaving) = mpsc::channel::<()>();
+        let has_left = AtomicBool::new(false);
+        thread::scope(|scope| {
+            let (gate, has_left) = (&gate, &has_left);
+            scope.spawn(move || {
+                let inside = gate.enter().expect("open");
+                enter.send(()).expect("the test listens");
+                leaving.recv().expect("the test tells");
+                has_left.store(true, Ordering::SeqCst);
+                drop(inside);
+            });
+            entered.recv().expect("it has entered");
+            let own = gate.enter().expect("open");
+            gate.close();
+            assert!(gate.enter().is_none());
+            drop(own);
+            leave.send(()).expect("it listens");
+            gate.close();
+            assert!(has_left.load(Ordering::SeqCst));
+        });
     }
 
     #[test]

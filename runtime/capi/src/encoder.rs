@@ -6,7 +6,7 @@ use std::ptr;
 use serde_json::{Value, json};
 use t5gemma_runtime::{Batch, Encoder, Pooling, ScoreFunction, Task};
 
-use crate::call::{Call, t5g_call};
+use crate::call::{Call, Role, t5g_call};
 use crate::error::{Failure, fallible, free};
 use crate::handle::{Handle, Object};
 use crate::input::{Buffer, Fields, Out, Record, Text, flag};
@@ -175,7 +175,7 @@ pub extern "C" fn t5g_encoder_encode(
 ) -> Handle<Failure> {
     fallible(|| {
         let (given, opened) = (states.get("states")?, encoder.get("encoder")?);
-        let (call, normalize) = (Call::read(call)?, flag(normalize.into(), "normalize")?);
+        let (call, normalize) = (Call::read(call)?.of(Role::Encodes)?, flag(normalize.into(), "normalize")?);
         let pooling = usize::try_from(pooling)
             .ok()
             .and_then(|at| Pooling::ALL.get(at).copied())
@@ -188,7 +188,7 @@ pub extern "C" fn t5g_encoder_encode(
         let length = if pooling == Pooling::None { batch.length() } else { 1 };
         let shape = Shape::of(&batch, length, encoder.config().encoder.hidden_size);
         put_states(states, given, shape, &batch, || {
-            call.run(|cancel| match pooling {
+            call.run_in_one_step(|cancel| match pooling {
                 Pooling::None => Ok(encoder.encode(&batch, cancel)?.into_iter().collect()),
                 _ => Ok(encoder.embed(&batch, pooling, normalize, cancel)?.into_iter().collect()),
             })
@@ -206,7 +206,7 @@ pub extern "C" fn t5g_encoder_classify(
 ) -> Handle<Failure> {
     fallible(|| {
         let (given, opened) = (scores.get("scores")?, encoder.get("encoder")?);
-        let (encoder, call) = (&opened.encoder, Call::read(call)?);
+        let (encoder, call) = (&opened.encoder, Call::read(call)?.of(Role::Encodes)?);
         let classifier = encoder.classifier()?;
         let function = match function {
             0 => ScoreFunction::of(classifier),
@@ -222,7 +222,7 @@ pub extern "C" fn t5g_encoder_classify(
         let of_tokens = encoder.manifest().task == Task::TokenClassification;
         let shape = Shape::of(&batch, if of_tokens { batch.length() } else { 1 }, labels);
         put_states(scores, given, shape, &batch, || {
-            let logits: Vec<f32> = call.run(|cancel| match of_tokens {
+            let logits: Vec<f32> = call.run_in_one_step(|cancel| match of_tokens {
                 true => Ok(encoder.classify_tokens(&batch, cancel)?.into_iter().collect()),
                 false => Ok(encoder.classify(&batch, cancel)?.into_iter().collect()),
             })?;

@@ -12,7 +12,7 @@ use t5gemma_runtime::{
     SpecialTokens, TextStream, Waited,
 };
 
-use crate::call::{Call, Listed, t5g_call};
+use crate::call::{Call, Gate, Listed, Role, t5g_call};
 use crate::error::{Code, Failure, fallible, free, guarded, value};
 use crate::handle::{Handle, Held, Object};
 use crate::input::{Array, Fields, Out, Record, UNSET, whole};
@@ -158,6 +158,7 @@ impl Serving {
 pub struct Asked {
     running: Mutex<Running>,
     canceller: Canceller,
+    gate: Arc<Gate>,
 }
 
 impl Object for Asked {
@@ -179,8 +180,16 @@ struct Running {
     opened: Arc<Opened>,
     seed: Option<u64>,
     source_tokens: usize,
+    /// Open to the callbacks that change what is generated.
+    gate: Arc<Gate>,
     /// The caller's cancellation reaches this request for as long as it lives.
     _listed: Option<Listed>,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.gate.close();
+    }
 }
 
 /// What a caller is told.
@@ -206,11 +215,18 @@ impl Running {
             }
             match self.generation.next_within(left) {
                 Waited::TimedOut => return Ok(None),
-                Waited::Ended => self.has_ended = true,
-                Waited::Event(Err(error)) => self.failed = Some(error.into()),
+                Waited::Ended => {
+                    self.gate.close();
+                    self.has_ended = true;
+                }
+                Waited::Event(Err(error)) => {
+                    self.gate.close();
+                    self.failed = Some(error.into());
+                }
                 Waited::Event(Ok(event)) => {
                     if let Err(failure) = self.take(event) {
                         self.generation.cancel();
+                        self.gate.close();
                         self.failed = Some(failure);
                     }
                 }
@@ -293,7 +309,8 @@ fn submit(
 ) -> Result<Running, Failure> {
     let opened = &serving.opened;
     let given = generation_options(options)?;
-    let mut options = call.add_to(opened.model.options().with(&given)?);
+    let gate = Arc::new(Gate::default());
+    let mut options = call.add_to(opened.model.options().with(&given)?, &gate);
     if options.do_sample {
         options.seed = Some(options.seed.unwrap_or_else(GenerationOptions::draw_seed));
     }
@@ -321,8 +338,17 @@ fn submit(
         opened: opened.clone(),
         seed,
         source_tokens,
+        gate,
         _listed: call.list(move || canceller.cancel()),
     })
+}
+
+/// A number that is a bound, if it is given.
+fn bound(value: i64, name: &str) -> Result<Option<usize>, Failure> {
+    match whole(value, name)? {
+        Some(0) => Err(Failure::argument(name, "at least 1, or T5G_UNSET", "0")),
+        bound => Ok(bound),
+    }
 }
 
 #[unsafe(no_mangle)]
@@ -336,9 +362,9 @@ pub extern "C" fn t5g_engine_new(
         let given = options.optional("options")?.unwrap_or_else(t5g_engine_options::unset);
         let default = EngineOptions::default();
         let options = EngineOptions {
-            max_rows: whole(given.max_rows, "options.max_rows")?.unwrap_or(default.max_rows),
-            max_bytes: whole(given.max_bytes, "options.max_bytes")?.unwrap_or(default.max_bytes),
-            max_waiting: whole(given.max_waiting, "options.max_waiting")?.unwrap_or(default.max_waiting),
+            max_rows: bound(given.max_rows, "options.max_rows")?.unwrap_or(default.max_rows),
+            max_bytes: bound(given.max_bytes, "options.max_bytes")?.unwrap_or(default.max_bytes),
+            max_waiting: bound(given.max_waiting, "options.max_waiting")?.unwrap_or(default.max_waiting),
             ..default
         };
         let devices = given.devices.get(given.device_count, "options.devices")?;
@@ -358,17 +384,11 @@ pub extern "C" fn t5g_engine_submit(
     request: Out<Handle<Asked>>,
 ) -> Handle<Failure> {
     fallible(|| {
-        let (place, serving, call) = (request.check("request")?, engine.get("engine")?, Call::read(call)?);
-        if let Some(name) = call.shown().name() {
-            return Err(Failure::argument(
-                &format!("call.{name}"),
-                "NULL (t5g_request_poll tells the same)",
-                "a function",
-            ));
-        }
+        let (place, serving) = (request.check("request")?, engine.get("engine")?);
+        let call = Call::read(call)?.of(Role::Submits)?;
         let running = submit(&serving, sources, options, &call)?;
-        let canceller = running.generation.canceller();
-        place.put(Handle::new(Asked { running: Mutex::new(running), canceller }));
+        let (canceller, gate) = (running.generation.canceller(), running.gate.clone());
+        place.put(Handle::new(Asked { running: Mutex::new(running), canceller, gate }));
         Ok(())
     })
 }
@@ -382,7 +402,7 @@ pub extern "C" fn t5g_engine_call(
     done: Option<Done>,
 ) -> Handle<Failure> {
     fallible(|| {
-        let (serving, call) = (engine.get("engine")?, Call::read(call)?);
+        let (serving, call) = (engine.get("engine")?, Call::read(call)?.of(Role::Tells)?);
         let done = done.ok_or_else(|| Failure::argument("done", "a function", "NULL"))?;
         let mut running = submit(&serving, sources, options, &call)?;
         let shown = call.shown();
@@ -425,6 +445,7 @@ fn next_or_end(running: &mut Running) -> Result<Option<Told>, Failure> {
 pub extern "C" fn t5g_engine_stats(engine: Handle<Serving>, counts: Record<t5g_engine_counts>) -> Handle<Failure> {
     fallible(|| {
         let serving = engine.get("engine")?;
+        serving.engine.check_process()?;
         counts.put(serving.counts(serving.engine.stats()), "counts")
     })
 }
@@ -437,6 +458,7 @@ pub extern "C" fn t5g_engine_stats_of_copy(
 ) -> Handle<Failure> {
     fallible(|| {
         let serving = engine.get("engine")?;
+        serving.engine.check_process()?;
         let copies = serving.engine.stats_of_copies();
         let refused = || Failure::argument("copy", format!("less than {}", copies.len()), copy.to_string());
         counts.put(serving.counts(*copies.get(copy).ok_or_else(refused)?), "counts")
@@ -445,18 +467,12 @@ pub extern "C" fn t5g_engine_stats_of_copy(
 
 #[unsafe(no_mangle)]
 pub extern "C" fn t5g_engine_drain(engine: Handle<Serving>) -> Handle<Failure> {
-    fallible(|| {
-        engine.get("engine")?.engine.drain();
-        Ok(())
-    })
+    fallible(|| Ok(engine.get("engine")?.engine.drain()?))
 }
 
 #[unsafe(no_mangle)]
 pub extern "C" fn t5g_engine_shutdown(engine: Handle<Serving>) -> Handle<Failure> {
-    fallible(|| {
-        engine.get("engine")?.engine.shutdown();
-        Ok(())
-    })
+    fallible(|| Ok(engine.get("engine")?.engine.shutdown()?))
 }
 
 #[unsafe(no_mangle)]
@@ -504,7 +520,9 @@ pub extern "C" fn t5g_request_cancel(request: Handle<Asked>) -> Handle<Failure> 
 pub extern "C" fn t5g_request_free(request: Handle<Asked>) -> i32 {
     // Another thread may be waiting on it; what is no live request is for `free` to tell.
     value((), || {
-        request.get("request")?.canceller.cancel();
+        let asked = request.get("request")?;
+        asked.canceller.cancel();
+        asked.gate.close();
         Ok(())
     });
     free(request, "request")

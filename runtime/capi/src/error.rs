@@ -108,7 +108,7 @@ impl From<Error> for Failure {
             Error::Deadline => (Code::Deadline, Some("deadline_seconds".to_string())),
             Error::TooLarge { .. } => (Code::TooLarge, None),
             Error::Busy { .. } => (Code::Full, None),
-            Error::Closed => (Code::Closed, None),
+            Error::Closed | Error::Forked { .. } => (Code::Closed, None),
             _ => (Code::Internal, None),
         };
         let failure = Failure::new(code, message);

@@ -42,7 +42,9 @@ struct Entry {
     is_broken: Arc<AtomicBool>,
 }
 
-static TABLE: RwLock<BTreeMap<usize, Entry>> = RwLock::new(BTreeMap::new());
+type Table = BTreeMap<usize, Entry>;
+
+static TABLE: RwLock<Table> = RwLock::new(Table::new());
 static NEXT: AtomicUsize = AtomicUsize::new(1);
 /// Above every address that a process can have, so that a handle taken for a pointer faults; low bits keep it aligned.
 const BASE: usize = 0x0035_0000_0000_0000;
@@ -83,6 +85,8 @@ impl<O: Object> Handle<O> {
 
     /// Enters an object.
     pub fn new(object: O) -> Handle<O> {
+        #[cfg(unix)]
+        fork::take_turns();
         let id = BASE + STEP * NEXT.fetch_add(1, Ordering::Relaxed);
         let entry = Entry { object: Arc::new(object), name: O::NAME, is_broken: Arc::default() };
         TABLE.write().unwrap_or_else(PoisonError::into_inner).insert(id, entry);
@@ -139,6 +143,39 @@ impl<O: Object> Handle<O> {
 
     fn of_another_kind(self, argument: &str, name: &str) -> Failure {
         Failure::handle(argument, O::NAME, format!("a {name}"))
+    }
+}
+
+/// A process is forked while no other thread has the table, whose lock nobody would undo in the child.
+#[cfg(unix)]
+mod fork {
+    use std::cell::RefCell;
+    use std::sync::{Once, PoisonError, RwLockWriteGuard};
+
+    use super::{TABLE, Table};
+
+    thread_local! {
+        /// Of a thread that is about to fork.
+        static HELD: RefCell<Option<RwLockWriteGuard<'static, Table>>> = const { RefCell::new(None) };
+    }
+
+    extern "C" fn before() {
+        let table = TABLE.write().unwrap_or_else(PoisonError::into_inner);
+        // A thread that is ending has no place for it, and lets the others go on.
+        let _ = HELD.try_with(|held| held.replace(Some(table)));
+    }
+
+    extern "C" fn after() {
+        let _ = HELD.try_with(|held| held.replace(None));
+    }
+
+    pub fn take_turns() {
+        static ONCE: Once = Once::new();
+        ONCE.call_once(|| {
+            // SAFETY: the functions are there as long as the process: the library is never unloaded. Without memory to list them
+            // in, forks are as they would be.
+            unsafe { libc::pthread_atfork(Some(before), Some(after), Some(after)) };
+        });
     }
 }
 

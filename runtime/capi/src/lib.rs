@@ -3,7 +3,7 @@
 //!
 //! # Design
 //! What the caller hands over is taken as a type of `input.rs` (`Text`, `Array`, `Record`, `Out`) or as a `Handle`, and
-//! their methods check it: the only `unsafe` besides is where a callback gives an array. The promise that memory is as long as
+//! their methods check it: the only `unsafe` besides is where a callback gives an array and where a fork is waited for. The promise that memory is as long as
 //! the header says is the caller's, made by calling. Handles are numbers into a table, so that those that were freed, or are of
 //! another kind, are known for what they are.
 

@@ -6,7 +6,7 @@ use std::sync::{Arc, OnceLock};
 use serde_json::{Value, json};
 use t5gemma_runtime::{Batch, ChatTemplate, GenerationOptions, Model, OpenOptions};
 
-use crate::call::{Call, t5g_call};
+use crate::call::{Call, Role, t5g_call};
 use crate::encoder::{Shape, put_states, t5g_states};
 use crate::error::{Failure, fallible, free};
 use crate::handle::{Handle, Object};
@@ -135,6 +135,16 @@ pub extern "C" fn t5g_model_chat(model: Handle<Opened>, messages: Text, text: Ou
 }
 
 #[unsafe(no_mangle)]
+pub extern "C" fn t5g_model_warm_up(model: Handle<Opened>, call: Record<t5g_call>) -> Handle<Failure> {
+    fallible(|| {
+        let opened = model.get("model")?;
+        let call = Call::read(call)?.of(Role::Encodes)?;
+        call.run_in_one_step(|cancel| opened.model.warm_up(cancel))?;
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
 pub extern "C" fn t5g_model_free(model: Handle<Opened>) -> i32 {
     free(model, "model")
 }
@@ -151,7 +161,7 @@ pub extern "C" fn t5g_model_generate(
         let (place, opened) = (result.check("result")?, model.get("model")?);
         let model = &*opened.model;
         let (call, given) = (Call::read(call)?, generation_options(options)?);
-        let mut options = call.add_to(model.options().with(&given)?);
+        let mut options = call.add_to(model.options().with(&given)?, &Arc::default());
         if options.do_sample {
             options.seed = Some(options.seed.unwrap_or_else(GenerationOptions::draw_seed));
         }
@@ -178,7 +188,7 @@ pub extern "C" fn t5g_model_score(
 ) -> Handle<Failure> {
     fallible(|| {
         let (place, opened) = (result.check("result")?, model.get("model")?);
-        let call = Call::read(call)?;
+        let call = Call::read(call)?.of(Role::Scores)?;
         let end = opened.model.options().eos_token_id.first().copied();
         let output_attentions = targets.get("targets")?.output_attentions()?;
         let (batch, targets) = opened.read(|reader| {
@@ -186,15 +196,14 @@ pub extern "C" fn t5g_model_score(
             let targets = reader.targets(targets, batch.rows(), end)?;
             Ok((batch, targets))
         })?;
-        let found = call.run(|cancel| match output_attentions {
-            false => {
-                let scored = opened.model.score(&batch, &targets, top_logprobs, cancel)?;
-                Ok(scored.into_iter().map(|logprobs| (logprobs, None)).collect())
-            }
-            true => {
-                let scored = opened.model.score_with_attentions(&batch, &targets, top_logprobs, cancel)?;
-                Ok(scored.into_iter().map(|(logprobs, attended)| (logprobs, Some(attended))).collect())
-            }
+        if output_attentions {
+            opened.model.check_attentions()?;
+        }
+        let shown = call.shown();
+        let found = call.run(|cancel| {
+            let scored = opened.model.score_watched(&batch, &targets, top_logprobs, &mut || shown.step(), cancel)?;
+            let told = |(logprobs, attended): (_, Option<_>)| (logprobs, attended.filter(|_| output_attentions));
+            Ok(scored.into_iter().map(told).collect())
         })?;
         place.put(Handle::new(Answers::scored(opened.share(), targets, found, source_tokens(&batch))));
         Ok(())
@@ -210,11 +219,11 @@ pub extern "C" fn t5g_model_encode(
 ) -> Handle<Failure> {
     fallible(|| {
         let (place, opened) = (states.get("states")?, model.get("model")?);
-        let call = Call::read(call)?;
+        let call = Call::read(call)?.of(Role::Encodes)?;
         let batch = opened.read(|reader| reader.batch(sources))?;
         let shape = Shape::of(&batch, batch.length(), opened.model.config().encoder.hidden_size);
         put_states(states, place, shape, &batch, || {
-            let found = call.run(|cancel| opened.model.encode(&batch, cancel))?;
+            let found = call.run_in_one_step(|cancel| opened.model.encode(&batch, cancel))?;
             Ok(found.into_iter().collect())
         })
     })

@@ -23,6 +23,13 @@ pub struct t5g_sources {
     decoder_input_ids: Array<i64>,
     decoder_length: usize,
     encoder_outputs: Array<f32>,
+    decoder_text_sizes: Array<usize>,
+    decoder_rows: usize,
+    input_ids_size: usize,
+    attention_mask_size: usize,
+    encoder_rows: usize,
+    encoder_length: usize,
+    encoder_width: usize,
 }
 
 // SAFETY: words, of which any are a value.
@@ -44,6 +51,13 @@ unsafe impl Fields for t5g_sources {
             decoder_input_ids: Array::NULL,
             decoder_length: 0,
             encoder_outputs: Array::NULL,
+            decoder_text_sizes: Array::NULL,
+            decoder_rows: 0,
+            input_ids_size: 0,
+            attention_mask_size: 0,
+            encoder_rows: 0,
+            encoder_length: 0,
+            encoder_width: 0,
         }
     }
 }
@@ -58,6 +72,8 @@ pub struct t5g_targets {
     lengths: Array<usize>,
     without_end: i64,
     output_attentions: i64,
+    rows: usize,
+    target_ids_size: usize,
 }
 
 // SAFETY: words, of which any are a value.
@@ -73,6 +89,8 @@ unsafe impl Fields for t5g_targets {
             lengths: Array::NULL,
             without_end: 0,
             output_attentions: 0,
+            rows: 0,
+            target_ids_size: 0,
         }
     }
 }
@@ -132,6 +150,14 @@ impl Reader<'_> {
         let batch = self.with_prompts(batch, &given)?;
         let shape = [batch.rows(), batch.length(), self.hidden_size];
         let count = product(&shape, "sources.encoder_outputs")?;
+        let [rows, length, width] = shape;
+        for (name, given, expected, what) in [
+            ("sources.encoder_rows", given.encoder_rows, rows, "one for each source"),
+            ("sources.encoder_length", given.encoder_length, length, "the tokens of the longest source"),
+            ("sources.encoder_width", given.encoder_width, width, "the model's hidden_size"),
+        ] {
+            same_size(name, given, expected, what)?;
+        }
         match given.encoder_outputs.optional(count, "sources.encoder_outputs")? {
             None => Ok(batch),
             Some(states) => {
@@ -144,6 +170,9 @@ impl Reader<'_> {
     fn of_ids(&self, given: &t5g_sources) -> Result<Batch, Failure> {
         let Some(lengths) = given.lengths.optional(given.rows, "sources.lengths")? else {
             let count = product(&[given.rows, given.length], "sources.input_ids")?;
+            let what = "rows times length";
+            same_size("sources.input_ids_size", given.input_ids_size, count, what)?;
+            same_size("sources.attention_mask_size", given.attention_mask_size, count, what)?;
             let ids = given.input_ids.get(count, "sources.input_ids")?.to_vec();
             let mask = given.attention_mask.optional(count, "sources.attention_mask")?;
             let mask = mask.map_or_else(|| vec![1; count], <[i64]>::to_vec);
@@ -153,12 +182,16 @@ impl Reader<'_> {
             let name = if given.length > 0 { "sources.length" } else { "sources.attention_mask" };
             return Err(Failure::expected(Code::Input, name, "nothing with lengths", "something"));
         }
-        let rows = ragged(&given.input_ids, lengths, "sources.input_ids")?;
+        let of_size = (given.input_ids_size, "sources.input_ids_size");
+        let rows = ragged(&given.input_ids, lengths, "sources.input_ids", of_size)?;
         Ok(Batch::padded(&rows, self.pad_token_id)?)
     }
 
     fn with_prompts(&self, batch: Batch, given: &t5g_sources) -> Result<Batch, Failure> {
         let rows = batch.rows();
+        if !given.decoder_texts.is_null() || !given.decoder_input_ids.is_null() {
+            same_size("sources.decoder_rows", given.decoder_rows, rows, "one for each source")?;
+        }
         let texts = given.decoder_texts.optional(rows, "sources.decoder_texts")?;
         let count = product(&[rows, given.decoder_length], "sources.decoder_input_ids")?;
         let ids = given.decoder_input_ids.optional(count, "sources.decoder_input_ids")?;
@@ -166,11 +199,11 @@ impl Reader<'_> {
             (None, None) if given.decoder_length == 0 => Ok(batch),
             (None, None) => Err(Failure::argument("sources.decoder_input_ids", "a pointer", "NULL")),
             (Some(texts), None) => {
+                let (name, of_sizes) = ("sources.decoder_texts", "sources.decoder_text_sizes");
+                let texts = sized(texts, given.decoder_text_sizes, name, of_sizes)?;
                 let tokenizer = (self.tokenizer)()?;
-                let prompt = |text: &Text| {
-                    Ok::<_, Failure>(tokenizer.encode_target(text.get(ZERO_TERMINATED, "sources.decoder_texts")?)?)
-                };
-                let prompts = texts.iter().map(prompt).collect::<Result<Vec<_>, _>>()?;
+                let prompts = texts.iter().map(|text| tokenizer.encode_target(text));
+                let prompts = prompts.collect::<Result<Vec<_>, _>>()?;
                 Ok(batch.with_decoder_input_ids(&prompts)?)
             }
             (None, Some(_)) if given.decoder_length == 0 => Ok(batch),
@@ -194,6 +227,7 @@ impl Reader<'_> {
         let given = targets.get("targets")?;
         let end = end.filter(|_| given.without_end == 0);
         flag(given.without_end, "targets.without_end")?;
+        same_size("targets.rows", given.rows, rows, "one for each source")?;
         match (given.texts.optional(rows, "targets.texts")?, given.target_ids.is_null()) {
             (Some(texts), true) => {
                 let tokenizer = (self.tokenizer)()?;
@@ -207,7 +241,9 @@ impl Reader<'_> {
             }
             (None, false) => {
                 let lengths = given.lengths.get(rows, "targets.lengths")?;
-                Ok(ragged(&given.target_ids, lengths, "targets.target_ids")?.into_iter().map(<[i64]>::to_vec).collect())
+                let of_size = (given.target_ids_size, "targets.target_ids_size");
+                let rows = ragged(&given.target_ids, lengths, "targets.target_ids", of_size)?;
+                Ok(rows.into_iter().map(<[i64]>::to_vec).collect())
             }
             (texts, _) => {
                 let found = if texts.is_some() { "both" } else { "neither" };
@@ -230,10 +266,16 @@ fn sized<'a>(texts: &'a [Text], sizes: Array<usize>, name: &str, of_sizes: &str)
     texts.iter().zip(sizes).enumerate().map(text).collect()
 }
 
-/// Rows of their own lengths, one after the other.
-fn ragged<'a>(ids: &'a Array<i64>, lengths: &[usize], name: &str) -> Result<Vec<&'a [i64]>, Failure> {
+/// Rows of their own lengths, one after the other; `size`, if the caller tells it, is of all together.
+fn ragged<'a>(
+    ids: &'a Array<i64>,
+    lengths: &[usize],
+    name: &str,
+    (size, of_size): (usize, &str),
+) -> Result<Vec<&'a [i64]>, Failure> {
     let too_long = || Failure::argument(name, "what fits into memory", "more");
     let count = lengths.iter().try_fold(0usize, |sum, &length| sum.checked_add(length)).ok_or_else(too_long)?;
+    same_size(of_size, size, count, "the sum of lengths")?;
     let mut rest = ids.get(count, name)?;
     let row = |&length: &usize| {
         let (row, after) = rest.split_at(length);
@@ -241,6 +283,14 @@ fn ragged<'a>(ids: &'a Array<i64>, lengths: &[usize], name: &str) -> Result<Vec<
         row
     };
     Ok(lengths.iter().map(row).collect())
+}
+
+/// Compares a size that the caller tells, 0 if it does not, with the one that belongs to it.
+fn same_size(name: &str, given: usize, expected: usize, what: &str) -> Result<(), Failure> {
+    match given == 0 || given == expected {
+        true => Ok(()),
+        false => Err(Failure::expected(Code::Input, name, format!("{expected} ({what})"), given.to_string())),
+    }
 }
 
 fn product(sizes: &[usize], name: &str) -> Result<usize, Failure> {
