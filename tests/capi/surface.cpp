@@ -343,6 +343,14 @@ static void check_moves(const char *demo) {
     auto engine = t5g::Engine::start(first), other = t5g::Engine::start(first);
     engine = std::move(other);
     CHECK(t5g_live_handles() == 2 && thrown([&] { other.submit(sources); }).field() == "engine");
+    auto ids = t5g::Sources::ids({{5, 6}, {7}}), texts = sources;
+    texts.encoder_outputs(first.encode(texts));
+    const auto kept_ids = std::move(ids), kept_texts = std::move(texts);
+    for (const auto &left : {ids, texts}) {
+        const auto error = thrown([&] { first.generate(left); });
+        CHECK(error.code() == T5G_ERROR_INPUT && error.field() == "sources");
+    }
+    CHECK(first.generate(kept_texts).rows() == 1);
     auto tokenizer = first.tokenizer();
     auto stream = tokenizer.stream();
     auto moved = std::move(stream);

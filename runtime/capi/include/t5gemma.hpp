@@ -536,7 +536,7 @@ public:
     /// What Model::encode gave for these sources, [rows, length, width]; has to live until the call is over.
     Sources &encoder_outputs(Span<const float> states, std::size_t rows, std::size_t length, std::size_t width) {
         states_ = nullptr;
-        outputs_ = Outputs{states, rows, length, width};
+        outputs_ = Outputs{states, rows, length, width, false};
         return *this;
     }
     Sources &encoder_outputs(const States &states) {
@@ -546,12 +546,15 @@ public:
         auto kept = std::make_shared<const States>(std::move(states));
         encoder_outputs(*kept);
         states_ = std::move(kept);
+        outputs_->is_kept = true;
         return *this;
     }
 
     std::size_t rows() const { return rows_; }
     /// What does not belong together, if anything does not.
     std::optional<Error> wrong() const {
+        if ((kind_ == Kind::Ragged && lengths_.size() != rows_) || (outputs_ && outputs_->is_kept && !states_))
+            return detail::expected(T5G_ERROR_INPUT, "sources", "sources", "what was moved from");
         if (kind_ == Kind::Rectangle) {
             const auto size = product("sources.input_ids", rows_, length_);
             if (!size) return size.error();
@@ -632,6 +635,8 @@ private:
     struct Outputs {
         Span<const float> values;
         std::size_t rows, length, width;
+        /// In states_.
+        bool is_kept;
     };
     static constexpr const char *EACH = "one for each source";
     static constexpr std::int64_t NONE = 0;
