@@ -1,6 +1,8 @@
 //! Token ids and scores against transformers: every generation case of every fixture, through the program's JSONL door and
 //! through the Rust API, and the demo model against recorded answers.
 
+use std::time::{Duration, Instant};
+
 use ndarray::Array2;
 use safetensors::SafeTensors;
 use serde_json::{Map, Value, json};
@@ -9,7 +11,7 @@ use t5gemma_graphs::Target;
 use t5gemma_graphs::interface::Logits;
 use t5gemma_graphs::onnx::Blocks;
 use t5gemma_graphs::quantization::Quantization;
-use t5gemma_runtime::{Batch, Cancellation, Model};
+use t5gemma_runtime::{Batch, Cancellation, Encoder, Error, FinishReason, Model, Pooling};
 
 use crate::common::{
     cases, demo, demo_as, exported, exported_as, exported_every_way, exported_for, fixture, fixtures_and_targets, run,
@@ -234,6 +236,57 @@ fn another_thread_can_cancel() {
     let stopped = model.generate(&batch, &options, &mut watch, &cancel);
     assert!(matches!(stopped, Err(t5gemma_runtime::Error::Cancelled)));
     assert_eq!(tokens, 2);
+}
+
+#[test]
+fn a_deadline_is_noticed_before_between_and_after_the_runs_of_every_call() {
+    let path = exported("tiny-balanced");
+    let (model, encoder) = (Model::open(&path).expect("it opens"), Encoder::open(&path).expect("it opens"));
+    let batch = Batch::padded(&[vec![5; 20]], 0).expect("valid");
+    let targets = [vec![6, 7, 8]];
+    let is_late = |result: Result<(), Error>| assert!(matches!(result, Err(Error::Deadline)), "{result:?}");
+    for deadline in [Instant::now(), Instant::now() - Duration::from_nanos(1)] {
+        let passed = Cancellation::until(deadline);
+        let mut watch = |_: usize, _: i64| -> std::ops::ControlFlow<()> { panic!("there is nothing to show") };
+        is_late(model.generate(&batch, model.options(), &mut watch, &passed).map(drop));
+        is_late(model.score(&batch, &targets, 0, &passed).map(drop));
+        is_late(model.encode(&batch, &passed).map(drop));
+        is_late(model.warm_up(&passed).map(drop));
+        is_late(encoder.encode(&batch, &passed).map(drop));
+        is_late(encoder.embed(&batch, Pooling::Mean, false, &passed).map(drop));
+    }
+    // One that passes while the caller is shown a token, the last one too.
+    for tokens in [1, 2, 5] {
+        let deadline = Instant::now() + Duration::from_secs(1);
+        let request = json!({"max_new_tokens": tokens, "min_new_tokens": tokens});
+        let options = model.options().with(request.as_object().expect("written above")).expect("valid options");
+        let mut shown = 0;
+        let mut watch = |_: usize, _: i64| {
+            shown += 1;
+            std::thread::sleep(deadline.saturating_duration_since(Instant::now()));
+            std::ops::ControlFlow::Continue(())
+        };
+        is_late(model.generate(&batch, &options, &mut watch, &Cancellation::until(deadline)).map(drop));
+        assert!(shown <= 1, "{shown}");
+    }
+    let later = Cancellation::until(Instant::now() + Duration::from_secs(3600));
+    let mut count = 0;
+    let mut on_step = || {
+        count += 1;
+        std::ops::ControlFlow::Continue(())
+    };
+    let scored = model.score_watched(&batch, &targets, 0, &mut on_step, &later).expect("in time");
+    assert_eq!((scored.len(), count), (1, 3));
+}
+
+#[test]
+fn no_time_is_over_after_the_first_token() {
+    let model = Model::open(exported("tiny-balanced")).expect("the model opens");
+    let batch = Batch::padded(&[vec![5; 20]], 0).expect("valid");
+    let request = json!({"max_new_tokens": 9, "min_new_tokens": 9, "max_time": 0.0});
+    let options = model.options().with(request.as_object().expect("written above")).expect("valid options");
+    let rows = model.generate(&batch, &options, &mut (), &Cancellation::new()).expect("generates");
+    assert_eq!((rows[0][0].tokens.len(), rows[0][0].finish_reason), (1, FinishReason::Time));
 }
 
 /// Ids and masks by name.

@@ -95,7 +95,7 @@ def main(demo, classifier):
     fails(t5gemma.Error, "cancelled", lambda: [model.generate(TEXTS * 8, cancellation=cancellation, **endless) for _ in range(99)])
     clock.join()
     assert len(ticks) == 10
-    error = fails(t5gemma.Error, "not done within", lambda: [model.generate(TEXTS * 8, deadline=0.05, **endless) for _ in range(99)])
+    error = fails(t5gemma.Error, "the deadline has passed", lambda: [model.generate(TEXTS * 8, deadline=0.05, **endless) for _ in range(99)])
     assert error.field == "deadline_seconds"
 
     with t5gemma.Engine(model, max_rows=8) as engine:
