@@ -2,6 +2,8 @@
 //! and generation, take it, and because its rules need no model; what depends on a model's sizes is checked by
 //! [`Batch::check`], once, before anything runs.
 
+use std::ops::Range;
+
 use ndarray::{Array3, s};
 use t5gemma_graphs::config::Config;
 
@@ -31,6 +33,13 @@ pub struct Batch {
 pub(crate) struct Prompts {
     pub length: usize,
     pub ids: Vec<i64>,
+}
+
+impl Prompts {
+    /// Those of consecutive rows.
+    pub fn piece(&self, rows: Range<usize>) -> Prompts {
+        Prompts { length: self.length, ids: self.ids[rows.start * self.length..rows.end * self.length].to_vec() }
+    }
 }
 
 impl Batch {
@@ -190,16 +199,24 @@ impl Batch {
 
     /// One row as it was given, without what made rows equally long and without a decoder prompt.
     pub(crate) fn alone(&self, row: usize) -> Batch {
-        let length = self.given[row];
-        let states = self.states.as_ref().map(|states| states.slice(s![row..=row, ..length, ..]).to_owned());
+        self.piece(row..row + 1)
+    }
+
+    /// Consecutive rows, as long as the longest of them was given, without decoder prompts.
+    pub(crate) fn piece(&self, rows: Range<usize>) -> Batch {
+        let length = self.given[rows.clone()].iter().copied().max().unwrap_or(0);
+        let cut = |flat: &[i64]| -> Vec<i64> {
+            rows.clone().flat_map(|row| flat[row * self.length..][..length].iter().copied()).collect()
+        };
+        let states = self.states.as_ref().map(|states| states.slice(s![rows.clone(), ..length, ..]).to_owned());
         Batch {
-            rows: 1,
+            rows: rows.len(),
             length,
-            ids: self.source(row).to_vec(),
-            mask: self.row_mask(row).to_vec(),
-            given: vec![length],
-            seeds: vec![self.seeds[row]],
-            places: vec![self.places[row]],
+            ids: cut(&self.ids),
+            mask: cut(&self.mask),
+            given: self.given[rows.clone()].to_vec(),
+            seeds: self.seeds[rows.clone()].to_vec(),
+            places: self.places[rows.clone()].to_vec(),
             prompts: None,
             states,
         }
@@ -373,6 +390,20 @@ mod tests {
         assert_ne!(other.with_seed(3).draws(1, 9), alone.draws(0, 9), "another place in its request");
         let unseeded = Batch::padded(&[[6, 7]], 0).expect("well-formed");
         assert_eq!(unseeded.draws(0, 3), alone.draws(0, 8));
+    }
+
+    #[test]
+    fn a_piece_is_what_its_rows_would_be_without_the_others() {
+        let states = Array3::from_shape_fn([3, 3, 1], |(row, at, _)| (10 * row + at) as f32);
+        let batch = Batch::padded(&[vec![5], vec![6, 7], vec![8, 9, 4]], 0).expect("well-formed");
+        let batch = batch.with_encoder_outputs(states).expect("of this batch").with_seed(3);
+        let piece = batch.piece(0..2);
+        assert_eq!((piece.ids(), piece.mask()), ([5, 0, 6, 7].as_slice(), [1, 0, 1, 1].as_slice()));
+        let states = piece.encoder_outputs().expect("it has them");
+        assert_eq!(states.iter().copied().collect::<Vec<f32>>(), [0.0, 1.0, 10.0, 11.0]);
+        // In its place, with its seed.
+        assert_eq!(batch.piece(1..3).draws(1, 9), batch.draws(2, 9));
+        assert_eq!(batch.piece(0..3), batch);
     }
 
     #[test]

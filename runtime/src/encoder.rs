@@ -5,7 +5,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use ndarray::{Array2, Array3, ArrayD, ArrayView2, Axis};
+use ndarray::{Array2, Array3, ArrayD, ArrayView2, Axis, IxDyn};
 use t5gemma_graphs::config::Config;
 use t5gemma_graphs::manifest::{MANIFEST, Manifest};
 use t5gemma_graphs::task::{Features, Pooling, Task};
@@ -16,6 +16,7 @@ use crate::cancellation::Cancellation;
 use crate::error::Error;
 use crate::folder::Folder;
 use crate::model::{Graph, OpenOptions, Opener, check_options, float32_values, int64_tensor, run, shares_rows};
+use crate::needs::{Limits, pieces_to_encode};
 use crate::provider::{Provider, no_graphs};
 use crate::scores::Wanted;
 use crate::tokenizer::Tokenizer;
@@ -26,6 +27,7 @@ pub struct Encoder {
     session: Graph,
     /// Whether the processor computes it.
     on_cpu: bool,
+    limits: Limits,
     tokenizer: OnceLock<Result<Tokenizer, String>>,
     folder: Folder,
 }
@@ -53,7 +55,7 @@ impl Encoder {
         let first = parts.first().expect("a model has a graph, and its encoder comes first");
         let session = Opener::new(&folder, options)?.open(first.name, &first.ports)?;
         let on_cpu = options.placement.provider == Provider::Cpu;
-        Ok(Encoder { session, on_cpu, tokenizer: OnceLock::new(), folder })
+        Ok(Encoder { session, on_cpu, limits: options.limits, tokenizer: OnceLock::new(), folder })
     }
 
     /// The model's configuration.
@@ -145,6 +147,34 @@ impl Encoder {
     pub(crate) fn output(&self, batch: &Batch, cancel: &Cancellation) -> Result<ArrayD<f32>, Error> {
         cancel.check()?;
         batch.check(&self.folder.config)?;
+        let side = (&self.folder.config.encoder, self.folder.manifest.dtype);
+        let pieces = pieces_to_encode(batch, side, &self.limits, self.on_cpu);
+        if pieces.len() == 1 {
+            return self.output_of_piece(batch, cancel);
+        }
+        let mut output = ArrayD::zeros(IxDyn(&[]));
+        for rows in pieces {
+            let piece = batch.piece(rows.clone());
+            let found = self.output_of_piece(&piece, cancel)?;
+            if output.ndim() == 0 {
+                let mut shape = found.shape().to_vec();
+                shape[0] = batch.rows();
+                // Of outputs by token, the second axis is that of the tokens.
+                if shape.len() == 3 {
+                    shape[1] = batch.length();
+                }
+                output = ArrayD::zeros(shape);
+            }
+            let mut of_piece = output.slice_axis_mut(Axis(0), rows.into());
+            if found.ndim() == 3 {
+                of_piece.slice_axis_inplace(Axis(1), (..piece.length()).into());
+            }
+            of_piece.assign(&found);
+        }
+        Ok(output)
+    }
+
+    fn output_of_piece(&self, batch: &Batch, cancel: &Cancellation) -> Result<ArrayD<f32>, Error> {
         // A classifier looks at the tokens of padding too.
         if self.on_cpu
             && let Ok(Features { pooling, .. }) = self.features()

@@ -4,11 +4,12 @@
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
-use crate::batch::Batch;
+use crate::batch::{Batch, Prompts};
 use crate::cancellation::Cancellation;
 use crate::error::Error;
 use crate::item::{Call, Item, Start};
 use crate::model::Model;
+use crate::needs::{Need, pieces_to_decode};
 use crate::options::GenerationOptions;
 use crate::search::Hypothesis;
 use crate::stop::Stops;
@@ -19,7 +20,8 @@ pub trait Watch {
     /// call as a cancellation does.
     fn token(&mut self, row: usize, token: i64) -> ControlFlow<()>;
 
-    /// Is told, also in beam search, that all rows have chosen what a step brings them; [`ControlFlow::Break`] as above.
+    /// Is told, also in beam search, that the rows that run together have chosen what a step brings them;
+    /// [`ControlFlow::Break`] as above.
     fn step(&mut self) -> ControlFlow<()> {
         ControlFlow::Continue(())
     }
@@ -57,11 +59,29 @@ pub(crate) fn generate(
     cancel.check()?;
     let call = Call::new(model, batch, options)?;
     let stops = Arc::new(Stops::new(options));
-    let mut items: Vec<Item> = (0..batch.rows()).map(|row| call.item(row, search, &stops)).collect();
-    let mut results: Vec<Vec<Hypothesis>> = vec![Vec::new(); batch.rows()];
-    let encoded = model.run_encoder(batch, cancel)?;
-    let (mut state, mut logits) =
-        model.start(encoded, call.prompts.clone(), Item::all_want(items.iter(), 0), cancel)?;
+    let pieces = pieces_to_decode(model, &call.batch, call.prompts.length, |row| Need::of(&call, row));
+    let mut results = Vec::with_capacity(batch.rows());
+    for rows in pieces {
+        let items = rows.clone().map(|row| call.item(row, search, &stops)).collect();
+        let (sources, prompts) = (call.batch.piece(rows.clone()), call.prompts.piece(rows));
+        results.extend(piece(model, &call, (&sources, prompts), items, watch, cancel)?);
+    }
+    Ok(results)
+}
+
+/// Generates for the rows that `items` are of.
+fn piece(
+    model: &Model,
+    call: &Call,
+    (sources, prompts): (&Batch, Prompts),
+    mut items: Vec<Item>,
+    watch: &mut dyn Watch,
+    cancel: &Cancellation,
+) -> Result<Vec<Vec<Hypothesis>>, Error> {
+    let first = items[0].row;
+    let mut results: Vec<Vec<Hypothesis>> = vec![Vec::new(); items.len()];
+    let encoded = model.run_encoder(sources, cancel)?;
+    let (mut state, mut logits) = model.start(encoded, prompts, Item::all_want(items.iter(), 0), cancel)?;
 
     // Of logits of several positions, the one at which the search is.
     let mut position = 0;
@@ -102,7 +122,7 @@ pub(crate) fn generate(
             let row = item.row;
             let (found, shown) = item.finish();
             show(row, found[0].tokens.get(shown..).unwrap_or(&[]), watch)?;
-            results[row] = found;
+            results[row - first] = found;
         }
         if items.is_empty() {
             // Also of a call that is done: what its last callbacks did counts.

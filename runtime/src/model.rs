@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use half::{bf16, f16};
-use ndarray::Array3;
+use ndarray::{Array3, s};
 use ort::logging::LogLevel;
 use ort::session::builder::PrepackedWeights;
 use ort::session::{Session, SessionInputValue};
@@ -35,6 +35,7 @@ use crate::generate::{self, Watch};
 use crate::kernels::{self, Kernels, Side};
 use crate::log;
 use crate::logprobs::Logprobs;
+use crate::needs::{Limits, pieces_to_encode};
 use crate::onnxruntime;
 use crate::options::{GenerationOptions, OptionError};
 use crate::provider::{self, Elsewhere, Placement, Provider, no_graphs};
@@ -59,6 +60,9 @@ pub struct OpenOptions {
     /// not encoded again; [`DEFAULT_ENCODER_CACHE_BYTES`] by default, 0 for none. What is found is what encoding again would
     /// give, to the last digit: sources are the same only with the same rows beside them. [`Model`] only.
     pub encoder_cache_bytes: usize,
+    /// What runs side by side in one call of [`Model::generate`], [`Model::score`] or an encoder; the rows of a larger one run in
+    /// pieces.
+    pub limits: Limits,
     /// What computes the model; the processor by default.
     pub placement: Placement,
     /// Have ONNX Runtime write down how long each operator of each graph takes: into files that begin with this and the
@@ -83,6 +87,7 @@ impl Default for OpenOptions {
             threads: None,
             check_weights: false,
             encoder_cache_bytes,
+            limits: Limits::default(),
             placement,
             profile: None,
             steady_steps: false,
@@ -104,6 +109,7 @@ pub struct Model {
     per_item: Vec<bool>,
     /// Whether the processor computes it.
     on_cpu: bool,
+    limits: Limits,
     /// Of a model that is made for a device, how its cache is kept there.
     resident: Option<Plan>,
     _uploaded: Option<Uploaded>,
@@ -325,6 +331,7 @@ impl Model {
             decoder_with_past: decoder_with_past?,
             per_item: per_item(&interface),
             on_cpu: options.placement.provider == Provider::Cpu,
+            limits: options.limits,
             resident,
             _uploaded: uploaded,
             elsewhere,
@@ -361,6 +368,16 @@ impl Model {
     /// Whether the model tells what its targets attend to.
     pub(crate) fn attends(&self) -> bool {
         self.folder.manifest.returned().alignment
+    }
+
+    /// What runs side by side in one call.
+    pub(crate) fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    /// Whether the processor computes it.
+    pub(crate) fn is_on_cpu(&self) -> bool {
+        self.on_cpu
     }
 
     /// The target tokens that the model can continue, and what limits them.
@@ -421,18 +438,26 @@ impl Model {
     /// # Errors
     /// Tokens outside the vocabulary, too many of them, or a cancellation.
     pub fn encode(&self, batch: &Batch, cancel: &Cancellation) -> Result<Array3<f32>, Error> {
+        const READING: &str = "reading the hidden states";
         cancel.check()?;
         batch.check(&self.folder.config)?;
-        let hidden = self.run_encoder(batch, cancel)?.hidden;
+        let side = (&self.folder.config.encoder, self.folder.manifest.dtype);
+        let mut states = Array3::zeros([batch.rows(), batch.length(), side.0.hidden_size]);
+        for rows in pieces_to_encode(batch, side, &self.limits, self.on_cpu) {
+            let piece = batch.piece(rows.clone());
+            let hidden = self.run_encoder(&piece, cancel)?.hidden;
+            let values = float32_values(&hidden).map_err(Error::onnxruntime(READING))?;
+            let found = Array3::from_shape_vec([piece.rows(), piece.length(), side.0.hidden_size], values)
+                .map_err(|error| Error::onnxruntime(READING)(ort::Error::wrap(error)))?;
+            states.slice_mut(s![rows, ..piece.length(), ..]).assign(&found);
+        }
         cancel.check()?;
-        let shape = [batch.rows(), batch.length(), self.folder.config.encoder.hidden_size];
-        let values = float32_values(&hidden).map_err(Error::onnxruntime("reading the hidden states"))?;
-        Array3::from_shape_vec(shape, values)
-            .map_err(|error| Error::onnxruntime("reading the hidden states")(ort::Error::wrap(error)))
+        Ok(states)
     }
 
     /// Generates targets for each source: `num_return_sequences` hypotheses a row, those of beams best first, in the order
-    /// of the rows. `watch` is shown the tokens of each row's first as soon as they are certain, and told of every step.
+    /// of the rows. `watch` is shown the tokens of each row's first as soon as they are certain, and told of every step. Rows that
+    /// are more than [`OpenOptions::limits`] run in pieces, one after the other.
     ///
     /// # Errors
     /// Tokens outside the vocabularies, lengths or options that do not fit the model, logits that are not finite,

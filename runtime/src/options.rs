@@ -189,21 +189,44 @@ pub enum EarlyStopping {
     Never,
 }
 
+impl EarlyStopping {
+    /// As JSON.
+    fn as_str(self) -> &'static str {
+        match self {
+            EarlyStopping::False => "false",
+            EarlyStopping::True => "true",
+            EarlyStopping::Never => "\"never\"",
+        }
+    }
+}
+
 /// An option that cannot be taken as it is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OptionError {
     /// The option's name; empty for the document as a whole.
     pub option: String,
-    /// What would have been accepted.
-    pub expected: String,
-    /// What stands there.
+    /// What is wrong with it.
+    pub problem: OptionProblem,
+    /// What stands there, or what stands where something else is required.
     pub found: String,
+}
+
+/// What is wrong with an option.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum OptionProblem {
+    /// Its value: this would have been accepted.
+    Expected(String),
+    /// Another option: this is required for it to be given.
+    Requires(String),
 }
 
 impl fmt::Display for OptionError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let option = if self.option.is_empty() { "the document" } else { &self.option };
-        write!(f, "{option}: expected {}, found {}", self.expected, self.found)
+        match &self.problem {
+            OptionProblem::Expected(expected) => write!(f, "{option}: expected {expected}, found {}", self.found),
+            OptionProblem::Requires(required) => write!(f, "{option} requires {required} (got {})", self.found),
+        }
     }
 }
 
@@ -211,12 +234,21 @@ impl std::error::Error for OptionError {}
 
 impl OptionError {
     pub(crate) fn new(option: &str, expected: impl Into<String>, found: impl Into<String>) -> OptionError {
-        OptionError { option: option.to_string(), expected: expected.into(), found: found.into() }
+        let problem = OptionProblem::Expected(expected.into());
+        OptionError { option: option.to_string(), problem, found: found.into() }
+    }
+
+    fn requires(option: &str, required: impl Into<String>, found: impl Into<String>) -> OptionError {
+        let problem = OptionProblem::Requires(required.into());
+        OptionError { option: option.to_string(), problem, found: found.into() }
     }
 }
 
 /// Sums of so large a bias over a whole target are still finite; -1e9 is as good as forbidden already.
 const MAX_BIAS: f32 = 1e30;
+
+/// Tokens to generate at most where nothing is said of it.
+const DEFAULT_NEW_TOKENS: usize = 20;
 
 /// Bounds what one source may cost; far above any useful number.
 const MAX_NUM_BEAMS: usize = 256;
@@ -293,7 +325,8 @@ impl Default for GenerationOptions {
 
 impl GenerationOptions {
     /// Reads a model's defaults: the text of its `generation_config.json` if it has one, laid over `tokens` of its
-    /// `config.json`, laid over [`GenerationOptions::default`].
+    /// `config.json`, laid over [`GenerationOptions::default`]. With a `generation_config.json` that names no `eos_token_id`,
+    /// or null, no token ends a target, as in transformers.
     ///
     /// # Errors
     /// The first option with a value that it cannot have. Unknown keys are passed over.
@@ -309,8 +342,13 @@ impl GenerationOptions {
         }
         options.pad_token_id = tokens.pad.unwrap_or(options.pad_token_id);
         let Some(text) = generation_config else { return Ok(options) };
+        // Editors on Windows write a byte-order mark.
+        let text = text.strip_prefix('\u{feff}').unwrap_or(text);
         let object: Map<String, Value> =
             serde_json::from_str(text).map_err(|error| OptionError::new("", "a JSON object", error.to_string()))?;
+        // A file that names no end token, or null, has none: `GenerationConfig.from_pretrained` does not look at config.json
+        // where there is a generation_config.json.
+        options.eos_token_id = Vec::new();
         options.read_all(&object, |options, name, value| {
             if let Some((_, neutral, Effect::Result)) = unsupported(name)
                 && !neutral.is(value)
@@ -360,20 +398,43 @@ impl GenerationOptions {
             }
         }
         let default = GenerationOptions::default();
-        for (acts, condition, of) in [
-            (options.num_beams > 1, "num_beams 1 (it acts in beam search only)", of_beam_search as Named),
-            (options.do_sample, "do_sample false (it acts in sampling only)", of_sampling),
-            (options.num_beam_groups > 1, "num_beam_groups 1 (it acts between groups only)", of_groups),
-            (options.output_logprobs, "output_logprobs false (it belongs to them)", of_logprobs),
+        for (acts, required, found, of) in [
+            (options.num_beams > 1, "num_beams above 1", "1", of_beam_search as Named),
+            (options.do_sample, "do_sample true", "false", of_sampling),
+            (options.num_beam_groups > 1, "num_beam_groups above 1", "1", of_groups),
+            (options.output_logprobs, "output_logprobs true", "false", of_logprobs),
         ] {
             for ((name, value_now), (_, default)) in of(&options).into_iter().zip(of(&default)) {
-                if let (Some(value), false) = (given(name), acts || value_now == default) {
-                    let expected = format!("{default} with {condition}");
-                    return Err(OptionError::new(name, expected, shown(value)));
+                if given(name).is_some() && !acts && value_now != default {
+                    return Err(OptionError::requires(name, required, found));
                 }
             }
         }
+        // A model's own least length, to which a request gives a lower greatest one, is passed over as in transformers.
+        let least = ["min_new_tokens", "min_length"].into_iter().find(|name| given(name).is_some());
+        if let Some(least) = least {
+            options.check_lengths(least)?;
+        }
         Ok(options)
+    }
+
+    /// Checks the least length, which is that of the option `least`, against the greatest, as far as both are counted alike.
+    fn check_lengths(&self, least: &str) -> Result<(), OptionError> {
+        let (most, least_tokens, most_tokens) = match (least, self.max_new_tokens, self.max_length) {
+            ("min_new_tokens", Some(most), _) => ("max_new_tokens", self.min_new_tokens, most),
+            ("min_new_tokens", None, None) => ("max_new_tokens", self.min_new_tokens, DEFAULT_NEW_TOKENS),
+            // A decoder prompt is one token at least.
+            ("min_new_tokens", None, Some(most)) => ("max_length", self.min_new_tokens.map(|least| least + 1), most),
+            ("min_length", None, Some(most)) => ("max_length", Some(self.min_length), most),
+            _ => return Ok(()),
+        };
+        match least_tokens.filter(|&least| least > most_tokens) {
+            Some(tokens) => {
+                let required = format!("{most} of at least {tokens}");
+                Err(OptionError::requires(least, required, most_tokens.to_string()))
+            }
+            None => Ok(()),
+        }
     }
 
     /// A seed for a call that gives none: another one each time.
@@ -391,7 +452,7 @@ impl GenerationOptions {
         match (self.max_new_tokens, self.max_length) {
             (Some(new_tokens), _) => prompt_len.saturating_add(new_tokens),
             (None, Some(length)) => length,
-            (None, None) => prompt_len.saturating_add(20),
+            (None, None) => prompt_len.saturating_add(DEFAULT_NEW_TOKENS),
         }
     }
 
@@ -476,13 +537,17 @@ impl GenerationOptions {
             let expected = format!("a whole number from 1 to {MAX_NUM_BEAMS}");
             return Err(OptionError::new("num_beams", expected, self.num_beams.to_string()));
         }
-        let (most, what) = match self.num_beams == 1 && (self.do_sample || self.return_alternatives) {
-            true => (MAX_NUM_RETURN_SEQUENCES, MAX_NUM_RETURN_SEQUENCES.to_string()),
-            false => (self.num_beams, format!("num_beams ({})", self.num_beams)),
-        };
-        if !is_inside(self.num_return_sequences, most) {
-            let expected = format!("a whole number from 1 to {what}");
-            return Err(OptionError::new("num_return_sequences", expected, self.num_return_sequences.to_string()));
+        let differ = self.num_beams == 1 && (self.do_sample || self.return_alternatives);
+        let (returned, most) = (self.num_return_sequences, MAX_NUM_RETURN_SEQUENCES);
+        if !is_inside(returned, most) {
+            let expected = format!("a whole number from 1 to {most}");
+            return Err(OptionError::new("num_return_sequences", expected, returned.to_string()));
+        }
+        if !differ && returned > self.num_beams {
+            let or = if self.num_beams == 1 { ", do_sample true or return_alternatives true" } else { "" };
+            let required = format!("num_beams of at least {returned}{or}");
+            let found = format!("num_beams {}", self.num_beams);
+            return Err(OptionError::requires("num_return_sequences", required, found));
         }
         let (groups, beams) = (self.num_beam_groups, self.num_beams);
         if groups == 0 || beams % groups != 0 {
@@ -490,13 +555,11 @@ impl GenerationOptions {
             return Err(OptionError::new("num_beam_groups", expected, groups.to_string()));
         }
         if groups > 1 && self.do_sample {
-            let expected = "1 with do_sample true (groups of beams do not sample)";
-            return Err(OptionError::new("num_beam_groups", expected, groups.to_string()));
+            return Err(OptionError::requires("num_beam_groups", "do_sample false", "true"));
         }
         if self.patience != 1.0 && self.num_beams > 1 {
             if self.early_stopping != EarlyStopping::True {
-                let expected = "1 without early_stopping true (it says how many hypotheses that waits for)";
-                return Err(OptionError::new("patience", expected, self.patience.to_string()));
+                return Err(OptionError::requires("patience", "early_stopping true", self.early_stopping.as_str()));
             }
             let least = self.num_return_sequences.div_ceil(groups);
             if self.patient_size(beams / groups) < least {
@@ -509,22 +572,23 @@ impl GenerationOptions {
             return Err(OptionError::new("coverage_penalty", "a number from 0 to 100", found));
         }
         if groups > 1 && self.diversity_penalty <= 0.0 {
-            let expected = "a number above 0 with num_beam_groups above 1 (all groups would find the same)";
-            return Err(OptionError::new("diversity_penalty", expected, self.diversity_penalty.to_string()));
+            let found = self.diversity_penalty.to_string();
+            return Err(OptionError::requires("num_beam_groups", "diversity_penalty above 0", found));
         }
         if self.return_alternatives && self.num_beams > 1 {
-            let expected = "false with num_beams above 1 (beam search does not complete alternatives)";
-            return Err(OptionError::new("return_alternatives", expected, "true"));
+            return Err(OptionError::requires("return_alternatives", "num_beams 1", self.num_beams.to_string()));
         }
-        if let Some(tokens) = self.prompt_lookup_num_tokens
-            && (self.num_beams > 1 || self.num_return_sequences > 1 || self.do_sample)
-        {
-            let expected = "nothing but with greedy search of one target (drafts are for that alone)";
-            return Err(OptionError::new("prompt_lookup_num_tokens", expected, tokens.to_string()));
+        for (is_other, required, found) in [
+            (self.num_beams > 1, "num_beams 1", self.num_beams.to_string()),
+            (self.do_sample, "do_sample false", "true".to_string()),
+            (self.num_return_sequences > 1, "num_return_sequences 1", self.num_return_sequences.to_string()),
+        ] {
+            if self.prompt_lookup_num_tokens.is_some() && is_other {
+                return Err(OptionError::requires("prompt_lookup_num_tokens", required, found));
+            }
         }
-        if let (None, Some(size)) = (self.prompt_lookup_num_tokens, self.max_matching_ngram_size) {
-            let expected = "nothing without prompt_lookup_num_tokens (without drafts, it has no effect)";
-            return Err(OptionError::new("max_matching_ngram_size", expected, size.to_string()));
+        if self.prompt_lookup_num_tokens.is_none() && self.max_matching_ngram_size.is_some() {
+            return Err(OptionError::requires("max_matching_ngram_size", "prompt_lookup_num_tokens", "none"));
         }
         if self.do_sample {
             let is_positive = |x: f64| (x as f32).is_normal() && x > 0.0 && ((1.0 / x) as f32).is_normal();
@@ -605,7 +669,7 @@ impl GenerationOptions {
             }
             "max_time" => {
                 let seconds = |value: &Value| value.as_f64().filter(|&seconds| seconds >= 0.0);
-                self.max_time = Some(given.take("a number of seconds", seconds)?);
+                self.max_time = Some(given.take("a number of seconds, 0 or more", seconds)?);
             }
             "return_alternatives" => self.return_alternatives = given.flag()?,
             "length_penalty" => {
@@ -683,15 +747,10 @@ type Named = fn(&GenerationOptions) -> Vec<(&'static str, String)>;
 
 /// What acts in beam search only.
 fn of_beam_search(options: &GenerationOptions) -> Vec<(&'static str, String)> {
-    let early_stopping = match options.early_stopping {
-        EarlyStopping::False => "false",
-        EarlyStopping::True => "true",
-        EarlyStopping::Never => "\"never\"",
-    };
     vec![
         ("length_penalty", options.length_penalty.to_string()),
         ("coverage_penalty", options.coverage_penalty.to_string()),
-        ("early_stopping", early_stopping.to_string()),
+        ("early_stopping", options.early_stopping.as_str().to_string()),
         ("patience", options.patience.to_string()),
     ]
 }
@@ -1021,14 +1080,12 @@ mod tests {
                 json!({"coverage_penalty": -0.1, "num_beams": 2}),
                 "coverage_penalty: expected a number from 0 to 100, found -0.1",
             ),
-            (
-                json!({"coverage_penalty": 0.1}),
-                "coverage_penalty: expected 0 with num_beams 1 (it acts in beam search only), found 0.1",
-            ),
+            (json!({"coverage_penalty": 0.1}), "coverage_penalty requires num_beams above 1 (got 1)"),
             (json!({"output_attentions": 1}), "output_attentions: expected true or false, found 1"),
+            (json!({"patience": 2, "num_beams": 2}), "patience requires early_stopping true (got false)"),
             (
-                json!({"patience": 2, "num_beams": 2}),
-                "patience: expected 1 without early_stopping true (it says how many hypotheses that waits for), found 2",
+                json!({"patience": 2, "num_beams": 2, "early_stopping": "never"}),
+                "patience requires early_stopping true (got \"never\")",
             ),
             (
                 json!({"patience": 0.5, "num_beams": 4, "num_return_sequences": 3, "early_stopping": true}),
@@ -1057,38 +1114,39 @@ mod tests {
             (json!({"suppress_tokens": 3}), "suppress_tokens: expected a list of token ids, found 3"),
             (json!({"temprature": 1}), "temprature: expected the name of a generation option, found an unknown name"),
             (json!({"presence_penalty": 3}), "presence_penalty: expected a number from -2 to 2, found 3"),
-            (
-                json!({"top_logprobs": 3}),
-                "top_logprobs: expected 0 with output_logprobs false (it belongs to them), found 3",
-            ),
+            (json!({"top_logprobs": 3}), "top_logprobs requires output_logprobs true (got false)"),
             (
                 json!({"stop_strings": ["a", ""]}),
                 "stop_strings: expected a string or a list of strings, none of them empty, found [\"a\",\"\"]",
             ),
-            (json!({"max_time": -1}), "max_time: expected a number of seconds, found -1"),
+            (json!({"max_time": -1}), "max_time: expected a number of seconds, 0 or more, found -1"),
+            (json!({"max_time": "NaN"}), "max_time: expected a number of seconds, 0 or more, found \"NaN\""),
+            (
+                json!({"min_new_tokens": 10, "max_new_tokens": 5}),
+                "min_new_tokens requires max_new_tokens of at least 10 (got 5)",
+            ),
+            (json!({"min_new_tokens": 21}), "min_new_tokens requires max_new_tokens of at least 21 (got 20)"),
+            (
+                json!({"min_new_tokens": 10, "max_length": 10}),
+                "min_new_tokens requires max_length of at least 11 (got 10)",
+            ),
+            (json!({"min_length": 9, "max_length": 8}), "min_length requires max_length of at least 9 (got 8)"),
             (
                 json!({"num_beams": 4, "num_beam_groups": 3, "diversity_penalty": 1}),
                 "num_beam_groups: expected a divisor of num_beams (4), found 3",
             ),
             (
                 json!({"num_beams": 4, "num_beam_groups": 2}),
-                "diversity_penalty: expected a number above 0 with num_beam_groups above 1 (all groups would find the \
-                 same), found 0",
+                "num_beam_groups requires diversity_penalty above 0 (got 0)",
             ),
-            (
-                json!({"diversity_penalty": 1}),
-                "diversity_penalty: expected 0 with num_beam_groups 1 (it acts between groups only), found 1",
-            ),
+            (json!({"diversity_penalty": 1}), "diversity_penalty requires num_beam_groups above 1 (got 1)"),
             (
                 json!({"num_beams": 4, "num_beam_groups": 2, "do_sample": true, "diversity_penalty": 1}),
-                "num_beam_groups: expected 1 with do_sample true (groups of beams do not sample), found 2",
+                "num_beam_groups requires do_sample false (got true)",
             ),
             (json!({"do_sample": 1}), "do_sample: expected true or false, found 1"),
-            (
-                json!({"temperature": 0.7}),
-                "temperature: expected 1 with do_sample false (it acts in sampling only), found 0.7",
-            ),
-            (json!({"seed": 7}), "seed: expected it left out with do_sample false (it acts in sampling only), found 7"),
+            (json!({"temperature": 0.7}), "temperature requires do_sample true (got false)"),
+            (json!({"seed": 7}), "seed requires do_sample true (got false)"),
             (json!({"seed": -1, "do_sample": true}), "seed: expected a whole number below 2^64, found -1"),
             (json!({"top_k": 2.5, "do_sample": true}), "top_k: expected a whole number of at least 0, found 2.5"),
             (json!({"top_p": "1"}), "top_p: expected a number, found \"1\""),
@@ -1106,12 +1164,16 @@ mod tests {
             ),
             (
                 json!({"num_return_sequences": 3, "num_beams": 2, "do_sample": true}),
-                "num_return_sequences: expected a whole number from 1 to num_beams (2), found 3",
+                "num_return_sequences requires num_beams of at least 3 (got num_beams 2)",
+            ),
+            (json!({"return_alternatives": true, "num_beams": 2}), "return_alternatives requires num_beams 1 (got 2)"),
+            (
+                json!({"prompt_lookup_num_tokens": 4, "do_sample": true}),
+                "prompt_lookup_num_tokens requires do_sample false (got true)",
             ),
             (
-                json!({"return_alternatives": true, "num_beams": 2}),
-                "return_alternatives: expected false with num_beams above 1 (beam search does not complete alternatives), \
-                 found true",
+                json!({"max_matching_ngram_size": 4}),
+                "max_matching_ngram_size requires prompt_lookup_num_tokens (got none)",
             ),
             (
                 json!({"force_words_ids": [[5]]}),
@@ -1119,20 +1181,15 @@ mod tests {
             ),
             (
                 json!({"num_return_sequences": 2}),
-                "num_return_sequences: expected a whole number from 1 to num_beams (1), found 2",
+                "num_return_sequences requires num_beams of at least 2, do_sample true or return_alternatives true (got \
+                 num_beams 1)",
             ),
-            (
-                json!({"length_penalty": 0.5}),
-                "length_penalty: expected 1 with num_beams 1 (it acts in beam search only), found 0.5",
-            ),
+            (json!({"length_penalty": 0.5}), "length_penalty requires num_beams above 1 (got 1)"),
             (
                 json!({"patience": 2, "early_stopping": true, "num_beams": 1}),
-                "early_stopping: expected false with num_beams 1 (it acts in beam search only), found true",
+                "early_stopping requires num_beams above 1 (got 1)",
             ),
-            (
-                json!({"early_stopping": true, "num_beams": 1}),
-                "early_stopping: expected false with num_beams 1 (it acts in beam search only), found true",
-            ),
+            (json!({"early_stopping": true, "num_beams": 1}), "early_stopping requires num_beams above 1 (got 1)"),
         ];
         for (request, message) in cases {
             let error = with(&GenerationOptions::default(), request).expect_err(message);
@@ -1170,21 +1227,25 @@ mod tests {
                 vec![1, 107],
                 0,
             ),
-            ("null is not given", Some(json!({"eos_token_id": null})), json!({"pad_token_id": null}), 12, vec![11], 10),
-            ("a request", Some(json!({"eos_token_id": 1})), json!({"eos_token_id": 7}), 12, vec![7], 10),
-            ("start follows bos", None, json!({"bos_token_id": 5}), 5, vec![11], 10),
             (
-                "start of its own",
-                Some(json!({"decoder_start_token_id": 8})),
-                json!({"bos_token_id": 5}),
-                8,
-                vec![11],
+                "null is no end token",
+                Some(json!({"eos_token_id": null})),
+                json!({"pad_token_id": null}),
+                12,
+                vec![],
                 10,
             ),
+            ("nor is none", Some(json!({"max_new_tokens": 4})), json!({}), 12, vec![], 10),
+            ("null in a request is not given", None, json!({"eos_token_id": null}), 12, vec![11], 10),
+            ("with a byte-order mark", Some(json!({"eos_token_id": 3})), json!({}), 12, vec![3], 10),
+            ("a request", Some(json!({"eos_token_id": 1})), json!({"eos_token_id": 7}), 12, vec![7], 10),
+            ("start follows bos", None, json!({"bos_token_id": 5}), 5, vec![11], 10),
+            ("start of its own", Some(json!({"decoder_start_token_id": 8})), json!({"bos_token_id": 5}), 8, vec![], 10),
             ("no end tokens", None, json!({"eos_token_id": []}), 12, vec![], 10),
         ];
         for (name, generation_config, request, start, eos, pad) in cases {
-            let text = generation_config.map(|value| value.to_string());
+            let mark = if name == "with a byte-order mark" { "\u{feff}" } else { "" };
+            let text = generation_config.map(|value| format!("{mark}{value}"));
             let options = GenerationOptions::of_model(text.as_deref(), &tokens).expect(name);
             let options = with(&options, request).expect(name);
             assert_eq!(options.decoder_start_token_id, start, "{name}");
@@ -1201,7 +1262,14 @@ mod tests {
             "top_k": 64, "top_p": 0.95, "temperature": 0.7, "use_cache": false, "output_attentions": true,
             "something_new": {"a": 1},
         });
-        let kept = GenerationOptions { top_k: 64, top_p: 0.95, temperature: 0.7, ..GenerationOptions::default() };
+        let kept = GenerationOptions {
+            top_k: 64,
+            top_p: 0.95,
+            temperature: 0.7,
+            eos_token_id: vec![],
+            eos_of_model: vec![],
+            ..GenerationOptions::default()
+        };
         assert_eq!(model(config), Ok(kept));
         let odd = model(json!({"temperature": 0})).expect("it would matter in sampling only");
         assert_eq!(odd.check(256, 1), Ok(()));

@@ -1,7 +1,7 @@
 //! How likely given targets are: teacher forcing through the cached decoder steps, a token a step, rows leaving as their
 //! targets end.
 
-use std::ops::ControlFlow;
+use std::ops::{ControlFlow, Range};
 
 use crate::alignment::CrossAttentions;
 use crate::batch::{Batch, Prompts};
@@ -9,7 +9,11 @@ use crate::cancellation::Cancellation;
 use crate::error::Error;
 use crate::logprobs::Logprobs;
 use crate::model::{Model, Said};
+use crate::needs::{Need, pieces_to_decode};
 use crate::scores::{Kept, Wanted};
+
+/// A target's log-probabilities, and what it attends to of models that tell it.
+type Scored = (Logprobs, Option<CrossAttentions>);
 
 /// See [`Model::score`] and, of models that tell it, [`Model::score_with_attentions`]; `on_step` is called after each step.
 pub(crate) fn score(
@@ -19,7 +23,7 @@ pub(crate) fn score(
     top: usize,
     on_step: &mut dyn FnMut() -> ControlFlow<()>,
     cancel: &Cancellation,
-) -> Result<Vec<(Logprobs, Option<CrossAttentions>)>, Error> {
+) -> Result<Vec<Scored>, Error> {
     cancel.check()?;
     let decoder = &model.config().decoder;
     batch.check(model.config())?;
@@ -38,15 +42,42 @@ pub(crate) fn score(
         return Err(Error::input("target_ids", expected, found));
     }
 
+    let need = |row: usize| Need::of_target(batch, row, prompts.length + targets[row].len());
+    let pieces = pieces_to_decode(model, batch, prompts.length, need);
+    let request = Request { batch, prompts, targets, top };
+    let mut found = Vec::with_capacity(targets.len());
+    for rows in pieces {
+        found.extend(piece(model, &request, rows, on_step, cancel)?);
+    }
+    Ok(found)
+}
+
+/// What is scored, checked.
+struct Request<'r> {
+    batch: &'r Batch,
+    prompts: Prompts,
+    targets: &'r [Vec<i64>],
+    top: usize,
+}
+
+/// Scores the targets of some rows.
+fn piece(
+    model: &Model,
+    request: &Request,
+    of: Range<usize>,
+    on_step: &mut dyn FnMut() -> ControlFlow<()>,
+    cancel: &Cancellation,
+) -> Result<Vec<Scored>, Error> {
+    let &Request { batch, ref prompts, targets, top } = request;
+    let vocab_size = model.config().decoder.vocab_size;
     let nothing_yet = |row: usize| {
         let attended = model.attends().then(|| CrossAttentions::of_source(batch.source(row).len()));
         (Logprobs::default(), attended)
     };
-    let mut found: Vec<_> = (0..targets.len()).map(nothing_yet).collect();
-    let encoded = model.run_encoder(batch, cancel)?;
-    let Prompts { length, ids } = prompts;
-    let (mut state, mut logits) = model.start(encoded, Prompts { length, ids }, Wanted::All, cancel)?;
-    let mut rows: Vec<usize> = (0..targets.len()).collect();
+    let mut found: Vec<Scored> = of.clone().map(nothing_yet).collect();
+    let encoded = model.run_encoder(&batch.piece(of.clone()), cancel)?;
+    let (mut state, mut logits) = model.start(encoded, prompts.piece(of.clone()), Wanted::All, cancel)?;
+    let mut rows: Vec<usize> = of.clone().collect();
     for step in 0.. {
         let mut said = logits.said()?;
         for (slot, &row) in rows.iter().enumerate() {
@@ -54,9 +85,9 @@ pub(crate) fn score(
             if !scores.iter().all(|score| score.is_finite()) {
                 return Err(Error::NotFinite { row, step, dtype: model.manifest().dtype });
             }
-            let (logprobs, cross_attentions) = &mut found[row];
+            let (logprobs, cross_attentions) = &mut found[row - of.start];
             match model.kept() {
-                Some(kept) => logprobs.push(&kept.spread(scores, decoder.vocab_size), targets[row][step], top),
+                Some(kept) => logprobs.push(&kept.spread(scores, vocab_size), targets[row][step], top),
                 None => logprobs.push(scores, targets[row][step], top),
             }
             cross_attentions.iter_mut().for_each(|found| found.push(attended));

@@ -1,0 +1,277 @@
+//! What rows may come to need, known before they run: rows and bytes, and nothing of tensors. An engine admits rows by it,
+//! and a call that needs too much is split by it into pieces that run one after the other.
+//!
+//! # Design
+//! A piece is consecutive rows, so that answers are in order and tokens can be shown while others still wait. A source that
+//! is beyond a limit by itself runs alone: a limit decides what runs side by side, never what is answered.
+
+use std::ops::Range;
+
+use t5gemma_graphs::config::Side;
+use t5gemma_graphs::interface::{CacheLayout, DType};
+
+use crate::batch::Batch;
+use crate::item::Call;
+use crate::model::Model;
+use crate::state::capacity;
+
+/// What may run side by side in one call. The rows of a call that is larger run in pieces, one after the other, and its
+/// answer is the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Sources at most; any number by default.
+    pub max_sources: usize,
+    /// Source tokens at most, each source counted with the length of the longest; any number by default.
+    pub max_tokens: usize,
+    /// Bytes of keys, values, logits, hidden states and scratch memory at most, estimated from shapes. By default 4 GiB where the
+    /// processor computes, and no limit on a device, which refuses by itself what it has no memory for.
+    pub max_bytes: Option<usize>,
+}
+
+impl Limits {
+    /// Whole calls, whatever they take.
+    pub const NONE: Limits = Limits { max_sources: usize::MAX, max_tokens: usize::MAX, max_bytes: Some(usize::MAX) };
+
+    fn bytes(&self, on_cpu: bool) -> usize {
+        self.max_bytes.unwrap_or(if on_cpu { 4 << 30 } else { usize::MAX })
+    }
+}
+
+impl Default for Limits {
+    fn default() -> Limits {
+        Limits { max_bytes: None, ..Limits::NONE }
+    }
+}
+
+/// What one source needs while it is in flight.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Need {
+    /// Target rows: beams or samples.
+    pub rows: usize,
+    /// Tokens of the target at most, prompt included.
+    pub target: usize,
+    /// Tokens of the source.
+    pub source: usize,
+    /// Bytes of what its targets attended to, where that is kept.
+    pub attended: usize,
+}
+
+impl Need {
+    /// What a row of a call needs.
+    pub fn of(call: &Call, row: usize) -> Need {
+        let options = &call.options;
+        let rows = options.num_beams.max(options.num_return_sequences);
+        let source = call.batch.source(row).len();
+        let is_attending = options.output_attentions || options.coverage_penalty != 0.0;
+        let new_tokens = call.max_length.saturating_sub(call.prompts.length);
+        let numbers = rows.saturating_mul(new_tokens).saturating_mul(source);
+        let attended = if is_attending { numbers.saturating_mul(size_of::<f32>()) } else { 0 };
+        Need { rows, target: call.max_length, source, attended }
+    }
+
+    /// What a row needs whose target of so many tokens, prompt included, is given.
+    pub fn of_target(batch: &Batch, row: usize, target: usize) -> Need {
+        Need { rows: 1, target, source: batch.source(row).len(), attended: 0 }
+    }
+
+    /// What both need side by side, in memory that is a rectangle.
+    pub fn beside(self, other: Need) -> Need {
+        Need {
+            rows: self.rows.saturating_add(other.rows),
+            target: self.target.max(other.target),
+            source: self.source.max(other.source),
+            attended: self.attended.saturating_add(other.attended),
+        }
+    }
+}
+
+/// What a model's rows take.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Plan {
+    layout: CacheLayout,
+    /// Tensors that are there twice while rows change.
+    moved: usize,
+    /// Bytes of one token's keys and values, in one of the tensors of a cache.
+    of_tensor: usize,
+    /// Tensors of the targets, and as many of the sources.
+    tensors: usize,
+    /// Bytes of a row of logits.
+    logits: usize,
+}
+
+impl Plan {
+    /// The plan of a model.
+    pub fn of(model: &Model) -> Plan {
+        let decoder = &model.config().decoder;
+        let width = match model.manifest().dtype {
+            DType::Float16 | DType::BFloat16 => 2,
+            _ => 4,
+        };
+        let tensors = 2 * decoder.layers.len();
+        Plan {
+            layout: model.manifest().cache,
+            // On a device one run of a graph moves them all.
+            moved: if model.is_resident() { tensors } else { 1 },
+            of_tensor: decoder.num_key_value_heads * decoder.head_dim * width,
+            tensors,
+            logits: 4 * model.manifest().kept_tokens.unwrap_or(decoder.vocab_size),
+        }
+    }
+
+    /// Bytes that rows may come to need at most.
+    pub fn bytes(&self, need: &Need) -> usize {
+        let times = usize::saturating_mul;
+        let target = match self.layout {
+            CacheLayout::InPlace => times(capacity(need.target), self.tensors.saturating_add(self.moved)),
+            // The past is there as long as the present is made.
+            CacheLayout::Growing => times(need.target, times(2, self.tensors)),
+            CacheLayout::Static(capacity) => times(capacity, times(2, self.tensors)),
+        };
+        let source = times(need.source, self.tensors.saturating_add(self.moved));
+        times(need.rows, times(target.saturating_add(source), self.of_tensor).saturating_add(self.logits))
+            .saturating_add(need.attended)
+    }
+}
+
+/// What the layers of an encoder or a decoder take while they run, hidden states included.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Scratch {
+    of_token: usize,
+    /// Of a token and one that it attends to.
+    of_pair: usize,
+}
+
+impl Scratch {
+    fn of(side: &Side, dtype: DType) -> Scratch {
+        let of_token = (2 * side.intermediate_size + 5 * side.hidden_size) * dtype.size();
+        Scratch { of_token, of_pair: side.num_attention_heads * (DType::Float32.size() + dtype.size()) }
+    }
+
+    /// Bytes for rows of so many tokens, each of which attends to so many.
+    fn bytes(self, rows: usize, tokens: usize, attended: usize) -> usize {
+        let of_token = attended.saturating_mul(self.of_pair).saturating_add(self.of_token);
+        rows.saturating_mul(tokens).saturating_mul(of_token)
+    }
+}
+
+/// The pieces in which an encoder takes a batch.
+pub(crate) fn pieces_to_encode(
+    batch: &Batch,
+    (side, dtype): (&Side, DType),
+    limits: &Limits,
+    on_cpu: bool,
+) -> Vec<Range<usize>> {
+    let (scratch, most) = (Scratch::of(side, dtype), limits.bytes(on_cpu));
+    pieces(batch, limits, |rows, length| scratch.bytes(rows.len(), length, length) <= most)
+}
+
+/// The pieces in which a model takes a batch for whose rows it needs as much as `need` says, after prompts of so many tokens.
+pub(crate) fn pieces_to_decode(
+    model: &Model,
+    batch: &Batch,
+    prompt: usize,
+    need: impl Fn(usize) -> Need,
+) -> Vec<Range<usize>> {
+    let (config, dtype, limits) = (model.config(), model.manifest().dtype, model.limits());
+    let [encoder, decoder] = [&config.encoder, &config.decoder].map(|side| Scratch::of(side, dtype));
+    let (plan, most) = (Plan::of(model), limits.bytes(model.is_on_cpu()));
+    pieces(batch, limits, |rows, length| {
+        let (sources, needs) = (rows.len(), rows.map(&need).reduce(Need::beside));
+        let Some(needs) = needs else { return true };
+        let first = decoder.bytes(sources, prompt, prompt + length);
+        let step = decoder.bytes(needs.rows, 1, needs.target.saturating_add(length));
+        let bytes = encoder.bytes(sources, length, length).saturating_add(first.max(step));
+        bytes.saturating_add(plan.bytes(&needs)) <= most
+    })
+}
+
+/// Consecutive rows of a batch, as many in each piece as are within the limits and `fit`, of which the length of the longest
+/// is known.
+fn pieces(batch: &Batch, limits: &Limits, fit: impl Fn(Range<usize>, usize) -> bool) -> Vec<Range<usize>> {
+    let mut pieces: Vec<Range<usize>> = Vec::new();
+    let mut longest = 0;
+    for row in 0..batch.rows() {
+        let own = batch.source(row).len();
+        match pieces.last_mut() {
+            Some(piece)
+                if piece.len() < limits.max_sources
+                    && (piece.len() + 1).saturating_mul(own.max(longest)) <= limits.max_tokens
+                    && fit(piece.start..row + 1, own.max(longest)) =>
+            {
+                piece.end = row + 1;
+                longest = own.max(longest);
+            }
+            _ => {
+                pieces.push(row..row + 1);
+                longest = own;
+            }
+        }
+    }
+    pieces
+}
+
+#[cfg(test)]
+impl Need {
+    /// Of two rows.
+    pub const FOR_TESTS: Need = Need { rows: 2, target: 65, source: 10, attended: 0 };
+}
+
+#[cfg(test)]
+impl Plan {
+    /// Of a model with a cache of four small tensors.
+    pub fn for_tests(layout: CacheLayout) -> Plan {
+        Plan { layout, moved: 1, of_tensor: 100, tensors: 4, logits: 1000 }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NEED: Need = Need::FOR_TESTS;
+
+    fn plan(layout: CacheLayout) -> Plan {
+        Plan::for_tests(layout)
+    }
+
+    #[test]
+    fn pieces_hold_as_many_rows_as_the_limits_let() {
+        // name, lengths of the sources, sources, tokens, what a piece may have of rows times length, the pieces
+        type Case = (&'static str, &'static [usize], usize, usize, usize, &'static [Range<usize>]);
+        const ANY: usize = usize::MAX;
+        let cases: &[Case] = &[
+            ("no limit", &[3, 1, 2], ANY, ANY, ANY, &[0..3]),
+            ("one source", &[3, 1, 2], 1, ANY, ANY, &[0..1, 1..2, 2..3]),
+            ("two sources", &[3, 1, 2], 2, ANY, ANY, &[0..2, 2..3]),
+            ("no source is one", &[3, 1], 0, ANY, ANY, &[0..1, 1..2]),
+            ("tokens with padding", &[1, 1, 4, 1], ANY, 4, ANY, &[0..2, 2..3, 3..4]),
+            ("a source that is too long runs alone", &[1, 9, 1, 1], ANY, 4, ANY, &[0..1, 1..2, 2..4]),
+            ("bytes", &[2, 2, 2, 2, 2], ANY, ANY, 4, &[0..2, 2..4, 4..5]),
+            ("a source that takes too many bytes runs alone", &[9, 1, 1], ANY, ANY, 4, &[0..1, 1..3]),
+        ];
+        for &(name, lengths, max_sources, max_tokens, most, expected) in cases {
+            let sources: Vec<Vec<i64>> = lengths.iter().map(|&length| vec![5; length]).collect();
+            let batch = Batch::padded(&sources, 0).expect("well-formed");
+            let limits = Limits { max_sources, max_tokens, max_bytes: None };
+            assert_eq!(pieces(&batch, &limits, |rows, length| rows.len() * length <= most), expected, "{name}");
+        }
+    }
+
+    #[test]
+    fn bytes_are_those_of_the_fullest_rectangle() {
+        // A row: 128 tokens of room, 10 of source, in 4 tensors and one more that is moved.
+        assert_eq!(plan(CacheLayout::InPlace).bytes(&NEED), 2 * ((128 + 10) * 5 * 100 + 1000));
+        // Or the past and the present of 65 tokens.
+        assert_eq!(plan(CacheLayout::Growing).bytes(&NEED), 2 * ((65 * 8 + 10 * 5) * 100 + 1000));
+        let other = Need { rows: 1, target: 9, source: 20, attended: 720 };
+        let both = Need { rows: 3, target: 65, source: 20, attended: 720 };
+        assert_eq!(NEED.beside(other), both);
+        let attending = Need { attended: 5200, ..NEED };
+        assert_eq!(plan(CacheLayout::InPlace).bytes(&attending), plan(CacheLayout::InPlace).bytes(&NEED) + 5200);
+        // On a device all 4 tensors are moved at a time; what has a capacity takes it whatever the target's length.
+        let resident = |layout| Plan { moved: 4, ..plan(layout) };
+        assert_eq!(resident(CacheLayout::InPlace).bytes(&NEED), 2 * ((128 + 10) * 8 * 100 + 1000));
+        assert_eq!(resident(CacheLayout::Growing).bytes(&NEED), 2 * ((65 + 10) * 8 * 100 + 1000));
+        assert_eq!(resident(CacheLayout::Static(256)).bytes(&NEED), 2 * ((256 + 10) * 8 * 100 + 1000));
+    }
+}
