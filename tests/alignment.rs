@@ -297,8 +297,8 @@ fn models_that_do_not_tell_it_say_how_to_export_them() {
     for flag in ["--output-attentions", "--output-logprobs"] {
         let output = run("t5gemma", [Path::new("generate"), &model, Path::new(flag), Path::new("true")], "nine\n");
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert_eq!((output.status.code(), output.stdout.len()), (Some(1), 0), "{said}");
-        assert!(said.contains(&format!("{flag} needs --jsonl")), "{said}");
+        assert_eq!((output.status.code(), output.stdout.len()), (Some(2), 0), "{said}");
+        assert!(said.contains(&format!("{flag} requires --jsonl")), "{said}");
     }
 }
 

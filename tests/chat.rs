@@ -125,14 +125,14 @@ fn a_checkpoint_without_a_template_says_so() {
     let folder = tempfile::tempdir().expect("a temporary folder can be made");
     let model = demo_with(folder.path(), None);
     let model = model.to_str().expect("temporary paths are UTF-8");
-    for arguments in [&["generate", model, "--chat", "text"][..], &["generate", model, "--system", "a", "text"]] {
+    for (arguments, status, says) in [
+        (&["generate", model, "--chat", "text"][..], 1, "chat_template: expected a template"),
+        (&["generate", model, "--system", "a", "text"], 2, "--system requires --chat"),
+    ] {
         let output = run("t5gemma", arguments, "");
         let error = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert_eq!(output.status.code(), Some(1), "{error}");
-        assert!(
-            error.contains("chat_template: expected a template") || error.contains("--system needs --chat"),
-            "{error}"
-        );
+        assert_eq!(output.status.code(), Some(status), "{error}");
+        assert!(error.contains(says), "{error}");
     }
     let request = json!({"messages": [{"role": "user", "content": "a"}]}).to_string();
     let output = run("t5gemma", ["generate", model, "--jsonl"], &request);

@@ -174,14 +174,14 @@ fn several_devices_answer_in_order_what_one_answers() {
     let model = demo();
     let model = model.to_str().expect("temporary paths are UTF-8");
     for (arguments, code, word) in [
-        (&["generate", model, "--jsonl", "--device", "0,1"][..], 1, "found cpu with device 1"),
-        (&["generate", model, "--device", "0,0", "text"], 1, "--device: expected one number, found 2"),
+        (&["generate", model, "--jsonl", "--device", "0,1"][..], 2, "found cpu with device 1"),
+        (&["generate", model, "--device", "0,0", "text"], 2, "--device: expected one number, found 2"),
         (
             &["generate", model, "--jsonl", "--device", "0,0", "--max-batch-tokens", "9"],
-            1,
+            2,
             "--device: expected one number",
         ),
-        (&["score", model, "--device", "0,0"], 1, "--device: expected one number, found 2"),
+        (&["score", model, "--device", "0,0"], 2, "--device: expected one number, found 2"),
         (&["generate", model, "--device", "0,x"], 2, "invalid value"),
     ] {
         let output = run("t5gemma", arguments, "");

@@ -11,7 +11,9 @@ use t5gemma_graphs::Target;
 use t5gemma_graphs::interface::Logits;
 use t5gemma_graphs::onnx::Blocks;
 use t5gemma_graphs::quantization::Quantization;
-use t5gemma_runtime::{Batch, Cancellation, Encoder, Error, FinishReason, Model, Pooling};
+use t5gemma_runtime::{
+    Batch, Cancellation, Encoder, Error, FinishReason, Hypothesis, Limits, Model, OpenOptions, Pooling, Watch,
+};
 
 use crate::common::{
     cases, demo, demo_as, exported, exported_as, exported_every_way, exported_for, fixture, fixtures_and_targets, run,
@@ -117,10 +119,13 @@ fn candidates_of_the_graph_give_what_logits_give() {
                 model.generate(&batch, &options, &mut (), &Cancellation::new()).expect("generates")
             };
             let (expected, found) = (generate(&logits), generate(&candidates));
+            let count = |rows: &[Vec<Hypothesis>]| rows.iter().map(Vec::len).collect::<Vec<_>>();
+            assert_eq!(count(&found), count(&expected), "{} {capacity:?} {request}", target.name());
             for (expected, found) in expected.iter().flatten().zip(found.iter().flatten()) {
                 assert_eq!(found.tokens, expected.tokens, "{} {capacity:?} {request}", target.name());
-                let apart = found.score.zip(expected.score).map_or(0.0, |(a, b)| (a - b).abs());
-                assert!(apart < 1e-5, "{} {capacity:?} {request}: {apart}", target.name());
+                let apart = found.score.zip(expected.score).map(|(a, b)| (a - b).abs());
+                assert_eq!(apart.is_none(), expected.score.is_none(), "{} {capacity:?} {request}", target.name());
+                assert!(apart.unwrap_or(0.0) < 1e-5, "{} {capacity:?} {request}: {apart:?}", target.name());
             }
         }
     }
@@ -159,6 +164,7 @@ fn the_demo_answers_as_recorded_from_transformers() {
     let model = model.to_str().expect("temporary paths are UTF-8");
     let output = stdout(run("t5gemma", ["generate", model, "--jsonl"], &(lines.join("\n") + "\n")));
     let found: Vec<Value> = output.lines().map(|line| serde_json::from_str(line).expect("a JSON line")).collect();
+    assert_eq!(found.len(), 2 * expected.len());
     let (greedy, beam) = found.split_at(expected.len());
     for ((case, greedy), beam) in expected.iter().zip(greedy).zip(beam) {
         assert_eq!(greedy["sequences"][0][0]["tokens"], case["greedy"], "{}", case["text"]);
@@ -186,8 +192,10 @@ fn the_demo_keeps_its_answers_in_few_bits() {
         let model = demo_as(&format!("{}-int{bits}", target.name()), export);
         let model = model.to_str().expect("temporary paths are UTF-8");
         let output = stdout(run("t5gemma", ["generate", model, "--jsonl"], &(lines.join("\n") + "\n")));
-        let found = output.lines().map(|line| serde_json::from_str::<Value>(line).expect("a JSON line"));
-        let other = found.zip(&expected).filter(|(found, case)| found["sequences"][0][0]["tokens"] != case["greedy"]);
+        let found: Vec<Value> = output.lines().map(|line| serde_json::from_str(line).expect("a JSON line")).collect();
+        assert_eq!(found.len(), expected.len(), "{target:?}, {bits} bits");
+        let other =
+            found.iter().zip(&expected).filter(|(found, case)| found["sequences"][0][0]["tokens"] != case["greedy"]);
         let other = other.count();
         assert!(other <= changed, "{target:?}, {bits} bits: {other} of {} answers changed", expected.len());
     }
@@ -287,6 +295,114 @@ fn no_time_is_over_after_the_first_token() {
     let options = model.options().with(request.as_object().expect("written above")).expect("valid options");
     let rows = model.generate(&batch, &options, &mut (), &Cancellation::new()).expect("generates");
     assert_eq!((rows[0][0].tokens.len(), rows[0][0].finish_reason), (1, FinishReason::Time));
+}
+
+/// Counts steps.
+struct Steps(usize);
+
+impl Watch for Steps {
+    fn token(&mut self, _: usize, _: i64) -> std::ops::ControlFlow<()> {
+        std::ops::ControlFlow::Continue(())
+    }
+
+    fn step(&mut self) -> std::ops::ControlFlow<()> {
+        self.0 += 1;
+        std::ops::ControlFlow::Continue(())
+    }
+}
+
+/// A limit decides what runs side by side, and nothing else: not what is drawn, what prompts begin with, or who is at fault.
+#[test]
+fn rows_in_pieces_give_what_they_give_together() {
+    let sources: Vec<Vec<i64>> = (0..7).map(|row| (5..7 + (row * 5) % 4).map(|id| id + row).collect()).collect();
+    let prompts: Vec<Vec<i64>> = (0..7).map(|row| vec![if row == 6 { 2 } else { 9 }, 20 + row]).collect();
+    let requests = [
+        json!({"max_new_tokens": 9, "min_new_tokens": 9}),
+        json!({"max_new_tokens": 9, "num_beams": 3, "num_return_sequences": 2, "min_new_tokens": 9}),
+        json!({"max_new_tokens": 9, "min_new_tokens": 9, "do_sample": true, "seed": 4, "num_return_sequences": 2}),
+    ];
+    let limits = |max_sources, max_tokens, max_bytes| Limits { max_sources, max_tokens, max_bytes };
+    let any = usize::MAX;
+    // What a piece may be, and the pieces of the sources of 2, 3, 4, 5, 2, 3 and 4 tokens.
+    let cases = [
+        (Limits::NONE, 1),
+        (limits(1, any, None), 7),
+        (limits(3, any, None), 3),
+        (limits(any, 9, None), 4),
+        (limits(any, any, Some(1)), 7),
+    ];
+    for target in [Target::Portable, Target::Cpu] {
+        let path = exported_for("tiny-balanced", target);
+        let found = cases.map(|(limits, pieces)| {
+            let options = OpenOptions { limits, ..OpenOptions::default() };
+            let model = Model::open_with(&path, &options).expect("the model opens");
+            let batch = Batch::padded(&sources, 0).expect("valid");
+            let batches = [batch.clone(), batch.with_decoder_input_ids(&prompts).expect("valid")];
+            let mut answers = Vec::new();
+            for (request, batch) in
+                requests.iter().flat_map(|request| batches.iter().map(move |batch| (request, batch)))
+            {
+                let options = model.options().with(request.as_object().expect("an object")).expect("valid");
+                let mut steps = Steps(0);
+                let rows = model.generate(batch, &options, &mut steps, &Cancellation::new()).expect("generates");
+                assert_eq!(steps.0, 9 * pieces, "{limits:?}");
+                answers
+                    .extend(rows.into_iter().map(|row| row.into_iter().map(|found| found.tokens).collect::<Vec<_>>()));
+            }
+            let targets: Vec<Vec<i64>> = (0..7).map(|row| vec![7 + row; 1 + row as usize % 3]).collect();
+            let scores = model.score(&batches[1], &targets, 0, &Cancellation::new()).expect("scores");
+            let states = model.encode(&batches[0], &Cancellation::new()).expect("encodes");
+            let error =
+                model.score(&batches[1], &targets[..6], 0, &Cancellation::new()).expect_err("one target too few");
+            (answers, scores.iter().map(|score| score.sum()).collect::<Vec<f32>>(), states, error.to_string())
+        });
+        let whole = &found[0];
+        for (found, (limits, _)) in found.iter().zip(cases) {
+            assert_eq!(found.0, whole.0, "{limits:?}");
+            assert_eq!((found.1.len(), &found.3), (7, &whole.3), "{limits:?}");
+            assert!(found.1.iter().zip(&whole.1).all(|(a, b)| (a - b).abs() < 1e-4), "{limits:?}");
+            assert_eq!(found.2.shape(), whole.2.shape(), "{limits:?}");
+            for (row, source) in sources.iter().enumerate() {
+                let (a, b) = (found.2.index_axis(ndarray::Axis(0), row), whole.2.index_axis(ndarray::Axis(0), row));
+                let real = a.iter().zip(b.iter()).take(source.len() * a.shape()[1]);
+                assert!(real.into_iter().all(|(a, b)| (a - b).abs() < 1e-4), "{limits:?}, row {row}");
+            }
+        }
+    }
+}
+
+/// The second sentence is what transformers 5.24 gives for these files, which have no end token for it: it does not look at
+/// config.json where there is a generation_config.json.
+#[test]
+fn the_end_token_is_that_of_the_generation_config_where_there_is_one() {
+    let text = "Dr. Smith paid $3.50 on May 3, 2019.";
+    let ended = "doctor smith paid three dollars and fifty cents on may third twenty nineteen";
+    let endless = format!("{ended} may third twenty nineteen");
+    let cases = [
+        (json!({"eos_token_id": 1}), ended),
+        (json!({"eos_token_id": null}), &*endless),
+        (json!({}), &*endless),
+        (Value::Null, ended),
+    ];
+    for (settings, expected) in cases {
+        let folder = tempfile::tempdir().expect("a temporary folder can be made");
+        let (checkpoint, out) = (folder.path().join("checkpoint"), folder.path().join("model"));
+        std::fs::create_dir(&checkpoint).expect("a new folder");
+        for file in std::fs::read_dir(tests().join("demo/checkpoint")).expect("it is there") {
+            let file = file.expect("listed");
+            std::fs::copy(file.path(), checkpoint.join(file.file_name())).expect("copied");
+        }
+        let path = checkpoint.join("generation_config.json");
+        std::fs::remove_file(&path).expect("the demo has one");
+        if let Value::Object(mut settings) = settings.clone() {
+            settings.extend([("decoder_start_token_id".into(), 2.into()), ("pad_token_id".into(), 0.into())]);
+            std::fs::write(&path, Value::Object(settings).to_string()).expect("written");
+        }
+        stdout(run("t5gemma-export", [&checkpoint, &out], ""));
+        let model = out.to_str().expect("temporary paths are UTF-8");
+        let found = stdout(run("t5gemma", ["generate", model, "--max-new-tokens", "40", text], ""));
+        assert_eq!(found.trim_end(), expected, "{settings}");
+    }
 }
 
 /// Ids and masks by name.

@@ -179,7 +179,7 @@ fn a_request_and_the_flags_do_not_contradict_each_other_in_silence() {
         serde_json::from_slice::<Value>(&output.stdout).expect("JSON")
     };
     let refused = answer(json!({"max_length": 4}));
-    assert!(refused["error"].as_str().is_some_and(|error| error.starts_with("max_length: ")), "{refused}");
+    assert!(refused["error"].as_str().is_some_and(|error| error.starts_with("options.max_length: ")), "{refused}");
     let kept = answer(json!({"max_new_tokens": null}));
     assert_eq!(kept["usage"]["target_tokens"], 3, "a null leaves the flag as it is");
 }
@@ -400,5 +400,254 @@ fn requests_with_other_options_run_beside_each_other_and_are_answered_in_order()
     assert_eq!(alone.len(), 60);
     for more in [&[][..], &["--batch-size", "3"], &["--batch-size", "500"]] {
         assert_eq!(results(more), alone, "{more:?}");
+    }
+}
+
+/// One request of many sources is bounded by the flags that bound many requests of one.
+#[test]
+fn a_request_of_many_sources_is_answered_in_pieces_as_whole() {
+    let sources: Vec<Vec<i64>> = (0..11).map(|row| vec![5 + row; 4]).collect();
+    let requests = [
+        json!({"input_ids": sources, "options": {"max_new_tokens": 6}}),
+        json!({"input_ids": sources, "options": {"max_new_tokens": 6, "num_beams": 3, "num_return_sequences": 2}}),
+        json!({"input_ids": sources, "options": {"max_new_tokens": 6, "do_sample": true, "seed": 5}}),
+        json!({"input_ids": sources, "decoder_input_ids": vec![[9, 8]; 11], "options": {"max_new_tokens": 6}}),
+    ];
+    let lines = requests.map(|request| request.to_string()).join("\n");
+    let folder = tempfile::tempdir().expect("a temporary folder can be made");
+    for target in [Target::Portable, Target::Cpu] {
+        let model = crate::common::exported_for("tiny-balanced", target);
+        let model = model.to_str().expect("temporary paths are UTF-8");
+        let answer = |bound: &[&str]| -> Vec<Value> {
+            let output = stdout(run("t5gemma", [&["generate", model, "--jsonl"], bound].concat(), &lines));
+            let read = |line: &str| {
+                let result: Value = serde_json::from_str(line).expect("JSON");
+                let rows = result["sequences"].as_array().expect("an answer");
+                let tokens =
+                    rows.iter().map(|row| row.as_array().expect("a row").iter().map(|found| found["tokens"].clone()));
+                json!([result["id"], tokens.map(Iterator::collect::<Vec<Value>>).collect::<Vec<_>>()])
+            };
+            output.lines().map(read).collect()
+        };
+        let whole = answer(&["--batch-size", "11"]);
+        assert_eq!(whole.len(), requests.len());
+        let bounds: [&[&str]; 4] = [
+            &["--batch-size", "1"],
+            &["--batch-size", "4"],
+            &["--max-batch-tokens", "9"],
+            &["--max-batch-tokens", "1"],
+        ];
+        for bound in bounds {
+            assert_eq!(answer(bound), whole, "{target:?} {bound:?}");
+        }
+        let scores = |bound: &str| -> Vec<f64> {
+            let request = json!({"input_ids": sources, "target_ids": vec![[7, 9]; 11]}).to_string();
+            let output = stdout(run("t5gemma", ["score", model, "--batch-size", bound], request));
+            let result: Value = serde_json::from_str(&output).expect("JSON");
+            let scores = result["scores"].as_array().expect("an answer");
+            scores.iter().map(|score| score["logprob"].as_f64().expect("a number")).collect()
+        };
+        let states = |bound: &str| -> Vec<f32> {
+            let file = folder.path().join("states.npy");
+            let request = json!({"input_ids": sources}).to_string();
+            let output = ["-o", file.to_str().expect("temporary paths are UTF-8"), "--batch-size", bound];
+            stdout(run("t5gemma", [&["encode", model, "--jsonl"], &output[..]].concat(), request));
+            let bytes = std::fs::read(file).expect("written");
+            let numbers = bytes[128..].chunks_exact(4).map(|four| f32::from_le_bytes(four.try_into().expect("4")));
+            numbers.collect()
+        };
+        let (whole, pieces) = (scores("11"), scores("4"));
+        assert_eq!((whole.len(), pieces.len()), (11, 11));
+        assert!(whole.iter().zip(&pieces).all(|(a, b)| (a - b).abs() < 1e-4), "{whole:?} {pieces:?}");
+        let (whole, pieces) = (states("11"), states("4"));
+        assert!(whole.len() == pieces.len() && whole.len() > 11 * 4);
+        assert!(whole.iter().zip(&pieces).all(|(a, b)| (a - b).abs() < 1e-4));
+    }
+}
+
+/// Whoever finds it: the parser, the program or the library.
+#[test]
+fn wrong_arguments_are_one_exit_status_and_are_told_as_they_were_typed() {
+    let model = demo();
+    let model = model.to_str().expect("temporary paths are UTF-8");
+    let cases: &[(&[&str], &str)] = &[
+        (&["generate", "--no-such-flag"], "--no-such-flag"),
+        (&["generate", "--batch-size", "0", "a"], "--batch-size"),
+        (&["generate", "--do-sample=yes", "a"], "--do-sample"),
+        (&["generate", "--temperature", "0.5", "a"], "t5gemma: --temperature requires --do-sample\n"),
+        (&["generate", "--seed", "5", "--jsonl"], "t5gemma: --seed requires --do-sample\n"),
+        (
+            &["generate", "--length-penalty", "2", "a"],
+            "t5gemma: --length-penalty requires --num-beams above 1 (got 1)\n",
+        ),
+        (
+            &["generate", "--min-new-tokens", "10", "--max-new-tokens", "5", "a"],
+            "t5gemma: --min-new-tokens requires --max-new-tokens of at least 10 (got 5)\n",
+        ),
+        (
+            &["generate", "--num-beams", "four", "a"],
+            "--num-beams: expected a whole number of at least 1, found \"four\"",
+        ),
+        (&["generate", "--max-time", "NaN", "a"], "--max-time: expected a number of seconds, 0 or more, found \"NaN\""),
+        (&["generate", "--max-time", "-1", "a"], "--max-time: expected a number of seconds, 0 or more, found -1"),
+        (&["generate", "--max-new-tokens", "9999", "a"], "t5gemma: --max-new-tokens: expected at most "),
+        (&["generate", "--eos-token-id", "9999", "a"], "t5gemma: --eos-token-id: expected token ids below "),
+        (
+            &["generate", "--stop-strings", "[a", "a"],
+            "--stop-strings: expected JSON: column 2: expected value, found `a`",
+        ),
+        (&["generate", "--required-phrases", "[a", "a"], "--required-phrases: expected JSON: "),
+        (&["generate", "--json-schema", "{", "a"], "--json-schema: expected JSON: "),
+        (&["generate", "--regex", "(", "a"], "--regex: "),
+        (&["generate", "--regex", "(", "a"], "found unclosed group at character 1\n"),
+        (&["generate", "--regex", "a", "--grammar", "no/such/file", "--jsonl", "a"], "--jsonl"),
+        (&["generate", "--output-logprobs", "a"], "--output-logprobs requires --jsonl"),
+        (&["generate", "--system", "a", "b"], "--system requires --chat"),
+        (&["generate", "--encoder-outputs", "a.safetensors", "--system", "a", "--jsonl"], "--system"),
+        (&["generate", "--device", "0,1", "a"], "--device: expected one number"),
+        (&["generate", "--threads", "0", "a"], "t5gemma: --threads: expected 1 to 1024, found 0\n"),
+        (&["generate", "--device", "1", "a"], "--provider: expected one with devices"),
+        (&["encode", "-o", "a.txt", "a"], "--output: expected a name that ends in .safetensors or .npy"),
+        (&["encode", "-o", "a.npy", "--padding", "max_length", "a"], "--padding max_length requires --max-length"),
+        (&["encode", "-o", "a.npy", "--normalize", "a"], "--normalize requires --pooling"),
+        (&["encode", "-o", "a.npy", "--warm-up", "a"], "--warm-up: expected a command that generates"),
+        (&["verify", "--tolerance", "NaN"], "--tolerance"),
+        (&["verify", "--texts", "a.txt"], "--against"),
+        (&["bench", "--source-length", "99999"], "--source-length: expected at most "),
+    ];
+    let failed: Vec<String> = (cases.iter())
+        .filter_map(|(arguments, says)| {
+            let (command, flags) = arguments.split_first().expect("a command");
+            let output = run("t5gemma", [&[*command, model], flags].concat(), "");
+            let error = String::from_utf8_lossy(&output.stderr);
+            let is_right = output.status.code() == Some(2) && error.contains(says) && output.stdout.is_empty();
+            (!is_right).then(|| format!("{arguments:?}: {:?} {error}", output.status.code()))
+        })
+        .collect();
+    assert!(failed.is_empty(), "{}", failed.join("\n"));
+    // Files and requests are none of the arguments' business.
+    for (arguments, stdin) in [
+        (&["generate", model, "--json-schema", "no/such/file", "a"][..], ""),
+        (&["generate", "no/such/model", "a"], ""),
+        (&["generate", model, "--jsonl"], "{\"text\": \"a\", \"options\": {\"temperature\": 0.5}}"),
+    ] {
+        assert_eq!(run("t5gemma", arguments, stdin).status.code(), Some(1), "{arguments:?}");
+    }
+}
+
+#[test]
+fn an_option_that_stands_alone_leaves_the_text_behind_it_a_text() {
+    let model = demo();
+    let model = model.to_str().expect("temporary paths are UTF-8");
+    let text = "Room 12 is 5 km away.";
+    let answer = |flags: &[&str]| stdout(run("t5gemma", [&["generate", model], flags].concat(), ""));
+    let (plain, sampled) = (answer(&[text]), answer(&["--do-sample", "true", "--seed", "3", text]));
+    assert_eq!(answer(&["--seed", "3", "--do-sample", text]), sampled);
+    assert_eq!(answer(&[text, "--seed", "3", "--do-sample=true"]), sampled);
+    assert_eq!(answer(&["--do-sample", "false", text]), plain);
+    let beams = ["--num-beams", "3"];
+    assert_eq!(answer(&[&beams[..], &["--early-stopping", text]].concat()).lines().count(), 1);
+    assert_eq!(answer(&[&beams[..], &["--early-stopping", "never", text]].concat()).lines().count(), 1);
+    // A text is what it looks like, also one that is JSON.
+    assert_eq!(answer(&["--stop-strings", "5", text]), answer(&["--stop-strings", "[\"5\"]", text]));
+}
+
+#[test]
+fn text_that_windows_wrote_is_text() {
+    let model = demo();
+    let model = model.to_str().expect("temporary paths are UTF-8");
+    let folder = tempfile::tempdir().expect("a temporary folder can be made");
+    let file = |name: &str, content: &[u8]| {
+        let path = folder.path().join(name);
+        std::fs::write(&path, content).expect("written");
+        path.to_str().expect("temporary paths are UTF-8").to_string()
+    };
+    let with_mark = |text: &str| [b"\xef\xbb\xbf", text.as_bytes()].concat();
+    let answer = |arguments: &[&str], stdin: &[u8]| run("t5gemma", [&["generate", model], arguments].concat(), stdin);
+    let lines = "Room 12 is 5 km away.\r\nIt is 3:05 pm.\r\n";
+    let expected = stdout(answer(&[], lines.replace('\r', "").as_bytes()));
+    assert_eq!(stdout(answer(&[], &with_mark(lines))), expected);
+    let request = "{\"text\": \"Room 12 is 5 km away.\"}\r\n";
+    assert_eq!(stdout(answer(&["--jsonl"], &with_mark(request))), stdout(answer(&["--jsonl"], request.as_bytes())));
+    let answers = "twelve\r\nfive\r\n";
+    let (plain, marked) = (file("plain.txt", answers.as_bytes()), file("marked.txt", &with_mark(answers)));
+    let of_list = |list: &str| stdout(answer(&["--allowed-sequences", list, "12"], b""));
+    assert_eq!(of_list(&marked), of_list(&plain));
+    let schema = file("schema.json", &with_mark("{\"type\": \"boolean\"}"));
+    assert!(["true\n", "false\n"].contains(&&*stdout(answer(&["--json-schema", &schema, "12"], b""))));
+    let tokens = folder.path().join("tokens.json");
+    let tokens = tokens.to_str().expect("temporary paths are UTF-8");
+    let listed = |texts: &str| {
+        stdout(run("t5gemma", ["shortlist", model, "--texts", texts, "-o", tokens], ""));
+        std::fs::read(tokens).expect("written")
+    };
+    assert_eq!(listed(&marked), listed(&plain));
+
+    let utf_16: Vec<u8> = [0xfeff_u16].into_iter().chain("12\r\n".encode_utf16()).flat_map(u16::to_le_bytes).collect();
+    let wide = file("wide.txt", &utf_16);
+    for (arguments, stdin) in [
+        (&["generate", model][..], &*utf_16),
+        (&["generate", model, "--jsonl"], &utf_16),
+        (&["generate", model, "--allowed-sequences", &wide, "12"], b""),
+        (&["shortlist", model, "--texts", &wide, "-o", tokens], b""),
+    ] {
+        let output = run("t5gemma", arguments, stdin);
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}: {error}");
+        assert!(error.contains("found the byte-order mark of UTF-16"), "{arguments:?}: {error}");
+    }
+    // A zero byte is one of the text.
+    let [with, without] = [&b"a\0b\n"[..], b"ab\n"].map(|text| {
+        let states = folder.path().join("states.safetensors");
+        let arguments = ["encode", model, "-o", states.to_str().expect("temporary paths are UTF-8")];
+        stdout(run("t5gemma", arguments, text));
+        let bytes = std::fs::read(states).expect("written");
+        let tensors = safetensors::SafeTensors::deserialize(&bytes).expect("a safetensors file");
+        tensors.tensor("0.input_ids").expect("written").data().to_vec()
+    });
+    assert!(with.len() > without.len());
+}
+
+#[test]
+fn a_comparison_says_first_what_its_sources_are() {
+    let model = demo();
+    let model = model.to_str().expect("temporary paths are UTF-8");
+    let folder = tempfile::tempdir().expect("a temporary folder can be made");
+    let texts = folder.path().join("texts.txt");
+    std::fs::write(&texts, "It is 3:05 pm.\nRoom 12.\n").expect("written");
+    let texts = texts.to_str().expect("temporary paths are UTF-8");
+    let first = |more: &[&str]| {
+        let report = stdout(run("t5gemma", [&["verify", model, "--against", model], more].concat(), ""));
+        report.lines().next().expect("a line").to_string()
+    };
+    assert!(first(&[]).starts_with("sources: random tokens; --texts FILE "), "{}", first(&[]));
+    assert_eq!(first(&["--texts", texts]), format!("sources: 2 texts of {texts}"));
+}
+
+/// Help is wrapped to the terminal, and what is set by hand is narrow enough for any.
+#[test]
+fn no_line_of_help_is_broken() {
+    let help = |command: &str| {
+        let arguments = if command.is_empty() { vec!["--help"] } else { vec![command, "--help"] };
+        stdout(program("t5gemma").args(arguments).env("COLUMNS", "80").output().expect("the program starts"))
+    };
+    let top = help("");
+    assert!(top.contains("Exit status:\n  0    done\n"), "{top}");
+    for command in ["generate", "score", "encode", "classify", "verify", "bench", "shortlist"] {
+        let help = help(command);
+        let narrow = help.lines().filter(|line| line.chars().count() > 80);
+        assert_eq!(narrow.collect::<Vec<_>>(), Vec::<&str>::new(), "{command}");
+        // A line that ends early is followed by a paragraph, a list or an indented line, never by the rest of a sentence.
+        let lines: Vec<&str> = help.lines().collect();
+        for pair in lines.windows(2) {
+            let (line, next) = (pair[0], pair[1]);
+            let indent = |line: &str| line.len() - line.trim_start().len();
+            let word = next.split_whitespace().next().unwrap_or_default();
+            let ends_early = line.chars().count() + 1 + word.chars().count() <= 60;
+            let goes_on = indent(line) == indent(next) && word.starts_with(|c: char| c.is_ascii_lowercase());
+            let is_list =
+                next.trim_start().contains("  ") || line.contains('{') || line.trim_end().ends_with(['.', ':']);
+            assert!(line.trim().is_empty() || !ends_early || !goes_on || is_list, "{command}:\n{line}\n{next}");
+        }
     }
 }

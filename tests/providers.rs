@@ -73,7 +73,7 @@ fn cuda_graphs_are_for_steps_that_can_be_captured() {
         }
         let output = run("t5gemma", arguments, "5 6 7\n");
         let error = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.code() == Some(1) && error.contains(word), "{command} {model}: {error}");
+        assert!(output.status.code() == Some(2) && error.contains(word), "{command} {model}: {error}");
     }
 }
 

@@ -91,9 +91,9 @@ fn drafts_where_there_can_be_none_are_refused() {
     let batch = Batch::padded(&[vec![5, 6]], 0).expect("valid");
     let cases = [
         (&last, json!({"prompt_lookup_num_tokens": 4}), "export it with --all-logits), found 4"),
-        (&all, json!({"prompt_lookup_num_tokens": 4, "num_beams": 2}), "nothing but with greedy search"),
-        (&all, json!({"prompt_lookup_num_tokens": 4, "do_sample": true}), "nothing but with greedy search"),
-        (&all, json!({"max_matching_ngram_size": 2}), "nothing without prompt_lookup_num_tokens"),
+        (&all, json!({"prompt_lookup_num_tokens": 4, "num_beams": 2}), "requires num_beams 1 (got 2)"),
+        (&all, json!({"prompt_lookup_num_tokens": 4, "do_sample": true}), "requires do_sample false (got true)"),
+        (&all, json!({"max_matching_ngram_size": 2}), "requires prompt_lookup_num_tokens (got none)"),
         (&all, json!({"prompt_lookup_num_tokens": 0}), "a whole number of at least 1, found 0"),
     ];
     for (model, request, expected) in cases {

@@ -51,6 +51,7 @@ fn what_is_chosen_does_not_depend_on_what_is_computed_roughly() {
         };
         for sources in [&sources[..], &sources[..1]] {
             let (expected, found) = (generate(&portable, sources), generate(&cpu, sources));
+            assert_eq!(found.len(), expected.len(), "{case}");
             for ((expected, score), (found, of_found)) in expected.iter().zip(&found) {
                 assert_eq!(found, expected, "{case}");
                 let apart = score.zip(*of_found).map_or(0.0, |(a, b)| (a - b).abs());

@@ -342,8 +342,6 @@ impl GenerationOptions {
         }
         options.pad_token_id = tokens.pad.unwrap_or(options.pad_token_id);
         let Some(text) = generation_config else { return Ok(options) };
-        // Editors on Windows write a byte-order mark.
-        let text = text.strip_prefix('\u{feff}').unwrap_or(text);
         let object: Map<String, Value> =
             serde_json::from_str(text).map_err(|error| OptionError::new("", "a JSON object", error.to_string()))?;
         // A file that names no end token, or null, has none: `GenerationConfig.from_pretrained` does not look at config.json
@@ -1237,15 +1235,13 @@ mod tests {
             ),
             ("nor is none", Some(json!({"max_new_tokens": 4})), json!({}), 12, vec![], 10),
             ("null in a request is not given", None, json!({"eos_token_id": null}), 12, vec![11], 10),
-            ("with a byte-order mark", Some(json!({"eos_token_id": 3})), json!({}), 12, vec![3], 10),
             ("a request", Some(json!({"eos_token_id": 1})), json!({"eos_token_id": 7}), 12, vec![7], 10),
             ("start follows bos", None, json!({"bos_token_id": 5}), 5, vec![11], 10),
             ("start of its own", Some(json!({"decoder_start_token_id": 8})), json!({"bos_token_id": 5}), 8, vec![], 10),
             ("no end tokens", None, json!({"eos_token_id": []}), 12, vec![], 10),
         ];
         for (name, generation_config, request, start, eos, pad) in cases {
-            let mark = if name == "with a byte-order mark" { "\u{feff}" } else { "" };
-            let text = generation_config.map(|value| format!("{mark}{value}"));
+            let text = generation_config.map(|value| value.to_string());
             let options = GenerationOptions::of_model(text.as_deref(), &tokens).expect(name);
             let options = with(&options, request).expect(name);
             assert_eq!(options.decoder_start_token_id, start, "{name}");

@@ -25,8 +25,8 @@ fn lines() -> Vec<Line> {
     let requests: Vec<(Value, &'static [&'static str])> = vec![
         (good(), &[]),
         // The document.
-        (json!([1, 2]), &["expected a JSON object on one line", "sequence"]),
-        (json!("text"), &["expected a JSON object on one line", "string"]),
+        (json!([1, 2]), &["expected a JSON object, found [1,2]"]),
+        (json!("text"), &["expected a JSON object, found \"text\""]),
         (json!({}), &["expected text, messages or input_ids, found none of them"]),
         (json!({"id": "both", "text": "a", "input_ids": [5]}), &["expected text or input_ids, found both"]),
         (with(json!({"max_new_tokens": 3})), &["expected only the fields id, text", "found \"max_new_tokens\""]),
@@ -77,7 +77,7 @@ fn lines() -> Vec<Line> {
         (options(json!([])), &["options: expected an object of generation options, found []"]),
         (options(json!({"beams": 3})), &["beams: expected the name of a generation option"]),
         (options(json!({"do_sample": 1})), &["do_sample: expected true or false, found 1"]),
-        (options(json!({"temperature": 0.5})), &["temperature: expected 1 with do_sample false"]),
+        (options(json!({"temperature": 0.5})), &["options.temperature requires do_sample true (got false)"]),
         (
             options(json!({"do_sample": true, "temperature": 0})),
             &["temperature: expected a positive number", "found 0"],
@@ -92,20 +92,26 @@ fn lines() -> Vec<Line> {
         (options(json!({"num_beams": 1e9})), &["num_beams: expected a whole number from 1 to 256"]),
         (
             options(json!({"num_beams": 2, "num_return_sequences": 3})),
-            &["num_return_sequences: expected a whole number from 1 to num_beams (2), found 3"],
+            &["options.num_return_sequences requires num_beams of at least 3 (got num_beams 2)"],
         ),
         (options(json!({"max_new_tokens": 0})), &["max_new_tokens: expected a whole number of at least 1, found 0"]),
-        (options(json!({"max_new_tokens": 512})), &["max_length: expected at most 512 target tokens", "found 513"]),
-        (options(json!({"max_new_tokens": u64::MAX})), &["max_length: expected at most 512 target tokens"]),
+        (
+            options(json!({"max_new_tokens": 512})),
+            &["options.max_new_tokens: expected at most 512 target tokens", "found 513"],
+        ),
+        (options(json!({"max_new_tokens": u64::MAX})), &["options.max_new_tokens: expected at most 512 target tokens"]),
         (options(json!({"eos_token_id": 200})), &["eos_token_id: expected token ids below 200", "found 200"]),
         (options(json!({"bad_words_ids": [[]]})), &["bad_words_ids: expected a list of lists of token ids"]),
         (options(json!({"sequence_bias": [[[5], 1e300]]})), &["sequence_bias: expected a list of"]),
-        (options(json!({"length_penalty": 2})), &["length_penalty: expected 1 with num_beams 1"]),
+        (options(json!({"length_penalty": 2})), &["options.length_penalty requires num_beams above 1 (got 1)"]),
         // Options that make no sense, but no error either.
         (options(json!({"num_beams": 250, "max_new_tokens": 2})), &[]),
         (options(json!({"suppress_tokens": (0..200).collect::<Vec<_>>(), "max_new_tokens": 2})), &[]),
         (options(json!({"suppress_tokens": (0..200).collect::<Vec<_>>(), "num_beams": 3, "max_new_tokens": 2})), &[]),
-        (options(json!({"min_new_tokens": 9_007_199_254_740_992_u64, "max_new_tokens": 2})), &[]),
+        (
+            options(json!({"min_new_tokens": 9_007_199_254_740_992_u64, "max_new_tokens": 2})),
+            &["options.min_new_tokens requires max_new_tokens of at least 9007199254740992 (got 2)"],
+        ),
         (options(json!({"exponential_decay_length_penalty": [0, 1e308], "max_new_tokens": 2})), &[]),
         (
             options(json!({"length_penalty": -1e308, "num_beams": 2, "max_new_tokens": 2})),
@@ -117,15 +123,28 @@ fn lines() -> Vec<Line> {
         requests.into_iter().map(|(request, says)| (request.to_string().into_bytes(), says)).collect();
     let good = good().to_string();
     lines.extend([
-        ("not JSON".into(), ["expected a JSON object on one line"].as_slice()),
-        ("{\"input_ids\": [5".into(), &["expected a JSON object on one line"]),
-        (format!("{good}{good}").into(), &["expected a JSON object on one line", "trailing characters"]),
-        ("[".repeat(100_000).into(), &["expected a JSON object on one line"]),
-        (format!("{{\"input_ids\": {}", "[".repeat(100_000)).into(), &["recursion limit"]),
-        (b"{\"text\": \"\xff\xfe\"}".to_vec(), &["expected UTF-8: invalid utf-8 sequence"]),
-        (b"\xff".to_vec(), &["expected UTF-8: invalid utf-8 sequence"]),
-        (b"{\"text\": \"\\ud800\"}".to_vec(), &["expected a JSON object on one line"]),
-        (b"\0\0\0\0".to_vec(), &["expected a JSON object on one line"]),
+        ("not JSON".into(), ["expected JSON: column 2: expected ident, found `o`"].as_slice()),
+        ("{\"input_ids\": [5".into(), &["expected JSON: column 16: EOF while parsing a list"]),
+        (format!("{good}{good}").into(), &["expected JSON: column ", "trailing characters, found `{`"]),
+        ("[".repeat(100_000).into(), &["expected JSON: column 128: ", "nested more than 127 deep"]),
+        (format!("{{\"input_ids\": {}", "[".repeat(100_000)).into(), &["nested more than 127 deep"]),
+        (b"{\"text\": \"\xff\xfe\"}".to_vec(), &["expected UTF-8, found the byte 0xff at byte 11"]),
+        (b"\xff".to_vec(), &["expected UTF-8, found the byte 0xff at byte 1"]),
+        (b"{\"text\": \"\\ud800\"}".to_vec(), &["expected JSON: column 17: unexpected end of hex escape"]),
+        (b"\0\0\0\0".to_vec(), &["expected JSON: column 1: expected value, found `\\0`"]),
+        ("{\"input_ids\": [5], \"input_ids\": [6]}".into(), &["the field \"input_ids\" stands twice"]),
+        ("{\"input_ids\": [5], \"options\": {\"seed\": 1, \"seed\": 2}}".into(), &["the field \"seed\" stands twice"]),
+        ("{\"input_ids\": [1e999]}".into(), &["expected JSON: ", "number out of range"]),
+        (
+            "{\"id\": 123456789012345678901234567890, \"input_ids\": [5]}".into(),
+            &["id: expected a number of fewer digits"],
+        ),
+        ("{\"id\": true, \"input_ids\": [5]}".into(), &["id: expected a string or a number, found true"]),
+        ("\u{feff}{\"input_ids\": [5]}".into(), &["expected value, found a byte-order mark"]),
+        (
+            format!("{{\"text\": \"{}\"}}", "a".repeat(10_000_000)).into(),
+            &["text: expected at most 512 tokens, found 10000000 bytes"],
+        ),
         (format!("{good}\r").into(), &[]),
         (format!("  {good}\t").into(), &[]),
     ]);
@@ -193,7 +212,7 @@ fn a_text_that_is_not_utf_8_leaves_its_line_empty() {
     assert_eq!((lines.len(), lines[1]), (3, ""), "{out}");
     assert_eq!(lines[0], lines[2]);
     let err = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(err, "t5gemma: text 2: expected UTF-8: invalid utf-8 sequence of 1 bytes from index 0\n");
+    assert_eq!(err, "t5gemma: text 2: expected UTF-8, found the byte 0xff at byte 1\n");
 }
 
 #[test]

@@ -9,35 +9,26 @@ use std::io::{self, Write};
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use serde_json::{Value, json};
-use t5gemma_runtime::{Batch, Cancellation, Error, GenerationOptions, Hypothesis, Model, Watch};
+use t5gemma_runtime::{Batch, Cancellation, Error, GenerationOptions, Hypothesis, Limits, Model, Watch};
 
 use crate::progress::counter;
+use crate::usage::ensure_usage;
 use crate::{Opening, Outcome};
 use machine::{Memory, now_ns, read_bandwidth};
 
 /// Measures how fast a model is on this machine
 ///
-/// Random sources of one length, and targets of exactly --max-new-tokens: no end token may be chosen. Measured are opening,
-/// opening until the first token, and then, repeated: encoding, generation until its first token, each further step, and
-/// whole calls; the memory of this process; and what the machine reads from memory at best, beside what a step must read.
-/// The model's own generation settings do not count but for its token ids.
+/// Sources are random and of one length; targets have exactly --max-new-tokens, as no end token may be chosen. Measured are
+/// opening, opening until the first token, and then, repeated: encoding, generation until its first token, each further
+/// step, and whole calls; the memory of this process; and how fast the machine reads memory, beside what a step must read.
+/// Of the model's own generation settings, only the token ids count.
 ///
-/// With --request, the cases of a JSON file are measured and the times written as JSON, so that runtimes can be compared
-/// by one harness:
-///
-///   request   {"protocol": 1, "threads"?, "decoder_start_token_id"?, "eos_token_id"?, "pad_token_id"?,
-///              "gate"?: {"busy", "max_wait_s", "total_wait_s"}, "cases": [{"id", "src": [[ids], …], "beams", "gen",
-///              "ops": ["encode", "ttft", "generate"], "repeats"?: {"encode", …}, "tries"?}, …]}
-///   response  {"protocol": 1, "peer", "version", "notes", "load": {"loaded_ns", "first_token_ns"}, "cases": [{"id",
-///              "encode": [{"start_ns", "end_ns", "foreign"?, "steps_ns"?}, …], "ttft": […], "generate": […],
-///              "ids": [[…], …], "scores": […] or null, "error"?}, …]}
-///
-/// Times are of the monotonic clock. "gate" makes a run wait until others use less than "busy" of the machine, and lets a
-/// run be repeated, "tries" times at most, of which others used much ("foreign").
+/// With --request, the cases of a JSON file are measured and the times written as JSON, so that one harness can compare
+/// runtimes; both files are described below the options.
 #[derive(clap::Args)]
-#[command(verbatim_doc_comment)]
+#[command(after_long_help = PROTOCOL)]
 pub struct Arguments {
     #[command(flatten)]
     opening: Opening,
@@ -48,7 +39,7 @@ pub struct Arguments {
     #[arg(long, value_name = "ROWS", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=4096))]
     batch_size: u32,
     /// Beams of beam search; 1 is greedy
-    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=256))]
     num_beams: u32,
     /// Tokens of each source
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
@@ -71,12 +62,32 @@ pub struct Arguments {
     response: Option<PathBuf>,
 }
 
+const PROTOCOL: &str = r#"Files of --request and --response:
+
+  request   {"protocol": 1, "threads"?, "decoder_start_token_id"?,
+             "eos_token_id"?, "pad_token_id"?,
+             "gate"?: {"busy", "max_wait_s", "total_wait_s"},
+             "cases": [{"id", "src": [[ids], ...], "beams", "gen",
+             "ops": ["encode", "ttft", "generate"],
+             "repeats"?: {"encode", ...}, "tries"?}, ...]}
+  response  {"protocol": 1, "peer", "version", "notes",
+             "load": {"loaded_ns", "first_token_ns"},
+             "cases": [{"id", "encode": [{"start_ns", "end_ns", "foreign"?,
+             "steps_ns"?}, ...], "ttft": [...], "generate": [...],
+             "ids": [[...], ...], "scores": [...] or null, "error"?}, ...]}
+
+Times are of the monotonic clock. "gate" makes a run wait until others use less
+than "busy" of the machine, and repeats a run during which others used much
+("foreign"), up to "tries" times."#;
+
 /// Runs the command.
-pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
+pub fn run(mut arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     if let (Some(request), Some(response)) = (&arguments.request, &arguments.response) {
         return protocol::run(arguments.opening, request, response, cancel);
     }
     let start = now_ns();
+    // What is measured is one batch.
+    arguments.opening.limits = Limits::NONE;
     let model = arguments.opening.open()?;
     let opened = now_ns();
     let case = Case::random(&model, &arguments)?;
@@ -116,14 +127,20 @@ impl Case {
     fn random(model: &Model, arguments: &Arguments) -> Result<Case> {
         let (rows, length) = (arguments.batch_size as usize, arguments.source_length as usize);
         let longest = model.config().encoder.max_position_embeddings;
-        ensure!(
+        ensure_usage!(
             length <= longest,
-            "source_length: expected at most {longest} (encoder.max_position_embeddings), found {length}"
+            "--source-length: expected at most {longest} (encoder.max_position_embeddings), found {length}"
         );
         let tokens = random_tokens(model.config().encoder.vocab_size, rows * length);
         let options = Case::options(model, arguments.num_beams as usize);
         let sources: Vec<&[i64]> = tokens.chunks(length).collect();
         let batch = Batch::padded(&sources, options.pad_token_id)?;
+        let longest = model.config().decoder.max_position_embeddings;
+        ensure_usage!(
+            (arguments.max_new_tokens as usize) < longest,
+            "--max-new-tokens: expected less than {longest} (decoder.max_position_embeddings), found {}",
+            arguments.max_new_tokens
+        );
         Ok(Case { batch, options, tokens: arguments.max_new_tokens as usize })
     }
 

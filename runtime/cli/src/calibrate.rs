@@ -3,10 +3,11 @@
 use std::fs;
 use std::path::PathBuf;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::json;
 use t5gemma_runtime::{Calibration, Cancellation};
 
+use crate::files::without_mark;
 use crate::progress::counter;
 use crate::requests::{self, Kind, Request};
 use crate::tensors::{Aside, write_text};
@@ -43,6 +44,7 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     let mut calibration = Calibration::new(&model)?;
     let output = Aside::create(&output)?;
     let lines = fs::read(&texts).with_context(|| format!("{}: cannot be read", texts.display()))?;
+    let lines = without_mark(&lines).map_err(|problem| anyhow!("{}: {problem}", texts.display()))?;
     let lines = lines.split(|&byte| byte == b'\n').enumerate().filter(|(_, line)| !line.trim_ascii().is_empty());
     let done = counter("texts", true);
     for (number, line) in lines {

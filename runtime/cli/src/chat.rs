@@ -52,4 +52,8 @@ impl Reader for Chat<'_> {
     fn chat(&self) -> Option<&Chat<'_>> {
         Some(self)
     }
+
+    fn longest_source(&self) -> usize {
+        self.model.longest_source()
+    }
 }

@@ -14,20 +14,11 @@ use crate::{Opening, Outcome};
 
 /// Labels texts: those given, or each line of stdin
 ///
-/// The model is one of the task text-classification, which labels each text, or token-classification, which labels each
-/// token. A text's line has its best labels, each with its score, apart by tabs; of tokens, each has a line of token,
-/// label and score, and an empty line ends a text. With --jsonl, each line of stdin is a request and each line of stdout
-/// its result, in order:
-///
-///   request  {"id"?, "text" | "input_ids", "attention_mask"?}
-///   result   {"id", "labels": [[{"label", "score"}, …best first], …rows], "usage"}
-///   or       {"id", "tokens": [[{"token", "text"?, "labels": [{"label", "score"}, …]}, …], …rows], "usage"}
-///   or       {"id", "error"}
-///
-/// "token" is the token's id and "text" its piece of the vocabulary; tokens that are masked are left out. "usage" counts
-/// "source_tokens".
+/// A model of the task text-classification labels each text: its line has the best labels and their scores, separated by
+/// tabs. A model of the task token-classification labels each token: its line has the token, the label and the score, and
+/// an empty line ends a text. With --jsonl, requests and results are JSON lines, described below the options.
 #[derive(clap::Args)]
-#[command(verbatim_doc_comment)]
+#[command(after_long_help = JSON_LINES)]
 pub struct Arguments {
     #[command(flatten)]
     opening: Opening,
@@ -36,17 +27,30 @@ pub struct Arguments {
     /// Read requests and write results as JSON lines
     #[arg(long, conflicts_with = "texts")]
     jsonl: bool,
-    /// How many labels are told, best first, or all
+    /// Labels to return of each text or token, best first
     #[arg(long, value_name = "N|all", default_value = "1", value_parser = top_k)]
     top_k: usize,
-    /// What makes scores of the labels' logits [default: by the model's problem_type: sigmoid where several labels may
-    /// hold or there is but one, none for a regression, otherwise softmax; for tokens always softmax]
+    /// What makes scores of the labels' logits [default: softmax; by the model's problem_type, sigmoid for several labels that
+    /// may hold at once or for a single one, none for a regression]
     #[arg(long, value_name = "NAME", value_parser = PossibleValuesParser::new(ScoreFunction::ALL.map(ScoreFunction::name)))]
     function_to_apply: Option<String>,
-    /// Most source rows to run at a time
+    /// Run at most so many sources at a time; those of a larger request run in pieces
     #[arg(long, value_name = "ROWS", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
     batch_size: u32,
 }
+
+const JSON_LINES: &str = r#"JSON lines (--jsonl): each line of stdin is a request, each line of stdout its
+result, in the same order.
+
+  request  {"id"?, "text" | "input_ids", "attention_mask"?}
+  result   {"id", "labels": [[{"label", "score"}, ... best first], ... rows],
+            "usage"}
+  or       {"id", "tokens": [[{"token", "text"?, "labels": [{"label",
+            "score"}, ...]}, ...], ... rows], "usage"}
+  or       {"id", "error"}
+
+"token" is the token's id, "text" its piece of the vocabulary. Tokens that are
+masked are left out. "usage" counts "source_tokens"."#;
 
 fn top_k(text: &str) -> Result<usize, String> {
     match text.parse() {
@@ -57,7 +61,9 @@ fn top_k(text: &str) -> Result<usize, String> {
 }
 
 /// Runs the command.
-pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
+pub fn run(mut arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
+    let packing = Packing::of_rows(arguments.batch_size);
+    arguments.opening.limits = packing.limits();
     let encoder = arguments.opening.open_encoder()?;
     let classifier = encoder.classifier()?;
     if !arguments.jsonl {
@@ -72,10 +78,10 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
 
     let mut outcome = Outcome::Done;
     let done = counter("classified", true);
-    let mut read = Requests::open(&arguments.texts, arguments.jsonl, Kind::Encode, &encoder);
+    let mut read = Requests::open(&arguments.texts, arguments.jsonl, Kind::Encode { truncates: false }, &encoder);
     let mut number = 0;
     loop {
-        let group = read.next_group(&Packing::of_rows(arguments.batch_size), cancel)?;
+        let group = read.next_group(&packing, cancel)?;
         if group.is_empty() {
             return Ok(outcome);
         }

@@ -1,9 +1,13 @@
 //! Constraints on the command line: flags that name files or hold text, and become the JSON that a request would say.
 
-use std::fs;
+use std::path::Path;
 
+use anyhow::Result;
 use clap::{Arg, ArgMatches, Command};
 use serde_json::Value;
+
+use crate::files;
+use crate::usage::bail_usage;
 
 /// How a flag's text becomes the option's value.
 #[derive(Clone, Copy)]
@@ -16,57 +20,102 @@ enum Reading {
     JsonOrFile,
     /// A text a line of a file, or a JSON list in it.
     Lines,
-    /// JSON, or else one text.
+    /// A JSON list, or else one text.
     List,
 }
 
 /// Name, placeholder, reading and meaning of each flag.
 const FLAGS: &[(&str, &str, Reading, &str)] = &[
-    ("json_schema", "FILE|JSON", Reading::JsonOrFile, "The output is JSON of this schema"),
+    (
+        "json_schema",
+        "FILE|JSON",
+        Reading::JsonOrFile,
+        "The output is JSON of this schema: a file, or the schema itself, which begins with {",
+    ),
     ("regex", "REGEX", Reading::Text, "The whole output matches this regular expression"),
     ("grammar", "FILE", Reading::File, "The output is of this Lark grammar (llguidance's variant)"),
-    ("allowed_sequences", "FILE", Reading::Lines, "The output is one of these: a text a line, or a JSON list"),
-    ("required_phrases", "JSON", Reading::List, "Each of these occurs in the output: a text or [\"texts\", [5, 6]]"),
+    (
+        "allowed_sequences",
+        "FILE",
+        Reading::Lines,
+        "The output is one of these: a text a line, or a JSON list, which begins with [",
+    ),
+    (
+        "required_phrases",
+        "TEXT|JSON",
+        Reading::List,
+        "This text occurs in the output, or each of a JSON list: [\"texts\", [5, 6]]; what begins with [ is such a list",
+    ),
 ];
+
+/// A flag that was given.
+#[derive(Clone)]
+pub struct Constraint {
+    name: &'static str,
+    reading: Reading,
+    text: String,
+}
 
 /// Adds the flags to a command.
 pub fn augment(command: Command) -> Command {
-    command.args(FLAGS.iter().map(|&(name, placeholder, reading, help)| {
+    command.args(FLAGS.iter().map(|&(name, placeholder, _, help)| {
         Arg::new(name)
             .long(name.replace('_', "-"))
             .value_name(placeholder)
             .help(help)
             .help_heading("Constraints on the whole output")
-            .value_parser(move |text: &str| read(reading, text))
     }))
 }
 
-/// The constraints given, by their names in requests.
-pub fn given(matches: &ArgMatches) -> impl Iterator<Item = (String, Value)> {
-    let names = FLAGS.iter().map(|&(name, ..)| name);
-    names.filter_map(|name| Some((name.to_string(), matches.get_one::<Value>(name)?.clone())))
+/// Whether a constraint has a flag of this name.
+pub fn has_flag(option: &str) -> bool {
+    FLAGS.iter().any(|(name, ..)| *name == option)
 }
 
-fn read(reading: Reading, text: &str) -> Result<Value, String> {
-    let file = || fs::read_to_string(text).map_err(|error| error.to_string());
-    match reading {
-        Reading::Text => Ok(text.into()),
-        Reading::File => Ok(file()?.into()),
-        Reading::JsonOrFile => {
-            let is_json = text.trim_start().starts_with('{') || ["true", "false"].contains(&text);
-            let json = if is_json { text.to_string() } else { file()? };
-            serde_json::from_str(&json).map_err(|error| error.to_string())
+/// The constraints given.
+pub fn given(matches: &ArgMatches) -> Vec<Constraint> {
+    let given = |&(name, _, reading, _): &(&'static str, &str, Reading, &str)| {
+        Some(Constraint { name, reading, text: matches.get_one::<String>(name)?.clone() })
+    };
+    FLAGS.iter().filter_map(given).collect()
+}
+
+impl Constraint {
+    /// Its name in requests.
+    pub fn name(&self) -> &'static str {
+        self.name
+    }
+
+    /// Its value in requests.
+    pub fn read(&self) -> Result<Value> {
+        let text = &*self.text;
+        let path = Path::new(text);
+        match self.reading {
+            Reading::Text => Ok(text.into()),
+            Reading::File => Ok(files::read_text(path)?.into()),
+            Reading::JsonOrFile if text.trim_start().starts_with('{') || ["true", "false"].contains(&text) => {
+                self.json(text)
+            }
+            Reading::JsonOrFile => files::read_json(path),
+            Reading::Lines => {
+                let lines = files::read_text(path)?;
+                if lines.trim_start().starts_with('[') {
+                    return files::json(path, &lines);
+                }
+                Ok(lines.lines().filter(|line| !line.is_empty()).collect::<Vec<_>>().into())
+            }
+            Reading::List if text.trim_start().starts_with('[') => self.json(text),
+            Reading::List => Ok(vec![text].into()),
         }
-        Reading::Lines => {
-            let lines = file()?;
-            match lines.trim_start().starts_with('[').then(|| serde_json::from_str(&lines)) {
-                Some(Ok(list)) => Ok(list),
-                _ => Ok(lines.lines().filter(|line| !line.is_empty()).collect::<Vec<_>>().into()),
+    }
+
+    fn json(&self, text: &str) -> Result<Value> {
+        match serde_json::from_str(text) {
+            Ok(value) => Ok(value),
+            Err(error) => {
+                let (flag, problem) = (self.name.replace('_', "-"), files::problem_of_json(text, &error));
+                bail_usage!("--{flag}: expected JSON: {problem}")
             }
         }
-        Reading::List => Ok(match serde_json::from_str(text) {
-            Ok(list @ Value::Array(_)) => list,
-            _ => vec![text].into(),
-        }),
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use clap::ValueEnum;
 use clap::builder::PossibleValuesParser;
 use ndarray::{Array2, ArrayD, Axis, s};
@@ -13,21 +13,18 @@ use crate::packing::Packing;
 use crate::progress::counter;
 use crate::requests::{self, Kind, Refused, Request, Requests};
 use crate::tensors::{Aside, Numbers, write_npy, write_safetensors};
+use crate::usage::{bail_usage, ensure_usage};
 use crate::{Opening, Outcome};
 
 /// Writes the encoder's hidden states of texts, or one vector for each: those given, or each line of stdin
 ///
-/// A .safetensors file has for each text or request {id}.last_hidden_state, float32 [rows, source tokens, hidden size]
-/// ({id}.hidden_states.N from a model exported with --hidden-layer N), with {id}.attention_mask and {id}.input_ids; pooled,
-/// {id}.sentence_embedding, float32 [rows, hidden size]. A text's id is its number from 0. Rows of a request keep its
-/// padding, whose states mean nothing. A .npy file has the rows of all texts one after the other, where they are equally
-/// long: pooled, padded to --max-length, or of a single request; unless pooled, their mask is written beside it as
-/// NAME.attention_mask.npy.
+/// With --jsonl, each line of stdin is a request {"id"?, "text" | "input_ids", "attention_mask"?}; blank lines are skipped. A
+/// text's id is its number from 0. A request that fails is told on stderr and left out of a .safetensors file; a .npy file,
+/// whose rows are known by their place, is then not written.
 ///
-/// With --jsonl, each line of stdin is a request {"id"?, "text" | "input_ids", "attention_mask"?}, and blank lines are passed
-/// over. A request that fails is told on stderr and left out; a .npy file, whose rows are known by their place, is then not
-/// written. Any model folder will do, one that generates or one of the task feature-extraction.
+/// The model may be one that generates, or one exported with --task feature-extraction.
 #[derive(clap::Args)]
+#[command(after_long_help = FILES)]
 pub struct Arguments {
     #[command(flatten)]
     opening: Opening,
@@ -58,6 +55,19 @@ pub struct Arguments {
     packing: Packing,
 }
 
+const FILES: &str = r#"Tensors of a .safetensors file, for each text or request:
+  ID.last_hidden_state   float32 [rows, source tokens, hidden size]; called
+                         ID.hidden_states.N if the model was exported with
+                         --hidden-layer N. States of padding mean nothing
+  ID.input_ids           int64 [rows, source tokens]
+  ID.attention_mask      int64 [rows, source tokens]
+  ID.sentence_embedding  float32 [rows, hidden size]: with --pooling, the only
+                         one
+
+A .npy file holds the rows of all texts, one after the other. They have to be
+of one length: pooled, padded to --max-length, or of a single request. Unless
+pooled, their mask is written beside it as NAME.attention_mask.npy."#;
+
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Padding {
     Longest,
@@ -66,34 +76,47 @@ enum Padding {
 }
 
 /// Runs the command.
-pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
+pub fn run(mut arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     let extension = arguments.output.extension().and_then(|extension| extension.to_str());
     let npy = match extension {
         Some("npy") => true,
         Some("safetensors") => false,
-        _ => bail!("{}: expected a name that ends in .safetensors or .npy", arguments.output.display()),
+        _ => bail_usage!(
+            "--output: expected a name that ends in .safetensors or .npy, found {}",
+            arguments.output.display()
+        ),
     };
-    ensure!(
+    ensure_usage!(
         arguments.padding == Padding::Longest || arguments.max_length.is_some(),
-        "--padding max_length needs --max-length N"
+        "--padding max_length requires --max-length N"
     );
     // A place that cannot be written is told before anything is computed.
     let file = Aside::create(&arguments.output)?;
+    arguments.opening.limits = arguments.packing.limits();
     let encoder = arguments.opening.open_encoder()?;
     let own = encoder.features()?;
     let wanted = arguments.pooling.as_deref();
     let pooling = Pooling::ALL.into_iter().find(|known| Some(known.name()) == wanted).unwrap_or(own.pooling);
-    ensure!(
+    ensure_usage!(
         pooling != Pooling::None || !arguments.normalize,
-        "--normalize needs --pooling mean, first or last (a model exported with --normalize divides every token's states)"
+        "--normalize requires --pooling mean, first or last (a model exported with --normalize divides every token's states)"
     );
+    let longest = encoder.config().encoder.max_position_embeddings;
+    if let (Padding::MaxLength, Some(length)) = (arguments.padding, arguments.max_length) {
+        ensure_usage!(
+            length as usize <= longest,
+            "--max-length: expected at most {longest} with --padding max_length (encoder.max_position_embeddings), found \
+             {length}"
+        );
+    }
     let encoding = Encoding { encoder: &encoder, cancel, arguments: &arguments, pooling };
 
     let mut outcome = Outcome::Done;
     let mut encoded: Vec<Encoded> = Vec::new();
     let mut ids = std::collections::BTreeSet::new();
     let done = counter("encoded", false);
-    let mut read = Requests::open(&arguments.texts, arguments.jsonl, Kind::Encode, &encoder);
+    let kind = Kind::Encode { truncates: arguments.truncation };
+    let mut read = Requests::open(&arguments.texts, arguments.jsonl, kind, &encoder);
     loop {
         let group = read.next_group(&arguments.packing, cancel)?;
         if group.is_empty() {

@@ -6,7 +6,7 @@ use std::io::{self, IsTerminal, Write};
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result};
 use serde_json::{Map, Value, json};
 use t5gemma_runtime::{
     Cancellation, DEFAULT_ENCODER_CACHE_BYTES, Engine, Error, FinishReason, GenerationOptions, Hypothesis, Model,
@@ -18,35 +18,19 @@ use crate::options::GenerationFlags;
 use crate::packing::Packing;
 use crate::progress::counter;
 use crate::requests::{self, Kind, Lines, Refused, Request};
+use crate::usage::{self, bail_usage, ensure_usage};
 use crate::{Opening, Outcome};
 
 /// Answers texts: those given, or each line of stdin
 ///
-/// With --jsonl, each line of stdin is a request and each line of stdout its result, in order:
+/// Each answer is a line of stdout, in the order of the texts; a text that fails has an empty line, and its reason is on
+/// stderr. With --jsonl, requests and results are JSON lines, described below the options.
 ///
-///   request  {"id"?, "text" | "messages" | "input_ids", "attention_mask"?,
-///            "decoder_text"? | "decoder_input_ids"?, "options"?}
-///   result   {"id", "sequences": [[{"tokens", "text"?, "score"?, "finish_reason", "logprob"?, "logprobs"?,
-///            "top_logprobs"?, "cross_attentions"?}, …best first], …rows], "seed"?, "usage"}
-///   or       {"id", "error"}
-///
-/// "text" is a string or a list of them; "messages" is a conversation for instruction-tuned models, a list of {"role",
-/// "content"}, written by the checkpoint's own chat template, with the beginning of the answer; "input_ids" is a row of
-/// token ids or a list of rows, padded anywhere: the mask decides. "decoder_text" is how the target begins, without special
-/// tokens, "decoder_input_ids" the same as token ids; neither is part of the result. "options" are Hugging Face's generation
-/// options and stand over the flags below. "tokens" are the generated ids without the decoder prompt, end token included;
-/// "score" is that of beam search; "finish_reason" is "eos", "length", "stop_string", "time", "constraint_incomplete" where
-/// the output ended before it was what the constraints ask for, or "constraint" where it is that and no end token may
-/// follow. With "output_logprobs", "logprobs" are the model's log-probabilities of the tokens, before any processing,
-/// "logprob" is their sum, and "top_logprobs" the [token, log-probability] pairs of as many of the likeliest at each place.
-/// With "output_attentions", "cross_attentions" are for each of the tokens how much it attended to each source token, padding
-/// included: probabilities, the mean over heads and the layers that the model was exported for (--alignment).
-/// "seed" is what was drawn from where tokens are sampled.
-/// Requests that are there together and have the same options are run as one batch; of a model whose cache is in place
-/// (--target cpu), also those with other options, and what comes later joins them. An "id" left out is the line's number
-/// from 0. A line that is no request, be it not even UTF-8, is answered by its error; blank lines are passed over.
+/// Generation options are Hugging Face's under their names there. An option that is true or false may stand alone:
+/// `--do-sample` is `--do-sample true`. A text that begins with a hyphen, or is the word `true` behind such an option,
+/// comes after `--`.
 #[derive(clap::Args)]
-#[command(verbatim_doc_comment)]
+#[command(after_long_help = JSON_LINES)]
 pub struct Arguments {
     #[command(flatten)]
     opening: Opening,
@@ -55,7 +39,7 @@ pub struct Arguments {
     /// Read requests and write results as JSON lines
     #[arg(long, conflicts_with = "texts")]
     jsonl: bool,
-    /// Take each text for the user's turn of a conversation, written by the checkpoint's own chat template
+    /// Treat each text as the user's turn of a conversation, written by the checkpoint's chat template
     #[arg(long)]
     chat: bool,
     /// A system turn before conversations that have none, where the template knows such turns
@@ -63,7 +47,7 @@ pub struct Arguments {
     system: Option<String>,
     /// Answer the texts whose hidden states `t5gemma encode` has written to this file, by this or an equal encoder; nothing is
     /// encoded. Results come in the order of the ids
-    #[arg(long, value_name = "FILE.safetensors", conflicts_with_all = ["texts", "chat"])]
+    #[arg(long, value_name = "FILE.safetensors", conflicts_with_all = ["texts", "chat", "system"])]
     encoder_outputs: Option<PathBuf>,
     /// Memory for encoder results, so that sources that come again with other options are not encoded again; 0 for none
     #[arg(long, value_name = "BYTES", default_value_t = DEFAULT_ENCODER_CACHE_BYTES)]
@@ -77,40 +61,88 @@ pub struct Arguments {
     flags: GenerationFlags,
 }
 
+const JSON_LINES: &str = r#"JSON lines (--jsonl): each line of stdin is a request, each line of stdout its
+result, in the same order.
+
+  request  {"id"?, "text" | "messages" | "input_ids", "attention_mask"?,
+            "decoder_text"? | "decoder_input_ids"?, "options"?}
+  result   {"id", "sequences": [[{"tokens", "text"?, "score"?, "finish_reason",
+            "logprob"?, "logprobs"?, "top_logprobs"?, "cross_attentions"?},
+            ... best first], ... rows], "seed"?, "usage"}
+  or       {"id", "error"}
+
+Fields of a request:
+  id                 a string or a number [default: the line's number from 0]
+  text               a string, or a list of strings
+  messages           a conversation for instruction-tuned models: a list of
+                     {"role", "content"}, written by the checkpoint's chat
+                     template
+  input_ids          token ids: a row, or a list of rows of one length
+  attention_mask     0 where input_ids are padding, anywhere in the row
+  decoder_text       how the target begins, without special tokens
+  decoder_input_ids  the same as token ids; neither is part of the result
+  options            generation options by their Hugging Face names; they have
+                     precedence over the flags
+
+Fields of a result:
+  tokens             the generated ids, end token included, without the prompt
+  score              the score of beam search
+  finish_reason      "eos", "length", "stop_string", "time"; "constraint" where
+                     the output meets its constraints and nothing may follow;
+                     "constraint_incomplete" where it ended before it met them
+  logprobs           with "output_logprobs": the model's log-probabilities of
+                     the tokens before any processing; "logprob" is their sum
+  top_logprobs       [token, log-probability] pairs of the likeliest tokens at
+                     each place
+  cross_attentions   with "output_attentions": how much each token attended to
+                     each source token, padding included: probabilities, the
+                     mean over heads and over the layers of --alignment
+  seed               what was drawn from, where tokens are sampled
+  usage              {"source_tokens", "target_tokens"}
+
+Requests that are waiting together and have the same options run as one batch.
+With a model exported with --target cpu, requests with other options share its
+steps too, and later ones join. A line that is no request is answered by its
+error; blank lines are skipped."#;
+
 /// Runs the command.
 pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
-    let opening = Opening { encoder_cache_bytes: arguments.encoder_cache_bytes, ..arguments.opening };
+    let packing = arguments.packing;
+    let limits = packing.limits();
+    let opening = Opening { encoder_cache_bytes: arguments.encoder_cache_bytes, limits, ..arguments.opening };
     if !arguments.jsonl {
         opening.one_device()?;
     }
+    ensure_usage!(
+        arguments.system.is_none() || arguments.chat || arguments.jsonl,
+        "--system requires --chat, or --jsonl with requests that have messages"
+    );
+    let flags = &arguments.flags;
+    let given = flags.read()?;
     let models = opening.open_all()?;
     let model = models[0].clone();
     // Flags that cannot be right for any request are told before anything is read.
-    let options = model.options().with(&arguments.flags.0)?;
+    let options = model.options().with(&given).map_err(|error| usage::of_flags(&error, flags))?;
     let of_jsonl = [("--output-logprobs", options.output_logprobs), ("--output-attentions", options.output_attentions)];
     if let Some((flag, _)) = of_jsonl.iter().find(|(_, is_asked)| *is_asked && !arguments.jsonl) {
-        bail!("{flag} needs --jsonl: texts have no room for it");
+        bail_usage!("{flag} requires --jsonl: lines of text have no room for it");
     }
-    let packing = arguments.packing;
     let prompt = arguments.decoder_text.map(|text| model.tokenizer()?.encode_target(&text)).transpose()?;
-    ensure!(
-        arguments.system.is_none() || arguments.chat || arguments.jsonl,
-        "--system needs --chat, or requests with messages"
-    );
     let chat = Chat::of(&opening.model, &model, arguments.chat, arguments.system);
     if arguments.chat {
         chat.template()?;
     }
-    let answering = Answering { model: &model, chat: &chat, cancel, options: &options, prompt, packing };
+    let jsonl = arguments.jsonl;
+    let answering = Answering { model: &model, chat: &chat, cancel, options: &options, flags, prompt, packing, jsonl };
     if let Some(file) = &arguments.encoder_outputs {
-        return answering.given(requests::of_encoder_outputs(file)?, arguments.jsonl);
+        return answering.given(requests::of_encoder_outputs(file)?);
     }
     if arguments.jsonl {
         // Drafts are made for a row alone, and packs by tokens are asked for.
         let can_be_shared = !answering.packing.is_by_tokens() && options.prompt_lookup_num_tokens.is_none();
         if models.len() > 1 {
-            let expected = "--device: expected one number with --max-batch-tokens and prompt_lookup_num_tokens";
-            ensure!(can_be_shared, "{expected}, found {}", models.len());
+            let expected = "--device: expected one number with --max-batch-tokens or --prompt-lookup-num-tokens";
+            ensure_usage!(can_be_shared, "{expected}, found {}", models.len());
             return answering.continuous(&models);
         }
         let is_shared = Engine::shares_all_steps(&model) && answering.packing.rows() > 1;
@@ -133,9 +165,12 @@ struct Answering<'a> {
     cancel: &'a Cancellation,
     /// The model's own with the flags over them; a request's are laid over these.
     options: &'a GenerationOptions,
+    flags: &'a GenerationFlags,
     /// What the targets of texts begin with.
     prompt: Option<Vec<i64>>,
     packing: Packing,
+    /// Whether requests have options of their own.
+    jsonl: bool,
 }
 
 impl Answering<'_> {
@@ -199,7 +234,8 @@ impl Answering<'_> {
     }
 
     /// Answers requests that are all there, as texts or as JSON lines.
-    fn given(&self, requests: Vec<Request>, jsonl: bool) -> Result<Outcome> {
+    fn given(&self, requests: Vec<Request>) -> Result<Outcome> {
+        let jsonl = self.jsonl;
         let mut outcome = Outcome::Done;
         let mut requests = requests.into_iter().peekable();
         while requests.peek().is_some() {
@@ -310,14 +346,22 @@ impl Answering<'_> {
                 .collect()),
             Err(Error::Cancelled) => Err(Error::Cancelled.into()),
             Err(error) if group.len() == 1 => {
-                let id = group.remove(0).id;
-                Ok(vec![Err(Refused { id, reason: error.to_string() })])
+                // Of texts, all have the options of the command line.
+                match usage::of_texts(&error, self.flags).filter(|_| !self.jsonl) {
+                    Some(usage) => Err(usage.into()),
+                    None => Ok(vec![Err(self.refused(group.remove(0), &error))]),
+                }
             }
             Err(_) => {
                 let alone = group.into_iter().map(|request| self.group(vec![request], stream));
                 Ok(alone.collect::<Result<Vec<_>>>()?.into_iter().flatten().collect())
             }
         }
+    }
+
+    /// The answer to a request that fails.
+    fn refused(&self, request: Request, error: &Error) -> Refused {
+        Refused { reason: usage::of_request(error, &request.options, self.flags), id: request.id }
     }
 
     fn generate(&self, group: &[Request], stream: bool) -> Result<Vec<Vec<Hypothesis>>, Error> {

@@ -16,33 +16,44 @@ mod verify;
 mod requests;
 
 mod constraints;
+mod files;
 mod options;
 mod packing;
 mod progress;
 mod tensors;
+mod usage;
 
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result};
 use clap::builder::PossibleValuesParser;
 use clap::{Args, Parser, Subcommand};
-use t5gemma_runtime::{Cancellation, Encoder, Error, Model, OpenOptions, Placement, Provider};
+use t5gemma_runtime::{Cancellation, Encoder, Error, Limits, Model, OpenOptions, Placement, Provider};
+
+use usage::{Usage, bail_usage, ensure_usage};
 
 /// Runs T5Gemma models that t5gemma-export has written.
 ///
 /// Results go to stdout, everything else to stderr.
-///
-/// Exit status: 0 done, 1 failed or some request failed (the reason is on stderr or in its result), 2 arguments
-/// that cannot be parsed, 130 interrupted or terminated.
 #[derive(Parser)]
-#[command(version)]
+#[command(version, after_help = EXIT_STATUS)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
 }
+
+const EXIT_STATUS: &str = "\
+Exit status:
+  0    done
+  1    failed, or some request failed: the reason is on stderr or in its result
+  2    wrong arguments: unknown, with a value that they cannot have, or
+       contradicting each other
+  130  interrupted or terminated";
 
 #[derive(Subcommand)]
 enum Command {
@@ -72,8 +83,8 @@ struct Opening {
     /// Compare the hash of the whole weights file, however large, before running
     #[arg(long)]
     check_weights: bool,
-    /// What computes the model: cpu, cuda, tensorrt (and cuda for what it does not take), nv-tensorrt-rtx. One that cannot
-    /// be had is an error, see `t5gemma doctor`
+    /// What computes the model; `tensorrt` leaves what it does not take to `cuda`. One that cannot be had is an error, see
+    /// `t5gemma doctor`
     #[arg(long, default_value = "cpu", value_parser = PossibleValuesParser::new(Provider::ALL.map(Provider::name)))]
     provider: String,
     /// Number of the GPU; several, as in 0,1, have `generate --jsonl` answer with a copy of the model on each
@@ -93,6 +104,9 @@ struct Opening {
     /// For commands that encode the same source more than once.
     #[arg(skip)]
     encoder_cache_bytes: usize,
+    /// For commands that run batches.
+    #[arg(skip)]
+    limits: Limits,
 }
 
 impl Opening {
@@ -111,7 +125,7 @@ impl Opening {
     }
 
     fn open_on(&self, path: &Path, device: u32) -> Result<Model> {
-        let model = Model::open_with(path, &self.options(device))?;
+        let model = Model::open_with(path, &self.options(device)).map_err(usage::of_opening)?;
         for elsewhere in model.elsewhere() {
             eprintln!("t5gemma: {elsewhere}");
         }
@@ -122,13 +136,16 @@ impl Opening {
     }
 
     fn open_encoder(&self) -> Result<Encoder> {
-        ensure!(!self.warm_up, "--warm-up: expected a command that generates");
-        Ok(Encoder::open_with(&self.model, &self.options(self.one_device()?))?)
+        ensure_usage!(!self.warm_up, "--warm-up: expected a command that generates");
+        Encoder::open_with(&self.model, &self.options(self.one_device()?)).map_err(usage::of_opening)
     }
 
     fn one_device(&self) -> Result<u32> {
         let [device] = self.device[..] else {
-            bail!("--device: expected one number, found {} (several are for generate --jsonl)", self.device.len());
+            bail_usage!(
+                "--device: expected one number, found {} (several are for generate --jsonl)",
+                self.device.len()
+            );
         };
         Ok(device)
     }
@@ -136,6 +153,7 @@ impl Opening {
     fn options(&self, device: u32) -> OpenOptions {
         let (library, threads) = (self.onnxruntime.clone(), self.threads);
         let (check_weights, encoder_cache_bytes) = (self.check_weights, self.encoder_cache_bytes);
+        let limits = self.limits;
         let provider = Provider::ALL.into_iter().find(|provider| provider.name() == self.provider).unwrap_or_default();
         let placement = Placement { provider, device, options: self.provider_option.clone() };
         let profile = self.profile.clone();
@@ -144,6 +162,7 @@ impl Opening {
             threads,
             check_weights,
             encoder_cache_bytes,
+            limits,
             placement,
             profile,
             ..OpenOptions::default()
@@ -163,16 +182,29 @@ enum Outcome {
     SomeFailed,
 }
 
+/// How long an interrupt waits for what was asked to end.
+const GRACE: Duration = Duration::from_millis(300);
+
+/// Ends the program wherever it is, without leaving files half written.
+fn end_at_once() -> ! {
+    tensors::Aside::remove_all();
+    std::process::exit(130);
+}
+
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = Cli::parse_from(options::joined(std::env::args_os()));
     let cancel = Cancellation::new();
     let handler = cancel.clone();
     let result = ctrlc::set_handler(move || {
         if handler.is_cancelled() {
-            // The second interrupt does not wait for anything.
-            std::process::exit(130);
+            end_at_once();
         }
         handler.cancel();
+        // Opening a model, reading a text or compiling a constraint cannot be cancelled.
+        thread::spawn(|| {
+            thread::sleep(GRACE);
+            end_at_once();
+        });
     })
     .context("the interrupt handler cannot be set")
     .and_then(|()| match cli.command {
@@ -194,7 +226,10 @@ fn main() -> ExitCode {
         Err(error) if matches!(error.downcast_ref(), Some(Error::Cancelled)) => ExitCode::from(130),
         Err(error) => {
             eprintln!("t5gemma: {error:#}");
-            ExitCode::FAILURE
+            match error.downcast_ref::<Usage>() {
+                Some(_) => ExitCode::from(2),
+                None => ExitCode::FAILURE,
+            }
         }
     }
 }

@@ -2,11 +2,15 @@
 //! packed by length, so that little is computed for padding. Answers come in the order of the requests either way.
 
 use anyhow::Result;
+use t5gemma_runtime::Limits;
 
 use crate::requests::{Refused, Request};
 
 /// Requests to look through for equally long ones, at most.
 const WINDOW: usize = 1024;
+
+/// Whether it was told that there are sources longer than a batch may be.
+static TOLD: std::sync::Once = std::sync::Once::new();
 
 /// Most source rows of a batch where nothing is said of it.
 const DEFAULT_ROWS: usize = 8;
@@ -14,11 +18,12 @@ const DEFAULT_ROWS: usize = 8;
 /// Flags of commands that run batches.
 #[derive(clap::Args)]
 pub struct Packing {
-    /// Most source rows to run at a time [default: 8; any number with --max-batch-tokens]
+    /// Run at most so many sources at a time; those of a larger request run in pieces [default: 8; any number with
+    /// --max-batch-tokens]
     #[arg(long, value_name = "ROWS", value_parser = clap::value_parser!(u32).range(1..))]
     batch_size: Option<u32>,
-    /// Sort the requests that are there by length, and run as many at a time as have so many source tokens with padding; a
-    /// longer one is run alone. Answers keep their order
+    /// Sort waiting requests by length and run as many sources at a time as have at most this many tokens, padding included.
+    /// A longer source runs alone. Results keep their order
     #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
     max_batch_tokens: Option<u32>,
 }
@@ -27,6 +32,12 @@ impl Packing {
     /// Batches of so many rows.
     pub fn of_rows(rows: u32) -> Packing {
         Packing { batch_size: Some(rows), max_batch_tokens: None }
+    }
+
+    /// What a model runs at a time, also of one request.
+    pub fn limits(&self) -> Limits {
+        let max_tokens = self.max_batch_tokens.map_or(usize::MAX, |tokens| tokens as usize);
+        Limits { max_sources: self.rows(), max_tokens, ..Limits::default() }
     }
 
     /// Source rows to read before they are run.
@@ -82,13 +93,22 @@ impl Packing {
                 }
             }
         }
+        let most_tokens = self.max_batch_tokens.map_or(usize::MAX, |tokens| tokens as usize);
         for class in classes {
             let size = |&at: &usize| {
                 let sources = taken[at].as_ref().map(|request| request.sources.as_slice()).unwrap_or_default();
                 (sources.len(), sources.iter().map(Vec::len).max().unwrap_or(0))
             };
             let sizes: Vec<(usize, usize)> = class.iter().map(size).collect();
-            for pack in packs(&sizes, self.rows(), self.max_batch_tokens.map_or(usize::MAX, |tokens| tokens as usize)) {
+            if let Some((_, longest)) = sizes.iter().find(|(_, longest)| *longest > most_tokens) {
+                TOLD.call_once(|| {
+                    let alone = "which then runs alone, as all sources do that are longer";
+                    eprintln!(
+                        "t5gemma: --max-batch-tokens {most_tokens} is less than a source of {longest} tokens, {alone}"
+                    );
+                });
+            }
+            for pack in packs(&sizes, self.rows(), most_tokens) {
                 let batch = pack.iter().filter_map(|&of_class| taken[class[of_class]].take()).collect();
                 for (&of_class, answer) in pack.iter().zip(run(batch)?) {
                     answers[class[of_class]] = Some(answer);

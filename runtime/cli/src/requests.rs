@@ -2,16 +2,17 @@
 //! requests become batches; what is done with a batch is the command's.
 
 use std::borrow::Borrow;
-use std::io::{self, BufRead};
+use std::io::{self, BufRead, Read};
 use std::path::Path;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::thread;
 use std::time::Duration;
 
 use crate::chat::Chat;
+use crate::files;
 use crate::packing::Packing;
 use crate::tensors::Tensors;
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use ndarray::{Array3, Ix2, Ix3};
 use serde_json::{Map, Value, json};
 use t5gemma_runtime::{Batch, Cancellation, CrossAttentions, Encoder, Logprobs, Model, Tokenizer};
@@ -56,11 +57,18 @@ pub trait Reader {
     fn end(&self) -> Option<i64> {
         None
     }
+
+    /// Tokens of a source at most.
+    fn longest_source(&self) -> usize;
 }
 
 impl Reader for Model {
     fn tokenizer(&self) -> Result<&Tokenizer, t5gemma_runtime::Error> {
         Model::tokenizer(self)
+    }
+
+    fn longest_source(&self) -> usize {
+        self.config().encoder.max_position_embeddings
     }
 
     fn end(&self) -> Option<i64> {
@@ -72,13 +80,23 @@ impl Reader for Encoder {
     fn tokenizer(&self) -> Result<&Tokenizer, t5gemma_runtime::Error> {
         Encoder::tokenizer(self)
     }
+
+    fn longest_source(&self) -> usize {
+        self.config().encoder.max_position_embeddings
+    }
 }
+
+/// Bytes of a line at most; what is longer is answered by an error and not kept.
+const LONGEST_LINE: usize = 256 << 20;
+
+/// Bytes of a token, so many that no text consists of longer ones.
+const LONGEST_TOKEN: usize = 256;
 
 /// What requests may hold besides sources.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    /// Sources only.
-    Encode,
+    /// Sources only, which are cut where they are too long or not.
+    Encode { truncates: bool },
     /// Sources, decoder prompts and generation options.
     Generate,
     /// Sources, decoder prompts and targets, whose texts are followed by the end token or not.
@@ -88,10 +106,18 @@ pub enum Kind {
 impl Request {
     /// Makes a request of a text, which is a line of stdin or an argument. `number` counts them from 0.
     pub fn of_text(text: &[u8], number: usize, kind: Kind, model: &dyn Reader) -> Result<Request, Refused> {
-        match str::from_utf8(text) {
-            Ok(text) => Request::parse(json!({"text": text}).to_string().as_bytes(), number, kind, model),
-            Err(error) => Err(Refused { id: number.into(), reason: format!("expected UTF-8: {error}") }),
+        let refused = |reason| Refused { id: number.into(), reason };
+        if text.len() > LONGEST_LINE {
+            return Err(refused(too_long()));
         }
+        let text = str::from_utf8(text).map_err(|error| refused(files::not_utf8(text, &error)))?;
+        let fields = Map::from_iter([("text".to_string(), text.into())]);
+        // A text's tokens are the command's business, its field a request's.
+        let reason = |error: anyhow::Error| {
+            let reason = format!("{error:#}");
+            reason.strip_prefix("input_ids: ").or(reason.strip_prefix("text: ")).unwrap_or(&reason).to_string()
+        };
+        Request::of_fields(fields, number.into(), kind, model).map_err(|error| refused(reason(error)))
     }
 
     /// Reads a line. `number` counts lines from 0.
@@ -101,20 +127,29 @@ impl Request {
     }
 
     fn read(line: &[u8], id: &mut Value, kind: Kind, model: &dyn Reader) -> Result<Request> {
-        let line = str::from_utf8(line).context("expected UTF-8")?;
-        let mut fields: Map<String, Value> =
-            serde_json::from_str(line).context("expected a JSON object on one line")?;
+        ensure!(line.len() <= LONGEST_LINE, too_long());
+        let line = str::from_utf8(line).map_err(|error| anyhow::Error::msg(files::not_utf8(line, &error)))?;
+        let mut fields = files::object(line)?;
         match fields.remove("id") {
             None | Some(Value::Null) => {}
+            // Beyond 2^53, a number is not what was written.
+            Some(Value::Number(given)) if given.is_f64() && given.as_f64().is_none_or(|id| id.abs() >= EXACT) => {
+                bail!("id: expected a number of fewer digits, or a string, found {given}")
+            }
             Some(given @ (Value::String(_) | Value::Number(_))) => *id = given,
             Some(other) => bail!("id: expected a string or a number, found {}", shown(&other)),
         }
+        Request::of_fields(fields, id.clone(), kind, model)
+    }
+
+    /// Reads the fields besides `id`.
+    fn of_fields(mut fields: Map<String, Value>, id: Value, kind: Kind, model: &dyn Reader) -> Result<Request> {
         let mut take = |name: &str| fields.remove(name).filter(|value| !value.is_null());
         let chat = model.chat().filter(|_| kind == Kind::Generate);
         let messages = if chat.is_some() { take("messages") } else { None };
         let (text, ids, mask) = (take("text"), take("input_ids"), take("attention_mask"));
         let mut take_if = |is_taken: bool, name: &str| if is_taken { take(name) } else { None };
-        let (decodes, generates) = (kind != Kind::Encode, kind == Kind::Generate);
+        let (decodes, generates) = (!matches!(kind, Kind::Encode { .. }), kind == Kind::Generate);
         let prompts = (take_if(decodes, "decoder_text"), take_if(decodes, "decoder_input_ids"));
         let targets = (take_if(!generates && decodes, "target"), take_if(!generates && decodes, "target_ids"));
         let options = take_if(generates, "options");
@@ -126,16 +161,26 @@ impl Request {
                 Kind::Score { .. } => {
                     "id, text, input_ids, attention_mask, target, target_ids, decoder_text and decoder_input_ids"
                 }
-                Kind::Encode => "id, text, input_ids and attention_mask",
+                Kind::Encode { .. } => "id, text, input_ids and attention_mask",
             };
             bail!("expected only the fields {known}, found {}", shown(&name.as_str().into()));
         }
+        let longest = match kind {
+            Kind::Encode { truncates: true } => usize::MAX,
+            _ => model.longest_source(),
+        };
+        // The tokens of a text that is much too long need not be made to know it.
+        let tokens = |text: &str| -> Result<Vec<i64>> {
+            let bytes = text.len();
+            ensure!(bytes / LONGEST_TOKEN <= longest, "text: expected at most {longest} tokens, found {bytes} bytes");
+            Ok(model.tokenizer()?.encode(text)?)
+        };
         let sources = match (text, ids, messages, chat) {
             (Some(text), None, None, chat) => texts("text", &text)?
                 .into_iter()
                 .map(|text| match chat.filter(|chat| chat.of_texts) {
                     Some(chat) => chat.source(&[json!({"role": "user", "content": text})]),
-                    None => Ok(model.tokenizer()?.encode(text)?),
+                    None => tokens(text),
                 })
                 .collect::<Result<Vec<_>>>()?,
             (None, Some(ids), None, _) => rows("input_ids", &ids)?,
@@ -191,7 +236,7 @@ impl Request {
             Some(Value::Object(options)) => options,
             Some(other) => bail!("options: expected an object of generation options, found {}", shown(&other)),
         };
-        let request = Request { id: id.clone(), sources, mask, prompts, options, targets, seed: None, states: None };
+        let request = Request { id, sources, mask, prompts, options, targets, seed: None, states: None };
         // What the library refuses of this request alone is known before it is put in a batch with others.
         batch(std::slice::from_ref(&request), 0)?;
         Ok(request)
@@ -201,6 +246,13 @@ impl Request {
     pub fn source_tokens(&self) -> usize {
         self.mask.iter().flatten().filter(|&&visible| visible != 0).count()
     }
+}
+
+/// 2^53.
+const EXACT: f64 = 9_007_199_254_740_992.0;
+
+fn too_long() -> String {
+    format!("expected a line of at most {} MiB, found a longer one", LONGEST_LINE >> 20)
 }
 
 /// One batch of the sources of several requests.
@@ -355,6 +407,26 @@ impl<'a> Requests<'a> {
     }
 }
 
+/// Reads a line without its end, and without the byte-order mark that the first may begin with. Of a line that is too long
+/// no more is returned than shows it.
+fn next_line(from: &mut impl BufRead, is_first: bool) -> io::Result<Option<Vec<u8>>> {
+    let mut line = Vec::new();
+    let most = LONGEST_LINE as u64 + 2;
+    if from.by_ref().take(most).read_until(b'\n', &mut line)? == 0 {
+        return Ok(None);
+    }
+    match line.pop_if(|last| *last == b'\n') {
+        Some(_) => drop(line.pop_if(|last| *last == b'\r')),
+        None if line.len() as u64 == most => drop(from.skip_until(b'\n')?),
+        None => drop(line.pop_if(|last| *last == b'\r')),
+    }
+    if is_first {
+        let text = files::without_mark(&line).map_err(io::Error::other)?;
+        line.drain(..line.len() - text.len());
+    }
+    Ok(Some(line))
+}
+
 /// Lines of stdin, read ahead on a thread of their own: whoever waits for an answer before writing on is not kept waiting,
 /// and a file is read while the model runs.
 pub struct Lines {
@@ -379,15 +451,16 @@ impl Lines {
     fn read(wanted: fn(&[u8]) -> bool) -> Lines {
         let (lines, received) = sync_channel(256);
         thread::spawn(move || {
-            for (number, line) in io::stdin().lock().split(b'\n').enumerate() {
-                let line = line.map(|mut line| {
-                    line.pop_if(|last| *last == b'\r');
-                    (number, line)
-                });
-                if line.as_ref().is_ok_and(|(_, line)| !wanted(line)) {
-                    continue;
-                }
-                if lines.send(line).is_err() {
+            let mut stdin = io::stdin().lock();
+            for number in 0.. {
+                let line = match next_line(&mut stdin, number == 0) {
+                    Ok(Some(line)) if !wanted(&line) => continue,
+                    Ok(Some(line)) => Ok((number, line)),
+                    Ok(None) => break,
+                    Err(error) => Err(error),
+                };
+                let is_last = line.is_err();
+                if lines.send(line).is_err() || is_last {
                     break;
                 }
             }
@@ -419,5 +492,42 @@ impl Lines {
             self.pending = Some(line.context("stdin cannot be read")?);
         }
         Ok(self.pending.is_some())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_end_as_on_any_system_and_begin_without_a_mark() {
+        let cases: &[(&[u8], &[&[u8]])] = &[
+            (b"", &[]),
+            (b"\n", &[b""]),
+            (b"a\nb", &[b"a", b"b"]),
+            (b"a\r\nb\r\n", &[b"a", b"b"]),
+            (b"\xef\xbb\xbfa\n\xef\xbb\xbfb\n", &[b"a", b"\xef\xbb\xbfb"]),
+            (b"\xef\xbb\xbf\n", &[b""]),
+            (b"a\0b\n\xff\n", &[b"a\0b", b"\xff"]),
+        ];
+        for (bytes, expected) in cases {
+            let mut from = *bytes;
+            let mut found = Vec::new();
+            while let Some(line) = next_line(&mut from, found.is_empty()).expect("reads") {
+                found.push(line);
+            }
+            assert_eq!(found, *expected, "{bytes:?}");
+        }
+        let error = next_line(&mut b"\xff\xfea\0\n\0".as_slice(), true).expect_err("UTF-16");
+        assert!(error.to_string().contains("UTF-16"), "{error}");
+    }
+
+    #[test]
+    fn of_a_line_that_is_too_long_the_next_is_read_all_the_same() {
+        let long = io::repeat(b'a').take(2 * LONGEST_LINE as u64);
+        let mut from = io::BufReader::new(long.chain(b"\nb\n".as_slice()));
+        let line = next_line(&mut from, true).expect("reads").expect("a line");
+        assert_eq!(line.len(), LONGEST_LINE + 2);
+        assert_eq!(next_line(&mut from, false).expect("reads"), Some(b"b".to_vec()));
     }
 }

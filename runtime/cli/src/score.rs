@@ -11,22 +11,11 @@ use crate::progress::counter;
 use crate::requests::{self, Kind, Lines, Refused, Request};
 use crate::{Opening, Outcome};
 
-/// Tells how likely given targets are, each for its source
+/// Computes how likely given targets are, each for its source
 ///
-/// Each line of stdin is a request and each line of stdout its result, in order:
-///
-///   request  {"id"?, "text" | "input_ids", "attention_mask"?, "target" | "target_ids", "decoder_text"? |
-///            "decoder_input_ids"?}
-///   result   {"id", "scores": [{"tokens", "logprob", "perplexity", "logprobs", "top_logprobs"?,
-///            "cross_attentions"?}, …rows], "usage"}
-///   or       {"id", "error"}
-///
-/// "target" is a text or a list of them, one for each source; the end token is scored behind each unless --no-eos is given.
-/// "target_ids" are scored as they are. "logprobs" are the model's log-probabilities of the tokens, "logprob" is their sum,
-/// and "perplexity" e to the power of minus their mean. "cross_attentions" are as of `t5gemma generate`. What the decoder is
-/// given first is not scored.
+/// Requests and results are JSON lines, described below the options.
 #[derive(clap::Args)]
-#[command(verbatim_doc_comment)]
+#[command(after_long_help = JSON_LINES)]
 pub struct Arguments {
     #[command(flatten)]
     opening: Opening,
@@ -35,16 +24,39 @@ pub struct Arguments {
     /// Score texts without the end token behind them
     #[arg(long)]
     no_eos: bool,
-    /// Tell the log-probabilities of the N likeliest tokens at each place
+    /// Return the log-probabilities of the N likeliest tokens at each place
     #[arg(long, value_name = "N", default_value_t = 0)]
     top_logprobs: usize,
-    /// Tell what each token attends to in the source (a model exported with --alignment)
+    /// Return what each token attends to in the source (a model exported with --alignment)
     #[arg(long)]
     output_attentions: bool,
 }
 
+const JSON_LINES: &str = r#"JSON lines: each line of stdin is a request, each line of stdout its result, in
+the same order.
+
+  request  {"id"?, "text" | "input_ids", "attention_mask"?,
+            "target" | "target_ids", "decoder_text"? | "decoder_input_ids"?}
+  result   {"id", "scores": [{"tokens", "logprob", "perplexity", "logprobs",
+            "top_logprobs"?, "cross_attentions"?}, ... rows], "usage"}
+  or       {"id", "error"}
+
+Fields of a request, besides those of `t5gemma generate`:
+  target            a text, or a list with one for each source; the end token is
+                    scored behind each unless --no-eos is given
+  target_ids        the same as token ids, scored as they are
+
+Fields of a result:
+  logprobs          the model's log-probabilities of the target's tokens; what
+                    the decoder is given first is not scored
+  logprob           their sum
+  perplexity        e to the power of minus their mean
+  top_logprobs      as of `t5gemma generate`
+  cross_attentions  as of `t5gemma generate`"#;
+
 /// Runs the command.
-pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
+pub fn run(mut arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
+    arguments.opening.limits = arguments.packing.limits();
     let model = arguments.opening.open()?;
     let kind = Kind::Score { eos: !arguments.no_eos };
     let packing = &arguments.packing;
@@ -144,7 +156,12 @@ impl Scoring<'_> {
                 .collect()),
             Err(Error::Cancelled) => Err(Error::Cancelled.into()),
             Err(error) if group.len() == 1 => {
-                Ok(vec![Err(Refused { id: group.remove(0).id, reason: error.to_string() })])
+                let reason = error.to_string();
+                let reason = ["output_attentions", "top_logprobs"]
+                    .iter()
+                    .find(|name| reason.starts_with(**name))
+                    .map_or(reason.clone(), |name| reason.replacen(name, &format!("--{}", name.replace('_', "-")), 1));
+                Ok(vec![Err(Refused { id: group.remove(0).id, reason })])
             }
             Err(_) => {
                 let alone = group.into_iter().map(|request| self.group(vec![request]));

@@ -1,12 +1,12 @@
 //! `t5gemma shortlist`: the tokens that an export keeps of the head.
 
-use std::fs;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
 use t5gemma_runtime::{Cancellation, Error, Shortlist, Tokenizer};
 
 use crate::Outcome;
+use crate::files::read_text;
 use crate::progress::counter;
 use crate::tensors::{Aside, write_text};
 
@@ -39,7 +39,7 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     let Arguments { folder, texts, output, min_count, max_tokens } = arguments;
     let tokenizer = Tokenizer::open(&folder.join("tokenizer.json"))?;
     let mut shortlist = Shortlist::new(&tokenizer).with_context(|| folder.display().to_string())?;
-    let text = fs::read_to_string(&texts).with_context(|| format!("{}: cannot be read", texts.display()))?;
+    let text = read_text(&texts)?;
     let output = Aside::create(&output)?;
     let done = counter("texts", true);
     for (number, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {

@@ -5,8 +5,9 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::BufWriter;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use ndarray::ArrayD;
 use ndarray_npy::WriteNpyExt;
 use safetensors::tensor::Dtype;
@@ -56,8 +57,18 @@ impl Aside {
         let mut temporary = path.as_os_str().to_owned();
         temporary.push(format!(".partial-{}", std::process::id()));
         let temporary = PathBuf::from(temporary);
+        ensure!(!path.is_dir(), "{}: expected the name of a file, found a folder", path.display());
         File::create_new(&temporary).with_context(|| format!("{}: cannot be made", temporary.display()))?;
+        unpublished().push(temporary.clone());
         Ok(Aside { temporary, path: path.to_path_buf() })
+    }
+
+    /// Removes those that have not taken their places, for a program that ends without dropping them. Its other threads can
+    /// make none from then on.
+    pub fn remove_all() {
+        let mut unpublished = unpublished();
+        unpublished.drain(..).for_each(|temporary| drop(fs::remove_file(temporary)));
+        std::mem::forget(unpublished);
     }
 
     fn cannot(&self) -> String {
@@ -73,7 +84,14 @@ impl Drop for Aside {
     fn drop(&mut self) {
         // It is gone where it has been published.
         let _ = fs::remove_file(&self.temporary);
+        unpublished().retain(|temporary| *temporary != self.temporary);
     }
+}
+
+/// The files that have not taken their places.
+fn unpublished() -> MutexGuard<'static, Vec<PathBuf>> {
+    static UNPUBLISHED: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+    UNPUBLISHED.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A tensor as safetensors asks for it: its bytes are made when it is written, so that only one is held twice.

@@ -1,14 +1,14 @@
 //! `t5gemma verify`: whether a model computes what it should.
 
-use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use serde_json::json;
 use t5gemma_runtime::Cancellation;
 use t5gemma_runtime::verify::{Check, Golden, against, comparison, consistency};
 
+use crate::files;
 use crate::tensors::Tensors;
 use crate::{Opening, Outcome};
 
@@ -28,18 +28,23 @@ pub struct Arguments {
     golden: Option<PathBuf>,
     /// Largest absolute error that passes [default: 5e-4 in float32, a thousandth of the largest number with weights of few
     /// bits, a tenth of it in half precision]
-    #[arg(long)]
+    #[arg(long, value_parser = tolerance)]
     tolerance: Option<f32>,
     /// A model of the same checkpoint, in more bits or for another target: reports how far hidden states and logits are
     /// from its own, along its own greedy answers, and how often both have the same likeliest token
     #[arg(long, value_name = "OTHER_MODEL", conflicts_with_all = ["golden", "tolerance"])]
     against: Option<PathBuf>,
-    /// Sources for --against, one a line [default: tokens without meaning]
+    /// Sources for --against, one a line, like those that will be served [default: random tokens, whose answers agree less]
     #[arg(long, value_name = "FILE", requires = "against")]
     texts: Option<PathBuf>,
     /// Print the report of --against as JSON
     #[arg(long, requires = "against")]
     json: bool,
+}
+
+fn tolerance(text: &str) -> Result<f32, String> {
+    let tolerance = text.parse().ok().filter(|x: &f32| x.is_finite() && *x >= 0.0);
+    tolerance.ok_or_else(|| "expected a number of at least 0".to_string())
 }
 
 /// Runs the command.
@@ -70,7 +75,7 @@ fn compare(arguments: &Arguments, other: &Path, cancel: &Cancellation) -> Result
     let sources = match &arguments.texts {
         None => Vec::new(),
         Some(path) => {
-            let text = fs::read_to_string(path).with_context(|| format!("{}: cannot be read", path.display()))?;
+            let text = files::read_text(path)?;
             let lines = text.lines().filter(|line| !line.trim().is_empty());
             let sources = lines.map(|line| other.tokenizer()?.encode(line)).collect::<Result<Vec<_>, _>>()?;
             ensure!(!sources.is_empty(), "{}: expected lines of text, found none", path.display());
@@ -78,8 +83,13 @@ fn compare(arguments: &Arguments, other: &Path, cancel: &Cancellation) -> Result
         }
     };
     let found = comparison(&model, &other, &sources, cancel)?;
+    let of_sources = match &arguments.texts {
+        Some(path) => format!("{} texts of {}", sources.len(), path.display()),
+        None => "random tokens; --texts FILE gives the numbers for texts like yours".to_string(),
+    };
     if arguments.json {
         let report = json!({
+            "sources": of_sources,
             "positions": found.positions,
             "hidden_relative_error": found.hidden_relative_error,
             "logits_relative_error": found.logits_relative_error,
@@ -91,6 +101,7 @@ fn compare(arguments: &Arguments, other: &Path, cancel: &Cancellation) -> Result
         writeln!(io::stdout(), "{report:#}")?;
         return Ok(Outcome::Done);
     }
+    writeln!(io::stdout(), "sources: {of_sources}")?;
     let percent = |share: f64| format!("{:.2} %", 100.0 * share);
     for (name, value) in [
         ("target positions", found.positions.to_string()),

@@ -147,9 +147,26 @@ pub(super) fn of_schema(schema: &Value) -> TopLevelGrammar {
     TopLevelGrammar::from_json_schema(schema)
 }
 
+/// What is wrong with a regular expression and where, out of the drawing that the library makes of it.
+fn of_regex(text: &str) -> Option<String> {
+    let (before, drawing) = text.split_once("regex parse error:\n")?;
+    let (drawing, problem) = drawing.split_once("\nerror: ")?;
+    let problem = problem.lines().next()?.trim();
+    let [pattern, mark] = drawing.lines().collect::<Vec<_>>()[..] else { return Some(problem.to_string()) };
+    let indent = pattern.len() - pattern.trim_start().len();
+    let place = 1 + mark.find('^')?.checked_sub(indent)?;
+    // Of a grammar, the place of the expression in it.
+    let of_grammar = before.split_once(": ").filter(|_| !text.contains("\n1 | start: /")).map(|(place, _)| place);
+    let of_grammar = of_grammar.map(|place| format!("{place}: ")).unwrap_or_default();
+    Some(format!("{of_grammar}{problem} at character {place}"))
+}
+
 /// An error's words on one line, without the backtrace that may follow them.
 fn words(error: impl std::fmt::Display) -> String {
     let text = error.to_string();
+    if let Some(problem) = of_regex(&text) {
+        return problem;
+    }
     let lines = text.lines().map(str::trim).take_while(|line| *line != "<backtrace>");
     lines.filter(|line| !line.is_empty()).collect::<Vec<_>>().join(" ")
 }

@@ -1,17 +1,17 @@
 //! A request file in, a response file out: how one harness measures this runtime and others alike. The cases, how often
 //! each is run and what a run is are the request's; the harness makes of the times what it wants.
 
-use std::fs;
 use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Map, Value, json};
-use t5gemma_runtime::{Batch, Cancellation, Error, Model};
+use t5gemma_runtime::{Batch, Cancellation, Error, Limits, Model};
 
 use super::Case;
 use super::machine::{Processors, now_ns};
+use crate::files;
 use crate::progress::counter;
 use crate::tensors::{Aside, write_text};
 use crate::{Opening, Outcome};
@@ -23,11 +23,12 @@ const MOST_FOREIGN: f64 = 0.08;
 
 /// Runs the cases of the file `request` and writes the file `response`.
 pub fn run(mut opening: Opening, request: &Path, response: &Path, cancel: &Cancellation) -> Result<Outcome> {
-    let text = fs::read_to_string(request).with_context(|| format!("{}: cannot be read", request.display()))?;
+    let text = files::read_text(request)?;
     let request = Request::parse(&text).with_context(|| request.display().to_string())?;
     // A place that cannot be written is told before anything is computed.
     let file = Aside::create(response)?;
     opening.threads = request.threads;
+    opening.limits = Limits::NONE;
     let model = opening.open()?;
     let loaded = now_ns();
     let first = &request.cases[0];
@@ -220,7 +221,7 @@ const RUNS: u64 = 3;
 
 impl Request {
     fn parse(text: &str) -> Result<Request> {
-        let document: Value = serde_json::from_str(text).context("expected a JSON object")?;
+        let document = Value::Object(files::object(text)?);
         let mut top = Fields::of("", &document)?;
         let protocol = top.required("protocol")?.whole(0)?;
         ensure!(protocol == PROTOCOL, "protocol: expected {PROTOCOL}, found {protocol}");
@@ -421,7 +422,7 @@ mod tests {
             request.to_string()
         };
         let cases = [
-            ("".to_string(), "expected a JSON object: EOF"),
+            ("".to_string(), "expected JSON: column 0: EOF"),
             ("[]".to_string(), "expected a JSON object, found []"),
             ("{}".to_string(), "protocol: expected a value, found none"),
             (changed("/protocol", json!(2)), "protocol: expected 1, found 2"),

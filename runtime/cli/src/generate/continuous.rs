@@ -13,6 +13,7 @@ use super::{Answering, println_flushed};
 use crate::Outcome;
 use crate::progress::counter;
 use crate::requests::{self, Kind, Lines, Refused, Request};
+use crate::usage;
 
 /// Requests that may have been read and not been answered.
 const WINDOW: usize = 256;
@@ -101,7 +102,7 @@ impl Answering<'_> {
                 let rows = vec![Vec::new(); generation.rows()];
                 Place::Pending(Box::new(Pending { request, generation, rows }))
             }
-            Err(error) => Place::Answered(Err(Refused { id: request.id, reason: error.to_string() })),
+            Err(error) => Place::Answered(Err(self.refused(request, &error))),
         }
     }
 
@@ -121,7 +122,8 @@ impl Answering<'_> {
                 Waited::Event(Ok(Event::Token { .. })) => {}
                 Waited::Event(Err(error)) => {
                     finished += left(rows);
-                    break Err(Refused { id: request.id.clone(), reason: error.to_string() });
+                    let reason = usage::of_request(&error, &request.options, self.flags);
+                    break Err(Refused { id: request.id.clone(), reason });
                 }
                 Waited::Ended => break Ok(self.result(request, rows)?),
                 Waited::TimedOut => return Ok(finished),

@@ -1,0 +1,169 @@
+//! What is wrong with the arguments, in the words of the command line. The library names options as requests do; here its
+//! names become flags, and its errors exit status 2.
+
+use std::fmt;
+
+use serde_json::{Map, Value};
+use t5gemma_runtime::options::OptionProblem;
+use t5gemma_runtime::{Error, OptionError};
+
+use crate::options::{GenerationFlags, has_flag};
+
+/// Arguments that contradict each other, or one with a value that it cannot have.
+#[derive(Debug)]
+pub struct Usage(pub String);
+
+impl fmt::Display for Usage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Usage {}
+
+/// Returns a [`Usage`] error from the function.
+macro_rules! bail_usage {
+    ($($message:tt)*) => {
+        return Err(anyhow::Error::new($crate::usage::Usage(format!($($message)*))))
+    };
+}
+
+/// Returns a [`Usage`] error from the function unless the condition holds.
+macro_rules! ensure_usage {
+    ($condition:expr, $($message:tt)*) => {
+        if !$condition {
+            $crate::usage::bail_usage!($($message)*);
+        }
+    };
+}
+
+pub(crate) use {bail_usage, ensure_usage};
+
+/// What is wrong with options that flags gave.
+pub fn of_flags(error: &OptionError, flags: &GenerationFlags) -> Usage {
+    let name = match flags.gives(&error.option) {
+        true => as_flag(&error.option),
+        false => format!("generation_config.json: {}", error.option),
+    };
+    Usage(match &error.problem {
+        OptionProblem::Expected(expected) => format!("{name}: expected {}, found {}", in_flags(expected), error.found),
+        OptionProblem::Requires(required) => match in_flags(required) {
+            // A flag alone says true.
+            flag if required.ends_with(" true") => format!("{name} requires {flag}"),
+            required => format!("{name} requires {required} (got {})", in_flags(&error.found)),
+        },
+    })
+}
+
+/// Why a request fails: an option is named where it was given, in the request or on the command line.
+pub fn of_request(error: &Error, options: &Map<String, Value>, flags: &GenerationFlags) -> String {
+    match &as_option(error, |name| options.contains_key(name) || flags.gives(name)) {
+        Some(error) if options.contains_key(&error.option) => format!("options.{error}"),
+        Some(error) if flags.gives(&error.option) => of_flags(error, flags).to_string(),
+        _ => error.to_string(),
+    }
+}
+
+/// Why no text can be answered, if that is for options that flags gave.
+pub fn of_texts(error: &Error, flags: &GenerationFlags) -> Option<Usage> {
+    let error = as_option(error, |name| flags.gives(name)).filter(|error| flags.gives(&error.option))?;
+    Some(of_flags(&error, flags))
+}
+
+/// An error as that of an option. The greatest length is a request's or an option's.
+fn as_option(error: &Error, gives: impl Fn(&str) -> bool) -> Option<OptionError> {
+    match error {
+        Error::Options(error) => Some(error.clone()),
+        Error::Input { field, expected, found } if field == "max_length" => {
+            let option = if gives("max_new_tokens") { "max_new_tokens" } else { "max_length" };
+            let problem = OptionProblem::Expected(expected.clone());
+            Some(OptionError { option: option.to_string(), problem, found: found.clone() })
+        }
+        _ => None,
+    }
+}
+
+/// What is wrong with how a model is to be opened.
+pub fn of_opening(error: Error) -> anyhow::Error {
+    match &error {
+        Error::Input { field, expected, found } => match field.as_str() {
+            "threads" | "device" | "provider" | "provider option" => {
+                let flag = as_flag(&field.replace(' ', "_"));
+                Usage(format!("{flag}: expected {expected}, found {found}")).into()
+            }
+            _ => error.into(),
+        },
+        _ => error.into(),
+    }
+}
+
+fn as_flag(option: &str) -> String {
+    format!("--{}", option.replace('_', "-"))
+}
+
+/// A text in which options are named by their flags, `true` left out behind them. Names that are plain words too stay.
+fn in_flags(text: &str) -> String {
+    let is_of_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
+    let mut out = String::new();
+    let mut rest = text;
+    while let Some(start) = rest.find(is_of_name) {
+        let end = rest[start..].find(|c| !is_of_name(c)).map_or(rest.len(), |end| start + end);
+        let (before, word) = (&rest[..start], &rest[start..end]);
+        out.push_str(before);
+        rest = &rest[end..];
+        if word.contains('_') && has_flag(word) {
+            out.push_str(&as_flag(word));
+            rest = rest.strip_prefix(" true").unwrap_or(rest);
+        } else {
+            out.push_str(word);
+        }
+    }
+    out + rest
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+    use t5gemma_runtime::GenerationOptions;
+
+    use super::*;
+
+    #[test]
+    fn errors_speak_of_what_was_typed() {
+        let cases = [
+            (json!({"temperature": 0.5}), "--temperature requires --do-sample"),
+            (json!({"length_penalty": 0.5}), "--length-penalty requires --num-beams above 1 (got 1)"),
+            (
+                json!({"min_new_tokens": 9, "max_new_tokens": 5}),
+                "--min-new-tokens requires --max-new-tokens of at least 9 (got 5)",
+            ),
+            (
+                json!({"num_return_sequences": 2}),
+                "--num-return-sequences requires --num-beams of at least 2, --do-sample or --return-alternatives",
+            ),
+            (json!({"num_beams": "x"}), "--num-beams: expected a whole number of at least 1, found \"x\""),
+        ];
+        for (given, expected) in cases {
+            let flags = GenerationFlags::of(given.as_object().expect("an object").clone());
+            let error = GenerationOptions::default().with(given.as_object().expect("an object")).expect_err(expected);
+            assert_eq!(of_flags(&error, &flags).to_string(), expected);
+        }
+    }
+
+    #[test]
+    fn an_option_is_named_where_it_was_given() {
+        let (flags, none) =
+            (GenerationFlags::of(json!({"seed": 3}).as_object().expect("an object").clone()), json!({}));
+        let none = none.as_object().expect("an object");
+        let given = json!({"seed": 3});
+        let error =
+            GenerationOptions::default().with(given.as_object().expect("an object")).expect_err("greedy").into();
+        let other = GenerationFlags::default();
+        assert_eq!(
+            of_request(&error, given.as_object().expect("an object"), &other),
+            "options.seed requires do_sample true (got false)"
+        );
+        assert_eq!(of_request(&error, none, &flags), "--seed requires --do-sample");
+        assert_eq!(of_request(&error, none, &other), "seed requires do_sample true (got false)");
+    }
+}
