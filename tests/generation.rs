@@ -328,7 +328,7 @@ fn rows_in_pieces_give_what_they_give_together() {
         (Limits::NONE, 1),
         (limits(1, any, None), 7),
         (limits(3, any, None), 3),
-        (limits(any, 9, None), 4),
+        (limits(any, 9, None), 5),
         (limits(any, any, Some(1)), 7),
     ];
     for target in [Target::Portable, Target::Cpu] {
@@ -354,7 +354,7 @@ fn rows_in_pieces_give_what_they_give_together() {
             let states = model.encode(&batches[0], &Cancellation::new()).expect("encodes");
             let error =
                 model.score(&batches[1], &targets[..6], 0, &Cancellation::new()).expect_err("one target too few");
-            (answers, scores.iter().map(|score| score.sum()).collect::<Vec<f32>>(), states, error.to_string())
+            (answers, scores.iter().map(|score| score.sum()).collect::<Vec<f64>>(), states, error.to_string())
         });
         let whole = &found[0];
         for (found, (limits, _)) in found.iter().zip(cases) {
@@ -371,18 +371,16 @@ fn rows_in_pieces_give_what_they_give_together() {
     }
 }
 
-/// The second sentence is what transformers 5.24 gives for these files, which have no end token for it: it does not look at
-/// config.json where there is a generation_config.json.
+/// `from_pretrained` of transformers 5.24 does not look at config.json where there is a generation_config.json: without an
+/// end token in it, or with null, a target has as many tokens as it may.
 #[test]
 fn the_end_token_is_that_of_the_generation_config_where_there_is_one() {
     let text = "Dr. Smith paid $3.50 on May 3, 2019.";
-    let ended = "doctor smith paid three dollars and fifty cents on may third twenty nineteen";
-    let endless = format!("{ended} may third twenty nineteen");
     let cases = [
-        (json!({"eos_token_id": 1}), ended),
-        (json!({"eos_token_id": null}), &*endless),
-        (json!({}), &*endless),
-        (Value::Null, ended),
+        (json!({"eos_token_id": 1}), "eos"),
+        (json!({"eos_token_id": null}), "length"),
+        (json!({}), "length"),
+        (Value::Null, "eos"),
     ];
     for (settings, expected) in cases {
         let folder = tempfile::tempdir().expect("a temporary folder can be made");
@@ -400,8 +398,15 @@ fn the_end_token_is_that_of_the_generation_config_where_there_is_one() {
         }
         stdout(run("t5gemma-export", [&checkpoint, &out], ""));
         let model = out.to_str().expect("temporary paths are UTF-8");
-        let found = stdout(run("t5gemma", ["generate", model, "--max-new-tokens", "40", text], ""));
-        assert_eq!(found.trim_end(), expected, "{settings}");
+        let request = json!({"text": text, "options": {"max_new_tokens": 40}}).to_string();
+        let result = stdout(run("t5gemma", ["generate", model, "--jsonl"], request));
+        let result: Value = serde_json::from_str(&result).expect("JSON");
+        let found = &result["sequences"][0][0];
+        assert_eq!(found["finish_reason"], expected, "{settings}: {found}");
+        let tokens = found["tokens"].as_array().expect("tokens");
+        assert_eq!(tokens.len() == 40, expected == "length", "{settings}: {found}");
+        // Up to the token that would end it, it is the same.
+        assert!(tokens.iter().position(|token| token == 1).is_some_and(|end| end == 17), "{settings}: {found}");
     }
 }
 

@@ -67,7 +67,10 @@ fn lines() -> Vec<Line> {
         (prompt(json!([2, 200])), &["decoder_input_ids[0][1]: ", VOCABULARY, "found 200"]),
         (prompt(json!([-1])), &["decoder_input_ids[0][0]: ", VOCABULARY, "found -1"]),
         (prompt(json!("2")), &["decoder_input_ids: ", IDS, "found \"2\""]),
-        (prompt(json!(vec![2; 600])), &["max_length: expected at most 512 target tokens", "600 are the prompt"]),
+        (
+            prompt(json!(vec![2; 600])),
+            &["options.max_new_tokens: expected at most 512 target tokens", "600 are the prompt"],
+        ),
         (
             with(json!({"input_ids": [[5], [6]], "decoder_input_ids": [[2, 5], [2]]})),
             &["decoder_input_ids[1]: expected 2 entries", "found 1 entries"],

@@ -7,7 +7,7 @@ use anyhow::Result;
 use serde_json::{Value, json};
 use t5gemma_runtime::{ChatTemplate, Error, Model, Tokenizer};
 
-use crate::requests::Reader;
+use crate::requests::{Reader, check_size};
 
 /// A model whose requests may be conversations.
 pub struct Chat<'a> {
@@ -40,7 +40,9 @@ impl<'a> Chat<'a> {
         let has_system = messages.iter().any(|message| message["role"] == "system");
         let system = self.system.iter().filter(|_| !has_system).map(|text| json!({"role": "system", "content": text}));
         let messages: Vec<Value> = system.chain(messages.iter().cloned()).collect();
-        Ok(self.model.tokenizer()?.encode_target(&self.template()?.apply(&messages)?)?)
+        let text = self.template()?.apply(&messages)?;
+        check_size("messages", &text, self.longest_source())?;
+        Ok(self.model.tokenizer()?.encode_target(&text)?)
     }
 }
 
@@ -55,5 +57,9 @@ impl Reader for Chat<'_> {
 
     fn longest_source(&self) -> usize {
         self.model.longest_source()
+    }
+
+    fn longest_target(&self) -> usize {
+        self.model.longest_target()
     }
 }

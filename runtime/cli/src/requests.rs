@@ -60,6 +60,11 @@ pub trait Reader {
 
     /// Tokens of a source at most.
     fn longest_source(&self) -> usize;
+
+    /// Tokens of a target at most.
+    fn longest_target(&self) -> usize {
+        0
+    }
 }
 
 impl Reader for Model {
@@ -73,6 +78,10 @@ impl Reader for Model {
 
     fn end(&self) -> Option<i64> {
         self.options().eos_token_id.first().copied()
+    }
+
+    fn longest_target(&self) -> usize {
+        self.config().decoder.max_position_embeddings
     }
 }
 
@@ -169,10 +178,8 @@ impl Request {
             Kind::Encode { truncates: true } => usize::MAX,
             _ => model.longest_source(),
         };
-        // The tokens of a text that is much too long need not be made to know it.
         let tokens = |text: &str| -> Result<Vec<i64>> {
-            let bytes = text.len();
-            ensure!(bytes / LONGEST_TOKEN <= longest, "text: expected at most {longest} tokens, found {bytes} bytes");
+            check_size("text", text, longest)?;
             Ok(model.tokenizer()?.encode(text)?)
         };
         let sources = match (text, ids, messages, chat) {
@@ -196,7 +203,10 @@ impl Request {
             None => sources.iter().map(|source| vec![1; source.len()]).collect(),
         };
         let written = |field: &str, value: &Value| {
-            let encode = |text: &str| Ok(model.tokenizer()?.encode_target(text)?);
+            let encode = |text: &str| -> Result<Vec<i64>> {
+                check_size(field, text, model.longest_target())?;
+                Ok(model.tokenizer()?.encode_target(text)?)
+            };
             texts(field, value)?.into_iter().map(encode).collect::<Result<Vec<_>>>()
         };
         let prompts = match prompts {
@@ -246,6 +256,13 @@ impl Request {
     pub fn source_tokens(&self) -> usize {
         self.mask.iter().flatten().filter(|&&visible| visible != 0).count()
     }
+}
+
+/// Refuses a text that is much too long, of which the tokens need not be made to know it.
+pub fn check_size(field: &str, text: &str, longest: usize) -> Result<()> {
+    let bytes = text.len();
+    ensure!(bytes / LONGEST_TOKEN <= longest, "{field}: expected at most {longest} tokens, found {bytes} bytes");
+    Ok(())
 }
 
 /// 2^53.

@@ -156,7 +156,7 @@ fn of_regex(text: &str) -> Option<String> {
     let indent = pattern.len() - pattern.trim_start().len();
     let place = 1 + mark.find('^')?.checked_sub(indent)?;
     // Of a grammar, the place of the expression in it.
-    let of_grammar = before.split_once(": ").filter(|_| !text.contains("\n1 | start: /")).map(|(place, _)| place);
+    let of_grammar = before.split_once(": ").filter(|_| !text.contains("1 | start: /")).map(|(place, _)| place);
     let of_grammar = of_grammar.map(|place| format!("{place}: ")).unwrap_or_default();
     Some(format!("{of_grammar}{problem} at character {place}"))
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::{Map, Value, json};
 use t5gemma_runtime::{Batch, Cancellation, Error, Limits, Model};
 
@@ -14,6 +14,7 @@ use super::machine::{Processors, now_ns};
 use crate::files;
 use crate::progress::counter;
 use crate::tensors::{Aside, write_text};
+use crate::usage::Usage;
 use crate::{Opening, Outcome};
 
 /// The version of requests and responses.
@@ -29,7 +30,12 @@ pub fn run(mut opening: Opening, request: &Path, response: &Path, cancel: &Cance
     let file = Aside::create(response)?;
     opening.threads = request.threads;
     opening.limits = Limits::NONE;
-    let model = opening.open()?;
+    let model = opening.open().map_err(|error| match error.downcast::<Usage>() {
+        // The number of threads is the request's.
+        Ok(usage) if request.threads.is_some() => anyhow!("{}", usage.to_string().trim_start_matches('-')),
+        Ok(usage) => usage.into(),
+        Err(error) => error,
+    })?;
     let loaded = now_ns();
     let first = &request.cases[0];
     let case = request.case(first, &model).with_context(|| format!("cases[0] ({})", first.id))?;
