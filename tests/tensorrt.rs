@@ -11,8 +11,11 @@ use t5gemma_graphs::Target;
 use t5gemma_graphs::interface::{DType, Logits};
 use t5gemma_graphs::onnx::Blocks;
 use t5gemma_graphs::quantization::{Activations, Quantization};
+use t5gemma_graphs::task::{Features, Pooling, Task};
 
-use crate::common::{FIXTURES, exported, exported_as, exported_for, fixture, python, run, stdout};
+use crate::common::{
+    FIXTURES, exported, exported_as, exported_for, exported_from, fixture, python, run, stdout, tests,
+};
 
 const PLAN: &str = "batch=1..4,source=1..32,target=32,beams=1..4";
 
@@ -90,6 +93,122 @@ fn every_planted_fault_is_found_and_named() {
     assert_eq!(found.iter().map(|finding| finding.kind).collect::<Vec<_>>(), ["size"]);
 }
 
+/// What stands in a planned folder for people: what it was planned for, and what that takes.
+#[test]
+fn a_planned_folder_says_what_it_was_planned_for() {
+    let plan = "batch=1..4..4,source=1..16..32,target=32,beams=1..4..4,prompt=1";
+    let model = served("tiny-balanced", DType::BFloat16, Some(32));
+    let manifest = |model: &Path| -> Value {
+        serde_json::from_slice(&fs::read(model.join("manifest.json")).expect("a manifest")).expect("JSON")
+    };
+    assert_eq!(manifest(&model)["plan"], plan);
+    let inspect = |model: &Path, rest: &[&str]| {
+        stdout(run("t5gemma-export", [&["inspect", model.to_str().expect("UTF-8")], rest].concat(), ""))
+    };
+    assert!(inspect(&model, &[]).contains(&format!("  plan {plan}\n")));
+    let shown: Value = serde_json::from_str(&inspect(&model, &["--json"])).expect("JSON");
+    assert_eq!(shown["model"]["plan"], plan);
+    let plain = exported_for("tiny-balanced", Target::TensorRt);
+    assert!(manifest(&plain).get("plan").is_none() && !inspect(&plain, &[]).contains("plan"));
+
+    let memory = fs::read_to_string(model.join("memory.txt")).expect("memory.txt");
+    for word in [plan, "bfloat16", "cache static=32", "allowance", "GiB", "10^9", "again", "before and after the cap"] {
+        assert!(memory.contains(word), "{word} in {memory}");
+    }
+    assert!(!memory.contains(" 0.000 "), "{memory}");
+    // Each row is the product that it says.
+    let unit = |name: &str| match name {
+        "GB" => 1e9,
+        "MB" => 1e6,
+        "kB" => 1e3,
+        _ => 1.0,
+    };
+    let mut checked = 0;
+    for line in memory.lines().filter(|line| line.contains(" x ")) {
+        let (told, formula) = line.split_at(58);
+        let mut told = told.split_whitespace().rev();
+        let (name, number) = (told.next().expect("a unit"), told.next().expect("a number"));
+        let told = number.parse::<f64>().expect("a number") * unit(name);
+        let product = |product: &str| -> f64 {
+            let factors = product.split(" x ").map(|factor| factor.split_whitespace().next().expect("a factor"));
+            factors.map(|factor| factor.parse::<f64>().expect("a number")).product()
+        };
+        let expected: f64 = formula.split(" + ").map(product).sum();
+        assert!((told - expected).abs() <= 0.001 * unit(name), "{line}: {expected}");
+        checked += 1;
+    }
+    assert_eq!(checked, 6, "{memory}");
+
+    let checkpoint = fixture("tiny-balanced").join("checkpoint");
+    let folder = tempfile::tempdir().expect("a temporary folder can be made");
+    let out = folder.path().join("out");
+    let arguments = ["--target", "tensorrt", "--plan", "source=9,target=9", "--fits", "2GiB"];
+    let paths = [checkpoint.to_str().expect("UTF-8"), out.to_str().expect("UTF-8")];
+    let told = run("t5gemma-export", [&arguments[..], &paths].concat(), "");
+    assert!(told.status.success());
+    let told = String::from_utf8_lossy(&told.stderr);
+    assert!(told.contains("beams=1,prompt=1 (1 as they were left out: batch, beams, prompt)"), "{told}");
+}
+
+#[test]
+fn plans_of_models_that_do_not_generate_pass_the_check() {
+    for (name, task) in [
+        ("encoder", Some(Task::FeatureExtraction(Features { pooling: Pooling::Mean, ..Features::default() }))),
+        ("encoder", None),
+        ("sequence-encoder", None),
+        ("sequence-decoder", None),
+        ("token-decoder", None),
+    ] {
+        let checkpoint = tests().join("fixtures/tasks").join(name).join("checkpoint");
+        let (target, plan) = (Target::TensorRt, Some("batch=1..4,source=1..32".parse().expect("a plan")));
+        let label = format!("served-{name}-{task:?}");
+        let export = Export { task, target, dtype: DType::BFloat16, plan, ..Export::default() };
+        let model = exported_from(&checkpoint, &label, export);
+        assert_eq!(findings(&model, "tensorrt"), [], "{label}");
+        let script = fs::read_to_string(model.join("build_engines.sh")).expect("build_engines.sh");
+        assert!(script.contains("--maxShapes=attention_mask:4x32,input_ids:4x32"), "{label}");
+        for file in ["model_ctx.onnx", "provider_options.json", "memory.txt"] {
+            assert!(model.join(file).is_file(), "{label}: {file}");
+        }
+        python("check_wrappers.py", [model]);
+    }
+}
+
+#[test]
+fn tensors_beyond_tensorrts_volume_are_found() {
+    let model = served("tiny-balanced", DType::BFloat16, None);
+    let mut profiles: Value =
+        serde_json::from_slice(&fs::read(model.join("profiles.json")).expect("profiles")).expect("JSON");
+    let folder = tempfile::tempdir().expect("a temporary folder can be made");
+    for entry in fs::read_dir(&model).expect("a folder") {
+        let path = entry.expect("an entry").path();
+        fs::copy(&path, folder.path().join(path.file_name().expect("a name"))).expect("copied");
+    }
+    assert_eq!(findings(folder.path(), "tensorrt"), []);
+    for input in ["input_ids", "attention_mask"] {
+        profiles["encoder_model.onnx"][input][2] = json!([10_000_000, 32]);
+    }
+    fs::write(folder.path().join("profiles.json"), profiles.to_string()).expect("written");
+    let found = findings(folder.path(), "tensorrt");
+    // The largest, and how many more.
+    let [finding] = &found[..] else { panic!("{found:?}") };
+    assert_eq!((finding.kind, finding.graph.as_str()), ("volume", "encoder_model.onnx"));
+    let reason = &finding.reason;
+    assert!(reason.contains("40960000000 elements; a tensor has at most 2147483647; too large are "), "{reason}");
+}
+
+#[test]
+fn versions_that_nobody_knows_are_refused() {
+    let model = served("tiny-balanced", DType::BFloat16, Some(32));
+    let model = model.to_str().expect("UTF-8");
+    for version in ["tensorrt=12.1", "tensorrt=10.99", "tensorrt=9.0"] {
+        let output = run("t5gemma-export", ["check", "--target", version, model], "");
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{version}: {error}");
+        assert!(error.contains("10.0 to 10.16, 11.0 to 11.1"), "{version}: {error}");
+    }
+}
+
 #[test]
 fn profiles_that_do_not_cover_the_inputs_are_found() {
     let model = served("tiny-balanced", DType::BFloat16, Some(32));
@@ -133,10 +252,40 @@ fn plans_that_do_not_fit_are_refused() {
     let out = out.to_str().expect("UTF-8");
     for (arguments, code, word) in [
         (&["--target", "tensorrt", "--plan", "source=1..9999,target=9"][..], 1, "encoder.max_position_embeddings"),
+        (&["--target", "tensorrt", "--plan", "source=9,target=9999"], 1, "decoder.max_position_embeddings"),
         (
             &["--target", "tensorrt", "--cache", "static=16", "--plan", "source=9,target=17"],
             1,
-            "the capacity of the cache",
+            "--cache static=16 requires --plan target=16, as a step computes all of its cache (got target=17)",
+        ),
+        (
+            &["--target", "tensorrt", "--cache", "static=16", "--plan", "source=9,target=9"],
+            1,
+            "--cache static=16 requires --plan target=16",
+        ),
+        (
+            &["--target", "tensorrt", "--plan", "batch=100000000,source=9,target=9"],
+            1,
+            "elements; TensorRT's tensors have at most 2147483647",
+        ),
+        (
+            &["--target", "tensorrt", "--plan", "batch=2147483647,source=32,target=9,beams=2147483647"],
+            1,
+            "elements; TensorRT's tensors have at most 2147483647",
+        ),
+        (&["--target", "tensorrt", "--plan", "source=9,target=9", "--fits", "1MB"], 1, "as nvidia-smi counts"),
+        (&["--target", "tensorrt", "--plan", "source=9,target=9", "--fits", "24"], 2, "such as 24GB"),
+        (&["--target", "tensorrt", "--fits", "24GB"], 2, "--plan"),
+        (&["--task", "feature-extraction", "--plan", "source=9"], 1, "--plan: expected target tensorrt"),
+        (
+            &["--target", "tensorrt", "--task", "feature-extraction", "--plan", "source=9,target=9"],
+            1,
+            "expected batch and source only for the task feature-extraction, found target",
+        ),
+        (
+            &["--target", "tensorrt", "--task", "feature-extraction", "--plan", "source=9,prompt=1"],
+            1,
+            "expected batch and source only for the task feature-extraction, found prompt",
         ),
         (&["--target", "cuda", "--plan", "source=9,target=9"], 1, "--plan: expected target tensorrt"),
         (&["--target", "cuda", "--cache", "static=16"], 1, "--cache: expected a target"),
@@ -146,7 +295,8 @@ fn plans_that_do_not_fit_are_refused() {
         (&["--target", "tensorrt", "--quantize", "int4", "--asymmetric"], 1, "--asymmetric: expected blocks without"),
         (&["--target", "tensorrt", "--quantize", "int4", "--block-size", "128"], 1, "--block-size: expected a divisor"),
         (&["--target", "tensorrt", "--cache", "16"], 2, "expected static=N"),
-        (&["--target", "tensorrt", "--plan", "source=9"], 2, "target"),
+        (&["--target", "tensorrt", "--plan", "source=9"], 1, "expected target=… for the task text2text-generation"),
+        (&["--target", "tensorrt", "--plan", "source=9,target=1..9"], 2, "target: expected the greatest size"),
     ] {
         let output = run("t5gemma-export", [arguments, &[checkpoint, out]].concat(), "");
         let error = String::from_utf8_lossy(&output.stderr);
@@ -211,6 +361,126 @@ fn the_script_builds_once_and_refuses_what_is_stale() {
     tool("nvidia-smi", "echo 'NVIDIA L4, 8.9'");
     let (code, _, error) = bash(&[]);
     assert!(code == Some(1) && error.contains("NVIDIA L4") && error.contains("H100"), "{error}");
+}
+
+/// A planned model's script and wrappers in a folder, a `trtexec` and an `nvidia-smi` that are none, and what the script says.
+#[cfg(unix)]
+struct Build {
+    folder: tempfile::TempDir,
+}
+
+#[cfg(unix)]
+impl Build {
+    fn new() -> Build {
+        let folder = tempfile::tempdir().expect("a temporary folder can be made");
+        let build = Build { folder };
+        for name in ["model", "tools"] {
+            fs::create_dir_all(build.path(name)).expect("a folder");
+        }
+        let served = served("tiny-balanced", DType::BFloat16, Some(32));
+        for name in
+            ["build_engines.sh", "encoder_model_ctx.onnx", "decoder_model_ctx.onnx", "decoder_with_past_model_ctx.onnx"]
+        {
+            fs::copy(served.join(name), build.path("model").join(name)).expect("copied");
+        }
+        // Two GPUs, the second line of which comes late.
+        build.tool(
+            "nvidia-smi",
+            "case \"$1$2\" in\n\
+             -i0) echo 'NVIDIA H100 80GB HBM3, 9.0';;\n\
+             -i1) echo 'NVIDIA L4, 8.9';;\n\
+             -i*) echo 'No devices were found'; exit 6;;\n\
+             *) echo 'NVIDIA H100 80GB HBM3, 9.0'; sleep 0.1; echo 'NVIDIA L4, 8.9';;\n\
+             esac",
+        );
+        build.trtexec("101600", "echo engine > \"$engine\"");
+        build
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn tool(&self, name: &str, text: &str) {
+        tool(&self.path("tools"), name, text);
+    }
+
+    /// Its help is longer than a pipe, and its exit status then is not 0.
+    fn trtexec(&self, version: &str, build: &str) {
+        self.tool(
+            "trtexec",
+            &format!(
+                "echo '&&&& RUNNING TensorRT.trtexec [TensorRT v{version}] '\"$@\"\n\
+                 if [ \"$1\" = --help ]; then seq 1 20000; exit 1; fi\n\
+                 for a in \"$@\"; do case $a in --saveEngine=*) engine=${{a#--saveEngine=}}; esac; done\n{build}"
+            ),
+        );
+    }
+
+    /// Exit status, stdout and stderr.
+    fn run(&self, arguments: &[&str], variables: &[(&str, &str)]) -> (Option<i32>, String, String) {
+        let path = format!("{}:{}", self.path("tools").display(), std::env::var("PATH").expect("a PATH"));
+        let mut bash = Command::new("bash");
+        bash.arg(self.path("model/build_engines.sh")).args(arguments).env("PATH", path).current_dir(self.folder.path());
+        let output = bash.envs(variables.iter().copied()).output().expect("bash runs");
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        (output.status.code(), text(&output.stdout), text(&output.stderr))
+    }
+
+    fn names(&self, folder: &str) -> Vec<String> {
+        let Ok(entries) = fs::read_dir(self.path(folder)) else { return Vec::new() };
+        let names = entries.map(|entry| entry.expect("an entry").file_name().to_string_lossy().into_owned());
+        let mut names: Vec<String> = names.collect();
+        names.sort();
+        names
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn engines_are_stamped_with_the_gpu_they_are_for() {
+    for (arguments, variables, gpu) in [
+        (&[][..], &[][..], "NVIDIA H100"),
+        (&["--device=0"], &[], "NVIDIA H100"),
+        (&["--device=1"], &[], "NVIDIA L4"),
+        (&["--verbose", "--device", "1"], &[], "NVIDIA L4"),
+        (&[], &[("CUDA_VISIBLE_DEVICES", "1")], "NVIDIA L4"),
+        (&["--device=1"], &[("CUDA_VISIBLE_DEVICES", "1,0")], "NVIDIA H100"),
+    ] {
+        let build = Build::new();
+        let (code, out, error) = build.run(arguments, variables);
+        assert_eq!(code, Some(0), "{arguments:?} {variables:?}: {out}{error}");
+        let stamp = fs::read_to_string(build.path("model/engines/encoder_model.plan.stamp")).expect("a stamp");
+        assert!(stamp.contains(gpu) && stamp.contains("TensorRT 101600"), "{arguments:?} {variables:?}: {stamp}");
+    }
+    for (arguments, variables, code, word) in [
+        (&["--device=7"][..], &[][..], 1, "nvidia-smi does not know the GPU 7"),
+        (&["--device=x"], &[], 2, "--device: expected the number of a GPU, found 'x'"),
+        (&["--device=2"], &[("CUDA_VISIBLE_DEVICES", "1,0")], 1, "expected a GPU of CUDA_VISIBLE_DEVICES=1,0, found 2"),
+        (&["--verbose", "--force"], &[], 2, "--force: expected before the options of trtexec"),
+        (&["--engines"], &[], 2, "--engines: expected a folder"),
+    ] {
+        let build = Build::new();
+        let (found, _, error) = build.run(arguments, variables);
+        assert!(found == Some(code) && error.contains(word), "{arguments:?} {variables:?}: {found:?} {error}");
+        assert_eq!(build.names("model/engines"), [""; 0], "{arguments:?}");
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn a_build_that_fails_leaves_nothing_half_built() {
+    for (name, text, code) in [
+        ("it fails", "echo half > \"$engine\"; exit 3", 3),
+        ("it writes nothing", "exit 0", 1),
+        ("it is killed", "echo half > \"$engine\"; kill -TERM $PPID; sleep 0.1", 143),
+    ] {
+        let build = Build::new();
+        build.trtexec("101600", text);
+        let (found, _, error) = build.run(&[], &[]);
+        assert_eq!(found, Some(code), "{name}: {error}");
+        assert_eq!(build.names("model/engines"), [""; 0], "{name}");
+    }
 }
 
 /// With ranges that are as good as any, since nothing is run.

@@ -21,6 +21,10 @@ use crate::proto::{Given as Attribute, Graph, Initializer, Model, Node, read};
 pub(crate) const WITH_FLOAT8: &str =
     "GPUs of compute capability 8.9 and up (Ada, Hopper, Blackwell) have, and Ampere (8.0 to 8.7) has not";
 
+/// The most elements of a tensor: "The volume of the tensor must be less than 2^31 elements", NVIDIA's documentation of
+/// `nvinfer1::ITensor` in TensorRT 10.
+pub(crate) const LARGEST_VOLUME: u128 = (1 << 31) - 1;
+
 /// What the parser takes.
 const OPERATORS: &str = include_str!("../tensorrt/operators.json");
 
@@ -71,6 +75,9 @@ struct Rules {
     input_dtype: BTreeMap<usize, Vec<String>>,
 }
 
+/// The versions that the table was made of: the major numbers, and of each the last minor one.
+const KNOWN: [(u32, u32); 2] = [(10, 16), (11, 1)];
+
 /// A version of TensorRT.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TensorRt {
@@ -91,18 +98,21 @@ impl FromStr for TensorRt {
 
     /// `tensorrt`, `tensorrt=10.3` or `tensorrt=rtx`.
     fn from_str(text: &str) -> Result<TensorRt, String> {
-        let expected = || format!("expected tensorrt, tensorrt=10.x, tensorrt=11.x or tensorrt=rtx, found {text}");
+        let known: Vec<String> = KNOWN.iter().map(|(major, last)| format!("{major}.0 to {major}.{last}")).collect();
+        let expected =
+            || format!("expected tensorrt, tensorrt=VERSION of {} or tensorrt=rtx, found {text}", known.join(", "));
         match text.strip_prefix("tensorrt").ok_or_else(expected)? {
             "" => Ok(TensorRt::default()),
             // Its parser is that of TensorRT 10.15 or newer.
             "=rtx" => Ok(TensorRt { major: 10, minor: 15, rtx: true }),
             version => {
-                let version = version.strip_prefix('=').and_then(|version| version.split_once('.'));
-                let numbers = version.map(|(major, minor)| (major.parse(), minor.parse()));
-                match numbers {
-                    Some((Ok(major @ 10..), Ok(minor))) => Ok(TensorRt { major, minor, rtx: false }),
-                    Some((Ok(major), Ok::<u32, _>(_))) => Err(format!("expected version 10 or newer, found {major}")),
-                    _ => Err(expected()),
+                // Of 10.16.1.11 the first two numbers decide.
+                let numbers = version.strip_prefix('=').ok_or_else(expected)?.split('.').map(str::parse);
+                let numbers = numbers.collect::<Result<Vec<u32>, _>>().map_err(|_| expected())?;
+                let &[major, minor, ..] = &numbers[..] else { return Err(expected()) };
+                match KNOWN.iter().any(|&(known, last)| known == major && minor <= last) {
+                    true => Ok(TensorRt { major, minor, rtx: false }),
+                    false => Err(expected()),
                 }
             }
         }
@@ -135,8 +145,8 @@ pub struct Finding {
     pub node: String,
     /// The operator, if one is in question.
     pub operator: Option<String>,
-    /// The kind: `domain`, `operator`, `version`, `type`, `strong-typing`, `rule`, `empty`, `size`, `external-data`,
-    /// `profile`.
+    /// The kind: `domain`, `operator`, `version`, `type`, `strong-typing`, `rule`, `empty`, `size`, `volume`,
+    /// `external-data`, `profile`.
     pub kind: &'static str,
     /// What is wrong.
     pub reason: String,
@@ -221,6 +231,7 @@ pub fn check(path: &Path, version: TensorRt) -> Result<Checked> {
         let mut look = Look { table: &table, version, model: &model, found: &mut findings };
         look.all();
         look.external_data(folder);
+        look.volumes(profiles.as_ref().and_then(|profiles| profiles.get(&name)));
         if has_float8(&model.graph) {
             checked.notes.push(format!("{name}: computes in fp8, which {WITH_FLOAT8}"));
         }
@@ -555,6 +566,35 @@ impl<'c> Look<'c> {
         }
     }
 
+    /// That no tensor has more elements than there can be, at the greatest sizes of the profiles.
+    fn volumes(&mut self, profiles: Option<&BTreeMap<String, [Vec<i64>; 3]>>) {
+        let graph = &self.model.graph;
+        let greatest = greatest(graph, profiles.unwrap_or(&BTreeMap::new()));
+        let mut too_large: Vec<(&String, Vec<u128>)> = Vec::new();
+        for (name, tensor) in &graph.initializers {
+            let shape = tensor.shape.iter().map(|&size| u128::try_from(size).ok()).collect::<Option<Vec<_>>>();
+            too_large.extend(shape.map(|shape| (name, shape)));
+        }
+        for value in graph.inputs.iter().chain(&graph.between).chain(&graph.outputs) {
+            let Some(shape) = &value.shape else { continue };
+            let sizes = shape.iter().zip(&value.symbols).map(|(size, symbol)| match size {
+                Some(size) => u128::try_from(*size).ok(),
+                None => size_of(symbol, &greatest),
+            });
+            too_large.extend(sizes.collect::<Option<Vec<_>>>().map(|shape| (&value.name, shape)));
+        }
+        let volume = |shape: &[u128]| shape.iter().fold(1_u128, |volume, &size| volume.saturating_mul(size));
+        too_large.retain(|(_, shape)| volume(shape) > LARGEST_VOLUME);
+        if let Some((name, shape)) = too_large.iter().max_by_key(|(_, shape)| volume(shape)) {
+            let (volume, others) = (volume(shape), too_large.len() - 1);
+            let mut reason = format!("{shape:?}, {volume} elements; a tensor has at most {LARGEST_VOLUME}");
+            if others > 0 {
+                reason += &format!("; too large are {others} others too");
+            }
+            self.tensor(name, "volume", reason);
+        }
+    }
+
     /// That every input which varies has its least, usual and greatest size, and no other has.
     fn profiles(&mut self, profiles: Option<&BTreeMap<String, [Vec<i64>; 3]>>) {
         let empty = BTreeMap::new();
@@ -592,6 +632,44 @@ impl<'c> Look<'c> {
             }
         }
     }
+}
+
+/// The greatest sizes of the symbols in the shapes of a graph's inputs.
+fn greatest(graph: &Graph, profiles: &BTreeMap<String, [Vec<i64>; 3]>) -> HashMap<String, u128> {
+    let mut known: HashMap<String, u128> = HashMap::new();
+    let mut products = Vec::new();
+    for input in &graph.inputs {
+        let Some([.., most]) = profiles.get(&input.name) else { continue };
+        for (symbol, &most) in input.symbols.iter().zip(most).filter(|(symbol, _)| !symbol.is_empty()) {
+            let most = u128::try_from(most).unwrap_or(0);
+            match symbol.contains(" * ") {
+                true => products.push((symbol, most)),
+                false => known.extend([(symbol.clone(), most)]),
+            }
+        }
+    }
+    // Of a product of which all factors but one are known, that one.
+    for (product, most) in products {
+        let unknown: Vec<&str> = product.split(" * ").filter(|factor| size_of(factor, &known).is_none()).collect();
+        if let [factor] = unknown[..] {
+            let others = product.split(" * ").filter_map(|factor| size_of(factor, &known)).product::<u128>().max(1);
+            known.insert(factor.to_string(), most.div_ceil(others));
+        }
+    }
+    known
+}
+
+/// The size that a dimension's name says, a sum or product of symbols as the exporter writes it.
+fn size_of(symbol: &str, known: &HashMap<String, u128>) -> Option<u128> {
+    if let Some(size) = known.get(symbol).copied().or_else(|| symbol.parse().ok()) {
+        return Some(size);
+    }
+    for (operator, apply) in [(" + ", u128::saturating_add as fn(u128, u128) -> u128), (" * ", u128::saturating_mul)] {
+        if let Some((first, rest)) = symbol.split_once(operator) {
+            return Some(apply(size_of(first, known)?, size_of(rest, known)?));
+        }
+    }
+    None
 }
 
 /// The type that an operator's inputs give its output, where that can be told.
@@ -672,11 +750,45 @@ mod tests {
     fn the_table_is_read_as_it_is_meant() {
         let table: Table = serde_json::from_str(OPERATORS).expect("the table is well-formed");
         assert!(table.operators["TensorScatter"].rules.static_dims.contains_key(&0));
-        assert!(table.not_imported.contains("GroupNormalization") || !table.operators.contains_key("BitShift"));
+        for name in ["BitShift", "DynamicQuantizeLinear", "MatMulInteger"] {
+            assert!(table.not_imported.contains(name) && !table.operators.contains_key(name), "{name}");
+        }
+        for name in ["MatMul", "Softmax", "DequantizeLinear"] {
+            assert!(table.operators.contains_key(name) && !table.not_imported.contains(name), "{name}");
+        }
         let known = ["FP32", "FP16", "BF16", "INT64", "INT32", "BOOL", "INT8", "UINT8", "INT4", "FP8", "FP4"];
         for (name, operator) in &table.operators {
             assert!(operator.types.split(' ').all(|dtype| known.contains(&dtype)), "{name}: {}", operator.types);
             assert!(!table.not_imported.contains(name), "{name}");
+        }
+    }
+
+    #[test]
+    fn sizes_follow_from_the_names_of_dimensions() {
+        let known = HashMap::from([("batch".to_string(), 16), ("source".to_string(), 1024), ("past".to_string(), 7)]);
+        for (symbol, expected) in [
+            ("8", Some(8)),
+            ("source", Some(1024)),
+            ("2 * batch * source", Some(32768)),
+            ("past + 1", Some(8)),
+            ("batch * past + batch * 1", Some(128)),
+            ("batch * beams", None),
+            ("", None),
+        ] {
+            assert_eq!(size_of(symbol, &known), expected, "{symbol}");
+        }
+        let input = |name: &str, symbols: [&str; 2]| crate::proto::Value {
+            name: name.into(),
+            dtype: 7,
+            shape: Some(vec![None; 2]),
+            symbols: symbols.map(String::from).to_vec(),
+        };
+        let inputs = vec![input("ids", ["batch * beams", "new"]), input("mask", ["batch", "source"])];
+        let spans = |most: [i64; 2]| [vec![1, 1], vec![1, 1], most.to_vec()];
+        let profiles = BTreeMap::from([("ids".to_string(), spans([64, 1])), ("mask".to_string(), spans([16, 9]))]);
+        let found = greatest(&Graph { inputs, ..Graph::default() }, &profiles);
+        for (symbol, expected) in [("batch", 16), ("beams", 4), ("source", 9), ("new", 1)] {
+            assert_eq!(found.get(symbol), Some(&expected), "{symbol}");
         }
     }
 
@@ -687,8 +799,16 @@ mod tests {
         assert_eq!(version("tensorrt=10.3").map(|version| version.to_string()), Ok("TensorRT 10.3".into()));
         assert!(version("tensorrt=11.1").is_ok_and(|version| version.has("10.15")));
         assert!(version("tensorrt=10.3").is_ok_and(|version| version.has("8.6") && !version.has("10.15")));
-        for text in ["cuda", "tensorrt=", "tensorrt=8.6", "tensorrt=ten", "tensorrt10"] {
+        assert_eq!(version("tensorrt=10.16.1.11"), Ok(TensorRt::default()));
+        for text in ["cuda", "tensorrt=", "tensorrt=ten", "tensorrt10", "tensorrt=10", "tensorrt=10.x", "tensorrt=RTX"]
+        {
             assert!(version(text).is_err(), "{text}");
+        }
+        for text in
+            ["tensorrt=8.6", "tensorrt=9.3", "tensorrt=10.17", "tensorrt=11.2", "tensorrt=12.1", "tensorrt=99.0"]
+        {
+            let error = version(text).expect_err(text);
+            assert!(error.contains("10.0 to 10.16, 11.0 to 11.1") && error.ends_with(text), "{error}");
         }
     }
 }

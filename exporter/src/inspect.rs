@@ -49,6 +49,9 @@ pub struct ModelReport {
     pub target: String,
     /// Type of weights, activations and caches.
     pub dtype: String,
+    /// What it is going to be served with, if that was planned.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub plan: Option<String>,
     /// The graphs, in the order in which they are run.
     pub graphs: Vec<GraphReport>,
 }
@@ -123,8 +126,8 @@ fn model(folder: &Path, config: &Config) -> Result<Report> {
         });
     }
     let dtype = manifest.dtype.to_string();
-    report.model =
-        Some(ModelReport { exporter: manifest.exporter, task: manifest.task, target: manifest.target, dtype, graphs });
+    let Manifest { exporter, task, target, plan, .. } = manifest;
+    report.model = Some(ModelReport { exporter, task, target, dtype, plan, graphs });
     Ok(report)
 }
 
@@ -211,6 +214,9 @@ impl fmt::Display for Report {
         let Some(model) = &self.model else { return Ok(()) };
         writeln!(f, "  exported by {}, target {}, dtype {}", model.exporter, model.target, model.dtype)?;
         writeln!(f, "  task {}", model.task)?;
+        if let Some(plan) = &model.plan {
+            writeln!(f, "  plan {plan}")?;
+        }
         for graph in &model.graphs {
             let (opset, ir) = (graph.opset, graph.ir_version);
             writeln!(f, "{}  {} bytes, opset {opset}, IR {ir}", graph.file, graph.bytes)?;

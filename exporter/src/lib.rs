@@ -48,11 +48,12 @@ pub use check::{Checked, Finding, TensorRt, check};
 pub use checkpoint::{Checkpoint, Tensor};
 pub use folder::Existing;
 pub use inspect::{Report, inspect};
-pub use plan::Plan;
+pub use plan::{Bytes, Plan};
 pub use presets::{PRESETS, preset};
 
 use checkpoint::{COMPANIONS, read_text};
 use folder::Aside;
+use plan::Memory;
 
 /// What to export as.
 #[derive(Clone, Debug)]
@@ -81,6 +82,8 @@ pub struct Export {
     pub capacity: Option<usize>,
     /// What is going to be served, for TensorRT.
     pub plan: Option<Plan>,
+    /// The GPU memory that the plan has to fit into.
+    pub fits: Option<Bytes>,
     /// What to do when the output folder exists.
     pub existing: Existing,
 }
@@ -99,6 +102,7 @@ impl Default for Export {
             activations: Activations::default(),
             capacity: None,
             plan: None,
+            fits: None,
             existing: Existing::Refuse,
         }
     }
@@ -169,9 +173,6 @@ impl Export {
             ("--keep-tokens", self.kept_tokens.is_some()),
             ("--alignment", self.alignment.is_some()),
             ("--cache", self.capacity.is_some()),
-            ("--plan", self.plan.is_some()),
-            ("--observe", self.activations == Activations::Observed),
-            ("--calibrate", matches!(self.activations, Activations::Ranges(_))),
         ];
         for (what, given) in of_decoder {
             ensure!(
@@ -202,13 +203,21 @@ impl Export {
                 }
             },
         };
-        if let Some(plan) = &self.plan {
-            plan.check(&config, options.cache(&config))?;
-        }
         if let Activations::Ranges(ranges) = &self.activations {
             check_ranges(&config, &options, ranges)?;
         }
         let graphs = definitions(&config, &options);
+        if let Some(plan) = &self.plan {
+            plan.check(&config, &options, &graphs)?;
+        }
+        let memory = self.plan.as_ref().map(|plan| Memory::of(plan, &config, &options, &graphs));
+        if let (Some(Bytes(room)), Some(memory)) = (self.fits, &memory) {
+            let needed = memory.bytes();
+            ensure!(
+                needed <= room,
+                "--fits: expected a plan of at most {room} bytes, found {needed} bytes:\n\n{memory}"
+            );
+        }
         let weights = weights::collect(&graphs.iter().collect::<Vec<_>>());
         for pattern in &self.quantization.exclude {
             let mut names = weights.iter().flat_map(|weight| &weight.parts).map(|part| &part.tensor);
@@ -281,6 +290,7 @@ impl Export {
             kept_tokens: self.kept_tokens.as_ref().map(Vec::len),
             alignment_layers: options.alignment_layers.clone(),
             cache,
+            plan: self.plan.as_ref().map(ToString::to_string),
             quantization: self.quantization.clone(),
             observed,
             parameters: weights::numbers(&weights),
@@ -289,8 +299,8 @@ impl Export {
             weights: weights_record,
             files,
         };
-        if let Some(plan) = &self.plan {
-            for (name, bytes) in plan.files(&config, &manifest)? {
+        if let (Some(plan), Some(memory)) = (&self.plan, &memory) {
+            for (name, bytes) in plan.files(&config, &manifest, memory)? {
                 let record = aside.write(&name, &bytes)?;
                 manifest.files.insert(name, record);
             }
@@ -327,6 +337,7 @@ impl Export {
             "--plan: expected target {}, found target {target}",
             Target::TensorRt.name()
         );
+        ensure!(self.fits.is_none() || self.plan.is_some(), "--fits requires --plan (got none)");
         if self.capacity.is_some() && !self.target.has_static_cache() {
             let those = those(Target::has_static_cache);
             bail!("--cache: expected a target with a cache of fixed capacity ({those}), found target {target}");

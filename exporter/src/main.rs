@@ -13,7 +13,9 @@ use clap::builder::PossibleValuesParser;
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use t5gemma_exporter::{Checkpoint, Existing, Export, PRESETS, Plan, Source, TensorRt, Watch, check, inspect, preset};
+use t5gemma_exporter::{
+    Bytes, Checkpoint, Existing, Export, PRESETS, Plan, Source, TensorRt, Watch, check, inspect, preset,
+};
 use t5gemma_graphs::Target;
 use t5gemma_graphs::interface::{DType, Logits};
 use t5gemma_graphs::manifest::{ActivationRanges, EncoderWindow};
@@ -61,7 +63,7 @@ enum Command {
     Check {
         /// An ONNX file, or an exported model or other folder of ONNX files
         path: PathBuf,
-        /// tensorrt (10.16, the last that ONNX Runtime works with), tensorrt=10.x, tensorrt=11.x, or tensorrt=rtx
+        /// tensorrt (10.16, the last that ONNX Runtime works with), tensorrt=10.0 to 10.16, tensorrt=11.0 or 11.1, or tensorrt=rtx
         #[arg(long, default_value = "tensorrt")]
         target: TensorRt,
         /// Print JSON instead of text
@@ -119,11 +121,20 @@ struct ExportArgs {
     /// cache is as the target has it
     #[arg(long, value_name = "static=N", value_parser = capacity)]
     cache: Option<usize>,
-    /// What is going to be served, such as batch=1..16,source=1..1024,target=256,beams=1..4 (target tensorrt): adds to OUT
-    /// the optimisation profiles, options for ONNX Runtime's providers, a script that builds engines, wrappers for these,
-    /// and a table of the memory they take
+    /// What is going to be served, such as batch=1..16,source=1..1024,target=256,beams=1..4 (target tensorrt)
+    ///
+    /// Adds to OUT the optimisation profiles, options for ONNX Runtime's providers, a script that builds engines, wrappers for
+    /// these, and a table of the memory they take. The sizes: batch, sources in a batch; source, tokens of a source with its
+    /// padding; and of models that generate target, tokens of a target at most; beams, target rows of a source; prompt, tokens
+    /// given to the first decoder step. source is required, target too where there is one, and the others are 1 if left out.
+    /// Each is N, LEAST..MOST or LEAST..USUAL..MOST, target N only. Kernels are chosen for USUAL: of LEAST..MOST that is MOST
+    /// for batch and beams, and half of MOST (LEAST if that is more) for source and prompt. `t5gemma` holds requests to the
+    /// plan with every provider: it pads up to LEAST, splits batches above MOST and refuses what is longer.
     #[arg(long, value_name = "PLAN")]
     plan: Option<Plan>,
+    /// Refuse a plan that takes more of a GPU's memory than this, such as 24GB or 22.5GiB, by the table in memory.txt
+    #[arg(long, value_name = "SIZE", requires = "plan")]
+    fits: Option<Bytes>,
     /// Whether encoder positions exactly one window apart see each other: inclusive as in transformers 5.4 and later,
     /// exclusive as in Google's code and earlier transformers; no difference for sources up to the window (4096)
     #[arg(long, value_enum, default_value = "inclusive")]
@@ -338,6 +349,7 @@ fn export(args: ExportArgs, interrupted: &AtomicBool) -> Result<()> {
         alignment: args.alignment.then(|| args.alignment_layers.clone()),
         capacity: args.cache,
         plan: args.plan.clone(),
+        fits: args.fits,
         encoder_window: match args.encoder_window {
             WindowArg::Inclusive => EncoderWindow::Inclusive,
             WindowArg::Exclusive => EncoderWindow::Exclusive,
@@ -360,6 +372,13 @@ fn export(args: ExportArgs, interrupted: &AtomicBool) -> Result<()> {
     if !args.quiet {
         let (parameters, weights) = (exported.manifest.parameters, &exported.manifest.weights.record);
         eprintln!("wrote {}: {parameters} parameters, {} bytes of weights", out.display(), weights.bytes);
+        if let Some(plan) = &args.plan {
+            let left_out = match &plan.left_out()[..] {
+                [] => String::new(),
+                names => format!(" (1 as they were left out: {})", names.join(", ")),
+            };
+            eprintln!("planned for {}{left_out}", exported.manifest.plan.as_deref().unwrap_or_default());
+        }
     }
     Ok(())
 }

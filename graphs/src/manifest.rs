@@ -60,6 +60,10 @@ pub struct Manifest {
     /// How the keys and values of the target pass from step to step.
     #[serde(default)]
     pub cache: CacheLayout,
+    /// What it is going to be served with, as `t5gemma-export --plan` was told, for people; what the engines take is in
+    /// [`PROFILES_FILE`](interface::PROFILES_FILE).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub plan: Option<String>,
     /// Which matrices are held in few bits.
     #[serde(default)]
     pub quantization: Quantization,

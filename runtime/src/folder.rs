@@ -322,6 +322,7 @@ mod tests {
             kept_tokens: None,
             alignment_layers: Vec::new(),
             cache: CacheLayout::Growing,
+            plan: None,
             quantization: Quantization::default(),
             observed: BTreeMap::new(),
             parameters: 12,

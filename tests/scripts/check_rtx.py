@@ -4,8 +4,8 @@
 
 FOLDER is for the models: those of the tiny fixtures and of dummy weights in Google's sizes, in bfloat16 and float16, with a
 cache that grows and with one of a capacity, the fixtures (where there are no sizes, two of them) also in fp8, the sizes and
-the demo also with weights of 4 bits and in fp8, and the demo in int8, each with a serving plan whose profiles are used. Every
-graph is parsed, and compiled for SM80, SM89 and SM120; those in fp8 have to be refused for SM80, which has none. Exit status 1 if one is refused else, or if the time
+the demo also with weights of 4 bits and in fp8, and the demo in int8; and encoders and classifiers, in int8 and fp8 too; each
+with a serving plan whose profiles are used. Every graph is parsed, and compiled for SM80, SM89 and SM120; those in fp8 have to be refused for SM80, which has none. Exit status 1 if one is refused else, or if the time
 is over before all are compiled. It is not the TensorRT of data centres, whose parser and compiler are close relatives: what
 this takes, that may still refuse.
 """
@@ -27,7 +27,8 @@ WITHOUT_FP8 = ["SM80"]
 TESTS = Path(__file__).resolve().parent.parent
 FIXTURES = TESTS / "fixtures/public"
 DEMO = TESTS / "demo/checkpoint"
-GRAPHS = ["encoder_model", "decoder_model", "decoder_with_past_model"]
+TASKS = ["encoder", "sequence-encoder", "sequence-decoder", "token-decoder"]
+GRAPHS = ["encoder", "decoder", "decoder_with_past", "model"]
 
 
 def load():
@@ -113,6 +114,14 @@ def exports(sizes, capacity):
                 if fixture.name == "tiny-unbalanced":
                     aligned = [*ways, "--alignment", "--plan", plan, str(fixture / "checkpoint")]
                     yield f"{fixture.name} {label} aligned", aligned, None
+            # What does not generate has neither a cache nor candidates.
+            for task in TASKS if not cache else []:
+                source = (str(TESTS / "fixtures/tasks" / task / "checkpoint"),)
+                ways_of_task = ["--target", "tensorrt", "--dtype", dtype, "--plan", "batch=1..4,source=1..32"]
+                yield f"{task} {dtype}", [*ways_of_task, *source], None
+                for bits in ("int8", "fp8"):
+                    packed = [*ways_of_task, "--quantize", bits, *source]
+                    yield f"{task} {dtype} {bits}", packed, (task, source)
             for size in sizes:
                 yield f"{size} {label}", [*ways, "--plan", plan, "--dummy-weights", "--preset", size], None
             # The types differ by their casts only.
@@ -153,16 +162,16 @@ def main():
         profiles = json.loads((out / "profiles.json").read_text())
         of_fp8 = {tensor["name"] for tensor in manifest["weights"]["tensors"] if tensor["dtype"] == "float8e4m3fn"}
         assert bool(of_fp8) == label.endswith(" fp8"), label
-        for name in GRAPHS:
-            graph = out / f"{name}.onnx"
+        for part in [manifest["graphs"][name] for name in GRAPHS if name in manifest["graphs"]]:
+            graph = out / part["file"]
+            name = graph.stem
             shape = (name, manifest["dtype"], hash(graph.read_bytes()))
             if shape in known:
                 continue
             known.add(shape)
             if time.monotonic() > deadline:
                 sys.exit(f"check_rtx.py: {given.minutes} minutes are over, before {label} {name}")
-            weights = next(part["weights"] for part in manifest["graphs"].values() if part["file"] == graph.name)
-            in_fp8 = not of_fp8.isdisjoint(weights)
+            in_fp8 = not of_fp8.isdisjoint(part["weights"])
             for step, seconds, size, wrong in compiled(tensorrt, graph, profiles[graph.name]):
                 verdict = "REFUSED" if wrong else "ok"
                 if in_fp8 and step in WITHOUT_FP8:

@@ -3,6 +3,7 @@
 path below the folder, and an ONNX Runtime that reads the file as far as it goes without the provider it is for.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -17,7 +18,8 @@ def ports(values):
 def main():
     folder = Path(sys.argv[1])
     wrappers = sorted(folder.glob("*_ctx.onnx"))
-    assert len(wrappers) == 3, wrappers
+    graphs = json.loads((folder / "manifest.json").read_text())["graphs"].values()
+    assert [path.name for path in wrappers] == sorted(g["file"].replace(".onnx", "_ctx.onnx") for g in graphs), wrappers
     for path in wrappers:
         wrapper = onnx.load(path).graph
         graph = onnx.load(folder / path.name.replace("_ctx", ""), load_external_data=False).graph

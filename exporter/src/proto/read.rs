@@ -6,6 +6,7 @@ use anyhow::{Context, Result};
 use prost::Message;
 
 use super::onnx::tensor_proto::DataLocation;
+use super::onnx::tensor_shape_proto::dimension::Value as Size;
 use super::onnx::{self, AttributeProto, GraphProto, ModelProto, TensorProto, ValueInfoProto, type_proto};
 
 /// Numbers of a constant that are read, so that a limit on it can be held to.
@@ -88,6 +89,8 @@ pub struct Value {
     pub dtype: i32,
     /// Dimensions, none where they vary; nothing where even their number is not said.
     pub shape: Option<Vec<Option<i64>>>,
+    /// The names of the dimensions that vary, empty for the others.
+    pub symbols: Vec<String>,
 }
 
 /// Reads an ONNX file.
@@ -169,12 +172,17 @@ fn value(value: &ValueInfoProto) -> Value {
     let name = value.name().to_string();
     let Some(type_proto::Value::TensorType(tensor)) = value.r#type.as_ref().and_then(|typed| typed.value.as_ref())
     else {
-        return Value { name, dtype: 0, shape: None };
+        return Value { name, dtype: 0, shape: None, symbols: Vec::new() };
     };
-    let dim = |dim: &onnx::tensor_shape_proto::Dimension| match dim.value {
-        Some(onnx::tensor_shape_proto::dimension::Value::DimValue(size)) => Some(size),
+    let dims = tensor.shape.as_ref().map(|shape| shape.dim.iter().map(|dim| dim.value.as_ref()));
+    let size = |dim: Option<&Size>| match dim {
+        Some(Size::DimValue(size)) => Some(*size),
         _ => None,
     };
-    let shape = tensor.shape.as_ref().map(|shape| shape.dim.iter().map(dim).collect());
-    Value { name, dtype: tensor.elem_type(), shape }
+    let symbol = |dim: Option<&Size>| match dim {
+        Some(Size::DimParam(name)) => name.clone(),
+        _ => String::new(),
+    };
+    let symbols = dims.clone().into_iter().flatten().map(symbol).collect();
+    Value { name, dtype: tensor.elem_type(), shape: dims.map(|dims| dims.map(size).collect()), symbols }
 }

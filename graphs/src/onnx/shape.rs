@@ -121,9 +121,9 @@ impl Dim {
         self.symbols.is_empty().then_some(self.factor)
     }
 
-    /// The size, if `of` tells that of each symbol.
+    /// The size, if `of` tells that of each symbol; the greatest that can be counted where it is larger.
     pub fn size(&self, of: impl Fn(&str) -> Option<usize>) -> Option<usize> {
-        self.symbols.iter().try_fold(self.factor, |product, symbol| Some(product * of(symbol)?))
+        self.symbols.iter().try_fold(self.factor, |product, symbol| Some(product.saturating_mul(of(symbol)?)))
     }
 
     /// This size times another.
