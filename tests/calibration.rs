@@ -11,8 +11,9 @@ use t5gemma_graphs::interface::DType;
 use t5gemma_graphs::manifest::{ActivationRanges, Manifest};
 use t5gemma_graphs::onnx::Blocks;
 use t5gemma_graphs::quantization::{Activations, Quantization};
+use t5gemma_runtime::{Batch, Cancellation, Encoder, Pooling, Task};
 
-use crate::common::{demo, demo_as, exported, exported_as, fixture, python, run, stdout, tests};
+use crate::common::{demo, demo_as, exported, exported_as, exported_from, fixture, python, run, stdout, tests};
 
 /// A hundred of the demo's held-out texts with their answers.
 fn expected() -> Vec<Value> {
@@ -96,6 +97,82 @@ fn the_ranges_are_the_greatest_of_all_texts() {
     for (name, &range) in &together.ranges {
         let greatest = alone.iter().map(|alone| alone.ranges[name]).fold(0.0, f32::max);
         assert!(range > 0.0 && range == greatest, "{name}: {range} for {greatest}");
+    }
+}
+
+/// Encoders and classifiers are calibrated on their sources alone.
+#[test]
+fn models_that_do_not_generate_compute_in_8_bits_too() {
+    let folder = tempfile::tempdir().expect("a temporary folder can be made");
+    let sources: Vec<Vec<i64>> = (0..16).map(|row| (0..12).map(|at| 3 + (row * 53 + at * 17) % 40).collect()).collect();
+    let texts: String = sources.iter().map(|ids| json!({"input_ids": ids}).to_string() + "\n").collect();
+    let numbers = |model: &Path| -> Vec<f32> {
+        let encoder = Encoder::open(model).expect("opens");
+        let (batch, cancel) = (Batch::padded(&sources, 0).expect("valid"), Cancellation::new());
+        match encoder.manifest().task {
+            Task::TextClassification => encoder.classify(&batch, &cancel).expect("classifies").into_iter().collect(),
+            Task::TokenClassification => {
+                encoder.classify_tokens(&batch, &cancel).expect("classifies").into_iter().collect()
+            }
+            _ => encoder.embed(&batch, Pooling::Mean, false, &cancel).expect("embeds").into_iter().collect(),
+        }
+    };
+    let mut all = Vec::new();
+    for name in ["encoder", "sequence-encoder", "sequence-decoder", "token-encoder", "token-decoder"] {
+        let checkpoint = tests().join("fixtures/tasks").join(name).join("checkpoint");
+        let export =
+            |label: &str, export: Export| exported_from(&checkpoint, &format!("calibrated-{name}-{label}"), export);
+        let observed = export("observed", Export { activations: Activations::Observed, ..Export::default() });
+        let found = ranges_of(&observed, folder.path(), &texts);
+        assert_eq!(found.texts, sources.len(), "{name}");
+        let expected = numbers(&export("plain", Export::default()));
+        let length = |all: &[f32]| all.iter().map(|x| x * x).sum::<f32>().sqrt();
+        let mut errors = Vec::new();
+        for blocks in ways() {
+            let error = |label: &str, ranges: ActivationRanges| {
+                let plan = Some("batch=1..16,source=1..12".parse().expect("a plan"));
+                let label = format!("{}-{label}", blocks.name());
+                let model = export(&label, Export { plan, ..in_8_bits(blocks, ranges, DType::Float32) });
+                assert_eq!(check(&model, TensorRt::default()).expect("ONNX files").findings, [], "{name} {label}");
+                let apart: Vec<f32> = numbers(&model).iter().zip(&expected).map(|(a, b)| a - b).collect();
+                length(&apart) / length(&expected)
+            };
+            let whole = error("whole", found.clone());
+            let cut = found.ranges.iter().map(|(name, range)| (name.clone(), range / 100.0)).collect();
+            let cut = error("cut", ActivationRanges { ranges: cut, ..found.clone() });
+            // What is cut is worse than what is rounded, though these weights, which are random, make much of that.
+            assert!(2.0 * whole < cut, "{name} {}: {whole}, with a hundredth {cut}", blocks.name());
+            errors.push(whole);
+        }
+        let [int8, fp8] = errors[..] else { panic!("two ways") };
+        all.push((name, int8, fp8));
+    }
+    // Rounding to 7 significant bits, and to 4; with a decoder through twice as many layers.
+    let is_rounding = |&(_, int8, fp8): &(&str, f32, f32)| int8 < 0.4 && int8 < fp8 && fp8 < 4.0 * int8;
+    assert!(all.iter().all(is_rounding), "{all:?}");
+    let plain = exported_from(
+        &tests().join("fixtures/tasks/encoder/checkpoint"),
+        "calibrated-encoder-plain",
+        Export::default(),
+    );
+    let (file, out) = (folder.path().join("texts.jsonl"), folder.path().join("out.json"));
+    let observed = exported_from(
+        &tests().join("fixtures/tasks/encoder/checkpoint"),
+        "calibrated-encoder-observed",
+        Export { activations: Activations::Observed, ..Export::default() },
+    );
+    for (model, rest, word) in [
+        (&plain, &[][..], "--observe"),
+        (
+            &observed,
+            &["--max-new-tokens", "4"],
+            "--max-new-tokens requires the task text2text-generation (got feature-",
+        ),
+    ] {
+        let arguments = [&["calibrate", utf8(model), "--texts", utf8(&file), "-o", utf8(&out)], rest].concat();
+        let output = run("t5gemma", arguments, "");
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.code() == Some(1) && error.contains(word) && !out.exists(), "{error}");
     }
 }
 

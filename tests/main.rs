@@ -13,6 +13,7 @@ mod engine;
 mod export;
 mod generation;
 mod parity;
+mod plans;
 mod processors;
 mod programs;
 mod providers;

@@ -30,6 +30,42 @@ fn a_provider_that_is_not_there_is_an_error_with_its_package() {
     }
 }
 
+/// Whatever part of a model is opened first, and by whichever provider it is computed.
+#[test]
+fn errors_name_the_provider_that_was_asked_for() {
+    let folder = tempfile::tempdir().expect("a temporary folder can be made");
+    let file = folder.path().join("states.npy");
+    let file = file.to_str().expect("temporary paths are UTF-8");
+    let plan = Some("source=1..32,target=32".parse().expect("a plan"));
+    let planned = Export { target: Target::TensorRt, plan, ..Export::default() };
+    for model in [
+        exported_for("tiny-balanced", Target::Cuda),
+        exported_for("tiny-balanced", Target::TensorRt),
+        exported_as("tiny-balanced", "providers-planned", planned),
+    ] {
+        let is_planned = model.join("profiles.json").exists();
+        let model = model.to_str().expect("temporary paths are UTF-8");
+        for provider in ["cuda", "tensorrt", "nv-tensorrt-rtx"] {
+            for (command, rest) in [
+                ("generate", &["text"][..]),
+                ("score", &[]),
+                ("encode", &["-o", file, "text"]),
+                ("bench", &[]),
+                ("build-engines", &[]),
+            ] {
+                if command == "build-engines" && (provider == "cuda" || !is_planned) {
+                    continue;
+                }
+                let output = run("t5gemma", [&[command, model, "--provider", provider], rest].concat(), "");
+                let error = String::from_utf8_lossy(&output.stderr);
+                let expected = format!("the provider {provider} cannot be used");
+                assert!(error.contains(&expected), "{command} {model} with {provider}: {error}");
+                assert_eq!(error.contains("TensorRT 10"), provider == "tensorrt", "{command} with {provider}: {error}");
+            }
+        }
+    }
+}
+
 #[test]
 fn what_means_nothing_to_a_provider_is_refused() {
     for (arguments, code, word) in [
@@ -85,7 +121,13 @@ fn doctor_tries_every_provider() {
         [("cuda", "onnxruntime-gpu"), ("tensorrt", "onnxruntime-gpu"), ("nv-tensorrt-rtx", "nv-tensorrt-rtx-cu13")]
     {
         let from = report.find(&format!("--provider {provider}: ")).unwrap_or_else(|| panic!("{provider}: {report}"));
-        assert!(report[from..].lines().take(2).any(|line| line.contains(package)), "{provider}: {report}");
+        let told: Vec<&str> = report[from..].lines().take(2).collect();
+        assert!(told.iter().any(|line| line.contains(package)), "{provider}: {report}");
+        assert_eq!(
+            told.iter().any(|line| line.contains("TensorRT 10")),
+            provider == "tensorrt",
+            "{provider}: {report}"
+        );
     }
 }
 

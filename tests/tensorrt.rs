@@ -483,6 +483,46 @@ fn a_build_that_fails_leaves_nothing_half_built() {
     }
 }
 
+#[cfg(unix)]
+#[test]
+fn engines_can_lie_in_a_folder_of_their_own() {
+    let build = Build::new();
+    let before = build.names("model");
+    let (code, out, error) = build.run(&["--engines", "of model", "--verbose"], &[]);
+    assert_eq!(code, Some(0), "{out}{error}");
+    assert_eq!(build.names("model"), before, "nothing is written into the model");
+    let wrappers = ["decoder_model_ctx.onnx", "decoder_with_past_model_ctx.onnx", "encoder_model_ctx.onnx"];
+    assert_eq!(build.names("of model"), [&wrappers[..], &["engines"]].concat());
+    assert!(build.path("of model/engines/decoder_with_past_model.plan").is_file());
+    let (code, out, _) = build.run(&["--engines=of model"], &[]);
+    assert_eq!((code, out.matches("is built").count()), (Some(0), 3), "{out}");
+
+    // The runtime looks there, and says what is wrong before ONNX Runtime could.
+    let model = served("tiny-balanced", DType::BFloat16, Some(32));
+    let (model, engines) = (model.to_str().expect("UTF-8"), build.path("of model"));
+    let engines = engines.to_str().expect("UTF-8");
+    let states = build.path("states.npy");
+    let opened = || {
+        let arguments = ["encode", model, "--provider", "tensorrt", "--engines", engines, "-o"];
+        let rest = [states.to_str().expect("UTF-8"), "text"];
+        String::from_utf8_lossy(&run("t5gemma", [&arguments[..], &rest].concat(), "").stderr).into_owned()
+    };
+    assert!(opened().contains("the provider tensorrt cannot be used"), "{}", opened());
+    let wrapper = build.path("of model/encoder_model_ctx.onnx");
+    fs::write(&wrapper, "another").expect("written");
+    assert!(opened().contains("a copy of the model's encoder_model_ctx.onnx"), "{}", opened());
+    fs::copy(build.path("model/encoder_model_ctx.onnx"), &wrapper).expect("copied");
+    build.trtexec("110100", "echo engine > \"$engine\"");
+    let (code, _, error) = build.run(&["--force", "--engines", "of model"], &[]);
+    assert!(code == Some(0) && error.contains("engines of TensorRT 110100 cannot be run by ONNX Runtime"), "{error}");
+    assert!(opened().contains("expected an engine of TensorRT 10"), "{}", opened());
+    fs::write(build.path("of model/engines/encoder_model.plan.stamp"), "graph of another").expect("written");
+    assert!(opened().contains("stamp: expected an engine of graph "), "{}", opened());
+    let output = run("t5gemma", ["generate", model, "--engines", engines, "text"], "");
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.code() == Some(1) && error.contains("engines: expected none but for tensorrt"), "{error}");
+}
+
 /// With ranges that are as good as any, since nothing is run.
 #[cfg(unix)]
 #[test]

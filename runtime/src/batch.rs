@@ -40,6 +40,14 @@ impl Prompts {
     pub fn piece(&self, rows: Range<usize>) -> Prompts {
         Prompts { length: self.length, ids: self.ids[rows.start * self.length..rows.end * self.length].to_vec() }
     }
+
+    /// At least so many, the last of them again.
+    pub fn widened(mut self, rows: usize) -> Prompts {
+        let missing = rows.saturating_sub(self.ids.len() / self.length);
+        let last = self.ids[self.ids.len() - self.length..].repeat(missing);
+        self.ids.extend(last);
+        self
+    }
 }
 
 impl Batch {
@@ -222,6 +230,38 @@ impl Batch {
         }
     }
 
+    /// A rectangle of at least so many rows and tokens, without decoder prompts: behind the tokens there is `pad`, which the mask
+    /// hides, and behind the rows the last of them again.
+    pub(crate) fn widened(&self, rows: usize, length: usize, pad: i64) -> Batch {
+        let (wide, long) = (rows.max(self.rows), length.max(self.length));
+        let rows: Vec<usize> = (0..self.rows).chain(std::iter::repeat_n(self.rows - 1, wide - self.rows)).collect();
+        let filled = |values: &[i64], fill: i64| -> Vec<i64> {
+            let row = |&row: &usize| {
+                let own = values[row * self.length..][..self.length].iter().copied();
+                own.chain(std::iter::repeat_n(fill, long - self.length))
+            };
+            rows.iter().flat_map(row).collect()
+        };
+        let states = self.states.as_ref().map(|states| {
+            let mut filled = Array3::zeros([wide, long, states.shape()[2]]);
+            for (to, &from) in rows.iter().enumerate() {
+                filled.slice_mut(s![to, ..self.length, ..]).assign(&states.slice(s![from, .., ..]));
+            }
+            filled
+        });
+        Batch {
+            rows: wide,
+            length: long,
+            ids: filled(&self.ids, pad),
+            mask: filled(&self.mask, 0),
+            given: rows.iter().map(|&row| self.given[row]).collect(),
+            seeds: rows.iter().map(|&row| self.seeds[row]).collect(),
+            places: rows.iter().map(|&row| self.places[row]).collect(),
+            prompts: None,
+            states,
+        }
+    }
+
     /// What the encoder makes of the sources, where it is known already.
     pub(crate) fn encoder_outputs(&self) -> Option<&Array3<f32>> {
         self.states.as_ref()
@@ -350,6 +390,24 @@ mod tests {
         assert_eq!(batch.ids(), [5, 6, 7, 8, 9, 9]);
         assert_eq!(batch.mask(), [1, 1, 1, 1, 0, 0]);
         assert_eq!((batch.source(1), batch.row_mask(1)), ([8].as_slice(), [1].as_slice()));
+    }
+
+    #[test]
+    fn a_batch_is_filled_up_behind() {
+        let states = Array3::from_shape_fn([2, 2, 1], |(row, at, _)| (10 * row + at) as f32);
+        let batch = Batch::padded(&[vec![5, 6], vec![7]], 0).expect("well-formed");
+        let batch = batch.with_encoder_outputs(states).expect("of this batch");
+        let wide = batch.widened(3, 3, 4);
+        assert_eq!((wide.rows(), wide.length()), (3, 3));
+        assert_eq!(wide.ids(), [5, 6, 4, 7, 0, 4, 7, 0, 4]);
+        assert_eq!(wide.mask(), [1, 1, 0, 1, 0, 0, 1, 0, 0]);
+        assert_eq!((wide.source(1), wide.row_mask(2)), ([7].as_slice(), [1].as_slice()));
+        let states: Vec<f32> = wide.encoder_outputs().expect("there were some").iter().copied().collect();
+        assert_eq!(states, [0.0, 1.0, 0.0, 10.0, 11.0, 0.0, 10.0, 11.0, 0.0]);
+        assert_eq!(batch.widened(1, 1, 4), batch, "no fewer than there are");
+        let prompts = Prompts { length: 2, ids: vec![1, 2, 3, 4] };
+        assert_eq!(prompts.clone().widened(3), Prompts { length: 2, ids: vec![1, 2, 3, 4, 3, 4] });
+        assert_eq!(prompts.clone().widened(1), prompts);
     }
 
     #[test]

@@ -2,53 +2,71 @@
 //! them: what an export needs that computes in 8 bits.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
-use t5gemma_graphs::manifest::ActivationRanges;
+use t5gemma_graphs::manifest::{ActivationRanges, Manifest};
 
 use crate::batch::{Batch, Prompts};
 use crate::cancellation::Cancellation;
+use crate::encoder::Encoder;
 use crate::error::Error;
 use crate::model::Model;
 use crate::options::GenerationOptions;
 
 /// Collects ranges, source by source.
 pub struct Calibration<'m> {
-    model: &'m Model,
+    observed: Observed<'m>,
     /// Of each matrix the greatest absolute number in each source.
     found: BTreeMap<String, Vec<f32>>,
     texts: usize,
 }
 
+/// What is calibrated.
+enum Observed<'m> {
+    Model(&'m Model),
+    Encoder(&'m Encoder),
+}
+
 impl<'m> Calibration<'m> {
-    /// Nothing so far.
+    /// Nothing so far, of a model that generates.
     ///
     /// # Errors
     /// A model that was not exported to be observed.
     pub fn new(model: &'m Model) -> Result<Calibration<'m>, Error> {
-        if model.manifest().observed.is_empty() {
-            return Err(Error::Unsupported {
-                what: format!("{}: its graphs observe nothing", model.path().display()),
-                remedy: "export the model with --observe".into(),
-            });
-        }
-        Ok(Calibration { model, found: BTreeMap::new(), texts: 0 })
+        check(model.manifest(), model.path())?;
+        Ok(Calibration { observed: Observed::Model(model), found: BTreeMap::new(), texts: 0 })
     }
 
-    /// Observes the sources of a batch, each alone, with the targets that the model makes of them.
+    /// Nothing so far, of an encoder or a classifier.
     ///
     /// # Errors
-    /// What [`Model::generate`] can fail by; numbers that are not finite.
+    /// A model that was not exported to be observed, or one that generates, of which the encoder is a part only.
+    pub fn of_encoder(encoder: &'m Encoder) -> Result<Calibration<'m>, Error> {
+        check(encoder.manifest(), encoder.path())?;
+        let task = &encoder.manifest().task;
+        if task.is_generation() {
+            return Err(
+                encoder.other_task(task, "feature-extraction or another with one graph, to be calibrated alone")
+            );
+        }
+        Ok(Calibration { observed: Observed::Encoder(encoder), found: BTreeMap::new(), texts: 0 })
+    }
+
+    /// Observes the sources of a batch, each alone, of a model that generates with the targets that it makes of them; the
+    /// options are for these.
+    ///
+    /// # Errors
+    /// What [`Model::generate`] or [`Encoder::encode`] can fail by; numbers that are not finite.
     pub fn add(&mut self, batch: &Batch, options: &GenerationOptions, cancel: &Cancellation) -> Result<(), Error> {
         for row in 0..batch.rows() {
             let alone = batch.alone(row);
-            let found = self.model.generate(&alone, options, &mut (), cancel)?;
-            let Prompts { mut ids, .. } = alone.prompts(options.decoder_start_token_id);
-            ids.extend_from_slice(&found[0][0].tokens);
-            ids.truncate(self.model.longest_target().0);
-            let target = Prompts { length: ids.len(), ids };
-            for (name, range) in self.model.observe(&alone, target, cancel)? {
+            let (found, dtype) = match self.observed {
+                Observed::Model(model) => (of_model(model, &alone, options, cancel)?, model.manifest().dtype),
+                Observed::Encoder(encoder) => (encoder.observe(&alone, cancel)?, encoder.manifest().dtype),
+            };
+            for (name, range) in found {
                 if !range.is_finite() {
-                    return Err(Error::NotFinite { row, step: 0, dtype: self.model.manifest().dtype });
+                    return Err(Error::NotFinite { row, step: 0, dtype });
                 }
                 self.found.entry(name).or_default().push(range);
             }
@@ -61,6 +79,30 @@ impl<'m> Calibration<'m> {
     pub fn ranges(self, percentile: f64) -> ActivationRanges {
         let ranges = self.found.into_iter().map(|(name, found)| (name, at_percentile(found, percentile))).collect();
         ActivationRanges { texts: self.texts, percentile, ranges }
+    }
+}
+
+/// The ranges of a source and of the target that the model makes of it.
+fn of_model(
+    model: &Model,
+    alone: &Batch,
+    options: &GenerationOptions,
+    cancel: &Cancellation,
+) -> Result<BTreeMap<String, f32>, Error> {
+    let found = model.generate(alone, options, &mut (), cancel)?;
+    let Prompts { mut ids, .. } = alone.prompts(options.decoder_start_token_id);
+    ids.extend_from_slice(&found[0][0].tokens);
+    ids.truncate(model.longest_target().0);
+    model.observe(alone, Prompts { length: ids.len(), ids }, cancel)
+}
+
+fn check(manifest: &Manifest, folder: &Path) -> Result<(), Error> {
+    match manifest.observed.is_empty() {
+        false => Ok(()),
+        true => Err(Error::Unsupported {
+            what: format!("{}: its graphs observe nothing", folder.display()),
+            remedy: "export the model with --observe".into(),
+        }),
     }
 }
 

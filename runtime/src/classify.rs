@@ -9,6 +9,7 @@ use crate::batch::Batch;
 use crate::cancellation::Cancellation;
 use crate::encoder::Encoder;
 use crate::error::Error;
+use crate::profiles::Sizes;
 
 /// What is done to logits to make them scores.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -89,7 +90,20 @@ impl Encoder {
         if !classifier.is_encoder_decoder {
             return run(batch);
         }
-        batch.check(self.config())?;
+        self.check(batch)?;
+        if let Some(profiles) = self.profiles()
+            && let Some(row) = (0..batch.rows()).find(|&row| batch.source(row).len() < profiles.source.least)
+        {
+            let Sizes { least, .. } = profiles.source;
+            return Err(Error::input(
+                format!("input_ids[{row}]"),
+                format!(
+                    "at least {least} tokens (exported with --plan source={}; padding would change what this classifier says)",
+                    profiles.source
+                ),
+                batch.source(row).len().to_string(),
+            ));
+        }
         let mut logits = Array2::zeros([batch.rows(), classifier.labels.len()]);
         for rows in rows_by_length(batch) {
             let of = |part: fn(&Batch, usize) -> &[i64]| rows.iter().map(move |&row| part(batch, row));

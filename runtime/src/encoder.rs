@@ -2,6 +2,8 @@
 //! task than generation. Hidden states and pooled vectors are here, classification is in `classify.rs`; what generates is
 //! `Model`.
 
+use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
@@ -17,6 +19,7 @@ use crate::error::Error;
 use crate::folder::Folder;
 use crate::model::{Graph, OpenOptions, Opener, check_options, float32_values, int64_tensor, run, shares_rows};
 use crate::needs::{Limits, pieces_to_encode};
+use crate::profiles::Profiles;
 use crate::provider::{Provider, no_graphs};
 use crate::scores::Wanted;
 use crate::tokenizer::Tokenizer;
@@ -55,7 +58,8 @@ impl Encoder {
         let first = parts.first().expect("a model has a graph, and its encoder comes first");
         let session = Opener::new(&folder, options)?.open(first.name, &first.ports)?;
         let on_cpu = options.placement.provider == Provider::Cpu;
-        Ok(Encoder { session, on_cpu, limits: options.limits, tokenizer: OnceLock::new(), folder })
+        let limits = folder.limits(options.limits);
+        Ok(Encoder { session, on_cpu, limits, tokenizer: OnceLock::new(), folder })
     }
 
     /// The model's configuration.
@@ -66,6 +70,11 @@ impl Encoder {
     /// What the exporter says of the model.
     pub fn manifest(&self) -> &Manifest {
         &self.folder.manifest
+    }
+
+    /// The sizes that the model was planned for, if it was.
+    pub(crate) fn profiles(&self) -> Option<&Profiles> {
+        self.folder.profiles.as_ref()
     }
 
     /// The folder.
@@ -143,10 +152,15 @@ impl Encoder {
         Ok(vectors)
     }
 
+    /// Checks what of a batch depends on the model.
+    pub(crate) fn check(&self, batch: &Batch) -> Result<(), Error> {
+        self.folder.check(batch)
+    }
+
     /// The graph's output for a batch.
     pub(crate) fn output(&self, batch: &Batch, cancel: &Cancellation) -> Result<ArrayD<f32>, Error> {
         cancel.check()?;
-        batch.check(&self.folder.config)?;
+        self.check(batch)?;
         let side = (&self.folder.config.encoder, self.folder.manifest.dtype);
         let pieces = pieces_to_encode(batch, side, &self.limits, self.on_cpu);
         if pieces.len() == 1 {
@@ -175,6 +189,20 @@ impl Encoder {
     }
 
     fn output_of_piece(&self, batch: &Batch, cancel: &Cancellation) -> Result<ArrayD<f32>, Error> {
+        let fitting = self.folder.fit(batch);
+        let output = self.output_of_rectangle(&fitting, cancel)?;
+        if matches!(fitting, Cow::Borrowed(_)) {
+            return Ok(output);
+        }
+        let mut asked_for = output.slice_axis(Axis(0), (..batch.rows()).into());
+        // Of outputs by token, the second axis is that of the tokens.
+        if asked_for.ndim() == 3 {
+            asked_for.slice_axis_inplace(Axis(1), (..batch.length()).into());
+        }
+        Ok(asked_for.to_owned())
+    }
+
+    fn output_of_rectangle(&self, batch: &Batch, cancel: &Cancellation) -> Result<ArrayD<f32>, Error> {
         // A classifier looks at the tokens of padding too.
         if self.on_cpu
             && let Ok(Features { pooling, .. }) = self.features()
@@ -198,6 +226,19 @@ impl Encoder {
             return Err(Error::OnnxRuntime { during: "reading the output".into(), message });
         }
         ArrayD::from_shape_vec(shape, values).map_err(wrong_rank)
+    }
+
+    /// What the graph observes of one source: of each matrix the greatest absolute number that it is multiplied with.
+    pub(crate) fn observe(&self, batch: &Batch, cancel: &Cancellation) -> Result<BTreeMap<String, f32>, Error> {
+        const DURING: &str = "observing the activations";
+        self.check(batch)?;
+        let rectangle = |values: &[i64]| int64_tensor(batch.rows(), values.to_vec());
+        let (ids, mask) = (rectangle(batch.ids())?, rectangle(batch.mask())?);
+        let outputs = run((&self.session, Wanted::All), DURING, &[(&ids).into(), (&mask).into()], cancel)?;
+        let last = outputs.last().expect("opening has verified that there are outputs");
+        let (_, found) = last.try_extract_tensor::<f32>().map_err(Error::onnxruntime(DURING))?;
+        let names = self.folder.manifest.observed.values().flatten().cloned();
+        Ok(names.zip(found.iter().copied()).collect())
     }
 
     /// The error of a call that the model was not exported for.

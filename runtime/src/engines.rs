@@ -7,11 +7,12 @@ use t5gemma_graphs::interface::{ENGINES, PROVIDER_OPTIONS};
 
 use crate::error::Error;
 use crate::folder::Folder;
-use crate::model::{OpenOptions, Opener, check_options};
+use crate::model::{OpenOptions, Opener, check_options, engines_of};
 use crate::provider::{self, Provider};
 
-/// Has the provider of `options` build the engines of the model folder `path`, into its folder `engines`. `watch` is told of
-/// each graph before its engine is built. With `anew`, what is there already is removed first.
+/// Has the provider of `options` build the engines of the model folder `path`, into its folder `engines`, or into that
+/// of [`OpenOptions::engines`]. `watch` is told of each graph before its engine is built. With `anew`, what is there already is
+/// removed first.
 ///
 /// # Errors
 /// A provider without engines, a folder without a serving plan for it, engines that were built of other graphs, or whatever
@@ -31,7 +32,7 @@ pub fn build_engines(path: &Path, options: &OpenOptions, anew: bool, watch: &mut
             found: "none".into(),
         });
     }
-    let engines = folder.path.join(ENGINES);
+    let engines = engines_of(&folder, options).join(ENGINES);
     if anew && engines.is_dir() {
         fs::remove_dir_all(&engines).map_err(Error::file(&engines))?;
     }
@@ -44,5 +45,5 @@ pub fn build_engines(path: &Path, options: &OpenOptions, anew: bool, watch: &mut
         drop(opener.open(part.name, &part.ports)?);
     }
     drop(opener);
-    provider::stamp_cache(&folder.path, &provider::stamp_of(&folder, provider))
+    provider::stamp_cache(engines_of(&folder, options), &provider::stamp_of(&folder, provider))
 }

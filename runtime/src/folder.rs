@@ -1,6 +1,7 @@
 //! `Folder`: a model folder whose manifest has been read and whose files agree with it. Everything here happens before
 //! ONNX Runtime sees a byte, so that a truncated copy or a mix of two exports is an error about files, not a strange answer.
 
+use std::borrow::Cow;
 use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io::Read;
@@ -17,7 +18,10 @@ use t5gemma_graphs::manifest::{
 };
 use t5gemma_graphs::task::Task;
 
+use crate::batch::Batch;
 use crate::error::Error;
+use crate::needs::Limits;
+use crate::profiles::{self, Profiles};
 use crate::scores::Kept;
 
 /// Weights up to this size are hashed in full on every opening; larger ones by samples unless asked.
@@ -35,6 +39,8 @@ pub(crate) struct Folder {
     pub generation_config: Option<String>,
     /// The tokens that the decoder graphs have logits of, if not of all.
     pub kept: Option<Arc<Kept>>,
+    /// The sizes that it was planned for, if it was.
+    pub profiles: Option<Profiles>,
     /// The weights file, mapped once for all graphs.
     pub weights: Mmap,
 }
@@ -76,7 +82,26 @@ impl Folder {
             false => None,
         };
         let kept = kept_tokens(path, &manifest, &config)?.map(Arc::new);
-        Ok(Folder { path: path.to_path_buf(), manifest, config, generation_config, kept, weights: map })
+        let profiles = Profiles::read(path, &manifest)?;
+        Ok(Folder { path: path.to_path_buf(), manifest, config, generation_config, kept, profiles, weights: map })
+    }
+
+    /// Checks what of a batch depends on the model: see [`Batch::check`], and that its sources are as long as was planned.
+    pub fn check(&self, batch: &Batch) -> Result<(), Error> {
+        batch.check(&self.config)?;
+        self.profiles.as_ref().map_or(Ok(()), |profiles| profiles.check_source(batch.length()))
+    }
+
+    /// A batch, or a piece of one, as the model's serving plan wants it: rows and tokens that nobody asked for stand behind
+    /// those that were.
+    pub fn fit<'b>(&self, batch: &'b Batch) -> Cow<'b, Batch> {
+        profiles::fit(self.profiles.as_ref(), batch, self.config.tokens.pad.unwrap_or(0))
+    }
+
+    /// The limits of a call, within those of the serving plan.
+    pub fn limits(&self, limits: Limits) -> Limits {
+        let planned = self.profiles.as_ref().map_or(usize::MAX, |profiles| profiles.batch.most);
+        Limits { max_sources: limits.max_sources.min(planned), ..limits }
     }
 
     /// The bytes of one tensor.
@@ -88,6 +113,14 @@ impl Folder {
     pub fn graph(&self, name: &str) -> &GraphRecord {
         &self.manifest.graphs[name]
     }
+}
+
+/// What the model in a folder is for, by its manifest alone.
+///
+/// # Errors
+/// A folder without a manifest, or with one that cannot be read.
+pub fn task_of(folder: impl AsRef<Path>) -> Result<Task, Error> {
+    Ok(read_manifest(folder.as_ref())?.task)
 }
 
 fn mismatch(path: PathBuf, field: &str, expected: impl Into<String>, found: impl Into<String>) -> Error {

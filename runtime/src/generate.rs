@@ -80,7 +80,10 @@ fn piece(
 ) -> Result<Vec<Vec<Hypothesis>>, Error> {
     let first = items[0].row;
     let mut results: Vec<Vec<Hypothesis>> = vec![Vec::new(); items.len()];
-    let encoded = model.run_encoder(sources, cancel)?;
+    // Rows that a serving plan wants beside those of the items leave after the first step.
+    let sources = model.fit(sources);
+    let encoded = model.run_encoder(&sources, cancel)?;
+    let prompts = prompts.widened(sources.rows());
     let (mut state, mut logits) = model.start(encoded, prompts, Item::all_want(items.iter(), 0), cancel)?;
 
     // Of logits of several positions, the one at which the search is.

@@ -37,11 +37,14 @@ impl Call {
     /// Checks what depends on the model, and compiles the constraints.
     pub fn new(model: &Model, batch: &Batch, options: &GenerationOptions) -> Result<Call, Error> {
         let decoder = &model.config().decoder;
-        batch.check(model.config())?;
+        model.check(batch)?;
         let prompts = batch.prompts(options.decoder_start_token_id);
         options.check(decoder.vocab_size, prompts.length)?;
         if let Some(kept) = model.kept() {
             options.check_kept(kept)?;
+        }
+        if let Some(profiles) = model.profiles() {
+            profiles.check_targets(prompts.length, options.num_beams, options.num_return_sequences)?;
         }
         let (max_length, (longest, limit)) = (options.max_length(prompts.length), model.longest_target());
         if max_length > longest {
@@ -56,6 +59,16 @@ impl Call {
         {
             let expected =
                 "nothing for this model (drafts need the scores of all positions: export it with --all-logits)";
+            return Err(OptionError::new("prompt_lookup_num_tokens", expected, tokens.to_string()).into());
+        }
+        let planned = model.profiles().and_then(|profiles| profiles.decoder.as_ref());
+        if let (Some(tokens), Some(step)) = (options.prompt_lookup_num_tokens, planned.map(|decoder| decoder.step))
+            && tokens >= step
+        {
+            let expected = match step {
+                1 => "nothing for this model (its --plan has steps of one token)".to_string(),
+                _ => format!("less than {step} (its --plan has steps of at most {step} tokens)"),
+            };
             return Err(OptionError::new("prompt_lookup_num_tokens", expected, tokens.to_string()).into());
         }
         for (option, is_asked, neutral, found) in [

@@ -36,6 +36,7 @@ mod kernels;
 #[doc(hidden)]
 pub mod kernels;
 mod model;
+mod profiles;
 mod state;
 mod weights;
 
@@ -79,6 +80,7 @@ pub use encoder::Encoder;
 pub use engine::{Canceller, Engine, EngineOptions, EngineStats, Event, Generation, Request, Waited};
 pub use engines::build_engines;
 pub use error::Error;
+pub use folder::task_of;
 pub use generate::Watch;
 pub use kernels::instructions;
 pub use logprobs::Logprobs;

@@ -6,6 +6,7 @@
 //! Runtime's prepacking off: each session would otherwise read or pack a copy of its own. Tensors pass between graphs by position, because opening has
 //! verified that ports stand in the order of [`Interface`].
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -38,6 +39,7 @@ use crate::logprobs::Logprobs;
 use crate::needs::{Limits, pieces_to_encode};
 use crate::onnxruntime;
 use crate::options::{GenerationOptions, OptionError};
+use crate::profiles::Profiles;
 use crate::provider::{self, Elsewhere, Placement, Provider, no_graphs};
 use crate::score;
 use crate::scores::{Kept, Summarised, Summary, Wanted};
@@ -73,6 +75,9 @@ pub struct OpenOptions {
     /// so the provider's option `enable_cuda_graph` has it be so. What is kept comes on top of
     /// [`EngineOptions::max_bytes`](crate::EngineOptions::max_bytes). Not by default.
     pub steady_steps: bool,
+    /// The folder with the engines of the model's serving plan, where they do not lie in the model's own: what has been written
+    /// by `build_engines.sh --engines DIR` or [`build_engines`](crate::build_engines). For providers that have engines.
+    pub engines: Option<PathBuf>,
 }
 
 /// What [`OpenOptions::encoder_cache_bytes`] is by default: 64 MiB, which are 7000 source tokens of the 2b model's width.
@@ -91,6 +96,7 @@ impl Default for OpenOptions {
             placement,
             profile: None,
             steady_steps: false,
+            engines: None,
         }
     }
 }
@@ -331,7 +337,7 @@ impl Model {
             decoder_with_past: decoder_with_past?,
             per_item: per_item(&interface),
             on_cpu: options.placement.provider == Provider::Cpu,
-            limits: options.limits,
+            limits: folder.limits(options.limits),
             resident,
             _uploaded: uploaded,
             elsewhere,
@@ -382,10 +388,31 @@ impl Model {
 
     /// The target tokens that the model can continue, and what limits them.
     pub(crate) fn longest_target(&self) -> (usize, &'static str) {
-        match (self.folder.config.decoder.max_position_embeddings, self.folder.manifest.cache) {
-            (longest, CacheLayout::Static(capacity)) if capacity < longest => (capacity, "the capacity of the cache"),
-            (longest, _) => (longest, "decoder.max_position_embeddings"),
+        let planned = self.profiles().and_then(|profiles| profiles.decoder.as_ref()).and_then(|decoder| decoder.target);
+        match (self.folder.config.decoder.max_position_embeddings, self.folder.manifest.cache, planned) {
+            (longest, CacheLayout::Static(capacity), _) if capacity < longest => {
+                (capacity, "the capacity of the cache")
+            }
+            (longest, _, Some(planned)) if planned < longest => {
+                (planned, "the target of the --plan it was exported with")
+            }
+            (longest, ..) => (longest, "decoder.max_position_embeddings"),
         }
+    }
+
+    /// The sizes that the model was planned for, if it was.
+    pub(crate) fn profiles(&self) -> Option<&Profiles> {
+        self.folder.profiles.as_ref()
+    }
+
+    /// See [`Folder::check`].
+    pub(crate) fn check(&self, batch: &Batch) -> Result<(), Error> {
+        self.folder.check(batch)
+    }
+
+    /// See [`Folder::fit`].
+    pub(crate) fn fit<'b>(&self, batch: &'b Batch) -> Cow<'b, Batch> {
+        self.folder.fit(batch)
     }
 
     /// What other providers compute than the one that was asked for: shapes and the like are always the CPU's.
@@ -440,15 +467,17 @@ impl Model {
     pub fn encode(&self, batch: &Batch, cancel: &Cancellation) -> Result<Array3<f32>, Error> {
         const READING: &str = "reading the hidden states";
         cancel.check()?;
-        batch.check(&self.folder.config)?;
+        self.check(batch)?;
         let side = (&self.folder.config.encoder, self.folder.manifest.dtype);
         let mut states = Array3::zeros([batch.rows(), batch.length(), side.0.hidden_size]);
         for rows in pieces_to_encode(batch, side, &self.limits, self.on_cpu) {
             let piece = batch.piece(rows.clone());
-            let hidden = self.run_encoder(&piece, cancel)?.hidden;
+            let run = self.fit(&piece);
+            let hidden = self.run_encoder(&run, cancel)?.hidden;
             let values = float32_values(&hidden).map_err(Error::onnxruntime(READING))?;
-            let found = Array3::from_shape_vec([piece.rows(), piece.length(), side.0.hidden_size], values)
+            let found = Array3::from_shape_vec([run.rows(), run.length(), side.0.hidden_size], values)
                 .map_err(|error| Error::onnxruntime(READING)(ort::Error::wrap(error)))?;
+            let found = found.slice(s![..piece.rows(), ..piece.length(), ..]);
             states.slice_mut(s![rows, ..piece.length(), ..]).assign(&found);
         }
         cancel.check()?;
@@ -781,6 +810,11 @@ impl Model {
 /// Refuses options that no machine can have.
 pub(crate) fn check_options(options: &OpenOptions) -> Result<(), Error> {
     options.placement.check()?;
+    let provider = options.placement.provider;
+    if let (Some(engines), Provider::Cpu | Provider::Cuda) = (&options.engines, provider) {
+        let found = format!("{} for {provider}", engines.display());
+        return Err(Error::input("engines", "none but for tensorrt and nv-tensorrt-rtx, which have engines", found));
+    }
     match options.threads.filter(|threads| !(1..=MOST_THREADS).contains(threads)) {
         Some(threads) => Err(Error::input("threads", format!("1 to {MOST_THREADS}"), threads.to_string())),
         None => Ok(()),
@@ -790,6 +824,11 @@ pub(crate) fn check_options(options: &OpenOptions) -> Result<(), Error> {
 /// Whether several sources may share a row of the encoder: its graph keeps them apart, and attention computes nothing between them.
 pub(crate) fn shares_rows(manifest: &Manifest) -> bool {
     manifest.side_by_side && kernels::attention_skips_other_sources()
+}
+
+/// The folder in which the engines' folder is: the model's, unless another was named.
+pub(crate) fn engines_of<'o>(folder: &'o Folder, options: &'o OpenOptions) -> &'o Path {
+    options.engines.as_deref().unwrap_or(&folder.path)
 }
 
 /// Runs a graph and returns its outputs in order.
@@ -853,7 +892,7 @@ impl<'f> Opener<'f> {
         kernels::instructions()?;
         let library = onnxruntime::initialise(options.library.as_deref(), options.threads)?;
         let weights = weights::mapped(folder).map_err(Error::onnxruntime("sharing the weights"))?;
-        provider::check_cache(folder, options.placement.provider)?;
+        provider::check_cache((folder, engines_of(folder, options)), options.placement.provider)?;
         let decoder = &folder.config.decoder;
         let scored = folder.manifest.kept_tokens.unwrap_or(decoder.vocab_size);
         let kernels = Kernels::new(scored, decoder.final_logit_softcapping);
@@ -878,8 +917,9 @@ impl<'f> Opener<'f> {
     /// Opens one graph over the shared weights and holds it to its ports.
     pub fn open(&mut self, graph: &str, ports: &Ports) -> Result<Graph, Error> {
         let (folder, placement) = (self.folder, &self.options.placement);
-        let given = placement.options_of(folder, graph)?;
-        if let Some(wrapper) = provider::built(folder, graph, placement.provider)? {
+        let engines = engines_of(folder, self.options);
+        let given = placement.options_of((folder, engines), graph)?;
+        if let Some(wrapper) = provider::built((folder, engines), graph, placement.provider)? {
             return self.open_file(&wrapper, (graph, ports, &[]), &given);
         }
         let record = folder.graph(graph);
@@ -898,14 +938,14 @@ impl<'f> Opener<'f> {
         (graph, ports, used): (&str, &Ports, &[String]),
         given: &BTreeMap<String, String>,
     ) -> Result<Graph, Error> {
-        let Placement { provider, .. } = self.options.placement;
+        let placement = &self.options.placement;
+        let provider = placement.provider;
         // The few operators that move a cache are not worth an engine.
-        let cuda = Placement { provider: Provider::Cuda, options: Vec::new(), ..self.options.placement.clone() };
-        let placement = match (graph, provider) {
-            ("reorder", Provider::TensorRt) => &cuda,
-            _ => &self.options.placement,
+        let computing = match (graph, provider) {
+            ("reorder", Provider::TensorRt) => Provider::Cuda,
+            _ => provider,
         };
-        let builder = placement.builder(&self.library.environment, given)?;
+        let builder = placement.builder_with(computing, &self.library.environment, given)?;
         let kernels = self.kernels.beside();
         let build = || {
             let builder = if provider == Provider::Cpu { builder } else { provider::recording(builder)? };
@@ -960,7 +1000,7 @@ impl<'f> Opener<'f> {
             }
         }
         if provider != Provider::Cpu {
-            let elsewhere = provider::elsewhere(&session, placement.provider, graph);
+            let elsewhere = provider::elsewhere(&session, computing, graph);
             self.elsewhere.extend(elsewhere.map_err(Error::onnxruntime("asking what computes the operators"))?);
         }
         Ok(Graph { session: Mutex::new(session), kernels })

@@ -97,6 +97,8 @@ pub(crate) struct Plan {
     tensors: usize,
     /// Bytes of a row of logits.
     logits: usize,
+    /// Rows of an engine that can share steps, each with its source's keys and values: those of the serving plan's batch.
+    pub side_by_side: usize,
 }
 
 impl Plan {
@@ -115,6 +117,7 @@ impl Plan {
             of_tensor: decoder.num_key_value_heads * decoder.head_dim * width,
             tensors,
             logits: 4 * model.manifest().kept_tokens.unwrap_or(decoder.vocab_size),
+            side_by_side: model.profiles().map_or(usize::MAX, |profiles| profiles.batch.most),
         }
     }
 
@@ -220,7 +223,7 @@ impl Need {
 impl Plan {
     /// Of a model with a cache of four small tensors.
     pub fn for_tests(layout: CacheLayout) -> Plan {
-        Plan { layout, moved: 1, of_tensor: 100, tensors: 4, logits: 1000 }
+        Plan { layout, moved: 1, of_tensor: 100, tensors: 4, logits: 1000, side_by_side: usize::MAX }
     }
 }
 

@@ -161,7 +161,11 @@ impl Placement {
     }
 
     /// The options for a graph: those of the folder's serving plan, and over them the caller's.
-    pub(crate) fn options_of(&self, folder: &Folder, graph: &str) -> Result<BTreeMap<String, String>, Error> {
+    pub(crate) fn options_of(
+        &self,
+        (folder, engines): (&Folder, &Path),
+        graph: &str,
+    ) -> Result<BTreeMap<String, String>, Error> {
         let mut options = BTreeMap::new();
         if folder.manifest.files.contains_key(PROVIDER_OPTIONS) {
             let path = folder.path.join(PROVIDER_OPTIONS);
@@ -170,9 +174,9 @@ impl Placement {
                 .map_err(|error| Error::File { path: path.clone(), problem: error.to_string() })?;
             let planned = planned.get(self.provider.name()).and_then(|graphs| graphs.get(graph));
             options.extend(planned.into_iter().flatten().map(|(name, value)| {
-                // What the plan calls a path lies in the folder.
+                // What the plan calls a path lies where the engines do.
                 let value = match name.ends_with("_path") {
-                    true => folder.path.join(value).display().to_string(),
+                    true => engines.join(value).display().to_string(),
                     false => value.clone(),
                 };
                 (name.clone(), value)
@@ -192,18 +196,28 @@ impl Placement {
         environment: &Environment,
         options: &BTreeMap<String, String>,
     ) -> Result<SessionBuilder, Error> {
+        self.builder_with(self.provider, environment, options)
+    }
+
+    /// A session to be, on the provider or on one that computes a part for it; what is wrong is told of the one asked for.
+    pub(crate) fn builder_with(
+        &self,
+        computing: Provider,
+        environment: &Environment,
+        options: &BTreeMap<String, String>,
+    ) -> Result<SessionBuilder, Error> {
         let builder = Session::builder(environment).map_err(Error::onnxruntime("preparing a session"))?;
-        if self.provider == Provider::Cpu {
+        if computing == Provider::Cpu {
             let placed = builder.with_auto_device(AutoDevicePolicy::PreferCPU);
             return placed.map_err(|error| self.unusable(&error.into()));
         }
-        if self.provider == Provider::NvTensorRtRtx {
+        if computing == Provider::NvTensorRtRtx {
             return self.with_plugin(environment, builder, options);
         }
         // Float32 is float32: the faster multiplication of 19 bits has to be asked for.
         let cuda = CUDA::default().with_device_id(self.device as i32).with_tf32(false);
         let given = || options.iter().filter(|(name, _)| *name != "library");
-        let providers: Vec<ExecutionProviderDispatch> = match self.provider {
+        let providers: Vec<ExecutionProviderDispatch> = match computing {
             Provider::TensorRt => {
                 let tensorrt = TensorRT::default().with_device_id(self.device as i32);
                 let tensorrt = given().fold(tensorrt, |ep, (name, value)| ep.with_arbitrary_config(name, value));
@@ -235,7 +249,10 @@ impl Placement {
         let Some(device) = of_name.into_iter().nth(self.device as usize) else {
             let found = environment.devices().filter(|device| device.ep().is_ok_and(|ep| ep == name)).count();
             return Err(Error::Unsupported {
-                what: format!("{name} has no GPU of number {} here; it found {found}", self.device),
+                what: format!(
+                    "the provider {} cannot be used: {name} has no GPU of number {} here; it found {found}",
+                    self.provider, self.device
+                ),
                 remedy: "use a machine with an NVIDIA RTX GPU and its driver, or --provider cpu".into(),
             });
         };
@@ -274,6 +291,9 @@ fn missing_library(message: &str) -> Option<&str> {
     Some(library.rsplit('/').next().unwrap_or(library).trim_end_matches([':', '.']))
 }
 
+/// The TensorRT that ONNX Runtime's provider needs.
+const TENSORRT: &str = "TensorRT 10 from NVIDIA (version 11 does not serve: ONNX Runtime 1.31 is built for 10)";
+
 /// Libraries by how their names begin, and where they come from.
 const PACKAGES: [(&str, &str); 13] = [
     ("libcublas", "pip package nvidia-cublas"),
@@ -282,8 +302,8 @@ const PACKAGES: [(&str, &str); 13] = [
     ("libcufft", "pip package nvidia-cufft"),
     ("libnvrtc", "pip package nvidia-cuda-nvrtc"),
     ("libcudnn", "pip package nvidia-cudnn-cu13"),
-    ("libnvinfer", "TensorRT 10 from NVIDIA (version 11 does not serve: ONNX Runtime 1.31 is built for 10)"),
-    ("libnvonnxparser", "TensorRT 10 from NVIDIA (version 11 does not serve: ONNX Runtime 1.31 is built for 10)"),
+    ("libnvinfer", TENSORRT),
+    ("libnvonnxparser", TENSORRT),
     ("libtensorrt_rtx", "pip package onnxruntime-ep-nv-tensorrt-rtx-cu13"),
     ("libtensorrt_onnxparser_rtx", "pip package onnxruntime-ep-nv-tensorrt-rtx-cu13"),
     ("libcuda.", "NVIDIA driver"),
@@ -311,6 +331,8 @@ fn remedy(provider: Provider, library: Option<&str>) -> String {
                     provider.package()
                 )
             }
+            // Told at once, not as the next error.
+            Provider::TensorRt => format!("{}; it also needs {TENSORRT}", onnxruntime::remedy_for(provider.package())),
             _ => onnxruntime::remedy_for(provider.package()),
         },
     }
@@ -387,34 +409,58 @@ pub(crate) fn elsewhere(session: &Session, provider: Provider, graph: &str) -> o
 /// The graph file to open in place of `graph` where an engine was built of it ahead of time, by the folder's script.
 ///
 /// # Errors
-/// An engine that was built of another graph.
-pub(crate) fn built(folder: &Folder, graph: &str, provider: Provider) -> Result<Option<PathBuf>, Error> {
+/// An engine that was built of another graph, or by a TensorRT whose engines ONNX Runtime does not run.
+pub(crate) fn built(
+    (folder, engines): (&Folder, &Path),
+    graph: &str,
+    provider: Provider,
+) -> Result<Option<PathBuf>, Error> {
     let record = folder.graph(graph);
     let stem = record.file.strip_suffix(".onnx").unwrap_or(&record.file);
-    let plan = folder.path.join(ENGINES).join(format!("{stem}.plan"));
+    let plan = engines.join(ENGINES).join(format!("{stem}.plan"));
     if provider != Provider::TensorRt || !plan.is_file() {
         return Ok(None);
     }
     let stamp = plan.with_extension("plan.stamp");
     let found = fs::read_to_string(&stamp).map_err(Error::file(&stamp))?;
     let expected = format!("graph {}, weights {}", record.record.sha256, folder.manifest.weights.record.sha256);
-    match found.starts_with(&expected) {
-        true => Ok(Some(folder.path.join(format!("{stem}_ctx.onnx")))),
-        false => Err(Error::Folder {
-            path: plan,
-            field: "stamp".into(),
-            expected: format!("an engine of {expected} (build it with build_engines.sh --force, or remove it)"),
-            found: found.trim().to_string(),
-        }),
+    let refused = |expected: String, found: &str| {
+        let expected = format!("{expected} (build it with build_engines.sh --force, or remove it)");
+        let found = found.trim().to_string();
+        Error::Folder { path: plan.clone(), field: "stamp".into(), expected, found }
+    };
+    if !found.starts_with(&expected) {
+        return Err(refused(format!("an engine of {expected}"), &found));
     }
+    if major_version(&found).is_some_and(|major| major > 10) {
+        return Err(refused("an engine of TensorRT 10, which ONNX Runtime 1.31 is built for".into(), &found));
+    }
+    // Of a wrapper only a copy that was made for these engines may lie elsewhere.
+    let (name, wrapper) = (format!("{stem}_ctx.onnx"), engines.join(format!("{stem}_ctx.onnx")));
+    if engines != folder.path {
+        let [own, copy] =
+            [folder.path.join(&name), wrapper.clone()].map(|path| fs::read(&path).map_err(Error::file(&path)));
+        if own? != copy? {
+            return Err(refused(format!("a copy of the model's {name} beside it"), "another file"));
+        }
+    }
+    Ok(Some(wrapper))
+}
+
+/// The major version in a stamp's `TensorRT 101600` or `TensorRT 10.16.0`, if it tells it.
+fn major_version(stamp: &str) -> Option<u32> {
+    let (_, version) = stamp.split_once("TensorRT ")?;
+    let digits = version.split(|c: char| !c.is_ascii_digit()).next()?;
+    let number: u32 = digits.parse().ok()?;
+    Some(if number >= 1000 { number / 10_000 } else { number })
 }
 
 /// The stamp of the engines that a provider has cached in the folder.
 const STAMP: &str = "cache.stamp";
 
 /// Refuses engines that were cached for other graphs.
-pub(crate) fn check_cache(folder: &Folder, provider: Provider) -> Result<(), Error> {
-    let stamp = folder.path.join(ENGINES).join(STAMP);
+pub(crate) fn check_cache((folder, engines): (&Folder, &Path), provider: Provider) -> Result<(), Error> {
+    let stamp = engines.join(ENGINES).join(STAMP);
     let Ok(found) = fs::read_to_string(&stamp) else { return Ok(()) };
     let expected = stamp_of(folder, provider);
     match found == expected {
@@ -477,6 +523,27 @@ mod tests {
             assert!(remedy(Provider::Cuda, Some(library)).contains(package), "{library}");
         }
         assert_eq!(missing_library("CUDA failure 100: no CUDA-capable device is detected"), None);
+    }
+
+    #[test]
+    fn versions_in_stamps_are_read() {
+        for (stamp, expected) in [
+            ("graph a, weights b, TensorRT 101600, NVIDIA H100, 9.0", Some(10)),
+            ("graph a, weights b, TensorRT 110100, NVIDIA H100, 9.0", Some(11)),
+            ("graph a, weights b, TensorRT 8601, NVIDIA A10, 8.6", Some(0)),
+            ("graph a, weights b, TensorRT 10.16.1.11, NVIDIA H100, 9.0", Some(10)),
+            ("graph a, weights b, TensorRT 11.1, NVIDIA H100, 9.0", Some(11)),
+            ("graph a, weights b, TensorRT unknown, NVIDIA H100, 9.0", None),
+            ("", None),
+        ] {
+            assert_eq!(major_version(stamp), expected, "{stamp}");
+        }
+    }
+
+    #[test]
+    fn what_tensorrt_needs_is_told_at_once() {
+        let told = remedy(Provider::TensorRt, None);
+        assert!(told.contains("onnxruntime-gpu") && told.contains("TensorRT 10"), "{told}");
     }
 
     #[test]

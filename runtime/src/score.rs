@@ -26,7 +26,7 @@ pub(crate) fn score(
 ) -> Result<Vec<Scored>, Error> {
     cancel.check()?;
     let decoder = &model.config().decoder;
-    batch.check(model.config())?;
+    model.check(batch)?;
     check(targets, batch.rows(), decoder.vocab_size, model.kept().map(|kept| &**kept))?;
     let scored = model.kept().map_or(decoder.vocab_size, |kept| kept.tokens().len());
     if top > scored {
@@ -34,6 +34,9 @@ pub(crate) fn score(
         return Err(Error::input("top_logprobs", expected, top.to_string()));
     }
     let prompts = batch.prompts(model.options().decoder_start_token_id);
+    if let Some(profiles) = model.profiles() {
+        profiles.check_targets(prompts.length, 1, 1)?;
+    }
     let longest = targets.iter().map(Vec::len).max().unwrap_or(0) + prompts.length;
     let (most, limit) = model.longest_target();
     if longest > most {
@@ -75,8 +78,11 @@ fn piece(
         (Logprobs::default(), attended)
     };
     let mut found: Vec<Scored> = of.clone().map(nothing_yet).collect();
-    let encoded = model.run_encoder(&batch.piece(of.clone()), cancel)?;
-    let (mut state, mut logits) = model.start(encoded, prompts.piece(of.clone()), Wanted::All, cancel)?;
+    let piece = batch.piece(of.clone());
+    let sources = model.fit(&piece);
+    let encoded = model.run_encoder(&sources, cancel)?;
+    let prompts = prompts.piece(of.clone()).widened(sources.rows());
+    let (mut state, mut logits) = model.start(encoded, prompts, Wanted::All, cancel)?;
     let mut rows: Vec<usize> = of.clone().collect();
     for step in 0.. {
         let mut said = logits.said()?;

@@ -5,9 +5,9 @@
 mod comparison;
 
 use std::collections::BTreeMap;
-use std::ops::ControlFlow;
+use std::ops::{ControlFlow, Range};
 
-use ndarray::{Array2, Array3, ArrayD, Axis, s};
+use ndarray::{Array2, Array3, ArrayD, ArrayView2, Axis, s};
 use t5gemma_graphs::interface::DType;
 use t5gemma_graphs::manifest::EncoderWindow;
 
@@ -15,7 +15,7 @@ use crate::batch::{Batch, Prompts};
 use crate::cancellation::Cancellation;
 use crate::error::Error;
 use crate::generate;
-use crate::model::Model;
+use crate::model::{Logits, Model};
 use crate::options::GenerationOptions;
 use crate::scores::Wanted;
 use crate::search::Search;
@@ -254,20 +254,39 @@ fn forced(
     let part = |from: usize, count: usize| -> Vec<i64> {
         targets.chunks(length).flat_map(|row| &row[from..from + count]).copied().collect()
     };
-    let mut all = Vec::new();
-    let encoded = model.run_encoder(batch, cancel)?;
-    let prompts = Prompts { length: pieces[0], ids: part(0, pieces[0]) };
-    let (mut state, mut logits) = model.start(encoded, prompts, Wanted::All, cancel)?;
-    let mut fed = pieces[0];
-    all.extend_from_slice(logits.rows_mut()?);
-    for &count in &pieces[1..] {
-        logits = model.step(&mut state, part(fed, count), Wanted::All, cancel)?;
-        fed += count;
-        all.extend_from_slice(logits.rows_mut()?);
-    }
     let tokens = model.kept().map_or(model.config().decoder.vocab_size, |kept| kept.tokens().len());
-    let shape = [pieces.len(), rows, tokens];
-    Ok(Array3::from_shape_vec(shape, all).expect("each run returns one row of logits for each row"))
+    let mut all = Array3::zeros([pieces.len(), rows, tokens]);
+    let mut take = |piece: usize, rows: &Range<usize>, logits: &mut Logits| {
+        let logits = logits.rows_mut()?;
+        let logits = ArrayView2::from_shape([logits.len() / tokens, tokens], logits);
+        let logits = logits.expect("each run returns one row of logits for each row");
+        all.slice_mut(s![piece, rows.clone(), ..]).assign(&logits.slice(s![..rows.len(), ..]));
+        Ok::<(), Error>(())
+    };
+    if let Some(profiles) = model.profiles() {
+        profiles.check_targets(pieces[0], 1, 1)?;
+    }
+    let most = model.limits().max_sources;
+    let runs = (0..rows).step_by(most.min(rows)).map(|first| first..first.saturating_add(most).min(rows));
+    for of_run in runs {
+        let run = batch.piece(of_run.clone());
+        let run = model.fit(&run);
+        let encoded = model.run_encoder(&run, cancel)?;
+        let prompts = Prompts { length: pieces[0], ids: part(0, pieces[0]) };
+        let prompts = prompts.piece(of_run.clone()).widened(run.rows());
+        let (mut state, mut logits) = model.start(encoded, prompts, Wanted::All, cancel)?;
+        take(0, &of_run, &mut logits)?;
+        let kept: Vec<usize> = (0..of_run.len()).collect();
+        state.select(&kept, &kept)?;
+        let mut fed = pieces[0];
+        for (piece, &count) in (1..).zip(&pieces[1..]) {
+            let tokens = Prompts { length: count, ids: part(fed, count) }.piece(of_run.clone()).ids;
+            logits = model.step(&mut state, tokens, Wanted::All, cancel)?;
+            take(piece, &of_run, &mut logits)?;
+            fed += count;
+        }
+    }
+    Ok(all)
 }
 
 /// The largest difference between the scores that beam search reports and those computed anew from the logits.

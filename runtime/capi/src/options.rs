@@ -58,6 +58,7 @@ pub fn open_options(options: Record<t5g_open_options>) -> Result<OpenOptions, Fa
             || value.as_u64().and_then(|value| usize::try_from(value).ok()).ok_or_else(|| refused("a whole number"));
         match name.as_str() {
             "library" => options.library = Some(PathBuf::from(value.as_str().ok_or_else(|| refused("a path"))?)),
+            "engines" => options.engines = Some(PathBuf::from(value.as_str().ok_or_else(|| refused("a path"))?)),
             "provider" => {
                 let known = Provider::ALL.into_iter().find(|provider| value == provider.name());
                 let names = Provider::ALL.map(|provider| format!("{:?}", provider.name())).join(", ");
@@ -355,6 +356,19 @@ mod tests {
         options.size = size_of::<t5g_generation_options>();
         let read = generation_options(Record::to(options));
         read.map(Value::Object).map_err(|failure| failure.message().to_string())
+    }
+
+    #[test]
+    fn the_folder_of_engines_is_an_option_of_opening() {
+        let open = |json: Text| {
+            let size = size_of::<t5g_open_options>();
+            let mut options = t5g_open_options { size, json, ..t5g_open_options::unset() };
+            open_options(Record::to(&mut options)).map_err(|failure| failure.message().to_string())
+        };
+        let read = open(Text::of(c"{\"engines\": \"/a/b\", \"provider\": \"tensorrt\"}"));
+        assert_eq!(read.map(|options| options.engines), Ok(Some(PathBuf::from("/a/b"))));
+        let refused = open(Text::of(c"{\"engines\": 5}")).map(|options| options.engines);
+        assert_eq!(refused, Err("engines: expected a path, found 5".into()));
     }
 
     #[test]

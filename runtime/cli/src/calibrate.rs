@@ -5,31 +5,31 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::json;
-use t5gemma_runtime::{Calibration, Cancellation};
+use t5gemma_runtime::{Calibration, Cancellation, GenerationOptions, task_of};
 
 use crate::files::without_mark;
 use crate::progress::counter;
-use crate::requests::{self, Kind, Request};
+use crate::requests::{self, Kind, Reader, Request};
 use crate::tensors::{Aside, write_text};
 use crate::{Opening, Outcome};
 
 /// Tells how large the numbers become that a model's matrices are multiplied with
 ///
-/// Of a model that was exported with --observe. The texts should be like those that will be served. Each is run alone, with
-/// the target that the model makes of it; `t5gemma-export --calibrate` reads what is written.
+/// Of a model of any task that was exported with --observe. The texts should be like those that will be served. Each is run
+/// alone, of a model that generates with the target that it makes of it; `t5gemma-export --calibrate` reads what is written.
 #[derive(clap::Args)]
 pub struct Arguments {
     #[command(flatten)]
     opening: Opening,
-    /// Requests as for `generate --jsonl`, a line each
+    /// Requests as for `generate --jsonl`, or for other tasks as for `encode --jsonl`, a line each
     #[arg(long, value_name = "FILE.jsonl")]
     texts: PathBuf,
     /// File to write
     #[arg(short, long, value_name = "RANGES.json")]
     output: PathBuf,
-    /// Tokens of a target at most
-    #[arg(long, value_name = "N", default_value_t = 64)]
-    max_new_tokens: usize,
+    /// Tokens of a target at most, of a model that generates [default: 64]
+    #[arg(long, value_name = "N")]
+    max_new_tokens: Option<usize>,
     /// Give this percentile of the texts' greatest numbers: below 100, what is rare is cut, so that the rest is rounded less
     /// coarsely
     #[arg(long, value_name = "P", default_value_t = 100.0)]
@@ -40,8 +40,26 @@ pub struct Arguments {
 pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     let Arguments { opening, texts, output, max_new_tokens, percentile } = arguments;
     ensure!(percentile > 0.0 && percentile <= 100.0, "--percentile: expected more than 0 to 100, found {percentile}");
-    let model = opening.open()?;
-    let mut calibration = Calibration::new(&model)?;
+    let task = task_of(&opening.model)?;
+    let (model, encoder);
+    let (mut calibration, reader, kind, defaults): (_, &dyn Reader, _, _) = match task.is_generation() {
+        true => {
+            model = opening.open()?;
+            let length = json!({"max_new_tokens": max_new_tokens.unwrap_or(64)});
+            let defaults = model.options().with(length.as_object().context("written above")?)?;
+            (Calibration::new(&model)?, &model, Kind::Generate, defaults)
+        }
+        false => {
+            ensure!(
+                max_new_tokens.is_none(),
+                "--max-new-tokens requires the task text2text-generation (got {})",
+                task.name()
+            );
+            encoder = opening.open_encoder()?;
+            let defaults = GenerationOptions { pad_token_id: encoder.pad_token_id(), ..GenerationOptions::default() };
+            (Calibration::of_encoder(&encoder)?, &encoder, Kind::Encode { truncates: false }, defaults)
+        }
+    };
     let output = Aside::create(&output)?;
     let lines = fs::read(&texts).with_context(|| format!("{}: cannot be read", texts.display()))?;
     let lines = without_mark(&lines).map_err(|problem| anyhow!("{}: {problem}", texts.display()))?;
@@ -49,13 +67,11 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     let done = counter("texts", true);
     for (number, line) in lines {
         let place = || format!("{}: line {}", texts.display(), number + 1);
-        let request = match Request::parse(line, number, Kind::Generate, &model) {
+        let request = match Request::parse(line, number, kind, reader) {
             Ok(request) => request,
             Err(refused) => bail!("{}: {}", place(), refused.reason),
         };
-        let length = json!({"max_new_tokens": max_new_tokens});
-        let options = model.options().with(length.as_object().context("written above")?);
-        let options = options.and_then(|options| options.with(&request.options)).with_context(place)?;
+        let options = defaults.with(&request.options).with_context(place)?;
         let batch = requests::batch(&[request], options.pad_token_id).with_context(place)?;
         calibration.add(&batch, &options, cancel).with_context(place)?;
         done.inc(1);

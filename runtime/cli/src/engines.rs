@@ -7,7 +7,8 @@ use t5gemma_runtime::build_engines;
 
 use crate::{Opening, Outcome};
 
-/// Has --provider tensorrt or nv-tensorrt-rtx build its engines for the GPU of this machine, into the model's folder `engines`
+/// Has --provider tensorrt or nv-tensorrt-rtx build its engines for the GPU of this machine, into the folder `engines` of the
+/// model or of --engines DIR
 ///
 /// The model has to be exported with --target tensorrt and a --plan. What is there for the same graphs is used again; what is
 /// there for others is refused.

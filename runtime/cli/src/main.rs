@@ -97,6 +97,10 @@ struct Opening {
     /// Option of the provider by ONNX Runtime's name of it, over those of the model's serving plan; may be repeated
     #[arg(long, value_name = "NAME=VALUE", value_parser = provider_option)]
     provider_option: Vec<(String, String)>,
+    /// Folder with the engines of the model's serving plan, as build_engines.sh --engines or build-engines --engines has made
+    /// it [default: the model's own]
+    #[arg(long, value_name = "DIR")]
+    engines: Option<PathBuf>,
     /// Have ONNX Runtime write how long each operator takes into the files PREFIX-GRAPH_TIME.json, which chrome://tracing
     /// shows; it slows the operators down a little
     #[arg(long, value_name = "PREFIX")]
@@ -156,7 +160,7 @@ impl Opening {
         let limits = self.limits;
         let provider = Provider::ALL.into_iter().find(|provider| provider.name() == self.provider).unwrap_or_default();
         let placement = Placement { provider, device, options: self.provider_option.clone() };
-        let profile = self.profile.clone();
+        let (profile, engines) = (self.profile.clone(), self.engines.clone());
         OpenOptions {
             library,
             threads,
@@ -165,6 +169,7 @@ impl Opening {
             limits,
             placement,
             profile,
+            engines,
             ..OpenOptions::default()
         }
     }

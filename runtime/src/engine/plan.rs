@@ -11,6 +11,11 @@ impl Plan {
             ("target rows (num_beams or num_return_sequences)", need.rows, options.max_rows),
             ("bytes of keys, values and logits", self.bytes(need), options.max_bytes),
             ("source in flight (max_sources)", 1, options.max_sources),
+            (
+                "target rows (num_beams or num_return_sequences), each a source of the --plan's batch in an engine",
+                need.rows,
+                self.side_by_side,
+            ),
         ] {
             if needed > limit {
                 return Err(Error::TooLarge { what, needed, limit });
@@ -41,6 +46,14 @@ mod tests {
             let error = plan.check(&Need::FOR_TESTS, &options).expect_err(expected).to_string();
             assert!(error.starts_with(expected), "{error}");
         }
+        let mut planned = plan.clone();
+        planned.side_by_side = 1;
+        let error =
+            planned.check(&Need::FOR_TESTS, &options(2, 140_000)).expect_err("2 rows for a batch of 1").to_string();
+        assert!(
+            error.contains("2 target rows") && error.contains("--plan's batch") && error.contains("the 1"),
+            "{error}"
+        );
         let endless = Need { target: usize::MAX >> 1, ..Need::FOR_TESTS };
         assert!(plan.check(&endless, &options(2, usize::MAX - 1)).is_err());
     }

@@ -161,7 +161,11 @@ impl Worker {
             let bytes = others.iter().map(|other| shared.plan.bytes(other)).sum::<usize>();
             let bytes = bytes.saturating_add(shared.plan.bytes(&with));
             let is_full = sources + admitted.len() >= shared.options.max_sources;
-            if is_full || rows > shared.options.max_rows || bytes > shared.options.max_bytes {
+            if is_full
+                || with.rows > shared.plan.side_by_side
+                || rows > shared.options.max_rows
+                || bytes > shared.options.max_bytes
+            {
                 break;
             }
             own = Some(with);
@@ -229,7 +233,11 @@ impl Worker {
         }
         let lengths: Vec<usize> = batches.iter().map(Batch::length).collect();
         let wanted = Item::all_want(members.iter().map(|member| &member.item), 0);
-        let begun = Batch::joined(batches, 0).and_then(|batch| Begun::start(model, &batch, prompts, wanted, cancel));
+        let begun = Batch::joined(batches, 0).and_then(|batch| {
+            // No more are admitted at a time than the serving plan's batch.
+            let run = model.fit(&batch);
+            Begun::start(model, &run, prompts.widened(run.rows()), wanted, cancel)
+        });
         let begun = begun.and_then(|(begun, mut logits)| {
             let going_on: Vec<bool> = {
                 let mut said = logits.said()?;
