@@ -19,9 +19,14 @@ pub const COMPANIONS: &[&str] = &[
     "tokenizer.model",
     "special_tokens_map.json",
     "added_tokens.json",
-    "chat_template.jinja",
+    CHAT_TEMPLATE,
     "chat_template.json",
 ];
+
+/// The template for conversations.
+pub const CHAT_TEMPLATE: &str = "chat_template.jinja";
+/// Where transformers takes it from if that file is not there.
+pub const DEFAULT_CHAT_TEMPLATE: &str = "additional_chat_templates/default.jinja";
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";

@@ -51,7 +51,7 @@ pub use inspect::{Report, inspect};
 pub use plan::{Bytes, Plan};
 pub use presets::{PRESETS, preset};
 
-use checkpoint::{COMPANIONS, read_text};
+use checkpoint::{CHAT_TEMPLATE, COMPANIONS, DEFAULT_CHAT_TEMPLATE, read_text};
 use folder::Aside;
 use plan::Memory;
 
@@ -564,6 +564,12 @@ impl Source {
             }
             Ok((*name, bytes))
         };
-        COMPANIONS.iter().filter(|name| there(name)).map(read).collect()
+        let mut companions: Vec<_> = COMPANIONS.iter().filter(|name| there(name)).map(read).collect::<Result<_>>()?;
+        // The template for conversations may stand beside templates for other uses, which are not carried along.
+        if !there(&CHAT_TEMPLATE) && there(&DEFAULT_CHAT_TEMPLATE) {
+            let (_, bytes) = read(&DEFAULT_CHAT_TEMPLATE)?;
+            companions.push((CHAT_TEMPLATE, bytes));
+        }
+        Ok(companions)
     }
 }
