@@ -49,6 +49,63 @@ fn conversations_are_written_as_transformers_writes_them() {
 }
 
 #[test]
+fn templates_cannot_end_the_process_or_take_its_memory() {
+    let folder = tempfile::tempdir().expect("a temporary folder can be made");
+    let apply = |template: &str| {
+        fs::write(folder.path().join("chat_template.jinja"), template).expect("written");
+        let messages = [json!({"role": "user", "content": "a"})];
+        ChatTemplate::open(folder.path()).and_then(|template| template.apply(&messages))
+    };
+    let nested = "{% set ns = namespace(a=[]) %}{% for j in range(9) %}{% for i in range(99999) %}\
+                  {% set ns.a = [ns.a] %}{% endfor %}{% endfor %}";
+    let doubled =
+        "{% set ns = namespace(s='aaaaaaaa') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}";
+    let large = |expression: &str| format!("{{% set s = 'a' * 100000 %}}{{{{ {expression} }}}}");
+    for (template, expected) in [
+        ("{%}".to_string(), "line 1 of the template"),
+        ("{{ [1] | tojson(indent=100000000000) }}".into(), "fuel"),
+        ("{{ {'a': [1]} | tojson(indent=100000000) }}".into(), "fuel"),
+        ("{{ 'a' * 10000000000 }}".into(), "fuel"),
+        ("{{ '%10000000000d' % 5 }}".into(), "fuel"),
+        ("{{ '%*d' % (10000000000, 5) }}".into(), "fuel"),
+        ("{{ '{:>10000000000}'.format('a') }}".into(), "fuel"),
+        ("{{ 'a'.ljust(10000000000) }}{{ 'a'.rjust(10000000000) }}".into(), "fuel"),
+        ("{{ 'a'.center(10000000000) }}".into(), "fuel"),
+        ("{{ 'a' | center(10000000000) }}".into(), "fuel"),
+        ("{{ '7'.zfill(10000000000) }}".into(), "fuel"),
+        ("{{ 'a' | indent(10000000000, true) }}".into(), "fuel"),
+        (large("s.replace('a', s)"), "fuel"),
+        (large("s.join((s * 100) | list)"), "fuel"),
+        (large("([s] * 100000) | join"), "fuel"),
+        (large("([s] * 100000) | string"), "fuel"),
+        (large("[s] * 100000"), "fuel"),
+        (large("'%s' % [[s] * 100000]"), "fuel"),
+        (large("([s] * 100000) | tojson"), "fuel"),
+        (doubled.to_string(), "fuel"),
+        (nested.to_string(), "fuel"),
+        ("{{ range(10000000000) | list }}".into(), "range"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}".into(), "recursion"),
+        (format!("{{{{ {}1{} }}}}", "(".repeat(100_000), ")".repeat(100_000)), "recursion"),
+        ("{% macro f() %}{{ varargs | length }}{% endmacro %}{{ f() }}".into(), "varargs"),
+    ] {
+        let error = apply(&template).expect_err("refused").to_string();
+        assert!(error.contains(expected) && error.contains("chat_template.jinja"), "{template:.80}: {error}");
+    }
+    assert_eq!(apply("{{ 'a' * 1000 }}").expect("rendered").len(), 1000);
+}
+
+#[test]
+fn a_byte_order_mark_is_no_part_of_a_template_and_zero_bytes_stay() {
+    let folder = tempfile::tempdir().expect("a temporary folder can be made");
+    let at = |name: &str| folder.path().join(name);
+    fs::write(at("tokenizer_config.json"), "\u{feff}{\"bos_token\": \"<s>\"}").expect("written");
+    fs::write(at("chat_template.jinja"), "\u{feff}{{ bos_token }}\0{{ messages[0].content }}").expect("written");
+    let messages = [json!({"role": "user", "content": "a\0b"})];
+    let template = ChatTemplate::open(folder.path()).expect("a template");
+    assert_eq!(template.apply(&messages).expect("rendered"), "<s>\0a\0b");
+}
+
+#[test]
 fn a_template_may_stand_in_a_file_of_its_own() {
     let folder = tempfile::tempdir().expect("a temporary folder can be made");
     let at = |name: &str| folder.path().join(name);
@@ -63,6 +120,16 @@ fn a_template_may_stand_in_a_file_of_its_own() {
     assert_eq!(apply(), "several");
     fs::write(at("chat_template.jinja"), "{{ bos_token }}{{ messages[0].content }}").expect("written");
     assert_eq!(apply(), "<s>hi", "the file has precedence, the special tokens are still those of the settings");
+    let only = json!({"chat_template": {"default": "by name"}});
+    fs::write(at("chat_template.json"), json!({"chat_template": "of a processor"}).to_string()).expect("written");
+    fs::remove_file(at("chat_template.jinja")).expect("written above");
+    fs::write(at("tokenizer_config.json"), only.to_string()).expect("written");
+    assert_eq!(apply(), "by name");
+    fs::write(at("tokenizer_config.json"), "{}").expect("written");
+    assert_eq!(apply(), "of a processor");
+    fs::create_dir(at("additional_chat_templates")).expect("a new folder");
+    fs::write(at("additional_chat_templates/default.jinja"), "of the folder").expect("written");
+    assert_eq!(apply(), "of the folder");
     fs::write(at("chat_template.jinja"), "{% if %}").expect("written");
     let error = ChatTemplate::open(folder.path()).err().expect("malformed").to_string();
     assert!(error.contains("chat_template.jinja: chat_template: ") && error.contains("line 1"), "{error}");
@@ -98,7 +165,7 @@ fn generate_takes_conversations() {
     let requests = [
         json!({"messages": [user("Room 12 is 5 km away.")]}),
         json!({"messages": [json!({"role": "system", "content": "Room 12"}), user("is 5 km away.")]}),
-        json!({"messages": [json!({"role": "oracle", "content": "?"})]}),
+        json!({"messages": ["?"]}),
         json!({"messages": "?"}),
         json!({"messages": [user("a")], "text": "b"}),
         json!({}),
@@ -111,7 +178,7 @@ fn generate_takes_conversations() {
         assert_eq!(result["sequences"][0][0]["text"], plain.trim_end(), "{result}");
     }
     for (result, says) in results[2..].iter().zip([
-        "messages[0].role: expected one of system, ",
+        "messages[0]: expected an object with role and content",
         "messages: expected a list of messages",
         "expected messages alone",
         "expected text, messages or input_ids",

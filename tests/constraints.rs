@@ -3,7 +3,9 @@
 
 use regex::Regex;
 use serde_json::{Map, Value, json};
-use t5gemma_runtime::{Batch, Cancellation, FinishReason, Model, PrefixAllowedTokens, SpecialTokens};
+use t5gemma_runtime::{
+    Batch, Cancellation, Error, FinishReason, LogitsProcessor, Model, PrefixAllowedTokens, SpecialTokens,
+};
 
 use crate::common::{demo, run, stdout, tests};
 
@@ -229,6 +231,81 @@ fn a_function_says_which_tokens_may_come_next() {
 }
 
 #[test]
+fn no_special_token_passes_a_constraint() {
+    let cases = [
+        json!({"grammar": "start: start \"a\" | \"a\""}),
+        json!({"regex": "[a-z]*"}),
+        json!({"regex": "[a-z]*", "required_phrases": ["e"]}),
+        json!({"json_schema": {"type": "integer"}}),
+    ];
+    // Zero is padding, one and three may end a target.
+    let biased = json!([[[0], 50.0], [[2], 40.0], [[3], 30.0]]);
+    for mut options in cases {
+        options["max_new_tokens"] = 8.into();
+        options["sequence_bias"] = biased.clone();
+        for num_beams in [1, 3] {
+            options["num_beams"] = num_beams.into();
+            for hypotheses in answers(&sentences(2), &options) {
+                let tokens = hypotheses[0]["tokens"].as_array().expect("a list");
+                let special = tokens.iter().filter(|token| token.as_i64().is_some_and(|token| token < 4 && token != 1));
+                assert_eq!(special.count(), 0, "{options}: {tokens:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn functions_that_allow_nothing_or_what_does_not_exist_are_errors() {
+    let model = Model::open(demo()).expect("the model opens");
+    let batch = Batch::padded(&[vec![2, 300, 301], vec![2, 300, 302]], 0).expect("valid");
+    for num_beams in [1, 3] {
+        for (allowed, expected) in [
+            (vec![], "prefix_allowed_tokens returned no token"),
+            (vec![5, 1024], "prefix_allowed_tokens returned token 1024, expected token ids from 0 to 1023"),
+            (vec![-1, 5], "prefix_allowed_tokens returned token -1"),
+        ] {
+            let request = json!({"num_beams": num_beams});
+            let mut options = model.options().with(request.as_object().expect("written above")).expect("valid options");
+            options.constraints.prefix_allowed_tokens = Some(PrefixAllowedTokens::new(move |row, _| match row {
+                0 => vec![5, 1],
+                _ => allowed.clone(),
+            }));
+            let error =
+                model.generate(&batch, &options, &mut (), &Cancellation::new()).expect_err(expected).to_string();
+            assert!(error.starts_with("row 1: ") && error.contains(expected), "{error}");
+        }
+    }
+}
+
+#[test]
+fn logits_processors_that_leave_no_choice_are_errors() {
+    let model = Model::open(demo()).expect("the model opens");
+    let batch = Batch::padded(&[vec![2, 300, 301], vec![2, 300, 302]], 0).expect("valid");
+    for num_beams in [1, 3] {
+        for do_sample in [false, true] {
+            for (score, expected) in [
+                (f32::NAN, "logits_processor[1] wrote NaN"),
+                (f32::INFINITY, "logits_processor[1] wrote +inf"),
+                (f32::NEG_INFINITY, "logits_processor[1] left no token"),
+            ] {
+                let request = json!({"num_beams": num_beams, "do_sample": do_sample});
+                let mut options =
+                    model.options().with(request.as_object().expect("written above")).expect("valid options");
+                options.logits_processor.push(LogitsProcessor::new(|_, _| ()));
+                options.logits_processor.push(LogitsProcessor::new(move |place, scores| {
+                    if place.history.len() == 3 && place.source[2] == 302 {
+                        scores.fill(score);
+                    }
+                }));
+                let error = model.generate(&batch, &options, &mut (), &Cancellation::new()).expect_err(expected);
+                assert!(matches!(error, Error::NotFinite { row: 1, step: 2, .. }), "{error:?}");
+                assert!(error.to_string().contains(expected), "{error}");
+            }
+        }
+    }
+}
+
+#[test]
 fn constraints_that_cannot_be_are_refused_in_words() {
     let model = Model::open(demo()).expect("the model opens");
     let batch = Batch::padded(&[vec![2, 300, 301]], 0).expect("valid");
@@ -236,6 +313,16 @@ fn constraints_that_cannot_be_are_refused_in_words() {
         (json!({"regex": "[a-z"}), "regex: expected a regular expression that can be compiled, found"),
         (json!({"regex": "(?=a)b"}), "regex: expected a regular expression that can be compiled, found"),
         (json!({"json_schema": {"type": "objekt"}}), "json_schema: expected a JSON schema that can be compiled, found"),
+        (json!({"json_schema": {"type": "integer", "multipleOf": 16_777_216}}), "takes more than 1000000 steps"),
+        (
+            json!({"json_schema": {"type": "integer", "multipleOf": 4_294_967_295_u32}}),
+            "multipleOf 4294967295, which is too large",
+        ),
+        (
+            json!({"json_schema": {"properties": {"a": {"allOf": [{"multipleOf": 65_536}, {"multipleOf": 99_991}]}}}}),
+            "common multiple is too large",
+        ),
+        (json!({"regex": "(".repeat(300) + "a" + &")".repeat(300)}), "nested deeper than 250"),
         (json!({"json_schema": false}), "json_schema: expected a JSON schema that can be compiled, found"),
         (json!({"json_schema": {"not": {}}}), "Unimplemented keys"),
         (json!({"json_schema": {"$ref": "https://example.com/x"}}), "json_schema: expected"),

@@ -66,7 +66,7 @@ impl<'m> Calibration<'m> {
             };
             for (name, range) in found {
                 if !range.is_finite() {
-                    return Err(Error::NotFinite { row, step: 0, dtype });
+                    return Err(Error::NotFinite { row, step: 0, dtype, processor: None });
                 }
                 self.found.entry(name).or_default().push(range);
             }

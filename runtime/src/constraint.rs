@@ -9,17 +9,17 @@
 mod grammar;
 mod options;
 mod phrases;
+mod source;
 mod trie;
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use llguidance::api::TopLevelGrammar;
-
 pub(crate) use grammar::Vocabulary;
 pub use options::{Constraints, PrefixAllowedTokens, Sequence};
 
+use crate::cancellation::Cancellation;
 use crate::error::Error;
 use crate::model::Model;
 use crate::options::{GenerationOptions, OptionError};
@@ -28,6 +28,7 @@ use crate::search::{Candidate, FinishReason, Hypothesis, Search};
 use crate::tokenizer::TokenText;
 use grammar::{Match, Next};
 use phrases::{Phrase, Phrases, Progress};
+use source::Source;
 use trie::Trie;
 
 /// The constraints of a request, compiled. An output ends only where all of them are met.
@@ -55,12 +56,13 @@ impl Constraint {
     /// Compiles what the options ask for; nothing if they ask for nothing.
     ///
     /// # Errors
-    /// A grammar that cannot be compiled, tokens outside the vocabulary, text where the model has no tokenizer for it, or
-    /// sequences and phrases that are too long for `max_new_tokens`.
+    /// A grammar that cannot be compiled, tokens outside the vocabulary, text where the model has no tokenizer for it,
+    /// sequences and phrases that are too long for `max_new_tokens`, or a cancellation.
     pub(crate) fn new(
         model: &Model,
         options: &GenerationOptions,
         prompt_len: usize,
+        cancel: &Cancellation,
     ) -> Result<Option<Arc<Constraint>>, Error> {
         let given = &options.constraints;
         if given.is_empty() {
@@ -78,16 +80,16 @@ impl Constraint {
             let progress = phrases.start();
             start.push(Place::Phrases(Arc::new(phrases), progress, texts));
         }
-        let schema = given.json_schema.as_ref().map(grammar::of_schema);
-        let regex = given.regex.as_deref().map(TopLevelGrammar::from_regex);
-        let lark = given.grammar.clone().map(TopLevelGrammar::from_lark);
-        for (name, expected, grammar) in [
+        let schema = given.json_schema.clone().map(Source::Schema);
+        let regex = given.regex.clone().map(Source::Regex);
+        let lark = given.grammar.clone().map(Source::Lark);
+        for (name, expected, source) in [
             ("json_schema", "a JSON schema that can be compiled", schema),
             ("regex", "a regular expression that can be compiled", regex),
             ("grammar", "a Lark grammar that can be compiled", lark),
         ] {
-            if let Some(grammar) = grammar {
-                let compiled = model.vocabulary()?.compile(grammar);
+            if let Some(source) = source {
+                let compiled = model.vocabulary()?.compile(source, cancel)?;
                 start.push(Place::Grammar(compiled.map_err(|found| OptionError::new(name, expected, found))?));
             }
         }
@@ -136,6 +138,7 @@ impl Constraint {
                 },
                 Place::Callback(allowed) => {
                     let allowed = allowed.call(row, history);
+                    check_allowed(&allowed, scores.len())?;
                     ends.retain(|(token, _)| allowed.contains(token));
                     keep_only(scores, allowed);
                 }
@@ -274,6 +277,19 @@ fn bytes(texts: &[TokenText], token: i64) -> &[u8] {
     match usize::try_from(token).ok().and_then(|token| texts.get(token)) {
         Some(text) if !text.is_special => &text.bytes,
         _ => &[],
+    }
+}
+
+/// Refuses what `prefix_allowed_tokens` may not return: nothing at all, or tokens that do not exist.
+fn check_allowed(allowed: &[i64], vocab_size: usize) -> Result<(), String> {
+    const NAME: &str = "prefix_allowed_tokens";
+    let outside = |token: &&i64| usize::try_from(**token).map_or(true, |token| token >= vocab_size);
+    match allowed.iter().find(outside) {
+        Some(token) => Err(format!("{NAME} returned token {token}, expected token ids from 0 to {}", vocab_size - 1)),
+        None if allowed.is_empty() => {
+            Err(format!("{NAME} returned no token, expected at least one (an end of sequence, if nothing may follow)"))
+        }
+        None => Ok(()),
     }
 }
 

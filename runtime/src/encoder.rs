@@ -22,7 +22,7 @@ use crate::needs::{Limits, pieces_to_encode};
 use crate::profiles::Profiles;
 use crate::provider::{Provider, no_graphs};
 use crate::scores::Wanted;
-use crate::tokenizer::Tokenizer;
+use crate::tokenizer::{Tokenizer, Unusable};
 
 /// An opened encoder or classifier, to be used from any number of threads. It runs one call at a time.
 pub struct Encoder {
@@ -31,7 +31,7 @@ pub struct Encoder {
     /// Whether the processor computes it.
     on_cpu: bool,
     limits: Limits,
-    tokenizer: OnceLock<Result<Tokenizer, String>>,
+    tokenizer: OnceLock<Result<Tokenizer, Unusable>>,
     folder: Folder,
 }
 
@@ -89,7 +89,7 @@ impl Encoder {
     pub fn tokenizer(&self) -> Result<&Tokenizer, Error> {
         let path = self.folder.path.join(Tokenizer::FILE);
         let loaded = self.tokenizer.get_or_init(|| Tokenizer::read(&path));
-        loaded.as_ref().map_err(|problem| Error::Tokenizer { path, problem: problem.clone() })
+        loaded.as_ref().map_err(|error| error.at(&path))
     }
 
     /// What pads sources of unequal length.

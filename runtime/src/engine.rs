@@ -392,7 +392,7 @@ impl Engine {
         self.shared.check_process()?;
         let Request { batch, options, deadline } = request;
         let cancel = deadline.map_or_else(Cancellation::new, Cancellation::until);
-        let call = Call::new(&self.shared.copies[0].0, &batch, &options)?;
+        let call = Call::new(&self.shared.copies[0].0, &batch, &options, &cancel)?;
         for row in 0..call.batch.rows() {
             self.shared.plan.check(&Need::of(&call, row), &self.shared.options)?;
         }

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use t5gemma_graphs::config::ConfigError;
 
 use crate::options::OptionError;
+use crate::scores::Fault;
 
 /// What the runtime reports instead of an answer.
 #[derive(Clone, Debug)]
@@ -94,7 +95,7 @@ pub enum Error {
         /// What is wrong.
         problem: String,
     },
-    /// The model computed a NaN or an infinity.
+    /// The model computed a NaN or an infinity, or a logits processor of the caller's wrote scores that no token can be chosen by.
     NotFinite {
         /// The source row.
         row: usize,
@@ -102,12 +103,14 @@ pub enum Error {
         step: usize,
         /// The model's element type, which decides what helps.
         dtype: t5gemma_graphs::interface::DType,
+        /// The processor and what it wrote, if it was not the model.
+        processor: Option<Fault>,
     },
-    /// A grammar became too complex while it was followed.
+    /// A constraint that cannot be followed: a grammar became too complex, or `prefix_allowed_tokens` returned what it may not.
     Constraint {
         /// The source row.
         row: usize,
-        /// The grammar's own words.
+        /// The grammar's own words, or what was returned.
         problem: String,
     },
     /// A function of the caller's (a logits processor, allowed tokens) panicked.
@@ -161,7 +164,8 @@ impl fmt::Display for Error {
             Error::OnnxRuntime { during, message } => write!(f, "{during}: onnx runtime: {message}"),
             Error::Input { field, expected, found } => write!(f, "{field}: expected {expected}, found {found}"),
             Error::Options(error) => error.fmt(f),
-            Error::NotFinite { row, step, dtype } => {
+            Error::NotFinite { row, step, processor: Some(fault), .. } => write!(f, "row {row}, step {step}: {fault}"),
+            Error::NotFinite { row, step, dtype, processor: None } => {
                 write!(f, "row {row}, step {step}: the logits are not finite")?;
                 if *dtype == t5gemma_graphs::interface::DType::Float16 {
                     f.write_str("; float16 overflows above 65504, export with --dtype float32")?;

@@ -3,7 +3,7 @@
 
 use std::borrow::Cow;
 use std::collections::HashSet;
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -23,6 +23,7 @@ use crate::error::Error;
 use crate::needs::Limits;
 use crate::profiles::{self, Profiles};
 use crate::scores::Kept;
+use crate::tokenizer;
 
 /// Weights up to this size are hashed in full on every opening; larger ones by samples unless asked.
 const HASHED_IN_FULL: u64 = 64 << 20;
@@ -128,7 +129,7 @@ fn mismatch(path: PathBuf, field: &str, expected: impl Into<String>, found: impl
 }
 
 fn read_text(path: &Path) -> Result<String, Error> {
-    fs::read_to_string(path).map_err(Error::file(path))
+    tokenizer::read_text(path).map_err(|problem| Error::File { path: path.to_path_buf(), problem })
 }
 
 fn read_manifest(folder: &Path) -> Result<Manifest, Error> {

@@ -57,8 +57,9 @@ pub(crate) fn generate(
     cancel: &Cancellation,
 ) -> Result<Vec<Vec<Hypothesis>>, Error> {
     cancel.check()?;
-    let call = Call::new(model, batch, options)?;
+    // The time that constraints take to compile counts.
     let stops = Arc::new(Stops::new(options));
+    let call = Call::new(model, batch, options, cancel)?;
     let pieces = pieces_to_decode(model, &call.batch, call.prompts.length, |row| Need::of(&call, row));
     let mut results = Vec::with_capacity(batch.rows());
     for rows in pieces {

@@ -8,6 +8,7 @@ use t5gemma_graphs::interface::Logits;
 
 use crate::alignment::Attending;
 use crate::batch::{Batch, Prompts};
+use crate::cancellation::Cancellation;
 use crate::constraint::{Constraint, Walk};
 use crate::error::Error;
 use crate::logprobs::Trace;
@@ -35,7 +36,12 @@ pub(crate) struct Call {
 
 impl Call {
     /// Checks what depends on the model, and compiles the constraints.
-    pub fn new(model: &Model, batch: &Batch, options: &GenerationOptions) -> Result<Call, Error> {
+    pub fn new(
+        model: &Model,
+        batch: &Batch,
+        options: &GenerationOptions,
+        cancel: &Cancellation,
+    ) -> Result<Call, Error> {
         let decoder = &model.config().decoder;
         model.check(batch)?;
         let prompts = batch.prompts(options.decoder_start_token_id);
@@ -79,7 +85,7 @@ impl Call {
                 return Err(model.tells_no_attentions(option, neutral, &found).into());
             }
         }
-        let constraint = Constraint::new(model, options, prompts.length)?;
+        let constraint = Constraint::new(model, options, prompts.length, cancel)?;
         if !options.stop_strings.is_empty() {
             model.tokenizer()?;
         }
@@ -181,7 +187,7 @@ impl Item {
         let Said { scores, mut known, attended, tokens, .. } = said;
         let is_finite = || known.map_or_else(|| all_finite(scores), Summarised::are_finite);
         if !self.options.remove_invalid_values && !is_finite() {
-            return Err(Error::NotFinite { row: self.row, step, dtype: model.manifest().dtype });
+            return Err(Error::NotFinite { row: self.row, step, dtype: model.manifest().dtype, processor: None });
         }
         let width = self.search.width();
         let rows = scores.len() / tokens;
@@ -202,6 +208,10 @@ impl Item {
         let unprocessed = self.trace.is_some().then(|| scores.to_vec());
         let progress = loop {
             let mut candidates = self.processors.candidates_of(scores, known, &self.search);
+            if let Some(fault) = self.processors.take_fault() {
+                let dtype = model.manifest().dtype;
+                return Err(Error::NotFinite { row: self.row, step, dtype, processor: Some(fault) });
+            }
             let mut ends = self.stops.of(&candidates, &self.search, is_over, || model.tokenizer())?;
             if let Some(walk) = &self.walk {
                 walk.take(&mut candidates, &mut ends, &self.search)?;

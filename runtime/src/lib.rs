@@ -41,6 +41,7 @@ mod state;
 mod weights;
 
 mod chat;
+mod foreign;
 mod shortlist;
 mod tokenizer;
 
@@ -81,6 +82,7 @@ pub use engine::{Canceller, Engine, EngineOptions, EngineStats, Event, Generatio
 pub use engines::build_engines;
 pub use error::Error;
 pub use folder::task_of;
+pub use foreign::hush_caught_panics;
 pub use generate::Watch;
 pub use kernels::instructions;
 pub use logprobs::Logprobs;

@@ -45,7 +45,7 @@ use crate::score;
 use crate::scores::{Kept, Summarised, Summary, Wanted};
 use crate::search::{Hypothesis, Search};
 use crate::state::{Cache, Device, First, Plan, Pool, Ragged, Returned, State};
-use crate::tokenizer::Tokenizer;
+use crate::tokenizer::{Tokenizer, Unusable};
 use crate::weights::{self, Initializers, Uploaded, element_type};
 
 /// How a model is opened.
@@ -122,8 +122,8 @@ pub struct Model {
     elsewhere: Vec<Elsewhere>,
     encoder_cache: Option<EncoderCache>,
     options: GenerationOptions,
-    tokenizer: OnceLock<Result<Tokenizer, String>>,
-    vocabulary: OnceLock<Result<Vocabulary, String>>,
+    tokenizer: OnceLock<Result<Tokenizer, Unusable>>,
+    vocabulary: OnceLock<Result<Arc<Vocabulary>, String>>,
     folder: Folder,
 }
 
@@ -447,13 +447,13 @@ impl Model {
     pub fn tokenizer(&self) -> Result<&Tokenizer, Error> {
         let path = self.folder.path.join(Tokenizer::FILE);
         let loaded = self.tokenizer.get_or_init(|| Tokenizer::read(&path));
-        loaded.as_ref().map_err(|problem| Error::Tokenizer { path, problem: problem.clone() })
+        loaded.as_ref().map_err(|error| error.at(&path))
     }
 
     /// The texts of the tokens as constraints need them, prepared when first asked for.
-    pub(crate) fn vocabulary(&self) -> Result<&Vocabulary, Error> {
+    pub(crate) fn vocabulary(&self) -> Result<&Arc<Vocabulary>, Error> {
         let tokenizer = self.tokenizer()?;
-        let prepare = || Vocabulary::new(tokenizer, self.folder.config.decoder.vocab_size);
+        let prepare = || Vocabulary::new(tokenizer, self.folder.config.decoder.vocab_size).map(Arc::new);
         self.vocabulary.get_or_init(prepare).as_ref().map_err(|problem| Error::Tokenizer {
             path: self.folder.path.join(Tokenizer::FILE),
             problem: problem.clone(),

@@ -89,7 +89,7 @@ fn piece(
         for (slot, &row) in rows.iter().enumerate() {
             let Said { scores, attended, .. } = said.rows(slot, 1);
             if !scores.iter().all(|score| score.is_finite()) {
-                return Err(Error::NotFinite { row, step, dtype: model.manifest().dtype });
+                return Err(Error::NotFinite { row, step, dtype: model.manifest().dtype, processor: None });
             }
             let (logprobs, cross_attentions) = &mut found[row - of.start];
             match model.kept() {

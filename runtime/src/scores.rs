@@ -18,8 +18,8 @@ mod warpers;
 use std::borrow::Cow;
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
-use std::fmt::Debug;
-use std::sync::Arc;
+use std::fmt::{self, Debug};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::draws::Draws;
 use crate::options::{GenerationOptions, LogitsProcessor, Position};
@@ -77,6 +77,39 @@ pub struct Processors {
     processors: Vec<Processor>,
     /// Of rows that are not of the whole vocabulary, whose logits they are: processors have these places for tokens then.
     kept: Option<Arc<Kept>>,
+    /// What one of the caller's has done to scores, until it is asked for.
+    fault: Arc<Mutex<Option<Fault>>>,
+}
+
+/// Scores that a [`LogitsProcessor`] of the caller's left and that no token can be chosen by.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fault {
+    /// Which of the processors, from 0.
+    pub processor: usize,
+    /// What it wrote.
+    pub wrote: Wrote,
+}
+
+/// What a [`Fault`] is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wrote {
+    /// NaN.
+    NaN,
+    /// +∞.
+    Infinity,
+    /// −∞ for every token, so that none may come.
+    Nothing,
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let wrote = match self.wrote {
+            Wrote::NaN => "wrote NaN, expected scores below infinity, or -inf to forbid a token",
+            Wrote::Infinity => "wrote +inf, expected scores below infinity, or -inf to forbid a token",
+            Wrote::Nothing => "left no token: the scores of all are -inf",
+        };
+        write!(f, "logits_processor[{}] {wrote}", self.processor)
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -104,7 +137,7 @@ enum Processor {
     /// Raises the scores of the end-of-sequence tokens, the more the longer the history is than `start`.
     ExponentialDecay { eos: Vec<i64>, start: usize, factor: f64 },
     /// Does what the caller wants.
-    Caller { processor: LogitsProcessor, source: Vec<i64>, prompt_len: usize },
+    Caller { processor: LogitsProcessor, number: usize, source: Vec<i64>, prompt_len: usize },
     /// Leaves only the tokens that a constraint on the whole output allows.
     Limit(Arc<dyn Limit>),
     /// Prepares a draw.
@@ -189,8 +222,9 @@ impl Processors {
             let tokens = options.begin_suppress_tokens.clone();
             processors.push(Processor::Forbid { tokens, from, to: from + 1 });
         }
-        processors.extend(options.logits_processor.iter().map(|processor| Processor::Caller {
+        processors.extend(options.logits_processor.iter().enumerate().map(|(number, processor)| Processor::Caller {
             processor: processor.clone(),
+            number,
             source: source.to_vec(),
             prompt_len,
         }));
@@ -198,7 +232,7 @@ impl Processors {
         if options.renormalize_logits {
             processors.push(Processor::Renormalize);
         }
-        Processors { processors, kept: None }
+        Processors { processors, kept: None, fault: Arc::default() }
     }
 
     /// For rows of the logits of kept tokens alone. Tokens are still what goes in and comes out.
@@ -296,13 +330,36 @@ impl Processors {
         self.apply_after(&mut Row { scores, listed: &[] }, history, &[]);
     }
 
-    /// [`Processors::apply`] after groups of beams have chosen tokens in this step.
-    fn apply_after(&self, row: &mut Row, history: &[i64], chosen: &[i64]) {
+    /// [`Processors::apply`] after groups of beams have chosen tokens in this step. Tells which of the caller's processors
+    /// left no token, if one did.
+    fn apply_after(&self, row: &mut Row, history: &[i64], chosen: &[i64]) -> Option<usize> {
+        let mut emptied = None;
         for processor in &self.processors {
-            if processor.is_active(history.len()) {
-                processor.apply(row, history, chosen);
+            if !processor.is_active(history.len()) {
+                continue;
+            }
+            let caller = match processor {
+                Processor::Caller { number, .. } => Some((*number, allows_any(row.scores))),
+                _ => None,
+            };
+            processor.apply(row, history, chosen);
+            let Some((processor, allowed)) = caller else { continue };
+            if let Some(wrote) = wrote(row.scores) {
+                self.fault().get_or_insert(Fault { processor, wrote });
+            } else if allowed && !allows_any(row.scores) {
+                emptied.get_or_insert(processor);
             }
         }
+        emptied
+    }
+
+    fn fault(&self) -> MutexGuard<'_, Option<Fault>> {
+        self.fault.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What the caller's processors have done to the scores of the rows that were looked at since this was asked.
+    pub fn take_fault(&self) -> Option<Fault> {
+        self.fault().take()
     }
 
     /// Chooses the candidates of one step: for a search that compares rows the best or, where it samples, draws without
@@ -330,6 +387,7 @@ impl Processors {
         let mut of_rows = Vec::new();
         let rows = search.rows();
         let (chosen, mut maxima) = (self.places(search.chosen()), Vec::new());
+        let mut emptied = Vec::new();
         for (beam, row) in logits.chunks_exact_mut(vocab_size).enumerate().take(rows.end).skip(rows.start) {
             let history = &*self.places(search.history(beam));
             let mut norm = Norm::NONE;
@@ -350,7 +408,7 @@ impl Processors {
                 }
             }
             let listed = known.map_or(&[][..], |known| known.rows(beam, 1).listed);
-            self.apply_after(&mut Row { scores: row, listed }, history, &chosen);
+            emptied.push(self.apply_after(&mut Row { scores: row, listed }, history, &chosen));
             let (step, running) = (history.len() as u32, search.running_score(beam));
             match (search.compares_rows(), search.draws()) {
                 (true, None) => best.take_row(beam, row, &maxima, |x| norm.subtract(x) + running),
@@ -365,6 +423,16 @@ impl Processors {
                     of_rows.push(Candidate { parent: beam, token: token as i64, score: row[token] });
                 }
             }
+        }
+        // Of rows that are compared, one without tokens is dropped for the others. Under a constraint it ends where it is.
+        let by = if search.compares_rows() {
+            emptied.iter().copied().min().flatten()
+        } else {
+            emptied.iter().flatten().next().copied()
+        };
+        let is_limited = self.processors.iter().any(|processor| matches!(processor, Processor::Limit(_)));
+        if let Some(processor) = by.filter(|_| !is_limited) {
+            self.fault().get_or_insert(Fault { processor, wrote: Wrote::Nothing });
         }
         let mut candidates = if search.compares_rows() { best.candidates } else { of_rows };
         if let Some(known) = known.filter(|known| !known.listed.is_empty()) {
@@ -394,6 +462,19 @@ fn draw(row: &[f32], u: f64) -> usize {
         }
     }
     last
+}
+
+/// Whether a token may come at all.
+fn allows_any(scores: &[f32]) -> bool {
+    scores.iter().any(|&score| score != f32::NEG_INFINITY)
+}
+
+/// What scores hold that none may be.
+fn wrote(scores: &[f32]) -> Option<Wrote> {
+    // In blocks, so that the compiler can compare many at once.
+    let is_usable = |block: &[f32]| block.iter().fold(true, |usable, &score| usable & (score < f32::INFINITY));
+    let block = scores.chunks(4096).find(|block| !is_usable(block))?;
+    Some(if block.iter().any(|score| score.is_nan()) { Wrote::NaN } else { Wrote::Infinity })
 }
 
 /// A row of scores.
@@ -484,7 +565,7 @@ impl Processor {
                 let growth = (factor.powf((history.len() - start) as f64) - 1.0) as f32;
                 update(row, eos, |score| if score.is_finite() { score + score.abs() * growth } else { score });
             }
-            Processor::Caller { processor, source, prompt_len } => {
+            Processor::Caller { processor, source, prompt_len, .. } => {
                 processor.apply(&Position { source, history, prompt_len: *prompt_len }, row.scores);
             }
             Processor::Warp(warper) => warper.apply(row.scores),

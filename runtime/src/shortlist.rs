@@ -1,17 +1,24 @@
 //! Which tokens a model needs for the texts that it is to write: what an export keeps of the head.
 
 use std::cmp::Reverse;
+use std::collections::BTreeMap;
 
 use crate::error::Error;
-use crate::tokenizer::Tokenizer;
+use crate::tokenizer::{TokenText, Tokenizer};
 
 /// Counts the tokens of texts.
 pub struct Shortlist<'t> {
     tokenizer: &'t Tokenizer,
-    /// Of each token whether it is kept in any case: those that any text can be spelled with, and special ones.
-    always: Vec<bool>,
-    counts: Vec<u64>,
+    tokens: BTreeMap<i64, Counted>,
     texts: usize,
+}
+
+/// What is known of a token.
+#[derive(Clone, Copy, Default)]
+struct Counted {
+    /// Whether it is kept in any case: those that any text can be spelled with, and special ones.
+    always: bool,
+    count: u64,
 }
 
 impl<'t> Shortlist<'t> {
@@ -24,8 +31,9 @@ impl<'t> Shortlist<'t> {
             path: Tokenizer::FILE.into(),
             problem: format!("no telling which tokens any text can be spelled with: {problem}"),
         })?;
-        let always: Vec<bool> = texts.iter().map(|text| text.is_special || text.bytes.len() == 1).collect();
-        Ok(Shortlist { tokenizer, counts: vec![0; always.len()], always, texts: 0 })
+        let known = |text: &TokenText| Counted { always: text.is_special || text.bytes.len() == 1, count: 0 };
+        let tokens = texts.iter().map(|(&token, text)| (token.into(), known(text))).collect();
+        Ok(Shortlist { tokenizer, tokens, texts: 0 })
     }
 
     /// Counts the tokens of a text such as the model is to write.
@@ -34,7 +42,7 @@ impl<'t> Shortlist<'t> {
     /// A text that the tokenizer cannot express.
     pub fn add(&mut self, text: &str) -> Result<(), Error> {
         for token in self.tokenizer.encode_target(text)? {
-            self.counts[token as usize] += 1;
+            self.tokens.entry(token).or_default().count += 1;
         }
         self.texts += 1;
         Ok(())
@@ -48,14 +56,15 @@ impl<'t> Shortlist<'t> {
     /// The ids of the tokens that occur at least `min_count` times, the most frequent `max_tokens` of them if that is given,
     /// and of those that are kept in any case; ascending.
     pub fn tokens(&self, min_count: u64, max_tokens: Option<usize>) -> Vec<i64> {
-        let mut tokens: Vec<usize> = (0..self.counts.len())
-            .filter(|&token| self.counts[token] >= min_count.max(1) || self.always[token])
-            .collect();
+        let is_in = |counted: &Counted| counted.count >= min_count.max(1) || counted.always;
+        let mut tokens: Vec<i64> =
+            self.tokens.iter().filter(|(_, counted)| is_in(counted)).map(|(&id, _)| id).collect();
         if let Some(most) = max_tokens {
-            tokens.sort_by_key(|&token| (!self.always[token], Reverse(self.counts[token])));
-            tokens.truncate(most.max(self.always.iter().filter(|always| **always).count()));
+            let counted = |token: &i64| self.tokens[token];
+            tokens.sort_by_key(|token| (!counted(token).always, Reverse(counted(token).count)));
+            tokens.truncate(most.max(self.tokens.values().filter(|counted| counted.always).count()));
             tokens.sort_unstable();
         }
-        tokens.into_iter().map(|token| token as i64).collect()
+        tokens
     }
 }

@@ -1,18 +1,27 @@
 //! `Tokenizer`: text to token ids and back, as the checkpoint's `tokenizer.json` says. The only user of `tokenizers`; the
 //! rest of the runtime knows ids alone, and works without a tokenizer.
 
+mod settings;
+
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
 use serde_json::Value;
+use tokenizers::{AddedToken, ModelWrapper};
 
 use crate::error::Error;
+use crate::foreign;
+pub(crate) use settings::{Settings, read_text};
 
 /// A model's tokenizer. Clones share it.
 #[derive(Clone)]
 pub struct Tokenizer {
     inner: Arc<tokenizers::Tokenizer>,
 }
+
+/// The name of the library in errors.
+const LIBRARY: &str = "tokenizers";
 
 /// What a token is in text.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -27,23 +36,50 @@ impl Tokenizer {
     /// The file's name in a model folder.
     pub(crate) const FILE: &str = "tokenizer.json";
 
-    /// Reads a `tokenizer.json`.
+    /// Reads a `tokenizer.json`, and what the files beside it say of its tokens.
     ///
     /// # Errors
     /// A file that is not there or not a tokenizer.
     pub fn open(path: &Path) -> Result<Tokenizer, Error> {
-        Tokenizer::read(path).map_err(|problem| Error::Tokenizer { path: path.to_path_buf(), problem })
+        Tokenizer::read(path).map_err(|error| error.at(path))
     }
 
-    /// [`Tokenizer::open`], with the problem without the path as the error.
-    pub(crate) fn read(path: &Path) -> Result<Tokenizer, String> {
+    /// [`Tokenizer::open`] for those who open it once and tell the error often.
+    pub(crate) fn read(path: &Path) -> Result<Tokenizer, Unusable> {
+        let folder = path.parent().unwrap_or(Path::new(""));
         if !path.exists() {
-            return Err("no such file: the model takes and gives token ids, but no text".into());
+            let without = "the model takes and gives token ids, but no text";
+            return Err(Unusable::itself(match folder.join("tokenizer.model").exists() {
+                true => format!(
+                    "no such file, only tokenizer.model, which this runtime does not read: {without} (load the checkpoint with \
+                     transformers' AutoTokenizer, save_pretrained() writes tokenizer.json, and export it again)"
+                ),
+                false => format!("no such file: {without}"),
+            }));
         }
-        let mut inner = tokenizers::Tokenizer::from_file(path).map_err(|error| error.to_string())?;
-        // A truncation left over from training would drop the end of a source without a word; padding is the batch's.
-        inner.with_truncation(None).map_err(|error| error.to_string())?;
-        inner.with_padding(None);
+        let text = read_text(path).map_err(Unusable::itself)?;
+        let parse = || tokenizers::Tokenizer::from_bytes(text.as_bytes()).map_err(|error| error.to_string());
+        let mut inner = foreign::call(LIBRARY, parse).flatten().map_err(Unusable::itself)?;
+        let settings = Settings::read(folder).map_err(|(file, problem)| Unusable { file: Some(file), problem })?;
+        if settings.cleans_up && (settings.insists_on_cleaning_up || !matches!(inner.get_model(), ModelWrapper::BPE(_)))
+        {
+            let problem = "clean_up_tokenization_spaces: expected false, found true: this runtime does not take spaces out \
+                           before punctuation";
+            return Err(Unusable { file: Some(Settings::FILE.into()), problem: problem.into() });
+        }
+        let prepare = || {
+            // A truncation left over from training would drop the end of a source without a word; padding is the batch's.
+            inner.with_truncation(None).map_err(|error| error.to_string())?;
+            inner.with_padding(None);
+            let there: Vec<AddedToken> = inner.get_added_tokens_decoder().into_values().collect();
+            let missing = settings.missing(&there);
+            if !missing.is_empty() {
+                inner.add_tokens(missing).map_err(|error| error.to_string())?;
+            }
+            inner.set_encode_special_tokens(settings.splits_special_tokens);
+            Ok(())
+        };
+        foreign::call(LIBRARY, prepare).flatten().map_err(Unusable::itself)?;
         Ok(Tokenizer { inner: Arc::new(inner) })
     }
 
@@ -56,10 +92,10 @@ impl Tokenizer {
     }
 
     fn ids(&self, text: &str, special: bool) -> Result<Vec<i64>, Error> {
-        let encoding = self
-            .inner
-            .encode_fast(text, special)
-            .map_err(|error| Error::input("text", "text that the tokenizer can express", error.to_string()))?;
+        let encode = || self.inner.encode_fast(text, special).map_err(|error| error.to_string());
+        let encoding = foreign::call(LIBRARY, encode)
+            .flatten()
+            .map_err(|found| Error::input("text", "text that the tokenizer can express", found))?;
         Ok(encoding.get_ids().iter().map(|&id| id as i64).collect())
     }
 
@@ -85,35 +121,29 @@ impl Tokenizer {
     ///
     /// # Errors
     /// A decoder that does more than that.
-    pub(crate) fn token_texts(&self) -> Result<Vec<TokenText>, String> {
+    pub(crate) fn token_texts(&self) -> Result<BTreeMap<u32, TokenText>, String> {
         let decoder = serde_json::to_value(self.inner.get_decoder()).map_err(|error| error.to_string())?;
         let steps = decoding_steps(&decoder)
             .ok_or_else(|| format!("its decoder does more than join tokens, so they have no text each: {decoder}"))?;
-        let mut texts = vec![TokenText::default(); self.inner.get_vocab_size(true)];
-        let mut place = |id: u32, text: TokenText| {
-            let id = id as usize;
-            if id >= texts.len() {
-                texts.resize(id + 1, TokenText::default());
-            }
-            texts[id] = text;
-        };
+        // By id rather than in a row: an id may be any number, whatever the size of the vocabulary.
+        let mut texts = BTreeMap::new();
         let (mut written, mut bytes) = (std::collections::HashSet::new(), Vec::new());
         for (token, id) in self.inner.get_vocab(false) {
             match decoded(&token, &steps) {
                 Decoded::Text(text) => {
                     written.insert(text.clone().into_bytes());
-                    place(id, TokenText { bytes: text.into_bytes(), is_special: false });
+                    texts.insert(id, TokenText { bytes: text.into_bytes(), is_special: false });
                 }
                 Decoded::Byte(byte) => bytes.push((id, vec![byte])),
             }
         }
         for (id, byte) in bytes {
             if !written.contains(&byte) {
-                place(id, TokenText { bytes: byte, is_special: false });
+                texts.insert(id, TokenText { bytes: byte, is_special: false });
             }
         }
         for (id, token) in self.inner.get_added_tokens_decoder() {
-            place(id, TokenText { bytes: token.content.into_bytes(), is_special: token.special });
+            texts.insert(id, TokenText { bytes: token.content.into_bytes(), is_special: token.special });
         }
         Ok(texts)
     }
@@ -129,9 +159,30 @@ impl Tokenizer {
     }
 
     fn text(&self, ids: &[u32], special: SpecialTokens) -> Result<String, Error> {
-        self.inner
-            .decode(ids, special == SpecialTokens::Skip)
-            .map_err(|error| Error::input("tokens", "tokens that the tokenizer can decode", error.to_string()))
+        let decode = || self.inner.decode(ids, special == SpecialTokens::Skip).map_err(|error| error.to_string());
+        foreign::call(LIBRARY, decode)
+            .flatten()
+            .map_err(|found| Error::input("tokens", "tokens that the tokenizer can decode", found))
+    }
+}
+
+/// Why there is no tokenizer.
+#[derive(Clone, Debug)]
+pub(crate) struct Unusable {
+    /// The file beside `tokenizer.json` that is at fault, if it is one.
+    file: Option<String>,
+    problem: String,
+}
+
+impl Unusable {
+    fn itself(problem: String) -> Unusable {
+        Unusable { file: None, problem }
+    }
+
+    /// The error about the tokenizer at `path`.
+    pub fn at(&self, path: &Path) -> Error {
+        let path = self.file.as_ref().map_or(path.to_path_buf(), |file| path.with_file_name(file));
+        Error::Tokenizer { path, problem: self.problem.clone() }
     }
 }
 
@@ -323,7 +374,7 @@ mod tests {
             (&[0xff], false),
             (b"A", false),
         ];
-        let found: Vec<(&[u8], bool)> = texts.iter().map(|text| (text.bytes.as_slice(), text.is_special)).collect();
+        let found: Vec<(&[u8], bool)> = texts.values().map(|text| (text.bytes.as_slice(), text.is_special)).collect();
         assert_eq!(found, expected);
 
         let unknown = serde_json::json!({"type": "Sequence", "decoders": [{"type": "Strip", "content": " "}]});

@@ -134,8 +134,8 @@ enum {
     T5G_ERROR_TOKENIZER = 9,    /* text, and the model has no usable tokenizer */
     T5G_ERROR_INPUT = 10,       /* sources, targets or lengths that are not acceptable */
     T5G_ERROR_OPTIONS = 11,     /* a generation option that is not acceptable */
-    T5G_ERROR_CONSTRAINT = 12,  /* a grammar that became too complex while it was followed */
-    T5G_ERROR_NOT_FINITE = 13,  /* the model computed a NaN or an infinity */
+    T5G_ERROR_CONSTRAINT = 12,  /* a constraint that cannot be followed, as a grammar that became too complex */
+    T5G_ERROR_NOT_FINITE = 13,  /* the model, or a logits_processor, computed scores that no token can be chosen by */
     T5G_ERROR_ONNXRUNTIME = 14, /* ONNX Runtime failed */
     T5G_ERROR_CANCELLED = 15,   /* a cancellation was used, or a callback asked to stop */
     T5G_ERROR_DEADLINE = 16,    /* t5g_call.deadline_seconds have passed */
@@ -361,10 +361,12 @@ typedef struct t5g_call {
     int32_t (*on_piece)(void *user, const t5g_piece *piece);
     int32_t (*on_step)(void *user); /* all rows have chosen what a step brings them; what only encodes is one step */
     /* Changes the next token's scores, one for each of the target's vocabulary: logits, or log-probabilities with beams;
-     * -INFINITY forbids. It must depend on nothing but its arguments. */
+     * -INFINITY forbids; NaN, +INFINITY, and -INFINITY for all are T5G_ERROR_NOT_FINITE. It must depend on nothing but its
+     * arguments. */
     void (*logits_processor)(void *user, const t5g_position *position, float *scores, size_t count);
     /* Hugging Face's prefix_allowed_tokens_fn: sets `*allowed` to the tokens that may follow, which have to live until it
-     * is called again on the same thread or the call ends, and returns how many they are. */
+     * is called again on the same thread or the call ends, and returns how many they are: none, or one that the vocabulary does
+     * not have, is T5G_ERROR_CONSTRAINT. */
     size_t (*prefix_allowed_tokens)(void *user, size_t row, const int64_t *target, size_t length, const int64_t **allowed);
 } t5g_call;
 
