@@ -118,8 +118,7 @@ impl Vocabulary {
         loop {
             match compiled.recv_timeout(Duration::from_millis(10)) {
                 Ok(compiled) => return Ok(compiled),
-                Err(RecvTimeoutError::Timeout) if cancel.is_cancelled() => return Err(Error::Cancelled),
-                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Timeout) => cancel.check()?,
                 Err(RecvTimeoutError::Disconnected) => return Ok(Err("its compilation ended".into())),
             }
         }
