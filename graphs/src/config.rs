@@ -1,5 +1,6 @@
-//! `Config`: a checkpoint's `config.json` as a checked value. Every field is read here or refused here, so nothing
-//! downstream meets a value that the graphs do not implement.
+//! `Config`: a checkpoint's `config.json` as a checked value. Every field that changes what the model computes is read here
+//! or refused here, so nothing downstream meets a value that the graphs do not implement. Files of fine-tunes have many others,
+//! which transformers does not read either: they are listed.
 //!
 //! Both layouts that Hugging Face writes are read: that of transformers 4.53 (the official checkpoints: flat `rope_theta`,
 //! `torch_dtype`) and that of transformers 5 (`rope_parameters`, `dtype`, token ids on each side).
@@ -7,6 +8,8 @@
 use std::fmt;
 
 use serde_json::{Map, Value};
+
+use crate::json;
 
 /// A T5Gemma model's shape: two Gemma 2 stacks that may differ in everything but the token ids.
 #[derive(Clone, Debug, PartialEq)]
@@ -23,6 +26,11 @@ pub struct Config {
     pub architecture: Architecture,
     /// What only the classifiers have.
     pub classifier: Option<Classifier>,
+    /// Settings for generation that stand here instead of in a `generation_config.json`. Where there is none, transformers
+    /// takes them, but for those that it has defaults of its own for.
+    pub generation: Map<String, Value>,
+    /// The paths of the fields without effect that are not in every checkpoint, sorted.
+    pub ignored: Vec<String>,
 }
 
 /// The class of transformers that a checkpoint was saved from.
@@ -177,7 +185,7 @@ impl Config {
     /// # Errors
     /// The first field that is missing, malformed, contradictory, unknown or unsupported.
     pub fn parse(json: &str) -> Result<Config, ConfigError> {
-        let value: Value = serde_json::from_str(json).map_err(|error| ConfigError {
+        let value = json::parse(json).map_err(|error| ConfigError {
             field: String::new(),
             expected: "a JSON object".into(),
             found: error.to_string(),
@@ -206,26 +214,39 @@ impl Config {
             }),
             _ => None,
         };
-        let config = Config {
+        let mut config = Config {
             architecture,
             classifier,
+            generation: Map::new(),
+            ignored: Vec::new(),
             tie_word_embeddings: top.boolean("tie_word_embeddings")?.unwrap_or(true),
             tokens: TokenIds {
                 bos: top.token("bos_token_id")?.or(decoder.bos).or(Some(2)),
                 eos: top.tokens("eos_token_id")?.or(decoder.eos).unwrap_or_else(|| vec![1]),
-                pad: top.token("pad_token_id")?.or(decoder.pad).or(Some(0)),
+                pad: top.padding()?.or(decoder.pad).or(Some(0)),
             },
             encoder: encoder.side,
             decoder: decoder.side,
         };
         // The sides' own sizes decide; the top-level copy is informative in every layout.
         top.whole("vocab_size")?;
-        top.finish(IGNORED)?;
+        top.refuse(REFUSED)?;
+        for (mut side, fields) in [(decoder.left, REFUSED_IN_DECODER), (encoder.left, REFUSED_IN_SIDE)] {
+            side.refuse(fields)?;
+            if side.path == "decoder" {
+                config.generation.extend(side.settings_for_generation());
+            }
+            config.ignored.extend(side.paths());
+        }
+        config.generation.extend(top.settings_for_generation());
+        config.ignored.extend(top.paths());
+        config.ignored.sort();
         Ok(config)
     }
 }
 
-/// Fields that do not change what inference computes: training settings, output selection and provenance.
+/// Fields without effect that transformers itself writes, or that many checkpoints have: training settings, output selection
+/// and provenance.
 const IGNORED: &[&str] = &[
     "_attn_implementation_autoset",
     "_commit_hash",
@@ -234,20 +255,72 @@ const IGNORED: &[&str] = &[
     "attn_implementation",
     "chunk_size_feed_forward",
     "classifier_dropout_rate",
+    "cross_attention_hidden_size",
     "dropout_rate",
     "dtype",
+    "hidden_act",
     "id2label",
     "initializer_range",
+    "is_decoder",
     "label2id",
     "num_labels",
     "output_attentions",
     "output_hidden_states",
     "problem_type",
     "return_dict",
+    "tie_word_embeddings",
     "torch_dtype",
     "transformers_version",
     "use_cache",
 ];
+
+/// The settings for generation that transformers 5 takes from a `config.json` where there is no `generation_config.json`.
+const FROM_CONFIG: &[&str] = &[
+    "decoder_start_token_id",
+    "dola_layers",
+    "guidance_scale",
+    "max_new_tokens",
+    "max_time",
+    "min_new_tokens",
+    "min_p",
+    "penalty_alpha",
+    "prompt_lookup_num_tokens",
+    "max_matching_ngram_size",
+    "renormalize_logits",
+    "sequence_bias",
+    "stop_strings",
+    "token_healing",
+    "top_h",
+    "watermarking_config",
+];
+
+/// Fields that the model's own code does not read but what it is built on does, and what they may be instead of absent.
+const REFUSED: &[Refused] = &[
+    ("quantization_config", "null (only weights in float32, float16 or bfloat16 can be exported)", Value::is_null),
+    ("per_layer_config", "null or {} (the layers of a side have the same sizes)", is_empty),
+    ("transformers_weights", "\"model.safetensors\" or null", |value| value == "model.safetensors"),
+];
+
+/// See [`REFUSED`].
+const REFUSED_IN_SIDE: &[Refused] = &[
+    ("quantization_config", "null (only weights in float32, float16 or bfloat16 can be exported)", Value::is_null),
+    ("per_layer_config", "null or {} (the layers of a side have the same sizes)", is_empty),
+];
+
+/// See [`REFUSED`].
+const REFUSED_IN_DECODER: &[Refused] = &[
+    REFUSED_IN_SIDE[0],
+    REFUSED_IN_SIDE[1],
+    ("is_causal", "true or null", |value| value == &Value::Bool(true)),
+    ("kv_sharing_modes", "null (each layer has keys and values of its own)", Value::is_null),
+];
+
+/// A field, what it may be, and whether a value is that.
+type Refused = (&'static str, &'static str, fn(&Value) -> bool);
+
+fn is_empty(value: &Value) -> bool {
+    value.as_object().is_some_and(Map::is_empty) || value.as_array().is_some_and(Vec::is_empty)
+}
 
 /// Far beyond any real model: a damaged number is refused before a graph of its size is built.
 const MOST_LAYERS: usize = 4096;
@@ -262,18 +335,21 @@ struct ParsedSide {
     bos: Option<i64>,
     eos: Option<Vec<i64>>,
     pad: Option<i64>,
+    left: Fields,
 }
 
 /// The fields of one JSON object that have not been read yet.
 struct Fields {
     path: String,
     left: Map<String, Value>,
+    /// Those that were read and found to be without effect.
+    ignored: Vec<String>,
 }
 
 impl Fields {
     fn of(path: &str, value: &Value) -> Result<Fields, ConfigError> {
         match value {
-            Value::Object(left) => Ok(Fields { path: path.to_string(), left: left.clone() }),
+            Value::Object(left) => Ok(Fields { path: path.to_string(), left: left.clone(), ignored: Vec::new() }),
             other => {
                 Err(ConfigError { field: path.to_string(), expected: "a JSON object".into(), found: shown(other) })
             }
@@ -281,8 +357,11 @@ impl Fields {
     }
 
     fn error(&self, field: &str, expected: impl Into<String>, found: impl Into<String>) -> ConfigError {
-        let field = if self.path.is_empty() { field.to_string() } else { format!("{}.{field}", self.path) };
-        ConfigError { field, expected: expected.into(), found: found.into() }
+        ConfigError { field: self.path_of(field), expected: expected.into(), found: found.into() }
+    }
+
+    fn path_of(&self, field: &str) -> String {
+        if self.path.is_empty() { field.to_string() } else { format!("{}.{field}", self.path) }
     }
 
     /// Takes a field as a `T`; absent and `null` are `None`.
@@ -345,17 +424,28 @@ impl Fields {
         })
     }
 
+    /// `pad_token_id`, of which -1 is a way to say that there is none.
+    fn padding(&mut self) -> Result<Option<i64>, ConfigError> {
+        if self.left.get("pad_token_id").and_then(Value::as_i64).is_some_and(|id| id < 0) {
+            self.left.remove("pad_token_id");
+            self.ignored.push("pad_token_id".to_string());
+        }
+        self.token("pad_token_id")
+    }
+
     fn side(&mut self, name: &str) -> Result<ParsedSide, ConfigError> {
         let Some(value) = self.left.remove(name) else {
             return Err(self.error(name, "the settings of this side", "nothing"));
         };
         let mut fields = Fields::of(name, &value)?;
-        fields.expect("model_type", "\"t5_gemma_module\"", |value| value == "t5_gemma_module")?;
-        fields
-            .expect("is_decoder", &(name == "decoder").to_string(), |value| value == &Value::Bool(name == "decoder"))?;
+        // transformers takes either side for a T5Gemma's, whatever it calls itself.
+        if fields.left.get("model_type").is_some_and(|kind| kind == "t5_gemma_module") {
+            fields.left.remove("model_type");
+        }
         fields.expect("hidden_activation", "\"gelu_pytorch_tanh\"", |value| value == "gelu_pytorch_tanh")?;
 
         let num_hidden_layers = fields.whole_up_to(MOST_LAYERS, "num_hidden_layers")?.unwrap_or(26);
+        let has_no_window = fields.left.get("sliding_window").is_some_and(Value::is_null);
         let sliding_window = fields.whole("sliding_window")?;
         let side = Side {
             vocab_size: fields.whole("vocab_size")?.unwrap_or(256_000),
@@ -380,31 +470,45 @@ impl Fields {
         if !side.head_dim.is_multiple_of(2) {
             return Err(fields.error("head_dim", "an even number (rotary halves)", side.head_dim.to_string()));
         }
-        let (bos, pad) = (fields.token("bos_token_id")?, fields.token("pad_token_id")?);
+        if has_no_window && side.layers.iter().any(|layer| layer.window().is_some()) {
+            let expected = "a window for the layers of sliding_attention";
+            return Err(fields.error("sliding_window", expected, "null"));
+        }
+        let (bos, pad) = (fields.token("bos_token_id")?, fields.padding()?);
         let eos = fields.tokens("eos_token_id")?;
-        // The head is tied by the top-level flag alone; transformers recomputes the cross-attention width from the encoder.
-        fields.boolean("tie_word_embeddings")?;
-        fields.whole("cross_attention_hidden_size")?;
-        fields.finish(IGNORED)?;
-        Ok(ParsedSide { side, bos, eos, pad })
+        Ok(ParsedSide { side, bos, eos, pad, left: fields })
     }
 
+    /// The class of a checkpoint. A class of someone else's is taken for the one that its name ends with, or for what a
+    /// checkpoint is taken for that names none.
     fn architecture(&mut self) -> Result<Architecture, ConfigError> {
-        let names = Architecture::ALL.map(|known| format!("[{:?}]", known.name()));
-        let read = |value: &Value| {
-            let names = value.as_array()?;
-            let known = |name: &Value| Architecture::ALL.into_iter().find(|known| name == known.name());
-            let first = names.first().map_or(Some(Architecture::default()), known)?;
-            names.iter().all(|name| name == first.name()).then_some(first)
-        };
-        Ok(self.take("architectures", &names.join(" or "), read)?.unwrap_or_default())
+        let names = self.take("architectures", "a list of names of classes", |value| {
+            value.as_array()?.iter().map(|name| Some(name.as_str()?.to_string())).collect::<Option<Vec<_>>>()
+        })?;
+        let names = names.unwrap_or_default();
+        let known = |name: &str| Architecture::ALL.into_iter().find(|known| name.ends_with(known.name()));
+        let mut classes: Vec<Architecture> = names.iter().filter_map(|name| known(name)).collect();
+        classes.dedup();
+        if names.iter().any(|name| known(name).is_none_or(|known| known.name() != name)) {
+            self.ignored.push("architectures".to_string());
+        }
+        match classes[..] {
+            [] => Ok(Architecture::default()),
+            [class] => Ok(class),
+            _ => Err(self.error("architectures", "one class", names.join(" and "))),
+        }
     }
 
     fn is_encoder_decoder(&mut self, architecture: Architecture) -> Result<bool, ConfigError> {
         let given = self.boolean("is_encoder_decoder")?;
         match (architecture, given) {
-            (Architecture::ConditionalGeneration | Architecture::Model, Some(false)) => {
+            (Architecture::Model, Some(false)) => {
                 Err(self.error("is_encoder_decoder", format!("true for {}", architecture.name()), "false"))
+            }
+            // The class sets it itself.
+            (Architecture::ConditionalGeneration, Some(false)) => {
+                self.ignored.push("is_encoder_decoder".to_string());
+                Ok(true)
             }
             (_, given) => Ok(given.unwrap_or(true)),
         }
@@ -439,18 +543,25 @@ impl Fields {
         })
     }
 
+    /// The base of the rotary frequencies: that of `rope_scaling`, as it was called, or of `rope_parameters`; or the flat one.
     fn rope_theta(&mut self) -> Result<f64, ConfigError> {
         let flat = self.positive("rope_theta")?;
-        self.expect("rope_scaling", "null (no scaling)", |_| false)?;
-        let Some(value) = self.left.remove("rope_parameters").filter(|value| !value.is_null()) else {
-            return Ok(flat.unwrap_or(10_000.0));
-        };
-        let path =
-            if self.path.is_empty() { "rope_parameters".into() } else { format!("{}.rope_parameters", self.path) };
-        let mut rope = Fields::of(&path, &value)?;
-        rope.expect("rope_type", "\"default\"", |value| value == "default")?;
+        let (scaling, parameters) = (self.left.remove("rope_scaling"), self.left.remove("rope_parameters"));
+        let is_given = |value: &Value| !value.is_null() && !is_empty(value);
+        let found = [("rope_scaling", scaling), ("rope_parameters", parameters)];
+        let mut given = found.into_iter().filter_map(|(name, value)| Some((name, value.filter(is_given)?)));
+        let Some((name, value)) = given.next() else { return Ok(flat.unwrap_or(10_000.0)) };
+        self.ignored.extend(given.map(|(name, _)| name.to_string()));
+        let mut rope = Fields::of(&self.path_of(name), &value)?;
+        let name_of_type = if rope.left.contains_key("rope_type") { "rope_type" } else { "type" };
+        rope.expect(name_of_type, "\"default\"", |value| value == "default")?;
+        rope.left.remove("type");
+        for layers in ["full_attention", "sliding_attention"] {
+            rope.expect(layers, "nothing (all layers of a side have the same rotary positions)", |_| false)?;
+        }
         let theta = rope.positive("rope_theta")?.or(flat).unwrap_or(10_000.0);
-        rope.finish(&[])?;
+        let left = rope.left.iter().filter(|(_, value)| !value.is_null());
+        self.ignored.extend(left.map(|(field, _)| format!("{name}.{field}")));
         Ok(theta)
     }
 
@@ -461,7 +572,8 @@ impl Fields {
                 .iter()
                 .map(|name| match name.as_str()? {
                     "sliding_attention" => Some(LayerType::Sliding(window)),
-                    "full_attention" => Some(LayerType::Full),
+                    // As transformers reads an older name.
+                    "full_attention" | "attention" => Some(LayerType::Full),
                     _ => None,
                 })
                 .collect::<Option<Vec<_>>>()
@@ -478,23 +590,36 @@ impl Fields {
         }
     }
 
-    /// Refuses whatever has not been read and is not known to be without effect.
-    fn finish(mut self, ignored: &[&str]) -> Result<(), ConfigError> {
-        self.left.retain(|field, value| !ignored.contains(&field.as_str()) && !value.is_null());
-        match self.left.iter().next() {
-            None => Ok(()),
-            Some((field, value)) => Err(self.error(field, "no such field (its effect is unknown)", shown(value))),
-        }
+    /// Refuses fields that change what is computed, unless they have a value that does not.
+    fn refuse(&mut self, fields: &[Refused]) -> Result<(), ConfigError> {
+        fields.iter().try_for_each(|(field, expected, holds)| self.expect(field, expected, holds))
+    }
+
+    /// What transformers takes for generation where there is no `generation_config.json`.
+    fn settings_for_generation(&self) -> Map<String, Value> {
+        let taken = |field: &&str| Some((field.to_string(), self.left.get(*field)?.clone()));
+        FROM_CONFIG.iter().filter_map(taken).filter(|(_, value)| !value.is_null()).collect()
+    }
+
+    /// The paths of what is left, but for what many checkpoints have.
+    fn paths(&self) -> Vec<String> {
+        let left = self.left.iter().filter(|(field, value)| !IGNORED.contains(&field.as_str()) && !value.is_null());
+        let left = left.map(|(field, _)| field).chain(&self.ignored);
+        left.map(|field| cut(&self.path_of(field))).collect()
+    }
+}
+
+/// A text as messages show it: cut short.
+pub fn cut(text: &str) -> String {
+    match text.char_indices().nth(80) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text.to_string(),
     }
 }
 
 /// Writes a JSON value as error messages show it: as JSON, cut short.
 pub fn shown(value: &Value) -> String {
-    let text = value.to_string();
-    match text.char_indices().nth(80) {
-        Some((end, _)) => format!("{}…", &text[..end]),
-        None => text,
-    }
+    cut(&value.to_string())
 }
 
 #[cfg(test)]
@@ -533,7 +658,7 @@ mod tests {
         let cases = [
             ("/model_type", json!("t5gemma2"), "model_type"),
             ("/encoder/hidden_activation", json!("silu"), "encoder.hidden_activation"),
-            ("/decoder/rope_scaling", json!({"type": "linear"}), "decoder.rope_scaling"),
+            ("/decoder/rope_scaling", json!({"type": "linear"}), "decoder.rope_scaling.type"),
             ("/decoder/rope_parameters", json!({"rope_type": "yarn"}), "decoder.rope_parameters.rope_type"),
             ("/decoder/num_key_value_heads", json!(3), "decoder.num_key_value_heads"),
             ("/decoder/layer_types", json!(["full_attention"]), "decoder.layer_types"),
@@ -542,10 +667,21 @@ mod tests {
             ("/encoder/head_dim", json!(7), "encoder.head_dim"),
             ("/encoder/head_dim", json!(2_147_483_646), "encoder.head_dim"),
             ("/decoder/num_hidden_layers", json!(2_147_483_647), "decoder.num_hidden_layers"),
-            ("/encoder/qk_norm", json!(true), "encoder.qk_norm"),
-            ("/is_encoder_decoder", json!(false), "is_encoder_decoder"),
-            ("/architectures", json!(["T5Model"]), "architectures"),
+            ("/decoder/rope_scaling", json!({"rope_type": "linear", "factor": 1.0}), "decoder.rope_scaling.rope_type"),
+            ("/decoder/rope_parameters", json!({"type": "yarn"}), "decoder.rope_parameters.type"),
+            (
+                "/decoder/rope_parameters",
+                json!({"sliding_attention": {"rope_type": "default"}}),
+                "decoder.rope_parameters.sliding_attention",
+            ),
+            ("/encoder/sliding_window", Value::Null, "encoder.sliding_window"),
+            ("/encoder/per_layer_config", json!({"0": {"head_dim": 8}}), "encoder.per_layer_config"),
+            ("/decoder/is_causal", json!(false), "decoder.is_causal"),
+            ("/quantization_config", json!({"quant_method": "bitsandbytes"}), "quantization_config"),
+            ("/transformers_weights", json!("other.safetensors"), "transformers_weights"),
+            ("/architectures", json!("T5GemmaModel"), "architectures"),
             ("/architectures", json!(["T5GemmaEncoderModel", "T5GemmaModel"]), "architectures"),
+            ("/encoder/rms_norm_eps", json!("NaN"), "encoder.rms_norm_eps"),
             ("/encoder", json!([]), "encoder"),
         ];
         for (pointer, value, field) in cases {
@@ -555,6 +691,80 @@ mod tests {
             let error = Config::parse(&json.to_string()).expect_err(field);
             assert_eq!(error.field, field, "{error}");
         }
+    }
+
+    #[test]
+    fn fields_that_transformers_does_not_read_are_listed() {
+        let cases = [
+            ("/num_beams", json!(4), Some("num_beams")),
+            ("/task_specific_params", json!({"summarization": {"max_length": 200}}), Some("task_specific_params")),
+            ("/auto_map", json!({"AutoModel": "x.Y"}), Some("auto_map")),
+            ("/_attn_implementation", json!("eager"), Some("_attn_implementation")),
+            ("/transformers.js_config", json!({"dtype": "q4"}), Some("transformers.js_config")),
+            ("/is_encoder_decoder", json!(false), Some("is_encoder_decoder")),
+            ("/architectures", json!(["MyT5GemmaForConditionalGeneration"]), Some("architectures")),
+            ("/architectures", json!(["PeftModelForSeq2SeqLM"]), Some("architectures")),
+            ("/architectures", json!([]), None),
+            ("/quantization_config", Value::Null, None),
+            ("/torch_dtype", json!("bfloat16"), None),
+            ("/is_decoder", json!(false), None),
+            ("/problem_type", json!("riddle"), None),
+            ("/pad_token_id", json!(-1), Some("pad_token_id")),
+            ("/encoder/qk_norm", json!(true), Some("encoder.qk_norm")),
+            ("/encoder/model_type", json!("gemma2"), Some("encoder.model_type")),
+            ("/encoder/is_decoder", json!(true), None),
+            ("/encoder/is_causal", json!(false), Some("encoder.is_causal")),
+            ("/encoder/rope_scaling", json!({}), None),
+            ("/encoder/rope_parameters", json!({"type": "default", "rope_theta": 9.0}), None),
+            ("/encoder/rope_parameters", json!({"factor": 2.0}), Some("encoder.rope_parameters.factor")),
+            ("/decoder/pad_token_id", json!(-1), Some("decoder.pad_token_id")),
+        ];
+        for (pointer, value, ignored) in cases {
+            let mut json = minimal();
+            let (parent, key) = pointer.rsplit_once('/').expect("pointers start with a slash");
+            json.pointer_mut(parent).expect("the parent exists")[key] = value;
+            let config = Config::parse(&json.to_string()).unwrap_or_else(|error| panic!("{pointer}: {error}"));
+            assert_eq!(config.ignored, ignored.into_iter().map(str::to_string).collect::<Vec<_>>(), "{pointer}");
+        }
+        let mut json = minimal();
+        json["x".repeat(1000)] = json!(1);
+        let config = Config::parse(&json.to_string()).expect("a long name is a name");
+        assert!(config.ignored[0].chars().count() < 100);
+    }
+
+    #[test]
+    fn the_rotary_base_is_where_transformers_finds_it() {
+        for (changes, theta) in [
+            (json!({"rope_theta": 3.0}), 3.0),
+            (json!({"rope_theta": 3.0, "rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}), 5.0),
+            (json!({"rope_theta": 3.0, "rope_parameters": {}}), 3.0),
+            (json!({"rope_scaling": {"rope_type": "default", "rope_theta": 7.0}}), 7.0),
+            (json!({"rope_scaling": {"type": "default"}, "rope_parameters": {"rope_theta": 5.0}}), 10_000.0),
+        ] {
+            let mut json = minimal();
+            json["decoder"].as_object_mut().expect("an object").extend(changes.as_object().expect("an object").clone());
+            assert_eq!(Config::parse(&json.to_string()).expect("valid").decoder.rope_theta, theta, "{changes}");
+        }
+    }
+
+    #[test]
+    fn training_fields_may_be_no_numbers() {
+        let text = minimal().to_string().replacen("{", "\u{feff}{\"initializer_range\": NaN, \"loss\": -Infinity,", 1);
+        let config = Config::parse(&text).expect("as Python writes it");
+        assert_eq!(config.ignored, ["loss"]);
+    }
+
+    #[test]
+    fn settings_for_generation_are_kept_as_transformers_keeps_them() {
+        let mut json = minimal();
+        json["decoder_start_token_id"] = json!(7);
+        json["max_length"] = json!(128);
+        json["decoder"]["decoder_start_token_id"] = json!(5);
+        json["decoder"]["stop_strings"] = json!(["x"]);
+        json["encoder"]["min_p"] = json!(0.5);
+        let config = Config::parse(&json.to_string()).expect("valid");
+        let expected = json!({"decoder_start_token_id": 7, "stop_strings": ["x"]});
+        assert_eq!(Value::Object(config.generation), expected);
     }
 
     #[test]

@@ -16,6 +16,7 @@
 
 pub mod config;
 pub mod interface;
+pub mod json;
 pub mod manifest;
 pub mod quantization;
 pub mod task;

@@ -1,0 +1,125 @@
+//! JSON as Python's `json` writes and reads it, which is how the files of a checkpoint come to be: `NaN`, `Infinity` and
+//! `-Infinity` stand for numbers there, and editors put a byte-order mark in front.
+
+use std::fmt;
+
+use serde_json::Value;
+
+use crate::config::shown;
+
+/// What Windows editors put in front of UTF-8.
+const BYTE_ORDER_MARK: char = '\u{feff}';
+
+/// The numbers that JSON does not have. The longer comes first where one begins with the other.
+const NUMBERS: [&str; 3] = ["-Infinity", "Infinity", "NaN"];
+
+/// What a text is that is not JSON.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Malformed(String);
+
+impl fmt::Display for Malformed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Malformed {}
+
+/// Reads a text. A number that JSON does not have becomes the string of its name, which no field for a number takes.
+///
+/// # Errors
+/// What is wrong with a text that is not JSON, and in which line and column.
+pub fn parse(text: &str) -> Result<Value, Malformed> {
+    let text = without_mark(text);
+    serde_json::from_str(text).or_else(|error| {
+        let Some(quoted) = replaced(text, |number| format!("\"{number}\"")) else {
+            return Err(malformed(text, &error));
+        };
+        serde_json::from_str(&quoted).map_err(|error| {
+            // Read once more with what keeps the columns.
+            let padded = replaced(text, |number| format!("{:1$}", 0, number.len()).chars().rev().collect());
+            let padded = padded.unwrap_or_default();
+            malformed(text, &serde_json::from_str::<Value>(&padded).err().unwrap_or(error))
+        })
+    })
+}
+
+/// A text without the byte-order mark in front of it.
+pub fn without_mark(text: &str) -> &str {
+    text.strip_prefix(BYTE_ORDER_MARK).unwrap_or(text)
+}
+
+/// Says what a text is that a parser of JSON has refused.
+pub fn malformed(text: &str, error: &serde_json::Error) -> Malformed {
+    let text = without_mark(text);
+    let place = format!("line {}, column {}", error.line(), error.column());
+    let begins = text.trim_start();
+    Malformed(match begins {
+        "" if text.is_empty() => "an empty file".to_string(),
+        "" => "nothing but white space".to_string(),
+        _ if text.bytes().all(|byte| byte == 0) => "nothing but zero bytes".to_string(),
+        _ if error.is_eof() => format!("a document that is cut off at {place}"),
+        _ if error.line() == 1 && !begins.starts_with(['{', '[', '"']) => {
+            format!("a text that begins with {}", shown(&Value::String(begins.chars().take(50).collect())))
+        }
+        _ => {
+            let words = error.to_string();
+            format!("a text that is not JSON ({} at {place})", words.split(" at line ").next().unwrap_or_default())
+        }
+    })
+}
+
+/// The text with the numbers that JSON does not have replaced, if there are any.
+fn replaced(text: &str, by: impl Fn(&str) -> String) -> Option<String> {
+    let (mut out, mut found, mut in_string, mut rest) = (String::new(), false, false, text);
+    while let Some(next) = rest.chars().next() {
+        let number = NUMBERS.into_iter().find(|number| !in_string && rest.starts_with(number));
+        let taken = match (number, next) {
+            (Some(number), _) => number.len(),
+            (None, '\\') if in_string => 1 + rest[1..].chars().next().map_or(0, char::len_utf8),
+            _ => next.len_utf8(),
+        };
+        in_string ^= next == '"';
+        match number {
+            Some(number) => out.push_str(&by(number)),
+            None => out.push_str(&rest[..taken]),
+        }
+        found |= number.is_some();
+        rest = &rest[taken..];
+    }
+    found.then_some(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn what_python_writes_is_read() {
+        for (text, expected) in [
+            ("{\"a\": NaN, \"b\": [Infinity, -Infinity]}", json!({"a": "NaN", "b": ["Infinity", "-Infinity"]})),
+            ("{\"NaN\": \"a \\\" NaN\\\\\", \"b\": NaN}", json!({"NaN": "a \" NaN\\", "b": "NaN"})),
+            ("\u{feff}{\"a\": 1}", json!({"a": 1})),
+            ("\u{feff}{\"\u{feff}\": NaN}", json!({"\u{feff}": "NaN"})),
+        ] {
+            assert_eq!(parse(text), Ok(expected), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_json_is_told_in_words() {
+        for (text, expected) in [
+            ("", "an empty file"),
+            (" \n", "nothing but white space"),
+            ("\0\0\0", "nothing but zero bytes"),
+            ("{\"a\": [1", "a document that is cut off at line 1, column 8"),
+            ("{'a': 1}", "a text that is not JSON (key must be a string at line 1, column 2)"),
+            ("{\"a\": NaN,}", "a text that is not JSON (trailing comma at line 1, column 11)"),
+            ("{\"a\": -Infinity,\n \"b\": nan}", "a text that is not JSON (expected ident at line 2, column 8)"),
+            ("<!DOCTYPE html>", "a text that begins with \"<!DOCTYPE html>\""),
+        ] {
+            assert_eq!(parse(text).map_err(|error| error.to_string()), Err(expected.to_string()), "{text}");
+        }
+    }
+}
