@@ -49,6 +49,16 @@ pub fn read(bytes: &[u8], from: DType, numbers: &mut [f32]) -> Result<()> {
     Ok(())
 }
 
+/// How many of the numbers in `bytes` are NaN or infinite.
+pub fn not_finite(bytes: &[u8], from: DType) -> u64 {
+    match from {
+        DType::Float32 => count(bytes, |four| u32::from_le_bytes(four) & 0x7f80_0000 == 0x7f80_0000),
+        DType::BFloat16 => count(bytes, |two| u16::from_le_bytes(two) & 0x7f80 == 0x7f80),
+        DType::Float16 => count(bytes, |two| u16::from_le_bytes(two) & 0x7c00 == 0x7c00),
+        _ => 0,
+    }
+}
+
 /// Writes `numbers` to `out`, rounded to `to`; `out` has just the room for them.
 ///
 /// # Errors
@@ -80,6 +90,12 @@ fn each<T, const N: usize>(bytes: &[u8], numbers: &mut [T], number: impl Fn([u8;
     for (place, bytes) in numbers.iter_mut().zip(bytes.as_chunks().0) {
         *place = number(*bytes);
     }
+}
+
+fn count<const N: usize>(bytes: &[u8], is_counted: impl Fn([u8; N]) -> bool) -> u64 {
+    // Sums of 32 bits over parts that cannot overflow them.
+    let parts = bytes.as_chunks().0.chunks(1 << 20);
+    parts.map(|part| u64::from(part.iter().map(|number| u32::from(is_counted(*number))).sum::<u32>())).sum()
 }
 
 fn write<T: Copy, const N: usize>(out: &mut [u8], numbers: &[T], bytes: impl Fn(T) -> [u8; N]) {
@@ -123,6 +139,16 @@ mod tests {
     fn what_float16_cannot_hold_is_refused() {
         let error = converted(&[1.0, 70000.0], &[DType::Float16], Adjust::AsIs).expect_err("beyond 65504");
         assert!(error.to_string().contains("70000"), "{error}");
+    }
+
+    #[test]
+    fn what_is_not_finite_is_counted() {
+        let numbers = [1.0, f32::NAN, f32::MAX, f32::INFINITY, -0.0, f32::NEG_INFINITY, f32::MIN_POSITIVE];
+        let halves = [0x7bff_u16, 0x7c00, 0xfc00, 0x7e01, 0, 0x03ff].map(u16::to_le_bytes).concat();
+        let brains = [0x7f7f_u16, 0x7f80, 0xff80, 0x7fc1, 0, 0x7c00].map(u16::to_le_bytes).concat();
+        assert_eq!(not_finite(&numbers.map(f32::to_le_bytes).concat(), DType::Float32), 3);
+        assert_eq!(not_finite(&halves, DType::Float16), 3);
+        assert_eq!(not_finite(&brains, DType::BFloat16), 3);
     }
 
     #[test]

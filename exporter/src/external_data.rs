@@ -2,6 +2,7 @@
 //! is a few chunks, whatever the model's size, and the scales of one matrix where it is held in few bits.
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::ops::Range;
@@ -15,7 +16,7 @@ use sha2::{Digest, Sha256};
 use t5gemma_graphs::manifest::{FileRecord, SAMPLE_BLOCK, TensorRecord, WeightsRecord, sample_offsets};
 use t5gemma_graphs::onnx::{Adjust, Blocks, Code, DType, Part};
 
-use crate::convert::{convert, read, round};
+use crate::convert::{convert, not_finite, read, round};
 use crate::dummy;
 use crate::float8::{self, pack_float8};
 use crate::quantize::{PackedRows, pack};
@@ -49,11 +50,19 @@ pub fn layout(weights: &[Weight]) -> Vec<TensorRecord> {
     records
 }
 
+/// What was written.
+pub struct Written {
+    /// For the manifest.
+    pub record: WeightsRecord,
+    /// How many numbers are NaN or infinite, of the tensors that have any.
+    pub not_finite: Vec<(String, u64)>,
+}
+
 /// Writes the file of weights as [`layout`] has it.
 ///
 /// # Errors
 /// A full disk or other failure of the file, a number that does not fit its type, or an interruption by `watch`.
-pub fn write(path: &Path, weights: &[Weight], source: &Source, watch: &dyn Watch) -> Result<WeightsRecord> {
+pub fn write(path: &Path, weights: &[Weight], source: &Source, watch: &dyn Watch) -> Result<Written> {
     let tensors = layout(weights);
     let total = tensors.iter().map(|tensor| tensor.offset + tensor.bytes).max().unwrap_or(0);
     watch.started(total);
@@ -61,6 +70,7 @@ pub fn write(path: &Path, weights: &[Weight], source: &Source, watch: &dyn Watch
     let file = File::options().create_new(true).read(true).write(true).open(path).with_context(failed)?;
     let mut out = Output { file, hashing: Hashing::start(), written: 0 };
     let mut scratch = Vec::new();
+    let mut not_finite: BTreeMap<&str, u64> = BTreeMap::new();
     // Scales and zero points come with the packed numbers, and are written after them.
     let mut packed = PackedRows::default();
     for (weight, record) in weights.iter().zip(&tensors).filter(|(weight, _)| weight.alias.is_none()) {
@@ -125,12 +135,19 @@ pub fn write(path: &Path, weights: &[Weight], source: &Source, watch: &dyn Watch
                 watch.advanced(bytes.len() as u64);
                 out.put(bytes).with_context(failed)?;
             }
+            if numbers.not_finite > 0 {
+                let found = not_finite.entry(&part.tensor).or_default();
+                // A tensor may be in the file more than once.
+                *found = numbers.not_finite.max(*found);
+            }
         }
     }
+    let not_finite = not_finite.into_iter().map(|(tensor, count)| (tensor.to_string(), count)).collect();
     let sha256 = out.hashing.finish();
     let sample_sha256 = sample(&mut out.file, total).with_context(failed)?;
     let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    Ok(WeightsRecord { file: name, record: FileRecord { bytes: total, sha256 }, sample_sha256, tensors })
+    let record = WeightsRecord { file: name, record: FileRecord { bytes: total, sha256 }, sample_sha256, tensors };
+    Ok(Written { record, not_finite })
 }
 
 /// The largest absolute number of a weight, which has to be finite.
@@ -177,6 +194,8 @@ struct Numbers<'s> {
     width: usize,
     /// Numbers that were read.
     read: usize,
+    /// Of these, how many are NaN or infinite.
+    not_finite: u64,
 }
 
 enum Origin<'s> {
@@ -189,11 +208,12 @@ impl<'s> Numbers<'s> {
         let from = match source {
             Source::Checkpoint(checkpoint) => {
                 let tensor = found(checkpoint, part)?;
-                Origin::Stored { dtype: tensor.dtype, bytes: tensor.bytes }
+                let dtype = tensor.float().with_context(|| format!("{}: of a type without fractions", part.tensor))?;
+                Origin::Stored { dtype, bytes: tensor.bytes }
             }
             Source::Dummy { seed, .. } => Origin::Random(dummy::Numbers::of(part, adjust, *seed)),
         };
-        Ok(Numbers { from, kept: part.kept.clone(), width: part.shape[1..].iter().product(), read: 0 })
+        Ok(Numbers { from, kept: part.kept.clone(), width: part.shape[1..].iter().product(), read: 0, not_finite: 0 })
     }
 
     /// Where the next `count` numbers lie in the tensor, in runs.
@@ -215,10 +235,12 @@ impl<'s> Numbers<'s> {
     fn stored(&mut self, count: usize, dtype: DType, bytes: &'s [u8]) -> Cow<'s, [u8]> {
         let runs = self.places(count);
         let run = |run: &Range<usize>| &bytes[run.start * dtype.size()..run.end * dtype.size()];
-        match &runs[..] {
+        let stored: Cow<[u8]> = match &runs[..] {
             [one] => run(one).into(),
             runs => runs.iter().flat_map(run).copied().collect(),
-        }
+        };
+        self.not_finite += not_finite(&stored, dtype);
+        stored
     }
 
     /// Writes the next numbers to `out` as `weight` has them, as many as there is room for.

@@ -13,7 +13,8 @@ use t5gemma_graphs::manifest::{MANIFEST, Manifest, TensorRecord};
 use t5gemma_graphs::onnx::Dim;
 use t5gemma_graphs::task::Task;
 
-use crate::checkpoint::{Checkpoint, read_text};
+use crate::checkpoint::Checkpoint;
+use crate::found::read_text;
 use crate::proto;
 
 /// The findings.
@@ -135,7 +136,8 @@ fn checkpoint(folder: &Path, config: &Config) -> Result<Report> {
     let checkpoint = Checkpoint::open(folder)?;
     let tensors = checkpoint.names().filter_map(|name| {
         let tensor = checkpoint.tensor(name)?;
-        Some((name, tensor.dtype.to_string(), tensor.shape.iter().product::<usize>() as u64))
+        let dtype = tensor.float().map_or_else(|| format!("{:?}", tensor.dtype), |dtype| dtype.to_string());
+        Some((name, dtype, tensor.shape.iter().product::<usize>() as u64))
     });
     let mut report = Report::of("checkpoint", config, tensors);
     report.weights = checkpoint.files().map(|(name, bytes)| (name.to_string(), bytes.len() as u64)).collect();

@@ -19,29 +19,34 @@ mod dummy;
 mod external_data;
 mod float8;
 mod folder;
+mod found;
 mod inspect;
+mod names;
+mod notes;
 mod plan;
 mod presets;
 mod proto;
 mod quantize;
+mod settings;
 mod signed;
 mod weights;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::{fs, thread};
+use std::thread;
 
-use anyhow::{Context, Result, bail, ensure};
-use serde::de::IgnoredAny;
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
 use sha2::{Digest, Sha256};
-use t5gemma_graphs::config::{Config, Side};
+use t5gemma_graphs::config::{Config, Side, cut};
 use t5gemma_graphs::interface::{self, CacheLayout, DType, Logits};
+use t5gemma_graphs::json;
 use t5gemma_graphs::manifest::{self, EncoderWindow, FORMAT, FORMAT_VERSION, FileRecord, GraphRecord, Manifest};
 use t5gemma_graphs::onnx::{Blocks, Code};
 use t5gemma_graphs::quantization::{self, Activations, Quantization};
-use t5gemma_graphs::task::Task;
+use t5gemma_graphs::task::{Features, Task};
 use t5gemma_graphs::{Options, Target, Vocabulary, decoder_init, definitions, encoder, reorder};
 
 pub use check::{Checked, Finding, TensorRt, check};
@@ -50,9 +55,11 @@ pub use folder::Existing;
 pub use inspect::{Report, inspect};
 pub use plan::{Bytes, Plan};
 pub use presets::{PRESETS, preset};
+pub use settings::{Setting, SettingError};
 
-use checkpoint::{CHAT_TEMPLATE, COMPANIONS, DEFAULT_CHAT_TEMPLATE, read_text};
+use checkpoint::{CHAT_TEMPLATE, COMPANIONS, DEFAULT_CHAT_TEMPLATE, GENERATION_CONFIG};
 use folder::Aside;
+use found::read_text;
 use plan::Memory;
 
 /// What to export as.
@@ -154,6 +161,8 @@ pub struct Exported {
     pub manifest: Manifest,
     /// Tensors of the checkpoint that no graph uses.
     pub unused: Vec<String>,
+    /// What else is to be known of the model, in sentences: what of the checkpoint has no effect, what the model lacks.
+    pub notes: Vec<String>,
 }
 
 impl Export {
@@ -166,25 +175,25 @@ impl Export {
         self.check()?;
         let (text, origin) = source.config()?;
         let config = Config::parse(&text).with_context(|| origin.clone())?;
-        let task = task(self.task.clone(), &config).with_context(|| origin.clone())?;
+        let task = task(self.task.clone(), &config)?;
         let of_decoder = [
-            ("all logits", self.logits == Logits::All),
-            ("--candidates", matches!(self.logits, Logits::Candidates(_))),
-            ("--keep-tokens", self.kept_tokens.is_some()),
-            ("--alignment", self.alignment.is_some()),
-            ("--cache", self.capacity.is_some()),
+            (Setting::AllLogits, self.logits == Logits::All),
+            (Setting::Candidates, matches!(self.logits, Logits::Candidates(_))),
+            (Setting::KeptTokens, self.kept_tokens.is_some()),
+            (Setting::Alignment, self.alignment.is_some()),
+            (Setting::Capacity, self.capacity.is_some()),
         ];
-        for (what, given) in of_decoder {
-            ensure!(
-                !given || task.is_generation(),
-                "{what}: expected the task {}, which has a decoder's, found {}",
-                Task::Text2TextGeneration.name(),
-                task.name()
-            );
+        for (setting, given) in of_decoder {
+            if given && !task.is_generation() {
+                let by = if self.task.is_some() { "" } else { ", by the checkpoint" };
+                let found = format!("{}{by}", task.name());
+                bail!(requires(setting, "", Setting::Task, Task::Text2TextGeneration.name(), found));
+            }
         }
-        check_sizes(&config, self).with_context(|| origin.clone())?;
+        check_sizes(&config, self)?;
         let companions = source.companions()?;
-        check_kept_tokens(self.kept_tokens.as_deref(), &config, &companions)?;
+        let defaults = source.defaults()?;
+        check_kept_tokens(self.kept_tokens.as_deref(), &config, defaults.as_ref())?;
         let options = Options {
             task: task.clone(),
             target: self.target,
@@ -213,19 +222,18 @@ impl Export {
         let memory = self.plan.as_ref().map(|plan| Memory::of(plan, &config, &options, &graphs));
         if let (Some(Bytes(room)), Some(memory)) = (self.fits, &memory) {
             let needed = memory.bytes();
-            ensure!(
-                needed <= room,
-                "--fits: expected a plan of at most {room} bytes, found {needed} bytes:\n\n{memory}"
-            );
+            if needed > room {
+                let expected = format!("at least the {needed} bytes that the plan takes");
+                bail!(SettingError::value(Setting::Fits, expected, format!("{room} bytes:\n\n{memory}")));
+            }
         }
         let weights = weights::collect(&graphs.iter().collect::<Vec<_>>());
         for pattern in &self.quantization.exclude {
             let mut names = weights.iter().flat_map(|weight| &weight.parts).map(|part| &part.tensor);
-            let expected = "--quantize-exclude: expected the name of a weight, in which * may stand for any text";
-            ensure!(
-                names.any(|name| quantization::matches(pattern, name)),
-                "{expected}, found {pattern:?}, which no weight has"
-            );
+            if !names.any(|name| quantization::matches(pattern, name)) {
+                let expected = "the name of a weight, in which * may stand for any text";
+                bail!(SettingError::value(Setting::Exclude, expected, format!("{pattern:?}, which no weight has")));
+            }
         }
         let unused = match source {
             Source::Checkpoint(checkpoint) => weights::check(&weights, checkpoint, &task)?,
@@ -235,14 +243,14 @@ impl Export {
 
         let aside = Aside::create(out, self.existing)?;
         let failed = AtomicBool::new(false);
-        let (weights_record, source_record) = thread::scope(|scope| {
+        let (written, source_record) = thread::scope(|scope| {
             let hashed = scope.spawn(|| source.record(&|| failed.load(Ordering::Relaxed) || watch.check().is_err()));
             let written = external_data::write(&aside.path(interface::WEIGHTS), &weights, source, watch);
             // The hash of a source whose export has failed is of no use to anyone.
             failed.store(written.is_err(), Ordering::Relaxed);
             (written, hashed.join().expect("hashing does not panic"))
         });
-        let weights_record = weights_record?;
+        let external_data::Written { record: weights_record, not_finite } = written?;
 
         let (mut graph_records, mut observed) = (BTreeMap::new(), BTreeMap::new());
         let cache = if task.is_generation() { options.cache(&config) } else { CacheLayout::default() };
@@ -309,72 +317,93 @@ impl Export {
         aside.write(manifest::MANIFEST, text.as_bytes())?;
         watch.check()?;
         aside.publish()?;
-        Ok(Exported { manifest, unused })
+        let mut notes = notes::of_settings(&config, defaults.as_ref());
+        if let Source::Checkpoint(checkpoint) = source {
+            notes.extend(checkpoint.notes());
+            notes.extend(notes::of_tokenizer(checkpoint.folder()));
+        }
+        notes.extend(notes::of_capacity(self.capacity, defaults.as_ref()));
+        notes.extend(notes::of_blocks(&weights));
+        notes.extend(notes::of_numbers(&not_finite));
+        Ok(Exported { manifest, unused, notes })
     }
 
     /// Refuses what does not go together, whatever the checkpoint.
-    fn check(&self) -> Result<()> {
-        let (target, dtypes) = (self.target.name(), self.target.dtypes());
-        if !dtypes.contains(&self.dtype) {
-            let all: Vec<String> = dtypes.iter().map(ToString::to_string).collect();
-            bail!("--dtype: expected {} for target {target}, found {}", all.join(", "), self.dtype);
-        }
-        let those = |suits: fn(Target) -> bool| {
-            Target::ALL.into_iter().filter(|&target| suits(target)).map(Target::name).collect::<Vec<_>>().join(", ")
+    fn check(&self) -> Result<(), SettingError> {
+        let target = self.target;
+        let those = |suits: &dyn Fn(Target) -> bool| {
+            Target::ALL.into_iter().filter(|&target| suits(target)).map(Target::name).collect::<Vec<_>>().join(" or ")
         };
-        let of_float8 = |blocks: Blocks| blocks.code == Code::Float8E4M3FN;
-        ensure!(
-            !self.quantization.parts().any(of_float8) || self.target == Target::TensorRt,
-            "--quantize fp8: expected target {}, found target {target}",
-            Target::TensorRt.name()
-        );
-        if self.quantization.is_any() && !self.target.reads_packed() {
-            let those = those(Target::reads_packed);
-            bail!("--quantize: expected a target whose runtime reads packed weights ({those}), found target {target}");
+        let requires_target = |setting, value: &str, suits: &dyn Fn(Target) -> bool| match suits(target) {
+            true => Ok(()),
+            false => Err(requires(setting, value, Setting::Target, those(suits), target.name())),
+        };
+        let dtype = self.dtype;
+        requires_target(Setting::Dtype, &dtype.to_string(), &|target| target.dtypes().contains(&dtype))?;
+        for blocks in self.quantization.parts() {
+            let Blocks { bits, size, .. } = blocks;
+            if !matches!(bits, 4 | 8) {
+                return Err(SettingError::value(Setting::Quantization, "4 or 8 bits", bits));
+            }
+            if !matches!(size, 16 | 32 | 64 | 128) {
+                return Err(SettingError::value(Setting::BlockSize, "16, 32, 64 or 128", size));
+            }
+            let is_float8 = blocks.code == Code::Float8E4M3FN;
+            requires_target(Setting::Quantization, blocks.name(), &|target| match is_float8 {
+                true => target == Target::TensorRt,
+                false => target.reads_packed(),
+            })?;
         }
-        ensure!(
-            self.plan.is_none() || self.target == Target::TensorRt,
-            "--plan: expected target {}, found target {target}",
-            Target::TensorRt.name()
-        );
-        ensure!(self.fits.is_none() || self.plan.is_some(), "--fits requires --plan (got none)");
-        if self.capacity.is_some() && !self.target.has_static_cache() {
-            let those = those(Target::has_static_cache);
-            bail!("--cache: expected a target with a cache of fixed capacity ({those}), found target {target}");
+        if self.plan.is_some() {
+            requires_target(Setting::Plan, "", &|target| target == Target::TensorRt)?;
+        }
+        if self.fits.is_some() && self.plan.is_none() {
+            return Err(requires(Setting::Fits, "", Setting::Plan, "", ""));
+        }
+        if self.capacity.is_some() {
+            requires_target(Setting::Capacity, "", &Target::has_static_cache)?;
         }
         if self.activations == Activations::Observed {
-            let suits = self.target == Target::Portable && self.dtype == DType::Float32 && !self.quantization.is_any();
-            ensure!(
-                suits && self.alignment.is_none(),
-                "--observe: expected target {} in float32, not quantized and without --alignment",
-                Target::Portable.name()
-            );
+            requires_target(Setting::Observed, "", &|target| target == Target::Portable)?;
+            if dtype != DType::Float32 {
+                return Err(requires(Setting::Observed, "", Setting::Dtype, "float32", dtype.to_string()));
+            }
+            if self.alignment.is_some() {
+                return Err(requires(Setting::Observed, "", Setting::Alignment, "to be left out", ""));
+            }
         }
         if matches!(self.activations, Activations::Ranges(_)) {
-            let eight = self.quantization.parts().any(|blocks| blocks.bits == 8);
-            let expected = Target::TensorRt.name();
-            ensure!(
-                self.target == Target::TensorRt && eight,
-                "--calibrate: expected --quantize int8 or fp8 for target {expected}, which computes in 8 bits"
-            );
+            requires_target(Setting::Ranges, "", &|target| target == Target::TensorRt)?;
+            let names: Vec<&str> = self.quantization.parts().map(|blocks| blocks.name()).collect();
+            if !self.quantization.parts().any(|blocks| blocks.bits == 8) {
+                return Err(requires(Setting::Ranges, "", Setting::Quantization, "int8 or fp8", names.join(", ")));
+            }
         }
-        for blocks in self.quantization.parts() {
-            let Blocks { bits, size, symmetric, .. } = blocks;
-            ensure!(matches!(bits, 4 | 8), "--quantize: expected int8, fp8 or int4, found {bits} bits");
-            ensure!(matches!(size, 16 | 32 | 64 | 128), "--block-size: expected 16, 32, 64 or 128, found {size}");
-            if self.target.signs_packed() {
-                let is_known = bits == 4 || matches!(self.activations, Activations::Ranges(_));
-                let name = blocks.name();
-                ensure!(is_known, "--quantize {name}: expected --calibrate for target {target}, found none");
-                ensure!(symmetric, "--asymmetric: expected blocks without zero points for target {target}");
+        for blocks in self.quantization.parts().filter(|_| target.signs_packed()) {
+            if blocks.bits == 8 && !matches!(self.activations, Activations::Ranges(_)) {
+                let value = format!("{} with target {}", blocks.name(), target.name());
+                return Err(requires(Setting::Quantization, &value, Setting::Ranges, "", ""));
+            }
+            if !blocks.symmetric {
+                requires_target(Setting::Asymmetric, "", &|target| target.reads_packed() && !target.signs_packed())?;
             }
         }
         Ok(())
     }
 }
 
+fn requires(
+    setting: Setting,
+    value: &str,
+    other: Setting,
+    needed: impl Into<String>,
+    found: impl Into<String>,
+) -> SettingError {
+    SettingError::Requires { setting, value: value.into(), other, needed: needed.into(), found: found.into() }
+}
+
 /// Refuses sizes that do not fit the model.
-fn check_sizes(config: &Config, export: &Export) -> Result<()> {
+fn check_sizes(config: &Config, export: &Export) -> Result<(), SettingError> {
     let Quantization { encoder, decoder, head, .. } = &export.quantization;
     let widths = |side: &Side| [side.hidden_size, side.num_attention_heads * side.head_dim, side.intermediate_size];
     let (of_encoder, of_decoder) = (widths(&config.encoder), widths(&config.decoder));
@@ -386,55 +415,61 @@ fn check_sizes(config: &Config, export: &Export) -> Result<()> {
         let is_blocked = |blocks: &Blocks| export.target.signs_packed() && blocks.bits == 4;
         let Some(Blocks { size, .. }) = blocks.filter(is_blocked) else { continue };
         if let Some(width) = widths.iter().find(|width| !width.is_multiple_of(size)) {
-            let target = export.target.name();
-            bail!(
-                "--block-size: expected a divisor of the matrices' widths for target {target}, found {size} for {width}"
-            );
+            let expected = format!("a divisor of the matrices' widths for target {}", export.target.name());
+            return Err(SettingError::value(Setting::BlockSize, expected, format!("{size} for {width}")));
         }
     }
     if let Some(capacity) = export.capacity {
         let most = config.decoder.max_position_embeddings;
-        ensure!((1..=most).contains(&capacity), "--cache: expected static=1 to static={most}, found static={capacity}");
+        if !(1..=most).contains(&capacity) {
+            return Err(SettingError::value(
+                Setting::Capacity,
+                format!("1 to {most} (decoder.max_position_embeddings)"),
+                capacity,
+            ));
+        }
     }
     if let Logits::Candidates(count) = export.logits {
         // The limit of TensorRT's TopK.
         let tokens = export.kept_tokens.as_ref().map_or(config.decoder.vocab_size, Vec::len);
         let most = tokens.min(3839);
-        ensure!((1..=most).contains(&count), "--candidates: expected 1 to {most}, found {count}");
+        if !(1..=most).contains(&count) {
+            return Err(SettingError::value(Setting::Candidates, format!("1 to {most}"), count));
+        }
     }
     Ok(())
 }
 
 /// Refuses tokens that the model does not have, and a choice of which no text would ever end.
-fn check_kept_tokens(tokens: Option<&[usize]>, config: &Config, companions: &[(&str, Vec<u8>)]) -> Result<()> {
+fn check_kept_tokens(tokens: Option<&[usize]>, config: &Config, defaults: Option<&Value>) -> Result<(), SettingError> {
     let Some(tokens) = tokens else { return Ok(()) };
+    let refused = |expected: String, found: String| Err(SettingError::value(Setting::KeptTokens, expected, found));
     let vocab_size = config.decoder.vocab_size;
-    ensure!(!tokens.is_empty(), "--keep-tokens: expected ids of tokens, found none");
+    if tokens.is_empty() {
+        return refused("ids of tokens".into(), "none".into());
+    }
     if let Some(token) = tokens.iter().find(|&&token| token >= vocab_size) {
-        bail!("--keep-tokens: expected token ids below {vocab_size}, the size of the vocabulary, found {token}");
+        return refused(format!("token ids below {vocab_size}, the size of the vocabulary"), token.to_string());
     }
     if let Some(pair) = tokens.windows(2).find(|pair| pair[0] >= pair[1]) {
-        bail!("--keep-tokens: expected ascending token ids, each once, found {} before {}", pair[0], pair[1]);
+        return refused("ascending token ids, each once".into(), format!("{} before {}", pair[0], pair[1]));
     }
-    let Some((name, text)) = companions.iter().find(|(name, _)| *name == "generation_config.json") else {
-        return Ok(());
-    };
-    let settings: serde_json::Value = serde_json::from_slice(text).with_context(|| (*name).to_string())?;
-    let ends: Vec<u64> = match settings.get("eos_token_id") {
-        Some(serde_json::Value::Array(tokens)) => tokens.iter().filter_map(serde_json::Value::as_u64).collect(),
+    let ends: Vec<u64> = match defaults.and_then(|defaults| defaults.get("eos_token_id")) {
+        Some(Value::Array(tokens)) => tokens.iter().filter_map(Value::as_u64).collect(),
         Some(token) => token.as_u64().into_iter().collect(),
         None => Vec::new(),
     };
     let is_kept = |token: &u64| tokens.binary_search(&(*token as usize)).is_ok();
-    ensure!(
-        ends.is_empty() || ends.iter().any(is_kept),
-        "--keep-tokens: expected one of those that end a text among them, eos_token_id {ends:?} of {name}, found none"
-    );
+    if !ends.is_empty() && !ends.iter().any(is_kept) {
+        let expected =
+            format!("one of those that end a text, eos_token_id {ends:?} of {GENERATION_CONFIG}, among them");
+        return refused(expected, "none".into());
+    }
     Ok(())
 }
 
 /// The layers of an alignment, ascending.
-fn alignment_layers(wanted: Option<&[usize]>, config: &Config) -> Result<Vec<usize>> {
+fn alignment_layers(wanted: Option<&[usize]>, config: &Config) -> Result<Vec<usize>, SettingError> {
     let all = config.decoder.layers.len();
     let mut layers = match wanted {
         None => return Ok(Vec::new()),
@@ -442,52 +477,53 @@ fn alignment_layers(wanted: Option<&[usize]>, config: &Config) -> Result<Vec<usi
         Some(layers) => layers.to_vec(),
     };
     if let Some(layer) = layers.iter().find(|&&layer| layer >= all) {
-        bail!("--alignment-layers: expected decoder layers from 0 to {}, found {layer}", all - 1);
+        let expected = format!("decoder layers from 0 to {}", all - 1);
+        return Err(SettingError::value(Setting::AlignmentLayers, expected, layer));
     }
     layers.sort_unstable();
     if let Some(twice) = layers.windows(2).find(|pair| pair[0] == pair[1]) {
-        bail!("--alignment-layers: expected each layer once, found {} twice", twice[0]);
+        return Err(SettingError::value(Setting::AlignmentLayers, "each layer once", format!("{} twice", twice[0])));
     }
     Ok(layers)
 }
 
 /// Holds ranges to the matrices of the model.
-fn check_ranges(config: &Config, options: &Options, ranges: &BTreeMap<String, f32>) -> Result<()> {
+fn check_ranges(config: &Config, options: &Options, ranges: &BTreeMap<String, f32>) -> Result<(), SettingError> {
+    let refused = |expected: String, found: String| Err(SettingError::value(Setting::Ranges, expected, found));
     let observed = definitions(config, &Options { activations: Activations::Observed, ..options.clone() });
     let known: BTreeSet<&str> = observed.iter().flat_map(|graph| &graph.observed).map(String::as_str).collect();
     let is_rounded = |name: &str| options.quantization.of(name).is_some_and(|blocks| blocks.bits == 8);
     for &name in known.iter().filter(|name| is_rounded(name)) {
         match ranges.get(name) {
             Some(range) if range.is_finite() && *range >= 0.0 => {}
-            Some(range) => bail!("--calibrate: ranges: {name}: expected a number of 0 or more, found {range}"),
-            None => bail!("--calibrate: ranges: expected one for {name}, found none"),
+            Some(range) => return refused(format!("ranges of 0 or more for {name}"), range.to_string()),
+            None => return refused(format!("a range for {name}"), "none".into()),
         }
     }
     match ranges.keys().find(|name| !known.contains(name.as_str())) {
-        Some(name) => bail!("--calibrate: ranges: expected names of this model's matrices, found {name}"),
+        Some(name) => refused("names of this model's matrices".into(), cut(name)),
         None => Ok(()),
     }
 }
 
 /// The task to export for, which must suit the checkpoint.
-fn task(wanted: Option<Task>, config: &Config) -> Result<Task> {
+fn task(wanted: Option<Task>, config: &Config) -> Result<Task, SettingError> {
     let task = wanted.unwrap_or_else(|| Task::of(config));
-    ensure!(
-        task.suits(config),
-        "architectures: expected a checkpoint for the task {}, found {}, which is for {}",
-        task.name(),
-        config.architecture.name(),
-        Task::of(config).name()
-    );
+    if !task.suits(config) {
+        let expected = format!(
+            "{} or {} for a checkpoint of {}",
+            Task::of(config).name(),
+            Task::FeatureExtraction(Features::default()).name(),
+            config.architecture.name()
+        );
+        return Err(SettingError::value(Setting::Task, expected, task.name()));
+    }
     let Task::FeatureExtraction(mut features) = task else { return Ok(task) };
     let all = config.encoder.layers.len();
-    let layers = features.layers(config).with_context(|| {
-        format!(
-            "hidden_layer: expected 0 to {all}, or -1 to -{} from the end, found {}",
-            all + 1,
-            features.hidden_layer
-        )
-    })?;
+    let Some(layers) = features.layers(config) else {
+        let expected = format!("0 to {all}, or -1 to -{} from the end", all + 1);
+        return Err(SettingError::value(Setting::HiddenLayer, expected, features.hidden_layer));
+    };
     features.hidden_layer = layers as i64;
     Ok(Task::FeatureExtraction(features))
 }
@@ -518,7 +554,7 @@ impl Source {
         match self {
             Source::Checkpoint(checkpoint) => {
                 let path = checkpoint.folder().join("config.json");
-                Ok((read_text(&path)?, path.display().to_string()))
+                Ok((json::without_mark(&read_text(&path)?).to_string(), path.display().to_string()))
             }
             Source::Dummy { config, origin, .. } => Ok((config.clone(), origin.clone())),
         }
@@ -554,22 +590,22 @@ impl Source {
     /// The files that are carried along, with their content. What none of the tools that read them could use is refused.
     fn companions(&self) -> Result<Vec<(&'static str, Vec<u8>)>> {
         let Source::Checkpoint(checkpoint) = self else { return Ok(Vec::new()) };
-        let there = |name: &&str| checkpoint.folder().join(name).exists();
-        let read = |name: &&'static str| {
-            let path: PathBuf = checkpoint.folder().join(name);
-            let bytes = fs::read(&path).with_context(|| format!("{}: cannot be read", path.display()))?;
-            if path.extension().is_some_and(|extension| extension == "json") {
-                serde_json::from_slice::<BTreeMap<String, IgnoredAny>>(&bytes)
-                    .with_context(|| format!("{}: expected a JSON object", path.display()))?;
-            }
-            Ok((*name, bytes))
-        };
-        let mut companions: Vec<_> = COMPANIONS.iter().filter(|name| there(name)).map(read).collect::<Result<_>>()?;
+        let folder = checkpoint.folder();
+        let is_there = |name: &str| found::is_there(&folder.join(name));
+        let there = COMPANIONS.iter().filter(|name| is_there(name));
+        let read = |name: &&'static str| Ok((*name, checkpoint::companion(folder, name)?));
+        let mut companions: Vec<_> = there.map(read).collect::<Result<_>>()?;
         // The template for conversations may stand beside templates for other uses, which are not carried along.
-        if !there(&CHAT_TEMPLATE) && there(&DEFAULT_CHAT_TEMPLATE) {
-            let (_, bytes) = read(&DEFAULT_CHAT_TEMPLATE)?;
-            companions.push((CHAT_TEMPLATE, bytes));
+        if !is_there(CHAT_TEMPLATE) && is_there(DEFAULT_CHAT_TEMPLATE) {
+            companions.push((CHAT_TEMPLATE, checkpoint::companion(folder, DEFAULT_CHAT_TEMPLATE)?));
         }
         Ok(companions)
+    }
+
+    /// The model's own options for generation, if it has any.
+    fn defaults(&self) -> Result<Option<Value>> {
+        let Source::Checkpoint(checkpoint) = self else { return Ok(None) };
+        let path = checkpoint.folder().join(GENERATION_CONFIG);
+        if path.exists() { Ok(Some(found::read_object(&path)?.1)) } else { Ok(None) }
     }
 }

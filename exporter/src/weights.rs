@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use t5gemma_graphs::Vocabulary;
 use t5gemma_graphs::config::Config;
 use t5gemma_graphs::onnx::{Adjust, DType, Definition, Part};
@@ -90,6 +90,11 @@ pub fn check_size(weights: &[Weight]) -> Result<()> {
 pub fn vocabulary(config: &Config, checkpoint: &Checkpoint) -> Result<Vocabulary> {
     let tie = config.tie_word_embeddings;
     let own = |embedding: &str, head: &str| Vocabulary { embedding: embedding.into(), head: head.into(), kept: None };
+    let missing = |name: &str, why: &str| {
+        let instead = checkpoint.instead_of(&[name]);
+        let instead = if instead.is_empty() { instead } else { format!("; {instead}") };
+        anyhow!("{}: {name}: missing{why}{instead}", checkpoint.folder().display())
+    };
     match (checkpoint.tensor(EMBEDDING), checkpoint.tensor(HEAD)) {
         (Some(embedding), Some(head)) if tie && embedding.dtype == head.dtype && embedding.bytes == head.bytes => {
             Ok(own(EMBEDDING, EMBEDDING))
@@ -97,11 +102,8 @@ pub fn vocabulary(config: &Config, checkpoint: &Checkpoint) -> Result<Vocabulary
         (Some(_), Some(_)) => Ok(own(EMBEDDING, HEAD)),
         (Some(_), None) if tie => Ok(own(EMBEDDING, EMBEDDING)),
         (None, Some(_)) if tie => Ok(own(HEAD, HEAD)),
-        (Some(_), None) => bail!(
-            "{}: {HEAD}: missing, though config.json has tie_word_embeddings false",
-            checkpoint.folder().display()
-        ),
-        (None, _) => bail!("{}: {EMBEDDING}: missing", checkpoint.folder().display()),
+        (Some(_), None) => Err(missing(HEAD, ", though config.json has tie_word_embeddings false")),
+        (None, _) => Err(missing(EMBEDDING, "")),
     }
 }
 
@@ -114,18 +116,28 @@ pub fn default_vocabulary(config: &Config) -> Vocabulary {
 /// Holds every weight to its tensor, and returns the names of the tensors that no weight uses.
 ///
 /// # Errors
-/// All tensors that are missing or of another shape than the config asks for.
+/// All tensors that are missing, of another shape than the config asks for, or of a type that cannot be exported.
 pub fn check(weights: &[Weight], checkpoint: &Checkpoint, task: &Task) -> Result<Vec<String>> {
-    let mut wrong = Vec::new();
+    let (mut wrong, mut missing) = (Vec::new(), Vec::new());
     let mut used = BTreeSet::new();
+    let folder = checkpoint.folder().display();
     for part in weights.iter().flat_map(|weight| &weight.parts) {
         if !used.insert(part.tensor.as_str()) {
             continue;
         }
         match checkpoint.tensor(&part.tensor) {
-            None => wrong.push(format!("{}: missing (expected shape {:?})", part.tensor, part.shape)),
+            None => {
+                wrong.push(format!("{}: missing (expected shape {:?})", part.tensor, part.shape));
+                missing.push(part.tensor.as_str());
+            }
             Some(tensor) if tensor.shape != part.shape => {
-                wrong.push(format!("{}: expected shape {:?}, found {:?}", part.tensor, part.shape, tensor.shape));
+                wrong.push(format!("{}: expected shape {:?}, found {}", part.tensor, part.shape, shape(tensor.shape)));
+            }
+            Some(tensor) if tensor.float().is_none() => {
+                let path = checkpoint.file_of(&part.tensor).unwrap_or_default();
+                let dtype = tensor.dtype;
+                let quantized = "quantized weights have to be saved in one of these first";
+                bail!("{}: {}: expected F32, F16 or BF16, found {dtype:?} ({quantized})", path.display(), part.tensor);
             }
             Some(_) => {}
         }
@@ -136,10 +148,12 @@ pub fn check(weights: &[Weight], checkpoint: &Checkpoint, task: &Task) -> Result
     if more > 0 {
         wrong.push(format!("… and {more} more"));
     }
+    if !missing.is_empty() {
+        wrong.extend(Some(checkpoint.instead_of(&missing)).filter(|instead| !instead.is_empty()));
+    }
     ensure!(
         wrong.is_empty(),
-        "{}: the tensors are not those that config.json describes:\n  {}",
-        checkpoint.folder().display(),
+        "{folder}: the tensors are not those that config.json describes:\n  {}",
         wrong.join("\n  ")
     );
     // A stored head that equals the tied embedding is redundant, not left over.
@@ -148,6 +162,14 @@ pub fn check(weights: &[Weight], checkpoint: &Checkpoint, task: &Task) -> Result
     let left = |name: &str| matches!(task, Task::FeatureExtraction(_)) && !name.starts_with("model.encoder.");
     let unused = checkpoint.names().filter(|name| !used.contains(name) && !redundant(name) && !left(name));
     Ok(unused.map(str::to_string).collect())
+}
+
+/// A shape as messages show it: of many dimensions only some.
+fn shape(shape: &[usize]) -> String {
+    match shape.get(..8) {
+        Some(first) => format!("{first:?} and more dimensions"),
+        None => format!("{shape:?}"),
+    }
 }
 
 /// A tensor that [`check`] has found.
