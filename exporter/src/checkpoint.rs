@@ -188,7 +188,7 @@ impl Checkpoint {
                 format!("the tensors have other names, such as {}: the checkpoint is of another class", cut(nearest))
             }
             (_, count) if !self.is_of_stacks() => {
-                let first: Vec<String> = self.names().take(3).map(cut).collect();
+                let first: Vec<String> = self.tensors.values().take(3).map(|place| cut(&place.stored)).collect();
                 format!("none of the {count} tensors is named as a T5Gemma's; they begin with {}", first.join(", "))
             }
             _ => String::new(),
@@ -196,7 +196,7 @@ impl Checkpoint {
     }
 
     fn is_of_stacks(&self) -> bool {
-        self.names().any(|name| name.starts_with("model.encoder.") || name.starts_with("model.decoder."))
+        self.names().any(names::is_of_stack)
     }
 
     /// The name of every tensor, sorted.

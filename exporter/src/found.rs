@@ -37,9 +37,10 @@ pub fn open(path: &Path) -> Result<File> {
 pub fn read_text(path: &Path) -> Result<String> {
     let mut bytes = Vec::new();
     let place = path.display();
-    let read = open(path)?.take(MOST_TEXT + 1).read_to_end(&mut bytes);
-    read.with_context(|| format!("{place}: cannot be read"))?;
-    ensure!(bytes.len() as u64 <= MOST_TEXT, "{place}: expected at most {MOST_TEXT} bytes of text, found more");
+    let mut file = open(path)?;
+    let length = file.metadata().with_context(|| format!("{place}: cannot be read"))?.len();
+    ensure!(length <= MOST_TEXT, "{place}: expected at most {MOST_TEXT} bytes of text, found {length}");
+    file.read_to_end(&mut bytes).with_context(|| format!("{place}: cannot be read"))?;
     if let Some(found) = foreign(&bytes) {
         bail!("{place}: expected a text file, found {found}");
     }
@@ -139,7 +140,11 @@ fn page(text: &str, lower: &str) -> String {
 
 /// What a file is that has no header of safetensors.
 pub fn described(bytes: &[u8]) -> Option<String> {
-    let is_text = |bytes: &[u8]| bytes.iter().all(|&byte| byte >= b' ' || matches!(byte, b'\t' | b'\n' | b'\r'));
+    let is_text = |bytes: &[u8]| {
+        // A character may be cut off at the end.
+        let is_utf8 = std::str::from_utf8(bytes).err().is_none_or(|error| error.error_len().is_none());
+        is_utf8 && bytes.iter().all(|&byte| byte >= b' ' || matches!(byte, b'\t' | b'\n' | b'\r'))
+    };
     foreign(bytes).or_else(|| {
         let head = &bytes[..bytes.len().min(200)];
         let text = String::from_utf8_lossy(head);
@@ -189,6 +194,7 @@ mod tests {
         }
         let answer = described(b"{\"error\":\"Repository not found\"}").unwrap_or_default();
         assert!(answer.starts_with("a text that begins with \"{"), "{answer}");
+        assert_eq!(described(b"\xff\xff\xff\xff\xff\xff\xff\xff{\"a\":"), None);
         assert_eq!(described(b"\x10\0\0\0\0\0\0\0{\"a\":"), None);
     }
 }

@@ -5,17 +5,21 @@ use std::fmt;
 use std::fs;
 use std::path::Path;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use serde::Serialize;
 use t5gemma_graphs::config::{Config, LayerType, Side};
 use t5gemma_graphs::interface::Port;
-use t5gemma_graphs::manifest::{MANIFEST, Manifest, TensorRecord};
+use t5gemma_graphs::manifest::{KEPT_TOKENS, MANIFEST, Manifest};
 use t5gemma_graphs::onnx::Dim;
 use t5gemma_graphs::task::Task;
+use t5gemma_graphs::{Options, definitions};
 
 use crate::checkpoint::Checkpoint;
-use crate::found::read_text;
+use crate::found::{self, read_text};
+use crate::plain_options;
 use crate::proto;
+use crate::reseal::manifest;
+use crate::weights;
 
 /// The findings.
 #[derive(Debug, Serialize)]
@@ -81,32 +85,36 @@ pub struct GraphReport {
 /// # Errors
 /// If the folder is neither, or a file that describes it is malformed.
 pub fn inspect(folder: &Path) -> Result<Report> {
-    let path = folder.join("config.json");
+    ensure!(
+        folder.is_dir(),
+        "{}: expected a model folder or a checkpoint, found {}",
+        folder.display(),
+        if folder.exists() { "a file".to_string() } else { found::absent(folder) }
+    );
+    let (path, is_model) = (folder.join("config.json"), folder.join(MANIFEST).exists());
+    if !is_model && !found::is_there(&path) {
+        let near = found::checkpoint_near(folder).map_or_else(String::new, |near| format!(" ({near})"));
+        bail!(
+            "{}: expected a model folder (with {MANIFEST}) or a checkpoint (with config.json), found neither{near}",
+            folder.display()
+        );
+    }
     let config = Config::parse(&read_text(&path)?).with_context(|| path.display().to_string())?;
-    if folder.join(MANIFEST).exists() { model(folder, &config) } else { checkpoint(folder, &config) }
+    if is_model { model(folder, &config) } else { checkpoint(folder, &config) }
 }
 
 fn model(folder: &Path, config: &Config) -> Result<Report> {
     let path = folder.join(MANIFEST);
-    let manifest: Manifest =
-        serde_json::from_str(&read_text(&path)?).with_context(|| format!("{}: not a manifest", path.display()))?;
-    let counted = |tensor: &&TensorRecord| {
-        let of_blocks = [".scales", ".zero_points"].iter().any(|suffix| tensor.name.ends_with(suffix));
-        !of_blocks && tensor.same_bytes_as.is_none()
-    };
-    let tensors = manifest.weights.tensors.iter().filter(counted).map(|tensor| {
+    let manifest = manifest(folder)?;
+    let mut report = Report::of("model", config, numbers(folder, &manifest, config)?.into_iter());
+    for tensor in &manifest.weights.tensors {
         let numbers = tensor.shape.iter().try_fold(1_u64, |numbers, &size| numbers.checked_mul(size as u64));
-        // The bound keeps the sum over all tensors within range too.
-        let numbers = numbers.filter(|&numbers| numbers <= manifest.weights.record.bytes).with_context(|| {
-            format!(
-                "{}: weights.tensors[{:?}].shape: more numbers than the file has bytes",
-                path.display(),
-                tensor.name
-            )
-        })?;
-        Ok((tensor.name.as_str(), tensor.dtype.to_string(), numbers))
-    });
-    let mut report = Report::of("model", config, tensors.collect::<Result<Vec<_>>>()?.into_iter());
+        let place = format!("{}: weights.tensors[{:?}]", path.display(), tensor.name);
+        // Two of 4 bits are a byte.
+        let is_within = numbers.is_some_and(|numbers| numbers / 2 <= manifest.weights.record.bytes);
+        ensure!(is_within, "{place}.shape: more numbers than the file has bytes");
+        *report.dtypes.entry(tensor.dtype.to_string()).or_default() += usize::from(tensor.same_bytes_as.is_none());
+    }
     report.weights.insert(manifest.weights.file.clone(), manifest.weights.record.bytes);
     let mut graphs = Vec::new();
     for part in ["model", "encoder", "decoder", "decoder_with_past"] {
@@ -132,20 +140,50 @@ fn model(folder: &Path, config: &Config) -> Result<Report> {
     Ok(report)
 }
 
+/// The tensors of the checkpoint that a model was made of, with the numbers in each: what the file of weights has of them may be
+/// packed, filled up and there twice.
+fn numbers(folder: &Path, manifest: &Manifest, config: &Config) -> Result<Vec<(String, u64)>> {
+    let is_stored = |tensor: &str| manifest.weights.tensors.iter().any(|stored| stored.name.starts_with(tensor));
+    let mut vocabulary = weights::default_vocabulary(config);
+    match (is_stored(weights::EMBEDDING), is_stored(weights::HEAD)) {
+        (true, true) => (vocabulary.embedding, vocabulary.head) = (weights::EMBEDDING.into(), weights::HEAD.into()),
+        (true, false) => {
+            (vocabulary.embedding, vocabulary.head) = (weights::EMBEDDING.into(), weights::EMBEDDING.into())
+        }
+        (false, true) => (vocabulary.embedding, vocabulary.head) = (weights::HEAD.into(), weights::HEAD.into()),
+        (false, false) => {}
+    }
+    if manifest.kept_tokens.is_some() {
+        let path = folder.join(KEPT_TOKENS);
+        let tokens: Vec<usize> = serde_json::from_str(&read_text(&path)?)
+            .with_context(|| format!("{}: expected an array of ids", path.display()))?;
+        let vocab_size = config.decoder.vocab_size;
+        ensure!(tokens.iter().all(|&id| id < vocab_size), "{}: expected ids below {vocab_size}", path.display());
+        vocabulary.kept = Some(tokens.into());
+    }
+    let options = Options { task: manifest.task.clone(), ..plain_options(vocabulary) };
+    let weights = weights::collect(&definitions(config, &options).iter().collect::<Vec<_>>());
+    weights::check_size(&weights).with_context(|| folder.join("config.json").display().to_string())?;
+    Ok(weights::numbers_of(&weights))
+}
+
 fn checkpoint(folder: &Path, config: &Config) -> Result<Report> {
     let checkpoint = Checkpoint::open(folder)?;
     let tensors = checkpoint.names().filter_map(|name| {
         let tensor = checkpoint.tensor(name)?;
-        let dtype = tensor.float().map_or_else(|| format!("{:?}", tensor.dtype), |dtype| dtype.to_string());
-        Some((name, dtype, tensor.shape.iter().product::<usize>() as u64))
+        Some((name.to_string(), tensor.shape.iter().product::<usize>() as u64))
     });
     let mut report = Report::of("checkpoint", config, tensors);
+    for tensor in checkpoint.names().filter_map(|name| checkpoint.tensor(name)) {
+        let dtype = tensor.float().map_or_else(|| format!("{:?}", tensor.dtype), |dtype| dtype.to_string());
+        *report.dtypes.entry(dtype).or_default() += 1;
+    }
     report.weights = checkpoint.files().map(|(name, bytes)| (name.to_string(), bytes.len() as u64)).collect();
     Ok(report)
 }
 
 impl Report {
-    fn of<'t>(kind: &'static str, config: &Config, tensors: impl Iterator<Item = (&'t str, String, u64)>) -> Report {
+    fn of(kind: &'static str, config: &Config, tensors: impl Iterator<Item = (String, u64)>) -> Report {
         let mut report = Report {
             kind,
             encoder: described(&config.encoder),
@@ -156,10 +194,9 @@ impl Report {
             weights: BTreeMap::new(),
             model: None,
         };
-        for (name, dtype, count) in tensors {
+        for (name, count) in tensors {
             report.parameters += count;
-            *report.parts.entry(part(name)).or_default() += count;
-            *report.dtypes.entry(dtype).or_default() += 1;
+            *report.parts.entry(part(&name)).or_default() += count;
         }
         report
     }
@@ -184,17 +221,18 @@ fn described(side: &Side) -> String {
     let windows: Vec<usize> = sliding.collect();
     let window = match windows.first() {
         None => String::new(),
-        Some(window) => format!(", {} of them with a window of {window}", windows.len()),
+        Some(window) => format!(", layers with a window of {window}: {}", windows.len()),
     };
     format!(
-        "{} layers of width {}, {} heads ({} for keys and values) of {}, {} wide feed-forward, {} tokens{window}",
+        "{} layers of width {}, {} heads ({} for keys and values) of {}, {} wide feed-forward, vocabulary {}, at most {} positions{window}",
         side.layers.len(),
         side.hidden_size,
         side.num_attention_heads,
         side.num_key_value_heads,
         side.head_dim,
         side.intermediate_size,
-        side.vocab_size
+        side.vocab_size,
+        side.max_position_embeddings
     )
 }
 

@@ -27,6 +27,7 @@ mod plan;
 mod presets;
 mod proto;
 mod quantize;
+mod reseal;
 mod settings;
 mod signed;
 mod weights;
@@ -55,12 +56,17 @@ pub use folder::Existing;
 pub use inspect::{Report, inspect};
 pub use plan::{Bytes, Plan};
 pub use presets::{PRESETS, preset};
+pub use reseal::reseal;
 pub use settings::{Setting, SettingError};
 
 use checkpoint::{CHAT_TEMPLATE, COMPANIONS, DEFAULT_CHAT_TEMPLATE, GENERATION_CONFIG};
 use folder::Aside;
 use found::read_text;
 use plan::Memory;
+use weights::NOT_DESCRIBED;
+
+/// Graphs of so many layers take no time to speak of.
+const LAYERS_OF_REAL_MODELS: usize = 256;
 
 /// What to export as.
 #[derive(Clone, Debug)]
@@ -191,6 +197,15 @@ impl Export {
             }
         }
         check_sizes(&config, self)?;
+        if let Source::Checkpoint(checkpoint) = source {
+            // Before graphs of so many layers are made.
+            let of_decoder = if task.is_generation() { config.decoder.layers.len() } else { 0 };
+            let (layers, tensors) = (config.encoder.layers.len() + of_decoder, checkpoint.names().count());
+            if layers > tensors.max(LAYERS_OF_REAL_MODELS) {
+                let folder = checkpoint.folder().display();
+                bail!("{folder}: {NOT_DESCRIBED}: expected those of {layers} layers, found {tensors} tensors");
+            }
+        }
         let companions = source.companions()?;
         let defaults = source.defaults()?;
         check_kept_tokens(self.kept_tokens.as_deref(), &config, defaults.as_ref())?;
@@ -217,7 +232,10 @@ impl Export {
         }
         let graphs = definitions(&config, &options);
         if let Some(plan) = &self.plan {
-            plan.check(&config, &options, &graphs)?;
+            plan.check(&config, &options, &graphs).map_err(|error| SettingError::Unfit {
+                setting: Setting::Plan,
+                why: error.to_string().trim_start_matches("--plan: ").to_string(),
+            })?;
         }
         let memory = self.plan.as_ref().map(|plan| Memory::of(plan, &config, &options, &graphs));
         if let (Some(Bytes(room)), Some(memory)) = (self.fits, &memory) {
@@ -510,12 +528,9 @@ fn check_ranges(config: &Config, options: &Options, ranges: &BTreeMap<String, f3
 fn task(wanted: Option<Task>, config: &Config) -> Result<Task, SettingError> {
     let task = wanted.unwrap_or_else(|| Task::of(config));
     if !task.suits(config) {
-        let expected = format!(
-            "{} or {} for a checkpoint of {}",
-            Task::of(config).name(),
-            Task::FeatureExtraction(Features::default()).name(),
-            config.architecture.name()
-        );
+        let mut suited = vec![Task::of(config).name(), Task::FeatureExtraction(Features::default()).name()];
+        suited.dedup();
+        let expected = format!("{} for a checkpoint of {}", suited.join(" or "), config.architecture.name());
         return Err(SettingError::value(Setting::Task, expected, task.name()));
     }
     let Task::FeatureExtraction(mut features) = task else { return Ok(task) };
@@ -530,12 +545,17 @@ fn task(wanted: Option<Task>, config: &Config) -> Result<Task, SettingError> {
 
 /// The numbers in a model of this configuration, each counted once.
 pub fn parameters(config: &Config) -> u64 {
-    let vocabulary = weights::default_vocabulary(config);
-    let (target, dtype) = (Target::Portable, DType::Float32);
-    let options = Options {
+    let options = plain_options(weights::default_vocabulary(config));
+    let graphs = [encoder(config, &options), decoder_init(config, &options)];
+    weights::numbers(&weights::collect(&graphs.each_ref()))
+}
+
+/// What has graphs made of every number as the checkpoint has it.
+fn plain_options(vocabulary: Vocabulary) -> Options {
+    Options {
         task: Task::Text2TextGeneration,
-        target,
-        dtype,
+        target: Target::Portable,
+        dtype: DType::Float32,
         logits: Logits::Last,
         alignment_layers: Vec::new(),
         encoder_window: EncoderWindow::Inclusive,
@@ -543,9 +563,7 @@ pub fn parameters(config: &Config) -> u64 {
         activations: Activations::Unknown,
         capacity: None,
         vocabulary,
-    };
-    let graphs = [encoder(config, &options), decoder_init(config, &options)];
-    weights::numbers(&weights::collect(&graphs.each_ref()))
+    }
 }
 
 impl Source {

@@ -1,6 +1,7 @@
 //! The program `t5gemma-export`: parse, run, exit code.
 
 use std::collections::BTreeSet;
+use std::fmt;
 use std::fs;
 use std::io::{self, IsTerminal, Write};
 use std::path::{Path, PathBuf};
@@ -8,16 +9,19 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use clap::builder::PossibleValuesParser;
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use t5gemma_exporter::{
-    Bytes, Checkpoint, Existing, Export, PRESETS, Plan, Source, TensorRt, Watch, check, inspect, preset,
+    Bytes, Checkpoint, Existing, Export, PRESETS, Plan, Setting, SettingError, Source, TensorRt, Watch, check, inspect,
+    preset, reseal,
 };
 use t5gemma_graphs::Target;
+use t5gemma_graphs::config::cut;
 use t5gemma_graphs::interface::{DType, Logits};
+use t5gemma_graphs::json;
 use t5gemma_graphs::manifest::{ActivationRanges, EncoderWindow};
 use t5gemma_graphs::onnx::{Blocks, Code};
 use t5gemma_graphs::quantization::{Activations, Quantization};
@@ -29,8 +33,8 @@ use t5gemma_graphs::task::{Features, Pooling, Task};
 /// folder with encoder_model.onnx, decoder_model.onnx (the first decoder step), decoder_with_past_model.onnx (the cached
 /// steps), their one weights file model.onnx_data, the settings and the tokenizer, and manifest.json.
 ///
-/// Exit status: 0 done, 1 failed (the reason is on stderr, and nothing is left behind), 2 arguments that
-/// cannot be parsed, 130 interrupted or terminated.
+/// Exit status: 0 done, 1 failed (the reason is on stderr, and nothing is left behind), 2 arguments that cannot be parsed,
+/// contradict each other or do not suit the checkpoint, 130 interrupted or terminated.
 #[derive(Parser)]
 #[command(
     version,
@@ -69,6 +73,14 @@ enum Command {
         /// Print JSON instead of text
         #[arg(long)]
         json: bool,
+    },
+    /// Accepts the text files of a model folder as they are now, after they were edited, added or removed on purpose
+    ///
+    /// The tokenizer's files and chat templates get their new hashes in manifest.json. Graphs, weights, config.json and
+    /// kept_tokens.json have to be those of the export. An edited generation_config.json needs no resealing.
+    Reseal {
+        /// An exported model
+        dir: PathBuf,
     },
 }
 
@@ -200,8 +212,12 @@ impl QuantizeArgs {
         let Some(path) = &self.calibrate else {
             return Ok(if self.observe { Activations::Observed } else { Activations::Unknown });
         };
-        let text = std::fs::read_to_string(path).with_context(|| format!("{}: cannot be read", path.display()))?;
-        let read: ActivationRanges = serde_json::from_str(&text).with_context(|| path.display().to_string())?;
+        let place = || format!("--calibrate {}", path.display());
+        let text = fs::read_to_string(path).with_context(|| format!("{}: cannot be read", place()))?;
+        let read: Result<ActivationRanges, _> = serde_json::from_str(json::without_mark(&text));
+        let expected = "expected what `t5gemma calibrate` writes";
+        let read =
+            read.map_err(|error| anyhow!("{}: {expected}, found {}", place(), json::malformed(&text, &error)))?;
         Ok(Activations::Ranges(read.ranges))
     }
 
@@ -227,11 +243,11 @@ impl QuantizeArgs {
             ("--quantize-exclude", !self.quantize_exclude.is_empty()),
         ];
         if let Some((flag, _)) = of_blocks.iter().find(|(_, given)| *given && !quantization.is_any()) {
-            bail!("{flag} needs --quantize, or --quantize-encoder, -decoder or -head");
+            bail!(Usage(format!("{flag} requires --quantize, or --quantize-encoder, -decoder or -head")));
         }
         let is_blocked = quantization.parts().any(|blocks| blocks.code == Code::Whole);
         if let Some((flag, _)) = of_blocks[..2].iter().find(|(_, given)| *given && !is_blocked) {
-            bail!("{flag}: expected int8 or int4 matrices, found fp8, which has no blocks");
+            bail!(Usage(format!("{flag} requires --quantize int8 or int4 (got fp8, which has no blocks)")));
         }
         Ok(quantization)
     }
@@ -282,6 +298,8 @@ fn parse() -> Cli {
 
 fn main() -> ExitCode {
     let cli = parse();
+    let ExportArgs { keep_tokens, quantize: QuantizeArgs { calibrate, .. }, .. } = &cli.export;
+    let files = Files { kept_tokens: keep_tokens.clone(), ranges: calibrate.clone() };
     let interrupted = Arc::new(AtomicBool::new(false));
     let flag = Arc::clone(&interrupted);
     let result = ctrlc::set_handler(move || flag.store(true, Ordering::Relaxed))
@@ -295,10 +313,70 @@ fn main() -> ExitCode {
             ExitCode::from(130)
         }
         Err(error) => {
-            eprintln!("t5gemma-export: {error:#}");
-            ExitCode::FAILURE
+            if let Some(refused) = error.downcast_ref::<SettingError>() {
+                eprintln!("t5gemma-export: {}", refused.told(|setting| argument(setting, &files)));
+            } else {
+                eprintln!("t5gemma-export: {error:#}");
+            }
+            if is_of_arguments(&error) { ExitCode::from(2) } else { ExitCode::FAILURE }
         }
     }
+}
+
+/// Arguments that contradict each other.
+#[derive(Debug)]
+struct Usage(String);
+
+impl fmt::Display for Usage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Usage {}
+
+/// Whether it is the arguments that have to be changed. What is in a file that one names is that file's.
+fn is_of_arguments(error: &anyhow::Error) -> bool {
+    let refused = error.downcast_ref::<SettingError>();
+    error.is::<Usage>()
+        || refused.is_some_and(|refused| {
+            !matches!(refused, SettingError::Value { setting: Setting::KeptTokens | Setting::Ranges, .. })
+        })
+}
+
+/// What sets a setting on the command line, with the file where it is one.
+fn argument(setting: Setting, files: &Files) -> String {
+    let with = |flag: &str, file: &Option<PathBuf>| match file {
+        Some(file) => format!("{flag} {}", file.display()),
+        None => flag.to_string(),
+    };
+    let flag = match setting {
+        Setting::Task => "--task",
+        Setting::HiddenLayer => "--hidden-layer",
+        Setting::Target => "--target",
+        Setting::Dtype => "--dtype",
+        Setting::AllLogits => "--all-logits",
+        Setting::Candidates => "--candidates",
+        Setting::KeptTokens => return with("--keep-tokens", &files.kept_tokens),
+        Setting::Alignment => "--alignment",
+        Setting::AlignmentLayers => "--alignment-layers",
+        Setting::Capacity => "--cache static=N",
+        Setting::Plan => "--plan",
+        Setting::Fits => "--fits",
+        Setting::Observed => "--observe",
+        Setting::Ranges => return with("--calibrate", &files.ranges),
+        Setting::Quantization => "--quantize",
+        Setting::BlockSize => "--block-size",
+        Setting::Asymmetric => "--asymmetric",
+        Setting::Exclude => "--quantize-exclude",
+    };
+    flag.to_string()
+}
+
+/// The files that arguments name, for messages.
+struct Files {
+    kept_tokens: Option<PathBuf>,
+    ranges: Option<PathBuf>,
 }
 
 fn run(cli: Cli, interrupted: &AtomicBool) -> Result<()> {
@@ -317,6 +395,12 @@ fn run(cli: Cli, interrupted: &AtomicBool) -> Result<()> {
             ensure!(findings == 0, "{target} would not take {}: {findings} findings", path.display());
             Ok(())
         }
+        Some(Command::Reseal { dir }) => {
+            let changes = reseal(&dir)?;
+            let changes = if changes.is_empty() { "nothing has changed".to_string() } else { changes.join(", ") };
+            eprintln!("resealed {}: {changes}", dir.display());
+            Ok(())
+        }
         None => export(cli.export, interrupted),
     }
 }
@@ -328,7 +412,7 @@ fn export(args: ExportArgs, interrupted: &AtomicBool) -> Result<()> {
     let (checkpoint, out) = match &args.folders[..] {
         [out] => (None, out),
         [checkpoint, out] => (Some(checkpoint), out),
-        folders => bail!("expected CHECKPOINT and OUT, found {} folders; see --help", folders.len()),
+        folders => bail!(Usage(format!("expected CHECKPOINT and OUT, found {} folders; see --help", folders.len()))),
     };
     let target = Target::ALL.into_iter().find(|target| target.name() == args.target).context("unknown target")?;
     let export = Export {
@@ -364,10 +448,13 @@ fn export(args: ExportArgs, interrupted: &AtomicBool) -> Result<()> {
     progress.bar.finish_and_clear();
     if !exported.unused.is_empty() {
         eprintln!("t5gemma-export: {} tensors of the checkpoint are not used:", exported.unused.len());
-        exported.unused.iter().take(SHOWN).for_each(|name| eprintln!("  {name}"));
+        exported.unused.iter().take(SHOWN).for_each(|name| eprintln!("  {}", cut(name)));
         if exported.unused.len() > SHOWN {
             eprintln!("  … and {} more", exported.unused.len() - SHOWN);
         }
+    }
+    for note in &exported.notes {
+        eprintln!("t5gemma-export: {note}");
     }
     if !args.quiet {
         let (parameters, weights) = (exported.manifest.parameters, &exported.manifest.weights.record);
@@ -385,9 +472,12 @@ fn export(args: ExportArgs, interrupted: &AtomicBool) -> Result<()> {
 
 /// The ids in a file of tokens, ascending.
 fn kept_tokens(path: &Path) -> Result<Vec<usize>> {
-    let text = fs::read(path).with_context(|| format!("--keep-tokens: {}: cannot be read", path.display()))?;
-    let tokens: Result<BTreeSet<usize>, _> = serde_json::from_slice(&text);
-    let tokens = tokens.with_context(|| format!("--keep-tokens: {}: expected a JSON array of ids", path.display()))?;
+    let place = || format!("--keep-tokens {}", path.display());
+    let text = fs::read_to_string(path).with_context(|| format!("{}: cannot be read", place()))?;
+    let tokens: Result<BTreeSet<usize>, _> = serde_json::from_str(json::without_mark(&text));
+    let expected = "expected a JSON array of ids";
+    let tokens =
+        tokens.map_err(|error| anyhow!("{}: {expected}, found {}", place(), json::malformed(&text, &error)))?;
     Ok(tokens.into_iter().collect())
 }
 
@@ -416,7 +506,7 @@ fn task(args: &ExportArgs) -> Result<Option<Task>> {
         ("--hidden-layer", args.hidden_layer.is_some()),
     ];
     if let Some((flag, _)) = given.iter().find(|(_, given)| *given) {
-        bail!("{flag} needs --task feature-extraction");
+        bail!(Usage(format!("{flag} requires --task feature-extraction")));
     }
     Ok(task)
 }
@@ -424,18 +514,20 @@ fn task(args: &ExportArgs) -> Result<Option<Task>> {
 fn source(args: &ExportArgs, checkpoint: Option<&PathBuf>) -> Result<Source> {
     if !args.dummy_weights {
         let Some(checkpoint) = checkpoint else {
-            bail!("expected CHECKPOINT and OUT, found only one folder; see --help")
+            bail!(Usage("expected CHECKPOINT and OUT, found only one folder; see --help".to_string()))
         };
         return Ok(Source::Checkpoint(Checkpoint::open(checkpoint)?));
     }
-    ensure!(checkpoint.is_none(), "--dummy-weights takes OUT only: no checkpoint is read");
+    if checkpoint.is_some() {
+        bail!(Usage("--dummy-weights takes OUT only: no checkpoint is read".to_string()));
+    }
     let (config, origin) = match (&args.preset, &args.config) {
         (Some(name), _) => (preset(name).context("unknown preset")?.to_string(), format!("preset {name}")),
         (None, Some(path)) => {
             let text = std::fs::read_to_string(path).with_context(|| format!("{}: cannot be read", path.display()))?;
             (text, path.display().to_string())
         }
-        (None, None) => bail!("--dummy-weights needs --preset SIZE or --config FILE"),
+        (None, None) => bail!(Usage("--dummy-weights requires --preset SIZE or --config FILE".to_string())),
     };
     Ok(Source::Dummy { config, origin, seed: args.seed })
 }

@@ -41,10 +41,7 @@ pub fn of_model<'n>(stored: &[&'n str]) -> Result<BTreeMap<String, &'n str>> {
         ),
     };
     // The classes without a head (`T5GemmaModel`, `T5GemmaEncoderModel`) save the names that the others put behind `model.`.
-    let is_bare = !plain.iter().any(|name| {
-        let rest = name.strip_prefix(prefix).and_then(|name| name.strip_prefix("model."));
-        rest.is_some_and(|rest| STACKS.iter().any(|stack| rest.starts_with(stack)))
-    });
+    let is_bare = !plain.iter().any(|name| name.strip_prefix(prefix).is_some_and(is_of_stack));
     let name = |plain: &str| match plain.strip_prefix(prefix) {
         Some(rest) if is_bare && (rest.starts_with("encoder.") || rest.starts_with("decoder.")) => {
             format!("model.{rest}")
@@ -68,6 +65,11 @@ pub fn of_model<'n>(stored: &[&'n str]) -> Result<BTreeMap<String, &'n str>> {
     }
     names.extend(of_own);
     Ok(names)
+}
+
+/// Whether a name is that of a tensor of either stack.
+pub fn is_of_stack(name: &str) -> bool {
+    name.strip_prefix("model.").is_some_and(|rest| STACKS.iter().any(|stack| rest.starts_with(stack)))
 }
 
 /// Whether a tensor belongs to an adapter, or to a matrix that has one, as PEFT names them.

@@ -89,7 +89,7 @@ pub fn of_blocks(weights: &[Weight]) -> Option<String> {
     let (width, blocks) = *padded.next()?;
     let count = 1 + padded.count();
     let fits = [64, 32, 16].into_iter().find(|size| all.iter().all(|(width, _)| width.is_multiple_of(*size)));
-    let remedy = fits.map_or_else(String::new, |size| format!("; blocks of {size} fit all"));
+    let remedy = fits.map_or_else(String::new, |size| format!("; a block size of {size} fits all"));
     Some(format!(
         "{count} of {} matrices in {} have rows, such as those of {width} numbers, that are no multiple of the block size {} and are filled up to one{remedy}",
         all.len(),

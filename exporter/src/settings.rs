@@ -79,6 +79,13 @@ pub enum SettingError {
         /// What was given.
         found: String,
     },
+    /// It does not fit the model.
+    Unfit {
+        /// The setting.
+        setting: Setting,
+        /// Which part of it, what would have been accepted, and what was given.
+        why: String,
+    },
     /// Another setting is not as this one needs it.
     Requires {
         /// The setting.
@@ -102,7 +109,9 @@ impl SettingError {
     /// The setting that is refused.
     pub fn setting(&self) -> Setting {
         match self {
-            SettingError::Value { setting, .. } | SettingError::Requires { setting, .. } => *setting,
+            SettingError::Value { setting, .. }
+            | SettingError::Unfit { setting, .. }
+            | SettingError::Requires { setting, .. } => *setting,
         }
     }
 
@@ -112,6 +121,7 @@ impl SettingError {
             SettingError::Value { setting, expected, found } => {
                 format!("{}: expected {expected}, found {found}", name(*setting))
             }
+            SettingError::Unfit { setting, why } => format!("{}: {why}", name(*setting)),
             SettingError::Requires { setting, value, other, needed, found } => {
                 let spaced = |text: &str| if text.is_empty() { String::new() } else { format!(" {text}") };
                 let got = if found.is_empty() { String::new() } else { format!(" (got {found})") };

@@ -1,7 +1,7 @@
 //! Which weight of the graphs is which tensor of the checkpoint, checked both ways: a weight without its tensor is an error,
 //! a tensor that no weight uses is listed.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use t5gemma_graphs::Vocabulary;
@@ -29,24 +29,36 @@ pub struct Weight {
 }
 
 /// The embedding every decoder has.
-const EMBEDDING: &str = "model.decoder.embed_tokens.weight";
+pub const EMBEDDING: &str = "model.decoder.embed_tokens.weight";
 /// The output head, stored where it is not the embedding.
-const HEAD: &str = "lm_head.out_proj.weight";
+pub const HEAD: &str = "lm_head.out_proj.weight";
+
+/// What is said of a checkpoint whose tensors are not those that its settings ask for.
+pub const NOT_DESCRIBED: &str = "the tensors are not those that config.json describes";
 
 /// The weights of some graphs, each once, in order of first use.
 pub fn collect(graphs: &[&Definition]) -> Vec<Weight> {
     let mut weights: Vec<Weight> = Vec::new();
     let mut seen = BTreeSet::new();
+    // Those made of a tensor, so that a model of thousands of layers is not compared each with each.
+    let mut of_tensor: BTreeMap<&str, Vec<usize>> = BTreeMap::new();
     for graph in graphs {
         for parameter in &graph.parameters {
             let info = graph.value(parameter.value);
             if seen.insert(info.name.clone()) {
-                let same = |weight: &Weight| weight.parts == parameter.parts && weight.adjust == parameter.adjust;
+                let tensor = parameter.parts.first().map_or("", |part| part.tensor.as_str());
+                let others = of_tensor.entry(tensor).or_default();
+                let same = |other: &&usize| {
+                    let other = &weights[**other];
+                    other.parts == parameter.parts && other.adjust == parameter.adjust
+                };
+                let alias = others.iter().find(same).copied();
+                others.push(weights.len());
                 weights.push(Weight {
                     name: info.name.clone(),
                     dtype: info.dtype,
                     shape: info.shape.iter().map(|dim| dim.as_fixed().expect("weights have fixed sizes")).collect(),
-                    alias: weights.iter().position(same),
+                    alias,
                     parts: parameter.parts.clone(),
                     adjust: parameter.adjust,
                 });
@@ -65,9 +77,14 @@ impl Weight {
 
 /// Numbers in the tensors that the weights are made of, each counted once.
 pub fn numbers(weights: &[Weight]) -> u64 {
+    numbers_of(weights).into_iter().map(|(_, numbers)| numbers).sum()
+}
+
+/// The tensors that the weights are made of, with the numbers in each.
+pub fn numbers_of(weights: &[Weight]) -> Vec<(String, u64)> {
     let mut seen = BTreeSet::new();
     let parts = weights.iter().flat_map(|weight| &weight.parts).filter(|part| seen.insert(&part.tensor));
-    parts.map(|part| part.shape.iter().product::<usize>() as u64).sum()
+    parts.map(|part| (part.tensor.clone(), part.shape.iter().product::<usize>() as u64)).collect()
 }
 
 /// Checks that the size of all weights together can be counted, as it always can where a checkpoint has them.
@@ -151,11 +168,7 @@ pub fn check(weights: &[Weight], checkpoint: &Checkpoint, task: &Task) -> Result
     if !missing.is_empty() {
         wrong.extend(Some(checkpoint.instead_of(&missing)).filter(|instead| !instead.is_empty()));
     }
-    ensure!(
-        wrong.is_empty(),
-        "{folder}: the tensors are not those that config.json describes:\n  {}",
-        wrong.join("\n  ")
-    );
+    ensure!(wrong.is_empty(), "{folder}: {NOT_DESCRIBED}:\n  {}", wrong.join("\n  "));
     // A stored head that equals the tied embedding is redundant, not left over.
     let redundant = |name: &str| name == HEAD && !used.contains(HEAD);
     // Whoever exports the encoder alone leaves the rest behind on purpose.

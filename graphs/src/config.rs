@@ -258,7 +258,6 @@ const IGNORED: &[&str] = &[
     "cross_attention_hidden_size",
     "dropout_rate",
     "dtype",
-    "hidden_act",
     "id2label",
     "initializer_range",
     "is_decoder",
