@@ -1,10 +1,12 @@
 //! `Error`: everything that can go wrong between a model folder and its answers. Each variant names the file, field, port
 //! or row, what was expected and what was found, so that a caller can act on it without reading code.
 
+use std::ffi::OsStr;
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use t5gemma_graphs::config::ConfigError;
+use t5gemma_graphs::manifest::KEPT_TOKENS;
 
 use crate::options::OptionError;
 use crate::scores::Fault;
@@ -153,7 +155,8 @@ impl fmt::Display for Error {
                 write!(f, "{}: {problem}", path.display())
             }
             Error::Folder { path, field, expected, found } => {
-                write!(f, "{}: {field}: expected {expected}, found {found}", path.display())
+                write!(f, "{}: {field}: expected {expected}, found {found}", path.display())?;
+                f.write_str(advice(path, field))
             }
             Error::Config { path, error } => write!(f, "{}: {error}", path.display()),
             Error::GenerationConfig { path, error } => write!(f, "{}: {error}", path.display()),
@@ -186,6 +189,22 @@ impl fmt::Display for Error {
             Error::Deadline => f.write_str("the deadline has passed"),
             Error::Cancelled => f.write_str("cancelled"),
         }
+    }
+}
+
+/// What to do about a file that is not the one that was exported.
+fn advice(path: &Path, field: &str) -> &'static str {
+    let extension = path.extension().and_then(OsStr::to_str).unwrap_or_default();
+    let of_graphs =
+        matches!(extension, "onnx" | "onnx_data") || path.ends_with("config.json") || path.ends_with(KEPT_TOKENS);
+    match (field, of_graphs) {
+        ("sha256" | "sample_sha256" | "size", true) => {
+            " (damaged, or of another export: copy the folder again, or export again)"
+        }
+        ("sha256" | "size", false) => {
+            " (changed since export: if that is meant, `t5gemma-export reseal MODEL` accepts it; otherwise export again)"
+        }
+        _ => "",
     }
 }
 

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use memmap2::Mmap;
+use serde_json::Value;
 use sha2::{Digest, Sha256};
 use t5gemma_graphs::config::Config;
 use t5gemma_graphs::interface::{Dim, Part, Port};
@@ -25,6 +26,9 @@ use crate::profiles::{self, Profiles};
 use crate::scores::Kept;
 use crate::tokenizer;
 
+/// The model's own options for generation, the one file that is not sealed.
+const GENERATION_CONFIG: &str = "generation_config.json";
+
 /// Weights up to this size are hashed in full on every opening; larger ones by samples unless asked.
 const HASHED_IN_FULL: u64 = 64 << 20;
 
@@ -36,8 +40,10 @@ pub(crate) struct Folder {
     pub manifest: Manifest,
     /// Its `config.json`.
     pub config: Config,
-    /// The text of its `generation_config.json`, if it has one.
+    /// The text of its `generation_config.json`, or else what its `config.json` has of that, if it has either.
     pub generation_config: Option<String>,
+    /// What is not as it was exported and yet accepted, in sentences.
+    pub warnings: Vec<String>,
     /// The tokens that the decoder graphs have logits of, if not of all.
     pub kept: Option<Arc<Kept>>,
     /// The sizes that it was planned for, if it was.
@@ -55,7 +61,9 @@ impl Folder {
 
         for (file, record) in manifest.graphs.values().map(|graph| (&graph.file, &graph.record)).chain(&manifest.files)
         {
-            check_file(path, file, record)?;
+            if file != GENERATION_CONFIG {
+                check_file(path, file, record)?;
+            }
         }
 
         let map = map_weights(path, &weights.file, &weights.record)?;
@@ -78,13 +86,20 @@ impl Folder {
             Config::parse(&read_text(&config_path)?).map_err(|error| Error::Config { path: config_path, error })?;
         check_task(&path.join(MANIFEST), &manifest, &config)?;
         check_ports(&path.join(MANIFEST), &manifest, &config)?;
-        let generation_config = match manifest.files.contains_key("generation_config.json") {
-            true => Some(read_text(&path.join("generation_config.json"))?),
-            false => None,
-        };
+        let mut warnings = Vec::new();
+        let generation_config = generation_config(path, &manifest, &mut warnings)?;
+        let generation_config = generation_config.or_else(|| {
+            let mut of_config = config.generation.clone();
+            // Unlike a generation_config.json that does not name one, a configuration has the end tokens of its own.
+            if !of_config.is_empty() && !config.tokens.eos.is_empty() {
+                of_config.entry("eos_token_id").or_insert_with(|| config.tokens.eos.clone().into());
+            }
+            (!of_config.is_empty()).then(|| Value::Object(of_config).to_string())
+        });
         let kept = kept_tokens(path, &manifest, &config)?.map(Arc::new);
         let profiles = Profiles::read(path, &manifest)?;
-        Ok(Folder { path: path.to_path_buf(), manifest, config, generation_config, kept, profiles, weights: map })
+        let path = path.to_path_buf();
+        Ok(Folder { path, manifest, config, generation_config, warnings, kept, profiles, weights: map })
     }
 
     /// Checks what of a batch depends on the model: see [`Batch::check`], and that its sources are as long as was planned.
@@ -135,10 +150,20 @@ fn read_text(path: &Path) -> Result<String, Error> {
 fn read_manifest(folder: &Path) -> Result<Manifest, Error> {
     let path = folder.join(MANIFEST);
     if !path.exists() {
-        let problem = "no such file: not a model folder, which is what t5gemma-export makes of a checkpoint".into();
+        let is_checkpoint =
+            ["model.safetensors", "model.safetensors.index.json"].iter().any(|name| folder.join(name).exists());
+        let problem = match is_checkpoint {
+            true => {
+                let folder = folder.display();
+                format!(
+                    "no such file: {folder} is a checkpoint, of which `t5gemma-export {folder} MODEL` makes a model folder"
+                )
+            }
+            false => "no such file: not a model folder, which is what t5gemma-export makes of a checkpoint".into(),
+        };
         return Err(Error::File { path, problem });
     }
-    let value: serde_json::Value = serde_json::from_str(&read_text(&path)?)
+    let value: Value = serde_json::from_str(&read_text(&path)?)
         .map_err(|error| Error::File { path: path.clone(), problem: format!("not JSON: {error}") })?;
     // Format and version come first: another version's fields need not be those read below.
     let format = value.get("format").cloned().unwrap_or_default();
@@ -150,6 +175,23 @@ fn read_manifest(folder: &Path) -> Result<Manifest, Error> {
         return Err(mismatch(path, "format_version", FORMAT_VERSION.to_string(), version.to_string()));
     }
     serde_json::from_value(value).map_err(|error| Error::File { path, problem: error.to_string() })
+}
+
+/// The text of the file of the model's own options, which is made to be edited: it may have changed since the export, or be new.
+fn generation_config(folder: &Path, manifest: &Manifest, warnings: &mut Vec<String>) -> Result<Option<String>, Error> {
+    let path = folder.join(GENERATION_CONFIG);
+    let record = manifest.files.get(GENERATION_CONFIG);
+    if record.is_none() && !path.exists() {
+        return Ok(None);
+    }
+    let text = read_text(&path)?;
+    let is_same = |record: &FileRecord| hex::encode(Sha256::digest(&text)) == record.sha256;
+    match record {
+        None => warnings.push(format!("{GENERATION_CONFIG} was added since export")),
+        Some(record) if !is_same(record) => warnings.push(format!("{GENERATION_CONFIG} was changed since export")),
+        Some(_) => {}
+    }
+    Ok(Some(text))
 }
 
 /// The tokens of a model that keeps only some, as many as the manifest says.

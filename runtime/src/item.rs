@@ -45,6 +45,8 @@ impl Call {
         let decoder = &model.config().decoder;
         model.check(batch)?;
         let prompts = batch.prompts(options.decoder_start_token_id);
+        let (longest, limit) = model.longest_target();
+        let options = &options.clone().within(longest, prompts.length);
         options.check(decoder.vocab_size, prompts.length)?;
         if let Some(kept) = model.kept() {
             options.check_kept(kept)?;
@@ -52,7 +54,7 @@ impl Call {
         if let Some(profiles) = model.profiles() {
             profiles.check_targets(prompts.length, options.num_beams, options.num_return_sequences)?;
         }
-        let (max_length, (longest, limit)) = (options.max_length(prompts.length), model.longest_target());
+        let max_length = options.max_length(prompts.length);
         if max_length > longest {
             return Err(Error::input(
                 "max_length",

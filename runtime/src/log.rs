@@ -1,4 +1,4 @@
-//! ONNX Runtime's own messages, for programs that embed this library and have a log of their own. Where no one asks for
+//! ONNX Runtime's own messages and this library's, for programs that embed this library and have a log of their own. Where no one asks for
 //! them, ONNX Runtime writes its errors to stderr.
 
 use std::sync::{Arc, Mutex, PoisonError};
@@ -30,6 +30,14 @@ static LOG: Mutex<Option<(Severity, Arc<Log>)>> = Mutex::new(None);
 /// the first model is opened.
 pub fn set(severity: Severity, log: impl Fn(Severity, &str) + Send + Sync + 'static) {
     *LOG.lock().unwrap_or_else(PoisonError::into_inner) = Some((severity, Arc::new(log)));
+}
+
+/// Gives a message of this library's own to the log, if there is one and it wants it.
+pub(crate) fn tell(severity: Severity, message: &str) {
+    let log = LOG.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    if let Some((_, log)) = log.filter(|(least, _)| severity >= *least) {
+        log(severity, message);
+    }
 }
 
 /// Whether messages below warnings are written, too.

@@ -273,6 +273,9 @@ impl Model {
     pub fn open_with(path: impl AsRef<Path>, options: &OpenOptions) -> Result<Model, Error> {
         check_options(options)?;
         let folder = Folder::open(path.as_ref(), options.check_weights)?;
+        for warning in &folder.warnings {
+            log::tell(log::Severity::Warning, &format!("{}: {warning}", folder.path.display()));
+        }
         if !folder.manifest.task.is_generation() {
             return Err(other_task(&folder.path, &folder.manifest.task, "text2text-generation, to be generated with"));
         }
@@ -418,6 +421,12 @@ impl Model {
     /// What other providers compute than the one that was asked for: shapes and the like are always the CPU's.
     pub fn elsewhere(&self) -> &[Elsewhere] {
         &self.elsewhere
+    }
+
+    /// What of the folder is not as it was exported and yet accepted, in sentences: an edited `generation_config.json`. The log,
+    /// where there is one, has them too.
+    pub fn warnings(&self) -> &[String] {
+        &self.folder.warnings
     }
 
     /// The model's configuration.

@@ -13,6 +13,7 @@ use std::{fmt, slice};
 
 use serde_json::{Map, Value};
 use t5gemma_graphs::config::{TokenIds, shown};
+use t5gemma_graphs::json;
 
 use crate::constraint::Constraints;
 use crate::scores::Kept;
@@ -24,6 +25,9 @@ pub struct GenerationOptions {
     pub max_new_tokens: Option<usize>,
     /// How long a target may become, decoder prompt included.
     pub max_length: Option<usize>,
+    /// `max_new_tokens` and `max_length` as the model's own files have them. As long as they are what they are there, they end
+    /// where the model does; those of a request are refused where it cannot reach them.
+    pub length_of_model: Option<(Option<usize>, Option<usize>)>,
     /// No end of sequence before the target has this length, decoder prompt included.
     pub min_length: usize,
     /// No end of sequence before so many tokens have been generated; has precedence over `min_length`.
@@ -267,6 +271,7 @@ impl Default for GenerationOptions {
         GenerationOptions {
             max_new_tokens: None,
             max_length: None,
+            length_of_model: Some((None, None)),
             min_length: 0,
             min_new_tokens: None,
             num_beams: 1,
@@ -342,8 +347,8 @@ impl GenerationOptions {
         }
         options.pad_token_id = tokens.pad.unwrap_or(options.pad_token_id);
         let Some(text) = generation_config else { return Ok(options) };
-        let object: Map<String, Value> =
-            serde_json::from_str(text).map_err(|error| OptionError::new("", "a JSON object", error.to_string()))?;
+        let value = json::parse(text).map_err(|error| OptionError::new("", "a JSON object", error.to_string()))?;
+        let Value::Object(object) = value else { return Err(OptionError::new("", "a JSON object", shown(&value))) };
         // A file that names no end token, or null, has none: `GenerationConfig.from_pretrained` does not look at config.json
         // where there is a generation_config.json.
         options.eos_token_id = Vec::new();
@@ -356,6 +361,7 @@ impl GenerationOptions {
             Ok(())
         })?;
         options.eos_of_model.clone_from(&options.eos_token_id);
+        options.length_of_model = Some((options.max_new_tokens, options.max_length));
         // Not every model can tell them, and files set it for other runtimes.
         options.output_attentions = false;
         Ok(options)
@@ -386,6 +392,9 @@ impl GenerationOptions {
         options.check_together()?;
 
         let given = |name: &str| request.get(name).filter(|value| !value.is_null());
+        if given("max_new_tokens").or(given("max_length")).is_some() {
+            options.length_of_model = None;
+        }
         for (length, new_tokens, set) in [
             ("max_length", "max_new_tokens", self.max_new_tokens),
             ("min_length", "min_new_tokens", self.min_new_tokens),
@@ -452,6 +461,15 @@ impl GenerationOptions {
             (None, Some(length)) => length,
             (None, None) => prompt_len.saturating_add(DEFAULT_NEW_TOKENS),
         }
+    }
+
+    /// These, with a length that only the model's own files ask for ending at the `longest` target that the model can continue.
+    pub(crate) fn within(mut self, longest: usize, prompt_len: usize) -> GenerationOptions {
+        let is_of_model = self.length_of_model == Some((self.max_new_tokens, self.max_length));
+        if is_of_model && prompt_len < longest && longest < self.max_length(prompt_len) {
+            (self.max_new_tokens, self.max_length) = (None, Some(longest));
+        }
+        self
     }
 
     /// Checks what depends on the model and the decoder prompt, just before generating.
@@ -982,6 +1000,7 @@ mod tests {
         let expected = GenerationOptions {
             max_new_tokens: Some(7),
             max_length: Some(9),
+            length_of_model: None,
             min_length: 3,
             min_new_tokens: Some(2),
             num_beams: 4,
@@ -1336,6 +1355,33 @@ mod tests {
             let option = options.check(10, 3).err().map(|error| error.option);
             assert_eq!(option.as_deref(), expected, "{request}");
         }
+    }
+
+    #[test]
+    fn a_length_that_only_the_model_names_ends_where_the_model_does() {
+        let of_model = model(json!({"max_new_tokens": 160})).expect("valid");
+        let within =
+            |options: &GenerationOptions, prompt_len| options.clone().within(64, prompt_len).max_length(prompt_len);
+        assert_eq!(within(&of_model, 1), 64);
+        assert_eq!(within(&of_model, 64), 224, "there is no room at all, which is for `check` to say");
+        assert_eq!(within(&with(&of_model, json!({"num_beams": 4})).expect("valid"), 1), 64);
+        assert_eq!(within(&with(&of_model, json!({"max_new_tokens": null})).expect("valid"), 1), 64);
+        assert_eq!(within(&with(&of_model, json!({"max_new_tokens": 160})).expect("valid"), 1), 161);
+        assert_eq!(within(&GenerationOptions { max_new_tokens: Some(100), ..of_model.clone() }, 1), 101);
+        assert_eq!(within(&model(json!({"max_length": 500})).expect("valid"), 1), 64);
+        assert_eq!(within(&model(json!({"max_length": 50})).expect("valid"), 1), 50);
+        let bare = GenerationOptions::of_model(None, &TokenIds::default()).expect("nothing can be wrong");
+        assert_eq!(bare.clone().within(16, 1).max_length(1), 16);
+        assert_eq!(with(&bare, json!({"max_length": 500})).expect("valid").within(64, 1).max_length(1), 500);
+    }
+
+    #[test]
+    fn a_file_is_read_as_python_reads_it() {
+        let text = "\u{feff}{\"max_length\": 9, \"initializer_range\": NaN}";
+        let options = GenerationOptions::of_model(Some(text), &TokenIds::default()).expect("as Python writes it");
+        assert_eq!(options.max_length, Some(9));
+        let error = GenerationOptions::of_model(Some("{\"repetition_penalty\": NaN}"), &TokenIds::default());
+        assert_eq!(error.expect_err("no number").option, "repetition_penalty");
     }
 
     #[test]

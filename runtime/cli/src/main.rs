@@ -133,6 +133,9 @@ impl Opening {
         for elsewhere in model.elsewhere() {
             eprintln!("t5gemma: {elsewhere}");
         }
+        for warning in model.warnings() {
+            eprintln!("t5gemma: {}: {warning}", path.display());
+        }
         if self.warm_up {
             model.warm_up(&Cancellation::new())?;
         }
