@@ -1,4 +1,4 @@
-//! Bad input of every kind. Each case ends with exit status 1 and an error of few lines that names the file and what of it
+//! Bad input of every kind. Each case ends with exit status 1 (2 where it is the arguments that contradict each other) and an error of few lines that names the file and what of it
 //! is wrong, and leaves nothing behind. A table is run to its end, so that one run shows all cases that fail.
 
 mod checkpoints;
@@ -23,10 +23,15 @@ fn check_all<C>(cases: &[C], name: impl Fn(&C) -> &str, check: impl Fn(&C) -> Re
 
 /// Checks that a program failed with one short error that says each of `says`.
 fn refused(output: &Output, says: &[&str]) -> Result<(), String> {
+    refused_with(output, 1, says)
+}
+
+/// Checks that a program ended with this exit status and one short error that says each of `says`.
+fn refused_with(output: &Output, status: i32, says: &[&str]) -> Result<(), String> {
     let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     let wrong = |what: &str| Err(format!("{what}\nstatus: {:?}\nstdout: {out}\nstderr: {err}", output.status.code()));
-    if output.status.code() != Some(1) || err.contains("panicked") {
-        return wrong("expected exit status 1 and no panic");
+    if output.status.code() != Some(status) || err.contains("panicked") {
+        return wrong(&format!("expected exit status {status} and no panic"));
     }
     if !out.is_empty() {
         return wrong("expected nothing on stdout");

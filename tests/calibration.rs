@@ -275,8 +275,13 @@ fn ranges_that_do_not_fit_are_refused() {
             &in_8_bits,
             "found -1",
         ),
-        ("for nothing", |_| {}, &["--calibrate", utf8(&file)], "--calibrate: expected --quantize int8 or fp8"),
-        ("not there", |_| {}, &["--target", "tensorrt", "--quantize", "int8"], "--quantize int8: expected --calibrate"),
+        ("for nothing", |_| {}, &["--calibrate", utf8(&file)], "requires --target tensorrt (got portable)"),
+        (
+            "not there",
+            |_| {},
+            &["--target", "tensorrt", "--quantize", "int8"],
+            "--quantize int8 with target tensorrt requires --calibrate",
+        ),
         (
             "missing for fp8",
             |ranges| ranges["model.decoder.layers.0.mlp.up_proj.weight"] = json!(-2.0),
@@ -287,22 +292,22 @@ fn ranges_that_do_not_fit_are_refused() {
             "not there for fp8",
             |_| {},
             &["--target", "tensorrt", "--quantize-head", "fp8"],
-            "--quantize fp8: expected --cal",
+            "--quantize fp8 with target tensorrt requires --cal",
         ),
-        ("for a CPU", |_| {}, &fp8_for("cpu"), "--quantize fp8: expected target tensorrt, found target cpu"),
-        ("for CUDA", |_| {}, &fp8_for("cuda"), "--quantize fp8: expected target tensorrt, found target cuda"),
-        ("for any", |_| {}, &fp8_for("portable"), "--quantize fp8: expected target tensorrt, found target portable"),
+        ("for a CPU", |_| {}, &fp8_for("cpu"), "--quantize fp8 requires --target tensorrt (got cpu)"),
+        ("for CUDA", |_| {}, &fp8_for("cuda"), "--quantize fp8 requires --target tensorrt (got cuda)"),
+        ("for any", |_| {}, &fp8_for("portable"), "--quantize fp8 requires --target tensorrt (got portable)"),
         (
             "in blocks",
             |_| {},
             &[&fp8_for("tensorrt")[..], &["--block-size", "32"]].concat(),
-            "--block-size: expected int8 or int4",
+            "--block-size requires --quantize int8 or int4",
         ),
         (
             "with zero points",
             |_| {},
             &[&fp8_for("tensorrt")[..], &["--asymmetric"]].concat(),
-            "--asymmetric: expected int8 or int4",
+            "--asymmetric requires --quantize int8 or int4",
         ),
         (
             "of a name that nothing has",
@@ -310,7 +315,7 @@ fn ranges_that_do_not_fit_are_refused() {
             &[&fp8_for("tensorrt")[..], &["--quantize-exclude", "*.layer.0.*"]].concat(),
             "--quantize-exclude: expected",
         ),
-        ("of 8 bits", |_| {}, &["--observe", "--target", "cpu"], "--observe: expected target portable"),
+        ("of 8 bits", |_| {}, &["--observe", "--target", "cpu"], "--observe requires --target portable"),
     ];
     for (name, plant, arguments, word) in cases {
         let mut given = serde_json::to_value(&whole).expect("JSON");
@@ -318,7 +323,10 @@ fn ranges_that_do_not_fit_are_refused() {
         fs::write(&file, given.to_string()).expect("written");
         let output = run("t5gemma-export", [arguments, &[utf8(&checkpoint), utf8(&out)]].concat(), "");
         let error = String::from_utf8_lossy(&output.stderr);
-        assert_eq!(output.status.code(), Some(1), "{name}: {error}");
+        // What is wrong in the file is the file's fault, all else the arguments'.
+        let is_of_file = error.contains(&format!("{}: expected", utf8(&file)));
+        let status = if is_of_file { 1 } else { 2 };
+        assert_eq!(output.status.code(), Some(status), "{name}: {error}");
         assert!(error.contains(word) && !out.exists(), "{name}: {error}");
     }
     let (model, texts) = (demo(), folder.path().join("texts.jsonl"));

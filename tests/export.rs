@@ -6,11 +6,14 @@ use std::path::Path;
 
 use serde_json::Value;
 use t5gemma_exporter::{Checkpoint, Export, Silent, Source, inspect, preset};
+use t5gemma_graphs::Target;
 use t5gemma_graphs::config::Config;
 use t5gemma_graphs::interface::{CacheLayout, DType, Interface, Logits};
 use t5gemma_graphs::manifest::Manifest;
+use t5gemma_graphs::onnx::Blocks;
+use t5gemma_graphs::quantization::Quantization;
 
-use crate::common::{FIXTURES, exported, exported_as, fixture, run, stdout};
+use crate::common::{FIXTURES, demo_as, exported, exported_as, fixture, run, stdout};
 
 fn manifest(model: &Path) -> Manifest {
     let text = fs::read_to_string(model.join("manifest.json")).expect("a model has a manifest");
@@ -163,6 +166,34 @@ fn inspect_tells_what_a_model_and_a_checkpoint_hold() {
         assert_eq!(of_checkpoint.parameters, of_model.parameters, "{name}");
         assert_eq!(of_checkpoint.parts, of_model.parts, "{name}");
     }
+    // However the numbers are held: packed, filled up to whole blocks, twice, or left out of the head.
+    let whole = |bits, size| Some(Blocks::whole(bits, size));
+    for (label, target, blocks) in [
+        ("inspect-int8", Target::Cpu, whole(8, 128)),
+        ("inspect-int4", Target::Cpu, whole(4, 32)),
+        ("inspect-cuda", Target::Cuda, whole(4, 64)),
+    ] {
+        for name in ["tiny-balanced", "tiny-untied"] {
+            let quantization = Quantization { encoder: blocks, decoder: blocks, head: blocks, exclude: Vec::new() };
+            let export = Export { target, dtype: DType::Float32, quantization, ..Export::default() };
+            let model = exported_as(name, label, export);
+            let (of_model, of_checkpoint) =
+                (inspect(&model).expect("a model"), inspect(&fixture(name).join("checkpoint")).expect("a checkpoint"));
+            assert_eq!(of_model.parts, of_checkpoint.parts, "{name} {label}");
+            assert_eq!(of_model.parameters, manifest(&model).parameters, "{name} {label}");
+        }
+    }
+    let quantization =
+        Quantization { encoder: whole(4, 32), decoder: whole(4, 32), head: whole(4, 32), exclude: Vec::new() };
+    let export = Export { target: Target::TensorRt, dtype: DType::Float32, quantization, ..Export::default() };
+    let twice = demo_as("inspect-tensorrt", export);
+    assert_eq!(inspect(&twice).expect("a model").parameters, manifest(&twice).parameters);
+    let kept = exported_as(
+        "tiny-untied",
+        "inspect-kept",
+        Export { kept_tokens: Some((0..20).collect()), ..Export::default() },
+    );
+    assert_eq!(inspect(&kept).expect("a model").parameters, manifest(&kept).parameters);
     let model = exported("tiny-balanced");
     let model = model.to_str().expect("temporary paths are UTF-8");
     let report: Value =
@@ -172,4 +203,6 @@ fn inspect_tells_what_a_model_and_a_checkpoint_hold() {
     assert!(report["model"]["graphs"][1]["operators"]["Gemm"].as_u64().is_some_and(|count| count > 10));
     let text = stdout(run("t5gemma-export", ["inspect", model], ""));
     assert!(text.contains("past_key_values.0.encoder.key"), "{text}");
+    assert!(text.contains(" wide feed-forward, vocabulary 200, at most "), "{text}");
+    assert!(text.contains(" positions, layers with a window of "), "{text}");
 }

@@ -340,17 +340,29 @@ fn exports_that_a_checkpoint_cannot_give_are_refused() {
         (
             checkpoint("encoder"),
             vec!["--task", "text2text-generation"],
-            "config.json: architectures: expected a checkpoint for the task text2text-generation, found T5GemmaEncoderModel",
+            "--task: expected feature-extraction for a checkpoint of T5GemmaEncoderModel, found text2text-generation",
         ),
         (
             generating.clone(),
             vec!["--task", "text-classification"],
-            "found T5GemmaForConditionalGeneration, which is for text2text-generation",
+            "--task: expected text2text-generation or feature-extraction for a checkpoint of T5GemmaForConditionalGeneration",
         ),
-        (checkpoint("token-encoder"), vec!["--task", "text-classification"], "which is for token-classification"),
-        (generating.clone(), vec!["--pooling", "mean"], "--pooling needs --task feature-extraction"),
-        (generating.clone(), vec!["--task", "feature-extraction", "--all-logits"], "all logits: expected the task"),
-        (generating.clone(), vec!["--task", "feature-extraction", "--alignment"], "--alignment: expected the task"),
+        (
+            checkpoint("token-encoder"),
+            vec!["--task", "text-classification"],
+            "--task: expected token-classification or feature-extraction for a checkpoint of",
+        ),
+        (generating.clone(), vec!["--pooling", "mean"], "--pooling requires --task feature-extraction"),
+        (
+            generating.clone(),
+            vec!["--task", "feature-extraction", "--all-logits"],
+            "--all-logits requires --task text2text-generation",
+        ),
+        (
+            generating.clone(),
+            vec!["--task", "feature-extraction", "--alignment"],
+            "--alignment requires --task text2text-generation",
+        ),
         (
             generating.clone(),
             vec!["--alignment", "--alignment-layers", "9"],
@@ -364,13 +376,13 @@ fn exports_that_a_checkpoint_cannot_give_are_refused() {
         (
             checkpoint("encoder"),
             vec!["--task", "feature-extraction", "--hidden-layer", "9"],
-            "hidden_layer: expected 0 to 3, or -1 to -4 from the end, found 9",
+            "--hidden-layer: expected 0 to 3, or -1 to -4 from the end, found 9",
         ),
     ] {
         let from = from.to_str().expect("paths of the tests are UTF-8").to_string();
         let output = run("t5gemma-export", [&[from.as_str(), out], &rest[..]].concat(), "");
         let error = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert_eq!(output.status.code(), Some(1), "{error}");
+        assert_eq!(output.status.code(), Some(2), "{error}");
         assert!(error.contains(says), "{error}");
         assert!(!Path::new(out).exists());
     }

@@ -8,7 +8,7 @@ use safetensors::tensor::{Dtype, TensorView};
 use safetensors::{SafeTensors, serialize};
 use serde_json::json;
 
-use super::{check_all, copy, edit, holds, names, refused, remove, set, write};
+use super::{check_all, copy, edit, holds, names, refused, refused_with, remove, set, write};
 use crate::common::{fixture, run};
 
 /// A change of a fixture's checkpoint and what is said of it.
@@ -85,27 +85,138 @@ fn folders_that_are_not_whole() {
                 remove(folder, WEIGHTS);
                 fs::create_dir(folder.join(WEIGHTS)).expect("removed before");
             },
-            says: &["checkpoint/model.safetensors: cannot be "],
+            says: &["checkpoint/model.safetensors: expected a file, found a folder"],
         },
         Case {
             name: "generation_config.json is not JSON",
             fixture: "tiny-untied",
             change: |folder| write(folder, "generation_config.json", "{\"max_length\": "),
-            says: &["checkpoint/generation_config.json: expected a JSON object"],
+            says: &["checkpoint/generation_config.json: expected a JSON object, found a document that is cut off"],
         },
         Case {
             name: "generation_config.json is a list",
             fixture: "tiny-untied",
             change: |folder| write(folder, "generation_config.json", "[]"),
-            says: &["checkpoint/generation_config.json: expected a JSON object"],
+            says: &["checkpoint/generation_config.json: expected a JSON object, found []"],
         },
         Case {
             name: "a tokenizer.json whose download was cut off",
             fixture: "tiny-untied",
             change: |folder| write(folder, "tokenizer.json", "{\"version\": \"1.0\", \"model\": {\"vocab\": {\"a"),
-            says: &["checkpoint/tokenizer.json: expected a JSON object"],
+            says: &["checkpoint/tokenizer.json: expected a JSON object, found a document that is cut off at line 1"],
+        },
+        Case {
+            name: "a folder in place of a tokenizer.json",
+            fixture: "tiny-untied",
+            change: |folder| fs::create_dir(folder.join("tokenizer.json")).expect("there is none"),
+            says: &["checkpoint/tokenizer.json: expected a file, found a folder"],
+        },
+        Case {
+            name: "weights whose download is not finished",
+            fixture: "tiny-untied",
+            change: |folder| {
+                let whole = folder.join(WEIGHTS);
+                fs::rename(&whole, folder.join("model.safetensors.incomplete")).expect("there is one");
+            },
+            says: &[
+                "checkpoint/model.safetensors: ",
+                "found only model.safetensors.incomplete, a download that is not",
+            ],
+        },
+        Case {
+            name: "a shard without its index",
+            fixture: "tiny-untied",
+            change: |folder| {
+                fs::rename(folder.join(WEIGHTS), folder.join("model-00001-of-00002.safetensors"))
+                    .expect("there is one");
+            },
+            says: &["found neither (found model-00001-of-00002.safetensors, a shard without its index)"],
+        },
+        Case {
+            name: "a download cache",
+            fixture: "tiny-untied",
+            change: |folder| {
+                names(folder).iter().for_each(|name| remove(folder, name));
+                fs::create_dir_all(folder.join("snapshots/0123")).expect("can be made");
+            },
+            says: &["this is a download cache: name a snapshot in it, such as ", "checkpoint/snapshots/0123"],
         },
     ]);
+}
+
+/// What downloads and copies leave in the place of a file, in the place of every one that is read.
+#[test]
+fn what_lies_in_the_place_of_a_file_is_named() {
+    let contents: [(&str, &[u8], &str); 8] = [
+        ("nothing", b"", "found an empty file"),
+        ("zeros", &[0; 5000], "found nothing but zero bytes"),
+        ("Git LFS", b"version https://git-lfs.github.com/spec/v1\noid sha256:01\nsize 12\n", "`git lfs pull`"),
+        ("git-annex", b"/annex/objects/SHA256E-s12--01.json\n", "`git annex get`"),
+        ("a page", b"<!DOCTYPE html><html><title>Sign in</title>", "found an HTML page with the title \"Sign in\""),
+        ("an answer", b"Entry not found", "begins with \"Entry not found\""),
+        ("UTF-16", b"\xff\xfe{\0}\0", "found a text in UTF-16"),
+        ("a folder of PyTorch", b"PK\x03\x04\x00\x00", "found what PyTorch saves"),
+    ];
+    let files = [
+        WEIGHTS,
+        INDEX,
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "added_tokens.json",
+    ];
+    let cases: Vec<(String, &str, &[u8], &str)> = files
+        .iter()
+        .flat_map(|file| contents.map(|(name, content, says)| (format!("{name} for {file}"), *file, content, says)))
+        .collect();
+    check_all(
+        &cases,
+        |(name, ..)| name,
+        |(_, file, content, says)| {
+            let folder = tempfile::tempdir().expect("a temporary folder can be made");
+            let path = folder.path().join("checkpoint");
+            copy(&fixture(if *file == INDEX { "tiny-sharded" } else { "tiny-untied" }).join("checkpoint"), &path);
+            write(&path, file, content);
+            let at = format!("checkpoint/{file}: ");
+            refused(&run("t5gemma-export", [&path, &folder.path().join("out")], ""), &[&at, says])?;
+            holds(folder.path(), &["checkpoint"])
+        },
+    );
+}
+
+#[cfg(unix)]
+#[test]
+fn links_to_nothing_are_named() {
+    use std::os::unix::fs::symlink;
+
+    for (file, target, says) in [
+        (WEIGHTS, "../../blobs/0123", "found a link to ../../blobs/0123, where nothing is (a download cache was moved"),
+        (WEIGHTS, ".git/annex/objects/x/y", "(fetch it by `git annex get model.safetensors`)"),
+        ("config.json", "gone", "found a link to gone, where nothing is"),
+        ("tokenizer.json", "gone", "found a link to gone, where nothing is"),
+        ("generation_config.json", "gone", "found a link to gone, where nothing is"),
+    ] {
+        let folder = tempfile::tempdir().expect("a temporary folder can be made");
+        let checkpoint = copy(&fixture("tiny-untied").join("checkpoint"), &folder.path().join("checkpoint"));
+        if checkpoint.join(file).exists() {
+            remove(&checkpoint, file);
+        }
+        symlink(target, checkpoint.join(file)).expect("a link can be made");
+        let at = format!("checkpoint/{file}: expected a ");
+        let output = run("t5gemma-export", [&checkpoint, &folder.path().join("out")], "");
+        refused(&output, &[&at, says]).unwrap_or_else(|wrong| panic!("{file}: {wrong}"));
+    }
+    // A snapshot of a download cache is links to blobs all over, and a checkpoint.
+    let folder = tempfile::tempdir().expect("a temporary folder can be made");
+    let blobs = copy(&fixture("tiny-untied").join("checkpoint"), &folder.path().join("blobs"));
+    let snapshot = folder.path().join("snapshots/0123");
+    fs::create_dir_all(&snapshot).expect("can be made");
+    for name in names(&blobs) {
+        symlink(Path::new("../../blobs").join(&name), snapshot.join(&name)).expect("a link can be made");
+    }
+    let output = run("t5gemma-export", [&snapshot, &folder.path().join("out")], "");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
 #[test]
@@ -115,19 +226,21 @@ fn configurations_that_are_not_implemented() {
             name: "no config.json",
             fixture: "tiny-untied",
             change: |folder| remove(folder, "config.json"),
-            says: &["checkpoint/config.json: cannot be read"],
+            says: &["checkpoint/config.json: expected a file, found nothing there"],
         },
         Case {
             name: "an empty config.json",
             fixture: "tiny-untied",
             change: |folder| write(folder, "config.json", ""),
-            says: &["checkpoint/config.json: the document: expected a JSON object"],
+            says: &["checkpoint/config.json: expected a text file, found an empty file"],
         },
         Case {
             name: "a config.json that is not JSON",
             fixture: "tiny-untied",
             change: |folder| write(folder, "config.json", "{'model_type': 't5gemma'}"),
-            says: &["checkpoint/config.json: the document: expected a JSON object, found key must be a string"],
+            says: &[
+                "checkpoint/config.json: the document: expected a JSON object, found a text that is not JSON (key must be",
+            ],
         },
         Case {
             name: "a config.json that is a list",
@@ -145,7 +258,9 @@ fn configurations_that_are_not_implemented() {
             name: "a config.json without end",
             fixture: "tiny-untied",
             change: |folder| write(folder, "config.json", "[".repeat(1 << 20)),
-            says: &["checkpoint/config.json: the document: expected a JSON object, found recursion limit"],
+            says: &[
+                "checkpoint/config.json: the document: expected a JSON object, found a text that is not JSON (recursion limit",
+            ],
         },
         Case {
             name: "a Llama",
@@ -160,10 +275,30 @@ fn configurations_that_are_not_implemented() {
             says: &["config.json: model_type: expected \"t5gemma\", found \"t5gemma2\" (T5Gemma 2 is another"],
         },
         Case {
-            name: "an unknown field",
+            name: "layers of different sizes",
             fixture: "tiny-untied",
-            change: |folder| set(folder, "config.json", &[("/encoder/qk_norm", json!(true))]),
-            says: &["checkpoint/config.json: encoder.qk_norm: expected no such field", "found true"],
+            change: |folder| {
+                set(folder, "config.json", &[("/encoder/per_layer_config", json!({"1": {"head_dim": 8}}))])
+            },
+            says: &["checkpoint/config.json: encoder.per_layer_config: expected null or {}", "head_dim"],
+        },
+        Case {
+            name: "quantized weights",
+            fixture: "tiny-untied",
+            change: |folder| set(folder, "config.json", &[("/quantization_config", json!({"quant_method": "awq"}))]),
+            says: &["checkpoint/config.json: quantization_config: expected null", "awq"],
+        },
+        Case {
+            name: "no number where one decides",
+            fixture: "tiny-untied",
+            change: |folder| {
+                edit(folder, "config.json", |bytes| {
+                    let text = String::from_utf8_lossy(bytes)
+                        .replace("\"rms_norm_eps\": ", "\"rms_norm_eps\": NaN, \"was\": ");
+                    *bytes = text.into_bytes();
+                });
+            },
+            says: &["checkpoint/config.json: ", ".rms_norm_eps: expected a positive number, found \"NaN\""],
         },
         Case {
             name: "an unsupported value",
@@ -210,7 +345,7 @@ fn weights_that_are_damaged() {
             name: "an empty file",
             fixture: "tiny-untied",
             change: |folder| write(folder, WEIGHTS, ""),
-            says: &["checkpoint/model.safetensors: not a whole safetensors file (0 bytes)"],
+            says: &["checkpoint/model.safetensors: expected a safetensors file, found an empty file"],
         },
         Case {
             name: "cut off in the header's length",
@@ -228,7 +363,11 @@ fn weights_that_are_damaged() {
             name: "cut off in the numbers",
             fixture: "tiny-untied",
             change: |folder| edit(folder, WEIGHTS, |bytes| bytes.truncate(bytes.len() / 2)),
-            says: &["checkpoint/model.safetensors: not a whole safetensors file"],
+            says: &[
+                "checkpoint/model.safetensors: not a whole safetensors file",
+                "by its header it has ",
+                "download it again",
+            ],
         },
         Case {
             name: "cut off by one byte",
@@ -321,7 +460,57 @@ fn tensors_that_do_not_fit() {
             name: "all missing",
             fixture: "tiny-untied",
             change: |folder| tensors(folder, BTreeMap::clear),
-            says: &["checkpoint: model.decoder.embed_tokens.weight: missing"],
+            says: &["checkpoint: model.decoder.embed_tokens.weight: missing; the checkpoint has no tensors"],
+        },
+        Case {
+            name: "an adapter that is not merged",
+            fixture: "tiny-untied",
+            change: |folder| {
+                tensors(folder, |all| {
+                    *all = std::mem::take(all)
+                        .into_iter()
+                        .map(|(name, tensor)| (format!("base_model.model.{name}"), tensor))
+                        .collect();
+                    let query = "base_model.model.model.encoder.layers.0.self_attn.q_proj.";
+                    let tensor = all.remove(&format!("{query}weight")).expect("every checkpoint has it");
+                    all.insert(format!("{query}base_layer.weight"), tensor);
+                    all.insert(format!("{query}lora_A.default.weight"), (Dtype::F32, vec![1], vec![0; 4]));
+                });
+            },
+            says: &["self_attn.q_proj.weight: missing", "PEFT adapter that is not merged", "merge_and_unload()"],
+        },
+        Case {
+            name: "two models",
+            fixture: "tiny-untied",
+            change: |folder| {
+                tensors(folder, |all| {
+                    let both = |(name, tensor): (String, Stored)| {
+                        [(format!("student.{name}"), tensor.clone()), (format!("teacher.{name}"), tensor)]
+                    };
+                    *all = std::mem::take(all).into_iter().flat_map(both).collect();
+                });
+            },
+            says: &["checkpoint: expected the tensors of one model, found those of 2", "\"student.\" and \"teacher.\""],
+        },
+        Case {
+            name: "another class",
+            fixture: "tiny-untied",
+            change: |folder| {
+                tensors(folder, |all| {
+                    let other =
+                        |name: String| name.replace("model.", "").replace("layers.", "block.").replace("embed_", "");
+                    *all = std::mem::take(all)
+                        .into_iter()
+                        .map(|(name, tensor)| (other(name), tensor))
+                        .filter(|(name, _)| name.contains("block"))
+                        .collect();
+                });
+            },
+            says: &[
+                "model.decoder.embed_tokens.weight: missing; none of the ",
+                "tensors is named as a T5Gemma's",
+                ".block.",
+            ],
         },
         Case {
             name: "an untied head missing",
@@ -345,7 +534,7 @@ fn shards_that_do_not_fit() {
             name: "one missing",
             fixture: "tiny-sharded",
             change: |folder| remove(folder, "model-00002-of-00004.safetensors"),
-            says: &["checkpoint/model-00002-of-00004.safetensors: missing, though", INDEX],
+            says: &["checkpoint/model-00002-of-00004.safetensors: missing, though", INDEX, "found nothing there"],
         },
         Case {
             name: "one cut off",
@@ -393,13 +582,13 @@ fn shards_that_do_not_fit() {
             name: "an index that is not JSON",
             fixture: "tiny-sharded",
             change: |folder| write(folder, INDEX, "weight_map"),
-            says: &["checkpoint/model.safetensors.index.json: expected a weight_map from tensor names to files"],
+            says: &["checkpoint/model.safetensors.index.json: expected a JSON object, found a text that begins with"],
         },
         Case {
             name: "an index without its map",
             fixture: "tiny-sharded",
             change: |folder| write(folder, INDEX, "{}"),
-            says: &["index.json: expected a weight_map from tensor names to files: missing field `weight_map`"],
+            says: &["index.json: expected a weight_map from tensor names to files, found none"],
         },
         Case {
             name: "an empty index",
@@ -437,6 +626,130 @@ fn random_weights_beyond_counting_are_refused() {
     let says = ["checkpoint/config.json: expected sizes of a model, found more than "];
     let checked = refused(&run("t5gemma-export", arguments, ""), &says);
     checked.and_then(|()| holds(folder.path(), &["checkpoint"])).unwrap_or_else(|wrong| panic!("{wrong}"));
+}
+
+#[test]
+fn what_has_no_effect_does_not_stop_an_export() {
+    let folder = tempfile::tempdir().expect("a temporary folder can be made");
+    let export = |name: &str, change: &dyn Fn(&Path)| {
+        let checkpoint =
+            copy(&fixture("tiny-balanced").join("checkpoint"), &folder.path().join(format!("{name}-checkpoint")));
+        change(&checkpoint);
+        let out = folder.path().join(name);
+        let output = run("t5gemma-export", [&checkpoint, &out], "");
+        let err = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{name}: {err}");
+        let bytes = |file: &str| fs::read(out.join(file)).expect("a model has it");
+        (err, bytes("decoder_model.onnx"), bytes("model.onnx_data"))
+    };
+    let (_, graph, weights) = export("plain", &|_| {});
+    type Change<'c> = &'c dyn Fn(&Path);
+    let wrapped = |prefix: &'static str| {
+        move |folder: &Path| {
+            tensors(folder, |all| {
+                let renamed = |(name, tensor)| (format!("{prefix}{name}"), tensor);
+                *all = std::mem::take(all).into_iter().map(renamed).collect();
+            });
+        }
+    };
+    let cases: &[(&str, Change, &[&str])] = &[
+        (
+            "fields",
+            &|folder| {
+                let fields = [
+                    ("/num_beams", json!(4)),
+                    ("/prefix", json!("summarize: ")),
+                    ("/unsloth_version", json!("2025.9.1")),
+                    ("/encoder/hidden_act", json!("silu")),
+                    ("/encoder/max_length", json!(20)),
+                    ("/encoder/rope_scaling", json!({"rope_type": "default"})),
+                    ("/architectures", json!(["MyT5GemmaForConditionalGeneration"])),
+                ];
+                set(folder, "config.json", &fields);
+            },
+            &[
+                "config.json: fields without effect: architectures, encoder.hidden_act, encoder.max_length, encoder.rope_parameters, num_beams, prefix, unsloth_version",
+            ],
+        ),
+        (
+            "numbers",
+            &|folder| {
+                for (file, end) in
+                    [("config.json", "\"initializer_range\": NaN}"), ("generation_config.json", "\"loss\": -Infinity}")]
+                {
+                    edit(folder, file, |bytes| {
+                        let text = String::from_utf8_lossy(bytes);
+                        let text = text.trim_end().strip_suffix('}').expect("an object");
+                        *bytes = format!("\u{feff}{text}, {end}").into_bytes();
+                    });
+                }
+                write(folder, "tokenizer_config.json", "\u{feff}{\"model_max_length\": Infinity}");
+            },
+            &[],
+        ),
+        (
+            "types",
+            &|folder| {
+                tensors(folder, |all| {
+                    for (name, dtype, shape, bytes) in [
+                        ("spiece_model", Dtype::U8, vec![3], 3),
+                        ("scale", Dtype::F32, vec![], 4),
+                        ("nothing", Dtype::F16, vec![0, 5], 0),
+                        ("steps", Dtype::I64, vec![1], 8),
+                        ("mask", Dtype::BOOL, vec![2], 2),
+                        ("small", Dtype::F8_E4M3, vec![2], 2),
+                        ("double", Dtype::F64, vec![1], 8),
+                        ("halves", Dtype::F4, vec![2], 1),
+                    ] {
+                        all.insert(name.to_string(), (dtype, shape, vec![0; bytes]));
+                    }
+                });
+            },
+            &["8 tensors of the checkpoint are not used", "spiece_model", "nothing", "small"],
+        ),
+        ("module", &wrapped("module."), &["the names of a wrapped model: module."]),
+        ("compiled", &wrapped("_orig_mod.module."), &["the names of a wrapped model: _orig_mod.module."]),
+        ("peft", &wrapped("base_model.model."), &["the names of a wrapped model: base_model.model."]),
+    ];
+    for (name, change, says) in cases {
+        let (err, same_graph, same_weights) = export(name, change);
+        assert!(same_graph == graph && same_weights == weights, "{name}: the model is another");
+        for says in *says {
+            assert!(err.contains(says), "{name}: expected {says:?} in {err}");
+        }
+    }
+}
+
+#[test]
+fn what_a_model_will_lack_is_told() {
+    let folder = tempfile::tempdir().expect("a temporary folder can be made");
+    let checkpoint = copy(&fixture("tiny-untied").join("checkpoint"), &folder.path().join("checkpoint"));
+    let told = |name: &str, arguments: &[&str]| {
+        let (checkpoint, out) = (checkpoint.to_str().expect("UTF-8"), folder.path().join(name));
+        let output = run("t5gemma-export", [&[checkpoint, out.to_str().expect("UTF-8")], arguments].concat(), "");
+        let err = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{name}: {err}");
+        err
+    };
+    let err = told("bare", &[]);
+    assert!(err.contains("no tokenizer.json (none): the model will take and give token ids, but no text"), "{err}");
+    write(&checkpoint, "tokenizer.model", "\n");
+    let err = told("sentencepiece", &[]);
+    assert!(err.contains("no tokenizer.json (only tokenizer.model, which is not read)"), "{err}");
+    write(&checkpoint, "tokenizer.json", "{}");
+    assert!(!told("whole", &[]).contains("tokenizer.json"));
+
+    write(&checkpoint, "generation_config.json", "{\"max_new_tokens\": 160}");
+    let err = told("static", &["--target", "tensorrt", "--cache", "static=64"]);
+    assert!(err.contains("generation_config.json: max_new_tokens 160 is more than the cache has room for"), "{err}");
+
+    tensors(&checkpoint, |all| {
+        let (_, _, bytes) = all.get_mut(NORM).expect("every checkpoint has it");
+        bytes[..4].copy_from_slice(&f32::NAN.to_le_bytes());
+        bytes[8..12].copy_from_slice(&f32::INFINITY.to_le_bytes());
+    });
+    let err = told("odd", &[]);
+    assert!(err.contains("weights that are NaN or infinite, by tensor: model.encoder.norm.weight (2)"), "{err}");
 }
 
 #[test]
@@ -520,7 +833,7 @@ fn set_shard(folder: &Path, tensor: &str, shard: serde_json::Value) {
     });
 }
 
-/// Arguments that go before and behind the folders.
+/// Arguments that go between the folders, and contradict each other or the checkpoint: status 2, whoever finds it.
 #[test]
 fn options_that_do_nothing_are_refused() {
     let folder = tempfile::tempdir().expect("a temporary folder can be made");
@@ -528,18 +841,57 @@ fn options_that_do_nothing_are_refused() {
     let out = folder.path().join("out");
     let (checkpoint, path) = (checkpoint.to_str().expect("UTF-8"), out.to_str().expect("UTF-8"));
     for (between, says) in [
-        (&["--block-size", "32"][..], "--block-size needs --quantize"),
-        (&["--asymmetric"], "--asymmetric needs --quantize"),
-        (&["--quantize-exclude", "*"], "--quantize-exclude needs --quantize"),
+        (&["--block-size", "32"][..], "--block-size requires --quantize"),
+        (&["--asymmetric"], "--asymmetric requires --quantize"),
+        (&["--quantize-exclude", "*"], "--quantize-exclude requires --quantize"),
         (
             &["--target", "cpu", "--quantize", "int8", "--quantize-exclude", "*.layer.0.*"],
-            "found \"*.layer.0.*\", which no weight has",
+            "--quantize-exclude: expected the name of a weight, in which * may stand for any text, found \"*.layer.0.*\"",
         ),
-        (&["--target", "cpu", "--quantize", "int8", "--block-size", "48"], "expected 16, 32, 64 or 128, found 48"),
+        (
+            &["--target", "cpu", "--quantize", "int8", "--block-size", "48"],
+            "--block-size: expected 16, 32, 64 or 128, found 48",
+        ),
+        (&["--quantize", "int8"], "--quantize int8 requires --target cpu or cuda or tensorrt (got portable)"),
+        (&["--target", "cpu", "--quantize", "fp8"], "--quantize fp8 requires --target tensorrt (got cpu)"),
+        (&["--target", "cpu", "--dtype", "float16"], "--dtype float16 requires --target "),
+        (&["--plan", "source=9,target=9"], "--plan requires --target tensorrt (got portable)"),
+        (&["--cache", "static=9"], "--cache static=N requires --target tensorrt (got portable)"),
+        (&["--target", "tensorrt", "--cache", "static=0"], "--cache static=N: expected 1 to "),
+        (&["--candidates", "0"], "--candidates: expected 1 to "),
+        (&["--candidates", "5000"], "--candidates: expected 1 to "),
+        (&["--observe", "--target", "cpu"], "--observe requires --target portable (got cpu)"),
+        (&["--observe", "--dtype", "float16"], "--observe requires --dtype float32 (got float16)"),
+        (&["--observe", "--alignment"], "--observe requires --alignment to be left out"),
+        (&["--alignment", "--alignment-layers", "9"], "--alignment-layers: expected decoder layers from 0 to "),
+        (&["--pooling", "mean"], "--pooling requires --task feature-extraction"),
+        (&["--normalize"], "--normalize requires --task feature-extraction"),
+        (&["--hidden-layer", "1"], "--hidden-layer requires --task feature-extraction"),
+        (&["--task", "feature-extraction", "--hidden-layer", "99"], "--hidden-layer: expected 0 to "),
+        (
+            &["--task", "feature-extraction", "--all-logits"],
+            "--all-logits requires --task text2text-generation (got feature-extraction)",
+        ),
+        (
+            &["--task", "text-classification"],
+            "--task: expected text2text-generation or feature-extraction for a checkpoint of",
+        ),
+        (&["--dummy-weights"], "--dummy-weights takes OUT only"),
+        (&["another"], "unexpected value"),
+        (&["--all-logits", "--candidates", "3"], "cannot be used with"),
+        (&["--preset", "s-s"], "--dummy-weights"),
+        (&["--seed", "3"], "--dummy-weights"),
     ] {
         let output = run("t5gemma-export", [&[checkpoint], between, &[path]].concat(), "");
-        refused(&output, &[says]).unwrap_or_else(|wrong| panic!("{between:?}: {wrong}"));
+        refused_with(&output, 2, &[says]).unwrap_or_else(|wrong| panic!("{between:?}: {wrong}"));
         assert!(!out.exists(), "{between:?}");
+    }
+    for (arguments, says) in [
+        (&[path][..], "expected CHECKPOINT and OUT, found only one folder"),
+        (&["--dummy-weights", path], "--dummy-weights requires --preset SIZE or --config FILE"),
+    ] {
+        let output = run("t5gemma-export", arguments, "");
+        refused_with(&output, 2, &[says]).unwrap_or_else(|wrong| panic!("{arguments:?}: {wrong}"));
     }
     let between = ["--target", "cpu", "--quantize", "int8", "--quantize-exclude", "*.layers.0.*"];
     let output = run("t5gemma-export", [&[checkpoint], &between[..], &[path]].concat(), "");

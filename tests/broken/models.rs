@@ -5,6 +5,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 use t5gemma_exporter::Export;
+use t5gemma_graphs::Target;
 use t5gemma_graphs::interface::DType;
 
 use super::{check_all, copy, edit, refused, remove, set, write};
@@ -35,6 +36,14 @@ fn files_that_are_not_those_of_the_manifest() {
             says: &["model/manifest.json: no such file: not a model folder"],
         },
         Case {
+            name: "a checkpoint",
+            change: |folder| {
+                remove(folder, MANIFEST);
+                write(folder, "model.safetensors", "");
+            },
+            says: &["model/manifest.json: no such file: ", "model is a checkpoint, of which `t5gemma-export "],
+        },
+        Case {
             name: "no encoder",
             change: |folder| remove(folder, "encoder_model.onnx"),
             says: &["model/encoder_model.onnx: No such file"],
@@ -47,7 +56,7 @@ fn files_that_are_not_those_of_the_manifest() {
         Case {
             name: "one byte of a graph changed",
             change: |folder| edit(folder, "decoder_with_past_model.onnx", |bytes| bytes[1000] ^= 1),
-            says: &["model/decoder_with_past_model.onnx: sha256: expected "],
+            says: &["model/decoder_with_past_model.onnx: sha256: expected ", "copy the folder again, or export again"],
         },
         Case {
             name: "no weights",
@@ -217,9 +226,24 @@ fn inspect_refuses_the_same_folders() {
             says: &["model: expected model.safetensors or model.safetensors.index.json, found neither"],
         },
         Case {
+            name: "neither",
+            change: |folder| {
+                remove(folder, MANIFEST);
+                remove(folder, "config.json");
+            },
+            says: &[
+                "model: expected a model folder (with manifest.json) or a checkpoint (with config.json), found neither",
+            ],
+        },
+        Case {
+            name: "no folder",
+            change: |folder| fs::remove_dir_all(folder).expect("just made"),
+            says: &["model: expected a model folder or a checkpoint, found nothing there"],
+        },
+        Case {
             name: "a manifest that is not JSON",
             change: |folder| write(folder, MANIFEST, "{"),
-            says: &["model/manifest.json: not a manifest: "],
+            says: &["model/manifest.json: expected a JSON object, found a document that is cut off"],
         },
         Case {
             name: "a graph that is not ONNX",
@@ -242,6 +266,99 @@ fn inspect_refuses_the_same_folders() {
         |case| case.name,
         |case| with_copy(case, |model| run("t5gemma-export", ["inspect".as_ref(), model.as_os_str()], "")),
     );
+}
+
+/// The one file that is made to be edited is, and is checked as ever.
+#[test]
+fn an_edited_generation_config_is_taken_with_a_word() {
+    let folder = tempfile::tempdir().expect("a temporary folder can be made");
+    let model = copy(&exported("tiny-untied"), &folder.path().join("model"));
+    let generate =
+        || run("t5gemma", ["generate".as_ref(), model.as_os_str(), "--jsonl".as_ref()], "{\"input_ids\": [5, 6, 7]}");
+    let tokens = |output: &std::process::Output| {
+        let out = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(output.status.success(), "{out}{}", String::from_utf8_lossy(&output.stderr));
+        let answer: Value = serde_json::from_str(out.trim()).expect("JSON");
+        answer["sequences"][0][0]["tokens"].as_array().map_or(0, Vec::len)
+    };
+    let said = |output: &std::process::Output| String::from_utf8_lossy(&output.stderr).into_owned();
+    let output = generate();
+    assert!(tokens(&output) > 2 && !said(&output).contains("since export"), "{}", said(&output));
+    write(&model, "generation_config.json", "\u{feff}{\"max_new_tokens\": 2, \"eos_token_id\": 1}");
+    let output = generate();
+    assert!(tokens(&output) <= 2 && said(&output).contains("model: generation_config.json was changed since export"));
+    write(&model, "generation_config.json", "{\"max_new_tokens\": \"many\"}");
+    refused(&generate(), &["model/generation_config.json: max_new_tokens: expected a whole number"])
+        .unwrap_or_else(|wrong| panic!("{wrong}"));
+    write(&model, "generation_config.json", "{");
+    refused(
+        &generate(),
+        &["model/generation_config.json: the document: expected a JSON object, found a document that is"],
+    )
+    .unwrap_or_else(|wrong| panic!("{wrong}"));
+    // Resealed, there is nothing to tell.
+    write(&model, "generation_config.json", "{\"max_new_tokens\": 2}");
+    assert!(reseal(&model).contains("generation_config.json has changed"));
+    assert!(!said(&generate()).contains("since export"));
+}
+
+fn reseal(model: &Path) -> String {
+    let output = run("t5gemma-export", ["reseal".as_ref(), model.as_os_str()], "");
+    let err = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{err}");
+    err
+}
+
+#[test]
+fn reseal_accepts_text_files_and_nothing_that_computes() {
+    let folder = tempfile::tempdir().expect("a temporary folder can be made");
+    let model = copy(&crate::common::demo(), &folder.path().join("model"));
+    let generate = || run("t5gemma", ["generate".as_ref(), model.as_os_str(), "doctor smith".as_ref()], "");
+    let sealed = fs::read(model.join(MANIFEST)).expect("readable");
+    assert!(reseal(&model).contains("nothing has changed"));
+    assert_eq!(fs::read(model.join(MANIFEST)).expect("readable"), sealed);
+
+    edit(&model, "tokenizer.json", |bytes| bytes.push(b'\n'));
+    refused(&generate(), &["model/tokenizer.json: size: ", "`t5gemma-export reseal MODEL` accepts it"])
+        .unwrap_or_else(|wrong| panic!("{wrong}"));
+    write(&model, "chat_template.jinja", "{{ messages[0].content }}");
+    let said = reseal(&model);
+    assert!(said.contains("tokenizer.json has changed") && said.contains("chat_template.jinja is new"), "{said}");
+    assert!(generate().status.success());
+    remove(&model, "chat_template.jinja");
+    assert!(reseal(&model).contains("chat_template.jinja is gone"));
+
+    let changes: [(&str, &str); 4] = [
+        ("encoder_model.onnx", "model/encoder_model.onnx: is not that of the export"),
+        (WEIGHTS, "model/model.onnx_data: is not that of the export"),
+        ("config.json", "model/config.json: is not that of the export"),
+        ("tokenizer.json", "model/tokenizer.json: expected a JSON object, found a text that is not JSON"),
+    ];
+    for (name, says) in changes {
+        let whole = fs::read(model.join(name)).expect("readable");
+        edit(&model, name, |bytes| bytes[1] ^= 1);
+        let sealed = fs::read(model.join(MANIFEST)).expect("readable");
+        let output = run("t5gemma-export", ["reseal".as_ref(), model.as_os_str()], "");
+        refused(&output, &[says]).unwrap_or_else(|wrong| panic!("{name}: {wrong}"));
+        assert_eq!(fs::read(model.join(MANIFEST)).expect("readable"), sealed, "{name}");
+        write(&model, name, whole);
+    }
+}
+
+/// Options of the file end where the cache does; those of a request are refused where it cannot reach them.
+#[test]
+fn a_length_of_the_file_ends_at_the_capacity_of_the_cache() {
+    let folder = tempfile::tempdir().expect("a temporary folder can be made");
+    let export = Export { target: Target::TensorRt, dtype: DType::Float32, capacity: Some(8), ..Export::default() };
+    let model = copy(&exported_as("tiny-untied", "capacity-8", export), &folder.path().join("model"));
+    write(&model, "generation_config.json", "{\"max_new_tokens\": 160}");
+    let generate =
+        |request: &str| run("t5gemma", ["generate".as_ref(), model.as_os_str(), "--jsonl".as_ref()], request);
+    let output = generate("{\"input_ids\": [5, 6, 7]}");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let output = generate("{\"input_ids\": [5, 6, 7], \"max_new_tokens\": 160}");
+    let out = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    assert!(out.contains("at most 8 target tokens (the capacity of the cache)"), "{out}");
 }
 
 /// What a checkpoint hands on and only the runtime understands.
