@@ -356,9 +356,30 @@ fn a_length_of_the_file_ends_at_the_capacity_of_the_cache() {
         |request: &str| run("t5gemma", ["generate".as_ref(), model.as_os_str(), "--jsonl".as_ref()], request);
     let output = generate("{\"input_ids\": [5, 6, 7]}");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    let output = generate("{\"input_ids\": [5, 6, 7], \"max_new_tokens\": 160}");
+    let output = generate("{\"input_ids\": [5, 6, 7], \"options\": {\"max_new_tokens\": 160}}");
     let out = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
     assert!(out.contains("at most 8 target tokens (the capacity of the cache)"), "{out}");
+}
+
+/// As in transformers: `config.json` is asked where there is no `generation_config.json`, and only then.
+#[test]
+fn settings_for_generation_in_config_json_count_where_there_is_no_other_file() {
+    let folder = tempfile::tempdir().expect("a temporary folder can be made");
+    let checkpoint = copy(&fixture("tiny-untied").join("checkpoint"), &folder.path().join("checkpoint"));
+    let settings =
+        [("/decoder_start_token_id", json!(7)), ("/max_length", json!(3)), ("/decoder/max_new_tokens", json!(4))];
+    set(&checkpoint, "config.json", &settings);
+    let defaults = |name: &str| {
+        let out = folder.path().join(name);
+        let output = run("t5gemma-export", [&checkpoint, &out], "");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let model = t5gemma_runtime::Model::open(&out).expect("opens");
+        let options = model.options();
+        (options.decoder_start_token_id, options.max_new_tokens, options.max_length)
+    };
+    assert_eq!(defaults("with"), (2, None, None));
+    remove(&checkpoint, "generation_config.json");
+    assert_eq!(defaults("without"), (7, Some(4), None));
 }
 
 /// What a checkpoint hands on and only the runtime understands.
