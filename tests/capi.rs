@@ -336,9 +336,11 @@ fn every_case_gives_the_reference_tokens_through_c_cpp_and_python() {
 
 #[test]
 fn python_users_have_what_the_package_promises() {
-    let mut python = installed().python();
-    python.arg(tests().join("scripts/capi_python.py")).arg(demo_with_alignment()).arg(classifier());
-    assert_eq!(done(python), "well\n");
+    for script in ["capi_python.py", "capi_python_forms.py", "capi_python_process.py"] {
+        let mut python = installed().python();
+        python.arg(tests().join("scripts").join(script)).arg(demo_with_alignment()).arg(classifier());
+        assert_eq!(done(python), "well\n", "{script}");
+    }
 }
 
 #[test]

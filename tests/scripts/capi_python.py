@@ -45,7 +45,7 @@ def main(demo, classifier):
     assert fails(t5gemma.Error, "num_beams", lambda: model.generate("x", num_beams=0)).field == "num_beams"
     fails(t5gemma.Error, "num_beam", lambda: model.generate("x", num_beam=4))
     fails(ValueError, "expected int64", lambda: model.generate(np.zeros((1, 2))))
-    fails(ValueError, "[rows, length]", lambda: model.generate(np.zeros(2, np.int64)))
+    fails(ValueError, "[rows, length]", lambda: model.generate(np.zeros((1, 2, 3), np.int64)))
 
     tokenizer = model.tokenizer
     ids = [tokenizer.encode(text) for text in TEXTS]

@@ -28,9 +28,13 @@ NUMBERS = {
 class Error(Exception):
     """A failure of the library: `code` is one of T5G_ERROR_…, `field` the argument or option at fault."""
 
-    def __init__(self, code: int, message: str, field: str | None) -> None:
+    def __init__(self, code: int, message: str, field: str | None = None) -> None:
         super().__init__(message)
         self.code, self.field = code, field
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # An exception is made of its args by default, of which there is one.
+        return type(self), (self.code, str(self), self.field), self.__dict__
 
 
 def of_type(declared: str, returned: bool = False) -> Any:
@@ -126,6 +130,80 @@ def filled(struct: str, **fields: Any) -> ctypes.Structure:
     for name, value in fields.items():
         setattr(made, name, value)
     return made
+
+
+class Handle:
+    """A handle, which is freed once: when told to, or when nothing refers to it any more.
+
+    In the child of a fork it is left alone: freeing waits for threads, which are in the parent.
+    """
+
+    __slots__ = ("_age", "_free", "_process", "number")
+    age = 0
+    """Forks so far during which the library was in use, so that the child has locks that nobody opens."""
+    # Of the class, because a module's names may be gone when the interpreter ends.
+    _of_now = staticmethod(os.getpid)
+
+    def __init__(self, number: int, free: Callable[[int], Any]) -> None:
+        self.number: int | None = number
+        self._free, self._process, self._age = free, self._of_now(), Handle.age
+
+    @property
+    def is_of_this_process(self) -> bool:
+        return self._process == self._of_now()
+
+    @property
+    def is_locked(self) -> bool:
+        return self._age != Handle.age
+
+    def free(self) -> None:
+        number, self.number = self.number, None
+        if number is not None and self.is_of_this_process:
+            self._free(number)
+
+    def __del__(self) -> None:
+        self.free()
+
+
+class Owner:
+    """An object of the library's, which is freed when it is closed or nothing refers to it any more."""
+
+    _name: str
+    """What arguments of its kind are called."""
+    _after_fork = "good"
+    """What it is in the child of a fork: good, refused, or as it was, which is good if the library was not in use."""
+    _held: Handle | None = None
+
+    def __init__(self, handle: Handle) -> None:
+        self._held = handle
+
+    @property
+    def _handle(self) -> int:
+        if self._held is None or self._held.number is None:
+            found = "is closed"
+        elif self._after_fork == "refused" and not self._held.is_of_this_process:
+            found = "is from before a fork, and its threads are in the parent: make one in the child"
+        elif self._after_fork == "as it was" and self._held.is_locked:
+            found = "was in use in the parent when that forked: make one in the child"
+        else:
+            return self._held.number
+        message = f"{self._name}: this {type(self).__name__} {found}"
+        raise Error(C.constants["T5G_ERROR_HANDLE"], message, self._name)
+
+    def close(self) -> None:
+        """Frees the object now; calls that are under way end well. What is closed already stays so."""
+        if self._held is not None:
+            self._held.free()
+
+    def __enter__(self):
+        self._handle  # noqa: B018: raises if it is closed
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __reduce__(self) -> Any:
+        raise TypeError(f"cannot copy or pickle a {type(self).__name__}: it belongs to the process that has made it")
 
 
 def callback(struct: str, field: str) -> Callable[[Callable[..., Any]], Any]:
