@@ -7,14 +7,15 @@
         print(row[0].text)
 
 Sources, targets and ids have the forms that t5gemma._forms lists. Generation options are Hugging Face's, as keyword arguments:
-numbers, texts, bools and lists of these, numpy's included. What each thing means is said in t5gemma.h, which lies in this package.
+numbers, texts, bools and lists of these, numpy's included. What each thing means is said in t5gemma.h, which lies in this
+package.
 
 Calls do not hold the interpreter's lock but in callbacks, which come on the thread that has made the call. Ctrl-C ends a
 call of the main thread's, and what a callback raises comes out of its call. `deadline` is in seconds from now: a call that is not
 done by then, or not begun, fails with T5G_ERROR_DEADLINE.
 
-A Model, an Encoder and a Tokenizer are opened anew where a copy or a pickle of them is made. The child of a fork can use those of
-its parent if no call and no engine was running when it forked; engines and requests it has to make itself.
+A Model, an Encoder and a Tokenizer are opened anew where a copy or a pickle of them is made. The child of a fork can use those
+of its parent if no call and no engine was running when it forked; engines and requests it has to make itself.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-from typing import Any, Callable, Iterator, Mapping, Sequence
+import threading
+from typing import Any, Callable, Iterator, Mapping, Sequence, TypeVar
 
 import numpy as np
 
@@ -56,7 +58,7 @@ def onnxruntime_report(library: str | os.PathLike[str] | None = None) -> dict[st
     return json.loads(take_text(C.t5g_onnxruntime_report, None if library is None else _forms.path("library", library)))
 
 
-def _open(cls: type, path: str, options: dict[str, Any]) -> Any:
+def _open(cls: Any, path: str, options: dict[str, Any]) -> Any:
     """Opens what was pickled or copied."""
     return cls.open(path, **options)
 
@@ -77,7 +79,7 @@ class Tokenizer(Owner):
         return cls(Handle(call(C.t5g_tokenizer_open, given), C.t5g_tokenizer_free), os.path.abspath(path))
 
     def __reduce__(self) -> Any:
-        self._handle  # noqa: B018: raises if it is closed
+        self._check()
         return _open, (type(self), self._path, {})
 
     def encode(self, text: str, target: bool = False) -> np.ndarray:
@@ -99,6 +101,9 @@ class Tokenizer(Owner):
         return take_text(C.t5g_tokenizer_token, self._handle, _forms.whole("token", token))
 
 
+O = TypeVar("O", bound="_Opened")
+
+
 class _Opened(Owner):
     """What models and encoders have in common."""
 
@@ -111,14 +116,14 @@ class _Opened(Owner):
 
     @classmethod
     def open(
-        cls,
+        cls: type[O],
         path: str | os.PathLike[str],
         *,
         library: str | os.PathLike[str] | None = None,
         threads: int | None = None,
         check_weights: bool = False,
         **options: Any,
-    ):
+    ) -> O:
         """Opens a model folder. `library` is ONNX Runtime's file; further options are those of t5g_open_options."""
         folder = _forms.path("path", path)
         if library is not None:
@@ -134,7 +139,7 @@ class _Opened(Owner):
         return cls(handle, os.path.abspath(path), options)
 
     def __reduce__(self) -> Any:
-        self._handle  # noqa: B018: raises if it is closed
+        self._check()
         return _open, (type(self), self._path, self._options)
 
     def describe(self) -> dict[str, Any]:
@@ -276,10 +281,14 @@ class Model(_Opened):
 
 
 class Request(Owner):
-    """A request that an engine was given; for one thread at a time. Freeing it cancels it."""
+    """A request that an engine was given. Freeing it cancels it. Threads may share its result; its pieces are for one of them."""
 
     _name = "request"
     _after_fork = "refused"
+
+    def __init__(self, handle: Handle) -> None:
+        super().__init__(handle)
+        self._waiting = threading.Lock()
 
     def __iter__(self) -> Iterator[tuple[int, int, str]]:
         """Row, token (-1 with the last text of a row) and text as they become certain."""
@@ -298,9 +307,11 @@ class Request(Owner):
 
     def result(self) -> list[list[Hypothesis]]:
         """Waits for the end: what Model.generate returns."""
-        for _ in self:
-            pass
-        return taken(result(call(C.t5g_request_result, self._handle)))
+        self._check()
+        with self._waiting:
+            for _ in self:
+                pass
+            return taken(result(call(C.t5g_request_result, self._handle)))
 
 
 class Engine(Owner):
@@ -336,10 +347,10 @@ class Engine(Owner):
             given.devices, given.device_count = numbers.ctypes.data, numbers.size
         # What sources are read with is known also when the model is closed, which the engine outlives.
         self._model, of_model = model, model._handle
-        model._facts  # noqa: B018
+        _ = model._facts
         make = lambda: call(C.t5g_engine_new, of_model, ctypes.byref(given))  # noqa: E731
         super().__init__(_calls.unstoppable(lambda: Handle(make(), C.t5g_engine_free)))
-        _calls.end_with_the_interpreter(self)
+        _calls.shut_down_at_the_end(self)
 
     def submit(
         self,

@@ -49,7 +49,7 @@ class Job:
     """Work on another thread, and what that thread has to say meanwhile."""
 
     def __init__(self, work: Callable[[], Any]) -> None:
-        self._work: Callable[[], Any] | None = work
+        self._work = work
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._result: Any = None
         self._error: BaseException | None = None
@@ -58,6 +58,8 @@ class Job:
 
     def start(self) -> None:
         """Begins on a thread that has nothing to do, or a new one."""
+        if _is_ending:
+            raise RuntimeError("the interpreter is ending: no call begins on another thread")
         try:
             worker = _idle.pop()
         except IndexError:
@@ -67,7 +69,7 @@ class Job:
 
     def start_aside(self) -> bool:
         """Begins if signals are handled on this thread, and there can be another: not at the interpreter's end."""
-        if not is_main() or _is_ending:
+        if not is_main():
             return False
         try:
             self.start()
@@ -80,7 +82,7 @@ class Job:
             self._result = self._work()
         except BaseException as error:  # raised again by `result`
             self._error = error
-        self._work = None
+        del self._work  # What it refers to may be large.
         _idle.append(worker)
         self.is_done = True
         self._inbox.put(None)
@@ -101,7 +103,8 @@ class Job:
 
     def result(self) -> Any:
         if not self.is_done:
-            why = "the interpreter is ending" if _is_ending else "it began before a fork, in the parent"
+            end_with_the_interpreter()
+            why = "it began before a fork, in the parent, or the interpreter is ending"
             raise Error(C.constants["T5G_ERROR_CLOSED"], f"the call has no result: {why}")
         error, self._error = self._error, None
         try:
@@ -129,7 +132,7 @@ def is_main() -> bool:
 
 
 def unstoppable(work: Callable[[], T]) -> T:
-    """Opens or ends something, which nothing can stop. If a signal's handler raises, it is left to itself, and what it makes freed."""
+    """Opens or ends something, which nothing can stop: if a signal's handler raises, it is left to itself."""
     global _has_threads
     _has_threads = True
     job = Job(work)
@@ -164,7 +167,7 @@ def checked(cancellation: Any) -> Cancellation:
     """A Cancellation that is open."""
     if not isinstance(cancellation, Cancellation):
         raise TypeError(f"cancellation: expected a Cancellation, found {_forms.shown(cancellation)}")
-    cancellation._handle  # noqa: B018: raises if it is closed
+    cancellation._check()
     return cancellation
 
 
@@ -243,8 +246,7 @@ class Call:
         own = self._own = Handle(call(C.t5g_cancellation_new), C.t5g_cancellation_free)
         self._given.cancellation = own.number
         with _ended:
-            if _is_ending and not is_main():
-                raise Error(C.constants["T5G_ERROR_CLOSED"], "the interpreter is ending: no call begins on this thread")
+            end_with_the_interpreter()
             _running.add(self)
         if self._cancellation is not None:
             self._cancellation._calls.add(self)
@@ -270,6 +272,7 @@ class Call:
         try:
             given = result()
         except Error:
+            end_with_the_interpreter()
             if self._raised is None:
                 raise
         raised, self._raised = self._raised, None
@@ -363,7 +366,7 @@ def seconds_left(deadline: float | None) -> float:
     left = math.inf if deadline is None else _forms.seconds("deadline", deadline)
     if left > 0:
         return left
-    raise Error(C.constants["T5G_ERROR_DEADLINE"], f"the deadline has passed: {left} s are left", "deadline_seconds")
+    raise Error(C.constants["T5G_ERROR_DEADLINE"], "the deadline has passed", "deadline_seconds")
 
 
 def copied(pointer: int | None, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -377,7 +380,13 @@ def copied(pointer: int | None, shape: tuple[int, ...], dtype: Any) -> np.ndarra
 # The interpreter's end, and forks
 
 
-def end_with_the_interpreter(engine: Any) -> None:
+def end_with_the_interpreter() -> None:
+    """Ends this thread, without a word as Python ends daemon threads, if the interpreter is ending on another."""
+    if _is_ending and not is_main():
+        raise SystemExit
+
+
+def shut_down_at_the_end(engine: Any) -> None:
     """Has an engine shut down before the interpreter ends."""
     _engines.add(engine)
 
@@ -409,9 +418,9 @@ def _forget() -> None:
     _running.clear()
     _idle.clear()
     _engines.clear()
-    # ONNX Runtime's destructors would wait for ever for threads that are in the parent. Python has written what it had to
-    # when they come; C's streams are closed here. The handlers run in reverse order.
-    if _has_threads and hasattr(_libc, "on_exit"):
+    # At the child's end ONNX Runtime's destructors would wait for ever for threads that are in the parent, so they are left
+    # out. Python's own streams are written by then; C's are closed here. Handlers run in reverse order.
+    if _has_threads and all(hasattr(_libc, name) for name in ("on_exit", "__cxa_atexit", "fcloseall")):
         _libc.on_exit(ctypes.cast(_libc._exit, ctypes.c_void_p), None)
         _libc.__cxa_atexit(ctypes.cast(_libc.fcloseall, ctypes.c_void_p), None, None)
 

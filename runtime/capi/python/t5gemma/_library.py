@@ -9,8 +9,9 @@ import math
 import os
 import re
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, TypeVar
 
+O = TypeVar("O", bound="Owner")
 HERE = Path(__file__).parent
 NUMBERS = {
     "size_t": ctypes.c_size_t,
@@ -190,20 +191,25 @@ class Owner:
         message = f"{self._name}: this {type(self).__name__} {found}"
         raise Error(C.constants["T5G_ERROR_HANDLE"], message, self._name)
 
+    def _check(self) -> None:
+        """Fails unless it can be used here."""
+        _ = self._handle
+
     def close(self) -> None:
         """Frees the object now; calls that are under way end well. What is closed already stays so."""
         if self._held is not None:
             self._held.free()
 
-    def __enter__(self):
-        self._handle  # noqa: B018: raises if it is closed
+    def __enter__(self: O) -> O:
+        self._check()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def __reduce__(self) -> Any:
-        raise TypeError(f"cannot copy or pickle a {type(self).__name__}: it belongs to the process that has made it")
+        kind = type(self).__name__
+        raise TypeError(f"cannot copy or pickle {kind}: it belongs to the process that has made it")
 
 
 def callback(struct: str, field: str) -> Callable[[Callable[..., Any]], Any]:
