@@ -133,6 +133,8 @@ def interrupts(model):
         "stream": lambda: [None for _ in model.stream(TEXT, **LONG) if time.sleep(0.001)],
         "score": lambda: [model.score([[40] * 300] * 256, targets) for _ in range(100)],
         "encode": lambda: [model.encode([[40] * 500] * 256) for _ in range(100)],
+        "warm_up": lambda: [model.warm_up() for _ in range(10_000)],
+        "open": lambda: [t5gemma.Model.open(sys.argv[1]) for _ in range(10_000)],
         "result": lambda: engine.submit(texts, **ENDLESS).result(),
         "drain": lambda: (engine.submit(texts, **ENDLESS), engine.submit(texts, **ENDLESS), engine.drain()),
     }

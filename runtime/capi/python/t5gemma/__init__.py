@@ -164,6 +164,11 @@ class Model(_Opened):
 
     _name = "model"
 
+    def warm_up(self, *, cancellation: Cancellation | None = None, deadline: float | None = None) -> None:
+        """Generates a few tokens of random sources of usual sizes, so that the first request is as fast as the next."""
+        handle = self._handle
+        Call(cancellation, deadline).run(lambda how: call(C.t5g_model_warm_up, handle, how, out=False))
+
     def chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """A conversation as the text that the model continues, by the checkpoint's own template."""
         return take_text(C.t5g_model_chat, self._handle, messages_of("messages", messages))

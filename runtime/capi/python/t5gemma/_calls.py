@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import atexit
 import ctypes
-import math
 import os
 import queue
 import threading
@@ -164,10 +163,11 @@ class Cancellation(Owner):
 
 
 def checked(cancellation: Any) -> Cancellation:
-    """A Cancellation that is open."""
+    """A Cancellation that is open and has not been used."""
     if not isinstance(cancellation, Cancellation):
         raise TypeError(f"cancellation: expected a Cancellation, found {_forms.shown(cancellation)}")
-    cancellation._check()
+    if cancellation.is_cancelled:
+        raise Error(C.constants["T5G_ERROR_CANCELLED"], "cancelled")
     return cancellation
 
 
@@ -362,11 +362,11 @@ class Call:
 
 
 def seconds_left(deadline: float | None) -> float:
-    """A deadline as the library takes it; one that is over is an error of its own."""
-    left = math.inf if deadline is None else _forms.seconds("deadline", deadline)
-    if left > 0:
-        return left
-    raise Error(C.constants["T5G_ERROR_DEADLINE"], "the deadline has passed", "deadline_seconds")
+    """A deadline as the library takes it: 0 is none, and less one that has passed."""
+    if deadline is None:
+        return 0.0
+    left = _forms.seconds("deadline", deadline)
+    return left if left > 0 else -1.0
 
 
 def copied(pointer: int | None, shape: tuple[int, ...], dtype: Any) -> np.ndarray:

@@ -97,14 +97,10 @@ def path(name: str, value: Any) -> bytes:
     if not isinstance(text, str):
         remedy = " (os.fsdecode makes a str of it)" if isinstance(text, bytes) else ""
         raise TypeError(f"{name}: expected str or os.PathLike, found {shown(value)}{remedy}")
-    return without_zeros(name, utf8(name, text))
-
-
-def without_zeros(name: str, text: bytes) -> bytes:
-    """A text that the library reads up to its first zero."""
-    if 0 in text:
-        raise ValueError(f"{name}: expected no zero character, found one at {text.index(0)}")
-    return text
+    encoded = utf8(name, text)
+    if 0 in encoded:
+        raise ValueError(f"{name}: expected no zero character, found one at {encoded.index(0)}")
+    return encoded
 
 
 def texts(name: str, value: Any) -> list[bytes]:

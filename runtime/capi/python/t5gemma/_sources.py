@@ -49,30 +49,33 @@ class Given:
             raise ValueError("attention_mask: expected none, which goes with token ids only, found one")
         if attention_mask is not None:
             ids, mask = _masked(ids, attention_mask, opened)
-            self._given.attention_mask = self._kept(mask).ctypes.data
+            self._given.attention_mask, self._given.attention_mask_size = self._kept(mask).ctypes.data, mask.size
         if texts is not None:
             self._given.texts, self._given.text_sizes = self._texts(texts)
         elif messages is not None:
             self._given.messages = self._kept(messages)
         elif isinstance(ids, np.ndarray):
-            self._given.input_ids, self._given.length = self._kept(ids).ctypes.data, ids.shape[1]
+            self._given.input_ids, self._given.input_ids_size = self._kept(ids).ctypes.data, ids.size
+            self._given.length = ids.shape[1]
         else:
-            self._given.input_ids, self._given.lengths = self._ragged(ids)
+            self._given.input_ids, self._given.input_ids_size, self._given.lengths = self._ragged(ids)
         if decoder_input_ids is not None and decoder_text is not None:
             raise ValueError("decoder_text: expected it or decoder_input_ids, found both")
         if decoder_input_ids is not None:
             prompts = self._kept(_rectangle("decoder_input_ids", decoder_input_ids, self.rows))
-            self._given.decoder_input_ids, self._given.decoder_length = prompts.ctypes.data, prompts.shape[1]
+            self._given.decoder_input_ids = prompts.ctypes.data
+            self._given.decoder_rows, self._given.decoder_length = prompts.shape
         if decoder_text is not None:
             self._begin(decoder_text)
         if encoder_outputs is not None:
             shape = self.rows, max(_forms.lengths(ids)), opened._facts["hidden_size"]
             states = self._kept(_forms.states("encoder_outputs", encoder_outputs, shape))
             self._given.encoder_outputs = states.ctypes.data
+            self._given.encoder_rows, self._given.encoder_length, self._given.encoder_width = shape
 
     def targets(self, targets: Targets, **flags: int) -> Any:
         """A t5g_targets: one for each source."""
-        given = filled("t5g_targets", **flags)
+        given = filled("t5g_targets", rows=self.rows, **flags)
         is_text = isinstance(targets, str) or is_list(targets) and len(targets) > 0 and isinstance(targets[0], str)
         found = _forms.texts("targets", targets) if is_text else _forms.rows("targets", targets)
         if len(found) != self.rows:
@@ -80,7 +83,7 @@ class Given:
         if is_text:
             given.texts, given.text_sizes = self._texts(found)
         else:
-            given.target_ids, given.lengths = self._ragged(found)
+            given.target_ids, given.target_ids_size, given.lengths = self._ragged(found)
         return self._kept(given)
 
     def _begin(self, decoder_text: str | Sequence[str]) -> None:
@@ -89,19 +92,18 @@ class Given:
             texts *= self.rows
         if len(texts) != self.rows:
             raise ValueError(f"decoder_text: expected {_counted(self.rows)}, one for each source, found {len(texts)}")
-        for at, text in enumerate(texts):
-            _forms.without_zeros("decoder_text" if isinstance(decoder_text, str) else f"decoder_text[{at}]", text)
-        self._given.decoder_texts, _ = self._texts(texts)
+        self._given.decoder_texts, self._given.decoder_text_sizes = self._texts(texts)
+        self._given.decoder_rows = self.rows
 
     def _texts(self, texts: Sequence[bytes]) -> tuple[int, int]:
         pointers = self._kept((ctypes.c_char_p * len(texts))(*texts))
         sizes = self._kept((ctypes.c_size_t * len(texts))(*map(len, texts)))
         return ctypes.addressof(pointers), ctypes.addressof(sizes)
 
-    def _ragged(self, rows: Rows) -> tuple[int, int]:
+    def _ragged(self, rows: Rows) -> tuple[int, int, int]:
         ids = self._kept(np.concatenate(list(rows)))
         lengths = self._kept(np.array(_forms.lengths(rows), np.uintp))
-        return ids.ctypes.data, lengths.ctypes.data
+        return ids.ctypes.data, ids.size, lengths.ctypes.data
 
     def _kept(self, value: Any) -> Any:
         self._keep.append(value)
