@@ -79,6 +79,14 @@ def thread_with_allowed_tokens(model):
     begun(model, prefix_allowed_tokens_fn=lambda row, target: [40, 41])
 
 
+def thread_in_an_endless_callback(model):
+    def endless(*_):
+        while True:
+            pass
+
+    begun(model, on_piece=endless)
+
+
 def thread_without_callbacks(model):
     threading.Thread(target=lambda: model.generate([TEXT] * 8, **LONG), daemon=True).start()
 
@@ -96,6 +104,7 @@ UNFINISHED = (
     thread_with_pieces,
     thread_with_scores,
     thread_with_allowed_tokens,
+    thread_in_an_endless_callback,
     thread_without_callbacks,
     engine,
 )

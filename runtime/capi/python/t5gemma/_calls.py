@@ -32,8 +32,8 @@ T = TypeVar("T")
 PATIENCE = 0.1
 """Seconds after which a thread that waits looks around: for what comes without a signal, such as _thread.interrupt_main."""
 
-PARTING = 10.0
-"""Seconds that the interpreter's end waits for calls that have been stopped."""
+PARTING = 5.0
+"""Seconds that the interpreter's end waits for calls that have been stopped; then for callbacks that have been interrupted."""
 
 _running: set[Call] = set()
 _ended = threading.Condition()
@@ -186,6 +186,7 @@ class Call:
         self._job: Job | None = None
         self._answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._own: Handle | None = None
+        self.thread = 0
         self._cancellation = None if cancellation is None else checked(cancellation)
         self._given = filled("t5g_call", deadline_seconds=seconds_left(deadline))
         callbacks = (
@@ -255,6 +256,7 @@ class Call:
                 raise Error(C.constants["T5G_ERROR_CANCELLED"], "cancelled")
 
     def _do(self, work: Callable[[Any], T]) -> T:
+        self.thread = threading.get_ident()
         try:
             return work(ctypes.byref(self._given))
         finally:
@@ -404,6 +406,14 @@ def _part() -> None:
             engine.shutdown()
         except Error:
             pass  # It is closed.
+    _wait_for_calls()
+    # What is left is in callbacks that do not come to an end.
+    for one in list(_running):
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(one.thread), ctypes.py_object(SystemExit))
+    _wait_for_calls()
+
+
+def _wait_for_calls() -> None:
     until = time.monotonic() + PARTING
     with _ended:
         while _running and (left := until - time.monotonic()) > 0:
