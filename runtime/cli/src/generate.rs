@@ -284,7 +284,11 @@ impl Answering<'_> {
             }
             for answer in self.answers(requests, false)? {
                 let result = match answer {
-                    Ok((request, rows)) => self.result(&request, &rows)?,
+                    // Tokens that cannot be decoded are the fault of their request.
+                    Ok((request, rows)) => self.result(&request, &rows).unwrap_or_else(|error| {
+                        outcome = Outcome::SomeFailed;
+                        json!({"id": request.id, "error": format!("{error:#}")})
+                    }),
                     Err(refused) => {
                         outcome = Outcome::SomeFailed;
                         json!({"id": refused.id, "error": refused.reason})

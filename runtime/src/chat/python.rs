@@ -338,7 +338,8 @@ fn represent(state: &State, value: &Value, out: &mut String, depth: usize) -> Re
             each(state, value, out, depth)?;
             out.push_str(if value.len() == Some(1) { ",)" } else { ")" });
         }
-        ValueKind::Seq => {
+        // Some lists are made as they are looked at.
+        ValueKind::Seq | ValueKind::Iterable => {
             out.push('[');
             each(state, value, out, depth)?;
             out.push(']');
