@@ -266,7 +266,7 @@ fn ranges_that_do_not_fit_are_refused() {
                 )
             },
             &in_8_bits,
-            "expected one for",
+            "expected a range for model.encoder.layers.0.mlp.up_proj.weight, found none",
         ),
         ("of another model", |ranges| ranges["model.decoder.layers.99.x"] = json!(1.0), &in_8_bits, "layers.99.x"),
         (

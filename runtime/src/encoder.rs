@@ -159,8 +159,8 @@ impl Encoder {
 
     /// The graph's output for a batch.
     pub(crate) fn output(&self, batch: &Batch, cancel: &Cancellation) -> Result<ArrayD<f32>, Error> {
-        cancel.check()?;
         self.check(batch)?;
+        cancel.check()?;
         let side = (&self.folder.config.encoder, self.folder.manifest.dtype);
         let pieces = pieces_to_encode(batch, side, &self.limits, self.on_cpu);
         if pieces.len() == 1 {

@@ -56,10 +56,10 @@ pub(crate) fn generate(
     watch: &mut dyn Watch,
     cancel: &Cancellation,
 ) -> Result<Vec<Vec<Hypothesis>>, Error> {
-    cancel.check()?;
     // The time that constraints take to compile counts.
     let stops = Arc::new(Stops::new(options));
     let call = Call::new(model, batch, options, cancel)?;
+    cancel.check()?;
     let pieces = pieces_to_decode(model, &call.batch, call.prompts.length, |row| Need::of(&call, row));
     let mut results = Vec::with_capacity(batch.rows());
     for rows in pieces {

@@ -475,8 +475,8 @@ impl Model {
     /// Tokens outside the vocabulary, too many of them, or a cancellation.
     pub fn encode(&self, batch: &Batch, cancel: &Cancellation) -> Result<Array3<f32>, Error> {
         const READING: &str = "reading the hidden states";
-        cancel.check()?;
         self.check(batch)?;
+        cancel.check()?;
         let side = (&self.folder.config.encoder, self.folder.manifest.dtype);
         let mut states = Array3::zeros([batch.rows(), batch.length(), side.0.hidden_size]);
         for rows in pieces_to_encode(batch, side, &self.limits, self.on_cpu) {

@@ -417,31 +417,24 @@ impl GenerationOptions {
                 }
             }
         }
-        // A model's own least length, to which a request gives a lower greatest one, is passed over as in transformers.
-        let least = ["min_new_tokens", "min_length"].into_iter().find(|name| given(name).is_some());
-        if let Some(least) = least {
-            options.check_lengths(least)?;
-        }
         Ok(options)
     }
 
-    /// Checks the least length, which is that of the option `least`, against the greatest, as far as both are counted alike.
-    fn check_lengths(&self, least: &str) -> Result<(), OptionError> {
-        let (most, least_tokens, most_tokens) = match (least, self.max_new_tokens, self.max_length) {
-            ("min_new_tokens", Some(most), _) => ("max_new_tokens", self.min_new_tokens, most),
-            ("min_new_tokens", None, None) => ("max_new_tokens", self.min_new_tokens, DEFAULT_NEW_TOKENS),
+    /// Why the least length that is asked for cannot be reached, if it cannot: targets end at the greatest length then, of which
+    /// transformers warns.
+    pub fn check_lengths(&self) -> Result<(), OptionError> {
+        let (least, needed, most, found) = match (self.min_new_tokens, self.max_new_tokens, self.max_length) {
+            (Some(least), Some(most), _) => ("min_new_tokens", least, "max_new_tokens", most),
+            (Some(least), None, None) => ("min_new_tokens", least, "max_new_tokens", DEFAULT_NEW_TOKENS),
             // A decoder prompt is one token at least.
-            ("min_new_tokens", None, Some(most)) => ("max_length", self.min_new_tokens.map(|least| least + 1), most),
-            ("min_length", None, Some(most)) => ("max_length", Some(self.min_length), most),
+            (Some(least), None, Some(most)) => ("min_new_tokens", least + 1, "max_length", most),
+            (None, None, Some(most)) => ("min_length", self.min_length, "max_length", most),
             _ => return Ok(()),
         };
-        match least_tokens.filter(|&least| least > most_tokens) {
-            Some(tokens) => {
-                let required = format!("{most} of at least {tokens}");
-                Err(OptionError::requires(least, required, most_tokens.to_string()))
-            }
-            None => Ok(()),
+        if needed > found {
+            return Err(OptionError::requires(least, format!("{most} of at least {needed}"), found.to_string()));
         }
+        Ok(())
     }
 
     /// A seed for a call that gives none: another one each time.
@@ -979,6 +972,28 @@ mod tests {
     }
 
     #[test]
+    fn a_least_length_that_cannot_be_reached_is_told_and_ends_nothing() {
+        let cases = [
+            (json!({"min_new_tokens": 5, "max_new_tokens": 5}), None),
+            (
+                json!({"min_new_tokens": 6, "max_new_tokens": 5}),
+                Some("min_new_tokens requires max_new_tokens of at least 6 (got 5)"),
+            ),
+            (json!({"min_new_tokens": 21}), Some("min_new_tokens requires max_new_tokens of at least 21 (got 20)")),
+            (
+                json!({"min_new_tokens": 10, "max_length": 10}),
+                Some("min_new_tokens requires max_length of at least 11 (got 10)"),
+            ),
+            (json!({"min_length": 9, "max_length": 8}), Some("min_length requires max_length of at least 9 (got 8)")),
+            (json!({"min_length": 9, "max_new_tokens": 3}), None),
+        ];
+        for (request, expected) in cases {
+            let options = GenerationOptions::default().with(request.as_object().expect("an object")).expect("taken");
+            assert_eq!(options.check_lengths().err().map(|error| error.to_string()).as_deref(), expected, "{request}");
+        }
+    }
+
+    #[test]
     fn every_option_is_read() {
         let request: Value = serde_json::from_str(
             r#"{
@@ -1056,7 +1071,12 @@ mod tests {
         };
         assert_eq!(with(&GenerationOptions::default(), request.clone()), Ok(expected.clone()));
         // A file cannot ask for what most exports do not tell.
-        let of_model = GenerationOptions { eos_of_model: vec![1, 107], output_attentions: false, ..expected };
+        let of_model = GenerationOptions {
+            eos_of_model: vec![1, 107],
+            output_attentions: false,
+            length_of_model: Some((Some(7), Some(9))),
+            ..expected
+        };
         assert_eq!(model(request), Ok(of_model));
     }
 
@@ -1138,16 +1158,6 @@ mod tests {
             ),
             (json!({"max_time": -1}), "max_time: expected a number of seconds, 0 or more, found -1"),
             (json!({"max_time": "NaN"}), "max_time: expected a number of seconds, 0 or more, found \"NaN\""),
-            (
-                json!({"min_new_tokens": 10, "max_new_tokens": 5}),
-                "min_new_tokens requires max_new_tokens of at least 10 (got 5)",
-            ),
-            (json!({"min_new_tokens": 21}), "min_new_tokens requires max_new_tokens of at least 21 (got 20)"),
-            (
-                json!({"min_new_tokens": 10, "max_length": 10}),
-                "min_new_tokens requires max_length of at least 11 (got 10)",
-            ),
-            (json!({"min_length": 9, "max_length": 8}), "min_length requires max_length of at least 9 (got 8)"),
             (
                 json!({"num_beams": 4, "num_beam_groups": 3, "diversity_penalty": 1}),
                 "num_beam_groups: expected a divisor of num_beams (4), found 3",

@@ -24,7 +24,6 @@ pub(crate) fn score(
     on_step: &mut dyn FnMut() -> ControlFlow<()>,
     cancel: &Cancellation,
 ) -> Result<Vec<Scored>, Error> {
-    cancel.check()?;
     let decoder = &model.config().decoder;
     model.check(batch)?;
     check(targets, batch.rows(), decoder.vocab_size, model.kept().map(|kept| &**kept))?;
@@ -48,6 +47,7 @@ pub(crate) fn score(
     let need = |row: usize| Need::of_target(batch, row, prompts.length + targets[row].len());
     let pieces = pieces_to_decode(model, batch, prompts.length, need);
     let request = Request { batch, prompts, targets, top };
+    cancel.check()?;
     let mut found = Vec::with_capacity(targets.len());
     for rows in pieces {
         found.extend(piece(model, &request, rows, on_step, cancel)?);

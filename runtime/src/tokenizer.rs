@@ -72,7 +72,13 @@ impl Tokenizer {
             inner.with_truncation(None).map_err(|error| error.to_string())?;
             inner.with_padding(None);
             let there: Vec<AddedToken> = inner.get_added_tokens_decoder().into_values().collect();
-            let missing = settings.missing(&there);
+            let mut missing = settings.missing(&there);
+            // New tokens get the ids from the number of tokens on, of which a vocabulary with gaps has some. There, tokens that
+            // only the class names are not worth the place of others.
+            let next = inner.get_vocab_size(true) as u32;
+            if (next..).take(missing.len()).any(|id| inner.id_to_token(id).is_some()) {
+                missing.retain(|token| !settings.of_class.contains(&token.content));
+            }
             if !missing.is_empty() {
                 inner.add_tokens(missing).map_err(|error| error.to_string())?;
             }

@@ -123,6 +123,14 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     let model = models[0].clone();
     // Flags that cannot be right for any request are told before anything is read.
     let options = model.options().with(&given).map_err(|error| usage::of_flags(&error, flags))?;
+    // Requests may still give the other length.
+    let are_final = !arguments.jsonl || ["max_new_tokens", "max_length"].iter().any(|name| flags.gives(name));
+    if let Err(error) = options.check_lengths()
+        && flags.gives(&error.option)
+        && are_final
+    {
+        return Err(usage::of_flags(&error, flags).into());
+    }
     let of_jsonl = [("--output-logprobs", options.output_logprobs), ("--output-attentions", options.output_attentions)];
     if let Some((flag, _)) = of_jsonl.iter().find(|(_, is_asked)| *is_asked && !arguments.jsonl) {
         bail_usage!("{flag} requires --jsonl: lines of text have no room for it");

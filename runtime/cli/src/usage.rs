@@ -70,7 +70,7 @@ pub fn of_texts(error: &Error, flags: &GenerationFlags) -> Option<Usage> {
     Some(of_flags(&error, flags))
 }
 
-/// An error as that of an option. The greatest length is a request's or an option's.
+/// An error as that of an option. What does not suit a model's sizes is told of the input; the greatest length is that of either option.
 fn as_option(error: &Error, gives: impl Fn(&str) -> bool) -> Option<OptionError> {
     match error {
         Error::Options(error) => Some(error.clone()),
@@ -78,6 +78,10 @@ fn as_option(error: &Error, gives: impl Fn(&str) -> bool) -> Option<OptionError>
             let option = if gives("max_new_tokens") { "max_new_tokens" } else { "max_length" };
             let problem = OptionProblem::Expected(expected.clone());
             Some(OptionError { option: option.to_string(), problem, found: found.clone() })
+        }
+        Error::Input { field, expected, found } if has_flag(field) => {
+            let problem = OptionProblem::Expected(expected.clone());
+            Some(OptionError { option: field.clone(), problem, found: found.clone() })
         }
         _ => None,
     }
@@ -133,10 +137,6 @@ mod tests {
         let cases = [
             (json!({"temperature": 0.5}), "--temperature requires --do-sample"),
             (json!({"length_penalty": 0.5}), "--length-penalty requires --num-beams above 1 (got 1)"),
-            (
-                json!({"min_new_tokens": 9, "max_new_tokens": 5}),
-                "--min-new-tokens requires --max-new-tokens of at least 9 (got 5)",
-            ),
             (
                 json!({"num_return_sequences": 2}),
                 "--num-return-sequences requires --num-beams of at least 2, --do-sample or --return-alternatives",

@@ -18,6 +18,8 @@ use tokenizers::AddedToken;
 pub(crate) struct Settings {
     /// `bos_token` and its like with their tokens, as chat templates see them.
     pub named: Vec<(String, AddedToken)>,
+    /// Those of `named` that no file names, but the tokenizer's class.
+    pub of_class: Vec<String>,
     /// Further special tokens.
     pub extra: Vec<AddedToken>,
     /// The tokens of `added_tokens_decoder` or `added_tokens.json`, in the order of their ids.
@@ -134,9 +136,11 @@ impl Settings {
             }
         }
         own.into_iter().for_each(|(name, token)| put(&mut named, name, token));
+        let mut of_class = Vec::new();
         if is_gemma {
             for (name, text) in OF_GEMMA.iter().filter(|(name, _)| !fields.contains_key(*name)) {
                 put(&mut named, name.to_string(), AddedToken::from(*text, true));
+                of_class.push(text.to_string());
             }
         }
         // New tokens get their ids in this order: first those that every tokenizer may name.
@@ -153,6 +157,7 @@ impl Settings {
             cleans_up: is_set("clean_up_tokenization_spaces"),
             insists_on_cleaning_up: is_set("clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"),
             named,
+            of_class,
             extra,
             listed: listed.into_values().collect(),
         })
