@@ -11,6 +11,7 @@ mod constraints;
 mod devices;
 mod engine;
 mod export;
+mod fuzz;
 mod generation;
 mod parity;
 mod plans;

@@ -4,6 +4,8 @@
 mod machine;
 mod protocol;
 
+pub use protocol::check as check_request;
+
 use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::ops::ControlFlow;

@@ -80,6 +80,12 @@ pub fn given(matches: &ArgMatches) -> Vec<Constraint> {
     FLAGS.iter().filter_map(given).collect()
 }
 
+/// The constraint of a flag whose value is the path of a file.
+pub fn of_file(flag: &str, path: &Path) -> Option<Constraint> {
+    let &(name, _, reading, _) = FLAGS.iter().find(|(name, ..)| *name == flag)?;
+    Some(Constraint { name, reading, text: path.to_string_lossy().into_owned() })
+}
+
 impl Constraint {
     /// Its name in requests.
     pub fn name(&self) -> &'static str {

@@ -117,7 +117,8 @@ fn compare(arguments: &Arguments, other: &Path, cancel: &Cancellation) -> Result
     Ok(Outcome::Done)
 }
 
-fn read(file: &Tensors) -> Result<Golden> {
+/// The reference that a file holds.
+pub fn read(file: &Tensors) -> Result<Golden> {
     let mut golden = Golden::default();
     for name in file.names()? {
         // Other tensors of the file, in whatever type, are not looked at.

@@ -225,6 +225,11 @@ struct Planned {
 /// Timed runs of an operation whose number is left out, and tries where they are.
 const RUNS: u64 = 3;
 
+/// Whether a text is a request.
+pub fn check(text: &str) -> Result<()> {
+    Request::parse(text).map(drop)
+}
+
 impl Request {
     fn parse(text: &str) -> Result<Request> {
         let document = Value::Object(files::object(text)?);
