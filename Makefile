@@ -100,6 +100,31 @@ bench: $(LIBRARY) ## time kernels, search, scores and the C door; models are tim
 	$(CARGO) bench --locked -p t5gemma-runtime --features timed
 	$(CARGO) test --locked -p t5gemma-tests --test all -- --ignored --nocapture the_door_costs
 
+# Seconds for each fuzz target of `fuzz`.
+FUZZ_SECONDS ?= 60
+FUZZ := config checkpoint onnx model_folder tokenizer chat_template options constraints json_lines files
+
+.PHONY: fuzz
+fuzz: $(LIBRARY) ## run each fuzz target for FUZZ_SECONDS; needs a nightly toolchain, and installs cargo-fuzz into .cache
+	test -x .cache/cargo-fuzz/bin/cargo-fuzz || \
+	    $(CARGO) install cargo-fuzz --version 0.13.2 --locked --root .cache/cargo-fuzz --target-dir target/cargo-fuzz
+	PATH="$(CURDIR)/.cache/cargo-fuzz/bin:$$PATH" $(CARGO) +nightly fuzz build --fuzz-dir tests/fuzz --target-dir target/fuzz
+	mkdir -p .cache/fuzz
+	for target in $(FUZZ); do \
+	    echo "== $$target"; mkdir -p .cache/fuzz/$$target; \
+	    target/fuzz/*/release/$$target .cache/fuzz/$$target tests/fuzz/corpus/$$target -max_total_time=$(FUZZ_SECONDS) -rss_limit_mb=4096 \
+	        -timeout=20 -max_len=65536 -print_final_stats=1 -verbosity=0 -artifact_prefix=.cache/fuzz/$$target- || exit 1; \
+	done
+
+.PHONY: sanitize
+sanitize: $(LIBRARY) ## run unit tests under AddressSanitizer at every instruction level of this machine; needs a nightly toolchain
+	for level in generic avx2 avx512_vnni avx512_amx; do \
+	    echo "== T5GEMMA_MAX_CPU_ISA=$$level"; \
+	    T5GEMMA_MAX_CPU_ISA=$$level RUSTFLAGS=-Zsanitizer=address ASAN_OPTIONS=detect_leaks=0 $(CARGO) +nightly test --locked --lib \
+	        --target $$(rustc -vV | sed -n 's/^host: //p') --target-dir target/sanitize \
+	        -p t5gemma-graphs -p t5gemma-exporter -p t5gemma-runtime || exit 1; \
+	done
+
 .PHONY: check-rtx
 check-rtx: .venv/complete .cache/tensorrt-rtx/complete ## compile graphs with NVIDIA's builder for RTX; needs no GPU, but x86-64 Linux
 	$(CARGO) build --locked --profile $(PROFILE) -p t5gemma-exporter

@@ -859,6 +859,8 @@ static void check_engine(const t5g_model *model) {
     wait_for(&answered);
     let_go(0);
     FAILS(answered.error, T5G_ERROR_CANCELLED, NULL, "cancelled");
+    t5g_request *refused;
+    FAILS(t5g_engine_submit(engine, &sources, &endless, &call, &refused), T5G_ERROR_CANCELLED, NULL, "cancelled");
     t5g_cancellation_free(call.cancellation);
     call = t5g_call_default();
     /* One that passes on the way, one that had passed before. */

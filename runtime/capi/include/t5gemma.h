@@ -496,9 +496,10 @@ static inline t5g_engine_options t5g_engine_options_default(void) {
 t5g_error *t5g_engine_new(const t5g_model *model, const t5g_engine_options *options, t5g_engine **engine);
 
 /* Submits sources, to be polled. `options` and `call` may be NULL; of the callbacks of `call` only those that change scores may
- * be given, and they come on the engine's threads, for one row at a time on each, until the caller has been told the request's end
- * or has freed it. Its cancellation and deadline hold while the
- * request waits, too; one whose deadline has passed is taken, and fails by it. T5G_ERROR_FULL, T5G_ERROR_TOO_LARGE and T5G_ERROR_CLOSED refuse it. */
+ * be given. They come on the engine's threads, for one row at a time on each, until the caller has been told the request's end
+ * or has freed it. Its cancellation and deadline hold while the request waits, too; one whose deadline has passed is taken, and
+ * fails by it. T5G_ERROR_FULL, T5G_ERROR_TOO_LARGE, T5G_ERROR_CLOSED and, with a cancellation that was used,
+ * T5G_ERROR_CANCELLED refuse it. */
 t5g_error *t5g_engine_submit(const t5g_engine *engine, const t5g_sources *sources, const t5g_generation_options *options,
                              const t5g_call *call, t5g_request **request);
 

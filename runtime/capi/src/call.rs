@@ -150,6 +150,14 @@ impl Call {
         }
     }
 
+    /// That the caller's cancellation has not been used.
+    pub fn check_cancellation(&self) -> Result<(), Error> {
+        match &self.cancellation {
+            Some(cancellation) if cancellation.calls().is_used => Err(Error::Cancelled),
+            _ => Ok(()),
+        }
+    }
+
     /// Until when the call may take.
     pub fn deadline(&self) -> Option<Instant> {
         self.deadline

@@ -324,6 +324,7 @@ fn submit(
         }
         false => Vec::new(),
     };
+    call.check_cancellation()?;
     let deadline = call.deadline();
     let generation = serving.engine.submit(Request { deadline, ..Request::new(batch, options) })?;
     let canceller = generation.canceller();
