@@ -169,6 +169,8 @@ pub struct Exported {
     pub unused: Vec<String>,
     /// What else is to be known of the model, in sentences: what of the checkpoint has no effect, what the model lacks.
     pub notes: Vec<String>,
+    /// What is probably a mistake, in sentences.
+    pub warnings: Vec<String>,
 }
 
 impl Export {
@@ -340,10 +342,10 @@ impl Export {
             notes.extend(checkpoint.notes());
             notes.extend(notes::of_tokenizer(checkpoint.folder()));
         }
-        notes.extend(notes::of_capacity(self.capacity, defaults.as_ref()));
         notes.extend(notes::of_blocks(&weights));
-        notes.extend(notes::of_numbers(&not_finite));
-        Ok(Exported { manifest, unused, notes })
+        let warnings = notes::of_capacity(self.capacity, defaults.as_ref()).into_iter();
+        let warnings = warnings.chain(notes::of_numbers(&not_finite)).collect();
+        Ok(Exported { manifest, unused, notes, warnings })
     }
 
     /// Refuses what does not go together, whatever the checkpoint.

@@ -168,7 +168,7 @@ struct ExportArgs {
     /// Seed of the random weights
     #[arg(long, requires = "dummy_weights", default_value_t = 0)]
     seed: u64,
-    /// Show no progress
+    /// Show no progress and no notes, only errors and warnings
     #[arg(short, long)]
     quiet: bool,
 }
@@ -446,6 +446,12 @@ fn export(args: ExportArgs, interrupted: &AtomicBool) -> Result<()> {
     let progress = Progress { bar: bar(args.quiet), interrupted };
     let exported = export.run(&source, out, &progress)?;
     progress.bar.finish_and_clear();
+    for warning in &exported.warnings {
+        eprintln!("t5gemma-export: {warning}");
+    }
+    if args.quiet {
+        return Ok(());
+    }
     if !exported.unused.is_empty() {
         eprintln!("t5gemma-export: {} tensors of the checkpoint are not used:", exported.unused.len());
         exported.unused.iter().take(SHOWN).for_each(|name| eprintln!("  {}", cut(name)));
@@ -456,16 +462,14 @@ fn export(args: ExportArgs, interrupted: &AtomicBool) -> Result<()> {
     for note in &exported.notes {
         eprintln!("t5gemma-export: {note}");
     }
-    if !args.quiet {
-        let (parameters, weights) = (exported.manifest.parameters, &exported.manifest.weights.record);
-        eprintln!("wrote {}: {parameters} parameters, {} bytes of weights", out.display(), weights.bytes);
-        if let Some(plan) = &args.plan {
-            let left_out = match &plan.left_out()[..] {
-                [] => String::new(),
-                names => format!(" (1 as they were left out: {})", names.join(", ")),
-            };
-            eprintln!("planned for {}{left_out}", exported.manifest.plan.as_deref().unwrap_or_default());
-        }
+    let (parameters, weights) = (exported.manifest.parameters, &exported.manifest.weights.record);
+    eprintln!("wrote {}: {parameters} parameters, {} bytes of weights", out.display(), weights.bytes);
+    if let Some(plan) = &args.plan {
+        let left_out = match &plan.left_out()[..] {
+            [] => String::new(),
+            names => format!(" (1 as they were left out: {})", names.join(", ")),
+        };
+        eprintln!("planned for {}{left_out}", exported.manifest.plan.as_deref().unwrap_or_default());
     }
     Ok(())
 }

@@ -733,6 +733,7 @@ fn what_a_model_will_lack_is_told() {
     };
     let err = told("bare", &[]);
     assert!(err.contains("no tokenizer.json (none): the model will take and give token ids, but no text"), "{err}");
+    assert_eq!(told("bare-quiet", &["--quiet"]), "", "notes are not for those who want to read errors alone");
     write(&checkpoint, "tokenizer.model", "\n");
     let err = told("sentencepiece", &[]);
     assert!(err.contains("no tokenizer.json (only tokenizer.model, which is not read)"), "{err}");
@@ -748,7 +749,7 @@ fn what_a_model_will_lack_is_told() {
         bytes[..4].copy_from_slice(&f32::NAN.to_le_bytes());
         bytes[8..12].copy_from_slice(&f32::INFINITY.to_le_bytes());
     });
-    let err = told("odd", &[]);
+    let err = told("odd", &["--quiet"]);
     assert!(err.contains("weights that are NaN or infinite, by tensor: model.encoder.norm.weight (2)"), "{err}");
 }
 
