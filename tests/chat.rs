@@ -60,6 +60,11 @@ fn templates_cannot_end_the_process_or_take_its_memory() {
                   {% set ns.a = [ns.a] %}{% endfor %}{% endfor %}";
     let doubled =
         "{% set ns = namespace(s='aaaaaaaa') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}";
+    let doubled_list = |read: &str| {
+        format!(
+            "{{% set ns = namespace(l=[1]) %}}{{% for i in range(40) %}}{{% set ns.l = ns.l + ns.l %}}{{% endfor %}}{read}"
+        )
+    };
     let large = |expression: &str| format!("{{% set s = 'a' * 100000 %}}{{{{ {expression} }}}}");
     for (template, expected) in [
         ("{%}".to_string(), "line 1 of the template"),
@@ -82,6 +87,10 @@ fn templates_cannot_end_the_process_or_take_its_memory() {
         (large("'%s' % [[s] * 100000]"), "fuel"),
         (large("([s] * 100000) | tojson"), "fuel"),
         (doubled.to_string(), "fuel"),
+        (doubled_list("{{ ns.l }}"), "fuel"),
+        (doubled_list("{{ ns.l | length }}"), "fuel"),
+        (doubled_list("{% for x in ns.l %}{% endfor %}"), "fuel"),
+        ("{% macro f(l, n) %}{% if n %}{{ f(l + l, n - 1) }}{% endif %}{% endmacro %}{{ f([1], 40) }}".into(), "fuel"),
         (nested.to_string(), "fuel"),
         ("{{ range(10000000000) | list }}".into(), "range"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}".into(), "recursion"),

@@ -142,6 +142,7 @@ fn environment(source: String) -> Result<Environment<'static>, String> {
     environment.set_formatter(python::written);
     environment.add_filter("tojson", python::to_json);
     environment.add_filter(source::PERCENT, python::percent);
+    environment.add_filter(source::ADDED, python::added);
     environment.add_filter("center", python::center);
     environment.add_filter("join", python::join);
     environment.add_filter("string", python::string);

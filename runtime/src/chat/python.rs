@@ -23,6 +23,19 @@ fn pay(state: &State, bytes: usize) -> Result<(), Error> {
     state.consume_fuel(bytes as u64 / BYTES + 1)
 }
 
+/// What is added to something: lists that are sums themselves are made whole, and paid for.
+pub(super) fn added(state: &State, value: Value) -> Result<Value, Error> {
+    if value.kind() != ValueKind::Iterable {
+        return Ok(value);
+    }
+    let mut items = Vec::new();
+    for item in value.try_iter()? {
+        pay(state, size_of::<Value>())?;
+        items.push(item);
+    }
+    Ok(Value::from(items))
+}
+
 fn refused(what: impl Into<std::borrow::Cow<'static, str>>) -> Error {
     Error::new(ErrorKind::InvalidOperation, what)
 }

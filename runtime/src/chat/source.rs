@@ -3,6 +3,8 @@
 
 /// The filter that `"…" % values` becomes.
 pub(super) const PERCENT: &str = "format_percent";
+/// The filter behind what is added to something.
+pub(super) const ADDED: &str = "added";
 
 /// The source for `minijinja`.
 ///
@@ -151,7 +153,8 @@ fn names<'s>(tokens: &'s [Token<'s>]) -> impl Iterator<Item = &'s str> {
     (0..tokens.iter().filter(|token| token.kind != Kind::Space).count()).filter_map(is_variable)
 }
 
-/// Writes tokens, `"…" % values` as a filter.
+/// Writes tokens, `"…" % values` as a filter, and what is added with a filter behind it: `minijinja` adds lists without looking at
+/// them, so that a list that is doubled again and again would cost nothing until it is read, and then more than there is.
 fn write(tokens: &[Token], out: &mut String) {
     let mut at = 0;
     let mut is_text = false;
@@ -171,6 +174,17 @@ fn write(tokens: &[Token], out: &mut String) {
         }
         is_text = token.kind == Kind::Text;
         out.push_str(token.text);
+        let is_behind_delimiter = at >= 2 && tokens[at - 2].text.starts_with('{') && tokens[at - 2].text.len() == 2;
+        if token.text == "+" && !is_behind_delimiter {
+            let end = at + operand(&tokens[at..]);
+            let is_of_delimiter = tokens[at..end].iter().any(|token| matches!(token.text, "%}" | "}}"));
+            if end > at && !is_of_delimiter {
+                out.push('(');
+                write(&tokens[at..end], out);
+                out.push_str(&format!(")|{ADDED}"));
+                at = end;
+            }
+        }
     }
 }
 
@@ -235,6 +249,8 @@ mod tests {
                 "{{ '%s%%s' |format_percent( a) |format_percent( ('%s' |format_percent( b))) }}",
             ),
             ("{{ {'a': {'b': 1}}['a'] }}%}", "{{ {'a': {'b': 1}}['a'] }}%}"),
+            ("{%+ if a + b.c(d + 1)[0] * 2 +%}", "{%+ if a +( b.c(d +( 1)|added)[0])|added * 2 +%}"),
+            ("{{ 'a' + 'b' + -c|d }}{{+ x }}", "{{ 'a' +( 'b')|added +( -c|d)|added }}{{+ x }}"),
         ] {
             assert_eq!(prepared(source).as_deref(), Ok(expected), "{source}");
         }
