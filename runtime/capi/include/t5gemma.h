@@ -206,8 +206,10 @@ typedef struct t5g_open_options {
     int64_t check_weights;       /* 1: hash the whole file of weights, however large */
     int64_t encoder_cache_bytes; /* what may be kept of the encoder's results for sources that come again; 0: nothing */
     const char *json;            /* the same as a JSON object under the same names, and "provider_options", an object with
-                                    options of the provider by ONNX Runtime's names, and "engines", the folder with the engines
-                                    of the model's serving plan; NULL: nothing. Each at most once */
+                                    options of the provider by ONNX Runtime's names; "engines", the folder with the engines of
+                                    the model's serving plan; "max_sources", "max_tokens" (source tokens) and "max_bytes", what
+                                    one call runs at a time, its rows in pieces that fit: on the CPU 4 GiB unless given. NULL:
+                                    nothing. Each at most once */
 } t5g_open_options;
 
 static inline t5g_open_options t5g_open_options_default(void) {

@@ -40,6 +40,11 @@ unsafe impl Fields for t5g_open_options {
     }
 }
 
+/// A bound, which is not 0.
+fn bound(value: usize) -> Option<usize> {
+    Some(value).filter(|&value| value > 0)
+}
+
 /// How a model is opened.
 pub fn open_options(options: Record<t5g_open_options>) -> Result<OpenOptions, Failure> {
     let given = options.optional("options")?.unwrap_or_else(t5g_open_options::unset);
@@ -59,6 +64,11 @@ pub fn open_options(options: Record<t5g_open_options>) -> Result<OpenOptions, Fa
         match name.as_str() {
             "library" => options.library = Some(PathBuf::from(value.as_str().ok_or_else(|| refused("a path"))?)),
             "engines" => options.engines = Some(PathBuf::from(value.as_str().ok_or_else(|| refused("a path"))?)),
+            "max_sources" => options.limits.max_sources = bound(whole()?).ok_or_else(|| refused("at least 1"))?,
+            "max_tokens" => options.limits.max_tokens = bound(whole()?).ok_or_else(|| refused("at least 1"))?,
+            "max_bytes" => {
+                options.limits.max_bytes = Some(bound(whole()?).ok_or_else(|| refused("at least 1"))?);
+            }
             "provider" => {
                 let known = Provider::ALL.into_iter().find(|provider| value == provider.name());
                 let names = Provider::ALL.map(|provider| format!("{:?}", provider.name())).join(", ");
@@ -351,6 +361,7 @@ pub fn generation_options(options: Record<t5g_generation_options>) -> Result<Map
 #[cfg(test)]
 mod tests {
     use super::*;
+    use t5gemma_runtime::Limits;
 
     fn read(options: &mut t5g_generation_options) -> Result<Value, String> {
         options.size = size_of::<t5g_generation_options>();
@@ -369,6 +380,21 @@ mod tests {
         assert_eq!(read.map(|options| options.engines), Ok(Some(PathBuf::from("/a/b"))));
         let refused = open(Text::of(c"{\"engines\": 5}")).map(|options| options.engines);
         assert_eq!(refused, Err("engines: expected a path, found 5".into()));
+    }
+
+    #[test]
+    fn what_a_call_runs_at_a_time_is_an_option_of_opening() {
+        let open = |json: Text| {
+            let size = size_of::<t5g_open_options>();
+            let mut options = t5g_open_options { size, json, ..t5g_open_options::unset() };
+            let read = open_options(Record::to(&mut options)).map_err(|failure| failure.message().to_string());
+            read.map(|options| options.limits)
+        };
+        let read = open(Text::of(c"{\"max_sources\": 3, \"max_tokens\": 500, \"max_bytes\": 1000000}"));
+        assert_eq!(read, Ok(Limits { max_sources: 3, max_tokens: 500, max_bytes: Some(1_000_000) }));
+        assert_eq!(open(Text::of(c"{}")), Ok(Limits::default()));
+        let refused = open(Text::of(c"{\"max_bytes\": 0}"));
+        assert_eq!(refused, Err("max_bytes: expected at least 1, found 0".into()));
     }
 
     #[test]
