@@ -73,8 +73,7 @@ fn chosen<'d, 'c>(data: &'d [u8], choices: &[&'c str]) -> Option<(&'c str, &'d [
 pub fn config(data: &[u8]) {
     let Ok(text) = str::from_utf8(data) else { return };
     if let Ok(config) = Config::parse(text) {
-        let _ = t5gemma_exporter::parameters(&config);
-        // A port for every layer: of hundreds that only takes time.
+        // A port for every layer: of many that only takes time, as do whole graphs, which `checkpoint` makes.
         if config.encoder.layers.len().max(config.decoder.layers.len()) <= 8 {
             let _ = Interface::of(&config, DType::Float32, Logits::Last, CacheLayout::Growing);
         }
