@@ -108,6 +108,8 @@ FUZZ := config checkpoint onnx model_folder tokenizer chat_template options cons
 fuzz: $(LIBRARY) ## run each fuzz target for FUZZ_SECONDS; needs a nightly toolchain, and installs cargo-fuzz into .cache
 	test -x .cache/cargo-fuzz/bin/cargo-fuzz || \
 	    $(CARGO) install cargo-fuzz --version 0.13.2 --locked --root .cache/cargo-fuzz --target-dir target/cargo-fuzz
+	# The versions that the project is built of.
+	cp Cargo.lock tests/fuzz/Cargo.lock
 	PATH="$(CURDIR)/.cache/cargo-fuzz/bin:$$PATH" $(CARGO) +nightly fuzz build --fuzz-dir tests/fuzz --target-dir target/fuzz
 	mkdir -p .cache/fuzz
 	for target in $(FUZZ); do \
