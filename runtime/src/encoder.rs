@@ -17,11 +17,10 @@ use crate::batch::Batch;
 use crate::cancellation::Cancellation;
 use crate::error::Error;
 use crate::folder::Folder;
-use crate::model::{Graph, OpenOptions, Opener, check_options, float32_values, int64_tensor, run, shares_rows};
+use crate::model::{Graph, OpenOptions, Opener, check_options, float32_values, run_on_batch, shares_rows};
 use crate::needs::{Limits, pieces_to_encode};
 use crate::profiles::Profiles;
 use crate::provider::{Provider, no_graphs};
-use crate::scores::Wanted;
 use crate::tokenizer::{Tokenizer, Unusable};
 
 /// An opened encoder or classifier, to be used from any number of threads. It runs one call at a time.
@@ -213,10 +212,7 @@ impl Encoder {
             cancel.check()?;
             return ArrayD::from_shape_vec(shape, values).map_err(wrong_rank);
         }
-        let rectangle = |values: &[i64]| int64_tensor(batch.rows(), values.to_vec());
-        let (ids, mask) = (rectangle(batch.ids())?, rectangle(batch.mask())?);
-        let outputs =
-            run((&self.session, Wanted::All), "running the encoder", &[(&ids).into(), (&mask).into()], cancel)?;
+        let outputs = run_on_batch(&self.session, "running the encoder", batch, cancel)?;
         cancel.check()?;
         let output = outputs.into_iter().next().expect("opening has verified that there is one output");
         let shape: Vec<usize> = output.shape().iter().map(|&size| size as usize).collect();
@@ -232,9 +228,7 @@ impl Encoder {
     pub(crate) fn observe(&self, batch: &Batch, cancel: &Cancellation) -> Result<BTreeMap<String, f32>, Error> {
         const DURING: &str = "observing the activations";
         self.check(batch)?;
-        let rectangle = |values: &[i64]| int64_tensor(batch.rows(), values.to_vec());
-        let (ids, mask) = (rectangle(batch.ids())?, rectangle(batch.mask())?);
-        let outputs = run((&self.session, Wanted::All), DURING, &[(&ids).into(), (&mask).into()], cancel)?;
+        let outputs = run_on_batch(&self.session, DURING, batch, cancel)?;
         let last = outputs.last().expect("opening has verified that there are outputs");
         let (_, found) = last.try_extract_tensor::<f32>().map_err(Error::onnxruntime(DURING))?;
         let names = self.folder.manifest.observed.values().flatten().cloned();

@@ -596,10 +596,8 @@ impl Model {
             let (_, states) = apart::run_apart(&self.encoder, batch, &groups, true, cancel)?;
             return self.encoded(batch, states);
         }
-        let rectangle = |values: &[i64]| int64_tensor(batch.rows(), values.to_vec());
-        let (ids, mask) = (rectangle(batch.ids())?, rectangle(batch.mask())?);
-        let outputs =
-            run((&self.encoder, Wanted::All), "running the encoder", &[(&ids).into(), (&mask).into()], cancel)?;
+        let mask = int64_tensor(batch.rows(), batch.mask().to_vec())?;
+        let outputs = run_on_batch(&self.encoder, "running the encoder", batch, cancel)?;
         let hidden = outputs.into_iter().next().expect("opening has verified that the encoder has one output");
         Ok(Encoded { hidden, mask })
     }
@@ -848,6 +846,18 @@ pub(crate) fn run(
     cancel: &Cancellation,
 ) -> Result<Vec<DynValue>, Error> {
     run_locked(graph.lock(wanted), during, inputs, cancel)
+}
+
+/// Runs a graph that takes sources with their mask.
+pub(crate) fn run_on_batch(
+    graph: &Graph,
+    during: &'static str,
+    batch: &Batch,
+    cancel: &Cancellation,
+) -> Result<Vec<DynValue>, Error> {
+    let rectangle = |values: &[i64]| int64_tensor(batch.rows(), values.to_vec());
+    let (ids, mask) = (rectangle(batch.ids())?, rectangle(batch.mask())?);
+    run((graph, Wanted::All), during, &[(&ids).into(), (&mask).into()], cancel)
 }
 
 fn run_locked(

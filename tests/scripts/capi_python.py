@@ -137,4 +137,5 @@ def main(demo, classifier):
     print("well")
 
 
-main(*sys.argv[1:])
+if __name__ == "__main__":
+    main(*sys.argv[1:])

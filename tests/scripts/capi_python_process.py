@@ -13,19 +13,11 @@ import threading
 import time
 
 import t5gemma
+from capi_python import fails
 
 TEXT = "Dr. Smith paid $3.50 on May 3, 2019."
 ENDLESS = {"suppress_tokens": [1], "max_new_tokens": 400}
 LONG = {"suppress_tokens": [1], "max_new_tokens": 500, "num_beams": 4}
-
-
-def fails(kind, part, work):
-    try:
-        work()
-    except kind as error:
-        assert part in str(error), f"expected {part!r} in {error!r}"
-        return error
-    raise AssertionError(f"expected {kind.__name__} with {part!r}")
 
 
 # Ends while something runs. What is returned keeps it alive until the very end.

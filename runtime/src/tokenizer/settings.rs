@@ -11,6 +11,7 @@ use std::fs;
 use std::path::Path;
 
 use serde_json::{Map, Value};
+use t5gemma_graphs::json;
 use tokenizers::AddedToken;
 
 /// What the files say.
@@ -250,8 +251,6 @@ fn object(folder: &Path, name: &str) -> Result<Option<Map<String, Value>>, Strin
 /// The text of a file, without the byte-order mark that some editors put first.
 pub(crate) fn read_text(path: &Path) -> Result<String, String> {
     let mut text = fs::read_to_string(path).map_err(|error| error.to_string())?;
-    if text.starts_with('\u{feff}') {
-        text.drain(..'\u{feff}'.len_utf8());
-    }
+    text.drain(..text.len() - json::without_mark(&text).len());
     Ok(text)
 }
