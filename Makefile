@@ -84,7 +84,6 @@ python: .venv/complete ## set up .venv with the packages that the tests' Python 
 check: ## formatting and lints
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
-	$(CARGO) clippy -p t5gemma-runtime --features timed --benches --locked -- -D warnings
 
 .PHONY: test
 test: check onnxruntime tokenizer python ## everything that CI runs but check-rtx
@@ -97,7 +96,7 @@ test: check onnxruntime tokenizer python ## everything that CI runs but check-rt
 
 .PHONY: bench
 bench: $(LIBRARY) ## time kernels, search, scores and the C door; models are timed by `t5gemma bench`
-	$(CARGO) bench --locked -p t5gemma-runtime --features timed
+	$(CARGO) bench --locked -p t5gemma-kernels -p t5gemma-runtime
 	$(CARGO) test --locked -p t5gemma-tests --test all -- --ignored --nocapture the_door_costs
 
 # Seconds for each fuzz target of `fuzz`.
@@ -124,7 +123,7 @@ sanitize: $(LIBRARY) ## run unit tests under AddressSanitizer at every instructi
 	    echo "== T5GEMMA_MAX_CPU_ISA=$$level"; \
 	    T5GEMMA_MAX_CPU_ISA=$$level RUSTFLAGS=-Zsanitizer=address ASAN_OPTIONS=detect_leaks=0 $(CARGO) +nightly test --locked --lib \
 	        --target $$(rustc -vV | sed -n 's/^host: //p') --target-dir target/sanitize \
-	        -p t5gemma-graphs -p t5gemma-exporter -p t5gemma-runtime || exit 1; \
+	        -p t5gemma-graphs -p t5gemma-exporter -p t5gemma-kernels -p t5gemma-runtime || exit 1; \
 	done
 
 .PHONY: check-rtx

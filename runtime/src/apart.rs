@@ -7,7 +7,7 @@ use crate::batch::Batch;
 use crate::cancellation::Cancellation;
 use crate::error::Error;
 use crate::model::{Graph, float32_values, int64_tensor, run};
-use crate::scores::Wanted;
+use t5gemma_kernels::LogitsRequest;
 
 /// Tokens of padding that take no longer than another run of the graph.
 const WORTH_A_RUN: usize = 24;
@@ -87,7 +87,8 @@ pub(crate) fn run_apart(
             }
         }
         let (ids, mask) = (int64_tensor(rows, ids)?, int64_tensor(rows, mask)?);
-        let outputs = run((encoder, Wanted::All), "running the encoder", &[(&ids).into(), (&mask).into()], cancel)?;
+        let outputs =
+            run((encoder, LogitsRequest::All), "running the encoder", &[(&ids).into(), (&mask).into()], cancel)?;
         let output = outputs.into_iter().next().expect("opening has verified that there is one output");
         let found = float32_values(&output).map_err(Error::onnxruntime("reading the output"))?;
         let of_group: Vec<usize> = output.shape().iter().map(|&size| size as usize).collect();

@@ -72,6 +72,8 @@ pub enum Error {
         /// What to do instead.
         remedy: String,
     },
+    /// The kernels for CPUs cannot be used as they are told to.
+    Kernels(t5gemma_kernels::Error),
     /// ONNX Runtime failed.
     OnnxRuntime {
         /// What was being done.
@@ -164,6 +166,7 @@ impl fmt::Display for Error {
                 write!(f, "{}: {port}: expected {expected}, found {found}", path.display())
             }
             Error::Unsupported { what, remedy } => write!(f, "{what}; {remedy}"),
+            Error::Kernels(error) => error.fmt(f),
             Error::OnnxRuntime { during, message } => write!(f, "{during}: onnx runtime: {message}"),
             Error::Input { field, expected, found } => write!(f, "{field}: expected {expected}, found {found}"),
             Error::Options(error) => error.fmt(f),
@@ -210,6 +213,12 @@ fn advice(path: &Path, field: &str) -> &'static str {
 
 /// Without a `source`: `Display` says all that there is to say.
 impl std::error::Error for Error {}
+
+impl From<t5gemma_kernels::Error> for Error {
+    fn from(error: t5gemma_kernels::Error) -> Error {
+        Error::Kernels(error)
+    }
+}
 
 impl From<OptionError> for Error {
     fn from(error: OptionError) -> Error {

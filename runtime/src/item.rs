@@ -14,10 +14,11 @@ use crate::error::Error;
 use crate::logprobs::Trace;
 use crate::model::{Model, Said};
 use crate::options::{GenerationOptions, OptionError};
-use crate::scores::{Kept, Processors, Summarised, Wanted};
+use crate::scores::{Kept, Processors};
 use crate::search::{Hypothesis, Progress, Search};
 use crate::speculation::Lookup;
 use crate::stop::Stops;
+use t5gemma_kernels::{LogitsRequest, LogitsStatsView};
 
 /// Begins the search for one source row at a decoder prompt.
 pub(crate) type Start = fn(&GenerationOptions, &[i64]) -> Search;
@@ -171,23 +172,23 @@ pub(crate) struct Item {
 
 impl Item {
     /// What it needs of the logits of its rows at the next step, or at one that is `ahead` tokens later.
-    fn wanted(&self, ahead: usize) -> Wanted {
+    fn wanted(&self, ahead: usize) -> LogitsRequest {
         match self.trace.is_some() || self.walk.is_some() {
-            true => Wanted::All,
+            true => LogitsRequest::All,
             false => self.processors.wanted(&self.search, ahead),
         }
     }
 
     /// What a step needs of the logits of the rows of all `items`, and of those of so many `drafts`.
-    pub fn all_want<'i>(items: impl Iterator<Item = &'i Item>, drafts: usize) -> Wanted {
+    pub fn all_want<'i>(items: impl Iterator<Item = &'i Item>, drafts: usize) -> LogitsRequest {
         let each = items.flat_map(|item| (0..=drafts).map(|ahead| item.wanted(ahead)));
-        each.reduce(Wanted::and).unwrap_or_default()
+        each.reduce(LogitsRequest::union).unwrap_or_default()
     }
 
     /// Takes what a step says of its rows, or of the first of equal ones, and tells whether its targets are finished.
     pub fn take(&mut self, model: &Model, said: Said, step: usize) -> Result<bool, Error> {
         let Said { scores, mut known, attended, tokens, .. } = said;
-        let is_finite = || known.map_or_else(|| all_finite(scores), Summarised::are_finite);
+        let is_finite = || known.map_or_else(|| all_finite(scores), LogitsStatsView::all_finite);
         if !self.options.remove_invalid_values && !is_finite() {
             return Err(Error::NotFinite { row: self.row, step, dtype: model.manifest().dtype, processor: None });
         }

@@ -16,7 +16,7 @@
 //! ```
 //!
 //! The modules in reading order: `generate` is the loop for one call, `engine` that for many at once; `search` and `scores` decide on tokens from numbers alone;
-//! `constraint` limits what they may decide; `model`, `state` and `kernels` hold everything that is ONNX Runtime's, `encoder`
+//! `constraint` limits what they may decide; `model` and `state` hold everything that is ONNX Runtime's, `encoder`
 //! and `classify` what models do besides generating; `folder` and `onnxruntime` are what opening checks first.
 
 mod engines;
@@ -30,11 +30,6 @@ mod classify;
 mod encoder;
 mod encoder_cache;
 mod folder;
-#[cfg(not(feature = "timed"))]
-mod kernels;
-#[cfg(feature = "timed")]
-#[doc(hidden)]
-pub mod kernels;
 mod model;
 mod profiles;
 mod state;
@@ -84,7 +79,6 @@ pub use error::Error;
 pub use folder::task_of;
 pub use foreign::hush_caught_panics;
 pub use generate::Watch;
-pub use kernels::instructions;
 pub use logprobs::Logprobs;
 pub use model::{DEFAULT_ENCODER_CACHE_BYTES, Model, OpenOptions};
 pub use needs::Limits;
@@ -94,5 +88,6 @@ pub use search::{FinishReason, Hypothesis};
 pub use shortlist::Shortlist;
 pub use t5gemma_graphs::manifest::ActivationRanges;
 pub use t5gemma_graphs::task::{Features, Pooling, Task};
+pub use t5gemma_kernels::instructions;
 pub use tokenizer::{SpecialTokens, TextStream, Tokenizer};
 pub use warm_up::Usual;

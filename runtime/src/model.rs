@@ -20,7 +20,7 @@ use ort::session::{Session, SessionInputValue};
 use ort::value::{DynValue, Outlet, Tensor, TensorElementType, ValueType};
 use t5gemma_graphs::Target;
 use t5gemma_graphs::config::Config;
-use t5gemma_graphs::interface::{self, BATCH, CacheLayout, DType, Dim, Interface, Port, Ports, REORDER};
+use t5gemma_graphs::interface::{self, BATCH, CacheLayout, DType, Dim, Interface, Port, Ports, REORDER, reads_source};
 use t5gemma_graphs::manifest::Manifest;
 
 use crate::alignment::CrossAttentions;
@@ -33,7 +33,6 @@ use crate::encoder_cache::EncoderCache;
 use crate::error::Error;
 use crate::folder::Folder;
 use crate::generate::{self, Watch};
-use crate::kernels::{self, Kernels, Side};
 use crate::log;
 use crate::logprobs::Logprobs;
 use crate::needs::{Limits, pieces_to_encode};
@@ -42,11 +41,12 @@ use crate::options::{GenerationOptions, OptionError};
 use crate::profiles::Profiles;
 use crate::provider::{self, Elsewhere, Placement, Provider, no_graphs};
 use crate::score;
-use crate::scores::{Kept, Summarised, Summary, Wanted};
+use crate::scores::Kept;
 use crate::search::{Hypothesis, Search};
 use crate::state::{Cache, Device, First, Plan, Pool, Ragged, Returned, State};
 use crate::tokenizer::{Tokenizer, Unusable};
 use crate::weights::{self, Initializers, Uploaded, element_type};
+use t5gemma_kernels::{self as kernels, Kernels, LogitsRequest, LogitsStats, LogitsStatsView, Side};
 
 /// How a model is opened.
 #[derive(Clone, Debug)]
@@ -135,12 +135,12 @@ pub(crate) struct Graph {
 
 impl Graph {
     /// The session, for runs of which so much is wanted, in whole rows.
-    pub fn lock(&self, wanted: Wanted) -> MutexGuard<'_, Session> {
-        self.lock_to_list(wanted.in_whole_rows())
+    pub fn lock(&self, wanted: LogitsRequest) -> MutexGuard<'_, Session> {
+        self.lock_to_list(wanted.dense())
     }
 
     /// The session, for a run that may list what is wanted if that will do.
-    fn lock_to_list(&self, wanted: Wanted) -> MutexGuard<'_, Session> {
+    fn lock_to_list(&self, wanted: LogitsRequest) -> MutexGuard<'_, Session> {
         let session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
         self.kernels.want(wanted);
         session
@@ -169,7 +169,7 @@ pub(crate) struct Logits {
     /// `[rows, 1, source]`, of models that tell it.
     attended: Option<DynValue>,
     /// What is known of the scores.
-    summary: Option<Summary>,
+    summary: Option<LogitsStats>,
 }
 
 /// What a step says of some rows.
@@ -177,7 +177,7 @@ pub(crate) struct Said<'a> {
     /// Their scores, row after row.
     pub scores: &'a mut [f32],
     /// What is known of these.
-    pub known: Option<Summarised<'a>>,
+    pub known: Option<LogitsStatsView<'a>>,
     /// What they attend to, row after row; empty of models that do not tell it.
     pub attended: &'a [f32],
     /// Scores in a row.
@@ -215,25 +215,25 @@ impl Logits {
             source = value.shape()[2] as usize;
             attended = value.try_extract_tensor().map_err(Error::onnxruntime(READING_LOGITS))?.1;
         }
-        let known = self.summary.as_ref().map(Summary::all);
+        let known = self.summary.as_ref().map(LogitsStats::view);
         Ok(Said { scores, known, attended, tokens, source })
     }
 
     /// The last position of each of `rows` rows.
-    fn last(returned: Returned, rows: usize, summary: Option<Summary>) -> ort::Result<Logits> {
+    fn last(returned: Returned, rows: usize, summary: Option<LogitsStats>) -> ort::Result<Logits> {
         let attended = returned.attended.map(|attended| last_position(attended, rows)).transpose()?;
         let value = last_position(returned.logits, rows)?;
         let summary = match summary {
-            Some(summary) if summary.is_listed() => {
+            Some(summary) if summary.is_sparse() => {
                 let (shape, listed) = value.try_extract_tensor::<f32>()?;
                 Some(
                     summary
-                        .with_listed(listed, rows)
+                        .checked_against(listed, rows)
                         .ok_or_else(|| ort::Error::new(format!("a list of logits {shape}")))?,
                 )
             }
             // A summary of more rows is of all positions.
-            summary => summary.filter(|summary| summary.count() == rows),
+            summary => summary.filter(|summary| summary.rows() == rows),
         };
         Ok(Logits { value, attended, summary })
     }
@@ -607,7 +607,7 @@ impl Model {
         &self,
         encoded: Encoded,
         prompts: Prompts,
-        wanted: Wanted,
+        wanted: LogitsRequest,
         cancel: &Cancellation,
     ) -> Result<(State, Logits), Error> {
         if let Some(plan) = &self.resident {
@@ -627,13 +627,13 @@ impl Model {
         &self,
         plan: &Plan,
         (Encoded { hidden, mask }, prompts): (Encoded, Prompts),
-        wanted: Wanted,
+        wanted: LogitsRequest,
         cancel: &Cancellation,
     ) -> Result<(State, Logits), Error> {
         let rows = prompts.ids.len() / prompts.length;
         let ids = int64_tensor(rows, prompts.ids.clone())?;
         let started = {
-            let mut session = self.decoder.lock(Wanted::All);
+            let mut session = self.decoder.lock(LogitsRequest::All);
             State::resident(plan, &mut session, mask, (&ids, &hidden), wanted, cancel.run_options()?)
         };
         let (mut state, returned) = started.map_err(cancel.failed(FIRST_STEP))?;
@@ -655,10 +655,14 @@ impl Model {
         const DURING: &str = "observing the activations";
         let rectangle = |values: &[i64]| int64_tensor(batch.rows(), values.to_vec());
         let (ids, mask, target) = (rectangle(batch.ids())?, rectangle(batch.mask())?, rectangle(&target.ids)?);
-        let encoded = run((&self.encoder, Wanted::All), DURING, &[(&ids).into(), (&mask).into()], cancel)?;
+        let encoded = run((&self.encoder, LogitsRequest::All), DURING, &[(&ids).into(), (&mask).into()], cancel)?;
         let hidden = &encoded[0];
-        let decoded =
-            run((&self.decoder, Wanted::All), DURING, &[(&mask).into(), (&target).into(), hidden.into()], cancel)?;
+        let decoded = run(
+            (&self.decoder, LogitsRequest::All),
+            DURING,
+            &[(&mask).into(), (&target).into(), hidden.into()],
+            cancel,
+        )?;
         let mut ranges = BTreeMap::new();
         for (graph, outputs) in [("encoder", &encoded), ("decoder", &decoded)] {
             let (Some(names), Some(last)) = (self.folder.manifest.observed.get(graph), outputs.last()) else {
@@ -698,7 +702,7 @@ impl Model {
         &self,
         encoded: Encoded,
         prompts: Prompts,
-        wanted: Wanted,
+        wanted: LogitsRequest,
         cancel: &Cancellation,
     ) -> Result<(First, Logits), Error> {
         let (mask, cached, logits) = self.first_step(encoded, prompts, wanted, cancel)?;
@@ -711,7 +715,7 @@ impl Model {
         &self,
         encoded: Encoded,
         prompts: Prompts,
-        wanted: Wanted,
+        wanted: LogitsRequest,
         cancel: &Cancellation,
     ) -> Result<(DynValue, Vec<DynValue>, Logits), Error> {
         let Encoded { hidden, mask } = encoded;
@@ -735,7 +739,7 @@ impl Model {
         &self,
         state: &mut Ragged,
         tokens: &[i64],
-        wanted: Wanted,
+        wanted: LogitsRequest,
         cancel: &Cancellation,
     ) -> Result<Logits, Error> {
         let mut session = self.decoder_with_past.lock_to_list(wanted);
@@ -750,10 +754,10 @@ impl Model {
         &self,
         state: &mut State,
         tokens: Vec<i64>,
-        wanted: Wanted,
+        wanted: LogitsRequest,
         cancel: &Cancellation,
     ) -> Result<Logits, Error> {
-        let wanted = if tokens.len() == state.rows() { wanted } else { wanted.in_whole_rows() };
+        let wanted = if tokens.len() == state.rows() { wanted } else { wanted.dense() };
         let (returned, summary) = self.run_step(state, tokens, wanted, cancel)?;
         Logits::last(returned, state.rows(), summary).map_err(Error::onnxruntime(READING_LOGITS))
     }
@@ -764,11 +768,11 @@ impl Model {
         &self,
         state: &mut State,
         tokens: Vec<i64>,
-        wanted: Wanted,
+        wanted: LogitsRequest,
         cancel: &Cancellation,
     ) -> Result<Logits, Error> {
         let expected = [1, tokens.len() as i64];
-        let wanted = wanted.in_whole_rows();
+        let wanted = wanted.dense();
         let (Returned { logits: value, attended }, _) = self.run_step(state, tokens, wanted, cancel)?;
         if let Some(other) =
             [Some(&value), attended.as_ref()].into_iter().flatten().find(|v| v.shape()[..2] != expected)
@@ -783,9 +787,9 @@ impl Model {
         &self,
         state: &mut State,
         tokens: Vec<i64>,
-        wanted: Wanted,
+        wanted: LogitsRequest,
         cancel: &Cancellation,
-    ) -> Result<(Returned, Option<Summary>), Error> {
+    ) -> Result<(Returned, Option<LogitsStats>), Error> {
         let rows = state.rows();
         Ok(match state.cache_mut() {
             Cache::Growing(cache) => {
@@ -840,7 +844,7 @@ pub(crate) fn engines_of<'o>(folder: &'o Folder, options: &'o OpenOptions) -> &'
 
 /// Runs a graph and returns its outputs in order.
 pub(crate) fn run(
-    (graph, wanted): (&Graph, Wanted),
+    (graph, wanted): (&Graph, LogitsRequest),
     during: &'static str,
     inputs: &[SessionInputValue],
     cancel: &Cancellation,
@@ -857,7 +861,7 @@ pub(crate) fn run_on_batch(
 ) -> Result<Vec<DynValue>, Error> {
     let rectangle = |values: &[i64]| int64_tensor(batch.rows(), values.to_vec());
     let (ids, mask) = (rectangle(batch.ids())?, rectangle(batch.mask())?);
-    run((graph, Wanted::All), during, &[(&ids).into(), (&mask).into()], cancel)
+    run((graph, LogitsRequest::All), during, &[(&ids).into(), (&mask).into()], cancel)
 }
 
 fn run_locked(
@@ -914,7 +918,7 @@ impl<'f> Opener<'f> {
         provider::check_cache((folder, engines_of(folder, options)), options.placement.provider)?;
         let decoder = &folder.config.decoder;
         let scored = folder.manifest.kept_tokens.unwrap_or(decoder.vocab_size);
-        let kernels = Kernels::new(scored, decoder.final_logit_softcapping);
+        let kernels = Kernels::new(scored, decoder.final_logit_softcapping, reads_source);
         let prepacked = PrepackedWeights::new();
         Ok(Opener { library, folder, weights, options, kernels, prepacked, elsewhere: Vec::new() })
     }

@@ -10,7 +10,8 @@ use crate::error::Error;
 use crate::logprobs::Logprobs;
 use crate::model::{Model, Said};
 use crate::needs::{Need, pieces_to_decode};
-use crate::scores::{Kept, Wanted};
+use crate::scores::Kept;
+use t5gemma_kernels::LogitsRequest;
 
 /// A target's log-probabilities, and what it attends to of models that tell it.
 type Scored = (Logprobs, Option<CrossAttentions>);
@@ -82,7 +83,7 @@ fn piece(
     let sources = model.fit(&piece);
     let encoded = model.run_encoder(&sources, cancel)?;
     let prompts = prompts.piece(of.clone()).widened(sources.rows());
-    let (mut state, mut logits) = model.start(encoded, prompts, Wanted::All, cancel)?;
+    let (mut state, mut logits) = model.start(encoded, prompts, LogitsRequest::All, cancel)?;
     let mut rows: Vec<usize> = of.clone().collect();
     for step in 0.. {
         let mut said = logits.said()?;
@@ -109,7 +110,7 @@ fn piece(
         state.select(&going_on, &going_on)?;
         rows = going_on.iter().map(|&slot| rows[slot]).collect();
         let tokens = rows.iter().map(|&row| targets[row][step]).collect();
-        logits = model.step(&mut state, tokens, Wanted::All, cancel)?;
+        logits = model.step(&mut state, tokens, LogitsRequest::All, cancel)?;
     }
     Ok(found)
 }

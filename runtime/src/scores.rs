@@ -21,6 +21,9 @@ use std::collections::hash_map::Entry;
 use std::fmt::{self, Debug};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use t5gemma_kernels::log_softmax::{LogSumExp, exp};
+use t5gemma_kernels::{Level, LogitsRequest, LogitsStats, LogitsStatsView};
+
 use crate::draws::Draws;
 use crate::options::{GenerationOptions, LogitsProcessor, Position};
 use crate::search::{Candidate, Search};
@@ -31,43 +34,6 @@ use warpers::Warper;
 pub trait Limit: Debug + Send + Sync {
     /// Sets the scores of the tokens that may not follow `history` to −∞.
     fn apply(&self, scores: &mut [f32], history: &[i64]);
-}
-
-/// What a step needs of the logits of each row.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) enum Wanted {
-    /// All of them.
-    #[default]
-    All,
-    /// The greatest `count`, and of the others that they are no greater.
-    Best {
-        /// How many.
-        count: usize,
-        /// Whether the sum of the exponentials of all counts too.
-        sum: bool,
-        /// Whether a list of them will do, with their tokens: processors look at single tokens alone, and nobody else at the rows.
-        listed: bool,
-    },
-}
-
-impl Wanted {
-    /// What serves both.
-    pub fn and(self, other: Wanted) -> Wanted {
-        match (self, other) {
-            (Wanted::Best { count: a, sum: b, listed: e }, Wanted::Best { count: c, sum: d, listed: f }) => {
-                Wanted::Best { count: a.max(c), sum: b || d, listed: e && f }
-            }
-            _ => Wanted::All,
-        }
-    }
-
-    /// The same in rows of all tokens.
-    pub fn in_whole_rows(self) -> Wanted {
-        match self {
-            Wanted::Best { count, sum, .. } => Wanted::Best { count, sum, listed: false },
-            Wanted::All => Wanted::All,
-        }
-    }
 }
 
 /// The logits processors that the options of a request ask for, for one source row.
@@ -292,7 +258,7 @@ impl Processors {
     }
 
     /// What the next step needs of the logits, or one that is `ahead` tokens later.
-    pub(crate) fn wanted(&self, search: &Search, ahead: usize) -> Wanted {
+    pub(crate) fn wanted(&self, search: &Search, ahead: usize) -> LogitsRequest {
         let length = search.history(search.rows().start).len() + ahead;
         let sum = search.sums_log_probabilities();
         // Beams and draws beside each other may leave what others choose from.
@@ -315,13 +281,13 @@ impl Processors {
                 }
                 Processor::Warp(Warper::TopP { .. } | Warper::MinP { .. } | Warper::Typical { .. }) if is_cut => 0,
                 Processor::Warp(Warper::Epsilon { .. } | Warper::Eta { .. }) if is_cut => 0,
-                _ => return Wanted::All,
+                _ => return LogitsRequest::All,
             };
             count = count.saturating_add(more);
             // Warpers look at whole rows.
             listed &= !matches!(processor, Processor::Warp(_));
         }
-        if is_cut { Wanted::Best { count, sum, listed } } else { Wanted::All }
+        if is_cut { LogitsRequest::TopK { k: count, log_sum_exp: sum, sparse: listed } } else { LogitsRequest::All }
     }
 
     /// Applies the processors to the scores of one row: logits for greedy search, log-probabilities for beam search.
@@ -378,7 +344,7 @@ impl Processors {
     pub(crate) fn candidates_of(
         &self,
         logits: &mut [f32],
-        known: Option<Summarised>,
+        known: Option<LogitsStatsView>,
         search: &Search,
     ) -> Vec<Candidate> {
         let vocab_size = logits.len() / search.width();
@@ -390,29 +356,29 @@ impl Processors {
         let mut emptied = Vec::new();
         for (beam, row) in logits.chunks_exact_mut(vocab_size).enumerate().take(rows.end).skip(rows.start) {
             let history = &*self.places(search.history(beam));
-            let mut norm = Norm::NONE;
+            let mut norm = LogSumExp::ZERO;
             maxima.clear();
             let changes = self.processors.iter().any(|processor| processor.is_active(history.len()));
             if let (Some(known), false) = (known, changes) {
-                maxima.extend_from_slice(known.row(beam).1);
+                maxima.extend_from_slice(known.block_maxima(beam));
             }
             if search.sums_log_probabilities() {
                 norm = match known {
-                    Some(known) => known.row(beam).0,
-                    None => Norm::with_maxima(row, &mut maxima),
+                    Some(known) => known.log_sum_exp(beam),
+                    None => LogSumExp::with_block_maxima(row, &mut maxima),
                 };
                 if changes {
                     norm.apply(row);
-                    norm = Norm::NONE;
+                    norm = LogSumExp::ZERO;
                     maxima.clear();
                 }
             }
-            let listed = known.map_or(&[][..], |known| known.rows(beam, 1).listed);
+            let listed = known.map_or(&[][..], |known| known.rows(beam, 1).tokens());
             emptied.push(self.apply_after(&mut Row { scores: row, listed }, history, &chosen));
             let (step, running) = (history.len() as u32, search.running_score(beam));
             match (search.compares_rows(), search.draws()) {
-                (true, None) => best.take_row(beam, row, &maxima, |x| norm.subtract(x) + running),
-                (true, Some(draws)) => best.draw_row(beam, row, |x| norm.subtract(x) + running, draws, step),
+                (true, None) => best.take_row(beam, row, &maxima, |x| norm.log_probability(x) + running),
+                (true, Some(draws)) => best.draw_row(beam, row, |x| norm.log_probability(x) + running, draws, step),
                 (false, None) => {
                     let mut best = Best::new(1);
                     best.take_row(beam, row, &maxima, |x| x);
@@ -435,10 +401,10 @@ impl Processors {
             self.fault().get_or_insert(Fault { processor, wrote: Wrote::Nothing });
         }
         let mut candidates = if search.compares_rows() { best.candidates } else { of_rows };
-        if let Some(known) = known.filter(|known| !known.listed.is_empty()) {
+        if let Some(known) = known.filter(|known| !known.tokens().is_empty()) {
             candidates
                 .iter_mut()
-                .for_each(|candidate| candidate.token = known.token(candidate.parent, candidate.token));
+                .for_each(|candidate| candidate.token = known.token(candidate.parent, candidate.token as usize));
         }
         if let Some(kept) = &self.kept {
             candidates.iter_mut().for_each(|candidate| candidate.token = kept.token(candidate.token));
@@ -570,7 +536,7 @@ impl Processor {
             }
             Processor::Warp(warper) => warper.apply(row.scores),
             Processor::Limit(limit) => limit.apply(row.scores, history),
-            Processor::Renormalize => Norm::of(row.scores).apply(row.scores),
+            Processor::Renormalize => LogSumExp::of(row.scores).apply(row.scores),
         }
     }
 }
@@ -642,265 +608,26 @@ fn set(row: &mut Row, tokens: &[i64], score: f32) {
 /// The log-probabilities of the tokens at one place.
 pub(crate) struct LogProbabilities<'a> {
     logits: &'a [f32],
-    norm: Norm,
+    norm: LogSumExp,
 }
 
 impl<'a> LogProbabilities<'a> {
     /// Those that `logits` amount to.
     pub fn of(logits: &'a [f32]) -> LogProbabilities<'a> {
-        LogProbabilities { logits, norm: Norm::of(logits) }
+        LogProbabilities { logits, norm: LogSumExp::of(logits) }
     }
 
     /// That of a token of the vocabulary.
     pub fn token(&self, token: i64) -> f32 {
-        self.norm.subtract(self.logits[token as usize])
+        self.norm.log_probability(self.logits[token as usize])
     }
 
     /// The likeliest tokens with theirs, best first.
     pub fn best(&self, count: usize) -> Vec<(i64, f32)> {
         let mut best = Best::new(count);
-        best.take_row(0, self.logits, &[], |x| self.norm.subtract(x));
+        best.take_row(0, self.logits, &[], |x| self.norm.log_probability(x));
         best.candidates.into_iter().map(|candidate| (candidate.token, candidate.score)).collect()
     }
-}
-
-/// What is known of rows of logits from where they were made, so that they need not be walked again.
-#[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Summary {
-    norms: Vec<Norm>,
-    /// `[rows, blocks]`: the greatest of each [`Summary::BLOCK`] of a row, NaN apart; or nothing.
-    maxima: Vec<f32>,
-    /// `[rows, logits in a row]`: of which tokens the logits are, in order, [`Summary::NONE`] where of none; nothing if they are of all.
-    listed: Vec<u32>,
-}
-
-impl Summary {
-    /// Logits that have a maximum together.
-    pub const BLOCK: usize = Norm::BLOCK;
-
-    /// Of rows whose greatest logits these are, with the logarithms of the sums of exponentials relative to them, NaN if any logit is;
-    /// and `[rows, blocks]` maxima.
-    pub fn new(norms: Vec<[f32; 2]>, maxima: Vec<f32>) -> Summary {
-        let norms = norms.into_iter().map(|[max, log_sum]| Norm { max, log_sum }).collect();
-        Summary { norms, maxima, listed: Vec::new() }
-    }
-
-    /// Instead of a token, where a row lists fewer than others: its logit is −∞.
-    pub const NONE: u32 = u32::MAX;
-
-    /// Of rows that list the logits of these tokens alone, see [`Summary::new`]. Where no sum is wanted, norms are of no account.
-    #[cfg(any(test, target_arch = "x86_64"))]
-    pub fn of_listed(norms: Vec<[f32; 2]>, listed: Vec<u32>) -> Summary {
-        Summary { listed, ..Summary::new(norms, Vec::new()) }
-    }
-
-    /// Whether rows list some of their logits.
-    pub fn is_listed(&self) -> bool {
-        !self.listed.is_empty()
-    }
-
-    /// The same, with norms that are no numbers where one of the logits is none; nothing if these are not those of so many rows that it
-    /// lists.
-    pub fn with_listed(mut self, logits: &[f32], rows: usize) -> Option<Summary> {
-        if logits.len() != self.listed.len() || self.norms.len() != rows {
-            return None;
-        }
-        let width = logits.len() / rows;
-        for ((norm, logits), listed) in self.norms.iter_mut().zip(logits.chunks(width)).zip(self.listed.chunks(width)) {
-            if logits.iter().zip(listed).any(|(logit, &token)| token != Summary::NONE && !logit.is_finite()) {
-                norm.max = f32::NAN;
-            }
-        }
-        Some(self)
-    }
-
-    /// How many rows it is of.
-    pub fn count(&self) -> usize {
-        self.norms.len()
-    }
-
-    pub fn all(&self) -> Summarised<'_> {
-        Summarised { norms: &self.norms, maxima: &self.maxima, listed: &self.listed }
-    }
-
-    /// That of some rows.
-    #[cfg(test)]
-    pub fn of(rows: &[f32], width: usize) -> Summary {
-        let (mut norms, mut maxima, mut of_row) = (Vec::new(), Vec::new(), Vec::new());
-        for row in rows.chunks_exact(width) {
-            norms.push(Norm::with_maxima(row, &mut of_row));
-            maxima.append(&mut of_row);
-        }
-        Summary { norms, maxima, listed: Vec::new() }
-    }
-
-    /// Itself, with the other's logarithms where they differ by rounding alone.
-    #[cfg(test)]
-    pub fn near(mut self, other: &Summary) -> Summary {
-        for (norm, other) in self.norms.iter_mut().zip(&other.norms) {
-            if (norm.log_sum - other.log_sum).abs() < 2e-6 * (1.0 + norm.log_sum.abs()) {
-                norm.log_sum = other.log_sum;
-            }
-        }
-        self
-    }
-}
-
-/// What is known of some of the rows.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Summarised<'s> {
-    norms: &'s [Norm],
-    maxima: &'s [f32],
-    listed: &'s [u32],
-}
-
-impl<'s> Summarised<'s> {
-    /// Of `count` of them, from `first` on.
-    pub fn rows(self, first: usize, count: usize) -> Summarised<'s> {
-        let rows = self.norms.len().max(1);
-        let (blocks, tokens) = (self.maxima.len() / rows, self.listed.len() / rows);
-        Summarised {
-            norms: &self.norms[first..][..count],
-            maxima: &self.maxima[first * blocks..][..count * blocks],
-            listed: &self.listed[first * tokens..][..count * tokens],
-        }
-    }
-
-    /// The token of the logit at a place of a row, of rows that list some.
-    fn token(self, row: usize, place: i64) -> i64 {
-        self.listed[row * (self.listed.len() / self.norms.len()) + place as usize].into()
-    }
-
-    /// Whether no logit is NaN or infinite, of logits that have a soft-cap.
-    pub fn are_finite(self) -> bool {
-        self.norms.iter().all(|norm| norm.max.is_finite() && norm.log_sum.is_finite())
-    }
-
-    fn row(self, row: usize) -> (Norm, &'s [f32]) {
-        let one = self.rows(row, 1);
-        (one.norms[0], one.maxima)
-    }
-}
-
-/// What log-softmax subtracts from a row, one after the other.
-#[derive(Clone, Copy, Debug, PartialEq)]
-struct Norm {
-    max: f32,
-    log_sum: f32,
-}
-
-/// Independent accumulators, so that the compiler can keep them in vector registers.
-const LANES: usize = 16;
-
-impl Norm {
-    /// Subtracts nothing.
-    const NONE: Norm = Norm { max: 0.0, log_sum: 0.0 };
-    /// Scores that are summed up together.
-    const BLOCK: usize = 64 * LANES;
-
-    fn of(row: &[f32]) -> Norm {
-        Norm::with_maxima(row, &mut Vec::new())
-    }
-
-    /// That of a row, and the greatest score of each [`Norm::BLOCK`] of it, NaN apart: both in one pass, since what is to be
-    /// chosen from has to come from the memory.
-    fn with_maxima(row: &[f32], maxima: &mut Vec<f32>) -> Norm {
-        maxima.clear();
-        #[cfg(target_arch = "x86_64")]
-        if is_x86_feature_detected!("avx512f") {
-            // SAFETY: the feature is there.
-            return unsafe { Norm::with_avx512(row, maxima) };
-        } else if is_x86_feature_detected!("avx2") {
-            // SAFETY: the feature is there.
-            return unsafe { Norm::with_avx2(row, maxima) };
-        }
-        Norm::anywhere(row, maxima)
-    }
-
-    /// The same numbers as without, in a quarter of the time.
-    #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx512f")]
-    fn with_avx512(row: &[f32], maxima: &mut Vec<f32>) -> Norm {
-        Norm::anywhere(row, maxima)
-    }
-
-    /// The same numbers as without, in half the time.
-    #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx2")]
-    fn with_avx2(row: &[f32], maxima: &mut Vec<f32>) -> Norm {
-        Norm::anywhere(row, maxima)
-    }
-
-    #[inline(always)]
-    fn anywhere(row: &[f32], maxima: &mut Vec<f32>) -> Norm {
-        let (mut max, mut sum) = (f32::NEG_INFINITY, 0.0);
-        // Blocks keep the float32 sums short; NaN and infinities reach the sum.
-        // Loops, not adapters: what these call is compiled without the features of who calls it.
-        for block in row.chunks(Norm::BLOCK) {
-            let mut lanes = [f32::NEG_INFINITY; LANES];
-            for_lanes(block, |lane, x| lanes[lane] = if x > lanes[lane] { x } else { lanes[lane] });
-            let of_block = lanes.into_iter().fold(f32::NEG_INFINITY, f32::max);
-            maxima.push(of_block);
-            if of_block > max {
-                sum *= (f64::from(max) - f64::from(of_block)).exp();
-                max = of_block;
-            }
-            // Before anything is possible what is impossible counts nothing.
-            let shift = if max == f32::NEG_INFINITY { f32::MAX } else { max };
-            let mut lanes = [0.0f32; LANES];
-            for_lanes(block, |lane, x| lanes[lane] += exp(x - shift));
-            let mut of_block = 0.0;
-            for lane in lanes {
-                of_block += f64::from(lane);
-            }
-            sum += of_block;
-        }
-        if max == f32::NEG_INFINITY {
-            sum = f64::NAN;
-        }
-        Norm { max, log_sum: sum.ln() as f32 }
-    }
-
-    fn apply(self, row: &mut [f32]) {
-        for x in row {
-            *x = self.subtract(*x);
-        }
-    }
-
-    #[inline(always)]
-    fn subtract(self, x: f32) -> f32 {
-        x - self.max - self.log_sum
-    }
-}
-
-#[inline(always)]
-fn for_lanes(row: &[f32], mut visit: impl FnMut(usize, f32)) {
-    let (chunks, rest) = row.as_chunks::<LANES>();
-    for chunk in chunks {
-        for (lane, &x) in chunk.iter().enumerate() {
-            visit(lane, x);
-        }
-    }
-    for (lane, &x) in rest.iter().enumerate() {
-        visit(lane, x);
-    }
-}
-
-/// e^x for x ≤ 0, to 2 units in the last place; NaN for NaN, and e^−87 (below 2e-38) for anything under −87.
-///
-/// `f32::exp` is a call per element, which keeps the loop over the vocabulary from being vectorised.
-#[inline(always)]
-fn exp(x: f32) -> f32 {
-    const ROUND: f32 = 12_582_912.0; // 1.5 · 2^23: adding it leaves a whole number in the low bits of the mantissa
-    let x = if x < -87.0 { -87.0 } else { x };
-    let shifted = x * std::f32::consts::LOG2_E + ROUND;
-    let n = shifted - ROUND;
-    // ln 2 in two parts, so that n · ln 2 is subtracted exactly; then Cephes' polynomial for e^r on |r| ≤ ln 2 / 2.
-    let r = x - n * 0.693_359_4 - n * -2.121_944_4e-4;
-    let series = [1.398_2e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 5.0e-1];
-    let p = series.into_iter().fold(1.987_569_1e-4, |p, c| p * r + c);
-    let two_to_n = f32::from_bits(shifted.to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(127) << 23);
-    (p * r * r + r + 1.0) * two_to_n
 }
 
 /// The best candidates among the rows seen so far, rows coming in the order of beams.
@@ -917,16 +644,16 @@ impl Best {
         Best { count, candidates: Vec::with_capacity(count + 1), keys: Vec::with_capacity(count + 1) }
     }
 
-    /// Offers every token of a row, whose score does not fall as `x` grows. Where the greatest of each [`Norm::BLOCK`] are known
+    /// Offers every token of a row, whose score does not fall as `x` grows. Where the greatest of each [`LogitsStats::BLOCK`] are known
     /// only blocks are looked at that may have a place.
     fn take_row(&mut self, beam: usize, row: &[f32], maxima: &[f32], score: impl Fn(f32) -> f32) {
         if maxima.is_empty() {
             return self.take_part(beam, 0, row, score);
         }
-        for (at, (block, &max)) in row.chunks(Norm::BLOCK).zip(maxima).enumerate() {
+        for (at, (block, &max)) in row.chunks(LogitsStats::BLOCK).zip(maxima).enumerate() {
             let best = score(max);
             if self.worst().is_none_or(|worst| best > worst || best.is_nan()) {
-                self.take_part(beam, at * Norm::BLOCK, block, &score);
+                self.take_part(beam, at * LogitsStats::BLOCK, block, &score);
             }
         }
     }
@@ -934,12 +661,12 @@ impl Best {
     /// Offers the tokens from `first` on.
     fn take_part(&mut self, beam: usize, first: usize, part: &[f32], score: impl Fn(f32) -> f32) {
         #[cfg(target_arch = "x86_64")]
-        if is_x86_feature_detected!("avx512f") {
-            // SAFETY: the feature is there.
-            return unsafe { self.take_part_with_avx512(beam, first, part, score) };
-        } else if is_x86_feature_detected!("avx2") {
-            // SAFETY: the feature is there.
-            return unsafe { self.take_part_with_avx2(beam, first, part, score) };
+        match t5gemma_kernels::level() {
+            // SAFETY: `level` returns what the processor supports.
+            Level::Amx | Level::Vnni => return unsafe { self.take_part_with_avx512(beam, first, part, score) },
+            // SAFETY: `level` returns what the processor supports.
+            Level::Avx2 => return unsafe { self.take_part_with_avx2(beam, first, part, score) },
+            Level::Generic => {}
         }
         self.take_part_anywhere(beam, first, part, score);
     }
@@ -1286,47 +1013,6 @@ mod tests {
     }
 
     #[test]
-    fn the_exponential_is_good_to_two_units_in_the_last_place() {
-        for step in 0..=870_000 {
-            let x = -(step as f32) / 10_000.0;
-            let (exact, fast) = (f64::from(x).exp(), f64::from(exp(x)));
-            assert!((fast / exact - 1.0).abs() < 2.4e-7, "e^{x} is {exact:e}, not {fast:e}");
-        }
-        assert_eq!(exp(0.0), 1.0);
-        assert!(exp(-INF) > 0.0 && exp(-INF) < 2e-38);
-        assert!(exp(NAN).is_nan());
-    }
-
-    #[test]
-    fn log_softmax_agrees_with_the_definition() {
-        let mut noise = Noise(1);
-        for len in [1, 2, 15, 16, 17, 1000, 1024, 5000] {
-            for scale in [0.01, 3.0, 30.0, 1000.0] {
-                let mut row = noise.row(len, scale);
-                let max = row.iter().copied().map(f64::from).fold(f64::NEG_INFINITY, f64::max);
-                let sum: f64 = row.iter().map(|&x| (f64::from(x) - max).exp()).sum();
-                let expected: Vec<f64> = row.iter().map(|&x| f64::from(x) - max - sum.ln()).collect();
-                Norm::of(&row).apply(&mut row);
-                for (found, expected) in row.iter().zip(expected) {
-                    let tolerance = 2e-7 * (expected.abs() + sum.ln() + 1.0);
-                    assert!((f64::from(*found) - expected).abs() <= tolerance, "{len}, {scale}: {found}, {expected}");
-                }
-            }
-        }
-        let cases: &[(&str, &[f32], &[f32])] = &[
-            ("a forbidden token", &[0.0, -INF, -INF], &[0.0, -INF, -INF]),
-            ("NaN", &[0.0, NAN], &[NAN, NAN]),
-            ("infinity", &[0.0, INF], &[NAN, NAN]),
-            ("nothing allowed", &[-INF, -INF], &[NAN, NAN]),
-        ];
-        for (name, row, expected) in cases {
-            let mut row = row.to_vec();
-            Norm::of(&row).apply(&mut row);
-            assert!(is_same(&row, expected), "{name}: {row:?}");
-        }
-    }
-
-    #[test]
     fn the_choice_is_that_of_a_full_sort() {
         let mut noise = Noise(2);
         for round in 0..400 {
@@ -1450,7 +1136,7 @@ mod tests {
         let processors = Processors::new(&options, &[], 1);
         let mut sums = rows.clone();
         for (row, running) in sums.chunks_mut(VOCAB).zip([-0.2, -0.9]) {
-            Norm::of(row).apply(row);
+            LogSumExp::of(row).apply(row);
             row.iter_mut().for_each(|score| *score += running);
         }
         let chance = softmax(&sums);
@@ -1511,7 +1197,8 @@ mod tests {
             let options = GenerationOptions { num_beams, ..options.clone() };
             let (processors, mut search) = (Processors::new(&options, &[7, 8, 9, 7], 1), Search::new(&options, &[2]));
             for step in 0..8 {
-                let Wanted::Best { count, sum, listed: true } = processors.wanted(&search, 0) else {
+                let LogitsRequest::TopK { k: count, log_sum_exp: sum, sparse: true } = processors.wanted(&search, 0)
+                else {
                     panic!("{options:?}: not to be listed")
                 };
                 let (vocab_size, width) = (700, count + 5);
@@ -1524,33 +1211,22 @@ mod tests {
                     order.truncate(count + at);
                     order.sort_unstable();
                     listed.extend(order.iter().map(|&token| row[token as usize]));
-                    order.resize(width, Summary::NONE);
+                    order.resize(width, LogitsStats::NO_TOKEN);
                     tokens.extend(order);
                     listed.resize(tokens.len(), -INF);
                 }
-                let norms =
-                    Summary::of(&logits, vocab_size).norms.into_iter().map(|Norm { max, log_sum }| [max, log_sum]);
-                let norms = if sum { norms.collect() } else { vec![[0.0; 2]; num_beams] };
-                let known = Summary::of_listed(norms, tokens).with_listed(&listed, num_beams).expect("as many");
-                assert!(known.all().are_finite());
+                let norms = logits.chunks(vocab_size).map(LogSumExp::of);
+                let norms = if sum { norms.collect() } else { vec![LogSumExp::ZERO; num_beams] };
+                let known = LogitsStats::sparse(norms, tokens).checked_against(&listed, num_beams).expect("as many");
+                assert!(known.view().all_finite());
                 let expected = processors.candidates(&mut logits, &search);
-                let found = processors.candidates_of(&mut listed, Some(known.all()), &search);
+                let found = processors.candidates_of(&mut listed, Some(known.view()), &search);
                 assert_eq!(found, expected, "{num_beams} beams, step {step}, {options:?}");
                 if search.advance(&found) == crate::search::Progress::Done {
                     break;
                 }
             }
         }
-    }
-
-    #[test]
-    fn a_list_with_what_is_no_number_is_none() {
-        let known = || Summary::of_listed(vec![[0.0; 2]; 2], vec![3, 8, 1, Summary::NONE]);
-        let is_finite = |logits: &[f32]| known().with_listed(logits, 2).map(|known| known.all().are_finite());
-        assert_eq!(is_finite(&[1.0, 2.0, 3.0, -INF]), Some(true));
-        assert_eq!(is_finite(&[1.0, NAN, 3.0, -INF]), Some(false));
-        assert_eq!(is_finite(&[1.0, 2.0, -INF, -INF]), Some(false));
-        assert_eq!(is_finite(&[1.0, 2.0]), None);
     }
 
     #[test]

@@ -15,13 +15,13 @@ use ort::session::{NoSelectedOutputs, RunOptions, Session};
 use ort::value::{DynValue, PrimitiveTensorElementType, Tensor, TensorElementType};
 
 use crate::error::Error;
-use crate::scores::Wanted;
 use growing::Growing;
 use in_place::InPlace;
 pub(crate) use ragged::{First, Ragged, capacity};
 pub(crate) use resident::{Device, Plan, Resident};
 pub(crate) use steady::Pool;
 use t5gemma_graphs::interface::CROSS_ATTENTIONS;
+use t5gemma_kernels::LogitsRequest;
 
 /// The keys and values of the rows in flight, with the mask of their sources.
 ///
@@ -77,7 +77,7 @@ impl State {
         session: &mut Session,
         mask: DynValue,
         given: (&DynValue, &DynValue),
-        wanted: Wanted,
+        wanted: LogitsRequest,
         options: &RunOptions<NoSelectedOutputs>,
     ) -> ort::Result<(State, Option<Returned>)> {
         let items = mask.shape()[0] as usize;

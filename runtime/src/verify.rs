@@ -17,8 +17,8 @@ use crate::error::Error;
 use crate::generate;
 use crate::model::{Logits, Model};
 use crate::options::GenerationOptions;
-use crate::scores::Wanted;
 use crate::search::Search;
+use t5gemma_kernels::LogitsRequest;
 
 pub use comparison::{Comparison, comparison};
 
@@ -274,14 +274,14 @@ fn forced(
         let encoded = model.run_encoder(&run, cancel)?;
         let prompts = Prompts { length: pieces[0], ids: part(0, pieces[0]) };
         let prompts = prompts.piece(of_run.clone()).widened(run.rows());
-        let (mut state, mut logits) = model.start(encoded, prompts, Wanted::All, cancel)?;
+        let (mut state, mut logits) = model.start(encoded, prompts, LogitsRequest::All, cancel)?;
         take(0, &of_run, &mut logits)?;
         let kept: Vec<usize> = (0..of_run.len()).collect();
         state.select(&kept, &kept)?;
         let mut fed = pieces[0];
         for (piece, &count) in (1..).zip(&pieces[1..]) {
             let tokens = Prompts { length: count, ids: part(fed, count) }.piece(of_run.clone()).ids;
-            logits = model.step(&mut state, tokens, Wanted::All, cancel)?;
+            logits = model.step(&mut state, tokens, LogitsRequest::All, cancel)?;
             take(piece, &of_run, &mut logits)?;
             fed += count;
         }

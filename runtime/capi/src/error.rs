@@ -97,7 +97,7 @@ impl From<Error> for Failure {
             Error::Config { error, .. } => (Code::Model, Some(error.field)),
             Error::GenerationConfig { error, .. } => (Code::Model, Some(error.option)),
             Error::Interface { port, .. } => (Code::Model, Some(port)),
-            Error::Unsupported { .. } => (Code::Unsupported, None),
+            Error::Unsupported { .. } | Error::Kernels(_) => (Code::Unsupported, None),
             Error::OnnxRuntime { .. } => (Code::OnnxRuntime, None),
             Error::Input { field, .. } => (Code::Input, Some(field)),
             Error::Options(error) => (Code::Options, Some(error.option)),

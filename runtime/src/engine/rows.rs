@@ -7,8 +7,8 @@ use crate::batch::{Batch, Prompts};
 use crate::cancellation::Cancellation;
 use crate::error::Error;
 use crate::model::{Logits, Model};
-use crate::scores::Wanted;
 use crate::state::{First, Ragged, State};
+use t5gemma_kernels::LogitsRequest;
 
 /// Keys and values of rows that share their steps.
 pub(super) enum Rows {
@@ -38,7 +38,7 @@ impl Begun {
         model: &Model,
         sources: &Batch,
         prompts: Prompts,
-        wanted: Wanted,
+        wanted: LogitsRequest,
         cancel: &Cancellation,
     ) -> Result<(Begun, Logits), Error> {
         let encoded = model.run_encoder(sources, cancel)?;
@@ -87,7 +87,7 @@ impl Rows {
         &mut self,
         model: &Model,
         tokens: Vec<i64>,
-        wanted: Wanted,
+        wanted: LogitsRequest,
         cancel: &Cancellation,
     ) -> Result<Logits, Error> {
         match self {

@@ -5,7 +5,9 @@
 //! A truncation looks only at tokens that are still allowed: after `top_k`, which is on by default, these are a few of 256
 //! thousand. A forbidden token has probability 0 and cannot change what any of the definitions keeps.
 
-use super::{Norm, exp, rank};
+use t5gemma_kernels::log_softmax::{LogSumExp, exp};
+
+use super::rank;
 use crate::options::GenerationOptions;
 
 /// A warper, in Hugging Face's words.
@@ -120,8 +122,8 @@ impl Warper {
             Warper::Typical { mass, least } => {
                 let mut entries = allowed(scores);
                 let entropy: f64 = information(&entries).iter().sum();
-                let norm = Norm::of(scores);
-                let far = |entry: &Entry| (-norm.subtract(entry.score) - entropy as f32).abs();
+                let norm = LogSumExp::of(scores);
+                let far = |entry: &Entry| (-norm.log_probability(entry.score) - entropy as f32).abs();
                 entries.sort_by(|a, b| far(a).total_cmp(&far(b)).then(a.token.cmp(&b.token)));
                 let mut sum = 0.0f64;
                 let within = entries.iter().take_while(|entry| {
@@ -164,7 +166,7 @@ impl Entry {
 
 /// The tokens whose score is not −∞, with their probabilities.
 fn allowed(scores: &[f32]) -> Vec<Entry> {
-    let norm = Norm::of(scores);
+    let norm = LogSumExp::of(scores);
     let sum = norm.log_sum.exp();
     (scores.iter().enumerate())
         .filter(|(_, score)| **score != f32::NEG_INFINITY)
@@ -175,8 +177,8 @@ fn allowed(scores: &[f32]) -> Vec<Entry> {
 /// `−p · log p` of each entry, where the entries are all there is.
 fn information(entries: &[Entry]) -> Vec<f64> {
     let scores: Vec<f32> = entries.iter().map(|entry| entry.score).collect();
-    let norm = Norm::of(&scores);
-    scores.iter().map(|&score| norm.subtract(score)).map(|log| f64::from(-log * exp(log))).collect()
+    let norm = LogSumExp::of(&scores);
+    scores.iter().map(|&score| norm.log_probability(score)).map(|log| f64::from(-log * exp(log))).collect()
 }
 
 fn forbid(scores: &mut [f32], is_out: impl Fn(f32) -> bool) {

@@ -11,7 +11,7 @@ use ort::value::{DynValue, Tensor};
 
 use super::logits::LogitsPort;
 use super::{Returned, attended_port, keep_rows};
-use crate::scores::Wanted;
+use t5gemma_kernels::LogitsRequest;
 
 /// Room for this many target tokens to begin with.
 const FIRST_CAPACITY: usize = 64;
@@ -70,7 +70,7 @@ impl InPlace {
         &mut self,
         session: &mut Session,
         tokens: &[i64],
-        wanted: Wanted,
+        wanted: LogitsRequest,
         options: &RunOptions<NoSelectedOutputs>,
     ) -> ort::Result<Returned> {
         let rows = self.mask_rows();

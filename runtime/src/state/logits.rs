@@ -6,7 +6,7 @@ use ort::session::{IoBinding, Session};
 use ort::value::Tensor;
 
 use super::Device;
-use crate::scores::Wanted;
+use t5gemma_kernels::LogitsRequest;
 
 /// The output of a session that returns logits.
 pub(super) struct LogitsPort {
@@ -33,8 +33,8 @@ impl LogitsPort {
     }
 
     /// Binds it for the next run.
-    pub fn bind(&mut self, binding: &mut IoBinding, wanted: Wanted) -> ort::Result<()> {
-        if matches!(wanted, Wanted::Best { listed: true, .. }) {
+    pub fn bind(&mut self, binding: &mut IoBinding, wanted: LogitsRequest) -> ort::Result<()> {
+        if matches!(wanted, LogitsRequest::TopK { sparse: true, .. }) {
             // Anew for each run: what the one before returned would be taken for the memory to use.
             self.has_memory = false;
             return binding.bind_output_to_device(self.name.as_str(), &Device::Cpu.memory()?);

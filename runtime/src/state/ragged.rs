@@ -15,7 +15,7 @@ use ort::value::{DynValue, Tensor, TensorValueType};
 
 use super::logits::LogitsPort;
 use super::{Returned, attended_port};
-use crate::scores::Wanted;
+use t5gemma_kernels::LogitsRequest;
 
 /// Room for this many target tokens at least.
 const LEAST_CAPACITY: usize = 64;
@@ -154,7 +154,7 @@ impl Ragged {
         &mut self,
         session: &mut Session,
         tokens: &[i64],
-        wanted: Wanted,
+        wanted: LogitsRequest,
         options: &RunOptions<NoSelectedOutputs>,
     ) -> ort::Result<Returned> {
         let longest = self.members.iter().map(|member| member.length).max().unwrap_or(0);

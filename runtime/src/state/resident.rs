@@ -18,7 +18,7 @@ use super::candidates::spread;
 use super::steady::{Pool, SOURCES, Size, Steady, cut, padded};
 use super::{Returned, attended_port, keep_rows};
 use crate::model::Graph;
-use crate::scores::Wanted;
+use t5gemma_kernels::LogitsRequest;
 
 /// Room for this many target tokens to begin with, where it can be extended.
 const FIRST_CAPACITY: usize = 64;
@@ -73,9 +73,9 @@ impl Plan {
     }
 
     /// The outputs that hold what is wanted of the logits. What is not bound is not copied from the device.
-    fn scores(&self, logits: String, wanted: Wanted) -> Vec<String> {
+    fn scores(&self, logits: String, wanted: LogitsRequest) -> Vec<String> {
         match (wanted, self.candidates) {
-            (Wanted::Best { count, .. }, Some(most)) if count <= most => {
+            (LogitsRequest::TopK { k, .. }, Some(most)) if k <= most => {
                 [TOP_SCORES, TOP_IDS, LOG_SUM_EXP].map(String::from).to_vec()
             }
             _ => vec![logits],
@@ -138,7 +138,7 @@ impl Resident {
         session: &mut Session,
         mask: DynValue,
         (ids, hidden): (&DynValue, &DynValue),
-        wanted: Wanted,
+        wanted: LogitsRequest,
         options: &RunOptions<NoSelectedOutputs>,
     ) -> ort::Result<(Resident, Option<Returned>)> {
         let (items, prompt) = (mask.shape()[0] as usize, ids.shape()[1] as usize);
@@ -208,7 +208,7 @@ impl Resident {
         &mut self,
         session: &mut Session,
         tokens: &[i64],
-        wanted: Wanted,
+        wanted: LogitsRequest,
         options: &RunOptions<NoSelectedOutputs>,
     ) -> ort::Result<Returned> {
         let count = tokens.len() / self.rows;
@@ -436,7 +436,7 @@ impl Resident {
         (rows, places): (&[usize], Vec<i64>),
         mut bind: impl FnMut(&mut IoBinding, &str, usize) -> ort::Result<()>,
     ) -> ort::Result<Vec<DynValue>> {
-        let mut session = self.plan.reorder.lock(Wanted::All);
+        let mut session = self.plan.reorder.lock(LogitsRequest::All);
         let mut binding = session.create_binding()?;
         let parents = Tensor::from_array(([rows.len()], rows.iter().map(|&row| row as i64).collect::<Vec<_>>()))?;
         let places = Tensor::from_array(([places.len()], places))?;

@@ -13,8 +13,8 @@ use std::ops::Range;
 
 use super::avx2::{AHEAD, SUMS, across, at_a_time, fetch, two_scales};
 use super::{Columns, Output, SHIFT, Weights, vnni};
-use crate::kernels::aligned::Aligned;
-use crate::kernels::processor::{Level, level};
+use crate::aligned::Aligned;
+use crate::processor::{Level, level};
 
 /// The greatest number that an activation is rounded to, by the bits of the weights.
 fn greatest(bits: usize) -> f32 {

@@ -9,7 +9,8 @@ use ort::value::TensorElementType;
 use super::functions::{Tanhs, tanhs};
 use super::processor::at_level;
 use super::{Parts, Spread, spread};
-use crate::scores::Summary;
+use crate::log_softmax::LogSumExp;
+use crate::logits::LogitsStats;
 
 /// Beyond this the exponential of the least logit, taken relative to the cap, would be no number of float32's full precision.
 const GREATEST_CAP: f32 = 40.0;
@@ -18,10 +19,10 @@ const BLOCKS: usize = 16;
 
 /// What a session's `Tanh` has found of the logits of its last run.
 #[derive(Debug, Default)]
-pub(crate) struct Told {
+pub struct Told {
     /// Logits in a row, and what they are the hyperbolic tangents times.
     logits: Option<(usize, f32)>,
-    found: Mutex<Option<Summary>>,
+    found: Mutex<Option<LogitsStats>>,
 }
 
 impl Told {
@@ -44,7 +45,7 @@ impl Told {
     /// What log-softmax subtracts from logits that rows of `width` such numbers will be made into: the greatest, and the logarithm of
     /// the sum of the exponentials relative to it.
     #[cfg(target_arch = "x86_64")]
-    pub fn norms(&self, x: &[f32], width: usize, spread: Spread) -> ort::Result<Vec<[f32; 2]>> {
+    pub fn norms(&self, x: &[f32], width: usize, spread: Spread) -> ort::Result<Vec<LogSumExp>> {
         Ok(tanhs_of_rows(x, None, width, self.cap(), spread)?.0)
     }
 
@@ -56,7 +57,7 @@ impl Told {
 
     /// The norm of a row of these parts.
     #[cfg(target_arch = "x86_64")]
-    pub fn norm(&self, parts: &[Share]) -> [f32; 2] {
+    pub fn norm(&self, parts: &[Share]) -> LogSumExp {
         norm(parts, self.cap())
     }
 
@@ -66,12 +67,12 @@ impl Told {
     }
 
     /// Has it tell this.
-    pub fn tell(&self, found: Summary) {
+    pub fn tell(&self, found: LogitsStats) {
         *self.found.lock().unwrap_or_else(PoisonError::into_inner) = Some(found);
     }
 
     /// What was found, which is forgotten thereby.
-    pub fn take(&self) -> Option<Summary> {
+    pub fn take(&self) -> Option<LogitsStats> {
         self.found.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 }
@@ -93,9 +94,10 @@ impl Share {
 }
 
 /// The greatest logit of a row, and the logarithm of the sum of all exponentials relative to it.
-fn norm(parts: &[Share], cap: f32) -> [f32; 2] {
+fn norm(parts: &[Share], cap: f32) -> LogSumExp {
     let max = parts.iter().map(|part| part.greatest).fold(f32::NEG_INFINITY, f32::max);
-    [max, (parts.iter().map(|part| part.sum).sum::<f64>().ln() + f64::from(cap) - f64::from(max)) as f32]
+    let sum = parts.iter().map(|part| part.sum).sum::<f64>();
+    LogSumExp { max, log_sum: (sum.ln() + f64::from(cap) - f64::from(max)) as f32 }
 }
 
 /// `tanh(x)` of float32.
@@ -143,22 +145,22 @@ impl Kernel for OfAll {
         let (width, cap) = logits.unwrap_or((x.len(), 1.0));
         let (norms, maxima) = tanhs_of_rows(x, Some(y), width, cap, &|parts, work| spread(context, parts, work))?;
         if logits.is_some() {
-            self.told.tell(Summary::new(norms, maxima));
+            self.told.tell(LogitsStats::new(norms, maxima));
         }
         Ok(())
     }
 }
 
 /// The hyperbolic tangents `y` of rows `x [rows, width]`, if these are wanted, and what there is to say of `cap` times them: see
-/// [`Summary::new`].
+/// [`LogitsStats::new`].
 fn tanhs_of_rows(
     x: &[f32],
     y: Option<&mut [f32]>,
     width: usize,
     cap: f32,
     spread: Spread,
-) -> ort::Result<(Vec<[f32; 2]>, Vec<f32>)> {
-    let (rows, blocks) = (x.len() / width, width.div_ceil(Summary::BLOCK));
+) -> ort::Result<(Vec<LogSumExp>, Vec<f32>)> {
+    let (rows, blocks) = (x.len() / width, width.div_ceil(LogitsStats::BLOCK));
     let parts = blocks.div_ceil(BLOCKS);
     let mut shares = vec![Share::default(); rows * blocks];
     let of_shares = Parts::new(&mut shares);
@@ -167,7 +169,7 @@ fn tanhs_of_rows(
         let (row, first) = (part / parts, part % parts * BLOCKS);
         for block in first..blocks.min(first + BLOCKS) {
             let (start, at) = (row * width, row * blocks + block);
-            let range = start + block * Summary::BLOCK..start + width.min((block + 1) * Summary::BLOCK);
+            let range = start + block * LogitsStats::BLOCK..start + width.min((block + 1) * LogitsStats::BLOCK);
             // SAFETY: every block is written by one call only.
             unsafe {
                 let to = of_y.as_ref().map(|y| y.of(range.clone()));
@@ -195,7 +197,7 @@ mod tests {
             let x: Vec<f32> = (0..rows * width).map(|at| ((at * 7919) % 2003) as f32 / 700.0 - 1.5).collect();
             let mut y = vec![f32::NAN; x.len()];
             let found = |y| match tanhs_of_rows(&x, y, width, cap, &alone) {
-                Ok((norms, maxima)) => Summary::new(norms, maxima),
+                Ok((norms, maxima)) => LogitsStats::new(norms, maxima),
                 Err(error) => panic!("{width}: {error}"),
             };
             let (alone, found) = (found(None), found(Some(&mut y)));
@@ -204,7 +206,7 @@ mod tests {
                 assert!((f64::from(*x).tanh() - f64::from(y)).abs() < 3e-7, "{x}: {y}");
             }
             let logits: Vec<f32> = y.iter().map(|y| y * cap).collect();
-            assert_eq!(found, Summary::of(&logits, width).near(&found), "{width}");
+            assert_eq!(found, LogitsStats::of(&logits, width).near(&found), "{width}");
         }
     }
 
@@ -214,8 +216,8 @@ mod tests {
         x[2500] = f32::NAN;
         let mut y = x.clone();
         let Ok((norms, maxima)) = tanhs_of_rows(&x, Some(&mut y), 1500, 30.0, &alone) else { panic!("not computed") };
-        let found = Summary::new(norms, maxima);
-        assert!(found.all().rows(0, 1).are_finite() && !found.all().rows(1, 1).are_finite());
+        let found = LogitsStats::new(norms, maxima);
+        assert!(found.view().rows(0, 1).all_finite() && !found.view().rows(1, 1).all_finite());
         assert!(y[2500].is_nan() && y[2499] == y[0]);
     }
 }

@@ -14,8 +14,9 @@ use super::super::product::{self, Activations, Columns, Output, Purpose, Weights
 use super::super::tanh::{Share, Told};
 use super::super::{Parts, Spread};
 use super::{CHUNK, List, greatest, held};
-use crate::kernels::aligned::Aligned;
-use crate::scores::Summary;
+use crate::aligned::Aligned;
+use crate::log_softmax::LogSumExp;
+use crate::logits::LogitsStats;
 
 /// Results of all rows that a thread computes at a time: a part of its second cache.
 const AT_A_TIME: usize = 16 << 10;
@@ -117,7 +118,7 @@ pub(in super::super) unsafe fn list(
     }
     let norms = match told {
         Some(told) => sums.chunks_exact(shares).map(|sums| told.norm(sums)).collect(),
-        None => vec![[0.0; 2]; rows],
+        None => vec![LogSumExp::ZERO; rows],
     };
     Ok(listed(kept, &limits, norms, n))
 }
@@ -149,7 +150,7 @@ fn keep(row: usize, first: usize, results: &[f32], limit: f32, kept: &mut Vec<Ke
 }
 
 /// The results of each row that are not less than its limit; nothing if they are too many.
-fn listed(kept: &[Mutex<Vec<Kept>>], limits: &[f32], norms: Vec<[f32; 2]>, n: usize) -> Option<List> {
+fn listed(kept: &[Mutex<Vec<Kept>>], limits: &[f32], norms: Vec<LogSumExp>, n: usize) -> Option<List> {
     let mut of_rows = vec![Vec::new(); limits.len()];
     for part in kept {
         for Kept { row, column, results } in &*held(part) {
@@ -166,7 +167,7 @@ fn listed(kept: &[Mutex<Vec<Kept>>], limits: &[f32], norms: Vec<[f32; 2]>, n: us
     if width > n / LISTED {
         return None;
     }
-    of_rows.iter_mut().for_each(|row| row.resize(width, (Summary::NONE, f32::NEG_INFINITY)));
+    of_rows.iter_mut().for_each(|row| row.resize(width, (LogitsStats::NO_TOKEN, f32::NEG_INFINITY)));
     let (tokens, results) = of_rows.into_iter().flatten().unzip();
     Some(List { tokens, width, results, norms })
 }
@@ -205,7 +206,7 @@ mod tests {
                 assert!(width >= count && width < n / LISTED, "{width} of {n}");
                 for (row, plain) in plain.chunks(n).enumerate() {
                     let (tokens, results) = (&tokens[row * width..][..width], &results[row * width..][..width]);
-                    let there = tokens.partition_point(|&token| token != Summary::NONE);
+                    let there = tokens.partition_point(|&token| token != LogitsStats::NO_TOKEN);
                     assert!(tokens[..there].is_sorted_by(|a, b| a < b));
                     assert!(results[there..].iter().all(|&result| result == f32::NEG_INFINITY));
                     for (&token, result) in tokens[..there].iter().zip(results) {
@@ -218,7 +219,8 @@ mod tests {
                         let logits = plain.iter().map(|&x| 30.0 * f64::from(x).tanh());
                         let greatest = logits.clone().fold(f64::NEG_INFINITY, f64::max);
                         let sum = logits.map(|logit| (logit - greatest).exp()).sum::<f64>().ln();
-                        let [max, log_sum] = norms[row].map(f64::from);
+                        let LogSumExp { max, log_sum } = norms[row];
+                        let (max, log_sum) = (f64::from(max), f64::from(log_sum));
                         let apart = (max - greatest).abs() + (log_sum - sum).abs();
                         assert!(apart < 1e-4, "{rows} rows, {row}: {max} for {greatest}, {log_sum} for {sum}");
                     }

@@ -1,14 +1,23 @@
 //! Which tokens of the sources that a decoder begins with are there: of padding no keys and values are computed.
 
 use std::ops::Range;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use ort::operator::KernelContext;
-use t5gemma_graphs::interface::reads_source;
 
-/// Whether a product is that of hidden states of sources in a decoder, by the names of its weights.
-pub fn of_source(node: &KernelContext) -> ort::Result<bool> {
-    Ok(node.inputs()?.iter().any(|input| reads_source(input.name())))
+/// Tells by the name of a weight whether it is multiplied with hidden states of sources.
+#[derive(Clone)]
+pub struct ReadsSource(Arc<dyn Fn(&str) -> bool + Send + Sync>);
+
+impl ReadsSource {
+    pub fn new(reads_source: impl Fn(&str) -> bool + Send + Sync + 'static) -> ReadsSource {
+        ReadsSource(Arc::new(reads_source))
+    }
+
+    /// Whether one of the node's inputs is such a weight.
+    pub fn of(&self, node: &KernelContext) -> ort::Result<bool> {
+        Ok(node.inputs()?.iter().any(|input| (self.0)(input.name())))
+    }
 }
 
 /// The tokens of the sources of the run that is under way, those of padding false; none if nothing is known of them.

@@ -18,10 +18,10 @@ use std::ops::Range;
 
 use super::rough::along;
 use super::{Columns, Output, Weights};
-use crate::kernels::aligned::Aligned;
-use crate::kernels::amx::SIDE;
-use crate::kernels::avx512::mask;
-use crate::kernels::processor::Level;
+use crate::aligned::Aligned;
+use crate::amx::SIDE;
+use crate::avx512::mask;
+use crate::processor::Level;
 
 /// Bytes of activations that each number is rounded to.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]

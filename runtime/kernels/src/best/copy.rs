@@ -5,8 +5,8 @@ use std::sync::atomic::AtomicU32;
 use memmap2::MmapMut;
 
 use super::{CHUNK, Reads, Spread, Table, share};
-use crate::kernels::Parts;
-use crate::kernels::product::Weights;
+use crate::Parts;
+use crate::product::Weights;
 
 /// Numbers with one scale.
 const BLOCK: usize = 128;

@@ -9,13 +9,13 @@
 
 use std::ops::Range;
 
-use crate::kernels::aligned::Aligned;
-use crate::kernels::functions::{dots, exponentials, softcap};
+use crate::aligned::Aligned;
+use crate::functions::{dots, exponentials, softcap};
 #[cfg(target_arch = "x86_64")]
-use crate::kernels::processor::{Level, level};
+use crate::processor::{Level, level};
 #[cfg(target_arch = "x86_64")]
-use crate::kernels::sixteen::{Avx2, Avx512};
-use crate::kernels::sixteen::{Plain, Sixteen};
+use crate::sixteen::{Avx2, Avx512};
+use crate::sixteen::{Plain, Sixteen};
 
 /// Queries that are computed at a time: as many as there are registers for sums of theirs, with AVX-512 twice as many.
 const TILE: usize = 6;

@@ -14,9 +14,9 @@ use std::ops::Range;
 
 use super::super::Weights;
 use super::Product;
-use crate::kernels::amx::{SIDE, Tiles, WIDTH};
-use crate::kernels::avx512::{mask, turned};
-use crate::kernels::processor::Level;
+use crate::amx::{SIDE, Tiles, WIDTH};
+use crate::avx512::{mask, turned};
+use crate::processor::Level;
 
 /// From so many rows on AMX is faster than what takes weights as they lie.
 pub const MANY: usize = 2;

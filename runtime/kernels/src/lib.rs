@@ -19,19 +19,22 @@ mod amx;
 mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[doc(hidden)]
+pub mod bench;
 #[cfg(target_arch = "x86_64")]
 mod best;
+mod error;
 #[cfg(target_arch = "x86_64")]
 mod float;
 mod functions;
 mod gelu;
+pub mod log_softmax;
+mod logits;
 mod processor;
 mod product;
 mod sixteen;
 mod sources;
 mod tanh;
-#[cfg(feature = "timed")]
-mod timed;
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -40,16 +43,15 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use ort::operator::{ComputeContext, Kernel, KernelContext, Operator, OperatorDomain, OperatorInput, OperatorOutput};
 use ort::value::TensorElementType;
 
-use crate::scores::{Summary, Wanted};
-pub use processor::instructions;
+pub use error::Error;
+pub use logits::{LogitsRequest, LogitsStats, LogitsStatsView};
+pub use processor::{Level, instructions, level};
 use product::{Activations, Columns, Purpose, Weights};
-use sources::{Sources, of_source};
-#[cfg(feature = "timed")]
-pub use timed::*;
+use sources::{ReadsSource, Sources};
 
 /// What a session computes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Side {
+pub enum Side {
     /// Hidden states of whole sources: products of very many rows, which wait for the processor rather than for the memory. Weights of
     /// few bits meet activations of 8 bits there, where those are faster than 16.
     Encoder,
@@ -58,21 +60,28 @@ pub(crate) enum Side {
 }
 
 /// The kernels of a session: what they have in common with those of the model's other sessions, and what is wanted of them.
-pub(crate) struct Kernels {
+pub struct Kernels {
     wish: Arc<Wish>,
     told: Arc<tanh::Told>,
     sources: Arc<Sources>,
+    reads_source: ReadsSource,
     #[cfg(target_arch = "x86_64")]
     copies: Arc<best::Copies>,
 }
 
 impl Kernels {
-    /// Those for a model whose head has so many rows, and whose logits have this soft-cap.
-    pub fn new(vocab_size: usize, cap: Option<f64>) -> Kernels {
+    /// Those for a model whose head has so many rows, and whose logits have this soft-cap. `reads_source` tells by the name of a decoder's
+    /// weight whether it is multiplied with the hidden states of the source rather than with states of the target.
+    pub fn new(
+        vocab_size: usize,
+        cap: Option<f64>,
+        reads_source: impl Fn(&str) -> bool + Send + Sync + 'static,
+    ) -> Kernels {
         Kernels {
             wish: Arc::default(),
             told: Arc::new(tanh::Told::new(vocab_size, cap)),
             sources: Arc::default(),
+            reads_source: ReadsSource::new(reads_source),
             #[cfg(target_arch = "x86_64")]
             copies: Arc::new(best::Copies::new(vocab_size, cap.map_or(1.0, |cap| cap as f32))),
         }
@@ -84,6 +93,7 @@ impl Kernels {
             wish: Arc::default(),
             told: Arc::new(self.told.beside()),
             sources: Arc::default(),
+            reads_source: self.reads_source.clone(),
             #[cfg(target_arch = "x86_64")]
             copies: self.copies.clone(),
         }
@@ -91,10 +101,10 @@ impl Kernels {
 
     /// Says what is wanted of the results of the head, before a run, by who has the session to itself. Where a list of them will do, the
     /// run may return logits of any number, of which [`Kernels::summary`] has the tokens.
-    pub fn want(&self, wanted: Wanted) {
+    pub fn want(&self, wanted: LogitsRequest) {
         let wanted = match wanted {
             // Their sum is that of logits, and what lists them knows of a soft-cap alone how logits come of results.
-            Wanted::Best { sum: true, .. } if !self.told.sums() => wanted.in_whole_rows(),
+            LogitsRequest::TopK { log_sum_exp: true, .. } if !self.told.sums() => wanted.dense(),
             wanted => wanted,
         };
         self.wish.set(wanted);
@@ -109,7 +119,7 @@ impl Kernels {
 
     /// What was found of the logits of the last run, row after row of whatever positions there are; nothing if no kernel here has made
     /// them.
-    pub fn summary(&self) -> Option<Summary> {
+    pub fn summary(&self) -> Option<LogitsStats> {
         self.told.take()
     }
 
@@ -133,14 +143,17 @@ impl Kernels {
                         side,
                         in_few_bits: in_few_bits.clone(),
                         sources: self.sources.clone(),
+                        reads_source: self.reads_source.clone(),
                         #[cfg(target_arch = "x86_64")]
                         best: self.best(),
                     })?,
                     "GroupQueryAttention" => operators.add(attention::GroupQueryAttention)?,
                     #[cfg(target_arch = "x86_64")]
-                    "TransposeMatMul" => {
-                        operators.add(TransposeMatMul { best: self.best(), sources: self.sources.clone() })?
-                    }
+                    "TransposeMatMul" => operators.add(TransposeMatMul {
+                        best: self.best(),
+                        sources: self.sources.clone(),
+                        reads_source: self.reads_source.clone(),
+                    })?,
                     _ => operators,
                 };
             }
@@ -183,12 +196,12 @@ fn is_registered(name: &str) -> bool {
 }
 
 /// Whether attention computes nothing for pairs of tokens from different sources, so that sources may share a row.
-pub(crate) fn attention_skips_other_sources() -> bool {
+pub fn attention_skips_other_sources() -> bool {
     is_registered("Attention")
 }
 
 /// Whether products of few bits read the weights as they lie in the file. ONNX Runtime's own are only fast with a copy in another layout.
-pub(crate) fn reads_packed_weights_in_place() -> bool {
+pub fn reads_packed_weights_in_place() -> bool {
     is_registered("MatMulNBits")
 }
 
@@ -197,21 +210,21 @@ pub(crate) fn reads_packed_weights_in_place() -> bool {
 struct Wish(AtomicU64);
 
 impl Wish {
-    fn set(&self, wanted: Wanted) {
+    fn set(&self, wanted: LogitsRequest) {
         let code = match wanted {
-            Wanted::All => 0,
-            Wanted::Best { count, sum, listed } => {
-                (count.clamp(1, u32::MAX as usize) as u64) << 2 | u64::from(listed) << 1 | u64::from(sum)
+            LogitsRequest::All => 0,
+            LogitsRequest::TopK { k, log_sum_exp, sparse } => {
+                (k.clamp(1, u32::MAX as usize) as u64) << 2 | u64::from(sparse) << 1 | u64::from(log_sum_exp)
             }
         };
         self.0.store(code, Ordering::Release);
     }
 
     #[cfg(target_arch = "x86_64")]
-    fn get(&self) -> Wanted {
+    fn get(&self) -> LogitsRequest {
         match self.0.load(Ordering::Acquire) {
-            0 => Wanted::All,
-            code => Wanted::Best { count: (code >> 2) as usize, sum: code & 1 == 1, listed: code & 2 == 2 },
+            0 => LogitsRequest::All,
+            code => LogitsRequest::TopK { k: (code >> 2) as usize, log_sum_exp: code & 1 == 1, sparse: code & 2 == 2 },
         }
     }
 }
@@ -259,7 +272,7 @@ impl Best {
         sizes: [usize; 3],
     ) -> ort::Result<bool> {
         let wanted = self.wish.get();
-        let Wanted::Best { listed: true, .. } = wanted else { return Ok(false) };
+        let LogitsRequest::TopK { sparse: true, .. } = wanted else { return Ok(false) };
         if !float::is_here() || !self.copies.may_list(wanted, table, sizes) {
             return Ok(false);
         }
@@ -268,14 +281,14 @@ impl Best {
         let list = unsafe { self.copies.list((wanted, &self.told), room, (x, table), sizes, spread)? };
         let Some(best::List { tokens, width, results, norms }) = list else {
             // So many may be among the best that another try would be in vain.
-            self.wish.set(Wanted::All);
+            self.wish.set(LogitsRequest::All);
             return Ok(false);
         };
         let mut to = shape.to_vec();
         *to.last_mut().expect("has the axis of k") = width as i64;
         let mut output = context.output(0, to)?.ok_or_else(|| ort::Error::new("the output is missing"))?;
         output.try_extract_tensor_mut::<f32>()?.1.copy_from_slice(&results);
-        self.told.tell(Summary::of_listed(norms, tokens));
+        self.told.tell(LogitsStats::sparse(norms, tokens));
         Ok(true)
     }
 }
@@ -286,6 +299,7 @@ struct MatMulNBits {
     /// Made true: that there is such a product in the session.
     in_few_bits: Arc<AtomicBool>,
     sources: Arc<Sources>,
+    reads_source: ReadsSource,
     #[cfg(target_arch = "x86_64")]
     best: Best,
 }
@@ -322,7 +336,7 @@ impl Operator for MatMulNBits {
             let expected = "4 or 8 bits and blocks of 16, 32, 64 or 128";
             return Err(ort::Error::new(format!("MatMulNBits: expected {expected}, found {bits} and {block_size}")));
         }
-        let sources = of_source(node)?.then(|| self.sources.clone());
+        let sources = self.reads_source.of(node)?.then(|| self.sources.clone());
         self.in_few_bits.store(true, Ordering::Relaxed);
         Ok(Product {
             n,
@@ -455,6 +469,7 @@ impl Kernel for Product {
 struct TransposeMatMul {
     best: Best,
     sources: Arc<Sources>,
+    reads_source: ReadsSource,
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -484,7 +499,7 @@ impl Operator for TransposeMatMul {
         Ok(FloatProduct {
             best: self.best.clone(),
             room: best::Room::default(),
-            sources: of_source(node)?.then(|| self.sources.clone()),
+            sources: self.reads_source.of(node)?.then(|| self.sources.clone()),
             tiles: float::Tiles::default(),
         })
     }

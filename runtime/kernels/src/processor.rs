@@ -50,10 +50,7 @@ fn limited(limit: Option<&str>) -> Result<Level, Error> {
     let Some(limit) = limit else { return Ok(found()) };
     match LEVELS.iter().find(|(name, _)| *name == limit) {
         Some(&(_, level)) => Ok(level.min(found())),
-        None => Err(Error::Unsupported {
-            what: format!("{LIMIT}: expected generic, avx2, avx512_vnni or avx512_amx, found {limit:?}"),
-            remedy: "set it to one of these, or not at all".into(),
-        }),
+        None => Err(Error::InstructionSet { variable: LIMIT, found: limit.to_string() }),
     }
 }
 
@@ -67,7 +64,7 @@ macro_rules! at_level {
         fn $name($($x: $of),*) $(-> $result)? {
             #[cfg(target_arch = "x86_64")]
             {
-                use crate::kernels::{processor::{Level, level}, sixteen::{Avx2, Avx512}};
+                use crate::{processor::{Level, level}, sixteen::{Avx2, Avx512}};
                 #[target_feature(enable = "avx2,fma")]
                 fn with_avx2($($x: $of),*) $(-> $result)? {
                     // SAFETY: the features are there.
@@ -87,7 +84,7 @@ macro_rules! at_level {
                 }
             }
             // SAFETY: for any processor.
-            unsafe { $written::<crate::kernels::sixteen::Plain>($($x),*) }
+            unsafe { $written::<crate::sixteen::Plain>($($x),*) }
         }
     };
 }
@@ -163,7 +160,9 @@ mod tests {
         assert_eq!(limited(Some("avx2")).ok(), Some(found().min(Level::Avx2)));
         let error = limited(Some("avx3")).err().map(|error| error.to_string()).unwrap_or_default();
         assert!(
-            error.starts_with("T5GEMMA_MAX_CPU_ISA: expected generic, avx2, avx512_vnni or avx512_amx, found \"avx3\""),
+            error.starts_with(
+                "T5GEMMA_MAX_CPU_ISA: expected generic, avx2, avx512_vnni or avx512_amx, found \"avx3\"; "
+            ),
             "{error}"
         );
     }

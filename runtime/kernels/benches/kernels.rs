@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use t5gemma_runtime::kernels;
+use t5gemma_kernels::bench as kernels;
 
 /// Rows of activations: a step, its beams, a batch, its beams, a source.
 const ROWS: [usize; 5] = [1, 4, 8, 32, 512];

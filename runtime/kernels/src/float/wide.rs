@@ -5,9 +5,9 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::Product;
-use crate::kernels::aligned::Aligned;
-use crate::kernels::avx512::{mask, read, turn, write};
-use crate::kernels::{Parts, evenly};
+use crate::aligned::Aligned;
+use crate::avx512::{mask, read, turn, write};
+use crate::{Parts, evenly};
 
 /// Columns of a panel, two registers of sums.
 pub const WIDTH: usize = 32;

@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use super::super::Weights;
 use super::{Order, Planes, Product};
-use crate::kernels::avx512::{read, turn, turned, write};
+use crate::avx512::{read, turn, turned, write};
 
 /// Columns of a panel, two registers of sums.
 const WIDTH: usize = 32;

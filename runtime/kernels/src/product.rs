@@ -210,7 +210,6 @@ impl Activations {
     }
 
     /// Makes room for the rows `x [rows, k]`, and rounds them, on one thread.
-    #[cfg(any(target_arch = "x86_64", feature = "timed"))]
     pub fn round(&mut self, x: &[f32], weights: &Weights, purpose: Purpose) {
         self.prepare(x.len() / weights.k, weights, purpose);
         let target = self.target();

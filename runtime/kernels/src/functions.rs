@@ -39,7 +39,7 @@ unsafe fn eight_dots(a: &[f32], b: &[f32]) -> [f32; 8] {
             }
         }
     }
-    crate::kernels::product::across(sums)
+    crate::product::across(sums)
 }
 
 /// The last numbers of a slice, followed by others.

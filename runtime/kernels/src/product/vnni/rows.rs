@@ -6,7 +6,7 @@ use std::ops::Range;
 use super::super::Columns;
 use super::super::avx2::{SUMS, To, across, at_a_time};
 use super::{Product, step};
-use crate::kernels::avx512::mask;
+use crate::avx512::mask;
 
 /// Spans are of `SPAN` numbers, whatever the blocks.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]

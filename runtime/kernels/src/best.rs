@@ -34,7 +34,8 @@ use super::product::rough::{self, Rough};
 use super::product::{self, Activations, Columns, Output, Purpose, Weights};
 use super::tanh::Told;
 use super::{Parts, Spread, float};
-use crate::scores::{Summary, Wanted};
+use crate::log_softmax::LogSumExp;
+use crate::logits::{LogitsRequest, LogitsStats};
 use copy::Known;
 
 /// Matrices of fewer numbers are not worth it.
@@ -164,13 +165,13 @@ pub(super) struct Room {
 
 /// What was computed in full, and may be among the greatest.
 pub(super) struct List {
-    /// `[rows, width]`: the columns, in order, [`Summary::NONE`] where a row has fewer.
+    /// `[rows, width]`: the columns, in order, [`LogitsStats::NO_TOKEN`] where a row has fewer.
     pub tokens: Vec<u32>,
     pub width: usize,
     /// `[rows, width]`: their results, −∞ where a row has fewer.
     pub results: Vec<f32>,
     /// `[rows]`: see [`Told::norms`]; zeros where the sum of all exponentials was not wanted.
-    pub norms: Vec<[f32; 2]>,
+    pub norms: Vec<LogSumExp>,
 }
 
 /// What is to be computed in full of a part of the columns.
@@ -192,8 +193,8 @@ impl Copies {
     }
 
     /// How many of the greatest results are wanted, and whether the sum of all is, of a product that it is worth while for.
-    fn takes(&self, wanted: Wanted, w: Table, [rows, n, k]: [usize; 3]) -> Option<(usize, bool)> {
-        let Wanted::Best { count, sum, .. } = wanted else { return None };
+    fn takes(&self, wanted: LogitsRequest, w: Table, [rows, n, k]: [usize; 3]) -> Option<(usize, bool)> {
+        let LogitsRequest::TopK { k: count, log_sum_exp: sum, .. } = wanted else { return None };
         let count = if sum { count.max(w.for_the_sum()) } else { count };
         // Bounds are looked at by chunks: there have to be as many as results that are wanted.
         let is_worth_it = self.is_head(n, k) && rows <= MOST_ROWS && count.max(TRIED) <= n / CHUNK;
@@ -206,13 +207,13 @@ impl Copies {
     }
 
     /// The weights, if all results are to be computed in full however few are wanted.
-    fn in_full<'t>(&self, wanted: Wanted, w: Table<'t>, [rows, n, k]: [usize; 3]) -> Option<&'t Weights<'t>> {
-        let (Table::Packed(w), Wanted::Best { count, .. }) = (w, wanted) else { return None };
+    fn in_full<'t>(&self, wanted: LogitsRequest, w: Table<'t>, [rows, n, k]: [usize; 3]) -> Option<&'t Weights<'t>> {
+        let (Table::Packed(w), LogitsRequest::TopK { k: count, .. }) = (w, wanted) else { return None };
         (self.whole && self.is_head(n, k) && whole::lists(count, n) && product::waits_for_memory(rows, w)).then_some(w)
     }
 
     /// Whether [`Copies::list`] is worth while: what is still to be found out of the matrix, [`Copies::multiply`] finds out.
-    pub fn may_list(&self, wanted: Wanted, w: Table, sizes: [usize; 3]) -> bool {
+    pub fn may_list(&self, wanted: LogitsRequest, w: Table, sizes: [usize; 3]) -> bool {
         if self.in_full(wanted, w, sizes).is_some() {
             return true;
         }
@@ -228,13 +229,13 @@ impl Copies {
     /// As there.
     pub unsafe fn list(
         &self,
-        (wanted, told): (Wanted, &Told),
+        (wanted, told): (LogitsRequest, &Told),
         room: &mut Room,
         (x, w): (&[f32], Table),
         sizes: [usize; 3],
         spread: Spread,
     ) -> ort::Result<Option<List>> {
-        let Wanted::Best { count, sum, .. } = wanted else { return Ok(None) };
+        let LogitsRequest::TopK { k: count, log_sum_exp: sum, .. } = wanted else { return Ok(None) };
         if let Some(w) = self.in_full(wanted, w, sizes) {
             // SAFETY: such weights wait for the memory with the newest instructions alone.
             return unsafe { whole::list((count, sum.then_some(told)), &mut room.whole, (x, w), sizes, spread) };
@@ -248,7 +249,7 @@ impl Copies {
         if !is_done? {
             return Ok(None);
         }
-        let norms = if sum { told.norms(&room.results, n, spread)? } else { vec![[0.0; 2]; rows] };
+        let norms = if sum { told.norms(&room.results, n, spread)? } else { vec![LogSumExp::ZERO; rows] };
         let (tokens, width) = listed(&room.reached, rows);
         let mut results = Vec::with_capacity(tokens.len());
         for (tokens, of_row) in tokens.chunks_exact(width).zip(room.results.chunks_exact(n)) {
@@ -265,7 +266,7 @@ impl Copies {
     /// The processor has AVX2 and FMA, and `w` is the same at this place for as long as these copies live.
     pub unsafe fn multiply(
         &self,
-        wanted: Wanted,
+        wanted: LogitsRequest,
         room: &mut Room,
         (x, w, y): (&[f32], Table, &mut [f32]),
         [rows, n, k]: [usize; 3],
@@ -622,7 +623,7 @@ fn listed(reached: &[Mutex<Reached>], rows: usize) -> (Vec<u32>, usize) {
         }
     }
     let width = of_groups.iter().map(Vec::len).max().unwrap_or(0);
-    of_groups.iter_mut().for_each(|group| group.resize(width, Summary::NONE));
+    of_groups.iter_mut().for_each(|group| group.resize(width, LogitsStats::NO_TOKEN));
     ((0..rows).flat_map(|row| &of_groups[row / TOGETHER]).copied().collect(), width)
 }
 
@@ -682,11 +683,11 @@ mod tests {
             return;
         }
         for (rows, n, k, wanted) in [
-            (1, 65_600, 136, Wanted::Best { count: 1, sum: false, listed: false }),
-            (3, 40_001, 256, Wanted::Best { count: 60, sum: false, listed: false }),
-            (4, 40_001, 256, Wanted::Best { count: 60, sum: false, listed: false }),
-            (9, 40_001, 256, Wanted::Best { count: 30, sum: false, listed: false }),
-            (2, 70_000, 130, Wanted::Best { count: 8, sum: true, listed: false }),
+            (1, 65_600, 136, LogitsRequest::TopK { k: 1, log_sum_exp: false, sparse: false }),
+            (3, 40_001, 256, LogitsRequest::TopK { k: 60, log_sum_exp: false, sparse: false }),
+            (4, 40_001, 256, LogitsRequest::TopK { k: 60, log_sum_exp: false, sparse: false }),
+            (9, 40_001, 256, LogitsRequest::TopK { k: 30, log_sum_exp: false, sparse: false }),
+            (2, 70_000, 130, LogitsRequest::TopK { k: 8, log_sum_exp: true, sparse: false }),
         ] {
             let (x, w) = (noise(rows * k, 7), noise(n * k, 11));
             let mut plain = vec![0.0; rows * n];
@@ -699,10 +700,10 @@ mod tests {
                 // SAFETY: as above.
                 unsafe { copies.multiply(wanted, &mut room, (&x, Table::Float(&w), y), [rows, n, k], &alone) }
             };
-            for (wanted, expected) in [(wanted, false), (Wanted::All, false), (wanted, true)] {
+            for (wanted, expected) in [(wanted, false), (LogitsRequest::All, false), (wanted, true)] {
                 assert_eq!(multiply(wanted, &mut y).ok(), Some(expected), "{wanted:?}");
             }
-            let Wanted::Best { count, sum, .. } = wanted else { unreachable!("see above") };
+            let LogitsRequest::TopK { k: count, log_sum_exp: sum, .. } = wanted else { unreachable!("see above") };
             for (plain, y) in plain.chunks(n).zip(y.chunks(n)) {
                 let best = |results: &[f32]| {
                     let mut order: Vec<usize> = (0..n).collect();
@@ -722,11 +723,11 @@ mod tests {
             let list = unsafe { copies.list((wanted, &told), &mut room, (&x, Table::Float(&w)), [rows, n, k], &alone) };
             let Ok(Some(List { tokens, width, results: listed, .. })) = list else { panic!("{wanted:?}: no list") };
             for ((tokens, listed), results) in tokens.chunks(width).zip(listed.chunks(width)).zip(y.chunks(n)) {
-                let there = tokens.partition_point(|&token| token != Summary::NONE);
+                let there = tokens.partition_point(|&token| token != LogitsStats::NO_TOKEN);
                 let of_tokens = tokens[..there].iter().map(|&token| results[token as usize]);
                 assert!(of_tokens.eq(listed[..there].iter().copied()), "{wanted:?}");
                 assert!(tokens[..there].is_sorted_by(|a, b| a < b) && there < n / 2, "{there} of {n}");
-                assert!(tokens[there..].iter().all(|&token| token == Summary::NONE));
+                assert!(tokens[there..].iter().all(|&token| token == LogitsStats::NO_TOKEN));
                 let mut order: Vec<u32> = (0..n as u32).collect();
                 order.sort_by(|&a, &b| results[b as usize].total_cmp(&results[a as usize]));
                 assert!(order[..count].iter().all(|token| tokens[..there].binary_search(token).is_ok()), "{wanted:?}");
@@ -762,7 +763,7 @@ mod tests {
             let mut y = vec![f32::NAN; rows * n];
             for is_known in [false, true] {
                 let (wanted, operands) =
-                    (Wanted::Best { count: 8, sum: true, listed: false }, (&x[..], table, &mut y[..]));
+                    (LogitsRequest::TopK { k: 8, log_sum_exp: true, sparse: false }, (&x[..], table, &mut y[..]));
                 // SAFETY: the features are there, and there is one thread.
                 let done = unsafe { copies.multiply(wanted, &mut room, operands, [rows, n, k], &alone) };
                 assert_eq!(done.ok(), Some(is_known && is_taken));
@@ -818,7 +819,7 @@ mod tests {
             let mut y = vec![f32::NAN; rows * n];
             for expected in [false, true] {
                 let operands = (&x[..], Table::Packed(&weights), &mut y[..]);
-                let wanted = Wanted::Best { count, sum: false, listed: false };
+                let wanted = LogitsRequest::TopK { k: count, log_sum_exp: false, sparse: false };
                 // SAFETY: the features are there, and the weights stay.
                 let done = unsafe { copies.multiply(wanted, &mut room, operands, [rows, n, k], &alone) };
                 assert_eq!(done.ok(), Some(expected), "{bits} bits, {block_size}");
@@ -846,7 +847,7 @@ mod tests {
             // Of a row with what is not finite nothing is: that is for the plain product to tell.
             x[0] = f32::INFINITY;
             let operands = (&x[..], Table::Packed(&weights), &mut y[..]);
-            let wanted = Wanted::Best { count, sum: false, listed: false };
+            let wanted = LogitsRequest::TopK { k: count, log_sum_exp: false, sparse: false };
             // SAFETY: as above.
             let done = unsafe { copies.multiply(wanted, &mut room, operands, [rows, n, k], &alone) };
             assert_eq!(done.ok(), Some(false), "{bits} bits, {block_size}");
@@ -873,7 +874,7 @@ mod tests {
         let at = (0..k).max_by(|&a, &b| x[a].abs().total_cmp(&x[b].abs())).unwrap_or(0);
         w[40_000 * k + at] += 1e-4 * x[at].signum();
         let (copies, mut room) = (Copies::new(n, 1.0), Room::default());
-        let wanted = Wanted::Best { count: 1, sum: false, listed: false };
+        let wanted = LogitsRequest::TopK { k: 1, log_sum_exp: false, sparse: false };
         let mut y = vec![0.0; n];
         for _ in 0..TOO_BLUNT + 3 {
             let operands = (&x[..], Table::Float(&w), &mut y[..]);

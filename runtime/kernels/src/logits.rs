@@ -1,0 +1,189 @@
+//! What a caller requests of the head's logits, and the per-row statistics that come back with them.
+
+use crate::log_softmax::LogSumExp;
+
+/// What a step needs of the logits of each row.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LogitsRequest {
+    /// All of them.
+    #[default]
+    All,
+    /// The greatest `k`; of the others only that they are no greater.
+    TopK {
+        /// How many.
+        k: usize,
+        /// Whether the log-sum-exp of the whole row is needed too.
+        log_sum_exp: bool,
+        /// Whether sparse rows will do, which hold the logits of some tokens beside the ids of these tokens.
+        sparse: bool,
+    },
+}
+
+impl LogitsRequest {
+    /// The request that satisfies both.
+    pub fn union(self, other: LogitsRequest) -> LogitsRequest {
+        use LogitsRequest::{All, TopK};
+        match (self, other) {
+            (TopK { k, log_sum_exp, sparse }, TopK { k: other_k, log_sum_exp: other_sum, sparse: other_sparse }) => {
+                TopK { k: k.max(other_k), log_sum_exp: log_sum_exp || other_sum, sparse: sparse && other_sparse }
+            }
+            _ => All,
+        }
+    }
+
+    /// The same request for dense rows.
+    pub fn dense(self) -> LogitsRequest {
+        match self {
+            LogitsRequest::TopK { k, log_sum_exp, .. } => LogitsRequest::TopK { k, log_sum_exp, sparse: false },
+            LogitsRequest::All => LogitsRequest::All,
+        }
+    }
+}
+
+/// Per-row statistics computed by the kernel that produced the logits, so that nobody has to scan the vocabulary again.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LogitsStats {
+    log_sum_exps: Vec<LogSumExp>,
+    /// `[rows, blocks]`: the maximum of each [`LogitsStats::BLOCK`] logits of a row, NaN ignored; or empty.
+    block_maxima: Vec<f32>,
+    /// `[rows, logits per row]`: the token ids of sparse rows, ascending and padded with [`LogitsStats::NO_TOKEN`]; empty for dense rows.
+    tokens: Vec<u32>,
+}
+
+impl LogitsStats {
+    /// Logits that share a maximum.
+    pub const BLOCK: usize = LogSumExp::BLOCK;
+
+    /// Pads the token ids of sparse rows that hold fewer logits than others; the logit there is −∞.
+    pub const NO_TOKEN: u32 = u32::MAX;
+
+    /// Statistics of dense rows: `log_sum_exps [rows]`, NaN where a row holds a NaN, and `block_maxima [rows, blocks]`.
+    pub fn new(log_sum_exps: Vec<LogSumExp>, block_maxima: Vec<f32>) -> LogitsStats {
+        LogitsStats { log_sum_exps, block_maxima, tokens: Vec::new() }
+    }
+
+    /// Statistics of sparse rows with these token ids. Without a request for log-sum-exp, `log_sum_exps` may hold anything.
+    pub fn sparse(log_sum_exps: Vec<LogSumExp>, tokens: Vec<u32>) -> LogitsStats {
+        LogitsStats { tokens, ..LogitsStats::new(log_sum_exps, Vec::new()) }
+    }
+
+    /// Computes the statistics of dense rows of `width` logits.
+    pub fn of(rows: &[f32], width: usize) -> LogitsStats {
+        let (mut log_sum_exps, mut block_maxima, mut of_row) = (Vec::new(), Vec::new(), Vec::new());
+        for row in rows.chunks_exact(width) {
+            log_sum_exps.push(LogSumExp::with_block_maxima(row, &mut of_row));
+            block_maxima.append(&mut of_row);
+        }
+        LogitsStats::new(log_sum_exps, block_maxima)
+    }
+
+    /// Whether the rows are sparse.
+    pub fn is_sparse(&self) -> bool {
+        !self.tokens.is_empty()
+    }
+
+    /// Makes the log-sum-exp of a sparse row NaN where one of its logits is not finite. `None` if `logits` are not `rows` rows with one
+    /// logit per token id.
+    pub fn checked_against(mut self, logits: &[f32], rows: usize) -> Option<LogitsStats> {
+        if logits.len() != self.tokens.len() || self.log_sum_exps.len() != rows {
+            return None;
+        }
+        let width = logits.len() / rows;
+        let rows = logits.chunks(width).zip(self.tokens.chunks(width));
+        for (log_sum_exp, (logits, tokens)) in self.log_sum_exps.iter_mut().zip(rows) {
+            let is_broken = |(logit, &token): (&f32, &u32)| token != LogitsStats::NO_TOKEN && !logit.is_finite();
+            if logits.iter().zip(tokens).any(is_broken) {
+                log_sum_exp.max = f32::NAN;
+            }
+        }
+        Some(self)
+    }
+
+    /// The number of rows.
+    pub fn rows(&self) -> usize {
+        self.log_sum_exps.len()
+    }
+
+    /// All rows.
+    pub fn view(&self) -> LogitsStatsView<'_> {
+        LogitsStatsView { log_sum_exps: &self.log_sum_exps, block_maxima: &self.block_maxima, tokens: &self.tokens }
+    }
+
+    /// Itself, with the other's log-sums where the two differ by rounding alone.
+    #[cfg(test)]
+    pub fn near(mut self, other: &LogitsStats) -> LogitsStats {
+        for (ours, theirs) in self.log_sum_exps.iter_mut().zip(&other.log_sum_exps) {
+            if (ours.log_sum - theirs.log_sum).abs() < 2e-6 * (1.0 + ours.log_sum.abs()) {
+                ours.log_sum = theirs.log_sum;
+            }
+        }
+        self
+    }
+}
+
+/// A range of rows of [`LogitsStats`].
+#[derive(Clone, Copy, Debug)]
+pub struct LogitsStatsView<'s> {
+    log_sum_exps: &'s [LogSumExp],
+    block_maxima: &'s [f32],
+    tokens: &'s [u32],
+}
+
+impl<'s> LogitsStatsView<'s> {
+    /// `count` of the rows, from `first` on.
+    #[inline]
+    pub fn rows(self, first: usize, count: usize) -> LogitsStatsView<'s> {
+        let rows = self.log_sum_exps.len().max(1);
+        let (blocks, width) = (self.block_maxima.len() / rows, self.tokens.len() / rows);
+        LogitsStatsView {
+            log_sum_exps: &self.log_sum_exps[first..][..count],
+            block_maxima: &self.block_maxima[first * blocks..][..count * blocks],
+            tokens: &self.tokens[first * width..][..count * width],
+        }
+    }
+
+    /// The log-sum-exp of a row.
+    #[inline]
+    pub fn log_sum_exp(self, row: usize) -> LogSumExp {
+        self.log_sum_exps[row]
+    }
+
+    /// The maximum of each [`LogitsStats::BLOCK`] logits of a row; empty if these are unknown.
+    #[inline]
+    pub fn block_maxima(self, row: usize) -> &'s [f32] {
+        self.rows(row, 1).block_maxima
+    }
+
+    /// The token ids of sparse rows, row after row; empty for dense rows.
+    #[inline]
+    pub fn tokens(self) -> &'s [u32] {
+        self.tokens
+    }
+
+    /// The token id of the logit at `index` of a sparse row.
+    #[inline]
+    pub fn token(self, row: usize, index: usize) -> i64 {
+        self.tokens[row * (self.tokens.len() / self.log_sum_exps.len()) + index].into()
+    }
+
+    /// Whether no logit is NaN or infinite. Assumes soft-capped logits.
+    pub fn all_finite(self) -> bool {
+        self.log_sum_exps.iter().all(|norm| norm.max.is_finite() && norm.log_sum.is_finite())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sparse_rows_with_a_logit_that_is_not_finite_are_not_finite() {
+        let zero = LogSumExp { max: 0.0, log_sum: 0.0 };
+        let stats = || LogitsStats::sparse(vec![zero; 2], vec![3, 8, 1, LogitsStats::NO_TOKEN]);
+        let all_finite = |logits: &[f32]| stats().checked_against(logits, 2).map(|stats| stats.view().all_finite());
+        assert_eq!(all_finite(&[1.0, 2.0, 3.0, f32::NEG_INFINITY]), Some(true));
+        assert_eq!(all_finite(&[1.0, f32::NAN, 3.0, f32::NEG_INFINITY]), Some(false));
+        assert_eq!(all_finite(&[1.0, 2.0, f32::NEG_INFINITY, f32::NEG_INFINITY]), Some(false));
+        assert_eq!(all_finite(&[1.0, 2.0]), None);
+    }
+}
