@@ -14,22 +14,43 @@ mod trie;
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-pub(crate) use grammar::Vocabulary;
 pub use options::{Constraints, PrefixAllowedTokens, Sequence};
 
 use crate::cancellation::Cancellation;
 use crate::error::Error;
-use crate::model::Model;
 use crate::options::{GenerationOptions, OptionError};
 use crate::scores::Limit;
 use crate::search::{Candidate, FinishReason, Hypothesis, Search};
-use crate::tokenizer::TokenText;
-use grammar::{Match, Next};
+use crate::tokenizer::{LazyTokenizer, TokenText};
+use grammar::{Match, Next, Vocabulary};
 use phrases::{Phrase, Phrases, Progress};
 use source::Source;
 use trie::Trie;
+
+/// Compiles constraints for one model. The texts of its tokens are prepared by the first constraint that needs them.
+pub(crate) struct Compiler {
+    tokenizer: Arc<LazyTokenizer>,
+    vocab_size: usize,
+    vocabulary: OnceLock<Result<Arc<Vocabulary>, String>>,
+}
+
+impl Compiler {
+    /// A compiler for a model whose vocabulary has `vocab_size` tokens.
+    pub fn new(tokenizer: Arc<LazyTokenizer>, vocab_size: usize) -> Compiler {
+        Compiler { tokenizer, vocab_size, vocabulary: OnceLock::new() }
+    }
+
+    fn vocabulary(&self) -> Result<&Arc<Vocabulary>, Error> {
+        let tokenizer = self.tokenizer.get()?;
+        let prepare = || Vocabulary::new(tokenizer, self.vocab_size).map(Arc::new);
+        self.vocabulary
+            .get_or_init(prepare)
+            .as_ref()
+            .map_err(|problem| Error::Tokenizer { path: self.tokenizer.path().to_path_buf(), problem: problem.clone() })
+    }
+}
 
 /// The constraints of a request, compiled. An output ends only where all of them are met.
 pub(crate) struct Constraint {
@@ -59,7 +80,7 @@ impl Constraint {
     /// A grammar that cannot be compiled, tokens outside the vocabulary, text where the model has no tokenizer for it,
     /// sequences and phrases that are too long for `max_new_tokens`, or a cancellation.
     pub(crate) fn new(
-        model: &Model,
+        compiler: &Compiler,
         options: &GenerationOptions,
         prompt_len: usize,
         cancel: &Cancellation,
@@ -72,11 +93,11 @@ impl Constraint {
         let room = max_length.saturating_sub(prompt_len);
         let mut start = Vec::new();
         if !given.allowed_sequences.is_empty() {
-            let trie = allowed_sequences(model, &given.allowed_sequences, &options.eos_token_id, room)?;
+            let trie = allowed_sequences(compiler, &given.allowed_sequences, &options.eos_token_id, room)?;
             start.push(Place::Sequences(Arc::new(trie), 0));
         }
         if !given.required_phrases.is_empty() {
-            let (phrases, texts) = required_phrases(model, &given.required_phrases, &options.eos_token_id, room)?;
+            let (phrases, texts) = required_phrases(compiler, &given.required_phrases, &options.eos_token_id, room)?;
             let progress = phrases.start();
             start.push(Place::Phrases(Arc::new(phrases), progress, texts));
         }
@@ -89,7 +110,7 @@ impl Constraint {
             ("grammar", "a Lark grammar that can be compiled", lark),
         ] {
             if let Some(source) = source {
-                let compiled = model.vocabulary()?.compile(source, cancel)?;
+                let compiled = compiler.vocabulary()?.compile(source, cancel)?;
                 start.push(Place::Grammar(compiled.map_err(|found| OptionError::new(name, expected, found))?));
             }
         }
@@ -186,11 +207,11 @@ impl Place {
 }
 
 /// The tree of those sequences that fit into `room` tokens.
-fn allowed_sequences(model: &Model, sequences: &[Sequence], eos: &[i64], room: usize) -> Result<Trie, Error> {
+fn allowed_sequences(compiler: &Compiler, sequences: &[Sequence], eos: &[i64], room: usize) -> Result<Trie, Error> {
     const NAME: &str = "allowed_sequences";
     let mut all = Vec::new();
     for sequence in sequences {
-        let mut tokens = tokens(model, NAME, sequence)?;
+        let mut tokens = tokens(compiler, NAME, sequence)?;
         // Written out or not, an end of sequence follows.
         tokens.pop_if(|last| eos.contains(last));
         check_ends(NAME, &tokens, eos)?;
@@ -207,7 +228,7 @@ fn allowed_sequences(model: &Model, sequences: &[Sequence], eos: &[i64], room: u
 
 /// The phrases with their spellings, and the texts of all tokens if a phrase is text.
 fn required_phrases(
-    model: &Model,
+    compiler: &Compiler,
     sequences: &[Sequence],
     eos: &[i64],
     room: usize,
@@ -216,13 +237,13 @@ fn required_phrases(
     let mut texts: Arc<[TokenText]> = Arc::new([]);
     let mut phrases = Vec::new();
     for sequence in sequences {
-        let spelled = tokens(model, NAME, sequence)?;
+        let spelled = tokens(compiler, NAME, sequence)?;
         check_ends(NAME, &spelled, eos)?;
         let phrase = match sequence {
             Sequence::Tokens(_) => Phrase { text: None, spellings: vec![spelled] },
             Sequence::Text(text) => {
-                texts = model.vocabulary()?.texts().clone();
-                let spaced = tokens(model, NAME, &Sequence::Text(format!(" {text}")))?;
+                texts = compiler.vocabulary()?.texts().clone();
+                let spaced = tokens(compiler, NAME, &Sequence::Text(format!(" {text}")))?;
                 let mut spellings = vec![spelled, spaced];
                 spellings.retain(|spelling| spells(&texts, spelling, text));
                 if spellings.is_empty() {
@@ -250,10 +271,10 @@ fn spells(texts: &[TokenText], spelling: &[i64], text: &str) -> bool {
 }
 
 /// The tokens of a sequence, all of them in the vocabulary.
-fn tokens(model: &Model, name: &str, sequence: &Sequence) -> Result<Vec<i64>, Error> {
-    let vocab_size = model.config().decoder.vocab_size;
+fn tokens(compiler: &Compiler, name: &str, sequence: &Sequence) -> Result<Vec<i64>, Error> {
+    let vocab_size = compiler.vocab_size;
     let tokens = match sequence {
-        Sequence::Text(text) => model.tokenizer()?.encode_target(text)?,
+        Sequence::Text(text) => compiler.tokenizer.get()?.encode_target(text)?,
         Sequence::Tokens(tokens) => tokens.clone(),
     };
     match tokens.iter().find(|&&token| usize::try_from(token).map_or(true, |token| token >= vocab_size)) {

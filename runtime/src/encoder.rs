@@ -5,7 +5,6 @@
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
 
 use ndarray::{Array2, Array3, ArrayD, ArrayView2, Axis, IxDyn};
 use t5gemma_graphs::config::Config;
@@ -21,7 +20,7 @@ use crate::model::{Graph, OpenOptions, Opener, check_options, float32_values, ru
 use crate::needs::{Limits, pieces_to_encode};
 use crate::profiles::Profiles;
 use crate::provider::{Provider, no_graphs};
-use crate::tokenizer::{Tokenizer, Unusable};
+use crate::tokenizer::{LazyTokenizer, Tokenizer};
 
 /// An opened encoder or classifier, to be used from any number of threads. It runs one call at a time.
 pub struct Encoder {
@@ -30,7 +29,7 @@ pub struct Encoder {
     /// Whether the processor computes it.
     on_cpu: bool,
     limits: Limits,
-    tokenizer: OnceLock<Result<Tokenizer, Unusable>>,
+    tokenizer: LazyTokenizer,
     folder: Folder,
 }
 
@@ -58,7 +57,8 @@ impl Encoder {
         let session = Opener::new(&folder, options)?.open(first.name, &first.ports)?;
         let on_cpu = options.placement.provider == Provider::Cpu;
         let limits = folder.limits(options.limits);
-        Ok(Encoder { session, on_cpu, limits, tokenizer: OnceLock::new(), folder })
+        let tokenizer = LazyTokenizer::in_folder(&folder.path);
+        Ok(Encoder { session, on_cpu, limits, tokenizer, folder })
     }
 
     /// The model's configuration.
@@ -86,9 +86,7 @@ impl Encoder {
     /// # Errors
     /// The folder has no `tokenizer.json`, or one that cannot be used.
     pub fn tokenizer(&self) -> Result<&Tokenizer, Error> {
-        let path = self.folder.path.join(Tokenizer::FILE);
-        let loaded = self.tokenizer.get_or_init(|| Tokenizer::read(&path));
-        loaded.as_ref().map_err(|error| error.at(&path))
+        self.tokenizer.get()
     }
 
     /// What pads sources of unequal length.

@@ -88,7 +88,7 @@ impl Call {
                 return Err(model.tells_no_attentions(option, neutral, &found).into());
             }
         }
-        let constraint = Constraint::new(model, options, prompts.length, cancel)?;
+        let constraint = Constraint::new(model.constraint_compiler(), options, prompts.length, cancel)?;
         if !options.stop_strings.is_empty() {
             model.tokenizer()?;
         }

@@ -10,7 +10,7 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use half::{bf16, f16};
 use ndarray::{Array3, s};
@@ -27,7 +27,7 @@ use crate::alignment::CrossAttentions;
 use crate::apart;
 use crate::batch::{Batch, Prompts};
 use crate::cancellation::Cancellation;
-use crate::constraint::Vocabulary;
+use crate::constraint::Compiler;
 use crate::encoder::other_task;
 use crate::encoder_cache::EncoderCache;
 use crate::error::Error;
@@ -44,7 +44,7 @@ use crate::score;
 use crate::scores::Kept;
 use crate::search::{Hypothesis, Search};
 use crate::state::{Cache, Device, First, Plan, Pool, Ragged, Returned, State};
-use crate::tokenizer::{Tokenizer, Unusable};
+use crate::tokenizer::{LazyTokenizer, Tokenizer};
 use crate::weights::{self, Initializers, Uploaded, element_type};
 use t5gemma_kernels::{self as kernels, Kernels, LogitsRequest, LogitsStats, LogitsStatsView, Side};
 
@@ -122,8 +122,8 @@ pub struct Model {
     elsewhere: Vec<Elsewhere>,
     encoder_cache: Option<EncoderCache>,
     options: GenerationOptions,
-    tokenizer: OnceLock<Result<Tokenizer, Unusable>>,
-    vocabulary: OnceLock<Result<Arc<Vocabulary>, String>>,
+    tokenizer: Arc<LazyTokenizer>,
+    constraint_compiler: Compiler,
     folder: Folder,
 }
 
@@ -334,6 +334,7 @@ impl Model {
         .map(|(graph, ports)| opener.open(graph, ports));
         let elsewhere = std::mem::take(&mut opener.elsewhere);
         drop(opener);
+        let tokenizer = Arc::new(LazyTokenizer::in_folder(&folder.path));
         Ok(Model {
             encoder: encoder?,
             decoder: decoder?,
@@ -346,8 +347,8 @@ impl Model {
             elsewhere,
             encoder_cache: Some(options.encoder_cache_bytes).filter(|&bytes| bytes > 0).map(EncoderCache::new),
             options: defaults,
-            tokenizer: OnceLock::new(),
-            vocabulary: OnceLock::new(),
+            constraint_compiler: Compiler::new(tokenizer.clone(), folder.config.decoder.vocab_size),
+            tokenizer,
             folder,
         })
     }
@@ -454,19 +455,12 @@ impl Model {
     /// # Errors
     /// The folder has no `tokenizer.json`, or one that cannot be used.
     pub fn tokenizer(&self) -> Result<&Tokenizer, Error> {
-        let path = self.folder.path.join(Tokenizer::FILE);
-        let loaded = self.tokenizer.get_or_init(|| Tokenizer::read(&path));
-        loaded.as_ref().map_err(|error| error.at(&path))
+        self.tokenizer.get()
     }
 
-    /// The texts of the tokens as constraints need them, prepared when first asked for.
-    pub(crate) fn vocabulary(&self) -> Result<&Arc<Vocabulary>, Error> {
-        let tokenizer = self.tokenizer()?;
-        let prepare = || Vocabulary::new(tokenizer, self.folder.config.decoder.vocab_size).map(Arc::new);
-        self.vocabulary.get_or_init(prepare).as_ref().map_err(|problem| Error::Tokenizer {
-            path: self.folder.path.join(Tokenizer::FILE),
-            problem: problem.clone(),
-        })
+    /// What compiles constraints for this model.
+    pub(crate) fn constraint_compiler(&self) -> &Compiler {
+        &self.constraint_compiler
     }
 
     /// The encoder's last hidden states, `[rows, length, hidden_size]`; those of padding mean nothing.

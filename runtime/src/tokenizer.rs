@@ -1,6 +1,7 @@
 //! `Tokenizer`: text to token ids and back, as the checkpoint's `tokenizer.json` says. The only user of `tokenizers`; the
 //! rest of the runtime knows ids alone, and works without a tokenizer.
 
+mod lazy;
 mod settings;
 
 use std::collections::BTreeMap;
@@ -12,6 +13,7 @@ use tokenizers::{AddedToken, ModelWrapper};
 
 use crate::error::Error;
 use crate::foreign;
+pub(crate) use lazy::LazyTokenizer;
 pub(crate) use settings::{Settings, read_text};
 
 /// A model's tokenizer. Clones share it.
