@@ -2,58 +2,10 @@
 //! who ask for it with `output_attentions`, and for beam search with a `coverage_penalty`. Only numbers that a step returned;
 //! which they are was decided when the model was exported.
 
-use std::slice::ChunksExact;
-
+use crate::hypothesis::CrossAttentions;
 use crate::options::GenerationOptions;
 use crate::places::Places;
 use crate::search::{Candidate, Search};
-
-/// How much each token of a target attended to each token of its source when it was chosen: probabilities, the mean over heads
-/// and those decoder layers that the model was exported with. A row sums to 1; padding of the source has 0.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct CrossAttentions {
-    source: usize,
-    values: Vec<f32>,
-}
-
-impl CrossAttentions {
-    /// Before the first token, for a source of so many tokens with its padding.
-    pub(crate) fn of_source(source: usize) -> CrossAttentions {
-        CrossAttentions { source, values: Vec::new() }
-    }
-
-    /// Takes the next token's; what is behind the source made rows equally long.
-    pub(crate) fn push(&mut self, attended: &[f32]) {
-        self.values.extend_from_slice(&attended[..self.source]);
-    }
-
-    /// The source's tokens as it was given, with padding of its own.
-    pub fn source_length(&self) -> usize {
-        self.source
-    }
-
-    /// All numbers, `[target tokens, source tokens]`.
-    pub fn values(&self) -> &[f32] {
-        &self.values
-    }
-
-    /// The numbers of each target token.
-    pub fn tokens(&self) -> ChunksExact<'_, f32> {
-        self.values.chunks_exact(self.source.max(1))
-    }
-
-    /// The numbers of each target token with as many digits as tell float32 apart, as JSON is to have them.
-    pub fn decimals(&self) -> impl Iterator<Item = Vec<f64>> {
-        let number = |x: &f32| x.to_string().parse::<f64>().unwrap_or_else(|_| f64::from(*x));
-        self.tokens().map(move |row| row.iter().map(number).collect())
-    }
-
-    /// The source token that each target token attended to most; of several the first.
-    pub fn most_attended(&self) -> Vec<usize> {
-        let most = |row: &[f32]| (1..row.len()).fold(0, |most, at| if row[at] > row[most] { at } else { most });
-        self.tokens().map(most).collect()
-    }
-}
 
 /// `coverage_penalty · Σ log(min(coverage, 1))` over the source's tokens but for padding, where the coverage of a source token
 /// is what all tokens of the target attended to it: 0 for a target that covers its source, and less for others. What has no

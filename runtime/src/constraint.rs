@@ -20,9 +20,10 @@ pub use options::{Constraints, PrefixAllowedTokens, Sequence};
 
 use crate::cancellation::Cancellation;
 use crate::error::Error;
+use crate::hypothesis::{FinishReason, Hypothesis};
 use crate::options::{GenerationOptions, OptionError};
 use crate::scores::Limit;
-use crate::search::{Candidate, FinishReason, Hypothesis, Search};
+use crate::search::{Candidate, Search};
 use crate::tokenizer::{LazyTokenizer, TokenText};
 use grammar::{Match, Next, Vocabulary};
 use phrases::{Phrase, Phrases, Progress};

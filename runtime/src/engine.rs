@@ -56,10 +56,10 @@ use t5gemma_graphs::interface::CacheLayout;
 use crate::batch::Batch;
 use crate::cancellation::Cancellation;
 use crate::error::Error;
+use crate::hypothesis::Hypothesis;
 use crate::item::Call;
 use crate::model::Model;
 use crate::options::GenerationOptions;
-use crate::search::Hypothesis;
 use plan::{Need, Plan};
 use worker::{Message, Running, Worker};
 

@@ -7,11 +7,12 @@ use std::sync::Arc;
 use crate::batch::{Batch, Prompts};
 use crate::cancellation::Cancellation;
 use crate::error::Error;
+use crate::hypothesis::Hypothesis;
 use crate::item::{Call, Item, Start};
 use crate::model::Model;
 use crate::needs::{Need, pieces_to_decode};
 use crate::options::GenerationOptions;
-use crate::search::Hypothesis;
+use crate::search::Search;
 use crate::stop::Stops;
 
 /// Is shown the tokens of a generation as they are chosen. `()` shows them to no one; closures are watches.
@@ -36,6 +37,25 @@ impl Watch for () {
 impl<F: FnMut(usize, i64) -> ControlFlow<()>> Watch for F {
     fn token(&mut self, row: usize, token: i64) -> ControlFlow<()> {
         self(row, token)
+    }
+}
+
+impl Model {
+    /// Generates targets for each source: `num_return_sequences` hypotheses a row, those of beams best first, in the order
+    /// of the rows. `watch` is shown the tokens of each row's first as soon as they are certain, and told of every step. Rows that
+    /// are more than [`OpenOptions::limits`](crate::OpenOptions::limits) run in pieces, one after the other.
+    ///
+    /// # Errors
+    /// Tokens outside the vocabularies, lengths or options that do not fit the model, logits that are not finite,
+    /// [`Error::Cancelled`] when `cancel` is used or `watch` asks to stop, or [`Error::Deadline`].
+    pub fn generate(
+        &self,
+        batch: &Batch,
+        options: &GenerationOptions,
+        watch: &mut dyn Watch,
+        cancel: &Cancellation,
+    ) -> Result<Vec<Vec<Hypothesis>>, Error> {
+        generate(self, batch, options, Search::new, watch, cancel)
     }
 }
 

@@ -1,30 +1,12 @@
 //! The model's own log-probabilities of the tokens that a search chose: of the logits before any processing, so that they
 //! are comparable across options and with those of [`Model::score`](crate::Model::score).
 
+use crate::hypothesis::Logprobs;
 use crate::places::Places;
 use crate::scores::LogProbabilities;
 use crate::search::{Candidate, Search};
 
-/// The log-probabilities of one target's tokens.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Logprobs {
-    /// Of each token, given everything before it.
-    pub tokens: Vec<f32>,
-    /// For each token, the likeliest tokens at its place with theirs, best first; empty if none were asked for.
-    pub top: Vec<Vec<(i64, f32)>>,
-}
-
 impl Logprobs {
-    /// The log-probability of the whole target.
-    pub fn sum(&self) -> f64 {
-        self.tokens.iter().map(|&logprob| f64::from(logprob)).sum()
-    }
-
-    /// `e^(−mean)` of the tokens' log-probabilities; that of no token is 1.
-    pub fn perplexity(&self) -> f64 {
-        (-self.sum() / self.tokens.len().max(1) as f64).exp()
-    }
-
     /// Takes the next token's, from the logits at its place.
     pub(crate) fn push(&mut self, logits: &[f32], token: i64, top: usize) {
         let at = LogProbabilities::of(logits);

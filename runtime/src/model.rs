@@ -8,7 +8,6 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
-use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -23,7 +22,6 @@ use t5gemma_graphs::config::Config;
 use t5gemma_graphs::interface::{self, BATCH, CacheLayout, DType, Dim, Interface, Port, Ports, REORDER, reads_source};
 use t5gemma_graphs::manifest::Manifest;
 
-use crate::alignment::CrossAttentions;
 use crate::apart;
 use crate::batch::{Batch, Prompts};
 use crate::cancellation::Cancellation;
@@ -32,17 +30,13 @@ use crate::encoder::other_task;
 use crate::encoder_cache::EncoderCache;
 use crate::error::Error;
 use crate::folder::Folder;
-use crate::generate::{self, Watch};
 use crate::log;
-use crate::logprobs::Logprobs;
 use crate::needs::{Limits, pieces_to_encode};
 use crate::onnxruntime;
 use crate::options::{GenerationOptions, OptionError};
 use crate::profiles::Profiles;
 use crate::provider::{self, Elsewhere, Placement, Provider, no_graphs};
-use crate::score;
 use crate::scores::Kept;
-use crate::search::{Hypothesis, Search};
 use crate::state::{Cache, Device, First, Plan, Pool, Ragged, Returned, State};
 use crate::tokenizer::{LazyTokenizer, Tokenizer};
 use crate::weights::{self, Initializers, Uploaded, element_type};
@@ -485,72 +479,6 @@ impl Model {
         }
         cancel.check()?;
         Ok(states)
-    }
-
-    /// Generates targets for each source: `num_return_sequences` hypotheses a row, those of beams best first, in the order
-    /// of the rows. `watch` is shown the tokens of each row's first as soon as they are certain, and told of every step. Rows that
-    /// are more than [`OpenOptions::limits`] run in pieces, one after the other.
-    ///
-    /// # Errors
-    /// Tokens outside the vocabularies, lengths or options that do not fit the model, logits that are not finite,
-    /// [`Error::Cancelled`] when `cancel` is used or `watch` asks to stop, or [`Error::Deadline`].
-    pub fn generate(
-        &self,
-        batch: &Batch,
-        options: &GenerationOptions,
-        watch: &mut dyn Watch,
-        cancel: &Cancellation,
-    ) -> Result<Vec<Vec<Hypothesis>>, Error> {
-        generate::generate(self, batch, options, Search::new, watch, cancel)
-    }
-
-    /// The log-probabilities of given targets, each for its source, end token included where it is given; with those of
-    /// the `top` likeliest tokens at each place. They come after the decoder prompts of `batch`, or the start token.
-    ///
-    /// # Errors
-    /// Not one target for each source, an empty one, tokens outside the vocabularies, lengths that do not fit the model,
-    /// logits that are not finite, or a cancellation.
-    pub fn score(
-        &self,
-        batch: &Batch,
-        targets: &[Vec<i64>],
-        top: usize,
-        cancel: &Cancellation,
-    ) -> Result<Vec<Logprobs>, Error> {
-        let scored = self.score_watched(batch, targets, top, &mut || ControlFlow::Continue(()), cancel)?;
-        Ok(scored.into_iter().map(|(logprobs, _)| logprobs).collect())
-    }
-
-    /// [`Model::score`] with what the targets attend to in their sources.
-    ///
-    /// # Errors
-    /// As [`Model::score`], and of a model that was exported without `--alignment`.
-    pub fn score_with_attentions(
-        &self,
-        batch: &Batch,
-        targets: &[Vec<i64>],
-        top: usize,
-        cancel: &Cancellation,
-    ) -> Result<Vec<(Logprobs, CrossAttentions)>, Error> {
-        self.check_attentions()?;
-        let scored = self.score_watched(batch, targets, top, &mut || ControlFlow::Continue(()), cancel)?;
-        Ok(scored.into_iter().map(|(logprobs, attended)| (logprobs, attended.unwrap_or_default())).collect())
-    }
-
-    /// [`Model::score`], with what the targets attend to where the model tells it. `on_step` is called after each step of all
-    /// targets; [`ControlFlow::Break`] ends the call as a cancellation does.
-    ///
-    /// # Errors
-    /// As [`Model::score`].
-    pub fn score_watched(
-        &self,
-        batch: &Batch,
-        targets: &[Vec<i64>],
-        top: usize,
-        on_step: &mut dyn FnMut() -> ControlFlow<()>,
-        cancel: &Cancellation,
-    ) -> Result<Vec<(Logprobs, Option<CrossAttentions>)>, Error> {
-        score::score(self, batch, targets, top, on_step, cancel)
     }
 
     /// What the encoder makes of a batch that was checked: given with it, remembered, or computed.

@@ -3,11 +3,10 @@
 
 use std::ops::{ControlFlow, Range};
 
-use crate::alignment::CrossAttentions;
 use crate::batch::{Batch, Prompts};
 use crate::cancellation::Cancellation;
 use crate::error::Error;
-use crate::logprobs::Logprobs;
+use crate::hypothesis::{CrossAttentions, Logprobs};
 use crate::model::{Model, Said};
 use crate::needs::{Need, pieces_to_decode};
 use crate::scores::Kept;
@@ -15,6 +14,57 @@ use t5gemma_kernels::LogitsRequest;
 
 /// A target's log-probabilities, and what it attends to of models that tell it.
 type Scored = (Logprobs, Option<CrossAttentions>);
+
+impl Model {
+    /// The log-probabilities of given targets, each for its source, end token included where it is given; with those of
+    /// the `top` likeliest tokens at each place. They come after the decoder prompts of `batch`, or the start token.
+    ///
+    /// # Errors
+    /// Not one target for each source, an empty one, tokens outside the vocabularies, lengths that do not fit the model,
+    /// logits that are not finite, or a cancellation.
+    pub fn score(
+        &self,
+        batch: &Batch,
+        targets: &[Vec<i64>],
+        top: usize,
+        cancel: &Cancellation,
+    ) -> Result<Vec<Logprobs>, Error> {
+        let scored = self.score_watched(batch, targets, top, &mut || ControlFlow::Continue(()), cancel)?;
+        Ok(scored.into_iter().map(|(logprobs, _)| logprobs).collect())
+    }
+
+    /// [`Model::score`] with what the targets attend to in their sources.
+    ///
+    /// # Errors
+    /// As [`Model::score`], and of a model that was exported without `--alignment`.
+    pub fn score_with_attentions(
+        &self,
+        batch: &Batch,
+        targets: &[Vec<i64>],
+        top: usize,
+        cancel: &Cancellation,
+    ) -> Result<Vec<(Logprobs, CrossAttentions)>, Error> {
+        self.check_attentions()?;
+        let scored = self.score_watched(batch, targets, top, &mut || ControlFlow::Continue(()), cancel)?;
+        Ok(scored.into_iter().map(|(logprobs, attended)| (logprobs, attended.unwrap_or_default())).collect())
+    }
+
+    /// [`Model::score`], with what the targets attend to where the model tells it. `on_step` is called after each step of all
+    /// targets; [`ControlFlow::Break`] ends the call as a cancellation does.
+    ///
+    /// # Errors
+    /// As [`Model::score`].
+    pub fn score_watched(
+        &self,
+        batch: &Batch,
+        targets: &[Vec<i64>],
+        top: usize,
+        on_step: &mut dyn FnMut() -> ControlFlow<()>,
+        cancel: &Cancellation,
+    ) -> Result<Vec<(Logprobs, Option<CrossAttentions>)>, Error> {
+        score(self, batch, targets, top, on_step, cancel)
+    }
+}
 
 /// See [`Model::score`] and, of models that tell it, [`Model::score_with_attentions`]; `on_step` is called after each step.
 pub(crate) fn score(

@@ -10,9 +10,8 @@ mod rows;
 
 use std::ops::Range;
 
-use crate::alignment::CrossAttentions;
 use crate::draws::Draws;
-use crate::logprobs::Logprobs;
+use crate::hypothesis::{FinishReason, Hypothesis};
 use crate::options::GenerationOptions;
 use beam::Beam;
 use groups::Groups;
@@ -27,54 +26,6 @@ pub struct Candidate {
     pub token: i64,
     /// Beam search: the summed log-probability of the continued beam. Otherwise: the token's processed logit.
     pub score: f32,
-}
-
-/// Why a hypothesis ends where it does.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum FinishReason {
-    /// Its last token is an end-of-sequence token.
-    Eos,
-    /// It is as long as the options allow.
-    Length,
-    /// Its text contains one of `stop_strings`, which its last token completes.
-    StopString,
-    /// `max_time` was over.
-    Time,
-    /// It meets its constraint, and nothing may follow it, not even an end-of-sequence token.
-    Constraint,
-    /// It ended before it met its constraint, or the options forbid every token that could follow.
-    ConstraintIncomplete,
-}
-
-impl FinishReason {
-    /// Names the reason as results spell it: `eos`, `length`, `stop_string`, `time`, `constraint` or
-    /// `constraint_incomplete`.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            FinishReason::Eos => "eos",
-            FinishReason::Length => "length",
-            FinishReason::StopString => "stop_string",
-            FinishReason::Time => "time",
-            FinishReason::Constraint => "constraint",
-            FinishReason::ConstraintIncomplete => "constraint_incomplete",
-        }
-    }
-}
-
-/// One generated target.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Hypothesis {
-    /// The generated tokens: without the prompt, without filling, with the end-of-sequence token if there is one.
-    pub tokens: Vec<i64>,
-    /// Summed log-probability divided by `length^length_penalty`, Hugging Face's `sequences_scores`, and what
-    /// `coverage_penalty` adds; beam search only.
-    pub score: Option<f32>,
-    /// Why it ends.
-    pub finish_reason: FinishReason,
-    /// The model's log-probabilities of the tokens, with `output_logprobs`.
-    pub logprobs: Option<Logprobs>,
-    /// What the tokens attended to in the source, with `output_attentions`.
-    pub cross_attentions: Option<CrossAttentions>,
 }
 
 /// Whether a search wants another step.

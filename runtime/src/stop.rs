@@ -4,8 +4,9 @@
 use std::time::{Duration, Instant};
 
 use crate::error::Error;
+use crate::hypothesis::FinishReason;
 use crate::options::GenerationOptions;
-use crate::search::{Candidate, FinishReason, Search};
+use crate::search::{Candidate, Search};
 use crate::tokenizer::{SpecialTokens, Tokenizer};
 
 /// The ends of one call.

@@ -5,7 +5,8 @@
 //! hypothesis is returned can hang on how such a sum rounds, so the arithmetic is kept, order of operations included.
 //! Ties, whose order PyTorch leaves open, go to the earlier entry.
 
-use super::{Candidate, FinishReason, Hypothesis, Progress};
+use super::{Candidate, Progress};
+use crate::hypothesis::{FinishReason, Hypothesis};
 use crate::options::{EarlyStopping, GenerationOptions};
 
 /// Added to a score to put it behind every real one.

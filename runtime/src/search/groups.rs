@@ -2,7 +2,8 @@
 //! in the groups after it (Vijayakumar et al., "Diverse Beam Search", 2016; `num_beam_groups` of transformers 4).
 
 use super::beam::{Beam, common_prefix};
-use super::{Candidate, FinishReason, Hypothesis, Progress};
+use super::{Candidate, Progress};
+use crate::hypothesis::{FinishReason, Hypothesis};
 use crate::options::GenerationOptions;
 
 #[derive(Clone, Debug)]

@@ -1,7 +1,8 @@
 //! Targets that do not compete: one by greedy search, several by sampling, several that start with the best first tokens.
 //! Each goes on until an end of its own; those that have ended take no part in further steps.
 
-use super::{Candidate, FinishReason, Hypothesis, Progress};
+use super::{Candidate, Progress};
+use crate::hypothesis::{FinishReason, Hypothesis};
 use crate::options::GenerationOptions;
 
 #[derive(Clone, Debug)]
