@@ -4,6 +4,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use itertools::Itertools as _;
 use serde_json::{Value, json};
 use t5gemma_exporter::Export;
 use t5gemma_graphs::Target;
@@ -73,14 +74,14 @@ fn check_case(way: &str, case: &Value, layers: &[usize], found: &[Vec<Hypothesis
     let of_source = expected_tokens.len() / masks.len();
     let found: Vec<&Hypothesis> = found.iter().flatten().collect();
     assert_eq!(found.len(), expected.len(), "{way}");
-    for (at, (hypothesis, expected)) in found.into_iter().zip(expected).enumerate() {
+    for (at, (hypothesis, expected)) in found.into_iter().zip_eq(expected).enumerate() {
         assert_eq!(hypothesis.tokens, expected_tokens[at], "{way}: {case}");
         let (attended, mask) = (attended(hypothesis), &masks[at / of_source]);
         assert_eq!(attended.source_length(), mask.len(), "{way}");
         assert_eq!(attended.tokens().len(), hypothesis.tokens.len(), "{way}");
         for (token, row) in attended.tokens().enumerate() {
             assert!((row.iter().sum::<f32>() - 1.0).abs() < 1e-5, "{way}: {row:?}");
-            for (place, (&x, &visible)) in row.iter().zip(mask).enumerate() {
+            for (place, (&x, &visible)) in row.iter().zip_eq(mask).enumerate() {
                 let sum: f32 = layers.iter().map(|&layer| expected[layer][token][place]).sum();
                 let mean = sum / layers.len() as f32;
                 assert!((x - mean).abs() < TOLERANCE, "{way} {at} {token} {place}: {x}, expected {mean}");
@@ -142,7 +143,7 @@ fn an_engine_tells_it_of_rows_that_share_their_steps() {
                 engine.submit(request).unwrap_or_else(|error| panic!("{error}"))
             };
             let generations: Vec<_> = cases.iter().map(submit).collect();
-            for (case, generation) in cases.iter().zip(generations) {
+            for (case, generation) in cases.iter().zip_eq(generations) {
                 let found = generation.wait().unwrap_or_else(|error| panic!("{error}"));
                 let all: Vec<usize> = (0..layers(case)).collect();
                 check_case(&format!("{name} for {} in an engine", target.name()), case, &all, &found);
@@ -154,7 +155,7 @@ fn an_engine_tells_it_of_rows_that_share_their_steps() {
 /// The largest difference between what two runs say that a target attends to.
 fn apart(a: &CrossAttentions, b: &CrossAttentions) -> f32 {
     assert_eq!((a.source_length(), a.values().len()), (b.source_length(), b.values().len()));
-    a.values().iter().zip(b.values()).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+    a.values().iter().zip_eq(b.values()).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
 }
 
 fn sources() -> Vec<Vec<i64>> {
@@ -194,7 +195,7 @@ fn targets_of_every_strategy_attend_to_what_they_do_when_they_are_given() {
                     let targets: Vec<_> = found.iter().map(|hypothesis| hypothesis.tokens.clone()).collect();
                     let batch = Batch::padded(&same, 0).expect("valid");
                     let scored = model.score_with_attentions(&batch, &targets, 0, &Cancellation::new());
-                    for (hypothesis, (_, forced)) in found.iter().zip(scored.expect("targets of the model's own")) {
+                    for (hypothesis, (_, forced)) in found.iter().zip_eq(scored.expect("targets of the model's own")) {
                         let apart = apart(attended(hypothesis), &forced);
                         assert!(apart < TOLERANCE, "{name} for {}, {request}: {apart}", target.name());
                     }
@@ -248,7 +249,7 @@ fn hypotheses_are_ranked_by_their_scores_with_what_they_cover() {
                 let batch = Batch::padded(&sources(), 0).expect("valid");
                 let found = generate(&model, &batch, &request(coverage_penalty));
                 let without = generate(&model, &batch, &request(0.0));
-                for ((source, found), without) in sources().iter().zip(&found).zip(&without) {
+                for ((source, found), without) in sources().iter().zip_eq(&found).zip_eq(&without) {
                     let mut scores = Vec::new();
                     for hypothesis in found {
                         let score = score_of(&model, source, &hypothesis.tokens, length_penalty, coverage_penalty);
@@ -336,6 +337,6 @@ fn results_have_a_number_for_every_token_of_each_source() {
     let scored: Value = serde_json::from_str(&stdout(run("t5gemma", arguments, request))).expect("JSON");
     let (forced, free) = (&scored["scores"][0], &results[0]["sequences"][0][0]);
     let (forced, free) = (table(&forced["cross_attentions"]), table(&free["cross_attentions"]));
-    let pairs = forced.iter().flatten().zip(free.iter().flatten());
+    let pairs = forced.iter().flatten().zip_eq(free.iter().flatten());
     assert!(pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f64::max) < f64::from(TOLERANCE));
 }

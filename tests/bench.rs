@@ -5,6 +5,7 @@ use std::path::Path;
 use std::process::{Output, Stdio};
 use std::time::Duration;
 
+use itertools::Itertools as _;
 use serde_json::{Value, json};
 use t5gemma_exporter::Export;
 use t5gemma_graphs::Target;
@@ -224,7 +225,7 @@ fn a_response_holds_what_the_request_asks_for() {
         match case["scores"].as_array() {
             None => assert_eq!((beams, &case["scores"]), (1, &Value::Null)),
             Some(scores) => {
-                for (score, best) in scores.iter().zip(&expected) {
+                for (score, best) in scores.iter().zip_eq(&expected) {
                     let [score, best] = [score, &best["score"]].map(|score| score.as_f64().expect("a number"));
                     assert!((score - best).abs() < 1e-5 && beams == 2, "{score} {best}");
                 }

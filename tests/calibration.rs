@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use itertools::Itertools as _;
 use serde_json::{Value, json};
 use t5gemma_exporter::{Export, TensorRt, check};
 use t5gemma_graphs::Target;
@@ -75,12 +76,12 @@ fn the_demo_keeps_its_answers_when_it_is_computed_in_8_bits() {
         let output = stdout(run("t5gemma", ["generate", utf8(&model), "--jsonl"], &requests));
         let found = output.lines().map(|line| serde_json::from_str::<Value>(line).expect("a JSON line"));
         let expected = expected();
-        found.zip(&expected).filter(|(found, case)| found["sequences"][0][0]["tokens"] != case["greedy"]).count()
+        found.zip_eq(&expected).filter(|(found, case)| found["sequences"][0][0]["tokens"] != case["greedy"]).count()
     };
     // That the ranges matter: with a hundredth of them nearly everything is cut.
     let cut = ranges.ranges.iter().map(|(name, range)| (name.clone(), range / 100.0)).collect();
     let cut = ActivationRanges { ranges: cut, ..ranges.clone() };
-    for (blocks, most) in ways().into_iter().zip([1, 3]) {
+    for (blocks, most) in ways().into_iter().zip_eq([1, 3]) {
         let found = changed(blocks, "whole", ranges.clone());
         assert!(found <= most, "{}: {found} of 100 answers changed", blocks.name());
         let found = changed(blocks, "cut", cut.clone());
@@ -134,7 +135,7 @@ fn models_that_do_not_generate_compute_in_8_bits_too() {
                 let label = format!("{}-{label}", blocks.name());
                 let model = export(&label, Export { plan, ..in_8_bits(blocks, ranges, DType::Float32) });
                 assert_eq!(check(&model, TensorRt::default()).expect("ONNX files").findings, [], "{name} {label}");
-                let apart: Vec<f32> = numbers(&model).iter().zip(&expected).map(|(a, b)| a - b).collect();
+                let apart: Vec<f32> = numbers(&model).iter().zip_eq(&expected).map(|(a, b)| a - b).collect();
                 length(&apart) / length(&expected)
             };
             let whole = error("whole", found.clone());

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 
+use itertools::Itertools as _;
 use serde_json::Value;
 use t5gemma_exporter::Export;
 use t5gemma_graphs::Target;
@@ -134,7 +135,7 @@ fn the_abi_is_the_one_that_is_committed() {
     python.arg(tests().join("scripts/capi_abi.py")).arg(root.join("include/t5gemma.h"));
     python.arg(installed().prefix().join("lib/libt5gemma.so")).arg(root.join("src"));
     let (found, committed) = (done(python), std::fs::read_to_string(root.join("abi.txt")).expect("abi.txt is there"));
-    let differing = found.lines().zip(committed.lines()).find(|(found, committed)| found != committed);
+    let differing = found.lines().zip_eq(committed.lines()).find(|(found, committed)| found != committed);
     assert!(
         found == committed,
         "abi.txt is of another header; first difference: {differing:?}. After an addition raise T5G_ABI_MINOR, after any \
@@ -321,7 +322,7 @@ fn every_case_gives_the_reference_tokens_through_c_cpp_and_python() {
             command.stdin(std::fs::File::open(&file).expect("just written"));
             let output = stdout(command.output().expect("the program runs"));
             assert_eq!(output.lines().count(), cases.len(), "{door}: {name}");
-            for (case, line) in cases.iter().zip(output.lines()) {
+            for (case, line) in cases.iter().zip_eq(output.lines()) {
                 let result: Value = serde_json::from_str(line).expect("a JSON line");
                 let rows = result["sequences"].as_array().expect("rows").iter();
                 let found: Vec<(Value, Option<f64>)> = rows
@@ -348,7 +349,7 @@ fn every_graph_reads_the_weights_where_they_are_given_to_it() {
     let models = [Target::Portable, Target::Cpu, Target::Cuda].map(|target| exported_for("tiny-balanced", target));
     let mut python = installed().python();
     python.arg(tests().join("scripts/weights_once.py")).args(&models);
-    for (model, line) in models.iter().zip(done(python).lines()) {
+    for (model, line) in models.iter().zip_eq(done(python).lines()) {
         let found: Value = serde_json::from_str(line).expect("JSON");
         let manifest = std::fs::read(model.join("manifest.json")).expect("a manifest");
         let manifest: Value = serde_json::from_slice(&manifest).expect("JSON");

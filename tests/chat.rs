@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use itertools::Itertools as _;
 use serde_json::{Value, json};
 use t5gemma_runtime::{ChatTemplate, Tokenizer};
 
@@ -186,7 +187,7 @@ fn generate_takes_conversations() {
     for result in &results[..2] {
         assert_eq!(result["sequences"][0][0]["text"], plain.trim_end(), "{result}");
     }
-    for (result, says) in results[2..].iter().zip([
+    for (result, says) in results[2..].iter().zip_eq([
         "messages[0]: expected an object with role and content",
         "messages: expected a list of messages",
         "expected messages alone",

@@ -72,6 +72,18 @@ impl Drop for Hold {
     }
 }
 
+/// The instruction levels that this processor has, lowest first, as `T5GEMMA_MAX_CPU_ISA` takes them. Which are tested and which are not is
+/// written to stderr, past the capture of passing tests.
+pub fn instruction_levels() -> Vec<&'static str> {
+    const LEVELS: [&str; 4] = ["generic", "avx2", "avx512_vnni", "avx512_amx"];
+    let highest = t5gemma_runtime::instructions().expect("T5GEMMA_MAX_CPU_ISA is unset or valid");
+    let count = 1 + LEVELS.iter().position(|level| *level == highest).expect("a level of this list");
+    let (tested, missing) = LEVELS.split_at(count);
+    let report = format!("instruction levels tested: {tested:?}, not on this processor: {missing:?}\n");
+    std::io::stderr().write_all(report.as_bytes()).expect("stderr can be written");
+    tested.to_vec()
+}
+
 /// This package's folder.
 pub fn tests() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))

@@ -1,6 +1,7 @@
 //! Constrained output of the demo model, greedy and with beams: whatever it would rather say, each output is what its
 //! constraint asks for, judged here by other means than those that brought it about.
 
+use itertools::Itertools as _;
 use regex::Regex;
 use serde_json::{Map, Value, json};
 use t5gemma_runtime::{
@@ -42,7 +43,7 @@ fn check(name: &str, constraint: Value, max_new_tokens: usize, is_right: impl Fn
         options["num_beams"] = beams.into();
         options["num_return_sequences"] = returned.into();
         options["max_new_tokens"] = max_new_tokens.into();
-        for ((sentence, _), hypotheses) in sentences.iter().zip(answers(&sentences, &options)) {
+        for ((sentence, _), hypotheses) in sentences.iter().zip_eq(answers(&sentences, &options)) {
             assert!(!hypotheses.is_empty(), "{name}, {beams} beams, {sentence}");
             for hypothesis in hypotheses {
                 let text = hypothesis["text"].as_str().expect("the demo has a tokenizer");
@@ -154,7 +155,7 @@ fn a_constraint_that_the_model_meets_by_itself_changes_nothing() {
         let mut options = constraint;
         options["max_new_tokens"] = 128.into();
         options["num_beams"] = num_beams.into();
-        for ((sentence, expected), found) in sentences.iter().zip(answers(&sentences, &options)) {
+        for ((sentence, expected), found) in sentences.iter().zip_eq(answers(&sentences, &options)) {
             assert_eq!(found[0]["tokens"], *expected, "{sentence}, {options}");
         }
     }
@@ -201,7 +202,7 @@ fn a_constrained_row_alone_gives_what_it_gives_in_a_batch() {
             rows.into_iter().map(|row| row[0].tokens.clone()).collect::<Vec<_>>()
         };
         let together = generate(&sources);
-        for (source, expected) in sources.iter().zip(&together) {
+        for (source, expected) in sources.iter().zip_eq(&together) {
             assert_eq!(generate(std::slice::from_ref(source)), std::slice::from_ref(expected), "{num_beams} beams");
         }
     }
@@ -223,7 +224,7 @@ fn a_function_says_which_tokens_may_come_next() {
             vec![allowed[row].get(history.len() - 1).copied().unwrap_or(1)]
         }));
         let rows = model.generate(&batch, &options, &mut (), &Cancellation::new()).expect("generates");
-        for (row, word) in rows.iter().zip(["doctor", "professor"]) {
+        for (row, word) in rows.iter().zip_eq(["doctor", "professor"]) {
             assert_eq!(tokenizer.decode(&row[0].tokens, SpecialTokens::Skip).expect("known ids"), word);
             assert_eq!(row[0].finish_reason, FinishReason::Eos);
         }

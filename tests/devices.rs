@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use itertools::Itertools as _;
 use serde_json::{Value, json};
 use t5gemma_exporter::Export;
 use t5gemma_graphs::Target;
@@ -314,8 +315,9 @@ fn steps_in_memory_that_stays_give_what_others_do() {
             requests.push(Request::new(batch.clone(), options));
         }
         let check = |found: &[Vec<Hypothesis>], expected: &[Vec<Hypothesis>], name: &str| {
-            for (found, expected) in found.iter().flatten().zip(expected.iter().flatten()) {
+            for (found, expected) in found.iter().flatten().zip_eq(expected.iter().flatten()) {
                 assert_eq!(found.tokens, expected.tokens, "{label} {name}");
+                assert_eq!(found.score.is_some(), expected.score.is_some(), "{label} {name}");
                 let apart = found.score.zip(expected.score).map_or(0.0, |(a, b)| (a - b).abs());
                 assert!(apart < 1e-4, "{label} {name}: {apart}");
                 let [found, expected] = [found, expected].map(|hypothesis| &hypothesis.cross_attentions);
@@ -323,13 +325,13 @@ fn steps_in_memory_that_stays_give_what_others_do() {
                 if let (Some(found), Some(expected)) = (found, expected) {
                     assert_eq!(found.source_length(), expected.source_length());
                     assert_eq!(found.values().len(), expected.values().len());
-                    let numbers = found.values().iter().zip(expected.values());
+                    let numbers = found.values().iter().zip_eq(expected.values());
                     assert!(numbers.into_iter().all(|(a, b)| (a - b).abs() < 1e-5), "{label} {name}");
                 }
             }
         };
         let expected: Vec<_> = requests.iter().map(|request| alone(&moving, request)).collect();
-        for (at, (request, expected)) in requests.iter().zip(&expected).enumerate() {
+        for (at, (request, expected)) in requests.iter().zip_eq(&expected).enumerate() {
             check(&alone(&steady, request), expected, &format!("request {at}"));
         }
         // Memory is kept, for so many sizes at most, and not where nobody asked for it.
@@ -344,7 +346,7 @@ fn steps_in_memory_that_stays_give_what_others_do() {
             let engine = Engine::new(steady.clone(), EngineOptions::default()).expect("an engine");
             let generations: Vec<_> =
                 requests.iter().map(|request| engine.submit(request.clone()).expect("taken")).collect();
-            for (at, (generation, expected)) in generations.into_iter().zip(&expected).enumerate() {
+            for (at, (generation, expected)) in generations.into_iter().zip_eq(&expected).enumerate() {
                 check(&generation.wait().expect("answered"), expected, &format!("request {at} of many"));
             }
         }

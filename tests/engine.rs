@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use itertools::Itertools as _;
 use serde_json::{Value, json};
 use t5gemma_exporter::Export;
 use t5gemma_graphs::Target;
@@ -125,14 +126,14 @@ fn check_same(name: &str, found: &[Vec<Hypothesis>], expected: &[Vec<Hypothesis>
         rows.iter().map(|row| row.iter().map(part).collect()).collect()
     };
     assert_eq!(parts(found), parts(expected), "{name}");
-    for (found, expected) in found.iter().flatten().zip(expected.iter().flatten()) {
+    for (found, expected) in found.iter().flatten().zip_eq(expected.iter().flatten()) {
         let numbers = |hypothesis: &Hypothesis| {
             let logprobs = hypothesis.logprobs.iter().flat_map(|logprobs| logprobs.tokens.clone());
             hypothesis.score.into_iter().chain(logprobs).collect::<Vec<f32>>()
         };
         let (found, expected) = (numbers(found), numbers(expected));
         assert_eq!(found.len(), expected.len(), "{name}");
-        for (found, expected) in found.into_iter().zip(expected) {
+        for (found, expected) in found.into_iter().zip_eq(expected) {
             assert!((found - expected).abs() < 1e-4 * (1.0 + expected.abs()), "{name}: {found}, expected {expected}");
         }
     }

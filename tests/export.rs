@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 
+use itertools::Itertools as _;
 use serde_json::Value;
 use t5gemma_exporter::{Checkpoint, Export, Silent, Source, inspect, preset};
 use t5gemma_graphs::Target;
@@ -134,7 +135,7 @@ fn dummy_weights_are_random_seeded_and_never_zero() {
     };
     let (first, again, other) = (weights(1, "a"), weights(1, "b"), weights(2, "c"));
     assert!(first == again);
-    for (tensor, other) in first.iter().zip(&other) {
+    for (tensor, other) in first.iter().zip_eq(&other) {
         assert!(tensor.iter().all(|number| number.is_finite() && *number != 0.0));
         assert!(tensor != other);
     }

@@ -3,6 +3,7 @@
 
 use std::time::{Duration, Instant};
 
+use itertools::Itertools as _;
 use ndarray::Array2;
 use safetensors::SafeTensors;
 use serde_json::{Map, Value, json};
@@ -49,7 +50,7 @@ fn every_case_gives_the_reference_tokens_through_jsonl() {
         let output = stdout(run("t5gemma", ["generate", model, "--jsonl"], &(requests.join("\n") + "\n")));
         let results: Vec<Value> = output.lines().map(|line| serde_json::from_str(line).expect("a JSON line")).collect();
         assert_eq!(results.len(), cases.len(), "{name}");
-        for (case, result) in cases.iter().zip(&results) {
+        for (case, result) in cases.iter().zip_eq(&results) {
             assert_eq!(case["id"], result["id"], "{name}: results come in the order of requests");
             let found: Vec<(Value, Option<f64>)> = result["sequences"]
                 .as_array()
@@ -121,7 +122,7 @@ fn candidates_of_the_graph_give_what_logits_give() {
             let (expected, found) = (generate(&logits), generate(&candidates));
             let count = |rows: &[Vec<Hypothesis>]| rows.iter().map(Vec::len).collect::<Vec<_>>();
             assert_eq!(count(&found), count(&expected), "{} {capacity:?} {request}", target.name());
-            for (expected, found) in expected.iter().flatten().zip(found.iter().flatten()) {
+            for (expected, found) in expected.iter().flatten().zip_eq(found.iter().flatten()) {
                 assert_eq!(found.tokens, expected.tokens, "{} {capacity:?} {request}", target.name());
                 let apart = found.score.zip(expected.score).map(|(a, b)| (a - b).abs());
                 assert_eq!(apart.is_none(), expected.score.is_none(), "{} {capacity:?} {request}", target.name());
@@ -145,7 +146,7 @@ fn a_row_alone_gives_what_it_gives_in_a_batch() {
         let together = generate(&Batch::masked(&nested(ids), &nested(mask)).expect("valid"));
         for (row, expected) in together.iter().enumerate() {
             let real: Vec<i64> =
-                ids.row(row).iter().zip(mask.row(row)).filter(|(_, mask)| **mask == 1).map(|(id, _)| *id).collect();
+                ids.row(row).iter().zip_eq(mask.row(row)).filter(|(_, mask)| **mask == 1).map(|(id, _)| *id).collect();
             let alone = generate(&Batch::padded(&[real], 0).expect("valid"));
             assert_eq!(&alone[0], expected, "row {row}, {beams} beams");
         }
@@ -166,7 +167,7 @@ fn the_demo_answers_as_recorded_from_transformers() {
     let found: Vec<Value> = output.lines().map(|line| serde_json::from_str(line).expect("a JSON line")).collect();
     assert_eq!(found.len(), 2 * expected.len());
     let (greedy, beam) = found.split_at(expected.len());
-    for ((case, greedy), beam) in expected.iter().zip(greedy).zip(beam) {
+    for ((case, greedy), beam) in expected.iter().zip_eq(greedy).zip_eq(beam) {
         assert_eq!(greedy["sequences"][0][0]["tokens"], case["greedy"], "{}", case["text"]);
         assert_eq!(beam["sequences"][0][0]["tokens"], case["beam4"], "{}", case["text"]);
         let (score, expected) = (&beam["sequences"][0][0]["score"], &case["beam4_score"]);
@@ -195,7 +196,7 @@ fn the_demo_keeps_its_answers_in_few_bits() {
         let found: Vec<Value> = output.lines().map(|line| serde_json::from_str(line).expect("a JSON line")).collect();
         assert_eq!(found.len(), expected.len(), "{target:?}, {bits} bits");
         let other =
-            found.iter().zip(&expected).filter(|(found, case)| found["sequences"][0][0]["tokens"] != case["greedy"]);
+            found.iter().zip_eq(&expected).filter(|(found, case)| found["sequences"][0][0]["tokens"] != case["greedy"]);
         let other = other.count();
         assert!(other <= changed, "{target:?}, {bits} bits: {other} of {} answers changed", expected.len());
     }
@@ -357,14 +358,14 @@ fn rows_in_pieces_give_what_they_give_together() {
             (answers, scores.iter().map(|score| score.sum()).collect::<Vec<f64>>(), states, error.to_string())
         });
         let whole = &found[0];
-        for (found, (limits, _)) in found.iter().zip(cases) {
+        for (found, (limits, _)) in found.iter().zip_eq(cases) {
             assert_eq!(found.0, whole.0, "{limits:?}");
             assert_eq!((found.1.len(), &found.3), (7, &whole.3), "{limits:?}");
-            assert!(found.1.iter().zip(&whole.1).all(|(a, b)| (a - b).abs() < 1e-4), "{limits:?}");
+            assert!(found.1.iter().zip_eq(&whole.1).all(|(a, b)| (a - b).abs() < 1e-4), "{limits:?}");
             assert_eq!(found.2.shape(), whole.2.shape(), "{limits:?}");
             for (row, source) in sources.iter().enumerate() {
                 let (a, b) = (found.2.index_axis(ndarray::Axis(0), row), whole.2.index_axis(ndarray::Axis(0), row));
-                let real = a.iter().zip(b.iter()).take(source.len() * a.shape()[1]);
+                let real = a.iter().zip_eq(b.iter()).take(source.len() * a.shape()[1]);
                 assert!(real.into_iter().all(|(a, b)| (a - b).abs() < 1e-4), "{limits:?}, row {row}");
             }
         }
@@ -447,11 +448,11 @@ pub fn check_case(name: &str, case: &Value, found: &[(Value, Option<f64>)]) {
     let expected: &Map<String, Value> = case["expected"].as_object().expect("expected is an object");
     let tokens = expected["tokens"].as_array().expect("tokens is a list");
     assert_eq!(found.len(), tokens.len(), "{name}: hypotheses");
-    for (i, ((found, _), expected)) in found.iter().zip(tokens).enumerate() {
+    for (i, ((found, _), expected)) in found.iter().zip_eq(tokens).enumerate() {
         assert_eq!(found, expected, "{name}: hypothesis {i}");
     }
     let Some(scores) = expected.get("sequences_scores").and_then(Value::as_array) else { return };
-    for (i, ((_, found), expected)) in found.iter().zip(scores).enumerate() {
+    for (i, ((_, found), expected)) in found.iter().zip_eq(scores).enumerate() {
         let apart = found.zip(expected.as_f64()).map(|(a, b)| (a - b).abs());
         assert!(apart.is_some_and(|apart| apart < SCORE_TOLERANCE), "{name}: score {i}: {found:?} for {expected}");
     }

@@ -13,6 +13,7 @@ mod engine;
 mod export;
 mod fuzz;
 mod generation;
+mod imports;
 mod parity;
 mod plans;
 mod processors;

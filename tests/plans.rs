@@ -5,6 +5,7 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use itertools::Itertools as _;
 use serde_json::{Value, json};
 use t5gemma_exporter::Export;
 use t5gemma_graphs::Target;
@@ -91,9 +92,9 @@ fn a_plan_changes_no_answer() {
             let [found, expected] =
                 [&planned, &plain].map(|model| model.score(&batch, &targets, 2, &cancel).expect("scores"));
             assert_eq!(found.len(), lengths.len());
-            for (found, expected) in found.iter().zip(&expected) {
+            for (found, expected) in found.iter().zip_eq(&expected) {
                 assert_eq!(found.tokens.len(), expected.tokens.len());
-                let apart = found.tokens.iter().zip(&expected.tokens).map(|(a, b)| (a - b).abs());
+                let apart = found.tokens.iter().zip_eq(&expected.tokens).map(|(a, b)| (a - b).abs());
                 assert!(apart.fold(0.0, f32::max) < 1e-4, "{lengths:?}");
             }
             let [found, expected] = [&planned, &plain].map(|model| model.encode(&batch, &cancel).expect("encodes"));
@@ -124,7 +125,7 @@ fn an_engine_holds_to_the_plan_too() {
                 engine.submit(request).expect("within the plan")
             })
             .collect();
-        for (generation, (batch, given)) in generations.into_iter().zip(&requests) {
+        for (generation, (batch, given)) in generations.into_iter().zip_eq(&requests) {
             let expected = plain.generate(batch, &options(&plain, given), &mut (), &Cancellation::new());
             let found = generation.wait().expect("answered");
             assert_eq!(tokens(&found), tokens(&expected.expect("generates")), "{given}");
@@ -236,7 +237,7 @@ fn a_plan_changes_no_vector_and_no_label() {
     let cancel = Cancellation::new();
     let near = |name: &str, found: &[f32], expected: &[f32]| {
         assert_eq!(found.len(), expected.len(), "{name}");
-        let apart = found.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        let apart = found.iter().zip_eq(expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
         assert!(apart < 1e-4, "{name}: {apart}");
     };
     let lengths: [&[usize]; 3] = [&[9], &[10, 9, 20], &[8, 12, 9, 31, 8, 10, 11]];

@@ -3,6 +3,7 @@
 
 use std::path::PathBuf;
 
+use itertools::Itertools as _;
 use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
 use serde_json::{Map, Value, json};
@@ -44,7 +45,7 @@ fn check_case(case: &Value, tensors: &SafeTensors) {
             assert_eq!(json!(kept), case["kept"][row], "{id}, row {row}: which of equals are kept is left open");
             continue;
         }
-        for (token, (&found, &expected)) in found.iter().zip(&expected[row]).enumerate() {
+        for (token, (&found, &expected)) in found.iter().zip_eq(&expected[row]).enumerate() {
             assert!(
                 found == expected || (found - expected).abs() <= 1e-6 * expected.abs().max(1.0),
                 "{id}, row {row}, token {token}: {found} instead of {expected}"

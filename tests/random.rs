@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use itertools::Itertools as _;
 use serde_json::Value;
 use t5gemma_graphs::Target;
 use t5gemma_runtime::{Batch, Engine, EngineOptions, Model, Request};
@@ -37,7 +38,7 @@ fn random_requests_give_the_reference_tokens_among_each_other() {
                 engine.submit(Request::new(batch, options)).unwrap_or_else(|error| panic!("{case}: {error}"))
             };
             let generations: Vec<_> = cases.iter().map(submit).collect();
-            for (at, (case, generation)) in cases.iter().zip(generations).enumerate() {
+            for (at, (case, generation)) in cases.iter().zip_eq(generations).enumerate() {
                 let found = generation.wait().unwrap_or_else(|error| panic!("{case}: {error}"));
                 let tokens: Vec<Vec<i64>> = found.iter().flatten().map(|h| h.tokens.clone()).collect();
                 let mut expected_tokens = rows(&case["tokens"]);
@@ -52,7 +53,7 @@ fn random_requests_give_the_reference_tokens_among_each_other() {
                 let is_near = match (&scores, &expected) {
                     (None, None) => true,
                     (Some(found), Some(expected)) => {
-                        let mut pairs = found.iter().zip(expected);
+                        let mut pairs = found.iter().zip_eq(expected);
                         found.len() == expected.len()
                             && pairs.all(|(a, b)| (a - b).abs() < SCORE_TOLERANCE * b.abs().max(1.0))
                     }

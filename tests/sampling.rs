@@ -5,6 +5,7 @@
 use std::collections::HashMap;
 use std::ops::ControlFlow;
 
+use itertools::Itertools as _;
 use serde_json::{Value, json};
 use t5gemma_graphs::Target;
 use t5gemma_runtime::{
@@ -155,7 +156,7 @@ fn scores_of_targets_are_those_that_transformers_gives_its_beams() {
             let targets: Vec<Vec<i64>> = serde_json::from_value(case["expected"]["tokens"].clone()).expect("lists");
             let found = model.score(&batch, &targets, 0, &Cancellation::new()).expect("scores");
             let length_penalty = options.get("length_penalty").and_then(Value::as_f64).unwrap_or(1.0);
-            for ((found, target), expected) in found.iter().zip(&targets).zip(scores) {
+            for ((found, target), expected) in found.iter().zip_eq(&targets).zip_eq(scores) {
                 let expected = expected.as_f64().expect("a number") * (target.len() as f64).powf(length_penalty);
                 assert!((found.sum() - expected).abs() < 5e-4 * target.len() as f64, "{name} {}", case["id"]);
                 compared += 1;
@@ -196,11 +197,11 @@ fn check_log_probabilities(target: Target) {
         for hypothesis in 0..options.num_return_sequences {
             let targets: Vec<Vec<i64>> = rows.iter().map(|row| row[hypothesis].tokens.clone()).collect();
             let scored = model.score(&batch, &targets, 3, &Cancellation::new()).expect("scores");
-            for (row, scored) in rows.iter().zip(scored) {
+            for (row, scored) in rows.iter().zip_eq(scored) {
                 let found = row[hypothesis].logprobs.as_ref().expect("they were asked for");
-                let apart = found.tokens.iter().zip(&scored.tokens).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+                let apart = found.tokens.iter().zip_eq(&scored.tokens).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
                 assert!(found.tokens.len() == scored.tokens.len() && apart < 5e-4, "{request}: {apart}");
-                let top = found.top.iter().flatten().zip(scored.top.iter().flatten());
+                let top = found.top.iter().flatten().zip_eq(scored.top.iter().flatten());
                 assert!(top.clone().all(|((_, a), (_, b))| (a - b).abs() < 5e-4), "{request}");
                 assert_eq!(found.top.len(), found.tokens.len(), "{request}");
                 assert!(found.top.iter().all(|top| top.len() == 3), "{request}");
@@ -220,7 +221,7 @@ fn alternatives_are_the_likeliest_first_tokens_each_completed_greedily() {
     let found = tokens(&generate(&model, &batch, &options(&model, request)));
     let top = model.score(&batch, &[vec![1], vec![1]], 4, &Cancellation::new()).expect("scores");
     for (row, source) in [[5, 6, 7, 8].as_slice(), &[9, 10]].iter().enumerate() {
-        for (alternative, &(first, _)) in found[row].iter().zip(&top[row].top[0]) {
+        for (alternative, &(first, _)) in found[row].iter().zip_eq(&top[row].top[0]) {
             assert_eq!(alternative[0], first);
             if model.options().eos_token_id.contains(&first) {
                 assert_eq!(alternative.len(), 1);
@@ -370,8 +371,8 @@ fn requests_are_sampled_scored_and_prompted_through_jsonl() {
     let (whole, rest) = (of_tokens(good), of_tokens(&found[1]["scores"][0]));
     assert!((whole.iter().sum::<f64>() - good["logprob"].as_f64().expect("a number")).abs() < 1e-6);
     let tail = &whole[whole.len() - rest.len()..];
-    assert!(rest.len() < whole.len() && tail.iter().zip(&rest).all(|(a, b)| (a - b).abs() < 5e-4));
-    for (result, error) in found[2..].iter().zip([
+    assert!(rest.len() < whole.len() && tail.iter().zip_eq(&rest).all(|(a, b)| (a - b).abs() < 5e-4));
+    for (result, error) in found[2..].iter().zip_eq([
         "expected target or target_ids, found neither",
         "target: expected 2 rows, one for each source, found 1",
         "target_ids[0]: expected at least one token, found none",

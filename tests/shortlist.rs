@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Output;
 use std::sync::{Arc, Mutex};
 
+use itertools::Itertools as _;
 use serde_json::{Value, json};
 use t5gemma_exporter::{Checkpoint, Export, Silent, Source};
 use t5gemma_graphs::Target;
@@ -98,7 +99,7 @@ fn what_is_generated_is_what_the_whole_model_does_without_the_other_tokens() {
             given["suppress_tokens"] = json!(split(vocab_size(name)).1);
             let expected = generated(&whole, &given);
             assert_eq!(found.len(), expected.len(), "{name} {}: {case}", target.name());
-            for ((expected, score), (found, of_found)) in expected.iter().zip(&found) {
+            for ((expected, score), (found, of_found)) in expected.iter().zip_eq(&found) {
                 assert_eq!(found, expected, "{name} {}: {case}", target.name());
                 let apart = score.zip(*of_found).map_or(0.0, |(a, b)| (a - b).abs());
                 let both = score.is_some() == of_found.is_some();
@@ -134,9 +135,9 @@ fn processors_of_a_caller_see_the_whole_vocabulary() {
         shown
     });
     let (those, _) = split(vocab_size("tiny-balanced"));
-    for (whole, kept) in whole.iter().zip(&kept) {
+    for (whole, kept) in whole.iter().zip_eq(&kept) {
         assert_eq!(whole.len(), kept.len());
-        for (token, (whole, kept)) in whole.iter().zip(kept).enumerate() {
+        for (token, (whole, kept)) in whole.iter().zip_eq(kept).enumerate() {
             let expected = if those.contains(&token) { *whole } else { f32::NEG_INFINITY };
             assert!(*kept == expected || (kept - expected).abs() < 1e-4, "{token}: {kept} and {expected}");
         }

@@ -1,5 +1,6 @@
 //! Drafts from the source change nothing but the number of steps.
 
+use itertools::Itertools as _;
 use serde_json::{Value, json};
 use t5gemma_exporter::Export;
 use t5gemma_graphs::Target;
@@ -33,7 +34,7 @@ fn check(name: &str, plain: &Model, drafting: &Model, sources: &[Vec<i64>], requ
     let expected = generate(plain, sources, json!({}));
     for (tokens, ngram) in [(5, 2), (64, 1)] {
         let lookup = json!({"prompt_lookup_num_tokens": tokens, "max_matching_ngram_size": ngram});
-        for (source, expected) in sources.iter().zip(&expected) {
+        for (source, expected) in sources.iter().zip_eq(&expected) {
             let found = generate(drafting, std::slice::from_ref(source), lookup.clone());
             assert_eq!(found, std::slice::from_ref(expected), "{name}: {lookup}, {request}");
         }

@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use itertools::Itertools as _;
 use ndarray::{Array2, ArrayD, ArrayView1, Axis};
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
@@ -79,9 +80,9 @@ fn check_close(what: &str, found: &ArrayD<f32>, expected: &ArrayD<f32>, mask: Op
     let width = *found.shape().last().expect("not a scalar");
     let (found, expected): (Vec<f32>, Vec<f32>) = (found.iter().copied().collect(), expected.iter().copied().collect());
     let mut largest = 0.0_f32;
-    for (place, (found, expected)) in found.chunks(width).zip(expected.chunks(width)).enumerate() {
+    for (place, (found, expected)) in found.chunks(width).zip_eq(expected.chunks(width)).enumerate() {
         if mask.is_none_or(|mask| mask[place] != 0) {
-            for (a, b) in found.iter().zip(expected) {
+            for (a, b) in found.iter().zip_eq(expected) {
                 assert!(a.is_finite(), "{what}: {a}");
                 largest = largest.max((a - b).abs());
             }
@@ -172,8 +173,8 @@ fn pooled_vectors_of_half_precision_are_finite_and_near() {
     let batch = golden.batch("right");
     let found = encoder.embed(&batch, Pooling::Mean, false, &Cancellation::new()).expect("embeds");
     let expected = pooled(&golden.floats("enc.right.hidden_states.3"), batch.mask(), Pooling::Mean, true);
-    for (found, expected) in found.outer_iter().zip(expected.outer_iter()) {
-        let cosine: f32 = found.iter().zip(expected).map(|(a, b)| a * b).sum();
+    for (found, expected) in found.outer_iter().zip_eq(expected.outer_iter()) {
+        let cosine: f32 = found.iter().zip_eq(expected).map(|(a, b)| a * b).sum();
         assert!(cosine > 0.999, "{cosine}");
     }
 }

@@ -4,6 +4,7 @@
 use std::fs;
 use std::path::Path;
 
+use itertools::Itertools as _;
 use serde_json::{Map, Value, json};
 use t5gemma_runtime::{ChatTemplate, Shortlist, SpecialTokens, Tokenizer};
 
@@ -20,7 +21,7 @@ fn gemmas_tokenizer_gives_pythons_ids_and_round_trips() {
     let expected = python("tokenizer_ids.py", [&path, &texts]);
     let lines = std::fs::read_to_string(&texts).expect("the texts are there");
     let mut compared = 0;
-    for (line, expected) in lines.lines().zip(expected.lines()) {
+    for (line, expected) in lines.lines().zip_eq(expected.lines()) {
         let (case, expected): (Value, Value) =
             (serde_json::from_str(line).expect("JSON"), serde_json::from_str(expected).expect("JSON"));
         let (name, text) = (&case["name"], case["text"].as_str().expect("a text"));

@@ -3,6 +3,7 @@
 
 use std::path::PathBuf;
 
+use itertools::Itertools as _;
 use serde_json::{Value, json};
 use t5gemma_exporter::{Export, Silent, Source};
 use t5gemma_graphs::Target;
@@ -52,7 +53,7 @@ fn what_is_chosen_does_not_depend_on_what_is_computed_roughly() {
         for sources in [&sources[..], &sources[..1]] {
             let (expected, found) = (generate(&portable, sources), generate(&cpu, sources));
             assert_eq!(found.len(), expected.len(), "{case}");
-            for ((expected, score), (found, of_found)) in expected.iter().zip(&found) {
+            for ((expected, score), (found, of_found)) in expected.iter().zip_eq(&found) {
                 assert_eq!(found, expected, "{case}");
                 let apart = score.zip(*of_found).map_or(0.0, |(a, b)| (a - b).abs());
                 assert!(score.is_some() == of_found.is_some() && apart < 1e-4, "{case}: {score:?} and {of_found:?}");
