@@ -19,10 +19,11 @@ use t5gemma_graphs::onnx::{Adjust, Blocks, Code, DType, Part};
 use crate::convert::{convert, not_finite, read, round};
 use crate::dummy;
 use crate::float8::{self, pack_float8};
+use crate::progress::Watch;
 use crate::quantize::{PackedRows, pack};
 use crate::signed::pack_signed;
+use crate::source::Source;
 use crate::weights::{Weight, found};
-use crate::{Source, Watch};
 
 /// Every tensor starts at a multiple of this, so that it can be mapped by itself.
 const ALIGNMENT: u64 = 4096;

@@ -16,7 +16,7 @@ use t5gemma_graphs::{Options, definitions};
 
 use crate::checkpoint::Checkpoint;
 use crate::found::{self, read_text};
-use crate::plain_options;
+use crate::parameters::plain_options;
 use crate::proto;
 use crate::reseal::manifest;
 use crate::weights;

@@ -9,24 +9,17 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
 use std::fs;
 use std::path::{Component, Path};
-use std::str::FromStr;
 
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
-use crate::plan::{PROFILES, Profiles};
+use super::limits::{FLOAT8_GPUS, LARGEST_VOLUME};
+use super::profiles::{PROFILES, Profile, Profiles};
+use super::version::TensorRt;
 use crate::proto::{Given as Attribute, Graph, Initializer, Model, Node, read};
 
-/// Which GPUs compute in fp8, for messages.
-pub(crate) const WITH_FLOAT8: &str =
-    "GPUs of compute capability 8.9 and up (Ada, Hopper, Blackwell) have, and Ampere (8.0 to 8.7) has not";
-
-/// The most elements of a tensor: "The volume of the tensor must be less than 2^31 elements", NVIDIA's documentation of
-/// `nvinfer1::ITensor` in TensorRT 10.
-pub(crate) const LARGEST_VOLUME: u128 = (1 << 31) - 1;
-
 /// What the parser takes.
-const OPERATORS: &str = include_str!("../tensorrt/operators.json");
+const OPERATORS: &str = include_str!("../../tensorrt/operators.json");
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -73,67 +66,6 @@ struct Rules {
     const_max: BTreeMap<usize, i64>,
     zero_point_all_zero: Option<usize>,
     input_dtype: BTreeMap<usize, Vec<String>>,
-}
-
-/// The versions that the table was made of: the major numbers, and of each the last minor one.
-const KNOWN: [(u32, u32); 2] = [(10, 16), (11, 1)];
-
-/// A version of TensorRT.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct TensorRt {
-    major: u32,
-    minor: u32,
-    rtx: bool,
-}
-
-impl Default for TensorRt {
-    /// The last that ONNX Runtime's provider works with.
-    fn default() -> TensorRt {
-        TensorRt { major: 10, minor: 16, rtx: false }
-    }
-}
-
-impl FromStr for TensorRt {
-    type Err = String;
-
-    /// `tensorrt`, `tensorrt=10.3` or `tensorrt=rtx`.
-    fn from_str(text: &str) -> Result<TensorRt, String> {
-        let known: Vec<String> = KNOWN.iter().map(|(major, last)| format!("{major}.0 to {major}.{last}")).collect();
-        let expected =
-            || format!("expected tensorrt, tensorrt=VERSION of {} or tensorrt=rtx, found {text}", known.join(", "));
-        match text.strip_prefix("tensorrt").ok_or_else(expected)? {
-            "" => Ok(TensorRt::default()),
-            // Its parser is that of TensorRT 10.15 or newer.
-            "=rtx" => Ok(TensorRt { major: 10, minor: 15, rtx: true }),
-            version => {
-                // Of 10.16.1.11 the first two numbers decide.
-                let numbers = version.strip_prefix('=').ok_or_else(expected)?.split('.').map(str::parse);
-                let numbers = numbers.collect::<Result<Vec<u32>, _>>().map_err(|_| expected())?;
-                let &[major, minor, ..] = &numbers[..] else { return Err(expected()) };
-                match KNOWN.iter().any(|&(known, last)| known == major && minor <= last) {
-                    true => Ok(TensorRt { major, minor, rtx: false }),
-                    false => Err(expected()),
-                }
-            }
-        }
-    }
-}
-
-impl fmt::Display for TensorRt {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.rtx {
-            true => f.write_str("TensorRT for RTX"),
-            false => write!(f, "TensorRT {}.{}", self.major, self.minor),
-        }
-    }
-}
-
-impl TensorRt {
-    /// Whether an operator that came with `since` is there.
-    fn has(self, since: &str) -> bool {
-        let mut numbers = since.split('.').map(|number| number.parse::<u32>().unwrap_or(0));
-        (self.major, self.minor) >= (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
-    }
 }
 
 /// Something that TensorRT would not take, or would take for something else.
@@ -233,7 +165,7 @@ pub fn check(path: &Path, version: TensorRt) -> Result<Checked> {
         look.external_data(folder);
         look.volumes(profiles.as_ref().and_then(|profiles| profiles.get(&name)));
         if has_float8(&model.graph) {
-            checked.notes.push(format!("{name}: computes in fp8, which {WITH_FLOAT8}"));
+            checked.notes.push(format!("{name}: computes in fp8, which {FLOAT8_GPUS}"));
         }
         let is_wrapper = model.graph.nodes.iter().all(|node| node.op == "EPContext");
         if let Some(profiles) = profiles.as_ref().filter(|_| !is_wrapper) {
@@ -567,7 +499,7 @@ impl<'c> Look<'c> {
     }
 
     /// That no tensor has more elements than there can be, at the greatest sizes of the profiles.
-    fn volumes(&mut self, profiles: Option<&BTreeMap<String, [Vec<i64>; 3]>>) {
+    fn volumes(&mut self, profiles: Option<&BTreeMap<String, Profile>>) {
         let graph = &self.model.graph;
         let greatest = greatest(graph, profiles.unwrap_or(&BTreeMap::new()));
         let mut too_large: Vec<(&String, Vec<u128>)> = Vec::new();
@@ -596,7 +528,7 @@ impl<'c> Look<'c> {
     }
 
     /// That every input which varies has its least, usual and greatest size, and no other has.
-    fn profiles(&mut self, profiles: Option<&BTreeMap<String, [Vec<i64>; 3]>>) {
+    fn profiles(&mut self, profiles: Option<&BTreeMap<String, Profile>>) {
         let empty = BTreeMap::new();
         let profiles = profiles.unwrap_or(&empty);
         for input in &self.model.graph.inputs {
@@ -635,7 +567,7 @@ impl<'c> Look<'c> {
 }
 
 /// The greatest sizes of the symbols in the shapes of a graph's inputs.
-fn greatest(graph: &Graph, profiles: &BTreeMap<String, [Vec<i64>; 3]>) -> HashMap<String, u128> {
+fn greatest(graph: &Graph, profiles: &BTreeMap<String, Profile>) -> HashMap<String, u128> {
     let mut known: HashMap<String, u128> = HashMap::new();
     let mut products = Vec::new();
     for input in &graph.inputs {
@@ -789,26 +721,6 @@ mod tests {
         let found = greatest(&Graph { inputs, ..Graph::default() }, &profiles);
         for (symbol, expected) in [("batch", 16), ("beams", 4), ("source", 9), ("new", 1)] {
             assert_eq!(found.get(symbol), Some(&expected), "{symbol}");
-        }
-    }
-
-    #[test]
-    fn versions_are_read_and_compared() {
-        let version = |text: &str| text.parse::<TensorRt>();
-        assert_eq!(version("tensorrt"), Ok(TensorRt::default()));
-        assert_eq!(version("tensorrt=10.3").map(|version| version.to_string()), Ok("TensorRT 10.3".into()));
-        assert!(version("tensorrt=11.1").is_ok_and(|version| version.has("10.15")));
-        assert!(version("tensorrt=10.3").is_ok_and(|version| version.has("8.6") && !version.has("10.15")));
-        assert_eq!(version("tensorrt=10.16.1.11"), Ok(TensorRt::default()));
-        for text in ["cuda", "tensorrt=", "tensorrt=ten", "tensorrt10", "tensorrt=10", "tensorrt=10.x", "tensorrt=RTX"]
-        {
-            assert!(version(text).is_err(), "{text}");
-        }
-        for text in
-            ["tensorrt=8.6", "tensorrt=9.3", "tensorrt=10.17", "tensorrt=11.2", "tensorrt=12.1", "tensorrt=99.0"]
-        {
-            let error = version(text).expect_err(text);
-            assert!(error.contains("10.0 to 10.16, 11.0 to 11.1") && error.ends_with(text), "{error}");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The output folder while it is being written: aside under another name, renamed when complete, removed when not.
+//! The output folder while it is being written: a hidden folder beside it, renamed when complete, removed otherwise.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -18,18 +18,18 @@ pub enum Existing {
 }
 
 /// A folder beside the output folder, removed on drop unless published.
-pub struct Aside {
+pub struct StagingDir {
     temporary: PathBuf,
     out: PathBuf,
     existing: Existing,
     published: bool,
     /// Dropped after the folder itself is gone.
-    _above: Above,
+    _parents: CreatedParents,
 }
 
-impl Aside {
+impl StagingDir {
     /// Makes the folder, after checking that `out` may be written.
-    pub fn create(out: &Path, existing: Existing) -> Result<Aside> {
+    pub fn create(out: &Path, existing: Existing) -> Result<StagingDir> {
         // A folder that is there is replaced where it is, however it is named: `.`, or through a link.
         let out =
             &if out.exists() { fs::canonicalize(out).with_context(|| out.display().to_string())? } else { out.into() };
@@ -39,13 +39,13 @@ impl Aside {
             Some(parent) if !parent.as_os_str().is_empty() => parent,
             _ => Path::new("."),
         };
-        let above = Above::make(parent)?;
+        let parents = CreatedParents::make(parent)?;
         let temporary = parent.join(format!(".{}.partial-{}", name.to_string_lossy(), std::process::id()));
         fs::create_dir(&temporary).with_context(|| match temporary.exists() {
             true => format!("{}: left over from an export that was killed; remove it", temporary.display()),
             false => format!("{}: cannot be made", temporary.display()),
         })?;
-        Ok(Aside { temporary, out: out.to_path_buf(), existing, published: false, _above: above })
+        Ok(StagingDir { temporary, out: out.to_path_buf(), existing, published: false, _parents: parents })
     }
 
     /// The path of a file in it.
@@ -84,7 +84,7 @@ impl Aside {
     }
 }
 
-impl Drop for Aside {
+impl Drop for StagingDir {
     fn drop(&mut self) {
         if !self.published {
             // Nothing more can be done about a folder that cannot be removed; its name says that it is partial.
@@ -94,18 +94,18 @@ impl Drop for Aside {
 }
 
 /// The folders above the output folder that were not there before. Those that stay empty are removed on drop.
-struct Above(Vec<PathBuf>);
+struct CreatedParents(Vec<PathBuf>);
 
-impl Above {
-    fn make(folder: &Path) -> Result<Above> {
+impl CreatedParents {
+    fn make(folder: &Path) -> Result<CreatedParents> {
         let missing = folder.ancestors().take_while(|above| !above.as_os_str().is_empty() && !above.exists());
-        let above = Above(missing.map(Path::to_path_buf).collect());
+        let parents = CreatedParents(missing.map(Path::to_path_buf).collect());
         fs::create_dir_all(folder).with_context(|| format!("{}: cannot be made", folder.display()))?;
-        Ok(above)
+        Ok(parents)
     }
 }
 
-impl Drop for Above {
+impl Drop for CreatedParents {
     fn drop(&mut self) {
         for folder in &self.0 {
             // Fails where something is in it, which is then the model or someone else's.
@@ -176,7 +176,7 @@ mod tests {
         let folder = tempfile::tempdir().expect("a temporary folder can be made");
         let out = folder.path().join("above/out");
         for existing in [Existing::Refuse, Existing::Overwrite] {
-            let aside = Aside::create(&out, existing).expect("nothing is there");
+            let aside = StagingDir::create(&out, existing).expect("nothing is there");
             aside.write("manifest.json", b"{}").expect("writable");
             fs::create_dir(&out).expect("nothing is there");
             fs::write(out.join("thesis.txt"), "years of work").expect("writable");

@@ -1,0 +1,120 @@
+//! Everything that an export decides before it writes: the configuration, the graphs and the list of weights. All options are
+//! held to the checkpoint here, so that nothing is written for an export that cannot succeed.
+
+use std::sync::Arc;
+
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+use t5gemma_graphs::config::Config;
+use t5gemma_graphs::onnx::Definition;
+use t5gemma_graphs::quantization::Activations;
+use t5gemma_graphs::task::Task;
+use t5gemma_graphs::{Options, Vocabulary, definitions};
+
+use super::{Export, rules};
+use crate::checkpoint::Checkpoint;
+use crate::source::Source;
+use crate::tensorrt::Memory;
+use crate::weights::{self, NOT_DESCRIBED, Weight};
+
+/// Graphs of up to so many layers are built in no time, whatever the checkpoint has.
+const LAYERS_OF_REAL_MODELS: usize = 256;
+
+/// An export that is ready to be written.
+pub(super) struct Prepared<'e> {
+    pub export: &'e Export,
+    pub source: &'e Source,
+    /// The text of `config.json`.
+    pub config_text: String,
+    pub config: Config,
+    /// The content of `generation_config.json`.
+    pub generation_config: Option<Value>,
+    /// Files to copy into the model folder.
+    pub companions: Vec<(&'static str, Vec<u8>)>,
+    pub options: Options,
+    /// The graphs of the task, in the order of `interface::parts`.
+    pub graphs: Vec<Definition>,
+    pub weights: Vec<Weight>,
+    /// Tensors of the checkpoint that no graph uses.
+    pub unused: Vec<String>,
+    /// GPU memory that the serving plan takes.
+    pub memory: Option<Memory>,
+}
+
+impl<'e> Prepared<'e> {
+    pub fn new(export: &'e Export, source: &'e Source) -> Result<Prepared<'e>> {
+        let (config_text, origin) = source.config()?;
+        let config = Config::parse(&config_text).with_context(|| origin.clone())?;
+        let task = rules::task(export.task.clone(), &config)?;
+        rules::check_task(export, &task)?;
+        rules::check_sizes(export, &config)?;
+        if let Source::Checkpoint(checkpoint) = source {
+            check_layers(checkpoint, &config, &task)?;
+        }
+        let companions = source.companions()?;
+        let generation_config = source.generation_config()?;
+        if let Some(tokens) = &export.kept_tokens {
+            rules::check_kept_tokens(tokens, &config, generation_config.as_ref())?;
+        }
+        let vocabulary = match source {
+            Source::Checkpoint(checkpoint) if task.is_generation() => weights::vocabulary(&config, checkpoint)?,
+            _ => weights::default_vocabulary(&config),
+        };
+        let options = Options {
+            task,
+            target: export.target,
+            dtype: export.dtype,
+            logits: export.logits,
+            alignment_layers: rules::alignment_layers(export.alignment.as_deref(), &config)?,
+            encoder_window: export.encoder_window,
+            quantization: export.quantization.clone(),
+            activations: export.activations.clone(),
+            capacity: export.capacity,
+            vocabulary: Vocabulary { kept: export.kept_tokens.clone().map(Arc::from), ..vocabulary },
+        };
+        if let Activations::Ranges(ranges) = &export.activations {
+            rules::check_ranges(&config, &options, ranges)?;
+        }
+        let graphs = definitions(&config, &options);
+        let memory = match &export.plan {
+            Some(plan) => {
+                rules::check_plan(plan, &config, &options, &graphs)?;
+                let memory = Memory::of(plan, &config, &options, &graphs);
+                rules::check_memory(export.fits, &memory)?;
+                Some(memory)
+            }
+            None => None,
+        };
+        let weights = weights::collect(&graphs.iter().collect::<Vec<_>>());
+        rules::check_excluded(&export.quantization.exclude, &weights)?;
+        let unused = match source {
+            Source::Checkpoint(checkpoint) => weights::check(&weights, checkpoint, &options.task)?,
+            Source::Dummy { .. } => Vec::new(),
+        };
+        weights::check_size(&weights).with_context(|| origin.clone())?;
+        Ok(Prepared {
+            export,
+            source,
+            config_text,
+            config,
+            generation_config,
+            companions,
+            options,
+            graphs,
+            weights,
+            unused,
+            memory,
+        })
+    }
+}
+
+/// Refuses a configuration of more layers than the checkpoint can have, before graphs of so many layers are built.
+fn check_layers(checkpoint: &Checkpoint, config: &Config, task: &Task) -> Result<()> {
+    let of_decoder = if task.is_generation() { config.decoder.layers.len() } else { 0 };
+    let (layers, tensors) = (config.encoder.layers.len() + of_decoder, checkpoint.names().count());
+    if layers > tensors.max(LAYERS_OF_REAL_MODELS) {
+        let folder = checkpoint.folder().display();
+        bail!("{folder}: {NOT_DESCRIBED}: expected those of {layers} layers, found {tensors} tensors");
+    }
+    Ok(())
+}

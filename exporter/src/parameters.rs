@@ -1,0 +1,33 @@
+//! Counts the parameters of a model from its configuration alone.
+
+use t5gemma_graphs::config::Config;
+use t5gemma_graphs::interface::{DType, Logits};
+use t5gemma_graphs::manifest::EncoderWindow;
+use t5gemma_graphs::quantization::{Activations, Quantization};
+use t5gemma_graphs::task::Task;
+use t5gemma_graphs::{Options, Target, Vocabulary, decoder_init, encoder};
+
+use crate::weights;
+
+/// Counts the parameters of a model with this configuration, each tensor once.
+pub fn parameters(config: &Config) -> u64 {
+    let options = plain_options(weights::default_vocabulary(config));
+    let graphs = [encoder(config, &options), decoder_init(config, &options)];
+    weights::numbers(&weights::collect(&graphs.each_ref()))
+}
+
+/// Options of graphs that hold every tensor as the checkpoint has it: whole, unquantized, once.
+pub(crate) fn plain_options(vocabulary: Vocabulary) -> Options {
+    Options {
+        task: Task::Text2TextGeneration,
+        target: Target::Portable,
+        dtype: DType::Float32,
+        logits: Logits::Last,
+        alignment_layers: Vec::new(),
+        encoder_window: EncoderWindow::Inclusive,
+        quantization: Quantization::default(),
+        activations: Activations::Unknown,
+        capacity: None,
+        vocabulary,
+    }
+}

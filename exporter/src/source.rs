@@ -1,0 +1,92 @@
+//! Where an exported model comes from: a checkpoint folder, or random weights for a configuration.
+
+use std::collections::BTreeMap;
+
+use anyhow::Result;
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+use t5gemma_graphs::json;
+use t5gemma_graphs::manifest::{self, FileRecord};
+
+use crate::checkpoint::{self, CHAT_TEMPLATE, COMPANIONS, Checkpoint, DEFAULT_CHAT_TEMPLATE, GENERATION_CONFIG};
+use crate::found::{self, read_text};
+
+/// Where the model comes from.
+pub enum Source {
+    /// A checkpoint folder.
+    Checkpoint(Checkpoint),
+    /// Random weights for a configuration.
+    Dummy {
+        /// The text of a `config.json`.
+        config: String,
+        /// Where the text comes from, for messages.
+        origin: String,
+        /// Seed of the weights.
+        seed: u64,
+    },
+}
+
+impl Source {
+    /// The text of the configuration and where it comes from.
+    pub(crate) fn config(&self) -> Result<(String, String)> {
+        match self {
+            Source::Checkpoint(checkpoint) => {
+                let path = checkpoint.folder().join("config.json");
+                Ok((json::without_mark(&read_text(&path)?).to_string(), path.display().to_string()))
+            }
+            Source::Dummy { config, origin, .. } => Ok((config.clone(), origin.clone())),
+        }
+    }
+
+    /// The manifest's record of this source. Once `is_stopped` returns true, the hashes are cut short.
+    pub(crate) fn record(&self, is_stopped: &dyn Fn() -> bool) -> manifest::Source {
+        let checkpoint = match self {
+            Source::Checkpoint(checkpoint) => checkpoint,
+            Source::Dummy { seed, .. } => return manifest::Source::Dummy { seed: *seed },
+        };
+        let mut files = BTreeMap::new();
+        for (name, bytes) in checkpoint.files() {
+            let mut hash = Sha256::new();
+            bytes.chunks(8 << 20).take_while(|_| !is_stopped()).for_each(|chunk| hash.update(chunk));
+            let record = FileRecord { bytes: bytes.len() as u64, sha256: hex::encode(hash.finalize()) };
+            files.insert(name.to_string(), record);
+        }
+        manifest::Source::Checkpoint(files)
+    }
+
+    /// A tensor and the file it is in, for messages.
+    pub(crate) fn place(&self, tensor: &str) -> String {
+        match self {
+            Source::Checkpoint(checkpoint) => match checkpoint.file_of(tensor) {
+                Some(file) => format!("{}: {tensor}", file.display()),
+                None => tensor.to_string(),
+            },
+            Source::Dummy { .. } => tensor.to_string(),
+        }
+    }
+
+    /// The tokenizer's files and others that are copied into the model folder, with their content.
+    ///
+    /// # Errors
+    /// A file that the programs which read it could not use.
+    pub(crate) fn companions(&self) -> Result<Vec<(&'static str, Vec<u8>)>> {
+        let Source::Checkpoint(checkpoint) = self else { return Ok(Vec::new()) };
+        let folder = checkpoint.folder();
+        let is_there = |name: &str| found::is_there(&folder.join(name));
+        let there = COMPANIONS.iter().filter(|name| is_there(name));
+        let read = |name: &&'static str| Ok((*name, checkpoint::companion(folder, name)?));
+        let mut companions: Vec<_> = there.map(read).collect::<Result<_>>()?;
+        // A checkpoint may keep its chat template in a folder of templates for several uses; only the default is copied.
+        if !is_there(CHAT_TEMPLATE) && is_there(DEFAULT_CHAT_TEMPLATE) {
+            companions.push((CHAT_TEMPLATE, checkpoint::companion(folder, DEFAULT_CHAT_TEMPLATE)?));
+        }
+        Ok(companions)
+    }
+
+    /// The content of `generation_config.json`, if there is one.
+    pub(crate) fn generation_config(&self) -> Result<Option<Value>> {
+        let Source::Checkpoint(checkpoint) = self else { return Ok(None) };
+        let path = checkpoint.folder().join(GENERATION_CONFIG);
+        if path.exists() { Ok(Some(found::read_object(&path)?.1)) } else { Ok(None) }
+    }
+}
