@@ -3,11 +3,12 @@
 
 use std::ops::Range;
 
+use t5gemma_kernels::LogitsRequest;
+
 use crate::batch::Batch;
 use crate::cancellation::Cancellation;
 use crate::error::Error;
-use crate::model::{Graph, float32_values, int64_tensor, run};
-use t5gemma_kernels::LogitsRequest;
+use crate::session::{Graph, float32_values, int64_tensor, run};
 
 /// Tokens of padding that take no longer than another run of the graph.
 const WORTH_A_RUN: usize = 24;

@@ -4,7 +4,7 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use ndarray::{Array2, Array3, ArrayD, ArrayView2, Axis, IxDyn};
 use t5gemma_graphs::config::Config;
@@ -14,12 +14,12 @@ use t5gemma_graphs::task::{Features, Pooling, Task};
 use crate::apart;
 use crate::batch::Batch;
 use crate::cancellation::Cancellation;
+use crate::device::{Provider, no_graphs};
 use crate::error::Error;
-use crate::folder::Folder;
-use crate::model::{Graph, OpenOptions, Opener, check_options, float32_values, run_on_batch, shares_rows};
-use crate::needs::{Limits, pieces_to_encode};
+use crate::folder::{Folder, other_task};
+use crate::limits::{Limits, pieces_to_encode};
 use crate::profiles::Profiles;
-use crate::provider::{Provider, no_graphs};
+use crate::session::{Graph, OpenOptions, Opener, check_options, float32_values, run_on_batch, shares_rows};
 use crate::tokenizer::{LazyTokenizer, Tokenizer};
 
 /// An opened encoder or classifier, to be used from any number of threads. It runs one call at a time.
@@ -246,14 +246,6 @@ impl Encoder {
             found: own.to_string(),
         }
     }
-}
-
-/// The error of a use that a model was not exported for.
-pub(crate) fn other_task(folder: &Path, found: &Task, expected: &str) -> Error {
-    let path: PathBuf = folder.join(MANIFEST);
-    let name = expected.split([' ', ',']).next().unwrap_or(expected);
-    let expected = format!("{expected} (export the checkpoint with --task {name})");
-    Error::Folder { path, field: "task".into(), expected, found: found.name().into() }
 }
 
 fn wrong_rank(error: ndarray::ShapeError) -> Error {

@@ -5,10 +5,11 @@ use std::path::Path;
 
 use t5gemma_graphs::interface::{ENGINES, PROVIDER_OPTIONS};
 
+use crate::device::Provider;
+use crate::engine_files;
 use crate::error::Error;
 use crate::folder::Folder;
-use crate::model::{OpenOptions, Opener, check_options, engines_of};
-use crate::provider::{self, Provider};
+use crate::session::{OpenOptions, Opener, check_options, engines_of};
 
 /// Has the provider of `options` build the engines of the model folder `path`, into its folder `engines`, or into that
 /// of [`OpenOptions::engines`]. `watch` is told of each graph before its engine is built. With `anew`, what is there already is
@@ -45,5 +46,5 @@ pub fn build_engines(path: &Path, options: &OpenOptions, anew: bool, watch: &mut
         drop(opener.open(part.name, &part.ports)?);
     }
     drop(opener);
-    provider::stamp_cache(engines_of(&folder, options), &provider::stamp_of(&folder, provider))
+    engine_files::stamp_cache(engines_of(&folder, options), &engine_files::stamp_of(&folder, provider))
 }

@@ -21,7 +21,7 @@ use t5gemma_graphs::task::Task;
 
 use crate::batch::Batch;
 use crate::error::Error;
-use crate::needs::Limits;
+use crate::limits::Limits;
 use crate::profiles::{self, Profiles};
 use crate::scores::Kept;
 use crate::tokenizer;
@@ -137,6 +137,14 @@ impl Folder {
 /// A folder without a manifest, or with one that cannot be read.
 pub fn task_of(folder: impl AsRef<Path>) -> Result<Task, Error> {
     Ok(read_manifest(folder.as_ref())?.task)
+}
+
+/// The error of a use that a model was not exported for.
+pub(crate) fn other_task(folder: &Path, found: &Task, expected: &str) -> Error {
+    let path: PathBuf = folder.join(MANIFEST);
+    let name = expected.split([' ', ',']).next().unwrap_or(expected);
+    let expected = format!("{expected} (export the checkpoint with --task {name})");
+    Error::Folder { path, field: "task".into(), expected, found: found.name().into() }
 }
 
 fn mismatch(path: PathBuf, field: &str, expected: impl Into<String>, found: impl Into<String>) -> Error {

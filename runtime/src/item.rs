@@ -5,6 +5,7 @@
 use std::sync::Arc;
 
 use t5gemma_graphs::interface::Logits;
+use t5gemma_kernels::{LogitsRequest, LogitsStatsView};
 
 use crate::alignment::Attending;
 use crate::batch::{Batch, Prompts};
@@ -12,14 +13,14 @@ use crate::cancellation::Cancellation;
 use crate::constraint::{Constraint, Walk};
 use crate::error::Error;
 use crate::hypothesis::Hypothesis;
+use crate::logits::Said;
 use crate::logprobs::Trace;
-use crate::model::{Model, Said};
+use crate::model::Model;
 use crate::options::{GenerationOptions, OptionError};
 use crate::scores::{Kept, Processors};
 use crate::search::{Progress, Search};
 use crate::speculation::Lookup;
 use crate::stop::Stops;
-use t5gemma_kernels::{LogitsRequest, LogitsStatsView};
 
 /// Begins the search for one source row at a decoder prompt.
 pub(crate) type Start = fn(&GenerationOptions, &[i64]) -> Search;

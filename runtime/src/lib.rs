@@ -19,6 +19,8 @@
 //! `constraint` limits what they may decide; `model` and `state` hold everything that is ONNX Runtime's, `encoder`
 //! and `classify` what models do besides generating; `folder` and `onnxruntime` are what opening checks first.
 
+mod device;
+mod engine_files;
 mod engines;
 pub mod log;
 pub mod onnxruntime;
@@ -30,8 +32,11 @@ mod classify;
 mod encoder;
 mod encoder_cache;
 mod folder;
+mod limits;
+mod logits;
 mod model;
 mod profiles;
+mod session;
 mod state;
 mod weights;
 
@@ -71,6 +76,7 @@ pub use cancellation::Cancellation;
 pub use chat::ChatTemplate;
 pub use classify::ScoreFunction;
 pub use constraint::{Constraints, PrefixAllowedTokens, Sequence};
+pub use device::{Placement, Provider};
 pub use draws::Draws;
 pub use encoder::Encoder;
 pub use engine::{Canceller, Engine, EngineOptions, EngineStats, Event, Generation, Request, Waited};
@@ -80,10 +86,11 @@ pub use folder::task_of;
 pub use foreign::hush_caught_panics;
 pub use generate::Watch;
 pub use hypothesis::{CrossAttentions, FinishReason, Hypothesis, Logprobs};
-pub use model::{DEFAULT_ENCODER_CACHE_BYTES, Model, OpenOptions};
-pub use needs::Limits;
+pub use limits::Limits;
+pub use model::Model;
 pub use options::{GenerationOptions, LogitsProcessor, OptionError, Position};
-pub use provider::{Elsewhere, Placement, Provider};
+pub use provider::{Attempt, Elsewhere, attempts};
+pub use session::{DEFAULT_ENCODER_CACHE_BYTES, OpenOptions};
 pub use shortlist::Shortlist;
 pub use t5gemma_graphs::manifest::ActivationRanges;
 pub use t5gemma_graphs::task::{Features, Pooling, Task};

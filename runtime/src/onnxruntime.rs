@@ -13,7 +13,6 @@ use ort::ep::ExecutionProvider;
 
 use crate::error::Error;
 use crate::log;
-use crate::provider::{self, Placement, Provider};
 
 /// The environment variable that names the library.
 pub const LIBRARY_VARIABLE: &str = "ORT_DYLIB_PATH";
@@ -218,19 +217,6 @@ pub(crate) fn folder() -> PathBuf {
 /// What tells the library in use from others.
 pub(crate) fn version() -> String {
     one_line(ort::info())
-}
-
-/// A provider, and why it cannot be used if it cannot.
-pub type Attempt = (Provider, Result<(), Error>);
-
-/// Tries providers with a graph of one operator.
-///
-/// # Errors
-/// No usable library.
-pub fn attempts(library: Option<&Path>, placements: &[Placement]) -> Result<Vec<Attempt>, Error> {
-    let Loaded { environment, .. } = initialise(library, None)?;
-    let attempt = |placement: &Placement| (placement.provider, provider::attempt(&environment, placement));
-    Ok(placements.iter().map(attempt).collect())
 }
 
 /// The places to look at, in order; each is looked at when called, because looking loads the library for a moment.

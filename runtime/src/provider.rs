@@ -1,5 +1,5 @@
-//! What computes the graphs: a provider of ONNX Runtime, its device and its options. A provider that cannot be had is an error
-//! that names the missing library and the package that has it; nothing falls back to the CPU unsaid.
+//! Sessions on a provider of ONNX Runtime. A provider that is not available is an error that names the missing library and the
+//! package that has it; nothing falls back to the CPU without being reported.
 
 use std::collections::BTreeMap;
 use std::ffi::CStr;
@@ -14,78 +14,12 @@ use ort::ep::{ArbitrarilyConfigurableExecutionProvider, CUDA, ExecutionProviderD
 use ort::memory::DeviceType;
 use ort::session::Session;
 use ort::session::builder::{AutoDevicePolicy, SessionBuilder};
-use t5gemma_graphs::interface::{ENGINES, PROVIDER_OPTIONS};
+use t5gemma_graphs::interface::PROVIDER_OPTIONS;
 
+use crate::device::{CAPTURES, Placement, Provider};
 use crate::error::Error;
 use crate::folder::Folder;
-use crate::onnxruntime;
-use crate::state::Device;
-
-/// What computes the graphs.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Provider {
-    /// ONNX Runtime's own kernels, on the processor.
-    #[default]
-    Cpu,
-    /// ONNX Runtime's kernels for NVIDIA GPUs.
-    Cuda,
-    /// TensorRT, and CUDA for what it does not take.
-    TensorRt,
-    /// TensorRT for RTX, a plugin of its own.
-    NvTensorRtRtx,
-}
-
-impl Provider {
-    /// Every provider.
-    pub const ALL: [Provider; 4] = [Provider::Cpu, Provider::Cuda, Provider::TensorRt, Provider::NvTensorRtRtx];
-
-    /// The name on the command line and in [`PROVIDER_OPTIONS`].
-    pub fn name(self) -> &'static str {
-        match self {
-            Provider::Cpu => "cpu",
-            Provider::Cuda => "cuda",
-            Provider::TensorRt => "tensorrt",
-            Provider::NvTensorRtRtx => "nv-tensorrt-rtx",
-        }
-    }
-
-    /// ONNX Runtime's name for it.
-    fn long_name(self) -> &'static str {
-        match self {
-            Provider::Cpu => "CPUExecutionProvider",
-            Provider::Cuda => "CUDAExecutionProvider",
-            Provider::TensorRt => "TensorrtExecutionProvider",
-            Provider::NvTensorRtRtx => "NvTensorRTRTXExecutionProvider",
-        }
-    }
-
-    /// The package with ONNX Runtime's side of it.
-    fn package(self) -> &'static str {
-        match self {
-            Provider::Cpu => "onnxruntime",
-            Provider::Cuda | Provider::TensorRt => "onnxruntime-gpu",
-            Provider::NvTensorRtRtx => "onnxruntime-ep-nv-tensorrt-rtx-cu13",
-        }
-    }
-}
-
-impl fmt::Display for Provider {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
-}
-
-/// Where a model is computed.
-#[derive(Clone, Debug, Default)]
-pub struct Placement {
-    /// By what.
-    pub provider: Provider,
-    /// The number of the GPU.
-    pub device: u32,
-    /// Options of the provider by the names that ONNX Runtime gives them, over those that the model folder has. `library` is
-    /// ours: the file of a provider that is a plugin.
-    pub options: Vec<(String, String)>,
-}
+use crate::onnxruntime::{self, Loaded};
 
 /// Operators that another provider computes than the one asked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -106,60 +40,10 @@ impl fmt::Display for Elsewhere {
     }
 }
 
-/// The CUDA provider's option for CUDA graphs.
-const CAPTURES: &str = "enable_cuda_graph";
-
-/// An option for CUDA graphs, where what a step is given and returns lies elsewhere each time: a graph that was captured writes
-/// where its first run did, and reads what was there.
-pub(crate) fn no_graphs(needed: &str, (name, value): &(String, String)) -> Error {
-    let expected = format!("no CUDA graphs, which need {needed}");
-    Error::input("provider option", expected, format!("{name}={value}"))
-}
-
 /// The folder's options for each graph, by provider.
 type Planned = BTreeMap<String, BTreeMap<String, BTreeMap<String, String>>>;
 
 impl Placement {
-    /// Where sessions keep what they compute.
-    pub(crate) fn device(&self) -> Device {
-        match self.provider {
-            Provider::Cpu => Device::Cpu,
-            _ => Device::Cuda(self.device as i32),
-        }
-    }
-
-    /// The option that has the provider capture steps as CUDA graphs, if it is given.
-    pub(crate) fn captures(&self) -> Option<&(String, String)> {
-        let captures = |(name, value): &&(String, String)| name == CAPTURES && value != "0";
-        self.options.iter().rfind(|(name, _)| name == CAPTURES).filter(captures)
-    }
-
-    /// Refuses what means nothing.
-    pub(crate) fn check(&self) -> Result<(), Error> {
-        if self.provider == Provider::Cpu && (self.device != 0 || !self.options.is_empty()) {
-            let found = match self.options.first() {
-                Some((name, value)) => format!("{name}={value}"),
-                None => format!("device {}", self.device),
-            };
-            return Err(Error::input(
-                "provider",
-                "one with devices and options (cuda, …)",
-                format!("cpu with {found}"),
-            ));
-        }
-        let replays = |(name, value): &&(String, String)| {
-            let captures = self.provider == Provider::Cuda && name == CAPTURES;
-            (name.ends_with("cuda_graph") || name.ends_with("cuda_graph_enable")) && value != "0" && !captures
-        };
-        if let Some(option) = self.options.iter().find(replays) {
-            return Err(no_graphs("the provider cuda", option));
-        }
-        match self.options.iter().find(|(name, value)| name.is_empty() || name.contains('\0') || value.contains('\0')) {
-            Some((name, value)) => Err(Error::input("provider option", "NAME=VALUE", format!("{name:?}={value:?}"))),
-            None => Ok(()),
-        }
-    }
-
     /// The options for a graph: those of the folder's serving plan, and over them the caller's.
     pub(crate) fn options_of(
         &self,
@@ -353,8 +237,20 @@ fn plugin(options: &BTreeMap<String, String>) -> Result<PathBuf, String> {
     }
 }
 
-/// Tries a provider with a graph of one operator.
-pub(crate) fn attempt(environment: &Environment, placement: &Placement) -> Result<(), Error> {
+/// A provider, and why it cannot be used if it cannot.
+pub type Attempt = (Provider, Result<(), Error>);
+
+/// Tries providers with a graph of one operator.
+///
+/// # Errors
+/// No usable library.
+pub fn attempts(library: Option<&Path>, placements: &[Placement]) -> Result<Vec<Attempt>, Error> {
+    let Loaded { environment, .. } = onnxruntime::initialise(library, None)?;
+    let tried = |placement: &Placement| (placement.provider, attempt(&environment, placement));
+    Ok(placements.iter().map(tried).collect())
+}
+
+fn attempt(environment: &Environment, placement: &Placement) -> Result<(), Error> {
     /// y = Identity(x), float32 \[1\], of opset 20.
     const IDENTITY: &[u8] =
         b"\x08\t:7\n\x10\n\x01x\x12\x01y\"\x08Identity\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\
@@ -406,92 +302,6 @@ pub(crate) fn elsewhere(session: &Session, provider: Provider, graph: &str) -> o
     Ok(others.map(|(provider, operators)| Elsewhere { graph: graph.to_string(), provider, operators }).collect())
 }
 
-/// The graph file to open in place of `graph` where an engine was built of it ahead of time, by the folder's script.
-///
-/// # Errors
-/// An engine that was built of another graph, or by a TensorRT whose engines ONNX Runtime does not run.
-pub(crate) fn built(
-    (folder, engines): (&Folder, &Path),
-    graph: &str,
-    provider: Provider,
-) -> Result<Option<PathBuf>, Error> {
-    let record = folder.graph(graph);
-    let stem = record.file.strip_suffix(".onnx").unwrap_or(&record.file);
-    let plan = engines.join(ENGINES).join(format!("{stem}.plan"));
-    if provider != Provider::TensorRt || !plan.is_file() {
-        return Ok(None);
-    }
-    let stamp = plan.with_extension("plan.stamp");
-    let found = fs::read_to_string(&stamp).map_err(Error::file(&stamp))?;
-    let expected = format!("graph {}, weights {}", record.record.sha256, folder.manifest.weights.record.sha256);
-    let refused = |expected: String, found: &str| {
-        let expected = format!("{expected} (build it with build_engines.sh --force, or remove it)");
-        let found = found.trim().to_string();
-        Error::Folder { path: plan.clone(), field: "stamp".into(), expected, found }
-    };
-    if !found.starts_with(&expected) {
-        return Err(refused(format!("an engine of {expected}"), &found));
-    }
-    if major_version(&found).is_some_and(|major| major > 10) {
-        return Err(refused("an engine of TensorRT 10, which ONNX Runtime 1.31 is built for".into(), &found));
-    }
-    // Of a wrapper only a copy that was made for these engines may lie elsewhere.
-    let (name, wrapper) = (format!("{stem}_ctx.onnx"), engines.join(format!("{stem}_ctx.onnx")));
-    if engines != folder.path {
-        let [own, copy] =
-            [folder.path.join(&name), wrapper.clone()].map(|path| fs::read(&path).map_err(Error::file(&path)));
-        if own? != copy? {
-            return Err(refused(format!("a copy of the model's {name} beside it"), "another file"));
-        }
-    }
-    Ok(Some(wrapper))
-}
-
-/// The major version in a stamp's `TensorRT 101600` or `TensorRT 10.16.0`, if it tells it.
-fn major_version(stamp: &str) -> Option<u32> {
-    let (_, version) = stamp.split_once("TensorRT ")?;
-    let digits = version.split(|c: char| !c.is_ascii_digit()).next()?;
-    let number: u32 = digits.parse().ok()?;
-    Some(if number >= 1000 { number / 10_000 } else { number })
-}
-
-/// The stamp of the engines that a provider has cached in the folder.
-const STAMP: &str = "cache.stamp";
-
-/// Refuses engines that were cached for other graphs.
-pub(crate) fn check_cache((folder, engines): (&Folder, &Path), provider: Provider) -> Result<(), Error> {
-    let stamp = engines.join(ENGINES).join(STAMP);
-    let Ok(found) = fs::read_to_string(&stamp) else { return Ok(()) };
-    let expected = stamp_of(folder, provider);
-    match found == expected {
-        true => Ok(()),
-        false => Err(Error::Folder {
-            path: stamp,
-            field: "graphs".into(),
-            expected: format!(
-                "{} (remove the folder {ENGINES}, or run `t5gemma build-engines --force`)",
-                expected.trim()
-            ),
-            found: found.trim().to_string(),
-        }),
-    }
-}
-
-/// Says of the engines in the folder what they were built of.
-pub(crate) fn stamp_cache(folder: &Path, text: &str) -> Result<(), Error> {
-    let engines = folder.join(ENGINES);
-    fs::create_dir_all(&engines).map_err(Error::file(&engines))?;
-    let stamp = engines.join(STAMP);
-    fs::write(&stamp, text).map_err(Error::file(&stamp))
-}
-
-/// What the engines of a folder are built of and by.
-pub(crate) fn stamp_of(folder: &Folder, provider: Provider) -> String {
-    let graphs = folder.manifest.graphs.values().map(|graph| graph.record.sha256.as_str()).collect::<Vec<_>>();
-    let weights = &folder.manifest.weights.record.sha256;
-    format!("provider {provider}, {}, graphs {}, weights {weights}\n", onnxruntime::version(), graphs.join(" "))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -526,45 +336,8 @@ mod tests {
     }
 
     #[test]
-    fn versions_in_stamps_are_read() {
-        for (stamp, expected) in [
-            ("graph a, weights b, TensorRT 101600, NVIDIA H100, 9.0", Some(10)),
-            ("graph a, weights b, TensorRT 110100, NVIDIA H100, 9.0", Some(11)),
-            ("graph a, weights b, TensorRT 8601, NVIDIA A10, 8.6", Some(0)),
-            ("graph a, weights b, TensorRT 10.16.1.11, NVIDIA H100, 9.0", Some(10)),
-            ("graph a, weights b, TensorRT 11.1, NVIDIA H100, 9.0", Some(11)),
-            ("graph a, weights b, TensorRT unknown, NVIDIA H100, 9.0", None),
-            ("", None),
-        ] {
-            assert_eq!(major_version(stamp), expected, "{stamp}");
-        }
-    }
-
-    #[test]
     fn what_tensorrt_needs_is_told_at_once() {
         let told = remedy(Provider::TensorRt, None);
         assert!(told.contains("onnxruntime-gpu") && told.contains("TensorRT 10"), "{told}");
-    }
-
-    #[test]
-    fn options_that_cannot_be_right_are_refused() {
-        let placement = Placement { device: 1, ..Placement::default() };
-        assert!(placement.check().is_err());
-        let options = vec![("device_id".to_string(), "0".to_string())];
-        assert!(Placement { options: options.clone(), ..Placement::default() }.check().is_err());
-        assert!(Placement { provider: Provider::Cuda, device: 1, options }.check().is_ok());
-        for (value, is_taken) in [("0", true), ("1", false)] {
-            for name in ["enable_cuda_graph", "trt_cuda_graph_enable"] {
-                let options = vec![(name.to_string(), value.to_string())];
-                let placement = |provider| Placement { provider, device: 0, options: options.clone() };
-                assert_eq!(placement(Provider::TensorRt).check().is_ok(), is_taken, "{name}={value}");
-                // Which model may have it is seen when it is opened.
-                let cuda = placement(Provider::Cuda);
-                assert_eq!(cuda.check().is_ok(), is_taken || name == CAPTURES, "{name}={value}");
-                assert_eq!(cuda.captures().is_some(), !is_taken && name == CAPTURES, "{name}={value}");
-            }
-        }
-        let options = vec![("a\0b".to_string(), String::new())];
-        assert!(Placement { provider: Provider::Cuda, device: 0, options }.check().is_err());
     }
 }

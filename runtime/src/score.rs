@@ -3,14 +3,16 @@
 
 use std::ops::{ControlFlow, Range};
 
+use t5gemma_kernels::LogitsRequest;
+
 use crate::batch::{Batch, Prompts};
 use crate::cancellation::Cancellation;
 use crate::error::Error;
 use crate::hypothesis::{CrossAttentions, Logprobs};
-use crate::model::{Model, Said};
+use crate::logits::Said;
+use crate::model::Model;
 use crate::needs::{Need, pieces_to_decode};
 use crate::scores::Kept;
-use t5gemma_kernels::LogitsRequest;
 
 /// A target's log-probabilities, and what it attends to of models that tell it.
 type Scored = (Logprobs, Option<CrossAttentions>);

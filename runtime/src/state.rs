@@ -13,15 +13,15 @@ mod steady;
 use half::{bf16, f16};
 use ort::session::{NoSelectedOutputs, RunOptions, Session};
 use ort::value::{DynValue, PrimitiveTensorElementType, Tensor, TensorElementType};
+use t5gemma_kernels::LogitsRequest;
 
 use crate::error::Error;
 use growing::Growing;
 use in_place::InPlace;
 pub(crate) use ragged::{First, Ragged, capacity};
-pub(crate) use resident::{Device, Plan, Resident};
+pub(crate) use resident::{Plan, Resident};
 pub(crate) use steady::Pool;
 use t5gemma_graphs::interface::CROSS_ATTENTIONS;
-use t5gemma_kernels::LogitsRequest;
 
 /// The keys and values of the rows in flight, with the mask of their sources.
 ///

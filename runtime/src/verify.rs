@@ -10,15 +10,16 @@ use std::ops::{ControlFlow, Range};
 use ndarray::{Array2, Array3, ArrayD, ArrayView2, Axis, s};
 use t5gemma_graphs::interface::DType;
 use t5gemma_graphs::manifest::EncoderWindow;
+use t5gemma_kernels::LogitsRequest;
 
 use crate::batch::{Batch, Prompts};
 use crate::cancellation::Cancellation;
 use crate::error::Error;
 use crate::generate;
-use crate::model::{Logits, Model};
+use crate::logits::Logits;
+use crate::model::Model;
 use crate::options::GenerationOptions;
 use crate::search::Search;
-use t5gemma_kernels::LogitsRequest;
 
 pub use comparison::{Comparison, comparison};
 

@@ -6,9 +6,10 @@ use ndarray::Array3;
 use crate::batch::Batch;
 use crate::cancellation::Cancellation;
 use crate::error::Error;
-use crate::model::{Model, float32_values};
+use crate::model::Model;
 use crate::options::GenerationOptions;
 use crate::profiles::Profiles;
+use crate::session::float32_values;
 
 /// The sizes that are usual.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

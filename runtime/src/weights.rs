@@ -18,9 +18,9 @@ use ort::value::{DynValue, Shape, Tensor, TensorElementType, TensorRefMut};
 use t5gemma_graphs::interface::DType;
 use t5gemma_graphs::manifest::TensorRecord;
 
+use crate::device::{Placement, Provider};
 use crate::error::Error;
 use crate::folder::Folder;
-use crate::provider::{Placement, Provider};
 
 /// Initializers by their names.
 pub(crate) type Initializers<'f> = HashMap<&'f str, Arc<DynValue>>;

@@ -4,7 +4,7 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 
 use anyhow::Result;
-use t5gemma_runtime::{Placement, Provider, onnxruntime};
+use t5gemma_runtime::{Placement, Provider, attempts, onnxruntime};
 
 use crate::Outcome;
 
@@ -46,7 +46,7 @@ pub fn run(arguments: Arguments) -> Result<Outcome> {
                 device: if provider == Provider::Cpu { 0 } else { arguments.device },
                 options: Vec::new(),
             });
-            for (provider, attempt) in onnxruntime::attempts(arguments.onnxruntime.as_deref(), &placements)? {
+            for (provider, attempt) in attempts(arguments.onnxruntime.as_deref(), &placements)? {
                 match attempt {
                     Ok(()) => writeln!(out, "  --provider {provider}: ready")?,
                     Err(error) => {

@@ -2,13 +2,14 @@
 //! members of a flight are the adjacent rows of one source.
 
 use t5gemma_graphs::interface::CacheLayout;
+use t5gemma_kernels::LogitsRequest;
 
 use crate::batch::{Batch, Prompts};
 use crate::cancellation::Cancellation;
 use crate::error::Error;
-use crate::model::{Logits, Model};
+use crate::logits::Logits;
+use crate::model::Model;
 use crate::state::{First, Ragged, State};
-use t5gemma_kernels::LogitsRequest;
 
 /// Keys and values of rows that share their steps.
 pub(super) enum Rows {

@@ -14,7 +14,8 @@ use crate::batch::{Batch, Prompts};
 use crate::cancellation::Cancellation;
 use crate::error::Error;
 use crate::item::{Call, Item};
-use crate::model::{Model, Said};
+use crate::logits::Said;
+use crate::model::Model;
 use crate::search::Search;
 use crate::stop::Stops;
 

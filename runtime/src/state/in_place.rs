@@ -8,10 +8,10 @@
 use ort::memory::Allocator;
 use ort::session::{IoBinding, NoSelectedOutputs, RunOptions, Session};
 use ort::value::{DynValue, Tensor};
+use t5gemma_kernels::LogitsRequest;
 
 use super::logits::LogitsPort;
 use super::{Returned, attended_port, keep_rows};
-use t5gemma_kernels::LogitsRequest;
 
 /// Room for this many target tokens to begin with.
 const FIRST_CAPACITY: usize = 64;

@@ -4,9 +4,9 @@
 use ort::memory::Allocator;
 use ort::session::{IoBinding, Session};
 use ort::value::Tensor;
-
-use super::Device;
 use t5gemma_kernels::LogitsRequest;
+
+use crate::device::Device;
 
 /// The output of a session that returns logits.
 pub(super) struct LogitsPort {

@@ -12,10 +12,10 @@
 use ort::memory::Allocator;
 use ort::session::{IoBinding, NoSelectedOutputs, RunOptions, Session};
 use ort::value::{DynValue, Tensor, TensorValueType};
+use t5gemma_kernels::LogitsRequest;
 
 use super::logits::LogitsPort;
 use super::{Returned, attended_port};
-use t5gemma_kernels::LogitsRequest;
 
 /// Room for this many target tokens at least.
 const LEAST_CAPACITY: usize = 64;

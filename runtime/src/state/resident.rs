@@ -9,38 +9,19 @@
 use std::sync::Arc;
 
 use half::{bf16, f16};
-use ort::memory::{AllocationDevice, AllocatorType, MemoryInfo, MemoryType};
 use ort::session::{IoBinding, NoSelectedOutputs, RunOptions, Session};
 use ort::value::{DynValue, Tensor};
 use t5gemma_graphs::interface::{CacheLayout, DType, LOG_SUM_EXP, TOP_IDS, TOP_SCORES};
+use t5gemma_kernels::LogitsRequest;
 
 use super::candidates::spread;
 use super::steady::{Pool, SOURCES, Size, Steady, cut, padded};
 use super::{Returned, attended_port, keep_rows};
-use crate::model::Graph;
-use t5gemma_kernels::LogitsRequest;
+use crate::device::Device;
+use crate::session::Graph;
 
 /// Room for this many target tokens to begin with, where it can be extended.
 const FIRST_CAPACITY: usize = 64;
-
-/// Where a session keeps what it computes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Device {
-    /// The process's own memory.
-    Cpu,
-    /// An NVIDIA GPU.
-    Cuda(i32),
-}
-
-impl Device {
-    pub(crate) fn memory(self) -> ort::Result<MemoryInfo<'static>> {
-        let (device, id) = match self {
-            Device::Cpu => (AllocationDevice::CPU, 0),
-            Device::Cuda(id) => (AllocationDevice::CUDA, id),
-        };
-        MemoryInfo::new(device, id, AllocatorType::Device, MemoryType::Default)
-    }
-}
 
 /// What is known of a model's cache before anything has run.
 #[derive(Clone)]

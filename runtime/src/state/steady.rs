@@ -16,7 +16,7 @@ use ort::memory::Allocator;
 use ort::session::{IoBinding, NoSelectedOutputs, RunOptions, Session};
 use ort::value::{DynTensor, DynValue, Tensor, ValueType};
 
-use super::Device;
+use crate::device::Device;
 
 /// Source tokens are padded to a multiple of this.
 pub(super) const SOURCES: usize = 64;

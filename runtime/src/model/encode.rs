@@ -1,0 +1,91 @@
+//! Running the encoder: given, remembered or computed, in pieces where a batch is beyond the limits.
+
+use half::{bf16, f16};
+use ndarray::{Array3, s};
+use ort::value::{DynValue, Tensor};
+use t5gemma_graphs::interface::DType;
+
+use super::Model;
+use crate::apart;
+use crate::batch::Batch;
+use crate::cancellation::Cancellation;
+use crate::error::Error;
+use crate::limits::pieces_to_encode;
+use crate::session::{float32_values, int64_tensor, run_on_batch, shares_rows};
+
+/// What the encoder makes of the sources.
+pub(crate) struct Encoded {
+    /// `[items, source, hidden_size]`.
+    pub hidden: DynValue,
+    /// `[items, source]`.
+    pub(super) mask: DynValue,
+}
+
+impl Model {
+    /// The encoder's last hidden states, `[rows, length, hidden_size]`; those of padding mean nothing.
+    ///
+    /// # Errors
+    /// Tokens outside the vocabulary, too many of them, or a cancellation.
+    pub fn encode(&self, batch: &Batch, cancel: &Cancellation) -> Result<Array3<f32>, Error> {
+        const READING: &str = "reading the hidden states";
+        self.check(batch)?;
+        cancel.check()?;
+        let side = (&self.folder.config.encoder, self.folder.manifest.dtype);
+        let mut states = Array3::zeros([batch.rows(), batch.length(), side.0.hidden_size]);
+        for rows in pieces_to_encode(batch, side, &self.limits, self.on_cpu) {
+            let piece = batch.piece(rows.clone());
+            let run = self.fit(&piece);
+            let hidden = self.run_encoder(&run, cancel)?.hidden;
+            let values = float32_values(&hidden).map_err(Error::onnxruntime(READING))?;
+            let found = Array3::from_shape_vec([run.rows(), run.length(), side.0.hidden_size], values)
+                .map_err(|error| Error::onnxruntime(READING)(ort::Error::wrap(error)))?;
+            let found = found.slice(s![..piece.rows(), ..piece.length(), ..]);
+            states.slice_mut(s![rows, ..piece.length(), ..]).assign(&found);
+        }
+        cancel.check()?;
+        Ok(states)
+    }
+
+    /// What the encoder makes of a batch that was checked: given with it, remembered, or computed.
+    pub(crate) fn run_encoder(&self, batch: &Batch, cancel: &Cancellation) -> Result<Encoded, Error> {
+        if let Some(states) = batch.encoder_outputs() {
+            return self.encoded(batch, states.iter().copied().collect());
+        }
+        let Some(cache) = &self.encoder_cache else { return self.compute_encoder(batch, cancel) };
+        if let Some(states) = cache.get(batch.rows(), batch.ids(), batch.mask()) {
+            return self.encoded(batch, states.to_vec());
+        }
+        let computed = self.compute_encoder(batch, cancel)?;
+        let states = float32_values(&computed.hidden).map_err(Error::onnxruntime("reading the hidden states"))?;
+        cache.put(batch.rows(), batch.ids(), batch.mask(), &states);
+        Ok(computed)
+    }
+
+    /// Hidden states as the decoder takes them.
+    fn encoded(&self, batch: &Batch, states: Vec<f32>) -> Result<Encoded, Error> {
+        let shape = [batch.rows(), batch.length(), self.folder.config.encoder.hidden_size];
+        let hidden = match self.folder.manifest.dtype {
+            DType::Float16 => Tensor::from_array((shape, states.into_iter().map(f16::from_f32).collect::<Vec<_>>()))
+                .map(Tensor::into_dyn),
+            DType::BFloat16 => Tensor::from_array((shape, states.into_iter().map(bf16::from_f32).collect::<Vec<_>>()))
+                .map(Tensor::into_dyn),
+            _ => Tensor::from_array((shape, states)).map(Tensor::into_dyn),
+        };
+        let hidden = hidden.map_err(Error::onnxruntime("preparing a run"))?;
+        Ok(Encoded { hidden, mask: int64_tensor(batch.rows(), batch.mask().to_vec())? })
+    }
+
+    /// What the encoder computes of a batch that was checked, whatever is remembered.
+    pub(crate) fn compute_encoder(&self, batch: &Batch, cancel: &Cancellation) -> Result<Encoded, Error> {
+        if self.on_cpu
+            && let Some(groups) = apart::groups(batch.mask(), batch.length(), shares_rows(&self.folder.manifest))
+        {
+            let (_, states) = apart::run_apart(&self.encoder, batch, &groups, true, cancel)?;
+            return self.encoded(batch, states);
+        }
+        let mask = int64_tensor(batch.rows(), batch.mask().to_vec())?;
+        let outputs = run_on_batch(&self.encoder, "running the encoder", batch, cancel)?;
+        let hidden = outputs.into_iter().next().expect("opening has verified that the encoder has one output");
+        Ok(Encoded { hidden, mask })
+    }
+}
