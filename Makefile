@@ -71,6 +71,17 @@ wheel: ## make the Python package t5gemma in WHEELS
 	T5GEMMA_PREFIX=$(abspath $(STAGE)/wheel) $(PYTHON) -m pip wheel --quiet --no-deps --no-build-isolation --no-index \
 	    --wheel-dir $(WHEELS) runtime/capi/python
 
+# Built without the server and the watcher.
+MDBOOK := .cache/mdbook/bin/mdbook
+MDBOOK_VERSION := 0.5.4
+
+.PHONY: book
+book: $(MDBOOK) ## build the book of docs into target/book; installs mdbook into .cache
+	$(PYTHON) docs/charts.py --check
+	$(PYTHON) tests/scripts/book.py --links
+	$(MDBOOK) build docs
+	@echo "make book: target/book/index.html"
+
 .PHONY: onnxruntime
 onnxruntime: $(LIBRARY) ## fetch libonnxruntime into .cache/onnxruntime/lib
 
@@ -145,6 +156,11 @@ clean: ## remove everything built or fetched
 
 $(FETCHED): tests/scripts/onnxruntime.txt
 	$(PYTHON) tests/scripts/fetch.py onnxruntime $(@D)
+
+$(MDBOOK):
+	$(CARGO) install mdbook --version $(MDBOOK_VERSION) --locked --no-default-features --features search --root .cache/mdbook \
+	    --target-dir target/mdbook
+	rm -rf target/mdbook
 
 $(TOKENIZER)/tokenizer.json: tests/scripts/fetch.py
 	$(PYTHON) tests/scripts/fetch.py tokenizer $(@D)
