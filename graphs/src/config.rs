@@ -10,6 +10,7 @@ use std::fmt;
 use serde_json::{Map, Value};
 
 use crate::json;
+pub use crate::json::{cut, shown};
 
 /// A T5Gemma model's shape: two Gemma 2 stacks that may differ in everything but the token ids.
 #[derive(Clone, Debug, PartialEq)]
@@ -606,19 +607,6 @@ impl Fields {
         let left = left.map(|(field, _)| field).chain(&self.ignored);
         left.map(|field| cut(&self.path_of(field))).collect()
     }
-}
-
-/// A text as messages show it: cut short.
-pub fn cut(text: &str) -> String {
-    match text.char_indices().nth(80) {
-        Some((end, _)) => format!("{}…", &text[..end]),
-        None => text.to_string(),
-    }
-}
-
-/// Writes a JSON value as error messages show it: as JSON, cut short.
-pub fn shown(value: &Value) -> String {
-    cut(&value.to_string())
 }
 
 #[cfg(test)]

@@ -5,8 +5,6 @@ use std::fmt;
 
 use serde_json::Value;
 
-use crate::config::shown;
-
 /// What Windows editors put in front of UTF-8.
 const BYTE_ORDER_MARK: char = '\u{feff}';
 
@@ -67,6 +65,19 @@ pub fn malformed(text: &str, error: &serde_json::Error) -> Malformed {
             format!("a text that is not JSON ({} at {place})", words.split(" at line ").next().unwrap_or_default())
         }
     })
+}
+
+/// Shortens text for messages, to 80 characters.
+pub fn cut(text: &str) -> String {
+    match text.char_indices().nth(80) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text.to_string(),
+    }
+}
+
+/// Formats a value for messages: as JSON, shortened.
+pub fn shown(value: &Value) -> String {
+    cut(&value.to_string())
 }
 
 /// The text with the numbers that JSON does not have replaced, if there are any.

@@ -1,135 +1,84 @@
-//! How a composite operator is written for a target. The model definition calls these methods and does not change when a
-//! target is added: a target overrides what its runtime does better than the portable form given here.
+//! How operators are written for a target: the portable form here, and in a file for each target the operators that its runtime
+//! does better. A new target is another `impl Lowering` with its [`Capabilities`], and an arm in
+//! [`Target::lowering`](crate::target::Target). Which operators make a layer is `attention.rs` and `nn.rs`: this module knows
+//! operators only.
 //!
-//! Which type each part computes in is part of the contract: what must stay float32 in half precision (norms, soft-caps,
-//! softmax) is cast here, where it is done.
+//! The dtype of every step is part of the contract: what must stay float32 in half precision (norms, soft-caps, softmax) is
+//! cast here, where it is computed.
 
 mod cpu;
 mod cuda;
+mod portable;
 mod tensorrt;
 
-use crate::attention::{self, KeyValue, Tokens};
-use crate::config::Config;
-use crate::decoder::Context;
-use crate::interface::CacheLayout;
-use crate::nn::{Weights, softcap};
-use crate::onnx::{DType, Dim, Packed, Value};
+pub use cpu::Cpu;
+pub use cuda::Cuda;
+pub use portable::Portable;
+pub use tensorrt::TensorRt;
 
-/// A runtime that graphs are written for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Target {
-    /// Standard operators only, for any runtime that reads ONNX.
-    Portable,
-    /// ONNX Runtime on a CPU.
-    Cpu,
-    /// ONNX Runtime on an NVIDIA GPU by its CUDA provider.
-    Cuda,
-    /// TensorRT, by itself or as a provider of ONNX Runtime.
-    TensorRt,
-}
+use crate::onnx::{DType, Data, Dim, Packed, Value};
 
-impl Target {
-    /// Every target.
-    pub const ALL: [Target; 4] = [Target::Portable, Target::Cpu, Target::Cuda, Target::TensorRt];
-
-    /// The name on the command line and in a manifest.
-    pub fn name(self) -> &'static str {
-        match self {
-            Target::Portable => "portable",
-            Target::Cpu => "cpu",
-            Target::Cuda => "cuda",
-            Target::TensorRt => "tensorrt",
-        }
-    }
-
-    /// Version of the standard operator set.
-    pub fn opset(self) -> u32 {
-        match self {
-            // The newest that has everything used and that TensorRT reads.
-            Target::Portable => 20,
-            // The first with Attention.
-            Target::Cpu | Target::Cuda => 23,
-            // The first with packed matrices, and the last whose operators every TensorRT 10 reads.
-            Target::TensorRt => 21,
-        }
-    }
-
-    /// Types of weights and activations that the runtime computes in.
-    pub fn dtypes(self) -> &'static [DType] {
-        match self {
-            Target::Portable | Target::Cuda | Target::TensorRt => &[DType::Float32, DType::Float16, DType::BFloat16],
-            // Halves are computed there by casts to float32, one for each use of a weight.
-            Target::Cpu => &[DType::Float32],
-        }
-    }
-
-    /// The type to export in unless another is asked for.
-    pub fn default_dtype(self) -> DType {
-        match self {
-            Target::Portable | Target::Cpu => DType::Float32,
-            Target::Cuda | Target::TensorRt => DType::BFloat16,
-        }
-    }
-
-    /// Whether matrices can be held in few bits.
-    pub fn reads_packed(self) -> bool {
-        self != Target::Portable
-    }
-
-    /// Whether these are signed numbers of 4 bits with positive scales, as standard operators have them.
-    pub fn signs_packed(self) -> bool {
-        self == Target::TensorRt
-    }
-
-    /// Whether the graphs are for a device with a memory of its own.
-    pub fn is_device(self) -> bool {
-        matches!(self, Target::Cuda | Target::TensorRt)
-    }
-
-    /// Whether several sources may lie side by side in a row of the encoder, which is worth it where what is computed for
-    /// padding is lost.
-    pub(crate) fn reads_side_by_side(self) -> bool {
-        self == Target::Cpu
-    }
-
+/// What a target's runtime can do. The exporter and the blocks read these fields; none of them compares targets.
+#[derive(Clone, Copy, Debug)]
+pub struct Capabilities {
+    /// The target's name on the command line and in a manifest.
+    pub name: &'static str,
+    /// Version of the standard operator set that the graphs are written in.
+    pub opset: u32,
+    /// Dtypes of weights and activations that the runtime computes in.
+    pub dtypes: &'static [DType],
+    /// The dtype of an export unless another is asked for.
+    pub default_dtype: DType,
+    /// How quantized matrices are stored; none if the target reads no quantized weights.
+    pub packing: Option<Packing>,
+    /// Whether matrices can be quantized to fp8 (E4M3).
+    pub float8: bool,
+    /// Whether matrices of 8 bits are multiplied with activations of 8 bits, which needs calibrated activation ranges.
+    pub quantizes_activations: bool,
+    /// Whether the graphs can return activation ranges, to calibrate another target with.
+    pub observes_activations: bool,
+    /// Whether the graphs run on a device with memory of its own, where rows of the cache are moved by a graph.
+    pub has_device_memory: bool,
+    /// Self-attention over a cache that is written in place: the number that `head_dim` has to be a multiple of. None if the
+    /// target has no such operator.
+    pub in_place_head_dim: Option<usize>,
     /// Whether the cache can be given a fixed capacity.
-    pub fn has_static_cache(self) -> bool {
-        self == Target::TensorRt
-    }
-
-    /// How the keys and values of the target pass from step to step, unless they are given a fixed capacity.
-    pub(crate) fn cache(self, config: &Config) -> CacheLayout {
-        match self {
-            Target::Cpu | Target::Cuda if config.decoder.head_dim.is_multiple_of(cpu::HEAD_DIM) => CacheLayout::InPlace,
-            _ => CacheLayout::Growing,
-        }
-    }
-
-    pub(crate) fn lowering(self) -> &'static dyn Lowering {
-        match self {
-            Target::Portable => &Portable,
-            Target::Cpu => &cpu::Cpu,
-            Target::Cuda => &cuda::Cuda,
-            Target::TensorRt => &tensorrt::TensorRt,
-        }
-    }
+    pub static_cache: bool,
+    /// Whether several sources can lie side by side in a row of the encoder, which pays where padding is computed for nothing.
+    pub side_by_side: bool,
+    /// Whether the encoder's attention takes heads side by side in a row, as they come out of the projections, instead of on an
+    /// axis of their own.
+    pub attends_in_rows: bool,
+    /// Whether an export can carry a serving plan: optimization profiles for the engines that are built from it.
+    pub serving_plans: bool,
 }
 
-/// A weight matrix `[out, in]`, as it is held.
+/// How quantized matrices are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Packing {
+    /// Unsigned numbers in blocks, with optional zero points, as ONNX Runtime's `MatMulNBits` reads them.
+    Blocks,
+    /// Signed numbers with positive scales, as the standard `DequantizeLinear` reads them.
+    Signed,
+}
+
+/// A weight matrix `[out, in]`, as it is stored.
 #[derive(Clone, Copy)]
 pub enum Matrix<'g> {
-    /// Its numbers.
+    /// In a float type.
     Plain(Value<'g>),
-    /// In few bits.
+    /// Quantized.
     Packed(Packed<'g>),
 }
 
 /// Attention over given keys and values.
 pub struct Attention<'g> {
-    /// Queries, `[batch, queries, heads, head_dim]`.
+    /// `[batch, queries, heads, head_dim]`
     pub query: Value<'g>,
-    /// Keys and values, `[batch, kv_heads, keys, head_dim]` each; a query head `i` uses `i / (heads / kv_heads)`.
-    pub key_value: KeyValue<'g>,
+    /// `[batch, kv_heads, keys, head_dim]`; query head `i` reads key head `i / (heads / kv_heads)`.
+    pub key: Value<'g>,
+    /// As `key`.
+    pub value: Value<'g>,
     /// Which keys a query sees: bool, broadcast against `[batch, kv_heads, group, queries, keys]`.
     pub visible: Value<'g>,
     /// Factor of the scores.
@@ -138,8 +87,21 @@ pub struct Attention<'g> {
     pub cap: Option<f64>,
 }
 
+/// Cosines and sines of rotary angles, float.
+#[derive(Clone, Copy)]
+pub struct Rotation<'g> {
+    /// `cos(position · frequency)`
+    pub cos: Value<'g>,
+    /// `sin(position · frequency)`
+    pub sin: Value<'g>,
+}
+
+/// A target: what its runtime can do, and its forms of the operators.
 pub trait Lowering {
-    /// `x · wᵀ (+ b)`: x `[tokens, in]`, w `[out, in]`, b `[out]`, all of one type.
+    /// What the target's runtime can do.
+    fn capabilities(&self) -> &'static Capabilities;
+
+    /// `x · wᵀ (+ b)`: x `[tokens, in]`, w `[out, in]`, b `[out]`, all of one dtype.
     fn linear<'g>(&self, x: Value<'g>, weight: Matrix<'g>, bias: Option<Value<'g>>) -> Value<'g> {
         match weight {
             Matrix::Plain(weight) => x.gemm(weight, bias),
@@ -160,59 +122,52 @@ pub trait Lowering {
         x / ((x * x).mean() + eps).sqrt() * factor
     }
 
-    /// `x·cos + [−x₂, x₁]·sin` over the halves `x₁, x₂` of the last axis: x `[rows, length, heads, head_dim]`, cos and sin
-    /// `[length, 1, head_dim / 2]`, or `[rows, length, 1, head_dim / 2]` where a cache of fixed capacity is written, in x's type.
-    fn rotary<'g>(&self, x: Value<'g>, [cos, sin]: [Value<'g>; 2]) -> Value<'g> {
+    /// `x·cos + [−x₂, x₁]·sin` over the halves `x₁, x₂` of the last axis: x `[rows, length, heads, head_dim]`, cos and sin in x's
+    /// dtype, `[length, 1, head_dim / 2]` or, where every row has positions of its own, `[rows, length, 1, head_dim / 2]`.
+    fn rotary<'g>(&self, x: Value<'g>, Rotation { cos, sin }: Rotation<'g>) -> Value<'g> {
         let (x1, x2) = x.halves();
         x * Value::concat(&[cos, cos], -1) + Value::concat(&[x2, x1], -1) * Value::concat(&[-sin, sin], -1)
     }
 
-    /// The encoder's self-attention, from the residual stream back to it: see [`attention::bidirectional`].
-    fn bidirectional<'g>(&self, x: Value<'g>, tokens: &Tokens<'g>, visible: Value<'g>, w: &Weights<'g>) -> Value<'g> {
-        attention::over_source(x, tokens, visible, w)
-    }
-
-    /// The decoder's self-attention, from the residual stream back to it: see [`attention::causal`].
-    fn causal<'g>(
-        &self,
-        x: Value<'g>,
-        context: &Context<'g>,
-        past: Option<KeyValue<'g>>,
-        w: &Weights<'g>,
-    ) -> (Value<'g>, KeyValue<'g>) {
-        match context.cache {
-            CacheLayout::Static(capacity) => attention::fixed(x, context, past, capacity, w),
-            _ => attention::growing(x, context, past, w),
-        }
-    }
-
     /// `softmax(softcap(q·kᵀ·scale) + (visible ? 0 : min)) · v`, as `[batch, queries, heads, head_dim]`.
-    fn attention<'g>(&self, a: Attention<'g>) -> Value<'g> {
-        decomposed(a)
+    fn attention<'g>(&self, attention: Attention<'g>) -> Value<'g> {
+        attention_with_weights(attention).0
+    }
+
+    /// An upper bound of the target tokens in any row, int32 `[1]`, for attention over a cache that is written in place. `last`
+    /// int32 `[rows]` is the position of each row's last token; `past` the keys so far, `[rows, kv_heads, capacity, head_dim]`.
+    fn longest_row<'g>(&self, last: Value<'g>, _past: Option<Value<'g>>) -> Value<'g> {
+        last.greatest(0) + last.graph().constant(DType::Int32, &[1], Data::Ints(vec![1]))
     }
 }
 
-/// The portable form of [`Lowering::attention`].
-///
-/// The least finite number stands for −∞: a padded query that sees nothing then averages its keys, where −∞ would give NaN,
-/// which reaches real rows through `0 · NaN`.
-fn decomposed(a: Attention<'_>) -> Value<'_> {
-    with_weights(a).0
+/// `cap · tanh(x / cap)`, or `x` where there is no cap.
+pub fn softcap(x: Value<'_>, cap: Option<f64>) -> Value<'_> {
+    match cap {
+        Some(cap) => (x * (1.0 / cap)).tanh() * cap,
+        None => x,
+    }
 }
 
 /// The portable form of [`Lowering::attention`], and the softmax in it: float32 `[batch, kv_heads, group, queries, keys]`.
-pub fn with_weights<'g>(a: Attention<'g>) -> (Value<'g>, Value<'g>) {
+///
+/// The least finite number stands for −∞: a padded query that sees nothing then averages its keys, where −∞ would give NaN,
+/// which reaches real rows through `0 · NaN`.
+pub fn attention_with_weights(a: Attention<'_>) -> (Value<'_>, Value<'_>) {
     let [batch, queries, heads, head_dim] = [0, 1, 2, 3].map(|axis| a.query.dim(axis));
-    let [kv_heads, keys] = [1, 2].map(|axis| a.key_value.key.dim(axis));
-    let group = heads_in_group(&a);
+    let [kv_heads, keys] = [1, 2].map(|axis| a.key.dim(axis));
+    let group = match (heads.as_fixed(), kv_heads.as_fixed()) {
+        (Some(heads), Some(kv_heads)) => heads / kv_heads,
+        _ => unreachable!("the numbers of heads come from the config"),
+    };
     let dtype = a.query.dtype();
 
-    // A group's heads share their keys: they lie along the query axis, so that keys and values are never repeated.
+    // The heads of a group share their keys: they lie along the query axis, so that keys and values are never repeated.
     let q = (a.query * a.scale)
         .reshape(&[batch.clone(), queries.clone(), kv_heads.clone(), group.into(), head_dim.clone()])
         .transpose(&[0, 2, 3, 1, 4])
         .reshape(&[batch.clone(), kv_heads.clone(), queries.times(&group.into()), head_dim.clone()]);
-    let scores = q.matmul(a.key_value.key.transpose(&[0, 1, 3, 2])).cast(DType::Float32);
+    let scores = q.matmul(a.key.transpose(&[0, 1, 3, 2])).cast(DType::Float32);
     let grouped = [batch.clone(), kv_heads.clone(), group.into(), queries.clone(), keys.clone()];
     let bias = a.visible.choose(DType::Float32, 0.0, f32::MIN.into());
     let weights = (softcap(scores, a.cap).reshape(&grouped) + bias).softmax();
@@ -220,19 +175,19 @@ pub fn with_weights<'g>(a: Attention<'g>) -> (Value<'g>, Value<'g>) {
     let read = weights
         .cast(dtype)
         .reshape(&[batch.clone(), kv_heads.clone(), queries.times(&group.into()), keys])
-        .matmul(a.key_value.value)
+        .matmul(a.value)
         .reshape(&[batch.clone(), kv_heads, group.into(), queries.clone(), head_dim.clone()])
         .transpose(&[0, 3, 1, 2, 4])
         .reshape(&[batch, queries, heads, head_dim]);
     (read, weights)
 }
 
-fn heads_in_group(a: &Attention<'_>) -> usize {
-    let [heads, kv_heads] = [a.query.dim(2), a.key_value.key.dim(1)].map(|dim| dim.as_fixed());
-    let (heads, kv_heads) = heads.zip(kv_heads).expect("the numbers of heads come from the config");
-    heads / kv_heads
+/// A mask of rank 4 at most, with an entry for each of `queries`: from bool that is broadcast along the head axes
+/// (`[batch, 1, 1, queries or 1, keys]`).
+pub fn mask_by_query<'g>(visible: Value<'g>, queries: &Dim) -> Value<'g> {
+    let visible = if visible.shape().len() == 5 { visible.squeeze(1) } else { visible };
+    let mut shape = visible.shape();
+    let at = shape.len() - 2;
+    shape[at] = queries.clone();
+    visible.expand(&shape)
 }
-
-struct Portable;
-
-impl Lowering for Portable {}

@@ -10,7 +10,7 @@ mod graph;
 mod ops;
 mod shape;
 
-pub use contrib::{Heads, Packed};
+pub use contrib::{GroupQuery, Heads, Packed};
 pub use graph::{
     Adjust, Attribute, Blocks, Code, Constant, Data, Definition, Graph, Node, Parameter, Part, Scope, Value, ValueInfo,
 };

@@ -36,6 +36,24 @@ pub struct Heads {
     pub window: Option<usize>,
 }
 
+/// What `GroupQueryAttention` takes besides queries, keys and values.
+pub struct GroupQuery<'g> {
+    /// Keys and values so far, `[rows, kv_count, capacity, dim]`.
+    pub past: Option<[Value<'g>; 2]>,
+    /// int32 `[rows]`, the position of each row's last token (`seqlens_k`).
+    pub last: Value<'g>,
+    /// int32 `[1]`, at least the tokens of the longest row (`total_sequence_length`).
+    pub longest: Value<'g>,
+    /// Cosines of the rotary angles, `[positions, dim / 2]`.
+    pub cos: Value<'g>,
+    /// Sines of the rotary angles, `[positions, dim / 2]`.
+    pub sin: Value<'g>,
+    /// The heads.
+    pub heads: Heads,
+    /// Length of the keys and values that are returned.
+    pub present: Dim,
+}
+
 impl<'g> Value<'g> {
     /// `x / √(mean(x²) + ε) · factor`, of a sum also the sum itself from one operator.
     #[track_caller]
@@ -122,17 +140,11 @@ impl<'g> Value<'g> {
     }
 
     /// Causal attention of queries, keys and values that lie side by side, `[rows, length, (count + 2·kv_count)·dim]`, with
-    /// rotary positions, over a past `[rows, kv_count, capacity, dim]` that it is written into in place if the present is
-    /// given the same memory. Returns the context `[rows, length, count·dim]` and the present, of length `present`.
+    /// rotary positions, over a past that it is written into in place if the present is given the same memory. Returns the
+    /// attended values `[rows, length, count·dim]` and the present keys and values `[rows, kv_count, present, dim]`.
     #[track_caller]
-    pub fn group_query_attention(
-        self,
-        past: Option<[Value<'g>; 2]>,
-        lengths: [Value<'g>; 2],
-        rotary: [Value<'g>; 2],
-        heads: Heads,
-        present: &Dim,
-    ) -> [Value<'g>; 3] {
+    pub fn group_query_attention(self, with: GroupQuery<'g>) -> [Value<'g>; 3] {
+        let GroupQuery { past, last, longest, cos, sin, heads, present } = with;
         let mut attributes = vec![
             ("num_heads", Attribute::Int(heads.count as i64)),
             ("kv_num_heads", Attribute::Int(heads.kv_count as i64)),
@@ -142,12 +154,11 @@ impl<'g> Value<'g> {
         attributes.extend(heads.cap.map(|cap| ("softcap", Attribute::float(cap))));
         attributes.extend(heads.window.map(|window| ("local_window_size", Attribute::Int(window as i64))));
         let [key, value] = past.map_or([None; 2], |past| past.map(Some));
-        let ([last, total], [cos, sin]) = (lengths, rotary);
-        let inputs = [Some(self), None, None, key, value, Some(last), Some(total), Some(cos), Some(sin)];
+        let inputs = [Some(self), None, None, key, value, Some(last), Some(longest), Some(cos), Some(sin)];
         let (rows, dtype) = (self.dim(0), self.dtype());
-        let context = vec![rows.clone(), self.dim(1), Dim::fixed(heads.count * heads.dim)];
-        let cached = vec![rows, heads.kv_count.into(), present.clone(), heads.dim.into()];
-        let outputs = [context, cached.clone(), cached].map(|shape| Some((dtype, shape)));
+        let attended = vec![rows.clone(), self.dim(1), Dim::fixed(heads.count * heads.dim)];
+        let cached = vec![rows, heads.kv_count.into(), present, heads.dim.into()];
+        let outputs = [attended, cached.clone(), cached].map(|shape| Some((dtype, shape)));
         let op = "com.microsoft.GroupQueryAttention";
         let outputs = self.graph.node_with_options(op, &inputs, &attributes, &outputs);
         [0, 1, 2].map(|i| outputs[i].expect("asked for"))

@@ -1,23 +1,24 @@
 //! Feature extraction: the encoder alone, with the hidden states of any layer and their pooling to one vector for each
 //! source. What is pooled is computed in float32, whatever the model is in.
 
+use super::encoder::{self, Source};
 use crate::config::Config;
-use crate::encoder::{self, Source};
-use crate::nn::Weights;
+use crate::interface;
 use crate::onnx::{DType, Definition, Graph, Value};
+use crate::options::Options;
 use crate::task::{Features, Pooling, Task};
-use crate::{Options, interface};
+use crate::weights::Weights;
 
 /// The graph from source tokens to the states or the vector of each source.
-pub(crate) fn features(config: &Config, options: &Options, features: &Features) -> Definition {
+pub fn features(config: &Config, options: &Options, features: &Features) -> Definition {
     let graph = Graph::new();
     let ports = interface::model(config, options.dtype, &Task::FeatureExtraction(*features));
     let [ids, mask] = interface::inputs(&graph, &ports);
 
     let w = Weights::root(&graph, &config.encoder, options).at("model.encoder");
-    let source = Source::of_each(&graph, ids, mask, options);
+    let source = Source::by_token(&graph, ids, mask, options);
     let layers = features.layers(config).expect("the exporter has checked the number of the layer");
-    let states = encoder::states(&source, layers, config, options, &w); // [batch·source, hidden]
+    let states = encoder::states(&source, layers, options, &w); // [batch·source, hidden]
     let states = states.reshape(&[ids.dim(0), ids.dim(1), config.encoder.hidden_size.into()]);
     let taken = match features.pooling {
         Pooling::None => states,
@@ -37,17 +38,17 @@ fn pooled<'g>(states: Value<'g>, mask: Value<'g>, pooling: Pooling) -> Value<'g>
             let sum = states.where_true(seen.unsqueeze(&[2])).sum(1).squeeze(1);
             sum / seen.cast(DType::Float32).sum(-1)
         }
-        Pooling::Last => states.entry(last(seen)),
-        Pooling::First => states.entry(first(seen)),
+        Pooling::Last => states.entry(last_true(seen)),
+        Pooling::First => states.entry(first_true(seen)),
     }
 }
 
 /// The last position of each row where `true` stands, or 0: int64 `[batch, 1]` of bool `[batch, source]`.
-pub(crate) fn last(seen: Value<'_>) -> Value<'_> {
+pub fn last_true(seen: Value<'_>) -> Value<'_> {
     positions(seen).where_true(seen).greatest(-1)
 }
 
-fn first(seen: Value<'_>) -> Value<'_> {
+fn first_true(seen: Value<'_>) -> Value<'_> {
     // Counted from the right, the first position is the greatest.
     let length = seen.graph().size(&seen.dim(1));
     let from_the_right = length - positions(seen); // length, …, 1

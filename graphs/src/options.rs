@@ -1,0 +1,80 @@
+//! `Options`: everything that decides the graphs besides the configuration and the numbers of the weights.
+
+use std::sync::Arc;
+
+use crate::config::Config;
+use crate::interface::{CacheLayout, DType, Interface, Logits, Returned};
+use crate::manifest::EncoderWindow;
+use crate::quantization::{Activations, Quantization};
+use crate::target::Target;
+use crate::task::{Pooling, Task};
+
+/// Everything that decides the graphs besides the configuration and the numbers of the weights.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// What the graphs are for.
+    pub task: Task,
+    /// The runtime that the graphs are written for.
+    pub target: Target,
+    /// Dtype of weights, activations and caches.
+    pub dtype: DType,
+    /// The positions whose logits the decoder graphs return.
+    pub logits: Logits,
+    /// The decoder layers whose mean cross-attention the decoder graphs return; none if empty.
+    pub alignment_layers: Vec<usize>,
+    /// Whether positions exactly one window apart see each other in the encoder.
+    pub encoder_window: EncoderWindow,
+    /// Which matrices are quantized, and how.
+    pub quantization: Quantization,
+    /// What is known of the activations that matrices are multiplied with.
+    pub activations: Activations,
+    /// A fixed capacity of the cache, in target tokens; none for the layout that the target has.
+    pub capacity: Option<usize>,
+    /// Which checkpoint tensors are the decoder's embedding and the output head.
+    pub vocabulary: Vocabulary,
+}
+
+/// The checkpoint's names of the decoder's two vocabulary-wide tensors; equal where the head is tied.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Vocabulary {
+    /// `[vocab_size, hidden_size]`, looked up by target tokens.
+    pub embedding: String,
+    /// `[vocab_size, hidden_size]`, multiplied with the last hidden state.
+    pub head: String,
+    /// The tokens that can be generated, ascending; all if none. The others have no logits.
+    pub kept: Option<Arc<[usize]>>,
+}
+
+impl Options {
+    /// The ports of the graphs that these options give.
+    pub fn interface(&self, config: &Config) -> Interface {
+        Interface::of(config, self.dtype, self.returned(), self.cache(config))
+    }
+
+    /// What the decoder graphs return besides keys and values.
+    pub fn returned(&self) -> Returned {
+        let kept_tokens = self.vocabulary.kept.as_ref().map(|kept| kept.len());
+        Returned { logits: self.logits, kept_tokens, alignment: !self.alignment_layers.is_empty() }
+    }
+
+    /// Whether the numbers in the encoder's `attention_mask` say which of several sources in a row a token belongs to. Only graphs
+    /// that return states of each token can keep sources apart.
+    pub fn reads_side_by_side(&self) -> bool {
+        let returns_tokens = match &self.task {
+            Task::Text2TextGeneration => true,
+            Task::FeatureExtraction(features) => features.pooling == Pooling::None,
+            Task::TextClassification | Task::TokenClassification => false,
+        };
+        returns_tokens && self.target.capabilities().side_by_side
+    }
+
+    /// How the keys and values of the target tokens pass from step to step.
+    pub fn cache(&self, config: &Config) -> CacheLayout {
+        let in_place = self.target.capabilities().in_place_head_dim;
+        match self.capacity {
+            Some(capacity) => CacheLayout::Static(capacity),
+            None if in_place.is_some_and(|unit| config.decoder.head_dim.is_multiple_of(unit)) => CacheLayout::InPlace,
+            None => CacheLayout::Growing,
+        }
+    }
+}

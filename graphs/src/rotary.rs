@@ -1,0 +1,40 @@
+//! Rotary positions (RoFormer, arXiv 2104.09864), in the half-split form of Gemma: the angles are float32 whatever x is.
+
+use crate::lower::Rotation;
+use crate::onnx::{DType, Data, Value};
+use crate::sequence::Tokens;
+use crate::weights::Weights;
+
+/// x turned by the angles of its tokens' positions: x and the result `[rows, length, heads, head_dim]`.
+pub fn rotary<'g>(x: Value<'g>, tokens: &Tokens<'g>, w: &Weights<'g>) -> Value<'g> {
+    let angles = angles(tokens.positions, &[1, 2], w); // [length, 1, head_dim / 2]
+    w.lowering.rotary(x, Rotation { cos: angles.cos().cast(x.dtype()), sin: angles.sin().cast(x.dtype()) })
+}
+
+/// The angles `position · f_j`, float32. Positions `[…]` become `[…, head_dim / 2]`, with the new axes `axes`: of length 1, but for
+/// the last, which is that of the angles.
+pub fn angles<'g>(positions: Value<'g>, axes: &[isize], w: &Weights<'g>) -> Value<'g> {
+    let mut shape = vec![1; axes.len()];
+    shape.push(w.side.head_dim / 2);
+    let frequencies = Data::Floats(frequencies(w).map(f64::from).collect());
+    let frequencies = w.graph.constant(DType::Float32, &shape, frequencies);
+    positions.cast(DType::Float32).unsqueeze(axes) * frequencies
+}
+
+/// Cosines and sines of the angles of every position there can be: float32 `[max_position_embeddings, head_dim / 2]` each.
+pub fn tables<'g>(w: &Weights<'g>) -> Rotation<'g> {
+    let shape = [w.side.max_position_embeddings, w.side.head_dim / 2];
+    let table = |name, function: fn(f32) -> f32| {
+        w.graph.table(name, &shape, || {
+            let row = |position: usize| frequencies(w).map(move |f| f64::from(function(position as f32 * f)));
+            (0..shape[0]).flat_map(row).collect()
+        })
+    };
+    Rotation { cos: table("rotary_cos", f32::cos), sin: table("rotary_sin", f32::sin) }
+}
+
+/// The frequencies `f_j = θ^(−2j/head_dim)`: powers and quotients in float32, as transformers computes them.
+fn frequencies(w: &Weights<'_>) -> impl Iterator<Item = f32> {
+    let (theta, head_dim) = (w.side.rope_theta as f32, w.side.head_dim);
+    (0..head_dim / 2).map(move |j| 1.0 / theta.powf((2 * j) as f32 / head_dim as f32))
+}

@@ -1,0 +1,138 @@
+//! The decoder, shared by the graphs that have one: the layer, the stack of layers, and the way from the last layer to logits.
+
+use crate::attention::{causal, cross, cross_with_weights};
+use crate::config::LayerType;
+use crate::interface::{self, Logits, Ports};
+use crate::nn::{gated_mlp, residual, rms_norm};
+use crate::onnx::{Dim, Value};
+use crate::options::Options;
+use crate::sequence::{Context, KeyValue, Tokens};
+use crate::weights::Weights;
+
+/// What a layer attends to: the target so far (none at the first step), and the source.
+#[derive(Clone, Copy)]
+pub struct Memory<'g> {
+    pub past: Option<KeyValue<'g>>,
+    pub source: KeyValue<'g>,
+}
+
+/// A layer of the stack.
+pub struct Layer<'g> {
+    /// What its self-attention sees.
+    pub kind: LayerType,
+    /// What it attends to.
+    pub memory: Memory<'g>,
+    /// Whether its cross-attention weights are asked for.
+    pub is_weighed: bool,
+}
+
+/// What a layer returns.
+pub struct LayerOutput<'g> {
+    /// The residual stream behind it, `[rows·length, hidden]`.
+    pub x: Value<'g>,
+    /// The keys and values of past and new target tokens.
+    pub present: KeyValue<'g>,
+    /// The keys and values of the source, as they were given.
+    pub source: KeyValue<'g>,
+    /// Where asked for, how much each target token attends to each source token: float32 `[batch, queries, source]`, the beams of
+    /// a source row along the queries.
+    pub weights: Option<Value<'g>>,
+}
+
+/// All layers, over the embedded target tokens x `[rows·length, hidden]`. `memory` gives what the `i`-th attends to, whose weights
+/// are at the given place; the cross-attention weights of the layers in `weighed` are returned.
+pub fn stack<'g>(
+    x: Value<'g>,
+    context: &Context<'g>,
+    weighed: &[usize],
+    memory: impl Fn(usize, &Weights<'g>) -> Memory<'g>,
+    w: &Weights<'g>,
+) -> (Value<'g>, Vec<LayerOutput<'g>>) {
+    let (mut x, mut outputs) = (x, Vec::new());
+    for (i, &kind) in w.side.layers.iter().enumerate() {
+        let w = w.at(&format!("layers.{i}"));
+        let output = layer(x, context, Layer { kind, memory: memory(i, &w), is_weighed: weighed.contains(&i) }, &w);
+        x = output.x;
+        outputs.push(output);
+    }
+    (x, outputs)
+}
+
+/// h = x + norm(self_attention(norm(x)))
+/// h = h + norm(cross_attention(norm(h)))
+/// y = h + norm(mlp(norm(h)))
+fn layer<'g>(x: Value<'g>, context: &Context<'g>, layer: Layer<'g>, w: &Weights<'g>) -> LayerOutput<'g> {
+    let Layer { kind, memory: Memory { past, source }, is_weighed } = layer;
+    let normed = rms_norm(x, &w.at("pre_self_attn_layernorm"));
+    let (attended, present) = causal(normed, context, kind, past, &w.at("self_attn"));
+    let h = residual(x, attended, &w.at("post_self_attn_layernorm"));
+
+    let normed = rms_norm(h, &w.at("pre_cross_attn_layernorm"));
+    let at = w.at("cross_attn");
+    let (read, weights) = if is_weighed {
+        let (read, weights) = cross_with_weights(normed, context, source, &at);
+        (read, Some(weights))
+    } else {
+        (cross(normed, context, source, &at), None)
+    };
+    let h = residual(h, read, &w.at("post_cross_attn_layernorm"));
+
+    let normed = rms_norm(h, &w.at("pre_feedforward_layernorm"));
+    let y = residual(h, gated_mlp(normed, &w.at("mlp")), &w.at("post_feedforward_layernorm"));
+    LayerOutput { x: y, present, source, weights }
+}
+
+/// Declares the outputs of a decoder graph: logits, the `cached` keys and values, and where asked for, candidates and alignment.
+/// `x` is the residual stream behind the last layer, `root` the root of the checkpoint.
+pub fn outputs<'g>(
+    ports: &Ports,
+    x: Value<'g>,
+    layers: &[LayerOutput<'g>],
+    cached: Vec<Value<'g>>,
+    tokens: &Tokens<'g>,
+    options: &Options,
+    root: &Weights<'g>,
+) {
+    let head = root.at(&options.vocabulary.head).keeping(options.vocabulary.kept.as_ref());
+    let logits = logits(x, tokens, options.logits, &root.at("model.decoder.norm"), &head);
+    let candidates = candidates(logits, options.logits);
+    let alignment = alignment(layers.iter().filter_map(|layer| layer.weights).collect(), tokens);
+    let all = [logits].into_iter().chain(cached).chain(candidates).chain(alignment);
+    interface::outputs(root.graph, ports, all);
+}
+
+/// `softcap(head · norm(x))` in float32, `[rows, positions, tokens]`, of x `[rows·length, hidden]`; the tokens are those of the
+/// vocabulary, or those that are kept of it.
+fn logits<'g>(x: Value<'g>, tokens: &Tokens<'g>, which: Logits, norm: &Weights<'g>, head: &Weights<'g>) -> Value<'g> {
+    let (rows, hidden_size) = (&tokens.rows, head.side.hidden_size);
+    let (x, positions) = match which {
+        Logits::All => (x, tokens.length.clone()),
+        Logits::Last | Logits::Candidates(_) => {
+            let last = x.reshape(&[rows.clone(), tokens.length.clone(), hidden_size.into()]).last(1);
+            (last.reshape(&[rows.clone(), hidden_size.into()]), Dim::fixed(1))
+        }
+    };
+    let normed = rms_norm(x, norm);
+    let _scope = head.scope();
+    let scored = head.kept().unwrap_or(head.side.vocab_size);
+    let table = head.matrix([scored, hidden_size]);
+    let (x, cap) = (head.operand(normed.cast(head.operand_dtype())), head.side.final_logit_softcapping);
+    head.lowering.logits(x, table, cap, [rows.clone(), positions])
+}
+
+/// The outputs of [`Logits::Candidates`]: the greatest logits float32 `[rows, count]`, their tokens int64 `[rows, count]`, and the
+/// log-sum-exp of all float32 `[rows, 1]`.
+fn candidates(logits: Value<'_>, which: Logits) -> Vec<Value<'_>> {
+    let Logits::Candidates(count) = which else { return Vec::new() };
+    let logits = logits.squeeze(1); // [rows, vocab_size]
+    let [scores, ids] = logits.top(count);
+    vec![scores, ids, logits.log_sum_exp()]
+}
+
+/// The mean over layers of how much each target token attends to each source token, float32 `[rows, length, source]`; none if
+/// there are no layers.
+fn alignment<'g>(weights: Vec<Value<'g>>, tokens: &Tokens<'g>) -> Option<Value<'g>> {
+    let sum = weights.iter().copied().reduce(|sum, layer| sum + layer)?;
+    let mean = sum * (1.0 / weights.len() as f64);
+    Some(mean.reshape(&[tokens.rows.clone(), tokens.length.clone(), mean.dim(-1)]))
+}

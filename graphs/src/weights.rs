@@ -1,0 +1,224 @@
+//! The cursor by which a block reaches its weights: step into a name, ask for a tensor with the shape it must have. How a matrix is
+//! stored (in a float type, or quantized in the way of the target) is decided here, so that equations do not know it.
+
+use std::sync::Arc;
+
+use crate::config::Side;
+use crate::lower::{Lowering, Matrix, Packing};
+use crate::onnx::{Adjust, Blocks, Code, DType, Graph, Packed, Part, Scope, Value};
+use crate::options::Options;
+use crate::quantization::Activations;
+
+/// A place in the checkpoint, for the blocks of one stack. It carries what every block needs with its weights: the configuration of
+/// the stack, and how operators are lowered.
+#[derive(Clone)]
+pub struct Weights<'g> {
+    pub graph: &'g Graph,
+    pub side: &'g Side,
+    pub lowering: &'g dyn Lowering,
+    options: &'g Options,
+    path: String,
+    /// The rows of the head that are taken; all if none.
+    kept: Option<Arc<[usize]>>,
+}
+
+/// One of several matrices that are stored as one, one above the other.
+#[derive(Clone, Copy)]
+pub struct StackedPart<'a> {
+    /// The matrix's place.
+    pub name: &'a str,
+    /// Its rows.
+    pub rows: usize,
+}
+
+impl<'g> Weights<'g> {
+    /// The root of the checkpoint, for the blocks of a stack.
+    pub fn root(graph: &'g Graph, side: &'g Side, options: &'g Options) -> Weights<'g> {
+        Weights { graph, side, lowering: options.target.lowering(), options, path: String::new(), kept: None }
+    }
+
+    /// The place called `name` under this one.
+    pub fn at(&self, name: &str) -> Weights<'g> {
+        let path = if self.path.is_empty() { name.to_string() } else { format!("{}.{name}", self.path) };
+        Weights { path, ..self.clone() }
+    }
+
+    /// The same place, with only some of the rows of its `[vocab_size, …]`.
+    pub fn keeping(&self, rows: Option<&Arc<[usize]>>) -> Weights<'g> {
+        Weights { kept: rows.cloned(), ..self.clone() }
+    }
+
+    /// The number of rows taken, if not all.
+    pub fn kept(&self) -> Option<usize> {
+        self.kept.as_ref().map(|kept| kept.len())
+    }
+
+    /// Names nodes by this place until the scope is dropped.
+    pub fn scope(&self) -> Scope<'g> {
+        self.graph.scope(&self.path)
+    }
+
+    /// The matrix or bias at this place, in a float type.
+    pub fn tensor(&self, shape: &[usize]) -> Value<'g> {
+        self.graph.parameter(&self.name(), &self.source(shape), self.dtype(), shape, Adjust::AsIs)
+    }
+
+    /// `1 +` the vector at this place, in float32 whatever dtype the matrices have.
+    pub fn one_plus(&self, size: usize) -> Value<'g> {
+        self.graph.parameter(&self.path, &self.source(&[size]), DType::Float32, &[size], Adjust::OnePlus)
+    }
+
+    /// The matrix `[out, in]` at this place, to be multiplied with.
+    pub fn matrix(&self, shape: [usize; 2]) -> Matrix<'g> {
+        match self.options.quantization.of(&self.path) {
+            Some(blocks) => Matrix::Packed(self.packed(&self.source(&shape), shape, blocks)),
+            None => Matrix::Plain(self.tensor(&shape)),
+        }
+    }
+
+    /// The matrices under this place, one above the other, as one matrix `[sum of rows, input]` called `name`. Quantized only if all
+    /// of them are, in the same way.
+    pub fn stacked_matrix(&self, name: &str, parts: &[StackedPart], input: usize) -> Matrix<'g> {
+        let sources: Vec<Part> =
+            (parts.iter()).map(|part| self.at(part.name).at("weight").part(vec![part.rows, input])).collect();
+        let shape = [parts.iter().map(|part| part.rows).sum(), input];
+        let at = self.at(name).at("weight");
+        let quantized = sources.iter().map(|part| self.options.quantization.of(&part.tensor)).collect::<Vec<_>>();
+        match quantized[0] {
+            Some(blocks) if quantized.iter().all(|other| *other == Some(blocks)) => {
+                Matrix::Packed(at.packed(&sources, shape, blocks))
+            }
+            _ => Matrix::Plain(self.graph.parameter(&at.path, &sources, self.dtype(), &shape, Adjust::AsIs)),
+        }
+    }
+
+    /// The biases of the matrices of [`Weights::stacked_matrix`], as one.
+    pub fn stacked_bias(&self, name: &str, parts: &[StackedPart]) -> Value<'g> {
+        let sources: Vec<Part> = parts.iter().map(|part| self.at(part.name).at("bias").part(vec![part.rows])).collect();
+        let shape = [parts.iter().map(|part| part.rows).sum()];
+        self.graph.parameter(&self.at(name).at("bias").path, &sources, self.dtype(), &shape, Adjust::AsIs)
+    }
+
+    /// The quantized table `[n, k]` at this place, to be looked up in; none if it is not quantized. A table that is also the head
+    /// has been packed for that, and is read under a second name in the shape that fits here. Rows must be whole blocks.
+    pub fn packed_table(&self, [n, k]: [usize; 2]) -> Option<Packed<'g>> {
+        let quantization = &self.options.quantization;
+        let is_head = self.path == self.options.vocabulary.head;
+        let blocks = if is_head { quantization.of(&self.path) } else { quantization.of_embedding(&self.path) };
+        // Standard operators would have to unpack the whole table.
+        let blocks = blocks.filter(|blocks| k.is_multiple_of(blocks.size) && !self.is_signed())?;
+        let (name, shape) = (format!("{}.rows", self.path), [n, k * usize::from(blocks.bits) / 8]);
+        let parts = self.source(&[n, k]);
+        let numbers = self.graph.parameter(&name, &parts, DType::UInt8, &shape, Adjust::Packed(blocks));
+        Some(Packed { numbers, ..self.packed(&parts, [n, k], blocks) })
+    }
+
+    /// The left operand of the matrix at this place: x as it is, observed where that is asked for, or quantized as the matrix is.
+    ///
+    /// # Panics
+    /// If the matrix has 8 bits for a target that multiplies in 8 bits and x has no calibrated range.
+    pub fn operand(&self, x: Value<'g>) -> Value<'g> {
+        match (&self.options.activations, self.options.quantization.of(&self.path)) {
+            (Activations::Observed, _) => {
+                self.graph.observe(&self.path, x);
+                x
+            }
+            (Activations::Ranges(ranges), Some(Blocks { bits: 8, code, .. })) => {
+                let range = *ranges.get(&self.path).expect("the exporter has checked the ranges");
+                // An operand that was always zero still gets a scale that every dtype can hold, with its inverse.
+                let scale = match code {
+                    Code::Whole => f64::from(range.max(2e-3)) / 127.0,
+                    Code::Float8E4M3FN => f64::from(range.max(0.03)) / 448.0,
+                };
+                x.rounded(code, scale)
+            }
+            _ => x,
+        }
+    }
+
+    /// The dtype of the matrices and of their operands.
+    pub fn dtype(&self) -> DType {
+        self.options.dtype
+    }
+
+    /// The dtype that the matrix at this place is multiplied in. For int8 matrices with a scale per row, engine builders write the
+    /// unscaled sums in this dtype and scale them afterwards: float16 would overflow.
+    pub fn operand_dtype(&self) -> DType {
+        match self.options.quantization.of(&self.path) {
+            Some(Blocks { bits: 8, code: Code::Whole, .. }) if self.is_signed() => self.residual_dtype(),
+            _ => self.dtype(),
+        }
+    }
+
+    /// The dtype of the residual stream. A float16 stream would overflow: Gemma 2's residuals are known to pass 65504.
+    pub fn residual_dtype(&self) -> DType {
+        if self.dtype() == DType::Float16 { DType::Float32 } else { self.dtype() }
+    }
+
+    /// The initializer's name: with some rows only, another than that of the whole tensor, which may be there too.
+    fn name(&self) -> String {
+        format!("{}{}", self.path, if self.kept.is_some() { ".kept" } else { "" })
+    }
+
+    /// The checkpoint tensor at this place, of which `shape` is taken.
+    fn source(&self, shape: &[usize]) -> [Part; 1] {
+        let mut shape = shape.to_vec();
+        if self.kept.is_some() {
+            shape[0] = self.side.vocab_size;
+        }
+        [self.part(shape)]
+    }
+
+    fn part(&self, shape: Vec<usize>) -> Part {
+        Part { tensor: self.path.clone(), shape, kept: self.kept.clone() }
+    }
+
+    fn is_signed(&self) -> bool {
+        self.lowering.capabilities().packing == Some(Packing::Signed)
+    }
+
+    /// The quantized matrix `[out, in]` of `parts`, one above the other, under the name of this place.
+    fn packed(&self, parts: &[Part], shape: [usize; 2], blocks: Blocks) -> Packed<'g> {
+        if self.is_signed() {
+            self.packed_signed(parts, shape, blocks)
+        } else {
+            self.packed_blocks(parts, shape, blocks)
+        }
+    }
+
+    /// In the way of [`Packing::Blocks`].
+    fn packed_blocks(&self, parts: &[Part], [n, k]: [usize; 2], blocks: Blocks) -> Packed<'g> {
+        let parameter =
+            |dtype, shape: &[usize], adjust| self.graph.parameter(&self.name(), parts, dtype, shape, adjust);
+        let of_row = blocks.of_row(k);
+        Packed {
+            numbers: parameter(DType::UInt8, &[n, of_row, blocks.bytes()], Adjust::Packed(blocks)),
+            scales: parameter(self.dtype(), &[n, of_row], Adjust::Scales(blocks)),
+            zero_points: (!blocks.symmetric)
+                .then(|| parameter(DType::UInt8, &[n, blocks.zero_point_bytes(k)], Adjust::ZeroPoints(blocks))),
+            blocks,
+            shape: [n, k],
+        }
+    }
+
+    /// In the way of [`Packing::Signed`]: int4 with a scale per block, int8 with one per row, fp8 with one per matrix, which an
+    /// engine builder can apply within the product. It applies scales per row after the product, where fp8 sums exceed
+    /// float16; nor do rows of fp8 gain anything from scales of their own.
+    fn packed_signed(&self, parts: &[Part], [n, k]: [usize; 2], blocks: Blocks) -> Packed<'g> {
+        let (dtype, size, scales) = match (blocks.code, blocks.bits) {
+            (Code::Whole, 4) => (DType::Int4, blocks.size, vec![n, blocks.of_row(k)]),
+            (Code::Whole, _) => (DType::Int8, k, vec![n]),
+            (Code::Float8E4M3FN, _) => (DType::Float8E4M3FN, n.saturating_mul(k), Vec::new()),
+        };
+        let blocks = Blocks { size, ..blocks };
+        let parameter =
+            |dtype, shape: &[usize], adjust| self.graph.parameter(&self.name(), parts, dtype, shape, adjust);
+        Packed {
+            numbers: parameter(dtype, &[n, k], Adjust::Signed(blocks)),
+            scales: parameter(self.operand_dtype(), &scales, Adjust::Scales(blocks)),
+            zero_points: None,
+            blocks,
+            shape: [n, k],
+        }
+    }
+}
