@@ -15,9 +15,10 @@ use anyhow::Result;
 use serde_json::{Value, json};
 use t5gemma_runtime::{Batch, Cancellation, Error, GenerationOptions, Hypothesis, Limits, Model, Watch};
 
+use crate::exit::Outcome;
+use crate::exit::ensure_usage;
+use crate::opening::Opening;
 use crate::progress::counter;
-use crate::usage::ensure_usage;
-use crate::{Opening, Outcome};
 use machine::{Memory, now_ns, read_bandwidth};
 
 /// Measures how fast a model is on this machine

@@ -7,11 +7,12 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::json;
 use t5gemma_runtime::{Calibration, Cancellation, GenerationOptions, task_of};
 
+use crate::exit::Outcome;
 use crate::files::without_mark;
+use crate::opening::Opening;
 use crate::progress::counter;
 use crate::requests::{self, Kind, Reader, Request};
 use crate::tensors::{Aside, write_text};
-use crate::{Opening, Outcome};
 
 /// Tells how large the numbers become that a model's matrices are multiplied with
 ///

@@ -7,7 +7,7 @@ use anyhow::Result;
 use serde_json::{Value, json};
 use t5gemma_runtime::{ChatTemplate, Error, Model, Tokenizer};
 
-use crate::requests::{Reader, check_size};
+use crate::requests::{Conversations, Reader, check_size};
 
 /// A model whose requests may be conversations.
 pub struct Chat<'a> {
@@ -15,7 +15,7 @@ pub struct Chat<'a> {
     folder: &'a Path,
     template: OnceLock<ChatTemplate>,
     /// Whether texts are turns of the user too.
-    pub of_texts: bool,
+    of_texts: bool,
     /// Goes before conversations that have no system turn.
     system: Option<String>,
 }
@@ -34,9 +34,14 @@ impl<'a> Chat<'a> {
         }
         Ok(self.template.get().expect("set above"))
     }
+}
 
-    /// The tokens of a conversation.
-    pub fn source(&self, messages: &[Value]) -> Result<Vec<i64>> {
+impl Conversations for Chat<'_> {
+    fn takes_texts(&self) -> bool {
+        self.of_texts
+    }
+
+    fn tokens(&self, messages: &[Value]) -> Result<Vec<i64>> {
         let has_system = messages.iter().any(|message| message["role"] == "system");
         let system = self.system.iter().filter(|_| !has_system).map(|text| json!({"role": "system", "content": text}));
         let messages: Vec<Value> = system.chain(messages.iter().cloned()).collect();
@@ -51,7 +56,7 @@ impl Reader for Chat<'_> {
         self.model.tokenizer()
     }
 
-    fn chat(&self) -> Option<&Chat<'_>> {
+    fn chat(&self) -> Option<&dyn Conversations> {
         Some(self)
     }
 

@@ -7,10 +7,11 @@ use clap::builder::PossibleValuesParser;
 use serde_json::{Value, json};
 use t5gemma_runtime::{Cancellation, Encoder, Error, ScoreFunction, Task};
 
+use crate::exit::Outcome;
+use crate::opening::Opening;
 use crate::packing::Packing;
 use crate::progress::counter;
 use crate::requests::{self, Kind, Refused, Request, Requests};
-use crate::{Opening, Outcome};
 
 /// Labels texts: those given, or each line of stdin
 ///

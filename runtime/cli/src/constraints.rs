@@ -6,8 +6,8 @@ use anyhow::Result;
 use clap::{Arg, ArgMatches, Command};
 use serde_json::Value;
 
+use crate::exit::bail_usage;
 use crate::files;
-use crate::usage::bail_usage;
 
 /// How a flag's text becomes the option's value.
 #[derive(Clone, Copy)]

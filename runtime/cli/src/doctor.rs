@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use t5gemma_runtime::{Placement, Provider, attempts, onnxruntime};
 
-use crate::Outcome;
+use crate::exit::Outcome;
 
 /// Shows which instructions kernels use and which ONNX Runtime was found, where, its version and providers, and what to do if
 /// something is missing

@@ -9,12 +9,13 @@ use clap::builder::PossibleValuesParser;
 use ndarray::{Array2, ArrayD, Axis, s};
 use t5gemma_runtime::{Cancellation, Encoder, Error, Pooling};
 
+use crate::exit::Outcome;
+use crate::exit::{bail_usage, ensure_usage};
+use crate::opening::Opening;
 use crate::packing::Packing;
 use crate::progress::counter;
 use crate::requests::{self, Kind, Refused, Request, Requests};
 use crate::tensors::{Aside, Numbers, write_npy, write_safetensors};
-use crate::usage::{bail_usage, ensure_usage};
-use crate::{Opening, Outcome};
 
 /// Writes the encoder's hidden states of texts, or one vector for each: those given, or each line of stdin
 ///
@@ -133,12 +134,9 @@ pub fn run(mut arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
         });
         let group: Vec<_> = group.collect();
         let answers = match arguments.packing.is_by_tokens() {
-            true => arguments.packing.run(
-                group,
-                |_, _| true,
-                Err,
-                |pack| encoding.answers(pack.into_iter().map(Ok).collect()),
-            ),
+            true => {
+                arguments.packing.run(group, |_, _| true, |pack| encoding.answers(pack.into_iter().map(Ok).collect()))
+            }
             false => encoding.answers(group),
         };
         for answer in answers? {

@@ -5,7 +5,8 @@ use std::time::Instant;
 use anyhow::{Result, ensure};
 use t5gemma_runtime::build_engines;
 
-use crate::{Opening, Outcome};
+use crate::exit::Outcome;
+use crate::opening::Opening;
 
 /// Has --provider tensorrt or nv-tensorrt-rtx build its engines for the GPU of this machine, into the folder `engines` of the
 /// model or of --engines DIR

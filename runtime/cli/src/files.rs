@@ -82,13 +82,22 @@ pub fn problem_of_json(text: &str, error: &serde_json::Error) -> String {
     format!("{place}: {problem}{found}")
 }
 
+/// A value in a message, cut where it is long.
+pub fn shown(value: &Value) -> String {
+    let text = value.to_string();
+    match text.char_indices().nth(60) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text,
+    }
+}
+
 /// Reads a JSON object of which no field stands twice, at any depth: of two, one would be dropped silently.
 pub fn object(text: &str) -> Result<Map<String, Value>> {
     let mut deserializer = serde_json::Deserializer::from_str(text);
     let value = Once.deserialize(&mut deserializer).and_then(|value| deserializer.end().map(|()| value));
     match value.map_err(|error| anyhow!("expected JSON: {}", problem_of_json(text, &error)))? {
         Value::Object(fields) => Ok(fields),
-        other => Err(anyhow!("expected a JSON object, found {}", crate::requests::shown(&other))),
+        other => Err(anyhow!("expected a JSON object, found {}", shown(&other))),
     }
 }
 

@@ -14,12 +14,14 @@ use t5gemma_runtime::{
 };
 
 use crate::chat::Chat;
+use crate::exit::Outcome;
+use crate::exit::{bail_usage, ensure_usage};
+use crate::flag_errors;
+use crate::opening::Opening;
 use crate::options::GenerationFlags;
 use crate::packing::Packing;
 use crate::progress::counter;
 use crate::requests::{self, Kind, Lines, Refused, Request};
-use crate::usage::{self, bail_usage, ensure_usage};
-use crate::{Opening, Outcome};
 
 /// Answers texts: those given, or each line of stdin
 ///
@@ -108,8 +110,9 @@ error; blank lines are skipped."#;
 /// Runs the command.
 pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     let packing = arguments.packing;
-    let limits = packing.limits();
-    let opening = Opening { encoder_cache_bytes: arguments.encoder_cache_bytes, limits, ..arguments.opening };
+    let mut opening = arguments.opening;
+    opening.encoder_cache_bytes = arguments.encoder_cache_bytes;
+    opening.limits = packing.limits();
     if !arguments.jsonl {
         opening.one_device()?;
     }
@@ -122,14 +125,14 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     let models = opening.open_all()?;
     let model = models[0].clone();
     // Flags that cannot be right for any request are told before anything is read.
-    let options = model.options().with(&given).map_err(|error| usage::of_flags(&error, flags))?;
+    let options = model.options().with(&given).map_err(|error| flag_errors::of_flags(&error, flags))?;
     // Requests may still give the other length.
     let are_final = !arguments.jsonl || ["max_new_tokens", "max_length"].iter().any(|name| flags.gives(name));
     if let Err(error) = options.check_lengths()
         && flags.gives(&error.option)
         && are_final
     {
-        return Err(usage::of_flags(&error, flags).into());
+        return Err(flag_errors::of_flags(&error, flags).into());
     }
     let of_jsonl = [("--output-logprobs", options.output_logprobs), ("--output-attentions", options.output_attentions)];
     if let Some((flag, _)) = of_jsonl.iter().find(|(_, is_asked)| *is_asked && !arguments.jsonl) {
@@ -313,7 +316,7 @@ impl Answering<'_> {
     fn answers(&self, mut requests: Vec<Result<Request, Refused>>, stream: bool) -> Result<Vec<Answer>> {
         if self.packing.is_by_tokens() && !stream {
             requests.iter_mut().flatten().for_each(|request| request.seed = self.seed(request));
-            return self.packing.run(requests, fits, Err, |pack| self.group(pack, false));
+            return self.packing.run(requests, fits, |pack| self.group(pack, false));
         }
         let mut answers = Vec::with_capacity(requests.len());
         let mut group: Vec<Request> = Vec::new();
@@ -359,7 +362,7 @@ impl Answering<'_> {
             Err(Error::Cancelled) => Err(Error::Cancelled.into()),
             Err(error) if group.len() == 1 => {
                 // Of texts, all have the options of the command line.
-                match usage::of_texts(&error, self.flags).filter(|_| !self.jsonl) {
+                match flag_errors::of_texts(&error, self.flags).filter(|_| !self.jsonl) {
                     Some(usage) => Err(usage.into()),
                     None => Ok(vec![Err(self.refused(group.remove(0), &error))]),
                 }
@@ -373,7 +376,7 @@ impl Answering<'_> {
 
     /// The answer to a request that fails.
     fn refused(&self, request: Request, error: &Error) -> Refused {
-        Refused { reason: usage::of_request(error, &request.options, self.flags), id: request.id }
+        Refused { reason: flag_errors::of_request(error, &request.options, self.flags), id: request.id }
     }
 
     fn generate(&self, group: &[Request], stream: bool) -> Result<Vec<Vec<Hypothesis>>, Error> {

@@ -8,7 +8,7 @@ use clap::{Arg, ArgMatches, Args, Command, FromArgMatches};
 use serde_json::{Map, Value};
 
 use crate::constraints::{self, Constraint};
-use crate::usage::bail_usage;
+use crate::exit::bail_usage;
 
 /// The options given, by their Hugging Face names.
 #[derive(Clone, Default)]

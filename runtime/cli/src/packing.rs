@@ -4,13 +4,11 @@
 use anyhow::Result;
 use t5gemma_runtime::Limits;
 
-use crate::requests::{Refused, Request};
-
 /// Requests to look through for equally long ones, at most.
 const WINDOW: usize = 1024;
 
-/// Whether it was told that there are sources longer than a batch may be.
-static TOLD: std::sync::Once = std::sync::Once::new();
+/// Set once the warning about sources longer than a batch was printed.
+static WARNED: std::sync::Once = std::sync::Once::new();
 
 /// Most source rows of a batch where nothing is said of it.
 const DEFAULT_ROWS: usize = 8;
@@ -59,22 +57,21 @@ impl Packing {
         }
     }
 
-    /// Runs requests in batches of those that fit together, and returns what `run` made of each in their order. Only for
-    /// batches by tokens.
-    pub fn run<A>(
+    /// Runs requests in batches that stay within the budget of tokens, and returns the answers in the order of the requests.
+    /// Requests share a batch only where `fits` holds.
+    pub fn run<R: Sources, A, E>(
         &self,
-        requests: Vec<Result<Request, Refused>>,
-        fits: impl Fn(&Request, &Request) -> bool,
-        refuse: impl Fn(Refused) -> A,
-        mut run: impl FnMut(Vec<Request>) -> Result<Vec<A>>,
-    ) -> Result<Vec<A>> {
-        let mut answers: Vec<Option<A>> = Vec::new();
-        let mut taken: Vec<Option<Request>> = Vec::new();
+        requests: Vec<Result<R, E>>,
+        fits: impl Fn(&R, &R) -> bool,
+        mut run: impl FnMut(Vec<R>) -> Result<Vec<Result<A, E>>>,
+    ) -> Result<Vec<Result<A, E>>> {
+        let mut answers: Vec<Option<Result<A, E>>> = Vec::new();
+        let mut taken: Vec<Option<R>> = Vec::new();
         let mut classes: Vec<Vec<usize>> = Vec::new();
         for (at, request) in requests.into_iter().enumerate() {
             match request {
                 Err(refused) => {
-                    answers.push(Some(refuse(refused)));
+                    answers.push(Some(Err(refused)));
                     taken.push(None);
                 }
                 Ok(request) => {
@@ -96,15 +93,17 @@ impl Packing {
         let most_tokens = self.max_batch_tokens.map_or(usize::MAX, |tokens| tokens as usize);
         for class in classes {
             let size = |&at: &usize| {
-                let sources = taken[at].as_ref().map(|request| request.sources.as_slice()).unwrap_or_default();
-                (sources.len(), sources.iter().map(Vec::len).max().unwrap_or(0))
+                taken[at].as_ref().map_or(Size { rows: 0, length: 0 }, |request| Size {
+                    rows: request.rows(),
+                    length: request.length(),
+                })
             };
-            let sizes: Vec<(usize, usize)> = class.iter().map(size).collect();
-            if let Some((_, longest)) = sizes.iter().find(|(_, longest)| *longest > most_tokens) {
-                TOLD.call_once(|| {
+            let sizes: Vec<Size> = class.iter().map(size).collect();
+            if let Some(Size { length, .. }) = sizes.iter().find(|size| size.length > most_tokens) {
+                WARNED.call_once(|| {
                     let alone = "which then runs alone, as all sources do that are longer";
                     eprintln!(
-                        "t5gemma: --max-batch-tokens {most_tokens} is less than a source of {longest} tokens, {alone}"
+                        "t5gemma: --max-batch-tokens {most_tokens} is less than a source of {length} tokens, {alone}"
                     );
                 });
             }
@@ -119,25 +118,40 @@ impl Packing {
     }
 }
 
-/// Which of the requests, each of so many rows and of such a length, are run together: the longest first, so that what
-/// cannot be held is known early; those of a length in the order in which they came.
-fn packs(sizes: &[(usize, usize)], most_rows: usize, most_tokens: usize) -> Vec<Vec<usize>> {
+/// The source rows of a request.
+pub trait Sources {
+    /// The number of sources.
+    fn rows(&self) -> usize;
+
+    /// The tokens of the longest source.
+    fn length(&self) -> usize;
+}
+
+/// The sizes of a request's sources.
+#[derive(Clone, Copy)]
+struct Size {
+    rows: usize,
+    length: usize,
+}
+
+/// Divides requests into packs, by index: the longest first, so that a batch that does not fit into memory fails early;
+/// requests of one length in the order in which they came.
+fn packs(sizes: &[Size], most_rows: usize, most_tokens: usize) -> Vec<Vec<usize>> {
     let mut order: Vec<usize> = (0..sizes.len()).collect();
-    order.sort_by_key(|&at| std::cmp::Reverse(sizes[at].1));
+    order.sort_by_key(|&at| std::cmp::Reverse(sizes[at].length));
     let mut packs: Vec<Vec<usize>> = Vec::new();
-    // Of the last pack.
-    let (mut rows, mut length) = (0, 0);
+    let mut last = Size { rows: 0, length: 0 };
     for at in order {
-        let (more, own) = sizes[at];
-        let (with, longest) = (rows + more, own.max(length));
+        let own = sizes[at];
+        let joined = Size { rows: last.rows + own.rows, length: last.length.max(own.length) };
         match packs.last_mut() {
-            Some(pack) if with <= most_rows && with.saturating_mul(longest) <= most_tokens => {
+            Some(pack) if joined.rows <= most_rows && joined.rows.saturating_mul(joined.length) <= most_tokens => {
                 pack.push(at);
-                (rows, length) = (with, longest);
+                last = joined;
             }
             _ => {
                 packs.push(vec![at]);
-                (rows, length) = (more, own);
+                last = own;
             }
         }
     }
@@ -161,7 +175,8 @@ mod tests {
             ("too long or too many, so alone", &[(1, 1), (1, 20), (9, 1)], 4, 8, &[&[1], &[0], &[2]]),
         ];
         for &(name, sizes, rows, tokens, expected) in cases {
-            assert_eq!(packs(sizes, rows, tokens), expected, "{name}");
+            let sizes: Vec<Size> = sizes.iter().map(|&(rows, length)| Size { rows, length }).collect();
+            assert_eq!(packs(&sizes, rows, tokens), expected, "{name}");
         }
     }
 }

@@ -8,9 +8,8 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::thread;
 use std::time::Duration;
 
-use crate::chat::Chat;
-use crate::files;
-use crate::packing::Packing;
+use crate::files::{self, shown};
+use crate::packing::{Packing, Sources};
 use crate::tensors::Tensors;
 use anyhow::{Context, Result, bail, ensure};
 use ndarray::{Array3, Ix2, Ix3};
@@ -48,8 +47,8 @@ pub trait Reader {
     /// The model's tokenizer, for requests with text.
     fn tokenizer(&self) -> Result<&Tokenizer, t5gemma_runtime::Error>;
 
-    /// What makes a text of a conversation, for requests with messages, if there is such a thing.
-    fn chat(&self) -> Option<&Chat<'_>> {
+    /// Tokenizes conversations, for requests with messages; `None` where a command does not take them.
+    fn chat(&self) -> Option<&dyn Conversations> {
         None
     }
 
@@ -65,6 +64,15 @@ pub trait Reader {
     fn longest_target(&self) -> usize {
         0
     }
+}
+
+/// A model whose requests may be conversations.
+pub trait Conversations {
+    /// Whether a text is the user's turn of a conversation too.
+    fn takes_texts(&self) -> bool;
+
+    /// The token ids of a conversation.
+    fn tokens(&self, messages: &[Value]) -> Result<Vec<i64>>;
 }
 
 impl Reader for Model {
@@ -185,13 +193,13 @@ impl Request {
         let sources = match (text, ids, messages, chat) {
             (Some(text), None, None, chat) => texts("text", &text)?
                 .into_iter()
-                .map(|text| match chat.filter(|chat| chat.of_texts) {
-                    Some(chat) => chat.source(&[json!({"role": "user", "content": text})]),
+                .map(|text| match chat.filter(|chat| chat.takes_texts()) {
+                    Some(chat) => chat.tokens(&[json!({"role": "user", "content": text})]),
                     None => tokens(text),
                 })
                 .collect::<Result<Vec<_>>>()?,
             (None, Some(ids), None, _) => rows("input_ids", &ids)?,
-            (None, None, Some(Value::Array(messages)), Some(chat)) => vec![chat.source(&messages)?],
+            (None, None, Some(Value::Array(messages)), Some(chat)) => vec![chat.tokens(&messages)?],
             (None, None, Some(other), _) => bail!("messages: expected a list of messages, found {}", shown(&other)),
             (None, None, None, Some(_)) => bail!("expected text, messages or input_ids, found none of them"),
             (None, None, None, None) => bail!("expected text or input_ids, found neither"),
@@ -255,6 +263,16 @@ impl Request {
     /// Source tokens that take part.
     pub fn source_tokens(&self) -> usize {
         self.mask.iter().flatten().filter(|&&visible| visible != 0).count()
+    }
+}
+
+impl Sources for Request {
+    fn rows(&self) -> usize {
+        self.sources.len()
+    }
+
+    fn length(&self) -> usize {
+        self.sources.iter().map(Vec::len).max().unwrap_or(0)
     }
 }
 
@@ -369,15 +387,6 @@ fn rows(field: &str, value: &Value) -> Result<Vec<Vec<i64>>> {
     rows.with_context(|| {
         format!("{field}: expected whole numbers in a list or a list of lists, found {}", shown(value))
     })
-}
-
-/// A value in a message, cut where it is long.
-pub fn shown(value: &Value) -> String {
-    let text = value.to_string();
-    match text.char_indices().nth(60) {
-        Some((end, _)) => format!("{}…", &text[..end]),
-        None => text,
-    }
 }
 
 /// Requests from wherever a command is given them, for commands that have no use for streaming.

@@ -6,10 +6,11 @@ use anyhow::{Context, Result};
 use serde_json::{Map, Value, json};
 use t5gemma_runtime::{Batch, Cancellation, CrossAttentions, Error, Logprobs, Model};
 
+use crate::exit::Outcome;
+use crate::opening::Opening;
 use crate::packing::Packing;
 use crate::progress::counter;
 use crate::requests::{self, Kind, Lines, Refused, Request};
-use crate::{Opening, Outcome};
 
 /// Computes how likely given targets are, each for its source
 ///
@@ -72,7 +73,7 @@ pub fn run(mut arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
             requests.push(Request::parse(&line, number, kind, &model));
         }
         let answers = match packing.is_by_tokens() {
-            true => packing.run(requests, fits, Err, |pack| scoring.group(pack)),
+            true => packing.run(requests, fits, |pack| scoring.group(pack)),
             false => scoring.answers(requests),
         };
         for answer in answers? {

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, ensure};
 use t5gemma_runtime::{Cancellation, Error, Shortlist, Tokenizer};
 
-use crate::Outcome;
+use crate::exit::Outcome;
 use crate::files::read_text;
 use crate::progress::counter;
 use crate::tensors::{Aside, write_text};

@@ -8,9 +8,10 @@ use serde_json::json;
 use t5gemma_runtime::Cancellation;
 use t5gemma_runtime::verify::{Check, Golden, against, comparison, consistency};
 
+use crate::exit::Outcome;
 use crate::files;
+use crate::opening::Opening;
 use crate::tensors::Tensors;
-use crate::{Opening, Outcome};
 
 /// Checks a model against itself and, with --golden, against reference numbers
 ///

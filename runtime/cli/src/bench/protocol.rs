@@ -11,11 +11,12 @@ use t5gemma_runtime::{Batch, Cancellation, Error, Limits, Model};
 
 use super::Case;
 use super::machine::{Processors, now_ns};
+use crate::exit::Outcome;
+use crate::exit::Usage;
 use crate::files;
+use crate::opening::Opening;
 use crate::progress::counter;
 use crate::tensors::{Aside, write_text};
-use crate::usage::Usage;
-use crate::{Opening, Outcome};
 
 /// The version of requests and responses.
 const PROTOCOL: u64 = 1;
@@ -332,7 +333,7 @@ impl<'a> Fields<'a> {
     fn of(path: &str, value: &'a Value) -> Result<Fields<'a>> {
         match value {
             Value::Object(fields) => Ok(Fields { path: path.to_string(), left: fields.iter().collect() }),
-            value if path.is_empty() => bail!("expected a JSON object, found {}", crate::requests::shown(value)),
+            value if path.is_empty() => bail!("expected a JSON object, found {}", files::shown(value)),
             value => Err(Field { path: path.to_string(), value }.unlike("an object")),
         }
     }
@@ -376,7 +377,7 @@ impl<'a> Field<'a> {
     }
 
     fn unlike(&self, expected: &str) -> anyhow::Error {
-        anyhow::anyhow!("{}: expected {expected}, found {}", self.path, crate::requests::shown(self.value))
+        anyhow::anyhow!("{}: expected {expected}, found {}", self.path, files::shown(self.value))
     }
 }
 

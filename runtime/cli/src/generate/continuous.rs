@@ -10,10 +10,10 @@ use serde_json::{Value, json};
 use t5gemma_runtime::{Engine, EngineOptions, Error, Event, Generation, Hypothesis, Model, Waited};
 
 use super::{Answering, println_flushed};
-use crate::Outcome;
+use crate::exit::Outcome;
+use crate::flag_errors;
 use crate::progress::counter;
 use crate::requests::{self, Kind, Lines, Refused, Request};
-use crate::usage;
 
 /// Requests that may have been read and not been answered.
 const WINDOW: usize = 256;
@@ -122,7 +122,7 @@ impl Answering<'_> {
                 Waited::Event(Ok(Event::Token { .. })) => {}
                 Waited::Event(Err(error)) => {
                     finished += left(rows);
-                    let reason = usage::of_request(&error, &request.options, self.flags);
+                    let reason = flag_errors::of_request(&error, &request.options, self.flags);
                     break Err(Refused { id: request.id.clone(), reason });
                 }
                 Waited::Ended => break Ok(self.result(request, rows)?),

@@ -1,43 +1,12 @@
-//! What is wrong with the arguments, in the words of the command line. The library names options as requests do; here its
-//! names become flags, and its errors exit status 2.
-
-use std::fmt;
+//! Library errors in the words of the command line: the library names fields and options, here they become flags and the
+//! error a [`Usage`] error.
 
 use serde_json::{Map, Value};
 use t5gemma_runtime::options::OptionProblem;
 use t5gemma_runtime::{Error, OptionError};
 
+use crate::exit::Usage;
 use crate::options::{GenerationFlags, has_flag};
-
-/// Arguments that contradict each other, or one with a value that it cannot have.
-#[derive(Debug)]
-pub struct Usage(pub String);
-
-impl fmt::Display for Usage {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl std::error::Error for Usage {}
-
-/// Returns a [`Usage`] error from the function.
-macro_rules! bail_usage {
-    ($($message:tt)*) => {
-        return Err(anyhow::Error::new($crate::usage::Usage(format!($($message)*))))
-    };
-}
-
-/// Returns a [`Usage`] error from the function unless the condition holds.
-macro_rules! ensure_usage {
-    ($condition:expr, $($message:tt)*) => {
-        if !$condition {
-            $crate::usage::bail_usage!($($message)*);
-        }
-    };
-}
-
-pub(crate) use {bail_usage, ensure_usage};
 
 /// What is wrong with options that flags gave.
 pub fn of_flags(error: &OptionError, flags: &GenerationFlags) -> Usage {
