@@ -11,7 +11,7 @@ use t5gemma_exporter::Export;
 use t5gemma_graphs::Target;
 use t5gemma_graphs::onnx::Blocks;
 use t5gemma_graphs::quantization::Quantization;
-use t5gemma_runtime::{Batch, Cancellation, Error, GenerationOptions, Model, Watch};
+use t5gemma_runtime::{Batch, Cancellation, Error, GenerationOptions, Model, Streamer};
 
 use crate::common::{exported, exported_as, program, run, stdout};
 
@@ -288,7 +288,7 @@ struct Steps {
     most: usize,
 }
 
-impl Watch for Steps {
+impl Streamer for Steps {
     fn token(&mut self, _: usize, _: i64) -> ControlFlow<()> {
         ControlFlow::Continue(())
     }

@@ -13,7 +13,7 @@ use t5gemma_exporter::Export;
 use t5gemma_graphs::Target;
 use t5gemma_graphs::interface::Logits;
 use t5gemma_runtime::{
-    Batch, Cancellation, Engine, EngineOptions, Error, Hypothesis, Model, OpenOptions, Request, Usual,
+    Batch, Cancellation, Engine, EngineOptions, Error, Hypothesis, Model, OpenOptions, Request, WarmUpShape,
 };
 
 use crate::common::{Hold, demo, demo_as, exported, exported_as, exported_for, run, stdout, tests};
@@ -204,9 +204,9 @@ fn the_first_runs_are_those_of_the_plan() {
     };
     let planned = exported_as("tiny-balanced", "warm", export);
     let cases = [
-        (planned, Usual { batch: 4, source: 24, beams: 2 }),
-        (exported_for("tiny-balanced", Target::Cuda), Usual { batch: 1, source: 64, beams: 1 }),
-        (exported("tiny-untied"), Usual { batch: 1, source: 64, beams: 1 }),
+        (planned, WarmUpShape { batch: 4, source: 24, beams: 2 }),
+        (exported_for("tiny-balanced", Target::Cuda), WarmUpShape { batch: 1, source: 64, beams: 1 }),
+        (exported("tiny-untied"), WarmUpShape { batch: 1, source: 64, beams: 1 }),
     ];
     for (path, expected) in cases {
         let batch = Batch::padded(&[vec![5, 6, 7, 8]], 0).expect("valid");
@@ -269,9 +269,9 @@ fn a_device_has_a_copy_of_the_weights_that_all_graphs_read() {
 
 #[test]
 fn steps_in_memory_that_stays_give_what_others_do() {
-    let open = |export: Export, label: &str, steady_steps: bool| {
+    let open = |export: Export, label: &str, fixed_step_buffers: bool| {
         let path = exported_as("tiny-balanced", &format!("steady-{label}"), export);
-        let options = OpenOptions { steady_steps, ..OpenOptions::default() };
+        let options = OpenOptions { fixed_step_buffers, ..OpenOptions::default() };
         Arc::new(Model::open_with(path, &options).expect("the model opens"))
     };
     let export = |logits: Logits, alignment: Option<Vec<usize>>| Export {
@@ -335,12 +335,12 @@ fn steps_in_memory_that_stays_give_what_others_do() {
             check(&alone(&steady, request), expected, &format!("request {at}"));
         }
         // Memory is kept, for so many sizes at most, and not where nobody asked for it.
-        let sizes = steady.steady_sizes();
-        assert!((2..=8).contains(&sizes) && moving.steady_sizes() == 0, "{sizes}");
+        let sizes = steady.fixed_buffer_sets();
+        assert!((2..=8).contains(&sizes) && moving.fixed_buffer_sets() == 0, "{sizes}");
         alone(&steady, &requests[0]);
-        let again = steady.steady_sizes();
+        let again = steady.fixed_buffer_sets();
         alone(&steady, &requests[0]);
-        assert_eq!(steady.steady_sizes(), again, "it serves the next request");
+        assert_eq!(steady.fixed_buffer_sets(), again, "it serves the next request");
         // Several at a time have memory of their own.
         if !is_attending {
             let engine = Engine::new(steady.clone(), EngineOptions::default()).expect("an engine");
@@ -351,7 +351,7 @@ fn steps_in_memory_that_stays_give_what_others_do() {
             }
         }
     }
-    let options = OpenOptions { steady_steps: true, ..OpenOptions::default() };
+    let options = OpenOptions { fixed_step_buffers: true, ..OpenOptions::default() };
     let refused = Model::open_with(exported("tiny-balanced"), &options).err().expect("it has no such cache");
-    assert!(refused.to_string().contains("steady_steps: expected false"), "{refused}");
+    assert!(refused.to_string().contains("fixed_step_buffers: expected false"), "{refused}");
 }

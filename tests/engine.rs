@@ -13,7 +13,7 @@ use t5gemma_graphs::Target;
 use t5gemma_graphs::interface::CacheLayout;
 use t5gemma_runtime::{
     Batch, Cancellation, Engine, EngineOptions, Error, Event, GenerationOptions, Hypothesis, LogitsProcessor, Model,
-    Request, Waited,
+    PollResult, Request,
 };
 
 use crate::common::{Hold, exported_from, fixture, tests};
@@ -303,11 +303,11 @@ fn requests_end_when_they_are_cancelled_or_late_and_others_go_on() {
         let canceller = cancelled.canceller();
         thread::spawn(move || canceller.cancel()).join().expect("does not panic");
         assert!(matches!(late.by_ref().last(), Some(Err(Error::Deadline))));
-        assert!(late.next().is_none() && matches!(late.next_within(Duration::ZERO), Waited::Ended));
+        assert!(late.next().is_none() && matches!(late.next_timeout(Duration::ZERO), PollResult::Ended));
         hold.open();
         check_same("beside", &other.wait().expect("generates"), &expected);
         assert!(matches!(cancelled.by_ref().last(), Some(Err(Error::Cancelled))));
-        assert!(cancelled.next().is_none() && matches!(cancelled.next_within(Duration::ZERO), Waited::Ended));
+        assert!(cancelled.next().is_none() && matches!(cancelled.next_timeout(Duration::ZERO), PollResult::Ended));
         // One that passes on the way, at whatever step: a step takes until then at least.
         let deadline = Instant::now() + Duration::from_millis(50);
         let mut slow = Request { deadline: Some(deadline), ..short(&model) };

@@ -13,7 +13,7 @@ use t5gemma_graphs::interface::Logits;
 use t5gemma_graphs::onnx::Blocks;
 use t5gemma_graphs::quantization::Quantization;
 use t5gemma_runtime::{
-    Batch, Cancellation, Encoder, Error, FinishReason, Hypothesis, Limits, Model, OpenOptions, Pooling, Watch,
+    Batch, Cancellation, Encoder, Error, FinishReason, Hypothesis, Limits, Model, OpenOptions, Pooling, Streamer,
 };
 
 use crate::common::{
@@ -284,7 +284,7 @@ fn a_deadline_is_noticed_before_between_and_after_the_runs_of_every_call() {
         count += 1;
         std::ops::ControlFlow::Continue(())
     };
-    let scored = model.score_watched(&batch, &targets, 0, &mut on_step, &later).expect("in time");
+    let scored = model.score_with_progress(&batch, &targets, 0, &mut on_step, &later).expect("in time");
     assert_eq!((scored.len(), count), (1, 3));
 }
 
@@ -301,7 +301,7 @@ fn no_time_is_over_after_the_first_token() {
 /// Counts steps.
 struct Steps(usize);
 
-impl Watch for Steps {
+impl Streamer for Steps {
     fn token(&mut self, _: usize, _: i64) -> std::ops::ControlFlow<()> {
         std::ops::ControlFlow::Continue(())
     }

@@ -61,11 +61,11 @@ impl fmt::Display for Provider {
     }
 }
 
-/// Where a model is computed.
+/// An execution provider of ONNX Runtime, its device and its options.
 #[derive(Clone, Debug, Default)]
-pub struct Placement {
-    /// By what.
-    pub provider: Provider,
+pub struct ProviderConfig {
+    /// The provider.
+    pub kind: Provider,
     /// The number of the GPU.
     pub device: u32,
     /// Options of the provider by the names that ONNX Runtime gives them, over those that the model folder has. `library` is
@@ -102,10 +102,10 @@ pub(crate) fn no_graphs(needed: &str, (name, value): &(String, String)) -> Error
     Error::input("provider option", expected, format!("{name}={value}"))
 }
 
-impl Placement {
+impl ProviderConfig {
     /// Where sessions keep what they compute.
     pub(crate) fn device(&self) -> Device {
-        match self.provider {
+        match self.kind {
             Provider::Cpu => Device::Cpu,
             _ => Device::Cuda(self.device as i32),
         }
@@ -119,7 +119,7 @@ impl Placement {
 
     /// Refuses what means nothing.
     pub(crate) fn check(&self) -> Result<(), Error> {
-        if self.provider == Provider::Cpu && (self.device != 0 || !self.options.is_empty()) {
+        if self.kind == Provider::Cpu && (self.device != 0 || !self.options.is_empty()) {
             let found = match self.options.first() {
                 Some((name, value)) => format!("{name}={value}"),
                 None => format!("device {}", self.device),
@@ -131,7 +131,7 @@ impl Placement {
             ));
         }
         let replays = |(name, value): &&(String, String)| {
-            let captures = self.provider == Provider::Cuda && name == CAPTURES;
+            let captures = self.kind == Provider::Cuda && name == CAPTURES;
             (name.ends_with("cuda_graph") || name.ends_with("cuda_graph_enable")) && value != "0" && !captures
         };
         if let Some(option) = self.options.iter().find(replays) {
@@ -150,23 +150,23 @@ mod tests {
 
     #[test]
     fn options_that_cannot_be_right_are_refused() {
-        let placement = Placement { device: 1, ..Placement::default() };
-        assert!(placement.check().is_err());
+        let provider = ProviderConfig { device: 1, ..ProviderConfig::default() };
+        assert!(provider.check().is_err());
         let options = vec![("device_id".to_string(), "0".to_string())];
-        assert!(Placement { options: options.clone(), ..Placement::default() }.check().is_err());
-        assert!(Placement { provider: Provider::Cuda, device: 1, options }.check().is_ok());
+        assert!(ProviderConfig { options: options.clone(), ..ProviderConfig::default() }.check().is_err());
+        assert!(ProviderConfig { kind: Provider::Cuda, device: 1, options }.check().is_ok());
         for (value, is_taken) in [("0", true), ("1", false)] {
             for name in ["enable_cuda_graph", "trt_cuda_graph_enable"] {
                 let options = vec![(name.to_string(), value.to_string())];
-                let placement = |provider| Placement { provider, device: 0, options: options.clone() };
-                assert_eq!(placement(Provider::TensorRt).check().is_ok(), is_taken, "{name}={value}");
+                let config = |kind| ProviderConfig { kind, device: 0, options: options.clone() };
+                assert_eq!(config(Provider::TensorRt).check().is_ok(), is_taken, "{name}={value}");
                 // Which model may have it is seen when it is opened.
-                let cuda = placement(Provider::Cuda);
+                let cuda = config(Provider::Cuda);
                 assert_eq!(cuda.check().is_ok(), is_taken || name == CAPTURES, "{name}={value}");
                 assert_eq!(cuda.captures().is_some(), !is_taken && name == CAPTURES, "{name}={value}");
             }
         }
         let options = vec![("a\0b".to_string(), String::new())];
-        assert!(Placement { provider: Provider::Cuda, device: 0, options }.check().is_err());
+        assert!(ProviderConfig { kind: Provider::Cuda, device: 0, options }.check().is_err());
     }
 }

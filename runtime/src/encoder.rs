@@ -48,14 +48,14 @@ impl Encoder {
     /// As [`Model::open_with`](crate::Model::open_with).
     pub fn open_with(path: impl AsRef<Path>, options: &OpenOptions) -> Result<Encoder, Error> {
         check_options(options)?;
-        if let Some(option) = options.placement.captures() {
+        if let Some(option) = options.provider.captures() {
             return Err(no_graphs("generation", option));
         }
         let folder = Folder::open(path.as_ref(), options.check_weights)?;
         let parts = folder.manifest.parts(&folder.config);
         let first = parts.first().expect("a model has a graph, and its encoder comes first");
         let session = Opener::new(&folder, options)?.open(first.name, &first.ports)?;
-        let on_cpu = options.placement.provider == Provider::Cpu;
+        let on_cpu = options.provider.kind == Provider::Cpu;
         let limits = folder.limits(options.limits);
         let tokenizer = LazyTokenizer::in_folder(&folder.path);
         Ok(Encoder { session, on_cpu, limits, tokenizer, folder })

@@ -537,14 +537,14 @@ impl Generation {
         Canceller { cancel: self.cancel.clone(), shared: self.shared.clone() }
     }
 
-    /// The next event, if it comes within `timeout`; [`Waited::Ended`] when there are no more.
-    pub fn next_within(&mut self, timeout: Duration) -> Waited {
+    /// The next event, if it comes within `timeout`; [`PollResult::Ended`] when there are no more.
+    pub fn next_timeout(&mut self, timeout: Duration) -> PollResult {
         if self.has_ended {
-            return Waited::Ended;
+            return PollResult::Ended;
         }
         match self.receive(Some(timeout)) {
-            Some(message) => self.take(message).map_or(Waited::Ended, Waited::Event),
-            None => Waited::TimedOut,
+            Some(message) => self.take(message).map_or(PollResult::Ended, PollResult::Event),
+            None => PollResult::TimedOut,
         }
     }
 
@@ -603,7 +603,7 @@ impl Generation {
 
 /// What waiting for an event came to.
 #[derive(Clone, Debug)]
-pub enum Waited {
+pub enum PollResult {
     /// An event, or why the request failed, behind which nothing comes.
     Event(Result<Event, Error>),
     /// Nothing happened in that time.

@@ -20,7 +20,7 @@ use crate::session::{OpenOptions, Opener, check_options, engines_of};
 /// the provider finds wrong.
 pub fn build_engines(path: &Path, options: &OpenOptions, anew: bool, watch: &mut dyn FnMut(&str)) -> Result<(), Error> {
     check_options(options)?;
-    let provider = options.placement.provider;
+    let provider = options.provider.kind;
     if !matches!(provider, Provider::TensorRt | Provider::NvTensorRtRtx) {
         return Err(Error::input("provider", "tensorrt or nv-tensorrt-rtx, which build engines", provider.name()));
     }

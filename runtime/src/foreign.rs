@@ -3,7 +3,7 @@
 //!
 //! # Design
 //! A panic is reported by the process's hook before it can be caught, and the hook is the host's: a library does not replace
-//! it. Programs, and the C library, whose Rust runtime is its own, call [`hush_caught_panics`] once; other hosts see the
+//! it. Programs, and the C library, whose Rust runtime is its own, call [`silence_caught_panics`] once; other hosts see the
 //! hook's report and then the error.
 
 use std::cell::Cell;
@@ -33,7 +33,7 @@ pub(crate) fn call<T>(library: &str, work: impl FnOnce() -> T) -> Result<T, Stri
 
 /// Has panics that become errors not be reported on stderr. It puts a hook before the process's own, which still sees
 /// all others; for programs, not for libraries.
-pub fn hush_caught_panics() {
+pub fn silence_caught_panics() {
     static INSTALLED: Once = Once::new();
     INSTALLED.call_once(|| {
         let before = take_hook();

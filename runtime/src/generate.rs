@@ -16,7 +16,7 @@ use crate::search::Search;
 use crate::stop::Stops;
 
 /// Is shown the tokens of a generation as they are chosen. `()` shows them to no one; closures are watches.
-pub trait Watch {
+pub trait Streamer {
     /// Takes the next token of a source row's first hypothesis, once it is certain; [`ControlFlow::Break`] ends the whole
     /// call as a cancellation does.
     fn token(&mut self, row: usize, token: i64) -> ControlFlow<()>;
@@ -28,13 +28,13 @@ pub trait Watch {
     }
 }
 
-impl Watch for () {
+impl Streamer for () {
     fn token(&mut self, _: usize, _: i64) -> ControlFlow<()> {
         ControlFlow::Continue(())
     }
 }
 
-impl<F: FnMut(usize, i64) -> ControlFlow<()>> Watch for F {
+impl<F: FnMut(usize, i64) -> ControlFlow<()>> Streamer for F {
     fn token(&mut self, row: usize, token: i64) -> ControlFlow<()> {
         self(row, token)
     }
@@ -52,7 +52,7 @@ impl Model {
         &self,
         batch: &Batch,
         options: &GenerationOptions,
-        watch: &mut dyn Watch,
+        watch: &mut dyn Streamer,
         cancel: &Cancellation,
     ) -> Result<Vec<Vec<Hypothesis>>, Error> {
         generate(self, batch, options, Search::new, watch, cancel)
@@ -60,7 +60,7 @@ impl Model {
 }
 
 /// Shows a row's tokens to the watch.
-fn show(row: usize, tokens: &[i64], watch: &mut dyn Watch) -> Result<(), Error> {
+fn show(row: usize, tokens: &[i64], watch: &mut dyn Streamer) -> Result<(), Error> {
     match tokens.iter().any(|&token| watch.token(row, token).is_break()) {
         true => Err(Error::Cancelled),
         false => Ok(()),
@@ -73,7 +73,7 @@ pub(crate) fn generate(
     batch: &Batch,
     options: &GenerationOptions,
     search: Start,
-    watch: &mut dyn Watch,
+    watch: &mut dyn Streamer,
     cancel: &Cancellation,
 ) -> Result<Vec<Vec<Hypothesis>>, Error> {
     // The time that constraints take to compile counts.
@@ -96,7 +96,7 @@ fn piece(
     call: &Call,
     (sources, prompts): (&Batch, Prompts),
     mut items: Vec<Item>,
-    watch: &mut dyn Watch,
+    watch: &mut dyn Streamer,
     cancel: &Cancellation,
 ) -> Result<Vec<Vec<Hypothesis>>, Error> {
     let first = items[0].row;

@@ -27,7 +27,7 @@ use crate::limits::Limits;
 use crate::log;
 use crate::options::{GenerationOptions, OptionError};
 use crate::profiles::Profiles;
-use crate::provider::Elsewhere;
+use crate::provider::Fallback;
 use crate::scores::Kept;
 use crate::session::{Graph, OpenOptions, Opener, check_options};
 use crate::state::{Plan, Pool};
@@ -49,7 +49,7 @@ pub struct Model {
     /// Of a model that is made for a device, how its cache is kept there.
     resident: Option<Plan>,
     _uploaded: Option<Uploaded>,
-    elsewhere: Vec<Elsewhere>,
+    fallbacks: Vec<Fallback>,
     encoder_cache: Option<EncoderCache>,
     options: GenerationOptions,
     tokenizer: Arc<LazyTokenizer>,
@@ -84,20 +84,20 @@ impl Model {
         let defaults = GenerationOptions::of_model(folder.generation_config.as_deref(), &folder.config.tokens)
             .map_err(|error| Error::GenerationConfig { path: folder.path.join("generation_config.json"), error })?;
         let is_steady = folder.manifest.files.contains_key(REORDER) && folder.manifest.cache == CacheLayout::InPlace;
-        if let Some(option) = options.placement.captures().filter(|_| !is_steady) {
+        if let Some(option) = options.provider.captures().filter(|_| !is_steady) {
             return Err(no_graphs("a cache in place (--target cuda)", option));
         }
-        if let Some(option) = options.placement.captures().filter(|_| folder.manifest.dtype == DType::Float32) {
+        if let Some(option) = options.provider.captures().filter(|_| folder.manifest.dtype == DType::Float32) {
             return Err(no_graphs("float16 or bfloat16 (in float32 the CPU computes self-attention)", option));
         }
-        if options.steady_steps && !is_steady {
+        if options.fixed_step_buffers && !is_steady {
             let expected = "false for a model without a cache in place on its device (--target cuda)";
-            return Err(Error::input("steady_steps", expected, "true"));
+            return Err(Error::input("fixed_step_buffers", expected, "true"));
         }
-        let is_mixed = folder.manifest.dtype == DType::Float32 && options.placement.device() != Device::Cpu;
-        if options.steady_steps && is_mixed {
+        let is_mixed = folder.manifest.dtype == DType::Float32 && options.provider.device() != Device::Cpu;
+        if options.fixed_step_buffers && is_mixed {
             let expected = "false in float32 on a GPU, where the CPU computes self-attention";
-            return Err(Error::input("steady_steps", expected, "true"));
+            return Err(Error::input("fixed_step_buffers", expected, "true"));
         }
         let mut opener = Opener::new(&folder, options)?;
         let uploaded = opener.upload()?;
@@ -116,14 +116,14 @@ impl Model {
             true => {
                 let reorder = Arc::new(opener.open_reorder(&interface::reorder(&folder.config, dtype))?);
                 let heads = [folder.config.decoder.num_key_value_heads, folder.config.decoder.head_dim];
-                let (device, per_item) = (options.placement.device(), per_item(&interface));
+                let (device, per_item) = (options.provider.device(), per_item(&interface));
                 let candidates = match folder.manifest.logits {
                     interface::Logits::Candidates(count) => Some(count),
                     _ => None,
                 };
                 let longest = folder.config.decoder.max_position_embeddings;
-                let captures = options.placement.captures();
-                let steady = captures.is_some() || options.steady_steps;
+                let captures = options.provider.captures();
+                let steady = captures.is_some() || options.fixed_step_buffers;
                 let steady = steady.then(|| Arc::new(Pool::new(captures.is_some())));
                 Some(Plan { layout: cache, device, dtype, per_item, heads, longest, reorder, candidates, steady })
             }
@@ -134,7 +134,7 @@ impl Model {
             ("decoder_with_past", &interface.decoder_with_past),
         ]
         .map(|(graph, ports)| opener.open(graph, ports));
-        let elsewhere = std::mem::take(&mut opener.elsewhere);
+        let fallbacks = std::mem::take(&mut opener.fallbacks);
         drop(opener);
         let tokenizer = Arc::new(LazyTokenizer::in_folder(&folder.path));
         Ok(Model {
@@ -142,11 +142,11 @@ impl Model {
             decoder: decoder?,
             decoder_with_past: decoder_with_past?,
             per_item: per_item(&interface),
-            on_cpu: options.placement.provider == Provider::Cpu,
+            on_cpu: options.provider.kind == Provider::Cpu,
             limits: folder.limits(options.limits),
             resident,
             _uploaded: uploaded,
-            elsewhere,
+            fallbacks,
             encoder_cache: Some(options.encoder_cache_bytes).filter(|&bytes| bytes > 0).map(EncoderCache::new),
             options: defaults,
             constraint_compiler: Compiler::new(tokenizer.clone(), folder.config.decoder.vocab_size),
@@ -165,8 +165,8 @@ impl Model {
         self.resident.as_ref().and_then(|plan| plan.steady.as_ref()).is_some_and(|pool| pool.captures())
     }
 
-    /// Sizes of steps that memory is kept for, as [`OpenOptions::steady_steps`] has it, not counting those in use.
-    pub fn steady_sizes(&self) -> usize {
+    /// Sizes of steps that memory is kept for, as [`OpenOptions::fixed_step_buffers`] has it, not counting those in use.
+    pub fn fixed_buffer_sets(&self) -> usize {
         self.resident.as_ref().and_then(|plan| plan.steady.as_ref()).map_or(0, |pool| pool.sizes())
     }
 
@@ -190,7 +190,7 @@ impl Model {
     ///
     /// # Errors
     /// It was exported without `--alignment`.
-    pub fn check_attentions(&self) -> Result<(), Error> {
+    pub fn check_cross_attentions(&self) -> Result<(), Error> {
         match self.attends() {
             true => Ok(()),
             false => Err(self.tells_no_attentions("output_attentions", "false", "true").into()),
@@ -242,8 +242,8 @@ impl Model {
     }
 
     /// What other providers compute than the one that was asked for: shapes and the like are always the CPU's.
-    pub fn elsewhere(&self) -> &[Elsewhere] {
-        &self.elsewhere
+    pub fn fallbacks(&self) -> &[Fallback] {
+        &self.fallbacks
     }
 
     /// What of the folder is not as it was exported and yet accepted, in sentences: an edited `generation_config.json`. The log,

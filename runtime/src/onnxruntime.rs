@@ -37,7 +37,7 @@ static BESIDE: OnceLock<PathBuf> = OnceLock::new();
 
 /// Has the library looked for in `folder` too, before the folder of the program: for shared libraries over this one. Only
 /// the first call counts.
-pub fn look_beside(folder: PathBuf) {
+pub fn also_search(folder: PathBuf) {
     let _ = BESIDE.set(folder);
 }
 

@@ -16,14 +16,14 @@ use ort::session::Session;
 use ort::session::builder::{AutoDevicePolicy, SessionBuilder};
 use t5gemma_graphs::interface::PROVIDER_OPTIONS;
 
-use crate::device::{CAPTURES, Placement, Provider};
+use crate::device::{CAPTURES, Provider, ProviderConfig};
 use crate::error::Error;
 use crate::folder::Folder;
 use crate::onnxruntime::{self, Loaded};
 
-/// Operators that another provider computes than the one asked for.
+/// Operators of a graph that fall back to another provider than the one asked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Elsewhere {
+pub struct Fallback {
     /// The graph.
     pub graph: String,
     /// ONNX Runtime's name of the provider.
@@ -32,7 +32,7 @@ pub struct Elsewhere {
     pub operators: BTreeMap<String, usize>,
 }
 
-impl fmt::Display for Elsewhere {
+impl fmt::Display for Fallback {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let all: usize = self.operators.values().sum();
         write!(f, "{}: {all} operators are computed by {}:", self.graph, self.provider)?;
@@ -43,7 +43,7 @@ impl fmt::Display for Elsewhere {
 /// The folder's options for each graph, by provider.
 type Planned = BTreeMap<String, BTreeMap<String, BTreeMap<String, String>>>;
 
-impl Placement {
+impl ProviderConfig {
     /// The options for a graph: those of the folder's serving plan, and over them the caller's.
     pub(crate) fn options_of(
         &self,
@@ -56,7 +56,7 @@ impl Placement {
             let bytes = fs::read(&path).map_err(Error::file(&path))?;
             let planned: Planned = serde_json::from_slice(&bytes)
                 .map_err(|error| Error::File { path: path.clone(), problem: error.to_string() })?;
-            let planned = planned.get(self.provider.name()).and_then(|graphs| graphs.get(graph));
+            let planned = planned.get(self.kind.name()).and_then(|graphs| graphs.get(graph));
             options.extend(planned.into_iter().flatten().map(|(name, value)| {
                 // What the plan calls a path lies where the engines do.
                 let value = match name.ends_with("_path") {
@@ -80,7 +80,7 @@ impl Placement {
         environment: &Environment,
         options: &BTreeMap<String, String>,
     ) -> Result<SessionBuilder, Error> {
-        self.builder_with(self.provider, environment, options)
+        self.builder_with(self.kind, environment, options)
     }
 
     /// A session to be, on the provider or on one that computes a part for it; what is wrong is told of the one asked for.
@@ -121,8 +121,8 @@ impl Placement {
         builder: SessionBuilder,
         options: &BTreeMap<String, String>,
     ) -> Result<SessionBuilder, Error> {
-        let name = self.provider.long_name();
-        let missing = |problem: String| Error::Library { problem, remedy: remedy(self.provider, None) };
+        let name = self.kind.long_name();
+        let missing = |problem: String| Error::Library { problem, remedy: remedy(self.kind, None) };
         let mut devices = environment.devices().filter(|device| device.ep().is_ok_and(|ep| ep == name)).peekable();
         if devices.peek().is_none() {
             let library = plugin(options).map_err(missing)?;
@@ -135,7 +135,7 @@ impl Placement {
             return Err(Error::Unsupported {
                 what: format!(
                     "the provider {} cannot be used: {name} has no GPU of number {} here; it found {found}",
-                    self.provider, self.device
+                    self.kind, self.device
                 ),
                 remedy: "use a machine with an NVIDIA RTX GPU and its driver, or --provider cpu".into(),
             });
@@ -150,16 +150,16 @@ impl Placement {
     /// Why the provider cannot be had, with the missing library and its package where that is why.
     fn unusable(&self, error: &ort::Error) -> Error {
         let message = error.to_string();
-        let problem = |what: &str| format!("the provider {} cannot be used: {what}", self.provider);
+        let problem = |what: &str| format!("the provider {} cannot be used: {what}", self.kind);
         if let Some(library) = missing_library(&message) {
             let problem = problem(&format!("{library} cannot be loaded"));
-            return Error::Library { problem, remedy: remedy(self.provider, Some(library)) };
+            return Error::Library { problem, remedy: remedy(self.kind, Some(library)) };
         }
         if message.contains("not enabled in this build") || message.contains("not supported in this build") {
             let what = "this ONNX Runtime was built without it";
-            return Error::Library { problem: problem(what), remedy: remedy(self.provider, None) };
+            return Error::Library { problem: problem(what), remedy: remedy(self.kind, None) };
         }
-        Error::onnxruntime(format!("preparing the provider {}", self.provider))(ort::Error::new(message))
+        Error::onnxruntime(format!("preparing the provider {}", self.kind))(ort::Error::new(message))
     }
 }
 
@@ -237,42 +237,48 @@ fn plugin(options: &BTreeMap<String, String>) -> Result<PathBuf, String> {
     }
 }
 
-/// A provider, and why it cannot be used if it cannot.
-pub type Attempt = (Provider, Result<(), Error>);
-
-/// Tries providers with a graph of one operator.
-///
-/// # Errors
-/// No usable library.
-pub fn attempts(library: Option<&Path>, placements: &[Placement]) -> Result<Vec<Attempt>, Error> {
-    let Loaded { environment, .. } = onnxruntime::initialise(library, None)?;
-    let tried = |placement: &Placement| (placement.provider, attempt(&environment, placement));
-    Ok(placements.iter().map(tried).collect())
+/// Whether a provider works on this machine.
+#[derive(Clone, Debug)]
+pub struct ProviderProbe {
+    /// The provider.
+    pub provider: Provider,
+    /// Why it cannot be used, if it cannot.
+    pub result: Result<(), Error>,
 }
 
-fn attempt(environment: &Environment, placement: &Placement) -> Result<(), Error> {
+/// Tries each provider with a graph of one operator.
+///
+/// # Errors
+/// No usable ONNX Runtime library.
+pub fn probe_providers(library: Option<&Path>, providers: &[ProviderConfig]) -> Result<Vec<ProviderProbe>, Error> {
+    let Loaded { environment, .. } = onnxruntime::initialise(library, None)?;
+    let probe = |config: &ProviderConfig| ProviderProbe { provider: config.kind, result: probe(&environment, config) };
+    Ok(providers.iter().map(probe).collect())
+}
+
+fn probe(environment: &Environment, provider: &ProviderConfig) -> Result<(), Error> {
     /// y = Identity(x), float32 \[1\], of opset 20.
     const IDENTITY: &[u8] =
         b"\x08\t:7\n\x10\n\x01x\x12\x01y\"\x08Identity\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\
         \x04\n\x02\x08\x01b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\x14";
-    let options = placement.options.iter().cloned().collect();
-    let builder = placement.builder(environment, &options)?;
+    let options = provider.options.iter().cloned().collect();
+    let builder = provider.builder(environment, &options)?;
     let session = recording(builder).and_then(|mut builder| builder.commit_from_memory(IDENTITY));
-    let session = session.map_err(|error| placement.unusable(&error))?;
-    let elsewhere = elsewhere(&session, placement.provider, "a graph of one operator");
-    match elsewhere.map_err(|error| placement.unusable(&error))?.first() {
+    let session = session.map_err(|error| provider.unusable(&error))?;
+    let fallbacks = fallbacks(&session, provider.kind, "a graph of one operator");
+    match fallbacks.map_err(|error| provider.unusable(&error))?.first() {
         None => Ok(()),
-        Some(elsewhere) => Err(placement.unusable(&ort::Error::new(elsewhere.to_string()))),
+        Some(fallback) => Err(provider.unusable(&ort::Error::new(fallback.to_string()))),
     }
 }
 
-/// Has a session remember which provider computes what, for [`elsewhere`].
+/// Has a session remember which provider computes what, for [`fallbacks`].
 pub(crate) fn recording(builder: SessionBuilder) -> ort::Result<SessionBuilder> {
     Ok(builder.with_config_entry("session.record_ep_graph_assignment_info", "1")?)
 }
 
 /// What of a graph other providers compute than the one asked for.
-pub(crate) fn elsewhere(session: &Session, provider: Provider, graph: &str) -> ort::Result<Vec<Elsewhere>> {
+pub(crate) fn fallbacks(session: &Session, provider: Provider, graph: &str) -> ort::Result<Vec<Fallback>> {
     let api = ort::api();
     let (mut subgraphs, mut count) = (ptr::null(), 0);
     // SAFETY: the session lives, and all pointers are to this frame. What is returned belongs to the session.
@@ -299,7 +305,7 @@ pub(crate) fn elsewhere(session: &Session, provider: Provider, graph: &str) -> o
         }
     }
     let others = found.into_iter().filter(|(name, _)| name != provider.long_name());
-    Ok(others.map(|(provider, operators)| Elsewhere { graph: graph.to_string(), provider, operators }).collect())
+    Ok(others.map(|(provider, operators)| Fallback { graph: graph.to_string(), provider, operators }).collect())
 }
 
 #[cfg(test)]

@@ -31,7 +31,7 @@ impl Model {
         top: usize,
         cancel: &Cancellation,
     ) -> Result<Vec<Logprobs>, Error> {
-        let scored = self.score_watched(batch, targets, top, &mut || ControlFlow::Continue(()), cancel)?;
+        let scored = self.score_with_progress(batch, targets, top, &mut || ControlFlow::Continue(()), cancel)?;
         Ok(scored.into_iter().map(|(logprobs, _)| logprobs).collect())
     }
 
@@ -46,8 +46,8 @@ impl Model {
         top: usize,
         cancel: &Cancellation,
     ) -> Result<Vec<(Logprobs, CrossAttentions)>, Error> {
-        self.check_attentions()?;
-        let scored = self.score_watched(batch, targets, top, &mut || ControlFlow::Continue(()), cancel)?;
+        self.check_cross_attentions()?;
+        let scored = self.score_with_progress(batch, targets, top, &mut || ControlFlow::Continue(()), cancel)?;
         Ok(scored.into_iter().map(|(logprobs, attended)| (logprobs, attended.unwrap_or_default())).collect())
     }
 
@@ -56,7 +56,7 @@ impl Model {
     ///
     /// # Errors
     /// As [`Model::score`].
-    pub fn score_watched(
+    pub fn score_with_progress(
         &self,
         batch: &Batch,
         targets: &[Vec<i64>],

@@ -30,7 +30,7 @@ use crate::error::Error;
 use crate::folder::Folder;
 use crate::log;
 use crate::onnxruntime;
-use crate::provider::{self, Elsewhere};
+use crate::provider::{self, Fallback};
 use crate::weights::{self, Initializers, Uploaded};
 pub use options::{DEFAULT_ENCODER_CACHE_BYTES, OpenOptions};
 pub(crate) use options::{check_options, engines_of};
@@ -66,7 +66,7 @@ pub(crate) struct Opener<'f> {
     /// Copies of weights in ONNX Runtime's own layout, which the graphs share where it computes products of few bits.
     prepacked: PrepackedWeights,
     /// What other providers compute than the one asked for, in the graphs opened so far.
-    pub elsewhere: Vec<Elsewhere>,
+    pub fallbacks: Vec<Fallback>,
 }
 
 impl<'f> Opener<'f> {
@@ -75,34 +75,34 @@ impl<'f> Opener<'f> {
         kernels::instructions()?;
         let library = onnxruntime::initialise(options.library.as_deref(), options.threads)?;
         let weights = weights::mapped(folder).map_err(Error::onnxruntime("sharing the weights"))?;
-        engine_files::check_cache((folder, engines_of(folder, options)), options.placement.provider)?;
+        engine_files::check_cache((folder, engines_of(folder, options)), options.provider.kind)?;
         let decoder = &folder.config.decoder;
         let scored = folder.manifest.kept_tokens.unwrap_or(decoder.vocab_size);
         let kernels = Kernels::new(scored, decoder.final_logit_softcapping, reads_source);
         let prepacked = PrepackedWeights::new();
-        Ok(Opener { library, folder, weights, options, kernels, prepacked, elsewhere: Vec::new() })
+        Ok(Opener { library, folder, weights, options, kernels, prepacked, fallbacks: Vec::new() })
     }
 
     /// Has the graphs opened from here on read the weights from one copy on the device, where that is how the provider reads them.
     /// What is returned has to outlive them.
     pub fn upload(&mut self) -> Result<Option<Uploaded>, Error> {
-        let placement = &self.options.placement;
+        let provider = &self.options.provider;
         // An engine of TensorRT has its weights in itself; of the others, models for the CPU read the file where it is mapped.
-        let reads_in_place = matches!(placement.provider, Provider::Cpu | Provider::Cuda);
+        let reads_in_place = matches!(provider.kind, Provider::Cpu | Provider::Cuda);
         if !reads_in_place || !self.folder.manifest.files.contains_key(REORDER) {
             return Ok(None);
         }
-        let uploaded = Uploaded::new(&self.library.environment, placement, self.folder)?;
+        let uploaded = Uploaded::new(&self.library.environment, provider, self.folder)?;
         self.weights = uploaded.initializers(self.folder).map_err(Error::onnxruntime("sharing the weights"))?;
         Ok(Some(uploaded))
     }
 
     /// Opens one graph over the shared weights and holds it to its ports.
     pub fn open(&mut self, graph: &str, ports: &Ports) -> Result<Graph, Error> {
-        let (folder, placement) = (self.folder, &self.options.placement);
+        let (folder, provider) = (self.folder, &self.options.provider);
         let engines = engines_of(folder, self.options);
-        let given = placement.options_of((folder, engines), graph)?;
-        if let Some(wrapper) = engine_files::built((folder, engines), graph, placement.provider)? {
+        let given = provider.options_of((folder, engines), graph)?;
+        if let Some(wrapper) = engine_files::built((folder, engines), graph, provider.kind)? {
             return self.open_file(&wrapper, (graph, ports, &[]), &given);
         }
         let record = folder.graph(graph);
@@ -121,14 +121,14 @@ impl<'f> Opener<'f> {
         (graph, ports, used): (&str, &Ports, &[String]),
         given: &BTreeMap<String, String>,
     ) -> Result<Graph, Error> {
-        let placement = &self.options.placement;
-        let provider = placement.provider;
+        let config = &self.options.provider;
+        let provider = config.kind;
         // The few operators that move a cache are not worth an engine.
         let computing = match (graph, provider) {
             ("reorder", Provider::TensorRt) => Provider::Cuda,
             _ => provider,
         };
-        let builder = placement.builder_with(computing, &self.library.environment, given)?;
+        let builder = config.builder_with(computing, &self.library.environment, given)?;
         let kernels = self.kernels.beside();
         let build = || {
             let builder = if provider == Provider::Cpu { builder } else { provider::recording(builder)? };
@@ -183,8 +183,8 @@ impl<'f> Opener<'f> {
             }
         }
         if provider != Provider::Cpu {
-            let elsewhere = provider::elsewhere(&session, computing, graph);
-            self.elsewhere.extend(elsewhere.map_err(Error::onnxruntime("asking what computes the operators"))?);
+            let fallbacks = provider::fallbacks(&session, computing, graph);
+            self.fallbacks.extend(fallbacks.map_err(Error::onnxruntime("asking what computes the operators"))?);
         }
         Ok(Graph { session: Mutex::new(session), kernels })
     }

@@ -13,7 +13,7 @@ use crate::session::float32_values;
 
 /// The sizes that are usual.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Usual {
+pub struct WarmUpShape {
     /// Sources in a batch.
     pub batch: usize,
     /// Tokens of a source.
@@ -23,7 +23,7 @@ pub struct Usual {
 }
 
 /// Without a serving plan.
-const UNPLANNED: Usual = Usual { batch: 1, source: 64, beams: 1 };
+const UNPLANNED: WarmUpShape = WarmUpShape { batch: 1, source: 64, beams: 1 };
 
 /// Target tokens to generate: those of a first step, of a cached one, and of one after a change of rows.
 const TOKENS: usize = 3;
@@ -35,7 +35,7 @@ impl Model {
     ///
     /// # Errors
     /// What [`Model::generate`] can fail by, or a cancellation.
-    pub fn warm_up(&self, cancel: &Cancellation) -> Result<Usual, Error> {
+    pub fn warm_up(&self, cancel: &Cancellation) -> Result<WarmUpShape, Error> {
         let usual = self.usual();
         let (vocab_size, width) = (self.config().encoder.vocab_size, self.config().encoder.hidden_size);
         let rows = |row: usize| (0..usual.source).map(|at| ((row * 31 + at * 7 + 5) % vocab_size) as i64).collect();
@@ -68,13 +68,15 @@ impl Model {
         Ok(usual)
     }
 
-    fn usual(&self) -> Usual {
+    fn usual(&self) -> WarmUpShape {
         match self.profiles() {
             Some(Profiles { batch, source, decoder }) => {
                 let beams = decoder.as_ref().map_or(1, |decoder| decoder.beams.usual);
-                Usual { batch: batch.usual, source: source.usual, beams }
+                WarmUpShape { batch: batch.usual, source: source.usual, beams }
             }
-            None => Usual { source: UNPLANNED.source.min(self.config().encoder.max_position_embeddings), ..UNPLANNED },
+            None => {
+                WarmUpShape { source: UNPLANNED.source.min(self.config().encoder.max_position_embeddings), ..UNPLANNED }
+            }
         }
     }
 }

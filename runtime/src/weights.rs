@@ -18,7 +18,7 @@ use ort::value::{DynValue, Shape, Tensor, TensorElementType, TensorRefMut};
 use t5gemma_graphs::interface::DType;
 use t5gemma_graphs::manifest::TensorRecord;
 
-use crate::device::{Placement, Provider};
+use crate::device::{Provider, ProviderConfig};
 use crate::error::Error;
 use crate::folder::Folder;
 
@@ -63,16 +63,16 @@ impl Uploaded {
     ///
     /// # Errors
     /// A provider that cannot be had, or a device without so much memory.
-    pub fn new(environment: &Environment, placement: &Placement, folder: &Folder) -> Result<Uploaded, Error> {
+    pub fn new(environment: &Environment, provider: &ProviderConfig, folder: &Folder) -> Result<Uploaded, Error> {
         // What is asked for and no more, where an arena would double what it has.
         let exact = [("arena_extend_strategy".to_string(), "kSameAsRequested".to_string())];
-        let options = if placement.provider == Provider::Cpu { BTreeMap::new() } else { BTreeMap::from(exact) };
-        let mut builder = placement.builder(environment, &options)?;
+        let options = if provider.kind == Provider::Cpu { BTreeMap::new() } else { BTreeMap::from(exact) };
+        let mut builder = provider.builder(environment, &options)?;
         let bytes = &folder.weights[..];
         let mut copy = || -> ort::Result<Uploaded> {
             let session = builder.commit_from_memory(IDENTITY)?;
-            let memory = placement.device().memory()?;
-            let allocator = Allocator::new(&session, placement.device().memory()?)?;
+            let memory = provider.device().memory()?;
+            let allocator = Allocator::new(&session, provider.device().memory()?)?;
             let block = allocator.alloc::<u8>(bytes.len())?.into_raw();
             // From here on it is given back, whatever fails.
             let allocator = Mutex::new(allocator);

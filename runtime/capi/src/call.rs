@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use t5gemma_runtime::{
     Cancellation, Error, GenerationOptions, LogitsProcessor, Model, Position, PrefixAllowedTokens, SpecialTokens,
-    TextStream, Watch,
+    Streamer, TextStream,
 };
 
 use crate::error::{Failure, fallible, free, value};
@@ -309,7 +309,7 @@ impl Pieces {
     }
 }
 
-impl Watch for Pieces {
+impl Streamer for Pieces {
     fn token(&mut self, row: usize, token: i64) -> ControlFlow<()> {
         let text = match self.streams.get_mut(row).map(|stream| stream.push(token)).transpose() {
             Ok(text) => text,

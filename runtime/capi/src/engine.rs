@@ -8,8 +8,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use t5gemma_runtime::{
-    Canceller, Engine, EngineOptions, EngineStats, Event, Generation, GenerationOptions, Hypothesis, Request,
-    SpecialTokens, TextStream, Waited,
+    Canceller, Engine, EngineOptions, EngineStats, Event, Generation, GenerationOptions, Hypothesis, PollResult,
+    Request, SpecialTokens, TextStream,
 };
 
 use crate::call::{Call, Gate, Listed, Role, t5g_call};
@@ -213,17 +213,17 @@ impl Running {
             if self.has_ended {
                 return Ok(None);
             }
-            match self.generation.next_within(left) {
-                Waited::TimedOut => return Ok(None),
-                Waited::Ended => {
+            match self.generation.next_timeout(left) {
+                PollResult::TimedOut => return Ok(None),
+                PollResult::Ended => {
                     self.gate.close();
                     self.has_ended = true;
                 }
-                Waited::Event(Err(error)) => {
+                PollResult::Event(Err(error)) => {
                     self.gate.close();
                     self.failed = Some(error.into());
                 }
-                Waited::Event(Ok(event)) => {
+                PollResult::Event(Ok(event)) => {
                     if let Err(failure) = self.take(event) {
                         self.generation.cancel();
                         self.gate.close();

@@ -128,7 +128,7 @@ impl From<OptionError> for Failure {
 /// Does the work of a function, of which a panic becomes an error too.
 pub fn guarded<T>(work: impl FnOnce() -> Result<T, Failure>) -> Result<T, Failure> {
     // The library's Rust runtime is its own, so this replaces no hook of the host's.
-    t5gemma_runtime::hush_caught_panics();
+    t5gemma_runtime::silence_caught_panics();
     catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| Err(of_panic(panic)))
 }
 

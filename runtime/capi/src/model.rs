@@ -42,9 +42,9 @@ impl Opened {
             let name = format!("options.devices[{at}]");
             let refused = || Failure::argument(&name, "the number of a device", device.to_string());
             let mut options = self.options.clone();
-            options.placement.device = u32::try_from(device).map_err(|_| refused())?;
+            options.provider.device = u32::try_from(device).map_err(|_| refused())?;
             check_device(&options, &name)?;
-            if options.placement.device == self.options.placement.device
+            if options.provider.device == self.options.provider.device
                 && let Some(own) = own.take()
             {
                 return Ok(own);
@@ -108,7 +108,7 @@ pub extern "C" fn t5g_model_describe(model: Handle<Opened>, json: Out<Handle<Wri
             "eos_token_id": options.eos_token_id,
             "pad_token_id": options.pad_token_id,
             "labels": Value::Null,
-            "elsewhere": model.elsewhere().iter().map(ToString::to_string).collect::<Vec<_>>(),
+            "elsewhere": model.fallbacks().iter().map(ToString::to_string).collect::<Vec<_>>(),
         });
         place.put(Written::handle(described.to_string()));
         Ok(())
@@ -197,11 +197,12 @@ pub extern "C" fn t5g_model_score(
             Ok((batch, targets))
         })?;
         if output_attentions {
-            opened.model.check_attentions()?;
+            opened.model.check_cross_attentions()?;
         }
         let shown = call.shown();
         let found = call.run(|cancel| {
-            let scored = opened.model.score_watched(&batch, &targets, top_logprobs, &mut || shown.step(), cancel)?;
+            let scored =
+                opened.model.score_with_progress(&batch, &targets, top_logprobs, &mut || shown.step(), cancel)?;
             let told = |(logprobs, attended): (_, Option<_>)| (logprobs, attended.filter(|_| output_attentions));
             Ok(scored.into_iter().map(told).collect())
         })?;

@@ -7,7 +7,7 @@ use std::sync::{Mutex, Once, PoisonError, RwLock};
 
 use serde_json::{Value, json};
 use t5gemma_runtime::log::{self, Severity};
-use t5gemma_runtime::onnxruntime::{look_beside, report};
+use t5gemma_runtime::onnxruntime::{also_search, report};
 
 use crate::error::{Failure, c_string, fallible};
 use crate::handle::Handle;
@@ -43,7 +43,7 @@ pub fn prepare() {
     DONE.call_once(|| {
         log::set(Severity::Warning, take);
         if let Some(folder) = own_folder() {
-            look_beside(folder);
+            also_search(folder);
         }
     });
 }

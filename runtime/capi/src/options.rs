@@ -72,11 +72,11 @@ pub fn open_options(options: Record<t5g_open_options>) -> Result<OpenOptions, Fa
             "provider" => {
                 let known = Provider::ALL.into_iter().find(|provider| value == provider.name());
                 let names = Provider::ALL.map(|provider| format!("{:?}", provider.name())).join(", ");
-                options.placement.provider = known.ok_or_else(|| refused(&names))?;
+                options.provider.kind = known.ok_or_else(|| refused(&names))?;
             }
             "device" => {
                 let device = whole()?.try_into();
-                options.placement.device = device.map_err(|_| refused("the number of a device"))?;
+                options.provider.device = device.map_err(|_| refused("the number of a device"))?;
             }
             "provider_options" => {
                 let given = value.as_object().ok_or_else(|| refused("an object of the provider's options"))?;
@@ -86,7 +86,7 @@ pub fn open_options(options: Record<t5g_open_options>) -> Result<OpenOptions, Fa
                     _ => Err(refused("texts and numbers in an object")),
                 };
                 let given = given.iter().map(|(name, value)| Ok((name.clone(), text(value)?)));
-                options.placement.options = given.collect::<Result<_, Failure>>()?;
+                options.provider.options = given.collect::<Result<_, Failure>>()?;
             }
             "threads" => options.threads = Some(whole()?),
             "check_weights" => options.check_weights = value.as_bool().ok_or_else(|| refused("true or false"))?,
@@ -107,9 +107,9 @@ pub fn open_options(options: Record<t5g_open_options>) -> Result<OpenOptions, Fa
 
 /// Refuses a device that the provider does not have.
 pub fn check_device(options: &OpenOptions, name: &str) -> Result<(), Failure> {
-    let placement = &options.placement;
-    match placement.provider == Provider::Cpu && placement.device != 0 {
-        true => Err(Failure::expected(Code::Options, name, "0 (there is one cpu)", placement.device.to_string())),
+    let provider = &options.provider;
+    match provider.kind == Provider::Cpu && provider.device != 0 {
+        true => Err(Failure::expected(Code::Options, name, "0 (there is one cpu)", provider.device.to_string())),
         false => Ok(()),
     }
 }

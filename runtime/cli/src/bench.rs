@@ -13,7 +13,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use serde_json::{Value, json};
-use t5gemma_runtime::{Batch, Cancellation, Error, GenerationOptions, Hypothesis, Limits, Model, Watch};
+use t5gemma_runtime::{Batch, Cancellation, Error, GenerationOptions, Hypothesis, Limits, Model, Streamer};
 
 use crate::exit::Outcome;
 use crate::exit::ensure_usage;
@@ -197,7 +197,7 @@ struct Generated {
 
 struct Moments(Vec<u64>);
 
-impl Watch for Moments {
+impl Streamer for Moments {
     fn token(&mut self, _: usize, _: i64) -> ControlFlow<()> {
         ControlFlow::Continue(())
     }

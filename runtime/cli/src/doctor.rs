@@ -4,7 +4,7 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 
 use anyhow::Result;
-use t5gemma_runtime::{Placement, Provider, attempts, onnxruntime};
+use t5gemma_runtime::{Provider, ProviderConfig, ProviderProbe, onnxruntime, probe_providers};
 
 use crate::exit::Outcome;
 
@@ -41,13 +41,13 @@ pub fn run(arguments: Arguments) -> Result<Outcome> {
             writeln!(out, "using {}", library.path.display())?;
             writeln!(out, "  {}", library.build)?;
             writeln!(out, "  providers: {}", library.providers.join(", "))?;
-            let placements = Provider::ALL.map(|provider| Placement {
-                provider,
-                device: if provider == Provider::Cpu { 0 } else { arguments.device },
+            let providers = Provider::ALL.map(|kind| ProviderConfig {
+                kind,
+                device: if kind == Provider::Cpu { 0 } else { arguments.device },
                 options: Vec::new(),
             });
-            for (provider, attempt) in attempts(arguments.onnxruntime.as_deref(), &placements)? {
-                match attempt {
+            for ProviderProbe { provider, result } in probe_providers(arguments.onnxruntime.as_deref(), &providers)? {
+                match result {
                     Ok(()) => writeln!(out, "  --provider {provider}: ready")?,
                     Err(error) => {
                         writeln!(out, "  --provider {provider}: {}", error.to_string().replace('\n', "\n    "))?

@@ -81,7 +81,7 @@ fn end_at_once() -> ! {
 /// Runs the program.
 pub fn main() -> ExitCode {
     let cli = Cli::parse_from(options::joined(std::env::args_os()));
-    t5gemma_runtime::hush_caught_panics();
+    t5gemma_runtime::silence_caught_panics();
     let cancel = Cancellation::new();
     let handler = cancel.clone();
     let result = ctrlc::set_handler(move || {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use anyhow::Result;
 use clap::Args;
 use clap::builder::PossibleValuesParser;
-use t5gemma_runtime::{Cancellation, Encoder, Limits, Model, OpenOptions, Placement, Provider};
+use t5gemma_runtime::{Cancellation, Encoder, Limits, Model, OpenOptions, Provider, ProviderConfig};
 
 use crate::exit::{bail_usage, ensure_usage};
 use crate::flag_errors;
@@ -72,8 +72,8 @@ impl Opening {
 
     fn open_on(&self, path: &Path, device: u32) -> Result<Model> {
         let model = Model::open_with(path, &self.options(device)).map_err(flag_errors::of_opening)?;
-        for elsewhere in model.elsewhere() {
-            eprintln!("t5gemma: {elsewhere}");
+        for fallback in model.fallbacks() {
+            eprintln!("t5gemma: {fallback}");
         }
         for warning in model.warnings() {
             eprintln!("t5gemma: {}: {warning}", path.display());
@@ -103,8 +103,8 @@ impl Opening {
         let (library, threads) = (self.onnxruntime.clone(), self.threads);
         let (check_weights, encoder_cache_bytes) = (self.check_weights, self.encoder_cache_bytes);
         let limits = self.limits;
-        let provider = Provider::ALL.into_iter().find(|provider| provider.name() == self.provider).unwrap_or_default();
-        let placement = Placement { provider, device, options: self.provider_option.clone() };
+        let kind = Provider::ALL.into_iter().find(|provider| provider.name() == self.provider).unwrap_or_default();
+        let provider = ProviderConfig { kind, device, options: self.provider_option.clone() };
         let (profile, engines) = (self.profile.clone(), self.engines.clone());
         OpenOptions {
             library,
@@ -112,7 +112,7 @@ impl Opening {
             check_weights,
             encoder_cache_bytes,
             limits,
-            placement,
+            provider,
             profile,
             engines,
             ..OpenOptions::default()

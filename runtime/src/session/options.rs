@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::device::{Placement, Provider};
+use crate::device::{Provider, ProviderConfig};
 use crate::error::Error;
 use crate::folder::Folder;
 use crate::limits::Limits;
@@ -25,7 +25,7 @@ pub struct OpenOptions {
     /// pieces.
     pub limits: Limits,
     /// What computes the model; the processor by default.
-    pub placement: Placement,
+    pub provider: ProviderConfig,
     /// Have ONNX Runtime write down how long each operator of each graph takes: into files that begin with this and the
     /// graph's name, when the model is closed.
     pub profile: Option<PathBuf>,
@@ -33,7 +33,7 @@ pub struct OpenOptions {
     /// stays where it is from request to request, where rows are generated one by one (greedily, or drawn). CUDA graphs need it,
     /// so the provider's option `enable_cuda_graph` has it be so. What is kept comes on top of
     /// [`EngineOptions::max_bytes`](crate::EngineOptions::max_bytes). Not by default.
-    pub steady_steps: bool,
+    pub fixed_step_buffers: bool,
     /// The folder with the engines of the model's serving plan, where they do not lie in the model's own: what has been written
     /// by `build_engines.sh --engines DIR` or [`build_engines`](crate::build_engines). For providers that have engines.
     pub engines: Option<PathBuf>,
@@ -45,16 +45,16 @@ pub const DEFAULT_ENCODER_CACHE_BYTES: usize = 64 << 20;
 impl Default for OpenOptions {
     fn default() -> OpenOptions {
         let encoder_cache_bytes = DEFAULT_ENCODER_CACHE_BYTES;
-        let placement = Placement::default();
+        let provider = ProviderConfig::default();
         OpenOptions {
             library: None,
             threads: None,
             check_weights: false,
             encoder_cache_bytes,
             limits: Limits::default(),
-            placement,
+            provider,
             profile: None,
-            steady_steps: false,
+            fixed_step_buffers: false,
             engines: None,
         }
     }
@@ -65,8 +65,8 @@ const MOST_THREADS: usize = 1024;
 
 /// Refuses options that no machine can have.
 pub(crate) fn check_options(options: &OpenOptions) -> Result<(), Error> {
-    options.placement.check()?;
-    let provider = options.placement.provider;
+    options.provider.check()?;
+    let provider = options.provider.kind;
     if let (Some(engines), Provider::Cpu | Provider::Cuda) = (&options.engines, provider) {
         let found = format!("{} for {provider}", engines.display());
         return Err(Error::input("engines", "none but for tensorrt and nv-tensorrt-rtx, which have engines", found));

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use serde_json::{Value, json};
-use t5gemma_runtime::{Engine, EngineOptions, Error, Event, Generation, Hypothesis, Model, Waited};
+use t5gemma_runtime::{Engine, EngineOptions, Error, Event, Generation, Hypothesis, Model, PollResult};
 
 use super::{Answering, println_flushed};
 use crate::exit::Outcome;
@@ -114,19 +114,19 @@ impl Answering<'_> {
         let left = |rows: &[Vec<Hypothesis>]| rows.iter().filter(|row| row.is_empty()).count();
         let mut wait = patience;
         let answer = loop {
-            match generation.next_within(std::mem::take(&mut wait)) {
-                Waited::Event(Ok(Event::Row { row, hypotheses })) => {
+            match generation.next_timeout(std::mem::take(&mut wait)) {
+                PollResult::Event(Ok(Event::Row { row, hypotheses })) => {
                     rows[row] = hypotheses;
                     finished += 1;
                 }
-                Waited::Event(Ok(Event::Token { .. })) => {}
-                Waited::Event(Err(error)) => {
+                PollResult::Event(Ok(Event::Token { .. })) => {}
+                PollResult::Event(Err(error)) => {
                     finished += left(rows);
                     let reason = flag_errors::of_request(&error, &request.options, self.flags);
                     break Err(Refused { id: request.id.clone(), reason });
                 }
-                Waited::Ended => break Ok(self.result(request, rows)?),
-                Waited::TimedOut => return Ok(finished),
+                PollResult::Ended => break Ok(self.result(request, rows)?),
+                PollResult::TimedOut => return Ok(finished),
             }
         };
         *place = Place::Answered(answer);
