@@ -11,7 +11,7 @@ use t5gemma_exporter::Export;
 use t5gemma_graphs::Target;
 use t5gemma_graphs::onnx::Blocks;
 use t5gemma_graphs::quantization::Quantization;
-use t5gemma_runtime::{Batch, Cancellation, Error, GenerationOptions, Model, Streamer};
+use t5gemma_runtime::{Batch, Cancellation, Error, GenerationConfig, GenerationOptions, Model, Streamer};
 
 use crate::common::{exported, exported_as, program, run, stdout};
 
@@ -304,12 +304,8 @@ fn a_watch_is_told_of_every_step() {
     let model = Model::open(exported("tiny-untied")).expect("the model opens");
     let batch = Batch::padded(&[vec![5, 6, 7], vec![8]], 0).expect("well-formed");
     for num_beams in [1, 3] {
-        let options = GenerationOptions {
-            num_beams,
-            max_new_tokens: Some(7),
-            min_new_tokens: Some(7),
-            ..GenerationOptions::default()
-        };
+        let options = GenerationOptions::default().num_beams(num_beams).max_new_tokens(7).min_new_tokens(7);
+        let options = GenerationConfig::default().with(&options).expect("valid");
         let steps = |most| {
             let mut steps = Steps { seen: 0, most };
             let result = model.generate(&batch, &options, &mut steps, &Cancellation::new());

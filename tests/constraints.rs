@@ -195,7 +195,7 @@ fn a_constrained_row_alone_gives_what_it_gives_in_a_batch() {
     for num_beams in [1, 4] {
         let schema = json!({"type": "array", "items": {"type": "integer"}, "maxItems": 4});
         let request = json!({"json_schema": schema, "num_beams": num_beams, "max_new_tokens": 40});
-        let options = model.options().with(request.as_object().expect("written above")).expect("valid options");
+        let options = model.options().with_json(request.as_object().expect("written above")).expect("valid options");
         let generate = |sources: &[Vec<i64>]| {
             let batch = Batch::padded(sources, 0).expect("valid");
             let rows = model.generate(&batch, &options, &mut (), &Cancellation::new()).expect("generates");
@@ -217,10 +217,11 @@ fn a_function_says_which_tokens_may_come_next() {
     let batch = Batch::padded(&sources, 0).expect("valid");
     for num_beams in [1, 3] {
         let request = json!({"num_beams": num_beams});
-        let mut options = model.options().with(request.as_object().expect("written above")).expect("valid options");
+        let mut options =
+            model.options().with_json(request.as_object().expect("written above")).expect("valid options");
         // Row 0 may only say the first word, row 1 the second.
         let allowed = words.clone();
-        options.constraints.prefix_allowed_tokens = Some(PrefixAllowedTokens::new(move |row, history| {
+        options.prefix_allowed_tokens = Some(PrefixAllowedTokens::new(move |row, history| {
             vec![allowed[row].get(history.len() - 1).copied().unwrap_or(1)]
         }));
         let rows = model.generate(&batch, &options, &mut (), &Cancellation::new()).expect("generates");
@@ -266,8 +267,9 @@ fn functions_that_allow_nothing_or_what_does_not_exist_are_errors() {
             (vec![-1, 5], "prefix_allowed_tokens returned token -1"),
         ] {
             let request = json!({"num_beams": num_beams});
-            let mut options = model.options().with(request.as_object().expect("written above")).expect("valid options");
-            options.constraints.prefix_allowed_tokens = Some(PrefixAllowedTokens::new(move |row, _| match row {
+            let mut options =
+                model.options().with_json(request.as_object().expect("written above")).expect("valid options");
+            options.prefix_allowed_tokens = Some(PrefixAllowedTokens::new(move |row, _| match row {
                 0 => vec![5, 1],
                 _ => allowed.clone(),
             }));
@@ -291,7 +293,7 @@ fn logits_processors_that_leave_no_choice_are_errors() {
             ] {
                 let request = json!({"num_beams": num_beams, "do_sample": do_sample});
                 let mut options =
-                    model.options().with(request.as_object().expect("written above")).expect("valid options");
+                    model.options().with_json(request.as_object().expect("written above")).expect("valid options");
                 options.logits_processor.push(LogitsProcessor::new(|_, _| ()));
                 options.logits_processor.push(LogitsProcessor::new(move |place, scores| {
                     if place.history.len() == 3 && place.source[2] == 302 {
@@ -347,7 +349,7 @@ fn constraints_that_cannot_be_are_refused_in_words() {
         (json!({"required_phrases": ["<bos>"]}), "required_phrases: expected text that the model's tokens can express"),
     ];
     for (request, expected) in cases {
-        let options = model.options().with(request.as_object().expect("written above")).expect("well-formed");
+        let options = model.options().with_json(request.as_object().expect("written above")).expect("well-formed");
         let refused = model.generate(&batch, &options, &mut (), &Cancellation::new());
         let message = refused.map(|_| "no error".to_string()).unwrap_or_else(|error| error.to_string());
         assert!(message.contains(expected) && message.lines().count() == 1, "{request}: {message}");

@@ -36,7 +36,7 @@ fn pairs() -> [[Arc<Model>; 2]; 2] {
 /// A request that takes `steps` steps of `beams` rows for each of its sources.
 fn request(model: &Model, sources: usize, steps: usize, beams: usize) -> Request {
     let options = json!({"max_new_tokens": steps, "min_new_tokens": steps, "num_beams": beams});
-    let options = model.options().with(options.as_object().expect("an object")).expect("valid");
+    let options = model.options().with_json(options.as_object().expect("an object")).expect("valid");
     let source = |at: usize| vec![5 + at as i64, 6, 7];
     Request::new(Batch::padded(&(0..sources).map(source).collect::<Vec<_>>(), 0).expect("valid"), options)
 }
@@ -212,7 +212,7 @@ fn the_first_runs_are_those_of_the_plan() {
         let batch = Batch::padded(&[vec![5, 6, 7, 8]], 0).expect("valid");
         let answer = |model: &Model| {
             let options = json!({"max_new_tokens": 8, "num_beams": 2});
-            let options = model.options().with(options.as_object().expect("an object")).expect("valid");
+            let options = model.options().with_json(options.as_object().expect("an object")).expect("valid");
             model.generate(&batch, &options, &mut (), &Cancellation::new()).expect("generates")
         };
         let [cold, warm] = [(); 2].map(|()| Model::open(&path).expect("the model opens"));
@@ -311,7 +311,7 @@ fn steps_in_memory_that_stays_give_what_others_do() {
             if batch.rows() > 1 {
                 wanted.remove("prompt_lookup_num_tokens");
             }
-            let options = moving.options().with(&wanted).expect("valid");
+            let options = moving.options().with_json(&wanted).expect("valid");
             requests.push(Request::new(batch.clone(), options));
         }
         let check = |found: &[Vec<Hypothesis>], expected: &[Vec<Hypothesis>], name: &str| {

@@ -12,7 +12,7 @@ use t5gemma_exporter::Export;
 use t5gemma_graphs::Target;
 use t5gemma_graphs::interface::CacheLayout;
 use t5gemma_runtime::{
-    Batch, Cancellation, Engine, EngineOptions, Error, Event, GenerationOptions, Hypothesis, LogitsProcessor, Model,
+    Batch, Cancellation, Engine, EngineOptions, Error, Event, GenerationConfig, Hypothesis, LogitsProcessor, Model,
     PollResult, Request,
 };
 
@@ -98,8 +98,11 @@ impl Noise {
     }
 }
 
-fn options(model: &Model, request: &Value) -> GenerationOptions {
-    model.options().with(request.as_object().expect("an object")).unwrap_or_else(|error| panic!("{request}: {error}"))
+fn options(model: &Model, request: &Value) -> GenerationConfig {
+    model
+        .options()
+        .with_json(request.as_object().expect("an object"))
+        .unwrap_or_else(|error| panic!("{request}: {error}"))
 }
 
 /// tiny-balanced with the demo's tokenizer.

@@ -76,7 +76,7 @@ fn every_case_gives_the_reference_tokens_through_rust() {
                 batch = batch.with_decoder_input_ids(&prompts).expect("the fixture's prompts are valid");
             }
             let options = case["options"].as_object().expect("options are an object");
-            let options = model.options().with(options).expect("the fixture's options are valid");
+            let options = model.options().with_json(options).expect("the fixture's options are valid");
             let rows = model.generate(&batch, &options, &mut (), &Cancellation::new());
             let found: Vec<(Value, Option<f64>)> = rows
                 .unwrap_or_else(|error| panic!("{name} {}: {error}", case["id"]))
@@ -114,9 +114,10 @@ fn candidates_of_the_graph_give_what_logits_give() {
         let [logits, candidates] = [Logits::Last, Logits::Candidates(10)].map(model);
         for request in &requests {
             let generate = |model: &Model| {
-                let options = model.options().with(request.as_object().expect("written above")).expect("valid options");
                 let options =
-                    options.with(json!({"max_new_tokens": 20}).as_object().expect("an object")).expect("valid");
+                    model.options().with_json(request.as_object().expect("written above")).expect("valid options");
+                let options =
+                    options.with_json(json!({"max_new_tokens": 20}).as_object().expect("an object")).expect("valid");
                 model.generate(&batch, &options, &mut (), &Cancellation::new()).expect("generates")
             };
             let (expected, found) = (generate(&logits), generate(&candidates));
@@ -138,7 +139,7 @@ fn a_row_alone_gives_what_it_gives_in_a_batch() {
     let (ids, mask) = &inputs("tiny-balanced")["right"];
     for (beams, returned) in [(1, 1), (4, 3)] {
         let request = json!({"num_beams": beams, "num_return_sequences": returned, "max_new_tokens": 24});
-        let options = model.options().with(request.as_object().expect("written above")).expect("valid options");
+        let options = model.options().with_json(request.as_object().expect("written above")).expect("valid options");
         let generate = |batch: &Batch| {
             let rows = model.generate(batch, &options, &mut (), &Cancellation::new()).expect("generates");
             rows.into_iter().map(|row| row.into_iter().map(|h| h.tokens).collect::<Vec<_>>()).collect::<Vec<_>>()
@@ -241,7 +242,7 @@ fn another_thread_can_cancel() {
         std::ops::ControlFlow::Continue(())
     };
     let request = json!({"max_new_tokens": 300, "eos_token_id": [199], "suppress_tokens": [199]});
-    let options = model.options().with(request.as_object().expect("written above")).expect("valid options");
+    let options = model.options().with_json(request.as_object().expect("written above")).expect("valid options");
     let stopped = model.generate(&batch, &options, &mut watch, &cancel);
     assert!(matches!(stopped, Err(t5gemma_runtime::Error::Cancelled)));
     assert_eq!(tokens, 2);
@@ -268,7 +269,7 @@ fn a_deadline_is_noticed_before_between_and_after_the_runs_of_every_call() {
     for tokens in [1, 2, 5] {
         let deadline = Instant::now() + Duration::from_secs(1);
         let request = json!({"max_new_tokens": tokens, "min_new_tokens": tokens});
-        let options = model.options().with(request.as_object().expect("written above")).expect("valid options");
+        let options = model.options().with_json(request.as_object().expect("written above")).expect("valid options");
         let mut shown = 0;
         let mut watch = |_: usize, _: i64| {
             shown += 1;
@@ -293,7 +294,7 @@ fn no_time_is_over_after_the_first_token() {
     let model = Model::open(exported("tiny-balanced")).expect("the model opens");
     let batch = Batch::padded(&[vec![5; 20]], 0).expect("valid");
     let request = json!({"max_new_tokens": 9, "min_new_tokens": 9, "max_time": 0.0});
-    let options = model.options().with(request.as_object().expect("written above")).expect("valid options");
+    let options = model.options().with_json(request.as_object().expect("written above")).expect("valid options");
     let rows = model.generate(&batch, &options, &mut (), &Cancellation::new()).expect("generates");
     assert_eq!((rows[0][0].tokens.len(), rows[0][0].finish_reason), (1, FinishReason::Time));
 }
@@ -343,7 +344,7 @@ fn rows_in_pieces_give_what_they_give_together() {
             for (request, batch) in
                 requests.iter().flat_map(|request| batches.iter().map(move |batch| (request, batch)))
             {
-                let options = model.options().with(request.as_object().expect("an object")).expect("valid");
+                let options = model.options().with_json(request.as_object().expect("an object")).expect("valid");
                 let mut steps = Steps(0);
                 let rows = model.generate(batch, &options, &mut steps, &Cancellation::new()).expect("generates");
                 assert_eq!(steps.0, 9 * pieces, "{limits:?}");

@@ -12,7 +12,7 @@ use t5gemma_graphs::Target;
 use t5gemma_graphs::interface::{DType, Logits};
 use t5gemma_graphs::task::{Features, Pooling, Task};
 use t5gemma_runtime::{
-    Batch, Cancellation, Encoder, Engine, EngineOptions, Error, GenerationOptions, Hypothesis, Model, Request,
+    Batch, Cancellation, Encoder, Engine, EngineOptions, Error, GenerationConfig, Hypothesis, Model, Request,
 };
 
 use crate::common::{demo_as, exported_as, exported_from, run, stdout, tests};
@@ -45,8 +45,8 @@ fn batch(lengths: &[usize]) -> Batch {
     Batch::padded(&sources, 0).expect("valid")
 }
 
-fn options(model: &Model, given: &Value) -> GenerationOptions {
-    model.options().with(given.as_object().expect("an object")).expect("valid")
+fn options(model: &Model, given: &Value) -> GenerationConfig {
+    model.options().with_json(given.as_object().expect("an object")).expect("valid")
 }
 
 fn tokens(rows: &[Vec<Hypothesis>]) -> Vec<Vec<&[i64]>> {

@@ -7,7 +7,7 @@ use itertools::Itertools as _;
 use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
 use serde_json::{Map, Value, json};
-use t5gemma_runtime::options::GenerationOptions;
+use t5gemma_runtime::options::GenerationConfig;
 use t5gemma_runtime::scores::Processors;
 
 #[test]
@@ -36,7 +36,7 @@ fn check_case(case: &Value, tensors: &SafeTensors) {
     let (expected, sources) = (rows_f32(&named("expected")), rows_i64(&tensor("enc")));
 
     let (request, prompt_len) = options_of(case);
-    let options = GenerationOptions::default().with(&request).unwrap_or_else(|error| panic!("{id}: {error}"));
+    let options = GenerationConfig::default().with_json(&request).unwrap_or_else(|error| panic!("{id}: {error}"));
     for (row, history) in histories.iter().enumerate() {
         let mut found = scores[row].clone();
         Processors::new(&options, &sources[row], prompt_len).apply(&mut found, history);

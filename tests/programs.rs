@@ -487,10 +487,7 @@ fn wrong_arguments_are_one_exit_status_and_are_told_as_they_were_typed() {
             &["generate", "--min-new-tokens", "10", "--max-new-tokens", "5", "a"],
             "t5gemma: --min-new-tokens requires --max-new-tokens of at least 10 (got 5)\n",
         ),
-        (
-            &["generate", "--num-beams", "four", "a"],
-            "--num-beams: expected a whole number of at least 1, found \"four\"",
-        ),
+        (&["generate", "--num-beams", "four", "a"], "--num-beams: expected an integer of at least 1, found \"four\""),
         (&["generate", "--max-time", "NaN", "a"], "--max-time: expected a number of seconds, 0 or more, found \"NaN\""),
         (&["generate", "--max-time", "-1", "a"], "--max-time: expected a number of seconds, 0 or more, found -1"),
         (&["generate", "--max-new-tokens", "9999", "a"], "t5gemma: --max-new-tokens: expected at most "),

@@ -9,18 +9,17 @@ use itertools::Itertools as _;
 use serde_json::{Value, json};
 use t5gemma_graphs::Target;
 use t5gemma_runtime::{
-    Batch, Cancellation, FinishReason, GenerationOptions, Hypothesis, LogitsProcessor, Model, OpenOptions,
-    SpecialTokens,
+    Batch, Cancellation, FinishReason, GenerationConfig, Hypothesis, LogitsProcessor, Model, OpenOptions, SpecialTokens,
 };
 
 use crate::common::{FIXTURES, cases, demo, exported, exported_for, run, stdout};
 use crate::generation::{inputs, nested};
 
-fn options(model: &Model, request: Value) -> GenerationOptions {
-    model.options().with(request.as_object().expect("an object")).expect("valid options")
+fn options(model: &Model, request: Value) -> GenerationConfig {
+    model.options().with_json(request.as_object().expect("an object")).expect("valid options")
 }
 
-fn generate(model: &Model, batch: &Batch, options: &GenerationOptions) -> Vec<Vec<Hypothesis>> {
+fn generate(model: &Model, batch: &Batch, options: &GenerationConfig) -> Vec<Vec<Hypothesis>> {
     model.generate(batch, options, &mut (), &Cancellation::new()).expect("generates")
 }
 

@@ -43,7 +43,7 @@ fn batch() -> Batch {
 
 /// Tokens and scores of the targets that a model makes of [`batch`].
 fn generated(model: &Model, options: &Value) -> Vec<(Vec<i64>, Option<f32>)> {
-    let options = model.options().with(options.as_object().expect("an object")).expect("valid");
+    let options = model.options().with_json(options.as_object().expect("an object")).expect("valid");
     let found = model.generate(&batch(), &options, &mut (), &Cancellation::new()).expect("generates");
     found.into_iter().flatten().map(|found| (found.tokens, found.score)).collect()
 }
@@ -148,7 +148,7 @@ fn processors_of_a_caller_see_the_whole_vocabulary() {
 fn tokens_without_scores_are_refused_where_they_are_asked_for() {
     let [_, kept] = both("tiny-balanced", "refused", Export::default());
     let with = |options: Value| {
-        let options = kept.options().with(options.as_object().expect("an object")).expect("valid");
+        let options = kept.options().with_json(options.as_object().expect("an object")).expect("valid");
         let found = kept.generate(&batch(), &options, &mut (), &Cancellation::new());
         found.expect_err("refused").to_string()
     };
@@ -216,7 +216,8 @@ fn a_shortlist_of_texts_serves_those_texts() {
             let text = row["text"].as_str().expect("a source");
             let tokens = model.tokenizer().expect("has one").encode(text).expect("can be expressed");
             let batch = Batch::padded(&[&tokens[..]], 0).expect("valid");
-            let options = model.options().with(json!({"max_new_tokens": 24}).as_object().expect("one")).expect("valid");
+            let options =
+                model.options().with_json(json!({"max_new_tokens": 24}).as_object().expect("one")).expect("valid");
             let found = model.generate(&batch, &options, &mut (), &Cancellation::new()).expect("generates");
             model
                 .tokenizer()

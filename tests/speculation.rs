@@ -25,7 +25,7 @@ fn check(name: &str, plain: &Model, drafting: &Model, sources: &[Vec<i64>], requ
     let generate = |model: &Model, sources: &[Vec<i64>], lookup: Value| {
         let mut request = request.as_object().expect("an object").clone();
         request.extend(lookup.as_object().expect("an object").clone());
-        let options = model.options().with(&request).unwrap_or_else(|error| panic!("{name}: {error}"));
+        let options = model.options().with_json(&request).unwrap_or_else(|error| panic!("{name}: {error}"));
         let batch = Batch::padded(sources, 0).expect("valid");
         let rows = model.generate(&batch, &options, &mut (), &Cancellation::new());
         let rows = rows.unwrap_or_else(|error| panic!("{name}: {error}"));
@@ -95,10 +95,10 @@ fn drafts_where_there_can_be_none_are_refused() {
         (&all, json!({"prompt_lookup_num_tokens": 4, "num_beams": 2}), "requires num_beams 1 (got 2)"),
         (&all, json!({"prompt_lookup_num_tokens": 4, "do_sample": true}), "requires do_sample false (got true)"),
         (&all, json!({"max_matching_ngram_size": 2}), "requires prompt_lookup_num_tokens (got none)"),
-        (&all, json!({"prompt_lookup_num_tokens": 0}), "a whole number of at least 1, found 0"),
+        (&all, json!({"prompt_lookup_num_tokens": 0}), "an integer of at least 1, found 0"),
     ];
     for (model, request, expected) in cases {
-        let options = model.options().with(request.as_object().expect("written above"));
+        let options = model.options().with_json(request.as_object().expect("written above"));
         let refused = options.map_err(t5gemma_runtime::Error::from);
         let refused = refused.and_then(|options| model.generate(&batch, &options, &mut (), &Cancellation::new()));
         let message = refused.map(|_| "no error".to_string()).unwrap_or_else(|error| error.to_string());

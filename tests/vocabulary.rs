@@ -45,7 +45,7 @@ fn what_is_chosen_does_not_depend_on_what_is_computed_roughly() {
         let generate = |model: &Model, sources: &[&[i64]]| {
             let mut given = case.as_object().expect("an object").clone();
             given.insert("max_new_tokens".into(), json!(12));
-            let options = model.options().with(&given).expect("valid");
+            let options = model.options().with_json(&given).expect("valid");
             let batch = Batch::padded(sources, 0).expect("valid");
             let found = model.generate(&batch, &options, &mut (), &Cancellation::new()).expect("generates");
             found.into_iter().flatten().map(|found| (found.tokens, found.score)).collect::<Vec<_>>()

@@ -4,7 +4,7 @@ use std::hint::black_box;
 
 use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
 use serde_json::{Value, json};
-use t5gemma_runtime::GenerationOptions;
+use t5gemma_runtime::GenerationConfig;
 use t5gemma_runtime::scores::Processors;
 use t5gemma_runtime::search::Search;
 
@@ -34,7 +34,7 @@ fn candidates(c: &mut Criterion) {
     let mut group = c.benchmark_group("candidates of a row");
     for (name, request) in cases {
         let request = request.as_object().expect("written above");
-        let options = GenerationOptions::default().with(request).expect("written above");
+        let options = GenerationConfig::default().with_json(request).expect("written above");
         let search = Search::new(&options, &[2, 5, 6, 7]);
         let processors = Processors::new(&options, &SOURCE, 1);
         let logits = logits(search.width());

@@ -4,7 +4,7 @@ use std::hint::black_box;
 
 use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
 use serde_json::json;
-use t5gemma_runtime::GenerationOptions;
+use t5gemma_runtime::GenerationConfig;
 use t5gemma_runtime::search::{Candidate, Progress, Search};
 
 const STEPS: usize = 128;
@@ -31,7 +31,7 @@ fn advance(c: &mut Criterion) {
         if num_beams == 1 {
             request.retain(|name, _| name == "max_new_tokens");
         }
-        let mut options = GenerationOptions::default().with(&request).expect("written above");
+        let mut options = GenerationConfig::default().with_json(&request).expect("written above");
         if num_beams == 1 {
             options.eos_token_id.clear();
         }

@@ -3,7 +3,7 @@
 //! which they are was decided when the model was exported.
 
 use crate::hypothesis::CrossAttentions;
-use crate::options::GenerationOptions;
+use crate::options::GenerationConfig;
 use crate::places::Places;
 use crate::search::{Candidate, Search};
 
@@ -34,7 +34,7 @@ pub(crate) struct Attending {
 
 impl Attending {
     /// Before the first step, for a source with such a mask; nothing if no option asks for it.
-    pub fn new(options: &GenerationOptions, mask: &[i64]) -> Option<Attending> {
+    pub fn new(options: &GenerationConfig, mask: &[i64]) -> Option<Attending> {
         let is_wanted = options.output_attentions || options.coverage_penalty != 0.0;
         is_wanted.then(|| Attending {
             places: Places::default(),
@@ -151,19 +151,19 @@ mod tests {
 
     #[test]
     fn every_hypothesis_has_what_its_own_tokens_attended_to() {
-        let default = || GenerationOptions { output_attentions: true, ..GenerationOptions::default() };
-        let beams = || GenerationOptions { num_beams: 4, num_return_sequences: 4, ..default() };
+        let default = || GenerationConfig { output_attentions: true, ..GenerationConfig::default() };
+        let beams = || GenerationConfig { num_beams: 4, num_return_sequences: 4, ..default() };
         let cases = [
             ("greedy", default()),
             ("beams", beams()),
-            ("beams that cover", GenerationOptions { coverage_penalty: 0.7, ..beams() }),
-            ("groups", GenerationOptions { num_beam_groups: 2, diversity_penalty: 1.0, ..beams() }),
+            ("beams that cover", GenerationConfig { coverage_penalty: 0.7, ..beams() }),
+            ("groups", GenerationConfig { num_beam_groups: 2, diversity_penalty: 1.0, ..beams() }),
             (
                 "groups that cover",
-                GenerationOptions { num_beam_groups: 2, diversity_penalty: 1.0, coverage_penalty: 0.7, ..beams() },
+                GenerationConfig { num_beam_groups: 2, diversity_penalty: 1.0, coverage_penalty: 0.7, ..beams() },
             ),
-            ("samples", GenerationOptions { do_sample: true, num_return_sequences: 5, top_k: 4, ..default() }),
-            ("alternatives", GenerationOptions { return_alternatives: true, num_return_sequences: 3, ..default() }),
+            ("samples", GenerationConfig { do_sample: true, num_return_sequences: 5, top_k: 4, ..default() }),
+            ("alternatives", GenerationConfig { return_alternatives: true, num_return_sequences: 3, ..default() }),
         ];
         let mask = [1, 1, 1, 0];
         for (name, options) in cases {

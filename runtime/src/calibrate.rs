@@ -11,7 +11,7 @@ use crate::cancellation::Cancellation;
 use crate::encoder::Encoder;
 use crate::error::Error;
 use crate::model::Model;
-use crate::options::GenerationOptions;
+use crate::options::GenerationConfig;
 
 /// Collects ranges, source by source.
 pub struct Calibration<'m> {
@@ -57,7 +57,7 @@ impl<'m> Calibration<'m> {
     ///
     /// # Errors
     /// What [`Model::generate`] or [`Encoder::encode`] can fail by; numbers that are not finite.
-    pub fn add(&mut self, batch: &Batch, options: &GenerationOptions, cancel: &Cancellation) -> Result<(), Error> {
+    pub fn add(&mut self, batch: &Batch, options: &GenerationConfig, cancel: &Cancellation) -> Result<(), Error> {
         for row in 0..batch.rows() {
             let alone = batch.alone(row);
             let (found, dtype) = match self.observed {
@@ -86,7 +86,7 @@ impl<'m> Calibration<'m> {
 fn of_model(
     model: &Model,
     alone: &Batch,
-    options: &GenerationOptions,
+    options: &GenerationConfig,
     cancel: &Cancellation,
 ) -> Result<BTreeMap<String, f32>, Error> {
     let found = model.generate(alone, options, &mut (), cancel)?;

@@ -7,7 +7,6 @@
 //! drops or doubles, their histories lead to their states.
 
 mod grammar;
-mod options;
 mod phrases;
 mod source;
 mod trie;
@@ -16,12 +15,10 @@ use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-pub use options::{Constraints, PrefixAllowedTokens, Sequence};
-
 use crate::cancellation::Cancellation;
 use crate::error::Error;
 use crate::hypothesis::{FinishReason, Hypothesis};
-use crate::options::{GenerationOptions, OptionError};
+use crate::options::{GenerationConfig, OptionError, PrefixAllowedTokens, Sequence};
 use crate::scores::Limit;
 use crate::search::{Candidate, Search};
 use crate::tokenizer::{LazyTokenizer, TokenText};
@@ -82,29 +79,28 @@ impl Constraint {
     /// sequences and phrases that are too long for `max_new_tokens`, or a cancellation.
     pub(crate) fn new(
         compiler: &Compiler,
-        options: &GenerationOptions,
+        options: &GenerationConfig,
         prompt_len: usize,
         cancel: &Cancellation,
     ) -> Result<Option<Arc<Constraint>>, Error> {
-        let given = &options.constraints;
-        if given.is_empty() {
+        if !options.is_constrained() {
             return Ok(None);
         }
         let max_length = options.max_length(prompt_len);
         let room = max_length.saturating_sub(prompt_len);
         let mut start = Vec::new();
-        if !given.allowed_sequences.is_empty() {
-            let trie = allowed_sequences(compiler, &given.allowed_sequences, &options.eos_token_id, room)?;
+        if !options.allowed_sequences.is_empty() {
+            let trie = allowed_sequences(compiler, &options.allowed_sequences, &options.eos_token_id, room)?;
             start.push(Place::Sequences(Arc::new(trie), 0));
         }
-        if !given.required_phrases.is_empty() {
-            let (phrases, texts) = required_phrases(compiler, &given.required_phrases, &options.eos_token_id, room)?;
+        if !options.required_phrases.is_empty() {
+            let (phrases, texts) = required_phrases(compiler, &options.required_phrases, &options.eos_token_id, room)?;
             let progress = phrases.start();
             start.push(Place::Phrases(Arc::new(phrases), progress, texts));
         }
-        let schema = given.json_schema.clone().map(Source::Schema);
-        let regex = given.regex.clone().map(Source::Regex);
-        let lark = given.grammar.clone().map(Source::Lark);
+        let schema = options.json_schema.clone().map(Source::Schema);
+        let regex = options.regex.clone().map(Source::Regex);
+        let lark = options.grammar.clone().map(Source::Lark);
         for (name, expected, source) in [
             ("json_schema", "a JSON schema that can be compiled", schema),
             ("regex", "a regular expression that can be compiled", regex),
@@ -115,7 +111,7 @@ impl Constraint {
                 start.push(Place::Grammar(compiled.map_err(|found| OptionError::new(name, expected, found))?));
             }
         }
-        start.extend(given.prefix_allowed_tokens.clone().map(Place::Callback));
+        start.extend(options.prefix_allowed_tokens.clone().map(Place::Callback));
         Ok(Some(Arc::new(Constraint { start, prompt_len, max_length, eos: options.eos_token_id.clone() })))
     }
 
@@ -466,7 +462,7 @@ impl Walk {
     pub(crate) fn judged(
         &self,
         mut found: Vec<Hypothesis>,
-        options: &GenerationOptions,
+        options: &GenerationConfig,
         ending: impl Fn(&[i64]) -> f32,
     ) -> Vec<Hypothesis> {
         let stuck = self.tracks().stuck.take();
@@ -524,20 +520,20 @@ mod tests {
         logits.iter().map(|&x| f64::from(x) - sum.ln()).collect()
     }
 
-    fn constraint(start: State, options: &GenerationOptions) -> Arc<Constraint> {
+    fn constraint(start: State, options: &GenerationConfig) -> Arc<Constraint> {
         Arc::new(Constraint { start, prompt_len: 1, max_length: options.max_length(1), eos: vec![EOS] })
     }
 
     /// What the loop does with a model, with logits that are a function of the target.
     fn search(
         constraint: &Arc<Constraint>,
-        options: &GenerationOptions,
+        options: &GenerationConfig,
         logits: impl Fn(&[i64]) -> Vec<f32>,
     ) -> Vec<Hypothesis> {
         let walk = Arc::new(Walk::new(constraint, 0));
         let processors = Processors::new(options, &[], 1).limited(walk.clone());
         let num_return_sequences = options.num_return_sequences.max(options.num_beams);
-        let of_search = GenerationOptions { num_return_sequences, ..options.clone() };
+        let of_search = GenerationConfig { num_return_sequences, ..options.clone() };
         let mut search = Search::new(&of_search, &[2]);
         loop {
             let mut scores: Vec<f32> = (0..search.width()).flat_map(|row| logits(search.history(row))).collect();
@@ -570,13 +566,13 @@ mod tests {
                 .collect();
             sequences.sort();
             sequences.dedup();
-            let options = GenerationOptions {
+            let options = GenerationConfig {
                 max_new_tokens: Some(6),
                 num_beams: sequences.len().max(2),
                 num_return_sequences: sequences.len(),
                 length_penalty: [0.0, 1.0, 2.0][round % 3],
                 early_stopping: EarlyStopping::Never,
-                ..GenerationOptions::default()
+                ..GenerationConfig::default()
             };
             let model = |history: &[i64]| logits(round as u64, history, vocab_size);
             let mut expected: Vec<(f64, Vec<i64>)> = sequences
@@ -623,11 +619,11 @@ mod tests {
         ];
         for num_beams in [1, 3] {
             for &(name, banned, sequences, tokens, finish_reason) in cases {
-                let options = GenerationOptions {
+                let options = GenerationConfig {
                     max_new_tokens: Some(4),
                     num_beams,
                     suppress_tokens: banned.to_vec(),
-                    ..GenerationOptions::default()
+                    ..GenerationConfig::default()
                 };
                 let trie = Arc::new(Trie::new(sequences.iter().copied()));
                 let constraint = constraint(vec![Place::Sequences(trie, 0)], &options);
@@ -641,17 +637,17 @@ mod tests {
     #[test]
     fn every_strategy_keeps_to_the_allowed_sequences() {
         let sequences: [&[i64]; 4] = [&[5], &[5, 6], &[6, 6, 6], &[8]];
-        let default = GenerationOptions::default;
+        let default = GenerationConfig::default;
         let strategies = [
-            ("sampling", GenerationOptions { do_sample: true, num_return_sequences: 5, ..default() }, 5),
-            ("alternatives", GenerationOptions { return_alternatives: true, num_return_sequences: 5, ..default() }, 3),
-            ("beams", GenerationOptions { num_beams: 4, num_return_sequences: 4, ..default() }, 4),
-            ("drawn beams", GenerationOptions { num_beams: 4, do_sample: true, ..default() }, 1),
-            ("groups", GenerationOptions { num_beams: 4, num_beam_groups: 2, diversity_penalty: 0.5, ..default() }, 1),
+            ("sampling", GenerationConfig { do_sample: true, num_return_sequences: 5, ..default() }, 5),
+            ("alternatives", GenerationConfig { return_alternatives: true, num_return_sequences: 5, ..default() }, 3),
+            ("beams", GenerationConfig { num_beams: 4, num_return_sequences: 4, ..default() }, 4),
+            ("drawn beams", GenerationConfig { num_beams: 4, do_sample: true, ..default() }, 1),
+            ("groups", GenerationConfig { num_beams: 4, num_beam_groups: 2, diversity_penalty: 0.5, ..default() }, 1),
         ];
         for (name, options, most) in strategies {
             for round in 0..50 {
-                let options = GenerationOptions { max_new_tokens: Some(6), seed: Some(round), ..options.clone() };
+                let options = GenerationConfig { max_new_tokens: Some(6), seed: Some(round), ..options.clone() };
                 let trie = Arc::new(Trie::new(sequences));
                 let constraint = constraint(vec![Place::Sequences(trie, 0)], &options);
                 let found = search(&constraint, &options, |history| logits(round, history, 9));
@@ -673,7 +669,7 @@ mod tests {
             if history.len() < 4 { vec![5, 6, 7] } else { vec![EOS, 7] }
         });
         for num_beams in [1, 4] {
-            let options = GenerationOptions { max_new_tokens: Some(6), num_beams, ..GenerationOptions::default() };
+            let options = GenerationConfig { max_new_tokens: Some(6), num_beams, ..GenerationConfig::default() };
             let phrases = phrases();
             let progress = phrases.start();
             let places =

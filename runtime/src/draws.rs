@@ -2,6 +2,8 @@
 //! Neighbours in a batch, the number of threads and the order of work therefore cannot change what a request draws.
 //! Standard library only.
 
+use std::hash::{BuildHasher, Hasher, RandomState};
+
 /// The random numbers of one source row.
 ///
 /// # Design
@@ -14,6 +16,11 @@ pub struct Draws {
 }
 
 impl Draws {
+    /// A seed for a call that sets none: another one each time.
+    pub fn random_seed() -> u64 {
+        RandomState::new().build_hasher().finish()
+    }
+
     /// The numbers of `seed` for row `row` of a request whose source is `source`. The source is part of it so that
     /// different texts with one seed do not draw alike.
     pub fn new(seed: u64, row: usize, source: impl IntoIterator<Item = i64>) -> Draws {

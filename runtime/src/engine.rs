@@ -59,7 +59,7 @@ use crate::error::Error;
 use crate::hypothesis::Hypothesis;
 use crate::item::Call;
 use crate::model::Model;
-use crate::options::GenerationOptions;
+use crate::options::GenerationConfig;
 use plan::{Need, Plan};
 use worker::{Message, Running, Worker};
 
@@ -106,14 +106,14 @@ pub struct Request {
     /// The sources, which are admitted one by one.
     pub batch: Batch,
     /// How their targets are generated. `max_time` begins when the first source is admitted.
-    pub options: GenerationOptions,
+    pub options: GenerationConfig,
     /// When the request is given up, done or not, waiting or in flight.
     pub deadline: Option<Instant>,
 }
 
 impl Request {
     /// A request without a deadline.
-    pub fn new(batch: Batch, options: GenerationOptions) -> Request {
+    pub fn new(batch: Batch, options: GenerationConfig) -> Request {
         Request { batch, options, deadline: None }
     }
 }

@@ -11,7 +11,7 @@ use crate::hypothesis::Hypothesis;
 use crate::item::{Call, Item, Start};
 use crate::model::Model;
 use crate::needs::{Need, pieces_to_decode};
-use crate::options::GenerationOptions;
+use crate::options::GenerationConfig;
 use crate::search::Search;
 use crate::stop::Stops;
 
@@ -51,7 +51,7 @@ impl Model {
     pub fn generate(
         &self,
         batch: &Batch,
-        options: &GenerationOptions,
+        options: &GenerationConfig,
         watch: &mut dyn Streamer,
         cancel: &Cancellation,
     ) -> Result<Vec<Vec<Hypothesis>>, Error> {
@@ -71,7 +71,7 @@ fn show(row: usize, tokens: &[i64], watch: &mut dyn Streamer) -> Result<(), Erro
 pub(crate) fn generate(
     model: &Model,
     batch: &Batch,
-    options: &GenerationOptions,
+    options: &GenerationConfig,
     search: Start,
     watch: &mut dyn Streamer,
     cancel: &Cancellation,

@@ -11,25 +11,26 @@ use crate::alignment::Attending;
 use crate::batch::{Batch, Prompts};
 use crate::cancellation::Cancellation;
 use crate::constraint::{Constraint, Walk};
+use crate::draws::Draws;
 use crate::error::Error;
 use crate::hypothesis::Hypothesis;
 use crate::logits::Said;
 use crate::logprobs::Trace;
 use crate::model::Model;
-use crate::options::{GenerationOptions, OptionError};
+use crate::options::{GenerationConfig, OptionError};
 use crate::scores::{Kept, Processors};
 use crate::search::{Progress, Search};
 use crate::speculation::Lookup;
 use crate::stop::Stops;
 
 /// Begins the search for one source row at a decoder prompt.
-pub(crate) type Start = fn(&GenerationOptions, &[i64]) -> Search;
+pub(crate) type Start = fn(&GenerationConfig, &[i64]) -> Search;
 
 /// Sources and options that the model takes.
 pub(crate) struct Call {
     pub batch: Batch,
     pub prompts: Prompts,
-    pub options: Arc<GenerationOptions>,
+    pub options: Arc<GenerationConfig>,
     /// How long a target may become, prompt included.
     pub max_length: usize,
     constraint: Option<Arc<Constraint>>,
@@ -39,17 +40,12 @@ pub(crate) struct Call {
 
 impl Call {
     /// Checks what depends on the model, and compiles the constraints.
-    pub fn new(
-        model: &Model,
-        batch: &Batch,
-        options: &GenerationOptions,
-        cancel: &Cancellation,
-    ) -> Result<Call, Error> {
+    pub fn new(model: &Model, batch: &Batch, options: &GenerationConfig, cancel: &Cancellation) -> Result<Call, Error> {
         let decoder = &model.config().decoder;
         model.check(batch)?;
         let prompts = batch.prompts(options.decoder_start_token_id);
         let (longest, limit) = model.longest_target();
-        let options = &options.clone().within(longest, prompts.length);
+        let options = &options.clone().clipped_to(longest, prompts.length);
         options.check(decoder.vocab_size, prompts.length)?;
         if let Some(kept) = model.kept() {
             options.check_kept(kept)?;
@@ -94,7 +90,7 @@ impl Call {
         if !options.stop_strings.is_empty() {
             model.tokenizer()?;
         }
-        let seed = options.seed.unwrap_or_else(GenerationOptions::draw_seed);
+        let seed = options.seed.unwrap_or_else(Draws::random_seed);
         let kept = model.kept().cloned();
         Ok(Call {
             batch: batch.clone(),
@@ -119,7 +115,7 @@ impl Call {
         // Which hypotheses are the best is for the constraint to say, so a search with beams has to give all that it has.
         let of_search = match &walk {
             Some(_) if options.num_beams > 1 => {
-                &GenerationOptions { num_return_sequences: options.num_beams, ..(**options).clone() }
+                &GenerationConfig { num_return_sequences: options.num_beams, ..(**options).clone() }
             }
             _ => &**options,
         };
@@ -169,7 +165,7 @@ pub(crate) struct Item {
     /// With constraints.
     walk: Option<Arc<Walk>>,
     stops: Arc<Stops>,
-    options: Arc<GenerationOptions>,
+    options: Arc<GenerationConfig>,
 }
 
 impl Item {

@@ -6,7 +6,7 @@
 //! let model = Model::open("model")?;
 //! let tokenizer = model.tokenizer()?;
 //! let request = serde_json::json!({"max_new_tokens": 64, "num_beams": 4});
-//! let options = model.options().with(request.as_object().expect("written above"))?;
+//! let options = model.options().with_json(request.as_object().expect("written above"))?;
 //! let sources = [tokenizer.encode("The quick brown fox")?, tokenizer.encode("Hello")?];
 //! let batch = Batch::padded(&sources, options.pad_token_id)?;
 //! for hypotheses in model.generate(&batch, &options, &mut (), &Cancellation::new())? {
@@ -75,7 +75,6 @@ pub use calibrate::Calibration;
 pub use cancellation::Cancellation;
 pub use chat::ChatTemplate;
 pub use classify::ScoreFunction;
-pub use constraint::{Constraints, PrefixAllowedTokens, Sequence};
 pub use device::{Provider, ProviderConfig};
 pub use draws::Draws;
 pub use encoder::Encoder;
@@ -88,7 +87,10 @@ pub use generate::Streamer;
 pub use hypothesis::{CrossAttentions, FinishReason, Hypothesis, Logprobs};
 pub use limits::Limits;
 pub use model::Model;
-pub use options::{GenerationOptions, LogitsProcessor, OptionError, Position};
+pub use options::{
+    EarlyStopping, ExponentialDecay, GenerationConfig, GenerationOptions, LogitsProcessor, OptionError, OptionProblem,
+    Position, PrefixAllowedTokens, Sequence, SequenceBias,
+};
 pub use provider::{Fallback, ProviderProbe, probe_providers};
 pub use session::{DEFAULT_ENCODER_CACHE_BYTES, OpenOptions};
 pub use shortlist::Shortlist;

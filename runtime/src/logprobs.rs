@@ -72,7 +72,7 @@ impl Trace {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::options::GenerationOptions;
+    use crate::options::GenerationConfig;
     use crate::scores::Processors;
     use crate::search::Progress;
 
@@ -84,15 +84,15 @@ mod tests {
 
     #[test]
     fn every_hypothesis_has_the_log_probabilities_of_its_tokens() {
-        let default = GenerationOptions::default;
+        let default = GenerationConfig::default;
         let cases = [
             ("greedy", default()),
-            ("beams", GenerationOptions { num_beams: 4, num_return_sequences: 4, ..default() }),
-            ("samples", GenerationOptions { do_sample: true, num_return_sequences: 5, top_k: 4, ..default() }),
-            ("alternatives", GenerationOptions { return_alternatives: true, num_return_sequences: 3, ..default() }),
+            ("beams", GenerationConfig { num_beams: 4, num_return_sequences: 4, ..default() }),
+            ("samples", GenerationConfig { do_sample: true, num_return_sequences: 5, top_k: 4, ..default() }),
+            ("alternatives", GenerationConfig { return_alternatives: true, num_return_sequences: 3, ..default() }),
             (
                 "beams that sample, with a processor",
-                GenerationOptions {
+                GenerationConfig {
                     num_beams: 3,
                     num_return_sequences: 2,
                     do_sample: true,

@@ -25,7 +25,7 @@ use crate::error::Error;
 use crate::folder::{Folder, other_task};
 use crate::limits::Limits;
 use crate::log;
-use crate::options::{GenerationOptions, OptionError};
+use crate::options::{GenerationConfig, OptionError};
 use crate::profiles::Profiles;
 use crate::provider::Fallback;
 use crate::scores::Kept;
@@ -51,7 +51,7 @@ pub struct Model {
     _uploaded: Option<Uploaded>,
     fallbacks: Vec<Fallback>,
     encoder_cache: Option<EncoderCache>,
-    options: GenerationOptions,
+    options: GenerationConfig,
     tokenizer: Arc<LazyTokenizer>,
     constraint_compiler: Compiler,
     folder: Folder,
@@ -81,7 +81,7 @@ impl Model {
         if !folder.manifest.task.is_generation() {
             return Err(other_task(&folder.path, &folder.manifest.task, "text2text-generation, to be generated with"));
         }
-        let defaults = GenerationOptions::of_model(folder.generation_config.as_deref(), &folder.config.tokens)
+        let defaults = GenerationConfig::of_model(folder.generation_config.as_deref(), &folder.config.tokens)
             .map_err(|error| Error::GenerationConfig { path: folder.path.join("generation_config.json"), error })?;
         let is_steady = folder.manifest.files.contains_key(REORDER) && folder.manifest.cache == CacheLayout::InPlace;
         if let Some(option) = options.provider.captures().filter(|_| !is_steady) {
@@ -156,7 +156,7 @@ impl Model {
     }
 
     /// The model's own generation options, which a request's are laid over.
-    pub fn options(&self) -> &GenerationOptions {
+    pub fn options(&self) -> &GenerationConfig {
         &self.options
     }
 

@@ -25,7 +25,7 @@ use t5gemma_kernels::log_softmax::{LogSumExp, exp};
 use t5gemma_kernels::{Level, LogitsRequest, LogitsStats, LogitsStatsView};
 
 use crate::draws::Draws;
-use crate::options::{GenerationOptions, LogitsProcessor, Position};
+use crate::options::{ExponentialDecay, GenerationConfig, LogitsProcessor, Position};
 use crate::search::{Candidate, Search};
 pub use kept::Kept;
 use warpers::Warper;
@@ -123,11 +123,11 @@ struct TokenBias {
 impl Processors {
     /// Prepares the processors that `options` ask for: `source` holds the encoder's tokens with their padding, and
     /// `prompt_len` counts the decoder's first tokens.
-    pub fn new(options: &GenerationOptions, source: &[i64], prompt_len: usize) -> Processors {
+    pub fn new(options: &GenerationConfig, source: &[i64], prompt_len: usize) -> Processors {
         let mut processors = Vec::new();
         let eos = &options.eos_token_id;
         if !options.sequence_bias.is_empty() {
-            let sequences = options.sequence_bias.iter().map(|(tokens, bias)| (tokens.as_slice(), *bias));
+            let sequences = options.sequence_bias.iter().map(|entry| (entry.tokens.as_slice(), entry.bias));
             processors.push(sequence_bias(sequences));
         }
         if options.diversity_penalty != 0.0 {
@@ -174,7 +174,7 @@ impl Processors {
         if options.remove_invalid_values {
             processors.push(Processor::RemoveInvalid);
         }
-        if let Some((start, factor)) = options.exponential_decay_length_penalty {
+        if let Some(ExponentialDecay { start, factor }) = options.exponential_decay_length_penalty {
             let start = start.saturating_add(prompt_len);
             processors.push(Processor::ExponentialDecay { eos: eos.clone(), start, factor });
         }
@@ -756,6 +756,7 @@ fn rank(score: f32) -> i32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::options::SequenceBias;
 
     /// Reproducible noise.
     struct Noise(u64);
@@ -784,36 +785,37 @@ mod tests {
 
     #[test]
     fn each_processor_does_what_its_option_says() {
-        let default = GenerationOptions::default;
+        let default = GenerationConfig::default;
+        let bias = |tokens, bias| SequenceBias { tokens, bias };
         // The source is [0, 4, 5, 4], the end-of-sequence token 1, the scores are [1, −1, 2, −2, 3, −3].
         let scores = [1.0, -1.0, 2.0, -2.0, 3.0, -3.0];
-        type Case = (&'static str, GenerationOptions, usize, &'static [i64], [f32; 6]);
+        type Case = (&'static str, GenerationConfig, usize, &'static [i64], [f32; 6]);
         let cases: Vec<Case> = vec![
             ("none", default(), 1, &[2, 4], scores),
             (
                 "repetition_penalty counts a token once and the prompt too",
-                GenerationOptions { repetition_penalty: 2.0, ..default() },
+                GenerationConfig { repetition_penalty: 2.0, ..default() },
                 1,
                 &[2, 3, 3],
                 [1.0, -1.0, 1.0, -4.0, 3.0, -3.0],
             ),
             (
                 "frequency_penalty counts what was generated, not the prompt",
-                GenerationOptions { frequency_penalty: 0.5, ..default() },
+                GenerationConfig { frequency_penalty: 0.5, ..default() },
                 1,
                 &[2, 3, 3, 4],
                 [1.0, -1.0, 2.0, -3.0, 2.5, -3.0],
             ),
             (
                 "presence_penalty does not count",
-                GenerationOptions { presence_penalty: 0.5, frequency_penalty: -0.25, ..default() },
+                GenerationConfig { presence_penalty: 0.5, frequency_penalty: -0.25, ..default() },
                 1,
                 &[2, 3, 3, 4],
                 [1.0, -1.0, 2.0, -2.0, 2.75, -3.0],
             ),
             (
                 "logits_processor is told the place and comes before what sampling does",
-                GenerationOptions {
+                GenerationConfig {
                     logits_processor: vec![LogitsProcessor::new(|place, scores| {
                         assert_eq!((place.source, place.prompt_len), (&[0, 4, 5, 4][..], 1));
                         scores[place.history[1] as usize] = 9.0;
@@ -828,56 +830,56 @@ mod tests {
             ),
             (
                 "encoder_repetition_penalty works the other way, on the source with its padding",
-                GenerationOptions { encoder_repetition_penalty: 2.0, ..default() },
+                GenerationConfig { encoder_repetition_penalty: 2.0, ..default() },
                 1,
                 &[2, 3],
                 [2.0, -1.0, 2.0, -2.0, 6.0, -1.5],
             ),
             (
                 "no_repeat_ngram_size 1 forbids the history",
-                GenerationOptions { no_repeat_ngram_size: 1, ..default() },
+                GenerationConfig { no_repeat_ngram_size: 1, ..default() },
                 1,
                 &[2, 3],
                 [1.0, -1.0, -INF, -INF, 3.0, -3.0],
             ),
             (
                 "no_repeat_ngram_size 2 forbids what followed the last token",
-                GenerationOptions { no_repeat_ngram_size: 2, ..default() },
+                GenerationConfig { no_repeat_ngram_size: 2, ..default() },
                 1,
                 &[2, 3, 4, 3, 5, 3],
                 [1.0, -1.0, 2.0, -2.0, -INF, -INF],
             ),
             (
                 "no_repeat_ngram_size is idle in a shorter history",
-                GenerationOptions { no_repeat_ngram_size: 3, ..default() },
+                GenerationConfig { no_repeat_ngram_size: 3, ..default() },
                 1,
                 &[2, 2],
                 scores,
             ),
             (
                 "encoder_no_repeat_ngram_size looks into the source",
-                GenerationOptions { encoder_no_repeat_ngram_size: 2, ..default() },
+                GenerationConfig { encoder_no_repeat_ngram_size: 2, ..default() },
                 1,
                 &[4],
                 [1.0, -1.0, 2.0, -2.0, 3.0, -INF],
             ),
             (
                 "encoder_no_repeat_ngram_size is idle while the history is shorter than its prefix",
-                GenerationOptions { encoder_no_repeat_ngram_size: 3, ..default() },
+                GenerationConfig { encoder_no_repeat_ngram_size: 3, ..default() },
                 1,
                 &[4],
                 scores,
             ),
             (
                 "sequence_bias: sums for one token, prefixes must fit, the last of equals counts",
-                GenerationOptions {
+                GenerationConfig {
                     sequence_bias: vec![
-                        (vec![4], 9.0),
-                        (vec![3, 4], 1.0),
-                        (vec![2, 3, 4], 0.5),
-                        (vec![3, 2, 3, 4], 100.0),
-                        (vec![2, 5], 100.0),
-                        (vec![4], 0.25),
+                        bias(vec![4], 9.0),
+                        bias(vec![3, 4], 1.0),
+                        bias(vec![2, 3, 4], 0.5),
+                        bias(vec![3, 2, 3, 4], 100.0),
+                        bias(vec![2, 5], 100.0),
+                        bias(vec![4], 0.25),
                     ],
                     ..default()
                 },
@@ -887,65 +889,65 @@ mod tests {
             ),
             (
                 "bad_words_ids: an end-of-sequence token is not a bad word",
-                GenerationOptions { bad_words_ids: vec![vec![0], vec![1], vec![3, 4], vec![2, 5]], ..default() },
+                GenerationConfig { bad_words_ids: vec![vec![0], vec![1], vec![3, 4], vec![2, 5]], ..default() },
                 1,
                 &[2, 3],
                 [-INF, -1.0, 2.0, -2.0, -INF, -3.0],
             ),
             (
                 "min_length counts the prompt",
-                GenerationOptions { min_length: 3, ..default() },
+                GenerationConfig { min_length: 3, ..default() },
                 1,
                 &[2, 3],
                 [1.0, -INF, 2.0, -2.0, 3.0, -3.0],
             ),
-            ("min_length reached", GenerationOptions { min_length: 2, ..default() }, 1, &[2, 3], scores),
+            ("min_length reached", GenerationConfig { min_length: 2, ..default() }, 1, &[2, 3], scores),
             (
                 "min_new_tokens does not count the prompt",
-                GenerationOptions { min_new_tokens: Some(2), eos_token_id: vec![1, 5], ..default() },
+                GenerationConfig { min_new_tokens: Some(2), eos_token_id: vec![1, 5], ..default() },
                 2,
                 &[2, 3, 4],
                 [1.0, -INF, 2.0, -2.0, 3.0, -INF],
             ),
             (
                 "min_new_tokens has precedence over min_length",
-                GenerationOptions { min_new_tokens: Some(0), min_length: 9, ..default() },
+                GenerationConfig { min_new_tokens: Some(0), min_length: 9, ..default() },
                 1,
                 &[2],
                 scores,
             ),
             (
                 "forced_bos_token_id after one token",
-                GenerationOptions { forced_bos_token_id: Some(3), ..default() },
+                GenerationConfig { forced_bos_token_id: Some(3), ..default() },
                 1,
                 &[2],
                 [-INF, -INF, -INF, 0.0, -INF, -INF],
             ),
             (
                 "forced_bos_token_id not after two",
-                GenerationOptions { forced_bos_token_id: Some(3), ..default() },
+                GenerationConfig { forced_bos_token_id: Some(3), ..default() },
                 2,
                 &[2, 4],
                 scores,
             ),
             (
                 "forced_eos_token_id for the last token",
-                GenerationOptions { forced_eos_token_id: vec![1, 4], max_new_tokens: Some(2), ..default() },
+                GenerationConfig { forced_eos_token_id: vec![1, 4], max_new_tokens: Some(2), ..default() },
                 1,
                 &[2, 3],
                 [-INF, 0.0, -INF, -INF, 0.0, -INF],
             ),
             (
                 "forced_eos_token_id not earlier",
-                GenerationOptions { forced_eos_token_id: vec![1, 4], max_new_tokens: Some(3), ..default() },
+                GenerationConfig { forced_eos_token_id: vec![1, 4], max_new_tokens: Some(3), ..default() },
                 1,
                 &[2, 3],
                 scores,
             ),
             (
                 "exponential_decay_length_penalty moves an end-of-sequence token once, upwards",
-                GenerationOptions {
-                    exponential_decay_length_penalty: Some((1, 3.0)),
+                GenerationConfig {
+                    exponential_decay_length_penalty: Some(ExponentialDecay { start: 1, factor: 3.0 }),
                     eos_token_id: vec![1, 4, 1],
                     ..default()
                 },
@@ -955,42 +957,45 @@ mod tests {
             ),
             (
                 "exponential_decay_length_penalty is idle at its start",
-                GenerationOptions { exponential_decay_length_penalty: Some((1, 3.0)), ..default() },
+                GenerationConfig {
+                    exponential_decay_length_penalty: Some(ExponentialDecay { start: 1, factor: 3.0 }),
+                    ..default()
+                },
                 1,
                 &[2, 3],
                 scores,
             ),
             (
                 "suppress_tokens",
-                GenerationOptions { suppress_tokens: vec![0, 5], ..default() },
+                GenerationConfig { suppress_tokens: vec![0, 5], ..default() },
                 1,
                 &[2, 3],
                 [-INF, -1.0, 2.0, -2.0, 3.0, -INF],
             ),
             (
                 "begin_suppress_tokens on the first token",
-                GenerationOptions { begin_suppress_tokens: vec![4], ..default() },
+                GenerationConfig { begin_suppress_tokens: vec![4], ..default() },
                 2,
                 &[2, 3],
                 [1.0, -1.0, 2.0, -2.0, -INF, -3.0],
             ),
             (
                 "begin_suppress_tokens not on the second",
-                GenerationOptions { begin_suppress_tokens: vec![4], ..default() },
+                GenerationConfig { begin_suppress_tokens: vec![4], ..default() },
                 1,
                 &[2, 3],
                 scores,
             ),
             (
                 "begin_suppress_tokens on the second if the first is forced",
-                GenerationOptions { begin_suppress_tokens: vec![4], forced_bos_token_id: Some(3), ..default() },
+                GenerationConfig { begin_suppress_tokens: vec![4], forced_bos_token_id: Some(3), ..default() },
                 1,
                 &[2, 3],
                 [1.0, -1.0, 2.0, -2.0, -INF, -3.0],
             ),
             (
                 "tokens outside the vocabulary are passed over",
-                GenerationOptions { suppress_tokens: vec![6, -1], repetition_penalty: 2.0, ..default() },
+                GenerationConfig { suppress_tokens: vec![6, -1], repetition_penalty: 2.0, ..default() },
                 1,
                 &[99, -100],
                 scores,
@@ -1006,7 +1011,7 @@ mod tests {
     #[test]
     fn invalid_values_are_removed_before_the_processors_that_follow() {
         let options =
-            GenerationOptions { remove_invalid_values: true, suppress_tokens: vec![3], ..GenerationOptions::default() };
+            GenerationConfig { remove_invalid_values: true, suppress_tokens: vec![3], ..GenerationConfig::default() };
         let mut row = [NAN, INF, -INF, INF, 1.0];
         Processors::new(&options, &[], 1).apply(&mut row, &[2]);
         assert_eq!(row, [0.0, f32::MAX, f32::MIN, -INF, 1.0]);
@@ -1044,10 +1049,10 @@ mod tests {
 
     #[test]
     fn greedy_candidates_are_the_best_logits() {
-        let suppress = GenerationOptions { suppress_tokens: vec![1], ..GenerationOptions::default() };
-        let plain = GenerationOptions::default();
+        let suppress = GenerationConfig { suppress_tokens: vec![1], ..GenerationConfig::default() };
+        let plain = GenerationConfig::default();
         // name, options, logits, token, score
-        type Case<'a> = (&'static str, &'a GenerationOptions, &'static [f32], i64, f32);
+        type Case<'a> = (&'static str, &'a GenerationConfig, &'static [f32], i64, f32);
         let cases: &[Case] = &[
             ("the highest", &plain, &[1.0, 3.0, 2.0], 1, 3.0),
             ("the first of equals", &plain, &[1.0, 3.0, 3.0], 1, 3.0),
@@ -1095,19 +1100,19 @@ mod tests {
     fn samples_are_drawn_with_their_probabilities() {
         const ROWS: usize = 200;
         const ROUNDS: usize = 500;
-        let default = || GenerationOptions {
+        let default = || GenerationConfig {
             do_sample: true,
             top_k: 0,
             num_return_sequences: ROWS,
-            ..GenerationOptions::default()
+            ..GenerationConfig::default()
         };
         let row = Noise(5).row(37, 3.0);
         let cases = [
             ("plain", default()),
-            ("temperature", GenerationOptions { temperature: 0.6, ..default() }),
-            ("top_k", GenerationOptions { top_k: 6, temperature: 1.5, ..default() }),
-            ("top_p", GenerationOptions { top_p: 0.8, ..default() }),
-            ("after a processor", GenerationOptions { suppress_tokens: vec![0, 9], min_p: 0.05, ..default() }),
+            ("temperature", GenerationConfig { temperature: 0.6, ..default() }),
+            ("top_k", GenerationConfig { top_k: 6, temperature: 1.5, ..default() }),
+            ("top_p", GenerationConfig { top_p: 0.8, ..default() }),
+            ("after a processor", GenerationConfig { suppress_tokens: vec![0, 9], min_p: 0.05, ..default() }),
         ];
         for (name, options) in cases {
             let processors = Processors::new(&options, &[], 1);
@@ -1128,7 +1133,7 @@ mod tests {
     #[test]
     fn beams_that_sample_draw_without_replacement_from_all_beams() {
         const VOCAB: usize = 5;
-        let options = GenerationOptions { num_beams: 2, do_sample: true, top_k: 0, ..GenerationOptions::default() };
+        let options = GenerationConfig { num_beams: 2, do_sample: true, top_k: 0, ..GenerationConfig::default() };
         let mut search = Search::new(&options, &[2]);
         let candidates = [(3, -0.2), (4, -0.9), (1, -2.0), (0, -2.5)];
         search.advance(&candidates.map(|(token, score)| Candidate { parent: 0, token, score }));
@@ -1169,7 +1174,7 @@ mod tests {
 
     #[test]
     fn beam_candidates_of_the_first_step_come_from_the_first_beam() {
-        let options = GenerationOptions { num_beams: 2, ..GenerationOptions::default() };
+        let options = GenerationConfig { num_beams: 2, ..GenerationConfig::default() };
         let row = [0.5, 4.0, 1.0, 2.0, 3.0, 0.0];
         let found =
             Processors::new(&options, &[], 1).candidates(&mut [row, row].concat(), &Search::new(&options, &[2]));
@@ -1181,8 +1186,8 @@ mod tests {
 
     #[test]
     fn a_list_of_what_is_wanted_has_the_candidates_of_the_whole_rows() {
-        let plain = GenerationOptions::default();
-        let processed = GenerationOptions {
+        let plain = GenerationConfig::default();
+        let processed = GenerationConfig {
             repetition_penalty: 1.3,
             no_repeat_ngram_size: 2,
             encoder_no_repeat_ngram_size: 2,
@@ -1194,7 +1199,7 @@ mod tests {
         };
         let mut noise = Noise(5);
         for (options, num_beams) in [(&plain, 1), (&plain, 3), (&processed, 1), (&processed, 3)] {
-            let options = GenerationOptions { num_beams, ..options.clone() };
+            let options = GenerationConfig { num_beams, ..options.clone() };
             let (processors, mut search) = (Processors::new(&options, &[7, 8, 9, 7], 1), Search::new(&options, &[2]));
             for step in 0..8 {
                 let LogitsRequest::TopK { k: count, log_sum_exp: sum, sparse: true } = processors.wanted(&search, 0)
@@ -1233,7 +1238,7 @@ mod tests {
     fn rows_are_not_written_unless_a_processor_acts() {
         let row = [0.5, 4.0, 1.0, 2.0, 3.0, 0.0];
         for num_beams in [1, 2] {
-            let options = GenerationOptions { num_beams, min_length: 3, ..GenerationOptions::default() };
+            let options = GenerationConfig { num_beams, min_length: 3, ..GenerationConfig::default() };
             let processors = Processors::new(&options, &[], 1);
             let mut logits = row.repeat(num_beams);
             processors.candidates(&mut logits, &Search::new(&options, &[2, 3, 4]));

@@ -12,7 +12,7 @@ use std::ops::Range;
 
 use crate::draws::Draws;
 use crate::hypothesis::{FinishReason, Hypothesis};
-use crate::options::GenerationOptions;
+use crate::options::GenerationConfig;
 use beam::Beam;
 use groups::Groups;
 use rows::Rows;
@@ -57,7 +57,7 @@ enum Strategy {
 impl Search {
     /// Starts at `prompt`, the decoder's first tokens (at least the start token): beam search if `num_beams` is more than
     /// 1, diverse if `num_beam_groups` is, else greedy; with `do_sample`, drawing as [`Search::drawing`] says or else from the options' seed alone.
-    pub fn new(options: &GenerationOptions, prompt: &[i64]) -> Search {
+    pub fn new(options: &GenerationConfig, prompt: &[i64]) -> Search {
         if options.num_beam_groups > 1 {
             return Search { strategy: Strategy::Groups(Groups::new(options, prompt)), draws: None };
         }
@@ -68,7 +68,7 @@ impl Search {
     }
 
     /// Starts a beam search at `prompt`, also if `num_beams` is 1.
-    pub fn beam(options: &GenerationOptions, prompt: &[i64]) -> Search {
+    pub fn beam(options: &GenerationConfig, prompt: &[i64]) -> Search {
         Search { strategy: Strategy::Beam(Beam::new(options, prompt)), draws: draws(options) }
     }
 
@@ -232,6 +232,6 @@ impl Search {
     }
 }
 
-fn draws(options: &GenerationOptions) -> Option<Draws> {
+fn draws(options: &GenerationConfig) -> Option<Draws> {
     options.do_sample.then(|| Draws::new(options.seed.unwrap_or(0), 0, []))
 }

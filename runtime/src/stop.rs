@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use crate::error::Error;
 use crate::hypothesis::FinishReason;
-use crate::options::GenerationOptions;
+use crate::options::GenerationConfig;
 use crate::search::{Candidate, Search};
 use crate::tokenizer::{SpecialTokens, Tokenizer};
 
@@ -17,7 +17,7 @@ pub(crate) struct Stops {
 
 impl Stops {
     /// Starts the clock.
-    pub fn new(options: &GenerationOptions) -> Stops {
+    pub fn new(options: &GenerationConfig) -> Stops {
         // So late a deadline that the clock has no such time is none.
         let time = options.max_time.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
         let deadline = time.and_then(|time| Instant::now().checked_add(time));
@@ -110,14 +110,14 @@ mod tests {
 
     #[test]
     fn the_clock_ends_every_candidate() {
-        let options = GenerationOptions { max_time: Some(0.0), ..GenerationOptions::default() };
+        let options = GenerationConfig { max_time: Some(0.0), ..GenerationConfig::default() };
         let stops = Stops::new(&options);
         let candidates = [3, 4].map(|token| Candidate { parent: 0, token, score: 0.0 });
         let search = Search::new(&options, &[2]);
         let ends = stops.of(&candidates, &search, stops.is_over(), || unreachable!("no strings, no tokenizer"));
         assert_eq!(ends.expect("no text"), [Some(FinishReason::Time); 2]);
         for max_time in [None, Some(1e300), Some(3600.0)] {
-            let options = GenerationOptions { max_time, ..GenerationOptions::default() };
+            let options = GenerationConfig { max_time, ..GenerationConfig::default() };
             let stops = Stops::new(&options);
             assert!(!stops.is_over(), "{max_time:?}");
         }

@@ -18,7 +18,7 @@ use crate::error::Error;
 use crate::generate;
 use crate::logits::Logits;
 use crate::model::Model;
-use crate::options::GenerationOptions;
+use crate::options::GenerationConfig;
 use crate::search::Search;
 
 pub use comparison::{Comparison, comparison};
@@ -120,17 +120,9 @@ pub fn consistency(model: &Model, tolerance: Option<f32>, cancel: &Cancellation)
 
     // The model's token ids without its other settings: processors act on logits in greedy search and on log-probabilities
     // in beam search, so that the two rightly differ.
-    let own = model.options();
-    let greedy = GenerationOptions {
-        max_new_tokens: Some(16.min(model.longest_target().0 - 1)),
-        decoder_start_token_id: own.decoder_start_token_id,
-        bos_token_id: own.bos_token_id,
-        eos_token_id: own.eos_token_id.clone(),
-        eos_of_model: own.eos_of_model.clone(),
-        pad_token_id: own.pad_token_id,
-        ..GenerationOptions::default()
-    };
-    let tokens = |search: fn(&GenerationOptions, &[i64]) -> Search| -> Result<Vec<Vec<i64>>, Error> {
+    let greedy =
+        GenerationConfig { max_new_tokens: Some(16.min(model.longest_target().0 - 1)), ..model.options().plain() };
+    let tokens = |search: fn(&GenerationConfig, &[i64]) -> Search| -> Result<Vec<Vec<i64>>, Error> {
         let mut ignored = |_: usize, _: i64| ControlFlow::Continue(());
         let found = generate::generate(model, &ragged, &greedy, search, &mut ignored, cancel)?;
         Ok(found.into_iter().map(|mut row| row.swap_remove(0).tokens).collect())
@@ -139,7 +131,7 @@ pub fn consistency(model: &Model, tolerance: Option<f32>, cancel: &Cancellation)
     let different = by_greedy.iter().zip(&by_beam).filter(|(a, b)| a != b).count();
     check("rows in which a beam of width 1 differs from greedy", different as f32, 0.0);
 
-    let beams = GenerationOptions { num_beams: 4, ..greedy };
+    let beams = GenerationConfig { num_beams: 4, ..greedy };
     let difference = beam_scores(model, &ragged, &beams, cancel)?;
     check("beam scores = recomputed from the logits", difference, limit(scale));
     Ok(checks)
@@ -291,7 +283,7 @@ fn forced(
 }
 
 /// The largest difference between the scores that beam search reports and those computed anew from the logits.
-fn beam_scores(model: &Model, batch: &Batch, options: &GenerationOptions, cancel: &Cancellation) -> Result<f32, Error> {
+fn beam_scores(model: &Model, batch: &Batch, options: &GenerationConfig, cancel: &Cancellation) -> Result<f32, Error> {
     let mut difference = 0.0_f32;
     for (row, found) in model.generate(batch, options, &mut (), cancel)?.into_iter().enumerate() {
         let best = &found[0];

@@ -7,7 +7,7 @@ use crate::batch::Batch;
 use crate::cancellation::Cancellation;
 use crate::error::Error;
 use crate::model::Model;
-use crate::options::GenerationOptions;
+use crate::options::GenerationConfig;
 use crate::profiles::Profiles;
 use crate::session::float32_values;
 
@@ -54,14 +54,14 @@ impl Model {
         let mut widths = vec![1, usual.beams];
         widths.dedup();
         for num_beams in widths {
-            let options = GenerationOptions {
+            let options = GenerationConfig {
                 num_beams,
                 max_new_tokens: Some(TOKENS.min(self.longest_target().0.saturating_sub(prompt)).max(1)),
                 decoder_start_token_id: start,
                 pad_token_id: self.options().pad_token_id,
                 // What ends a target would end the runs.
                 eos_token_id: vec![self.config().decoder.vocab_size as i64 - 1],
-                ..GenerationOptions::default()
+                ..GenerationConfig::default()
             };
             self.generate(&batch, &options, &mut (), cancel)?;
         }

@@ -288,7 +288,7 @@ fn an_edited_generation_config_is_taken_with_a_word() {
     let output = generate();
     assert!(tokens(&output) <= 2 && said(&output).contains("model: generation_config.json was changed since export"));
     write(&model, "generation_config.json", "{\"max_new_tokens\": \"many\"}");
-    refused(&generate(), &["model/generation_config.json: max_new_tokens: expected a whole number"])
+    refused(&generate(), &["model/generation_config.json: max_new_tokens: expected an integer"])
         .unwrap_or_else(|wrong| panic!("{wrong}"));
     write(&model, "generation_config.json", "{");
     refused(
@@ -398,7 +398,7 @@ fn settings_that_only_the_runtime_reads() {
             file: "generation_config.json",
             content: "{\"max_length\": \"long\"}",
             request: "{\"input_ids\": [5]}",
-            says: &["model/generation_config.json: max_length: expected a whole number of at least 1, found \"long\""],
+            says: &["model/generation_config.json: max_length: expected an integer of at least 1, found \"long\""],
         },
         Case {
             name: "a tokenizer that is none, and a text",

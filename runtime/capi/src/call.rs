@@ -9,7 +9,7 @@ use std::thread::{self, ThreadId};
 use std::time::{Duration, Instant};
 
 use t5gemma_runtime::{
-    Cancellation, Error, GenerationOptions, LogitsProcessor, Model, Position, PrefixAllowedTokens, SpecialTokens,
+    Cancellation, Error, GenerationConfig, LogitsProcessor, Model, Position, PrefixAllowedTokens, SpecialTokens,
     Streamer, TextStream,
 };
 
@@ -199,7 +199,7 @@ impl Call {
     }
 
     /// Adds the callbacks that change what is generated, each of which is called as long as `gate` is open.
-    pub fn add_to(&self, mut options: GenerationOptions, gate: &Arc<Gate>) -> GenerationOptions {
+    pub fn add_to(&self, mut options: GenerationConfig, gate: &Arc<Gate>) -> GenerationConfig {
         let user = User(self.given.user);
         if let Some(change) = self.given.logits_processor {
             let gate = gate.clone();
@@ -228,7 +228,7 @@ impl Call {
                 // SAFETY: the header asks for so many tokens there, that live until the next call.
                 unsafe { std::slice::from_raw_parts(tokens, count.min(isize::MAX as usize / 8)) }.to_vec()
             };
-            options.constraints.prefix_allowed_tokens = Some(PrefixAllowedTokens::new(allowed));
+            options.prefix_allowed_tokens = Some(PrefixAllowedTokens::new(allowed));
         }
         options
     }

@@ -8,8 +8,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use t5gemma_runtime::{
-    Canceller, Engine, EngineOptions, EngineStats, Event, Generation, GenerationOptions, Hypothesis, PollResult,
-    Request, SpecialTokens, TextStream,
+    Canceller, Draws, Engine, EngineOptions, EngineStats, Event, Generation, Hypothesis, PollResult, Request,
+    SpecialTokens, TextStream,
 };
 
 use crate::call::{Call, Gate, Listed, Role, t5g_call};
@@ -310,9 +310,9 @@ fn submit(
     let opened = &serving.opened;
     let given = generation_options(options)?;
     let gate = Arc::new(Gate::default());
-    let mut options = call.add_to(opened.model.options().with(&given)?, &gate);
+    let mut options = call.add_to(opened.model.options().with_json(&given)?, &gate);
     if options.do_sample {
-        options.seed = Some(options.seed.unwrap_or_else(GenerationOptions::draw_seed));
+        options.seed = Some(options.seed.unwrap_or_else(Draws::random_seed));
     }
     let seed = options.seed.filter(|_| options.do_sample);
     let batch = opened.read(|reader| reader.batch(sources))?;

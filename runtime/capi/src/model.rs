@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 
 use serde_json::{Value, json};
-use t5gemma_runtime::{Batch, ChatTemplate, GenerationOptions, Model, OpenOptions};
+use t5gemma_runtime::{Batch, ChatTemplate, Draws, Model, OpenOptions};
 
 use crate::call::{Call, Role, t5g_call};
 use crate::encoder::{Shape, put_states, t5g_states};
@@ -161,9 +161,9 @@ pub extern "C" fn t5g_model_generate(
         let (place, opened) = (result.check("result")?, model.get("model")?);
         let model = &*opened.model;
         let (call, given) = (Call::read(call)?, generation_options(options)?);
-        let mut options = call.add_to(model.options().with(&given)?, &Arc::default());
+        let mut options = call.add_to(model.options().with_json(&given)?, &Arc::default());
         if options.do_sample {
-            options.seed = Some(options.seed.unwrap_or_else(GenerationOptions::draw_seed));
+            options.seed = Some(options.seed.unwrap_or_else(Draws::random_seed));
         }
         let batch = opened.read(|reader| reader.batch(sources))?;
         let mut pieces = call.watch(model, batch.rows())?;

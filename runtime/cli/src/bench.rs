@@ -13,7 +13,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use serde_json::{Value, json};
-use t5gemma_runtime::{Batch, Cancellation, Error, GenerationOptions, Hypothesis, Limits, Model, Streamer};
+use t5gemma_runtime::{Batch, Cancellation, Error, GenerationConfig, Hypothesis, Limits, Model, Streamer};
 
 use crate::exit::Outcome;
 use crate::exit::ensure_usage;
@@ -120,7 +120,7 @@ pub fn run(mut arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
 struct Case {
     batch: Batch,
     /// How, but not how much.
-    options: GenerationOptions,
+    options: GenerationConfig,
     /// How much.
     tokens: usize,
 }
@@ -148,22 +148,16 @@ impl Case {
     }
 
     /// Plain greedy or beam search with the model's token ids and nothing else of its own.
-    fn options(model: &Model, num_beams: usize) -> GenerationOptions {
-        let own = model.options();
-        GenerationOptions {
-            decoder_start_token_id: own.decoder_start_token_id,
-            eos_token_id: own.eos_token_id.clone(),
-            eos_of_model: own.eos_of_model.clone(),
-            pad_token_id: own.pad_token_id,
-            num_beams,
-            ..GenerationOptions::default()
-        }
+    fn options(model: &Model, num_beams: usize) -> GenerationConfig {
+        let mut options = model.options().plain();
+        options.num_beams = num_beams;
+        options
     }
 
     /// Generates `tokens` tokens a row, with the moments at which each step's were chosen.
     fn generate(&self, model: &Model, tokens: usize, cancel: &Cancellation) -> Result<Generated, Error> {
-        let options =
-            GenerationOptions { max_new_tokens: Some(tokens), min_new_tokens: Some(tokens), ..self.options.clone() };
+        let mut options = self.options.clone();
+        (options.max_new_tokens, options.min_new_tokens) = (Some(tokens), Some(tokens));
         let mut moments = Moments(Vec::with_capacity(tokens));
         let start = now_ns();
         let rows = model.generate(&self.batch, &options, &mut moments, cancel)?;

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::json;
-use t5gemma_runtime::{Calibration, Cancellation, GenerationOptions, task_of};
+use t5gemma_runtime::{Calibration, Cancellation, GenerationConfig, task_of};
 
 use crate::exit::Outcome;
 use crate::files::without_mark;
@@ -47,7 +47,7 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
         true => {
             model = opening.open()?;
             let length = json!({"max_new_tokens": max_new_tokens.unwrap_or(64)});
-            let defaults = model.options().with(length.as_object().context("written above")?)?;
+            let defaults = model.options().with_json(length.as_object().context("written above")?)?;
             (Calibration::new(&model)?, &model, Kind::Generate, defaults)
         }
         false => {
@@ -57,7 +57,8 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
                 task.name()
             );
             encoder = opening.open_encoder()?;
-            let defaults = GenerationOptions { pad_token_id: encoder.pad_token_id(), ..GenerationOptions::default() };
+            let mut defaults = GenerationConfig::default();
+            defaults.pad_token_id = encoder.pad_token_id();
             (Calibration::of_encoder(&encoder)?, &encoder, Kind::Encode { truncates: false }, defaults)
         }
     };
@@ -72,7 +73,7 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
             Ok(request) => request,
             Err(refused) => bail!("{}: {}", place(), refused.reason),
         };
-        let options = defaults.with(&request.options).with_context(place)?;
+        let options = defaults.with_json(&request.options).with_context(place)?;
         let batch = requests::batch(&[request], options.pad_token_id).with_context(place)?;
         calibration.add(&batch, &options, cancel).with_context(place)?;
         done.inc(1);

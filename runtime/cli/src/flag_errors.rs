@@ -21,6 +21,7 @@ pub fn of_flags(error: &OptionError, flags: &GenerationFlags) -> Usage {
             flag if required.ends_with(" true") => format!("{name} requires {flag}"),
             required => format!("{name} requires {required} (got {})", in_flags(&error.found)),
         },
+        _ => error.to_string().replacen(&error.option, &name, 1),
     })
 }
 
@@ -97,7 +98,7 @@ fn in_flags(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use serde_json::json;
-    use t5gemma_runtime::GenerationOptions;
+    use t5gemma_runtime::GenerationConfig;
 
     use super::*;
 
@@ -110,11 +111,12 @@ mod tests {
                 json!({"num_return_sequences": 2}),
                 "--num-return-sequences requires --num-beams of at least 2, --do-sample or --return-alternatives",
             ),
-            (json!({"num_beams": "x"}), "--num-beams: expected a whole number of at least 1, found \"x\""),
+            (json!({"num_beams": "x"}), "--num-beams: expected an integer of at least 1, found \"x\""),
         ];
         for (given, expected) in cases {
             let flags = GenerationFlags::of(given.as_object().expect("an object").clone());
-            let error = GenerationOptions::default().with(given.as_object().expect("an object")).expect_err(expected);
+            let error =
+                GenerationConfig::default().with_json(given.as_object().expect("an object")).expect_err(expected);
             assert_eq!(of_flags(&error, &flags).to_string(), expected);
         }
     }
@@ -126,7 +128,7 @@ mod tests {
         let none = none.as_object().expect("an object");
         let given = json!({"seed": 3});
         let error =
-            GenerationOptions::default().with(given.as_object().expect("an object")).expect_err("greedy").into();
+            GenerationConfig::default().with_json(given.as_object().expect("an object")).expect_err("greedy").into();
         let other = GenerationFlags::default();
         assert_eq!(
             of_request(&error, given.as_object().expect("an object"), &other),

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use serde_json::{Map, Value, json};
 use t5gemma_runtime::{
-    Cancellation, DEFAULT_ENCODER_CACHE_BYTES, Engine, Error, FinishReason, GenerationOptions, Hypothesis, Model,
+    Cancellation, DEFAULT_ENCODER_CACHE_BYTES, Draws, Engine, Error, FinishReason, GenerationConfig, Hypothesis, Model,
     SpecialTokens,
 };
 
@@ -125,7 +125,7 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     let models = opening.open_all()?;
     let model = models[0].clone();
     // Flags that cannot be right for any request are told before anything is read.
-    let options = model.options().with(&given).map_err(|error| flag_errors::of_flags(&error, flags))?;
+    let options = model.options().with_json(&given).map_err(|error| flag_errors::of_flags(&error, flags))?;
     // Requests may still give the other length.
     let are_final = !arguments.jsonl || ["max_new_tokens", "max_length"].iter().any(|name| flags.gives(name));
     if let Err(error) = options.check_lengths()
@@ -175,7 +175,7 @@ struct Answering<'a> {
     chat: &'a Chat<'a>,
     cancel: &'a Cancellation,
     /// The model's own with the flags over them; a request's are laid over these.
-    options: &'a GenerationOptions,
+    options: &'a GenerationConfig,
     flags: &'a GenerationFlags,
     /// What the targets of texts begin with.
     prompt: Option<Vec<i64>>,
@@ -341,8 +341,8 @@ impl Answering<'_> {
 
     /// What a request draws from if it samples. Options that are refused say so when it is run.
     fn seed(&self, request: &Request) -> Option<u64> {
-        let options = self.options.with(&request.options).ok().filter(|options| options.do_sample)?;
-        Some(options.seed.unwrap_or_else(GenerationOptions::draw_seed))
+        let options = self.options.with_json(&request.options).ok().filter(|options| options.do_sample)?;
+        Some(options.seed.unwrap_or_else(Draws::random_seed))
     }
 
     /// Answers requests that fit into one batch. Should the batch be refused, each is tried alone, so that the error falls
@@ -380,7 +380,7 @@ impl Answering<'_> {
     }
 
     fn generate(&self, group: &[Request], stream: bool) -> Result<Vec<Vec<Hypothesis>>, Error> {
-        let options = self.options.with(&group[0].options)?;
+        let options = self.options.with_json(&group[0].options)?;
         let batch = requests::batch(group, options.pad_token_id)?;
         if !stream {
             return self.model.generate(&batch, &options, &mut (), self.cancel);

@@ -8,7 +8,7 @@
 use t5gemma_kernels::log_softmax::{LogSumExp, exp};
 
 use super::rank;
-use crate::options::GenerationOptions;
+use crate::options::GenerationConfig;
 
 /// A warper, in Hugging Face's words.
 #[derive(Clone, Debug)]
@@ -37,7 +37,7 @@ pub(super) enum Warper {
 const TOP_H_TOKENS: usize = 100;
 
 /// The warpers that the options ask for, in the order of application; none without `do_sample`.
-pub(super) fn warpers(options: &GenerationOptions) -> Vec<Warper> {
+pub(super) fn warpers(options: &GenerationConfig) -> Vec<Warper> {
     let mut warpers = Vec::new();
     if !options.do_sample {
         return warpers;
@@ -222,39 +222,39 @@ mod tests {
 
     #[test]
     fn each_warper_keeps_what_its_option_says() {
-        let default = || GenerationOptions { do_sample: true, top_k: 0, ..GenerationOptions::default() };
+        let default = || GenerationConfig { do_sample: true, top_k: 0, ..GenerationConfig::default() };
         // Probabilities 0.4, 0.1, 0.2, 0.05, 0.2, 0.05.
         let scores = [0.4f32, 0.1, 0.2, 0.05, 0.2, 0.05].map(f32::ln);
-        type Case = (&'static str, GenerationOptions, &'static [usize]);
+        type Case = (&'static str, GenerationConfig, &'static [usize]);
         let cases: Vec<Case> = vec![
             ("none", default(), &[0, 1, 2, 3, 4, 5]),
             (
                 "without do_sample nothing is cut",
-                GenerationOptions { do_sample: false, top_k: 1, ..default() },
+                GenerationConfig { do_sample: false, top_k: 1, ..default() },
                 &[0, 1, 2, 3, 4, 5],
             ),
-            ("top_k", GenerationOptions { top_k: 1, ..default() }, &[0]),
-            ("top_k keeps ties at the last place", GenerationOptions { top_k: 2, ..default() }, &[0, 2, 4]),
+            ("top_k", GenerationConfig { top_k: 1, ..default() }, &[0]),
+            ("top_k keeps ties at the last place", GenerationConfig { top_k: 2, ..default() }, &[0, 2, 4]),
             (
                 "top_k with beams keeps one more than end tokens",
-                { GenerationOptions { top_k: 1, num_beams: 2, eos_token_id: vec![1, 3, 5], ..default() } },
+                { GenerationConfig { top_k: 1, num_beams: 2, eos_token_id: vec![1, 3, 5], ..default() } },
                 &[0, 1, 2, 4],
             ),
-            ("top_p", GenerationOptions { top_p: 0.75, ..default() }, &[0, 2, 4]),
-            ("top_p of 0 leaves the best", GenerationOptions { top_p: 0.0, ..default() }, &[0]),
-            ("min_p", GenerationOptions { min_p: 0.3, ..default() }, &[0, 2, 4]),
-            ("min_p of 1 leaves the best", GenerationOptions { min_p: 1.0, ..default() }, &[0]),
+            ("top_p", GenerationConfig { top_p: 0.75, ..default() }, &[0, 2, 4]),
+            ("top_p of 0 leaves the best", GenerationConfig { top_p: 0.0, ..default() }, &[0]),
+            ("min_p", GenerationConfig { min_p: 0.3, ..default() }, &[0, 2, 4]),
+            ("min_p of 1 leaves the best", GenerationConfig { min_p: 1.0, ..default() }, &[0]),
             // The entropy is 1.56; the tokens with 0.2 carry 1.61, those with 0.1 2.30, the first 0.92.
-            ("typical_p", GenerationOptions { typical_p: 0.3, ..default() }, &[2, 4]),
-            ("typical_p, more", GenerationOptions { typical_p: 0.7, ..default() }, &[0, 2, 4]),
-            ("epsilon_cutoff", GenerationOptions { epsilon_cutoff: 0.15, ..default() }, &[0, 2, 4]),
-            ("epsilon_cutoff leaves the best", GenerationOptions { epsilon_cutoff: 0.9, ..default() }, &[0]),
+            ("typical_p", GenerationConfig { typical_p: 0.3, ..default() }, &[2, 4]),
+            ("typical_p, more", GenerationConfig { typical_p: 0.7, ..default() }, &[0, 2, 4]),
+            ("epsilon_cutoff", GenerationConfig { epsilon_cutoff: 0.15, ..default() }, &[0, 2, 4]),
+            ("epsilon_cutoff leaves the best", GenerationConfig { epsilon_cutoff: 0.9, ..default() }, &[0]),
             // √0.1 · e^-1.56 = 0.066.
-            ("eta_cutoff", GenerationOptions { eta_cutoff: 0.1, ..default() }, &[0, 1, 2, 4]),
-            ("top_n_sigma", GenerationOptions { top_n_sigma: 1.0, ..default() }, &[0, 2, 4]),
+            ("eta_cutoff", GenerationConfig { eta_cutoff: 0.1, ..default() }, &[0, 1, 2, 4]),
+            ("top_n_sigma", GenerationConfig { top_n_sigma: 1.0, ..default() }, &[0, 2, 4]),
             // The terms of the entropy: 0.37, then 0.32 twice, of 1.56 in all.
-            ("top_h", GenerationOptions { top_h: Some(0.5), ..default() }, &[0, 2]),
-            ("top_h leaves the best", GenerationOptions { top_h: Some(0.01), ..default() }, &[0]),
+            ("top_h", GenerationConfig { top_h: Some(0.5), ..default() }, &[0, 2]),
+            ("top_h leaves the best", GenerationConfig { top_h: Some(0.01), ..default() }, &[0]),
         ];
         for (name, options, expected) in cases {
             let mut row = scores;
@@ -267,7 +267,7 @@ mod tests {
 
     #[test]
     fn a_row_of_which_nothing_is_allowed_stays_so() {
-        let options = GenerationOptions {
+        let options = GenerationConfig {
             do_sample: true,
             temperature: 0.5,
             top_n_sigma: 1.0,
@@ -277,7 +277,7 @@ mod tests {
             typical_p: 0.5,
             epsilon_cutoff: 0.5,
             eta_cutoff: 0.5,
-            ..GenerationOptions::default()
+            ..GenerationConfig::default()
         };
         for row in [vec![-INF; 4], vec![-INF, 3.0, -INF, -INF]] {
             let mut found = row.clone();

@@ -7,7 +7,7 @@
 
 use super::{Candidate, Progress};
 use crate::hypothesis::{FinishReason, Hypothesis};
-use crate::options::{EarlyStopping, GenerationOptions};
+use crate::options::{EarlyStopping, GenerationConfig};
 
 /// Added to a score to put it behind every real one.
 const PENALTY: f32 = -1e9;
@@ -45,7 +45,7 @@ struct Finished {
 }
 
 impl Beam {
-    pub(super) fn new(options: &GenerationOptions, prompt: &[i64]) -> Beam {
+    pub(super) fn new(options: &GenerationConfig, prompt: &[i64]) -> Beam {
         let width = options.num_beams;
         // All beams start from the same prompt: only the first may contribute to the first step.
         let mut running_scores = vec![PENALTY; width];
@@ -260,6 +260,7 @@ fn best(scores: &[f32], count: usize) -> Vec<usize> {
 mod tests {
     use super::*;
     use crate::alignment::Attending;
+    use crate::options::SequenceBias;
     use crate::scores::Processors;
     use crate::search::Search;
 
@@ -303,7 +304,7 @@ mod tests {
     /// `_beam_search` of transformers written down step by step for a whole batch, with full sorts and no state but
     /// its variables. Log-softmax and processors are those of `scores`, which has tests of its own.
     fn reference(
-        options: &GenerationOptions,
+        options: &GenerationConfig,
         prompt: &[i64],
         sources: &[u64],
         vocab_size: usize,
@@ -313,7 +314,7 @@ mod tests {
         let max_length = options.max_length(prompt.len());
         let keep = 2.max(1 + options.eos_token_id.len()) * width;
         let processors = Processors::new(options, &[], prompt.len());
-        let log_softmax = GenerationOptions { renormalize_logits: true, ..GenerationOptions::default() };
+        let log_softmax = GenerationConfig { renormalize_logits: true, ..GenerationConfig::default() };
         let log_softmax = Processors::new(&log_softmax, &[], prompt.len());
         let top = |scores: &[f32], count: usize| {
             let mut order: Vec<usize> = (0..scores.len()).collect();
@@ -417,7 +418,7 @@ mod tests {
             let vocab_size = 4 + pick(0, 12);
             let num_beams = 2 + pick(1, 4);
             let eos_token_id: Vec<i64> = (0..pick(2, 4) as i64).map(|id| id * 2 % vocab_size as i64).collect();
-            let mut options = GenerationOptions {
+            let mut options = GenerationConfig {
                 num_beams,
                 num_return_sequences: 1 + pick(3, num_beams as u64),
                 max_new_tokens: Some(1 + pick(4, 12)),
@@ -425,7 +426,7 @@ mod tests {
                 early_stopping: [EarlyStopping::False, EarlyStopping::True, EarlyStopping::Never][pick(6, 3)],
                 coverage_penalty: [0.0, 0.0, 0.1, 1.5][pick(11, 4)],
                 eos_token_id,
-                ..GenerationOptions::default()
+                ..GenerationConfig::default()
             };
             match pick(7, 8) {
                 0 => options.repetition_penalty = 1.3,
@@ -433,7 +434,10 @@ mod tests {
                 2 => options.min_new_tokens = Some(3),
                 3 => options.forced_bos_token_id = Some(3),
                 4 => options.forced_eos_token_id = vec![2],
-                5 => options.sequence_bias = vec![(vec![3], 40.0), (vec![3, 1], -2.0)],
+                5 => {
+                    let biases = [(vec![3], 40.0), (vec![3, 1], -2.0)];
+                    options.sequence_bias = biases.map(|(tokens, bias)| SequenceBias { tokens, bias }).to_vec();
+                }
                 _ => {}
             }
             let prompt: Vec<i64> = (0..1 + pick(8, 3) as i64).collect();
@@ -442,7 +446,7 @@ mod tests {
 
             let expected = reference(&options, &prompt, &sources, vocab_size, scale);
             if options.coverage_penalty != 0.0 {
-                let uncovered = GenerationOptions { coverage_penalty: 0.0, ..options.clone() };
+                let uncovered = GenerationConfig { coverage_penalty: 0.0, ..options.clone() };
                 let tokens = |found: &[Vec<(Vec<i64>, f32)>]| -> Vec<Vec<i64>> {
                     found.iter().flatten().map(|(tokens, _)| tokens.clone()).collect()
                 };
@@ -496,12 +500,12 @@ mod tests {
         let candidate = |parent, token, score| Candidate { parent, token, score };
         // Every step ends one hypothesis of two beams.
         for (patience, steps, returned) in [(1.0, 2, 2), (0.5, 1, 1), (2.0, 4, 2), (1.4, 3, 2)] {
-            let options = GenerationOptions {
+            let options = GenerationConfig {
                 num_beams: 2,
                 num_return_sequences: returned,
                 early_stopping: EarlyStopping::True,
                 patience,
-                ..GenerationOptions::default()
+                ..GenerationConfig::default()
             };
             let mut search = Search::new(&options, &[2]);
             for step in 1..=steps {
@@ -542,7 +546,7 @@ mod tests {
                 [5, 6],
             ),
         ];
-        let options = GenerationOptions { num_beams: 2, num_return_sequences: 2, ..GenerationOptions::default() };
+        let options = GenerationConfig { num_beams: 2, num_return_sequences: 2, ..GenerationConfig::default() };
         for (name, candidates, finished, next) in cases {
             let mut search = Search::new(&options, &[2]);
             assert_eq!((search.width(), search.candidates()), (2, 4), "{name}");

@@ -4,7 +4,7 @@
 use super::beam::{Beam, common_prefix};
 use super::{Candidate, Progress};
 use crate::hypothesis::{FinishReason, Hypothesis};
-use crate::options::GenerationOptions;
+use crate::options::GenerationConfig;
 
 #[derive(Clone, Debug)]
 pub(super) struct Groups {
@@ -26,10 +26,10 @@ pub(super) struct Groups {
 }
 
 impl Groups {
-    pub(super) fn new(options: &GenerationOptions, prompt: &[i64]) -> Groups {
+    pub(super) fn new(options: &GenerationConfig, prompt: &[i64]) -> Groups {
         let count = options.num_beam_groups;
         let size = options.num_beams / count;
-        let of_group = GenerationOptions { num_beams: size, num_return_sequences: size, ..options.clone() };
+        let of_group = GenerationConfig { num_beams: size, num_return_sequences: size, ..options.clone() };
         Groups {
             groups: vec![Beam::new(&of_group, prompt); count],
             live: (0..count).collect(),
@@ -139,7 +139,7 @@ mod tests {
         (0..12).map(|token| ((place * (token + 5)) % 97) as f32 / 16.0).collect()
     }
 
-    fn generate(options: &GenerationOptions) -> (Vec<Hypothesis>, Vec<Vec<i64>>) {
+    fn generate(options: &GenerationConfig) -> (Vec<Hypothesis>, Vec<Vec<i64>>) {
         let processors = Processors::new(options, &[], 1);
         let mut search = Search::new(options, &[2]);
         let mut first_tokens = Vec::new();
@@ -166,9 +166,9 @@ mod tests {
 
     #[test]
     fn groups_without_a_penalty_are_each_a_beam_search() {
-        let options = GenerationOptions { num_beams: 3, num_return_sequences: 3, ..GenerationOptions::default() };
+        let options = GenerationConfig { num_beams: 3, num_return_sequences: 3, ..GenerationConfig::default() };
         let (alone, _) = generate(&options);
-        let groups = GenerationOptions { num_beams: 6, num_beam_groups: 2, num_return_sequences: 6, ..options };
+        let groups = GenerationConfig { num_beams: 6, num_beam_groups: 2, num_return_sequences: 6, ..options };
         let (found, _) = generate(&groups);
         let twice: Vec<Hypothesis> =
             alone.iter().flat_map(|hypothesis| [hypothesis.clone(), hypothesis.clone()]).collect();
@@ -177,14 +177,14 @@ mod tests {
 
     #[test]
     fn a_large_penalty_keeps_groups_apart() {
-        let options = GenerationOptions {
+        let options = GenerationConfig {
             num_beams: 6,
             num_beam_groups: 3,
             num_return_sequences: 6,
             diversity_penalty: 100.0,
             max_new_tokens: Some(6),
             eos_token_id: vec![],
-            ..GenerationOptions::default()
+            ..GenerationConfig::default()
         };
         let (found, steps) = generate(&options);
         assert_eq!(found.len(), 6);

@@ -3,7 +3,7 @@
 
 use super::{Candidate, Progress};
 use crate::hypothesis::{FinishReason, Hypothesis};
-use crate::options::GenerationOptions;
+use crate::options::GenerationConfig;
 
 #[derive(Clone, Debug)]
 pub(super) struct Rows {
@@ -27,7 +27,7 @@ struct Target {
 }
 
 impl Rows {
-    pub(super) fn new(options: &GenerationOptions, prompt: &[i64]) -> Rows {
+    pub(super) fn new(options: &GenerationConfig, prompt: &[i64]) -> Rows {
         let count = options.num_return_sequences;
         Rows {
             targets: vec![Target { history: prompt.to_vec(), finish_reason: FinishReason::Length }; count],
@@ -142,11 +142,11 @@ mod tests {
             ("no eos at all", &[2], &[], 2, &[1, 1], &[1, 1], FinishReason::Length),
         ];
         for &(name, prompt, eos, max_new_tokens, says, tokens, finish_reason) in cases {
-            let options = GenerationOptions {
+            let options = GenerationConfig {
                 max_new_tokens: Some(max_new_tokens),
                 eos_token_id: eos.to_vec(),
                 early_stopping: EarlyStopping::False,
-                ..GenerationOptions::default()
+                ..GenerationConfig::default()
             };
             let mut search = Search::new(&options, prompt);
             assert_eq!((search.width(), search.candidates(), search.parents()), (1, 1, &[0][..]), "{name}");
@@ -167,11 +167,11 @@ mod tests {
 
     #[test]
     fn samples_end_each_on_its_own() {
-        let options = GenerationOptions {
+        let options = GenerationConfig {
             do_sample: true,
             num_return_sequences: 3,
             max_new_tokens: Some(3),
-            ..GenerationOptions::default()
+            ..GenerationConfig::default()
         };
         let mut search = Search::new(&options, &[2]);
         let take = |search: &mut Search, tokens: &[i64]| {
@@ -204,7 +204,7 @@ mod tests {
     #[test]
     fn alternatives_begin_with_the_candidates_of_one_row() {
         let options =
-            GenerationOptions { return_alternatives: true, num_return_sequences: 3, ..GenerationOptions::default() };
+            GenerationConfig { return_alternatives: true, num_return_sequences: 3, ..GenerationConfig::default() };
         let mut search = Search::new(&options, &[2, 9]);
         assert_eq!((search.width(), search.candidates()), (1, 3));
         let candidates = [7, 1, 5].map(|token| Candidate { parent: 0, token, score: 0.0 });
@@ -218,7 +218,7 @@ mod tests {
 
     #[test]
     fn another_end_counts_where_the_search_itself_goes_on() {
-        let options = GenerationOptions { do_sample: true, num_return_sequences: 2, ..GenerationOptions::default() };
+        let options = GenerationConfig { do_sample: true, num_return_sequences: 2, ..GenerationConfig::default() };
         let mut search = Search::new(&options, &[2]);
         let candidates = [(0, 1), (1, 7)].map(|(parent, token)| Candidate { parent, token, score: 0.0 });
         let ends = [Some(FinishReason::StopString); 2];

@@ -8,7 +8,7 @@ use crate::batch::Batch;
 use crate::cancellation::Cancellation;
 use crate::error::Error;
 use crate::model::Model;
-use crate::options::GenerationOptions;
+use crate::options::GenerationConfig;
 
 /// Logits of a model beside those of another.
 #[derive(Clone, Debug, PartialEq)]
@@ -66,12 +66,12 @@ pub fn comparison(
     };
     let steps = TARGETS.min(model.longest_target().0 - 1).min(other.longest_target().0 - 1);
     let own = other.options();
-    let greedy = GenerationOptions {
+    let greedy = GenerationConfig {
         max_new_tokens: Some(steps),
         decoder_start_token_id: own.decoder_start_token_id,
         eos_token_id: own.eos_token_id.clone(),
         pad_token_id: own.pad_token_id,
-        ..GenerationOptions::default()
+        ..GenerationConfig::default()
     };
 
     let (mut hidden, mut logits) = (Difference::default(), Difference::default());

@@ -14,7 +14,7 @@ use t5gemma_graphs::config::{Config, TokenIds};
 use t5gemma_graphs::interface::{CacheLayout, DType, Interface, Logits};
 use t5gemma_graphs::manifest::Manifest;
 use t5gemma_runtime::{
-    Batch, Cancellation, ChatTemplate, GenerationOptions, Model, OpenOptions, Shortlist, SpecialTokens, Tokenizer,
+    Batch, Cancellation, ChatTemplate, GenerationConfig, Model, OpenOptions, Shortlist, SpecialTokens, Tokenizer,
 };
 use tempfile::TempDir;
 
@@ -196,9 +196,9 @@ pub fn chat_template(data: &[u8]) {
 pub fn options(data: &[u8]) {
     let Ok(text) = str::from_utf8(data) else { return };
     let (file, request) = text.split_once('\n').unwrap_or((text, "{}"));
-    let Ok(options) = GenerationOptions::of_model(Some(file), &TokenIds::default()) else { return };
+    let Ok(options) = GenerationConfig::of_model(Some(file), &TokenIds::default()) else { return };
     let Ok(request) = serde_json::from_str::<Map<String, Value>>(request) else { return };
-    if let Ok(options) = options.with(&request) {
+    if let Ok(options) = options.with_json(&request) {
         let _ = (options.check(256, 1), options.max_length(1));
     }
 }
@@ -208,7 +208,7 @@ pub fn constraints(data: &[u8]) {
     let Ok(request) = serde_json::from_slice::<Map<String, Value>>(data) else { return };
     static MODEL: OnceLock<Model> = OnceLock::new();
     let model = MODEL.get_or_init(|| demo("constrained"));
-    let Ok(mut options) = model.options().with(&request) else { return };
+    let Ok(mut options) = model.options().with_json(&request) else { return };
     (options.max_new_tokens, options.max_length, options.num_beams) = (Some(3), None, 1);
     let batch = Batch::padded(&[[2, 5, 1]], 0).expect("a source");
     let _ = model.generate(&batch, &options, &mut (), &Cancellation::new());

@@ -93,7 +93,7 @@ impl Answering<'_> {
     fn submitted(&self, engine: &Engine, mut request: Request) -> Place {
         request.seed = self.seed(&request);
         let submit = || {
-            let options = self.options.with(&request.options)?;
+            let options = self.options.with_json(&request.options)?;
             let batch = requests::batch(std::slice::from_ref(&request), options.pad_token_id)?;
             engine.submit(t5gemma_runtime::Request::new(batch, options))
         };
