@@ -10,8 +10,7 @@ use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensorError, SafeTensors};
 use serde::Deserialize;
 use serde::de::IgnoredAny;
-use t5gemma_graphs::config::{cut, shown};
-use t5gemma_graphs::json;
+use t5gemma_graphs::json::{self, cut, shown};
 use t5gemma_graphs::onnx::DType;
 
 use crate::found;

@@ -1,6 +1,7 @@
 //! Random weights of sensible scale, for measuring a size without its checkpoint. Never zeros: they compress, and run faster
 //! than real numbers on some hardware.
 
+use t5gemma_graphs::config::Family;
 use t5gemma_graphs::onnx::{Adjust, Part};
 
 /// From a state of the generator to the next.
@@ -22,9 +23,10 @@ impl Numbers {
             .tensor
             .bytes()
             .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
+        let is_decoder_norm = Family::ALL.into_iter().any(|family| family.tensors().decoder_norm == part.tensor);
         let (centre, deviation) = match (adjust, part.shape.as_slice()) {
             // A head tied to the embedding finds the last token most like itself, for ever, unless signs are mixed before it.
-            (Adjust::OnePlus, _) if part.tensor == "model.decoder.norm.weight" => (0.0, 1.0),
+            (Adjust::OnePlus, _) if is_decoder_norm => (0.0, 1.0),
             (Adjust::OnePlus, _) => (1.0, 0.1),
             (_, [_, columns]) => (0.0, (*columns as f32).powf(-0.5)),
             _ => (0.0, 0.02),

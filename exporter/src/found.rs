@@ -7,8 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::Value;
-use t5gemma_graphs::config::shown;
-use t5gemma_graphs::json;
+use t5gemma_graphs::json::{self, shown};
 
 /// Text files beyond this are none of a checkpoint; the longest are vocabularies of some 40 MB.
 const MOST_TEXT: u64 = 512 << 20;

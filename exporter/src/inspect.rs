@@ -7,11 +7,12 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::Serialize;
-use t5gemma_graphs::config::{Config, LayerType, Side};
+use t5gemma_graphs::config::{Config, LayerType, Stack};
 use t5gemma_graphs::interface::Port;
 use t5gemma_graphs::manifest::{KEPT_TOKENS, MANIFEST, Manifest};
 use t5gemma_graphs::onnx::Dim;
 use t5gemma_graphs::task::Task;
+use t5gemma_graphs::tensors::Role;
 use t5gemma_graphs::{Options, definitions};
 
 use crate::checkpoint::Checkpoint;
@@ -144,15 +145,7 @@ fn model(folder: &Path, config: &Config) -> Result<Report> {
 /// packed, filled up and there twice.
 fn numbers(folder: &Path, manifest: &Manifest, config: &Config) -> Result<Vec<(String, u64)>> {
     let is_stored = |tensor: &str| manifest.weights.tensors.iter().any(|stored| stored.name.starts_with(tensor));
-    let mut vocabulary = weights::default_vocabulary(config);
-    match (is_stored(weights::EMBEDDING), is_stored(weights::HEAD)) {
-        (true, true) => (vocabulary.embedding, vocabulary.head) = (weights::EMBEDDING.into(), weights::HEAD.into()),
-        (true, false) => {
-            (vocabulary.embedding, vocabulary.head) = (weights::EMBEDDING.into(), weights::EMBEDDING.into())
-        }
-        (false, true) => (vocabulary.embedding, vocabulary.head) = (weights::HEAD.into(), weights::HEAD.into()),
-        (false, false) => {}
-    }
+    let mut vocabulary = weights::exported_vocabulary(config, is_stored);
     if manifest.kept_tokens.is_some() {
         let path = folder.join(KEPT_TOKENS);
         let tokens: Vec<usize> = serde_json::from_str(&read_text(&path)?)
@@ -196,25 +189,25 @@ impl Report {
         };
         for (name, count) in tensors {
             report.parameters += count;
-            *report.parts.entry(part(&name)).or_default() += count;
+            *report.parts.entry(part(config, &name)).or_default() += count;
         }
         report
     }
 }
 
-fn part(tensor: &str) -> &'static str {
-    match tensor {
-        _ if tensor.starts_with("model.encoder.embed_tokens") => "encoder embedding",
-        _ if tensor.starts_with("model.encoder.") => "encoder",
-        _ if tensor.starts_with("model.decoder.embed_tokens") => "decoder embedding",
-        _ if tensor.starts_with("model.decoder.") => "decoder",
-        _ if tensor.starts_with("lm_head.") || tensor.starts_with("score.") => "head",
-        _ => "other",
+fn part(config: &Config, tensor: &str) -> &'static str {
+    match (config.family.tensors().role)(tensor) {
+        Some(Role::EncoderEmbedding) => "encoder embedding",
+        Some(Role::Encoder) => "encoder",
+        Some(Role::DecoderEmbedding) => "decoder embedding",
+        Some(Role::Decoder | Role::CrossKeyValue) => "decoder",
+        Some(Role::Head | Role::Classifier) => "head",
+        None => "other",
     }
 }
 
-fn described(side: &Side) -> String {
-    let sliding = side.layers.iter().filter_map(|layer| match layer {
+fn described(stack: &Stack) -> String {
+    let sliding = stack.layers.iter().filter_map(|layer| match layer {
         LayerType::Sliding(window) => Some(*window),
         LayerType::Full => None,
     });
@@ -225,14 +218,14 @@ fn described(side: &Side) -> String {
     };
     format!(
         "{} layers of width {}, {} heads ({} for keys and values) of {}, {} wide feed-forward, vocabulary {}, at most {} positions{window}",
-        side.layers.len(),
-        side.hidden_size,
-        side.num_attention_heads,
-        side.num_key_value_heads,
-        side.head_dim,
-        side.intermediate_size,
-        side.vocab_size,
-        side.max_position_embeddings
+        stack.layers.len(),
+        stack.hidden_size,
+        stack.num_attention_heads,
+        stack.num_key_value_heads,
+        stack.head_dim,
+        stack.intermediate_size,
+        stack.vocab_size,
+        stack.max_position_embeddings
     )
 }
 

@@ -19,9 +19,8 @@ use t5gemma_exporter::{
     preset, reseal,
 };
 use t5gemma_graphs::Target;
-use t5gemma_graphs::config::cut;
 use t5gemma_graphs::interface::{DType, Logits};
-use t5gemma_graphs::json;
+use t5gemma_graphs::json::{self, cut};
 use t5gemma_graphs::manifest::{ActivationRanges, EncoderWindow};
 use t5gemma_graphs::onnx::{Blocks, Code};
 use t5gemma_graphs::quantization::{Activations, Quantization};
@@ -419,7 +418,7 @@ fn export(args: ExportArgs, interrupted: &AtomicBool) -> Result<()> {
         task: task(&args)?,
         target,
         dtype: match args.dtype {
-            None => target.default_dtype(),
+            None => target.capabilities().default_dtype,
             Some(DTypeArg::Float32) => DType::Float32,
             Some(DTypeArg::Float16) => DType::Float16,
             Some(DTypeArg::Bfloat16) => DType::BFloat16,

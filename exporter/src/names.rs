@@ -4,20 +4,11 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Result, bail};
+use t5gemma_graphs::config::Family;
 
 /// Parts of names that wrappers put in anywhere and no T5Gemma has.
 const WRAPPERS: [&str; 5] =
     ["_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"];
-
-/// What the names of both stacks' tensors begin with, by which they are found behind other prefixes.
-const STACKS: [&str; 6] = [
-    "encoder.layers.",
-    "decoder.layers.",
-    "encoder.embed_tokens.",
-    "decoder.embed_tokens.",
-    "encoder.norm.",
-    "decoder.norm.",
-];
 
 /// Parts of names that only adapters have which are not merged into the model.
 const OF_ADAPTERS: [&str; 4] = [".lora_", ".base_layer.", ".modules_to_save.", ".original_module."];
@@ -67,9 +58,14 @@ pub fn of_model<'n>(stored: &[&'n str]) -> Result<BTreeMap<String, &'n str>> {
     Ok(names)
 }
 
+/// What the names of stacks' tensors begin with in any family, by which they are found behind other prefixes.
+fn stacks() -> impl Iterator<Item = &'static str> {
+    Family::ALL.into_iter().flat_map(|family| family.tensors().stacks.iter().copied())
+}
+
 /// Whether a name is that of a tensor of either stack.
 pub fn is_of_stack(name: &str) -> bool {
-    name.strip_prefix("model.").is_some_and(|rest| STACKS.iter().any(|stack| rest.starts_with(stack)))
+    name.strip_prefix("model.").is_some_and(|rest| stacks().any(|stack| rest.starts_with(stack)))
 }
 
 /// Whether a tensor belongs to an adapter, or to a matrix that has one, as PEFT names them.
@@ -94,7 +90,7 @@ fn unwrapped(name: &str) -> String {
 
 /// What stands before the name of a stack's tensor, without the `model.` that is part of it.
 fn prefix(name: &str) -> Option<&str> {
-    let places = STACKS.iter().filter_map(|stack| name.find(stack));
+    let places = stacks().filter_map(|stack| name.find(stack));
     let before = &name[..places.filter(|&at| at == 0 || name[..at].ends_with('.')).min()?];
     match before.strip_suffix("model.") {
         Some(rest) if rest.is_empty() || rest.ends_with('.') => Some(rest),

@@ -4,7 +4,8 @@
 use std::path::Path;
 
 use serde_json::Value;
-use t5gemma_graphs::config::{Config, cut};
+use t5gemma_graphs::config::Config;
+use t5gemma_graphs::json::cut;
 use t5gemma_graphs::onnx::{Adjust, Blocks, Part};
 
 use crate::checkpoint::GENERATION_CONFIG;

@@ -5,15 +5,15 @@ use t5gemma_graphs::interface::{DType, Logits};
 use t5gemma_graphs::manifest::EncoderWindow;
 use t5gemma_graphs::quantization::{Activations, Quantization};
 use t5gemma_graphs::task::Task;
-use t5gemma_graphs::{Options, Target, Vocabulary, decoder_init, encoder};
+use t5gemma_graphs::{Options, Target, Vocabulary, definitions};
 
 use crate::weights;
 
 /// Counts the parameters of a model with this configuration, each tensor once.
 pub fn parameters(config: &Config) -> u64 {
     let options = plain_options(weights::default_vocabulary(config));
-    let graphs = [encoder(config, &options), decoder_init(config, &options)];
-    weights::numbers(&weights::collect(&graphs.each_ref()))
+    let graphs = definitions(config, &options);
+    weights::numbers(&weights::collect(&graphs.iter().collect::<Vec<_>>()))
 }
 
 /// Options of graphs that hold every tensor as the checkpoint has it: whole, unquantized, once.

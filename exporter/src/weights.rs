@@ -8,6 +8,7 @@ use t5gemma_graphs::Vocabulary;
 use t5gemma_graphs::config::Config;
 use t5gemma_graphs::onnx::{Adjust, DType, Definition, Part};
 use t5gemma_graphs::task::Task;
+use t5gemma_graphs::tensors::Role;
 
 use crate::checkpoint::Checkpoint;
 
@@ -27,11 +28,6 @@ pub struct Weight {
     /// An earlier weight that is the same bytes in another shape.
     pub alias: Option<usize>,
 }
-
-/// The embedding every decoder has.
-pub const EMBEDDING: &str = "model.decoder.embed_tokens.weight";
-/// The output head, stored where it is not the embedding.
-pub const HEAD: &str = "lm_head.out_proj.weight";
 
 /// What is said of a checkpoint whose tensors are not those that its settings ask for.
 pub const NOT_DESCRIBED: &str = "the tensors are not those that config.json describes";
@@ -105,36 +101,47 @@ pub fn check_size(weights: &[Weight]) -> Result<()> {
 /// Finds the decoder's embedding and the head among the stored tensors, as transformers 5 ties them: a stored head is used
 /// even where the config says tied, unless it equals the embedding; where only one is stored, it serves as both.
 pub fn vocabulary(config: &Config, checkpoint: &Checkpoint) -> Result<Vocabulary> {
-    let tie = config.tie_word_embeddings;
-    let own = |embedding: &str, head: &str| Vocabulary { embedding: embedding.into(), head: head.into(), kept: None };
-    let missing = |name: &str, why: &str| {
-        let instead = checkpoint.instead_of(&[name]);
-        let instead = if instead.is_empty() { instead } else { format!("; {instead}") };
-        anyhow!("{}: {name}: missing{why}{instead}", checkpoint.folder().display())
+    let (tensors, tie) = (config.family.tensors(), config.tie_word_embeddings);
+    let stored = |names: &[&'static str], why: &str| {
+        let candidates = if tie { names } else { &names[..1] };
+        candidates.iter().copied().find(|name| checkpoint.tensor(name).is_some()).ok_or_else(|| {
+            let (name, instead) = (names[0], checkpoint.instead_of(&names[..1]));
+            let instead = if instead.is_empty() { instead } else { format!("; {instead}") };
+            anyhow!("{}: {name}: missing{why}{instead}", checkpoint.folder().display())
+        })
     };
-    match (checkpoint.tensor(EMBEDDING), checkpoint.tensor(HEAD)) {
-        (Some(embedding), Some(head)) if tie && embedding.dtype == head.dtype && embedding.bytes == head.bytes => {
-            Ok(own(EMBEDDING, EMBEDDING))
-        }
-        (Some(_), Some(_)) => Ok(own(EMBEDDING, HEAD)),
-        (Some(_), None) if tie => Ok(own(EMBEDDING, EMBEDDING)),
-        (None, Some(_)) if tie => Ok(own(HEAD, HEAD)),
-        (Some(_), None) => Err(missing(HEAD, ", though config.json has tie_word_embeddings false")),
-        (None, _) => Err(missing(EMBEDDING, "")),
-    }
+    let embedding = stored(tensors.decoder_embedding, "")?;
+    let head = stored(tensors.head, ", though config.json has tie_word_embeddings false")?;
+    let is_copy = match (checkpoint.tensor(embedding), checkpoint.tensor(head)) {
+        (Some(embedding), Some(head)) => embedding.dtype == head.dtype && embedding.bytes == head.bytes,
+        _ => false,
+    };
+    let head = if tie && is_copy { embedding } else { head };
+    Ok(Vocabulary { embedding: embedding.into(), head: head.into(), kept: None })
 }
 
 /// The names used when no checkpoint says otherwise.
 pub fn default_vocabulary(config: &Config) -> Vocabulary {
-    let head = if config.tie_word_embeddings { EMBEDDING } else { HEAD };
-    Vocabulary { embedding: EMBEDDING.into(), head: head.into(), kept: None }
+    let tensors = config.family.tensors();
+    let head = if config.tie_word_embeddings { tensors.decoder_embedding[0] } else { tensors.head[0] };
+    Vocabulary { embedding: tensors.decoder_embedding[0].into(), head: head.into(), kept: None }
+}
+
+/// The names of the tensors that an exported model was made from, of which `is_stored` tells whether it has one.
+pub fn exported_vocabulary(config: &Config, is_stored: impl Fn(&str) -> bool) -> Vocabulary {
+    let tensors = config.family.tensors();
+    let stored = |names: &[&'static str]| names.iter().find(|name| is_stored(name)).map(|name| name.to_string());
+    match (stored(tensors.decoder_embedding), stored(tensors.head)) {
+        (Some(embedding), Some(head)) => Vocabulary { embedding, head, kept: None },
+        _ => default_vocabulary(config),
+    }
 }
 
 /// Holds every weight to its tensor, and returns the names of the tensors that no weight uses.
 ///
 /// # Errors
 /// All tensors that are missing, of another shape than the config asks for, or of a type that cannot be exported.
-pub fn check(weights: &[Weight], checkpoint: &Checkpoint, task: &Task) -> Result<Vec<String>> {
+pub fn check(weights: &[Weight], checkpoint: &Checkpoint, config: &Config, task: &Task) -> Result<Vec<String>> {
     let (mut wrong, mut missing) = (Vec::new(), Vec::new());
     let mut used = BTreeSet::new();
     let folder = checkpoint.folder().display();
@@ -170,9 +177,11 @@ pub fn check(weights: &[Weight], checkpoint: &Checkpoint, task: &Task) -> Result
     }
     ensure!(wrong.is_empty(), "{folder}: {NOT_DESCRIBED}:\n  {}", wrong.join("\n  "));
     // A stored head that equals the tied embedding is redundant, not left over.
-    let redundant = |name: &str| name == HEAD && !used.contains(HEAD);
+    let tensors = config.family.tensors();
+    let redundant = |name: &str| name == tensors.head[0] && !used.contains(name);
     // Whoever exports the encoder alone leaves the rest behind on purpose.
-    let left = |name: &str| matches!(task, Task::FeatureExtraction(_)) && !name.starts_with("model.encoder.");
+    let is_of_encoder = |name: &str| matches!((tensors.role)(name), Some(Role::Encoder | Role::EncoderEmbedding));
+    let left = |name: &str| matches!(task, Task::FeatureExtraction(_)) && !is_of_encoder(name);
     let unused = checkpoint.names().filter(|name| !used.contains(name) && !redundant(name) && !left(name));
     Ok(unused.map(str::to_string).collect())
 }

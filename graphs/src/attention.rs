@@ -2,7 +2,7 @@
 //! each of them sees. Projections, positions and masks are here; the operator over queries, keys and values is the target's
 //! ([`Lowering::attention`](crate::lower::Lowering::attention)).
 
-use crate::config::{LayerType, Side};
+use crate::config::{LayerType, Stack};
 use crate::interface::{BEAMS, CacheLayout, PRESENT};
 use crate::lower::{Attention, attention_with_weights, mask_by_query};
 use crate::manifest::EncoderWindow;
@@ -25,12 +25,12 @@ pub fn bidirectional<'g>(x: Value<'g>, tokens: &Tokens<'g>, visible: Value<'g>, 
 
 /// [`bidirectional`] with heads side by side, `[rows, length, heads·head_dim]`, as they come out of the projections.
 fn bidirectional_in_rows<'g>(x: Value<'g>, tokens: &Tokens<'g>, visible: Value<'g>, w: &Weights<'g>) -> Value<'g> {
-    let (side, length) = (w.side, &tokens.length);
-    let heads = heads(side, None);
+    let (stack, length) = (w.stack, &tokens.length);
+    let heads = heads(stack, None);
     let [query, key, value] =
         [("q_proj", heads.count), ("k_proj", heads.kv_count), ("v_proj", heads.kv_count)].map(|(name, count)| {
-            let output = count * side.head_dim;
-            let projected = linear(x, projection(side.hidden_size, output, side), &w.at(name));
+            let output = count * stack.head_dim;
+            let projected = linear(x, projection(stack.hidden_size, output, stack), &w.at(name));
             projected.reshape(&[tokens.rows.clone(), length.clone(), output.into()])
         });
     // Where rows have positions of their own, those are looked up in the tables of all positions of this length.
@@ -119,19 +119,19 @@ fn causal_in_place<'g>(
     past: Option<KeyValue<'g>>,
     w: &Weights<'g>,
 ) -> (Value<'g>, KeyValue<'g>) {
-    let (tokens, side) = (&context.tokens, w.side);
+    let (tokens, stack) = (&context.tokens, w.stack);
     let rows = std::slice::from_ref(&tokens.rows);
     let last = match past {
         None => tokens.positions.last(0).cast(DType::Int32).expand(rows),
         Some(_) => tokens.positions.last(1).cast(DType::Int32).reshape(rows),
     };
     let longest = w.lowering.longest_row(last, past.map(|past| past.key));
-    let [q, kv] = [side.num_attention_heads, side.num_key_value_heads].map(|count| count * side.head_dim);
+    let [q, kv] = [stack.num_attention_heads, stack.num_key_value_heads].map(|count| count * stack.head_dim);
     let parts = [("q_proj", q), ("k_proj", kv), ("v_proj", kv)].map(|(name, rows)| StackedPart { name, rows });
-    let linear = projection(side.hidden_size, q + 2 * kv, side);
+    let linear = projection(stack.hidden_size, q + 2 * kv, stack);
     let projected = stacked(x, &Stacked { name: "qkv_proj", parts: &parts, linear }, w);
     let packed = projected.reshape(&[tokens.rows.clone(), tokens.length.clone(), (q + 2 * kv).into()]);
-    let heads = heads(side, layer.window());
+    let heads = heads(stack, layer.window());
     let tables = rotary::tables(w);
     let [cos, sin] = [tables.cos, tables.sin].map(|table| table.cast(projected.dtype()));
     let present = if past.is_some() { Dim::symbol(PRESENT) } else { tokens.length.clone() };
@@ -167,7 +167,7 @@ pub fn cross_with_weights<'g>(
 fn cross_query<'g>(x: Value<'g>, context: &Context<'g>, source: KeyValue<'g>, w: &Weights<'g>) -> Value<'g> {
     let (batch, tokens) = (source.key.dim(0), &context.tokens);
     let queries = if tokens.rows == batch { tokens.length.clone() } else { Dim::symbol(BEAMS).times(&tokens.length) };
-    split_heads(x, [&batch, &queries], w.side.num_attention_heads, &w.at("q_proj"))
+    split_heads(x, [&batch, &queries], w.stack.num_attention_heads, &w.at("q_proj"))
 }
 
 /// The keys and values that [`cross`] attends to, from the encoder's hidden states `[batch, source, width]`.
@@ -176,7 +176,7 @@ pub fn cross_key_value<'g>(hidden: Value<'g>, w: &Weights<'g>) -> KeyValue<'g> {
     let [batch, source, width] = [0, 1, 2].map(|axis| hidden.dim(axis));
     let flat = hidden.reshape(&[batch.times(&source), width]);
     let project = |name: &str| {
-        split_heads(flat, [&batch, &source], w.side.num_key_value_heads, &w.at(name)).transpose(&[0, 2, 1, 3])
+        split_heads(flat, [&batch, &source], w.stack.num_key_value_heads, &w.at(name)).transpose(&[0, 2, 1, 3])
     };
     KeyValue { key: project("k_proj"), value: project("v_proj") }
 }
@@ -184,17 +184,17 @@ pub fn cross_key_value<'g>(hidden: Value<'g>, w: &Weights<'g>) -> KeyValue<'g> {
 /// Rotated queries `[rows, length, heads, head_dim]`, and the rotated keys and the values of the given tokens.
 fn projections<'g>(x: Value<'g>, tokens: &Tokens<'g>, w: &Weights<'g>) -> (Value<'g>, KeyValue<'g>) {
     let project = |name: &str, count| split_heads(x, [&tokens.rows, &tokens.length], count, &w.at(name));
-    let query = rotary(project("q_proj", w.side.num_attention_heads), tokens, w);
-    let key = rotary(project("k_proj", w.side.num_key_value_heads), tokens, w);
-    let value = project("v_proj", w.side.num_key_value_heads);
+    let query = rotary(project("q_proj", w.stack.num_attention_heads), tokens, w);
+    let key = rotary(project("k_proj", w.stack.num_key_value_heads), tokens, w);
+    let value = project("v_proj", w.stack.num_key_value_heads);
     (query, KeyValue { key: key.transpose(&[0, 2, 1, 3]), value: value.transpose(&[0, 2, 1, 3]) })
 }
 
 /// A projection of x `[rows·length, in]` into `count` heads, `[rows, length, count, head_dim]`.
 fn split_heads<'g>(x: Value<'g>, [rows, length]: [&Dim; 2], count: usize, w: &Weights<'g>) -> Value<'g> {
     let input = x.dim(-1).as_fixed().expect("the width of the residual stream is fixed");
-    let head_dim = w.side.head_dim;
-    let projected = linear(x, projection(input, count * head_dim, w.side), w);
+    let head_dim = w.stack.head_dim;
+    let projected = linear(x, projection(input, count * head_dim, w.stack), w);
     projected.reshape(&[rows.clone(), length.clone(), count.into(), head_dim.into()])
 }
 
@@ -205,13 +205,13 @@ fn attend<'g>(query: Value<'g>, key_value: KeyValue<'g>, visible: Value<'g>, w: 
 
 fn attention<'g>(query: Value<'g>, key_value: KeyValue<'g>, visible: Value<'g>, w: &Weights<'g>) -> Attention<'g> {
     let KeyValue { key, value } = key_value;
-    let Heads { scale, cap, .. } = heads(w.side, None);
+    let Heads { scale, cap, .. } = heads(w.stack, None);
     Attention { query, key, value, visible, scale, cap }
 }
 
 /// `o(x)` of all heads' `[batch, queries, heads, head_dim]`.
 fn merged<'g>(x: Value<'g>, w: &Weights<'g>) -> Value<'g> {
-    let (tokens, width) = (x.dim(0).times(&x.dim(1)), w.side.num_attention_heads * w.side.head_dim);
+    let (tokens, width) = (x.dim(0).times(&x.dim(1)), w.stack.num_attention_heads * w.stack.head_dim);
     // TensorRT bounds an inferred dimension by quotients of bounds: behind the division by the beams, each layer would be larger
     // than the one before by as many times as there are sources at most. So nothing is inferred here.
     output_projection(x.reshape_to_known(&[tokens, width.into()]), w)
@@ -219,22 +219,22 @@ fn merged<'g>(x: Value<'g>, w: &Weights<'g>) -> Value<'g> {
 
 /// `context · o_projᵀ (+ b)`, the last step of attention.
 fn output_projection<'g>(context: Value<'g>, w: &Weights<'g>) -> Value<'g> {
-    let width = w.side.num_attention_heads * w.side.head_dim;
-    linear(context, projection(width, w.side.hidden_size, w.side), &w.at("o_proj"))
+    let width = w.stack.num_attention_heads * w.stack.head_dim;
+    linear(context, projection(width, w.stack.hidden_size, w.stack), &w.at("o_proj"))
 }
 
-fn projection(input: usize, output: usize, side: &Side) -> Linear {
-    Linear { input, output, bias: side.attention_bias }
+fn projection(input: usize, output: usize, stack: &Stack) -> Linear {
+    Linear { input, output, bias: stack.attention_bias }
 }
 
 /// The heads of a stack, whose queries see `window` positions, themselves included, or all before them.
-fn heads(side: &Side, window: Option<usize>) -> Heads {
+fn heads(stack: &Stack, window: Option<usize>) -> Heads {
     Heads {
-        count: side.num_attention_heads,
-        kv_count: side.num_key_value_heads,
-        dim: side.head_dim,
-        scale: side.query_pre_attn_scalar.powf(-0.5),
-        cap: side.attn_logit_softcapping,
+        count: stack.num_attention_heads,
+        kv_count: stack.num_key_value_heads,
+        dim: stack.head_dim,
+        scale: stack.query_pre_attn_scalar.powf(-0.5),
+        cap: stack.attn_logit_softcapping,
         window,
     }
 }

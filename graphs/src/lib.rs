@@ -3,9 +3,9 @@
 //!
 //! | graph | from | to |
 //! |---|---|---|
-//! | [`encoder`] | source tokens, mask | hidden states |
-//! | [`decoder_init`] | first target tokens, hidden states, mask | logits; keys and values of the target and of the source |
-//! | [`decoder_step`] | next target tokens, the keys and values so far, mask | logits; the target's keys and values |
+//! | encoder | source tokens, mask | hidden states |
+//! | decoder_init | first target tokens, hidden states, mask | logits; keys and values of the target and of the source |
+//! | decoder_step | next target tokens, the keys and values so far, mask | logits; the target's keys and values |
 //!
 //! Models for other tasks (see [`task`]) have a single graph: the encoder with a pooling, or with a classifier's head.
 //!
@@ -19,9 +19,12 @@ pub mod json;
 pub mod manifest;
 pub mod quantization;
 pub mod task;
+pub mod tensors;
 
+mod family;
 mod options;
 mod reorder;
+
 mod t5gemma;
 
 mod attention;
@@ -35,8 +38,8 @@ mod target;
 
 pub mod onnx;
 
+pub use family::definitions;
 pub use lower::{Capabilities, Packing};
 pub use options::{Options, Vocabulary};
 pub use reorder::reorder;
-pub use t5gemma::{decoder_init, decoder_step, definitions, encoder};
 pub use target::Target;

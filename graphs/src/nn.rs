@@ -27,7 +27,7 @@ pub struct Stacked<'a> {
 /// `Embed[ids] · √hidden`, `[tokens, hidden]`, with the factor rounded to the weights' dtype as transformers rounds it.
 pub fn embedding<'g>(ids: Value<'g>, w: &Weights<'g>) -> Value<'g> {
     let _scope = w.scope();
-    let (vocab_size, hidden_size) = (w.side.vocab_size, w.side.hidden_size);
+    let (vocab_size, hidden_size) = (w.stack.vocab_size, w.stack.hidden_size);
     let factor = w.graph.constant(w.dtype(), &[], Data::Floats(vec![(hidden_size as f64).sqrt()]));
     let [rows, length] = [0, 1].map(|axis| ids.dim(axis));
     let shape = [vocab_size, hidden_size];
@@ -59,14 +59,14 @@ pub fn stacked<'g>(x: Value<'g>, stacked: &Stacked, w: &Weights<'g>) -> Value<'g
 /// `x / √(mean(x²) + ε) · (1 + w)`, computed and returned in float32.
 pub fn rms_norm<'g>(x: Value<'g>, w: &Weights<'g>) -> Value<'g> {
     let _scope = w.scope();
-    let factor = w.at("weight").one_plus(w.side.hidden_size);
-    w.lowering.rms_norm(x.cast(DType::Float32), factor, w.side.rms_norm_eps)
+    let factor = w.at("weight").one_plus(w.stack.hidden_size);
+    w.lowering.rms_norm(x.cast(DType::Float32), factor, w.stack.rms_norm_eps)
 }
 
 /// `down(gelu(gate(x)) ⊙ up(x))`
 pub fn gated_mlp<'g>(x: Value<'g>, w: &Weights<'g>) -> Value<'g> {
     let _scope = w.scope();
-    let (hidden, wide) = (w.side.hidden_size, w.side.intermediate_size);
+    let (hidden, wide) = (w.stack.hidden_size, w.stack.intermediate_size);
     let widened = Linear { input: hidden, output: wide, bias: false };
     let gate = linear(x, widened, &w.at("gate_proj"));
     let up = linear(x, widened, &w.at("up_proj"));

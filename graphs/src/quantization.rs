@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::onnx::{Blocks, Code};
+use crate::onnx::Blocks;
+use crate::tensors::Role;
 
 /// How the matrices of each part are held; none as they are.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -21,27 +22,18 @@ pub struct Quantization {
 }
 
 impl Quantization {
-    /// How the matrix that the checkpoint calls `name` is held.
-    pub fn of(&self, name: &str) -> Option<Blocks> {
+    /// How the matrix that the checkpoint calls `name` is quantized, if it is.
+    pub fn of(&self, name: &str, role: Option<Role>) -> Option<Blocks> {
         if self.exclude.iter().any(|pattern| matches(pattern, name)) {
             return None;
         }
-        // A classifier's head is a row for each label: nothing to save, and what decides the answer.
-        if name.starts_with("score.") {
-            None
-        } else if name.starts_with("model.encoder.") {
-            self.encoder
-        } else if name.starts_with("model.decoder.layers.") {
-            self.decoder
-        } else {
-            self.head
+        match role? {
+            Role::Encoder | Role::EncoderEmbedding => self.encoder,
+            Role::Decoder | Role::CrossKeyValue => self.decoder,
+            Role::Head | Role::DecoderEmbedding => self.head,
+            // A row for each label: nothing to save, and it decides the answer.
+            Role::Classifier => None,
         }
-    }
-
-    /// How the embedding that the checkpoint calls `name` and that nothing multiplies with is held: reading a few rows costs
-    /// nothing, so they keep 8 bits.
-    pub fn of_embedding(&self, name: &str) -> Option<Blocks> {
-        self.of(name).map(|blocks| Blocks { bits: 8, code: Code::Whole, ..blocks })
     }
 
     /// How the parts are held that are held in few bits.
@@ -108,11 +100,13 @@ mod tests {
         let blocks = |bits| Some(Blocks::whole(bits, 32));
         let quantization =
             Quantization { encoder: blocks(8), decoder: blocks(4), head: None, exclude: vec!["*.layers.0.*".into()] };
-        assert_eq!(quantization.of("model.encoder.layers.1.mlp.up_proj.weight"), blocks(8));
-        assert_eq!(quantization.of("model.decoder.layers.1.mlp.up_proj.weight"), blocks(4));
-        assert_eq!(quantization.of("model.decoder.layers.0.mlp.up_proj.weight"), None);
-        assert_eq!(quantization.of("model.decoder.embed_tokens.weight"), None);
+        let of = |quantization: &Quantization, name: &str, role| quantization.of(name, Some(role));
+        assert_eq!(of(&quantization, "model.encoder.layers.1.mlp.up_proj.weight", Role::Encoder), blocks(8));
+        assert_eq!(of(&quantization, "model.decoder.layers.1.mlp.up_proj.weight", Role::Decoder), blocks(4));
+        assert_eq!(of(&quantization, "model.decoder.layers.0.mlp.up_proj.weight", Role::Decoder), None);
+        assert_eq!(of(&quantization, "model.decoder.embed_tokens.weight", Role::DecoderEmbedding), None);
         let quantization = Quantization { head: blocks(8), ..quantization };
-        assert_eq!(quantization.of("score.out_proj.weight"), None);
+        assert_eq!(of(&quantization, "model.decoder.embed_tokens.weight", Role::DecoderEmbedding), blocks(8));
+        assert_eq!(of(&quantization, "score.out_proj.weight", Role::Classifier), None);
     }
 }

@@ -15,7 +15,7 @@ pub fn rotary<'g>(x: Value<'g>, tokens: &Tokens<'g>, w: &Weights<'g>) -> Value<'
 /// the last, which is that of the angles.
 pub fn angles<'g>(positions: Value<'g>, axes: &[isize], w: &Weights<'g>) -> Value<'g> {
     let mut shape = vec![1; axes.len()];
-    shape.push(w.side.head_dim / 2);
+    shape.push(w.stack.head_dim / 2);
     let frequencies = Data::Floats(frequencies(w).map(f64::from).collect());
     let frequencies = w.graph.constant(DType::Float32, &shape, frequencies);
     positions.cast(DType::Float32).unsqueeze(axes) * frequencies
@@ -23,7 +23,7 @@ pub fn angles<'g>(positions: Value<'g>, axes: &[isize], w: &Weights<'g>) -> Valu
 
 /// Cosines and sines of the angles of every position there can be: float32 `[max_position_embeddings, head_dim / 2]` each.
 pub fn tables<'g>(w: &Weights<'g>) -> Rotation<'g> {
-    let shape = [w.side.max_position_embeddings, w.side.head_dim / 2];
+    let shape = [w.stack.max_position_embeddings, w.stack.head_dim / 2];
     let table = |name, function: fn(f32) -> f32| {
         w.graph.table(name, &shape, || {
             let row = |position: usize| frequencies(w).map(move |f| f64::from(function(position as f32 * f)));
@@ -35,6 +35,6 @@ pub fn tables<'g>(w: &Weights<'g>) -> Rotation<'g> {
 
 /// The frequencies `f_j = θ^(−2j/head_dim)`: powers and quotients in float32, as transformers computes them.
 fn frequencies(w: &Weights<'_>) -> impl Iterator<Item = f32> {
-    let (theta, head_dim) = (w.side.rope_theta as f32, w.side.head_dim);
+    let (theta, head_dim) = (w.stack.rope_theta as f32, w.stack.head_dim);
     (0..head_dim / 2).map(move |j| 1.0 / theta.powf((2 * j) as f32 / head_dim as f32))
 }

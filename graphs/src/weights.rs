@@ -3,20 +3,22 @@
 
 use std::sync::Arc;
 
-use crate::config::Side;
+use crate::config::Stack;
 use crate::lower::{Lowering, Matrix, Packing};
 use crate::onnx::{Adjust, Blocks, Code, DType, Graph, Packed, Part, Scope, Value};
 use crate::options::Options;
 use crate::quantization::Activations;
+use crate::tensors::Role;
 
 /// A place in the checkpoint, for the blocks of one stack. It carries what every block needs with its weights: the configuration of
 /// the stack, and how operators are lowered.
 #[derive(Clone)]
 pub struct Weights<'g> {
     pub graph: &'g Graph,
-    pub side: &'g Side,
+    pub stack: &'g Stack,
     pub lowering: &'g dyn Lowering,
     options: &'g Options,
+    role: fn(&str) -> Option<Role>,
     path: String,
     /// The rows of the head that are taken; all if none.
     kept: Option<Arc<[usize]>>,
@@ -32,9 +34,14 @@ pub struct StackedPart<'a> {
 }
 
 impl<'g> Weights<'g> {
-    /// The root of the checkpoint, for the blocks of a stack.
-    pub fn root(graph: &'g Graph, side: &'g Side, options: &'g Options) -> Weights<'g> {
-        Weights { graph, side, lowering: options.target.lowering(), options, path: String::new(), kept: None }
+    /// The root of the checkpoint, for the blocks of a stack. `role` says what a tensor is for.
+    pub fn root(
+        graph: &'g Graph,
+        stack: &'g Stack,
+        options: &'g Options,
+        role: fn(&str) -> Option<Role>,
+    ) -> Weights<'g> {
+        Weights { graph, stack, lowering: options.target.lowering(), options, role, path: String::new(), kept: None }
     }
 
     /// The place called `name` under this one.
@@ -70,7 +77,7 @@ impl<'g> Weights<'g> {
 
     /// The matrix `[out, in]` at this place, to be multiplied with.
     pub fn matrix(&self, shape: [usize; 2]) -> Matrix<'g> {
-        match self.options.quantization.of(&self.path) {
+        match self.quantization() {
             Some(blocks) => Matrix::Packed(self.packed(&self.source(&shape), shape, blocks)),
             None => Matrix::Plain(self.tensor(&shape)),
         }
@@ -83,7 +90,7 @@ impl<'g> Weights<'g> {
             (parts.iter()).map(|part| self.at(part.name).at("weight").part(vec![part.rows, input])).collect();
         let shape = [parts.iter().map(|part| part.rows).sum(), input];
         let at = self.at(name).at("weight");
-        let quantized = sources.iter().map(|part| self.options.quantization.of(&part.tensor)).collect::<Vec<_>>();
+        let quantized = parts.iter().map(|part| self.at(part.name).at("weight").quantization()).collect::<Vec<_>>();
         match quantized[0] {
             Some(blocks) if quantized.iter().all(|other| *other == Some(blocks)) => {
                 Matrix::Packed(at.packed(&sources, shape, blocks))
@@ -102,9 +109,8 @@ impl<'g> Weights<'g> {
     /// The quantized table `[n, k]` at this place, to be looked up in; none if it is not quantized. A table that is also the head
     /// has been packed for that, and is read under a second name in the shape that fits here. Rows must be whole blocks.
     pub fn packed_table(&self, [n, k]: [usize; 2]) -> Option<Packed<'g>> {
-        let quantization = &self.options.quantization;
         let is_head = self.path == self.options.vocabulary.head;
-        let blocks = if is_head { quantization.of(&self.path) } else { quantization.of_embedding(&self.path) };
+        let blocks = self.quantization().map(|blocks| if is_head { blocks } else { blocks.for_embedding() });
         // Standard operators would have to unpack the whole table.
         let blocks = blocks.filter(|blocks| k.is_multiple_of(blocks.size) && !self.is_signed())?;
         let (name, shape) = (format!("{}.rows", self.path), [n, k * usize::from(blocks.bits) / 8]);
@@ -118,7 +124,7 @@ impl<'g> Weights<'g> {
     /// # Panics
     /// If the matrix has 8 bits for a target that multiplies in 8 bits and x has no calibrated range.
     pub fn operand(&self, x: Value<'g>) -> Value<'g> {
-        match (&self.options.activations, self.options.quantization.of(&self.path)) {
+        match (&self.options.activations, self.quantization()) {
             (Activations::Observed, _) => {
                 self.graph.observe(&self.path, x);
                 x
@@ -144,7 +150,7 @@ impl<'g> Weights<'g> {
     /// The dtype that the matrix at this place is multiplied in. For int8 matrices with a scale per row, engine builders write the
     /// unscaled sums in this dtype and scale them afterwards: float16 would overflow.
     pub fn operand_dtype(&self) -> DType {
-        match self.options.quantization.of(&self.path) {
+        match self.quantization() {
             Some(Blocks { bits: 8, code: Code::Whole, .. }) if self.is_signed() => self.residual_dtype(),
             _ => self.dtype(),
         }
@@ -164,13 +170,18 @@ impl<'g> Weights<'g> {
     fn source(&self, shape: &[usize]) -> [Part; 1] {
         let mut shape = shape.to_vec();
         if self.kept.is_some() {
-            shape[0] = self.side.vocab_size;
+            shape[0] = self.stack.vocab_size;
         }
         [self.part(shape)]
     }
 
     fn part(&self, shape: Vec<usize>) -> Part {
         Part { tensor: self.path.clone(), shape, kept: self.kept.clone() }
+    }
+
+    /// How the matrix at this place is quantized, if it is.
+    fn quantization(&self) -> Option<Blocks> {
+        self.options.quantization.of(&self.path, (self.role)(&self.path))
     }
 
     fn is_signed(&self) -> bool {

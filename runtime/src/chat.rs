@@ -166,7 +166,7 @@ fn environment(source: String) -> Result<Environment<'static>, String> {
 /// and its reasoning by the names that templates know.
 fn message_of(at: usize, message: &Json) -> Result<Value, Error> {
     let Json::Object(message) = message else {
-        let found = t5gemma_graphs::config::shown(message);
+        let found = t5gemma_graphs::json::shown(message);
         return Err(Error::input(format!("messages[{at}]"), "an object with role and content", found));
     };
     let mut message: Map<String, Json> = message.clone().into_iter().filter(|(_, value)| !value.is_null()).collect();
@@ -181,7 +181,7 @@ fn message_of(at: usize, message: &Json) -> Result<Value, Error> {
 
 /// `chat_template`: one template, or several by name, of which `default` is meant.
 fn of_config(config: &Map<String, Json>) -> Result<Option<String>, String> {
-    let shown = t5gemma_graphs::config::shown;
+    let shown = t5gemma_graphs::json::shown;
     let default = match config.get("chat_template") {
         None | Some(Json::Null) => return Ok(None),
         Some(Json::String(template)) => return Ok(Some(template.clone())),

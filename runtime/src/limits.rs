@@ -7,7 +7,7 @@
 
 use std::ops::Range;
 
-use t5gemma_graphs::config::Side;
+use t5gemma_graphs::config::Stack;
 use t5gemma_graphs::interface::DType;
 
 use crate::batch::Batch;
@@ -49,9 +49,9 @@ pub(crate) struct Scratch {
 }
 
 impl Scratch {
-    pub(crate) fn of(side: &Side, dtype: DType) -> Scratch {
-        let of_token = (2 * side.intermediate_size + 5 * side.hidden_size) * dtype.size();
-        Scratch { of_token, of_pair: side.num_attention_heads * (DType::Float32.size() + dtype.size()) }
+    pub(crate) fn of(stack: &Stack, dtype: DType) -> Scratch {
+        let of_token = (2 * stack.intermediate_size + 5 * stack.hidden_size) * dtype.size();
+        Scratch { of_token, of_pair: stack.num_attention_heads * (DType::Float32.size() + dtype.size()) }
     }
 
     /// Bytes for rows of so many tokens, each of which attends to so many.
@@ -64,11 +64,11 @@ impl Scratch {
 /// The pieces in which an encoder takes a batch.
 pub(crate) fn pieces_to_encode(
     batch: &Batch,
-    (side, dtype): (&Side, DType),
+    (stack, dtype): (&Stack, DType),
     limits: &Limits,
     on_cpu: bool,
 ) -> Vec<Range<usize>> {
-    let (scratch, most) = (Scratch::of(side, dtype), limits.bytes(on_cpu));
+    let (scratch, most) = (Scratch::of(stack, dtype), limits.bytes(on_cpu));
     pieces(batch, limits, |rows, length| scratch.bytes(rows.len(), length, length) <= most)
 }
 

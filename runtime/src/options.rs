@@ -21,8 +21,8 @@ mod processor;
 mod unsupported;
 
 use serde_json::{Map, Value};
-use t5gemma_graphs::config::{TokenIds, shown};
-use t5gemma_graphs::json::parse;
+use t5gemma_graphs::config::TokenIds;
+use t5gemma_graphs::json::{parse, shown};
 
 pub use constraints::{PrefixAllowedTokens, Sequence};
 pub use error::{OptionError, OptionProblem};

@@ -318,13 +318,13 @@ fn configurations_that_are_not_implemented() {
             name: "a size below zero",
             fixture: "tiny-untied",
             change: |folder| set(folder, "config.json", &[("/decoder/head_dim", json!(-16))]),
-            says: &["config.json: decoder.head_dim: expected a whole number between 1 and", "found -16"],
+            says: &["config.json: decoder.head_dim: expected an integer between 1 and", "found -16"],
         },
         Case {
             name: "a size beyond any machine",
             fixture: "tiny-untied",
             change: |folder| set(folder, "config.json", &[("/decoder/hidden_size", json!(1e12))]),
-            says: &["config.json: decoder.hidden_size: expected a whole number between 1 and"],
+            says: &["config.json: decoder.hidden_size: expected an integer between 1 and"],
         },
         Case {
             name: "sizes of another model",

@@ -88,7 +88,7 @@ impl<'e> Prepared<'e> {
         let weights = weights::collect(&graphs.iter().collect::<Vec<_>>());
         rules::check_excluded(&export.quantization.exclude, &weights)?;
         let unused = match source {
-            Source::Checkpoint(checkpoint) => weights::check(&weights, checkpoint, &options.task)?,
+            Source::Checkpoint(checkpoint) => weights::check(&weights, checkpoint, &config, &options.task)?,
             Source::Dummy { .. } => Vec::new(),
         };
         weights::check_size(&weights).with_context(|| origin.clone())?;

@@ -4,12 +4,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::Value;
-use t5gemma_graphs::config::{Config, Side, cut};
+use t5gemma_graphs::config::{Config, Stack};
 use t5gemma_graphs::interface::{DType, Logits};
+use t5gemma_graphs::json::cut;
 use t5gemma_graphs::onnx::{Blocks, Code, Definition};
 use t5gemma_graphs::quantization::{self, Activations, Quantization};
 use t5gemma_graphs::task::{Features, Task};
-use t5gemma_graphs::{Options, Target, definitions};
+use t5gemma_graphs::{Capabilities, Options, Packing, Target, definitions};
 
 use super::Export;
 use crate::checkpoint::GENERATION_CONFIG;
@@ -19,16 +20,16 @@ use crate::weights::Weight;
 
 /// Refuses what does not go together, whatever the checkpoint.
 pub(super) fn check(export: &Export) -> Result<(), SettingError> {
-    let target = export.target;
-    let those = |suits: &dyn Fn(Target) -> bool| {
-        Target::ALL.into_iter().filter(|&target| suits(target)).map(Target::name).collect::<Vec<_>>().join(" or ")
+    let (target, dtype) = (export.target, export.dtype);
+    let requires_target = |setting, value: &str, suits: &dyn Fn(&Capabilities) -> bool| {
+        if suits(target.capabilities()) {
+            return Ok(());
+        }
+        let suited = Target::ALL.into_iter().filter(|target| suits(target.capabilities()));
+        let needed = suited.map(Target::name).collect::<Vec<_>>().join(" or ");
+        Err(requires(setting, value, Setting::Target, needed, target.name()))
     };
-    let requires_target = |setting, value: &str, suits: &dyn Fn(Target) -> bool| match suits(target) {
-        true => Ok(()),
-        false => Err(requires(setting, value, Setting::Target, those(suits), target.name())),
-    };
-    let dtype = export.dtype;
-    requires_target(Setting::Dtype, &dtype.to_string(), &|target| target.dtypes().contains(&dtype))?;
+    requires_target(Setting::Dtype, &dtype.to_string(), &|target| target.dtypes.contains(&dtype))?;
     for blocks in export.quantization.parts() {
         let Blocks { bits, size, .. } = blocks;
         if !matches!(bits, 4 | 8) {
@@ -38,22 +39,21 @@ pub(super) fn check(export: &Export) -> Result<(), SettingError> {
             return Err(SettingError::value(Setting::BlockSize, "16, 32, 64 or 128", size));
         }
         let is_float8 = blocks.code == Code::Float8E4M3FN;
-        requires_target(Setting::Quantization, blocks.name(), &|target| match is_float8 {
-            true => target == Target::TensorRt,
-            false => target.reads_packed(),
+        requires_target(Setting::Quantization, blocks.name(), &|target| {
+            if is_float8 { target.float8 } else { target.packing.is_some() }
         })?;
     }
     if export.plan.is_some() {
-        requires_target(Setting::Plan, "", &|target| target == Target::TensorRt)?;
+        requires_target(Setting::Plan, "", &|target| target.serving_plans)?;
     }
     if export.fits.is_some() && export.plan.is_none() {
         return Err(requires(Setting::Fits, "", Setting::Plan, "", ""));
     }
     if export.capacity.is_some() {
-        requires_target(Setting::Capacity, "", &Target::has_static_cache)?;
+        requires_target(Setting::Capacity, "", &|target| target.static_cache)?;
     }
     if export.activations == Activations::Observed {
-        requires_target(Setting::Observed, "", &|target| target == Target::Portable)?;
+        requires_target(Setting::Observed, "", &|target| target.observes_activations)?;
         if dtype != DType::Float32 {
             return Err(requires(Setting::Observed, "", Setting::Dtype, "float32", dtype.to_string()));
         }
@@ -61,20 +61,21 @@ pub(super) fn check(export: &Export) -> Result<(), SettingError> {
             return Err(requires(Setting::Observed, "", Setting::Alignment, "to be left out", ""));
         }
     }
-    if matches!(export.activations, Activations::Ranges(_)) {
-        requires_target(Setting::Ranges, "", &|target| target == Target::TensorRt)?;
+    let has_ranges = matches!(export.activations, Activations::Ranges(_));
+    if has_ranges {
+        requires_target(Setting::Ranges, "", &|target| target.quantizes_activations)?;
         let names: Vec<&str> = export.quantization.parts().map(|blocks| blocks.name()).collect();
         if !export.quantization.parts().any(|blocks| blocks.bits == 8) {
             return Err(requires(Setting::Ranges, "", Setting::Quantization, "int8 or fp8", names.join(", ")));
         }
     }
-    for blocks in export.quantization.parts().filter(|_| target.signs_packed()) {
-        if blocks.bits == 8 && !matches!(export.activations, Activations::Ranges(_)) {
+    for blocks in export.quantization.parts() {
+        if target.capabilities().quantizes_activations && blocks.bits == 8 && !has_ranges {
             let value = format!("{} with target {}", blocks.name(), target.name());
             return Err(requires(Setting::Quantization, &value, Setting::Ranges, "", ""));
         }
         if !blocks.symmetric {
-            requires_target(Setting::Asymmetric, "", &|target| target.reads_packed() && !target.signs_packed())?;
+            requires_target(Setting::Asymmetric, "", &|target| target.packing == Some(Packing::Blocks))?;
         }
     }
     Ok(())
@@ -137,14 +138,16 @@ pub(super) fn check_excluded(patterns: &[String], weights: &[Weight]) -> Result<
 /// Refuses sizes that do not fit the model.
 pub(super) fn check_sizes(export: &Export, config: &Config) -> Result<(), SettingError> {
     let Quantization { encoder, decoder, head, .. } = &export.quantization;
-    let widths = |side: &Side| [side.hidden_size, side.num_attention_heads * side.head_dim, side.intermediate_size];
+    let widths =
+        |stack: &Stack| [stack.hidden_size, stack.num_attention_heads * stack.head_dim, stack.intermediate_size];
     let (of_encoder, of_decoder) = (widths(&config.encoder), widths(&config.decoder));
     let across = [config.encoder.hidden_size];
+    let packing = export.target.capabilities().packing;
     for (blocks, widths) in
         [(encoder, &of_encoder[..]), (decoder, &of_decoder), (decoder, &across), (head, &of_decoder[..1])]
     {
         // Of 8 bits a row is a block.
-        let is_blocked = |blocks: &Blocks| export.target.signs_packed() && blocks.bits == 4;
+        let is_blocked = |blocks: &Blocks| packing == Some(Packing::Signed) && blocks.bits == 4;
         let Some(Blocks { size, .. }) = blocks.filter(is_blocked) else { continue };
         if let Some(width) = widths.iter().find(|width| !width.is_multiple_of(size)) {
             let expected = format!("a divisor of the matrices' widths for target {}", export.target.name());
@@ -231,7 +234,8 @@ pub(super) fn check_ranges(
     let refused = |expected: String, found: String| Err(SettingError::value(Setting::Ranges, expected, found));
     let observed = definitions(config, &Options { activations: Activations::Observed, ..options.clone() });
     let known: BTreeSet<&str> = observed.iter().flat_map(|graph| &graph.observed).map(String::as_str).collect();
-    let is_rounded = |name: &str| options.quantization.of(name).is_some_and(|blocks| blocks.bits == 8);
+    let role = config.family.tensors().role;
+    let is_rounded = |name: &str| options.quantization.of(name, role(name)).is_some_and(|blocks| blocks.bits == 8);
     for &name in known.iter().filter(|name| is_rounded(name)) {
         match ranges.get(name) {
             Some(range) if range.is_finite() && *range >= 0.0 => {}
@@ -251,7 +255,8 @@ pub(super) fn task(wanted: Option<Task>, config: &Config) -> Result<Task, Settin
     if !task.suits(config) {
         let mut suited = vec![Task::of(config).name(), Task::FeatureExtraction(Features::default()).name()];
         suited.dedup();
-        let expected = format!("{} for a checkpoint of {}", suited.join(" or "), config.architecture.name());
+        let expected =
+            format!("{} for a checkpoint of {}", suited.join(" or "), config.architecture.name(config.family));
         return Err(SettingError::value(Setting::Task, expected, task.name()));
     }
     let Task::FeatureExtraction(mut features) = task else { return Ok(task) };

@@ -46,7 +46,7 @@ impl Prepared<'_> {
             task: self.options.task.clone(),
             target: export.target.name().into(),
             dtype: export.dtype,
-            opset: export.target.opset(),
+            opset: export.target.capabilities().opset,
             encoder_window: export.encoder_window,
             side_by_side: self.options.reads_side_by_side(),
             logits: export.logits,
@@ -97,7 +97,7 @@ impl Prepared<'_> {
                 ports.outputs.push(interface::activation_ranges(graph.observed.len()));
                 observed.insert(name.to_string(), graph.observed.clone());
             }
-            let bytes = proto::encode(graph, export.target.opset(), |name| {
+            let bytes = proto::encode(graph, export.target.capabilities().opset, |name| {
                 let at = weights.tensors.iter().find(|tensor| tensor.name == name);
                 let at = at.expect("every weight of every graph has been written");
                 proto::Location { file: interface::WEIGHTS.into(), offset: at.offset, bytes: at.bytes }
@@ -118,10 +118,10 @@ impl Prepared<'_> {
         };
         let export = self.export;
         write("config.json", self.config_text.as_bytes())?;
-        if self.options.task.is_generation() && export.target.is_device() {
+        if self.options.task.is_generation() && export.target.capabilities().has_device_memory {
             let graph = reorder(&self.config, export.dtype);
             let no_weights = |name: &str| unreachable!("{name}: the graph has no weights");
-            write(interface::REORDER, &proto::encode(&graph, export.target.opset(), no_weights))?;
+            write(interface::REORDER, &proto::encode(&graph, export.target.capabilities().opset, no_weights))?;
         }
         if let Some(tokens) = &export.kept_tokens {
             let text = serde_json::to_string(tokens).context("tokens cannot be written as JSON")? + "\n";

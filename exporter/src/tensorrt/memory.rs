@@ -6,7 +6,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use t5gemma_graphs::Options;
-use t5gemma_graphs::config::{Config, Side};
+use t5gemma_graphs::config::{Config, Stack};
 use t5gemma_graphs::interface::{BATCH, CacheLayout, DType, SOURCE};
 use t5gemma_graphs::onnx::{Definition, Dim, ValueInfo};
 
@@ -126,7 +126,7 @@ impl Memory {
 }
 
 /// What a layer that is computed for whole sources needs at a time: its attention's scores, twice, and its feed-forward.
-fn scratch(side: &str, sizes: &Side, [sources, source]: [Factor; 2], number: Factor) -> Row {
+fn scratch(side: &str, sizes: &Stack, [sources, source]: [Factor; 2], number: Factor) -> Row {
     let scores = [sources, (sizes.num_attention_heads, "heads"), source, source];
     let wide = (2 * sizes.intermediate_size + 4 * sizes.hidden_size, "wide");
     let scores = [&scores[..], &[(DType::Float32.size() + number.0, "bytes")]].concat();

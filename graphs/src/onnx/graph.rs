@@ -191,6 +191,11 @@ impl Blocks {
         Blocks { code: Code::Float8E4M3FN, ..Blocks::whole(8, 128) }
     }
 
+    /// The same for a table that is only looked up: reading a few rows costs nothing, so they keep 8 bits.
+    pub fn for_embedding(self) -> Blocks {
+        Blocks { bits: 8, code: Code::Whole, ..self }
+    }
+
     /// The name of this way to hold numbers: `int4`, `int8` or `fp8`.
     pub fn name(self) -> &'static str {
         match (self.code, self.bits) {

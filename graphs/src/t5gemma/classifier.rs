@@ -4,6 +4,7 @@
 use super::decoder::{Memory, stack};
 use super::encoder::{self, Source};
 use super::features::last_true;
+use super::root;
 use crate::attention::cross_key_value;
 use crate::config::{Classifier, Config};
 use crate::interface::{self, CacheLayout};
@@ -21,17 +22,17 @@ pub fn classifier(config: &Config, options: &Options) -> Definition {
     let [ids, mask] = interface::inputs(&graph, &ports);
     let classifier = config.classifier.as_ref().expect("a classifier's configuration describes one");
 
-    let encoder = Weights::root(&graph, &config.encoder, options);
+    let encoder = root(&graph, &config.encoder, options);
     let source = Source::by_row(&graph, ids, mask);
     let hidden = encoder::states(&source, config.encoder.layers.len(), options, &encoder.at("model.encoder"));
     let (states, w) = if classifier.is_encoder_decoder {
-        let decoder = Weights::root(&graph, &config.decoder, options);
+        let decoder = root(&graph, &config.decoder, options);
         (read_again(hidden, &source, classifier, &decoder.at("model.decoder")), decoder)
     } else {
         (hidden, encoder)
     }; // [batch·source, hidden]
 
-    let (width, labels) = (w.side.hidden_size, classifier.labels.len());
+    let (width, labels) = (w.stack.hidden_size, classifier.labels.len());
     let scored = match options.task {
         Task::TextClassification => {
             let states = states.reshape(&[ids.dim(0), ids.dim(1), width.into()]);

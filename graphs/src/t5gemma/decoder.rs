@@ -49,7 +49,7 @@ pub fn stack<'g>(
     w: &Weights<'g>,
 ) -> (Value<'g>, Vec<LayerOutput<'g>>) {
     let (mut x, mut outputs) = (x, Vec::new());
-    for (i, &kind) in w.side.layers.iter().enumerate() {
+    for (i, &kind) in w.stack.layers.iter().enumerate() {
         let w = w.at(&format!("layers.{i}"));
         let output = layer(x, context, Layer { kind, memory: memory(i, &w), is_weighed: weighed.contains(&i) }, &w);
         x = output.x;
@@ -104,7 +104,7 @@ pub fn outputs<'g>(
 /// `softcap(head · norm(x))` in float32, `[rows, positions, tokens]`, of x `[rows·length, hidden]`; the tokens are those of the
 /// vocabulary, or those that are kept of it.
 fn logits<'g>(x: Value<'g>, tokens: &Tokens<'g>, which: Logits, norm: &Weights<'g>, head: &Weights<'g>) -> Value<'g> {
-    let (rows, hidden_size) = (&tokens.rows, head.side.hidden_size);
+    let (rows, hidden_size) = (&tokens.rows, head.stack.hidden_size);
     let (x, positions) = match which {
         Logits::All => (x, tokens.length.clone()),
         Logits::Last | Logits::Candidates(_) => {
@@ -114,9 +114,9 @@ fn logits<'g>(x: Value<'g>, tokens: &Tokens<'g>, which: Logits, norm: &Weights<'
     };
     let normed = rms_norm(x, norm);
     let _scope = head.scope();
-    let scored = head.kept().unwrap_or(head.side.vocab_size);
+    let scored = head.kept().unwrap_or(head.stack.vocab_size);
     let table = head.matrix([scored, hidden_size]);
-    let (x, cap) = (head.operand(normed.cast(head.operand_dtype())), head.side.final_logit_softcapping);
+    let (x, cap) = (head.operand(normed.cast(head.operand_dtype())), head.stack.final_logit_softcapping);
     head.lowering.logits(x, table, cap, [rows.clone(), positions])
 }
 

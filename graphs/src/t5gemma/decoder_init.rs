@@ -2,6 +2,7 @@
 //! source's, which are computed here once. A graph of its own so that no past of length zero is ever passed.
 
 use super::decoder::{Memory, outputs, stack};
+use super::root;
 use crate::attention::{cross_key_value, padding_mask};
 use crate::config::Config;
 use crate::interface::{self, CacheLayout};
@@ -9,7 +10,6 @@ use crate::nn::embedding;
 use crate::onnx::{Definition, Graph};
 use crate::options::Options;
 use crate::sequence::{Context, Tokens};
-use crate::weights::Weights;
 
 /// The graph of the first decoder step. With a cache of fixed capacity the first step is a cached one, and only the source's keys
 /// and values are left to be computed here.
@@ -25,7 +25,7 @@ fn first_step(config: &Config, options: &Options, cache: CacheLayout) -> Definit
     let ports = options.interface(config).decoder;
     let [mask, ids, hidden] = interface::inputs(&graph, &ports);
 
-    let root = Weights::root(&graph, &config.decoder, options);
+    let root = root(&graph, &config.decoder, options);
     let tokens = Tokens::from_start(&graph, ids);
     let context = Context { tokens, source_mask: padding_mask(mask), target_mask: None, cache };
     let x = embedding(ids, &root.at(&options.vocabulary.embedding));
@@ -45,7 +45,7 @@ fn source_only(config: &Config, options: &Options) -> Definition {
     let graph = Graph::new();
     let ports = options.interface(config).decoder;
     let [hidden] = interface::inputs(&graph, &ports);
-    let w = Weights::root(&graph, &config.decoder, options).at("model.decoder");
+    let w = root(&graph, &config.decoder, options).at("model.decoder");
     let source = |layer| cross_key_value(hidden, &w.at(&format!("layers.{layer}")).at("cross_attn"));
     let made = (0..config.decoder.layers.len()).map(source).flat_map(|source| [source.key, source.value]);
     interface::outputs(&graph, &ports, made.collect::<Vec<_>>().into_iter());

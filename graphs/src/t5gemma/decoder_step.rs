@@ -2,6 +2,7 @@
 //! number of new tokens, so that a draft can be verified or a prefix appended in one run.
 
 use super::decoder::{Memory, outputs, stack};
+use super::root;
 use crate::attention::padding_mask;
 use crate::config::Config;
 use crate::interface::{self, CacheLayout, PAST};
@@ -19,7 +20,7 @@ pub fn decoder_step(config: &Config, options: &Options) -> Definition {
     let (&[mask, ids], cached) = inputs.split_first_chunk().expect("a mask and ids come before the cache");
     let cache = options.cache(config);
 
-    let root = Weights::root(&graph, &config.decoder, options);
+    let root = root(&graph, &config.decoder, options);
     let (tokens, cached) = match cache {
         CacheLayout::Growing => (Tokens::after(&graph, &Dim::symbol(PAST), ids), cached),
         CacheLayout::InPlace | CacheLayout::Static(_) => {

@@ -1,5 +1,6 @@
 //! The encoder: source tokens → hidden states, `[batch, source, hidden]`.
 
+use super::root;
 use crate::attention::{bidirectional, padding_mask, window_mask};
 use crate::config::Config;
 use crate::interface;
@@ -15,7 +16,7 @@ pub fn encoder(config: &Config, options: &Options) -> Definition {
     let ports = options.interface(config).encoder;
     let [ids, mask] = interface::inputs(&graph, &ports);
 
-    let w = Weights::root(&graph, &config.encoder, options).at("model.encoder");
+    let w = root(&graph, &config.encoder, options).at("model.encoder");
     let source = Source::by_token(&graph, ids, mask, options);
     let hidden = states(&source, config.encoder.layers.len(), options, &w);
     interface::outputs(&graph, &ports, [hidden.reshape(&ports.outputs[0].shape)].into_iter());
@@ -52,14 +53,14 @@ impl<'g> Source<'g> {
 /// The output of the first `layers` layers, `[batch·source, hidden]`; normed if those are all.
 pub fn states<'g>(source: &Source<'g>, layers: usize, options: &Options, w: &Weights<'g>) -> Value<'g> {
     let mut x = embedding(source.ids, &w.at("embed_tokens.weight"));
-    for (i, &kind) in w.side.layers[..layers].iter().enumerate() {
+    for (i, &kind) in w.stack.layers[..layers].iter().enumerate() {
         let visible = match window_mask(&source.tokens, kind, options.encoder_window) {
             Some(window) => source.visible & window, // [batch, 1, 1, source, source]
             None => source.visible,
         };
         x = layer(x, &source.tokens, visible, &w.at(&format!("layers.{i}")));
     }
-    let is_last = layers == w.side.layers.len();
+    let is_last = layers == w.stack.layers.len();
     let x = if is_last { rms_norm(x, &w.at("norm")) } else { x };
     x.cast(w.dtype())
 }

@@ -2,12 +2,12 @@
 //! source. What is pooled is computed in float32, whatever the model is in.
 
 use super::encoder::{self, Source};
+use super::root;
 use crate::config::Config;
 use crate::interface;
 use crate::onnx::{DType, Definition, Graph, Value};
 use crate::options::Options;
 use crate::task::{Features, Pooling, Task};
-use crate::weights::Weights;
 
 /// The graph from source tokens to the states or the vector of each source.
 pub fn features(config: &Config, options: &Options, features: &Features) -> Definition {
@@ -15,7 +15,7 @@ pub fn features(config: &Config, options: &Options, features: &Features) -> Defi
     let ports = interface::model(config, options.dtype, &Task::FeatureExtraction(*features));
     let [ids, mask] = interface::inputs(&graph, &ports);
 
-    let w = Weights::root(&graph, &config.encoder, options).at("model.encoder");
+    let w = root(&graph, &config.encoder, options).at("model.encoder");
     let source = Source::by_token(&graph, ids, mask, options);
     let layers = features.layers(config).expect("the exporter has checked the number of the layer");
     let states = encoder::states(&source, layers, options, &w); // [batch·source, hidden]

@@ -3,7 +3,7 @@
 use std::fmt::Debug;
 
 use serde_json::Value;
-use t5gemma_graphs::config::shown;
+use t5gemma_graphs::json::shown;
 
 use super::{EarlyStopping, ExponentialDecay, OptionError, Sequence, SequenceBias};
 

@@ -1,7 +1,7 @@
 //! Generation options as JSON: a request's `options`, or a `generation_config.json`.
 
 use serde_json::{Map, Value};
-use t5gemma_graphs::config::shown;
+use t5gemma_graphs::json::shown;
 
 use super::unsupported::{Neutral, unsupported};
 use super::{GenerationOptions, OptionError, OptionProblem};

@@ -235,7 +235,7 @@ fn added(value: &Value, is_special: bool) -> Option<AddedToken> {
 }
 
 fn wrong(field: &str, expected: &str, found: &Value) -> String {
-    format!("{field}: expected {expected}, found {}", t5gemma_graphs::config::shown(found))
+    format!("{field}: expected {expected}, found {}", t5gemma_graphs::json::shown(found))
 }
 
 /// A JSON object that may be missing.

@@ -1,0 +1,67 @@
+//! The one place that tells families of models apart: each has its arm here, and everything else in a folder of its name. Above it
+//! nobody asks for the family; below it nobody knows that there are several.
+
+use crate::config::{Config, ConfigError, Family, Fields};
+use crate::onnx::Definition;
+use crate::options::Options;
+use crate::t5gemma;
+use crate::tensors::Tensors;
+
+impl Config {
+    /// Reads the text of a `config.json`.
+    ///
+    /// # Errors
+    /// The first field that is missing, malformed, contradictory, unknown or unsupported.
+    pub fn parse(json: &str) -> Result<Config, ConfigError> {
+        let mut top = Fields::parse(json)?;
+        let model_type = top.text("model_type")?;
+        match model_type.as_deref() {
+            None | Some("t5gemma") => t5gemma::config::parse(top),
+            Some(other) => {
+                let hint = match other {
+                    "t5gemma2" => " (T5Gemma 2 is another architecture)",
+                    "t5_gemma_module" => " (one stack of a T5Gemma; the whole model's config.json is needed)",
+                    _ => "",
+                };
+                let expected = Family::ALL.map(|family| format!("{:?}", family.name())).join(" or ");
+                Err(top.error("model_type", expected, format!("{other:?}{hint}")))
+            }
+        }
+    }
+}
+
+/// The graphs of the options' task, in the order of [`interface::parts`](crate::interface::parts).
+pub fn definitions(config: &Config, options: &Options) -> Vec<Definition> {
+    match config.family {
+        Family::T5Gemma => t5gemma::definitions(config, options),
+    }
+}
+
+impl Family {
+    /// The names of its tensors.
+    pub fn tensors(self) -> &'static Tensors {
+        match self {
+            Family::T5Gemma => &t5gemma::TENSORS,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_family_is_found_by_its_name_and_others_are_refused() {
+        let parsed = |model_type: &str| {
+            let layers = r#"{"num_hidden_layers": 1}"#;
+            Config::parse(&format!(r#"{{{model_type} "encoder": {layers}, "decoder": {layers}}}"#))
+        };
+        for family in Family::ALL {
+            let config = parsed(&format!("\"model_type\": {:?},", family.name())).expect("its own name");
+            assert_eq!(config.family, family);
+        }
+        assert_eq!(parsed("").expect("without a name").family, Family::T5Gemma);
+        let error = parsed("\"model_type\": \"t5gemma2\",").expect_err("another family").to_string();
+        assert_eq!(error, "model_type: expected \"t5gemma\", found \"t5gemma2\" (T5Gemma 2 is another architecture)");
+    }
+}

@@ -1,0 +1,39 @@
+//! How a family names the tensors of its checkpoints, and what each of them is for.
+
+use serde::{Deserialize, Serialize};
+
+/// What a tensor is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Role {
+    /// Looked up by source tokens.
+    EncoderEmbedding,
+    /// The encoder's layers and final norm.
+    Encoder,
+    /// Looked up by target tokens.
+    DecoderEmbedding,
+    /// The decoder's layers and final norm, but for those of [`Role::CrossKeyValue`].
+    Decoder,
+    /// A decoder's weight that is multiplied with the hidden states of the source rather than with states of the target.
+    CrossKeyValue,
+    /// Multiplied with the last hidden state, for logits.
+    Head,
+    /// Multiplied with hidden states, for the scores of labels.
+    Classifier,
+}
+
+/// The names of a family's tensors.
+#[derive(Debug)]
+pub struct Tensors {
+    /// The decoder's embedding, `[vocab_size, hidden_size]`: first its own name, then the tensors that stand for it, in this
+    /// order, where embeddings are tied and it is not stored.
+    pub decoder_embedding: &'static [&'static str],
+    /// The output head, `[vocab_size, hidden_size]`: as for the embedding.
+    pub head: &'static [&'static str],
+    /// The norm behind the decoder's last layer, `[hidden_size]`.
+    pub decoder_norm: &'static str,
+    /// What the names of both stacks' tensors begin with. The classes with a head put `model.` before it.
+    pub stacks: &'static [&'static str],
+    /// What a tensor is for, by its name in the classes with a head; none if the family has no such tensor.
+    pub role: fn(&str) -> Option<Role>,
+}
