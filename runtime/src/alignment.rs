@@ -183,7 +183,7 @@ mod tests {
                     let candidates = processors.candidates(&mut scores, &search);
                     attending.take(&candidates);
                     match search.advance_to_covered_ends(&candidates, &[], attending.endings()) {
-                        Progress::Turn => {}
+                        Progress::NextGroup => {}
                         Progress::Continue => break,
                         Progress::Done => break 'steps,
                     }

@@ -1,6 +1,5 @@
-//! `Batch`: the tokens of one request as a checked rectangle. A file of its own because both doors of the model, encoding
-//! and generation, take it, and because its rules need no model; what depends on a model's sizes is checked by
-//! [`Batch::check`], once, before anything runs.
+//! `Batch`: the tokens of one request as a checked rectangle, which encoding, generation and scoring take. Its rules need no model;
+//! those that depend on a model's sizes are checked by [`Batch::check`], once, before anything runs.
 
 use std::ops::Range;
 
@@ -10,25 +9,25 @@ use t5gemma_graphs::config::Config;
 use crate::draws::Draws;
 use crate::error::Error;
 
-/// Source rows of one length with their masks, and optionally the beginnings of their targets.
+/// Source rows of one length with their masks, and optionally decoder prompts.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Batch {
     rows: usize,
     length: usize,
     ids: Vec<i64>,
     mask: Vec<i64>,
-    /// How much of each row was given; what follows was put there to make the rows equally long.
+    /// The length of each row as it was given; the rest is padding added here.
     given: Vec<usize>,
-    /// What each row draws from where it samples, if it does not follow the options.
+    /// A seed for each row that does not sample with the seed of the options.
     seeds: Vec<Option<u64>>,
-    /// The place of each row in the batch that it was given in.
-    places: Vec<usize>,
+    /// The index of each row in the batch that it was given in.
+    indices: Vec<usize>,
     prompts: Option<Prompts>,
-    /// What the encoder makes of the sources, `[rows, length, hidden_size]`, where it is known already.
+    /// The encoder's hidden states of the sources, `[rows, length, hidden_size]`, if the caller has computed them.
     states: Option<Array3<f32>>,
 }
 
-/// The beginnings of the targets, `[rows, length]`.
+/// The decoder prompts, `[rows, length]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Prompts {
     pub length: usize,
@@ -36,12 +35,12 @@ pub(crate) struct Prompts {
 }
 
 impl Prompts {
-    /// Those of consecutive rows.
+    /// The prompts of consecutive rows.
     pub fn piece(&self, rows: Range<usize>) -> Prompts {
         Prompts { length: self.length, ids: self.ids[rows.start * self.length..rows.end * self.length].to_vec() }
     }
 
-    /// At least so many, the last of them again.
+    /// At least `rows` prompts; the last one is repeated.
     pub fn widened(mut self, rows: usize) -> Prompts {
         let missing = rows.saturating_sub(self.ids.len() / self.length);
         let last = self.ids[self.ids.len() - self.length..].repeat(missing);
@@ -51,7 +50,7 @@ impl Prompts {
 }
 
 impl Batch {
-    /// Makes a batch of sources of any lengths: each is padded on the right with `pad`, which the mask hides.
+    /// A batch of sources of any lengths, padded on the right with `pad`, which the mask hides.
     ///
     /// # Errors
     /// No source, or a source without a token.
@@ -70,9 +69,9 @@ impl Batch {
         Ok(Batch { given, ..Batch::flat(sources.len(), filled(|id| id, pad), filled(|_| 1, 0))? })
     }
 
-    /// Makes one batch of several that have no decoder prompts or all the same; shorter rows are padded on the right with `pad`, which the mask
-    /// hides and no logits processor sees, so that a row's result does not depend on its neighbours. A batch alone stays as
-    /// it is, prompts included.
+    /// Joins several batches, without decoder prompts or with the same one for all rows. Shorter rows are padded on the right with
+    /// `pad`, which the mask hides and no logits processor sees, so that a row's result does not depend on its neighbours. A single
+    /// batch is returned as it is, prompts included.
     ///
     /// # Errors
     /// No batch, or several whose decoder prompts differ.
@@ -80,14 +79,18 @@ impl Batch {
         if batches.len() == 1 {
             return Ok(batches.remove(0));
         }
-        // The start token is put before all prompts of a batch or before none: only for equal ones that is the same.
+        // The start token precedes all prompts of a batch or none, so that only equal prompts mean the same in a joined batch.
         let of_all = batches.iter().flat_map(|batch| match &batch.prompts {
             Some(prompts) if prompts.length > 0 => prompts.ids.chunks(prompts.length).map(Some).collect(),
             _ => vec![None; batch.rows],
         });
         let of_all: Vec<Option<&[i64]>> = of_all.collect();
         if of_all.windows(2).any(|pair| pair[0] != pair[1]) {
-            return Err(Error::input("decoder_input_ids", "the same for all rows of a joined batch", "others"));
+            return Err(Error::input(
+                "decoder_input_ids",
+                "the same prompt for all rows of a joined batch",
+                "different ones",
+            ));
         }
         let states = joined_states(&batches)?;
         let prompts = of_all.first().copied().flatten();
@@ -101,15 +104,15 @@ impl Batch {
         let mask = batches.iter().flat_map(|batch| wider(&batch.mask, batch.length, 0)).collect();
         let given = batches.iter().flat_map(|batch| batch.given.clone()).collect();
         let seeds = batches.iter().flat_map(|batch| batch.seeds.clone()).collect();
-        let places = batches.iter().flat_map(|batch| batch.places.clone()).collect();
+        let indices = batches.iter().flat_map(|batch| batch.indices.clone()).collect();
         let rows = batches.iter().map(|batch| batch.rows).sum();
-        Ok(Batch { given, seeds, places, prompts, states, ..Batch::flat(rows, ids, mask)? })
+        Ok(Batch { given, seeds, indices, prompts, states, ..Batch::flat(rows, ids, mask)? })
     }
 
-    /// Makes a batch of sources that are padded already, anywhere: a token takes part where its mask is not zero.
+    /// A batch of sources that are padded already, on any side: a token counts where its mask is not zero.
     ///
     /// # Errors
-    /// No source, a source without a token, rows of unequal lengths, a mask of another shape, or a row of which nothing takes part.
+    /// No source, a source without a token, rows of unequal lengths, a mask of another shape, or a row whose mask is all 0.
     pub fn masked<I: AsRef<[i64]>, M: AsRef<[i64]>>(ids: &[I], mask: &[M]) -> Result<Batch, Error> {
         check_rows(ids)?;
         let length = ids.first().map_or(0, |row| row.as_ref().len());
@@ -135,10 +138,10 @@ impl Batch {
         )
     }
 
-    /// Makes a batch of `rows` sources from the concatenation of their tokens and of their masks.
+    /// A batch of `rows` sources from the concatenation of their tokens and of their masks.
     ///
     /// # Errors
-    /// No source, rows without a token, lengths that do not divide into rows, or a row of which nothing takes part.
+    /// No source, rows without a token, lengths that are no multiple of `rows`, or a row whose mask is all 0.
     pub fn flat(rows: usize, ids: Vec<i64>, mask: Vec<i64>) -> Result<Batch, Error> {
         if rows == 0 {
             return Err(Error::input("input_ids", "at least one row", "none"));
@@ -159,13 +162,13 @@ impl Batch {
             return Err(Error::input(format!("attention_mask[{row}]"), "at least one entry that is not 0", "all 0"));
         }
         let mask = mask.into_iter().map(|visible| (visible != 0) as i64).collect();
-        let (given, seeds, places) = (vec![length; rows], vec![None; rows], (0..rows).collect());
-        Ok(Batch { rows, length, ids, mask, given, seeds, places, prompts: None, states: None })
+        let (given, seeds, indices) = (vec![length; rows], vec![None; rows], (0..rows).collect());
+        Ok(Batch { rows, length, ids, mask, given, seeds, indices, prompts: None, states: None })
     }
 
-    /// Gives the beginning of each row's target; generation continues it.
+    /// Sets the decoder prompt of each row, which generation continues.
     ///
-    /// The decoder's start token is put before all rows unless one of them begins with it, as in transformers.
+    /// The decoder's start token is prepended to all rows unless one of them begins with it, as in transformers.
     ///
     /// # Errors
     /// Not one row per source, or rows of unequal lengths.
@@ -189,14 +192,14 @@ impl Batch {
         Batch { seeds: vec![Some(seed); self.rows], ..self }
     }
 
-    /// Gives what the encoder made of these sources before, `[rows, length, hidden_size]` as [`Model::encode`] and
-    /// [`Encoder::encode`] return it: it is then not run for them. States of padding are not looked at.
+    /// Sets the encoder's hidden states of these sources, `[rows, length, hidden_size]` as [`Model::encode`] and
+    /// [`Encoder::encode`] return them, so that the encoder does not run. States of padding are ignored.
     ///
     /// [`Model::encode`]: crate::Model::encode
     /// [`Encoder::encode`]: crate::Encoder::encode
     ///
     /// # Errors
-    /// States of other rows or lengths.
+    /// States of another shape.
     pub fn with_encoder_outputs(self, states: Array3<f32>) -> Result<Batch, Error> {
         if states.shape()[..2] != [self.rows, self.length] {
             let expected = format!("states of {} rows of {} tokens, as input_ids has", self.rows, self.length);
@@ -205,12 +208,12 @@ impl Batch {
         Ok(Batch { states: Some(states), ..self })
     }
 
-    /// One row as it was given, without what made rows equally long and without a decoder prompt.
+    /// One row as it was given, without added padding and without its decoder prompt.
     pub(crate) fn alone(&self, row: usize) -> Batch {
         self.piece(row..row + 1)
     }
 
-    /// Consecutive rows, as long as the longest of them was given, without decoder prompts.
+    /// Consecutive rows without decoder prompts, as long as the longest of them was given.
     pub(crate) fn piece(&self, rows: Range<usize>) -> Batch {
         let length = self.given[rows.clone()].iter().copied().max().unwrap_or(0);
         let cut = |flat: &[i64]| -> Vec<i64> {
@@ -224,14 +227,14 @@ impl Batch {
             mask: cut(&self.mask),
             given: self.given[rows.clone()].to_vec(),
             seeds: self.seeds[rows.clone()].to_vec(),
-            places: self.places[rows.clone()].to_vec(),
+            indices: self.indices[rows.clone()].to_vec(),
             prompts: None,
             states,
         }
     }
 
-    /// A rectangle of at least so many rows and tokens, without decoder prompts: behind the tokens there is `pad`, which the mask
-    /// hides, and behind the rows the last of them again.
+    /// A batch of at least `rows` rows of at least `length` tokens, without decoder prompts: rows are padded on the right with `pad`,
+    /// which the mask hides, and the last row is repeated.
     pub(crate) fn widened(&self, rows: usize, length: usize, pad: i64) -> Batch {
         let (wide, long) = (rows.max(self.rows), length.max(self.length));
         let rows: Vec<usize> = (0..self.rows).chain(std::iter::repeat_n(self.rows - 1, wide - self.rows)).collect();
@@ -256,23 +259,23 @@ impl Batch {
             mask: filled(&self.mask, 0),
             given: rows.iter().map(|&row| self.given[row]).collect(),
             seeds: rows.iter().map(|&row| self.seeds[row]).collect(),
-            places: rows.iter().map(|&row| self.places[row]).collect(),
+            indices: rows.iter().map(|&row| self.indices[row]).collect(),
             prompts: None,
             states,
         }
     }
 
-    /// What the encoder makes of the sources, where it is known already.
+    /// The encoder's hidden states of the sources, if the caller has computed them.
     pub(crate) fn encoder_outputs(&self) -> Option<&Array3<f32>> {
         self.states.as_ref()
     }
 
-    /// What a row draws from, `seed` being that of the options.
+    /// The random numbers that a row samples with; `seed` is that of the options.
     pub(crate) fn draws(&self, row: usize, seed: u64) -> Draws {
         let (ids, mask) = (self.source(row), self.row_mask(row));
-        // Padding is no part of a source: wherever it stands, the same text draws the same.
+        // Padding is no part of a source: the same text gets the same numbers wherever its padding is.
         let visible = ids.iter().zip(mask).filter(|(_, visible)| **visible != 0).map(|(id, _)| *id);
-        Draws::new(self.seeds[row].unwrap_or(seed), self.places[row], visible)
+        Draws::new(self.seeds[row].unwrap_or(seed), self.indices[row], visible)
     }
 
     /// The number of sources.
@@ -295,7 +298,7 @@ impl Batch {
         &self.mask
     }
 
-    /// The tokens of one source as it was given: with padding of its own, without what made rows equally long.
+    /// The tokens of one source as it was given, without added padding.
     pub fn source(&self, row: usize) -> &[i64] {
         &self.ids[row * self.length..][..self.given[row]]
     }
@@ -305,7 +308,7 @@ impl Batch {
         &self.mask[row * self.length..][..self.given[row]]
     }
 
-    /// The beginnings of the targets, the start token included.
+    /// The decoder prompts, start token included.
     pub(crate) fn prompts(&self, start: i64) -> Prompts {
         match &self.prompts {
             None => Prompts { length: 1, ids: vec![start; self.rows] },
@@ -318,8 +321,7 @@ impl Batch {
         }
     }
 
-    /// Checks what depends on the model: that every token is of its vocabularies, the sources are not too long, and what
-    /// is known of them is of this encoder's width.
+    /// Checks what depends on the model: tokens against its vocabularies, the length of the sources, and the width of hidden states.
     pub(crate) fn check(&self, config: &Config) -> Result<(), Error> {
         let width = config.encoder.hidden_size;
         if let Some(found) = self.states.as_ref().map(|states| states.shape()[2]).filter(|&found| found != width) {
@@ -339,13 +341,17 @@ impl Batch {
     }
 }
 
-/// The states of batches that are joined, if they have any.
+/// The hidden states of joined batches, if they have any.
 fn joined_states(batches: &[Batch]) -> Result<Option<Array3<f32>>, Error> {
     let all: Vec<&Array3<f32>> = batches.iter().filter_map(|batch| batch.states.as_ref()).collect();
     let Some(first) = all.first() else { return Ok(None) };
     let width = first.shape()[2];
     if all.len() < batches.len() || all.iter().any(|states| states.shape()[2] != width) {
-        return Err(Error::input("encoder_outputs", "states of one width for all rows of a joined batch", "others"));
+        return Err(Error::input(
+            "encoder_outputs",
+            "states of one width for all rows of a joined batch",
+            "states of other widths or none",
+        ));
     }
     let length = batches.iter().map(|batch| batch.length).max().unwrap_or(0);
     let mut joined = Array3::zeros([batches.iter().map(|batch| batch.rows).sum(), length, width]);
@@ -433,7 +439,7 @@ mod tests {
         assert_eq!(empty.expect("an empty prompt is none").prompts(2), Prompts { length: 1, ids: vec![2, 2] });
         for other in [batch(&[7]), batch(&[2, 8]), Batch::padded(&[[9]], 0).expect("well-formed")] {
             let message = error(Batch::joined(vec![batch(&[7, 8]), other], 0));
-            assert!(message.starts_with("decoder_input_ids: expected the same for all rows"), "{message}");
+            assert!(message.starts_with("decoder_input_ids: expected the same prompt for all rows"), "{message}");
         }
     }
 

@@ -1,5 +1,5 @@
-//! How large the numbers become that a model's matrices are multiplied with, on given sources and on what the model makes of
-//! them: what an export needs that computes in 8 bits.
+//! `Calibration`: the ranges of the activations that a model's matrices are multiplied with, on given sources and on the targets that
+//! the model generates for them. An export that computes in 8 bits needs them.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -13,10 +13,10 @@ use crate::error::Error;
 use crate::model::Model;
 use crate::options::GenerationConfig;
 
-/// Collects ranges, source by source.
+/// Collects activation ranges, source by source.
 pub struct Calibration<'m> {
     observed: Observed<'m>,
-    /// Of each matrix the greatest absolute number in each source.
+    /// For each matrix the largest absolute activation in each source.
     found: BTreeMap<String, Vec<f32>>,
     texts: usize,
 }
@@ -28,19 +28,19 @@ enum Observed<'m> {
 }
 
 impl<'m> Calibration<'m> {
-    /// Nothing so far, of a model that generates.
+    /// Starts the calibration of a model that generates.
     ///
     /// # Errors
-    /// A model that was not exported to be observed.
+    /// A model that was not exported with observers.
     pub fn new(model: &'m Model) -> Result<Calibration<'m>, Error> {
         check(model.manifest(), model.path())?;
         Ok(Calibration { observed: Observed::Model(model), found: BTreeMap::new(), texts: 0 })
     }
 
-    /// Nothing so far, of an encoder or a classifier.
+    /// Starts the calibration of an encoder or a classifier.
     ///
     /// # Errors
-    /// A model that was not exported to be observed, or one that generates, of which the encoder is a part only.
+    /// A model that was not exported with observers, or one that generates, whose decoder would be missing.
     pub fn of_encoder(encoder: &'m Encoder) -> Result<Calibration<'m>, Error> {
         check(encoder.manifest(), encoder.path())?;
         let task = &encoder.manifest().task;
@@ -52,11 +52,10 @@ impl<'m> Calibration<'m> {
         Ok(Calibration { observed: Observed::Encoder(encoder), found: BTreeMap::new(), texts: 0 })
     }
 
-    /// Observes the sources of a batch, each alone, of a model that generates with the targets that it makes of them; the
-    /// options are for these.
+    /// Observes each source of a batch alone and, for a model that generates, the target that it generates for it by `options`.
     ///
     /// # Errors
-    /// What [`Model::generate`] or [`Encoder::encode`] can fail by; numbers that are not finite.
+    /// As [`Model::generate_batch`] or [`Encoder::encode`]; activations that are not finite.
     pub fn add(&mut self, batch: &Batch, options: &GenerationConfig, cancel: &Cancellation) -> Result<(), Error> {
         for row in 0..batch.rows() {
             let alone = batch.alone(row);
@@ -75,14 +74,14 @@ impl<'m> Calibration<'m> {
         Ok(())
     }
 
-    /// The ranges: of each matrix the percentile of what was found in the sources, 100 for the greatest.
+    /// The range of each matrix: a percentile over the sources, 100 for the maximum.
     pub fn ranges(self, percentile: f64) -> ActivationRanges {
         let ranges = self.found.into_iter().map(|(name, found)| (name, at_percentile(found, percentile))).collect();
         ActivationRanges { texts: self.texts, percentile, ranges }
     }
 }
 
-/// The ranges of a source and of the target that the model makes of it.
+/// The ranges of a source and of the target that the model generates for it.
 fn of_model(
     model: &Model,
     alone: &Batch,
@@ -97,16 +96,16 @@ fn of_model(
 }
 
 fn check(manifest: &Manifest, folder: &Path) -> Result<(), Error> {
-    match manifest.observed.is_empty() {
-        false => Ok(()),
-        true => Err(Error::Unsupported {
-            what: format!("{}: its graphs observe nothing", folder.display()),
-            remedy: "export the model with --observe".into(),
-        }),
+    if !manifest.observed.is_empty() {
+        return Ok(());
     }
+    Err(Error::Unsupported {
+        what: format!("{}: its graphs do not return activation ranges", folder.display()),
+        remedy: "export the model with --observe".into(),
+    })
 }
 
-/// The least number that `percentile` of a hundred are not above.
+/// The smallest number that is at least as large as `percentile` percent of the numbers.
 fn at_percentile(mut found: Vec<f32>, percentile: f64) -> f32 {
     found.sort_by(f32::total_cmp);
     let place = (found.len() as f64 * percentile / 100.0).ceil() as usize;

@@ -1,8 +1,8 @@
-//! `ChatTemplate`: turns of a conversation as the text that an instruction-tuned checkpoint was trained on. The only user
-//! of minijinja; a template is text in, text out, and knows no tokens.
+//! `ChatTemplate`: renders a conversation as the text that an instruction-tuned checkpoint was trained on. The only user of
+//! minijinja; text in, text out, no tokens.
 //!
-//! Templates are Jinja as transformers runs it: blocks trimmed, Python's methods of strings and dictionaries, `tojson` as
-//! Python writes JSON, `raise_exception`, and the named special tokens as variables.
+//! Templates are Jinja as transformers runs it: trimmed blocks, Python's methods of strings and dictionaries, `tojson` with Python's
+//! formatting, `raise_exception`, and the named special tokens as variables.
 
 mod python;
 mod source;
@@ -23,27 +23,27 @@ use crate::tokenizer::{Settings, read_text};
 /// A checkpoint's chat template.
 pub struct ChatTemplate {
     environment: Environment<'static>,
-    /// `bos_token` and its like, with their text.
+    /// The names and texts of the named special tokens, such as `bos_token`.
     special_tokens: Vec<(String, String)>,
     /// The file it was read from.
     path: PathBuf,
 }
 
 const TEMPLATE_FILE: &str = "chat_template.jinja";
-/// A folder of further templates by name; the one without a name may be in it as `default`.
+/// A folder of further templates by name; the unnamed one may be in it as `default`.
 const MORE_TEMPLATES: &str = "additional_chat_templates";
-/// Where processors, which transformers has for models of more than text, keep it.
+/// Where transformers' processors of multimodal models keep it.
 const PROCESSOR_FILE: &str = "chat_template.json";
-/// The name that the environment knows the template by, and the library's in errors.
+/// The name of the template in the environment, and that of the library in errors.
 const NAME: &str = "chat_template";
 const LIBRARY: &str = "minijinja";
-/// Instructions that rendering may take, or [`python::BYTES`] of text for each: far more than any template needs, and less than
-/// a second's worth.
+/// Limit on the instructions of a rendering, each worth [`python::BYTES`] of text: far more than any template needs, and less than a
+/// second.
 const FUEL: u64 = 2_000_000;
-/// The stack to render on: values that hold values are dropped, compared and written by calls within calls, as deep as
-/// the fuel lets them become. Pages that are not touched cost nothing.
+/// The stack for rendering: nested values are dropped, compared and written recursively, as deep as the fuel allows. Untouched pages
+/// cost nothing.
 const STACK: usize = 512 << 20;
-/// What a message's reasoning may be called; transformers gives it to templates by the first two.
+/// Names of a message's reasoning; transformers passes it to templates by the first two.
 const REASONING: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
 
 impl ChatTemplate {
@@ -51,7 +51,7 @@ impl ChatTemplate {
     /// `tokenizer_config.json`; where there is neither, that of `chat_template.json`.
     ///
     /// # Errors
-    /// The folder has none, or one that is not a template.
+    /// The folder has none, or one that cannot be parsed.
     pub fn open(folder: impl AsRef<Path>) -> Result<ChatTemplate, Error> {
         let folder = folder.as_ref();
         let at = |name: &str| folder.join(name);
@@ -65,7 +65,7 @@ impl ChatTemplate {
             }
         }
         if more.is_dir() {
-            let problem = "expected a template for conversations, default.jinja, here or chat_template.jinja above, found neither";
+            let problem = "expected default.jinja here, or chat_template.jinja in the folder above, found neither";
             return Err(Error::File { path: more, problem: problem.into() });
         }
         for path in [config_path.clone(), at(PROCESSOR_FILE)] {
@@ -80,27 +80,26 @@ impl ChatTemplate {
                 return ChatTemplate::parse(&source, &settings, path);
             }
         }
-        let problem = "chat_template: expected a template, here or in chat_template.jinja, found none: \
-                       the checkpoint takes plain text";
+        let problem = "chat_template: expected a template here or in chat_template.jinja, found none (the checkpoint takes \
+                       plain text)";
         Err(Error::File { path: config_path, problem: problem.into() })
     }
 
     fn parse(source: &str, settings: &Settings, path: PathBuf) -> Result<ChatTemplate, Error> {
         let wrong = |problem: String| Error::File { path: path.clone(), problem: format!("chat_template: {problem}") };
         let source = source::prepared(source).map_err(wrong)?;
-        let parsed = apart(|| foreign::call(LIBRARY, || environment(source)).flatten()).flatten();
+        let parsed = on_large_stack(|| foreign::call(LIBRARY, || environment(source)).flatten()).flatten();
         let named = settings.named.iter();
         let special_tokens = named.map(|(name, token)| (name.clone(), token.content.clone())).collect();
         Ok(ChatTemplate { environment: parsed.map_err(wrong)?, special_tokens, path })
     }
 
-    /// Writes a conversation, and the beginning of the answer to it, as the text that the model continues: to be tokenized
-    /// by [`Tokenizer::encode_target`](crate::Tokenizer::encode_target), because the template writes special
-    /// tokens itself. A message is an object whose fields are the template's, `role` and `content` as a rule; those that are
-    /// null are left out.
+    /// Renders a conversation and the beginning of the answer as the text that the model continues. Tokenize it with
+    /// [`Tokenizer::encode_target`](crate::Tokenizer::encode_target), because the template writes special tokens itself. A message is
+    /// an object with the fields that the template uses, usually `role` and `content`; fields that are null are dropped.
     ///
     /// # Errors
-    /// Messages that are no objects, or that the template refuses.
+    /// No messages, messages that are no objects, or that the template refuses.
     pub fn apply(&self, messages: &[Json]) -> Result<String, Error> {
         if messages.is_empty() {
             return Err(Error::input("messages", "at least one message", "none"));
@@ -114,25 +113,25 @@ impl ChatTemplate {
             ("documents", Value::from(())),
         ];
         context.extend(self.special_tokens.iter().map(|(name, text)| (name.as_str(), Value::from(text.as_str()))));
-        let template = self.environment.get_template(NAME).expect("added when it was read");
-        let render = || template.render(Value::from_pairs(context)).map_err(|error| told(&error));
-        apart(|| foreign::call(LIBRARY, render).flatten()).flatten().map_err(|found| {
+        let template = self.environment.get_template(NAME).expect("`environment` adds it");
+        let render = || template.render(Value::from_pairs(context)).map_err(|error| described(&error));
+        on_large_stack(|| foreign::call(LIBRARY, render).flatten()).flatten().map_err(|found| {
             let expected = format!("a conversation that the template of {} takes", self.path.display());
             Error::input("messages", expected, found)
         })
     }
 }
 
-/// Does something on a thread with [`STACK`].
-fn apart<T: Send>(work: impl FnOnce() -> T + Send) -> Result<T, String> {
+/// Runs `work` on a thread with a stack of [`STACK`] bytes.
+fn on_large_stack<T: Send>(work: impl FnOnce() -> T + Send) -> Result<T, String> {
     thread::scope(|scope| {
         let started = thread::Builder::new().name("t5gemma-chat".into()).stack_size(STACK).spawn_scoped(scope, work);
-        let started = started.map_err(|error| format!("no thread to render it on: {error}"))?;
-        started.join().map_err(|_| "its rendering ended".to_string())
+        let started = started.map_err(|error| format!("cannot start a thread to render it: {error}"))?;
+        started.join().map_err(|_| "rendering ended without a result".to_string())
     })
 }
 
-/// What renders a template.
+/// The environment that renders a template.
 fn environment(source: String) -> Result<Environment<'static>, String> {
     let mut environment = Environment::new();
     let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
@@ -154,16 +153,16 @@ fn environment(source: String) -> Result<Environment<'static>, String> {
         Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
     });
     environment.add_function("strftime_now", python::strftime_now);
-    // Jinja's take their items one by one, the companion's as a list.
+    // Jinja's take their items as arguments, those of minijinja-contrib as a list.
     environment.add_function("cycler", |items: Rest<Value>| globals::cycler(items.0));
     environment
         .add_function("joiner", |mark: Option<Value>| globals::joiner(Some(mark.unwrap_or_else(|| ", ".into()))));
-    environment.add_template_owned(NAME, source).map_err(|error| told(&error))?;
+    environment.add_template_owned(NAME, source).map_err(|error| described(&error))?;
     Ok(environment)
 }
 
-/// A message as transformers gives it to templates: without fields that are null, which templates take for something,
-/// and its reasoning by the names that templates know.
+/// A message as transformers passes it to templates: without fields that are null, which templates would treat as given, and with its
+/// reasoning under the names that templates use.
 fn message_of(at: usize, message: &Json) -> Result<Value, Error> {
     let Json::Object(message) = message else {
         let found = t5gemma_graphs::json::shown(message);
@@ -171,15 +170,15 @@ fn message_of(at: usize, message: &Json) -> Result<Value, Error> {
     };
     let mut message: Map<String, Json> = message.clone().into_iter().filter(|(_, value)| !value.is_null()).collect();
     if let Some(reasoning) = REASONING.iter().find_map(|name| message.get(*name)).cloned() {
-        // The order of its fields is what a template sees that writes a message whole.
+        // The order of fields matters to templates that write a message as a whole.
         let first = Map::from_iter([(REASONING[1].to_string(), reasoning.clone())]);
         message = first.into_iter().chain(message).collect();
         message.insert(REASONING[0].into(), reasoning);
     }
-    Ok(serde_json::from_value(Json::Object(message)).expect("a template's values are more than JSON's"))
+    Ok(serde_json::from_value(Json::Object(message)).expect("every JSON value is a template value"))
 }
 
-/// `chat_template`: one template, or several by name, of which `default` is meant.
+/// `chat_template`: one template, or several by name, of which `default` is used.
 fn of_config(config: &Map<String, Json>) -> Result<Option<String>, String> {
     let shown = t5gemma_graphs::json::shown;
     let default = match config.get("chat_template") {
@@ -194,15 +193,15 @@ fn of_config(config: &Map<String, Json>) -> Result<Option<String>, String> {
     match default {
         Some(Json::String(template)) => Ok(Some(template.clone())),
         Some(other) => Err(format!("chat_template: default: expected text, found {}", shown(other))),
-        None => Err("chat_template: expected one that is named default, found none".into()),
+        None => Err("chat_template: expected a template named default, found none".into()),
     }
 }
 
-/// What went wrong and in which line, without the source around it.
-fn told(error: &minijinja::Error) -> String {
+/// The problem and its line, without the source around it.
+fn described(error: &minijinja::Error) -> String {
     let what = match error.kind() {
         ErrorKind::OutOfFuel => format!(
-            "that it takes more fuel than the {FUEL} units there are, one for a step or {} bytes of text",
+            "that it needs more than {FUEL} units of fuel (one for each step, and for {} bytes of text)",
             python::BYTES
         ),
         kind => error.detail().map_or_else(|| kind.to_string(), str::to_string),

@@ -1,6 +1,5 @@
-//! Random numbers by position: each is a function of a seed and of where it is used, never of what was drawn before it.
-//! Neighbours in a batch, the number of threads and the order of work therefore cannot change what a request draws.
-//! Standard library only.
+//! Counter-based random numbers: each is a function of a seed and of the position it is used at, never of earlier draws.
+//! Neighbours in a batch, the number of threads and the order of work therefore cannot change the draws of a request.
 
 use std::hash::{BuildHasher, Hasher, RandomState};
 

@@ -9,7 +9,7 @@ use t5gemma_graphs::config::ConfigError;
 use t5gemma_graphs::manifest::KEPT_TOKENS;
 
 use crate::options::OptionError;
-use crate::scores::Fault;
+use crate::scores::InvalidScores;
 
 /// What the runtime reports instead of an answer.
 #[derive(Clone, Debug)]
@@ -108,7 +108,7 @@ pub enum Error {
         /// The model's element type, which decides what helps.
         dtype: t5gemma_graphs::interface::DType,
         /// The processor and what it wrote, if it was not the model.
-        processor: Option<Fault>,
+        processor: Option<InvalidScores>,
     },
     /// A constraint that cannot be followed: a grammar became too complex, or `prefix_allowed_tokens` returned what it may not.
     Constraint {

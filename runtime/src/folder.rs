@@ -23,8 +23,8 @@ use crate::batch::Batch;
 use crate::error::Error;
 use crate::limits::Limits;
 use crate::profiles::{self, Profiles};
-use crate::scores::Kept;
 use crate::tokenizer;
+use crate::vocabulary_subset::VocabularySubset;
 
 /// The model's own options for generation, the one file that is not sealed.
 const GENERATION_CONFIG: &str = "generation_config.json";
@@ -45,7 +45,7 @@ pub(crate) struct Folder {
     /// What is not as it was exported and yet accepted, in sentences.
     pub warnings: Vec<String>,
     /// The tokens that the decoder graphs have logits of, if not of all.
-    pub kept: Option<Arc<Kept>>,
+    pub vocabulary_subset: Option<Arc<VocabularySubset>>,
     /// The sizes that it was planned for, if it was.
     pub profiles: Option<Profiles>,
     /// The weights file, mapped once for all graphs.
@@ -96,10 +96,10 @@ impl Folder {
             }
             (!of_config.is_empty()).then(|| Value::Object(of_config).to_string())
         });
-        let kept = kept_tokens(path, &manifest, &config)?.map(Arc::new);
+        let vocabulary_subset = vocabulary_subset(path, &manifest, &config)?.map(Arc::new);
         let profiles = Profiles::read(path, &manifest)?;
         let path = path.to_path_buf();
-        Ok(Folder { path, manifest, config, generation_config, warnings, kept, profiles, weights: map })
+        Ok(Folder { path, manifest, config, generation_config, warnings, vocabulary_subset, profiles, weights: map })
     }
 
     /// Checks what of a batch depends on the model: see [`Batch::check`], and that its sources are as long as was planned.
@@ -203,7 +203,7 @@ fn generation_config(folder: &Path, manifest: &Manifest, warnings: &mut Vec<Stri
 }
 
 /// The tokens of a model that keeps only some, as many as the manifest says.
-fn kept_tokens(folder: &Path, manifest: &Manifest, config: &Config) -> Result<Option<Kept>, Error> {
+fn vocabulary_subset(folder: &Path, manifest: &Manifest, config: &Config) -> Result<Option<VocabularySubset>, Error> {
     let (Some(count), vocab_size) = (manifest.kept_tokens, config.decoder.vocab_size as i64) else { return Ok(None) };
     let path = folder.join(KEPT_TOKENS);
     if !manifest.files.contains_key(KEPT_TOKENS) {
@@ -216,7 +216,7 @@ fn kept_tokens(folder: &Path, manifest: &Manifest, config: &Config) -> Result<Op
         let expected = format!("{count} ids below {vocab_size}, ascending");
         return Err(mismatch(path, "tokens", expected, format!("{} ids, not all of them so", tokens.len())));
     }
-    Ok(Some(Kept::new(tokens)))
+    Ok(Some(VocabularySubset::new(tokens)))
 }
 
 /// The path of a file of the folder. A manifest names files of its own folder only.

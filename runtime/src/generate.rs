@@ -13,7 +13,7 @@ use crate::model::Model;
 use crate::needs::{Need, pieces_to_decode};
 use crate::options::GenerationConfig;
 use crate::search::Search;
-use crate::stop::Stops;
+use crate::stop::StoppingCriteria;
 
 /// Is shown the tokens of a generation as they are chosen. `()` shows them to no one; closures are watches.
 pub trait Streamer {
@@ -77,7 +77,7 @@ pub(crate) fn generate(
     cancel: &Cancellation,
 ) -> Result<Vec<Vec<Hypothesis>>, Error> {
     // The time that constraints take to compile counts.
-    let stops = Arc::new(Stops::new(options));
+    let stops = Arc::new(StoppingCriteria::new(options));
     let call = Call::new(model, batch, options, cancel)?;
     cancel.check()?;
     let pieces = pieces_to_decode(model, &call.batch, call.prompts.length, |row| Need::of(&call, row));

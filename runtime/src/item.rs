@@ -10,7 +10,7 @@ use t5gemma_kernels::{LogitsRequest, LogitsStatsView};
 use crate::alignment::Attending;
 use crate::batch::{Batch, Prompts};
 use crate::cancellation::Cancellation;
-use crate::constraint::{Constraint, Walk};
+use crate::constraint::{Constraint, ConstraintState};
 use crate::draws::Draws;
 use crate::error::Error;
 use crate::hypothesis::Hypothesis;
@@ -18,10 +18,11 @@ use crate::logits::Said;
 use crate::logprobs::Trace;
 use crate::model::Model;
 use crate::options::{GenerationConfig, OptionError};
-use crate::scores::{Kept, Processors};
+use crate::scores::Processors;
 use crate::search::{Progress, Search};
-use crate::speculation::Lookup;
-use crate::stop::Stops;
+use crate::speculation::PromptLookup;
+use crate::stop::StoppingCriteria;
+use crate::vocabulary_subset::VocabularySubset;
 
 /// Begins the search for one source row at a decoder prompt.
 pub(crate) type Start = fn(&GenerationConfig, &[i64]) -> Search;
@@ -34,7 +35,7 @@ pub(crate) struct Call {
     /// How long a target may become, prompt included.
     pub max_length: usize,
     constraint: Option<Arc<Constraint>>,
-    kept: Option<Arc<Kept>>,
+    vocabulary_subset: Option<Arc<VocabularySubset>>,
     seed: u64,
 }
 
@@ -47,8 +48,8 @@ impl Call {
         let (longest, limit) = model.longest_target();
         let options = &options.clone().clipped_to(longest, prompts.length);
         options.check(decoder.vocab_size, prompts.length)?;
-        if let Some(kept) = model.kept() {
-            options.check_kept(kept)?;
+        if let Some(subset) = model.vocabulary_subset() {
+            options.check_subset(subset)?;
         }
         if let Some(profiles) = model.profiles() {
             profiles.check_targets(prompts.length, options.num_beams, options.num_return_sequences)?;
@@ -86,19 +87,19 @@ impl Call {
                 return Err(model.tells_no_attentions(option, neutral, &found).into());
             }
         }
-        let constraint = Constraint::new(model.constraint_compiler(), options, prompts.length, cancel)?;
+        let constraint = model.constraint_compiler().compile(options, prompts.length, cancel)?;
         if !options.stop_strings.is_empty() {
             model.tokenizer()?;
         }
         let seed = options.seed.unwrap_or_else(Draws::random_seed);
-        let kept = model.kept().cloned();
+        let vocabulary_subset = model.vocabulary_subset().cloned();
         Ok(Call {
             batch: batch.clone(),
             prompts,
             options: Arc::new(options.clone()),
             max_length,
             constraint,
-            kept,
+            vocabulary_subset,
             seed,
         })
     }
@@ -109,37 +110,38 @@ impl Call {
     }
 
     /// Begins a row.
-    pub fn item(&self, row: usize, search: Start, stops: &Arc<Stops>) -> Item {
+    pub fn item(&self, row: usize, search: Start, stops: &Arc<StoppingCriteria>) -> Item {
         let (options, source) = (&self.options, self.batch.source(row));
-        let walk = self.constraint.as_ref().map(|constraint| Arc::new(Walk::new(constraint, row)));
+        let constraint = self.constraint.as_ref().map(|constraint| Arc::new(ConstraintState::new(constraint, row)));
         // Which hypotheses are the best is for the constraint to say, so a search with beams has to give all that it has.
-        let of_search = match &walk {
+        let of_search = match &constraint {
             Some(_) if options.num_beams > 1 => {
                 &GenerationConfig { num_return_sequences: options.num_beams, ..(**options).clone() }
             }
             _ => &**options,
         };
         let mut processors = Processors::new(options, source, self.prompts.length);
-        if let Some(walk) = &walk {
-            processors = processors.limited(walk.clone());
+        if let Some(constraint) = &constraint {
+            processors = processors.filtered_by(constraint.clone());
         }
-        let (mut kept, sees_all) = (self.kept.clone(), options.output_logprobs || processors.see_all());
-        if let Some(kept) = kept.take_if(|_| !sees_all) {
-            processors = processors.keeping(kept);
+        let mut scatter_by = self.vocabulary_subset.clone();
+        let needs_full_rows = options.output_logprobs || processors.need_full_rows();
+        if let Some(subset) = scatter_by.take_if(|_| !needs_full_rows) {
+            processors = processors.for_subset(subset);
         }
         Item {
             row,
             search: search(of_search, self.prompt(row)).drawing(self.batch.draws(row, self.seed)),
             processors,
-            spread: kept,
+            scatter_by,
             shown: 0,
             trace: options.output_logprobs.then(|| Trace::new(options.top_logprobs)),
             attending: Attending::new(options, self.batch.row_mask(row)),
             lookup: options.prompt_lookup_num_tokens.map(|tokens| {
                 let ngram_size = options.max_matching_ngram_size.unwrap_or(2);
-                Lookup::new(source, tokens, ngram_size)
+                PromptLookup::new(source, tokens, ngram_size)
             }),
-            walk,
+            constraint,
             stops: stops.clone(),
             options: options.clone(),
         }
@@ -152,10 +154,10 @@ pub(crate) struct Item {
     pub row: usize,
     pub search: Search,
     /// With `prompt_lookup_num_tokens`.
-    pub lookup: Option<Lookup>,
+    pub lookup: Option<PromptLookup>,
     processors: Processors,
     /// Of a model that keeps some tokens only, where whole rows are looked at.
-    spread: Option<Arc<Kept>>,
+    scatter_by: Option<Arc<VocabularySubset>>,
     /// Tokens of the first hypothesis that were shown.
     shown: usize,
     /// With `output_logprobs`.
@@ -163,17 +165,17 @@ pub(crate) struct Item {
     /// With `output_attentions` or `coverage_penalty`.
     attending: Option<Attending>,
     /// With constraints.
-    walk: Option<Arc<Walk>>,
-    stops: Arc<Stops>,
+    constraint: Option<Arc<ConstraintState>>,
+    stops: Arc<StoppingCriteria>,
     options: Arc<GenerationConfig>,
 }
 
 impl Item {
     /// What it needs of the logits of its rows at the next step, or at one that is `ahead` tokens later.
     fn wanted(&self, ahead: usize) -> LogitsRequest {
-        match self.trace.is_some() || self.walk.is_some() {
+        match self.trace.is_some() || self.constraint.is_some() {
             true => LogitsRequest::All,
-            false => self.processors.wanted(&self.search, ahead),
+            false => self.processors.logits_request(&self.search, ahead),
         }
     }
 
@@ -194,8 +196,8 @@ impl Item {
         let rows = scores.len() / tokens;
         let (mut widened, mut whole);
         let mut scores = scores;
-        if let Some(kept) = &self.spread {
-            whole = kept.spread(scores, model.config().decoder.vocab_size);
+        if let Some(subset) = &self.scatter_by {
+            whole = subset.scatter(scores, model.config().decoder.vocab_size);
             (scores, known) = (&mut whole, None);
         }
         if rows < width {
@@ -208,14 +210,14 @@ impl Item {
         let is_over = self.stops.is_over();
         let unprocessed = self.trace.is_some().then(|| scores.to_vec());
         let progress = loop {
-            let mut candidates = self.processors.candidates_of(scores, known, &self.search);
-            if let Some(fault) = self.processors.take_fault() {
+            let mut candidates = self.processors.candidates_with_stats(scores, known, &self.search);
+            if let Some(invalid) = self.processors.take_invalid_scores() {
                 let dtype = model.manifest().dtype;
-                return Err(Error::NotFinite { row: self.row, step, dtype, processor: Some(fault) });
+                return Err(Error::NotFinite { row: self.row, step, dtype, processor: Some(invalid) });
             }
             let mut ends = self.stops.of(&candidates, &self.search, is_over, || model.tokenizer())?;
-            if let Some(walk) = &self.walk {
-                walk.take(&mut candidates, &mut ends, &self.search)?;
+            if let Some(constraint) = &self.constraint {
+                constraint.take(&mut candidates, &mut ends, &self.search)?;
             }
             if let (Some(trace), Some(logits)) = (&mut self.trace, &unprocessed) {
                 trace.take(&candidates, logits, width);
@@ -226,7 +228,7 @@ impl Item {
                 endings = attending.endings();
             }
             match self.search.advance_to_covered_ends(&candidates, &ends, endings) {
-                Progress::Turn => {}
+                Progress::NextGroup => {}
                 progress => break progress,
             }
         };
@@ -245,7 +247,7 @@ impl Item {
     /// The tokens of the first hypothesis that have become certain since they were asked for.
     pub fn settled(&mut self) -> &[i64] {
         // Of beams, the best hypothesis may be passed over for one that meets the constraint.
-        if self.walk.is_some() && self.search.sums_log_probabilities() {
+        if self.constraint.is_some() && self.search.sums_log_probabilities() {
             return &[];
         }
         let settled = self.search.settled(self.shown);
@@ -256,10 +258,10 @@ impl Item {
     /// The hypotheses, and how many tokens of the first were certain before.
     pub fn finish(self) -> (Vec<Hypothesis>, usize) {
         let found = self.search.finish();
-        let mut found = match self.walk {
-            Some(walk) => {
+        let mut found = match self.constraint {
+            Some(constraint) => {
                 let ending = |tokens: &[i64]| self.attending.as_ref().map_or(0.0, |attending| attending.ending(tokens));
-                walk.judged(found, &self.options, ending)
+                constraint.rank(found, &self.options, ending)
             }
             None => found,
         };

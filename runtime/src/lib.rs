@@ -52,6 +52,7 @@ pub mod options;
 pub mod scores;
 pub mod search;
 mod speculation;
+mod vocabulary_subset;
 
 mod calibrate;
 mod engine;

@@ -12,7 +12,7 @@ impl Logprobs {
         let at = LogProbabilities::of(logits);
         self.tokens.push(at.token(token));
         if top > 0 {
-            self.top.push(at.best(top));
+            self.top.push(at.top(top));
         }
     }
 }
@@ -42,7 +42,7 @@ impl Trace {
             let place = self.places.of_row(candidate.parent);
             let at = at[candidate.parent].get_or_insert_with(|| LogProbabilities::of(rows[candidate.parent]));
             if self.top > 0 && self.best[place].is_empty() {
-                self.best[place] = at.best(self.top);
+                self.best[place] = at.top(self.top);
             }
             if self.places.take(candidate) {
                 self.logprobs.push(at.token(candidate.token));

@@ -28,10 +28,10 @@ use crate::log;
 use crate::options::{GenerationConfig, OptionError};
 use crate::profiles::Profiles;
 use crate::provider::Fallback;
-use crate::scores::Kept;
 use crate::session::{Graph, OpenOptions, Opener, check_options};
 use crate::state::{Plan, Pool};
 use crate::tokenizer::{LazyTokenizer, Tokenizer};
+use crate::vocabulary_subset::VocabularySubset;
 use crate::weights::Uploaded;
 
 /// An opened model, to be used from any number of threads. Each graph runs one call at a time.
@@ -263,8 +263,8 @@ impl Model {
     }
 
     /// The tokens that it has logits of, if not of all.
-    pub(crate) fn kept(&self) -> Option<&Arc<Kept>> {
-        self.folder.kept.as_ref()
+    pub(crate) fn vocabulary_subset(&self) -> Option<&Arc<VocabularySubset>> {
+        self.folder.vocabulary_subset.as_ref()
     }
 
     /// The model's folder.

@@ -12,7 +12,7 @@ use crate::hypothesis::{CrossAttentions, Logprobs};
 use crate::logits::Said;
 use crate::model::Model;
 use crate::needs::{Need, pieces_to_decode};
-use crate::scores::Kept;
+use crate::vocabulary_subset::VocabularySubset;
 
 /// A target's log-probabilities, and what it attends to of models that tell it.
 type Scored = (Logprobs, Option<CrossAttentions>);
@@ -79,8 +79,8 @@ pub(crate) fn score(
 ) -> Result<Vec<Scored>, Error> {
     let decoder = &model.config().decoder;
     model.check(batch)?;
-    check(targets, batch.rows(), decoder.vocab_size, model.kept().map(|kept| &**kept))?;
-    let scored = model.kept().map_or(decoder.vocab_size, |kept| kept.tokens().len());
+    check(targets, batch.rows(), decoder.vocab_size, model.vocabulary_subset().map(|subset| &**subset))?;
+    let scored = model.vocabulary_subset().map_or(decoder.vocab_size, |subset| subset.tokens().len());
     if top > scored {
         let expected = format!("at most {scored}, the tokens that the model has scores of");
         return Err(Error::input("top_logprobs", expected, top.to_string()));
@@ -145,8 +145,8 @@ fn piece(
                 return Err(Error::NotFinite { row, step, dtype: model.manifest().dtype, processor: None });
             }
             let (logprobs, cross_attentions) = &mut found[row - of.start];
-            match model.kept() {
-                Some(kept) => logprobs.push(&kept.spread(scores, vocab_size), targets[row][step], top),
+            match model.vocabulary_subset() {
+                Some(subset) => logprobs.push(&subset.scatter(scores, vocab_size), targets[row][step], top),
                 None => logprobs.push(scores, targets[row][step], top),
             }
             cross_attentions.iter_mut().for_each(|found| found.push(attended));
@@ -167,7 +167,7 @@ fn piece(
     Ok(found)
 }
 
-fn check(targets: &[Vec<i64>], rows: usize, vocab_size: usize, kept: Option<&Kept>) -> Result<(), Error> {
+fn check(targets: &[Vec<i64>], rows: usize, vocab_size: usize, subset: Option<&VocabularySubset>) -> Result<(), Error> {
     if targets.len() != rows {
         let expected = format!("{rows} rows, as many as input_ids has");
         return Err(Error::input("target_ids", expected, format!("{} rows", targets.len())));
@@ -180,7 +180,7 @@ fn check(targets: &[Vec<i64>], rows: usize, vocab_size: usize, kept: Option<&Kep
             let expected = format!("a token id below {vocab_size}, the size of the vocabulary");
             return Err(Error::input(format!("target_ids[{row}][{at}]"), expected, target[at].to_string()));
         }
-        if let Some(at) = kept.and_then(|kept| target.iter().position(|&id| !kept.has(id))) {
+        if let Some(at) = subset.and_then(|subset| target.iter().position(|&id| !subset.contains(id))) {
             let expected = "a token that this model keeps (one of kept_tokens.json)";
             return Err(Error::input(format!("target_ids[{row}][{at}]"), expected, target[at].to_string()));
         }

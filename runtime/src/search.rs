@@ -1,8 +1,7 @@
-//! The search over target sequences of one source row: candidates in, next tokens and the beams they continue out.
+//! The search over the targets of one source row: candidates in, next tokens and the beams they continue out.
 //!
-//! A search is a state machine that never sees logits or a model, so it can be tested by tables of numbers, and
-//! batching, streaming and cancellation stay with the loop that drives it. What the candidates of a step are worth is
-//! the business of `scores`. Standard library only.
+//! A search is a state machine that never sees logits or a model, so that it is tested by tables of numbers, and batching,
+//! streaming and cancellation stay with the loop that drives it. Candidates and their scores come from `scores`.
 
 mod beam;
 mod groups;
@@ -28,14 +27,14 @@ pub struct Candidate {
     pub score: f32,
 }
 
-/// Whether a search wants another step.
+/// Whether a search needs another step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Progress {
     /// Feed [`Search::next_tokens`] and advance again.
     Continue,
-    /// Advance again with candidates of the same step: a group of beams has chosen, the next is to.
-    Turn,
-    /// Nothing that follows can change the result.
+    /// Advance again with candidates of the same step: one group of beams has chosen, the next one is to choose.
+    NextGroup,
+    /// Further steps cannot change the result.
     Done,
 }
 
@@ -43,7 +42,7 @@ pub enum Progress {
 #[derive(Clone, Debug)]
 pub struct Search {
     strategy: Strategy,
-    /// What sampling draws from; `None` where the best is taken.
+    /// The random numbers of sampling; `None` if the best candidates are taken.
     draws: Option<Draws>,
 }
 
@@ -55,8 +54,9 @@ enum Strategy {
 }
 
 impl Search {
-    /// Starts at `prompt`, the decoder's first tokens (at least the start token): beam search if `num_beams` is more than
-    /// 1, diverse if `num_beam_groups` is, else greedy; with `do_sample`, drawing as [`Search::drawing`] says or else from the options' seed alone.
+    /// Starts at `prompt`, the decoder's first tokens (at least the start token): beam search if `num_beams` is more than 1, diverse
+    /// beam search if `num_beam_groups` is, otherwise greedy search. With `do_sample` it draws from the seed of the options, or as
+    /// [`Search::drawing`] says.
     pub fn new(options: &GenerationConfig, prompt: &[i64]) -> Search {
         if options.num_beam_groups > 1 {
             return Search { strategy: Strategy::Groups(Groups::new(options, prompt)), draws: None };
@@ -72,12 +72,12 @@ impl Search {
         Search { strategy: Strategy::Beam(Beam::new(options, prompt)), draws: draws(options) }
     }
 
-    /// Where the search samples, makes it draw from `draws`.
+    /// Has a search that samples draw from `draws`.
     pub fn drawing(self, draws: Draws) -> Search {
         Search { draws: self.draws.map(|_| draws), ..self }
     }
 
-    /// Target rows that one step evaluates: the beams, or the targets that have not ended.
+    /// Number of target rows that one step evaluates: the beams, or the targets that have not ended.
     pub fn width(&self) -> usize {
         match &self.strategy {
             Strategy::Rows(rows) => rows.width(),
@@ -86,7 +86,7 @@ impl Search {
         }
     }
 
-    /// How many candidates a step needs; fewer only where fewer exist.
+    /// Number of candidates that a step needs; fewer only where fewer exist.
     pub fn candidates(&self) -> usize {
         match &self.strategy {
             Strategy::Rows(rows) => rows.candidates(),
@@ -95,7 +95,7 @@ impl Search {
         }
     }
 
-    /// The rows that this step's candidates continue: all, or those of the group of beams that chooses next.
+    /// The rows that the next candidates continue: all, or those of the group of beams that chooses next.
     pub(crate) fn rows(&self) -> Range<usize> {
         match &self.strategy {
             Strategy::Groups(groups) => groups.rows(),
@@ -103,7 +103,7 @@ impl Search {
         }
     }
 
-    /// What groups of beams chose before in this step.
+    /// The tokens that earlier groups of beams have chosen in this step.
     pub(crate) fn chosen(&self) -> &[i64] {
         match &self.strategy {
             Strategy::Groups(groups) => groups.chosen(),
@@ -111,8 +111,8 @@ impl Search {
         }
     }
 
-    /// Whether candidates are compared across rows: those of beam search, whose scores are summed log-probabilities, and
-    /// the first ones of alternatives. Otherwise each row needs one of its own.
+    /// Whether candidates are compared across rows: in beam search, and in the first step of `return_alternatives`. Otherwise each
+    /// row needs one of its own.
     pub(crate) fn compares_rows(&self) -> bool {
         match &self.strategy {
             Strategy::Rows(rows) => rows.branches(),
@@ -120,12 +120,13 @@ impl Search {
         }
     }
 
-    /// Whether scores are summed log-probabilities.
+    /// Whether scores are summed log-probabilities, as in beam search.
     pub(crate) fn sums_log_probabilities(&self) -> bool {
         !matches!(self.strategy, Strategy::Rows(_))
     }
 
-    /// What this step's candidates are drawn from; `None` where they are the best. The first tokens of alternatives are.
+    /// The random numbers that this step's candidates are drawn with; `None` if they are the best, as the first tokens of
+    /// `return_alternatives` always are.
     pub(crate) fn draws(&self) -> Option<&Draws> {
         match &self.strategy {
             Strategy::Rows(rows) if rows.branches() => None,
@@ -133,7 +134,7 @@ impl Search {
         }
     }
 
-    /// What tells the draws of one row from those of the others of its source.
+    /// The index that distinguishes the draws of a row from those of the other rows of its source.
     pub(crate) fn lane(&self, row: usize) -> u32 {
         match &self.strategy {
             Strategy::Rows(rows) => rows.target(row) as u32,
@@ -159,7 +160,7 @@ impl Search {
         }
     }
 
-    /// What is certain to be the beginning of the first hypothesis, from its generated token `from` on.
+    /// The tokens that are certain to begin the first hypothesis, from its generated token `from` on.
     pub fn settled(&self, from: usize) -> &[i64] {
         match &self.strategy {
             Strategy::Rows(rows) => rows.first().get(from..).unwrap_or(&[]),
@@ -168,18 +169,16 @@ impl Search {
         }
     }
 
-    /// Takes one step's candidates: best first, or one for each row. Not to be called again once it answered
-    /// [`Progress::Done`].
+    /// Takes one step's candidates: best first, or one for each row. Must not be called again after [`Progress::Done`].
     ///
     /// # Panics
-    /// If there is no candidate, or one continues a beam that does not exist.
+    /// If there is no candidate, or if one continues a beam that does not exist.
     pub fn advance(&mut self, candidates: &[Candidate]) -> Progress {
         self.advance_to_ends(candidates, &[])
     }
 
-    /// [`Search::advance`], where `ends` says which candidates end their target for a reason that the search does not
-    /// know. Candidates beyond its length do not. One that ends by [`FinishReason::Constraint`] is none: its target ends as
-    /// it is.
+    /// [`Search::advance`], where `ends` tells which candidates end their target for a reason unknown to the search; candidates beyond
+    /// its length do not. A target ends without the candidate's token if the reason is [`FinishReason::Constraint`].
     ///
     /// # Panics
     /// See [`Search::advance`].
@@ -187,9 +186,9 @@ impl Search {
         self.advance_to_covered_ends(candidates, ends, &[])
     }
 
-    /// [`Search::advance_to_ends`] of a search whose hypotheses get `endings` besides their scores, according to the row that
-    /// their last token continues; if empty, none do. Running beams are compared with what has finished as if they ended now,
-    /// or with `early_stopping` never as if they were going to get 0, the most that there is.
+    /// [`Search::advance_to_ends`] with a term for each row in `endings`, which is added to the score of a hypothesis whose last token
+    /// continues that row; empty for none. Running beams are compared with finished ones as if they ended now or, with
+    /// `early_stopping` never, as if their term were 0, its maximum.
     pub(crate) fn advance_to_covered_ends(
         &mut self,
         candidates: &[Candidate],
@@ -203,7 +202,7 @@ impl Search {
         }
     }
 
-    /// The tokens to feed in the next step, one per row. Before the first step: the last token of the prompt.
+    /// The tokens to feed in the next step, one for each row. Before the first step: the last token of the prompt.
     pub fn next_tokens(&self) -> &[i64] {
         match &self.strategy {
             Strategy::Rows(rows) => rows.next_tokens(),
@@ -212,7 +211,7 @@ impl Search {
         }
     }
 
-    /// The row of the step before that each row of the next step continues: the order the self cache must be brought into.
+    /// The row of the previous step that each row of the next step continues: the order for the rows of the self-attention cache.
     pub fn parents(&self) -> &[usize] {
         match &self.strategy {
             Strategy::Rows(rows) => rows.parents(),
@@ -221,8 +220,8 @@ impl Search {
         }
     }
 
-    /// The `num_return_sequences` hypotheses, of beam search the best first. Of a beam search that is not done, those that
-    /// have not finished yet come back empty; of others, what there is so far.
+    /// The `num_return_sequences` hypotheses, those of beam search best first. Before [`Progress::Done`], unfinished hypotheses of a
+    /// beam search are empty, and those of other searches are the targets so far.
     pub fn finish(self) -> Vec<Hypothesis> {
         match self.strategy {
             Strategy::Rows(rows) => rows.finish(),

@@ -1,4 +1,4 @@
-//! Which tokens a model needs for the texts that it is to write: what an export keeps of the head.
+//! `Shortlist`: the tokens that a model needs for the texts it is to write, to which an export can restrict the output head.
 
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
@@ -13,30 +13,30 @@ pub struct Shortlist<'t> {
     texts: usize,
 }
 
-/// What is known of a token.
+/// A token of the vocabulary.
 #[derive(Clone, Copy, Default)]
 struct Counted {
-    /// Whether it is kept in any case: those that any text can be spelled with, and special ones.
+    /// Whether it is kept in any case: special tokens, and the single bytes that can spell any text.
     always: bool,
     count: u64,
 }
 
 impl<'t> Shortlist<'t> {
-    /// Nothing counted so far.
+    /// An empty count.
     ///
     /// # Errors
-    /// A tokenizer of which tokens have no text each.
+    /// A tokenizer whose tokens have no text of their own.
     pub fn new(tokenizer: &'t Tokenizer) -> Result<Shortlist<'t>, Error> {
         let texts = tokenizer.token_texts().map_err(|problem| Error::Tokenizer {
             path: Tokenizer::FILE.into(),
-            problem: format!("no telling which tokens any text can be spelled with: {problem}"),
+            problem: format!("cannot find the tokens that spell any text: {problem}"),
         })?;
         let known = |text: &TokenText| Counted { always: text.is_special || text.bytes.len() == 1, count: 0 };
         let tokens = texts.iter().map(|(&token, text)| (token.into(), known(text))).collect();
         Ok(Shortlist { tokenizer, tokens, texts: 0 })
     }
 
-    /// Counts the tokens of a text such as the model is to write.
+    /// Counts the tokens of an example of the texts that the model is to write.
     ///
     /// # Errors
     /// A text that the tokenizer cannot express.
@@ -48,13 +48,13 @@ impl<'t> Shortlist<'t> {
         Ok(())
     }
 
-    /// Texts that were counted.
+    /// Number of texts counted.
     pub fn texts(&self) -> usize {
         self.texts
     }
 
-    /// The ids of the tokens that occur at least `min_count` times, the most frequent `max_tokens` of them if that is given,
-    /// and of those that are kept in any case; ascending.
+    /// The ids, ascending, of the tokens that occur at least `min_count` times and of those that are kept in any case; at most
+    /// `max_tokens` of them, the most frequent, unless more are kept in any case.
     pub fn tokens(&self, min_count: u64, max_tokens: Option<usize>) -> Vec<i64> {
         let is_in = |counted: &Counted| counted.count >= min_count.max(1) || counted.always;
         let mut tokens: Vec<i64> =

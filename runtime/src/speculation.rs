@@ -1,37 +1,37 @@
-//! Drafts of what comes next, looked up in the source: summaries, corrections and answers from tables copy it. The model
-//! scores a whole draft in one step, and the search then chooses as if it had not been there: a draft can save steps but
-//! never change a choice. Only token ids; running the model is the loop's.
+//! Prompt lookup decoding: drafts of the next tokens, copied from the source, as summaries, corrections and answers from tables
+//! copy it. The model scores a whole draft in one step, and the search chooses as if there were none: a draft saves steps but
+//! never changes a choice. Token ids only; the loop runs the model.
 
 use std::collections::VecDeque;
 
-/// Looks for the last tokens of a target in its source.
+/// Looks up the last tokens of a target in its source.
 #[derive(Clone, Debug)]
-pub(crate) struct Lookup {
+pub(crate) struct PromptLookup {
     source: Vec<i64>,
-    /// Tokens of a draft at most.
+    /// Maximum number of tokens in a draft.
     num_tokens: usize,
-    /// Tokens at the end of the target that are looked for, at most.
+    /// Maximum number of tokens at the end of the target to look up.
     ngram_size: usize,
-    /// Where in the source the last draft that was followed went on: of several places, the next one behind it is taken.
+    /// The position in the source behind the last accepted token; of several matches the first one from there is taken.
     cursor: usize,
-    /// What has been drafted and not been chosen yet.
+    /// Drafted tokens that are not chosen yet.
     ahead: VecDeque<i64>,
 }
 
-impl Lookup {
-    /// Prepares drafts of at most `num_tokens` tokens that follow the last `ngram_size` or fewer in `source`.
-    pub(crate) fn new(source: &[i64], num_tokens: usize, ngram_size: usize) -> Lookup {
-        Lookup { source: source.to_vec(), num_tokens, ngram_size, cursor: 0, ahead: VecDeque::new() }
+impl PromptLookup {
+    /// Drafts at most `num_tokens` tokens that follow an occurrence of the last `ngram_size` or fewer tokens in `source`.
+    pub(crate) fn new(source: &[i64], num_tokens: usize, ngram_size: usize) -> PromptLookup {
+        PromptLookup { source: source.to_vec(), num_tokens, ngram_size, cursor: 0, ahead: VecDeque::new() }
     }
 
-    /// Drafts what follows `history`, `room` tokens at most. Of the n-grams at its end that the source holds, the longest
-    /// counts. Whatever was drafted before is forgotten.
+    /// Drafts the tokens after `history`, at most `room`, by the longest n-gram at its end that occurs in the source. Replaces an
+    /// earlier draft.
     pub(crate) fn draft(&mut self, history: &[i64], room: usize) -> Vec<i64> {
         self.ahead.clear();
         let longest = self.ngram_size.min(history.len()).min(self.source.len());
         for size in (1..=longest).rev() {
             let ngram = &history[history.len() - size..];
-            // What stands at the very end of the source is followed by nothing.
+            // An occurrence at the very end of the source is followed by nothing.
             let ends = (size..self.source.len()).filter(|&end| self.source[..end].ends_with(ngram));
             let Some(start) = ends.min_by_key(|&end| (end < self.cursor, end)) else { continue };
             let end = self.source.len().min(start + self.num_tokens.min(room));
@@ -42,12 +42,13 @@ impl Lookup {
         self.ahead.iter().copied().collect()
     }
 
-    /// Whether `token` is what was drafted next; what follows it in the draft stays, or all of the draft goes.
+    /// Whether `token` is the next drafted one. If so, the rest of the draft stays; otherwise it is dropped.
     pub(crate) fn follows(&mut self, token: i64) -> bool {
         let follows = self.ahead.pop_front() == Some(token);
-        match follows {
-            true => self.cursor += 1,
-            false => self.ahead.clear(),
+        if follows {
+            self.cursor += 1;
+        } else {
+            self.ahead.clear();
         }
         follows
     }
@@ -73,13 +74,13 @@ mod tests {
             ("nothing without a source", &[], &[2], 9, &[]),
         ];
         for &(name, source, history, room, draft) in cases {
-            assert_eq!(Lookup::new(source, 3, 2).draft(history, room), draft, "{name}");
+            assert_eq!(PromptLookup::new(source, 3, 2).draft(history, room), draft, "{name}");
         }
     }
 
     #[test]
     fn a_draft_is_followed_as_far_as_it_is_right() {
-        let mut lookup = Lookup::new(&[2, 10, 11, 10, 12, 10, 13], 3, 1);
+        let mut lookup = PromptLookup::new(&[2, 10, 11, 10, 12, 10, 13], 3, 1);
         assert_eq!(lookup.draft(&[2], 9), [10, 11, 10]);
         assert_eq!([10, 11, 15, 10].map(|token| lookup.follows(token)), [true, true, false, false]);
         // The first place behind what was followed.

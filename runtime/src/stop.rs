@@ -1,5 +1,4 @@
-//! What ends targets besides the search's own rules: stop strings, which may begin in one token and end in another, and
-//! the clock.
+//! The stopping criteria besides the search's own: stop strings, which may begin and end inside tokens, and the time limit.
 
 use std::time::{Duration, Instant};
 
@@ -9,28 +8,27 @@ use crate::options::GenerationConfig;
 use crate::search::{Candidate, Search};
 use crate::tokenizer::{SpecialTokens, Tokenizer};
 
-/// The ends of one call.
-pub(crate) struct Stops {
+/// The stopping criteria of one call.
+pub(crate) struct StoppingCriteria {
     strings: Vec<String>,
     deadline: Option<Instant>,
 }
 
-impl Stops {
+impl StoppingCriteria {
     /// Starts the clock.
-    pub fn new(options: &GenerationConfig) -> Stops {
-        // So late a deadline that the clock has no such time is none.
+    pub fn new(options: &GenerationConfig) -> StoppingCriteria {
+        // A deadline beyond the range of the clock is none.
         let time = options.max_time.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
         let deadline = time.and_then(|time| Instant::now().checked_add(time));
-        Stops { strings: options.stop_strings.clone(), deadline }
+        StoppingCriteria { strings: options.stop_strings.clone(), deadline }
     }
 
-    /// Whether the time is over.
+    /// Whether the time limit has passed.
     pub fn is_over(&self) -> bool {
         self.deadline.is_some_and(|deadline| Instant::now() >= deadline)
     }
 
-    /// Which of a step's candidates end their targets, all of them if the time is over. `tokenizer` is asked for where there
-    /// are stop strings.
+    /// Which of a step's candidates end their targets; all of them if `is_over`. `tokenizer` is loaded only for stop strings.
     pub fn of<'m>(
         &self,
         candidates: &[Candidate],
@@ -57,10 +55,10 @@ impl Stops {
     }
 }
 
-/// Whether `token` completes one of the strings in the text of `history`, which holds none that ends in what was generated.
+/// Whether `token` completes one of the strings. The text of `history` holds none that ends in generated text.
 fn completes(tokenizer: &Tokenizer, strings: &[String], history: &[i64], token: i64) -> Result<bool, Error> {
     let longest = strings.iter().map(String::len).max().unwrap_or(0);
-    // A token is a byte at least, unless it is one that has no text: then more of them are looked at.
+    // Most tokens are one byte or more; where some have no text, more of them are decoded.
     let mut count = longest + 4;
     let (before, after) = loop {
         let tail = &history[history.len().saturating_sub(count)..];
@@ -70,7 +68,7 @@ fn completes(tokenizer: &Tokenizer, strings: &[String], history: &[i64], token: 
         }
         count *= 2;
     };
-    // Bytes that become a character change the text before the token.
+    // Bytes that the token completes to a character change the text before it.
     let kept = before.bytes().zip(after.bytes()).take_while(|(a, b)| a == b).count();
     Ok(strings.iter().any(|string| after.rfind(string.as_str()).is_some_and(|at| at + string.len() > kept)))
 }
@@ -111,14 +109,14 @@ mod tests {
     #[test]
     fn the_clock_ends_every_candidate() {
         let options = GenerationConfig { max_time: Some(0.0), ..GenerationConfig::default() };
-        let stops = Stops::new(&options);
+        let stops = StoppingCriteria::new(&options);
         let candidates = [3, 4].map(|token| Candidate { parent: 0, token, score: 0.0 });
         let search = Search::new(&options, &[2]);
         let ends = stops.of(&candidates, &search, stops.is_over(), || unreachable!("no strings, no tokenizer"));
         assert_eq!(ends.expect("no text"), [Some(FinishReason::Time); 2]);
         for max_time in [None, Some(1e300), Some(3600.0)] {
             let options = GenerationConfig { max_time, ..GenerationConfig::default() };
-            let stops = Stops::new(&options);
+            let stops = StoppingCriteria::new(&options);
             assert!(!stops.is_over(), "{max_time:?}");
         }
     }

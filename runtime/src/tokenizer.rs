@@ -1,5 +1,5 @@
-//! `Tokenizer`: text to token ids and back, as the checkpoint's `tokenizer.json` says. The only user of `tokenizers`; the
-//! rest of the runtime knows ids alone, and works without a tokenizer.
+//! `Tokenizer`: text to token ids and back, by the checkpoint's `tokenizer.json`. The only user of `tokenizers`; the rest of the
+//! runtime works on ids, and without a tokenizer.
 
 mod lazy;
 mod settings;
@@ -25,12 +25,12 @@ pub struct Tokenizer {
 /// The name of the library in errors.
 const LIBRARY: &str = "tokenizers";
 
-/// What a token is in text.
+/// The text of a token.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct TokenText {
-    /// Its bytes, not necessarily whole characters; of a special token, its name. Empty where there is no such token.
+    /// Its bytes, not necessarily whole characters, or the name of a special token. Empty if there is no such token.
     pub bytes: Vec<u8>,
-    /// Whether it stands for no text at all.
+    /// Whether it is a special token, which stands for no text.
     pub is_special: bool,
 }
 
@@ -38,45 +38,46 @@ impl Tokenizer {
     /// The file's name in a model folder.
     pub(crate) const FILE: &str = "tokenizer.json";
 
-    /// Reads a `tokenizer.json`, and what the files beside it say of its tokens.
+    /// Reads a `tokenizer.json`, with the special and added tokens of the files beside it.
     ///
     /// # Errors
-    /// A file that is not there or not a tokenizer.
+    /// A file that is missing or not a tokenizer.
     pub fn open(path: &Path) -> Result<Tokenizer, Error> {
         Tokenizer::read(path).map_err(|error| error.at(path))
     }
 
-    /// [`Tokenizer::open`] for those who open it once and tell the error often.
+    /// [`Tokenizer::open`] with an error that can be reported more than once.
     pub(crate) fn read(path: &Path) -> Result<Tokenizer, Unusable> {
         let folder = path.parent().unwrap_or(Path::new(""));
         if !path.exists() {
-            let without = "the model takes and gives token ids, but no text";
-            return Err(Unusable::itself(match folder.join("tokenizer.model").exists() {
-                true => format!(
-                    "no such file, only tokenizer.model, which this runtime does not read: {without} (load the checkpoint with \
-                     transformers' AutoTokenizer, save_pretrained() writes tokenizer.json, and export it again)"
-                ),
-                false => format!("no such file: {without}"),
-            }));
+            let without = "the model takes and returns token ids only";
+            let problem = if folder.join("tokenizer.model").exists() {
+                format!(
+                    "no such file, only tokenizer.model, which this runtime does not read: {without} (to get one, load the \
+                     checkpoint with transformers' AutoTokenizer, call save_pretrained(), and export it again)"
+                )
+            } else {
+                format!("no such file: {without}")
+            };
+            return Err(Unusable::itself(problem));
         }
         let text = read_text(path).map_err(Unusable::itself)?;
         let parse = || tokenizers::Tokenizer::from_bytes(text.as_bytes()).map_err(|error| error.to_string());
         let mut inner = foreign::call(LIBRARY, parse).flatten().map_err(Unusable::itself)?;
         let settings = Settings::read(folder).map_err(|(file, problem)| Unusable { file: Some(file), problem })?;
-        if settings.cleans_up && (settings.insists_on_cleaning_up || !matches!(inner.get_model(), ModelWrapper::BPE(_)))
-        {
-            let problem = "clean_up_tokenization_spaces: expected false, found true: this runtime does not take spaces out \
-                           before punctuation";
+        if settings.cleans_up && (settings.cleans_up_bpe || !matches!(inner.get_model(), ModelWrapper::BPE(_))) {
+            let problem = "clean_up_tokenization_spaces: expected false, found true (this runtime does not remove spaces \
+                           before punctuation)";
             return Err(Unusable { file: Some(Settings::FILE.into()), problem: problem.into() });
         }
         let prepare = || {
-            // A truncation left over from training would drop the end of a source without a word; padding is the batch's.
+            // A truncation left over from training would silently drop the end of a source; padding is left to the batch.
             inner.with_truncation(None).map_err(|error| error.to_string())?;
             inner.with_padding(None);
-            let there: Vec<AddedToken> = inner.get_added_tokens_decoder().into_values().collect();
-            let mut missing = settings.missing(&there);
-            // New tokens get the ids from the number of tokens on, of which a vocabulary with gaps has some. There, tokens that
-            // only the class names are not worth the place of others.
+            let present: Vec<AddedToken> = inner.get_added_tokens_decoder().into_values().collect();
+            let mut missing = settings.missing(&present);
+            // New tokens get ids from the number of tokens on. A vocabulary with gaps uses some of these ids, and then tokens that only
+            // the tokenizer's class names must not take them.
             let next = inner.get_vocab_size(true) as u32;
             if (next..).take(missing.len()).any(|id| inner.id_to_token(id).is_some()) {
                 missing.retain(|token| !settings.of_class.contains(&token.content));
@@ -91,7 +92,7 @@ impl Tokenizer {
         Ok(Tokenizer { inner: Arc::new(inner) })
     }
 
-    /// The tokens of a text, with the special tokens that the tokenizer's own post-processor adds and no others.
+    /// The tokens of a text, with the special tokens that the tokenizer's post-processor adds.
     ///
     /// # Errors
     /// A text that the tokenizer cannot express.
@@ -107,7 +108,7 @@ impl Tokenizer {
         Ok(encoding.get_ids().iter().map(|&id| id as i64).collect())
     }
 
-    /// The tokens of a target's text, or of the beginning of one: without any special tokens around it.
+    /// The tokens of a target's text, or of its beginning, without special tokens.
     ///
     /// # Errors
     /// A text that the tokenizer cannot express.
@@ -115,25 +116,26 @@ impl Tokenizer {
         self.ids(text, false)
     }
 
-    /// The text of tokens; special tokens such as the end of text are part of it unless they are skipped.
+    /// The text of tokens, with or without special tokens such as the end of the text.
     ///
     /// # Errors
-    /// An id that no tokenizer has.
+    /// An id that is no 32-bit number, or tokens that the tokenizer cannot decode.
     pub fn decode(&self, tokens: &[i64], special: SpecialTokens) -> Result<String, Error> {
         let ids = tokens.iter().map(|&token| token_id(token)).collect::<Result<Vec<u32>, Error>>()?;
         self.text(&ids, special)
     }
 
-    /// The text of every token by its id, such that the text of a target is that of its tokens one after the other. Of
-    /// two tokens with the same bytes, one of them a byte that stands in for text without a token, only the other has a text.
+    /// The text of every token by its id: the text of a target is the concatenation of its tokens' texts. Where a byte-fallback token
+    /// has the same byte as an ordinary token, only the latter has a text.
     ///
     /// # Errors
-    /// A decoder that does more than that.
+    /// A decoder that does more than concatenate.
     pub(crate) fn token_texts(&self) -> Result<BTreeMap<u32, TokenText>, String> {
         let decoder = serde_json::to_value(self.inner.get_decoder()).map_err(|error| error.to_string())?;
-        let steps = decoding_steps(&decoder)
-            .ok_or_else(|| format!("its decoder does more than join tokens, so they have no text each: {decoder}"))?;
-        // By id rather than in a row: an id may be any number, whatever the size of the vocabulary.
+        let steps = decoding_steps(&decoder).ok_or_else(|| {
+            format!("its decoder does more than concatenate tokens, so tokens have no text of their own: {decoder}")
+        })?;
+        // A map, since ids may be arbitrarily large, whatever the size of the vocabulary.
         let mut texts = BTreeMap::new();
         let (mut written, mut bytes) = (std::collections::HashSet::new(), Vec::new());
         for (token, id) in self.inner.get_vocab(false) {
@@ -156,12 +158,12 @@ impl Tokenizer {
         Ok(texts)
     }
 
-    /// The piece of the vocabulary that an id stands for, if it has one.
+    /// The token of an id as the vocabulary spells it.
     pub fn token(&self, id: i64) -> Option<String> {
         self.inner.id_to_token(u32::try_from(id).ok()?)
     }
 
-    /// A decoder that is given tokens one by one.
+    /// A decoder that takes tokens one by one.
     pub fn stream(&self, special: SpecialTokens) -> TextStream {
         TextStream { tokenizer: self.clone(), special, ids: Vec::new(), sent: 0 }
     }
@@ -174,10 +176,10 @@ impl Tokenizer {
     }
 }
 
-/// Why there is no tokenizer.
+/// Why a tokenizer cannot be used.
 #[derive(Clone, Debug)]
 pub(crate) struct Unusable {
-    /// The file beside `tokenizer.json` that is at fault, if it is one.
+    /// The file at fault, if it is one beside `tokenizer.json`.
     file: Option<String>,
     problem: String,
 }
@@ -187,35 +189,35 @@ impl Unusable {
         Unusable { file: None, problem }
     }
 
-    /// The error about the tokenizer at `path`.
+    /// The error for the tokenizer at `path`.
     pub fn at(&self, path: &Path) -> Error {
         let path = self.file.as_ref().map_or(path.to_path_buf(), |file| path.with_file_name(file));
         Error::Tokenizer { path, problem: self.problem.clone() }
     }
 }
 
-/// What becomes of special tokens in a text.
+/// What becomes of special tokens in decoded text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SpecialTokens {
     /// They are left out.
     Skip,
-    /// They are written as the tokenizer names them.
+    /// They are written by their names.
     Keep,
 }
 
-/// A part of a decoder that acts on one token alone.
+/// A step of a decoder that acts on each token alone.
 enum DecodingStep {
     Replace { pattern: String, content: String },
     ByteFallback,
 }
 
-/// What decoding makes of a token.
+/// A decoded token.
 enum Decoded {
     Text(String),
     Byte(u8),
 }
 
-/// The steps of a decoder as the file spells it, if each acts on one token alone.
+/// The steps of a decoder in the JSON of `tokenizer.json`, if each acts on one token alone.
 fn decoding_steps(decoder: &Value) -> Option<Vec<DecodingStep>> {
     match decoder["type"].as_str()? {
         "Sequence" => {
@@ -254,26 +256,26 @@ fn token_id(token: i64) -> Result<u32, Error> {
     u32::try_from(token).map_err(|_| Error::input("tokens", "token ids between 0 and 4294967295", token.to_string()))
 }
 
-/// Turns a growing target into text piece by piece. A piece is whole characters: what ends within one waits for the next
-/// token, and [`TextStream::finish`] gives what is left.
+/// Decodes a growing target piece by piece. Pieces are whole characters: an incomplete one waits for the next token, and
+/// [`TextStream::finish`] returns the rest.
 pub struct TextStream {
     tokenizer: Tokenizer,
     special: SpecialTokens,
-    /// The tokens whose text is not settled, after those of the last piece, which decide on spaces between the two.
+    /// The tokens of the last piece, which decide on a space behind it, and those after it that are not complete characters yet.
     ids: Vec<u32>,
-    /// How many of `ids` have been given as text.
+    /// How many of `ids` have been returned as text.
     sent: usize,
 }
 
 impl TextStream {
-    /// Takes the next token and returns the text that it settles, which may be empty.
+    /// Takes the next token and returns the text that it completes, which may be empty.
     ///
     /// # Errors
-    /// An id that no tokenizer has.
+    /// As [`Tokenizer::decode`].
     pub fn push(&mut self, token: i64) -> Result<String, Error> {
         self.ids.push(token_id(token)?);
         let piece = self.unsent()?;
-        // The replacement character stands for bytes that may yet become a character.
+        // The replacement character stands for bytes that may still become a character.
         if piece.is_empty() || piece.ends_with(char::REPLACEMENT_CHARACTER) {
             return Ok(String::new());
         }
@@ -293,7 +295,7 @@ impl TextStream {
     fn unsent(&self) -> Result<String, Error> {
         let sent = self.tokenizer.text(&self.ids[..self.sent], self.special)?;
         let all = self.tokenizer.text(&self.ids, self.special)?;
-        // By characters: bytes that turn out to be no character change the text before them, but not its length in those.
+        // Counted in characters: bytes that turn out to be invalid change the text before them, but not its number of characters.
         Ok(all.chars().skip(sent.chars().count()).collect())
     }
 }

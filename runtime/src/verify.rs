@@ -1,6 +1,6 @@
-//! Checks that a model folder computes what it should: that different ways to the same numbers agree, and that the numbers
-//! are those of a reference where one is given. In the library because it runs the model in ways that generation never
-//! does; reading files of reference numbers is left to the caller.
+//! Verifies a model folder: different ways to compute the same numbers must agree, with each other and with reference numbers where
+//! there are some. In the library because it runs the model in ways that generation never does; reading files of reference numbers
+//! is left to the caller.
 
 mod comparison;
 
@@ -30,7 +30,7 @@ pub struct Check {
     pub name: String,
     /// The largest absolute difference found.
     pub largest: f32,
-    /// The largest that passes.
+    /// The largest difference that passes.
     pub limit: f32,
 }
 
@@ -41,40 +41,39 @@ impl Check {
     }
 }
 
-/// Reference tensors by name, as the project's fixtures name them: `in.B.input_ids` and `in.B.attention_mask` `[rows,
-/// source]` for any batch name `B`, and for each of these, where present, `enc.B.last_hidden_state`, `dec.B.first.logits`,
-/// `dec.B.forced_ids` with `dec.B.forced_logits`, and `dec.B.prefill.logits`.
+/// Reference tensors by the names of the project's fixtures: `in.B.input_ids` and `in.B.attention_mask` `[rows, source]` for any
+/// batch name `B`, and for each of these, where present, `enc.B.last_hidden_state`, `dec.B.first.logits`, `dec.B.forced_ids` with
+/// `dec.B.forced_logits`, and `dec.B.prefill.logits`.
 #[derive(Clone, Debug, Default)]
 pub struct Golden {
     /// int64 tensors.
-    pub whole: BTreeMap<String, ArrayD<i64>>,
+    pub integers: BTreeMap<String, ArrayD<i64>>,
     /// float32 tensors.
     pub floats: BTreeMap<String, ArrayD<f32>>,
 }
 
-/// Target tokens that are fed in the checks without a reference.
+/// Number of target tokens in the checks without a reference.
 const TARGETS: usize = 8;
-/// Source lengths of their batch: ragged, with the shortest possible.
+/// Source lengths of the ragged batch of these checks, with the shortest possible one.
 const SOURCES: [usize; 5] = [23, 9, 1, 16, 4];
 
-/// Compares the model with itself: cached steps with recomputation, one step of many tokens with many of one, a ragged
-/// batch with its rows alone, padding on the left with padding on the right, beam search of width one with greedy search,
-/// and beam scores with scores recomputed from the logits.
+/// Compares the model with itself: cached steps with recomputation, one step of many tokens with many steps of one, a ragged batch
+/// with its rows alone, padding on the left with padding on the right, beam search of width 1 with greedy search, and beam scores
+/// with scores recomputed from the logits.
 ///
-/// `tolerance` replaces the default limit of each comparison of numbers: 5e-4 in float32; with weights of few bits, whose
-/// activations are rounded as well, a thousandth of the largest number compared where that is more; and in half precision a
-/// tenth of it.
+/// `tolerance` replaces the default limit of each comparison: 5e-4 in float32; with quantized weights, whose activations are rounded
+/// too, a thousandth of the largest number compared if that is more; in half precision a tenth of it.
 ///
 /// # Errors
-/// As [`Model::generate`].
+/// As [`Model::generate_batch`].
 pub fn consistency(model: &Model, tolerance: Option<f32>, cancel: &Cancellation) -> Result<Vec<Check>, Error> {
     let limit = |largest: f32| limit(model, tolerance, largest);
     let (encoder, decoder) = (&model.config().encoder, &model.config().decoder);
-    let mut draw = Draw(7);
+    let mut random = RandomTokens(7);
     let longest = encoder.max_position_embeddings;
-    let sources = SOURCES.map(|length| draw.tokens(length.min(longest), encoder.vocab_size));
+    let sources = SOURCES.map(|length| random.tokens(length.min(longest), encoder.vocab_size));
     let rows = sources.len();
-    let targets = draw.tokens(rows * TARGETS, decoder.vocab_size);
+    let targets = random.tokens(rows * TARGETS, decoder.vocab_size);
     let ragged = Batch::padded(&sources, model.options().pad_token_id)?;
 
     let one_by_one = forced(model, &ragged, &targets, &[1; TARGETS], cancel)?;
@@ -86,12 +85,13 @@ pub fn consistency(model: &Model, tolerance: Option<f32>, cancel: &Cancellation)
     for length in 1..=TARGETS {
         let prefix: Vec<i64> = targets.chunks(TARGETS).flat_map(|row| &row[..length]).copied().collect();
         let whole = forced(model, &ragged, &prefix, &[length], cancel)?;
-        difference = difference.max(apart(&whole.slice(s![0, .., ..]), &one_by_one.slice(s![length - 1, .., ..])));
+        difference =
+            difference.max(max_abs_difference(&whole.slice(s![0, .., ..]), &one_by_one.slice(s![length - 1, .., ..])));
     }
     check("cached steps = recomputation", difference, limit(scale));
 
     let in_two = forced(model, &ragged, &targets, &[1, TARGETS - 1], cancel)?;
-    let difference = apart(&in_two.slice(s![1, .., ..]), &one_by_one.slice(s![TARGETS - 1, .., ..]));
+    let difference = max_abs_difference(&in_two.slice(s![1, .., ..]), &one_by_one.slice(s![TARGETS - 1, .., ..]));
     check("one step of many tokens = many steps of one", difference, limit(scale));
 
     let hidden = model.encode(&ragged, cancel)?;
@@ -99,9 +99,10 @@ pub fn consistency(model: &Model, tolerance: Option<f32>, cancel: &Cancellation)
     for (row, source) in sources.iter().enumerate() {
         let alone = Batch::padded(std::slice::from_ref(source), 0)?;
         let states = model.encode(&alone, cancel)?;
-        of_hidden = of_hidden.max(apart(&states.slice(s![0, .., ..]), &hidden.slice(s![row, ..source.len(), ..])));
+        of_hidden =
+            of_hidden.max(max_abs_difference(&states.slice(s![0, .., ..]), &hidden.slice(s![row, ..source.len(), ..])));
         let logits = forced(model, &alone, &targets[row * TARGETS..][..TARGETS], &[1; TARGETS], cancel)?;
-        of_logits = of_logits.max(apart(&logits.slice(s![.., 0, ..]), &one_by_one.slice(s![.., row, ..])));
+        of_logits = of_logits.max(max_abs_difference(&logits.slice(s![.., 0, ..]), &one_by_one.slice(s![.., row, ..])));
     }
     let hidden_scale = largest(hidden.iter());
     check("hidden states of a ragged batch = of its rows alone", of_hidden, limit(hidden_scale));
@@ -112,14 +113,14 @@ pub fn consistency(model: &Model, tolerance: Option<f32>, cancel: &Cancellation)
     for (row, source) in sources.iter().enumerate() {
         let padding = left.length() - source.len();
         let (a, b) = (states.slice(s![row, padding.., ..]), hidden.slice(s![row, ..source.len(), ..]));
-        of_hidden = of_hidden.max(apart(&a, &b));
+        of_hidden = of_hidden.max(max_abs_difference(&a, &b));
     }
     let logits = forced(model, &left, &targets, &[1; TARGETS], cancel)?;
     check("hidden states padded left = padded right", of_hidden, limit(hidden_scale));
-    check("logits padded left = padded right", apart(&logits, &one_by_one), limit(scale));
+    check("logits padded left = padded right", max_abs_difference(&logits, &one_by_one), limit(scale));
 
-    // The model's token ids without its other settings: processors act on logits in greedy search and on log-probabilities
-    // in beam search, so that the two rightly differ.
+    // Without the model's other options: processors act on logits in greedy search and on log-probabilities in beam search, so that
+    // the two rightly differ.
     let greedy =
         GenerationConfig { max_new_tokens: Some(16.min(model.longest_target().0 - 1)), ..model.options().plain() };
     let tokens = |search: fn(&GenerationConfig, &[i64]) -> Search| -> Result<Vec<Vec<i64>>, Error> {
@@ -137,10 +138,10 @@ pub fn consistency(model: &Model, tolerance: Option<f32>, cancel: &Cancellation)
     Ok(checks)
 }
 
-/// Compares the model with reference numbers, of which hidden states count where the mask is 1.
+/// Compares the model with reference numbers; hidden states count where the mask is 1.
 ///
 /// # Errors
-/// As [`Model::generate`]; [`Error::Input`] for reference tensors that are missing or of shapes that do not belong together.
+/// As [`Model::generate_batch`]; [`Error::Input`] for reference tensors that are missing or whose shapes do not fit each other.
 pub fn against(
     model: &Model,
     golden: &Golden,
@@ -156,12 +157,12 @@ pub fn against(
     };
     let inclusive = model.manifest().encoder_window == EncoderWindow::Inclusive;
     let start = model.options().decoder_start_token_id;
-    for (name, ids) in &golden.whole {
+    for (name, ids) in &golden.integers {
         let Some(batch_name) = name.strip_prefix("in.").and_then(|name| name.strip_suffix(".input_ids")) else {
             continue;
         };
         let mask_name = format!("in.{batch_name}.attention_mask");
-        let mask = golden.whole.get(&mask_name).ok_or_else(|| Error::input(&mask_name, "a tensor", "none"))?;
+        let mask = golden.integers.get(&mask_name).ok_or_else(|| Error::input(&mask_name, "a tensor", "none"))?;
         let rows = ids.shape().first().copied().unwrap_or(0);
         let batch = Batch::flat(rows, ids.iter().copied().collect(), mask.iter().copied().collect())?;
         batch.check(model.config())?;
@@ -175,15 +176,15 @@ pub fn against(
             let width = states.shape()[2];
             let pairs =
                 states.exact_chunks([1, 1, width]).into_iter().zip(expected.exact_chunks([1, 1, width].as_ref()));
-            let largest_apart = pairs
+            let largest_difference = pairs
                 .zip(real)
                 .filter(|(_, real)| *real)
-                .map(|((a, b), _)| apart_numbers(a.iter(), b.iter()))
+                .map(|((a, b), _)| max_abs_difference_of(a.iter(), b.iter()))
                 .fold(0.0, f32::max);
-            compare("hidden states", largest_apart, largest(expected.iter()));
+            compare("hidden states", largest_difference, largest(expected.iter()));
         }
         if !inclusive {
-            // The reference's decoder numbers are those of its own window rule.
+            // The reference's decoder numbers follow its own window rule.
             continue;
         }
         let mut compare_logits = |name: &'static str, tensor: String, found: Array2<f32>, position: usize| {
@@ -191,13 +192,13 @@ pub fn against(
             let positions = expected.shape().get(1).copied().unwrap_or(0);
             same_shape(&tensor, expected.shape(), &[found.shape()[0], positions.max(position + 1), found.shape()[1]])?;
             let expected = expected.index_axis(Axis(1), position);
-            compare(name, apart_numbers(found.iter(), expected.iter()), largest(expected.iter()));
+            compare(name, max_abs_difference_of(found.iter(), expected.iter()), largest(expected.iter()));
             Ok::<(), Error>(())
         };
         let first = forced(model, &batch, &vec![start; rows], &[1], cancel)?;
         compare_logits("first logits", format!("dec.{batch_name}.first.logits"), piece(&first, 0), 0)?;
         let forced_name = format!("dec.{batch_name}.forced_ids");
-        let Some(ids) = golden.whole.get(&forced_name) else { continue };
+        let Some(ids) = golden.integers.get(&forced_name) else { continue };
         let steps = ids.shape().last().copied().unwrap_or(0);
         same_shape(&forced_name, ids.shape(), &[rows, steps])?;
         let targets: Vec<i64> = ids
@@ -234,8 +235,8 @@ fn limit(model: &Model, tolerance: Option<f32>, largest: f32) -> f32 {
     }
 }
 
-/// Feeds `targets` `[rows, Σ pieces]` in runs of the given lengths; returns the logits after each,
-/// `[pieces, rows, tokens]`: of the vocabulary, or those that the model keeps of it.
+/// Feeds `targets` `[rows, Σ pieces]` in steps of the given lengths and returns the logits after each, `[pieces, rows, tokens]`: of the
+/// vocabulary, or of the model's subset of it.
 fn forced(
     model: &Model,
     batch: &Batch,
@@ -247,7 +248,7 @@ fn forced(
     let part = |from: usize, count: usize| -> Vec<i64> {
         targets.chunks(length).flat_map(|row| &row[from..from + count]).copied().collect()
     };
-    let tokens = model.kept().map_or(model.config().decoder.vocab_size, |kept| kept.tokens().len());
+    let tokens = model.vocabulary_subset().map_or(model.config().decoder.vocab_size, |subset| subset.tokens().len());
     let mut all = Array3::zeros([pieces.len(), rows, tokens]);
     let mut take = |piece: usize, rows: &Range<usize>, logits: &mut Logits| {
         let logits = logits.rows_mut()?;
@@ -282,7 +283,7 @@ fn forced(
     Ok(all)
 }
 
-/// The largest difference between the scores that beam search reports and those computed anew from the logits.
+/// The largest difference between the scores that beam search returns and those recomputed from the logits.
 fn beam_scores(model: &Model, batch: &Batch, options: &GenerationConfig, cancel: &Cancellation) -> Result<f32, Error> {
     let mut difference = 0.0_f32;
     for (row, found) in model.generate(batch, options, &mut (), cancel)?.into_iter().enumerate() {
@@ -298,7 +299,7 @@ fn beam_scores(model: &Model, batch: &Batch, options: &GenerationConfig, cancel:
             .map(|(&token, logits)| {
                 let top = largest_signed(logits.iter());
                 let sum: f32 = logits.iter().map(|logit| (logit - top).exp()).sum();
-                let place = model.kept().map_or(token, |kept| kept.place(token));
+                let place = model.vocabulary_subset().map_or(token, |subset| subset.index(token));
                 logits[[0, place as usize]] - top - sum.ln()
             })
             .sum();
@@ -330,12 +331,12 @@ fn same_shape(name: &str, expected: &[usize], found: &[usize]) -> Result<(), Err
     Err(Error::input(name, format!("shape {found:?}, that of the model's tensor"), format!("{expected:?}")))
 }
 
-fn apart<D: ndarray::Dimension>(a: &ndarray::ArrayRef<f32, D>, b: &ndarray::ArrayRef<f32, D>) -> f32 {
-    apart_numbers(a.iter(), b.iter())
+fn max_abs_difference<D: ndarray::Dimension>(a: &ndarray::ArrayRef<f32, D>, b: &ndarray::ArrayRef<f32, D>) -> f32 {
+    max_abs_difference_of(a.iter(), b.iter())
 }
 
 /// The largest absolute difference; NaN on either side counts as infinite.
-fn apart_numbers<'n>(a: impl Iterator<Item = &'n f32>, b: impl Iterator<Item = &'n f32>) -> f32 {
+fn max_abs_difference_of<'n>(a: impl Iterator<Item = &'n f32>, b: impl Iterator<Item = &'n f32>) -> f32 {
     let difference = |(a, b): (&f32, &f32)| if a == b { 0.0 } else { (a - b).abs() };
     a.zip(b).map(difference).fold(0.0, |largest, next| if next.is_nan() { f32::INFINITY } else { largest.max(next) })
 }
@@ -348,10 +349,10 @@ fn largest_signed<'n>(numbers: impl Iterator<Item = &'n f32>) -> f32 {
     numbers.copied().fold(f32::NEG_INFINITY, f32::max)
 }
 
-/// Tokens without meaning, the same on every machine (a 64-bit linear congruential generator, Knuth's MMIX constants).
-struct Draw(u64);
+/// Random tokens, the same on every machine (a 64-bit linear congruential generator with Knuth's MMIX constants).
+struct RandomTokens(u64);
 
-impl Draw {
+impl RandomTokens {
     fn tokens(&mut self, count: usize, vocab_size: usize) -> Vec<i64> {
         let mut next = || {
             self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);

@@ -433,7 +433,7 @@ fn a_model_without_a_tokenizer_takes_ids_only() {
     let model = model.to_str().expect("temporary paths are UTF-8");
     for arguments in [["generate", model, "a text"].as_slice(), &["generate", model]] {
         let output = run("t5gemma", arguments, "a line\n");
-        let says = ["tokenizer.json: no such file: the model takes and gives token ids, but no text"];
+        let says = ["tokenizer.json: no such file: the model takes and returns token ids only"];
         refused(&output, &says).unwrap_or_else(|wrong| panic!("{wrong}"));
     }
 }

@@ -36,7 +36,7 @@ fn lines() -> Vec<Line> {
         (good(), &[]),
         // Sources.
         (json!({"text": 5}), &["text: expected a string or a list of strings, found 5"]),
-        (json!({"text": "a"}), &["tokenizer.json: no such file: the model takes and gives token ids"]),
+        (json!({"text": "a"}), &["tokenizer.json: no such file: the model takes and returns token ids"]),
         (ids(json!(5)), &["input_ids: ", IDS, "found 5"]),
         (ids(json!([])), &["input_ids[0]: expected at least one token, found none"]),
         (ids(json!([[]])), &["input_ids[0]: expected at least one token, found none"]),

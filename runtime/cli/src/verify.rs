@@ -124,7 +124,7 @@ pub fn read(file: &Tensors) -> Result<Golden> {
     for name in file.names()? {
         // Other tensors of the file, in whatever type, are not looked at.
         if name.starts_with("in.") || name.ends_with(".forced_ids") {
-            golden.whole.extend(file.whole(&name)?.map(|tensor| (name, tensor)));
+            golden.integers.extend(file.whole(&name)?.map(|tensor| (name, tensor)));
         } else if name.starts_with("enc.") || name.starts_with("dec.") {
             golden.floats.extend(file.floats(&name)?.map(|tensor| (name, tensor)));
         }

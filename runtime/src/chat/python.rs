@@ -1,9 +1,9 @@
-//! What templates expect of Python: methods of its strings, lists and dictionaries, how it writes values, `json.dumps` and
-//! `%`. `minijinja` and its companion have a part of that; the rest, and what they do without counting its cost, is here.
+//! The Python that templates use: methods of strings, lists and dictionaries, formatting of values, `json.dumps` and `%`. Here is what
+//! `minijinja` and `minijinja-contrib` lack, and what they do without counting its cost.
 //!
 //! # Design
-//! Whatever allocates pays for it in fuel before it does, a unit for 64 bytes as `minijinja` counts its own, so that a
-//! template cannot ask for more memory than its fuel is worth.
+//! Every allocation is paid for in fuel first, one unit for 64 bytes as `minijinja` counts its own, so that a template cannot allocate
+//! more than its fuel is worth.
 
 use std::fmt::Write;
 
@@ -14,16 +14,16 @@ use minijinja_contrib::pycompat;
 
 /// Bytes that a unit of fuel pays for.
 pub(super) const BYTES: u64 = 64;
-/// What a byte of a value that is written as text costs, as much as `minijinja` takes for it.
+/// The cost of a byte of a value that is written as text, as `minijinja` counts it.
 const WRITTEN: usize = 16;
-/// How deep values may be nested that are written; Python's own limit is near.
+/// Maximum nesting of values that are written; Python's own limit is near.
 const DEPTH: usize = 500;
 
 fn pay(state: &State, bytes: usize) -> Result<(), Error> {
     state.consume_fuel(bytes as u64 / BYTES + 1)
 }
 
-/// What is added to something: lists that are sums themselves are made whole, and paid for.
+/// The right operand of `+`: lazy sums of lists are collected and paid for.
 pub(super) fn added(state: &State, value: Value) -> Result<Value, Error> {
     if value.kind() != ValueKind::Iterable {
         return Ok(value);
@@ -40,7 +40,7 @@ fn refused(what: impl Into<std::borrow::Cow<'static, str>>) -> Error {
     Error::new(ErrorKind::InvalidOperation, what)
 }
 
-/// Python's methods of what is no object of its own.
+/// Python's methods of built-in values.
 pub(super) fn method(state: &mut State, value: &Value, name: &str, args: &[Value]) -> Result<Value, Error> {
     match value.kind() {
         ValueKind::String => of_text(state, value.as_str().unwrap_or_default(), value, name, args),
@@ -214,7 +214,7 @@ fn lines(text: &str, keep: bool) -> Vec<Value> {
     lines
 }
 
-/// Pays for the widths that a format asks for: those written in it, and whole numbers that may be taken for some.
+/// Pays for the widths of a format: those written in it, and integer arguments that may be widths.
 fn pay_widths(state: &State, text: &str, args: &[Value], mark: char) -> Result<(), Error> {
     let mut widths = 0_usize;
     let mut is_given = false;
@@ -229,7 +229,7 @@ fn pay_widths(state: &State, text: &str, args: &[Value], mark: char) -> Result<(
             widths = widths.saturating_add(number.parse().unwrap_or(usize::MAX));
         }
     }
-    // A width can only be an argument where one width is asked for within another field, or by a star.
+    // An argument is a width only in a nested field or for a star.
     if is_given && (mark == '%' || text.matches('{').count() > text.matches("{{").count()) {
         let number =
             |value: &Value| value.as_i64().filter(|_| value.is_integer()).map_or(0, |number| number.unsigned_abs());
@@ -240,7 +240,7 @@ fn pay_widths(state: &State, text: &str, args: &[Value], mark: char) -> Result<(
     pay(state, widths)
 }
 
-/// Whether a format has a field within a field.
+/// Whether a format has nested fields.
 fn nests(text: &str) -> bool {
     let mut depth = 0_usize;
     text.replace("{{", "").replace("}}", "").chars().any(|c| {
@@ -311,7 +311,7 @@ pub(super) fn join(state: &State, values: &Value, mark: Option<Value>, kwargs: K
     Ok(joined)
 }
 
-/// Values for a format, those that hold others as their text.
+/// Values for a format; lists are converted to text.
 fn plain(state: &State, args: &[Value]) -> Result<Vec<Value>, Error> {
     let plain = |value: &Value| match value.kind() {
         ValueKind::Seq | ValueKind::Iterable => Ok(Value::from(text_of(state, value)?)),
@@ -351,7 +351,7 @@ fn represent(state: &State, value: &Value, out: &mut String, depth: usize) -> Re
             each(state, value, out, depth)?;
             out.push_str(if value.len() == Some(1) { ",)" } else { ")" });
         }
-        // Some lists are made as they are looked at.
+        // Some lists are lazy.
         ValueKind::Seq | ValueKind::Iterable => {
             out.push('[');
             each(state, value, out, depth)?;
@@ -384,7 +384,7 @@ fn each(state: &State, values: &Value, out: &mut String, depth: usize) -> Result
     Ok(())
 }
 
-/// A number as Python writes it, what is none by the names given for that.
+/// A number as Python writes it; NaN and infinity by the given names.
 fn number(value: &Value, [nan, infinity]: [&str; 2]) -> String {
     if value.is_integer() {
         return value.to_string();
@@ -396,7 +396,7 @@ fn number(value: &Value, [nan, infinity]: [&str; 2]) -> String {
     if number.is_infinite() {
         return if number < 0.0 { format!("-{infinity}") } else { infinity.into() };
     }
-    // The shortest digits that give the number again are the same; where the exponent begins is not.
+    // Rust and Python write the same shortest digits, but use exponents from different magnitudes on.
     let (digits, exponent) = {
         let text = format!("{number:e}");
         let (digits, exponent) = text.split_once('e').expect("written so");
@@ -411,7 +411,7 @@ fn number(value: &Value, [nan, infinity]: [&str; 2]) -> String {
     }
 }
 
-/// How `json.dumps` writes.
+/// The formatting of `json.dumps`.
 struct Json {
     ensure_ascii: bool,
     indent: Option<String>,
@@ -436,7 +436,7 @@ pub(super) fn to_json(state: &State, value: &Value, args: Rest<Value>, kwargs: K
         Some(value) => {
             let width = match value.kind() {
                 ValueKind::Bool => i64::from(value.is_true()),
-                _ => value.as_i64().ok_or_else(|| refused("tojson: indent is a whole number or a text"))?,
+                _ => value.as_i64().ok_or_else(|| refused("tojson: expected an integer or a string as indent"))?,
             };
             let width = usize::try_from(width).unwrap_or(0);
             pay(state, width)?;
@@ -446,7 +446,7 @@ pub(super) fn to_json(state: &State, value: &Value, args: Rest<Value>, kwargs: K
     let separators = match take("separators")? {
         Some(value) => {
             let parts: Vec<String> = value.try_iter()?.filter_map(|part| part.as_str().map(str::to_string)).collect();
-            parts.try_into().map_err(|_| refused("tojson: separators are two texts"))?
+            parts.try_into().map_err(|_| refused("tojson: expected two strings as separators"))?
         }
         None => [if indent.is_some() { "," } else { ", " }.into(), ": ".into()],
     };
@@ -538,20 +538,21 @@ impl Json {
             return Ok(());
         }
         for c in quoted.chars() {
-            match c.is_ascii() && c != '\x7f' {
-                true => out.push(c),
-                false => c.encode_utf16(&mut [0; 2]).iter().try_for_each(|unit| write!(out, "\\u{unit:04x}"))?,
+            if c.is_ascii() && c != '\x7f' {
+                out.push(c);
+            } else {
+                c.encode_utf16(&mut [0; 2]).iter().try_for_each(|unit| write!(out, "\\u{unit:04x}"))?;
             }
         }
         Ok(())
     }
 }
 
-/// transformers' `strftime_now(format)`: the time of this place.
+/// transformers' `strftime_now(format)`: the local time.
 pub(super) fn strftime_now(format: &str) -> Result<String, Error> {
     #[cfg(unix)]
     {
-        // A character more tells a time without text from one that does not fit.
+        // One more character distinguishes an empty result from one that does not fit.
         let format = std::ffi::CString::new(format!("x{format}"));
         let format = format.map_err(|_| refused("strftime_now: a zero byte in the format"))?;
         let mut out = vec![0_u8; 4096];

@@ -1,20 +1,20 @@
-//! A template's source as `minijinja` takes it: its newlines are `\n`, as Jinja makes them, and what Jinja and transformers
-//! have and `minijinja` does not is written another way, or refused by name.
+//! Rewrites a template's source for `minijinja`: newlines become `\n`, as in Jinja, and syntax of Jinja and transformers that `minijinja`
+//! lacks is expressed in another way or refused by name.
 
-/// The filter that `"…" % values` becomes.
+/// The filter that replaces `"…" % values`.
 pub(super) const PERCENT: &str = "format_percent";
-/// The filter behind what is added to something.
+/// The filter that is applied to the right operand of `+`.
 pub(super) const ADDED: &str = "added";
 
 /// The source for `minijinja`.
 ///
 /// # Errors
-/// What it cannot express.
+/// Syntax that `minijinja` cannot express.
 pub(super) fn prepared(source: &str) -> Result<String, String> {
     let source = source.replace("\r\n", "\n").replace('\r', "\n");
     let mut out = String::with_capacity(source.len());
     let mut rest = source.as_str();
-    // Of the macro that we are in, its head.
+    // The head of the enclosing macro.
     let mut of_macro: Option<String> = None;
     while let Some(at) = ["{{", "{%", "{#"].iter().filter_map(|open| rest.find(open)).min() {
         let (data, tag) = rest.split_at(at);
@@ -37,7 +37,7 @@ pub(super) fn prepared(source: &str) -> Result<String, String> {
                 rest = &rest[end..];
                 continue;
             }
-            // Marks what an assistant says, for training; what is set in it stays in it.
+            // Marks an assistant's text for training; variables set inside stay local.
             ["generation"] if is_block => {
                 tokens
                     .iter()
@@ -84,7 +84,7 @@ struct Token<'s> {
     text: &'s str,
 }
 
-/// The tokens of a tag with its delimiters, and what follows it.
+/// The tokens of a tag with its delimiters, and the rest of the source.
 fn tokens(tag: &str) -> (Vec<Token<'_>>, &str) {
     let close = if tag.starts_with("{%") { "%}" } else { "}}" };
     let mut tokens = vec![Token { kind: Kind::Sign, text: &tag[..2] }];
@@ -128,7 +128,7 @@ fn end_of_text(text: &str, quote: char) -> usize {
     text.len()
 }
 
-/// Where the end of a raw block begins.
+/// The offset of the tag that ends a raw block.
 fn end_of_raw(text: &str) -> usize {
     let mut from = 0;
     while let Some(at) = text[from..].find("{%") {
@@ -141,20 +141,20 @@ fn end_of_raw(text: &str) -> usize {
     text.len()
 }
 
-/// The names of variables: not those of attributes, nor of arguments.
+/// The names of variables, without those of attributes and keyword arguments.
 fn names<'s>(tokens: &'s [Token<'s>]) -> impl Iterator<Item = &'s str> {
-    let told: Vec<&Token> = tokens.iter().filter(|token| token.kind != Kind::Space).collect();
+    let visible: Vec<&Token> = tokens.iter().filter(|token| token.kind != Kind::Space).collect();
     let is_variable = move |at: usize| {
-        let before = at.checked_sub(1).map(|before| told[before].text);
-        let after = told.get(at + 1).map(|token| token.text);
-        let is_argument = after == Some("=") && told.get(at + 2).is_none_or(|token| token.text != "=");
-        (told[at].kind == Kind::Name && before != Some(".") && !is_argument).then_some(told[at].text)
+        let before = at.checked_sub(1).map(|before| visible[before].text);
+        let after = visible.get(at + 1).map(|token| token.text);
+        let is_argument = after == Some("=") && visible.get(at + 2).is_none_or(|token| token.text != "=");
+        (visible[at].kind == Kind::Name && before != Some(".") && !is_argument).then_some(visible[at].text)
     };
     (0..tokens.iter().filter(|token| token.kind != Kind::Space).count()).filter_map(is_variable)
 }
 
-/// Writes tokens, `"…" % values` as a filter, and what is added with a filter behind it: `minijinja` adds lists without looking at
-/// them, so that a list that is doubled again and again would cost nothing until it is read, and then more than there is.
+/// Writes tokens: `"…" % values` as a filter, and a filter behind the right operand of `+`. `minijinja` adds lists lazily, so that a
+/// list that is doubled again and again would cost nothing until it is read, and then more memory than there is.
 fn write(tokens: &[Token], out: &mut String) {
     let mut at = 0;
     let mut is_text = false;
@@ -188,7 +188,7 @@ fn write(tokens: &[Token], out: &mut String) {
     }
 }
 
-/// How many tokens the operand on the right of an operator has.
+/// The number of tokens of an operator's right operand.
 fn operand(tokens: &[Token]) -> usize {
     let next = |at: usize| (at..tokens.len()).find(|&at| tokens[at].kind != Kind::Space);
     let Some(mut at) = next(0) else { return 0 };
@@ -257,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_written_another_way_is_named() {
+    fn syntax_that_cannot_be_expressed_is_named() {
         let surplus = "a\n{% macro f(a) %}{{ varargs | length }}{% endmacro %}";
         assert_eq!(prepared(surplus), Err("varargs of a macro is not supported (line 2 of the template)".into()));
         let own = "{% macro f(kwargs) %}{{ kwargs }}{{ x.varargs }}{{ f(varargs=1) }}{% endmacro %}{{ kwargs }}";

@@ -1,5 +1,5 @@
-//! Grammars over the text of an output: JSON schemas, regular expressions and Lark. The only user of `llguidance`, which
-//! works on bytes: it is given the bytes of every token, and says which tokens may come next.
+//! Grammars over the text of an output: JSON schemas, regular expressions and Lark. The only user of `llguidance`, which works on
+//! bytes: it gets the bytes of every token and returns which tokens are allowed next.
 
 use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, channel};
@@ -19,18 +19,17 @@ use crate::tokenizer::{TokenText, Tokenizer};
 
 /// The name of the library in errors.
 const LIBRARY: &str = "llguidance";
-/// The stack of a compilation, enough for what may be nested in a grammar.
+/// The stack of a compilation, enough for the deepest grammar that is accepted.
 const STACK: usize = 512 << 20;
 
-/// What all grammars of a model share: the tree of its tokens' bytes.
+/// What all grammars of a model share: the trie of its tokens' bytes.
 pub(crate) struct Vocabulary {
     factory: ParserFactory,
-    texts: Arc<[TokenText]>,
     /// The ids of special tokens.
     special: Arc<[TokenId]>,
 }
 
-/// The tokens as llguidance sees them.
+/// A tokenizer, as llguidance sees it.
 struct Tokens {
     trie: TokTrie,
     tokenizer: Tokenizer,
@@ -43,7 +42,7 @@ impl TokenizerEnv for Tokens {
 
     fn tokenize_bytes(&self, bytes: &[u8]) -> Vec<TokenId> {
         self.trie.tokenize_with_greedy_fallback(bytes, |text| {
-            // What the tokenizer cannot express is written by whichever tokens have these bytes.
+            // Text that the tokenizer cannot express is written by whichever tokens have its bytes.
             let tokens = self.tokenizer.encode_target(text).ok();
             let ids = tokens.and_then(|tokens| tokens.into_iter().map(|token| token.try_into().ok()).collect());
             ids.unwrap_or_else(|| self.trie.greedy_tokenize(text.as_bytes()))
@@ -52,55 +51,48 @@ impl TokenizerEnv for Tokens {
 }
 
 impl Vocabulary {
-    /// Prepares the first `vocab_size` tokens of a tokenizer.
-    pub(crate) fn new(tokenizer: &Tokenizer, vocab_size: usize) -> Result<Vocabulary, String> {
-        let mut texts = vec![TokenText::default(); vocab_size];
-        for (id, text) in tokenizer.token_texts()? {
-            if let Some(place) = texts.get_mut(id as usize) {
-                *place = text;
-            }
-        }
-        // The tree keeps special tokens apart by a byte that no UTF-8 text holds, so the token of that byte has no place.
+    /// Prepares the tokens of a tokenizer, whose texts these are.
+    pub(super) fn new(tokenizer: &Tokenizer, texts: &Arc<[TokenText]>) -> Result<Vocabulary, String> {
+        // The trie marks special tokens by a byte that does not occur in UTF-8, so the token of that byte is left out.
         const MARKER: u8 = TokTrie::SPECIAL_TOKEN_MARKER;
         let bytes: Vec<Vec<u8>> = texts
             .iter()
-            .map(|text| match text.is_special {
-                true => [&[MARKER], text.bytes.as_slice()].concat(),
-                false if text.bytes.first() == Some(&MARKER) => Vec::new(),
-                false => text.bytes.clone(),
+            .map(|text| {
+                if text.is_special {
+                    [&[MARKER], text.bytes.as_slice()].concat()
+                } else if text.bytes.first() == Some(&MARKER) {
+                    Vec::new()
+                } else {
+                    text.bytes.clone()
+                }
             })
             .collect();
-        let end = u32::try_from(vocab_size).map_err(|_| format!("a vocabulary of {vocab_size} tokens"))?;
+        let end = u32::try_from(texts.len()).map_err(|_| format!("a vocabulary of {} tokens", texts.len()))?;
         let prepare = || {
-            // Ends of sequence are the search's. The tree has to be told one and lets it pass wherever a grammar may end, so it
-            // is told one that does not exist.
+            // The trie needs an end-of-sequence token, which it allows wherever a grammar may end. Ends of sequence are left to the
+            // search, so it gets one that does not exist.
             let bytes: Vec<Vec<u8>> = bytes.into_iter().chain([Vec::new()]).collect();
             let trie = TokTrie::from(&TokRxInfo::new(end + 1, end), &bytes);
             let env: TokEnv = Arc::new(Tokens { trie, tokenizer: tokenizer.clone() });
-            let mut factory = ParserFactory::new_simple(&env).map_err(words)?;
+            let mut factory = ParserFactory::new_simple(&env).map_err(one_line)?;
             factory.quiet();
             factory.limits_mut().verbose_errors = false;
             Ok(factory)
         };
         let factory = foreign::call(LIBRARY, prepare).flatten()?;
         let special = (0..end).filter(|&id| texts[id as usize].is_special).collect();
-        Ok(Vocabulary { factory, texts: texts.into(), special })
+        Ok(Vocabulary { factory, special })
     }
 
-    /// The text of every token.
-    pub(super) fn texts(&self) -> &Arc<[TokenText]> {
-        &self.texts
-    }
-
-    /// Compiles a grammar, or says why it cannot be.
+    /// Compiles a grammar, or returns why it cannot be compiled.
     ///
-    /// It takes a second or two at most, however the grammar is made: [`check_first_bytes`] and the library's own limits see to
-    /// that. It is done on a thread of its own, so that `cancel` ends the waiting for it.
+    /// Takes two seconds at most whatever the grammar, due to [`check_first_bytes`] and the library's own limits. Runs on a thread
+    /// of its own, so that a cancellation does not have to wait for it.
     pub(super) fn compile(
         self: &Arc<Self>,
         source: Source,
         cancel: &Cancellation,
-    ) -> Result<Result<Match, String>, Error> {
+    ) -> Result<Result<GrammarState, String>, Error> {
         if let Err(found) = source.check() {
             return Ok(Err(found));
         }
@@ -108,79 +100,72 @@ impl Vocabulary {
         let vocabulary = self.clone();
         let work = move || {
             let compiled = foreign::call(LIBRARY, || vocabulary.compile_here(source)).flatten();
-            // Nobody waits for it any more if it was cancelled.
+            // After a cancellation nobody receives it.
             let _ = done.send(compiled);
         };
         let started = thread::Builder::new().name("t5gemma-grammar".into()).stack_size(STACK).spawn(work);
         if let Err(problem) = started {
-            return Ok(Err(format!("no thread to compile it on: {problem}")));
+            return Ok(Err(format!("cannot start a thread to compile it: {problem}")));
         }
         loop {
             match compiled.recv_timeout(Duration::from_millis(10)) {
                 Ok(compiled) => return Ok(compiled),
                 Err(RecvTimeoutError::Timeout) => cancel.check()?,
-                Err(RecvTimeoutError::Disconnected) => return Ok(Err("its compilation ended".into())),
+                Err(RecvTimeoutError::Disconnected) => return Ok(Err("its compilation ended without a result".into())),
             }
         }
     }
 
-    fn compile_here(&self, source: Source) -> Result<Match, String> {
+    fn compile_here(&self, source: Source) -> Result<GrammarState, String> {
         let names_special = matches!(&source, Source::Lark(lark) if lark.contains('<'));
         let grammar = source.grammar();
         let (limits, env) = (self.factory.limits(), self.factory.tok_env());
         let (grammar, lexer) =
-            GrammarInit::Serialized(grammar).to_internal(Some(env.clone()), limits.clone()).map_err(words)?;
+            GrammarInit::Serialized(grammar).to_internal(Some(env.clone()), limits.clone()).map_err(one_line)?;
         check_first_bytes(&lexer, self.factory.extra_lexemes(), limits.clone())?;
         let parser = self.factory.create_parser_from_init_default(GrammarInit::Internal(grammar, lexer));
-        let matcher = Box::new(Matcher::new(Ok(parser.map_err(words)?)));
+        let matcher = Box::new(Matcher::new(Ok(parser.map_err(one_line)?)));
         if let Some(error) = matcher.get_error() {
-            return Err(words(error));
+            return Err(one_line(error));
         }
         let forbidden = if names_special { Arc::new([]) } else { self.special.clone() };
-        let compiled = Match { matcher, forbidden };
-        // What is too complex to begin with is told now, not when others wait for the step.
-        compiled.clone().next()?;
+        let compiled = GrammarState { matcher, forbidden };
+        // A grammar that is too complex for a first token fails now, not while others wait for the step.
+        compiled.clone().allowed_tokens()?;
         Ok(compiled)
     }
 }
 
 /// A grammar and how much of it an output has matched.
 #[derive(Clone)]
-pub(super) struct Match {
+pub(super) struct GrammarState {
     matcher: Box<Matcher>,
-    /// Tokens that it does not allow, whatever the grammar says: special ones, unless the grammar names some.
+    /// Tokens that are forbidden in any case: the special ones, unless the grammar names some.
     forbidden: Arc<[TokenId]>,
 }
 
-/// What may come next.
-pub(super) enum Next {
-    /// These tokens.
-    Tokens(SimpleVob),
-    /// None: the grammar is matched and cannot go on, or no token fits.
-    Nothing,
-}
-
-impl Match {
-    /// The tokens that may come next, ends of sequence aside.
-    pub(super) fn next(&mut self) -> Result<Next, String> {
+impl GrammarState {
+    /// The tokens that are allowed next, ends of sequence aside; `None` if the grammar is matched and cannot continue, or if no
+    /// token fits.
+    pub(super) fn allowed_tokens(&mut self) -> Result<Option<SimpleVob>, String> {
         if self.matcher.is_stopped() {
-            return Ok(Next::Nothing);
+            return Ok(None);
         }
         match self.matcher.compute_mask() {
             Ok(mut tokens) => {
                 self.forbidden.iter().for_each(|&token| tokens.disallow_token(token));
-                Ok(Next::Tokens(tokens))
+                Ok(Some(tokens))
             }
-            // What its error says is all that a matcher tells of why it failed.
-            Err(error) => match words(error) {
-                error if error.starts_with(&StopReason::NoExtensionBias.to_string()) => Ok(Next::Nothing),
+            // A matcher's error has no kind, only this text.
+            Err(error) => match one_line(error) {
+                error if error.starts_with(&StopReason::NoExtensionBias.to_string()) => Ok(None),
                 error => Err(error),
             },
         }
     }
 
     /// Whether the output may end here.
-    pub(super) fn is_met(&mut self) -> bool {
+    pub(super) fn is_satisfied(&mut self) -> bool {
         match self.matcher.stop_reason() {
             StopReason::NoExtension | StopReason::EndOfSentence => true,
             StopReason::NotStopped => self.matcher.is_accepting().unwrap_or(false),
@@ -188,63 +173,63 @@ impl Match {
         }
     }
 
-    /// Goes on with a token: false if it does not fit.
+    /// Advances by a token; false if it does not fit.
     pub(super) fn advance(&mut self, token: i64) -> Result<bool, String> {
         let Ok(token) = TokenId::try_from(token) else { return Ok(false) };
         if self.matcher.is_stopped() || self.forbidden.binary_search(&token).is_ok() {
             return Ok(false);
         }
-        self.matcher.try_consume_tokens(&[token]).map(|consumed| consumed == 1).map_err(words)
+        self.matcher.try_consume_tokens(&[token]).map(|consumed| consumed == 1).map_err(one_line)
     }
 }
 
-/// Follows each first byte into the lexer, with the library's limit on the work: it does the same itself when it opens the
-/// lexer, without one, and what `multipleOf` and other intersections ask for there can take minutes and gigabytes.
+/// Follows each first byte into the lexer within the library's limit on work. The library does the same when it opens the lexer,
+/// but without a limit, and for `multipleOf` and other intersections that can take minutes and gigabytes.
 fn check_first_bytes(lexer: &LexerSpec, extra_lexemes: Vec<String>, mut limits: ParserLimits) -> Result<(), String> {
     let mut lexer = lexer.clone();
     lexer.add_extra_lexemes(&extra_lexemes);
     let fuel = limits.initial_lexer_fuel;
-    let mut states = lexer.to_regex_vec(&mut limits).map_err(words)?;
+    let mut states = lexer.to_regex_vec(&mut limits).map_err(one_line)?;
     states.set_fuel(fuel);
     let start = states.initial_state(&lexer.all_lexemes());
     for byte in 0..=u8::MAX {
         states.transition(start, byte);
         if states.has_error() {
             return Err(format!(
-                "too much work: it takes more than {fuel} steps to find out how it may begin (large multipleOf, or patterns and \
-                 lengths that hold together, are known for that)"
+                "too complex: its first byte takes more than {fuel} steps (typical for a large multipleOf, or for patterns \
+                 combined with lengths)"
             ));
         }
     }
     Ok(())
 }
 
-/// What is wrong with a regular expression and where, out of the drawing that the library makes of it.
+/// The problem and its position in the regular expression, out of the multi-line message of the `regex` crate.
 fn of_regex(text: &str) -> Option<String> {
     let (before, drawing) = text.split_once("regex parse error:\n")?;
     let (drawing, problem) = drawing.split_once("\nerror: ")?;
     let problem = problem.lines().next()?.trim();
     let [pattern, mark] = drawing.lines().collect::<Vec<_>>()[..] else { return Some(problem.to_string()) };
     let indent = pattern.len() - pattern.trim_start().len();
-    let place = 1 + mark.find('^')?.checked_sub(indent)?;
-    // Of a grammar, the place of the expression in it.
-    let of_grammar = before.split_once(": ").filter(|_| !text.contains("1 | start: /")).map(|(place, _)| place);
-    let of_grammar = of_grammar.map(|place| format!("{place}: ")).unwrap_or_default();
-    Some(format!("{of_grammar}{problem} at character {place}"))
+    let position = 1 + mark.find('^')?.checked_sub(indent)?;
+    // For an expression in a grammar, its position there.
+    let of_grammar = before.split_once(": ").filter(|_| !text.contains("1 | start: /")).map(|(position, _)| position);
+    let of_grammar = of_grammar.map(|position| format!("{position}: ")).unwrap_or_default();
+    Some(format!("{of_grammar}{problem} at character {position}"))
 }
 
-/// An error's words on one line, without the backtrace that may follow them.
-fn words(error: impl std::fmt::Display) -> String {
+/// An error's message on one line, without the backtrace that may follow it.
+fn one_line(error: impl std::fmt::Display) -> String {
     let text = error.to_string();
     if let Some(problem) = of_regex(&text) {
         return problem;
     }
     let lines = text.lines().map(str::trim).take_while(|line| *line != "<backtrace>");
-    let mut words = lines.filter(|line| !line.is_empty() && *line != "<non-verbose/>").collect::<Vec<_>>().join(" ");
-    // Some repeat the whole grammar.
-    if let Some((end, _)) = words.char_indices().nth(400) {
-        words.truncate(end);
-        words.push('…');
+    let mut line = lines.filter(|line| !line.is_empty() && *line != "<non-verbose/>").collect::<Vec<_>>().join(" ");
+    // Some messages repeat the whole grammar.
+    if let Some((end, _)) = line.char_indices().nth(400) {
+        line.truncate(end);
+        line.push('…');
     }
-    words
+    line
 }

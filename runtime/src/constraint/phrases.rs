@@ -1,13 +1,13 @@
-//! Phrases that an output has to hold before it may end, and how they are forced: where the model would end without them,
-//! and where the length would run out.
+//! Phrases that must occur in an output before it may end. They are forced where the model would end without them, and where the
+//! remaining length leaves room for nothing else.
 //!
 //! # Design
-//! A text occurs as text, however it is cut into tokens; a list of tokens occurs as these tokens. What is forced is tokens:
-//! those of the phrase, or those of the phrase after a space. A state's cost is how many tokens the missing phrases still
-//! take, one written after the other, less what the best of them has already behind it; only one can be under way. A
-//! token is allowed if the state it leads to costs no more than the places that are left, and from a state that can be
-//! afforded there is always such a token: the next one of the phrase under way. Where the model would end, the tokens that
-//! bring a phrase forward are all that is allowed, until one has occurred.
+//! A text occurs as text, however it is split into tokens; a list of tokens occurs as these tokens. Forcing works on tokens: those
+//! of the phrase, or those of the phrase after a space. The cost of a state is the number of tokens that the missing phrases still
+//! take when written one after the other, less those already written of the one that is furthest along, since only one can be in
+//! progress. A token is allowed if the state it leads to costs no more than the remaining length. From a state that is affordable
+//! such a token always exists: the next one of the phrase in progress. Where the model would end, only tokens that advance a phrase
+//! are allowed until one has occurred.
 
 /// The phrases of a request.
 #[derive(Debug)]
@@ -18,41 +18,41 @@ pub(super) struct Phrases {
 /// One phrase.
 #[derive(Debug)]
 pub(super) struct Phrase {
-    /// The bytes to be found, for a phrase that was given as text.
+    /// The bytes to find, for a phrase given as text.
     pub text: Option<Vec<u8>>,
-    /// The token sequences that write it, none of them empty.
+    /// The token sequences that spell it, none of them empty.
     pub spellings: Vec<Vec<i64>>,
 }
 
-/// What of the phrases an output holds.
+/// How much of the phrases occurs in an output.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Progress {
-    phrases: Vec<PhraseProgress>,
-    /// Whether a phrase is written now, wherever else the model would go.
-    is_insisted: bool,
-    /// Whether the output ends within a word, as far as its last token tells.
+pub(super) struct PhrasesState {
+    phrases: Vec<PhraseState>,
+    /// Whether a phrase is forced now, whatever the model prefers.
+    is_forced: bool,
+    /// Whether the last token ends with a character of a word.
     ends_in_word: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct PhraseProgress {
+struct PhraseState {
     has_occurred: bool,
-    /// How many bytes of the text the output ends with.
+    /// Number of bytes of the text that the output ends with.
     bytes: usize,
-    /// For each spelling, how many of its tokens the output ends with.
+    /// For each spelling, the number of its tokens that the output ends with.
     tokens: Vec<usize>,
 }
 
 impl Phrase {
-    /// The tokens that it takes at most.
+    /// The number of tokens of its longest spelling.
     fn length(&self) -> usize {
         self.spellings.iter().map(Vec::len).max().unwrap_or(0)
     }
 
-    /// The progress of an output that goes on with a token, `bytes` in text.
-    fn advance(&self, progress: &PhraseProgress, token: i64, bytes: &[u8]) -> PhraseProgress {
-        let mut next = progress.clone();
-        if progress.has_occurred {
+    /// The state of an output continued by a token whose text is `bytes`.
+    fn advance(&self, state: &PhraseState, token: i64, bytes: &[u8]) -> PhraseState {
+        let mut next = state.clone();
+        if state.has_occurred {
             return next;
         }
         for (spelling, matched) in self.spellings.iter().zip(&mut next.tokens) {
@@ -74,87 +74,91 @@ impl Phrases {
         Phrases { phrases }
     }
 
-    pub(super) fn start(&self) -> Progress {
+    pub(super) fn start(&self) -> PhrasesState {
         let start =
-            |phrase: &Phrase| PhraseProgress { has_occurred: false, bytes: 0, tokens: vec![0; phrase.spellings.len()] };
-        Progress { phrases: self.phrases.iter().map(start).collect(), is_insisted: false, ends_in_word: false }
+            |phrase: &Phrase| PhraseState { has_occurred: false, bytes: 0, tokens: vec![0; phrase.spellings.len()] };
+        PhrasesState { phrases: self.phrases.iter().map(start).collect(), is_forced: false, ends_in_word: false }
     }
 
-    pub(super) fn advance(&self, progress: &Progress, token: i64, bytes: &[u8]) -> Progress {
-        let phrases: Vec<PhraseProgress> = (self.phrases.iter().zip(&progress.phrases))
-            .map(|(phrase, progress)| phrase.advance(progress, token, bytes))
+    pub(super) fn advance(&self, state: &PhrasesState, token: i64, bytes: &[u8]) -> PhrasesState {
+        let phrases: Vec<PhraseState> = (self.phrases.iter().zip(&state.phrases))
+            .map(|(phrase, state)| phrase.advance(state, token, bytes))
             .collect();
-        let missing = |phrases: &[PhraseProgress]| phrases.iter().filter(|phrase| !phrase.has_occurred).count();
-        let is_insisted = progress.is_insisted && missing(&phrases) == missing(&progress.phrases);
+        let missing = |phrases: &[PhraseState]| phrases.iter().filter(|phrase| !phrase.has_occurred).count();
+        let is_forced = state.is_forced && missing(&phrases) == missing(&state.phrases);
         let ends_in_word = str::from_utf8(bytes).is_ok_and(|text| text.chars().next_back().is_some_and(is_of_word));
-        Progress { phrases, is_insisted, ends_in_word }
+        PhrasesState { phrases, is_forced, ends_in_word }
     }
 
-    /// Has the next phrase written from here.
-    pub(super) fn insist(&self, progress: &mut Progress) {
-        progress.is_insisted = !self.is_met(progress);
+    /// Forces a phrase from here on until it has occurred.
+    pub(super) fn force(&self, state: &mut PhrasesState) {
+        state.is_forced = !self.are_complete(state);
     }
 
-    pub(super) fn is_met(&self, progress: &Progress) -> bool {
-        progress.phrases.iter().all(|phrase| phrase.has_occurred)
+    pub(super) fn are_complete(&self, state: &PhrasesState) -> bool {
+        state.phrases.iter().all(|phrase| phrase.has_occurred)
     }
 
-    /// How many tokens it takes at most from here until every phrase has occurred.
-    pub(super) fn cost(&self, progress: &Progress) -> usize {
-        let missing = || self.missing(progress);
+    /// The number of tokens until every phrase has occurred, at most.
+    pub(super) fn cost(&self, state: &PhrasesState) -> usize {
+        let missing = || self.missing(state);
         let all: usize = missing().map(|(phrase, _)| phrase.length()).sum();
-        let saved = missing().flat_map(|(phrase, progress)| {
-            let left =
-                phrase.spellings.iter().zip(&progress.tokens).map(|(spelling, matched)| spelling.len() - matched);
+        let saved = missing().flat_map(|(phrase, state)| {
+            let left = phrase.spellings.iter().zip(&state.tokens).map(|(spelling, matched)| spelling.len() - matched);
             left.map(|left| phrase.length().saturating_sub(left))
         });
         all - saved.max().unwrap_or(0)
     }
 
-    fn missing<'a>(&'a self, progress: &'a Progress) -> impl Iterator<Item = (&'a Phrase, &'a PhraseProgress)> {
-        self.phrases.iter().zip(&progress.phrases).filter(|(_, progress)| !progress.has_occurred)
+    fn missing<'a>(&'a self, state: &'a PhrasesState) -> impl Iterator<Item = (&'a Phrase, &'a PhraseState)> {
+        self.phrases.iter().zip(&state.phrases).filter(|(_, state)| !state.has_occurred)
     }
 
-    /// The tokens of which one has to come next where `room` places are left, this one included. None: any may come.
-    pub(super) fn forced<'a>(
+    /// The tokens that are allowed next where `room` more tokens may be generated; `None` if all are.
+    pub(super) fn allowed_tokens<'a>(
         &self,
-        progress: &Progress,
+        state: &PhrasesState,
         room: usize,
         bytes: impl Fn(i64) -> &'a [u8],
     ) -> Option<Vec<i64>> {
-        let worst: usize = self.missing(progress).map(|(phrase, _)| phrase.length()).sum();
-        if worst < room && !progress.is_insisted {
+        let worst: usize = self.missing(state).map(|(phrase, _)| phrase.length()).sum();
+        if worst < room && !state.is_forced {
             return None;
         }
-        // With room to spare, what is furthest goes on. Otherwise any token that begins a phrase or goes on with one may
-        // fit; all others lose what progress there is, and the worst case does not fit.
-        let spellings = || self.missing(progress).flat_map(|(phrase, at)| phrase.spellings.iter().zip(&at.tokens));
+        // With room to spare, the phrase that is furthest along continues. Otherwise any token that begins or continues a phrase
+        // may be affordable; all others lose the progress there is, and the worst case is not affordable.
+        let spellings = || self.missing(state).flat_map(|(phrase, at)| phrase.spellings.iter().zip(&at.tokens));
         let furthest = spellings().map(|(_, &matched)| matched).max().unwrap_or(0);
         let mut tokens: Vec<i64> = spellings()
-            .flat_map(|(spelling, &matched)| match worst < room {
-                true if matched < furthest => vec![],
-                true => vec![spelling[matched]],
-                false => vec![spelling[matched], spelling[0]],
+            .flat_map(|(spelling, &matched)| {
+                if worst >= room {
+                    vec![spelling[matched], spelling[0]]
+                } else if matched == furthest {
+                    vec![spelling[matched]]
+                } else {
+                    vec![]
+                }
             })
-            .filter(|&token| self.cost(&self.advance(progress, token, bytes(token))) < room)
+            .filter(|&token| self.cost(&self.advance(state, token, bytes(token))) < room)
             .collect();
         tokens.sort_unstable();
         tokens.dedup();
-        // A phrase that begins here does so with a space after a word, unless there is no room for that.
+        // Behind a word, a phrase begins with a space if there is room for it.
         let begins_word = |token| str::from_utf8(bytes(token)).is_ok_and(|text| text.starts_with(is_of_word));
-        if progress.ends_in_word && furthest == 0 && !tokens.iter().all(|&token| begins_word(token)) {
+        if state.ends_in_word && furthest == 0 && !tokens.iter().all(|&token| begins_word(token)) {
             tokens.retain(|&token| !begins_word(token));
         }
         Some(tokens)
     }
 }
 
-/// Whether two such characters side by side are one word. Scripts that are written without spaces have none.
+/// Whether adjacent characters of this kind belong to one word. Scripts that are written without spaces have none.
 fn is_of_word(c: char) -> bool {
     c.is_alphanumeric() && c < '\u{2e80}'
 }
 
-/// How much of `pattern` a text ends with, after `matched` of it and one more symbol: the longest that fits.
+/// The length of the longest prefix of `pattern` that a text ends with, after it ended with `matched` symbols of it and one more
+/// symbol came.
 fn longer<T: PartialEq>(pattern: &[T], matched: usize, symbol: &T) -> usize {
     let ends_so = |length: &usize| match length.checked_sub(1) {
         None => true,
@@ -177,8 +181,8 @@ mod tests {
         &b"`abcdefgh"[token as usize..][..1]
     }
 
-    fn after(phrases: &Phrases, output: &[i64]) -> Progress {
-        output.iter().fold(phrases.start(), |progress, &token| phrases.advance(&progress, token, letter(token)))
+    fn after(phrases: &Phrases, output: &[i64]) -> PhrasesState {
+        output.iter().fold(phrases.start(), |state, &token| phrases.advance(&state, token, letter(token)))
     }
 
     #[test]
@@ -192,11 +196,11 @@ mod tests {
         ];
         for &(name, phrase, output, occurs) in cases {
             let as_tokens = Phrases::new(vec![tokens(phrase)]);
-            assert_eq!(as_tokens.is_met(&after(&as_tokens, output)), occurs, "{name}");
+            assert_eq!(as_tokens.are_complete(&after(&as_tokens, output)), occurs, "{name}");
             // As text, with a spelling that never occurs.
             let text = phrase.iter().flat_map(|&token| letter(token)).copied().collect();
             let as_text = Phrases::new(vec![Phrase { text: Some(text), spellings: vec![vec![99]] }]);
-            assert_eq!(as_text.is_met(&after(&as_text, output)), occurs, "{name}, as text");
+            assert_eq!(as_text.are_complete(&after(&as_text, output)), occurs, "{name}, as text");
         }
     }
 
@@ -215,28 +219,28 @@ mod tests {
             ("too late", &[], 4, Some(&[])),
         ];
         for &(name, output, room, forced) in cases {
-            let found = phrases.forced(&after(&phrases, output), room, letter);
+            let found = phrases.allowed_tokens(&after(&phrases, output), room, letter);
             assert_eq!(found.as_deref(), forced, "{name}");
         }
     }
 
     #[test]
-    fn a_phrase_that_is_insisted_on_is_written_to_its_end() {
+    fn a_phrase_that_is_forced_is_written_to_its_end() {
         let phrases = Phrases::new(vec![tokens(&[1, 2, 3]), tokens(&[4, 2])]);
-        let mut progress = after(&phrases, &[3, 4]);
-        assert_eq!(phrases.forced(&progress, 100, letter), None);
-        phrases.insist(&mut progress);
-        assert_eq!(phrases.forced(&progress, 100, letter), Some(vec![2]), "what is under way goes on");
-        progress = phrases.advance(&progress, 2, letter(2));
-        assert_eq!(phrases.forced(&progress, 100, letter), None);
-        phrases.insist(&mut progress);
+        let mut state = after(&phrases, &[3, 4]);
+        assert_eq!(phrases.allowed_tokens(&state, 100, letter), None);
+        phrases.force(&mut state);
+        assert_eq!(phrases.allowed_tokens(&state, 100, letter), Some(vec![2]), "what is under way goes on");
+        state = phrases.advance(&state, 2, letter(2));
+        assert_eq!(phrases.allowed_tokens(&state, 100, letter), None);
+        phrases.force(&mut state);
         for token in [1, 2, 3] {
-            assert_eq!(phrases.forced(&progress, 100, letter), Some(vec![token]));
-            progress = phrases.advance(&progress, token, letter(token));
+            assert_eq!(phrases.allowed_tokens(&state, 100, letter), Some(vec![token]));
+            state = phrases.advance(&state, token, letter(token));
         }
-        assert!(phrases.is_met(&progress));
-        phrases.insist(&mut progress);
-        assert_eq!(phrases.forced(&progress, 100, letter), None);
+        assert!(phrases.are_complete(&state));
+        phrases.force(&mut state);
+        assert_eq!(phrases.allowed_tokens(&state, 100, letter), None);
     }
 
     #[test]
@@ -253,20 +257,20 @@ mod tests {
             let least = phrases.cost(&phrases.start());
             for round in 0..2000 {
                 let length = least + round % 4;
-                let mut progress = phrases.start();
+                let mut state = phrases.start();
                 for place in 0..length {
                     seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
                     let pick = (seed >> 33) as usize;
                     if pick.is_multiple_of(7) {
-                        phrases.insist(&mut progress);
+                        phrases.force(&mut state);
                     }
-                    let token = match phrases.forced(&progress, length - place, letter) {
+                    let token = match phrases.allowed_tokens(&state, length - place, letter) {
                         None => 1 + (pick / 8 % 4) as i64,
                         Some(tokens) => tokens[pick / 8 % tokens.len()],
                     };
-                    progress = phrases.advance(&progress, token, letter(token));
+                    state = phrases.advance(&state, token, letter(token));
                 }
-                assert!(phrases.is_met(&progress), "{phrases:?} in {length}");
+                assert!(phrases.are_complete(&state), "{phrases:?} in {length}");
             }
         }
     }

@@ -1,12 +1,12 @@
-//! `Source`: a grammar as a request gives it, and what is refused of it before `llguidance` reads it: what would end the
-//! process rather than the request, and numbers that its arithmetic cannot hold.
+//! `Source`: a grammar as a request gives it, and the checks before `llguidance` reads it: for grammars that would end the process
+//! rather than the request, and for numbers that its arithmetic cannot hold.
 
 use llguidance::api::TopLevelGrammar;
 use serde_json::{Value, json};
 
-/// How deep a grammar may be nested: its reader calls itself for each level, and a stack that ends cannot be caught.
+/// Maximum nesting of a grammar: the parser recurses, and a stack overflow cannot be caught.
 const MAX_DEPTH: usize = 250;
-/// How many rules a grammar may have, or references a schema: each may lead to the next, as deep as there are some.
+/// Maximum number of rules of a grammar or references of a schema, as each may nest the next.
 const MAX_RULES: usize = 50_000;
 
 /// A grammar as a request gives it.
@@ -19,7 +19,7 @@ pub(super) enum Source {
 }
 
 impl Source {
-    /// Refuses what the library would not survive, or would take for something else.
+    /// Refuses grammars that the library would not survive or would misread.
     pub fn check(&self) -> Result<(), String> {
         self.check_depth()?;
         let rules = match self {
@@ -42,8 +42,8 @@ impl Source {
         }
     }
 
-    /// Refuses `multipleOf` where the library's arithmetic would overflow and allow other numbers. Where parts of a schema hold
-    /// together it takes the least common multiple of theirs; that of all has to fit then.
+    /// Refuses `multipleOf` where the library's arithmetic would overflow and allow other numbers. Where parts of a schema combine, it
+    /// takes the least common multiple of theirs, so that of all has to fit.
     fn check_multiples(&self) -> Result<(), String> {
         let mut numbers = Vec::new();
         match self {
@@ -57,11 +57,11 @@ impl Source {
             Source::Regex(_) => {}
         }
         let refused = |number: f64| {
-            format!("multipleOf {number}, which is too large or has too many decimals (429496728 and 8 at most)")
+            format!("multipleOf {number} is too large or has too many decimals (at most 429496728, and 8 decimals)")
         };
         let mut all: Option<Multiple> = None;
         for number in numbers {
-            // What is no multiple at all has the library's own message.
+            // The library reports numbers that cannot be a multiple.
             if number <= 0.0 {
                 continue;
             }
@@ -72,9 +72,8 @@ impl Source {
                 Some(other) => {
                     let decimals = other.decimals.max(multiple.decimals);
                     let parts = other.scaled(decimals).zip(multiple.scaled(decimals));
-                    let product = parts.and_then(|(a, b)| {
-                        Some((a.checked_mul(b).filter(|&product| product <= Multiple::MOST)?, a, b))
-                    });
+                    let product = parts
+                        .and_then(|(a, b)| Some((a.checked_mul(b).filter(|&product| product <= Multiple::MAX)?, a, b)));
                     let common = product.map(|(product, a, b)| Multiple { coefficient: product / gcd(a, b), decimals });
                     common.filter(|common| common.fits())
                 }
@@ -82,13 +81,17 @@ impl Source {
             match common {
                 Some(common) => all = Some(common),
                 None if !self.combines() => {}
-                None => return Err(format!("multipleOf {number} beside others, whose common multiple is too large")),
+                None => {
+                    return Err(format!(
+                        "multipleOf {number} combined with others: their least common multiple is too large"
+                    ));
+                }
             }
         }
         Ok(())
     }
 
-    /// Whether parts of a schema may hold together.
+    /// Whether parts of a schema may combine.
     fn combines(&self) -> bool {
         match self {
             Source::Schema(schema) => combines(schema),
@@ -97,7 +100,7 @@ impl Source {
         }
     }
 
-    /// Refuses what is nested too deep. Brackets within strings count too, which are never so many in a row.
+    /// Refuses grammars that are nested too deep. Brackets in strings count too; real ones are never that many.
     fn check_depth(&self) -> Result<(), String> {
         let is_too_deep = match self {
             Source::Schema(schema) => is_deeper(schema, MAX_DEPTH),
@@ -113,14 +116,11 @@ impl Source {
                 depths.into_iter().any(|depth| depth > MAX_DEPTH)
             }
         };
-        match is_too_deep {
-            true => Err(format!("nested deeper than {MAX_DEPTH}")),
-            false => Ok(()),
-        }
+        if is_too_deep { Err(format!("nested deeper than {MAX_DEPTH}")) } else { Ok(()) }
     }
 }
 
-/// A `multipleOf` as the library takes it: `coefficient` / 10^`decimals`.
+/// A `multipleOf` in the library's form: `coefficient` / 10^`decimals`.
 #[derive(Clone, Copy, PartialEq)]
 struct Multiple {
     coefficient: u64,
@@ -128,16 +128,16 @@ struct Multiple {
 }
 
 impl Multiple {
-    /// The greatest remainder that the library's 32 bits hold, with another digit to it.
-    const MOST: u64 = u32::MAX as u64;
+    /// The largest number that fits the library's 32-bit arithmetic.
+    const MAX: u64 = u32::MAX as u64;
 
     fn of(number: f64) -> Option<Multiple> {
         let (mut value, mut decimals) = (number, 0);
         while value.fract() != 0.0 && decimals < 20 {
             (value, decimals) = (value * 10.0, decimals + 1);
         }
-        let is_whole = value.fract() == 0.0 && (0.0..=Multiple::MOST as f64).contains(&value);
-        Some(Multiple { coefficient: value as u64, decimals }).filter(|_| is_whole)
+        let is_integer = value.fract() == 0.0 && (0.0..=Multiple::MAX as f64).contains(&value);
+        Some(Multiple { coefficient: value as u64, decimals }).filter(|_| is_integer)
     }
 
     /// In units of 10^-`decimals`.
@@ -148,7 +148,7 @@ impl Multiple {
     fn fits(self) -> bool {
         let digit = 10_u64.checked_pow(self.decimals).and_then(|place| place.checked_mul(9));
         let next = digit.and_then(|digit| self.coefficient.checked_mul(10)?.checked_add(digit));
-        next.is_some_and(|next| next <= Multiple::MOST)
+        next.is_some_and(|next| next <= Multiple::MAX)
     }
 }
 
@@ -175,7 +175,7 @@ fn combines(schema: &Value) -> bool {
     }
 }
 
-/// Every number that stands behind `multipleOf`.
+/// The values of every `multipleOf`.
 fn multiples(value: &Value, found: &mut Vec<f64>) {
     match value {
         Value::Array(values) => values.iter().for_each(|value| multiples(value, found)),
@@ -195,10 +195,10 @@ fn is_deeper(value: &Value, depth: usize) -> bool {
     }
 }
 
-/// A grammar of the JSON of a schema.
+/// The grammar of a schema's JSON.
 ///
-/// Between the parts of the JSON stands at most one space, or a line break with its indentation: where any white space is
-/// allowed, small models are known to write nothing else. `x-guidance` in the schema says otherwise.
+/// Between the tokens of the JSON, at most one space or a line break with indentation is allowed: with unlimited whitespace, small
+/// models are known to write nothing else. `x-guidance` in the schema overrides it.
 fn of_schema(mut schema: Value) -> TopLevelGrammar {
     if schema == Value::Bool(true) {
         schema = json!({});
@@ -214,7 +214,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_the_library_would_not_survive_is_refused_with_its_figure() {
+    fn grammars_that_the_library_would_not_survive_are_refused() {
         let schema = |text: &str| Source::Schema(serde_json::from_str(text).expect("JSON"));
         let deep = |depth: usize| "(".repeat(depth) + "a" + &")".repeat(depth);
         let mut nested = json!(1);
@@ -237,7 +237,7 @@ mod tests {
             (schema(r#"{"allOf": [{"multipleOf": 6}, {"multipleOf": 0.25}, {"multipleOf": 10}]}"#), None),
             (
                 schema(r#"{"allOf": [{"multipleOf": 65536}, {"multipleOf": 99991}]}"#),
-                Some("common multiple is too large"),
+                Some("least common multiple is too large"),
             ),
         ] {
             let found = source.check().err();

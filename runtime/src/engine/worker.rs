@@ -17,7 +17,7 @@ use crate::item::{Call, Item};
 use crate::logits::Said;
 use crate::model::Model;
 use crate::search::Search;
-use crate::stop::Stops;
+use crate::stop::StoppingCriteria;
 
 /// Cohorts at most: each reads the weights for itself, and later ones would be smaller still.
 const MOST_COHORTS: usize = 4;
@@ -37,7 +37,7 @@ pub(super) struct Running {
     pub cancel: Cancellation,
     pub events: Sender<Message>,
     /// From when its first source is admitted.
-    stops: OnceLock<Arc<Stops>>,
+    stops: OnceLock<Arc<StoppingCriteria>>,
     /// Set with the line locked, when the last message is sent.
     pub has_ended: AtomicBool,
 }
@@ -211,7 +211,7 @@ impl Worker {
                 continue;
             }
             let call = &request.call;
-            let stops = request.stops.get_or_init(|| Arc::new(Stops::new(&call.options)));
+            let stops = request.stops.get_or_init(|| Arc::new(StoppingCriteria::new(&call.options)));
             let alone = call.batch.alone(row);
             let encoded = match alone.encoder_outputs() {
                 Some(_) => Ok(alone),

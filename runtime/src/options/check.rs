@@ -5,7 +5,7 @@ use std::slice;
 use super::form::is_positive;
 use super::unsupported::{Neutral, unsupported};
 use super::{DEFAULT_NEW_TOKENS, EarlyStopping, GenerationConfig, GenerationOptions, OptionError, OptionProblem};
-use crate::scores::Kept;
+use crate::vocabulary_subset::VocabularySubset;
 
 /// Bounds what one source may cost; far above any useful number.
 const MAX_NUM_BEAMS: usize = 256;
@@ -70,18 +70,18 @@ impl GenerationConfig {
     }
 
     /// Checks that a model that computes the logits of some tokens only is not forced to generate others.
-    pub(crate) fn check_kept(&self, kept: &Kept) -> Result<(), OptionError> {
+    pub(crate) fn check_subset(&self, subset: &VocabularySubset) -> Result<(), OptionError> {
         for (name, tokens) in [
             ("forced_bos_token_id", self.forced_bos_token_id.as_slice()),
             ("forced_eos_token_id", &self.forced_eos_token_id),
         ] {
-            if let Some(token) = tokens.iter().find(|&&token| !kept.has(token)) {
-                let expected = "tokens that this model keeps (those of kept_tokens.json)";
+            if let Some(token) = tokens.iter().find(|&&token| !subset.contains(token)) {
+                let expected = "a token of kept_tokens.json, the vocabulary subset of this model";
                 return Err(OptionError::new(name, expected, token.to_string()));
             }
         }
-        if self.top_logprobs > kept.tokens().len() {
-            let expected = format!("at most {}, the tokens that this model keeps", kept.tokens().len());
+        if self.top_logprobs > subset.tokens().len() {
+            let expected = format!("at most {}, the size of the model's vocabulary subset", subset.tokens().len());
             return Err(OptionError::new("top_logprobs", expected, self.top_logprobs.to_string()));
         }
         Ok(())

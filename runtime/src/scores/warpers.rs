@@ -1,64 +1,64 @@
-//! What sampling does to a row's scores before it draws: temperature, and truncations that leave the likelier tokens. The
-//! arithmetic is that of Hugging Face's `…LogitsWarper` classes in float32, cumulative sums in float64 as PyTorch has them.
+//! The warpers that prepare a row's scores for sampling: temperature, and truncations that keep the more likely tokens. The
+//! arithmetic is that of Hugging Face's `…LogitsWarper` classes in float32, with cumulative sums in float64 as in PyTorch.
 //!
 //! # Design
-//! A truncation looks only at tokens that are still allowed: after `top_k`, which is on by default, these are a few of 256
-//! thousand. A forbidden token has probability 0 and cannot change what any of the definitions keeps.
+//! A truncation sorts only tokens that are still allowed: after `top_k`, which is on by default, these are few of 256 thousand. A
+//! forbidden token has probability 0 and cannot change which tokens any of the definitions keeps.
 
 use t5gemma_kernels::log_softmax::{LogSumExp, exp};
 
-use super::rank;
+use super::top_k::rank;
 use crate::options::GenerationConfig;
 
-/// A warper, in Hugging Face's words.
+/// A warper and its parameters. Those with `min_to_keep` keep at least that many tokens.
 #[derive(Clone, Debug)]
 pub(super) enum Warper {
     /// Divides by the temperature.
     Temperature(f32),
-    /// Keeps what is within so many standard deviations of the best.
+    /// Keeps tokens within this many standard deviations of the best score.
     TopNSigma(f32),
-    /// Keeps the likeliest of the 100 best until their share of the entropy of these is used up.
+    /// Keeps the most likely tokens, up to this share of the entropy of the 100 most likely.
     TopH(f32),
-    /// Keeps the best, and what equals the last of them.
+    /// Keeps the best, and ties with the last of them.
     TopK(usize),
-    /// Keeps the likeliest whose probabilities add up to the mass.
-    TopP { mass: f64, least: usize },
-    /// Keeps what has at least such a part of the best token's probability.
-    MinP { part: f32, least: usize },
-    /// Keeps those closest to the expected information whose probabilities add up to the mass.
-    Typical { mass: f32, least: usize },
-    /// Keeps what is likelier than a constant.
-    Epsilon { cutoff: f32, least: usize },
-    /// Keeps what is likelier than a bound that falls with the entropy.
-    Eta { cutoff: f32, least: usize },
+    /// Keeps the most likely tokens whose probabilities add up to `mass`.
+    TopP { mass: f64, min_to_keep: usize },
+    /// Keeps tokens that are at least `ratio` times as likely as the most likely.
+    MinP { ratio: f32, min_to_keep: usize },
+    /// Keeps the tokens whose information is closest to the entropy and whose probabilities add up to `mass`.
+    Typical { mass: f32, min_to_keep: usize },
+    /// Keeps tokens of at least the probability `cutoff`.
+    Epsilon { cutoff: f32, min_to_keep: usize },
+    /// Keeps tokens of at least a probability that falls as the entropy rises.
+    Eta { cutoff: f32, min_to_keep: usize },
 }
 
-/// Tokens that `top_h` looks at.
+/// Number of tokens that `top_h` considers.
 const TOP_H_TOKENS: usize = 100;
 
-/// The warpers that the options ask for, in the order of application; none without `do_sample`.
-pub(super) fn warpers(options: &GenerationConfig) -> Vec<Warper> {
+/// The warpers of a configuration in the order of application; none without `do_sample`.
+pub(super) fn warpers(config: &GenerationConfig) -> Vec<Warper> {
     let mut warpers = Vec::new();
-    if !options.do_sample {
+    if !config.do_sample {
         return warpers;
     }
-    // Beams need a token more than there are end tokens, so that they can go on.
-    let least = if options.num_beams > 1 { options.eos_token_id.len() + 1 } else { 1 };
+    // Beams need one token more than there are end-of-sequence tokens, so that they can continue.
+    let min_to_keep = if config.num_beams > 1 { config.eos_token_id.len() + 1 } else { 1 };
     let mut add = |is_on: bool, warper: Warper| {
         if is_on {
             warpers.push(warper);
         }
     };
-    add(options.temperature != 1.0, Warper::Temperature(options.temperature as f32));
-    let sigmas = options.top_n_sigma;
+    add(config.temperature != 1.0, Warper::Temperature(config.temperature as f32));
+    let sigmas = config.top_n_sigma;
     add(sigmas > 0.0, Warper::TopNSigma(sigmas as f32));
-    add(options.top_h.is_some(), Warper::TopH(options.top_h.unwrap_or(1.0) as f32));
-    add(options.top_k > 0, Warper::TopK(options.top_k.max(least)));
-    add(options.top_p < 1.0, Warper::TopP { mass: options.top_p, least });
-    add(options.min_p > 0.0, Warper::MinP { part: options.min_p as f32, least });
-    add(options.typical_p < 1.0, Warper::Typical { mass: options.typical_p as f32, least });
-    add(options.epsilon_cutoff > 0.0, Warper::Epsilon { cutoff: options.epsilon_cutoff as f32, least });
-    add(options.eta_cutoff > 0.0, Warper::Eta { cutoff: options.eta_cutoff as f32, least });
+    add(config.top_h.is_some(), Warper::TopH(config.top_h.unwrap_or(1.0) as f32));
+    add(config.top_k > 0, Warper::TopK(config.top_k.max(min_to_keep)));
+    add(config.top_p < 1.0, Warper::TopP { mass: config.top_p, min_to_keep });
+    add(config.min_p > 0.0, Warper::MinP { ratio: config.min_p as f32, min_to_keep });
+    add(config.typical_p < 1.0, Warper::Typical { mass: config.typical_p as f32, min_to_keep });
+    add(config.epsilon_cutoff > 0.0, Warper::Epsilon { cutoff: config.epsilon_cutoff as f32, min_to_keep });
+    add(config.eta_cutoff > 0.0, Warper::Eta { cutoff: config.eta_cutoff as f32, min_to_keep });
     warpers
 }
 
@@ -85,7 +85,7 @@ impl Warper {
                 best.select_nth_unstable_by_key(count - 1, |entry| std::cmp::Reverse(entry.order()));
                 best.truncate(count);
                 best.sort_by_key(|entry| std::cmp::Reverse(entry.order()));
-                let terms = information(&best);
+                let terms = entropy_terms(&best);
                 let limit = (terms.iter().sum::<f64>() as f32 * share) as f64;
                 let mut used = 0.0;
                 let kept = (terms.iter().take_while(|&&term| {
@@ -102,7 +102,7 @@ impl Warper {
                 let (_, &mut least, _) = order.select_nth_unstable_by_key(count - 1, |&rank| std::cmp::Reverse(rank));
                 forbid(scores, |score| rank(score) < least);
             }
-            Warper::TopP { mass, least } => {
+            Warper::TopP { mass, min_to_keep } => {
                 let mut entries = allowed(scores);
                 entries.sort_by_key(Entry::order);
                 let rest = (1.0 - mass) as f32;
@@ -111,17 +111,17 @@ impl Warper {
                     sum += f64::from(entry.probability);
                     sum as f32 <= rest
                 });
-                let dropped = unlikely.count().min(entries.len().saturating_sub(least));
+                let dropped = unlikely.count().min(entries.len().saturating_sub(min_to_keep));
                 drop_entries(scores, &entries[..dropped]);
             }
-            Warper::MinP { part, least } => {
+            Warper::MinP { ratio, min_to_keep } => {
                 let entries = allowed(scores);
                 let best = entries.iter().map(|entry| entry.probability).fold(0.0, f32::max);
-                drop_unlikely(scores, entries, part * best, least, false);
+                drop_unlikely(scores, entries, ratio * best, min_to_keep, Ties::Dropped);
             }
-            Warper::Typical { mass, least } => {
+            Warper::Typical { mass, min_to_keep } => {
                 let mut entries = allowed(scores);
-                let entropy: f64 = information(&entries).iter().sum();
+                let entropy: f64 = entropy_terms(&entries).iter().sum();
                 let norm = LogSumExp::of(scores);
                 let far = |entry: &Entry| (-norm.log_probability(entry.score) - entropy as f32).abs();
                 entries.sort_by(|a, b| far(a).total_cmp(&far(b)).then(a.token.cmp(&b.token)));
@@ -132,24 +132,24 @@ impl Warper {
                 });
                 let last = within.count().min(entries.len().saturating_sub(1));
                 let Some(farthest) = entries.get(last).map(far) else { return };
-                let kept = entries.partition_point(|entry| far(entry) <= farthest).max(least).min(entries.len());
+                let kept = entries.partition_point(|entry| far(entry) <= farthest).max(min_to_keep).min(entries.len());
                 drop_entries(scores, &entries[kept..]);
             }
-            Warper::Epsilon { cutoff, least } => {
+            Warper::Epsilon { cutoff, min_to_keep } => {
                 let entries = allowed(scores);
-                drop_unlikely(scores, entries, cutoff, least, true);
+                drop_unlikely(scores, entries, cutoff, min_to_keep, Ties::Kept);
             }
-            Warper::Eta { cutoff, least } => {
+            Warper::Eta { cutoff, min_to_keep } => {
                 let entries = allowed(scores);
-                let entropy = information(&entries).iter().sum::<f64>() as f32;
+                let entropy = entropy_terms(&entries).iter().sum::<f64>() as f32;
                 let cutoff = cutoff.min(cutoff.sqrt() * (-entropy).exp());
-                drop_unlikely(scores, entries, cutoff, least, true);
+                drop_unlikely(scores, entries, cutoff, min_to_keep, Ties::Kept);
             }
         }
     }
 }
 
-/// A token that is still allowed.
+/// An allowed token.
 #[derive(Clone, Copy, Debug)]
 struct Entry {
     token: usize,
@@ -158,7 +158,7 @@ struct Entry {
 }
 
 impl Entry {
-    /// Ascending scores, among equals descending tokens: of the best the lowest token comes last.
+    /// Orders by ascending scores, and equal scores by descending tokens: the lowest of the best tokens comes last.
     fn order(&self) -> (i32, std::cmp::Reverse<usize>) {
         (rank(self.score), std::cmp::Reverse(self.token))
     }
@@ -174,8 +174,8 @@ fn allowed(scores: &[f32]) -> Vec<Entry> {
         .collect()
 }
 
-/// `−p · log p` of each entry, where the entries are all there is.
-fn information(entries: &[Entry]) -> Vec<f64> {
+/// `−p · log p` of each entry, with probabilities over the entries alone.
+fn entropy_terms(entries: &[Entry]) -> Vec<f64> {
     let scores: Vec<f32> = entries.iter().map(|entry| entry.score).collect();
     let norm = LogSumExp::of(&scores);
     scores.iter().map(|&score| norm.log_probability(score)).map(|log| f64::from(-log * exp(log))).collect()
@@ -200,13 +200,20 @@ fn keep(scores: &mut [f32], entries: &[Entry]) {
     }
 }
 
-/// Forbids what is less likely than `cutoff`, but for the `least` best; with `ties`, what equals the last of these stays too.
-fn drop_unlikely(scores: &mut [f32], mut entries: Vec<Entry>, cutoff: f32, least: usize, ties: bool) {
-    let Some(last) = least.min(entries.len()).checked_sub(1) else { return };
-    let (_, &mut least, _) = entries.select_nth_unstable_by_key(last, |entry| std::cmp::Reverse(entry.order()));
+/// What becomes of tokens whose scores equal that of the last of the `min_to_keep` best.
+#[derive(Clone, Copy, PartialEq)]
+enum Ties {
+    Kept,
+    Dropped,
+}
+
+/// Forbids tokens less likely than `cutoff`, except the `min_to_keep` best.
+fn drop_unlikely(scores: &mut [f32], mut entries: Vec<Entry>, cutoff: f32, min_to_keep: usize, ties: Ties) {
+    let Some(last) = min_to_keep.min(entries.len()).checked_sub(1) else { return };
+    let (_, &mut last, _) = entries.select_nth_unstable_by_key(last, |entry| std::cmp::Reverse(entry.order()));
     let stays = |entry: &Entry| match ties {
-        true => rank(entry.score) >= rank(least.score),
-        false => entry.order() >= least.order(),
+        Ties::Kept => rank(entry.score) >= rank(last.score),
+        Ties::Dropped => entry.order() >= last.order(),
     };
     entries.retain(|entry| entry.probability < cutoff && !stays(entry));
     drop_entries(scores, &entries);
@@ -301,19 +308,21 @@ mod tests {
         };
         let keeps = |token: usize| match *warper {
             Warper::TopK(count) => (0..p.len()).filter(|&other| p[other] > p[token]).count() < count,
-            Warper::TopP { mass, least } => before(&order, token) < mass || place(token) < least,
-            Warper::MinP { part, least } => p[token] >= f64::from(part) * p[order[0]] || place(token) < least,
-            Warper::Epsilon { cutoff, least } => p[token] >= f64::from(cutoff) || place(token) < least,
-            Warper::Eta { cutoff, least } => {
-                let cutoff = f64::from(cutoff);
-                p[token] >= cutoff.min(cutoff.sqrt() * (-entropy).exp()) || place(token) < least
+            Warper::TopP { mass, min_to_keep } => before(&order, token) < mass || place(token) < min_to_keep,
+            Warper::MinP { ratio, min_to_keep } => {
+                p[token] >= f64::from(ratio) * p[order[0]] || place(token) < min_to_keep
             }
-            Warper::Typical { mass, least } => {
+            Warper::Epsilon { cutoff, min_to_keep } => p[token] >= f64::from(cutoff) || place(token) < min_to_keep,
+            Warper::Eta { cutoff, min_to_keep } => {
+                let cutoff = f64::from(cutoff);
+                p[token] >= cutoff.min(cutoff.sqrt() * (-entropy).exp()) || place(token) < min_to_keep
+            }
+            Warper::Typical { mass, min_to_keep } => {
                 let far = |token: usize| (-p[token].ln() - entropy).abs();
                 let mut order: Vec<usize> = (0..p.len()).filter(|&token| allowed[token]).collect();
                 order.sort_by(|&a, &b| far(a).total_cmp(&far(b)).then(a.cmp(&b)));
                 let first = order.iter().position(|&other| other == token);
-                before(&order, token) < f64::from(mass) || first.is_some_and(|place| place < least)
+                before(&order, token) < f64::from(mass) || first.is_some_and(|place| place < min_to_keep)
             }
             Warper::TopH(share) => {
                 let terms = |token: usize| -p[token] * p[token].ln();
@@ -340,21 +349,21 @@ mod tests {
             order in Just((0..24usize).collect::<Vec<_>>()).prop_shuffle(),
             gaps in prop::collection::vec(0.05f32..0.6, 24),
             forbidden in prop::collection::vec(prop::bool::weighted(0.2), 24),
-            (part, least) in (0.02f64..0.98, 1usize..4),
+            (ratio, min_to_keep) in (0.02f64..0.98, 1usize..4),
         ) {
             let mut sum = 0.0;
             let ladder: Vec<f32> = gaps.iter().map(|gap| { sum -= gap; sum }).collect();
             let mut scores: Vec<f32> = order.iter().map(|&place| ladder[place]).collect();
             (1..24).filter(|&token| forbidden[token]).for_each(|token| scores[token] = -INF);
-            let cutoff = part as f32 / 4.0;
+            let cutoff = ratio as f32 / 4.0;
             for warper in [
-                Warper::TopK((part * 24.0) as usize + 1),
-                Warper::TopP { mass: part, least },
-                Warper::MinP { part: part as f32, least },
-                Warper::Epsilon { cutoff, least },
-                Warper::Eta { cutoff, least },
-                Warper::Typical { mass: part as f32, least },
-                Warper::TopH(part as f32),
+                Warper::TopK((ratio * 24.0) as usize + 1),
+                Warper::TopP { mass: ratio, min_to_keep },
+                Warper::MinP { ratio: ratio as f32, min_to_keep },
+                Warper::Epsilon { cutoff, min_to_keep },
+                Warper::Eta { cutoff, min_to_keep },
+                Warper::Typical { mass: ratio as f32, min_to_keep },
+                Warper::TopH(ratio as f32),
             ] {
                 let mut found = scores.clone();
                 warper.apply(&mut found);

@@ -1,15 +1,15 @@
-//! Beam search as Hugging Face's vectorised implementation (transformers 5) computes it, for one source row.
+//! Beam search for one source row, computed as in Hugging Face's vectorized implementation (transformers 5).
 //!
 //! # Design
-//! Every score is a float32 and "not eligible" is the number −1e9 added to it, never a flag that excludes: which
-//! hypothesis is returned can hang on how such a sum rounds, so the arithmetic is kept, order of operations included.
-//! Ties, whose order PyTorch leaves open, go to the earlier entry.
+//! Every score is a float32, and an ineligible candidate has −1e9 added to its score rather than a flag: which hypothesis is
+//! returned can depend on how such a sum rounds, so that the arithmetic is kept, order of operations included. Ties, whose order
+//! PyTorch leaves open, go to the earlier entry.
 
 use super::{Candidate, Progress};
 use crate::hypothesis::{FinishReason, Hypothesis};
 use crate::options::{EarlyStopping, GenerationConfig};
 
-/// Added to a score to put it behind every real one.
+/// Added to a score to rank it behind every eligible one.
 const PENALTY: f32 = -1e9;
 
 #[derive(Clone, Debug)]
@@ -17,13 +17,12 @@ pub(super) struct Beam {
     /// Running beams, best first: prompt and generated tokens, and the summed log-probability.
     running: Vec<Vec<i64>>,
     running_scores: Vec<f32>,
-    /// What the last step did to the running beams.
+    /// How the last step continued the running beams.
     next_tokens: Vec<i64>,
     parents: Vec<usize>,
-    /// The best finished hypotheses, best first, as many as there are beams or patience waits for; filled up with entries
-    /// that have not finished.
+    /// The best finished hypotheses, best first, as many as there are beams or as patience waits for; the rest are placeholders.
     pool: Vec<Finished>,
-    /// Whether a running beam may still beat a finished hypothesis. Once false it stays false.
+    /// Whether a running beam may still beat a finished hypothesis; once false it stays false.
     open: bool,
     prompt_len: usize,
     max_length: usize,
@@ -47,10 +46,10 @@ struct Finished {
 impl Beam {
     pub(super) fn new(options: &GenerationConfig, prompt: &[i64]) -> Beam {
         let width = options.num_beams;
-        // All beams start from the same prompt: only the first may contribute to the first step.
+        // All beams start from the same prompt, so that only the first one may contribute to the first step.
         let mut running_scores = vec![PENALTY; width];
         running_scores[0] = 0.0;
-        let wanted = match options.early_stopping {
+        let pool_size = match options.early_stopping {
             EarlyStopping::True => options.patient_size(width).max(1),
             _ => width,
         };
@@ -66,7 +65,7 @@ impl Beam {
                     is_finished: false,
                     finish_reason: FinishReason::Length
                 };
-                wanted
+                pool_size
             ],
             open: true,
             prompt_len: prompt.len(),
@@ -83,7 +82,7 @@ impl Beam {
         self.running.len()
     }
 
-    /// Enough that `width` of them do not end, whatever end-of-sequence tokens rank above them.
+    /// Enough that `width` of them do not end, however many end-of-sequence tokens rank above them.
     pub(super) fn candidates(&self) -> usize {
         (1 + self.eos.len()).max(2) * self.width()
     }
@@ -104,7 +103,7 @@ impl Beam {
         &self.parents
     }
 
-    /// What is certain to be the beginning of the best hypothesis, from its generated token `from` on.
+    /// The tokens that are certain to begin the best hypothesis, from its generated token `from` on.
     pub(super) fn settled(&self, from: usize) -> &[i64] {
         common_prefix(self.running().chain(self.best_finished()), from)
     }
@@ -135,14 +134,14 @@ impl Beam {
             })
             .collect();
 
-        self.update_pool(candidates, &stops, (generated, endings));
+        self.update_pool(candidates, &stops, generated, endings);
         self.update_running(candidates, &stops);
 
         let length = match self.early_stopping {
             EarlyStopping::Never if self.length_penalty > 0.0 => self.max_length.saturating_sub(self.prompt_len),
             _ => generated,
         };
-        let mut best = self.running_scores[0] / self.normaliser(length);
+        let mut best = self.running_scores[0] / self.normalizer(length);
         if let (true, Some(ending)) = (self.early_stopping != EarlyStopping::Never, endings.get(self.parents[0])) {
             best += ending;
         }
@@ -153,31 +152,32 @@ impl Beam {
         if is_done { Progress::Done } else { Progress::Continue }
     }
 
-    /// Whether early stopping has all the hypotheses it waits for.
+    /// Whether early stopping has all the hypotheses that it waits for.
     fn is_full(&self) -> bool {
         self.early_stopping == EarlyStopping::True && self.pool.iter().all(|entry| entry.is_finished)
     }
 
     /// `length^length_penalty`, computed as Python does and rounded once.
-    fn normaliser(&self, length: usize) -> f32 {
+    fn normalizer(&self, length: usize) -> f32 {
         (length as f64).powf(self.length_penalty) as f32
     }
 
-    /// Lets the candidates that end compete with the finished hypotheses, if they rank among the first `width`. They get what
-    /// is in `endings` at their parents, if anything.
+    /// Lets the candidates that end and rank among the first `width` compete with the finished hypotheses. The term of their parent
+    /// in `endings` is added to their scores.
     fn update_pool(
         &mut self,
         candidates: &[Candidate],
         stops: &[Option<FinishReason>],
-        (generated, endings): (usize, &[f32]),
+        generated: usize,
+        endings: &[f32],
     ) {
-        let (width, wanted) = (self.width(), self.pool.len());
+        let (width, pool_size) = (self.width(), self.pool.len());
         let is_full = self.is_full();
-        let normaliser = self.normaliser(generated);
+        let normalizer = self.normalizer(generated);
         let eligible = |rank: usize| stops[rank].is_some() && rank < width;
         let scores: Vec<f32> = (self.pool.iter().map(|entry| entry.score))
             .chain(candidates.iter().enumerate().map(|(rank, candidate)| {
-                let mut score = candidate.score / normaliser;
+                let mut score = candidate.score / normalizer;
                 if let Some(ending) = endings.get(candidate.parent) {
                     score += ending;
                 }
@@ -190,9 +190,9 @@ impl Beam {
             }))
             .collect();
         let mut old: Vec<Option<Finished>> = std::mem::take(&mut self.pool).into_iter().map(Some).collect();
-        self.pool = best(&scores, wanted)
+        self.pool = best(&scores, pool_size)
             .into_iter()
-            .map(|index| match index.checked_sub(wanted) {
+            .map(|index| match index.checked_sub(pool_size) {
                 None => old[index].take().expect("no index is chosen twice"),
                 Some(rank) => {
                     let Candidate { parent, token, .. } = candidates[rank];
@@ -205,13 +205,13 @@ impl Beam {
             .collect();
     }
 
-    /// Makes the best candidates that do not end the running beams.
+    /// Continues the beams with the best candidates that do not end.
     fn update_running(&mut self, candidates: &[Candidate], stops: &[Option<FinishReason>]) {
         let scores: Vec<f32> = (candidates.iter().zip(stops))
             .map(|(candidate, stop)| if stop.is_some() { candidate.score + PENALTY } else { candidate.score })
             .collect();
         let chosen = best(&scores, self.width());
-        // Fewer candidates than beams exist only if the vocabulary is smaller than asked for: the last one is repeated.
+        // There are fewer candidates than beams only if the vocabulary is smaller than the request: the last one is repeated.
         let chosen = (0..self.width()).map(|beam| chosen[beam.min(chosen.len() - 1)]);
         for (beam, index) in chosen.enumerate() {
             let Candidate { parent, token, .. } = candidates[index];
@@ -239,7 +239,7 @@ impl Beam {
     }
 }
 
-/// What all of `targets` have in common, from token `from` on.
+/// The common prefix of all targets, from token `from` on.
 pub(super) fn common_prefix<'t>(targets: impl Iterator<Item = &'t [i64]>, from: usize) -> &'t [i64] {
     let mut targets = targets.map(|tokens| tokens.get(from..).unwrap_or(&[]));
     let first = targets.next().unwrap_or(&[]);
@@ -250,7 +250,7 @@ pub(super) fn common_prefix<'t>(targets: impl Iterator<Item = &'t [i64]>, from: 
 /// The indices of the `count` highest scores, highest first, ties by index.
 fn best(scores: &[f32], count: usize) -> Vec<usize> {
     let mut order: Vec<usize> = (0..scores.len()).collect();
-    // Adding 0 makes a tie of −0 and 0, which `total_cmp` tells apart.
+    // Adding 0 makes −0 and 0 equal, which `total_cmp` tells apart.
     order.sort_by(|&a, &b| (scores[b] + 0.0).total_cmp(&(scores[a] + 0.0)));
     order.truncate(count);
     order

@@ -1,5 +1,5 @@
-//! Diverse beam search: groups of beams that choose one after the other, each group's tokens making themselves less likely
-//! in the groups after it (Vijayakumar et al., "Diverse Beam Search", 2016; `num_beam_groups` of transformers 4).
+//! Diverse beam search: groups of beams choose one after the other, and the tokens of each group are penalized in later groups
+//! (Vijayakumar et al., "Diverse Beam Search", 2016; `num_beam_groups` of transformers 4).
 
 use super::beam::{Beam, common_prefix};
 use super::{Candidate, Progress};
@@ -9,16 +9,16 @@ use crate::options::GenerationConfig;
 #[derive(Clone, Debug)]
 pub(super) struct Groups {
     groups: Vec<Beam>,
-    /// The groups that go on.
+    /// The indices of the groups that are not done.
     live: Vec<usize>,
-    /// Which of these chooses next, and what those before it chose in this step.
+    /// The index in `live` of the group that chooses next, and the tokens that earlier groups chose in this step.
     turn: usize,
     chosen: Vec<i64>,
-    /// What the groups that have chosen in this step do in the next.
+    /// The groups that continue after this step, with their next tokens and parents.
     going_on: Vec<usize>,
     coming_tokens: Vec<i64>,
     coming_parents: Vec<usize>,
-    /// The same of the step before, which stands until all have chosen.
+    /// Those of the previous step, valid until all groups have chosen.
     next_tokens: Vec<i64>,
     parents: Vec<usize>,
     size: usize,
@@ -58,7 +58,7 @@ impl Groups {
         self.groups[self.live[self.turn]].candidates()
     }
 
-    /// What the groups before chose in this step, a token once for each beam.
+    /// The tokens that earlier groups chose in this step, one for each beam.
     pub(super) fn chosen(&self) -> &[i64] {
         &self.chosen
     }
@@ -108,7 +108,7 @@ impl Groups {
         }
         self.turn += 1;
         if self.turn < self.live.len() {
-            return Progress::Turn;
+            return Progress::NextGroup;
         }
         self.turn = 0;
         self.chosen.clear();
@@ -149,7 +149,7 @@ mod tests {
             let progress = loop {
                 let candidates = processors.candidates(&mut rows, &search);
                 match search.advance(&candidates) {
-                    Progress::Turn => {}
+                    Progress::NextGroup => {}
                     progress => break progress,
                 }
             };

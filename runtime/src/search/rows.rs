@@ -1,5 +1,5 @@
-//! Targets that do not compete: one by greedy search, several by sampling, several that start with the best first tokens.
-//! Each goes on until an end of its own; those that have ended take no part in further steps.
+//! Targets that do not compete: one by greedy search, several by sampling, or several that start with the best first tokens. Each
+//! ends on its own, and ended targets are not part of further steps.
 
 use super::{Candidate, Progress};
 use crate::hypothesis::{FinishReason, Hypothesis};
@@ -8,12 +8,12 @@ use crate::options::GenerationConfig;
 #[derive(Clone, Debug)]
 pub(super) struct Rows {
     targets: Vec<Target>,
-    /// The targets that go on, by their place in `targets`.
+    /// The indices in `targets` of those that have not ended.
     live: Vec<usize>,
-    /// What the last step did to the live targets.
+    /// How the last step continued the live targets.
     next_tokens: Vec<i64>,
     parents: Vec<usize>,
-    /// Whether the first step gives each target a first token of its own.
+    /// Whether each target starts with a first token of its own (`return_alternatives`).
     branches: bool,
     prompt_len: usize,
     max_length: usize,
@@ -41,7 +41,7 @@ impl Rows {
         }
     }
 
-    /// Before the first step all targets are one.
+    /// Before the first step all targets are equal.
     fn is_start(&self) -> bool {
         self.targets[0].history.len() == self.prompt_len
     }
@@ -54,7 +54,7 @@ impl Rows {
         self.live.len()
     }
 
-    /// Whether this step's candidates are the best of one row.
+    /// Whether this step's candidates all continue one row.
     pub(super) fn branches(&self) -> bool {
         self.branches && self.is_start()
     }
@@ -89,13 +89,13 @@ impl Rows {
         let mut going_on = Vec::with_capacity(self.live.len());
         for (index, (&live, candidate)) in self.live.iter().zip(candidates).enumerate() {
             let target = &mut self.targets[live];
-            let given = ends.get(index).copied().flatten();
-            if given == Some(FinishReason::Constraint) {
+            let given_end = ends.get(index).copied().flatten();
+            if given_end == Some(FinishReason::Constraint) {
                 target.finish_reason = FinishReason::Constraint;
                 continue;
             }
             target.history.push(candidate.token);
-            let end = match given {
+            let end = match given_end {
                 _ if self.eos.contains(&candidate.token) => Some(FinishReason::Eos),
                 Some(end) => Some(end),
                 None if target.history.len() >= self.max_length => Some(FinishReason::Length),

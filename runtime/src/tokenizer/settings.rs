@@ -1,10 +1,10 @@
-//! `Settings`: what the files beside a `tokenizer.json` say of special and added tokens, as transformers' `AutoTokenizer` reads
+//! `Settings`: the special and added tokens that the files beside a `tokenizer.json` name, read as transformers' `AutoTokenizer` reads
 //! them: `tokenizer_config.json`, and the older `special_tokens_map.json` and `added_tokens.json`.
 //!
 //! # Design
-//! Read from transformers 5.24: `_from_pretrained` and `__init__` of `tokenization_utils_base.py`, and `__init__` of
-//! `tokenization_utils_tokenizers.py`. Beside a `tokenizer.json` these take no account of `add_bos_token`, `add_eos_token`,
-//! `add_prefix_space`, lengths and sides.
+//! Follows transformers 5.24: `_from_pretrained` and `__init__` of `tokenization_utils_base.py`, and `__init__` of
+//! `tokenization_utils_tokenizers.py`. With a `tokenizer.json` these ignore `add_bos_token`, `add_eos_token`, `add_prefix_space`,
+//! lengths and sides.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -14,27 +14,28 @@ use serde_json::{Map, Value};
 use t5gemma_graphs::json;
 use tokenizers::AddedToken;
 
-/// What the files say.
+/// The contents of the files.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct Settings {
-    /// `bos_token` and its like with their tokens, as chat templates see them.
+    /// The named special tokens, such as `bos_token`, as chat templates see them.
     pub named: Vec<(String, AddedToken)>,
-    /// Those of `named` that no file names, but the tokenizer's class.
+    /// The texts of those in `named` that the tokenizer's class names, and no file.
     pub of_class: Vec<String>,
     /// Further special tokens.
     pub extra: Vec<AddedToken>,
     /// The tokens of `added_tokens_decoder` or `added_tokens.json`, in the order of their ids.
     pub listed: Vec<AddedToken>,
-    /// Whether special tokens in texts are text.
+    /// Whether the names of special tokens in a text are plain text.
     pub splits_special_tokens: bool,
-    /// Whether spaces before punctuation are taken out of decoded text; of BPE tokenizers only where that is insisted on.
+    /// Whether spaces before punctuation are removed from decoded text.
     pub cleans_up: bool,
-    pub insists_on_cleaning_up: bool,
+    /// Whether that applies to BPE tokenizers too.
+    pub cleans_up_bpe: bool,
 }
 
-/// The tokens that every tokenizer may name.
+/// The names of special tokens that every tokenizer may have.
 const NAMES: [&str; 7] = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
-/// What `GemmaTokenizer` calls those that no file names.
+/// The special tokens of `GemmaTokenizer`, where no file names others.
 const OF_GEMMA: [(&str, &str); 5] = [
     ("unk_token", "<unk>"),
     ("bos_token", "<bos>"),
@@ -46,16 +47,16 @@ const OF_GEMMA: [(&str, &str); 5] = [
 impl Settings {
     pub const FILE: &str = "tokenizer_config.json";
 
-    /// Reads what there is in a folder.
+    /// Reads the files of a folder that exist.
     ///
     /// # Errors
-    /// A file that is not JSON of its form: its name, and what is wrong.
+    /// The name of a file of the wrong form, and the problem.
     pub fn read(folder: &Path) -> Result<Settings, (String, String)> {
         let read = |name: &str| object(folder, name).map_err(|problem| (name.to_string(), problem));
         let config = read(Settings::FILE)?;
         let is_gemma = match config.as_ref().and_then(|config| config.get("tokenizer_class")).and_then(Value::as_str) {
             Some(class) => class.trim_end_matches("Fast") == "GemmaTokenizer",
-            // The class that AutoTokenizer takes for the model then.
+            // The class that AutoTokenizer chooses for the model.
             None => read("config.json").ok().flatten().is_some_and(|config| config["model_type"] == "t5gemma"),
         };
         let mut fields = config.unwrap_or_default();
@@ -144,9 +145,9 @@ impl Settings {
                 of_class.push(text.to_string());
             }
         }
-        // New tokens get their ids in this order: first those that every tokenizer may name.
+        // New tokens get their ids in this order, the common names first.
         named.sort_by_key(|(name, _)| NAMES.iter().position(|known| known == name).unwrap_or(NAMES.len()));
-        // Where a token is listed, its flags are those of the list.
+        // The flags of a listed token take precedence.
         for (_, token) in &mut named {
             if let Some(listed) = listed.values().find(|listed| listed.content == token.content) {
                 *token = listed.clone();
@@ -156,7 +157,7 @@ impl Settings {
         Ok(Settings {
             splits_special_tokens: is_set("split_special_tokens"),
             cleans_up: is_set("clean_up_tokenization_spaces"),
-            insists_on_cleaning_up: is_set("clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"),
+            cleans_up_bpe: is_set("clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"),
             named,
             of_class,
             extra,
@@ -164,11 +165,12 @@ impl Settings {
         })
     }
 
-    /// The tokens to be added, in this order, to a tokenizer that has some already.
-    pub fn missing(&self, there: &[AddedToken]) -> Vec<AddedToken> {
-        let mut missing: Vec<AddedToken> = self.listed.iter().filter(|token| !there.contains(token)).cloned().collect();
+    /// The tokens to add, in this order, to a tokenizer that has the tokens in `present`.
+    pub fn missing(&self, present: &[AddedToken]) -> Vec<AddedToken> {
+        let mut missing: Vec<AddedToken> =
+            self.listed.iter().filter(|token| !present.contains(token)).cloned().collect();
         for token in self.named.iter().map(|(_, token)| token).chain(&self.extra) {
-            if !there.iter().chain(&missing).any(|known| known.content == token.content) {
+            if !present.iter().chain(&missing).any(|known| known.content == token.content) {
                 missing.push(token.clone());
             }
         }
@@ -179,7 +181,7 @@ impl Settings {
     }
 }
 
-/// Whether a field says anything, as Python sees it.
+/// Whether a field is truthy in Python.
 fn is_given(fields: &Map<String, Value>, name: &str) -> bool {
     match fields.get(name) {
         None | Some(Value::Null | Value::Bool(false)) => false,
@@ -189,12 +191,12 @@ fn is_given(fields: &Map<String, Value>, name: &str) -> bool {
     }
 }
 
-/// Moves the tokens of a field that is an object of them by name.
+/// Moves the tokens of a field that is an object of tokens by name into `named`.
 fn name_all(named: &mut Vec<(String, AddedToken)>, fields: &mut Map<String, Value>, field: &str) -> Result<(), String> {
     if !fields.get(field).is_some_and(Value::is_object) {
         return Ok(());
     }
-    let Some(Value::Object(tokens)) = fields.remove(field) else { unreachable!("looked at above") };
+    let Some(Value::Object(tokens)) = fields.remove(field) else { unreachable!("checked above") };
     for (name, token) in tokens {
         let token = added(&token, true).ok_or_else(|| wrong(&format!("{field}.{name}"), "a token", &token))?;
         put(named, name, token);
@@ -202,7 +204,7 @@ fn name_all(named: &mut Vec<(String, AddedToken)>, fields: &mut Map<String, Valu
     Ok(())
 }
 
-/// Names a token, in the place of another of the name if there is one.
+/// Names a token; it replaces another of the same name.
 fn put(named: &mut Vec<(String, AddedToken)>, name: String, token: AddedToken) {
     match named.iter_mut().find(|(known, _)| *known == name) {
         Some((_, place)) => *place = token,
@@ -210,14 +212,14 @@ fn put(named: &mut Vec<(String, AddedToken)>, name: String, token: AddedToken) {
     }
 }
 
-/// The texts of the special tokens that fields name and list.
+/// The texts of the special tokens in the fields, named or listed.
 fn special_texts(fields: &Map<String, Value>) -> Vec<String> {
     let named = NAMES.iter().filter_map(|name| fields.get(*name));
     let extra = fields.get("extra_special_tokens").and_then(Value::as_array).into_iter().flatten();
     named.chain(extra).filter_map(|token| added(token, true)).map(|token| token.content).collect()
 }
 
-/// A token as a text or as an object.
+/// A token, given as text or as an object.
 fn added(value: &Value, is_special: bool) -> Option<AddedToken> {
     if let Some(text) = value.as_str() {
         return Some(AddedToken::from(text, true));
@@ -238,7 +240,7 @@ fn wrong(field: &str, expected: &str, found: &Value) -> String {
     format!("{field}: expected {expected}, found {}", t5gemma_graphs::json::shown(found))
 }
 
-/// A JSON object that may be missing.
+/// The JSON object of a file, if it exists.
 fn object(folder: &Path, name: &str) -> Result<Option<Map<String, Value>>, String> {
     let path = folder.join(name);
     if !path.exists() {

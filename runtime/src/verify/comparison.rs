@@ -1,19 +1,19 @@
-//! How far a model is from another of the same checkpoint, in fewer bits or for another target: what each makes of the same
-//! sources and, at every position of the other's own greedy answers, of the next token.
+//! Compares two models of one checkpoint, for example with a quantized one: their hidden states of the same sources, and their logits
+//! at every position of the other model's greedy targets.
 
 use ndarray::{Array3, Axis};
 
-use super::{Draw, forced};
+use super::{RandomTokens, forced};
 use crate::batch::Batch;
 use crate::cancellation::Cancellation;
 use crate::error::Error;
 use crate::model::Model;
 use crate::options::GenerationConfig;
 
-/// Logits of a model beside those of another.
+/// The logits of a model compared with those of another.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Comparison {
-    /// Target positions compared.
+    /// Number of target positions compared.
     pub positions: usize,
     /// `‖a − b‖ / ‖b‖` over the hidden states of all source tokens.
     pub hidden_relative_error: f64,
@@ -21,23 +21,23 @@ pub struct Comparison {
     pub logits_relative_error: f64,
     /// The largest `|a − b|` of all logits.
     pub logits_largest_error: f64,
-    /// The share of positions at which both have the same token for the likeliest.
+    /// The share of positions at which both have the same most likely token.
     pub top1_agreement: f64,
-    /// The share of positions at which the other's likeliest token is among the model's five likeliest.
+    /// The share of positions at which the other's most likely token is among the model's five most likely.
     pub top1_in_top5: f64,
     /// The mean over positions of `Σ p_b · (ln p_b − ln p_a)`, in nats.
     pub kl_divergence: f64,
 }
 
-/// Source lengths where no sources are given.
+/// Source lengths if no sources are given.
 const SOURCES: [usize; 8] = [48, 9, 1, 64, 24, 16, 4, 33];
-/// Target tokens of each source.
+/// Number of target tokens of each source.
 const TARGETS: usize = 16;
 
-/// Compares `model` with `other` on `sources`, or on tokens without meaning where there are none.
+/// Compares `model` with `other` on `sources`, or on random tokens if there are none.
 ///
 /// # Errors
-/// Models that do not take the same tokens; otherwise as [`Model::generate`].
+/// Models with different vocabularies; otherwise as [`Model::generate_batch`].
 pub fn comparison(
     model: &Model,
     other: &Model,
@@ -50,29 +50,23 @@ pub fn comparison(
         let [own_encoder, own_decoder] = sizes(model);
         return Err(Error::input(
             "against",
-            format!("a model of the same vocabularies, of {own_encoder} and {own_decoder} tokens"),
+            format!("a model with vocabularies of {own_encoder} and {own_decoder} tokens"),
             format!("{encoder} and {decoder}"),
         ));
     }
-    let mut draw = Draw(11);
+    let mut random = RandomTokens(11);
     let longest = model.config().encoder.max_position_embeddings.min(other.config().encoder.max_position_embeddings);
     let drawn: Vec<Vec<i64>>;
     let sources = match sources {
         [] => {
-            drawn = SOURCES.iter().map(|&length| draw.tokens(length.min(longest), sizes(model)[0])).collect();
+            drawn = SOURCES.iter().map(|&length| random.tokens(length.min(longest), sizes(model)[0])).collect();
             &drawn
         }
         sources => sources,
     };
     let steps = TARGETS.min(model.longest_target().0 - 1).min(other.longest_target().0 - 1);
     let own = other.options();
-    let greedy = GenerationConfig {
-        max_new_tokens: Some(steps),
-        decoder_start_token_id: own.decoder_start_token_id,
-        eos_token_id: own.eos_token_id.clone(),
-        pad_token_id: own.pad_token_id,
-        ..GenerationConfig::default()
-    };
+    let greedy = GenerationConfig { max_new_tokens: Some(steps), ..own.plain() };
 
     let (mut hidden, mut logits) = (Difference::default(), Difference::default());
     let (mut positions, mut same, mut among, mut divergence) = (0_usize, 0_usize, 0_usize, 0.0_f64);
@@ -111,15 +105,15 @@ pub fn comparison(
     })
 }
 
-/// The logits `[.., tokens]` of those tokens that both models have logits of.
+/// The logits `[.., tokens]` of the tokens for which both models have logits.
 fn of_tokens(model: &Model, other: &Model, logits: Array3<f32>) -> Array3<f32> {
-    let (own, others) = (model.kept(), other.kept());
+    let (own, others) = (model.vocabulary_subset(), other.vocabulary_subset());
     if own.is_none() && others.is_none() {
         return logits;
     }
-    let place = |token: i64| own.map_or(token, |kept| kept.place(token));
+    let place = |token: i64| own.map_or(token, |subset| subset.index(token));
     let all = 0..model.config().decoder.vocab_size as i64;
-    let both = all.filter(|&token| [own, others].into_iter().flatten().all(|kept| kept.has(token)));
+    let both = all.filter(|&token| [own, others].into_iter().flatten().all(|subset| subset.contains(token)));
     logits.select(Axis(2), &both.map(|token| place(token) as usize).collect::<Vec<_>>())
 }
 
@@ -133,10 +127,10 @@ struct Difference {
 impl Difference {
     fn add<'n>(&mut self, a: impl Iterator<Item = &'n f32>, b: impl Iterator<Item = &'n f32>) {
         for (&a, &b) in a.zip(b) {
-            let apart = f64::from(a) - f64::from(b);
-            self.squares += apart * apart;
+            let difference = f64::from(a) - f64::from(b);
+            self.squares += difference * difference;
             self.of_other += f64::from(b) * f64::from(b);
-            self.largest = self.largest.max(apart.abs());
+            self.largest = self.largest.max(difference.abs());
         }
     }
 
