@@ -10,7 +10,7 @@ use t5gemma_exporter::Export;
 use t5gemma_graphs::Target;
 use t5gemma_graphs::interface::Logits;
 use t5gemma_runtime::{
-    Batch, Cancellation, CrossAttentions, Engine, EngineOptions, GenerationConfig, Hypothesis, Model, Request,
+    Batch, Cancellation, Controls, CrossAttentions, Engine, EngineOptions, GenerationConfig, Hypothesis, Model, Request,
 };
 
 use crate::common::{FIXTURES, demo, demo_as, exported, exported_as, run, stdout, tests};
@@ -54,11 +54,11 @@ fn batch(case: &Value) -> Batch {
 fn options(model: &Model, request: &Value) -> GenerationConfig {
     let mut request = request.as_object().expect("an object").clone();
     request.insert("output_attentions".into(), true.into());
-    model.options().with_json(&request).unwrap_or_else(|error| panic!("{request:?}: {error}"))
+    model.generation_config().with_json(&request).unwrap_or_else(|error| panic!("{request:?}: {error}"))
 }
 
 fn generate(model: &Model, batch: &Batch, request: &Value) -> Vec<Vec<Hypothesis>> {
-    let found = model.generate(batch, &options(model, request), &mut (), &Cancellation::new());
+    let found = model.generate_batch(batch, &options(model, request), Controls::default());
     found.unwrap_or_else(|error| panic!("{request}: {error}"))
 }
 
@@ -274,8 +274,8 @@ fn models_that_do_not_tell_it_say_how_to_export_them() {
         (json!({"output_attentions": true}), "output_attentions: expected false for this model (it does not tell"),
         (json!({"coverage_penalty": 0.5, "num_beams": 2}), "coverage_penalty: expected 0 for this model (it does not"),
     ] {
-        let options = plain.options().with_json(request.as_object().expect("an object")).expect("options");
-        let error = plain.generate(&batch, &options, &mut (), &Cancellation::new()).expect_err("it cannot");
+        let options = plain.generation_config().with_json(request.as_object().expect("an object")).expect("options");
+        let error = plain.generate_batch(&batch, &options, Controls::default()).expect_err("it cannot");
         let error = error.to_string();
         assert!(error.starts_with(says) && error.contains("export it with --alignment"), "{error}");
     }

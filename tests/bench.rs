@@ -11,7 +11,7 @@ use t5gemma_exporter::Export;
 use t5gemma_graphs::Target;
 use t5gemma_graphs::onnx::Blocks;
 use t5gemma_graphs::quantization::Quantization;
-use t5gemma_runtime::{Batch, Cancellation, Error, GenerationConfig, GenerationOptions, Model, Streamer};
+use t5gemma_runtime::{Batch, Controls, Error, GenerationConfig, GenerationOptions, Model, Streamer};
 
 use crate::common::{exported, exported_as, program, run, stdout};
 
@@ -308,7 +308,7 @@ fn a_watch_is_told_of_every_step() {
         let options = GenerationConfig::default().with(&options).expect("valid");
         let steps = |most| {
             let mut steps = Steps { seen: 0, most };
-            let result = model.generate(&batch, &options, &mut steps, &Cancellation::new());
+            let result = model.generate_batch(&batch, &options, Controls::default().streamer(&mut steps));
             (result, steps.seen)
         };
         let (result, seen) = steps(usize::MAX);

@@ -5,7 +5,7 @@ use itertools::Itertools as _;
 use regex::Regex;
 use serde_json::{Map, Value, json};
 use t5gemma_runtime::{
-    Batch, Cancellation, Error, FinishReason, LogitsProcessor, Model, PrefixAllowedTokens, SpecialTokens,
+    Batch, Controls, Error, FinishReason, LogitsProcessor, Model, PrefixAllowedTokens, SpecialTokens,
 };
 
 use crate::common::{demo, run, stdout, tests};
@@ -195,10 +195,11 @@ fn a_constrained_row_alone_gives_what_it_gives_in_a_batch() {
     for num_beams in [1, 4] {
         let schema = json!({"type": "array", "items": {"type": "integer"}, "maxItems": 4});
         let request = json!({"json_schema": schema, "num_beams": num_beams, "max_new_tokens": 40});
-        let options = model.options().with_json(request.as_object().expect("written above")).expect("valid options");
+        let options =
+            model.generation_config().with_json(request.as_object().expect("written above")).expect("valid options");
         let generate = |sources: &[Vec<i64>]| {
             let batch = Batch::padded(sources, 0).expect("valid");
-            let rows = model.generate(&batch, &options, &mut (), &Cancellation::new()).expect("generates");
+            let rows = model.generate_batch(&batch, &options, Controls::default()).expect("generates");
             rows.into_iter().map(|row| row[0].tokens.clone()).collect::<Vec<_>>()
         };
         let together = generate(&sources);
@@ -218,13 +219,13 @@ fn a_function_says_which_tokens_may_come_next() {
     for num_beams in [1, 3] {
         let request = json!({"num_beams": num_beams});
         let mut options =
-            model.options().with_json(request.as_object().expect("written above")).expect("valid options");
+            model.generation_config().with_json(request.as_object().expect("written above")).expect("valid options");
         // Row 0 may only say the first word, row 1 the second.
         let allowed = words.clone();
         options.prefix_allowed_tokens = Some(PrefixAllowedTokens::new(move |row, history| {
             vec![allowed[row].get(history.len() - 1).copied().unwrap_or(1)]
         }));
-        let rows = model.generate(&batch, &options, &mut (), &Cancellation::new()).expect("generates");
+        let rows = model.generate_batch(&batch, &options, Controls::default()).expect("generates");
         for (row, word) in rows.iter().zip_eq(["doctor", "professor"]) {
             assert_eq!(tokenizer.decode(&row[0].tokens, SpecialTokens::Skip).expect("known ids"), word);
             assert_eq!(row[0].finish_reason, FinishReason::Eos);
@@ -267,14 +268,15 @@ fn functions_that_allow_nothing_or_what_does_not_exist_are_errors() {
             (vec![-1, 5], "prefix_allowed_tokens returned token -1"),
         ] {
             let request = json!({"num_beams": num_beams});
-            let mut options =
-                model.options().with_json(request.as_object().expect("written above")).expect("valid options");
+            let mut options = model
+                .generation_config()
+                .with_json(request.as_object().expect("written above"))
+                .expect("valid options");
             options.prefix_allowed_tokens = Some(PrefixAllowedTokens::new(move |row, _| match row {
                 0 => vec![5, 1],
                 _ => allowed.clone(),
             }));
-            let error =
-                model.generate(&batch, &options, &mut (), &Cancellation::new()).expect_err(expected).to_string();
+            let error = model.generate_batch(&batch, &options, Controls::default()).expect_err(expected).to_string();
             assert!(error.starts_with("row 1: ") && error.contains(expected), "{error}");
         }
     }
@@ -292,15 +294,17 @@ fn logits_processors_that_leave_no_choice_are_errors() {
                 (f32::NEG_INFINITY, "logits_processor[1] left no token"),
             ] {
                 let request = json!({"num_beams": num_beams, "do_sample": do_sample});
-                let mut options =
-                    model.options().with_json(request.as_object().expect("written above")).expect("valid options");
+                let mut options = model
+                    .generation_config()
+                    .with_json(request.as_object().expect("written above"))
+                    .expect("valid options");
                 options.logits_processor.push(LogitsProcessor::new(|_, _| ()));
                 options.logits_processor.push(LogitsProcessor::new(move |place, scores| {
                     if place.history.len() == 3 && place.source[2] == 302 {
                         scores.fill(score);
                     }
                 }));
-                let error = model.generate(&batch, &options, &mut (), &Cancellation::new()).expect_err(expected);
+                let error = model.generate_batch(&batch, &options, Controls::default()).expect_err(expected);
                 assert!(matches!(error, Error::NotFinite { row: 1, step: 2, .. }), "{error:?}");
                 assert!(error.to_string().contains(expected), "{error}");
             }
@@ -349,8 +353,9 @@ fn constraints_that_cannot_be_are_refused_in_words() {
         (json!({"required_phrases": ["<bos>"]}), "required_phrases: expected text that the model's tokens can express"),
     ];
     for (request, expected) in cases {
-        let options = model.options().with_json(request.as_object().expect("written above")).expect("well-formed");
-        let refused = model.generate(&batch, &options, &mut (), &Cancellation::new());
+        let options =
+            model.generation_config().with_json(request.as_object().expect("written above")).expect("well-formed");
+        let refused = model.generate_batch(&batch, &options, Controls::default());
         let message = refused.map(|_| "no error".to_string()).unwrap_or_else(|error| error.to_string());
         assert!(message.contains(expected) && message.lines().count() == 1, "{request}: {message}");
     }

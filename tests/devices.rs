@@ -13,7 +13,7 @@ use t5gemma_exporter::Export;
 use t5gemma_graphs::Target;
 use t5gemma_graphs::interface::Logits;
 use t5gemma_runtime::{
-    Batch, Cancellation, Engine, EngineOptions, Error, Hypothesis, Model, OpenOptions, Request, WarmUpShape,
+    Batch, Cancellation, Controls, Engine, EngineOptions, Error, Hypothesis, Model, OpenOptions, Request, WarmUpShape,
 };
 
 use crate::common::{Hold, demo, demo_as, exported, exported_as, exported_for, run, stdout, tests};
@@ -36,13 +36,13 @@ fn pairs() -> [[Arc<Model>; 2]; 2] {
 /// A request that takes `steps` steps of `beams` rows for each of its sources.
 fn request(model: &Model, sources: usize, steps: usize, beams: usize) -> Request {
     let options = json!({"max_new_tokens": steps, "min_new_tokens": steps, "num_beams": beams});
-    let options = model.options().with_json(options.as_object().expect("an object")).expect("valid");
+    let options = model.generation_config().with_json(options.as_object().expect("an object")).expect("valid");
     let source = |at: usize| vec![5 + at as i64, 6, 7];
     Request::new(Batch::padded(&(0..sources).map(source).collect::<Vec<_>>(), 0).expect("valid"), options)
 }
 
 fn alone(model: &Model, request: &Request) -> Vec<Vec<Hypothesis>> {
-    model.generate(&request.batch, &request.options, &mut (), &Cancellation::new()).expect("generates")
+    model.generate_batch(&request.batch, &request.options, Controls::default()).expect("generates")
 }
 
 fn tokens(rows: &[Vec<Hypothesis>]) -> Vec<&[i64]> {
@@ -212,8 +212,8 @@ fn the_first_runs_are_those_of_the_plan() {
         let batch = Batch::padded(&[vec![5, 6, 7, 8]], 0).expect("valid");
         let answer = |model: &Model| {
             let options = json!({"max_new_tokens": 8, "num_beams": 2});
-            let options = model.options().with_json(options.as_object().expect("an object")).expect("valid");
-            model.generate(&batch, &options, &mut (), &Cancellation::new()).expect("generates")
+            let options = model.generation_config().with_json(options.as_object().expect("an object")).expect("valid");
+            model.generate_batch(&batch, &options, Controls::default()).expect("generates")
         };
         let [cold, warm] = [(); 2].map(|()| Model::open(&path).expect("the model opens"));
         assert_eq!(warm.warm_up(&Cancellation::new()).expect("runs"), expected);
@@ -247,7 +247,7 @@ fn answers_around_a_lost_file(target: Target) -> [Option<Vec<Vec<i64>>>; 2] {
     let model = Model::open_with(folder.path(), &options).expect("the model opens");
     let wanted = request(&model, 2, 12, 2);
     let answer = || {
-        let found = model.generate(&wanted.batch, &wanted.options, &mut (), &Cancellation::new());
+        let found = model.generate_batch(&wanted.batch, &wanted.options, Controls::default());
         found.ok().map(|rows| tokens(&rows).into_iter().map(<[i64]>::to_vec).collect())
     };
     let before = answer();
@@ -311,7 +311,7 @@ fn steps_in_memory_that_stays_give_what_others_do() {
             if batch.rows() > 1 {
                 wanted.remove("prompt_lookup_num_tokens");
             }
-            let options = moving.options().with_json(&wanted).expect("valid");
+            let options = moving.generation_config().with_json(&wanted).expect("valid");
             requests.push(Request::new(batch.clone(), options));
         }
         let check = |found: &[Vec<Hypothesis>], expected: &[Vec<Hypothesis>], name: &str| {

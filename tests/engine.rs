@@ -12,7 +12,7 @@ use t5gemma_exporter::Export;
 use t5gemma_graphs::Target;
 use t5gemma_graphs::interface::CacheLayout;
 use t5gemma_runtime::{
-    Batch, Cancellation, Engine, EngineOptions, Error, Event, GenerationConfig, Hypothesis, LogitsProcessor, Model,
+    Batch, Controls, Engine, EngineOptions, Error, Event, GenerationConfig, Hypothesis, LogitsProcessor, Model,
     PollResult, Request,
 };
 
@@ -100,7 +100,7 @@ impl Noise {
 
 fn options(model: &Model, request: &Value) -> GenerationConfig {
     model
-        .options()
+        .generation_config()
         .with_json(request.as_object().expect("an object"))
         .unwrap_or_else(|error| panic!("{request}: {error}"))
 }
@@ -153,7 +153,7 @@ fn random_requests_at_random_times_give_what_each_gives_alone() {
         let requests: Vec<(Value, Batch)> = (0..200).map(|_| (noise.options(), noise.batch())).collect();
         let alone: Vec<_> = requests
             .iter()
-            .map(|(request, batch)| model.generate(batch, &options(&model, request), &mut (), &Cancellation::new()))
+            .map(|(request, batch)| model.generate_batch(batch, &options(&model, request), Controls::default()))
             .collect();
         let refused = alone.iter().filter(|result| result.is_err()).count();
         assert!(refused < 20, "{refused} of 200 are no requests");
@@ -249,7 +249,7 @@ fn short(model: &Model) -> Request {
 }
 
 fn alone(model: &Model, Request { batch, options, .. }: &Request) -> Vec<Vec<Hypothesis>> {
-    model.generate(batch, options, &mut (), &Cancellation::new()).expect("generates")
+    model.generate_batch(batch, options, Controls::default()).expect("generates")
 }
 
 #[test]

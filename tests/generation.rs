@@ -13,7 +13,8 @@ use t5gemma_graphs::interface::Logits;
 use t5gemma_graphs::onnx::Blocks;
 use t5gemma_graphs::quantization::Quantization;
 use t5gemma_runtime::{
-    Batch, Cancellation, Encoder, Error, FinishReason, Hypothesis, Limits, Model, OpenOptions, Pooling, Streamer,
+    Batch, Cancellation, Controls, Encoder, Error, FinishReason, Hypothesis, Limits, Model, OpenOptions, Pooling,
+    Streamer,
 };
 
 use crate::common::{
@@ -76,8 +77,8 @@ fn every_case_gives_the_reference_tokens_through_rust() {
                 batch = batch.with_decoder_input_ids(&prompts).expect("the fixture's prompts are valid");
             }
             let options = case["options"].as_object().expect("options are an object");
-            let options = model.options().with_json(options).expect("the fixture's options are valid");
-            let rows = model.generate(&batch, &options, &mut (), &Cancellation::new());
+            let options = model.generation_config().with_json(options).expect("the fixture's options are valid");
+            let rows = model.generate_batch(&batch, &options, Controls::default());
             let found: Vec<(Value, Option<f64>)> = rows
                 .unwrap_or_else(|error| panic!("{name} {}: {error}", case["id"]))
                 .iter()
@@ -114,11 +115,13 @@ fn candidates_of_the_graph_give_what_logits_give() {
         let [logits, candidates] = [Logits::Last, Logits::Candidates(10)].map(model);
         for request in &requests {
             let generate = |model: &Model| {
-                let options =
-                    model.options().with_json(request.as_object().expect("written above")).expect("valid options");
+                let options = model
+                    .generation_config()
+                    .with_json(request.as_object().expect("written above"))
+                    .expect("valid options");
                 let options =
                     options.with_json(json!({"max_new_tokens": 20}).as_object().expect("an object")).expect("valid");
-                model.generate(&batch, &options, &mut (), &Cancellation::new()).expect("generates")
+                model.generate_batch(&batch, &options, Controls::default()).expect("generates")
             };
             let (expected, found) = (generate(&logits), generate(&candidates));
             let count = |rows: &[Vec<Hypothesis>]| rows.iter().map(Vec::len).collect::<Vec<_>>();
@@ -139,9 +142,10 @@ fn a_row_alone_gives_what_it_gives_in_a_batch() {
     let (ids, mask) = &inputs("tiny-balanced")["right"];
     for (beams, returned) in [(1, 1), (4, 3)] {
         let request = json!({"num_beams": beams, "num_return_sequences": returned, "max_new_tokens": 24});
-        let options = model.options().with_json(request.as_object().expect("written above")).expect("valid options");
+        let options =
+            model.generation_config().with_json(request.as_object().expect("written above")).expect("valid options");
         let generate = |batch: &Batch| {
-            let rows = model.generate(batch, &options, &mut (), &Cancellation::new()).expect("generates");
+            let rows = model.generate_batch(batch, &options, Controls::default()).expect("generates");
             rows.into_iter().map(|row| row.into_iter().map(|h| h.tokens).collect::<Vec<_>>()).collect::<Vec<_>>()
         };
         let together = generate(&Batch::masked(&nested(ids), &nested(mask)).expect("valid"));
@@ -213,7 +217,9 @@ fn tokens_are_shown_as_they_are_chosen_and_a_watch_can_stop() {
         shown[row].push(token);
         std::ops::ControlFlow::Continue(())
     };
-    let rows = model.generate(&batch, model.options(), &mut watch, &Cancellation::new()).expect("generates");
+    let rows = model
+        .generate_batch(&batch, model.generation_config(), Controls::default().streamer(&mut watch))
+        .expect("generates");
     assert_eq!(shown, rows.iter().map(|row| row[0].tokens.clone()).collect::<Vec<_>>());
 
     let mut count = 0;
@@ -221,7 +227,7 @@ fn tokens_are_shown_as_they_are_chosen_and_a_watch_can_stop() {
         count += 1;
         if count == 3 { std::ops::ControlFlow::Break(()) } else { std::ops::ControlFlow::Continue(()) }
     };
-    let stopped = model.generate(&batch, model.options(), &mut stop, &Cancellation::new());
+    let stopped = model.generate_batch(&batch, model.generation_config(), Controls::default().streamer(&mut stop));
     assert!(matches!(stopped, Err(t5gemma_runtime::Error::Cancelled)));
     assert_eq!(count, 3);
 }
@@ -242,8 +248,10 @@ fn another_thread_can_cancel() {
         std::ops::ControlFlow::Continue(())
     };
     let request = json!({"max_new_tokens": 300, "eos_token_id": [199], "suppress_tokens": [199]});
-    let options = model.options().with_json(request.as_object().expect("written above")).expect("valid options");
-    let stopped = model.generate(&batch, &options, &mut watch, &cancel);
+    let options =
+        model.generation_config().with_json(request.as_object().expect("written above")).expect("valid options");
+    let stopped =
+        model.generate_batch(&batch, &options, Controls::default().streamer(&mut watch).cancellation(&cancel));
     assert!(matches!(stopped, Err(t5gemma_runtime::Error::Cancelled)));
     assert_eq!(tokens, 2);
 }
@@ -258,7 +266,15 @@ fn a_deadline_is_noticed_before_between_and_after_the_runs_of_every_call() {
     for deadline in [Instant::now(), Instant::now() - Duration::from_nanos(1)] {
         let passed = Cancellation::until(deadline);
         let mut watch = |_: usize, _: i64| -> std::ops::ControlFlow<()> { panic!("there is nothing to show") };
-        is_late(model.generate(&batch, model.options(), &mut watch, &passed).map(drop));
+        is_late(
+            model
+                .generate_batch(
+                    &batch,
+                    model.generation_config(),
+                    Controls::default().streamer(&mut watch).cancellation(&passed),
+                )
+                .map(drop),
+        );
         is_late(model.score(&batch, &targets, 0, &passed).map(drop));
         is_late(model.encode(&batch, &passed).map(drop));
         is_late(model.warm_up(&passed).map(drop));
@@ -269,14 +285,23 @@ fn a_deadline_is_noticed_before_between_and_after_the_runs_of_every_call() {
     for tokens in [1, 2, 5] {
         let deadline = Instant::now() + Duration::from_secs(1);
         let request = json!({"max_new_tokens": tokens, "min_new_tokens": tokens});
-        let options = model.options().with_json(request.as_object().expect("written above")).expect("valid options");
+        let options =
+            model.generation_config().with_json(request.as_object().expect("written above")).expect("valid options");
         let mut shown = 0;
         let mut watch = |_: usize, _: i64| {
             shown += 1;
             std::thread::sleep(deadline.saturating_duration_since(Instant::now()));
             std::ops::ControlFlow::Continue(())
         };
-        is_late(model.generate(&batch, &options, &mut watch, &Cancellation::until(deadline)).map(drop));
+        is_late(
+            model
+                .generate_batch(
+                    &batch,
+                    &options,
+                    Controls::default().streamer(&mut watch).cancellation(&Cancellation::until(deadline)),
+                )
+                .map(drop),
+        );
         assert!(shown <= 1, "{shown}");
     }
     let later = Cancellation::until(Instant::now() + Duration::from_secs(3600));
@@ -294,8 +319,9 @@ fn no_time_is_over_after_the_first_token() {
     let model = Model::open(exported("tiny-balanced")).expect("the model opens");
     let batch = Batch::padded(&[vec![5; 20]], 0).expect("valid");
     let request = json!({"max_new_tokens": 9, "min_new_tokens": 9, "max_time": 0.0});
-    let options = model.options().with_json(request.as_object().expect("written above")).expect("valid options");
-    let rows = model.generate(&batch, &options, &mut (), &Cancellation::new()).expect("generates");
+    let options =
+        model.generation_config().with_json(request.as_object().expect("written above")).expect("valid options");
+    let rows = model.generate_batch(&batch, &options, Controls::default()).expect("generates");
     assert_eq!((rows[0][0].tokens.len(), rows[0][0].finish_reason), (1, FinishReason::Time));
 }
 
@@ -344,9 +370,11 @@ fn rows_in_pieces_give_what_they_give_together() {
             for (request, batch) in
                 requests.iter().flat_map(|request| batches.iter().map(move |batch| (request, batch)))
             {
-                let options = model.options().with_json(request.as_object().expect("an object")).expect("valid");
+                let options =
+                    model.generation_config().with_json(request.as_object().expect("an object")).expect("valid");
                 let mut steps = Steps(0);
-                let rows = model.generate(batch, &options, &mut steps, &Cancellation::new()).expect("generates");
+                let rows =
+                    model.generate_batch(batch, &options, Controls::default().streamer(&mut steps)).expect("generates");
                 assert_eq!(steps.0, 9 * pieces, "{limits:?}");
                 answers
                     .extend(rows.into_iter().map(|row| row.into_iter().map(|found| found.tokens).collect::<Vec<_>>()));

@@ -11,6 +11,7 @@ mod constraints;
 mod devices;
 mod engine;
 mod export;
+mod front_door;
 mod fuzz;
 mod generation;
 mod imports;

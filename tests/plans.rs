@@ -12,7 +12,7 @@ use t5gemma_graphs::Target;
 use t5gemma_graphs::interface::{DType, Logits};
 use t5gemma_graphs::task::{Features, Pooling, Task};
 use t5gemma_runtime::{
-    Batch, Cancellation, Encoder, Engine, EngineOptions, Error, GenerationConfig, Hypothesis, Model, Request,
+    Batch, Cancellation, Controls, Encoder, Engine, EngineOptions, Error, GenerationConfig, Hypothesis, Model, Request,
 };
 
 use crate::common::{demo_as, exported_as, exported_from, run, stdout, tests};
@@ -46,7 +46,7 @@ fn batch(lengths: &[usize]) -> Batch {
 }
 
 fn options(model: &Model, given: &Value) -> GenerationConfig {
-    model.options().with_json(given.as_object().expect("an object")).expect("valid")
+    model.generation_config().with_json(given.as_object().expect("an object")).expect("valid")
 }
 
 fn tokens(rows: &[Vec<Hypothesis>]) -> Vec<Vec<&[i64]>> {
@@ -73,9 +73,15 @@ fn a_plan_changes_no_answer() {
                     shown[row].push(token);
                     ControlFlow::Continue(())
                 };
-                let found = planned.generate(&batch, &options(&planned, &given), &mut watch, &cancel);
+                let found = planned.generate_batch(
+                    &batch,
+                    &options(&planned, &given),
+                    Controls::default().streamer(&mut watch).cancellation(&cancel),
+                );
                 let found = found.expect("generates");
-                let expected = plain.generate(&batch, &options(&plain, &given), &mut (), &cancel).expect("generates");
+                let expected = plain
+                    .generate_batch(&batch, &options(&plain, &given), Controls::default().cancellation(&cancel))
+                    .expect("generates");
                 assert_eq!(tokens(&found), tokens(&expected), "{lengths:?} {given}");
                 let first: Vec<&[i64]> = found.iter().map(|row| &row[0].tokens[..]).collect();
                 assert_eq!(shown, first, "{lengths:?} {given}");
@@ -84,7 +90,7 @@ fn a_plan_changes_no_answer() {
             let prompted = batch.clone().with_decoder_input_ids(&prompts).expect("valid");
             let [found, expected] = [&planned, &plain].map(|model| {
                 let options = options(model, &json!({"max_new_tokens": 5}));
-                model.generate(&prompted, &options, &mut (), &cancel).expect("generates")
+                model.generate_batch(&prompted, &options, Controls::default().cancellation(&cancel)).expect("generates")
             });
             assert_eq!(tokens(&found), tokens(&expected), "{lengths:?} with prompts");
 
@@ -126,7 +132,7 @@ fn an_engine_holds_to_the_plan_too() {
             })
             .collect();
         for (generation, (batch, given)) in generations.into_iter().zip_eq(&requests) {
-            let expected = plain.generate(batch, &options(&plain, given), &mut (), &Cancellation::new());
+            let expected = plain.generate_batch(batch, &options(&plain, given), Controls::default());
             let found = generation.wait().expect("answered");
             assert_eq!(tokens(&found), tokens(&expected.expect("generates")), "{given}");
         }
@@ -155,7 +161,7 @@ fn what_is_beyond_a_plan_is_refused_before_anything_runs() {
     for [planned, plain] in pairs() {
         let told = |result: Result<(), Error>| result.expect_err("refused").to_string();
         let generate = |model: &Model, batch: &Batch, given: &Value| {
-            model.generate(batch, &options(model, given), &mut (), &stopped).map(drop)
+            model.generate_batch(batch, &options(model, given), Controls::default().cancellation(&stopped)).map(drop)
         };
         for (batch, given, expected) in [
             (
@@ -201,7 +207,10 @@ fn what_is_beyond_a_plan_is_refused_before_anything_runs() {
         let model = Model::open(planned(capacity, Some(PLAN), Logits::All)).expect("opens");
         for (drafted, is_taken) in [(2, capacity.is_some()), (3, false)] {
             let options = options(&model, &json!({"max_new_tokens": 4, "prompt_lookup_num_tokens": drafted}));
-            let error = model.generate(&batch(&[9]), &options, &mut (), &stopped).map(drop).expect_err("stopped");
+            let error = model
+                .generate_batch(&batch(&[9]), &options, Controls::default().cancellation(&stopped))
+                .map(drop)
+                .expect_err("stopped");
             match is_taken {
                 true => assert!(matches!(error, Error::Cancelled), "{error}"),
                 false => assert!(error.to_string().contains(expected), "{error}"),

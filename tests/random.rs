@@ -33,7 +33,7 @@ fn random_requests_give_the_reference_tokens_among_each_other() {
                     Some(prompts) => batch.with_decoder_input_ids(&rows(prompts)).expect("valid"),
                     None => batch,
                 };
-                let options = model.options().with_json(case["options"].as_object().expect("an object"));
+                let options = model.generation_config().with_json(case["options"].as_object().expect("an object"));
                 let options = options.unwrap_or_else(|error| panic!("{case}: {error}"));
                 engine.submit(Request::new(batch, options)).unwrap_or_else(|error| panic!("{case}: {error}"))
             };

@@ -9,18 +9,19 @@ use itertools::Itertools as _;
 use serde_json::{Value, json};
 use t5gemma_graphs::Target;
 use t5gemma_runtime::{
-    Batch, Cancellation, FinishReason, GenerationConfig, Hypothesis, LogitsProcessor, Model, OpenOptions, SpecialTokens,
+    Batch, Cancellation, Controls, FinishReason, GenerationConfig, Hypothesis, LogitsProcessor, Model, OpenOptions,
+    SpecialTokens,
 };
 
 use crate::common::{FIXTURES, cases, demo, exported, exported_for, run, stdout};
 use crate::generation::{inputs, nested};
 
 fn options(model: &Model, request: Value) -> GenerationConfig {
-    model.options().with_json(request.as_object().expect("an object")).expect("valid options")
+    model.generation_config().with_json(request.as_object().expect("an object")).expect("valid options")
 }
 
 fn generate(model: &Model, batch: &Batch, options: &GenerationConfig) -> Vec<Vec<Hypothesis>> {
-    model.generate(batch, options, &mut (), &Cancellation::new()).expect("generates")
+    model.generate_batch(batch, options, Controls::default()).expect("generates")
 }
 
 fn tokens(rows: &[Vec<Hypothesis>]) -> Vec<Vec<Vec<i64>>> {
@@ -222,11 +223,11 @@ fn alternatives_are_the_likeliest_first_tokens_each_completed_greedily() {
     for (row, source) in [[5, 6, 7, 8].as_slice(), &[9, 10]].iter().enumerate() {
         for (alternative, &(first, _)) in found[row].iter().zip_eq(&top[row].top[0]) {
             assert_eq!(alternative[0], first);
-            if model.options().eos_token_id.contains(&first) {
+            if model.generation_config().eos_token_id.contains(&first) {
                 assert_eq!(alternative.len(), 1);
                 continue;
             }
-            let start = model.options().decoder_start_token_id;
+            let start = model.generation_config().decoder_start_token_id;
             let prompted = Batch::padded(&[source], 0).expect("valid");
             let prompted = prompted.with_decoder_input_ids(&[[start, first]]).expect("valid");
             let rest = generate(&model, &prompted, &options(&model, json!({"max_new_tokens": 8})));
@@ -251,7 +252,8 @@ fn what_a_watch_is_shown_is_the_first_hypothesis_whatever_the_search() {
                 shown[row].push(token);
                 ControlFlow::Continue(())
             };
-            let rows = model.generate(&batch, &options, &mut watch, &Cancellation::new()).expect("generates");
+            let rows =
+                model.generate_batch(&batch, &options, Controls::default().streamer(&mut watch)).expect("generates");
             let expected: Vec<Vec<i64>> = rows.iter().map(|row| row[0].tokens.clone()).collect();
             assert_eq!(shown, expected, "{name} {}", case["id"]);
             // A watch that stops at the first token is reached before the end where beams agree early.
@@ -260,7 +262,7 @@ fn what_a_watch_is_shown_is_the_first_hypothesis_whatever_the_search() {
                 count += 1;
                 ControlFlow::Break(())
             };
-            assert!(model.generate(&batch, &options, &mut stop, &Cancellation::new()).is_err());
+            assert!(model.generate_batch(&batch, &options, Controls::default().streamer(&mut stop)).is_err());
             early += count;
         }
         assert!(early > 0, "{name}");

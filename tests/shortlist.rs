@@ -14,7 +14,7 @@ use t5gemma_graphs::interface::Logits;
 use t5gemma_graphs::onnx::{Blocks, Code};
 use t5gemma_graphs::quantization::Quantization;
 use t5gemma_runtime::verify::comparison;
-use t5gemma_runtime::{Batch, Cancellation, LogitsProcessor, Model, SpecialTokens};
+use t5gemma_runtime::{Batch, Cancellation, Controls, LogitsProcessor, Model, SpecialTokens};
 
 use crate::common::{demo, exported_as, fixture, fixtures_and_targets, run, tests};
 
@@ -43,8 +43,8 @@ fn batch() -> Batch {
 
 /// Tokens and scores of the targets that a model makes of [`batch`].
 fn generated(model: &Model, options: &Value) -> Vec<(Vec<i64>, Option<f32>)> {
-    let options = model.options().with_json(options.as_object().expect("an object")).expect("valid");
-    let found = model.generate(&batch(), &options, &mut (), &Cancellation::new()).expect("generates");
+    let options = model.generation_config().with_json(options.as_object().expect("an object")).expect("valid");
+    let found = model.generate_batch(&batch(), &options, Controls::default()).expect("generates");
     found.into_iter().flatten().map(|found| (found.tokens, found.score)).collect()
 }
 
@@ -126,11 +126,11 @@ fn processors_of_a_caller_see_the_whole_vocabulary() {
     let [whole, kept] = [whole, kept].map(|model| {
         let shown = Arc::new(Mutex::new(Vec::new()));
         let by_processor = shown.clone();
-        let mut options = model.options().clone();
+        let mut options = model.generation_config().clone();
         options.max_new_tokens = Some(1);
         options.logits_processor =
             vec![LogitsProcessor::new(move |_, scores| by_processor.lock().expect("one thread").push(scores.to_vec()))];
-        model.generate(&batch(), &options, &mut (), &Cancellation::new()).expect("generates");
+        model.generate_batch(&batch(), &options, Controls::default()).expect("generates");
         let shown: Vec<Vec<f32>> = std::mem::take(&mut *shown.lock().expect("one thread"));
         shown
     });
@@ -148,8 +148,8 @@ fn processors_of_a_caller_see_the_whole_vocabulary() {
 fn tokens_without_scores_are_refused_where_they_are_asked_for() {
     let [_, kept] = both("tiny-balanced", "refused", Export::default());
     let with = |options: Value| {
-        let options = kept.options().with_json(options.as_object().expect("an object")).expect("valid");
-        let found = kept.generate(&batch(), &options, &mut (), &Cancellation::new());
+        let options = kept.generation_config().with_json(options.as_object().expect("an object")).expect("valid");
+        let found = kept.generate_batch(&batch(), &options, Controls::default());
         found.expect_err("refused").to_string()
     };
     for option in ["forced_bos_token_id", "forced_eos_token_id"] {
@@ -216,9 +216,11 @@ fn a_shortlist_of_texts_serves_those_texts() {
             let text = row["text"].as_str().expect("a source");
             let tokens = model.tokenizer().expect("has one").encode(text).expect("can be expressed");
             let batch = Batch::padded(&[&tokens[..]], 0).expect("valid");
-            let options =
-                model.options().with_json(json!({"max_new_tokens": 24}).as_object().expect("one")).expect("valid");
-            let found = model.generate(&batch, &options, &mut (), &Cancellation::new()).expect("generates");
+            let options = model
+                .generation_config()
+                .with_json(json!({"max_new_tokens": 24}).as_object().expect("one"))
+                .expect("valid");
+            let found = model.generate_batch(&batch, &options, Controls::default()).expect("generates");
             model
                 .tokenizer()
                 .expect("has one")

@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use t5gemma_exporter::Export;
 use t5gemma_graphs::Target;
 use t5gemma_graphs::interface::Logits;
-use t5gemma_runtime::{Batch, Cancellation, Model};
+use t5gemma_runtime::{Batch, Controls, Model};
 
 use crate::common::{FIXTURES, cases, demo_as, exported, exported_as, exported_for, tests};
 
@@ -25,9 +25,9 @@ fn check(name: &str, plain: &Model, drafting: &Model, sources: &[Vec<i64>], requ
     let generate = |model: &Model, sources: &[Vec<i64>], lookup: Value| {
         let mut request = request.as_object().expect("an object").clone();
         request.extend(lookup.as_object().expect("an object").clone());
-        let options = model.options().with_json(&request).unwrap_or_else(|error| panic!("{name}: {error}"));
+        let options = model.generation_config().with_json(&request).unwrap_or_else(|error| panic!("{name}: {error}"));
         let batch = Batch::padded(sources, 0).expect("valid");
-        let rows = model.generate(&batch, &options, &mut (), &Cancellation::new());
+        let rows = model.generate_batch(&batch, &options, Controls::default());
         let rows = rows.unwrap_or_else(|error| panic!("{name}: {error}"));
         rows.into_iter().map(|row| (row[0].tokens.clone(), row[0].finish_reason)).collect::<Vec<_>>()
     };
@@ -98,9 +98,9 @@ fn drafts_where_there_can_be_none_are_refused() {
         (&all, json!({"prompt_lookup_num_tokens": 0}), "an integer of at least 1, found 0"),
     ];
     for (model, request, expected) in cases {
-        let options = model.options().with_json(request.as_object().expect("written above"));
+        let options = model.generation_config().with_json(request.as_object().expect("written above"));
         let refused = options.map_err(t5gemma_runtime::Error::from);
-        let refused = refused.and_then(|options| model.generate(&batch, &options, &mut (), &Cancellation::new()));
+        let refused = refused.and_then(|options| model.generate_batch(&batch, &options, Controls::default()));
         let message = refused.map(|_| "no error".to_string()).unwrap_or_else(|error| error.to_string());
         assert!(message.contains(expected), "{request}: {message}");
     }

@@ -11,7 +11,7 @@ use t5gemma_exporter::Export;
 use t5gemma_graphs::Target;
 use t5gemma_graphs::interface::DType;
 use t5gemma_graphs::task::{Features, Pooling, Task};
-use t5gemma_runtime::{Batch, Cancellation, Encoder, Model, OpenOptions};
+use t5gemma_runtime::{Batch, Cancellation, Controls, Encoder, Model, OpenOptions};
 
 use crate::common::{demo, exported, exported_from, fixture, run, stdout, tests};
 
@@ -473,8 +473,8 @@ fn remembered_sources_give_what_encoded_ones_give() {
             let sources: Vec<&[i64]> = rows.iter().map(|&row| sources[row]).collect();
             let batch = Batch::padded(&sources, 0).expect("a batch");
             let generate = |model: &Model| {
-                let options = model.options().clone();
-                model.generate(&batch, &options, &mut (), &Cancellation::new()).expect("generates")
+                let options = model.generation_config().clone();
+                model.generate_batch(&batch, &options, Controls::default()).expect("generates")
             };
             assert_eq!(generate(&cached), generate(&plain), "{rows:?}");
             let states = |model: &Model| model.encode(&batch, &Cancellation::new()).expect("encodes").into_dyn();

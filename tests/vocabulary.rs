@@ -7,7 +7,7 @@ use itertools::Itertools as _;
 use serde_json::{Value, json};
 use t5gemma_exporter::{Export, Silent, Source};
 use t5gemma_graphs::Target;
-use t5gemma_runtime::{Batch, Cancellation, Model};
+use t5gemma_runtime::{Batch, Controls, Model};
 
 use crate::common::fixture;
 
@@ -45,9 +45,9 @@ fn what_is_chosen_does_not_depend_on_what_is_computed_roughly() {
         let generate = |model: &Model, sources: &[&[i64]]| {
             let mut given = case.as_object().expect("an object").clone();
             given.insert("max_new_tokens".into(), json!(12));
-            let options = model.options().with_json(&given).expect("valid");
+            let options = model.generation_config().with_json(&given).expect("valid");
             let batch = Batch::padded(sources, 0).expect("valid");
-            let found = model.generate(&batch, &options, &mut (), &Cancellation::new()).expect("generates");
+            let found = model.generate_batch(&batch, &options, Controls::default()).expect("generates");
             found.into_iter().flatten().map(|found| (found.tokens, found.score)).collect::<Vec<_>>()
         };
         for sources in [&sources[..], &sources[..1]] {

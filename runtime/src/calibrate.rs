@@ -10,6 +10,7 @@ use crate::batch::{Batch, Prompts};
 use crate::cancellation::Cancellation;
 use crate::encoder::Encoder;
 use crate::error::Error;
+use crate::generate::Controls;
 use crate::model::Model;
 use crate::options::GenerationConfig;
 
@@ -88,7 +89,7 @@ fn of_model(
     options: &GenerationConfig,
     cancel: &Cancellation,
 ) -> Result<BTreeMap<String, f32>, Error> {
-    let found = model.generate(alone, options, &mut (), cancel)?;
+    let found = model.generate_batch(alone, options, Controls::default().cancellation(cancel))?;
     let Prompts { mut ids, .. } = alone.prompts(options.decoder_start_token_id);
     ids.extend_from_slice(&found[0][0].tokens);
     ids.truncate(model.longest_target().0);

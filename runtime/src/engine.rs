@@ -1,6 +1,6 @@
 //! `Engine`: continuous batching. Requests are submitted from any thread at any time; their rows join the rows in flight
 //! between two steps, each with its own beams, lengths and options, and leave when they are finished. What a request gets
-//! is what [`Model::generate`] gives it alone.
+//! is what [`Model::generate_batch`] gives it alone.
 //!
 //! ```no_run
 //! # use std::sync::Arc;
@@ -8,7 +8,7 @@
 //! let model = Arc::new(Model::open("model")?);
 //! let engine = Engine::new(model.clone(), EngineOptions::default())?;
 //! let batch = Batch::padded(&[model.tokenizer()?.encode("The quick brown fox")?], 0)?;
-//! for event in engine.submit(Request::new(batch, model.options().clone()))? {
+//! for event in engine.submit(Request::new(batch, model.generation_config().clone()))? {
 //!     match event? {
 //!         Event::Token { token, .. } => println!("{token}"),
 //!         Event::Row { hypotheses, .. } => println!("{:?}", hypotheses[0].finish_reason),
@@ -385,7 +385,7 @@ impl Engine {
     /// Submits a request. It is checked here, by the caller's thread, where its constraints are compiled too.
     ///
     /// # Errors
-    /// What [`Model::generate`] refuses; [`Error::TooLarge`] for a source that can never be admitted; [`Error::Busy`] if
+    /// What [`Model::generate_batch`] refuses; [`Error::TooLarge`] for a source that can never be admitted; [`Error::Busy`] if
     /// too many requests are waiting; [`Error::Closed`] after [`Engine::drain`] or [`Engine::shutdown`]; [`Error::Forked`]. One
     /// whose deadline has passed is taken, and fails by it.
     pub fn submit(&self, request: Request) -> Result<Generation, Error> {
@@ -575,7 +575,7 @@ impl Generation {
         }
     }
 
-    /// Waits for all rows and returns what [`Model::generate`] returns.
+    /// Waits for all rows and returns what [`Model::generate_batch`] returns.
     ///
     /// # Errors
     /// What a run can fail by; [`Error::Cancelled`], [`Error::Deadline`]; [`Error::Closed`] if the engine's thread is gone;

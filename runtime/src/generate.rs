@@ -40,22 +40,72 @@ impl<F: FnMut(usize, i64) -> ControlFlow<()>> Streamer for F {
     }
 }
 
+/// What a call of [`Model::generate_batch`] or [`Model::generate_with`] may come with besides its input and options.
+///
+/// ```no_run
+/// # use t5gemma_runtime::{Error, Model};
+/// use std::ops::ControlFlow;
+/// use std::time::{Duration, Instant};
+///
+/// use t5gemma_runtime::{Cancellation, Controls, GenerationOptions};
+///
+/// # fn call(model: &Model) -> Result<(), Error> {
+/// let mut streamer = |row: usize, token: i64| {
+///     println!("row {row}: token {token}");
+///     ControlFlow::Continue(())
+/// };
+/// let cancellation = Cancellation::until(Instant::now() + Duration::from_secs(5));
+/// let controls = Controls::default().streamer(&mut streamer).cancellation(&cancellation);
+/// model.generate_with(&["The quick brown fox"], &GenerationOptions::default(), controls)?;
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Default)]
+#[non_exhaustive]
+pub struct Controls<'a> {
+    /// Receives the tokens of each row's first hypothesis as soon as they are certain.
+    pub streamer: Option<&'a mut dyn Streamer>,
+    /// Ends the call from elsewhere, or at a deadline.
+    pub cancellation: Option<&'a Cancellation>,
+}
+
+impl<'a> Controls<'a> {
+    /// Receives the tokens of each row's first hypothesis as soon as they are certain.
+    #[must_use]
+    pub fn streamer(mut self, streamer: &'a mut dyn Streamer) -> Controls<'a> {
+        self.streamer = Some(streamer);
+        self
+    }
+
+    /// Ends the call from elsewhere, or at a deadline.
+    #[must_use]
+    pub fn cancellation(mut self, cancellation: &'a Cancellation) -> Controls<'a> {
+        self.cancellation = Some(cancellation);
+        self
+    }
+}
+
 impl Model {
-    /// Generates targets for each source: `num_return_sequences` hypotheses a row, those of beams best first, in the order
-    /// of the rows. `watch` is shown the tokens of each row's first as soon as they are certain, and told of every step. Rows that
-    /// are more than [`OpenOptions::limits`](crate::OpenOptions::limits) run in pieces, one after the other.
+    /// Generates targets for each source of a batch: `num_return_sequences` hypotheses for each row in the order of the rows,
+    /// those of beam search best first. Rows beyond [`OpenOptions::limits`](crate::OpenOptions::limits) run in pieces, one after
+    /// the other.
     ///
     /// # Errors
     /// Tokens outside the vocabularies, lengths or options that do not fit the model, logits that are not finite,
-    /// [`Error::Cancelled`] when `cancel` is used or `watch` asks to stop, or [`Error::Deadline`].
-    pub fn generate(
+    /// [`Error::Cancelled`] when the call is cancelled or the streamer breaks, or [`Error::Deadline`].
+    pub fn generate_batch(
         &self,
         batch: &Batch,
-        options: &GenerationConfig,
-        watch: &mut dyn Streamer,
-        cancel: &Cancellation,
+        config: &GenerationConfig,
+        controls: Controls,
     ) -> Result<Vec<Vec<Hypothesis>>, Error> {
-        generate(self, batch, options, Search::new, watch, cancel)
+        let (mut no_streamer, no_cancellation) = ((), Cancellation::new());
+        let streamer: &mut dyn Streamer = match controls.streamer {
+            Some(streamer) => streamer,
+            None => &mut no_streamer,
+        };
+        let cancellation = controls.cancellation.unwrap_or(&no_cancellation);
+        generate(self, batch, config, Search::new, streamer, cancellation)
     }
 }
 
@@ -67,7 +117,7 @@ fn show(row: usize, tokens: &[i64], watch: &mut dyn Streamer) -> Result<(), Erro
     }
 }
 
-/// See [`Model::generate`]; `search` begins the search for one source row at a decoder prompt.
+/// See [`Model::generate_batch`]; `search` begins the search for one source row at a decoder prompt.
 pub(crate) fn generate(
     model: &Model,
     batch: &Batch,

@@ -1,21 +1,20 @@
 //! Runs exported T5Gemma models: a model folder and text in, text out.
 //!
 //! ```no_run
-//! use t5gemma_runtime::{Batch, Cancellation, Model, SpecialTokens};
+//! use t5gemma_runtime::{GenerationOptions, Model};
 //!
 //! let model = Model::open("model")?;
-//! let tokenizer = model.tokenizer()?;
-//! let request = serde_json::json!({"max_new_tokens": 64, "num_beams": 4});
-//! let options = model.options().with_json(request.as_object().expect("written above"))?;
-//! let sources = [tokenizer.encode("The quick brown fox")?, tokenizer.encode("Hello")?];
-//! let batch = Batch::padded(&sources, options.pad_token_id)?;
-//! for hypotheses in model.generate(&batch, &options, &mut (), &Cancellation::new())? {
-//!     println!("{}", tokenizer.decode(&hypotheses[0].tokens, SpecialTokens::Skip)?);
+//! for generated in model.generate(&["The quick brown fox"], &GenerationOptions::default().num_beams(4))? {
+//!     println!("{}", generated.text());
 //! }
 //! # Ok::<(), t5gemma_runtime::Error>(())
 //! ```
 //!
-//! The modules in reading order: `generate` is the loop for one call, `engine` that for many at once; `search` and `scores` decide on tokens from numbers alone;
+//! One level deeper, [`Model::generate_batch`] takes a [`Batch`] of token ids and a complete [`GenerationConfig`], and
+//! [`Controls`] add streaming and cancellation to any call. [`Engine`] runs many requests at once, [`Encoder`] computes
+//! hidden states, embeddings and classifications.
+//!
+//! The modules in reading order: `text` is the front door; `generate` is the loop for one call, `engine` that for many at once; `search` and `scores` decide on tokens from numbers alone;
 //! `constraint` limits what they may decide; `model` and `state` hold everything that is ONNX Runtime's, `encoder`
 //! and `classify` what models do besides generating; `folder` and `onnxruntime` are what opening checks first.
 
@@ -63,6 +62,7 @@ mod needs;
 mod places;
 mod score;
 mod stop;
+mod text;
 
 mod alignment;
 mod logprobs;
@@ -84,7 +84,7 @@ pub use engines::build_engines;
 pub use error::Error;
 pub use folder::task_of;
 pub use foreign::silence_caught_panics;
-pub use generate::Streamer;
+pub use generate::{Controls, Streamer};
 pub use hypothesis::{CrossAttentions, FinishReason, Hypothesis, Logprobs};
 pub use limits::Limits;
 pub use model::Model;
@@ -98,5 +98,6 @@ pub use shortlist::Shortlist;
 pub use t5gemma_graphs::manifest::ActivationRanges;
 pub use t5gemma_graphs::task::{Features, Pooling, Task};
 pub use t5gemma_kernels::instructions;
+pub use text::Generated;
 pub use tokenizer::{SpecialTokens, TextStream, Tokenizer};
 pub use warm_up::WarmUpShape;

@@ -155,8 +155,8 @@ impl Model {
         })
     }
 
-    /// The model's own generation options, which a request's are laid over.
-    pub fn options(&self) -> &GenerationConfig {
+    /// The model's generation options: those of its `generation_config.json`, with Hugging Face's defaults.
+    pub fn generation_config(&self) -> &GenerationConfig {
         &self.options
     }
 

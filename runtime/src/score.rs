@@ -85,7 +85,7 @@ pub(crate) fn score(
         let expected = format!("at most {scored}, the tokens that the model has scores of");
         return Err(Error::input("top_logprobs", expected, top.to_string()));
     }
-    let prompts = batch.prompts(model.options().decoder_start_token_id);
+    let prompts = batch.prompts(model.generation_config().decoder_start_token_id);
     if let Some(profiles) = model.profiles() {
         profiles.check_targets(prompts.length, 1, 1)?;
     }

@@ -15,7 +15,7 @@ use t5gemma_kernels::LogitsRequest;
 use crate::batch::{Batch, Prompts};
 use crate::cancellation::Cancellation;
 use crate::error::Error;
-use crate::generate;
+use crate::generate::{self, Controls};
 use crate::logits::Logits;
 use crate::model::Model;
 use crate::options::GenerationConfig;
@@ -74,7 +74,7 @@ pub fn consistency(model: &Model, tolerance: Option<f32>, cancel: &Cancellation)
     let sources = SOURCES.map(|length| random.tokens(length.min(longest), encoder.vocab_size));
     let rows = sources.len();
     let targets = random.tokens(rows * TARGETS, decoder.vocab_size);
-    let ragged = Batch::padded(&sources, model.options().pad_token_id)?;
+    let ragged = Batch::padded(&sources, model.generation_config().pad_token_id)?;
 
     let one_by_one = forced(model, &ragged, &targets, &[1; TARGETS], cancel)?;
     let scale = largest(one_by_one.iter());
@@ -121,8 +121,10 @@ pub fn consistency(model: &Model, tolerance: Option<f32>, cancel: &Cancellation)
 
     // Without the model's other options: processors act on logits in greedy search and on log-probabilities in beam search, so that
     // the two rightly differ.
-    let greedy =
-        GenerationConfig { max_new_tokens: Some(16.min(model.longest_target().0 - 1)), ..model.options().plain() };
+    let greedy = GenerationConfig {
+        max_new_tokens: Some(16.min(model.longest_target().0 - 1)),
+        ..model.generation_config().plain()
+    };
     let tokens = |search: fn(&GenerationConfig, &[i64]) -> Search| -> Result<Vec<Vec<i64>>, Error> {
         let mut ignored = |_: usize, _: i64| ControlFlow::Continue(());
         let found = generate::generate(model, &ragged, &greedy, search, &mut ignored, cancel)?;
@@ -156,7 +158,7 @@ pub fn against(
         check.limit = check.limit.max(limit);
     };
     let inclusive = model.manifest().encoder_window == EncoderWindow::Inclusive;
-    let start = model.options().decoder_start_token_id;
+    let start = model.generation_config().decoder_start_token_id;
     for (name, ids) in &golden.integers {
         let Some(batch_name) = name.strip_prefix("in.").and_then(|name| name.strip_suffix(".input_ids")) else {
             continue;
@@ -286,7 +288,9 @@ fn forced(
 /// The largest difference between the scores that beam search returns and those recomputed from the logits.
 fn beam_scores(model: &Model, batch: &Batch, options: &GenerationConfig, cancel: &Cancellation) -> Result<f32, Error> {
     let mut difference = 0.0_f32;
-    for (row, found) in model.generate(batch, options, &mut (), cancel)?.into_iter().enumerate() {
+    for (row, found) in
+        model.generate_batch(batch, options, Controls::default().cancellation(cancel))?.into_iter().enumerate()
+    {
         let best = &found[0];
         let alone = Batch::flat(1, batch.source(row).to_vec(), batch.row_mask(row).to_vec())?;
         let mut targets = vec![options.decoder_start_token_id];

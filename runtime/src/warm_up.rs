@@ -6,6 +6,7 @@ use ndarray::Array3;
 use crate::batch::Batch;
 use crate::cancellation::Cancellation;
 use crate::error::Error;
+use crate::generate::Controls;
 use crate::model::Model;
 use crate::options::GenerationConfig;
 use crate::profiles::Profiles;
@@ -34,7 +35,7 @@ impl Model {
     /// one, a source of 64 tokens. Returns them.
     ///
     /// # Errors
-    /// What [`Model::generate`] can fail by, or a cancellation.
+    /// What [`Model::generate_batch`] can fail by, or a cancellation.
     pub fn warm_up(&self, cancel: &Cancellation) -> Result<WarmUpShape, Error> {
         let usual = self.usual();
         let (vocab_size, width) = (self.config().encoder.vocab_size, self.config().encoder.hidden_size);
@@ -49,7 +50,7 @@ impl Model {
             .map_err(|error| Error::onnxruntime(during)(ort::Error::wrap(error)))?;
         let batch = batch.with_encoder_outputs(states)?;
         let prompt = self.profiles().and_then(|profiles| profiles.decoder.as_ref()).map_or(1, |it| it.prompt.usual);
-        let start = self.options().decoder_start_token_id;
+        let start = self.generation_config().decoder_start_token_id;
         let batch = batch.with_decoder_input_ids(&vec![vec![start; prompt]; usual.batch])?;
         let mut widths = vec![1, usual.beams];
         widths.dedup();
@@ -58,12 +59,12 @@ impl Model {
                 num_beams,
                 max_new_tokens: Some(TOKENS.min(self.longest_target().0.saturating_sub(prompt)).max(1)),
                 decoder_start_token_id: start,
-                pad_token_id: self.options().pad_token_id,
+                pad_token_id: self.generation_config().pad_token_id,
                 // What ends a target would end the runs.
                 eos_token_id: vec![self.config().decoder.vocab_size as i64 - 1],
                 ..GenerationConfig::default()
             };
-            self.generate(&batch, &options, &mut (), cancel)?;
+            self.generate_batch(&batch, &options, Controls::default().cancellation(cancel))?;
         }
         Ok(usual)
     }

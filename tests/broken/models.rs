@@ -374,7 +374,7 @@ fn settings_for_generation_in_config_json_count_where_there_is_no_other_file() {
         let output = run("t5gemma-export", [&checkpoint, &out], "");
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         let model = t5gemma_runtime::Model::open(&out).expect("opens");
-        let options = model.options();
+        let options = model.generation_config();
         (options.decoder_start_token_id, options.max_new_tokens, options.max_length)
     };
     assert_eq!(defaults("with"), (2, None, None));

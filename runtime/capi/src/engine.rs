@@ -310,7 +310,7 @@ fn submit(
     let opened = &serving.opened;
     let given = generation_options(options)?;
     let gate = Arc::new(Gate::default());
-    let mut options = call.add_to(opened.model.options().with_json(&given)?, &gate);
+    let mut options = call.add_to(opened.model.generation_config().with_json(&given)?, &gate);
     if options.do_sample {
         options.seed = Some(options.seed.unwrap_or_else(Draws::random_seed));
     }

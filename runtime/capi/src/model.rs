@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 
 use serde_json::{Value, json};
-use t5gemma_runtime::{Batch, ChatTemplate, Draws, Model, OpenOptions};
+use t5gemma_runtime::{Batch, ChatTemplate, Controls, Draws, Model, OpenOptions};
 
 use crate::call::{Call, Role, t5g_call};
 use crate::encoder::{Shape, put_states, t5g_states};
@@ -59,7 +59,7 @@ impl Opened {
         work(&Reader {
             tokenizer: &|| self.model.tokenizer(),
             chat: &|| self.chat(),
-            pad_token_id: self.model.options().pad_token_id,
+            pad_token_id: self.model.generation_config().pad_token_id,
             hidden_size: self.model.config().encoder.hidden_size,
         })
     }
@@ -90,7 +90,7 @@ pub extern "C" fn t5g_model_open(
 pub extern "C" fn t5g_model_describe(model: Handle<Opened>, json: Out<Handle<Written>>) -> Handle<Failure> {
     fallible(|| {
         let (place, opened) = (json.check("json")?, model.get("model")?);
-        let (model, options) = (&*opened.model, opened.model.options());
+        let (model, options) = (&*opened.model, opened.model.generation_config());
         let (manifest, config) = (model.manifest(), model.config());
         let described = json!({
             "path": opened.path.to_string_lossy(),
@@ -161,14 +161,15 @@ pub extern "C" fn t5g_model_generate(
         let (place, opened) = (result.check("result")?, model.get("model")?);
         let model = &*opened.model;
         let (call, given) = (Call::read(call)?, generation_options(options)?);
-        let mut options = call.add_to(model.options().with_json(&given)?, &Arc::default());
+        let mut options = call.add_to(model.generation_config().with_json(&given)?, &Arc::default());
         if options.do_sample {
             options.seed = Some(options.seed.unwrap_or_else(Draws::random_seed));
         }
         let batch = opened.read(|reader| reader.batch(sources))?;
         let mut pieces = call.watch(model, batch.rows())?;
         let rows = call.run(|cancel| {
-            let rows = model.generate(&batch, &options, &mut pieces, cancel);
+            let rows =
+                model.generate_batch(&batch, &options, Controls::default().streamer(&mut pieces).cancellation(cancel));
             pieces.finish(rows)
         })?;
         let seed = options.seed.filter(|_| options.do_sample);
@@ -189,7 +190,7 @@ pub extern "C" fn t5g_model_score(
     fallible(|| {
         let (place, opened) = (result.check("result")?, model.get("model")?);
         let call = Call::read(call)?.of(Role::Scores)?;
-        let end = opened.model.options().eos_token_id.first().copied();
+        let end = opened.model.generation_config().eos_token_id.first().copied();
         let output_attentions = targets.get("targets")?.output_attentions()?;
         let (batch, targets) = opened.read(|reader| {
             let batch = reader.batch(sources)?;

@@ -13,7 +13,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use serde_json::{Value, json};
-use t5gemma_runtime::{Batch, Cancellation, Error, GenerationConfig, Hypothesis, Limits, Model, Streamer};
+use t5gemma_runtime::{Batch, Cancellation, Controls, Error, GenerationConfig, Hypothesis, Limits, Model, Streamer};
 
 use crate::exit::Outcome;
 use crate::exit::ensure_usage;
@@ -149,7 +149,7 @@ impl Case {
 
     /// Plain greedy or beam search with the model's token ids and nothing else of its own.
     fn options(model: &Model, num_beams: usize) -> GenerationConfig {
-        let mut options = model.options().plain();
+        let mut options = model.generation_config().plain();
         options.num_beams = num_beams;
         options
     }
@@ -160,7 +160,11 @@ impl Case {
         (options.max_new_tokens, options.min_new_tokens) = (Some(tokens), Some(tokens));
         let mut moments = Moments(Vec::with_capacity(tokens));
         let start = now_ns();
-        let rows = model.generate(&self.batch, &options, &mut moments, cancel)?;
+        let rows = model.generate_batch(
+            &self.batch,
+            &options,
+            Controls::default().streamer(&mut moments).cancellation(cancel),
+        )?;
         Ok(Generated { start, end: now_ns(), steps: moments.0, rows })
     }
 }

@@ -47,7 +47,7 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
         true => {
             model = opening.open()?;
             let length = json!({"max_new_tokens": max_new_tokens.unwrap_or(64)});
-            let defaults = model.options().with_json(length.as_object().context("written above")?)?;
+            let defaults = model.generation_config().with_json(length.as_object().context("written above")?)?;
             (Calibration::new(&model)?, &model, Kind::Generate, defaults)
         }
         false => {

@@ -9,8 +9,8 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use serde_json::{Map, Value, json};
 use t5gemma_runtime::{
-    Cancellation, DEFAULT_ENCODER_CACHE_BYTES, Draws, Engine, Error, FinishReason, GenerationConfig, Hypothesis, Model,
-    SpecialTokens,
+    Cancellation, Controls, DEFAULT_ENCODER_CACHE_BYTES, Draws, Engine, Error, FinishReason, GenerationConfig,
+    Hypothesis, Model, SpecialTokens,
 };
 
 use crate::chat::Chat;
@@ -125,7 +125,7 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     let models = opening.open_all()?;
     let model = models[0].clone();
     // Flags that cannot be right for any request are told before anything is read.
-    let options = model.options().with_json(&given).map_err(|error| flag_errors::of_flags(&error, flags))?;
+    let options = model.generation_config().with_json(&given).map_err(|error| flag_errors::of_flags(&error, flags))?;
     // Requests may still give the other length.
     let are_final = !arguments.jsonl || ["max_new_tokens", "max_length"].iter().any(|name| flags.gives(name));
     if let Err(error) = options.check_lengths()
@@ -383,7 +383,7 @@ impl Answering<'_> {
         let options = self.options.with_json(&group[0].options)?;
         let batch = requests::batch(group, options.pad_token_id)?;
         if !stream {
-            return self.model.generate(&batch, &options, &mut (), self.cancel);
+            return self.model.generate_batch(&batch, &options, Controls::default().cancellation(self.cancel));
         }
         let mut text = self.model.tokenizer()?.stream(SpecialTokens::Skip);
         let mut failed = None;
@@ -395,7 +395,11 @@ impl Answering<'_> {
                 ControlFlow::Break(())
             }
         };
-        let rows = self.model.generate(&batch, &options, &mut show, self.cancel);
+        let rows = self.model.generate_batch(
+            &batch,
+            &options,
+            Controls::default().streamer(&mut show).cancellation(self.cancel),
+        );
         if let Some(error) = failed {
             return Err(error);
         }

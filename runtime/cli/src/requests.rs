@@ -85,7 +85,7 @@ impl Reader for Model {
     }
 
     fn end(&self) -> Option<i64> {
-        self.options().eos_token_id.first().copied()
+        self.generation_config().eos_token_id.first().copied()
     }
 
     fn longest_target(&self) -> usize {

@@ -145,7 +145,7 @@ impl Scoring<'_> {
         if group.is_empty() {
             return Ok(Vec::new());
         }
-        let pad = self.model.options().pad_token_id;
+        let pad = self.model.generation_config().pad_token_id;
         let targets: Vec<Vec<i64>> = group.iter().flat_map(|request| request.targets.clone()).collect();
         match requests::batch(&group, pad).and_then(|batch| self.score(&batch, &targets)) {
             Ok(mut rows) => Ok(group

@@ -21,7 +21,7 @@ pub struct OpenOptions {
     /// not encoded again; [`DEFAULT_ENCODER_CACHE_BYTES`] by default, 0 for none. What is found is what encoding again would
     /// give, to the last digit: sources are the same only with the same rows beside them. [`Model`](crate::Model) only.
     pub encoder_cache_bytes: usize,
-    /// What runs side by side in one call of [`Model::generate`](crate::Model::generate), [`Model::score`](crate::Model::score) or an encoder; the rows of a larger one run in
+    /// What runs side by side in one call of [`Model::generate_batch`](crate::Model::generate_batch), [`Model::score`](crate::Model::score) or an encoder; the rows of a larger one run in
     /// pieces.
     pub limits: Limits,
     /// What computes the model; the processor by default.

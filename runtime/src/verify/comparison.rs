@@ -7,6 +7,7 @@ use super::{RandomTokens, forced};
 use crate::batch::Batch;
 use crate::cancellation::Cancellation;
 use crate::error::Error;
+use crate::generate::Controls;
 use crate::model::Model;
 use crate::options::GenerationConfig;
 
@@ -65,7 +66,7 @@ pub fn comparison(
         sources => sources,
     };
     let steps = TARGETS.min(model.longest_target().0 - 1).min(other.longest_target().0 - 1);
-    let own = other.options();
+    let own = other.generation_config();
     let greedy = GenerationConfig { max_new_tokens: Some(steps), ..own.plain() };
 
     let (mut hidden, mut logits) = (Difference::default(), Difference::default());
@@ -73,7 +74,11 @@ pub fn comparison(
     for source in sources {
         let batch = Batch::padded(std::slice::from_ref(source), own.pad_token_id)?;
         hidden.add(model.encode(&batch, cancel)?.iter(), other.encode(&batch, cancel)?.iter());
-        let answer = other.generate(&batch, &greedy, &mut (), cancel)?.swap_remove(0).swap_remove(0).tokens;
+        let answer = other
+            .generate_batch(&batch, &greedy, Controls::default().cancellation(cancel))?
+            .swap_remove(0)
+            .swap_remove(0)
+            .tokens;
         let targets: Vec<i64> = std::iter::once(own.decoder_start_token_id).chain(answer).take(steps).collect();
         let pieces = vec![1; targets.len()];
         let a = of_tokens(model, other, forced(model, &batch, &targets, &pieces, cancel)?);

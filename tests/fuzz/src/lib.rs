@@ -14,7 +14,7 @@ use t5gemma_graphs::config::{Config, TokenIds};
 use t5gemma_graphs::interface::{CacheLayout, DType, Interface, Logits};
 use t5gemma_graphs::manifest::Manifest;
 use t5gemma_runtime::{
-    Batch, Cancellation, ChatTemplate, GenerationConfig, Model, OpenOptions, Shortlist, SpecialTokens, Tokenizer,
+    Batch, ChatTemplate, Controls, GenerationConfig, Model, OpenOptions, Shortlist, SpecialTokens, Tokenizer,
 };
 use tempfile::TempDir;
 
@@ -208,10 +208,10 @@ pub fn constraints(data: &[u8]) {
     let Ok(request) = serde_json::from_slice::<Map<String, Value>>(data) else { return };
     static MODEL: OnceLock<Model> = OnceLock::new();
     let model = MODEL.get_or_init(|| demo("constrained"));
-    let Ok(mut options) = model.options().with_json(&request) else { return };
+    let Ok(mut options) = model.generation_config().with_json(&request) else { return };
     (options.max_new_tokens, options.max_length, options.num_beams) = (Some(3), None, 1);
     let batch = Batch::padded(&[[2, 5, 1]], 0).expect("a source");
-    let _ = model.generate(&batch, &options, &mut (), &Cancellation::new());
+    let _ = model.generate_batch(&batch, &options, Controls::default());
 }
 
 /// A line of `t5gemma generate --jsonl`, read as each of the commands reads it.

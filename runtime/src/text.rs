@@ -1,0 +1,142 @@
+//! The front door: texts in, texts out. Tokenizing, padding and decoding around the loop of `generate`.
+
+use std::fmt;
+
+use crate::batch::Batch;
+use crate::chat::ChatTemplate;
+use crate::encoder::Encoder;
+use crate::error::Error;
+use crate::generate::Controls;
+use crate::hypothesis::Hypothesis;
+use crate::model::Model;
+use crate::options::{GenerationConfig, GenerationOptions};
+use crate::tokenizer::{SpecialTokens, Tokenizer};
+
+/// What [`Model::generate`] returns for one source. Displayed, it is the text of the best hypothesis.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct Generated {
+    /// The texts of `hypotheses`, without special tokens.
+    pub texts: Vec<String>,
+    /// `num_return_sequences` hypotheses, those of beam search best first: tokens, score and finish reason.
+    pub hypotheses: Vec<Hypothesis>,
+}
+
+impl Generated {
+    /// The text of the first hypothesis, which is the best one.
+    pub fn text(&self) -> &str {
+        self.texts.first().map_or("", String::as_str)
+    }
+}
+
+impl fmt::Display for Generated {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.text())
+    }
+}
+
+impl Model {
+    /// Generates a target for each text. An option that is not set has the value of the model's `generation_config.json`, or
+    /// else Hugging Face's default.
+    ///
+    /// ```no_run
+    /// use t5gemma_runtime::{GenerationOptions, Model};
+    ///
+    /// let model = Model::open("model")?;
+    /// let options = GenerationOptions::default().num_beams(4).num_return_sequences(2);
+    /// for generated in model.generate(&["The quick brown fox"], &options)? {
+    ///     for (text, hypothesis) in generated.texts.iter().zip(&generated.hypotheses) {
+    ///         println!("{text} ({:?}, {:?})", hypothesis.score, hypothesis.finish_reason);
+    ///     }
+    /// }
+    /// # Ok::<(), t5gemma_runtime::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// A model without a usable tokenizer, options that are invalid or contradict each other, and those of
+    /// [`Model::generate_batch`].
+    pub fn generate<T: AsRef<str>>(&self, texts: &[T], options: &GenerationOptions) -> Result<Vec<Generated>, Error> {
+        self.generate_with(texts, options, Controls::default())
+    }
+
+    /// [`Model::generate`] with a streamer or a cancellation.
+    ///
+    /// # Errors
+    /// As [`Model::generate`]; [`Error::Cancelled`] or [`Error::Deadline`].
+    pub fn generate_with<T: AsRef<str>>(
+        &self,
+        texts: &[T],
+        options: &GenerationOptions,
+        controls: Controls,
+    ) -> Result<Vec<Generated>, Error> {
+        let config = self.generation_config().with(options)?;
+        let batch = padded(self.tokenizer()?, texts, config.pad_token_id)?;
+        self.generate_texts(&batch, &config, controls)
+    }
+
+    /// Generates the answer to a conversation, whose messages are objects with `role` and `content`; see
+    /// [`ChatTemplate::apply`].
+    ///
+    /// # Errors
+    /// Messages that the template refuses, and those of [`Model::generate`].
+    pub fn chat(
+        &self,
+        template: &ChatTemplate,
+        messages: &[serde_json::Value],
+        options: &GenerationOptions,
+    ) -> Result<Generated, Error> {
+        let config = self.generation_config().with(options)?;
+        // The template writes special tokens itself.
+        let source = self.tokenizer()?.encode_target(&template.apply(messages)?)?;
+        let batch = Batch::padded(&[source], config.pad_token_id)?;
+        Ok(self.generate_texts(&batch, &config, Controls::default())?.swap_remove(0))
+    }
+
+    /// Tokenizes texts into a batch, padded on the right with the model's padding token.
+    ///
+    /// # Errors
+    /// No text, one that the tokenizer cannot express, or a model without a usable tokenizer.
+    pub fn tokenize<T: AsRef<str>>(&self, texts: &[T]) -> Result<Batch, Error> {
+        padded(self.tokenizer()?, texts, self.generation_config().pad_token_id)
+    }
+
+    fn generate_texts(
+        &self,
+        batch: &Batch,
+        config: &GenerationConfig,
+        controls: Controls,
+    ) -> Result<Vec<Generated>, Error> {
+        let tokenizer = self.tokenizer()?;
+        let rows = self.generate_batch(batch, config, controls)?.into_iter();
+        rows.map(|hypotheses| {
+            let text = |hypothesis: &Hypothesis| tokenizer.decode(&hypothesis.tokens, SpecialTokens::Skip);
+            Ok(Generated { texts: hypotheses.iter().map(text).collect::<Result<_, Error>>()?, hypotheses })
+        })
+        .collect()
+    }
+}
+
+impl Encoder {
+    /// Tokenizes texts into a batch, padded on the right with the model's padding token.
+    ///
+    /// ```no_run
+    /// use t5gemma_runtime::{Cancellation, Encoder, Pooling};
+    ///
+    /// let encoder = Encoder::open("model")?;
+    /// let batch = encoder.tokenize(&["The quick brown fox", "Hello"])?;
+    /// let vectors = encoder.embed(&batch, Pooling::Mean, true, &Cancellation::new())?;
+    /// println!("{}", vectors.row(0).dot(&vectors.row(1)));
+    /// # Ok::<(), t5gemma_runtime::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// No text, one that the tokenizer cannot express, or a model without a usable tokenizer.
+    pub fn tokenize<T: AsRef<str>>(&self, texts: &[T]) -> Result<Batch, Error> {
+        padded(self.tokenizer()?, texts, self.pad_token_id())
+    }
+}
+
+fn padded<T: AsRef<str>>(tokenizer: &Tokenizer, texts: &[T], pad: i64) -> Result<Batch, Error> {
+    let sources = texts.iter().map(|text| tokenizer.encode(text.as_ref())).collect::<Result<Vec<_>, Error>>()?;
+    Batch::padded(&sources, pad)
+}
