@@ -11,8 +11,10 @@ FETCHED := .cache/onnxruntime/lib/libonnxruntime.$(if $(filter Darwin,$(shell un
 # An ORT_DYLIB_PATH of your own is used, and nothing fetched.
 LIBRARY := $(or $(ORT_DYLIB_PATH),$(FETCHED))
 VERSION := $(shell sed -n 's/^version = "\(.*\)"$$/\1/p' Cargo.toml)
-# Where `install` puts the C library; a DESTDIR before it is not written into anything.
+# Where `install` and `install-programs` put files; a DESTDIR before it is not written into anything.
 PREFIX ?= /usr/local
+# The programs with the hidden subcommands `man DIR` and `completions SHELL`.
+DOCUMENTED := t5gemma-export
 # Where packages are put together, and where they come to lie.
 STAGE ?= target/stage
 DIST ?= target/dist
@@ -30,7 +32,7 @@ export PIP_ROOT_USER_ACTION := ignore
 
 .PHONY: help
 help: ## this list (the default)
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: demo
 demo: onnxruntime $(MODEL)/manifest.json ## export the small checkpoint of tests/demo and answer some lines with it
@@ -49,6 +51,19 @@ build: ## build the programs t5gemma-export and t5gemma
 install: ## install libt5gemma with its headers into PREFIX (under DESTDIR); ONNXRUNTIME=FILE puts that library beside it
 	$(CARGO) build --profile $(PROFILE) --locked -p t5gemma-capi
 	DESTDIR=$(DESTDIR) runtime/capi/package/install.sh $(PROGRAMS)/libt5gemma.a $(VERSION) $(abspath $(PREFIX))
+
+.PHONY: install-programs
+install-programs: build ## install the programs, with man pages and shell completions, into PREFIX (under DESTDIR)
+	install -d $(DESTDIR)$(abspath $(PREFIX))/bin
+	install -m 755 $(PROGRAMS)/t5gemma-export $(PROGRAMS)/t5gemma $(DESTDIR)$(abspath $(PREFIX))/bin
+	set -e; share=$(DESTDIR)$(abspath $(PREFIX))/share; \
+	install -d $$share/bash-completion/completions $$share/zsh/site-functions $$share/fish/vendor_completions.d; \
+	for program in $(DOCUMENTED); do \
+	    $(PROGRAMS)/$$program man $$share/man/man1; \
+	    $(PROGRAMS)/$$program completions bash > $$share/bash-completion/completions/$$program; \
+	    $(PROGRAMS)/$$program completions zsh > $$share/zsh/site-functions/_$$program; \
+	    $(PROGRAMS)/$$program completions fish > $$share/fish/vendor_completions.d/$$program.fish; \
+	done
 
 .PHONY: dist
 dist: $(LIBRARY) ## pack libt5gemma with ONNX Runtime, licences and checksums into DIST

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use itertools::Itertools as _;
 use serde_json::{Value, json};
-use t5gemma_exporter::Export;
+use t5gemma_exporter::{Alignment, Export};
 use t5gemma_graphs::Target;
 use t5gemma_graphs::interface::Logits;
 use t5gemma_runtime::{
@@ -20,17 +20,17 @@ const TOLERANCE: f32 = 1e-4;
 
 /// The ways that the runtime can run a model that tells what its targets attend to on a CPU.
 fn ways(layers: &[usize]) -> Vec<(&'static str, Export)> {
-    let alignment = Some(layers.to_vec());
-    let of = |target| Export { target, alignment: alignment.clone(), ..Export::default() };
+    let alignment = if layers.is_empty() { Alignment::AllLayers } else { Alignment::Layers(layers.to_vec()) };
+    let of = |target| Export::default().target(target).alignment(alignment.clone());
     let mut ways: Vec<_> = Target::ALL.into_iter().map(|target| (target.name(), of(target))).collect();
-    let fixed = Export { capacity: Some(64), logits: Logits::Candidates(4), ..of(Target::TensorRt) };
+    let fixed = of(Target::TensorRt).capacity(64).logits(Logits::Candidates(4));
     ways.push(("tensorrt with a static cache", fixed));
-    ways.push(("portable with all logits", Export { logits: Logits::All, ..of(Target::Portable) }));
+    ways.push(("portable with all logits", of(Target::Portable).logits(Logits::All)));
     ways
 }
 
 fn aligned(name: &str, target: Target) -> PathBuf {
-    let export = Export { target, alignment: Some(Vec::new()), ..Export::default() };
+    let export = Export::default().target(target).alignment(Alignment::AllLayers);
     exported_as(name, &format!("alignment-{}", target.name()), export)
 }
 
@@ -209,7 +209,7 @@ fn targets_of_every_strategy_attend_to_what_they_do_when_they_are_given() {
 fn drafts_change_nothing_in_what_targets_attend_to() {
     let texts = ["mr brown paid $5 on may 3rd", "the meeting starts at nine oh five a m on elm street"];
     for target in [Target::Portable, Target::Cpu] {
-        let export = Export { target, logits: Logits::All, alignment: Some(Vec::new()), ..Export::default() };
+        let export = Export::default().target(target).logits(Logits::All).alignment(Alignment::AllLayers);
         let model = Model::open(demo_as(&format!("drafts-{}", target.name()), export)).expect("it opens");
         for text in texts {
             let source = model.tokenizer().expect("the demo has one").encode(text).expect("text");
@@ -305,7 +305,7 @@ fn models_that_do_not_tell_it_say_how_to_export_them() {
 
 #[test]
 fn results_have_a_number_for_every_token_of_each_source() {
-    let model = demo_as("alignment", Export { alignment: Some(Vec::new()), ..Export::default() });
+    let model = demo_as("alignment", Export::default().alignment(Alignment::AllLayers));
     let texts = ["dr smith paid $3.50", "nine"];
     let requests = [
         json!({"id": "a", "text": texts, "options": {"output_attentions": true, "num_beams": 3,

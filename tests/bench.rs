@@ -93,7 +93,7 @@ fn a_step_reads_the_head_but_not_an_embedding_table_of_its_own() {
 fn a_step_reads_a_tied_table_once() {
     let blocks = Some(Blocks::whole(8, 16));
     let quantization = Quantization { encoder: blocks, decoder: blocks, head: blocks, ..Quantization::default() };
-    let export = Export { target: Target::Cpu, quantization, ..Export::default() };
+    let export = Export::default().target(Target::Cpu).quantization(quantization);
     let model = exported_as("tiny-balanced", "bench-int8", export);
     let arguments = ["--json", "--source-length", "2", "--max-new-tokens", "2"];
     let output = run("t5gemma", [&["bench", model.to_str().expect("UTF-8")], &arguments[..]].concat(), "");

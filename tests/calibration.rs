@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use itertools::Itertools as _;
 use serde_json::{Value, json};
-use t5gemma_exporter::{Export, TensorRt, check};
+use t5gemma_exporter::{Export, ServingPlan, TensorRtVersion, check};
 use t5gemma_graphs::Target;
 use t5gemma_graphs::interface::DType;
 use t5gemma_graphs::manifest::{ActivationRanges, Manifest};
@@ -32,7 +32,7 @@ fn others(count: usize) -> String {
 }
 
 fn observed() -> PathBuf {
-    demo_as("observed", Export { activations: Activations::Observed, ..Export::default() })
+    demo_as("observed", Export::default().activations(Activations::Observed))
 }
 
 /// What `t5gemma calibrate` finds with some texts.
@@ -61,7 +61,7 @@ fn in_8_bits(blocks: Blocks, ranges: ActivationRanges, dtype: DType) -> Export {
     let blocks = Some(blocks);
     let quantization = Quantization { encoder: blocks, decoder: blocks, head: blocks, exclude: Vec::new() };
     let activations = Activations::Ranges(ranges.ranges);
-    Export { target: Target::TensorRt, dtype, quantization, activations, ..Export::default() }
+    Export::default().target(Target::TensorRt).dtype(dtype).quantization(quantization).activations(activations)
 }
 
 #[test]
@@ -123,7 +123,7 @@ fn models_that_do_not_generate_compute_in_8_bits_too() {
         let checkpoint = tests().join("fixtures/tasks").join(name).join("checkpoint");
         let export =
             |label: &str, export: Export| exported_from(&checkpoint, &format!("calibrated-{name}-{label}"), export);
-        let observed = export("observed", Export { activations: Activations::Observed, ..Export::default() });
+        let observed = export("observed", Export::default().activations(Activations::Observed));
         let found = ranges_of(&observed, folder.path(), &texts);
         assert_eq!(found.texts, sources.len(), "{name}");
         let expected = numbers(&export("plain", Export::default()));
@@ -131,10 +131,14 @@ fn models_that_do_not_generate_compute_in_8_bits_too() {
         let mut errors = Vec::new();
         for blocks in ways() {
             let error = |label: &str, ranges: ActivationRanges| {
-                let plan = Some("batch=1..16,source=1..12".parse().expect("a plan"));
+                let plan = Some("batch=1..16,source=1..12".parse::<ServingPlan>().expect("a plan"));
                 let label = format!("{}-{label}", blocks.name());
-                let model = export(&label, Export { plan, ..in_8_bits(blocks, ranges, DType::Float32) });
-                assert_eq!(check(&model, TensorRt::default()).expect("ONNX files").findings, [], "{name} {label}");
+                let model = export(&label, in_8_bits(blocks, ranges, DType::Float32).plan(plan));
+                assert_eq!(
+                    check(&model, TensorRtVersion::default()).expect("ONNX files").findings,
+                    [],
+                    "{name} {label}"
+                );
                 let apart: Vec<f32> = numbers(&model).iter().zip_eq(&expected).map(|(a, b)| a - b).collect();
                 length(&apart) / length(&expected)
             };
@@ -160,7 +164,7 @@ fn models_that_do_not_generate_compute_in_8_bits_too() {
     let observed = exported_from(
         &tests().join("fixtures/tasks/encoder/checkpoint"),
         "calibrated-encoder-observed",
-        Export { activations: Activations::Observed, ..Export::default() },
+        Export::default().activations(Activations::Observed),
     );
     for (model, rest, word) in [
         (&plain, &[][..], "--observe"),
@@ -182,7 +186,7 @@ fn models_that_do_not_generate_compute_in_8_bits_too() {
 fn weights_in_fp8_are_the_nearest_and_each_part_has_its_own() {
     let folder = tempfile::tempdir().expect("a temporary folder can be made");
     let name = "tiny-unbalanced";
-    let observed = exported_as(name, "observed", Export { activations: Activations::Observed, ..Export::default() });
+    let observed = exported_as(name, "observed", Export::default().activations(Activations::Observed));
     let manifest: Value =
         serde_json::from_slice(&fs::read(observed.join("manifest.json")).expect("a manifest")).expect("JSON");
     let ids = |row: i64| (0..16).map(|at| 2 + (row * 977 + at * 131 + row * at * 29) % 200).collect::<Vec<i64>>();
@@ -191,7 +195,7 @@ fn weights_in_fp8_are_the_nearest_and_each_part_has_its_own() {
     let blocks = Blocks::float8();
     let whole = in_8_bits(blocks, ranges.clone(), DType::Float32);
     for dtype in [DType::Float32, DType::Float16, DType::BFloat16] {
-        let model = exported_as(name, &format!("fp8-{dtype}"), Export { dtype, ..whole.clone() });
+        let model = exported_as(name, &format!("fp8-{dtype}"), whole.clone().dtype(dtype));
         let found = python("check_float8.py", [&model, &fixture(name).join("checkpoint")]);
         let found: Value = serde_json::from_str(&found).expect("JSON");
         let matrices = manifest["observed"].as_object().expect("an object").values();
@@ -201,7 +205,7 @@ fn weights_in_fp8_are_the_nearest_and_each_part_has_its_own() {
     }
     let plain = exported(name);
     let error = |label: &str, quantization: Quantization| {
-        let model = exported_as(name, label, Export { quantization, ..whole.clone() });
+        let model = exported_as(name, label, whole.clone().quantization(quantization));
         let arguments = ["verify", utf8(&model), "--against", utf8(&plain), "--json"];
         let found: Value = serde_json::from_str(&stdout(run("t5gemma", arguments, ""))).expect("JSON");
         found["logits_relative_error"].as_f64().expect("a number")
@@ -229,7 +233,7 @@ fn graphs_in_8_bits_pass_the_check() {
     for (blocks, dtype) in ways().into_iter().flat_map(|blocks| [(blocks, DType::BFloat16), (blocks, DType::Float16)]) {
         let label = format!("{}-{dtype}", blocks.name());
         let model = demo_as(&label, in_8_bits(blocks, ranges.clone(), dtype));
-        let checked = check(&model, TensorRt::default()).expect("ONNX files");
+        let checked = check(&model, TensorRtVersion::default()).expect("ONNX files");
         assert_eq!(checked.findings, [], "{label}");
         let told = checked.notes.iter().filter(|note| note.contains("fp8") && note.contains("8.9")).count();
         assert_eq!(told, if blocks == Blocks::float8() { 3 } else { 0 }, "{label}: {:?}", checked.notes);

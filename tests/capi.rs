@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 
 use itertools::Itertools as _;
 use serde_json::Value;
-use t5gemma_exporter::Export;
+use t5gemma_exporter::{Alignment, Export};
 use t5gemma_graphs::Target;
 use tempfile::TempDir;
 
@@ -119,13 +119,13 @@ fn demo_for_cpu() -> PathBuf {
     exported_from(
         &tests().join("demo/checkpoint"),
         "demo-capi-cpu",
-        Export { target: Target::Cpu, alignment: Some(Vec::new()), ..Export::default() },
+        Export::default().target(Target::Cpu).alignment(Alignment::AllLayers),
     )
 }
 
 /// The demo model that tells what its targets attend to.
 fn demo_with_alignment() -> PathBuf {
-    demo_as("alignment", Export { alignment: Some(Vec::new()), ..Export::default() })
+    demo_as("alignment", Export::default().alignment(Alignment::AllLayers))
 }
 
 #[test]

@@ -8,7 +8,7 @@ use std::process::{Command, Output, Stdio};
 use std::sync::{Arc, Condvar, Mutex, OnceLock};
 
 use serde_json::Value;
-use t5gemma_exporter::{Checkpoint, Export, Silent, Source};
+use t5gemma_exporter::{Checkpoint, Export, Source};
 use t5gemma_graphs::Target;
 use t5gemma_graphs::interface::Logits;
 use t5gemma_runtime::{LogitsProcessor, Request};
@@ -114,7 +114,7 @@ pub fn exported(name: &str) -> PathBuf {
 
 /// A fixture's checkpoint as exported for a target, once for all tests.
 pub fn exported_for(name: &str, target: Target) -> PathBuf {
-    exported_as(name, target.name(), Export { target, ..Export::default() })
+    exported_as(name, target.name(), Export::default().target(target))
 }
 
 /// Every fixture in every way that the runtime can run it on a CPU: the fixture's name, the way's, and the model.
@@ -122,7 +122,7 @@ pub fn exported_every_way() -> impl Iterator<Item = (&'static str, &'static str,
     let to_a_capacity = || {
         // As many candidates as most of the cases' beams need.
         let (target, capacity, logits) = (Target::TensorRt, Some(64), Logits::Candidates(12));
-        Export { target, capacity, logits, ..Export::default() }
+        Export::default().target(target).capacity(capacity).logits(logits)
     };
     FIXTURES.into_iter().flat_map(move |name| {
         let targets = Target::ALL.map(|target| (target.name(), exported_for(name, target)));
@@ -161,7 +161,7 @@ pub fn exported_from(checkpoint: &Path, label: &str, export: Export) -> PathBuf 
     }
     let out = scratch().join(label);
     let source = Source::Checkpoint(Checkpoint::open(checkpoint).expect("the fixture opens"));
-    export.run(&source, &out, &Silent).expect("the fixture exports");
+    export.run(&source, &out).expect("the fixture exports");
     done.insert(label.to_string(), out.clone());
     out
 }

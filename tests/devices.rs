@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use itertools::Itertools as _;
 use serde_json::{Value, json};
-use t5gemma_exporter::Export;
+use t5gemma_exporter::{Alignment, Export, ServingPlan};
 use t5gemma_graphs::Target;
 use t5gemma_graphs::interface::Logits;
 use t5gemma_runtime::{
@@ -163,7 +163,7 @@ fn only_copies_share_a_line() {
 fn several_devices_answer_in_order_what_one_answers() {
     let lines: String = requests(10).iter().map(|request| request.to_string() + "\n").collect();
     for target in [Target::Cpu, Target::TensorRt] {
-        let model = demo_as(target.name(), Export { target, ..Export::default() });
+        let model = demo_as(target.name(), Export::default().target(target));
         let model = model.to_str().expect("temporary paths are UTF-8");
         let answers = |devices: &str| -> Vec<Value> {
             let output = stdout(run("t5gemma", ["generate", model, "--jsonl", "--device", devices], &lines));
@@ -194,14 +194,8 @@ fn several_devices_answer_in_order_what_one_answers() {
 
 #[test]
 fn the_first_runs_are_those_of_the_plan() {
-    let plan = Some("batch=1..4,source=1..24..32,target=16,beams=1..2".parse().expect("a plan"));
-    let export = Export {
-        target: Target::TensorRt,
-        capacity: Some(16),
-        plan,
-        logits: Logits::Candidates(8),
-        ..Export::default()
-    };
+    let plan = Some("batch=1..4,source=1..24..32,target=16,beams=1..2".parse::<ServingPlan>().expect("a plan"));
+    let export = Export::default().target(Target::TensorRt).capacity(16).plan(plan).logits(Logits::Candidates(8));
     let planned = exported_as("tiny-balanced", "warm", export);
     let cases = [
         (planned, WarmUpShape { batch: 4, source: 24, beams: 2 }),
@@ -274,11 +268,8 @@ fn steps_in_memory_that_stays_give_what_others_do() {
         let options = OpenOptions { fixed_step_buffers, ..OpenOptions::default() };
         Arc::new(Model::open_with(path, &options).expect("the model opens"))
     };
-    let export = |logits: Logits, alignment: Option<Vec<usize>>| Export {
-        target: Target::Cuda,
-        logits,
-        alignment,
-        ..Export::default()
+    let export = |logits: Logits, alignment: Alignment| {
+        Export::default().target(Target::Cuda).logits(logits).alignment(alignment)
     };
     let wanted = [
         json!({"max_new_tokens": 40}),
@@ -293,11 +284,11 @@ fn steps_in_memory_that_stays_give_what_others_do() {
     let batches = [vec![3], vec![5, 64, 1], vec![65, 20], vec![3]]
         .map(|lengths| Batch::padded(&lengths.into_iter().map(source).collect::<Vec<_>>(), 0).expect("valid"));
     for (logits, alignment, label) in [
-        (Logits::Last, None, "last"),
-        (Logits::Candidates(12), None, "candidates"),
-        (Logits::All, Some(Vec::new()), "alignment"),
+        (Logits::Last, Alignment::None, "last"),
+        (Logits::Candidates(12), Alignment::None, "candidates"),
+        (Logits::All, Alignment::AllLayers, "alignment"),
     ] {
-        let is_attending = alignment.is_some();
+        let is_attending = alignment != Alignment::None;
         let [moving, steady] = [false, true].map(|steady| open(export(logits, alignment.clone()), label, steady));
         let mut requests = Vec::new();
         for (batch, wanted) in batches.iter().flat_map(|batch| wanted.iter().map(move |wanted| (batch, wanted))) {

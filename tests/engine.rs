@@ -114,7 +114,7 @@ fn with_text(target: Target) -> PathBuf {
     }
     let tokenizer = tests().join("demo/checkpoint/tokenizer.json");
     fs::copy(tokenizer, folder.path().join("tokenizer.json")).expect("copied");
-    let export = Export { target, ..Export::default() };
+    let export = Export::default().target(target);
     exported_from(folder.path(), &format!("tiny-balanced-text-{}", target.name()), export)
 }
 

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use itertools::Itertools as _;
 use serde_json::Value;
-use t5gemma_exporter::{Checkpoint, Export, Silent, Source, inspect, preset};
+use t5gemma_exporter::{Checkpoint, Export, Source, inspect, preset};
 use t5gemma_graphs::Target;
 use t5gemma_graphs::config::Config;
 use t5gemma_graphs::interface::{CacheLayout, DType, Interface, Logits};
@@ -54,7 +54,7 @@ fn a_manifest_holds_the_interface_of_its_config() {
         ("all-logits", DType::Float32, Logits::All),
         ("bfloat16", DType::BFloat16, Logits::Last),
     ] {
-        let model = exported_as("tiny-unbalanced", label, Export { dtype, logits, ..Export::default() });
+        let model = exported_as("tiny-unbalanced", label, Export::default().dtype(dtype).logits(logits));
         let config = fs::read_to_string(model.join("config.json")).expect("the config is carried along");
         let expected =
             Interface::of(&Config::parse(&config).expect("a valid config"), dtype, logits, CacheLayout::Growing);
@@ -88,7 +88,7 @@ fn the_same_input_gives_the_same_bytes() {
     let folder = tempfile::tempdir().expect("a temporary folder can be made");
     let again = folder.path().join("again");
     let source = Checkpoint::open(&fixture("tiny-sharded").join("checkpoint")).expect("the fixture opens");
-    Export::default().run(&Source::Checkpoint(source), &again, &Silent).expect("exports");
+    Export::default().run(&Source::Checkpoint(source), &again).expect("exports");
     let first = exported("tiny-sharded");
     let names = |model: &Path| {
         let entries = fs::read_dir(model).expect("a folder").map(|entry| entry.expect("an entry").file_name());
@@ -104,7 +104,7 @@ fn the_same_input_gives_the_same_bytes() {
 #[test]
 fn half_precision_keeps_its_float32_islands() {
     for dtype in [DType::Float16, DType::BFloat16] {
-        let model = exported_as("tiny-untied", &dtype.to_string(), Export { dtype, ..Export::default() });
+        let model = exported_as("tiny-untied", &dtype.to_string(), Export::default().dtype(dtype));
         for tensor in manifest(&model).weights.tensors {
             let expected = if tensor.name.ends_with("norm.weight.one_plus") { DType::Float32 } else { dtype };
             assert_eq!(tensor.dtype, expected, "{}", tensor.name);
@@ -122,7 +122,7 @@ fn dummy_weights_are_random_seeded_and_never_zero() {
     let weights = |seed, label: &str| {
         let out = folder.path().join(label);
         let source = Source::Dummy { config: config.clone(), origin: "the fixture".into(), seed };
-        Export::default().run(&source, &out, &Silent).expect("exports");
+        Export::default().run(&source, &out).expect("exports");
         let manifest = manifest(&out);
         let bytes = fs::read(out.join("model.onnx_data")).expect("weights");
         let numbers = |tensor: &t5gemma_graphs::manifest::TensorRecord| {
@@ -176,7 +176,7 @@ fn inspect_tells_what_a_model_and_a_checkpoint_hold() {
     ] {
         for name in ["tiny-balanced", "tiny-untied"] {
             let quantization = Quantization { encoder: blocks, decoder: blocks, head: blocks, exclude: Vec::new() };
-            let export = Export { target, dtype: DType::Float32, quantization, ..Export::default() };
+            let export = Export::default().target(target).dtype(DType::Float32).quantization(quantization);
             let model = exported_as(name, label, export);
             let (of_model, of_checkpoint) =
                 (inspect(&model).expect("a model"), inspect(&fixture(name).join("checkpoint")).expect("a checkpoint"));
@@ -186,14 +186,10 @@ fn inspect_tells_what_a_model_and_a_checkpoint_hold() {
     }
     let quantization =
         Quantization { encoder: whole(4, 32), decoder: whole(4, 32), head: whole(4, 32), exclude: Vec::new() };
-    let export = Export { target: Target::TensorRt, dtype: DType::Float32, quantization, ..Export::default() };
+    let export = Export::default().target(Target::TensorRt).dtype(DType::Float32).quantization(quantization);
     let twice = demo_as("inspect-tensorrt", export);
     assert_eq!(inspect(&twice).expect("a model").parameters, manifest(&twice).parameters);
-    let kept = exported_as(
-        "tiny-untied",
-        "inspect-kept",
-        Export { kept_tokens: Some((0..20).collect()), ..Export::default() },
-    );
+    let kept = exported_as("tiny-untied", "inspect-kept", Export::default().kept_tokens((0..20).collect::<Vec<_>>()));
     assert_eq!(inspect(&kept).expect("a model").parameters, manifest(&kept).parameters);
     let model = exported("tiny-balanced");
     let model = model.to_str().expect("temporary paths are UTF-8");
@@ -204,6 +200,6 @@ fn inspect_tells_what_a_model_and_a_checkpoint_hold() {
     assert!(report["model"]["graphs"][1]["operators"]["Gemm"].as_u64().is_some_and(|count| count > 10));
     let text = stdout(run("t5gemma-export", ["inspect", model], ""));
     assert!(text.contains("past_key_values.0.encoder.key"), "{text}");
-    assert!(text.contains(" wide feed-forward, vocabulary 200, at most "), "{text}");
-    assert!(text.contains(" positions, layers with a window of "), "{text}");
+    assert!(text.contains(", vocabulary 200, at most "), "{text}");
+    assert!(text.contains(" with a sliding window of "), "{text}");
 }

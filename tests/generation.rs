@@ -109,7 +109,7 @@ fn candidates_of_the_graph_give_what_logits_give() {
     for (target, capacity) in [(Target::Cuda, None), (Target::TensorRt, None), (Target::TensorRt, Some(64))] {
         let model = |logits: Logits| {
             let label = format!("candidates-{}-{capacity:?}-{logits:?}", target.name());
-            let export = Export { target, capacity, logits, ..Export::default() };
+            let export = Export::default().target(target).capacity(capacity).logits(logits);
             Model::open(exported_as("tiny-unbalanced", &label, export)).expect("the model opens")
         };
         let [logits, candidates] = [Logits::Last, Logits::Candidates(10)].map(model);
@@ -194,7 +194,7 @@ fn the_demo_keeps_its_answers_in_few_bits() {
     {
         let blocks = Some(Blocks::whole(bits, size));
         let quantization = Quantization { encoder: blocks, decoder: blocks, head: blocks, exclude: Vec::new() };
-        let export = Export { target, quantization, ..Export::default() };
+        let export = Export::default().target(target).quantization(quantization);
         let model = demo_as(&format!("{}-int{bits}", target.name()), export);
         let model = model.to_str().expect("temporary paths are UTF-8");
         let output = stdout(run("t5gemma", ["generate", model, "--jsonl"], &(lines.join("\n") + "\n")));

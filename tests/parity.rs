@@ -35,7 +35,7 @@ fn every_fixture_verifies_against_its_golden_tensors() {
 
 #[test]
 fn logits_of_all_positions_verify_too() {
-    let export = Export { logits: Logits::All, ..Export::default() };
+    let export = Export::default().logits(Logits::All);
     let model = exported_as("tiny-balanced", "all-logits", export);
     verify(&model, &fixture("tiny-balanced").join("golden.safetensors"));
 }
@@ -43,7 +43,7 @@ fn logits_of_all_positions_verify_too() {
 #[test]
 fn the_exclusive_encoder_window_is_that_of_earlier_transformers() {
     for name in ["tiny-balanced", "tiny-unbalanced"] {
-        let export = Export { encoder_window: EncoderWindow::Exclusive, ..Export::default() };
+        let export = Export::default().encoder_window(EncoderWindow::Exclusive);
         let model = exported_as(name, "exclusive", export);
         verify(&model, &fixture(name).join("golden.safetensors"));
         check_encoded(&model, name, ".window_exclusive");
@@ -65,7 +65,7 @@ fn with_weights_of_few_bits_a_source_is_encoded_to_the_same_numbers_whatever_is_
     for (bits, block_size) in [(8, 32), (4, 32), (8, 64), (4, 64)] {
         let blocks = Some(Blocks::whole(bits, block_size));
         let quantization = Quantization { encoder: blocks, decoder: blocks, head: blocks, ..Quantization::default() };
-        let export = Export { target: Target::Cpu, quantization, ..Export::default() };
+        let export = Export::default().target(Target::Cpu).quantization(quantization);
         let model = exported_as("tiny-balanced", &format!("verified-in-{bits}-by-{block_size}"), export);
         for level in &levels {
             let mut command = program("t5gemma");
@@ -107,7 +107,7 @@ fn verify_fails_where_the_numbers_differ() {
 #[test]
 fn float16_loses_a_quarter_of_what_transformers_loses_in_bfloat16() {
     let name = "tiny-bf16";
-    let model = exported_as(name, "float16", Export { dtype: DType::Float16, ..Export::default() });
+    let model = exported_as(name, "float16", Export::default().dtype(DType::Float16));
     let golden = std::fs::read(fixture(name).join("golden.safetensors")).expect("the fixture is there");
     let golden = SafeTensors::deserialize(&golden).expect("a safetensors file");
     let exact = floats(&golden, "enc.right.last_hidden_state");

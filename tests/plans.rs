@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use itertools::Itertools as _;
 use serde_json::{Value, json};
-use t5gemma_exporter::Export;
+use t5gemma_exporter::{Export, ServingPlan};
 use t5gemma_graphs::Target;
 use t5gemma_graphs::interface::{DType, Logits};
 use t5gemma_graphs::task::{Features, Pooling, Task};
@@ -21,9 +21,13 @@ const PLAN: &str = "batch=2..3,source=8..32,target=24,beams=1..4,prompt=1..3";
 
 fn planned(capacity: Option<usize>, plan: Option<&str>, logits: Logits) -> PathBuf {
     let label = format!("plans-{capacity:?}-{plan:?}-{logits:?}");
-    let plan = plan.map(|plan| plan.parse().expect("a plan"));
+    let plan = plan.map(|plan| plan.parse::<ServingPlan>().expect("a plan"));
     let (target, dtype) = (Target::TensorRt, DType::Float32);
-    exported_as("tiny-balanced", &label, Export { target, dtype, capacity, plan, logits, ..Export::default() })
+    exported_as(
+        "tiny-balanced",
+        &label,
+        Export::default().target(target).dtype(dtype).capacity(capacity).plan(plan).logits(logits),
+    )
 }
 
 /// Models with a plan, in both cache layouts, each beside the same without.
@@ -234,9 +238,9 @@ fn encoders(name: &str, task: Option<Task>) -> [Encoder; 2] {
     let checkpoint = tests().join("fixtures/tasks").join(name).join("checkpoint");
     [Some("batch=2..3,source=8..32"), None].map(|plan| {
         let label = format!("plans-{name}-{task:?}-{plan:?}");
-        let plan = plan.map(|plan| plan.parse().expect("a plan"));
+        let plan = plan.map(|plan| plan.parse::<ServingPlan>().expect("a plan"));
         let (target, dtype) = (Target::TensorRt, DType::Float32);
-        let export = Export { task: task.clone(), target, dtype, plan, ..Export::default() };
+        let export = Export::default().task(task.clone()).target(target).dtype(dtype).plan(plan);
         Encoder::open(exported_from(&checkpoint, &label, export)).expect("opens")
     })
 }
@@ -308,8 +312,8 @@ fn utf8(path: &Path) -> &str {
 #[test]
 fn commands_hold_to_a_plan_of_one_size() {
     let export = |plan: Option<&str>| {
-        let plan = plan.map(|plan| plan.parse().expect("a plan"));
-        Export { target: Target::TensorRt, dtype: DType::Float32, plan, ..Export::default() }
+        let plan = plan.map(|plan| plan.parse::<ServingPlan>().expect("a plan"));
+        Export::default().target(Target::TensorRt).dtype(DType::Float32).plan(plan)
     };
     let one = demo_as("plans-one-size", export(Some("batch=4,source=32,target=32,beams=2")));
     let plain = demo_as("plans-none", export(None));

@@ -225,7 +225,7 @@ fn older_instructions_give_the_same_answers() {
     let int8 = Blocks::whole(8, 128);
     let quantization =
         Quantization { encoder: Some(int8), decoder: Some(int8), head: Some(int8), ..Quantization::default() };
-    let export = |quantization| Export { target: Target::Cpu, quantization, ..Export::default() };
+    let export = |quantization| Export::default().target(Target::Cpu).quantization(quantization);
     let models =
         [demo_as("instructions", export(Quantization::default())), demo_as("instructions-int8", export(quantization))];
     let lines = std::fs::read_to_string(crate::common::tests().join("scripts/demo.txt")).expect("it is there");
@@ -350,7 +350,7 @@ fn verify_tells_how_far_two_models_are_apart() {
             head: blocks(bits),
             ..Quantization::default()
         };
-        let export = |bits| Export { target: Target::Cpu, quantization: quantization(bits), ..Export::default() };
+        let export = |bits| Export::default().target(Target::Cpu).quantization(quantization(bits));
         [8, 4].map(|bits| exported_as("tiny-balanced", &format!("apart-{bits}"), export(bits)))
     };
     let report = |model: &Path, other: &Path| -> Value {
@@ -376,7 +376,7 @@ fn verify_tells_how_far_two_models_are_apart() {
 
 #[test]
 fn requests_with_other_options_run_beside_each_other_and_are_answered_in_order() {
-    let export = Export { target: Target::Cpu, ..Export::default() };
+    let export = Export::default().target(Target::Cpu);
     let model = crate::common::exported_as("tiny-balanced", "cpu", export);
     let model = model.to_str().expect("temporary paths are UTF-8");
     let request = |at: i64| match at % 6 {

@@ -1,7 +1,7 @@
 //! Providers that are not there: each is an error that names what is missing and what has it, and nothing is computed by the
 //! CPU instead. What works with a GPU is `make gpu-check`.
 
-use t5gemma_exporter::Export;
+use t5gemma_exporter::{Export, ServingPlan};
 use t5gemma_graphs::Target;
 use t5gemma_graphs::interface::DType;
 
@@ -36,8 +36,8 @@ fn errors_name_the_provider_that_was_asked_for() {
     let folder = tempfile::tempdir().expect("a temporary folder can be made");
     let file = folder.path().join("states.npy");
     let file = file.to_str().expect("temporary paths are UTF-8");
-    let plan = Some("source=1..32,target=32".parse().expect("a plan"));
-    let planned = Export { target: Target::TensorRt, plan, ..Export::default() };
+    let plan = Some("source=1..32,target=32".parse::<ServingPlan>().expect("a plan"));
+    let planned = Export::default().target(Target::TensorRt).plan(plan);
     for model in [
         exported_for("tiny-balanced", Target::Cuda),
         exported_for("tiny-balanced", Target::TensorRt),
@@ -133,7 +133,7 @@ fn doctor_tries_every_provider() {
 
 #[test]
 fn engines_are_built_of_a_plan_and_by_who_builds_them() {
-    let export = Export { target: Target::TensorRt, dtype: DType::BFloat16, ..Export::default() };
+    let export = Export::default().target(Target::TensorRt).dtype(DType::BFloat16);
     let model = exported_as("tiny-balanced", "tensorrt-unplanned", export);
     let model = model.to_str().expect("temporary paths are UTF-8");
     for (provider, word) in [("cpu", "tensorrt or nv-tensorrt-rtx"), ("tensorrt", "--plan")] {

@@ -3,7 +3,7 @@
 
 use std::path::PathBuf;
 
-use t5gemma_exporter::Export;
+use t5gemma_exporter::{Alignment, Export};
 use t5gemma_graphs::Target;
 use t5gemma_graphs::interface::{DType, Logits};
 use t5gemma_graphs::onnx::Blocks;
@@ -12,7 +12,7 @@ use t5gemma_graphs::quantization::Quantization;
 use crate::common::{FIXTURES, exported, exported_as, fixture, python};
 
 fn in_half(name: &str, dtype: DType) -> PathBuf {
-    exported_as(name, &dtype.to_string(), Export { dtype, ..Export::default() })
+    exported_as(name, &dtype.to_string(), Export::default().dtype(dtype))
 }
 
 #[test]
@@ -21,20 +21,20 @@ fn onnx_checks_every_graph_in_every_type() {
     for dtype in [DType::Float16, DType::BFloat16] {
         models.extend(["tiny-balanced", "tiny-unbalanced"].map(|name| in_half(name, dtype)));
     }
-    models.push(exported_as("tiny-balanced", "all-logits", Export { logits: Logits::All, ..Export::default() }));
+    models.push(exported_as("tiny-balanced", "all-logits", Export::default().logits(Logits::All)));
     for target in [Target::Portable, Target::TensorRt] {
-        let export = Export { target, alignment: Some(Vec::new()), ..Export::default() };
+        let export = Export::default().target(target).alignment(Alignment::AllLayers);
         models.push(exported_as("tiny-unbalanced", &format!("alignment-{}", target.name()), export));
     }
     for (capacity, dtype) in [(None, DType::BFloat16), (Some(32), DType::Float16), (Some(32), DType::BFloat16)] {
         let (target, logits) = (Target::TensorRt, Logits::Candidates(4));
         let label = format!("tensorrt-{dtype}-{capacity:?}");
-        let export = Export { target, dtype, capacity, logits, ..Export::default() };
+        let export = Export::default().target(target).dtype(dtype).capacity(capacity).logits(logits);
         models.push(exported_as("tiny-unbalanced", &label, export));
     }
     let blocks = Some(Blocks::whole(4, 16));
     let quantization = Quantization { encoder: blocks, decoder: blocks, head: blocks, exclude: Vec::new() };
-    let export = Export { target: Target::TensorRt, dtype: DType::BFloat16, quantization, ..Export::default() };
+    let export = Export::default().target(Target::TensorRt).dtype(DType::BFloat16).quantization(quantization);
     models.push(exported_as("tiny-balanced", "tensorrt-int4", export));
     python("check_onnx.py", &models);
 }
@@ -50,7 +50,7 @@ fn pythons_onnxruntime_agrees_with_transformers() {
 #[test]
 fn pythons_onnxruntime_alone_runs_what_is_written_for_a_cpu() {
     for name in FIXTURES {
-        let export = Export { target: Target::Cpu, ..Export::default() };
+        let export = Export::default().target(Target::Cpu);
         python("run_onnxruntime.py", [exported_as(name, "cpu", export), fixture(name)]);
     }
 }

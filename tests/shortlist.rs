@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 
 use itertools::Itertools as _;
 use serde_json::{Value, json};
-use t5gemma_exporter::{Checkpoint, Export, Silent, Source};
+use t5gemma_exporter::{Checkpoint, Export, Source};
 use t5gemma_graphs::Target;
 use t5gemma_graphs::interface::Logits;
 use t5gemma_graphs::onnx::{Blocks, Code};
@@ -32,7 +32,7 @@ fn vocab_size(fixture_name: &str) -> usize {
 
 /// A fixture whole and with the tokens of [`split`], in the same way otherwise.
 fn both(name: &str, label: &str, export: Export) -> [Model; 2] {
-    let kept = Export { kept_tokens: Some(split(vocab_size(name)).0), ..export.clone() };
+    let kept = export.clone().kept_tokens(split(vocab_size(name)).0);
     [(format!("{label}-whole"), export), (format!("{label}-kept"), kept)]
         .map(|(label, export)| Model::open(exported_as(name, &label, export)).expect("opens"))
 }
@@ -59,8 +59,8 @@ fn logits_are_those_of_the_whole_model() {
     };
     let ways = [
         ("plain", Export::default()),
-        ("cuda", Export { target: Target::Cuda, ..Export::default() }),
-        ("bits", Export { target: Target::Cpu, quantization: in_few_bits, ..Export::default() }),
+        ("cuda", Export::default().target(Target::Cuda)),
+        ("bits", Export::default().target(Target::Cpu).quantization(in_few_bits)),
     ];
     for name in ["tiny-balanced", "tiny-untied", "tiny-bf16"] {
         for (way, export) in &ways {
@@ -89,7 +89,7 @@ fn what_is_generated_is_what_the_whole_model_does_without_the_other_tokens() {
         json!({"required_phrases": [[12, 15]], "num_beams": 4}),
     ];
     for (name, target) in fixtures_and_targets() {
-        let [whole, kept] = both(name, target.name(), Export { target, ..Export::default() });
+        let [whole, kept] = both(name, target.name(), Export::default().target(target));
         for case in &cases {
             let mut given = case.clone();
             given["max_new_tokens"] = json!(10);
@@ -111,7 +111,7 @@ fn what_is_generated_is_what_the_whole_model_does_without_the_other_tokens() {
 
 #[test]
 fn candidates_of_the_graph_are_of_kept_tokens() {
-    let export = Export { target: Target::Cuda, logits: Logits::Candidates(8), ..Export::default() };
+    let export = Export::default().target(Target::Cuda).logits(Logits::Candidates(8));
     let [whole, kept] = both("tiny-balanced", "candidates", export);
     let given = json!({"num_beams": 2, "max_new_tokens": 8});
     let found = generated(&kept, &given);
@@ -180,9 +180,9 @@ fn files_of_tokens_are_held_to_the_model() {
     let folder = tempfile::tempdir().expect("a temporary folder can be made");
     let (file, out) = (folder.path().join("tokens.json"), folder.path().join("out"));
     for (text, expected) in [
-        ("[1, 2", "expected a JSON array of ids"),
-        ("{\"1\": 2}", "expected a JSON array of ids"),
-        ("[1, -2]", "expected a JSON array of ids"),
+        ("[1, 2", "expected a JSON array of token ids"),
+        ("{\"1\": 2}", "expected a JSON array of token ids"),
+        ("[1, -2]", "expected a JSON array of token ids"),
         ("[]", "found none"),
         ("[1, 3, 123456789]", "found 123456789"),
         ("[3, 6, 9]", "eos_token_id"),
@@ -197,8 +197,8 @@ fn files_of_tokens_are_held_to_the_model() {
     // A folder whose list is another's.
     let checkpoint = Checkpoint::open(&fixture("tiny-balanced").join("checkpoint")).expect("opens");
     let kept_tokens = Some(split(vocab_size("tiny-balanced")).0);
-    let exported = Export { kept_tokens, ..Export::default() };
-    exported.run(&Source::Checkpoint(checkpoint), &out, &Silent).expect("exports");
+    let exported = Export::default().kept_tokens(kept_tokens);
+    exported.run(&Source::Checkpoint(checkpoint), &out).expect("exports");
     fs::write(out.join("kept_tokens.json"), "[0, 1]\n").expect("can be written");
     let told = Model::open(&out).map(|_| ()).expect_err("refused").to_string();
     assert!(told.contains("kept_tokens.json"), "{told}");

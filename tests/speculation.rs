@@ -10,7 +10,7 @@ use t5gemma_runtime::{Batch, Controls, Model};
 use crate::common::{FIXTURES, cases, demo_as, exported, exported_as, exported_for, tests};
 
 fn all_logits(target: Target) -> Export {
-    Export { logits: Logits::All, target, ..Export::default() }
+    Export::default().logits(Logits::All).target(target)
 }
 
 fn label(target: Target) -> String {
@@ -75,8 +75,7 @@ fn the_demo_generates_the_same_with_drafts() {
     let ids = |case: &Value| serde_json::from_value(case["input_ids"].clone()).expect("token ids");
     let sources: Vec<Vec<i64>> = sentences.iter().take(12).map(ids).collect();
     for target in TARGETS {
-        let plain =
-            Model::open(demo_as(target.name(), Export { target, ..Export::default() })).expect("the model opens");
+        let plain = Model::open(demo_as(target.name(), Export::default().target(target))).expect("the model opens");
         let drafting = Model::open(demo_as(&label(target), all_logits(target))).expect("the model opens");
         check("demo", &plain, &drafting, &sources, &json!({"max_new_tokens": 128}));
         check("demo", &plain, &drafting, &sources[..4], &json!({"max_new_tokens": 60, "required_phrases": ["boston"]}));

@@ -30,13 +30,13 @@ fn checkpoint(name: &str) -> PathBuf {
 /// A fixture exported for a task, once for all tests.
 fn exported_for(name: &str, task: Option<Task>) -> PathBuf {
     let label = format!("task-{name}-{task:?}");
-    exported_from(&checkpoint(name), &label, Export { task, ..Export::default() })
+    exported_from(&checkpoint(name), &label, Export::default().task(task))
 }
 
 /// A classifier's fixture exported for a target.
 fn exported_on(name: &str, target: Target) -> PathBuf {
     let label = format!("task-{name}-{}", target.name());
-    exported_from(&checkpoint(name), &label, Export { target, ..Export::default() })
+    exported_from(&checkpoint(name), &label, Export::default().target(target))
 }
 
 fn features(pooling: Pooling, normalize: bool, hidden_layer: i64) -> Option<Task> {
@@ -115,7 +115,7 @@ fn the_encoder_of_a_generating_model_is_the_same_alone() {
     let alone = exported_from(
         &fixture("tiny-unbalanced").join("checkpoint"),
         "tiny-unbalanced-features",
-        Export { task: features(Pooling::None, false, -1), ..Export::default() },
+        Export::default().task(features(Pooling::None, false, -1)),
     );
     let alone = Encoder::open(alone).expect("opens");
     assert!(alone.manifest().weights.record.bytes < whole.manifest().weights.record.bytes);
@@ -168,7 +168,7 @@ fn pooling_in_the_graph_and_at_run_time_are_the_same() {
 fn pooled_vectors_of_half_precision_are_finite_and_near() {
     let golden = Golden::of("encoder");
     let task = features(Pooling::Mean, true, -1);
-    let export = Export { task, dtype: DType::Float16, ..Export::default() };
+    let export = Export::default().task(task).dtype(DType::Float16);
     let encoder = Encoder::open(exported_from(&checkpoint("encoder"), "task-float16", export)).expect("opens");
     let batch = golden.batch("right");
     let found = encoder.embed(&batch, Pooling::Mean, false, &Cancellation::new()).expect("embeds");

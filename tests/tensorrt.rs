@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use serde_json::{Value, json};
-use t5gemma_exporter::{Export, Finding, TensorRt, check};
+use t5gemma_exporter::{Export, Finding, FindingKind, ServingPlan, TensorRtVersion, check};
 use t5gemma_graphs::Target;
 use t5gemma_graphs::interface::{DType, Logits};
 use t5gemma_graphs::onnx::Blocks;
@@ -21,13 +21,14 @@ const PLAN: &str = "batch=1..4,source=1..32,target=32,beams=1..4";
 
 /// A fixture as it would be served, in a cache that grows or of a capacity.
 fn served(name: &str, dtype: DType, capacity: Option<usize>) -> PathBuf {
-    let (target, logits, plan) = (Target::TensorRt, Logits::Candidates(8), Some(PLAN.parse().expect("a plan")));
-    let export = Export { target, dtype, capacity, logits, plan, ..Export::default() };
+    let (target, logits, plan) =
+        (Target::TensorRt, Logits::Candidates(8), Some(PLAN.parse::<ServingPlan>().expect("a plan")));
+    let export = Export::default().target(target).dtype(dtype).capacity(capacity).logits(logits).plan(plan);
     exported_as(name, &format!("served-{dtype}-{capacity:?}"), export)
 }
 
 fn findings(path: &Path, version: &str) -> Vec<Finding> {
-    let checked = check(path, version.parse::<TensorRt>().expect("a version")).expect("ONNX files");
+    let checked = check(path, version.parse::<TensorRtVersion>().expect("a version")).expect("ONNX files");
     assert!(checked.graphs.values().sum::<usize>() > 0, "{checked:?}");
     checked.findings
 }
@@ -44,8 +45,7 @@ fn every_graph_for_tensorrt_passes_the_check() {
     let blocks = Some(Blocks::whole(4, 16));
     let quantization = Quantization { encoder: blocks, decoder: blocks, head: blocks, exclude: Vec::new() };
     for dtype in [DType::BFloat16, DType::Float16] {
-        let export =
-            Export { target: Target::TensorRt, dtype, quantization: quantization.clone(), ..Export::default() };
+        let export = Export::default().target(Target::TensorRt).dtype(dtype).quantization(quantization.clone());
         let model = exported_as("tiny-balanced", &format!("int4-{dtype}"), export);
         assert_eq!(findings(&model, "tensorrt"), [], "{dtype} and int4");
     }
@@ -61,7 +61,8 @@ fn graphs_for_onnx_runtime_do_not_pass() {
         let found = findings(&exported_for("tiny-balanced", target), "tensorrt");
         let of = |operator: &str| found.iter().any(|finding| finding.operator.as_deref() == Some(operator));
         assert!(of("com.microsoft.GroupQueryAttention") && of("SimplifiedLayerNormalization"), "{target:?}");
-        let capped = |finding: &Finding| finding.kind == "rule" && finding.reason.contains("softcap is not 0");
+        let capped =
+            |finding: &Finding| finding.kind == FindingKind::Rule && finding.reason.contains("softcap is not 0");
         assert!(found.iter().any(capped), "{target:?}: {found:?}");
     }
 }
@@ -78,8 +79,9 @@ fn every_planted_fault_is_found_and_named() {
     for fault in planted {
         let (name, kind) = (fault[0].as_str().expect("a name"), fault[1].as_str().expect("a kind"));
         let found = findings(&folder.path().join(name), "tensorrt=10.3");
-        let named =
-            |finding: &&Finding| finding.kind == kind && fault[2].as_str().is_none_or(|node| finding.node == node);
+        let named = |finding: &&Finding| {
+            finding.kind.name() == kind && fault[2].as_str().is_none_or(|node| finding.node == node)
+        };
         assert!(found.iter().any(|finding| named(&finding)), "{name}: {found:?}");
         let path = folder.path().join(name);
         let output = run("t5gemma-export", ["check", "--target", "tensorrt=10.3", path.to_str().expect("UTF-8")], "");
@@ -89,8 +91,8 @@ fn every_planted_fault_is_found_and_named() {
     let huge = folder.path().join("huge.onnx");
     let file = fs::File::create(&huge).expect("a file can be made");
     file.set_len(i32::MAX as u64 + 1).expect("a file with a hole can be made");
-    let found = check(&huge, TensorRt::default()).expect("not read").findings;
-    assert_eq!(found.iter().map(|finding| finding.kind).collect::<Vec<_>>(), ["size"]);
+    let found = check(&huge, TensorRtVersion::default()).expect("not read").findings;
+    assert_eq!(found.iter().map(|finding| finding.kind).collect::<Vec<_>>(), [FindingKind::Size]);
 }
 
 /// What stands in a planned folder for people: what it was planned for, and what that takes.
@@ -112,7 +114,9 @@ fn a_planned_folder_says_what_it_was_planned_for() {
     assert!(manifest(&plain).get("plan").is_none() && !inspect(&plain, &[]).contains("plan"));
 
     let memory = fs::read_to_string(model.join("memory.txt")).expect("memory.txt");
-    for word in [plan, "bfloat16", "cache static=32", "allowance", "GiB", "10^9", "again", "before and after the cap"] {
+    for word in
+        [plan, "bfloat16", "cache static=32", "allowance", "GiB", "10^9", "second copy", "before and after the cap"]
+    {
         assert!(memory.contains(word), "{word} in {memory}");
     }
     assert!(!memory.contains(" 0.000 "), "{memory}");
@@ -147,7 +151,7 @@ fn a_planned_folder_says_what_it_was_planned_for() {
     let told = run("t5gemma-export", [&arguments[..], &paths].concat(), "");
     assert!(told.status.success());
     let told = String::from_utf8_lossy(&told.stderr);
-    assert!(told.contains("beams=1,prompt=1 (1 as they were left out: batch, beams, prompt)"), "{told}");
+    assert!(told.contains("beams=1,prompt=1 (batch, beams, prompt omitted, so 1)"), "{told}");
 }
 
 #[test]
@@ -160,9 +164,10 @@ fn plans_of_models_that_do_not_generate_pass_the_check() {
         ("token-decoder", None),
     ] {
         let checkpoint = tests().join("fixtures/tasks").join(name).join("checkpoint");
-        let (target, plan) = (Target::TensorRt, Some("batch=1..4,source=1..32".parse().expect("a plan")));
+        let (target, plan) =
+            (Target::TensorRt, Some("batch=1..4,source=1..32".parse::<ServingPlan>().expect("a plan")));
         let label = format!("served-{name}-{task:?}");
-        let export = Export { task, target, dtype: DType::BFloat16, plan, ..Export::default() };
+        let export = Export::default().task(task).target(target).dtype(DType::BFloat16).plan(plan);
         let model = exported_from(&checkpoint, &label, export);
         assert_eq!(findings(&model, "tensorrt"), [], "{label}");
         let script = fs::read_to_string(model.join("build_engines.sh")).expect("build_engines.sh");
@@ -192,9 +197,9 @@ fn tensors_beyond_tensorrts_volume_are_found() {
     let found = findings(folder.path(), "tensorrt");
     // The largest, and how many more.
     let [finding] = &found[..] else { panic!("{found:?}") };
-    assert_eq!((finding.kind, finding.graph.as_str()), ("volume", "encoder_model.onnx"));
+    assert_eq!((finding.kind, finding.graph.as_str()), (FindingKind::Volume, "encoder_model.onnx"));
     let reason = &finding.reason;
-    assert!(reason.contains("40960000000 elements; a tensor has at most 2147483647; too large are "), "{reason}");
+    assert!(reason.contains("40960000000 elements of shape ") && reason.contains("others exceed it too"), "{reason}");
 }
 
 #[test]
@@ -235,12 +240,17 @@ fn profiles_that_do_not_cover_the_inputs_are_found() {
         }
         fs::write(folder.path().join("profiles.json"), profiles.to_string()).expect("written");
         let found = findings(folder.path(), "tensorrt");
-        assert!(found.iter().any(|f| f.kind == kind && f.node == input && f.graph == graph), "{name}: {found:?}");
+        assert!(
+            found.iter().any(|f| f.kind.name() == kind && f.node == input && f.graph == graph),
+            "{name}: {found:?}"
+        );
     }
     let mut profiles = whole.clone();
     profiles[graph]["input_idz"] = profiles[graph][input].clone();
     fs::write(folder.path().join("profiles.json"), profiles.to_string()).expect("written");
-    assert!(findings(folder.path(), "tensorrt").iter().any(|f| f.node == "input_idz" && f.kind == "profile"));
+    assert!(
+        findings(folder.path(), "tensorrt").iter().any(|f| f.node == "input_idz" && f.kind == FindingKind::Profile)
+    );
 }
 
 #[test]
@@ -256,7 +266,7 @@ fn plans_that_do_not_fit_are_refused() {
         (
             &["--target", "tensorrt", "--cache", "static=16", "--plan", "source=9,target=17"],
             2,
-            "--cache static=16 requires --plan target=16, as a step computes all of its cache (got target=17)",
+            "--cache static=16 requires --plan target=16 (got target=17)",
         ),
         (
             &["--target", "tensorrt", "--cache", "static=16", "--plan", "source=9,target=9"],
@@ -266,26 +276,26 @@ fn plans_that_do_not_fit_are_refused() {
         (
             &["--target", "tensorrt", "--plan", "batch=100000000,source=9,target=9"],
             2,
-            "elements; TensorRT's tensors have at most 2147483647",
+            "expected at most 2147483647 elements at the maximum sizes (TensorRT's limit), found ",
         ),
         (
             &["--target", "tensorrt", "--plan", "batch=2147483647,source=32,target=9,beams=2147483647"],
             2,
-            "elements; TensorRT's tensors have at most 2147483647",
+            "expected at most 2147483647 elements at the maximum sizes (TensorRT's limit), found ",
         ),
-        (&["--target", "tensorrt", "--plan", "source=9,target=9", "--fits", "1MB"], 2, "as nvidia-smi counts"),
+        (&["--target", "tensorrt", "--plan", "source=9,target=9", "--fits", "1MB"], 2, "in nvidia-smi"),
         (&["--target", "tensorrt", "--plan", "source=9,target=9", "--fits", "24"], 2, "such as 24GB"),
         (&["--target", "tensorrt", "--fits", "24GB"], 2, "--plan"),
         (&["--task", "feature-extraction", "--plan", "source=9"], 2, "--plan requires --target tensorrt"),
         (
             &["--target", "tensorrt", "--task", "feature-extraction", "--plan", "source=9,target=9"],
             2,
-            "expected batch and source only for the task feature-extraction, found target",
+            "expected only batch and source for the task feature-extraction, found target",
         ),
         (
             &["--target", "tensorrt", "--task", "feature-extraction", "--plan", "source=9,prompt=1"],
             2,
-            "expected batch and source only for the task feature-extraction, found prompt",
+            "expected only batch and source for the task feature-extraction, found prompt",
         ),
         (&["--target", "cuda", "--plan", "source=9,target=9"], 2, "--plan requires --target tensorrt"),
         (&["--target", "cuda", "--cache", "static=16"], 2, "--cache static=N requires --target tensorrt"),
@@ -303,8 +313,8 @@ fn plans_that_do_not_fit_are_refused() {
         ),
         (&["--target", "tensorrt", "--quantize", "int4", "--block-size", "128"], 2, "--block-size: expected a divisor"),
         (&["--target", "tensorrt", "--cache", "16"], 2, "expected static=N"),
-        (&["--target", "tensorrt", "--plan", "source=9"], 2, "expected target=… for the task text2text-generation"),
-        (&["--target", "tensorrt", "--plan", "source=9,target=1..9"], 2, "target: expected the greatest size"),
+        (&["--target", "tensorrt", "--plan", "source=9"], 2, "expected target=N for the task text2text-generation"),
+        (&["--target", "tensorrt", "--plan", "source=9,target=1..9"], 2, "target: expected the maximum"),
     ] {
         let output = run("t5gemma-export", [arguments, &[checkpoint, out]].concat(), "");
         let error = String::from_utf8_lossy(&output.stderr);
@@ -360,7 +370,7 @@ fn the_script_builds_once_and_refuses_what_is_stale() {
         assert!(model.join(format!("engines/{stem}.plan")).is_file(), "{stem}");
     }
     let (code, out, _) = bash(&[]);
-    assert_eq!((code, out.matches("is built").count(), out.matches("RUNNING").count()), (Some(0), 3, 0), "{out}");
+    assert_eq!((code, out.matches("is up to date").count(), out.matches("RUNNING").count()), (Some(0), 3, 0), "{out}");
     trtexec("110100");
     let (code, _, error) = bash(&[]);
     assert!(code == Some(1) && error.contains("TensorRT 110100") && error.contains("TensorRT 101600"), "{error}");
@@ -462,10 +472,10 @@ fn engines_are_stamped_with_the_gpu_they_are_for() {
         assert!(stamp.contains(gpu) && stamp.contains("TensorRT 101600"), "{arguments:?} {variables:?}: {stamp}");
     }
     for (arguments, variables, code, word) in [
-        (&["--device=7"][..], &[][..], 1, "nvidia-smi does not know the GPU 7"),
-        (&["--device=x"], &[], 2, "--device: expected the number of a GPU, found 'x'"),
+        (&["--device=7"][..], &[][..], 1, "nvidia-smi finds no GPU 7"),
+        (&["--device=x"], &[], 2, "--device: expected the index of a GPU, found 'x'"),
         (&["--device=2"], &[("CUDA_VISIBLE_DEVICES", "1,0")], 1, "expected a GPU of CUDA_VISIBLE_DEVICES=1,0, found 2"),
-        (&["--verbose", "--force"], &[], 2, "--force: expected before the options of trtexec"),
+        (&["--verbose", "--force"], &[], 2, "--force must come before the options of trtexec"),
         (&["--engines"], &[], 2, "--engines: expected a folder"),
     ] {
         let build = Build::new();
@@ -503,7 +513,7 @@ fn engines_can_lie_in_a_folder_of_their_own() {
     assert_eq!(build.names("of model"), [&wrappers[..], &["engines"]].concat());
     assert!(build.path("of model/engines/decoder_with_past_model.plan").is_file());
     let (code, out, _) = build.run(&["--engines=of model"], &[]);
-    assert_eq!((code, out.matches("is built").count()), (Some(0), 3), "{out}");
+    assert_eq!((code, out.matches("is up to date").count()), (Some(0), 3), "{out}");
 
     // The runtime looks there, and says what is wrong before ONNX Runtime could.
     let model = served("tiny-balanced", DType::BFloat16, Some(32));
@@ -522,7 +532,7 @@ fn engines_can_lie_in_a_folder_of_their_own() {
     fs::copy(build.path("model/encoder_model_ctx.onnx"), &wrapper).expect("copied");
     build.trtexec("110100", "echo engine > \"$engine\"");
     let (code, _, error) = build.run(&["--force", "--engines", "of model"], &[]);
-    assert!(code == Some(0) && error.contains("engines of TensorRT 110100 cannot be run by ONNX Runtime"), "{error}");
+    assert!(code == Some(0) && error.contains("ONNX Runtime and t5gemma require TensorRT 10 (got 110100)"), "{error}");
     assert!(opened().contains("expected an engine of TensorRT 10"), "{}", opened());
     fs::write(build.path("of model/engines/encoder_model.plan.stamp"), "graph of another").expect("written");
     assert!(opened().contains("stamp: expected an engine of graph "), "{}", opened());
@@ -535,8 +545,7 @@ fn engines_can_lie_in_a_folder_of_their_own() {
 #[cfg(unix)]
 #[test]
 fn a_plan_in_fp8_tells_the_gpus_that_have_none() {
-    let observed =
-        exported_as("tiny-balanced", "observed", Export { activations: Activations::Observed, ..Export::default() });
+    let observed = exported_as("tiny-balanced", "observed", Export::default().activations(Activations::Observed));
     let manifest: Value =
         serde_json::from_slice(&fs::read(observed.join("manifest.json")).expect("a manifest")).expect("JSON");
     let names = manifest["observed"].as_object().expect("an object").values();
@@ -544,14 +553,14 @@ fn a_plan_in_fp8_tells_the_gpus_that_have_none() {
     let ranges = Activations::Ranges(names.map(|name| (name.to_string(), 8.0)).collect());
     let blocks = Some(Blocks::float8());
     let quantization = Quantization { encoder: blocks, decoder: blocks, head: blocks, exclude: Vec::new() };
-    let (target, plan) = (Target::TensorRt, Some(PLAN.parse().expect("a plan")));
-    let export = Export { target, plan, quantization, activations: ranges, ..Export::default() };
+    let (target, plan) = (Target::TensorRt, Some(PLAN.parse::<ServingPlan>().expect("a plan")));
+    let export = Export::default().target(target).plan(plan).quantization(quantization).activations(ranges);
     let memory = |model: &Path| fs::read_to_string(model.join("memory.txt")).expect("memory.txt");
     let plain = served("tiny-balanced", DType::BFloat16, None);
     assert!(!memory(&plain).contains("fp8"));
     for dtype in [DType::BFloat16, DType::Float16, DType::Float32] {
         for capacity in [None, Some(32)] {
-            let export = Export { dtype, capacity, ..export.clone() };
+            let export = export.clone().dtype(dtype).capacity(capacity);
             let model = exported_as("tiny-balanced", &format!("served-fp8-{dtype}-{capacity:?}"), export);
             assert!(memory(&model).contains("fp8"));
             assert_eq!(findings(&model, "tensorrt"), [], "{dtype} {capacity:?}");

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use itertools::Itertools as _;
 use serde_json::{Value, json};
-use t5gemma_exporter::{Export, Silent, Source};
+use t5gemma_exporter::{Export, Source};
 use t5gemma_graphs::Target;
 use t5gemma_runtime::{Batch, Controls, Model};
 
@@ -21,7 +21,7 @@ fn exported(target: Target, out: PathBuf) -> Model {
         config.pointer_mut(side).expect("a side")["vocab_size"] = json!(vocab_size);
     }
     let source = Source::Dummy { config: config.to_string(), origin: "the test".into(), seed: 7 };
-    Export { target, ..Export::default() }.run(&source, &out, &Silent).expect("exports");
+    Export::default().target(target).run(&source, &out).expect("exports");
     Model::open(out).expect("opens")
 }
 

@@ -1,11 +1,10 @@
-//! A Hugging Face checkpoint folder: its settings as text, and its tensors by name, mapped rather than read. The only user
-//! of safetensors.
+//! A Hugging Face checkpoint folder: its tensors by name, memory-mapped. The only module that uses safetensors.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
 use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensorError, SafeTensors};
 use serde::Deserialize;
@@ -13,10 +12,11 @@ use serde::de::IgnoredAny;
 use t5gemma_graphs::json::{self, cut, shown};
 use t5gemma_graphs::onnx::DType;
 
-use crate::found;
+use crate::error::{Error, Result};
+use crate::files;
 use crate::names;
 
-/// Files besides the settings and weights that belong to a model and are carried along where they exist.
+/// Files that are copied into the model folder if they exist, besides `config.json`.
 pub const COMPANIONS: &[&str] = &[
     GENERATION_CONFIG,
     "tokenizer.json",
@@ -28,22 +28,24 @@ pub const COMPANIONS: &[&str] = &[
     "chat_template.json",
 ];
 
-/// The template for conversations.
+/// The chat template.
 pub const CHAT_TEMPLATE: &str = "chat_template.jinja";
-/// Where transformers takes it from if that file is not there.
+/// The chat template that transformers uses if [`CHAT_TEMPLATE`] does not exist.
 pub const DEFAULT_CHAT_TEMPLATE: &str = "additional_chat_templates/default.jinja";
-/// The model's own options for generation, of which all may be edited.
+/// The model's default generation options.
 pub const GENERATION_CONFIG: &str = "generation_config.json";
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
+/// More weights files than any checkpoint has.
+const MAX_SHARDS: usize = 10_000;
 
 /// An opened checkpoint folder.
 pub struct Checkpoint {
     folder: PathBuf,
     shards: Vec<Shard>,
     /// By the names that the model's classes give them.
-    tensors: BTreeMap<String, Place>,
+    tensors: BTreeMap<String, Location>,
 }
 
 struct Shard {
@@ -51,8 +53,9 @@ struct Shard {
     bytes: Mmap,
 }
 
-struct Place {
-    /// The name in the file.
+/// Where a tensor is stored.
+struct Location {
+    /// Its name in the file.
     stored: String,
     shard: usize,
     dtype: Dtype,
@@ -64,16 +67,16 @@ struct Place {
 /// A tensor of a checkpoint.
 #[derive(Clone, Copy)]
 pub struct Tensor<'c> {
-    /// The element type as the file has it; see [`Tensor::float`].
+    /// The element type in the file; see [`Tensor::float`].
     pub dtype: Dtype,
     /// Dimensions.
     pub shape: &'c [usize],
-    /// The numbers, row-major, little-endian, not necessarily aligned.
+    /// The elements, row-major, little-endian, not necessarily aligned.
     pub bytes: &'c [u8],
 }
 
 impl Tensor<'_> {
-    /// The element type, if it is one that weights can be exported from: float32, float16 or bfloat16.
+    /// The element type, if weights can be exported from it: float32, float16 or bfloat16.
     pub fn float(&self) -> Option<DType> {
         match self.dtype {
             Dtype::F32 => Some(DType::Float32),
@@ -84,78 +87,77 @@ impl Tensor<'_> {
     }
 }
 
-/// More weights files than any checkpoint has.
-const MOST_SHARDS: usize = 10_000;
+impl fmt::Debug for Checkpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let shards: Vec<&str> = self.shards.iter().map(|shard| shard.name.as_str()).collect();
+        let mut shown = f.debug_struct("Checkpoint");
+        shown.field("folder", &self.folder).field("shards", &shards).field("tensors", &self.tensors.len());
+        shown.finish()
+    }
+}
 
 impl Checkpoint {
     /// Opens a folder as `save_pretrained` or a download leaves it: `config.json` with `model.safetensors`, or with
     /// `model.safetensors.index.json` and its shards.
     ///
     /// # Errors
-    /// A file that is missing, truncated or malformed, a tensor that is not where the index says, or names that may be those of
-    /// several models.
+    /// A file that is missing, truncated or malformed, a tensor that is not where the index says, or tensor names that
+    /// fit more than one model.
     pub fn open(folder: &Path) -> Result<Checkpoint> {
         if !folder.is_dir() {
-            let found = if folder.exists() { "a file".to_string() } else { found::absent(folder) };
-            let near = found::checkpoint_near(folder).map_or_else(String::new, |near| format!(" ({near})"));
-            bail!("{}: expected a checkpoint folder, found {found}{near}", folder.display());
+            let found = if folder.exists() { "a file".to_string() } else { files::describe_missing(folder) };
+            return Err(Error::invalid(folder.display(), "a checkpoint folder", found + &hint(folder)));
         }
         let weight_map = weight_map(folder)?;
-        let names = match &weight_map {
-            None => vec![SINGLE.to_string()],
-            Some(map) => {
-                let mut names: Vec<String> = map.values().cloned().collect();
-                names.sort();
-                names.dedup();
-                names
-            }
+        let names: BTreeSet<&str> = match &weight_map {
+            None => BTreeSet::from([SINGLE]),
+            Some(map) => map.values().map(String::as_str).collect(),
         };
         let mut checkpoint = Checkpoint { folder: folder.to_path_buf(), shards: Vec::new(), tensors: BTreeMap::new() };
         for name in names {
             checkpoint.add_shard(name)?;
         }
         for (tensor, shard) in weight_map.iter().flatten() {
-            let found = checkpoint.tensors.get(tensor).map(|place| &checkpoint.shards[place.shard].name);
-            ensure!(
-                found == Some(shard),
-                "{}: {}: expected in {shard}, found {}",
-                folder.join(INDEX).display(),
-                cut(tensor),
-                found.map_or("in no file", String::as_str)
-            );
+            let found = checkpoint.tensors.get(tensor).map(|stored| &checkpoint.shards[stored.shard].name);
+            if found != Some(shard) {
+                let found = found.map_or("in no file", String::as_str);
+                let index = folder.join(INDEX);
+                return Err(Error::invalid(index.display(), format!("in {shard}"), found).of(cut(tensor)));
+            }
         }
-        checkpoint.name_as_the_model()?;
+        checkpoint.rename_tensors()?;
         Ok(checkpoint)
     }
 
-    /// Has all tensors known by the names that the model's classes give them.
-    fn name_as_the_model(&mut self) -> Result<()> {
+    /// Renames all tensors to the names that the model's classes give them.
+    fn rename_tensors(&mut self) -> Result<()> {
         let stored: Vec<&str> = self.tensors.keys().map(String::as_str).collect();
-        let names = names::of_model(&stored).with_context(|| self.folder.display().to_string())?;
+        let names = names::of_model(&stored)
+            .map_err(|ambiguous| Error::invalid(self.folder.display(), ambiguous.expected, ambiguous.found))?;
         let names: Vec<(String, String)> = names.into_iter().map(|(name, stored)| (name, stored.to_string())).collect();
         let mut tensors = std::mem::take(&mut self.tensors);
-        let found = names.into_iter().filter_map(|(name, stored)| Some((name, tensors.remove(&stored)?)));
-        self.tensors = found.collect();
+        let renamed = names.into_iter().filter_map(|(name, stored)| Some((name, tensors.remove(&stored)?)));
+        self.tensors = renamed.collect();
         Ok(())
     }
 
-    /// What is to be known of this checkpoint though it can be exported, in sentences.
-    pub fn notes(&self) -> Vec<String> {
+    /// Remarks on a checkpoint that can be exported.
+    pub(crate) fn notes(&self) -> Vec<String> {
         let mut notes = Vec::new();
-        let mut renamed = self.tensors.iter().filter(|(name, place)| !name.ends_with(&place.stored));
-        if let Some((name, place)) = renamed.next() {
+        let mut renamed = self.tensors.iter().filter(|(name, stored)| !name.ends_with(&stored.stored));
+        if let Some((name, stored)) = renamed.next() {
             let others = renamed.count();
             notes.push(format!(
-                "the tensors have the names of a wrapped model: {} is read as {name}, and {others} others likewise",
-                cut(&place.stored)
+                "the tensor names are those of a wrapped model: read {} as {name}, and {others} others likewise",
+                cut(&stored.stored)
             ));
         }
         let mut of_adapter = self.tensors.keys().filter(|name| names::is_of_adapter(name));
         if let Some(name) = of_adapter.next() {
             let others = of_adapter.count();
-            notes.push(format!("tensors of a PEFT adapter are not applied: {}, and {others} others", cut(name)));
+            notes.push(format!("the tensors of a PEFT adapter are not applied: {}, and {others} others", cut(name)));
         } else if self.folder.join("adapter_model.safetensors").exists() {
-            notes.push("adapter_model.safetensors, a PEFT adapter beside the model, is not applied".to_string());
+            notes.push("the PEFT adapter in adapter_model.safetensors is not applied".to_string());
         }
         notes
     }
@@ -166,36 +168,32 @@ impl Checkpoint {
     }
 
     /// A tensor by its name.
-    pub fn tensor(&self, name: &str) -> Option<Tensor<'_>> {
-        let place = self.tensors.get(name)?;
-        let bytes = &self.shards[place.shard].bytes[place.start..place.end];
-        Some(Tensor { dtype: place.dtype, shape: &place.shape, bytes })
+    pub(crate) fn tensor(&self, name: &str) -> Option<Tensor<'_>> {
+        let stored = self.tensors.get(name)?;
+        let bytes = &self.shards[stored.shard].bytes[stored.start..stored.end];
+        Some(Tensor { dtype: stored.dtype, shape: &stored.shape, bytes })
     }
 
-    /// What may have happened to tensors that are missing: what has their names in part, or else what is there.
-    pub fn instead_of(&self, missing: &[&str]) -> String {
+    /// The probable reason why these tensors are missing, or an empty text.
+    pub(crate) fn explain_missing(&self, missing: &[&str]) -> String {
         if let Some(name) = self.tensors.keys().find(|name| names::is_of_adapter(name)) {
-            let name = cut(name);
             return format!(
-                "the tensors are those of a PEFT adapter that is not merged ({name}): merge it by merge_and_unload() and save that"
+                "the checkpoint is a PEFT adapter that is not merged ({}): call merge_and_unload() and save the result",
+                cut(name)
             );
         }
-        let nearest = missing.iter().find_map(|name| Some((name, names::nearest(name, self.names())?)));
-        match (nearest, self.tensors.len()) {
-            (_, 0) => "the checkpoint has no tensors".to_string(),
-            (Some((name, nearest)), _) if nearest != *name && !self.is_of_stacks() => {
-                format!("the tensors have other names, such as {}: the checkpoint is of another class", cut(nearest))
-            }
-            (_, count) if !self.is_of_stacks() => {
-                let first: Vec<String> = self.tensors.values().take(3).map(|place| cut(&place.stored)).collect();
-                format!("none of the {count} tensors is named as a T5Gemma's; they begin with {}", first.join(", "))
-            }
-            _ => String::new(),
+        if self.tensors.is_empty() {
+            return "the checkpoint has no tensors".to_string();
         }
-    }
-
-    fn is_of_stacks(&self) -> bool {
-        self.names().any(names::is_of_stack)
+        if self.names().any(names::is_of_stack) {
+            return String::new();
+        }
+        let nearest = missing.iter().find_map(|name| Some((name, names::nearest(name, self.names())?)));
+        if let Some((_, nearest)) = nearest.filter(|(name, nearest)| nearest != *name) {
+            return format!("the tensor names are those of another model class, such as {}", cut(nearest));
+        }
+        let first: Vec<String> = self.tensors.values().take(3).map(|stored| cut(&stored.stored)).collect();
+        format!("none of the {} tensors has a T5Gemma name; the first are {}", self.tensors.len(), first.join(", "))
     }
 
     /// The name of every tensor, sorted.
@@ -203,30 +201,32 @@ impl Checkpoint {
         self.tensors.keys().map(String::as_str)
     }
 
-    /// The file a tensor is in, for messages.
-    pub fn file_of(&self, name: &str) -> Option<PathBuf> {
-        self.tensors.get(name).map(|place| self.folder.join(&self.shards[place.shard].name))
+    /// The file that holds a tensor.
+    pub(crate) fn file_of(&self, name: &str) -> Option<PathBuf> {
+        self.tensors.get(name).map(|stored| self.folder.join(&self.shards[stored.shard].name))
     }
 
     /// Name and content of each weights file.
-    pub fn files(&self) -> impl Iterator<Item = (&str, &[u8])> {
+    pub(crate) fn files(&self) -> impl Iterator<Item = (&str, &[u8])> {
         self.shards.iter().map(|shard| (shard.name.as_str(), &shard.bytes[..]))
     }
 
-    fn add_shard(&mut self, name: String) -> Result<()> {
-        let path = self.folder.join(&name);
-        let place = path.display();
-        let file = found::open(&path)?;
-        ensure!(file.metadata().is_ok_and(|metadata| metadata.len() > 0), "{place}: {}, found an empty file", EXPECTED);
-        // SAFETY: the mapping is only read. A file that another process truncates meanwhile ends this process with
-        // SIGBUS, as with every mapped file; nothing is written through it.
-        let bytes = unsafe { Mmap::map(&file) }.with_context(|| format!("{place}: cannot be mapped"))?;
-        // Holds the header to the file's length, so that the ranges below cannot leave it.
-        let views = SafeTensors::deserialize(&bytes).map_err(|error| match described(&bytes) {
-            Some(found) => anyhow!("{place}: {EXPECTED}, found {found}"),
+    fn add_shard(&mut self, name: &str) -> Result<()> {
+        let path = self.folder.join(name);
+        let invalid = |expected: &str, found: String| Error::invalid(path.display(), expected, found);
+        let file = files::open(&path)?;
+        if file.metadata().is_ok_and(|metadata| metadata.len() == 0) {
+            return Err(invalid(SAFETENSORS, "an empty file".into()));
+        }
+        // SAFETY: the mapping is only read. If another process truncates the file, this process ends with SIGBUS, as
+        // with every memory-mapped file; nothing is written through the mapping.
+        let bytes = unsafe { Mmap::map(&file) }.map_err(Error::io(&path, "cannot be mapped"))?;
+        // Checks the header against the file's length, so that the ranges below are within the file.
+        let views = SafeTensors::deserialize(&bytes).map_err(|error| match identify(&bytes) {
+            Some(found) => invalid(SAFETENSORS, found),
             None => {
-                let whole = incomplete(&bytes, &error).unwrap_or_else(|| cut(&error.to_string()));
-                anyhow!("{place}: not a whole safetensors file ({} bytes): {whole}", bytes.len())
+                let reason = explain_truncation(&bytes, &error).unwrap_or_else(|| cut(&error.to_string()));
+                invalid("a complete safetensors file", format!("{} bytes: {reason}", bytes.len()))
             }
         })?;
         let shard = self.shards.len();
@@ -234,132 +234,145 @@ impl Checkpoint {
             let start = view.data().as_ptr() as usize - bytes.as_ptr() as usize;
             let (shape, end) = (view.shape().to_vec(), start + view.data().len());
             let stored = tensor.to_string();
-            let found = Place { stored: stored.clone(), shard, dtype: view.dtype(), shape, start, end };
-            if let Some(other) = self.tensors.insert(stored, found) {
-                bail!("{place}: {}: is also in {}", cut(tensor), self.shards[other.shard].name);
+            let location = Location { stored: stored.clone(), shard, dtype: view.dtype(), shape, start, end };
+            if let Some(other) = self.tensors.insert(stored, location) {
+                let found = format!("another in {}", self.shards[other.shard].name);
+                return Err(invalid("one tensor of this name", found).of(cut(tensor)));
             }
         }
-        self.shards.push(Shard { name, bytes });
+        self.shards.push(Shard { name: name.to_string(), bytes });
         Ok(())
     }
 }
 
-const EXPECTED: &str = "expected a safetensors file";
+const SAFETENSORS: &str = "a safetensors file";
 
-/// What a file is that is no safetensors file at all.
-fn described(bytes: &[u8]) -> Option<String> {
-    let length = bytes.first_chunk::<8>().map(|length| u64::from_le_bytes(*length));
-    // A header of a sane length, cut off or not, is one.
-    let is_header = length.is_some_and(|length| length < 1 << 32) && bytes.get(8).is_none_or(|first| *first == b'{');
-    if is_header { None } else { found::described(bytes) }
+/// A hint to the folder that was probably meant, in parentheses.
+fn hint(folder: &Path) -> String {
+    files::nearby_checkpoint(folder).map_or_else(String::new, |hint| format!(" ({hint})"))
 }
 
-/// How much of a file there is, if that is what is wrong with it.
-fn incomplete(bytes: &[u8], error: &SafeTensorError) -> Option<String> {
+/// Identifies a file that is not a safetensors file at all.
+fn identify(bytes: &[u8]) -> Option<String> {
+    let length = bytes.first_chunk::<8>().map(|length| u64::from_le_bytes(*length));
+    // A header of a sane length, truncated or not, is one.
+    let has_header = length.is_some_and(|length| length < 1 << 32) && bytes.get(8).is_none_or(|first| *first == b'{');
+    if has_header { None } else { files::identify_or_quote(bytes) }
+}
+
+/// Explains an error that a truncated file leads to.
+fn explain_truncation(bytes: &[u8], error: &SafeTensorError) -> Option<String> {
     #[derive(Deserialize)]
     struct Info {
         data_offsets: (u64, u64),
     }
-    let whole = match error {
+    match error {
         SafeTensorError::MetadataIncompleteBuffer => {
             let length = u64::from_le_bytes(*bytes.first_chunk()?);
             let header = bytes.get(8..)?.get(..usize::try_from(length).ok()?)?;
             let tensors: BTreeMap<String, serde_json::Value> = serde_json::from_slice(header).ok()?;
             let ends = tensors.into_values().filter_map(|info| serde_json::from_value::<Info>(info).ok());
-            8 + length + ends.map(|info| info.data_offsets.1).max()?
+            let size = 8 + length + ends.map(|info| info.data_offsets.1).max()?;
+            Some(format!("the header describes {size} bytes; copy or download the file again"))
         }
-        SafeTensorError::HeaderTooSmall => return Some("it ends before its header".to_string()),
-        SafeTensorError::InvalidHeaderLength => return Some("it ends in its header".to_string()),
-        _ => return None,
-    };
-    Some(format!("by its header it has {whole} bytes; copy or download it again"))
+        SafeTensorError::HeaderTooSmall => Some("the file ends before its header".to_string()),
+        SafeTensorError::InvalidHeaderLength => Some("the file ends within its header".to_string()),
+        _ => None,
+    }
 }
 
-/// The index of a sharded checkpoint, or nothing for a single file.
+/// Reads the index of a sharded checkpoint, the file of each tensor. `None` if the checkpoint is a single file.
 fn weight_map(folder: &Path) -> Result<Option<BTreeMap<String, String>>> {
-    let (single, path) = (folder.join(SINGLE), folder.join(INDEX));
-    if single.exists() {
+    let path = folder.join(INDEX);
+    if folder.join(SINGLE).exists() {
         return Ok(None);
     }
     if !path.exists() {
-        // A link to nothing, or a part of a download, is a better reason than what else is there.
-        let broken = [&single, &path].into_iter().find(|path| found::is_there(path) || found::part(path).is_some());
-        if let Some(path) = broken {
-            bail!("{}: {EXPECTED}, found {}", path.display(), found::absent(path));
-        }
-        let is_there = |name: &str| folder.join(name).exists();
-        let named = |start: &str, end: &str| {
-            let entries = folder.read_dir().ok()?;
-            let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
-            names.filter(|name| name.starts_with(start) && name.ends_with(end)).min()
-        };
-        let hint = match () {
-            () if is_there("manifest.json") => " (this is an exported model, not a checkpoint)".to_string(),
-            () if is_there("adapter_config.json") => {
-                " (this is a LoRA adapter: merge it into its base model and save that)".to_string()
-            }
-            () if is_there("pytorch_model.bin") || is_there("pytorch_model.bin.index.json") => {
-                let name = named("pytorch_model.bin", "").unwrap_or_default();
-                format!(" (found {name}: load and save it with safe_serialization=True)")
-            }
-            () => match (named("model-", ".safetensors"), named("", ".safetensors"), found::checkpoint_near(folder)) {
-                (Some(shard), ..) => format!(" (found {shard}, a shard without its index)"),
-                (None, Some(other), _) => format!(" (found {other}: give it that name)"),
-                (None, None, Some(near)) => format!(" ({near})"),
-                (None, None, None) => String::new(),
-            },
-        };
-        bail!("{}: expected {SINGLE} or {INDEX}, found neither{hint}", folder.display());
+        return Err(no_weights(folder));
     }
-    let (_, index) = found::read_object(&path)?;
-    let place = path.display();
-    let expected = "expected a weight_map from tensor names to files";
-    let Some(map) = index.get("weight_map") else { bail!("{place}: {expected}, found none") };
+    let (_, index) = files::read_json_object(&path)?;
+    let invalid = |expected: &str, found: String| Error::invalid(path.display(), expected, found);
+    let expected = "an object of file names by tensor";
+    let Some(map) = index.get("weight_map") else { return Err(invalid(expected, "none".into()).of("weight_map")) };
     let map: BTreeMap<String, String> =
-        serde_json::from_value(map.clone()).map_err(|_| anyhow!("{place}: {expected}, found {}", shown(map)))?;
+        serde_json::from_value(map.clone()).map_err(|_| invalid(expected, shown(map)).of("weight_map"))?;
+    if map.is_empty() {
+        return Err(invalid("tensors", "none".into()).of("weight_map"));
+    }
     let mut seen = BTreeSet::new();
     for (tensor, shard) in &map {
         if !seen.insert(shard) {
             continue;
         }
-        let plain = Path::new(shard).file_name().is_some_and(|name| name == shard.as_str());
-        let (tensor, found) = (cut(tensor), shown(&shard.as_str().into()));
-        ensure!(plain, "{place}: {tensor}: expected a file name in the same folder, found {found}");
-        ensure!(seen.len() <= MOST_SHARDS, "{place}: expected at most {MOST_SHARDS} files, found more");
-        let there = folder.join(shard);
-        ensure!(
-            there.exists(),
-            "{}: missing, though {INDEX} expects {tensor} in it: found {}",
-            folder.join(cut(shard)).display(),
-            found::absent(&there)
-        );
+        if Path::new(shard).file_name().is_none_or(|name| name != shard.as_str()) {
+            let found = shown(&shard.as_str().into());
+            return Err(invalid("a file name without a folder", found).of(cut(tensor)));
+        }
+        if seen.len() > MAX_SHARDS {
+            return Err(invalid(&format!("at most {MAX_SHARDS} files"), "more".into()));
+        }
+        let file = folder.join(shard);
+        if !file.exists() {
+            let expected = format!("a file with {}, as {INDEX} says", cut(tensor));
+            return Err(Error::invalid(folder.join(cut(shard)).display(), expected, files::describe_missing(&file)));
+        }
     }
-    ensure!(!map.is_empty(), "{place}: weight_map: expected tensors, found none");
     Ok(Some(map))
 }
 
-/// The content of a file of [`COMPANIONS`], without a byte-order mark.
+/// The error for a folder with neither a weights file nor an index.
+fn no_weights(folder: &Path) -> Error {
+    // A broken link or an unfinished download explains more than what else is there.
+    let broken = [SINGLE, INDEX].map(|name| folder.join(name)).into_iter();
+    let mut broken = broken.filter(|path| files::entry_exists(path) || files::partial_download(path).is_some());
+    if let Some(path) = broken.next() {
+        return Error::invalid(path.display(), SAFETENSORS, files::describe_missing(&path));
+    }
+    let exists = |name: &str| folder.join(name).exists();
+    let first_file = |start: &str, end: &str| {
+        let names = folder.read_dir().ok()?.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+        names.filter(|name| name.starts_with(start) && name.ends_with(end)).min()
+    };
+    let hint = if exists("manifest.json") {
+        " (this is an exported model, not a checkpoint)".to_string()
+    } else if exists("adapter_config.json") {
+        " (this is a LoRA adapter: merge it into its base model and save the result)".to_string()
+    } else if exists("pytorch_model.bin") || exists("pytorch_model.bin.index.json") {
+        let name = first_file("pytorch_model.bin", "").unwrap_or_default();
+        format!(" (there is {name}: load the model and save it with safe_serialization=True)")
+    } else if let Some(shard) = first_file("model-", ".safetensors") {
+        format!(" (there is {shard}, a shard without its index)")
+    } else if let Some(other) = first_file("", ".safetensors") {
+        format!(" (there is {other}: rename it)")
+    } else {
+        hint(folder)
+    };
+    Error::invalid(folder.display(), format!("{SINGLE} or {INDEX}"), format!("neither{hint}"))
+}
+
+/// Reads one of [`COMPANIONS`], without a byte-order mark.
 ///
 /// # Errors
-/// What lies there instead of one that could be used.
+/// A file that the programs which read it could not use.
 pub fn companion(folder: &Path, name: &str) -> Result<Vec<u8>> {
     let path = folder.join(name);
-    let place = path.display();
     if name == "tokenizer.json" {
-        let text = found::read_text(&path)?;
+        let text = files::read_text(&path)?;
         let text = json::without_mark(&text);
-        // A whole vocabulary as values would take ten times its size.
-        serde_json::from_str::<BTreeMap<String, IgnoredAny>>(text)
-            .map_err(|error| anyhow!("{place}: expected a JSON object, found {}", json::malformed(text, &error)))?;
+        // A whole vocabulary as JSON values would take ten times its size in memory.
+        serde_json::from_str::<BTreeMap<String, IgnoredAny>>(text).map_err(|error| {
+            Error::invalid(path.display(), "a JSON object", json::malformed(text, &error).to_string())
+        })?;
         return Ok(text.as_bytes().to_vec());
     }
     if name.ends_with(".json") {
-        return Ok(found::read_object(&path)?.0.into_bytes());
+        return Ok(files::read_json_object(&path)?.0.into_bytes());
     }
     let mut bytes = Vec::new();
-    found::open(&path)?.read_to_end(&mut bytes).with_context(|| format!("{place}: cannot be read"))?;
-    match found::foreign(&bytes).filter(|_| !(bytes.is_empty() && name.ends_with(".jinja"))) {
-        Some(found) => Err(anyhow!("{place}: expected a file of the tokenizer, found {found}")),
+    files::open(&path)?.read_to_end(&mut bytes).map_err(Error::io(&path, "cannot be read"))?;
+    let is_empty_template = bytes.is_empty() && name.ends_with(".jinja");
+    match files::identify(&bytes).filter(|_| !is_empty_template) {
+        Some(found) => Err(Error::invalid(path.display(), "a file of the tokenizer", found)),
         None => Ok(bytes),
     }
 }

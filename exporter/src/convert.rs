@@ -1,41 +1,49 @@
-//! Numbers of one float type as another, chunk by chunk. Rounding is to nearest, ties to even; a number that the new type
-//! cannot hold is an error, never an infinity.
+//! Converts numbers between float types, chunk by chunk. Rounding is to nearest, ties to even; a finite number beyond
+//! the range of the new type is an error, never an infinity.
 
-use anyhow::{Result, bail};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use t5gemma_graphs::onnx::{Adjust, DType};
 
-/// Writes to `out` the numbers in `bytes`, adjusted and rounded to `to`; `out` has just the room for them.
-///
-/// `scratch` holds the float32 form between two conversions and is reused from call to call.
-///
-/// # Errors
-/// A finite number beyond the range of `to`.
-pub fn convert(
-    bytes: &[u8],
-    (from, to): (DType, DType),
-    adjust: Adjust,
-    scratch: &mut Vec<f32>,
-    out: &mut [u8],
-) -> Result<()> {
-    if from == to && adjust == Adjust::AsIs {
-        out.copy_from_slice(bytes);
-        return Ok(());
-    }
-    scratch.resize(bytes.len() / from.size(), 0.0);
-    read(bytes, from, scratch)?;
-    if adjust == Adjust::OnePlus {
-        scratch.iter_mut().for_each(|number| *number += 1.0);
-    }
-    round(scratch, to, out)
+/// A finite number beyond the range of float16, the only type narrower than those of checkpoints.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Overflow(pub f32);
+
+/// What happens to the numbers of a tensor on the way into the weights file.
+#[derive(Clone, Copy, Debug)]
+pub struct Conversion {
+    /// The type in the checkpoint.
+    pub from: DType,
+    /// The type in the weights file.
+    pub to: DType,
+    /// The arithmetic between them.
+    pub adjust: Adjust,
 }
 
-/// Writes the numbers in `bytes` to `numbers`, which has just the room for them.
-///
-/// # Errors
-/// A type that weights do not have.
-pub fn read(bytes: &[u8], from: DType, numbers: &mut [f32]) -> Result<()> {
+impl Conversion {
+    /// Writes the numbers in `bytes`, converted, to `out`, which has just enough room.
+    ///
+    /// `scratch` holds the float32 values between two conversions and is reused from call to call.
+    ///
+    /// # Errors
+    /// A finite number beyond the range of the new type.
+    pub fn apply(self, bytes: &[u8], scratch: &mut Vec<f32>, out: &mut [u8]) -> Result<(), Overflow> {
+        let Conversion { from, to, adjust } = self;
+        if from == to && adjust == Adjust::AsIs {
+            out.copy_from_slice(bytes);
+            return Ok(());
+        }
+        scratch.resize(bytes.len() / from.size(), 0.0);
+        to_float32(bytes, from, scratch);
+        if adjust == Adjust::OnePlus {
+            scratch.iter_mut().for_each(|number| *number += 1.0);
+        }
+        round(scratch, to, out)
+    }
+}
+
+/// Writes the numbers in `bytes` to `numbers`, which has just enough room.
+pub fn to_float32(bytes: &[u8], from: DType, numbers: &mut [f32]) {
     match from {
         DType::Float32 => each(bytes, numbers, f32::from_le_bytes),
         DType::BFloat16 => each(bytes, numbers, |pair| f32::from_bits(u32::from(u16::from_le_bytes(pair)) << 16)),
@@ -44,13 +52,12 @@ pub fn read(bytes: &[u8], from: DType, numbers: &mut [f32]) -> Result<()> {
             each(bytes, &mut halves, f16::from_le_bytes);
             halves.convert_to_f32_slice(numbers);
         }
-        _ => bail!("weights of {from} cannot be converted"),
+        _ => unreachable!("`Tensor::float` returns no {from}"),
     }
-    Ok(())
 }
 
-/// How many of the numbers in `bytes` are NaN or infinite.
-pub fn not_finite(bytes: &[u8], from: DType) -> u64 {
+/// Counts the NaNs and infinities in `bytes`.
+pub fn count_not_finite(bytes: &[u8], from: DType) -> u64 {
     match from {
         DType::Float32 => count(bytes, |four| u32::from_le_bytes(four) & 0x7f80_0000 == 0x7f80_0000),
         DType::BFloat16 => count(bytes, |two| u16::from_le_bytes(two) & 0x7f80 == 0x7f80),
@@ -59,11 +66,11 @@ pub fn not_finite(bytes: &[u8], from: DType) -> u64 {
     }
 }
 
-/// Writes `numbers` to `out`, rounded to `to`; `out` has just the room for them.
+/// Writes `numbers`, rounded to `to`, to `out`, which has just enough room.
 ///
 /// # Errors
 /// A finite number beyond the range of `to`.
-pub fn round(numbers: &[f32], to: DType, out: &mut [u8]) -> Result<()> {
+pub fn round(numbers: &[f32], to: DType, out: &mut [u8]) -> Result<(), Overflow> {
     match to {
         DType::Float32 => write(out, numbers, f32::to_le_bytes),
         DType::Float16 => {
@@ -71,20 +78,18 @@ pub fn round(numbers: &[f32], to: DType, out: &mut [u8]) -> Result<()> {
             halves.convert_from_f32_slice(numbers);
             for (&number, half) in numbers.iter().zip(&halves) {
                 if half.is_infinite() && number.is_finite() {
-                    bail!(
-                        "{number} does not fit float16 (largest 65504); use float32, or bfloat16 where there is a GPU"
-                    );
+                    return Err(Overflow(number));
                 }
             }
             write(out, &halves, f16::to_le_bytes);
         }
         DType::BFloat16 => write(out, numbers, |number| bf16::from_f32(number).to_le_bytes()),
-        _ => bail!("weights cannot be {to}"),
+        _ => unreachable!("unquantized weights are floats, not {to}"),
     }
     Ok(())
 }
 
-// Chunks of a constant size let the compiler work on many numbers at once.
+// Chunks of a constant size let the compiler vectorize these loops.
 
 fn each<T, const N: usize>(bytes: &[u8], numbers: &mut [T], number: impl Fn([u8; N]) -> T) {
     for (place, bytes) in numbers.iter_mut().zip(bytes.as_chunks().0) {
@@ -93,7 +98,7 @@ fn each<T, const N: usize>(bytes: &[u8], numbers: &mut [T], number: impl Fn([u8;
 }
 
 fn count<const N: usize>(bytes: &[u8], is_counted: impl Fn([u8; N]) -> bool) -> u64 {
-    // Sums of 32 bits over parts that cannot overflow them.
+    // 32-bit sums over parts too short to overflow them.
     let parts = bytes.as_chunks().0.chunks(1 << 20);
     parts.map(|part| u64::from(part.iter().map(|number| u32::from(is_counted(*number))).sum::<u32>())).sum()
 }
@@ -108,16 +113,17 @@ fn write<T: Copy, const N: usize>(out: &mut [u8], numbers: &[T], bytes: impl Fn(
 mod tests {
     use super::*;
 
-    fn converted(numbers: &[f32], path: &[DType], adjust: Adjust) -> Result<Vec<f32>> {
+    fn converted(numbers: &[f32], path: &[DType], adjust: Adjust) -> Result<Vec<f32>, Overflow> {
         let mut bytes: Vec<u8> = numbers.iter().flat_map(|number| number.to_le_bytes()).collect();
         let mut from = DType::Float32;
         for &to in path {
             let mut out = vec![0; numbers.len() * to.size()];
-            convert(&bytes, (from, to), adjust, &mut Vec::new(), &mut out)?;
+            Conversion { from, to, adjust }.apply(&bytes, &mut Vec::new(), &mut out)?;
             (bytes, from) = (out, to);
         }
         let mut out = vec![0; numbers.len() * 4];
-        convert(&bytes, (from, DType::Float32), Adjust::AsIs, &mut Vec::new(), &mut out)?;
+        let back = Conversion { from, to: DType::Float32, adjust: Adjust::AsIs };
+        back.apply(&bytes, &mut Vec::new(), &mut out)?;
         Ok(out.chunks_exact(4).map(|four| f32::from_le_bytes([four[0], four[1], four[2], four[3]])).collect())
     }
 
@@ -126,7 +132,7 @@ mod tests {
         let cases: &[(&str, f32, DType, f32)] = &[
             ("bf16 tie to even, down", 1.0 + 1.0 / 256.0, DType::BFloat16, 1.0),
             ("bf16 tie to even, up", 1.0 + 3.0 / 256.0, DType::BFloat16, 1.0 + 4.0 / 256.0),
-            ("bf16 keeps its own", -2.5, DType::BFloat16, -2.5),
+            ("bf16 exact", -2.5, DType::BFloat16, -2.5),
             ("f16 tie to even", 2049.0, DType::Float16, 2048.0),
             ("f16 subnormal", 6e-8, DType::Float16, 5.960_464_5e-8),
         ];
@@ -136,19 +142,18 @@ mod tests {
     }
 
     #[test]
-    fn what_float16_cannot_hold_is_refused() {
-        let error = converted(&[1.0, 70000.0], &[DType::Float16], Adjust::AsIs).expect_err("beyond 65504");
-        assert!(error.to_string().contains("70000"), "{error}");
+    fn numbers_beyond_float16_are_refused() {
+        assert_eq!(converted(&[1.0, 70000.0], &[DType::Float16], Adjust::AsIs), Err(Overflow(70000.0)));
     }
 
     #[test]
-    fn what_is_not_finite_is_counted() {
+    fn nans_and_infinities_are_counted() {
         let numbers = [1.0, f32::NAN, f32::MAX, f32::INFINITY, -0.0, f32::NEG_INFINITY, f32::MIN_POSITIVE];
         let halves = [0x7bff_u16, 0x7c00, 0xfc00, 0x7e01, 0, 0x03ff].map(u16::to_le_bytes).concat();
         let brains = [0x7f7f_u16, 0x7f80, 0xff80, 0x7fc1, 0, 0x7c00].map(u16::to_le_bytes).concat();
-        assert_eq!(not_finite(&numbers.map(f32::to_le_bytes).concat(), DType::Float32), 3);
-        assert_eq!(not_finite(&halves, DType::Float16), 3);
-        assert_eq!(not_finite(&brains, DType::BFloat16), 3);
+        assert_eq!(count_not_finite(&numbers.map(f32::to_le_bytes).concat(), DType::Float32), 3);
+        assert_eq!(count_not_finite(&halves, DType::Float16), 3);
+        assert_eq!(count_not_finite(&brains, DType::BFloat16), 3);
     }
 
     #[test]

@@ -1,5 +1,5 @@
-//! [`Export`]: the options of an export, and the way from a checkpoint to a model folder in four steps: check the options,
-//! prepare everything that needs no weights, write the folder, rename it.
+//! [`Export`]: the options of an export, and the way from a checkpoint to a model folder: check the options, prepare
+//! everything that needs no weights, write the folder, rename it.
 
 mod prepare;
 mod rules;
@@ -7,25 +7,28 @@ mod write;
 
 use std::path::Path;
 
-use anyhow::Result;
 use t5gemma_graphs::Target;
 use t5gemma_graphs::interface::{DType, Logits};
 use t5gemma_graphs::manifest::{EncoderWindow, Manifest};
 use t5gemma_graphs::quantization::{Activations, Quantization};
 use t5gemma_graphs::task::Task;
 
+use crate::error::{Error, Result};
 use crate::notes;
-use crate::progress::Watch;
+use crate::progress::Progress;
 use crate::source::Source;
 use crate::staging::{Existing, StagingDir};
-use crate::tensorrt::{Bytes, Plan};
+use crate::tensorrt::{MemorySize, ServingPlan};
 
 use prepare::Prepared;
+use write::WrittenModel;
 
-/// Options of an export.
+/// The options of an export. Every field has a method of the same name that sets it, for chains such as
+/// `Export::default().target(Target::Cpu).capacity(64)`.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Export {
-    /// What the model is for; by default the task that the checkpoint was saved for.
+    /// What the model is for; `None` for the task that the checkpoint was saved for.
     pub task: Option<Task>,
     /// The runtime that the graphs are written for.
     pub target: Target,
@@ -33,29 +36,43 @@ pub struct Export {
     pub dtype: DType,
     /// Positions whose logits the decoder graphs return.
     pub logits: Logits,
-    /// The token ids that the model can generate, ascending; `None` for the whole vocabulary. Other tokens have no logits, and
-    /// the output head has no rows for them.
+    /// The token ids that the model can generate, ascending; `None` for the whole vocabulary. Other tokens have no
+    /// logits, and the output head has no rows for them.
     pub kept_tokens: Option<Vec<usize>>,
-    /// Decoder layers whose cross-attention the decoder graphs return the mean of, all if empty; `None` returns no
-    /// cross-attention.
-    pub alignment: Option<Vec<usize>>,
+    /// The decoder layers whose cross-attention the decoder graphs return.
+    pub alignment: Alignment,
     /// Whether positions exactly one window apart see each other in the encoder.
     pub encoder_window: EncoderWindow,
-    /// Which matrices to quantize; for targets that can read them.
+    /// Which matrices to quantize, for targets that can read them.
     pub quantization: Quantization,
     /// Activation ranges, or whether the graphs are to report them. 8-bit matrices for TensorRT require ranges.
     pub activations: Activations,
-    /// Fixed capacity of the target's cache in tokens, for TensorRT; `None` leaves the cache layout to the target.
+    /// Fixed capacity of the decoder's cache in target tokens, for TensorRT; `None` leaves the cache layout to the
+    /// target.
     pub capacity: Option<usize>,
-    /// The range of request sizes that will be served, for TensorRT.
-    pub plan: Option<Plan>,
-    /// GPU memory that the plan has to fit into.
-    pub fits: Option<Bytes>,
+    /// The request sizes that will be served, for TensorRT.
+    pub plan: Option<ServingPlan>,
+    /// GPU memory that the plan must not exceed.
+    pub memory_limit: Option<MemorySize>,
     /// What to do when the output folder exists.
     pub existing: Existing,
 }
 
+/// The decoder layers whose cross-attention the decoder graphs return. They return the mean over these layers and their
+/// heads.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Alignment {
+    /// The graphs return no cross-attention.
+    #[default]
+    None,
+    /// All layers.
+    AllLayers,
+    /// Layers by index, from 0.
+    Layers(Vec<usize>),
+}
+
 impl Default for Export {
+    /// The task of the checkpoint, for any ONNX runtime, in float32.
     fn default() -> Export {
         Export {
             task: None,
@@ -63,46 +80,89 @@ impl Default for Export {
             dtype: DType::Float32,
             logits: Logits::default(),
             kept_tokens: None,
-            alignment: None,
+            alignment: Alignment::None,
             encoder_window: EncoderWindow::default(),
             quantization: Quantization::default(),
             activations: Activations::default(),
             capacity: None,
             plan: None,
-            fits: None,
+            memory_limit: None,
             existing: Existing::Refuse,
         }
     }
 }
 
-/// What an export wrote and noticed.
-#[derive(Debug)]
+/// Defines the methods that set a field.
+macro_rules! setters {
+    ($($field:ident: $type:ty,)*) => {
+        impl Export {
+            $(
+                #[doc = concat!("Sets [`", stringify!($field), "`](Export#structfield.", stringify!($field), ").")]
+                pub fn $field(mut self, $field: impl Into<$type>) -> Export {
+                    self.$field = $field.into();
+                    self
+                }
+            )*
+        }
+    };
+}
+
+setters! {
+    task: Option<Task>,
+    target: Target,
+    dtype: DType,
+    logits: Logits,
+    kept_tokens: Option<Vec<usize>>,
+    alignment: Alignment,
+    encoder_window: EncoderWindow,
+    quantization: Quantization,
+    activations: Activations,
+    capacity: Option<usize>,
+    plan: Option<ServingPlan>,
+    memory_limit: Option<MemorySize>,
+    existing: Existing,
+}
+
+/// The result of an export.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Exported {
     /// The manifest as written.
     pub manifest: Manifest,
     /// Tensors of the checkpoint that no graph uses.
     pub unused: Vec<String>,
-    /// Remarks for people: what of the checkpoint has no effect, what the model lacks.
+    /// Remarks for people: parts of the checkpoint without effect, features that the model lacks.
     pub notes: Vec<String>,
     /// Probable mistakes, for people.
     pub warnings: Vec<String>,
 }
 
 impl Export {
-    /// Writes the model folder `out`. It is written under another name and renamed when complete, so an export that fails or
-    /// is stopped leaves nothing behind.
+    /// Writes the model folder `out`. It has another name until it is complete, so an export that fails leaves nothing
+    /// behind.
     ///
     /// # Errors
-    /// What is wrong with the options, with the checkpoint, or with writing, by file and field.
-    pub fn run(&self, source: &Source, out: &Path, watch: &dyn Watch) -> Result<Exported> {
+    /// Options that contradict each other or do not suit the checkpoint, a checkpoint that is incomplete or not
+    /// supported, or a folder that cannot be written.
+    pub fn run(&self, source: &Source, out: &Path) -> Result<Exported> {
+        self.run_with(source, out, &())
+    }
+
+    /// As [`run`](Export::run), followed by `progress`, which can cancel the export.
+    ///
+    /// # Errors
+    /// The same, and [`Error::Cancelled`].
+    pub fn run_with(&self, source: &Source, out: &Path, progress: &dyn Progress) -> Result<Exported> {
         rules::check(self)?;
         let prepared = Prepared::new(self, source)?;
         let folder = StagingDir::create(out, self.existing)?;
-        let (manifest, not_finite) = prepared.write(&folder, watch)?;
-        watch.check()?;
+        let WrittenModel { manifest, not_finite } = prepared.write(&folder, progress)?;
+        if progress.is_cancelled() {
+            return Err(Error::Cancelled);
+        }
         folder.publish()?;
         let Prepared { config, generation_config, weights, unused, .. } = prepared;
-        let mut notes = notes::of_settings(&config, generation_config.as_ref());
+        let mut notes = notes::of_config(&config, generation_config.as_ref());
         if let Source::Checkpoint(checkpoint) = source {
             notes.extend(checkpoint.notes());
             notes.extend(notes::of_tokenizer(checkpoint.folder()));

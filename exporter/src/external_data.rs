@@ -1,5 +1,5 @@
-//! One file of weights under all graphs: the order and offsets of the tensors, and the stream of their bytes. Memory in use
-//! is a few chunks, whatever the model's size, and the scales of one matrix where it is held in few bits.
+//! The weights file under all graphs: layout of the tensors, and the stream of their bytes. Memory in use is a few
+//! chunks whatever the model's size, plus the scales of one matrix if it is quantized.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -11,26 +11,24 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, channel, sync_channel};
 use std::thread::{self, JoinHandle};
 
-use anyhow::{Context, Result, ensure};
 use sha2::{Digest, Sha256};
 use t5gemma_graphs::manifest::{FileRecord, SAMPLE_BLOCK, TensorRecord, WeightsRecord, sample_offsets};
 use t5gemma_graphs::onnx::{Adjust, Blocks, Code, DType, Part};
 
-use crate::convert::{convert, not_finite, read, round};
-use crate::dummy;
-use crate::float8::{self, pack_float8};
-use crate::progress::Watch;
-use crate::quantize::{PackedRows, pack};
-use crate::signed::pack_signed;
+use crate::convert::{Conversion, Overflow, count_not_finite, round, to_float32};
+use crate::dummy::RandomTensor;
+use crate::error::{Error, Result};
+use crate::progress::Progress;
+use crate::quantize::{QuantizedRows, float8_scale, quantize, quantize_float8, quantize_signed};
 use crate::source::Source;
-use crate::weights::{Weight, found};
+use crate::weights::Weight;
 
-/// Every tensor starts at a multiple of this, so that it can be mapped by itself.
+/// Alignment of every tensor, so that each can be memory-mapped by itself.
 const ALIGNMENT: u64 = 4096;
-/// Numbers converted at a time.
+/// Elements converted at a time.
 const CHUNK: usize = 2 << 20;
 
-/// Where each weight will lie, in the order given.
+/// Where each weight will be, in the order given.
 pub fn layout(weights: &[Weight]) -> Vec<TensorRecord> {
     let mut end = 0_u64;
     let mut records: Vec<TensorRecord> = Vec::with_capacity(weights.len());
@@ -51,223 +49,279 @@ pub fn layout(weights: &[Weight]) -> Vec<TensorRecord> {
     records
 }
 
-/// What was written.
-pub struct Written {
+/// A weights file that was written.
+pub struct WrittenWeights {
     /// For the manifest.
     pub record: WeightsRecord,
-    /// How many numbers are NaN or infinite, of the tensors that have any.
+    /// The tensors that have NaNs or infinities, and how many.
     pub not_finite: Vec<(String, u64)>,
 }
 
-/// Writes the file of weights as [`layout`] has it.
+/// Writes the weights file with the [`layout`] of `weights`.
 ///
 /// # Errors
-/// A full disk or other failure of the file, a number that does not fit its type, or an interruption by `watch`.
-pub fn write(path: &Path, weights: &[Weight], source: &Source, watch: &dyn Watch) -> Result<Written> {
+/// A full disk or another failure of the file, a number that does not fit its type, or a cancellation by `progress`.
+pub fn write(path: &Path, weights: &[Weight], source: &Source, progress: &dyn Progress) -> Result<WrittenWeights> {
     let tensors = layout(weights);
     let total = tensors.iter().map(|tensor| tensor.offset + tensor.bytes).max().unwrap_or(0);
-    watch.started(total);
-    let failed = || format!("{}: cannot be written ({total} bytes are needed in all)", path.display());
-    let file = File::options().create_new(true).read(true).write(true).open(path).with_context(failed)?;
-    let mut out = Output { file, hashing: Hashing::start(), written: 0 };
-    let mut scratch = Vec::new();
-    let mut not_finite: BTreeMap<&str, u64> = BTreeMap::new();
-    // Scales and zero points come with the packed numbers, and are written after them.
-    let mut packed = PackedRows::default();
+    progress.started(total);
+    let failed = |error| Error::io(path, format!("cannot be written ({total} bytes are needed in all)"))(error);
+    let file = File::options().create_new(true).read(true).write(true).open(path).map_err(failed)?;
+    let mut writer = Writer {
+        output: Output { file, hashing: Hashing::start(), written: 0 },
+        source,
+        progress,
+        scratch: Vec::new(),
+        quantized: QuantizedRows::default(),
+        not_finite: BTreeMap::new(),
+        failed: &failed,
+    };
     for (weight, record) in weights.iter().zip(&tensors).filter(|(weight, _)| weight.alias.is_none()) {
-        let mut padding = out.hashing.buffer();
-        padding.clear();
-        padding.resize((record.offset - out.written) as usize, 0);
-        out.put(padding).with_context(failed)?;
-        let ready = match weight.adjust {
-            Adjust::Packed(_) | Adjust::Signed(_) => {
-                packed = PackedRows::default();
-                if let Adjust::Signed(Blocks { code: Code::Float8E4M3FN, .. }) = weight.adjust {
-                    packed.scales.push(float8::scale(largest(weight, source, watch, &mut scratch)?));
-                }
-                None
-            }
-            Adjust::Scales(_) => {
-                let mut scales = vec![0; packed.scales.len() * weight.dtype.size()];
-                round(&packed.scales, weight.dtype, &mut scales).with_context(|| weight.name.clone())?;
-                Some(scales)
-            }
-            Adjust::ZeroPoints(_) => Some(std::mem::take(&mut packed.zero_points)),
-            Adjust::AsIs | Adjust::OnePlus => None,
-        };
-        if let Some(ready) = ready {
-            for chunk in ready.chunks(CHUNK) {
-                let mut bytes = out.hashing.buffer();
-                bytes.clear();
-                bytes.extend_from_slice(chunk);
-                watch.advanced(bytes.len() as u64);
-                out.put(bytes).with_context(failed)?;
-            }
-            continue;
-        }
-        for part in &weight.parts {
-            let mut numbers = Numbers::of(part, weight.adjust, source)?;
-            let (count, row) = (part.numbers(), part.shape.last().copied().unwrap_or(1));
-            let chunk = match weight.adjust {
-                Adjust::Packed(_) | Adjust::Signed(_) => (CHUNK / row).max(1) * row,
-                _ => CHUNK,
-            };
-            let pack: Option<Pack> = match (weight.adjust, packed.scales.first()) {
-                (Adjust::Packed(blocks), _) => Some(Box::new(move |rows| pack(rows, row, blocks))),
-                (Adjust::Signed(Blocks { code: Code::Float8E4M3FN, .. }), Some(&scale)) => {
-                    Some(Box::new(move |rows| pack_float8(rows, scale)))
-                }
-                (Adjust::Signed(blocks), _) => Some(Box::new(move |rows| pack_signed(rows, row, blocks))),
-                _ => None,
-            };
-            for first in (0..count).step_by(chunk) {
-                watch.check()?;
-                let mut bytes = out.hashing.buffer();
-                let chunk = chunk.min(count - first);
-                if let Some(pack) = &pack {
-                    scratch.resize(chunk, 0.0);
-                    numbers.next_float32(&mut scratch).with_context(|| source.place(&part.tensor))?;
-                    bytes.clear();
-                    pack_rows(&scratch, row, pack, &mut bytes, &mut packed);
-                } else {
-                    bytes.resize(chunk * weight.dtype.size(), 0);
-                    numbers.next(weight, &mut scratch, &mut bytes).with_context(|| source.place(&part.tensor))?;
-                }
-                watch.advanced(bytes.len() as u64);
-                out.put(bytes).with_context(failed)?;
-            }
-            if numbers.not_finite > 0 {
-                let found = not_finite.entry(&part.tensor).or_default();
-                // A tensor may be in the file more than once.
-                *found = numbers.not_finite.max(*found);
-            }
-        }
+        writer.pad_to(record.offset)?;
+        writer.write(weight)?;
     }
-    let not_finite = not_finite.into_iter().map(|(tensor, count)| (tensor.to_string(), count)).collect();
-    let sha256 = out.hashing.finish();
-    let sample_sha256 = sample(&mut out.file, total).with_context(failed)?;
+    let Writer { output: Output { mut file, hashing, .. }, not_finite, .. } = writer;
+    let sha256 = hashing.finish();
+    let sample_sha256 = sample(&mut file, total).map_err(failed)?;
     let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let record = WeightsRecord { file: name, record: FileRecord { bytes: total, sha256 }, sample_sha256, tensors };
-    Ok(Written { record, not_finite })
+    Ok(WrittenWeights { record, not_finite: not_finite.into_iter().collect() })
 }
 
-/// The largest absolute number of a weight, which has to be finite.
-fn largest(weight: &Weight, source: &Source, watch: &dyn Watch, scratch: &mut Vec<f32>) -> Result<f32> {
-    let mut largest = 0.0_f32;
-    for part in &weight.parts {
-        let mut numbers = Numbers::of(part, weight.adjust, source)?;
-        let count = part.numbers();
-        for first in (0..count).step_by(CHUNK) {
-            watch.check()?;
-            scratch.resize(CHUNK.min(count - first), 0.0);
-            let place = || source.place(&part.tensor);
-            numbers.next_float32(scratch).with_context(place)?;
-            for &x in &*scratch {
-                ensure!(x.is_finite(), "{}: expected finite numbers to hold in fp8, found {x}", place());
-                largest = largest.max(x.abs());
+/// The weights file while it is being written, weight after weight.
+struct Writer<'w> {
+    output: Output,
+    source: &'w Source,
+    progress: &'w dyn Progress,
+    /// Elements in float32.
+    scratch: Vec<f32>,
+    /// Scales and zero points of the last quantized matrix, which are weights of their own and follow it.
+    quantized: QuantizedRows,
+    /// NaNs and infinities by tensor.
+    not_finite: BTreeMap<String, u64>,
+    /// Makes an error of a failure of the file.
+    failed: &'w dyn Fn(std::io::Error) -> Error,
+}
+
+/// Quantizes some rows.
+type Quantizer = Box<dyn Fn(&[f32]) -> QuantizedRows + Sync>;
+
+impl Writer<'_> {
+    fn pad_to(&mut self, offset: u64) -> Result<()> {
+        let mut padding = self.output.hashing.buffer();
+        padding.clear();
+        padding.resize((offset - self.output.written) as usize, 0);
+        self.output.put(padding).map_err(self.failed)
+    }
+
+    fn write(&mut self, weight: &Weight) -> Result<()> {
+        match weight.adjust {
+            Adjust::Scales(_) => {
+                let mut scales = vec![0; self.quantized.scales.len() * weight.dtype.size()];
+                let rounded = round(&self.quantized.scales, weight.dtype, &mut scales);
+                rounded.map_err(|overflow| does_not_fit(&weight.name, overflow))?;
+                self.write_bytes(&scales)
             }
+            Adjust::ZeroPoints(_) => {
+                let zero_points = std::mem::take(&mut self.quantized.zero_points);
+                self.write_bytes(&zero_points)
+            }
+            Adjust::Packed(_) | Adjust::Signed(_) => {
+                self.quantized = QuantizedRows::default();
+                if let Adjust::Signed(Blocks { code: Code::Float8E4M3FN, .. }) = weight.adjust {
+                    let scale = float8_scale(self.largest(weight)?);
+                    self.quantized.scales.push(scale);
+                }
+                weight.parts.iter().try_for_each(|part| self.write_part(weight, part))
+            }
+            Adjust::AsIs | Adjust::OnePlus => weight.parts.iter().try_for_each(|part| self.write_part(weight, part)),
         }
     }
-    Ok(largest)
+
+    fn write_bytes(&mut self, all: &[u8]) -> Result<()> {
+        for chunk in all.chunks(CHUNK) {
+            let mut bytes = self.output.hashing.buffer();
+            bytes.clear();
+            bytes.extend_from_slice(chunk);
+            self.progress.advanced(bytes.len() as u64);
+            self.output.put(bytes).map_err(self.failed)?;
+        }
+        Ok(())
+    }
+
+    fn write_part(&mut self, weight: &Weight, part: &Part) -> Result<()> {
+        let mut elements = Elements::new(part, weight.adjust, self.source)?;
+        let (count, row) = (part.numbers(), part.shape.last().copied().unwrap_or(1));
+        let quantizer: Option<Quantizer> = match (weight.adjust, self.quantized.scales.first()) {
+            (Adjust::Packed(blocks), _) => Some(Box::new(move |rows| quantize(rows, row, blocks))),
+            (Adjust::Signed(Blocks { code: Code::Float8E4M3FN, .. }), Some(&scale)) => {
+                Some(Box::new(move |rows| quantize_float8(rows, scale)))
+            }
+            (Adjust::Signed(blocks), _) => Some(Box::new(move |rows| quantize_signed(rows, row, blocks))),
+            _ => None,
+        };
+        let chunk = if quantizer.is_some() { (CHUNK / row).max(1) * row } else { CHUNK };
+        for first in (0..count).step_by(chunk) {
+            self.check_cancelled()?;
+            let mut bytes = self.output.hashing.buffer();
+            let chunk = chunk.min(count - first);
+            if let Some(quantizer) = &quantizer {
+                self.scratch.resize(chunk, 0.0);
+                elements.next_float32(&mut self.scratch);
+                bytes.clear();
+                quantize_in_parallel(&self.scratch, row, quantizer, &mut bytes, &mut self.quantized);
+            } else {
+                bytes.resize(chunk * weight.dtype.size(), 0);
+                let converted = elements.next(weight, &mut self.scratch, &mut bytes);
+                converted.map_err(|overflow| does_not_fit(&self.source.place(&part.tensor), overflow))?;
+            }
+            self.progress.advanced(bytes.len() as u64);
+            self.output.put(bytes).map_err(self.failed)?;
+        }
+        if elements.not_finite > 0 {
+            let found = self.not_finite.entry(part.tensor.clone()).or_default();
+            // A tensor may be in the file more than once.
+            *found = elements.not_finite.max(*found);
+        }
+        Ok(())
+    }
+
+    /// The largest magnitude in a weight, which must be finite.
+    fn largest(&mut self, weight: &Weight) -> Result<f32> {
+        let mut largest = 0.0_f32;
+        for part in &weight.parts {
+            let mut elements = Elements::new(part, weight.adjust, self.source)?;
+            let count = part.numbers();
+            for first in (0..count).step_by(CHUNK) {
+                self.check_cancelled()?;
+                self.scratch.resize(CHUNK.min(count - first), 0.0);
+                elements.next_float32(&mut self.scratch);
+                for &x in &self.scratch {
+                    if !x.is_finite() {
+                        let place = self.source.place(&part.tensor);
+                        return Err(Error::invalid(place, "finite numbers for fp8", x.to_string()));
+                    }
+                    largest = largest.max(x.abs());
+                }
+            }
+        }
+        Ok(largest)
+    }
+
+    fn check_cancelled(&self) -> Result<()> {
+        if self.progress.is_cancelled() { Err(Error::Cancelled) } else { Ok(()) }
+    }
 }
 
-/// Packs some rows.
-type Pack = Box<dyn Fn(&[f32]) -> PackedRows + Sync>;
+/// The error for a number beyond float16's range.
+fn does_not_fit(place: &str, Overflow(number): Overflow) -> Error {
+    let found = format!("{number} (export as float32, or for a GPU as bfloat16)");
+    Error::invalid(place, "numbers up to 65504 for float16", found)
+}
 
-/// Packs rows of `k` numbers on all cores: adds their bytes to `bytes`, and their scales and zero points to `packed`.
-fn pack_rows(rows: &[f32], k: usize, pack: &Pack, bytes: &mut Vec<u8>, packed: &mut PackedRows) {
+/// Quantizes rows of `k` elements on all cores: appends their codes to `bytes`, their scales and zero points to
+/// `quantized`.
+fn quantize_in_parallel(
+    rows: &[f32],
+    k: usize,
+    quantizer: &Quantizer,
+    bytes: &mut Vec<u8>,
+    quantized: &mut QuantizedRows,
+) {
     let threads = thread::available_parallelism().map_or(1, Into::into);
     let share = (rows.len() / k).div_ceil(threads).max(1) * k;
     thread::scope(|scope| {
-        let parts: Vec<_> = rows.chunks(share).map(|part| scope.spawn(move || pack(part))).collect();
-        for part in parts {
-            packed.append(part.join().expect("packing does not panic"));
+        let shares: Vec<_> = rows.chunks(share).map(|rows| scope.spawn(move || quantizer(rows))).collect();
+        for share in shares {
+            quantized.append(share.join().expect("quantizing does not panic"));
         }
     });
-    bytes.append(&mut packed.numbers);
+    bytes.append(&mut quantized.codes);
 }
 
-/// The numbers of one tensor, or of the rows that are taken of it, chunk by chunk.
-struct Numbers<'s> {
-    from: Origin<'s>,
+/// The elements of one tensor, or of the rows that are kept of it, read chunk by chunk.
+struct Elements<'s> {
+    origin: Origin<'s>,
     kept: Option<Arc<[usize]>>,
-    /// Numbers in a row.
+    /// Elements in a row.
     width: usize,
-    /// Numbers that were read.
+    /// Elements read so far.
     read: usize,
-    /// Of these, how many are NaN or infinite.
+    /// NaNs and infinities among them.
     not_finite: u64,
 }
 
 enum Origin<'s> {
     Stored { dtype: DType, bytes: &'s [u8] },
-    Random(dummy::Numbers),
+    Random(RandomTensor),
 }
 
-impl<'s> Numbers<'s> {
-    fn of(part: &Part, adjust: Adjust, source: &'s Source) -> Result<Numbers<'s>> {
-        let from = match source {
+impl<'s> Elements<'s> {
+    fn new(part: &Part, adjust: Adjust, source: &'s Source) -> Result<Elements<'s>> {
+        let origin = match source {
             Source::Checkpoint(checkpoint) => {
-                let tensor = found(checkpoint, part)?;
-                let dtype = tensor.float().with_context(|| format!("{}: of a type without fractions", part.tensor))?;
+                let missing = || Error::invalid(checkpoint.folder().display(), "a tensor", "none").of(&part.tensor);
+                let tensor = checkpoint.tensor(&part.tensor).ok_or_else(missing)?;
+                let dtype = tensor.float().ok_or_else(missing)?;
                 Origin::Stored { dtype, bytes: tensor.bytes }
             }
-            Source::Dummy { seed, .. } => Origin::Random(dummy::Numbers::of(part, adjust, *seed)),
+            Source::Dummy { seed, .. } => Origin::Random(RandomTensor::new(part, adjust, *seed)),
         };
-        Ok(Numbers { from, kept: part.kept.clone(), width: part.shape[1..].iter().product(), read: 0, not_finite: 0 })
+        let width = part.shape[1..].iter().product();
+        Ok(Elements { origin, kept: part.kept.clone(), width, read: 0, not_finite: 0 })
     }
 
-    /// Where the next `count` numbers lie in the tensor, in runs.
-    fn places(&mut self, count: usize) -> Vec<Range<usize>> {
-        let (mut runs, mut left) = (Vec::new(), self.read..self.read + count);
+    /// Where the next `count` elements are in the tensor, as contiguous ranges.
+    fn ranges(&mut self, count: usize) -> Vec<Range<usize>> {
+        let (mut ranges, mut left) = (Vec::new(), self.read..self.read + count);
         self.read = left.end;
         let Some(kept) = &self.kept else { return vec![left] };
         while !left.is_empty() {
             let (row, first) = (left.start / self.width, left.start % self.width);
             let taken = left.len().min(self.width - first);
             let start = kept[row] * self.width + first;
-            runs.push(start..start + taken);
+            ranges.push(start..start + taken);
             left.start += taken;
         }
-        runs
+        ranges
     }
 
-    /// The next numbers as they are stored.
+    /// The next elements as they are stored.
     fn stored(&mut self, count: usize, dtype: DType, bytes: &'s [u8]) -> Cow<'s, [u8]> {
-        let runs = self.places(count);
-        let run = |run: &Range<usize>| &bytes[run.start * dtype.size()..run.end * dtype.size()];
-        let stored: Cow<[u8]> = match &runs[..] {
-            [one] => run(one).into(),
-            runs => runs.iter().flat_map(run).copied().collect(),
+        let ranges = self.ranges(count);
+        let slice = |range: &Range<usize>| &bytes[range.start * dtype.size()..range.end * dtype.size()];
+        let stored: Cow<[u8]> = match &ranges[..] {
+            [range] => slice(range).into(),
+            ranges => ranges.iter().flat_map(slice).copied().collect(),
         };
-        self.not_finite += not_finite(&stored, dtype);
+        self.not_finite += count_not_finite(&stored, dtype);
         stored
     }
 
-    /// Writes the next numbers to `out` as `weight` has them, as many as there is room for.
-    fn next(&mut self, weight: &Weight, scratch: &mut Vec<f32>, out: &mut [u8]) -> Result<()> {
+    /// Fills `out` with the next elements, converted as `weight` has them.
+    fn next(&mut self, weight: &Weight, scratch: &mut Vec<f32>, out: &mut [u8]) -> Result<(), Overflow> {
         let count = out.len() / weight.dtype.size();
-        if let Origin::Stored { dtype, bytes } = self.from {
-            return convert(&self.stored(count, dtype, bytes), (dtype, weight.dtype), weight.adjust, scratch, out);
+        if let Origin::Stored { dtype, bytes } = self.origin {
+            let conversion = Conversion { from: dtype, to: weight.dtype, adjust: weight.adjust };
+            return conversion.apply(&self.stored(count, dtype, bytes), scratch, out);
         }
         scratch.resize(count, 0.0);
-        self.next_float32(scratch)?;
+        self.next_float32(scratch);
         round(scratch, weight.dtype, out)
     }
 
-    /// The next numbers, as many as there is room for.
-    fn next_float32(&mut self, out: &mut [f32]) -> Result<()> {
-        if let Origin::Stored { dtype, bytes } = self.from {
-            return read(&self.stored(out.len(), dtype, bytes), dtype, out);
+    /// Fills `out` with the next elements.
+    fn next_float32(&mut self, out: &mut [f32]) {
+        if let Origin::Stored { dtype, bytes } = self.origin {
+            return to_float32(&self.stored(out.len(), dtype, bytes), dtype, out);
         }
-        let (runs, mut out) = (self.places(out.len()), out);
-        let Origin::Random(numbers) = &self.from else { unreachable!("stored ones were read above") };
-        for run in runs {
-            let (here, rest) = out.split_at_mut(run.len());
-            numbers.fill(run.start, here);
+        let (ranges, mut out) = (self.ranges(out.len()), out);
+        let Origin::Random(random) = &self.origin else { unreachable!("stored elements were read above") };
+        for range in ranges {
+            let (here, rest) = out.split_at_mut(range.len());
+            random.fill(range.start, here);
             out = rest;
         }
-        Ok(())
     }
 }
 
@@ -286,8 +340,8 @@ impl Output {
     }
 }
 
-/// SHA-256 on a thread of its own, so that it overlaps with converting and writing what follows. Buffers go back and forth:
-/// fresh ones would cost the system more than the conversion.
+/// SHA-256 on a thread of its own, so that it overlaps with converting and writing the next chunks. Buffers are reused:
+/// page faults of new ones would cost more than the conversion.
 struct Hashing {
     chunks: SyncSender<Vec<u8>>,
     used: Receiver<Vec<u8>>,
@@ -296,14 +350,14 @@ struct Hashing {
 
 impl Hashing {
     fn start() -> Hashing {
-        // The bound on memory: two chunks in the channel, one in each thread.
+        // Bounds the memory: two chunks in the channel, one in each thread.
         let (chunks, received) = sync_channel::<Vec<u8>>(2);
         let (back, used) = channel();
         let thread = thread::spawn(move || {
             let mut hash = Sha256::new();
             for chunk in received {
                 hash.update(&chunk);
-                // Nobody waits for the last buffers.
+                // The last buffers have no receiver.
                 let _ = back.send(chunk);
             }
             hex::encode(hash.finalize())
@@ -311,8 +365,8 @@ impl Hashing {
         Hashing { chunks, used, thread }
     }
 
-    /// A buffer with anything in it: one that has been hashed, or else a new one. All that is sent must come from here, so
-    /// that there are never more of them than can be under way at once.
+    /// A buffer with arbitrary content: one that has been hashed, or else a new one. Every chunk must come from here,
+    /// so that there are never more buffers than can be in flight at once.
     fn buffer(&self) -> Vec<u8> {
         self.used.try_recv().unwrap_or_default()
     }

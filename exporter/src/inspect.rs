@@ -1,11 +1,10 @@
-//! What a model folder or a checkpoint holds, read from its settings, manifest and headers: no weights are read.
+//! Summarizes a model folder or a checkpoint from its settings, manifest and headers, without reading weights.
 
 use std::collections::BTreeMap;
 use std::fmt;
 use std::fs;
 use std::path::Path;
 
-use anyhow::{Context, Result, bail, ensure};
 use serde::Serialize;
 use t5gemma_graphs::config::{Config, LayerType, Stack};
 use t5gemma_graphs::interface::Port;
@@ -16,115 +15,115 @@ use t5gemma_graphs::tensors::Role;
 use t5gemma_graphs::{Options, definitions};
 
 use crate::checkpoint::Checkpoint;
-use crate::found::{self, read_text};
+use crate::error::{Error, Result};
+use crate::files;
+use crate::model_folder::{path_of, read_manifest};
 use crate::parameters::plain_options;
 use crate::proto;
-use crate::reseal::manifest;
 use crate::weights;
 
-/// The findings.
-#[derive(Debug, Serialize)]
+/// What a model folder or checkpoint holds.
+#[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
 pub struct Report {
     /// `model` or `checkpoint`.
     pub kind: &'static str,
-    /// The two stacks in a line each.
+    /// The sizes of the encoder in one line.
     pub encoder: String,
-    /// See `encoder`.
+    /// The sizes of the decoder in one line.
     pub decoder: String,
-    /// Numbers in all tensors.
+    /// Number of parameters.
     pub parameters: u64,
-    /// Numbers by part of the model.
+    /// Number of parameters by part of the model.
     pub parts: BTreeMap<&'static str, u64>,
-    /// Tensors by element type.
+    /// Number of tensors by element type.
     pub dtypes: BTreeMap<String, usize>,
-    /// Bytes of each file that holds weights.
+    /// Size in bytes of each weights file.
     pub weights: BTreeMap<String, u64>,
-    /// What only an exported model has.
+    /// The exported model; `None` for a checkpoint.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub model: Option<ModelReport>,
 }
 
 /// What only an exported model has.
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
 pub struct ModelReport {
-    /// Name and version of the program that wrote it.
+    /// Name and version of the exporter.
     pub exporter: String,
     /// What the model is for.
     pub task: Task,
-    /// The lowering of the graphs.
+    /// The runtime that the graphs are written for.
     pub target: String,
     /// Type of weights, activations and caches.
     pub dtype: String,
-    /// What it is going to be served with, if that was planned.
+    /// The serving plan.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub plan: Option<String>,
-    /// The graphs, in the order in which they are run.
+    /// The graphs, in the order in which they run.
     pub graphs: Vec<GraphReport>,
 }
 
-/// One graph.
-#[derive(Debug, Serialize)]
+/// A graph of an exported model.
+#[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
 pub struct GraphReport {
     /// File name.
     pub file: String,
-    /// Size of the file.
+    /// Size of the file in bytes.
     pub bytes: u64,
     /// Version of the standard operator set.
     pub opset: i64,
-    /// Version of the file format.
+    /// Version of ONNX's intermediate representation.
     pub ir_version: i64,
-    /// How often each operator is used.
+    /// Number of nodes by operator.
     pub operators: BTreeMap<String, usize>,
-    /// What a run is given.
+    /// Inputs.
     pub inputs: Vec<Port>,
-    /// What a run returns.
+    /// Outputs.
     pub outputs: Vec<Port>,
 }
 
-/// Looks into an exported model or a checkpoint folder.
+/// Summarizes an exported model or a checkpoint folder.
 ///
 /// # Errors
 /// If the folder is neither, or a file that describes it is malformed.
 pub fn inspect(folder: &Path) -> Result<Report> {
-    ensure!(
-        folder.is_dir(),
-        "{}: expected a model folder or a checkpoint, found {}",
-        folder.display(),
-        if folder.exists() { "a file".to_string() } else { found::absent(folder) }
-    );
-    let (path, is_model) = (folder.join("config.json"), folder.join(MANIFEST).exists());
-    if !is_model && !found::is_there(&path) {
-        let near = found::checkpoint_near(folder).map_or_else(String::new, |near| format!(" ({near})"));
-        bail!(
-            "{}: expected a model folder (with {MANIFEST}) or a checkpoint (with config.json), found neither{near}",
-            folder.display()
-        );
+    if !folder.is_dir() {
+        let found = if folder.exists() { "a file".to_string() } else { files::describe_missing(folder) };
+        return Err(Error::invalid(folder.display(), "a model folder or a checkpoint", found));
     }
-    let config = Config::parse(&read_text(&path)?).with_context(|| path.display().to_string())?;
+    let (path, is_model) = (folder.join("config.json"), folder.join(MANIFEST).exists());
+    if !is_model && !files::entry_exists(&path) {
+        let hint = files::nearby_checkpoint(folder).map_or_else(String::new, |hint| format!(" ({hint})"));
+        let expected = format!("a model folder (with {MANIFEST}) or a checkpoint (with config.json)");
+        return Err(Error::invalid(folder.display(), expected, format!("neither{hint}")));
+    }
+    let text = files::read_text(&path)?;
+    let config = Config::parse(&text).map_err(|error| Error::config(path.display(), error))?;
     if is_model { model(folder, &config) } else { checkpoint(folder, &config) }
 }
 
 fn model(folder: &Path, config: &Config) -> Result<Report> {
-    let path = folder.join(MANIFEST);
-    let manifest = manifest(folder)?;
-    let mut report = Report::of("model", config, numbers(folder, &manifest, config)?.into_iter());
+    let manifest = read_manifest(folder)?;
+    let mut report = Report::new("model", config, parameters(folder, &manifest, config)?.into_iter());
     for tensor in &manifest.weights.tensors {
         let numbers = tensor.shape.iter().try_fold(1_u64, |numbers, &size| numbers.checked_mul(size as u64));
-        let place = format!("{}: weights.tensors[{:?}]", path.display(), tensor.name);
-        // Two of 4 bits are a byte.
-        let is_within = numbers.is_some_and(|numbers| numbers / 2 <= manifest.weights.record.bytes);
-        ensure!(is_within, "{place}.shape: more numbers than the file has bytes");
+        // Two 4-bit numbers take a byte.
+        if numbers.is_none_or(|numbers| numbers / 2 > manifest.weights.record.bytes) {
+            let expected = format!("a tensor within the file's {} bytes", manifest.weights.record.bytes);
+            let error = Error::invalid(folder.join(MANIFEST).display(), expected, format!("{:?}", tensor.shape));
+            return Err(error.of(format!("weights.tensors[{:?}].shape", tensor.name)));
+        }
         *report.dtypes.entry(tensor.dtype.to_string()).or_default() += usize::from(tensor.same_bytes_as.is_none());
     }
     report.weights.insert(manifest.weights.file.clone(), manifest.weights.record.bytes);
     let mut graphs = Vec::new();
     for part in ["model", "encoder", "decoder", "decoder_with_past"] {
         let Some(record) = manifest.graphs.get(part) else { continue };
-        let plain = Path::new(&record.file).file_name().is_some_and(|name| name == record.file.as_str());
-        ensure!(plain, "{}: expected the name of a file in the folder, found {:?}", path.display(), record.file);
-        let path = folder.join(&record.file);
-        let bytes = fs::read(&path).with_context(|| format!("{}: cannot be read", path.display()))?;
-        let summary = proto::summary(&bytes).with_context(|| path.display().to_string())?;
+        let path = path_of(folder, &record.file)?;
+        let bytes = fs::read(&path).map_err(Error::io(&path, "cannot be read"))?;
+        let summary = proto::summary(&path, &bytes)?;
         graphs.push(GraphReport {
             file: record.file.clone(),
             bytes: bytes.len() as u64,
@@ -141,23 +140,27 @@ fn model(folder: &Path, config: &Config) -> Result<Report> {
     Ok(report)
 }
 
-/// The tensors of the checkpoint that a model was made of, with the numbers in each: what the file of weights has of them may be
-/// packed, filled up and there twice.
-fn numbers(folder: &Path, manifest: &Manifest, config: &Config) -> Result<Vec<(String, u64)>> {
+/// The checkpoint tensors that a model was made of, with the number of parameters in each. The weights file does not
+/// tell: its tensors may be quantized, padded or stored twice.
+fn parameters(folder: &Path, manifest: &Manifest, config: &Config) -> Result<Vec<(String, u64)>> {
     let is_stored = |tensor: &str| manifest.weights.tensors.iter().any(|stored| stored.name.starts_with(tensor));
     let mut vocabulary = weights::exported_vocabulary(config, is_stored);
     if manifest.kept_tokens.is_some() {
         let path = folder.join(KEPT_TOKENS);
-        let tokens: Vec<usize> = serde_json::from_str(&read_text(&path)?)
-            .with_context(|| format!("{}: expected an array of ids", path.display()))?;
+        let text = files::read_text(&path)?;
         let vocab_size = config.decoder.vocab_size;
-        ensure!(tokens.iter().all(|&id| id < vocab_size), "{}: expected ids below {vocab_size}", path.display());
+        let invalid =
+            |found: String| Error::invalid(path.display(), format!("an array of ids below {vocab_size}"), found);
+        let tokens: Vec<usize> = serde_json::from_str(&text).map_err(|error| invalid(error.to_string()))?;
+        if let Some(id) = tokens.iter().find(|&&id| id >= vocab_size) {
+            return Err(invalid(id.to_string()));
+        }
         vocabulary.kept = Some(tokens.into());
     }
     let options = Options { task: manifest.task.clone(), ..plain_options(vocabulary) };
     let weights = weights::collect(&definitions(config, &options).iter().collect::<Vec<_>>());
-    weights::check_size(&weights).with_context(|| folder.join("config.json").display().to_string())?;
-    Ok(weights::numbers_of(&weights))
+    weights::check_size(&weights, &folder.join("config.json").display().to_string())?;
+    Ok(weights::parameters_by_tensor(&weights))
 }
 
 fn checkpoint(folder: &Path, config: &Config) -> Result<Report> {
@@ -166,7 +169,7 @@ fn checkpoint(folder: &Path, config: &Config) -> Result<Report> {
         let tensor = checkpoint.tensor(name)?;
         Some((name.to_string(), tensor.shape.iter().product::<usize>() as u64))
     });
-    let mut report = Report::of("checkpoint", config, tensors);
+    let mut report = Report::new("checkpoint", config, tensors);
     for tensor in checkpoint.names().filter_map(|name| checkpoint.tensor(name)) {
         let dtype = tensor.float().map_or_else(|| format!("{:?}", tensor.dtype), |dtype| dtype.to_string());
         *report.dtypes.entry(dtype).or_default() += 1;
@@ -176,11 +179,11 @@ fn checkpoint(folder: &Path, config: &Config) -> Result<Report> {
 }
 
 impl Report {
-    fn of(kind: &'static str, config: &Config, tensors: impl Iterator<Item = (String, u64)>) -> Report {
+    fn new(kind: &'static str, config: &Config, tensors: impl Iterator<Item = (String, u64)>) -> Report {
         let mut report = Report {
             kind,
-            encoder: described(&config.encoder),
-            decoder: described(&config.decoder),
+            encoder: describe(&config.encoder),
+            decoder: describe(&config.decoder),
             parameters: 0,
             parts: BTreeMap::new(),
             dtypes: BTreeMap::new(),
@@ -206,7 +209,7 @@ fn part(config: &Config, tensor: &str) -> &'static str {
     }
 }
 
-fn described(stack: &Stack) -> String {
+fn describe(stack: &Stack) -> String {
     let sliding = stack.layers.iter().filter_map(|layer| match layer {
         LayerType::Sliding(window) => Some(*window),
         LayerType::Full => None,
@@ -214,10 +217,11 @@ fn described(stack: &Stack) -> String {
     let windows: Vec<usize> = sliding.collect();
     let window = match windows.first() {
         None => String::new(),
-        Some(window) => format!(", layers with a window of {window}: {}", windows.len()),
+        Some(window) => format!(", {} with a sliding window of {window}", windows.len()),
     };
     format!(
-        "{} layers of width {}, {} heads ({} for keys and values) of {}, {} wide feed-forward, vocabulary {}, at most {} positions{window}",
+        "{} layers{window}, hidden size {}, {} heads ({} for keys and values) of size {}, feed-forward size {}, \
+         vocabulary {}, at most {} positions",
         stack.layers.len(),
         stack.hidden_size,
         stack.num_attention_heads,

@@ -1,53 +1,57 @@
-//! Writes a Hugging Face T5Gemma checkpoint as a model folder: three ONNX graphs over one file of weights, with the
-//! checkpoint's settings and tokenizer and a manifest that says what is what.
+//! Exports a Hugging Face T5Gemma checkpoint to a model folder: ONNX graphs over one weights file, with the
+//! checkpoint's settings and tokenizer, and a manifest that describes them.
 //!
 //! ```no_run
-//! use t5gemma_exporter::{Checkpoint, Export, Silent, Source};
+//! use t5gemma_exporter::{Checkpoint, Export, Source};
 //!
 //! let source = Source::Checkpoint(Checkpoint::open("t5gemma-2b-2b-ul2-it".as_ref())?);
-//! Export::default().run(&source, "t5gemma-2b-2b-ul2-it-onnx".as_ref(), &Silent)?;
-//! # anyhow::Ok(())
+//! Export::default().run(&source, "t5gemma-2b-2b-ul2-it-onnx".as_ref())?;
+//! # Ok::<(), t5gemma_exporter::Error>(())
 //! ```
 //!
-//! Read `export.rs` first, then `checkpoint.rs` (what is read), `weights.rs` (which tensor goes where), `external_data.rs` and
-//! `proto.rs` (what is written). The graphs themselves come from `t5gemma_graphs`; no ONNX Runtime is needed here.
+//! Read `export.rs` first, then `checkpoint.rs` (input), `weights.rs` (which tensor becomes which weight),
+//! `external_data.rs` and `proto.rs` (output). The graphs themselves come from `t5gemma_graphs`. Nothing here needs
+//! ONNX Runtime.
+
+mod error;
+mod progress;
+mod settings;
 
 mod export;
-mod progress;
 mod source;
 
 mod checkpoint;
-mod found;
+mod files;
 mod names;
 mod notes;
 mod presets;
 
+mod convert;
 mod dummy;
 mod external_data;
 mod parameters;
+mod quantize;
 mod weights;
 
-mod convert;
-mod float8;
-mod quantize;
-mod signed;
-
 mod proto;
-mod settings;
 mod staging;
 
 mod inspect;
+mod model_folder;
 mod reseal;
 mod tensorrt;
 
-pub use checkpoint::{Checkpoint, Tensor};
-pub use export::{Export, Exported};
-pub use inspect::{Report, inspect};
+pub use checkpoint::Checkpoint;
+pub use error::{Error, ParseError, Result};
+pub use export::{Alignment, Export, Exported};
+pub use inspect::{GraphReport, ModelReport, Report, inspect};
 pub use parameters::parameters;
 pub use presets::{PRESETS, preset};
-pub use progress::{Silent, Watch};
+pub use progress::Progress;
 pub use reseal::reseal;
 pub use settings::{Setting, SettingError};
 pub use source::Source;
 pub use staging::Existing;
-pub use tensorrt::{Bytes, Checked, Finding, Plan, TensorRt, check};
+pub use tensorrt::{
+    CheckReport, Finding, FindingKind, MemoryEstimate, MemorySize, ServingPlan, TensorRtVersion, check,
+};

@@ -1,23 +1,33 @@
-//! The names of a checkpoint's tensors as the model's classes have them. Training wraps a model into others (`torch.compile`,
-//! data parallelism, FSDP, PEFT), and what is saved from inside such a wrapper has its name in every tensor's.
+//! Maps the tensor names of a checkpoint to those of the model's classes. Training wraps a model in others
+//! (`torch.compile`, data parallelism, FSDP, PEFT); a checkpoint saved from within a wrapper has its name in every
+//! tensor name.
 
 use std::collections::BTreeMap;
 
-use anyhow::{Result, bail};
 use t5gemma_graphs::config::Family;
 
-/// Parts of names that wrappers put in anywhere and no T5Gemma has.
+/// Name components that wrappers insert anywhere and no T5Gemma has.
 const WRAPPERS: [&str; 5] =
     ["_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"];
 
-/// Parts of names that only adapters have which are not merged into the model.
-const OF_ADAPTERS: [&str; 4] = [".lora_", ".base_layer.", ".modules_to_save.", ".original_module."];
+/// Parts of names that only unmerged PEFT adapters have.
+const ADAPTERS: [&str; 4] = [".lora_", ".base_layer.", ".modules_to_save.", ".original_module."];
 
-/// The name that the model's classes give each tensor, by the name that it is stored under. What has none keeps its own.
+/// Names that fit more than one model, or more than one tensor of a model.
+#[derive(Debug)]
+pub struct Ambiguous {
+    /// What would have been accepted.
+    pub expected: String,
+    /// The names in question.
+    pub found: String,
+}
+
+/// Maps the name that the model's classes give each tensor to its stored name. Names that belong to no class stay as
+/// they are.
 ///
 /// # Errors
-/// More than one model, or tensor of one, that the names may be of.
-pub fn of_model<'n>(stored: &[&'n str]) -> Result<BTreeMap<String, &'n str>> {
+/// Names of more than one model, or two names for one tensor.
+pub fn of_model<'n>(stored: &[&'n str]) -> Result<BTreeMap<String, &'n str>, Ambiguous> {
     let plain: Vec<String> = stored.iter().map(|name| unwrapped(name)).collect();
     let mut prefixes: Vec<&str> = plain.iter().filter_map(|name| prefix(name)).collect();
     prefixes.sort_unstable();
@@ -25,13 +35,14 @@ pub fn of_model<'n>(stored: &[&'n str]) -> Result<BTreeMap<String, &'n str>> {
     let prefix = match prefixes[..] {
         [] | ["", ..] => "",
         [prefix] => prefix,
-        [..] => bail!(
-            "expected the tensors of one model, found those of {} (the names begin with {}): save one of them alone",
-            prefixes.len(),
-            prefixes.iter().map(|prefix| format!("{prefix:?}")).collect::<Vec<_>>().join(" and ")
-        ),
+        [..] => {
+            let prefixes: Vec<String> = prefixes.iter().map(|prefix| format!("{prefix:?}")).collect();
+            let (count, prefixes) = (prefixes.len(), prefixes.join(" and "));
+            let found = format!("those of {count} (the names begin with {prefixes}): save one of them alone");
+            return Err(Ambiguous { expected: "the tensors of one model".into(), found });
+        }
     };
-    // The classes without a head (`T5GemmaModel`, `T5GemmaEncoderModel`) save the names that the others put behind `model.`.
+    // The classes without a head (`T5GemmaModel`, `T5GemmaEncoderModel`) save names without the `model.` of the others.
     let is_bare = !plain.iter().any(|name| name.strip_prefix(prefix).is_some_and(is_of_stack));
     let name = |plain: &str| match plain.strip_prefix(prefix) {
         Some(rest) if is_bare && (rest.starts_with("encoder.") || rest.starts_with("decoder.")) => {
@@ -41,7 +52,7 @@ pub fn of_model<'n>(stored: &[&'n str]) -> Result<BTreeMap<String, &'n str>> {
         None => plain.to_string(),
     };
     let mut names: BTreeMap<String, &str> = BTreeMap::new();
-    // A tensor that is stored by its own name has it, whatever else would come to the same.
+    // A tensor stored under its plain name keeps it, whatever other names map to it.
     let (own, others): (Vec<_>, Vec<_>) = stored
         .iter()
         .zip(&plain)
@@ -51,32 +62,34 @@ pub fn of_model<'n>(stored: &[&'n str]) -> Result<BTreeMap<String, &'n str>> {
     for (stored, name) in others {
         let name = if of_own.contains_key(&name) { stored.to_string() } else { name };
         if let Some(other) = names.insert(name.clone(), stored) {
-            bail!("expected one tensor for {name}, found {other} and {stored}");
+            let found = format!("{other} and {stored}");
+            return Err(Ambiguous { expected: format!("one tensor for {name}"), found });
         }
     }
     names.extend(of_own);
     Ok(names)
 }
 
-/// What the names of stacks' tensors begin with in any family, by which they are found behind other prefixes.
+/// Starts of the tensor names of the encoder and decoder in all families, by which they are recognized behind other
+/// prefixes.
 fn stacks() -> impl Iterator<Item = &'static str> {
     Family::ALL.into_iter().flat_map(|family| family.tensors().stacks.iter().copied())
 }
 
-/// Whether a name is that of a tensor of either stack.
+/// Whether a name is that of a tensor of the encoder or decoder.
 pub fn is_of_stack(name: &str) -> bool {
     name.strip_prefix("model.").is_some_and(|rest| stacks().any(|stack| rest.starts_with(stack)))
 }
 
-/// Whether a tensor belongs to an adapter, or to a matrix that has one, as PEFT names them.
+/// Whether a tensor belongs to an unmerged PEFT adapter, or to a matrix that has one.
 pub fn is_of_adapter(name: &str) -> bool {
-    OF_ADAPTERS.iter().any(|part| name.contains(part))
+    ADAPTERS.iter().any(|part| name.contains(part))
 }
 
-/// Of some names that which has most parts in common with another, from the end.
+/// The name among `others` that shares the most components with `name`, counted from the end.
 pub fn nearest<'n>(name: &str, others: impl Iterator<Item = &'n str>) -> Option<&'n str> {
     let common = |other: &str| name.rsplit('.').zip(other.rsplit('.')).take_while(|(a, b)| a == b).count();
-    // One part is `weight`, which says nothing.
+    // One shared component is `weight`, which means nothing.
     others
         .map(|other| (common(other), other))
         .filter(|(common, _)| *common > 1)
@@ -88,7 +101,7 @@ fn unwrapped(name: &str) -> String {
     name.split('.').filter(|part| !WRAPPERS.contains(part)).collect::<Vec<_>>().join(".")
 }
 
-/// What stands before the name of a stack's tensor, without the `model.` that is part of it.
+/// The prefix before the name of a stack's tensor, without the `model.` that is part of the name.
 fn prefix(name: &str) -> Option<&str> {
     let places = stacks().filter_map(|stack| name.find(stack));
     let before = &name[..places.filter(|&at| at == 0 || name[..at].ends_with('.')).min()?];
@@ -107,7 +120,7 @@ mod tests {
     const HEAD: &str = "lm_head.out_proj.weight";
 
     #[test]
-    fn wrappers_are_left_out_of_names() {
+    fn wrappers_are_removed_from_names() {
         for prefix in [
             "",
             "module.",
@@ -139,13 +152,13 @@ mod tests {
     }
 
     #[test]
-    fn what_may_be_of_two_models_is_refused() {
+    fn names_of_two_models_are_refused() {
         let twice = [format!("student.{QUERY}"), format!("teacher.{QUERY}")];
-        let error = of_model(&[&twice[0], &twice[1]]).expect_err("which?").to_string();
-        assert!(error.contains("\"student.\" and \"teacher.\""), "{error}");
+        let error = of_model(&[&twice[0], &twice[1]]).expect_err("ambiguous");
+        assert!(error.found.contains("\"student.\" and \"teacher.\""), "{}", error.found);
         let twice = [format!("module.{QUERY}"), format!("_orig_mod.{QUERY}")];
-        of_model(&[&twice[0], &twice[1]]).expect_err("which?");
-        // The model's own names are no question.
+        of_model(&[&twice[0], &twice[1]]).expect_err("ambiguous");
+        // A tensor stored under its plain name is not ambiguous.
         let names = of_model(&[QUERY, &twice[0], &format!("ema.{QUERY}")]).expect("its own").len();
         assert_eq!(names, 3);
     }

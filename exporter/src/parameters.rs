@@ -13,10 +13,10 @@ use crate::weights;
 pub fn parameters(config: &Config) -> u64 {
     let options = plain_options(weights::default_vocabulary(config));
     let graphs = definitions(config, &options);
-    weights::numbers(&weights::collect(&graphs.iter().collect::<Vec<_>>()))
+    weights::parameters(&weights::collect(&graphs.iter().collect::<Vec<_>>()))
 }
 
-/// Options of graphs that hold every tensor as the checkpoint has it: whole, unquantized, once.
+/// Options of graphs that hold every tensor as the checkpoint has it.
 pub(crate) fn plain_options(vocabulary: Vocabulary) -> Options {
     Options {
         task: Task::Text2TextGeneration,

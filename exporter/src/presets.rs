@@ -1,6 +1,6 @@
-//! The configurations of Google's checkpoints, so that a size can be measured without downloading it.
+//! The configurations of Google's checkpoints, to measure a size without downloading its weights.
 
-/// Name and `config.json` of each size, encoder first.
+/// Name and `config.json` of each size. Names have the encoder first.
 pub const PRESETS: &[(&str, &str)] = &[
     ("s-s", include_str!("../presets/s-s.json")),
     ("b-b", include_str!("../presets/b-b.json")),
@@ -12,7 +12,7 @@ pub const PRESETS: &[(&str, &str)] = &[
     ("9b-9b", include_str!("../presets/9b-9b.json")),
 ];
 
-/// The `config.json` of a size.
+/// The `config.json` of a size in [`PRESETS`].
 pub fn preset(name: &str) -> Option<&'static str> {
     PRESETS.iter().find(|(known, _)| *known == name).map(|(_, config)| *config)
 }

@@ -1,27 +1,22 @@
-//! How a caller follows an export and stops it.
+//! [`Progress`]: how a caller follows an export and cancels it.
 
-use anyhow::Result;
+/// Follows an export and may cancel it. `()` does neither.
+pub trait Progress: Sync {
+    /// Called once, before `bytes` of weights are written.
+    fn started(&self, bytes: u64) {
+        let _ = bytes;
+    }
 
-/// Follows an export and may stop it.
-pub trait Watch: Sync {
-    /// `bytes` of weights are going to be written.
-    fn started(&self, bytes: u64);
-    /// `bytes` more of them have been.
-    fn advanced(&self, bytes: u64);
-    /// Returns an error when the export should stop.
-    ///
-    /// # Errors
-    /// Whatever the export should end with.
-    fn check(&self) -> Result<()>;
-}
+    /// Called after `bytes` more have been converted.
+    fn advanced(&self, bytes: u64) {
+        let _ = bytes;
+    }
 
-/// Follows nothing.
-pub struct Silent;
-
-impl Watch for Silent {
-    fn started(&self, _: u64) {}
-    fn advanced(&self, _: u64) {}
-    fn check(&self) -> Result<()> {
-        Ok(())
+    /// Whether the export should end with [`Error::Cancelled`](crate::Error::Cancelled). Asked often, from several
+    /// threads.
+    fn is_cancelled(&self) -> bool {
+        false
     }
 }
+
+impl Progress for () {}

@@ -1,14 +1,16 @@
-//! A graph definition as the bytes of an ONNX file, and back as far as `inspect` needs. The only place that knows protobuf.
+//! ONNX files: graph definitions encoded as protobuf, and decoded as far as `inspect` and `check` need. The only module
+//! that uses protobuf.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 
-use anyhow::{Context, Result};
 use half::{bf16, f16};
 use prost::Message;
 use t5gemma_graphs::interface::{Port, Ports};
 use t5gemma_graphs::onnx::{Attribute, Constant, DType, Data, Definition, Dim, ValueInfo};
 
-use crate::float8;
+use crate::error::{Error, Result};
+use crate::quantize::float8_code;
 
 use onnx::attribute_proto::AttributeType;
 use onnx::tensor_proto::{DataLocation, DataType};
@@ -17,16 +19,14 @@ use onnx::{
     TensorShapeProto, TypeProto, ValueInfoProto, tensor_shape_proto, type_proto,
 };
 
-mod read;
-
-pub use read::{Attribute as Given, Graph, Initializer, Model, Node, Value, read};
+pub mod read;
 
 #[allow(missing_docs, clippy::all, rustdoc::all)]
 mod onnx {
     include!("../proto/onnx.rs");
 }
 
-/// The file format's version that goes with a version of the standard operator set.
+/// The IR version that goes with a version of the standard operator set.
 fn ir_version(opset: u32) -> i64 {
     match opset {
         ..=20 => 9,
@@ -35,18 +35,18 @@ fn ir_version(opset: u32) -> i64 {
     }
 }
 
-/// Where a weight lies in the file of weights.
+/// Where a weight is stored.
 #[derive(Clone, Debug)]
 pub struct Location {
-    /// The file's name.
+    /// Name of the weights file.
     pub file: String,
-    /// First byte.
+    /// Offset in bytes.
     pub offset: u64,
     /// Length in bytes.
     pub bytes: u64,
 }
 
-/// The bytes of an ONNX file for a graph whose weights lie where `location` says, by initializer name.
+/// Encodes a graph as an ONNX file. `location` returns where an initializer is stored, by name.
 pub fn encode(graph: &Definition, opset: u32, location: impl Fn(&str) -> Location) -> Vec<u8> {
     let constants = graph.constants.iter().map(|constant| inline(graph, constant));
     let weights = graph.parameters.iter().map(|parameter| {
@@ -105,8 +105,9 @@ pub fn encode(graph: &Definition, opset: u32, location: impl Fn(&str) -> Locatio
     model.encode_to_vec()
 }
 
-/// A model of one node, by which ONNX Runtime runs an engine that is built already. `engine` is its path from the file on.
-pub fn wrapper(name: &str, engine: &str, built_of: &str, ports: &Ports) -> Vec<u8> {
+/// Encodes a model of one `EPContext` node, through which ONNX Runtime runs a prebuilt engine of the graph in the file
+/// `graph`. `engine` is the engine's path relative to the wrapper.
+pub fn wrapper(name: &str, engine: &str, graph: &str, ports: &Ports) -> Vec<u8> {
     let info =
         |port: &Port| value_info(&ValueInfo { name: port.name.clone(), dtype: port.dtype, shape: port.shape.clone() });
     let names = |ports: &[Port]| ports.iter().map(|port| port.name.clone()).collect();
@@ -127,7 +128,7 @@ pub fn wrapper(name: &str, engine: &str, built_of: &str, ports: &Ports) -> Vec<u
             attribute("embed_mode", &Attribute::Int(0)),
             text("ep_cache_context", engine),
             text("source", "TensorrtExecutionProvider"),
-            text("onnx_model_filename", built_of),
+            text("onnx_model_filename", graph),
         ],
         ..Default::default()
     };
@@ -155,19 +156,18 @@ pub fn wrapper(name: &str, engine: &str, built_of: &str, ports: &Ports) -> Vec<u
 pub struct Summary {
     /// Version of the standard operator set.
     pub opset: i64,
-    /// Version of the file format.
+    /// Version of ONNX's intermediate representation.
     pub ir_version: i64,
-    /// How often each operator is used.
+    /// Number of nodes by operator.
     pub operators: BTreeMap<String, usize>,
 }
 
-/// Reads an ONNX file as far as [`Summary`] goes.
+/// Summarizes the ONNX file at `path`, whose content is `bytes`.
 ///
 /// # Errors
 /// If the bytes are not an ONNX model.
-pub fn summary(bytes: &[u8]) -> Result<Summary> {
-    let model = ModelProto::decode(bytes).context("not an ONNX model")?;
-    let graph = model.graph.context("an ONNX model without a graph")?;
+pub fn summary(path: &Path, bytes: &[u8]) -> Result<Summary> {
+    let (model, graph) = decode(path, bytes)?;
     let mut operators = BTreeMap::new();
     for node in &graph.node {
         let domain = node.domain.as_deref().filter(|domain| !domain.is_empty());
@@ -180,6 +180,18 @@ pub fn summary(bytes: &[u8]) -> Result<Summary> {
         ir_version: model.ir_version.unwrap_or(0),
         operators,
     })
+}
+
+/// Decodes the ONNX file at `path` into its model and its graph.
+fn decode(path: &Path, bytes: &[u8]) -> Result<(ModelProto, GraphProto)> {
+    let mut model = ModelProto::decode(bytes).map_err(|error| Error::Parse {
+        path: path.to_path_buf(),
+        expected: "an ONNX model",
+        source: Box::new(error),
+    })?;
+    let graph =
+        model.graph.take().ok_or_else(|| Error::invalid(path.display(), "an ONNX model with a graph", "none"))?;
+    Ok((model, graph))
 }
 
 fn data_type(dtype: DType) -> i32 {
@@ -221,7 +233,7 @@ fn inline(graph: &Definition, constant: &Constant) -> TensorProto {
             .flat_map(|&number| match info.dtype {
                 DType::Float16 => f16::from_f64(number).to_le_bytes().to_vec(),
                 DType::BFloat16 => bf16::from_f64(number).to_le_bytes().to_vec(),
-                DType::Float8E4M3FN => vec![float8::code(number as f32)],
+                DType::Float8E4M3FN => vec![float8_code(number as f32)],
                 _ => (number as f32).to_le_bytes().to_vec(),
             })
             .collect(),

@@ -1,14 +1,15 @@
-//! What does not go together in an [`Export`](crate::Export), or not with the checkpoint: by the names of settings, for which
-//! the program has flags.
+//! [`SettingError`]: options of an [`Export`](crate::Export) that contradict each other or do not suit the checkpoint.
+//! It names fields; the program replaces them by flags.
 
 use std::fmt;
 
-/// A setting of an [`Export`](crate::Export).
+/// An option of an [`Export`](crate::Export), or a part of one that has a flag of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Setting {
     /// `task`.
     Task,
-    /// Of a task of feature extraction.
+    /// The hidden layer of the task feature extraction.
     HiddenLayer,
     /// `target`.
     Target,
@@ -28,15 +29,15 @@ pub enum Setting {
     Capacity,
     /// `plan`.
     Plan,
-    /// `fits`.
-    Fits,
-    /// `activations` that are observed.
+    /// `memory_limit`.
+    MemoryLimit,
+    /// `activations`, when they are observed.
     Observed,
     /// The ranges of `activations`.
     Ranges,
     /// `quantization`.
     Quantization,
-    /// The numbers in a block of `quantization`.
+    /// The block size of `quantization`.
     BlockSize,
     /// Whether blocks of `quantization` have zero points.
     Asymmetric,
@@ -45,7 +46,7 @@ pub enum Setting {
 }
 
 impl Setting {
-    /// The name in [`Export`](crate::Export).
+    /// The field of [`Export`](crate::Export).
     pub fn field(self) -> &'static str {
         match self {
             Setting::Task => "task",
@@ -57,7 +58,7 @@ impl Setting {
             Setting::Alignment | Setting::AlignmentLayers => "alignment",
             Setting::Capacity => "capacity",
             Setting::Plan => "plan",
-            Setting::Fits => "fits",
+            Setting::MemoryLimit => "memory_limit",
             Setting::Observed | Setting::Ranges => "activations",
             Setting::Quantization => "quantization",
             Setting::BlockSize => "quantization.size",
@@ -67,65 +68,95 @@ impl Setting {
     }
 }
 
-/// A setting that cannot be as it is.
+/// An option that is refused.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum SettingError {
-    /// A value that it cannot have.
-    Value {
-        /// The setting.
+    /// The value is not one that this option can have, at least not for this checkpoint.
+    Invalid {
+        /// The option.
         setting: Setting,
+        /// The part of its value in question, or empty.
+        part: String,
         /// What would have been accepted.
         expected: String,
         /// What was given.
         found: String,
     },
-    /// It does not fit the model.
-    Unfit {
-        /// The setting.
-        setting: Setting,
-        /// Which part of it, what would have been accepted, and what was given.
-        why: String,
-    },
-    /// Another setting is not as this one needs it.
+    /// The option requires another one.
     Requires {
-        /// The setting.
+        /// The option.
         setting: Setting,
-        /// Its value, where it is not for all of them; or empty.
+        /// Its value, where other values do not require the other option; or empty.
         value: String,
-        /// The other setting.
+        /// The option that is required.
         other: Setting,
-        /// What that has to be; empty where it only has to be given.
+        /// The values of the other option that are accepted; empty if any is.
         needed: String,
-        /// What it is; empty where it is not given.
+        /// The value of the other option; empty if it is not given.
         found: String,
+    },
+    /// The option cannot be used with another one.
+    Excludes {
+        /// The option.
+        setting: Setting,
+        /// The option that may not be given with it.
+        other: Setting,
+    },
+    /// The plan takes more GPU memory than the limit.
+    Memory {
+        /// The limit in bytes.
+        limit: u64,
+        /// The bytes that the plan takes.
+        needed: u64,
+        /// The estimate as a table, as in `memory.txt`.
+        table: String,
     },
 }
 
 impl SettingError {
-    pub(crate) fn value(setting: Setting, expected: impl Into<String>, found: impl ToString) -> SettingError {
-        SettingError::Value { setting, expected: expected.into(), found: found.to_string() }
+    pub(crate) fn invalid(setting: Setting, expected: impl Into<String>, found: impl ToString) -> SettingError {
+        SettingError::Invalid { setting, part: String::new(), expected: expected.into(), found: found.to_string() }
     }
 
-    /// The setting that is refused.
-    pub fn setting(&self) -> Setting {
+    /// The same for a part of the value.
+    pub(crate) fn of(self, name: impl Into<String>) -> SettingError {
         match self {
-            SettingError::Value { setting, .. }
-            | SettingError::Unfit { setting, .. }
-            | SettingError::Requires { setting, .. } => *setting,
+            SettingError::Invalid { setting, expected, found, .. } => {
+                SettingError::Invalid { setting, part: name.into(), expected, found }
+            }
+            error => error,
         }
     }
 
-    /// The sentence with the names that the caller has for settings.
-    pub fn told(&self, name: impl Fn(Setting) -> String) -> String {
+    /// The option that is refused.
+    pub fn setting(&self) -> Setting {
         match self {
-            SettingError::Value { setting, expected, found } => {
-                format!("{}: expected {expected}, found {found}", name(*setting))
+            SettingError::Invalid { setting, .. }
+            | SettingError::Requires { setting, .. }
+            | SettingError::Excludes { setting, .. } => *setting,
+            SettingError::Memory { .. } => Setting::MemoryLimit,
+        }
+    }
+
+    /// The message with other names for the options. `name` is called with an option and the value that the message has
+    /// for it, which may be empty, and returns both as one text.
+    pub fn message(&self, name: impl Fn(Setting, &str) -> String) -> String {
+        match self {
+            SettingError::Invalid { setting, part, expected, found } => {
+                let part = if part.is_empty() { String::new() } else { format!(" {part}:") };
+                format!("{}:{part} expected {expected}, found {found}", name(*setting, ""))
             }
-            SettingError::Unfit { setting, why } => format!("{}: {why}", name(*setting)),
             SettingError::Requires { setting, value, other, needed, found } => {
-                let spaced = |text: &str| if text.is_empty() { String::new() } else { format!(" {text}") };
                 let got = if found.is_empty() { String::new() } else { format!(" (got {found})") };
-                format!("{}{} requires {}{}{got}", name(*setting), spaced(value), name(*other), spaced(needed))
+                format!("{} requires {}{got}", name(*setting, value), name(*other, needed))
+            }
+            SettingError::Excludes { setting, other } => {
+                format!("{} cannot be used with {}", name(*setting, ""), name(*other, ""))
+            }
+            SettingError::Memory { limit, needed, .. } => {
+                let name = name(Setting::MemoryLimit, "");
+                format!("{name}: expected at least the {needed} bytes that the plan takes, found {limit} bytes")
             }
         }
     }
@@ -133,7 +164,7 @@ impl SettingError {
 
 impl fmt::Display for SettingError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.told(|setting| setting.field().to_string()))
+        f.write_str(&self.message(|setting, value| format!("{} {value}", setting.field()).trim_end().to_string()))
     }
 }
 
@@ -144,7 +175,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sentences_have_the_names_of_the_caller() {
+    fn messages_use_the_names_of_the_caller() {
         let requires = SettingError::Requires {
             setting: Setting::Quantization,
             value: "fp8".into(),
@@ -153,9 +184,12 @@ mod tests {
             found: "cpu".into(),
         };
         assert_eq!(requires.to_string(), "quantization fp8 requires target tensorrt (got cpu)");
-        let flags = requires.told(|setting| format!("--{}", setting.field()));
+        let flags = requires.message(|setting, value| format!("--{} {value}", setting.field()));
         assert_eq!(flags, "--quantization fp8 requires --target tensorrt (got cpu)");
-        let value = SettingError::value(Setting::Candidates, "1 to 9", 0);
-        assert_eq!(value.to_string(), "logits: expected 1 to 9, found 0");
+        let invalid = SettingError::invalid(Setting::Plan, "at most 9", 10);
+        assert_eq!(invalid.to_string(), "plan: expected at most 9, found 10");
+        assert_eq!(invalid.of("source").to_string(), "plan: source: expected at most 9, found 10");
+        let excludes = SettingError::Excludes { setting: Setting::Observed, other: Setting::Alignment };
+        assert_eq!(excludes.to_string(), "activations cannot be used with alignment");
     }
 }

@@ -2,20 +2,22 @@
 
 use std::collections::BTreeMap;
 
-use anyhow::Result;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
+use t5gemma_graphs::config::Config;
 use t5gemma_graphs::json;
 use t5gemma_graphs::manifest::{self, FileRecord};
 
 use crate::checkpoint::{self, CHAT_TEMPLATE, COMPANIONS, Checkpoint, DEFAULT_CHAT_TEMPLATE, GENERATION_CONFIG};
-use crate::found::{self, read_text};
+use crate::error::{Error, Result};
+use crate::files;
 
-/// Where the model comes from.
+/// Where a model comes from.
+#[derive(Debug)]
 pub enum Source {
     /// A checkpoint folder.
     Checkpoint(Checkpoint),
-    /// Random weights for a configuration.
+    /// A configuration with random weights.
     Dummy {
         /// The text of a `config.json`.
         config: String,
@@ -26,16 +28,27 @@ pub enum Source {
     },
 }
 
+/// The configuration of a [`Source`].
+pub(crate) struct SourceConfig {
+    /// The text of `config.json`.
+    pub text: String,
+    pub config: Config,
+    /// Where the text comes from, for messages.
+    pub origin: String,
+}
+
 impl Source {
-    /// The text of the configuration and where it comes from.
-    pub(crate) fn config(&self) -> Result<(String, String)> {
-        match self {
+    /// The text of the configuration, what it says, and where it comes from.
+    pub(crate) fn config(&self) -> Result<SourceConfig> {
+        let (text, origin) = match self {
             Source::Checkpoint(checkpoint) => {
                 let path = checkpoint.folder().join("config.json");
-                Ok((json::without_mark(&read_text(&path)?).to_string(), path.display().to_string()))
+                (json::without_mark(&files::read_text(&path)?).to_string(), path.display().to_string())
             }
-            Source::Dummy { config, origin, .. } => Ok((config.clone(), origin.clone())),
-        }
+            Source::Dummy { config, origin, .. } => (config.clone(), origin.clone()),
+        };
+        let config = Config::parse(&text).map_err(|error| Error::config(&origin, error))?;
+        Ok(SourceConfig { text, config, origin })
     }
 
     /// The manifest's record of this source. Once `is_stopped` returns true, the hashes are cut short.
@@ -72,12 +85,12 @@ impl Source {
     pub(crate) fn companions(&self) -> Result<Vec<(&'static str, Vec<u8>)>> {
         let Source::Checkpoint(checkpoint) = self else { return Ok(Vec::new()) };
         let folder = checkpoint.folder();
-        let is_there = |name: &str| found::is_there(&folder.join(name));
-        let there = COMPANIONS.iter().filter(|name| is_there(name));
+        let exists = |name: &str| files::entry_exists(&folder.join(name));
         let read = |name: &&'static str| Ok((*name, checkpoint::companion(folder, name)?));
-        let mut companions: Vec<_> = there.map(read).collect::<Result<_>>()?;
-        // A checkpoint may keep its chat template in a folder of templates for several uses; only the default is copied.
-        if !is_there(CHAT_TEMPLATE) && is_there(DEFAULT_CHAT_TEMPLATE) {
+        let mut companions: Vec<_> = COMPANIONS.iter().filter(|name| exists(name)).map(read).collect::<Result<_>>()?;
+        // A checkpoint may keep its chat template in a folder of templates for several uses; only the default is
+        // copied.
+        if !exists(CHAT_TEMPLATE) && exists(DEFAULT_CHAT_TEMPLATE) {
             companions.push((CHAT_TEMPLATE, checkpoint::companion(folder, DEFAULT_CHAT_TEMPLATE)?));
         }
         Ok(companions)
@@ -87,6 +100,6 @@ impl Source {
     pub(crate) fn generation_config(&self) -> Result<Option<Value>> {
         let Source::Checkpoint(checkpoint) = self else { return Ok(None) };
         let path = checkpoint.folder().join(GENERATION_CONFIG);
-        if path.exists() { Ok(Some(found::read_object(&path)?.1)) } else { Ok(None) }
+        if path.exists() { Ok(Some(files::read_json_object(&path)?.1)) } else { Ok(None) }
     }
 }

@@ -1,83 +1,92 @@
-//! The output folder while it is being written: a hidden folder beside it, renamed when complete, removed otherwise.
+//! [`StagingDir`]: the output folder while it is being written. It has another name until it is complete.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use t5gemma_graphs::manifest::{FORMAT, FileRecord, MANIFEST};
 
+use crate::error::{Error, Result};
+
 /// What to do when the output folder exists and is not empty.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Existing {
     /// Stop with an error.
+    #[default]
     Refuse,
-    /// Replace it if it is an exported model and holds nothing else; any other folder is refused still.
+    /// Replace it if it holds an exported model and nothing else; refuse any other folder.
     Overwrite,
 }
 
-/// A folder beside the output folder, removed on drop unless published.
+/// A folder beside the output folder, removed on drop unless it was published.
 pub struct StagingDir {
-    temporary: PathBuf,
+    path: PathBuf,
     out: PathBuf,
     existing: Existing,
     published: bool,
-    /// Dropped after the folder itself is gone.
+    /// Dropped after the folder itself was removed.
     _parents: CreatedParents,
 }
 
 impl StagingDir {
-    /// Makes the folder, after checking that `out` may be written.
+    /// Creates the folder, after checking that `out` may be written.
     pub fn create(out: &Path, existing: Existing) -> Result<StagingDir> {
-        // A folder that is there is replaced where it is, however it is named: `.`, or through a link.
-        let out =
-            &if out.exists() { fs::canonicalize(out).with_context(|| out.display().to_string())? } else { out.into() };
-        let Some(name) = out.file_name() else { bail!("{}: expected the name of a folder to make", out.display()) };
-        check(out, existing)?;
+        // A folder named `.` or by a link is replaced where it is.
+        let out = if out.exists() {
+            fs::canonicalize(out).map_err(Error::io(out, "cannot be resolved"))?
+        } else {
+            out.into()
+        };
+        let Some(name) = out.file_name() else {
+            return Err(Error::invalid(out.display(), "the name of a folder to create", "none"));
+        };
+        check(&out, existing)?;
         let parent = match out.parent() {
             Some(parent) if !parent.as_os_str().is_empty() => parent,
             _ => Path::new("."),
         };
-        let parents = CreatedParents::make(parent)?;
-        let temporary = parent.join(format!(".{}.partial-{}", name.to_string_lossy(), std::process::id()));
-        fs::create_dir(&temporary).with_context(|| match temporary.exists() {
-            true => format!("{}: left over from an export that was killed; remove it", temporary.display()),
-            false => format!("{}: cannot be made", temporary.display()),
-        })?;
-        Ok(StagingDir { temporary, out: out.to_path_buf(), existing, published: false, _parents: parents })
+        let parents = CreatedParents::create(parent)?;
+        let path = parent.join(format!(".{}.partial-{}", name.to_string_lossy(), std::process::id()));
+        if let Err(error) = fs::create_dir(&path) {
+            return Err(if path.exists() {
+                Error::invalid(path.display(), "nothing", "the remains of an export that was killed (remove them)")
+            } else {
+                Error::io(&path, "cannot be created")(error)
+            });
+        }
+        Ok(StagingDir { path, out, existing, published: false, _parents: parents })
     }
 
     /// The path of a file in it.
     pub fn path(&self, name: &str) -> PathBuf {
-        self.temporary.join(name)
+        self.path.join(name)
     }
 
     /// Writes a whole file.
     pub fn write(&self, name: &str, bytes: &[u8]) -> Result<FileRecord> {
         let path = self.path(name);
-        fs::write(&path, bytes).with_context(|| format!("{}: cannot be written", path.display()))?;
+        fs::write(&path, bytes).map_err(Error::io(&path, "cannot be written"))?;
         Ok(FileRecord { bytes: bytes.len() as u64, sha256: hex::encode(Sha256::digest(bytes)) })
     }
 
-    /// Gives the folder its name.
+    /// Renames the folder to the output folder.
     pub fn publish(mut self) -> Result<()> {
-        let failed = || format!("{}: cannot be renamed to {}", self.temporary.display(), self.out.display());
-        // Another export may have come first.
+        let failed = |error| Error::io(&self.path, format!("cannot be renamed to {}", self.out.display()))(error);
+        // Another export may have created it in the meantime.
         check(&self.out, self.existing)?;
         if self.out.exists() {
-            let mut old = self.temporary.clone().into_os_string();
+            let mut old = self.path.clone().into_os_string();
             old.push("-replaced");
             let old = PathBuf::from(old);
-            fs::rename(&self.out, &old).with_context(failed)?;
-            if let Err(error) = fs::rename(&self.temporary, &self.out) {
-                // The model that was there comes back before the error is told.
-                fs::rename(&old, &self.out).with_context(failed)?;
-                return Err(error).with_context(failed);
+            fs::rename(&self.out, &old).map_err(failed)?;
+            if let Err(error) = fs::rename(&self.path, &self.out) {
+                fs::rename(&old, &self.out).map_err(failed)?;
+                return Err(failed(error));
             }
-            fs::remove_dir_all(&old).with_context(|| format!("{}: cannot be removed", old.display()))?;
+            fs::remove_dir_all(&old).map_err(Error::io(&old, "cannot be removed"))?;
         } else {
-            fs::rename(&self.temporary, &self.out).with_context(failed)?;
+            fs::rename(&self.path, &self.out).map_err(failed)?;
         }
         self.published = true;
         Ok(())
@@ -87,20 +96,20 @@ impl StagingDir {
 impl Drop for StagingDir {
     fn drop(&mut self) {
         if !self.published {
-            // Nothing more can be done about a folder that cannot be removed; its name says that it is partial.
-            let _ = fs::remove_dir_all(&self.temporary);
+            // If this fails, the folder's name still says that it is partial.
+            let _ = fs::remove_dir_all(&self.path);
         }
     }
 }
 
-/// The folders above the output folder that were not there before. Those that stay empty are removed on drop.
+/// The parent folders that had to be created. Those that are empty are removed on drop.
 struct CreatedParents(Vec<PathBuf>);
 
 impl CreatedParents {
-    fn make(folder: &Path) -> Result<CreatedParents> {
-        let missing = folder.ancestors().take_while(|above| !above.as_os_str().is_empty() && !above.exists());
+    fn create(folder: &Path) -> Result<CreatedParents> {
+        let missing = folder.ancestors().take_while(|parent| !parent.as_os_str().is_empty() && !parent.exists());
         let parents = CreatedParents(missing.map(Path::to_path_buf).collect());
-        fs::create_dir_all(folder).with_context(|| format!("{}: cannot be made", folder.display()))?;
+        fs::create_dir_all(folder).map_err(Error::io(folder, "cannot be created"))?;
         Ok(parents)
     }
 }
@@ -108,51 +117,54 @@ impl CreatedParents {
 impl Drop for CreatedParents {
     fn drop(&mut self) {
         for folder in &self.0 {
-            // Fails where something is in it, which is then the model or someone else's.
+            // Fails if the folder is not empty, as after a successful export.
             let _ = fs::remove_dir(folder);
         }
     }
 }
 
-/// Checks that `out` may become the model folder: nothing, an empty folder, or what `existing` allows.
+/// Checks that `out` may become the model folder: nothing is there, or an empty folder, or what `existing` allows.
 fn check(out: &Path, existing: Existing) -> Result<()> {
+    let invalid = |expected: &str, found: &str| Err(Error::invalid(out.display(), expected, found));
     if !out.exists() {
-        ensure!(!out.is_symlink(), "{}: expected a folder or nothing, found a link to nothing", out.display());
+        return if out.is_symlink() { invalid("a folder or nothing", "a broken link") } else { Ok(()) };
+    }
+    if !out.is_dir() {
+        return invalid("a folder or nothing", "a file");
+    }
+    if is_mount_point(out) {
+        return invalid("a folder that can be replaced", "a mount point (name a folder in it)");
+    }
+    let entries = fs::read_dir(out).and_then(Iterator::collect::<std::io::Result<Vec<_>>>);
+    let entries = entries.map_err(Error::io(out, "cannot be listed"))?;
+    if entries.is_empty() {
         return Ok(());
     }
-    ensure!(out.is_dir(), "{}: expected a folder or nothing, found a file", out.display());
-    ensure!(!is_mount_point(out), "{}: is a mount point, which cannot be replaced; name a folder in it", out.display());
-    let entries = fs::read_dir(out).and_then(Iterator::collect::<std::io::Result<Vec<_>>>);
-    let entries = entries.with_context(|| format!("{}: cannot be listed", out.display()))?;
-    match existing {
-        _ if entries.is_empty() => return Ok(()),
-        Existing::Refuse => {
-            bail!("{}: exists and is not empty; name another folder or pass --overwrite", out.display())
-        }
-        Existing::Overwrite => {}
+    if existing == Existing::Refuse {
+        return Err(Error::OutputExists { path: out.to_path_buf() });
     }
-    // Other programs have a manifest.json too, so its name alone says nothing. The format's version does not matter here.
+    // Other programs write files named manifest.json too. The version of the format does not matter here.
     let text = fs::read_to_string(out.join(MANIFEST)).unwrap_or_default();
     let manifest: Value = serde_json::from_str(&text).unwrap_or_default();
-    ensure!(
-        manifest["format"] == FORMAT,
-        "{}: has no {MANIFEST} of an exported model and is not overwritten",
-        out.display()
-    );
-    let listed = |name: &str| {
+    if manifest["format"] != FORMAT {
+        let reason = format!("it has no {MANIFEST} of an exported model");
+        return Err(Error::NotReplaced { path: out.to_path_buf(), reason });
+    }
+    let is_listed = |name: &str| {
         name == MANIFEST
             || manifest["weights"]["file"] == name
             || manifest["files"].get(name).is_some()
             || manifest["graphs"].as_object().is_some_and(|graphs| graphs.values().any(|graph| graph["file"] == name))
     };
-    let foreign = entries.iter().find(|entry| !entry.file_name().to_str().is_some_and(listed));
-    if let Some(foreign) = foreign {
-        bail!("{}: is not of the exported model beside it, which is not overwritten", foreign.path().display());
+    let is_foreign = |name: Option<&str>| !name.is_some_and(is_listed);
+    if let Some(foreign) = entries.iter().find(|entry| is_foreign(entry.file_name().to_str())) {
+        let reason = "the exported model beside it does not own it".to_string();
+        return Err(Error::NotReplaced { path: foreign.path(), reason });
     }
     Ok(())
 }
 
-/// Whether something is mounted on a folder, which then can be neither renamed nor removed.
+/// Whether a folder is a mount point, which can be neither renamed nor removed.
 fn is_mount_point(folder: &Path) -> bool {
     #[cfg(unix)]
     {
@@ -172,21 +184,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_folder_that_came_to_be_meanwhile_is_not_replaced() {
-        let folder = tempfile::tempdir().expect("a temporary folder can be made");
-        let out = folder.path().join("above/out");
+    fn a_folder_created_in_the_meantime_is_not_replaced() {
+        let folder = tempfile::tempdir().expect("a temporary folder can be created");
+        let out = folder.path().join("parent/out");
         for existing in [Existing::Refuse, Existing::Overwrite] {
-            let aside = StagingDir::create(&out, existing).expect("nothing is there");
-            aside.write("manifest.json", b"{}").expect("writable");
+            let staging = StagingDir::create(&out, existing).expect("nothing is there");
+            staging.write("manifest.json", b"{}").expect("writable");
             fs::create_dir(&out).expect("nothing is there");
             fs::write(out.join("thesis.txt"), "years of work").expect("writable");
-            aside.publish().expect_err("something is there");
+            staging.publish().expect_err("something is there");
             assert_eq!(fs::read_to_string(out.join("thesis.txt")).expect("left alone"), "years of work");
-            assert_eq!(
-                fs::read_dir(folder.path().join("above")).expect("listed").count(),
-                1,
-                "the folder aside is gone"
-            );
+            let entries = fs::read_dir(folder.path().join("parent")).expect("listed").count();
+            assert_eq!(entries, 1, "the staging folder is removed");
             fs::remove_dir_all(&out).expect("ours");
         }
     }

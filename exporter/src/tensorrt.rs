@@ -1,16 +1,21 @@
-//! Everything specific to TensorRT, none of which needs TensorRT: the check whether its parser accepts a graph, and serving
-//! plans with the files that follow from them.
+//! Everything specific to TensorRT, none of which needs TensorRT: the check whether its parser accepts a graph, and
+//! serving plans with the files that follow from them.
 
-mod check;
-mod files;
 mod limits;
-mod memory;
-mod plan;
+mod operators;
 mod profiles;
 mod version;
 
-pub use check::{Checked, Finding, check};
+mod check;
+
+mod plan;
+
+mod memory;
+
+mod files;
+
+pub use check::{CheckReport, Finding, FindingKind, check};
 pub(crate) use files::files;
-pub use memory::{Bytes, Memory};
-pub use plan::Plan;
-pub use version::TensorRt;
+pub use memory::{MemoryEstimate, MemorySize};
+pub use plan::ServingPlan;
+pub use version::TensorRtVersion;

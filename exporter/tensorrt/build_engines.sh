@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Builds an engine for each graph of this folder with TensorRT's trtexec, for a GPU of this machine, into @ENGINES@/.
-# What is built already is left as it is. What was built of other graphs, by another TensorRT or for another GPU is refused:
-# --force builds it anew.
+# Builds a TensorRT engine for each graph of this folder with trtexec, for a GPU of this machine, into @ENGINES@/.
+# Engines that are up to date are kept. An engine that was built from other graphs, by another version of TensorRT or
+# for another GPU is an error; --force rebuilds it.
 #
 #   bash build_engines.sh [--force] [--engines DIR] [option of trtexec ...]
 #
-# --engines DIR writes DIR/@ENGINES@/ and the wrappers of the engines into DIR instead, for a folder that cannot be written;
-# `t5gemma --engines DIR` finds them there. --device=N, of trtexec, is the GPU by nvidia-smi's number; the first without it.
-# ONNX Runtime, and t5gemma with it, runs engines of TensorRT 10; those of 11 are for other programs.
+# --engines DIR writes DIR/@ENGINES@/ and wrappers of the engines to DIR instead, for a read-only model folder;
+# `t5gemma --engines DIR` finds them there. trtexec's --device=N is the GPU by nvidia-smi's index, by default 0.
+# ONNX Runtime, and with it t5gemma, runs engines of TensorRT 10 only.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
@@ -28,18 +28,18 @@ for tool in trtexec nvidia-smi; do
     command -v "$tool" >/dev/null || fail "$tool is not installed or not in PATH"
 done
 
-# trtexec counts the GPUs that CUDA shows it; by the bus, as nvidia-smi does.
+# trtexec numbers the GPUs that CUDA shows it; this makes the order that of nvidia-smi.
 export CUDA_DEVICE_ORDER=PCI_BUS_ID
 device=0 previous=''
 for argument in "$@"; do
     case $argument in
-        --force|--engines|--engines=*) fail "$argument: expected before the options of trtexec" 2 ;;
+        --force|--engines|--engines=*) fail "$argument must come before the options of trtexec" 2 ;;
         --device=*) device=${argument#*=} ;;
         *) if [ "$previous" = --device ]; then device=$argument; fi ;;
     esac
     previous=$argument
 done
-case $device in ''|*[!0-9]*) fail "--device: expected the number of a GPU, found '$device'" 2 ;; esac
+case $device in ''|*[!0-9]*) fail "--device: expected the index of a GPU, found '$device'" 2 ;; esac
 if [ -n "${CUDA_VISIBLE_DEVICES-}" ]; then
     IFS=, read -r -a visible <<< "$CUDA_VISIBLE_DEVICES"
     [ "$device" -lt "${#visible[@]}" ] ||
@@ -47,17 +47,24 @@ if [ -n "${CUDA_VISIBLE_DEVICES-}" ]; then
     device=${visible[$device]}
 fi
 gpus=$(nvidia-smi -i "$device" --query-gpu=name,compute_cap --format=csv,noheader) ||
-    fail "nvidia-smi does not know the GPU $device: $gpus"
-# Read whole before the first line is taken: what writes into a pipe that is closed early fails.
+    fail "nvidia-smi finds no GPU $device: $gpus"
+# Not `nvidia-smi | sed`: a program whose pipe closes early fails.
 gpu=$(sed -n 1p <<< "$gpus")
-[ -n "$gpu" ] || fail "nvidia-smi says nothing of the GPU $device"
-@FLOAT8@told=$(trtexec --help 2>&1) || true
-version=$(sed -n 's/.*TensorRT[.v ]*\([0-9][0-9.]*\).*/\1/p' <<< "$told" | sed -n 1p)
+[ -n "$gpu" ] || fail "nvidia-smi prints nothing for GPU $device"
+uses_fp8=@USES_FP8@
+if $uses_fp8; then
+    # The last field is the compute capability.
+    case ${gpu##*, } in
+        [0-7].*|8.[0-8]) fail "the graphs compute in fp8, which requires @FP8_GPUS@ (got $gpu)" ;;
+    esac
+fi
+help=$(trtexec --help 2>&1) || true
+version=$(sed -n 's/.*TensorRT[.v ]*\([0-9][0-9.]*\).*/\1/p' <<< "$help" | sed -n 1p)
 case $version in
-    1[1-9]*) echo "build_engines.sh: engines of TensorRT $version cannot be run by ONNX Runtime and t5gemma, which need 10" >&2 ;;
+    1[1-9]*) echo "build_engines.sh: ONNX Runtime and t5gemma require TensorRT 10 (got $version)" >&2 ;;
 esac
-mkdir -p "$out/@ENGINES@" || fail "$out/@ENGINES@ cannot be made; name another folder with --engines DIR"
-[ -w "$out/@ENGINES@" ] || fail "$out/@ENGINES@ cannot be written; name another folder with --engines DIR"
+mkdir -p "$out/@ENGINES@" || fail "$out/@ENGINES@ cannot be created; choose another folder with --engines DIR"
+[ -w "$out/@ENGINES@" ] || fail "$out/@ENGINES@ cannot be written; choose another folder with --engines DIR"
 cd "$out"
 
 part=''
@@ -72,24 +79,24 @@ build() {
         cp "$here/${stem}_ctx.onnx" "${stem}_ctx.onnx"
     fi
     if [ -e "$plan" ] && [ -z "$force" ]; then
-        if [ "$(cat "$plan.stamp" 2>/dev/null)" = "$stamp" ]; then echo "$plan is built"; return; fi
-        echo "build_engines.sh: $plan was built for something else:" >&2
+        if [ "$(cat "$plan.stamp" 2>/dev/null)" = "$stamp" ]; then echo "$plan is up to date"; return; fi
+        echo "build_engines.sh: $plan is not up to date:" >&2
         echo "  expected: $stamp" >&2
-        echo "  found:    $(cat "$plan.stamp" 2>/dev/null || echo nothing said)" >&2
-        echo "  remove it, or build it anew with --force" >&2
+        echo "  found:    $(cat "$plan.stamp" 2>/dev/null || echo no stamp file)" >&2
+        echo "  rebuild it with --force, or remove it" >&2
         exit 1
     fi
     echo "building $plan"
     part=$plan.part
     trtexec --onnx="$here/$stem.onnx" --saveEngine="$part" --timingCacheFile=@ENGINES@/timing.cache "$@"
-    [ -s "$part" ] || fail "trtexec has written no engine for $stem.onnx"
+    [ -s "$part" ] || fail "trtexec wrote no engine for $stem.onnx"
     rm -f "$plan.stamp"
     mv "$part" "$plan"
     part=''
     printf '%s\n' "$stamp" > "$plan.stamp"
 }
 
-# The types are in the graphs; TensorRT 10 has to be told, later ones know no other way.
+# The graphs define all types. TensorRT 10 needs this option to respect them; later versions have no other mode.
 typed=(--stronglyTyped)
 case $version in 1[1-9]*) typed=();; esac
 

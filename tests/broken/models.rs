@@ -238,7 +238,7 @@ fn inspect_refuses_the_same_folders() {
         Case {
             name: "no folder",
             change: |folder| fs::remove_dir_all(folder).expect("just made"),
-            says: &["model: expected a model folder or a checkpoint, found nothing there"],
+            says: &["model: expected a model folder or a checkpoint, found nothing"],
         },
         Case {
             name: "a manifest that is not JSON",
@@ -298,7 +298,7 @@ fn an_edited_generation_config_is_taken_with_a_word() {
     .unwrap_or_else(|wrong| panic!("{wrong}"));
     // Resealed, there is nothing to tell.
     write(&model, "generation_config.json", "{\"max_new_tokens\": 2}");
-    assert!(reseal(&model).contains("generation_config.json has changed"));
+    assert!(reseal(&model).contains("generation_config.json changed"));
     assert!(!said(&generate()).contains("since export"));
 }
 
@@ -315,7 +315,7 @@ fn reseal_accepts_text_files_and_nothing_that_computes() {
     let model = copy(&crate::common::demo(), &folder.path().join("model"));
     let generate = || run("t5gemma", ["generate".as_ref(), model.as_os_str(), "doctor smith".as_ref()], "");
     let sealed = fs::read(model.join(MANIFEST)).expect("readable");
-    assert!(reseal(&model).contains("nothing has changed"));
+    assert!(reseal(&model).contains("no changes"));
     assert_eq!(fs::read(model.join(MANIFEST)).expect("readable"), sealed);
 
     edit(&model, "tokenizer.json", |bytes| bytes.push(b'\n'));
@@ -323,15 +323,15 @@ fn reseal_accepts_text_files_and_nothing_that_computes() {
         .unwrap_or_else(|wrong| panic!("{wrong}"));
     write(&model, "chat_template.jinja", "{{ messages[0].content }}");
     let said = reseal(&model);
-    assert!(said.contains("tokenizer.json has changed") && said.contains("chat_template.jinja is new"), "{said}");
+    assert!(said.contains("tokenizer.json changed") && said.contains("chat_template.jinja added"), "{said}");
     assert!(generate().status.success());
     remove(&model, "chat_template.jinja");
-    assert!(reseal(&model).contains("chat_template.jinja is gone"));
+    assert!(reseal(&model).contains("chat_template.jinja removed"));
 
     let changes: [(&str, &str); 4] = [
-        ("encoder_model.onnx", "model/encoder_model.onnx: is not that of the export"),
-        (WEIGHTS, "model/model.onnx_data: is not that of the export"),
-        ("config.json", "model/config.json: is not that of the export"),
+        ("encoder_model.onnx", "model/encoder_model.onnx: expected the file of the export, found another"),
+        (WEIGHTS, "model/model.onnx_data: expected the file of the export, found another"),
+        ("config.json", "model/config.json: expected the file of the export, found another"),
         ("tokenizer.json", "model/tokenizer.json: expected a JSON object, found a text that is not JSON"),
     ];
     for (name, says) in changes {
@@ -349,7 +349,7 @@ fn reseal_accepts_text_files_and_nothing_that_computes() {
 #[test]
 fn a_length_of_the_file_ends_at_the_capacity_of_the_cache() {
     let folder = tempfile::tempdir().expect("a temporary folder can be made");
-    let export = Export { target: Target::TensorRt, dtype: DType::Float32, capacity: Some(8), ..Export::default() };
+    let export = Export::default().target(Target::TensorRt).dtype(DType::Float32).capacity(8);
     let model = copy(&exported_as("tiny-untied", "capacity-8", export), &folder.path().join("model"));
     write(&model, "generation_config.json", "{\"max_new_tokens\": 160}");
     let generate =
@@ -440,7 +440,7 @@ fn a_model_without_a_tokenizer_takes_ids_only() {
 
 #[test]
 fn bfloat16_on_the_cpu_is_told() {
-    let model = exported_as("tiny-untied", "bf16", Export { dtype: DType::BFloat16, ..Export::default() });
+    let model = exported_as("tiny-untied", "bf16", Export::default().dtype(DType::BFloat16));
     let model = model.to_str().expect("temporary paths are UTF-8");
     let output = run("t5gemma", ["generate", model, "--jsonl"], "{\"input_ids\": [5]}");
     let says = [

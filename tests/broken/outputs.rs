@@ -24,31 +24,31 @@ fn what_is_not_a_model_is_not_replaced() {
             name: "a folder with something in it",
             before: |out| write(&folder(out), "thesis.txt", "years of work"),
             overwrite: &[],
-            says: &["/out: exists and is not empty; name another folder or pass --overwrite"],
+            says: &["/out: exists and is not empty; choose another folder or pass --overwrite"],
         },
         Case {
             name: "a model, without --overwrite",
             before: |out| drop(copy(&exported("tiny-untied"), out)),
             overwrite: &[],
-            says: &["/out: exists and is not empty; name another folder or pass --overwrite"],
+            says: &["/out: exists and is not empty; choose another folder or pass --overwrite"],
         },
         Case {
             name: "a folder that is not a model, with --overwrite",
             before: |out| write(&folder(out), "thesis.txt", "years of work"),
             overwrite: &["--overwrite"],
-            says: &["/out: has no manifest.json of an exported model and is not overwritten"],
+            says: &["/out: not replaced: it has no manifest.json of an exported model"],
         },
         Case {
             name: "another program's manifest.json, with --overwrite",
             before: |out| write(&folder(out), "manifest.json", "{\"name\": \"a web page\"}"),
             overwrite: &["--overwrite"],
-            says: &["/out: has no manifest.json of an exported model and is not overwritten"],
+            says: &["/out: not replaced: it has no manifest.json of an exported model"],
         },
         Case {
             name: "a model with other files in its folder, with --overwrite",
             before: |out| write(&copy(&exported("tiny-untied"), out), "thesis.txt", "years of work"),
             overwrite: &["--overwrite"],
-            says: &["/out/thesis.txt: is not of the exported model beside it"],
+            says: &["/out/thesis.txt: not replaced: the exported model beside it does not own it"],
         },
         Case {
             name: "a file",
@@ -112,12 +112,12 @@ fn places_that_cannot_be_written_to_are_named() {
     let below_file = file.join("models/out");
     let long = folder.path().join("n".repeat(300));
     let cases = [
-        (below_file.to_str().expect("UTF-8"), "/file/models: cannot be made"),
-        (long.to_str().expect("UTF-8"), "cannot be made"),
+        (below_file.to_str().expect("UTF-8"), "/file/models: cannot be created"),
+        (long.to_str().expect("UTF-8"), "cannot be created"),
         // Nobody can make folders there, root included.
         #[cfg(target_os = "linux")]
         ("/proc/out", "/proc/.out.partial-"),
-        ("/", "/: expected the name of a folder to make"),
+        ("/", "/: expected the name of a folder to create"),
         ("..", "exists and is not empty"),
     ];
     check_all(

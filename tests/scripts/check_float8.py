@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Holds the fp8 weights of an exported model to those of its checkpoint: `check_float8.py MODEL CHECKPOINT`.
+"""Checks the fp8 weights of an exported model against its checkpoint: `check_float8.py MODEL CHECKPOINT`.
 
-Every matrix has to be the codes of `ml_dtypes` for its numbers over the least power of two with which the largest fits.
-Prints how many matrices and numbers there are.
+Every matrix must consist of the codes of `ml_dtypes` for its numbers divided by the scale, the smallest power of two with
+which the largest number fits. Prints the number of matrices and of their elements.
 """
 
 import json

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Compiles graphs with NVIDIA's own parser and builder, those of TensorRT for RTX, which need neither GPU nor CUDA:
+"""Compiles graphs with the parser and builder of TensorRT for RTX, which need neither a GPU nor CUDA:
 `check_rtx.py EXPORTER FOLDER [--sizes SIZE...] [--minutes N]`.
 
-FOLDER is for the models: those of the tiny fixtures and of dummy weights in Google's sizes, in bfloat16 and float16, with a
-cache that grows and with one of a capacity, the fixtures (where there are no sizes, two of them) also in fp8, the sizes and
-the demo also with weights of 4 bits and in fp8, and the demo in int8; and encoders and classifiers, in int8 and fp8 too; each
-with a serving plan whose profiles are used. Every graph is parsed, and compiled for SM80, SM89 and SM120; those in fp8 have to be refused for SM80, which has none. Exit status 1 if one is refused else, or if the time
-is over before all are compiled. It is not the TensorRT of data centres, whose parser and compiler are close relatives: what
-this takes, that may still refuse.
+Exports into FOLDER, each with a serving plan: the tiny fixtures and Google's sizes with dummy weights, in bfloat16 and
+float16, with a growing and a static cache; the fixtures (without --sizes only two of them) also in fp8; the sizes and the
+demo also in int4 and fp8, the demo in int8; encoders and classifiers also in int8 and fp8. Every graph is parsed, and
+compiled for SM80, SM89 and SM120 with its profiles. Graphs in fp8 must be refused for SM80, which has no fp8. The exit status
+is 1 if another graph is refused, or if the time is over before all are compiled. TensorRT for data centers has another
+parser and compiler, closely related to these: it may still refuse a graph that passes here.
 """
 
 import argparse
@@ -32,7 +32,7 @@ GRAPHS = ["encoder", "decoder", "decoder_with_past", "model"]
 
 
 def load():
-    """The bindings, which want their libraries loaded."""
+    """Imports the bindings, after loading their libraries."""
     found = importlib.util.find_spec("tensorrt_rtx_libs")
     if found is None:
         sys.exit("check_rtx.py: tensorrt_rtx_libs is not installed: run it by `make check-rtx`")
@@ -44,7 +44,7 @@ def load():
 
 
 def compiled(tensorrt, graph, profile):
-    """Yields what each step of compiling a graph came to: the step, seconds, bytes and what was said."""
+    """Compiles a graph. Yields the name of each step, its seconds, the bytes of the engine, and error messages."""
     said = []
 
     class Log(tensorrt.ILogger):
@@ -80,13 +80,13 @@ def compiled(tensorrt, graph, profile):
         said.clear()
         start = time.monotonic()
         engine = builder.build_serialized_network(network, config)
-        refused = [] if engine is not None else said or ["no engine, and nothing was said"]
+        refused = [] if engine is not None else said or ["no engine and no error message"]
         yield capability, time.monotonic() - start, 0 if engine is None else engine.nbytes, refused
 
 
 @functools.cache
 def ranges(exporter, folder, name, source):
-    """A file of ranges for a model, made once: which they are makes no difference to a builder."""
+    """A file of activation ranges for a model, made once. Their values make no difference to a builder."""
     model, path = folder / "observed", folder / f"{name}-ranges.json"
     shutil.rmtree(model, ignore_errors=True)
     subprocess.run([exporter, "--quiet", "--observe", *source, str(model)], check=True)
@@ -98,7 +98,7 @@ def ranges(exporter, folder, name, source):
 
 
 def exports(sizes, capacity):
-    """What to export: a label, the arguments for it, and of what computes in 8 bits the name and source of its ranges."""
+    """The exports: a label, the arguments, and for models that compute in 8 bits the name and source of their ranges."""
     for dtype in ("bfloat16", "float16"):
         for cache in ([], ["--cache", f"static={capacity}"]):
             ways = ["--target", "tensorrt", "--dtype", dtype, "--candidates", "8", *cache]
@@ -107,16 +107,16 @@ def exports(sizes, capacity):
             for fixture in sorted(path for path in FIXTURES.iterdir() if (path / "checkpoint").is_dir()):
                 source = (str(fixture / "checkpoint"),)
                 yield f"{fixture.name} {label}", [*ways, "--plan", plan, *source], None
-                # Without sizes there is little time.
+                # Runs without --sizes must be short.
                 if sizes or fixture.name in ("tiny-balanced", "tiny-unbalanced"):
                     fp8 = [*ways, "--quantize", "fp8", "--plan", plan, *source]
                     yield f"{fixture.name} {label} fp8", fp8, (fixture.name, source)
                 if fixture.name == "tiny-unbalanced":
                     aligned = [*ways, "--alignment", "--plan", plan, str(fixture / "checkpoint")]
                     yield f"{fixture.name} {label} aligned", aligned, None
-            # What does not generate has neither a cache nor candidates.
+            # Encoders and classifiers have neither a cache nor candidates.
             for task in TASKS if not cache else []:
-                # Without sizes there is little time.
+                # Runs without --sizes must be short.
                 if not sizes and (dtype != "bfloat16" or task == "sequence-encoder"):
                     continue
                 source = (str(TESTS / "fixtures/tasks" / task / "checkpoint"),)
@@ -151,7 +151,7 @@ def main():
     deadline = time.monotonic() + given.minutes * 60
     given.folder.mkdir(parents=True, exist_ok=True)
     refused = rightly = engines = 0
-    # Fixtures of one shape give one graph: what differs is in their weights only.
+    # Fixtures of the same sizes have the same graphs and differ only in their weights.
     known = set()
     for label, how, observed in exports(given.sizes, 64):
         if given.only not in label:
@@ -182,7 +182,7 @@ def main():
                         print(f"no fp8  {label:<36} {name:<24} {step:<7}{seconds:>7.1f} s", flush=True)
                         rightly += 1
                         continue
-                    wrong = wrong or ["expected to be refused for its fp8, and was compiled"]
+                    wrong = wrong or ["expected an error for fp8, but it was compiled"]
                     verdict = "WRONG"
                 print(f"{verdict:<8}{label:<36} {name:<24} {step:<7}{seconds:>7.1f} s{size / 1e6:>9.1f} MB", flush=True)
                 for line in wrong:

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Holds the wrappers of a model folder to the graphs they stand for: one EPContext node each, the same ports, an engine's
-path below the folder, and an ONNX Runtime that reads the file as far as it goes without the provider it is for.
+"""Checks the engine wrappers of a model folder against their graphs: one EPContext node each, the same inputs and outputs, an
+engine path within the folder, and that ONNX Runtime accepts the file up to the missing provider.
 """
 
 import json
@@ -32,7 +32,7 @@ def main():
         try:
             onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         except Exception as error:
-            # The node is known and well-formed; only nobody here can run it.
+            # The node is known and well-formed; only its provider is missing.
             assert "EPContext" in str(error) and "INVALID_GRAPH" not in str(error), error
         else:
             raise AssertionError(f"{path}: ran without TensorRT")

@@ -1,14 +1,13 @@
 #!/usr/bin/env bash
-# Everything that only a machine with an NVIDIA GPU can tell, by `make gpu-check`: which provider works; the golden tensors and
-# cases on CUDA in float32, float16 and bfloat16; the same through TensorRT and TensorRT for RTX where they are installed;
-# whether CUDA graphs change a token; whether the weights are in the GPU's memory once; times of dummy models against the memory's
-# bandwidth, with CUDA graphs too, and, where torch is there, against transformers.
+# The checks that need a machine with an NVIDIA GPU (`make gpu-check`): which providers work; golden tensors and cases on CUDA
+# in float32, float16 and bfloat16, and through TensorRT and TensorRT for RTX where they are installed; whether CUDA graphs
+# change a token; whether GPU memory holds the weights once; speed of dummy models compared with the memory's bandwidth, with
+# CUDA graphs too, and with transformers where torch is installed.
 #
 #   gpu_check.sh EXPORTER T5GEMMA OUT [--sizes "2b-2b 9b-2b"] [--device N] [--quick]
 #
-# Every step is a line of OUT/summary.txt: ok, FAIL, or skip with the reason. Exit status 1 if a step fails, or if no provider
-# for a GPU could be used.
-# What a GPU is needed for has not been run by those who wrote this: see the README on what was run on what.
+# Every step is a line of OUT/summary.txt: ok, FAIL, or skip with the reason. The exit status is 1 if a step fails, or if no
+# GPU provider is available. The README says which of this was run on which machine.
 set -uo pipefail
 exporter=$1 t5gemma=$2 out=$3
 shift 3
@@ -32,7 +31,7 @@ failed=0
 
 say() { printf '%s\n' "$*" | tee -a "$summary"; }
 
-# step NAME COMMAND...: runs it, with its output in a file of that name
+# step NAME COMMAND...: runs the command, with its output in a file of that name
 step() {
     local name=$1 log=$out/${1//[^A-Za-z0-9._-]/_}.log start=$SECONDS
     shift
@@ -61,7 +60,7 @@ sed 's/^/    /' "$out/doctor.log" | tee -a "$summary"
 
 ready() { grep -q -- "--provider $1: ready" "$out/doctor.log"; }
 
-# golden MODEL FIXTURE DTYPE ARGUMENTS...: tensors within the limits, and of float32 the tokens too
+# golden MODEL FIXTURE DTYPE ARGUMENTS...: checks tensors against limits, and in float32 also tokens
 golden() {
     local model=$1 fixture=$2 dtype=$3
     shift 3
@@ -69,7 +68,7 @@ golden() {
     "$python" "$here/golden_cases.py" "$t5gemma" "$model" "$fixtures/$fixture" --dtype "$dtype" -- "$@"
 }
 
-# same_tokens MODEL FIXTURE DTYPE OPTION ARGUMENTS...: the same tokens with an option of the provider as without
+# same_tokens MODEL FIXTURE DTYPE OPTION ARGUMENTS...: checks that a provider option changes no token
 same_tokens() {
     local model=$1 fixture=$2 dtype=$3 option=$4 tokens
     shift 4
@@ -81,8 +80,8 @@ same_tokens() {
     [ -s "$tokens-with" ] && cmp "$tokens-without" "$tokens-with"
 }
 
-# The providers on tiny models, in each type and each layout that is for them. The processor's is run too: it shows that the
-# script itself works where there is no GPU.
+# All providers on tiny models, in each of their types and cache layouts. The CPU provider is included to test this script on
+# machines without a GPU.
 providers="cpu cuda tensorrt nv-tensorrt-rtx"
 for provider in $providers; do
     if ! ready "$provider"; then
@@ -101,7 +100,7 @@ for provider in $providers; do
             if [ $target = tensorrt ] || [ "$provider" = cpu ]; then layouts="as-is static"; fi
             for layout in $layouts; do
                 model=$out/models/$provider-$fixture-$dtype-$layout
-                # As many candidates as the cases with beams need, so that the GPU's choice of the greatest is seen too.
+                # Enough candidates for the cases with beams, so that top-k runs on the GPU.
                 how=(--target $target --dtype "$dtype" --candidates 12)
                 if [ $layout = static ]; then how=(--target tensorrt --dtype "$dtype" --candidates 12 --cache static=64); fi
                 case ${how[1]} in
@@ -116,7 +115,7 @@ for provider in $providers; do
                 case $provider in
                     cuda) [ "$dtype" = float32 ] || step "CUDA graphs $name" \
                         same_tokens "$model" "$fixture" "$dtype" enable_cuda_graph=1 "${given[@]}" ;;
-                    # Shows that the step itself works.
+                    # Tests the step itself.
                     cpu) step "same tokens $name" same_tokens "$model" "$fixture" "$dtype" "" ;;
                 esac
             done
@@ -124,9 +123,9 @@ for provider in $providers; do
     done
 done
 
-# Times. Random weights, made here; a model that does not fit on the disk is left out.
+# Speed, with random weights. Models that do not fit on the disk fail their export and are left out.
 bench() { "$t5gemma" bench "$@" --max-new-tokens 64 --source-length 512 --repeat 3 --json; }
-# most_memory COMMAND...: runs it, and prints the most MiB of the GPU's memory that its process had, or 0
+# most_memory COMMAND...: runs the command and prints the maximum MiB of GPU memory of its process, or 0
 most_memory() {
     local most=0 used pid
     "$@" > /dev/null &
@@ -141,8 +140,8 @@ most_memory() {
     echo $most
 }
 
-# weights_once MODEL ARGUMENTS...: the memory that a short source takes is little more than that of the weights. Each graph with a
-# copy of its own would take half as much again where the decoder is as large as the encoder.
+# weights_once MODEL ARGUMENTS...: checks that a short source takes little more GPU memory than the weights. A copy for each
+# graph would take half as much again if the decoder is as large as the encoder.
 weights_once() {
     local model=$1 weights used
     shift
@@ -150,7 +149,7 @@ weights_once() {
     used=$(most_memory "$t5gemma" bench "$model" "$@" --max-new-tokens 16 --source-length 16 --repeat 1 --json) || return 1
     echo "$used MiB of the GPU's memory for $weights MiB of weights"
     if [ "$used" = 0 ]; then
-        echo "nvidia-smi does not tell what a process has, as in some containers: look at it by hand"
+        echo "nvidia-smi does not report the memory of processes, as in some containers: check by hand"
         return 0
     fi
     [ "$used" -ge "$weights" ] && [ "$used" -le $((weights * 5 / 4 + 1536)) ]
@@ -190,8 +189,8 @@ done
 
 say ""
 if ! ready cuda && ! ready tensorrt && ! ready nv-tensorrt-rtx; then
-    say "no provider for a GPU could be used: of GPUs this says nothing"
+    say "no GPU provider is available: nothing was checked on a GPU"
     exit 1
 fi
-if [ $failed = 0 ]; then say "all that could be run is well"; else say "some steps failed"; fi
+if [ $failed = 0 ]; then say "all steps that could run passed"; else say "some steps failed"; fi
 exit $failed

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Breaks a graph in one way after another: `plant_faults.py GRAPH.onnx FOLDER` writes FOLDER/FAULT/GRAPH.onnx for each and
-prints a JSON list of [fault, kind of finding expected, what it has to name]. The weights stay where GRAPH has them, by links.
+"""Plants faults in a graph: `plant_faults.py GRAPH.onnx FOLDER` writes FOLDER/FAULT/GRAPH.onnx for each fault, with links to the
+weights, and prints a JSON list of [fault, kind of the expected finding, node that it must name].
 """
 
 import json

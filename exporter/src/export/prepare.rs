@@ -1,9 +1,8 @@
-//! Everything that an export decides before it writes: the configuration, the graphs and the list of weights. All options are
-//! held to the checkpoint here, so that nothing is written for an export that cannot succeed.
+//! Everything that an export decides before it writes: the configuration, the graphs and the list of weights. All
+//! options are checked against the checkpoint here, so that nothing is written for an export that cannot succeed.
 
 use std::sync::Arc;
 
-use anyhow::{Context, Result, bail};
 use serde_json::Value;
 use t5gemma_graphs::config::Config;
 use t5gemma_graphs::onnx::Definition;
@@ -13,11 +12,12 @@ use t5gemma_graphs::{Options, Vocabulary, definitions};
 
 use super::{Export, rules};
 use crate::checkpoint::Checkpoint;
-use crate::source::Source;
-use crate::tensorrt::Memory;
-use crate::weights::{self, NOT_DESCRIBED, Weight};
+use crate::error::{Error, Result};
+use crate::source::{Source, SourceConfig};
+use crate::tensorrt::MemoryEstimate;
+use crate::weights::{self, Weight};
 
-/// Graphs of up to so many layers are built in no time, whatever the checkpoint has.
+/// Building graphs of up to this many layers is fast, whether or not the checkpoint has them.
 const LAYERS_OF_REAL_MODELS: usize = 256;
 
 /// An export that is ready to be written.
@@ -38,13 +38,12 @@ pub(super) struct Prepared<'e> {
     /// Tensors of the checkpoint that no graph uses.
     pub unused: Vec<String>,
     /// GPU memory that the serving plan takes.
-    pub memory: Option<Memory>,
+    pub memory: Option<MemoryEstimate>,
 }
 
 impl<'e> Prepared<'e> {
     pub fn new(export: &'e Export, source: &'e Source) -> Result<Prepared<'e>> {
-        let (config_text, origin) = source.config()?;
-        let config = Config::parse(&config_text).with_context(|| origin.clone())?;
+        let SourceConfig { text: config_text, config, origin } = source.config()?;
         let task = rules::task(export.task.clone(), &config)?;
         rules::check_task(export, &task)?;
         rules::check_sizes(export, &config)?;
@@ -65,7 +64,7 @@ impl<'e> Prepared<'e> {
             target: export.target,
             dtype: export.dtype,
             logits: export.logits,
-            alignment_layers: rules::alignment_layers(export.alignment.as_deref(), &config)?,
+            alignment_layers: rules::alignment_layers(&export.alignment, &config)?,
             encoder_window: export.encoder_window,
             quantization: export.quantization.clone(),
             activations: export.activations.clone(),
@@ -78,9 +77,9 @@ impl<'e> Prepared<'e> {
         let graphs = definitions(&config, &options);
         let memory = match &export.plan {
             Some(plan) => {
-                rules::check_plan(plan, &config, &options, &graphs)?;
-                let memory = Memory::of(plan, &config, &options, &graphs);
-                rules::check_memory(export.fits, &memory)?;
+                plan.check(&config, &options, &graphs)?;
+                let memory = MemoryEstimate::new(plan, &config, &options, &graphs);
+                rules::check_memory(export.memory_limit, &memory)?;
                 Some(memory)
             }
             None => None,
@@ -91,7 +90,7 @@ impl<'e> Prepared<'e> {
             Source::Checkpoint(checkpoint) => weights::check(&weights, checkpoint, &config, &options.task)?,
             Source::Dummy { .. } => Vec::new(),
         };
-        weights::check_size(&weights).with_context(|| origin.clone())?;
+        weights::check_size(&weights, &origin)?;
         Ok(Prepared {
             export,
             source,
@@ -108,13 +107,17 @@ impl<'e> Prepared<'e> {
     }
 }
 
-/// Refuses a configuration of more layers than the checkpoint can have, before graphs of so many layers are built.
+/// Refuses a configuration with more layers than the checkpoint can have, before graphs with that many layers are
+/// built.
 fn check_layers(checkpoint: &Checkpoint, config: &Config, task: &Task) -> Result<()> {
     let of_decoder = if task.is_generation() { config.decoder.layers.len() } else { 0 };
     let (layers, tensors) = (config.encoder.layers.len() + of_decoder, checkpoint.names().count());
-    if layers > tensors.max(LAYERS_OF_REAL_MODELS) {
-        let folder = checkpoint.folder().display();
-        bail!("{folder}: {NOT_DESCRIBED}: expected those of {layers} layers, found {tensors} tensors");
+    if layers <= tensors.max(LAYERS_OF_REAL_MODELS) {
+        return Ok(());
     }
-    Ok(())
+    Err(Error::Tensors {
+        folder: checkpoint.folder().to_path_buf(),
+        mismatches: vec![format!("expected those of {layers} layers, found {tensors} tensors")],
+        hint: String::new(),
+    })
 }

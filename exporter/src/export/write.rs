@@ -1,11 +1,10 @@
-//! Writes a prepared export into its folder: the weights first, since the graphs refer to their places, the manifest last, since
-//! it has the hashes of all other files.
+//! Writes a prepared export into its folder: the weights first, since the graphs refer to their offsets, the manifest
+//! last, since it has the hashes of all other files.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-use anyhow::{Context, Result};
 use t5gemma_graphs::interface::{self, CacheLayout, Part};
 use t5gemma_graphs::manifest::{
     self, FORMAT, FORMAT_VERSION, FileRecord, GraphRecord, KEPT_TOKENS, MANIFEST, Manifest, WeightsRecord,
@@ -13,28 +12,33 @@ use t5gemma_graphs::manifest::{
 use t5gemma_graphs::reorder;
 
 use super::prepare::Prepared;
-use crate::external_data::{self, Written};
-use crate::progress::Watch;
+use crate::error::Result;
+use crate::external_data::{self, WrittenWeights};
+use crate::progress::Progress;
 use crate::proto;
 use crate::staging::StagingDir;
 use crate::tensorrt;
 use crate::weights;
 
-/// Tensors with numbers that are NaN or infinite, and how many.
-pub(super) type NotFinite = Vec<(String, u64)>;
+/// A model folder that was written.
+pub(super) struct WrittenModel {
+    pub manifest: Manifest,
+    /// The tensors that have NaNs or infinities, and how many.
+    pub not_finite: Vec<(String, u64)>,
+}
 
 /// The graphs that were written, by name.
 struct WrittenGraphs {
     records: BTreeMap<String, GraphRecord>,
-    /// For graphs that report activation ranges, the matrices that these are for.
+    /// For graphs that report activation ranges, the names of the matrices.
     observed: BTreeMap<String, Vec<String>>,
 }
 
 impl Prepared<'_> {
-    /// Writes all files. Returns the manifest and the tensors that are not finite.
-    pub fn write(&self, folder: &StagingDir, watch: &dyn Watch) -> Result<(Manifest, NotFinite)> {
-        let (written, source) = self.write_weights(folder, watch)?;
-        let Written { record: weights, not_finite } = written;
+    /// Writes all files.
+    pub fn write(&self, folder: &StagingDir, progress: &dyn Progress) -> Result<WrittenModel> {
+        let (written, source) = self.write_weights(folder, progress)?;
+        let WrittenWeights { record: weights, not_finite } = written;
         let is_generation = self.options.task.is_generation();
         let cache = if is_generation { self.options.cache(&self.config) } else { CacheLayout::default() };
         let WrittenGraphs { records: graphs, observed } = self.write_graphs(folder, &weights, cache)?;
@@ -56,31 +60,35 @@ impl Prepared<'_> {
             plan: export.plan.as_ref().map(ToString::to_string),
             quantization: export.quantization.clone(),
             observed,
-            parameters: weights::numbers(&self.weights),
+            parameters: weights::parameters(&self.weights),
             source,
             graphs,
             weights,
             files: self.write_files(folder)?,
         };
         if let (Some(plan), Some(memory)) = (&export.plan, &self.memory) {
-            for (name, bytes) in tensorrt::files(plan, &self.config, &manifest, memory)? {
+            for (name, bytes) in tensorrt::files(plan, &self.config, &manifest, memory) {
                 let record = folder.write(&name, &bytes)?;
                 manifest.files.insert(name, record);
             }
         }
-        let text = serde_json::to_string_pretty(&manifest).context("the manifest cannot be written as JSON")? + "\n";
+        let text = serde_json::to_string_pretty(&manifest).expect("a manifest has string keys only") + "\n";
         folder.write(MANIFEST, text.as_bytes())?;
-        Ok((manifest, not_finite))
+        Ok(WrittenModel { manifest, not_finite })
     }
 
-    /// Writes the file of weights while the checkpoint's files are hashed on another thread.
-    fn write_weights(&self, folder: &StagingDir, watch: &dyn Watch) -> Result<(Written, manifest::Source)> {
+    /// Writes the weights file while the checkpoint's files are hashed on another thread.
+    fn write_weights(
+        &self,
+        folder: &StagingDir,
+        progress: &dyn Progress,
+    ) -> Result<(WrittenWeights, manifest::Source)> {
         let failed = AtomicBool::new(false);
         let (written, source) = thread::scope(|scope| {
-            let hashed =
-                scope.spawn(|| self.source.record(&|| failed.load(Ordering::Relaxed) || watch.check().is_err()));
-            let written = external_data::write(&folder.path(interface::WEIGHTS), &self.weights, self.source, watch);
-            // Nobody needs the hashes of an export that failed.
+            let is_stopped = || failed.load(Ordering::Relaxed) || progress.is_cancelled();
+            let hashed = scope.spawn(move || self.source.record(&is_stopped));
+            let written = external_data::write(&folder.path(interface::WEIGHTS), &self.weights, self.source, progress);
+            // The hashes are of no use to an export that failed.
             failed.store(written.is_err(), Ordering::Relaxed);
             (written, hashed.join().expect("hashing does not panic"))
         });
@@ -99,7 +107,7 @@ impl Prepared<'_> {
             }
             let bytes = proto::encode(graph, export.target.capabilities().opset, |name| {
                 let at = weights.tensors.iter().find(|tensor| tensor.name == name);
-                let at = at.expect("every weight of every graph has been written");
+                let at = at.expect("all weights of the graphs were written");
                 proto::Location { file: interface::WEIGHTS.into(), offset: at.offset, bytes: at.bytes }
             });
             let weights = graph.parameters.iter().map(|p| graph.value(p.value).name.clone()).collect();
@@ -109,7 +117,7 @@ impl Prepared<'_> {
         Ok(WrittenGraphs { records, observed })
     }
 
-    /// Writes what is neither weights nor a graph of the task: settings, tokenizer, the graph that moves cache rows on a device.
+    /// Writes the other files: settings, tokenizer, and for GPUs the graph that reorders cache rows.
     fn write_files(&self, folder: &StagingDir) -> Result<BTreeMap<String, FileRecord>> {
         let mut files = BTreeMap::new();
         let mut write = |name: &str, bytes: &[u8]| -> Result<()> {
@@ -124,7 +132,7 @@ impl Prepared<'_> {
             write(interface::REORDER, &proto::encode(&graph, export.target.capabilities().opset, no_weights))?;
         }
         if let Some(tokens) = &export.kept_tokens {
-            let text = serde_json::to_string(tokens).context("tokens cannot be written as JSON")? + "\n";
+            let text = serde_json::to_string(tokens).expect("integers can be written as JSON") + "\n";
             write(KEPT_TOKENS, text.as_bytes())?;
         }
         for (name, bytes) in &self.companions {

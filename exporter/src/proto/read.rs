@@ -1,109 +1,118 @@
-//! An ONNX file as plain data, for `check`: of tensors what they are and where they lie, and the numbers of small ones.
+//! An ONNX file as plain data for `check`: the graph, the types and locations of tensors, and the values of small ones.
 
 use std::collections::BTreeMap;
-
-use anyhow::{Context, Result};
-use prost::Message;
+use std::path::Path;
 
 use super::onnx::tensor_proto::DataLocation;
 use super::onnx::tensor_shape_proto::dimension::Value as Size;
-use super::onnx::{self, AttributeProto, GraphProto, ModelProto, TensorProto, ValueInfoProto, type_proto};
+use super::onnx::{self, AttributeProto, GraphProto, TensorProto, ValueInfoProto, type_proto};
+use crate::error::Result;
 
-/// Numbers of a constant that are read, so that a limit on it can be held to.
+/// Maximum number of elements of a constant whose values are read, to check limits on them.
 const SMALL: usize = 64;
 
-/// A model file.
+/// An ONNX file.
 pub struct Model {
     /// Version of the standard operator set.
     pub opset: i64,
     /// The graph.
     pub graph: Graph,
-    /// Domain and name of the functions that it defines.
+    /// Domain and name of the functions that the file defines.
     pub functions: Vec<(String, String)>,
 }
 
-/// A graph, or a part of one that an operator runs.
+/// A graph, or a subgraph of an operator.
 #[derive(Default)]
 pub struct Graph {
-    /// Operators in order.
+    /// Nodes in order.
     pub nodes: Vec<Node>,
-    /// Constants by name.
+    /// Initializers by name.
     pub initializers: BTreeMap<String, Initializer>,
-    /// What a run is given, initializers left out.
+    /// Inputs, without initializers.
     pub inputs: Vec<Value>,
-    /// What a run returns.
+    /// Outputs.
     pub outputs: Vec<Value>,
-    /// What is said of tensors between.
-    pub between: Vec<Value>,
+    /// Type and shape of intermediate tensors, where the file has them.
+    pub value_info: Vec<Value>,
 }
 
-/// An operator.
+/// A node.
 pub struct Node {
-    /// Its name, which may be empty.
+    /// Name; may be empty.
     pub name: String,
-    /// Its domain, empty for the standard one.
+    /// Domain of the operator; empty for the standard one.
     pub domain: String,
-    /// What it does.
+    /// Operator.
     pub op: String,
-    /// Names of tensors; empty for those left out.
+    /// Tensor names; empty for omitted optional inputs.
     pub inputs: Vec<String>,
-    /// Names of tensors; empty for those left out.
+    /// Tensor names; empty for omitted optional outputs.
     pub outputs: Vec<String>,
     /// Attributes by name.
     pub attributes: BTreeMap<String, Attribute>,
 }
 
-/// An attribute's value, as far as anything depends on it.
+/// The value of an attribute, if a check depends on it.
 pub enum Attribute {
-    /// A whole number.
+    /// An integer.
     Int(i64),
-    /// A number.
+    /// A float.
     Float(f64),
     /// Text.
     Text(String),
-    /// A constant.
+    /// A tensor.
     Tensor(Initializer),
-    /// Graphs to run.
+    /// Subgraphs.
     Graphs(Vec<Graph>),
     /// Anything else.
     Other,
 }
 
-/// A tensor that the file defines.
+/// A tensor with a value in the file or in external data.
 pub struct Initializer {
-    /// Type by its number in ONNX.
+    /// ONNX's code of the element type.
     pub dtype: i32,
     /// Dimensions.
     pub shape: Vec<i64>,
-    /// File, first byte and length, where it lies outside.
-    pub external: Option<(String, u64, Option<u64>)>,
-    /// The numbers, where they are few and whole.
+    /// Where the value is, if in external data.
+    pub external: Option<ExternalData>,
+    /// The values of a small integer tensor.
     pub ints: Option<Vec<i64>>,
 }
 
-/// A tensor's name and what is said of it.
+/// Name, type and shape of a tensor.
 pub struct Value {
-    /// Its name.
+    /// Name.
     pub name: String,
-    /// Type by its number in ONNX; 0 if nothing is said.
+    /// ONNX's code of the element type; 0 if it is unknown.
     pub dtype: i32,
-    /// Dimensions, none where they vary; nothing where even their number is not said.
+    /// Dimensions, `None` for dynamic ones; `None` if even the rank is unknown.
     pub shape: Option<Vec<Option<i64>>>,
-    /// The names of the dimensions that vary, empty for the others.
+    /// Names of the dynamic dimensions, empty for the others.
     pub symbols: Vec<String>,
 }
 
-/// Reads an ONNX file.
+/// Where a tensor is in external data.
+pub struct ExternalData {
+    /// File, relative to the model's folder.
+    pub file: String,
+    /// Offset in bytes.
+    pub offset: u64,
+    /// Length in bytes, if the file states it.
+    pub length: Option<u64>,
+}
+
+/// Reads the ONNX file at `path`, whose content is `bytes`.
 ///
 /// # Errors
 /// If the bytes are not an ONNX model.
-pub fn read(bytes: &[u8]) -> Result<Model> {
-    let model = ModelProto::decode(bytes).context("not an ONNX model")?;
+pub fn read(path: &Path, bytes: &[u8]) -> Result<Model> {
+    let (model, main) = super::decode(path, bytes)?;
     let standard = model.opset_import.iter().find(|set| matches!(set.domain(), "" | "ai.onnx"));
     Ok(Model {
         opset: standard.map_or(0, |set| set.version()),
         functions: model.functions.iter().map(|f| (f.domain().to_string(), f.name().to_string())).collect(),
-        graph: graph(model.graph.context("an ONNX model without a graph")?),
+        graph: graph(main),
     })
 }
 
@@ -114,7 +123,7 @@ fn graph(graph: GraphProto) -> Graph {
         nodes: graph.node.into_iter().map(node).collect(),
         inputs: graph.input.iter().map(value).filter(|input| !initializers.contains_key(&input.name)).collect(),
         outputs: graph.output.iter().map(value).collect(),
-        between: graph.value_info.iter().map(value).collect(),
+        value_info: graph.value_info.iter().map(value).collect(),
         initializers,
     }
 }
@@ -147,16 +156,18 @@ fn attribute(given: AttributeProto) -> Attribute {
 fn initializer(tensor: &TensorProto) -> Initializer {
     let entry =
         |key: &str| tensor.external_data.iter().find(|entry| entry.key() == key).map(|entry| entry.value().to_string());
-    let is_external = tensor.data_location() == DataLocation::External;
     let number = |key: &str| entry(key).and_then(|text| text.parse().ok());
-    let external =
-        is_external.then(|| (entry("location").unwrap_or_default(), number("offset").unwrap_or(0), number("length")));
+    let external = (tensor.data_location() == DataLocation::External).then(|| ExternalData {
+        file: entry("location").unwrap_or_default(),
+        offset: number("offset").unwrap_or(0),
+        length: number("length"),
+    });
     let elements = tensor.dims.iter().product::<i64>();
-    let ints = (external.is_none() && (0..=SMALL as i64).contains(&elements)).then(|| whole(tensor)).flatten();
+    let ints = (external.is_none() && (0..=SMALL as i64).contains(&elements)).then(|| integers(tensor)).flatten();
     Initializer { dtype: tensor.data_type(), shape: tensor.dims.clone(), external, ints }
 }
 
-fn whole(tensor: &TensorProto) -> Option<Vec<i64>> {
+fn integers(tensor: &TensorProto) -> Option<Vec<i64>> {
     let raw = tensor.raw_data();
     match (tensor.data_type(), raw.is_empty()) {
         (7, true) => Some(tensor.int64_data.clone()),

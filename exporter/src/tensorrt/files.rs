@@ -1,17 +1,16 @@
-//! The files of a serving plan: the optimization profiles of every graph, options for ONNX Runtime's providers, a script that
-//! builds engines, the wrappers through which ONNX Runtime runs them, and the memory estimate as text.
+//! The files of a serving plan: the optimization profiles of every graph, options for ONNX Runtime's providers, a
+//! script that builds engines, the wrappers through which ONNX Runtime runs them, and the memory estimate as text.
 
 use std::collections::BTreeMap;
 
-use anyhow::{Context, Result};
 use serde_json::{Map, Value, json};
 use t5gemma_graphs::config::Config;
 use t5gemma_graphs::interface::{CacheLayout, DType, ENGINES, PROVIDER_OPTIONS, Port};
 use t5gemma_graphs::manifest::{GraphRecord, Manifest};
 
 use super::limits::FLOAT8_GPUS;
-use super::memory::Memory;
-use super::plan::Plan;
+use super::memory::MemoryEstimate;
+use super::plan::ServingPlan;
 use super::profiles::{PROFILES, Profile, Profiles};
 use crate::proto;
 
@@ -21,41 +20,44 @@ const BUILD_ENGINES: &str = include_str!("../../tensorrt/build_engines.sh");
 const WORKSPACE: u64 = 16 << 30;
 
 /// The files that a plan adds to the model folder, by name.
-pub fn files(plan: &Plan, config: &Config, manifest: &Manifest, memory: &Memory) -> Result<Vec<(String, Vec<u8>)>> {
+pub fn files(
+    plan: &ServingPlan,
+    config: &Config,
+    manifest: &Manifest,
+    memory: &MemoryEstimate,
+) -> Vec<(String, Vec<u8>)> {
     let graphs: Vec<(&str, &GraphRecord)> = (manifest.parts(config).iter())
-        .map(|part| Ok((part.name, manifest.graphs.get(part.name).with_context(|| format!("no {}", part.file))?)))
-        .collect::<Result<_>>()?;
-    let mut profiles = Profiles::new();
-    for (name, record) in &graphs {
-        profiles.insert(record.file.clone(), profile(plan, name, &record.ports.inputs, manifest.cache)?);
-    }
-    let json = |value: &Value| serde_json::to_string_pretty(value).map(|text| (text + "\n").into_bytes());
+        .map(|part| (part.name, manifest.graphs.get(part.name).expect("the manifest has all graphs of its task")))
+        .collect();
+    let profiles: Profiles = (graphs.iter())
+        .map(|(name, record)| (record.file.clone(), profile(plan, name, &record.ports.inputs, manifest.cache)))
+        .collect();
+    let json = |value: &Value| (serde_json::to_string_pretty(value).expect("values are JSON") + "\n").into_bytes();
     let mut files = vec![
-        (PROFILES.to_string(), json(&serde_json::to_value(&profiles)?)?),
-        (PROVIDER_OPTIONS.to_string(), json(&provider_options(&graphs, &profiles, manifest))?),
+        (PROFILES.to_string(), json(&json!(profiles))),
+        (PROVIDER_OPTIONS.to_string(), json(&provider_options(&graphs, &profiles, manifest))),
         ("build_engines.sh".to_string(), script(&graphs, &profiles, manifest).into_bytes()),
-        ("memory.txt".to_string(), (memory.to_string() + &note(manifest)).into_bytes()),
+        ("memory.txt".to_string(), (memory.to_string() + &gpu_note(manifest)).into_bytes()),
     ];
     for (name, record) in &graphs {
         let stem = stem(record);
         let (engine, graph) = (format!("{ENGINES}/{stem}.plan"), &record.file);
         files.push((format!("{stem}_ctx.onnx"), proto::wrapper(name, &engine, graph, &record.ports)));
     }
-    Ok(files)
+    files
 }
 
-/// The profile of each input with a dynamic shape.
-fn profile(plan: &Plan, graph: &str, inputs: &[Port], cache: CacheLayout) -> Result<BTreeMap<String, Profile>> {
+/// The profiles of the inputs with a dynamic shape.
+fn profile(plan: &ServingPlan, graph: &str, inputs: &[Port], cache: CacheLayout) -> BTreeMap<String, Profile> {
     let dynamic = inputs.iter().filter(|port| port.shape.iter().any(|dim| dim.as_fixed().is_none()));
     dynamic
         .map(|port| {
             let shape = |of: usize| {
-                let size = |symbol: &str| Some(plan.span(graph, symbol, cache)?.each()[of]);
+                let size = |symbol: &str| Some(plan.range(graph, symbol, cache)?.min_opt_max()[of]);
                 let sizes = port.shape.iter().map(|dim| dim.size(size).map(|size| size as i64));
-                let sizes = sizes.collect::<Option<Vec<_>>>();
-                sizes.with_context(|| format!("plan: {graph}: {}: a size that no plan tells", port.name))
+                sizes.collect::<Option<Vec<_>>>().expect("a plan has a range for every symbol of an input")
             };
-            Ok((port.name.clone(), [shape(0)?, shape(1)?, shape(2)?]))
+            (port.name.clone(), [shape(0), shape(1), shape(2)])
         })
         .collect()
 }
@@ -65,20 +67,20 @@ fn stem(record: &GraphRecord) -> &str {
     record.file.strip_suffix(".onnx").unwrap_or(&record.file)
 }
 
-/// A remark on the GPUs that the engines need.
-fn note(manifest: &Manifest) -> String {
+/// A note on the GPUs that the engines require.
+fn gpu_note(manifest: &Manifest) -> String {
     if !has_float8(manifest) {
         return String::new();
     }
-    format!("\nThe engines compute in fp8, which {FLOAT8_GPUS}.\n")
+    format!("\nThe engines compute in fp8, which requires {FLOAT8_GPUS}.\n")
 }
 
 fn has_float8(manifest: &Manifest) -> bool {
     manifest.weights.tensors.iter().any(|tensor| tensor.dtype == DType::Float8E4M3FN)
 }
 
-/// The shapes of all inputs as TensorRT's tools and providers read them, `input_ids:4x32,...`: the minimum, optimum or maximum
-/// of each profile, as `of` is 0, 1 or 2.
+/// The shapes of all inputs as TensorRT's tools and providers read them, `input_ids:4x32,...`: the minimum, optimum or
+/// maximum of each profile, as `of` is 0, 1 or 2.
 fn shapes(profile: &BTreeMap<String, Profile>, of: usize) -> String {
     let sizes = |shape: &[i64]| shape.iter().map(i64::to_string).collect::<Vec<_>>().join("x");
     profile.iter().map(|(name, shapes)| format!("{name}:{}", sizes(&shapes[of]))).collect::<Vec<_>>().join(",")
@@ -135,22 +137,7 @@ fn script(graphs: &[(&str, &GraphRecord)], profiles: &Profiles, manifest: &Manif
     BUILD_ENGINES
         .replace("@ENGINES@", ENGINES)
         .replace("@WEIGHTS@", &manifest.weights.record.sha256)
-        .replace("@FLOAT8@", &float8_check(manifest))
+        .replace("@USES_FP8@", if has_float8(manifest) { "true" } else { "false" })
+        .replace("@FP8_GPUS@", FLOAT8_GPUS)
         .replace("@BUILDS@", &builds)
-}
-
-/// The lines of the script by which it refuses a GPU that cannot compute in fp8 where a graph does.
-fn float8_check(manifest: &Manifest) -> String {
-    if !has_float8(manifest) {
-        return String::new();
-    }
-    format!(
-        r#"case ${{gpu##*, }} in [0-7].*|8.[0-8])
-    echo "build_engines.sh: the graphs compute in fp8, which {FLOAT8_GPUS}" >&2
-    echo "  expected: compute capability 8.9 or up" >&2
-    echo "  found:    $gpu" >&2
-    exit 1;;
-esac
-"#
-    )
 }

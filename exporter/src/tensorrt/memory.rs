@@ -1,5 +1,5 @@
-//! What the greatest sizes of a serving plan take of a GPU's memory: a table from shapes alone, written into the model folder
-//! with the formula of each row, so that it can be held against what `nvidia-smi` says.
+//! [`MemoryEstimate`]: the GPU memory that a serving plan takes at its maximum sizes, computed from shapes. The model
+//! folder has it as `memory.txt`, with the formula of each row, to be compared with `nvidia-smi`.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -10,128 +10,154 @@ use t5gemma_graphs::config::{Config, Stack};
 use t5gemma_graphs::interface::{BATCH, CacheLayout, DType, SOURCE};
 use t5gemma_graphs::onnx::{Definition, Dim, ValueInfo};
 
-use super::Plan;
+use super::plan::ServingPlan;
+use crate::error::ParseError;
 
-/// What the driver, CUDA's libraries and the allocator of ONNX Runtime take beside tensors: the first two about half of it.
+/// Memory besides tensors: driver and CUDA libraries, about half of it, and fragmentation of ONNX Runtime's allocator.
 const ALLOWANCE: u64 = 1_000_000_000;
 
-/// The memory that a plan takes, row by row.
+/// The GPU memory that a plan takes, row by row.
 #[derive(Debug)]
-pub struct Memory {
-    /// The plan, and what of the export decides the sizes.
-    of: String,
+pub struct MemoryEstimate {
+    /// The plan, and the options that decide the sizes.
+    plan: String,
     rows: Vec<Row>,
 }
 
 #[derive(Debug)]
 struct Row {
-    what: String,
+    name: String,
     formula: String,
     bytes: u64,
 }
 
-/// A number of a product, with what it counts.
-type Factor = (usize, &'static str);
+/// A factor of a product, with its unit.
+#[derive(Clone, Copy)]
+struct Factor {
+    count: usize,
+    unit: &'static str,
+}
+
+fn factor(count: usize, unit: &'static str) -> Factor {
+    Factor { count, unit }
+}
 
 impl Row {
-    fn of(what: impl Into<String>, bytes: u64) -> Row {
-        Row { what: what.into(), formula: String::new(), bytes }
+    fn new(name: impl Into<String>, bytes: u64) -> Row {
+        Row { name: name.into(), formula: String::new(), bytes }
     }
 
-    /// Bytes that are a product.
-    fn product(what: impl Into<String>, factors: &[Factor]) -> Row {
-        let formula: Vec<String> =
-            factors.iter().map(|(count, unit)| format!("{count} {unit}").trim_end().to_string()).collect();
-        let bytes = factors.iter().fold(1_u64, |bytes, &(count, _)| bytes.saturating_mul(count as u64));
-        Row { what: what.into(), formula: formula.join(" x "), bytes }
+    /// A row whose bytes are a product.
+    fn product(name: impl Into<String>, factors: &[Factor]) -> Row {
+        let term = |factor: &Factor| format!("{} {}", factor.count, factor.unit).trim_end().to_string();
+        let formula: Vec<String> = factors.iter().map(term).collect();
+        let bytes = factors.iter().fold(1_u64, |bytes, factor| bytes.saturating_mul(factor.count as u64));
+        Row { name: name.into(), formula: formula.join(" x "), bytes }
     }
 
-    /// With what another row takes.
-    fn and(self, other: Row) -> Row {
+    /// This row plus another.
+    fn plus(self, other: Row) -> Row {
         let formula = format!("{} + {}", self.formula, other.formula);
-        Row { what: self.what, formula, bytes: self.bytes.saturating_add(other.bytes) }
+        Row { name: self.name, formula, bytes: self.bytes.saturating_add(other.bytes) }
     }
 }
 
-impl Memory {
-    /// The table of the graphs that these options give.
-    pub(crate) fn of(plan: &Plan, config: &Config, options: &Options, graphs: &[Definition]) -> Memory {
-        let (encoder, decoder) = (&config.encoder, &config.decoder);
-        let number = (options.dtype.size(), "bytes");
-        let (sources, source) = ((plan.batch.most, "sources"), (plan.source.most, "tokens"));
-        let mut rows = Vec::new();
+impl MemoryEstimate {
+    /// The estimate for the graphs that these options give.
+    pub(crate) fn new(plan: &ServingPlan, config: &Config, options: &Options, graphs: &[Definition]) -> MemoryEstimate {
         let is_generation = options.task.is_generation();
-        for (at, graph) in graphs.iter().enumerate() {
-            let engine = ["encoder's engine", "first decoder engine", "step's engine"][at];
-            let engine = if is_generation { engine } else { "engine" };
-            let bytes = graph.parameters.iter().map(|parameter| bytes(graph.value(parameter.value))).sum();
-            rows.push(Row::of(format!("weights of the {engine}"), bytes));
-        }
-        let again: Vec<u64> = graphs.iter().map(read_in_two_ways).filter(|&bytes| bytes > 0).collect();
-        if !again.is_empty() {
-            let formula = format!("in {} of the engines, each of which may lay it out anew for the head", again.len());
-            rows.push(Row { formula, ..Row::of("table of both embedding and head, again", again.iter().sum()) });
-        }
+        let mut rows = weights(graphs, is_generation);
+        let (sources, source) = (factor(plan.batch.max, "sources"), factor(plan.source.max, "tokens"));
+        let element = factor(options.dtype.size(), "bytes");
         if is_generation {
-            let capacity = match options.cache(config) {
-                CacheLayout::Static(capacity) => capacity,
-                _ => plan.target.unwrap_or(1),
-            };
-            let targets = (plan.batch.most.saturating_mul(plan.beams.most), "rows");
-            let [layers, heads, wide] =
-                [(decoder.layers.len(), "layers"), (decoder.num_key_value_heads, "heads"), (decoder.head_dim, "wide")];
-            let kept = |what: &str, items: &[Factor]| {
-                Row::product(what, &[items, &[layers, (2, "(keys, values)"), heads, wide, number]].concat())
-            };
-            // A step reads one and writes another, and so does a change of rows.
-            rows.push(kept("keys and values of targets, twice", &[(2, ""), targets, (capacity, "tokens")]));
-            rows.push(kept("keys and values of sources", &[sources, source]));
-            rows.push(Row::product("hidden states", &[sources, source, (encoder.hidden_size, "wide"), number]));
-            let tokens = options.vocabulary.kept.as_ref().map_or(decoder.vocab_size, |kept| kept.len());
-            let logits = [targets, (tokens, "tokens"), (DType::Float32.size(), "bytes")];
-            rows.push(Row::product("logits", &logits));
-            let scratch = match decoder.final_logit_softcapping {
-                Some(_) => [&[(2, "(before and after the cap)")], &logits[..]].concat(),
-                None => logits.to_vec(),
-            };
-            rows.push(Row::product("scratch of the step's logits (estimate)", &scratch));
+            rows.extend(generation(plan, config, options));
         } else {
             let output = graphs[0].value(graphs[0].outputs[0]);
             let size = |dim: &Dim| match dim.as_fixed() {
-                Some(size) => (size, ""),
+                Some(size) => factor(size, ""),
                 None if *dim == Dim::symbol(BATCH) => sources,
                 None if *dim == Dim::symbol(SOURCE) => source,
-                None => (1, ""),
+                None => factor(1, ""),
             };
-            let factors: Vec<Factor> = output.shape.iter().map(size).chain([(output.dtype.size(), "bytes")]).collect();
+            let bytes = factor(output.dtype.size(), "bytes");
+            let factors: Vec<Factor> = output.shape.iter().map(size).chain([bytes]).collect();
             rows.push(Row::product(output.name.clone(), &factors));
         }
-        rows.push(scratch("encoder", encoder, [sources, source], number));
+        rows.push(scratch("encoder", &config.encoder, [sources, source, element]));
         if !is_generation && config.classifier.as_ref().is_some_and(|classifier| classifier.is_encoder_decoder) {
-            rows.push(scratch("decoder", decoder, [sources, source], number));
+            rows.push(scratch("decoder", &config.decoder, [sources, source, element]));
         }
-        rows.push(Row::of("CUDA and ONNX Runtime themselves (allowance)", ALLOWANCE));
+        rows.push(Row::new("CUDA and ONNX Runtime (allowance)", ALLOWANCE));
         let cache = match options.cache(config) {
             CacheLayout::Static(capacity) => format!(", cache static={capacity}"),
             _ if is_generation => ", growing cache".into(),
             _ => String::new(),
         };
-        Memory { of: format!("{plan}\ntask {}, dtype {}{cache}", options.task.name(), options.dtype), rows }
+        let plan = format!("{plan}\ntask {}, dtype {}{cache}", options.task.name(), options.dtype);
+        MemoryEstimate { plan, rows }
     }
 
-    /// All rows together.
+    /// The total in bytes.
     pub fn bytes(&self) -> u64 {
         self.rows.iter().map(|row| row.bytes).fold(0, u64::saturating_add)
     }
 }
 
-/// What a layer that is computed for whole sources needs at a time: its attention's scores, twice, and its feed-forward.
-fn scratch(side: &str, sizes: &Stack, [sources, source]: [Factor; 2], number: Factor) -> Row {
-    let scores = [sources, (sizes.num_attention_heads, "heads"), source, source];
-    let wide = (2 * sizes.intermediate_size + 4 * sizes.hidden_size, "wide");
-    let scores = [&scores[..], &[(DType::Float32.size() + number.0, "bytes")]].concat();
-    let what = format!("scratch of the {side}'s layers (estimate)");
-    Row::product(what, &scores).and(Row::product("", &[sources, source, wide, number]))
+/// The weights of the engines.
+fn weights(graphs: &[Definition], is_generation: bool) -> Vec<Row> {
+    let mut rows = Vec::new();
+    for (at, graph) in graphs.iter().enumerate() {
+        let engine = ["encoder engine", "first decoder engine", "step engine"][at];
+        let engine = if is_generation { engine } else { "engine" };
+        let bytes = graph.parameters.iter().map(|parameter| bytes(graph.value(parameter.value))).sum();
+        rows.push(Row::new(format!("weights of the {engine}"), bytes));
+    }
+    let copies: Vec<u64> = graphs.iter().map(gathered_and_multiplied).filter(|&bytes| bytes > 0).collect();
+    if !copies.is_empty() {
+        let formula = format!("in {} engines, which may store it in another layout for the head", copies.len());
+        rows.push(Row { formula, ..Row::new("tied embedding and head, second copy", copies.iter().sum()) });
+    }
+    rows
+}
+
+/// The caches and outputs of the graphs for generation.
+fn generation(plan: &ServingPlan, config: &Config, options: &Options) -> Vec<Row> {
+    let (encoder, decoder) = (&config.encoder, &config.decoder);
+    let capacity = match options.cache(config) {
+        CacheLayout::Static(capacity) => capacity,
+        _ => plan.target.unwrap_or(1),
+    };
+    let (sources, source) = (factor(plan.batch.max, "sources"), factor(plan.source.max, "tokens"));
+    let targets = factor(plan.batch.max.saturating_mul(plan.beams.max), "rows");
+    let element = factor(options.dtype.size(), "bytes");
+    let cache = |name: &str, items: &[Factor]| {
+        let (layers, heads) = (factor(decoder.layers.len(), "layers"), factor(decoder.num_key_value_heads, "heads"));
+        let size = [layers, factor(2, "(keys, values)"), heads, factor(decoder.head_dim, "wide"), element];
+        Row::product(name, &[items, &size].concat())
+    };
+    let tokens = options.vocabulary.kept.as_ref().map_or(decoder.vocab_size, |kept| kept.len());
+    let logits = [targets, factor(tokens, "tokens"), factor(DType::Float32.size(), "bytes")];
+    let scratch = match decoder.final_logit_softcapping {
+        Some(_) => [&[factor(2, "(before and after the cap)")], &logits[..]].concat(),
+        None => logits.to_vec(),
+    };
+    vec![
+        // A step reads one copy and writes another, and so does a reordering of rows.
+        cache("keys and values of targets, twice", &[factor(2, ""), targets, factor(capacity, "tokens")]),
+        cache("keys and values of sources", &[sources, source]),
+        Row::product("encoder hidden states", &[sources, source, factor(encoder.hidden_size, "wide"), element]),
+        Row::product("logits", &logits),
+        Row::product("scratch for the logits of a step (estimate)", &scratch),
+    ]
+}
+
+/// The largest scratch memory of a layer over whole sources: its attention scores, twice, and its feed-forward.
+fn scratch(side: &str, sizes: &Stack, [sources, source, element]: [Factor; 3]) -> Row {
+    let bytes = factor(DType::Float32.size() + element.count, "bytes");
+    let scores = [sources, factor(sizes.num_attention_heads, "heads"), source, source, bytes];
+    let wide = factor(2 * sizes.intermediate_size + 4 * sizes.hidden_size, "wide");
+    let name = format!("scratch for the {side} layers (estimate)");
+    Row::product(name, &scores).plus(Row::product("", &[sources, source, wide, element]))
 }
 
 fn bytes(value: &ValueInfo) -> u64 {
@@ -139,24 +165,33 @@ fn bytes(value: &ValueInfo) -> u64 {
     value.dtype.bytes(numbers).map_or(u64::MAX, |bytes| bytes as u64)
 }
 
-/// The bytes of the weights that a graph both looks up rows of and multiplies with.
-fn read_in_two_ways(graph: &Definition) -> u64 {
-    // By weight, whether it is looked up, and whether it is read otherwise.
-    let mut read: BTreeMap<usize, [bool; 2]> = BTreeMap::new();
+/// The bytes of the weights that a graph both gathers rows of and multiplies with.
+fn gathered_and_multiplied(graph: &Definition) -> u64 {
+    #[derive(Default)]
+    struct Uses {
+        gathered: bool,
+        otherwise: bool,
+    }
+    let mut uses: BTreeMap<usize, Uses> = BTreeMap::new();
     for node in &graph.nodes {
         for (place, &input) in node.inputs.iter().enumerate() {
             let Some(id) = input.filter(|id| graph.parameters.iter().any(|parameter| parameter.value == *id)) else {
                 continue;
             };
-            let is_looked_up = node.operator().1 == "Gather" && place == 0;
-            read.entry(id).or_default()[usize::from(!is_looked_up)] = true;
+            let uses = uses.entry(id).or_default();
+            if node.operator().1 == "Gather" && place == 0 {
+                uses.gathered = true;
+            } else {
+                uses.otherwise = true;
+            }
         }
     }
-    read.iter().filter(|(_, ways)| **ways == [true, true]).map(|(&id, _)| bytes(graph.value(id))).sum()
+    let both = uses.iter().filter(|(_, uses)| uses.gathered && uses.otherwise);
+    both.map(|(&id, _)| bytes(graph.value(id))).sum()
 }
 
-/// `18.282 GB`, with a unit in which there are digits before the point.
-fn shown(bytes: u64) -> String {
+/// Bytes in the largest unit that leaves a digit before the point, such as `18.282 GB`.
+fn with_unit(bytes: u64) -> String {
     let units = [(1_000_000_000, "GB"), (1_000_000, "MB"), (1000, "kB")];
     match units.into_iter().find(|&(unit, _)| bytes >= unit) {
         Some((unit, name)) => format!("{:.3} {name}", bytes as f64 / unit as f64),
@@ -164,40 +199,39 @@ fn shown(bytes: u64) -> String {
     }
 }
 
-impl fmt::Display for Memory {
+impl fmt::Display for MemoryEstimate {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "Memory of a GPU at the greatest sizes of the plan\n{}\n", self.of)?;
-        for Row { what, formula, bytes } in &self.rows {
-            writeln!(f, "{}", format!("{what:<46} {:>11}   {formula}", shown(*bytes)).trim_end())?;
+        writeln!(f, "Estimated GPU memory at the maximum sizes of the plan\n{}\n", self.plan)?;
+        for Row { name, formula, bytes } in &self.rows {
+            writeln!(f, "{}", format!("{name:<46} {:>11}   {formula}", with_unit(*bytes)).trim_end())?;
         }
-        let all = self.bytes();
-        let mib = all.div_ceil(1 << 20);
-        let gib = all as f64 / (1_u64 << 30) as f64;
-        writeln!(f, "{:<46} {:>11}   {gib:.3} GiB, {mib} MiB as nvidia-smi counts", "in all", shown(all))?;
+        let total = self.bytes();
+        let mib = total.div_ceil(1 << 20);
+        let gib = total as f64 / (1_u64 << 30) as f64;
+        writeln!(f, "{:<46} {:>11}   {gib:.3} GiB, {mib} MiB in nvidia-smi", "total", with_unit(total))?;
         f.write_str(
-            "\nGB, MB and kB are 10^9, 10^6 and 10^3 bytes; GiB and MiB 2^30 and 2^20. From shapes, not measured. Building an\n\
-             engine takes about twice its weights, one engine at a time, and up to 16 GiB of workspace where there is so much.\n",
+            "\nEstimated from shapes, not measured. GB, MB and kB are 10^9, 10^6 and 10^3 bytes; GiB and MiB are 2^30 and\n\
+             2^20 bytes. Building an engine takes about twice the memory of its weights, and up to 16 GiB of workspace if\n\
+             there is as much.\n",
         )
     }
 }
 
-/// Bytes as they are written: `24GB` (10^9 each) or `24GiB` (2^30), also with `MB` and `MiB`.
+/// A number of bytes, written as `24GB` (10^9 bytes each) or `24GiB` (2^30), also in `MB` and `MiB`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Bytes(pub u64);
+pub struct MemorySize(pub u64);
 
-impl FromStr for Bytes {
-    type Err = String;
+impl FromStr for MemorySize {
+    type Err = ParseError;
 
-    fn from_str(text: &str) -> Result<Bytes, String> {
-        let expected = || format!("expected a size such as 24GB, 22.5GiB, 8000MB or 8192MiB, found {text:?}");
+    fn from_str(text: &str) -> Result<MemorySize, ParseError> {
+        let invalid = || ParseError::expected("a size such as 24GB, 22.5GiB, 8000MB or 8192MiB", format!("{text:?}"));
         let units = [("GiB", 1_u64 << 30), ("MiB", 1 << 20), ("GB", 1_000_000_000), ("MB", 1_000_000)];
         let given = units.into_iter().find_map(|(name, unit)| Some((text.strip_suffix(name)?.trim(), unit)));
-        let (number, unit) = given.ok_or_else(expected)?;
-        let bytes = number.parse::<f64>().map_err(|_| expected())? * unit as f64;
-        match bytes.is_finite() && bytes >= 1.0 && bytes < u64::MAX as f64 {
-            true => Ok(Bytes(bytes as u64)),
-            false => Err(expected()),
-        }
+        let (number, unit) = given.ok_or_else(invalid)?;
+        let bytes = number.parse::<f64>().map_err(|_| invalid())? * unit as f64;
+        let is_valid = bytes.is_finite() && bytes >= 1.0 && bytes < u64::MAX as f64;
+        if is_valid { Ok(MemorySize(bytes as u64)) } else { Err(invalid()) }
     }
 }
 
@@ -206,7 +240,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sizes_are_shown_in_units_that_have_digits() {
+    fn units_leave_a_digit_before_the_point() {
         for (bytes, expected) in [
             (0, "0 B "),
             (999, "999 B "),
@@ -215,12 +249,12 @@ mod tests {
             (999_999_999, "1000.000 MB"),
             (18_282_000_000, "18.282 GB"),
         ] {
-            assert_eq!(shown(bytes), expected, "{bytes}");
+            assert_eq!(with_unit(bytes), expected, "{bytes}");
         }
     }
 
     #[test]
-    fn sizes_have_units() {
+    fn sizes_are_parsed_with_their_units() {
         for (text, bytes) in [
             ("24GB", 24_000_000_000),
             ("24 GiB", 24 << 30),
@@ -228,19 +262,22 @@ mod tests {
             ("1MiB", 1 << 20),
             ("8MB", 8_000_000),
         ] {
-            assert_eq!(text.parse(), Ok(Bytes(bytes)), "{text}");
+            assert_eq!(text.parse(), Ok(MemorySize(bytes)), "{text}");
         }
         for text in ["", "24", "GB", "-1GB", "0GB", "nanGB", "infGiB", "24gb", "24TB", "1e99GB"] {
-            assert!(text.parse::<Bytes>().is_err_and(|error| error.contains("such as 24GB")), "{text}");
+            assert!(
+                text.parse::<MemorySize>().is_err_and(|error| error.to_string().contains("such as 24GB")),
+                "{text}"
+            );
         }
     }
 
     #[test]
-    fn rows_are_the_products_that_their_formulas_say() {
-        let row = Row::product("x", &[(2, ""), (16, "rows"), (4, "bytes")]);
+    fn rows_are_the_products_of_their_formulas() {
+        let row = Row::product("x", &[factor(2, ""), factor(16, "rows"), factor(4, "bytes")]);
         assert_eq!((row.formula.as_str(), row.bytes), ("2 x 16 rows x 4 bytes", 128));
-        let both = row.and(Row::product("", &[(3, "bytes")]));
+        let both = row.plus(Row::product("", &[factor(3, "bytes")]));
         assert_eq!((both.formula.as_str(), both.bytes), ("2 x 16 rows x 4 bytes + 3 bytes", 131));
-        assert_eq!(Row::product("x", &[(usize::MAX, ""), (usize::MAX, "")]).bytes, u64::MAX);
+        assert_eq!(Row::product("x", &[factor(usize::MAX, ""), factor(usize::MAX, "")]).bytes, u64::MAX);
     }
 }

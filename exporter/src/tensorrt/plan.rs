@@ -1,100 +1,130 @@
-//! A serving plan: the range of request sizes that will be served, as `--plan` gives it, and the check whether model and
-//! TensorRT can serve them.
+//! [`ServingPlan`]: the request sizes that will be served, as `--plan` takes them, and whether model and TensorRT can
+//! serve them.
 
 use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 
-use anyhow::{Result, ensure};
 use t5gemma_graphs::Options;
 use t5gemma_graphs::config::Config;
 use t5gemma_graphs::interface::{self, BATCH, BEAMS, CacheLayout, PAST, Part, SOURCE, TARGET};
 use t5gemma_graphs::onnx::Definition;
 use t5gemma_graphs::task::Task;
 
-use super::limits::LARGEST_VOLUME;
+use super::limits::MAX_VOLUME;
+use crate::error::ParseError;
+use crate::settings::{Setting, SettingError};
 
-/// The least, usual and greatest of a size.
+/// The minimum, optimum and maximum of a size, as in TensorRT's optimization profiles. Kernels are selected for the
+/// optimum.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Span {
-    pub least: usize,
-    pub usual: usize,
-    pub most: usize,
+pub(super) struct SizeRange {
+    pub min: usize,
+    pub opt: usize,
+    pub max: usize,
 }
 
-impl Span {
-    fn one(size: usize) -> Span {
-        Span { least: size, usual: size, most: size }
+impl SizeRange {
+    fn fixed(size: usize) -> SizeRange {
+        SizeRange { min: size, opt: size, max: size }
     }
 
-    pub fn each(self) -> [usize; 3] {
-        [self.least, self.usual, self.most]
+    pub fn min_opt_max(self) -> [usize; 3] {
+        [self.min, self.opt, self.max]
+    }
+
+    /// Reads the range of the size `name`.
+    fn parse(name: &str, text: &str) -> Result<SizeRange, ParseError> {
+        let is_target = name == "target";
+        let expected = if is_target { "the maximum, N" } else { "N, MIN..MAX or MIN..OPT..MAX, ascending" };
+        let invalid =
+            || ParseError::new(format!("{name}: expected {expected}, from 1 to {}, found {text:?}", i32::MAX));
+        let sizes: Result<Vec<usize>, _> = text.split("..").map(str::parse).collect();
+        let range = match sizes.map_err(|_| invalid())?[..] {
+            [size] => SizeRange::fixed(size),
+            // Every target starts short.
+            _ if is_target => return Err(invalid()),
+            // Batches are usually filled; sources and prompts are seldom as long as they may be.
+            [min, max] if matches!(name, "batch" | "beams") => SizeRange { min, opt: max, max },
+            [min, max] => SizeRange { min, opt: min.max(max / 2), max },
+            [min, opt, max] => SizeRange { min, opt, max },
+            _ => return Err(invalid()),
+        };
+        let is_ascending = 1 <= range.min && range.min <= range.opt && range.opt <= range.max;
+        if is_ascending && i32::try_from(range.max).is_ok() { Ok(range) } else { Err(invalid()) }
     }
 }
 
-impl fmt::Display for Span {
+impl fmt::Display for SizeRange {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Span { least, usual, most } = self;
-        if least == most { write!(f, "{most}") } else { write!(f, "{least}..{usual}..{most}") }
+        let SizeRange { min, opt, max } = self;
+        if min == max { write!(f, "{max}") } else { write!(f, "{min}..{opt}..{max}") }
     }
 }
 
-/// What is going to be served.
+/// The request sizes that will be served.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Plan {
+pub struct ServingPlan {
     /// Sources in a batch.
-    pub(super) batch: Span,
-    /// Tokens of a source, padding included.
-    pub(super) source: Span,
-    /// Tokens of a target at most, prompt included; of models that generate.
+    pub(super) batch: SizeRange,
+    /// Tokens of a source with its padding.
+    pub(super) source: SizeRange,
+    /// Maximum tokens of a target with its prompt; only for models that generate.
     pub(super) target: Option<usize>,
     /// Target rows of a source.
-    pub(super) beams: Span,
+    pub(super) beams: SizeRange,
     /// Tokens given to the first decoder step.
-    pub(super) prompt: Span,
-    /// The names that were left out and are 1.
-    left_out: Vec<&'static str>,
+    pub(super) prompt: SizeRange,
+    /// The sizes that were omitted and are 1.
+    omitted: Vec<&'static str>,
 }
 
-/// The names in a plan; the last three are a decoder's.
+/// The names of the sizes in a plan; the last three are those of a decoder.
 const NAMES: [&str; 5] = ["batch", "source", "target", "beams", "prompt"];
 
-impl FromStr for Plan {
-    type Err = String;
+impl FromStr for ServingPlan {
+    type Err = ParseError;
 
-    /// `batch=1..16,source=1..1024,target=256,beams=1..4`, also `batch=1..4..16` with what is usual in the middle.
-    fn from_str(text: &str) -> Result<Plan, String> {
+    /// Reads a plan such as `batch=1..16,source=1..1024,target=256,beams=1..4`.
+    fn from_str(text: &str) -> Result<ServingPlan, ParseError> {
         let mut given = BTreeMap::new();
         for part in text.split(',') {
-            let (name, sizes) = part.split_once('=').ok_or_else(|| format!("expected NAME=SIZE, found {part:?}"))?;
+            let (name, sizes) =
+                part.split_once('=').ok_or_else(|| ParseError::expected("NAME=SIZE", format!("{part:?}")))?;
             let name = name.trim();
             if !NAMES.contains(&name) {
-                return Err(format!("expected one of {}, found {name:?}", NAMES.join(", ")));
+                return Err(ParseError::expected(format!("one of {}", NAMES.join(", ")), format!("{name:?}")));
             }
-            if given.insert(name, span(name, sizes.trim())?).is_some() {
-                return Err(format!("{name} is given twice"));
+            if given.insert(name, SizeRange::parse(name, sizes.trim())?).is_some() {
+                return Err(ParseError::new(format!("{name} is given twice")));
             }
         }
-        let or_one = |name: &str| given.get(name).copied().unwrap_or(Span::one(1));
-        let plan = Plan {
+        let or_one = |name: &str| given.get(name).copied().unwrap_or(SizeRange::fixed(1));
+        let source = given.get("source").copied();
+        let plan = ServingPlan {
             batch: or_one("batch"),
-            source: given.get("source").copied().ok_or("expected source=…, found none")?,
-            target: given.get("target").map(|target| target.most),
+            source: source.ok_or_else(|| ParseError::expected("source=SIZE", "none"))?,
+            target: given.get("target").map(|target| target.max),
             beams: or_one("beams"),
             prompt: or_one("prompt"),
-            left_out: ["batch", "beams", "prompt"].into_iter().filter(|name| !given.contains_key(name)).collect(),
+            omitted: ["batch", "beams", "prompt"].into_iter().filter(|name| !given.contains_key(name)).collect(),
         };
-        match plan.target.filter(|&target| target < plan.prompt.most + 1) {
-            Some(target) => Err(format!("target: expected more than prompt's {}, found {target}", plan.prompt.most)),
+        match plan.target.filter(|&target| target <= plan.prompt.max) {
+            Some(target) => {
+                let prompt = plan.prompt.max;
+                Err(ParseError::new(format!(
+                    "target: expected more than the {prompt} tokens of a prompt, found {target}"
+                )))
+            }
             None => Ok(plan),
         }
     }
 }
 
-/// As [`Plan::from_str`] reads it, with what was left out.
-impl fmt::Display for Plan {
+/// As [`ServingPlan::from_str`] reads it, with the sizes that were omitted.
+impl fmt::Display for ServingPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Plan { batch, source, target, beams, prompt, .. } = self;
+        let ServingPlan { batch, source, target, beams, prompt, .. } = self;
         write!(f, "batch={batch},source={source}")?;
         match target {
             Some(target) => write!(f, ",target={target},beams={beams},prompt={prompt}"),
@@ -103,120 +133,99 @@ impl fmt::Display for Plan {
     }
 }
 
-fn span(name: &str, text: &str) -> Result<Span, String> {
-    let expected = match name {
-        "target" => "the greatest size, N",
-        _ => "N, LEAST..MOST or LEAST..USUAL..MOST, ascending",
-    };
-    let wrong = || format!("{name}: expected {expected}, from 1 to {}, found {text:?}", i32::MAX);
-    let sizes: Vec<usize> = text.split("..").map(|size| size.parse().map_err(|_| wrong())).collect::<Result<_, _>>()?;
-    let span = match sizes[..] {
-        [size] => Span::one(size),
-        // Targets begin short, whatever they become.
-        _ if name == "target" => return Err(wrong()),
-        // Kernels are chosen for what is usual: batches are filled, sources and prompts seldom as long as they may be.
-        [least, most] if matches!(name, "batch" | "beams") => Span { least, usual: most, most },
-        [least, most] => Span { least, usual: least.max(most / 2), most },
-        [least, usual, most] => Span { least, usual, most },
-        _ => return Err(wrong()),
-    };
-    let is_ascending = 1 <= span.least && span.least <= span.usual && span.usual <= span.most;
-    match is_ascending && i32::try_from(span.most).is_ok() {
-        true => Ok(span),
-        false => Err(wrong()),
-    }
-}
-
-impl Plan {
-    /// The names that were left out, and are 1.
-    pub fn left_out(&self) -> Vec<&'static str> {
+impl ServingPlan {
+    /// The names of the sizes that were omitted and are 1.
+    pub fn omitted(&self) -> Vec<&'static str> {
         let is_of_task = |name: &&&str| self.target.is_some() || **name == "batch";
-        self.left_out.iter().filter(is_of_task).copied().collect()
+        self.omitted.iter().filter(is_of_task).copied().collect()
     }
 
-    /// Refuses what the model cannot serve, and tensors larger than TensorRT's.
-    pub(crate) fn check(&self, config: &Config, options: &Options, graphs: &[Definition]) -> Result<()> {
-        let (source, most) = (config.encoder.max_position_embeddings, self.source.most);
-        ensure!(
-            most <= source,
-            "--plan: source: expected at most {source} (encoder.max_position_embeddings), found {most}"
-        );
-        let task = options.task.name();
+    /// Refuses sizes that the model cannot serve, and tensors above TensorRT's limit.
+    pub(crate) fn check(&self, config: &Config, options: &Options, graphs: &[Definition]) -> Result<(), SettingError> {
+        let invalid = |expected: String, found: String| SettingError::invalid(Setting::Plan, expected, found);
+        let (longest, max) = (config.encoder.max_position_embeddings, self.source.max);
+        if max > longest {
+            let expected = format!("at most {longest} (encoder.max_position_embeddings)");
+            return Err(invalid(expected, max.to_string()).of("source"));
+        }
+        let (task, cache) = (options.task.name(), options.cache(config));
         match (&options.task, self.target) {
             (Task::Text2TextGeneration, None) => {
-                anyhow::bail!("--plan: expected target=… for the task {task}, found none")
+                return Err(invalid(format!("target=N for the task {task}"), "none".into()));
             }
-            (Task::Text2TextGeneration, Some(target)) => self.check_target(target, config, options.cache(config))?,
+            (Task::Text2TextGeneration, Some(target)) => check_target(target, config, cache)?,
             (_, found) => {
-                let left_out = |name: &&&str| !self.left_out.contains(name);
-                let of_decoder = NAMES[3..].iter().find(left_out).copied();
+                let is_given = |name: &&&str| !self.omitted.contains(name);
+                let of_decoder = NAMES[3..].iter().find(is_given).copied();
                 if let Some(name) = found.map(|_| "target").or(of_decoder) {
-                    anyhow::bail!("--plan: expected batch and source only for the task {task}, found {name}");
+                    return Err(invalid(format!("only batch and source for the task {task}"), name.into()));
                 }
             }
         }
-        let cache = options.cache(config);
         let parts = interface::parts(config, options.dtype, options.returned(), cache, &options.task);
         parts.iter().zip(graphs).try_for_each(|(part, graph)| self.check_volumes(part, graph, cache))
     }
 
-    fn check_target(&self, target: usize, config: &Config, cache: CacheLayout) -> Result<()> {
-        let longest = config.decoder.max_position_embeddings;
-        match cache {
-            CacheLayout::Static(capacity) => ensure!(
-                target == capacity,
-                "--cache static={capacity} requires --plan target={capacity}, as a step computes all of its cache (got \
-                 target={target})"
-            ),
-            _ => ensure!(
-                target <= longest,
-                "--plan: target: expected at most {longest} (decoder.max_position_embeddings), found {target}"
-            ),
-        }
-        Ok(())
-    }
-
-    /// Refuses sizes that would make a tensor larger than TensorRT's.
-    fn check_volumes(&self, part: &Part, graph: &Definition, cache: CacheLayout) -> Result<()> {
-        let most = |symbol: &str| {
-            symbol.split(" + ").map(|term| Some(self.span(part.name, term, cache)?.most)).sum::<Option<usize>>()
+    /// Refuses sizes with which a tensor would exceed TensorRT's limit.
+    fn check_volumes(&self, part: &Part, graph: &Definition, cache: CacheLayout) -> Result<(), SettingError> {
+        let max = |symbol: &str| {
+            symbol.split(" + ").map(|term| Some(self.range(part.name, term, cache)?.max)).sum::<Option<usize>>()
         };
         for value in &graph.values {
-            let Some(shape) = value.shape.iter().map(|dim| dim.size(most)).collect::<Option<Vec<usize>>>() else {
+            let Some(shape) = value.shape.iter().map(|dim| dim.size(max)).collect::<Option<Vec<usize>>>() else {
                 continue;
             };
             let volume = shape.iter().fold(1_u128, |volume, &size| volume.saturating_mul(size as u128));
-            ensure!(
-                volume <= LARGEST_VOLUME,
-                "--plan: {}: {} would be {shape:?} at the greatest sizes, {volume} elements; TensorRT's tensors have at \
-                 most {LARGEST_VOLUME}",
-                part.file,
-                value.name
-            );
+            if volume > MAX_VOLUME {
+                let expected = format!("at most {MAX_VOLUME} elements at the maximum sizes (TensorRT's limit)");
+                let error = SettingError::invalid(Setting::Plan, expected, format!("{volume} of shape {shape:?}"));
+                return Err(error.of(format!("{}: {}", part.file, value.name)));
+            }
         }
         Ok(())
     }
 
-    /// The sizes of a symbol of a graph's shapes.
-    pub(super) fn span(&self, graph: &str, symbol: &str, cache: CacheLayout) -> Option<Span> {
+    /// The range of a symbolic dimension of a graph.
+    pub(super) fn range(&self, graph: &str, symbol: &str, cache: CacheLayout) -> Option<SizeRange> {
         let is_step = graph == "decoder_with_past";
         Some(match symbol {
-            // Whatever is asked for, rows leave a batch as they finish, and beams begin as one.
-            BATCH if is_step => Span { least: 1, ..self.batch },
+            // Down to 1 whatever the plan says: rows leave a batch when they finish, and beam search starts with one
+            // beam.
+            BATCH if is_step => SizeRange { min: 1, ..self.batch },
             BATCH => self.batch,
-            BEAMS => Span { least: 1, ..self.beams },
+            BEAMS => SizeRange { min: 1, ..self.beams },
             SOURCE => self.source,
             TARGET => match (is_step, cache) {
                 (false, _) => self.prompt,
-                (true, CacheLayout::Static(_)) => Span { least: 1, usual: 1, most: self.prompt.most },
-                (true, _) => Span::one(1),
+                (true, CacheLayout::Static(_)) => SizeRange { min: 1, opt: 1, max: self.prompt.max },
+                (true, _) => SizeRange::fixed(1),
             },
             PAST => {
-                let most = self.target? - 1;
-                Span { least: 1, usual: most.div_ceil(2), most }
+                let max = self.target? - 1;
+                SizeRange { min: 1, opt: max.div_ceil(2), max }
             }
             _ => return None,
         })
+    }
+}
+
+fn check_target(target: usize, config: &Config, cache: CacheLayout) -> Result<(), SettingError> {
+    let longest = config.decoder.max_position_embeddings;
+    match cache {
+        // A step computes attention over the whole cache, used or not.
+        CacheLayout::Static(capacity) if target != capacity => Err(SettingError::Requires {
+            setting: Setting::Capacity,
+            value: capacity.to_string(),
+            other: Setting::Plan,
+            needed: format!("target={capacity}"),
+            found: format!("target={target}"),
+        }),
+        CacheLayout::Static(_) => Ok(()),
+        _ if target > longest => {
+            let expected = format!("at most {longest} (decoder.max_position_embeddings)");
+            Err(SettingError::invalid(Setting::Plan, expected, target).of("target"))
+        }
+        _ => Ok(()),
     }
 }
 
@@ -226,18 +235,19 @@ mod tests {
 
     #[test]
     fn plans_are_read() {
-        let plan: Plan = "batch=1..16,source=1..1024,target=256,beams=1..4".parse().expect("the plan of the README");
-        assert_eq!(plan.batch, Span { least: 1, usual: 16, most: 16 });
-        assert_eq!(plan.source, Span { least: 1, usual: 512, most: 1024 });
-        assert_eq!((plan.target, plan.prompt), (Some(256), Span::one(1)));
-        let plan: Plan = "source=8..64..128, target=9, prompt=1..8".parse().expect("a plan without a batch");
-        assert_eq!((plan.batch, plan.beams), (Span::one(1), Span::one(1)));
-        assert_eq!(plan.source, Span { least: 8, usual: 64, most: 128 });
+        let plan: ServingPlan =
+            "batch=1..16,source=1..1024,target=256,beams=1..4".parse().expect("a plan of four sizes");
+        assert_eq!(plan.batch, SizeRange { min: 1, opt: 16, max: 16 });
+        assert_eq!(plan.source, SizeRange { min: 1, opt: 512, max: 1024 });
+        assert_eq!((plan.target, plan.prompt), (Some(256), SizeRange::fixed(1)));
+        let plan: ServingPlan = "source=8..64..128, target=9, prompt=1..8".parse().expect("a plan without a batch");
+        assert_eq!((plan.batch, plan.beams), (SizeRange::fixed(1), SizeRange::fixed(1)));
+        assert_eq!(plan.source, SizeRange { min: 8, opt: 64, max: 128 });
     }
 
     #[test]
-    fn plans_are_shown_whole_and_read_again() {
-        for (text, shown, left_out) in [
+    fn a_displayed_plan_parses_to_itself() {
+        for (text, shown, omitted) in [
             (
                 "batch=1..16,source=1..1024,target=256,beams=1..4",
                 "batch=1..16..16,source=1..512..1024,target=256,beams=1..4..4,prompt=1",
@@ -247,15 +257,15 @@ mod tests {
             ("source=4,batch=2", "batch=2,source=4", &[]),
             ("source=4", "batch=1,source=4", &["batch"]),
         ] {
-            let plan: Plan = text.parse().expect(text);
-            assert_eq!((plan.to_string().as_str(), &plan.left_out()[..]), (shown, left_out), "{text}");
-            let again: Plan = shown.parse().expect(shown);
+            let plan: ServingPlan = text.parse().expect(text);
+            assert_eq!((plan.to_string().as_str(), &plan.omitted()[..]), (shown, omitted), "{text}");
+            let again: ServingPlan = shown.parse().expect(shown);
             assert_eq!(again.to_string(), shown);
         }
     }
 
     #[test]
-    fn what_is_no_plan_is_refused() {
+    fn malformed_plans_are_refused() {
         for (text, word) in [
             ("", "expected NAME=SIZE"),
             ("batch=1", "source"),
@@ -274,13 +284,13 @@ mod tests {
             ("source=1.5,target=8", "source: expected"),
             ("source=2147483648,target=8", "from 1 to 2147483647"),
             ("batch=99999999999999999999,source=4,target=8", "batch: expected"),
-            ("source=4,target=0", "target: expected the greatest size"),
-            ("source=4,target=1..8", "target: expected the greatest size"),
-            ("source=4,target=1", "more than prompt's 1"),
+            ("source=4,target=0", "target: expected the maximum"),
+            ("source=4,target=1..8", "target: expected the maximum"),
+            ("source=4,target=1", "more than the 1 tokens"),
             ("source=4,target=8,beams=0..4", "beams: expected"),
-            ("source=4,target=8,prompt=1..8", "more than prompt's 8"),
+            ("source=4,target=8,prompt=1..8", "more than the 8 tokens"),
         ] {
-            let error = text.parse::<Plan>().expect_err(text);
+            let error = text.parse::<ServingPlan>().expect_err(text).to_string();
             assert!(error.contains(word), "{text}: {error}");
         }
     }

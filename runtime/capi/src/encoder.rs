@@ -6,15 +6,14 @@ use std::ptr;
 use serde_json::{Value, json};
 use t5gemma_runtime::{Batch, Encoder, Pooling, ScoreFunction, Task};
 
-use crate::boundary::{fallible, free};
 use crate::call::{Call, Role, t5g_call};
-use crate::error::t5g_error;
+use crate::error::{Failure, fallible, free};
 use crate::handle::{Handle, Object};
 use crate::input::{Buffer, Fields, Out, Record, Text, flag};
 use crate::onnxruntime;
 use crate::options::{open_options, t5g_open_options};
 use crate::sources::{Reader, t5g_sources};
-use crate::tokenizer::{t5g_text, t5g_tokenizer};
+use crate::tokenizer::{Reading, Written};
 
 #[derive(Clone, Copy)]
 #[repr(C)]
@@ -69,8 +68,8 @@ pub fn put_states(
     given: t5g_states,
     shape: Shape,
     batch: &Batch,
-    compute: impl FnOnce() -> Result<Vec<f32>, t5g_error>,
-) -> Result<(), t5g_error> {
+    compute: impl FnOnce() -> Result<Vec<f32>, Failure>,
+) -> Result<(), Failure> {
     let Shape { rows, length, width } = shape;
     let mask = match given.attention_mask.is_null() {
         true => None,
@@ -81,7 +80,7 @@ pub fn put_states(
         let values = compute()?;
         if values.len() != rows * length * width {
             let message = format!("expected {rows} x {length} x {width} numbers, found {}", values.len());
-            return Err(t5g_error::new(crate::error::t5g_code::Model, message));
+            return Err(Failure::new(crate::error::Code::Model, message));
         }
         place.put_all(values.into_iter());
     }
@@ -92,22 +91,22 @@ pub fn put_states(
 }
 
 /// A `t5g_encoder`.
-pub struct t5g_encoder {
-    inner: Encoder,
+pub struct Encoding {
+    encoder: Encoder,
     path: PathBuf,
 }
 
-impl Object for t5g_encoder {
+impl Object for Encoding {
     const NAME: &'static str = "t5g_encoder";
 }
 
-impl t5g_encoder {
-    fn batch(&self, sources: Record<t5g_sources>) -> Result<Batch, t5g_error> {
+impl Encoding {
+    fn batch(&self, sources: Record<t5g_sources>) -> Result<Batch, Failure> {
         let reader = Reader {
-            tokenizer: &|| self.inner.tokenizer(),
-            chat: &|| Err(t5g_error::argument("sources.messages", "NULL (conversations are for t5g_model)", "text")),
-            pad_token_id: self.inner.pad_token_id(),
-            hidden_size: self.inner.config().encoder.hidden_size,
+            tokenizer: &|| self.encoder.tokenizer(),
+            chat: &|| Err(Failure::argument("sources.messages", "NULL (conversations are for t5g_model)", "text")),
+            pad_token_id: self.encoder.pad_token_id(),
+            hidden_size: self.encoder.config().encoder.hidden_size,
         };
         reader.batch(sources)
     }
@@ -117,29 +116,29 @@ impl t5g_encoder {
 pub extern "C" fn t5g_encoder_open(
     path: Text,
     options: Record<t5g_open_options>,
-    encoder: Out<Handle<t5g_encoder>>,
-) -> Handle<t5g_error> {
+    encoder: Out<Handle<Encoding>>,
+) -> Handle<Failure> {
     fallible(|| {
         let place = encoder.check("encoder")?;
         let (path, options) = (PathBuf::from(path.required("path")?), open_options(options)?);
         onnxruntime::prepare();
-        let inner = Encoder::open_with(&path, &options)?;
-        place.put(Handle::new(t5g_encoder { inner, path }));
+        let encoder = Encoder::open_with(&path, &options)?;
+        place.put(Handle::new(Encoding { encoder, path }));
         Ok(())
     })
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn t5g_encoder_describe(encoder: Handle<t5g_encoder>, json: Out<Handle<t5g_text>>) -> Handle<t5g_error> {
+pub extern "C" fn t5g_encoder_describe(encoder: Handle<Encoding>, json: Out<Handle<Written>>) -> Handle<Failure> {
     fallible(|| {
-        let (place, encoder) = (json.check("json")?, encoder.get("encoder")?);
-        let (manifest, config) = (encoder.inner.manifest(), encoder.inner.config());
+        let (place, opened) = (json.check("json")?, encoder.get("encoder")?);
+        let (manifest, config) = (opened.encoder.manifest(), opened.encoder.config());
         let labels = match &config.classifier {
             Some(classifier) => json!(classifier.labels),
             None => Value::Null,
         };
         let described = json!({
-            "path": encoder.path.to_string_lossy(),
+            "path": opened.path.to_string_lossy(),
             "task": manifest.task.name(),
             "target": manifest.target,
             "dtype": manifest.dtype.to_string(),
@@ -148,45 +147,43 @@ pub extern "C" fn t5g_encoder_describe(encoder: Handle<t5g_encoder>, json: Out<H
             "source_vocab_size": config.encoder.vocab_size,
             "hidden_size": config.encoder.hidden_size,
             "max_source_length": config.encoder.max_position_embeddings,
-            "pad_token_id": encoder.inner.pad_token_id(),
+            "pad_token_id": opened.encoder.pad_token_id(),
             "labels": labels,
         });
-        place.put(t5g_text::handle(described.to_string()));
+        place.put(Written::handle(described.to_string()));
         Ok(())
     })
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn t5g_encoder_tokenizer(
-    encoder: Handle<t5g_encoder>,
-    tokenizer: Out<Handle<t5g_tokenizer>>,
-) -> Handle<t5g_error> {
+pub extern "C" fn t5g_encoder_tokenizer(encoder: Handle<Encoding>, tokenizer: Out<Handle<Reading>>) -> Handle<Failure> {
     fallible(|| {
-        let (place, encoder) = (tokenizer.check("tokenizer")?, encoder.get("encoder")?);
-        place.put(Handle::new(t5g_tokenizer(encoder.inner.tokenizer()?.clone())));
+        let (place, opened) = (tokenizer.check("tokenizer")?, encoder.get("encoder")?);
+        place.put(Handle::new(Reading(opened.encoder.tokenizer()?.clone())));
         Ok(())
     })
 }
 
 #[unsafe(no_mangle)]
 pub extern "C" fn t5g_encoder_encode(
-    encoder: Handle<t5g_encoder>,
+    encoder: Handle<Encoding>,
     sources: Record<t5g_sources>,
     pooling: i32,
     normalize: i32,
     call: Record<t5g_call>,
     states: Record<t5g_states>,
-) -> Handle<t5g_error> {
+) -> Handle<Failure> {
     fallible(|| {
-        let (given, encoder) = (states.get("states")?, encoder.get("encoder")?);
+        let (given, opened) = (states.get("states")?, encoder.get("encoder")?);
         let (call, normalize) = (Call::read(call)?.of(Role::Encodes)?, flag(normalize.into(), "normalize")?);
-        let pooling = usize::try_from(pooling).ok().and_then(|at| Pooling::ALL.get(at).copied()).ok_or_else(|| {
-            t5g_error::argument("pooling", "T5G_POOLING_NONE to T5G_POOLING_LAST", pooling.to_string())
-        })?;
+        let pooling = usize::try_from(pooling)
+            .ok()
+            .and_then(|at| Pooling::ALL.get(at).copied())
+            .ok_or_else(|| Failure::argument("pooling", "T5G_POOLING_NONE to T5G_POOLING_LAST", pooling.to_string()))?;
         if normalize && pooling == Pooling::None {
-            return Err(t5g_error::argument("normalize", "0 without a pooling", "1"));
+            return Err(Failure::argument("normalize", "0 without a pooling", "1"));
         }
-        let (batch, encoder) = (encoder.batch(sources)?, &encoder.inner);
+        let (encoder, batch) = (&opened.encoder, opened.batch(sources)?);
         encoder.features()?;
         let length = if pooling == Pooling::None { batch.length() } else { 1 };
         let shape = Shape::of(&batch, length, encoder.config().encoder.hidden_size);
@@ -201,16 +198,16 @@ pub extern "C" fn t5g_encoder_encode(
 
 #[unsafe(no_mangle)]
 pub extern "C" fn t5g_encoder_classify(
-    encoder: Handle<t5g_encoder>,
+    encoder: Handle<Encoding>,
     sources: Record<t5g_sources>,
     function: i32,
     call: Record<t5g_call>,
     scores: Record<t5g_states>,
-) -> Handle<t5g_error> {
+) -> Handle<Failure> {
     fallible(|| {
-        let (given, encoder) = (scores.get("scores")?, encoder.get("encoder")?);
-        let call = Call::read(call)?.of(Role::Encodes)?;
-        let classifier = encoder.inner.classifier()?;
+        let (given, opened) = (scores.get("scores")?, encoder.get("encoder")?);
+        let (encoder, call) = (&opened.encoder, Call::read(call)?.of(Role::Encodes)?);
+        let classifier = encoder.classifier()?;
         let function = match function {
             0 => ScoreFunction::of(classifier),
             1 => ScoreFunction::None,
@@ -218,16 +215,16 @@ pub extern "C" fn t5g_encoder_classify(
             3 => ScoreFunction::Softmax,
             other => {
                 let expected = "T5G_SCORES_DEFAULT to T5G_SCORES_SOFTMAX";
-                return Err(t5g_error::argument("function", expected, other.to_string()));
+                return Err(Failure::argument("function", expected, other.to_string()));
             }
         };
-        let (batch, labels) = (encoder.batch(sources)?, classifier.labels.len());
-        let of_tokens = encoder.inner.manifest().task == Task::TokenClassification;
+        let (batch, labels) = (opened.batch(sources)?, classifier.labels.len());
+        let of_tokens = encoder.manifest().task == Task::TokenClassification;
         let shape = Shape::of(&batch, if of_tokens { batch.length() } else { 1 }, labels);
         put_states(scores, given, shape, &batch, || {
             let logits: Vec<f32> = call.run_in_one_step(|cancel| match of_tokens {
-                true => Ok(encoder.inner.classify_tokens(&batch, cancel)?.into_iter().collect()),
-                false => Ok(encoder.inner.classify(&batch, cancel)?.into_iter().collect()),
+                true => Ok(encoder.classify_tokens(&batch, cancel)?.into_iter().collect()),
+                false => Ok(encoder.classify(&batch, cancel)?.into_iter().collect()),
             })?;
             Ok(logits.chunks(labels.max(1)).flat_map(|logits| function.scores(logits)).collect())
         })
@@ -235,6 +232,6 @@ pub extern "C" fn t5g_encoder_classify(
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn t5g_encoder_free(encoder: Handle<t5g_encoder>) -> i32 {
+pub extern "C" fn t5g_encoder_free(encoder: Handle<Encoding>) -> i32 {
     free(encoder, "encoder")
 }

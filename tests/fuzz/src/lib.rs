@@ -9,7 +9,9 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use serde_json::{Map, Value, json};
-use t5gemma_exporter::{Bytes, Checkpoint, Existing, Export, Plan, Silent, Source, TensorRt, check, inspect, reseal};
+use t5gemma_exporter::{
+    Checkpoint, Existing, Export, MemorySize, ServingPlan, Source, TensorRtVersion, check, inspect, reseal,
+};
 use t5gemma_graphs::config::{Config, TokenIds};
 use t5gemma_graphs::interface::{CacheLayout, DType, Interface, Logits};
 use t5gemma_graphs::manifest::Manifest;
@@ -80,7 +82,7 @@ pub fn config(data: &[u8]) {
     }
     let _ = serde_json::from_str::<Manifest>(text);
     // What flags of the exporter take.
-    let _ = (text.parse::<Plan>(), text.parse::<Bytes>(), text.parse::<TensorRt>());
+    let _ = (text.parse::<ServingPlan>(), text.parse::<MemorySize>(), text.parse::<TensorRtVersion>());
 }
 
 /// A checkpoint folder in which one file is the input.
@@ -104,8 +106,8 @@ pub fn checkpoint(data: &[u8]) {
     let before = fs::read(&file).ok();
     fs::write(&file, contents).expect("the temporary folder is writable");
     if let Ok(checkpoint) = Checkpoint::open(folder) {
-        let export = Export { existing: Existing::Overwrite, ..Export::default() };
-        let result = export.run(&Source::Checkpoint(checkpoint), &out, &Silent);
+        let export = Export::default().existing(Existing::Overwrite);
+        let result = export.run(&Source::Checkpoint(checkpoint), &out);
         assert_eq!(result.is_ok(), out.exists(), "an export that fails leaves nothing");
     }
     let _ = fs::remove_dir_all(&out);
@@ -121,7 +123,7 @@ pub fn onnx(data: &[u8]) {
     fs::create_dir_all(&folder).expect("the temporary folder is writable");
     let file = folder.join("graph.onnx");
     fs::write(&file, data).expect("the temporary folder is writable");
-    let _ = check(&file, TensorRt::default());
+    let _ = check(&file, TensorRtVersion::default());
     let _ = inspect(&folder);
 }
 
@@ -233,7 +235,7 @@ pub fn files(data: &[u8]) {
 fn export(checkpoint: &Path, to: &str) -> PathBuf {
     let folder = scratch().join(to);
     let checkpoint = Checkpoint::open(checkpoint).expect("a committed checkpoint");
-    Export::default().run(&Source::Checkpoint(checkpoint), &folder, &Silent).expect("it can be exported");
+    Export::default().run(&Source::Checkpoint(checkpoint), &folder).expect("it can be exported");
     folder
 }
 

@@ -1,46 +1,46 @@
-//! Real numbers of 8 bits, float8e4m3fn: 4 bits of exponent, 3 of mantissa, no infinities. A matrix of them has one scale.
+//! Quantization to float8e4m3fn: 4 exponent bits, 3 mantissa bits, no infinities, one scale a matrix.
 //!
 //! # Design
-//! The scale is a power of two, the least with which the largest number fits. Whatever it is, the numbers keep 4 significant
-//! bits, so nothing is gained by another one; this one is the same number in every type that it is stored in.
+//! The scale is the smallest power of two with which the largest element fits. Since elements keep 4 significant bits
+//! under any scale, no other scale is more accurate, and a power of two is exact in every type that it is stored in.
 
-use crate::quantize::PackedRows;
+use super::QuantizedRows;
 
-/// The greatest number.
-const GREATEST: f32 = 448.0;
-/// The least scale, float16's least number of full precision, which has an inverse there too.
-const LEAST_SCALE: f32 = 1.0 / 16384.0;
+/// The largest finite value.
+const LARGEST: f32 = 448.0;
+/// The smallest scale: float16's smallest normal number, whose inverse is finite in float16 too.
+const SMALLEST_SCALE: f32 = 1.0 / 16384.0;
 
-/// The code of the nearest number, ties to the even code; what is beyond the greatest becomes that.
-pub fn code(x: f32) -> u8 {
+/// The code of the nearest value, ties to even; values beyond the largest saturate.
+pub fn float8_code(x: f32) -> u8 {
     let sign = (x.to_bits() >> 24) as u8 & 0x80;
     if x.is_nan() {
         return sign | 0x7f;
     }
-    let size = x.abs().min(GREATEST);
-    // Of the numbers from 2^e on, and below 2^-6 of all, each is 2^(e-3) above the one before.
-    let exponent = ((size.to_bits() >> 23) as i32 - 127).max(-6);
-    let steps = (size * power_of_two(3 - exponent)).round_ties_even() as u8;
-    // The first number of an exponent is its eighth step, which carries into the code's exponent, 0 for those below 2^-6.
+    let magnitude = x.abs().min(LARGEST);
+    // Values from 2^e on, and all subnormals below 2^-6, are multiples of 2^(e-3).
+    let exponent = ((magnitude.to_bits() >> 23) as i32 - 127).max(-6);
+    let steps = (magnitude * power_of_two(3 - exponent)).round_ties_even() as u8;
+    // The implicit leading bit is the eighth step and carries into the code's exponent, which is 0 for subnormals.
     let code = (exponent + 6) as u8 * 8 + steps;
     sign | code
 }
 
-/// The scale of a matrix whose largest number is `largest`.
-pub fn scale(largest: f32) -> f32 {
-    let mut scale = LEAST_SCALE;
-    while largest > GREATEST * scale {
+/// The scale of a matrix whose largest magnitude is `largest`.
+pub fn float8_scale(largest: f32) -> f32 {
+    let mut scale = SMALLEST_SCALE;
+    while largest > LARGEST * scale {
         scale *= 2.0;
     }
     scale
 }
 
-/// The codes of `rows` with a scale for all of them.
-pub fn pack_float8(rows: &[f32], scale: f32) -> PackedRows {
-    PackedRows { numbers: rows.iter().map(|&x| code(x / scale)).collect(), ..PackedRows::default() }
+/// Quantizes `rows` with one scale.
+pub fn quantize_float8(rows: &[f32], scale: f32) -> QuantizedRows {
+    QuantizedRows { codes: rows.iter().map(|&x| float8_code(x / scale)).collect(), ..QuantizedRows::default() }
 }
 
-/// 2 to a power that float32 has.
+/// 2 to the power of an exponent in float32's normal range.
 fn power_of_two(exponent: i32) -> f32 {
     f32::from_bits(((exponent + 127) as u32) << 23)
 }
@@ -49,7 +49,7 @@ fn power_of_two(exponent: i32) -> f32 {
 mod tests {
     use super::*;
 
-    /// What the codes from 0 on stand for, as Python's `ml_dtypes` has it.
+    /// The values of the codes from 0 on, from Python's `ml_dtypes`.
     #[rustfmt::skip]
     const NUMBERS: [f32; 127] = [
         0.0, 0.001953125, 0.00390625, 0.005859375, 0.0078125, 0.009765625, 0.01171875, 0.013671875,
@@ -71,59 +71,59 @@ mod tests {
     ];
 
     #[test]
-    fn every_number_has_its_code() {
+    fn every_value_has_its_code() {
         for (at, &number) in NUMBERS.iter().enumerate() {
-            assert_eq!((code(number), code(-number)), (at as u8, at as u8 | 0x80), "{number}");
+            assert_eq!((float8_code(number), float8_code(-number)), (at as u8, at as u8 | 0x80), "{number}");
         }
-        assert_eq!((code(f32::NAN), code(-f32::NAN)), (0x7f, 0xff));
+        assert_eq!((float8_code(f32::NAN), float8_code(-f32::NAN)), (0x7f, 0xff));
     }
 
     #[test]
-    fn what_lies_between_goes_to_the_nearest_and_ties_to_the_even_code() {
+    fn rounding_is_to_nearest_even() {
         for (at, pair) in NUMBERS.windows(2).enumerate() {
             let (middle, at) = ((pair[0] + pair[1]) / 2.0, at as u8);
             let even = at + at % 2;
             let cases = [(middle.next_down(), at), (middle, even), (middle.next_up(), at + 1), (pair[0].next_up(), at)];
             for (number, expected) in cases {
-                assert_eq!((code(number), code(-number)), (expected, expected | 0x80), "{number}");
+                assert_eq!((float8_code(number), float8_code(-number)), (expected, expected | 0x80), "{number}");
             }
         }
     }
 
     #[test]
-    fn what_is_beyond_the_greatest_is_cut() {
+    fn values_beyond_the_range_saturate_or_become_zero() {
         for number in [448.0, 449.0, 464.0, 480.0, 1e9, f32::MAX, f32::INFINITY] {
-            assert_eq!((code(number), code(-number)), (0x7e, 0xfe), "{number}");
+            assert_eq!((float8_code(number), float8_code(-number)), (0x7e, 0xfe), "{number}");
         }
         for number in [0.0, f32::MIN_POSITIVE, 1e-42, 9.7e-4] {
-            assert_eq!(code(number), 0, "{number}");
+            assert_eq!(float8_code(number), 0, "{number}");
         }
     }
 
     #[test]
-    fn scales_are_the_least_that_hold_the_largest_number() {
+    fn the_scale_is_the_smallest_that_fits_the_largest_number() {
         let cases: [(f32, f32); 8] = [
             (448.0, 1.0),
             (448.0_f32.next_up(), 2.0),
             (449.0, 2.0),
             (1.0, 1.0 / 256.0),
             (0.1, 1.0 / 4096.0),
-            (0.0, LEAST_SCALE),
-            (1e-9, LEAST_SCALE),
+            (0.0, SMALLEST_SCALE),
+            (1e-9, SMALLEST_SCALE),
             (f32::MAX, 2.0_f32.powi(120)),
         ];
         for (largest, expected) in cases {
-            assert_eq!(scale(largest), expected, "{largest}");
+            assert_eq!(float8_scale(largest), expected, "{largest}");
         }
     }
 
     #[test]
-    fn packed_numbers_keep_four_significant_bits() {
+    fn values_keep_four_significant_bits() {
         let rows: Vec<f32> = (0..4096).map(|at| ((at * 7919 % 4096) as f32 / 2048.0 - 1.0) * 0.37).collect();
-        let scale = scale(0.37);
-        let packed = pack_float8(&rows, scale);
+        let scale = float8_scale(0.37);
+        let quantized = quantize_float8(&rows, scale);
         let value = |code: u8| NUMBERS[usize::from(code & 0x7f)] * if code & 0x80 == 0 { 1.0 } else { -1.0 };
-        for (&x, &code) in rows.iter().zip(&packed.numbers) {
+        for (&x, &code) in rows.iter().zip(&quantized.codes) {
             let (found, least) = (value(code) * scale, scale / 1024.0);
             assert!((found - x).abs() <= (x.abs() / 16.0).max(least), "{found} for {x}");
         }

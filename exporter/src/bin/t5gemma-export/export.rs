@@ -1,0 +1,237 @@
+//! An export from arguments: reads the files that arguments name, shows progress, prints notes and warnings.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io::{self, IsTerminal};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::{Context, Result, anyhow, bail};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use t5gemma_exporter::{Alignment, Checkpoint, Existing, Export, Exported, Progress, ServingPlan, Source, preset};
+use t5gemma_graphs::Target;
+use t5gemma_graphs::interface::{DType, Logits};
+use t5gemma_graphs::json::{self, cut};
+use t5gemma_graphs::manifest::{ActivationRanges, EncoderWindow};
+use t5gemma_graphs::onnx::{Blocks, Code};
+use t5gemma_graphs::quantization::{Activations, Quantization};
+use t5gemma_graphs::task::{Features, Pooling, Task};
+
+use crate::arguments::{DTypeArg, DummyArgs, ExportArgs, FormatArg, GraphArgs, ModelArgs, QuantizeArgs, WindowArg};
+use crate::flags::Usage;
+
+/// Maximum number of unused tensors that are listed.
+const MAX_UNUSED: usize = 10;
+
+/// Exports as the arguments say.
+pub fn export(args: ExportArgs, interrupted: &AtomicBool) -> Result<()> {
+    let (checkpoint, out) = match &args.folders[..] {
+        [out] => (None, out),
+        [checkpoint, out] => (Some(checkpoint), out),
+        _ => bail!(Usage("expected CHECKPOINT and OUT, found no folder; see --help".to_string())),
+    };
+    let export = options(&args)?;
+    let source = source(&args.dummy, checkpoint)?;
+    let progress = Bar { bar: bar(args.output.quiet), interrupted };
+    let exported = export.run_with(&source, out, &progress)?;
+    progress.bar.finish_and_clear();
+    for warning in &exported.warnings {
+        eprintln!("t5gemma-export: warning: {warning}");
+    }
+    if !args.output.quiet {
+        print_summary(&exported, export.plan.as_ref(), out);
+    }
+    Ok(())
+}
+
+fn print_summary(exported: &Exported, plan: Option<&ServingPlan>, out: &Path) {
+    if !exported.unused.is_empty() {
+        eprintln!("t5gemma-export: {} tensors of the checkpoint are not used:", exported.unused.len());
+        exported.unused.iter().take(MAX_UNUSED).for_each(|name| eprintln!("  {}", cut(name)));
+        if exported.unused.len() > MAX_UNUSED {
+            eprintln!("  and {} more", exported.unused.len() - MAX_UNUSED);
+        }
+    }
+    for note in &exported.notes {
+        eprintln!("t5gemma-export: {note}");
+    }
+    let (parameters, weights) = (exported.manifest.parameters, &exported.manifest.weights.record);
+    eprintln!("wrote {}: {parameters} parameters, {} bytes of weights", out.display(), weights.bytes);
+    if let Some(plan) = plan {
+        let omitted = match &plan.omitted()[..] {
+            [] => String::new(),
+            names => format!(" ({} omitted, so 1)", names.join(", ")),
+        };
+        eprintln!("planned for {plan}{omitted}");
+    }
+}
+
+fn options(args: &ExportArgs) -> Result<Export> {
+    let graphs = &args.graphs;
+    let target = Target::ALL.into_iter().find(|target| target.name() == graphs.target).context("unknown target")?;
+    let dtype = match graphs.dtype {
+        None => target.capabilities().default_dtype,
+        Some(DTypeArg::Float32) => DType::Float32,
+        Some(DTypeArg::Float16) => DType::Float16,
+        Some(DTypeArg::Bfloat16) => DType::BFloat16,
+    };
+    let encoder_window = match graphs.encoder_window {
+        WindowArg::Inclusive => EncoderWindow::Inclusive,
+        WindowArg::Exclusive => EncoderWindow::Exclusive,
+    };
+    Ok(Export::default()
+        .task(task(&args.model)?)
+        .target(target)
+        .dtype(dtype)
+        .logits(logits(graphs))
+        .kept_tokens(graphs.keep_tokens.as_deref().map(kept_tokens).transpose()?)
+        .alignment(alignment(graphs))
+        .capacity(args.tensorrt.cache)
+        .plan(args.tensorrt.plan.clone())
+        .memory_limit(args.tensorrt.fits)
+        .encoder_window(encoder_window)
+        .quantization(quantization(&args.quantize)?)
+        .activations(activations(&args.quantize)?)
+        .existing(if args.output.overwrite { Existing::Overwrite } else { Existing::Refuse }))
+}
+
+fn logits(args: &GraphArgs) -> Logits {
+    match args.candidates {
+        Some(count) => Logits::Candidates(count),
+        None if args.all_logits => Logits::All,
+        None => Logits::Last,
+    }
+}
+
+fn alignment(args: &GraphArgs) -> Alignment {
+    match &args.alignment_layers[..] {
+        _ if !args.alignment => Alignment::None,
+        [] => Alignment::AllLayers,
+        layers => Alignment::Layers(layers.to_vec()),
+    }
+}
+
+/// Reads a file of token ids. Returns them ascending.
+fn kept_tokens(path: &Path) -> Result<Vec<usize>> {
+    let place = format!("--keep-tokens {}", path.display());
+    let text = fs::read_to_string(path).with_context(|| format!("{place}: cannot be read"))?;
+    let tokens: Result<BTreeSet<usize>, _> = serde_json::from_str(json::without_mark(&text));
+    let tokens = tokens.map_err(|error| {
+        anyhow!("{place}: expected a JSON array of token ids, found {}", json::malformed(&text, &error))
+    })?;
+    Ok(tokens.into_iter().collect())
+}
+
+fn task(args: &ModelArgs) -> Result<Option<Task>> {
+    let pooling = args.pooling.as_deref().and_then(|name| Pooling::ALL.into_iter().find(|known| known.name() == name));
+    let task = args.task.as_deref().and_then(|name| Task::all().into_iter().find(|known| known.name() == name));
+    if let Some(Task::FeatureExtraction(defaults)) = task {
+        return Ok(Some(Task::FeatureExtraction(Features {
+            pooling: pooling.unwrap_or(defaults.pooling),
+            normalize: args.normalize,
+            hidden_layer: args.hidden_layer.unwrap_or(defaults.hidden_layer),
+        })));
+    }
+    let given = [
+        ("--pooling", pooling.is_some()),
+        ("--normalize", args.normalize),
+        ("--hidden-layer", args.hidden_layer.is_some()),
+    ];
+    if let Some((flag, _)) = given.iter().find(|(_, given)| *given) {
+        bail!(Usage(format!("{flag} requires --task feature-extraction")));
+    }
+    Ok(task)
+}
+
+fn quantization(args: &QuantizeArgs) -> Result<Quantization> {
+    let blocks = |part: Option<FormatArg>| {
+        let blocks = match part.unwrap_or(args.quantize) {
+            FormatArg::None => return None,
+            FormatArg::Fp8 => return Some(Blocks::float8()),
+            FormatArg::Int8 => Blocks::whole(8, 128),
+            FormatArg::Int4 => Blocks::whole(4, 32),
+        };
+        Some(Blocks { size: args.block_size.unwrap_or(blocks.size), symmetric: !args.asymmetric, ..blocks })
+    };
+    let quantization = Quantization {
+        encoder: blocks(args.quantize_encoder),
+        decoder: blocks(args.quantize_decoder),
+        head: blocks(args.quantize_head),
+        exclude: args.quantize_exclude.clone(),
+    };
+    let of_blocks = [
+        ("--block-size", args.block_size.is_some()),
+        ("--asymmetric", args.asymmetric),
+        ("--quantize-exclude", !args.quantize_exclude.is_empty()),
+    ];
+    if let Some((flag, _)) = of_blocks.iter().find(|(_, given)| *given && !quantization.is_any()) {
+        bail!(Usage(format!("{flag} requires --quantize, or --quantize-encoder, -decoder or -head")));
+    }
+    let is_blocked = quantization.parts().any(|blocks| blocks.code == Code::Whole);
+    if let Some((flag, _)) = of_blocks[..2].iter().find(|(_, given)| *given && !is_blocked) {
+        bail!(Usage(format!("{flag} requires --quantize int8 or int4 (got fp8, which has no blocks)")));
+    }
+    Ok(quantization)
+}
+
+fn activations(args: &QuantizeArgs) -> Result<Activations> {
+    let Some(path) = &args.calibrate else {
+        return Ok(if args.observe { Activations::Observed } else { Activations::Unknown });
+    };
+    let place = format!("--calibrate {}", path.display());
+    let text = fs::read_to_string(path).with_context(|| format!("{place}: cannot be read"))?;
+    let ranges: Result<ActivationRanges, _> = serde_json::from_str(json::without_mark(&text));
+    let ranges = ranges.map_err(|error| {
+        anyhow!("{place}: expected the output of `t5gemma calibrate`, found {}", json::malformed(&text, &error))
+    })?;
+    Ok(Activations::Ranges(ranges.ranges))
+}
+
+fn source(args: &DummyArgs, checkpoint: Option<&PathBuf>) -> Result<Source> {
+    if !args.dummy_weights {
+        let Some(checkpoint) = checkpoint else {
+            bail!(Usage("expected CHECKPOINT and OUT, found one folder; see --help".to_string()))
+        };
+        return Ok(Source::Checkpoint(Checkpoint::open(checkpoint)?));
+    }
+    if let Some(checkpoint) = checkpoint {
+        bail!(Usage(format!("--dummy-weights cannot be used with a checkpoint (got {})", checkpoint.display())));
+    }
+    let (config, origin) = match (&args.preset, &args.config) {
+        (Some(name), _) => (preset(name).context("unknown preset")?.to_string(), format!("preset {name}")),
+        (None, Some(path)) => {
+            let text = fs::read_to_string(path).with_context(|| format!("{}: cannot be read", path.display()))?;
+            (text, path.display().to_string())
+        }
+        (None, None) => bail!(Usage("--dummy-weights requires --preset or --config".to_string())),
+    };
+    Ok(Source::Dummy { config, origin, seed: args.seed })
+}
+
+fn bar(quiet: bool) -> ProgressBar {
+    let target =
+        if quiet || !io::stderr().is_terminal() { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
+    let style = ProgressStyle::with_template("{bar:40} {bytes}/{total_bytes} {bytes_per_sec} {eta}")
+        .unwrap_or_else(|_| ProgressStyle::default_bar());
+    ProgressBar::with_draw_target(None, target).with_style(style)
+}
+
+/// A progress bar that an interrupt ends.
+struct Bar<'i> {
+    bar: ProgressBar,
+    interrupted: &'i AtomicBool,
+}
+
+impl Progress for Bar<'_> {
+    fn started(&self, bytes: u64) {
+        self.bar.set_length(bytes);
+    }
+
+    fn advanced(&self, bytes: u64) {
+        self.bar.inc(bytes);
+    }
+
+    fn is_cancelled(&self) -> bool {
+        self.interrupted.load(Ordering::Relaxed)
+    }
+}
