@@ -44,7 +44,7 @@ with tempfile.TemporaryDirectory() as folder:
     program.write_text("\n".join(asserts))
     subprocess.run(["cc", "-std=c11", "-fsyntax-only", f"-I{header.parent}", program], check=True)
 
-sources = "\n".join(file.read_text() for file in rust.glob("*.rs"))
+sources = "\n".join(file.read_text() for file in rust.rglob("*.rs"))
 for name, fields in structs.items():
     match = re.search(rf"#\[repr\(C\)\]\npub struct {name} {{\n(.*?)\n}}", sources, flags=re.S)
     assert match, f"{name} is not in {rust}"

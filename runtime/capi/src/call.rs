@@ -13,10 +13,11 @@ use t5gemma_runtime::{
     Streamer, TextStream,
 };
 
-use crate::error::{Failure, fallible, free, value};
+use crate::boundary::{fallible, free, value};
+use crate::error::t5g_error;
 use crate::handle::{Handle, Held, Object};
 use crate::input::{Fields, Out, Record, flag};
-use crate::tokenizer::Written;
+use crate::tokenizer::t5g_text;
 
 type OnPiece = extern "C" fn(*mut c_void, *const t5g_piece) -> i32;
 type OnStep = extern "C" fn(*mut c_void) -> i32;
@@ -26,7 +27,7 @@ type OnStep = extern "C" fn(*mut c_void) -> i32;
 pub struct t5g_call {
     size: usize,
     user: *mut c_void,
-    cancellation: Handle<Cancellations>,
+    cancellation: Handle<t5g_cancellation>,
     deadline_seconds: f64,
     stream_text: i64,
     on_piece: Option<OnPiece>,
@@ -101,17 +102,17 @@ pub enum Role {
 /// A `t5g_call`, checked.
 pub struct Call {
     given: t5g_call,
-    cancellation: Option<Held<Cancellations>>,
+    cancellation: Option<Held<t5g_cancellation>>,
     deadline: Option<Instant>,
     stream_text: bool,
 }
 
 /// The time that is so many seconds from now. A number that was computed from a clock may be below 0: it has passed. Later than
 /// any clock goes is never.
-fn deadline(seconds: f64) -> Result<Option<Instant>, Failure> {
+fn deadline(seconds: f64) -> Result<Option<Instant>, t5g_error> {
     if seconds.is_nan() {
         let expected = "seconds from now, 0 for no deadline, or less for one that has passed";
-        return Err(Failure::argument("call.deadline_seconds", expected, "NaN"));
+        return Err(t5g_error::argument("call.deadline_seconds", expected, "NaN"));
     }
     if seconds == 0.0 {
         return Ok(None);
@@ -121,7 +122,7 @@ fn deadline(seconds: f64) -> Result<Option<Instant>, Failure> {
 }
 
 impl Call {
-    pub fn read(call: Record<t5g_call>) -> Result<Call, Failure> {
+    pub fn read(call: Record<t5g_call>) -> Result<Call, t5g_error> {
         let given = call.optional("call")?.unwrap_or_else(t5g_call::unset);
         Ok(Call {
             given,
@@ -132,7 +133,7 @@ impl Call {
     }
 
     /// Refuses callbacks that would never be called.
-    pub fn of(self, role: Role) -> Result<Call, Failure> {
+    pub fn of(self, role: Role) -> Result<Call, t5g_error> {
         let t5g_call { on_piece, on_step, logits_processor, prefix_allowed_tokens, .. } = self.given;
         let (pieces, steps) = (("on_piece", on_piece.is_some()), ("on_step", on_step.is_some()));
         let changes = [
@@ -145,7 +146,7 @@ impl Call {
             Role::Tells => (&[steps], "steps are of many requests; on_piece tells of this one"),
         };
         match refused.iter().find(|(_, is_given)| *is_given) {
-            Some((name, _)) => Err(Failure::argument(&format!("call.{name}"), format!("NULL ({why})"), "a function")),
+            Some((name, _)) => Err(t5g_error::argument(&format!("call.{name}"), format!("NULL ({why})"), "a function")),
             None => Ok(self),
         }
     }
@@ -170,7 +171,7 @@ impl Call {
 
     /// Has the caller's cancellation stop something, for as long as what is returned lives.
     pub fn list(&self, stop: impl Fn() + Send + Sync + 'static) -> Option<Listed> {
-        self.cancellation.as_ref().map(|all| Cancellations::list(all.share(), Box::new(stop)))
+        self.cancellation.as_ref().map(|all| t5g_cancellation::list(all.share(), Box::new(stop)))
     }
 
     /// The callbacks that are shown what happens.
@@ -180,7 +181,7 @@ impl Call {
     }
 
     /// Does something that the caller's cancellation and deadline can stop.
-    pub fn run<T>(&self, work: impl FnOnce(&Cancellation) -> Result<T, Error>) -> Result<T, Failure> {
+    pub fn run<T>(&self, work: impl FnOnce(&Cancellation) -> Result<T, Error>) -> Result<T, t5g_error> {
         let own = self.deadline.map_or_else(Cancellation::new, Cancellation::until);
         let to_stop = own.clone();
         let _listed = self.list(move || to_stop.cancel());
@@ -191,7 +192,7 @@ impl Call {
     }
 
     /// [`Call::run`], of something that is one step.
-    pub fn run_in_one_step<T>(&self, work: impl FnOnce(&Cancellation) -> Result<T, Error>) -> Result<T, Failure> {
+    pub fn run_in_one_step<T>(&self, work: impl FnOnce(&Cancellation) -> Result<T, Error>) -> Result<T, t5g_error> {
         self.run(|cancel| {
             let result = work(cancel)?;
             if self.shown().step().is_break() { Err(Error::Cancelled) } else { Ok(result) }
@@ -234,7 +235,7 @@ impl Call {
     }
 
     /// What shows a generation of `rows` sources to the caller.
-    pub fn watch(&self, model: &Model, rows: usize) -> Result<Pieces, Failure> {
+    pub fn watch(&self, model: &Model, rows: usize) -> Result<Pieces, t5g_error> {
         let streams = match self.stream_text && self.given.on_piece.is_some() {
             true => {
                 let tokenizer = model.tokenizer()?;
@@ -267,13 +268,13 @@ impl Shown {
     /// Shows a token, with its text where that is wanted.
     pub fn piece(&self, row: usize, token: i64, text: Option<String>) -> ControlFlow<()> {
         let Some(on_piece) = self.on_piece else { return ControlFlow::Continue(()) };
-        let text = text.map(Written::new);
+        let text = text.map(t5g_text::new);
         let piece = t5g_piece {
             size: size_of::<t5g_piece>(),
             row,
             token,
-            text: text.as_ref().map_or(ptr::null(), Written::pointer),
-            text_size: text.as_ref().map_or(0, Written::size),
+            text: text.as_ref().map_or(ptr::null(), t5g_text::pointer),
+            text_size: text.as_ref().map_or(0, t5g_text::size),
         };
         going_on(on_piece(self.user(), &piece))
     }
@@ -394,7 +395,7 @@ impl Drop for Inside<'_> {
 /// What a `t5g_cancellation` is: ways to stop the calls that it is given to. Each call has its own, because a deadline ends
 /// one of them and not the others.
 #[derive(Default)]
-pub struct Cancellations(Mutex<Calls>);
+pub struct t5g_cancellation(Mutex<Calls>);
 
 #[derive(Default)]
 struct Calls {
@@ -405,17 +406,17 @@ struct Calls {
 
 type Stop = Box<dyn Fn() + Send + Sync>;
 
-impl Object for Cancellations {
+impl Object for t5g_cancellation {
     const NAME: &'static str = "t5g_cancellation";
 }
 
-impl Cancellations {
+impl t5g_cancellation {
     fn calls(&self) -> MutexGuard<'_, Calls> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Stops a call too, for as long as what is returned lives.
-    fn list(all: Arc<Cancellations>, stop: Stop) -> Listed {
+    fn list(all: Arc<t5g_cancellation>, stop: Stop) -> Listed {
         let mut calls = all.calls();
         if calls.is_used {
             stop();
@@ -436,7 +437,7 @@ impl Cancellations {
 
 /// A call that a cancellation can stop.
 pub struct Listed {
-    all: Arc<Cancellations>,
+    all: Arc<t5g_cancellation>,
     number: usize,
 }
 
@@ -447,15 +448,15 @@ impl Drop for Listed {
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn t5g_cancellation_new(cancellation: Out<Handle<Cancellations>>) -> Handle<Failure> {
+pub extern "C" fn t5g_cancellation_new(cancellation: Out<Handle<t5g_cancellation>>) -> Handle<t5g_error> {
     fallible(|| {
-        cancellation.check("cancellation")?.put(Handle::new(Cancellations::default()));
+        cancellation.check("cancellation")?.put(Handle::new(t5g_cancellation::default()));
         Ok(())
     })
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn t5g_cancellation_cancel(cancellation: Handle<Cancellations>) -> Handle<Failure> {
+pub extern "C" fn t5g_cancellation_cancel(cancellation: Handle<t5g_cancellation>) -> Handle<t5g_error> {
     fallible(|| {
         cancellation.get("cancellation")?.cancel();
         Ok(())
@@ -463,12 +464,12 @@ pub extern "C" fn t5g_cancellation_cancel(cancellation: Handle<Cancellations>) -
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn t5g_cancellation_is_cancelled(cancellation: Handle<Cancellations>) -> i32 {
+pub extern "C" fn t5g_cancellation_is_cancelled(cancellation: Handle<t5g_cancellation>) -> i32 {
     value(-1, || Ok(cancellation.get("cancellation")?.calls().is_used.into()))
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn t5g_cancellation_free(cancellation: Handle<Cancellations>) -> i32 {
+pub extern "C" fn t5g_cancellation_free(cancellation: Handle<t5g_cancellation>) -> i32 {
     free(cancellation, "cancellation")
 }
 
@@ -478,7 +479,7 @@ mod tests {
     use std::sync::mpsc;
 
     use super::*;
-    use crate::error::Code;
+    use crate::error::t5g_code;
 
     #[test]
     fn a_deadline_is_compared_with_the_clock_and_one_that_has_passed_does_nothing() {
@@ -497,18 +498,18 @@ mod tests {
                 Ok(7)
             });
             assert_eq!((has_worked, result.as_ref().ok()), (works, Some(&7).filter(|_| works)), "{seconds}");
-            if let Err(failure) = result {
-                assert_eq!((failure.code(), failure.message()), (Code::Deadline, "the deadline has passed"));
+            if let Err(error) = result {
+                assert_eq!((error.code(), error.text()), (t5g_code::Deadline, "the deadline has passed"));
             }
         }
-        assert_eq!(call(f64::NAN).err().expect("no number").code(), Code::Argument);
+        assert_eq!(call(f64::NAN).err().expect("no number").code(), t5g_code::Argument);
 
         // One that passes while there is work is noticed at the end, whatever the work says.
         let result = call(1e-3).expect("a number").run(|cancel| {
             while cancel.check().is_ok() {}
             Ok(7)
         });
-        assert_eq!(result.expect_err("late").code(), Code::Deadline);
+        assert_eq!(result.expect_err("late").code(), t5g_code::Deadline);
     }
 
     #[test]
@@ -539,10 +540,10 @@ mod tests {
 
     #[test]
     fn a_cancellation_stops_all_its_calls_whenever_they_begin() {
-        let all = Arc::new(Cancellations::default());
+        let all = Arc::new(t5g_cancellation::default());
         let list = |call: &Cancellation| {
             let call = call.clone();
-            Cancellations::list(all.clone(), Box::new(move || call.cancel()))
+            t5g_cancellation::list(all.clone(), Box::new(move || call.cancel()))
         };
         let [first, second, third] = [(); 3].map(|()| Cancellation::new());
         let listed = list(&first);

@@ -6,14 +6,15 @@ use std::ptr;
 use serde_json::{Value, json};
 use t5gemma_runtime::{Batch, Encoder, Pooling, ScoreFunction, Task};
 
+use crate::boundary::{fallible, free};
 use crate::call::{Call, Role, t5g_call};
-use crate::error::{Failure, fallible, free};
+use crate::error::t5g_error;
 use crate::handle::{Handle, Object};
 use crate::input::{Buffer, Fields, Out, Record, Text, flag};
 use crate::onnxruntime;
 use crate::options::{open_options, t5g_open_options};
 use crate::sources::{Reader, t5g_sources};
-use crate::tokenizer::{Reading, Written};
+use crate::tokenizer::{t5g_text, t5g_tokenizer};
 
 #[derive(Clone, Copy)]
 #[repr(C)]
@@ -68,8 +69,8 @@ pub fn put_states(
     given: t5g_states,
     shape: Shape,
     batch: &Batch,
-    compute: impl FnOnce() -> Result<Vec<f32>, Failure>,
-) -> Result<(), Failure> {
+    compute: impl FnOnce() -> Result<Vec<f32>, t5g_error>,
+) -> Result<(), t5g_error> {
     let Shape { rows, length, width } = shape;
     let mask = match given.attention_mask.is_null() {
         true => None,
@@ -80,7 +81,7 @@ pub fn put_states(
         let values = compute()?;
         if values.len() != rows * length * width {
             let message = format!("expected {rows} x {length} x {width} numbers, found {}", values.len());
-            return Err(Failure::new(crate::error::Code::Model, message));
+            return Err(t5g_error::new(crate::error::t5g_code::Model, message));
         }
         place.put_all(values.into_iter());
     }
@@ -91,22 +92,22 @@ pub fn put_states(
 }
 
 /// A `t5g_encoder`.
-pub struct Encoding {
-    encoder: Encoder,
+pub struct t5g_encoder {
+    inner: Encoder,
     path: PathBuf,
 }
 
-impl Object for Encoding {
+impl Object for t5g_encoder {
     const NAME: &'static str = "t5g_encoder";
 }
 
-impl Encoding {
-    fn batch(&self, sources: Record<t5g_sources>) -> Result<Batch, Failure> {
+impl t5g_encoder {
+    fn batch(&self, sources: Record<t5g_sources>) -> Result<Batch, t5g_error> {
         let reader = Reader {
-            tokenizer: &|| self.encoder.tokenizer(),
-            chat: &|| Err(Failure::argument("sources.messages", "NULL (conversations are for t5g_model)", "text")),
-            pad_token_id: self.encoder.pad_token_id(),
-            hidden_size: self.encoder.config().encoder.hidden_size,
+            tokenizer: &|| self.inner.tokenizer(),
+            chat: &|| Err(t5g_error::argument("sources.messages", "NULL (conversations are for t5g_model)", "text")),
+            pad_token_id: self.inner.pad_token_id(),
+            hidden_size: self.inner.config().encoder.hidden_size,
         };
         reader.batch(sources)
     }
@@ -116,29 +117,29 @@ impl Encoding {
 pub extern "C" fn t5g_encoder_open(
     path: Text,
     options: Record<t5g_open_options>,
-    encoder: Out<Handle<Encoding>>,
-) -> Handle<Failure> {
+    encoder: Out<Handle<t5g_encoder>>,
+) -> Handle<t5g_error> {
     fallible(|| {
         let place = encoder.check("encoder")?;
         let (path, options) = (PathBuf::from(path.required("path")?), open_options(options)?);
         onnxruntime::prepare();
-        let encoder = Encoder::open_with(&path, &options)?;
-        place.put(Handle::new(Encoding { encoder, path }));
+        let inner = Encoder::open_with(&path, &options)?;
+        place.put(Handle::new(t5g_encoder { inner, path }));
         Ok(())
     })
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn t5g_encoder_describe(encoder: Handle<Encoding>, json: Out<Handle<Written>>) -> Handle<Failure> {
+pub extern "C" fn t5g_encoder_describe(encoder: Handle<t5g_encoder>, json: Out<Handle<t5g_text>>) -> Handle<t5g_error> {
     fallible(|| {
-        let (place, opened) = (json.check("json")?, encoder.get("encoder")?);
-        let (manifest, config) = (opened.encoder.manifest(), opened.encoder.config());
+        let (place, encoder) = (json.check("json")?, encoder.get("encoder")?);
+        let (manifest, config) = (encoder.inner.manifest(), encoder.inner.config());
         let labels = match &config.classifier {
             Some(classifier) => json!(classifier.labels),
             None => Value::Null,
         };
         let described = json!({
-            "path": opened.path.to_string_lossy(),
+            "path": encoder.path.to_string_lossy(),
             "task": manifest.task.name(),
             "target": manifest.target,
             "dtype": manifest.dtype.to_string(),
@@ -147,43 +148,45 @@ pub extern "C" fn t5g_encoder_describe(encoder: Handle<Encoding>, json: Out<Hand
             "source_vocab_size": config.encoder.vocab_size,
             "hidden_size": config.encoder.hidden_size,
             "max_source_length": config.encoder.max_position_embeddings,
-            "pad_token_id": opened.encoder.pad_token_id(),
+            "pad_token_id": encoder.inner.pad_token_id(),
             "labels": labels,
         });
-        place.put(Written::handle(described.to_string()));
+        place.put(t5g_text::handle(described.to_string()));
         Ok(())
     })
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn t5g_encoder_tokenizer(encoder: Handle<Encoding>, tokenizer: Out<Handle<Reading>>) -> Handle<Failure> {
+pub extern "C" fn t5g_encoder_tokenizer(
+    encoder: Handle<t5g_encoder>,
+    tokenizer: Out<Handle<t5g_tokenizer>>,
+) -> Handle<t5g_error> {
     fallible(|| {
-        let (place, opened) = (tokenizer.check("tokenizer")?, encoder.get("encoder")?);
-        place.put(Handle::new(Reading(opened.encoder.tokenizer()?.clone())));
+        let (place, encoder) = (tokenizer.check("tokenizer")?, encoder.get("encoder")?);
+        place.put(Handle::new(t5g_tokenizer(encoder.inner.tokenizer()?.clone())));
         Ok(())
     })
 }
 
 #[unsafe(no_mangle)]
 pub extern "C" fn t5g_encoder_encode(
-    encoder: Handle<Encoding>,
+    encoder: Handle<t5g_encoder>,
     sources: Record<t5g_sources>,
     pooling: i32,
     normalize: i32,
     call: Record<t5g_call>,
     states: Record<t5g_states>,
-) -> Handle<Failure> {
+) -> Handle<t5g_error> {
     fallible(|| {
-        let (given, opened) = (states.get("states")?, encoder.get("encoder")?);
+        let (given, encoder) = (states.get("states")?, encoder.get("encoder")?);
         let (call, normalize) = (Call::read(call)?.of(Role::Encodes)?, flag(normalize.into(), "normalize")?);
-        let pooling = usize::try_from(pooling)
-            .ok()
-            .and_then(|at| Pooling::ALL.get(at).copied())
-            .ok_or_else(|| Failure::argument("pooling", "T5G_POOLING_NONE to T5G_POOLING_LAST", pooling.to_string()))?;
+        let pooling = usize::try_from(pooling).ok().and_then(|at| Pooling::ALL.get(at).copied()).ok_or_else(|| {
+            t5g_error::argument("pooling", "T5G_POOLING_NONE to T5G_POOLING_LAST", pooling.to_string())
+        })?;
         if normalize && pooling == Pooling::None {
-            return Err(Failure::argument("normalize", "0 without a pooling", "1"));
+            return Err(t5g_error::argument("normalize", "0 without a pooling", "1"));
         }
-        let (encoder, batch) = (&opened.encoder, opened.batch(sources)?);
+        let (batch, encoder) = (encoder.batch(sources)?, &encoder.inner);
         encoder.features()?;
         let length = if pooling == Pooling::None { batch.length() } else { 1 };
         let shape = Shape::of(&batch, length, encoder.config().encoder.hidden_size);
@@ -198,16 +201,16 @@ pub extern "C" fn t5g_encoder_encode(
 
 #[unsafe(no_mangle)]
 pub extern "C" fn t5g_encoder_classify(
-    encoder: Handle<Encoding>,
+    encoder: Handle<t5g_encoder>,
     sources: Record<t5g_sources>,
     function: i32,
     call: Record<t5g_call>,
     scores: Record<t5g_states>,
-) -> Handle<Failure> {
+) -> Handle<t5g_error> {
     fallible(|| {
-        let (given, opened) = (scores.get("scores")?, encoder.get("encoder")?);
-        let (encoder, call) = (&opened.encoder, Call::read(call)?.of(Role::Encodes)?);
-        let classifier = encoder.classifier()?;
+        let (given, encoder) = (scores.get("scores")?, encoder.get("encoder")?);
+        let call = Call::read(call)?.of(Role::Encodes)?;
+        let classifier = encoder.inner.classifier()?;
         let function = match function {
             0 => ScoreFunction::of(classifier),
             1 => ScoreFunction::None,
@@ -215,16 +218,16 @@ pub extern "C" fn t5g_encoder_classify(
             3 => ScoreFunction::Softmax,
             other => {
                 let expected = "T5G_SCORES_DEFAULT to T5G_SCORES_SOFTMAX";
-                return Err(Failure::argument("function", expected, other.to_string()));
+                return Err(t5g_error::argument("function", expected, other.to_string()));
             }
         };
-        let (batch, labels) = (opened.batch(sources)?, classifier.labels.len());
-        let of_tokens = encoder.manifest().task == Task::TokenClassification;
+        let (batch, labels) = (encoder.batch(sources)?, classifier.labels.len());
+        let of_tokens = encoder.inner.manifest().task == Task::TokenClassification;
         let shape = Shape::of(&batch, if of_tokens { batch.length() } else { 1 }, labels);
         put_states(scores, given, shape, &batch, || {
             let logits: Vec<f32> = call.run_in_one_step(|cancel| match of_tokens {
-                true => Ok(encoder.classify_tokens(&batch, cancel)?.into_iter().collect()),
-                false => Ok(encoder.classify(&batch, cancel)?.into_iter().collect()),
+                true => Ok(encoder.inner.classify_tokens(&batch, cancel)?.into_iter().collect()),
+                false => Ok(encoder.inner.classify(&batch, cancel)?.into_iter().collect()),
             })?;
             Ok(logits.chunks(labels.max(1)).flat_map(|logits| function.scores(logits)).collect())
         })
@@ -232,6 +235,6 @@ pub extern "C" fn t5g_encoder_classify(
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn t5g_encoder_free(encoder: Handle<Encoding>) -> i32 {
+pub extern "C" fn t5g_encoder_free(encoder: Handle<t5g_encoder>) -> i32 {
     free(encoder, "encoder")
 }

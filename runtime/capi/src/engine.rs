@@ -8,19 +8,20 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use t5gemma_runtime::{
-    Canceller, Draws, Engine, EngineOptions, EngineStats, Event, Generation, Hypothesis, PollResult, Request,
+    Canceller, Draws, Engine, EngineOptions, EngineStats, Event, Generation, Hypothesis, Model, PollResult, Request,
     SpecialTokens, TextStream,
 };
 
+use crate::boundary::{fallible, free, guarded, value};
 use crate::call::{Call, Gate, Listed, Role, t5g_call};
-use crate::error::{Code, Failure, fallible, free, guarded, value};
+use crate::error::{t5g_code, t5g_error};
 use crate::handle::{Handle, Held, Object};
 use crate::input::{Array, Fields, Out, Record, UNSET, whole};
-use crate::model::{Opened, source_tokens};
+use crate::model::{source_tokens, t5g_model};
 use crate::options::{generation_options, t5g_generation_options};
-use crate::result::Answers;
+use crate::result::t5g_result;
 use crate::sources::t5g_sources;
-use crate::tokenizer::Written;
+use crate::tokenizer::t5g_text;
 
 #[derive(Clone, Copy)]
 #[repr(C)]
@@ -119,20 +120,20 @@ unsafe impl Fields for t5g_event {
     }
 }
 
-type Done = extern "C" fn(*mut c_void, Handle<Answers>, Handle<Failure>);
+type Done = extern "C" fn(*mut c_void, Handle<t5g_result>, Handle<t5g_error>);
 
 /// A `t5g_engine`.
-pub struct Serving {
-    engine: Engine,
+pub struct t5g_engine {
+    inner: Engine,
     options: EngineOptions,
-    opened: Arc<Opened>,
+    model: Arc<t5g_model>,
 }
 
-impl Object for Serving {
+impl Object for t5g_engine {
     const NAME: &'static str = "t5g_engine";
 }
 
-impl Serving {
+impl t5g_engine {
     fn counts(&self, found: EngineStats) -> t5g_engine_counts {
         t5g_engine_counts {
             size: 0,
@@ -149,19 +150,19 @@ impl Serving {
             max_rows: self.options.max_rows,
             max_bytes: self.options.max_bytes,
             max_waiting: self.options.max_waiting,
-            copies: self.engine.copies(),
+            copies: self.inner.copies(),
         }
     }
 }
 
 /// A `t5g_request`.
-pub struct Asked {
+pub struct t5g_request {
     running: Mutex<Running>,
     canceller: Canceller,
     gate: Arc<Gate>,
 }
 
-impl Object for Asked {
+impl Object for t5g_request {
     const NAME: &'static str = "t5g_request";
 }
 
@@ -173,11 +174,11 @@ struct Running {
     /// What has been received and not been told: an event may be told as several.
     untold: VecDeque<Told>,
     /// The text told last, which the caller may still read.
-    text: Option<Written>,
+    text: Option<t5g_text>,
     rows: Vec<Vec<Hypothesis>>,
-    failed: Option<Failure>,
+    failed: Option<t5g_error>,
     has_ended: bool,
-    opened: Arc<Opened>,
+    model: Arc<Model>,
     seed: Option<u64>,
     source_tokens: usize,
     /// Open to the callbacks that change what is generated.
@@ -200,7 +201,7 @@ enum Told {
 
 impl Running {
     /// The next thing to tell, within `timeout`: nothing if there is none by then.
-    fn next(&mut self, timeout: Duration) -> Result<Option<Told>, Failure> {
+    fn next(&mut self, timeout: Duration) -> Result<Option<Told>, t5g_error> {
         let until = Instant::now().checked_add(timeout);
         loop {
             if let Some(told) = self.untold.pop_front() {
@@ -234,7 +235,7 @@ impl Running {
         }
     }
 
-    fn take(&mut self, event: Event) -> Result<(), Failure> {
+    fn take(&mut self, event: Event) -> Result<(), t5g_error> {
         match event {
             Event::Token { row, token } => {
                 let stream = self.streams.get_mut(row).and_then(Option::as_mut);
@@ -256,15 +257,15 @@ impl Running {
     }
 
     /// Waits for the end.
-    fn finish(&mut self) -> Result<Answers, Failure> {
+    fn finish(&mut self) -> Result<t5g_result, t5g_error> {
         while !self.has_ended || !self.untold.is_empty() {
             self.next(Duration::from_secs(3600))?;
         }
-        Ok(self.answers())
+        Ok(self.result())
     }
 
-    fn answers(&self) -> Answers {
-        Answers::new(self.opened.clone(), self.rows.clone(), self.seed, self.source_tokens)
+    fn result(&self) -> t5g_result {
+        t5g_result::new(self.model.clone(), self.rows.clone(), self.seed, self.source_tokens)
     }
 
     fn tell(&mut self, told: Option<Told>) -> t5g_event {
@@ -273,14 +274,14 @@ impl Running {
             None => t5g_event { kind: if self.has_ended { END } else { NOTHING }, ..unset },
             Some(Told::Row(row)) => t5g_event { kind: ROW, row, ..unset },
             Some(Told::Piece { row, token, text }) => {
-                self.text = text.map(Written::new);
+                self.text = text.map(t5g_text::new);
                 let text = self.text.as_ref();
                 t5g_event {
                     kind: PIECE,
                     row,
                     token,
-                    text: text.map_or(ptr::null(), Written::pointer),
-                    text_size: text.map_or(0, Written::size),
+                    text: text.map_or(ptr::null(), t5g_text::pointer),
+                    text_size: text.map_or(0, t5g_text::size),
                     ..unset
                 }
             }
@@ -288,13 +289,13 @@ impl Running {
     }
 }
 
-impl Asked {
-    fn only(&self) -> Result<MutexGuard<'_, Running>, Failure> {
+impl t5g_request {
+    fn only(&self) -> Result<MutexGuard<'_, Running>, t5g_error> {
         match self.running.try_lock() {
             Ok(running) => Ok(running),
             Err(TryLockError::Poisoned(poisoned)) => Ok(poisoned.into_inner()),
             Err(TryLockError::WouldBlock) => {
-                Err(Failure::new(Code::Busy, "request: another thread is waiting on it").at("request"))
+                Err(t5g_error::new(t5g_code::Busy, "request: another thread is waiting on it").at("request"))
             }
         }
     }
@@ -302,31 +303,31 @@ impl Asked {
 
 /// Submits, and returns what is to be told of it.
 fn submit(
-    serving: &Held<Serving>,
+    engine: &Held<t5g_engine>,
     sources: Record<t5g_sources>,
     options: Record<t5g_generation_options>,
     call: &Call,
-) -> Result<Running, Failure> {
-    let opened = &serving.opened;
+) -> Result<Running, t5g_error> {
+    let model = &engine.model;
     let given = generation_options(options)?;
     let gate = Arc::new(Gate::default());
-    let mut options = call.add_to(opened.model.generation_config().with_json(&given)?, &gate);
+    let mut options = call.add_to(model.inner.generation_config().with_json(&given)?, &gate);
     if options.do_sample {
         options.seed = Some(options.seed.unwrap_or_else(Draws::random_seed));
     }
     let seed = options.seed.filter(|_| options.do_sample);
-    let batch = opened.read(|reader| reader.batch(sources))?;
+    let batch = model.read(|reader| reader.batch(sources))?;
     let (rows, source_tokens) = (batch.rows(), source_tokens(&batch));
     let streams = match call.wants_text() {
         true => {
-            let tokenizer = opened.model.tokenizer()?;
+            let tokenizer = model.inner.tokenizer()?;
             (0..rows).map(|_| Some(tokenizer.stream(SpecialTokens::Skip))).collect()
         }
         false => Vec::new(),
     };
     call.check_cancellation()?;
     let deadline = call.deadline();
-    let generation = serving.engine.submit(Request { deadline, ..Request::new(batch, options) })?;
+    let generation = engine.inner.submit(Request { deadline, ..Request::new(batch, options) })?;
     let canceller = generation.canceller();
     Ok(Running {
         streams,
@@ -336,7 +337,7 @@ fn submit(
         rows: vec![Vec::new(); rows],
         failed: None,
         has_ended: false,
-        opened: opened.clone(),
+        model: model.inner.clone(),
         seed,
         source_tokens,
         gate,
@@ -345,21 +346,21 @@ fn submit(
 }
 
 /// A number that is a bound, if it is given.
-fn bound(value: i64, name: &str) -> Result<Option<usize>, Failure> {
+fn bound(value: i64, name: &str) -> Result<Option<usize>, t5g_error> {
     match whole(value, name)? {
-        Some(0) => Err(Failure::argument(name, "at least 1, or T5G_UNSET", "0")),
+        Some(0) => Err(t5g_error::argument(name, "at least 1, or T5G_UNSET", "0")),
         bound => Ok(bound),
     }
 }
 
 #[unsafe(no_mangle)]
 pub extern "C" fn t5g_engine_new(
-    model: Handle<Opened>,
+    model: Handle<t5g_model>,
     options: Record<t5g_engine_options>,
-    engine: Out<Handle<Serving>>,
-) -> Handle<Failure> {
+    engine: Out<Handle<t5g_engine>>,
+) -> Handle<t5g_error> {
     fallible(|| {
-        let (place, opened) = (engine.check("engine")?, model.get("model")?);
+        let (place, model) = (engine.check("engine")?, model.get("model")?);
         let given = options.optional("options")?.unwrap_or_else(t5g_engine_options::unset);
         let default = EngineOptions::default();
         let options = EngineOptions {
@@ -369,43 +370,43 @@ pub extern "C" fn t5g_engine_new(
             ..default
         };
         let devices = given.devices.get(given.device_count, "options.devices")?;
-        let models = if devices.is_empty() { vec![opened.model.clone()] } else { opened.copies(devices)? };
-        let engine = Engine::of_copies(&models, options.clone())?;
-        place.put(Handle::new(Serving { engine, options, opened: opened.share() }));
+        let models = if devices.is_empty() { vec![model.inner.clone()] } else { model.copies(devices)? };
+        let inner = Engine::of_copies(&models, options.clone())?;
+        place.put(Handle::new(t5g_engine { inner, options, model: model.share() }));
         Ok(())
     })
 }
 
 #[unsafe(no_mangle)]
 pub extern "C" fn t5g_engine_submit(
-    engine: Handle<Serving>,
+    engine: Handle<t5g_engine>,
     sources: Record<t5g_sources>,
     options: Record<t5g_generation_options>,
     call: Record<t5g_call>,
-    request: Out<Handle<Asked>>,
-) -> Handle<Failure> {
+    request: Out<Handle<t5g_request>>,
+) -> Handle<t5g_error> {
     fallible(|| {
-        let (place, serving) = (request.check("request")?, engine.get("engine")?);
+        let (place, engine) = (request.check("request")?, engine.get("engine")?);
         let call = Call::read(call)?.of(Role::Submits)?;
-        let running = submit(&serving, sources, options, &call)?;
+        let running = submit(&engine, sources, options, &call)?;
         let (canceller, gate) = (running.generation.canceller(), running.gate.clone());
-        place.put(Handle::new(Asked { running: Mutex::new(running), canceller, gate }));
+        place.put(Handle::new(t5g_request { running: Mutex::new(running), canceller, gate }));
         Ok(())
     })
 }
 
 #[unsafe(no_mangle)]
 pub extern "C" fn t5g_engine_call(
-    engine: Handle<Serving>,
+    engine: Handle<t5g_engine>,
     sources: Record<t5g_sources>,
     options: Record<t5g_generation_options>,
     call: Record<t5g_call>,
     done: Option<Done>,
-) -> Handle<Failure> {
+) -> Handle<t5g_error> {
     fallible(|| {
-        let (serving, call) = (engine.get("engine")?, Call::read(call)?.of(Role::Tells)?);
-        let done = done.ok_or_else(|| Failure::argument("done", "a function", "NULL"))?;
-        let mut running = submit(&serving, sources, options, &call)?;
+        let (engine, call) = (engine.get("engine")?, Call::read(call)?.of(Role::Tells)?);
+        let done = done.ok_or_else(|| t5g_error::argument("done", "a function", "NULL"))?;
+        let mut running = submit(&engine, sources, options, &call)?;
         let shown = call.shown();
         let tell = move || {
             let result = guarded(|| {
@@ -417,23 +418,23 @@ pub extern "C" fn t5g_engine_call(
                         return Err(t5gemma_runtime::Error::Cancelled.into());
                     }
                 }
-                Ok(running.answers())
+                Ok(running.result())
             });
             // The request is over before the caller is told so.
             drop(running);
             match result {
-                Ok(answers) => done(shown.user(), Handle::new(answers), Handle::NULL),
+                Ok(result) => done(shown.user(), Handle::new(result), Handle::NULL),
                 Err(failure) => done(shown.user(), Handle::NULL, Handle::new(failure)),
             }
         };
         let started = thread::Builder::new().name("t5g-request".into()).spawn(tell);
-        started.map_err(|error| Failure::new(Code::Internal, format!("no thread for the callback: {error}")))?;
+        started.map_err(|error| t5g_error::new(t5g_code::Internal, format!("no thread for the callback: {error}")))?;
         Ok(())
     })
 }
 
 /// Waits for the next thing, however long; nothing is the end.
-fn next_or_end(running: &mut Running) -> Result<Option<Told>, Failure> {
+fn next_or_end(running: &mut Running) -> Result<Option<Told>, t5g_error> {
     loop {
         match running.next(Duration::from_secs(3600))? {
             None if !running.has_ended => {}
@@ -443,56 +444,60 @@ fn next_or_end(running: &mut Running) -> Result<Option<Told>, Failure> {
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn t5g_engine_stats(engine: Handle<Serving>, counts: Record<t5g_engine_counts>) -> Handle<Failure> {
+pub extern "C" fn t5g_engine_stats(engine: Handle<t5g_engine>, counts: Record<t5g_engine_counts>) -> Handle<t5g_error> {
     fallible(|| {
-        let serving = engine.get("engine")?;
-        serving.engine.check_process()?;
-        counts.put(serving.counts(serving.engine.stats()), "counts")
+        let engine = engine.get("engine")?;
+        engine.inner.check_process()?;
+        counts.put(engine.counts(engine.inner.stats()), "counts")
     })
 }
 
 #[unsafe(no_mangle)]
 pub extern "C" fn t5g_engine_stats_of_copy(
-    engine: Handle<Serving>,
+    engine: Handle<t5g_engine>,
     copy: usize,
     counts: Record<t5g_engine_counts>,
-) -> Handle<Failure> {
+) -> Handle<t5g_error> {
     fallible(|| {
-        let serving = engine.get("engine")?;
-        serving.engine.check_process()?;
-        let copies = serving.engine.stats_of_copies();
-        let refused = || Failure::argument("copy", format!("less than {}", copies.len()), copy.to_string());
-        counts.put(serving.counts(*copies.get(copy).ok_or_else(refused)?), "counts")
+        let engine = engine.get("engine")?;
+        engine.inner.check_process()?;
+        let copies = engine.inner.stats_of_copies();
+        let refused = || t5g_error::argument("copy", format!("less than {}", copies.len()), copy.to_string());
+        counts.put(engine.counts(*copies.get(copy).ok_or_else(refused)?), "counts")
     })
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn t5g_engine_drain(engine: Handle<Serving>) -> Handle<Failure> {
-    fallible(|| Ok(engine.get("engine")?.engine.drain()?))
+pub extern "C" fn t5g_engine_drain(engine: Handle<t5g_engine>) -> Handle<t5g_error> {
+    fallible(|| Ok(engine.get("engine")?.inner.drain()?))
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn t5g_engine_shutdown(engine: Handle<Serving>) -> Handle<Failure> {
-    fallible(|| Ok(engine.get("engine")?.engine.shutdown()?))
+pub extern "C" fn t5g_engine_shutdown(engine: Handle<t5g_engine>) -> Handle<t5g_error> {
+    fallible(|| Ok(engine.get("engine")?.inner.shutdown()?))
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn t5g_engine_free(engine: Handle<Serving>) -> i32 {
+pub extern "C" fn t5g_engine_free(engine: Handle<t5g_engine>) -> i32 {
     free(engine, "engine")
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn t5g_request_poll(request: Handle<Asked>, seconds: f64, event: Record<t5g_event>) -> Handle<Failure> {
+pub extern "C" fn t5g_request_poll(
+    request: Handle<t5g_request>,
+    seconds: f64,
+    event: Record<t5g_event>,
+) -> Handle<t5g_error> {
     fallible(|| {
-        let asked = request.get("request")?;
+        let request = request.get("request")?;
         event.size("event")?;
-        let refused = || Failure::argument("seconds", "seconds to wait, or 0", seconds.to_string());
+        let refused = || t5g_error::argument("seconds", "seconds to wait, or 0", seconds.to_string());
         if seconds.is_nan() || seconds < 0.0 {
             return Err(refused());
         }
         // Longer than any clock goes is an hour, and again.
         let timeout = Duration::try_from_secs_f64(seconds).unwrap_or(Duration::from_secs(3600));
-        let mut running = asked.only()?;
+        let mut running = request.only()?;
         let told = running.next(timeout)?;
         let told = running.tell(told);
         event.put(told, "event")
@@ -500,17 +505,20 @@ pub extern "C" fn t5g_request_poll(request: Handle<Asked>, seconds: f64, event: 
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn t5g_request_result(request: Handle<Asked>, result: Out<Handle<Answers>>) -> Handle<Failure> {
+pub extern "C" fn t5g_request_result(
+    request: Handle<t5g_request>,
+    result: Out<Handle<t5g_result>>,
+) -> Handle<t5g_error> {
     fallible(|| {
-        let (place, asked) = (result.check("result")?, request.get("request")?);
-        let answers = asked.only()?.finish()?;
-        place.put(Handle::new(answers));
+        let (place, request) = (result.check("result")?, request.get("request")?);
+        let found = request.only()?.finish()?;
+        place.put(Handle::new(found));
         Ok(())
     })
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn t5g_request_cancel(request: Handle<Asked>) -> Handle<Failure> {
+pub extern "C" fn t5g_request_cancel(request: Handle<t5g_request>) -> Handle<t5g_error> {
     fallible(|| {
         request.get("request")?.canceller.cancel();
         Ok(())
@@ -518,12 +526,12 @@ pub extern "C" fn t5g_request_cancel(request: Handle<Asked>) -> Handle<Failure> 
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn t5g_request_free(request: Handle<Asked>) -> i32 {
+pub extern "C" fn t5g_request_free(request: Handle<t5g_request>) -> i32 {
     // Another thread may be waiting on it; what is no live request is for `free` to tell.
     value((), || {
-        let asked = request.get("request")?;
-        asked.canceller.cancel();
-        asked.gate.close();
+        let request = request.get("request")?;
+        request.canceller.cancel();
+        request.gate.close();
         Ok(())
     });
     free(request, "request")

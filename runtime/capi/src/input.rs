@@ -6,7 +6,7 @@ use std::mem::{align_of, size_of};
 use std::ptr;
 use std::slice;
 
-use crate::error::Failure;
+use crate::error::t5g_error;
 
 /// The size of a text that ends at its first zero.
 pub const ZERO_TERMINATED: usize = usize::MAX;
@@ -29,22 +29,22 @@ impl Text {
     }
 
     /// The text, if there is one, that ends at its zero.
-    pub fn optional(&self, name: &str) -> Result<Option<&str>, Failure> {
+    pub fn optional(&self, name: &str) -> Result<Option<&str>, t5g_error> {
         if self.0.is_null() { Ok(None) } else { self.get(ZERO_TERMINATED, name).map(Some) }
     }
 
     /// The text, which the header requires, that ends at its zero.
-    pub fn required(&self, name: &str) -> Result<&str, Failure> {
+    pub fn required(&self, name: &str) -> Result<&str, t5g_error> {
         self.get(ZERO_TERMINATED, name)
     }
 
     /// The text of `size` bytes.
-    pub fn get(&self, size: usize, name: &str) -> Result<&str, Failure> {
+    pub fn get(&self, size: usize, name: &str) -> Result<&str, t5g_error> {
         if self.0.is_null() && size == 0 {
             return Ok("");
         }
         if self.0.is_null() {
-            return Err(Failure::argument(name, "text", "NULL"));
+            return Err(t5g_error::argument(name, "text", "NULL"));
         }
         let bytes = match size {
             // SAFETY: the caller's text ends with a zero.
@@ -53,7 +53,7 @@ impl Text {
                 // SAFETY: the caller has `size` bytes there.
                 .map(|size| unsafe { slice::from_raw_parts(self.0.cast::<u8>(), size) })?,
         };
-        str::from_utf8(bytes).map_err(|error| Failure::argument(name, "UTF-8", error.to_string()))
+        str::from_utf8(bytes).map_err(|error| t5g_error::argument(name, "UTF-8", error.to_string()))
     }
 }
 
@@ -75,19 +75,19 @@ impl<T: Copy> Array<T> {
     }
 
     /// The `count` elements, or nothing of NULL.
-    pub fn optional(&self, count: usize, name: &str) -> Result<Option<&[T]>, Failure> {
+    pub fn optional(&self, count: usize, name: &str) -> Result<Option<&[T]>, t5g_error> {
         if self.0.is_null() { Ok(None) } else { self.get(count, name).map(Some) }
     }
 
     /// The `count` elements.
-    pub fn get(&self, count: usize, name: &str) -> Result<&[T], Failure> {
+    pub fn get(&self, count: usize, name: &str) -> Result<&[T], t5g_error> {
         if count == 0 {
             return Ok(&[]);
         }
         check_pointer(self.0, name)?;
         let bytes = count.checked_mul(size_of::<T>());
         let bytes =
-            bytes.ok_or_else(|| Failure::argument(name, "what fits into memory", format!("{count} elements")))?;
+            bytes.ok_or_else(|| t5g_error::argument(name, "what fits into memory", format!("{count} elements")))?;
         check_bytes(bytes, name)?;
         // SAFETY: not NULL, aligned, not beyond what a slice may be, and the caller has `count` elements there.
         Ok(unsafe { slice::from_raw_parts(self.0, count) })
@@ -118,12 +118,12 @@ impl<T: Fields> Record<T> {
     }
 
     /// The record, of which fields that the caller's header lacks are not given; nothing of NULL.
-    pub fn optional(&self, name: &str) -> Result<Option<T>, Failure> {
+    pub fn optional(&self, name: &str) -> Result<Option<T>, t5g_error> {
         if self.0.is_null() { Ok(None) } else { self.get(name).map(Some) }
     }
 
     /// [`Record::optional`], where the header requires one.
-    pub fn get(&self, name: &str) -> Result<T, Failure> {
+    pub fn get(&self, name: &str) -> Result<T, t5g_error> {
         let size = self.size(name)?;
         let own = size_of::<T>();
         // SAFETY: `size` has read that the caller has so many bytes there, in words.
@@ -131,7 +131,7 @@ impl<T: Fields> Record<T> {
         if words.len() > own / 8 && words[own / 8..].iter().any(|word| ![0, UNSET as u64, UNSET_NUMBER].contains(word))
         {
             let found = format!("{size} bytes that set more");
-            return Err(Failure::argument(
+            return Err(t5g_error::argument(
                 &format!("{name}.size"),
                 format!("what this library knows, {own} bytes"),
                 found,
@@ -150,7 +150,7 @@ impl<T: Fields> Record<T> {
     }
 
     /// Fills in the caller's record, as much of it as there is.
-    pub fn put(&self, value: T, name: &str) -> Result<(), Failure> {
+    pub fn put(&self, value: T, name: &str) -> Result<(), t5g_error> {
         let size = self.size(name)?.min(size_of::<T>());
         // SAFETY: the caller has `size` bytes there; the first word, which says so, is left as it is.
         unsafe {
@@ -161,13 +161,13 @@ impl<T: Fields> Record<T> {
     }
 
     /// The size field, if it can be one.
-    pub fn size(&self, name: &str) -> Result<usize, Failure> {
+    pub fn size(&self, name: &str) -> Result<usize, t5g_error> {
         check_pointer(self.0.cast::<u64>(), name)?;
         // SAFETY: not NULL, aligned, and a record begins with its size.
         let size = unsafe { self.0.cast::<usize>().read() };
         if !(T::OLDEST..=4096).contains(&size) || size % 8 != 0 {
             let (field, own) = (format!("{name}.size"), size_of::<T>());
-            return Err(Failure::argument(&field, format!("the size of the struct ({own} here)"), size.to_string()));
+            return Err(t5g_error::argument(&field, format!("the size of the struct ({own} here)"), size.to_string()));
         }
         Ok(size)
     }
@@ -179,13 +179,13 @@ pub struct Out<T>(*mut T);
 
 impl<T> Out<T> {
     /// The place, before there is anything to put there.
-    pub fn check(&self, name: &str) -> Result<Place<T>, Failure> {
+    pub fn check(&self, name: &str) -> Result<Place<T>, t5g_error> {
         check_pointer(self.0, name)?;
         Ok(Place(self.0))
     }
 
     /// The place, if the output is wanted.
-    pub fn optional(&self, name: &str) -> Result<Option<Place<T>>, Failure> {
+    pub fn optional(&self, name: &str) -> Result<Option<Place<T>>, t5g_error> {
         if self.0.is_null() { Ok(None) } else { self.check(name).map(Some) }
     }
 }
@@ -221,48 +221,48 @@ impl<T> Buffer<T> {
     }
 
     /// The place, after the capacity was compared with the need.
-    pub fn room(&self, capacity: usize, needed: usize, name: &str) -> Result<Place<T>, Failure> {
+    pub fn room(&self, capacity: usize, needed: usize, name: &str) -> Result<Place<T>, t5g_error> {
         check_pointer(self.0, name)?;
         if capacity < needed {
             let (expected, found) = (format!("room for {needed} numbers"), format!("a capacity of {capacity}"));
-            return Err(Failure::expected(crate::error::Code::Buffer, name, expected, found));
+            return Err(t5g_error::expected(crate::error::t5g_code::Buffer, name, expected, found));
         }
         Ok(Place(self.0))
     }
 }
 
-fn check_pointer<T>(pointer: *const T, name: &str) -> Result<(), Failure> {
+fn check_pointer<T>(pointer: *const T, name: &str) -> Result<(), t5g_error> {
     if pointer.is_null() {
-        return Err(Failure::argument(name, "a pointer", "NULL"));
+        return Err(t5g_error::argument(name, "a pointer", "NULL"));
     }
     if !pointer.is_aligned() {
-        return Err(Failure::argument(name, format!("a pointer aligned to {} bytes", align_of::<T>()), "another"));
+        return Err(t5g_error::argument(name, format!("a pointer aligned to {} bytes", align_of::<T>()), "another"));
     }
     Ok(())
 }
 
-fn check_bytes(bytes: usize, name: &str) -> Result<usize, Failure> {
+fn check_bytes(bytes: usize, name: &str) -> Result<usize, t5g_error> {
     match isize::try_from(bytes) {
         Ok(_) => Ok(bytes),
-        Err(_) => Err(Failure::argument(name, "what fits into memory", format!("{bytes} bytes"))),
+        Err(_) => Err(t5g_error::argument(name, "what fits into memory", format!("{bytes} bytes"))),
     }
 }
 
 /// A number that is 0 or 1.
-pub fn flag(value: i64, name: &str) -> Result<bool, Failure> {
+pub fn flag(value: i64, name: &str) -> Result<bool, t5g_error> {
     match value {
         0 => Ok(false),
         1 => Ok(true),
-        other => Err(Failure::argument(name, "0 or 1", other.to_string())),
+        other => Err(t5g_error::argument(name, "0 or 1", other.to_string())),
     }
 }
 
 /// A number that is a size, if it is given.
-pub fn whole(value: i64, name: &str) -> Result<Option<usize>, Failure> {
+pub fn whole(value: i64, name: &str) -> Result<Option<usize>, t5g_error> {
     match usize::try_from(value) {
         Ok(value) => Ok(Some(value)),
         Err(_) if value == UNSET => Ok(None),
-        Err(_) => Err(Failure::argument(name, "a whole number, or T5G_UNSET", value.to_string())),
+        Err(_) => Err(t5g_error::argument(name, "a whole number, or T5G_UNSET", value.to_string())),
     }
 }
 
@@ -324,8 +324,8 @@ mod tests {
         assert_eq!(text.get(ZERO_TERMINATED, "text").ok(), Some("aé"));
         assert_eq!(text.get(1, "text").ok(), Some("a"));
         for (size, expected) in [(2, "text: expected UTF-8, found "), (usize::MAX - 1, "text: expected what fits")] {
-            let failure = text.get(size, "text").expect_err(expected);
-            assert!(failure.message().starts_with(expected), "{}", failure.message());
+            let error = text.get(size, "text").expect_err(expected);
+            assert!(error.text().starts_with(expected), "{}", error.text());
         }
         assert_eq!(Text(ptr::null()).get(0, "text").ok(), Some(""));
         assert!(Text(ptr::null()).get(1, "text").is_err() && Text(ptr::null()).get(ZERO_TERMINATED, "text").is_err());

@@ -10,6 +10,7 @@
 // The header documents what is exported, and C has no naming conventions of Rust's.
 #![allow(missing_docs, non_camel_case_types)]
 
+mod boundary;
 mod error;
 mod handle;
 mod input;

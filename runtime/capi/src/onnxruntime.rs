@@ -9,10 +9,11 @@ use serde_json::{Value, json};
 use t5gemma_runtime::log::{self, Severity};
 use t5gemma_runtime::onnxruntime::{also_search, report};
 
-use crate::error::{Failure, c_string, fallible};
+use crate::boundary::fallible;
+use crate::error::{c_string, t5g_error};
 use crate::handle::Handle;
 use crate::input::{Out, Text};
-use crate::tokenizer::Written;
+use crate::tokenizer::t5g_text;
 
 type Log = extern "C" fn(*mut c_void, i32, *const c_char);
 
@@ -82,11 +83,11 @@ fn own_folder() -> Option<PathBuf> {
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn t5g_log_set(severity: i32, log: Option<Log>, user: *mut c_void) -> Handle<Failure> {
+pub extern "C" fn t5g_log_set(severity: i32, log: Option<Log>, user: *mut c_void) -> Handle<t5g_error> {
     fallible(|| {
         let known = usize::try_from(severity).ok().and_then(|severity| SEVERITIES.get(severity));
         let severity = *known
-            .ok_or_else(|| Failure::argument("severity", "T5G_SEVERITY_VERBOSE to _FATAL", severity.to_string()))?;
+            .ok_or_else(|| t5g_error::argument("severity", "T5G_SEVERITY_VERBOSE to _FATAL", severity.to_string()))?;
         prepare();
         let listener = log.map(|log| Listener { severity, log, user });
         *LISTENER.write().unwrap_or_else(PoisonError::into_inner) = listener;
@@ -96,18 +97,18 @@ pub extern "C" fn t5g_log_set(severity: i32, log: Option<Log>, user: *mut c_void
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn t5g_log_recent(text: Out<Handle<Written>>) -> Handle<Failure> {
+pub extern "C" fn t5g_log_recent(text: Out<Handle<t5g_text>>) -> Handle<t5g_error> {
     fallible(|| {
         let place = text.check("text")?;
         let recent = RECENT.lock().unwrap_or_else(PoisonError::into_inner);
         let lines: String = recent.iter().map(|line| format!("{line}\n")).collect();
-        place.put(Written::handle(lines));
+        place.put(t5g_text::handle(lines));
         Ok(())
     })
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn t5g_onnxruntime_report(library: Text, json: Out<Handle<Written>>) -> Handle<Failure> {
+pub extern "C" fn t5g_onnxruntime_report(library: Text, json: Out<Handle<t5g_text>>) -> Handle<t5g_error> {
     fallible(|| {
         let place = json.check("json")?;
         let library = library.optional("library")?.map(PathBuf::from);
@@ -125,7 +126,7 @@ pub extern "C" fn t5g_onnxruntime_report(library: Text, json: Out<Handle<Written
             }
             Err(error) => (Value::Null, error.to_string().into()),
         };
-        place.put(Written::handle(json!({"places": places, "library": library, "error": error}).to_string()));
+        place.put(t5g_text::handle(json!({"places": places, "library": library, "error": error}).to_string()));
         Ok(())
     })
 }

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use serde_json::{Map, Value, json};
 use t5gemma_runtime::{OpenOptions, Provider};
 
-use crate::error::{Code, Failure};
+use crate::error::{t5g_code, t5g_error};
 use crate::input::{Array, Fields, Record, Text, UNSET, ZERO_TERMINATED};
 
 #[derive(Clone, Copy)]
@@ -46,7 +46,7 @@ fn bound(value: usize) -> Option<usize> {
 }
 
 /// How a model is opened.
-pub fn open_options(options: Record<t5g_open_options>) -> Result<OpenOptions, Failure> {
+pub fn open_options(options: Record<t5g_open_options>) -> Result<OpenOptions, t5g_error> {
     let given = options.optional("options")?.unwrap_or_else(t5g_open_options::unset);
     let mut all = Given::of_json(given.json)?;
     all.text("library", given.library)?;
@@ -58,7 +58,7 @@ pub fn open_options(options: Record<t5g_open_options>) -> Result<OpenOptions, Fa
 
     let mut options = OpenOptions::default();
     for (name, value) in all.options.into_iter().filter(|(_, value)| !value.is_null()) {
-        let refused = |expected: &str| Failure::expected(Code::Options, &name, expected, value.to_string());
+        let refused = |expected: &str| t5g_error::expected(t5g_code::Options, &name, expected, value.to_string());
         let whole =
             || value.as_u64().and_then(|value| usize::try_from(value).ok()).ok_or_else(|| refused("a whole number"));
         match name.as_str() {
@@ -86,14 +86,14 @@ pub fn open_options(options: Record<t5g_open_options>) -> Result<OpenOptions, Fa
                     _ => Err(refused("texts and numbers in an object")),
                 };
                 let given = given.iter().map(|(name, value)| Ok((name.clone(), text(value)?)));
-                options.provider.options = given.collect::<Result<_, Failure>>()?;
+                options.provider.options = given.collect::<Result<_, t5g_error>>()?;
             }
             "threads" => options.threads = Some(whole()?),
             "check_weights" => options.check_weights = value.as_bool().ok_or_else(|| refused("true or false"))?,
             "encoder_cache_bytes" => options.encoder_cache_bytes = whole()?,
             _ => {
-                return Err(Failure::expected(
-                    Code::Options,
+                return Err(t5g_error::expected(
+                    t5g_code::Options,
                     &name,
                     "the name of an option of opening",
                     "an unknown name",
@@ -106,10 +106,10 @@ pub fn open_options(options: Record<t5g_open_options>) -> Result<OpenOptions, Fa
 }
 
 /// Refuses a device that the provider does not have.
-pub fn check_device(options: &OpenOptions, name: &str) -> Result<(), Failure> {
+pub fn check_device(options: &OpenOptions, name: &str) -> Result<(), t5g_error> {
     let provider = &options.provider;
     match provider.kind == Provider::Cpu && provider.device != 0 {
-        true => Err(Failure::expected(Code::Options, name, "0 (there is one cpu)", provider.device.to_string())),
+        true => Err(t5g_error::expected(t5g_code::Options, name, "0 (there is one cpu)", provider.device.to_string())),
         false => Ok(()),
     }
 }
@@ -120,8 +120,8 @@ struct Given {
 }
 
 impl Given {
-    fn of_json(text: Text) -> Result<Given, Failure> {
-        let refused = |found: String| Failure::expected(Code::Options, "json", "a JSON object of options", found);
+    fn of_json(text: Text) -> Result<Given, t5g_error> {
+        let refused = |found: String| t5g_error::expected(t5g_code::Options, "json", "a JSON object of options", found);
         let options = match text.optional("json")? {
             None => Map::new(),
             Some(text) => serde_json::from_str(text).map_err(|error| refused(error.to_string()))?,
@@ -129,61 +129,61 @@ impl Given {
         Ok(Given { options })
     }
 
-    fn put(&mut self, name: &str, value: Value) -> Result<(), Failure> {
+    fn put(&mut self, name: &str, value: Value) -> Result<(), t5g_error> {
         match self.options.insert(name.to_string(), value) {
             None | Some(Value::Null) => Ok(()),
-            Some(_) => Err(Failure::expected(Code::Options, name, "it once", "it in the struct and in json")),
+            Some(_) => Err(t5g_error::expected(t5g_code::Options, name, "it once", "it in the struct and in json")),
         }
     }
 
-    fn whole(&mut self, name: &str, value: i64) -> Result<(), Failure> {
+    fn whole(&mut self, name: &str, value: i64) -> Result<(), t5g_error> {
         if value == UNSET { Ok(()) } else { self.put(name, value.into()) }
     }
 
-    fn number(&mut self, name: &str, value: f64) -> Result<(), Failure> {
+    fn number(&mut self, name: &str, value: f64) -> Result<(), t5g_error> {
         if value.is_nan() {
             return Ok(());
         }
-        let refused = || Failure::expected(Code::Options, name, "a finite number", value.to_string());
+        let refused = || t5g_error::expected(t5g_code::Options, name, "a finite number", value.to_string());
         self.put(name, serde_json::Number::from_f64(value).map(Value::Number).ok_or_else(refused)?)
     }
 
-    fn flag(&mut self, name: &str, value: i64) -> Result<(), Failure> {
+    fn flag(&mut self, name: &str, value: i64) -> Result<(), t5g_error> {
         match value {
             UNSET => Ok(()),
             0 | 1 => self.put(name, (value == 1).into()),
-            other => Err(Failure::expected(Code::Options, name, "0 or 1", other.to_string())),
+            other => Err(t5g_error::expected(t5g_code::Options, name, "0 or 1", other.to_string())),
         }
     }
 
-    fn text(&mut self, name: &str, value: Text) -> Result<(), Failure> {
+    fn text(&mut self, name: &str, value: Text) -> Result<(), t5g_error> {
         match value.optional(name)? {
             None => Ok(()),
             Some(text) => self.put(name, text.into()),
         }
     }
 
-    fn json(&mut self, name: &str, value: Text) -> Result<(), Failure> {
-        let refused = |found: String| Failure::expected(Code::Options, name, "JSON", found);
+    fn json(&mut self, name: &str, value: Text) -> Result<(), t5g_error> {
+        let refused = |found: String| t5g_error::expected(t5g_code::Options, name, "JSON", found);
         match value.optional(name)? {
             None => Ok(()),
             Some(text) => self.put(name, serde_json::from_str(text).map_err(|error| refused(error.to_string()))?),
         }
     }
 
-    fn tokens(&mut self, name: &str, tokens: Array<i64>, count: usize) -> Result<(), Failure> {
+    fn tokens(&mut self, name: &str, tokens: Array<i64>, count: usize) -> Result<(), t5g_error> {
         if tokens.is_null() && count == 0 {
             return Ok(());
         }
         self.put(name, tokens.get(count, name)?.into())
     }
 
-    fn texts(&mut self, name: &str, texts: Array<Text>, count: usize) -> Result<(), Failure> {
+    fn texts(&mut self, name: &str, texts: Array<Text>, count: usize) -> Result<(), t5g_error> {
         if texts.is_null() && count == 0 {
             return Ok(());
         }
         let texts = texts.get(count, name)?.iter().map(|text| text.get(ZERO_TERMINATED, name));
-        self.put(name, texts.collect::<Result<Vec<&str>, Failure>>()?.into())
+        self.put(name, texts.collect::<Result<Vec<&str>, t5g_error>>()?.into())
     }
 }
 
@@ -322,7 +322,7 @@ unsafe impl Fields for t5g_generation_options {
 }
 
 /// The options of a request by Hugging Face's names.
-pub fn generation_options(options: Record<t5g_generation_options>) -> Result<Map<String, Value>, Failure> {
+pub fn generation_options(options: Record<t5g_generation_options>) -> Result<Map<String, Value>, t5g_error> {
     let Some(given) = options.optional("options")? else { return Ok(Map::new()) };
     let mut all = Given::of_json(given.json)?;
     macro_rules! take {
@@ -366,7 +366,7 @@ mod tests {
     fn read(options: &mut t5g_generation_options) -> Result<Value, String> {
         options.size = size_of::<t5g_generation_options>();
         let read = generation_options(Record::to(options));
-        read.map(Value::Object).map_err(|failure| failure.message().to_string())
+        read.map(Value::Object).map_err(|error| error.text().to_string())
     }
 
     #[test]
@@ -374,7 +374,7 @@ mod tests {
         let open = |json: Text| {
             let size = size_of::<t5g_open_options>();
             let mut options = t5g_open_options { size, json, ..t5g_open_options::unset() };
-            open_options(Record::to(&mut options)).map_err(|failure| failure.message().to_string())
+            open_options(Record::to(&mut options)).map_err(|error| error.text().to_string())
         };
         let read = open(Text::of(c"{\"engines\": \"/a/b\", \"provider\": \"tensorrt\"}"));
         assert_eq!(read.map(|options| options.engines), Ok(Some(PathBuf::from("/a/b"))));
@@ -387,7 +387,7 @@ mod tests {
         let open = |json: Text| {
             let size = size_of::<t5g_open_options>();
             let mut options = t5g_open_options { size, json, ..t5g_open_options::unset() };
-            let read = open_options(Record::to(&mut options)).map_err(|failure| failure.message().to_string());
+            let read = open_options(Record::to(&mut options)).map_err(|error| error.text().to_string());
             read.map(|options| options.limits)
         };
         let read = open(Text::of(c"{\"max_sources\": 3, \"max_tokens\": 500, \"max_bytes\": 1000000}"));

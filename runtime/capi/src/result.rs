@@ -5,13 +5,13 @@ use std::ptr;
 use std::sync::{Arc, OnceLock};
 
 use serde_json::{Map, Value, json};
-use t5gemma_runtime::{CrossAttentions, FinishReason, Hypothesis, Logprobs, SpecialTokens};
+use t5gemma_runtime::{CrossAttentions, FinishReason, Hypothesis, Logprobs, Model, SpecialTokens};
 
-use crate::error::{Failure, fallible, free, value};
+use crate::boundary::{fallible, free, value};
+use crate::error::t5g_error;
 use crate::handle::{Handle, Object};
 use crate::input::{Fields, Out, Record};
-use crate::model::Opened;
-use crate::tokenizer::Written;
+use crate::tokenizer::t5g_text;
 
 #[derive(Clone, Copy)]
 #[repr(C)]
@@ -55,14 +55,14 @@ unsafe impl Fields for t5g_hypothesis {
 }
 
 /// A `t5g_result`.
-pub struct Answers {
-    opened: Arc<Opened>,
+pub struct t5g_result {
+    model: Arc<Model>,
     rows: Vec<Vec<Answer>>,
     seed: Option<u64>,
     source_tokens: usize,
 }
 
-impl Object for Answers {
+impl Object for t5g_result {
     const NAME: &'static str = "t5g_result";
 }
 
@@ -75,7 +75,7 @@ struct Answer {
     top_tokens: Vec<i64>,
     top_logprobs: Vec<f32>,
     cross_attentions: Option<CrossAttentions>,
-    text: OnceLock<Result<Written, Failure>>,
+    text: OnceLock<Result<t5g_text, t5g_error>>,
 }
 
 impl Answer {
@@ -95,45 +95,46 @@ impl Answer {
     }
 }
 
-impl Answers {
+impl t5g_result {
     /// What was generated for each row; `seed` is what was sampled from.
-    pub fn new(opened: Arc<Opened>, rows: Vec<Vec<Hypothesis>>, seed: Option<u64>, source_tokens: usize) -> Answers {
+    pub fn new(model: Arc<Model>, rows: Vec<Vec<Hypothesis>>, seed: Option<u64>, source_tokens: usize) -> t5g_result {
         let rows = rows.into_iter().map(|row| row.into_iter().map(Answer::of).collect()).collect();
-        Answers { opened, rows, seed, source_tokens }
+        t5g_result { model, rows, seed, source_tokens }
     }
 
     /// Targets that were scored, one for each row.
     pub fn scored(
-        opened: Arc<Opened>,
+        model: Arc<Model>,
         targets: Vec<Vec<i64>>,
         found: Vec<(Logprobs, Option<CrossAttentions>)>,
         source_tokens: usize,
-    ) -> Answers {
+    ) -> t5g_result {
         let rows = targets.into_iter().zip(found).map(|(tokens, (logprobs, cross_attentions))| {
             vec![Answer { cross_attentions, ..Answer::new(tokens, Some(logprobs)) }]
         });
-        Answers { opened, rows: rows.collect(), seed: None, source_tokens }
+        t5g_result { model, rows: rows.collect(), seed: None, source_tokens }
     }
 
-    fn answer(&self, row: usize, index: usize) -> Result<&Answer, Failure> {
+    fn answer(&self, row: usize, index: usize) -> Result<&Answer, t5g_error> {
         let rows = self.rows.len();
-        let refused = |name, count| move |at: usize| Failure::argument(name, format!("below {count}"), at.to_string());
+        let refused =
+            |name, count| move |at: usize| t5g_error::argument(name, format!("below {count}"), at.to_string());
         let row = self.rows.get(row).ok_or_else(|| refused("row", rows)(row))?;
         row.get(index).ok_or_else(|| refused("index", row.len())(index))
     }
 
-    fn text<'a>(&self, answer: &'a Answer) -> Result<&'a Written, Failure> {
+    fn text<'a>(&self, answer: &'a Answer) -> Result<&'a t5g_text, t5g_error> {
         let decode = || {
-            let tokenizer = self.opened.model.tokenizer()?;
-            Ok(Written::new(tokenizer.decode(&answer.tokens, SpecialTokens::Skip)?))
+            let tokenizer = self.model.tokenizer()?;
+            Ok(t5g_text::new(tokenizer.decode(&answer.tokens, SpecialTokens::Skip)?))
         };
-        answer.text.get_or_init(decode).as_ref().map_err(Failure::clone)
+        answer.text.get_or_init(decode).as_ref().map_err(t5g_error::clone)
     }
 
     fn json(&self, answer: &Answer) -> Value {
         let mut fields = Map::new();
         fields.insert("tokens".into(), answer.tokens.clone().into());
-        if let Ok(tokenizer) = self.opened.model.tokenizer()
+        if let Ok(tokenizer) = self.model.tokenizer()
             && let Ok(text) = tokenizer.decode(&answer.tokens, SpecialTokens::Skip)
         {
             fields.insert("text".into(), text.into());
@@ -170,22 +171,22 @@ fn number(reason: FinishReason) -> i64 {
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn t5g_result_rows(result: Handle<Answers>) -> usize {
+pub extern "C" fn t5g_result_rows(result: Handle<t5g_result>) -> usize {
     value(0, || Ok(result.get("result")?.rows.len()))
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn t5g_result_count(result: Handle<Answers>, row: usize) -> usize {
+pub extern "C" fn t5g_result_count(result: Handle<t5g_result>, row: usize) -> usize {
     value(0, || Ok(result.get("result")?.rows.get(row).map_or(0, Vec::len)))
 }
 
 #[unsafe(no_mangle)]
 pub extern "C" fn t5g_result_get(
-    result: Handle<Answers>,
+    result: Handle<t5g_result>,
     row: usize,
     index: usize,
     hypothesis: Record<t5g_hypothesis>,
-) -> Handle<Failure> {
+) -> Handle<t5g_error> {
     fallible(|| {
         let result = result.get("result")?;
         let answer = result.answer(row, index)?;
@@ -211,12 +212,12 @@ pub extern "C" fn t5g_result_get(
 
 #[unsafe(no_mangle)]
 pub extern "C" fn t5g_result_text(
-    result: Handle<Answers>,
+    result: Handle<t5g_result>,
     row: usize,
     index: usize,
     text: Out<*const c_char>,
     size: Out<usize>,
-) -> Handle<Failure> {
+) -> Handle<t5g_error> {
     fallible(|| {
         let (place, size, result) = (text.check("text")?, size.optional("size")?, result.get("result")?);
         let text = result.text(result.answer(row, index)?)?;
@@ -229,7 +230,7 @@ pub extern "C" fn t5g_result_text(
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn t5g_result_json(result: Handle<Answers>, json: Out<Handle<Written>>) -> Handle<Failure> {
+pub extern "C" fn t5g_result_json(result: Handle<t5g_result>, json: Out<Handle<t5g_text>>) -> Handle<t5g_error> {
     fallible(|| {
         let (place, result) = (json.check("json")?, result.get("result")?);
         let rows = result.rows.iter();
@@ -241,12 +242,12 @@ pub extern "C" fn t5g_result_json(result: Handle<Answers>, json: Out<Handle<Writ
             fields["seed"] = seed.into();
         }
         fields["usage"] = json!({"source_tokens": result.source_tokens, "target_tokens": target_tokens});
-        place.put(Written::handle(fields.to_string()));
+        place.put(t5g_text::handle(fields.to_string()));
         Ok(())
     })
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn t5g_result_free(result: Handle<Answers>) -> i32 {
+pub extern "C" fn t5g_result_free(result: Handle<t5g_result>) -> i32 {
     free(result, "result")
 }

@@ -4,7 +4,7 @@ use ndarray::Array3;
 use serde_json::Value;
 use t5gemma_runtime::{Batch, ChatTemplate, Error, Tokenizer};
 
-use crate::error::{Code, Failure};
+use crate::error::{t5g_code, t5g_error};
 use crate::input::{Array, Fields, Record, Text, ZERO_TERMINATED, flag};
 
 #[derive(Clone, Copy)]
@@ -97,7 +97,7 @@ unsafe impl Fields for t5g_targets {
 
 impl t5g_targets {
     /// Whether what they attend to is asked for.
-    pub fn output_attentions(&self) -> Result<bool, Failure> {
+    pub fn output_attentions(&self) -> Result<bool, t5g_error> {
         flag(self.output_attentions, "targets.output_attentions")?;
         Ok(self.output_attentions == 1)
     }
@@ -107,7 +107,7 @@ impl t5g_targets {
 pub struct Reader<'a> {
     pub tokenizer: &'a dyn Fn() -> Result<&'a Tokenizer, Error>,
     /// What makes texts of conversations.
-    pub chat: &'a dyn Fn() -> Result<&'a ChatTemplate, Failure>,
+    pub chat: &'a dyn Fn() -> Result<&'a ChatTemplate, t5g_error>,
     pub pad_token_id: i64,
     /// Of the encoder.
     pub hidden_size: usize,
@@ -115,12 +115,12 @@ pub struct Reader<'a> {
 
 impl Reader<'_> {
     /// The sources as a batch, with everything that was given besides.
-    pub fn batch(&self, sources: Record<t5g_sources>) -> Result<Batch, Failure> {
+    pub fn batch(&self, sources: Record<t5g_sources>) -> Result<Batch, t5g_error> {
         let given = sources.get("sources")?;
         let texts = given.texts.optional(given.rows, "sources.texts")?;
         let messages = given.messages.optional("sources.messages")?;
         if given.rows == 0 && (texts.is_some() || messages.is_none()) {
-            return Err(Failure::expected(Code::Input, "sources.rows", "at least one row", "0"));
+            return Err(t5g_error::expected(t5g_code::Input, "sources.rows", "at least one row", "0"));
         }
         let batch = match (texts, messages, given.input_ids.is_null()) {
             (Some(texts), None, true) => {
@@ -132,7 +132,7 @@ impl Reader<'_> {
             (None, Some(messages), true) => {
                 if given.rows > 1 {
                     let expected = "1 (a conversation is one source)";
-                    return Err(Failure::expected(Code::Input, "sources.rows", expected, given.rows.to_string()));
+                    return Err(t5g_error::expected(t5g_code::Input, "sources.rows", expected, given.rows.to_string()));
                 }
                 let text = (self.chat)()?.apply(&list(messages, "sources.messages")?)?;
                 Batch::padded(&[(self.tokenizer)()?.encode_target(&text)?], self.pad_token_id)?
@@ -140,11 +140,11 @@ impl Reader<'_> {
             (None, None, false) => self.of_ids(&given)?,
             (None, None, true) => {
                 let (expected, found) = ("texts, messages or input_ids", "none of them");
-                return Err(Failure::expected(Code::Input, "sources", expected, found));
+                return Err(t5g_error::expected(t5g_code::Input, "sources", expected, found));
             }
             _ => {
                 let (expected, found) = ("one of texts, messages and input_ids", "several");
-                return Err(Failure::expected(Code::Input, "sources", expected, found));
+                return Err(t5g_error::expected(t5g_code::Input, "sources", expected, found));
             }
         };
         let batch = self.with_prompts(batch, &given)?;
@@ -162,12 +162,14 @@ impl Reader<'_> {
             None => Ok(batch),
             Some(states) => {
                 let states = Array3::from_shape_vec(shape, states.to_vec());
-                Ok(batch.with_encoder_outputs(states.map_err(|error| Failure::new(Code::Input, error.to_string()))?)?)
+                Ok(batch.with_encoder_outputs(
+                    states.map_err(|error| t5g_error::new(t5g_code::Input, error.to_string()))?,
+                )?)
             }
         }
     }
 
-    fn of_ids(&self, given: &t5g_sources) -> Result<Batch, Failure> {
+    fn of_ids(&self, given: &t5g_sources) -> Result<Batch, t5g_error> {
         let Some(lengths) = given.lengths.optional(given.rows, "sources.lengths")? else {
             let count = product(&[given.rows, given.length], "sources.input_ids")?;
             let what = "rows times length";
@@ -180,14 +182,14 @@ impl Reader<'_> {
         };
         if !given.attention_mask.is_null() || given.length > 0 {
             let name = if given.length > 0 { "sources.length" } else { "sources.attention_mask" };
-            return Err(Failure::expected(Code::Input, name, "nothing with lengths", "something"));
+            return Err(t5g_error::expected(t5g_code::Input, name, "nothing with lengths", "something"));
         }
         let of_size = (given.input_ids_size, "sources.input_ids_size");
         let rows = ragged(&given.input_ids, lengths, "sources.input_ids", of_size)?;
         Ok(Batch::padded(&rows, self.pad_token_id)?)
     }
 
-    fn with_prompts(&self, batch: Batch, given: &t5g_sources) -> Result<Batch, Failure> {
+    fn with_prompts(&self, batch: Batch, given: &t5g_sources) -> Result<Batch, t5g_error> {
         let rows = batch.rows();
         if !given.decoder_texts.is_null() || !given.decoder_input_ids.is_null() {
             same_size("sources.decoder_rows", given.decoder_rows, rows, "one for each source")?;
@@ -197,7 +199,7 @@ impl Reader<'_> {
         let ids = given.decoder_input_ids.optional(count, "sources.decoder_input_ids")?;
         match (texts, ids) {
             (None, None) if given.decoder_length == 0 => Ok(batch),
-            (None, None) => Err(Failure::argument("sources.decoder_input_ids", "a pointer", "NULL")),
+            (None, None) => Err(t5g_error::argument("sources.decoder_input_ids", "a pointer", "NULL")),
             (Some(texts), None) => {
                 let (name, of_sizes) = ("sources.decoder_texts", "sources.decoder_text_sizes");
                 let texts = sized(texts, given.decoder_text_sizes, name, of_sizes)?;
@@ -212,7 +214,7 @@ impl Reader<'_> {
                 Ok(batch.with_decoder_input_ids(&prompts)?)
             }
             (Some(_), Some(_)) => {
-                Err(Failure::expected(Code::Input, "sources", "decoder_texts or decoder_input_ids", "both"))
+                Err(t5g_error::expected(t5g_code::Input, "sources", "decoder_texts or decoder_input_ids", "both"))
             }
         }
     }
@@ -223,7 +225,7 @@ impl Reader<'_> {
         targets: Record<t5g_targets>,
         rows: usize,
         end: Option<i64>,
-    ) -> Result<Vec<Vec<i64>>, Failure> {
+    ) -> Result<Vec<Vec<i64>>, t5g_error> {
         let given = targets.get("targets")?;
         let end = end.filter(|_| given.without_end == 0);
         flag(given.without_end, "targets.without_end")?;
@@ -247,19 +249,20 @@ impl Reader<'_> {
             }
             (texts, _) => {
                 let found = if texts.is_some() { "both" } else { "neither" };
-                Err(Failure::expected(Code::Input, "targets", "texts or target_ids", found))
+                Err(t5g_error::expected(t5g_code::Input, "targets", "texts or target_ids", found))
             }
         }
     }
 }
 
 /// A JSON list.
-pub fn list(json: &str, name: &str) -> Result<Vec<Value>, Failure> {
-    let refused = |error: serde_json::Error| Failure::expected(Code::Input, name, "a JSON list", error.to_string());
+pub fn list(json: &str, name: &str) -> Result<Vec<Value>, t5g_error> {
+    let refused =
+        |error: serde_json::Error| t5g_error::expected(t5g_code::Input, name, "a JSON list", error.to_string());
     serde_json::from_str(json).map_err(refused)
 }
 
-fn sized<'a>(texts: &'a [Text], sizes: Array<usize>, name: &str, of_sizes: &str) -> Result<Vec<&'a str>, Failure> {
+fn sized<'a>(texts: &'a [Text], sizes: Array<usize>, name: &str, of_sizes: &str) -> Result<Vec<&'a str>, t5g_error> {
     let sizes = sizes.optional(texts.len(), of_sizes)?.map(<[usize]>::to_vec);
     let sizes = sizes.unwrap_or_else(|| vec![ZERO_TERMINATED; texts.len()]);
     let text = |(row, (text, size)): (usize, (&'a Text, usize))| text.get(size, &format!("{name}[{row}]"));
@@ -272,8 +275,8 @@ fn ragged<'a>(
     lengths: &[usize],
     name: &str,
     (size, of_size): (usize, &str),
-) -> Result<Vec<&'a [i64]>, Failure> {
-    let too_long = || Failure::argument(name, "what fits into memory", "more");
+) -> Result<Vec<&'a [i64]>, t5g_error> {
+    let too_long = || t5g_error::argument(name, "what fits into memory", "more");
     let count = lengths.iter().try_fold(0usize, |sum, &length| sum.checked_add(length)).ok_or_else(too_long)?;
     same_size(of_size, size, count, "the sum of lengths")?;
     let mut rest = ids.get(count, name)?;
@@ -286,14 +289,14 @@ fn ragged<'a>(
 }
 
 /// Compares a size that the caller tells, 0 if it does not, with the one that belongs to it.
-fn same_size(name: &str, given: usize, expected: usize, what: &str) -> Result<(), Failure> {
+fn same_size(name: &str, given: usize, expected: usize, what: &str) -> Result<(), t5g_error> {
     match given == 0 || given == expected {
         true => Ok(()),
-        false => Err(Failure::expected(Code::Input, name, format!("{expected} ({what})"), given.to_string())),
+        false => Err(t5g_error::expected(t5g_code::Input, name, format!("{expected} ({what})"), given.to_string())),
     }
 }
 
-fn product(sizes: &[usize], name: &str) -> Result<usize, Failure> {
+fn product(sizes: &[usize], name: &str) -> Result<usize, t5g_error> {
     let product = sizes.iter().try_fold(1usize, |product, &size| product.checked_mul(size));
-    product.ok_or_else(|| Failure::argument(name, "what fits into memory", format!("{sizes:?} elements")))
+    product.ok_or_else(|| t5g_error::argument(name, "what fits into memory", format!("{sizes:?} elements")))
 }
