@@ -97,6 +97,14 @@ book: $(MDBOOK) ## build the book of docs into target/book; installs mdbook into
 	$(MDBOOK) build docs
 	@echo "make book: target/book/index.html"
 
+DENY := .cache/cargo-deny/bin/cargo-deny
+DENY_VERSION := 0.20.2
+
+.PHONY: deny
+deny: $(DENY) ## check licences, versions, sources and, over the network, advisories of dependencies; installs cargo-deny into .cache
+	$(DENY) --locked check licenses bans sources
+	$(DENY) --locked check advisories
+
 .PHONY: onnxruntime
 onnxruntime: $(LIBRARY) ## fetch libonnxruntime into .cache/onnxruntime/lib
 
@@ -176,6 +184,11 @@ $(MDBOOK):
 	$(CARGO) install mdbook --version $(MDBOOK_VERSION) --locked --no-default-features --features search --root .cache/mdbook \
 	    --target-dir target/mdbook
 	rm -rf target/mdbook
+
+$(DENY):
+	$(CARGO) install cargo-deny --version $(DENY_VERSION) --locked --no-default-features --root .cache/cargo-deny \
+	    --target-dir target/cargo-deny
+	rm -rf target/cargo-deny
 
 $(TOKENIZER)/tokenizer.json: tests/scripts/fetch.py
 	$(PYTHON) tests/scripts/fetch.py tokenizer $(@D)

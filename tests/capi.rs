@@ -23,12 +23,12 @@ const STRICTER: [&str; 4] = ["-Wold-style-cast", "-Wconversion", "-Wsign-convers
 const SANITIZED: [&str; 2] = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"];
 
 /// What everything here is built from and into.
-struct Installed {
+pub struct Installed {
     folder: TempDir,
 }
 
 /// An installation of the library, once for all tests.
-fn installed() -> &'static Installed {
+pub fn installed() -> &'static Installed {
     static INSTALLED: OnceLock<Installed> = OnceLock::new();
     INSTALLED.get_or_init(|| {
         let folder = TempDir::new().expect("a temporary folder can be made");
@@ -39,7 +39,7 @@ fn installed() -> &'static Installed {
 }
 
 impl Installed {
-    fn prefix(&self) -> PathBuf {
+    pub fn prefix(&self) -> PathBuf {
         self.folder.path().join("prefix")
     }
 
@@ -64,8 +64,8 @@ impl Installed {
         command
     }
 
-    /// Python with the wheel installed, beside the packages of `.venv`.
-    fn python(&self) -> Command {
+    /// The folder that the wheel is installed into.
+    pub fn site(&self) -> PathBuf {
         static WHEEL: OnceLock<()> = OnceLock::new();
         let (wheels, site) = (self.folder.path().join("wheels"), self.folder.path().join("site"));
         WHEEL.get_or_init(|| {
@@ -76,8 +76,13 @@ impl Installed {
             pip.args(["-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target"]).arg(&site).arg(wheel);
             done(pip);
         });
+        site
+    }
+
+    /// Python with the wheel installed, beside the packages of `.venv`.
+    fn python(&self) -> Command {
         let mut python = Command::new(from_make("T5GEMMA_PYTHON"));
-        python.env("PYTHONPATH", site);
+        python.env("PYTHONPATH", self.site());
         python
     }
 }

@@ -5,6 +5,7 @@ mod common;
 
 mod alignment;
 mod bench;
+mod book;
 mod capi;
 mod chat;
 mod constraints;

@@ -1,0 +1,31 @@
+//! The book, README.md and the other pages for people: `scripts/book.py` runs, compiles or parses every fenced block of
+//! them and follows their links, and the charts are those of the committed results.
+
+use std::io::Write;
+use std::path::Path;
+use std::process::Command;
+
+use crate::capi::installed;
+use crate::common::{from_make, program, stdout, tests};
+
+#[test]
+fn every_block_of_the_pages_does_what_they_say() {
+    let mut check = Command::new(from_make("T5GEMMA_PYTHON"));
+    check.arg(tests().join("scripts/book.py"));
+    let programs = program("t5gemma");
+    let programs = Path::new(programs.get_program()).parent().expect("a program lies in a folder").to_path_buf();
+    check.arg("--programs").arg(programs);
+    check.arg("--checkpoint").arg(tests().join("demo/checkpoint"));
+    check.arg("--classifier").arg(tests().join("fixtures/tasks/sequence-decoder/checkpoint"));
+    check.arg("--prefix").arg(installed().prefix()).arg("--site").arg(installed().site());
+    let counts = stdout(check.output().expect("Python runs"));
+    // The log of a passing run shows what was done with how many blocks.
+    let _ = writeln!(std::io::stderr(), "the book: {}", counts.trim_end().replace('\n', "; "));
+}
+
+#[test]
+fn charts_and_tables_show_the_committed_results() {
+    let mut check = Command::new(from_make("T5GEMMA_PYTHON"));
+    check.arg(tests().join("../docs/charts.py")).arg("--check");
+    stdout(check.output().expect("Python runs"));
+}
