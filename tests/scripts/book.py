@@ -11,6 +11,7 @@ language is decides what is done with it:
   rust                left to rustdoc: tests/lib.rs has to include the page
   cmake, make         compared with the examples
   json, jsonl, toml   parsed
+  imports             left to check_imports.py
   text                nothing: it is prose
 
 A word behind the language says why a block of commands is not run: `gpu`, `network`, `checkpoint` (one that is not here), `large`
@@ -216,6 +217,8 @@ class Checker:
             case "toml":
                 tomllib.loads(block.text)
                 return "parsed"
+            case "imports":
+                return "checked by check_imports.py"
             case "text":
                 return "prose"
         raise Wrong(f"expected a language that is checked, found {block.language!r}")
