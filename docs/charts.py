@@ -230,8 +230,8 @@ def bold(times, unit):
 def peers_table(results):
     """The runtimes beside each other, in float32 and in few bits."""
     lines = [
-        "| | float32: t5gemma | ONNX Runtime | CTranslate2 | int8: t5gemma | int4: t5gemma | int8: ONNX Runtime | CTranslate2 |",
-        "|---|---|---|---|---|---|---|---|",
+        "| | float32 t5gemma | ONNX Runtime | CTranslate2 | int8 t5gemma | int4 t5gemma | int8 ONNX Runtime | CTranslate2 |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for case in results["cases"]:
         float32 = bold([case["float32"][name] for name in NAMES], case["unit"])
@@ -241,7 +241,7 @@ def peers_table(results):
 
 
 def pair_table(results):
-    lines = ["| | t5gemma | CTranslate2 |", "|---|---|---|"]
+    lines = ["| | t5gemma | CTranslate2 |", "|---|--:|--:|"]
     for case in results["cases"]:
         cells = bold([case["int8"]["t5gemma"], case["int8"]["ctranslate2"]], case["unit"])
         lines.append("| " + " | ".join([f"{case['case']}, {case['unit']}", *cells]) + " |")
@@ -251,7 +251,7 @@ def pair_table(results):
 def plain_table(results):
     """Columns as they are listed."""
     columns = results["columns"]
-    lines = ["| " + " | ".join(["", *columns]) + " |", "|" + "---|" * (1 + len(columns))]
+    lines = ["| " + " | ".join(["", *columns]) + " |", "|---|" + "--:|" * len(columns)]
     for case in results["cases"]:
         cells = [case["case"], *(number(v) if isinstance(v := case.get(column), (int, float)) else v or "" for column in columns)]
         lines.append("| " + " | ".join(cells) + " |")
@@ -289,7 +289,7 @@ CHARTS = {
     "speed-emerald-rapids": lambda: speed(load("emerald-rapids-s-s"), "s-s on AMX (Intel Emerald Rapids, 2 cores)"),
     "beam-step": lambda: stacked(load("beam-step"), "One step of 8 rows of 4 beams, int8", "ms",
                                  "Milliseconds of a step by kind of work, profiled 2026-11-28. The head includes the sums that beams need."),
-    "memory": lambda: bars(load("memory-s-s"), "Peak resident memory of the s-s run on AVX2, up to 32 beams", "GB",
+    "memory": lambda: bars(load("memory-s-s"), "Peak resident memory of the s-s run on Cascade Lake", "GB",
                            "With 32 beams of 256 000 scores each. Less is better."),
     "gpu-memory": lambda: stacked(load("gpu-memory-chart"), "GPU memory of a serving plan, from memory.txt", "GB",
                                   "Calculated at the plan's greatest sizes, not measured. 1 GB is 10⁹ bytes."),
