@@ -121,6 +121,9 @@ check: ## formatting and lints
 	$(CARGO) fmt --all --check
 	$(PYTHON) tests/scripts/check_dependencies.py
 	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+	for feature in "" chat constraints cuda tensorrt; do \
+	    $(CARGO) clippy -p t5gemma-runtime --no-default-features --features "$$feature" --locked -- -D warnings || exit 1; \
+	done
 
 .PHONY: test
 test: check onnxruntime tokenizer python ## everything that CI runs but check-rtx

@@ -154,7 +154,7 @@ fn tokens_without_scores_are_refused_where_they_are_asked_for() {
     };
     for option in ["forced_bos_token_id", "forced_eos_token_id"] {
         let told = with(json!({option: 5}));
-        assert!(told.contains(option) && told.contains("keeps") && told.contains('5'), "{told}");
+        assert!(told.contains(option) && told.contains("kept_tokens.json") && told.contains('5'), "{told}");
     }
     let targets = [vec![3, 6], vec![3, 5], vec![9]];
     let told = kept.score(&batch(), &targets, 0, &Cancellation::new()).expect_err("refused").to_string();

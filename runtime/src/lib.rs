@@ -14,7 +14,17 @@
 //! [`Controls`] add streaming and cancellation to any call. [`Engine`] runs many requests at once, [`Encoder`] computes
 //! hidden states, embeddings and classifications.
 //!
-//! The modules in reading order: `text` is the front door; `generate` is the loop for one call, `engine` that for many at once; `search` and `scores` decide on tokens from numbers alone;
+//! # Features
+//! All are enabled by default. What a build lacks is refused with an error that names the feature.
+//!
+//! | feature | |
+//! |---|---|
+//! | `chat` | [`ChatTemplate`] |
+//! | `constraints` | the options `json_schema`, `regex` and `grammar` |
+//! | `cuda`, `tensorrt` | these providers; the latter includes the former |
+//!
+//! # Modules
+//! In reading order: `text` is the front door; `generate` is the loop for one call, `engine` that for many at once; `search` and `scores` decide on tokens from numbers alone;
 //! `constraint` limits what they may decide; `model` and `state` hold everything that is ONNX Runtime's, `encoder`
 //! and `classify` what models do besides generating; `folder` and `onnxruntime` are what opening checks first.
 
@@ -39,6 +49,10 @@ mod session;
 mod state;
 mod weights;
 
+#[cfg(feature = "chat")]
+mod chat;
+#[cfg(not(feature = "chat"))]
+#[path = "chat/disabled.rs"]
 mod chat;
 mod foreign;
 mod shortlist;

@@ -10,7 +10,9 @@ use std::ptr;
 
 use ort::AsPointer;
 use ort::environment::Environment;
-use ort::ep::{ArbitrarilyConfigurableExecutionProvider, CUDA, ExecutionProviderDispatch, TensorRT};
+use ort::ep::ExecutionProviderDispatch;
+#[cfg(feature = "cuda")]
+use ort::ep::{ArbitrarilyConfigurableExecutionProvider, CUDA};
 use ort::memory::DeviceType;
 use ort::session::Session;
 use ort::session::builder::{AutoDevicePolicy, SessionBuilder};
@@ -98,21 +100,48 @@ impl ProviderConfig {
         if computing == Provider::NvTensorRtRtx {
             return self.with_plugin(environment, builder, options);
         }
-        // Float32 is float32: the faster multiplication of 19 bits has to be asked for.
-        let cuda = CUDA::default().with_device_id(self.device as i32).with_tf32(false);
-        let given = || options.iter().filter(|(name, _)| *name != "library");
-        let providers: Vec<ExecutionProviderDispatch> = match computing {
-            Provider::TensorRt => {
-                let tensorrt = TensorRT::default().with_device_id(self.device as i32);
-                let tensorrt = given().fold(tensorrt, |ep, (name, value)| ep.with_arbitrary_config(name, value));
-                vec![tensorrt.build().error_on_failure(), cuda.build().error_on_failure()]
-            }
-            _ => {
-                let cuda = given().fold(cuda, |ep, (name, value)| ep.with_arbitrary_config(name, value));
-                vec![cuda.build().error_on_failure()]
-            }
+        let mut options = options.clone();
+        options.remove("library");
+        let providers = match computing {
+            Provider::TensorRt => vec![self.tensorrt(&options)?, self.cuda(&BTreeMap::new())?],
+            _ => vec![self.cuda(&options)?],
         };
+        let providers = providers.into_iter().map(ExecutionProviderDispatch::error_on_failure).collect::<Vec<_>>();
         builder.with_execution_providers(providers).map_err(|error| self.unusable(&error.into()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda(&self, options: &BTreeMap<String, String>) -> Result<ExecutionProviderDispatch, Error> {
+        // TF32 rounds float32 products to 19 bits, so it is off unless an option turns it on.
+        let cuda = CUDA::default().with_device_id(self.device as i32).with_tf32(false);
+        Ok(options.iter().fold(cuda, |cuda, (name, value)| cuda.with_arbitrary_config(name, value)).build())
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    fn cuda(&self, _: &BTreeMap<String, String>) -> Result<ExecutionProviderDispatch, Error> {
+        Err(self.not_built("cuda"))
+    }
+
+    #[cfg(feature = "tensorrt")]
+    fn tensorrt(&self, options: &BTreeMap<String, String>) -> Result<ExecutionProviderDispatch, Error> {
+        let tensorrt = ort::ep::TensorRT::default().with_device_id(self.device as i32);
+        Ok(options.iter().fold(tensorrt, |tensorrt, (name, value)| tensorrt.with_arbitrary_config(name, value)).build())
+    }
+
+    #[cfg(not(feature = "tensorrt"))]
+    fn tensorrt(&self, _: &BTreeMap<String, String>) -> Result<ExecutionProviderDispatch, Error> {
+        Err(self.not_built("tensorrt"))
+    }
+
+    #[cfg(not(feature = "tensorrt"))]
+    fn not_built(&self, feature: &str) -> Error {
+        Error::Unsupported {
+            what: format!(
+                "the provider {} requires the feature `{feature}`, which this build of t5gemma-runtime lacks",
+                self.kind
+            ),
+            remedy: "enable it".into(),
+        }
     }
 
     fn with_plugin(

@@ -213,3 +213,20 @@ fn check_ends(name: &str, tokens: &[i64], eos: &[i64]) -> Result<(), OptionError
         Some(end) => Err(OptionError::new(name, "end-of-sequence tokens at the end only", format!("token {end}"))),
     }
 }
+
+#[cfg(all(test, not(feature = "constraints")))]
+mod tests {
+    use super::*;
+    use crate::options::GenerationOptions;
+
+    #[test]
+    fn a_grammar_is_refused_by_a_build_without_the_feature() {
+        let tokenizer = Arc::new(LazyTokenizer::in_folder("nowhere".as_ref()));
+        let config = GenerationConfig::default().with(&GenerationOptions::default().regex("a+".into())).expect("valid");
+        let error = Compiler::new(tokenizer, 8).compile(&config, 1, &Cancellation::new()).err().expect("refused");
+        assert_eq!(
+            error.to_string(),
+            "regex requires the feature `constraints` of t5gemma-runtime (got a build without it)"
+        );
+    }
+}
