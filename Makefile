@@ -28,6 +28,8 @@ export ORT_DYLIB_PATH := $(abspath $(LIBRARY))
 export T5GEMMA_PYTHON := $(CURDIR)/.venv/bin/python
 export T5GEMMA_GEMMA_TOKENIZER := $(CURDIR)/$(TOKENIZER)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# For the tests' Python; the runtime sets it itself.
+export ORT_DISABLE_TELEMETRY := 1
 export PIP_ROOT_USER_ACTION := ignore
 
 .PHONY: help

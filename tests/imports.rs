@@ -17,7 +17,12 @@ const SOUND: Files = &[
     ("low/Cargo.toml", "[package]\nname = \"demo-low\"\n"),
     ("low/src/lib.rs", "pub mod base;\npub mod other;\npub use base::Thing;\n"),
     ("low/src/base.rs", "pub struct Thing;\n"),
-    ("low/src/other.rs", "use crate::Thing;\n\n#[cfg(test)]\nmod tests {\n    use crate::base::{self};\n}\n"),
+    // A module may have the name of a crate.
+    ("low/src/demo_top.rs", "pub fn run() {}\n"),
+    (
+        "low/src/other.rs",
+        "use crate::{Thing, demo_top};\n\nfn run() {\n    demo_top::run();\n}\n\n#[cfg(test)]\nmod tests {\n    use crate::base::{self};\n}\n",
+    ),
     ("top/Cargo.toml", "[package]\nname = \"demo-top\"\n"),
     ("top/src/lib.rs", "mod engine;\nmod plain;\n"),
 ];
@@ -43,7 +48,7 @@ fn check(changed: Files) -> (String, bool) {
 
 #[test]
 fn imports_that_run_one_way_pass() {
-    assert_eq!(check(&[]), ("imports run one way: 3 arrows\n".to_owned(), true));
+    assert_eq!(check(&[]), ("imports run one way: 4 arrows\n".to_owned(), true));
 }
 
 #[test]

@@ -247,6 +247,20 @@ fn older_instructions_give_the_same_answers() {
     assert!(!refused.status.success() && message.contains("T5GEMMA_MAX_CPU_ISA: expected generic, avx2"), "{message}");
 }
 
+/// ONNX Runtime would write a database of events into the user's cache folder, and start a thread to send them.
+#[test]
+fn running_a_model_records_no_telemetry() {
+    let home = tempfile::tempdir().expect("a folder");
+    let mut command = program("t5gemma");
+    command.arg("generate").arg(demo()).arg("hello there").env("HOME", home.path());
+    for variable in ["ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME", "CI", "GITHUB_ACTIONS", "TF_BUILD"] {
+        command.env_remove(variable);
+    }
+    stdout(command.output().expect("the program starts"));
+    let left: Vec<_> = home.path().read_dir().expect("a folder").map(|entry| entry.expect("readable").path()).collect();
+    assert!(left.is_empty(), "{left:?}");
+}
+
 #[test]
 fn a_closed_pipe_is_success() {
     let mut child = program("t5gemma-export")

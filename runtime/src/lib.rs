@@ -34,6 +34,7 @@ mod engines;
 pub mod log;
 pub mod onnxruntime;
 mod provider;
+mod telemetry;
 
 mod apart;
 mod cancellation;

@@ -13,6 +13,7 @@ use ort::ep::ExecutionProvider;
 
 use crate::error::Error;
 use crate::log;
+use crate::telemetry;
 
 /// The environment variable that names the library.
 pub const LIBRARY_VARIABLE: &str = "ORT_DYLIB_PATH";
@@ -148,6 +149,7 @@ pub(crate) fn initialise(library: Option<&Path>, threads: Option<usize>) -> Resu
         remedy: remedy(),
     };
     let logger = log::logger();
+    telemetry::disable();
     let mut builder = ort::init_from(&path)
         .map_err(|error| match &error {
             // The loader's reason, such as a library it needs in turn, is behind the first message.

@@ -22,7 +22,7 @@ static void in_child(const t5g_model *model, t5g_engine *engine, t5g_request *re
     t5g_result *result;
     t5g_event event = t5g_event_default();
     t5g_engine_counts counts = t5g_engine_counts_default();
-    alarm(120);
+    alarm(3600);
     FAILS(t5g_engine_submit(engine, &sources, NULL, NULL, &other), T5G_ERROR_CLOSED, NULL, "forked");
     FAILS(t5g_engine_call(engine, &sources, NULL, NULL, done), T5G_ERROR_CLOSED, NULL, "forked");
     FAILS(t5g_request_poll(request, 30, &event), T5G_ERROR_CLOSED, NULL, "forked");

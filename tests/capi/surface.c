@@ -805,7 +805,7 @@ static void check_engine(const t5g_model *model) {
     WELL(t5g_engine_submit(engine, &sources, &options, NULL, &second));
     t5g_event event = t5g_event_default();
     do {
-        WELL(t5g_request_poll(request, 10, &event));
+        WELL(t5g_request_poll(request, 3600, &event));
         CHECK(event.kind != T5G_EVENT_NONE);
         if (event.kind == T5G_EVENT_PIECE) strcat(spoken[event.row], event.text);
         rows += event.kind == T5G_EVENT_ROW;

@@ -202,6 +202,8 @@ def faults(root):
                     found.append(f"{place}: {module} must not use {used}")
         for file, (parts, uses_of_file) in crate.files.items():
             for line, path, _ in uses_of_file:
+                if path[0] in crate.modules:
+                    continue  # A module of this crate, whatever other crates are called.
                 other = by_name.get(path[0])
                 for at, modules, names in forbidden:
                     if at == folder and parts and parts[0] in modules and path[0] in names:
