@@ -308,6 +308,22 @@ def check_summary(problems):
         problems.append(f"docs/src/SUMMARY.md: lists {sorted(set(listed) ^ there) or 'a page twice'}")
 
 
+def check_options(problems):
+    """That the tables of generation options have each option of `GenerationOptions`, with its default."""
+    page, source = ROOT / "docs/src/generation-options.md", ROOT / "runtime/src/options.rs"
+    table = re.search(r"^generation_options! \{\n(.*?)^\}", source.read_text(), re.M | re.S)[1]
+    options = {name: default for name, default in re.findall(r"^    (\w+): .*? = (.*?), form::(?!not_json)", table, re.M)}
+    rows = dict(re.findall(r"^\| `(\w+)` \|.*\| ([^|]*) \| [^|]* \|$", page.read_text(), re.M))
+    constraints = set(re.findall(r"^\| `(\w+)` \| `--", page.read_text(), re.M))
+    for name in options.keys() ^ (rows.keys() | constraints):
+        problems.append(f"{page.relative_to(ROOT)}: {name} stands {'here' if name in rows else 'in ' + source.name} only")
+    for name in options.keys() & rows.keys():
+        default, shown = options[name], rows[name]
+        if re.fullmatch(r"[\d.]+|true|false", default) and re.fullmatch(r"[\d.]+|true|false", shown):
+            if (float(default) != float(shown)) if default[0].isdigit() and shown[0].isdigit() else default != shown:
+                problems.append(f"{page.relative_to(ROOT)}: {name}: the default is {default}, found {shown}")
+
+
 def check_paths(pages, problems):
     """That files of the project that pages name are there."""
     for page in pages:
@@ -332,6 +348,7 @@ def main():
     problems = []
     links = check_links(pages, problems)
     check_summary(problems)
+    check_options(problems)
     check_paths(pages, problems)
     print(f"{len(pages)} pages, {links}")
     if not arguments.links:
