@@ -194,8 +194,9 @@ fn targets_of_every_strategy_attend_to_what_they_do_when_they_are_given() {
                     let same = vec![sources()[row].clone(); found.len()];
                     let targets: Vec<_> = found.iter().map(|hypothesis| hypothesis.tokens.clone()).collect();
                     let batch = Batch::padded(&same, 0).expect("valid");
-                    let scored = model.score_with_attentions(&batch, &targets, 0, &Cancellation::new());
-                    for (hypothesis, (_, forced)) in found.iter().zip_eq(scored.expect("targets of the model's own")) {
+                    let scored = model.score(&batch, &targets, 0, &Cancellation::new());
+                    for (hypothesis, forced) in found.iter().zip_eq(scored.expect("targets of the model's own")) {
+                        let forced = forced.cross_attentions.expect("of a model with alignment");
                         let apart = apart(attended(hypothesis), &forced);
                         assert!(apart < TOLERANCE, "{name} for {}, {request}: {apart}", target.name());
                     }
@@ -227,11 +228,11 @@ fn drafts_change_nothing_in_what_targets_attend_to() {
 /// of a target that is given.
 fn score_of(model: &Model, source: &[i64], tokens: &[i64], length_penalty: f64, coverage_penalty: f64) -> f64 {
     let (batch, targets) = (Batch::padded(&[source], 0).expect("valid"), [tokens.to_vec()]);
-    let scored = model.score_with_attentions(&batch, &targets, 0, &Cancellation::new()).expect("the model's own");
-    let (logprobs, attended) = &scored[0];
+    let scored = model.score(&batch, &targets, 0, &Cancellation::new()).expect("the model's own").remove(0);
+    let attended = scored.cross_attentions.expect("of a model with alignment");
     let coverage = (0..source.len()).map(|place| attended.tokens().map(|row| f64::from(row[place])).sum::<f64>());
     let sum: f64 = coverage.map(|covered| covered.clamp(f64::from(f32::MIN_POSITIVE), 1.0).ln()).sum();
-    logprobs.sum() / (tokens.len() as f64).powf(length_penalty) + coverage_penalty * sum
+    scored.logprobs.sum() / (tokens.len() as f64).powf(length_penalty) + coverage_penalty * sum
 }
 
 #[test]
@@ -271,17 +272,18 @@ fn models_that_do_not_tell_it_say_how_to_export_them() {
     let plain = Model::open(exported("tiny-balanced")).expect("it opens");
     let batch = Batch::padded(&sources(), 0).expect("valid");
     for (request, says) in [
-        (json!({"output_attentions": true}), "output_attentions: expected false for this model (it does not tell"),
-        (json!({"coverage_penalty": 0.5, "num_beams": 2}), "coverage_penalty: expected 0 for this model (it does not"),
+        (json!({"output_attentions": true}), "output_attentions requires a model exported with alignment"),
+        (json!({"coverage_penalty": 0.5, "num_beams": 2}), "coverage_penalty requires a model exported with alignment"),
     ] {
         let options = plain.generation_config().with_json(request.as_object().expect("an object")).expect("options");
         let error = plain.generate_batch(&batch, &options, Controls::default()).expect_err("it cannot");
         let error = error.to_string();
-        assert!(error.starts_with(says) && error.contains("export it with --alignment"), "{error}");
+        assert!(error.starts_with(says), "{error}");
     }
-    let scored = plain.score_with_attentions(&batch, &vec![vec![5]; 3], 0, &Cancellation::new());
-    let error = scored.expect_err("it cannot").to_string();
-    assert!(error.contains("export it with --alignment"), "{error}");
+    let scored = plain.score(&batch, &vec![vec![5]; 3], 0, &Cancellation::new()).expect("scores");
+    assert!(scored.iter().all(|score| score.cross_attentions.is_none()));
+    let error = plain.check_cross_attentions().expect_err("it has none").to_string();
+    assert!(error.contains("exported with alignment"), "{error}");
 
     let model = demo();
     for arguments in [vec!["generate", "--output-attentions", "true", "--jsonl"], vec!["score", "--output-attentions"]]
@@ -293,7 +295,7 @@ fn models_that_do_not_tell_it_say_how_to_export_them() {
         let output = run("t5gemma", arguments, request.to_string());
         let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(1), "{said}");
-        assert!(said.contains("export it with --alignment"), "{said}");
+        assert!(said.contains("exported with alignment"), "{said}");
     }
     for flag in ["--output-attentions", "--output-logprobs"] {
         let output = run("t5gemma", [Path::new("generate"), &model, Path::new(flag), Path::new("true")], "nine\n");

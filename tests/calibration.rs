@@ -115,7 +115,7 @@ fn models_that_do_not_generate_compute_in_8_bits_too() {
             Task::TokenClassification => {
                 encoder.classify_tokens(&batch, &cancel).expect("classifies").into_iter().collect()
             }
-            _ => encoder.embed(&batch, Pooling::Mean, false, &cancel).expect("embeds").into_iter().collect(),
+            _ => encoder.embed(&batch, Pooling::Mean, &cancel).expect("embeds").into_iter().collect(),
         }
     };
     let mut all = Vec::new();

@@ -53,7 +53,7 @@ fn tokens(rows: &[Vec<Hypothesis>]) -> Vec<&[i64]> {
 fn copies_share_one_line_and_none_is_idle_while_a_source_waits() {
     for models in pairs() {
         let model = &models[0];
-        let engine = Engine::of_copies(&models, EngineOptions { max_rows: 2, ..EngineOptions::default() });
+        let engine = Engine::of_copies(&models, EngineOptions::default().max_rows(2));
         let engine = engine.expect("copies");
         // The sources of one request go to both.
         let many = request(model, 6, 40, 1);
@@ -92,7 +92,7 @@ fn sources_are_taken_in_the_order_of_their_arrival() {
     for models in pairs() {
         let model = &models[0];
         // Beside four rows there is room for one, which is not for who comes behind four others.
-        let engine = Engine::of_copies(&models, EngineOptions { max_rows: 5, ..EngineOptions::default() });
+        let engine = Engine::of_copies(&models, EngineOptions::default().max_rows(5));
         let engine = engine.expect("copies");
         let holds = [Hold::default(), Hold::default()];
         let [first, second] = [0, 1].map(|at| {
@@ -118,7 +118,7 @@ fn sources_are_taken_in_the_order_of_their_arrival() {
 fn the_line_of_copies_has_one_bound_and_ends_as_one() {
     for models in pairs() {
         let model = &models[0];
-        let bounds = EngineOptions { max_rows: 1, max_waiting: 2, ..EngineOptions::default() };
+        let bounds = EngineOptions::default().max_rows(1).max_waiting(2);
         let engine = Engine::of_copies(&models, bounds).expect("copies");
         let hold = Hold::default();
         let long = || hold.at(2, request(model, 1, 450, 1));
@@ -127,7 +127,7 @@ fn the_line_of_copies_has_one_bound_and_ends_as_one() {
             hold.wait_for(held);
             generation
         });
-        let late = Request { deadline: Some(Instant::now() + Duration::from_millis(5)), ..long() };
+        let late = long().deadline(Instant::now() + Duration::from_millis(5));
         let late = engine.submit(late).expect("taken");
         let waiting = engine.submit(long()).expect("taken");
         // Who waits is told of its deadline, although no thread looks.
@@ -155,7 +155,7 @@ fn only_copies_share_a_line() {
     let none: Option<Error> = Engine::of_copies(&[], EngineOptions::default()).err();
     assert!(none.expect("no model").to_string().contains("models: expected at least one"));
     let [[model, _], [other, _]] = pairs();
-    let error = Engine::of_copies(&[model, other], EngineOptions::default()).err().expect("two models");
+    let error = Engine::of_copies(&[model, other], EngineOptions::default()).expect_err("two models");
     assert!(error.to_string().contains("models[1]: expected a copy of models[0]"), "{error}");
 }
 
@@ -237,7 +237,7 @@ fn answers_around_a_lost_file(target: Target) -> [Option<Vec<Vec<i64>>>; 2] {
         let entry = entry.expect("an entry");
         fs::copy(entry.path(), folder.path().join(entry.file_name())).expect("copied");
     }
-    let options = OpenOptions { encoder_cache_bytes: 0, ..OpenOptions::default() };
+    let options = OpenOptions::default().encoder_cache_bytes(0);
     let model = Model::open_with(folder.path(), &options).expect("the model opens");
     let wanted = request(&model, 2, 12, 2);
     let answer = || {
@@ -265,7 +265,7 @@ fn a_device_has_a_copy_of_the_weights_that_all_graphs_read() {
 fn steps_in_memory_that_stays_give_what_others_do() {
     let open = |export: Export, label: &str, fixed_step_buffers: bool| {
         let path = exported_as("tiny-balanced", &format!("steady-{label}"), export);
-        let options = OpenOptions { fixed_step_buffers, ..OpenOptions::default() };
+        let options = OpenOptions::default().fixed_step_buffers(fixed_step_buffers);
         Arc::new(Model::open_with(path, &options).expect("the model opens"))
     };
     let export = |logits: Logits, alignment: Alignment| {
@@ -342,7 +342,7 @@ fn steps_in_memory_that_stays_give_what_others_do() {
             }
         }
     }
-    let options = OpenOptions { fixed_step_buffers: true, ..OpenOptions::default() };
-    let refused = Model::open_with(exported("tiny-balanced"), &options).err().expect("it has no such cache");
-    assert!(refused.to_string().contains("fixed_step_buffers: expected false"), "{refused}");
+    let options = OpenOptions::default().fixed_step_buffers(true);
+    let refused = Model::open_with(exported("tiny-balanced"), &options).expect_err("it has no such cache");
+    assert!(refused.to_string().contains("fixed_step_buffers true requires a cache in place"), "{refused}");
 }

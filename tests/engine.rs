@@ -160,7 +160,7 @@ fn random_requests_at_random_times_give_what_each_gives_alone() {
 
         // Alone and beside another copy, as on two devices.
         for copies in [vec![model.clone()], vec![model.clone(), open(target)]] {
-            let bounds = EngineOptions { max_rows: 24, ..EngineOptions::default() };
+            let bounds = EngineOptions::default().max_rows(24);
             let engine = Engine::of_copies(&copies, bounds).expect("copies");
             let wrong = Mutex::new(Vec::new());
             thread::scope(|scope| {
@@ -278,6 +278,7 @@ fn tokens_are_told_as_they_come_and_rows_as_they_finish() {
                         check_same("events", &[hypotheses], &expected[row..=row]);
                         finished.push(row);
                     }
+                    other => panic!("{other:?}"),
                 }
             }
             finished.sort();
@@ -298,9 +299,9 @@ fn requests_end_when_they_are_cancelled_or_late_and_others_go_on() {
         let mut cancelled = engine.submit(hold.at(2, long(&model))).expect("taken");
         assert!(matches!(cancelled.next(), Some(Ok(Event::Token { row: 0, .. }))), "in flight");
         hold.wait_for(1);
-        let late = Request { deadline: Some(Instant::now() + Duration::from_millis(30)), ..long(&model) };
+        let late = long(&model).deadline(Instant::now() + Duration::from_millis(30));
         let mut late = engine.submit(late).expect("taken");
-        let past = Request { deadline: Some(Instant::now()), ..short(&model) };
+        let past = short(&model).deadline(Instant::now());
         assert!(matches!(engine.submit(past).expect("taken").wait(), Err(Error::Deadline)));
         let other = engine.submit(short(&model)).expect("taken");
         let canceller = cancelled.canceller();
@@ -313,7 +314,7 @@ fn requests_end_when_they_are_cancelled_or_late_and_others_go_on() {
         assert!(cancelled.next().is_none() && matches!(cancelled.next_timeout(Duration::ZERO), PollResult::Ended));
         // One that passes on the way, at whatever step: a step takes until then at least.
         let deadline = Instant::now() + Duration::from_millis(50);
-        let mut slow = Request { deadline: Some(deadline), ..short(&model) };
+        let mut slow = short(&model).deadline(deadline);
         slow.options.logits_processor.push(LogitsProcessor::new(move |_, _| {
             thread::sleep(deadline.saturating_duration_since(Instant::now()));
         }));
@@ -329,14 +330,13 @@ fn requests_end_when_they_are_cancelled_or_late_and_others_go_on() {
 fn what_cannot_be_taken_is_refused_with_the_figures() {
     let model = open(Target::Cpu);
     let options_of = |max_rows, max_bytes, max_waiting| {
-        let default = EngineOptions::default();
-        EngineOptions { max_rows, max_bytes, max_waiting, ..default }
+        EngineOptions::default().max_rows(max_rows).max_bytes(max_bytes).max_waiting(max_waiting)
     };
     // One row of 64 tokens of room and 3 of source, in 8 tensors and one that is moved, of 2 heads of 16 numbers.
     let bytes = |rows: usize, room: usize, source: usize| rows * ((room + source) * 9 * 2 * 16 * 4 + 200 * 4);
     let config = &model.config().decoder;
     assert_eq!((config.num_key_value_heads, config.layers.len(), config.vocab_size), (2, 4, 200), "of this fixture");
-    let refused = |engine: &Engine, request: Request| engine.submit(request).err().expect("refused").to_string();
+    let refused = |engine: &Engine, request: Request| engine.submit(request).expect_err("refused").to_string();
 
     let engine = Engine::new(model.clone(), options_of(1, usize::MAX, 9)).expect("an engine");
     assert_eq!(
@@ -371,17 +371,16 @@ fn what_cannot_be_taken_is_refused_with_the_figures() {
 #[test]
 fn bounds_of_nothing_are_refused_by_name() {
     let model = open(Target::Cpu);
-    let default = EngineOptions::default;
     for (name, options) in [
-        ("max_rows", EngineOptions { max_rows: 0, ..default() }),
-        ("max_bytes", EngineOptions { max_bytes: 0, ..default() }),
-        ("max_sources", EngineOptions { max_sources: 0, ..default() }),
-        ("max_waiting", EngineOptions { max_waiting: 0, ..default() }),
+        ("max_rows", EngineOptions::default().max_rows(0)),
+        ("max_bytes", EngineOptions::default().max_bytes(0)),
+        ("max_sources", EngineOptions::default().max_sources(0)),
+        ("max_waiting", EngineOptions::default().max_waiting(0)),
     ] {
         for refused in
             [Engine::new(model.clone(), options.clone()), Engine::of_copies(std::slice::from_ref(&model), options)]
         {
-            let error = refused.err().expect("refused").to_string();
+            let error = refused.expect_err("refused").to_string();
             assert_eq!(error, format!("{name}: expected at least 1, found 0"));
         }
     }
@@ -392,8 +391,7 @@ fn memory_is_never_planned_beyond_its_limit() {
     for target in TARGETS {
         let model = open(target);
         let most = 6_000_000;
-        let engine = Engine::new(model.clone(), EngineOptions { max_bytes: most, ..EngineOptions::default() })
-            .expect("an engine");
+        let engine = Engine::new(model.clone(), EngineOptions::default().max_bytes(most)).expect("an engine");
         let mut noise = Noise(7);
         let requests: Vec<Request> = (0..24)
             .map(|_| {
@@ -459,8 +457,7 @@ fn a_function_on_the_engines_thread_cannot_wait_for_it() {
 #[test]
 fn a_shutdown_ends_everything() {
     let model = open(Target::Portable);
-    let engine =
-        Engine::new(model.clone(), EngineOptions { max_rows: 1, ..EngineOptions::default() }).expect("an engine");
+    let engine = Engine::new(model.clone(), EngineOptions::default().max_rows(1)).expect("an engine");
     let hold = Hold::default();
     let generations: Vec<_> = (0..3).map(|_| engine.submit(hold.at(2, long(&model))).expect("taken")).collect();
     hold.wait_for(1);

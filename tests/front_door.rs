@@ -101,7 +101,7 @@ fn conversations_are_answered_by_a_template() {
 fn an_encoder_takes_texts() {
     let encoder = Encoder::open(demo()).expect("the encoder opens");
     let batch = encoder.tokenize(&TEXTS).expect("texts");
-    let vectors = encoder.embed(&batch, Pooling::Mean, true, &Cancellation::new()).expect("embeds");
+    let vectors = encoder.embed_normalized(&batch, Pooling::Mean, &Cancellation::new()).expect("embeds");
     assert_eq!(vectors.nrows(), TEXTS.len());
     assert!((vectors.row(0).dot(&vectors.row(0)) - 1.0).abs() < 1e-5);
 }

@@ -279,7 +279,7 @@ fn a_deadline_is_noticed_before_between_and_after_the_runs_of_every_call() {
         is_late(model.encode(&batch, &passed).map(drop));
         is_late(model.warm_up(&passed).map(drop));
         is_late(encoder.encode(&batch, &passed).map(drop));
-        is_late(encoder.embed(&batch, Pooling::Mean, false, &passed).map(drop));
+        is_late(encoder.embed(&batch, Pooling::Mean, &passed).map(drop));
     }
     // One that passes while the caller is shown a token, the last one too.
     for tokens in [1, 2, 5] {
@@ -349,20 +349,18 @@ fn rows_in_pieces_give_what_they_give_together() {
         json!({"max_new_tokens": 9, "num_beams": 3, "num_return_sequences": 2, "min_new_tokens": 9}),
         json!({"max_new_tokens": 9, "min_new_tokens": 9, "do_sample": true, "seed": 4, "num_return_sequences": 2}),
     ];
-    let limits = |max_sources, max_tokens, max_bytes| Limits { max_sources, max_tokens, max_bytes };
-    let any = usize::MAX;
     // What a piece may be, and the pieces of the sources of 2, 3, 4, 5, 2, 3 and 4 tokens.
     let cases = [
         (Limits::NONE, 1),
-        (limits(1, any, None), 7),
-        (limits(3, any, None), 3),
-        (limits(any, 9, None), 5),
-        (limits(any, any, Some(1)), 7),
+        (Limits::default().max_sources(1), 7),
+        (Limits::default().max_sources(3), 3),
+        (Limits::default().max_tokens(9), 5),
+        (Limits::default().max_bytes(1), 7),
     ];
     for target in [Target::Portable, Target::Cpu] {
         let path = exported_for("tiny-balanced", target);
         let found = cases.map(|(limits, pieces)| {
-            let options = OpenOptions { limits, ..OpenOptions::default() };
+            let options = OpenOptions::default().limits(limits);
             let model = Model::open_with(&path, &options).expect("the model opens");
             let batch = Batch::padded(&sources, 0).expect("valid");
             let batches = [batch.clone(), batch.with_decoder_input_ids(&prompts).expect("valid")];
@@ -384,7 +382,7 @@ fn rows_in_pieces_give_what_they_give_together() {
             let states = model.encode(&batches[0], &Cancellation::new()).expect("encodes");
             let error =
                 model.score(&batches[1], &targets[..6], 0, &Cancellation::new()).expect_err("one target too few");
-            (answers, scores.iter().map(|score| score.sum()).collect::<Vec<f64>>(), states, error.to_string())
+            (answers, scores.iter().map(|score| score.logprobs.sum()).collect::<Vec<f64>>(), states, error.to_string())
         });
         let whole = &found[0];
         for (found, (limits, _)) in found.iter().zip_eq(cases) {

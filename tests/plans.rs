@@ -103,6 +103,7 @@ fn a_plan_changes_no_answer() {
                 [&planned, &plain].map(|model| model.score(&batch, &targets, 2, &cancel).expect("scores"));
             assert_eq!(found.len(), lengths.len());
             for (found, expected) in found.iter().zip_eq(&expected) {
+                let (found, expected) = (&found.logprobs, &expected.logprobs);
                 assert_eq!(found.tokens.len(), expected.tokens.len());
                 let apart = found.tokens.iter().zip_eq(&expected.tokens).map(|(a, b)| (a - b).abs());
                 assert!(apart.fold(0.0, f32::max) < 1e-4, "{lengths:?}");
@@ -142,13 +143,13 @@ fn an_engine_holds_to_the_plan_too() {
         }
         // Four beams fit a call, but not an engine, where each has its source's keys and values for itself.
         let four = Request::new(batch(&[3]), options(&planned, &json!({"max_new_tokens": 4, "num_beams": 4})));
-        let error = engine.submit(four).err().expect("more than the batch").to_string();
+        let error = engine.submit(four).expect_err("more than the batch").to_string();
         assert!(
             error.contains("needs 4 target rows") && error.contains("--plan's batch") && error.contains("the 3"),
             "{error}"
         );
         let long = Request::new(batch(&[33]), options(&planned, &json!({"max_new_tokens": 4})));
-        assert!(engine.submit(long).err().expect("too long").to_string().contains("--plan source=8..32"));
+        assert!(engine.submit(long).expect_err("too long").to_string().contains("--plan source=8..32"));
     }
 }
 
@@ -171,23 +172,23 @@ fn what_is_beyond_a_plan_is_refused_before_anything_runs() {
             (
                 batch(&[33]),
                 json!({"max_new_tokens": 4}),
-                "input_ids: expected at most 32 tokens a row (exported with --plan source=8..32), found 33 tokens",
+                "input_ids: expected at most 32 tokens a row (exported with the plan source=8..32), found 33 tokens",
             ),
             (
                 batch(&[3]),
                 json!({"max_new_tokens": 4, "num_beams": 5}),
-                "num_beams: expected at most 4 (exported with --plan beams=1..4), found 5",
+                "num_beams: expected at most 4 (exported with the plan beams=1..4), found 5",
             ),
             (
                 batch(&[3]),
                 json!({"max_new_tokens": 4, "do_sample": true, "num_return_sequences": 5}),
-                "num_return_sequences: expected at most 4 (exported with --plan beams=1..4), found 5",
+                "num_return_sequences: expected at most 4 (exported with the plan beams=1..4), found 5",
             ),
             (batch(&[3]), json!({"max_new_tokens": 24}), "max_length: expected at most 24 target tokens ("),
             (
                 batch(&[3]).with_decoder_input_ids(&[[5, 6, 7]]).expect("valid"),
                 json!({"max_new_tokens": 4}),
-                "decoder_input_ids: expected 1 to 3 tokens with the start token (exported with --plan prompt=1..3), found 4",
+                "decoder_input_ids: expected 1 to 3 tokens with the start token (exported with the plan prompt=1..3), found 4",
             ),
         ] {
             let error = told(generate(&planned, &batch, &given));
@@ -207,7 +208,9 @@ fn what_is_beyond_a_plan_is_refused_before_anything_runs() {
         let error = told(planned.score(&long, &[vec![5]], 0, &stopped).map(drop));
         assert!(error.contains("--plan prompt=1..3"), "{error}");
     }
-    for (capacity, expected) in [(None, "its --plan has steps of one token"), (Some(24), "less than 3")] {
+    for (capacity, expected) in
+        [(None, "(got 1)"), (Some(24), "requires a serving plan with steps of at least 4 tokens (got 3)")]
+    {
         let model = Model::open(planned(capacity, Some(PLAN), Logits::All)).expect("opens");
         for (drafted, is_taken) in [(2, capacity.is_some()), (3, false)] {
             let options = options(&model, &json!({"max_new_tokens": 4, "prompt_lookup_num_tokens": drafted}));
@@ -260,7 +263,7 @@ fn a_plan_changes_no_vector_and_no_label() {
         for lengths in lengths.iter().chain(&[&[1_usize, 3][..], &[2]]) {
             let [found, expected] = both.each_ref().map(|encoder| {
                 let wanted = if pooling == Pooling::None { Pooling::Mean } else { pooling };
-                encoder.embed(&batch(lengths), wanted, false, &cancel).expect("embeds").into_raw_vec_and_offset().0
+                encoder.embed(&batch(lengths), wanted, &cancel).expect("embeds").into_raw_vec_and_offset().0
             });
             near(&format!("{pooling} {lengths:?}"), &found, &expected);
         }
@@ -279,11 +282,14 @@ fn a_plan_changes_no_vector_and_no_label() {
             "sequence-encoder" => drop(short.expect("classifies")),
             _ => {
                 let error = short.expect_err("refused").to_string();
-                assert!(error.starts_with("input_ids[1]: expected at least 8 tokens (exported with --plan"), "{error}");
+                assert!(
+                    error.starts_with("input_ids[1]: expected at least 8 tokens (exported with the plan"),
+                    "{error}"
+                );
             }
         }
         let error = both[0].classify(&batch(&[33]), &stopped()).expect_err("too long").to_string();
-        assert!(error.contains("at most 32 tokens a row (exported with --plan source=8..32)"), "{error}");
+        assert!(error.contains("at most 32 tokens a row (exported with the plan source=8..32)"), "{error}");
     }
     for name in ["token-encoder", "token-decoder"] {
         let both = encoders(name, None);

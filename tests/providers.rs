@@ -69,20 +69,20 @@ fn errors_name_the_provider_that_was_asked_for() {
 #[test]
 fn what_means_nothing_to_a_provider_is_refused() {
     for (arguments, code, word) in [
-        (&["--device", "1"][..], 2, "found cpu with device 1"),
-        (&["--provider-option", "device_id=0"], 2, "found cpu with device_id=0"),
+        (&["--device", "1"][..], 2, "--device 1 requires a provider with devices and options"),
+        (&["--provider-option", "device_id=0"], 2, "--provider-option device_id=0 requires a provider"),
         (&["--provider", "cuda", "--provider-option", "nothing"], 2, "expected NAME=VALUE"),
         (&["--provider", "rocm"], 2, "nv-tensorrt-rtx"),
         (&["--provider", "nv-tensorrt-rtx", "--provider-option", "library=/nowhere.so"], 1, "expected /nowhere.so"),
         (
             &["--provider", "cuda", "--provider-option", "enable_cuda_graph=1"],
             2,
-            "expected no CUDA graphs, which need a cache in place (--target cuda), found enable_cuda_graph=1",
+            "--provider-option enable_cuda_graph=1 requires a cache in place",
         ),
         (
             &["--provider", "tensorrt", "--provider-option", "trt_cuda_graph_enable=1"],
             2,
-            "expected no CUDA graphs, which need the provider cuda, found trt_cuda_graph_enable=1",
+            "--provider-option trt_cuda_graph_enable=1 requires the provider cuda",
         ),
     ] {
         let (found, error) = refused(arguments);
@@ -96,9 +96,9 @@ fn cuda_graphs_are_for_steps_that_can_be_captured() {
     let whole = exported_for("tiny-balanced", Target::Cuda);
     let standard = exported_for("tiny-balanced", Target::Portable);
     for (command, model, word) in [
-        ("generate", &whole, "CUDA graphs, which need float16 or bfloat16"),
-        ("generate", &standard, "CUDA graphs, which need a cache in place"),
-        ("encode", &whole, "CUDA graphs, which need generation"),
+        ("generate", &whole, "enable_cuda_graph=1 requires float16 or bfloat16"),
+        ("generate", &standard, "enable_cuda_graph=1 requires a cache in place"),
+        ("encode", &whole, "enable_cuda_graph=1 requires generation"),
     ] {
         let model = model.to_str().expect("temporary paths are UTF-8");
         let folder = tempfile::tempdir().expect("a temporary folder can be made");

@@ -35,7 +35,7 @@ fn a_seed_gives_the_same_tokens_in_any_batch_and_on_any_number_of_threads() {
 
 fn check_seeds(target: Target) {
     let open = |threads| {
-        let options = OpenOptions { threads: Some(threads), ..OpenOptions::default() };
+        let options = OpenOptions::default().threads(threads);
         Model::open_with(exported_for("tiny-balanced", target), &options).expect("the model opens")
     };
     let model = open(1);
@@ -77,8 +77,13 @@ fn first_tokens_are_drawn_with_the_models_probabilities() {
     let model = Model::open(exported("tiny-balanced")).expect("the model opens");
     let batch = Batch::padded(&[[5, 6, 7, 8]], 0).expect("valid");
     let vocab_size = model.config().decoder.vocab_size;
-    let top =
-        model.score(&batch, &[vec![1]], vocab_size, &Cancellation::new()).expect("scores").remove(0).top.remove(0);
+    let top = model
+        .score(&batch, &[vec![1]], vocab_size, &Cancellation::new())
+        .expect("scores")
+        .remove(0)
+        .logprobs
+        .top
+        .remove(0);
     let temperature = 0.8;
     let weights: HashMap<i64, f64> =
         top.iter().map(|&(token, logprob)| (token, (f64::from(logprob) / temperature).exp())).collect();
@@ -158,7 +163,7 @@ fn scores_of_targets_are_those_that_transformers_gives_its_beams() {
             let length_penalty = options.get("length_penalty").and_then(Value::as_f64).unwrap_or(1.0);
             for ((found, target), expected) in found.iter().zip_eq(&targets).zip_eq(scores) {
                 let expected = expected.as_f64().expect("a number") * (target.len() as f64).powf(length_penalty);
-                assert!((found.sum() - expected).abs() < 5e-4 * target.len() as f64, "{name} {}", case["id"]);
+                assert!((found.logprobs.sum() - expected).abs() < 5e-4 * target.len() as f64, "{name} {}", case["id"]);
                 compared += 1;
             }
         }
@@ -198,6 +203,7 @@ fn check_log_probabilities(target: Target) {
             let targets: Vec<Vec<i64>> = rows.iter().map(|row| row[hypothesis].tokens.clone()).collect();
             let scored = model.score(&batch, &targets, 3, &Cancellation::new()).expect("scores");
             for (row, scored) in rows.iter().zip_eq(scored) {
+                let scored = scored.logprobs;
                 let found = row[hypothesis].logprobs.as_ref().expect("they were asked for");
                 let apart = found.tokens.iter().zip_eq(&scored.tokens).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
                 assert!(found.tokens.len() == scored.tokens.len() && apart < 5e-4, "{request}: {apart}");
@@ -221,7 +227,7 @@ fn alternatives_are_the_likeliest_first_tokens_each_completed_greedily() {
     let found = tokens(&generate(&model, &batch, &options(&model, request)));
     let top = model.score(&batch, &[vec![1], vec![1]], 4, &Cancellation::new()).expect("scores");
     for (row, source) in [[5, 6, 7, 8].as_slice(), &[9, 10]].iter().enumerate() {
-        for (alternative, &(first, _)) in found[row].iter().zip_eq(&top[row].top[0]) {
+        for (alternative, &(first, _)) in found[row].iter().zip_eq(&top[row].logprobs.top[0]) {
             assert_eq!(alternative[0], first);
             if model.generation_config().eos_token_id.contains(&first) {
                 assert_eq!(alternative.len(), 1);

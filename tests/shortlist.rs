@@ -160,7 +160,7 @@ fn tokens_without_scores_are_refused_where_they_are_asked_for() {
     let told = kept.score(&batch(), &targets, 0, &Cancellation::new()).expect_err("refused").to_string();
     assert!(told.contains("target_ids[1][1]") && told.contains("kept_tokens.json"), "{told}");
     let scored = kept.score(&batch(), &[vec![3, 6], vec![3], vec![9]], 2, &Cancellation::new()).expect("scores");
-    assert!(scored.iter().flat_map(|row| &row.tokens).all(|logprob| logprob.is_finite()));
+    assert!(scored.iter().flat_map(|row| &row.logprobs.tokens).all(|logprob| logprob.is_finite()));
 }
 
 fn stderr(output: &Output) -> String {

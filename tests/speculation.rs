@@ -90,7 +90,11 @@ fn drafts_where_there_can_be_none_are_refused() {
         .expect("the model opens");
     let batch = Batch::padded(&[vec![5, 6]], 0).expect("valid");
     let cases = [
-        (&last, json!({"prompt_lookup_num_tokens": 4}), "export it with --all-logits), found 4"),
+        (
+            &last,
+            json!({"prompt_lookup_num_tokens": 4}),
+            "prompt_lookup_num_tokens requires a model exported with all_logits",
+        ),
         (&all, json!({"prompt_lookup_num_tokens": 4, "num_beams": 2}), "requires num_beams 1 (got 2)"),
         (&all, json!({"prompt_lookup_num_tokens": 4, "do_sample": true}), "requires do_sample false (got true)"),
         (&all, json!({"max_matching_ngram_size": 2}), "requires prompt_lookup_num_tokens (got none)"),

@@ -92,7 +92,7 @@ fn of_model(
     let found = model.generate_batch(alone, options, Controls::default().cancellation(cancel))?;
     let Prompts { mut ids, .. } = alone.prompts(options.decoder_start_token_id);
     ids.extend_from_slice(&found[0][0].tokens);
-    ids.truncate(model.longest_target().0);
+    ids.truncate(model.target_limit().tokens);
     model.observe(alone, Prompts { length: ids.len(), ids }, cancel)
 }
 

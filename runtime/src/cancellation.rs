@@ -1,12 +1,13 @@
-//! `Cancellation`: how a call is stopped before it is done, by someone or by the clock. Whoever computes asks it before each run,
-//! between steps and at the end; one thread for the whole process interrupts what is inside ONNX Runtime when its time comes.
+//! `Cancellation`: how a call is stopped before it is done, by another thread or by a deadline. Calls check it before each run, between
+//! steps and at the end; one thread for the whole process interrupts runs of ONNX Runtime at their deadlines.
 //!
 //! # Design
-//! Deadlines are compared with the clock by the thread that does the work, so none is missed for want of a processor to run the
-//! timer on. The timer only shortens runs that have begun. After a fork the child has no timer thread and may have inherited its
-//! lock in any state, so timers are chained: each process uses the one that bears its id, and never touches its parents'.
+//! The thread that does the work compares deadlines with the clock, so none is missed because the timer thread was not scheduled. The
+//! timer only shortens runs that have begun. After a fork the child has no timer thread and may have inherited its lock in any state,
+//! so timers are chained: each process uses the one with its own id, and never touches its parents'.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
@@ -17,7 +18,7 @@ use ort::session::RunOptions;
 
 use crate::error::Error;
 
-/// A way to stop calls that are given it, from any thread. Once used it stays used, as does one whose deadline has passed.
+/// Stops the calls that it is passed to, from any thread. It cannot be reset: later calls are stopped too.
 #[derive(Clone, Default)]
 pub struct Cancellation(Arc<Signal>);
 
@@ -25,24 +26,33 @@ pub struct Cancellation(Arc<Signal>);
 struct Signal {
     cancelled: AtomicBool,
     deadline: Option<Instant>,
-    /// Made by the first run, because making it needs the library to be loaded.
+    /// Made by the first run, because it needs the library to be loaded.
     run: OnceLock<RunOptions>,
-    /// By the first run, where there is a deadline.
+    /// Set by the first run, if there is a deadline.
     alarm: OnceLock<Alarm>,
 }
 
+impl fmt::Debug for Cancellation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Cancellation")
+            .field("is_cancelled", &self.is_cancelled())
+            .field("deadline", &self.deadline())
+            .finish()
+    }
+}
+
 impl Cancellation {
-    /// A cancellation that has not been used.
+    /// A cancellation without a deadline.
     pub fn new() -> Cancellation {
         Cancellation::default()
     }
 
-    /// A cancellation that also stops its calls at a time, with [`Error::Deadline`].
+    /// A cancellation that also stops its calls at a deadline, with [`Error::Deadline`].
     pub fn until(deadline: Instant) -> Cancellation {
         Cancellation(Arc::new(Signal { deadline: Some(deadline), ..Signal::default() }))
     }
 
-    /// When it stops its calls by itself.
+    /// The deadline.
     pub fn deadline(&self) -> Option<Instant> {
         self.0.deadline
     }
@@ -58,7 +68,7 @@ impl Cancellation {
         self.0.cancelled.load(Ordering::SeqCst)
     }
 
-    /// Whether to go on. Costs a look at the clock.
+    /// Checks that the call may go on. Reads the clock if there is a deadline.
     ///
     /// # Errors
     /// [`Error::Cancelled`] or [`Error::Deadline`].
@@ -66,14 +76,12 @@ impl Cancellation {
         if self.is_cancelled() {
             return Err(Error::Cancelled);
         }
-        match self.0.deadline.is_some_and(|deadline| Instant::now() >= deadline) {
-            true => Err(Error::Deadline),
-            false => Ok(()),
-        }
+        let is_late = self.0.deadline.is_some_and(|deadline| Instant::now() >= deadline);
+        if is_late { Err(Error::Deadline) } else { Ok(()) }
     }
 
-    /// The options of a run that this cancellation ends. The run can be interrupted before the flag and the clock are read, so
-    /// that a cancellation at any moment is seen by the one or the other.
+    /// The options of a run that this cancellation interrupts. The run can be interrupted before the flag and the clock are read, so
+    /// that a cancellation at any moment is noticed in one way or the other.
     pub(crate) fn run_options(&self) -> Result<&RunOptions, Error> {
         let run = match self.0.run.get() {
             Some(run) => run,
@@ -88,13 +96,13 @@ impl Cancellation {
         self.check().map(|()| run)
     }
 
-    /// Why a run has failed: it was interrupted, or by itself.
+    /// The error of a failed run: its own, unless it was interrupted.
     pub(crate) fn failed<R>(&self, during: impl Into<String>) -> impl FnOnce(ort::Error<R>) -> Error {
         |error| self.check().err().unwrap_or_else(|| Error::onnxruntime(during)(error))
     }
 }
 
-/// What is told when its time has come.
+/// What an alarm calls at its time.
 trait Ring: Send + Sync {
     fn ring(&self);
 }
@@ -102,13 +110,13 @@ trait Ring: Send + Sync {
 impl Ring for Signal {
     fn ring(&self) {
         if let Some(run) = self.run.get() {
-            // Should it fail, the call still ends before its next run.
+            // If this fails, the call still ends before its next run.
             let _ = run.terminate();
         }
     }
 }
 
-/// What has asked a timer to be told; when it is dropped, that is taken back.
+/// A pending alarm; dropping it cancels it.
 struct Alarm {
     timer: &'static Timer,
     key: (Instant, u64),
@@ -127,7 +135,7 @@ struct Timer {
     process: u32,
     alarms: Mutex<Alarms>,
     changed: Condvar,
-    /// The timer of a process that was forked from this one.
+    /// The timer of a process forked from this one.
     of_fork: OnceLock<Box<Timer>>,
 }
 
@@ -141,8 +149,8 @@ struct Alarms {
 impl Alarms {
     fn enter<R: Ring + 'static>(&mut self, at: Instant, ring: &Arc<R>) -> (Instant, u64) {
         self.set += 1;
-        let told: Arc<dyn Ring> = ring.clone();
-        self.waiting.insert((at, self.set), Arc::downgrade(&told));
+        let ring: Arc<dyn Ring> = ring.clone();
+        self.waiting.insert((at, self.set), Arc::downgrade(&ring));
         (at, self.set)
     }
 }
@@ -167,7 +175,7 @@ impl Timer {
         self.alarms.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Has something told at a time.
+    /// Sets an alarm.
     fn set<R: Ring + 'static>(&'static self, at: Instant, ring: &Arc<R>) -> Alarm {
         let mut alarms = self.alarms();
         let key = alarms.enter(at, ring);
@@ -177,7 +185,7 @@ impl Timer {
                     let _ = catch_unwind(AssertUnwindSafe(|| self.run()));
                 }
             });
-            // Without a thread runs are not interrupted, and end their calls when they are over; the next alarm tries again.
+            // Without a thread, runs are not interrupted, and their calls end after them; the next alarm tries again.
             alarms.is_started = started.is_ok();
         }
         drop(alarms);
@@ -198,7 +206,7 @@ impl Timer {
                 continue;
             }
             let due = alarms.waiting.pop_first();
-            // What is told may be the last that holds it, and takes its alarm back when it goes.
+            // `ring` may be the last reference, and dropping it locks the alarms.
             drop(alarms);
             if let Some(ring) = due.and_then(|(_, ring)| ring.upgrade()) {
                 ring.ring();
@@ -222,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn what_has_ended_says_why_at_every_check() {
+    fn every_check_reports_why_it_has_ended() {
         let now = Instant::now();
         let later = now + Duration::from_secs(3600);
         assert!(Cancellation::new().check().is_ok() && Cancellation::until(later).check().is_ok());
@@ -245,11 +253,11 @@ mod tests {
     }
 
     #[test]
-    fn one_thread_tells_all_in_the_order_of_their_times_and_outlives_panics() {
+    fn one_thread_rings_all_in_the_order_of_their_times_and_outlives_panics() {
         static TIMER: OnceLock<Timer> = OnceLock::new();
         let timer = TIMER.get_or_init(|| Timer::of(process::id()));
-        let (tell, told) = channel();
-        let bell = |name| Arc::new(Bell(name, tell.clone()));
+        let (sender, rung) = channel();
+        let bell = |name| Arc::new(Bell(name, sender.clone()));
         let now = Instant::now();
         let [late, early, never, dropped, panics] = ["late", "early", "never", "dropped", "panics"].map(bell);
         let mut alarms = timer.alarms();
@@ -260,11 +268,11 @@ mod tests {
         drop(dropped);
         let of_panics = timer.set(now, &panics);
         let of_never = timer.set(now + Duration::from_secs(3600), &never);
-        assert_eq!([(); 3].map(|()| told.recv().expect("told")), ["panics", "early", "late"]);
-        assert!(told.try_recv().is_err(), "neither what is gone nor what is not due");
+        assert_eq!([(); 3].map(|()| rung.recv().expect("rung")), ["panics", "early", "late"]);
+        assert!(rung.try_recv().is_err(), "neither the dropped one nor the one that is not due");
         drop(of_panics);
         assert_eq!(timer.alarms().waiting.len(), 1);
         drop(of_never);
-        assert!(timer.alarms().waiting.is_empty(), "an alarm that is taken back is not kept");
+        assert!(timer.alarms().waiting.is_empty(), "a cancelled alarm is not kept");
     }
 }

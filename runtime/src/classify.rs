@@ -1,5 +1,5 @@
-//! Classification: the scores that a classifier gives its labels, and what they mean. The graph has the labels' logits;
-//! which function makes them probabilities is decided here, by the rules of transformers' pipelines.
+//! Classification: the logits that a classifier gives its labels, and the function that makes scores of them, by the rules of
+//! transformers' pipelines.
 
 use ndarray::{Array2, Array3, Axis};
 use t5gemma_graphs::config::{Classifier, ProblemType};
@@ -9,14 +9,15 @@ use crate::batch::Batch;
 use crate::cancellation::Cancellation;
 use crate::encoder::Encoder;
 use crate::error::Error;
-use crate::profiles::Sizes;
+use crate::profiles::ProfileRange;
 
-/// What is done to logits to make them scores.
+/// The function that makes scores of logits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum ScoreFunction {
-    /// Nothing.
+    /// The identity.
     None,
-    /// `1 / (1 + exp(−x))` for each label by itself.
+    /// `1 / (1 + exp(−x))`, for each label independently.
     Sigmoid,
     /// `exp(x) / Σ exp(x)` over the labels.
     Softmax,
@@ -26,7 +27,7 @@ impl ScoreFunction {
     /// Every function.
     pub const ALL: [ScoreFunction; 3] = [ScoreFunction::None, ScoreFunction::Sigmoid, ScoreFunction::Softmax];
 
-    /// Hugging Face's name.
+    /// The name in transformers.
     pub fn name(self) -> &'static str {
         match self {
             ScoreFunction::None => "none",
@@ -35,8 +36,8 @@ impl ScoreFunction {
         }
     }
 
-    /// The function for a classifier of sources: none for a regression, the sigmoid where labels exclude nothing or there
-    /// is but one, the softmax otherwise.
+    /// The function for a classifier of sources: none for regression, the sigmoid if labels are independent or there is only one,
+    /// the softmax otherwise.
     pub fn of(classifier: &Classifier) -> ScoreFunction {
         match (classifier.problem_type, classifier.labels.len()) {
             (Some(ProblemType::Regression), _) => ScoreFunction::None,
@@ -61,10 +62,10 @@ impl ScoreFunction {
 }
 
 impl Encoder {
-    /// What the model's labels are.
+    /// The model's labels.
     ///
     /// # Errors
-    /// The model is no classifier.
+    /// The model is not a classifier.
     pub fn classifier(&self) -> Result<&Classifier, Error> {
         let task = &self.manifest().task;
         match (task, &self.config().classifier) {
@@ -75,12 +76,11 @@ impl Encoder {
 
     /// The logits of each source's labels, `[rows, labels]`.
     ///
-    /// A classifier with a decoder reads one token more of a row that is padded (as in transformers), so rows that were
-    /// padded only to stand beside longer ones are run without that padding: a row's result does not depend on its
-    /// neighbours.
+    /// A classifier with a decoder reads one more token of a padded row (as in transformers), so rows that were padded only to fit
+    /// beside longer ones run without that padding: a row's result does not depend on its neighbours.
     ///
     /// # Errors
-    /// The model is no classifier of sources; otherwise as [`Encoder::encode`].
+    /// The model does not classify sources; otherwise as [`Encoder::encode`].
     pub fn classify(&self, batch: &Batch, cancel: &Cancellation) -> Result<Array2<f32>, Error> {
         let classifier = self.classifier()?;
         if self.manifest().task != Task::TextClassification {
@@ -92,17 +92,15 @@ impl Encoder {
         }
         self.check(batch)?;
         if let Some(profiles) = self.profiles()
-            && let Some(row) = (0..batch.rows()).find(|&row| batch.source(row).len() < profiles.source.least)
+            && let Some(row) = (0..batch.rows()).find(|&row| batch.source(row).len() < profiles.source.min)
         {
-            let Sizes { least, .. } = profiles.source;
-            return Err(Error::input(
-                format!("input_ids[{row}]"),
-                format!(
-                    "at least {least} tokens (exported with --plan source={}; padding would change what this classifier says)",
-                    profiles.source
-                ),
-                batch.source(row).len().to_string(),
-            ));
+            let ProfileRange { min, .. } = profiles.source;
+            let expected = format!(
+                "at least {min} tokens (exported with the plan source={}; padding would change this classifier's logits)",
+                profiles.source
+            );
+            let found = batch.source(row).len().to_string();
+            return Err(Error::input(format!("input_ids[{row}]"), expected, found));
         }
         let mut logits = Array2::zeros([batch.rows(), classifier.labels.len()]);
         for rows in rows_by_length(batch) {
@@ -115,10 +113,10 @@ impl Encoder {
         Ok(logits)
     }
 
-    /// The logits of each token's labels, `[rows, length, labels]`; those of padding mean nothing.
+    /// The logits of each token's labels, `[rows, length, labels]`; those of padding are meaningless.
     ///
     /// # Errors
-    /// The model is no classifier of tokens; otherwise as [`Encoder::encode`].
+    /// The model does not classify tokens; otherwise as [`Encoder::encode`].
     pub fn classify_tokens(&self, batch: &Batch, cancel: &Cancellation) -> Result<Array3<f32>, Error> {
         self.classifier()?;
         if self.manifest().task != Task::TokenClassification {
@@ -128,7 +126,7 @@ impl Encoder {
     }
 }
 
-/// Groups of rows that were given with the same length.
+/// Groups of rows that were given at the same length.
 fn rows_by_length(batch: &Batch) -> Vec<Vec<usize>> {
     let mut rows: Vec<usize> = (0..batch.rows()).collect();
     rows.sort_by_key(|&row| batch.source(row).len());

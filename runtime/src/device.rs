@@ -1,5 +1,5 @@
-//! What computes a model: a provider of ONNX Runtime, its options, and the device whose memory it uses. Plain values and their
-//! rules; sessions on a provider are made in `provider`.
+//! What computes a model: an execution provider of ONNX Runtime, its options and its device. Plain values and their rules; `provider`
+//! makes sessions on a provider.
 
 use std::fmt;
 
@@ -7,17 +7,18 @@ use ort::memory::{AllocationDevice, AllocatorType, MemoryInfo, MemoryType};
 
 use crate::error::Error;
 
-/// What computes the graphs.
+/// An execution provider of ONNX Runtime.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Provider {
-    /// ONNX Runtime's own kernels, on the processor.
+    /// ONNX Runtime's own kernels, on the CPU.
     #[default]
     Cpu,
     /// ONNX Runtime's kernels for NVIDIA GPUs.
     Cuda,
-    /// TensorRT, and CUDA for what it does not take.
+    /// TensorRT, and CUDA for the operators that it does not support.
     TensorRt,
-    /// TensorRT for RTX, a plugin of its own.
+    /// TensorRT for RTX, a plugin library.
     NvTensorRtRtx,
 }
 
@@ -25,7 +26,7 @@ impl Provider {
     /// Every provider.
     pub const ALL: [Provider; 4] = [Provider::Cpu, Provider::Cuda, Provider::TensorRt, Provider::NvTensorRtRtx];
 
-    /// The name on the command line and in `provider_options.json`.
+    /// The short name: on the command line and in `provider_options.json`.
     pub fn name(self) -> &'static str {
         match self {
             Provider::Cpu => "cpu",
@@ -35,8 +36,8 @@ impl Provider {
         }
     }
 
-    /// ONNX Runtime's name for it.
-    pub(crate) fn long_name(self) -> &'static str {
+    /// ONNX Runtime's name.
+    pub(crate) fn ort_name(self) -> &'static str {
         match self {
             Provider::Cpu => "CPUExecutionProvider",
             Provider::Cuda => "CUDAExecutionProvider",
@@ -45,7 +46,7 @@ impl Provider {
         }
     }
 
-    /// The package with ONNX Runtime's side of it.
+    /// The Python package with ONNX Runtime's library for it.
     pub(crate) fn package(self) -> &'static str {
         match self {
             Provider::Cpu => "onnxruntime",
@@ -61,19 +62,20 @@ impl fmt::Display for Provider {
     }
 }
 
-/// An execution provider of ONNX Runtime, its device and its options.
-#[derive(Clone, Debug, Default)]
+/// An execution provider with its device and its options.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct ProviderConfig {
     /// The provider.
     pub kind: Provider,
     /// The number of the GPU.
     pub device: u32,
-    /// Options of the provider by the names that ONNX Runtime gives them, over those that the model folder has. `library` is
-    /// ours: the file of a provider that is a plugin.
+    /// Options of the provider, by ONNX Runtime's names and over those of the model folder. `library` is this crate's own: the
+    /// file of a plugin library.
     pub options: Vec<(String, String)>,
 }
 
-/// Where a session keeps what it computes.
+/// The memory in which sessions keep their results.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Device {
     /// The process's own memory.
@@ -83,7 +85,7 @@ pub(crate) enum Device {
 }
 
 impl Device {
-    pub(crate) fn memory(self) -> ort::Result<MemoryInfo<'static>> {
+    pub fn memory(self) -> ort::Result<MemoryInfo<'static>> {
         let (device, id) = match self {
             Device::Cpu => (AllocationDevice::CPU, 0),
             Device::Cuda(id) => (AllocationDevice::CUDA, id),
@@ -93,52 +95,72 @@ impl Device {
 }
 
 /// The CUDA provider's option for CUDA graphs.
-pub(crate) const CAPTURES: &str = "enable_cuda_graph";
+pub(crate) const CUDA_GRAPH_OPTION: &str = "enable_cuda_graph";
 
-/// An option for CUDA graphs, where what a step is given and returns lies elsewhere each time: a graph that was captured writes
-/// where its first run did, and reads what was there.
-pub(crate) fn no_graphs(needed: &str, (name, value): &(String, String)) -> Error {
-    let expected = format!("no CUDA graphs, which need {needed}");
-    Error::input("provider option", expected, format!("{name}={value}"))
+/// The field that errors name.
+const PROVIDER_OPTION: &str = "provider option";
+
+/// The error of an option for CUDA graphs where they cannot be captured. A replayed graph reads and writes where its captured run
+/// did, so all inputs and outputs of a step have to stay where they are.
+pub(crate) fn cuda_graphs_require(requirement: &str, (name, value): &(String, String)) -> Error {
+    Error::requires(PROVIDER_OPTION, format!("{name}={value}"), requirement)
+}
+
+impl From<Provider> for ProviderConfig {
+    fn from(provider: Provider) -> ProviderConfig {
+        ProviderConfig::new(provider)
+    }
 }
 
 impl ProviderConfig {
-    /// Where sessions keep what they compute.
-    pub(crate) fn device(&self) -> Device {
+    /// The provider on its first device, without options.
+    pub fn new(kind: Provider) -> ProviderConfig {
+        ProviderConfig { kind, ..ProviderConfig::default() }
+    }
+
+    /// Sets [`ProviderConfig::device`].
+    pub fn device(self, device: u32) -> ProviderConfig {
+        ProviderConfig { device, ..self }
+    }
+
+    /// Adds to [`ProviderConfig::options`].
+    pub fn option(mut self, name: impl Into<String>, value: impl Into<String>) -> ProviderConfig {
+        self.options.push((name.into(), value.into()));
+        self
+    }
+
+    /// The memory in which sessions keep their results.
+    pub(crate) fn target_device(&self) -> Device {
         match self.kind {
             Provider::Cpu => Device::Cpu,
             _ => Device::Cuda(self.device as i32),
         }
     }
 
-    /// The option that has the provider capture steps as CUDA graphs, if it is given.
-    pub(crate) fn captures(&self) -> Option<&(String, String)> {
-        let captures = |(name, value): &&(String, String)| name == CAPTURES && value != "0";
-        self.options.iter().rfind(|(name, _)| name == CAPTURES).filter(captures)
+    /// The option that makes the CUDA provider capture steps as CUDA graphs, if it is set.
+    pub(crate) fn cuda_graph_option(&self) -> Option<&(String, String)> {
+        let last = self.options.iter().rfind(|(name, _)| name == CUDA_GRAPH_OPTION);
+        last.filter(|(_, value)| value != "0")
     }
 
-    /// Refuses what means nothing.
+    /// Refuses combinations that are meaningless.
     pub(crate) fn check(&self) -> Result<(), Error> {
         if self.kind == Provider::Cpu && (self.device != 0 || !self.options.is_empty()) {
-            let found = match self.options.first() {
-                Some((name, value)) => format!("{name}={value}"),
-                None => format!("device {}", self.device),
+            let (field, value) = match self.options.first() {
+                Some((name, value)) => (PROVIDER_OPTION, format!("{name}={value}")),
+                None => ("device", self.device.to_string()),
             };
-            return Err(Error::input(
-                "provider",
-                "one with devices and options (cuda, …)",
-                format!("cpu with {found}"),
-            ));
+            return Err(Error::requires(field, value, "a provider with devices and options, such as cuda (got cpu)"));
         }
         let replays = |(name, value): &&(String, String)| {
-            let captures = self.kind == Provider::Cuda && name == CAPTURES;
+            let captures = self.kind == Provider::Cuda && name == CUDA_GRAPH_OPTION;
             (name.ends_with("cuda_graph") || name.ends_with("cuda_graph_enable")) && value != "0" && !captures
         };
         if let Some(option) = self.options.iter().find(replays) {
-            return Err(no_graphs("the provider cuda", option));
+            return Err(cuda_graphs_require("the provider cuda", option));
         }
         match self.options.iter().find(|(name, value)| name.is_empty() || name.contains('\0') || value.contains('\0')) {
-            Some((name, value)) => Err(Error::input("provider option", "NAME=VALUE", format!("{name:?}={value:?}"))),
+            Some((name, value)) => Err(Error::input(PROVIDER_OPTION, "NAME=VALUE", format!("{name:?}={value:?}"))),
             None => Ok(()),
         }
     }
@@ -160,10 +182,14 @@ mod tests {
                 let options = vec![(name.to_string(), value.to_string())];
                 let config = |kind| ProviderConfig { kind, device: 0, options: options.clone() };
                 assert_eq!(config(Provider::TensorRt).check().is_ok(), is_taken, "{name}={value}");
-                // Which model may have it is seen when it is opened.
+                // Whether a model can have it is checked when it is opened.
                 let cuda = config(Provider::Cuda);
-                assert_eq!(cuda.check().is_ok(), is_taken || name == CAPTURES, "{name}={value}");
-                assert_eq!(cuda.captures().is_some(), !is_taken && name == CAPTURES, "{name}={value}");
+                assert_eq!(cuda.check().is_ok(), is_taken || name == CUDA_GRAPH_OPTION, "{name}={value}");
+                assert_eq!(
+                    cuda.cuda_graph_option().is_some(),
+                    !is_taken && name == CUDA_GRAPH_OPTION,
+                    "{name}={value}"
+                );
             }
         }
         let options = vec![("a\0b".to_string(), String::new())];

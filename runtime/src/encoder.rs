@@ -1,36 +1,43 @@
 //! `Encoder`: a model folder opened for its encoder alone, or for the only graph of a model that was exported for another
-//! task than generation. Hidden states and pooled vectors are here, classification is in `classify.rs`; what generates is
-//! `Model`.
+//! task than generation. Hidden states and pooled vectors are here, classification is in `classify`, generation in `Model`.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::fmt;
 use std::path::Path;
 
-use ndarray::{Array2, Array3, ArrayD, ArrayView2, Axis, IxDyn};
+use ndarray::{Array1, Array2, Array3, ArrayD, ArrayView2, Axis, IxDyn};
 use t5gemma_graphs::config::Config;
 use t5gemma_graphs::manifest::{MANIFEST, Manifest};
 use t5gemma_graphs::task::{Features, Pooling, Task};
 
-use crate::apart;
 use crate::batch::Batch;
 use crate::cancellation::Cancellation;
-use crate::device::{Provider, no_graphs};
+use crate::device::{Provider, cuda_graphs_require};
 use crate::error::Error;
 use crate::folder::{Folder, other_task};
 use crate::limits::{Limits, pieces_to_encode};
 use crate::profiles::Profiles;
-use crate::session::{Graph, OpenOptions, Opener, check_options, float32_values, run_on_batch, shares_rows};
+use crate::ragged_batch::{self, Grouping, OutputUnit};
+use crate::session::{GraphSession, OpenOptions, Opener, float32_values};
 use crate::tokenizer::{LazyTokenizer, Tokenizer};
 
-/// An opened encoder or classifier, to be used from any number of threads. It runs one call at a time.
+const READING_OUTPUT: &str = "reading the output";
+
+/// An opened encoder or classifier, for use from any number of threads. It runs one call at a time.
 pub struct Encoder {
-    // The session reads the weights that `folder` maps, so it stands before it: fields are dropped in this order.
-    session: Graph,
-    /// Whether the processor computes it.
+    // The session reads the weights that `folder` maps, so it comes first: fields are dropped in order.
+    session: GraphSession,
     on_cpu: bool,
     limits: Limits,
     tokenizer: LazyTokenizer,
     folder: Folder,
+}
+
+impl fmt::Debug for Encoder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Encoder").field("path", &self.folder.path).finish_non_exhaustive()
+    }
 }
 
 impl Encoder {
@@ -42,21 +49,21 @@ impl Encoder {
         Encoder::open_with(path, &OpenOptions::default())
     }
 
-    /// Opens the model folder `path`, which may be of any task; of one that generates only the encoder is opened.
+    /// Opens the model folder `path`, of any task; of a model that generates only the encoder is opened.
     ///
     /// # Errors
     /// As [`Model::open_with`](crate::Model::open_with).
     pub fn open_with(path: impl AsRef<Path>, options: &OpenOptions) -> Result<Encoder, Error> {
-        check_options(options)?;
-        if let Some(option) = options.provider.captures() {
-            return Err(no_graphs("generation", option));
+        options.check()?;
+        if let Some(option) = options.provider.cuda_graph_option() {
+            return Err(cuda_graphs_require("generation", option));
         }
-        let folder = Folder::open(path.as_ref(), options.check_weights)?;
+        let folder = Folder::open(path.as_ref(), options.weights_access())?;
         let parts = folder.manifest.parts(&folder.config);
         let first = parts.first().expect("a model has a graph, and its encoder comes first");
         let session = Opener::new(&folder, options)?.open(first.name, &first.ports)?;
         let on_cpu = options.provider.kind == Provider::Cpu;
-        let limits = folder.limits(options.limits);
+        let limits = folder.limits(options.limits.resolved(on_cpu));
         let tokenizer = LazyTokenizer::in_folder(&folder.path);
         Ok(Encoder { session, on_cpu, limits, tokenizer, folder })
     }
@@ -66,35 +73,35 @@ impl Encoder {
         &self.folder.config
     }
 
-    /// What the exporter says of the model.
+    /// The exporter's description of the model.
     pub fn manifest(&self) -> &Manifest {
         &self.folder.manifest
     }
 
-    /// The sizes that the model was planned for, if it was.
+    /// The sizes of the model's serving plan, if it has one.
     pub(crate) fn profiles(&self) -> Option<&Profiles> {
         self.folder.profiles.as_ref()
     }
 
-    /// The folder.
+    /// The model's folder.
     pub(crate) fn path(&self) -> &Path {
         &self.folder.path
     }
 
-    /// The model's tokenizer, loaded when first asked for.
+    /// The model's tokenizer, loaded by the first call.
     ///
     /// # Errors
-    /// The folder has no `tokenizer.json`, or one that cannot be used.
+    /// The folder has no `tokenizer.json`, or an unusable one.
     pub fn tokenizer(&self) -> Result<&Tokenizer, Error> {
         self.tokenizer.get()
     }
 
-    /// What pads sources of unequal length.
+    /// The token that pads sources of unequal length.
     pub fn pad_token_id(&self) -> i64 {
         self.folder.config.tokens.pad.unwrap_or(0)
     }
 
-    /// What the model's graph was made to return: the last hidden states as they are, unless it was exported otherwise.
+    /// What the model's graph returns: unpooled last hidden states, unless it was exported otherwise.
     ///
     /// # Errors
     /// The model is a classifier.
@@ -106,10 +113,10 @@ impl Encoder {
         }
     }
 
-    /// The hidden states of each token, `[rows, length, hidden_size]`; those of padding mean nothing.
+    /// The hidden states of each token, `[rows, length, hidden_size]`; those of padding are meaningless.
     ///
     /// # Errors
-    /// A model of another task, or that returns one vector for each source; otherwise as [`Model::encode`](crate::Model::encode).
+    /// A model of another task, or one that returns one vector for each source; otherwise as [`Model::encode`](crate::Model::encode).
     pub fn encode(&self, batch: &Batch, cancel: &Cancellation) -> Result<Array3<f32>, Error> {
         let pooling = self.features()?.pooling;
         if pooling != Pooling::None {
@@ -118,17 +125,11 @@ impl Encoder {
         self.output(batch, cancel)?.into_dimensionality().map_err(wrong_rank)
     }
 
-    /// One vector for each source, `[rows, hidden_size]`, of Euclidean length 1 if `normalize` is set.
+    /// One vector for each source, `[rows, hidden_size]`, as `pooling` makes it.
     ///
     /// # Errors
-    /// `pooling` is none, or another than that of a model that was exported with one; otherwise as [`Encoder::encode`].
-    pub fn embed(
-        &self,
-        batch: &Batch,
-        pooling: Pooling,
-        normalize: bool,
-        cancel: &Cancellation,
-    ) -> Result<Array2<f32>, Error> {
+    /// [`Pooling::None`], or another pooling than the one that the model was exported with; otherwise as [`Encoder::encode`].
+    pub fn embed(&self, batch: &Batch, pooling: Pooling, cancel: &Cancellation) -> Result<Array2<f32>, Error> {
         let own = self.features()?.pooling;
         if pooling == Pooling::None {
             return Err(Error::input("pooling", "mean, first or last", "none"));
@@ -136,30 +137,42 @@ impl Encoder {
         if own != Pooling::None && own != pooling {
             return Err(self.pooled_already(pooling, own));
         }
-        let mut vectors = match own {
-            Pooling::None => pooled(&self.encode(batch, cancel)?, batch, pooling),
-            _ => self.output(batch, cancel)?.into_dimensionality().map_err(wrong_rank)?,
-        };
-        if normalize {
-            for mut vector in vectors.rows_mut() {
-                let length = vector.iter().map(|x| x * x).sum::<f32>().sqrt().max(1e-12);
-                vector.mapv_inplace(|x| x / length);
-            }
+        if own == Pooling::None {
+            Ok(pooled(&self.encode(batch, cancel)?, batch, pooling))
+        } else {
+            self.output(batch, cancel)?.into_dimensionality().map_err(wrong_rank)
+        }
+    }
+
+    /// [`Encoder::embed`], each vector divided by its Euclidean length.
+    ///
+    /// # Errors
+    /// As [`Encoder::embed`].
+    pub fn embed_normalized(
+        &self,
+        batch: &Batch,
+        pooling: Pooling,
+        cancel: &Cancellation,
+    ) -> Result<Array2<f32>, Error> {
+        let mut vectors = self.embed(batch, pooling, cancel)?;
+        for mut vector in vectors.rows_mut() {
+            let length = vector.iter().map(|x| x * x).sum::<f32>().sqrt().max(1e-12);
+            vector.mapv_inplace(|x| x / length);
         }
         Ok(vectors)
     }
 
-    /// Checks what of a batch depends on the model.
+    /// See [`Folder::check`].
     pub(crate) fn check(&self, batch: &Batch) -> Result<(), Error> {
         self.folder.check(batch)
     }
 
-    /// The graph's output for a batch.
+    /// The graph's output for a batch, in pieces if the batch is beyond the limits.
     pub(crate) fn output(&self, batch: &Batch, cancel: &Cancellation) -> Result<ArrayD<f32>, Error> {
         self.check(batch)?;
         cancel.check()?;
-        let side = (&self.folder.config.encoder, self.folder.manifest.dtype);
-        let pieces = pieces_to_encode(batch, side, &self.limits, self.on_cpu);
+        let (stack, dtype) = (&self.folder.config.encoder, self.folder.manifest.dtype);
+        let pieces = pieces_to_encode(batch, stack, dtype, &self.limits);
         if pieces.len() == 1 {
             return self.output_of_piece(batch, cancel);
         }
@@ -170,7 +183,7 @@ impl Encoder {
             if output.ndim() == 0 {
                 let mut shape = found.shape().to_vec();
                 shape[0] = batch.rows();
-                // Of outputs by token, the second axis is that of the tokens.
+                // An output with a vector for each token has tokens on its second axis.
                 if shape.len() == 3 {
                     shape[1] = batch.length();
                 }
@@ -191,68 +204,68 @@ impl Encoder {
         if matches!(fitting, Cow::Borrowed(_)) {
             return Ok(output);
         }
-        let mut asked_for = output.slice_axis(Axis(0), (..batch.rows()).into());
-        // Of outputs by token, the second axis is that of the tokens.
-        if asked_for.ndim() == 3 {
-            asked_for.slice_axis_inplace(Axis(1), (..batch.length()).into());
+        let mut requested = output.slice_axis(Axis(0), (..batch.rows()).into());
+        if requested.ndim() == 3 {
+            requested.slice_axis_inplace(Axis(1), (..batch.length()).into());
         }
-        Ok(asked_for.to_owned())
+        Ok(requested.to_owned())
     }
 
     fn output_of_rectangle(&self, batch: &Batch, cancel: &Cancellation) -> Result<ArrayD<f32>, Error> {
-        // A classifier looks at the tokens of padding too.
+        // Classifiers are left out, because they read padding tokens too.
         if self.on_cpu
             && let Ok(Features { pooling, .. }) = self.features()
-            && let Some(groups) = apart::groups(batch.mask(), batch.length(), shares_rows(&self.folder.manifest))
+            && let Some(groups) = ragged_batch::groups(batch, Grouping::of(&self.folder.manifest))
         {
-            let by_token = pooling == Pooling::None;
-            let (shape, values) = apart::run_apart(&self.session, batch, &groups, by_token, cancel)?;
+            let unit = if pooling == Pooling::None { OutputUnit::Token } else { OutputUnit::Source };
+            let output = ragged_batch::run(&self.session, batch, &groups, unit, cancel)?;
             cancel.check()?;
-            return ArrayD::from_shape_vec(shape, values).map_err(wrong_rank);
+            return ArrayD::from_shape_vec(output.shape, output.values).map_err(wrong_rank);
         }
-        let outputs = run_on_batch(&self.session, "running the encoder", batch, cancel)?;
+        let outputs = self.session.run_on_batch(batch, "running the encoder", cancel)?;
         cancel.check()?;
         let output = outputs.into_iter().next().expect("opening has verified that there is one output");
         let shape: Vec<usize> = output.shape().iter().map(|&size| size as usize).collect();
-        let values = float32_values(&output).map_err(Error::onnxruntime("reading the output"))?;
+        let values = float32_values(&output).map_err(Error::onnxruntime(READING_OUTPUT))?;
         if shape.first() != Some(&batch.rows()) {
-            let message = format!("{} rows gave an output of shape {shape:?}", batch.rows());
-            return Err(Error::OnnxRuntime { during: "reading the output".into(), message });
+            let message = format!("expected an output of {} rows, found shape {shape:?}", batch.rows());
+            return Err(Error::OnnxRuntime { during: READING_OUTPUT.into(), message });
         }
         ArrayD::from_shape_vec(shape, values).map_err(wrong_rank)
     }
 
-    /// What the graph observes of one source: of each matrix the greatest absolute number that it is multiplied with.
+    /// The ranges of activations for a source: for each matrix the greatest absolute value that it is multiplied with. Only for models
+    /// that were exported to be observed.
     pub(crate) fn observe(&self, batch: &Batch, cancel: &Cancellation) -> Result<BTreeMap<String, f32>, Error> {
         const DURING: &str = "observing the activations";
         self.check(batch)?;
-        let outputs = run_on_batch(&self.session, DURING, batch, cancel)?;
+        let outputs = self.session.run_on_batch(batch, DURING, cancel)?;
         let last = outputs.last().expect("opening has verified that there are outputs");
         let (_, found) = last.try_extract_tensor::<f32>().map_err(Error::onnxruntime(DURING))?;
         let names = self.folder.manifest.observed.values().flatten().cloned();
         Ok(names.zip(found.iter().copied()).collect())
     }
 
-    /// The error of a call that the model was not exported for.
+    /// The error of a use that the model was not exported for.
     pub(crate) fn other_task(&self, found: &Task, expected: &str) -> Error {
         other_task(self.path(), found, expected)
     }
 
-    fn pooled_already(&self, wanted: Pooling, own: Pooling) -> Error {
+    fn pooled_already(&self, requested: Pooling, own: Pooling) -> Error {
         Error::Folder {
             path: self.path().join(MANIFEST),
             field: "task.pooling".into(),
-            expected: format!("{wanted} as asked for (export with --pooling {wanted}, or none for any)"),
+            expected: format!("{requested} as requested (export with pooling {requested}, or none for any)"),
             found: own.to_string(),
         }
     }
 }
 
 fn wrong_rank(error: ndarray::ShapeError) -> Error {
-    Error::OnnxRuntime { during: "reading the output".into(), message: error.to_string() }
+    Error::OnnxRuntime { during: READING_OUTPUT.into(), message: error.to_string() }
 }
 
-/// One vector for each row of `states`, of the tokens that its mask lets through; every row of a batch has one.
+/// One vector for each row of `states`, made of the tokens that its mask shows; every row of a batch has one.
 fn pooled(states: &Array3<f32>, batch: &Batch, pooling: Pooling) -> Array2<f32> {
     let mut vectors = Array2::zeros([states.shape()[0], states.shape()[2]]);
     let rows = states.outer_iter().zip(batch.mask().chunks(batch.length()));
@@ -262,7 +275,7 @@ fn pooled(states: &Array3<f32>, batch: &Batch, pooling: Pooling) -> Array2<f32> 
     vectors
 }
 
-fn pooled_row(states: ArrayView2<'_, f32>, mask: &[i64], pooling: Pooling) -> ndarray::Array1<f32> {
+fn pooled_row(states: ArrayView2<'_, f32>, mask: &[i64], pooling: Pooling) -> Array1<f32> {
     let seen: Vec<usize> = (0..mask.len()).filter(|&at| mask[at] != 0).collect();
     let one = |at: Option<&usize>| states.row(at.copied().unwrap_or(0)).to_owned();
     match pooling {
@@ -279,7 +292,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_tokens_that_take_part_are_pooled() {
+    fn only_visible_tokens_are_pooled() {
         let states = array![[9.0, 9.0], [1.0, 2.0], [f32::NAN, 0.0], [3.0, 6.0], [9.0, 9.0]];
         for (pooling, expected) in
             [(Pooling::Mean, [2.0, 4.0]), (Pooling::First, [1.0, 2.0]), (Pooling::Last, [3.0, 6.0])]

@@ -1,9 +1,9 @@
-//! `EncoderCache`: what the encoder made of batches lately, within a number of bytes. Numbers alone: running the encoder for
-//! what is not found is `Model`'s.
+//! `EncoderCache`: the hidden states of recently encoded batches, within a number of bytes. It holds numbers only; `Model` runs the
+//! encoder for batches that are not found.
 //!
 //! # Design
-//! Batches are kept whole, not row by row. How a row's states are rounded depends on how many rows and how much padding
-//! stand beside it, so a row's states from another batch could change a result; those of the same batch cannot.
+//! Batches are kept whole, not row by row. How a row's states are rounded depends on the number of rows and the padding beside it, so
+//! a row's states from another batch could change a result; those of the same batch cannot.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -11,22 +11,37 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 /// Hidden states of one batch, `rows · length · hidden_size` numbers.
 pub(crate) type States = Arc<[f32]>;
 
-/// Hidden states by the sources that they are of.
+/// Hidden states by batch.
 pub(crate) struct EncoderCache {
-    most_bytes: usize,
-    kept: Mutex<Kept>,
+    max_bytes: usize,
+    entries: Mutex<Entries>,
 }
 
 #[derive(Default)]
-struct Kept {
-    entries: HashMap<Sources, Entry>,
+struct Entries {
+    by_batch: HashMap<Key, Entry>,
     bytes: usize,
-    /// Counts uses; the entry of the least is the first to go.
+    /// Counts uses; the least recently used entry is evicted first.
     clock: u64,
 }
 
-/// The number of rows, their tokens, and their masks.
-type Sources = (usize, Box<[i64]>, Box<[i64]>);
+/// What a batch is found by.
+#[derive(Clone, PartialEq, Eq, Hash)]
+struct Key {
+    rows: usize,
+    ids: Box<[i64]>,
+    mask: Box<[i64]>,
+}
+
+impl Key {
+    fn new(rows: usize, ids: &[i64], mask: &[i64]) -> Key {
+        Key { rows, ids: ids.into(), mask: mask.into() }
+    }
+
+    fn bytes(&self) -> usize {
+        size_of_val(&*self.ids) + size_of_val(&*self.mask)
+    }
+}
 
 struct Entry {
     states: States,
@@ -34,46 +49,48 @@ struct Entry {
 }
 
 impl EncoderCache {
-    /// An empty cache that never holds more than `most_bytes` of states and tokens.
-    pub fn new(most_bytes: usize) -> EncoderCache {
-        EncoderCache { most_bytes, kept: Mutex::default() }
+    /// An empty cache that never holds more than `max_bytes` of states and tokens.
+    pub fn new(max_bytes: usize) -> EncoderCache {
+        EncoderCache { max_bytes, entries: Mutex::default() }
     }
 
-    /// What is known of a batch.
+    /// The hidden states of a batch, if they are cached.
     pub fn get(&self, rows: usize, ids: &[i64], mask: &[i64]) -> Option<States> {
-        let mut kept = self.kept();
-        kept.clock += 1;
-        let now = kept.clock;
-        let entry = kept.entries.get_mut(&(rows, ids.into(), mask.into()))?;
+        let mut entries = self.entries();
+        entries.clock += 1;
+        let now = entries.clock;
+        let entry = entries.by_batch.get_mut(&Key::new(rows, ids, mask))?;
         entry.used = now;
         Some(Arc::clone(&entry.states))
     }
 
-    /// Keeps what the encoder made of a batch, in place of what was used longest ago.
+    /// Caches the hidden states of a batch, in place of the least recently used ones.
     pub fn put(&self, rows: usize, ids: &[i64], mask: &[i64], states: &[f32]) {
-        let bytes = size_of_val(ids) + size_of_val(mask) + size_of_val(states);
-        if bytes > self.most_bytes {
+        let key = Key::new(rows, ids, mask);
+        let bytes = key.bytes() + size_of_val(states);
+        if bytes > self.max_bytes {
             return;
         }
-        let mut kept = self.kept();
-        kept.clock += 1;
-        let entry = Entry { states: states.into(), used: kept.clock };
-        kept.bytes += bytes;
-        if let Some(replaced) = kept.entries.insert((rows, ids.into(), mask.into()), entry) {
-            kept.bytes -= size_of_val(ids) + size_of_val(mask) + size_of_val(&*replaced.states);
+        let mut entries = self.entries();
+        entries.clock += 1;
+        let entry = Entry { states: states.into(), used: entries.clock };
+        entries.bytes += bytes;
+        let key_bytes = key.bytes();
+        if let Some(replaced) = entries.by_batch.insert(key, entry) {
+            entries.bytes -= key_bytes + size_of_val(&*replaced.states);
         }
-        while kept.bytes > self.most_bytes {
-            let oldest = kept.entries.iter().min_by_key(|(_, entry)| entry.used).map(|(sources, _)| sources.clone());
+        while entries.bytes > self.max_bytes {
+            let oldest = entries.by_batch.iter().min_by_key(|(_, entry)| entry.used).map(|(key, _)| key.clone());
             let oldest = oldest.expect("bytes are of entries");
-            if let Some(entry) = kept.entries.remove(&oldest) {
-                kept.bytes -= size_of_val(&*oldest.1) + size_of_val(&*oldest.2) + size_of_val(&*entry.states);
+            if let Some(entry) = entries.by_batch.remove(&oldest) {
+                entries.bytes -= oldest.bytes() + size_of_val(&*entry.states);
             }
         }
     }
 
-    fn kept(&self) -> MutexGuard<'_, Kept> {
-        // Nothing panics while it holds the lock, and what a lost entry costs is time.
-        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    fn entries(&self) -> MutexGuard<'_, Entries> {
+        // Nothing panics while it holds the lock, and a lost entry costs only time.
+        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -87,7 +104,7 @@ mod tests {
     }
 
     #[test]
-    fn the_longest_unused_goes_first() {
+    fn the_least_recently_used_entry_goes_first() {
         let cache = EncoderCache::new(2 * bytes(3));
         cache.put(1, &[1], &[1], &[1.0; 3]);
         cache.put(1, &[2], &[1], &[2.0; 3]);
@@ -98,16 +115,16 @@ mod tests {
     }
 
     #[test]
-    fn no_more_is_kept_than_allowed() {
+    fn the_cache_stays_within_its_bytes() {
         let cache = EncoderCache::new(bytes(3));
         cache.put(1, &[1], &[1], &[1.0; 4]);
-        assert_eq!(cache.get(1, &[1], &[1]), None, "larger than all of the cache");
+        assert_eq!(cache.get(1, &[1], &[1]), None, "larger than the whole cache");
         for _ in 0..3 {
             cache.put(1, &[1], &[1], &[1.0; 3]);
-            assert_eq!(cache.kept().bytes, bytes(3), "the same again replaces itself");
+            assert_eq!(cache.entries().bytes, bytes(3), "the same again replaces itself");
         }
         cache.put(1, &[2], &[1], &[]);
-        assert_eq!((cache.get(1, &[1], &[1]), cache.kept().bytes), (None, bytes(0)));
+        assert_eq!((cache.get(1, &[1], &[1]), cache.entries().bytes), (None, bytes(0)));
     }
 
     #[test]

@@ -90,6 +90,15 @@ pub enum Error {
         /// What was given.
         found: String,
     },
+    /// An option of opening or a part of a request requires something else.
+    Requires {
+        /// The field.
+        field: String,
+        /// Its value.
+        value: String,
+        /// What it requires.
+        requirement: String,
+    },
     /// A generation option is not acceptable.
     Options(OptionError),
     /// Text was given or asked for and the folder's tokenizer cannot serve it.
@@ -169,6 +178,7 @@ impl fmt::Display for Error {
             Error::Kernels(error) => error.fmt(f),
             Error::OnnxRuntime { during, message } => write!(f, "{during}: onnx runtime: {message}"),
             Error::Input { field, expected, found } => write!(f, "{field}: expected {expected}, found {found}"),
+            Error::Requires { field, value, requirement } => write!(f, "{field} {value} requires {requirement}"),
             Error::Options(error) => error.fmt(f),
             Error::NotFinite { row, step, processor: Some(fault), .. } => write!(f, "row {row}, step {step}: {fault}"),
             Error::NotFinite { row, step, dtype, processor: None } => {
@@ -240,5 +250,14 @@ impl Error {
     /// A part of a request that is not acceptable.
     pub(crate) fn input(field: impl Into<String>, expected: impl Into<String>, found: impl Into<String>) -> Error {
         Error::Input { field: field.into(), expected: expected.into(), found: found.into() }
+    }
+
+    /// An option of opening or a part of a request that requires something else.
+    pub(crate) fn requires(
+        field: impl Into<String>,
+        value: impl Into<String>,
+        requirement: impl Into<String>,
+    ) -> Error {
+        Error::Requires { field: field.into(), value: value.into(), requirement: requirement.into() }
     }
 }

@@ -8,7 +8,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use memmap2::Mmap;
+use memmap2::{Mmap, MmapMut};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use t5gemma_graphs::config::Config;
@@ -32,6 +32,15 @@ const GENERATION_CONFIG: &str = "generation_config.json";
 /// Weights up to this size are hashed in full on every opening; larger ones by samples unless asked.
 const HASHED_IN_FULL: u64 = 64 << 20;
 
+/// How the weights file is opened.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct WeightsAccess {
+    /// Whether the whole file is hashed, however large, instead of samples of it.
+    pub hash_all: bool,
+    /// Whether the file is read into memory instead of mapped.
+    pub read: bool,
+}
+
 /// A model folder, checked.
 pub(crate) struct Folder {
     /// The folder.
@@ -53,9 +62,8 @@ pub(crate) struct Folder {
 }
 
 impl Folder {
-    /// Reads and checks a model folder. The weights are compared by samples, or in full if they are small or
-    /// `check_weights` is set.
-    pub fn open(path: &Path, check_weights: bool) -> Result<Folder, Error> {
+    /// Reads and checks a model folder.
+    pub fn open(path: &Path, access: WeightsAccess) -> Result<Folder, Error> {
         let manifest = read_manifest(path)?;
         let weights = &manifest.weights;
 
@@ -66,8 +74,8 @@ impl Folder {
             }
         }
 
-        let map = map_weights(path, &weights.file, &weights.record)?;
-        let in_full = check_weights || weights.record.bytes <= HASHED_IN_FULL;
+        let map = weights_bytes(path, &weights.file, &weights.record, access)?;
+        let in_full = access.hash_all || weights.record.bytes <= HASHED_IN_FULL;
         let (field, expected, found) = if in_full {
             ("sha256", &weights.record.sha256, hex::encode(Sha256::digest(&map)))
         } else {
@@ -116,7 +124,7 @@ impl Folder {
 
     /// The limits of a call, within those of the serving plan.
     pub fn limits(&self, limits: Limits) -> Limits {
-        let planned = self.profiles.as_ref().map_or(usize::MAX, |profiles| profiles.batch.most);
+        let planned = self.profiles.as_ref().map_or(usize::MAX, |profiles| profiles.batch.max);
         Limits { max_sources: limits.max_sources.min(planned), ..limits }
     }
 
@@ -256,8 +264,16 @@ fn check_file(folder: &Path, name: &str, record: &FileRecord) -> Result<(), Erro
     }
 }
 
-fn map_weights(folder: &Path, name: &str, record: &FileRecord) -> Result<Mmap, Error> {
-    let (path, file) = open_sized(folder, name, record)?;
+fn weights_bytes(folder: &Path, name: &str, record: &FileRecord, access: WeightsAccess) -> Result<Mmap, Error> {
+    let (path, mut file) = open_sized(folder, name, record)?;
+    if access.read {
+        let bytes = usize::try_from(record.bytes)
+            .map_err(|error| Error::File { path: path.clone(), problem: error.to_string() })?;
+        // Anonymous pages are aligned like those of a mapped file.
+        let mut memory = MmapMut::map_anon(bytes).map_err(Error::file(&path))?;
+        file.read_exact(&mut memory).map_err(Error::file(&path))?;
+        return memory.make_read_only().map_err(Error::file(&path));
+    }
     // SAFETY: the map is read-only and is only ever read as plain numbers, of which every bit pattern is valid. That no
     // one truncates the file while the model is open is the one thing asked of the file system, as of any mapped library.
     unsafe { Mmap::map(&file) }.map_err(Error::file(&path))

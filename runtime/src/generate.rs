@@ -1,5 +1,5 @@
-//! The one loop where model and search meet. It runs the model for all rows in flight, hands each row's scores to its
-//! search, and tells the state which rows go on; it knows neither tensors nor how a search decides.
+//! `Model::generate_batch`: the loop in which model and search meet. It runs the model for all rows in flight, hands each row's logits to its
+//! item, and tells the state which rows go on. It knows neither tensors nor how a search decides.
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -8,21 +8,20 @@ use crate::batch::{Batch, Prompts};
 use crate::cancellation::Cancellation;
 use crate::error::Error;
 use crate::hypothesis::Hypothesis;
-use crate::item::{Call, Item, Start};
+use crate::item::{Call, Item, ItemStatus, NewSearch};
+use crate::memory::{Footprint, pieces_to_decode};
 use crate::model::Model;
-use crate::needs::{Need, pieces_to_decode};
 use crate::options::GenerationConfig;
 use crate::search::Search;
 use crate::stop::StoppingCriteria;
 
-/// Is shown the tokens of a generation as they are chosen. `()` shows them to no one; closures are watches.
+/// Receives the tokens of a generation as they are chosen. `()` ignores them; closures are streamers.
 pub trait Streamer {
-    /// Takes the next token of a source row's first hypothesis, once it is certain; [`ControlFlow::Break`] ends the whole
-    /// call as a cancellation does.
+    /// Receives the next token of a source row's first hypothesis, once it is certain; [`ControlFlow::Break`] ends the whole call
+    /// as a cancellation does.
     fn token(&mut self, row: usize, token: i64) -> ControlFlow<()>;
 
-    /// Is told, also in beam search, that the rows that run together have chosen what a step brings them;
-    /// [`ControlFlow::Break`] as above.
+    /// Called after each step of the rows that run together, also in beam search; [`ControlFlow::Break`] as above.
     fn step(&mut self) -> ControlFlow<()> {
         ControlFlow::Continue(())
     }
@@ -109,121 +108,125 @@ impl Model {
     }
 }
 
-/// Shows a row's tokens to the watch.
-fn show(row: usize, tokens: &[i64], watch: &mut dyn Streamer) -> Result<(), Error> {
-    match tokens.iter().any(|&token| watch.token(row, token).is_break()) {
-        true => Err(Error::Cancelled),
-        false => Ok(()),
-    }
+/// Streams tokens of a row.
+fn stream(row: usize, tokens: &[i64], streamer: &mut dyn Streamer) -> Result<(), Error> {
+    if tokens.iter().any(|&token| streamer.token(row, token).is_break()) { Err(Error::Cancelled) } else { Ok(()) }
 }
 
-/// See [`Model::generate_batch`]; `search` begins the search for one source row at a decoder prompt.
+/// [`Model::generate_batch`] with another search.
 pub(crate) fn generate(
     model: &Model,
     batch: &Batch,
     options: &GenerationConfig,
-    search: Start,
-    watch: &mut dyn Streamer,
+    new_search: NewSearch,
+    streamer: &mut dyn Streamer,
     cancel: &Cancellation,
 ) -> Result<Vec<Vec<Hypothesis>>, Error> {
-    // The time that constraints take to compile counts.
+    // The time in which constraints are compiled counts.
     let stops = Arc::new(StoppingCriteria::new(options));
     let call = Call::new(model, batch, options, cancel)?;
     cancel.check()?;
-    let pieces = pieces_to_decode(model, &call.batch, call.prompts.length, |row| Need::of(&call, row));
+    let pieces = pieces_to_decode(model, &call.batch, call.prompts.length, |row| Footprint::of(&call, row));
     let mut results = Vec::with_capacity(batch.rows());
     for rows in pieces {
-        let items = rows.clone().map(|row| call.item(row, search, &stops)).collect();
-        let (sources, prompts) = (call.batch.piece(rows.clone()), call.prompts.piece(rows));
-        results.extend(piece(model, &call, (&sources, prompts), items, watch, cancel)?);
+        let items = rows.clone().map(|row| call.item(row, new_search, &stops)).collect();
+        let piece = Piece { sources: call.batch.piece(rows.clone()), prompts: call.prompts.piece(rows), items };
+        results.extend(piece.generate(model, &call, streamer, cancel)?);
     }
     Ok(results)
 }
 
-/// Generates for the rows that `items` are of.
-fn piece(
-    model: &Model,
-    call: &Call,
-    (sources, prompts): (&Batch, Prompts),
-    mut items: Vec<Item>,
-    watch: &mut dyn Streamer,
-    cancel: &Cancellation,
-) -> Result<Vec<Vec<Hypothesis>>, Error> {
-    let first = items[0].row;
-    let mut results: Vec<Vec<Hypothesis>> = vec![Vec::new(); items.len()];
-    // Rows that a serving plan wants beside those of the items leave after the first step.
-    let sources = model.fit(sources);
-    let encoded = model.run_encoder(&sources, cancel)?;
-    let prompts = prompts.widened(sources.rows());
-    let (mut state, mut logits) = model.start(encoded, prompts, Item::all_want(items.iter(), 0), cancel)?;
+/// Rows of a call that run side by side.
+struct Piece {
+    sources: Batch,
+    prompts: Prompts,
+    items: Vec<Item>,
+}
 
-    // Of logits of several positions, the one at which the search is.
-    let mut position = 0;
-    for step in 0.. {
-        let mut said = logits.said()?;
-        // The rows of an item begin as one: the first step has one row for all of them.
-        let rows_per_item = state.rows() / state.items();
-        let mut going_on = Vec::new();
-        let mut finished = Vec::new();
-        for (slot, item) in items.iter_mut().enumerate() {
-            let rows = rows_per_item.min(item.search.width());
-            match item.take(model, said.rows(position + slot * rows_per_item, rows), step)? {
-                true => finished.push(slot),
-                false => {
-                    going_on.push(slot);
-                    show(item.row, item.settled(), watch)?;
+impl Piece {
+    fn generate(
+        self,
+        model: &Model,
+        call: &Call,
+        streamer: &mut dyn Streamer,
+        cancel: &Cancellation,
+    ) -> Result<Vec<Vec<Hypothesis>>, Error> {
+        let Piece { sources, prompts, mut items } = self;
+        let first = items[0].row;
+        let mut results: Vec<Vec<Hypothesis>> = vec![Vec::new(); items.len()];
+        // Rows that a serving plan adds to those of the items leave after the first step.
+        let sources = model.fit(&sources);
+        let encoded = model.run_encoder(&sources, cancel)?;
+        let prompts = prompts.widened(sources.rows());
+        let request = Item::joint_request(items.iter(), 0);
+        let (mut state, mut tensors) = model.prefill(encoded, prompts, request, cancel)?;
+
+        // The position of the search among the positions of the logits.
+        let mut position = 0;
+        for step in 0.. {
+            let mut output = tensors.output()?;
+            // The rows of an item begin as one: the first step has one row for all of them.
+            let rows_per_item = state.rows() / state.items();
+            let (mut running, mut finished) = (Vec::new(), Vec::new());
+            for (slot, item) in items.iter_mut().enumerate() {
+                let rows = rows_per_item.min(item.search.width());
+                match item.advance(model, output.rows(position + slot * rows_per_item, rows), step)? {
+                    ItemStatus::Finished => finished.push(slot),
+                    ItemStatus::Running => {
+                        running.push(slot);
+                        stream(item.row, item.settled(), streamer)?;
+                    }
                 }
             }
-        }
-        if watch.step().is_break() {
-            return Err(Error::Cancelled);
-        }
-
-        // Every item has as many rows as the widest: where targets have ended, the last that goes on is computed again.
-        let width = going_on.iter().map(|&slot| items[slot].search.width()).max().unwrap_or(0);
-        let (mut parents, mut tokens) = (Vec::new(), Vec::new());
-        for &slot in &going_on {
-            let search = &items[slot].search;
-            let rows = (0..width).map(|row| row.min(search.width() - 1));
-            for row in rows {
-                parents.push(slot * rows_per_item + search.parents()[row].min(rows_per_item - 1));
-                tokens.push(search.next_tokens()[row]);
+            if streamer.step().is_break() {
+                return Err(Error::Cancelled);
             }
-        }
 
-        for slot in finished.into_iter().rev() {
-            let item = items.remove(slot);
-            let row = item.row;
-            let (found, shown) = item.finish();
-            show(row, found[0].tokens.get(shown..).unwrap_or(&[]), watch)?;
-            results[row - first] = found;
-        }
-        if items.is_empty() {
-            // Also of a call that is done: what its last callbacks did counts.
-            cancel.check()?;
-            break;
-        }
-        let mut draft = Vec::new();
-        if let ([Item { search, lookup: Some(lookup), .. }], [token]) = (items.as_mut_slice(), tokens.as_slice()) {
-            if lookup.follows(*token) {
-                // What follows it is scored already.
-                position += 1;
+            // Every item has as many rows as the widest: in place of targets that have ended, the last running one is computed again.
+            let width = running.iter().map(|&slot| items[slot].search.width()).max().unwrap_or(0);
+            let (mut parents, mut tokens) = (Vec::new(), Vec::new());
+            for &slot in &running {
+                let search = &items[slot].search;
+                let rows = (0..width).map(|row| row.min(search.width() - 1));
+                for row in rows {
+                    parents.push(slot * rows_per_item + search.parents()[row].min(rows_per_item - 1));
+                    tokens.push(search.next_tokens()[row]);
+                }
+            }
+
+            for slot in finished.into_iter().rev() {
+                let item = items.remove(slot).finish();
+                stream(item.row, item.unshown(), streamer)?;
+                results[item.row - first] = item.hypotheses;
+            }
+            if items.is_empty() {
+                // A call that is done can be cancelled too, by its last callbacks.
                 cancel.check()?;
-                continue;
+                break;
             }
-            let length = search.history(0).len();
-            draft = lookup.draft(search.history(0), call.max_length.saturating_sub(length + 1));
-            state.select(&going_on, &parents)?;
-            state.truncate(length - 1)?;
-        } else {
-            state.select(&going_on, &parents)?;
+            let mut draft = Vec::new();
+            if let ([Item { search, lookup: Some(lookup), .. }], [token]) = (items.as_mut_slice(), tokens.as_slice()) {
+                if lookup.follows(*token) {
+                    // The logits after it are there already.
+                    position += 1;
+                    cancel.check()?;
+                    continue;
+                }
+                let length = search.history(0).len();
+                draft = lookup.draft(search.history(0), call.max_length.saturating_sub(length + 1));
+                state.select(&running, &parents)?;
+                state.truncate(length - 1)?;
+            } else {
+                state.select(&running, &parents)?;
+            }
+            position = 0;
+            let request = Item::joint_request(items.iter(), draft.len());
+            tensors = if draft.is_empty() {
+                model.step(&mut state, tokens, request, cancel)?
+            } else {
+                model.step_all_positions(&mut state, [tokens, draft].concat(), request, cancel)?
+            };
         }
-        position = 0;
-        let wanted = Item::all_want(items.iter(), draft.len());
-        logits = match draft.is_empty() {
-            true => model.step(&mut state, tokens, wanted, cancel)?,
-            false => model.step_all(&mut state, [tokens, draft].concat(), wanted, cancel)?,
-        };
+        Ok(results)
     }
-    Ok(results)
 }

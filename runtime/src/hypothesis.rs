@@ -1,18 +1,19 @@
-//! `Hypothesis`: one generated target and why it ended, with what a call may ask for besides its tokens: log-probabilities and
-//! cross-attention. Plain data, which the search makes and callers read; `logprobs` and `alignment` fill the latter two in.
+//! `Hypothesis`: one generated target and why it ended, with what a call may request besides its tokens: log-probabilities and
+//! cross-attentions. Plain data that the search makes and callers read; `item` fills in the latter two.
 
 use std::slice::ChunksExact;
 
 /// Why a hypothesis ends where it does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum FinishReason {
     /// Its last token is an end-of-sequence token.
     Eos,
     /// It is as long as the options allow.
     Length,
-    /// Its text contains one of `stop_strings`, which its last token completes.
+    /// Its last token completes one of `stop_strings`.
     StopString,
-    /// `max_time` was over.
+    /// `max_time` has passed.
     Time,
     /// It meets its constraint, and nothing may follow it, not even an end-of-sequence token.
     Constraint,
@@ -21,8 +22,7 @@ pub enum FinishReason {
 }
 
 impl FinishReason {
-    /// Names the reason as results spell it: `eos`, `length`, `stop_string`, `time`, `constraint` or
-    /// `constraint_incomplete`.
+    /// The name in results: `eos`, `length`, `stop_string`, `time`, `constraint` or `constraint_incomplete`.
     pub fn as_str(self) -> &'static str {
         match self {
             FinishReason::Eos => "eos",
@@ -37,11 +37,12 @@ impl FinishReason {
 
 /// One generated target.
 #[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct Hypothesis {
-    /// The generated tokens: without the prompt, without filling, with the end-of-sequence token if there is one.
+    /// The generated tokens: without the prompt, without padding, with the end-of-sequence token if there is one.
     pub tokens: Vec<i64>,
-    /// Summed log-probability divided by `length^length_penalty`, Hugging Face's `sequences_scores`, and what
-    /// `coverage_penalty` adds; beam search only.
+    /// The summed log-probability divided by `length^length_penalty` (`sequences_scores` in transformers), plus the term of
+    /// `coverage_penalty`; beam search only.
     pub score: Option<f32>,
     /// Why it ends.
     pub finish_reason: FinishReason,
@@ -54,9 +55,9 @@ pub struct Hypothesis {
 /// The log-probabilities of one target's tokens.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Logprobs {
-    /// Of each token, given everything before it.
+    /// For each token, its log-probability given everything before it.
     pub tokens: Vec<f32>,
-    /// For each token, the likeliest tokens at its place with theirs, best first; empty if none were asked for.
+    /// For each token, the likeliest tokens at its position with their log-probabilities, best first; empty unless requested.
     pub top: Vec<Vec<(i64, f32)>>,
 }
 
@@ -66,14 +67,14 @@ impl Logprobs {
         self.tokens.iter().map(|&logprob| f64::from(logprob)).sum()
     }
 
-    /// `e^(−mean)` of the tokens' log-probabilities; that of no token is 1.
+    /// `e^(−mean)` of the tokens' log-probabilities; 1 without tokens.
     pub fn perplexity(&self) -> f64 {
         (-self.sum() / self.tokens.len().max(1) as f64).exp()
     }
 }
 
-/// How much each token of a target attended to each token of its source when it was chosen: probabilities, the mean over heads
-/// and those decoder layers that the model was exported with. A row sums to 1; padding of the source has 0.
+/// How much each token of a target attended to each token of its source when it was chosen: probabilities, averaged over heads
+/// and over the decoder layers that the model was exported with. A row sums to 1; padding of the source has 0.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct CrossAttentions {
     source: usize,
@@ -81,17 +82,17 @@ pub struct CrossAttentions {
 }
 
 impl CrossAttentions {
-    /// Before the first token, for a source of so many tokens with its padding.
+    /// Before the first token, for a source of `source` tokens with its padding.
     pub(crate) fn of_source(source: usize) -> CrossAttentions {
         CrossAttentions { source, values: Vec::new() }
     }
 
-    /// Takes the next token's; what is behind the source made rows equally long.
-    pub(crate) fn push(&mut self, attended: &[f32]) {
-        self.values.extend_from_slice(&attended[..self.source]);
+    /// Appends those of the next token; entries after the source are padding of the batch.
+    pub(crate) fn push(&mut self, attentions: &[f32]) {
+        self.values.extend_from_slice(&attentions[..self.source]);
     }
 
-    /// The source's tokens as it was given, with padding of its own.
+    /// The number of source tokens as given, padding included.
     pub fn source_length(&self) -> usize {
         self.source
     }
@@ -106,13 +107,13 @@ impl CrossAttentions {
         self.values.chunks_exact(self.source.max(1))
     }
 
-    /// The numbers of each target token with as many digits as tell float32 apart, as JSON is to have them.
+    /// The numbers of each target token as the float64 with the fewest digits that round to the float32, for JSON.
     pub fn decimals(&self) -> impl Iterator<Item = Vec<f64>> {
         let number = |x: &f32| x.to_string().parse::<f64>().unwrap_or_else(|_| f64::from(*x));
         self.tokens().map(move |row| row.iter().map(number).collect())
     }
 
-    /// The source token that each target token attended to most; of several the first.
+    /// The source token that each target token attended to most; the first of equal ones.
     pub fn most_attended(&self) -> Vec<usize> {
         let most = |row: &[f32]| (1..row.len()).fold(0, |most, at| if row[at] > row[most] { at } else { most });
         self.tokens().map(most).collect()

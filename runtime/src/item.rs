@@ -1,38 +1,38 @@
-//! `Call` and `Item`: a request that was checked against its model, and one of its source rows whose targets are not
-//! finished, with everything that decides on them. An item turns the scores of a step into what its rows do next; running
-//! the model for them, alone or beside others, is left to [`generate`](crate::generate) and [`engine`](crate::engine).
+//! `Call` and `Item`: a request that was checked against its model, and one of its source rows in progress with everything that
+//! decides on its tokens. An item turns the logits of a step into what its rows do next; [`generate`](crate::generate) and
+//! [`engine`](crate::engine) run the model for items, alone or beside others.
 
 use std::sync::Arc;
 
 use t5gemma_graphs::interface::Logits;
 use t5gemma_kernels::{LogitsRequest, LogitsStatsView};
 
-use crate::alignment::Attending;
 use crate::batch::{Batch, Prompts};
 use crate::cancellation::Cancellation;
 use crate::constraint::{Constraint, ConstraintState};
+use crate::cross_attention::CrossAttentionTracker;
 use crate::draws::Draws;
 use crate::error::Error;
 use crate::hypothesis::Hypothesis;
-use crate::logits::Said;
-use crate::logprobs::Trace;
-use crate::model::Model;
+use crate::logprobs::LogprobTracker;
+use crate::model::{Model, TargetLimit, no_cross_attentions};
 use crate::options::{GenerationConfig, OptionError};
 use crate::scores::Processors;
 use crate::search::{Progress, Search};
 use crate::speculation::PromptLookup;
+use crate::step_output::StepOutput;
 use crate::stop::StoppingCriteria;
 use crate::vocabulary_subset::VocabularySubset;
 
-/// Begins the search for one source row at a decoder prompt.
-pub(crate) type Start = fn(&GenerationConfig, &[i64]) -> Search;
+/// Makes the search for one source row, from the options and the decoder prompt.
+pub(crate) type NewSearch = fn(&GenerationConfig, &[i64]) -> Search;
 
-/// Sources and options that the model takes.
+/// Sources and options that were checked against the model.
 pub(crate) struct Call {
     pub batch: Batch,
     pub prompts: Prompts,
     pub options: Arc<GenerationConfig>,
-    /// How long a target may become, prompt included.
+    /// The greatest length of a target, prompt included.
     pub max_length: usize,
     constraint: Option<Arc<Constraint>>,
     vocabulary_subset: Option<Arc<VocabularySubset>>,
@@ -42,12 +42,11 @@ pub(crate) struct Call {
 impl Call {
     /// Checks what depends on the model, and compiles the constraints.
     pub fn new(model: &Model, batch: &Batch, options: &GenerationConfig, cancel: &Cancellation) -> Result<Call, Error> {
-        let decoder = &model.config().decoder;
         model.check(batch)?;
         let prompts = batch.prompts(options.decoder_start_token_id);
-        let (longest, limit) = model.longest_target();
+        let TargetLimit { tokens: longest, reason } = model.target_limit();
         let options = &options.clone().clipped_to(longest, prompts.length);
-        options.check(decoder.vocab_size, prompts.length)?;
+        options.check(model.config().decoder.vocab_size, prompts.length)?;
         if let Some(subset) = model.vocabulary_subset() {
             options.check_subset(subset)?;
         }
@@ -56,35 +55,18 @@ impl Call {
         }
         let max_length = options.max_length(prompts.length);
         if max_length > longest {
-            return Err(Error::input(
-                "max_length",
-                format!("at most {longest} target tokens ({limit})"),
-                format!("{max_length}, of which {} are the prompt", prompts.length),
-            ));
+            let expected = format!("at most {longest} target tokens ({reason})");
+            let found = format!("{max_length}, of which {} are the prompt", prompts.length);
+            return Err(Error::input("max_length", expected, found));
         }
-        if let Some(tokens) = options.prompt_lookup_num_tokens
-            && model.manifest().logits != Logits::All
+        if let Some(tokens) = options.prompt_lookup_num_tokens {
+            check_drafts(model, tokens)?;
+        }
+        for (option, is_set) in
+            [("output_attentions", options.output_attentions), ("coverage_penalty", options.coverage_penalty != 0.0)]
         {
-            let expected =
-                "nothing for this model (drafts need the scores of all positions: export it with --all-logits)";
-            return Err(OptionError::new("prompt_lookup_num_tokens", expected, tokens.to_string()).into());
-        }
-        let planned = model.profiles().and_then(|profiles| profiles.decoder.as_ref());
-        if let (Some(tokens), Some(step)) = (options.prompt_lookup_num_tokens, planned.map(|decoder| decoder.step))
-            && tokens >= step
-        {
-            let expected = match step {
-                1 => "nothing for this model (its --plan has steps of one token)".to_string(),
-                _ => format!("less than {step} (its --plan has steps of at most {step} tokens)"),
-            };
-            return Err(OptionError::new("prompt_lookup_num_tokens", expected, tokens.to_string()).into());
-        }
-        for (option, is_asked, neutral, found) in [
-            ("output_attentions", options.output_attentions, "false", "true".to_string()),
-            ("coverage_penalty", options.coverage_penalty != 0.0, "0", options.coverage_penalty.to_string()),
-        ] {
-            if is_asked && !model.attends() {
-                return Err(model.tells_no_attentions(option, neutral, &found).into());
+            if is_set && !model.has_cross_attentions() {
+                return Err(no_cross_attentions(option).into());
             }
         }
         let constraint = model.constraint_compiler().compile(options, prompts.length, cancel)?;
@@ -93,27 +75,20 @@ impl Call {
         }
         let seed = options.seed.unwrap_or_else(Draws::random_seed);
         let vocabulary_subset = model.vocabulary_subset().cloned();
-        Ok(Call {
-            batch: batch.clone(),
-            prompts,
-            options: Arc::new(options.clone()),
-            max_length,
-            constraint,
-            vocabulary_subset,
-            seed,
-        })
+        let (batch, options) = (batch.clone(), Arc::new(options.clone()));
+        Ok(Call { batch, prompts, options, max_length, constraint, vocabulary_subset, seed })
     }
 
-    /// What the target of a row begins with.
+    /// The prompt of a row's target.
     pub fn prompt(&self, row: usize) -> &[i64] {
         &self.prompts.ids[row * self.prompts.length..][..self.prompts.length]
     }
 
     /// Begins a row.
-    pub fn item(&self, row: usize, search: Start, stops: &Arc<StoppingCriteria>) -> Item {
+    pub fn item(&self, row: usize, new_search: NewSearch, stops: &Arc<StoppingCriteria>) -> Item {
         let (options, source) = (&self.options, self.batch.source(row));
         let constraint = self.constraint.as_ref().map(|constraint| Arc::new(ConstraintState::new(constraint, row)));
-        // Which hypotheses are the best is for the constraint to say, so a search with beams has to give all that it has.
+        // The constraint decides which hypotheses are the best, so a search with beams has to return all it has.
         let of_search = match &constraint {
             Some(_) if options.num_beams > 1 => {
                 &GenerationConfig { num_return_sequences: options.num_beams, ..(**options).clone() }
@@ -131,12 +106,12 @@ impl Call {
         }
         Item {
             row,
-            search: search(of_search, self.prompt(row)).drawing(self.batch.draws(row, self.seed)),
+            search: new_search(of_search, self.prompt(row)).drawing(self.batch.draws(row, self.seed)),
             processors,
             scatter_by,
             shown: 0,
-            trace: options.output_logprobs.then(|| Trace::new(options.top_logprobs)),
-            attending: Attending::new(options, self.batch.row_mask(row)),
+            logprobs: options.output_logprobs.then(|| LogprobTracker::new(options.top_logprobs)),
+            cross_attentions: CrossAttentionTracker::new(options, self.batch.row_mask(row)),
             lookup: options.prompt_lookup_num_tokens.map(|tokens| {
                 let ngram_size = options.max_matching_ngram_size.unwrap_or(2);
                 PromptLookup::new(source, tokens, ngram_size)
@@ -148,7 +123,22 @@ impl Call {
     }
 }
 
-/// A source row whose targets are not finished.
+/// Refuses drafts of `tokens` tokens for models that cannot score them in one step.
+fn check_drafts(model: &Model, tokens: usize) -> Result<(), OptionError> {
+    const OPTION: &str = "prompt_lookup_num_tokens";
+    if model.manifest().logits != Logits::All {
+        return Err(OptionError::requires(OPTION, "a model exported with all_logits", "one without"));
+    }
+    match model.profiles().and_then(|profiles| profiles.decoder.as_ref()) {
+        Some(decoder) if tokens >= decoder.step => {
+            let required = format!("a serving plan with steps of at least {} tokens", tokens.saturating_add(1));
+            Err(OptionError::requires(OPTION, required, decoder.step.to_string()))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// A source row in progress.
 pub(crate) struct Item {
     /// Its row in the call.
     pub row: usize,
@@ -156,61 +146,84 @@ pub(crate) struct Item {
     /// With `prompt_lookup_num_tokens`.
     pub lookup: Option<PromptLookup>,
     processors: Processors,
-    /// Of a model that keeps some tokens only, where whole rows are looked at.
+    /// The subset of the vocabulary that the model has logits of, if rows of the whole vocabulary have to be made of them.
     scatter_by: Option<Arc<VocabularySubset>>,
     /// Tokens of the first hypothesis that were shown.
     shown: usize,
     /// With `output_logprobs`.
-    trace: Option<Trace>,
+    logprobs: Option<LogprobTracker>,
     /// With `output_attentions` or `coverage_penalty`.
-    attending: Option<Attending>,
+    cross_attentions: Option<CrossAttentionTracker>,
     /// With constraints.
     constraint: Option<Arc<ConstraintState>>,
     stops: Arc<StoppingCriteria>,
     options: Arc<GenerationConfig>,
 }
 
+/// Whether an item needs another step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ItemStatus {
+    Running,
+    Finished,
+}
+
+/// The results of an item.
+pub(crate) struct FinishedItem {
+    pub row: usize,
+    pub hypotheses: Vec<Hypothesis>,
+    /// Tokens of the first hypothesis that were shown before.
+    pub shown: usize,
+}
+
+impl FinishedItem {
+    /// The tokens of the first hypothesis that were not shown yet.
+    pub fn unshown(&self) -> &[i64] {
+        self.hypotheses[0].tokens.get(self.shown..).unwrap_or(&[])
+    }
+}
+
 impl Item {
-    /// What it needs of the logits of its rows at the next step, or at one that is `ahead` tokens later.
-    fn wanted(&self, ahead: usize) -> LogitsRequest {
-        match self.trace.is_some() || self.constraint.is_some() {
-            true => LogitsRequest::All,
-            false => self.processors.logits_request(&self.search, ahead),
+    /// The logits that it needs at the next step, or at one that is `ahead` tokens later.
+    fn logits_request(&self, ahead: usize) -> LogitsRequest {
+        if self.logprobs.is_some() || self.constraint.is_some() {
+            LogitsRequest::All
+        } else {
+            self.processors.logits_request(&self.search, ahead)
         }
     }
 
-    /// What a step needs of the logits of the rows of all `items`, and of those of so many `drafts`.
-    pub fn all_want<'i>(items: impl Iterator<Item = &'i Item>, drafts: usize) -> LogitsRequest {
-        let each = items.flat_map(|item| (0..=drafts).map(|ahead| item.wanted(ahead)));
+    /// The logits that all `items` need at the next step and after each of `drafts` drafted tokens.
+    pub fn joint_request<'i>(items: impl Iterator<Item = &'i Item>, drafts: usize) -> LogitsRequest {
+        let each = items.flat_map(|item| (0..=drafts).map(|ahead| item.logits_request(ahead)));
         each.reduce(LogitsRequest::union).unwrap_or_default()
     }
 
-    /// Takes what a step says of its rows, or of the first of equal ones, and tells whether its targets are finished.
-    pub fn take(&mut self, model: &Model, said: Said, step: usize) -> Result<bool, Error> {
-        let Said { scores, mut known, attended, tokens, .. } = said;
-        let is_finite = || known.map_or_else(|| all_finite(scores), LogitsStatsView::all_finite);
+    /// Advances by the output of a step for its rows, or for one row that stands for all of them.
+    pub fn advance(&mut self, model: &Model, output: StepOutput, step: usize) -> Result<ItemStatus, Error> {
+        let StepOutput { logits, mut stats, cross_attentions, row_length, .. } = output;
+        let is_finite = || stats.map_or_else(|| all_finite(logits), LogitsStatsView::all_finite);
         if !self.options.remove_invalid_values && !is_finite() {
             return Err(Error::NotFinite { row: self.row, step, dtype: model.manifest().dtype, processor: None });
         }
         let width = self.search.width();
-        let rows = scores.len() / tokens;
-        let (mut widened, mut whole);
-        let mut scores = scores;
+        let rows = logits.len() / row_length;
+        let (mut repeated, mut full);
+        let mut logits = logits;
         if let Some(subset) = &self.scatter_by {
-            whole = subset.scatter(scores, model.config().decoder.vocab_size);
-            (scores, known) = (&mut whole, None);
+            full = subset.scatter(logits, model.config().decoder.vocab_size);
+            (logits, stats) = (&mut full, None);
         }
         if rows < width {
-            widened = scores.repeat(width);
-            (scores, known) = (&mut widened, None);
+            repeated = logits.repeat(width);
+            (logits, stats) = (&mut repeated, None);
         }
-        if let Some(attending) = &mut self.attending {
-            attending.step(attended, rows, width);
+        if let Some(tracker) = &mut self.cross_attentions {
+            tracker.begin_step(cross_attentions, rows, width);
         }
         let is_over = self.stops.is_over();
-        let unprocessed = self.trace.is_some().then(|| scores.to_vec());
+        let unprocessed = self.logprobs.is_some().then(|| logits.to_vec());
         let progress = loop {
-            let mut candidates = self.processors.candidates_with_stats(scores, known, &self.search);
+            let mut candidates = self.processors.candidates_with_stats(logits, stats, &self.search);
             if let Some(invalid) = self.processors.take_invalid_scores() {
                 let dtype = model.manifest().dtype;
                 return Err(Error::NotFinite { row: self.row, step, dtype, processor: Some(invalid) });
@@ -219,34 +232,34 @@ impl Item {
             if let Some(constraint) = &self.constraint {
                 constraint.take(&mut candidates, &mut ends, &self.search)?;
             }
-            if let (Some(trace), Some(logits)) = (&mut self.trace, &unprocessed) {
-                trace.take(&candidates, logits, width);
+            if let (Some(tracker), Some(logits)) = (&mut self.logprobs, &unprocessed) {
+                tracker.add(&candidates, logits, width);
             }
-            let mut endings: &[f32] = &[];
-            if let Some(attending) = &mut self.attending {
-                attending.take(&candidates);
-                endings = attending.endings();
+            let mut ending_terms: &[f32] = &[];
+            if let Some(tracker) = &mut self.cross_attentions {
+                tracker.add(&candidates);
+                ending_terms = tracker.ending_terms();
             }
-            match self.search.advance_to_covered_ends(&candidates, &ends, endings) {
+            match self.search.advance_to_covered_ends(&candidates, &ends, ending_terms) {
                 Progress::NextGroup => {}
                 progress => break progress,
             }
         };
         if progress == Progress::Done {
-            return Ok(true);
+            return Ok(ItemStatus::Finished);
         }
-        if let Some(trace) = &mut self.trace {
-            trace.follow(&self.search);
+        if let Some(tracker) = &mut self.logprobs {
+            tracker.follow(&self.search);
         }
-        if let Some(attending) = &mut self.attending {
-            attending.follow(&self.search);
+        if let Some(tracker) = &mut self.cross_attentions {
+            tracker.follow(&self.search);
         }
-        Ok(false)
+        Ok(ItemStatus::Running)
     }
 
-    /// The tokens of the first hypothesis that have become certain since they were asked for.
+    /// The tokens of the first hypothesis that have become certain since the last call.
     pub fn settled(&mut self) -> &[i64] {
-        // Of beams, the best hypothesis may be passed over for one that meets the constraint.
+        // With beams, the best hypothesis may yet give way to one that meets the constraint.
         if self.constraint.is_some() && self.search.sums_log_probabilities() {
             return &[];
         }
@@ -255,28 +268,29 @@ impl Item {
         settled
     }
 
-    /// The hypotheses, and how many tokens of the first were certain before.
-    pub fn finish(self) -> (Vec<Hypothesis>, usize) {
+    /// The hypotheses.
+    pub fn finish(self) -> FinishedItem {
         let found = self.search.finish();
-        let mut found = match self.constraint {
+        let mut hypotheses = match self.constraint {
             Some(constraint) => {
-                let ending = |tokens: &[i64]| self.attending.as_ref().map_or(0.0, |attending| attending.ending(tokens));
-                constraint.rank(found, &self.options, ending)
+                let tracker = self.cross_attentions.as_ref();
+                let ending_term = |tokens: &[i64]| tracker.map_or(0.0, |tracker| tracker.ending_term(tokens));
+                constraint.rank(found, &self.options, ending_term)
             }
             None => found,
         };
-        let told = self.attending.filter(|_| self.options.output_attentions);
-        for hypothesis in &mut found {
-            hypothesis.logprobs = self.trace.as_ref().map(|trace| trace.of(&hypothesis.tokens));
-            hypothesis.cross_attentions = told.as_ref().map(|attending| attending.of(&hypothesis.tokens));
+        let cross_attentions = self.cross_attentions.filter(|_| self.options.output_attentions);
+        for hypothesis in &mut hypotheses {
+            hypothesis.logprobs = self.logprobs.as_ref().map(|tracker| tracker.of(&hypothesis.tokens));
+            hypothesis.cross_attentions = cross_attentions.as_ref().map(|tracker| tracker.of(&hypothesis.tokens));
         }
-        (found, self.shown)
+        FinishedItem { row: self.row, hypotheses, shown: self.shown }
     }
 }
 
-/// Whether no score is NaN or infinite. In blocks, so that the compiler can compare many at once.
-fn all_finite(scores: &[f32]) -> bool {
-    scores.chunks(4096).all(|block| block.iter().fold(true, |finite, score| finite & score.is_finite()))
+/// Whether no number is NaN or infinite. In blocks, so that the compiler can compare many at once.
+fn all_finite(numbers: &[f32]) -> bool {
+    numbers.chunks(4096).all(|block| block.iter().fold(true, |finite, number| finite & number.is_finite()))
 }
 
 #[cfg(test)]
@@ -284,7 +298,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_bad_score_is_found_anywhere() {
+    fn one_infinite_score_is_found_anywhere() {
         let mut scores = vec![0.5; 10_000];
         assert!(all_finite(&scores));
         for (at, bad) in [(0, f32::NAN), (4096, f32::INFINITY), (9_999, f32::NEG_INFINITY)] {

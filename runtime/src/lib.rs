@@ -28,26 +28,27 @@
 //! `constraint` limits what they may decide; `model` and `state` hold everything that is ONNX Runtime's, `encoder`
 //! and `classify` what models do besides generating; `folder` and `onnxruntime` are what opening checks first.
 
+mod build_engines;
 mod device;
 mod engine_files;
-mod engines;
+mod identity_model;
 pub mod log;
 pub mod onnxruntime;
 mod provider;
 mod telemetry;
 
-mod apart;
 mod cancellation;
 mod classify;
 mod encoder;
 mod encoder_cache;
 mod folder;
 mod limits;
-mod logits;
 mod model;
 mod profiles;
+mod ragged_batch;
 mod session;
 mod state;
+mod step_output;
 mod weights;
 
 #[cfg(feature = "chat")]
@@ -73,13 +74,13 @@ mod engine;
 mod generate;
 mod hypothesis;
 mod item;
-mod needs;
-mod places;
+mod memory;
 mod score;
 mod stop;
+mod target_tree;
 mod text;
 
-mod alignment;
+mod cross_attention;
 mod logprobs;
 pub mod verify;
 mod warm_up;
@@ -87,6 +88,7 @@ mod warm_up;
 mod error;
 
 pub use batch::Batch;
+pub use build_engines::{ExistingEngines, build_engines};
 pub use calibrate::Calibration;
 pub use cancellation::Cancellation;
 pub use chat::ChatTemplate;
@@ -95,7 +97,6 @@ pub use device::{Provider, ProviderConfig};
 pub use draws::Draws;
 pub use encoder::Encoder;
 pub use engine::{Canceller, Engine, EngineOptions, EngineStats, Event, Generation, PollResult, Request};
-pub use engines::build_engines;
 pub use error::Error;
 pub use folder::task_of;
 pub use foreign::silence_caught_panics;
@@ -108,6 +109,7 @@ pub use options::{
     Position, PrefixAllowedTokens, Sequence, SequenceBias,
 };
 pub use provider::{Fallback, ProviderProbe, probe_providers};
+pub use score::TargetScore;
 pub use session::{DEFAULT_ENCODER_CACHE_BYTES, OpenOptions};
 pub use shortlist::Shortlist;
 pub use t5gemma_graphs::manifest::ActivationRanges;

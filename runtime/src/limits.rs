@@ -1,8 +1,7 @@
-//! `Limits`: what one call may run side by side, and the consecutive rows of a batch that are within them. Rows of a larger call
-//! run in pieces, one after the other.
+//! `Limits`: what one call may run side by side, and splitting a batch into pieces within them, which run one after the other.
 //!
 //! # Design
-//! A piece is consecutive rows, so that answers are in order and tokens can be shown while others still wait. A source that
+//! A piece is consecutive rows, so that results are in order and tokens can be shown while others still wait. A source that
 //! is beyond a limit by itself runs alone: a limit decides what runs side by side, never what is answered.
 
 use std::ops::Range;
@@ -12,25 +11,51 @@ use t5gemma_graphs::interface::DType;
 
 use crate::batch::Batch;
 
-/// What may run side by side in one call. The rows of a call that is larger run in pieces, one after the other, and its
-/// answer is the same.
+/// Upper bounds on what runs side by side in one call. The rows of a larger call run in pieces, one after the other; its result
+/// is the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Limits {
-    /// Sources at most; any number by default.
+    /// Sources; unlimited by default.
     pub max_sources: usize,
-    /// Source tokens at most, each source counted with the length of the longest; any number by default.
+    /// Source tokens, each source counted with the length of the longest; unlimited by default.
     pub max_tokens: usize,
-    /// Bytes of keys, values, logits, hidden states and scratch memory at most, estimated from shapes. By default 4 GiB where the
-    /// processor computes, and no limit on a device, which refuses by itself what it has no memory for.
+    /// Bytes of keys, values, logits, hidden states and scratch memory, estimated from shapes. By default 4 GiB on the CPU and
+    /// unlimited on a device, which reports itself when its memory is exhausted.
     pub max_bytes: Option<usize>,
 }
 
+/// The default of [`Limits::max_bytes`] on the CPU.
+const CPU_BYTES: usize = 4 << 30;
+
 impl Limits {
-    /// Whole calls, whatever they take.
+    /// No limits: calls run whole.
     pub const NONE: Limits = Limits { max_sources: usize::MAX, max_tokens: usize::MAX, max_bytes: Some(usize::MAX) };
 
-    pub(crate) fn bytes(&self, on_cpu: bool) -> usize {
-        self.max_bytes.unwrap_or(if on_cpu { 4 << 30 } else { usize::MAX })
+    /// Sets [`Limits::max_sources`].
+    pub const fn max_sources(self, max_sources: usize) -> Limits {
+        Limits { max_sources, ..self }
+    }
+
+    /// Sets [`Limits::max_tokens`].
+    pub const fn max_tokens(self, max_tokens: usize) -> Limits {
+        Limits { max_tokens, ..self }
+    }
+
+    /// Sets [`Limits::max_bytes`].
+    pub const fn max_bytes(self, max_bytes: usize) -> Limits {
+        Limits { max_bytes: Some(max_bytes), ..self }
+    }
+
+    /// The limits with the default number of bytes filled in.
+    pub(crate) fn resolved(self, on_cpu: bool) -> Limits {
+        let default = if on_cpu { CPU_BYTES } else { usize::MAX };
+        self.max_bytes(self.max_bytes.unwrap_or(default))
+    }
+
+    /// Whether so many bytes are within the limits.
+    pub(crate) fn holds(&self, bytes: usize) -> bool {
+        self.max_bytes.is_none_or(|most| bytes <= most)
     }
 }
 
@@ -40,41 +65,37 @@ impl Default for Limits {
     }
 }
 
-/// What the layers of an encoder or a decoder take while they run, hidden states included.
+/// Scratch memory of the layers of an encoder or a decoder, hidden states included.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Scratch {
-    of_token: usize,
-    /// Of a token and one that it attends to.
-    of_pair: usize,
+    /// Bytes for each token.
+    per_token: usize,
+    /// Bytes for each token and each token that it attends to.
+    per_pair: usize,
 }
 
 impl Scratch {
-    pub(crate) fn of(stack: &Stack, dtype: DType) -> Scratch {
-        let of_token = (2 * stack.intermediate_size + 5 * stack.hidden_size) * dtype.size();
-        Scratch { of_token, of_pair: stack.num_attention_heads * (DType::Float32.size() + dtype.size()) }
+    pub fn of(stack: &Stack, dtype: DType) -> Scratch {
+        let per_token = (2 * stack.intermediate_size + 5 * stack.hidden_size) * dtype.size();
+        Scratch { per_token, per_pair: stack.num_attention_heads * (DType::Float32.size() + dtype.size()) }
     }
 
-    /// Bytes for rows of so many tokens, each of which attends to so many.
-    pub(crate) fn bytes(self, rows: usize, tokens: usize, attended: usize) -> usize {
-        let of_token = attended.saturating_mul(self.of_pair).saturating_add(self.of_token);
-        rows.saturating_mul(tokens).saturating_mul(of_token)
+    /// Bytes for `rows` rows of `tokens` tokens, each of which attends to `attended` tokens.
+    pub fn bytes(self, rows: usize, tokens: usize, attended: usize) -> usize {
+        let per_token = attended.saturating_mul(self.per_pair).saturating_add(self.per_token);
+        rows.saturating_mul(tokens).saturating_mul(per_token)
     }
 }
 
-/// The pieces in which an encoder takes a batch.
-pub(crate) fn pieces_to_encode(
-    batch: &Batch,
-    (stack, dtype): (&Stack, DType),
-    limits: &Limits,
-    on_cpu: bool,
-) -> Vec<Range<usize>> {
-    let (scratch, most) = (Scratch::of(stack, dtype), limits.bytes(on_cpu));
-    pieces(batch, limits, |rows, length| scratch.bytes(rows.len(), length, length) <= most)
+/// The pieces in which an encoder runs a batch.
+pub(crate) fn pieces_to_encode(batch: &Batch, stack: &Stack, dtype: DType, limits: &Limits) -> Vec<Range<usize>> {
+    let scratch = Scratch::of(stack, dtype);
+    pieces(batch, limits, |rows, longest| limits.holds(scratch.bytes(rows.len(), longest, longest)))
 }
 
-/// Consecutive rows of a batch, as many in each piece as are within the limits and `fit`, of which the length of the longest
-/// is known.
-pub(crate) fn pieces(batch: &Batch, limits: &Limits, fit: impl Fn(Range<usize>, usize) -> bool) -> Vec<Range<usize>> {
+/// Splits a batch into pieces of consecutive rows, each as large as the limits allow and `fits` accepts, which is given a piece and the
+/// length of its longest row.
+pub(crate) fn pieces(batch: &Batch, limits: &Limits, fits: impl Fn(Range<usize>, usize) -> bool) -> Vec<Range<usize>> {
     let mut pieces: Vec<Range<usize>> = Vec::new();
     let mut longest = 0;
     for row in 0..batch.rows() {
@@ -83,7 +104,7 @@ pub(crate) fn pieces(batch: &Batch, limits: &Limits, fit: impl Fn(Range<usize>, 
             Some(piece)
                 if piece.len() < limits.max_sources
                     && (piece.len() + 1).saturating_mul(own.max(longest)) <= limits.max_tokens
-                    && fit(piece.start..row + 1, own.max(longest)) =>
+                    && fits(piece.start..row + 1, own.max(longest)) =>
             {
                 piece.end = row + 1;
                 longest = own.max(longest);
@@ -102,8 +123,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pieces_hold_as_many_rows_as_the_limits_let() {
-        // name, lengths of the sources, sources, tokens, what a piece may have of rows times length, the pieces
+    fn pieces_are_as_large_as_the_limits_allow() {
+        // name, lengths of the sources, max sources, max tokens, most rows times length of a piece, the pieces
         type Case = (&'static str, &'static [usize], usize, usize, usize, &'static [(usize, usize)]);
         const ANY: usize = usize::MAX;
         let cases: &[Case] = &[

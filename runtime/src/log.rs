@@ -1,18 +1,18 @@
-//! ONNX Runtime's own messages and this library's, for programs that embed this library and have a log of their own. Where no one asks for
-//! them, ONNX Runtime writes its errors to stderr.
+//! Log messages of ONNX Runtime and of this library, for programs with a log of their own. Without a listener ONNX Runtime writes its
+//! errors to stderr.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
 use ort::logging::{LogLevel, LoggerFunction};
 
-/// How grave a message is.
+/// The severity of a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Severity {
     /// Of interest to developers of ONNX Runtime.
     Verbose,
-    /// What is being done.
+    /// Progress.
     Info,
-    /// Something is not as it could be, such as a provider that leaves work to the CPU.
+    /// A possible problem, such as a provider that leaves work to the CPU.
     Warning,
     /// Something failed.
     Error,
@@ -20,33 +20,33 @@ pub enum Severity {
     Fatal,
 }
 
-/// A function that is given messages, from whichever thread they come.
+/// Receives messages, on the threads that they come from.
 type Log = dyn Fn(Severity, &str) + Send + Sync;
 
-/// Where messages go, and from which severity on.
+/// The listener, and the least severity that it receives.
 static LOG: Mutex<Option<(Severity, Arc<Log>)>> = Mutex::new(None);
 
-/// Gives messages of at least `severity` to `log`. It takes effect when the library is loaded, so it is to be called before
-/// the first model is opened.
+/// Sends messages of at least `severity` to `log`. Takes effect when ONNX Runtime is loaded, so call it before the first model is
+/// opened.
 pub fn set(severity: Severity, log: impl Fn(Severity, &str) + Send + Sync + 'static) {
     *LOG.lock().unwrap_or_else(PoisonError::into_inner) = Some((severity, Arc::new(log)));
 }
 
-/// Gives a message of this library's own to the log, if there is one and it wants it.
-pub(crate) fn tell(severity: Severity, message: &str) {
+/// Sends a message of this library to the listener, if its severity is high enough.
+pub(crate) fn write(severity: Severity, message: &str) {
     let log = LOG.lock().unwrap_or_else(PoisonError::into_inner).clone();
     if let Some((_, log)) = log.filter(|(least, _)| severity >= *least) {
         log(severity, message);
     }
 }
 
-/// Whether messages below warnings are written, too.
+/// Whether messages below warnings are logged.
 pub(crate) fn wants_more_than_warnings() -> bool {
     let log = LOG.lock().unwrap_or_else(PoisonError::into_inner);
     matches!(log.as_ref(), Some((Severity::Verbose | Severity::Info, _)))
 }
 
-/// The log as `ort` takes it, and the least level that is written.
+/// The listener in the form that `ort` takes, and the least level.
 pub(crate) fn logger() -> Option<(LogLevel, LoggerFunction)> {
     let (severity, log) = LOG.lock().unwrap_or_else(PoisonError::into_inner).clone()?;
     let logger = move |level: LogLevel, _: &str, _: &str, place: &str, message: &str| {

@@ -1,13 +1,13 @@
-//! The model's own log-probabilities of the tokens that a search chose: of the logits before any processing, so that they
-//! are comparable across options and with those of [`Model::score`](crate::Model::score).
+//! `LogprobTracker`: the model's own log-probabilities of the tokens that a search chooses. They are of the logits before any processing,
+//! so that they are comparable across options and with those of [`Model::score`](crate::Model::score).
 
 use crate::hypothesis::Logprobs;
-use crate::places::Places;
 use crate::scores::LogProbabilities;
 use crate::search::{Candidate, Search};
+use crate::target_tree::TargetTree;
 
 impl Logprobs {
-    /// Takes the next token's, from the logits at its place.
+    /// Appends those of the next token, from the logits before it; with those of the `top` likeliest tokens.
     pub(crate) fn push(&mut self, logits: &[f32], token: i64, top: usize) {
         let at = LogProbabilities::of(logits);
         self.tokens.push(at.token(token));
@@ -17,53 +17,53 @@ impl Logprobs {
     }
 }
 
-/// What a search's candidates were worth to the model.
-pub(crate) struct Trace {
+/// The log-probabilities of the candidates of a search.
+pub(crate) struct LogprobTracker {
     top: usize,
-    places: Places,
-    /// By place, of the token before it.
+    tree: TargetTree,
+    /// By node, of the token before it.
     logprobs: Vec<f32>,
-    /// By place, the likeliest tokens there if candidates were taken.
+    /// By node, the likeliest tokens there; empty unless candidates were added there.
     best: Vec<Vec<(i64, f32)>>,
 }
 
-impl Trace {
-    /// Before the first step of a search; `top` alternatives are kept of each token.
-    pub fn new(top: usize) -> Trace {
-        Trace { top, places: Places::default(), logprobs: vec![0.0], best: vec![Vec::new()] }
+impl LogprobTracker {
+    /// Before the first step of a search; `top` alternatives are kept for each token.
+    pub fn new(top: usize) -> LogprobTracker {
+        LogprobTracker { top, tree: TargetTree::default(), logprobs: vec![0.0], best: vec![Vec::new()] }
     }
 
-    /// Takes a step's candidates and the logits of the rows they continue, before any processing.
-    pub fn take(&mut self, candidates: &[Candidate], logits: &[f32], width: usize) {
-        self.places.step(width);
+    /// Adds a step's candidates. `logits` are those of the `width` rows that they continue, before any processing.
+    pub fn add(&mut self, candidates: &[Candidate], logits: &[f32], width: usize) {
+        self.tree.begin_step(width);
         let rows: Vec<&[f32]> = logits.chunks_exact(logits.len() / width).collect();
         let mut at: Vec<Option<LogProbabilities>> = rows.iter().map(|_| None).collect();
         for candidate in candidates {
-            let place = self.places.of_row(candidate.parent);
+            let node = self.tree.node(candidate.parent);
             let at = at[candidate.parent].get_or_insert_with(|| LogProbabilities::of(rows[candidate.parent]));
-            if self.top > 0 && self.best[place].is_empty() {
-                self.best[place] = at.top(self.top);
+            if self.top > 0 && self.best[node].is_empty() {
+                self.best[node] = at.top(self.top);
             }
-            if self.places.take(candidate) {
+            if self.tree.add(candidate) {
                 self.logprobs.push(at.token(candidate.token));
                 self.best.push(Vec::new());
             }
         }
     }
 
-    /// Follows the rows that go on after the candidates that were taken.
+    /// Follows the rows that the search continues with.
     pub fn follow(&mut self, search: &Search) {
-        self.places.follow(search);
+        self.tree.follow(search);
     }
 
     /// The log-probabilities of a hypothesis.
     pub fn of(&self, tokens: &[i64]) -> Logprobs {
         let mut found = Logprobs::default();
-        for (place, behind) in self.places.along(tokens) {
+        for edge in self.tree.along(tokens) {
             if self.top > 0 {
-                found.top.push(self.best[place].clone());
+                found.top.push(self.best[edge.from].clone());
             }
-            found.tokens.push(self.logprobs[behind]);
+            found.tokens.push(self.logprobs[edge.to]);
         }
         found
     }
@@ -76,10 +76,10 @@ mod tests {
     use crate::scores::Processors;
     use crate::search::Progress;
 
-    /// Logits of a made-up model of ten tokens.
+    /// The logits of a made-up model of ten tokens.
     fn logits(history: &[i64]) -> Vec<f32> {
-        let place = history.iter().fold(7i64, |sum, &token| (sum * 31 + token) % 1009);
-        (0..10).map(|token| ((place * (token + 3)) % 101) as f32 / 20.0).collect()
+        let state = history.iter().fold(7i64, |sum, &token| (sum * 31 + token) % 1009);
+        (0..10).map(|token| ((state * (token + 3)) % 101) as f32 / 20.0).collect()
     }
 
     #[test]
@@ -104,15 +104,15 @@ mod tests {
         ];
         for (name, options) in cases {
             let mut search = Search::new(&options, &[2]);
-            let mut trace = Trace::new(2);
+            let mut tracker = LogprobTracker::new(2);
             loop {
                 let rows: Vec<f32> = (0..search.width()).flat_map(|row| logits(search.history(row))).collect();
                 let candidates = Processors::new(&options, &[], 1).candidates(&mut rows.clone(), &search);
-                trace.take(&candidates, &rows, search.width());
+                tracker.add(&candidates, &rows, search.width());
                 if search.advance(&candidates) == Progress::Done {
                     break;
                 }
-                trace.follow(&search);
+                tracker.follow(&search);
             }
             for hypothesis in search.finish() {
                 let mut expected = Logprobs::default();
@@ -120,7 +120,7 @@ mod tests {
                     expected.push(&logits(&[&[2], &hypothesis.tokens[..at]].concat()), token, 2);
                 }
                 assert!(!hypothesis.tokens.is_empty(), "{name}");
-                assert_eq!(trace.of(&hypothesis.tokens), expected, "{name}: {:?}", hypothesis.tokens);
+                assert_eq!(tracker.of(&hypothesis.tokens), expected, "{name}: {:?}", hypothesis.tokens);
             }
         }
     }

@@ -1,25 +1,21 @@
-//! `Model`: the three graphs of a model folder as ONNX Runtime sessions over one copy of the weights, held to the interface
-//! that the configuration implies. It runs them and knows what goes in and out; which tokens to feed it leaves to `generate`.
-//!
-//! # Design
-//! The weights are mapped once, and for a device copied there once, and given to every session as initializers, with ONNX
-//! Runtime's prepacking off: each session would otherwise read or pack a copy of its own. Tensors pass between graphs by position, because opening has
-//! verified that ports stand in the order of [`Interface`].
+//! `Model`: the three graphs of a generating model as sessions, with the caches and the tokenizer that its calls share. It runs the
+//! graphs; which tokens to feed them is decided in `generate`.
 
 mod decode;
 mod encode;
 
 use std::borrow::Cow;
+use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 
 use t5gemma_graphs::config::Config;
-use t5gemma_graphs::interface::{self, BATCH, CacheLayout, DType, Dim, Interface, REORDER};
+use t5gemma_graphs::interface::{self, BATCH, CacheLayout, DType, Dim, Logits, Ports, REORDER};
 use t5gemma_graphs::manifest::Manifest;
 
 use crate::batch::Batch;
 use crate::constraint::Compiler;
-use crate::device::{Device, Provider, no_graphs};
+use crate::device::{Device, Provider, cuda_graphs_require};
 use crate::encoder_cache::EncoderCache;
 use crate::error::Error;
 use crate::folder::{Folder, other_task};
@@ -28,33 +24,43 @@ use crate::log;
 use crate::options::{GenerationConfig, OptionError};
 use crate::profiles::Profiles;
 use crate::provider::Fallback;
-use crate::session::{Graph, OpenOptions, Opener, check_options};
-use crate::state::{Plan, Pool};
+use crate::session::{GraphSession, OpenOptions, Opener};
+use crate::state::{BufferPool, DeviceCacheConfig};
 use crate::tokenizer::{LazyTokenizer, Tokenizer};
 use crate::vocabulary_subset::VocabularySubset;
-use crate::weights::Uploaded;
+use crate::weights::UploadedWeights;
 
-/// An opened model, to be used from any number of threads. Each graph runs one call at a time.
+/// An opened model, for use from any number of threads. Each graph runs one call at a time.
 pub struct Model {
-    // The sessions read the weights that `folder` maps or `_uploaded` has, so they stand before these: fields are dropped in
-    // this order.
-    encoder: Graph,
-    decoder: Graph,
-    decoder_with_past: Graph,
-    /// For each cached tensor, in the order of the graphs, whether its first axis is source items.
-    per_item: Vec<bool>,
-    /// Whether the processor computes it.
+    // The sessions read the weights that `folder` maps or `_uploaded` owns, so they come first: fields are dropped in order.
+    encoder: GraphSession,
+    decoder: GraphSession,
+    decoder_with_past: GraphSession,
+    /// For each cached tensor, in the order of the graphs, whether it is of cross-attention.
+    is_cross: Vec<bool>,
     on_cpu: bool,
     limits: Limits,
-    /// Of a model that is made for a device, how its cache is kept there.
-    resident: Option<Plan>,
-    _uploaded: Option<Uploaded>,
+    /// How the cache is kept on the device, if the model was exported for one.
+    device_cache: Option<DeviceCacheConfig>,
+    _uploaded: Option<UploadedWeights>,
     fallbacks: Vec<Fallback>,
     encoder_cache: Option<EncoderCache>,
     options: GenerationConfig,
     tokenizer: Arc<LazyTokenizer>,
     constraint_compiler: Compiler,
     folder: Folder,
+}
+
+impl fmt::Debug for Model {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Model").field("path", &self.folder.path).finish_non_exhaustive()
+    }
+}
+
+/// The greatest length of a target, and what limits it.
+pub(crate) struct TargetLimit {
+    pub tokens: usize,
+    pub reason: &'static str,
 }
 
 impl Model {
@@ -73,78 +79,46 @@ impl Model {
     /// is not implemented; graphs whose inputs and outputs are not those of the configuration; an element type that this
     /// machine cannot compute with.
     pub fn open_with(path: impl AsRef<Path>, options: &OpenOptions) -> Result<Model, Error> {
-        check_options(options)?;
-        let folder = Folder::open(path.as_ref(), options.check_weights)?;
+        options.check()?;
+        let folder = Folder::open(path.as_ref(), options.weights_access())?;
         for warning in &folder.warnings {
-            log::tell(log::Severity::Warning, &format!("{}: {warning}", folder.path.display()));
+            log::write(log::Severity::Warning, &format!("{}: {warning}", folder.path.display()));
         }
         if !folder.manifest.task.is_generation() {
             return Err(other_task(&folder.path, &folder.manifest.task, "text2text-generation, to be generated with"));
         }
         let defaults = GenerationConfig::of_model(folder.generation_config.as_deref(), &folder.config.tokens)
             .map_err(|error| Error::GenerationConfig { path: folder.path.join("generation_config.json"), error })?;
-        let is_steady = folder.manifest.files.contains_key(REORDER) && folder.manifest.cache == CacheLayout::InPlace;
-        if let Some(option) = options.provider.captures().filter(|_| !is_steady) {
-            return Err(no_graphs("a cache in place (--target cuda)", option));
-        }
-        if let Some(option) = options.provider.captures().filter(|_| folder.manifest.dtype == DType::Float32) {
-            return Err(no_graphs("float16 or bfloat16 (in float32 the CPU computes self-attention)", option));
-        }
-        if options.fixed_step_buffers && !is_steady {
-            let expected = "false for a model without a cache in place on its device (--target cuda)";
-            return Err(Error::input("fixed_step_buffers", expected, "true"));
-        }
-        let is_mixed = folder.manifest.dtype == DType::Float32 && options.provider.device() != Device::Cpu;
-        if options.fixed_step_buffers && is_mixed {
-            let expected = "false in float32 on a GPU, where the CPU computes self-attention";
-            return Err(Error::input("fixed_step_buffers", expected, "true"));
-        }
+        check_fixed_buffers(&folder.manifest, options)?;
+        let parts = folder.manifest.parts(&folder.config);
+        let ports = |name: &str| {
+            let part = parts.iter().find(|part| part.name == name);
+            &part.expect("a model that generates has these graphs").ports
+        };
+        let is_cross = is_cross(ports("decoder_with_past"));
         let mut opener = Opener::new(&folder, options)?;
         let uploaded = opener.upload()?;
-        let Manifest { dtype, cache, .. } = folder.manifest;
-        let mut interface = Interface::of(&folder.config, dtype, folder.manifest.returned(), cache);
-        for (graph, names) in &folder.manifest.observed {
-            let ports = match graph.as_str() {
-                "encoder" => &mut interface.encoder,
-                "decoder" => &mut interface.decoder,
-                _ => &mut interface.decoder_with_past,
-            };
-            ports.outputs.push(interface::activation_ranges(names.len()));
-        }
-        let resident = match folder.manifest.files.contains_key(REORDER) {
-            false => None,
-            true => {
-                let reorder = Arc::new(opener.open_reorder(&interface::reorder(&folder.config, dtype))?);
-                let heads = [folder.config.decoder.num_key_value_heads, folder.config.decoder.head_dim];
-                let (device, per_item) = (options.provider.device(), per_item(&interface));
-                let candidates = match folder.manifest.logits {
-                    interface::Logits::Candidates(count) => Some(count),
-                    _ => None,
-                };
-                let longest = folder.config.decoder.max_position_embeddings;
-                let captures = options.provider.captures();
-                let steady = captures.is_some() || options.fixed_step_buffers;
-                let steady = steady.then(|| Arc::new(Pool::new(captures.is_some())));
-                Some(Plan { layout: cache, device, dtype, per_item, heads, longest, reorder, candidates, steady })
-            }
+        let device_cache = if folder.manifest.files.contains_key(REORDER) {
+            let reorder = opener.open_reorder(&interface::reorder(&folder.config, folder.manifest.dtype))?;
+            Some(device_cache(&folder, options, is_cross.clone(), reorder))
+        } else {
+            None
         };
-        let [encoder, decoder, decoder_with_past] = [
-            ("encoder", &interface.encoder),
-            ("decoder", &interface.decoder),
-            ("decoder_with_past", &interface.decoder_with_past),
-        ]
-        .map(|(graph, ports)| opener.open(graph, ports));
+        let encoder = opener.open("encoder", ports("encoder"))?;
+        let decoder = opener.open("decoder", ports("decoder"))?;
+        let decoder_with_past = opener.open("decoder_with_past", ports("decoder_with_past"))?;
         let fallbacks = std::mem::take(&mut opener.fallbacks);
         drop(opener);
+        let on_cpu = options.provider.kind == Provider::Cpu;
         let tokenizer = Arc::new(LazyTokenizer::in_folder(&folder.path));
         Ok(Model {
-            encoder: encoder?,
-            decoder: decoder?,
-            decoder_with_past: decoder_with_past?,
-            per_item: per_item(&interface),
-            on_cpu: options.provider.kind == Provider::Cpu,
-            limits: folder.limits(options.limits),
-            resident,
+            encoder,
+            decoder,
+            decoder_with_past,
+            is_cross,
+            on_cpu,
+            limits: folder.limits(options.limits.resolved(on_cpu)),
+            device_cache,
             _uploaded: uploaded,
             fallbacks,
             encoder_cache: Some(options.encoder_cache_bytes).filter(|&bytes| bytes > 0).map(EncoderCache::new),
@@ -160,46 +134,70 @@ impl Model {
         &self.options
     }
 
-    /// Whether steps are captured as CUDA graphs.
-    pub(crate) fn captures(&self) -> bool {
-        self.resident.as_ref().and_then(|plan| plan.steady.as_ref()).is_some_and(|pool| pool.captures())
+    /// The model's configuration.
+    pub fn config(&self) -> &Config {
+        &self.folder.config
     }
 
-    /// Sizes of steps that memory is kept for, as [`OpenOptions::fixed_step_buffers`] has it, not counting those in use.
+    /// The exporter's description of the model.
+    pub fn manifest(&self) -> &Manifest {
+        &self.folder.manifest
+    }
+
+    /// The model's tokenizer, loaded by the first call.
+    ///
+    /// # Errors
+    /// The folder has no `tokenizer.json`, or an unusable one.
+    pub fn tokenizer(&self) -> Result<&Tokenizer, Error> {
+        self.tokenizer.get()
+    }
+
+    /// The operators that fall back to another provider than the requested one. Shapes and the like always fall back to the CPU.
+    pub fn fallbacks(&self) -> &[Fallback] {
+        &self.fallbacks
+    }
+
+    /// Accepted differences between the folder and its export, as sentences: an edited `generation_config.json`. They are logged too,
+    /// see [`log`](crate::log).
+    pub fn warnings(&self) -> &[String] {
+        &self.folder.warnings
+    }
+
+    /// Checks that the model returns cross-attentions.
+    ///
+    /// # Errors
+    /// It was exported without alignment.
+    pub fn check_cross_attentions(&self) -> Result<(), Error> {
+        if self.has_cross_attentions() { Ok(()) } else { Err(no_cross_attentions("output_attentions").into()) }
+    }
+
+    /// The number of unused sets of step buffers that are kept, see [`OpenOptions::fixed_step_buffers`].
     pub fn fixed_buffer_sets(&self) -> usize {
-        self.resident.as_ref().and_then(|plan| plan.steady.as_ref()).map_or(0, |pool| pool.sizes())
+        self.buffer_pool().map_or(0, |pool| pool.unused_sets())
+    }
+
+    /// Whether the decoder returns cross-attentions.
+    pub(crate) fn has_cross_attentions(&self) -> bool {
+        self.folder.manifest.returned().alignment
+    }
+
+    /// Whether steps are captured as CUDA graphs.
+    pub(crate) fn captures_cuda_graphs(&self) -> bool {
+        self.buffer_pool().is_some_and(|pool| pool.captures())
+    }
+
+    fn buffer_pool(&self) -> Option<&BufferPool> {
+        self.device_cache.as_ref().and_then(|cache| cache.buffers.as_deref())
     }
 
     /// Whether the cache stays in the memory of the device that computes.
-    pub(crate) fn is_resident(&self) -> bool {
-        self.resident.is_some()
+    pub(crate) fn is_on_device(&self) -> bool {
+        self.device_cache.is_some()
     }
 
-    /// How rows in flight are kept in the process's own memory, as far as callers of [`Model::start_ragged`] are concerned.
+    /// The layout of a cache in the process's memory. A cache on a device counts as growing: its rows cannot be ragged.
     pub(crate) fn layout(&self) -> CacheLayout {
-        if self.resident.is_some() { CacheLayout::Growing } else { self.folder.manifest.cache }
-    }
-
-    /// What is wrong with an option of a model that does not tell what its targets attend to.
-    pub(crate) fn tells_no_attentions(&self, option: &str, neutral: &str, found: &str) -> OptionError {
-        let why = "it does not tell what its targets attend to: export it with --alignment";
-        OptionError::new(option, format!("{neutral} for this model ({why})"), found)
-    }
-
-    /// That the model tells what its targets attend to.
-    ///
-    /// # Errors
-    /// It was exported without `--alignment`.
-    pub fn check_cross_attentions(&self) -> Result<(), Error> {
-        match self.attends() {
-            true => Ok(()),
-            false => Err(self.tells_no_attentions("output_attentions", "false", "true").into()),
-        }
-    }
-
-    /// Whether the model tells what its targets attend to.
-    pub(crate) fn attends(&self) -> bool {
-        self.folder.manifest.returned().alignment
+        if self.is_on_device() { CacheLayout::Growing } else { self.folder.manifest.cache }
     }
 
     /// What runs side by side in one call.
@@ -207,26 +205,19 @@ impl Model {
         &self.limits
     }
 
-    /// Whether the processor computes it.
-    pub(crate) fn is_on_cpu(&self) -> bool {
-        self.on_cpu
-    }
-
-    /// The target tokens that the model can continue, and what limits them.
-    pub(crate) fn longest_target(&self) -> (usize, &'static str) {
+    /// The greatest length of a target.
+    pub(crate) fn target_limit(&self) -> TargetLimit {
         let planned = self.profiles().and_then(|profiles| profiles.decoder.as_ref()).and_then(|decoder| decoder.target);
-        match (self.folder.config.decoder.max_position_embeddings, self.folder.manifest.cache, planned) {
-            (longest, CacheLayout::Static(capacity), _) if capacity < longest => {
-                (capacity, "the capacity of the cache")
-            }
-            (longest, _, Some(planned)) if planned < longest => {
-                (planned, "the target of the --plan it was exported with")
-            }
-            (longest, ..) => (longest, "decoder.max_position_embeddings"),
-        }
+        let positions = self.folder.config.decoder.max_position_embeddings;
+        let (tokens, reason) = match (self.folder.manifest.cache, planned) {
+            (CacheLayout::Static(capacity), _) if capacity < positions => (capacity, "the capacity of the cache"),
+            (_, Some(planned)) if planned < positions => (planned, "the target of its serving plan"),
+            _ => (positions, "decoder.max_position_embeddings"),
+        };
+        TargetLimit { tokens, reason }
     }
 
-    /// The sizes that the model was planned for, if it was.
+    /// The sizes of the model's serving plan, if it has one.
     pub(crate) fn profiles(&self) -> Option<&Profiles> {
         self.folder.profiles.as_ref()
     }
@@ -241,28 +232,7 @@ impl Model {
         self.folder.fit(batch)
     }
 
-    /// What other providers compute than the one that was asked for: shapes and the like are always the CPU's.
-    pub fn fallbacks(&self) -> &[Fallback] {
-        &self.fallbacks
-    }
-
-    /// What of the folder is not as it was exported and yet accepted, in sentences: an edited `generation_config.json`. The log,
-    /// where there is one, has them too.
-    pub fn warnings(&self) -> &[String] {
-        &self.folder.warnings
-    }
-
-    /// The model's configuration.
-    pub fn config(&self) -> &Config {
-        &self.folder.config
-    }
-
-    /// What the exporter says of the model.
-    pub fn manifest(&self) -> &Manifest {
-        &self.folder.manifest
-    }
-
-    /// The tokens that it has logits of, if not of all.
+    /// The subset of the vocabulary that it has logits of; `None` if it has logits of all.
     pub(crate) fn vocabulary_subset(&self) -> Option<&Arc<VocabularySubset>> {
         self.folder.vocabulary_subset.as_ref()
     }
@@ -272,39 +242,80 @@ impl Model {
         &self.folder.path
     }
 
-    /// The model's tokenizer, loaded when first asked for.
-    ///
-    /// # Errors
-    /// The folder has no `tokenizer.json`, or one that cannot be used.
-    pub fn tokenizer(&self) -> Result<&Tokenizer, Error> {
-        self.tokenizer.get()
-    }
-
     /// What compiles constraints for this model.
     pub(crate) fn constraint_compiler(&self) -> &Compiler {
         &self.constraint_compiler
     }
 }
 
-/// For each cached tensor, in order, whether its first axis is source items.
-fn per_item(interface: &Interface) -> Vec<bool> {
-    // Nothing but what is cached has four axes.
-    let cached = interface.decoder_with_past.inputs.iter().filter(|port| port.shape.len() == 4);
+/// The error of an option that requires cross-attentions, of a model without them.
+pub(crate) fn no_cross_attentions(option: &str) -> OptionError {
+    OptionError::requires(option, "a model exported with alignment", "one without")
+}
+
+/// Refuses fixed step buffers and CUDA graphs for models whose steps cannot have them.
+fn check_fixed_buffers(manifest: &Manifest, options: &OpenOptions) -> Result<(), Error> {
+    let is_in_place = manifest.files.contains_key(REORDER) && manifest.cache == CacheLayout::InPlace;
+    let is_float32 = manifest.dtype == DType::Float32;
+    if let Some(option) = options.provider.cuda_graph_option() {
+        if !is_in_place {
+            return Err(cuda_graphs_require("a cache in place (a model exported for the target cuda)", option));
+        }
+        if is_float32 {
+            return Err(cuda_graphs_require("float16 or bfloat16 (the CPU computes float32 self-attention)", option));
+        }
+    }
+    if options.fixed_step_buffers {
+        let refused = |requirement: &str| Err(Error::requires("fixed_step_buffers", "true", requirement));
+        if !is_in_place {
+            return refused("a cache in place on the device (a model exported for the target cuda)");
+        }
+        if is_float32 && options.provider.target_device() != Device::Cpu {
+            return refused("float16 or bfloat16 on a GPU (the CPU computes float32 self-attention)");
+        }
+    }
+    Ok(())
+}
+
+/// How the cache of a model that was exported for a device is kept there.
+fn device_cache(
+    folder: &Folder,
+    options: &OpenOptions,
+    is_cross: Vec<bool>,
+    reorder: GraphSession,
+) -> DeviceCacheConfig {
+    let (manifest, decoder) = (&folder.manifest, &folder.config.decoder);
+    let captures = options.provider.cuda_graph_option().is_some();
+    let has_buffers = captures || options.fixed_step_buffers;
+    DeviceCacheConfig {
+        layout: manifest.cache,
+        device: options.provider.target_device(),
+        dtype: manifest.dtype,
+        is_cross,
+        kv_heads: decoder.num_key_value_heads,
+        head_dim: decoder.head_dim,
+        max_positions: decoder.max_position_embeddings,
+        reorder: Arc::new(reorder),
+        top_logits: match manifest.logits {
+            Logits::Candidates(count) => Some(count),
+            _ => None,
+        },
+        buffers: has_buffers.then(|| Arc::new(BufferPool::new(captures))),
+    }
+}
+
+/// For each cached tensor, in the order of the graphs, whether it is of cross-attention, with source items on its first axis.
+fn is_cross(decoder_with_past: &Ports) -> Vec<bool> {
+    // Only keys and values have four axes.
+    let cached = decoder_with_past.inputs.iter().filter(|port| port.shape.len() == 4);
     cached.map(|port| port.shape[0] == Dim::symbol(BATCH)).collect()
 }
 
 #[cfg(test)]
 mod tests {
-    use t5gemma_graphs::interface::{Logits, Port};
+    use t5gemma_graphs::interface::{Interface, Port};
 
     use super::*;
-
-    fn interface() -> Interface {
-        let config =
-            r#"{"model_type": "t5gemma", "encoder": {"num_hidden_layers": 2}, "decoder": {"num_hidden_layers": 3}}"#;
-        let config = Config::parse(config).expect("a minimal config");
-        Interface::of(&config, DType::Float32, Logits::Last, CacheLayout::Growing)
-    }
 
     #[test]
     fn a_model_is_shared_between_threads() {
@@ -314,7 +325,10 @@ mod tests {
 
     #[test]
     fn cached_tensors_keep_their_order_from_graph_to_graph() {
-        let interface = interface();
+        let config =
+            r#"{"model_type": "t5gemma", "encoder": {"num_hidden_layers": 2}, "decoder": {"num_hidden_layers": 3}}"#;
+        let config = Config::parse(config).expect("a minimal config");
+        let interface = Interface::of(&config, DType::Float32, Logits::Last, CacheLayout::Growing);
         let after_prefix = |port: &Port| port.name.split_once('.').map(|(_, rest)| rest.to_string());
         let names = |ports: &[Port]| ports.iter().map(after_prefix).collect::<Option<Vec<_>>>();
         let made = names(&interface.decoder.outputs[1..]).expect("all cached");
@@ -322,8 +336,8 @@ mod tests {
 
         let grown: Vec<String> = made
             .iter()
-            .zip(per_item(&interface))
-            .filter(|(_, per_item)| !per_item)
+            .zip(is_cross(&interface.decoder_with_past))
+            .filter(|(_, is_cross)| !is_cross)
             .map(|(name, _)| name.clone())
             .collect();
         assert_eq!(names(&interface.decoder_with_past.outputs[1..]).expect("all cached"), grown);

@@ -1,31 +1,33 @@
-//! `State`: what the decoder remembers of the rows in flight between two steps, and how it follows a change of rows (beams
-//! that continue another beam, items that have finished). Which row continues which is decided elsewhere. Two ways of
-//! keeping it are for the process's own memory, and the third for the memory of a device.
+//! `State`: the decoder's keys and values of the rows in flight, and how they follow a change of rows (beams that continue another
+//! beam, items that have finished). Which row continues which is not decided here. Two caches are kept in the process's own memory,
+//! the third in the memory of a device.
 
-mod candidates;
+mod fixed_buffers;
 mod growing;
 mod in_place;
-mod logits;
+mod logits_output;
+mod on_device;
 mod ragged;
-mod resident;
-mod steady;
+mod step_binding;
+mod top_logits;
 
 use half::{bf16, f16};
 use ort::session::{NoSelectedOutputs, RunOptions, Session};
 use ort::value::{DynValue, PrimitiveTensorElementType, Tensor, TensorElementType};
+use t5gemma_graphs::interface::CROSS_ATTENTIONS;
 use t5gemma_kernels::LogitsRequest;
 
 use crate::error::Error;
-use growing::Growing;
-use in_place::InPlace;
-pub(crate) use ragged::{First, Ragged, capacity};
-pub(crate) use resident::{Plan, Resident};
-pub(crate) use steady::Pool;
-use t5gemma_graphs::interface::CROSS_ATTENTIONS;
+pub(crate) use fixed_buffers::BufferPool;
+use growing::GrowingCache;
+use in_place::InPlaceCache;
+use on_device::DeviceCache;
+pub(crate) use on_device::{DeviceCacheConfig, PrefillInputs};
+pub(crate) use ragged::{Continued, Joining, Prefilled, RaggedCache, capacity};
 
 /// The keys and values of the rows in flight, with the mask of their sources.
 ///
-/// Target rows are ordered by source item: the beams of one item are adjacent, and every item has as many.
+/// Target rows are ordered by source item: the beams of one item are adjacent, and every item has the same number of rows.
 pub(crate) struct State {
     cache: Cache,
     items: usize,
@@ -34,55 +36,88 @@ pub(crate) struct State {
 
 /// The keys and values.
 pub(crate) enum Cache {
-    /// Every step makes new ones.
-    Growing(Growing),
-    /// Every step writes into what there is.
-    InPlace(Box<InPlace>),
-    /// It stays where the sessions compute.
-    Resident(Box<Resident>),
+    /// Every step returns new ones.
+    Growing(GrowingCache),
+    /// Every step writes into the existing ones.
+    InPlace(Box<InPlaceCache>),
+    /// They stay on the device that computes.
+    Device(Box<DeviceCache>),
 }
 
-/// What a run returns besides what is cached.
-pub(crate) struct Returned {
+/// The outputs of a decoder run apart from the keys and values.
+pub(crate) struct DecoderOutputs {
     /// `[rows, positions, vocab_size]`.
     pub logits: DynValue,
-    /// `[rows, tokens, source]`, of models that tell what their targets attend to.
-    pub attended: Option<DynValue>,
+    /// `[rows, tokens, source]`, of models that were exported with them.
+    pub cross_attentions: Option<DynValue>,
 }
 
-/// The name of the output that tells what targets attend to, if a graph has it: it is the last.
-fn attended_port(session: &Session) -> Option<String> {
+/// The name of the output with cross-attention probabilities, if a graph has it: it is the last.
+fn cross_attentions_output(session: &Session) -> Option<String> {
     session.outputs().last().filter(|port| port.name() == CROSS_ATTENTIONS).map(|port| port.name().to_string())
+}
+
+/// A change of rows: keeps the source items `items`, and makes each target row `r` the continuation of row `parents[r]`. Both are
+/// indices before the change; `parents` has the same number of rows for each kept item.
+pub(crate) struct Selection<'a> {
+    pub items: &'a [usize],
+    pub parents: &'a [usize],
+    pub items_before: usize,
+    pub rows_before: usize,
+}
+
+impl Selection<'_> {
+    /// Whether all indices are of existing items and rows.
+    fn check(&self) -> ort::Result<()> {
+        let Selection { items, parents, items_before, rows_before } = self;
+        if items.iter().any(|item| item >= items_before) || parents.iter().any(|row| row >= rows_before) {
+            return Err(ort::Error::new(format!("items {items:?} and rows {parents:?} of a cache")));
+        }
+        Ok(())
+    }
+}
+
+/// Runs a step of `count` tokens a row as steps of one token, because the attention over a cache of fixed capacity takes several
+/// tokens of a single row only. Returns the outputs of the last.
+fn one_token_at_a_time(
+    tokens: &[i64],
+    count: usize,
+    mut step: impl FnMut(&[i64]) -> ort::Result<DecoderOutputs>,
+) -> ort::Result<DecoderOutputs> {
+    let mut last = None;
+    for at in 0..count {
+        let one_each: Vec<i64> = tokens.iter().skip(at).step_by(count).copied().collect();
+        last = Some(step(&one_each)?);
+    }
+    last.ok_or_else(|| ort::Error::new("a step without tokens"))
 }
 
 impl State {
     /// The state after the first decoder step, which runs one target row for each source item: `mask` is `[items, source]`,
-    /// `cached` are the step's outputs after the logits, and `per_item` tells of each whether its first axis is source
-    /// items (cross-attention) or target rows (self-attention).
-    pub fn growing(mask: DynValue, cached: Vec<DynValue>, per_item: Vec<bool>) -> State {
+    /// `cached` are the step's outputs after the logits, and `is_cross` says of each whether it is of cross-attention, with source
+    /// items on its first axis, or of self-attention, with target rows.
+    pub fn growing(mask: DynValue, cached: Vec<DynValue>, is_cross: Vec<bool>) -> State {
         let items = mask.shape()[0] as usize;
-        State { cache: Cache::Growing(Growing::new(mask, cached, per_item)), items, rows: items }
+        State { cache: Cache::Growing(GrowingCache::new(mask, cached, is_cross)), items, rows: items }
     }
 
-    /// The same, to be continued in place.
-    pub fn in_place(mask: DynValue, cached: Vec<DynValue>, per_item: &[bool]) -> ort::Result<State> {
+    /// [`State::growing`] for a model whose steps write into the cache.
+    pub fn in_place(mask: DynValue, cached: Vec<DynValue>, is_cross: &[bool]) -> ort::Result<State> {
         let items = mask.shape()[0] as usize;
-        Ok(State { cache: Cache::InPlace(Box::new(InPlace::new(mask, cached, per_item)?)), items, rows: items })
+        Ok(State { cache: Cache::InPlace(Box::new(InPlaceCache::new(mask, cached, is_cross)?)), items, rows: items })
     }
 
-    /// The state after the first decoder graph has run on `ids` and `hidden`, with what it returns if it is a step; to be kept as
-    /// the plan says.
-    pub fn resident(
-        plan: &Plan,
+    /// Runs the first decoder graph and keeps its keys and values on the device. If that graph is a step, its outputs are returned too.
+    pub fn on_device(
+        config: &DeviceCacheConfig,
         session: &mut Session,
-        mask: DynValue,
-        given: (&DynValue, &DynValue),
-        wanted: LogitsRequest,
+        inputs: PrefillInputs,
+        request: LogitsRequest,
         options: &RunOptions<NoSelectedOutputs>,
-    ) -> ort::Result<(State, Option<Returned>)> {
-        let items = mask.shape()[0] as usize;
-        let (resident, returned) = Resident::start(plan, session, mask, given, wanted, options)?;
-        Ok((State { cache: Cache::Resident(Box::new(resident)), items, rows: items }, returned))
+    ) -> ort::Result<(State, Option<DecoderOutputs>)> {
+        let items = inputs.mask.shape()[0] as usize;
+        let (cache, outputs) = DeviceCache::prefill(config, session, inputs, request, options)?;
+        Ok((State { cache: Cache::Device(Box::new(cache)), items, rows: items }, outputs))
     }
 
     /// The number of source items in flight.
@@ -100,36 +135,34 @@ impl State {
         &mut self.cache
     }
 
-    /// Keeps the source items `items`, and makes target row `r` the continuation of row `parents[r]`. Both count in the
-    /// items and rows of before the call; `parents` holds as many rows for each kept item.
+    /// Changes the rows: see [`Selection`].
     pub fn select(&mut self, items: &[usize], parents: &[usize]) -> Result<(), Error> {
-        let before = (self.items, self.rows);
+        let selection = Selection { items, parents, items_before: self.items, rows_before: self.rows };
         match &mut self.cache {
-            Cache::Growing(cache) => cache.select(items, parents, before),
-            Cache::InPlace(cache) => cache.select(items, parents, before),
-            Cache::Resident(cache) => cache.select(items, parents, before),
+            Cache::Growing(cache) => cache.select(&selection),
+            Cache::InPlace(cache) => cache.select(&selection),
+            Cache::Device(cache) => cache.select(&selection),
         }
         .map_err(Error::onnxruntime("reordering the cache"))?;
         (self.items, self.rows) = (items.len(), parents.len());
         Ok(())
     }
-}
 
-impl State {
-    /// Forgets the target tokens behind the first `length`; there is one row.
+    /// Drops the target tokens after the first `length`. Only with one row.
     pub fn truncate(&mut self, length: usize) -> Result<(), Error> {
         match &mut self.cache {
-            Cache::Growing(cache) => cache.truncate(length).map_err(Error::onnxruntime("shortening the cache")),
+            Cache::Growing(cache) => cache.truncate(length),
             Cache::InPlace(cache) => {
                 cache.truncate(length);
                 Ok(())
             }
-            Cache::Resident(cache) => cache.truncate(length).map_err(Error::onnxruntime("shortening the cache")),
+            Cache::Device(cache) => cache.truncate(length),
         }
+        .map_err(Error::onnxruntime("truncating the cache"))
     }
 }
 
-/// Makes `value`, `[1, heads, tokens, size]`, what it is of the first `length` tokens.
+/// Cuts `value`, `[1, heads, tokens, size]`, to its first `length` tokens.
 fn keep_tokens(value: &mut DynValue, length: usize) -> ort::Result<()> {
     if value.shape()[2] > length as i64 {
         *value = match value.data_type() {
@@ -152,7 +185,7 @@ where
     Ok(Tensor::from_array(([shape[0] as usize, shape[1] as usize, length, size], kept))?.into_dyn())
 }
 
-/// Makes `value` the tensor of the given rows (entries of the first axis) of itself, which has `before` rows.
+/// Gathers `rows` of the first axis of `value`, which has `before` rows.
 fn keep_rows(value: &mut DynValue, rows: &[usize], before: usize) -> ort::Result<()> {
     if !rows.iter().copied().eq(0..before) {
         *value = match value.data_type() {

@@ -16,10 +16,10 @@ use crate::batch::{Batch, Prompts};
 use crate::cancellation::Cancellation;
 use crate::error::Error;
 use crate::generate::{self, Controls};
-use crate::logits::Logits;
 use crate::model::Model;
 use crate::options::GenerationConfig;
 use crate::search::Search;
+use crate::step_output::StepTensors;
 
 pub use comparison::{Comparison, comparison};
 
@@ -122,7 +122,7 @@ pub fn consistency(model: &Model, tolerance: Option<f32>, cancel: &Cancellation)
     // Without the model's other options: processors act on logits in greedy search and on log-probabilities in beam search, so that
     // the two rightly differ.
     let greedy = GenerationConfig {
-        max_new_tokens: Some(16.min(model.longest_target().0 - 1)),
+        max_new_tokens: Some(16.min(model.target_limit().tokens - 1)),
         ..model.generation_config().plain()
     };
     let tokens = |search: fn(&GenerationConfig, &[i64]) -> Search| -> Result<Vec<Vec<i64>>, Error> {
@@ -252,8 +252,8 @@ fn forced(
     };
     let tokens = model.vocabulary_subset().map_or(model.config().decoder.vocab_size, |subset| subset.tokens().len());
     let mut all = Array3::zeros([pieces.len(), rows, tokens]);
-    let mut take = |piece: usize, rows: &Range<usize>, logits: &mut Logits| {
-        let logits = logits.rows_mut()?;
+    let mut take = |piece: usize, rows: &Range<usize>, tensors: &mut StepTensors| {
+        let logits = tensors.logits_mut()?;
         let logits = ArrayView2::from_shape([logits.len() / tokens, tokens], logits);
         let logits = logits.expect("each run returns one row of logits for each row");
         all.slice_mut(s![piece, rows.clone(), ..]).assign(&logits.slice(s![..rows.len(), ..]));
@@ -270,15 +270,15 @@ fn forced(
         let encoded = model.run_encoder(&run, cancel)?;
         let prompts = Prompts { length: pieces[0], ids: part(0, pieces[0]) };
         let prompts = prompts.piece(of_run.clone()).widened(run.rows());
-        let (mut state, mut logits) = model.start(encoded, prompts, LogitsRequest::All, cancel)?;
-        take(0, &of_run, &mut logits)?;
+        let (mut state, mut tensors) = model.prefill(encoded, prompts, LogitsRequest::All, cancel)?;
+        take(0, &of_run, &mut tensors)?;
         let kept: Vec<usize> = (0..of_run.len()).collect();
         state.select(&kept, &kept)?;
         let mut fed = pieces[0];
         for (piece, &count) in (1..).zip(&pieces[1..]) {
             let tokens = Prompts { length: count, ids: part(fed, count) }.piece(of_run.clone()).ids;
-            logits = model.step(&mut state, tokens, LogitsRequest::All, cancel)?;
-            take(piece, &of_run, &mut logits)?;
+            tensors = model.step(&mut state, tokens, LogitsRequest::All, cancel)?;
+            take(piece, &of_run, &mut tensors)?;
             fed += count;
         }
     }

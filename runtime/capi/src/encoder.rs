@@ -193,7 +193,8 @@ pub extern "C" fn t5g_encoder_encode(
         put_states(states, given, shape, &batch, || {
             call.run_in_one_step(|cancel| match pooling {
                 Pooling::None => Ok(encoder.encode(&batch, cancel)?.into_iter().collect()),
-                _ => Ok(encoder.embed(&batch, pooling, normalize, cancel)?.into_iter().collect()),
+                _ if normalize => Ok(encoder.embed_normalized(&batch, pooling, cancel)?.into_iter().collect()),
+                _ => Ok(encoder.embed(&batch, pooling, cancel)?.into_iter().collect()),
             })
         })
     })

@@ -252,6 +252,8 @@ impl Running {
                 }
                 self.untold.push_back(Told::Row(row));
             }
+            // A new event has to get a kind in the header first.
+            _ => {}
         }
         Ok(())
     }
@@ -327,7 +329,9 @@ fn submit(
     };
     call.check_cancellation()?;
     let deadline = call.deadline();
-    let generation = engine.inner.submit(Request { deadline, ..Request::new(batch, options) })?;
+    let mut request = Request::new(batch, options);
+    request.deadline = deadline;
+    let generation = engine.inner.submit(request)?;
     let canceller = generation.canceller();
     Ok(Running {
         streams,
@@ -363,12 +367,10 @@ pub extern "C" fn t5g_engine_new(
         let (place, model) = (engine.check("engine")?, model.get("model")?);
         let given = options.optional("options")?.unwrap_or_else(t5g_engine_options::unset);
         let default = EngineOptions::default();
-        let options = EngineOptions {
-            max_rows: bound(given.max_rows, "options.max_rows")?.unwrap_or(default.max_rows),
-            max_bytes: bound(given.max_bytes, "options.max_bytes")?.unwrap_or(default.max_bytes),
-            max_waiting: bound(given.max_waiting, "options.max_waiting")?.unwrap_or(default.max_waiting),
-            ..default
-        };
+        let options = EngineOptions::default()
+            .max_rows(bound(given.max_rows, "options.max_rows")?.unwrap_or(default.max_rows))
+            .max_bytes(bound(given.max_bytes, "options.max_bytes")?.unwrap_or(default.max_bytes))
+            .max_waiting(bound(given.max_waiting, "options.max_waiting")?.unwrap_or(default.max_waiting));
         let devices = given.devices.get(given.device_count, "options.devices")?;
         let models = if devices.is_empty() { vec![model.inner.clone()] } else { model.copies(devices)? };
         let inner = Engine::of_copies(&models, options.clone())?;

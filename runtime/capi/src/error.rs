@@ -99,7 +99,7 @@ impl From<Error> for t5g_error {
             Error::Interface { port, .. } => (t5g_code::Model, Some(port)),
             Error::Unsupported { .. } | Error::Kernels(_) => (t5g_code::Unsupported, None),
             Error::OnnxRuntime { .. } => (t5g_code::OnnxRuntime, None),
-            Error::Input { field, .. } => (t5g_code::Input, Some(field)),
+            Error::Input { field, .. } | Error::Requires { field, .. } => (t5g_code::Input, Some(field)),
             Error::Options(error) => (t5g_code::Options, Some(error.option)),
             Error::Tokenizer { .. } => (t5g_code::Tokenizer, None),
             Error::NotFinite { .. } => (t5g_code::NotFinite, None),

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 
 use serde_json::{Value, json};
-use t5gemma_runtime::{Batch, ChatTemplate, Controls, Draws, Model, OpenOptions};
+use t5gemma_runtime::{Batch, ChatTemplate, Controls, Draws, Model, OpenOptions, TargetScore};
 
 use crate::boundary::{fallible, free};
 use crate::call::{Call, Role, t5g_call};
@@ -211,8 +211,8 @@ pub extern "C" fn t5g_model_score(
         let found = call.run(|cancel| {
             let scored =
                 model.inner.score_with_progress(&batch, &targets, top_logprobs, &mut || shown.step(), cancel)?;
-            let told = |(logprobs, attended): (_, Option<_>)| (logprobs, attended.filter(|_| output_attentions));
-            Ok(scored.into_iter().map(told).collect())
+            let requested = |score: TargetScore| (score.logprobs, score.cross_attentions.filter(|_| output_attentions));
+            Ok(scored.into_iter().map(requested).collect())
         })?;
         place.put(Handle::new(t5g_result::scored(model.inner.clone(), targets, found, source_tokens(&batch))));
         Ok(())

@@ -391,7 +391,7 @@ mod tests {
             read.map(|options| options.limits)
         };
         let read = open(Text::of(c"{\"max_sources\": 3, \"max_tokens\": 500, \"max_bytes\": 1000000}"));
-        assert_eq!(read, Ok(Limits { max_sources: 3, max_tokens: 500, max_bytes: Some(1_000_000) }));
+        assert_eq!(read, Ok(Limits::NONE.max_sources(3).max_tokens(500).max_bytes(1_000_000)));
         assert_eq!(open(Text::of(c"{}")), Ok(Limits::default()));
         let refused = open(Text::of(c"{\"max_bytes\": 0}"));
         assert_eq!(refused, Err("max_bytes: expected at least 1, found 0".into()));

@@ -90,7 +90,7 @@ impl Answer {
     }
 
     fn of(hypothesis: Hypothesis) -> Answer {
-        let Hypothesis { tokens, score, finish_reason, logprobs, cross_attentions } = hypothesis;
+        let Hypothesis { tokens, score, finish_reason, logprobs, cross_attentions, .. } = hypothesis;
         Answer { finish_reason: Some(finish_reason), score, cross_attentions, ..Answer::new(tokens, logprobs) }
     }
 }
@@ -167,6 +167,8 @@ fn number(reason: FinishReason) -> i64 {
         FinishReason::Time => 4,
         FinishReason::Constraint => 5,
         FinishReason::ConstraintIncomplete => 6,
+        // A new reason has to get a number in the header first.
+        _ => 0,
     }
 }
 

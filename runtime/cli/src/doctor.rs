@@ -41,17 +41,15 @@ pub fn run(arguments: Arguments) -> Result<Outcome> {
             writeln!(out, "using {}", library.path.display())?;
             writeln!(out, "  {}", library.build)?;
             writeln!(out, "  providers: {}", library.providers.join(", "))?;
-            let providers = Provider::ALL.map(|kind| ProviderConfig {
-                kind,
-                device: if kind == Provider::Cpu { 0 } else { arguments.device },
-                options: Vec::new(),
+            let providers = Provider::ALL.map(|provider| {
+                let device = if provider == Provider::Cpu { 0 } else { arguments.device };
+                ProviderConfig::new(provider).device(device)
             });
-            for ProviderProbe { provider, result } in probe_providers(arguments.onnxruntime.as_deref(), &providers)? {
+            for ProviderProbe { provider, result, .. } in probe_providers(arguments.onnxruntime.as_deref(), &providers)?
+            {
                 match result {
                     Ok(()) => writeln!(out, "  --provider {provider}: ready")?,
-                    Err(error) => {
-                        writeln!(out, "  --provider {provider}: {}", error.to_string().replace('\n', "\n    "))?
-                    }
+                    Err(error) => writeln!(out, "  --provider {provider}: {error}")?,
                 }
             }
             Ok(Outcome::Done)

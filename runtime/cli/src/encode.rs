@@ -241,7 +241,10 @@ impl Encoding<'_> {
         let batch = requests::batch(requests, pad)?;
         let output = match self.pooling {
             Pooling::None => self.encoder.encode(&batch, self.cancel)?.into_dyn(),
-            pooling => self.encoder.embed(&batch, pooling, self.arguments.normalize, self.cancel)?.into_dyn(),
+            pooling if self.arguments.normalize => {
+                self.encoder.embed_normalized(&batch, pooling, self.cancel)?.into_dyn()
+            }
+            pooling => self.encoder.embed(&batch, pooling, self.cancel)?.into_dyn(),
         };
         let mut first = 0;
         let one = |request: &&Request| {

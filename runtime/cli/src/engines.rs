@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
-use t5gemma_runtime::build_engines;
+use t5gemma_runtime::{ExistingEngines, build_engines};
 
 use crate::exit::Outcome;
 use crate::opening::Opening;
@@ -28,7 +28,8 @@ pub fn run(arguments: Arguments) -> Result<Outcome> {
     let options = arguments.opening.options(arguments.opening.one_device()?);
     let start = Instant::now();
     let mut tell = |graph: &str| eprintln!("{:>6.1} s  building the engine of {graph}", start.elapsed().as_secs_f32());
-    build_engines(&arguments.opening.model, &options, arguments.force, &mut tell)?;
+    let existing = if arguments.force { ExistingEngines::Replace } else { ExistingEngines::Keep };
+    build_engines(&arguments.opening.model, &options, existing, &mut tell)?;
     eprintln!("{:>6.1} s  done", start.elapsed().as_secs_f32());
     Ok(Outcome::Done)
 }

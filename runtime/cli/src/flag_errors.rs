@@ -67,6 +67,10 @@ pub fn of_opening(error: Error) -> anyhow::Error {
             }
             _ => error.into(),
         },
+        Error::Requires { field, value, requirement } => {
+            let flag = as_flag(&field.replace(' ', "_"));
+            Usage(format!("{flag} {value} requires {requirement}")).into()
+        }
         _ => error.into(),
     }
 }

@@ -100,23 +100,18 @@ impl Opening {
     }
 
     pub fn options(&self, device: u32) -> OpenOptions {
-        let (library, threads) = (self.onnxruntime.clone(), self.threads);
-        let (check_weights, encoder_cache_bytes) = (self.check_weights, self.encoder_cache_bytes);
-        let limits = self.limits;
-        let kind = Provider::ALL.into_iter().find(|provider| provider.name() == self.provider).unwrap_or_default();
-        let provider = ProviderConfig { kind, device, options: self.provider_option.clone() };
-        let (profile, engines) = (self.profile.clone(), self.engines.clone());
-        OpenOptions {
-            library,
-            threads,
-            check_weights,
-            encoder_cache_bytes,
-            limits,
-            provider,
-            profile,
-            engines,
-            ..OpenOptions::default()
-        }
+        let provider = Provider::ALL.into_iter().find(|provider| provider.name() == self.provider).unwrap_or_default();
+        let mut options = OpenOptions::default()
+            .check_weights(self.check_weights)
+            .encoder_cache_bytes(self.encoder_cache_bytes)
+            .limits(self.limits)
+            .provider(ProviderConfig::new(provider).device(device));
+        options.provider.options = self.provider_option.clone();
+        options.library = self.onnxruntime.clone();
+        options.threads = self.threads;
+        options.profile = self.profile.clone();
+        options.engines = self.engines.clone();
+        options
     }
 }
 

@@ -35,7 +35,7 @@ impl Packing {
     /// What a model runs at a time, also of one request.
     pub fn limits(&self) -> Limits {
         let max_tokens = self.max_batch_tokens.map_or(usize::MAX, |tokens| tokens as usize);
-        Limits { max_sources: self.rows(), max_tokens, ..Limits::default() }
+        Limits::default().max_sources(self.rows()).max_tokens(max_tokens)
     }
 
     /// Source rows to read before they are run.

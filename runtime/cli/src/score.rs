@@ -4,7 +4,7 @@ use std::io::{self, Write};
 
 use anyhow::{Context, Result};
 use serde_json::{Map, Value, json};
-use t5gemma_runtime::{Batch, Cancellation, CrossAttentions, Error, Logprobs, Model};
+use t5gemma_runtime::{Batch, Cancellation, CrossAttentions, Error, Logprobs, Model, TargetScore};
 
 use crate::exit::Outcome;
 use crate::opening::Opening;
@@ -132,11 +132,12 @@ impl Scoring<'_> {
 
     fn score(&self, batch: &Batch, targets: &[Vec<i64>]) -> Result<Vec<Scored>, Error> {
         if self.output_attentions {
-            let scored = self.model.score_with_attentions(batch, targets, self.top, self.cancel)?;
-            return Ok(scored.into_iter().map(|(logprobs, attended)| (logprobs, Some(attended))).collect());
+            self.model.check_cross_attentions()?;
         }
         let scored = self.model.score(batch, targets, self.top, self.cancel)?;
-        Ok(scored.into_iter().map(|logprobs| (logprobs, None)).collect())
+        let requested =
+            |score: TargetScore| (score.logprobs, score.cross_attentions.filter(|_| self.output_attentions));
+        Ok(scored.into_iter().map(requested).collect())
     }
 
     /// Answers requests as one batch. Should it be refused, each is tried alone, so that the error falls to the one that is

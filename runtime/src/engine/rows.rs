@@ -1,5 +1,5 @@
-//! The memory of rows that share their steps, over the two cache layouts: every target row is an entry of its own, and the
-//! members of a flight are the adjacent rows of one source.
+//! The caches of rows that share their steps, for the two ways in which cache layouts allow it. Each target row is an entry of its own,
+//! and the members of a flight are the adjacent rows of one source.
 
 use t5gemma_graphs::interface::CacheLayout;
 use t5gemma_kernels::LogitsRequest;
@@ -7,106 +7,107 @@ use t5gemma_kernels::LogitsRequest;
 use crate::batch::{Batch, Prompts};
 use crate::cancellation::Cancellation;
 use crate::error::Error;
-use crate::logits::Logits;
 use crate::model::Model;
-use crate::state::{First, Ragged, State};
+use crate::state::{Continued, Joining, Prefilled, RaggedCache, State};
+use crate::step_output::StepTensors;
 
 /// Keys and values of rows that share their steps.
 pub(super) enum Rows {
-    /// Of rows of one length.
+    /// Rows of one length.
     Cohort(State),
-    /// Of rows of any length.
-    Ragged(Box<Ragged>),
+    /// Rows of any length.
+    Ragged(Box<RaggedCache>),
 }
 
-/// Sources after their first step, to be added to rows in flight or to begin a flight.
-pub(super) enum Begun {
+/// Sources after their first step, which join rows in flight or begin a flight.
+pub(super) enum NewRows {
     Cohort(State),
-    Ragged(First),
+    Ragged(Prefilled),
 }
 
-/// A member that goes on: its first row, its number of rows, which member it is, and what each of its next rows continues.
-pub(super) struct GoingOn<'a> {
+/// A member that goes on.
+pub(super) struct ContinuedMember<'a> {
+    /// Its first row in the flight.
     pub first: usize,
+    /// The number of its rows.
     pub rows: usize,
+    /// Its index in the flight.
     pub member: usize,
+    /// For each of its next rows, which of its rows that one continues.
     pub parents: &'a [usize],
 }
 
-impl Begun {
-    /// Runs the first step of sources that were encoded already.
-    pub fn start(
+impl NewRows {
+    /// Runs the first step of sources that are encoded already.
+    pub fn prefill(
         model: &Model,
         sources: &Batch,
         prompts: Prompts,
-        wanted: LogitsRequest,
+        request: LogitsRequest,
         cancel: &Cancellation,
-    ) -> Result<(Begun, Logits), Error> {
+    ) -> Result<(NewRows, StepTensors), Error> {
         let encoded = model.run_encoder(sources, cancel)?;
         Ok(match model.layout() {
             CacheLayout::Growing | CacheLayout::Static(_) => {
-                let (state, logits) = model.start(encoded, prompts, wanted, cancel)?;
-                (Begun::Cohort(state), logits)
+                let (state, tensors) = model.prefill(encoded, prompts, request, cancel)?;
+                (NewRows::Cohort(state), tensors)
             }
             CacheLayout::InPlace => {
-                let (first, logits) = model.start_ragged(encoded, prompts, wanted, cancel)?;
-                (Begun::Ragged(first), logits)
+                let (prefilled, tensors) = model.prefill_ragged(encoded, prompts, request, cancel)?;
+                (NewRows::Ragged(prefilled), tensors)
             }
         })
     }
 }
 
 impl Rows {
-    /// Rows of items of a first step: of each its place in it, its source's tokens and its rows. They join `rows` where
-    /// the layout lets them; otherwise they begin a flight, which is returned.
-    pub fn join(
-        rows: Option<&mut Rows>,
-        begun: Begun,
-        joining: &[(usize, usize, usize)],
-    ) -> Result<Option<Rows>, Error> {
-        let joined = |ragged: &mut Ragged, first: &First| {
-            ragged.join(first, joining).map_err(Error::onnxruntime("adding rows to the cache"))
+    /// Adds new rows to `rows` if the layout allows it; otherwise they begin a flight, which is returned.
+    pub fn join(rows: Option<&mut Rows>, new: NewRows, joining: &[Joining]) -> Result<Option<Rows>, Error> {
+        let join = |cache: &mut RaggedCache, prefilled: &Prefilled| {
+            cache.join(prefilled, joining).map_err(Error::onnxruntime("adding rows to the cache"))
         };
-        match (begun, rows) {
-            (Begun::Cohort(mut state), _) => {
-                let of_items: Vec<usize> =
-                    joining.iter().flat_map(|&(item, _, rows)| std::iter::repeat_n(item, rows)).collect();
-                state.select(&of_items, &of_items)?;
+        match (new, rows) {
+            (NewRows::Cohort(mut state), _) => {
+                let items: Vec<usize> =
+                    joining.iter().flat_map(|joining| std::iter::repeat_n(joining.item, joining.rows)).collect();
+                state.select(&items, &items)?;
                 Ok(Some(Rows::Cohort(state)))
             }
-            (Begun::Ragged(first), Some(Rows::Ragged(ragged))) => joined(ragged, &first).map(|()| None),
-            (Begun::Ragged(first), _) => {
-                let mut ragged = Ragged::default();
-                joined(&mut ragged, &first)?;
-                Ok(Some(Rows::Ragged(Box::new(ragged))))
+            (NewRows::Ragged(prefilled), Some(Rows::Ragged(cache))) => join(cache, &prefilled).map(|()| None),
+            (NewRows::Ragged(prefilled), _) => {
+                let mut cache = RaggedCache::default();
+                join(&mut cache, &prefilled)?;
+                Ok(Some(Rows::Ragged(Box::new(cache))))
             }
         }
     }
 
-    /// Runs a step: a token for each row.
+    /// Runs a step of one token for each row.
     pub fn step(
         &mut self,
         model: &Model,
         tokens: Vec<i64>,
-        wanted: LogitsRequest,
+        request: LogitsRequest,
         cancel: &Cancellation,
-    ) -> Result<Logits, Error> {
+    ) -> Result<StepTensors, Error> {
         match self {
-            Rows::Cohort(state) => model.step(state, tokens, wanted, cancel),
-            Rows::Ragged(ragged) => model.step_ragged(ragged, &tokens, wanted, cancel),
+            Rows::Cohort(state) => model.step(state, tokens, request, cancel),
+            Rows::Ragged(cache) => model.step_ragged(cache, &tokens, request, cancel),
         }
     }
 
     /// Keeps the members that go on.
-    pub fn select(&mut self, members: &[GoingOn]) -> Result<(), Error> {
+    pub fn select(&mut self, members: &[ContinuedMember]) -> Result<(), Error> {
         match self {
-            Rows::Ragged(ragged) => {
-                let continued: Vec<_> = members.iter().map(|member| (member.member, member.parents)).collect();
-                ragged.select(&continued).map_err(Error::onnxruntime("reordering the cache"))
+            Rows::Ragged(cache) => {
+                let continued =
+                    members.iter().map(|member| Continued { member: member.member, parents: member.parents });
+                let continued: Vec<_> = continued.collect();
+                cache.select(&continued).map_err(Error::onnxruntime("reordering the cache"))
             }
             Rows::Cohort(state) => {
-                // The rows of a member have one source: where a row stays in its place, so does what it has of that.
-                let row = |member: &GoingOn, row: usize| member.first + row.min(member.rows - 1);
+                // The rows of a member have the same source, so a row that keeps its index can keep its copy of it too.
+                let row = |member: &ContinuedMember, row: usize| member.first + row.min(member.rows - 1);
                 let sources: Vec<usize> = members
                     .iter()
                     .flat_map(|member| (0..member.parents.len()).map(move |at| row(member, at)))

@@ -1,86 +1,64 @@
-//! A thread of the engine, of one copy of the model: admits rows, runs a step of each flight in turn, and tells callers what
-//! came of it.
+//! A thread of the engine, for one copy of the model: it admits sources, runs a step of each flight in turn, and sends callers the
+//! events.
 
 use std::collections::HashSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::Sender;
-use std::sync::{Arc, OnceLock, PoisonError};
+use std::sync::{Arc, PoisonError};
 
-use super::plan::Need;
-use super::rows::{Begun, GoingOn, Rows};
-use super::{Engine, EngineStats, Event, Id, Phase, Shared};
+use super::queue::{ActiveRequest, ModelCopy, Phase, Shared};
+use super::rows::{ContinuedMember, NewRows, Rows};
+use super::{Engine, EngineStats, Event};
 use crate::batch::{Batch, Prompts};
-use crate::cancellation::Cancellation;
 use crate::error::Error;
-use crate::item::{Call, Item};
-use crate::logits::Said;
+use crate::item::{Item, ItemStatus};
+use crate::memory::Footprint;
 use crate::model::Model;
 use crate::search::Search;
-use crate::stop::StoppingCriteria;
+use crate::state::Joining;
+use crate::step_output::StepOutput;
 
-/// Cohorts at most: each reads the weights for itself, and later ones would be smaller still.
+/// Upper bound on cohorts: each reads the weights for itself, and later ones would be smaller still.
 const MOST_COHORTS: usize = 4;
 
-/// What a caller is sent.
-pub(super) enum Message {
-    Event(Event),
-    /// The last.
-    Ended(Result<(), Error>),
+/// A source that leaves the queue.
+struct Admitted {
+    request: Arc<ActiveRequest>,
+    /// Its row in the request.
+    row: usize,
+    footprint: Footprint,
 }
 
-/// A request as the threads that answer it share it.
-pub(super) struct Running {
-    pub id: Id,
-    pub call: Call,
-    /// By its caller, by its deadline, or with the whole engine.
-    pub cancel: Cancellation,
-    pub events: Sender<Message>,
-    /// From when its first source is admitted.
-    stops: OnceLock<Arc<StoppingCriteria>>,
-    /// Set with the line locked, when the last message is sent.
-    pub has_ended: AtomicBool,
-}
-
-impl Running {
-    pub fn new(id: Id, call: Call, cancel: Cancellation, events: Sender<Message>) -> Running {
-        Running { id, call, cancel, events, stops: OnceLock::new(), has_ended: AtomicBool::new(false) }
-    }
-
-    fn has_ended(&self) -> bool {
-        self.has_ended.load(Ordering::SeqCst)
-    }
-
-    fn tell(&self, event: Event) {
-        // Whoever has gone is noticed by the cancellation that this is.
-        let _ = self.events.send(Message::Event(event));
+impl Admitted {
+    fn prompt_length(&self) -> usize {
+        self.request.call.prompts.length
     }
 }
 
 /// A source in flight.
-struct Member {
-    request: Arc<Running>,
+struct ActiveSource {
+    request: Arc<ActiveRequest>,
     item: Item,
-    need: Need,
+    footprint: Footprint,
+    /// The number of its next step.
     step: usize,
 }
 
 /// Rows that share their steps.
 struct Flight {
     rows: Rows,
-    members: Vec<Member>,
+    members: Vec<ActiveSource>,
 }
 
 impl Flight {
-    fn need(&self) -> Option<Need> {
-        self.members.iter().map(|member| member.need).reduce(Need::beside)
+    fn footprint(&self) -> Option<Footprint> {
+        self.members.iter().map(|member| member.footprint).reduce(Footprint::beside)
     }
 }
 
 /// The state of the thread.
 pub(super) struct Worker {
     shared: Arc<Shared>,
-    /// Which of the copies it is of.
+    /// The index of its copy of the model.
     copy: usize,
     flights: Vec<Flight>,
 }
@@ -90,92 +68,92 @@ impl Worker {
         Worker { shared, copy, flights: Vec::new() }
     }
 
-    /// Works until the engine is closed.
+    /// Runs until the engine is closed.
     pub fn run(mut self) {
         while self.wait() {
-            self.give_up();
+            self.end_cancelled();
             self.admit();
             for at in 0..self.flights.len() {
                 self.step(at);
             }
             self.flights.retain(|flight| !flight.members.is_empty());
-            self.tell();
+            self.update_stats();
         }
-        let unended: Vec<_> = self.shared.line().requests.values().map(|progress| progress.running.clone()).collect();
-        for request in unended {
+        let pending: Vec<_> = self.shared.queue().requests.values().map(|pending| pending.request.clone()).collect();
+        for request in pending {
             self.end(&request, Err(Error::Cancelled));
         }
         self.flights.clear();
-        self.tell();
+        self.update_stats();
     }
 
-    /// Waits if there is nothing to do; false if the engine is closed.
+    /// Waits while there is nothing to do, and returns whether the engine is still open.
     fn wait(&self) -> bool {
-        let mut line = self.shared.line();
-        line.idle += 1;
-        while line.phase != Phase::Closed && self.flights.is_empty() && line.waiting.is_empty() {
+        let mut queue = self.shared.queue();
+        queue.idle += 1;
+        while queue.phase != Phase::Closed && self.flights.is_empty() && queue.waiting.is_empty() {
             self.shared.ended.notify_all();
-            line = self.shared.changed.wait(line).unwrap_or_else(PoisonError::into_inner);
+            queue = self.shared.changed.wait(queue).unwrap_or_else(PoisonError::into_inner);
         }
-        line.idle -= 1;
-        line.phase != Phase::Closed
+        queue.idle -= 1;
+        queue.phase != Phase::Closed
     }
 
-    /// Ends the requests that were cancelled or are too late.
-    fn give_up(&self) {
-        let ended: Vec<_> = (self.shared.line().requests.values())
-            .filter_map(|progress| Some((progress.running.clone(), progress.running.cancel.check().err()?)))
+    /// Ends the requests that were cancelled or whose deadline has passed.
+    fn end_cancelled(&self) {
+        let ended: Vec<_> = (self.shared.queue().requests.values())
+            .filter_map(|pending| Some((pending.request.clone(), pending.request.cancel.check().err()?)))
             .collect();
         for (request, error) in ended {
             self.end(&request, Err(error));
         }
     }
 
-    /// Takes from the line the sources that there is room for.
-    fn admitted(&self) -> Vec<(Arc<Running>, usize, Need)> {
+    /// Takes the sources from the queue that there is room for.
+    fn take_admissible(&self) -> Vec<Admitted> {
         let shared = &*self.shared;
         let is_shared = Engine::shares_all_steps(self.model());
         let mut admitted = Vec::new();
         if !is_shared && self.flights.len() >= MOST_COHORTS {
             return admitted;
         }
-        // Flights are rectangles each; rows that can join one are part of it.
-        let mut others: Vec<Need> = self.flights.iter().filter_map(Flight::need).collect();
+        // Each flight is a rectangle; sources that can join one become part of it.
+        let mut others: Vec<Footprint> = self.flights.iter().filter_map(Flight::footprint).collect();
         let mut own = if is_shared { others.pop() } else { None };
         let sources: usize = self.flights.iter().map(|flight| flight.members.len()).sum();
-        let mut line = shared.line();
-        let line = &mut *line;
-        let share = line.waiting_sources().div_ceil(shared.copies.len());
-        while let Some(&id) = line.waiting.front() {
-            let Some(progress) = line.requests.get_mut(&id) else {
-                line.waiting.pop_front();
+        let mut queue = shared.queue();
+        let queue = &mut *queue;
+        let share = queue.waiting_sources().div_ceil(shared.copies.len());
+        while let Some(&id) = queue.waiting.front() {
+            let Some(pending) = queue.requests.get_mut(&id) else {
+                queue.waiting.pop_front();
                 continue;
             };
             let has_work = !self.flights.is_empty() || !admitted.is_empty();
-            if admitted.len() == share || (has_work && line.idle > 0) {
+            if admitted.len() == share || (has_work && queue.idle > 0) {
                 break;
             }
-            let call = &progress.running.call;
-            let need = Need::of(call, progress.next);
-            let with = own.map_or(need, |own| own.beside(need));
+            let call = &pending.request.call;
+            let footprint = Footprint::of(call, pending.next);
+            let with = own.map_or(footprint, |own| own.beside(footprint));
             let rows = others.iter().map(|other| other.rows).sum::<usize>().saturating_add(with.rows);
-            let bytes = others.iter().map(|other| shared.plan.bytes(other)).sum::<usize>();
-            let bytes = bytes.saturating_add(shared.plan.bytes(&with));
+            let bytes = others.iter().map(|other| shared.memory.bytes(other)).sum::<usize>();
+            let bytes = bytes.saturating_add(shared.memory.bytes(&with));
             let is_full = sources + admitted.len() >= shared.options.max_sources;
             if is_full
-                || with.rows > shared.plan.side_by_side
+                || with.rows > shared.memory.max_shared_rows
                 || rows > shared.options.max_rows
                 || bytes > shared.options.max_bytes
             {
                 break;
             }
             own = Some(with);
-            admitted.push((progress.running.clone(), progress.next, need));
-            progress.next += 1;
-            let goes_on = progress.next < call.batch.rows();
-            line.waiting.pop_front();
-            if goes_on {
-                line.waiting.push_back(id);
+            admitted.push(Admitted { request: pending.request.clone(), row: pending.next, footprint });
+            pending.next += 1;
+            let has_more = pending.next < call.batch.rows();
+            queue.waiting.pop_front();
+            if has_more {
+                queue.waiting.push_back(id);
             }
         }
         admitted
@@ -183,11 +161,11 @@ impl Worker {
 
     /// Begins the sources that there is room for.
     fn admit(&mut self) {
-        let mut admitted = self.admitted();
-        // Prompts of one length share their first step.
-        while let Some((request, ..)) = admitted.first() {
-            let length = request.call.prompts.length;
-            let (now, later) = admitted.into_iter().partition(|(request, ..)| request.call.prompts.length == length);
+        let mut admitted = self.take_admissible();
+        // Sources whose prompts have the same length share their first step.
+        while let Some(first) = admitted.first() {
+            let length = first.prompt_length();
+            let (now, later) = admitted.into_iter().partition(|admitted| admitted.prompt_length() == length);
             admitted = later;
             self.begin(now);
         }
@@ -195,23 +173,23 @@ impl Worker {
 
     /// The copy of the model.
     fn model(&self) -> &Model {
-        &self.shared.copies[self.copy].0
+        &self.shared.copies[self.copy].model
     }
 
-    /// Runs the first step of sources whose prompts are of one length.
-    fn begin(&mut self, sources: Vec<(Arc<Running>, usize, Need)>) {
+    /// Runs the first step of sources whose prompts have the same length.
+    fn begin(&mut self, sources: Vec<Admitted>) {
         let shared = self.shared.clone();
-        let (model, cancel) = &shared.copies[self.copy];
+        let ModelCopy { model, stop } = &shared.copies[self.copy];
         let mut members = Vec::new();
         let mut batches = Vec::new();
         let mut prompts = Prompts { length: 0, ids: Vec::new() };
-        for (request, row, need) in sources {
+        for Admitted { request, row, footprint } in sources {
             // Another source of the request may have failed.
             if request.has_ended() {
                 continue;
             }
             let call = &request.call;
-            let stops = request.stops.get_or_init(|| Arc::new(StoppingCriteria::new(&call.options)));
+            let stops = request.stops();
             let alone = call.batch.alone(row);
             let encoded = match alone.encoder_outputs() {
                 Some(_) => Ok(alone),
@@ -227,54 +205,54 @@ impl Worker {
             let item = call.item(row, Search::new, stops);
             prompts.length = call.prompts.length;
             prompts.ids.extend_from_slice(call.prompt(row));
-            members.push(Member { request, item, need, step: 0 });
+            members.push(ActiveSource { request, item, footprint, step: 0 });
         }
         if members.is_empty() {
             return;
         }
         let lengths: Vec<usize> = batches.iter().map(Batch::length).collect();
-        let wanted = Item::all_want(members.iter().map(|member| &member.item), 0);
+        let logits_request = Item::joint_request(members.iter().map(|member| &member.item), 0);
         let begun = Batch::joined(batches, 0).and_then(|batch| {
-            // No more are admitted at a time than the serving plan's batch.
+            // At most the serving plan's batch is admitted at a time.
             let run = model.fit(&batch);
-            Begun::start(model, &run, prompts.widened(run.rows()), wanted, cancel)
+            NewRows::prefill(model, &run, prompts.widened(run.rows()), logits_request, stop)
         });
-        let begun = begun.and_then(|(begun, mut logits)| {
-            let going_on: Vec<bool> = {
-                let mut said = logits.said()?;
-                members.iter_mut().enumerate().map(|(row, member)| self.take(member, said.rows(row, 1))).collect()
+        let begun = begun.and_then(|(new, mut tensors)| {
+            let statuses: Vec<ItemStatus> = {
+                let mut output = tensors.output()?;
+                let rows = members.iter_mut().enumerate();
+                rows.map(|(row, member)| self.advance(member, output.rows(row, 1))).collect()
             };
-            Ok((begun, going_on))
+            Ok((new, statuses))
         });
         self.count_step(members.len());
-        let (begun, going_on) = match begun {
+        let (new, statuses) = match begun {
             Ok(begun) => begun,
             Err(error) => return self.fail(members, &error),
         };
-        let mut joining = Vec::new();
-        let mut kept = Vec::new();
-        for (item, (member, goes_on)) in members.into_iter().zip(going_on).enumerate() {
-            match goes_on {
-                true => {
-                    joining.push((item, lengths[item], member.item.search.width()));
-                    kept.push(member);
+        let (mut joining, mut running) = (Vec::new(), Vec::new());
+        for (item, (member, status)) in members.into_iter().zip(statuses).enumerate() {
+            match status {
+                ItemStatus::Running => {
+                    joining.push(Joining { item, source: lengths[item], rows: member.item.search.width() });
+                    running.push(member);
                 }
-                false => self.finish(member),
+                ItemStatus::Finished => self.finish(member),
             }
         }
-        if kept.is_empty() {
+        if running.is_empty() {
             return;
         }
         let flight = self.flights.iter_mut().find(|flight| matches!(flight.rows, Rows::Ragged(_)));
-        match Rows::join(flight.map(|flight| &mut flight.rows), begun, &joining) {
-            Ok(Some(rows)) => self.flights.push(Flight { rows, members: kept }),
+        match Rows::join(flight.map(|flight| &mut flight.rows), new, &joining) {
+            Ok(Some(rows)) => self.flights.push(Flight { rows, members: running }),
             Ok(None) => {
                 let flight = self.flights.iter_mut().find(|flight| matches!(flight.rows, Rows::Ragged(_)));
-                flight.expect("rows have just joined it").members.extend(kept);
+                flight.expect("rows have just joined it").members.extend(running);
             }
             Err(error) => {
-                // What the rows in flight are in is not known any more.
-                let all = self.flights.drain(..).flat_map(|flight| flight.members).chain(kept).collect();
+                // The state of the rows in flight is unknown now.
+                let all = self.flights.drain(..).flat_map(|flight| flight.members).chain(running).collect();
                 self.fail(all, &error);
             }
         }
@@ -283,30 +261,31 @@ impl Worker {
     /// Runs a step of a flight.
     fn step(&mut self, at: usize) {
         let shared = self.shared.clone();
-        let (model, cancel) = &shared.copies[self.copy];
+        let ModelCopy { model, stop } = &shared.copies[self.copy];
         let mut members = std::mem::take(&mut self.flights[at].members);
         let widths: Vec<usize> = members.iter().map(|member| member.item.search.width()).collect();
         let tokens: Vec<i64> = members.iter().flat_map(|member| member.item.search.next_tokens()).copied().collect();
         self.count_step(tokens.len());
-        let wanted = Item::all_want(members.iter().map(|member| &member.item), 0);
-        let logits = self.flights[at].rows.step(model, tokens, wanted, cancel);
-        let going_on = logits.and_then(|mut logits| {
-            let (mut said, mut first) = (logits.said()?, 0);
-            let mut going_on = Vec::with_capacity(members.len());
+        let logits_request = Item::joint_request(members.iter().map(|member| &member.item), 0);
+        let stepped = self.flights[at].rows.step(model, tokens, logits_request, stop);
+        let statuses = stepped.and_then(|mut tensors| {
+            let (mut output, mut first) = (tensors.output()?, 0);
+            let mut statuses = Vec::with_capacity(members.len());
             for (member, width) in members.iter_mut().zip(&widths) {
-                going_on.push(self.take(member, said.rows(first, *width)));
+                statuses.push(self.advance(member, output.rows(first, *width)));
                 first += width;
             }
-            Ok(going_on)
+            Ok(statuses)
         });
-        // A request that fails takes its other sources with it; one that was cancelled leaves as soon as it can.
-        self.give_up();
-        let going_on = going_on.and_then(|going_on| {
+        // A request that fails takes its other sources with it, and one that was cancelled leaves as soon as possible.
+        self.end_cancelled();
+        let continued = statuses.and_then(|statuses| {
             let mut first = 0;
             let mut continued = Vec::new();
             for (index, (member, &rows)) in members.iter().zip(&widths).enumerate() {
-                if going_on[index] && !member.request.has_ended() {
-                    continued.push(GoingOn { first, rows, member: index, parents: member.item.search.parents() });
+                if statuses[index] == ItemStatus::Running && !member.request.has_ended() {
+                    let parents = member.item.search.parents();
+                    continued.push(ContinuedMember { first, rows, member: index, parents });
                 }
                 first += rows;
             }
@@ -314,16 +293,16 @@ impl Worker {
             if !kept.is_empty() {
                 self.flights[at].rows.select(&continued)?;
             }
-            Ok((going_on, kept))
+            Ok((statuses, kept))
         });
-        match going_on {
-            Ok((going_on, kept)) => {
+        match continued {
+            Ok((statuses, kept)) => {
                 let mut left = Vec::with_capacity(kept.len());
                 for (index, member) in members.into_iter().enumerate() {
-                    match (kept.contains(&index), going_on[index]) {
-                        (true, _) => left.push(member),
-                        (false, false) => self.finish(member),
-                        (false, true) => {}
+                    if kept.contains(&index) {
+                        left.push(member);
+                    } else if statuses[index] == ItemStatus::Finished {
+                        self.finish(member);
                     }
                 }
                 self.flights[at].members = left;
@@ -332,49 +311,49 @@ impl Worker {
         }
     }
 
-    /// Gives a member what a step says of it, and tells whether it goes on. One that fails ends its request.
-    fn take(&self, member: &mut Member, said: Said) -> bool {
+    /// Advances a source by the output of a step. One that fails ends its request; sources of a request that has ended are finished.
+    fn advance(&self, member: &mut ActiveSource, output: StepOutput) -> ItemStatus {
         let (item, step) = (&mut member.item, member.step);
         member.step += 1;
         if member.request.has_ended() {
-            return false;
+            return ItemStatus::Finished;
         }
         // The item is not used again after a panic.
-        let taken = catch_unwind(AssertUnwindSafe(|| item.take(self.model(), said, step)));
-        match taken.unwrap_or(Err(Error::Panicked { row: item.row })) {
-            Ok(true) => false,
-            Ok(false) => {
+        let advanced = catch_unwind(AssertUnwindSafe(|| item.advance(self.model(), output, step)));
+        match advanced.unwrap_or(Err(Error::Panicked { row: item.row })) {
+            Ok(ItemStatus::Finished) => ItemStatus::Finished,
+            Ok(ItemStatus::Running) => {
                 let row = item.row;
                 for &token in item.settled() {
-                    member.request.tell(Event::Token { row, token });
+                    member.request.send(Event::Token { row, token });
                 }
-                true
+                ItemStatus::Running
             }
             Err(error) => {
                 self.end(&member.request, Err(error));
-                false
+                ItemStatus::Finished
             }
         }
     }
 
-    /// Tells what a source's targets are, unless its request has ended.
-    fn finish(&self, member: Member) {
-        let Member { request, item, .. } = member;
+    /// Sends the results of a source, unless its request has ended.
+    fn finish(&self, member: ActiveSource) {
+        let ActiveSource { request, item, .. } = member;
         if request.has_ended() {
             return;
         }
+        let item = item.finish();
         let row = item.row;
-        let (hypotheses, shown) = item.finish();
-        for &token in hypotheses[0].tokens.get(shown..).unwrap_or(&[]) {
-            request.tell(Event::Token { row, token });
+        for &token in item.unshown() {
+            request.send(Event::Token { row, token });
         }
-        request.tell(Event::Row { row, hypotheses });
+        request.send(Event::Row { row, hypotheses: item.hypotheses });
         let is_last = {
-            let mut line = self.shared.line();
-            let progress = line.requests.get_mut(&request.id);
-            progress.is_some_and(|progress| {
-                progress.left -= 1;
-                progress.left == 0
+            let mut queue = self.shared.queue();
+            let pending = queue.requests.get_mut(&request.id);
+            pending.is_some_and(|pending| {
+                pending.unfinished -= 1;
+                pending.unfinished == 0
             })
         };
         if is_last {
@@ -383,31 +362,31 @@ impl Worker {
     }
 
     /// Ends the requests of sources whose run has failed.
-    fn fail(&self, members: Vec<Member>, error: &Error) {
+    fn fail(&self, members: Vec<ActiveSource>, error: &Error) {
         for member in members {
             self.end(&member.request, Err(error.clone()));
         }
     }
 
-    fn end(&self, request: &Running, result: Result<(), Error>) {
+    fn end(&self, request: &ActiveRequest, result: Result<(), Error>) {
         self.shared.end(request, result);
     }
 
     fn count_step(&self, rows: usize) {
-        let doing = &mut self.shared.line().doing[self.copy];
-        doing.steps += 1;
-        doing.stepped_rows += rows as u64;
+        let stats = &mut self.shared.queue().copy_stats[self.copy];
+        stats.steps += 1;
+        stats.stepped_rows += rows as u64;
     }
 
-    /// Brings the statistics up to date.
-    fn tell(&self) {
-        let needs: Vec<Need> = self.flights.iter().filter_map(Flight::need).collect();
-        let doing = &mut self.shared.line().doing[self.copy];
-        *doing = EngineStats {
-            sources: self.flights.iter().map(|flight| flight.members.len()).sum(),
-            rows: self.flights.iter().flat_map(|flight| &flight.members).map(|m| m.item.search.width()).sum(),
-            planned_bytes: needs.iter().map(|need| self.shared.plan.bytes(need)).sum(),
-            ..*doing
+    fn update_stats(&self) {
+        let footprints: Vec<Footprint> = self.flights.iter().filter_map(Flight::footprint).collect();
+        let members = || self.flights.iter().flat_map(|flight| &flight.members);
+        let stats = &mut self.shared.queue().copy_stats[self.copy];
+        *stats = EngineStats {
+            sources: members().count(),
+            rows: members().map(|member| member.item.search.width()).sum(),
+            planned_bytes: footprints.iter().map(|footprint| self.shared.memory.bytes(footprint)).sum(),
+            ..*stats
         };
     }
 }

@@ -1,4 +1,4 @@
-//! Running the decoder: the first step, which makes a state, and the further ones, which continue it.
+//! Running the decoder: the first step (prefill), which makes a state, and the further ones, which continue it.
 
 use std::collections::BTreeMap;
 
@@ -12,180 +12,185 @@ use super::encode::Encoded;
 use crate::batch::{Batch, Prompts};
 use crate::cancellation::Cancellation;
 use crate::error::Error;
-use crate::logits::{Logits, READING_LOGITS};
-use crate::session::{int64_tensor, run, run_locked};
-use crate::state::{Cache, First, Plan, Ragged, Returned, State};
+use crate::session::{int64_tensor, run};
+use crate::state::{Cache, DecoderOutputs, DeviceCacheConfig, PrefillInputs, Prefilled, RaggedCache, State};
+use crate::step_output::{READING_LOGITS, StepTensors};
 
-/// What a failure of [`Model::step`] says was being done.
+/// What errors say was being done.
 const DECODER_STEP: &str = "running a decoder step";
 const FIRST_STEP: &str = "running the first decoder step";
 const PREPARING_CACHE: &str = "preparing the cache";
 
+/// What the first decoder step returns in the process's memory.
+struct FirstStep {
+    /// `[items, source]`.
+    mask: DynValue,
+    /// Keys and values of sources and targets, in the order of the graph.
+    cached: Vec<DynValue>,
+    tensors: StepTensors,
+}
+
 impl Model {
-    /// Runs the first decoder step: one target row for each source item, of whose logits so much is wanted.
-    pub(crate) fn start(
+    /// Runs the first decoder step, with one target row for each source item. The request is for its logits.
+    pub(crate) fn prefill(
         &self,
         encoded: Encoded,
         prompts: Prompts,
-        wanted: LogitsRequest,
+        request: LogitsRequest,
         cancel: &Cancellation,
-    ) -> Result<(State, Logits), Error> {
-        if let Some(plan) = &self.resident {
-            return self.start_resident(plan, (encoded, prompts), wanted, cancel);
+    ) -> Result<(State, StepTensors), Error> {
+        if let Some(config) = &self.device_cache {
+            return self.prefill_on_device(config, encoded, prompts, request, cancel);
         }
-        let (mask, cached, logits) = self.first_step(encoded, prompts, wanted, cancel)?;
+        let FirstStep { mask, cached, tensors } = self.first_step(encoded, prompts, request, cancel)?;
         let state = match self.folder.manifest.cache {
-            CacheLayout::Growing => Ok(State::growing(mask, cached, self.per_item.clone())),
+            CacheLayout::Growing => Ok(State::growing(mask, cached, self.is_cross.clone())),
             CacheLayout::Static(_) => Err(ort::Error::new(format!("a cache of fixed capacity without {REORDER}"))),
-            CacheLayout::InPlace => State::in_place(mask, cached, &self.per_item),
+            CacheLayout::InPlace => State::in_place(mask, cached, &self.is_cross),
         };
-        Ok((state.map_err(Error::onnxruntime(PREPARING_CACHE))?, logits))
+        Ok((state.map_err(Error::onnxruntime(PREPARING_CACHE))?, tensors))
     }
 
-    /// [`Model::start`] of a model whose cache stays on its device.
-    fn start_resident(
+    /// [`Model::prefill`] of a model whose cache stays on its device.
+    fn prefill_on_device(
         &self,
-        plan: &Plan,
-        (Encoded { hidden, mask }, prompts): (Encoded, Prompts),
-        wanted: LogitsRequest,
+        config: &DeviceCacheConfig,
+        Encoded { hidden, mask }: Encoded,
+        prompts: Prompts,
+        request: LogitsRequest,
         cancel: &Cancellation,
-    ) -> Result<(State, Logits), Error> {
+    ) -> Result<(State, StepTensors), Error> {
         let rows = prompts.ids.len() / prompts.length;
         let ids = int64_tensor(rows, prompts.ids.clone())?;
         let started = {
             let mut session = self.decoder.lock(LogitsRequest::All);
-            State::resident(plan, &mut session, mask, (&ids, &hidden), wanted, cancel.run_options()?)
+            let inputs = PrefillInputs { mask, ids: &ids, hidden: &hidden };
+            State::on_device(config, &mut session, inputs, request, cancel.run_options()?)
         };
-        let (mut state, returned) = started.map_err(cancel.failed(FIRST_STEP))?;
-        let returned = match returned {
-            Some(returned) => returned,
-            None => self.run_step(&mut state, prompts.ids, wanted, cancel)?.0,
+        let (mut state, outputs) = started.map_err(cancel.failed(FIRST_STEP))?;
+        let outputs = match outputs {
+            Some(outputs) => outputs,
+            None => self.run_step(&mut state, prompts.ids, request, cancel)?.0,
         };
-        Ok((state, Logits::last(returned, rows, None).map_err(Error::onnxruntime(READING_LOGITS))?))
+        let tensors = StepTensors::last_positions(outputs, rows, None);
+        Ok((state, tensors.map_err(Error::onnxruntime(READING_LOGITS))?))
     }
 
-    /// [`Model::start`], to be continued among rows of other lengths; only with [`CacheLayout::InPlace`].
-    pub(crate) fn start_ragged(
+    /// [`Model::prefill`], to be continued among rows of other lengths; only with [`CacheLayout::InPlace`].
+    pub(crate) fn prefill_ragged(
         &self,
         encoded: Encoded,
         prompts: Prompts,
-        wanted: LogitsRequest,
+        request: LogitsRequest,
         cancel: &Cancellation,
-    ) -> Result<(First, Logits), Error> {
-        let (mask, cached, logits) = self.first_step(encoded, prompts, wanted, cancel)?;
-        let first = First::new(mask, cached, &self.per_item).map_err(Error::onnxruntime(PREPARING_CACHE))?;
-        Ok((first, logits))
+    ) -> Result<(Prefilled, StepTensors), Error> {
+        let FirstStep { mask, cached, tensors } = self.first_step(encoded, prompts, request, cancel)?;
+        let prefilled = Prefilled::new(mask, cached, &self.is_cross).map_err(Error::onnxruntime(PREPARING_CACHE))?;
+        Ok((prefilled, tensors))
     }
 
-    /// The sources' mask, what is cached of sources and targets, and the logits.
     fn first_step(
         &self,
         encoded: Encoded,
         prompts: Prompts,
-        wanted: LogitsRequest,
+        request: LogitsRequest,
         cancel: &Cancellation,
-    ) -> Result<(DynValue, Vec<DynValue>, Logits), Error> {
+    ) -> Result<FirstStep, Error> {
         let Encoded { hidden, mask } = encoded;
         let rows = prompts.ids.len() / prompts.length;
         let ids = int64_tensor(rows, prompts.ids)?;
         let inputs = [(&mask).into(), (&ids).into(), (&hidden).into()];
         let (_, seen) = mask.try_extract_tensor::<i64>().map_err(Error::onnxruntime("reading the mask"))?;
-        let session = self.decoder.lock(wanted);
+        let session = self.decoder.lock(request);
         self.decoder.kernels.read(seen);
-        let mut outputs = run_locked(session, FIRST_STEP, &inputs, cancel)?;
-        let attended = if self.attends() { outputs.pop() } else { None };
+        let mut outputs = run(session, &inputs, FIRST_STEP, cancel)?;
+        let cross_attentions = if self.has_cross_attentions() { outputs.pop() } else { None };
         let mut outputs = outputs.into_iter();
         let logits = outputs.next().expect("opening has verified that the logits come first");
-        let returned = Returned { logits, attended };
-        let logits = Logits::last(returned, rows, None).map_err(Error::onnxruntime(READING_LOGITS))?;
-        Ok((mask, outputs.take(self.per_item.len()).collect(), logits))
+        let tensors = StepTensors::last_positions(DecoderOutputs { logits, cross_attentions }, rows, None);
+        let tensors = tensors.map_err(Error::onnxruntime(READING_LOGITS))?;
+        Ok(FirstStep { mask, cached: outputs.take(self.is_cross.len()).collect(), tensors })
     }
 
-    /// Runs a further decoder step of rows of different lengths: a token for each.
-    pub(crate) fn step_ragged(
-        &self,
-        state: &mut Ragged,
-        tokens: &[i64],
-        wanted: LogitsRequest,
-        cancel: &Cancellation,
-    ) -> Result<Logits, Error> {
-        let mut session = self.decoder_with_past.lock_to_list(wanted);
-        let options = cancel.run_options()?;
-        let returned = state.step(&mut session, tokens, wanted, options).map_err(cancel.failed(DECODER_STEP))?;
-        Logits::last(returned, tokens.len(), self.decoder_with_past.kernels.summary())
-            .map_err(Error::onnxruntime(READING_LOGITS))
-    }
-
-    /// Runs a further decoder step: new tokens for each target row, as many for one as for another.
+    /// Runs a further decoder step: the same number of new tokens for each target row.
     pub(crate) fn step(
         &self,
         state: &mut State,
         tokens: Vec<i64>,
-        wanted: LogitsRequest,
+        request: LogitsRequest,
         cancel: &Cancellation,
-    ) -> Result<Logits, Error> {
-        let wanted = if tokens.len() == state.rows() { wanted } else { wanted.dense() };
-        let (returned, summary) = self.run_step(state, tokens, wanted, cancel)?;
-        Logits::last(returned, state.rows(), summary).map_err(Error::onnxruntime(READING_LOGITS))
+    ) -> Result<StepTensors, Error> {
+        let request = if tokens.len() == state.rows() { request } else { request.dense() };
+        let (outputs, stats) = self.run_step(state, tokens, request, cancel)?;
+        StepTensors::last_positions(outputs, state.rows(), stats).map_err(Error::onnxruntime(READING_LOGITS))
     }
 
-    /// [`Model::step`] of one target row, with the scores of each of its new tokens one after the other; the model has to
-    /// be one that gives all.
-    pub(crate) fn step_all(
+    /// [`Model::step`] of one target row, with the logits after each of its new tokens. The model has to return all positions.
+    pub(crate) fn step_all_positions(
         &self,
         state: &mut State,
         tokens: Vec<i64>,
-        wanted: LogitsRequest,
+        request: LogitsRequest,
         cancel: &Cancellation,
-    ) -> Result<Logits, Error> {
+    ) -> Result<StepTensors, Error> {
         let expected = [1, tokens.len() as i64];
-        let wanted = wanted.dense();
-        let (Returned { logits: value, attended }, _) = self.run_step(state, tokens, wanted, cancel)?;
-        if let Some(other) =
-            [Some(&value), attended.as_ref()].into_iter().flatten().find(|v| v.shape()[..2] != expected)
-        {
-            let problem = ort::Error::new(format!("{expected:?} tokens gave an output of shape {}", other.shape()));
-            return Err(Error::onnxruntime(READING_LOGITS)(problem));
+        let (outputs, _) = self.run_step(state, tokens, request.dense(), cancel)?;
+        let DecoderOutputs { logits, cross_attentions } = outputs;
+        let values = [Some(&logits), cross_attentions.as_ref()];
+        if let Some(other) = values.into_iter().flatten().find(|value| value.shape()[..2] != expected) {
+            let problem = format!("expected an output of {expected:?} tokens, found shape {}", other.shape());
+            return Err(Error::onnxruntime(READING_LOGITS)(ort::Error::new(problem)));
         }
-        Ok(Logits { value, attended, summary: None })
+        Ok(StepTensors { logits, cross_attentions, stats: None })
+    }
+
+    /// Runs a further decoder step of rows of different lengths: one token for each.
+    pub(crate) fn step_ragged(
+        &self,
+        cache: &mut RaggedCache,
+        tokens: &[i64],
+        request: LogitsRequest,
+        cancel: &Cancellation,
+    ) -> Result<StepTensors, Error> {
+        let mut session = self.decoder_with_past.lock_sparse(request);
+        let options = cancel.run_options()?;
+        let outputs = cache.step(&mut session, tokens, request, options).map_err(cancel.failed(DECODER_STEP))?;
+        StepTensors::last_positions(outputs, tokens.len(), self.decoder_with_past.kernels.summary())
+            .map_err(Error::onnxruntime(READING_LOGITS))
     }
 
     fn run_step(
         &self,
         state: &mut State,
         tokens: Vec<i64>,
-        wanted: LogitsRequest,
+        request: LogitsRequest,
         cancel: &Cancellation,
-    ) -> Result<(Returned, Option<LogitsStats>), Error> {
-        let rows = state.rows();
-        Ok(match state.cache_mut() {
-            Cache::Growing(cache) => {
-                let ids = int64_tensor(rows, tokens)?;
-                let mut inputs: Vec<SessionInputValue> = vec![cache.mask().into(), (&ids).into()];
-                inputs.extend(cache.past().iter().map(SessionInputValue::from));
-                let mut outputs = run((&self.decoder_with_past, wanted), DECODER_STEP, &inputs, cancel)?;
-                drop(inputs);
-                let attended = if self.attends() { outputs.pop() } else { None };
-                let mut outputs = outputs.into_iter();
-                let logits = outputs.next().expect("opening has verified that the logits come first");
-                cache.grow(outputs);
-                (Returned { logits, attended }, None)
-            }
-            cache => {
-                let mut session = self.decoder_with_past.lock_to_list(wanted);
-                let options = cancel.run_options()?;
-                let stepped = match cache {
-                    Cache::InPlace(cache) => cache.step(&mut session, &tokens, wanted, options),
-                    Cache::Resident(cache) => cache.step(&mut session, &tokens, wanted, options),
-                    Cache::Growing(_) => unreachable!("matched above"),
-                };
-                (stepped.map_err(cancel.failed(DECODER_STEP))?, self.decoder_with_past.kernels.summary())
-            }
-        })
+    ) -> Result<(DecoderOutputs, Option<LogitsStats>), Error> {
+        let (rows, step) = (state.rows(), &self.decoder_with_past);
+        if let Cache::Growing(cache) = state.cache_mut() {
+            let ids = int64_tensor(rows, tokens)?;
+            let mut inputs: Vec<SessionInputValue> = vec![cache.mask().into(), (&ids).into()];
+            inputs.extend(cache.past().iter().map(SessionInputValue::from));
+            let mut outputs = step.run(request, &inputs, DECODER_STEP, cancel)?;
+            drop(inputs);
+            let cross_attentions = if self.has_cross_attentions() { outputs.pop() } else { None };
+            let mut outputs = outputs.into_iter();
+            let logits = outputs.next().expect("opening has verified that the logits come first");
+            cache.grow(outputs);
+            return Ok((DecoderOutputs { logits, cross_attentions }, None));
+        }
+        let mut session = step.lock_sparse(request);
+        let options = cancel.run_options()?;
+        let outputs = match state.cache_mut() {
+            Cache::InPlace(cache) => cache.step(&mut session, &tokens, request, options),
+            Cache::Device(cache) => cache.step(&mut session, &tokens, request, options),
+            Cache::Growing(_) => unreachable!("returned above"),
+        };
+        Ok((outputs.map_err(cancel.failed(DECODER_STEP))?, step.kernels.summary()))
     }
 
-    /// What the graphs observe of a source that was checked and of a whole target: of each matrix the greatest absolute number
-    /// that it is multiplied with.
+    /// The ranges of activations for a checked source and a whole target: for each matrix the greatest absolute value that it is
+    /// multiplied with. Only for models that were exported to be observed.
     pub(crate) fn observe(
         &self,
         batch: &Batch,
@@ -193,22 +198,17 @@ impl Model {
         cancel: &Cancellation,
     ) -> Result<BTreeMap<String, f32>, Error> {
         const DURING: &str = "observing the activations";
-        let rectangle = |values: &[i64]| int64_tensor(batch.rows(), values.to_vec());
-        let (ids, mask, target) = (rectangle(batch.ids())?, rectangle(batch.mask())?, rectangle(&target.ids)?);
-        let encoded = run((&self.encoder, LogitsRequest::All), DURING, &[(&ids).into(), (&mask).into()], cancel)?;
-        let hidden = &encoded[0];
-        let decoded = run(
-            (&self.decoder, LogitsRequest::All),
-            DURING,
-            &[(&mask).into(), (&target).into(), hidden.into()],
-            cancel,
-        )?;
+        let mask = int64_tensor(batch.rows(), batch.mask().to_vec())?;
+        let target = int64_tensor(batch.rows(), target.ids)?;
+        let encoded = self.encoder.run_on_batch(batch, DURING, cancel)?;
+        let inputs = [(&mask).into(), (&target).into(), (&encoded[0]).into()];
+        let decoded = self.decoder.run(LogitsRequest::All, &inputs, DURING, cancel)?;
         let mut ranges = BTreeMap::new();
         for (graph, outputs) in [("encoder", &encoded), ("decoder", &decoded)] {
             let (Some(names), Some(last)) = (self.folder.manifest.observed.get(graph), outputs.last()) else {
                 return Err(Error::Unsupported {
-                    what: format!("{}: its graphs observe nothing", self.folder.path.display()),
-                    remedy: "export the model with --observe".into(),
+                    what: format!("{}: its graphs do not return activation ranges", self.folder.path.display()),
+                    remedy: "export the model with observe".into(),
                 });
             };
             let (_, found) = last.try_extract_tensor::<f32>().map_err(Error::onnxruntime(DURING))?;

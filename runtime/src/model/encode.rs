@@ -1,4 +1,4 @@
-//! Running the encoder: given, remembered or computed, in pieces where a batch is beyond the limits.
+//! Running the encoder: hidden states that were given, cached or computed, in pieces if a batch is beyond the limits.
 
 use half::{bf16, f16};
 use ndarray::{Array3, s};
@@ -6,14 +6,16 @@ use ort::value::{DynValue, Tensor};
 use t5gemma_graphs::interface::DType;
 
 use super::Model;
-use crate::apart;
 use crate::batch::Batch;
 use crate::cancellation::Cancellation;
 use crate::error::Error;
 use crate::limits::pieces_to_encode;
-use crate::session::{float32_values, int64_tensor, run_on_batch, shares_rows};
+use crate::ragged_batch::{self, Grouping, OutputUnit};
+use crate::session::{float32_values, int64_tensor};
 
-/// What the encoder makes of the sources.
+const READING_STATES: &str = "reading the hidden states";
+
+/// The encoder's output with the mask of its sources.
 pub(crate) struct Encoded {
     /// `[items, source, hidden_size]`.
     pub hidden: DynValue,
@@ -22,23 +24,22 @@ pub(crate) struct Encoded {
 }
 
 impl Model {
-    /// The encoder's last hidden states, `[rows, length, hidden_size]`; those of padding mean nothing.
+    /// The encoder's last hidden states, `[rows, length, hidden_size]`; those of padding are meaningless.
     ///
     /// # Errors
     /// Tokens outside the vocabulary, too many of them, or a cancellation.
     pub fn encode(&self, batch: &Batch, cancel: &Cancellation) -> Result<Array3<f32>, Error> {
-        const READING: &str = "reading the hidden states";
         self.check(batch)?;
         cancel.check()?;
-        let side = (&self.folder.config.encoder, self.folder.manifest.dtype);
-        let mut states = Array3::zeros([batch.rows(), batch.length(), side.0.hidden_size]);
-        for rows in pieces_to_encode(batch, side, &self.limits, self.on_cpu) {
+        let encoder = &self.folder.config.encoder;
+        let mut states = Array3::zeros([batch.rows(), batch.length(), encoder.hidden_size]);
+        for rows in pieces_to_encode(batch, encoder, self.folder.manifest.dtype, &self.limits) {
             let piece = batch.piece(rows.clone());
             let run = self.fit(&piece);
             let hidden = self.run_encoder(&run, cancel)?.hidden;
-            let values = float32_values(&hidden).map_err(Error::onnxruntime(READING))?;
-            let found = Array3::from_shape_vec([run.rows(), run.length(), side.0.hidden_size], values)
-                .map_err(|error| Error::onnxruntime(READING)(ort::Error::wrap(error)))?;
+            let values = float32_values(&hidden).map_err(Error::onnxruntime(READING_STATES))?;
+            let found = Array3::from_shape_vec([run.rows(), run.length(), encoder.hidden_size], values)
+                .map_err(|error| Error::onnxruntime(READING_STATES)(ort::Error::wrap(error)))?;
             let found = found.slice(s![..piece.rows(), ..piece.length(), ..]);
             states.slice_mut(s![rows, ..piece.length(), ..]).assign(&found);
         }
@@ -46,7 +47,7 @@ impl Model {
         Ok(states)
     }
 
-    /// What the encoder makes of a batch that was checked: given with it, remembered, or computed.
+    /// Encodes a checked batch, unless its hidden states were given with it or are cached.
     pub(crate) fn run_encoder(&self, batch: &Batch, cancel: &Cancellation) -> Result<Encoded, Error> {
         if let Some(states) = batch.encoder_outputs() {
             return self.encoded(batch, states.iter().copied().collect());
@@ -56,9 +57,22 @@ impl Model {
             return self.encoded(batch, states.to_vec());
         }
         let computed = self.compute_encoder(batch, cancel)?;
-        let states = float32_values(&computed.hidden).map_err(Error::onnxruntime("reading the hidden states"))?;
+        let states = float32_values(&computed.hidden).map_err(Error::onnxruntime(READING_STATES))?;
         cache.put(batch.rows(), batch.ids(), batch.mask(), &states);
         Ok(computed)
+    }
+
+    /// Encodes a checked batch, without looking into the cache.
+    pub(crate) fn compute_encoder(&self, batch: &Batch, cancel: &Cancellation) -> Result<Encoded, Error> {
+        if self.on_cpu
+            && let Some(groups) = ragged_batch::groups(batch, Grouping::of(&self.folder.manifest))
+        {
+            let output = ragged_batch::run(&self.encoder, batch, &groups, OutputUnit::Token, cancel)?;
+            return self.encoded(batch, output.values);
+        }
+        let outputs = self.encoder.run_on_batch(batch, "running the encoder", cancel)?;
+        let hidden = outputs.into_iter().next().expect("opening has verified that the encoder has one output");
+        Ok(Encoded { hidden, mask: int64_tensor(batch.rows(), batch.mask().to_vec())? })
     }
 
     /// Hidden states as the decoder takes them.
@@ -73,19 +87,5 @@ impl Model {
         };
         let hidden = hidden.map_err(Error::onnxruntime("preparing a run"))?;
         Ok(Encoded { hidden, mask: int64_tensor(batch.rows(), batch.mask().to_vec())? })
-    }
-
-    /// What the encoder computes of a batch that was checked, whatever is remembered.
-    pub(crate) fn compute_encoder(&self, batch: &Batch, cancel: &Cancellation) -> Result<Encoded, Error> {
-        if self.on_cpu
-            && let Some(groups) = apart::groups(batch.mask(), batch.length(), shares_rows(&self.folder.manifest))
-        {
-            let (_, states) = apart::run_apart(&self.encoder, batch, &groups, true, cancel)?;
-            return self.encoded(batch, states);
-        }
-        let mask = int64_tensor(batch.rows(), batch.mask().to_vec())?;
-        let outputs = run_on_batch(&self.encoder, "running the encoder", batch, cancel)?;
-        let hidden = outputs.into_iter().next().expect("opening has verified that the encoder has one output");
-        Ok(Encoded { hidden, mask })
     }
 }

@@ -259,7 +259,7 @@ fn best(scores: &[f32], count: usize) -> Vec<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::alignment::Attending;
+    use crate::cross_attention::CrossAttentionTracker;
     use crate::options::SequenceBias;
     use crate::scores::Processors;
     use crate::search::Search;
@@ -456,7 +456,7 @@ mod tests {
             for (source, expected) in sources.iter().zip(expected) {
                 let processors = Processors::new(&options, &[], prompt.len());
                 let mut search = Search::new(&options, &prompt);
-                let mut attending = Attending::new(&options, &MASK);
+                let mut tracker = CrossAttentionTracker::new(&options, &MASK);
                 let mut settled: Vec<i64> = Vec::new();
                 loop {
                     let mut rows: Vec<f32> = (0..search.width())
@@ -465,11 +465,11 @@ mod tests {
                     let before: Vec<Vec<i64>> = (0..num_beams).map(|beam| search.history(beam).to_vec()).collect();
                     let candidates = processors.candidates(&mut rows, &search);
                     let mut endings: &[f32] = &[];
-                    if let Some(attending) = &mut attending {
+                    if let Some(tracker) = &mut tracker {
                         let rows: Vec<f32> = before.iter().flat_map(|history| attended(*source, history)).collect();
-                        attending.step(&rows, num_beams, num_beams);
-                        attending.take(&candidates);
-                        endings = attending.endings();
+                        tracker.begin_step(&rows, num_beams, num_beams);
+                        tracker.add(&candidates);
+                        endings = tracker.ending_terms();
                     }
                     let progress = search.advance_to_covered_ends(&candidates, &[], endings);
                     for (beam, &parent) in search.parents().iter().enumerate() {
@@ -479,7 +479,7 @@ mod tests {
                     if progress == Progress::Done {
                         break;
                     }
-                    attending.iter_mut().for_each(|attending| attending.follow(&search));
+                    tracker.iter_mut().for_each(|tracker| tracker.follow(&search));
                     settled.extend_from_slice(search.settled(settled.len()));
                 }
                 settled_early += usize::from(!settled.is_empty());

@@ -1,12 +1,29 @@
 //! Comparing the inputs and outputs of an opened session with those that the configuration implies.
 
+use ort::session::Session;
 use ort::value::{Outlet, ValueType};
-use t5gemma_graphs::interface::{DType, Dim, Port};
+use t5gemma_graphs::interface::{DType, Dim, Port, Ports};
 
 use crate::weights::element_type;
 
-/// The first port that is not as expected: its place, what was expected there, what is there.
-pub(super) fn first_difference(side: &str, expected: &[Port], found: &[Outlet]) -> Option<(String, String, String)> {
+/// A port that is not as expected.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Difference {
+    /// `input 2`, `output 0`, ….
+    pub port: String,
+    /// The port that the configuration implies.
+    pub expected: String,
+    /// The port of the session.
+    pub found: String,
+}
+
+/// The first port of a session that is not as expected.
+pub(super) fn first_difference(ports: &Ports, session: &Session) -> Option<Difference> {
+    first_difference_of("input", &ports.inputs, session.inputs())
+        .or_else(|| first_difference_of("output", &ports.outputs, session.outputs()))
+}
+
+fn first_difference_of(side: &str, expected: &[Port], found: &[Outlet]) -> Option<Difference> {
     (0..expected.len().max(found.len())).find_map(|index| {
         let (expected, found) = (expected.get(index), found.get(index));
         if let (Some(expected), Some(found)) = (expected, found)
@@ -16,11 +33,12 @@ pub(super) fn first_difference(side: &str, expected: &[Port], found: &[Outlet]) 
         }
         let none = || "none".to_string();
         let expected = expected.map_or_else(none, |port| described(&port.name, &port.dtype, &port.shape));
-        Some((format!("{side} {index}"), expected, found.map_or_else(none, described_outlet)))
+        let found = found.map_or_else(none, described_outlet);
+        Some(Difference { port: format!("{side} {index}"), expected, found })
     })
 }
 
-/// Whether name, element type, rank and the sizes known in advance agree.
+/// Whether name, element type, rank and all fixed sizes agree.
 fn same_port(expected: &Port, found: &Outlet) -> bool {
     let ValueType::Tensor { ty, shape, .. } = found.dtype() else { return false };
     let same_dim = |(expected, &found): (&Dim, &i64)| match expected.as_fixed() {
@@ -46,8 +64,8 @@ fn described_outlet(outlet: &Outlet) -> String {
             _ => dim.to_string(),
         })
         .collect();
-    let known = DType::ALL.into_iter().find(|&dtype| element_type(dtype) == *ty);
-    match known {
+    let dtype = DType::ALL.into_iter().find(|&dtype| element_type(dtype) == *ty);
+    match dtype {
         Some(dtype) => described(outlet.name(), &dtype, &dims),
         None => described(outlet.name(), ty, &dims),
     }
@@ -68,8 +86,8 @@ mod tests {
 
     #[test]
     fn the_first_differing_port_is_described() {
-        let config =
-            Config::parse(r#"{"model_type": "t5gemma", "encoder": {}, "decoder": {}}"#).expect("a minimal config");
+        let config = Config::parse(r#"{"model_type": "t5gemma", "encoder": {}, "decoder": {}}"#);
+        let config = config.expect("a minimal config");
         let expected = &Interface::of(&config, DType::Float32, Logits::Last, CacheLayout::Growing).encoder.inputs;
         let outlet = |name: &str, ty, dims: &[i64]| {
             let symbols = dims.iter().map(|_| "rows".to_string());
@@ -78,7 +96,7 @@ mod tests {
         };
         let ids = || outlet("input_ids", TensorElementType::Int64, &[-1, -1]);
         let mask = || outlet("attention_mask", TensorElementType::Int64, &[-1, -1]);
-        assert_eq!(first_difference("input", expected, &[ids(), mask()]), None);
+        assert_eq!(first_difference_of("input", expected, &[ids(), mask()]), None);
 
         let cases = [
             (vec![ids()], "input 1", "none"),
@@ -89,8 +107,8 @@ mod tests {
             (vec![ids(), mask(), ids()], "input 2", "input_ids int64 [rows, rows]"),
         ];
         for (found, port, shown) in cases {
-            let (at, _, found) = first_difference("input", expected, &found).expect(port);
-            assert_eq!((at.as_str(), found.as_str()), (port, shown));
+            let difference = first_difference_of("input", expected, &found).expect(port);
+            assert_eq!((difference.port.as_str(), difference.found.as_str()), (port, shown));
         }
     }
 }

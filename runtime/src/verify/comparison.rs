@@ -65,7 +65,7 @@ pub fn comparison(
         }
         sources => sources,
     };
-    let steps = TARGETS.min(model.longest_target().0 - 1).min(other.longest_target().0 - 1);
+    let steps = TARGETS.min(model.target_limit().tokens - 1).min(other.target_limit().tokens - 1);
     let own = other.generation_config();
     let greedy = GenerationConfig { max_new_tokens: Some(steps), ..own.plain() };
 

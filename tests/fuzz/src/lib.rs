@@ -146,7 +146,7 @@ pub fn model_folder(data: &[u8]) {
     if name != "manifest.json" {
         let _ = reseal(folder);
     }
-    if let Ok(model) = Model::open_with(folder, &OpenOptions { threads: Some(1), ..OpenOptions::default() })
+    if let Ok(model) = Model::open_with(folder, &OpenOptions::default().threads(1))
         && let Ok(tokenizer) = model.tokenizer()
     {
         let _ = tokenizer.encode("a text");
@@ -242,5 +242,5 @@ fn export(checkpoint: &Path, to: &str) -> PathBuf {
 /// The demo model, opened.
 fn demo(to: &str) -> Model {
     let folder = export(&fixtures().join("../../demo/checkpoint"), to);
-    Model::open_with(&folder, &OpenOptions { threads: Some(1), ..OpenOptions::default() }).expect("just exported")
+    Model::open_with(&folder, &OpenOptions::default().threads(1)).expect("just exported")
 }

@@ -39,8 +39,11 @@ impl Answering<'_> {
     pub(super) fn continuous(&self, models: &[Arc<Model>]) -> Result<Outcome> {
         // As many rows as so many sources need.
         let max_sources = self.packing.rows();
-        let unbounded =
-            EngineOptions { max_rows: usize::MAX, max_bytes: usize::MAX, max_sources, max_waiting: usize::MAX };
+        let unbounded = EngineOptions::default()
+            .max_rows(usize::MAX)
+            .max_bytes(usize::MAX)
+            .max_sources(max_sources)
+            .max_waiting(usize::MAX);
         let engine = Engine::of_copies(models, unbounded)?;
         let most = self.packing.rows().saturating_mul(models.len());
         let mut lines = Lines::requests();
@@ -119,7 +122,7 @@ impl Answering<'_> {
                     rows[row] = hypotheses;
                     finished += 1;
                 }
-                PollResult::Event(Ok(Event::Token { .. })) => {}
+                PollResult::Event(Ok(_)) => {}
                 PollResult::Event(Err(error)) => {
                     finished += left(rows);
                     let reason = flag_errors::of_request(&error, &request.options, self.flags);

@@ -1,20 +1,31 @@
-//! Rows of logits made of their greatest, which is what a graph for a device returns where no more is wanted: whoever reads
-//! them needs not know. Slices only.
+//! Full rows of logits made of the greatest logits of each, which are all that a graph for a device returns if no more is
+//! needed. Readers of logits then need no second form of them.
 
-/// Makes `row` one whose greatest scores are those of `tokens`, the least last. All others are alike and below them, and so
-/// that the logarithm of the sum of all exponentials is `log_sum_exp` as near as numbers allow.
-pub(super) fn spread((scores, tokens): (&[f32], &[i64]), log_sum_exp: f32, row: &mut [f32]) {
+/// The greatest logits of a row.
+pub(super) struct TopLogits<'a> {
+    /// In descending order.
+    pub scores: &'a [f32],
+    /// The token of each score.
+    pub tokens: &'a [i64],
+    /// The log-sum-exp of the whole row.
+    pub log_sum_exp: f32,
+}
+
+/// Fills `row` such that its greatest logits are those of `top`; all others are equal and below them, and the log-sum-exp of the
+/// row is that of `top`, as far as float32 allows.
+pub(super) fn expand(top: &TopLogits, row: &mut [f32]) {
+    let &TopLogits { scores, tokens, log_sum_exp } = top;
     let (Some(&greatest), Some(&least)) = (scores.first(), scores.last()) else { return row.fill(f32::NAN) };
     let relative = |score: f32| (f64::from(score) - f64::from(greatest)).exp();
     let rest = relative(log_sum_exp) - scores.iter().map(|&score| relative(score)).sum::<f64>();
     let others = row.len().saturating_sub(scores.len()).max(1) as f64;
     let each = if rest > 0.0 { f64::from(greatest) + (rest / others).ln() } else { f64::from(least) - 30.0 };
-    // What is no number shall be seen as such.
+    // NaN and infinity must not get lost: callers check rows for them.
     let is_finite = log_sum_exp.is_finite() && scores.iter().all(|score| score.is_finite());
     row.fill(if is_finite { (each as f32).min(least.next_down()) } else { f32::NAN });
     for (&token, &score) in tokens.iter().zip(scores) {
-        if let Some(place) = usize::try_from(token).ok().and_then(|token| row.get_mut(token)) {
-            *place = score;
+        if let Some(logit) = usize::try_from(token).ok().and_then(|token| row.get_mut(token)) {
+            *logit = score;
         }
     }
 }
@@ -44,23 +55,27 @@ mod tests {
             let scores: Vec<f32> = order.iter().map(|&token| row[token]).collect();
             let tokens: Vec<i64> = order.iter().map(|&token| token as i64).collect();
             let mut found = vec![0.0; row.len()];
-            spread((&scores, &tokens), log_sum_exp(&row) as f32, &mut found);
+            let top = TopLogits { scores: &scores, tokens: &tokens, log_sum_exp: log_sum_exp(&row) as f32 };
+            expand(&top, &mut found);
             assert!((log_sum_exp(&found) - log_sum_exp(&row)).abs() < 1e-5, "{name}");
             for (token, &score) in found.iter().enumerate() {
-                match order.contains(&token) {
-                    true => assert_eq!(score, row[token], "{name}: {token}"),
-                    false => assert!(score.is_finite() && score < scores[count - 1], "{name}: {token}"),
+                if order.contains(&token) {
+                    assert_eq!(score, row[token], "{name}: {token}");
+                } else {
+                    assert!(score.is_finite() && score < scores[count - 1], "{name}: {token}");
                 }
             }
         }
     }
 
     #[test]
-    fn what_is_no_number_is_seen() {
-        for (scores, sum) in [([f32::NAN, 1.0], 2.0), ([2.0, 1.0], f32::NAN), ([f32::INFINITY, 1.0], f32::INFINITY)] {
+    fn nan_and_infinity_stay_visible() {
+        for (scores, log_sum_exp) in
+            [([f32::NAN, 1.0], 2.0), ([2.0, 1.0], f32::NAN), ([f32::INFINITY, 1.0], f32::INFINITY)]
+        {
             let mut row = [0.0; 8];
-            spread((&scores, &[3, 4]), sum, &mut row);
-            assert!(row.iter().any(|score| !score.is_finite()), "{scores:?} {sum}");
+            expand(&TopLogits { scores: &scores, tokens: &[3, 4], log_sum_exp }, &mut row);
+            assert!(row.iter().any(|score| !score.is_finite()), "{scores:?} {log_sum_exp}");
         }
     }
 }

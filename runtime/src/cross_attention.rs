@@ -1,108 +1,106 @@
-//! What targets attended to in their sources while they were generated, and how much of a source one has covered: for those
-//! who ask for it with `output_attentions`, and for beam search with a `coverage_penalty`. Only numbers that a step returned;
-//! which they are was decided when the model was exported.
+//! `CrossAttentionTracker`: what targets attend to in their sources while they are generated, and how much of a source each has
+//! covered. For `output_attentions`, and for beam search with a `coverage_penalty`.
 
 use crate::hypothesis::CrossAttentions;
 use crate::options::GenerationConfig;
-use crate::places::Places;
 use crate::search::{Candidate, Search};
+use crate::target_tree::TargetTree;
 
-/// `coverage_penalty · Σ log(min(coverage, 1))` over the source's tokens but for padding, where the coverage of a source token
-/// is what all tokens of the target attended to it: 0 for a target that covers its source, and less for others. What has no
-/// coverage that a float32 can tell counts as the least that it can.
+/// `coverage_penalty · Σ log(min(coverage, 1))` over the source's tokens except padding. The coverage of a source token is the sum
+/// of what all tokens of the target attended to it: the term is 0 for a target that covers its source, and less for others.
+/// Coverage below the least normal float32 counts as that.
 ///
-/// The formula is that of Wu et al., "Google's Neural Machine Translation System" (arXiv 1609.08144), equation 14.
-fn coverage_term(penalty: f64, covered: &[f32], mask: &[i64]) -> f32 {
-    let visible = covered.iter().zip(mask).filter(|(_, mask)| **mask != 0);
-    let sum: f64 = visible.map(|(&covered, _)| f64::from(covered.clamp(f32::MIN_POSITIVE, 1.0)).ln()).sum();
+/// The formula is equation 14 of Wu et al., "Google's Neural Machine Translation System" (arXiv 1609.08144).
+fn coverage_term(penalty: f64, coverage: &[f32], mask: &[i64]) -> f32 {
+    let visible = coverage.iter().zip(mask).filter(|(_, mask)| **mask != 0);
+    let sum: f64 = visible.map(|(&coverage, _)| f64::from(coverage.clamp(f32::MIN_POSITIVE, 1.0)).ln()).sum();
     (penalty * sum) as f32
 }
 
-/// What the rows of a search attend to, step by step.
-pub(crate) struct Attending {
-    places: Places,
-    /// By place, what the token chosen there attends to; nothing before its step.
-    attended: Vec<Vec<f32>>,
-    /// The source's mask.
+/// The cross-attentions of the rows of a search, step by step.
+pub(crate) struct CrossAttentionTracker {
+    tree: TargetTree,
+    /// By node, the cross-attentions of the token chosen there; empty before its step.
+    by_node: Vec<Vec<f32>>,
+    /// The mask of the source.
     mask: Vec<i64>,
     penalty: f64,
-    /// For each row of the step, what a hypothesis gets that ends by continuing it; none without a penalty.
-    endings: Vec<f32>,
-    /// For each row of the step, what its target has attended to, this step included.
-    covered: Vec<Vec<f32>>,
+    /// For each row of the step, the coverage of the source by its target, this step included.
+    coverage: Vec<Vec<f32>>,
+    /// For each row of the step, the term of a hypothesis that ends by continuing it; empty without a penalty.
+    ending_terms: Vec<f32>,
 }
 
-impl Attending {
-    /// Before the first step, for a source with such a mask; nothing if no option asks for it.
-    pub fn new(options: &GenerationConfig, mask: &[i64]) -> Option<Attending> {
-        let is_wanted = options.output_attentions || options.coverage_penalty != 0.0;
-        is_wanted.then(|| Attending {
-            places: Places::default(),
-            attended: vec![Vec::new()],
+impl CrossAttentionTracker {
+    /// Before the first step, for a source with such a mask; `None` if no option needs it.
+    pub fn new(options: &GenerationConfig, mask: &[i64]) -> Option<CrossAttentionTracker> {
+        let is_needed = options.output_attentions || options.coverage_penalty != 0.0;
+        is_needed.then(|| CrossAttentionTracker {
+            tree: TargetTree::default(),
+            by_node: vec![Vec::new()],
             mask: mask.to_vec(),
             penalty: options.coverage_penalty,
-            endings: Vec::new(),
-            covered: Vec::new(),
+            coverage: Vec::new(),
+            ending_terms: Vec::new(),
         })
     }
 
-    /// Takes what the rows of a step attend to, `[rows, at least the source]`, of `width` rows or one for all of them.
-    pub fn step(&mut self, attended: &[f32], rows: usize, width: usize) {
-        self.places.step(width);
-        self.covered.resize(width, vec![0.0; self.mask.len()]);
-        self.endings.clear();
-        let rows: Vec<&[f32]> = attended.chunks_exact(attended.len() / rows).collect();
-        for (row, covered) in self.covered.iter_mut().enumerate() {
-            let attended = &rows[row.min(rows.len() - 1)][..self.mask.len()];
-            let place = &mut self.attended[self.places.of_row(row)];
-            if place.is_empty() {
-                place.extend_from_slice(attended);
+    /// Begins a step of `width` rows. `attentions`, `[rows, at least the source]`, are of these rows, or of one that stands for all.
+    pub fn begin_step(&mut self, attentions: &[f32], rows: usize, width: usize) {
+        self.tree.begin_step(width);
+        self.coverage.resize(width, vec![0.0; self.mask.len()]);
+        self.ending_terms.clear();
+        let rows: Vec<&[f32]> = attentions.chunks_exact(attentions.len() / rows).collect();
+        for (row, coverage) in self.coverage.iter_mut().enumerate() {
+            let attentions = &rows[row.min(rows.len() - 1)][..self.mask.len()];
+            let at_node = &mut self.by_node[self.tree.node(row)];
+            if at_node.is_empty() {
+                at_node.extend_from_slice(attentions);
             }
             if self.penalty != 0.0 {
-                covered.iter_mut().zip(attended).for_each(|(covered, attended)| *covered += attended);
-                self.endings.push(coverage_term(self.penalty, covered, &self.mask));
+                coverage.iter_mut().zip(attentions).for_each(|(coverage, attention)| *coverage += attention);
+                self.ending_terms.push(coverage_term(self.penalty, coverage, &self.mask));
             }
         }
     }
 
-    /// Takes candidates of the step.
-    pub fn take(&mut self, candidates: &[Candidate]) {
+    /// Adds candidates of the step.
+    pub fn add(&mut self, candidates: &[Candidate]) {
         for candidate in candidates {
-            if self.places.take(candidate) {
-                self.attended.push(Vec::new());
+            if self.tree.add(candidate) {
+                self.by_node.push(Vec::new());
             }
         }
     }
 
-    /// For each row of the step, what is added to the score of a hypothesis that ends by continuing it; empty without a
-    /// penalty.
-    pub fn endings(&self) -> &[f32] {
-        &self.endings
+    /// For each row of the step, what is added to the score of a hypothesis that ends by continuing it; empty without a penalty.
+    pub fn ending_terms(&self) -> &[f32] {
+        &self.ending_terms
     }
 
-    /// Follows the rows that go on after the candidates that were taken.
+    /// Follows the rows that the search continues with.
     pub fn follow(&mut self, search: &Search) {
-        self.places.follow(search);
-        self.covered = search.parents().iter().map(|&parent| self.covered[parent].clone()).collect();
+        self.tree.follow(search);
+        self.coverage = search.parents().iter().map(|&parent| self.coverage[parent].clone()).collect();
     }
 
-    /// What a hypothesis attended to.
+    /// The cross-attentions of a hypothesis.
     pub fn of(&self, tokens: &[i64]) -> CrossAttentions {
         let mut found = CrossAttentions::of_source(self.mask.len());
-        self.places.along(tokens).for_each(|(place, _)| found.push(&self.attended[place]));
+        self.tree.along(tokens).for_each(|edge| found.push(&self.by_node[edge.from]));
         found
     }
 
-    /// What is added to the score of a target that ends behind `tokens`.
-    pub fn ending(&self, tokens: &[i64]) -> f32 {
+    /// What is added to the score of a target that ends after `tokens`.
+    pub fn ending_term(&self, tokens: &[i64]) -> f32 {
         if self.penalty == 0.0 {
             return 0.0;
         }
-        let mut covered = vec![0.0; self.mask.len()];
-        for (place, _) in self.places.along(tokens) {
-            covered.iter_mut().zip(&self.attended[place]).for_each(|(covered, attended)| *covered += attended);
+        let mut coverage = vec![0.0; self.mask.len()];
+        for edge in self.tree.along(tokens) {
+            coverage.iter_mut().zip(&self.by_node[edge.from]).for_each(|(coverage, attention)| *coverage += attention);
         }
-        coverage_term(self.penalty, &covered, &self.mask)
+        coverage_term(self.penalty, &coverage, &self.mask)
     }
 }
 
@@ -142,10 +140,10 @@ mod tests {
         assert_eq!(attended.most_attended(), [1, 0, 1]);
     }
 
-    /// What a made-up model of ten tokens says of the token behind a history, and what that attends to.
-    fn said(history: &[i64]) -> ([f32; 10], [f32; 4]) {
-        let place = history.iter().fold(7i64, |sum, &token| (sum * 31 + token) % 1009);
-        let number = |at: usize| ((place * (at as i64 + 3)) % 101) as f32;
+    /// The logits and cross-attentions of a made-up model of ten tokens, after a history.
+    fn output_after(history: &[i64]) -> ([f32; 10], [f32; 4]) {
+        let state = history.iter().fold(7i64, |sum, &token| (sum * 31 + token) % 1009);
+        let number = |at: usize| ((state * (at as i64 + 3)) % 101) as f32;
         (std::array::from_fn(|token| number(token) / 20.0), std::array::from_fn(|at| number(at + 20) / 101.0))
     }
 
@@ -168,39 +166,39 @@ mod tests {
         let mask = [1, 1, 1, 0];
         for (name, options) in cases {
             let mut search = Search::new(&options, &[2]);
-            let mut attending = Attending::new(&options, &mask).expect("asked for");
+            let mut tracker = CrossAttentionTracker::new(&options, &mask).expect("asked for");
             let processors = Processors::new(&options, &[], 1);
             let mut is_first = true;
             'steps: loop {
-                let rows: Vec<_> = (0..search.width()).map(|row| said(search.history(row))).collect();
+                let rows: Vec<_> = (0..search.width()).map(|row| output_after(search.history(row))).collect();
                 let mut scores: Vec<f32> = rows.iter().flat_map(|(scores, _)| *scores).collect();
                 // The first step has one row for all, and rows are wider where other sources are longer.
                 let attended = rows.iter().take(if is_first { 1 } else { rows.len() });
                 let attended: Vec<f32> = attended.flat_map(|(_, [a, b, c, d])| [*a, *b, *c, *d, 9.0]).collect();
-                attending.step(&attended, attended.len() / 5, search.width());
+                tracker.begin_step(&attended, attended.len() / 5, search.width());
                 is_first = false;
                 loop {
                     let candidates = processors.candidates(&mut scores, &search);
-                    attending.take(&candidates);
-                    match search.advance_to_covered_ends(&candidates, &[], attending.endings()) {
+                    tracker.add(&candidates);
+                    match search.advance_to_covered_ends(&candidates, &[], tracker.ending_terms()) {
                         Progress::NextGroup => {}
                         Progress::Continue => break,
                         Progress::Done => break 'steps,
                     }
                 }
-                attending.follow(&search);
+                tracker.follow(&search);
             }
             let found = search.finish();
             for hypothesis in &found {
                 let tokens = &hypothesis.tokens;
                 let expected: Vec<f32> =
-                    (0..tokens.len()).flat_map(|at| said(&[&[2], &tokens[..at]].concat()).1).collect();
+                    (0..tokens.len()).flat_map(|at| output_after(&[&[2], &tokens[..at]].concat()).1).collect();
                 assert!(!tokens.is_empty(), "{name}");
-                assert_eq!(attending.of(tokens).values(), expected, "{name}: {tokens:?}");
+                assert_eq!(tracker.of(tokens).values(), expected, "{name}: {tokens:?}");
                 if let Some(score) = hypothesis.score {
                     let sum: f64 = (0..tokens.len())
                         .map(|at| {
-                            let logits = said(&[&[2], &tokens[..at]].concat()).0.map(f64::from);
+                            let logits = output_after(&[&[2], &tokens[..at]].concat()).0.map(f64::from);
                             logits[tokens[at] as usize] - logits.iter().map(|x| x.exp()).sum::<f64>().ln()
                         })
                         .sum();
@@ -211,7 +209,7 @@ mod tests {
                     if options.num_beam_groups == 1 {
                         assert!((f64::from(score) - score_expected).abs() < 1e-4, "{name}: {score}, {score_expected}");
                     }
-                    let ending = f64::from(attending.ending(tokens));
+                    let ending = f64::from(tracker.ending_term(tokens));
                     assert!((ending - options.coverage_penalty * covered).abs() < 1e-4, "{name}: {ending}");
                 }
             }
