@@ -12,6 +12,7 @@
 //!     match event? {
 //!         Event::Token { token, .. } => println!("{token}"),
 //!         Event::Row { hypotheses, .. } => println!("{:?}", hypotheses[0].finish_reason),
+//!         _ => {}
 //!     }
 //! }
 //! # Ok::<(), t5gemma_runtime::Error>(())
