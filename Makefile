@@ -94,7 +94,7 @@ MDBOOK := .cache/mdbook-$(MDBOOK_VERSION)/bin/mdbook
 
 .PHONY: book
 book: $(MDBOOK) ## build the book of docs into target/book; installs mdbook into .cache
-	$(PYTHON) docs/charts.py --check
+	$(PYTHON) docs/generate.py --check
 	$(PYTHON) tests/scripts/book.py --links
 	$(MDBOOK) build docs
 	@echo "make book: target/book/index.html"
@@ -167,6 +167,9 @@ sanitize: $(LIBRARY) ## run unit tests under AddressSanitizer at every instructi
 	        --target $$(rustc -vV | sed -n 's/^host: //p') --target-dir target/sanitize \
 	        -p t5gemma-graphs -p t5gemma-exporter -p t5gemma-kernels -p t5gemma-runtime || exit 1; \
 	done
+
+.PHONY: nightly
+nightly: deny sanitize fuzz ## what takes too long, or too much network, for every change
 
 .PHONY: check-rtx
 check-rtx: .venv/complete .cache/tensorrt-rtx/complete ## compile graphs with NVIDIA's builder for RTX; needs no GPU, but x86-64 Linux

@@ -26,6 +26,6 @@ fn every_block_of_the_pages_does_what_they_say() {
 #[test]
 fn charts_and_tables_show_the_committed_results() {
     let mut check = Command::new(from_make("T5GEMMA_PYTHON"));
-    check.arg(tests().join("../docs/charts.py")).arg("--check");
+    check.arg(tests().join("../docs/generate.py")).arg("--check");
     stdout(check.output().expect("Python runs"));
 }

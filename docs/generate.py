@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Draws the book's charts and writes its tables of measurements from results/*.json: `charts.py [--check]`.
+"""Draws the book's charts and writes its tables: `generate.py [--check]`.
 
-Charts are src/images/*.svg. Tables stand in src/*.md and ../README.md between `<!-- table NAME -->` and `<!-- end -->`. With
+Charts (src/images/*.svg) and tables of measurements come from results/*.json, tables of JSON fields from the JSON Schemas in
+../runtime/protocol/schema. Tables stand in src/*.md and ../README.md between `<!-- table NAME -->` and `<!-- end -->`. With
 --check, writes nothing and fails if a file is not what this script would write. Standard library only; the same input gives
 the same bytes.
 """
@@ -264,6 +265,47 @@ def summary_table():
     shown = ["greedy, source of 64 tokens", "4 beams, source of 512 tokens", "8 rows of 4 beams", "encode 512 tokens"]
     results["cases"] = [case for case in results["cases"] if case["case"] in shown]
     return peers_table(results)
+
+
+def type_of(schema, document):
+    """A JSON type in words."""
+    if "$ref" in schema:
+        name = schema["$ref"].removeprefix("#/$defs/")
+        of = document["$defs"][name]
+        return f"[{name}](#{name.lower()})" if of.get("type") == "object" else type_of(of, document)
+    if "const" in schema:
+        return f"`{json.dumps(schema['const'])}`"
+    if either := schema.get("anyOf") or schema.get("oneOf"):
+        if all("const" in one for one in either):
+            return "string"
+        return " or ".join(dict.fromkeys(type_of(one, document) for one in either if one.get("type") != "null"))
+    kinds = schema.get("type", "any")
+    kind = next((kind for kind in ([kinds] if isinstance(kinds, str) else kinds) if kind != "null"), "null")
+    if kind == "array" and "prefixItems" in schema:
+        return "[" + ", ".join(type_of(item, document) for item in schema["prefixItems"]) + "]"
+    if kind == "array":
+        item = type_of(schema["items"], document)
+        return "list of " + ("lists of " + item.removeprefix("list of ") if item.startswith("list of ") else item + "s" * (item.isalpha()))
+    return kind
+
+
+def fields(name, part=None):
+    """The fields of an object: of a schema in ../runtime/protocol/schema, or of one of its `$defs`."""
+    document = json.loads((DOCS.parent / "runtime/protocol/schema" / f"{name}.json").read_text())
+    schema = document["$defs"][part] if part else document
+    required = schema.get("required", [])
+    lines = ["| field | type | | meaning |", "|---|---|---|---|"]
+    for field, value in schema["properties"].items():
+        meaning = value.get("description", "").replace("|", "\\|").rstrip(".")
+        lines.append(f"| `{field}` | {type_of(value, document)} | {'required' if field in required else ''} | {meaning} |")
+    return lines
+
+
+def values(name, part):
+    """The values of an enumeration."""
+    document = json.loads((DOCS.parent / "runtime/protocol/schema" / f"{name}.json").read_text())
+    lines = ["| value | meaning |", "|---|---|"]
+    return lines + [f"| `{one['const']}` | {one['description'].rstrip('.')} |" for one in document["$defs"][part]["oneOf"]]
 
 
 TABLES = {
