@@ -334,8 +334,12 @@ fn what_cannot_be_taken_is_refused_with_the_figures() {
     };
     // One row of 64 tokens of room and 3 of source, in 8 tensors and one that is moved, of 2 heads of 16 numbers.
     let bytes = |rows: usize, room: usize, source: usize| rows * ((room + source) * 9 * 2 * 16 * 4 + 200 * 4);
-    let config = &model.config().decoder;
-    assert_eq!((config.num_key_value_heads, config.layers.len(), config.vocab_size), (2, 4, 200), "of this fixture");
+    let config = &model.facts().decoder;
+    assert_eq!(
+        (config.num_key_value_heads, config.num_hidden_layers, config.vocab_size),
+        (2, 4, 200),
+        "of this fixture"
+    );
     let refused = |engine: &Engine, request: Request| engine.submit(request).expect_err("refused").to_string();
 
     let engine = Engine::new(model.clone(), options_of(1, usize::MAX, 9)).expect("an engine");

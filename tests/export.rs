@@ -56,8 +56,12 @@ fn a_manifest_holds_the_interface_of_its_config() {
     ] {
         let model = exported_as("tiny-unbalanced", label, Export::default().dtype(dtype).logits(logits));
         let config = fs::read_to_string(model.join("config.json")).expect("the config is carried along");
-        let expected =
-            Interface::of(&Config::parse(&config).expect("a valid config"), dtype, logits, CacheLayout::Growing);
+        let expected = Interface::of(
+            &Config::parse(&config).expect("a valid config").facts(),
+            dtype,
+            logits,
+            CacheLayout::Growing,
+        );
         let graphs = manifest(&model).graphs;
         assert_eq!(graphs["encoder"].ports, expected.encoder, "{label}");
         assert_eq!(graphs["decoder"].ports, expected.decoder, "{label}");

@@ -1,6 +1,7 @@
 //! Token ids and scores against transformers: every generation case of every fixture, through the program's JSONL door and
 //! through the Rust API, and the demo model against recorded answers.
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use itertools::Itertools as _;
@@ -68,25 +69,30 @@ fn every_case_gives_the_reference_tokens_through_jsonl() {
 #[test]
 fn every_case_gives_the_reference_tokens_through_rust() {
     for (name, way, model) in exported_every_way() {
-        let (cases, inputs) = (cases(name), inputs(name));
-        let model = Model::open(model).expect("the model opens");
-        for case in cases["cases"].as_array().expect("cases is a list") {
-            let (ids, mask) = &inputs[case["input"].as_str().expect("a case names its input")];
-            let mut batch = Batch::masked(&nested(ids), &nested(mask)).expect("the fixture's inputs are valid");
-            if let Ok(prompts) = serde_json::from_value::<Vec<Vec<i64>>>(case["decoder_input_ids"].clone()) {
-                batch = batch.with_decoder_input_ids(&prompts).expect("the fixture's prompts are valid");
-            }
-            let options = case["options"].as_object().expect("options are an object");
-            let options = model.generation_config().with_json(options).expect("the fixture's options are valid");
-            let rows = model.generate_batch(&batch, &options, Controls::default());
-            let found: Vec<(Value, Option<f64>)> = rows
-                .unwrap_or_else(|error| panic!("{name} {}: {error}", case["id"]))
-                .iter()
-                .flatten()
-                .map(|hypothesis| (json!(hypothesis.tokens), hypothesis.score.map(f64::from)))
-                .collect();
-            check_case(&format!("{name} for {way} {}", case["id"]), case, &found);
+        check_cases(name, way, &model);
+    }
+}
+
+/// Generates every case of a fixture with one of its exports.
+pub fn check_cases(name: &str, way: &str, model: &Path) {
+    let (cases, inputs) = (cases(name), inputs(name));
+    let model = Model::open(model).expect("the model opens");
+    for case in cases["cases"].as_array().expect("cases is a list") {
+        let (ids, mask) = &inputs[case["input"].as_str().expect("a case names its input")];
+        let mut batch = Batch::masked(&nested(ids), &nested(mask)).expect("the fixture's inputs are valid");
+        if let Ok(prompts) = serde_json::from_value::<Vec<Vec<i64>>>(case["decoder_input_ids"].clone()) {
+            batch = batch.with_decoder_input_ids(&prompts).expect("the fixture's prompts are valid");
         }
+        let options = case["options"].as_object().expect("options are an object");
+        let options = model.generation_config().with_json(options).expect("the fixture's options are valid");
+        let rows = model.generate_batch(&batch, &options, Controls::default());
+        let found: Vec<(Value, Option<f64>)> = rows
+            .unwrap_or_else(|error| panic!("{name} {}: {error}", case["id"]))
+            .iter()
+            .flatten()
+            .map(|hypothesis| (json!(hypothesis.tokens), hypothesis.score.map(f64::from)))
+            .collect();
+        check_case(&format!("{name} for {way} {}", case["id"]), case, &found);
     }
 }
 

@@ -29,6 +29,7 @@ mod speculation;
 mod tasks;
 mod tensorrt;
 mod tokenizer;
+mod versions;
 mod vocabulary;
 
 mod broken;

@@ -76,7 +76,7 @@ fn first_tokens_are_drawn_with_the_models_probabilities() {
     const CALLS: u64 = 40;
     let model = Model::open(exported("tiny-balanced")).expect("the model opens");
     let batch = Batch::padded(&[[5, 6, 7, 8]], 0).expect("valid");
-    let vocab_size = model.config().decoder.vocab_size;
+    let vocab_size = model.facts().decoder.vocab_size;
     let top = model
         .score(&batch, &[vec![1]], vocab_size, &Cancellation::new())
         .expect("scores")

@@ -246,7 +246,7 @@ fn a_shortlist_of_texts_serves_those_texts() {
     );
     assert!(told.status.success(), "{}", stderr(&told));
     let kept: Vec<usize> = serde_json::from_slice(&fs::read(at("kept.json")).expect("was written")).expect("JSON");
-    assert!(kept.is_sorted() && kept.len() < whole.config().decoder.vocab_size, "{} tokens", kept.len());
+    assert!(kept.is_sorted() && kept.len() < whole.facts().decoder.vocab_size, "{} tokens", kept.len());
     let out = at("out");
     let told = run("t5gemma-export", [&checkpoint, &out, Path::new("--keep-tokens"), &at("kept.json")], "");
     assert!(told.status.success(), "{}", stderr(&told));

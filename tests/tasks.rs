@@ -407,7 +407,7 @@ fn encode_writes_rows_of_one_length_into_one_array() {
         let bytes = fs::read(at(name)).expect("written");
         String::from_utf8_lossy(&bytes[..bytes.len().min(128)]).into_owned()
     };
-    let hidden = Encoder::open(&model).expect("opens").config().encoder.hidden_size;
+    let hidden = Encoder::open(&model).expect("opens").facts().encoder.hidden_size;
     stdout(encode(&at("pooled.npy"), &["--pooling", "mean", "--normalize"]));
     assert!(header("pooled.npy").contains(&format!("(3, {hidden})")), "{}", header("pooled.npy"));
     stdout(encode(&at("padded.npy"), &["--padding", "max_length", "--max-length", "6", "--truncation"]));

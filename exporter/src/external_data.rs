@@ -37,6 +37,7 @@ pub fn layout(weights: &[Weight]) -> Vec<TensorRecord> {
         let offset = same.map_or(end.next_multiple_of(ALIGNMENT), |same| same.offset);
         let record = TensorRecord {
             name: weight.name.clone(),
+            role: weight.role,
             dtype: weight.dtype,
             shape: weight.shape.clone(),
             offset,
@@ -397,6 +398,7 @@ fn sample(file: &mut File, bytes: u64) -> std::io::Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use t5gemma_graphs::tensors::Role;
 
     #[test]
     fn tensors_are_aligned_and_do_not_overlap() {
@@ -406,6 +408,7 @@ mod tests {
             shape: shape.to_vec(),
             parts: vec![Part { tensor: name.into(), shape: shape.to_vec(), kept: None }],
             adjust: Adjust::AsIs,
+            role: Role::Decoder,
             alias: None,
         };
         let records = layout(&[weight("a", &[3, 5]), weight("b", &[4096]), weight("c", &[1])]);

@@ -158,7 +158,7 @@ fn parameters(folder: &Path, manifest: &Manifest, config: &Config) -> Result<Vec
         vocabulary.kept = Some(tokens.into());
     }
     let options = Options { task: manifest.task.clone(), ..plain_options(vocabulary) };
-    let weights = weights::collect(&definitions(config, &options).iter().collect::<Vec<_>>());
+    let weights = weights::collect(&definitions(config, &options), config, &options);
     weights::check_size(&weights, &folder.join("config.json").display().to_string())?;
     Ok(weights::parameters_by_tensor(&weights))
 }

@@ -2,8 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use serde_json::Value;
-use t5gemma_graphs::manifest::{FORMAT, FORMAT_VERSION, MANIFEST, Manifest};
+use t5gemma_graphs::ManifestError;
+use t5gemma_graphs::config::Config;
+use t5gemma_graphs::manifest::{MANIFEST, Manifest};
 
 use crate::error::{Error, Result};
 use crate::files;
@@ -11,14 +12,16 @@ use crate::files;
 /// Reads the manifest of a model folder.
 pub fn read_manifest(folder: &Path) -> Result<Manifest> {
     let path = folder.join(MANIFEST);
-    let (_, value) = files::read_json_object(&path)?;
-    for (field, expected) in [("format", Value::from(FORMAT)), ("format_version", FORMAT_VERSION.into())] {
-        let found = value.get(field).unwrap_or(&Value::Null);
-        if *found != expected {
-            return Err(Error::invalid(path.display(), expected.to_string(), found.to_string()).of(field));
-        }
-    }
-    serde_json::from_value(value).map_err(|error| Error::Parse { path, expected: "a manifest", source: error.into() })
+    let (_, document) = files::read_json_object(&path)?;
+    let config = || {
+        let path = folder.join("config.json");
+        Config::parse(&files::read_text(&path)?).map_err(|error| Error::config(path.display(), error))
+    };
+    Manifest::read(document, config).map_err(|error| match error {
+        ManifestError::Field(error) => Error::config(path.display(), error),
+        ManifestError::Malformed(error) => Error::Parse { path, expected: "a manifest", source: error.into() },
+        ManifestError::Config(error) => error,
+    })
 }
 
 /// The path of a file that the manifest names.

@@ -12,8 +12,7 @@ use crate::weights;
 /// Counts the parameters of a model with this configuration, each tensor once.
 pub fn parameters(config: &Config) -> u64 {
     let options = plain_options(weights::default_vocabulary(config));
-    let graphs = definitions(config, &options);
-    weights::parameters(&weights::collect(&graphs.iter().collect::<Vec<_>>()))
+    weights::parameters(&weights::collect(&definitions(config, &options), config, &options))
 }
 
 /// Options of graphs that hold every tensor as the checkpoint has it.

@@ -3,11 +3,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use t5gemma_graphs::Vocabulary;
 use t5gemma_graphs::config::Config;
 use t5gemma_graphs::onnx::{Adjust, DType, Definition, Part};
 use t5gemma_graphs::task::Task;
 use t5gemma_graphs::tensors::Role;
+use t5gemma_graphs::{Options, Vocabulary};
 
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
@@ -25,12 +25,14 @@ pub struct Weight {
     pub parts: Vec<Part>,
     /// The conversion of the numbers.
     pub adjust: Adjust,
+    /// What it is for.
+    pub role: Role,
     /// Index of an earlier weight that has the same bytes in another shape.
     pub alias: Option<usize>,
 }
 
-/// The weights of some graphs, each once, in order of first use.
-pub fn collect(graphs: &[&Definition]) -> Vec<Weight> {
+/// The weights of the graphs that a configuration and options give, each once, in order of first use.
+pub fn collect(graphs: &[Definition], config: &Config, options: &Options) -> Vec<Weight> {
     let mut weights: Vec<Weight> = Vec::new();
     let mut seen = BTreeSet::new();
     // By first tensor, so that a model of thousands of layers does not compare each weight with each.
@@ -56,10 +58,20 @@ pub fn collect(graphs: &[&Definition]) -> Vec<Weight> {
                 alias,
                 parts: parameter.parts.clone(),
                 adjust: parameter.adjust,
+                role: role(&parameter.parts[0], config, options),
             });
         }
     }
     weights
+}
+
+/// What a tensor is for: the family knows it by name, except for a table that is both embedding and head.
+fn role(part: &Part, config: &Config, options: &Options) -> Role {
+    let (head, kept) = (&options.vocabulary.head, &options.vocabulary.kept);
+    if options.task.is_generation() && part.tensor == *head && part.kept == *kept {
+        return Role::Head;
+    }
+    (config.family.tensors().role)(&part.tensor).expect("a family knows the tensors of its graphs")
 }
 
 impl Weight {

@@ -7,13 +7,17 @@
 
 mod common;
 mod fields;
+mod limits;
 
 pub(crate) use fields::{Fields, Refused, is_empty};
+pub(crate) use limits::{MOST_HEAD_DIM, MOST_LABELS, MOST_LAYERS, MOST_SIZE};
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
+
+use crate::task::{Features, Task};
 
 /// A model's shape: an encoder and a decoder, which may differ in everything but the token ids.
 #[derive(Clone, Debug, PartialEq)]
@@ -121,7 +125,8 @@ pub struct Classifier {
 }
 
 /// What the scores of labels mean, as `problem_type` says.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum ProblemType {
     /// Numbers to be predicted.
     Regression,
@@ -132,7 +137,8 @@ pub enum ProblemType {
 }
 
 /// The special token ids that `config.json` names.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct TokenIds {
     /// `bos_token_id`, the token a target starts with unless `decoder_start_token_id` is given.
     pub bos: Option<i64>,
@@ -182,6 +188,18 @@ pub enum LayerType {
     Full,
     /// A window of this many positions: see `attention` for the exact rule on each side.
     Sliding(usize),
+}
+
+impl Config {
+    /// What the checkpoint was made for.
+    pub fn task(&self) -> Task {
+        match self.architecture {
+            Architecture::ConditionalGeneration => Task::Text2TextGeneration,
+            Architecture::Model | Architecture::EncoderModel => Task::FeatureExtraction(Features::default()),
+            Architecture::SequenceClassification => Task::TextClassification,
+            Architecture::TokenClassification => Task::TokenClassification,
+        }
+    }
 }
 
 impl LayerType {

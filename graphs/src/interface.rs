@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 pub use crate::onnx::{DType, Dim};
 
-use crate::config::Config;
+use crate::facts::Facts;
 use crate::onnx::{Graph, Value};
 use crate::task::{Pooling, Task};
 
@@ -155,15 +155,9 @@ impl Cache {
     }
 }
 
-/// Whether a decoder's weight is multiplied with the hidden states of the source rather than with states of the target. It is called
-/// as the checkpoint calls it, perhaps with a part behind.
-pub fn reads_source(weight: &str) -> bool {
-    ["k_proj", "v_proj"].iter().any(|part| weight.contains(&format!(".cross_attn.{part}.")))
-}
-
 impl Interface {
     /// The interface of a model whose weights and activations are of `dtype`.
-    pub fn of(config: &Config, dtype: DType, returned: impl Into<Returned>, cache: CacheLayout) -> Interface {
+    pub fn of(facts: &Facts, dtype: DType, returned: impl Into<Returned>, cache: CacheLayout) -> Interface {
         let Returned { logits, kept_tokens, alignment } = returned.into();
         let fixed = Dim::fixed;
         let (batch, source) = (Dim::symbol(BATCH), Dim::symbol(SOURCE));
@@ -175,7 +169,7 @@ impl Interface {
             shape: shape.iter().map(|&dim| dim.clone()).collect(),
         };
 
-        let hidden = |name| port(name, dtype, &[&batch, &source, &fixed(config.encoder.hidden_size)]);
+        let hidden = |name| port(name, dtype, &[&batch, &source, &fixed(facts.encoder.hidden_size)]);
         let mask = |name| port(name, DType::Int64, &[&batch, &source]);
         let target_ids = || port("input_ids", DType::Int64, &[&rows, &target]);
         let (scored, candidates) = match logits {
@@ -183,15 +177,15 @@ impl Interface {
             Logits::All => (target.clone(), None),
             Logits::Candidates(count) => (fixed(1), Some(count)),
         };
-        let tokens = fixed(kept_tokens.unwrap_or(config.decoder.vocab_size));
+        let tokens = fixed(kept_tokens.unwrap_or(facts.decoder.vocab_size));
         let logits = || port("logits", DType::Float32, &[&rows, &scored, &tokens]);
 
-        let (kv_heads, head_dim) = (fixed(config.decoder.num_key_value_heads), fixed(config.decoder.head_dim));
+        let (kv_heads, head_dim) = (fixed(facts.decoder.num_key_value_heads), fixed(facts.decoder.head_dim));
         let cached = |prefix: &str, layer, cache: Cache, rows: &Dim, length: &Dim| {
             ["key", "value"]
                 .map(|part| port(&cache.port(prefix, layer, part), dtype, &[rows, &kv_heads, length, &head_dim]))
         };
-        let layers = 0..config.decoder.layers.len();
+        let layers = 0..facts.decoder.num_hidden_layers;
         let (past, present, position) = match cache {
             CacheLayout::Growing => (past.clone(), past.plus(&target), None),
             CacheLayout::InPlace => (past, Dim::symbol(PRESENT), Some(vec![&rows, &target])),
@@ -267,17 +261,11 @@ pub struct Part {
 }
 
 /// The graphs of a model for `task`, in the order in which they are run.
-pub fn parts(
-    config: &Config,
-    dtype: DType,
-    returned: impl Into<Returned>,
-    cache: CacheLayout,
-    task: &Task,
-) -> Vec<Part> {
+pub fn parts(facts: &Facts, dtype: DType, returned: impl Into<Returned>, cache: CacheLayout, task: &Task) -> Vec<Part> {
     if !task.is_generation() {
-        return vec![Part { name: "model", file: MODEL, ports: model(config, dtype, task) }];
+        return vec![Part { name: "model", file: MODEL, ports: model(facts, dtype, task) }];
     }
-    let Interface { encoder, decoder, decoder_with_past } = Interface::of(config, dtype, returned, cache);
+    let Interface { encoder, decoder, decoder_with_past } = Interface::of(facts, dtype, returned, cache);
     vec![
         Part { name: "encoder", file: ENCODER, ports: encoder },
         Part { name: "decoder", file: DECODER, ports: decoder },
@@ -294,10 +282,10 @@ pub fn activation_ranges(count: usize) -> Port {
 /// The ports of the graph in [`REORDER`]: which row each row is to continue, which target token is to stand at each place,
 /// and what there is. The keys and values of sources have the dimensions that those of targets have, and can be given in
 /// their place.
-pub fn reorder(config: &Config, dtype: DType) -> Ports {
+pub fn reorder(facts: &Facts, dtype: DType) -> Ports {
     let (parents, places) = (Dim::symbol(PARENTS), Dim::symbol(PRESENT));
     let indices = |name: &str, dim: &Dim| Port { name: name.into(), dtype: DType::Int64, shape: vec![dim.clone()] };
-    let step = Interface::of(config, dtype, Logits::Last, CacheLayout::Growing).decoder_with_past;
+    let step = Interface::of(facts, dtype, Logits::Last, CacheLayout::Growing).decoder_with_past;
     let own = Cache::SelfAttention.port("", 0, "");
     let side = own.split('.').nth(2).expect("a prefix, a layer, a side, a part");
     let past = step.inputs.into_iter().filter(|port| port.name.split('.').nth(2) == Some(side)).collect::<Vec<_>>();
@@ -311,21 +299,22 @@ pub fn reorder(config: &Config, dtype: DType) -> Ports {
 }
 
 /// The ports of the only graph of a model that does not generate.
-pub(crate) fn model(config: &Config, dtype: DType, task: &Task) -> Ports {
+pub(crate) fn model(facts: &Facts, dtype: DType, task: &Task) -> Ports {
     let (batch, source) = (Dim::symbol(BATCH), Dim::symbol(SOURCE));
     let port = |name: &str, dtype, shape: &[&Dim]| Port {
         name: name.to_string(),
         dtype,
         shape: shape.iter().map(|&dim| dim.clone()).collect(),
     };
-    let hidden = Dim::fixed(config.encoder.hidden_size);
-    let labels = Dim::fixed(config.classifier.as_ref().map_or(0, |classifier| classifier.labels.len()));
+    let hidden = Dim::fixed(facts.encoder.hidden_size);
+    let labels = Dim::fixed(facts.classifier.as_ref().map_or(0, |classifier| classifier.labels.len()));
+    let all = facts.encoder.num_hidden_layers;
     let output = match task {
         Task::FeatureExtraction(features) if features.pooling != Pooling::None => {
             port("sentence_embedding", DType::Float32, &[&batch, &hidden])
         }
         Task::FeatureExtraction(features) => {
-            let layers = features.layers(config).filter(|&layers| layers < config.encoder.layers.len());
+            let layers = features.layers(all).filter(|&layers| layers < all);
             let name = layers.map_or("last_hidden_state".into(), |layers| format!("hidden_states.{layers}"));
             port(&name, dtype, &[&batch, &source, &hidden])
         }

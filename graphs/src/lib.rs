@@ -14,6 +14,7 @@
 //! then `lower.rs`, how an operator is written for a target; and [`onnx`], the builder beneath. Imports run in this direction only.
 
 pub mod config;
+pub mod facts;
 pub mod interface;
 pub mod json;
 pub mod manifest;
@@ -24,6 +25,7 @@ pub mod tensors;
 mod family;
 mod options;
 mod reorder;
+mod versions;
 
 mod t5gemma;
 
@@ -43,3 +45,4 @@ pub use lower::{Capabilities, Packing};
 pub use options::{Options, Vocabulary};
 pub use reorder::reorder;
 pub use target::Target;
+pub use versions::ManifestError;

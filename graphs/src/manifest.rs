@@ -5,10 +5,12 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::Config;
+use crate::config::Family;
+use crate::facts::Facts;
 use crate::interface::{self, CacheLayout, DType, Logits, Part, Ports, Returned};
 use crate::quantization::Quantization;
 use crate::task::Task;
+use crate::tensors::Role;
 
 /// The name of the file, beside the graphs.
 pub const MANIFEST: &str = "manifest.json";
@@ -17,8 +19,10 @@ pub const MANIFEST: &str = "manifest.json";
 pub const KEPT_TOKENS: &str = "kept_tokens.json";
 /// The value of `format`.
 pub const FORMAT: &str = "t5gemma-onnx";
-/// The version this code writes and the only one it reads; raised when an older reader would misread a folder.
-pub const FORMAT_VERSION: u32 = 1;
+/// The version that this code writes; raised when an older reader would misread a folder.
+pub const FORMAT_VERSION: u32 = 2;
+/// The oldest version that it reads.
+pub const OLDEST_FORMAT_VERSION: u32 = 1;
 /// Bytes of one sampled block of the weights: see [`WeightsRecord::sample_sha256`].
 pub const SAMPLE_BLOCK: u64 = 4096;
 /// Sampled blocks at most, spread evenly over the weights.
@@ -34,6 +38,8 @@ pub struct Manifest {
     pub format_version: u32,
     /// Name and version of the program that wrote the folder.
     pub exporter: String,
+    /// The family of models.
+    pub family: Family,
     /// What the graphs are for; left out where that is generation.
     #[serde(default, skip_serializing_if = "Task::is_generation")]
     pub task: Task,
@@ -72,6 +78,8 @@ pub struct Manifest {
     pub observed: BTreeMap<String, Vec<String>>,
     /// Numbers in the model, counted once each.
     pub parameters: u64,
+    /// What a runtime needs to know of the model besides its graphs.
+    pub facts: Facts,
     /// Where the weights came from.
     pub source: Source,
     /// The graphs: `encoder`, `decoder` and `decoder_with_past`, or for tasks other than generation one `model`.
@@ -89,9 +97,9 @@ impl Manifest {
         Returned { logits, kept_tokens, alignment: !self.alignment_layers.is_empty() }
     }
 
-    /// The graphs that a model of this configuration and manifest has, in the order in which they are run.
-    pub fn parts(&self, config: &Config) -> Vec<Part> {
-        let mut parts = interface::parts(config, self.dtype, self.returned(), self.cache, &self.task);
+    /// The graphs that a model of this manifest has, in the order in which they are run.
+    pub fn parts(&self) -> Vec<Part> {
+        let mut parts = interface::parts(&self.facts, self.dtype, self.returned(), self.cache, &self.task);
         for part in &mut parts {
             let observed = self.observed.get(part.name).map(|names| interface::activation_ranges(names.len()));
             part.ports.outputs.extend(observed);
@@ -181,6 +189,8 @@ pub struct WeightsRecord {
 pub struct TensorRecord {
     /// Name of the initializer in every graph that uses it.
     pub name: String,
+    /// What it is for.
+    pub role: Role,
     /// Element type.
     pub dtype: DType,
     /// Dimensions.

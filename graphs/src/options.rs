@@ -48,7 +48,7 @@ pub struct Vocabulary {
 impl Options {
     /// The ports of the graphs that these options give.
     pub fn interface(&self, config: &Config) -> Interface {
-        Interface::of(config, self.dtype, self.returned(), self.cache(config))
+        Interface::of(&config.facts(), self.dtype, self.returned(), self.cache(config))
     }
 
     /// What the decoder graphs return besides keys and values.

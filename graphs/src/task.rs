@@ -5,8 +5,6 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::{Architecture, Config};
-
 /// What a model folder is for, which decides its graphs.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "name", rename_all = "kebab-case")]
@@ -89,9 +87,8 @@ impl Default for Features {
 }
 
 impl Features {
-    /// How many layers the states have passed, if the encoder has as many.
-    pub fn layers(&self, config: &Config) -> Option<usize> {
-        let all = config.encoder.layers.len();
+    /// The number of layers that the states have passed, of an encoder with `all` layers; none if there are not as many.
+    pub fn layers(&self, all: usize) -> Option<usize> {
         match usize::try_from(self.hidden_layer) {
             Ok(layer) => Some(layer).filter(|&layer| layer <= all),
             Err(_) => (all + 1).checked_sub(usize::try_from(self.hidden_layer.unsigned_abs()).ok()?),
@@ -116,19 +113,9 @@ impl Task {
         }
     }
 
-    /// What a checkpoint of this configuration was made for.
-    pub fn of(config: &Config) -> Task {
-        match config.architecture {
-            Architecture::ConditionalGeneration => Task::Text2TextGeneration,
-            Architecture::Model | Architecture::EncoderModel => Task::FeatureExtraction(Features::default()),
-            Architecture::SequenceClassification => Task::TextClassification,
-            Architecture::TokenClassification => Task::TokenClassification,
-        }
-    }
-
-    /// Whether a checkpoint of this configuration has what the task needs: its own task does, and every one has an encoder.
-    pub fn suits(&self, config: &Config) -> bool {
-        matches!(self, Task::FeatureExtraction(_)) || self.name() == Task::of(config).name()
+    /// Whether a checkpoint that was made for the task `own` has what this one needs: every checkpoint has an encoder.
+    pub fn suits(&self, own: &Task) -> bool {
+        matches!(self, Task::FeatureExtraction(_)) || self.name() == own.name()
     }
 
     /// Whether this is the task of a manifest that names none.
@@ -143,12 +130,10 @@ mod tests {
 
     #[test]
     fn hidden_layers_count_from_both_ends() {
-        let config = r#"{"model_type": "t5gemma", "encoder": {"num_hidden_layers": 3}, "decoder": {}}"#;
-        let config = Config::parse(config).expect("a minimal config");
         for (hidden_layer, layers) in
             [(0, Some(0)), (3, Some(3)), (4, None), (-1, Some(3)), (-4, Some(0)), (-5, None), (i64::MIN, None)]
         {
-            assert_eq!(Features { hidden_layer, ..Features::default() }.layers(&config), layers, "{hidden_layer}");
+            assert_eq!(Features { hidden_layer, ..Features::default() }.layers(3), layers, "{hidden_layer}");
         }
     }
 

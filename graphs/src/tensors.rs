@@ -16,7 +16,7 @@ pub enum Role {
     Decoder,
     /// A decoder's weight that is multiplied with the hidden states of the source rather than with states of the target.
     CrossKeyValue,
-    /// Multiplied with the last hidden state, for logits.
+    /// Multiplied with the last hidden state, for logits. A table that is both this and the decoder's embedding is this.
     Head,
     /// Multiplied with hidden states, for the scores of labels.
     Classifier,

@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use ndarray::{Array3, s};
-use t5gemma_graphs::config::Config;
+use t5gemma_graphs::facts::Facts;
 
 use crate::draws::Draws;
 use crate::error::Error;
@@ -322,20 +322,20 @@ impl Batch {
     }
 
     /// Checks what depends on the model: tokens against its vocabularies, the length of the sources, and the width of hidden states.
-    pub(crate) fn check(&self, config: &Config) -> Result<(), Error> {
-        let width = config.encoder.hidden_size;
+    pub(crate) fn check(&self, facts: &Facts) -> Result<(), Error> {
+        let width = facts.encoder.hidden_size;
         if let Some(found) = self.states.as_ref().map(|states| states.shape()[2]).filter(|&found| found != width) {
             let expected = format!("states of width {width} (encoder.hidden_size)");
             return Err(Error::input("encoder_outputs", expected, format!("width {found}")));
         }
-        let longest = config.encoder.max_position_embeddings;
+        let longest = facts.encoder.max_position_embeddings;
         if self.length > longest {
             let expected = format!("at most {longest} tokens a row (encoder.max_position_embeddings)");
             return Err(Error::input("input_ids", expected, format!("{} tokens", self.length)));
         }
-        check_ids("input_ids", self.length, &self.ids, config.encoder.vocab_size)?;
+        check_ids("input_ids", self.length, &self.ids, facts.encoder.vocab_size)?;
         match &self.prompts {
-            Some(prompts) => check_ids("decoder_input_ids", prompts.length, &prompts.ids, config.decoder.vocab_size),
+            Some(prompts) => check_ids("decoder_input_ids", prompts.length, &prompts.ids, facts.decoder.vocab_size),
             None => Ok(()),
         }
     }
@@ -535,7 +535,7 @@ mod tests {
     fn tokens_outside_the_vocabulary_are_refused_by_row_and_position() {
         let config = r#"{"model_type": "t5gemma", "encoder": {"vocab_size": 10, "max_position_embeddings": 3},
                          "decoder": {"vocab_size": 8}}"#;
-        let config = Config::parse(config).expect("a minimal config");
+        let config = t5gemma_graphs::config::Config::parse(config).expect("a minimal config").facts();
         let source = |ids: &[i64]| Batch::padded(&[vec![1], ids.to_vec()], 0).expect("well-formed");
         assert!(source(&[9]).check(&config).is_ok());
         for (ids, expected) in [

@@ -54,7 +54,7 @@ pub fn build_engines(
     }
     let mut opener = Opener::new(&folder, options)?;
     fs::create_dir_all(&engines).map_err(Error::file(&engines))?;
-    for part in folder.manifest.parts(&folder.config) {
+    for part in folder.manifest.parts() {
         on_graph(part.name);
         drop(opener.open(part.name, &part.ports)?);
     }

@@ -2,7 +2,8 @@
 //! transformers' pipelines.
 
 use ndarray::{Array2, Array3, Axis};
-use t5gemma_graphs::config::{Classifier, ProblemType};
+use t5gemma_graphs::config::ProblemType;
+use t5gemma_graphs::facts::ClassifierFacts;
 use t5gemma_graphs::task::Task;
 
 use crate::batch::Batch;
@@ -38,7 +39,7 @@ impl ScoreFunction {
 
     /// The function for a classifier of sources: none for regression, the sigmoid if labels are independent or there is only one,
     /// the softmax otherwise.
-    pub fn of(classifier: &Classifier) -> ScoreFunction {
+    pub fn of(classifier: &ClassifierFacts) -> ScoreFunction {
         match (classifier.problem_type, classifier.labels.len()) {
             (Some(ProblemType::Regression), _) => ScoreFunction::None,
             (Some(ProblemType::MultiLabelClassification), _) | (_, 1) => ScoreFunction::Sigmoid,
@@ -66,9 +67,9 @@ impl Encoder {
     ///
     /// # Errors
     /// The model is not a classifier.
-    pub fn classifier(&self) -> Result<&Classifier, Error> {
+    pub fn classifier(&self) -> Result<&ClassifierFacts, Error> {
         let task = &self.manifest().task;
-        match (task, &self.config().classifier) {
+        match (task, &self.facts().classifier) {
             (Task::TextClassification | Task::TokenClassification, Some(classifier)) => Ok(classifier),
             _ => Err(self.other_task(task, "text-classification or token-classification, to be classified with")),
         }
@@ -143,12 +144,10 @@ mod tests {
 
     #[test]
     fn the_function_follows_from_the_problem() {
-        let classifier = |problem_type, labels: usize| Classifier {
+        let classifier = |problem_type, labels: usize| ClassifierFacts {
             is_encoder_decoder: false,
             labels: vec![String::new(); labels],
             problem_type,
-            decoder_start: 2,
-            decoder_pad: 0,
         };
         for (problem, labels, expected) in [
             (None, 3, ScoreFunction::Softmax),

@@ -7,7 +7,7 @@ use std::fmt;
 use std::path::Path;
 
 use ndarray::{Array1, Array2, Array3, ArrayD, ArrayView2, Axis, IxDyn};
-use t5gemma_graphs::config::Config;
+use t5gemma_graphs::facts::Facts;
 use t5gemma_graphs::manifest::{MANIFEST, Manifest};
 use t5gemma_graphs::task::{Features, Pooling, Task};
 
@@ -59,7 +59,7 @@ impl Encoder {
             return Err(cuda_graphs_require("generation", option));
         }
         let folder = Folder::open(path.as_ref(), options.weights_access())?;
-        let parts = folder.manifest.parts(&folder.config);
+        let parts = folder.manifest.parts();
         let first = parts.first().expect("a model has a graph, and its encoder comes first");
         let session = Opener::new(&folder, options)?.open(first.name, &first.ports)?;
         let on_cpu = options.provider.kind == Provider::Cpu;
@@ -68,9 +68,9 @@ impl Encoder {
         Ok(Encoder { session, on_cpu, limits, tokenizer, folder })
     }
 
-    /// The model's configuration.
-    pub fn config(&self) -> &Config {
-        &self.folder.config
+    /// The sizes, special tokens and labels of the model.
+    pub fn facts(&self) -> &Facts {
+        &self.folder.manifest.facts
     }
 
     /// The exporter's description of the model.
@@ -98,7 +98,7 @@ impl Encoder {
 
     /// The token that pads sources of unequal length.
     pub fn pad_token_id(&self) -> i64 {
-        self.folder.config.tokens.pad.unwrap_or(0)
+        self.folder.manifest.facts.tokens.pad.unwrap_or(0)
     }
 
     /// What the model's graph returns: unpooled last hidden states, unless it was exported otherwise.
@@ -171,7 +171,7 @@ impl Encoder {
     pub(crate) fn output(&self, batch: &Batch, cancel: &Cancellation) -> Result<ArrayD<f32>, Error> {
         self.check(batch)?;
         cancel.check()?;
-        let (stack, dtype) = (&self.folder.config.encoder, self.folder.manifest.dtype);
+        let (stack, dtype) = (&self.folder.manifest.facts.encoder, self.folder.manifest.dtype);
         let pieces = pieces_to_encode(batch, stack, dtype, &self.limits);
         if pieces.len() == 1 {
             return self.output_of_piece(batch, cancel);

@@ -11,11 +11,11 @@ use std::sync::Arc;
 use memmap2::{Mmap, MmapMut};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
+use t5gemma_graphs::ManifestError;
 use t5gemma_graphs::config::Config;
 use t5gemma_graphs::interface::{Dim, Part, Port};
 use t5gemma_graphs::manifest::{
-    FORMAT, FORMAT_VERSION, FileRecord, GraphRecord, KEPT_TOKENS, MANIFEST, Manifest, SAMPLE_BLOCK, TensorRecord,
-    sample_offsets,
+    FileRecord, GraphRecord, KEPT_TOKENS, MANIFEST, Manifest, SAMPLE_BLOCK, TensorRecord, sample_offsets,
 };
 use t5gemma_graphs::task::Task;
 
@@ -47,8 +47,6 @@ pub(crate) struct Folder {
     pub path: PathBuf,
     /// What the exporter says of it.
     pub manifest: Manifest,
-    /// Its `config.json`.
-    pub config: Config,
     /// The text of its `generation_config.json`, or else what its `config.json` has of that, if it has either.
     pub generation_config: Option<String>,
     /// What is not as it was exported and yet accepted, in sentences.
@@ -89,37 +87,35 @@ impl Folder {
         if !manifest.files.contains_key("config.json") {
             return Err(mismatch(path.join(MANIFEST), "files", "config.json", "no such entry"));
         }
-        let config_path = path.join("config.json");
-        let config =
-            Config::parse(&read_text(&config_path)?).map_err(|error| Error::Config { path: config_path, error })?;
-        check_task(&path.join(MANIFEST), &manifest, &config)?;
-        check_ports(&path.join(MANIFEST), &manifest, &config)?;
+        check_task(&path.join(MANIFEST), &manifest)?;
+        check_ports(&path.join(MANIFEST), &manifest)?;
         let mut warnings = Vec::new();
         let generation_config = generation_config(path, &manifest, &mut warnings)?;
         let generation_config = generation_config.or_else(|| {
-            let mut of_config = config.generation.clone();
+            let facts = &manifest.facts;
+            let mut of_config = facts.generation.clone();
             // Unlike a generation_config.json that does not name one, a configuration has the end tokens of its own.
-            if !of_config.is_empty() && !config.tokens.eos.is_empty() {
-                of_config.entry("eos_token_id").or_insert_with(|| config.tokens.eos.clone().into());
+            if !of_config.is_empty() && !facts.tokens.eos.is_empty() {
+                of_config.entry("eos_token_id").or_insert_with(|| facts.tokens.eos.clone().into());
             }
             (!of_config.is_empty()).then(|| Value::Object(of_config).to_string())
         });
-        let vocabulary_subset = vocabulary_subset(path, &manifest, &config)?.map(Arc::new);
+        let vocabulary_subset = vocabulary_subset(path, &manifest)?.map(Arc::new);
         let profiles = Profiles::read(path, &manifest)?;
         let path = path.to_path_buf();
-        Ok(Folder { path, manifest, config, generation_config, warnings, vocabulary_subset, profiles, weights: map })
+        Ok(Folder { path, manifest, generation_config, warnings, vocabulary_subset, profiles, weights: map })
     }
 
     /// Checks what of a batch depends on the model: see [`Batch::check`], and that its sources are as long as was planned.
     pub fn check(&self, batch: &Batch) -> Result<(), Error> {
-        batch.check(&self.config)?;
+        batch.check(&self.manifest.facts)?;
         self.profiles.as_ref().map_or(Ok(()), |profiles| profiles.check_source(batch.length()))
     }
 
     /// A batch, or a piece of one, as the model's serving plan wants it: rows and tokens that nobody asked for stand behind
     /// those that were.
     pub fn fit<'b>(&self, batch: &'b Batch) -> Cow<'b, Batch> {
-        profiles::fit(self.profiles.as_ref(), batch, self.config.tokens.pad.unwrap_or(0))
+        profiles::fit(self.profiles.as_ref(), batch, self.manifest.facts.tokens.pad.unwrap_or(0))
     }
 
     /// The limits of a call, within those of the serving plan.
@@ -179,18 +175,17 @@ fn read_manifest(folder: &Path) -> Result<Manifest, Error> {
         };
         return Err(Error::File { path, problem });
     }
-    let value: Value = serde_json::from_str(&read_text(&path)?)
+    let document: Value = serde_json::from_str(&read_text(&path)?)
         .map_err(|error| Error::File { path: path.clone(), problem: format!("not JSON: {error}") })?;
-    // Format and version come first: another version's fields need not be those read below.
-    let format = value.get("format").cloned().unwrap_or_default();
-    if format != FORMAT {
-        return Err(mismatch(path, "format", format!("{FORMAT:?}"), format.to_string()));
-    }
-    let version = value.get("format_version").cloned().unwrap_or_default();
-    if version != FORMAT_VERSION {
-        return Err(mismatch(path, "format_version", FORMAT_VERSION.to_string(), version.to_string()));
-    }
-    serde_json::from_value(value).map_err(|error| Error::File { path, problem: error.to_string() })
+    let config = || {
+        let path = folder.join("config.json");
+        Config::parse(&read_text(&path)?).map_err(|error| Error::Config { path, error })
+    };
+    Manifest::read(document, config).map_err(|error| match error {
+        ManifestError::Field(error) => mismatch(path, &error.field, error.expected, error.found),
+        ManifestError::Malformed(error) => Error::File { path, problem: error.to_string() },
+        ManifestError::Config(error) => error,
+    })
 }
 
 /// The text of the file of the model's own options, which is made to be edited: it may have changed since the export, or be new.
@@ -211,8 +206,9 @@ fn generation_config(folder: &Path, manifest: &Manifest, warnings: &mut Vec<Stri
 }
 
 /// The tokens of a model that keeps only some, as many as the manifest says.
-fn vocabulary_subset(folder: &Path, manifest: &Manifest, config: &Config) -> Result<Option<VocabularySubset>, Error> {
-    let (Some(count), vocab_size) = (manifest.kept_tokens, config.decoder.vocab_size as i64) else { return Ok(None) };
+fn vocabulary_subset(folder: &Path, manifest: &Manifest) -> Result<Option<VocabularySubset>, Error> {
+    let Some(count) = manifest.kept_tokens else { return Ok(None) };
+    let vocab_size = manifest.facts.decoder.vocab_size as i64;
     let path = folder.join(KEPT_TOKENS);
     if !manifest.files.contains_key(KEPT_TOKENS) {
         return Err(mismatch(folder.join(MANIFEST), "files", KEPT_TOKENS, "no such entry"));
@@ -289,26 +285,28 @@ fn sampled(bytes: &[u8]) -> String {
     hex::encode(hash.finalize())
 }
 
-/// Checks that the configuration is one for the task.
-fn check_task(manifest_path: &Path, manifest: &Manifest, config: &Config) -> Result<(), Error> {
-    let task = &manifest.task;
-    if !task.suits(config) {
-        let expected = Task::of(config).name().to_string() + " as config.json's architectures imply";
-        return Err(mismatch(manifest_path.to_path_buf(), "task", expected, task.name()));
-    }
+/// Checks that the model has what its task needs.
+fn check_task(manifest_path: &Path, manifest: &Manifest) -> Result<(), Error> {
+    let (task, facts) = (&manifest.task, &manifest.facts);
     match task {
-        Task::FeatureExtraction(features) if features.hidden_layer < 0 || features.layers(config).is_none() => {
+        Task::TextClassification | Task::TokenClassification if facts.classifier.is_none() => {
+            let expected = format!("that of a model for {}", task.name());
+            Err(mismatch(manifest_path.to_path_buf(), "facts.classifier", expected, "none"))
+        }
+        Task::FeatureExtraction(features)
+            if features.hidden_layer < 0 || features.layers(facts.encoder.num_hidden_layers).is_none() =>
+        {
             let (expected, found) =
-                (format!("0 to {}", config.encoder.layers.len()), features.hidden_layer.to_string());
+                (format!("0 to {}", facts.encoder.num_hidden_layers), features.hidden_layer.to_string());
             Err(mismatch(manifest_path.to_path_buf(), "task.hidden_layer", expected, found))
         }
         _ => Ok(()),
     }
 }
 
-/// Checks that the manifest describes the inputs and outputs that the configuration implies.
-fn check_ports(manifest_path: &Path, manifest: &Manifest, config: &Config) -> Result<(), Error> {
-    for Part { name: graph, ports: expected, .. } in manifest.parts(config) {
+/// Checks that the manifest describes the inputs and outputs that its facts imply.
+fn check_ports(manifest_path: &Path, manifest: &Manifest) -> Result<(), Error> {
+    for Part { name: graph, ports: expected, .. } in manifest.parts() {
         let Some(GraphRecord { ports: found, .. }) = manifest.graphs.get(graph) else {
             return Err(mismatch(manifest_path.to_path_buf(), "graphs", graph, "no such graph"));
         };
@@ -383,9 +381,11 @@ fn check_tensors(manifest_path: &Path, manifest: &Manifest) -> Result<(), Error>
 mod tests {
     use std::collections::BTreeMap;
 
+    use t5gemma_graphs::config::Family;
     use t5gemma_graphs::interface::{CacheLayout, DType, Logits, Ports};
-    use t5gemma_graphs::manifest::{EncoderWindow, Source, WeightsRecord};
+    use t5gemma_graphs::manifest::{EncoderWindow, FORMAT, FORMAT_VERSION, Source, WeightsRecord};
     use t5gemma_graphs::quantization::Quantization;
+    use t5gemma_graphs::tensors::Role;
 
     use super::*;
 
@@ -396,6 +396,7 @@ mod tests {
     fn manifest() -> Manifest {
         let tensor = |name: &str, offset| TensorRecord {
             name: name.into(),
+            role: Role::Encoder,
             dtype: DType::Float32,
             shape: vec![2, 3],
             offset,
@@ -412,6 +413,7 @@ mod tests {
             format: FORMAT.into(),
             format_version: FORMAT_VERSION,
             exporter: String::new(),
+            family: Family::T5Gemma,
             task: Task::default(),
             target: String::new(),
             dtype: DType::Float32,
@@ -426,6 +428,7 @@ mod tests {
             quantization: Quantization::default(),
             observed: BTreeMap::new(),
             parameters: 12,
+            facts: Config::parse(r#"{"encoder": {}, "decoder": {}}"#).expect("a minimal config").facts(),
             source: Source::Dummy { seed: 0 },
             graphs: BTreeMap::from([("encoder".to_string(), graph)]),
             weights: WeightsRecord {

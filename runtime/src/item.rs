@@ -46,7 +46,7 @@ impl Call {
         let prompts = batch.prompts(options.decoder_start_token_id);
         let TargetLimit { tokens: longest, reason } = model.target_limit();
         let options = &options.clone().clipped_to(longest, prompts.length);
-        options.check(model.config().decoder.vocab_size, prompts.length)?;
+        options.check(model.facts().decoder.vocab_size, prompts.length)?;
         if let Some(subset) = model.vocabulary_subset() {
             options.check_subset(subset)?;
         }
@@ -210,7 +210,7 @@ impl Item {
         let (mut repeated, mut full);
         let mut logits = logits;
         if let Some(subset) = &self.scatter_by {
-            full = subset.scatter(logits, model.config().decoder.vocab_size);
+            full = subset.scatter(logits, model.facts().decoder.vocab_size);
             (logits, stats) = (&mut full, None);
         }
         if rows < width {

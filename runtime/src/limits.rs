@@ -6,7 +6,7 @@
 
 use std::ops::Range;
 
-use t5gemma_graphs::config::Stack;
+use t5gemma_graphs::facts::StackFacts;
 use t5gemma_graphs::interface::DType;
 
 use crate::batch::Batch;
@@ -75,7 +75,7 @@ pub(crate) struct Scratch {
 }
 
 impl Scratch {
-    pub fn of(stack: &Stack, dtype: DType) -> Scratch {
+    pub fn of(stack: &StackFacts, dtype: DType) -> Scratch {
         let per_token = (2 * stack.intermediate_size + 5 * stack.hidden_size) * dtype.size();
         Scratch { per_token, per_pair: stack.num_attention_heads * (DType::Float32.size() + dtype.size()) }
     }
@@ -88,7 +88,7 @@ impl Scratch {
 }
 
 /// The pieces in which an encoder runs a batch.
-pub(crate) fn pieces_to_encode(batch: &Batch, stack: &Stack, dtype: DType, limits: &Limits) -> Vec<Range<usize>> {
+pub(crate) fn pieces_to_encode(batch: &Batch, stack: &StackFacts, dtype: DType, limits: &Limits) -> Vec<Range<usize>> {
     let scratch = Scratch::of(stack, dtype);
     pieces(batch, limits, |rows, longest| limits.holds(scratch.bytes(rows.len(), longest, longest)))
 }

@@ -71,12 +71,12 @@ pub(crate) struct MemoryModel {
 
 impl MemoryModel {
     pub fn of(model: &Model) -> MemoryModel {
-        let decoder = &model.config().decoder;
+        let decoder = &model.facts().decoder;
         let width = match model.manifest().dtype {
             DType::Float16 | DType::BFloat16 => 2,
             _ => 4,
         };
-        let tensors = 2 * decoder.layers.len();
+        let tensors = 2 * decoder.num_hidden_layers;
         MemoryModel {
             layout: model.manifest().cache,
             // On a device one run of a graph moves all of them.
@@ -110,8 +110,8 @@ pub(crate) fn pieces_to_decode(
     prompt: usize,
     footprint: impl Fn(usize) -> Footprint,
 ) -> Vec<Range<usize>> {
-    let (config, dtype, limits) = (model.config(), model.manifest().dtype, model.limits());
-    let [encoder, decoder] = [&config.encoder, &config.decoder].map(|stack| Scratch::of(stack, dtype));
+    let (facts, dtype, limits) = (model.facts(), model.manifest().dtype, model.limits());
+    let [encoder, decoder] = [&facts.encoder, &facts.decoder].map(|stack| Scratch::of(stack, dtype));
     let memory = MemoryModel::of(model);
     pieces(batch, limits, |rows, longest| {
         let (sources, footprints) = (rows.len(), rows.map(&footprint).reduce(Footprint::beside));

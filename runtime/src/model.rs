@@ -9,7 +9,7 @@ use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 
-use t5gemma_graphs::config::Config;
+use t5gemma_graphs::facts::Facts;
 use t5gemma_graphs::interface::{self, BATCH, CacheLayout, DType, Dim, Logits, Ports, REORDER};
 use t5gemma_graphs::manifest::Manifest;
 
@@ -87,10 +87,11 @@ impl Model {
         if !folder.manifest.task.is_generation() {
             return Err(other_task(&folder.path, &folder.manifest.task, "text2text-generation, to be generated with"));
         }
-        let defaults = GenerationConfig::of_model(folder.generation_config.as_deref(), &folder.config.tokens)
-            .map_err(|error| Error::GenerationConfig { path: folder.path.join("generation_config.json"), error })?;
+        let defaults =
+            GenerationConfig::of_model(folder.generation_config.as_deref(), &folder.manifest.facts.tokens)
+                .map_err(|error| Error::GenerationConfig { path: folder.path.join("generation_config.json"), error })?;
         check_fixed_buffers(&folder.manifest, options)?;
-        let parts = folder.manifest.parts(&folder.config);
+        let parts = folder.manifest.parts();
         let ports = |name: &str| {
             let part = parts.iter().find(|part| part.name == name);
             &part.expect("a model that generates has these graphs").ports
@@ -99,7 +100,7 @@ impl Model {
         let mut opener = Opener::new(&folder, options)?;
         let uploaded = opener.upload()?;
         let device_cache = if folder.manifest.files.contains_key(REORDER) {
-            let reorder = opener.open_reorder(&interface::reorder(&folder.config, folder.manifest.dtype))?;
+            let reorder = opener.open_reorder(&interface::reorder(&folder.manifest.facts, folder.manifest.dtype))?;
             Some(device_cache(&folder, options, is_cross.clone(), reorder))
         } else {
             None
@@ -123,7 +124,7 @@ impl Model {
             fallbacks,
             encoder_cache: Some(options.encoder_cache_bytes).filter(|&bytes| bytes > 0).map(EncoderCache::new),
             options: defaults,
-            constraint_compiler: Compiler::new(tokenizer.clone(), folder.config.decoder.vocab_size),
+            constraint_compiler: Compiler::new(tokenizer.clone(), folder.manifest.facts.decoder.vocab_size),
             tokenizer,
             folder,
         })
@@ -134,9 +135,9 @@ impl Model {
         &self.options
     }
 
-    /// The model's configuration.
-    pub fn config(&self) -> &Config {
-        &self.folder.config
+    /// The sizes, special tokens and labels of the model.
+    pub fn facts(&self) -> &Facts {
+        &self.folder.manifest.facts
     }
 
     /// The exporter's description of the model.
@@ -208,7 +209,7 @@ impl Model {
     /// The greatest length of a target.
     pub(crate) fn target_limit(&self) -> TargetLimit {
         let planned = self.profiles().and_then(|profiles| profiles.decoder.as_ref()).and_then(|decoder| decoder.target);
-        let positions = self.folder.config.decoder.max_position_embeddings;
+        let positions = self.folder.manifest.facts.decoder.max_position_embeddings;
         let (tokens, reason) = match (self.folder.manifest.cache, planned) {
             (CacheLayout::Static(capacity), _) if capacity < positions => (capacity, "the capacity of the cache"),
             (_, Some(planned)) if planned < positions => (planned, "the target of its serving plan"),
@@ -284,7 +285,7 @@ fn device_cache(
     is_cross: Vec<bool>,
     reorder: GraphSession,
 ) -> DeviceCacheConfig {
-    let (manifest, decoder) = (&folder.manifest, &folder.config.decoder);
+    let (manifest, decoder) = (&folder.manifest, &folder.manifest.facts.decoder);
     let captures = options.provider.cuda_graph_option().is_some();
     let has_buffers = captures || options.fixed_step_buffers;
     DeviceCacheConfig {
@@ -327,8 +328,8 @@ mod tests {
     fn cached_tensors_keep_their_order_from_graph_to_graph() {
         let config =
             r#"{"model_type": "t5gemma", "encoder": {"num_hidden_layers": 2}, "decoder": {"num_hidden_layers": 3}}"#;
-        let config = Config::parse(config).expect("a minimal config");
-        let interface = Interface::of(&config, DType::Float32, Logits::Last, CacheLayout::Growing);
+        let config = t5gemma_graphs::config::Config::parse(config).expect("a minimal config");
+        let interface = Interface::of(&config.facts(), DType::Float32, Logits::Last, CacheLayout::Growing);
         let after_prefix = |port: &Port| port.name.split_once('.').map(|(_, rest)| rest.to_string());
         let names = |ports: &[Port]| ports.iter().map(after_prefix).collect::<Option<Vec<_>>>();
         let made = names(&interface.decoder.outputs[1..]).expect("all cached");

@@ -54,7 +54,7 @@ impl Model {
         cancel: &Cancellation,
     ) -> Result<Vec<TargetScore>, Error> {
         self.check(batch)?;
-        let (vocab_size, subset) = (self.config().decoder.vocab_size, self.vocabulary_subset());
+        let (vocab_size, subset) = (self.facts().decoder.vocab_size, self.vocabulary_subset());
         check(targets, batch.rows(), vocab_size, subset.map(|subset| &**subset))?;
         let most = subset.map_or(vocab_size, |subset| subset.tokens().len());
         if top > most {
@@ -103,7 +103,7 @@ impl ScoreCall<'_> {
         cancel: &Cancellation,
     ) -> Result<Vec<TargetScore>, Error> {
         let &ScoreCall { model, batch, targets, top, .. } = self;
-        let vocab_size = model.config().decoder.vocab_size;
+        let vocab_size = model.facts().decoder.vocab_size;
         let empty = |row: usize| TargetScore {
             logprobs: Logprobs::default(),
             cross_attentions: (model.has_cross_attentions())

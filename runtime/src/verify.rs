@@ -68,7 +68,7 @@ const SOURCES: [usize; 5] = [23, 9, 1, 16, 4];
 /// As [`Model::generate_batch`].
 pub fn consistency(model: &Model, tolerance: Option<f32>, cancel: &Cancellation) -> Result<Vec<Check>, Error> {
     let limit = |largest: f32| limit(model, tolerance, largest);
-    let (encoder, decoder) = (&model.config().encoder, &model.config().decoder);
+    let (encoder, decoder) = (&model.facts().encoder, &model.facts().decoder);
     let mut random = RandomTokens(7);
     let longest = encoder.max_position_embeddings;
     let sources = SOURCES.map(|length| random.tokens(length.min(longest), encoder.vocab_size));
@@ -167,7 +167,7 @@ pub fn against(
         let mask = golden.integers.get(&mask_name).ok_or_else(|| Error::input(&mask_name, "a tensor", "none"))?;
         let rows = ids.shape().first().copied().unwrap_or(0);
         let batch = Batch::flat(rows, ids.iter().copied().collect(), mask.iter().copied().collect())?;
-        batch.check(model.config())?;
+        batch.check(model.facts())?;
 
         let suffix = if inclusive { "" } else { ".window_exclusive" };
         let hidden_name = format!("enc.{batch_name}.last_hidden_state{suffix}");
@@ -250,7 +250,7 @@ fn forced(
     let part = |from: usize, count: usize| -> Vec<i64> {
         targets.chunks(length).flat_map(|row| &row[from..from + count]).copied().collect()
     };
-    let tokens = model.vocabulary_subset().map_or(model.config().decoder.vocab_size, |subset| subset.tokens().len());
+    let tokens = model.vocabulary_subset().map_or(model.facts().decoder.vocab_size, |subset| subset.tokens().len());
     let mut all = Array3::zeros([pieces.len(), rows, tokens]);
     let mut take = |piece: usize, rows: &Range<usize>, tensors: &mut StepTensors| {
         let logits = tensors.logits_mut()?;

@@ -38,7 +38,7 @@ impl Model {
     /// As [`Model::generate_batch`].
     pub fn warm_up(&self, cancel: &Cancellation) -> Result<WarmUpShape, Error> {
         let shape = self.warm_up_shape();
-        let (vocab_size, width) = (self.config().encoder.vocab_size, self.config().encoder.hidden_size);
+        let (vocab_size, width) = (self.facts().encoder.vocab_size, self.facts().encoder.hidden_size);
         let rows = |row: usize| (0..shape.source).map(|at| ((row * 31 + at * 7 + 5) % vocab_size) as i64).collect();
         let batch = Batch::padded(&(0..shape.batch).map(rows).collect::<Vec<Vec<i64>>>(), 0)?;
         self.check(&batch)?;
@@ -61,7 +61,7 @@ impl Model {
                 decoder_start_token_id: start,
                 pad_token_id: self.generation_config().pad_token_id,
                 // An end-of-sequence token would end the runs.
-                eos_token_id: vec![self.config().decoder.vocab_size as i64 - 1],
+                eos_token_id: vec![self.facts().decoder.vocab_size as i64 - 1],
                 ..GenerationConfig::default()
             };
             self.generate_batch(&batch, &options, Controls::default().cancellation(cancel))?;
@@ -76,7 +76,7 @@ impl Model {
                 WarmUpShape { batch: batch.opt, source: source.opt, beams }
             }
             None => {
-                let source = UNPLANNED.source.min(self.config().encoder.max_position_embeddings);
+                let source = UNPLANNED.source.min(self.facts().encoder.max_position_embeddings);
                 WarmUpShape { source, ..UNPLANNED }
             }
         }

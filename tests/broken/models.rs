@@ -126,8 +126,8 @@ fn manifests_that_are_not_right() {
         },
         Case {
             name: "a version to come",
-            change: |folder| set(folder, MANIFEST, &[("/format_version", json!(2)), ("/new", json!({}))]),
-            says: &["model/manifest.json: format_version: expected 1, found 2"],
+            change: |folder| set(folder, MANIFEST, &[("/format_version", json!(3)), ("/new", json!({}))]),
+            says: &["model/manifest.json: format_version: expected 1 to 2, found 3"],
         },
         Case {
             name: "a field missing",
@@ -144,6 +144,31 @@ fn manifests_that_are_not_right() {
             name: "an unknown field",
             change: |folder| set(folder, MANIFEST, &[("/compression", json!("int4"))]),
             says: &["model/manifest.json: unknown field `compression`"],
+        },
+        Case {
+            name: "a family to come",
+            change: |folder| set(folder, MANIFEST, &[("/family", json!("t5gemma9"))]),
+            says: &["model/manifest.json: unknown variant `t5gemma9`"],
+        },
+        Case {
+            name: "a size beyond any model's",
+            change: |folder| set(folder, MANIFEST, &[("/facts/decoder/num_hidden_layers", json!(5000))]),
+            says: &[
+                "model/manifest.json: facts.decoder.num_hidden_layers: expected an integer between 1 and 4096, found 5000",
+            ],
+        },
+        Case {
+            name: "a size of another model",
+            change: |folder| set(folder, MANIFEST, &[("/facts/encoder/hidden_size", json!(7))]),
+            says: &[
+                "model/manifest.json: graphs.encoder.outputs[0]: expected last_hidden_state float32 [",
+                ", 7], found",
+            ],
+        },
+        Case {
+            name: "a tensor's role that there is not",
+            change: |folder| set(folder, MANIFEST, &[("/weights/tensors/0/role", json!("vision"))]),
+            says: &["model/manifest.json: unknown variant `vision`"],
         },
         Case {
             name: "a graph missing",

@@ -84,7 +84,7 @@ impl<'e> Prepared<'e> {
             }
             None => None,
         };
-        let weights = weights::collect(&graphs.iter().collect::<Vec<_>>());
+        let weights = weights::collect(&graphs, &config, &options);
         rules::check_excluded(&export.quantization.exclude, &weights)?;
         let unused = match source {
             Source::Checkpoint(checkpoint) => weights::check(&weights, checkpoint, &config, &options.task)?,

@@ -118,9 +118,9 @@ fn requires(
 
 /// The task to export for: the one that was asked for, which must suit the checkpoint, or the checkpoint's own.
 pub(super) fn task(wanted: Option<Task>, config: &Config) -> Result<Task> {
-    let task = wanted.unwrap_or_else(|| Task::of(config));
-    if !task.suits(config) {
-        let mut suited = vec![Task::of(config).name(), Task::FeatureExtraction(Features::default()).name()];
+    let task = wanted.unwrap_or_else(|| config.task());
+    if !task.suits(&config.task()) {
+        let mut suited = vec![config.task().name(), Task::FeatureExtraction(Features::default()).name()];
         suited.dedup();
         let expected =
             format!("{} for a checkpoint of {}", suited.join(" or "), config.architecture.name(config.family));
@@ -128,7 +128,7 @@ pub(super) fn task(wanted: Option<Task>, config: &Config) -> Result<Task> {
     }
     let Task::FeatureExtraction(mut features) = task else { return Ok(task) };
     let all = config.encoder.layers.len();
-    let Some(layers) = features.layers(config) else {
+    let Some(layers) = features.layers(all) else {
         let expected = format!("0 to {all}, or -1 to -{} from the end", all + 1);
         return Err(SettingError::invalid(Setting::HiddenLayer, expected, features.hidden_layer));
     };

@@ -47,6 +47,7 @@ impl Prepared<'_> {
             format: FORMAT.into(),
             format_version: FORMAT_VERSION,
             exporter: format!("{} {}", env!("CARGO_PKG_NAME"), env!("CARGO_PKG_VERSION")),
+            family: self.config.family,
             task: self.options.task.clone(),
             target: export.target.name().into(),
             dtype: export.dtype,
@@ -61,13 +62,14 @@ impl Prepared<'_> {
             quantization: export.quantization.clone(),
             observed,
             parameters: weights::parameters(&self.weights),
+            facts: self.config.facts(),
             source,
             graphs,
             weights,
             files: self.write_files(folder)?,
         };
         if let (Some(plan), Some(memory)) = (&export.plan, &self.memory) {
-            for (name, bytes) in tensorrt::files(plan, &self.config, &manifest, memory) {
+            for (name, bytes) in tensorrt::files(plan, &manifest, memory) {
                 let record = folder.write(&name, &bytes)?;
                 manifest.files.insert(name, record);
             }
@@ -99,7 +101,7 @@ impl Prepared<'_> {
     fn write_graphs(&self, folder: &StagingDir, weights: &WeightsRecord, cache: CacheLayout) -> Result<WrittenGraphs> {
         let (mut records, mut observed) = (BTreeMap::new(), BTreeMap::new());
         let Prepared { export, config, options, .. } = self;
-        let parts = interface::parts(config, export.dtype, options.returned(), cache, &options.task);
+        let parts = interface::parts(&config.facts(), export.dtype, options.returned(), cache, &options.task);
         for (Part { name, file, mut ports }, graph) in parts.into_iter().zip(&self.graphs) {
             if !graph.observed.is_empty() {
                 ports.outputs.push(interface::activation_ranges(graph.observed.len()));
@@ -127,7 +129,7 @@ impl Prepared<'_> {
         let export = self.export;
         write("config.json", self.config_text.as_bytes())?;
         if self.options.task.is_generation() && export.target.capabilities().has_device_memory {
-            let graph = reorder(&self.config, export.dtype);
+            let graph = reorder(&self.config.facts(), export.dtype);
             let no_weights = |name: &str| unreachable!("{name}: the graph has no weights");
             write(interface::REORDER, &proto::encode(&graph, export.target.capabilities().opset, no_weights))?;
         }

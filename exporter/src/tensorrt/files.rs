@@ -4,7 +4,6 @@
 use std::collections::BTreeMap;
 
 use serde_json::{Map, Value, json};
-use t5gemma_graphs::config::Config;
 use t5gemma_graphs::interface::{CacheLayout, DType, ENGINES, PROVIDER_OPTIONS, Port};
 use t5gemma_graphs::manifest::{GraphRecord, Manifest};
 
@@ -20,13 +19,8 @@ const BUILD_ENGINES: &str = include_str!("../../tensorrt/build_engines.sh");
 const WORKSPACE: u64 = 16 << 30;
 
 /// The files that a plan adds to the model folder, by name.
-pub fn files(
-    plan: &ServingPlan,
-    config: &Config,
-    manifest: &Manifest,
-    memory: &MemoryEstimate,
-) -> Vec<(String, Vec<u8>)> {
-    let graphs: Vec<(&str, &GraphRecord)> = (manifest.parts(config).iter())
+pub fn files(plan: &ServingPlan, manifest: &Manifest, memory: &MemoryEstimate) -> Vec<(String, Vec<u8>)> {
+    let graphs: Vec<(&str, &GraphRecord)> = (manifest.parts().iter())
         .map(|part| (part.name, manifest.graphs.get(part.name).expect("the manifest has all graphs of its task")))
         .collect();
     let profiles: Profiles = (graphs.iter())

@@ -162,7 +162,7 @@ impl ServingPlan {
                 }
             }
         }
-        let parts = interface::parts(config, options.dtype, options.returned(), cache, &options.task);
+        let parts = interface::parts(&config.facts(), options.dtype, options.returned(), cache, &options.task);
         parts.iter().zip(graphs).try_for_each(|(part, graph)| self.check_volumes(part, graph, cache))
     }
 

@@ -3,7 +3,7 @@
 
 use serde_json::{Map, Value};
 
-use super::{Architecture, ConfigError, Family, Fields, ProblemType};
+use super::{Architecture, ConfigError, Family, Fields, MOST_LABELS, ProblemType};
 use crate::json::cut;
 
 /// Fields without effect that transformers itself writes, or that many checkpoints have: training settings, output selection
@@ -53,9 +53,6 @@ const GENERATION_SETTINGS: &[&str] = &[
     "top_h",
     "watermarking_config",
 ];
-
-/// Far beyond any real model: a damaged number is refused before so many labels are named.
-const MOST_LABELS: usize = 65536;
 
 impl Fields {
     /// The class of a checkpoint. A class that is not transformers' is taken for the one that its name ends with; a checkpoint

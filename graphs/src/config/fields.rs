@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value};
 
-use super::ConfigError;
+use super::{ConfigError, MOST_SIZE};
 use crate::json::{self, shown};
 
 /// A field that may only have values without effect.
@@ -114,9 +114,8 @@ impl Fields {
         self.take(field, "true or false", Value::as_bool)
     }
 
-    /// A size. Every product of two sizes stays below 2^62, so that shape arithmetic cannot overflow.
     pub fn size(&mut self, field: &str) -> Result<Option<usize>, ConfigError> {
-        self.size_up_to(i32::MAX as usize, field)
+        self.size_up_to(MOST_SIZE, field)
     }
 
     pub fn size_up_to(&mut self, most: usize, field: &str) -> Result<Option<usize>, ConfigError> {

@@ -18,7 +18,7 @@ use crate::weights::Weights;
 /// The graph from source tokens to the scores of labels.
 pub fn classifier(config: &Config, options: &Options) -> Definition {
     let graph = Graph::new();
-    let ports = interface::model(config, options.dtype, &options.task);
+    let ports = interface::model(&config.facts(), options.dtype, &options.task);
     let [ids, mask] = interface::inputs(&graph, &ports);
     let classifier = config.classifier.as_ref().expect("a classifier's configuration describes one");
 

@@ -4,7 +4,8 @@
 use serde_json::Value;
 
 use crate::config::{
-    Architecture, Classifier, Config, ConfigError, Family, Fields, LayerType, Refused, Stack, TokenIds, is_empty,
+    Architecture, Classifier, Config, ConfigError, Family, Fields, LayerType, MOST_HEAD_DIM, MOST_LAYERS, Refused,
+    Stack, TokenIds, is_empty,
 };
 
 /// Fields that change what transformers computes without the model's own code reading them.
@@ -36,11 +37,6 @@ const KV_SHARING_MODES: Refused = Refused {
     expected: "null (every layer has keys and values of its own)",
     accepts: Value::is_null,
 };
-
-/// Far beyond any real model: a damaged number is refused before a graph of its size is built.
-const MOST_LAYERS: usize = 4096;
-/// As [`MOST_LAYERS`]; the rotary frequencies of a head are written into the graph.
-const MOST_HEAD_DIM: usize = 65536;
 
 /// Reads a document whose `model_type` has been taken. Defaults are those of transformers.
 pub fn parse(mut top: Fields) -> Result<Config, ConfigError> {

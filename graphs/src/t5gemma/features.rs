@@ -12,12 +12,13 @@ use crate::task::{Features, Pooling, Task};
 /// The graph from source tokens to the states or the vector of each source.
 pub fn features(config: &Config, options: &Options, features: &Features) -> Definition {
     let graph = Graph::new();
-    let ports = interface::model(config, options.dtype, &Task::FeatureExtraction(*features));
+    let ports = interface::model(&config.facts(), options.dtype, &Task::FeatureExtraction(*features));
     let [ids, mask] = interface::inputs(&graph, &ports);
 
     let w = root(&graph, &config.encoder, options).at("model.encoder");
     let source = Source::by_token(&graph, ids, mask, options);
-    let layers = features.layers(config).expect("the exporter has checked the number of the layer");
+    let layers =
+        features.layers(config.encoder.layers.len()).expect("the exporter has checked the number of the layer");
     let states = encoder::states(&source, layers, options, &w); // [batch·source, hidden]
     let states = states.reshape(&[ids.dim(0), ids.dim(1), config.encoder.hidden_size.into()]);
     let taken = match features.pooling {

@@ -107,7 +107,7 @@ impl t5g_encoder {
             tokenizer: &|| self.inner.tokenizer(),
             chat: &|| Err(t5g_error::argument("sources.messages", "NULL (conversations are for t5g_model)", "text")),
             pad_token_id: self.inner.pad_token_id(),
-            hidden_size: self.inner.config().encoder.hidden_size,
+            hidden_size: self.inner.facts().encoder.hidden_size,
         };
         reader.batch(sources)
     }
@@ -133,8 +133,8 @@ pub extern "C" fn t5g_encoder_open(
 pub extern "C" fn t5g_encoder_describe(encoder: Handle<t5g_encoder>, json: Out<Handle<t5g_text>>) -> Handle<t5g_error> {
     fallible(|| {
         let (place, encoder) = (json.check("json")?, encoder.get("encoder")?);
-        let (manifest, config) = (encoder.inner.manifest(), encoder.inner.config());
-        let labels = match &config.classifier {
+        let (manifest, facts) = (encoder.inner.manifest(), encoder.inner.facts());
+        let labels = match &facts.classifier {
             Some(classifier) => json!(classifier.labels),
             None => Value::Null,
         };
@@ -145,9 +145,9 @@ pub extern "C" fn t5g_encoder_describe(encoder: Handle<t5g_encoder>, json: Out<H
             "dtype": manifest.dtype.to_string(),
             "parameters": manifest.parameters,
             "exporter": manifest.exporter,
-            "source_vocab_size": config.encoder.vocab_size,
-            "hidden_size": config.encoder.hidden_size,
-            "max_source_length": config.encoder.max_position_embeddings,
+            "source_vocab_size": facts.encoder.vocab_size,
+            "hidden_size": facts.encoder.hidden_size,
+            "max_source_length": facts.encoder.max_position_embeddings,
             "pad_token_id": encoder.inner.pad_token_id(),
             "labels": labels,
         });
@@ -189,7 +189,7 @@ pub extern "C" fn t5g_encoder_encode(
         let (batch, encoder) = (encoder.batch(sources)?, &encoder.inner);
         encoder.features()?;
         let length = if pooling == Pooling::None { batch.length() } else { 1 };
-        let shape = Shape::of(&batch, length, encoder.config().encoder.hidden_size);
+        let shape = Shape::of(&batch, length, encoder.facts().encoder.hidden_size);
         put_states(states, given, shape, &batch, || {
             call.run_in_one_step(|cancel| match pooling {
                 Pooling::None => Ok(encoder.encode(&batch, cancel)?.into_iter().collect()),

@@ -61,7 +61,7 @@ impl t5g_model {
             tokenizer: &|| self.inner.tokenizer(),
             chat: &|| self.chat(),
             pad_token_id: self.inner.generation_config().pad_token_id,
-            hidden_size: self.inner.config().encoder.hidden_size,
+            hidden_size: self.inner.facts().encoder.hidden_size,
         })
     }
 }
@@ -91,8 +91,7 @@ pub extern "C" fn t5g_model_open(
 pub extern "C" fn t5g_model_describe(model: Handle<t5g_model>, json: Out<Handle<t5g_text>>) -> Handle<t5g_error> {
     fallible(|| {
         let (place, model) = (json.check("json")?, model.get("model")?);
-        let (options, manifest, config) =
-            (model.inner.generation_config(), model.inner.manifest(), model.inner.config());
+        let (options, manifest, facts) = (model.inner.generation_config(), model.inner.manifest(), model.inner.facts());
         let described = json!({
             "path": model.path.to_string_lossy(),
             "task": manifest.task.name(),
@@ -100,11 +99,11 @@ pub extern "C" fn t5g_model_describe(model: Handle<t5g_model>, json: Out<Handle<
             "dtype": manifest.dtype.to_string(),
             "parameters": manifest.parameters,
             "exporter": manifest.exporter,
-            "source_vocab_size": config.encoder.vocab_size,
-            "target_vocab_size": config.decoder.vocab_size,
-            "hidden_size": config.encoder.hidden_size,
-            "max_source_length": config.encoder.max_position_embeddings,
-            "max_target_length": config.decoder.max_position_embeddings,
+            "source_vocab_size": facts.encoder.vocab_size,
+            "target_vocab_size": facts.decoder.vocab_size,
+            "hidden_size": facts.encoder.hidden_size,
+            "max_source_length": facts.encoder.max_position_embeddings,
+            "max_target_length": facts.decoder.max_position_embeddings,
             "decoder_start_token_id": options.decoder_start_token_id,
             "eos_token_id": options.eos_token_id,
             "pad_token_id": options.pad_token_id,
@@ -230,7 +229,7 @@ pub extern "C" fn t5g_model_encode(
         let (place, model) = (states.get("states")?, model.get("model")?);
         let call = Call::read(call)?.of(Role::Encodes)?;
         let batch = model.read(|reader| reader.batch(sources))?;
-        let shape = Shape::of(&batch, batch.length(), model.inner.config().encoder.hidden_size);
+        let shape = Shape::of(&batch, batch.length(), model.inner.facts().encoder.hidden_size);
         put_states(states, place, shape, &batch, || {
             let found = call.run_in_one_step(|cancel| model.inner.encode(&batch, cancel))?;
             Ok(found.into_iter().collect())

@@ -13,7 +13,9 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use serde_json::{Value, json};
-use t5gemma_runtime::{Batch, Cancellation, Controls, Error, GenerationConfig, Hypothesis, Limits, Model, Streamer};
+use t5gemma_runtime::{
+    Batch, Cancellation, Controls, Error, GenerationConfig, Hypothesis, Limits, Model, Role, Streamer,
+};
 
 use crate::exit::Outcome;
 use crate::exit::ensure_usage;
@@ -129,16 +131,16 @@ impl Case {
     /// Random sources of the length and number that the arguments ask for, the same ones every time.
     fn random(model: &Model, arguments: &Arguments) -> Result<Case> {
         let (rows, length) = (arguments.batch_size as usize, arguments.source_length as usize);
-        let longest = model.config().encoder.max_position_embeddings;
+        let longest = model.facts().encoder.max_position_embeddings;
         ensure_usage!(
             length <= longest,
             "--source-length: expected at most {longest} (encoder.max_position_embeddings), found {length}"
         );
-        let tokens = random_tokens(model.config().encoder.vocab_size, rows * length);
+        let tokens = random_tokens(model.facts().encoder.vocab_size, rows * length);
         let options = Case::options(model, arguments.num_beams as usize);
         let sources: Vec<&[i64]> = tokens.chunks(length).collect();
         let batch = Batch::padded(&sources, options.pad_token_id)?;
-        let longest = model.config().decoder.max_position_embeddings;
+        let longest = model.facts().decoder.max_position_embeddings;
         ensure_usage!(
             (arguments.max_new_tokens as usize) < longest,
             "--max-new-tokens: expected less than {longest} (decoder.max_position_embeddings), found {}",
@@ -288,19 +290,17 @@ struct StepBytes {
 
 impl StepBytes {
     fn of(model: &Model, case: &Case) -> StepBytes {
-        let (manifest, decoder) = (model.manifest(), &model.config().decoder);
+        let (manifest, decoder) = (model.manifest(), &model.facts().decoder);
         let used: Vec<&str> = manifest.graphs["decoder_with_past"].weights.iter().map(String::as_str).collect();
-        // With a head of its own the model reads of its embedding table the rows of the step's tokens only.
-        let has_head = used.iter().any(|name| name.starts_with("lm_head."));
-        let read = |name: &str| used.contains(&name) && !(has_head && name.starts_with("model.decoder.embed_tokens."));
+        // Of an embedding that is not also the head, a step reads only the rows of its tokens.
         // By place: what is the embedding table to one operator and the head to another is read once.
         let weights: BTreeMap<u64, u64> = (manifest.weights.tensors.iter())
-            .filter(|tensor| read(&tensor.name))
+            .filter(|tensor| used.contains(&tensor.name.as_str()) && tensor.role != Role::DecoderEmbedding)
             .map(|tensor| (tensor.offset, tensor.bytes))
             .collect();
 
         let position =
-            2 * decoder.layers.len() * decoder.num_key_value_heads * decoder.head_dim * manifest.dtype.size();
+            2 * decoder.num_hidden_layers * decoder.num_key_value_heads * decoder.head_dim * manifest.dtype.size();
         let targets = case.batch.rows() * case.options.num_beams * case.tokens / 2;
         let sources = case.batch.rows() * case.batch.length();
         StepBytes { weights: weights.values().sum(), caches: (position * (targets + sources)) as u64 }

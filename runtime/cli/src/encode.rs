@@ -102,7 +102,7 @@ pub fn run(mut arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
         pooling != Pooling::None || !arguments.normalize,
         "--normalize requires --pooling mean, first or last (a model exported with --normalize divides every token's states)"
     );
-    let longest = encoder.config().encoder.max_position_embeddings;
+    let longest = encoder.facts().encoder.max_position_embeddings;
     if let (Padding::MaxLength, Some(length)) = (arguments.padding, arguments.max_length) {
         ensure_usage!(
             length as usize <= longest,

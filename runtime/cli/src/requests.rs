@@ -81,7 +81,7 @@ impl Reader for Model {
     }
 
     fn longest_source(&self) -> usize {
-        self.config().encoder.max_position_embeddings
+        self.facts().encoder.max_position_embeddings
     }
 
     fn end(&self) -> Option<i64> {
@@ -89,7 +89,7 @@ impl Reader for Model {
     }
 
     fn longest_target(&self) -> usize {
-        self.config().decoder.max_position_embeddings
+        self.facts().decoder.max_position_embeddings
     }
 }
 
@@ -99,7 +99,7 @@ impl Reader for Encoder {
     }
 
     fn longest_source(&self) -> usize {
-        self.config().encoder.max_position_embeddings
+        self.facts().encoder.max_position_embeddings
     }
 }
 

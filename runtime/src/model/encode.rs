@@ -31,7 +31,7 @@ impl Model {
     pub fn encode(&self, batch: &Batch, cancel: &Cancellation) -> Result<Array3<f32>, Error> {
         self.check(batch)?;
         cancel.check()?;
-        let encoder = &self.folder.config.encoder;
+        let encoder = &self.folder.manifest.facts.encoder;
         let mut states = Array3::zeros([batch.rows(), batch.length(), encoder.hidden_size]);
         for rows in pieces_to_encode(batch, encoder, self.folder.manifest.dtype, &self.limits) {
             let piece = batch.piece(rows.clone());
@@ -77,7 +77,7 @@ impl Model {
 
     /// Hidden states as the decoder takes them.
     fn encoded(&self, batch: &Batch, states: Vec<f32>) -> Result<Encoded, Error> {
-        let shape = [batch.rows(), batch.length(), self.folder.config.encoder.hidden_size];
+        let shape = [batch.rows(), batch.length(), self.folder.manifest.facts.encoder.hidden_size];
         let hidden = match self.folder.manifest.dtype {
             DType::Float16 => Tensor::from_array((shape, states.into_iter().map(f16::from_f32).collect::<Vec<_>>()))
                 .map(Tensor::into_dyn),

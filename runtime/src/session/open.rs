@@ -1,14 +1,16 @@
 //! `Opener`: opens the graphs of a model folder over one copy of the weights and holds each to its ports.
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
 
 use ort::logging::LogLevel;
 use ort::session::Session;
 use ort::session::builder::{PrepackedWeights, SessionBuilder};
 use t5gemma_graphs::Target;
-use t5gemma_graphs::interface::{DType, Ports, REORDER, reads_source};
+use t5gemma_graphs::interface::{DType, Ports, REORDER};
+use t5gemma_graphs::manifest::{Manifest, WeightsRecord};
+use t5gemma_graphs::tensors::Role;
 use t5gemma_kernels::{self as kernels, Kernels, Side};
 
 use super::ports::{Difference, first_difference};
@@ -53,9 +55,12 @@ impl<'f> Opener<'f> {
         let library = onnxruntime::initialise(options.library.as_deref(), options.threads)?;
         let weights = weights::in_place(folder).map_err(Error::onnxruntime("sharing the weights"))?;
         EngineFiles::new(folder, options.engines_beside(&folder.path)).check_cache(options.provider.kind)?;
-        let decoder = &folder.config.decoder;
-        let vocab_size = folder.manifest.kept_tokens.unwrap_or(decoder.vocab_size);
-        let kernels = Kernels::new(vocab_size, decoder.final_logit_softcapping, reads_source);
+        let Manifest { facts, kept_tokens, weights: WeightsRecord { tensors, .. }, .. } = &folder.manifest;
+        let vocab_size = kept_tokens.unwrap_or(facts.decoder.vocab_size);
+        let cross_key_values = tensors.iter().filter(|tensor| tensor.role == Role::CrossKeyValue);
+        let cross_key_values: HashSet<String> = cross_key_values.map(|tensor| tensor.name.clone()).collect();
+        let reads_source = move |weight: &str| cross_key_values.contains(weight);
+        let kernels = Kernels::new(vocab_size, facts.final_logit_softcapping, reads_source);
         let prepacked = PrepackedWeights::new();
         Ok(Opener { library, folder, weights, options, kernels, prepacked, fallbacks: Vec::new() })
     }

@@ -88,7 +88,8 @@ mod tests {
     fn the_first_differing_port_is_described() {
         let config = Config::parse(r#"{"model_type": "t5gemma", "encoder": {}, "decoder": {}}"#);
         let config = config.expect("a minimal config");
-        let expected = &Interface::of(&config, DType::Float32, Logits::Last, CacheLayout::Growing).encoder.inputs;
+        let expected =
+            &Interface::of(&config.facts(), DType::Float32, Logits::Last, CacheLayout::Growing).encoder.inputs;
         let outlet = |name: &str, ty, dims: &[i64]| {
             let symbols = dims.iter().map(|_| "rows".to_string());
             let dimension_symbols = SymbolicDimensions::new(symbols);

@@ -45,7 +45,7 @@ pub fn comparison(
     sources: &[Vec<i64>],
     cancel: &Cancellation,
 ) -> Result<Comparison, Error> {
-    let sizes = |model: &Model| [model.config().encoder.vocab_size, model.config().decoder.vocab_size];
+    let sizes = |model: &Model| [model.facts().encoder.vocab_size, model.facts().decoder.vocab_size];
     if sizes(model) != sizes(other) {
         let [encoder, decoder] = sizes(other);
         let [own_encoder, own_decoder] = sizes(model);
@@ -56,7 +56,7 @@ pub fn comparison(
         ));
     }
     let mut random = RandomTokens(11);
-    let longest = model.config().encoder.max_position_embeddings.min(other.config().encoder.max_position_embeddings);
+    let longest = model.facts().encoder.max_position_embeddings.min(other.facts().encoder.max_position_embeddings);
     let drawn: Vec<Vec<i64>>;
     let sources = match sources {
         [] => {
@@ -117,7 +117,7 @@ fn of_tokens(model: &Model, other: &Model, logits: Array3<f32>) -> Array3<f32> {
         return logits;
     }
     let place = |token: i64| own.map_or(token, |subset| subset.index(token));
-    let all = 0..model.config().decoder.vocab_size as i64;
+    let all = 0..model.facts().decoder.vocab_size as i64;
     let both = all.filter(|&token| [own, others].into_iter().flatten().all(|subset| subset.contains(token)));
     logits.select(Axis(2), &both.map(|token| place(token) as usize).collect::<Vec<_>>())
 }

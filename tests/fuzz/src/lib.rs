@@ -77,7 +77,7 @@ pub fn config(data: &[u8]) {
     if let Ok(config) = Config::parse(text) {
         // A port for every layer: of many that only takes time, as do whole graphs, which `checkpoint` makes.
         if config.encoder.layers.len().max(config.decoder.layers.len()) <= 8 {
-            let _ = Interface::of(&config, DType::Float32, Logits::Last, CacheLayout::Growing);
+            let _ = Interface::of(&config.facts(), DType::Float32, Logits::Last, CacheLayout::Growing);
         }
     }
     let _ = serde_json::from_str::<Manifest>(text);
