@@ -2,9 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use t5gemma_graphs::ManifestError;
 use t5gemma_graphs::config::Config;
-use t5gemma_graphs::manifest::{MANIFEST, Manifest};
+use t5gemma_graphs::manifest::{MANIFEST, Manifest, ManifestError};
 
 use crate::error::{Error, Result};
 use crate::files;

@@ -4,7 +4,6 @@
 use crate::config::{Config, ConfigError, Family, Fields};
 use crate::onnx::Definition;
 use crate::options::Options;
-use crate::t5gemma;
 use crate::tensors::Tensors;
 
 impl Config {
@@ -16,7 +15,7 @@ impl Config {
         let mut top = Fields::parse(json)?;
         let model_type = top.text("model_type")?;
         match model_type.as_deref() {
-            None | Some("t5gemma") => t5gemma::config::parse(top),
+            None | Some("t5gemma") => crate::t5gemma::config::parse(top),
             Some(other) => {
                 let hint = match other {
                     "t5gemma2" => " (T5Gemma 2 is another architecture)",
@@ -33,7 +32,7 @@ impl Config {
 /// The graphs of the options' task, in the order of [`interface::parts`](crate::interface::parts).
 pub fn definitions(config: &Config, options: &Options) -> Vec<Definition> {
     match config.family {
-        Family::T5Gemma => t5gemma::definitions(config, options),
+        Family::T5Gemma => crate::t5gemma::definitions(config, options),
     }
 }
 
@@ -41,7 +40,7 @@ impl Family {
     /// The names of its tensors.
     pub fn tensors(self) -> &'static Tensors {
         match self {
-            Family::T5Gemma => &t5gemma::TENSORS,
+            Family::T5Gemma => &crate::t5gemma::TENSORS,
         }
     }
 }

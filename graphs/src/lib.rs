@@ -45,4 +45,3 @@ pub use lower::{Capabilities, Packing};
 pub use options::{Options, Vocabulary};
 pub use reorder::reorder;
 pub use target::Target;
-pub use versions::ManifestError;

@@ -2,10 +2,11 @@
 //! exporter fills it, the runtime compares it with the files.
 
 use std::collections::BTreeMap;
+use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::Family;
+use crate::config::{ConfigError, Family};
 use crate::facts::Facts;
 use crate::interface::{self, CacheLayout, DType, Logits, Part, Ports, Returned};
 use crate::quantization::Quantization;
@@ -202,6 +203,27 @@ pub struct TensorRecord {
     /// An earlier tensor that is the same bytes in another shape, if this one is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub same_bytes_as: Option<String>,
+}
+
+/// Why a manifest cannot be read. `E` is the error of reading the folder's `config.json`.
+#[derive(Debug)]
+pub enum ManifestError<E> {
+    /// A field has a value that this code does not read.
+    Field(ConfigError),
+    /// The document is not a manifest of its version.
+    Malformed(serde_json::Error),
+    /// The manifest is of version 1, and its `config.json` cannot be read.
+    Config(E),
+}
+
+impl<E: fmt::Display> fmt::Display for ManifestError<E> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            ManifestError::Field(error) => error.fmt(f),
+            ManifestError::Malformed(error) => write!(f, "not a manifest: {error}"),
+            ManifestError::Config(error) => error.fmt(f),
+        }
+    }
 }
 
 /// The offsets of the sampled blocks in a file of `bytes` bytes; a file too small to sample is one block.

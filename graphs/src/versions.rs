@@ -1,34 +1,11 @@
 //! Reads manifests of every version of the format that can still be read. Version 1 had no family, no facts and no roles of tensors:
 //! its readers took them from `config.json` and from the names of tensors, and so does [`Manifest::read`], once.
 
-use std::fmt;
-
 use serde_json::{Map, Value, json};
 
 use crate::config::{Config, ConfigError};
-use crate::manifest::{FORMAT, FORMAT_VERSION, Manifest, OLDEST_FORMAT_VERSION};
+use crate::manifest::{FORMAT, FORMAT_VERSION, Manifest, ManifestError, OLDEST_FORMAT_VERSION};
 use crate::tensors::Role;
-
-/// Why a manifest cannot be read. `E` is the error of reading the folder's `config.json`.
-#[derive(Debug)]
-pub enum ManifestError<E> {
-    /// A field has a value that this code does not read.
-    Field(ConfigError),
-    /// The document is not a manifest of its version.
-    Malformed(serde_json::Error),
-    /// The manifest is of version 1, and its `config.json` cannot be read.
-    Config(E),
-}
-
-impl<E: fmt::Display> fmt::Display for ManifestError<E> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            ManifestError::Field(error) => error.fmt(f),
-            ManifestError::Malformed(error) => write!(f, "not a manifest: {error}"),
-            ManifestError::Config(error) => error.fmt(f),
-        }
-    }
-}
 
 impl Manifest {
     /// Reads a `manifest.json`. `config` reads the `config.json` beside it, which only version 1 needs.

@@ -11,11 +11,10 @@ use std::sync::Arc;
 use memmap2::{Mmap, MmapMut};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
-use t5gemma_graphs::ManifestError;
 use t5gemma_graphs::config::Config;
 use t5gemma_graphs::interface::{Dim, Part, Port};
 use t5gemma_graphs::manifest::{
-    FileRecord, GraphRecord, KEPT_TOKENS, MANIFEST, Manifest, SAMPLE_BLOCK, TensorRecord, sample_offsets,
+    FileRecord, GraphRecord, KEPT_TOKENS, MANIFEST, Manifest, ManifestError, SAMPLE_BLOCK, TensorRecord, sample_offsets,
 };
 use t5gemma_graphs::task::Task;
 
