@@ -119,9 +119,10 @@ tokenizer: $(TOKENIZER)/tokenizer.json ## fetch Gemma's tokenizer, for the tests
 python: .venv/complete ## set up .venv with the packages that the tests' Python scripts need
 
 .PHONY: check
-check: ## formatting and lints
+check: ## formatting, dependencies, imports and lints
 	$(CARGO) fmt --all --check
 	$(PYTHON) tests/scripts/check_dependencies.py
+	$(PYTHON) tests/scripts/check_imports.py
 	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
 	for feature in "" chat constraints cuda tensorrt; do \
 	    $(CARGO) clippy -p t5gemma-runtime --no-default-features --features "$$feature" --locked -- -D warnings || exit 1; \
