@@ -194,8 +194,7 @@ fn is_empty(scores: &[f32]) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use t5gemma_kernels::log_softmax::LogSumExp;
-    use t5gemma_kernels::{LogitsRequest, LogitsStats};
+    use t5gemma_kernels::{LogSumExp, LogitsRequest, LogitsStats};
 
     use super::top_k::{TopK, draw, rank};
     use super::*;

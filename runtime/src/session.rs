@@ -42,7 +42,7 @@ impl GraphSession {
     /// The session, for a run whose logits may come in sparse rows if the request allows it.
     pub fn lock_sparse(&self, request: LogitsRequest) -> MutexGuard<'_, Session> {
         let session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
-        self.kernels.want(request);
+        self.kernels.request_logits(request);
         session
     }
 

@@ -1,39 +1,39 @@
-//! What the kernels for a CPU do a second, on one thread: products of few bits and of float32, the first pass over a head,
-//! attention. Throughput counts multiply-adds. `make bench` runs it.
+//! Throughput of the CPU kernels, on one thread, in multiply-adds: quantized and float32 matrix multiplication, the coarse pass over a head,
+//! attention. `make bench` runs it.
 
 use std::time::Duration;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use t5gemma_kernels::bench as kernels;
+use t5gemma_kernels::bench;
 
 /// Rows of activations: a step, its beams, a batch, its beams, a source.
 const ROWS: [usize; 5] = [1, 4, 8, 32, 512];
 /// Weights that stay in the caches, and a head that does not.
 const SHAPES: [[usize; 2]; 2] = [[1024, 512], [256_000, 512]];
 
-fn products(c: &mut Criterion) {
+fn matmul(c: &mut Criterion) {
     for [n, k] in SHAPES {
-        let mut group = c.benchmark_group(format!("product of {n} x {k}"));
-        // The large one by a whole source would take seconds a turn.
+        let mut group = c.benchmark_group(format!("matmul by {n} x {k}"));
+        // A whole source by the head would take seconds a run.
         for rows in ROWS.into_iter().filter(|rows| rows * n <= 16 << 20) {
             let shape = [rows, n, k];
             group.throughput(Throughput::Elements((rows * n * k) as u64));
             for (bits, block_size) in [(8, 128), (4, 32), (4, 128)] {
                 group.bench_function(format!("int{bits} by {block_size}, {rows} rows"), |bencher| {
-                    bencher.iter(kernels::few_bits(shape, bits, block_size, false));
+                    bencher.iter(bench::quantized_int16(shape, bits, block_size));
                 });
                 group.bench_function(format!("int{bits} by {block_size} in an encoder, {rows} rows"), |bencher| {
-                    bencher.iter(kernels::few_bits(shape, bits, block_size, true));
+                    bencher.iter(bench::quantized_int8(shape, bits, block_size));
                 });
                 #[cfg(target_arch = "x86_64")]
-                if let Some(mut roughly) = kernels::roughly(shape, bits, block_size).filter(|_| rows <= 32) {
-                    group.bench_function(format!("int{bits} by {block_size} roughly, {rows} rows"), |bencher| {
-                        bencher.iter(&mut roughly);
+                if let Some(mut coarse) = bench::coarse(shape, bits, block_size).filter(|_| rows <= 32) {
+                    group.bench_function(format!("int{bits} by {block_size}, coarse, {rows} rows"), |bencher| {
+                        bencher.iter(&mut coarse);
                     });
                 }
             }
             #[cfg(target_arch = "x86_64")]
-            if let Some(mut float32) = kernels::float32(shape) {
+            if let Some(mut float32) = bench::float32(shape) {
                 group.bench_function(format!("float32, {rows} rows"), |bencher| bencher.iter(&mut float32));
             }
         }
@@ -42,13 +42,13 @@ fn products(c: &mut Criterion) {
 }
 
 fn attention(c: &mut Criterion) {
-    let mut group = c.benchmark_group("a head of attention");
+    let mut group = c.benchmark_group("attention head");
     for (length, window) in [(64, None), (512, None), (4096, Some(512))] {
         let pairs = length * window.map_or(length, |window| 2 * window + 1);
         group.throughput(Throughput::Elements((2 * pairs * 64) as u64));
         let name = window.map_or(String::new(), |window| format!(" within {window}"));
         group.bench_function(format!("{length} tokens{name}"), |bencher| {
-            bencher.iter(kernels::attention([length, 64], window));
+            bencher.iter(bench::attention(length, 64, window));
         });
     }
     group.finish();
@@ -58,6 +58,6 @@ criterion_group! {
     name = benches;
     config = Criterion::default().sample_size(20).warm_up_time(Duration::from_millis(500))
         .measurement_time(Duration::from_secs(1));
-    targets = products, attention
+    targets = matmul, attention
 }
 criterion_main!(benches);

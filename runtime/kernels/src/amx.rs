@@ -1,41 +1,42 @@
-//! The tiles of AMX, eight registers of sixteen rows of 64 bytes each.
+//! The tile registers of AMX: eight registers of sixteen rows of 64 bytes each.
 
 use std::arch::asm;
 
-/// Rows of a tile, and numbers of four bytes in each.
+use crate::isa::AmxToken;
+
+/// Rows of a tile, and 4-byte elements in each.
 pub const SIDE: usize = 16;
-/// Bytes of a row of a tile.
+/// Bytes in a row of a tile.
 pub const WIDTH: usize = 64;
 
-/// The thread's tiles, as they are configured while this lives: all of them as large as they can be.
-pub struct Tiles;
+/// Configures this thread's tiles to their full size, until it is dropped.
+pub struct TileConfig(());
 
-impl Tiles {
-    /// # Safety
-    /// The processor has AMX, and this process may use it.
-    pub unsafe fn configured() -> Tiles {
-        /// See `LDTILECFG` in Intel's manual.
+impl TileConfig {
+    pub fn load(_: AmxToken) -> TileConfig {
+        /// The operand of `LDTILECFG`, see Intel's manual.
         #[repr(C, align(64))]
         struct Config {
             palette: u8,
             start_row: u8,
             reserved: [u8; 14],
-            bytes_of_a_row: [u16; 16],
+            row_bytes: [u16; 16],
             rows: [u8; 16],
         }
-        let mut config = Config { palette: 1, start_row: 0, reserved: [0; 14], bytes_of_a_row: [0; 16], rows: [0; 16] };
+        let mut config = Config { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
         for tile in 0..8 {
-            (config.rows[tile], config.bytes_of_a_row[tile]) = (SIDE as u8, WIDTH as u16);
+            (config.rows[tile], config.row_bytes[tile]) = (SIDE as u8, WIDTH as u16);
         }
-        // SAFETY: the caller's.
+        // SAFETY: the token proves that the processor has AMX and that this process may use it; the operand is a valid configuration.
         unsafe { asm!("ldtilecfg [{}]", in(reg) &config, options(nostack, readonly, preserves_flags)) };
-        Tiles
+        TileConfig(())
     }
 }
 
-impl Drop for Tiles {
+impl Drop for TileConfig {
     fn drop(&mut self) {
-        // SAFETY: they were configured. Tiles that are in use would be saved with every other register of the thread.
+        // Tiles in use are saved with the thread's other registers at every switch.
+        // SAFETY: a `TileConfig` exists only where the processor has AMX.
         unsafe { asm!("tilerelease", options(nostack, nomem, preserves_flags)) };
     }
 }

@@ -1,133 +1,138 @@
-//! What panels of columns have in common where the processor has AVX-512: how they are filled, and how their sums are written.
+//! AVX-512 building blocks: 16 × 16 transposes, masked loads and masked stores.
 
 use std::arch::x86_64::*;
 
-/// Of sixteen rows the four words that begin `quarter · 16` bytes after these places: each word of all rows, in their order.
+/// Transposes four 32-bit words of sixteen rows: of each row the words at byte `quarter · 16` of its pointer. Returns, for each word, that
+/// of all rows in order.
 ///
 /// # Design
-/// Without closures, as all that is called for every few numbers: what stands between them and vector instructions is inlined or not
-/// as the compiler likes, and costs ten times the time if not.
+/// Plain functions, no closures: the compiler may or may not inline a closure into a function with other target features, and a call
+/// for every few numbers takes ten times as long.
 ///
 /// # Safety
-/// There are so many bytes.
+/// 16 bytes can be read from `quarter · 16` on in every row.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-pub unsafe fn turn(rows: &[*const u8; 16], quarter: usize) -> [__m512i; 4] {
-    let mut fours = [_mm512_setzero_si512(); 4];
-    for (at, four) in fours.iter_mut().enumerate() {
-        // SAFETY: sixteen bytes of each row.
-        unsafe { *four = lanes([rows[at], rows[4 + at], rows[8 + at], rows[12 + at]], quarter * 16) };
+pub unsafe fn transpose_rows(rows: &[*const u8; 16], quarter: usize) -> [__m512i; 4] {
+    let mut interleaved = [_mm512_setzero_si512(); 4];
+    for (at, lanes) in interleaved.iter_mut().enumerate() {
+        // SAFETY: the caller promises 16 bytes of each row.
+        unsafe { *lanes = load_lanes([rows[at], rows[4 + at], rows[8 + at], rows[12 + at]], quarter * 16) };
     }
-    words(fours)
+    transpose_lanes(interleaved)
 }
 
-/// The same of sixteen rows that begin `pitch` bytes one after the other, and the first of their words.
+/// [`transpose_rows`] of the first four words of sixteen rows that begin `pitch` bytes apart.
 ///
 /// # Safety
-/// There are so many bytes.
+/// 16 bytes can be read at the beginning of every row.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-pub unsafe fn turned(first: *const u8, pitch: usize) -> [__m512i; 4] {
-    let mut fours = [_mm512_setzero_si512(); 4];
-    for (at, four) in fours.iter_mut().enumerate() {
-        // SAFETY: sixteen bytes of each row.
+pub unsafe fn transpose_pitched(first: *const u8, pitch: usize) -> [__m512i; 4] {
+    let mut interleaved = [_mm512_setzero_si512(); 4];
+    for (at, lanes) in interleaved.iter_mut().enumerate() {
+        // SAFETY: the caller promises 16 bytes of each row.
         unsafe {
             let row = first.add(at * pitch);
-            *four = lanes([row, row.add(4 * pitch), row.add(8 * pitch), row.add(12 * pitch)], 0);
+            *lanes = load_lanes([row, row.add(4 * pitch), row.add(8 * pitch), row.add(12 * pitch)], 0);
         }
     }
-    words(fours)
+    transpose_lanes(interleaved)
 }
 
-/// Four words of each of four rows, a row a lane.
+/// Loads 16 bytes of each of four rows, one row per 128-bit lane.
 ///
 /// # Safety
-/// There are sixteen bytes from `at` on.
+/// 16 bytes can be read from `at` on in every row.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-unsafe fn lanes(rows: [*const u8; 4], at: usize) -> __m512i {
-    // SAFETY: the caller's.
+unsafe fn load_lanes(rows: [*const u8; 4], at: usize) -> __m512i {
+    // SAFETY: the caller promises 16 bytes of each row.
     unsafe {
         let [a, b, c, d] = [rows[0].add(at), rows[1].add(at), rows[2].add(at), rows[3].add(at)];
-        let first = _mm512_castsi128_si512(_mm_loadu_si128(a.cast()));
-        let first = _mm512_mask_broadcast_i32x4(first, 0x00f0, _mm_loadu_si128(b.cast()));
-        let first = _mm512_mask_broadcast_i32x4(first, 0x0f00, _mm_loadu_si128(c.cast()));
-        _mm512_mask_broadcast_i32x4(first, 0xf000, _mm_loadu_si128(d.cast()))
+        let lanes = _mm512_castsi128_si512(_mm_loadu_si128(a.cast()));
+        let lanes = _mm512_mask_broadcast_i32x4(lanes, 0x00f0, _mm_loadu_si128(b.cast()));
+        let lanes = _mm512_mask_broadcast_i32x4(lanes, 0x0f00, _mm_loadu_si128(c.cast()));
+        _mm512_mask_broadcast_i32x4(lanes, 0xf000, _mm_loadu_si128(d.cast()))
     }
 }
 
-/// The words of sixteen rows, of which each of these has every fourth.
+/// Transposes 4 × 4 words within each lane; the lanes of the operands hold the rows 0, 4, 8, 12, then 1, 5, 9, 13, and so on.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-fn words([a, b, c, d]: [__m512i; 4]) -> [__m512i; 4] {
-    let [low, high] = [_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b)];
-    let [lower, higher] = [_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d)];
+fn transpose_lanes([a, b, c, d]: [__m512i; 4]) -> [__m512i; 4] {
+    let [ab_low, ab_high] = [_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b)];
+    let [cd_low, cd_high] = [_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d)];
     [
-        _mm512_unpacklo_epi64(low, lower),
-        _mm512_unpackhi_epi64(low, lower),
-        _mm512_unpacklo_epi64(high, higher),
-        _mm512_unpackhi_epi64(high, higher),
+        _mm512_unpacklo_epi64(ab_low, cd_low),
+        _mm512_unpackhi_epi64(ab_low, cd_low),
+        _mm512_unpacklo_epi64(ab_high, cd_high),
+        _mm512_unpackhi_epi64(ab_high, cd_high),
     ]
 }
 
-/// The first of sixteen lanes, as many as there are.
+/// The mask of the first `count` of sixteen lanes.
 #[inline(always)]
-pub fn mask(count: usize) -> __mmask16 {
+pub fn first_lanes(count: usize) -> __mmask16 {
     ((1_u32 << count.min(16)) - 1) as __mmask16
 }
 
-/// The first `count` of 32 numbers, and zeros.
+/// Loads the first `count` of 32 numbers; the others are zero.
 ///
 /// # Safety
-/// There are as many.
+/// `count` numbers can be read from `from`.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-pub unsafe fn read(from: *const f32, count: usize) -> [__m512; 2] {
-    // SAFETY: the caller's; lanes that are not there are left alone.
+pub unsafe fn load_up_to_32(from: *const f32, count: usize) -> [__m512; 2] {
+    // SAFETY: the caller promises `count` numbers; masked lanes are not accessed.
     unsafe {
         [
-            _mm512_maskz_loadu_ps(mask(count), from),
-            _mm512_maskz_loadu_ps(mask(count.saturating_sub(16)), from.wrapping_add(16)),
+            _mm512_maskz_loadu_ps(first_lanes(count), from),
+            _mm512_maskz_loadu_ps(first_lanes(count.saturating_sub(16)), from.wrapping_add(16)),
         ]
     }
 }
 
-/// Writes the sums of the first `count` of 32 columns.
+/// Stores the first `count` of 32 numbers.
 ///
 /// # Safety
-/// There is room for as many.
+/// `count` numbers can be written to `to`.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-pub unsafe fn write(sums: [__m512; 2], to: *mut f32, count: usize) {
-    for (half, sum) in sums.into_iter().enumerate() {
-        let there = mask(count.saturating_sub(half * 16));
-        // SAFETY: the caller's; lanes that are not there are left alone.
-        unsafe { _mm512_mask_storeu_ps(to.wrapping_add(half * 16), there, sum) };
+pub unsafe fn store_up_to_32(values: [__m512; 2], to: *mut f32, count: usize) {
+    for (half, values) in values.into_iter().enumerate() {
+        let mask = first_lanes(count.saturating_sub(half * 16));
+        // SAFETY: the caller promises room for `count` numbers; masked lanes are not accessed.
+        unsafe { _mm512_mask_storeu_ps(to.wrapping_add(half * 16), mask, values) };
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::processor::{Level, found};
-    use super::*;
     use std::array::from_fn;
 
+    use super::*;
+    use crate::isa::Level;
+    use crate::isa::testing::at_each_level;
+
     #[test]
-    fn words_come_side_by_side() {
-        if found() < Level::Vnni {
-            return;
-        }
-        let rows: [[u32; 16]; 16] = from_fn(|row| from_fn(|word| (row * 100 + word) as u32));
-        let mut turned = [[0_u32; 16]; 16];
-        let places = from_fn(|row| rows[row].as_ptr().cast());
-        for quarter in 0..4 {
-            // SAFETY: the features are there, and rows are of 64 bytes.
-            unsafe {
-                for (at, word) in turn(&places, quarter).into_iter().enumerate() {
-                    _mm512_storeu_si512(turned[quarter * 4 + at].as_mut_ptr().cast(), word);
+    fn words_of_rows_are_transposed() {
+        at_each_level(Level::Vnni, |_| {
+            let rows: [[u32; 16]; 16] = from_fn(|row| from_fn(|word| (row * 100 + word) as u32));
+            let expected: [[u32; 16]; 16] = from_fn(|word| from_fn(|row| rows[row][word]));
+            let pointers = from_fn(|row| rows[row].as_ptr().cast());
+            for quarter in 0..4 {
+                // SAFETY: the processor has AVX-512, and every row has 64 bytes.
+                let words = unsafe { transpose_rows(&pointers, quarter) };
+                // SAFETY: as above; rows are 64 bytes apart.
+                let pitched = unsafe { transpose_pitched(pointers[0].wrapping_add(quarter * 16), 64) };
+                for (word, found) in words.into_iter().chain(pitched).enumerate() {
+                    let mut stored = [0_u32; 16];
+                    // SAFETY: sixteen words of 32 bits.
+                    unsafe { _mm512_storeu_si512(stored.as_mut_ptr().cast(), found) };
+                    assert_eq!(stored, expected[quarter * 4 + word % 4], "quarter {quarter}, word {word}");
                 }
             }
-        }
-        assert_eq!(turned, from_fn(|word| from_fn(|row| rows[row][word])));
+        });
     }
 }

@@ -1,5 +1,7 @@
 //! What a caller requests of the head's logits, and the per-row statistics that come back with them.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use crate::log_softmax::LogSumExp;
 
 /// What a step needs of the logits of each row.
@@ -36,6 +38,30 @@ impl LogitsRequest {
         match self {
             LogitsRequest::TopK { k, log_sum_exp, .. } => LogitsRequest::TopK { k, log_sum_exp, sparse: false },
             LogitsRequest::All => LogitsRequest::All,
+        }
+    }
+}
+
+/// The request for the run that is under way.
+#[derive(Debug, Default)]
+pub(crate) struct AtomicRequest(AtomicU64);
+
+impl AtomicRequest {
+    pub fn set(&self, request: LogitsRequest) {
+        let bits = match request {
+            LogitsRequest::All => 0,
+            LogitsRequest::TopK { k, log_sum_exp, sparse } => {
+                (k.clamp(1, u32::MAX as usize) as u64) << 2 | u64::from(sparse) << 1 | u64::from(log_sum_exp)
+            }
+        };
+        self.0.store(bits, Ordering::Release);
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    pub fn get(&self) -> LogitsRequest {
+        match self.0.load(Ordering::Acquire) {
+            0 => LogitsRequest::All,
+            bits => LogitsRequest::TopK { k: (bits >> 2) as usize, log_sum_exp: bits & 1 == 1, sparse: bits & 2 == 2 },
         }
     }
 }
@@ -109,9 +135,15 @@ impl LogitsStats {
         LogitsStatsView { log_sum_exps: &self.log_sum_exps, block_maxima: &self.block_maxima, tokens: &self.tokens }
     }
 
+    /// The log-sum-exps by themselves.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn into_log_sum_exps(self) -> Vec<LogSumExp> {
+        self.log_sum_exps
+    }
+
     /// Itself, with the other's log-sums where the two differ by rounding alone.
     #[cfg(test)]
-    pub fn near(mut self, other: &LogitsStats) -> LogitsStats {
+    pub(crate) fn rounded_as(mut self, other: &LogitsStats) -> LogitsStats {
         for (ours, theirs) in self.log_sum_exps.iter_mut().zip(&other.log_sum_exps) {
             if (ours.log_sum - theirs.log_sum).abs() < 2e-6 * (1.0 + ours.log_sum.abs()) {
                 ours.log_sum = theirs.log_sum;
@@ -175,6 +207,37 @@ impl<'s> LogitsStatsView<'s> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    #[cfg(target_arch = "x86_64")]
+    fn a_request_is_read_as_it_was_set() {
+        let request = AtomicRequest::default();
+        assert_eq!(request.get(), LogitsRequest::All);
+        for log_sum_exp in [false, true] {
+            for sparse in [false, true] {
+                for k in [1, 7, u32::MAX as usize] {
+                    let expected = LogitsRequest::TopK { k, log_sum_exp, sparse };
+                    request.set(expected);
+                    assert_eq!(request.get(), expected);
+                }
+            }
+        }
+        request.set(LogitsRequest::All);
+        assert_eq!(request.get(), LogitsRequest::All);
+    }
+
+    #[test]
+    fn a_union_satisfies_both_requests() {
+        let top_k = |k, log_sum_exp, sparse| LogitsRequest::TopK { k, log_sum_exp, sparse };
+        let cases = [
+            (LogitsRequest::All, top_k(3, false, true), LogitsRequest::All),
+            (top_k(3, false, true), top_k(5, true, true), top_k(5, true, true)),
+            (top_k(3, false, true), top_k(1, false, false), top_k(3, false, false)),
+        ];
+        for (a, b, expected) in cases {
+            assert_eq!((a.union(b), b.union(a)), (expected, expected));
+        }
+    }
 
     #[test]
     fn sparse_rows_with_a_logit_that_is_not_finite_are_not_finite() {

@@ -102,7 +102,7 @@ impl Model {
         let inputs = [(&mask).into(), (&ids).into(), (&hidden).into()];
         let (_, seen) = mask.try_extract_tensor::<i64>().map_err(Error::onnxruntime("reading the mask"))?;
         let session = self.decoder.lock(request);
-        self.decoder.kernels.read(seen);
+        self.decoder.kernels.set_source_mask(seen);
         let mut outputs = run(session, &inputs, FIRST_STEP, cancel)?;
         let cross_attentions = if self.has_cross_attentions() { outputs.pop() } else { None };
         let mut outputs = outputs.into_iter();
@@ -155,7 +155,7 @@ impl Model {
         let mut session = self.decoder_with_past.lock_sparse(request);
         let options = cancel.run_options()?;
         let outputs = cache.step(&mut session, tokens, request, options).map_err(cancel.failed(DECODER_STEP))?;
-        StepTensors::last_positions(outputs, tokens.len(), self.decoder_with_past.kernels.summary())
+        StepTensors::last_positions(outputs, tokens.len(), self.decoder_with_past.kernels.take_logits_stats())
             .map_err(Error::onnxruntime(READING_LOGITS))
     }
 
@@ -186,7 +186,7 @@ impl Model {
             Cache::Device(cache) => cache.step(&mut session, &tokens, request, options),
             Cache::Growing(_) => unreachable!("returned above"),
         };
-        Ok((outputs.map_err(cancel.failed(DECODER_STEP))?, step.kernels.summary()))
+        Ok((outputs.map_err(cancel.failed(DECODER_STEP))?, step.kernels.take_logits_stats()))
     }
 
     /// The ranges of activations for a checked source and a whole target: for each matrix the greatest absolute value that it is

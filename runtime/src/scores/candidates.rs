@@ -1,7 +1,6 @@
 //! What a step needs of the logits, and the candidates that it gets from them.
 
-use t5gemma_kernels::log_softmax::LogSumExp;
-use t5gemma_kernels::{LogitsRequest, LogitsStatsView};
+use t5gemma_kernels::{LogSumExp, LogitsRequest, LogitsStatsView};
 
 use super::processor::{Processor, Row};
 use super::top_k::{TopK, draw};

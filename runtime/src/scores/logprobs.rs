@@ -1,6 +1,6 @@
 //! The log-probabilities that a row of logits gives to tokens.
 
-use t5gemma_kernels::log_softmax::LogSumExp;
+use t5gemma_kernels::LogSumExp;
 
 use super::top_k::TopK;
 

@@ -5,7 +5,7 @@ use std::collections::hash_map::Entry;
 use std::fmt::Debug;
 use std::sync::Arc;
 
-use t5gemma_kernels::log_softmax::LogSumExp;
+use t5gemma_kernels::LogSumExp;
 
 use super::warpers::Warper;
 use crate::options::{LogitsProcessor, Position};

@@ -1,7 +1,6 @@
 //! `TopK`: the best candidates of a step, or draws of as many, chosen in one pass over the rows; and the draw from one row.
 
-use t5gemma_kernels::log_softmax::exp;
-use t5gemma_kernels::{Level, LogitsStats};
+use t5gemma_kernels::{Level, LogitsStats, exp};
 
 use crate::draws::Draws;
 use crate::search::Candidate;

@@ -5,7 +5,7 @@
 //! A truncation sorts only tokens that are still allowed: after `top_k`, which is on by default, these are few of 256 thousand. A
 //! forbidden token has probability 0 and cannot change which tokens any of the definitions keeps.
 
-use t5gemma_kernels::log_softmax::{LogSumExp, exp};
+use t5gemma_kernels::{LogSumExp, exp};
 
 use super::top_k::rank;
 use crate::options::GenerationConfig;

@@ -11,7 +11,7 @@ use t5gemma_graphs::Target;
 use t5gemma_graphs::interface::{DType, Ports, REORDER};
 use t5gemma_graphs::manifest::{Manifest, WeightsRecord};
 use t5gemma_graphs::tensors::Role;
-use t5gemma_kernels::{self as kernels, Kernels, Side};
+use t5gemma_kernels::{self as kernels, GraphKind, Kernels};
 
 use super::ports::{Difference, first_difference};
 use super::{GraphSession, OpenOptions};
@@ -107,7 +107,7 @@ impl<'f> Opener<'f> {
             _ => provider,
         };
         let builder = config.builder_with(computing, &self.library.environment, &file.provider_options)?;
-        let kernels = self.kernels.beside();
+        let kernels = self.kernels.for_another_session();
         let session = self.build(builder, &kernels, &file).map_err(|error| {
             let is_missing = error.code() == ort::ErrorCode::NotImplemented;
             if is_missing && self.folder.manifest.dtype == DType::BFloat16 && provider == Provider::Cpu {
@@ -157,8 +157,8 @@ impl<'f> Opener<'f> {
             if file.name == "decoder_with_past" && !log::wants_more_than_warnings() {
                 builder = builder.with_log_level(LogLevel::Error)?;
             }
-            let side = if file.name.starts_with("decoder") { Side::Decoder } else { Side::Encoder };
-            for domain in kernels.operators(side)? {
+            let kind = if file.name.starts_with("decoder") { GraphKind::Decoder } else { GraphKind::Encoder };
+            for domain in kernels.operators(kind)? {
                 builder = builder.with_operators(domain)?;
             }
         }

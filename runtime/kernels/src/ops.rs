@@ -1,0 +1,258 @@
+//! The operators that replace ONNX Runtime's in a session. This module and those below it are the only ones that use ONNX Runtime: they
+//! check shapes, and leave the arithmetic to the rest of the crate.
+
+mod attention;
+mod elementwise;
+mod matmul;
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use ort::operator::{ComputeContext, KernelContext, OperatorDomain};
+
+use crate::error::Error;
+#[cfg(target_arch = "x86_64")]
+use crate::head::TopKHead;
+#[cfg(target_arch = "x86_64")]
+use crate::isa::Avx2Token;
+use crate::isa::{Level, level, onnxruntime_has_vector_kernels};
+use crate::logits::{AtomicRequest, LogitsRequest, LogitsStats};
+use crate::source_mask::SourceMask;
+use crate::stats::{Softcap, StatsCell};
+
+/// What a session computes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum GraphKind {
+    /// Hidden states of whole sources: matrix multiplications of very many rows, which are limited by the processor rather than by the
+    /// memory. Quantized weights meet activations of 8 bits there, where these are faster than 16.
+    Encoder,
+    /// Logits.
+    Decoder,
+}
+
+/// The kernels of a session: what they share with those of the model's other sessions, and what is requested of them.
+pub struct Kernels {
+    request: Arc<AtomicRequest>,
+    stats: Arc<StatsCell>,
+    softcap: Softcap,
+    source_mask: Arc<SourceMask>,
+    reads_source: ReadsSource,
+    #[cfg(target_arch = "x86_64")]
+    head: Option<Arc<TopKHead>>,
+}
+
+impl Kernels {
+    /// Kernels for a model whose head has `vocab_size` rows, and whose logits have this soft-cap. `reads_source` tells by the name of a
+    /// decoder's weight whether it is multiplied with the hidden states of the source rather than with states of the target.
+    pub fn new(
+        vocab_size: usize,
+        softcap: Option<f64>,
+        reads_source: impl Fn(&str) -> bool + Send + Sync + 'static,
+    ) -> Kernels {
+        Kernels {
+            request: Arc::default(),
+            stats: Arc::default(),
+            softcap: Softcap::new(vocab_size, softcap),
+            source_mask: Arc::default(),
+            reads_source: ReadsSource(Arc::new(reads_source)),
+            #[cfg(target_arch = "x86_64")]
+            head: Avx2Token::new()
+                .map(|token| Arc::new(TopKHead::new(token, vocab_size, softcap.map_or(1.0, |cap| cap as f32)))),
+        }
+    }
+
+    /// Kernels for another session of the model.
+    pub fn for_another_session(&self) -> Kernels {
+        Kernels {
+            request: Arc::default(),
+            stats: Arc::default(),
+            softcap: self.softcap,
+            source_mask: Arc::default(),
+            reads_source: self.reads_source.clone(),
+            #[cfg(target_arch = "x86_64")]
+            head: self.head.clone(),
+        }
+    }
+
+    /// Requests logits of the next run; whoever calls this has the session to itself. With a request for sparse rows, the run may return
+    /// any number of logits per row, whose token ids are in the statistics.
+    pub fn request_logits(&self, request: LogitsRequest) {
+        let request = match request {
+            // The log-sum-exp is that of logits, and sparse rows are made of the head's results: a soft-cap alone may lie between them.
+            LogitsRequest::TopK { log_sum_exp: true, .. } if !self.softcap.is_supported() => request.dense(),
+            request => request,
+        };
+        self.request.set(request);
+        self.stats.take();
+    }
+
+    /// Sets the attention mask of the sources, with zeros for padding, before a run that reads their hidden states; whoever calls this has
+    /// the session to itself. Nothing is computed for padding; without a mask, no token is padding.
+    pub fn set_source_mask(&self, mask: &[i64]) {
+        self.source_mask.set(mask);
+    }
+
+    /// Takes the statistics of the last run's logits, of the rows of all positions; `None` if no kernel here has computed them.
+    pub fn take_logits_stats(&self) -> Option<LogitsStats> {
+        self.stats.take()
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn head(&self) -> Option<matmul::HeadMatMul> {
+        let head = self.head.clone()?;
+        let (request, stats) = (self.request.clone(), self.stats.clone());
+        Some(matmul::HeadMatMul::new(head, request, stats, self.softcap))
+    }
+
+    /// The operators to register with the session.
+    pub fn operators(&self, kind: GraphKind) -> ort::Result<Vec<OperatorDomain>> {
+        let is_quantized = Arc::new(AtomicBool::new(false));
+        let mut domains = Vec::new();
+        for &(domain, names) in registered() {
+            let mut operators = OperatorDomain::new(domain)?;
+            for &name in names {
+                operators = match name {
+                    "Attention" => operators.add(attention::Attention { kind, is_quantized: is_quantized.clone() })?,
+                    "Gelu" => operators.add(elementwise::Gelu)?,
+                    "Tanh" if kind == GraphKind::Decoder => {
+                        operators.add(elementwise::Tanh { softcap: self.softcap, stats: self.stats.clone() })?
+                    }
+                    "MatMulNBits" => operators.add(matmul::MatMulNBits {
+                        kind,
+                        is_quantized: is_quantized.clone(),
+                        source_mask: self.source_mask.clone(),
+                        reads_source: self.reads_source.clone(),
+                        #[cfg(target_arch = "x86_64")]
+                        head: self.head(),
+                    })?,
+                    "GroupQueryAttention" => operators.add(attention::GroupQueryAttention)?,
+                    #[cfg(target_arch = "x86_64")]
+                    "TransposeMatMul" => operators.add(matmul::TransposeMatMul {
+                        source_mask: self.source_mask.clone(),
+                        reads_source: self.reads_source.clone(),
+                        head: self.head(),
+                    })?,
+                    _ => operators,
+                };
+            }
+            domains.push(operators);
+        }
+        Ok(domains)
+    }
+}
+
+/// Tells by the name of a weight whether it is multiplied with hidden states of sources.
+#[derive(Clone)]
+struct ReadsSource(Arc<dyn Fn(&str) -> bool + Send + Sync>);
+
+impl ReadsSource {
+    /// Whether one of the node's inputs is such a weight.
+    fn is_true_of(&self, node: &KernelContext) -> ort::Result<bool> {
+        Ok(node.inputs()?.iter().any(|input| (self.0)(input.name())))
+    }
+}
+
+/// ONNX Runtime's own domain of operators.
+const MICROSOFT: &str = "com.microsoft";
+
+/// Names of operators by domain.
+type Names = &'static [(&'static str, &'static [&'static str])];
+
+/// The operators that are registered on this machine.
+fn registered() -> Names {
+    faster_operators(level(), onnxruntime_has_vector_kernels())
+}
+
+/// The operators that kernels of this level compute faster than ONNX Runtime's, where these have vector kernels or not.
+///
+/// Measured with size s-s: against vector kernels, portable quantized multiplications take 5 to 15 times as long, and the other operators up
+/// to twice. Against portable ones (emulated, without AVX), quantized multiplications take 0.3 to 0.8 times as long and attention 0.6,
+/// while `Gelu` takes longer; there is no portable multiplication in float32.
+fn faster_operators(level: Level, against_vectors: bool) -> Names {
+    match (level, against_vectors) {
+        (Level::Generic, true) => &[],
+        (Level::Generic, false) => &[("", &["Attention"]), (MICROSOFT, &["MatMulNBits"])],
+        _ => &[
+            ("", &["Attention", "Gelu", "Tanh"]),
+            (MICROSOFT, &["MatMulNBits", "GroupQueryAttention", "TransposeMatMul"]),
+        ],
+    }
+}
+
+fn is_registered(name: &str) -> bool {
+    registered().iter().any(|(_, names)| names.contains(&name))
+}
+
+/// Whether attention computes nothing for pairs of tokens from different sources, so that sources may share a row.
+pub fn attention_skips_other_sources() -> bool {
+    is_registered("Attention")
+}
+
+/// Whether quantized multiplications read the weights as they lie in the file. ONNX Runtime's are fast only with a copy in another layout.
+pub fn reads_packed_weights_in_place() -> bool {
+    is_registered("MatMulNBits")
+}
+
+impl From<Error> for ort::Error {
+    fn from(error: Error) -> ort::Error {
+        ort::Error::new(error.to_string())
+    }
+}
+
+/// Runs tasks on the session's threads, each of which takes the next task when it has done one: a task that is assigned beforehand waits for
+/// the thread that the system holds up.
+fn parallel_for(context: &ComputeContext, count: usize, task: &(dyn Fn(usize) + Send + Sync)) -> Result<(), Error> {
+    match count {
+        0 => Ok(()),
+        1 => {
+            task(0);
+            Ok(())
+        }
+        // As many batches as tasks: ONNX Runtime's threads take batches as they come.
+        _ => context
+            .par_for(count, count, task)
+            .map_err(|error: ort::Error| Error::ThreadPool { message: error.to_string() }),
+    }
+}
+
+/// A non-negative integer attribute of a node.
+fn usize_attribute(node: &KernelContext, operator: &str, name: &str) -> ort::Result<Option<usize>> {
+    match node.get::<i64>(name) {
+        None => Ok(None),
+        Some(value) => usize::try_from(value).map(Some).map_err(|_| {
+            ort::Error::new(format!("{operator}: {name}: expected a non-negative integer, found {value}"))
+        }),
+    }
+}
+
+/// A non-negative integer attribute that a node must have.
+fn required_usize_attribute(node: &KernelContext, operator: &str, name: &str) -> ort::Result<usize> {
+    let value = usize_attribute(node, operator, name)?;
+    value.ok_or_else(|| ort::Error::new(format!("{operator}: attribute {name} is missing")))
+}
+
+/// The error for an input or output that is not there.
+fn missing(operator: &str, port: &str) -> ort::Error {
+    ort::Error::new(format!("{operator}: {port} is missing"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::isa::supported;
+
+    #[test]
+    fn no_operator_is_registered_that_is_slower_than_the_one_it_replaces() {
+        let names = |level, against_vectors| -> Vec<&str> {
+            faster_operators(level, against_vectors).iter().flat_map(|(_, names)| names.iter().copied()).collect()
+        };
+        let all = ["Attention", "Gelu", "Tanh", "MatMulNBits", "GroupQueryAttention", "TransposeMatMul"];
+        for level in [Level::Avx2, Level::Vnni, Level::Amx] {
+            assert_eq!(names(level, true), all, "{level:?}");
+        }
+        assert_eq!(names(Level::Generic, true), [""; 0], "aarch64, or x86-64 that leaves AVX2 alone");
+        assert_eq!(names(Level::Generic, false), ["Attention", "MatMulNBits"], "x86-64 without AVX2");
+        // ONNX Runtime uses a processor's AVX2 whatever level the kernels here are held to.
+        assert!(supported() < Level::Avx2 || onnxruntime_has_vector_kernels());
+    }
+}
