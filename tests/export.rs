@@ -14,7 +14,7 @@ use t5gemma_graphs::manifest::Manifest;
 use t5gemma_graphs::onnx::Blocks;
 use t5gemma_graphs::quantization::Quantization;
 
-use crate::common::{FIXTURES, demo_as, exported, exported_as, fixture, run, stdout};
+use crate::common::{FIXTURES, demo_as, exported, exported_as, fixture, program, run, stdout};
 
 fn manifest(model: &Path) -> Manifest {
     let text = fs::read_to_string(model.join("manifest.json")).expect("a model has a manifest");
@@ -206,4 +206,31 @@ fn inspect_tells_what_a_model_and_a_checkpoint_hold() {
     assert!(text.contains("past_key_values.0.encoder.key"), "{text}");
     assert!(text.contains(", vocabulary 200, at most "), "{text}");
     assert!(text.contains(" with a sliding window of "), "{text}");
+}
+
+#[test]
+fn help_fits_a_terminal_and_ends_with_examples() {
+    for command in [&[][..], &["inspect"], &["check"], &["reseal"]] {
+        for (flag, columns) in [("-h", 80), ("--help", 80), ("--help", 120)] {
+            let mut program = program("t5gemma-export");
+            let shown = program.args(command).arg(flag).env("COLUMNS", columns.to_string()).output().expect("it runs");
+            let shown = stdout(shown);
+            let longest = shown.lines().map(|line| line.chars().count()).max();
+            assert!(longest.is_some_and(|longest| longest <= columns), "{command:?} {flag}: {shown}");
+            assert_eq!(shown.contains("\nExamples:\n"), flag == "--help", "{command:?} {flag}: {shown}");
+        }
+    }
+}
+
+#[test]
+fn completions_and_man_pages_know_all_options() {
+    for shell in ["bash", "zsh", "fish"] {
+        let script = stdout(run("t5gemma-export", ["completions", shell], ""));
+        assert!(script.contains("quantize-exclude") && script.contains("reseal"), "{shell}");
+    }
+    let folder = tempfile::tempdir().expect("a temporary folder can be made");
+    stdout(run("t5gemma-export", ["man".as_ref(), folder.path().as_os_str()], ""));
+    let page = |name: &str| fs::read_to_string(folder.path().join(name)).expect("a page");
+    assert!(page("t5gemma-export.1").contains("\\-\\-quantize\\-exclude"));
+    assert!(page("t5gemma-export-check.1").contains("tensorrt=VERSION"));
 }

@@ -23,8 +23,13 @@ use crate::tensorrt::{MemorySize, ServingPlan};
 use prepare::Prepared;
 use write::WrittenModel;
 
-/// The options of an export. Every field has a method of the same name that sets it, for chains such as
-/// `Export::default().target(Target::Cpu).capacity(64)`.
+/// The options of an export. Every field has a method of the same name that sets it:
+///
+/// ```
+/// use t5gemma_exporter::{DType, Export, Target};
+///
+/// let export = Export::default().target(Target::TensorRt).dtype(DType::Float16).capacity(256);
+/// ```
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Export {

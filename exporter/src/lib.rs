@@ -52,6 +52,12 @@ pub use reseal::reseal;
 pub use settings::{Setting, SettingError};
 pub use source::Source;
 pub use staging::Existing;
+pub use t5gemma_graphs::Target;
+pub use t5gemma_graphs::interface::{DType, Logits};
+pub use t5gemma_graphs::manifest::{EncoderWindow, Manifest};
+pub use t5gemma_graphs::onnx::Blocks;
+pub use t5gemma_graphs::quantization::{Activations, Quantization};
+pub use t5gemma_graphs::task::{Features, Pooling, Task};
 pub use tensorrt::{
     CheckReport, Finding, FindingKind, MemoryEstimate, MemorySize, ServingPlan, TensorRtVersion, check,
 };

@@ -9,7 +9,7 @@ use t5gemma_exporter::{MemorySize, PRESETS, ServingPlan, TensorRtVersion};
 use t5gemma_graphs::Target;
 use t5gemma_graphs::task::{Pooling, Task};
 
-/// Export a T5Gemma checkpoint, the folder CHECKPOINT, to the folder OUT of ONNX graphs
+/// Export the T5Gemma checkpoint in the folder CHECKPOINT to ONNX graphs in the folder OUT
 ///
 /// CHECKPOINT is a folder as Hugging Face saves or downloads it: config.json, safetensors files and the tokenizer. OUT
 /// becomes a model folder: the graphs encoder_model.onnx, decoder_model.onnx (the first decoder step) and
