@@ -119,7 +119,7 @@ tokenizer: $(TOKENIZER)/tokenizer.json ## fetch Gemma's tokenizer, for the tests
 python: .venv/complete ## set up .venv with the packages that the tests' Python scripts need
 
 .PHONY: check
-check: ## formatting, dependencies, imports and lints
+check: ## formatting, dependencies, imports, lints and the documentation of the code
 	$(CARGO) fmt --all --check
 	$(PYTHON) tests/scripts/check_dependencies.py
 	$(PYTHON) tests/scripts/check_imports.py
@@ -127,13 +127,14 @@ check: ## formatting, dependencies, imports and lints
 	for feature in "" chat constraints cuda tensorrt; do \
 	    $(CARGO) clippy -p t5gemma-runtime --no-default-features --features "$$feature" --locked -- -D warnings || exit 1; \
 	done
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --locked
 
 .PHONY: test
 test: check onnxruntime tokenizer python ## everything that CI runs but check-rtx
 	$(CARGO) build --workspace --locked
 	set -o pipefail; $(CARGO) test --workspace --locked --no-fail-fast | tee .cache/tests.log
 	$(MAKE) demo PROFILE=dev
-	@echo "make test: formatting, lints, tests and demo are well"
+	@echo "make test: formatting, lints, documentation, tests and demo passed"
 	@awk '/^test result:/ { passed += $$4; failed += $$6 } END { print "tests:", passed " passed,", failed " failed" }' \
 	    .cache/tests.log
 

@@ -147,7 +147,7 @@ impl StdError for Error {
 }
 
 /// A text that cannot be parsed as a [`ServingPlan`](crate::ServingPlan), [`MemorySize`](crate::MemorySize) or
-/// [`TensorRt`](crate::TensorRt).
+/// [`TensorRtVersion`](crate::TensorRtVersion).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ParseError(String);
 
