@@ -1,5 +1,5 @@
-//! `Batch`: the tokens of one request as a checked rectangle, which encoding, generation and scoring take. Its rules need no model;
-//! those that depend on a model's sizes are checked by [`Batch::check`], once, before anything runs.
+//! `Batch`: the tokens of one request as a checked rectangle, which encoding, generation and scoring take. Its rules
+//! need no model; those that depend on a model's sizes are checked by [`Batch::check`], once, before anything runs.
 
 use std::ops::Range;
 
@@ -69,9 +69,9 @@ impl Batch {
         Ok(Batch { given, ..Batch::flat(sources.len(), filled(|id| id, pad), filled(|_| 1, 0))? })
     }
 
-    /// Joins several batches, without decoder prompts or with the same one for all rows. Shorter rows are padded on the right with
-    /// `pad`, which the mask hides and no logits processor sees, so that a row's result does not depend on its neighbours. A single
-    /// batch is returned as it is, prompts included.
+    /// Joins several batches, without decoder prompts or with the same one for all rows. Shorter rows are padded on the
+    /// right with `pad`, which the mask hides and no logits processor sees, so that a row's result does not depend on
+    /// its neighbours. A single batch is returned as it is, prompts included.
     ///
     /// # Errors
     /// No batch, or several whose decoder prompts differ.
@@ -79,7 +79,8 @@ impl Batch {
         if batches.len() == 1 {
             return Ok(batches.remove(0));
         }
-        // The start token precedes all prompts of a batch or none, so that only equal prompts mean the same in a joined batch.
+        // The start token precedes all prompts of a batch or none, so that only equal prompts mean the same in a joined
+        // batch.
         let of_all = batches.iter().flat_map(|batch| match &batch.prompts {
             Some(prompts) if prompts.length > 0 => prompts.ids.chunks(prompts.length).map(Some).collect(),
             _ => vec![None; batch.rows],
@@ -112,7 +113,8 @@ impl Batch {
     /// A batch of sources that are padded already, on any side: a token counts where its mask is not zero.
     ///
     /// # Errors
-    /// No source, a source without a token, rows of unequal lengths, a mask of another shape, or a row whose mask is all 0.
+    /// No source, a source without a token, rows of unequal lengths, a mask of another shape, or a row whose mask is
+    /// all 0.
     pub fn masked<I: AsRef<[i64]>, M: AsRef<[i64]>>(ids: &[I], mask: &[M]) -> Result<Batch, Error> {
         check_rows(ids)?;
         let length = ids.first().map_or(0, |row| row.as_ref().len());
@@ -233,8 +235,8 @@ impl Batch {
         }
     }
 
-    /// A batch of at least `rows` rows of at least `length` tokens, without decoder prompts: rows are padded on the right with `pad`,
-    /// which the mask hides, and the last row is repeated.
+    /// A batch of at least `rows` rows of at least `length` tokens, without decoder prompts: rows are padded on the
+    /// right with `pad`, which the mask hides, and the last row is repeated.
     pub(crate) fn widened(&self, rows: usize, length: usize, pad: i64) -> Batch {
         let (wide, long) = (rows.max(self.rows), length.max(self.length));
         let rows: Vec<usize> = (0..self.rows).chain(std::iter::repeat_n(self.rows - 1, wide - self.rows)).collect();
@@ -321,7 +323,8 @@ impl Batch {
         }
     }
 
-    /// Checks what depends on the model: tokens against its vocabularies, the length of the sources, and the width of hidden states.
+    /// Checks what depends on the model: tokens against its vocabularies, the length of the sources, and the width of
+    /// hidden states.
     pub(crate) fn check(&self, facts: &Facts) -> Result<(), Error> {
         let width = facts.encoder.hidden_size;
         if let Some(found) = self.states.as_ref().map(|states| states.shape()[2]).filter(|&found| found != width) {

@@ -1,5 +1,5 @@
-//! `Calibration`: the ranges of the activations that a model's matrices are multiplied with, on given sources and on the targets that
-//! the model generates for them. An export that computes in 8 bits needs them.
+//! `Calibration`: the ranges of the activations that a model's matrices are multiplied with, on given sources and on
+//! the targets that the model generates for them. An export that computes in 8 bits needs them.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -53,7 +53,8 @@ impl<'m> Calibration<'m> {
         Ok(Calibration { observed: Observed::Encoder(encoder), found: BTreeMap::new(), texts: 0 })
     }
 
-    /// Observes each source of a batch alone and, for a model that generates, the target that it generates for it by `options`.
+    /// Observes each source of a batch alone and, for a model that generates, the target that it generates for it by
+    /// `options`.
     ///
     /// # Errors
     /// As [`Model::generate_batch`] or [`Encoder::encode`]; activations that are not finite.

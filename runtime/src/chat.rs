@@ -1,9 +1,10 @@
-//! `ChatTemplate`: renders a conversation as the text that an instruction-tuned checkpoint was trained on. The only user of
-//! minijinja; text in, text out, no tokens.
+//! `ChatTemplate`: renders a conversation as the text that an instruction-tuned checkpoint was trained on. The only
+//! user of minijinja; text in, text out, no tokens.
 //!
-//! Templates are Jinja as transformers runs it: trimmed blocks, Python's methods of strings and dictionaries, `tojson` with Python's
-//! formatting, `raise_exception`, and the named special tokens as variables.
+//! Templates are Jinja as transformers runs it: trimmed blocks, Python's methods of strings and dictionaries, `tojson`
+//! with Python's formatting, `raise_exception`, and the named special tokens as variables.
 
+mod json;
 mod python;
 mod source;
 
@@ -37,11 +38,11 @@ const PROCESSOR_FILE: &str = "chat_template.json";
 /// The name of the template in the environment, and that of the library in errors.
 const NAME: &str = "chat_template";
 const LIBRARY: &str = "minijinja";
-/// Limit on the instructions of a rendering, each worth [`python::BYTES`] of text: far more than any template needs, and less than a
-/// second.
+/// Limit on the instructions of a rendering, each worth [`python::BYTES`] of text: far more than any template needs,
+/// and less than a second.
 const FUEL: u64 = 2_000_000;
-/// The stack for rendering: nested values are dropped, compared and written recursively, as deep as the fuel allows. Untouched pages
-/// cost nothing.
+/// The stack for rendering: nested values are dropped, compared and written recursively, as deep as the fuel allows.
+/// Untouched pages cost nothing.
 const STACK: usize = 512 << 20;
 /// Names of a message's reasoning; transformers passes it to templates by the first two.
 const REASONING: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
@@ -80,8 +81,8 @@ impl ChatTemplate {
                 return ChatTemplate::parse(&source, &settings, path);
             }
         }
-        let problem = "chat_template: expected a template here or in chat_template.jinja, found none (the checkpoint takes \
-                       plain text)";
+        let problem = "chat_template: expected a template here or in chat_template.jinja, found none (the checkpoint \
+                       takes plain text)";
         Err(Error::File { path: config_path, problem: problem.into() })
     }
 
@@ -95,8 +96,9 @@ impl ChatTemplate {
     }
 
     /// Renders a conversation and the beginning of the answer as the text that the model continues. Tokenize it with
-    /// [`Tokenizer::encode_target`](crate::Tokenizer::encode_target), because the template writes special tokens itself. A message is
-    /// an object with the fields that the template uses, usually `role` and `content`; fields that are null are dropped.
+    /// [`Tokenizer::encode_target`](crate::Tokenizer::encode_target), because the template writes special tokens
+    /// itself. A message is an object with the fields that the template uses, usually `role` and `content`; fields that
+    /// are null are dropped.
     ///
     /// # Errors
     /// No messages, messages that are no objects, or that the template refuses.
@@ -139,7 +141,7 @@ fn environment(source: String) -> Result<Environment<'static>, String> {
     environment.set_fuel(Some(FUEL));
     environment.set_unknown_method_callback(python::method);
     environment.set_formatter(python::written);
-    environment.add_filter("tojson", python::to_json);
+    environment.add_filter("tojson", json::to_json);
     environment.add_filter(source::PERCENT, python::percent);
     environment.add_filter(source::ADDED, python::added);
     environment.add_filter("center", python::center);
@@ -161,8 +163,8 @@ fn environment(source: String) -> Result<Environment<'static>, String> {
     Ok(environment)
 }
 
-/// A message as transformers passes it to templates: without fields that are null, which templates would treat as given, and with its
-/// reasoning under the names that templates use.
+/// A message as transformers passes it to templates: without fields that are null, which templates would treat as
+/// given, and with its reasoning under the names that templates use.
 fn message_of(at: usize, message: &Json) -> Result<Value, Error> {
     let Json::Object(message) = message else {
         let found = t5gemma_graphs::json::shown(message);

@@ -1,10 +1,10 @@
-//! `Constraint`: the constraints of a call on its outputs as a whole, as a filter of each next token. Compiled once for a call by
-//! a [`Compiler`]; a [`ConstraintState`] follows it along the targets of one source row.
+//! `Constraint`: the constraints of a call on its outputs as a whole, as a filter of each next token. Compiled once for
+//! a call by a [`Compiler`]; a [`ConstraintState`] follows it along the targets of one source row.
 //!
 //! # Design
-//! The state of a constraint is a function of the tokens generated so far. A `ConstraintState` caches it for the targets of the
-//! last two lengths and continues from there, so that the search does not have to know: whichever beams it continues, drops or
-//! duplicates, their histories lead to their states.
+//! The state of a constraint is a function of the tokens generated so far. A `ConstraintState` caches it for the
+//! targets of the last two lengths and continues from there, so that the search does not have to know: whichever beams
+//! it continues, drops or duplicates, their histories lead to their states.
 
 mod compiler;
 #[cfg(feature = "constraints")]

@@ -1,13 +1,14 @@
-//! Counter-based random numbers: each is a function of a seed and of the position it is used at, never of earlier draws.
-//! Neighbours in a batch, the number of threads and the order of work therefore cannot change the draws of a request.
+//! Counter-based random numbers: each is a function of a seed and of the position it is used at, never of earlier
+//! draws. Neighbours in a batch, the number of threads and the order of work therefore cannot change the draws of a
+//! request.
 
 use std::hash::{BuildHasher, Hasher, RandomState};
 
 /// The random numbers of one source row.
 ///
 /// # Design
-/// Philox 4×32 with 10 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): the seed is the key,
-/// the counter holds the step, the lane and the stream.
+/// Philox 4×32 with 10 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): the seed is the
+/// key, the counter holds the step, the lane and the stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Draws {
     seed: u64,

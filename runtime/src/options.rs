@@ -1,16 +1,16 @@
-//! Generation options under Hugging Face's names: [`GenerationOptions`] holds what one call sets, [`GenerationConfig`] the
-//! complete values that a call generates with. Both are checked here and nowhere else, so the search never meets an option
-//! that it does not implement. Plain data: no model, no tokenizer, no logits.
+//! Generation options under Hugging Face's names: [`GenerationOptions`] holds what one call sets, [`GenerationConfig`]
+//! the complete values that a call generates with. Both are checked here and nowhere else, so the search never meets an
+//! option that it does not implement. Plain data: no model, no tokenizer, no logits.
 //!
 //! # Design
-//! As in transformers, an option that a call does not set has the value of the model's `generation_config.json`, and one
-//! that the file does not set has Hugging Face's default. Both types come from one table, so that an option is one entry:
-//! its meaning, type and default.
+//! As in transformers, an option that a call does not set has the value of the model's `generation_config.json`, and
+//! one that the file does not set has Hugging Face's default. Both types come from one table, so that an option is one
+//! entry: its meaning, type and default.
 //!
 //! A call is held to more than the file: an option that is unsupported, or that would have no effect, is an error in a
-//! call. In the file such keys are common and mostly harmless (cache settings, `top_k` beside greedy search), so they are
-//! ignored, except those that would change the result: the model opens, but [`GenerationConfig::check`] fails until a call
-//! overrides them.
+//! call. In the file such keys are common and mostly harmless (cache settings, `top_k` beside greedy search), so they
+//! are ignored, except those that would change the result: the model opens, but [`GenerationConfig::check`] fails until
+//! a call overrides them.
 
 mod check;
 mod constraints;
@@ -43,8 +43,8 @@ macro_rules! type_in_config {
     };
 }
 
-/// Makes both types of one table. An entry is a doc comment and `name: type of a value, type in the configuration if it is
-/// another one = default, form`.
+/// Makes both types of one table. An entry is a doc comment and `name: type of a value, type in the configuration if it
+/// is another one = default, form`.
 macro_rules! generation_options {
     ($( $(#[$doc:meta])* $name:ident: $value:ty $(, $complete:ty)? = $default:expr, $form:expr; )*) => {
         /// The values of all generation options: a model's own ([`Model::generation_config`]) or, after
@@ -67,8 +67,8 @@ macro_rules! generation_options {
         }
 
         /// The generation options that a call sets, under Hugging Face's names. Options that it does not set have the
-        /// values of the model's [`GenerationConfig`]. Values and combinations are checked when they are laid over it: by
-        /// [`GenerationConfig::with`], which [`Model::generate`](crate::Model::generate) calls.
+        /// values of the model's [`GenerationConfig`]. Values and combinations are checked when they are laid over it:
+        /// by [`GenerationConfig::with`], which [`Model::generate`](crate::Model::generate) calls.
         ///
         /// ```
         /// use t5gemma_runtime::{GenerationConfig, GenerationOptions};
@@ -141,8 +141,8 @@ generation_options! {
     min_new_tokens: usize, Option<usize> = None, form::AT_LEAST_0;
     /// Number of beams; 1 is greedy search or, with `do_sample`, sampling.
     num_beams: usize = 1, form::AT_LEAST_1;
-    /// Number of hypotheses returned for each source. At most `num_beams` with beam search; more than 1 without it requires
-    /// `do_sample` or `return_alternatives`.
+    /// Number of hypotheses returned for each source. At most `num_beams` with beam search; more than 1 without it
+    /// requires `do_sample` or `return_alternatives`.
     num_return_sequences: usize = 1, form::AT_LEAST_1;
     /// Whether tokens are sampled instead of taking the most likely.
     do_sample: bool = false, form::FLAG;
@@ -158,15 +158,15 @@ generation_options! {
     top_h: f64, Option<f64> = None, form::NUMBER;
     /// Samples from tokens whose logits are within this many standard deviations of the highest; 0 is off.
     top_n_sigma: f64 = 0.0, form::NUMBER;
-    /// Samples from the tokens whose information is closest to the entropy and whose probabilities add up to `typical_p`
-    /// (locally typical sampling); 1 is off.
+    /// Samples from the tokens whose information is closest to the entropy and whose probabilities add up to
+    /// `typical_p` (locally typical sampling); 1 is off.
     typical_p: f64 = 1.0, form::NUMBER;
     /// Samples from tokens of at least this probability; 0 is off.
     epsilon_cutoff: f64 = 0.0, form::NUMBER;
     /// As `epsilon_cutoff`, with a threshold that falls as the entropy rises (eta sampling); 0 is off.
     eta_cutoff: f64 = 0.0, form::NUMBER;
-    /// Seed of sampling: the same seed, source and position in the request give the same draws. Random for each call if not
-    /// set.
+    /// Seed of sampling: the same seed, source and position in the request give the same draws. Random for each call if
+    /// not set.
     seed: u64, Option<u64> = None, form::SEED;
     /// Number of groups of beams (diverse beam search), each of which avoids the tokens of earlier groups; 1 is off.
     num_beam_groups: usize = 1, form::AT_LEAST_1;
@@ -176,13 +176,13 @@ generation_options! {
     stop_strings: Vec<String> = Vec::new(), form::STRINGS;
     /// Time limit in seconds, after which all targets end as they are.
     max_time: f64, Option<f64> = None, form::SECONDS;
-    /// Whether the hypotheses begin with the `num_return_sequences` most likely first tokens, each completed by greedy search
-    /// or sampling.
+    /// Whether the hypotheses begin with the `num_return_sequences` most likely first tokens, each completed by greedy
+    /// search or sampling.
     return_alternatives: bool = false, form::FLAG;
     /// Beam scores are divided by `length^length_penalty`.
     length_penalty: f64 = 1.0, form::LENGTH_PENALTY;
-    /// Beam scores get `coverage_penalty · Σ log(min(coverage, 1))` over the source's tokens, where a token's coverage is the
-    /// attention that all tokens of the target pay to it; 0 is off. Requires a model exported with alignment.
+    /// Beam scores get `coverage_penalty · Σ log(min(coverage, 1))` over the source's tokens, where a token's coverage
+    /// is the attention that all tokens of the target pay to it; 0 is off. Requires a model exported with alignment.
     coverage_penalty: f64 = 0.0, form::COVERAGE_PENALTY;
     /// When beam search stops.
     early_stopping: EarlyStopping = EarlyStopping::False, form::EARLY_STOPPING;
@@ -192,11 +192,13 @@ generation_options! {
     decoder_start_token_id: i64 = 2, form::TOKEN;
     /// The beginning-of-sequence token.
     bos_token_id: i64, Option<i64> = Some(2), form::TOKEN;
-    /// The tokens that end a target. Beam search considers `max(2, 1 + their number) · num_beams` candidates in each step.
+    /// The tokens that end a target. Beam search considers `max(2, 1 + their number) · num_beams` candidates in each
+    /// step.
     eos_token_id: Vec<i64> = vec![1], form::TOKEN_OR_TOKENS;
     /// The token that pads sources of unequal length and targets that have ended.
     pad_token_id: i64 = 0, form::TOKEN;
-    /// Scores of tokens that occur in the target are divided by it if positive and multiplied by it if negative; 1 is off.
+    /// Scores of tokens that occur in the target are divided by it if positive and multiplied by it if negative; 1 is
+    /// off.
     repetition_penalty: f64 = 1.0, form::POSITIVE;
     /// As `repetition_penalty` with the inverse value, for tokens of the source: above 1 makes them likelier; 1 is off.
     encoder_repetition_penalty: f64 = 1.0, form::POSITIVE;
@@ -230,12 +232,14 @@ generation_options! {
     output_logprobs: bool = false, form::FLAG;
     /// Number of most likely tokens at each position whose log-probabilities are returned too.
     top_logprobs: usize = 0, form::TOP_LOGPROBS;
-    /// Whether hypotheses come with the cross-attention of each token to the source. Requires a model exported with alignment.
+    /// Whether hypotheses come with the cross-attention of each token to the source. Requires a model exported with
+    /// alignment.
     output_attentions: bool = false, form::FLAG;
     /// The caller's own logits processors, applied after all others but those of sampling. Not available in JSON.
     logits_processor: Vec<LogitsProcessor> = Vec::new(), form::not_json();
-    /// Prompt lookup decoding: drafts of this many tokens are copied from the source. Generates the same tokens in fewer
-    /// steps. Requires greedy search with `num_return_sequences` 1, and a model exported with the logits of all positions.
+    /// Prompt lookup decoding: drafts of this many tokens are copied from the source. Generates the same tokens in
+    /// fewer steps. Requires greedy search with `num_return_sequences` 1, and a model exported with the logits of all
+    /// positions.
     prompt_lookup_num_tokens: usize, Option<usize> = None, form::AT_LEAST_1;
     /// Maximum number of last tokens that a draft's context is matched by; 2 if not set.
     max_matching_ngram_size: usize, Option<usize> = None, form::AT_LEAST_1;
@@ -256,8 +260,8 @@ generation_options! {
 /// When beam search stops.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum EarlyStopping {
-    /// When `num_beams` hypotheses have finished and no running beam is better than the worst of them at its present length
-    /// and coverage.
+    /// When `num_beams` hypotheses have finished and no running beam is better than the worst of them at its present
+    /// length and coverage.
     False,
     /// As soon as `num_beams` hypotheses have finished.
     True,
@@ -297,11 +301,11 @@ pub struct ExponentialDecay {
 /// What a model's own files say, as far as checks need it beside the values of a call.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct ModelDefaults {
-    /// The maximum length, while it is the one of the model's files: such a length is clipped to what the model can reach,
-    /// where a call's is an error.
+    /// The maximum length, while it is the one of the model's files: such a length is clipped to what the model can
+    /// reach, where a call's is an error.
     max_length: Option<MaxLength>,
-    /// The end-of-sequence tokens. Small models keep Gemma's `[1, 107]` whatever their vocabulary; one outside of it is never
-    /// generated, where in a call it is an error.
+    /// The end-of-sequence tokens. Small models keep Gemma's `[1, 107]` whatever their vocabulary; one outside of it is
+    /// never generated, where in a call it is an error.
     eos_token_id: Vec<i64>,
     /// Names and JSON values of unsupported options in `generation_config.json`.
     unsupported: Vec<(String, String)>,
@@ -320,9 +324,9 @@ impl Default for ModelDefaults {
 }
 
 impl GenerationConfig {
-    /// Reads a model's own: the text of its `generation_config.json` if it has one, laid over `tokens` of its `config.json`,
-    /// laid over [`GenerationConfig::default`]. As in transformers, a `generation_config.json` without an `eos_token_id`, or
-    /// with null, has no end-of-sequence token, whatever `config.json` says.
+    /// Reads a model's own: the text of its `generation_config.json` if it has one, laid over `tokens` of its
+    /// `config.json`, laid over [`GenerationConfig::default`]. As in transformers, a `generation_config.json` without
+    /// an `eos_token_id`, or with null, has no end-of-sequence token, whatever `config.json` says.
     ///
     /// # Errors
     /// The first option whose value is invalid. Unknown keys are ignored.
@@ -432,8 +436,8 @@ impl GenerationConfig {
             || self.prefix_allowed_tokens.is_some()
     }
 
-    /// Replaces the values of the options that are set. The start token follows the beginning-of-sequence token where the two
-    /// were the same and only the latter is set.
+    /// Replaces the values of the options that are set. The start token follows the beginning-of-sequence token where
+    /// the two were the same and only the latter is set.
     fn lay_over(&mut self, options: &GenerationOptions) {
         let starts_with_bos = self.bos_token_id == Some(self.decoder_start_token_id);
         self.replace(options);
@@ -581,8 +585,8 @@ mod tests {
         let error = guided.check(256, 1).expect_err("not obeyed");
         assert_eq!(
             error.to_string(),
-            "guidance_scale: unsupported generation option; the model's generation_config.json sets it, override it with 1 \
-             (got 2)"
+            "guidance_scale: unsupported generation option; the model's generation_config.json sets it, override it \
+             with 1 (got 2)"
         );
         assert_eq!(with(&guided, json!({"guidance_scale": 1})).expect("overridden").check(256, 1), Ok(()));
     }

@@ -1,15 +1,16 @@
 //! From the logits of a search's rows to its candidates: logits processors, log-softmax and the choice of the best.
 //!
-//! Apart from the search because it is what scans whole vocabularies (256 thousand scores a row), and because its arithmetic
-//! follows Hugging Face's float32 operations one by one (except the order of the sum in log-softmax). Slices only: no model and
-//! no tensors. What becomes of the candidates is left to `search`.
+//! Apart from the search because it is what scans whole vocabularies (256 thousand scores a row), and because its
+//! arithmetic follows Hugging Face's float32 operations one by one (except the order of the sum in log-softmax). Slices
+//! only: no model and no tensors. What becomes of the candidates is left to `search`.
 //!
 //! # Design
-//! The processors are a list in Hugging Face's order, so that a new one is one more entry. Most touch a handful of tokens; only
-//! those that are defined over the vocabulary scan it, and a row that no processor changes is never written.
+//! The processors are a list in Hugging Face's order, so that a new one is one more entry. Most touch a handful of
+//! tokens; only those that are defined over the vocabulary scan it, and a row that no processor changes is never
+//! written.
 //!
-//! NaN ranks above every number, as in PyTorch: a NaN that no processor replaces becomes a candidate whose score is NaN, which
-//! the caller can refuse, and never a plausible token.
+//! NaN ranks above every number, as in PyTorch: a NaN that no processor replaces becomes a candidate whose score is
+//! NaN, which the caller can refuse, and never a plausible token.
 
 mod candidates;
 mod error;
@@ -34,14 +35,16 @@ pub use processor::TokenFilter;
 pub struct Processors {
     /// In the order of application.
     processors: Vec<Processor>,
-    /// The tokens of the rows where these do not cover the vocabulary; the processors then hold indices in it for tokens.
+    /// The tokens of the rows where these do not cover the vocabulary; the processors then hold indices in it for
+    /// tokens.
     subset: Option<Arc<VocabularySubset>>,
     /// The first unusable scores that a processor of the caller's left, until they are taken.
     invalid: Arc<Mutex<Option<InvalidScores>>>,
 }
 
 impl Processors {
-    /// The processors of a configuration for a source, given with its padding, and a decoder prompt of `prompt_len` tokens.
+    /// The processors of a configuration for a source, given with its padding, and a decoder prompt of `prompt_len`
+    /// tokens.
     pub fn new(config: &GenerationConfig, source: &[i64], prompt_len: usize) -> Processors {
         let mut processors = Vec::new();
         let eos = &config.eos_token_id;
@@ -120,7 +123,8 @@ impl Processors {
         Processors { processors, subset: None, invalid: Arc::default() }
     }
 
-    /// Has the processors work on rows with the logits of a subset of the vocabulary. Histories and candidates still hold tokens.
+    /// Has the processors work on rows with the logits of a subset of the vocabulary. Histories and candidates still
+    /// hold tokens.
     ///
     /// # Panics
     /// If [`Processors::need_full_rows`].
@@ -143,8 +147,8 @@ impl Processors {
         }
     }
 
-    /// Adds a filter. It runs after the processors that forbid tokens, so that what either forbids is forbidden, and before those
-    /// of sampling, which choose among what is left.
+    /// Adds a filter. It runs after the processors that forbid tokens, so that what either forbids is forbidden, and
+    /// before those of sampling, which choose among what is left.
     pub fn filtered_by(mut self, filter: Arc<dyn TokenFilter>) -> Processors {
         let first_final = self.processors.iter().position(Processor::is_final);
         self.processors.insert(first_final.unwrap_or(self.processors.len()), Processor::Filter(filter));
@@ -157,8 +161,8 @@ impl Processors {
         self.apply_after(&mut Row { scores, tokens: &[] }, history, &[]);
     }
 
-    /// [`Processors::apply`], after earlier groups of beams have chosen tokens in this step. Returns the index of the caller's
-    /// processor that forbade all tokens, if one did.
+    /// [`Processors::apply`], after earlier groups of beams have chosen tokens in this step. Returns the index of the
+    /// caller's processor that forbade all tokens, if one did.
     fn apply_after(&self, row: &mut Row, history: &[i64], chosen: &[i64]) -> Option<usize> {
         let mut emptied_by = None;
         for processor in self.processors.iter().filter(|processor| processor.is_active(history.len())) {

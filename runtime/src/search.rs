@@ -1,7 +1,8 @@
 //! The search over the targets of one source row: candidates in, next tokens and the beams they continue out.
 //!
-//! A search is a state machine that never sees logits or a model, so that it is tested by tables of numbers, and batching,
-//! streaming and cancellation stay with the loop that drives it. Candidates and their scores come from `scores`.
+//! A search is a state machine that never sees logits or a model, so that it is tested by tables of numbers, and
+//! batching, streaming and cancellation stay with the loop that drives it. Candidates and their scores come from
+//! `scores`.
 
 mod beam;
 mod groups;
@@ -54,9 +55,9 @@ enum Strategy {
 }
 
 impl Search {
-    /// Starts at `prompt`, the decoder's first tokens (at least the start token): beam search if `num_beams` is more than 1, diverse
-    /// beam search if `num_beam_groups` is, otherwise greedy search. With `do_sample` it draws from the seed of the options, or as
-    /// [`Search::drawing`] says.
+    /// Starts at `prompt`, the decoder's first tokens (at least the start token): beam search if `num_beams` is more
+    /// than 1, diverse beam search if `num_beam_groups` is, otherwise greedy search. With `do_sample` it draws from the
+    /// seed of the options, or as [`Search::drawing`] says.
     pub fn new(options: &GenerationConfig, prompt: &[i64]) -> Search {
         if options.num_beam_groups > 1 {
             return Search { strategy: Strategy::Groups(Groups::new(options, prompt)), draws: None };
@@ -111,8 +112,8 @@ impl Search {
         }
     }
 
-    /// Whether candidates are compared across rows: in beam search, and in the first step of `return_alternatives`. Otherwise each
-    /// row needs one of its own.
+    /// Whether candidates are compared across rows: in beam search, and in the first step of `return_alternatives`.
+    /// Otherwise each row needs one of its own.
     pub(crate) fn compares_rows(&self) -> bool {
         match &self.strategy {
             Strategy::Rows(rows) => rows.branches(),
@@ -125,8 +126,8 @@ impl Search {
         !matches!(self.strategy, Strategy::Rows(_))
     }
 
-    /// The random numbers that this step's candidates are drawn with; `None` if they are the best, as the first tokens of
-    /// `return_alternatives` always are.
+    /// The random numbers that this step's candidates are drawn with; `None` if they are the best, as the first tokens
+    /// of `return_alternatives` always are.
     pub(crate) fn draws(&self) -> Option<&Draws> {
         match &self.strategy {
             Strategy::Rows(rows) if rows.branches() => None,
@@ -177,8 +178,9 @@ impl Search {
         self.advance_to_ends(candidates, &[])
     }
 
-    /// [`Search::advance`], where `ends` tells which candidates end their target for a reason unknown to the search; candidates beyond
-    /// its length do not. A target ends without the candidate's token if the reason is [`FinishReason::Constraint`].
+    /// [`Search::advance`], where `ends` tells which candidates end their target for a reason unknown to the search;
+    /// candidates beyond its length do not. A target ends without the candidate's token if the reason is
+    /// [`FinishReason::Constraint`].
     ///
     /// # Panics
     /// See [`Search::advance`].
@@ -186,9 +188,9 @@ impl Search {
         self.advance_to_covered_ends(candidates, ends, &[])
     }
 
-    /// [`Search::advance_to_ends`] with a term for each row in `endings`, which is added to the score of a hypothesis whose last token
-    /// continues that row; empty for none. Running beams are compared with finished ones as if they ended now or, with
-    /// `early_stopping` never, as if their term were 0, its maximum.
+    /// [`Search::advance_to_ends`] with a term for each row in `endings`, which is added to the score of a hypothesis
+    /// whose last token continues that row; empty for none. Running beams are compared with finished ones as if they
+    /// ended now or, with `early_stopping` never, as if their term were 0, its maximum.
     pub(crate) fn advance_to_covered_ends(
         &mut self,
         candidates: &[Candidate],
@@ -211,7 +213,8 @@ impl Search {
         }
     }
 
-    /// The row of the previous step that each row of the next step continues: the order for the rows of the self-attention cache.
+    /// The row of the previous step that each row of the next step continues: the order for the rows of the
+    /// self-attention cache.
     pub fn parents(&self) -> &[usize] {
         match &self.strategy {
             Strategy::Rows(rows) => rows.parents(),
@@ -220,8 +223,8 @@ impl Search {
         }
     }
 
-    /// The `num_return_sequences` hypotheses, those of beam search best first. Before [`Progress::Done`], unfinished hypotheses of a
-    /// beam search are empty, and those of other searches are the targets so far.
+    /// The `num_return_sequences` hypotheses, those of beam search best first. Before [`Progress::Done`], unfinished
+    /// hypotheses of a beam search are empty, and those of other searches are the targets so far.
     pub fn finish(self) -> Vec<Hypothesis> {
         match self.strategy {
             Strategy::Rows(rows) => rows.finish(),

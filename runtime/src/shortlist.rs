@@ -1,4 +1,5 @@
-//! `Shortlist`: the tokens that a model needs for the texts it is to write, to which an export can restrict the output head.
+//! `Shortlist`: the tokens that a model needs for the texts it is to write, to which an export can restrict the output
+//! head.
 
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
@@ -53,8 +54,8 @@ impl<'t> Shortlist<'t> {
         self.texts
     }
 
-    /// The ids, ascending, of the tokens that occur at least `min_count` times and of those that are kept in any case; at most
-    /// `max_tokens` of them, the most frequent, unless more are kept in any case.
+    /// The ids, ascending, of the tokens that occur at least `min_count` times and of those that are kept in any case;
+    /// at most `max_tokens` of them, the most frequent, unless more are kept in any case.
     pub fn tokens(&self, min_count: u64, max_tokens: Option<usize>) -> Vec<i64> {
         let is_in = |counted: &Counted| counted.count >= min_count.max(1) || counted.always;
         let mut tokens: Vec<i64> =

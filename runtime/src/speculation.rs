@@ -1,6 +1,6 @@
-//! Prompt lookup decoding: drafts of the next tokens, copied from the source, as summaries, corrections and answers from tables
-//! copy it. The model scores a whole draft in one step, and the search chooses as if there were none: a draft saves steps but
-//! never changes a choice. Token ids only; the loop runs the model.
+//! Prompt lookup decoding: drafts of the next tokens, copied from the source, as summaries, corrections and answers
+//! from tables copy it. The model scores a whole draft in one step, and the search chooses as if there were none: a
+//! draft saves steps but never changes a choice. Token ids only; the loop runs the model.
 
 use std::collections::VecDeque;
 
@@ -19,13 +19,14 @@ pub(crate) struct PromptLookup {
 }
 
 impl PromptLookup {
-    /// Drafts at most `num_tokens` tokens that follow an occurrence of the last `ngram_size` or fewer tokens in `source`.
+    /// Drafts at most `num_tokens` tokens that follow an occurrence of the last `ngram_size` or fewer tokens in
+    /// `source`.
     pub(crate) fn new(source: &[i64], num_tokens: usize, ngram_size: usize) -> PromptLookup {
         PromptLookup { source: source.to_vec(), num_tokens, ngram_size, cursor: 0, ahead: VecDeque::new() }
     }
 
-    /// Drafts the tokens after `history`, at most `room`, by the longest n-gram at its end that occurs in the source. Replaces an
-    /// earlier draft.
+    /// Drafts the tokens after `history`, at most `room`, by the longest n-gram at its end that occurs in the source.
+    /// Replaces an earlier draft.
     pub(crate) fn draft(&mut self, history: &[i64], room: usize) -> Vec<i64> {
         self.ahead.clear();
         let longest = self.ngram_size.min(history.len()).min(self.source.len());

@@ -1,4 +1,5 @@
-//! The stopping criteria besides the search's own: stop strings, which may begin and end inside tokens, and the time limit.
+//! The stopping criteria besides the search's own: stop strings, which may begin and end inside tokens, and the time
+//! limit.
 
 use std::time::{Duration, Instant};
 
@@ -28,7 +29,8 @@ impl StoppingCriteria {
         self.deadline.is_some_and(|deadline| Instant::now() >= deadline)
     }
 
-    /// Which of a step's candidates end their targets; all of them if `is_over`. `tokenizer` is loaded only for stop strings.
+    /// Which of a step's candidates end their targets; all of them if `is_over`. `tokenizer` is loaded only for stop
+    /// strings.
     pub fn of<'m>(
         &self,
         candidates: &[Candidate],

@@ -36,8 +36,8 @@ impl fmt::Display for Generated {
 }
 
 impl Model {
-    /// Generates a target for each text. An option that is not set has the value of the model's `generation_config.json`, or
-    /// else Hugging Face's default.
+    /// Generates a target for each text. An option that is not set has the value of the model's
+    /// `generation_config.json`, or else Hugging Face's default.
     ///
     /// ```no_run
     /// use t5gemma_runtime::{GenerationOptions, Model};

@@ -1,5 +1,5 @@
-//! `Tokenizer`: text to token ids and back, by the checkpoint's `tokenizer.json`. The only user of `tokenizers`; the rest of the
-//! runtime works on ids, and without a tokenizer.
+//! `Tokenizer`: text to token ids and back, by the checkpoint's `tokenizer.json`. The only user of `tokenizers`; the
+//! rest of the runtime works on ids, and without a tokenizer.
 
 mod lazy;
 mod settings;
@@ -53,8 +53,8 @@ impl Tokenizer {
             let without = "the model takes and returns token ids only";
             let problem = if folder.join("tokenizer.model").exists() {
                 format!(
-                    "no such file, only tokenizer.model, which this runtime does not read: {without} (to get one, load the \
-                     checkpoint with transformers' AutoTokenizer, call save_pretrained(), and export it again)"
+                    "no such file, only tokenizer.model, which this runtime does not read: {without} (to get one, load \
+                     the checkpoint with transformers' AutoTokenizer, call save_pretrained(), and export it again)"
                 )
             } else {
                 format!("no such file: {without}")
@@ -66,18 +66,19 @@ impl Tokenizer {
         let mut inner = foreign::call(LIBRARY, parse).flatten().map_err(Unusable::itself)?;
         let settings = Settings::read(folder).map_err(|(file, problem)| Unusable { file: Some(file), problem })?;
         if settings.cleans_up && (settings.cleans_up_bpe || !matches!(inner.get_model(), ModelWrapper::BPE(_))) {
-            let problem = "clean_up_tokenization_spaces: expected false, found true (this runtime does not remove spaces \
-                           before punctuation)";
+            let problem = "clean_up_tokenization_spaces: expected false, found true (this runtime does not remove \
+                           spaces before punctuation)";
             return Err(Unusable { file: Some(Settings::FILE.into()), problem: problem.into() });
         }
         let prepare = || {
-            // A truncation left over from training would silently drop the end of a source; padding is left to the batch.
+            // A truncation left over from training would silently drop the end of a source; padding is left to the
+            // batch.
             inner.with_truncation(None).map_err(|error| error.to_string())?;
             inner.with_padding(None);
             let present: Vec<AddedToken> = inner.get_added_tokens_decoder().into_values().collect();
             let mut missing = settings.missing(&present);
-            // New tokens get ids from the number of tokens on. A vocabulary with gaps uses some of these ids, and then tokens that only
-            // the tokenizer's class names must not take them.
+            // New tokens get ids from the number of tokens on. A vocabulary with gaps uses some of these ids, and then
+            // tokens that only the tokenizer's class names must not take them.
             let next = inner.get_vocab_size(true) as u32;
             if (next..).take(missing.len()).any(|id| inner.id_to_token(id).is_some()) {
                 missing.retain(|token| !settings.of_class.contains(&token.content));
@@ -125,8 +126,8 @@ impl Tokenizer {
         self.text(&ids, special)
     }
 
-    /// The text of every token by its id: the text of a target is the concatenation of its tokens' texts. Where a byte-fallback token
-    /// has the same byte as an ordinary token, only the latter has a text.
+    /// The text of every token by its id: the text of a target is the concatenation of its tokens' texts. Where a
+    /// byte-fallback token has the same byte as an ordinary token, only the latter has a text.
     ///
     /// # Errors
     /// A decoder that does more than concatenate.
@@ -256,12 +257,13 @@ fn token_id(token: i64) -> Result<u32, Error> {
     u32::try_from(token).map_err(|_| Error::input("tokens", "token ids between 0 and 4294967295", token.to_string()))
 }
 
-/// Decodes a growing target piece by piece. Pieces are whole characters: an incomplete one waits for the next token, and
-/// [`TextStream::finish`] returns the rest.
+/// Decodes a growing target piece by piece. Pieces are whole characters: an incomplete one waits for the next token,
+/// and [`TextStream::finish`] returns the rest.
 pub struct TextStream {
     tokenizer: Tokenizer,
     special: SpecialTokens,
-    /// The tokens of the last piece, which decide on a space behind it, and those after it that are not complete characters yet.
+    /// The tokens of the last piece, which decide on a space behind it, and those after it that are not complete
+    /// characters yet.
     ids: Vec<u32>,
     /// How many of `ids` have been returned as text.
     sent: usize,
@@ -295,7 +297,8 @@ impl TextStream {
     fn unsent(&self) -> Result<String, Error> {
         let sent = self.tokenizer.text(&self.ids[..self.sent], self.special)?;
         let all = self.tokenizer.text(&self.ids, self.special)?;
-        // Counted in characters: bytes that turn out to be invalid change the text before them, but not its number of characters.
+        // Counted in characters: bytes that turn out to be invalid change the text before them, but not its number of
+        // characters.
         Ok(all.chars().skip(sent.chars().count()).collect())
     }
 }

@@ -1,6 +1,6 @@
-//! Verifies a model folder: different ways to compute the same numbers must agree, with each other and with reference numbers where
-//! there are some. In the library because it runs the model in ways that generation never does; reading files of reference numbers
-//! is left to the caller.
+//! Verifies a model folder: different ways to compute the same numbers must agree, with each other and with reference
+//! numbers where there are some. In the library because it runs the model in ways that generation never does; reading
+//! files of reference numbers is left to the caller.
 
 mod comparison;
 
@@ -41,9 +41,9 @@ impl Check {
     }
 }
 
-/// Reference tensors by the names of the project's fixtures: `in.B.input_ids` and `in.B.attention_mask` `[rows, source]` for any
-/// batch name `B`, and for each of these, where present, `enc.B.last_hidden_state`, `dec.B.first.logits`, `dec.B.forced_ids` with
-/// `dec.B.forced_logits`, and `dec.B.prefill.logits`.
+/// Reference tensors by the names of the project's fixtures: `in.B.input_ids` and `in.B.attention_mask` `[rows,
+/// source]` for any batch name `B`, and for each of these, where present, `enc.B.last_hidden_state`,
+/// `dec.B.first.logits`, `dec.B.forced_ids` with `dec.B.forced_logits`, and `dec.B.prefill.logits`.
 #[derive(Clone, Debug, Default)]
 pub struct Golden {
     /// int64 tensors.
@@ -57,12 +57,13 @@ const TARGETS: usize = 8;
 /// Source lengths of the ragged batch of these checks, with the shortest possible one.
 const SOURCES: [usize; 5] = [23, 9, 1, 16, 4];
 
-/// Compares the model with itself: cached steps with recomputation, one step of many tokens with many steps of one, a ragged batch
-/// with its rows alone, padding on the left with padding on the right, beam search of width 1 with greedy search, and beam scores
-/// with scores recomputed from the logits.
+/// Compares the model with itself: cached steps with recomputation, one step of many tokens with many steps of one, a
+/// ragged batch with its rows alone, padding on the left with padding on the right, beam search of width 1 with greedy
+/// search, and beam scores with scores recomputed from the logits.
 ///
-/// `tolerance` replaces the default limit of each comparison: 5e-4 in float32; with quantized weights, whose activations are rounded
-/// too, a thousandth of the largest number compared if that is more; in half precision a tenth of it.
+/// `tolerance` replaces the default limit of each comparison: 5e-4 in float32; with quantized weights, whose
+/// activations are rounded too, a thousandth of the largest number compared if that is more; in half precision a tenth
+/// of it.
 ///
 /// # Errors
 /// As [`Model::generate_batch`].
@@ -119,8 +120,8 @@ pub fn consistency(model: &Model, tolerance: Option<f32>, cancel: &Cancellation)
     check("hidden states padded left = padded right", of_hidden, limit(hidden_scale));
     check("logits padded left = padded right", max_abs_difference(&logits, &one_by_one), limit(scale));
 
-    // Without the model's other options: processors act on logits in greedy search and on log-probabilities in beam search, so that
-    // the two rightly differ.
+    // Without the model's other options: processors act on logits in greedy search and on log-probabilities in beam
+    // search, so that the two rightly differ.
     let greedy = GenerationConfig {
         max_new_tokens: Some(16.min(model.target_limit().tokens - 1)),
         ..model.generation_config().plain()
@@ -143,7 +144,8 @@ pub fn consistency(model: &Model, tolerance: Option<f32>, cancel: &Cancellation)
 /// Compares the model with reference numbers; hidden states count where the mask is 1.
 ///
 /// # Errors
-/// As [`Model::generate_batch`]; [`Error::Input`] for reference tensors that are missing or whose shapes do not fit each other.
+/// As [`Model::generate_batch`]; [`Error::Input`] for reference tensors that are missing or whose shapes do not fit
+/// each other.
 pub fn against(
     model: &Model,
     golden: &Golden,
@@ -237,8 +239,8 @@ fn limit(model: &Model, tolerance: Option<f32>, largest: f32) -> f32 {
     }
 }
 
-/// Feeds `targets` `[rows, Σ pieces]` in steps of the given lengths and returns the logits after each, `[pieces, rows, tokens]`: of the
-/// vocabulary, or of the model's subset of it.
+/// Feeds `targets` `[rows, Σ pieces]` in steps of the given lengths and returns the logits after each, `[pieces, rows,
+/// tokens]`: of the vocabulary, or of the model's subset of it.
 fn forced(
     model: &Model,
     batch: &Batch,

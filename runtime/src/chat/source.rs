@@ -1,5 +1,5 @@
-//! Rewrites a template's source for `minijinja`: newlines become `\n`, as in Jinja, and syntax of Jinja and transformers that `minijinja`
-//! lacks is expressed in another way or refused by name.
+//! Rewrites a template's source for `minijinja`: newlines become `\n`, as in Jinja, and syntax of Jinja and
+//! transformers that `minijinja` lacks is expressed in another way or refused by name.
 
 /// The filter that replaces `"…" % values`.
 pub(super) const PERCENT: &str = "format_percent";
@@ -153,8 +153,9 @@ fn names<'s>(tokens: &'s [Token<'s>]) -> impl Iterator<Item = &'s str> {
     (0..tokens.iter().filter(|token| token.kind != Kind::Space).count()).filter_map(is_variable)
 }
 
-/// Writes tokens: `"…" % values` as a filter, and a filter behind the right operand of `+`. `minijinja` adds lists lazily, so that a
-/// list that is doubled again and again would cost nothing until it is read, and then more memory than there is.
+/// Writes tokens: `"…" % values` as a filter, and a filter behind the right operand of `+`. `minijinja` adds lists
+/// lazily, so that a list that is doubled again and again would cost nothing until it is read, and then more memory
+/// than there is.
 fn write(tokens: &[Token], out: &mut String) {
     let mut at = 0;
     let mut is_text = false;

@@ -39,8 +39,8 @@ impl Compiler {
     /// Compiles the constraints of a configuration; `None` if it has none.
     ///
     /// # Errors
-    /// A grammar that cannot be compiled, tokens outside the vocabulary, text for a model without a usable tokenizer, sequences
-    /// and phrases that are too long for the maximum length, or a cancellation.
+    /// A grammar that cannot be compiled, tokens outside the vocabulary, text for a model without a usable tokenizer,
+    /// sequences and phrases that are too long for the maximum length, or a cancellation.
     pub fn compile(
         &self,
         config: &GenerationConfig,

@@ -1,5 +1,5 @@
-//! Grammars over the text of an output: JSON schemas, regular expressions and Lark. The only user of `llguidance`, which works on
-//! bytes: it gets the bytes of every token and returns which tokens are allowed next.
+//! Grammars over the text of an output: JSON schemas, regular expressions and Lark. The only user of `llguidance`,
+//! which works on bytes: it gets the bytes of every token and returns which tokens are allowed next.
 
 use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, channel};
@@ -69,8 +69,8 @@ impl Vocabulary {
             .collect();
         let end = u32::try_from(texts.len()).map_err(|_| format!("a vocabulary of {} tokens", texts.len()))?;
         let prepare = || {
-            // The trie needs an end-of-sequence token, which it allows wherever a grammar may end. Ends of sequence are left to the
-            // search, so it gets one that does not exist.
+            // The trie needs an end-of-sequence token, which it allows wherever a grammar may end. Ends of sequence are
+            // left to the search, so it gets one that does not exist.
             let bytes: Vec<Vec<u8>> = bytes.into_iter().chain([Vec::new()]).collect();
             let trie = TokTrie::from(&TokRxInfo::new(end + 1, end), &bytes);
             let env: TokEnv = Arc::new(Tokens { trie, tokenizer: tokenizer.clone() });
@@ -86,8 +86,8 @@ impl Vocabulary {
 
     /// Compiles a grammar, or returns why it cannot be compiled.
     ///
-    /// Takes two seconds at most whatever the grammar, due to [`check_first_bytes`] and the library's own limits. Runs on a thread
-    /// of its own, so that a cancellation does not have to wait for it.
+    /// Takes two seconds at most whatever the grammar, due to [`check_first_bytes`] and the library's own limits. Runs
+    /// on a thread of its own, so that a cancellation does not have to wait for it.
     pub(super) fn compile(
         self: &Arc<Self>,
         source: Source,
@@ -145,8 +145,8 @@ pub(super) struct GrammarState {
 }
 
 impl GrammarState {
-    /// The tokens that are allowed next, ends of sequence aside; `None` if the grammar is matched and cannot continue, or if no
-    /// token fits.
+    /// The tokens that are allowed next, ends of sequence aside; `None` if the grammar is matched and cannot continue,
+    /// or if no token fits.
     pub(super) fn allowed_tokens(&mut self) -> Result<Option<SimpleVob>, String> {
         if self.matcher.is_stopped() {
             return Ok(None);
@@ -183,8 +183,8 @@ impl GrammarState {
     }
 }
 
-/// Follows each first byte into the lexer within the library's limit on work. The library does the same when it opens the lexer,
-/// but without a limit, and for `multipleOf` and other intersections that can take minutes and gigabytes.
+/// Follows each first byte into the lexer within the library's limit on work. The library does the same when it opens
+/// the lexer, but without a limit, and for `multipleOf` and other intersections that can take minutes and gigabytes.
 fn check_first_bytes(lexer: &LexerSpec, extra_lexemes: Vec<String>, mut limits: ParserLimits) -> Result<(), String> {
     let mut lexer = lexer.clone();
     lexer.add_extra_lexemes(&extra_lexemes);
@@ -196,8 +196,8 @@ fn check_first_bytes(lexer: &LexerSpec, extra_lexemes: Vec<String>, mut limits: 
         states.transition(start, byte);
         if states.has_error() {
             return Err(format!(
-                "too complex: its first byte takes more than {fuel} steps (typical for a large multipleOf, or for patterns \
-                 combined with lengths)"
+                "too complex: its first byte takes more than {fuel} steps (typical for a large multipleOf, or for \
+                 patterns combined with lengths)"
             ));
         }
     }

@@ -1,13 +1,13 @@
-//! Phrases that must occur in an output before it may end. They are forced where the model would end without them, and where the
-//! remaining length leaves room for nothing else.
+//! Phrases that must occur in an output before it may end. They are forced where the model would end without them, and
+//! where the remaining length leaves room for nothing else.
 //!
 //! # Design
-//! A text occurs as text, however it is split into tokens; a list of tokens occurs as these tokens. Forcing works on tokens: those
-//! of the phrase, or those of the phrase after a space. The cost of a state is the number of tokens that the missing phrases still
-//! take when written one after the other, less those already written of the one that is furthest along, since only one can be in
-//! progress. A token is allowed if the state it leads to costs no more than the remaining length. From a state that is affordable
-//! such a token always exists: the next one of the phrase in progress. Where the model would end, only tokens that advance a phrase
-//! are allowed until one has occurred.
+//! A text occurs as text, however it is split into tokens; a list of tokens occurs as these tokens. Forcing works on
+//! tokens: those of the phrase, or those of the phrase after a space. The cost of a state is the number of tokens that
+//! the missing phrases still take when written one after the other, less those already written of the one that is
+//! furthest along, since only one can be in progress. A token is allowed if the state it leads to costs no more than
+//! the remaining length. From a state that is affordable such a token always exists: the next one of the phrase in
+//! progress. Where the model would end, only tokens that advance a phrase are allowed until one has occurred.
 
 /// The phrases of a request.
 #[derive(Debug)]
@@ -125,8 +125,8 @@ impl Phrases {
         if worst < room && !state.is_forced {
             return None;
         }
-        // With room to spare, the phrase that is furthest along continues. Otherwise any token that begins or continues a phrase
-        // may be affordable; all others lose the progress there is, and the worst case is not affordable.
+        // With room to spare, the phrase that is furthest along continues. Otherwise any token that begins or continues
+        // a phrase may be affordable; all others lose the progress there is, and the worst case is not affordable.
         let spellings = || self.missing(state).flat_map(|(phrase, at)| phrase.spellings.iter().zip(&at.tokens));
         let furthest = spellings().map(|(_, &matched)| matched).max().unwrap_or(0);
         let mut tokens: Vec<i64> = spellings()
@@ -157,8 +157,8 @@ fn is_of_word(c: char) -> bool {
     c.is_alphanumeric() && c < '\u{2e80}'
 }
 
-/// The length of the longest prefix of `pattern` that a text ends with, after it ended with `matched` symbols of it and one more
-/// symbol came.
+/// The length of the longest prefix of `pattern` that a text ends with, after it ended with `matched` symbols of it and
+/// one more symbol came.
 fn longer<T: PartialEq>(pattern: &[T], matched: usize, symbol: &T) -> usize {
     let ends_so = |length: &usize| match length.checked_sub(1) {
         None => true,

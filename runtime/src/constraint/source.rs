@@ -1,5 +1,5 @@
-//! `Source`: a grammar as a request gives it, and the checks before `llguidance` reads it: for grammars that would end the process
-//! rather than the request, and for numbers that its arithmetic cannot hold.
+//! `Source`: a grammar as a request gives it, and the checks before `llguidance` reads it: for grammars that would end
+//! the process rather than the request, and for numbers that its arithmetic cannot hold.
 
 use llguidance::api::TopLevelGrammar;
 use serde_json::{Value, json};
@@ -42,8 +42,8 @@ impl Source {
         }
     }
 
-    /// Refuses `multipleOf` where the library's arithmetic would overflow and allow other numbers. Where parts of a schema combine, it
-    /// takes the least common multiple of theirs, so that of all has to fit.
+    /// Refuses `multipleOf` where the library's arithmetic would overflow and allow other numbers. Where parts of a
+    /// schema combine, it takes the least common multiple of theirs, so that of all has to fit.
     fn check_multiples(&self) -> Result<(), String> {
         let mut numbers = Vec::new();
         match self {
@@ -197,8 +197,8 @@ fn is_deeper(value: &Value, depth: usize) -> bool {
 
 /// The grammar of a schema's JSON.
 ///
-/// Between the tokens of the JSON, at most one space or a line break with indentation is allowed: with unlimited whitespace, small
-/// models are known to write nothing else. `x-guidance` in the schema overrides it.
+/// Between the tokens of the JSON, at most one space or a line break with indentation is allowed: with unlimited
+/// whitespace, small models are known to write nothing else. `x-guidance` in the schema overrides it.
 fn of_schema(mut schema: Value) -> TopLevelGrammar {
     if schema == Value::Bool(true) {
         schema = json!({});

@@ -143,9 +143,9 @@ impl ConstraintState {
         Ok(())
     }
 
-    /// Corrects the finish reasons of a finished search's hypotheses. Those of beams are deduplicated, and those that satisfy the
-    /// constraint come first. Beams that found no target are dropped, so that there may be fewer than were requested. `ending`
-    /// is what the score of a target gets besides, such as a coverage penalty.
+    /// Corrects the finish reasons of a finished search's hypotheses. Those of beams are deduplicated, and those that
+    /// satisfy the constraint come first. Beams that found no target are dropped, so that there may be fewer than were
+    /// requested. `ending` is what the score of a target gets besides, such as a coverage penalty.
     pub(crate) fn rank(
         &self,
         mut found: Vec<Hypothesis>,

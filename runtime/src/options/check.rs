@@ -87,7 +87,8 @@ impl GenerationConfig {
         Ok(())
     }
 
-    /// Why the minimum length cannot be reached, if it cannot. Targets end at the maximum length then, and transformers warns.
+    /// Why the minimum length cannot be reached, if it cannot. Targets end at the maximum length then, and transformers
+    /// warns.
     pub fn check_lengths(&self) -> Result<(), OptionError> {
         let (option, min, limit, max) = match (self.min_new_tokens, self.max_new_tokens, self.max_length) {
             (Some(min), Some(max), _) => ("min_new_tokens", min, "max_new_tokens", max),
@@ -178,8 +179,8 @@ impl GenerationConfig {
         Ok(())
     }
 
-    /// Checks the ranges of sampling options. Without sampling they do not matter: a `generation_config.json` may hold a
-    /// temperature of 0.
+    /// Checks the ranges of sampling options. Without sampling they do not matter: a `generation_config.json` may hold
+    /// a temperature of 0.
     fn check_sampling(&self) -> Result<(), OptionError> {
         let from_0_to_1 = |x: f64| (0.0..=1.0).contains(&x);
         let above_0 = |x: f64| x > 0.0 && x <= 1.0;
@@ -379,8 +380,8 @@ mod tests {
             ),
             (
                 json!({"num_return_sequences": 2}),
-                "num_return_sequences requires num_beams of at least 2, do_sample true or return_alternatives true (got \
-                 num_beams 1)",
+                "num_return_sequences requires num_beams of at least 2, do_sample true or return_alternatives true \
+                 (got num_beams 1)",
             ),
             (json!({"length_penalty": 0.5}), "length_penalty requires num_beams above 1 (got 1)"),
             (

@@ -1,5 +1,5 @@
-//! The data of options that constrain the output as a whole. They become a `Constraint` when a generation begins, because
-//! texts and grammars need the model's tokenizer.
+//! The data of options that constrain the output as a whole. They become a `Constraint` when a generation begins,
+//! because texts and grammars need the model's tokenizer.
 
 use std::fmt;
 use std::sync::Arc;
@@ -13,8 +13,8 @@ pub enum Sequence {
     Tokens(Vec<i64>),
 }
 
-/// Hugging Face's `prefix_allowed_tokens_fn`: given the index of a source row and its target so far, decoder prompt included,
-/// returns the tokens that may come next. Equal are clones of one.
+/// Hugging Face's `prefix_allowed_tokens_fn`: given the index of a source row and its target so far, decoder prompt
+/// included, returns the tokens that may come next. Equal are clones of one.
 #[derive(Clone)]
 pub struct PrefixAllowedTokens(Arc<AllowedTokens>);
 

@@ -1,4 +1,5 @@
-//! `OptionError`: an option that is refused, named as requests name it, so that a program can name it as its users typed it.
+//! `OptionError`: an option that is refused, named as requests name it, so that a program can name it as its users
+//! typed it.
 
 use std::fmt;
 

@@ -7,8 +7,8 @@ use super::unsupported::{Neutral, unsupported};
 use super::{GenerationOptions, OptionError, OptionProblem};
 
 impl GenerationOptions {
-    /// Reads a JSON object of options under Hugging Face's names. An option that is `null` is not set; an unsupported one is
-    /// accepted at the value at which it has no effect.
+    /// Reads a JSON object of options under Hugging Face's names. An option that is `null` is not set; an unsupported
+    /// one is accepted at the value at which it has no effect.
     ///
     /// # Errors
     /// The first option that is unknown, unsupported, or has a value of the wrong form.
@@ -63,13 +63,15 @@ mod tests {
         let request: Value = serde_json::from_str(
             r#"{
             "max_new_tokens": 7, "max_length": 9.0, "min_length": 3, "min_new_tokens": 2, "num_beams": 4,
-            "num_return_sequences": 3, "length_penalty": 2, "coverage_penalty": 0.2, "early_stopping": "never", "patience": 1, "decoder_start_token_id": 5,
+            "num_return_sequences": 3, "length_penalty": 2, "coverage_penalty": 0.2,
+            "early_stopping": "never", "patience": 1, "decoder_start_token_id": 5,
             "bos_token_id": 6, "eos_token_id": [1, 107], "pad_token_id": 3, "repetition_penalty": 1.5,
             "encoder_repetition_penalty": 2, "no_repeat_ngram_size": 3, "encoder_no_repeat_ngram_size": 4,
             "bad_words_ids": [[5], [6, 7]], "sequence_bias": [[[5], 3], [[6, 7], -4.5]], "forced_bos_token_id": 17,
             "forced_eos_token_id": 1, "exponential_decay_length_penalty": [6, 1.6], "suppress_tokens": [8, 9],
             "begin_suppress_tokens": [10], "renormalize_logits": true, "remove_invalid_values": true,
-            "do_sample": true, "temperature": 0.7, "top_k": 40, "top_p": 0.9, "min_p": 0.05, "top_h": 0.4, "top_n_sigma": 2,
+            "do_sample": true, "temperature": 0.7, "top_k": 40, "top_p": 0.9, "min_p": 0.05, "top_h": 0.4,
+            "top_n_sigma": 2,
             "typical_p": 0.8, "epsilon_cutoff": 0.01, "eta_cutoff": 0.02, "seed": 18446744073709551615,
             "return_alternatives": false, "stop_strings": ["\n", "."], "max_time": 2.5, "num_beam_groups": 1,
             "diversity_penalty": 0, "frequency_penalty": 0.5, "presence_penalty": -0.25,

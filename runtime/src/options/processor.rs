@@ -22,8 +22,8 @@ pub struct Position<'a> {
 
 impl LogitsProcessor {
     /// Wraps a function that changes the scores of the next token, one for each token of the vocabulary: logits, or
-    /// log-probabilities in beam search. A score of −∞ forbids its token. The function is called for each target in each step
-    /// and must depend on its arguments only, or results depend on the other rows of a batch.
+    /// log-probabilities in beam search. A score of −∞ forbids its token. The function is called for each target in
+    /// each step and must depend on its arguments only, or results depend on the other rows of a batch.
     pub fn new(change: impl Fn(&Position, &mut [f32]) + Send + Sync + 'static) -> LogitsProcessor {
         LogitsProcessor(Arc::new(change))
     }

@@ -9,8 +9,8 @@ pub(super) struct Unsupported {
     name: &'static str,
     /// The value at which it has no effect.
     pub neutral: Neutral,
-    /// Whether ignoring it in `generation_config.json` would change what is generated; others concern speed, memory or the
-    /// form of results.
+    /// Whether ignoring it in `generation_config.json` would change what is generated; others concern speed, memory or
+    /// the form of results.
     pub changes_results: bool,
 }
 

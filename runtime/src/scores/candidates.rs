@@ -46,12 +46,13 @@ impl Processors {
         if depends_on_k { LogitsRequest::TopK { k, log_sum_exp, sparse } } else { LogitsRequest::All }
     }
 
-    /// Chooses the candidates of one step. For a search that compares rows these are the best of all rows or, where it samples,
-    /// draws without replacement in the order drawn; otherwise the best of each row, or a draw from it. Ties go to the earlier
-    /// row and then to the lower token.
+    /// Chooses the candidates of one step. For a search that compares rows these are the best of all rows or, where it
+    /// samples, draws without replacement in the order drawn; otherwise the best of each row, or a draw from it. Ties
+    /// go to the earlier row and then to the lower token.
     ///
-    /// `logits` holds [`Search::width`] rows, of the vocabulary or of the subset, and is overwritten where a processor acts. Beam
-    /// search adds processed log-probabilities to the beams' scores; other searches compare processed logits.
+    /// `logits` holds [`Search::width`] rows, of the vocabulary or of the subset, and is overwritten where a processor
+    /// acts. Beam search adds processed log-probabilities to the beams' scores; other searches compare processed
+    /// logits.
     ///
     /// # Panics
     /// If `logits` is empty or its length is no multiple of the number of rows.
@@ -123,8 +124,9 @@ impl Processors {
         candidates
     }
 
-    /// Reports a processor of the caller's that left no token to choose; `emptied_by` has an entry for each row. Where rows are
-    /// compared that takes all rows, otherwise one. Under a constraint it is no error: the target ends where it is.
+    /// Reports a processor of the caller's that left no token to choose; `emptied_by` has an entry for each row. Where
+    /// rows are compared that takes all rows, otherwise one. Under a constraint it is no error: the target ends where
+    /// it is.
     fn report_empty_rows(&self, emptied_by: &[Option<usize>], search: &Search) {
         let processor = if search.compares_rows() {
             emptied_by.iter().copied().min().flatten()

@@ -115,7 +115,8 @@ impl Processor {
         matches!(self, Processor::Warp(_) | Processor::Renormalize)
     }
 
-    /// Replaces token ids by others, such as indices in a [`VocabularySubset`](crate::vocabulary_subset::VocabularySubset).
+    /// Replaces token ids by others, such as indices in a
+    /// [`VocabularySubset`](crate::vocabulary_subset::VocabularySubset).
     ///
     /// # Panics
     /// If the processor needs full rows.
@@ -145,8 +146,8 @@ impl Processor {
         }
     }
 
-    /// Changes the scores. `history` has a length for which the processor is active; `chosen` are the tokens that earlier
-    /// groups of beams chose in this step, one for each beam.
+    /// Changes the scores. `history` has a length for which the processor is active; `chosen` are the tokens that
+    /// earlier groups of beams chose in this step, one for each beam.
     pub fn apply(&self, row: &mut Row, history: &[i64], chosen: &[i64]) {
         match self {
             Processor::Diversity(penalty) => {
@@ -203,7 +204,8 @@ impl Processor {
     }
 }
 
-/// Groups biased sequences by their last token. Of a sequence given twice the last bias counts, as in a Python dictionary.
+/// Groups biased sequences by their last token. Of a sequence given twice the last bias counts, as in a Python
+/// dictionary.
 pub(super) fn sequence_bias<'a>(sequences: impl Iterator<Item = (&'a [i64], f32)>) -> Processor {
     let mut indices: HashMap<&[i64], usize> = HashMap::new();
     let mut distinct: Vec<(&[i64], f32)> = Vec::new();
@@ -216,7 +218,8 @@ pub(super) fn sequence_bias<'a>(sequences: impl Iterator<Item = (&'a [i64], f32)
             }
         }
     }
-    // float32 sums depend on their order: single tokens first, then by length in the order in which lengths first appear.
+    // float32 sums depend on their order: single tokens first, then by length in the order in which lengths first
+    // appear.
     let mut lengths: HashMap<usize, usize> = HashMap::from([(1, 0)]);
     for (tokens, _) in &distinct {
         let next = lengths.len();

@@ -1,4 +1,5 @@
-//! `TopK`: the best candidates of a step, or draws of as many, chosen in one pass over the rows; and the draw from one row.
+//! `TopK`: the best candidates of a step, or draws of as many, chosen in one pass over the rows; and the draw from one
+//! row.
 
 use t5gemma_kernels::{Level, LogitsStats, exp};
 
@@ -20,8 +21,8 @@ impl TopK {
         TopK { count, candidates: Vec::with_capacity(count + 1), keys: Vec::with_capacity(count + 1) }
     }
 
-    /// Offers every token of a row. `score` must be monotonic. With the maximum of each [`LogitsStats::BLOCK`] logits, blocks
-    /// that cannot hold a better candidate are skipped; `maxima` may be empty.
+    /// Offers every token of a row. `score` must be monotonic. With the maximum of each [`LogitsStats::BLOCK`] logits,
+    /// blocks that cannot hold a better candidate are skipped; `maxima` may be empty.
     pub fn take_row(&mut self, beam: usize, row: &[f32], maxima: &[f32], score: impl Fn(f32) -> f32) {
         if maxima.is_empty() {
             return self.take_part(beam, 0, row, score);
@@ -83,8 +84,8 @@ impl TopK {
         }
     }
 
-    /// Offers every token of a row at its score with Gumbel noise: the best of all rows are draws without replacement from the
-    /// softmax of their scores, in the order drawn.
+    /// Offers every token of a row at its score with Gumbel noise: the best of all rows are draws without replacement
+    /// from the softmax of their scores, in the order drawn.
     pub fn draw_row(&mut self, beam: usize, row: &[f32], score: impl Fn(f32) -> f32, draws: &Draws, step: u32) {
         const BLOCK: usize = 4;
         for (block, xs) in row.chunks(BLOCK).enumerate() {
@@ -129,8 +130,8 @@ pub(super) fn rank(score: f32) -> i32 {
     if bits < 0 { bits ^ i32::MAX } else { bits }
 }
 
-/// Samples a token from the softmax of a row: the first at which the cumulative probability exceeds `u`. Where all scores are
-/// −∞, token 0.
+/// Samples a token from the softmax of a row: the first at which the cumulative probability exceeds `u`. Where all
+/// scores are −∞, token 0.
 pub(super) fn draw(row: &[f32], u: f64) -> usize {
     let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let weight = |x: f32| if x == f32::NEG_INFINITY { 0.0 } else { f64::from(exp(x - max)) };

@@ -1,9 +1,10 @@
-//! The warpers that prepare a row's scores for sampling: temperature, and truncations that keep the more likely tokens. The
-//! arithmetic is that of Hugging Face's `…LogitsWarper` classes in float32, with cumulative sums in float64 as in PyTorch.
+//! The warpers that prepare a row's scores for sampling: temperature, and truncations that keep the more likely tokens.
+//! The arithmetic is that of Hugging Face's `…LogitsWarper` classes in float32, with cumulative sums in float64 as in
+//! PyTorch.
 //!
 //! # Design
-//! A truncation sorts only tokens that are still allowed: after `top_k`, which is on by default, these are few of 256 thousand. A
-//! forbidden token has probability 0 and cannot change which tokens any of the definitions keeps.
+//! A truncation sorts only tokens that are still allowed: after `top_k`, which is on by default, these are few of 256
+//! thousand. A forbidden token has probability 0 and cannot change which tokens any of the definitions keeps.
 
 use t5gemma_kernels::{LogSumExp, exp};
 

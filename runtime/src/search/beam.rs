@@ -1,9 +1,9 @@
 //! Beam search for one source row, computed as in Hugging Face's vectorized implementation (transformers 5).
 //!
 //! # Design
-//! Every score is a float32, and an ineligible candidate has −1e9 added to its score rather than a flag: which hypothesis is
-//! returned can depend on how such a sum rounds, so that the arithmetic is kept, order of operations included. Ties, whose order
-//! PyTorch leaves open, go to the earlier entry.
+//! Every score is a float32, and an ineligible candidate has −1e9 added to its score rather than a flag: which
+//! hypothesis is returned can depend on how such a sum rounds, so that the arithmetic is kept, order of operations
+//! included. Ties, whose order PyTorch leaves open, go to the earlier entry.
 
 use super::{Candidate, Progress};
 use crate::hypothesis::{FinishReason, Hypothesis};
@@ -20,7 +20,8 @@ pub(super) struct Beam {
     /// How the last step continued the running beams.
     next_tokens: Vec<i64>,
     parents: Vec<usize>,
-    /// The best finished hypotheses, best first, as many as there are beams or as patience waits for; the rest are placeholders.
+    /// The best finished hypotheses, best first, as many as there are beams or as patience waits for; the rest are
+    /// placeholders.
     pool: Vec<Finished>,
     /// Whether a running beam may still beat a finished hypothesis; once false it stays false.
     open: bool,
@@ -162,8 +163,8 @@ impl Beam {
         (length as f64).powf(self.length_penalty) as f32
     }
 
-    /// Lets the candidates that end and rank among the first `width` compete with the finished hypotheses. The term of their parent
-    /// in `endings` is added to their scores.
+    /// Lets the candidates that end and rank among the first `width` compete with the finished hypotheses. The term of
+    /// their parent in `endings` is added to their scores.
     fn update_pool(
         &mut self,
         candidates: &[Candidate],
@@ -211,7 +212,8 @@ impl Beam {
             .map(|(candidate, stop)| if stop.is_some() { candidate.score + PENALTY } else { candidate.score })
             .collect();
         let chosen = best(&scores, self.width());
-        // There are fewer candidates than beams only if the vocabulary is smaller than the request: the last one is repeated.
+        // There are fewer candidates than beams only if the vocabulary is smaller than the request: the last one is
+        // repeated.
         let chosen = (0..self.width()).map(|beam| chosen[beam.min(chosen.len() - 1)]);
         for (beam, index) in chosen.enumerate() {
             let Candidate { parent, token, .. } = candidates[index];

@@ -1,5 +1,5 @@
-//! Diverse beam search: groups of beams choose one after the other, and the tokens of each group are penalized in later groups
-//! (Vijayakumar et al., "Diverse Beam Search", 2016; `num_beam_groups` of transformers 4).
+//! Diverse beam search: groups of beams choose one after the other, and the tokens of each group are penalized in later
+//! groups (Vijayakumar et al., "Diverse Beam Search", 2016; `num_beam_groups` of transformers 4).
 
 use super::beam::{Beam, common_prefix};
 use super::{Candidate, Progress};

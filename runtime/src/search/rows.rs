@@ -1,5 +1,5 @@
-//! Targets that do not compete: one by greedy search, several by sampling, or several that start with the best first tokens. Each
-//! ends on its own, and ended targets are not part of further steps.
+//! Targets that do not compete: one by greedy search, several by sampling, or several that start with the best first
+//! tokens. Each ends on its own, and ended targets are not part of further steps.
 
 use super::{Candidate, Progress};
 use crate::hypothesis::{FinishReason, Hypothesis};

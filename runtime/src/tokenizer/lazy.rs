@@ -1,5 +1,5 @@
-//! `LazyTokenizer`: the tokenizer of a model folder, loaded on first use. A model works without one on token ids alone, so a
-//! missing or unusable `tokenizer.json` is an error of the calls that need text, and every one of them reports it.
+//! `LazyTokenizer`: the tokenizer of a model folder, loaded on first use. A model works without one on token ids alone,
+//! so a missing or unusable `tokenizer.json` is an error of the calls that need text, and every one of them reports it.
 
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;

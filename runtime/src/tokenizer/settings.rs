@@ -1,10 +1,11 @@
-//! `Settings`: the special and added tokens that the files beside a `tokenizer.json` name, read as transformers' `AutoTokenizer` reads
-//! them: `tokenizer_config.json`, and the older `special_tokens_map.json` and `added_tokens.json`.
+//! `Settings`: the special and added tokens that the files beside a `tokenizer.json` name, read as transformers'
+//! `AutoTokenizer` reads them: `tokenizer_config.json`, and the older `special_tokens_map.json` and
+//! `added_tokens.json`.
 //!
 //! # Design
 //! Follows transformers 5.24: `_from_pretrained` and `__init__` of `tokenization_utils_base.py`, and `__init__` of
-//! `tokenization_utils_tokenizers.py`. With a `tokenizer.json` these ignore `add_bos_token`, `add_eos_token`, `add_prefix_space`,
-//! lengths and sides.
+//! `tokenization_utils_tokenizers.py`. With a `tokenizer.json` these ignore `add_bos_token`, `add_eos_token`,
+//! `add_prefix_space`, lengths and sides.
 
 use std::collections::BTreeMap;
 use std::fs;

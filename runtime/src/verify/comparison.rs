@@ -1,5 +1,5 @@
-//! Compares two models of one checkpoint, for example with a quantized one: their hidden states of the same sources, and their logits
-//! at every position of the other model's greedy targets.
+//! Compares two models of one checkpoint, for example with a quantized one: their hidden states of the same sources,
+//! and their logits at every position of the other model's greedy targets.
 
 use ndarray::{Array3, Axis};
 
