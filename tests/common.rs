@@ -40,7 +40,7 @@ impl Hold {
     /// A request each of whose sources is held when so many tokens of its target are there.
     pub fn at(&self, tokens: usize, mut request: Request) -> Request {
         let held = self.0.clone();
-        request.options.logits_processor.push(LogitsProcessor::new(move |place, _| {
+        request.config.logits_processor.push(LogitsProcessor::new(move |place, _| {
             if place.history.len() == place.prompt_len + tokens {
                 let (held, changed) = &*held;
                 let mut held = held.lock().expect("no panic");

@@ -42,7 +42,7 @@ fn request(model: &Model, sources: usize, steps: usize, beams: usize) -> Request
 }
 
 fn alone(model: &Model, request: &Request) -> Vec<Vec<Hypothesis>> {
-    model.generate_batch(&request.batch, &request.options, Controls::default()).expect("generates")
+    model.generate_batch(&request.batch, &request.config, Controls::default()).expect("generates")
 }
 
 fn tokens(rows: &[Vec<Hypothesis>]) -> Vec<&[i64]> {
@@ -241,7 +241,7 @@ fn answers_around_a_lost_file(target: Target) -> [Option<Vec<Vec<i64>>>; 2] {
     let model = Model::open_with(folder.path(), &options).expect("the model opens");
     let wanted = request(&model, 2, 12, 2);
     let answer = || {
-        let found = model.generate_batch(&wanted.batch, &wanted.options, Controls::default());
+        let found = model.generate_batch(&wanted.batch, &wanted.config, Controls::default());
         found.ok().map(|rows| tokens(&rows).into_iter().map(<[i64]>::to_vec).collect())
     };
     let before = answer();

@@ -248,8 +248,8 @@ fn short(model: &Model) -> Request {
     Request::new(Batch::padded(&[[8, 9]], 0).expect("well-formed"), options)
 }
 
-fn alone(model: &Model, Request { batch, options, .. }: &Request) -> Vec<Vec<Hypothesis>> {
-    model.generate_batch(batch, options, Controls::default()).expect("generates")
+fn alone(model: &Model, Request { batch, config, .. }: &Request) -> Vec<Vec<Hypothesis>> {
+    model.generate_batch(batch, config, Controls::default()).expect("generates")
 }
 
 #[test]
@@ -315,7 +315,7 @@ fn requests_end_when_they_are_cancelled_or_late_and_others_go_on() {
         // One that passes on the way, at whatever step: a step takes until then at least.
         let deadline = Instant::now() + Duration::from_millis(50);
         let mut slow = short(&model).deadline(deadline);
-        slow.options.logits_processor.push(LogitsProcessor::new(move |_, _| {
+        slow.config.logits_processor.push(LogitsProcessor::new(move |_, _| {
             thread::sleep(deadline.saturating_duration_since(Instant::now()));
         }));
         assert!(matches!(engine.submit(slow).expect("taken").wait(), Err(Error::Deadline)));
@@ -410,7 +410,7 @@ fn memory_is_never_planned_beyond_its_limit() {
         hold.wait_for(1);
         let submit = |mut request: Request| {
             let (own, seen) = (Arc::downgrade(&engine), seen.clone());
-            request.options.logits_processor.push(LogitsProcessor::new(move |_, _| {
+            request.config.logits_processor.push(LogitsProcessor::new(move |_, _| {
                 let Some(engine) = own.upgrade() else { return };
                 seen.lock().expect("no panic").push(engine.stats());
             }));
@@ -435,7 +435,7 @@ fn a_function_that_panics_ends_its_own_request() {
     let model = open(Target::Cpu);
     let engine = Engine::new(model.clone(), EngineOptions::default()).expect("an engine");
     let mut panicking = short(&model);
-    panicking.options.logits_processor = vec![LogitsProcessor::new(|place, _| assert!(place.history.len() < 3))];
+    panicking.config.logits_processor = vec![LogitsProcessor::new(|place, _| assert!(place.history.len() < 3))];
     let (panicking, other) = (engine.submit(panicking).expect("taken"), engine.submit(short(&model)).expect("taken"));
     assert!(matches!(panicking.wait(), Err(Error::Panicked { row: 0 })));
     check_same("beside", &other.wait().expect("generates"), &alone(&model, &short(&model)));
@@ -448,7 +448,7 @@ fn a_function_on_the_engines_thread_cannot_wait_for_it() {
     let told = Arc::new(Mutex::new(Vec::new()));
     let (own, tell) = (Arc::downgrade(&engine), told.clone());
     let mut request = short(&model);
-    request.options.logits_processor = vec![LogitsProcessor::new(move |_, _| {
+    request.config.logits_processor = vec![LogitsProcessor::new(move |_, _| {
         let Some(engine) = own.upgrade() else { return };
         let mut told = tell.lock().expect("no panic");
         told.extend([engine.drain(), engine.shutdown()].map(|result| result.expect_err("refused").to_string()));

@@ -130,15 +130,15 @@ pub struct Request {
     /// The sources, which are admitted one by one.
     pub batch: Batch,
     /// How their targets are generated. The clock of `max_time` starts when the first source is admitted.
-    pub options: GenerationConfig,
+    pub config: GenerationConfig,
     /// When the request ends with [`Error::Deadline`] if it is not done, waiting or in flight.
     pub deadline: Option<Instant>,
 }
 
 impl Request {
     /// A request without a deadline.
-    pub fn new(batch: Batch, options: GenerationConfig) -> Request {
-        Request { batch, options, deadline: None }
+    pub fn new(batch: Batch, config: GenerationConfig) -> Request {
+        Request { batch, config, deadline: None }
     }
 
     /// Sets [`Request::deadline`].
@@ -269,9 +269,9 @@ impl Engine {
     /// whose deadline has passed is accepted and ends with [`Error::Deadline`].
     pub fn submit(&self, request: Request) -> Result<Generation, Error> {
         self.shared.check_process()?;
-        let Request { batch, options, deadline } = request;
+        let Request { batch, config, deadline } = request;
         let cancel = deadline.map_or_else(Cancellation::new, Cancellation::until);
-        let call = Call::new(&self.shared.copies[0].model, &batch, &options, &cancel)?;
+        let call = Call::new(&self.shared.copies[0].model, &batch, &config, &cancel)?;
         for row in 0..call.batch.rows() {
             self.shared.memory.check(&Footprint::of(&call, row), &self.shared.options)?;
         }
