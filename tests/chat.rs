@@ -120,7 +120,7 @@ fn a_template_may_stand_in_a_file_of_its_own() {
     let folder = tempfile::tempdir().expect("a temporary folder can be made");
     let at = |name: &str| folder.path().join(name);
     let messages = [json!({"role": "user", "content": "hi"})];
-    let error = ChatTemplate::open(folder.path()).err().expect("there is none").to_string();
+    let error = ChatTemplate::open(folder.path()).expect_err("there is none").to_string();
     assert!(error.contains("tokenizer_config.json: chat_template: expected a template"), "{error}");
 
     let several = json!([{"name": "rag", "template": "no"}, {"name": "default", "template": "several"}]);
@@ -141,7 +141,7 @@ fn a_template_may_stand_in_a_file_of_its_own() {
     fs::write(at("additional_chat_templates/default.jinja"), "of the folder").expect("written");
     assert_eq!(apply(), "of the folder");
     fs::write(at("chat_template.jinja"), "{% if %}").expect("written");
-    let error = ChatTemplate::open(folder.path()).err().expect("malformed").to_string();
+    let error = ChatTemplate::open(folder.path()).expect_err("malformed").to_string();
     assert!(error.contains("chat_template.jinja: chat_template: ") && error.contains("line 1"), "{error}");
 }
 

@@ -175,7 +175,7 @@ fn several_devices_answer_in_order_what_one_answers() {
     let model = demo();
     let model = model.to_str().expect("temporary paths are UTF-8");
     for (arguments, code, word) in [
-        (&["generate", model, "--jsonl", "--device", "0,1"][..], 2, "found cpu with device 1"),
+        (&["generate", model, "--jsonl", "--device", "0,1"][..], 2, "--device 1 requires a provider with devices"),
         (&["generate", model, "--device", "0,0", "text"], 2, "--device: expected one number, found 2"),
         (
             &["generate", model, "--jsonl", "--device", "0,0", "--max-batch-tokens", "9"],

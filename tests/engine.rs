@@ -345,14 +345,14 @@ fn what_cannot_be_taken_is_refused_with_the_figures() {
     let engine = Engine::new(model.clone(), options_of(1, usize::MAX, 9)).expect("an engine");
     assert_eq!(
         refused(&engine, short(&model)),
-        "the request needs 2 target rows (num_beams or num_return_sequences), more than the 1 there may be"
+        "the request needs 2 target rows (num_beams or num_return_sequences), more than the 1 of the engine"
     );
     let engine = Engine::new(model.clone(), options_of(9, bytes(2, 64, 2), 9)).expect("an engine");
     let needed = bytes(1, 512, 3);
     let limit = bytes(2, 64, 2);
     assert_eq!(
         refused(&engine, long(&model)),
-        format!("the request needs {needed} bytes of keys, values and logits, more than the {limit} there may be")
+        format!("the request needs {needed} bytes of keys, values and logits, more than the {limit} of the engine")
     );
     check_same(
         "it fits exactly",

@@ -145,11 +145,11 @@ fn an_engine_holds_to_the_plan_too() {
         let four = Request::new(batch(&[3]), options(&planned, &json!({"max_new_tokens": 4, "num_beams": 4})));
         let error = engine.submit(four).expect_err("more than the batch").to_string();
         assert!(
-            error.contains("needs 4 target rows") && error.contains("--plan's batch") && error.contains("the 3"),
+            error.contains("needs 4 target rows") && error.contains("serving plan's batch") && error.contains("the 3"),
             "{error}"
         );
         let long = Request::new(batch(&[33]), options(&planned, &json!({"max_new_tokens": 4})));
-        assert!(engine.submit(long).expect_err("too long").to_string().contains("--plan source=8..32"));
+        assert!(engine.submit(long).expect_err("too long").to_string().contains("the plan source=8..32"));
     }
 }
 
@@ -199,14 +199,14 @@ fn what_is_beyond_a_plan_is_refused_before_anything_runs() {
         assert!(matches!(generate(&planned, &batch(&[32; 9]), &json!({"max_new_tokens": 4})), Err(Error::Cancelled)));
 
         let error = told(planned.encode(&batch(&[33]), &stopped).map(drop));
-        assert!(error.contains("--plan source=8..32"), "{error}");
+        assert!(error.contains("the plan source=8..32"), "{error}");
         let error = told(planned.score(&batch(&[33]), &[vec![5]], 0, &stopped).map(drop));
-        assert!(error.contains("--plan source=8..32"), "{error}");
+        assert!(error.contains("the plan source=8..32"), "{error}");
         let error = told(planned.score(&batch(&[3]), &[vec![5; 24]], 0, &stopped).map(drop));
         assert!(error.contains("at most 24 target tokens"), "{error}");
         let long = batch(&[3]).with_decoder_input_ids(&[[5, 6, 7, 8]]).expect("valid");
         let error = told(planned.score(&long, &[vec![5]], 0, &stopped).map(drop));
-        assert!(error.contains("--plan prompt=1..3"), "{error}");
+        assert!(error.contains("the plan prompt=1..3"), "{error}");
     }
     for (capacity, expected) in
         [(None, "(got 1)"), (Some(24), "requires a serving plan with steps of at least 4 tokens (got 3)")]

@@ -136,7 +136,7 @@ fn engines_are_built_of_a_plan_and_by_who_builds_them() {
     let export = Export::default().target(Target::TensorRt).dtype(DType::BFloat16);
     let model = exported_as("tiny-balanced", "tensorrt-unplanned", export);
     let model = model.to_str().expect("temporary paths are UTF-8");
-    for (provider, word) in [("cpu", "tensorrt or nv-tensorrt-rtx"), ("tensorrt", "--plan")] {
+    for (provider, word) in [("cpu", "tensorrt or nv-tensorrt-rtx"), ("tensorrt", "serving plan")] {
         let output = run("t5gemma", ["build-engines", model, "--provider", provider], "");
         assert_eq!(output.status.code(), Some(1), "{provider}");
         let error = String::from_utf8_lossy(&output.stderr);

@@ -321,7 +321,7 @@ fn a_model_is_told_from_what_it_was_not_exported_for() {
             "generate",
             &features_model,
             vec!["text"],
-            "export the checkpoint with --task text2text-generation), found feature-extraction",
+            "export the checkpoint for the task text2text-generation), found feature-extraction",
         ),
         ("verify", &classifier, vec![], "task: expected text2text-generation"),
         ("classify", &features_model, vec!["text"], "task: expected text-classification"),

@@ -108,7 +108,7 @@ fn tokenizers_that_their_library_cannot_take_are_errors() {
         Tokenizer::open(&path)
     };
     let prefixed = open(&|it| it["model"]["continuing_subword_prefix"] = "######".into());
-    let error = prefixed.err().expect("refused").to_string();
+    let error = prefixed.expect_err("refused").to_string();
     assert!(error.contains("tokenizer.json: the library tokenizers cannot take it"), "{error}");
 
     let without = open(&|it| it["post_processor"]["special_tokens"] = json!({})).expect("opens");
@@ -126,7 +126,7 @@ fn tokenizers_that_their_library_cannot_take_are_errors() {
     fs::write(folder.path().join("tokenizer_config.json"), cleaned.to_string()).expect("written");
     open(&|_| ()).expect("not of BPE");
     let words = json!({"type": "WordLevel", "vocab": {"a": 0, "<unk>": 1}, "unk_token": "<unk>"});
-    let error = open(&|it| it["model"] = words.clone()).err().expect("refused").to_string();
+    let error = open(&|it| it["model"] = words.clone()).expect_err("refused").to_string();
     assert!(error.contains("tokenizer_config.json: clean_up_tokenization_spaces: expected false"), "{error}");
 }
 
@@ -159,7 +159,7 @@ fn a_byte_order_mark_and_zero_bytes_are_no_trouble() {
 #[test]
 fn a_folder_with_sentencepiece_alone_says_what_to_do() {
     let folder = tempfile::tempdir().expect("a temporary folder can be made");
-    let error = |path: &Path| Tokenizer::open(path).err().expect("there is none").to_string();
+    let error = |path: &Path| Tokenizer::open(path).expect_err("there is none").to_string();
     let path = folder.path().join("tokenizer.json");
     assert!(!error(&path).contains("tokenizer.model"), "{}", error(&path));
     fs::write(folder.path().join("tokenizer.model"), "\n").expect("written");

@@ -50,10 +50,10 @@ pub fn build_engines(
     let files = EngineFiles::new(&folder, options.engines_beside(&folder.path));
     let engines = files.folder.join(ENGINES);
     if existing == ExistingEngines::Replace && engines.is_dir() {
-        fs::remove_dir_all(&engines).map_err(Error::file(&engines))?;
+        fs::remove_dir_all(&engines).map_err(Error::writing(&engines))?;
     }
     let mut opener = Opener::new(&folder, options)?;
-    fs::create_dir_all(&engines).map_err(Error::file(&engines))?;
+    fs::create_dir_all(&engines).map_err(Error::writing(&engines))?;
     for part in folder.manifest.parts() {
         on_graph(part.name);
         drop(opener.open(part.name, &part.ports)?);

@@ -15,6 +15,7 @@ use crate::model::Model;
 use crate::options::GenerationConfig;
 
 /// Collects activation ranges, source by source.
+#[derive(Debug)]
 pub struct Calibration<'m> {
     observed: Observed<'m>,
     /// For each matrix the largest absolute activation in each source.
@@ -23,6 +24,7 @@ pub struct Calibration<'m> {
 }
 
 /// What is calibrated.
+#[derive(Debug)]
 enum Observed<'m> {
     Model(&'m Model),
     Encoder(&'m Encoder),
@@ -103,7 +105,7 @@ fn check(manifest: &Manifest, folder: &Path) -> Result<(), Error> {
     }
     Err(Error::Unsupported {
         what: format!("{}: its graphs do not return activation ranges", folder.display()),
-        remedy: "export the model with --observe".into(),
+        remedy: "export the model with observe".into(),
     })
 }
 

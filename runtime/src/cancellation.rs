@@ -224,12 +224,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn it_is_shared_between_threads() {
-        fn check<T: Send + Sync>() {}
-        check::<Cancellation>();
-    }
-
-    #[test]
     fn every_check_reports_why_it_has_ended() {
         let now = Instant::now();
         let later = now + Duration::from_secs(3600);

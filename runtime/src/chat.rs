@@ -18,10 +18,11 @@ use minijinja_contrib::{filters, globals};
 use serde_json::{Map, Value as Json};
 
 use crate::error::Error;
-use crate::foreign;
+use crate::panics;
 use crate::tokenizer::{Settings, read_text};
 
 /// A checkpoint's chat template.
+#[derive(Debug)]
 pub struct ChatTemplate {
     environment: Environment<'static>,
     /// The names and texts of the named special tokens, such as `bos_token`.
@@ -89,7 +90,7 @@ impl ChatTemplate {
     fn parse(source: &str, settings: &Settings, path: PathBuf) -> Result<ChatTemplate, Error> {
         let wrong = |problem: String| Error::File { path: path.clone(), problem: format!("chat_template: {problem}") };
         let source = source::prepared(source).map_err(wrong)?;
-        let parsed = on_large_stack(|| foreign::call(LIBRARY, || environment(source)).flatten()).flatten();
+        let parsed = on_large_stack(|| panics::catch(LIBRARY, || environment(source)).flatten()).flatten();
         let named = settings.named.iter();
         let special_tokens = named.map(|(name, token)| (name.clone(), token.content.clone())).collect();
         Ok(ChatTemplate { environment: parsed.map_err(wrong)?, special_tokens, path })
@@ -117,7 +118,7 @@ impl ChatTemplate {
         context.extend(self.special_tokens.iter().map(|(name, text)| (name.as_str(), Value::from(text.as_str()))));
         let template = self.environment.get_template(NAME).expect("`environment` adds it");
         let render = || template.render(Value::from_pairs(context)).map_err(|error| described(&error));
-        on_large_stack(|| foreign::call(LIBRARY, render).flatten()).flatten().map_err(|found| {
+        on_large_stack(|| panics::catch(LIBRARY, render).flatten()).flatten().map_err(|found| {
             let expected = format!("a conversation that the template of {} takes", self.path.display());
             Error::input("messages", expected, found)
         })

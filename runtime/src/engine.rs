@@ -386,17 +386,3 @@ impl Drop for Engine {
         }
     }
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_engine_is_shared_and_its_generations_travel_between_threads() {
-        fn check_shared<T: Send + Sync>() {}
-        fn check_sent<T: Send>() {}
-        check_shared::<Engine>();
-        check_shared::<Canceller>();
-        check_sent::<Generation>();
-    }
-}

@@ -39,7 +39,7 @@ impl<'a> EngineFiles<'a> {
             return Ok(None);
         }
         let stamp = engine.with_extension("plan.stamp");
-        let found = fs::read_to_string(&stamp).map_err(Error::file(&stamp))?;
+        let found = fs::read_to_string(&stamp).map_err(Error::reading(&stamp))?;
         let expected = format!("graph {}, weights {}", record.record.sha256, self.model.manifest.weights.record.sha256);
         let refused = |expected: String, found: &str| {
             let expected = format!("{expected} (build it with build_engines.sh --force, or remove it)");
@@ -55,8 +55,8 @@ impl<'a> EngineFiles<'a> {
         // A wrapper in another folder has to be a copy of the model's.
         let (name, wrapper) = (format!("{stem}_ctx.onnx"), self.folder.join(format!("{stem}_ctx.onnx")));
         if self.folder != self.model.path {
-            let [own, copy] =
-                [self.model.path.join(&name), wrapper.clone()].map(|path| fs::read(&path).map_err(Error::file(&path)));
+            let [own, copy] = [self.model.path.join(&name), wrapper.clone()]
+                .map(|path| fs::read(&path).map_err(Error::reading(&path)));
             if own? != copy? {
                 return Err(refused(format!("a copy of the model's {name} beside it"), "another file"));
             }
@@ -80,9 +80,9 @@ impl<'a> EngineFiles<'a> {
     /// Writes the stamp of the engines that the provider has cached.
     pub fn write_cache_stamp(&self, provider: Provider) -> Result<(), Error> {
         let engines = self.folder.join(ENGINES);
-        fs::create_dir_all(&engines).map_err(Error::file(&engines))?;
+        fs::create_dir_all(&engines).map_err(Error::writing(&engines))?;
         let path = engines.join(CACHE_STAMP);
-        fs::write(&path, self.cache_stamp(provider)).map_err(Error::file(&path))
+        fs::write(&path, self.cache_stamp(provider)).map_err(Error::writing(&path))
     }
 
     /// What the cached engines are built from, and by which library.

@@ -1,41 +1,55 @@
-//! `Error`: everything that can go wrong between a model folder and its answers. Each variant names the file, field, port
-//! or row, what was expected and what was found, so that a caller can act on it without reading code.
+//! `Error`: everything that can go wrong between a model folder and its results. Each variant names the file, field, port or row, what
+//! was expected and what was found, so that a caller can act on it without reading code.
 
 use std::ffi::OsStr;
 use std::fmt;
+use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use t5gemma_graphs::config::ConfigError;
+use t5gemma_graphs::interface::DType;
 use t5gemma_graphs::manifest::KEPT_TOKENS;
 
 use crate::options::OptionError;
 use crate::scores::InvalidScores;
 
-/// What the runtime reports instead of an answer.
+/// What the runtime returns instead of a result.
+///
+/// `Display` writes one line. It leaves out a [`source`](std::error::Error::source), which [`Error::Io`] has.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum Error {
-    /// No usable ONNX Runtime library: what is wrong, and on a second line how to get one.
+    /// No usable ONNX Runtime library.
     Library {
-        /// Where was looked and what was found there.
+        /// Where it was searched for and what was found there.
         problem: String,
-        /// The commands that bring a usable library.
+        /// How to install a usable library.
         remedy: String,
     },
-    /// A file that cannot be read, or is not of its kind.
+    /// A file or folder that cannot be read or written.
+    Io {
+        /// The file or folder.
+        path: PathBuf,
+        /// What failed: `cannot be read` or `cannot be written`.
+        failure: &'static str,
+        /// The system's error.
+        source: Arc<io::Error>,
+    },
+    /// A file with other contents than expected.
     File {
         /// The file.
         path: PathBuf,
-        /// The system's or the parser's words.
+        /// What is wrong with it.
         problem: String,
     },
-    /// A model folder whose parts do not agree with its manifest.
+    /// A model folder that does not agree with its manifest.
     Folder {
         /// The file.
         path: PathBuf,
-        /// What of the file: `size`, `sha256`, or a field of the manifest.
+        /// The property of the file, such as `size` or `sha256`, or a field of the manifest.
         field: String,
-        /// What the manifest or this runtime asks for.
+        /// What the manifest or this runtime requires.
         expected: String,
         /// What is there.
         found: String,
@@ -44,28 +58,28 @@ pub enum Error {
     Config {
         /// The file.
         path: PathBuf,
-        /// The field.
+        /// The field at fault.
         error: ConfigError,
     },
-    /// A `generation_config.json` with an option that cannot be taken as it is.
+    /// A `generation_config.json` with an option that is refused.
     GenerationConfig {
         /// The file.
         path: PathBuf,
-        /// The option.
+        /// The option at fault.
         error: OptionError,
     },
     /// A graph whose inputs or outputs are not those of its configuration.
     Interface {
         /// The graph's file.
         path: PathBuf,
-        /// The first port that differs, such as `input 2`.
+        /// The first one that differs, such as `input 2`.
         port: String,
-        /// The port that the configuration asks for.
+        /// The port that the configuration implies.
         expected: String,
         /// The port of the graph.
         found: String,
     },
-    /// A model that is well-formed but that this machine's ONNX Runtime cannot run.
+    /// A valid request that this machine, this build or this model cannot serve.
     Unsupported {
         /// What is not supported.
         what: String,
@@ -78,10 +92,10 @@ pub enum Error {
     OnnxRuntime {
         /// What was being done.
         during: String,
-        /// Its own words.
+        /// Its message.
         message: String,
     },
-    /// A request's tokens, mask or lengths are not acceptable.
+    /// A part of a request, or an option of opening, has a value that is refused.
     Input {
         /// The field, with the row and position where there is one.
         field: String,
@@ -90,7 +104,7 @@ pub enum Error {
         /// What was given.
         found: String,
     },
-    /// An option of opening or a part of a request requires something else.
+    /// A part of a request, or an option of opening, requires something else.
     Requires {
         /// The field.
         field: String,
@@ -99,69 +113,70 @@ pub enum Error {
         /// What it requires.
         requirement: String,
     },
-    /// A generation option is not acceptable.
+    /// A generation option is refused.
     Options(OptionError),
-    /// Text was given or asked for and the folder's tokenizer cannot serve it.
+    /// A call needs a tokenizer, and the folder has no usable one.
     Tokenizer {
         /// The file.
         path: PathBuf,
         /// What is wrong.
         problem: String,
     },
-    /// The model computed a NaN or an infinity, or a logits processor of the caller's wrote scores that no token can be chosen by.
+    /// The model computed a NaN or an infinity, or a logits processor of the caller wrote scores by which no token can be chosen.
     NotFinite {
         /// The source row.
         row: usize,
         /// The step, 0 for the first token.
         step: usize,
         /// The model's element type, which decides what helps.
-        dtype: t5gemma_graphs::interface::DType,
-        /// The processor and what it wrote, if it was not the model.
+        dtype: DType,
+        /// The processor at fault and what it wrote; `None` if it is the model.
         processor: Option<InvalidScores>,
     },
-    /// A constraint that cannot be followed: a grammar became too complex, or `prefix_allowed_tokens` returned what it may not.
+    /// A constraint that cannot be followed: a grammar became too complex, or `prefix_allowed_tokens` returned invalid tokens.
     Constraint {
         /// The source row.
         row: usize,
-        /// The grammar's own words, or what was returned.
+        /// The grammar's error, or what was returned.
         problem: String,
     },
-    /// A function of the caller's (a logits processor, allowed tokens) panicked.
+    /// A function of the caller (a logits processor, `prefix_allowed_tokens`) panicked.
     Panicked {
         /// The source row.
         row: usize,
     },
-    /// A request that an [`Engine`](crate::Engine) can never hold, whatever else it does.
+    /// A request that an [`Engine`](crate::Engine) can never hold.
     TooLarge {
-        /// What there is too much of.
+        /// The resource.
         what: &'static str,
         /// How much the request needs.
         needed: usize,
-        /// How much there is in all.
+        /// How much the engine has.
         limit: usize,
     },
-    /// An [`Engine`](crate::Engine) with as many requests waiting as it may have.
+    /// An [`Engine`](crate::Engine) whose queue is full.
     Busy {
-        /// The requests that wait.
+        /// The number of waiting requests.
         waiting: usize,
     },
-    /// An [`Engine`](crate::Engine) that takes no more requests.
+    /// An [`Engine`](crate::Engine) that accepts no more requests.
     Closed,
-    /// An [`Engine`](crate::Engine), or a request of one, in a process that was forked from the engine's.
+    /// An [`Engine`](crate::Engine), or a request of one, in a process forked from the engine's.
     Forked {
         /// The process that has the engine's threads.
         process: u32,
     },
     /// The request's deadline passed before it was done.
     Deadline,
-    /// The caller asked to stop.
+    /// The caller cancelled the call.
     Cancelled,
 }
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Error::Library { problem, remedy } => write!(f, "{problem}\n{remedy}"),
+            Error::Library { problem, remedy } => write!(f, "{problem}; {remedy}"),
+            Error::Io { path, failure, .. } => write!(f, "{}: {failure}", path.display()),
             Error::File { path, problem } | Error::Tokenizer { path, problem } => {
                 write!(f, "{}: {problem}", path.display())
             }
@@ -183,21 +198,21 @@ impl fmt::Display for Error {
             Error::NotFinite { row, step, processor: Some(fault), .. } => write!(f, "row {row}, step {step}: {fault}"),
             Error::NotFinite { row, step, dtype, processor: None } => {
                 write!(f, "row {row}, step {step}: the logits are not finite")?;
-                if *dtype == t5gemma_graphs::interface::DType::Float16 {
-                    f.write_str("; float16 overflows above 65504, export with --dtype float32")?;
+                if *dtype == DType::Float16 {
+                    f.write_str("; float16 overflows above 65504, so export with dtype float32")?;
                 }
                 Ok(())
             }
             Error::Constraint { row, problem } => write!(f, "row {row}: the constraint cannot be followed: {problem}"),
             Error::Panicked { row } => write!(f, "row {row}: a function given with the options panicked"),
             Error::TooLarge { what, needed, limit } => {
-                write!(f, "the request needs {needed} {what}, more than the {limit} there may be")
+                write!(f, "the request needs {needed} {what}, more than the {limit} of the engine")
             }
             Error::Busy { waiting } => write!(f, "{waiting} requests are waiting already"),
-            Error::Closed => f.write_str("the engine takes no more requests"),
+            Error::Closed => f.write_str("the engine accepts no more requests"),
             Error::Forked { process } => write!(
                 f,
-                "the engine runs in process {process}, from which this process was forked without its threads; start an engine here"
+                "the engine's threads are in process {process}, from which this process was forked; start an engine in this process"
             ),
             Error::Deadline => f.write_str("the deadline has passed"),
             Error::Cancelled => f.write_str("cancelled"),
@@ -205,7 +220,7 @@ impl fmt::Display for Error {
     }
 }
 
-/// What to do about a file that is not the one that was exported.
+/// What to do about a file that is not the exported one.
 fn advice(path: &Path, field: &str) -> &'static str {
     let extension = path.extension().and_then(OsStr::to_str).unwrap_or_default();
     let of_graphs =
@@ -221,8 +236,14 @@ fn advice(path: &Path, field: &str) -> &'static str {
     }
 }
 
-/// Without a `source`: `Display` says all that there is to say.
-impl std::error::Error for Error {}
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            Error::Io { source, .. } => Some(&**source),
+            _ => None,
+        }
+    }
+}
 
 impl From<t5gemma_kernels::Error> for Error {
     fn from(error: t5gemma_kernels::Error) -> Error {
@@ -237,22 +258,27 @@ impl From<OptionError> for Error {
 }
 
 impl Error {
-    /// A failure of ONNX Runtime while doing something.
+    /// For `map_err` on ONNX Runtime's errors; `during` is what was being done.
     pub(crate) fn onnxruntime<R>(during: impl Into<String>) -> impl FnOnce(ort::Error<R>) -> Error {
         move |error| Error::OnnxRuntime { during: during.into(), message: error.message().to_string() }
     }
 
-    /// A file that could not be read.
-    pub(crate) fn file(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Error {
-        move |error| Error::File { path: path.into(), problem: error.to_string() }
+    /// For `map_err` on the system's errors in reading.
+    pub(crate) fn reading(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Error {
+        move |error| Error::Io { path: path.into(), failure: "cannot be read", source: Arc::new(error) }
     }
 
-    /// A part of a request that is not acceptable.
+    /// For `map_err` on the system's errors in writing.
+    pub(crate) fn writing(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Error {
+        move |error| Error::Io { path: path.into(), failure: "cannot be written", source: Arc::new(error) }
+    }
+
+    /// A value that is refused.
     pub(crate) fn input(field: impl Into<String>, expected: impl Into<String>, found: impl Into<String>) -> Error {
         Error::Input { field: field.into(), expected: expected.into(), found: found.into() }
     }
 
-    /// An option of opening or a part of a request that requires something else.
+    /// A value that requires something else.
     pub(crate) fn requires(
         field: impl Into<String>,
         value: impl Into<String>,

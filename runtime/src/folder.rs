@@ -1,5 +1,5 @@
-//! `Folder`: a model folder whose manifest has been read and whose files agree with it. Everything here happens before
-//! ONNX Runtime sees a byte, so that a truncated copy or a mix of two exports is an error about files, not a strange answer.
+//! `Folder`: a model folder whose files were checked against its manifest. This happens before ONNX Runtime reads a byte, so that a
+//! truncated copy or a mix of two exports is an error about files, not a wrong result.
 
 use std::borrow::Cow;
 use std::collections::HashSet;
@@ -25,10 +25,10 @@ use crate::profiles::{self, Profiles};
 use crate::tokenizer;
 use crate::vocabulary_subset::VocabularySubset;
 
-/// The model's own options for generation, the one file that is not sealed.
+/// The model's generation options: the one file that may differ from its hash.
 const GENERATION_CONFIG: &str = "generation_config.json";
 
-/// Weights up to this size are hashed in full on every opening; larger ones by samples unless asked.
+/// Weights up to this size are hashed as a whole on every opening; of larger files only samples, unless requested otherwise.
 const HASHED_IN_FULL: u64 = 64 << 20;
 
 /// How the weights file is opened.
@@ -40,21 +40,21 @@ pub(crate) struct WeightsAccess {
     pub read: bool,
 }
 
-/// A model folder, checked.
+/// A checked model folder.
 pub(crate) struct Folder {
     /// The folder.
     pub path: PathBuf,
-    /// What the exporter says of it.
+    /// Its manifest.
     pub manifest: Manifest,
-    /// The text of its `generation_config.json`, or else what its `config.json` has of that, if it has either.
+    /// The text of its `generation_config.json`, or the generation options of its configuration; `None` if it has neither.
     pub generation_config: Option<String>,
-    /// What is not as it was exported and yet accepted, in sentences.
+    /// Accepted differences from the export, as sentences.
     pub warnings: Vec<String>,
-    /// The tokens that the decoder graphs have logits of, if not of all.
+    /// The tokens that the decoder graphs have logits of; `None` for all.
     pub vocabulary_subset: Option<Arc<VocabularySubset>>,
-    /// The sizes that it was planned for, if it was.
+    /// The sizes of its serving plan, if it has one.
     pub profiles: Option<Profiles>,
-    /// The weights file, mapped once for all graphs.
+    /// The weights file, in memory once for all graphs.
     pub weights: Mmap,
 }
 
@@ -93,7 +93,7 @@ impl Folder {
         let generation_config = generation_config.or_else(|| {
             let facts = &manifest.facts;
             let mut of_config = facts.generation.clone();
-            // Unlike a generation_config.json that does not name one, a configuration has the end tokens of its own.
+            // A generation_config.json without end tokens means none; a configuration has end tokens of its own.
             if !of_config.is_empty() && !facts.tokens.eos.is_empty() {
                 of_config.entry("eos_token_id").or_insert_with(|| facts.tokens.eos.clone().into());
             }
@@ -105,14 +105,13 @@ impl Folder {
         Ok(Folder { path, manifest, generation_config, warnings, vocabulary_subset, profiles, weights: map })
     }
 
-    /// Checks what of a batch depends on the model: see [`Batch::check`], and that its sources are as long as was planned.
+    /// Checks a batch against the model: see [`Batch::check`], and the sizes of the serving plan.
     pub fn check(&self, batch: &Batch) -> Result<(), Error> {
         batch.check(&self.manifest.facts)?;
         self.profiles.as_ref().map_or(Ok(()), |profiles| profiles.check_source(batch.length()))
     }
 
-    /// A batch, or a piece of one, as the model's serving plan wants it: rows and tokens that nobody asked for stand behind
-    /// those that were.
+    /// A batch, or a piece of one, padded with rows and tokens to the least sizes of the serving plan.
     pub fn fit<'b>(&self, batch: &'b Batch) -> Cow<'b, Batch> {
         profiles::fit(self.profiles.as_ref(), batch, self.manifest.facts.tokens.pad.unwrap_or(0))
     }
@@ -128,16 +127,16 @@ impl Folder {
         &self.weights[tensor.offset as usize..][..tensor.bytes as usize]
     }
 
-    /// A graph by its name in [`interface::parts`], all of which opening has found.
+    /// A graph by its name; opening has found all graphs of the task.
     pub fn graph(&self, name: &str) -> &GraphRecord {
         &self.manifest.graphs[name]
     }
 }
 
-/// What the model in a folder is for, by its manifest alone.
+/// The task that the model in a folder was exported for. Reads the manifest only.
 ///
 /// # Errors
-/// A folder without a manifest, or with one that cannot be read.
+/// A missing or unusable manifest.
 pub fn task_of(folder: impl AsRef<Path>) -> Result<Task, Error> {
     Ok(read_manifest(folder.as_ref())?.task)
 }
@@ -146,7 +145,7 @@ pub fn task_of(folder: impl AsRef<Path>) -> Result<Task, Error> {
 pub(crate) fn other_task(folder: &Path, found: &Task, expected: &str) -> Error {
     let path: PathBuf = folder.join(MANIFEST);
     let name = expected.split([' ', ',']).next().unwrap_or(expected);
-    let expected = format!("{expected} (export the checkpoint with --task {name})");
+    let expected = format!("{expected} (export the checkpoint for the task {name})");
     Error::Folder { path, field: "task".into(), expected, found: found.name().into() }
 }
 
@@ -163,14 +162,11 @@ fn read_manifest(folder: &Path) -> Result<Manifest, Error> {
     if !path.exists() {
         let is_checkpoint =
             ["model.safetensors", "model.safetensors.index.json"].iter().any(|name| folder.join(name).exists());
-        let problem = match is_checkpoint {
-            true => {
-                let folder = folder.display();
-                format!(
-                    "no such file: {folder} is a checkpoint, of which `t5gemma-export {folder} MODEL` makes a model folder"
-                )
-            }
-            false => "no such file: not a model folder, which is what t5gemma-export makes of a checkpoint".into(),
+        let problem = if is_checkpoint {
+            let folder = folder.display();
+            format!("no such file: {folder} is a checkpoint; export it with `t5gemma-export {folder} MODEL`")
+        } else {
+            "no such file: this is not a model folder, which t5gemma-export makes of a checkpoint".into()
         };
         return Err(Error::File { path, problem });
     }
@@ -187,7 +183,7 @@ fn read_manifest(folder: &Path) -> Result<Manifest, Error> {
     })
 }
 
-/// The text of the file of the model's own options, which is made to be edited: it may have changed since the export, or be new.
+/// The text of `generation_config.json`, which is made to be edited: it may have changed since the export, or be new.
 fn generation_config(folder: &Path, manifest: &Manifest, warnings: &mut Vec<String>) -> Result<Option<String>, Error> {
     let path = folder.join(GENERATION_CONFIG);
     let record = manifest.files.get(GENERATION_CONFIG);
@@ -204,7 +200,7 @@ fn generation_config(folder: &Path, manifest: &Manifest, warnings: &mut Vec<Stri
     Ok(Some(text))
 }
 
-/// The tokens of a model that keeps only some, as many as the manifest says.
+/// The vocabulary subset of a model that was exported with one.
 fn vocabulary_subset(folder: &Path, manifest: &Manifest) -> Result<Option<VocabularySubset>, Error> {
     let Some(count) = manifest.kept_tokens else { return Ok(None) };
     let vocab_size = manifest.facts.decoder.vocab_size as i64;
@@ -216,13 +212,13 @@ fn vocabulary_subset(folder: &Path, manifest: &Manifest) -> Result<Option<Vocabu
         .map_err(|error| Error::File { path: path.clone(), problem: format!("expected an array of ids: {error}") })?;
     let is_within = tokens.iter().all(|token| (0..vocab_size).contains(token));
     if tokens.len() != count || !is_within || !tokens.windows(2).all(|pair| pair[0] < pair[1]) {
-        let expected = format!("{count} ids below {vocab_size}, ascending");
-        return Err(mismatch(path, "tokens", expected, format!("{} ids, not all of them so", tokens.len())));
+        let expected = format!("{count} token ids below {vocab_size} in ascending order");
+        return Err(mismatch(path, "tokens", expected, format!("{} ids that are not", tokens.len())));
     }
     Ok(Some(VocabularySubset::new(tokens)))
 }
 
-/// The path of a file of the folder. A manifest names files of its own folder only.
+/// The path of a file that the manifest names, which has to be directly in the folder.
 fn file_in(folder: &Path, name: &str) -> Result<PathBuf, Error> {
     let path = folder.join(name);
     match path.file_name() {
@@ -231,14 +227,15 @@ fn file_in(folder: &Path, name: &str) -> Result<PathBuf, Error> {
     }
 }
 
-/// Opens a file of the size that its record says.
+/// Opens a file and checks its size.
 fn open_sized(folder: &Path, name: &str, record: &FileRecord) -> Result<(PathBuf, File), Error> {
     let path = file_in(folder, name)?;
-    let file = File::open(&path).map_err(Error::file(&path))?;
-    let bytes = file.metadata().map_err(Error::file(&path))?.len();
-    match bytes == record.bytes {
-        true => Ok((path, file)),
-        false => Err(mismatch(path, "size", format!("{} bytes", record.bytes), format!("{bytes} bytes"))),
+    let file = File::open(&path).map_err(Error::reading(&path))?;
+    let bytes = file.metadata().map_err(Error::reading(&path))?.len();
+    if bytes == record.bytes {
+        Ok((path, file))
+    } else {
+        Err(mismatch(path, "size", format!("{} bytes", record.bytes), format!("{bytes} bytes")))
     }
 }
 
@@ -247,16 +244,13 @@ fn check_file(folder: &Path, name: &str, record: &FileRecord) -> Result<(), Erro
     let mut hash = Sha256::new();
     let mut block = vec![0; 1 << 16];
     loop {
-        match file.read(&mut block).map_err(Error::file(&path))? {
+        match file.read(&mut block).map_err(Error::reading(&path))? {
             0 => break,
             read => hash.update(&block[..read]),
         }
     }
     let found = hex::encode(hash.finalize());
-    match found == record.sha256 {
-        true => Ok(()),
-        false => Err(mismatch(path, "sha256", &record.sha256, found)),
-    }
+    if found == record.sha256 { Ok(()) } else { Err(mismatch(path, "sha256", &record.sha256, found)) }
 }
 
 fn weights_bytes(folder: &Path, name: &str, record: &FileRecord, access: WeightsAccess) -> Result<Mmap, Error> {
@@ -265,13 +259,13 @@ fn weights_bytes(folder: &Path, name: &str, record: &FileRecord, access: Weights
         let bytes = usize::try_from(record.bytes)
             .map_err(|error| Error::File { path: path.clone(), problem: error.to_string() })?;
         // Anonymous pages are aligned like those of a mapped file.
-        let mut memory = MmapMut::map_anon(bytes).map_err(Error::file(&path))?;
-        file.read_exact(&mut memory).map_err(Error::file(&path))?;
-        return memory.make_read_only().map_err(Error::file(&path));
+        let mut memory = MmapMut::map_anon(bytes).map_err(Error::reading(&path))?;
+        file.read_exact(&mut memory).map_err(Error::reading(&path))?;
+        return memory.make_read_only().map_err(Error::reading(&path));
     }
-    // SAFETY: the map is read-only and is only ever read as plain numbers, of which every bit pattern is valid. That no
-    // one truncates the file while the model is open is the one thing asked of the file system, as of any mapped library.
-    unsafe { Mmap::map(&file) }.map_err(Error::file(&path))
+    // SAFETY: the map is read-only, and is read only as numbers, for which every bit pattern is valid. That nobody truncates the file
+    // while the model is open is required of the file system, as for any mapped library; `OpenOptions::read_weights` does without.
+    unsafe { Mmap::map(&file) }.map_err(Error::reading(&path))
 }
 
 /// The hash that `WeightsRecord::sample_sha256` documents.
@@ -289,7 +283,7 @@ fn check_task(manifest_path: &Path, manifest: &Manifest) -> Result<(), Error> {
     let (task, facts) = (&manifest.task, &manifest.facts);
     match task {
         Task::TextClassification | Task::TokenClassification if facts.classifier.is_none() => {
-            let expected = format!("that of a model for {}", task.name());
+            let expected = format!("the labels of a model for {}", task.name());
             Err(mismatch(manifest_path.to_path_buf(), "facts.classifier", expected, "none"))
         }
         Task::FeatureExtraction(features)
@@ -303,7 +297,7 @@ fn check_task(manifest_path: &Path, manifest: &Manifest) -> Result<(), Error> {
     }
 }
 
-/// Checks that the manifest describes the inputs and outputs that its facts imply.
+/// Checks that the manifest records the inputs and outputs that its facts imply.
 fn check_ports(manifest_path: &Path, manifest: &Manifest) -> Result<(), Error> {
     for Part { name: graph, ports: expected, .. } in manifest.parts() {
         let Some(GraphRecord { ports: found, .. }) = manifest.graphs.get(graph) else {
@@ -325,8 +319,8 @@ fn check_ports(manifest_path: &Path, manifest: &Manifest) -> Result<(), Error> {
     Ok(())
 }
 
-/// Checks that every tensor lies within the file with the size of its shape and after the one before it, and that graphs
-/// name tensors that exist.
+/// Checks that every tensor is within the file, has the size of its shape and comes after the one before it, and that graphs name
+/// existing tensors.
 fn check_tensors(manifest_path: &Path, manifest: &Manifest) -> Result<(), Error> {
     let wrong = |field: String, expected: String, found: String| {
         Err(Error::Folder { path: manifest_path.to_path_buf(), field, expected, found })
@@ -441,7 +435,7 @@ mod tests {
     }
 
     #[test]
-    fn tensors_are_held_to_the_file() {
+    fn tensors_are_checked_against_the_file() {
         type Change = fn(&mut Manifest);
         let cases: [(&str, Change); 9] = [
             ("weights.tensors[\"b\"].same_bytes_as", |manifest| {

@@ -1,6 +1,7 @@
 //! `Model::generate_batch`: the loop in which model and search meet. It runs the model for all rows in flight, hands each row's logits to its
 //! item, and tells the state which rows go on. It knows neither tensors nor how a search decides.
 
+use std::fmt;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
@@ -66,6 +67,15 @@ pub struct Controls<'a> {
     pub streamer: Option<&'a mut dyn Streamer>,
     /// Ends the call from elsewhere, or at a deadline.
     pub cancellation: Option<&'a Cancellation>,
+}
+
+impl fmt::Debug for Controls<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Controls")
+            .field("has_streamer", &self.streamer.is_some())
+            .field("cancellation", &self.cancellation)
+            .finish()
+    }
 }
 
 impl<'a> Controls<'a> {

@@ -24,31 +24,59 @@
 //! | `cuda`, `tensorrt` | these providers; the latter includes the former |
 //!
 //! # Modules
-//! In reading order: `text` is the front door; `generate` is the loop for one call, `engine` that for many at once; `search` and `scores` decide on tokens from numbers alone;
-//! `constraint` limits what they may decide; `model` and `state` hold everything that is ONNX Runtime's, `encoder`
-//! and `classify` what models do besides generating; `folder` and `onnxruntime` are what opening checks first.
+//! Imports run one way, from the top of this list to its foot:
+//!
+//! - `text` is the front door; `generate` and `score` are the loops for one call, `engine` is the one for many at once, `encoder` and
+//!   `classify` are for models that do not generate
+//! - `item` is one source in progress: `search`, `scores` and `constraint` decide on its tokens from numbers alone, and
+//!   `cross_attention` and `logprobs` keep what a hypothesis may come with
+//! - `model` runs the graphs, `state` keeps keys and values between steps, `session` opens graphs on a `provider` over one copy of the
+//!   `weights`
+//! - `folder` and `onnxruntime` are what opening checks first; `options`, `limits`, `device`, `hypothesis` and `error` are plain values
 
-mod build_engines;
-mod device;
-mod engine_files;
-mod identity_model;
-pub mod log;
-pub mod onnxruntime;
-mod provider;
-mod telemetry;
+#![warn(missing_debug_implementations)]
 
-mod cancellation;
+mod text;
+
+mod engine;
+mod generate;
+mod score;
+mod warm_up;
+
 mod classify;
 mod encoder;
-mod encoder_cache;
-mod folder;
-mod limits;
+
+mod calibrate;
+pub mod verify;
+
+mod item;
+mod memory;
+
+mod constraint;
+mod cross_attention;
+mod logprobs;
+pub mod scores;
+pub mod search;
+mod speculation;
+mod stop;
+mod target_tree;
+
 mod model;
-mod profiles;
+
+mod encoder_cache;
 mod ragged_batch;
-mod session;
 mod state;
 mod step_output;
+
+mod build_engines;
+mod engine_files;
+mod folder;
+mod identity_model;
+pub mod onnxruntime;
+mod profiles;
+mod provider;
+mod session;
+mod telemetry;
 mod weights;
 
 #[cfg(feature = "chat")]
@@ -56,36 +84,20 @@ mod chat;
 #[cfg(not(feature = "chat"))]
 #[path = "chat/disabled.rs"]
 mod chat;
-mod foreign;
+mod panics;
 mod shortlist;
 mod tokenizer;
 
 mod batch;
-mod constraint;
+mod cancellation;
+mod device;
 mod draws;
-pub mod options;
-pub mod scores;
-pub mod search;
-mod speculation;
-mod vocabulary_subset;
-
-mod calibrate;
-mod engine;
-mod generate;
-mod hypothesis;
-mod item;
-mod memory;
-mod score;
-mod stop;
-mod target_tree;
-mod text;
-
-mod cross_attention;
-mod logprobs;
-pub mod verify;
-mod warm_up;
-
 mod error;
+mod hypothesis;
+mod limits;
+pub mod log;
+pub mod options;
+mod vocabulary_subset;
 
 pub use batch::Batch;
 pub use build_engines::{ExistingEngines, build_engines};
@@ -99,7 +111,6 @@ pub use encoder::Encoder;
 pub use engine::{Canceller, Engine, EngineOptions, EngineStats, Event, Generation, PollResult, Request};
 pub use error::Error;
 pub use folder::task_of;
-pub use foreign::silence_caught_panics;
 pub use generate::{Controls, Streamer};
 pub use hypothesis::{CrossAttentions, FinishReason, Hypothesis, Logprobs};
 pub use limits::Limits;
@@ -108,6 +119,7 @@ pub use options::{
     EarlyStopping, ExponentialDecay, GenerationConfig, GenerationOptions, LogitsProcessor, OptionError, OptionProblem,
     Position, PrefixAllowedTokens, Sequence, SequenceBias,
 };
+pub use panics::silence_caught_panics;
 pub use provider::{Fallback, ProviderProbe, probe_providers};
 pub use score::TargetScore;
 pub use session::{DEFAULT_ENCODER_CACHE_BYTES, OpenOptions};
@@ -120,3 +132,37 @@ pub use t5gemma_kernels::instructions;
 pub use text::Generated;
 pub use tokenizer::{SpecialTokens, TextStream, Tokenizer};
 pub use warm_up::WarmUpShape;
+
+// Of these crates there are types in public signatures.
+pub use {ndarray, serde_json};
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn handles_are_shared_between_threads() {
+        fn is_shared<T: Send + Sync + std::fmt::Debug>() {}
+        is_shared::<Model>();
+        is_shared::<Encoder>();
+        is_shared::<Engine>();
+        is_shared::<Canceller>();
+        is_shared::<Cancellation>();
+        is_shared::<Tokenizer>();
+        is_shared::<ChatTemplate>();
+        is_shared::<Batch>();
+        is_shared::<GenerationConfig>();
+        is_shared::<GenerationOptions>();
+        is_shared::<OpenOptions>();
+        is_shared::<Request>();
+        is_shared::<Error>();
+    }
+
+    #[test]
+    fn generations_and_streams_are_sent_between_threads() {
+        fn is_sent<T: Send + std::fmt::Debug>() {}
+        is_sent::<Generation>();
+        is_sent::<TextStream>();
+        is_sent::<Event>();
+    }
+}

@@ -319,12 +319,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_model_is_shared_between_threads() {
-        fn check<T: Send + Sync>() {}
-        check::<Model>();
-    }
-
-    #[test]
     fn cached_tensors_keep_their_order_from_graph_to_graph() {
         let config =
             r#"{"model_type": "t5gemma", "encoder": {"num_hidden_layers": 2}, "decoder": {"num_hidden_layers": 3}}"#;

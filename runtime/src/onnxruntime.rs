@@ -1,6 +1,5 @@
-//! Finding and loading the ONNX Runtime library, once per process. A file of its own because the library is a thing that
-//! users install: every way in which it can be absent or wrong ends in an error that says what to do, before any other
-//! call into `ort`, which panics when it has to load the library by itself.
+//! Finding and loading the ONNX Runtime library, once per process. Users install the library, so every way in which it can be missing
+//! or wrong ends in an error that says what to do, before any other call into `ort`, which panics if it has to load the library itself.
 
 use std::env;
 use std::ffi::OsStr;
@@ -18,26 +17,26 @@ use crate::telemetry;
 /// The environment variable that names the library.
 pub const LIBRARY_VARIABLE: &str = "ORT_DYLIB_PATH";
 
-/// Why a place was looked at that the caller named.
+/// The reason for searching where the caller said.
 const EXPLICIT: &str = "the library option";
 
-/// What a library must be.
+/// The required version.
 const NEEDED: &str = "ONNX Runtime 1.31 or newer";
 
 /// The version to install: the newest with both a CPU and a GPU package.
 const PINNED: &str = "1.31.1";
 
-/// Where the source tree's `make onnxruntime` puts the library.
+/// Where `make onnxruntime` of the source tree puts the library.
 const FETCHED: &str = ".cache/onnxruntime/lib";
 
-/// The library in use by this process; a failed attempt leaves nothing behind and may be repeated.
+/// The library in use by this process; a failed attempt leaves nothing behind and can be repeated.
 static LOADED: Mutex<Option<Loaded>> = Mutex::new(None);
 
-/// A folder that a library over this one lies in.
+/// See [`also_search`].
 static BESIDE: OnceLock<PathBuf> = OnceLock::new();
 
-/// Has the library looked for in `folder` too, before the folder of the program: for shared libraries over this one. Only
-/// the first call counts.
+/// Adds `folder` to the places that are searched, before the folder of the program: for shared libraries on top of this crate. Only the
+/// first call counts.
 pub fn also_search(folder: PathBuf) {
     let _ = BESIDE.set(folder);
 }
@@ -47,22 +46,22 @@ pub fn also_search(folder: PathBuf) {
 pub(crate) struct Loaded {
     pub environment: Environment,
     path: PathBuf,
-    /// How many threads the environment's pool was made of; as many as the machine has cores where it was not said.
+    /// The number of threads of the environment's pool; `None` for one for each core.
     pub threads: Option<usize>,
 }
 
-/// One place where the library was looked for.
+/// A place where the library was searched for.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Place {
+pub struct SearchedPath {
     /// Why there: `ORT_DYLIB_PATH`, `beside the executable`, ….
     pub why: &'static str,
-    /// The file, or the folder where no such file is.
+    /// The file, or the folder if there is no such file in it.
     pub path: PathBuf,
     /// What is there.
     pub found: Found,
 }
 
-/// What is at a [`Place`].
+/// What is at a [`SearchedPath`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Found {
     /// No library.
@@ -92,11 +91,11 @@ impl fmt::Display for Found {
     }
 }
 
-/// What a `doctor` command shows of the library.
+/// What a `doctor` command shows about the library.
 #[derive(Debug)]
 pub struct Report {
-    /// Every place that was looked at, in order of precedence.
-    pub places: Vec<Place>,
+    /// Every place that was searched, in order of precedence.
+    pub searched: Vec<SearchedPath>,
     /// The library in use.
     pub library: Result<LibraryInfo, Error>,
 }
@@ -106,24 +105,24 @@ pub struct Report {
 pub struct LibraryInfo {
     /// The file.
     pub path: PathBuf,
-    /// The library's description of its own build.
+    /// The library's build information.
     pub build: String,
-    /// The execution providers compiled in, whether or not their hardware is present.
+    /// The execution providers that are compiled in, whether or not their hardware is present.
     pub providers: Vec<&'static str>,
 }
 
-/// Looks everywhere, loads what [`open`](crate::Model::open) would load, and tells.
+/// Searches everywhere, and loads the library that [`Model::open`](crate::Model::open) would load.
 pub fn report(library: Option<&Path>) -> Report {
-    let places = places(library).map(|look| look()).collect();
+    let searched = places(library).map(|look| look()).collect();
     let library = initialise(library, None).map(|Loaded { path, .. }| {
         let build = ort::info().to_string();
         LibraryInfo { path, build, providers: providers() }
     });
-    Report { places, library }
+    Report { searched, library }
 }
 
-/// Loads the library on first use, with a pool of so many threads for all sessions: threads of their own would wait for work
-/// on each other's cores. Later calls return what is loaded.
+/// Loads the library on first use, with one pool of threads for all sessions: separate pools would wait for work on each other's cores.
+/// Later calls return the loaded library.
 ///
 /// # Errors
 /// No usable library, or a `library` other than the one this process has loaded already.
@@ -143,7 +142,7 @@ pub(crate) fn initialise(library: Option<&Path>, threads: Option<usize>) -> Resu
         };
     }
 
-    let Place { why, path, .. } = choose(places(library).map(|look| look()))?;
+    let SearchedPath { why, path, .. } = choose(places(library).map(|look| look()))?;
     let unusable = |error: &dyn fmt::Display| Error::Library {
         problem: one_line(&format!("{} ({why}): {error}", path.display())),
         remedy: remedy(),
@@ -152,7 +151,7 @@ pub(crate) fn initialise(library: Option<&Path>, threads: Option<usize>) -> Resu
     telemetry::disable();
     let mut builder = ort::init_from(&path)
         .map_err(|error| match &error {
-            // The loader's reason, such as a library it needs in turn, is behind the first message.
+            // The loader's reason, such as a library that it needs in turn, is the source of the error.
             ort::LoadDynamicError::Dlopen { error, .. } => match std::error::Error::source(error) {
                 Some(reason) => unusable(reason),
                 None => unusable(error),
@@ -173,17 +172,17 @@ pub(crate) fn initialise(library: Option<&Path>, threads: Option<usize>) -> Resu
     Ok(slot.insert(Loaded { environment, path, threads }).clone())
 }
 
-/// The first usable library. A library that the user named is the one meant: if it is unusable nothing else is taken.
-fn choose(places: impl IntoIterator<Item = Place>) -> Result<Place, Error> {
+/// The first usable library. If the user named a library, no other is used in its place.
+fn choose(places: impl IntoIterator<Item = SearchedPath>) -> Result<SearchedPath, Error> {
     let mut looked = Vec::new();
     for place in places {
         let named = place.why == EXPLICIT || place.why == LIBRARY_VARIABLE;
         match place.found {
             Found::Usable { .. } => return Ok(place),
-            // Loading it will fail with the loader's own words, which are worth more than ours.
+            // Loading it will fail with the loader's message, which says more than ours.
             Found::Unusable if named => return Ok(place),
             _ if named => {
-                let Place { why, path, found } = &place;
+                let SearchedPath { why, path, found } = &place;
                 let problem = format!("{} ({why}): expected {NEEDED}, found {found}", path.display());
                 return Err(Error::Library { problem, remedy: remedy() });
             }
@@ -198,7 +197,7 @@ fn remedy() -> String {
     format!("run `make onnxruntime` in the source tree, or {}", remedy_for("onnxruntime"))
 }
 
-/// How to get the library of a package.
+/// How to install the library of a package.
 pub(crate) fn remedy_for(package: &str) -> String {
     format!(
         "`pip download --no-deps --only-binary=:all: {package}=={PINNED}`, \
@@ -216,24 +215,24 @@ pub(crate) fn folder() -> PathBuf {
     path.parent().map(Path::to_path_buf).unwrap_or_default()
 }
 
-/// What tells the library in use from others.
+/// Identifies the library in use.
 pub(crate) fn version() -> String {
     one_line(ort::info())
 }
 
-/// The places to look at, in order; each is looked at when called, because looking loads the library for a moment.
-fn places(library: Option<&Path>) -> impl Iterator<Item = Box<dyn FnOnce() -> Place>> {
-    let named = |why, path: PathBuf| -> Box<dyn FnOnce() -> Place> {
+/// The places to search, in order. Each is searched when called, because that loads the library for a moment.
+fn places(library: Option<&Path>) -> impl Iterator<Item = Box<dyn FnOnce() -> SearchedPath>> {
+    let named = |why, path: PathBuf| -> Box<dyn FnOnce() -> SearchedPath> {
         Box::new(move || {
             let path = absolute(&path);
             let found = if path.exists() { probe(&path) } else { Found::Nothing };
-            Place { why, path, found }
+            SearchedPath { why, path, found }
         })
     };
-    let folder = |why, folder: PathBuf| -> Box<dyn FnOnce() -> Place> {
+    let folder = |why, folder: PathBuf| -> Box<dyn FnOnce() -> SearchedPath> {
         Box::new(move || match library_in(&folder) {
-            Some(path) => Place { why, found: probe(&path), path },
-            None => Place { why, path: folder, found: Found::Nothing },
+            Some(path) => SearchedPath { why, found: probe(&path), path },
+            None => SearchedPath { why, path: folder, found: Found::Nothing },
         })
     };
 
@@ -260,8 +259,8 @@ fn data_folder() -> Option<PathBuf> {
     set("XDG_DATA_HOME").or_else(|| set("HOME").map(|home| home.join(".local/share")))
 }
 
-/// The library's file in a folder: the plain name if it is there, else the greatest with a version in it, because Python
-/// packages hold only the latter.
+/// The library's file in a folder: the one without a version in its name, or the greatest version, because Python packages contain
+/// only the latter.
 fn library_in(folder: &Path) -> Option<PathBuf> {
     let entries = std::fs::read_dir(folder).ok()?;
     let plain = format!("{}onnxruntime{}", env::consts::DLL_PREFIX, env::consts::DLL_SUFFIX);
@@ -270,8 +269,8 @@ fn library_in(folder: &Path) -> Option<PathBuf> {
     Some(folder.join(name))
 }
 
-/// Whether a file is named like `libonnxruntime.so`, `libonnxruntime.so.1.31.1` or `libonnxruntime.1.31.1.dylib`, and
-/// not like the provider libraries that lie beside it.
+/// Whether a file is named like `libonnxruntime.so`, `libonnxruntime.so.1.31.1` or `libonnxruntime.1.31.1.dylib`, and not like the
+/// provider libraries beside it.
 fn is_library(name: &OsStr) -> bool {
     let stem = format!("{}onnxruntime.", env::consts::DLL_PREFIX);
     name.to_str()
@@ -287,28 +286,28 @@ fn probe(path: &Path) -> Found {
     }
 }
 
-/// The path from the root, because `ort` would look a relative one up beside the executable first.
+/// The absolute path, because `ort` would search for a relative one beside the executable first.
 fn absolute(path: &Path) -> PathBuf {
     std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf())
 }
 
-/// Two lines make a library error; a loader's message may hold more.
+/// An error is one line; a loader's message may have more.
 fn one_line(message: &str) -> String {
     message.lines().collect::<Vec<_>>().join("; ")
 }
 
-/// The execution providers that a report mentions, in order of interest.
+/// The execution providers of a report, in order of interest.
 const PROVIDERS: [&str; 4] =
     ["CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider"];
 
-/// A provider by its place in [`PROVIDERS`], to ask for it by name without `ort`'s feature of that provider.
+/// A provider by its index in [`PROVIDERS`], to query it by name without `ort`'s feature for that provider.
 struct Named<const INDEX: usize>;
 
 impl<const INDEX: usize> ExecutionProvider for Named<INDEX> {
     const NAME: &'static str = PROVIDERS[INDEX];
 
     fn register(&self, _: &mut ort::session::builder::SessionBuilder) -> ort::Result<()> {
-        Err(ort::Error::new("a provider that is only asked for"))
+        Err(ort::Error::new("a provider that is only queried"))
     }
 }
 
@@ -327,12 +326,12 @@ fn providers() -> Vec<&'static str> {
 mod tests {
     use super::*;
 
-    fn place(why: &'static str, found: Found) -> Place {
-        Place { why, path: PathBuf::from("/there"), found }
+    fn place(why: &'static str, found: Found) -> SearchedPath {
+        SearchedPath { why, path: PathBuf::from("/there"), found }
     }
 
     #[test]
-    fn a_library_that_was_named_is_not_passed_over() {
+    fn a_library_that_was_named_is_not_replaced_by_another() {
         let usable = || place("the user's copy", Found::Usable { minor: ort::MINOR_VERSION });
         for why in [EXPLICIT, LIBRARY_VARIABLE] {
             for found in [Found::Nothing, Found::TooOld { minor: 20 }] {
@@ -346,10 +345,10 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_library_is_told_in_two_lines() {
+    fn a_missing_library_is_one_line_with_the_remedy() {
         let error = choose([place("beside the executable", Found::TooOld { minor: 20 })]).expect_err("none usable");
         let text = error.to_string();
-        assert_eq!(text.lines().count(), 2, "{text}");
+        assert_eq!(text.lines().count(), 1, "{text}");
         assert!(text.contains("1.20") && text.contains("make onnxruntime"), "{text}");
         assert!(NEEDED.contains(&format!("1.{} ", ort::MINOR_VERSION)));
     }

@@ -55,7 +55,7 @@ impl Profiles {
             return Ok(None);
         }
         let path = folder.join(PROFILES_FILE);
-        let text = fs::read(&path).map_err(Error::file(&path))?;
+        let text = fs::read(&path).map_err(Error::reading(&path))?;
         let found = Profiles::parse(&text, manifest.task.is_generation());
         found.map(Some).map_err(|problem| Error::File { path, problem })
     }

@@ -57,7 +57,7 @@ impl ProviderConfig {
         let mut options = BTreeMap::new();
         if model.manifest.files.contains_key(PROVIDER_OPTIONS) {
             let path = model.path.join(PROVIDER_OPTIONS);
-            let bytes = fs::read(&path).map_err(Error::file(&path))?;
+            let bytes = fs::read(&path).map_err(Error::reading(&path))?;
             let planned: PlannedOptions = serde_json::from_slice(&bytes)
                 .map_err(|error| Error::File { path: path.clone(), problem: error.to_string() })?;
             let planned = planned.get(self.kind.name()).and_then(|graphs| graphs.get(graph));

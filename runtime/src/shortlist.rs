@@ -8,6 +8,7 @@ use crate::error::Error;
 use crate::tokenizer::{TokenText, Tokenizer};
 
 /// Counts the tokens of texts.
+#[derive(Debug)]
 pub struct Shortlist<'t> {
     tokenizer: &'t Tokenizer,
     tokens: BTreeMap<i64, Counted>,
@@ -15,7 +16,7 @@ pub struct Shortlist<'t> {
 }
 
 /// A token of the vocabulary.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy, Debug, Default)]
 struct Counted {
     /// Whether it is kept in any case: special tokens, and the single bytes that can spell any text.
     always: bool,

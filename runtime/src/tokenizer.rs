@@ -5,6 +5,7 @@ mod lazy;
 mod settings;
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -12,7 +13,7 @@ use serde_json::Value;
 use tokenizers::{AddedToken, ModelWrapper};
 
 use crate::error::Error;
-use crate::foreign;
+use crate::panics;
 pub(crate) use lazy::LazyTokenizer;
 pub(crate) use settings::{Settings, read_text};
 
@@ -20,6 +21,12 @@ pub(crate) use settings::{Settings, read_text};
 #[derive(Clone)]
 pub struct Tokenizer {
     inner: Arc<tokenizers::Tokenizer>,
+}
+
+impl fmt::Debug for Tokenizer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Tokenizer").finish_non_exhaustive()
+    }
 }
 
 /// The name of the library in errors.
@@ -63,7 +70,7 @@ impl Tokenizer {
         }
         let text = read_text(path).map_err(Unusable::itself)?;
         let parse = || tokenizers::Tokenizer::from_bytes(text.as_bytes()).map_err(|error| error.to_string());
-        let mut inner = foreign::call(LIBRARY, parse).flatten().map_err(Unusable::itself)?;
+        let mut inner = panics::catch(LIBRARY, parse).flatten().map_err(Unusable::itself)?;
         let settings = Settings::read(folder).map_err(|(file, problem)| Unusable { file: Some(file), problem })?;
         if settings.cleans_up && (settings.cleans_up_bpe || !matches!(inner.get_model(), ModelWrapper::BPE(_))) {
             let problem = "clean_up_tokenization_spaces: expected false, found true (this runtime does not remove \
@@ -89,7 +96,7 @@ impl Tokenizer {
             inner.set_encode_special_tokens(settings.splits_special_tokens);
             Ok(())
         };
-        foreign::call(LIBRARY, prepare).flatten().map_err(Unusable::itself)?;
+        panics::catch(LIBRARY, prepare).flatten().map_err(Unusable::itself)?;
         Ok(Tokenizer { inner: Arc::new(inner) })
     }
 
@@ -103,7 +110,7 @@ impl Tokenizer {
 
     fn ids(&self, text: &str, special: bool) -> Result<Vec<i64>, Error> {
         let encode = || self.inner.encode_fast(text, special).map_err(|error| error.to_string());
-        let encoding = foreign::call(LIBRARY, encode)
+        let encoding = panics::catch(LIBRARY, encode)
             .flatten()
             .map_err(|found| Error::input("text", "text that the tokenizer can express", found))?;
         Ok(encoding.get_ids().iter().map(|&id| id as i64).collect())
@@ -171,7 +178,7 @@ impl Tokenizer {
 
     fn text(&self, ids: &[u32], special: SpecialTokens) -> Result<String, Error> {
         let decode = || self.inner.decode(ids, special == SpecialTokens::Skip).map_err(|error| error.to_string());
-        foreign::call(LIBRARY, decode)
+        panics::catch(LIBRARY, decode)
             .flatten()
             .map_err(|found| Error::input("tokens", "tokens that the tokenizer can decode", found))
     }
@@ -259,6 +266,7 @@ fn token_id(token: i64) -> Result<u32, Error> {
 
 /// Decodes a growing target piece by piece. Pieces are whole characters: an incomplete one waits for the next token,
 /// and [`TextStream::finish`] returns the rest.
+#[derive(Debug)]
 pub struct TextStream {
     tokenizer: Tokenizer,
     special: SpecialTokens,
@@ -396,7 +404,7 @@ mod tests {
 
     #[test]
     fn a_missing_tokenizer_is_named() {
-        let error = Tokenizer::open(Path::new("no/such/tokenizer.json")).err().expect("there is none").to_string();
+        let error = Tokenizer::open(Path::new("no/such/tokenizer.json")).expect_err("there is none").to_string();
         assert!(error.starts_with("no/such/tokenizer.json: no such file") && error.contains("token ids"), "{error}");
     }
 }

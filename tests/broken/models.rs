@@ -41,12 +41,12 @@ fn files_that_are_not_those_of_the_manifest() {
                 remove(folder, MANIFEST);
                 write(folder, "model.safetensors", "");
             },
-            says: &["model/manifest.json: no such file: ", "model is a checkpoint, of which `t5gemma-export "],
+            says: &["model/manifest.json: no such file: ", "model is a checkpoint; export it with `t5gemma-export "],
         },
         Case {
             name: "no encoder",
             change: |folder| remove(folder, "encoder_model.onnx"),
-            says: &["model/encoder_model.onnx: No such file"],
+            says: &["model/encoder_model.onnx: cannot be read: No such file"],
         },
         Case {
             name: "a graph cut off",
@@ -61,7 +61,7 @@ fn files_that_are_not_those_of_the_manifest() {
         Case {
             name: "no weights",
             change: |folder| remove(folder, WEIGHTS),
-            says: &["model/model.onnx_data: No such file"],
+            says: &["model/model.onnx_data: cannot be read: No such file"],
         },
         Case {
             name: "weights cut off",
@@ -470,7 +470,7 @@ fn bfloat16_on_the_cpu_is_told() {
     let output = run("t5gemma", ["generate", model, "--jsonl"], "{\"input_ids\": [5]}");
     let says = [
         "encoder_model.onnx: ONNX Runtime does not compute in bfloat16 on the CPU",
-        "export the model with --dtype float32",
+        "export the model with dtype float32",
     ];
     refused(&output, &says).unwrap_or_else(|wrong| panic!("{wrong}"));
 }

@@ -127,7 +127,7 @@ enum {
     T5G_ERROR_HANDLE = 2,       /* a handle that was freed, or is of another kind */
     T5G_ERROR_BUSY = 3,         /* an object that another thread is using */
     T5G_ERROR_BUFFER = 4,       /* a buffer of the caller's that is too small */
-    T5G_ERROR_LIBRARY = 5,      /* no usable ONNX Runtime; the second line of the message says how to get one */
+    T5G_ERROR_LIBRARY = 5,      /* no usable ONNX Runtime; the message says how to get one */
     T5G_ERROR_FILE = 6,         /* a file that cannot be read, or is not of its kind */
     T5G_ERROR_MODEL = 7,        /* a model folder that contradicts itself, or is for another task */
     T5G_ERROR_UNSUPPORTED = 8,  /* well-formed, but not for this machine or version */

@@ -87,12 +87,18 @@ impl t5g_error {
     }
 }
 
+/// The error and its sources, in one line.
+fn with_sources(error: &dyn std::error::Error) -> String {
+    let chain = std::iter::successors(Some(error), |error| error.source());
+    chain.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}
+
 impl From<Error> for t5g_error {
     fn from(error: Error) -> t5g_error {
-        let message = error.to_string();
+        let message = with_sources(&error);
         let (code, field) = match error {
             Error::Library { .. } => (t5g_code::Library, None),
-            Error::File { .. } => (t5g_code::File, None),
+            Error::Io { .. } | Error::File { .. } => (t5g_code::File, None),
             Error::Folder { field, .. } => (t5g_code::Model, Some(field)),
             Error::Config { error, .. } => (t5g_code::Model, Some(error.field)),
             Error::GenerationConfig { error, .. } => (t5g_code::Model, Some(error.option)),

@@ -115,7 +115,7 @@ pub extern "C" fn t5g_onnxruntime_report(library: Text, json: Out<Handle<t5g_tex
         prepare();
         let report = report(library.as_deref());
         let shown = |path: &Path| path.to_string_lossy().into_owned();
-        let places = report.places.iter();
+        let places = report.searched.iter();
         let places: Vec<Value> = places
             .map(|place| json!({"why": place.why, "path": shown(&place.path), "found": place.found.to_string()}))
             .collect();

@@ -33,7 +33,7 @@ pub fn run(arguments: Arguments) -> Result<Outcome> {
         }
     }
     writeln!(out, "looked for ONNX Runtime, in order of precedence:")?;
-    for place in &report.places {
+    for place in &report.searched {
         writeln!(out, "  {:<24} {}: {}", place.why, place.path.display(), place.found)?;
     }
     match report.library {

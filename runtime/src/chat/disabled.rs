@@ -8,6 +8,7 @@ use serde_json::Value;
 use crate::error::Error;
 
 /// A checkpoint's chat template.
+#[derive(Debug)]
 pub struct ChatTemplate(Infallible);
 
 impl ChatTemplate {

@@ -14,7 +14,7 @@ use llguidance::{Matcher, ParserFactory};
 use super::source::Source;
 use crate::cancellation::Cancellation;
 use crate::error::Error;
-use crate::foreign;
+use crate::panics;
 use crate::tokenizer::{TokenText, Tokenizer};
 
 /// The name of the library in errors.
@@ -79,7 +79,7 @@ impl Vocabulary {
             factory.limits_mut().verbose_errors = false;
             Ok(factory)
         };
-        let factory = foreign::call(LIBRARY, prepare).flatten()?;
+        let factory = panics::catch(LIBRARY, prepare).flatten()?;
         let special = (0..end).filter(|&id| texts[id as usize].is_special).collect();
         Ok(Vocabulary { factory, special })
     }
@@ -99,7 +99,7 @@ impl Vocabulary {
         let (done, compiled) = channel();
         let vocabulary = self.clone();
         let work = move || {
-            let compiled = foreign::call(LIBRARY, || vocabulary.compile_here(source)).flatten();
+            let compiled = panics::catch(LIBRARY, || vocabulary.compile_here(source)).flatten();
             // After a cancellation nobody receives it.
             let _ = done.send(compiled);
         };

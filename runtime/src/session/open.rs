@@ -113,7 +113,7 @@ impl<'f> Opener<'f> {
             if is_missing && self.folder.manifest.dtype == DType::BFloat16 && provider == Provider::Cpu {
                 return Error::Unsupported {
                     what: format!("{}: ONNX Runtime does not compute in bfloat16 on the CPU", file.path.display()),
-                    remedy: "export the model with --dtype float32, or use a GPU (--provider)".into(),
+                    remedy: "export the model with dtype float32, or use the provider of a GPU".into(),
                 };
             }
             Error::onnxruntime(format!("opening {}", file.path.display()))(error)
