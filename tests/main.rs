@@ -20,6 +20,7 @@ mod parity;
 mod plans;
 mod processors;
 mod programs;
+mod protocol;
 mod providers;
 mod python;
 mod random;

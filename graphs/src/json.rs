@@ -5,8 +5,8 @@ use std::fmt;
 
 use serde_json::Value;
 
-/// What Windows editors put in front of UTF-8.
-const BYTE_ORDER_MARK: char = '\u{feff}';
+/// The byte-order mark that some editors put before UTF-8 text.
+pub const BYTE_ORDER_MARK: char = '\u{feff}';
 
 /// The numbers that JSON does not have. The longer comes first where one begins with the other.
 const NUMBERS: [&str; 3] = ["-Infinity", "Infinity", "NaN"];

@@ -125,6 +125,7 @@ pub use score::TargetScore;
 pub use session::{DEFAULT_ENCODER_CACHE_BYTES, OpenOptions};
 pub use shortlist::Shortlist;
 pub use t5gemma_graphs::facts::{ClassifierFacts, Facts, StackFacts};
+pub use t5gemma_graphs::json::BYTE_ORDER_MARK;
 pub use t5gemma_graphs::manifest::{ActivationRanges, Manifest};
 pub use t5gemma_graphs::task::{Features, Pooling, Task};
 pub use t5gemma_graphs::tensors::Role;

@@ -7,7 +7,7 @@ use crate::common::{demo, exported, run};
 /// A line and what its error says; nothing for a line that is answered.
 type Line = (Vec<u8>, &'static [&'static str]);
 
-const IDS: &str = "expected whole numbers in a list or a list of lists";
+const IDS: &str = "expected integers in a list or a list of lists";
 const VOCABULARY: &str = "expected a token id below 200, the size of the vocabulary";
 
 fn lines() -> Vec<Line> {

@@ -2,6 +2,7 @@
 
 use std::ffi::{CStr, CString};
 
+use t5gemma_protocol::RequestError;
 use t5gemma_runtime::{Error, OptionError};
 
 /// `t5g_code`.
@@ -121,6 +122,18 @@ impl From<Error> for t5g_error {
         match field.filter(|field| !field.is_empty()) {
             Some(field) => error.at(&field),
             None => error,
+        }
+    }
+}
+
+impl From<RequestError> for t5g_error {
+    fn from(error: RequestError) -> t5g_error {
+        match error {
+            RequestError::Runtime(error) => error.into(),
+            RequestError::Form { field, expected, found } => {
+                t5g_error::expected(t5g_code::Input, &field, expected, found)
+            }
+            other => t5g_error::new(t5g_code::Input, other.to_string()),
         }
     }
 }

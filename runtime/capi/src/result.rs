@@ -4,7 +4,7 @@ use std::ffi::c_char;
 use std::ptr;
 use std::sync::{Arc, OnceLock};
 
-use serde_json::{Map, Value, json};
+use t5gemma_protocol::{GenerateResult, Sequence, Usage, attention_rows};
 use t5gemma_runtime::{CrossAttentions, FinishReason, Hypothesis, Logprobs, Model, SpecialTokens};
 
 use crate::boundary::{fallible, free, value};
@@ -131,31 +131,18 @@ impl t5g_result {
         answer.text.get_or_init(decode).as_ref().map_err(t5g_error::clone)
     }
 
-    fn json(&self, answer: &Answer) -> Value {
-        let mut fields = Map::new();
-        fields.insert("tokens".into(), answer.tokens.clone().into());
-        if let Ok(tokenizer) = self.model.tokenizer()
-            && let Ok(text) = tokenizer.decode(&answer.tokens, SpecialTokens::Skip)
-        {
-            fields.insert("text".into(), text.into());
+    fn sequence(&self, answer: &Answer) -> Sequence {
+        let tokenizer = self.model.tokenizer().ok();
+        let attentions = answer.cross_attentions.as_ref();
+        Sequence {
+            tokens: answer.tokens.clone(),
+            text: tokenizer.and_then(|tokenizer| tokenizer.decode(&answer.tokens, SpecialTokens::Skip).ok()),
+            score: answer.score.map(f64::from),
+            finish_reason: answer.finish_reason.map(Into::into),
+            cross_attentions: attentions.map(|found| attention_rows(found, found.source_length())),
+            ..Sequence::default()
         }
-        if let Some(score) = answer.score {
-            fields.insert("score".into(), score.into());
-        }
-        if let Some(reason) = answer.finish_reason {
-            fields.insert("finish_reason".into(), reason.as_str().into());
-        }
-        if let Some(logprobs) = &answer.logprobs {
-            fields.insert("logprob".into(), logprobs.sum().into());
-            fields.insert("logprobs".into(), logprobs.tokens.clone().into());
-            if !logprobs.top.is_empty() {
-                fields.insert("top_logprobs".into(), json!(logprobs.top));
-            }
-        }
-        if let Some(attended) = &answer.cross_attentions {
-            fields.insert("cross_attentions".into(), attended.decimals().collect());
-        }
-        Value::Object(fields)
+        .with_logprobs(answer.logprobs.as_ref())
     }
 }
 
@@ -236,15 +223,11 @@ pub extern "C" fn t5g_result_json(result: Handle<t5g_result>, json: Out<Handle<t
     fallible(|| {
         let (place, result) = (json.check("json")?, result.get("result")?);
         let rows = result.rows.iter();
-        let sequences: Vec<Vec<Value>> =
-            rows.map(|row| row.iter().map(|answer| result.json(answer)).collect()).collect();
-        let target_tokens: usize = result.rows.iter().flatten().map(|answer| answer.tokens.len()).sum();
-        let mut fields = json!({"sequences": sequences});
-        if let Some(seed) = result.seed {
-            fields["seed"] = seed.into();
-        }
-        fields["usage"] = json!({"source_tokens": result.source_tokens, "target_tokens": target_tokens});
-        place.put(t5g_text::handle(fields.to_string()));
+        let sequences = rows.map(|row| row.iter().map(|answer| result.sequence(answer)).collect()).collect();
+        let target_tokens = result.rows.iter().flatten().map(|answer| answer.tokens.len()).sum();
+        let usage = Usage { source_tokens: result.source_tokens, target_tokens };
+        let written = GenerateResult { id: None, sequences, seed: result.seed, usage };
+        place.put(t5g_text::handle(serde_json::to_string(&written).expect("its maps have text keys")));
         Ok(())
     })
 }

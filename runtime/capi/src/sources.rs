@@ -2,6 +2,7 @@
 
 use ndarray::Array3;
 use serde_json::Value;
+use t5gemma_protocol::{Tokenize, conversation};
 use t5gemma_runtime::{Batch, ChatTemplate, Error, Tokenizer};
 
 use crate::error::{t5g_code, t5g_error};
@@ -113,6 +114,12 @@ pub struct Reader<'a> {
     pub hidden_size: usize,
 }
 
+impl Tokenize for Reader<'_> {
+    fn tokenizer(&self) -> Result<&Tokenizer, Error> {
+        (self.tokenizer)()
+    }
+}
+
 impl Reader<'_> {
     /// The sources as a batch, with everything that was given besides.
     pub fn batch(&self, sources: Record<t5g_sources>) -> Result<Batch, t5g_error> {
@@ -125,17 +132,15 @@ impl Reader<'_> {
         let batch = match (texts, messages, given.input_ids.is_null()) {
             (Some(texts), None, true) => {
                 let texts = sized(texts, given.text_sizes, "sources.texts", "sources.text_sizes")?;
-                let tokenizer = (self.tokenizer)()?;
-                let rows: Result<Vec<Vec<i64>>, Error> = texts.iter().map(|text| tokenizer.encode(text)).collect();
-                Batch::padded(&rows?, self.pad_token_id)?
+                Batch::padded(&t5gemma_protocol::sources(&texts, self)?, self.pad_token_id)?
             }
             (None, Some(messages), true) => {
                 if given.rows > 1 {
                     let expected = "1 (a conversation is one source)";
                     return Err(t5g_error::expected(t5g_code::Input, "sources.rows", expected, given.rows.to_string()));
                 }
-                let text = (self.chat)()?.apply(&list(messages, "sources.messages")?)?;
-                Batch::padded(&[(self.tokenizer)()?.encode_target(&text)?], self.pad_token_id)?
+                let (template, messages) = ((self.chat)()?, list(messages, "sources.messages")?);
+                Batch::padded(&[conversation(&messages, template, self)?], self.pad_token_id)?
             }
             (None, None, false) => self.of_ids(&given)?,
             (None, None, true) => {
@@ -203,10 +208,7 @@ impl Reader<'_> {
             (Some(texts), None) => {
                 let (name, of_sizes) = ("sources.decoder_texts", "sources.decoder_text_sizes");
                 let texts = sized(texts, given.decoder_text_sizes, name, of_sizes)?;
-                let tokenizer = (self.tokenizer)()?;
-                let prompts = texts.iter().map(|text| tokenizer.encode_target(text));
-                let prompts = prompts.collect::<Result<Vec<_>, _>>()?;
-                Ok(batch.with_decoder_input_ids(&prompts)?)
+                Ok(batch.with_decoder_input_ids(&t5gemma_protocol::targets(name, &texts, self)?)?)
             }
             (None, Some(_)) if given.decoder_length == 0 => Ok(batch),
             (None, Some(ids)) => {
@@ -232,14 +234,10 @@ impl Reader<'_> {
         same_size("targets.rows", given.rows, rows, "one for each source")?;
         match (given.texts.optional(rows, "targets.texts")?, given.target_ids.is_null()) {
             (Some(texts), true) => {
-                let tokenizer = (self.tokenizer)()?;
                 let texts = sized(texts, given.text_sizes, "targets.texts", "targets.text_sizes")?;
-                let of = |text: &&str| {
-                    let mut tokens = tokenizer.encode_target(text)?;
-                    tokens.extend(end);
-                    Ok(tokens)
-                };
-                Ok(texts.iter().map(of).collect::<Result<Vec<_>, Error>>()?)
+                let mut targets = t5gemma_protocol::targets("targets.texts", &texts, self)?;
+                targets.iter_mut().for_each(|target| target.extend(end));
+                Ok(targets)
             }
             (None, false) => {
                 let lengths = given.lengths.get(rows, "targets.lengths")?;

@@ -5,13 +5,14 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::json;
+use t5gemma_protocol::{Tokenize, without_byte_order_mark};
 use t5gemma_runtime::{Calibration, Cancellation, GenerationConfig, task_of};
 
+use crate::chat::Chat;
 use crate::exit::Outcome;
-use crate::files::without_mark;
 use crate::opening::Opening;
 use crate::progress::counter;
-use crate::requests::{self, Kind, Reader, Request};
+use crate::requests::{self, Kind};
 use crate::tensors::{Aside, write_text};
 
 /// Tells how large the numbers become that a model's matrices are multiplied with
@@ -42,13 +43,14 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     let Arguments { opening, texts, output, max_new_tokens, percentile } = arguments;
     ensure!(percentile > 0.0 && percentile <= 100.0, "--percentile: expected more than 0 to 100, found {percentile}");
     let task = task_of(&opening.model)?;
-    let (model, encoder);
-    let (mut calibration, reader, kind, defaults): (_, &dyn Reader, _, _) = match task.is_generation() {
+    let (model, chat, encoder);
+    let (mut calibration, reader, kind, defaults): (_, &dyn Tokenize, _, _) = match task.is_generation() {
         true => {
             model = opening.open()?;
             let length = json!({"max_new_tokens": max_new_tokens.unwrap_or(64)});
             let defaults = model.generation_config().with_json(length.as_object().context("written above")?)?;
-            (Calibration::new(&model)?, &model, Kind::Generate, defaults)
+            chat = Chat::new(&opening.model, &model);
+            (Calibration::new(&model)?, &chat, Kind::Generate, defaults)
         }
         false => {
             ensure!(
@@ -64,17 +66,17 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     };
     let output = Aside::create(&output)?;
     let lines = fs::read(&texts).with_context(|| format!("{}: cannot be read", texts.display()))?;
-    let lines = without_mark(&lines).map_err(|problem| anyhow!("{}: {problem}", texts.display()))?;
+    let lines = without_byte_order_mark(&lines).map_err(|problem| anyhow!("{}: {problem}", texts.display()))?;
     let lines = lines.split(|&byte| byte == b'\n').enumerate().filter(|(_, line)| !line.trim_ascii().is_empty());
     let done = counter("texts", true);
     for (number, line) in lines {
         let place = || format!("{}: line {}", texts.display(), number + 1);
-        let request = match Request::parse(line, number, kind, reader) {
+        let request = match requests::read_line(line, number, kind, reader) {
             Ok(request) => request,
             Err(refused) => bail!("{}: {}", place(), refused.reason),
         };
         let options = defaults.with_json(&request.options).with_context(place)?;
-        let batch = requests::batch(&[request], options.pad_token_id).with_context(place)?;
+        let batch = t5gemma_protocol::batch(&[request], options.pad_token_id).with_context(place)?;
         calibration.add(&batch, &options, cancel).with_context(place)?;
         done.inc(1);
     }

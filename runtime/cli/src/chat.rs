@@ -1,33 +1,35 @@
-//! Conversations as sources: a model's chat template beside its tokenizer, read when the first conversation comes.
+//! Conversations as sources: the chat template of a model folder, opened for the first conversation.
 
 use std::path::Path;
 use std::sync::OnceLock;
 
-use anyhow::Result;
 use serde_json::{Value, json};
+use t5gemma_protocol::{Conversations, RequestError, Tokenize, conversation};
 use t5gemma_runtime::{ChatTemplate, Error, Model, Tokenizer};
-
-use crate::requests::{Conversations, Reader, check_size};
 
 /// A model whose requests may be conversations.
 pub struct Chat<'a> {
     model: &'a Model,
     folder: &'a Path,
     template: OnceLock<ChatTemplate>,
-    /// Whether texts are turns of the user too.
-    of_texts: bool,
-    /// Goes before conversations that have no system turn.
+    takes_texts: bool,
+    /// The system turn of conversations that have none.
     system: Option<String>,
 }
 
 impl<'a> Chat<'a> {
-    /// The model of `folder`; nothing is read yet.
-    pub fn of(folder: &'a Path, model: &'a Model, of_texts: bool, system: Option<String>) -> Chat<'a> {
-        Chat { model, folder, template: OnceLock::new(), of_texts, system }
+    /// The model of `folder`, whose template is not opened yet. Only requests with messages are conversations.
+    pub fn new(folder: &'a Path, model: &'a Model) -> Chat<'a> {
+        Chat { model, folder, template: OnceLock::new(), takes_texts: false, system: None }
+    }
+
+    /// Treats texts as turns of the user if `takes_texts` is set, and gives conversations without a system turn this one.
+    pub fn with(self, takes_texts: bool, system: Option<String>) -> Chat<'a> {
+        Chat { takes_texts, system, ..self }
     }
 
     /// The model's template.
-    pub fn template(&self) -> Result<&ChatTemplate> {
+    pub fn template(&self) -> Result<&ChatTemplate, Error> {
         if self.template.get().is_none() {
             let template = ChatTemplate::open(self.folder)?;
             self.template.get_or_init(|| template);
@@ -38,25 +40,23 @@ impl<'a> Chat<'a> {
 
 impl Conversations for Chat<'_> {
     fn takes_texts(&self) -> bool {
-        self.of_texts
+        self.takes_texts
     }
 
-    fn tokens(&self, messages: &[Value]) -> Result<Vec<i64>> {
+    fn tokens(&self, messages: &[Value]) -> Result<Vec<i64>, RequestError> {
         let has_system = messages.iter().any(|message| message["role"] == "system");
         let system = self.system.iter().filter(|_| !has_system).map(|text| json!({"role": "system", "content": text}));
         let messages: Vec<Value> = system.chain(messages.iter().cloned()).collect();
-        let text = self.template()?.apply(&messages)?;
-        check_size("messages", &text, self.longest_source())?;
-        Ok(self.model.tokenizer()?.encode_target(&text)?)
+        conversation(&messages, self.template()?, self)
     }
 }
 
-impl Reader for Chat<'_> {
+impl Tokenize for Chat<'_> {
     fn tokenizer(&self) -> Result<&Tokenizer, Error> {
         self.model.tokenizer()
     }
 
-    fn chat(&self) -> Option<&dyn Conversations> {
+    fn conversations(&self) -> Option<&dyn Conversations> {
         Some(self)
     }
 

@@ -4,14 +4,16 @@ use std::io::{self, Write};
 
 use anyhow::Result;
 use clap::builder::PossibleValuesParser;
-use serde_json::{Value, json};
+use t5gemma_protocol::{
+    ClassifyResponse, EncoderUsage, Label, LabelsResult, TokenLabels, TokenLabelsResult, TokenizedRequest,
+};
 use t5gemma_runtime::{Cancellation, Encoder, Error, ScoreFunction, Task};
 
 use crate::exit::Outcome;
 use crate::opening::Opening;
 use crate::packing::Packing;
 use crate::progress::counter;
-use crate::requests::{self, Kind, Refused, Request, Requests};
+use crate::requests::{Kind, Refused, Requests};
 
 /// Labels texts: those given, or each line of stdin
 ///
@@ -89,12 +91,12 @@ pub fn run(mut arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
         for answer in classifying.answers(group)? {
             number += 1;
             let line = match answer {
-                Ok((request, rows)) if arguments.jsonl => classifying.result(&request, rows).to_string(),
+                Ok((request, rows)) if arguments.jsonl => serde_json::to_string(&classifying.result(&request, rows))?,
                 Ok((_, rows)) => classifying.text(&rows),
                 Err(refused) => {
                     outcome = Outcome::SomeFailed;
                     if arguments.jsonl {
-                        json!({"id": refused.id, "error": refused.reason}).to_string()
+                        serde_json::to_string(&ClassifyResponse::Error(refused.into()))?
                     } else {
                         done.suspend(|| eprintln!("t5gemma: text {number}: {}", refused.reason));
                         String::new()
@@ -122,18 +124,18 @@ struct Classifying<'a> {
     top_k: usize,
 }
 
-type Answer = Result<(Request, Vec<Row>), Refused>;
+type Answer = Result<(TokenizedRequest, Vec<Row>), Refused>;
 
 impl Classifying<'_> {
     /// Answers requests as one batch; should it be refused, each alone, so that the error falls to the one at fault.
-    fn answers(&self, group: Vec<Result<Request, Refused>>) -> Result<Vec<Answer>> {
-        let requests: Vec<&Request> = group.iter().flatten().collect();
+    fn answers(&self, group: Vec<Result<TokenizedRequest, Refused>>) -> Result<Vec<Answer>> {
+        let requests: Vec<&TokenizedRequest> = group.iter().flatten().collect();
         let mut together = match self.rows(&requests) {
             Ok(rows) => Some(rows.into_iter()),
             Err(Error::Cancelled) => return Err(Error::Cancelled.into()),
             Err(_) => None,
         };
-        let answer = |request: Result<Request, Refused>| {
+        let answer = |request: Result<TokenizedRequest, Refused>| {
             let request = match request {
                 Ok(request) => request,
                 Err(refused) => return Ok(Err(refused)),
@@ -151,11 +153,11 @@ impl Classifying<'_> {
         group.into_iter().map(answer).collect()
     }
 
-    fn rows(&self, requests: &[&Request]) -> Result<Vec<Row>, Error> {
+    fn rows(&self, requests: &[&TokenizedRequest]) -> Result<Vec<Row>, Error> {
         if requests.is_empty() {
             return Ok(Vec::new());
         }
-        let batch = requests::batch(requests, self.encoder.pad_token_id())?;
+        let batch = t5gemma_protocol::batch(requests, self.encoder.pad_token_id())?;
         if self.encoder.manifest().task == Task::TextClassification {
             let logits = self.encoder.classify(&batch, self.cancel)?;
             return Ok(logits.outer_iter().map(|row| Row::Source(self.function.scores(&row.to_vec()))).collect());
@@ -200,28 +202,30 @@ impl Classifying<'_> {
         self.encoder.tokenizer().ok()?.token(id)
     }
 
-    /// The line of a result.
-    fn result(&self, request: &Request, rows: Vec<Row>) -> Value {
+    /// The result of a request.
+    fn result(&self, request: &TokenizedRequest, rows: Vec<Row>) -> ClassifyResponse {
         let labels = |scores: &[f32]| {
-            let label = |(label, score): (&str, f32)| json!({"label": label, "score": score});
+            let label = |(label, score): (&str, f32)| Label { label: label.to_string(), score: score.into() };
             self.best(scores).into_iter().map(label).collect::<Vec<_>>()
         };
-        let usage = json!({"source_tokens": request.source_tokens()});
-        let of_tokens = matches!(rows.first(), Some(Row::Tokens(_)));
-        let row = |row: &Row| match row {
-            Row::Source(scores) => json!(labels(scores)),
-            Row::Tokens(tokens) => tokens
-                .iter()
-                .map(|(id, scores)| match self.piece(*id) {
-                    Some(text) => json!({"token": id, "text": text, "labels": labels(scores)}),
-                    None => json!({"token": id, "labels": labels(scores)}),
-                })
-                .collect(),
-        };
-        let rows: Vec<Value> = rows.iter().map(row).collect();
-        match of_tokens {
-            true => json!({"id": request.id, "tokens": rows, "usage": usage}),
-            false => json!({"id": request.id, "labels": rows, "usage": usage}),
+        let (mut sources, mut tokens) = (Vec::new(), Vec::new());
+        for row in &rows {
+            match row {
+                Row::Source(scores) => sources.push(labels(scores)),
+                Row::Tokens(row) => {
+                    let token = |(id, scores): &(i64, Vec<f32>)| TokenLabels {
+                        token: *id,
+                        text: self.piece(*id),
+                        labels: labels(scores),
+                    };
+                    tokens.push(row.iter().map(token).collect());
+                }
+            }
+        }
+        let (id, usage) = (Some(request.id.clone()), EncoderUsage { source_tokens: request.source_tokens() });
+        match rows.first() {
+            Some(Row::Tokens(_)) => ClassifyResponse::Tokens(TokenLabelsResult { id, tokens, usage }),
+            _ => ClassifyResponse::Labels(LabelsResult { id, labels: sources, usage }),
         }
     }
 }

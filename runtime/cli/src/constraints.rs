@@ -106,7 +106,7 @@ impl Constraint {
             Reading::Lines => {
                 let lines = files::read_text(path)?;
                 if lines.trim_start().starts_with('[') {
-                    return files::json(path, &lines);
+                    return files::parse_json(path, &lines);
                 }
                 Ok(lines.lines().filter(|line| !line.is_empty()).collect::<Vec<_>>().into())
             }
@@ -119,7 +119,7 @@ impl Constraint {
         match serde_json::from_str(text) {
             Ok(value) => Ok(value),
             Err(error) => {
-                let (flag, problem) = (self.name.replace('_', "-"), files::problem_of_json(text, &error));
+                let (flag, problem) = (self.name.replace('_', "-"), t5gemma_protocol::describe_error(text, &error));
                 bail_usage!("--{flag}: expected JSON: {problem}")
             }
         }

@@ -7,6 +7,7 @@ use anyhow::{Context, Result, ensure};
 use clap::ValueEnum;
 use clap::builder::PossibleValuesParser;
 use ndarray::{Array2, ArrayD, Axis, s};
+use t5gemma_protocol::TokenizedRequest;
 use t5gemma_runtime::{Cancellation, Encoder, Error, Pooling};
 
 use crate::exit::Outcome;
@@ -14,7 +15,7 @@ use crate::exit::{bail_usage, ensure_usage};
 use crate::opening::Opening;
 use crate::packing::Packing;
 use crate::progress::counter;
-use crate::requests::{self, Kind, Refused, Request, Requests};
+use crate::requests::{Kind, Refused, Requests};
 use crate::tensors::{Aside, Numbers, write_npy, write_safetensors};
 
 /// Writes the encoder's hidden states of texts, or one vector for each: those given, or each line of stdin
@@ -126,7 +127,7 @@ pub fn run(mut arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
         let group = group.into_iter().map(|request| {
             let mut request = request?;
             match encoding.fit(&mut request) {
-                _ if !ids.insert(name(&request)) => Err((request, "the same id was given before".to_string())),
+                _ if !ids.insert(request.id.name()) => Err((request, "the same id was given before".to_string())),
                 Err(error) => Err((request, error.to_string())),
                 Ok(()) => return Ok(request),
             }
@@ -188,7 +189,7 @@ struct Encoding<'a> {
 
 impl Encoding<'_> {
     /// Cuts or pads a request's sources as the arguments ask.
-    fn fit(&self, request: &mut Request) -> Result<()> {
+    fn fit(&self, request: &mut TokenizedRequest) -> Result<()> {
         let Some(most) = self.arguments.max_length.map(|most| most as usize) else { return Ok(()) };
         for (row, (source, mask)) in request.sources.iter_mut().zip(&mut request.mask).enumerate() {
             ensure!(
@@ -207,8 +208,8 @@ impl Encoding<'_> {
     }
 
     /// Encodes requests as one batch; should it be refused, each alone, so that the error falls to the one at fault.
-    fn answers(&self, group: Vec<Result<Request, Refused>>) -> Result<Vec<Result<Encoded, Refused>>> {
-        let requests: Vec<&Request> = group.iter().flatten().collect();
+    fn answers(&self, group: Vec<Result<TokenizedRequest, Refused>>) -> Result<Vec<Result<Encoded, Refused>>> {
+        let requests: Vec<&TokenizedRequest> = group.iter().flatten().collect();
         let mut together = match self.encode(&requests) {
             Ok(encoded) => Some(encoded.into_iter()),
             Err(Error::Cancelled) => return Err(Error::Cancelled.into()),
@@ -233,12 +234,12 @@ impl Encoding<'_> {
             .collect()
     }
 
-    fn encode(&self, requests: &[&Request]) -> Result<Vec<Encoded>, Error> {
+    fn encode(&self, requests: &[&TokenizedRequest]) -> Result<Vec<Encoded>, Error> {
         if requests.is_empty() {
             return Ok(Vec::new());
         }
         let pad = self.encoder.pad_token_id();
-        let batch = requests::batch(requests, pad)?;
+        let batch = t5gemma_protocol::batch(requests, pad)?;
         let output = match self.pooling {
             Pooling::None => self.encoder.encode(&batch, self.cancel)?.into_dyn(),
             pooling if self.arguments.normalize => {
@@ -247,7 +248,7 @@ impl Encoding<'_> {
             pooling => self.encoder.embed(&batch, pooling, self.cancel)?.into_dyn(),
         };
         let mut first = 0;
-        let one = |request: &&Request| {
+        let one = |request: &&TokenizedRequest| {
             let (rows, length) = (request.sources.len(), request.sources.iter().map(Vec::len).max().unwrap_or(0));
             let mut output = output.slice_axis(Axis(0), (first..first + rows).into());
             if self.pooling == Pooling::None {
@@ -260,14 +261,10 @@ impl Encoding<'_> {
             let (ids, mask) = (rectangle(batch.ids()), rectangle(batch.mask()));
             let (ids, mask) = ids.and_then(|ids| Ok((ids, mask?))).expect("a batch is a rectangle");
             first += rows;
-            Encoded { name: name(request), output: output.to_owned(), ids, mask }
+            Encoded { name: request.id.name(), output: output.to_owned(), ids, mask }
         };
         Ok(requests.iter().map(one).collect())
     }
-}
-
-fn name(request: &Request) -> String {
-    request.id.as_str().map_or(request.id.to_string(), str::to_string)
 }
 
 /// What a tensor of the model's output is called.

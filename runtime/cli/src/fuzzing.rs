@@ -7,7 +7,7 @@ use t5gemma_runtime::Model;
 use crate::bench;
 use crate::constraints::{self, Constraint};
 use crate::files;
-use crate::requests::{self, Kind, Request};
+use crate::requests::{self, Kind};
 use crate::tensors::Tensors;
 use crate::verify;
 
@@ -15,13 +15,13 @@ use crate::verify;
 pub fn read_request(line: &[u8], model: &Model) {
     let kinds = [
         Kind::Generate,
-        Kind::Score { eos: true },
+        Kind::Score { end: Some(1) },
         Kind::Encode { truncates: false },
         Kind::Encode { truncates: true },
     ];
     for kind in kinds {
-        if let Ok(request) = Request::parse(line, 0, kind, model) {
-            let _ = requests::batch(&[request], 0);
+        if let Ok(request) = requests::read_line(line, 0, kind, model) {
+            let _ = t5gemma_protocol::batch(&[request], 0);
         }
     }
 }
@@ -34,7 +34,7 @@ pub const FILES: &[&str] =
 pub fn read_file(kind: &str, path: &Path) {
     match kind {
         "texts" => drop(files::read_text(path)),
-        "encoder_outputs" => drop(requests::of_encoder_outputs(path)),
+        "encoder_outputs" => drop(requests::read_encoder_outputs(path)),
         "golden" => drop(Tensors::read(path).and_then(|tensors| verify::read(&tensors))),
         "bench" => drop(files::read_text(path).and_then(|text| bench::check_request(&text))),
         flag => drop(constraints::of_file(flag, path).as_ref().map(Constraint::read)),

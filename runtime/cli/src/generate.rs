@@ -7,7 +7,8 @@ use std::ops::ControlFlow;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
-use serde_json::{Map, Value, json};
+use serde_json::Value;
+use t5gemma_protocol::{GenerateResponse, GenerateResult, Sequence, TokenizedRequest, Usage};
 use t5gemma_runtime::{
     Cancellation, Controls, DEFAULT_ENCODER_CACHE_BYTES, Draws, Engine, Error, FinishReason, GenerationConfig,
     Hypothesis, Model, SpecialTokens,
@@ -17,11 +18,12 @@ use crate::chat::Chat;
 use crate::exit::Outcome;
 use crate::exit::{bail_usage, ensure_usage};
 use crate::flag_errors;
+use crate::lines::Lines;
 use crate::opening::Opening;
 use crate::options::GenerationFlags;
 use crate::packing::Packing;
 use crate::progress::counter;
-use crate::requests::{self, Kind, Lines, Refused, Request};
+use crate::requests::{self, Kind, Refused};
 
 /// Answers texts: those given, or each line of stdin
 ///
@@ -139,14 +141,14 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
         bail_usage!("{flag} requires --jsonl: lines of text have no room for it");
     }
     let prompt = arguments.decoder_text.map(|text| model.tokenizer()?.encode_target(&text)).transpose()?;
-    let chat = Chat::of(&opening.model, &model, arguments.chat, arguments.system);
+    let chat = Chat::new(&opening.model, &model).with(arguments.chat, arguments.system);
     if arguments.chat {
         chat.template()?;
     }
     let jsonl = arguments.jsonl;
     let answering = Answering { model: &model, chat: &chat, cancel, options: &options, flags, prompt, packing, jsonl };
     if let Some(file) = &arguments.encoder_outputs {
-        return answering.given(requests::of_encoder_outputs(file)?);
+        return answering.given(requests::read_encoder_outputs(file)?);
     }
     if arguments.jsonl {
         // Drafts are made for a row alone, and packs by tokens are asked for.
@@ -166,7 +168,7 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     }
     let lines = std::cell::RefCell::new(Lines::texts());
     let next = || Ok(lines.borrow_mut().next(cancel)?.map(|(_, line)| line));
-    answering.texts(next, || lines.borrow_mut().is_ready(&answering.packing))
+    answering.texts(next, || lines.borrow_mut().is_ready(answering.packing.patience()))
 }
 
 struct Answering<'a> {
@@ -204,12 +206,12 @@ impl Answering<'_> {
                     None => break,
                 }
             }
-            let requests: Vec<Result<Request, Refused>> = texts
+            let requests: Vec<Result<TokenizedRequest, Refused>> = texts
                 .iter()
                 .enumerate()
                 .map(|(i, text)| {
-                    let request = Request::of_text(text, number + i, Kind::Generate, self.chat)?;
-                    Ok(Request { prompts: self.prompt.clone().map(|prompt| vec![prompt]), ..request })
+                    let request = requests::read_text(text, number + i, Kind::Generate, self.chat)?;
+                    Ok(TokenizedRequest { prompts: self.prompt.clone().map(|prompt| vec![prompt]), ..request })
                 })
                 .collect();
             number += texts.len();
@@ -218,9 +220,10 @@ impl Answering<'_> {
                 match answer {
                     Ok((_, rows)) => {
                         for hypothesis in rows.iter().flatten() {
-                            let text = match streaming {
-                                true => String::new(),
-                                false => self.model.tokenizer()?.decode(&hypothesis.tokens, SpecialTokens::Skip)?,
+                            let text = if streaming {
+                                String::new()
+                            } else {
+                                self.model.tokenizer()?.decode(&hypothesis.tokens, SpecialTokens::Skip)?
                             };
                             println_flushed(&text)?;
                             if hypothesis.finish_reason == FinishReason::ConstraintIncomplete {
@@ -245,32 +248,32 @@ impl Answering<'_> {
     }
 
     /// Answers requests that are all there, as texts or as JSON lines.
-    fn given(&self, requests: Vec<Request>) -> Result<Outcome> {
+    fn given(&self, requests: Vec<TokenizedRequest>) -> Result<Outcome> {
         let jsonl = self.jsonl;
         let mut outcome = Outcome::Done;
         let mut requests = requests.into_iter().peekable();
         while requests.peek().is_some() {
             let group = requests.by_ref().take(self.packing.window()).map(|request| {
                 let prompts = self.prompt.clone().map(|prompt| vec![prompt; request.sources.len()]);
-                Ok(Request { prompts, ..request })
+                Ok(TokenizedRequest { prompts, ..request })
             });
             let group = group.collect();
             for answer in self.answers(group, false)? {
                 match answer {
-                    Ok((request, rows)) if jsonl => println_flushed(&self.result(&request, &rows)?.to_string())?,
+                    Ok((request, rows)) if jsonl => println_flushed(&response(Ok(self.result(&request, &rows)?))?)?,
                     Ok((_, rows)) => {
                         for hypothesis in rows.iter().flatten() {
                             let text = self.model.tokenizer()?.decode(&hypothesis.tokens, SpecialTokens::Skip)?;
                             println_flushed(&text)?;
                         }
                     }
-                    Err(Refused { id, reason }) => {
+                    Err(refused) => {
                         outcome = Outcome::SomeFailed;
                         if jsonl {
-                            println_flushed(&json!({"id": id, "error": reason}).to_string())?;
+                            println_flushed(&response(Err(refused))?)?;
                         } else {
                             println_flushed("")?;
-                            eprintln!("t5gemma: text {id}: {reason}");
+                            eprintln!("t5gemma: text {}: {}", refused.id, refused.reason);
                         }
                     }
                 }
@@ -284,28 +287,24 @@ impl Answering<'_> {
         let mut outcome = Outcome::Done;
         let done = counter("requests", true);
         while let Some((number, line)) = lines.next(self.cancel)? {
-            let mut requests = vec![Request::parse(&line, number, Kind::Generate, self.chat)];
-            let rows = |requests: &[Result<Request, Refused>]| {
+            let mut requests = vec![requests::read_line(&line, number, Kind::Generate, self.chat)];
+            let rows = |requests: &[Result<TokenizedRequest, Refused>]| {
                 requests.iter().flatten().map(|request| request.sources.len()).sum::<usize>()
             };
             let window = self.packing.window();
-            while rows(&requests) < window && requests.len() < window && lines.is_ready(&self.packing)? {
+            while rows(&requests) < window && requests.len() < window && lines.is_ready(self.packing.patience())? {
                 let Some((number, line)) = lines.next(self.cancel)? else { break };
-                requests.push(Request::parse(&line, number, Kind::Generate, self.chat));
+                requests.push(requests::read_line(&line, number, Kind::Generate, self.chat));
             }
             for answer in self.answers(requests, false)? {
-                let result = match answer {
-                    // Tokens that cannot be decoded are the fault of their request.
-                    Ok((request, rows)) => self.result(&request, &rows).unwrap_or_else(|error| {
-                        outcome = Outcome::SomeFailed;
-                        json!({"id": request.id, "error": format!("{error:#}")})
-                    }),
-                    Err(refused) => {
-                        outcome = Outcome::SomeFailed;
-                        json!({"id": refused.id, "error": refused.reason})
-                    }
-                };
-                println_flushed(&result.to_string())?;
+                // Tokens that cannot be decoded are the fault of their request.
+                let result = answer.and_then(|(request, rows)| {
+                    self.result(&request, &rows).map_err(|error| Refused { id: request.id, reason: error.to_string() })
+                });
+                if result.is_err() {
+                    outcome = Outcome::SomeFailed;
+                }
+                println_flushed(&response(result)?)?;
                 done.inc(1);
             }
         }
@@ -313,13 +312,13 @@ impl Answering<'_> {
     }
 
     /// Answers requests in order: those, or neighbours, with the same options and the same decoder prompt as one batch.
-    fn answers(&self, mut requests: Vec<Result<Request, Refused>>, stream: bool) -> Result<Vec<Answer>> {
+    fn answers(&self, mut requests: Vec<Result<TokenizedRequest, Refused>>, stream: bool) -> Result<Vec<Answer>> {
         if self.packing.is_by_tokens() && !stream {
             requests.iter_mut().flatten().for_each(|request| request.seed = self.seed(request));
             return self.packing.run(requests, fits, |pack| self.group(pack, false));
         }
         let mut answers = Vec::with_capacity(requests.len());
-        let mut group: Vec<Request> = Vec::new();
+        let mut group: Vec<TokenizedRequest> = Vec::new();
         for request in requests {
             match request {
                 Ok(mut request) => {
@@ -340,14 +339,14 @@ impl Answering<'_> {
     }
 
     /// What a request draws from if it samples. Options that are refused say so when it is run.
-    fn seed(&self, request: &Request) -> Option<u64> {
+    fn seed(&self, request: &TokenizedRequest) -> Option<u64> {
         let options = self.options.with_json(&request.options).ok().filter(|options| options.do_sample)?;
         Some(options.seed.unwrap_or_else(Draws::random_seed))
     }
 
     /// Answers requests that fit into one batch. Should the batch be refused, each is tried alone, so that the error falls
     /// to the one that is at fault.
-    fn group(&self, mut group: Vec<Request>, stream: bool) -> Result<Vec<Answer>> {
+    fn group(&self, mut group: Vec<TokenizedRequest>, stream: bool) -> Result<Vec<Answer>> {
         if group.is_empty() {
             return Ok(Vec::new());
         }
@@ -375,13 +374,13 @@ impl Answering<'_> {
     }
 
     /// The answer to a request that fails.
-    fn refused(&self, request: Request, error: &Error) -> Refused {
+    fn refused(&self, request: TokenizedRequest, error: &Error) -> Refused {
         Refused { reason: flag_errors::of_request(error, &request.options, self.flags), id: request.id }
     }
 
-    fn generate(&self, group: &[Request], stream: bool) -> Result<Vec<Vec<Hypothesis>>, Error> {
+    fn generate(&self, group: &[TokenizedRequest], stream: bool) -> Result<Vec<Vec<Hypothesis>>, Error> {
         let options = self.options.with_json(&group[0].options)?;
-        let batch = requests::batch(group, options.pad_token_id)?;
+        let batch = t5gemma_protocol::batch(group, options.pad_token_id)?;
         if !stream {
             return self.model.generate_batch(&batch, &options, Controls::default().cancellation(self.cancel));
         }
@@ -408,50 +407,28 @@ impl Answering<'_> {
         rows
     }
 
-    /// The line of a result.
-    fn result(&self, request: &Request, rows: &[Vec<Hypothesis>]) -> Result<Value> {
+    /// The result of a request.
+    fn result(&self, request: &TokenizedRequest, rows: &[Vec<Hypothesis>]) -> Result<GenerateResult, Error> {
         let tokenizer = self.model.tokenizer().ok();
-        let sequence = |hypothesis: &Hypothesis, source: usize| -> Result<Value> {
-            let mut sequence = Map::from_iter([("tokens".to_string(), json!(hypothesis.tokens))]);
-            if let Some(tokenizer) = tokenizer {
-                let text = tokenizer.decode(&hypothesis.tokens, SpecialTokens::Skip)?;
-                sequence.insert("text".into(), text.into());
-            }
-            if let Some(score) = hypothesis.score {
-                sequence.insert("score".into(), score.into());
-            }
-            sequence.insert("finish_reason".into(), hypothesis.finish_reason.as_str().into());
-            if let Some(logprobs) = &hypothesis.logprobs {
-                sequence.extend(requests::logprobs(logprobs));
-            }
-            if let Some(attended) = &hypothesis.cross_attentions {
-                sequence.insert("cross_attentions".into(), requests::cross_attentions(attended, source));
-            }
-            Ok(Value::Object(sequence))
-        };
         let of_row = |(row, source): (&Vec<Hypothesis>, &Vec<i64>)| {
-            row.iter().map(|hypothesis| sequence(hypothesis, source.len())).collect::<Result<Vec<_>>>()
+            row.iter().map(|hypothesis| Sequence::generated(hypothesis, source.len(), tokenizer)).collect()
         };
-        let sequences = rows.iter().zip(&request.sources).map(of_row).collect::<Result<Vec<_>>>()?;
-        let generated: usize = rows.iter().flatten().map(|hypothesis| hypothesis.tokens.len()).sum();
-        let usage = json!({"source_tokens": request.source_tokens(), "target_tokens": generated});
-        let mut result = Map::from_iter([("id".to_string(), request.id.clone())]);
-        result.insert("sequences".into(), sequences.into());
-        result.extend(request.seed.map(|seed| ("seed".to_string(), seed.into())));
-        result.insert("usage".into(), usage);
-        Ok(result.into())
+        let sequences = rows.iter().zip(&request.sources).map(of_row).collect::<Result<_, Error>>()?;
+        let target_tokens = rows.iter().flatten().map(|hypothesis| hypothesis.tokens.len()).sum();
+        let usage = Usage { source_tokens: request.source_tokens(), target_tokens };
+        Ok(GenerateResult { id: Some(request.id.clone()), sequences, seed: request.seed, usage })
     }
 }
 
-type Answer = Result<(Request, Vec<Vec<Hypothesis>>), Refused>;
+type Answer = Result<(TokenizedRequest, Vec<Vec<Hypothesis>>), Refused>;
 
 /// Whether two requests can be one batch.
-fn fits(a: &Request, b: &Request) -> bool {
+fn fits(a: &TokenizedRequest, b: &TokenizedRequest) -> bool {
     same_prompt(a, b) && without_seed(a).eq(without_seed(b))
 }
 
 /// Whether all targets of both begin alike, without which a batch cannot hold them.
-fn same_prompt(a: &Request, b: &Request) -> bool {
+fn same_prompt(a: &TokenizedRequest, b: &TokenizedRequest) -> bool {
     let mut all = [a, b].into_iter().flat_map(|request| match &request.prompts {
         Some(prompts) => prompts.iter().map(Some).collect(),
         None => vec![None],
@@ -460,8 +437,16 @@ fn same_prompt(a: &Request, b: &Request) -> bool {
 }
 
 /// A request's options but for the seed, which each row of a batch has of its own.
-fn without_seed(request: &Request) -> impl Iterator<Item = (&String, &Value)> {
+fn without_seed(request: &TokenizedRequest) -> impl Iterator<Item = (&String, &Value)> {
     request.options.iter().filter(|(name, _)| *name != "seed")
+}
+
+/// The JSON line of an answer.
+fn response(answer: Result<GenerateResult, Refused>) -> Result<String> {
+    Ok(serde_json::to_string(&match answer {
+        Ok(result) => GenerateResponse::Result(result),
+        Err(refused) => GenerateResponse::Error(refused.into()),
+    })?)
 }
 
 fn print_flushed(text: &str) -> Result<()> {

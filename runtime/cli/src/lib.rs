@@ -1,5 +1,5 @@
-//! The program `t5gemma`: parse, run, exit code. Each command is a file; `requests.rs` is the JSONL contract that several
-//! of them share, `tensors.rs` the files of numbers that are read and written. Nothing here is an interface for other crates.
+//! The program `t5gemma`: parse, run, exit code. Each command is a file; `requests.rs` reads requests for several
+//! of them, `tensors.rs` the files of numbers that are read and written. Nothing here is an interface for other crates.
 
 mod bench;
 mod calibrate;
@@ -13,6 +13,7 @@ mod shortlist;
 mod verify;
 
 mod chat;
+mod lines;
 mod requests;
 
 mod constraints;

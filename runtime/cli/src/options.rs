@@ -183,7 +183,7 @@ fn flag((name, placeholder, help): &(&'static str, &'static str, &'static str)) 
 
 /// The JSON that a flag's text is.
 fn value((name, placeholder): (&str, &str), text: &str) -> Result<Value, String> {
-    let json = || serde_json::from_str(text).map_err(|error| crate::files::problem_of_json(text, &error));
+    let json = || serde_json::from_str(text).map_err(|error| t5gemma_protocol::describe_error(text, &error));
     match placeholder {
         "TEXT|JSON" if text.trim_start().starts_with('[') => json(),
         "TEXT|JSON" => Ok(text.into()),

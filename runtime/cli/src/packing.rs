@@ -1,7 +1,10 @@
 //! How requests that are there together become batches: in the order in which they came, or, under a budget of tokens,
 //! packed by length, so that little is computed for padding. Answers come in the order of the requests either way.
 
+use std::time::Duration;
+
 use anyhow::Result;
+use t5gemma_protocol::TokenizedRequest;
 use t5gemma_runtime::Limits;
 
 /// Requests to look through for equally long ones, at most.
@@ -43,6 +46,11 @@ impl Packing {
         if self.is_by_tokens() { WINDOW } else { self.rows() }
     }
 
+    /// How long to wait for another request before those that are there are run: a moment where many are to be sorted.
+    pub fn patience(&self) -> Duration {
+        if self.is_by_tokens() { Duration::from_millis(20) } else { Duration::ZERO }
+    }
+
     /// Whether batches are made by tokens.
     pub fn is_by_tokens(&self) -> bool {
         self.max_batch_tokens.is_some()
@@ -59,14 +67,14 @@ impl Packing {
 
     /// Runs requests in batches that stay within the budget of tokens, and returns the answers in the order of the requests.
     /// Requests share a batch only where `fits` holds.
-    pub fn run<R: Sources, A, E>(
+    pub fn run<A, E>(
         &self,
-        requests: Vec<Result<R, E>>,
-        fits: impl Fn(&R, &R) -> bool,
-        mut run: impl FnMut(Vec<R>) -> Result<Vec<Result<A, E>>>,
+        requests: Vec<Result<TokenizedRequest, E>>,
+        fits: impl Fn(&TokenizedRequest, &TokenizedRequest) -> bool,
+        mut run: impl FnMut(Vec<TokenizedRequest>) -> Result<Vec<Result<A, E>>>,
     ) -> Result<Vec<Result<A, E>>> {
         let mut answers: Vec<Option<Result<A, E>>> = Vec::new();
-        let mut taken: Vec<Option<R>> = Vec::new();
+        let mut taken: Vec<Option<TokenizedRequest>> = Vec::new();
         let mut classes: Vec<Vec<usize>> = Vec::new();
         for (at, request) in requests.into_iter().enumerate() {
             match request {
@@ -93,10 +101,8 @@ impl Packing {
         let most_tokens = self.max_batch_tokens.map_or(usize::MAX, |tokens| tokens as usize);
         for class in classes {
             let size = |&at: &usize| {
-                taken[at].as_ref().map_or(Size { rows: 0, length: 0 }, |request| Size {
-                    rows: request.rows(),
-                    length: request.length(),
-                })
+                let sources = taken[at].as_ref().map(|request| request.sources.as_slice()).unwrap_or_default();
+                Size { rows: sources.len(), length: sources.iter().map(Vec::len).max().unwrap_or(0) }
             };
             let sizes: Vec<Size> = class.iter().map(size).collect();
             if let Some(Size { length, .. }) = sizes.iter().find(|size| size.length > most_tokens) {
@@ -116,15 +122,6 @@ impl Packing {
         }
         Ok(answers.into_iter().map(|answer| answer.expect("every request is in one pack")).collect())
     }
-}
-
-/// The source rows of a request.
-pub trait Sources {
-    /// The number of sources.
-    fn rows(&self) -> usize;
-
-    /// The tokens of the longest source.
-    fn length(&self) -> usize;
 }
 
 /// The sizes of a request's sources.

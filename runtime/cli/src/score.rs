@@ -3,14 +3,15 @@
 use std::io::{self, Write};
 
 use anyhow::{Context, Result};
-use serde_json::{Map, Value, json};
+use t5gemma_protocol::{Score, ScoreResponse, ScoreResult, TokenizedRequest, Usage, batch};
 use t5gemma_runtime::{Batch, Cancellation, CrossAttentions, Error, Logprobs, Model, TargetScore};
 
 use crate::exit::Outcome;
+use crate::lines::Lines;
 use crate::opening::Opening;
 use crate::packing::Packing;
 use crate::progress::counter;
-use crate::requests::{self, Kind, Lines, Refused, Request};
+use crate::requests::{self, Kind, Refused};
 
 /// Computes how likely given targets are, each for its source
 ///
@@ -59,7 +60,8 @@ Fields of a result:
 pub fn run(mut arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     arguments.opening.limits = arguments.packing.limits();
     let model = arguments.opening.open()?;
-    let kind = Kind::Score { eos: !arguments.no_eos };
+    let end = model.generation_config().eos_token_id.first().copied().filter(|_| !arguments.no_eos);
+    let kind = Kind::Score { end };
     let packing = &arguments.packing;
     let (top, output_attentions) = (arguments.top_logprobs, arguments.output_attentions);
     let scoring = Scoring { model: &model, cancel, top, output_attentions };
@@ -67,25 +69,26 @@ pub fn run(mut arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     let mut outcome = Outcome::Done;
     let done = counter("requests", true);
     while let Some((number, line)) = lines.next(cancel)? {
-        let mut requests = vec![Request::parse(&line, number, kind, &model)];
-        while requests.len() < packing.window() && lines.is_ready(packing)? {
+        let mut requests = vec![requests::read_line(&line, number, kind, &model)];
+        while requests.len() < packing.window() && lines.is_ready(packing.patience())? {
             let Some((number, line)) = lines.next(cancel)? else { break };
-            requests.push(Request::parse(&line, number, kind, &model));
+            requests.push(requests::read_line(&line, number, kind, &model));
         }
         let answers = match packing.is_by_tokens() {
             true => packing.run(requests, fits, |pack| scoring.group(pack)),
             false => scoring.answers(requests),
         };
         for answer in answers? {
-            let result = match answer {
-                Ok((request, scores)) => result(&request, &scores),
+            let response = match answer {
+                Ok((request, scores)) => ScoreResponse::Result(result(&request, &scores)),
                 Err(refused) => {
                     outcome = Outcome::SomeFailed;
-                    json!({"id": refused.id, "error": refused.reason})
+                    ScoreResponse::Error(refused.into())
                 }
             };
+            let line = serde_json::to_string(&response)?;
             let mut out = io::stdout().lock();
-            writeln!(out, "{result}").and_then(|()| out.flush()).context("stdout cannot be written")?;
+            writeln!(out, "{line}").and_then(|()| out.flush()).context("stdout cannot be written")?;
             done.inc(1);
         }
     }
@@ -102,18 +105,18 @@ struct Scoring<'a> {
 /// A target's log-probabilities, and what it attends to where that is asked for.
 type Scored = (Logprobs, Option<CrossAttentions>);
 
-type Answer = Result<(Request, Vec<Scored>), Refused>;
+type Answer = Result<(TokenizedRequest, Vec<Scored>), Refused>;
 
 /// Whether two requests can be one batch.
-fn fits(a: &Request, b: &Request) -> bool {
+fn fits(a: &TokenizedRequest, b: &TokenizedRequest) -> bool {
     a.prompts.is_none() && b.prompts.is_none()
 }
 
 impl Scoring<'_> {
     /// Answers requests in order, neighbours without decoder prompts as one batch.
-    fn answers(&self, requests: Vec<Result<Request, Refused>>) -> Result<Vec<Answer>> {
+    fn answers(&self, requests: Vec<Result<TokenizedRequest, Refused>>) -> Result<Vec<Answer>> {
         let mut answers = Vec::with_capacity(requests.len());
-        let mut group: Vec<Request> = Vec::new();
+        let mut group: Vec<TokenizedRequest> = Vec::new();
         for request in requests {
             match request {
                 Ok(request) if request.prompts.is_none() => group.push(request),
@@ -142,13 +145,13 @@ impl Scoring<'_> {
 
     /// Answers requests as one batch. Should it be refused, each is tried alone, so that the error falls to the one that is
     /// at fault.
-    fn group(&self, mut group: Vec<Request>) -> Result<Vec<Answer>> {
+    fn group(&self, mut group: Vec<TokenizedRequest>) -> Result<Vec<Answer>> {
         if group.is_empty() {
             return Ok(Vec::new());
         }
         let pad = self.model.generation_config().pad_token_id;
         let targets: Vec<Vec<i64>> = group.iter().flat_map(|request| request.targets.clone()).collect();
-        match requests::batch(&group, pad).and_then(|batch| self.score(&batch, &targets)) {
+        match batch(&group, pad).and_then(|batch| self.score(&batch, &targets)) {
             Ok(mut rows) => Ok(group
                 .into_iter()
                 .map(|request| {
@@ -173,21 +176,13 @@ impl Scoring<'_> {
     }
 }
 
-/// The line of a result.
-fn result(request: &Request, scores: &[Scored]) -> Value {
-    let score = |((tokens, source), (found, attended)): ((&Vec<i64>, &Vec<i64>), &Scored)| {
-        let mut score = Map::from_iter([("tokens".to_string(), json!(tokens))]);
-        let mut of_tokens = requests::logprobs(found);
-        score.extend(of_tokens.shift_remove_entry("logprob"));
-        score.insert("perplexity".into(), found.perplexity().into());
-        score.extend(of_tokens);
-        if let Some(attended) = attended {
-            score.insert("cross_attentions".into(), requests::cross_attentions(attended, source.len()));
-        }
-        Value::Object(score)
+/// The result of a request.
+fn result(request: &TokenizedRequest, scores: &[Scored]) -> ScoreResult {
+    let score = |((tokens, source), (found, attentions)): ((&Vec<i64>, &Vec<i64>), &Scored)| {
+        Score::new(tokens, found, attentions.as_ref(), source.len())
     };
-    let tokens: usize = request.targets.iter().map(Vec::len).sum();
-    let scores: Vec<Value> = request.targets.iter().zip(&request.sources).zip(scores).map(score).collect();
-    let usage = json!({"source_tokens": request.source_tokens(), "target_tokens": tokens});
-    json!({"id": request.id, "scores": scores, "usage": usage})
+    let target_tokens = request.targets.iter().map(Vec::len).sum();
+    let scores = request.targets.iter().zip(&request.sources).zip(scores).map(score).collect();
+    let usage = Usage { source_tokens: request.source_tokens(), target_tokens };
+    ScoreResult { id: Some(request.id.clone()), scores, usage }
 }

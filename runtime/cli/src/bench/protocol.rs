@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::{Map, Value, json};
+use t5gemma_protocol::{abbreviated, parse_object};
 use t5gemma_runtime::{Batch, Cancellation, Error, Limits, Model};
 
 use super::Case;
@@ -233,7 +234,7 @@ pub fn check(text: &str) -> Result<()> {
 
 impl Request {
     fn parse(text: &str) -> Result<Request> {
-        let document = Value::Object(files::object(text)?);
+        let document = Value::Object(parse_object(text)?);
         let mut top = Fields::of("", &document)?;
         let protocol = top.required("protocol")?.whole(0)?;
         ensure!(protocol == PROTOCOL, "protocol: expected {PROTOCOL}, found {protocol}");
@@ -333,7 +334,7 @@ impl<'a> Fields<'a> {
     fn of(path: &str, value: &'a Value) -> Result<Fields<'a>> {
         match value {
             Value::Object(fields) => Ok(Fields { path: path.to_string(), left: fields.iter().collect() }),
-            value if path.is_empty() => bail!("expected a JSON object, found {}", files::shown(value)),
+            value if path.is_empty() => bail!("expected a JSON object, found {}", abbreviated(value)),
             value => Err(Field { path: path.to_string(), value }.unlike("an object")),
         }
     }
@@ -377,7 +378,7 @@ impl<'a> Field<'a> {
     }
 
     fn unlike(&self, expected: &str) -> anyhow::Error {
-        anyhow::anyhow!("{}: expected {expected}, found {}", self.path, files::shown(self.value))
+        anyhow::anyhow!("{}: expected {expected}, found {}", self.path, abbreviated(self.value))
     }
 }
 

@@ -6,14 +6,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Result;
-use serde_json::{Value, json};
+use t5gemma_protocol::{GenerateResult, TokenizedRequest};
 use t5gemma_runtime::{Engine, EngineOptions, Error, Event, Generation, Hypothesis, Model, PollResult};
 
-use super::{Answering, println_flushed};
+use super::{Answering, println_flushed, response};
 use crate::exit::Outcome;
 use crate::flag_errors;
+use crate::lines::Lines;
 use crate::progress::counter;
-use crate::requests::{self, Kind, Lines, Refused, Request};
+use crate::requests::{self, Kind, Refused};
 
 /// Requests that may have been read and not been answered.
 const WINDOW: usize = 256;
@@ -23,12 +24,12 @@ const PATIENCE: Duration = Duration::from_millis(1);
 
 /// A request in its place in the order of answers.
 enum Place {
-    Answered(Result<Value, Refused>),
+    Answered(Result<GenerateResult, Refused>),
     Pending(Box<Pending>),
 }
 
 struct Pending {
-    request: Request,
+    request: TokenizedRequest,
     generation: Generation,
     /// What is known of its rows; nothing of those that are in flight.
     rows: Vec<Vec<Hypothesis>>,
@@ -53,17 +54,18 @@ impl Answering<'_> {
         let done = counter("requests", true);
         loop {
             while places.len() < WINDOW {
-                if next.is_none() && !at_end && (places.is_empty() || lines.is_ready(&self.packing)?) {
+                if next.is_none() && !at_end && (places.is_empty() || lines.is_ready(self.packing.patience())?) {
                     match lines.next(self.cancel)? {
                         None => at_end = true,
-                        Some((number, line)) => match Request::parse(&line, number, Kind::Generate, self.chat) {
+                        Some((number, line)) => match requests::read_line(&line, number, Kind::Generate, self.chat) {
                             Ok(request) => next = Some(request),
                             Err(refused) => places.push_back(Place::Answered(Err(refused))),
                         },
                     }
                     continue;
                 }
-                let has_room = |request: &mut Request| in_flight == 0 || in_flight + request.sources.len() <= most;
+                let has_room =
+                    |request: &mut TokenizedRequest| in_flight == 0 || in_flight + request.sources.len() <= most;
                 let Some(request) = next.take_if(has_room) else { break };
                 places.push_back(self.submitted(&engine, request));
                 if let Some(Place::Pending(pending)) = places.back() {
@@ -72,11 +74,10 @@ impl Answering<'_> {
             }
             while let Some(Place::Answered(_)) = places.front() {
                 let Some(Place::Answered(answer)) = places.pop_front() else { unreachable!("looked at just above") };
-                let result = answer.unwrap_or_else(|refused| {
+                if answer.is_err() {
                     outcome = Outcome::SomeFailed;
-                    json!({"id": refused.id, "error": refused.reason})
-                });
-                println_flushed(&result.to_string())?;
+                }
+                println_flushed(&response(answer)?)?;
                 done.inc(1);
             }
             if places.is_empty() && at_end && next.is_none() {
@@ -93,11 +94,11 @@ impl Answering<'_> {
     }
 
     /// Hands a request to the engine.
-    fn submitted(&self, engine: &Engine, mut request: Request) -> Place {
+    fn submitted(&self, engine: &Engine, mut request: TokenizedRequest) -> Place {
         request.seed = self.seed(&request);
         let submit = || {
             let options = self.options.with_json(&request.options)?;
-            let batch = requests::batch(std::slice::from_ref(&request), options.pad_token_id)?;
+            let batch = t5gemma_protocol::batch(std::slice::from_ref(&request), options.pad_token_id)?;
             engine.submit(t5gemma_runtime::Request::new(batch, options))
         };
         match submit() {

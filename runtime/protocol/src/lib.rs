@@ -1,0 +1,29 @@
+//! Requests and results of T5Gemma models: the JSON that every door reads and writes, as types. A door turns bytes into a
+//! request, [tokenizes](Tokenize) it for a model, runs the batch, and makes a result of the answer; how it gets the bytes is its own
+//! affair.
+//!
+//! In reading order: `request` are the requests as they are written, `tokenize` makes batches of them, `result` are the
+//! results; `text` and `json` read bytes with errors that name the place; `schema` is the JSON Schema, committed in `schema/`.
+
+mod error;
+mod id;
+mod json;
+mod options;
+mod request;
+mod result;
+mod schema;
+mod text;
+mod tokenize;
+
+pub use error::RequestError;
+pub use id::Id;
+pub use json::{abbreviated, describe_error, parse_object};
+pub use options::{GENERATION_OPTIONS, GenerationOption, OptionGroup, OptionValue};
+pub use request::{EncodeRequest, GenerateRequest, ScoreRequest, Texts, TokenRows};
+pub use result::{
+    ClassifyResponse, EncoderUsage, ErrorResult, FinishReason, GenerateResponse, GenerateResult, Label, LabelsResult,
+    Score, ScoreResponse, ScoreResult, Sequence, TokenLabels, TokenLabelsResult, Usage, attention_rows,
+};
+pub use schema::schemas;
+pub use text::{describe_invalid_utf8, without_byte_order_mark};
+pub use tokenize::{AnyLength, Conversations, Tokenize, TokenizedRequest, batch, conversation, sources, targets};

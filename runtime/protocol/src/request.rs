@@ -1,0 +1,347 @@
+//! Requests as they are written: the lines of `t5gemma generate --jsonl`, `score`, `encode` and `classify`. Reading checks the form
+//! of every field; what depends on a model is checked when the request is tokenized.
+
+use schemars::{JsonSchema, Schema};
+use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::{Map, Value, json};
+
+use crate::error::RequestError;
+use crate::id::Id;
+use crate::json::abbreviated;
+
+/// A request to generate targets. Exactly one of `text`, `messages` and `input_ids` is given.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+#[schemars(transform = one_of_text_messages_input_ids, transform = not_both_prompts)]
+pub struct GenerateRequest {
+    /// Returned with the result. Default: the line's number, from 0.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub id: Option<Id>,
+    /// The source, or several sources.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub text: Option<Texts>,
+    /// A conversation for an instruction-tuned model: objects with `role` and `content`, formatted by the checkpoint's chat
+    /// template. Other fields are passed to the template.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<Vec<Map<String, Value>>>")]
+    pub messages: Option<Vec<Value>>,
+    /// The source as token ids, or several sources of one length.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub input_ids: Option<TokenRows>,
+    /// Of the shape of the sources: 0 where a token is padding, anywhere in the row. Default: no token is padding.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub attention_mask: Option<TokenRows>,
+    /// The beginning of each target, without special tokens; not part of the result.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub decoder_text: Option<Texts>,
+    /// The beginning of each target as token ids; not part of the result.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub decoder_input_ids: Option<TokenRows>,
+    /// Generation options by their Hugging Face names, in preference to those of the command line and the model.
+    #[serde(skip_serializing_if = "Map::is_empty")]
+    #[schemars(default, schema_with = "crate::options::schema")]
+    pub options: Map<String, Value>,
+}
+
+/// A request to score given targets. Exactly one of `text` and `input_ids`, and of `target` and `target_ids`, is given.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+#[schemars(transform = one_of_text_input_ids, transform = one_of_targets, transform = not_both_prompts)]
+pub struct ScoreRequest {
+    /// Returned with the result. Default: the line's number, from 0.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub id: Option<Id>,
+    /// The source, or several sources.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub text: Option<Texts>,
+    /// The source as token ids, or several sources of one length.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub input_ids: Option<TokenRows>,
+    /// Of the shape of the sources: 0 where a token is padding, anywhere in the row. Default: no token is padding.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub attention_mask: Option<TokenRows>,
+    /// The target of each source; the end token is scored after it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub target: Option<Texts>,
+    /// The target of each source as token ids, scored as given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub target_ids: Option<TokenRows>,
+    /// The beginning of each target, without special tokens; not scored.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub decoder_text: Option<Texts>,
+    /// The beginning of each target as token ids; not scored.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub decoder_input_ids: Option<TokenRows>,
+}
+
+/// A request to encode or classify sources. Exactly one of `text` and `input_ids` is given.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+#[schemars(transform = one_of_text_input_ids)]
+pub struct EncodeRequest {
+    /// Returned with the result. Default: the line's number, from 0.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub id: Option<Id>,
+    /// The source, or several sources.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub text: Option<Texts>,
+    /// The source as token ids, or several sources of one length.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub input_ids: Option<TokenRows>,
+    /// Of the shape of the sources: 0 where a token is padding, anywhere in the row. Default: no token is padding.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub attention_mask: Option<TokenRows>,
+}
+
+/// One text, or several.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(untagged)]
+pub enum Texts {
+    /// One text.
+    One(String),
+    /// One text for each row.
+    Several(Vec<String>),
+}
+
+impl Texts {
+    /// The texts, one for each row.
+    pub fn rows(&self) -> &[String] {
+        match self {
+            Texts::One(text) => std::slice::from_ref(text),
+            Texts::Several(texts) => texts,
+        }
+    }
+}
+
+/// One row of integers, or several of one length.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(untagged)]
+pub enum TokenRows {
+    /// One row.
+    One(Vec<i64>),
+    /// Several rows.
+    Several(Vec<Vec<i64>>),
+}
+
+impl TokenRows {
+    /// The rows.
+    pub fn rows(&self) -> &[Vec<i64>] {
+        match self {
+            TokenRows::One(row) => std::slice::from_ref(row),
+            TokenRows::Several(rows) => rows,
+        }
+    }
+}
+
+/// Which sources a request has.
+pub(crate) struct SourcesGiven {
+    pub text: bool,
+    pub input_ids: bool,
+    /// `None` where the request cannot be a conversation.
+    pub messages: Option<bool>,
+}
+
+impl SourcesGiven {
+    /// Refuses anything but exactly one.
+    pub fn check(self) -> Result<(), RequestError> {
+        let refused = |expected, found| Err(RequestError::form("", expected, found));
+        match (self.text, self.input_ids, self.messages) {
+            (false, false, Some(false)) => refused("text, messages or input_ids", "none of them"),
+            (false, false, None) => refused("text or input_ids", "neither"),
+            (true, true, None | Some(false)) => refused("text or input_ids", "both"),
+            (true, _, Some(true)) | (_, true, Some(true)) => refused("messages alone", "text or input_ids beside them"),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl TryFrom<Map<String, Value>> for GenerateRequest {
+    type Error = RequestError;
+
+    fn try_from(fields: Map<String, Value>) -> Result<GenerateRequest, RequestError> {
+        let known = "id, text, messages, input_ids, attention_mask, decoder_text, decoder_input_ids and options";
+        let mut fields = Fields::new(fields, known)?;
+        let messages = Some(fields.has("messages"));
+        SourcesGiven { text: fields.has("text"), input_ids: fields.has("input_ids"), messages }.check()?;
+        let request = GenerateRequest {
+            id: Id::take(&mut fields.0)?,
+            text: fields.texts("text")?,
+            messages: fields.messages()?,
+            input_ids: fields.rows("input_ids")?,
+            attention_mask: fields.rows("attention_mask")?,
+            decoder_text: fields.texts("decoder_text")?,
+            decoder_input_ids: fields.rows("decoder_input_ids")?,
+            options: fields.options()?,
+        };
+        check_prompts(&request.decoder_text, &request.decoder_input_ids)?;
+        Ok(request)
+    }
+}
+
+impl TryFrom<Map<String, Value>> for ScoreRequest {
+    type Error = RequestError;
+
+    fn try_from(fields: Map<String, Value>) -> Result<ScoreRequest, RequestError> {
+        let known = "id, text, input_ids, attention_mask, target, target_ids, decoder_text and decoder_input_ids";
+        let mut fields = Fields::new(fields, known)?;
+        SourcesGiven { text: fields.has("text"), input_ids: fields.has("input_ids"), messages: None }.check()?;
+        let request = ScoreRequest {
+            id: Id::take(&mut fields.0)?,
+            text: fields.texts("text")?,
+            input_ids: fields.rows("input_ids")?,
+            attention_mask: fields.rows("attention_mask")?,
+            target: fields.texts("target")?,
+            target_ids: fields.rows("target_ids")?,
+            decoder_text: fields.texts("decoder_text")?,
+            decoder_input_ids: fields.rows("decoder_input_ids")?,
+        };
+        check_prompts(&request.decoder_text, &request.decoder_input_ids)?;
+        check_targets(&request.target, &request.target_ids)?;
+        Ok(request)
+    }
+}
+
+impl TryFrom<Map<String, Value>> for EncodeRequest {
+    type Error = RequestError;
+
+    fn try_from(fields: Map<String, Value>) -> Result<EncodeRequest, RequestError> {
+        let mut fields = Fields::new(fields, "id, text, input_ids and attention_mask")?;
+        SourcesGiven { text: fields.has("text"), input_ids: fields.has("input_ids"), messages: None }.check()?;
+        Ok(EncodeRequest {
+            id: Id::take(&mut fields.0)?,
+            text: fields.texts("text")?,
+            input_ids: fields.rows("input_ids")?,
+            attention_mask: fields.rows("attention_mask")?,
+        })
+    }
+}
+
+/// Refuses two beginnings of targets.
+pub(crate) fn check_prompts(text: &Option<Texts>, ids: &Option<TokenRows>) -> Result<(), RequestError> {
+    match (text, ids) {
+        (Some(_), Some(_)) => Err(RequestError::form("", "decoder_text or decoder_input_ids", "both")),
+        _ => Ok(()),
+    }
+}
+
+/// Refuses anything but one kind of targets.
+pub(crate) fn check_targets(text: &Option<Texts>, ids: &Option<TokenRows>) -> Result<(), RequestError> {
+    match (text, ids) {
+        (Some(_), Some(_)) => Err(RequestError::form("", "target or target_ids", "both")),
+        (None, None) => Err(RequestError::form("", "target or target_ids", "neither")),
+        _ => Ok(()),
+    }
+}
+
+/// Fields that have not been read. A null is a field that is not given.
+struct Fields(Map<String, Value>);
+
+impl Fields {
+    /// Refuses a field that is not among `known`, a list for people.
+    fn new(fields: Map<String, Value>, known: &str) -> Result<Fields, RequestError> {
+        let is_known = |name: &str| known.split([' ', ',']).any(|known| known == name && known != "and");
+        match fields.keys().find(|name| !is_known(name)) {
+            Some(name) => {
+                let found = abbreviated(&name.as_str().into());
+                Err(RequestError::form("", format!("only the fields {known}"), found))
+            }
+            None => Ok(Fields(fields)),
+        }
+    }
+
+    fn has(&self, name: &str) -> bool {
+        self.0.get(name).is_some_and(|value| !value.is_null())
+    }
+
+    fn take(&mut self, name: &str) -> Option<Value> {
+        self.0.remove(name).filter(|value| !value.is_null())
+    }
+
+    /// `"…"` or `["…", "…"]`.
+    fn texts(&mut self, field: &str) -> Result<Option<Texts>, RequestError> {
+        let Some(value) = self.take(field) else { return Ok(None) };
+        let texts = match &value {
+            Value::String(text) => Some(Texts::One(text.clone())),
+            Value::Array(texts) => {
+                let texts = texts.iter().map(|text| text.as_str().map(str::to_string));
+                texts.collect::<Option<_>>().map(Texts::Several)
+            }
+            _ => None,
+        };
+        let refused = || RequestError::form(field, "a string or a list of strings", abbreviated(&value));
+        texts.ok_or_else(refused).map(Some)
+    }
+
+    /// `[1, 2]` or `[[1, 2], [3, 4]]`.
+    fn rows(&mut self, field: &str) -> Result<Option<TokenRows>, RequestError> {
+        let Some(value) = self.take(field) else { return Ok(None) };
+        let row = |value: &Value| value.as_array()?.iter().map(Value::as_i64).collect::<Option<Vec<i64>>>();
+        let rows = match value.as_array() {
+            Some(list) if list.first().is_some_and(Value::is_array) => {
+                list.iter().map(row).collect::<Option<_>>().map(TokenRows::Several)
+            }
+            Some(_) => row(&value).map(TokenRows::One),
+            None => None,
+        };
+        let refused = || RequestError::form(field, "integers in a list or a list of lists", abbreviated(&value));
+        rows.ok_or_else(refused).map(Some)
+    }
+
+    fn messages(&mut self) -> Result<Option<Vec<Value>>, RequestError> {
+        match self.take("messages") {
+            None => Ok(None),
+            Some(Value::Array(messages)) => Ok(Some(messages)),
+            Some(other) => Err(RequestError::form("messages", "a list of messages", abbreviated(&other))),
+        }
+    }
+
+    fn options(&mut self) -> Result<Map<String, Value>, RequestError> {
+        match self.take("options") {
+            None => Ok(Map::new()),
+            Some(Value::Object(options)) => Ok(options),
+            Some(other) => Err(RequestError::form("options", "an object of generation options", abbreviated(&other))),
+        }
+    }
+}
+
+macro_rules! deserialize_as_object {
+    ($($request:ident)*) => {
+        $(impl<'de> Deserialize<'de> for $request {
+            fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<$request, D::Error> {
+                $request::try_from(Map::deserialize(deserializer)?).map_err(serde::de::Error::custom)
+            }
+        })*
+    };
+}
+
+deserialize_as_object!(GenerateRequest ScoreRequest EncodeRequest);
+
+fn one_of_text_messages_input_ids(schema: &mut Schema) {
+    one_of(schema, &["text", "messages", "input_ids"]);
+}
+
+fn one_of_text_input_ids(schema: &mut Schema) {
+    one_of(schema, &["text", "input_ids"]);
+}
+
+fn one_of_targets(schema: &mut Schema) {
+    one_of(schema, &["target", "target_ids"]);
+}
+
+/// Requires that exactly one of the fields is there and not null.
+fn one_of(schema: &mut Schema, fields: &[&str]) {
+    let given = |field: &&str| json!({"required": [field], "properties": {*field: {"not": {"type": "null"}}}});
+    require(schema, json!({"oneOf": fields.iter().map(given).collect::<Vec<_>>()}));
+}
+
+/// Requires that the beginnings of targets are given in at most one of the two ways.
+fn not_both_prompts(schema: &mut Schema) {
+    let fields = ["decoder_text", "decoder_input_ids"];
+    let given = fields.map(|field| (field.to_string(), json!({"not": {"type": "null"}})));
+    require(schema, json!({"not": {"required": fields, "properties": Map::from_iter(given)}}));
+}
+
+fn require(schema: &mut Schema, rule: Value) {
+    let rules = schema.ensure_object().entry("allOf").or_insert_with(|| json!([]));
+    rules.as_array_mut().expect("a list of schemas").push(rule);
+}
