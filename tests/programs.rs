@@ -520,7 +520,7 @@ fn wrong_arguments_are_one_exit_status_and_are_told_as_they_were_typed() {
         (&["generate", "--encoder-outputs", "a.safetensors", "--system", "a", "--jsonl"], "--system"),
         (&["generate", "--device", "0,1", "a"], "--device: expected one number"),
         (&["generate", "--threads", "0", "a"], "t5gemma: --threads: expected 1 to 1024, found 0\n"),
-        (&["generate", "--device", "1", "a"], "--provider: expected one with devices"),
+        (&["generate", "--device", "1", "a"], "--device 1 requires a provider with devices"),
         (&["encode", "-o", "a.txt", "a"], "--output: expected a name that ends in .safetensors or .npy"),
         (&["encode", "-o", "a.npy", "--padding", "max_length", "a"], "--padding max_length requires --max-length"),
         (&["encode", "-o", "a.npy", "--normalize", "a"], "--normalize requires --pooling"),
