@@ -161,17 +161,18 @@ fuzz: $(LIBRARY) ## run each fuzz target for FUZZ_SECONDS; needs a nightly toolc
 	        -timeout=20 -max_len=65536 -print_final_stats=1 -verbosity=0 -artifact_prefix=.cache/fuzz/$$target- || exit 1; \
 	done
 
+# Unit tests under AddressSanitizer, for which the standard library need not be rebuilt.
+SANITIZE = RUSTFLAGS=-Zsanitizer=address ASAN_OPTIONS=detect_leaks=0 $(CARGO) +nightly test --locked --lib \
+    --target $$(rustc -vV | sed -n 's/^host: //p') --target-dir target/sanitize
+
 .PHONY: sanitize
 sanitize: $(LIBRARY) ## run unit tests under AddressSanitizer at every instruction level of this machine; needs a nightly toolchain
+	# The kernels' tests go through the levels themselves, and tell which this machine lacks.
+	$(SANITIZE) -p t5gemma-graphs -p t5gemma-exporter -p t5gemma-kernels
 	for level in generic avx2 avx512_vnni avx512_amx; do \
 	    echo "== T5GEMMA_MAX_CPU_ISA=$$level"; \
-	    T5GEMMA_MAX_CPU_ISA=$$level RUSTFLAGS=-Zsanitizer=address ASAN_OPTIONS=detect_leaks=0 $(CARGO) +nightly test --locked --lib \
-	        --target $$(rustc -vV | sed -n 's/^host: //p') --target-dir target/sanitize \
-	        -p t5gemma-graphs -p t5gemma-exporter -p t5gemma-kernels -p t5gemma-runtime || exit 1; \
+	    T5GEMMA_MAX_CPU_ISA=$$level $(SANITIZE) -p t5gemma-runtime || exit 1; \
 	done
-
-.PHONY: nightly
-nightly: deny sanitize fuzz ## what takes too long, or too much network, for every change
 
 .PHONY: check-rtx
 check-rtx: .venv/complete .cache/tensorrt-rtx/complete ## compile graphs with NVIDIA's builder for RTX; needs no GPU, but x86-64 Linux

@@ -1,5 +1,5 @@
-//! Throughput of the CPU kernels, on one thread, in multiply-adds: quantized and float32 matrix multiplication, the coarse pass over a head,
-//! attention. `make bench` runs it.
+//! Throughput of the CPU kernels, on one thread, in multiply-adds: quantized and float32 matrix multiplication, the
+//! coarse pass over a head, attention. `make bench` runs it.
 
 use std::time::Duration;
 

@@ -1,5 +1,5 @@
-//! `AlignedVec`: a vector whose first element begins a cache line, because loading a vector register takes twice as long where it spans
-//! two lines.
+//! `AlignedVec`: a vector whose first element begins a cache line, because loading a vector register takes twice as
+//! long where it spans two lines.
 
 use std::ops::{Deref, DerefMut};
 
@@ -11,14 +11,16 @@ const CACHE_LINE: usize = 64;
 pub struct AlignedVec<T>(AVec<T, ConstAlign<CACHE_LINE>>);
 
 impl<T: Copy> AlignedVec<T> {
-    /// Resizes, filling new elements with `value`: [`AVec::resize`], which copies element by element, at the speed of a fill.
+    /// Resizes, filling new elements with `value`: [`AVec::resize`], which copies element by element, at the speed of a
+    /// fill.
     pub fn resize(&mut self, length: usize, value: T) {
         let before = self.0.len();
         if length <= before {
             return self.0.truncate(length);
         }
         self.0.reserve(length - before);
-        // SAFETY: the capacity is at least `length`, and the elements from `before` on are initialized before the length includes them.
+        // SAFETY: the capacity is at least `length`, and the elements from `before` on are initialized before the
+        // length includes them.
         unsafe {
             let first = self.0.as_mut_ptr();
             for at in before..length {

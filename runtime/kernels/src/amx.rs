@@ -27,7 +27,8 @@ impl TileConfig {
         for tile in 0..8 {
             (config.rows[tile], config.row_bytes[tile]) = (SIDE as u8, WIDTH as u16);
         }
-        // SAFETY: the token proves that the processor has AMX and that this process may use it; the operand is a valid configuration.
+        // SAFETY: the token proves that the processor has AMX and that this process may use it; the operand is a valid
+        // configuration.
         unsafe { asm!("ldtilecfg [{}]", in(reg) &config, options(nostack, readonly, preserves_flags)) };
         TileConfig(())
     }

@@ -1,7 +1,8 @@
-//! Attention over given keys and values, `softmax(softcap(q·kᵀ·scale) where visible) · v`; with a key-value cache, see [`cached`].
+//! Attention over given keys and values, `softmax(softcap(q·kᵀ·scale) where visible) · v`; with a key-value cache, see
+//! [`cached`].
 //!
-//! ONNX Runtime's kernels make several passes over the square of all scores, most of which a layer with a window throws away, and wake
-//! threads for the few numbers of a decoder step.
+//! ONNX Runtime's kernels make several passes over the square of all scores, most of which a layer with a window throws
+//! away, and wake threads for the few numbers of a decoder step.
 
 pub mod cached;
 mod mask;
@@ -36,7 +37,8 @@ pub struct HeadLayout {
 }
 
 impl HeadLayout {
-    /// The layout of a tensor of this shape: of rank 4, or of rank 3 if the number of heads is given, which is 0 otherwise.
+    /// The layout of a tensor of this shape: of rank 4, or of rank 3 if the number of heads is given, which is 0
+    /// otherwise.
     pub fn of(shape: &[i64], heads: usize) -> Option<HeadLayout> {
         match *shape {
             [batch, rows, width] if heads > 0 && (width as usize).is_multiple_of(heads) => {
@@ -65,13 +67,13 @@ impl HeadLayout {
         if self.is_interleaved { self.heads * self.dim } else { self.dim }
     }
 
-    /// Rows of a head, at least one, and what lies between them.
+    /// The rows of a head, at least one, and everything between them.
     fn rows<'x>(&self, all: &'x [f32], item: usize, head: usize, rows: Range<usize>) -> &'x [f32] {
         &all[self.row_start(item, head, rows.start)..self.row_start(item, head, rows.end - 1) + self.dim]
     }
 }
 
-/// Attention that is computed again and again, with its scratch buffers.
+/// The parameters of attention, and its scratch buffers.
 pub struct Attention {
     scale: f32,
     cap: Option<f32>,
@@ -83,7 +85,8 @@ pub struct Attention {
     packed: Packed,
 }
 
-/// What attention is computed of. Batches are equal, or 1 for the mask; heads of queries are a multiple of those of keys.
+/// The operands of attention. Batches are equal, or 1 for the mask; heads of queries are a multiple of those of
+/// keys.
 #[derive(Clone, Copy)]
 pub struct Inputs<'x> {
     pub queries: &'x [f32],
@@ -100,7 +103,8 @@ pub struct Inputs<'x> {
     pub is_quantized: bool,
 }
 
-/// Operands in another order, kept for their allocations: packed keys, and where heads are interleaved, values and queries by heads.
+/// Operands in another order, kept for their allocations: packed keys, and where heads are interleaved, values and
+/// queries by heads.
 #[derive(Default)]
 struct Packed {
     keys: AlignedVec<f32>,
@@ -171,7 +175,7 @@ impl Attention {
         let kv_heads = key_layout.heads;
         let (pairs, group) = (batch * kv_heads, heads / kv_heads);
         let (head_length, packed_length) = (length * dim, packed_length(length, dim));
-        // The heads of a group are as more queries of one head.
+        // The heads of a group are treated as more queries of one head.
         let together = group * count;
         let to = SharedSlice::new(to);
         let (packed_keys, scale, cap) = (&self.packed.keys, self.scale, self.cap);

@@ -2,12 +2,12 @@
 
 use std::arch::x86_64::*;
 
-/// Transposes four 32-bit words of sixteen rows: of each row the words at byte `quarter · 16` of its pointer. Returns, for each word, that
-/// of all rows in order.
+/// Transposes four 32-bit words of sixteen rows: of each row the words at byte `quarter · 16` of its pointer. Returns,
+/// for each word, that of all rows in order.
 ///
 /// # Design
-/// Plain functions, no closures: the compiler may or may not inline a closure into a function with other target features, and a call
-/// for every few numbers takes ten times as long.
+/// Plain functions, no closures: the compiler may or may not inline a closure into a function with other target
+/// features, and a call for every few numbers takes ten times as long.
 ///
 /// # Safety
 /// 16 bytes can be read from `quarter · 16` on in every row.
@@ -57,7 +57,8 @@ unsafe fn load_lanes(rows: [*const u8; 4], at: usize) -> __m512i {
     }
 }
 
-/// Transposes 4 × 4 words within each lane; the lanes of the operands hold the rows 0, 4, 8, 12, then 1, 5, 9, 13, and so on.
+/// Transposes 4 × 4 words within each lane; the lanes of the operands hold the rows 0, 4, 8, 12, then 1, 5, 9, 13, and
+/// so on.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 fn transpose_lanes([a, b, c, d]: [__m512i; 4]) -> [__m512i; 4] {

@@ -1,5 +1,5 @@
-//! The kernels by themselves, on one thread, for `benches/kernels.rs`: each function makes operands of a shape and returns what computes
-//! them once.
+//! The kernels by themselves, on one thread, for `benches/kernels.rs`: each function makes operands of a shape and
+//! returns what computes them once.
 
 use std::hint::black_box;
 use std::ops::Range;

@@ -1,5 +1,6 @@
-//! The exponential function, twice: [`exp`] gives the same bits at every instruction level, because candidates are chosen by what it
-//! returns; [`exp_x16`] is rounded once per step where the processor has FMA, for sums that only have to be accurate.
+//! The exponential function, twice: [`exp`] gives the same bits at every instruction level, because candidates are
+//! chosen by what it returns; [`exp_x16`] is rounded once per step where the processor has FMA, for sums that only have
+//! to be accurate.
 
 use crate::simd::{F32x16, ROUND_TO_INTEGER};
 

@@ -1,23 +1,25 @@
-//! The head of a vocabulary, of which only the top k results count: a coarse pass over all of its rows, then exact results for those that
-//! may be among the top k.
+//! The head of a vocabulary, of which only the top k results count: a coarse pass over all of its rows, then exact
+//! results for those that may be among the top k.
 //!
 //! # Design
-//! How coarse the first pass is depends on the request and the number of rows, see [`CoarsePass`]: fewer bits mean fewer bytes to read, and
-//! more rows to compute exactly.
+//! How coarse the first pass is depends on the request and the number of rows, see [`CoarsePass`]: fewer bits mean
+//! fewer bytes to read, and more rows to compute exactly.
 //!
-//! A coarse result is off by at most `‖w − ŵ‖·‖x‖ + ‖w‖·‖x − x̂‖` (Cauchy and Schwarz), where `ŵ` and `x̂` are what `w` and `x` were
-//! quantized to; the norms of the rows are kept. A row whose result cannot reach the `k`-th greatest lower bound, even so, is not in the
-//! top k; every other is computed exactly. So the top k are those of the exact product, and proven to be, whatever the weights. With 4
-//! bits, lower bounds are low: there the rows that look greatest are computed exactly first, and the `k`-th greatest of these is the limit.
+//! A coarse result is off by at most `‖w − ŵ‖·‖x‖ + ‖w‖·‖x − x̂‖` (Cauchy and Schwarz), where `ŵ` and `x̂` are what `w`
+//! and `x` were quantized to; the norms of the rows are kept. A row whose result cannot reach the `k`-th greatest lower
+//! bound, even so, is not in the top k; every other is computed exactly. So the top k are those of the exact product,
+//! and proven to be, whatever the weights. With 4 bits, lower bounds are low: there the rows that look greatest are
+//! computed exactly first, and the `k`-th greatest of these is the limit.
 //!
-//! Where the log-sum-exp counts too, a few hundred of the greatest are computed exactly; the coarse results have errors of either sign, and
-//! are lowered by what these add to the sum on average. For float32 weights this pass has activations of 16 bits, so that only the errors
-//! of the weights' copy are left; for quantized weights, which are no more exact themselves, activations of 8 bits where the processor
-//! multiplies these as fast.
+//! Where the log-sum-exp counts too, a few hundred of the greatest are computed exactly; the coarse results have errors
+//! of either sign, and are lowered by what these add to the sum on average. For float32 weights this pass has
+//! activations of 16 bits, so that only the errors of the weights' copy are left; for quantized weights, which are no
+//! more exact themselves, activations of 8 bits where the processor multiplies these as fast.
 //!
 //! Copies and norms are made when they would be used for the second time, so that a short call does not wait for them.
 //!
-//! Where the processor multiplies as fast as the memory delivers, all results are computed exactly: see [`single_pass`].
+//! Where the processor multiplies as fast as the memory delivers, all results are computed exactly: see
+//! [`single_pass`].
 
 mod bounds;
 mod exact;
@@ -44,7 +46,7 @@ pub use scratch::Scratch;
 use single_pass::SinglePass;
 use two_pass::TwoPass;
 
-/// Smaller matrices are not worth a coarse pass.
+/// Matrices of fewer weights are not worth a coarse pass.
 const LARGE: usize = 8 << 20;
 /// With more rows of activations, the products themselves keep the processor busy.
 const MOST_ROWS: usize = 64;
@@ -63,8 +65,8 @@ pub enum HeadWeights<'w> {
 }
 
 impl HeadWeights<'_> {
-    /// How many of the greatest results, at least, are computed exactly for a log-sum-exp: quantized weights have greater errors of their
-    /// own.
+    /// How many of the greatest results, at least, are computed exactly for a log-sum-exp: quantized weights have
+    /// greater errors of their own.
     fn least_for_log_sum_exp(&self) -> usize {
         match self {
             HeadWeights::Float(_) => 256,
@@ -86,7 +88,8 @@ pub struct HeadCall<'c> {
 
 /// Rows of the logits that were computed exactly, the top k among them.
 pub struct SparseRows {
-    /// `[rows, width]`: the columns, ascending, padded with [`LogitsStats::NO_TOKEN`](crate::logits::LogitsStats::NO_TOKEN).
+    /// `[rows, width]`: the columns, ascending, padded with
+    /// [`LogitsStats::NO_TOKEN`](crate::logits::LogitsStats::NO_TOKEN).
     pub tokens: Vec<u32>,
     pub width: usize,
     /// `[rows, width]`: their results, padded with −∞.
@@ -97,14 +100,16 @@ pub struct SparseRows {
 
 /// The head of a model, for all of its sessions.
 ///
-/// What has been prepared of weights is found again by their address: as long as a `TopKHead` lives, an address must stand for the same
-/// weights. It lives in the model, whose weights are mapped for as long.
+/// Prepared weights are found again by their address: as long as a `TopKHead` lives, an address must
+/// stand for the same weights. It lives in the model, whose weights are mapped for as long.
 pub struct TopKHead {
     token: Avx2Token,
     /// Rows of the head. Other matrices are computed in full, however large they are.
     vocab_size: usize,
-    /// Approximately what results are multiplied by to get logits.
+    /// The approximate factor from results to logits.
     factor: f32,
+    /// Weights of a matrix that is worth a coarse pass.
+    large: usize,
     /// Whether all results may be computed exactly where that takes no longer.
     allows_single_pass: bool,
     prepared: Mutex<HashMap<WeightsKey, Preparation>>,
@@ -128,7 +133,7 @@ impl WeightsKey {
     }
 }
 
-/// What has been prepared of weights.
+/// How far weights have been prepared.
 enum Preparation {
     /// Nothing: they were used once.
     UsedOnce,
@@ -145,7 +150,7 @@ struct TopK {
 impl TopKHead {
     /// A head of `vocab_size` rows, whose results times about `factor` are the logits.
     pub fn new(token: Avx2Token, vocab_size: usize, factor: f32) -> TopKHead {
-        TopKHead { token, vocab_size, factor, allows_single_pass: true, prepared: Mutex::default() }
+        TopKHead { token, vocab_size, factor, large: LARGE, allows_single_pass: true, prepared: Mutex::default() }
     }
 
     /// The request, if two passes are worth while.
@@ -159,7 +164,7 @@ impl TopKHead {
 
     /// Whether a matrix of this shape is the head, and large enough.
     fn is_head(&self, Shape { n, k, .. }: Shape) -> bool {
-        n == self.vocab_size && n * k >= LARGE
+        n == self.vocab_size && n * k >= self.large
     }
 
     /// The weights and k, if all results are to be computed exactly however few are requested.
@@ -223,7 +228,8 @@ impl TopKHead {
         Ok(Some(SparseRows { tokens, width, results, log_sum_exps }))
     }
 
-    /// Computes `y [rows, n] = x · wᵀ` as far as is requested, and returns whether it did: otherwise all of it has to be computed.
+    /// Computes `y [rows, n] = x · wᵀ` as far as is requested, and returns whether it did: otherwise all of it has to
+    /// be computed.
     pub fn multiply(&self, call: HeadCall, scratch: &mut Scratch, y: &mut [f32]) -> Result<bool, Error> {
         let Some(TopK { k, log_sum_exp }) = self.for_two_passes(call) else { return Ok(false) };
         if self.for_single_pass(call).is_some() {
@@ -242,7 +248,7 @@ impl TopKHead {
         Ok(false)
     }
 
-    /// What has been prepared of the weights; `None` at their first use, or while another session prepares them.
+    /// The prepared weights; `None` at their first use, or while another session prepares them.
     fn prepared(&self, call: HeadCall, pass_weights: PassWeights) -> Result<Option<Arc<Prepared>>, Error> {
         let Ok(mut all) = self.prepared.try_lock() else { return Ok(None) };
         let key = WeightsKey::of(call.w, pass_weights);
@@ -380,6 +386,34 @@ mod tests {
                 assert!(head.may_be_sparse(call));
                 let sparse = head.sparse_rows(call, &Softcap::new(n, None), &mut scratch);
                 check_sparse_rows(&sparse.expect("it runs").expect("sparse rows"), &y, n, count);
+            }
+        });
+    }
+
+    /// Small enough for Miri.
+    #[test]
+    fn small_heads_are_computed_in_every_pass() {
+        at_each_level(Level::Avx2, |level| {
+            let (n, k) = (520, 64);
+            let weights = long_tailed_noise(n * k, 11);
+            let codes: Vec<u8> = weights.iter().map(|w| (w * 100.0 + 128.0) as u8).collect();
+            let scales = vec![0.01; n];
+            let of_int8 = Weights { codes: &codes, scales: &scales, zero_points: None, k, bits: 8, block_size: 64 };
+            for (rows, count) in [(1, 1), (5, 2)] {
+                let (x, shape) = (long_tailed_noise(rows * k, 7), Shape { rows, n, k });
+                for w in [HeadWeights::Float(&weights), HeadWeights::Quantized(&of_int8)] {
+                    let head = TopKHead { large: 0, ..two_pass_head(n, 1.0) };
+                    let (mut scratch, mut y) = (Scratch::default(), vec![f32::NAN; rows * n]);
+                    for expected in [false, true] {
+                        let call = call(&x, w, shape, count);
+                        assert_eq!(head.multiply(call, &mut scratch, &mut y), Ok(expected), "{level:?}, {rows} rows");
+                    }
+                    let exact = exact_product(&x, w, shape, Format::Int16Listed);
+                    for (exact, y) in exact.chunks(n).zip(y.chunks(n)) {
+                        let columns = |results| top_of(results, count).into_iter().map(|(at, _)| at);
+                        assert!(columns(y).eq(columns(exact)), "{level:?}, {rows} rows");
+                    }
+                }
             }
         });
     }

@@ -1,5 +1,6 @@
-//! The instruction level of the kernels. `T5GEMMA_MAX_CPU_ISA=avx512_vnni`, `=avx2` or `=generic` keeps them from using newer instructions,
-//! to compare levels or to get the same numbers on several machines. At `generic`, ONNX Runtime computes all that it has vector kernels for.
+//! The instruction level of the kernels. `T5GEMMA_MAX_CPU_ISA=avx512_vnni`, `=avx2` or `=generic` keeps them from using
+//! newer instructions, to compare levels or to get the same numbers on several machines. At `generic`, ONNX Runtime
+//! computes all that it has vector kernels for.
 
 use std::sync::OnceLock;
 
@@ -85,8 +86,8 @@ impl AmxToken {
     }
 }
 
-/// Defines a function over slices which calls `$generic::<S>`, written for any [`F32x16`](crate::simd::F32x16), compiled for the level in
-/// use.
+/// Defines a function over slices which calls `$generic::<S>`, written for any [`F32x16`](crate::simd::F32x16),
+/// compiled for the level in use.
 ///
 /// # Safety
 /// `$generic` must be safe to call on every processor that has the instructions of `S`.
@@ -138,8 +139,8 @@ pub fn supported() -> Level {
     }
 }
 
-/// Whether the processor has AMX for int8 and bfloat16 (leaf 7 of `cpuid`: bits 22, 24 and 25 of `edx`) and the system lets this process
-/// use it: Linux saves tiles only for processes that asked for them.
+/// Whether the processor has AMX for int8 and bfloat16 (leaf 7 of `cpuid`: bits 22, 24 and 25 of `edx`) and the system
+/// lets this process use it: Linux saves tiles only for processes that asked for them.
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 fn has_amx() -> bool {
     static ALLOWED: OnceLock<bool> = OnceLock::new();
@@ -168,7 +169,8 @@ pub fn supported() -> Level {
     Level::Generic
 }
 
-/// Whether ONNX Runtime has vector kernels for this processor in its quantized matrix multiplication: AVX2 and later, or NEON.
+/// Whether ONNX Runtime has vector kernels for this processor in its quantized matrix multiplication: AVX2 and later,
+/// or NEON.
 pub fn onnxruntime_has_vector_kernels() -> bool {
     #[cfg(target_arch = "x86_64")]
     {
@@ -197,11 +199,11 @@ pub mod testing {
         LEVEL.get()
     }
 
-    /// Calls `test` once for each level of the processor from `lowest` on, with [`level`](super::level) set to it on this thread; with
-    /// `T5GEMMA_MAX_CPU_ISA` set, at the level of that name alone.
+    /// Calls `test` once for each level of the processor from `lowest` on, with [`level`](super::level) set to it on
+    /// this thread; with `T5GEMMA_MAX_CPU_ISA` set, at the level of that name alone.
     ///
-    /// Writes to stderr which levels ran and which the processor lacks, past the capture of passing tests: a test that had nothing to
-    /// run must not look like one that passed.
+    /// Writes to stderr which levels ran and which the processor lacks, past the capture of passing tests: a test that
+    /// had nothing to run must not look like one that passed.
     pub fn at_each_level(lowest: Level, test: impl Fn(Level)) {
         let only = std::env::var(VARIABLE).is_ok().then(|| limited_by_environment().expect("the name of a level"));
         let mut outcomes = Vec::new();

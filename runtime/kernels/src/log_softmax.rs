@@ -1,5 +1,5 @@
-//! Log-softmax over a row of scores. The results are the same, bit for bit, at every instruction level: multiplications and additions are
-//! not fused, and sums are taken in a fixed order.
+//! Log-softmax over a row of scores. The results are the same, bit for bit, at every instruction level: multiplications
+//! and additions are not fused, and sums are taken in a fixed order.
 
 use crate::exp::exp;
 #[cfg(target_arch = "x86_64")]
@@ -28,8 +28,8 @@ impl LogSumExp {
         LogSumExp::with_block_maxima(row, &mut Vec::new())
     }
 
-    /// [`LogSumExp::of`], which also replaces `block_maxima` by the maximum of each [`LogSumExp::BLOCK`] scores, NaN ignored: both in one
-    /// pass, since the row comes from memory.
+    /// [`LogSumExp::of`], which also replaces `block_maxima` by the maximum of each [`LogSumExp::BLOCK`] scores, NaN
+    /// ignored: both in one pass, since the row comes from memory.
     pub fn with_block_maxima(row: &[f32], block_maxima: &mut Vec<f32>) -> LogSumExp {
         block_maxima.clear();
         #[cfg(target_arch = "x86_64")]

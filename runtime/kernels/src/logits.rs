@@ -72,7 +72,8 @@ pub struct LogitsStats {
     log_sum_exps: Vec<LogSumExp>,
     /// `[rows, blocks]`: the maximum of each [`LogitsStats::BLOCK`] logits of a row, NaN ignored; or empty.
     block_maxima: Vec<f32>,
-    /// `[rows, logits per row]`: the token ids of sparse rows, ascending and padded with [`LogitsStats::NO_TOKEN`]; empty for dense rows.
+    /// `[rows, logits per row]`: the token ids of sparse rows, ascending and padded with [`LogitsStats::NO_TOKEN`];
+    /// empty for dense rows.
     tokens: Vec<u32>,
 }
 
@@ -88,7 +89,8 @@ impl LogitsStats {
         LogitsStats { log_sum_exps, block_maxima, tokens: Vec::new() }
     }
 
-    /// Statistics of sparse rows with these token ids. Without a request for log-sum-exp, `log_sum_exps` may hold anything.
+    /// Statistics of sparse rows with these token ids. Without a request for log-sum-exp, `log_sum_exps` may hold
+    /// anything.
     pub fn sparse(log_sum_exps: Vec<LogSumExp>, tokens: Vec<u32>) -> LogitsStats {
         LogitsStats { tokens, ..LogitsStats::new(log_sum_exps, Vec::new()) }
     }
@@ -108,8 +110,8 @@ impl LogitsStats {
         !self.tokens.is_empty()
     }
 
-    /// Makes the log-sum-exp of a sparse row NaN where one of its logits is not finite. `None` if `logits` are not `rows` rows with one
-    /// logit per token id.
+    /// Makes the log-sum-exp of a sparse row NaN where one of its logits is not finite. `None` if `logits` are not
+    /// `rows` rows with one logit per token id.
     pub fn checked_against(mut self, logits: &[f32], rows: usize) -> Option<LogitsStats> {
         if logits.len() != self.tokens.len() || self.log_sum_exps.len() != rows {
             return None;

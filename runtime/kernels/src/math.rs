@@ -1,4 +1,5 @@
-//! Vector functions that attention, activations and logits are made of: dot products, softmax, soft-capping, tanh and GELU.
+//! Vectorized functions for attention, activations and logits: dot products, softmax, soft-capping, tanh and
+//! GELU.
 
 use crate::exp::{exp_x16, polynomial};
 use crate::simd::F32x16;
@@ -11,7 +12,8 @@ pub fn dot_products<S: F32x16>(a: &[f32], b: &[f32], to: &mut [f32]) {
     #[cfg(target_arch = "x86_64")]
     if S::HAS_AVX2 && to.len() == 8 && a.len().is_multiple_of(8) {
         assert!(b.len() == 8 * a.len(), "rows as long as the other operand");
-        // SAFETY: the instructions of `S`, with which the caller is compiled, include AVX2 and FMA; the lengths were checked.
+        // SAFETY: the instructions of `S`, with which the caller is compiled, include AVX2 and FMA; the lengths were
+        // checked.
         return to.copy_from_slice(&unsafe { eight_dot_products(a, b) });
     }
     for (to, b) in to.iter_mut().zip(b.chunks_exact(a.len())) {

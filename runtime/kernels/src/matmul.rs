@@ -1,6 +1,7 @@
 //! Matrix multiplication `y [rows, n] = x [rows, k] · wᵀ`, with weights `w [n, k]` as they lie in the mapped file.
 //!
-//! Rows are always those of activations, columns those of the result: column `j` is the product with row `j` of the weights.
+//! Rows are always those of activations, columns those of the result: column `j` is the product with row `j` of the
+//! weights.
 
 #[cfg(target_arch = "x86_64")]
 pub mod float;

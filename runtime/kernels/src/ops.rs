@@ -1,5 +1,5 @@
-//! The operators that replace ONNX Runtime's in a session. This module and those below it are the only ones that use ONNX Runtime: they
-//! check shapes, and leave the arithmetic to the rest of the crate.
+//! The operators that replace ONNX Runtime's in a session. This module and those below it are the only ones that use
+//! ONNX Runtime: they check shapes, and leave the arithmetic to the rest of the crate.
 
 mod attention;
 mod elementwise;
@@ -23,8 +23,8 @@ use crate::stats::{Softcap, StatsCell};
 /// What a session computes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum GraphKind {
-    /// Hidden states of whole sources: matrix multiplications of very many rows, which are limited by the processor rather than by the
-    /// memory. Quantized weights meet activations of 8 bits there, where these are faster than 16.
+    /// Hidden states of whole sources: matrix multiplications of very many rows, which are limited by the processor
+    /// rather than by the memory. Quantized weights meet activations of 8 bits there, where these are faster than 16.
     Encoder,
     /// Logits.
     Decoder,
@@ -42,8 +42,9 @@ pub struct Kernels {
 }
 
 impl Kernels {
-    /// Kernels for a model whose head has `vocab_size` rows, and whose logits have this soft-cap. `reads_source` tells by the name of a
-    /// decoder's weight whether it is multiplied with the hidden states of the source rather than with states of the target.
+    /// Kernels for a model whose head has `vocab_size` rows, and whose logits have this soft-cap. `reads_source` tells
+    /// by the name of a decoder's weight whether it is multiplied with the hidden states of the source rather than with
+    /// states of the target.
     pub fn new(
         vocab_size: usize,
         softcap: Option<f64>,
@@ -74,11 +75,12 @@ impl Kernels {
         }
     }
 
-    /// Requests logits of the next run; whoever calls this has the session to itself. With a request for sparse rows, the run may return
-    /// any number of logits per row, whose token ids are in the statistics.
+    /// Requests logits of the next run; whoever calls this has the session to itself. With a request for sparse rows,
+    /// the run may return any number of logits per row, whose token ids are in the statistics.
     pub fn request_logits(&self, request: LogitsRequest) {
         let request = match request {
-            // The log-sum-exp is that of logits, and sparse rows are made of the head's results: a soft-cap alone may lie between them.
+            // The log-sum-exp is that of logits, and sparse rows are made of the head's results: a soft-cap alone may
+            // lie between them.
             LogitsRequest::TopK { log_sum_exp: true, .. } if !self.softcap.is_supported() => request.dense(),
             request => request,
         };
@@ -86,13 +88,15 @@ impl Kernels {
         self.stats.take();
     }
 
-    /// Sets the attention mask of the sources, with zeros for padding, before a run that reads their hidden states; whoever calls this has
-    /// the session to itself. Nothing is computed for padding; without a mask, no token is padding.
+    /// Sets the attention mask of the sources, with zeros for padding, before a run that reads their hidden states;
+    /// whoever calls this has the session to itself. Nothing is computed for padding; without a mask, no token is
+    /// padding.
     pub fn set_source_mask(&self, mask: &[i64]) {
         self.source_mask.set(mask);
     }
 
-    /// Takes the statistics of the last run's logits, of the rows of all positions; `None` if no kernel here has computed them.
+    /// Takes the statistics of the last run's logits, for the rows of all positions; `None` if no kernel here has
+    /// computed them.
     pub fn take_logits_stats(&self) -> Option<LogitsStats> {
         self.stats.take()
     }
@@ -165,9 +169,9 @@ fn registered() -> Names {
 
 /// The operators that kernels of this level compute faster than ONNX Runtime's, where these have vector kernels or not.
 ///
-/// Measured with size s-s: against vector kernels, portable quantized multiplications take 5 to 15 times as long, and the other operators up
-/// to twice. Against portable ones (emulated, without AVX), quantized multiplications take 0.3 to 0.8 times as long and attention 0.6,
-/// while `Gelu` takes longer; there is no portable multiplication in float32.
+/// Measured with size s-s: against vector kernels, portable quantized multiplications take 5 to 15 times as long, and
+/// the other operators up to twice. Against portable ones (emulated, without AVX), quantized multiplications take 0.3
+/// to 0.8 times as long and attention 0.6, while `Gelu` takes longer; there is no portable multiplication in float32.
 fn faster_operators(level: Level, against_vectors: bool) -> Names {
     match (level, against_vectors) {
         (Level::Generic, true) => &[],
@@ -188,7 +192,8 @@ pub fn attention_skips_other_sources() -> bool {
     is_registered("Attention")
 }
 
-/// Whether quantized multiplications read the weights as they lie in the file. ONNX Runtime's are fast only with a copy in another layout.
+/// Whether quantized multiplications read the weights as they lie in the file. ONNX Runtime's are fast only with a copy
+/// in another layout.
 pub fn reads_packed_weights_in_place() -> bool {
     is_registered("MatMulNBits")
 }
@@ -199,8 +204,8 @@ impl From<Error> for ort::Error {
     }
 }
 
-/// Runs tasks on the session's threads, each of which takes the next task when it has done one: a task that is assigned beforehand waits for
-/// the thread that the system holds up.
+/// Runs tasks on the session's threads, each of which takes the next task when it has done one: a task that is assigned
+/// beforehand waits for the thread that the system holds up.
 fn parallel_for(context: &ComputeContext, count: usize, task: &(dyn Fn(usize) + Send + Sync)) -> Result<(), Error> {
     match count {
         0 => Ok(()),

@@ -1,6 +1,7 @@
-//! Work shared among threads: who runs the tasks, how work is divided into them, and memory that they write different parts of.
+//! Work shared among threads: who runs the tasks, how work is divided into them, and memory that they write different
+//! parts of.
 //!
-//! The threads are not created here: ONNX Runtime's run the tasks of an operator, the caller's alone those of a test.
+//! No threads are created here: tasks run on ONNX Runtime's thread pool in a session, on the calling thread in a test.
 
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -29,7 +30,8 @@ pub fn part(task: usize, size: usize, count: usize) -> Range<usize> {
     task * size..count.min((task + 1) * size)
 }
 
-/// A slice that several threads write different parts of. All accesses go through the one pointer that it was made with.
+/// A slice that several threads write different parts of. All accesses go through the one pointer that it was made
+/// with.
 pub struct SharedSlice<'s, T> {
     start: *mut T,
     length: usize,
@@ -44,7 +46,8 @@ impl<T> Clone for SharedSlice<'_, T> {
 
 impl<T> Copy for SharedSlice<'_, T> {}
 
-// SAFETY: it is a slice that is borrowed mutably; the callers of its unsafe methods promise that no two threads race for an element.
+// SAFETY: it is a slice that is borrowed mutably; the callers of its unsafe methods promise that no two threads race
+// for an element.
 unsafe impl<T: Send> Send for SharedSlice<'_, T> {}
 // SAFETY: as for `Send`: elements are only reached through the unsafe methods.
 unsafe impl<T: Send> Sync for SharedSlice<'_, T> {}

@@ -1,11 +1,12 @@
 //! `F32x16`: sixteen float32 lanes as one AVX-512 register, two AVX2 registers, or an array.
 //!
 //! # Design
-//! Whether a compiler keeps a loop over an array in vector registers changes from build to build, and with it the speed, by a factor of
-//! ten. Functions written with `F32x16` are inlined into a caller that is compiled for the instruction level, see
-//! [`dispatch`](crate::isa::dispatch), and leave nothing to chance.
+//! Whether a compiler keeps a loop over an array in vector registers changes from build to build, and with it the
+//! speed, by a factor of ten. Functions written with `F32x16` are inlined into a caller that is compiled for the
+//! instruction level, see [`dispatch`](crate::isa::dispatch), and leave nothing to chance.
 
-/// 1.5 · 2²³: adding it to a small float32 rounds to the nearest integer, ties to even, and leaves that integer in the low bits of the sum.
+/// 1.5 · 2²³: adding it to a small float32 rounds to the nearest integer, ties to even, and leaves that integer in the
+/// low bits of the sum.
 pub const ROUND_TO_INTEGER: f32 = 12_582_912.0;
 
 /// Sixteen float32 lanes.

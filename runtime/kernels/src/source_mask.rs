@@ -15,8 +15,8 @@ impl SourceMask {
         tokens.extend(mask.iter().map(|&token| token != 0));
     }
 
-    /// The spans of rows to compute, each of whole tiles of `tile` rows: those with a real token if `mask` has as many tokens as there are
-    /// rows, otherwise all.
+    /// The spans of rows to compute, each of whole tiles of `tile` rows: those with a real token if `mask` has as many
+    /// tokens as there are rows, otherwise all.
     pub fn spans(mask: Option<&SourceMask>, rows: usize, tile: usize) -> Vec<Range<usize>> {
         let all = || vec![Range { start: 0, end: rows }];
         let Some(mask) = mask else { return all() };

@@ -1,5 +1,5 @@
-//! Statistics of soft-capped logits, computed while these are in the cache, by all threads: each row's log-sum-exp, and the maximum of
-//! each block.
+//! Statistics of soft-capped logits, computed while these are in the cache, by all threads: each row's log-sum-exp, and
+//! the maximum of each block.
 
 use std::sync::{Mutex, PoisonError};
 
@@ -35,7 +35,7 @@ impl StatsCell {
 pub struct Softcap {
     /// Logits in a row.
     width: usize,
-    /// `None` where there is no cap, or none that this can be done for.
+    /// `None` without a cap, or with one that is out of range.
     cap: Option<f32>,
 }
 

@@ -1,4 +1,5 @@
-//! Causal attention with rotary positions over a key-value cache, into which it writes the new tokens: `GroupQueryAttention` of ONNX Runtime.
+//! Causal attention with rotary positions over a key-value cache, into which it writes the new tokens:
+//! `GroupQueryAttention` of ONNX Runtime.
 
 use std::ops::Range;
 
@@ -11,7 +12,7 @@ use crate::parallel::{ParallelFor, SharedSlice, part};
 /// At most as many tasks: rows and heads are divided among these.
 const TASKS: usize = 64;
 
-/// Attention that is computed again and again, with its scratch buffers.
+/// The parameters of attention, and its scratch buffers.
 pub struct CachedAttention {
     pub heads: usize,
     pub kv_heads: usize,
@@ -29,7 +30,7 @@ struct CachedScratch {
     packed_keys: AlignedVec<f32>,
 }
 
-/// What attention is computed of.
+/// The operands of attention.
 #[derive(Clone, Copy)]
 pub struct CachedInputs<'x> {
     /// `[rows, new, (heads + 2 · kv_heads) · dim]`: queries, keys and values of the new tokens.
@@ -98,7 +99,8 @@ impl CachedAttention {
     /// If the sizes do not agree.
     ///
     /// # Safety
-    /// A past of this shape can be read from its addresses, and nobody writes to it but this call, if it is the cache that is written.
+    /// A past of this shape can be read from its addresses, and nobody writes to it but this call, if it is the cache
+    /// that is written.
     pub unsafe fn run(
         &mut self,
         inputs: CachedInputs,
@@ -134,8 +136,8 @@ impl CachedAttention {
                 if let Some(past) = past
                     && past != cache.as_mut_ptr().cast_const()
                 {
-                    // SAFETY: the caller promises a past of this shape; it is not the cache, of which every row and head is written by one
-                    // task.
+                    // SAFETY: the caller promises a past of this shape; it is not the cache, of which every row and
+                    // head is written by one task.
                     unsafe {
                         let from = past.add(pair * past_capacity * dim);
                         let to = cache.slice_mut(start..start + before * dim);
@@ -152,7 +154,7 @@ impl CachedAttention {
                 rotate(token(at, heads + kv_head), before + at, &mut keys[(before + at) * dim..][..dim]);
                 values[(before + at) * dim..][..dim].copy_from_slice(token(at, heads + kv_heads + kv_head));
             }
-            // The heads of a group are as more queries of one head.
+            // The heads of a group are treated as more queries of one head.
             let CachedScratch { scratch: HeadScratch { scratch, context }, queries, packed_keys } = scratch;
             queries.resize(group * new * dim, 0.0);
             context.resize(group * new * dim, 0.0);

@@ -1,9 +1,9 @@
-//! Attention of one head, `softmax(softcap(q·kᵀ·scale) where visible) · v`, without the square of all scores, and without those of keys
-//! that no query of a tile sees.
+//! Attention of one head, `softmax(softcap(q·kᵀ·scale) where visible) · v`, without the square of all scores, and
+//! without those of keys that no query of a tile sees.
 //!
 //! # Design
-//! A head is computed for a few queries at a time, whose scores stay in the L1 cache. Many queries take packed keys, so that the scores of
-//! adjacent keys are adjacent lanes; few queries take keys as they lie.
+//! A head is computed for a few queries at a time, whose scores stay in the L1 cache. Many queries take packed keys, so
+//! that the scores of adjacent keys are adjacent lanes; few queries take keys as they lie.
 //!
 //! Written for any [`F32x16`], and compiled for any processor, for AVX2, and for AVX-512.
 
@@ -17,7 +17,8 @@ use crate::math::{dot_products, softcap, softmax_numerators};
 use crate::simd::{Avx2, Avx512};
 use crate::simd::{F32x16, Portable};
 
-/// Queries that are computed at a time: as many as there are registers for their sums, which are twice as many with AVX-512.
+/// Queries that are computed at a time: as many as there are registers for their sums, which are twice as many with
+/// AVX-512.
 const TILE: usize = 6;
 const AVX512_TILE: usize = 12;
 /// A multiple of it is whole tiles on any processor.
@@ -45,7 +46,7 @@ pub struct Head<'h> {
 
 /// Which keys the queries see.
 pub trait KeyMask {
-    /// A range that has all keys that the query sees.
+    /// A range that contains every key that the query sees.
     fn range(&self, query: usize) -> Range<usize>;
     /// For each key of a range whether the query sees it; `None` if it sees all.
     fn mask(&self, query: usize, range: Range<usize>) -> Option<&[bool]>;
@@ -84,8 +85,8 @@ pub fn pack_keys(keys: &[f32], pitch: usize, dim: usize, to: &mut [f32]) {
     }
 }
 
-/// Attends with the queries `queries`, which are those that `head` has, and writes `to [queries, dim]`. A query that sees no key sees all
-/// alike: the reference gives hidden keys the least finite score, not −∞.
+/// Attends with the queries `queries`, which are those that `head` has, and writes `to [queries, dim]`. A query that
+/// sees no key sees all alike: the reference gives hidden keys the least finite score, not −∞.
 pub fn attend(head: Head, mask: &impl KeyMask, queries: Range<usize>, scratch: &mut Scratch, to: &mut [f32]) {
     #[cfg(target_arch = "x86_64")]
     match level() {
@@ -238,8 +239,8 @@ unsafe fn attend_tile<S: F32x16, const R: usize>(
     R
 }
 
-/// Turns the scores of a query into the numerators of its softmax, and returns their sum; it sees its `own` keys, or those that `mask`
-/// shows of them.
+/// Turns the scores of a query into the numerators of its softmax, and returns their sum; it sees its `own` keys, or
+/// those that `mask` shows of them.
 ///
 /// # Safety
 /// The processor has the instructions of `S`.
@@ -267,8 +268,8 @@ pub unsafe fn scores_to_numerators<S: F32x16>(
     unsafe { softmax_numerators::<S>(&mut scores[own]) }
 }
 
-/// From a query's scores to the next one's: a little more than there are, so that queries do not compete for the same sets of the L1 cache,
-/// as they would where scores are a power of two.
+/// From a query's scores to the next one's: a little more than there are, so that queries do not compete for the same
+/// sets of the L1 cache, as they would where scores are a power of two.
 fn score_pitch(count: usize) -> usize {
     count + PANEL
 }
@@ -283,8 +284,8 @@ pub fn mean<'v>(values: impl ExactSizeIterator<Item = &'v [f32]>, to: &mut [f32]
     to.iter_mut().for_each(|x| *x *= factor);
 }
 
-/// The sums of the values `[keys, dim]`, weighted by the numerators of each query: of the numbers from `from` on, `V · 16` at a time.
-/// Returns where fewer are left.
+/// The sums of the values `[keys, dim]`, weighted by the numerators of each query: of the numbers from `from` on, `V ·
+/// 16` at a time. Returns where fewer are left.
 ///
 /// # Safety
 /// The processor has the instructions of `S`.
@@ -303,8 +304,8 @@ unsafe fn weighted_sums<S: F32x16, const R: usize, const V: usize>(
     let keys = values.len() / dim;
     assert!(numerators.iter().all(|row| row.len() == keys) && to.len() == R * dim, "a numerator for each value");
     while from + V * PANEL <= dim {
-        // SAFETY: `from` is `V · 16` numbers before the end of a value, of which there are as many as numerators, and of `to`, by the
-        // assertion above; the caller promises the instructions of `S`.
+        // SAFETY: `from` is `V · 16` numbers before the end of a value, of which there are as many as numerators, and
+        // of `to`, by the assertion above; the caller promises the instructions of `S`.
         unsafe {
             let mut totals = [[S::splat(0.0); V]; R];
             let mut value = values.as_ptr().add(from);
@@ -332,8 +333,8 @@ unsafe fn weighted_sums<S: F32x16, const R: usize, const V: usize>(
     from
 }
 
-/// The scores of the queries `[R, dim]` with packed keys `panels [panels, dim, PANEL]`, [`score_pitch`] apart: those with the panels from
-/// `first` on, `P` at a time. Returns where fewer are left.
+/// The scores of the queries `[R, dim]` with packed keys `panels [panels, dim, PANEL]`, [`score_pitch`] apart: those
+/// with the panels from `first` on, `P` at a time. Returns where fewer are left.
 ///
 /// # Safety
 /// The processor has the instructions of `S`.
@@ -353,8 +354,8 @@ unsafe fn scores_of_panels<S: F32x16, const R: usize, const P: usize>(
     let pitch = score_pitch(count);
     assert!(queries.len() == R * dim && scores.len() == R * pitch && count.is_multiple_of(PANEL), "sizes of scores");
     while first + P <= all {
-        // SAFETY: `first` is `P` panels before their end; queries and scores have the sizes asserted above; the caller promises the
-        // instructions of `S`.
+        // SAFETY: `first` is `P` panels before their end; queries and scores have the sizes asserted above; the caller
+        // promises the instructions of `S`.
         unsafe {
             let mut totals = [[S::splat(0.0); P]; R];
             let keys = panels.as_ptr().add(first * dim * PANEL);

@@ -1,12 +1,13 @@
 //! Attention of quantized encoders where the processor has AMX: products of float32 split into pairs of bfloat16.
 //!
 //! # Design
-//! A float32 is the sum of two bfloat16, but for its last bits: `a = a₁ + a₂`, and `a·b` about `a₁·b₁ + a₁·b₂ + a₂·b₁`, off by less than
-//! 2⁻¹² of it. That is lost beside the error of activations in int8 in the matrix multiplications before and after; encoders in float32
-//! attend in float32.
+//! A float32 is the sum of two bfloat16, but for its last bits: `a = a₁ + a₂`, and `a·b` about `a₁·b₁ + a₁·b₂ + a₂·b₁`,
+//! off by less than 2⁻¹² of it. That is lost beside the error of activations in int8 in the matrix multiplications
+//! before and after; encoders in float32 attend in float32.
 //!
-//! The products of a tile add up 32 keys in an order of their own. So that a source's numbers do not depend on what is beside it, keys are
-//! counted from where the source begins; queries of one source are computed together, and those that see nothing as everywhere else.
+//! The products of a tile add up 32 keys in an order of their own. So that a source's numbers do not depend on what is
+//! beside it, keys are counted from where the source begins; queries of one source are computed together, and those
+//! that see nothing as everywhere else.
 
 use std::arch::asm;
 use std::arch::x86_64::*;
@@ -71,8 +72,8 @@ pub struct QueryPlan {
 }
 
 impl QueryPlan {
-    /// The plan for the queries of a mask. `None` if the mask is not an encoder's, where the first token of a source is the first that it
-    /// sees itself.
+    /// The plan for the queries of a mask. `None` if the mask is not an encoder's, where the first token of a source is
+    /// the first that it sees itself.
     pub fn of(mask: &DenseMask) -> Option<QueryPlan> {
         QueryPlan::of_rows(mask.rows, mask.queries)
     }
@@ -264,7 +265,7 @@ fn attend_tile(
     assert!(keys.len().min(values.len()) >= groups.len() * group_length);
     assert!(rows.len() <= SIDE && dim.is_multiple_of(GROUP));
 
-    // Rows of queries that do not exist hold anything.
+    // Rows beyond the queries hold arbitrary values.
     scores.resize(SIDE * dim.max(count + SIDE), 0.0);
     for (to, x) in scores.chunks_exact_mut(dim).zip(x.chunks(pitch)).take(rows.len()) {
         to.iter_mut().zip(x).for_each(|(to, x)| *to = x * scale);
@@ -276,7 +277,8 @@ fn attend_tile(
     let score_pitch = count + SIDE;
     for group in 0..groups.len() {
         let group_keys = keys[group * group_length..].as_ptr().cast::<u8>();
-        // SAFETY: the group has two times sixteen keys of `dim` numbers, and `scores` room for their products with sixteen queries.
+        // SAFETY: the group has two times sixteen keys of `dim` numbers, and `scores` room for their products with
+        // sixteen queries.
         unsafe {
             let queries = RowOperand { parts: [high.as_ptr().cast(), low.as_ptr().cast()], pitch: 2 * dim };
             let keys = ColumnOperand { first: group_keys, apart: dim / GROUP * 2 * TILE, step: 2 * TILE };
@@ -301,8 +303,8 @@ fn attend_tile(
     context.resize(SIDE * dim, 0.0);
     for number in (0..dim).step_by(GROUP) {
         let group_values = values[number / SIDE * TILE..].as_ptr().cast::<u8>();
-        // SAFETY: the groups have two times sixteen numbers of `count` values, and `context` room for their products with sixteen rows of
-        // numerators.
+        // SAFETY: the groups have two times sixteen numbers of `count` values, and `context` room for their products
+        // with sixteen rows of numerators.
         unsafe {
             let numerators =
                 RowOperand { parts: [high.as_ptr().cast(), low.as_ptr().cast()], pitch: 2 * numerator_pitch };
@@ -322,8 +324,8 @@ struct RowOperand {
     pitch: usize,
 }
 
-/// Two times sixteen columns. The two parts of a tile follow each other; those of the second sixteen columns are `apart` bytes behind them,
-/// those of the next numbers `step` bytes.
+/// Two times sixteen columns. The two parts of a tile follow each other; those of the second sixteen columns are
+/// `apart` bytes behind them, those of the next numbers `step` bytes.
 struct ColumnOperand {
     first: *const u8,
     apart: usize,
@@ -346,8 +348,8 @@ unsafe fn multiply(
     if steps == 0 {
         return;
     }
-    // SAFETY: tiles are configured as long as there is a `TileConfig`; the loop advances both operands by `GROUP` numbers a step; the caller
-    // promises these, and room for the products.
+    // SAFETY: tiles are configured as long as there is a `TileConfig`; the loop advances both operands by `GROUP`
+    // numbers a step; the caller promises these, and room for the products.
     unsafe {
         asm!(
             "tilezero tmm0",
@@ -411,8 +413,8 @@ fn truncate_to_bf16(x: __m512) -> __m512 {
     _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0xffff_0000_u32 as i32)))
 }
 
-/// Splits at most [`GROUP`] keys, one every `pitch`, into the order of [`SplitKeysValues::keys`], padded with zeros. `scratch` is for the
-/// parts of `GROUP` keys.
+/// Splits at most [`GROUP`] keys, one every `pitch`, into the order of [`SplitKeysValues::keys`], padded with zeros.
+/// `scratch` is for the parts of `GROUP` keys.
 #[expect(clippy::needless_range_loop, reason = "whether iterators are inlined is up to the compiler")]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 fn split_keys(keys: &[f32], pitch: usize, dim: usize, scratch: &mut [u16], to: &mut [u16]) {
@@ -432,7 +434,8 @@ fn split_keys(keys: &[f32], pitch: usize, dim: usize, scratch: &mut [u16], to: &
         // Pairs of numbers of sixteen keys.
         let first = part[half * SIDE * dim + step * GROUP..].as_ptr();
         for four in 0..SIDE / 4 {
-            // SAFETY: each of the sixteen keys has eight numbers there, for which a tile has room, by the assertion above.
+            // SAFETY: each of the sixteen keys has eight numbers there, for which a tile has room, by the assertion
+            // above.
             unsafe {
                 let words = transpose_pitched(first.add(four * 8).cast(), 2 * dim);
                 for at in 0..4 {
@@ -443,7 +446,8 @@ fn split_keys(keys: &[f32], pitch: usize, dim: usize, scratch: &mut [u16], to: &
     }
 }
 
-/// Splits at most [`GROUP`] values, one every `pitch`, into the order of [`SplitKeysValues::values`], padded with zeros.
+/// Splits at most [`GROUP`] values, one every `pitch`, into the order of [`SplitKeysValues::values`], padded with
+/// zeros.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 fn split_values(values: &[f32], pitch: usize, dim: usize, to: &mut [u16]) {
     let count = values.len().div_ceil(pitch);
@@ -451,8 +455,8 @@ fn split_values(values: &[f32], pitch: usize, dim: usize, to: &mut [u16]) {
     for pair in 0..GROUP / 2 {
         for block in 0..dim / SIDE {
             let (mut a, mut b) = (_mm512_setzero_ps(), _mm512_setzero_ps());
-            // SAFETY: sixteen numbers of values that exist are read, and `to` has room for two parts of two times sixteen, by the assertion
-            // above.
+            // SAFETY: sixteen numbers of values that exist are read, and `to` has room for two parts of two times
+            // sixteen, by the assertion above.
             unsafe {
                 let from = values.as_ptr().wrapping_add(2 * pair * pitch + block * SIDE);
                 if 2 * pair < count {

@@ -5,8 +5,8 @@ use std::arch::x86_64::*;
 use super::CHUNK;
 use super::prepared::Prepared;
 
-/// How far a coarse result may be from the exact one: `error` times the norm of the error of its weights, plus `norm` times the norm of the
-/// weights.
+/// How far a coarse result may be from the exact one: `error` times the norm of the error of its weights, plus `norm`
+/// times the norm of the weights.
 #[derive(Clone, Copy)]
 pub struct Slack {
     pub error: f32,
@@ -21,8 +21,8 @@ pub struct Shift<'s> {
 }
 
 impl Prepared {
-    /// Writes for each [`CHUNK`] of the results from column `first` on a lower bound of the greatest, and an upper bound of all; NaN if one
-    /// of the results is. Thereafter results are lowered by `shift`.
+    /// Writes for each [`CHUNK`] of the results from column `first` on a lower bound of the greatest, and an upper
+    /// bound of all; NaN if one of the results is. Thereafter results are lowered by `shift`.
     #[target_feature(enable = "avx2,fma")]
     pub fn bound_chunks(
         &self,
@@ -46,7 +46,8 @@ impl Prepared {
         }
     }
 
-    /// Appends the columns whose results, from column `first` on, may be `limit` or greater, or NaN; `upper` are the bounds of the chunks.
+    /// Appends the columns whose results, from column `first` on, may be `limit` or greater, or NaN; `upper` are the
+    /// bounds of the chunks.
     #[target_feature(enable = "avx2,fma")]
     pub fn find_candidates(
         &self,

@@ -11,7 +11,8 @@ const FEW_RESULTS: usize = 8;
 pub enum CoarsePass {
     /// A 4-bit copy of weights with more bits, and activations of 8.
     Int4,
-    /// 8-bit weights, copied from float32, or quantized weights as they are; activations of 6 bits, which halves the work.
+    /// 8-bit weights, copied from float32, or quantized weights as they are; activations of 6 bits, which halves the
+    /// work.
     Int8,
     /// For a log-sum-exp: an 8-bit copy of float32 weights, and activations of 16 bits.
     LogSumExpInt16,

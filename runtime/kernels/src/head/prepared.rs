@@ -24,7 +24,7 @@ pub struct Norms {
     pub weights: f32,
 }
 
-/// What has been prepared of weights `[n, k]`.
+/// What a coarse pass needs of weights `[n, k]`.
 pub struct Prepared {
     /// `[n]`: the norms of the weights.
     pub norms: Vec<f32>,
@@ -53,7 +53,7 @@ impl Copy {
         let codes = MmapMut::map_anon(n * blocks * BLOCK * bits / 8)
             .map_err(|error| Error::OutOfMemory { bits, message: error.to_string() })?;
         // Without huge pages it is slower.
-        #[cfg(target_os = "linux")]
+        #[cfg(all(target_os = "linux", not(miri)))]
         let _ = codes.advise(memmap2::Advice::HugePage);
         Ok(Copy { codes, scales: vec![0.0; n * blocks], bits, errors: vec![0.0; n] })
     }

@@ -1,11 +1,11 @@
-//! `SinglePass`: the exact product with the head, of which only the top k leave the cache. Where the processor multiplies as fast as the
-//! memory delivers, a coarse pass gains nothing.
+//! `SinglePass`: the exact product with the head, of which only the top k leave the cache. Where the processor
+//! multiplies as fast as the memory delivers, a coarse pass gains nothing.
 //!
 //! # Design
-//! A thread takes some columns at a time, and looks for the greatest results while they are in its cache: writing them to memory and reading
-//! them again would take as long as the weights. Which are the top k is not known before the end, but the `k`-th greatest of the columns so
-//! far is a limit that none of the top k is below. It is found anew after a few columns, four times as many, and so on, so that few results
-//! are kept.
+//! A thread takes some columns at a time, and looks for the greatest results while they are in its cache: writing them
+//! to memory and reading them again would take as long as the weights. Which are the top k is not known before the end,
+//! but the `k`-th greatest of the columns so far is a limit that none of the top k is below. It is found anew after a
+//! few columns, four times as many, and so on, so that few results are kept.
 
 use std::arch::x86_64::*;
 use std::sync::Mutex;
@@ -136,7 +136,8 @@ impl SinglePass<'_> {
     }
 }
 
-/// Columns of a task: whole chunks, an odd number of them, so that rows do not compete for the same sets of the L1 cache.
+/// Columns of a task: whole chunks, an odd number of them, so that rows do not compete for the same sets of the L1
+/// cache.
 fn columns_per_task(rows: usize) -> usize {
     (TASK_RESULTS / rows / CHUNK).clamp(2, 32).next_multiple_of(2).saturating_sub(1) * CHUNK
 }

@@ -15,7 +15,8 @@ use crate::matmul::quantized::{self, Columns, Format, coarse};
 use crate::matmul::{Output, Shape, float};
 use crate::parallel::{SharedSlice, part};
 
-/// The rounding error of a sum in float32, relative to the product of the norms: 512 roundings of 2⁻²⁴ each would be a third of it.
+/// The rounding error of a sum in float32, relative to the product of the norms: 512 roundings of 2⁻²⁴ each would be a
+/// third of it.
 const ROUNDING: f32 = 1e-4;
 
 /// A multiplication in two passes.
@@ -25,12 +26,13 @@ pub struct TwoPass<'p> {
     pub pass: CoarsePass,
     /// How many results of each row are computed exactly, at least.
     pub k: usize,
-    /// Approximately what results are multiplied by to get logits.
+    /// The approximate factor from results to logits.
     pub factor: f32,
 }
 
 impl TwoPass<'_> {
-    /// Computes `y [rows, n] = x · wᵀ`, the top k of each row exactly. Returns false if too many columns would have to be.
+    /// Computes `y [rows, n] = x · wᵀ`, the top k of each row exactly. Returns false if too many columns would have to
+    /// be.
     pub fn multiply(&self, call: HeadCall, scratch: &mut Scratch, y: &mut [f32]) -> Result<bool, Error> {
         let &TwoPass { token, prepared, pass, k: count, factor } = self;
         let HeadCall { x, w, shape, parallel_for, .. } = call;
@@ -53,8 +55,8 @@ impl TwoPass<'_> {
             coarse.quantize(x, weights);
         }
         let (activations, coarse) = (&*activations, &*coarse);
-        // Errors of either sign raise the sum of exponentials by e^(σ²/2). Each error of one operand meets a number of the other one, so
-        // that σ² is the product of their squared norms, divided by k.
+        // Errors of either sign raise the sum of exponentials by e^(σ²/2). Each error of one operand meets a number of
+        // the other one, so that σ² is the product of their squared norms, divided by k.
         let shift = |square: f32| factor * square / (2 * k) as f32;
         let (shifts, shift_norms): (Vec<f32>, &[f32]) = match (pass, &prepared.copy) {
             (CoarsePass::LogSumExpInt16, Some(copy)) => {
@@ -97,7 +99,8 @@ impl TwoPass<'_> {
         let output = Output::new(y, rows, n);
         parallel_for(tasks, &|task| {
             let columns = part(task, size, n);
-            // SAFETY: the columns of tasks do not overlap, nor do their chunks, since tasks have whole ones; the token proves AVX2 and FMA.
+            // SAFETY: the columns of tasks do not overlap, nor do their chunks, since tasks have whole ones; the token
+            // proves AVX2 and FMA.
             unsafe {
                 if pass == CoarsePass::LogSumExpInt16 {
                     let columns = Columns::Range(columns.clone());

@@ -1,5 +1,5 @@
-//! Matrix multiplication with float32 weights as they lie in the mapped file: neither packed nor copied beforehand, read once for all rows.
-//! For x86-64 with AVX2 only; elsewhere ONNX Runtime's own is used.
+//! Matrix multiplication with float32 weights as they lie in the mapped file: neither packed nor copied beforehand,
+//! read once for all rows. For x86-64 with AVX2 only; elsewhere ONNX Runtime's own is used.
 
 mod avx2_panels;
 mod avx512_panels;
@@ -87,8 +87,8 @@ unsafe fn multiply_with_avx2(operands: &Operands, rows: Range<usize>, columns: R
     match level() {
         Level::Vnni | Level::Amx if operands.packed.is_some() || rows.len() >= MANY_FOR_AVX512 => {
             let mut own = PackedRows::default();
-            // SAFETY: the processor supports the level in use; each tile is packed once, on this thread; the caller promises that no other
-            // thread has the results.
+            // SAFETY: the processor supports the level in use; each tile is packed once, on this thread; the caller
+            // promises that no other thread has the results.
             unsafe {
                 let packed = operands.packed.unwrap_or_else(|| {
                     own.prepare(all_rows, k);
@@ -113,7 +113,8 @@ unsafe fn multiply_with_avx2(operands: &Operands, rows: Range<usize>, columns: R
             for column in columns.clone().step_by(width) {
                 let columns = column..columns.end.min(column + width);
                 let tile = Tile { rows: row..row + height, columns, depth: depth.clone() };
-                // SAFETY: the assertion above holds the tile within the operands; the caller promises that no other thread has it.
+                // SAFETY: the assertion above keeps the tile within the operands; the caller promises that no other
+                // thread has it.
                 unsafe {
                     match (height, tile.columns.len()) {
                         (4, 3) => multiply_tile::<4, 3, 1>(operands, tile),

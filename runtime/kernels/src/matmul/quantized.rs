@@ -1,7 +1,8 @@
-//! Matrix multiplication of quantized activations with block-quantized weights: integers within a block, float32 from block to block.
+//! Matrix multiplication of quantized activations with block-quantized weights: integers within a block, float32 from
+//! block to block.
 //!
-//! `y = sx · Σ_blocks sw · (Σ q·w − zero · Σ q)`, where `q` are a row's activations in int16 with the scale `sx`. The sums in the
-//! brackets are exact, `128 · 255 · 32767 < 2³¹`; those of `q` are subtracted last, for all blocks at once.
+//! `y = sx · Σ_blocks sw · (Σ q·w − zero · Σ q)`, where `q` are a row's activations in int16 with the scale `sx`. The
+//! sums in the brackets are exact, `128 · 255 · 32767 < 2³¹`; those of `q` are subtracted last, for all blocks at once.
 
 pub mod activations;
 #[cfg(target_arch = "x86_64")]
@@ -58,7 +59,8 @@ pub unsafe fn multiply(
     assert!(fits && bias.is_none_or(|bias| bias.len() == y.n), "sizes of a matrix multiplication");
     #[cfg(target_arch = "x86_64")]
     if x.level >= Level::Vnni {
-        // SAFETY: the processor supports the level that `x` was quantized at; the caller promises that no other thread has the results.
+        // SAFETY: the processor supports the level that `x` was quantized at; the caller promises that no other thread
+        // has the results.
         return unsafe { vnni::multiply(&x.int8, w, bias, rows, columns, y) };
     }
     let operands = Operands { x, w, bias, rows, columns, y };

@@ -14,9 +14,9 @@ fn soft_cap(node: &KernelContext) -> Option<f32> {
     node.get::<f32>("softcap").filter(|&cap| cap > 0.0)
 }
 
-/// `softmax(softcap(q·kᵀ·scale) where visible) · v`: queries `[batch, heads, queries, dim]`, keys and values
-/// `[batch, kv_heads, keys, dim]`, visible bool, broadcast against `[batch, heads, queries, keys]`. If their numbers are given, heads may be
-/// interleaved, `[batch, queries, heads · dim]` and `[batch, keys, kv_heads · dim]`.
+/// `softmax(softcap(q·kᵀ·scale) where visible) · v`: queries `[batch, heads, queries, dim]`, keys and values `[batch,
+/// kv_heads, keys, dim]`, visible bool, broadcast against `[batch, heads, queries, keys]`. If their numbers are given,
+/// heads may be interleaved, `[batch, queries, heads · dim]` and `[batch, keys, kv_heads · dim]`.
 pub struct Attention {
     pub kind: GraphKind,
     /// Whether the session has quantized multiplications, once all of its kernels have been created.
@@ -83,7 +83,7 @@ impl Kernel for AttentionKernel {
         };
         let query_layout = HeadLayout::of(query_shape, self.heads).ok_or_else(misshapen)?;
         let key_layout = HeadLayout::of(key_shape, self.kv_heads).ok_or_else(misshapen)?;
-        // Axes that are not there are as those of size 1.
+        // Missing axes count as axes of size 1.
         let mut mask_shape = [1; 4];
         for (to, &from) in mask_shape.iter_mut().rev().zip(visible_shape.iter().rev()) {
             *to = from as usize;
@@ -249,7 +249,8 @@ impl Kernel for GroupQueryAttentionKernel {
             values: value.try_extract_tensor_mut::<f32>()?.1,
             capacity,
         };
-        // SAFETY: the past is an input of this run with the shape that was checked; if it is the memory of the outputs, nobody else has it.
+        // SAFETY: the past is an input of this run with the shape that was checked; if it is the memory of the outputs,
+        // nobody else has it.
         unsafe { self.attention.run(inputs, outputs, &|count, task| parallel_for(context, count, task))? };
         Ok(())
     }

@@ -1,12 +1,14 @@
-//! `MatMulNBits` and `TransposeMatMul`. Both read the weights as they lie in the mapped file, at the speed of the memory where rows are few.
+//! `MatMulNBits` and `TransposeMatMul`. Both read the weights as they lie in the mapped file, at the speed of the
+//! memory where rows are few.
 //!
 //! # Design
-//! ONNX Runtime's `MatMulNBits` packs the weights anew in each process, which costs the start and a second copy, quantizes activations to 8
-//! bits, and is slower than float32 from some eight rows on. This one quantizes activations to 16 bits, an error that is lost beside that of
-//! the weights.
+//! ONNX Runtime's `MatMulNBits` packs the weights anew in each process, which costs the start and a second copy,
+//! quantizes activations to 8 bits, and is slower than float32 from some eight rows on. This one quantizes activations
+//! to 16 bits, an error that is lost beside that of the weights.
 //!
-//! ONNX Runtime's `TransposeMatMul` packs the weights once, which costs the start and a second copy, or at every call, which costs several
-//! beams twice the time of one. Of the head of a vocabulary mostly the top k count: see [`head`](crate::head).
+//! ONNX Runtime's `TransposeMatMul` packs the weights once, which costs the start and a second copy, or at every call,
+//! which costs several beams twice the time of one. Of the head of a vocabulary mostly the top k count: see
+//! [`head`](crate::head).
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -51,8 +53,8 @@ impl HeadMatMul {
         HeadMatMul { head, request, stats, softcap }
     }
 
-    /// Makes sparse rows the output if they are requested and can be computed, and leaves their statistics; returns false if there is no
-    /// output yet. `to_shape` is that of the output in full.
+    /// Makes sparse rows the output if they are requested and can be computed, and leaves their statistics; returns
+    /// false if there is no output yet. `to_shape` is that of the output in full.
     fn write_sparse_rows(
         &self,
         context: &ComputeContext,

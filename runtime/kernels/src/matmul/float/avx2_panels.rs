@@ -1,4 +1,5 @@
-//! Many rows with AVX2: sixteen columns of weights at a time are packed into a panel, in an order that needs no horizontal sums.
+//! Many rows with AVX2: sixteen columns of weights at a time are packed into a panel, in an order that needs no
+//! horizontal sums.
 
 use std::arch::x86_64::*;
 use std::ops::Range;
@@ -52,7 +53,7 @@ pub unsafe fn multiply(operands: &Operands, rows: Range<usize>, columns: Range<u
 }
 
 impl Panel {
-    /// Packs the weights `depth` of the columns. Columns beyond the last repeat it; nobody reads them.
+    /// Packs the weights `depth` of the columns. Columns beyond the last repeat it, and are not read.
     #[inline]
     #[target_feature(enable = "avx2,fma")]
     fn pack(&mut self, operands: &Operands, columns: Range<usize>, depth: Range<usize>) {
@@ -65,7 +66,8 @@ impl Panel {
                 *from = &w[column * k..][depth.clone()];
             }
             for at in (0..whole).step_by(8) {
-                // SAFETY: each column has eight weights at `at`, for which the panel has room: `depth` is no longer than `DEPTH`.
+                // SAFETY: each column has eight weights at `at`, for which the panel has room: `depth` is no longer
+                // than `DEPTH`.
                 unsafe {
                     let mut rows = [_mm256_setzero_ps(); 8];
                     for (row, from) in rows.iter_mut().zip(&from) {
@@ -110,8 +112,8 @@ fn multiply_tile<const R: usize>(operands: &Operands, panel: &Panel, Tile { rows
         }
     }
     for (row, sums) in (row..).zip(sums) {
-        // SAFETY: the assertion above holds row and columns within the output; the caller of `multiply` promises that no other thread has
-        // them.
+        // SAFETY: the assertion above keeps row and columns within the output; the caller of `multiply` promises that
+        // no other thread has them.
         let to = unsafe { std::slice::from_raw_parts_mut(y.at(row, columns.start), columns.len()) };
         if to.len() == WIDTH {
             for (to, sum) in to.as_chunks_mut::<8>().0.iter_mut().zip(sums) {

@@ -1,4 +1,5 @@
-//! Many rows with AVX-512: 32 columns of weights at a time are packed into a panel, in an order that needs no horizontal sums.
+//! Many rows with AVX-512: 32 columns of weights at a time are packed into a panel, in an order that needs no
+//! horizontal sums.
 
 use std::arch::x86_64::*;
 use std::ops::Range;
@@ -19,8 +20,9 @@ const ROWS: usize = 12;
 /// Numbers from what is read of a panel to what is prefetched.
 const PREFETCH_DISTANCE: usize = 16 * WIDTH;
 
-/// Rows of activations, interleaved in tiles of those that are multiplied at a time: `[tiles, k, rows of a tile]`, padded with the last
-/// row. Rows read side by side would compete for the same sets of the L1 cache where they are a power of two apart.
+/// Rows of activations, interleaved in tiles of those that are multiplied at a time: `[tiles, k, rows of a tile]`,
+/// padded with the last row. Rows read side by side would compete for the same sets of the L1 cache where they are a
+/// power of two apart.
 #[derive(Default)]
 pub struct PackedRows {
     values: AlignedVec<f32>,
@@ -138,7 +140,7 @@ pub unsafe fn multiply(operands: &Operands, packed: &PackedRows, rows: Range<usi
 }
 
 impl Panel {
-    /// Packs the weights `depth` of the columns. Columns beyond the last repeat it; nobody reads them.
+    /// Packs the weights `depth` of the columns. Columns beyond the last repeat it, and are not read.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
     fn pack(&mut self, operands: &Operands, columns: Range<usize>, depth: Range<usize>) {
@@ -151,7 +153,8 @@ impl Panel {
                 *from = &w[column * k..][depth.clone()];
             }
             for at in (0..whole).step_by(16) {
-                // SAFETY: each column has sixteen weights at `at`, for which the panel has room: `depth` is no longer than `DEPTH`.
+                // SAFETY: each column has sixteen weights at `at`, for which the panel has room: `depth` is no longer
+                // than `DEPTH`.
                 unsafe {
                     let to = self.0.as_mut_ptr().add(at * WIDTH + half);
                     let mut here = [std::ptr::null(); 16];
@@ -205,8 +208,8 @@ fn multiply_tile<const R: usize>(
         }
     }
     for (row, mut sums) in rows.zip(sums) {
-        // SAFETY: the assertion above holds row and columns within the output; the caller of `multiply` promises that no other thread has
-        // them.
+        // SAFETY: the assertion above keeps row and columns within the output; the caller of `multiply` promises that
+        // no other thread has them.
         unsafe {
             let to = y.at(row, columns.start);
             if depth.start > 0 {

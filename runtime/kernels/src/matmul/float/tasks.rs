@@ -17,7 +17,7 @@ const TASK_BYTES_WITH_FEW_ROWS: usize = 1 << 20;
 /// The most rows in a task: larger caches keep these.
 const TASK_ROWS: usize = 512;
 
-/// A matrix multiplication that is computed again and again, with its scratch buffers.
+/// A matrix multiplication, with its scratch buffers.
 pub struct FloatMatMul {
     token: Avx2Token,
     packed: PackedRows,

@@ -16,8 +16,8 @@ pub enum Format {
     Int16,
     /// 16 bits, for products with listed columns.
     Int16Listed,
-    /// 8 bits where these are faster, for products with ranges of columns. The results of a row do not depend on the rows beside it: with
-    /// so few bits, a difference in the last place of float32 would be amplified.
+    /// 8 bits where these are faster, for products with ranges of columns. The results of a row do not depend on the
+    /// rows beside it: with so few bits, a difference in the last place of float32 would be amplified.
     Int8,
 }
 
@@ -32,8 +32,8 @@ pub struct Activations {
     pub(super) values: AlignedVec<i16>,
     /// `[rows, blocks]`: the sums of the values, times the zero point that all blocks share if they do.
     pub(super) sums: Vec<f32>,
-    /// `[rows, spans]`: the initial accumulators of a span, in the first lane of each block what the zero point that all blocks share
-    /// subtracts; zeros where blocks have zero points of their own.
+    /// `[rows, spans]`: the initial accumulators of a span, in the first lane of each block what the zero point that
+    /// all blocks share subtracts; zeros where blocks have zero points of their own.
     pub(super) initial: AlignedVec<[i32; 8]>,
     /// `[rows]`
     pub(super) scales: Vec<f32>,
@@ -132,7 +132,8 @@ impl Activations {
 pub(super) enum Order {
     #[default]
     Plain,
-    /// In each 64, every fourth from the first on, every fourth from the second on, …: 4-bit weights come four to two bytes.
+    /// In each 64, every fourth from the first on, every fourth from the second on, …: 4-bit weights come four to two
+    /// bytes.
     EveryFourth,
 }
 

@@ -1,5 +1,5 @@
-//! The matrix multiplication with AVX2 for few rows: weights are read in the order in which they lie in memory, and each is widened to 16
-//! bits for all rows of a tile at once.
+//! The matrix multiplication with AVX2 for few rows: weights are read in the order in which they lie in memory, and
+//! each is widened to 16 bits for all rows of a tile at once.
 
 use std::arch::x86_64::*;
 use std::ops::Range;
@@ -122,7 +122,7 @@ fn multiply_tile<const BITS: usize, const SPAN: usize, const R: usize, const C: 
         let scales = w.scales[column * blocks..].as_ptr();
         let mut column_totals = [_mm256_setzero_ps(); R];
         for at_span in 0..spans {
-            // SAFETY: the assertions above hold the spans of these rows and columns within the operands.
+            // SAFETY: the assertions above keep the spans of these rows and columns within the operands.
             unsafe {
                 let mut sums = [_mm256_setzero_si256(); R];
                 for (sum, initial) in sums.iter_mut().zip(initial) {

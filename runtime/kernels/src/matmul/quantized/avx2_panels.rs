@@ -1,5 +1,5 @@
-//! The matrix multiplication with AVX2 for many rows: sixteen columns of weights at a time are packed into a panel of int16, in an order
-//! that needs no horizontal sums.
+//! The matrix multiplication with AVX2 for many rows: sixteen columns of weights at a time are packed into a panel of
+//! int16, in an order that needs no horizontal sums.
 
 use std::arch::x86_64::*;
 use std::array::from_fn;
@@ -82,7 +82,8 @@ struct PanelStart {
     depth: usize,
 }
 
-/// Prefetches the parts `parts` of `count` of what the next panel is packed from: the hardware prefetcher does not look so far ahead.
+/// Prefetches the parts `parts` of `count` of what the next panel is packed from: the hardware prefetcher does not look
+/// so far ahead.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
 fn prefetch_panel<const BITS: usize>(w: &Weights, next: PanelStart, parts: Range<usize>, count: usize) {
@@ -109,8 +110,8 @@ impl Panel {
             let scales = &w.scales[column * blocks..][..blocks][panel_blocks.clone()];
             self.scales.iter_mut().zip(scales).for_each(|(to, &scale)| to[at] = scale);
         }
-        // In this order, interleaving 16-bit words of the lower and the upper lanes yields eight columns beside the next eight. Columns
-        // beyond the last repeat it; nobody reads them.
+        // In this order, interleaving 16-bit words of the lower and the upper lanes yields eight columns beside the
+        // next eight. Columns beyond the last repeat it, and are not read.
         let [lower, upper] = [[0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15]].map(|lanes| {
             let column = |at: usize| (columns.start + at).min(columns.end - 1);
             lanes.map(|at| w.codes[column(at) * bytes..].as_ptr())
@@ -128,7 +129,8 @@ impl Panel {
                 zeros = [zeros_of_eight(0), zeros_of_eight(1)];
             }
             for from in (block * size..(block + 1) * size).step_by(step) {
-                // SAFETY: the assertion above holds the codes within the columns and the packed weights within the panel.
+                // SAFETY: the assertion above keeps the codes within the columns and the packed weights within the
+                // panel.
                 unsafe {
                     let mut rows = [_mm256_setzero_si256(); 8];
                     for (row, (lower, upper)) in rows.iter_mut().zip(lower.iter().zip(upper)) {
@@ -188,7 +190,7 @@ fn multiply_tile<const SIZE: usize, const R: usize>(
         let mut sums = [[_mm256_setzero_si256(); 2]; R];
         for first in (0..SIZE).step_by(2 * PAIRS) {
             for at in (block * SIZE + first..).step_by(2).take(PAIRS) {
-                // SAFETY: the assertion above holds the pairs within the panel and the rows.
+                // SAFETY: the assertion above keeps the pairs within the panel and the rows.
                 unsafe {
                     let w = panel.weights.as_ptr().add(at * WIDTH);
                     let w = [_mm256_load_si256(w.cast()), _mm256_load_si256(w.add(WIDTH).cast())];
@@ -212,13 +214,15 @@ fn multiply_tile<const SIZE: usize, const R: usize>(
     for (row, totals) in (row..).zip(totals) {
         let scale = _mm256_set1_ps(x.scales[row]);
         let results = totals.map(|total| _mm256_mul_ps(total, scale));
-        // SAFETY: the rows and columns are within the output; the caller of `super::multiply` promises that no other thread has them.
+        // SAFETY: the rows and columns are within the output; the caller of `super::multiply` promises that no other
+        // thread has them.
         let to = unsafe { std::slice::from_raw_parts_mut(y.at(row, columns.start), columns.len()) };
         write(results, to, bias.map(|bias| &bias[columns.clone()]), depth.start);
     }
 }
 
-/// Writes the results of a panel whose weights begin at `depth`: the first of its columns with their bias, others by adding them.
+/// Writes the results of a panel whose weights begin at `depth`: the first of its columns with their bias, others by
+/// adding them.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
 fn write(results: [__m256; 2], to: &mut [f32], bias: Option<&[f32]>, depth: usize) {
@@ -245,7 +249,8 @@ fn write(results: [__m256; 2], to: &mut [f32], bias: Option<&[f32]>, depth: usiz
 #[inline]
 #[target_feature(enable = "avx2,fma")]
 fn transpose_words(rows: [__m256i; 8]) -> [__m256i; 8] {
-    // The first half has the words 0 to 3 of the rows 0 to 3, then of the rows 4 to 7; the second half the words 4 to 7.
+    // The first half has the words 0 to 3 of the rows 0 to 3, then of the rows 4 to 7; the second half the words 4 to
+    // 7.
     let mut fours = [_mm256_setzero_si256(); 8];
     for (half, rows) in rows.as_chunks::<4>().0.iter().enumerate() {
         let [low, high] = [_mm256_unpacklo_epi16(rows[0], rows[1]), _mm256_unpackhi_epi16(rows[0], rows[1])];

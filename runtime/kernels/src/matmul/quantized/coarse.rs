@@ -1,10 +1,11 @@
-//! The coarse matrix multiplication of block-quantized weights with activations of 6 or 8 bits, with AVX2: half the work of the exact one,
-//! or less. Its results are off by a known bound, and so tell which of very many columns need not be computed exactly.
+//! The coarse matrix multiplication of block-quantized weights with activations of 6 or 8 bits, with AVX2: half the
+//! work of the exact one, or less. Its results are off by a known bound, and so tell which of very many columns need
+//! not be computed exactly.
 //!
 //! # Design
-//! Two products of 8-bit weights with 6-bit activations fit into 16 bits, and so do two such pairs: `4 · 255 · 31 < 2¹⁵`. So do eight
-//! products of 4-bit weights with 8-bit activations, `8 · 15 · 127 < 2¹⁵`: as many as meet in a block of 128. Each span of activations has
-//! a scale of its own, so that a few large ones cost the others no bits.
+//! Two products of 8-bit weights with 6-bit activations fit into 16 bits, and so do two such pairs: `4 · 255 · 31 <
+//! 2¹⁵`. So do eight products of 4-bit weights with 8-bit activations, `8 · 15 · 127 < 2¹⁵`: as many as meet in a block
+//! of 128. Each span of activations has a scale of its own, so that a few large ones cost the others no bits.
 //!
 //! Where the processor has VNNI, 8-bit activations are as fast as any, and [`vnni`] does all this.
 
@@ -32,7 +33,8 @@ const STEP: usize = 64;
 pub struct CoarseActivations {
     /// `[rows, spans · span]`, padded with zeros; for 4-bit weights, the even ones before the odd ones of each 64.
     values: AlignedVec<i8>,
-    /// `[rows, spans]`: the initial accumulators of a span, in the first lane of each block what the zero point subtracts.
+    /// `[rows, spans]`: the initial accumulators of a span, in the first lane of each block what the zero point
+    /// subtracts.
     initial: AlignedVec<[i32; 8]>,
     /// `[rows, spans]`: the scale of a span, in eight lanes.
     scales: AlignedVec<[f32; 8]>,
@@ -114,11 +116,13 @@ impl CoarseActivations {
 /// Computes these columns of the product for all rows.
 ///
 /// # Safety
-/// The processor has AVX2 and FMA, `x` was quantized for weights like `w`, and no other thread reads or writes the columns meanwhile.
+/// The processor has AVX2 and FMA, `x` was quantized for weights like `w`, and no other thread reads or writes the
+/// columns meanwhile.
 #[target_feature(enable = "avx2,fma")]
 pub unsafe fn multiply(x: &CoarseActivations, w: &Weights, columns: Range<usize>, y: &Output) {
     if let Some(int8) = &x.int8 {
-        // SAFETY: activations for VNNI exist only where the processor has it; the caller promises that no other thread has the columns.
+        // SAFETY: activations for VNNI exist only where the processor has it; the caller promises that no other thread
+        // has the columns.
         return unsafe { vnni::multiply(int8, w, None, 0..y.rows, Columns::Range(columns), y) };
     }
     assert!(columns.end <= y.n && x.errors.len() == y.rows && supports(w), "sizes of a matrix multiplication");
@@ -219,7 +223,7 @@ fn multiply_tile<const BITS: usize, const SIZE: usize, const R: usize, const C: 
         let scales = w.scales[(column + at_column) * blocks..].as_ptr();
         let mut column_totals = [_mm256_setzero_ps(); R];
         for at_span in 0..spans {
-            // SAFETY: the assertions above hold the spans of these rows and columns within the operands.
+            // SAFETY: the assertions above keep the spans of these rows and columns within the operands.
             unsafe {
                 if row == 0 {
                     prefetch(codes.wrapping_add(PREFETCH_DISTANCE), at_span * span * BITS / 8, span * BITS / 8);

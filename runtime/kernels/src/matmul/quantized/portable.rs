@@ -2,7 +2,8 @@
 
 use super::{Columns, Operands};
 
-/// Unpacks each row of weights once for all rows of activations, into int16 whose products compilers add up in vector registers.
+/// Unpacks each row of weights once for all rows of activations, into int16 whose products compilers add up in vector
+/// registers.
 pub fn multiply(operands: &Operands) {
     let Operands { x, w, bias, y, .. } = operands;
     let (blocks, size, bytes) = (w.blocks(), w.block_size, w.block_bytes());

@@ -15,7 +15,7 @@ const MANY_ROWS: usize = 8;
 /// Bytes of weights in a task, at least, with so many rows.
 const TASK_BYTES_WITH_MANY_ROWS: usize = 32 << 10;
 
-/// A matrix multiplication that is computed again and again, with its scratch buffers.
+/// A matrix multiplication, with its scratch buffers.
 pub struct QuantizedMatMul {
     format: Format,
     activations: Activations,
@@ -26,7 +26,8 @@ impl QuantizedMatMul {
         QuantizedMatMul { format, activations: Activations::default() }
     }
 
-    /// Computes `y [rows, n] = x · wᵀ + bias`. With a mask of as many tokens as there are rows, rows of padding are zero.
+    /// Computes `y [rows, n] = x · wᵀ + bias`. With a mask of as many tokens as there are rows, rows of padding are
+    /// zero.
     pub fn run(
         &mut self,
         x: &[f32],

@@ -1,11 +1,13 @@
-//! The matrix multiplication with AVX-512 VNNI, which multiplies int8, four to a lane, as fast as it adds anything else. Activations of 16
-//! bits are two planes of int8, `256 · high + low`, both signed, so that nothing has to be unpacked; those of 8 bits are one plane.
+//! The matrix multiplication with AVX-512 VNNI, which multiplies int8, four to a lane, as fast as it adds anything
+//! else. Activations of 16 bits are two planes of int8, `256 · high + low`, both signed, so that nothing has to be
+//! unpacked; those of 8 bits are one plane.
 //!
 //! # Design
-//! Weights stay the unsigned codes that they are; accumulators start at what the zero point subtracts. Of 4-bit weights, 64 bytes hold 128
-//! codes: those at even places in the low halves, and activations are kept in that order. Activations have a scale for each span of 64 or
-//! 128, so that a few large ones cost the others no bits. Where rows are many, the rows of a tile are interleaved, four bytes of each.
-//! Where the processor has AMX too, that takes many rows.
+//! Weights stay the unsigned codes that they are; accumulators start at what the zero point subtracts. Of 4-bit
+//! weights, 64 bytes hold 128 codes: those at even places in the low halves, and activations are kept in that order.
+//! Activations have a scale for each span of 64 or 128, so that a few large ones cost the others no bits. Where rows
+//! are many, the rows of a tile are interleaved, four bytes of each. Where the processor has AMX too, that takes many
+//! rows.
 
 mod activations;
 mod amx;

@@ -109,7 +109,8 @@ impl Weights<'_> {
         self.zero_points.is_none().then_some(1 << (self.bits - 1))
     }
 
-    /// What the blocks' own zero points subtract from the product of a row with activations whose sums by blocks are `sums`.
+    /// What the blocks' own zero points subtract from the product of a row with activations whose sums by blocks are
+    /// `sums`.
     #[cfg(target_arch = "x86_64")]
     pub fn zero_point_correction(&self, row: usize, sums: &[f32]) -> f32 {
         let mut zeros = 0.0;

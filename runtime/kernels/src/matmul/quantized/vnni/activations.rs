@@ -16,8 +16,8 @@ pub struct Activations {
     pub(super) layout: Layout,
     /// See [`Layout::tile`].
     pub(super) values: AlignedVec<i8>,
-    /// `[rows, spans]`: the initial accumulators of a span, in the first lane of each block what the zero point that all blocks share
-    /// subtracts; only for rows that are not interleaved.
+    /// `[rows, spans]`: the initial accumulators of a span, in the first lane of each block what the zero point that
+    /// all blocks share subtracts; only for rows that are not interleaved.
     pub(super) initial: AlignedVec<[i32; 16]>,
     /// `[rows, blocks]`, or `[blocks, rows]` of each tile: the same by blocks.
     pub(super) offsets: Vec<i32>,
@@ -30,8 +30,8 @@ pub struct Activations {
 }
 
 impl Activations {
-    /// Makes room for `rows` rows. From `panels_from` rows on, see [`panels_from()`](super::panels_from), they are interleaved, and
-    /// products are computed in whole panels of columns.
+    /// Makes room for `rows` rows. From `panels_from` rows on, see [`panels_from()`](super::panels_from), they are
+    /// interleaved, and products are computed in whole panels of columns.
     pub fn prepare(&mut self, rows: usize, w: &Weights, planes: Planes, panels_from: usize) {
         let layout = if rows >= panels_from { Layout::tiled(rows, w, planes) } else { Layout::row_by_row(w, planes) };
         (self.rows, self.layout) = (rows, layout);
@@ -87,8 +87,8 @@ impl Activations {
     }
 }
 
-/// Makes up for a row that quantization has made longer or shorter. 8 bits are so few that this happens, and it moves all great results
-/// the same way, and the sum of their exponentials with them.
+/// Makes up for a row that quantization has made longer or shorter. 8 bits are so few that this happens, and it moves
+/// all great results the same way, and the sum of their exponentials with them.
 pub struct LengthCorrection {
     /// Multiplies the row's scales.
     pub factor: f32,
@@ -150,8 +150,8 @@ impl RowWriter<'_> {
         let RowPlace { first, four_stride, plane_stride } = self.layout.row_place(row);
         let blocks_of_row = self.layout.item_place(row, blocks);
         let spans_of_row = self.layout.item_place(row, spans);
-        // SAFETY: the caller promises that no other thread has the row. That it is there, the range of its error is checked for, and with
-        // it there are all the places of `layout`.
+        // SAFETY: the caller promises that no other thread has the row. That it is there, the range of its error is
+        // checked for, and with it there are all the places of `layout`.
         let (values, offsets, sums, scales, initial, error) = unsafe {
             let error = &mut self.errors.slice_mut(row..row + 1)[0];
             let initial = match self.layout.tile {

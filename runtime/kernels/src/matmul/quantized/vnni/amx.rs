@@ -1,10 +1,11 @@
-//! Many rows where the processor has AMX, whose instruction multiplies sixteen columns of weights with sixteen rows of activations, 64 bytes
-//! of each.
+//! Many rows where the processor has AMX, whose instruction multiplies sixteen columns of weights with sixteen rows of
+//! activations, 64 bytes of each.
 //!
 //! # Design
-//! Weights are the first operand, whose tiles are loaded as they lie in memory, a pitch apart: none have to be packed, but those of 4 bits
-//! are unpacked. Sums come column by column, and are transposed before they are written. Reading back a stored tile has a long latency, so
-//! a few blocks are multiplied before their sums are added up: as integers, with the same results as panels have.
+//! Weights are the first operand, whose tiles are loaded as they lie in memory, a pitch apart: none have to be packed,
+//! but those of 4 bits are unpacked. Sums come column by column, and are transposed before they are written. Reading
+//! back a stored tile has a long latency, so a few blocks are multiplied before their sums are added up: as integers,
+//! with the same results as panels have.
 
 use std::arch::asm;
 use std::arch::x86_64::*;
@@ -23,8 +24,8 @@ pub const MANY: usize = 2;
 /// Blocks that are multiplied before their sums are added up.
 const BLOCKS_TOGETHER: usize = 4;
 
-/// The token for AMX, if the processor has it and it is faster for these weights: adding up the sums of many small blocks takes longer than
-/// anything else.
+/// The token for AMX, if the processor has it and it is faster for these weights: adding up the sums of many small
+/// blocks takes longer than anything else.
 pub fn token_for(w: &Weights) -> Option<AmxToken> {
     AmxToken::new().filter(|_| w.block_size.is_multiple_of(WIDTH))
 }
@@ -79,7 +80,7 @@ struct TileArea {
     is_first: bool,
 }
 
-/// Sixteen columns of weights as 8-bit codes; columns that do not exist hold anything.
+/// Sixteen columns of weights as 8-bit codes; columns beyond the last hold arbitrary codes.
 struct TileColumns {
     /// The codes of the first column, and the bytes from one column to the next.
     codes: *const u8,
@@ -87,8 +88,8 @@ struct TileColumns {
     scales: *const f32,
     /// `[blocks, columns]`: scales times zero points, where blocks have these of their own.
     zeros: Vec<[f32; SIDE]>,
-    /// The codes of the next sixteen columns, which need not exist, to be prefetched, and the bytes from one column to the next; 0 if they
-    /// have been prefetched.
+    /// The codes of the next sixteen columns, which need not exist, to be prefetched, and the bytes from one column to
+    /// the next; 0 if they have been prefetched.
     later: *const u8,
     later_pitch: usize,
     /// Holds codes that cannot be loaded as they lie.
@@ -162,7 +163,7 @@ fn unpack_nibbles(codes: &[u8], to: &mut [Line], later: *const u8) {
     let low_nibbles = _mm512_set1_epi8(15);
     for line in 0..lines {
         let left = codes.len() - line * HALF;
-        // SAFETY: no more codes are read than there are; the assertion above holds the lines within `to`.
+        // SAFETY: no more codes are read than there are; the assertion above keeps the lines within `to`.
         unsafe {
             let from = codes.as_ptr().add(line * HALF);
             let pairs = match left {
@@ -214,7 +215,8 @@ fn multiply_tile<const PLANES: usize>(
         let count = BLOCKS_TOGETHER.min(blocks - first);
         for at in 0..count {
             let start = (first + at) * size;
-            // SAFETY: the assertions above hold the block within the columns and the rows; there is a stored tile for each plane.
+            // SAFETY: the assertions above keep the block within the columns and the rows; there is a stored tile for
+            // each plane.
             unsafe {
                 let block = BlockOperands {
                     codes: operand.codes.add(start),
@@ -237,8 +239,8 @@ fn multiply_tile<const PLANES: usize>(
         for at in 0..count {
             let block = first + at;
             let stored = stored[at].as_ptr().cast::<i32>();
-            // SAFETY: the tile has sixteen scales for each span and sixteen offsets for each block; its sums were stored above; the columns
-            // have a scale for each block.
+            // SAFETY: the tile has sixteen scales for each span and sixteen offsets for each block; its sums were
+            // stored above; the columns have a scale for each block.
             unsafe {
                 let row_scales = _mm512_loadu_ps(scales.add(block * size / span * SIDE));
                 let offset = _mm512_loadu_si512(offsets.add(block * SIDE).cast());
@@ -273,7 +275,7 @@ fn multiply_tile<const PLANES: usize>(
         // SAFETY: all sixteen columns of sixteen numbers were stored above.
         let four = unsafe { transpose_pitched(to.add(first).cast(), 4 * SIDE) };
         for at in 0..4.min(area.rows.len() - first) {
-            // SAFETY: the assertions above hold rows and columns within the output; no other thread has them.
+            // SAFETY: the assertions above keep rows and columns within the output; no other thread has them.
             unsafe {
                 let to = y.at(row + first + at, area.columns.start);
                 _mm512_mask_storeu_ps(to, first_lanes(area.columns.len()), _mm512_castsi512_ps(four[at]));
@@ -304,8 +306,9 @@ unsafe fn multiply_block<const PLANES: usize>(
     sums: *mut i32,
     _config: &TileConfig,
 ) {
-    // SAFETY: tiles are configured as long as there is a `TileConfig`; the loop advances both operands by 64 codes of each column, and all
-    // planes and rows of as many activations, until the block ends; the caller promises these, and room for the sums.
+    // SAFETY: tiles are configured as long as there is a `TileConfig`; the loop advances both operands by 64 codes of
+    // each column, and all planes and rows of as many activations, until the block ends; the caller promises these, and
+    // room for the sums.
     unsafe {
         if PLANES == 2 {
             asm!(

@@ -15,13 +15,13 @@ use crate::avx512::{load_up_to_32, store_up_to_32, transpose_pitched, transpose_
 const WIDTH: usize = 32;
 /// The most weights of each column in a panel: it stays in the L1 cache, beside some rows of activations.
 const DEPTH: usize = 512;
-/// The same for few tiles of rows, where both the panel that is packed and the one that is multiplied are to stay there: packing takes
-/// long compared to so few products.
+/// The same for few tiles of rows, where both the panel that is packed and the one that is multiplied are to stay
+/// there: packing takes long compared to so few products.
 const DEPTH_FOR_FEW_TILES: usize = 256;
 const FEW_TILES: usize = 3;
 
-/// Weights of 32 columns. Only what was packed is initialized: most calls end before they have packed so many panels that zeroing them
-/// first would not count.
+/// Weights of 32 columns. Only what was packed is initialized: most calls end before they have packed so many panels
+/// that zeroing them first would not count.
 #[repr(align(64))]
 struct Panel {
     /// `[places / 4, columns, 4]`, places in the order of the activations.
@@ -130,8 +130,8 @@ impl PanelWalk {
 /// Weights of each column that are multiplied from one packing step to the next.
 const PACK_EVERY: usize = 16;
 
-/// The packing of a panel, in steps of sixteen bytes of sixteen columns. Steps alternate with products of another panel, so that the
-/// processor does both at once, and prefetch what the next panel is packed from.
+/// The packing of a panel, in steps of sixteen bytes of sixteen columns. Steps alternate with products of another
+/// panel, so that the processor does both at once, and prefetch what the next panel is packed from.
 struct Packer {
     /// The next sixteen bytes of the first column, and where they go.
     from: *const u8,
@@ -180,7 +180,8 @@ impl Packer {
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
     fn advance<const BITS: usize>(&mut self) {
         for _ in 0..self.per_advance.min(self.left) {
-            // SAFETY: `Panel::begin` counts as many steps as there are codes in the columns, and room for them in the panel.
+            // SAFETY: `Panel::begin` counts as many steps as there are codes in the columns, and room for them in the
+            // panel.
             unsafe {
                 for (at, word) in transpose_pitched(self.from, self.pitch).into_iter().enumerate() {
                     let to = self.to.add(at * 4 * WIDTH);
@@ -222,8 +223,9 @@ impl Panel {
         Panel { codes: [MaybeUninit::uninit(); WIDTH * DEPTH], scales: items, zeros: items }
     };
 
-    /// Packs the scales of an area and returns what packs its codes, which prefetches those of `later` meanwhile. An area that ends within
-    /// a line, or has fewer columns, is copied to `edge` first. Columns that do not exist hold anything; nobody reads them.
+    /// Packs the scales of an area and returns what packs its codes, which prefetches those of `later` meanwhile. An
+    /// area that ends within a line, or has fewer columns, is copied to `edge` first. Columns beyond the last hold
+    /// arbitrary values that nobody reads.
     #[inline(never)]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
     fn begin<const BITS: usize>(
@@ -310,8 +312,8 @@ const fn block_places(bits: usize, size: usize, block: usize) -> [(usize, usize)
     }
 }
 
-/// Computes a tile of `R` rows from a panel, or adds to it if the panel is not the first of its columns; with `PACKS`, another panel is
-/// packed meanwhile.
+/// Computes a tile of `R` rows from a panel, or adds to it if the panel is not the first of its columns; with `PACKS`,
+/// another panel is packed meanwhile.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn multiply_tile<const BITS: usize, const PLANES: usize, const R: usize, const PACKS: bool>(
@@ -329,7 +331,8 @@ fn multiply_tile<const BITS: usize, const PLANES: usize, const R: usize, const P
     assert!(x.sums.len() == x.offsets.len());
     assert!(depth.len() <= DEPTH && depth.end.next_multiple_of(span) <= stride && columns.end <= y.n);
     assert!(x.layout.tile.is_some_and(|tile| tile.get() == R) && row.is_multiple_of(R), "a tile of {R} rows");
-    // Four activations of all rows and planes lie beside the next four of them, and so do the rows' offsets, sums and scales.
+    // Four activations of all rows and planes lie beside the next four of them, and so do the rows' offsets, sums and
+    // scales.
     let pitch = const { R * PLANES };
     let values = x.values[row * stride * PLANES + depth.start * pitch..].as_ptr();
     let (offsets, sums) = (x.offsets[row * blocks..].as_ptr(), x.sums[row * blocks..].as_ptr());
@@ -365,7 +368,8 @@ fn multiply_tile<const BITS: usize, const PLANES: usize, const R: usize, const P
                     packer.advance::<BITS>();
                 }
                 for _ in 0..(count - at).min(PACK_EVERY) / 4 {
-                    // SAFETY: `count` places follow the first one in the panel and in the rows; the panel was packed for them.
+                    // SAFETY: `count` places follow the first one in the panel and in the rows; the panel was packed
+                    // for them.
                     unsafe {
                         let here = [_mm512_load_si512(codes.cast()), _mm512_load_si512(codes.add(64).cast())];
                         for row in 0..R {

@@ -80,7 +80,7 @@ fn multiply_tile<const BITS: usize, const SPAN: usize, const PLANES: usize, cons
     assert!((last + 1) * bytes <= w.codes.len() && (last + 1) * blocks <= w.scales.len() && last < y.n);
     assert!((row + R) * stride * PLANES <= x.values.len() && row + R <= y.rows);
     assert!((row + R) * spans <= x.initial.len().min(x.scales.len()));
-    // SAFETY: the assertions above hold the rows within the operands.
+    // SAFETY: the assertions above keep the rows within the operands.
     let (values, initial, scales) = unsafe {
         (
             x.values.as_ptr().add(row * stride * PLANES),
@@ -90,14 +90,14 @@ fn multiply_tile<const BITS: usize, const SPAN: usize, const PLANES: usize, cons
     };
     let mut totals = [_mm256_setzero_ps(); SUMS];
     for (at_column, &column) in columns.iter().enumerate() {
-        // SAFETY: the assertions above hold the column within the weights.
+        // SAFETY: the assertions above keep the column within the weights.
         let (codes, column_scales) =
             unsafe { (w.codes.as_ptr().add(column * bytes), w.scales.as_ptr().add(column * blocks)) };
         let later = walk.later(position + at_column);
         let mut row_totals = [_mm512_setzero_ps(); R];
         for at_span in 0..spans {
-            // SAFETY: the assertions above hold the spans of these rows within the activations; of the weights, which may end within a
-            // span, no more is read than there is.
+            // SAFETY: the assertions above keep the spans of these rows within the activations; of the weights, which
+            // may end within a span, no more is read than there is.
             unsafe {
                 if row == rows.start {
                     for line in (0..span * BITS / 8).step_by(64) {
@@ -164,7 +164,7 @@ fn multiply_tile<const BITS: usize, const SPAN: usize, const PLANES: usize, cons
     for at_row in 0..R {
         for (at_column, &column) in columns.iter().enumerate() {
             let bias = bias.map_or(0.0, |bias| bias[column]);
-            // SAFETY: the assertions above hold row and column within the output; no other thread has them.
+            // SAFETY: the assertions above keep row and column within the output; no other thread has them.
             unsafe { *y.at(row + at_row, column) = sums[at_row * C + at_column] + bias };
         }
     }
