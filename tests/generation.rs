@@ -1,6 +1,7 @@
 //! Token ids and scores against transformers: every generation case of every fixture, through the program's JSONL door and
 //! through the Rust API, and the demo model against recorded answers.
 
+use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -318,6 +319,25 @@ fn a_deadline_is_noticed_before_between_and_after_the_runs_of_every_call() {
     };
     let scored = model.score_with_progress(&batch, &targets, 0, &mut on_step, &later).expect("in time");
     assert_eq!((scored.len(), count), (1, 3));
+}
+
+#[test]
+fn weights_that_were_read_outlive_their_file() {
+    let folder = tempfile::tempdir().expect("a temporary folder can be made");
+    for entry in fs::read_dir(exported("tiny-balanced")).expect("an exported folder") {
+        let entry = entry.expect("readable");
+        fs::copy(entry.path(), folder.path().join(entry.file_name())).expect("copied");
+    }
+    let model = Model::open_with(&folder, &OpenOptions::default().read_weights(true)).expect("the model opens");
+    let weights = fs::File::options().write(true).open(folder.path().join("model.onnx_data"));
+    weights.and_then(|weights| weights.set_len(0)).expect("truncated");
+    let other = Model::open(exported("tiny-balanced")).expect("the model opens");
+    let batch = Batch::padded(&[vec![5; 20]], 0).expect("valid");
+    let [found, expected] = [&model, &other].map(|model| {
+        let config = model.generation_config().clone();
+        model.generate_batch(&batch, &config, Controls::default()).expect("generates").remove(0).remove(0).tokens
+    });
+    assert_eq!(found, expected);
 }
 
 #[test]

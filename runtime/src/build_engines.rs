@@ -25,8 +25,8 @@ pub enum ExistingEngines {
 /// [`OpenOptions::engines`]. `on_graph` is called with the name of each graph before its engine is built.
 ///
 /// # Errors
-/// A provider without engines, a model without a serving plan for it, engines that were built from other graphs, or a failure of the
-/// provider.
+/// A provider without engines, a model without a serving plan for it, engines that were built from other graphs, or a
+/// failure of the provider.
 pub fn build_engines(
     path: &Path,
     options: &OpenOptions,

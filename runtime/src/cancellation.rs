@@ -1,10 +1,12 @@
-//! `Cancellation`: how a call is stopped before it is done, by another thread or by a deadline. Calls check it before each run, between
-//! steps and at the end; one thread for the whole process interrupts runs of ONNX Runtime at their deadlines.
+//! `Cancellation`: how a call is stopped before it is done, by another thread or by a deadline. Calls check it before
+//! each run, between steps and at the end; one thread for the whole process interrupts runs of ONNX Runtime at their
+//! deadlines.
 //!
 //! # Design
-//! The thread that does the work compares deadlines with the clock, so none is missed because the timer thread was not scheduled. The
-//! timer only shortens runs that have begun. After a fork the child has no timer thread and may have inherited its lock in any state,
-//! so timers are chained: each process uses the one with its own id, and never touches its parents'.
+//! The thread that does the work compares deadlines with the clock, so none is missed because the timer thread was not
+//! scheduled. The timer only shortens runs that have begun. After a fork the child has no timer thread and may have
+//! inherited its lock in any state, so timers are chained: each process uses the one with its own id, and never touches
+//! its parents'.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -80,8 +82,8 @@ impl Cancellation {
         if is_late { Err(Error::Deadline) } else { Ok(()) }
     }
 
-    /// The options of a run that this cancellation interrupts. The run can be interrupted before the flag and the clock are read, so
-    /// that a cancellation at any moment is noticed in one way or the other.
+    /// The options of a run that this cancellation interrupts. The run can be interrupted before the flag and the clock
+    /// are read, so that a cancellation at any moment is noticed in one way or the other.
     pub(crate) fn run_options(&self) -> Result<&RunOptions, Error> {
         let run = match self.0.run.get() {
             Some(run) => run,

@@ -1,5 +1,5 @@
-//! Classification: the logits that a classifier gives its labels, and the function that makes scores of them, by the rules of
-//! transformers' pipelines.
+//! Classification: the logits that a classifier gives its labels, and the function that makes scores of them, by the
+//! rules of transformers' pipelines.
 
 use ndarray::{Array2, Array3, Axis};
 use t5gemma_graphs::config::ProblemType;
@@ -37,8 +37,8 @@ impl ScoreFunction {
         }
     }
 
-    /// The function for a classifier of sources: none for regression, the sigmoid if labels are independent or there is only one,
-    /// the softmax otherwise.
+    /// The function for a classifier of sources: none for regression, the sigmoid if labels are independent or there is
+    /// only one, the softmax otherwise.
     pub fn of(classifier: &ClassifierFacts) -> ScoreFunction {
         match (classifier.problem_type, classifier.labels.len()) {
             (Some(ProblemType::Regression), _) => ScoreFunction::None,
@@ -77,8 +77,8 @@ impl Encoder {
 
     /// The logits of each source's labels, `[rows, labels]`.
     ///
-    /// A classifier with a decoder reads one more token of a padded row (as in transformers), so rows that were padded only to fit
-    /// beside longer ones run without that padding: a row's result does not depend on its neighbours.
+    /// A classifier with a decoder reads one more token of a padded row (as in transformers), so rows that were padded
+    /// only to fit beside longer ones run without that padding: a row's result does not depend on its neighbours.
     ///
     /// # Errors
     /// The model does not classify sources; otherwise as [`Encoder::encode`].

@@ -1,14 +1,14 @@
-//! `CrossAttentionTracker`: what targets attend to in their sources while they are generated, and how much of a source each has
-//! covered. For `output_attentions`, and for beam search with a `coverage_penalty`.
+//! `CrossAttentionTracker`: what targets attend to in their sources while they are generated, and how much of a source
+//! each has covered. For `output_attentions`, and for beam search with a `coverage_penalty`.
 
 use crate::hypothesis::CrossAttentions;
 use crate::options::GenerationConfig;
 use crate::search::{Candidate, Search};
 use crate::target_tree::TargetTree;
 
-/// `coverage_penalty · Σ log(min(coverage, 1))` over the source's tokens except padding. The coverage of a source token is the sum
-/// of what all tokens of the target attended to it: the term is 0 for a target that covers its source, and less for others.
-/// Coverage below the least normal float32 counts as that.
+/// `coverage_penalty · Σ log(min(coverage, 1))` over the source's tokens except padding. The coverage of a source token
+/// is the sum of what all tokens of the target attended to it: the term is 0 for a target that covers its source, and
+/// less for others. Coverage below the least normal float32 counts as that.
 ///
 /// The formula is equation 14 of Wu et al., "Google's Neural Machine Translation System" (arXiv 1609.08144).
 fn coverage_term(penalty: f64, coverage: &[f32], mask: &[i64]) -> f32 {
@@ -45,7 +45,8 @@ impl CrossAttentionTracker {
         })
     }
 
-    /// Begins a step of `width` rows. `attentions`, `[rows, at least the source]`, are of these rows, or of one that stands for all.
+    /// Begins a step of `width` rows. `attentions`, `[rows, at least the source]`, are of these rows, or of one that
+    /// stands for all.
     pub fn begin_step(&mut self, attentions: &[f32], rows: usize, width: usize) {
         self.tree.begin_step(width);
         self.coverage.resize(width, vec![0.0; self.mask.len()]);
@@ -73,7 +74,8 @@ impl CrossAttentionTracker {
         }
     }
 
-    /// For each row of the step, what is added to the score of a hypothesis that ends by continuing it; empty without a penalty.
+    /// For each row of the step, what is added to the score of a hypothesis that ends by continuing it; empty without a
+    /// penalty.
     pub fn ending_terms(&self) -> &[f32] {
         &self.ending_terms
     }

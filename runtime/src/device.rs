@@ -1,5 +1,5 @@
-//! What computes a model: an execution provider of ONNX Runtime, its options and its device. Plain values and their rules; `provider`
-//! makes sessions on a provider.
+//! What computes a model: an execution provider of ONNX Runtime, its options and its device. Plain values and their
+//! rules; `provider` makes sessions on a provider.
 
 use std::fmt;
 
@@ -70,8 +70,8 @@ pub struct ProviderConfig {
     pub kind: Provider,
     /// The number of the GPU.
     pub device: u32,
-    /// Options of the provider, by ONNX Runtime's names and over those of the model folder. `library` is this crate's own: the
-    /// file of a plugin library.
+    /// Options of the provider, by ONNX Runtime's names and over those of the model folder. `library` is this crate's
+    /// own: the file of a plugin library.
     pub options: Vec<(String, String)>,
 }
 
@@ -100,8 +100,8 @@ pub(crate) const CUDA_GRAPH_OPTION: &str = "enable_cuda_graph";
 /// The field that errors name.
 const PROVIDER_OPTION: &str = "provider option";
 
-/// The error of an option for CUDA graphs where they cannot be captured. A replayed graph reads and writes where its captured run
-/// did, so all inputs and outputs of a step have to stay where they are.
+/// The error of an option for CUDA graphs where they cannot be captured. A replayed graph reads and writes where its
+/// captured run did, so all inputs and outputs of a step have to stay where they are.
 pub(crate) fn cuda_graphs_require(requirement: &str, (name, value): &(String, String)) -> Error {
     Error::requires(PROVIDER_OPTION, format!("{name}={value}"), requirement)
 }

@@ -1,5 +1,6 @@
-//! `Encoder`: a model folder opened for its encoder alone, or for the only graph of a model that was exported for another
-//! task than generation. Hidden states and pooled vectors are here, classification is in `classify`, generation in `Model`.
+//! `Encoder`: a model folder opened for its encoder alone, or for the only graph of a model that was exported for
+//! another task than generation. Hidden states and pooled vectors are here, classification is in `classify`, generation
+//! in `Model`.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -116,7 +117,8 @@ impl Encoder {
     /// The hidden states of each token, `[rows, length, hidden_size]`; those of padding are meaningless.
     ///
     /// # Errors
-    /// A model of another task, or one that returns one vector for each source; otherwise as [`Model::encode`](crate::Model::encode).
+    /// A model of another task, or one that returns one vector for each source; otherwise as
+    /// [`Model::encode`](crate::Model::encode).
     pub fn encode(&self, batch: &Batch, cancel: &Cancellation) -> Result<Array3<f32>, Error> {
         let pooling = self.features()?.pooling;
         if pooling != Pooling::None {
@@ -128,7 +130,8 @@ impl Encoder {
     /// One vector for each source, `[rows, hidden_size]`, as `pooling` makes it.
     ///
     /// # Errors
-    /// [`Pooling::None`], or another pooling than the one that the model was exported with; otherwise as [`Encoder::encode`].
+    /// [`Pooling::None`], or another pooling than the one that the model was exported with; otherwise as
+    /// [`Encoder::encode`].
     pub fn embed(&self, batch: &Batch, pooling: Pooling, cancel: &Cancellation) -> Result<Array2<f32>, Error> {
         let own = self.features()?.pooling;
         if pooling == Pooling::None {
@@ -234,8 +237,8 @@ impl Encoder {
         ArrayD::from_shape_vec(shape, values).map_err(wrong_rank)
     }
 
-    /// The ranges of activations for a source: for each matrix the greatest absolute value that it is multiplied with. Only for models
-    /// that were exported to be observed.
+    /// The ranges of activations for a source: for each matrix the greatest absolute value that it is multiplied with.
+    /// Only for models that were exported to be observed.
     pub(crate) fn observe(&self, batch: &Batch, cancel: &Cancellation) -> Result<BTreeMap<String, f32>, Error> {
         const DURING: &str = "observing the activations";
         self.check(batch)?;

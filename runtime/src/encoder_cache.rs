@@ -1,9 +1,9 @@
-//! `EncoderCache`: the hidden states of recently encoded batches, within a number of bytes. It holds numbers only; `Model` runs the
-//! encoder for batches that are not found.
+//! `EncoderCache`: the hidden states of recently encoded batches, within a number of bytes. It holds numbers only;
+//! `Model` runs the encoder for batches that are not found.
 //!
 //! # Design
-//! Batches are kept whole, not row by row. How a row's states are rounded depends on the number of rows and the padding beside it, so
-//! a row's states from another batch could change a result; those of the same batch cannot.
+//! Batches are kept whole, not row by row. How a row's states are rounded depends on the number of rows and the padding
+//! beside it, so a row's states from another batch could change a result; those of the same batch cannot.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

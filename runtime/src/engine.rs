@@ -1,6 +1,6 @@
-//! `Engine`: continuous batching. Requests are submitted from any thread at any time; their rows join the rows in flight
-//! between two steps, each with its own beams, lengths and options, and leave when they are finished. The result of a request is what
-//! [`Model::generate_batch`] returns for it alone.
+//! `Engine`: continuous batching. Requests are submitted from any thread at any time; their rows join the rows in
+//! flight between two steps, each with its own beams, lengths and options, and leave when they are finished. The result
+//! of a request is what [`Model::generate_batch`] returns for it alone.
 //!
 //! ```no_run
 //! # use std::sync::Arc;
@@ -19,26 +19,27 @@
 //! ```
 //!
 //! # Design
-//! How rows of different lengths share a step depends on the model's cache layout. The graph for a cache in place takes a position for
-//! each row (`cache_position`), so all rows in flight share every step, and a row may join at any. The growing layout has one position
-//! for all rows and no mask over the target: rows can share steps only with those that began with them. There, rows that are admitted
-//! together form a cohort, which runs its own steps in turn with the other cohorts. (A mask and a position for each row would cost the
-//! portable graphs operators in every layer, and left padding would change results.) So cohorts are exact but read the weights once
-//! each, and the in-place layout is the one to serve with.
+//! How rows of different lengths share a step depends on the model's cache layout. The graph for a cache in place takes
+//! a position for each row (`cache_position`), so all rows in flight share every step, and a row may join at any. The
+//! growing layout has one position for all rows and no mask over the target: rows can share steps only with those that
+//! began with them. There, rows that are admitted together form a cohort, which runs its own steps in turn with the
+//! other cohorts. (A mask and a position for each row would cost the portable graphs operators in every layer, and left
+//! padding would change results.) So cohorts are exact but read the weights once each, and the in-place layout is the
+//! one to serve with.
 //!
-//! Sources are encoded one by one, as when alone, so that rounding does not depend on other requests, and equal sources are encoded
-//! once as long as the model's encoder cache holds them.
+//! Sources are encoded one by one, as when alone, so that rounding does not depend on other requests, and equal sources
+//! are encoded once as long as the model's encoder cache holds them.
 //!
-//! A source is admitted only when the memory that it may come to need is free, so that nothing in flight has to be evicted: see
-//! [`EngineOptions::max_bytes`]. Requests wait in a queue, which takes one source of each in turn. If a source does not fit, the queue
-//! waits for it, so that none starves.
+//! A source is admitted only when the memory that it may come to need is free, so that nothing in flight has to be
+//! evicted: see [`EngineOptions::max_bytes`]. Requests wait in a queue, which takes one source of each in turn. If a
+//! source does not fit, the queue waits for it, so that none starves.
 //!
-//! A request ends at its deadline, whether a thread of the engine notices, before and after each run, or its caller, who waits no
-//! longer than that for an event. The steps that it shares with others are not interrupted.
+//! A request ends at its deadline, whether a thread of the engine notices, before and after each run, or its caller,
+//! who waits no longer than that for an event. The steps that it shares with others are not interrupted.
 //!
-//! Several copies of a model, each on its own device, share one queue: the thread of each takes the next source when it has room, so
-//! that no device is idle while a source waits, and rows of one request may be computed by several. If few sources wait, each takes
-//! only its share and leaves the next to an idle one.
+//! Several copies of a model, each on its own device, share one queue: the thread of each takes the next source when it
+//! has room, so that no device is idle while a source waits, and rows of one request may be computed by several. If few
+//! sources wait, each takes only its share and leaves the next to an idle one.
 
 mod admission;
 mod generation;
@@ -71,8 +72,8 @@ use worker::Worker;
 pub struct EngineOptions {
     /// Greatest number of target rows in flight: the beams or samples of all sources together. 64 by default.
     pub max_rows: usize,
-    /// Greatest number of bytes of keys, values and logits that rows in flight may come to need, each row counted with the longest
-    /// source and the longest target of all; 4 GiB by default. Weights and scratch memory come on top.
+    /// Greatest number of bytes of keys, values and logits that rows in flight may come to need, each row counted with
+    /// the longest source and the longest target of all; 4 GiB by default. Weights and scratch memory come on top.
     pub max_bytes: usize,
     /// Greatest number of sources in flight; bounded only by the rows by default.
     pub max_sources: usize,
@@ -224,8 +225,8 @@ impl Engine {
         Engine::start(MemoryModel::of(&model), vec![model], options)
     }
 
-    /// Starts a thread for each of several copies of a model, which are opened on different devices. They share one queue; the bounds
-    /// are for each.
+    /// Starts a thread for each of several copies of a model, which are opened on different devices. They share one
+    /// queue; the bounds are for each.
     ///
     /// # Errors
     /// No model, models that are not copies of one, or bounds of 0.
@@ -264,9 +265,10 @@ impl Engine {
     /// Submits a request. The caller's thread checks it and compiles its constraints.
     ///
     /// # Errors
-    /// What [`Model::generate_batch`] refuses; [`Error::TooLarge`] for a source that can never be admitted; [`Error::Busy`] if
-    /// too many requests are waiting; [`Error::Closed`] after [`Engine::drain`] or [`Engine::shutdown`]; [`Error::Forked`]. A request
-    /// whose deadline has passed is accepted and ends with [`Error::Deadline`].
+    /// What [`Model::generate_batch`] refuses; [`Error::TooLarge`] for a source that can never be admitted;
+    /// [`Error::Busy`] if too many requests are waiting; [`Error::Closed`] after [`Engine::drain`] or
+    /// [`Engine::shutdown`]; [`Error::Forked`]. A request whose deadline has passed is accepted and ends with
+    /// [`Error::Deadline`].
     pub fn submit(&self, request: Request) -> Result<Generation, Error> {
         self.shared.check_process()?;
         let Request { batch, config, deadline } = request;
@@ -328,10 +330,12 @@ impl Engine {
         self.shared.check_process()
     }
 
-    /// Stops accepting requests, and waits until all accepted ones have ended and nothing is in flight: [`Engine::stats`] are final then.
+    /// Stops accepting requests, and waits until all accepted ones have ended and nothing is in flight:
+    /// [`Engine::stats`] are final then.
     ///
     /// # Errors
-    /// [`Error::Forked`], or a call from a function that the engine itself calls, such as a logits processor, which would wait for itself.
+    /// [`Error::Forked`], or a call from a function that the engine itself calls, such as a logits processor, which
+    /// would wait for itself.
     pub fn drain(&self) -> Result<(), Error> {
         self.check_waiting()?;
         let mut queue = self.shared.queue();
@@ -350,7 +354,8 @@ impl Engine {
         }
     }
 
-    /// Ends everything at once: requests that are not done end with [`Error::Cancelled`]. Returns when the threads have ended.
+    /// Ends everything at once: requests that are not done end with [`Error::Cancelled`]. Returns when the threads have
+    /// ended.
     ///
     /// # Errors
     /// As [`Engine::drain`].

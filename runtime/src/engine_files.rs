@@ -1,5 +1,5 @@
-//! `EngineFiles`: the files of a provider's engines, in a model folder or beside it, and the stamps that record what they were built
-//! from. An engine of other graphs or weights is refused before a session reads it.
+//! `EngineFiles`: the files of a provider's engines, in a model folder or beside it, and the stamps that record what
+//! they were built from. An engine of other graphs or weights is refused before a session reads it.
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -1,5 +1,5 @@
-//! `Error`: everything that can go wrong between a model folder and its results. Each variant names the file, field, port or row, what
-//! was expected and what was found, so that a caller can act on it without reading code.
+//! `Error`: everything that can go wrong between a model folder and its results. Each variant names the file, field,
+//! port or row, what was expected and what was found, so that a caller can act on it without reading code.
 
 use std::ffi::OsStr;
 use std::fmt;
@@ -86,7 +86,7 @@ pub enum Error {
         /// What to do instead.
         remedy: String,
     },
-    /// The kernels for CPUs cannot be used as they are told to.
+    /// The CPU kernels cannot be used.
     Kernels(t5gemma_kernels::Error),
     /// ONNX Runtime failed.
     OnnxRuntime {
@@ -122,7 +122,8 @@ pub enum Error {
         /// What is wrong.
         problem: String,
     },
-    /// The model computed a NaN or an infinity, or a logits processor of the caller wrote scores by which no token can be chosen.
+    /// The model computed a NaN or an infinity, or a logits processor of the caller wrote scores by which no token can
+    /// be chosen.
     NotFinite {
         /// The source row.
         row: usize,
@@ -133,7 +134,8 @@ pub enum Error {
         /// The processor at fault and what it wrote; `None` if it is the model.
         processor: Option<InvalidScores>,
     },
-    /// A constraint that cannot be followed: a grammar became too complex, or `prefix_allowed_tokens` returned invalid tokens.
+    /// A constraint that cannot be followed: a grammar became too complex, or `prefix_allowed_tokens` returned invalid
+    /// tokens.
     Constraint {
         /// The source row.
         row: usize,
@@ -285,5 +287,25 @@ impl Error {
         requirement: impl Into<String>,
     ) -> Error {
         Error::Requires { field: field.into(), value: value.into(), requirement: requirement.into() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::error::Error as _;
+
+    use super::*;
+
+    #[test]
+    fn a_file_error_has_the_systems_error_as_its_source() {
+        let error = Error::reading("model/manifest.json")(io::ErrorKind::PermissionDenied.into());
+        assert_eq!(error.to_string(), "model/manifest.json: cannot be read");
+        let source = error.source().and_then(|source| source.downcast_ref::<io::Error>()).expect("an io::Error");
+        assert_eq!(source.kind(), io::ErrorKind::PermissionDenied);
+        let other = Error::input("threads", "1 to 1024", "0");
+        assert_eq!(
+            (other.to_string().as_str(), other.source().is_none()),
+            ("threads: expected 1 to 1024, found 0", true)
+        );
     }
 }

@@ -1,5 +1,5 @@
-//! `Folder`: a model folder whose files were checked against its manifest. This happens before ONNX Runtime reads a byte, so that a
-//! truncated copy or a mix of two exports is an error about files, not a wrong result.
+//! `Folder`: a model folder whose files were checked against its manifest. This happens before ONNX Runtime reads a
+//! byte, so that a truncated copy or a mix of two exports is an error about files, not a wrong result.
 
 use std::borrow::Cow;
 use std::collections::HashSet;
@@ -28,7 +28,8 @@ use crate::vocabulary_subset::VocabularySubset;
 /// The model's generation options: the one file that may differ from its hash.
 const GENERATION_CONFIG: &str = "generation_config.json";
 
-/// Weights up to this size are hashed as a whole on every opening; of larger files only samples, unless requested otherwise.
+/// Weights up to this size are hashed as a whole on every opening; of larger files only samples, unless requested
+/// otherwise.
 const HASHED_IN_FULL: u64 = 64 << 20;
 
 /// How the weights file is opened.
@@ -46,7 +47,8 @@ pub(crate) struct Folder {
     pub path: PathBuf,
     /// Its manifest.
     pub manifest: Manifest,
-    /// The text of its `generation_config.json`, or the generation options of its configuration; `None` if it has neither.
+    /// The text of its `generation_config.json`, or the generation options of its configuration; `None` if it has
+    /// neither.
     pub generation_config: Option<String>,
     /// Accepted differences from the export, as sentences.
     pub warnings: Vec<String>,
@@ -263,8 +265,9 @@ fn weights_bytes(folder: &Path, name: &str, record: &FileRecord, access: Weights
         file.read_exact(&mut memory).map_err(Error::reading(&path))?;
         return memory.make_read_only().map_err(Error::reading(&path));
     }
-    // SAFETY: the map is read-only, and is read only as numbers, for which every bit pattern is valid. That nobody truncates the file
-    // while the model is open is required of the file system, as for any mapped library; `OpenOptions::read_weights` does without.
+    // SAFETY: the map is read-only, and is read only as numbers, for which every bit pattern is valid. That nobody
+    // truncates the file while the model is open is required of the file system, as for any mapped library;
+    // `OpenOptions::read_weights` does without.
     unsafe { Mmap::map(&file) }.map_err(Error::reading(&path))
 }
 
@@ -319,8 +322,8 @@ fn check_ports(manifest_path: &Path, manifest: &Manifest) -> Result<(), Error> {
     Ok(())
 }
 
-/// Checks that every tensor is within the file, has the size of its shape and comes after the one before it, and that graphs name
-/// existing tensors.
+/// Checks that every tensor is within the file, has the size of its shape and comes after the one before it, and that
+/// graphs name existing tensors.
 fn check_tensors(manifest_path: &Path, manifest: &Manifest) -> Result<(), Error> {
     let wrong = |field: String, expected: String, found: String| {
         Err(Error::Folder { path: manifest_path.to_path_buf(), field, expected, found })

@@ -1,5 +1,6 @@
-//! `Model::generate_batch`: the loop in which model and search meet. It runs the model for all rows in flight, hands each row's logits to its
-//! item, and tells the state which rows go on. It knows neither tensors nor how a search decides.
+//! `Model::generate_batch`: the loop in which model and search meet. It runs the model for all rows in flight, hands
+//! each row's logits to its item, and tells the state which rows go on. It knows neither tensors nor how a search
+//! decides.
 
 use std::fmt;
 use std::ops::ControlFlow;
@@ -18,8 +19,8 @@ use crate::stop::StoppingCriteria;
 
 /// Receives the tokens of a generation as they are chosen. `()` ignores them; closures are streamers.
 pub trait Streamer {
-    /// Receives the next token of a source row's first hypothesis, once it is certain; [`ControlFlow::Break`] ends the whole call
-    /// as a cancellation does.
+    /// Receives the next token of a source row's first hypothesis, once it is certain; [`ControlFlow::Break`] ends the
+    /// whole call as a cancellation does.
     fn token(&mut self, row: usize, token: i64) -> ControlFlow<()>;
 
     /// Called after each step of the rows that run together, also in beam search; [`ControlFlow::Break`] as above.
@@ -95,9 +96,9 @@ impl<'a> Controls<'a> {
 }
 
 impl Model {
-    /// Generates targets for each source of a batch: `num_return_sequences` hypotheses for each row in the order of the rows,
-    /// those of beam search best first. Rows beyond [`OpenOptions::limits`](crate::OpenOptions::limits) run in pieces, one after
-    /// the other.
+    /// Generates targets for each source of a batch: `num_return_sequences` hypotheses for each row in the order of the
+    /// rows, those of beam search best first. Rows beyond [`OpenOptions::limits`](crate::OpenOptions::limits) run in
+    /// pieces, one after the other.
     ///
     /// # Errors
     /// Tokens outside the vocabularies, lengths or options that do not fit the model, logits that are not finite,
@@ -192,7 +193,8 @@ impl Piece {
                 return Err(Error::Cancelled);
             }
 
-            // Every item has as many rows as the widest: in place of targets that have ended, the last running one is computed again.
+            // Every item has as many rows as the widest: in place of targets that have ended, the last running one is
+            // computed again.
             let width = running.iter().map(|&slot| items[slot].search.width()).max().unwrap_or(0);
             let (mut parents, mut tokens) = (Vec::new(), Vec::new());
             for &slot in &running {

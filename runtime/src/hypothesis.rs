@@ -1,5 +1,6 @@
-//! `Hypothesis`: one generated target and why it ended, with what a call may request besides its tokens: log-probabilities and
-//! cross-attentions. Plain data that the search makes and callers read; `item` fills in the latter two.
+//! `Hypothesis`: one generated target and why it ended, with what a call may request besides its tokens:
+//! log-probabilities and cross-attentions. Plain data that the search makes and callers read; `item` fills in the
+//! latter two.
 
 use std::slice::ChunksExact;
 
@@ -41,8 +42,8 @@ impl FinishReason {
 pub struct Hypothesis {
     /// The generated tokens: without the prompt, without padding, with the end-of-sequence token if there is one.
     pub tokens: Vec<i64>,
-    /// The summed log-probability divided by `length^length_penalty` (`sequences_scores` in transformers), plus the term of
-    /// `coverage_penalty`; beam search only.
+    /// The summed log-probability divided by `length^length_penalty` (`sequences_scores` in transformers), plus the
+    /// term of `coverage_penalty`; beam search only.
     pub score: Option<f32>,
     /// Why it ends.
     pub finish_reason: FinishReason,
@@ -57,7 +58,8 @@ pub struct Hypothesis {
 pub struct Logprobs {
     /// For each token, its log-probability given everything before it.
     pub tokens: Vec<f32>,
-    /// For each token, the likeliest tokens at its position with their log-probabilities, best first; empty unless requested.
+    /// For each token, the likeliest tokens at its position with their log-probabilities, best first; empty unless
+    /// requested.
     pub top: Vec<Vec<(i64, f32)>>,
 }
 
@@ -73,8 +75,9 @@ impl Logprobs {
     }
 }
 
-/// How much each token of a target attended to each token of its source when it was chosen: probabilities, averaged over heads
-/// and over the decoder layers that the model was exported with. A row sums to 1; padding of the source has 0.
+/// How much each token of a target attended to each token of its source when it was chosen: probabilities, averaged
+/// over heads and over the decoder layers that the model was exported with. A row sums to 1; padding of the source has
+/// 0.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct CrossAttentions {
     source: usize,

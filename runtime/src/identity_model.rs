@@ -1,5 +1,5 @@
-//! ONNX models of one operator, `y = Identity(x)`: for probing a provider and for copies to a device. They are written out as
-//! bytes because nothing else in the runtime writes ONNX.
+//! ONNX models of one operator, `y = Identity(x)`: for probing a provider and for copies to a device. They are written
+//! out as bytes because nothing else in the runtime writes ONNX.
 
 /// IR version 9, opset 20, graph `g`, `x` and `y` float32 `[1]`.
 pub(crate) const FLOAT32: &[u8] =

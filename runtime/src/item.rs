@@ -1,6 +1,6 @@
-//! `Call` and `Item`: a request that was checked against its model, and one of its source rows in progress with everything that
-//! decides on its tokens. An item turns the logits of a step into what its rows do next; [`generate`](crate::generate) and
-//! [`engine`](crate::engine) run the model for items, alone or beside others.
+//! `Call` and `Item`: a request that was checked against its model, and one of its source rows in progress with
+//! everything that decides on its tokens. An item turns the logits of a step into what its rows do next;
+//! [`generate`](crate::generate) and [`engine`](crate::engine) run the model for items, alone or beside others.
 
 use std::sync::Arc;
 
@@ -146,7 +146,8 @@ pub(crate) struct Item {
     /// With `prompt_lookup_num_tokens`.
     pub lookup: Option<PromptLookup>,
     processors: Processors,
-    /// The subset of the vocabulary that the model has logits of, if rows of the whole vocabulary have to be made of them.
+    /// The subset of the vocabulary that the model has logits of, if rows of the whole vocabulary have to be made of
+    /// them.
     scatter_by: Option<Arc<VocabularySubset>>,
     /// Tokens of the first hypothesis that were shown.
     shown: usize,

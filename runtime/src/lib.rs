@@ -26,13 +26,14 @@
 //! # Modules
 //! Imports run one way, from the top of this list to its foot:
 //!
-//! - `text` is the front door; `generate` and `score` are the loops for one call, `engine` is the one for many at once, `encoder` and
-//!   `classify` are for models that do not generate
+//! - `text` is the front door; `generate` and `score` are the loops for one call, `engine` is the one for many at once,
+//!   `encoder` and `classify` are for models that do not generate
 //! - `item` is one source in progress: `search`, `scores` and `constraint` decide on its tokens from numbers alone, and
 //!   `cross_attention` and `logprobs` keep what a hypothesis may come with
-//! - `model` runs the graphs, `state` keeps keys and values between steps, `session` opens graphs on a `provider` over one copy of the
-//!   `weights`
-//! - `folder` and `onnxruntime` are what opening checks first; `options`, `limits`, `device`, `hypothesis` and `error` are plain values
+//! - `model` runs the graphs, `state` keeps keys and values between steps, `session` opens graphs on a `provider` over
+//!   one copy of the `weights`
+//! - `folder` and `onnxruntime` are what opening checks first; `options`, `limits`, `device`, `hypothesis` and `error`
+//!   are plain values
 
 #![warn(missing_debug_implementations)]
 

@@ -1,8 +1,9 @@
-//! `Limits`: what one call may run side by side, and splitting a batch into pieces within them, which run one after the other.
+//! `Limits`: what one call may run side by side, and splitting a batch into pieces within them, which run one after the
+//! other.
 //!
 //! # Design
-//! A piece is consecutive rows, so that results are in order and tokens can be shown while others still wait. A source that
-//! is beyond a limit by itself runs alone: a limit decides what runs side by side, never what is answered.
+//! A piece is consecutive rows, so that results are in order and tokens can be shown while others still wait. A source
+//! that is beyond a limit by itself runs alone: a limit decides what runs side by side, never what is answered.
 
 use std::ops::Range;
 
@@ -11,8 +12,8 @@ use t5gemma_graphs::interface::DType;
 
 use crate::batch::Batch;
 
-/// Upper bounds on what runs side by side in one call. The rows of a larger call run in pieces, one after the other; its result
-/// is the same.
+/// Upper bounds on what runs side by side in one call. The rows of a larger call run in pieces, one after the other;
+/// its result is the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Limits {
@@ -20,8 +21,8 @@ pub struct Limits {
     pub max_sources: usize,
     /// Source tokens, each source counted with the length of the longest; unlimited by default.
     pub max_tokens: usize,
-    /// Bytes of keys, values, logits, hidden states and scratch memory, estimated from shapes. By default 4 GiB on the CPU and
-    /// unlimited on a device, which reports itself when its memory is exhausted.
+    /// Bytes of keys, values, logits, hidden states and scratch memory, estimated from shapes. By default 4 GiB on the
+    /// CPU and unlimited on a device, which reports itself when its memory is exhausted.
     pub max_bytes: Option<usize>,
 }
 
@@ -53,7 +54,7 @@ impl Limits {
         self.max_bytes(self.max_bytes.unwrap_or(default))
     }
 
-    /// Whether so many bytes are within the limits.
+    /// Whether this number of bytes is within the limits.
     pub(crate) fn holds(&self, bytes: usize) -> bool {
         self.max_bytes.is_none_or(|most| bytes <= most)
     }
@@ -93,8 +94,8 @@ pub(crate) fn pieces_to_encode(batch: &Batch, stack: &StackFacts, dtype: DType, 
     pieces(batch, limits, |rows, longest| limits.holds(scratch.bytes(rows.len(), longest, longest)))
 }
 
-/// Splits a batch into pieces of consecutive rows, each as large as the limits allow and `fits` accepts, which is given a piece and the
-/// length of its longest row.
+/// Splits a batch into pieces of consecutive rows, each as large as the limits allow and `fits` accepts, which is given
+/// a piece and the length of its longest row.
 pub(crate) fn pieces(batch: &Batch, limits: &Limits, fits: impl Fn(Range<usize>, usize) -> bool) -> Vec<Range<usize>> {
     let mut pieces: Vec<Range<usize>> = Vec::new();
     let mut longest = 0;

@@ -1,5 +1,5 @@
-//! Log messages of ONNX Runtime and of this library, for programs with a log of their own. Without a listener ONNX Runtime writes its
-//! errors to stderr.
+//! Log messages of ONNX Runtime and of this library, for programs with a log of their own. Without a listener ONNX
+//! Runtime writes its errors to stderr.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -26,8 +26,8 @@ type Log = dyn Fn(Severity, &str) + Send + Sync;
 /// The listener, and the least severity that it receives.
 static LOG: Mutex<Option<(Severity, Arc<Log>)>> = Mutex::new(None);
 
-/// Sends messages of at least `severity` to `log`. Takes effect when ONNX Runtime is loaded, so call it before the first model is
-/// opened.
+/// Sends messages of at least `severity` to `log`. Takes effect when ONNX Runtime is loaded, so call it before the
+/// first model is opened.
 pub fn set(severity: Severity, log: impl Fn(Severity, &str) + Send + Sync + 'static) {
     *LOG.lock().unwrap_or_else(PoisonError::into_inner) = Some((severity, Arc::new(log)));
 }

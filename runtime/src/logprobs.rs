@@ -1,5 +1,6 @@
-//! `LogprobTracker`: the model's own log-probabilities of the tokens that a search chooses. They are of the logits before any processing,
-//! so that they are comparable across options and with those of [`Model::score`](crate::Model::score).
+//! `LogprobTracker`: the model's own log-probabilities of the tokens that a search chooses. They are of the logits
+//! before any processing, so that they are comparable across options and with those of
+//! [`Model::score`](crate::Model::score).
 
 use crate::hypothesis::Logprobs;
 use crate::scores::LogProbabilities;

@@ -1,5 +1,5 @@
-//! The memory that rows may come to need, estimated before they run, in rows and bytes. An engine admits rows by it, and a call that
-//! needs too much is split by it into pieces.
+//! The memory that rows may come to need, estimated before they run, in rows and bytes. An engine admits rows by it,
+//! and a call that needs too much is split by it into pieces.
 
 use std::ops::Range;
 
@@ -65,7 +65,8 @@ pub(crate) struct MemoryModel {
     tensors: usize,
     /// Bytes of a row of logits.
     logits_bytes: usize,
-    /// Rows of an engine that can share steps, each with its source's keys and values: those of the serving plan's batch.
+    /// Rows of an engine that can share steps, each with its source's keys and values: those of the serving plan's
+    /// batch.
     pub max_shared_rows: usize,
 }
 

@@ -1,5 +1,5 @@
-//! `Model`: the three graphs of a generating model as sessions, with the caches and the tokenizer that its calls share. It runs the
-//! graphs; which tokens to feed them is decided in `generate`.
+//! `Model`: the three graphs of a generating model as sessions, with the caches and the tokenizer that its calls share.
+//! It runs the graphs; which tokens to feed them is decided in `generate`.
 
 mod decode;
 mod encode;
@@ -32,7 +32,8 @@ use crate::weights::UploadedWeights;
 
 /// An opened model, for use from any number of threads. Each graph runs one call at a time.
 pub struct Model {
-    // The sessions read the weights that `folder` maps or `_uploaded` owns, so they come first: fields are dropped in order.
+    // The sessions read the weights that `folder` maps or `_uploaded` owns, so they come first: fields are dropped in
+    // order.
     encoder: GraphSession,
     decoder: GraphSession,
     decoder_with_past: GraphSession,
@@ -75,9 +76,9 @@ impl Model {
     /// Opens the model folder `path`.
     ///
     /// # Errors
-    /// No usable ONNX Runtime; a folder that is incomplete, altered, of another format version or of a configuration that
-    /// is not implemented; graphs whose inputs and outputs are not those of the configuration; an element type that this
-    /// machine cannot compute with.
+    /// No usable ONNX Runtime; a folder that is incomplete, altered, of another format version or of a configuration
+    /// that is not implemented; graphs whose inputs and outputs are not those of the configuration; an element type
+    /// that this machine cannot compute with.
     pub fn open_with(path: impl AsRef<Path>, options: &OpenOptions) -> Result<Model, Error> {
         options.check()?;
         let folder = Folder::open(path.as_ref(), options.weights_access())?;
@@ -153,13 +154,14 @@ impl Model {
         self.tokenizer.get()
     }
 
-    /// The operators that fall back to another provider than the requested one. Shapes and the like always fall back to the CPU.
+    /// The operators that fall back to another provider than the requested one. Shapes and the like always fall back to
+    /// the CPU.
     pub fn fallbacks(&self) -> &[Fallback] {
         &self.fallbacks
     }
 
-    /// Accepted differences between the folder and its export, as sentences: an edited `generation_config.json`. They are logged too,
-    /// see [`log`](crate::log).
+    /// Accepted differences between the folder and its export, as sentences: an edited `generation_config.json`. They
+    /// are logged too, see [`log`](crate::log).
     pub fn warnings(&self) -> &[String] {
         &self.folder.warnings
     }
@@ -305,7 +307,8 @@ fn device_cache(
     }
 }
 
-/// For each cached tensor, in the order of the graphs, whether it is of cross-attention, with source items on its first axis.
+/// For each cached tensor, in the order of the graphs, whether it is of cross-attention, with source items on its first
+/// axis.
 fn is_cross(decoder_with_past: &Ports) -> Vec<bool> {
     // Only keys and values have four axes.
     let cached = decoder_with_past.inputs.iter().filter(|port| port.shape.len() == 4);

@@ -1,5 +1,6 @@
-//! Finding and loading the ONNX Runtime library, once per process. Users install the library, so every way in which it can be missing
-//! or wrong ends in an error that says what to do, before any other call into `ort`, which panics if it has to load the library itself.
+//! Finding and loading the ONNX Runtime library, once per process. Users install the library, so every way in which it
+//! can be missing or wrong ends in an error that says what to do, before any other call into `ort`, which panics if it
+//! has to load the library itself.
 
 use std::env;
 use std::ffi::OsStr;
@@ -35,8 +36,8 @@ static LOADED: Mutex<Option<Loaded>> = Mutex::new(None);
 /// See [`also_search`].
 static BESIDE: OnceLock<PathBuf> = OnceLock::new();
 
-/// Adds `folder` to the places that are searched, before the folder of the program: for shared libraries on top of this crate. Only the
-/// first call counts.
+/// Adds `folder` to the places that are searched, before the folder of the program: for shared libraries on top of this
+/// crate. Only the first call counts.
 pub fn also_search(folder: PathBuf) {
     let _ = BESIDE.set(folder);
 }
@@ -121,8 +122,8 @@ pub fn report(library: Option<&Path>) -> Report {
     Report { searched, library }
 }
 
-/// Loads the library on first use, with one pool of threads for all sessions: separate pools would wait for work on each other's cores.
-/// Later calls return the loaded library.
+/// Loads the library on first use, with one pool of threads for all sessions: separate pools would wait for work on
+/// each other's cores. Later calls return the loaded library.
 ///
 /// # Errors
 /// No usable library, or a `library` other than the one this process has loaded already.
@@ -259,8 +260,8 @@ fn data_folder() -> Option<PathBuf> {
     set("XDG_DATA_HOME").or_else(|| set("HOME").map(|home| home.join(".local/share")))
 }
 
-/// The library's file in a folder: the one without a version in its name, or the greatest version, because Python packages contain
-/// only the latter.
+/// The library's file in a folder: the one without a version in its name, or the greatest version, because Python
+/// packages contain only the latter.
 fn library_in(folder: &Path) -> Option<PathBuf> {
     let entries = std::fs::read_dir(folder).ok()?;
     let plain = format!("{}onnxruntime{}", env::consts::DLL_PREFIX, env::consts::DLL_SUFFIX);
@@ -269,8 +270,8 @@ fn library_in(folder: &Path) -> Option<PathBuf> {
     Some(folder.join(name))
 }
 
-/// Whether a file is named like `libonnxruntime.so`, `libonnxruntime.so.1.31.1` or `libonnxruntime.1.31.1.dylib`, and not like the
-/// provider libraries beside it.
+/// Whether a file is named like `libonnxruntime.so`, `libonnxruntime.so.1.31.1` or `libonnxruntime.1.31.1.dylib`, and
+/// not like the provider libraries beside it.
 fn is_library(name: &OsStr) -> bool {
     let stem = format!("{}onnxruntime.", env::consts::DLL_PREFIX);
     name.to_str()

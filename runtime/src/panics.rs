@@ -1,10 +1,10 @@
-//! Calls into libraries that parse untrusted input: tokenizer files, chat templates, grammars. If one of them panics, the file or the
-//! request gets an error, and everything else goes on.
+//! Calls into libraries that parse untrusted input: tokenizer files, chat templates, grammars. If one of them panics,
+//! the file or the request gets an error, and everything else goes on.
 //!
 //! # Design
-//! The process's hook reports a panic before it can be caught, and the hook belongs to the host: a library does not replace it.
-//! Programs, and the C library, which has a Rust runtime of its own, call [`silence_caught_panics`] once; other hosts see the hook's
-//! report and then the error.
+//! The process's hook reports a panic before it can be caught, and the hook belongs to the host: a library does not
+//! replace it. Programs, and the C library, which has a Rust runtime of its own, call [`silence_caught_panics`] once;
+//! other hosts see the hook's report and then the error.
 
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind, set_hook, take_hook};
@@ -31,8 +31,8 @@ pub(crate) fn catch<T>(library: &str, work: impl FnOnce() -> T) -> Result<T, Str
     })
 }
 
-/// Stops the report on stderr of panics that become errors. It installs a panic hook that calls the previous one for all other
-/// panics; for programs, not for libraries.
+/// Stops the report on stderr of panics that become errors. It installs a panic hook that calls the previous one for
+/// all other panics; for programs, not for libraries.
 pub fn silence_caught_panics() {
     static INSTALLED: Once = Once::new();
     INSTALLED.call_once(|| {

@@ -1,6 +1,6 @@
-//! The optimization profiles of a model's serving plan: TensorRT's engines accept no other sizes. Batches run in pieces and are padded
-//! to the least sizes; longer or wider requests are refused before anything runs, with every provider, so that a request that an engine
-//! would refuse is refused on a CPU too.
+//! The optimization profiles of a model's serving plan: TensorRT's engines accept no other sizes. Batches run in pieces
+//! and are padded to the least sizes; longer or wider requests are refused before anything runs, with every provider,
+//! so that a request that an engine would refuse is refused on a CPU too.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -82,7 +82,8 @@ impl Profiles {
             let per_source = |rows: usize, sources: usize| (rows / sources).max(1);
             let beams =
                 ProfileRange { min: 1, opt: per_source(rows.opt, batch.opt), max: per_source(rows.max, batch.max) };
-            // With a cache of fixed capacity, one graph runs all steps, the first too, and the length of the past does not vary.
+            // With a cache of fixed capacity, one graph runs all steps, the first too, and the length of the past does
+            // not vary.
             let is_static = given(DECODER, "input_ids").is_none();
             let past = || sizes(DECODER_WITH_PAST, "past_key_values.0.decoder.key", 2);
             Some(DecoderProfiles {

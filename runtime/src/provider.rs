@@ -1,5 +1,5 @@
-//! Sessions on an execution provider of ONNX Runtime. A provider that is not available is an error that names the missing library and
-//! the package that has it; nothing falls back to the CPU without being reported.
+//! Sessions on an execution provider of ONNX Runtime. A provider that is not available is an error that names the
+//! missing library and the package that has it; nothing falls back to the CPU without being reported.
 
 mod remedy;
 
@@ -85,7 +85,8 @@ impl ProviderConfig {
         self.builder_with(self.kind, environment, options)
     }
 
-    /// A builder of a session on `computing`: the provider itself, or one that computes a part for it. Errors name the provider.
+    /// A builder of a session on `computing`: the provider itself, or one that computes a part for it. Errors name the
+    /// provider.
     pub(crate) fn builder_with(
         &self,
         computing: Provider,
@@ -233,14 +234,15 @@ pub(crate) fn recording(builder: SessionBuilder) -> ort::Result<SessionBuilder> 
 pub(crate) fn fallbacks(session: &Session, provider: Provider, graph: &str) -> ort::Result<Vec<Fallback>> {
     let api = ort::api();
     let (mut subgraphs, mut count) = (ptr::null(), 0);
-    // SAFETY: the session is alive, and the output pointers are to this frame. The returned array belongs to the session.
+    // SAFETY: the session is alive, and the output pointers are to this frame. The returned array belongs to the
+    // session.
     let status = unsafe { (api.Session_GetEpGraphAssignmentInfo)(session.ptr(), &mut subgraphs, &mut count) };
     // SAFETY: the status was just returned, and is passed on once.
     unsafe { ort::Error::result_from_status(status) }?;
     let mut found: BTreeMap<String, BTreeMap<String, usize>> = BTreeMap::new();
     for at in 0..count {
-        // SAFETY: there are `count` subgraphs, which live as long as the session, as do their names and their nodes, of which there
-        // are `nodes_count`.
+        // SAFETY: there are `count` subgraphs, which live as long as the session, as do their names and their nodes, of
+        // which there are `nodes_count`.
         unsafe {
             let subgraph = *subgraphs.add(at);
             let mut name = ptr::null();

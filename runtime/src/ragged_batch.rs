@@ -1,5 +1,5 @@
-//! Grouping the rows of a ragged batch for the encoder on a CPU. A GPU wants one large batch; a CPU is busy with a few dozen tokens
-//! already, and its work on padding is lost.
+//! Grouping the rows of a ragged batch for the encoder on a CPU. A GPU wants one large batch; a CPU is busy with a few
+//! dozen tokens already, and its work on padding is lost.
 
 use std::ops::Range;
 
@@ -42,7 +42,8 @@ pub(crate) enum Grouping {
 }
 
 impl Grouping {
-    /// Sources may share a row if the encoder graph keeps them apart and its attention operator skips the pairs between them.
+    /// Sources may share a row if the encoder graph keeps them apart and its attention operator skips the pairs between
+    /// them.
     pub fn of(manifest: &Manifest) -> Grouping {
         if manifest.side_by_side && attention_skips_other_sources() { Grouping::SideBySide } else { Grouping::ByLength }
     }
@@ -83,8 +84,8 @@ fn groups_of(mask: &[i64], length: usize, grouping: Grouping) -> Option<Vec<Grou
             }
         }
     }
-    // Positions are relative, so a row may begin anywhere. That all begin at the same place makes results independent of where their
-    // padding is.
+    // Positions are relative, so a row may begin anywhere. That all begin at the same place makes results independent
+    // of where their padding is.
     let is_whole = |line: &Vec<Span>| line.len() == 1 && line[0].tokens.start == 0;
     let is_whole = |group: &Group| group.length == length && group.lines.iter().all(is_whole);
     (groups.len() > 1 || !groups.iter().all(is_whole)).then_some(groups)
@@ -105,7 +106,8 @@ pub(crate) struct Output {
     pub values: Vec<f32>,
 }
 
-/// Runs the encoder on each group and puts its outputs together as if it had run once. Tokens that are in no group get zeros.
+/// Runs the encoder on each group and puts its outputs together as if it had run once. Tokens that are in no group get
+/// zeros.
 pub(crate) fn run(
     encoder: &GraphSession,
     batch: &Batch,
@@ -115,8 +117,8 @@ pub(crate) fn run(
 ) -> Result<Output, Error> {
     let (length, mut shape, mut values) = (batch.length(), Vec::new(), Vec::new());
     for group in groups {
-        // Each row begins with its first visible token and is padded with zeros after its last. The mask numbers the sources that are
-        // side by side.
+        // Each row begins with its first visible token and is padded with zeros after its last. The mask numbers the
+        // sources that are side by side.
         let rows = group.lines.len();
         let (mut ids, mut mask) = (vec![0; rows * group.length], vec![0; rows * group.length]);
         for (line, spans) in group.lines.iter().enumerate() {

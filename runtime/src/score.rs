@@ -1,5 +1,5 @@
-//! `Model::score`: the log-probabilities of given targets, by teacher forcing through the cached decoder steps, one token a step. Rows
-//! leave as their targets end.
+//! `Model::score`: the log-probabilities of given targets, by teacher forcing through the cached decoder steps, one
+//! token a step. Rows leave as their targets end.
 
 use std::ops::{ControlFlow, Range};
 
@@ -25,12 +25,13 @@ pub struct TargetScore {
 }
 
 impl Model {
-    /// Scores given targets, one for each source: the log-probabilities of their tokens, of the end token too if it is given, and of
-    /// the `top` likeliest tokens at each position. Targets continue the decoder prompts of `batch`, or the start token.
+    /// Scores given targets, one for each source: the log-probabilities of their tokens, of the end token too if it is
+    /// given, and of the `top` likeliest tokens at each position. Targets continue the decoder prompts of `batch`, or
+    /// the start token.
     ///
     /// # Errors
-    /// A number of targets other than that of sources, an empty target, tokens outside the vocabularies, lengths that do not fit the
-    /// model, logits that are not finite, or a cancellation.
+    /// A number of targets other than that of sources, an empty target, tokens outside the vocabularies, lengths that
+    /// do not fit the model, logits that are not finite, or a cancellation.
     pub fn score(
         &self,
         batch: &Batch,
@@ -41,7 +42,8 @@ impl Model {
         self.score_with_progress(batch, targets, top, &mut || ControlFlow::Continue(()), cancel)
     }
 
-    /// [`Model::score`], with a call of `on_step` after each step; [`ControlFlow::Break`] ends the call as a cancellation does.
+    /// [`Model::score`], with a call of `on_step` after each step; [`ControlFlow::Break`] ends the call as a
+    /// cancellation does.
     ///
     /// # Errors
     /// As [`Model::score`].

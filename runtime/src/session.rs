@@ -1,10 +1,11 @@
-//! Sessions: the graphs of a model folder as ONNX Runtime opens them, over one copy of the weights, each held to the inputs and
-//! outputs that the configuration implies. `Model` and `Encoder` decide which tensors they run on.
+//! Sessions: the graphs of a model folder as ONNX Runtime opens them, over one copy of the weights, each held to the
+//! inputs and outputs that the configuration implies. `Model` and `Encoder` decide which tensors they run on.
 //!
 //! # Design
-//! The weights are mapped once, or copied to a device once, and given to every session as initializers, with ONNX Runtime's
-//! prepacking off: otherwise each session would read or pack a copy of its own. Tensors pass between graphs by position, because
-//! opening has verified that ports are in the order of [`Interface`](t5gemma_graphs::interface::Interface).
+//! The weights are mapped once, or copied to a device once, and given to every session as initializers, with ONNX
+//! Runtime's prepacking off: otherwise each session would read or pack a copy of its own. Tensors pass between graphs
+//! by position, because opening has verified that ports are in the order of
+//! [`Interface`](t5gemma_graphs::interface::Interface).
 
 mod open;
 mod options;
@@ -46,7 +47,7 @@ impl GraphSession {
         session
     }
 
-    /// Runs the graph and returns its outputs in order, logits in dense rows. `during` is what an error says was being done.
+    /// Runs the graph and returns its outputs in order, logits in dense rows. Errors name `during`.
     pub fn run(
         &self,
         request: LogitsRequest,

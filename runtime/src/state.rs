@@ -1,6 +1,6 @@
-//! `State`: the decoder's keys and values of the rows in flight, and how they follow a change of rows (beams that continue another
-//! beam, items that have finished). Which row continues which is not decided here. Two caches are kept in the process's own memory,
-//! the third in the memory of a device.
+//! `State`: the decoder's keys and values of the rows in flight, and how they follow a change of rows (beams that
+//! continue another beam, items that have finished). Which row continues which is not decided here. Two caches are kept
+//! in the process's own memory, the third in the memory of a device.
 
 mod fixed_buffers;
 mod growing;
@@ -27,7 +27,8 @@ pub(crate) use ragged::{Continued, Joining, Prefilled, RaggedCache, capacity};
 
 /// The keys and values of the rows in flight, with the mask of their sources.
 ///
-/// Target rows are ordered by source item: the beams of one item are adjacent, and every item has the same number of rows.
+/// Target rows are ordered by source item: the beams of one item are adjacent, and every item has the same number of
+/// rows.
 pub(crate) struct State {
     cache: Cache,
     items: usize,
@@ -57,8 +58,8 @@ fn cross_attentions_output(session: &Session) -> Option<String> {
     session.outputs().last().filter(|port| port.name() == CROSS_ATTENTIONS).map(|port| port.name().to_string())
 }
 
-/// A change of rows: keeps the source items `items`, and makes each target row `r` the continuation of row `parents[r]`. Both are
-/// indices before the change; `parents` has the same number of rows for each kept item.
+/// A change of rows: keeps the source items `items`, and makes each target row `r` the continuation of row
+/// `parents[r]`. Both are indices before the change; `parents` has the same number of rows for each kept item.
 pub(crate) struct Selection<'a> {
     pub items: &'a [usize],
     pub parents: &'a [usize],
@@ -77,8 +78,8 @@ impl Selection<'_> {
     }
 }
 
-/// Runs a step of `count` tokens a row as steps of one token, because the attention over a cache of fixed capacity takes several
-/// tokens of a single row only. Returns the outputs of the last.
+/// Runs a step of `count` tokens a row as steps of one token, because the attention over a cache of fixed capacity
+/// takes several tokens of a single row only. Returns the outputs of the last.
 fn one_token_at_a_time(
     tokens: &[i64],
     count: usize,
@@ -93,9 +94,9 @@ fn one_token_at_a_time(
 }
 
 impl State {
-    /// The state after the first decoder step, which runs one target row for each source item: `mask` is `[items, source]`,
-    /// `cached` are the step's outputs after the logits, and `is_cross` says of each whether it is of cross-attention, with source
-    /// items on its first axis, or of self-attention, with target rows.
+    /// The state after the first decoder step, which runs one target row for each source item. `mask` has the shape
+    /// `[items, source]`, and `cached` are the step's outputs after the logits. `is_cross` says of each whether it is
+    /// of cross-attention, with source items on its first axis, or of self-attention, with target rows.
     pub fn growing(mask: DynValue, cached: Vec<DynValue>, is_cross: Vec<bool>) -> State {
         let items = mask.shape()[0] as usize;
         State { cache: Cache::Growing(GrowingCache::new(mask, cached, is_cross)), items, rows: items }
@@ -107,7 +108,8 @@ impl State {
         Ok(State { cache: Cache::InPlace(Box::new(InPlaceCache::new(mask, cached, is_cross)?)), items, rows: items })
     }
 
-    /// Runs the first decoder graph and keeps its keys and values on the device. If that graph is a step, its outputs are returned too.
+    /// Runs the first decoder graph and keeps its keys and values on the device. If that graph is a step, its outputs
+    /// are returned too.
     pub fn on_device(
         config: &DeviceCacheConfig,
         session: &mut Session,

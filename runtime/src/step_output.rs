@@ -6,12 +6,13 @@ use t5gemma_kernels::{LogitsStats, LogitsStatsView};
 use crate::error::Error;
 use crate::state::DecoderOutputs;
 
-/// What an error in reading outputs says was being done.
+/// The operation that errors in reading outputs name.
 pub(crate) const READING_LOGITS: &str = "reading the logits";
 
 /// The outputs of a decoder step at the last target position of each row, or at each position of one row.
 pub(crate) struct StepTensors {
-    /// `[rows, 1, tokens]`, before any processing: tokens of the vocabulary or of its kept subset, or those of sparse rows.
+    /// `[rows, 1, tokens]`, before any processing: tokens of the vocabulary or of its kept subset, or those of sparse
+    /// rows.
     pub logits: DynValue,
     /// `[rows, 1, source]`, of models that were exported with them.
     pub cross_attentions: Option<DynValue>,
@@ -87,7 +88,8 @@ impl StepTensors {
     }
 }
 
-/// The last position of each row of `value`, `[rows, positions, width]`. The number of rows is checked here, because opening could not.
+/// The last position of each row of `value`, `[rows, positions, width]`. The number of rows is checked here, because
+/// opening could not.
 fn last_position(value: DynValue, rows: usize) -> ort::Result<DynValue> {
     let (shape, numbers) = value.try_extract_tensor::<f32>()?;
     if shape[0] != rows as i64 || shape[1] < 1 {

@@ -1,16 +1,16 @@
 //! Keeps ONNX Runtime's telemetry off.
 //!
 //! # Design
-//! ONNX Runtime 1.31 begins to record telemetry when its environment is created, before `DisableTelemetryEvents` can be called: it
-//! makes a database of events under the user's cache folder and starts a thread that sends them. That thread is never joined, and it
-//! reads strings that the end of the process destroys. Nobody who runs a model has asked for either, and the environment variable
-//! `ORT_DISABLE_TELEMETRY` is the only thing that prevents it.
+//! ONNX Runtime 1.31 begins to record telemetry when its environment is created, before `DisableTelemetryEvents` can be
+//! called: it makes a database of events under the user's cache folder and starts a thread that sends them. That thread
+//! is never joined, and it reads strings that the end of the process destroys. Nobody who runs a model has asked for
+//! either, and the environment variable `ORT_DISABLE_TELEMETRY` is the only thing that prevents it.
 
 /// The variable that ONNX Runtime reads; what a user has set stays.
 const VARIABLE: &std::ffi::CStr = c"ORT_DISABLE_TELEMETRY";
 
-/// Sets `ORT_DISABLE_TELEMETRY=1` in this process unless the variable is set; to be called before the environment of ONNX Runtime is
-/// created.
+/// Sets `ORT_DISABLE_TELEMETRY=1` in this process unless the variable is set; to be called before the environment of
+/// ONNX Runtime is created.
 #[cfg(unix)]
 pub(crate) fn disable() {
     use std::ffi::{CStr, CString, c_char};
@@ -36,8 +36,9 @@ pub(crate) fn disable() {
     };
     let place = environ();
     let mut entries = Vec::new();
-    // SAFETY: POSIX has `environ` point at an array of strings that ends with a null pointer, or be null. `setenv`, which may move
-    // the array while it is read here, is not to be called by a program of several threads (POSIX, 2.9.1).
+    // SAFETY: POSIX has `environ` point at an array of strings that ends with a null pointer, or be null. `setenv`,
+    // which may move the array while it is read here, is not to be called by a program of several threads (POSIX,
+    // 2.9.1).
     unsafe {
         let mut entry = place.read();
         while !entry.is_null() && !entry.read().is_null() {
@@ -48,8 +49,8 @@ pub(crate) fn disable() {
             entry = entry.add(1);
         }
     }
-    // Not `setenv`, which may free the array while another thread looks a variable up, as `localtime` does: the new array takes its
-    // place whole, and neither is ever freed.
+    // Not `setenv`, which may free the array while another thread looks a variable up, as `localtime` does: the new
+    // array takes its place whole, and neither is ever freed.
     let ours = [VARIABLE.to_bytes(), b"=1"].concat();
     entries.extend([CString::new(ours).expect("has no zero").into_raw(), ptr::null_mut()]);
     let entries = Box::leak(entries.into_boxed_slice());
@@ -57,8 +58,8 @@ pub(crate) fn disable() {
     unsafe { place.write(entries.as_mut_ptr()) };
 }
 
-/// Sets `ORT_DISABLE_TELEMETRY=1` in this process unless the variable is set; to be called before the environment of ONNX Runtime is
-/// created.
+/// Sets `ORT_DISABLE_TELEMETRY=1` in this process unless the variable is set; to be called before the environment of
+/// ONNX Runtime is created.
 #[cfg(not(unix))]
 pub(crate) fn disable() {
     let name = VARIABLE.to_str().expect("ASCII");

@@ -1,9 +1,9 @@
-//! The weights as initializers of ONNX Runtime sessions: values over the mapped file, or over one copy of it in the memory of the
-//! device. Either way they exist once, however many sessions read them.
+//! The weights as initializers of ONNX Runtime sessions: values over the mapped file, or over one copy of it in the
+//! memory of the device. Either way they exist once, however many sessions read them.
 //!
 //! # Design
-//! A session uses an initializer where it is if that is where it would have put it, and otherwise makes a copy of its own. Tensors that
-//! operators read on the host (integers: shapes, axes) are therefore left in the process's memory.
+//! A session uses an initializer where it is if that is where it would have put it, and otherwise makes a copy of its
+//! own. Tensors that operators read on the host (integers: shapes, axes) are therefore left in the process's memory.
 
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::c_void;
@@ -36,8 +36,8 @@ pub(crate) fn in_place(folder: &Folder) -> ort::Result<Initializers<'_>> {
     tensors
         .map(|tensor| {
             let data = folder.tensor(tensor).as_ptr().cast_mut().cast();
-            // SAFETY: the bytes begin on a page, are of the tensor's size and live as long as the folder, which whoever opens sessions
-            // over them keeps longer by the order of fields. Initializers are only read.
+            // SAFETY: the bytes begin on a page, are of the tensor's size and live as long as the folder, which whoever
+            // opens sessions over them keeps longer by the order of fields. Initializers are only read.
             let value = unsafe { value_over(&memory, tensor, data) }?;
             Ok((tensor.name.as_str(), Arc::new(value)))
         })
@@ -91,7 +91,8 @@ impl UploadedWeights {
                 continue;
             }
             let data = (self.block + tensor.offset as usize) as *mut c_void;
-            // SAFETY: the block is an image of the file, within which `Folder` has found the tensor; it outlives the sessions.
+            // SAFETY: the block is an image of the file, within which `Folder` has found the tensor; it outlives the
+            // sessions.
             let value = unsafe { value_over(&self.memory, tensor, data) }?;
             all.insert(&tensor.name, Arc::new(value));
         }
@@ -129,8 +130,8 @@ fn copy_chunks(session: &mut Session, memory: &MemoryInfo, block: *mut c_void, b
 unsafe fn value_over(memory: &MemoryInfo, tensor: &TensorRecord, data: *mut c_void) -> ort::Result<DynValue> {
     let shape: Vec<i64> = tensor.shape.iter().map(|&dim| dim as i64).collect();
     let mut value = ptr::null_mut();
-    // SAFETY: the caller vouches for `data`, and `Folder` has checked that the number of bytes is that of `shape` in `dtype`. The value
-    // does not own the bytes.
+    // SAFETY: the caller vouches for `data`, and `Folder` has checked that the number of bytes is that of `shape` in
+    // `dtype`. The value does not own the bytes.
     let status = unsafe {
         (ort::api().CreateTensorWithDataAsOrtValue)(
             memory.ptr(),

@@ -11,8 +11,8 @@ use crate::cancellation::Cancellation;
 use crate::error::Error;
 use crate::hypothesis::Hypothesis;
 
-/// A request that was submitted to an [`Engine`](crate::Engine): an iterator over the events of its rows, which waits for them and ends
-/// after the last row or an error. Dropping it cancels the request.
+/// A request that was submitted to an [`Engine`](crate::Engine): an iterator over the events of its rows, which waits
+/// for them and ends after the last row or an error. Dropping it cancels the request.
 pub struct Generation {
     events: Receiver<Message>,
     rows: usize,
@@ -70,7 +70,8 @@ impl Generation {
         }
     }
 
-    /// The next message, if it comes within `timeout`. At its deadline the request is ended, whatever the engine is doing.
+    /// The next message, if it comes within `timeout`. At its deadline the request is ended, whatever the engine is
+    /// doing.
     fn receive(&self, timeout: Option<Duration>) -> Option<Message> {
         if let Err(error) = self.shared.check_process() {
             return Some(Message::Ended(Err(error)));
@@ -100,7 +101,8 @@ impl Generation {
     /// Waits for all rows and returns what [`Model::generate_batch`](crate::Model::generate_batch) returns.
     ///
     /// # Errors
-    /// A failed run; [`Error::Cancelled`], [`Error::Deadline`]; [`Error::Closed`] if the engine's thread is gone; [`Error::Forked`].
+    /// A failed run; [`Error::Cancelled`], [`Error::Deadline`]; [`Error::Closed`] if the engine's thread is gone;
+    /// [`Error::Forked`].
     pub fn wait(mut self) -> Result<Vec<Vec<Hypothesis>>, Error> {
         let mut rows = vec![Vec::new(); self.rows];
         for event in self.by_ref() {

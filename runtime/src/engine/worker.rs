@@ -1,5 +1,5 @@
-//! A thread of the engine, for one copy of the model: it admits sources, runs a step of each flight in turn, and sends callers the
-//! events.
+//! A thread of the engine, for one copy of the model: it admits sources, runs a step of each flight in turn, and sends
+//! callers the events.
 
 use std::collections::HashSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -311,7 +311,8 @@ impl Worker {
         }
     }
 
-    /// Advances a source by the output of a step. One that fails ends its request; sources of a request that has ended are finished.
+    /// Advances a source by the output of a step. One that fails ends its request; sources of a request that has ended
+    /// are finished.
     fn advance(&self, member: &mut ActiveSource, output: StepOutput) -> ItemStatus {
         let (item, step) = (&mut member.item, member.step);
         member.step += 1;

@@ -16,7 +16,7 @@ use crate::session::{int64_tensor, run};
 use crate::state::{Cache, DecoderOutputs, DeviceCacheConfig, PrefillInputs, Prefilled, RaggedCache, State};
 use crate::step_output::{READING_LOGITS, StepTensors};
 
-/// What errors say was being done.
+/// The operations that errors name.
 const DECODER_STEP: &str = "running a decoder step";
 const FIRST_STEP: &str = "running the first decoder step";
 const PREPARING_CACHE: &str = "preparing the cache";
@@ -125,7 +125,8 @@ impl Model {
         StepTensors::last_positions(outputs, state.rows(), stats).map_err(Error::onnxruntime(READING_LOGITS))
     }
 
-    /// [`Model::step`] of one target row, with the logits after each of its new tokens. The model has to return all positions.
+    /// [`Model::step`] of one target row, with the logits after each of its new tokens. The model has to return all
+    /// positions.
     pub(crate) fn step_all_positions(
         &self,
         state: &mut State,
@@ -189,8 +190,8 @@ impl Model {
         Ok((outputs.map_err(cancel.failed(DECODER_STEP))?, step.kernels.take_logits_stats()))
     }
 
-    /// The ranges of activations for a checked source and a whole target: for each matrix the greatest absolute value that it is
-    /// multiplied with. Only for models that were exported to be observed.
+    /// The ranges of activations for a checked source and a whole target: for each matrix the greatest absolute value
+    /// that it is multiplied with. Only for models that were exported to be observed.
     pub(crate) fn observe(
         &self,
         batch: &Batch,

@@ -65,8 +65,8 @@ impl<'f> Opener<'f> {
         Ok(Opener { library, folder, weights, options, kernels, prepacked, fallbacks: Vec::new() })
     }
 
-    /// Copies the weights to the device, if the provider can use them there, for all graphs opened from here on. The returned copy
-    /// has to outlive them.
+    /// Copies the weights to the device, if the provider can use them there, for all graphs opened from here on. The
+    /// returned copy has to outlive them.
     pub fn upload(&mut self) -> Result<Option<UploadedWeights>, Error> {
         let provider = &self.options.provider;
         // TensorRT's engines contain their weights, and models exported for a CPU read them where the file is mapped.
@@ -151,7 +151,8 @@ impl<'f> Opener<'f> {
                 // Spinning between calls would keep the threads of the other graphs from their cores.
                 .with_config_entry("session.force_spinning_stop", "1")?;
         }
-        // Our operators take precedence over ONNX Runtime's. They take float32 only, which is what graphs for a CPU are in.
+        // Our operators take precedence over ONNX Runtime's. They take float32 only, which is what graphs for a CPU are
+        // in.
         if is_cpu {
             // Sparse logits are fewer than the graph declares, and ONNX Runtime would warn about that in every step.
             if file.name == "decoder_with_past" && !log::wants_more_than_warnings() {

@@ -1,13 +1,14 @@
-//! `FixedBuffers`: inputs and outputs of one-token steps at addresses that stay the same from step to step and from request to
-//! request. What a step is given is copied in and what it returns is copied out. CUDA graphs need this: a replay reads and writes
-//! where the captured run did.
+//! `FixedBuffers`: inputs and outputs of one-token steps at addresses that stay the same from step to step and from
+//! request to request. What a step is given is copied in and what it returns is copied out. CUDA graphs need this: a
+//! replay reads and writes where the captured run did.
 //!
 //! # Design
-//! A captured graph cannot be released before its session is closed, so there are few sizes: sources are padded to multiples of
-//! [`SOURCE_MULTIPLE`] tokens, the capacity for targets doubles, and the buffers of a finished request serve the next one of their size.
+//! A captured graph cannot be released before its session is closed, so there are few sizes: sources are padded to
+//! multiples of [`SOURCE_MULTIPLE`] tokens, the capacity for targets doubles, and the buffers of a finished request
+//! serve the next one of their size.
 //!
-//! ONNX Runtime keeps a captured graph for the thread that ran it, after two ordinary runs: another thread captures its own. While it
-//! captures, no thread of the process may allocate memory of a GPU, or the run fails.
+//! ONNX Runtime keeps a captured graph for the thread that ran it, after two ordinary runs: another thread captures its
+//! own. While it captures, no thread of the process may allocate memory of a GPU, or the run fails.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};

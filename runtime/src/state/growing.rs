@@ -1,5 +1,5 @@
-//! `GrowingCache`: every step returns new self-attention tensors, one token longer, which are fed to the next step as they are. Only
-//! a change of rows copies them.
+//! `GrowingCache`: every step returns new self-attention tensors, one token longer, which are fed to the next step as
+//! they are. Only a change of rows copies them.
 
 use ort::value::DynValue;
 
@@ -11,7 +11,8 @@ pub(crate) struct GrowingCache {
     mask: DynValue,
     /// In the order of the graph's inputs.
     past: Vec<DynValue>,
-    /// For each of `past`, whether it is of cross-attention, with source items on its first axis, or of self-attention, with target rows.
+    /// For each of `past`, whether it is of cross-attention, with source items on its first axis, or of self-attention,
+    /// with target rows.
     is_cross: Vec<bool>,
 }
 

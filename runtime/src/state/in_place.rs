@@ -1,9 +1,10 @@
-//! `InPlaceCache`: a cache of fixed capacity that every step writes into. It is bound once as past and present of the cached step,
-//! so that a step allocates and copies nothing, and is moved only when its capacity is exhausted, which doubles it, or when items finish.
+//! `InPlaceCache`: a cache of fixed capacity that every step writes into. It is bound once as past and present of the
+//! cached step, so that a step allocates and copies nothing, and is moved only when its capacity is exhausted, which
+//! doubles it, or when items finish.
 //!
 //! # Design
-//! Beams of one source share a prefix: their histories branch a few tokens back. The length of the prefix that each pair of rows
-//! shares is kept, so that a beam that continues another beam copies only the tokens after it.
+//! Beams of one source share a prefix: their histories branch a few tokens back. The length of the prefix that each
+//! pair of rows shares is kept, so that a beam that continues another beam copies only the tokens after it.
 
 use ort::memory::Allocator;
 use ort::session::{NoSelectedOutputs, RunOptions, Session};
@@ -162,7 +163,8 @@ impl InPlaceCache {
     }
 }
 
-/// The given rows of `value`, `[rows, kv_heads, at least length, head_dim]`, in new memory with room for `capacity` tokens.
+/// The given rows of `value`, `[rows, kv_heads, at least length, head_dim]`, in new memory with room for `capacity`
+/// tokens.
 fn moved_rows(value: &Tensor<f32>, rows: &[usize], length: usize, capacity: usize) -> ort::Result<Tensor<f32>> {
     let (shape, from) = value.extract_tensor();
     let [heads, room, dim] = [1, 2, 3].map(|axis| shape[axis] as usize);
@@ -170,7 +172,8 @@ fn moved_rows(value: &Tensor<f32>, rows: &[usize], length: usize, capacity: usiz
     let (_, to) = moved.extract_tensor_mut();
     let pairs = rows.iter().flat_map(|row| (0..heads).map(move |head| row * heads + head));
     for (to, head) in to.chunks_exact_mut(capacity * dim).zip(pairs) {
-        // The rest is written before it is read. Writing it here would make the system back all of it with memory at once.
+        // The rest is written before it is read. Writing it here would make the system back all of it with memory at
+        // once.
         to[..length * dim].copy_from_slice(&from[head * room * dim..][..length * dim]);
     }
     Ok(moved)

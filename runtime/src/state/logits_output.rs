@@ -1,5 +1,5 @@
-//! Where the logits of a step are written: always into the same memory if they are dense, and into memory of the size they turn
-//! out to have if the session's kernels may return the greatest alone.
+//! Where the logits of a step are written: always into the same memory if they are dense, and into memory of the size
+//! they turn out to have if the session's kernels may return the greatest alone.
 
 use ort::memory::Allocator;
 use ort::session::{IoBinding, Session};
@@ -35,7 +35,8 @@ impl LogitsOutput {
     /// Binds the output for the next run.
     pub fn bind(&mut self, binding: &mut IoBinding, request: LogitsRequest) -> ort::Result<()> {
         if matches!(request, LogitsRequest::TopK { sparse: true, .. }) {
-            // Bound anew for each run: otherwise the value that the previous run returned would be the memory to write into.
+            // Bound anew for each run: otherwise the value that the previous run returned would be the memory to write
+            // into.
             self.is_dense = false;
             return binding.bind_output_to_device(self.name.as_str(), &Device::Cpu.memory()?);
         }

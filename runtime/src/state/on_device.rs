@@ -1,9 +1,10 @@
-//! `DeviceCache`: a cache that stays in the memory of the device that computes. What a run returns is bound to the next run where it
-//! is, and a change of rows is a graph of its own (`reorder_model.onnx`). Only token ids, positions and logits cross the bus, and of
-//! the logits only the greatest if no more is needed.
+//! `DeviceCache`: a cache that stays in the memory of the device that computes. What a run returns is bound to the next
+//! run where it is, and a change of rows is a graph of its own (`reorder_model.onnx`). Only token ids, positions and
+//! logits cross the bus, and of the logits only the greatest if no more is needed.
 //!
 //! # Design
-//! The device is one value, [`Device`]: with the CPU as the device the same code runs, and is tested, on a machine without a GPU.
+//! The device is one value, [`Device`]: with the CPU as the device the same code runs, and is tested, on a machine
+//! without a GPU.
 
 use std::sync::Arc;
 
@@ -54,7 +55,8 @@ impl DeviceCacheConfig {
         needed.next_power_of_two().max(INITIAL_CAPACITY).min(self.max_positions).max(needed)
     }
 
-    /// The outputs that satisfy the request; `logits` is the one with all. An output that is not bound is not copied from the device.
+    /// The outputs that satisfy the request; `logits` is the one with all. An output that is not bound is not copied
+    /// from the device.
     fn logits_outputs(&self, logits: String, request: LogitsRequest) -> Vec<String> {
         match (request, self.top_logits) {
             (LogitsRequest::TopK { k, .. }, Some(most)) if k <= most => {
@@ -130,8 +132,8 @@ impl Drop for DeviceCache {
 }
 
 impl DeviceCache {
-    /// Runs the first decoder graph. Its outputs are returned if it is a step; with a cache of fixed capacity the first tokens are for
-    /// [`DeviceCache::step`] like all others.
+    /// Runs the first decoder graph. Its outputs are returned if it is a step; with a cache of fixed capacity the first
+    /// tokens are for [`DeviceCache::step`] like all others.
     pub(super) fn prefill(
         config: &DeviceCacheConfig,
         session: &mut Session,
@@ -227,7 +229,8 @@ impl DeviceCache {
             Some(bound) if bound.logits == logits => bound.binding,
             _ => self.bind(session)?,
         };
-        // Bound anew for each run: inputs are copied to the device when they are bound, and the outputs now belong to the caller.
+        // Bound anew for each run: inputs are copied to the device when they are bound, and the outputs now belong to
+        // the caller.
         let ids = Tensor::from_array(([self.rows, count], tokens.to_vec()))?;
         binding.bind_input(session.inputs()[1].name(), &ids)?;
         if self.config.layout != CacheLayout::Growing {
@@ -264,8 +267,8 @@ impl DeviceCache {
         Ok(DecoderOutputs { logits: rows, cross_attentions })
     }
 
-    /// Moves the keys and values into fixed buffers, and returns whether they are there. They are moved only if a step has run since
-    /// the rows changed: those of beams may change in every step.
+    /// Moves the keys and values into fixed buffers, and returns whether they are there. They are moved only if a step
+    /// has run since the rows changed: those of beams may change in every step.
     fn settle(&mut self, session: &Session) -> ort::Result<bool> {
         let Some(pool) = self.config.buffers.clone() else { return Ok(false) };
         let items = self.mask.shape()[0] as usize;

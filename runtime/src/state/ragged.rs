@@ -1,10 +1,12 @@
-//! `RaggedCache`: a cache of fixed capacity for rows of different lengths, which join and leave between steps. [`Engine`] keeps one
-//! if the model's cache layout allows it. Each row is a target with its own copy of its source's keys and values, so that
-//! sources with different numbers of beams lie side by side; a member is the rows of one source.
+//! `RaggedCache`: a cache of fixed capacity for rows of different lengths, which join and leave between steps.
+//! [`Engine`] keeps one if the model's cache layout allows it. Each row is a target with its own copy of its source's
+//! keys and values, so that sources with different numbers of beams lie side by side; a member is the rows of one
+//! source.
 //!
 //! # Design
-//! When rows join or leave, or capacity is exhausted, everything is moved, tensor by tensor. Between such moments a step is bound once
-//! and allocates nothing. As in `InPlaceCache`, beams that continue other beams copy only the tokens after their common prefix.
+//! When rows join or leave, or capacity is exhausted, everything is moved, tensor by tensor. Between such moments a
+//! step is bound once and allocates nothing. As in `InPlaceCache`, beams that continue other beams copy only the tokens
+//! after their common prefix.
 //!
 //! [`Engine`]: crate::Engine
 
@@ -212,7 +214,8 @@ impl RaggedCache {
         Ok(())
     }
 
-    /// Makes each row `r` the continuation of row `parents[r]` of its member, in place; `firsts` are the members' first rows.
+    /// Makes each row `r` the continuation of row `parents[r]` of its member, in place; `firsts` are the members' first
+    /// rows.
     fn continue_rows(&mut self, parents: &[usize], firsts: &[usize]) {
         let mut copies: Vec<TailCopy> = Vec::new();
         for (member, &first) in self.members.iter().zip(firsts) {
@@ -253,7 +256,8 @@ fn pick<'t, T>(old: Option<&'t T>, prefilled: Option<&'t T>, from: Origin) -> or
     tensor.map(|tensor| (tensor, row)).ok_or_else(|| ort::Error::new("rows of a cache that does not exist"))
 }
 
-/// Keys or values `[rows, kv_heads, room, head_dim]` in new memory, with the first tokens of each row as `lengths` counts them.
+/// Keys or values `[rows, kv_heads, room, head_dim]` in new memory, with the first tokens of each row as `lengths`
+/// counts them.
 fn moved(
     old: Option<&Tensor<f32>>,
     prefilled: Option<&Tensor<f32>>,

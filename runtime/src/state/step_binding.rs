@@ -1,5 +1,5 @@
-//! What the caches in the process's memory share: binding the cached decoder step once, with the self-attention tensors as both
-//! past and present, and copying the tails of rows that continue other rows.
+//! What the caches in the process's memory share: binding the cached decoder step once, with the self-attention tensors
+//! as both past and present, and copying the tails of rows that continue other rows.
 
 use ort::memory::Allocator;
 use ort::session::{IoBinding, NoSelectedOutputs, RunOptions, Session};
@@ -22,8 +22,8 @@ pub(super) struct StepBinding {
 }
 
 impl StepBinding {
-    /// Binds steps of `tokens` tokens for each row of `targets`. `sources` and `targets` hold keys and values in turn, layer by layer;
-    /// the graph reads `targets` and writes the new tokens into them.
+    /// Binds steps of `tokens` tokens for each row of `targets`. `sources` and `targets` hold keys and values in turn,
+    /// layer by layer; the graph reads `targets` and writes the new tokens into them.
     pub fn new<M: TensorValueTypeMarker, S: TensorValueTypeMarker>(
         session: &Session,
         mask: &Value<M>,

@@ -1,5 +1,5 @@
-//! Full rows of logits made of the greatest logits of each, which are all that a graph for a device returns if no more is
-//! needed. Readers of logits then need no second form of them.
+//! Full rows of logits made of the greatest logits of each, which are all that a graph for a device returns if no more
+//! is needed. Readers of logits then need no second form of them.
 
 /// The greatest logits of a row.
 pub(super) struct TopLogits<'a> {
@@ -11,8 +11,8 @@ pub(super) struct TopLogits<'a> {
     pub log_sum_exp: f32,
 }
 
-/// Fills `row` such that its greatest logits are those of `top`; all others are equal and below them, and the log-sum-exp of the
-/// row is that of `top`, as far as float32 allows.
+/// Fills `row` such that its greatest logits are those of `top`; all others are equal and below them, and the
+/// log-sum-exp of the row is that of `top`, as far as float32 allows.
 pub(super) fn expand(top: &TopLogits, row: &mut [f32]) {
     let &TopLogits { scores, tokens, log_sum_exp } = top;
     let (Some(&greatest), Some(&least)) = (scores.first(), scores.last()) else { return row.fill(f32::NAN) };
