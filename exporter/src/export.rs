@@ -66,6 +66,7 @@ pub struct Export {
 /// The decoder layers whose cross-attention the decoder graphs return. They return the mean over these layers and their
 /// heads.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Alignment {
     /// The graphs return no cross-attention.
     #[default]

@@ -25,7 +25,7 @@ use crate::weights;
 /// What a model folder or checkpoint holds.
 #[derive(Clone, Debug, Serialize)]
 #[non_exhaustive]
-pub struct Report {
+pub struct InspectReport {
     /// `model` or `checkpoint`.
     pub kind: &'static str,
     /// The sizes of the encoder in one line.
@@ -88,7 +88,7 @@ pub struct GraphReport {
 ///
 /// # Errors
 /// If the folder is neither, or a file that describes it is malformed.
-pub fn inspect(folder: &Path) -> Result<Report> {
+pub fn inspect(folder: &Path) -> Result<InspectReport> {
     if !folder.is_dir() {
         let found = if folder.exists() { "a file".to_string() } else { files::describe_missing(folder) };
         return Err(Error::invalid(folder.display(), "a model folder or a checkpoint", found));
@@ -104,9 +104,9 @@ pub fn inspect(folder: &Path) -> Result<Report> {
     if is_model { model(folder, &config) } else { checkpoint(folder, &config) }
 }
 
-fn model(folder: &Path, config: &Config) -> Result<Report> {
+fn model(folder: &Path, config: &Config) -> Result<InspectReport> {
     let manifest = read_manifest(folder)?;
-    let mut report = Report::new("model", config, parameters(folder, &manifest, config)?.into_iter());
+    let mut report = InspectReport::new("model", config, parameters(folder, &manifest, config)?.into_iter());
     for tensor in &manifest.weights.tensors {
         let numbers = tensor.shape.iter().try_fold(1_u64, |numbers, &size| numbers.checked_mul(size as u64));
         // Two 4-bit numbers take a byte.
@@ -163,13 +163,13 @@ fn parameters(folder: &Path, manifest: &Manifest, config: &Config) -> Result<Vec
     Ok(weights::parameters_by_tensor(&weights))
 }
 
-fn checkpoint(folder: &Path, config: &Config) -> Result<Report> {
+fn checkpoint(folder: &Path, config: &Config) -> Result<InspectReport> {
     let checkpoint = Checkpoint::open(folder)?;
     let tensors = checkpoint.names().filter_map(|name| {
         let tensor = checkpoint.tensor(name)?;
         Some((name.to_string(), tensor.shape.iter().product::<usize>() as u64))
     });
-    let mut report = Report::new("checkpoint", config, tensors);
+    let mut report = InspectReport::new("checkpoint", config, tensors);
     for tensor in checkpoint.names().filter_map(|name| checkpoint.tensor(name)) {
         let dtype = tensor.float().map_or_else(|| format!("{:?}", tensor.dtype), |dtype| dtype.to_string());
         *report.dtypes.entry(dtype).or_default() += 1;
@@ -178,9 +178,9 @@ fn checkpoint(folder: &Path, config: &Config) -> Result<Report> {
     Ok(report)
 }
 
-impl Report {
-    fn new(kind: &'static str, config: &Config, tensors: impl Iterator<Item = (String, u64)>) -> Report {
-        let mut report = Report {
+impl InspectReport {
+    fn new(kind: &'static str, config: &Config, tensors: impl Iterator<Item = (String, u64)>) -> InspectReport {
+        let mut report = InspectReport {
             kind,
             encoder: describe(&config.encoder),
             decoder: describe(&config.decoder),
@@ -233,7 +233,7 @@ fn describe(stack: &Stack) -> String {
     )
 }
 
-impl fmt::Display for Report {
+impl fmt::Display for InspectReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "{}", self.kind)?;
         writeln!(f, "  encoder     {}", self.encoder)?;

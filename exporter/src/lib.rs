@@ -44,7 +44,7 @@ mod tensorrt;
 pub use checkpoint::Checkpoint;
 pub use error::{Error, ParseError, Result};
 pub use export::{Alignment, Export, Exported};
-pub use inspect::{GraphReport, ModelReport, Report, inspect};
+pub use inspect::{GraphReport, InspectReport, ModelReport, inspect};
 pub use parameters::parameters;
 pub use presets::{PRESETS, preset};
 pub use progress::Progress;

@@ -155,8 +155,8 @@ impl SettingError {
                 format!("{} cannot be used with {}", name(*setting, ""), name(*other, ""))
             }
             SettingError::Memory { limit, needed, .. } => {
-                let name = name(Setting::MemoryLimit, "");
-                format!("{name}: expected at least the {needed} bytes that the plan takes, found {limit} bytes")
+                let (plan, limit_name) = (name(Setting::Plan, ""), name(Setting::MemoryLimit, ""));
+                format!("{plan} takes {needed} bytes of GPU memory, more than {limit_name} allows ({limit} bytes)")
             }
         }
     }

@@ -14,6 +14,7 @@ use crate::files;
 
 /// Where a model comes from.
 #[derive(Debug)]
+#[non_exhaustive]
 pub enum Source {
     /// A checkpoint folder.
     Checkpoint(Checkpoint),

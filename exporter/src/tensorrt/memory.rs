@@ -9,6 +9,7 @@ use t5gemma_graphs::Options;
 use t5gemma_graphs::config::{Config, Stack};
 use t5gemma_graphs::interface::{BATCH, CacheLayout, DType, SOURCE};
 use t5gemma_graphs::onnx::{Definition, Dim, ValueInfo};
+use t5gemma_graphs::task::Task;
 
 use super::plan::ServingPlan;
 use crate::error::ParseError;
@@ -66,26 +67,25 @@ impl MemoryEstimate {
     /// The estimate for the graphs that these options give.
     pub(crate) fn new(plan: &ServingPlan, config: &Config, options: &Options, graphs: &[Definition]) -> MemoryEstimate {
         let is_generation = options.task.is_generation();
-        let mut rows = weights(graphs, is_generation);
-        let (sources, source) = (factor(plan.batch.max, "sources"), factor(plan.source.max, "tokens"));
-        let element = factor(options.dtype.size(), "bytes");
+        let mut rows = weights(graphs, &options.task);
+        let input = Input::new(plan, options);
         if is_generation {
-            rows.extend(generation(plan, config, options));
+            rows.extend(generation(plan, config, options, input));
         } else {
             let output = graphs[0].value(graphs[0].outputs[0]);
             let size = |dim: &Dim| match dim.as_fixed() {
                 Some(size) => factor(size, ""),
-                None if *dim == Dim::symbol(BATCH) => sources,
-                None if *dim == Dim::symbol(SOURCE) => source,
+                None if *dim == Dim::symbol(BATCH) => input.sources,
+                None if *dim == Dim::symbol(SOURCE) => input.tokens,
                 None => factor(1, ""),
             };
             let bytes = factor(output.dtype.size(), "bytes");
             let factors: Vec<Factor> = output.shape.iter().map(size).chain([bytes]).collect();
             rows.push(Row::product(output.name.clone(), &factors));
         }
-        rows.push(scratch("encoder", &config.encoder, [sources, source, element]));
+        rows.push(scratch("encoder", &config.encoder, input));
         if !is_generation && config.classifier.as_ref().is_some_and(|classifier| classifier.is_encoder_decoder) {
-            rows.push(scratch("decoder", &config.decoder, [sources, source, element]));
+            rows.push(scratch("decoder", &config.decoder, input));
         }
         rows.push(Row::new("CUDA and ONNX Runtime (allowance)", ALLOWANCE));
         let cache = match options.cache(config) {
@@ -103,12 +103,32 @@ impl MemoryEstimate {
     }
 }
 
+/// The factors of tensors over the largest batch of sources.
+#[derive(Clone, Copy)]
+struct Input {
+    sources: Factor,
+    /// Tokens of a source.
+    tokens: Factor,
+    /// Bytes of an element.
+    element: Factor,
+}
+
+impl Input {
+    fn new(plan: &ServingPlan, options: &Options) -> Input {
+        Input {
+            sources: factor(plan.batch.max, "sources"),
+            tokens: factor(plan.source.max, "tokens"),
+            element: factor(options.dtype.size(), "bytes"),
+        }
+    }
+}
+
 /// The weights of the engines.
-fn weights(graphs: &[Definition], is_generation: bool) -> Vec<Row> {
+fn weights(graphs: &[Definition], task: &Task) -> Vec<Row> {
     let mut rows = Vec::new();
     for (at, graph) in graphs.iter().enumerate() {
         let engine = ["encoder engine", "first decoder engine", "step engine"][at];
-        let engine = if is_generation { engine } else { "engine" };
+        let engine = if task.is_generation() { engine } else { "engine" };
         let bytes = graph.parameters.iter().map(|parameter| bytes(graph.value(parameter.value))).sum();
         rows.push(Row::new(format!("weights of the {engine}"), bytes));
     }
@@ -121,22 +141,21 @@ fn weights(graphs: &[Definition], is_generation: bool) -> Vec<Row> {
 }
 
 /// The caches and outputs of the graphs for generation.
-fn generation(plan: &ServingPlan, config: &Config, options: &Options) -> Vec<Row> {
+fn generation(plan: &ServingPlan, config: &Config, options: &Options, input: Input) -> Vec<Row> {
     let (encoder, decoder) = (&config.encoder, &config.decoder);
+    let Input { sources, tokens, element } = input;
     let capacity = match options.cache(config) {
         CacheLayout::Static(capacity) => capacity,
         _ => plan.target.unwrap_or(1),
     };
-    let (sources, source) = (factor(plan.batch.max, "sources"), factor(plan.source.max, "tokens"));
     let targets = factor(plan.batch.max.saturating_mul(plan.beams.max), "rows");
-    let element = factor(options.dtype.size(), "bytes");
     let cache = |name: &str, items: &[Factor]| {
         let (layers, heads) = (factor(decoder.layers.len(), "layers"), factor(decoder.num_key_value_heads, "heads"));
         let size = [layers, factor(2, "(keys, values)"), heads, factor(decoder.head_dim, "wide"), element];
         Row::product(name, &[items, &size].concat())
     };
-    let tokens = options.vocabulary.kept.as_ref().map_or(decoder.vocab_size, |kept| kept.len());
-    let logits = [targets, factor(tokens, "tokens"), factor(DType::Float32.size(), "bytes")];
+    let vocabulary = options.vocabulary.kept.as_ref().map_or(decoder.vocab_size, |kept| kept.len());
+    let logits = [targets, factor(vocabulary, "tokens"), factor(DType::Float32.size(), "bytes")];
     let scratch = match decoder.final_logit_softcapping {
         Some(_) => [&[factor(2, "(before and after the cap)")], &logits[..]].concat(),
         None => logits.to_vec(),
@@ -144,20 +163,21 @@ fn generation(plan: &ServingPlan, config: &Config, options: &Options) -> Vec<Row
     vec![
         // A step reads one copy and writes another, and so does a reordering of rows.
         cache("keys and values of targets, twice", &[factor(2, ""), targets, factor(capacity, "tokens")]),
-        cache("keys and values of sources", &[sources, source]),
-        Row::product("encoder hidden states", &[sources, source, factor(encoder.hidden_size, "wide"), element]),
+        cache("keys and values of sources", &[sources, tokens]),
+        Row::product("encoder hidden states", &[sources, tokens, factor(encoder.hidden_size, "wide"), element]),
         Row::product("logits", &logits),
         Row::product("scratch for the logits of a step (estimate)", &scratch),
     ]
 }
 
 /// The largest scratch memory of a layer over whole sources: its attention scores, twice, and its feed-forward.
-fn scratch(side: &str, sizes: &Stack, [sources, source, element]: [Factor; 3]) -> Row {
+fn scratch(side: &str, sizes: &Stack, input: Input) -> Row {
+    let Input { sources, tokens, element } = input;
     let bytes = factor(DType::Float32.size() + element.count, "bytes");
-    let scores = [sources, factor(sizes.num_attention_heads, "heads"), source, source, bytes];
+    let scores = [sources, factor(sizes.num_attention_heads, "heads"), tokens, tokens, bytes];
     let wide = factor(2 * sizes.intermediate_size + 4 * sizes.hidden_size, "wide");
     let name = format!("scratch for the {side} layers (estimate)");
-    Row::product(name, &scores).plus(Row::product("", &[sources, source, wide, element]))
+    Row::product(name, &scores).plus(Row::product("", &[sources, tokens, wide, element]))
 }
 
 fn bytes(value: &ValueInfo) -> u64 {
@@ -210,9 +230,8 @@ impl fmt::Display for MemoryEstimate {
         let gib = total as f64 / (1_u64 << 30) as f64;
         writeln!(f, "{:<46} {:>11}   {gib:.3} GiB, {mib} MiB in nvidia-smi", "total", with_unit(total))?;
         f.write_str(
-            "\nEstimated from shapes, not measured. GB, MB and kB are 10^9, 10^6 and 10^3 bytes; GiB and MiB are 2^30 and\n\
-             2^20 bytes. Building an engine takes about twice the memory of its weights, and up to 16 GiB of workspace if\n\
-             there is as much.\n",
+            "\nEstimated from shapes, not measured. GB, MB and kB are 10^9, 10^6 and 10^3 bytes, GiB and MiB 2^30 and 2^20.\n\
+             Building an engine takes about twice the memory of its weights, and up to 16 GiB of workspace if available.\n",
         )
     }
 }

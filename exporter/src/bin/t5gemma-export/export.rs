@@ -17,7 +17,9 @@ use t5gemma_graphs::onnx::{Blocks, Code};
 use t5gemma_graphs::quantization::{Activations, Quantization};
 use t5gemma_graphs::task::{Features, Pooling, Task};
 
-use crate::arguments::{DTypeArg, DummyArgs, ExportArgs, FormatArg, GraphArgs, ModelArgs, QuantizeArgs, WindowArg};
+use crate::arguments::{
+    DTypeArg, DummyArgs, ExportArgs, FormatArg, GraphArgs, ModelArgs, OutputArgs, QuantizeArgs, WindowArg,
+};
 use crate::flags::Usage;
 
 /// Maximum number of unused tensors that are listed.
@@ -32,7 +34,7 @@ pub fn export(args: ExportArgs, interrupted: &AtomicBool) -> Result<()> {
     };
     let export = options(&args)?;
     let source = source(&args.dummy, checkpoint)?;
-    let progress = Bar { bar: bar(args.output.quiet), interrupted };
+    let progress = Bar::new(&args.output, interrupted);
     let exported = export.run_with(&source, out, &progress)?;
     progress.bar.finish_and_clear();
     for warning in &exported.warnings {
@@ -208,18 +210,20 @@ fn source(args: &DummyArgs, checkpoint: Option<&PathBuf>) -> Result<Source> {
     Ok(Source::Dummy { config, origin, seed: args.seed })
 }
 
-fn bar(quiet: bool) -> ProgressBar {
-    let target =
-        if quiet || !io::stderr().is_terminal() { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
-    let style = ProgressStyle::with_template("{bar:40} {bytes}/{total_bytes} {bytes_per_sec} {eta}")
-        .unwrap_or_else(|_| ProgressStyle::default_bar());
-    ProgressBar::with_draw_target(None, target).with_style(style)
-}
-
 /// A progress bar that an interrupt ends.
 struct Bar<'i> {
     bar: ProgressBar,
     interrupted: &'i AtomicBool,
+}
+
+impl Bar<'_> {
+    fn new<'i>(args: &OutputArgs, interrupted: &'i AtomicBool) -> Bar<'i> {
+        let is_shown = !args.quiet && io::stderr().is_terminal();
+        let target = if is_shown { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
+        let style = ProgressStyle::with_template("{bar:40} {bytes}/{total_bytes} {bytes_per_sec} {eta}")
+            .unwrap_or_else(|_| ProgressStyle::default_bar());
+        Bar { bar: ProgressBar::with_draw_target(None, target).with_style(style), interrupted }
+    }
 }
 
 impl Progress for Bar<'_> {

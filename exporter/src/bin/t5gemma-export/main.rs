@@ -58,10 +58,13 @@ fn parse() -> Cli {
 fn run(cli: Cli, interrupted: &AtomicBool) -> Result<()> {
     match cli.command {
         None => export::export(cli.export, interrupted),
-        Some(Command::Inspect { dir, json }) => print(&inspect(&dir)?, json),
+        Some(Command::Inspect { dir, json }) => {
+            let report = inspect(&dir)?;
+            if json { print_json(&report) } else { print(&report) }
+        }
         Some(Command::Check { path, target, json }) => {
             let report = check(&path, target)?;
-            print(&report, json)?;
+            if json { print_json(&report) } else { print(&report) }?;
             let findings = report.findings.len();
             if findings > 0 {
                 bail!("{target} does not accept {}: {findings} findings", path.display());
@@ -79,9 +82,12 @@ fn run(cli: Cli, interrupted: &AtomicBool) -> Result<()> {
     }
 }
 
-fn print(report: &(impl Serialize + ToString), json: bool) -> Result<()> {
-    let text = if json { serde_json::to_string_pretty(report)? + "\n" } else { report.to_string() };
-    Ok(io::stdout().write_all(text.as_bytes())?)
+fn print(report: &impl ToString) -> Result<()> {
+    Ok(io::stdout().write_all(report.to_string().as_bytes())?)
+}
+
+fn print_json(report: &impl Serialize) -> Result<()> {
+    print(&(serde_json::to_string_pretty(report)? + "\n"))
 }
 
 fn is_broken_pipe(error: &anyhow::Error) -> bool {
