@@ -1,15 +1,18 @@
 #!/usr/bin/env python3
-"""Draws the book's charts and writes its tables: `generate.py [--check]`.
+"""Draws the book's charts and writes its tables: `generate.py [--check] [--programs DIR]`.
 
 Charts (src/images/*.svg) and tables of measurements come from results/*.json, tables of JSON fields from the JSON Schemas in
 ../runtime/protocol/schema. Tables stand in src/*.md and ../README.md between `<!-- table NAME -->` and `<!-- end -->`. With
---check, writes nothing and fails if a file is not what this script would write. Standard library only; the same input gives
-the same bytes.
+--programs, src/all-options.md is what the programs in DIR print for `--help`. With --check, writes nothing and fails if a file is
+not what this script would write. Standard library only; the same input gives the same bytes.
 """
 
+import argparse
 import json
+import os
 import pathlib
 import re
+import subprocess
 import sys
 from html import escape
 
@@ -214,6 +217,24 @@ def pipeline():
     return drawing.svg()
 
 
+def all_options(programs):
+    """The page with the help of every command."""
+    environment = {**os.environ, "COLUMNS": "100"}
+
+    def help_of(*words):
+        command = [programs / words[0], *words[1:], "--help"]
+        text = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+        return "\n".join(line.rstrip() for line in text.strip().splitlines())
+
+    lines = ["# All options", "", "What the programs print for `--help`.", ""]
+    for program in ("t5gemma-export", "t5gemma"):
+        text = help_of(program)
+        commands = re.findall(r"^  ([a-z][a-z-]+)(?:  |$)", text.partition("Commands:")[2].partition("\n\n")[0], re.M)
+        for words in [(program,), *((program, command) for command in commands if command != "help")]:
+            lines += [f"## {' '.join(words)}", "", "```text", help_of(*words), "```", ""]
+    return "\n".join(lines)
+
+
 def load(name):
     return json.loads((DOCS / "results" / f"{name}.json").read_text())
 
@@ -293,11 +314,10 @@ def fields(name, part=None):
     """The fields of an object: of a schema in ../runtime/protocol/schema, or of one of its `$defs`."""
     document = json.loads((DOCS.parent / "runtime/protocol/schema" / f"{name}.json").read_text())
     schema = document["$defs"][part] if part else document
-    required = schema.get("required", [])
-    lines = ["| field | type | | meaning |", "|---|---|---|---|"]
+    lines = ["| field | type | meaning |", "|---|---|---|"]
     for field, value in schema["properties"].items():
         meaning = value.get("description", "").replace("|", "\\|").rstrip(".")
-        lines.append(f"| `{field}` | {type_of(value, document)} | {'required' if field in required else ''} | {meaning} |")
+        lines.append(f"| `{field}` | {type_of(value, document)} | {meaning} |")
     return lines
 
 
@@ -309,6 +329,20 @@ def values(name, part):
 
 
 TABLES = {
+    "generate-request": lambda: fields("generate-request"),
+    "score-request": lambda: fields("score-request"),
+    "encode-request": lambda: fields("encode-request"),
+    "generate-result": lambda: fields("generate-response", "GenerateResult"),
+    "sequence": lambda: fields("generate-response", "Sequence"),
+    "finish-reason": lambda: values("generate-response", "FinishReason"),
+    "usage": lambda: fields("generate-response", "Usage"),
+    "score-result": lambda: fields("score-response", "ScoreResult"),
+    "score": lambda: fields("score-response", "Score"),
+    "labels-result": lambda: fields("classify-response", "LabelsResult"),
+    "token-labels-result": lambda: fields("classify-response", "TokenLabelsResult"),
+    "token-labels": lambda: fields("classify-response", "TokenLabels"),
+    "label": lambda: fields("classify-response", "Label"),
+    "error-result": lambda: fields("generate-response", "ErrorResult"),
     "summary": summary_table,
     "zen3-s-s": lambda: peers_table(load("zen3-s-s")),
     "cascade-lake-s-s": lambda: peers_table(load("cascade-lake-s-s")),
@@ -339,7 +373,11 @@ CHARTS = {
 
 
 def main():
-    check, stale = "--check" in sys.argv[1:], []
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--programs", type=pathlib.Path, metavar="DIR")
+    arguments = parser.parse_args()
+    check, stale = arguments.check, []
 
     def put(path, text):
         if path.exists() and path.read_text() == text:
@@ -358,6 +396,8 @@ def main():
 
         text = page.read_text()
         put(page, re.sub(r"(<!-- table ([\w-]+) -->)\n.*?(<!-- end -->)", table, text, flags=re.S))
+    if arguments.programs:
+        put(DOCS / "src" / "all-options.md", all_options(arguments.programs))
     if unused := sorted(set(TABLES) - used):
         sys.exit(f"tables that no page shows: {', '.join(unused)}")
     for path in stale:
