@@ -91,7 +91,7 @@ fn a_step_reads_the_head_but_not_an_embedding_table_of_its_own() {
 /// The packed head is the embedding table under another name, at the same place of the weights file.
 #[test]
 fn a_step_reads_a_tied_table_once() {
-    let blocks = Some(Blocks::whole(8, 16));
+    let blocks = Some(Blocks::integer(8, 16));
     let quantization = Quantization { encoder: blocks, decoder: blocks, head: blocks, ..Quantization::default() };
     let export = Export::default().target(Target::Cpu).quantization(quantization);
     let model = exported_as("tiny-balanced", "bench-int8", export);

@@ -54,7 +54,7 @@ fn utf8(path: &Path) -> &str {
 
 /// The two ways to compute in 8 bits.
 fn ways() -> [Blocks; 2] {
-    [Blocks::whole(8, 128), Blocks::float8()]
+    [Blocks::integer(8, 128), Blocks::float8()]
 }
 
 fn in_8_bits(blocks: Blocks, ranges: ActivationRanges, dtype: DType) -> Export {
@@ -215,7 +215,7 @@ fn weights_in_fp8_are_the_nearest_and_each_part_has_its_own() {
     let of_all = error("fp8-all", all.clone());
     let of_encoder = error("fp8-encoder", Quantization { decoder: None, head: None, ..all.clone() });
     let excluded = error("fp8-excluded", Quantization { exclude, head: None, ..all.clone() });
-    let of_int8 = error("int8-all", in_8_bits(Blocks::whole(8, 128), ranges, DType::Float32).quantization);
+    let of_int8 = error("int8-all", in_8_bits(Blocks::integer(8, 128), ranges, DType::Float32).quantization);
     // Of 4 significant bits rather than 7, but for every number: further off than int8, and not much further.
     assert!(of_int8 < of_all && of_all < 3.0 * of_int8, "{of_int8}, {of_all}");
     assert!(0.0 < of_encoder && of_encoder != of_all && of_encoder == excluded, "{of_encoder}, {excluded}, {of_all}");

@@ -172,7 +172,7 @@ fn inspect_tells_what_a_model_and_a_checkpoint_hold() {
         assert_eq!(of_checkpoint.parts, of_model.parts, "{name}");
     }
     // However the numbers are held: packed, filled up to whole blocks, twice, or left out of the head.
-    let whole = |bits, size| Some(Blocks::whole(bits, size));
+    let whole = |bits, size| Some(Blocks::integer(bits, size));
     for (label, target, blocks) in [
         ("inspect-int8", Target::Cpu, whole(8, 128)),
         ("inspect-int4", Target::Cpu, whole(4, 32)),

@@ -63,7 +63,7 @@ fn encode_writes_the_reference_hidden_states() {
 fn with_weights_of_few_bits_a_source_is_encoded_to_the_same_numbers_whatever_is_beside_it() {
     let levels = instruction_levels();
     for (bits, block_size) in [(8, 32), (4, 32), (8, 64), (4, 64)] {
-        let blocks = Some(Blocks::whole(bits, block_size));
+        let blocks = Some(Blocks::integer(bits, block_size));
         let quantization = Quantization { encoder: blocks, decoder: blocks, head: blocks, ..Quantization::default() };
         let export = Export::default().target(Target::Cpu).quantization(quantization);
         let model = exported_as("tiny-balanced", &format!("verified-in-{bits}-by-{block_size}"), export);

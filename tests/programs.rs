@@ -222,7 +222,7 @@ fn doctor_names_the_library_it_uses() {
 
 #[test]
 fn older_instructions_give_the_same_answers() {
-    let int8 = Blocks::whole(8, 128);
+    let int8 = Blocks::integer(8, 128);
     let quantization =
         Quantization { encoder: Some(int8), decoder: Some(int8), head: Some(int8), ..Quantization::default() };
     let export = |quantization| Export::default().target(Target::Cpu).quantization(quantization);
@@ -357,7 +357,7 @@ fn packed_requests_are_answered_in_order_and_as_alone() {
 fn verify_tells_how_far_two_models_are_apart() {
     let own = exported("tiny-balanced");
     let fewer = {
-        let blocks = |bits| Some(Blocks::whole(bits, 16));
+        let blocks = |bits| Some(Blocks::integer(bits, 16));
         let quantization = |bits| Quantization {
             encoder: blocks(bits),
             decoder: blocks(bits),

@@ -50,7 +50,7 @@ fn generated(model: &Model, options: &Value) -> Vec<(Vec<i64>, Option<f32>)> {
 
 #[test]
 fn logits_are_those_of_the_whole_model() {
-    let eight = Blocks { bits: 8, size: 32, symmetric: true, code: Code::Whole };
+    let eight = Blocks { bits: 8, size: 32, symmetric: true, code: Code::Integer };
     let in_few_bits = Quantization {
         encoder: Some(eight),
         decoder: Some(eight),

@@ -42,7 +42,7 @@ fn every_graph_for_tensorrt_passes_the_check() {
             }
         }
     }
-    let blocks = Some(Blocks::whole(4, 16));
+    let blocks = Some(Blocks::integer(4, 16));
     let quantization = Quantization { encoder: blocks, decoder: blocks, head: blocks, exclude: Vec::new() };
     for dtype in [DType::BFloat16, DType::Float16] {
         let export = Export::default().target(Target::TensorRt).dtype(dtype).quantization(quantization.clone());

@@ -46,7 +46,7 @@ fn version_1_is_inspected_and_resealed_as_the_version_of_today() {
     assert_eq!(reseal(folder.path()).expect("is as it was exported"), Vec::<String>::new());
     assert_eq!(version(), 1, "nothing was changed");
     fs::write(folder.path().join("tokenizer_config.json"), "{}").expect("written");
-    assert_eq!(reseal(folder.path()).expect("reseals"), ["tokenizer_config.json is new"]);
+    assert_eq!(reseal(folder.path()).expect("reseals").len(), 1, "a file was added");
     assert_eq!(version(), 2);
     Model::open(folder.path()).expect("opens");
 }

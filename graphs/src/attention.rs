@@ -1,9 +1,9 @@
-//! Attention as the layers use it: the encoder over its source, the decoder over its past, the decoder over the source; and what
-//! each of them sees. Projections, positions and masks are here; the operator over queries, keys and values is the target's
-//! ([`Lowering::attention`](crate::lower::Lowering::attention)).
+//! Attention as the layers use it: the encoder over its source, the decoder over its past, the decoder over the source;
+//! and what each of them sees. Projections, positions and masks are here; the operator over queries, keys and values is
+//! the target's ([`Lowering::attention`](crate::lower::Lowering::attention)).
 
 use crate::config::{LayerType, Stack};
-use crate::interface::{BEAMS, CacheLayout, PRESENT};
+use crate::interface::{BEAMS, CacheLayout, PRESENT_LENGTH};
 use crate::lower::{Attention, attention_with_weights, mask_by_query};
 use crate::manifest::EncoderWindow;
 use crate::nn::{Linear, Stacked, linear, stacked};
@@ -12,8 +12,8 @@ use crate::rotary::{self, rotary};
 use crate::sequence::{Context, KeyValue, Tokens};
 use crate::weights::{StackedPart, Weights};
 
-/// The encoder's self-attention: x and the result `[rows·length, hidden]`; every token sees what is `visible` to it, before and
-/// after it.
+/// The encoder's self-attention: x and the result `[rows·length, hidden]`; every token sees what is `visible` to it,
+/// before and after it.
 pub fn bidirectional<'g>(x: Value<'g>, tokens: &Tokens<'g>, visible: Value<'g>, w: &Weights<'g>) -> Value<'g> {
     let _scope = w.scope();
     if w.lowering.capabilities().attends_in_rows {
@@ -33,7 +33,7 @@ fn bidirectional_in_rows<'g>(x: Value<'g>, tokens: &Tokens<'g>, visible: Value<'
             let projected = linear(x, projection(stack.hidden_size, output, stack), &w.at(name));
             projected.reshape(&[tokens.rows.clone(), length.clone(), output.into()])
         });
-    // Where rows have positions of their own, those are looked up in the tables of all positions of this length.
+    // Positions of each row are looked up in tables of all positions up to the length.
     let (places, positions) = if tokens.positions.shape().len() == 1 {
         (None, tokens.positions)
     } else {
@@ -42,12 +42,12 @@ fn bidirectional_in_rows<'g>(x: Value<'g>, tokens: &Tokens<'g>, visible: Value<'
     let angles = rotary::angles(positions, &[1], w); // [length, head_dim / 2]
     let tables = [angles.cos(), angles.sin()].map(|table| table.cast(x.dtype()));
     let [query, key] = [query, key].map(|x| x.rotary_embedding(places, tables));
-    let attended = query.attention_of_rows([key, value], mask_by_query(visible, &query.dim(1)), heads);
+    let attended = query.attention_3d([key, value], mask_by_query(visible, &query.dim(1)), heads);
     output_projection(attended.reshape(&[tokens.rows.times(length), attended.dim(-1)]), w)
 }
 
-/// The decoder's self-attention: x and the result `[rows·length, hidden]`; every token sees itself and what came before it within
-/// the window of its layer. Also returns the present: the keys and values of past and new tokens.
+/// The decoder's self-attention: x and the result `[rows·length, hidden]`; every token sees itself and what came before
+/// it within the window of its layer. Also returns the present: the keys and values of past and new tokens.
 pub fn causal<'g>(
     x: Value<'g>,
     context: &Context<'g>,
@@ -89,8 +89,8 @@ fn causal_growing<'g>(
     (attend(query, present, visible, w), present)
 }
 
-/// [`causal`] with a past that has room for `capacity` tokens, into which the new ones are written at their positions. What
-/// lies behind them is not seen, but must be finite.
+/// [`causal`] with a past of fixed capacity, into a copy of which the new tokens are written at their positions. Tokens
+/// behind them are not seen, but must be finite.
 fn causal_static<'g>(
     x: Value<'g>,
     context: &Context<'g>,
@@ -101,7 +101,10 @@ fn causal_static<'g>(
 ) -> (Value<'g>, KeyValue<'g>) {
     let (query, new) = projections(x, &context.tokens, w);
     let at = context.tokens.positions.unsqueeze(&[0, 1, 3]).expand(&new.key.shape());
-    let present = KeyValue { key: past.key.scattered(at, new.key, 2), value: past.value.scattered(at, new.value, 2) };
+    let present = KeyValue {
+        key: past.key.scatter_elements(at, new.key, 2),
+        value: past.value.scatter_elements(at, new.value, 2),
+    };
     let layer = match layer {
         // Nothing ever leaves a window as wide as the cache.
         LayerType::Sliding(window) if window >= capacity => LayerType::Full,
@@ -134,7 +137,7 @@ fn causal_in_place<'g>(
     let heads = heads(stack, layer.window());
     let tables = rotary::tables(w);
     let [cos, sin] = [tables.cos, tables.sin].map(|table| table.cast(projected.dtype()));
-    let present = if past.is_some() { Dim::symbol(PRESENT) } else { tokens.length.clone() };
+    let present = if past.is_some() { Dim::symbol(PRESENT_LENGTH) } else { tokens.length.clone() };
     let past = past.map(|past| [past.key, past.value]);
     let [attended, key, value] =
         packed.group_query_attention(GroupQuery { past, last, longest, cos, sin, heads, present });
@@ -142,15 +145,15 @@ fn causal_in_place<'g>(
     (output_projection(attended, w), KeyValue { key, value })
 }
 
-/// The decoder's attention to the source, without rotary positions and without a window: x and the result `[rows·length, hidden]`.
-/// `source` is at batch size; the beams of a source row lie along its query axis, so that keys and values are not repeated for
-/// them.
+/// The decoder's attention to the source, without rotary positions and without a window: x and the result
+/// `[rows·length, hidden]`. `source` is at batch size; the beams of a source row lie along its query axis, so that keys
+/// and values are not repeated for them.
 pub fn cross<'g>(x: Value<'g>, context: &Context<'g>, source: KeyValue<'g>, w: &Weights<'g>) -> Value<'g> {
     let _scope = w.scope();
     attend(cross_query(x, context, source, w), source, context.source_mask, w)
 }
 
-/// [`cross`], and how much every query attends to the source, the mean over heads: float32 `[batch, queries, source]`.
+/// [`cross`], and its attention weights, the mean over heads: float32 `[batch, queries, source]`.
 pub fn cross_with_weights<'g>(
     x: Value<'g>,
     context: &Context<'g>,
@@ -160,7 +163,7 @@ pub fn cross_with_weights<'g>(
     let _scope = w.scope();
     let query = cross_query(x, context, source, w);
     let (read, weights) = attention_with_weights(attention(query, source, context.source_mask, w));
-    (merged(read, w), weights.mean_along(&[1, 2]).squeeze(1).squeeze(1))
+    (merged(read, w), weights.reduce_mean(&[1, 2]).squeeze(1).squeeze(1))
 }
 
 /// The queries of [`cross`]: `[batch, beams·length, heads, head_dim]`.
@@ -212,8 +215,8 @@ fn attention<'g>(query: Value<'g>, key_value: KeyValue<'g>, visible: Value<'g>, 
 /// `o(x)` of all heads' `[batch, queries, heads, head_dim]`.
 fn merged<'g>(x: Value<'g>, w: &Weights<'g>) -> Value<'g> {
     let (tokens, width) = (x.dim(0).times(&x.dim(1)), w.stack.num_attention_heads * w.stack.head_dim);
-    // TensorRT bounds an inferred dimension by quotients of bounds: behind the division by the beams, each layer would be larger
-    // than the one before by as many times as there are sources at most. So nothing is inferred here.
+    // No inferred dimension: TensorRT bounds one by a quotient of bounds. Behind the division by the beams, the bound
+    // of each layer would be that of the layer before times the maximum batch.
     output_projection(x.reshape_to_known(&[tokens, width.into()]), w)
 }
 
@@ -245,8 +248,8 @@ pub fn padding_mask(attention_mask: Value<'_>) -> Value<'_> {
     attention_mask.cast(DType::Bool).unsqueeze(&[1, 2, 3])
 }
 
-/// The pairs of positions within a bidirectional window: bool `[length, length]`, `[rows, 1, 1, length, length]` where rows have
-/// positions of their own, or none for a layer that sees all.
+/// The pairs of positions within a bidirectional window: bool `[length, length]`, `[rows, 1, 1, length, length]` where
+/// rows have positions of their own, or none for a layer that sees all.
 pub fn window_mask<'g>(tokens: &Tokens<'g>, layer: LayerType, rule: EncoderWindow) -> Option<Value<'g>> {
     let LayerType::Sliding(window) = layer else { return None };
     let reach = match rule {
@@ -258,7 +261,7 @@ pub fn window_mask<'g>(tokens: &Tokens<'g>, layer: LayerType, rule: EncoderWindo
     } else {
         (tokens.positions.unsqueeze(&[1, 2, 4]), tokens.positions.unsqueeze(&[1, 2, 3]))
     };
-    Some(key.at_most(query + reach) & query.at_most(key + reach))
+    Some(key.less_or_equal(query + reach) & query.less_or_equal(key + reach))
 }
 
 /// `key <= query`, and `key > query − window` in a sliding layer: bool `[length, keys]`.
@@ -266,7 +269,7 @@ fn causal_mask<'g>(graph: &'g Graph, tokens: &Tokens<'g>, keys: &Dim, layer: Lay
     let key = graph.range(graph.size(&Dim::fixed(0)), graph.size(keys), keys).unsqueeze(&[0]);
     let query = tokens.positions.unsqueeze(&[1]);
     match layer {
-        LayerType::Full => key.at_most(query),
-        LayerType::Sliding(window) => key.at_most(query) & key.above(query - window as f64),
+        LayerType::Full => key.less_or_equal(query),
+        LayerType::Sliding(window) => key.less_or_equal(query) & key.greater(query - window as f64),
     }
 }

@@ -1,8 +1,8 @@
-//! `Config`: a checkpoint's `config.json` as a checked value. Every field that changes what a model computes is read or refused
-//! by the family's folder, so nothing downstream meets a value that the graphs do not implement. Files of fine-tunes have many
-//! others, which transformers does not read either: they are listed.
+//! `Config`: a checkpoint's `config.json` as a checked value. Every field that changes what a model computes is read or
+//! refused by the family's folder, so nothing downstream meets a value that the graphs do not implement. Files of
+//! fine-tunes have many others, which transformers does not read either: they are listed.
 //!
-//! Here are the types, the same for every family, and in `config/` what families share for reading them;
+//! The types are here, the same for every family; what families share for reading them is in `config/`;
 //! [`Config::parse`] is in `family.rs`.
 
 mod common;
@@ -22,28 +22,29 @@ use crate::task::{Features, Task};
 /// A model's shape: an encoder and a decoder, which may differ in everything but the token ids.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Config {
-    /// The family of models, which decides what the rest means.
+    /// The family of models.
     pub family: Family,
-    /// The bidirectional stack that reads the source.
+    /// The bidirectional stack, which reads the source.
     pub encoder: Stack,
-    /// The causal stack that writes the target and attends to the encoder's output.
+    /// The causal stack, which writes the target and attends to the encoder's output.
     pub decoder: Stack,
     /// Whether the output head shares the decoder's embedding table when the checkpoint stores no head of its own.
     pub tie_word_embeddings: bool,
-    /// Special token ids; `generation_config.json` has precedence over them.
+    /// Special token ids; those of `generation_config.json` take precedence.
     pub tokens: TokenIds,
     /// The class that the checkpoint was saved from.
     pub architecture: Architecture,
-    /// What only the classifiers have.
+    /// What only classifiers have.
     pub classifier: Option<Classifier>,
-    /// Settings for generation that stand here instead of in a `generation_config.json`. Where there is none, transformers
-    /// takes them, but for those that it has defaults of its own for.
+    /// Settings for generation, which transformers takes from here if there is no `generation_config.json`; without
+    /// those that it has defaults of its own for.
     pub generation: Map<String, Value>,
-    /// The paths of the fields without effect that are not in every checkpoint, sorted.
+    /// The paths of fields without effect, sorted; without those that most checkpoints have.
     pub ignored: Vec<String>,
 }
 
-/// A family of models: the graphs, the reading of `config.json` and the names of tensors are in a folder of its name.
+/// A family of models. Its graphs, its reader of `config.json` and the names of its tensors are in a folder of its
+/// name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Family {
@@ -62,7 +63,7 @@ impl Family {
         }
     }
 
-    /// What the names of its classes in transformers begin with.
+    /// The prefix of its class names in transformers.
     pub fn class_prefix(self) -> &'static str {
         match self {
             Family::T5Gemma => "T5Gemma",
@@ -70,10 +71,10 @@ impl Family {
     }
 }
 
-/// The class of transformers that a checkpoint was saved from, the same for all families but for the beginning of its name.
+/// The class of transformers that a checkpoint was saved from; every family has the same, with a prefix of its own.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Architecture {
-    /// `…ForConditionalGeneration`, which is meant where none is named.
+    /// `…ForConditionalGeneration`, the default.
     #[default]
     ConditionalGeneration,
     /// `…Model`: both stacks without a head.
@@ -109,14 +110,14 @@ impl Architecture {
     }
 }
 
-/// What a classifier is besides its stacks.
+/// What only classifiers have.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Classifier {
-    /// Whether the decoder reads the source again and is what the labels are scored from; otherwise the encoder is.
+    /// Whether the decoder reads the source again and the labels are scored from it; otherwise from the encoder.
     pub is_encoder_decoder: bool,
     /// The name of each label.
     pub labels: Vec<String>,
-    /// What the scores of the labels mean.
+    /// What the scores of labels mean.
     pub problem_type: Option<ProblemType>,
     /// The token before the source that the decoder reads: `decoder.bos_token_id`.
     pub decoder_start: i64,
@@ -128,11 +129,11 @@ pub struct Classifier {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ProblemType {
-    /// Numbers to be predicted.
+    /// Each is a number that is predicted.
     Regression,
-    /// Exactly one label holds.
+    /// Logits of which exactly one label holds.
     SingleLabelClassification,
-    /// Each label holds or does not.
+    /// Logits of whether each label holds.
     MultiLabelClassification,
 }
 
@@ -140,15 +141,15 @@ pub enum ProblemType {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TokenIds {
-    /// `bos_token_id`, the token a target starts with unless `decoder_start_token_id` is given.
+    /// `bos_token_id`, which starts a target unless `decoder_start_token_id` is given.
     pub bos: Option<i64>,
-    /// `eos_token_id`, one or several; any of them ends a target.
+    /// `eos_token_id`: any of them ends a target.
     pub eos: Vec<i64>,
     /// `pad_token_id`.
     pub pad: Option<i64>,
 }
 
-/// One stack: the fields of `encoder` or `decoder` in `config.json`, under the names used there.
+/// The sizes of one stack, under the names that `config.json` has for them in `encoder` and `decoder`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Stack {
     /// Rows of the embedding table.
@@ -161,13 +162,13 @@ pub struct Stack {
     pub num_attention_heads: usize,
     /// Key and value heads; divides `num_attention_heads`.
     pub num_key_value_heads: usize,
-    /// Width of one head; `num_attention_heads * head_dim` need not equal `hidden_size`.
+    /// Width of one head, even; `num_attention_heads * head_dim` need not equal `hidden_size`.
     pub head_dim: usize,
     /// Scores are multiplied by `query_pre_attn_scalar^-0.5`.
     pub query_pre_attn_scalar: f64,
     /// Scores become `cap * tanh(score / cap)`.
     pub attn_logit_softcapping: Option<f64>,
-    /// Logits become `cap * tanh(logit / cap)`; read on the decoder side only.
+    /// Logits become `cap * tanh(logit / cap)`; of the decoder only.
     pub final_logit_softcapping: Option<f64>,
     /// Whether the q, k, v and o projections have a bias.
     pub attention_bias: bool,
@@ -175,9 +176,9 @@ pub struct Stack {
     pub rms_norm_eps: f64,
     /// Base of the rotary frequencies.
     pub rope_theta: f64,
-    /// The longest sequence the model was configured for, in tokens.
+    /// The longest sequence, in tokens.
     pub max_position_embeddings: usize,
-    /// What each layer's self-attention sees, in order; the length is `num_hidden_layers`.
+    /// What the self-attention of each layer sees; there are `num_hidden_layers`.
     pub layers: Vec<LayerType>,
 }
 
@@ -186,7 +187,7 @@ pub struct Stack {
 pub enum LayerType {
     /// Every position (of the past, in the decoder).
     Full,
-    /// A window of this many positions: see `attention` for the exact rule on each side.
+    /// A window of this many positions; `attention.rs` has the rules, which differ between encoder and decoder.
     Sliding(usize),
 }
 
@@ -203,7 +204,7 @@ impl Config {
 }
 
 impl LayerType {
-    /// The number of positions of a layer that does not see all.
+    /// The width of the window, if there is one.
     pub fn window(self) -> Option<usize> {
         match self {
             LayerType::Full => None,
@@ -212,14 +213,14 @@ impl LayerType {
     }
 }
 
-/// A field of `config.json` that is missing, of the wrong kind, or asks for something the graphs do not implement.
+/// A field of `config.json` that is missing, malformed, or has a value that the graphs do not implement.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ConfigError {
     /// The field's path, such as `decoder.rope_parameters.rope_type`; empty for the document as a whole.
     pub field: String,
-    /// What would have been accepted.
+    /// What is accepted.
     pub expected: String,
-    /// What stands there.
+    /// What was found.
     pub found: String,
 }
 

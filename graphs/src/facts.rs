@@ -1,12 +1,12 @@
-//! `Facts`: what a runtime needs to know of a model besides its graphs, the same for every family. The exporter derives them from
-//! the configuration and writes them into the manifest, so that serving reads no `config.json`.
+//! `Facts`: what a runtime needs to know about a model besides its graphs, the same for every family. The exporter
+//! derives them from the configuration and writes them into the manifest, so that serving reads no `config.json`.
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::config::{Config, ConfigError, MOST_HEAD_DIM, MOST_LAYERS, MOST_SIZE, ProblemType, Stack, TokenIds};
 
-/// What a runtime needs to know of a model besides its graphs. Fields have the names of `config.json`.
+/// What a runtime needs to know about a model besides its graphs. Fields have the names that `config.json` gives them.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Facts {
@@ -16,10 +16,10 @@ pub struct Facts {
     pub decoder: StackFacts,
     /// Logits are `cap * tanh(x / cap)`; none without a soft-cap.
     pub final_logit_softcapping: Option<f64>,
-    /// Special tokens; `generation_config.json` has precedence over them.
+    /// Special token ids; those of `generation_config.json` take precedence.
     pub tokens: TokenIds,
-    /// Settings for generation that `config.json` has, for where there is no `generation_config.json`; among them
-    /// `decoder_start_token_id`.
+    /// The settings for generation in `config.json`, such as `decoder_start_token_id`; they count if there is no
+    /// `generation_config.json`.
     #[serde(default, skip_serializing_if = "Map::is_empty")]
     pub generation: Map<String, Value>,
     /// What only classifiers have.
@@ -96,7 +96,8 @@ impl StackFacts {
 }
 
 impl Facts {
-    /// Holds facts that were read to the limits that a configuration is held to, so that sizes computed from them cannot overflow.
+    /// Checks facts from a file against the limits of a configuration, so that sizes computed from them cannot
+    /// overflow.
     ///
     /// # Errors
     /// The first fact outside its limits.
@@ -153,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn facts_are_held_to_the_limits_of_a_configuration() {
+    fn facts_are_checked_against_the_limits_of_a_configuration() {
         type Change = fn(&mut Facts);
         let cases: [(&str, Change); 7] = [
             ("encoder.hidden_size", |facts| facts.encoder.hidden_size = 0),

@@ -1,5 +1,5 @@
-//! The one place that tells families of models apart: each has its arm here, and everything else in a folder of its name. Above it
-//! nobody asks for the family; below it nobody knows that there are several.
+//! The one place that tells families of models apart: each has its arm here, and everything else in a folder of its
+//! name. Above it nobody asks for the family; below it nobody knows that there are several.
 
 use crate::config::{Config, ConfigError, Family, Fields};
 use crate::onnx::Definition;
@@ -29,7 +29,7 @@ impl Config {
     }
 }
 
-/// The graphs of the options' task, in the order of [`interface::parts`](crate::interface::parts).
+/// The graphs of the options' task, in the order of [`interface::graphs`](crate::interface::graphs).
 pub fn definitions(config: &Config, options: &Options) -> Vec<Definition> {
     match config.family {
         Family::T5Gemma => crate::t5gemma::definitions(config, options),

@@ -1,5 +1,6 @@
-//! The contract between exporter and runtime: the name, dtype and symbolic shape of every input and output of the three
-//! graphs, spelled once. Names and their order follow Optimum and transformers.js, so that other tools can run the files.
+//! The contract between exporter and runtime: file names, and the name, dtype and symbolic shape of every input and
+//! output of the graphs, spelled once. Names and their order follow Optimum and transformers.js, so that other tools
+//! can run the files. The definitions declare these ports; the runtime holds opened sessions to them.
 
 use serde::{Deserialize, Serialize};
 
@@ -17,49 +18,49 @@ pub const DECODER: &str = "decoder_model.onnx";
 pub const DECODER_WITH_PAST: &str = "decoder_with_past_model.onnx";
 /// File name of the only graph of a model that does not generate.
 pub const MODEL: &str = "model.onnx";
-/// File name of the graph that makes target rows the continuations of others.
+/// File name of the graph that reorders the rows of a cache on a device: see [`reorder`].
 pub const REORDER: &str = "reorder_model.onnx";
-/// File name of the weights under all three graphs.
+/// File name of the weights that all graphs share.
 pub const WEIGHTS: &str = "model.onnx_data";
 
-/// File name of the optimisation profiles of a serving plan.
+/// File name of a serving plan's optimization profiles.
 pub const PROFILES_FILE: &str = "profiles.json";
-/// File name of the options that a serving plan gives providers.
+/// File name of a serving plan's provider options.
 pub const PROVIDER_OPTIONS: &str = "provider_options.json";
-/// The folder for engines that are built of the graphs.
+/// The folder for engines that are built from the graphs.
 pub const ENGINES: &str = "engines";
 
-/// Source rows.
+/// The dimension of source rows.
 pub const BATCH: &str = "batch_size";
-/// Target rows of one source row.
+/// The dimension of target rows per source row.
 pub const BEAMS: &str = "num_beams";
-/// Source tokens, padding included.
-pub const SOURCE: &str = "encoder_sequence_length";
-/// New target tokens.
-pub const TARGET: &str = "decoder_sequence_length";
-/// Target tokens whose keys and values are in the cache, or that it has room for.
-pub const PAST: &str = "past_decoder_sequence_length";
-/// Target rows after a change of rows.
+/// The dimension of source tokens, padding included.
+pub const SOURCE_LENGTH: &str = "encoder_sequence_length";
+/// The dimension of the target tokens that a step is given.
+pub const STEP_LENGTH: &str = "decoder_sequence_length";
+/// The dimension of the target tokens in the cache before a step, or of its capacity where it is written in place.
+pub const PAST_LENGTH: &str = "past_decoder_sequence_length";
+/// The dimension of a cache's capacity after a step, where it is written in place: as before the step, or the tokens
+/// there are.
+pub const PRESENT_LENGTH: &str = "present_decoder_sequence_length";
+/// The dimension of target rows after they were reordered.
 pub const PARENTS: &str = "num_parents";
-/// The greatest logits of [`Logits::Candidates`], greatest first.
+
+/// The output with the greatest logits of [`Logits::Candidates`], greatest first.
 pub const TOP_SCORES: &str = "top_scores";
-/// Their tokens.
+/// The output with the token ids of [`TOP_SCORES`].
 pub const TOP_IDS: &str = "top_ids";
-/// The logarithm of the sum of the exponentials of all logits.
+/// The output with the log-sum-exp of all logits.
 pub const LOG_SUM_EXP: &str = "log_sum_exp";
-/// How much each target token given attends to each source token: the mean over heads and layers of [`Returned::alignment`].
+/// The output of [`DecoderOutputs::cross_attentions`].
 pub const CROSS_ATTENTIONS: &str = "cross_attentions";
-
-/// How large what each matrix is multiplied with becomes: see [`activation_ranges`].
+/// The output of [`activation_ranges`].
 pub const ACTIVATION_RANGES: &str = "activation_ranges";
-
-/// Target tokens that a cache of fixed capacity has room for after a step: as many as before it, or as there are.
-pub const PRESENT: &str = "present_decoder_sequence_length";
 
 /// One input or output of a graph.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Port {
-    /// The name that a session is fed and asked by.
+    /// The name in the graph.
     pub name: String,
     /// The element type.
     pub dtype: DType,
@@ -70,61 +71,61 @@ pub struct Port {
 /// The inputs and outputs of one graph, in order.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Ports {
-    /// What a run is given.
+    /// What a run takes.
     pub inputs: Vec<Port>,
     /// What a run returns.
     pub outputs: Vec<Port>,
 }
 
-/// The positions whose logits the decoder graphs return.
+/// The logits that the decoder graphs return.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Logits {
-    /// The last position only: all that generation needs, and a 256k-wide row each.
+    /// Those of the last position, which is all that generation needs.
     #[default]
     Last,
-    /// Every position given, for scoring.
+    /// Those of every position, for scoring.
     All,
-    /// The last position only, with as many of its greatest, their tokens and the logarithm of the sum of all exponentials
-    /// behind the other outputs: so a search needs not read the row where it lies in a GPU's memory.
+    /// Those of the last position, and as further outputs this many of the greatest, their token ids and the
+    /// log-sum-exp of all, so that a search need not copy whole rows of logits from a GPU.
     Candidates(usize),
 }
 
-/// What the decoder graphs return besides keys and values.
+/// The outputs of the decoder graphs besides keys and values.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Returned {
-    /// The positions whose logits.
+pub struct DecoderOutputs {
+    /// The logits.
     pub logits: Logits,
-    /// How many tokens have logits, if not all of the vocabulary.
+    /// The number of tokens that have logits, if not the whole vocabulary.
     pub kept_tokens: Option<usize>,
-    /// Whether [`CROSS_ATTENTIONS`] of every position given, behind all other outputs.
-    pub alignment: bool,
+    /// Whether the last output is how much each given target token attends to each source token, the mean over heads
+    /// and some layers.
+    pub cross_attentions: bool,
 }
 
-impl From<Logits> for Returned {
-    fn from(logits: Logits) -> Returned {
-        Returned { logits, ..Returned::default() }
+impl From<Logits> for DecoderOutputs {
+    fn from(logits: Logits) -> DecoderOutputs {
+        DecoderOutputs { logits, ..DecoderOutputs::default() }
     }
 }
 
-/// How the keys and values of the target pass from one cached step to the next.
+/// How the keys and values of the target tokens pass from step to step.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum CacheLayout {
     /// The present is a new tensor, longer than the past by the step's tokens.
     #[default]
     Growing,
-    /// The past has room for more tokens than there are, `cache_position` (int64, the positions of the step's tokens, of each
-    /// row its own) tells where they go, and the present may be given the past's memory: the step then writes nothing but
-    /// its own tokens. Rows of different lengths can share a step. Steps of several tokens are for single rows.
+    /// The past is a buffer with room for more tokens. `cache_position` (int64 `[rows, length]`) is where the step's
+    /// tokens are written; if the present is given the past's memory, nothing else is written. Rows of different
+    /// lengths can share a step. A step of several tokens has one row.
     InPlace,
-    /// The past has room for this many tokens, `cache_position` (int64, the positions of the step's tokens) tells where they
-    /// go, and the present is a new tensor of the same size. Every step is of one graph, the first too; before it the past
-    /// is zeros.
+    /// The past is a buffer for this many tokens. `cache_position` (int64 `[length]`) is where the step's tokens are
+    /// written, into a new tensor of the same size. One graph does all steps, the first too, with a past of zeros.
     Static(usize),
 }
 
-/// The ports of the three graphs.
+/// The ports of the three graphs of a model that generates.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Interface {
     /// Source tokens → hidden states.
@@ -138,43 +139,42 @@ pub struct Interface {
 /// The two kinds of cached tensors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Cache {
-    /// Keys and values of the target so far, `[batch_size * num_beams, num_key_value_heads, target, head_dim]`.
+    /// Keys and values of the target tokens, `[batch_size * num_beams, num_key_value_heads, length, head_dim]`.
     SelfAttention,
-    /// Keys and values of the source, `[batch_size, num_key_value_heads, source, head_dim]`.
+    /// Keys and values of the source tokens, `[batch_size, num_key_value_heads, length, head_dim]`.
     CrossAttention,
 }
 
 impl Cache {
-    /// The name of a layer's `key` or `value` among a graph's inputs (`past_key_values`) or outputs (`present`).
-    pub fn port(self, prefix: &str, layer: usize, part: &str) -> String {
-        let side = match self {
+    /// The name of a port: `prefix` is `past_key_values` for inputs and `present` for outputs, `tensor` is `key` or
+    /// `value`.
+    pub fn port(self, prefix: &str, layer: usize, tensor: &str) -> String {
+        format!("{prefix}.{layer}.{}.{tensor}", self.stack())
+    }
+
+    /// The stack whose tokens are cached, as port names have it.
+    fn stack(self) -> &'static str {
+        match self {
             Cache::SelfAttention => "decoder",
             Cache::CrossAttention => "encoder",
-        };
-        format!("{prefix}.{layer}.{side}.{part}")
+        }
     }
 }
 
 impl Interface {
-    /// The interface of a model whose weights and activations are of `dtype`.
-    pub fn of(facts: &Facts, dtype: DType, returned: impl Into<Returned>, cache: CacheLayout) -> Interface {
-        let Returned { logits, kept_tokens, alignment } = returned.into();
+    /// The ports of a model with weights and activations in `dtype`.
+    pub fn of(facts: &Facts, dtype: DType, outputs: impl Into<DecoderOutputs>, cache: CacheLayout) -> Interface {
+        let DecoderOutputs { logits, kept_tokens, cross_attentions } = outputs.into();
         let fixed = Dim::fixed;
-        let (batch, source) = (Dim::symbol(BATCH), Dim::symbol(SOURCE));
-        let (target, past) = (Dim::symbol(TARGET), Dim::symbol(PAST));
+        let (batch, source) = (Dim::symbol(BATCH), Dim::symbol(SOURCE_LENGTH));
+        let (step, past) = (Dim::symbol(STEP_LENGTH), Dim::symbol(PAST_LENGTH));
         let rows = batch.times(&Dim::symbol(BEAMS));
-        let port = |name: &str, dtype, shape: &[&Dim]| Port {
-            name: name.to_string(),
-            dtype,
-            shape: shape.iter().map(|&dim| dim.clone()).collect(),
-        };
-
         let hidden = |name| port(name, dtype, &[&batch, &source, &fixed(facts.encoder.hidden_size)]);
         let mask = |name| port(name, DType::Int64, &[&batch, &source]);
-        let target_ids = || port("input_ids", DType::Int64, &[&rows, &target]);
+        let target_ids = || port("input_ids", DType::Int64, &[&rows, &step]);
         let (scored, candidates) = match logits {
             Logits::Last => (fixed(1), None),
-            Logits::All => (target.clone(), None),
+            Logits::All => (step.clone(), None),
             Logits::Candidates(count) => (fixed(1), Some(count)),
         };
         let tokens = fixed(kept_tokens.unwrap_or(facts.decoder.vocab_size));
@@ -183,13 +183,13 @@ impl Interface {
         let (kv_heads, head_dim) = (fixed(facts.decoder.num_key_value_heads), fixed(facts.decoder.head_dim));
         let cached = |prefix: &str, layer, cache: Cache, rows: &Dim, length: &Dim| {
             ["key", "value"]
-                .map(|part| port(&cache.port(prefix, layer, part), dtype, &[rows, &kv_heads, length, &head_dim]))
+                .map(|tensor| port(&cache.port(prefix, layer, tensor), dtype, &[rows, &kv_heads, length, &head_dim]))
         };
         let layers = 0..facts.decoder.num_hidden_layers;
         let (past, present, position) = match cache {
-            CacheLayout::Growing => (past.clone(), past.plus(&target), None),
-            CacheLayout::InPlace => (past, Dim::symbol(PRESENT), Some(vec![&rows, &target])),
-            CacheLayout::Static(capacity) => (fixed(capacity), fixed(capacity), Some(vec![&target])),
+            CacheLayout::Growing => (past.clone(), past.plus(&step), None),
+            CacheLayout::InPlace => (past, Dim::symbol(PRESENT_LENGTH), Some(vec![&rows, &step])),
+            CacheLayout::Static(capacity) => (fixed(capacity), fixed(capacity), Some(vec![&step])),
         };
         let candidates = match candidates {
             None => Vec::new(),
@@ -199,7 +199,7 @@ impl Interface {
                 port(LOG_SUM_EXP, DType::Float32, &[&rows, &fixed(1)]),
             ],
         };
-        let attended = alignment.then(|| port(CROSS_ATTENTIONS, DType::Float32, &[&rows, &target, &source]));
+        let attended = cross_attentions.then(|| port(CROSS_ATTENTIONS, DType::Float32, &[&rows, &step, &source]));
         let first = match cache {
             CacheLayout::Static(_) => Ports {
                 inputs: vec![hidden("encoder_hidden_states")],
@@ -212,7 +212,7 @@ impl Interface {
                 outputs: [logits()]
                     .into_iter()
                     .chain(layers.clone().flat_map(|layer| {
-                        let own = cached("present", layer, Cache::SelfAttention, &rows, &target);
+                        let own = cached("present", layer, Cache::SelfAttention, &rows, &step);
                         let cross = cached("present", layer, Cache::CrossAttention, &batch, &source);
                         own.into_iter().chain(cross)
                     }))
@@ -251,7 +251,7 @@ impl Interface {
 
 /// One graph of a model folder.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Part {
+pub struct GraphSpec {
     /// Its name in the manifest.
     pub name: &'static str,
     /// Its file.
@@ -261,51 +261,50 @@ pub struct Part {
 }
 
 /// The graphs of a model for `task`, in the order in which they are run.
-pub fn parts(facts: &Facts, dtype: DType, returned: impl Into<Returned>, cache: CacheLayout, task: &Task) -> Vec<Part> {
+pub fn graphs(
+    facts: &Facts,
+    dtype: DType,
+    outputs: impl Into<DecoderOutputs>,
+    cache: CacheLayout,
+    task: &Task,
+) -> Vec<GraphSpec> {
     if !task.is_generation() {
-        return vec![Part { name: "model", file: MODEL, ports: model(facts, dtype, task) }];
+        return vec![GraphSpec { name: "model", file: MODEL, ports: model(facts, dtype, task) }];
     }
-    let Interface { encoder, decoder, decoder_with_past } = Interface::of(facts, dtype, returned, cache);
+    let Interface { encoder, decoder, decoder_with_past } = Interface::of(facts, dtype, outputs, cache);
     vec![
-        Part { name: "encoder", file: ENCODER, ports: encoder },
-        Part { name: "decoder", file: DECODER, ports: decoder },
-        Part { name: "decoder_with_past", file: DECODER_WITH_PAST, ports: decoder_with_past },
+        GraphSpec { name: "encoder", file: ENCODER, ports: encoder },
+        GraphSpec { name: "decoder", file: DECODER, ports: decoder },
+        GraphSpec { name: "decoder_with_past", file: DECODER_WITH_PAST, ports: decoder_with_past },
     ]
 }
 
-/// The last output of a graph whose activations are observed: the greatest absolute number of what each of `count` matrices is
-/// multiplied with in a run.
+/// The last output of a graph with observed activations, float32 `[count]`: `max |x|` over the run for the operand of
+/// each observed matrix.
 pub fn activation_ranges(count: usize) -> Port {
     Port { name: ACTIVATION_RANGES.into(), dtype: DType::Float32, shape: vec![Dim::fixed(count)] }
 }
 
-/// The ports of the graph in [`REORDER`]: which row each row is to continue, which target token is to stand at each place,
-/// and what there is. The keys and values of sources have the dimensions that those of targets have, and can be given in
-/// their place.
+/// The ports of the graph in [`REORDER`]: `parents` is the row that each row continues, `places` the token that goes to
+/// each place of the present. The keys and values of sources have the same dimensions as those of targets, and can be
+/// passed as well.
 pub fn reorder(facts: &Facts, dtype: DType) -> Ports {
-    let (parents, places) = (Dim::symbol(PARENTS), Dim::symbol(PRESENT));
-    let indices = |name: &str, dim: &Dim| Port { name: name.into(), dtype: DType::Int64, shape: vec![dim.clone()] };
+    let (parents, places) = (Dim::symbol(PARENTS), Dim::symbol(PRESENT_LENGTH));
     let step = Interface::of(facts, dtype, Logits::Last, CacheLayout::Growing).decoder_with_past;
-    let own = Cache::SelfAttention.port("", 0, "");
-    let side = own.split('.').nth(2).expect("a prefix, a layer, a side, a part");
-    let past = step.inputs.into_iter().filter(|port| port.name.split('.').nth(2) == Some(side)).collect::<Vec<_>>();
-    let outputs = past.iter().zip(&step.outputs[1..]).map(|(past, present)| Port {
+    let is_past = |port: &Port| port.name.split('.').nth(2) == Some(Cache::SelfAttention.stack());
+    let past: Vec<Port> = step.inputs.into_iter().filter(is_past).collect();
+    let moved = past.iter().zip(&step.outputs[1..]).map(|(past, present)| Port {
         shape: vec![parents.clone(), past.shape[1].clone(), places.clone(), past.shape[3].clone()],
         ..present.clone()
     });
-    let outputs = outputs.collect();
-    let inputs = [indices("parents", &parents), indices("places", &places)].into_iter().chain(past).collect();
-    Ports { inputs, outputs }
+    let outputs = moved.collect();
+    let indices = [port("parents", DType::Int64, &[&parents]), port("places", DType::Int64, &[&places])];
+    Ports { inputs: indices.into_iter().chain(past).collect(), outputs }
 }
 
 /// The ports of the only graph of a model that does not generate.
 pub(crate) fn model(facts: &Facts, dtype: DType, task: &Task) -> Ports {
-    let (batch, source) = (Dim::symbol(BATCH), Dim::symbol(SOURCE));
-    let port = |name: &str, dtype, shape: &[&Dim]| Port {
-        name: name.to_string(),
-        dtype,
-        shape: shape.iter().map(|&dim| dim.clone()).collect(),
-    };
+    let (batch, source) = (Dim::symbol(BATCH), Dim::symbol(SOURCE_LENGTH));
     let hidden = Dim::fixed(facts.encoder.hidden_size);
     let labels = Dim::fixed(facts.classifier.as_ref().map_or(0, |classifier| classifier.labels.len()));
     let all = facts.encoder.num_hidden_layers;
@@ -327,19 +326,24 @@ pub(crate) fn model(facts: &Facts, dtype: DType, task: &Task) -> Ports {
     }
 }
 
+fn port(name: &str, dtype: DType, shape: &[&Dim]) -> Port {
+    Port { name: name.to_string(), dtype, shape: shape.iter().map(|&dim| dim.clone()).collect() }
+}
+
 /// Declares a graph's inputs.
 pub(crate) fn all_inputs<'g>(graph: &'g Graph, ports: &Ports) -> Vec<Value<'g>> {
     ports.inputs.iter().map(|port| graph.input(&port.name, port.dtype, &port.shape)).collect()
 }
 
-/// Declares the inputs of a graph that has `N`.
+/// Declares the inputs of a graph with `N` of them.
 pub(crate) fn inputs<'g, const N: usize>(graph: &'g Graph, ports: &Ports) -> [Value<'g>; N] {
     all_inputs(graph, ports).try_into().unwrap_or_else(|all: Vec<_>| panic!("{} inputs, not {N}", all.len()))
 }
 
-/// Declares a graph's outputs, which must be of the declared types, and behind them how large what is observed becomes.
+/// Declares a graph's outputs, which must have the dtypes and shapes of the ports, and [`activation_ranges`] behind
+/// them if anything is observed.
 pub(crate) fn outputs<'g>(graph: &'g Graph, ports: &Ports, values: impl Iterator<Item = Value<'g>>) {
-    let observed: Vec<Value> = graph.observed().iter().map(|(_, value)| value.greatest_absolute()).collect();
+    let observed: Vec<Value> = graph.observed().iter().map(|(_, value)| value.max_abs()).collect();
     let mut declared = ports.outputs.iter();
     for value in values {
         let port = declared.next().expect("no more outputs than ports");

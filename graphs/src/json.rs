@@ -1,5 +1,5 @@
-//! JSON as Python's `json` writes and reads it, which is how the files of a checkpoint come to be: `NaN`, `Infinity` and
-//! `-Infinity` stand for numbers there, and editors put a byte-order mark in front.
+//! JSON as Python's `json` reads and writes it, since that writes the files of checkpoints: with the numbers `NaN`,
+//! `Infinity` and `-Infinity`, and perhaps with the byte-order mark of an editor in front.
 
 use std::fmt;
 
@@ -8,10 +8,10 @@ use serde_json::Value;
 /// The byte-order mark that some editors put before UTF-8 text.
 pub const BYTE_ORDER_MARK: char = '\u{feff}';
 
-/// The numbers that JSON does not have. The longer comes first where one begins with the other.
+/// The numbers that JSON does not have. One that begins another comes after it.
 const NUMBERS: [&str; 3] = ["-Infinity", "Infinity", "NaN"];
 
-/// What a text is that is not JSON.
+/// A text that is not JSON; displays what it is instead.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Malformed(String);
 
@@ -23,10 +23,10 @@ impl fmt::Display for Malformed {
 
 impl std::error::Error for Malformed {}
 
-/// Reads a text. A number that JSON does not have becomes the string of its name, which no field for a number takes.
+/// Parses a text. A number that JSON does not have becomes a string with its name, which no reader of numbers accepts.
 ///
 /// # Errors
-/// What is wrong with a text that is not JSON, and in which line and column.
+/// What a text that is not JSON is instead, with line and column.
 pub fn parse(text: &str) -> Result<Value, Malformed> {
     let text = without_mark(text);
     serde_json::from_str(text).or_else(|error| {
@@ -34,7 +34,7 @@ pub fn parse(text: &str) -> Result<Value, Malformed> {
             return Err(malformed(text, &error));
         };
         serde_json::from_str(&quoted).map_err(|error| {
-            // Read once more with what keeps the columns.
+            // Once more with replacements of the same length, for the right column.
             let padded = replaced(text, |number| format!("{:1$}", 0, number.len()).chars().rev().collect());
             let padded = padded.unwrap_or_default();
             malformed(text, &serde_json::from_str::<Value>(&padded).err().unwrap_or(error))
@@ -42,12 +42,12 @@ pub fn parse(text: &str) -> Result<Value, Malformed> {
     })
 }
 
-/// A text without the byte-order mark in front of it.
+/// A text without its byte-order mark.
 pub fn without_mark(text: &str) -> &str {
     text.strip_prefix(BYTE_ORDER_MARK).unwrap_or(text)
 }
 
-/// Says what a text is that a parser of JSON has refused.
+/// Describes a text that a JSON parser has refused.
 pub fn malformed(text: &str, error: &serde_json::Error) -> Malformed {
     let text = without_mark(text);
     let place = format!("line {}, column {}", error.line(), error.column());
@@ -80,7 +80,7 @@ pub fn shown(value: &Value) -> String {
     cut(&value.to_string())
 }
 
-/// The text with the numbers that JSON does not have replaced, if there are any.
+/// The text with the numbers that JSON does not have replaced; none if there are no such numbers.
 fn replaced(text: &str, by: impl Fn(&str) -> String) -> Option<String> {
     let (mut out, mut found, mut in_string, mut rest) = (String::new(), false, false, text);
     while let Some(next) = rest.chars().next() {

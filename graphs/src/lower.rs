@@ -1,10 +1,10 @@
-//! How operators are written for a target: the portable form here, and in a file for each target the operators that its runtime
-//! does better. A new target is another `impl Lowering` with its [`Capabilities`], and an arm in
-//! [`Target::lowering`](crate::target::Target). Which operators make a layer is `attention.rs` and `nn.rs`: this module knows
-//! operators only.
+//! How operators are written for a target: the portable form here, and in a file for each target the operators that its
+//! runtime does better. A new target is another `impl Lowering` with its [`Capabilities`], and an arm in
+//! [`Target::lowering`](crate::target::Target). Which operators make a layer is `attention.rs` and `nn.rs`: this module
+//! knows operators only.
 //!
-//! The dtype of every step is part of the contract: what must stay float32 in half precision (norms, soft-caps, softmax) is
-//! cast here, where it is computed.
+//! The dtype of every step is part of the contract: what must stay float32 in half precision (norms, soft-caps,
+//! softmax) is cast here, where it is computed.
 
 mod cpu;
 mod cuda;
@@ -39,15 +39,16 @@ pub struct Capabilities {
     pub observes_activations: bool,
     /// Whether the graphs run on a device with memory of its own, where rows of the cache are moved by a graph.
     pub has_device_memory: bool,
-    /// Self-attention over a cache that is written in place: the number that `head_dim` has to be a multiple of. None if the
-    /// target has no such operator.
+    /// Self-attention over a cache that is written in place: the number that `head_dim` has to be a multiple of. None
+    /// if the target has no such operator.
     pub in_place_head_dim: Option<usize>,
     /// Whether the cache can be given a fixed capacity.
     pub static_cache: bool,
-    /// Whether several sources can lie side by side in a row of the encoder, which pays where padding is computed for nothing.
+    /// Whether several sources can lie side by side in a row of the encoder, which pays where padding is computed for
+    /// nothing.
     pub side_by_side: bool,
-    /// Whether the encoder's attention takes heads side by side in a row, as they come out of the projections, instead of on an
-    /// axis of their own.
+    /// Whether the encoder's attention takes heads side by side in a row, as they come out of the projections, instead
+    /// of on an axis of their own.
     pub attends_in_rows: bool,
     /// Whether an export can carry a serving plan: optimization profiles for the engines that are built from it.
     pub serving_plans: bool,
@@ -122,10 +123,11 @@ pub trait Lowering {
         x / ((x * x).mean() + eps).sqrt() * factor
     }
 
-    /// `x·cos + [−x₂, x₁]·sin` over the halves `x₁, x₂` of the last axis: x `[rows, length, heads, head_dim]`, cos and sin in x's
-    /// dtype, `[length, 1, head_dim / 2]` or, where every row has positions of its own, `[rows, length, 1, head_dim / 2]`.
+    /// `x·cos + [−x₂, x₁]·sin` over the halves `x₁, x₂` of the last axis: x `[rows, length, heads, head_dim]`, cos and
+    /// sin in x's dtype, `[length, 1, head_dim / 2]` or, where every row has positions of its own, `[rows, length, 1,
+    /// head_dim / 2]`.
     fn rotary<'g>(&self, x: Value<'g>, Rotation { cos, sin }: Rotation<'g>) -> Value<'g> {
-        let (x1, x2) = x.halves();
+        let (x1, x2) = x.split_halves();
         x * Value::concat(&[cos, cos], -1) + Value::concat(&[x2, x1], -1) * Value::concat(&[-sin, sin], -1)
     }
 
@@ -134,10 +136,11 @@ pub trait Lowering {
         attention_with_weights(attention).0
     }
 
-    /// An upper bound of the target tokens in any row, int32 `[1]`, for attention over a cache that is written in place. `last`
-    /// int32 `[rows]` is the position of each row's last token; `past` the keys so far, `[rows, kv_heads, capacity, head_dim]`.
+    /// An upper bound of the target tokens in any row, int32 `[1]`, for attention over a cache that is written in
+    /// place. `last` int32 `[rows]` is the position of each row's last token; `past` the keys so far, `[rows, kv_heads,
+    /// capacity, head_dim]`.
     fn longest_row<'g>(&self, last: Value<'g>, _past: Option<Value<'g>>) -> Value<'g> {
-        last.greatest(0) + last.graph().constant(DType::Int32, &[1], Data::Ints(vec![1]))
+        last.reduce_max(0) + last.graph().constant(DType::Int32, &[1], Data::Ints(vec![1]))
     }
 }
 
@@ -149,10 +152,11 @@ pub fn softcap(x: Value<'_>, cap: Option<f64>) -> Value<'_> {
     }
 }
 
-/// The portable form of [`Lowering::attention`], and the softmax in it: float32 `[batch, kv_heads, group, queries, keys]`.
+/// The portable form of [`Lowering::attention`], and the softmax in it: float32 `[batch, kv_heads, group, queries,
+/// keys]`.
 ///
-/// The least finite number stands for −∞: a padded query that sees nothing then averages its keys, where −∞ would give NaN,
-/// which reaches real rows through `0 · NaN`.
+/// The least finite number stands for −∞: a padded query that sees nothing then averages its keys, where −∞ would give
+/// NaN, which reaches real rows through `0 · NaN`.
 pub fn attention_with_weights(a: Attention<'_>) -> (Value<'_>, Value<'_>) {
     let [batch, queries, heads, head_dim] = [0, 1, 2, 3].map(|axis| a.query.dim(axis));
     let [kv_heads, keys] = [1, 2].map(|axis| a.key.dim(axis));
@@ -169,7 +173,7 @@ pub fn attention_with_weights(a: Attention<'_>) -> (Value<'_>, Value<'_>) {
         .reshape(&[batch.clone(), kv_heads.clone(), queries.times(&group.into()), head_dim.clone()]);
     let scores = q.matmul(a.key.transpose(&[0, 1, 3, 2])).cast(DType::Float32);
     let grouped = [batch.clone(), kv_heads.clone(), group.into(), queries.clone(), keys.clone()];
-    let bias = a.visible.choose(DType::Float32, 0.0, f32::MIN.into());
+    let bias = a.visible.select(DType::Float32, 0.0, f32::MIN.into());
     let weights = (softcap(scores, a.cap).reshape(&grouped) + bias).softmax();
 
     let read = weights

@@ -1,5 +1,5 @@
-//! `manifest.json`: what the exporter says of a model folder and the runtime checks before it trusts one. Plain data; the
-//! exporter fills it, the runtime compares it with the files.
+//! `manifest.json`: what the exporter records about a model folder, and what the runtime checks the files against and
+//! takes its facts from. Plain data; `versions.rs` reads it.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -8,15 +8,15 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::{ConfigError, Family};
 use crate::facts::Facts;
-use crate::interface::{self, CacheLayout, DType, Logits, Part, Ports, Returned};
+use crate::interface::{self, CacheLayout, DType, DecoderOutputs, GraphSpec, Logits, Ports};
 use crate::quantization::Quantization;
 use crate::task::Task;
 use crate::tensors::Role;
 
-/// The name of the file, beside the graphs.
+/// The name of the file.
 pub const MANIFEST: &str = "manifest.json";
-/// The name of the file of a model that generates only some tokens of the vocabulary: their ids, a JSON array, ascending. The
-/// logits are theirs, in this order.
+/// The name of the file with the tokens that a model can generate, if that is not the whole vocabulary: a JSON array of
+/// ids, ascending, in the order of the logits.
 pub const KEPT_TOKENS: &str = "kept_tokens.json";
 /// The value of `format`.
 pub const FORMAT: &str = "t5gemma-onnx";
@@ -26,7 +26,7 @@ pub const FORMAT_VERSION: u32 = 2;
 pub const OLDEST_FORMAT_VERSION: u32 = 1;
 /// Bytes of one sampled block of the weights: see [`WeightsRecord::sample_sha256`].
 pub const SAMPLE_BLOCK: u64 = 4096;
-/// Sampled blocks at most, spread evenly over the weights.
+/// The most blocks of the weights that are sampled.
 pub const SAMPLE_BLOCKS: u64 = 256;
 
 /// The document.
@@ -44,40 +44,41 @@ pub struct Manifest {
     /// What the graphs are for; left out where that is generation.
     #[serde(default, skip_serializing_if = "Task::is_generation")]
     pub task: Task,
-    /// The lowering of the graphs: `portable`, …
+    /// The target that the graphs are written for: `portable`, `cpu`, `cuda` or `tensorrt`.
     pub target: String,
-    /// Type of weights, activations and caches.
+    /// Dtype of weights, activations and caches.
     pub dtype: DType,
     /// Version of the standard operator set.
     pub opset: u32,
     /// Whether positions exactly one window apart see each other in the encoder: `inclusive` or `exclusive`.
     pub encoder_window: EncoderWindow,
-    /// Whether the numbers in the encoder's `attention_mask` say which of several sources that lie side by side in a row a token
-    /// belongs to, from 1 on; 0 is padding.
+    /// Whether several sources can lie side by side in a row of the encoder: `attention_mask` then has the number of
+    /// each token's source, from 1 on, or 0 for padding.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub side_by_side: bool,
-    /// Positions whose logits the decoder graphs return.
+    /// The logits that the decoder graphs return.
     pub logits: Logits,
-    /// How many tokens have logits, if not all of the vocabulary: those of [`KEPT_TOKENS`].
+    /// The number of tokens that have logits, if not the whole vocabulary: those in [`KEPT_TOKENS`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kept_tokens: Option<usize>,
-    /// Decoder layers whose cross-attention the decoder graphs return the mean of; empty where they return none.
+    /// The decoder layers whose mean cross-attention the decoder graphs return; none if empty.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub alignment_layers: Vec<usize>,
-    /// How the keys and values of the target pass from step to step.
+    /// How the keys and values of the target tokens pass from step to step.
     #[serde(default)]
     pub cache: CacheLayout,
-    /// What it is going to be served with, as `t5gemma-export --plan` was told, for people; what the engines take is in
+    /// The serving plan, as given to `t5gemma-export --plan`, for people; what engines are built with is in
     /// [`PROFILES_FILE`](interface::PROFILES_FILE).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub plan: Option<String>,
-    /// Which matrices are held in few bits.
+    /// Which matrices are quantized, and how.
     #[serde(default)]
     pub quantization: Quantization,
-    /// Of the graphs whose activations are observed, what they are multiplied with, in the order of the last output.
+    /// For each graph with observed activations, the matrices whose operands are observed, in the order of its last
+    /// output.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub observed: BTreeMap<String, Vec<String>>,
-    /// Numbers in the model, counted once each.
+    /// The number of parameters, each tensor counted once.
     pub parameters: u64,
     /// What a runtime needs to know of the model besides its graphs.
     pub facts: Facts,
@@ -85,51 +86,50 @@ pub struct Manifest {
     pub source: Source,
     /// The graphs: `encoder`, `decoder` and `decoder_with_past`, or for tasks other than generation one `model`.
     pub graphs: BTreeMap<String, GraphRecord>,
-    /// The file of weights under all graphs.
+    /// The weights file that all graphs share.
     pub weights: WeightsRecord,
     /// Every other file of the folder but this one.
     pub files: BTreeMap<String, FileRecord>,
 }
 
 impl Manifest {
-    /// What the decoder graphs return besides keys and values.
-    pub fn returned(&self) -> Returned {
+    /// The outputs of the decoder graphs besides keys and values.
+    pub fn decoder_outputs(&self) -> DecoderOutputs {
         let (logits, kept_tokens) = (self.logits, self.kept_tokens);
-        Returned { logits, kept_tokens, alignment: !self.alignment_layers.is_empty() }
+        DecoderOutputs { logits, kept_tokens, cross_attentions: !self.alignment_layers.is_empty() }
     }
 
-    /// The graphs that a model of this manifest has, in the order in which they are run.
-    pub fn parts(&self) -> Vec<Part> {
-        let mut parts = interface::parts(&self.facts, self.dtype, self.returned(), self.cache, &self.task);
-        for part in &mut parts {
-            let observed = self.observed.get(part.name).map(|names| interface::activation_ranges(names.len()));
-            part.ports.outputs.extend(observed);
+    /// The graphs that the model has to have, in the order in which they are run.
+    pub fn graph_specs(&self) -> Vec<GraphSpec> {
+        let mut specs = interface::graphs(&self.facts, self.dtype, self.decoder_outputs(), self.cache, &self.task);
+        for spec in &mut specs {
+            let observed = self.observed.get(spec.name).map(|names| interface::activation_ranges(names.len()));
+            spec.ports.outputs.extend(observed);
         }
-        parts
+        specs
     }
 }
 
-/// How large the numbers become that matrices are multiplied with: what `t5gemma calibrate` writes and
-/// `t5gemma-export --calibrate` reads.
+/// The ranges of activations: what `t5gemma calibrate` writes and `t5gemma-export --calibrate` reads.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ActivationRanges {
-    /// Texts that they were found with.
+    /// The number of texts that they were measured with.
     pub texts: usize,
-    /// Of the greatest absolute numbers in each text, this percentile is given; 100 is the greatest of all.
+    /// The percentile, over texts, of the greatest absolute number in each text; 100 is the greatest of all.
     pub percentile: f64,
-    /// By the checkpoint's name of the matrix.
+    /// `max |x|` of the operand of each matrix, by the checkpoint's name of the matrix.
     pub ranges: BTreeMap<String, f32>,
 }
 
-/// Which positions a sliding encoder layer of window `W` sees.
+/// The positions that an encoder layer with a sliding window `W` sees.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum EncoderWindow {
     /// `|query - key| <= W`: transformers 5.4 and later, eager attention.
     #[default]
     Inclusive,
-    /// `|query - key| < W`: Google's own code, transformers up to 5.3, flash attention.
+    /// `|query - key| < W`: Google's own code, transformers up to 5.3, and flash attention.
     Exclusive,
 }
 
@@ -137,9 +137,9 @@ pub enum EncoderWindow {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Source {
-    /// The checkpoint's files with their hashes.
+    /// A checkpoint: the records of its weights files.
     Checkpoint(BTreeMap<String, FileRecord>),
-    /// Random weights, for measuring a size.
+    /// Random weights, to measure a size.
     Dummy {
         /// The seed of the generator.
         seed: u64,
@@ -151,11 +151,11 @@ pub enum Source {
 pub struct FileRecord {
     /// Size in bytes.
     pub bytes: u64,
-    /// SHA-256 of the content, in lower-case hexadecimal.
+    /// SHA-256 of the content, lower-case hexadecimal.
     pub sha256: String,
 }
 
-/// One graph: its file, its ports, and the weights it refers to.
+/// One graph: its file, its ports, and the weights it uses.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct GraphRecord {
     /// File name.
@@ -166,11 +166,11 @@ pub struct GraphRecord {
     /// Inputs and outputs.
     #[serde(flatten)]
     pub ports: Ports,
-    /// Names of the tensors in [`WeightsRecord::tensors`] that are initializers of this graph.
+    /// The names of its initializers in [`WeightsRecord::tensors`].
     pub weights: Vec<String>,
 }
 
-/// The weights file and what lies where in it.
+/// The weights file and its tensors.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct WeightsRecord {
     /// File name.
@@ -178,8 +178,8 @@ pub struct WeightsRecord {
     /// Size and hash of the file.
     #[serde(flatten)]
     pub record: FileRecord,
-    /// SHA-256 over up to [`SAMPLE_BLOCKS`] blocks of [`SAMPLE_BLOCK`] bytes, the `i`-th of `n` blocks starting at
-    /// `i * (bytes - SAMPLE_BLOCK) / (n - 1)`: enough to notice another model's weights without reading gigabytes.
+    /// SHA-256 over up to [`SAMPLE_BLOCKS`] blocks of [`SAMPLE_BLOCK`] bytes, block `i` of `n` starting at
+    /// `i * (bytes - SAMPLE_BLOCK) / (n - 1)`: enough to detect the weights of another model without reading gigabytes.
     pub sample_sha256: String,
     /// The tensors, in the order of the file.
     pub tensors: Vec<TensorRecord>,
@@ -188,7 +188,7 @@ pub struct WeightsRecord {
 /// One tensor of the weights file.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TensorRecord {
-    /// Name of the initializer in every graph that uses it.
+    /// The name of the initializer in every graph that uses it.
     pub name: String,
     /// What it is for.
     pub role: Role,
@@ -200,7 +200,7 @@ pub struct TensorRecord {
     pub offset: u64,
     /// Length in bytes.
     pub bytes: u64,
-    /// An earlier tensor that is the same bytes in another shape, if this one is.
+    /// An earlier tensor with the same bytes in another shape, if there is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub same_bytes_as: Option<String>,
 }

@@ -1,4 +1,4 @@
-//! The blocks that both stacks are made of besides attention: one equation each, over a residual stream `[tokens, hidden]`.
+//! The blocks besides attention: one equation each, over a residual stream `[tokens, hidden]`.
 
 use crate::onnx::{DType, Data, Value};
 use crate::weights::{StackedPart, Weights};
@@ -16,11 +16,11 @@ pub struct Linear {
 
 /// Several linear layers of one input, stored and computed as one.
 pub struct Stacked<'a> {
-    /// The name of the one.
+    /// The name of the stacked layer.
     pub name: &'a str,
-    /// The layers, in the order of the output.
+    /// The single layers, in the order of the output.
     pub parts: &'a [StackedPart<'a>],
-    /// The shape of the one.
+    /// The shape of the stacked layer.
     pub linear: Linear,
 }
 

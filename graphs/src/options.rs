@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::config::Config;
-use crate::interface::{CacheLayout, DType, Interface, Logits, Returned};
+use crate::interface::{CacheLayout, DType, DecoderOutputs, Interface, Logits};
 use crate::manifest::EncoderWindow;
 use crate::quantization::{Activations, Quantization};
 use crate::target::Target;
@@ -18,7 +18,7 @@ pub struct Options {
     pub target: Target,
     /// Dtype of weights, activations and caches.
     pub dtype: DType,
-    /// The positions whose logits the decoder graphs return.
+    /// The logits that the decoder graphs return.
     pub logits: Logits,
     /// The decoder layers whose mean cross-attention the decoder graphs return; none if empty.
     pub alignment_layers: Vec<usize>,
@@ -26,7 +26,7 @@ pub struct Options {
     pub encoder_window: EncoderWindow,
     /// Which matrices are quantized, and how.
     pub quantization: Quantization,
-    /// What is known of the activations that matrices are multiplied with.
+    /// What is known of activations, and what is done to them.
     pub activations: Activations,
     /// A fixed capacity of the cache, in target tokens; none for the layout that the target has.
     pub capacity: Option<usize>,
@@ -48,17 +48,17 @@ pub struct Vocabulary {
 impl Options {
     /// The ports of the graphs that these options give.
     pub fn interface(&self, config: &Config) -> Interface {
-        Interface::of(&config.facts(), self.dtype, self.returned(), self.cache(config))
+        Interface::of(&config.facts(), self.dtype, self.decoder_outputs(), self.cache(config))
     }
 
-    /// What the decoder graphs return besides keys and values.
-    pub fn returned(&self) -> Returned {
+    /// The outputs of the decoder graphs besides keys and values.
+    pub fn decoder_outputs(&self) -> DecoderOutputs {
         let kept_tokens = self.vocabulary.kept.as_ref().map(|kept| kept.len());
-        Returned { logits: self.logits, kept_tokens, alignment: !self.alignment_layers.is_empty() }
+        DecoderOutputs { logits: self.logits, kept_tokens, cross_attentions: !self.alignment_layers.is_empty() }
     }
 
-    /// Whether the numbers in the encoder's `attention_mask` say which of several sources in a row a token belongs to. Only graphs
-    /// that return states of each token can keep sources apart.
+    /// Whether the numbers in the encoder's `attention_mask` say which of several sources in a row a token belongs to.
+    /// Only graphs that return states of each token can keep sources apart.
     pub fn reads_side_by_side(&self) -> bool {
         let returns_tokens = match &self.task {
             Task::Text2TextGeneration => true,

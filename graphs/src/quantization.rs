@@ -1,4 +1,4 @@
-//! Which matrices are held in few bits: plain data, decided by the exporter and recorded in the manifest.
+//! Which matrices are quantized, and how: plain data, decided by the exporter and recorded in the manifest.
 
 use std::collections::BTreeMap;
 
@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::onnx::Blocks;
 use crate::tensors::Role;
 
-/// How the matrices of each part are held; none as they are.
+/// How the matrices of each part of the model are quantized; those without a format are not.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Quantization {
@@ -15,9 +15,9 @@ pub struct Quantization {
     pub encoder: Option<Blocks>,
     /// The decoder's layers.
     pub decoder: Option<Blocks>,
-    /// The output head, and the decoder's embedding where the head is tied to it.
+    /// The output head and the decoder's embedding.
     pub head: Option<Blocks>,
-    /// Checkpoint names of matrices that are left as they are; `*` stands for any text.
+    /// Checkpoint names of matrices that are not quantized; `*` matches any text.
     pub exclude: Vec<String>,
 }
 
@@ -36,30 +36,30 @@ impl Quantization {
         }
     }
 
-    /// How the parts are held that are held in few bits.
-    pub fn parts(&self) -> impl Iterator<Item = Blocks> {
+    /// The formats in use, one for each part of the model that is quantized.
+    pub fn formats(&self) -> impl Iterator<Item = Blocks> {
         [self.encoder, self.decoder, self.head].into_iter().flatten()
     }
 
-    /// Whether anything may be held in few bits.
+    /// Whether any part of the model is quantized.
     pub fn is_any(&self) -> bool {
-        self.parts().next().is_some()
+        self.formats().next().is_some()
     }
 }
 
-/// What is known of the numbers that matrices are multiplied with.
+/// What is known of the activations that matrices are multiplied with, and what is done to them.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub enum Activations {
-    /// Nothing: they are as they come.
+    /// Nothing is known, and nothing done.
     #[default]
     Unknown,
-    /// How large they become is to be told: [`ACTIVATION_RANGES`](crate::interface::ACTIVATION_RANGES).
+    /// Their ranges are an output of the graphs: see [`activation_ranges`](crate::interface::activation_ranges).
     Observed,
-    /// How large they become, by the checkpoint's name of the matrix. They are rounded to 8 bits where the matrix is.
+    /// Their ranges, by the checkpoint's name of the matrix. They are quantized to 8 bits where the matrix is.
     Ranges(BTreeMap<String, f32>),
 }
 
-/// Whether `pattern`, in which `*` stands for any text, describes all of `name`.
+/// Whether `pattern`, in which `*` matches any text, matches the whole `name`.
 pub fn matches(pattern: &str, name: &str) -> bool {
     let mut parts = pattern.split('*');
     let first = parts.next().unwrap_or_default();
@@ -79,7 +79,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_star_stands_for_any_text() {
+    fn a_star_matches_any_text() {
         let cases = [
             ("a.b", "a.b", true),
             ("a.b", "a.bc", false),
@@ -96,8 +96,8 @@ mod tests {
     }
 
     #[test]
-    fn a_matrix_is_held_as_its_part_is() {
-        let blocks = |bits| Some(Blocks::whole(bits, 32));
+    fn a_matrix_is_quantized_as_its_part_of_the_model() {
+        let blocks = |bits| Some(Blocks::integer(bits, 32));
         let quantization =
             Quantization { encoder: blocks(8), decoder: blocks(4), head: None, exclude: vec!["*.layers.0.*".into()] };
         let of = |quantization: &Quantization, name: &str, role| quantization.of(name, Some(role));

@@ -1,18 +1,18 @@
-//! Rotary positions (RoFormer, arXiv 2104.09864), in the half-split form of Gemma: the angles are float32 whatever x is.
+//! Rotary positions (RoFormer, arXiv 2104.09864) in the half-split form, with angles in float32.
 
 use crate::lower::Rotation;
 use crate::onnx::{DType, Data, Value};
 use crate::sequence::Tokens;
 use crate::weights::Weights;
 
-/// x turned by the angles of its tokens' positions: x and the result `[rows, length, heads, head_dim]`.
+/// x rotated by the angles of its tokens' positions: x and the result `[rows, length, heads, head_dim]`.
 pub fn rotary<'g>(x: Value<'g>, tokens: &Tokens<'g>, w: &Weights<'g>) -> Value<'g> {
     let angles = angles(tokens.positions, &[1, 2], w); // [length, 1, head_dim / 2]
     w.lowering.rotary(x, Rotation { cos: angles.cos().cast(x.dtype()), sin: angles.sin().cast(x.dtype()) })
 }
 
-/// The angles `position · f_j`, float32. Positions `[…]` become `[…, head_dim / 2]`, with the new axes `axes`: of length 1, but for
-/// the last, which is that of the angles.
+/// The angles `position · f_j`, float32: positions `[…]` get the new axes `axes`, the last of length `head_dim / 2` and
+/// the others of length 1.
 pub fn angles<'g>(positions: Value<'g>, axes: &[isize], w: &Weights<'g>) -> Value<'g> {
     let mut shape = vec![1; axes.len()];
     shape.push(w.stack.head_dim / 2);
@@ -21,7 +21,7 @@ pub fn angles<'g>(positions: Value<'g>, axes: &[isize], w: &Weights<'g>) -> Valu
     positions.cast(DType::Float32).unsqueeze(axes) * frequencies
 }
 
-/// Cosines and sines of the angles of every position there can be: float32 `[max_position_embeddings, head_dim / 2]` each.
+/// Cosines and sines of the angles of all positions, float32 `[max_position_embeddings, head_dim / 2]` each.
 pub fn tables<'g>(w: &Weights<'g>) -> Rotation<'g> {
     let shape = [w.stack.max_position_embeddings, w.stack.head_dim / 2];
     let table = |name, function: fn(f32) -> f32| {

@@ -1,5 +1,5 @@
-//! What attention works on besides the residual stream: tokens with their positions, the keys and values of a layer, and what the
-//! layers of a decoder share.
+//! The inputs of attention besides the residual stream: tokens with their positions, keys and values, and the context
+//! that the layers of a decoder share.
 
 use crate::interface::CacheLayout;
 use crate::onnx::{Dim, Graph, Value};
@@ -37,25 +37,25 @@ impl<'g> Tokens<'g> {
         Tokens { rows, length, positions }
     }
 
-    /// Tokens of several sources side by side in a row: `mask`, int64 `[rows, length]`, has the number of a token's source, from 1
-    /// on, or 0 for padding. Also which tokens see each other, bool `[rows, 1, 1, length, length]`; padding sees the first source, as
-    /// it does where a row is one source.
+    /// The tokens of several sources side by side in a row, and which of them see each other, bool `[rows, 1, 1,
+    /// length, length]`. `mask`, int64 `[rows, length]`, has the number of a token's source, from 1 on, or 0 for
+    /// padding, which sees the first source, as in a row with one source.
     pub fn side_by_side(graph: &'g Graph, ids: Value<'g>, mask: Value<'g>) -> (Tokens<'g>, Value<'g>) {
         let tokens = Tokens::from_start(graph, ids);
-        let visible = mask.at_least(1.0).unsqueeze(&[2]).equals(mask.unsqueeze(&[1])); // [rows, length, length]
-        // Every source has the positions that it has alone, so that its states are the same numbers.
-        let positions = (tokens.positions.unsqueeze(&[0]) - visible.first_true()).at_least(0.0);
+        let visible = mask.clamp_min(1.0).unsqueeze(&[2]).equal(mask.unsqueeze(&[1])); // [rows, length, length]
+        // Each source has the positions that it would have alone, so that its states are the same numbers.
+        let positions = (tokens.positions.unsqueeze(&[0]) - visible.first_true()).clamp_min(0.0);
         (Tokens { positions, ..tokens }, visible.unsqueeze(&[1, 2]))
     }
 }
 
-/// What the layers of a decoder share in a run.
+/// The inputs that the layers of a decoder share.
 pub struct Context<'g> {
     /// The target tokens.
     pub tokens: Tokens<'g>,
     /// Which source tokens they see: bool `[batch, 1, 1, 1, source]`.
     pub source_mask: Value<'g>,
-    /// Which target tokens are seen at all, bool `[batch, 1, 1, 1, target]`; none if there is no padding among them.
+    /// Which target tokens are not padding, bool `[batch, 1, 1, 1, target]`; none if all of them.
     pub target_mask: Option<Value<'g>>,
     /// How their keys and values pass to the next step.
     pub cache: CacheLayout,

@@ -1,8 +1,9 @@
-//! The first family, T5Gemma (arXiv 2504.06225): two Gemma 2 stacks (arXiv 2408.00118), the decoder's with cross-attention. The
-//! equations are those of transformers 5.23 with eager attention.
+//! The first family, T5Gemma (arXiv 2504.06225): two Gemma 2 stacks (arXiv 2408.00118), the decoder's with
+//! cross-attention. The equations are those of transformers 5.23 with eager attention.
 //!
-//! Read `config.rs` for what varies from model to model, `encoder.rs` and `decoder.rs` for the layers, then `decoder_init.rs` and
-//! `decoder_step.rs`, the two graphs of the decoder; `features.rs` and `classifier.rs` are the graphs of the other tasks.
+//! Read `config.rs` for what varies from model to model, `encoder.rs` and `decoder.rs` for the layers, then
+//! `decoder_init.rs` and `decoder_step.rs`, the two graphs of the decoder; `features.rs` and `classifier.rs` are the
+//! graphs of the other tasks.
 
 pub mod config;
 mod tensors;
@@ -24,7 +25,7 @@ use crate::options::Options;
 use crate::task::Task;
 use crate::weights::Weights;
 
-/// The graphs of the options' task, in the order of [`interface::parts`](crate::interface::parts).
+/// The graphs of the options' task, in the order of [`interface::graphs`](crate::interface::graphs).
 pub fn definitions(config: &Config, options: &Options) -> Vec<Definition> {
     match &options.task {
         Task::Text2TextGeneration => vec![

@@ -1,5 +1,5 @@
-//! The runtimes that graphs are written for. What each can do is in its [`Capabilities`]; how operators are written for it, in
-//! [`lower`](crate::lower).
+//! The runtimes that graphs are written for. What each can do is in its [`Capabilities`]; how operators are written for
+//! it, in [`lower`](crate::lower).
 
 use crate::lower::{self, Capabilities, Lowering};
 

@@ -1,11 +1,11 @@
-//! `Task`: what a model folder is for, under Hugging Face's names of tasks. Plain data that the exporter writes into the
-//! manifest and the runtime reads; the graphs of each task are in the files named for what they compute.
+//! `Task`: what a model folder is for, by Hugging Face's task names. Plain data that the exporter writes into the
+//! manifest and the runtime reads.
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-/// What a model folder is for, which decides its graphs.
+/// What a model folder is for; it decides which graphs there are.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "name", rename_all = "kebab-case")]
 pub enum Task {
@@ -25,27 +25,27 @@ pub enum Task {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Features {
-    /// How the states of a source become one vector.
+    /// How the states of a source are pooled.
     pub pooling: Pooling,
-    /// Whether vectors are divided by their Euclidean length.
+    /// Whether vectors are divided by their Euclidean norm.
     pub normalize: bool,
-    /// Which of Hugging Face's `hidden_states`: 0 is the embedding, `n` what layer `n` returns, the last is normed.
-    /// Negative numbers count from the end; a manifest has none.
+    /// An index into Hugging Face's `hidden_states`: 0 is the embedding, `n` the output of the `n`-th layer, and the
+    /// last one is normed. Negative indices count from the end; manifests have none.
     pub hidden_layer: i64,
 }
 
-/// How the states of a source become one vector.
+/// How the states of a source are pooled to one vector.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Pooling {
-    /// They do not: every token keeps its own.
+    /// Not at all: every token keeps its own.
     #[default]
     None,
-    /// The mean over the tokens that take part.
+    /// The mean over tokens that are not padding.
     Mean,
-    /// The state of the first token that takes part.
+    /// The state of the first token that is not padding.
     First,
-    /// The state of the last token that takes part.
+    /// The state of the last token that is not padding.
     Last,
 }
 
@@ -80,14 +80,15 @@ impl fmt::Display for Pooling {
 }
 
 impl Default for Features {
-    /// The last hidden states as they are.
+    /// The last hidden states, unchanged.
     fn default() -> Features {
         Features { pooling: Pooling::None, normalize: false, hidden_layer: -1 }
     }
 }
 
 impl Features {
-    /// The number of layers that the states have passed, of an encoder with `all` layers; none if there are not as many.
+    /// The number of layers that the states have passed, of an encoder with `all` layers; none if there are not as
+    /// many.
     pub fn layers(&self, all: usize) -> Option<usize> {
         match usize::try_from(self.hidden_layer) {
             Ok(layer) => Some(layer).filter(|&layer| layer <= all),
@@ -97,7 +98,7 @@ impl Features {
 }
 
 impl Task {
-    /// Every task by its name, with default settings.
+    /// Every task, with default settings.
     pub fn all() -> [Task; 4] {
         let features = Task::FeatureExtraction(Features::default());
         [Task::Text2TextGeneration, features, Task::TextClassification, Task::TokenClassification]
@@ -118,7 +119,7 @@ impl Task {
         matches!(self, Task::FeatureExtraction(_)) || self.name() == own.name()
     }
 
-    /// Whether this is the task of a manifest that names none.
+    /// Whether this is generation, the task of a manifest that names none.
     pub fn is_generation(&self) -> bool {
         *self == Task::Text2TextGeneration
     }

@@ -1,4 +1,4 @@
-//! How a family names the tensors of its checkpoints, and what each of them is for.
+//! The names of a family's tensors, and their roles.
 
 use serde::{Deserialize, Serialize};
 
@@ -14,9 +14,11 @@ pub enum Role {
     DecoderEmbedding,
     /// The decoder's layers and final norm, but for those of [`Role::CrossKeyValue`].
     Decoder,
-    /// A decoder's weight that is multiplied with the hidden states of the source rather than with states of the target.
+    /// A decoder's weight that is multiplied with the hidden states of the source rather than with states of the
+    /// target.
     CrossKeyValue,
-    /// Multiplied with the last hidden state, for logits. A table that is both this and the decoder's embedding is this.
+    /// Multiplied with the last hidden state, for logits. A table that is both this and the decoder's embedding is
+    /// this.
     Head,
     /// Multiplied with hidden states, for the scores of labels.
     Classifier,
@@ -25,8 +27,8 @@ pub enum Role {
 /// The names of a family's tensors.
 #[derive(Debug)]
 pub struct Tensors {
-    /// The decoder's embedding, `[vocab_size, hidden_size]`: first its own name, then the tensors that stand for it, in this
-    /// order, where embeddings are tied and it is not stored.
+    /// The decoder's embedding, `[vocab_size, hidden_size]`: first its own name, then the tensors that stand for it, in
+    /// this order, where embeddings are tied and it is not stored.
     pub decoder_embedding: &'static [&'static str],
     /// The output head, `[vocab_size, hidden_size]`: as for the embedding.
     pub head: &'static [&'static str],

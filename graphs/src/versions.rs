@@ -1,5 +1,6 @@
-//! Reads manifests of every version of the format that can still be read. Version 1 had no family, no facts and no roles of tensors:
-//! its readers took them from `config.json` and from the names of tensors, and so does [`Manifest::read`], once.
+//! Reads manifests of every version of the format that can still be read. Version 1 had no family, no facts and no
+//! roles of tensors: its readers took them from `config.json` and from the names of tensors, and so does
+//! [`Manifest::read`], once.
 
 use serde_json::{Map, Value, json};
 

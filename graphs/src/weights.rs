@@ -1,5 +1,6 @@
-//! The cursor by which a block reaches its weights: step into a name, ask for a tensor with the shape it must have. How a matrix is
-//! stored (in a float type, or quantized in the way of the target) is decided here, so that equations do not know it.
+//! The cursor by which a block reaches its weights: step into a name, ask for a tensor with the shape it must have. How
+//! a matrix is stored (in a float type, or quantized in the way of the target) is decided here, so that equations do
+//! not know it.
 
 use std::sync::Arc;
 
@@ -10,8 +11,8 @@ use crate::options::Options;
 use crate::quantization::Activations;
 use crate::tensors::Role;
 
-/// A place in the checkpoint, for the blocks of one stack. It carries what every block needs with its weights: the configuration of
-/// the stack, and how operators are lowered.
+/// A path in the checkpoint, for the blocks of one stack. It carries what every block needs besides its weights: the
+/// sizes of the stack and the lowering.
 #[derive(Clone)]
 pub struct Weights<'g> {
     pub graph: &'g Graph,
@@ -24,10 +25,10 @@ pub struct Weights<'g> {
     kept: Option<Arc<[usize]>>,
 }
 
-/// One of several matrices that are stored as one, one above the other.
+/// One of several matrices that are stored as one, concatenated along the rows.
 #[derive(Clone, Copy)]
 pub struct StackedPart<'a> {
-    /// The matrix's place.
+    /// The path of the matrix.
     pub name: &'a str,
     /// Its rows.
     pub rows: usize,
@@ -44,13 +45,13 @@ impl<'g> Weights<'g> {
         Weights { graph, stack, lowering: options.target.lowering(), options, role, path: String::new(), kept: None }
     }
 
-    /// The place called `name` under this one.
+    /// The path extended by `name`.
     pub fn at(&self, name: &str) -> Weights<'g> {
         let path = if self.path.is_empty() { name.to_string() } else { format!("{}.{name}", self.path) };
         Weights { path, ..self.clone() }
     }
 
-    /// The same place, with only some of the rows of its `[vocab_size, …]`.
+    /// The same path, with only some of the `vocab_size` rows of its tensor.
     pub fn keeping(&self, rows: Option<&Arc<[usize]>>) -> Weights<'g> {
         Weights { kept: rows.cloned(), ..self.clone() }
     }
@@ -60,22 +61,22 @@ impl<'g> Weights<'g> {
         self.kept.as_ref().map(|kept| kept.len())
     }
 
-    /// Names nodes by this place until the scope is dropped.
+    /// Puts this path before the names of nodes until the scope is dropped.
     pub fn scope(&self) -> Scope<'g> {
         self.graph.scope(&self.path)
     }
 
-    /// The matrix or bias at this place, in a float type.
+    /// The matrix or bias at this path, in a float type.
     pub fn tensor(&self, shape: &[usize]) -> Value<'g> {
         self.graph.parameter(&self.name(), &self.source(shape), self.dtype(), shape, Adjust::AsIs)
     }
 
-    /// `1 +` the vector at this place, in float32 whatever dtype the matrices have.
+    /// `1 +` the vector at this path, in float32 whatever dtype the matrices have.
     pub fn one_plus(&self, size: usize) -> Value<'g> {
         self.graph.parameter(&self.path, &self.source(&[size]), DType::Float32, &[size], Adjust::OnePlus)
     }
 
-    /// The matrix `[out, in]` at this place, to be multiplied with.
+    /// The matrix `[out, in]` at this path, as an operand.
     pub fn matrix(&self, shape: [usize; 2]) -> Matrix<'g> {
         match self.quantization() {
             Some(blocks) => Matrix::Packed(self.packed(&self.source(&shape), shape, blocks)),
@@ -83,8 +84,8 @@ impl<'g> Weights<'g> {
         }
     }
 
-    /// The matrices under this place, one above the other, as one matrix `[sum of rows, input]` called `name`. Quantized only if all
-    /// of them are, in the same way.
+    /// The matrices under this path, concatenated to one matrix `[sum of rows, input]` called `name`. It is quantized
+    /// only if all of them are, in the same format.
     pub fn stacked_matrix(&self, name: &str, parts: &[StackedPart], input: usize) -> Matrix<'g> {
         let sources: Vec<Part> =
             (parts.iter()).map(|part| self.at(part.name).at("weight").part(vec![part.rows, input])).collect();
@@ -99,15 +100,16 @@ impl<'g> Weights<'g> {
         }
     }
 
-    /// The biases of the matrices of [`Weights::stacked_matrix`], as one.
+    /// The biases of the matrices of [`Weights::stacked_matrix`], concatenated.
     pub fn stacked_bias(&self, name: &str, parts: &[StackedPart]) -> Value<'g> {
         let sources: Vec<Part> = parts.iter().map(|part| self.at(part.name).at("bias").part(vec![part.rows])).collect();
         let shape = [parts.iter().map(|part| part.rows).sum()];
         self.graph.parameter(&self.at(name).at("bias").path, &sources, self.dtype(), &shape, Adjust::AsIs)
     }
 
-    /// The quantized table `[n, k]` at this place, to be looked up in; none if it is not quantized. A table that is also the head
-    /// has been packed for that, and is read under a second name in the shape that fits here. Rows must be whole blocks.
+    /// The quantized embedding table `[n, k]` at this path; none if it is not quantized, or cannot be looked up in
+    /// because a row is not a multiple of blocks. If the table is also the head, its packed bytes get a second name
+    /// with the shape that the lookup takes.
     pub fn packed_table(&self, [n, k]: [usize; 2]) -> Option<Packed<'g>> {
         let is_head = self.path == self.options.vocabulary.head;
         let blocks = self.quantization().map(|blocks| if is_head { blocks } else { blocks.for_embedding() });
@@ -119,10 +121,11 @@ impl<'g> Weights<'g> {
         Some(Packed { numbers, ..self.packed(&parts, [n, k], blocks) })
     }
 
-    /// The left operand of the matrix at this place: x as it is, observed where that is asked for, or quantized as the matrix is.
+    /// The left operand of the matrix at this path: x, marked as observed if activations are observed, or quantized if
+    /// the matrix has a calibrated range.
     ///
     /// # Panics
-    /// If the matrix has 8 bits for a target that multiplies in 8 bits and x has no calibrated range.
+    /// If there are calibrated ranges, and none for this matrix of 8 bits.
     pub fn operand(&self, x: Value<'g>) -> Value<'g> {
         match (&self.options.activations, self.quantization()) {
             (Activations::Observed, _) => {
@@ -133,10 +136,10 @@ impl<'g> Weights<'g> {
                 let range = *ranges.get(&self.path).expect("the exporter has checked the ranges");
                 // An operand that was always zero still gets a scale that every dtype can hold, with its inverse.
                 let scale = match code {
-                    Code::Whole => f64::from(range.max(2e-3)) / 127.0,
+                    Code::Integer => f64::from(range.max(2e-3)) / 127.0,
                     Code::Float8E4M3FN => f64::from(range.max(0.03)) / 448.0,
                 };
-                x.rounded(code, scale)
+                x.quantize_dequantize(code, scale)
             }
             _ => x,
         }
@@ -147,11 +150,11 @@ impl<'g> Weights<'g> {
         self.options.dtype
     }
 
-    /// The dtype that the matrix at this place is multiplied in. For int8 matrices with a scale per row, engine builders write the
-    /// unscaled sums in this dtype and scale them afterwards: float16 would overflow.
+    /// The dtype of the operands of the matrix at this path. For int8 matrices with a scale per row, engine builders
+    /// write the unscaled sums in this dtype and scale them afterwards: float16 would overflow.
     pub fn operand_dtype(&self) -> DType {
         match self.quantization() {
-            Some(Blocks { bits: 8, code: Code::Whole, .. }) if self.is_signed() => self.residual_dtype(),
+            Some(Blocks { bits: 8, code: Code::Integer, .. }) if self.is_signed() => self.residual_dtype(),
             _ => self.dtype(),
         }
     }
@@ -161,12 +164,13 @@ impl<'g> Weights<'g> {
         if self.dtype() == DType::Float16 { DType::Float32 } else { self.dtype() }
     }
 
-    /// The initializer's name: with some rows only, another than that of the whole tensor, which may be there too.
+    /// The name of the initializer. One with only some rows has a name of its own, since the whole tensor may be there
+    /// too.
     fn name(&self) -> String {
         format!("{}{}", self.path, if self.kept.is_some() { ".kept" } else { "" })
     }
 
-    /// The checkpoint tensor at this place, of which `shape` is taken.
+    /// The checkpoint tensor at this path, as the source of a weight of this shape.
     fn source(&self, shape: &[usize]) -> [Part; 1] {
         let mut shape = shape.to_vec();
         if self.kept.is_some() {
@@ -179,7 +183,7 @@ impl<'g> Weights<'g> {
         Part { tensor: self.path.clone(), shape, kept: self.kept.clone() }
     }
 
-    /// How the matrix at this place is quantized, if it is.
+    /// The format of the matrix at this path, if it is quantized.
     fn quantization(&self) -> Option<Blocks> {
         self.options.quantization.of(&self.path, (self.role)(&self.path))
     }
@@ -188,7 +192,7 @@ impl<'g> Weights<'g> {
         self.lowering.capabilities().packing == Some(Packing::Signed)
     }
 
-    /// The quantized matrix `[out, in]` of `parts`, one above the other, under the name of this place.
+    /// The quantized matrix `[out, in]` of `parts`, concatenated, under the name of this path.
     fn packed(&self, parts: &[Part], shape: [usize; 2], blocks: Blocks) -> Packed<'g> {
         if self.is_signed() {
             self.packed_signed(parts, shape, blocks)
@@ -197,7 +201,7 @@ impl<'g> Weights<'g> {
         }
     }
 
-    /// In the way of [`Packing::Blocks`].
+    /// As [`Packing::Blocks`].
     fn packed_blocks(&self, parts: &[Part], [n, k]: [usize; 2], blocks: Blocks) -> Packed<'g> {
         let parameter =
             |dtype, shape: &[usize], adjust| self.graph.parameter(&self.name(), parts, dtype, shape, adjust);
@@ -212,13 +216,13 @@ impl<'g> Weights<'g> {
         }
     }
 
-    /// In the way of [`Packing::Signed`]: int4 with a scale per block, int8 with one per row, fp8 with one per matrix, which an
-    /// engine builder can apply within the product. It applies scales per row after the product, where fp8 sums exceed
-    /// float16; nor do rows of fp8 gain anything from scales of their own.
+    /// As [`Packing::Signed`]: int4 with a scale per block, int8 with one per row, fp8 with one per matrix,
+    /// which an engine builder can apply within the product. It applies scales per row after the product, where fp8
+    /// sums exceed float16; nor do rows of fp8 gain anything from scales of their own.
     fn packed_signed(&self, parts: &[Part], [n, k]: [usize; 2], blocks: Blocks) -> Packed<'g> {
         let (dtype, size, scales) = match (blocks.code, blocks.bits) {
-            (Code::Whole, 4) => (DType::Int4, blocks.size, vec![n, blocks.of_row(k)]),
-            (Code::Whole, _) => (DType::Int8, k, vec![n]),
+            (Code::Integer, 4) => (DType::Int4, blocks.size, vec![n, blocks.of_row(k)]),
+            (Code::Integer, _) => (DType::Int8, k, vec![n]),
             (Code::Float8E4M3FN, _) => (DType::Float8E4M3FN, n.saturating_mul(k), Vec::new()),
         };
         let blocks = Blocks { size, ..blocks };

@@ -54,9 +54,9 @@ pub fn build_engines(
     }
     let mut opener = Opener::new(&folder, options)?;
     fs::create_dir_all(&engines).map_err(Error::writing(&engines))?;
-    for part in folder.manifest.parts() {
-        on_graph(part.name);
-        drop(opener.open(part.name, &part.ports)?);
+    for spec in folder.manifest.graph_specs() {
+        on_graph(spec.name);
+        drop(opener.open(spec.name, &spec.ports)?);
     }
     drop(opener);
     files.write_cache_stamp(provider)

@@ -60,7 +60,7 @@ impl Encoder {
             return Err(cuda_graphs_require("generation", option));
         }
         let folder = Folder::open(path.as_ref(), options.weights_access())?;
-        let parts = folder.manifest.parts();
+        let parts = folder.manifest.graph_specs();
         let first = parts.first().expect("a model has a graph, and its encoder comes first");
         let session = Opener::new(&folder, options)?.open(first.name, &first.ports)?;
         let on_cpu = options.provider.kind == Provider::Cpu;

@@ -12,7 +12,7 @@ use memmap2::{Mmap, MmapMut};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use t5gemma_graphs::config::Config;
-use t5gemma_graphs::interface::{Dim, Part, Port};
+use t5gemma_graphs::interface::{Dim, GraphSpec, Port};
 use t5gemma_graphs::manifest::{
     FileRecord, GraphRecord, KEPT_TOKENS, MANIFEST, Manifest, ManifestError, SAMPLE_BLOCK, TensorRecord, sample_offsets,
 };
@@ -302,7 +302,7 @@ fn check_task(manifest_path: &Path, manifest: &Manifest) -> Result<(), Error> {
 
 /// Checks that the manifest records the inputs and outputs that its facts imply.
 fn check_ports(manifest_path: &Path, manifest: &Manifest) -> Result<(), Error> {
-    for Part { name: graph, ports: expected, .. } in manifest.parts() {
+    for GraphSpec { name: graph, ports: expected, .. } in manifest.graph_specs() {
         let Some(GraphRecord { ports: found, .. }) = manifest.graphs.get(graph) else {
             return Err(mismatch(manifest_path.to_path_buf(), "graphs", graph, "no such graph"));
         };

@@ -92,7 +92,7 @@ impl Model {
             GenerationConfig::of_model(folder.generation_config.as_deref(), &folder.manifest.facts.tokens)
                 .map_err(|error| Error::GenerationConfig { path: folder.path.join("generation_config.json"), error })?;
         check_fixed_buffers(&folder.manifest, options)?;
-        let parts = folder.manifest.parts();
+        let parts = folder.manifest.graph_specs();
         let ports = |name: &str| {
             let part = parts.iter().find(|part| part.name == name);
             &part.expect("a model that generates has these graphs").ports
@@ -181,7 +181,7 @@ impl Model {
 
     /// Whether the decoder returns cross-attentions.
     pub(crate) fn has_cross_attentions(&self) -> bool {
-        self.folder.manifest.returned().alignment
+        self.folder.manifest.decoder_outputs().cross_attentions
     }
 
     /// Whether steps are captured as CUDA graphs.

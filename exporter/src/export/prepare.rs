@@ -32,7 +32,7 @@ pub(super) struct Prepared<'e> {
     /// Files to copy into the model folder.
     pub companions: Vec<(&'static str, Vec<u8>)>,
     pub options: Options,
-    /// The graphs of the task, in the order of `interface::parts`.
+    /// The graphs of the task, in the order of `interface::graphs`.
     pub graphs: Vec<Definition>,
     pub weights: Vec<Weight>,
     /// Tensors of the checkpoint that no graph uses.

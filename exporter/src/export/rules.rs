@@ -39,7 +39,7 @@ pub(super) fn check(export: &Export) -> Result<()> {
     }
     check_activations(export)?;
     let has_ranges = matches!(export.activations, Activations::Ranges(_));
-    for blocks in export.quantization.parts() {
+    for blocks in export.quantization.formats() {
         if target.capabilities().quantizes_activations && blocks.bits == 8 && !has_ranges {
             let value = format!("{} with target {}", blocks.name(), target.name());
             return Err(requires(Setting::Quantization, &value, Setting::Ranges, "", ""));
@@ -53,7 +53,7 @@ pub(super) fn check(export: &Export) -> Result<()> {
 }
 
 fn check_blocks(export: &Export) -> Result<()> {
-    for blocks in export.quantization.parts() {
+    for blocks in export.quantization.formats() {
         let Blocks { bits, size, .. } = blocks;
         if !matches!(bits, 4 | 8) {
             return Err(SettingError::invalid(Setting::Quantization, "4 or 8 bits", bits));
@@ -82,8 +82,8 @@ fn check_activations(export: &Export) -> Result<()> {
         }
         Activations::Ranges(_) => {
             requires_target(export, Setting::Ranges, "", &|target| target.quantizes_activations)?;
-            if !export.quantization.parts().any(|blocks| blocks.bits == 8) {
-                let found: Vec<&str> = export.quantization.parts().map(|blocks| blocks.name()).collect();
+            if !export.quantization.formats().any(|blocks| blocks.bits == 8) {
+                let found: Vec<&str> = export.quantization.formats().map(|blocks| blocks.name()).collect();
                 return Err(requires(Setting::Ranges, "", Setting::Quantization, "int8 or fp8", found.join(", ")));
             }
         }

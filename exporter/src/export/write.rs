@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-use t5gemma_graphs::interface::{self, CacheLayout, Part};
+use t5gemma_graphs::interface::{self, CacheLayout, GraphSpec};
 use t5gemma_graphs::manifest::{
     self, FORMAT, FORMAT_VERSION, FileRecord, GraphRecord, KEPT_TOKENS, MANIFEST, Manifest, WeightsRecord,
 };
@@ -101,8 +101,8 @@ impl Prepared<'_> {
     fn write_graphs(&self, folder: &StagingDir, weights: &WeightsRecord, cache: CacheLayout) -> Result<WrittenGraphs> {
         let (mut records, mut observed) = (BTreeMap::new(), BTreeMap::new());
         let Prepared { export, config, options, .. } = self;
-        let parts = interface::parts(&config.facts(), export.dtype, options.returned(), cache, &options.task);
-        for (Part { name, file, mut ports }, graph) in parts.into_iter().zip(&self.graphs) {
+        let parts = interface::graphs(&config.facts(), export.dtype, options.decoder_outputs(), cache, &options.task);
+        for (GraphSpec { name, file, mut ports }, graph) in parts.into_iter().zip(&self.graphs) {
             if !graph.observed.is_empty() {
                 ports.outputs.push(interface::activation_ranges(graph.observed.len()));
                 observed.insert(name.to_string(), graph.observed.clone());

@@ -194,7 +194,7 @@ mod tests {
             (4, 16, false, 0.07),
         ];
         for (bits, size, symmetric, most) in cases {
-            let error = relative_error(&numbers, 96, Blocks { symmetric, ..Blocks::whole(bits, size) });
+            let error = relative_error(&numbers, 96, Blocks { symmetric, ..Blocks::integer(bits, size) });
             assert!(error < most, "{bits} bits, {size}, {symmetric}: {error}");
         }
     }
@@ -202,7 +202,7 @@ mod tests {
     #[test]
     fn the_search_beats_the_scale_that_fits_the_largest_element() {
         let numbers = noise(128 * 64);
-        let searched = relative_error(&numbers, 128, Blocks::whole(4, 128));
+        let searched = relative_error(&numbers, 128, Blocks::integer(4, 128));
         let plain: f32 = (numbers.chunks(128))
             .map(|block| {
                 let largest = block.iter().fold(0.0_f32, |largest, x| largest.max(x.abs()));
@@ -216,7 +216,7 @@ mod tests {
     #[test]
     fn blocks_with_at_most_one_nonzero_element_are_exact() {
         for (bits, symmetric) in [(8, true), (8, false), (4, true), (4, false)] {
-            let blocks = Blocks { symmetric, ..Blocks::whole(bits, 16) };
+            let blocks = Blocks { symmetric, ..Blocks::integer(bits, 16) };
             let mut numbers = vec![0.0; 40];
             assert_eq!(dequantized(&quantize(&numbers, 40, blocks), 40, blocks), numbers, "{blocks:?}");
             numbers[37] = -3.5;

@@ -53,7 +53,7 @@ mod tests {
     #[test]
     fn int8_rows_have_one_scale_each() {
         let rows = [vec![1.27, -1.27, 0.01, 0.0], vec![-12.7, 0.1, 0.0, 12.6]].concat();
-        let quantized = quantize_signed(&rows, 4, Blocks::whole(8, 4));
+        let quantized = quantize_signed(&rows, 4, Blocks::integer(8, 4));
         let found =
             quantized.codes.iter().enumerate().map(|(at, &code)| f32::from(code as i8) * quantized.scales[at / 4]);
         assert_eq!((quantized.codes.len(), quantized.scales.len()), (8, 2));
@@ -65,7 +65,7 @@ mod tests {
     #[test]
     fn int4_errors_are_within_half_a_step() {
         let size = 16;
-        let blocks = Blocks::whole(4, size);
+        let blocks = Blocks::integer(4, size);
         struct Case {
             name: &'static str,
             numbers: Vec<f32>,

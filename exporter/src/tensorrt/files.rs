@@ -20,7 +20,7 @@ const WORKSPACE: u64 = 16 << 30;
 
 /// The files that a plan adds to the model folder, by name.
 pub fn files(plan: &ServingPlan, manifest: &Manifest, memory: &MemoryEstimate) -> Vec<(String, Vec<u8>)> {
-    let graphs: Vec<(&str, &GraphRecord)> = (manifest.parts().iter())
+    let graphs: Vec<(&str, &GraphRecord)> = (manifest.graph_specs().iter())
         .map(|part| (part.name, manifest.graphs.get(part.name).expect("the manifest has all graphs of its task")))
         .collect();
     let profiles: Profiles = (graphs.iter())

@@ -7,7 +7,7 @@ use std::str::FromStr;
 
 use t5gemma_graphs::Options;
 use t5gemma_graphs::config::{Config, Stack};
-use t5gemma_graphs::interface::{BATCH, CacheLayout, DType, SOURCE};
+use t5gemma_graphs::interface::{BATCH, CacheLayout, DType, SOURCE_LENGTH};
 use t5gemma_graphs::onnx::{Definition, Dim, ValueInfo};
 use t5gemma_graphs::task::Task;
 
@@ -76,7 +76,7 @@ impl MemoryEstimate {
             let size = |dim: &Dim| match dim.as_fixed() {
                 Some(size) => factor(size, ""),
                 None if *dim == Dim::symbol(BATCH) => input.sources,
-                None if *dim == Dim::symbol(SOURCE) => input.tokens,
+                None if *dim == Dim::symbol(SOURCE_LENGTH) => input.tokens,
                 None => factor(1, ""),
             };
             let bytes = factor(output.dtype.size(), "bytes");

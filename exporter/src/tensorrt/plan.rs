@@ -7,7 +7,7 @@ use std::str::FromStr;
 
 use t5gemma_graphs::Options;
 use t5gemma_graphs::config::Config;
-use t5gemma_graphs::interface::{self, BATCH, BEAMS, CacheLayout, PAST, Part, SOURCE, TARGET};
+use t5gemma_graphs::interface::{self, BATCH, BEAMS, CacheLayout, GraphSpec, PAST_LENGTH, SOURCE_LENGTH, STEP_LENGTH};
 use t5gemma_graphs::onnx::Definition;
 use t5gemma_graphs::task::Task;
 
@@ -162,12 +162,12 @@ impl ServingPlan {
                 }
             }
         }
-        let parts = interface::parts(&config.facts(), options.dtype, options.returned(), cache, &options.task);
+        let parts = interface::graphs(&config.facts(), options.dtype, options.decoder_outputs(), cache, &options.task);
         parts.iter().zip(graphs).try_for_each(|(part, graph)| self.check_volumes(part, graph, cache))
     }
 
     /// Refuses sizes with which a tensor would exceed TensorRT's limit.
-    fn check_volumes(&self, part: &Part, graph: &Definition, cache: CacheLayout) -> Result<(), SettingError> {
+    fn check_volumes(&self, part: &GraphSpec, graph: &Definition, cache: CacheLayout) -> Result<(), SettingError> {
         let max = |symbol: &str| {
             symbol.split(" + ").map(|term| Some(self.range(part.name, term, cache)?.max)).sum::<Option<usize>>()
         };
@@ -194,13 +194,13 @@ impl ServingPlan {
             BATCH if is_step => SizeRange { min: 1, ..self.batch },
             BATCH => self.batch,
             BEAMS => SizeRange { min: 1, ..self.beams },
-            SOURCE => self.source,
-            TARGET => match (is_step, cache) {
+            SOURCE_LENGTH => self.source,
+            STEP_LENGTH => match (is_step, cache) {
                 (false, _) => self.prompt,
                 (true, CacheLayout::Static(_)) => SizeRange { min: 1, opt: 1, max: self.prompt.max },
                 (true, _) => SizeRange::fixed(1),
             },
-            PAST => {
+            PAST_LENGTH => {
                 let max = self.target? - 1;
                 SizeRange { min: 1, opt: max.div_ceil(2), max }
             }

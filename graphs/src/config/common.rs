@@ -1,13 +1,13 @@
-//! The fields that transformers reads alike for every family: class, labels, padding, settings for generation, and those without
-//! effect.
+//! The fields that transformers reads alike for every family: class, labels, padding, settings for generation, and
+//! those without effect.
 
 use serde_json::{Map, Value};
 
 use super::{Architecture, ConfigError, Family, Fields, MOST_LABELS, ProblemType};
 use crate::json::cut;
 
-/// Fields without effect that transformers itself writes, or that many checkpoints have: training settings, output selection
-/// and provenance.
+/// Fields without effect that transformers itself writes, or that many checkpoints have: training settings, output
+/// selection and provenance.
 const IGNORED: &[&str] = &[
     "_attn_implementation_autoset",
     "_commit_hash",
@@ -34,7 +34,8 @@ const IGNORED: &[&str] = &[
     "use_cache",
 ];
 
-/// The settings for generation that transformers 5 takes from a `config.json` where there is no `generation_config.json`.
+/// The settings for generation that transformers 5 takes from a `config.json` where there is no
+/// `generation_config.json`.
 const GENERATION_SETTINGS: &[&str] = &[
     "decoder_start_token_id",
     "dola_layers",
@@ -55,8 +56,8 @@ const GENERATION_SETTINGS: &[&str] = &[
 ];
 
 impl Fields {
-    /// The class of a checkpoint. A class that is not transformers' is taken for the one that its name ends with; a checkpoint
-    /// without any such class, for the default.
+    /// The class of a checkpoint. A class that is not transformers' is taken for the one that its name ends with; a
+    /// checkpoint without any such class, for the default.
     pub fn architecture(&mut self, family: Family) -> Result<Architecture, ConfigError> {
         let names = self.take("architectures", "a list of class names", |value| {
             value.as_array()?.iter().map(|name| Some(name.as_str()?.to_string())).collect::<Option<Vec<_>>>()

@@ -1,4 +1,5 @@
-//! The reader of a JSON object: takes fields one by one, each of the kind that is expected, and keeps those that were not taken.
+//! The reader of a JSON object: takes fields one by one, each of the kind that is expected, and keeps those that were
+//! not taken.
 
 use serde_json::{Map, Value};
 

@@ -1,6 +1,6 @@
-//! For ONNX Runtime on a CPU, where a decoder step is bound by the bytes of the weights and then by the number of operators:
-//! one operator for a norm and the sum before it, one for self-attention with rotary positions and a cache that is written in
-//! place, one for cross-attention.
+//! For ONNX Runtime on a CPU, where a decoder step is bound by the bytes of the weights and then by the number of
+//! operators: one operator for a norm and the sum before it, one for self-attention with rotary positions and a cache
+//! that is written in place, one for cross-attention.
 
 use super::{Attention, Capabilities, Lowering, Matrix, Packing, Rotation, mask_by_query};
 use crate::onnx::{DType, Dim, Value};
@@ -60,6 +60,6 @@ impl Lowering for Cpu {
     fn attention<'g>(&self, a: Attention<'g>) -> Value<'g> {
         let query = a.query.transpose(&[0, 2, 1, 3]); // [batch, heads, queries, head_dim]
         let visible = mask_by_query(a.visible, &query.dim(2));
-        query.attention([a.key, a.value], visible, a.scale, a.cap).transpose(&[0, 2, 1, 3])
+        query.attention_4d([a.key, a.value], visible, a.scale, a.cap).transpose(&[0, 2, 1, 3])
     }
 }

@@ -1,10 +1,11 @@
-//! For ONNX Runtime's CUDA provider, where a step is bound by the bytes it reads and by the number of kernels it launches: the
-//! CPU's norm and self-attention, which CUDA has too, and one operator for the encoder's attention as well.
+//! For ONNX Runtime's CUDA provider, where a step is bound by the bytes it reads and by the number of kernels it
+//! launches: the CPU's norm and self-attention, which CUDA has too, and one operator for the encoder's attention as
+//! well.
 //!
 //! # Design
-//! In a cached step, inputs that an operator reads in host memory are made from shapes alone. A number computed on the GPU would
-//! have to be waited for in every step, and a step with such a copy cannot be captured as a CUDA graph. A test over the definition
-//! (in `t5gemma/decoder_step.rs`) holds the graph to that.
+//! In a cached step, inputs that an operator reads in host memory are made from shapes alone. A number computed on the
+//! GPU would have to be waited for in every step, and a step with such a copy cannot be captured as a CUDA graph. A
+//! test over the definition (in `t5gemma/decoder_step.rs`) holds the graph to that.
 
 use super::{Attention, Capabilities, Cpu, Lowering, Packing};
 use crate::onnx::{DType, Value};
@@ -37,18 +38,18 @@ impl Lowering for Cuda {
         Cpu.rms_norm(x, factor, eps)
     }
 
-    /// What is not visible gets a finite bias instead of `false`: the operator's own number for `false` may be −∞, which would make
-    /// a padded query that sees nothing NaN.
+    /// What is not visible gets a finite bias instead of `false`: the operator's own number for `false` may be −∞,
+    /// which would make a padded query that sees nothing NaN.
     fn attention<'g>(&self, a: Attention<'g>) -> Value<'g> {
         let query = a.query.transpose(&[0, 2, 1, 3]); // [batch, heads, queries, head_dim]
         let visible = if a.visible.shape().len() == 5 { a.visible.squeeze(1) } else { a.visible };
         // The sum with a score, in the same dtype, must stay finite.
         let hidden = if query.dtype() == DType::Float16 { -60_000.0 } else { -1e38 };
-        let bias = visible.choose(query.dtype(), 0.0, hidden);
+        let bias = visible.select(query.dtype(), 0.0, hidden);
         let mut shape = bias.shape();
         shape[bias.shape().len() - 2] = query.dim(2);
         let bias = bias.expand(&shape);
-        query.attention([a.key, a.value], bias, a.scale, a.cap).transpose(&[0, 2, 1, 3])
+        query.attention_4d([a.key, a.value], bias, a.scale, a.cap).transpose(&[0, 2, 1, 3])
     }
 
     /// The capacity of the past, which is known from its shape. The length of each row is given by `last`, on the GPU.

@@ -1,7 +1,7 @@
-//! For TensorRT, by its own parser or as a provider of ONNX Runtime. It fuses the portable forms best: its attention operator
-//! takes no soft-cap, its parser knows no operator of ONNX Runtime's own domain (and would take one with a standard name for the
-//! standard one), and it computes in the dtypes that the graph states. What is added is a cache of fixed capacity, with which a
-//! step is one engine with one profile.
+//! For TensorRT, by its own parser or as a provider of ONNX Runtime. It fuses the portable forms best: its attention
+//! operator takes no soft-cap, its parser knows no operator of ONNX Runtime's own domain (and would take one with a
+//! standard name for the standard one), and it computes in the dtypes that the graph states. What is added is a cache
+//! of fixed capacity, with which a step is one engine with one profile.
 
 use super::{Capabilities, Lowering, Matrix, Packing};
 use crate::onnx::{DType, Value};
@@ -33,7 +33,7 @@ impl Lowering for TensorRt {
         let weight = match weight {
             Matrix::Plain(weight) => weight,
             // The builder keeps the numbers packed, and multiplies as it unpacks them.
-            Matrix::Packed(weight) => weight.numbers.dequantized(weight.scales, weight.blocks),
+            Matrix::Packed(weight) => weight.numbers.dequantize(weight.scales, weight.blocks),
         };
         x.gemm(weight, bias)
     }

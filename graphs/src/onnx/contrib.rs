@@ -1,25 +1,24 @@
-//! Operators of ONNX Runtime's own domain, and those of the standard one that only its newer versions have: what the
-//! targets that are written for ONNX Runtime are lowered to.
+//! Operators of ONNX Runtime's own domain, and `Attention`, which is standard from opset 23 on: what targets that run
+//! in ONNX Runtime are lowered to.
 
-use super::graph::{Attribute, Value};
-use super::{Blocks, DType, Data, Dim};
+use super::{Attribute, Blocks, DType, Data, Dim, Value};
 
-/// A matrix `[n, k]` packed in blocks.
+/// A quantized matrix `[n, k]`.
 #[derive(Clone, Copy)]
 pub struct Packed<'g> {
-    /// uint8 `[n, blocks, bytes of a block]`; for standard operators `[n, k]` of a type of few bits.
+    /// uint8 `[n, blocks, bytes of a block]`; for standard operators `[n, k]` in a dtype of 4 or 8 bits.
     pub numbers: Value<'g>,
-    /// `[n, blocks]`, in the type of what is multiplied with the matrix; for standard operators also `[n]` or `[]`.
+    /// `[n, blocks]`, in the dtype of the matrix's operand; for standard operators also `[n]` or `[]`.
     pub scales: Value<'g>,
-    /// uint8 `[n, bytes of a row's zero points]`, for blocks that are not symmetric.
+    /// uint8 `[n, bytes of a row's zero points]`; none for symmetric blocks.
     pub zero_points: Option<Value<'g>>,
-    /// How it is packed.
+    /// The format.
     pub blocks: Blocks,
     /// Rows and columns.
     pub shape: [usize; 2],
 }
 
-/// What `GroupQueryAttention` is told of its heads.
+/// The heads of an attention operator.
 #[derive(Clone, Copy)]
 pub struct Heads {
     /// Query heads.
@@ -32,7 +31,7 @@ pub struct Heads {
     pub scale: f64,
     /// Soft-cap of the scores.
     pub cap: Option<f64>,
-    /// Positions that a query sees, itself included; all before it if none.
+    /// Positions that a query of causal attention sees, its own included; none for all before it.
     pub window: Option<usize>,
 }
 
@@ -55,7 +54,7 @@ pub struct GroupQuery<'g> {
 }
 
 impl<'g> Value<'g> {
-    /// `x / √(mean(x²) + ε) · factor`, of a sum also the sum itself from one operator.
+    /// `x / √(mean(x²) + ε) · factor`. If x is a sum, one operator computes the sum too.
     #[track_caller]
     pub fn simplified_layer_norm(self, factor: Value<'g>, eps: f64) -> Value<'g> {
         let epsilon = ("epsilon", Attribute::float(eps));
@@ -71,8 +70,8 @@ impl<'g> Value<'g> {
         outputs[0].expect("the first output is asked for")
     }
 
-    /// `x · wᵀ`: x `[…, k]`, w `[n, k]`. The name that ONNX Runtime had for it before `FusedMatMul`, which its optimizers
-    /// write for products of other ranks, too: under this one a runtime can have a kernel of its own for weights alone.
+    /// `x · wᵀ`: x `[…, k]`, w `[n, k]`. ONNX Runtime's name before `FusedMatMul`, which its optimizers also write for
+    /// products of other ranks: under the old name a custom kernel gets the products with weights only.
     #[track_caller]
     pub fn transpose_matmul(self, weight: Value<'g>) -> Value<'g> {
         let (x, w) = (self.shape(), weight.shape());
@@ -84,7 +83,7 @@ impl<'g> Value<'g> {
         self.graph.node("com.microsoft.TransposeMatMul", &[self, weight], &attributes, &[output])[0]
     }
 
-    /// `x · wᵀ (+ b)` with a packed weight: x `[…, k]`, b `[n]`.
+    /// `x · wᵀ (+ b)` with a quantized weight: x `[…, k]`, b `[n]`.
     #[track_caller]
     pub fn matmul_nbits(self, weight: Packed<'g>, bias: Option<Value<'g>>) -> Value<'g> {
         let [n, k] = weight.shape;
@@ -98,7 +97,7 @@ impl<'g> Value<'g> {
             ("N", number(n)),
             ("bits", Attribute::Int(weight.blocks.bits.into())),
             ("block_size", number(weight.blocks.size)),
-            // Products of int8 with int8: the fast way where this machine has no better one.
+            // int8 products, the fast path of ONNX Runtime's own kernel.
             ("accuracy_level", Attribute::Int(4)),
         ];
         let mut inputs = vec![Some(self), Some(weight.numbers), Some(weight.scales)];
@@ -113,7 +112,8 @@ impl<'g> Value<'g> {
         self.graph.node_with_options(op, &inputs, &attributes, &[output])[0].expect("asked for")
     }
 
-    /// The rows of a packed matrix `[n, k]` that `ids` name, `[…ids, k]` in the type of its scales. Its numbers here are `[n, bytes of k]`.
+    /// The rows `self`, int64 `[…]`, of a quantized matrix `[n, k]`: `[…, k]` in the dtype of its scales. The packed
+    /// numbers are `[n, bytes of k]` here.
     #[track_caller]
     pub fn gather_packed(self, table: Packed<'g>) -> Value<'g> {
         let attributes = [
@@ -128,20 +128,21 @@ impl<'g> Value<'g> {
         self.graph.node(op, &inputs, &attributes, &[(table.scales.dtype(), shape)])[0]
     }
 
-    /// Heads side by side, `[rows, length, heads·dim]`, turned by the angles of which `tables` `[positions, dim / 2]` are cosines
-    /// and sines, the halves of each head against each other. `places`, int64 `[rows, length]`, are those of the tokens in the
-    /// tables; without them the first of a row is at 0.
+    /// Rotary positions, half-split, of heads side by side `[rows, length, heads·dim]`. `tables` are cosines and sines,
+    /// `[positions, dim / 2]`; `position_ids`, int64 `[rows, length]`, are the tokens' positions in them, from 0 on if
+    /// none.
     #[track_caller]
-    pub fn rotary_embedding(self, places: Option<Value<'g>>, tables: [Value<'g>; 2]) -> Value<'g> {
-        // One number is the place of the first token.
-        let places = places.unwrap_or_else(|| self.graph.constant(DType::Int64, &[1], Data::Ints(vec![0])));
+    pub fn rotary_embedding(self, position_ids: Option<Value<'g>>, [cos, sin]: [Value<'g>; 2]) -> Value<'g> {
+        // A single number is the position of the first token.
+        let position_ids = position_ids.unwrap_or_else(|| self.graph.constant(DType::Int64, &[1], Data::Ints(vec![0])));
         let output = (self.dtype(), self.shape());
-        self.graph.node("com.microsoft.RotaryEmbedding", &[self, places, tables[0], tables[1]], &[], &[output])[0]
+        self.graph.node("com.microsoft.RotaryEmbedding", &[self, position_ids, cos, sin], &[], &[output])[0]
     }
 
-    /// Causal attention of queries, keys and values that lie side by side, `[rows, length, (count + 2·kv_count)·dim]`, with
-    /// rotary positions, over a past that it is written into in place if the present is given the same memory. Returns the
-    /// attended values `[rows, length, count·dim]` and the present keys and values `[rows, kv_count, present, dim]`.
+    /// Causal attention with rotary positions, of queries, keys and values side by side `[rows, length, (count +
+    /// 2·kv_count)·dim]`. The new keys and values are written into the past in place if the present is given the same
+    /// memory. Returns the attended values `[rows, length, count·dim]` and the present keys and values `[rows,
+    /// kv_count, present, dim]`.
     #[track_caller]
     pub fn group_query_attention(self, with: GroupQuery<'g>) -> [Value<'g>; 3] {
         let GroupQuery { past, last, longest, cos, sin, heads, present } = with;
@@ -164,39 +165,39 @@ impl<'g> Value<'g> {
         [0, 1, 2].map(|i| outputs[i].expect("asked for"))
     }
 
-    /// `softmax(softcap(q·kᵀ·scale) + (visible ? 0 : −∞)) · v`: queries `[batch, heads, queries, dim]`, keys and values
-    /// `[batch, kv_heads, keys, dim]`, visible bool, or what is added to the scores, broadcast against
-    /// `[batch, heads, queries, keys]`.
-    pub fn attention(
+    /// `softmax(softcap(q·kᵀ·scale) + mask) · v`: queries `[batch, heads, queries, dim]`, keys and values `[batch,
+    /// kv_heads, keys, dim]`. The mask, broadcast against `[batch, heads, queries, keys]`, is bool (false for −∞) or
+    /// what is added to the scores.
+    pub fn attention_4d(
         self,
         [key, value]: [Value<'g>; 2],
-        visible: Value<'g>,
+        mask: Value<'g>,
         scale: f64,
         cap: Option<f64>,
     ) -> Value<'g> {
-        let attributes = scores(scale, cap);
+        let attributes = score_attributes(scale, cap);
         let output = (self.dtype(), self.shape());
-        self.graph.node("Attention", &[self, key, value, visible], &attributes, &[output])[0]
+        self.graph.node("Attention", &[self, key, value, mask], &attributes, &[output])[0]
     }
 
-    /// The same of heads side by side, in `heads.kv_count` of keys and values: queries `[batch, queries, count·dim]`, keys and
-    /// values `[batch, keys, kv_count·dim]`. A window is what `visible` says.
+    /// [`attention_4d`](Value::attention_4d) of heads side by side: queries `[batch, queries, count·dim]`, keys and
+    /// values `[batch, keys, kv_count·dim]`. A window has to be in the mask.
     #[track_caller]
-    pub fn attention_of_rows(self, [key, value]: [Value<'g>; 2], visible: Value<'g>, heads: Heads) -> Value<'g> {
+    pub fn attention_3d(self, [key, value]: [Value<'g>; 2], mask: Value<'g>, heads: Heads) -> Value<'g> {
         if self.dim(-1) != (heads.count * heads.dim).into() || key.dim(-1) != (heads.kv_count * heads.dim).into() {
             let (q, k) = (self.shape(), key.shape());
             self.graph.mistake(format!("Attention of {} over {}", Dim::list(&q), Dim::list(&k)));
         }
-        let mut attributes = scores(heads.scale, heads.cap);
+        let mut attributes = score_attributes(heads.scale, heads.cap);
         attributes.push(("q_num_heads", Attribute::Int(heads.count as i64)));
         attributes.push(("kv_num_heads", Attribute::Int(heads.kv_count as i64)));
         let output = (self.dtype(), self.shape());
-        self.graph.node("Attention", &[self, key, value, visible], &attributes, &[output])[0]
+        self.graph.node("Attention", &[self, key, value, mask], &attributes, &[output])[0]
     }
 }
 
-/// The attributes that say what scores are.
-fn scores(scale: f64, cap: Option<f64>) -> Vec<(&'static str, Attribute)> {
+/// The attributes for the scores.
+fn score_attributes(scale: f64, cap: Option<f64>) -> Vec<(&'static str, Attribute)> {
     let cap = cap.map(|cap| ("softcap", Attribute::float(cap)));
     [("scale", Attribute::float(scale))].into_iter().chain(cap).collect()
 }

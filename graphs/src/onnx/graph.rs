@@ -1,13 +1,11 @@
-//! The arena of a graph under construction, and the finished `Definition` that is handed to whoever writes it to disk.
+//! The arena of a graph under construction.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::panic::Location;
-use std::sync::Arc;
 
-use serde::{Deserialize, Serialize};
-
-use super::{DType, Dim};
+use super::definition::domain_and_name;
+use super::{Adjust, Attribute, Constant, DType, Data, Definition, Dim, Node, Parameter, Part, ValueInfo};
 
 /// A graph under construction.
 pub struct Graph {
@@ -21,207 +19,7 @@ pub struct Value<'g> {
     pub(super) id: usize,
 }
 
-/// A finished graph. Values are indices into `values`; nodes are in an order in which they can be run.
-#[derive(Clone, Debug)]
-pub struct Definition {
-    /// The graph's name.
-    pub name: String,
-    /// Every tensor.
-    pub values: Vec<ValueInfo>,
-    /// Every operator.
-    pub nodes: Vec<Node>,
-    /// What a run is given, in order.
-    pub inputs: Vec<usize>,
-    /// What a run returns, in order.
-    pub outputs: Vec<usize>,
-    /// Small tensors whose numbers are part of the graph.
-    pub constants: Vec<Constant>,
-    /// Tensors whose numbers are the model's weights, in order of first use.
-    pub parameters: Vec<Parameter>,
-    /// The names of what was observed, in order.
-    pub observed: Vec<String>,
-}
-
-/// A tensor's name and type.
-#[derive(Clone, Debug)]
-pub struct ValueInfo {
-    /// Unique within the graph.
-    pub name: String,
-    /// Element type.
-    pub dtype: DType,
-    /// Dimensions.
-    pub shape: Vec<Dim>,
-}
-
-/// One operator.
-#[derive(Clone, Debug)]
-pub struct Node {
-    /// Unique within the graph: the scope it was written in and the operator's name.
-    pub name: String,
-    /// The operator; one that is not of the standard domain follows its domain and a dot.
-    pub op: &'static str,
-    /// Indices of values; none for an optional input that is left out.
-    pub inputs: Vec<Option<usize>>,
-    /// Indices of values; none for an optional output that is not asked for.
-    pub outputs: Vec<Option<usize>>,
-    /// Attributes, in order.
-    pub attributes: Vec<(&'static str, Attribute)>,
-}
-
-/// The value of an operator's attribute.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub enum Attribute {
-    /// A whole number.
-    Int(i64),
-    /// A number in float32, as its bits.
-    Float(u32),
-    /// Several whole numbers.
-    Ints(Vec<i64>),
-    /// Text.
-    Text(&'static str),
-}
-
-/// The numbers of a constant, before they are rounded to its dtype.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Data {
-    /// For the float types.
-    Floats(Vec<f64>),
-    /// For the whole numbers.
-    Ints(Vec<i64>),
-}
-
-/// A small tensor that is part of the graph.
-#[derive(Clone, Debug)]
-pub struct Constant {
-    /// The value it defines.
-    pub value: usize,
-    /// Its numbers, row-major.
-    pub data: Data,
-}
-
-/// A weight: a tensor of the checkpoint, or a simple function of one.
-#[derive(Clone, Debug)]
-pub struct Parameter {
-    /// The value it defines.
-    pub value: usize,
-    /// The tensors of the checkpoint that it is made of, one above the other.
-    pub parts: Vec<Part>,
-    /// What is done to the tensors' numbers before they are rounded to the value's dtype.
-    pub adjust: Adjust,
-}
-
-/// A tensor of the checkpoint.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Part {
-    /// The checkpoint's name of it.
-    pub tensor: String,
-    /// Its dimensions.
-    pub shape: Vec<usize>,
-    /// Those along the first axis that are taken, ascending; all if none.
-    pub kept: Option<Arc<[usize]>>,
-}
-
-impl Part {
-    /// Its numbers that are taken.
-    pub fn numbers(&self) -> usize {
-        let rows = self.kept.as_ref().map_or(self.shape[0], |kept| kept.len());
-        rows * self.shape[1..].iter().product::<usize>()
-    }
-}
-
-/// What is done to a checkpoint tensor's numbers on the way into a graph.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Adjust {
-    /// Nothing.
-    AsIs,
-    /// `1 + w`, in float32: the factor that Gemma's RMSNorm multiplies by.
-    OnePlus,
-    /// Whole numbers of few bits, see [`Blocks`].
-    Packed(Blocks),
-    /// The same as signed numbers, 0 for zero, one after the other and scaled by positive numbers; rows are whole blocks, or
-    /// the matrix is one.
-    Signed(Blocks),
-    /// What the packed or signed numbers of a block are multiplied with.
-    Scales(Blocks),
-    /// The packed numbers that stand for zero, one a block.
-    ZeroPoints(Blocks),
-}
-
-/// How the rows of a matrix `[n, k]` are held in few bits a number, as `MatMulNBits` reads them: in blocks of `size`
-/// numbers along `k`, the last one filled up, with `w = scale · (packed − zero)`. A target may have whole rows, or the whole
-/// matrix, for a block of 8 bits.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub struct Blocks {
-    /// Bits of a packed number, 4 or 8; of two in a byte the first is the lower.
-    pub bits: u8,
-    /// Numbers in a block: a power of two from 16 to 128.
-    pub size: usize,
-    /// Whether zero is in the middle, `2^(bits − 1)`, of every block, which then has no zero point of its own.
-    pub symmetric: bool,
-    /// What a packed number stands for.
-    #[serde(default, skip_serializing_if = "Code::is_whole")]
-    pub code: Code,
-}
-
-/// What the bits of a packed number stand for.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Code {
-    /// A whole number.
-    #[default]
-    Whole,
-    /// A real number, of [`DType::Float8E4M3FN`].
-    Float8E4M3FN,
-}
-
-impl Code {
-    fn is_whole(&self) -> bool {
-        *self == Code::Whole
-    }
-}
-
-impl Blocks {
-    /// Whole numbers with zero in the middle.
-    pub fn whole(bits: u8, size: usize) -> Blocks {
-        Blocks { bits, size, symmetric: true, code: Code::Whole }
-    }
-
-    /// Real numbers of 8 bits.
-    pub fn float8() -> Blocks {
-        Blocks { code: Code::Float8E4M3FN, ..Blocks::whole(8, 128) }
-    }
-
-    /// The same for a table that is only looked up: reading a few rows costs nothing, so they keep 8 bits.
-    pub fn for_embedding(self) -> Blocks {
-        Blocks { bits: 8, code: Code::Whole, ..self }
-    }
-
-    /// The name of this way to hold numbers: `int4`, `int8` or `fp8`.
-    pub fn name(self) -> &'static str {
-        match (self.code, self.bits) {
-            (Code::Float8E4M3FN, _) => "fp8",
-            (Code::Whole, 4) => "int4",
-            (Code::Whole, _) => "int8",
-        }
-    }
-
-    /// Blocks in a row of `k` numbers.
-    pub fn of_row(self, k: usize) -> usize {
-        k.div_ceil(self.size)
-    }
-
-    /// Bytes of a packed block.
-    pub fn bytes(self) -> usize {
-        self.size * usize::from(self.bits) / 8
-    }
-
-    /// Bytes of a row's zero points.
-    pub fn zero_point_bytes(self, k: usize) -> usize {
-        (self.of_row(k) * usize::from(self.bits)).div_ceil(8)
-    }
-}
-
-/// Keeps node names under a path until it is dropped.
+/// Puts a path before the names of nodes until it is dropped.
 pub struct Scope<'g> {
     graph: &'g Graph,
     outer: String,
@@ -243,10 +41,10 @@ struct State {
     outputs: Vec<usize>,
     constants: Vec<Constant>,
     parameters: Vec<Parameter>,
-    /// Nodes already written, by what they compute.
+    /// Nodes already written, by their operator, inputs and attributes.
     written: HashMap<Key, Vec<Option<usize>>>,
     names: HashMap<String, usize>,
-    /// What is to be observed as it passes, under the names it has there.
+    /// See [`Graph::observe`].
     observed: Vec<(String, usize)>,
 }
 
@@ -256,7 +54,7 @@ impl State {
         self.values.len() - 1
     }
 
-    /// `name`, or `name_1`, `name_2`, … if it has been given before.
+    /// `name`, or `name_1`, `name_2`, … if it is taken.
     fn unique(&mut self, name: String) -> String {
         let count = self.names.entry(name.clone()).or_insert(0);
         *count += 1;
@@ -286,18 +84,21 @@ impl Graph {
         Value { graph: self, id }
     }
 
-    /// Declares `value` as the next output, under `name`.
+    /// Declares `value` as the next output, called `name`.
     pub fn output(&self, name: &str, value: Value<'_>) {
         let terminal = self.state.borrow().is_terminal(value.id);
-        // An input, weight or other output keeps its name; a copy of it takes the new one.
+        // An input, weight or other output keeps its name; a copy of it gets the new one.
         let value = if terminal { value.identity() } else { value };
         let mut state = self.state.borrow_mut();
         state.values[value.id].name = name.to_string();
         state.outputs.push(value.id);
     }
 
-    /// A tensor of the checkpoint, or several one above the other, rounded to `dtype` after `adjust`. `name` is what it is
-    /// called where it is as stored; the same bytes can be had in several shapes under several names.
+    /// A weight: tensors of the checkpoint, concatenated along the first axis, rounded to `dtype` after `adjust`.
+    /// `name` is that of the unadjusted tensor; the same bytes can be had in several shapes under several names.
+    ///
+    /// # Panics
+    /// If the name has been used for another dtype or shape.
     pub fn parameter(&self, name: &str, parts: &[Part], dtype: DType, shape: &[usize], adjust: Adjust) -> Value<'_> {
         let mut state = self.state.borrow_mut();
         let name = match adjust {
@@ -328,7 +129,10 @@ impl Graph {
         Value { graph: self, id }
     }
 
-    /// Numbers that are part of the graph.
+    /// A tensor whose numbers are part of the graph; equal ones are written once.
+    ///
+    /// # Panics
+    /// If the numbers are not of the dtype's kind, or not as many as the shape has.
     pub fn constant(&self, dtype: DType, shape: &[usize], data: Data) -> Value<'_> {
         let count = match &data {
             Data::Floats(numbers) if dtype.is_float() || dtype == DType::Float8E4M3FN => numbers.len(),
@@ -353,7 +157,7 @@ impl Graph {
         Value { graph: self, id }
     }
 
-    /// Numbers that are part of the graph, of float32, under a name: made once, however often they are asked for.
+    /// A named float32 tensor whose numbers are part of the graph: computed once, however often it is asked for.
     pub fn table(&self, name: &str, shape: &[usize], numbers: impl FnOnce() -> Vec<f64>) -> Value<'_> {
         let known = {
             let state = self.state.borrow();
@@ -370,13 +174,13 @@ impl Graph {
         Value { graph: self, id }
     }
 
-    /// Names the nodes written from here on by `path`, until the returned scope is dropped.
+    /// Puts `path` before the names of nodes, until the returned scope is dropped.
     pub fn scope(&self, path: &str) -> Scope<'_> {
         let outer = std::mem::replace(&mut self.state.borrow_mut().scope, path.replace('.', "/"));
         Scope { graph: self, outer }
     }
 
-    /// A one-element int64 tensor with the run-time size of `dim`, read off the first tensor that has it.
+    /// The size of `dim` at run time, int64 `[1]`: the dimension of the first tensor that has it.
     ///
     /// # Panics
     /// If no tensor has that dimension.
@@ -395,7 +199,8 @@ impl Graph {
         self.node("Shape", &[Value { graph: self, id }], &bounds, &[(DType::Int64, vec![Dim::fixed(1)])])[0]
     }
 
-    /// Notes a tensor for [`Graph::observed`], unless something is noted under that name.
+    /// Marks a tensor as observed under a name, unless that name is taken. What that means is the caller's:
+    /// [`Graph::observed`] returns the tensors, and [`Definition::observed`] their names.
     pub fn observe(&self, name: &str, value: Value<'_>) {
         let mut state = self.state.borrow_mut();
         if state.observed.iter().all(|(known, _)| known != name) {
@@ -403,18 +208,18 @@ impl Graph {
         }
     }
 
-    /// What was noted, in order.
+    /// The observed tensors, in order.
     pub fn observed(&self) -> Vec<(String, Value<'_>)> {
         let observed = self.state.borrow().observed.clone();
         observed.into_iter().map(|(name, id)| (name, Value { graph: self, id })).collect()
     }
 
-    /// Whether some tensor has `dim` among its dimensions, so that [`Graph::size`] can tell it.
+    /// Whether [`Graph::size`] finds `dim`.
     pub(super) fn has_size(&self, dim: &Dim) -> bool {
         dim.as_fixed().is_some() || self.state.borrow().values.iter().any(|value| value.shape.contains(dim))
     }
 
-    /// Writes an operator, or finds the one written before that computes the same.
+    /// Writes an operator, or returns the outputs of an equal one that was written before.
     pub(super) fn node<'g>(
         &'g self,
         op: &'static str,
@@ -427,7 +232,7 @@ impl Graph {
         self.node_with_options(op, &inputs, attributes, &outputs).into_iter().flatten().collect()
     }
 
-    /// Writes an operator some of whose inputs or outputs may be left out, or finds the one written before.
+    /// [`Graph::node`] with optional inputs and outputs.
     pub(super) fn node_with_options<'g>(
         &'g self,
         op: &'static str,
@@ -442,7 +247,7 @@ impl Graph {
         if let Some(ids) = state.written.get(&key) {
             return ids.iter().map(value).collect();
         }
-        let (_, short) = split(op);
+        let (_, short) = domain_and_name(op);
         let path = if state.scope.is_empty() { format!("/{short}") } else { format!("/{}/{short}", state.scope) };
         let name = state.unique(path);
         let ids: Vec<Option<usize>> = outputs
@@ -464,8 +269,8 @@ impl Graph {
         node.inputs.iter().map(|id| id.map(|id| Value { graph: self, id })).collect()
     }
 
-    /// Has `value` computed by a new operator, which computes more besides, in the place of the one that computes it.
-    /// `outputs` are the new ones; the old value is the last output.
+    /// Replaces the operator that computes `value` by one that computes more. Its outputs are `outputs` and then
+    /// `value`.
     pub(super) fn recompute<'g>(
         &'g self,
         value: Value<'g>,
@@ -486,13 +291,13 @@ impl Graph {
         new
     }
 
-    /// Stops with what is wrong and where in the model definition it was written.
+    /// Panics with what is wrong and with the place in the model definition.
     #[track_caller]
     pub(super) fn mistake(&self, what: String) -> ! {
         panic!("{what}, in scope {:?} at {}", self.state.borrow().scope, Location::caller());
     }
 
-    /// The finished graph, without what no output needs.
+    /// The finished graph, without operators that no output depends on.
     pub fn finish(self, name: &str) -> Definition {
         let state = self.state.into_inner();
         let mut needed = vec![false; state.values.len()];
@@ -517,25 +322,6 @@ impl Graph {
             parameters: state.parameters.into_iter().filter(|parameter| needed[parameter.value]).collect(),
             observed: state.observed.into_iter().map(|(name, _)| name).collect(),
         }
-    }
-}
-
-/// The domain and the name of an operator.
-fn split(op: &'static str) -> (&'static str, &'static str) {
-    op.rsplit_once('.').unwrap_or(("", op))
-}
-
-impl Node {
-    /// The operator's domain, empty for the standard one, and its name there.
-    pub fn operator(&self) -> (&'static str, &'static str) {
-        split(self.op)
-    }
-}
-
-impl Attribute {
-    /// A number, rounded to float32.
-    pub fn float(number: f64) -> Attribute {
-        Attribute::Float((number as f32).to_bits())
     }
 }
 
@@ -573,12 +359,5 @@ impl<'g> Value<'g> {
             Some(dim) => dim.clone(),
             None => self.graph.mistake(format!("no axis {axis} in {}", Dim::list(&shape))),
         }
-    }
-}
-
-impl Definition {
-    /// The information on a value.
-    pub fn value(&self, id: usize) -> &ValueInfo {
-        &self.values[id]
     }
 }

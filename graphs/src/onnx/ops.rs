@@ -1,16 +1,15 @@
 //! The standard ONNX operators that model definitions use, each with its rule for dtypes and shapes.
 
-mod place;
+mod indexing;
 mod quantized;
 mod select;
 
 use std::ops::{Add, BitAnd, Div, Mul, Neg, Sub};
 
-use super::graph::{Attribute, Data, Graph, Value};
-use super::{DType, Dim};
+use super::{Attribute, DType, Data, Dim, Graph, Value};
 
 impl Graph {
-    /// The whole numbers `start..end`, as an int64 vector of length `length`; both bounds have one element.
+    /// The integers `start..end`, int64 `[length]`; both bounds have one element.
     #[track_caller]
     pub fn range<'g>(&'g self, start: Value<'g>, end: Value<'g>, length: &Dim) -> Value<'g> {
         let step = self.constant(DType::Int64, &[], Data::Ints(vec![1]));
@@ -82,12 +81,12 @@ impl<'g> Value<'g> {
         self.unary("Identity")
     }
 
-    /// The same numbers in another type; nothing is written where the type is right already.
+    /// The same numbers as `to`; no operator if they are that already.
     pub fn cast(self, to: DType) -> Value<'g> {
         if self.dtype() == to {
             return self;
         }
-        // The numbers of TensorProto.DataType.
+        // TensorProto.DataType.
         let code = match to {
             DType::Float32 => 1,
             DType::UInt8 => 2,
@@ -133,7 +132,7 @@ impl<'g> Value<'g> {
         self.with("Softmax", &[("axis", Attribute::Int(-1))])
     }
 
-    /// The mean over the last axis, which stays with length 1.
+    /// The mean over the last axis, which is kept with length 1.
     pub fn mean(self) -> Value<'g> {
         let mut shape = self.shape();
         let last = self.axis(-1);
@@ -141,25 +140,25 @@ impl<'g> Value<'g> {
         self.one("ReduceMean", &[self, self.graph.axes(&[-1])], self.dtype(), shape)
     }
 
-    /// Where `self <= other`.
+    /// `self <= other`, bool.
     #[track_caller]
-    pub fn at_most(self, other: Value<'g>) -> Value<'g> {
+    pub fn less_or_equal(self, other: Value<'g>) -> Value<'g> {
         self.binary("LessOrEqual", other, DType::Bool)
     }
 
-    /// Where `self > other`.
+    /// `self > other`, bool.
     #[track_caller]
-    pub fn above(self, other: Value<'g>) -> Value<'g> {
+    pub fn greater(self, other: Value<'g>) -> Value<'g> {
         self.binary("Greater", other, DType::Bool)
     }
 
-    /// `yes` where this bool tensor is true, `no` elsewhere, as `dtype`.
-    pub fn choose(self, dtype: DType, yes: f64, no: f64) -> Value<'g> {
+    /// `yes` where this bool tensor is true and `no` where it is false, as `dtype`.
+    pub fn select(self, dtype: DType, yes: f64, no: f64) -> Value<'g> {
         let (yes, no) = (self.graph.number(dtype, yes), self.graph.number(dtype, no));
         self.one("Where", &[self, yes, no], dtype, self.shape())
     }
 
-    /// The product of the last two axes' matrices; the axes before them must agree.
+    /// The matrix product over the last two axes; the axes before them must be equal.
     #[track_caller]
     pub fn matmul(self, other: Value<'g>) -> Value<'g> {
         let (a, b) = (self.shape(), other.shape());
@@ -191,7 +190,7 @@ impl<'g> Value<'g> {
         self.graph.node("Gemm", &inputs, &[("transB", Attribute::Int(1))], &[output])[0]
     }
 
-    /// The rows of this matrix that `ids` name: `[…ids, columns]`.
+    /// The rows `ids`, int64 `[…]`, of this matrix `[rows, columns]`: `[…, columns]`.
     #[track_caller]
     pub fn gather(self, ids: Value<'g>) -> Value<'g> {
         let shape = self.shape();
@@ -202,7 +201,7 @@ impl<'g> Value<'g> {
         self.graph.node("Gather", &[self, ids], &[("axis", Attribute::Int(0))], &[(self.dtype(), rows)])[0]
     }
 
-    /// The axes in another order.
+    /// The axes in the given order.
     #[track_caller]
     pub fn transpose(self, order: &[usize]) -> Value<'g> {
         let shape = self.shape();
@@ -216,10 +215,10 @@ impl<'g> Value<'g> {
         self.graph.node("Transpose", &[self], &[("perm", perm)], &[(self.dtype(), shape)])[0]
     }
 
-    /// The same numbers in other dimensions, whose product must be the same.
+    /// The same numbers in other dimensions with the same product.
     ///
-    /// At most one dimension is left for the run to infer; others that are not copied from the same axis nor fixed are
-    /// read off tensors that have them.
+    /// At most one dimension is left to be inferred at run time. The others are fixed, copied from the same axis, or
+    /// the [`size`](Graph::size) of a tensor that has them.
     #[track_caller]
     pub fn reshape(self, to: &[Dim]) -> Value<'g> {
         let open = self.open(to);
@@ -227,7 +226,7 @@ impl<'g> Value<'g> {
         self.reshaped(to, inferred)
     }
 
-    /// [`Value::reshape`] that infers nothing: all dimensions that vary are read off tensors that have them.
+    /// [`Value::reshape`] without an inferred dimension.
     #[track_caller]
     pub fn reshape_to_known(self, to: &[Dim]) -> Value<'g> {
         self.reshaped(to, None)
@@ -260,9 +259,12 @@ impl<'g> Value<'g> {
             vector((0..to.len()).map(number).collect())
         } else {
             let parts: Vec<Value<'g>> = (0..to.len())
-                .map(|axis| match open.contains(&axis) && inferred != Some(axis) {
-                    true => self.graph.size(&to[axis]),
-                    false => vector(vec![number(axis)]),
+                .map(|axis| {
+                    if open.contains(&axis) && inferred != Some(axis) {
+                        self.graph.size(&to[axis])
+                    } else {
+                        vector(vec![number(axis)])
+                    }
                 })
                 .collect();
             Value::concat(&parts, 0)
@@ -270,7 +272,7 @@ impl<'g> Value<'g> {
         self.one("Reshape", &[self, shape], self.dtype(), to.to_vec())
     }
 
-    /// A new axis of length 1 before `axis`, which counts in the result.
+    /// New axes of length 1, at these places of the result, ascending.
     pub fn unsqueeze(self, axes: &[isize]) -> Value<'g> {
         let mut shape = self.shape();
         for &axis in axes {
@@ -279,7 +281,7 @@ impl<'g> Value<'g> {
         self.one("Unsqueeze", &[self, self.graph.axes(axes)], self.dtype(), shape)
     }
 
-    /// The tensor without an axis of length 1.
+    /// Without an axis, which must have length 1.
     #[track_caller]
     pub fn squeeze(self, axis: isize) -> Value<'g> {
         let mut shape = self.shape();
@@ -289,7 +291,7 @@ impl<'g> Value<'g> {
         self.one("Squeeze", &[self, self.graph.axes(&[axis])], self.dtype(), shape)
     }
 
-    /// Tensors of one dtype end to end along an axis.
+    /// Tensors of one dtype, concatenated along an axis.
     #[track_caller]
     pub fn concat(parts: &[Value<'g>], axis: isize) -> Value<'g> {
         let first = parts[0];
@@ -308,7 +310,7 @@ impl<'g> Value<'g> {
         first.graph.node("Concat", parts, &[("axis", Attribute::Int(axis as i64))], &[(first.dtype(), shape)])[0]
     }
 
-    /// The tensor repeated along axes of length 1 until it has the dimensions `to`, which other tensors have.
+    /// Broadcast to the dimensions `to`, which must be fixed or those of other tensors.
     #[track_caller]
     pub fn expand(self, to: &[Dim]) -> Value<'g> {
         if self.shape() == to {
@@ -321,7 +323,7 @@ impl<'g> Value<'g> {
 
     /// The two halves of the last axis.
     #[track_caller]
-    pub fn halves(self) -> (Value<'g>, Value<'g>) {
+    pub fn split_halves(self) -> (Value<'g>, Value<'g>) {
         let mut shape = self.shape();
         let last = self.axis(-1);
         let Some(size) = shape[last].as_fixed().filter(|size| size % 2 == 0) else {
@@ -334,7 +336,7 @@ impl<'g> Value<'g> {
         (parts[0], parts[1])
     }
 
-    /// The last entry along an axis, which stays with length 1.
+    /// The last entry along an axis, which is kept with length 1.
     #[track_caller]
     pub fn last(self, axis: isize) -> Value<'g> {
         let mut shape = self.shape();
@@ -446,7 +448,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_twice_is_computed_once() {
+    fn equal_operators_are_written_once() {
         let graph = Graph::new();
         let x = graph.input("x", DType::Float32, &dims(&["n", "4"]));
         let once = (x * x).mean() + 1.0;
@@ -456,7 +458,7 @@ mod tests {
     }
 
     #[test]
-    fn what_no_output_needs_is_left_out() {
+    fn operators_without_an_output_are_left_out() {
         let graph = Graph::new();
         let x = graph.input("x", DType::Float32, &dims(&["n"]));
         let _unused = x.cos();

@@ -16,15 +16,15 @@ pub enum DType {
     BFloat16,
     /// Signed 64-bit integer: token ids, masks at the interface, shapes.
     Int64,
-    /// Signed 32-bit integer: lengths, where an operator wants them so.
+    /// Signed 32-bit integer: lengths, for operators that take them so.
     Int32,
-    /// Byte: numbers packed into blocks.
+    /// Unsigned byte: packed numbers of quantized matrices.
     UInt8,
-    /// Signed 8-bit integer: what is computed with in few bits.
+    /// Signed 8-bit integer: quantized numbers.
     Int8,
-    /// Signed 4-bit integer: two in a byte, the first in its lower half.
+    /// Signed 4-bit integer: quantized numbers, two in a byte, the first in its lower half.
     Int4,
-    /// Real numbers of 8 bits: 4 of exponent, 3 of mantissa, the greatest 448, and no infinities.
+    /// 8-bit float (fp8): 4 bits of exponent, 3 of mantissa, the greatest number 448, no infinities.
     Float8E4M3FN,
     /// One byte, 0 or 1: masks inside a graph.
     Bool,
@@ -45,12 +45,12 @@ impl DType {
         DType::Bool,
     ];
 
-    /// The bytes of `count` elements, if so many can be counted.
+    /// The bytes of `count` elements; none on overflow.
     pub fn bytes(self, count: usize) -> Option<usize> {
         if self == DType::Int4 { Some(count.div_ceil(2)) } else { count.checked_mul(self.size()) }
     }
 
-    /// The bytes of one element, or of two that share one.
+    /// The bytes of one element; of int4, of two.
     pub fn size(self) -> usize {
         match self {
             DType::Int64 => 8,
@@ -60,7 +60,7 @@ impl DType {
         }
     }
 
-    /// Whether the type holds real numbers that can be computed with.
+    /// Whether graphs compute in this type's floating-point numbers.
     pub fn is_float(self) -> bool {
         matches!(self, DType::Float32 | DType::Float16 | DType::BFloat16)
     }
@@ -95,17 +95,17 @@ pub struct Dim {
 }
 
 impl Dim {
-    /// A size known when the graph is written.
+    /// A size that is known when the graph is written.
     pub fn fixed(size: usize) -> Dim {
         Dim { factor: size, symbols: Vec::new() }
     }
 
-    /// A size known when the graph is run.
+    /// A size that is known at run time.
     pub fn symbol(name: &str) -> Dim {
         Dim { factor: 1, symbols: vec![name.to_string()] }
     }
 
-    /// Sizes known when the graph is written.
+    /// Sizes that are known when the graph is written.
     pub fn all(sizes: &[usize]) -> Vec<Dim> {
         sizes.iter().copied().map(Dim::fixed).collect()
     }
@@ -121,7 +121,7 @@ impl Dim {
         self.symbols.is_empty().then_some(self.factor)
     }
 
-    /// The size, if `of` tells that of each symbol; the greatest that can be counted where it is larger.
+    /// The size, if `of` knows the size of each symbol; saturates on overflow.
     pub fn size(&self, of: impl Fn(&str) -> Option<usize>) -> Option<usize> {
         self.symbols.iter().try_fold(self.factor, |product, symbol| Some(product.saturating_mul(of(symbol)?)))
     }
@@ -170,7 +170,7 @@ impl Serialize for Dim {
     }
 }
 
-/// Read as [`Serialize`] writes it; a product is taken apart at ` * `.
+/// Reads what [`Serialize`] writes; a product is split at ` * `.
 impl<'de> Deserialize<'de> for Dim {
     fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Dim, D::Error> {
         #[derive(Deserialize)]

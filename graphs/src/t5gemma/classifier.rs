@@ -1,5 +1,5 @@
-//! Classification: scores of labels for each source or for each of its tokens, from the encoder's states or from those of
-//! a decoder that reads the source again. One graph without a cache, as nothing is generated.
+//! Classification: scores of labels for each source or for each of its tokens, from the encoder's states or from those
+//! of a decoder that reads the source again. One graph without a cache, as nothing is generated.
 
 use super::decoder::{Memory, stack};
 use super::encoder::{self, Source};
@@ -36,7 +36,7 @@ pub fn classifier(config: &Config, options: &Options) -> Definition {
     let scored = match options.task {
         Task::TextClassification => {
             let states = states.reshape(&[ids.dim(0), ids.dim(1), width.into()]);
-            states.entry(pooled_position(ids, config, classifier)) // [batch, hidden]
+            states.gather_entry(pooled_position(ids, config, classifier)) // [batch, hidden]
         }
         _ => states,
     };
@@ -53,7 +53,7 @@ fn read_again<'g>(hidden: Value<'g>, source: &Source<'g>, classifier: &Classifie
     let pad = w.graph.constant(DType::Int64, &[], Data::Ints(vec![classifier.decoder_pad]));
     let tokens = Tokens::from_start(w.graph, ids);
     // transformers finds the padding by its ids here, not by the mask.
-    let target_mask = Some((!ids.equals(pad)).unsqueeze(&[1, 2, 3]));
+    let target_mask = Some((!ids.equal(pad)).unsqueeze(&[1, 2, 3]));
     let hidden = hidden.reshape(&[ids.dim(0), ids.dim(1), hidden.dim(-1)]);
     let x = embedding(ids, &w.at("embed_tokens.weight"));
     let context = Context { tokens, source_mask: source.visible, target_mask, cache: CacheLayout::Growing };
@@ -67,7 +67,7 @@ fn read_again<'g>(hidden: Value<'g>, source: &Source<'g>, classifier: &Classifie
 fn pooled_position<'g>(ids: Value<'g>, config: &Config, classifier: &Classifier) -> Value<'g> {
     let graph = ids.graph();
     let pad = graph.constant(DType::Int64, &[], Data::Ints(vec![config.tokens.pad.unwrap_or(0)]));
-    let last = last_true(!ids.equals(pad));
+    let last = last_true(!ids.equal(pad));
     if classifier.is_encoder_decoder {
         // The target stands one to the right of the source.
         (last + 1.0).min(graph.size(&ids.dim(1)) - 1.0)

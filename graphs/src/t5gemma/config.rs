@@ -1,5 +1,6 @@
-//! Reads a T5Gemma `config.json`, in both layouts that Hugging Face writes: that of transformers 4.53 (the official checkpoints:
-//! flat `rope_theta`, `torch_dtype`) and that of transformers 5 (`rope_parameters`, `dtype`, token ids in each stack).
+//! Reads a T5Gemma `config.json`, in both layouts that Hugging Face writes: that of transformers 4.53 (the official
+//! checkpoints: flat `rope_theta`, `torch_dtype`) and that of transformers 5 (`rope_parameters`, `dtype`, token ids in
+//! each stack).
 
 use serde_json::Value;
 
@@ -140,7 +141,8 @@ fn parse_stack(top: &mut Fields, name: &str) -> Result<ParsedStack, ConfigError>
     Ok(ParsedStack { stack, bos, eos, pad, fields })
 }
 
-/// The base of the rotary frequencies: that of `rope_scaling` (the older name) or `rope_parameters`, otherwise the flat one.
+/// The base of the rotary frequencies: that of `rope_scaling` (the older name) or `rope_parameters`, otherwise the flat
+/// one.
 fn rope_theta(fields: &mut Fields) -> Result<f64, ConfigError> {
     let flat = fields.positive("rope_theta")?;
     let objects = ["rope_scaling", "rope_parameters"].map(|name| (name, fields.remove(name)));

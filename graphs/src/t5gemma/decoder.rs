@@ -1,4 +1,4 @@
-//! The decoder, shared by the graphs that have one: the layer, the stack of layers, and the way from the last layer to logits.
+//! The decoder, shared by the graphs that have one: the layer, the stack of layers, and the outputs.
 
 use crate::attention::{causal, cross, cross_with_weights};
 use crate::config::LayerType;
@@ -22,8 +22,8 @@ pub struct Layer<'g> {
     pub kind: LayerType,
     /// What it attends to.
     pub memory: Memory<'g>,
-    /// Whether its cross-attention weights are asked for.
-    pub is_weighed: bool,
+    /// Whether its cross-attention weights are returned.
+    pub returns_weights: bool,
 }
 
 /// What a layer returns.
@@ -34,24 +34,29 @@ pub struct LayerOutput<'g> {
     pub present: KeyValue<'g>,
     /// The keys and values of the source, as they were given.
     pub source: KeyValue<'g>,
-    /// Where asked for, how much each target token attends to each source token: float32 `[batch, queries, source]`, the beams of
-    /// a source row along the queries.
+    /// Its cross-attention weights, if they are returned, the mean over heads: float32 `[batch, queries, source]`, the
+    /// beams of a source row along the queries.
     pub weights: Option<Value<'g>>,
 }
 
-/// All layers, over the embedded target tokens x `[rows·length, hidden]`. `memory` gives what the `i`-th attends to, whose weights
-/// are at the given place; the cross-attention weights of the layers in `weighed` are returned.
+/// All layers, over the embedded target tokens x `[rows·length, hidden]`. `memory` returns the memory of the `i`-th
+/// layer, whose weights are at the given path. The layers in `alignment_layers` return their cross-attention weights.
 pub fn stack<'g>(
     x: Value<'g>,
     context: &Context<'g>,
-    weighed: &[usize],
+    alignment_layers: &[usize],
     memory: impl Fn(usize, &Weights<'g>) -> Memory<'g>,
     w: &Weights<'g>,
 ) -> (Value<'g>, Vec<LayerOutput<'g>>) {
     let (mut x, mut outputs) = (x, Vec::new());
     for (i, &kind) in w.stack.layers.iter().enumerate() {
         let w = w.at(&format!("layers.{i}"));
-        let output = layer(x, context, Layer { kind, memory: memory(i, &w), is_weighed: weighed.contains(&i) }, &w);
+        let output = layer(
+            x,
+            context,
+            Layer { kind, memory: memory(i, &w), returns_weights: alignment_layers.contains(&i) },
+            &w,
+        );
         x = output.x;
         outputs.push(output);
     }
@@ -62,14 +67,14 @@ pub fn stack<'g>(
 /// h = h + norm(cross_attention(norm(h)))
 /// y = h + norm(mlp(norm(h)))
 fn layer<'g>(x: Value<'g>, context: &Context<'g>, layer: Layer<'g>, w: &Weights<'g>) -> LayerOutput<'g> {
-    let Layer { kind, memory: Memory { past, source }, is_weighed } = layer;
+    let Layer { kind, memory: Memory { past, source }, returns_weights } = layer;
     let normed = rms_norm(x, &w.at("pre_self_attn_layernorm"));
     let (attended, present) = causal(normed, context, kind, past, &w.at("self_attn"));
     let h = residual(x, attended, &w.at("post_self_attn_layernorm"));
 
     let normed = rms_norm(h, &w.at("pre_cross_attn_layernorm"));
     let at = w.at("cross_attn");
-    let (read, weights) = if is_weighed {
+    let (read, weights) = if returns_weights {
         let (read, weights) = cross_with_weights(normed, context, source, &at);
         (read, Some(weights))
     } else {
@@ -82,8 +87,8 @@ fn layer<'g>(x: Value<'g>, context: &Context<'g>, layer: Layer<'g>, w: &Weights<
     LayerOutput { x: y, present, source, weights }
 }
 
-/// Declares the outputs of a decoder graph: logits, the `cached` keys and values, and where asked for, candidates and alignment.
-/// `x` is the residual stream behind the last layer, `root` the root of the checkpoint.
+/// Declares the outputs of a decoder graph: logits, the `cached` keys and values, candidates and alignment. `x` is the
+/// residual stream behind the last layer, `root` the root of the checkpoint.
 pub fn outputs<'g>(
     ports: &Ports,
     x: Value<'g>,
@@ -101,8 +106,8 @@ pub fn outputs<'g>(
     interface::outputs(root.graph, ports, all);
 }
 
-/// `softcap(head · norm(x))` in float32, `[rows, positions, tokens]`, of x `[rows·length, hidden]`; the tokens are those of the
-/// vocabulary, or those that are kept of it.
+/// `softcap(head · norm(x))` in float32, `[rows, positions, vocab_size]` (or the number of kept tokens): x
+/// `[rows·length, hidden]`.
 fn logits<'g>(x: Value<'g>, tokens: &Tokens<'g>, which: Logits, norm: &Weights<'g>, head: &Weights<'g>) -> Value<'g> {
     let (rows, hidden_size) = (&tokens.rows, head.stack.hidden_size);
     let (x, positions) = match which {
@@ -120,17 +125,16 @@ fn logits<'g>(x: Value<'g>, tokens: &Tokens<'g>, which: Logits, norm: &Weights<'
     head.lowering.logits(x, table, cap, [rows.clone(), positions])
 }
 
-/// The outputs of [`Logits::Candidates`]: the greatest logits float32 `[rows, count]`, their tokens int64 `[rows, count]`, and the
-/// log-sum-exp of all float32 `[rows, 1]`.
+/// The outputs of [`Logits::Candidates`]: the greatest logits float32 `[rows, count]`, their tokens int64 `[rows,
+/// count]`, and the log-sum-exp of all float32 `[rows, 1]`.
 fn candidates(logits: Value<'_>, which: Logits) -> Vec<Value<'_>> {
     let Logits::Candidates(count) = which else { return Vec::new() };
     let logits = logits.squeeze(1); // [rows, vocab_size]
-    let [scores, ids] = logits.top(count);
+    let [scores, ids] = logits.top_k(count);
     vec![scores, ids, logits.log_sum_exp()]
 }
 
-/// The mean over layers of how much each target token attends to each source token, float32 `[rows, length, source]`; none if
-/// there are no layers.
+/// The mean over layers of their cross-attention weights, float32 `[rows, length, source]`; none without layers.
 fn alignment<'g>(weights: Vec<Value<'g>>, tokens: &Tokens<'g>) -> Option<Value<'g>> {
     let sum = weights.iter().copied().reduce(|sum, layer| sum + layer)?;
     let mean = sum * (1.0 / weights.len() as f64);

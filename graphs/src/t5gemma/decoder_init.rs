@@ -11,8 +11,8 @@ use crate::onnx::{Definition, Graph};
 use crate::options::Options;
 use crate::sequence::{Context, Tokens};
 
-/// The graph of the first decoder step. With a cache of fixed capacity the first step is a cached one, and only the source's keys
-/// and values are left to be computed here.
+/// The graph of the first decoder step. With a cache of fixed capacity the first step is a cached one, and only the
+/// source's keys and values are left to be computed here.
 pub fn decoder_init(config: &Config, options: &Options) -> Definition {
     match options.cache(config) {
         CacheLayout::Static(_) => source_only(config, options),

@@ -5,7 +5,7 @@ use super::decoder::{Memory, outputs, stack};
 use super::root;
 use crate::attention::padding_mask;
 use crate::config::Config;
-use crate::interface::{self, CacheLayout, PAST};
+use crate::interface::{self, CacheLayout, PAST_LENGTH};
 use crate::nn::embedding;
 use crate::onnx::{Definition, Dim, Graph};
 use crate::options::Options;
@@ -22,7 +22,7 @@ pub fn decoder_step(config: &Config, options: &Options) -> Definition {
 
     let root = root(&graph, &config.decoder, options);
     let (tokens, cached) = match cache {
-        CacheLayout::Growing => (Tokens::after(&graph, &Dim::symbol(PAST), ids), cached),
+        CacheLayout::Growing => (Tokens::after(&graph, &Dim::symbol(PAST_LENGTH), ids), cached),
         CacheLayout::InPlace | CacheLayout::Static(_) => {
             let (&positions, cached) = cached.split_first().expect("positions come before a cache of fixed capacity");
             (Tokens { rows: ids.dim(0), length: ids.dim(1), positions }, cached)

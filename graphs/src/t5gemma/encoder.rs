@@ -39,8 +39,8 @@ impl<'g> Source<'g> {
         Source { ids, tokens: Tokens::from_start(graph, ids), visible: padding_mask(mask) }
     }
 
-    /// As [`Source::by_row`], for graphs that return the state of every token: where the options allow it, several sources can lie
-    /// side by side in a row.
+    /// As [`Source::by_row`], for graphs that return the state of every token: where the options allow it, several
+    /// sources can lie side by side in a row.
     pub fn by_token(graph: &'g Graph, ids: Value<'g>, mask: Value<'g>, options: &Options) -> Source<'g> {
         if !options.reads_side_by_side() {
             return Source::by_row(graph, ids, mask);

@@ -30,30 +30,31 @@ pub fn features(config: &Config, options: &Options, features: &Features) -> Defi
     graph.finish("model")
 }
 
-/// One vector `[batch, hidden]` of the states `[batch, source, hidden]` that `mask` (int64 `[batch, source]`) lets through.
+/// One vector `[batch, hidden]` of the states `[batch, source, hidden]` that `mask` (int64 `[batch, source]`) lets
+/// through.
 fn pooled<'g>(states: Value<'g>, mask: Value<'g>, pooling: Pooling) -> Value<'g> {
     let seen = mask.cast(DType::Bool);
     match pooling {
         Pooling::None => states,
         Pooling::Mean => {
-            let sum = states.where_true(seen.unsqueeze(&[2])).sum(1).squeeze(1);
-            sum / seen.cast(DType::Float32).sum(-1)
+            let sum = states.zero_unless(seen.unsqueeze(&[2])).reduce_sum(1).squeeze(1);
+            sum / seen.cast(DType::Float32).reduce_sum(-1)
         }
-        Pooling::Last => states.entry(last_true(seen)),
-        Pooling::First => states.entry(first_true(seen)),
+        Pooling::Last => states.gather_entry(last_true(seen)),
+        Pooling::First => states.gather_entry(first_true(seen)),
     }
 }
 
 /// The last position of each row where `true` stands, or 0: int64 `[batch, 1]` of bool `[batch, source]`.
 pub fn last_true(seen: Value<'_>) -> Value<'_> {
-    positions(seen).where_true(seen).greatest(-1)
+    positions(seen).zero_unless(seen).reduce_max(-1)
 }
 
 fn first_true(seen: Value<'_>) -> Value<'_> {
     // Counted from the right, the first position is the greatest.
     let length = seen.graph().size(&seen.dim(1));
     let from_the_right = length - positions(seen); // length, …, 1
-    length - from_the_right.where_true(seen).greatest(-1)
+    length - from_the_right.zero_unless(seen).reduce_max(-1)
 }
 
 /// The positions of rows of this length, int64 `[1, source]`.
@@ -64,5 +65,5 @@ fn positions(rows: Value<'_>) -> Value<'_> {
 
 /// `x / max(√Σx², 1e-12)` over the last axis, as `torch.nn.functional.normalize`.
 fn normalized(x: Value<'_>) -> Value<'_> {
-    x / (x * x).sum(-1).sqrt().at_least(1e-12)
+    x / (x * x).reduce_sum(-1).sqrt().clamp_min(1e-12)
 }

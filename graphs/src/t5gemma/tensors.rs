@@ -20,8 +20,8 @@ pub static TENSORS: Tensors = Tensors {
     role,
 };
 
-/// What a tensor is for. Only the beginning and the block of a name count, so that the name of an initializer, which may have a
-/// suffix, will do.
+/// What a tensor is for. Only the beginning and the block of a name count, so that the name of an initializer, which
+/// may have a suffix, will do.
 pub fn role(tensor: &str) -> Option<Role> {
     let reads_source = || ["k_proj", "v_proj"].iter().any(|part| tensor.contains(&format!(".cross_attn.{part}.")));
     match tensor {

@@ -150,8 +150,8 @@ fn quantization(args: &QuantizeArgs) -> Result<Quantization> {
         let blocks = match part.unwrap_or(args.quantize) {
             FormatArg::None => return None,
             FormatArg::Fp8 => return Some(Blocks::float8()),
-            FormatArg::Int8 => Blocks::whole(8, 128),
-            FormatArg::Int4 => Blocks::whole(4, 32),
+            FormatArg::Int8 => Blocks::integer(8, 128),
+            FormatArg::Int4 => Blocks::integer(4, 32),
         };
         Some(Blocks { size: args.block_size.unwrap_or(blocks.size), symmetric: !args.asymmetric, ..blocks })
     };
@@ -169,7 +169,7 @@ fn quantization(args: &QuantizeArgs) -> Result<Quantization> {
     if let Some((flag, _)) = of_blocks.iter().find(|(_, given)| *given && !quantization.is_any()) {
         bail!(Usage(format!("{flag} requires --quantize, or --quantize-encoder, -decoder or -head")));
     }
-    let is_blocked = quantization.parts().any(|blocks| blocks.code == Code::Whole);
+    let is_blocked = quantization.formats().any(|blocks| blocks.code == Code::Integer);
     if let Some((flag, _)) = of_blocks[..2].iter().find(|(_, given)| *given && !is_blocked) {
         bail!(Usage(format!("{flag} requires --quantize int8 or int4 (got fp8, which has no blocks)")));
     }

@@ -1,13 +1,12 @@
-//! The standard operators for numbers in few bits.
+//! The standard operators for quantized numbers.
 
-use super::super::graph::{Attribute, Data, Value};
-use super::super::{Blocks, Code, DType, Dim};
+use super::super::{Attribute, Blocks, Code, DType, Data, Dim, Value};
 
 impl<'g> Value<'g> {
-    /// `w · scale` of this matrix `[n, k]` in few bits, in the type of the scales: `[n, k / size]`, one for each block of
-    /// numbers along a row, `[n]`, one for each row, or `[]`, one for all.
+    /// `w · scale` for this quantized matrix `[n, k]`, in the dtype of the scales: `[n, k / size]` for blocks along a
+    /// row, `[n]` for rows, `[]` for the whole matrix.
     #[track_caller]
-    pub fn dequantized(self, scales: Value<'g>, blocks: Blocks) -> Value<'g> {
+    pub fn dequantize(self, scales: Value<'g>, blocks: Blocks) -> Value<'g> {
         let (shape, of_blocks) = (self.shape(), scales.shape());
         let fits = match (&shape[..], &of_blocks[..]) {
             ([n, k], [rows, count]) => {
@@ -19,8 +18,8 @@ impl<'g> Value<'g> {
         };
         let dtype = match (blocks.code, blocks.bits) {
             (Code::Float8E4M3FN, _) => DType::Float8E4M3FN,
-            (Code::Whole, 4) => DType::Int4,
-            (Code::Whole, _) => DType::Int8,
+            (Code::Integer, 4) => DType::Int4,
+            (Code::Integer, _) => DType::Int8,
         };
         if !fits || self.dtype() != dtype || !scales.dtype().is_float() {
             let (of, by) = (Dim::list(&shape), Dim::list(&of_blocks));
@@ -34,22 +33,22 @@ impl<'g> Value<'g> {
         self.graph.node("DequantizeLinear", &[self, scales], &attributes, &[(scales.dtype(), shape)])[0]
     }
 
-    /// The numbers rounded to int8 or real numbers of 8 bits with the given scale, and back: what is beyond 127 or 448 of it
-    /// is cut.
-    pub fn rounded(self, code: Code, scale: f64) -> Value<'g> {
+    /// Quantized to int8 or fp8 with the given scale, and dequantized: numbers beyond 127 or 448 times the scale
+    /// saturate.
+    pub fn quantize_dequantize(self, code: Code, scale: f64) -> Value<'g> {
         let scale = self.graph.constant(self.dtype(), &[], Data::Floats(vec![scale]));
         let (dtype, zero) = match code {
-            Code::Whole => (DType::Int8, Data::Ints(vec![0])),
+            Code::Integer => (DType::Int8, Data::Ints(vec![0])),
             Code::Float8E4M3FN => (DType::Float8E4M3FN, Data::Floats(vec![0.0])),
         };
         let zero = self.graph.constant(dtype, &[], zero);
-        let rounded = self.one("QuantizeLinear", &[self, scale, zero], dtype, self.shape());
-        self.one("DequantizeLinear", &[rounded, scale, zero], self.dtype(), self.shape())
+        let quantized = self.one("QuantizeLinear", &[self, scale, zero], dtype, self.shape());
+        self.one("DequantizeLinear", &[quantized, scale, zero], self.dtype(), self.shape())
     }
 
-    /// The greatest of the absolute numbers in all of a matrix, in float32 `[1]`.
-    pub fn greatest_absolute(self) -> Value<'g> {
-        self.cast(DType::Float32).unary("Abs").greatest(0).greatest(1).squeeze(0)
+    /// `max |x|` of a whole matrix, float32 `[1]`.
+    pub fn max_abs(self) -> Value<'g> {
+        self.cast(DType::Float32).unary("Abs").reduce_max(0).reduce_max(1).squeeze(0)
     }
 }
 
@@ -58,32 +57,32 @@ mod tests {
     use crate::onnx::{Blocks, Code, DType, Dim, Graph};
 
     #[test]
-    fn a_matrix_takes_the_type_of_its_scales() {
+    fn a_matrix_gets_the_dtype_of_its_scales() {
         let graph = Graph::new();
         let w = graph.input("w", DType::Int4, &Dim::all(&[8, 64]));
         let scales = graph.input("scales", DType::BFloat16, &Dim::all(&[8, 2]));
-        let whole = w.dequantized(scales, Blocks::whole(4, 32));
+        let whole = w.dequantize(scales, Blocks::integer(4, 32));
         assert_eq!((whole.dtype(), whole.shape()), (DType::BFloat16, Dim::all(&[8, 64])));
     }
 
     #[test]
-    fn real_numbers_of_8_bits_have_one_scale() {
+    fn fp8_has_one_scale() {
         let graph = Graph::new();
         let w = graph.input("w", DType::Float8E4M3FN, &Dim::all(&[8, 64]));
         let scale = graph.input("scale", DType::Float16, &[]);
-        let whole = w.dequantized(scale, Blocks::float8());
+        let whole = w.dequantize(scale, Blocks::float8());
         assert_eq!((whole.dtype(), whole.shape()), (DType::Float16, Dim::all(&[8, 64])));
         let x = graph.input("x", DType::BFloat16, &[Dim::symbol("tokens"), Dim::fixed(64)]);
-        let rounded = x.rounded(Code::Float8E4M3FN, 0.5);
+        let rounded = x.quantize_dequantize(Code::Float8E4M3FN, 0.5);
         assert_eq!((rounded.dtype(), rounded.shape()), (x.dtype(), x.shape()));
     }
 
     #[test]
     #[should_panic(expected = "DequantizeLinear of int8 [8, 64] by float32 []")]
-    fn the_numbers_are_of_the_code() {
+    fn the_dtype_is_that_of_the_code() {
         let graph = Graph::new();
         let w = graph.input("w", DType::Int8, &Dim::all(&[8, 64]));
-        let _ = w.dequantized(graph.input("scale", DType::Float32, &[]), Blocks::float8());
+        let _ = w.dequantize(graph.input("scale", DType::Float32, &[]), Blocks::float8());
     }
 
     #[test]
@@ -92,6 +91,6 @@ mod tests {
         let graph = Graph::new();
         let w = graph.input("w", DType::Int4, &Dim::all(&[8, 48]));
         let scales = graph.input("scales", DType::Float32, &Dim::all(&[8, 2]));
-        let _ = w.dequantized(scales, Blocks::whole(4, 32));
+        let _ = w.dequantize(scales, Blocks::integer(4, 32));
     }
 }

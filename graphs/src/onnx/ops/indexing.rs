@@ -1,40 +1,41 @@
-//! Operators that move entries by their places, and those that find the places of the greatest.
+//! Operators that gather and scatter by indices, and those that find the indices of the greatest.
 
-use super::super::graph::{Attribute, Data, Value};
-use super::super::{DType, Dim};
+use super::super::{Attribute, DType, Data, Dim, Value};
 
 impl<'g> Value<'g> {
-    /// The tensor with the entries of `updates` put along `axis` where `places` (int64, of their shape) says.
+    /// With `updates` written along `axis` at `indices` (int64, of their shape).
     #[track_caller]
-    pub fn scattered(self, places: Value<'g>, updates: Value<'g>, axis: isize) -> Value<'g> {
+    pub fn scatter_elements(self, indices: Value<'g>, updates: Value<'g>, axis: isize) -> Value<'g> {
         let (shape, new) = (self.shape(), updates.shape());
         let at = self.axis(axis);
-        let fits = places.dtype() == DType::Int64
-            && places.shape() == new
+        let fits = indices.dtype() == DType::Int64
+            && indices.shape() == new
             && updates.dtype() == self.dtype()
             && shape.len() == new.len()
             && (0..shape.len()).all(|i| i == at || shape[i] == new[i]);
         if !fits {
             let (into, of) = (Dim::list(&shape), Dim::list(&new));
-            self.graph.mistake(format!("ScatterElements into {into} of {of} at {}", Dim::list(&places.shape())));
+            self.graph.mistake(format!("ScatterElements into {into} of {of} at {}", Dim::list(&indices.shape())));
         }
         let axis = [("axis", Attribute::Int(at as i64))];
-        self.graph.node("ScatterElements", &[self, places, updates], &axis, &[(self.dtype(), shape)])[0]
+        self.graph.node("ScatterElements", &[self, indices, updates], &axis, &[(self.dtype(), shape)])[0]
     }
 
-    /// The entries along an axis that `places` (int64 `[n]`) name.
+    /// The entries `indices` (int64 `[n]`) along an axis, whose length becomes `n`.
     #[track_caller]
-    pub fn taken(self, places: Value<'g>, axis: isize) -> Value<'g> {
+    pub fn gather_along(self, indices: Value<'g>, axis: isize) -> Value<'g> {
         let (mut shape, at) = (self.shape(), self.axis(axis));
-        let [count] = &places.shape()[..] else { self.graph.mistake(format!("at {}", Dim::list(&places.shape()))) };
+        let [count] = &indices.shape()[..] else {
+            self.graph.mistake(format!("Gather by indices {}", Dim::list(&indices.shape())))
+        };
         shape[at] = count.clone();
         let axis = [("axis", Attribute::Int(at as i64))];
-        self.graph.node("Gather", &[self, places], &axis, &[(self.dtype(), shape)])[0]
+        self.graph.node("Gather", &[self, indices], &axis, &[(self.dtype(), shape)])[0]
     }
 
-    /// The `count` greatest entries of the last axis, greatest first, and their places there (int64).
+    /// The `count` greatest entries of the last axis, greatest first, and their indices (int64).
     #[track_caller]
-    pub fn top(self, count: usize) -> [Value<'g>; 2] {
+    pub fn top_k(self, count: usize) -> [Value<'g>; 2] {
         let mut shape = self.shape();
         let last = self.axis(-1);
         shape[last] = Dim::fixed(count);
@@ -44,11 +45,11 @@ impl<'g> Value<'g> {
         [top[0], top[1]]
     }
 
-    /// `log Σ exp(x)` over the last axis, which stays with length 1.
+    /// `log Σ exp(x)` over the last axis, which is kept with length 1.
     #[track_caller]
     pub fn log_sum_exp(self) -> Value<'g> {
-        let greatest = self.greatest(-1);
-        (self - greatest).unary("Exp").sum(-1).unary("Log") + greatest
+        let greatest = self.reduce_max(-1);
+        (self - greatest).unary("Exp").reduce_sum(-1).unary("Log") + greatest
     }
 }
 
@@ -57,27 +58,27 @@ mod tests {
     use crate::onnx::{DType, Dim, Graph};
 
     #[test]
-    fn shapes_follow_from_what_is_moved() {
+    fn shapes_follow_from_the_indices() {
         let graph = Graph::new();
         let [rows, new] = ["rows", "new"].map(Dim::symbol);
         let past = graph.input("past", DType::Float32, &[rows.clone(), Dim::fixed(8), Dim::fixed(4)]);
         let update = graph.input("update", DType::Float32, &[rows.clone(), new.clone(), Dim::fixed(4)]);
         let places = graph.input("places", DType::Int64, &[rows.clone(), new.clone(), Dim::fixed(4)]);
-        assert_eq!(past.scattered(places, update, 1).shape(), past.shape());
+        assert_eq!(past.scatter_elements(places, update, 1).shape(), past.shape());
         let parents = graph.input("parents", DType::Int64, std::slice::from_ref(&new));
-        assert_eq!(past.taken(parents, 0).shape(), [new, Dim::fixed(8), Dim::fixed(4)]);
-        let [scores, ids] = past.top(2);
+        assert_eq!(past.gather_along(parents, 0).shape(), [new, Dim::fixed(8), Dim::fixed(4)]);
+        let [scores, ids] = past.top_k(2);
         assert_eq!((scores.shape(), ids.dtype()), (vec![rows.clone(), Dim::fixed(8), Dim::fixed(2)], DType::Int64));
         assert_eq!(past.log_sum_exp().shape(), [rows, Dim::fixed(8), Dim::fixed(1)]);
     }
 
     #[test]
     #[should_panic(expected = "ScatterElements into [rows, 8] of [rows, 3] at [rows, 2]")]
-    fn every_entry_has_a_place() {
+    fn every_update_has_an_index() {
         let graph = Graph::new();
         let of = |name: &str, dtype, size| graph.input(name, dtype, &[Dim::symbol("rows"), Dim::fixed(size)]);
         let (past, places, update) =
             (of("past", DType::Float32, 8), of("places", DType::Int64, 2), of("update", DType::Float32, 3));
-        let _ = past.scattered(places, update, 1);
+        let _ = past.scatter_elements(places, update, 1);
     }
 }
