@@ -9,20 +9,22 @@ type Files<'a> = &'a [(&'a str, &'a str)];
 
 /// Files of a small workspace without a fault: crate `top` uses crate `low`, and of each the modules one another in one direction.
 const SOUND: Files = &[
-    ("Cargo.toml", "[workspace]\nmembers = [\"low\", \"top\"]\n"),
+    ("Cargo.toml", "[workspace]\nmembers = [\"low\", \"top\", \"free\"]\n"),
     (
         "README.md",
-        "```imports\nlow ->\ntop -> low::{base}\ntop::{plain} -/-> engine, ort\nort only in top/src/engine.rs\n```\n",
+        "```imports\nfree ->\nlow ->\ntop -> low::{base}\ntop::{plain} -/-> engine, ort\nort only in top/src/engine.rs\n```\n",
     ),
     ("low/Cargo.toml", "[package]\nname = \"demo-low\"\n"),
     ("low/src/lib.rs", "pub mod base;\npub mod other;\npub use base::Thing;\n"),
     ("low/src/base.rs", "pub struct Thing;\n"),
     // A module may have the name of a crate.
-    ("low/src/demo_top.rs", "pub fn run() {}\n"),
+    ("low/src/demo_free.rs", "pub fn run() {}\n"),
     (
         "low/src/other.rs",
-        "use crate::{Thing, demo_top};\n\nfn run() {\n    demo_top::run();\n}\n\n#[cfg(test)]\nmod tests {\n    use crate::base::{self};\n}\n",
+        "use crate::{Thing, demo_free};\n\nfn run() {\n    demo_free::run();\n}\n\n#[cfg(test)]\nmod tests {\n    use crate::base::{self};\n}\n",
     ),
+    ("free/Cargo.toml", "[package]\nname = \"demo-free\"\n"),
+    ("free/src/lib.rs", ""),
     ("top/Cargo.toml", "[package]\nname = \"demo-top\"\n"),
     ("top/src/lib.rs", "mod engine;\nmod plain;\n"),
 ];
