@@ -105,7 +105,7 @@ fn check(manifest: &Manifest, folder: &Path) -> Result<(), Error> {
     }
     Err(Error::Unsupported {
         what: format!("{}: its graphs do not return activation ranges", folder.display()),
-        remedy: "export the model with observe".into(),
+        remedy: "export the model with --observe".into(),
     })
 }
 

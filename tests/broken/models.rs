@@ -28,12 +28,12 @@ fn files_that_are_not_those_of_the_manifest() {
         Case {
             name: "no such folder",
             change: |folder| fs::remove_dir_all(folder).expect("just made"),
-            says: &["model/manifest.json: no such file: not a model folder"],
+            says: &["model/manifest.json: no such file: this is not a model folder"],
         },
         Case {
             name: "no manifest",
             change: |folder| remove(folder, MANIFEST),
-            says: &["model/manifest.json: no such file: not a model folder"],
+            says: &["model/manifest.json: no such file: this is not a model folder"],
         },
         Case {
             name: "a checkpoint",
@@ -86,7 +86,7 @@ fn files_that_are_not_those_of_the_manifest() {
         Case {
             name: "no config.json",
             change: |folder| remove(folder, "config.json"),
-            says: &["model/config.json: No such file"],
+            says: &["model/config.json: cannot be read: No such file"],
         },
         Case {
             name: "another config.json",

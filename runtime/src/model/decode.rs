@@ -209,7 +209,7 @@ impl Model {
             let (Some(names), Some(last)) = (self.folder.manifest.observed.get(graph), outputs.last()) else {
                 return Err(Error::Unsupported {
                     what: format!("{}: its graphs do not return activation ranges", self.folder.path.display()),
-                    remedy: "export the model with observe".into(),
+                    remedy: "export the model with --observe".into(),
                 });
             };
             let (_, found) = last.try_extract_tensor::<f32>().map_err(Error::onnxruntime(DURING))?;
