@@ -174,6 +174,9 @@ sanitize: $(LIBRARY) ## run unit tests under AddressSanitizer at every instructi
 	    T5GEMMA_MAX_CPU_ISA=$$level $(SANITIZE) -p t5gemma-runtime || exit 1; \
 	done
 
+.PHONY: nightly
+nightly: deny sanitize fuzz ## what takes too long, or too much network, for every change
+
 .PHONY: check-rtx
 check-rtx: .venv/complete .cache/tensorrt-rtx/complete ## compile graphs with NVIDIA's builder for RTX; needs no GPU, but x86-64 Linux
 	$(CARGO) build --locked --profile $(PROFILE) -p t5gemma-exporter
