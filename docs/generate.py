@@ -342,6 +342,7 @@ TABLES = {
     "token-labels-result": lambda: fields("classify-response", "TokenLabelsResult"),
     "token-labels": lambda: fields("classify-response", "TokenLabels"),
     "label": lambda: fields("classify-response", "Label"),
+    "encoder-usage": lambda: fields("classify-response", "EncoderUsage"),
     "error-result": lambda: fields("generate-response", "ErrorResult"),
     "summary": summary_table,
     "zen3-s-s": lambda: peers_table(load("zen3-s-s")),
