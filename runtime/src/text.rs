@@ -124,7 +124,7 @@ impl Encoder {
     ///
     /// let encoder = Encoder::open("model")?;
     /// let batch = encoder.tokenize(&["The quick brown fox", "Hello"])?;
-    /// let vectors = encoder.embed(&batch, Pooling::Mean, true, &Cancellation::new())?;
+    /// let vectors = encoder.embed_normalized(&batch, Pooling::Mean, &Cancellation::new())?;
     /// println!("{}", vectors.row(0).dot(&vectors.row(1)));
     /// # Ok::<(), t5gemma_runtime::Error>(())
     /// ```
