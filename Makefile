@@ -14,7 +14,7 @@ VERSION := $(shell sed -n 's/^version = "\(.*\)"$$/\1/p' Cargo.toml)
 # Where `install` and `install-programs` put files; a DESTDIR before it is not written into anything.
 PREFIX ?= /usr/local
 # The programs with the hidden subcommands `man DIR` and `completions SHELL`.
-DOCUMENTED := t5gemma-export
+DOCUMENTED := t5gemma-export t5gemma
 # Where packages are put together, and where they come to lie.
 STAGE ?= target/stage
 DIST ?= target/dist

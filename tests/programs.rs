@@ -638,18 +638,40 @@ fn a_comparison_says_first_what_its_sources_are() {
     assert_eq!(first(&["--texts", texts]), format!("sources: 2 texts of {texts}"));
 }
 
-/// Help is wrapped to the terminal, and what is set by hand is narrow enough for any.
+const COMMANDS: [&str; 10] =
+    ["generate", "score", "encode", "classify", "verify", "bench", "calibrate", "shortlist", "build-engines", "doctor"];
+
 #[test]
-fn help_fits_a_terminal() {
-    let help = |command: &str| {
-        let arguments = if command.is_empty() { vec!["--help"] } else { vec![command, "--help"] };
-        stdout(program("t5gemma").args(arguments).env("COLUMNS", "80").output().expect("the program starts"))
-    };
-    let top = help("");
-    assert!(top.contains("Exit status:\n  0    done\n"), "{top}");
-    for command in ["generate", "score", "encode", "classify", "verify", "bench", "shortlist"] {
-        let help = help(command);
-        let narrow = help.lines().filter(|line| line.chars().count() > 80 && !line.starts_with("Usage:"));
-        assert_eq!(narrow.collect::<Vec<_>>(), Vec::<&str>::new(), "{command}");
+fn help_fits_a_terminal_and_ends_with_examples() {
+    for command in COMMANDS.map(Some).into_iter().chain([None]) {
+        for (flag, columns) in [("-h", 80), ("--help", 80), ("--help", 120)] {
+            let mut program = program("t5gemma");
+            let shown = program.args(command).arg(flag).env("COLUMNS", columns.to_string()).output().expect("it runs");
+            let shown = stdout(shown);
+            // The usage is one line, however long.
+            let lines = shown.lines().filter(|line| !line.starts_with("Usage:"));
+            let longest = lines.map(|line| line.chars().count()).max();
+            assert!(longest.is_some_and(|longest| longest <= columns), "{command:?} {flag}: {shown}");
+            assert_eq!(shown.contains("\nExamples:\n"), flag == "--help", "{command:?} {flag}: {shown}");
+        }
     }
+    let help = stdout(run("t5gemma", ["--help"], ""));
+    assert!(help.contains("Exit status:\n  0    success\n"), "{help}");
+    assert_eq!(stdout(run("t5gemma", ["--version"], "")), format!("t5gemma {}\n", env!("CARGO_PKG_VERSION")));
+}
+
+#[test]
+fn completions_and_man_pages_know_all_options() {
+    for shell in ["bash", "zsh", "fish"] {
+        let script = stdout(run("t5gemma", ["completions", shell], ""));
+        assert!(script.contains("max-batch-tokens") && script.contains("build-engines"), "{shell}");
+    }
+    let folder = tempfile::tempdir().expect("a temporary folder can be made");
+    stdout(run("t5gemma", ["man".as_ref(), folder.path().as_os_str()], ""));
+    let page = |name: &str| std::fs::read_to_string(folder.path().join(name)).expect("a page");
+    assert!(page("t5gemma.1").contains("t5gemma doctor"));
+    for command in COMMANDS {
+        assert!(page(&format!("t5gemma-{command}.1")).contains("Examples:"), "{command}");
+    }
+    assert!(page("t5gemma-generate.1").contains("\\-\\-max\\-batch\\-tokens"));
 }

@@ -1,5 +1,5 @@
-//! `t5gemma bench`: how fast a model is on this machine, and how near to what the machine's memory allows. One case from
-//! flags, or the cases of a request file (`protocol.rs`); what the machine says of itself is `machine.rs`.
+//! `t5gemma bench`: how fast a model is on this machine, and how near to what the machine's memory allows. One case
+//! from flags, or the cases of a request file (`protocol.rs`); what the machine says of itself is `machine.rs`.
 
 mod machine;
 mod protocol;
@@ -19,52 +19,91 @@ use t5gemma_runtime::{
 
 use crate::exit::Outcome;
 use crate::exit::ensure_usage;
-use crate::opening::Opening;
+use crate::opening::{ModelArguments, Opening, RuntimeArguments};
 use crate::progress::counter;
 use machine::{Memory, now_ns, read_bandwidth};
 
-/// Measures how fast a model is on this machine
+/// Measure the speed of a model on this machine
 ///
-/// Sources are random and of one length; targets have exactly --max-new-tokens, as no end token may be chosen. Measured are
-/// opening, opening until the first token, and then, repeated: encoding, generation until its first token, each further
-/// step, and whole calls; the memory of this process; and how fast the machine reads memory, beside what a step must read.
-/// Of the model's own generation settings, only the token ids count.
+/// Sources are random and of one length, and targets have exactly --max-new-tokens tokens: no end token is chosen.
+/// Measures the time to open the model and to its first token, then repeatedly the time of encoding, of the first
+/// token, of each further step and of whole calls, the memory of this process, and how fast the machine reads memory,
+/// compared with the bytes that a step must read. Of the model's own generation settings, only the token ids are used.
 ///
-/// With --request, the cases of a JSON file are measured and the times written as JSON, so that one harness can compare
-/// runtimes; both files are described below the options.
+/// With --request, measures the cases of a JSON file and writes their times as JSON, so that one harness can compare
+/// several runtimes.
 #[derive(clap::Args)]
 #[command(after_long_help = PROTOCOL)]
 pub struct Arguments {
     #[command(flatten)]
-    opening: Opening,
-    /// Print JSON instead of a table
-    #[arg(long)]
-    json: bool,
-    /// Source rows
-    #[arg(long, value_name = "ROWS", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=4096))]
-    batch_size: u32,
-    /// Beams of beam search; 1 is greedy
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=256))]
-    num_beams: u32,
-    /// Tokens of each source
-    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
-    source_length: u32,
-    /// Tokens to generate
-    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
-    max_new_tokens: u32,
-    /// Measured runs of encoding and of generation
-    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
-    repeat: u32,
-    /// Runs of each before the measured ones
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    warmup: u32,
-    /// Measure the cases of this JSON file
-    #[arg(long, value_name = "FILE", requires = "response", conflicts_with_all =
+    model: ModelArguments,
+    #[command(flatten)]
+    workload: Workload,
+    /// Measure the cases of a JSON file, described below
+    #[arg(long, value_name = "FILE", help_heading = "Input", requires = "response", conflicts_with_all =
         ["threads", "json", "batch_size", "num_beams", "source_length", "max_new_tokens", "repeat", "warmup"])]
     request: Option<PathBuf>,
-    /// Write the times of --request to this JSON file
-    #[arg(long, value_name = "FILE", requires = "request")]
+    /// Print JSON instead of a table
+    #[arg(long, help_heading = "Output")]
+    json: bool,
+    /// File for the times of --request
+    #[arg(long, value_name = "FILE", help_heading = "Output", requires = "request")]
     response: Option<PathBuf>,
+    #[command(flatten)]
+    runtime: RuntimeArguments,
+}
+
+/// What is measured from flags.
+#[derive(clap::Args)]
+struct Workload {
+    /// Number of sources
+    #[arg(
+        long,
+        value_name = "ROWS",
+        help_heading = "Input",
+        default_value_t = 1,
+        value_parser = clap::value_parser!(u32).range(1..=4096)
+    )]
+    batch_size: u32,
+    /// Length of each source in tokens
+    #[arg(
+        long,
+        value_name = "N",
+        help_heading = "Input",
+        default_value_t = 64,
+        value_parser = clap::value_parser!(u32).range(1..)
+    )]
+    source_length: u32,
+    /// Number of beams; 1 is greedy search
+    #[arg(
+        long,
+        value_name = "N",
+        help_heading = "Generation",
+        default_value_t = 1,
+        value_parser = clap::value_parser!(u32).range(1..=256)
+    )]
+    num_beams: u32,
+    /// Number of tokens to generate
+    #[arg(
+        long,
+        value_name = "N",
+        help_heading = "Generation",
+        default_value_t = 64,
+        value_parser = clap::value_parser!(u32).range(1..)
+    )]
+    max_new_tokens: u32,
+    /// Number of measured runs
+    #[arg(
+        long,
+        value_name = "N",
+        help_heading = "Generation",
+        default_value_t = 5,
+        value_parser = clap::value_parser!(u32).range(1..)
+    )]
+    repeat: u32,
+    /// Number of runs before the measured ones
+    #[arg(long, value_name = "N", help_heading = "Generation", default_value_t = 1)]
+    warmup: u32,
 }
 
 const PROTOCOL: &str = r#"Files of --request and --response:
@@ -81,27 +120,34 @@ const PROTOCOL: &str = r#"Files of --request and --response:
              "steps_ns"?}, ...], "ttft": [...], "generate": [...],
              "ids": [[...], ...], "scores": [...] or null, "error"?}, ...]}
 
-Times are of the monotonic clock. "gate" makes a run wait until others use less
-than "busy" of the machine, and repeats a run during which others used much
-("foreign"), up to "tries" times."#;
+Times are those of the monotonic clock. With "gate", a run waits until other processes use less than "busy" of the machine, and is repeated if they used much of it ("foreign"), up to "tries" times.
+
+Examples:
+  Measure greedy search, then eight sources with four beams:
+    t5gemma bench model
+    t5gemma bench model --batch-size 8 --num-beams 4
+
+  Compare the numbers of threads:
+    for n in 1 2 4; do t5gemma bench model --threads $n --json > $n.json; done"#;
 
 /// Runs the command.
-pub fn run(mut arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
+pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     if let (Some(request), Some(response)) = (&arguments.request, &arguments.response) {
-        return protocol::run(arguments.opening, request, response, cancel);
+        return protocol::run(Opening::new(arguments.model, arguments.runtime), request, response, cancel);
     }
     let start = now_ns();
-    // What is measured is one batch.
-    arguments.opening.limits = Limits::NONE;
-    let model = arguments.opening.open()?;
+    let mut opening = Opening::new(arguments.model, arguments.runtime);
+    // One batch is measured, whatever memory it takes.
+    opening.limits = Limits::NONE;
+    let model = opening.open()?;
     let opened = now_ns();
-    let case = Case::random(&model, &arguments)?;
+    let case = Case::random(&model, &arguments.workload)?;
     case.generate(&model, 1, cancel)?;
     let first_token = now_ns();
-    let measured = measure(&model, &case, &arguments, cancel)?;
+    let measured = measure(&model, &case, &arguments.workload, cancel)?;
     // Before the bandwidth is measured, which takes memory of its own.
     let memory = Memory::now();
-    let bandwidth = read_bandwidth(arguments.opening.threads.unwrap_or(usize::MAX), cancel)?;
+    let bandwidth = read_bandwidth(opening.runtime.threads.unwrap_or(usize::MAX), cancel)?;
     let report = Report {
         open_ms: milliseconds(start, opened),
         open_to_first_token_ms: milliseconds(start, first_token),
@@ -110,9 +156,10 @@ pub fn run(mut arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
         bandwidth,
         step: StepBytes::of(&model, &case),
     };
-    let text = match arguments.json {
-        true => format!("{:#}\n", report.json(&model, &case, &arguments)),
-        false => report.table(&model, &case, &arguments),
+    let text = if arguments.json {
+        format!("{:#}\n", report.json(&model, &case, &arguments.workload, &opening))
+    } else {
+        report.table(&model, &case, &arguments.workload, &opening)
     };
     io::stdout().lock().write_all(text.as_bytes())?;
     Ok(Outcome::Done)
@@ -128,25 +175,25 @@ struct Case {
 }
 
 impl Case {
-    /// Random sources of the length and number that the arguments ask for, the same ones every time.
-    fn random(model: &Model, arguments: &Arguments) -> Result<Case> {
-        let (rows, length) = (arguments.batch_size as usize, arguments.source_length as usize);
+    /// Random sources, the same ones every time.
+    fn random(model: &Model, workload: &Workload) -> Result<Case> {
+        let (rows, length) = (workload.batch_size as usize, workload.source_length as usize);
         let longest = model.facts().encoder.max_position_embeddings;
         ensure_usage!(
             length <= longest,
             "--source-length: expected at most {longest} (encoder.max_position_embeddings), found {length}"
         );
         let tokens = random_tokens(model.facts().encoder.vocab_size, rows * length);
-        let options = Case::options(model, arguments.num_beams as usize);
+        let options = Case::options(model, workload.num_beams as usize);
         let sources: Vec<&[i64]> = tokens.chunks(length).collect();
         let batch = Batch::padded(&sources, options.pad_token_id)?;
         let longest = model.facts().decoder.max_position_embeddings;
         ensure_usage!(
-            (arguments.max_new_tokens as usize) < longest,
+            (workload.max_new_tokens as usize) < longest,
             "--max-new-tokens: expected less than {longest} (decoder.max_position_embeddings), found {}",
-            arguments.max_new_tokens
+            workload.max_new_tokens
         );
-        Ok(Case { batch, options, tokens: arguments.max_new_tokens as usize })
+        Ok(Case { batch, options, tokens: workload.max_new_tokens as usize })
     }
 
     /// Plain greedy or beam search with the model's token ids and nothing else of its own.
@@ -254,11 +301,11 @@ struct Measured {
     call: Times,
 }
 
-fn measure(model: &Model, case: &Case, arguments: &Arguments, cancel: &Cancellation) -> Result<Measured> {
+fn measure(model: &Model, case: &Case, workload: &Workload, cancel: &Cancellation) -> Result<Measured> {
     let runs = counter("runs", false);
     let (mut encode, mut first_token, mut step, mut call) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-    for run in 0..u64::from(arguments.warmup) + u64::from(arguments.repeat) {
-        let is_measured = run >= u64::from(arguments.warmup);
+    for run in 0..u64::from(workload.warmup) + u64::from(workload.repeat) {
+        let is_measured = run >= u64::from(workload.warmup);
         let start = now_ns();
         model.encode(&case.batch, cancel)?;
         let encoded = now_ns();
@@ -333,7 +380,7 @@ impl Report {
         Some((limit, self.measured.step.as_ref().map(|step| limit / step.median())))
     }
 
-    fn json(&self, model: &Model, case: &Case, arguments: &Arguments) -> Value {
+    fn json(&self, model: &Model, case: &Case, workload: &Workload, opening: &Opening) -> Value {
         let (manifest, measured) = (model.manifest(), &self.measured);
         let memory = self.memory.map(|memory| {
             json!({"peak": memory.peak, "resident": memory.resident, "anonymous": memory.anonymous,
@@ -342,7 +389,7 @@ impl Report {
         let (limit, share) = self.limit().unzip();
         json!({
             "model": {
-                "path": arguments.opening.model.to_string_lossy(),
+                "path": opening.path().to_string_lossy(),
                 "target": manifest.target,
                 "dtype": manifest.dtype.to_string(),
                 "parameters": manifest.parameters,
@@ -353,9 +400,9 @@ impl Report {
                 "num_beams": case.options.num_beams,
                 "source_length": case.batch.length(),
                 "max_new_tokens": case.tokens,
-                "warmup": arguments.warmup,
-                "repeat": arguments.repeat,
-                "threads": arguments.opening.threads,
+                "warmup": workload.warmup,
+                "repeat": workload.repeat,
+                "threads": opening.runtime.threads,
             },
             "open_ms": self.open_ms,
             "open_to_first_token_ms": self.open_to_first_token_ms,
@@ -375,7 +422,7 @@ impl Report {
         })
     }
 
-    fn table(&self, model: &Model, case: &Case, arguments: &Arguments) -> String {
+    fn table(&self, model: &Model, case: &Case, workload: &Workload, opening: &Opening) -> String {
         let (manifest, measured) = (model.manifest(), &self.measured);
         let not_available = || "not available".to_string();
         let megabytes = |bytes: u64| format!("{:.0} MB", bytes as f64 / 1e6);
@@ -396,12 +443,12 @@ impl Report {
             }
             _ => not_available(),
         };
-        let threads = arguments.opening.threads.map_or("one a core".to_string(), |threads| threads.to_string());
+        let threads = opening.runtime.threads.map_or("one per core".to_string(), |threads| threads.to_string());
         [
-            ("model", format!("{}: {}, {}", arguments.opening.model.display(), manifest.target, manifest.dtype)),
+            ("model", format!("{}: {}, {}", opening.path().display(), manifest.target, manifest.dtype)),
             ("sources", format!("{} of {} tokens", case.batch.rows(), case.batch.length())),
             ("targets", format!("{} tokens, num_beams {}", case.tokens, case.options.num_beams)),
-            ("runs", format!("{} after {} for warming up; threads: {threads}", arguments.repeat, arguments.warmup)),
+            ("runs", format!("{} after {} for warming up; threads: {threads}", workload.repeat, workload.warmup)),
             ("open", format!("{:.0} ms, until the first token {:.0} ms", self.open_ms, self.open_to_first_token_ms)),
             ("ms", Times::COLUMNS.map(|column| format!("{column:>10}")).concat()),
             ("  encode", times(Some(&measured.encode))),

@@ -1,4 +1,4 @@
-//! `t5gemma calibrate`: the ranges that an export needs which computes in 8 bits.
+//! `t5gemma calibrate`: activation ranges for an 8-bit export.
 
 use std::fs;
 use std::path::PathBuf;
@@ -10,46 +10,56 @@ use t5gemma_runtime::{Calibration, Cancellation, GenerationConfig, task_of};
 
 use crate::chat::Chat;
 use crate::exit::Outcome;
-use crate::opening::Opening;
+use crate::opening::{ModelArguments, Opening, RuntimeArguments};
 use crate::progress::counter;
 use crate::requests::{self, Kind};
 use crate::tensors::{Aside, write_text};
 
-/// Tells how large the numbers become that a model's matrices are multiplied with
+/// Measure activation ranges for an 8-bit export
 ///
-/// Of a model of any task that was exported with --observe. The texts should be like those that will be served. Each is run
-/// alone, of a model that generates with the target that it makes of it; `t5gemma-export --calibrate` reads what is written.
+/// The model must be exported with --observe. The texts should be like those that will be served: each is run alone, by
+/// a model that generates together with the target that it generates. `t5gemma-export --calibrate` reads the file.
 #[derive(clap::Args)]
+#[command(after_long_help = "\
+Examples:
+  t5gemma-export --observe checkpoint observed
+  t5gemma calibrate observed --texts requests.jsonl -o ranges.json
+  t5gemma-export --target tensorrt --quantize fp8 --calibrate ranges.json \\
+      checkpoint model")]
 pub struct Arguments {
     #[command(flatten)]
-    opening: Opening,
-    /// Requests as for `generate --jsonl`, or for other tasks as for `encode --jsonl`, a line each
-    #[arg(long, value_name = "FILE.jsonl")]
+    model: ModelArguments,
+    /// Requests as for `generate --jsonl`, or for other tasks as for `encode --jsonl`
+    #[arg(long, value_name = "FILE.jsonl", help_heading = "Input")]
     texts: PathBuf,
-    /// File to write
-    #[arg(short, long, value_name = "RANGES.json")]
-    output: PathBuf,
-    /// Tokens of a target at most, of a model that generates [default: 64]
-    #[arg(long, value_name = "N")]
+    /// Maximum number of tokens of a generated target [default: 64]
+    #[arg(long, value_name = "N", help_heading = "Generation")]
     max_new_tokens: Option<usize>,
-    /// Give this percentile of the texts' greatest numbers: below 100, what is rare is cut, so that the rest is rounded less
-    /// coarsely
-    #[arg(long, value_name = "P", default_value_t = 100.0)]
+    /// File to write
+    #[arg(short, long, value_name = "RANGES.json", help_heading = "Output")]
+    output: PathBuf,
+    /// Percentile of the texts' largest numbers to write as the range
+    ///
+    /// Below 100, rare large numbers are cut off, so that the others are rounded less.
+    #[arg(long, value_name = "P", help_heading = "Output", default_value_t = 100.0)]
     percentile: f64,
+    #[command(flatten)]
+    runtime: RuntimeArguments,
 }
 
 /// Runs the command.
 pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
-    let Arguments { opening, texts, output, max_new_tokens, percentile } = arguments;
+    let Arguments { model, runtime, texts, output, max_new_tokens, percentile } = arguments;
+    let opening = Opening::new(model, runtime);
     ensure!(percentile > 0.0 && percentile <= 100.0, "--percentile: expected more than 0 to 100, found {percentile}");
-    let task = task_of(&opening.model)?;
+    let task = task_of(opening.path())?;
     let (model, chat, encoder);
     let (mut calibration, reader, kind, defaults): (_, &dyn Tokenize, _, _) = match task.is_generation() {
         true => {
             model = opening.open()?;
             let length = json!({"max_new_tokens": max_new_tokens.unwrap_or(64)});
             let defaults = model.generation_config().with_json(length.as_object().context("written above")?)?;
-            chat = Chat::new(&opening.model, &model);
+            chat = Chat::new(opening.path(), &model);
             (Calibration::new(&model)?, &chat, Kind::Generate, defaults)
         }
         false => {

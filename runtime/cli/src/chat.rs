@@ -23,7 +23,8 @@ impl<'a> Chat<'a> {
         Chat { model, folder, template: OnceLock::new(), takes_texts: false, system: None }
     }
 
-    /// Treats texts as turns of the user if `takes_texts` is set, and gives conversations without a system turn this one.
+    /// Treats texts as turns of the user if `takes_texts` is set, and gives conversations without a system turn this
+    /// one.
     pub fn with(self, takes_texts: bool, system: Option<String>) -> Chat<'a> {
         Chat { takes_texts, system, ..self }
     }

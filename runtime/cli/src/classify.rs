@@ -10,64 +10,88 @@ use t5gemma_protocol::{
 use t5gemma_runtime::{Cancellation, Encoder, Error, ScoreFunction, Task};
 
 use crate::exit::Outcome;
-use crate::opening::Opening;
+use crate::opening::{ModelArguments, Opening, RuntimeArguments};
 use crate::packing::Packing;
 use crate::progress::counter;
 use crate::requests::{Kind, Refused, Requests};
 
-/// Labels texts: those given, or each line of stdin
+/// Label texts or their tokens
 ///
-/// A model of the task text-classification labels each text: its line has the best labels and their scores, separated by
-/// tabs. A model of the task token-classification labels each token: its line has the token, the label and the score, and
-/// an empty line ends a text. With --jsonl, requests and results are JSON lines, described below the options.
+/// A model of the task text-classification labels each text: a line with the best labels and their scores, separated by
+/// tabs. A model of the task token-classification labels each token: a line with the token, the label and the score,
+/// and an empty line after each text. With --jsonl, requests and results are JSON lines, described below.
 #[derive(clap::Args)]
 #[command(after_long_help = JSON_LINES)]
 pub struct Arguments {
     #[command(flatten)]
-    opening: Opening,
+    model: ModelArguments,
     /// Texts to label [default: the lines of stdin]
+    #[arg(value_name = "TEXT", help_heading = None::<&str>)]
     texts: Vec<String>,
     /// Read requests and write results as JSON lines
-    #[arg(long, conflicts_with = "texts")]
+    #[arg(long, help_heading = "Input", conflicts_with = "texts")]
     jsonl: bool,
-    /// Labels to return of each text or token, best first
-    #[arg(long, value_name = "N|all", default_value = "1", value_parser = top_k)]
+    /// Number of labels of each text or token, best first
+    #[arg(long, value_name = "N|all", help_heading = "Output", default_value = "1", value_parser = top_k)]
     top_k: usize,
-    /// What makes scores of the labels' logits [default: softmax; by the model's problem_type, sigmoid for several labels that
-    /// may hold at once or for a single one, none for a regression]
-    #[arg(long, value_name = "NAME", value_parser = PossibleValuesParser::new(ScoreFunction::ALL.map(ScoreFunction::name)))]
+    /// Function that turns logits into scores [default: the model's, or softmax]
+    ///
+    /// By the model's problem_type, the default is sigmoid for several labels at once or a single one, and none for
+    /// regression.
+    #[arg(
+        long,
+        value_name = "NAME",
+        help_heading = "Output",
+        value_parser = PossibleValuesParser::new(ScoreFunction::ALL.map(ScoreFunction::name))
+    )]
     function_to_apply: Option<String>,
-    /// Run at most so many sources at a time; those of a larger request run in pieces
-    #[arg(long, value_name = "ROWS", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
+    /// Maximum number of sources in a batch
+    ///
+    /// The sources of a larger request run in several batches.
+    #[arg(
+        long,
+        value_name = "ROWS",
+        help_heading = "Runtime",
+        default_value_t = 8,
+        value_parser = clap::value_parser!(u32).range(1..)
+    )]
     batch_size: u32,
+    #[command(flatten)]
+    runtime: RuntimeArguments,
 }
 
-const JSON_LINES: &str = r#"JSON lines (--jsonl): each line of stdin is a request, each line of stdout its
-result, in the same order.
+const JSON_LINES: &str = r#"JSON lines (--jsonl):
+Each line of stdin is a request, each line of stdout its result, in the same order:
 
   request  {"id"?, "text" | "input_ids", "attention_mask"?}
-  result   {"id", "labels": [[{"label", "score"}, ... best first], ... rows],
-            "usage"}
+  result   {"id", "labels": [[{"label", "score"}, ...], ...], "usage"}
   or       {"id", "tokens": [[{"token", "text"?, "labels": [{"label",
-            "score"}, ...]}, ...], ... rows], "usage"}
+            "score"}, ...]}, ...], ...], "usage"}
   or       {"id", "error"}
 
-"token" is the token's id, "text" its piece of the vocabulary. Tokens that are
-masked are left out. "usage" counts "source_tokens"."#;
+"labels" has a list for each source, best first. "token" is a token's id and "text" its entry of the vocabulary; padding is left out. "usage" counts "source_tokens".
+
+Examples:
+  Label texts, with the scores of all labels:
+    t5gemma classify model --top-k all 'A wonderful film.' 'Two hours of my life.'
+
+  Label the tokens of each line of a file:
+    t5gemma classify token-model < texts.txt"#;
 
 fn top_k(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(k) if k > 0 => Ok(k),
         _ if text == "all" => Ok(usize::MAX),
-        _ => Err("expected a positive whole number or all".into()),
+        _ => Err("expected a positive integer or all".into()),
     }
 }
 
 /// Runs the command.
-pub fn run(mut arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
+pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     let packing = Packing::of_rows(arguments.batch_size);
-    arguments.opening.limits = packing.limits();
-    let encoder = arguments.opening.open_encoder()?;
+    let mut opening = Opening::new(arguments.model, arguments.runtime);
+    opening.limits = packing.limits();
+    let encoder = opening.open_encoder()?;
     let classifier = encoder.classifier()?;
     if !arguments.jsonl {
         encoder.tokenizer()?;

@@ -1,4 +1,5 @@
-//! Constraints on the command line: flags that name files or hold text, and become the JSON that a request would say.
+//! Constraints on the command line: flags that hold a text or name a file, and become the JSON value of a request's
+//! option.
 
 use std::path::Path;
 
@@ -9,16 +10,16 @@ use serde_json::Value;
 use crate::exit::bail_usage;
 use crate::files;
 
-/// How a flag's text becomes the option's value.
+/// The way from a flag's text to the option's value.
 #[derive(Clone, Copy)]
 enum Reading {
     /// The text itself.
     Text,
-    /// What the file holds.
+    /// The content of the file.
     File,
     /// JSON in the text, or in the file that it names.
     JsonOrFile,
-    /// A text a line of a file, or a JSON list in it.
+    /// The lines of a file, or a JSON list in it.
     Lines,
     /// A JSON list, or else one text.
     List,
@@ -30,21 +31,21 @@ const FLAGS: &[(&str, &str, Reading, &str)] = &[
         "json_schema",
         "FILE|JSON",
         Reading::JsonOrFile,
-        "The output is JSON of this schema: a file, or the schema itself, which begins with {",
+        "Generate JSON that satisfies this schema, which is a file or begins with {",
     ),
-    ("regex", "REGEX", Reading::Text, "The whole output matches this regular expression"),
-    ("grammar", "FILE", Reading::File, "The output is of this Lark grammar (llguidance's variant)"),
+    ("regex", "REGEX", Reading::Text, "Generate a text that matches this regular expression as a whole"),
+    ("grammar", "FILE", Reading::File, "Generate a text of the Lark grammar in this file, in llguidance's variant"),
     (
         "allowed_sequences",
         "FILE",
         Reading::Lines,
-        "The output is one of these: a text a line, or a JSON list, which begins with [",
+        "Generate one of the texts in this file: one per line, or a JSON list",
     ),
     (
         "required_phrases",
         "TEXT|JSON",
         Reading::List,
-        "This text occurs in the output, or each of a JSON list: [\"texts\", [5, 6]]; what begins with [ is such a list",
+        "Generate a text that contains this text, or each element of a JSON list such as [\"text\", [5, 6]]",
     ),
 ];
 
@@ -59,11 +60,7 @@ pub struct Constraint {
 /// Adds the flags to a command.
 pub fn augment(command: Command) -> Command {
     command.args(FLAGS.iter().map(|&(name, placeholder, _, help)| {
-        Arg::new(name)
-            .long(name.replace('_', "-"))
-            .value_name(placeholder)
-            .help(help)
-            .help_heading("Constraints on the whole output")
+        Arg::new(name).long(name.replace('_', "-")).value_name(placeholder).help(help).help_heading("Constraints")
     }))
 }
 

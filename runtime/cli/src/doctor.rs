@@ -1,4 +1,4 @@
-//! `t5gemma doctor`: which ONNX Runtime would be used, and what to do if none can.
+//! `t5gemma doctor`: which ONNX Runtime is used, and what to do if there is none.
 
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -8,15 +8,21 @@ use t5gemma_runtime::{Provider, ProviderConfig, ProviderProbe, onnxruntime, prob
 
 use crate::exit::Outcome;
 
-/// Shows which instructions kernels use and which ONNX Runtime was found, where, its version and providers, and what to do if
-/// something is missing
+/// Show which ONNX Runtime is used, and what is missing
+///
+/// Shows the CPU instructions of the kernels, where ONNX Runtime was searched for, its version, and for each execution
+/// provider whether it is available or why not.
 #[derive(clap::Args)]
+#[command(after_long_help = "\
+Examples:
+  t5gemma doctor
+  t5gemma doctor --onnxruntime /opt/onnxruntime/lib/libonnxruntime.so")]
 pub struct Arguments {
-    /// ONNX Runtime library to look at instead of searching
-    #[arg(long, value_name = "FILE")]
+    /// ONNX Runtime library to check instead of searching
+    #[arg(long, value_name = "FILE", help_heading = "Runtime")]
     onnxruntime: Option<PathBuf>,
-    /// Number of the GPU to look at
-    #[arg(long, value_name = "N", default_value_t = 0)]
+    /// Number of the GPU to check
+    #[arg(long, value_name = "N", help_heading = "Runtime", default_value_t = 0)]
     device: u32,
 }
 

@@ -12,63 +12,80 @@ use t5gemma_runtime::{Cancellation, Encoder, Error, Pooling};
 
 use crate::exit::Outcome;
 use crate::exit::{bail_usage, ensure_usage};
-use crate::opening::Opening;
+use crate::opening::{ModelArguments, Opening, RuntimeArguments};
 use crate::packing::Packing;
 use crate::progress::counter;
 use crate::requests::{Kind, Refused, Requests};
 use crate::tensors::{Aside, Numbers, write_npy, write_safetensors};
 
-/// Writes the encoder's hidden states of texts, or one vector for each: those given, or each line of stdin
+/// Write hidden states or embeddings of texts to a file
 ///
-/// With --jsonl, each line of stdin is a request {"id"?, "text" | "input_ids", "attention_mask"?}; blank lines are skipped. A
-/// text's id is its number from 0. A request that fails is told on stderr and left out of a .safetensors file; a .npy file,
-/// whose rows are known by their place, is then not written.
+/// The texts are arguments or, without arguments, the lines of stdin; a text's id is its number from 0. With --jsonl,
+/// each line of stdin is a request {"id"?, "text" | "input_ids", "attention_mask"?}, and blank lines are skipped. The
+/// reason of a request that fails is on stderr; it is left out of a .safetensors file, and no .npy file is written,
+/// because its rows have no ids.
 ///
 /// The model may be one that generates, or one exported with --task feature-extraction.
 #[derive(clap::Args)]
 #[command(after_long_help = FILES)]
 pub struct Arguments {
     #[command(flatten)]
-    opening: Opening,
+    model: ModelArguments,
     /// Texts to encode [default: the lines of stdin]
+    #[arg(value_name = "TEXT", help_heading = None::<&str>)]
     texts: Vec<String>,
     /// Read requests as JSON lines
-    #[arg(long, conflicts_with = "texts")]
+    #[arg(long, help_heading = "Input", conflicts_with = "texts")]
     jsonl: bool,
-    /// File to write: .safetensors or .npy
-    #[arg(short, long, value_name = "FILE")]
-    output: PathBuf,
-    /// One vector for each source, by its tokens' states: their mean, that of the first or the last [default: the model's]
-    #[arg(long, value_name = "HOW", value_parser = PossibleValuesParser::new(Pooling::ALL.map(Pooling::name)))]
-    pooling: Option<String>,
-    /// Divide pooled vectors by their length
-    #[arg(long)]
-    normalize: bool,
-    /// Longest source, in tokens; a longer one fails unless --truncation is given
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    /// Maximum length of a source in tokens; a longer one fails unless --truncation is given
+    #[arg(long, value_name = "N", help_heading = "Input", value_parser = clap::value_parser!(u32).range(1..))]
     max_length: Option<u32>,
-    /// Cut longer sources to --max-length, on the right
-    #[arg(long, requires = "max_length")]
+    /// Truncate longer sources on the right to --max-length
+    #[arg(long, help_heading = "Input", requires = "max_length")]
     truncation: bool,
     /// Pad the sources of a request to the longest of them, or every source to --max-length
-    #[arg(long, value_name = "TO", value_enum, default_value = "longest")]
+    #[arg(long, value_name = "TO", help_heading = "Input", value_enum, default_value = "longest")]
     padding: Padding,
+    /// File to write: .safetensors or .npy
+    #[arg(short, long, value_name = "FILE", help_heading = "Output")]
+    output: PathBuf,
+    /// Pool the hidden states of a source to one vector [default: the model's]
+    ///
+    /// The mean of all tokens, or the state of the first or the last token.
+    #[arg(
+        long,
+        value_name = "HOW",
+        help_heading = "Output",
+        value_parser = PossibleValuesParser::new(Pooling::ALL.map(Pooling::name))
+    )]
+    pooling: Option<String>,
+    /// Divide pooled vectors by their Euclidean length
+    #[arg(long, help_heading = "Output")]
+    normalize: bool,
     #[command(flatten)]
     packing: Packing,
+    #[command(flatten)]
+    runtime: RuntimeArguments,
 }
 
-const FILES: &str = r#"Tensors of a .safetensors file, for each text or request:
-  ID.last_hidden_state   float32 [rows, source tokens, hidden size]; called
-                         ID.hidden_states.N if the model was exported with
-                         --hidden-layer N. States of padding mean nothing
+const FILES: &str = r#"Tensors of a .safetensors file, for each request:
+  ID.last_hidden_state   float32 [rows, source tokens, hidden size], or
+                         ID.hidden_states.N of a model exported with
+                         --hidden-layer N; those of padding have no meaning
   ID.input_ids           int64 [rows, source tokens]
   ID.attention_mask      int64 [rows, source tokens]
-  ID.sentence_embedding  float32 [rows, hidden size]: with --pooling, the only
-                         one
+  ID.sentence_embedding  float32 [rows, hidden size]; with --pooling, the only one
 
-A .npy file holds the rows of all texts, one after the other. They have to be
-of one length: pooled, padded to --max-length, or of a single request. Unless
-pooled, their mask is written beside it as NAME.attention_mask.npy."#;
+A .npy file holds the rows of all requests in order. They must have one length: pooled, padded to --max-length, or of a single request. Unless pooled, their mask is written to NAME.attention_mask.npy.
+
+Examples:
+  Write one embedding for each line of a file:
+    t5gemma encode model --pooling mean --normalize -o vectors.npy < texts.txt
+
+  Encode once, generate twice:
+    t5gemma encode model -o states.safetensors < texts.txt
+    t5gemma generate model --encoder-outputs states.safetensors
+    t5gemma generate model --encoder-outputs states.safetensors --num-beams 4"#;
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Padding {
@@ -78,7 +95,7 @@ enum Padding {
 }
 
 /// Runs the command.
-pub fn run(mut arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
+pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     let extension = arguments.output.extension().and_then(|extension| extension.to_str());
     let npy = match extension {
         Some("npy") => true,
@@ -94,8 +111,10 @@ pub fn run(mut arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     );
     // A place that cannot be written is told before anything is computed.
     let file = Aside::create(&arguments.output)?;
-    arguments.opening.limits = arguments.packing.limits();
-    let encoder = arguments.opening.open_encoder()?;
+    let Arguments { model, runtime, .. } = arguments;
+    let mut opening = Opening::new(model, runtime);
+    opening.limits = arguments.packing.limits();
+    let encoder = opening.open_encoder()?;
     let own = encoder.features()?;
     let wanted = arguments.pooling.as_deref();
     let pooling = Pooling::ALL.into_iter().find(|known| Some(known.name()) == wanted).unwrap_or(own.pooling);
@@ -111,7 +130,15 @@ pub fn run(mut arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
              {length}"
         );
     }
-    let encoding = Encoding { encoder: &encoder, cancel, arguments: &arguments, pooling };
+    let encoding = Encoding {
+        encoder: &encoder,
+        cancel,
+        max_length: arguments.max_length.map(|length| length as usize),
+        truncation: arguments.truncation,
+        padding: arguments.padding,
+        pooling,
+        normalize: arguments.normalize,
+    };
 
     let mut outcome = Outcome::Done;
     let mut encoded: Vec<Encoded> = Vec::new();
@@ -183,23 +210,26 @@ struct Encoded {
 struct Encoding<'a> {
     encoder: &'a Encoder,
     cancel: &'a Cancellation,
-    arguments: &'a Arguments,
+    max_length: Option<usize>,
+    truncation: bool,
+    padding: Padding,
     pooling: Pooling,
+    normalize: bool,
 }
 
 impl Encoding<'_> {
     /// Cuts or pads a request's sources as the arguments ask.
     fn fit(&self, request: &mut TokenizedRequest) -> Result<()> {
-        let Some(most) = self.arguments.max_length.map(|most| most as usize) else { return Ok(()) };
+        let Some(most) = self.max_length else { return Ok(()) };
         for (row, (source, mask)) in request.sources.iter_mut().zip(&mut request.mask).enumerate() {
             ensure!(
-                source.len() <= most || self.arguments.truncation,
+                source.len() <= most || self.truncation,
                 "input_ids[{row}]: expected at most {most} tokens (--max-length) or --truncation, found {}",
                 source.len()
             );
             source.truncate(most);
             mask.truncate(most);
-            if self.arguments.padding == Padding::MaxLength {
+            if self.padding == Padding::MaxLength {
                 source.resize(most, self.encoder.pad_token_id());
                 mask.resize(most, 0);
             }
@@ -242,9 +272,7 @@ impl Encoding<'_> {
         let batch = t5gemma_protocol::batch(requests, pad)?;
         let output = match self.pooling {
             Pooling::None => self.encoder.encode(&batch, self.cancel)?.into_dyn(),
-            pooling if self.arguments.normalize => {
-                self.encoder.embed_normalized(&batch, pooling, self.cancel)?.into_dyn()
-            }
+            pooling if self.normalize => self.encoder.embed_normalized(&batch, pooling, self.cancel)?.into_dyn(),
             pooling => self.encoder.embed(&batch, pooling, self.cancel)?.into_dyn(),
         };
         let mut first = 0;

@@ -1,35 +1,42 @@
-//! `t5gemma build-engines`: the engines of a serving plan, built before anyone asks for anything.
+//! `t5gemma build-engines`: the engines of a serving plan, built ahead of the first request.
 
 use std::time::Instant;
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use t5gemma_runtime::{ExistingEngines, build_engines};
 
-use crate::exit::Outcome;
-use crate::opening::Opening;
+use crate::exit::{Outcome, ensure_usage};
+use crate::opening::{ModelArguments, Opening, RuntimeArguments};
 
-/// Has --provider tensorrt or nv-tensorrt-rtx build its engines for the GPU of this machine, into the folder `engines` of the
-/// model or of --engines DIR
+/// Build the TensorRT engines of a model's serving plan
 ///
-/// The model has to be exported with --target tensorrt and a --plan. What is there for the same graphs is used again; what is
-/// there for others is refused.
+/// Builds them for the GPU of this machine, with --provider tensorrt or nv-tensorrt-rtx, into the folder `engines` of
+/// the model or the folder of --engines. The model must be exported with --target tensorrt and --plan. Engines of the
+/// same graphs are reused; engines of other graphs are refused.
 #[derive(clap::Args)]
+#[command(after_long_help = "\
+Examples:
+  t5gemma build-engines model --provider tensorrt
+  t5gemma build-engines model --provider tensorrt --engines engines-l4 --force")]
 pub struct Arguments {
     #[command(flatten)]
-    opening: Opening,
-    /// Remove what is there, and build anew
-    #[arg(long)]
+    model: ModelArguments,
+    /// Remove existing engines and build them again
+    #[arg(long, help_heading = "Output")]
     force: bool,
+    #[command(flatten)]
+    runtime: RuntimeArguments,
 }
 
 /// Runs the command.
 pub fn run(arguments: Arguments) -> Result<Outcome> {
-    ensure!(!arguments.opening.warm_up, "--warm-up: expected a command that generates");
-    let options = arguments.opening.options(arguments.opening.one_device()?);
+    let opening = Opening::new(arguments.model, arguments.runtime);
+    ensure_usage!(!opening.runtime.warm_up, "--warm-up: expected a command that generates");
+    let options = opening.options(opening.one_device()?);
     let start = Instant::now();
     let mut tell = |graph: &str| eprintln!("{:>6.1} s  building the engine of {graph}", start.elapsed().as_secs_f32());
     let existing = if arguments.force { ExistingEngines::Replace } else { ExistingEngines::Keep };
-    build_engines(&arguments.opening.model, &options, existing, &mut tell)?;
+    build_engines(opening.path(), &options, existing, &mut tell)?;
     eprintln!("{:>6.1} s  done", start.elapsed().as_secs_f32());
     Ok(Outcome::Done)
 }

@@ -1,12 +1,12 @@
-//! Library errors in the words of the command line: the library names fields and options, here they become flags and the
-//! error a [`Usage`] error.
+//! Library errors in the words of the command line: the library names fields and options, here they become flags and
+//! the error a [`Usage`] error.
 
 use serde_json::{Map, Value};
 use t5gemma_runtime::options::OptionProblem;
 use t5gemma_runtime::{Error, OptionError};
 
 use crate::exit::Usage;
-use crate::options::{GenerationFlags, has_flag};
+use crate::options::{GenerationFlags, as_flag, has_flag, in_flags};
 
 /// What is wrong with options that flags gave.
 pub fn of_flags(error: &OptionError, flags: &GenerationFlags) -> Usage {
@@ -40,7 +40,8 @@ pub fn of_texts(error: &Error, flags: &GenerationFlags) -> Option<Usage> {
     Some(of_flags(&error, flags))
 }
 
-/// An error as that of an option. What does not suit a model's sizes is told of the input; the greatest length is that of either option.
+/// An error as that of an option. What does not suit a model's sizes is told of the input; the greatest length is that
+/// of either option.
 fn as_option(error: &Error, gives: impl Fn(&str) -> bool) -> Option<OptionError> {
     match error {
         Error::Options(error) => Some(error.clone()),
@@ -73,30 +74,6 @@ pub fn of_opening(error: Error) -> anyhow::Error {
         }
         _ => error.into(),
     }
-}
-
-fn as_flag(option: &str) -> String {
-    format!("--{}", option.replace('_', "-"))
-}
-
-/// A text in which options are named by their flags, `true` left out behind them. Names that are plain words too stay.
-fn in_flags(text: &str) -> String {
-    let is_of_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
-    let mut out = String::new();
-    let mut rest = text;
-    while let Some(start) = rest.find(is_of_name) {
-        let end = rest[start..].find(|c| !is_of_name(c)).map_or(rest.len(), |end| start + end);
-        let (before, word) = (&rest[..start], &rest[start..end]);
-        out.push_str(before);
-        rest = &rest[end..];
-        if word.contains('_') && has_flag(word) {
-            out.push_str(&as_flag(word));
-            rest = rest.strip_prefix(" true").unwrap_or(rest);
-        } else {
-            out.push_str(word);
-        }
-    }
-    out + rest
 }
 
 #[cfg(test)]

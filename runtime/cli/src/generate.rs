@@ -19,100 +19,117 @@ use crate::exit::Outcome;
 use crate::exit::{bail_usage, ensure_usage};
 use crate::flag_errors;
 use crate::lines::Lines;
-use crate::opening::Opening;
+use crate::opening::{ModelArguments, Opening, RuntimeArguments};
 use crate::options::GenerationFlags;
 use crate::packing::Packing;
 use crate::progress::counter;
 use crate::requests::{self, Kind, Refused};
 
-/// Answers texts: those given, or each line of stdin
+/// Generate targets for texts or JSON requests
 ///
-/// Each answer is a line of stdout, in the order of the texts; a text that fails has an empty line, and its reason is on
-/// stderr. With --jsonl, requests and results are JSON lines, described below the options.
+/// The texts are arguments or, without arguments, the lines of stdin. Each target is a line of stdout, in the order of
+/// the texts; for a text that fails, the line is empty and the reason is on stderr. With --jsonl, requests and results
+/// are JSON lines, described below.
 ///
-/// Generation options are Hugging Face's under their names there. An option that is true or false may stand alone:
-/// `--do-sample` is `--do-sample true`. A text that begins with a hyphen, or is the word `true` behind such an option,
-/// comes after `--`.
+/// Generation options have their Hugging Face names. An option that is true or false may stand alone: `--do-sample` is
+/// `--do-sample true`. Put `--` before a text that begins with a hyphen, and between such an option and the text
+/// `true`.
 #[derive(clap::Args)]
 #[command(after_long_help = JSON_LINES)]
 pub struct Arguments {
     #[command(flatten)]
-    opening: Opening,
-    /// Texts to answer [default: the lines of stdin]
+    model: ModelArguments,
+    /// Texts to generate targets for [default: the lines of stdin]
+    #[arg(value_name = "TEXT", help_heading = None::<&str>)]
     texts: Vec<String>,
     /// Read requests and write results as JSON lines
-    #[arg(long, conflicts_with = "texts")]
+    #[arg(long, help_heading = "Input", conflicts_with = "texts")]
     jsonl: bool,
-    /// Treat each text as the user's turn of a conversation, written by the checkpoint's chat template
-    #[arg(long)]
+    /// Format each text as a user's turn with the chat template
+    #[arg(long, help_heading = "Input")]
     chat: bool,
-    /// A system turn before conversations that have none, where the template knows such turns
-    #[arg(long, value_name = "TEXT")]
+    /// System turn of conversations that have none
+    ///
+    /// The chat template must support system turns.
+    #[arg(long, value_name = "TEXT", help_heading = "Input")]
     system: Option<String>,
-    /// Answer the texts whose hidden states `t5gemma encode` has written to this file, by this or an equal encoder; nothing is
-    /// encoded. Results come in the order of the ids
-    #[arg(long, value_name = "FILE.safetensors", conflicts_with_all = ["texts", "chat", "system"])]
-    encoder_outputs: Option<PathBuf>,
-    /// Memory for encoder results, so that sources that come again with other options are not encoded again; 0 for none
-    #[arg(long, value_name = "BYTES", default_value_t = DEFAULT_ENCODER_CACHE_BYTES)]
-    encoder_cache_bytes: usize,
-    /// Text that every target begins with; only what follows is written
-    #[arg(long, value_name = "TEXT", conflicts_with = "jsonl")]
+    /// Beginning of every target; only the text after it is written
+    #[arg(long, value_name = "TEXT", help_heading = "Input", conflicts_with = "jsonl")]
     decoder_text: Option<String>,
-    #[command(flatten)]
-    packing: Packing,
+    /// Read hidden states of `t5gemma encode` instead of texts
+    ///
+    /// They must be of this encoder or an equal one; nothing is encoded. Results are in the order of the ids.
+    #[arg(
+        long,
+        value_name = "FILE.safetensors",
+        help_heading = "Input",
+        conflicts_with_all = ["texts", "chat", "system"]
+    )]
+    encoder_outputs: Option<PathBuf>,
     #[command(flatten)]
     flags: GenerationFlags,
+    #[command(flatten)]
+    packing: Packing,
+    /// Memory for encoder results of sources that are used again; 0 for none
+    #[arg(long, value_name = "BYTES", help_heading = "Runtime", default_value_t = DEFAULT_ENCODER_CACHE_BYTES)]
+    encoder_cache_bytes: usize,
+    #[command(flatten)]
+    runtime: RuntimeArguments,
 }
 
-const JSON_LINES: &str = r#"JSON lines (--jsonl): each line of stdin is a request, each line of stdout its
-result, in the same order.
+const JSON_LINES: &str = r#"JSON lines (--jsonl):
+Each line of stdin is a request, each line of stdout its result, in the same order:
 
   request  {"id"?, "text" | "messages" | "input_ids", "attention_mask"?,
             "decoder_text"? | "decoder_input_ids"?, "options"?}
-  result   {"id", "sequences": [[{"tokens", "text"?, "score"?, "finish_reason",
-            "logprob"?, "logprobs"?, "top_logprobs"?, "cross_attentions"?},
-            ... best first], ... rows], "seed"?, "usage"}
+  result   {"id", "sequences": [[{"tokens", "text"?, "score"?,
+            "finish_reason", "logprob"?, "logprobs"?, "top_logprobs"?,
+            "cross_attentions"?}, ...], ...], "seed"?, "usage"}
   or       {"id", "error"}
 
 Fields of a request:
-  id                 a string or a number [default: the line's number from 0]
-  text               a string, or a list of strings
-  messages           a conversation for instruction-tuned models: a list of
-                     {"role", "content"}, written by the checkpoint's chat
-                     template
-  input_ids          token ids: a row, or a list of rows of one length
-  attention_mask     0 where input_ids are padding, anywhere in the row
-  decoder_text       how the target begins, without special tokens
-  decoder_input_ids  the same as token ids; neither is part of the result
-  options            generation options by their Hugging Face names; they have
-                     precedence over the flags
+  id                 string or number [default: the line's number from 0]
+  text               string, or list of strings
+  messages           conversation: list of {"role", "content"}
+  input_ids          token ids: one row, or a list of rows of one length
+  attention_mask     0 where a token of input_ids is padding
+  decoder_text       beginning of the target, without special tokens
+  decoder_input_ids  the same as token ids
+  options            generation options; they take precedence over the flags
 
 Fields of a result:
-  tokens             the generated ids, end token included, without the prompt
-  score              the score of beam search
-  finish_reason      "eos", "length", "stop_string", "time"; "constraint" where
-                     the output meets its constraints and nothing may follow;
-                     "constraint_incomplete" where it ended before it met them
-  logprobs           with "output_logprobs": the model's log-probabilities of
-                     the tokens before any processing; "logprob" is their sum
-  top_logprobs       [token, log-probability] pairs of the likeliest tokens at
-                     each place
-  cross_attentions   with "output_attentions": how much each token attended to
-                     each source token, padding included: probabilities, the
-                     mean over heads and over the layers of --alignment
-  seed               what was drawn from, where tokens are sampled
+  sequences          for each source, its targets, best first
+  tokens             generated ids with the end token, without the prompt
+  score              score of beam search
+  finish_reason      eos, length, stop_string, time, constraint or
+                     constraint_incomplete (ended before it met its constraint)
+  logprobs           with output_logprobs: log-probability of each token before
+                     any processing; logprob is their sum
+  top_logprobs       [token, log-probability] of the likeliest tokens
+  cross_attentions   attention of each token to each source token
+  seed               seed of the draws, with do_sample
   usage              {"source_tokens", "target_tokens"}
 
-Requests that are waiting together and have the same options run as one batch.
-With a model exported with --target cpu, requests with other options share its
-steps too, and later ones join. A line that is no request is answered by its
-error; blank lines are skipped."#;
+Requests that wait together and have the same options run as one batch. With a model exported with --target cpu, requests with other options share its steps too, and later requests join. An invalid line is answered with its error; blank lines are skipped.
+
+Examples:
+  Generate with four beams, for arguments or for the lines of a file:
+    t5gemma generate model --num-beams 4 'Dr. Smith paid $3.50.'
+    t5gemma generate model --num-beams 4 < texts.txt
+
+  Chat with an instruction-tuned model:
+    t5gemma generate model --chat --max-new-tokens 200 'Why is the sky blue?'
+
+  Answer JSON requests on two GPUs:
+    t5gemma generate model --jsonl --provider cuda --device 0,1 < requests.jsonl
+
+  Generate JSON that satisfies a schema:
+    t5gemma generate model --json-schema schema.json 'Room 12 costs $80.'"#;
 
 /// Runs the command.
 pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     let packing = arguments.packing;
-    let mut opening = arguments.opening;
+    let mut opening = Opening::new(arguments.model, arguments.runtime);
     opening.encoder_cache_bytes = arguments.encoder_cache_bytes;
     opening.limits = packing.limits();
     if !arguments.jsonl {
@@ -141,7 +158,7 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
         bail_usage!("{flag} requires --jsonl: lines of text have no room for it");
     }
     let prompt = arguments.decoder_text.map(|text| model.tokenizer()?.encode_target(&text)).transpose()?;
-    let chat = Chat::new(&opening.model, &model).with(arguments.chat, arguments.system);
+    let chat = Chat::new(opening.path(), &model).with(arguments.chat, arguments.system);
     if arguments.chat {
         chat.template()?;
     }
@@ -344,8 +361,8 @@ impl Answering<'_> {
         Some(options.seed.unwrap_or_else(Draws::random_seed))
     }
 
-    /// Answers requests that fit into one batch. Should the batch be refused, each is tried alone, so that the error falls
-    /// to the one that is at fault.
+    /// Answers requests that fit into one batch. Should the batch be refused, each is tried alone, so that the error
+    /// falls to the one that is at fault.
     fn group(&self, mut group: Vec<TokenizedRequest>, stream: bool) -> Result<Vec<Answer>> {
         if group.is_empty() {
             return Ok(Vec::new());

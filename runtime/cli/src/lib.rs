@@ -22,6 +22,7 @@ mod opening;
 mod options;
 mod packing;
 
+mod documents;
 mod exit;
 mod files;
 mod progress;
@@ -30,30 +31,42 @@ mod tensors;
 #[doc(hidden)]
 pub mod fuzzing;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::thread;
 use std::time::Duration;
 
 use anyhow::Context;
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
+use clap_complete::Shell;
 use t5gemma_runtime::Cancellation;
 
-/// Runs T5Gemma models that t5gemma-export has written.
+/// Run T5Gemma models that t5gemma-export has written
 ///
-/// Results go to stdout, everything else to stderr.
+/// Results are written to stdout, everything else to stderr.
 #[derive(Parser)]
-#[command(version, after_help = EXIT_STATUS)]
+#[command(name = "t5gemma", version, after_long_help = EXAMPLES)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
 }
 
-const EXIT_STATUS: &str = "\
+const EXAMPLES: &str = "\
+Examples:
+  Export a checkpoint and generate text with four beams:
+    t5gemma-export t5gemma-2b-2b-ul2-it model
+    t5gemma generate model --num-beams 4 'Translate to German: Good morning.'
+
+  Answer requests from a file:
+    t5gemma generate model --jsonl < requests.jsonl > results.jsonl
+
+  See what is missing if a model does not open:
+    t5gemma doctor
+
 Exit status:
-  0    done
-  1    failed, or some request failed: the reason is on stderr or in its result
-  2    wrong arguments: unknown, with a value that they cannot have, or
-       contradicting each other
+  0    success
+  1    failure, or some requests failed; the results or stderr say why
+  2    invalid arguments
   130  interrupted or terminated";
 
 #[derive(Subcommand)]
@@ -68,6 +81,18 @@ enum Command {
     Shortlist(shortlist::Arguments),
     BuildEngines(engines::Arguments),
     Doctor(doctor::Arguments),
+    /// Print a completion script for a shell
+    #[command(hide = true)]
+    Completions {
+        /// Shell to complete for
+        shell: Shell,
+    },
+    /// Write man pages
+    #[command(hide = true)]
+    Man {
+        /// Folder to write into
+        dir: PathBuf,
+    },
 }
 
 /// How long an interrupt waits for what was asked to end.
@@ -108,6 +133,8 @@ pub fn main() -> ExitCode {
         Command::Shortlist(arguments) => shortlist::run(arguments, &cancel),
         Command::BuildEngines(arguments) => engines::run(arguments),
         Command::Doctor(arguments) => doctor::run(arguments),
+        Command::Completions { shell } => documents::completions(&mut Cli::command(), shell),
+        Command::Man { dir } => documents::man_pages(Cli::command(), &dir),
     });
     exit::status(result)
 }

@@ -1,5 +1,5 @@
-//! Lines of stdin, read ahead on a thread of their own: a program that waits for an answer before it writes on is not kept
-//! waiting, and a file is read while the model runs.
+//! Lines of stdin, read ahead on a thread of their own: a program that waits for an answer before it writes on is not
+//! kept waiting, and a file is read while the model runs.
 
 use std::io::{self, BufRead, Read};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
@@ -13,8 +13,8 @@ use t5gemma_runtime::{Cancellation, Error};
 /// The most bytes of a line. A longer line is answered by an error and not kept.
 pub const LONGEST_LINE: usize = 256 << 20;
 
-/// Reads a line without its end; the first also without a byte-order mark. Of a line that is too long, no more is returned than
-/// shows that it is.
+/// Reads a line without its end; the first also without a byte-order mark. Of a line that is too long, no more is
+/// returned than shows that it is.
 fn next_line(from: &mut impl BufRead, is_first: bool) -> io::Result<Option<Vec<u8>>> {
     let mut line = Vec::new();
     let most = LONGEST_LINE as u64 + 2;

@@ -1,4 +1,4 @@
-//! The arguments of every command that opens a model, and opening it.
+//! The arguments of commands that open a model, and opening it.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -11,63 +11,99 @@ use t5gemma_runtime::{Cancellation, Encoder, Limits, Model, OpenOptions, Provide
 use crate::exit::{bail_usage, ensure_usage};
 use crate::flag_errors;
 
-/// What every command that opens a model takes.
+/// The model.
 #[derive(Args)]
-pub struct Opening {
-    /// Folder that t5gemma-export has made
+#[command(next_help_heading = "Model")]
+pub struct ModelArguments {
+    /// Model folder written by t5gemma-export
+    #[arg(value_name = "MODEL", help_heading = None::<&str>)]
     pub model: PathBuf,
-    /// ONNX Runtime library to load [default: ORT_DYLIB_PATH, or as `t5gemma doctor` lists]
-    #[arg(long, value_name = "FILE")]
-    onnxruntime: Option<PathBuf>,
-    /// Threads to compute with [default: one a core]
-    #[arg(long)]
-    pub threads: Option<usize>,
-    /// Compare the hash of the whole weights file, however large, before running
+    /// Check the hash of the weights file before running
+    ///
+    /// By default, only its size is checked.
     #[arg(long)]
     pub check_weights: bool,
-    /// What computes the model; `tensorrt` leaves what it does not take to `cuda`. One that cannot be had is an error, see
-    /// `t5gemma doctor`
+    /// Folder with the TensorRT engines of the model's serving plan [default: MODEL/engines]
+    ///
+    /// Written by `t5gemma build-engines --engines` or `build_engines.sh --engines`.
+    #[arg(long, value_name = "DIR")]
+    pub engines: Option<PathBuf>,
+}
+
+/// How the model is computed.
+#[derive(Args)]
+#[command(next_help_heading = "Runtime")]
+pub struct RuntimeArguments {
+    /// ONNX Runtime library to load [default: the first that `t5gemma doctor` finds]
+    ///
+    /// The environment variable ORT_DYLIB_PATH has the same effect.
+    #[arg(long, value_name = "FILE")]
+    pub onnxruntime: Option<PathBuf>,
+    /// Number of threads [default: one per core]
+    #[arg(long, value_name = "N")]
+    pub threads: Option<usize>,
+    /// Execution provider of ONNX Runtime
+    ///
+    /// `tensorrt` leaves operators that it does not support to `cuda`. A provider that is not available is an error;
+    /// `t5gemma doctor` shows the reason.
     #[arg(long, default_value = "cpu", value_parser = PossibleValuesParser::new(Provider::ALL.map(Provider::name)))]
-    provider: String,
-    /// Number of the GPU; several, as in 0,1, have `generate --jsonl` answer with a copy of the model on each
+    pub provider: String,
+    /// Number of the GPU, or numbers of several GPUs
+    ///
+    /// With several, as in `0,1`, `generate --jsonl` runs a copy of the model on each.
     #[arg(long, value_name = "N[,N…]", value_delimiter = ',', default_value = "0")]
-    device: Vec<u32>,
-    /// Run the usual sizes of the model's serving plan once before anything else, so that the first answer takes no longer
-    /// than the others; without a plan, a source of 64 tokens
+    pub device: Vec<u32>,
+    /// Option of the provider by its ONNX Runtime name; may be repeated
+    ///
+    /// It takes precedence over the model's serving plan.
+    #[arg(long, value_name = "NAME=VALUE", value_parser = provider_option)]
+    pub provider_option: Vec<(String, String)>,
+    /// Run the usual shapes before the first request
+    ///
+    /// The first answer then takes no longer than the others. The shapes are those of the model's serving plan, or a
+    /// source of 64 tokens for a model without a plan.
     #[arg(long)]
     pub warm_up: bool,
-    /// Option of the provider by ONNX Runtime's name of it, over those of the model's serving plan; may be repeated
-    #[arg(long, value_name = "NAME=VALUE", value_parser = provider_option)]
-    provider_option: Vec<(String, String)>,
-    /// Folder with the engines of the model's serving plan, as build_engines.sh --engines or build-engines --engines has made
-    /// it [default: the model's own]
-    #[arg(long, value_name = "DIR")]
-    engines: Option<PathBuf>,
-    /// Have ONNX Runtime write how long each operator takes into the files PREFIX-GRAPH_TIME.json, which chrome://tracing
-    /// shows; it slows the operators down a little
+    /// Write the time of each operator to PREFIX-GRAPH_TIME.json
+    ///
+    /// chrome://tracing shows these files. Measuring slows the operators down a little.
     #[arg(long, value_name = "PREFIX")]
-    profile: Option<PathBuf>,
+    pub profile: Option<PathBuf>,
+}
+
+/// A model to open, with everything that the command line says about it.
+pub struct Opening {
+    pub model: ModelArguments,
+    pub runtime: RuntimeArguments,
     /// For commands that encode the same source more than once.
-    #[arg(skip)]
     pub encoder_cache_bytes: usize,
     /// For commands that run batches.
-    #[arg(skip)]
     pub limits: Limits,
 }
 
 impl Opening {
-    pub fn open(&self) -> Result<Model> {
-        self.open_model(&self.model)
+    pub fn new(model: ModelArguments, runtime: RuntimeArguments) -> Opening {
+        Opening { model, runtime, encoder_cache_bytes: 0, limits: Limits::default() }
     }
 
-    /// Another model in the same way.
+    /// The model's folder.
+    pub fn path(&self) -> &Path {
+        &self.model.model
+    }
+
+    /// Opens the model.
+    pub fn open(&self) -> Result<Model> {
+        self.open_model(self.path())
+    }
+
+    /// Opens another model in the same way.
     pub fn open_model(&self, path: &Path) -> Result<Model> {
         self.open_on(path, self.one_device()?)
     }
 
-    /// The model on each of the devices.
+    /// Opens a copy of the model on each device.
     pub fn open_all(&self) -> Result<Vec<Arc<Model>>> {
-        self.device.iter().map(|&device| Ok(Arc::new(self.open_on(&self.model, device)?))).collect()
+        self.runtime.device.iter().map(|&device| Ok(Arc::new(self.open_on(self.path(), device)?))).collect()
     }
 
     fn open_on(&self, path: &Path, device: u32) -> Result<Model> {
@@ -78,39 +114,43 @@ impl Opening {
         for warning in model.warnings() {
             eprintln!("t5gemma: {}: {warning}", path.display());
         }
-        if self.warm_up {
+        if self.runtime.warm_up {
             model.warm_up(&Cancellation::new())?;
         }
         Ok(model)
     }
 
+    /// Opens the encoder of the model, or its only graph.
     pub fn open_encoder(&self) -> Result<Encoder> {
-        ensure_usage!(!self.warm_up, "--warm-up: expected a command that generates");
-        Encoder::open_with(&self.model, &self.options(self.one_device()?)).map_err(flag_errors::of_opening)
+        ensure_usage!(!self.runtime.warm_up, "--warm-up: expected a command that generates");
+        Encoder::open_with(self.path(), &self.options(self.one_device()?)).map_err(flag_errors::of_opening)
     }
 
+    /// The device, for commands that use one.
     pub fn one_device(&self) -> Result<u32> {
-        let [device] = self.device[..] else {
+        let [device] = self.runtime.device[..] else {
             bail_usage!(
                 "--device: expected one number, found {} (several are for generate --jsonl)",
-                self.device.len()
+                self.runtime.device.len()
             );
         };
         Ok(device)
     }
 
+    /// The runtime's options for a device.
     pub fn options(&self, device: u32) -> OpenOptions {
-        let provider = Provider::ALL.into_iter().find(|provider| provider.name() == self.provider).unwrap_or_default();
+        let (model, runtime) = (&self.model, &self.runtime);
+        let provider = Provider::ALL.into_iter().find(|known| known.name() == runtime.provider).unwrap_or_default();
         let mut options = OpenOptions::default()
-            .check_weights(self.check_weights)
+            .check_weights(model.check_weights)
             .encoder_cache_bytes(self.encoder_cache_bytes)
             .limits(self.limits)
             .provider(ProviderConfig::new(provider).device(device));
-        options.provider.options = self.provider_option.clone();
-        options.library = self.onnxruntime.clone();
-        options.threads = self.threads;
-        options.profile = self.profile.clone();
-        options.engines = self.engines.clone();
+        options.provider.options = runtime.provider_option.clone();
+        options.library = runtime.onnxruntime.clone();
+        options.threads = runtime.threads;
+        options.profile = runtime.profile.clone();
+        options.engines = model.engines.clone();
         options
     }
 }

@@ -1,27 +1,28 @@
-//! Generation options on the command line: one flag for each, under Hugging Face's name. What they mean and which values
-//! they may have is the library's; here they become the JSON object that a request's `options` would be.
+//! Generation options on the command line: a flag for each option of the protocol. The flags become the JSON object
+//! that the `options` of a request would be; the library checks the values.
 
 use std::ffi::OsString;
 
 use anyhow::Result;
 use clap::{Arg, ArgMatches, Args, Command, FromArgMatches};
 use serde_json::{Map, Value};
+use t5gemma_protocol::{GENERATION_OPTIONS, GenerationOption, OptionGroup, OptionValue, describe_error};
 
 use crate::constraints::{self, Constraint};
 use crate::exit::bail_usage;
 
-/// The options given, by their Hugging Face names.
+/// The options that flags set, by their Hugging Face names.
 #[derive(Clone, Default)]
 pub struct GenerationFlags {
     given: Map<String, Value>,
-    /// Those of constraints, whose files are not read yet.
+    /// Constraints, whose files have not been read yet.
     constraints: Vec<Constraint>,
-    /// What is wrong with the text of one.
+    /// The error of a flag whose text is malformed.
     wrong: Option<String>,
 }
 
 impl GenerationFlags {
-    /// The options as a request would say them; files that they name are read.
+    /// The options as the object of a request; reads the files that flags name.
     pub fn read(&self) -> Result<Map<String, Value>> {
         if let Some(problem) = &self.wrong {
             bail_usage!("{problem}");
@@ -33,28 +34,28 @@ impl GenerationFlags {
         Ok(options)
     }
 
-    /// Whether an option is among them.
+    /// Whether a flag sets an option.
     pub fn gives(&self, option: &str) -> bool {
         self.given.contains_key(option) || self.constraints.iter().any(|constraint| constraint.name() == option)
     }
 
-    /// Those that are read already.
+    /// Flags whose values have been read.
     #[cfg(test)]
     pub fn of(given: Map<String, Value>) -> GenerationFlags {
         GenerationFlags { given, ..GenerationFlags::default() }
     }
 }
 
-/// Whether an option has a flag of its own.
+/// Whether an option has a flag.
 pub fn has_flag(option: &str) -> bool {
-    FLAGS.iter().any(|(name, ..)| *name == option) || constraints::has_flag(option)
+    GENERATION_OPTIONS.iter().any(|known| known.name == option)
 }
 
-/// Joins flags that may stand alone with a value that follows as a word of its own: `--do-sample false` becomes
-/// `--do-sample=false`, and in `--do-sample TEXT` the text stays one.
+/// Joins flags that may stand alone with a value in the next argument: `--do-sample false` becomes `--do-sample=false`,
+/// while in `--do-sample TEXT` the text stays an argument.
 pub fn joined(arguments: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
     let values_of = |argument: &str| match argument.strip_prefix("--").map(|name| name.replace('-', "_")) {
-        Some(name) => FLAGS.iter().find(|flag| flag.0 == name).map_or(&[][..], |(_, kind, _)| values(kind)),
+        Some(name) => flags().find(|option| option.name == name).map_or(&[][..], |option| values(option.value)),
         None => &[],
     };
     let mut out: Vec<OsString> = Vec::new();
@@ -77,126 +78,100 @@ pub fn joined(arguments: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
     out
 }
 
-/// The values of a flag that may stand alone, which says the first of them.
-fn values(placeholder: &str) -> &'static [&'static str] {
-    match placeholder {
-        "BOOL" => &["true", "false"],
-        "MODE" => &["true", "false", "never"],
-        _ => &[],
+/// The options with flags of this module; constraints that may be in files have theirs in `constraints`.
+fn flags() -> impl Iterator<Item = &'static GenerationOption> {
+    GENERATION_OPTIONS.iter().filter(|option| !constraints::has_flag(option.name))
+}
+
+/// The value name of a flag.
+fn value_name(option: &GenerationOption) -> &'static str {
+    match option.value {
+        OptionValue::Flag => "BOOL",
+        OptionValue::EarlyStopping => "MODE",
+        OptionValue::Integer => "N",
+        OptionValue::Number => "X",
+        OptionValue::Probability => "P",
+        OptionValue::Seconds => "SECONDS",
+        OptionValue::Token => "ID",
+        OptionValue::TokenOrTokens => "IDS",
+        OptionValue::Text => "TEXT",
+        OptionValue::TextOrTexts => "TEXT|JSON",
+        _ => "JSON",
     }
 }
 
-/// Name, placeholder and meaning of each flag. Lists are JSON.
-const FLAGS: &[(&str, &str, &str)] = &[
-    ("max_new_tokens", "N", "Generate at most so many tokens [default: the model's, or 20]"),
-    ("max_length", "N", "The same, counting the decoder prompt"),
-    ("min_new_tokens", "N", "No end before so many tokens"),
-    ("min_length", "N", "The same, counting the decoder prompt"),
-    ("num_beams", "N", "Beams of beam search; 1 is greedy, or sampling"),
-    (
-        "num_return_sequences",
-        "N",
-        "Hypotheses to return for each source: of beam search at most num_beams, of sampling any",
-    ),
-    ("do_sample", "BOOL", "Draw tokens by their probabilities instead of taking the likeliest"),
-    ("temperature", "X", "Sampling: below 1 makes likely tokens likelier, above 1 less so"),
-    ("top_k", "N", "Sampling: draw from the N likeliest tokens only, 0 from all [default: the model's, or 50]"),
-    ("top_p", "P", "Sampling: draw from the likeliest tokens that make up the probability P"),
-    ("min_p", "P", "Sampling: draw from tokens at least P times as likely as the likeliest"),
-    ("top_h", "P", "Sampling: draw from the likeliest tokens that carry the part P of the entropy"),
-    ("top_n_sigma", "X", "Sampling: draw from tokens within X standard deviations of the best score"),
-    ("typical_p", "P", "Sampling: draw from the most typical tokens that make up the probability P"),
-    ("epsilon_cutoff", "P", "Sampling: draw from tokens of at least the probability P"),
-    ("eta_cutoff", "P", "Sampling: the same with a bound that falls where the choice is wide"),
-    ("seed", "N", "Sampling: the same draws for the same request, alone or among others [default: others each time]"),
-    (
-        "return_alternatives",
-        "BOOL",
-        "Return num_return_sequences targets with the likeliest first tokens, each completed",
-    ),
-    ("num_beam_groups", "N", "Groups of beams that avoid each other's tokens"),
-    (
-        "diversity_penalty",
-        "X",
-        "Subtracted from a token's score for each beam of another group that has just chosen it",
-    ),
-    (
-        "stop_strings",
-        "TEXT|JSON",
-        "Text after which a target ends, or several as a JSON list; what begins with [ is such a list",
-    ),
-    ("max_time", "SECONDS", "End all targets as they are after so long"),
-    ("length_penalty", "X", "Beam scores are divided by length^X"),
-    (
-        "coverage_penalty",
-        "X",
-        "Beam scores get X times the sum of log(min(coverage, 1)) over the source's tokens, with a model exported with \
-         --alignment",
-    ),
-    ("early_stopping", "MODE", "When beam search is content with what has finished"),
-    ("patience", "X", "With early_stopping true, wait for X times as many finished hypotheses as there are beams"),
-    ("repetition_penalty", "X", "Above 1 makes tokens of the target less likely to come again"),
-    ("frequency_penalty", "X", "Subtracted from a token's score for each time it was generated"),
-    ("presence_penalty", "X", "Subtracted from the score of a token that was generated"),
-    ("encoder_repetition_penalty", "X", "Above 1 makes tokens of the source more likely"),
-    ("no_repeat_ngram_size", "N", "No N tokens occur twice in a row in the target"),
-    ("encoder_no_repeat_ngram_size", "N", "No N tokens of the source occur in a row in the target"),
-    ("bad_words_ids", "JSON", "Token sequences that are not generated: [[17], [5, 6]]"),
-    ("sequence_bias", "JSON", "Token sequences and what is added to their scores: [[[17], -2.5]]"),
-    ("forced_bos_token_id", "ID", "The token generated first"),
-    ("forced_eos_token_id", "ID", "The token generated last when the maximum length is reached"),
-    ("exponential_decay_length_penalty", "JSON", "From where ending becomes likelier, and how fast: [30, 1.05]"),
-    ("suppress_tokens", "JSON", "Tokens that are never generated: [5, 6]"),
-    ("begin_suppress_tokens", "JSON", "Tokens that are not generated first: [5, 6]"),
-    ("eos_token_id", "IDS", "The token or tokens that end a target: 1 or [1, 107]"),
-    ("pad_token_id", "ID", "What pads sources of unequal length"),
-    ("decoder_start_token_id", "ID", "The token every target starts with"),
-    ("output_logprobs", "BOOL", "Tell the model's log-probability of each token (with --jsonl)"),
-    ("top_logprobs", "N", "The same for the N likeliest tokens at each place"),
-    (
-        "output_attentions",
-        "BOOL",
-        "Tell what each token attended to in the source (with --jsonl, and a model exported with --alignment)",
-    ),
-    (
-        "prompt_lookup_num_tokens",
-        "N",
-        "Greedy search drafts N tokens from the source, for the same output in fewer steps",
-    ),
-    ("max_matching_ngram_size", "N", "Last tokens to look for in the source for a draft, at most [default: 2]"),
-    ("renormalize_logits", "BOOL", "Make processed scores log-probabilities again"),
-    ("remove_invalid_values", "BOOL", "Replace NaN and infinite scores instead of failing"),
-];
-
-fn flag((name, placeholder, help): &(&'static str, &'static str, &'static str)) -> Arg {
-    let flag = Arg::new(*name)
-        .long(name.replace('_', "-"))
-        .value_name(*placeholder)
-        .help(*help)
+fn flag(option: &'static GenerationOption) -> Arg {
+    let flag = Arg::new(option.name)
+        .long(option.name.replace('_', "-"))
+        .value_name(value_name(option))
+        .help(in_flags(option.summary))
         .allow_negative_numbers(true)
-        .help_heading("Generation options (Hugging Face's names)");
-    match values(placeholder) {
+        .help_heading(heading(option.group));
+    match values(option.value) {
         [] => flag,
         values => flag.num_args(0..=1).require_equals(true).default_missing_value("true").value_parser(values.to_vec()),
     }
 }
 
-/// The JSON that a flag's text is.
-fn value((name, placeholder): (&str, &str), text: &str) -> Result<Value, String> {
-    let json = || serde_json::from_str(text).map_err(|error| t5gemma_protocol::describe_error(text, &error));
-    match placeholder {
+fn heading(group: OptionGroup) -> &'static str {
+    match group {
+        OptionGroup::Generation => "Generation",
+        OptionGroup::Sampling => "Sampling",
+        OptionGroup::Constraints => "Constraints",
+        OptionGroup::Output => "Output",
+    }
+}
+
+/// The values of a flag that may stand alone, which means the first of them.
+fn values(value: OptionValue) -> &'static [&'static str] {
+    match value {
+        OptionValue::Flag => &["true", "false"],
+        OptionValue::EarlyStopping => &["true", "false", "never"],
+        _ => &[],
+    }
+}
+
+/// The JSON of a flag's text.
+fn value(option: &GenerationOption, text: &str) -> Result<Value, String> {
+    let json = || serde_json::from_str(text).map_err(|error| describe_error(text, &error));
+    match value_name(option) {
         "TEXT|JSON" if text.trim_start().starts_with('[') => json(),
-        "TEXT|JSON" => Ok(text.into()),
+        "TEXT|JSON" | "TEXT" => Ok(text.into()),
         "JSON" => json(),
-        // What is not JSON is a word, such as `never`; the library says whether the option takes it.
+        // Text that is not JSON is a word, such as `never`; the library says whether the option takes it.
         _ => Ok(serde_json::from_str(text).unwrap_or_else(|_| Value::String(text.to_string()))),
     }
-    .map_err(|problem| format!("--{}: expected JSON: {problem}", name.replace('_', "-")))
+    .map_err(|problem| format!("{}: expected JSON: {problem}", as_flag(option.name)))
+}
+
+/// The flag of an option.
+pub fn as_flag(option: &str) -> String {
+    format!("--{}", option.replace('_', "-"))
+}
+
+/// A text with the options in it as flags, without `true` after them. Option names that are also words stay.
+pub fn in_flags(text: &str) -> String {
+    let is_of_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
+    let mut out = String::new();
+    let mut rest = text;
+    while let Some(start) = rest.find(is_of_name) {
+        let end = rest[start..].find(|c| !is_of_name(c)).map_or(rest.len(), |end| start + end);
+        let (before, word) = (&rest[..start], &rest[start..end]);
+        out.push_str(before);
+        rest = &rest[end..];
+        if word.contains('_') && has_flag(word) {
+            out.push_str(&as_flag(word));
+            rest = rest.strip_prefix(" true").unwrap_or(rest);
+        } else {
+            out.push_str(word);
+        }
+    }
+    out + rest
 }
 
 impl Args for GenerationFlags {
     fn augment_args(command: Command) -> Command {
-        constraints::augment(command.args(FLAGS.iter().map(flag)))
+        constraints::augment(command.args(flags().map(flag)))
     }
 
     fn augment_args_for_update(command: Command) -> Command {
@@ -207,10 +182,10 @@ impl Args for GenerationFlags {
 impl FromArgMatches for GenerationFlags {
     fn from_arg_matches(matches: &ArgMatches) -> Result<GenerationFlags, clap::Error> {
         let mut flags = GenerationFlags { constraints: constraints::given(matches), ..GenerationFlags::default() };
-        for (name, placeholder, _) in FLAGS {
-            let Some(text) = matches.get_one::<String>(name) else { continue };
-            match value((name, placeholder), text) {
-                Ok(value) => drop(flags.given.insert(name.to_string(), value)),
+        for option in self::flags() {
+            let Some(text) = matches.get_one::<String>(option.name) else { continue };
+            match value(option, text) {
+                Ok(value) => drop(flags.given.insert(option.name.to_string(), value)),
                 Err(problem) => flags.wrong = Some(problem),
             }
         }
@@ -249,19 +224,26 @@ mod tests {
     #[test]
     fn values_are_json_only_where_they_say_so() {
         let cases = [
-            (("stop_strings", "TEXT|JSON"), "5", Ok(Value::from("5"))),
-            (("stop_strings", "TEXT|JSON"), "\"a\"", Ok("\"a\"".into())),
-            (("stop_strings", "TEXT|JSON"), "[\"a\", \"b\"]", Ok(vec!["a", "b"].into())),
+            ("stop_strings", "5", Ok(Value::from("5"))),
+            ("stop_strings", "\"a\"", Ok("\"a\"".into())),
+            ("stop_strings", "[\"a\", \"b\"]", Ok(vec!["a", "b"].into())),
             (
-                ("stop_strings", "TEXT|JSON"),
+                "stop_strings",
                 "[a",
                 Err("--stop-strings: expected JSON: column 2: expected value, found `a`".to_string()),
             ),
-            (("num_beams", "N"), "5", Ok(5.into())),
-            (("num_beams", "N"), "five", Ok("five".into())),
+            ("num_beams", "5", Ok(5.into())),
+            ("num_beams", "five", Ok("five".into())),
         ];
-        for (flag, text, expected) in cases {
-            assert_eq!(value(flag, text), expected, "{text}");
+        for (name, text, expected) in cases {
+            let option = flags().find(|option| option.name == name).expect("an option");
+            assert_eq!(value(option, text), expected, "{text}");
         }
+    }
+
+    #[test]
+    fn options_in_help_are_flags() {
+        assert_eq!(in_flags("1 is sampling with do_sample true"), "1 is sampling with --do-sample");
+        assert_eq!(in_flags("seed, num_beams and a_name"), "seed, --num-beams and a_name");
     }
 }

@@ -18,13 +18,17 @@ const DEFAULT_ROWS: usize = 8;
 
 /// Flags of commands that run batches.
 #[derive(clap::Args)]
+#[command(next_help_heading = "Runtime")]
 pub struct Packing {
-    /// Run at most so many sources at a time; those of a larger request run in pieces [default: 8; any number with
-    /// --max-batch-tokens]
+    /// Maximum number of sources in a batch [default: 8, or any number with --max-batch-tokens]
+    ///
+    /// The sources of a larger request run in several batches.
     #[arg(long, value_name = "ROWS", value_parser = clap::value_parser!(u32).range(1..))]
     batch_size: Option<u32>,
-    /// Sort waiting requests by length and run as many sources at a time as have at most this many tokens, padding included.
-    /// A longer source runs alone. Results keep their order
+    /// Maximum number of source tokens in a batch, padding included
+    ///
+    /// Waiting requests are sorted by length to save padding; results keep their order. A source with more tokens runs
+    /// alone.
     #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
     max_batch_tokens: Option<u32>,
 }
@@ -65,8 +69,8 @@ impl Packing {
         }
     }
 
-    /// Runs requests in batches that stay within the budget of tokens, and returns the answers in the order of the requests.
-    /// Requests share a batch only where `fits` holds.
+    /// Runs requests in batches that stay within the budget of tokens, and returns the answers in the order of the
+    /// requests. Requests share a batch only where `fits` holds.
     pub fn run<A, E>(
         &self,
         requests: Vec<Result<TokenizedRequest, E>>,

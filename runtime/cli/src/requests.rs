@@ -1,5 +1,5 @@
-//! Reading requests: JSON lines, lines of text, arguments, and files of hidden states. Their form is the protocol's; what is done
-//! with them is the command's.
+//! Reading requests: JSON lines, lines of text, arguments, and files of hidden states. Their form is the protocol's;
+//! what is done with them is the command's.
 
 use std::path::Path;
 
@@ -93,8 +93,8 @@ fn too_long() -> RequestError {
     RequestError::form("", format!("a line of at most {} MiB", LONGEST_LINE >> 20), "a longer one")
 }
 
-/// Reads requests with the hidden states of their sources from a file of `t5gemma encode`, in the order of their ids: integers
-/// first, by value.
+/// Reads requests with the hidden states of their sources from a file of `t5gemma encode`, in the order of their ids:
+/// integers first, by value.
 pub fn read_encoder_outputs(path: &Path) -> Result<Vec<TokenizedRequest>> {
     let file = Tensors::read(path)?;
     let names = file.names()?;
@@ -145,8 +145,8 @@ impl<'a> Requests<'a> {
         Requests { texts: texts.iter().enumerate(), lines, jsonl, kind, model }
     }
 
-    /// Waits for a request, and takes the requests after it that are there already, up to the window of `packing`; empty at
-    /// the end.
+    /// Waits for a request, and takes the requests after it that are there already, up to the window of `packing`;
+    /// empty at the end.
     pub fn next_group(
         &mut self,
         packing: &Packing,

@@ -8,58 +8,70 @@ use t5gemma_runtime::{Batch, Cancellation, CrossAttentions, Error, Logprobs, Mod
 
 use crate::exit::Outcome;
 use crate::lines::Lines;
-use crate::opening::Opening;
+use crate::opening::{ModelArguments, Opening, RuntimeArguments};
 use crate::packing::Packing;
 use crate::progress::counter;
 use crate::requests::{self, Kind, Refused};
 
-/// Computes how likely given targets are, each for its source
+/// Score given targets
 ///
-/// Requests and results are JSON lines, described below the options.
+/// Computes the log-probability of each target for its source. Requests and results are JSON lines, described below.
 #[derive(clap::Args)]
 #[command(after_long_help = JSON_LINES)]
 pub struct Arguments {
     #[command(flatten)]
-    opening: Opening,
+    model: ModelArguments,
+    /// Score targets that are texts without an end token
+    #[arg(long, help_heading = "Input")]
+    no_eos: bool,
+    /// Return the log-probabilities of the N likeliest tokens at each position
+    #[arg(long, value_name = "N", help_heading = "Output", default_value_t = 0)]
+    top_logprobs: usize,
+    /// Return the attention of each token to the source
+    ///
+    /// The model must be exported with --alignment.
+    #[arg(long, help_heading = "Output")]
+    output_attentions: bool,
     #[command(flatten)]
     packing: Packing,
-    /// Score texts without the end token behind them
-    #[arg(long)]
-    no_eos: bool,
-    /// Return the log-probabilities of the N likeliest tokens at each place
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    top_logprobs: usize,
-    /// Return what each token attends to in the source (a model exported with --alignment)
-    #[arg(long)]
-    output_attentions: bool,
+    #[command(flatten)]
+    runtime: RuntimeArguments,
 }
 
-const JSON_LINES: &str = r#"JSON lines: each line of stdin is a request, each line of stdout its result, in
-the same order.
+const JSON_LINES: &str = r#"JSON lines:
+Each line of stdin is a request, each line of stdout its result, in the same order:
 
   request  {"id"?, "text" | "input_ids", "attention_mask"?,
             "target" | "target_ids", "decoder_text"? | "decoder_input_ids"?}
   result   {"id", "scores": [{"tokens", "logprob", "perplexity", "logprobs",
-            "top_logprobs"?, "cross_attentions"?}, ... rows], "usage"}
+            "top_logprobs"?, "cross_attentions"?}, ...], "usage"}
   or       {"id", "error"}
 
 Fields of a request, besides those of `t5gemma generate`:
-  target            a text, or a list with one for each source; the end token is
-                    scored behind each unless --no-eos is given
-  target_ids        the same as token ids, scored as they are
+  target            text, or list of texts, one for each source; the end token is
+                    scored after each unless --no-eos is given
+  target_ids        the same as token ids, scored as given
 
 Fields of a result:
-  logprobs          the model's log-probabilities of the target's tokens; what
-                    the decoder is given first is not scored
+  logprobs          log-probability of each token of the target; the decoder's
+                    prompt is not scored
   logprob           their sum
   perplexity        e to the power of minus their mean
   top_logprobs      as of `t5gemma generate`
-  cross_attentions  as of `t5gemma generate`"#;
+  cross_attentions  as of `t5gemma generate`
+
+Examples:
+  Score a target:
+    echo '{"text": "Dr. Smith", "target": "doctor smith"}' | t5gemma score model
+
+  Score the requests of a file, with the three likeliest tokens at each position:
+    t5gemma score model --top-logprobs 3 < requests.jsonl > scores.jsonl"#;
 
 /// Runs the command.
-pub fn run(mut arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
-    arguments.opening.limits = arguments.packing.limits();
-    let model = arguments.opening.open()?;
+pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
+    let mut opening = Opening::new(arguments.model, arguments.runtime);
+    opening.limits = arguments.packing.limits();
+    let model = opening.open()?;
     let end = model.generation_config().eos_token_id.first().copied().filter(|_| !arguments.no_eos);
     let kind = Kind::Score { end };
     let packing = &arguments.packing;
@@ -143,8 +155,8 @@ impl Scoring<'_> {
         Ok(scored.into_iter().map(requested).collect())
     }
 
-    /// Answers requests as one batch. Should it be refused, each is tried alone, so that the error falls to the one that is
-    /// at fault.
+    /// Answers requests as one batch. Should it be refused, each is tried alone, so that the error falls to the one
+    /// that is at fault.
     fn group(&self, mut group: Vec<TokenizedRequest>) -> Result<Vec<Answer>> {
         if group.is_empty() {
             return Ok(Vec::new());

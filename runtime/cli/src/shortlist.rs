@@ -1,4 +1,4 @@
-//! `t5gemma shortlist`: the tokens that an export keeps of the head.
+//! `t5gemma shortlist`: the tokens that an export keeps in the output head.
 
 use std::path::PathBuf;
 
@@ -10,27 +10,31 @@ use crate::files::read_text;
 use crate::progress::counter;
 use crate::tensors::{Aside, write_text};
 
-/// Lists the tokens that texts are made of, for a model that is to write such texts only
+/// List the tokens of texts, for an export with a smaller head
 ///
-/// The texts should be like those that the model is to write: in the languages, scripts and domains that it will be asked
-/// for. Special tokens, and those that any other text can be spelled with byte by byte, are listed too.
-/// `t5gemma-export --keep-tokens` reads what is written: the head, of which every step reads all, becomes as much smaller.
+/// The texts should be like those that the model will generate: in the same languages, scripts and domains. Special
+/// tokens and the tokens that spell any text byte by byte are listed, too. `t5gemma-export --keep-tokens` reads the
+/// file: the model's output head then has these tokens only, and every step reads less.
 #[derive(clap::Args)]
+#[command(after_long_help = "\
+Examples:
+  t5gemma shortlist checkpoint --texts targets.txt -o tokens.json
+  t5gemma-export --keep-tokens tokens.json checkpoint model")]
 pub struct Arguments {
-    /// Checkpoint or exported model, for its tokenizer.json
+    /// Checkpoint or model folder with a tokenizer.json
     #[arg(value_name = "FOLDER")]
     folder: PathBuf,
-    /// Texts, a line each
-    #[arg(long, value_name = "FILE.txt")]
+    /// Texts, one per line
+    #[arg(long, value_name = "FILE.txt", help_heading = "Input")]
     texts: PathBuf,
     /// File to write
-    #[arg(short, long, value_name = "TOKENS.json")]
+    #[arg(short, long, value_name = "TOKENS.json", help_heading = "Output")]
     output: PathBuf,
-    /// List tokens that occur so many times at least
-    #[arg(long, value_name = "N", default_value_t = 1)]
+    /// List tokens that occur at least this often
+    #[arg(long, value_name = "N", help_heading = "Output", default_value_t = 1)]
     min_count: u64,
-    /// List so many tokens at most, the most frequent ones [default: all]
-    #[arg(long, value_name = "N")]
+    /// Maximum number of tokens, most frequent first [default: all]
+    #[arg(long, value_name = "N", help_heading = "Output")]
     max_tokens: Option<usize>,
 }
 

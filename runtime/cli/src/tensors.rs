@@ -1,4 +1,5 @@
-//! Files of numbers: safetensors, .npy and JSON written whole or not at all, safetensors read. The runtime's only user of either.
+//! Files of numbers: safetensors, .npy and JSON written whole or not at all, safetensors read. The runtime's only user
+//! of either.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -63,8 +64,8 @@ impl Aside {
         Ok(Aside { temporary, path: path.to_path_buf() })
     }
 
-    /// Removes those that have not taken their places, for a program that ends without dropping them. Its other threads can
-    /// make none from then on.
+    /// Removes those that have not taken their places, for a program that ends without dropping them. Its other threads
+    /// can make none from then on.
     pub fn remove_all() {
         let mut unpublished = unpublished();
         unpublished.drain(..).for_each(|temporary| drop(fs::remove_file(temporary)));

@@ -5,7 +5,7 @@ use schemars::{Schema, json_schema};
 use serde_json::{Map, Value, json};
 
 use OptionGroup::{Constraints, Generation, Output, Sampling};
-use OptionValue::{Flag, Integer, Number, Text, Token, TokenOrTokens, Tokens};
+use OptionValue::{Flag, Integer, Number, Probability, Seconds, Text, Token, TokenOrTokens, Tokens};
 
 /// A generation option.
 #[derive(Clone, Copy, Debug)]
@@ -44,6 +44,10 @@ pub enum OptionValue {
     Integer,
     /// A number.
     Number,
+    /// A number from 0 to 1.
+    Probability,
+    /// A number of seconds.
+    Seconds,
     /// A token id.
     Token,
     /// A token id, or a list of them.
@@ -87,7 +91,7 @@ pub const GENERATION_OPTIONS: &[GenerationOption] = &[
     option("diversity_penalty", Generation, Number, "Penalty of a token for each beam of an earlier group that has just chosen it [default: 0]"),
     option("return_alternatives", Generation, Flag, "Return num_return_sequences targets that begin with the likeliest first tokens"),
     option("stop_strings", Generation, OptionValue::TextOrTexts, "Text that ends a target, or a list of texts"),
-    option("max_time", Generation, Number, "Seconds after which all targets end as they are"),
+    option("max_time", Generation, Seconds, "Seconds after which all targets end as they are"),
     option("exponential_decay_length_penalty", Generation, OptionValue::LengthPenalty, "Start and factor: after so many generated tokens, an end becomes likelier by the factor with each further token, such as [30, 1.05]"),
     option("repetition_penalty", Generation, Number, "Penalty of tokens that the target contains; above 1 makes them less likely [default: 1]"),
     option("encoder_repetition_penalty", Generation, Number, "Reward of tokens that the source contains; above 1 makes them likelier [default: 1]"),
@@ -105,13 +109,13 @@ pub const GENERATION_OPTIONS: &[GenerationOption] = &[
     option("seed", Sampling, Integer, "Seed of the draws, which are the same for a request alone or among others [default: another for each request]"),
     option("temperature", Sampling, Number, "Divisor of the scores; below 1 makes likely tokens likelier [default: 1]"),
     option("top_k", Sampling, Integer, "Keep the N likeliest tokens; 0 keeps all [default: the model's, or 50]"),
-    option("top_p", Sampling, Number, "Keep the likeliest tokens whose probabilities add up to P [default: 1]"),
-    option("min_p", Sampling, Number, "Keep tokens at least P times as likely as the likeliest [default: 0]"),
-    option("typical_p", Sampling, Number, "Keep the tokens closest to the expected information whose probabilities add up to P [default: 1]"),
-    option("top_h", Sampling, Number, "Keep the likeliest tokens that carry this part of the entropy of the best 100"),
+    option("top_p", Sampling, Probability, "Keep the likeliest tokens whose probabilities add up to P [default: 1]"),
+    option("min_p", Sampling, Probability, "Keep tokens at least P times as likely as the likeliest [default: 0]"),
+    option("typical_p", Sampling, Probability, "Keep the tokens closest to the expected information whose probabilities add up to P [default: 1]"),
+    option("top_h", Sampling, Probability, "Keep the likeliest tokens that carry the part P of the entropy of the best 100"),
     option("top_n_sigma", Sampling, Number, "Keep tokens within X standard deviations of the best score; 0 keeps all [default: 0]"),
-    option("epsilon_cutoff", Sampling, Number, "Keep tokens of at least the probability P [default: 0]"),
-    option("eta_cutoff", Sampling, Number, "Keep tokens of at least the probability P, or less where many tokens are likely [default: 0]"),
+    option("epsilon_cutoff", Sampling, Probability, "Keep tokens of at least the probability P [default: 0]"),
+    option("eta_cutoff", Sampling, Probability, "Keep tokens of at least the probability P, or less where many tokens are likely [default: 0]"),
     option("json_schema", Constraints, OptionValue::JsonSchema, "Generate JSON that satisfies this schema"),
     option("regex", Constraints, Text, "Generate a text that matches this regular expression as a whole"),
     option("grammar", Constraints, Text, "Generate a text of this Lark grammar, in llguidance's variant"),
@@ -138,7 +142,7 @@ impl OptionValue {
             OptionValue::Flag => json!({"type": "boolean"}),
             OptionValue::EarlyStopping => json!({"enum": [true, false, "never"]}),
             OptionValue::Integer => json!({"type": "integer"}),
-            OptionValue::Number => json!({"type": "number"}),
+            OptionValue::Number | OptionValue::Probability | OptionValue::Seconds => json!({"type": "number"}),
             OptionValue::Token => token,
             OptionValue::TokenOrTokens => json!({"anyOf": [token, tokens]}),
             OptionValue::Tokens => tokens,

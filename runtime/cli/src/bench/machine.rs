@@ -1,5 +1,5 @@
-//! What the machine says of itself: its clock, this process's memory, how busy its processors are, and how fast its memory
-//! can be read. Memory and processors are read from `/proc` and are unknown elsewhere than on Linux.
+//! What the machine says of itself: its clock, this process's memory, how busy its processors are, and how fast its
+//! memory can be read. Memory and processors are read from `/proc` and are unknown elsewhere than on Linux.
 
 use std::fs;
 use std::hint::black_box;
@@ -98,7 +98,8 @@ impl Processors {
     }
 }
 
-/// Of `/proc/stat`: user, nice, system, irq, softirq and steal, neither idle nor waiting for disks; and how many processors.
+/// Of `/proc/stat`: user, nice, system, irq, softirq and steal, neither idle nor waiting for disks; and how many
+/// processors.
 fn busy_ticks(stat: &str) -> Option<(u64, usize)> {
     let line = stat.lines().next()?.strip_prefix("cpu ")?;
     let ticks: Vec<u64> = line.split_whitespace().take(8).map(|field| field.parse().ok()).collect::<Option<_>>()?;
@@ -124,8 +125,8 @@ const BLOCK: usize = (1 << 20) / size_of::<u64>();
 const WINDOW: Duration = Duration::from_millis(50);
 const WINDOWS: usize = 20;
 
-/// Bytes that `threads` threads, no more than there are cores, together read from memory in a second: the best of several
-/// windows. `None` if the memory for it cannot be had.
+/// Bytes that `threads` threads, no more than there are cores, together read from memory in a second: the best of
+/// several windows. `None` if the memory for it cannot be had.
 ///
 /// # Errors
 /// [`Error::Cancelled`].

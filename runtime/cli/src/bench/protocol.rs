@@ -30,7 +30,7 @@ pub fn run(mut opening: Opening, request: &Path, response: &Path, cancel: &Cance
     let request = Request::parse(&text).with_context(|| request.display().to_string())?;
     // A place that cannot be written is told before anything is computed.
     let file = Aside::create(response)?;
-    opening.threads = request.threads;
+    opening.runtime.threads = request.threads;
     opening.limits = Limits::NONE;
     let model = opening.open().map_err(|error| match error.downcast::<Usage>() {
         // The number of threads is the request's.

@@ -1,5 +1,5 @@
-//! Requests as JSON lines through an engine: what is read joins what is being generated, whatever its options. Answers come
-//! in the order of the requests all the same.
+//! Requests as JSON lines through an engine: what is read joins what is being generated, whatever its options. Answers
+//! come in the order of the requests all the same.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
