@@ -15,6 +15,9 @@ const VARIABLE: &std::ffi::CStr = c"ORT_DISABLE_TELEMETRY";
 pub(crate) fn disable() {
     use std::ffi::{CStr, CString, c_char};
     use std::ptr;
+    use std::sync::atomic::{AtomicPtr, Ordering};
+
+    static ENTRIES: AtomicPtr<*mut c_char> = AtomicPtr::new(ptr::null_mut());
 
     /// Where the C library has the address of the environment's strings.
     fn environ() -> *mut *mut *mut c_char {
@@ -53,9 +56,11 @@ pub(crate) fn disable() {
     // array takes its place whole, and neither is ever freed.
     let ours = [VARIABLE.to_bytes(), b"=1"].concat();
     entries.extend([CString::new(ours).expect("has no zero").into_raw(), ptr::null_mut()]);
-    let entries = Box::leak(entries.into_boxed_slice());
+    let entries = Box::leak(entries.into_boxed_slice()).as_mut_ptr();
+    // Reachable also after a later `setenv` has replaced it, so that leak checkers do not report it.
+    ENTRIES.store(entries, Ordering::Relaxed);
     // SAFETY: a pointer is stored in one piece, and it points at a whole array.
-    unsafe { place.write(entries.as_mut_ptr()) };
+    unsafe { place.write(entries) };
 }
 
 /// Sets `ORT_DISABLE_TELEMETRY=1` in this process unless the variable is set; to be called before the environment of
