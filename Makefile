@@ -139,9 +139,12 @@ test: check onnxruntime tokenizer python ## everything that CI runs but check-rt
 	    .cache/tests.log
 
 .PHONY: bench
-bench: $(LIBRARY) ## time kernels, search, scores and the C door; models are timed by `t5gemma bench`
+bench: $(LIBRARY) $(MODEL)/manifest.json ## time kernels, search, scores and the C library; models are timed by `t5gemma bench`
 	$(CARGO) bench --locked -p t5gemma-kernels -p t5gemma-runtime
-	$(CARGO) test --locked -p t5gemma-tests --test all -- --ignored --nocapture the_door_costs
+	$(MAKE) install PREFIX=$(STAGE)/bench DESTDIR=
+	$(CC) -std=c11 -O2 -I$(STAGE)/bench/include -Itests/capi runtime/capi/benches/overhead.c -o $(STAGE)/bench/overhead \
+	    -L$(STAGE)/bench/lib -lt5gemma -lm -pthread -Wl,-rpath,$(abspath $(STAGE)/bench/lib)
+	$(STAGE)/bench/overhead $(MODEL)
 
 # Seconds for each fuzz target of `fuzz`.
 FUZZ_SECONDS ?= 60

@@ -264,15 +264,6 @@ fn eight_threads_get_what_one_gets() {
     well(&installed().program("capi/stress.c", "plain", &["-O2"]), &[&demo_for_cpu()]);
 }
 
-/// Part of `make bench`.
-#[test]
-#[ignore = "a measurement"]
-fn the_door_costs_less_than_a_hundredth_of_what_the_smallest_model_does() {
-    let mut program = Command::new(installed().program("capi/overhead.c", "fast", &["-O2"]));
-    program.arg(demo());
-    println!("{}", done(program));
-}
-
 #[test]
 fn random_calls_break_nothing() {
     let program = installed().program("capi/fuzz.c", "sanitized", &SANITIZED);

@@ -1,4 +1,4 @@
-//! Gives the code the ABI's numbers, which the header spells.
+//! Passes the ABI version of the header to the code.
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");

@@ -107,7 +107,7 @@ static void check_sizes(const t5g::Model &model, const std::vector<std::int64_t>
     use("sources.decoder_input_ids", "4 (as many tokens for each source)", "3",
         with([&](auto &to) { to.decoder_ids(prompt, 2); }));
     use("sources.input_ids", "6 (rows times length)", "3", t5g::Sources::ids(prompt, 2, 3));
-    use("sources.input_ids", "what fits into memory", "18446744073709551615 times 2",
+    use("sources.input_ids", "a size that fits into memory", "18446744073709551615 times 2",
         t5g::Sources::ids(prompt, SIZE_MAX, 2));
     const std::vector<std::int64_t> mask{1, 1};
     use("sources.attention_mask", "3 (rows times length)", "2", t5g::Sources::ids(prompt, 1, 3, mask));

@@ -23,7 +23,7 @@ def fails(kind, part, work):
 def main(demo, classifier):
     error = fails(t5gemma.Error, "manifest.json", lambda: t5gemma.Model.open("no/such/model"))
     assert error.field is None
-    fails(t5gemma.Error, "expected a whole number", lambda: t5gemma.Model.open(demo, threads="many"))
+    fails(t5gemma.Error, "expected an integer", lambda: t5gemma.Model.open(demo, threads="many"))
     model = t5gemma.Model.open(demo)
     assert "CPUExecutionProvider" in t5gemma.onnxruntime_report()["library"]["providers"]
     assert model.describe()["task"] == "text2text-generation"

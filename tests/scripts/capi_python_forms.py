@@ -169,8 +169,8 @@ def sources(model, encoder, classifier, engine):
         ):
             fails(ValueError, part, lambda: ask([[5, 6, 7]], attention_mask=mask), door)
             fails(ValueError, part, lambda: ask(np.array([[5, 6, 7]]), attention_mask=mask), door)
-        fails(ValueError, "attention_mask: expected none", lambda: ask("a", attention_mask=[[1]]), door)
-        fails(ValueError, "attention_mask: expected none", lambda: ask(["a"], attention_mask=[[1]]), door)
+        fails(ValueError, "attention_mask requires token ids", lambda: ask("a", attention_mask=[[1]]), door)
+        fails(ValueError, "attention_mask requires token ids", lambda: ask(["a"], attention_mask=[[1]]), door)
         fails(TypeError, "attention_mask: expected", lambda: ask([[5]], attention_mask="1"), door)
     fails(ValueError, "source: expected one, found 2", lambda: model.stream(TEXTS))
     fails(TypeError, "on_piece", lambda: model.stream("a", on_piece=print))
@@ -332,7 +332,7 @@ def options(model, engine):
             error = fails(kind, part, lambda: ask(**{name: value}), f"{door}: {name}={value!r}")
             assert str(error).startswith(name), error
     for name in ("on_piece", "logits_processor", "prefix_allowed_tokens_fn"):
-        fails(TypeError, f"{name}: expected none", lambda: engine.submit("a", **{name: print}))
+        fails(TypeError, f"{name}: an engine does not take it", lambda: engine.submit("a", **{name: print}))
         fails(TypeError, f"{name}: expected a function, found 5", lambda: model.generate("a", **{name: 5}))
 
     for name in ("max_rows", "max_bytes", "max_waiting"):

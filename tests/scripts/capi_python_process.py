@@ -214,9 +214,9 @@ def forks(model):
 
     def refused():
         for work in (lambda: engine.submit("x"), engine.drain, lambda: engine.stats, engine.shutdown):
-            fails(t5gemma.Error, "engine: this Engine is from before a fork", work)
+            fails(t5gemma.Error, "engine: this Engine was made before a fork", work)
         for work in (request.result, request.cancel, lambda: next(iter(request))):
-            fails(t5gemma.Error, "request: this Request is from before a fork", work)
+            fails(t5gemma.Error, "request: this Request was made before a fork", work)
         fails(t5gemma.Error, "in use in the parent", lambda: model.generate("x"))
         fails(t5gemma.Error, "fork", lambda: list(pieces))
         engine.close()

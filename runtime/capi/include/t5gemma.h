@@ -1,4 +1,4 @@
-/* t5gemma.h: T5Gemma models from C. C11, and C++17 by t5gemma.hpp on top of it.
+/* t5gemma.h: T5Gemma models from C11. t5gemma.hpp is the C++17 interface on top of it.
  *
  *     #include <stdio.h>
  *     #include "t5gemma.h"
@@ -35,42 +35,44 @@
  *     }
  *
  * LINKING. `pkg-config --cflags --libs t5gemma`, or CMake's find_package(t5gemma) and the target t5gemma::t5gemma. ONNX
- * Runtime is no dependency of the linker's: it is loaded when the first model is opened, from t5g_open_options.library if
- * that is set, or else the first of: the environment's ORT_DYLIB_PATH, beside libt5gemma, beside the program,
- * .cache/onnxruntime/lib here or in a folder above, ~/.local/share/t5gemma. A process has one ONNX Runtime.
+ * Runtime is not linked: it is loaded when the first model is opened, from t5g_open_options.library if that is set, or
+ * else from the first of: the environment variable ORT_DYLIB_PATH, the folder of libt5gemma, the folder of the program,
+ * .cache/onnxruntime/lib in the working directory or in a folder above it, ~/.local/share/t5gemma. A process has one
+ * ONNX Runtime.
  *
- * ERRORS. Functions that can fail return an error, which is the caller's to free, or NULL when all is well. Their outputs
- * come last, are required unless the function says otherwise, and are not touched on failure. Nothing that is passed in
- * makes the library crash if it can be helped: NULL where something is needed, a freed handle or one of another kind, a
- * wrong size field, a number that is no enum's, text that is not UTF-8 are T5G_ERROR_ARGUMENT or T5G_ERROR_HANDLE, which
- * name the argument. A bug of the library's own is T5G_ERROR_INTERNAL, after which the objects that took part refuse to
- * serve. Memory that a pointer and a length promise has to be there.
+ * ERRORS. Fallible functions return an error, which the caller frees, or NULL on success. Outputs are the last
+ * arguments, are required unless the function says otherwise, and are not touched on failure. Invalid arguments are
+ * errors, not crashes: NULL for a required pointer, a handle that was freed or has another type, a wrong size field, a
+ * number outside of its enum, and text that is not UTF-8 give T5G_ERROR_ARGUMENT or T5G_ERROR_HANDLE, which name the
+ * argument. A bug of the library gives T5G_ERROR_INTERNAL, after which the objects that took part in the call refuse
+ * further calls. The memory described by a pointer and a length has to exist; that cannot be checked.
  *
- * LIFETIMES. A handle (t5g_model *, t5g_result *, ...) is a number in a pointer's clothes, never given twice; it points at
- * nothing. Each belongs to the caller and has its _free, which takes NULL for nothing to do and returns T5G_ERROR_HANDLE for
- * what was freed before. What a function reads it has copied when it returns. Pointers that a function gives (the text of
- * t5g_text_data, the tokens of a hypothesis) live as long as the handle they were got from. A handle may be freed while
- * another thread is in a call with it: that call ends well, and the object goes after it. A result keeps its model.
- * dlclose leaves the library's code where it is, because ONNX Runtime's threads and environment outlive every model;
- * opening it again costs and leaks nothing.
+ * LIFETIMES. A handle (t5g_model *, t5g_result *, ...) is an opaque id, not an address; ids are never reused. Each
+ * belongs to the caller and has a _free function, which ignores NULL and returns T5G_ERROR_HANDLE for a handle that was
+ * freed before. Functions copy what they need of their arguments before they return. Pointers returned by a function
+ * (the text of t5g_text_data, the tokens of a hypothesis) are valid until the handle they came from is freed. A handle
+ * may be freed while another thread is in a call with it: the call finishes, then the object is destroyed. A result
+ * keeps its model alive. dlclose does not unload the library, because ONNX Runtime's threads and environment outlive
+ * every model; loading it again costs and leaks nothing.
  *
- * THREADS. Every function may be called from any thread at any time, and every object may be used by several at once,
- * but for t5g_stream and t5g_request, which are one thread's at a time: T5G_ERROR_BUSY tells of a second. One model runs each
- * of its graphs for one call at a time, so calls from several threads take turns; t5g_engine has them share steps. Callbacks
- * come on the thread of the call, in which they may call this library; t5g_engine_call and log messages say otherwise.
+ * THREADS. Every function may be called from any thread at any time, and several threads may use one object at once,
+ * except for t5g_stream and t5g_request: these are for one thread at a time, and a second one gets T5G_ERROR_BUSY. A
+ * model runs each of its graphs for one call at a time, so calls from several threads take turns; with t5g_engine they
+ * share steps. Callbacks run on the calling thread and may call this library, except for those of t5g_engine_submit and
+ * t5g_engine_call and log messages, whose threads are described there.
  *
- * FORK. A process that is forked has none of its parent's threads. In the child t5g_engine_new gives engines that work; with an
- * engine of the parent, and its requests, everything but freeing fails at once with T5G_ERROR_CLOSED, and callbacks of
- * t5g_engine_call do not come. A model that was opened before can be used if no call was using it when the process was forked:
- * ONNX Runtime's own threads are missing, so that calls compute with one thread. To fork before the first model is opened, or to
- * exec, is better.
+ * FORK. A forked process has none of its parent's threads. In the child, t5g_engine_new makes engines that work; with
+ * an engine of the parent and its requests, everything but freeing fails at once with T5G_ERROR_CLOSED, and callbacks
+ * of t5g_engine_call do not run. A model opened before the fork can be used if no call was using it at the fork; ONNX
+ * Runtime's own threads are missing, so calls compute with one thread. It is better to fork before the first model is
+ * opened, or to exec.
  *
- * STRUCTS. The first field of each is its size, so that they can grow: t5g_..._default() sets it, and everything else to
- * "not given". All fields are 8 bytes wide. A program runs with any library of the same T5G_ABI_MAJOR, older ones included as
- * long as it sets no field that they lack.
+ * STRUCTS. The first field of each struct is its size, so that structs can grow: t5g_..._default() sets it, and
+ * everything else to "unset". All fields are 8 bytes wide. A program runs with every library of the same T5G_ABI_MAJOR,
+ * including older ones as long as it sets no field that they lack.
  *
- * TEXT is UTF-8. Where a text comes with its size, T5G_ZERO_TERMINATED is a size too. Texts that the library gives have a
- * size and a zero behind them. */
+ * TEXT is UTF-8. Where a text has a size argument, T5G_ZERO_TERMINATED is accepted too. Texts returned by the library
+ * have a size and end with a zero. */
 #ifndef T5GEMMA_H
 #define T5GEMMA_H
 
@@ -86,9 +88,9 @@ extern "C" {
 #define T5G_ABI_MAJOR 1
 #define T5G_ABI_MINOR 3
 
-/* The size of a text that ends at its first zero. */
+/* The size of a zero-terminated text. */
 #define T5G_ZERO_TERMINATED SIZE_MAX
-/* A whole number that is not given, so that the model's own setting holds. Of floating point numbers NAN is the same. */
+/* An unset integer: the model's own setting or the default applies. An unset floating-point number is NAN. */
 #define T5G_UNSET INT64_MIN
 #ifdef __cplusplus
 #define T5G_UNSET_NUMBER static_cast<double>(NAN)
@@ -114,7 +116,7 @@ const char *t5g_version(void);
 /* T5G_ABI_MAJOR and T5G_ABI_MINOR of the library, as major * 65536 + minor. */
 uint32_t t5g_abi_version(void);
 
-/* How many handles are not freed, in the whole process; 0 at the end of a program that leaks none. Errors count. */
+/* The number of live handles of the process, errors included; 0 at the end of a program without leaks. */
 size_t t5g_live_handles(void);
 
 
@@ -123,41 +125,42 @@ size_t t5g_live_handles(void);
 typedef int32_t t5g_code;
 enum {
     T5G_OK = 0,
-    T5G_ERROR_ARGUMENT = 1,     /* an argument that this header forbids */
-    T5G_ERROR_HANDLE = 2,       /* a handle that was freed, or is of another kind */
+    T5G_ERROR_ARGUMENT = 1,     /* an argument that this header does not allow */
+    T5G_ERROR_HANDLE = 2,       /* a handle that was freed, or has another type */
     T5G_ERROR_BUSY = 3,         /* an object that another thread is using */
-    T5G_ERROR_BUFFER = 4,       /* a buffer of the caller's that is too small */
+    T5G_ERROR_BUFFER = 4,       /* the caller's buffer is too small */
     T5G_ERROR_LIBRARY = 5,      /* no usable ONNX Runtime; the message says how to get one */
-    T5G_ERROR_FILE = 6,         /* a file that cannot be read, or is not of its kind */
-    T5G_ERROR_MODEL = 7,        /* a model folder that contradicts itself, or is for another task */
-    T5G_ERROR_UNSUPPORTED = 8,  /* well-formed, but not for this machine or version */
-    T5G_ERROR_TOKENIZER = 9,    /* text, and the model has no usable tokenizer */
-    T5G_ERROR_INPUT = 10,       /* sources, targets or lengths that are not acceptable */
-    T5G_ERROR_OPTIONS = 11,     /* a generation option that is not acceptable */
-    T5G_ERROR_CONSTRAINT = 12,  /* a constraint that cannot be followed, as a grammar that became too complex */
-    T5G_ERROR_NOT_FINITE = 13,  /* the model, or a logits_processor, computed scores that no token can be chosen by */
+    T5G_ERROR_FILE = 6,         /* a file that cannot be read or has the wrong format */
+    T5G_ERROR_MODEL = 7,        /* an inconsistent model folder, or one for another task */
+    T5G_ERROR_UNSUPPORTED = 8,  /* a valid model that this machine or version does not support */
+    T5G_ERROR_TOKENIZER = 9,    /* text for a model without a usable tokenizer */
+    T5G_ERROR_INPUT = 10,       /* invalid sources, targets or lengths */
+    T5G_ERROR_OPTIONS = 11,     /* an invalid generation option */
+    T5G_ERROR_CONSTRAINT = 12,  /* a constraint that cannot be followed, such as a too complex grammar */
+    T5G_ERROR_NOT_FINITE = 13,  /* NaN or infinite scores, from the model or a logits_processor */
     T5G_ERROR_ONNXRUNTIME = 14, /* ONNX Runtime failed */
-    T5G_ERROR_CANCELLED = 15,   /* a cancellation was used, or a callback asked to stop */
-    T5G_ERROR_DEADLINE = 16,    /* t5g_call.deadline_seconds have passed */
+    T5G_ERROR_CANCELLED = 15,   /* the call was cancelled, or a callback asked to stop */
+    T5G_ERROR_DEADLINE = 16,    /* t5g_call.deadline_seconds has passed */
     T5G_ERROR_INTERNAL = 17,    /* a bug of the library */
-    T5G_ERROR_TOO_LARGE = 18,   /* a request that an engine can never hold */
-    T5G_ERROR_FULL = 19,        /* an engine with as many requests waiting as it may have */
-    T5G_ERROR_CLOSED = 20       /* an engine that takes no more requests, or belongs to the process this one was forked from */
+    T5G_ERROR_TOO_LARGE = 18,   /* a request beyond the limits of the engine */
+    T5G_ERROR_FULL = 19,        /* the waiting queue of the engine is full */
+    T5G_ERROR_CLOSED = 20       /* an engine that accepts no more requests, or of the parent process */
 };
 
-/* What kind of error it is; T5G_ERROR_HANDLE if it is no error's handle. */
+/* The code of an error; T5G_ERROR_HANDLE if the handle is not an error. */
 t5g_code t5g_error_code(const t5g_error *error);
 
-/* What went wrong, what was expected and what was found, for people. Never NULL. */
+/* The message: what was expected and what was found. Never NULL. */
 const char *t5g_error_message(const t5g_error *error);
 
-/* The argument, option, or part of the input at fault, such as "num_beams" or "input_ids[1][3]"; NULL if there is none. */
+/* The argument, option or part of the input at fault, such as "num_beams" or "input_ids[1][3]"; NULL if there is
+ * none. */
 const char *t5g_error_field(const t5g_error *error);
 
 t5g_code t5g_error_free(t5g_error *error);
 
 
-/* ---- Texts and tokens that the library gives ---- */
+/* ---- Texts and tokens returned by the library ---- */
 
 const char *t5g_text_data(const t5g_text *text);
 size_t t5g_text_size(const t5g_text *text);
@@ -181,17 +184,17 @@ enum {
 
 typedef void (*t5g_log)(void *user, t5g_severity severity, const char *message);
 
-/* Gives ONNX Runtime's messages of at least `severity` to `log`, from any thread, until it is set anew; NULL gives them to
- * no one. Below T5G_SEVERITY_WARNING nothing comes once a model is open, unless this was called before. `log` may be called
- * for a moment after it was replaced. */
+/* Sets the function that receives ONNX Runtime's messages of at least `severity`, from any thread; NULL for none.
+ * Messages below T5G_SEVERITY_WARNING require that this is called before the first model is opened. `log` may still be
+ * called shortly after it was replaced. */
 t5g_error *t5g_log_set(t5g_severity severity, t5g_log log, void *user);
 
-/* The last messages of ONNX Runtime and its providers, warnings and graver, a line each, oldest first; 64 are kept. */
+/* The last 64 messages of ONNX Runtime and its providers, warnings and above, one per line, oldest first. */
 t5g_error *t5g_log_recent(t5g_text **text);
 
-/* Loads ONNX Runtime if none is loaded (from `library`, or NULL to search) and tells where it was looked for, as JSON:
- * {"places": [{"why", "path", "found"}...], "library": {"path", "build", "providers"} or null, "error": text or null}.
- * It fails only for wrong arguments. */
+/* Loads ONNX Runtime if it is not loaded (from `library`, or NULL to search) and reports where it was searched for, as
+ * JSON: {"places": [{"why", "path", "found"}...], "library": {"path", "build", "providers"} or null, "error": text or
+ * null}. It fails only for invalid arguments. */
 t5g_error *t5g_onnxruntime_report(const char *library, t5g_text **json);
 
 
@@ -199,17 +202,17 @@ t5g_error *t5g_onnxruntime_report(const char *library, t5g_text **json);
 
 typedef struct t5g_open_options {
     size_t size;
-    const char *library;         /* the file of ONNX Runtime; NULL: searched for */
-    const char *provider;        /* what computes: "cpu", "cuda", "tensorrt", "nv-tensorrt-rtx"; NULL: "cpu" */
-    int64_t device;              /* the number of the GPU; T5G_UNSET: the first */
-    int64_t threads;             /* T5G_UNSET: as many as the machine has cores */
-    int64_t check_weights;       /* 1: hash the whole file of weights, however large */
-    int64_t encoder_cache_bytes; /* what may be kept of the encoder's results for sources that come again; 0: nothing */
-    const char *json;            /* the same as a JSON object under the same names, and "provider_options", an object with
-                                    options of the provider by ONNX Runtime's names; "engines", the folder with the engines of
-                                    the model's serving plan; "max_sources", "max_tokens" (source tokens) and "max_bytes", what
-                                    one call runs at a time, its rows in pieces that fit: on the CPU 4 GiB unless given. NULL:
-                                    nothing. Each at most once */
+    const char *library;         /* the file of ONNX Runtime; NULL: search */
+    const char *provider;        /* "cpu", "cuda", "tensorrt" or "nv-tensorrt-rtx"; NULL: "cpu" */
+    int64_t device;              /* the number of the GPU; T5G_UNSET: 0 */
+    int64_t threads;             /* T5G_UNSET: one per core */
+    int64_t check_weights;       /* 1: check the hash of the weights file */
+    int64_t encoder_cache_bytes; /* cache of encoder results, for sources that are used again; 0: none */
+    /* The options above by the same names, each in one place, and more: "provider_options", an object of provider
+     * options by their ONNX Runtime names; "engines", the folder with the engines of the model's serving plan;
+     * "max_sources", "max_tokens" (source tokens) and "max_bytes", limits for what one call runs at a time (its rows
+     * run in pieces that fit; the default on the CPU is 4 GiB). NULL: none */
+    const char *json;
 } t5g_open_options;
 
 static inline t5g_open_options t5g_open_options_default(void) {
@@ -220,49 +223,50 @@ static inline t5g_open_options t5g_open_options_default(void) {
     return options;
 }
 
-/* Opens a model folder that t5gemma-export has written, to be generated with. `options` may be NULL. The folder is held to
- * its manifest; it has to stay as it is while the model is open. */
+/* Opens a model folder that t5gemma-export has written, for generation. `options` may be NULL. Opening verifies the
+ * files against the manifest; they must not change while the model is open. */
 t5g_error *t5g_model_open(const char *path, const t5g_open_options *options, t5g_model **model);
 
-/* The folder's manifest, configuration and default generation options, as JSON:
- * {"path", "task", "target", "dtype", "parameters", "exporter", "source_vocab_size", "target_vocab_size", "hidden_size",
- * "max_source_length", "max_target_length", "decoder_start_token_id", "eos_token_id", "pad_token_id", "labels",
- * "elsewhere"}; the last lists the operators that another provider computes than the one asked for. */
+/* The folder's manifest, configuration and default generation options, as JSON: {"path", "task", "target", "dtype",
+ * "parameters", "exporter", "source_vocab_size", "target_vocab_size", "hidden_size", "max_source_length",
+ * "max_target_length", "decoder_start_token_id", "eos_token_id", "pad_token_id", "labels", "elsewhere"}; "elsewhere"
+ * lists the operators that run on another provider than the selected one. */
 t5g_error *t5g_model_describe(const t5g_model *model, t5g_text **json);
 
-/* The model's tokenizer, read when first asked for. */
+/* The model's tokenizer, loaded on the first use. */
 t5g_error *t5g_model_tokenizer(const t5g_model *model, t5g_tokenizer **tokenizer);
 
-/* A conversation as the text that an instruction-tuned model continues: `messages` is a JSON list of {"role", "content"},
- * written by the folder's chat template. */
+/* Formats a conversation with the model's chat template: the text that an instruction-tuned model continues. `messages`
+ * is a JSON list of {"role", "content"}. */
 t5g_error *t5g_model_chat(const t5g_model *model, const char *messages, t5g_text **text);
 
 t5g_code t5g_model_free(t5g_model *model);
 
 
-/* ---- What a call is given ---- */
+/* ---- Arguments of calls ---- */
 
-/* The sources of a call, a row each: `texts`, or a conversation, or token ids. */
+/* The sources of a call, one per row: texts, a conversation, or token ids. */
 typedef struct t5g_sources {
     size_t size;
     size_t rows;
     const char *const *texts;         /* [rows] */
-    const size_t *text_sizes;         /* [rows]; NULL: all end at their zero */
+    const size_t *text_sizes;         /* [rows]; NULL: zero-terminated */
     const char *messages;             /* a conversation as for t5g_model_chat; rows is 1 */
-    const int64_t *input_ids;         /* the tokens of all rows, one row after the other */
-    const size_t *lengths;            /* [rows]: how many tokens each row has; NULL: `length` */
+    const int64_t *input_ids;         /* the token ids of all rows, concatenated */
+    const size_t *lengths;            /* [rows]: the length of each row; NULL: `length` */
     size_t length;
-    const int64_t *attention_mask;    /* [rows, length], 0 where a token takes no part; NULL: all do. Not with `lengths` */
-    const char *const *decoder_texts; /* [rows], how the targets begin; NULL: as usual */
-    const int64_t *decoder_input_ids; /* [rows, decoder_length], the same as tokens */
+    const int64_t *attention_mask;    /* [rows, length], 0 for padding; NULL: no padding. Not with `lengths` */
+    const char *const *decoder_texts; /* [rows], the beginnings of the targets; NULL: none */
+    const int64_t *decoder_input_ids; /* [rows, decoder_length], the same as token ids */
     size_t decoder_length;
-    const float *encoder_outputs;     /* [rows, longest row, hidden_size], as t5g_model_encode gave them; NULL: computed */
-    const size_t *decoder_text_sizes; /* [rows]; NULL: all end at their zero */
-    /* How much there is where the above point, to be compared with what is read: T5G_ERROR_INPUT if it differs. 0: unchecked */
+    const float *encoder_outputs;     /* [rows, longest row, hidden_size], from t5g_model_encode; NULL: computed */
+    const size_t *decoder_text_sizes; /* [rows]; NULL: zero-terminated */
+    /* The sizes of the arrays above, for a check against what will be read: T5G_ERROR_INPUT if they differ. 0: not
+     * checked */
     size_t decoder_rows;        /* of decoder_texts or decoder_input_ids */
     size_t input_ids_size;      /* tokens in input_ids */
     size_t attention_mask_size; /* numbers in attention_mask */
-    size_t encoder_rows;        /* of encoder_outputs, as t5g_states tells them */
+    size_t encoder_rows;        /* of encoder_outputs, as in t5g_states */
     size_t encoder_length;
     size_t encoder_width;
 } t5g_sources;
@@ -274,15 +278,16 @@ static inline t5g_sources t5g_sources_default(void) {
     return sources;
 }
 
-/* Hugging Face's generation options under their names and with their meanings; `t5gemma generate --help` explains each.
- * What is not given is the model's own setting. `json` takes the same and the rest (bad_words_ids, sequence_bias,
- * allowed_sequences, required_phrases) as an object; an option may be given in one of the two ways. */
+/* Generation options with their Hugging Face names and meanings; `t5gemma generate --help` describes each. Unset
+ * options have the model's own setting. `json` is an object with the same options and the remaining ones
+ * (bad_words_ids, sequence_bias, allowed_sequences, required_phrases); each option may be set in one of the two
+ * places. */
 typedef struct t5g_generation_options {
     size_t size;
     const char *json;
     int64_t max_new_tokens, max_length, min_new_tokens, min_length;
     int64_t num_beams, num_return_sequences;
-    int64_t do_sample; /* 0 or 1, as all that are true or false */
+    int64_t do_sample; /* 0 or 1, like all flags */
     int64_t seed;
     double temperature;
     int64_t top_k;
@@ -305,9 +310,9 @@ typedef struct t5g_generation_options {
     size_t suppress_tokens_count;
     const int64_t *begin_suppress_tokens;
     size_t begin_suppress_tokens_count;
-    int64_t exponential_decay_start; /* with the next, exponential_decay_length_penalty */
+    int64_t exponential_decay_start; /* with the next field: exponential_decay_length_penalty */
     double exponential_decay_factor;
-    const char *const *stop_strings; /* each ending at its zero */
+    const char *const *stop_strings; /* zero-terminated */
     size_t stop_strings_count;
     const char *json_schema, *regex, *grammar;
     double coverage_penalty, patience;
@@ -332,43 +337,43 @@ static inline t5g_generation_options t5g_generation_options_default(void) {
     return o;
 }
 
-/* Tokens and text of a row's first hypothesis as they become certain: with beams, what all of them agree on. */
+/* A token and text of a row's first hypothesis, once they are final; with beams: once all beams agree. */
 typedef struct t5g_piece {
     size_t size;
     size_t row;
-    int64_t token;    /* -1 with the last piece of a row's text, if there is one */
-    const char *text; /* whole characters, possibly none; NULL without t5g_call.stream_text */
+    int64_t token;    /* -1 for the last piece of a row's text */
+    const char *text; /* whole characters, possibly empty; NULL without t5g_call.stream_text */
     size_t text_size;
 } t5g_piece;
 
-/* Where scores belong. */
+/* The position of scores in a target. */
 typedef struct t5g_position {
     size_t size;
     const int64_t *source;
     size_t source_length;
-    const int64_t *target; /* prompt and generated tokens so far */
+    const int64_t *target; /* the prompt and the tokens generated so far */
     size_t target_length;
-    size_t prompt_length; /* how many of these are the prompt */
+    size_t prompt_length; /* the length of the prompt */
 } t5g_position;
 
-/* What concerns one call only. Callbacks return 0 to go on; anything else ends the call with T5G_ERROR_CANCELLED. They are
- * given `user`, and must return: no longjmp, no C++ exception (t5gemma.hpp carries those past). What they are shown lives
- * until they return. A callback that a function would never call is refused. */
+/* Cancellation, deadline and callbacks of one call. Callbacks return 0 to continue; any other value ends the call with
+ * T5G_ERROR_CANCELLED. They receive `user`, and must return normally: no longjmp, no C++ exception (t5gemma.hpp passes
+ * those on). Their arguments are valid until they return. A callback that a function would never call is refused. */
 typedef struct t5g_call {
     size_t size;
     void *user;
     t5g_cancellation *cancellation; /* NULL: none */
-    double deadline_seconds;        /* from now; 0: none; below 0: it has passed. In contrast to max_time, nothing is returned */
-    int64_t stream_text;            /* 1: pieces come with text */
+    double deadline_seconds;        /* from now; 0: none; negative: passed. Unlike max_time, nothing is returned */
+    int64_t stream_text;            /* 1: pieces have text */
     int32_t (*on_piece)(void *user, const t5g_piece *piece);
-    int32_t (*on_step)(void *user); /* all rows have chosen what a step brings them; what only encodes is one step */
-    /* Changes the next token's scores, one for each of the target's vocabulary: logits, or log-probabilities with beams;
-     * -INFINITY forbids; NaN, +INFINITY, and -INFINITY for all are T5G_ERROR_NOT_FINITE. It must depend on nothing but its
-     * arguments. */
+    int32_t (*on_step)(void *user); /* after each decoder step; calls that only encode have one step */
+    /* Changes the scores of the next token in place, one for each token of the target vocabulary: logits, or
+     * log-probabilities with beams. -INFINITY forbids a token; NaN, +INFINITY, and -INFINITY for all tokens give
+     * T5G_ERROR_NOT_FINITE. The result must depend on the arguments only. */
     void (*logits_processor)(void *user, const t5g_position *position, float *scores, size_t count);
-    /* Hugging Face's prefix_allowed_tokens_fn: sets `*allowed` to the tokens that may follow, which have to live until it
-     * is called again on the same thread or the call ends, and returns how many they are: none, or one that the vocabulary does
-     * not have, is T5G_ERROR_CONSTRAINT. */
+    /* Hugging Face's prefix_allowed_tokens_fn: sets `*allowed` to the token ids that may follow and returns their
+     * number. The array has to stay valid until the next call on the same thread or the end of the call. An empty
+     * array, or an id outside of the vocabulary, gives T5G_ERROR_CONSTRAINT. */
     size_t (*prefix_allowed_tokens)(void *user, size_t row, const int64_t *target, size_t length, const int64_t **allowed);
 } t5g_call;
 
@@ -379,10 +384,10 @@ static inline t5g_call t5g_call_default(void) {
     return call;
 }
 
-/* Stops the calls that it is given to, from any thread, once and for all. */
+/* Cancels the calls that it was passed to, from any thread. It cannot be reset. */
 t5g_error *t5g_cancellation_new(t5g_cancellation **cancellation);
 t5g_error *t5g_cancellation_cancel(t5g_cancellation *cancellation);
-/* 1 if it was used, 0 if not, -1 if it is no cancellation. */
+/* 1 if it was used, 0 if not, -1 if the handle is not a cancellation. */
 int32_t t5g_cancellation_is_cancelled(const t5g_cancellation *cancellation);
 t5g_code t5g_cancellation_free(t5g_cancellation *cancellation);
 
@@ -393,21 +398,21 @@ t5g_code t5g_cancellation_free(t5g_cancellation *cancellation);
 t5g_error *t5g_model_generate(const t5g_model *model, const t5g_sources *sources, const t5g_generation_options *options,
                               const t5g_call *call, t5g_result **result);
 
-/* Generates a few tokens of random sources of usual sizes, so that the first request does not pay for what only a first run
- * takes time for. Of `call`, which may be NULL, cancellation, deadline and on_step count. */
+/* Generates a few tokens for random sources of the usual shapes, so that the first request does not take longer than
+ * others. `call` may be NULL; its cancellation, deadline and on_step are used. */
 t5g_error *t5g_model_warm_up(const t5g_model *model, const t5g_call *call);
 
 /* Targets to score, one for each source. */
 typedef struct t5g_targets {
     size_t size;
-    const char *const *texts;  /* [rows], behind which the end token is scored too */
-    const size_t *text_sizes;  /* [rows]; NULL: all end at their zero */
-    const int64_t *target_ids; /* or the tokens of all rows, one row after the other */
-    const size_t *lengths;     /* [rows]: how many each row has */
-    int64_t without_end;       /* 1: no end token behind texts */
-    int64_t output_attentions; /* 1: tell what the targets attend to, with a model exported with --alignment */
-    size_t rows;               /* how many targets there are, to be compared with the sources; 0: unchecked */
-    size_t target_ids_size;    /* how many tokens target_ids has, to be compared with lengths; 0: unchecked */
+    const char *const *texts;  /* [rows]; the end token is scored after each */
+    const size_t *text_sizes;  /* [rows]; NULL: zero-terminated */
+    const int64_t *target_ids; /* or the token ids of all rows, concatenated */
+    const size_t *lengths;     /* [rows]: the length of each row */
+    int64_t without_end;       /* 1: no end token after texts */
+    int64_t output_attentions; /* 1: return cross_attentions; requires a model exported with --alignment */
+    size_t rows;               /* the number of targets, for a check against the sources; 0: not checked */
+    size_t target_ids_size;    /* the size of target_ids, for a check against lengths; 0: not checked */
 } t5g_targets;
 
 static inline t5g_targets t5g_targets_default(void) {
@@ -417,13 +422,14 @@ static inline t5g_targets t5g_targets_default(void) {
     return targets;
 }
 
-/* How likely targets are: a result with one hypothesis for each source, which has log-probabilities, and those of the
- * `top_logprobs` likeliest tokens at each place. Of `call`, which may be NULL, cancellation, deadline and on_step count. */
+/* Scores given targets. The result has one hypothesis for each source, with the log-probabilities of its tokens and of
+ * the `top_logprobs` likeliest tokens at each position. `call` may be NULL; its cancellation, deadline and on_step are
+ * used. */
 t5g_error *t5g_model_score(const t5g_model *model, const t5g_sources *sources, const t5g_targets *targets,
                            size_t top_logprobs, const t5g_call *call, t5g_result **result);
 
 enum {
-    T5G_FINISH_NONE = 0, /* a target that was scored */
+    T5G_FINISH_NONE = 0, /* a scored target */
     T5G_FINISH_EOS = 1,
     T5G_FINISH_LENGTH = 2,
     T5G_FINISH_STOP_STRING = 3,
@@ -432,22 +438,23 @@ enum {
     T5G_FINISH_CONSTRAINT_INCOMPLETE = 6
 };
 
-/* A target, generated or scored. Its pointers live as long as the result. */
+/* A generated or scored target. Its pointers are valid as long as the result. */
 typedef struct t5g_hypothesis {
     size_t size;             /* set by the caller */
     const int64_t *tokens;   /* without prompt and padding, with the end token if there is one */
     size_t token_count;
     int64_t finish_reason;
-    double score;            /* of beam search: sequences_scores; NAN elsewhere */
-    double logprob;          /* of the whole target, with output_logprobs; NAN without */
-    double perplexity;       /* the same */
+    double score;            /* of beam search: sequences_scores; else NAN */
+    double logprob;          /* of the whole target, with output_logprobs; else NAN */
+    double perplexity;       /* with output_logprobs; else NAN */
     const float *logprobs;   /* [token_count], before any processing; NULL without output_logprobs */
-    size_t top_count;        /* how many of the likeliest tokens at each place follow */
+    size_t top_count;        /* the number of likeliest tokens at each position */
     const int64_t *top_tokens; /* [token_count, top_count], best first */
     const float *top_logprobs; /* [token_count, top_count] */
-    size_t source_length;      /* how many tokens the source has, with padding of its own; 0 without output_attentions */
-    const float *cross_attentions; /* [token_count, source_length]: how much each token attended to each of the source, the
-                                    * mean over heads and the layers of the export; NULL without output_attentions */
+    size_t source_length;      /* the number of source tokens as given, padding included; 0 without output_attentions */
+    /* [token_count, source_length]: the attention of each token to each source token, the mean over heads and the
+     * layers of the export; NULL without output_attentions */
+    const float *cross_attentions;
 } t5g_hypothesis;
 
 static inline t5g_hypothesis t5g_hypothesis_default(void) {
@@ -457,30 +464,32 @@ static inline t5g_hypothesis t5g_hypothesis_default(void) {
     return hypothesis;
 }
 
-/* How many sources a result answers; 0 if it is no result. */
+/* The number of sources; 0 if the handle is not a result. */
 size_t t5g_result_rows(const t5g_result *result);
-/* How many hypotheses a row has, best first; 0 if there is no such row. */
+/* The number of hypotheses of a row, best first; 0 if there is no such row. */
 size_t t5g_result_count(const t5g_result *result, size_t row);
-/* Fills in a hypothesis whose size is set. */
+/* Fills in a hypothesis, whose size the caller has set. */
 t5g_error *t5g_result_get(const t5g_result *result, size_t row, size_t index, t5g_hypothesis *hypothesis);
-/* The text of a hypothesis, which lives as long as the result, without special tokens. `size` may be NULL. */
+/* The text of a hypothesis without special tokens, valid as long as the result. `size` may be NULL. */
 t5g_error *t5g_result_text(const t5g_result *result, size_t row, size_t index, const char **text, size_t *size);
-/* The result as `t5gemma generate --jsonl` writes it: {"sequences": ..., "seed", "usage"}. */
+/* The result as JSON, as written by `t5gemma generate --jsonl`: {"sequences": ..., "seed", "usage"}. */
 t5g_error *t5g_result_json(const t5g_result *result, t5g_text **json);
 t5g_code t5g_result_free(t5g_result *result);
 
 
-/* ---- The engine: many requests in one batch ---- */
+/* ---- The engine: continuous batching of many requests ---- */
 
-/* Its bounds, of rows and bytes for each device, at least 1; T5G_UNSET leaves those of the library. */
+/* The limits of an engine, at least 1; those of rows and bytes are for each device. T5G_UNSET: the library's
+ * default. */
 typedef struct t5g_engine_options {
     size_t size;
-    int64_t max_rows;    /* target rows in flight: the beams or samples of all sources together */
-    int64_t max_bytes;   /* what keys, values and logits of the rows in flight may come to need */
-    int64_t max_waiting; /* requests that wait for all of their rows to be admitted */
-    const int64_t *devices; /* [device_count]: the numbers of the GPUs to compute on, each with a copy of the model. That on the
-                               model's own device is the model itself, once; the others are opened as it was, which takes as long */
-    size_t device_count;    /* 0: the model's own device alone */
+    int64_t max_rows;    /* target rows in flight: the beams or samples of all sources */
+    int64_t max_bytes;   /* memory for keys, values and logits of the rows in flight */
+    int64_t max_waiting; /* requests in the queue: those with a source that has not been admitted */
+    /* [device_count]: the numbers of the GPUs to compute on, each with a copy of the model. On the model's own device,
+     * the model itself is used once; the other copies are opened now, which takes as long */
+    const int64_t *devices;
+    size_t device_count;    /* 0: the model's own device only */
 } t5g_engine_options;
 
 static inline t5g_engine_options t5g_engine_options_default(void) {
@@ -491,25 +500,25 @@ static inline t5g_engine_options t5g_engine_options_default(void) {
     return options;
 }
 
-/* Starts a thread that generates for many requests at once: rows join between two steps and leave when they are finished, and
- * each gets what t5g_model_generate gives it alone. Best with models exported for --target cpu, whose rows share every
- * step. `options` may be NULL. Of several devices each has a thread, and all take rows from one line in the order of arrival, as
- * soon as they have room. */
+/* Starts a thread that generates for many requests at once: rows join between two steps and leave when they are
+ * finished, and each gets the result that t5g_model_generate gives it alone. Best with models exported with --target
+ * cpu, whose rows share every step. `options` may be NULL. With several devices, each has a thread, and all take rows
+ * from one queue in the order of arrival, as soon as they have room. */
 t5g_error *t5g_engine_new(const t5g_model *model, const t5g_engine_options *options, t5g_engine **engine);
 
-/* Submits sources, to be polled. `options` and `call` may be NULL; of the callbacks of `call` only those that change scores may
- * be given. They come on the engine's threads, for one row at a time on each, until the caller has been told the request's end
- * or has freed it. Its cancellation and deadline hold while the request waits, too; one whose deadline has passed is taken, and
- * fails by it. T5G_ERROR_FULL, T5G_ERROR_TOO_LARGE, T5G_ERROR_CLOSED and, with a cancellation that was used,
- * T5G_ERROR_CANCELLED refuse it. */
+/* Submits sources, to be polled. `options` and `call` may be NULL. The only callbacks that `call` may have are
+ * logits_processor and prefix_allowed_tokens. They run on the engine's threads, on each for one row at a time, until
+ * the caller has received the end of the request or has freed it. The cancellation and the deadline apply while the
+ * request waits, too; a request whose deadline has passed is accepted and then fails. Requests are refused with
+ * T5G_ERROR_FULL, T5G_ERROR_TOO_LARGE, T5G_ERROR_CLOSED or, if the cancellation was used, T5G_ERROR_CANCELLED. */
 t5g_error *t5g_engine_submit(const t5g_engine *engine, const t5g_sources *sources, const t5g_generation_options *options,
                              const t5g_call *call, t5g_request **request);
 
 enum {
-    T5G_EVENT_NONE = 0,  /* nothing happened in that time */
-    T5G_EVENT_PIECE = 1, /* a token of a row, or with token -1 the last of its text */
+    T5G_EVENT_NONE = 0,  /* nothing happened within the time */
+    T5G_EVENT_PIECE = 1, /* a token of a row, or with token -1 the rest of its text */
     T5G_EVENT_ROW = 2,   /* a row is finished */
-    T5G_EVENT_END = 3    /* all are, and everything has been told */
+    T5G_EVENT_END = 3    /* all rows are finished, and all events were returned */
 };
 
 typedef struct t5g_event {
@@ -517,7 +526,7 @@ typedef struct t5g_event {
     int64_t kind;
     size_t row;
     int64_t token;
-    const char *text; /* with t5g_call.stream_text, else NULL; lives until the next call with the request */
+    const char *text; /* with t5g_call.stream_text, else NULL; valid until the next call with the request */
     size_t text_size;
 } t5g_event;
 
@@ -528,40 +537,40 @@ static inline t5g_event t5g_event_default(void) {
     return event;
 }
 
-/* Waits up to `seconds` for what happens next to a request; fails if it failed. */
+/* Waits up to `seconds` for the next event of a request; fails if the request failed. */
 t5g_error *t5g_request_poll(t5g_request *request, double seconds, t5g_event *event);
-/* Waits until a request has ended, passing over events, and gives its result, each time anew. */
+/* Waits until a request has ended, skipping events, and returns a new handle of its result. */
 t5g_error *t5g_request_result(t5g_request *request, t5g_result **result);
-/* Ends a request, from any thread: it fails with T5G_ERROR_CANCELLED, unless it is done before. */
+/* Cancels a request, from any thread: it fails with T5G_ERROR_CANCELLED unless it has ended before. */
 t5g_error *t5g_request_cancel(const t5g_request *request);
-/* Frees a request, which is cancelled if it has not ended. */
+/* Frees a request, and cancels it if it has not ended. */
 t5g_code t5g_request_free(t5g_request *request);
 
-/* Is given a result or an error, which are then the caller's to free. */
+/* Receives a result or an error, which the caller frees. */
 typedef void (*t5g_done)(void *user, t5g_result *result, t5g_error *error);
 
-/* Submits sources, to be told of: pieces and in the end, exactly once, `done` come on a thread of the request's own, with
- * t5g_call.user; on_step is refused. Callbacks that change scores come as with t5g_engine_submit, and not any more when `done`
- * does. If this fails, `done` is not called. */
+/* Submits sources, with callbacks: on_piece and finally, exactly once, `done` run on a thread of the request, with
+ * t5g_call.user; on_step is refused. logits_processor and prefix_allowed_tokens run as with t5g_engine_submit, and no
+ * more once `done` is called. If this function fails, `done` is not called. */
 t5g_error *t5g_engine_call(const t5g_engine *engine, const t5g_sources *sources, const t5g_generation_options *options,
                            const t5g_call *call, t5g_done done);
 
 typedef struct t5g_engine_counts {
     size_t size;             /* set by the caller */
-    uint64_t submitted;      /* requests that were taken */
-    uint64_t finished;       /* of them, those that were answered */
-    uint64_t failed;         /* of them, those that ended with an error */
-    size_t waiting_requests; /* requests of which a source has not been admitted */
+    uint64_t submitted;      /* requests accepted so far */
+    uint64_t finished;       /* of these, answered */
+    uint64_t failed;         /* of these, ended with an error */
+    size_t waiting_requests; /* requests with a source that has not been admitted */
     size_t waiting_sources;
     size_t sources;          /* in flight */
     size_t rows;             /* target rows in flight */
-    size_t planned_bytes;    /* what these may come to need, as max_bytes counts */
-    uint64_t steps;          /* runs of a decoder graph so far */
-    uint64_t stepped_rows;   /* target rows in all of them together */
-    size_t max_rows;         /* the bounds in force */
+    size_t planned_bytes;    /* memory for these, as counted by max_bytes */
+    uint64_t steps;          /* decoder steps so far */
+    uint64_t stepped_rows;   /* target rows of all steps */
+    size_t max_rows;         /* the limits */
     size_t max_bytes;
     size_t max_waiting;
-    size_t copies;           /* of the model: one for each device */
+    size_t copies;           /* copies of the model, one for each device */
 } t5g_engine_counts;
 
 static inline t5g_engine_counts t5g_engine_counts_default(void) {
@@ -572,31 +581,33 @@ static inline t5g_engine_counts t5g_engine_counts_default(void) {
 }
 
 t5g_error *t5g_engine_stats(const t5g_engine *engine, t5g_engine_counts *counts);
-/* The same with what one copy of the model has in flight and its steps; the requests and sources that wait are those of all. */
+/* The same for one copy of the model: its rows in flight and its steps; the waiting requests and sources are those of
+ * all copies. */
 t5g_error *t5g_engine_stats_of_copy(const t5g_engine *engine, size_t copy, t5g_engine_counts *counts);
 
-/* Takes no more requests, and waits until all that were taken have ended; what t5g_engine_stats tells then is final. Callbacks
- * that change scores come on the engine's threads, where this and t5g_engine_shutdown are refused: they would wait for themselves. */
+/* Accepts no more requests and waits until all accepted requests have ended; t5g_engine_stats is final then. Refused in
+ * callbacks on the engine's threads (logits_processor, prefix_allowed_tokens), as is t5g_engine_shutdown: they would
+ * wait for themselves. */
 t5g_error *t5g_engine_drain(const t5g_engine *engine);
-/* Ends everything at once: requests that are not done fail with T5G_ERROR_CANCELLED or T5G_ERROR_CLOSED. */
+/* Ends the engine at once: unfinished requests fail with T5G_ERROR_CANCELLED or T5G_ERROR_CLOSED. */
 t5g_error *t5g_engine_shutdown(const t5g_engine *engine);
-/* Shuts it down and frees it; in a callback that changes scores, without waiting for the end. */
+/* Shuts the engine down and frees it; in a callback on one of its threads, without waiting for the end. */
 t5g_code t5g_engine_free(t5g_engine *engine);
 
 
-/* ---- Hidden states, vectors, labels ---- */
+/* ---- Hidden states, embeddings, labels ---- */
 
-/* Numbers in a buffer of the caller's. With `values` NULL a call computes nothing and only tells the sizes. */
+/* Numbers in the caller's buffers. With `values` NULL, a call computes nothing and only sets the sizes. */
 typedef struct t5g_states {
-    size_t size;             /* set by the caller, as the next four */
+    size_t size;             /* set by the caller, like the next four */
     float *values;
-    size_t capacity;         /* how many numbers there is room for */
-    int64_t *attention_mask; /* gets [rows, length], 1 where a token takes part; NULL: not wanted */
+    size_t capacity;         /* the size of `values`, in numbers */
+    int64_t *attention_mask; /* receives [rows, length], 0 for padding; NULL: not wanted */
     size_t mask_capacity;
     size_t rows;             /* set by the call: the shape of `values`, [rows, length, width] */
-    size_t length;           /* 1 where there is one vector for each source */
+    size_t length;           /* 1 for one vector per source */
     size_t width;
-    size_t mask_length;      /* set by the call: the tokens of a row, padding included */
+    size_t mask_length;      /* set by the call: the length of a row, padding included */
 } t5g_states;
 
 static inline t5g_states t5g_states_default(void) {
@@ -606,25 +617,26 @@ static inline t5g_states t5g_states_default(void) {
     return states;
 }
 
-/* The encoder's last hidden states, [rows, length, hidden_size]; those of padding mean nothing. */
+/* The last hidden states of the encoder, [rows, length, hidden_size]; those of padding have no meaning. */
 t5g_error *t5g_model_encode(const t5g_model *model, const t5g_sources *sources, const t5g_call *call, t5g_states *states);
 
-/* Opens a folder's encoder alone, or the only graph of a model that was exported for another task than generation. */
+/* Opens the encoder of a model, or the only graph of a model that was exported for another task than generation. */
 t5g_error *t5g_encoder_open(const char *path, const t5g_open_options *options, t5g_encoder **encoder);
 t5g_error *t5g_encoder_describe(const t5g_encoder *encoder, t5g_text **json);
 t5g_error *t5g_encoder_tokenizer(const t5g_encoder *encoder, t5g_tokenizer **tokenizer);
 
 enum { T5G_POOLING_NONE = 0, T5G_POOLING_MEAN = 1, T5G_POOLING_FIRST = 2, T5G_POOLING_LAST = 3 };
 
-/* Hidden states, [rows, length, hidden_size], or with a pooling one vector for each source, [rows, 1, hidden_size], of
+/* Hidden states, [rows, length, hidden_size], or with pooling one vector for each source, [rows, 1, hidden_size], of
  * Euclidean length 1 if `normalize` is 1. */
 t5g_error *t5g_encoder_encode(const t5g_encoder *encoder, const t5g_sources *sources, int32_t pooling, int32_t normalize,
                               const t5g_call *call, t5g_states *states);
 
 enum { T5G_SCORES_DEFAULT = 0, T5G_SCORES_NONE = 1, T5G_SCORES_SIGMOID = 2, T5G_SCORES_SOFTMAX = 3 };
 
-/* The scores of a classifier's labels, [rows, 1, labels], or of each token's, [rows, length, labels]. `function` makes
- * scores of logits; T5G_SCORES_DEFAULT is as transformers' pipelines choose. The labels' names are in t5g_encoder_describe. */
+/* The label scores of a classifier, [rows, 1, labels], or of each token, [rows, length, labels]. `function` is applied
+ * to the logits; T5G_SCORES_DEFAULT is the choice of transformers' pipelines. t5g_encoder_describe returns the
+ * labels. */
 t5g_error *t5g_encoder_classify(const t5g_encoder *encoder, const t5g_sources *sources, int32_t function,
                                 const t5g_call *call, t5g_states *scores);
 t5g_code t5g_encoder_free(t5g_encoder *encoder);
@@ -632,28 +644,29 @@ t5g_code t5g_encoder_free(t5g_encoder *encoder);
 
 /* ---- Tokenizer ---- */
 
-/* Reads a tokenizer.json; needs no ONNX Runtime. */
+/* Reads a tokenizer.json. Does not need ONNX Runtime. */
 t5g_error *t5g_tokenizer_open(const char *path, t5g_tokenizer **tokenizer);
 
 enum {
-    T5G_TEXT_SOURCE = 0, /* with the special tokens that the tokenizer puts around a source */
-    T5G_TEXT_TARGET = 1  /* without any */
+    T5G_TEXT_SOURCE = 0, /* with the special tokens that the tokenizer adds to a source */
+    T5G_TEXT_TARGET = 1  /* without special tokens */
 };
 
 t5g_error *t5g_tokenizer_encode(const t5g_tokenizer *tokenizer, const char *text, size_t size, int32_t kind,
                                 t5g_tokens **tokens);
-/* The text of tokens, without special tokens or, if `special` is 1, with them. */
+/* The text of tokens, without special tokens, or with them if `special` is 1. */
 t5g_error *t5g_tokenizer_decode(const t5g_tokenizer *tokenizer, const int64_t *tokens, size_t count, int32_t special,
                                 t5g_text **text);
-/* The piece of the vocabulary that an id stands for; empty if there is none. */
+/* The vocabulary entry of a token id; empty if there is none. */
 t5g_error *t5g_tokenizer_token(const t5g_tokenizer *tokenizer, int64_t token, t5g_text **piece);
 t5g_code t5g_tokenizer_free(t5g_tokenizer *tokenizer);
 
-/* Makes text of tokens that come one by one; for one thread at a time. */
+/* Decodes tokens one by one; for one thread at a time. */
 t5g_error *t5g_stream_new(const t5g_tokenizer *tokenizer, int32_t special, t5g_stream **stream);
-/* Gives the text that a token settles, which may be empty and lives until the next call. `size` may be NULL. */
+/* Returns the text that became final with a token; it may be empty, and is valid until the next call. `size` may be
+ * NULL. */
 t5g_error *t5g_stream_push(t5g_stream *stream, int64_t token, const char **text, size_t *size);
-/* Gives the text of tokens that waited for more, after which the stream begins anew. */
+/* Returns the rest of the text, after which the stream starts again. */
 t5g_error *t5g_stream_finish(t5g_stream *stream, const char **text, size_t *size);
 t5g_code t5g_stream_free(t5g_stream *stream);
 

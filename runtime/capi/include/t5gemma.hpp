@@ -1,4 +1,4 @@
-// t5gemma.hpp: t5gemma.h for C++17. Header only; what each thing means is said there.
+// t5gemma.hpp: the C++17 interface of t5gemma.h, which is the reference. Header only.
 //
 //     #include <iostream>
 //     #include <t5gemma.hpp>
@@ -15,17 +15,17 @@
 //         return 1;
 //     }
 //
-// OBJECTS own their handles and can be moved; what an object is moved into loses what it had, and what was moved from is refused
-// by name. Options, sources and targets keep what they are given; encoder_outputs of a named object is not copied. Spans and
-// string_views point into the object that they were got from, which therefore cannot be a temporary. Sizes that belong together
-// are compared before anything is read.
+// OBJECTS own their handles and can be moved. Move assignment frees the previous handle; a moved-from object is refused
+// by name. Options, sources and targets own their data, except that encoder_outputs of a named object are not copied.
+// Spans and string_views point into the object that returned them, which therefore cannot be a temporary. Sizes that
+// belong together are compared before anything is read.
 //
-// FAILURES are thrown as t5g::Error; with T5GEMMA_EXPECTED defined before this header, functions return t5g::Expected<T> instead,
-// which holds a value or an Error, and nothing of this header's is thrown (also for -fno-exceptions). Files of either mode can be
-// linked together: their classes are different types.
+// ERRORS are thrown as t5g::Error. With T5GEMMA_EXPECTED defined before this header, functions return t5g::Expected<T>
+// instead, which holds a value or an Error, and this header throws nothing (also for -fno-exceptions). Files of both
+// modes can be linked together: their classes are different types.
 //
-// CALLBACKS are any callables. An exception that one throws ends the call and comes out of it; in a call of the engine it is
-// the cause() of the Error that on_done is given. on_done itself has nobody to throw to: std::terminate is called.
+// CALLBACKS are any callables. An exception thrown by one ends the call and is rethrown by it; in a call of the engine
+// it is the cause() of the Error passed to on_done. on_done itself must not throw: std::terminate is called.
 #ifndef T5GEMMA_HPP
 #define T5GEMMA_HPP
 
@@ -50,7 +50,7 @@
 
 #include "t5gemma.h"
 
-// What differs by mode is named by it, so that the linker cannot take one file's for another's.
+// The inline namespace is named for the mode, so that the linker does not merge code of different modes.
 #if !defined(T5GEMMA_EXPECTED)
 #define T5GEMMA_MODE throwing
 #elif defined(__cpp_exceptions)
@@ -61,7 +61,7 @@
 
 namespace t5g {
 
-/// A view of numbers, for std::span to be made of where there is one.
+/// A view of numbers, convertible to std::span where there is one.
 template <class T>
 class Span {
 public:
@@ -83,7 +83,7 @@ private:
     std::size_t size_ = 0;
 };
 
-/// What went wrong: t5g_error as a value.
+/// An error: t5g_error as a value.
 class Error : public std::runtime_error {
 public:
     explicit Error(t5g_error *error)
@@ -95,10 +95,10 @@ public:
         : std::runtime_error(message), code_(code), field_(std::move(field)), cause_(std::move(cause)) {}
 
     t5g_code code() const { return code_; }
-    /// Empty where there is none.
+    /// The field at fault; empty if there is none.
     const std::string &field() const & { return field_; }
     std::string field() && { return std::move(field_); }
-    /// What a callback has thrown, if that is what ended the call.
+    /// The exception of the callback that ended the call, if there is one.
     std::exception_ptr cause() const { return cause_; }
 
 private:
@@ -114,7 +114,7 @@ class TextStream;
 
 namespace detail {
 
-/// Whether a class gives views into itself.
+/// Whether a class returns views into itself.
 template <class T>
 struct GivesViews : std::false_type {};
 template <>
@@ -134,7 +134,7 @@ struct GivesViews<TextStream> : std::true_type {};
 
 } // namespace detail
 
-/// A value, or the error in its place.
+/// A value or an error.
 template <class T>
 class Expected {
 public:
@@ -142,7 +142,7 @@ public:
     Expected(Error error) : held_(std::in_place_index<1>, std::move(error)) {}
     explicit operator bool() const { return has_value(); }
     bool has_value() const { return held_.index() == 0; }
-    /// The value, which has to be there.
+    /// The value. There must be one.
     T &operator*() & { return *std::get_if<0>(&held_); }
     const T &operator*() const & { return *std::get_if<0>(&held_); }
     T &&operator*() && { return std::move(*std::get_if<0>(&held_)); }
@@ -155,7 +155,7 @@ public:
     /// Views into a temporary would outlive it.
     template <class U = T, std::enable_if_t<detail::GivesViews<U>::value, int> = 0>
     U *operator->() && = delete;
-    /// The value; without one the error is thrown, or the program ended where nothing can be.
+    /// The value. Without one, throws the error, or ends the program where exceptions are disabled.
     T &value() & {
         if (!has_value()) detail::raise(error());
         return **this;
@@ -168,7 +168,7 @@ public:
         if (!has_value()) detail::raise(*std::get_if<1>(&held_));
         return std::move(*std::get_if<0>(&held_));
     }
-    /// The error, which has to be there.
+    /// The error. There must be one.
     const Error &error() const & { return *std::get_if<1>(&held_); }
     Error error() && { return std::move(*std::get_if<1>(&held_)); }
 
@@ -203,7 +203,7 @@ using Returned = T;
 
 namespace detail {
 
-/// An argument that is refused before C is asked.
+/// An argument that is refused before the C function is called.
 template <class T>
 Returned<T> refused(Error error) {
 #ifdef T5GEMMA_EXPECTED
@@ -213,7 +213,7 @@ Returned<T> refused(Error error) {
 #endif
 }
 
-/// What a function returns: `make`'s value if there is no error.
+/// The return value of a function: that of `make` if there is no error.
 template <class T, class Make>
 Returned<T> returned(t5g_error *error, Make make) {
     if (error != nullptr) return refused<T>(Error(error));
@@ -225,7 +225,7 @@ inline Returned<void> returned(t5g_error *error) {
     return Returned<void>();
 }
 
-/// The first that is wrong, if any is.
+/// The first error, if there is one.
 inline std::optional<Error> first(std::optional<Error> wrong) { return wrong; }
 template <class... More>
 std::optional<Error> first(std::optional<Error> wrong, More... more) {
@@ -242,7 +242,7 @@ inline std::optional<Error> of_size(const std::string &field, std::size_t found,
     return expected(T5G_ERROR_INPUT, field, std::to_string(wanted) + " (" + what + ")", std::to_string(found));
 }
 
-/// A text that C reads up to its first zero.
+/// A zero-terminated text for C.
 inline std::optional<Error> without_zero(const std::string &field, const std::string &text) {
     const std::size_t at = text.find('\0');
     if (at == std::string::npos) return std::nullopt;
@@ -263,7 +263,7 @@ inline void set(const char *&field, const std::optional<std::string> &given) {
 }
 
 inline void set(const std::int64_t *&field, std::size_t &count, const std::optional<std::vector<std::int64_t>> &given) {
-    // An empty list is one that is given.
+    // An empty list is set, not unset.
     static const std::int64_t none = 0;
     if (!given) return;
     field = given->empty() ? &none : given->data();
@@ -286,7 +286,7 @@ private:
     T *handle_;
 };
 
-/// The text of a function that gives one.
+/// The text that a function returns.
 template <class Give>
 Returned<std::string> text(Give give) {
     t5g_text *given = nullptr;
@@ -299,10 +299,10 @@ Returned<std::string> text(Give give) {
 
 inline std::string version() { return t5g_version(); }
 
-/// Whether the library that was loaded is of this header's major version.
+/// Whether the loaded library has this header's ABI major version.
 inline bool is_compatible() { return t5g_abi_version() >> 16 == T5G_ABI_MAJOR; }
 
-/// Where ONNX Runtime was looked for and what is used, as JSON.
+/// Where ONNX Runtime was searched for and which library is used, as JSON.
 inline Returned<std::string> onnxruntime_report(const std::optional<std::string> &library = std::nullopt) {
     if (auto wrong = detail::without_zero("library", library)) return detail::refused<std::string>(std::move(*wrong));
     return detail::text([&](t5g_text **json) {
@@ -313,7 +313,7 @@ inline Returned<std::string> onnxruntime_report(const std::optional<std::string>
 /// The last messages of ONNX Runtime.
 inline Returned<std::string> recent_log() { return detail::text(t5g_log_recent); }
 
-/// t5g_open_options; what is empty is not given.
+/// t5g_open_options; an empty field is unset.
 struct OpenOptions {
     std::optional<std::string> library, provider;
     std::optional<std::int64_t> device, threads, check_weights, encoder_cache_bytes;
@@ -323,7 +323,7 @@ struct OpenOptions {
         return detail::first(detail::without_zero("library", library), detail::without_zero("provider", provider),
                              detail::without_zero("json", json));
     }
-    /// Calls `use` with what t5gemma.h takes.
+    /// Calls `use` with the struct of t5gemma.h.
     template <class Use>
     auto with(Use use) const {
         t5g_open_options given = t5g_open_options_default();
@@ -338,7 +338,7 @@ struct OpenOptions {
     }
 };
 
-/// t5g_generation_options; what is empty is not given. What is true or false is 0 or 1.
+/// t5g_generation_options; an empty field is unset. Flags are 0 or 1.
 struct GenerationOptions {
     std::optional<std::string> json;
     std::optional<std::int64_t> max_new_tokens, max_length, min_new_tokens, min_length;
@@ -358,7 +358,7 @@ struct GenerationOptions {
     std::optional<std::int64_t> prompt_lookup_num_tokens, max_matching_ngram_size;
     std::optional<std::int64_t> decoder_start_token_id, bos_token_id, pad_token_id, forced_bos_token_id;
     std::optional<std::vector<std::int64_t>> eos_token_id, forced_eos_token_id, suppress_tokens, begin_suppress_tokens;
-    /// With the next, exponential_decay_length_penalty.
+    /// With the next field: exponential_decay_length_penalty.
     std::optional<std::int64_t> exponential_decay_start;
     std::optional<double> exponential_decay_factor;
     std::optional<std::vector<std::string>> stop_strings;
@@ -373,7 +373,7 @@ struct GenerationOptions {
         return detail::first(detail::without_zero("json", json), detail::without_zero("json_schema", json_schema),
                              detail::without_zero("regex", regex), detail::without_zero("grammar", grammar));
     }
-    /// Calls `use` with what t5gemma.h takes.
+    /// Calls `use` with the struct of t5gemma.h.
     template <class Use>
     auto with(Use use) const {
         t5g_generation_options given = t5g_generation_options_default();
@@ -432,7 +432,7 @@ struct GenerationOptions {
         detail::set(given.begin_suppress_tokens, given.begin_suppress_tokens_count, begin_suppress_tokens);
         if (stop_strings) {
             for (const auto &stop : *stop_strings) stops.push_back(stop.c_str());
-            stops.push_back(nullptr); // so that an empty list is one that is given
+            stops.push_back(nullptr); // so that an empty list is set, not unset
             given.stop_strings = stops.data();
             given.stop_strings_count = stop_strings->size();
         }
@@ -440,7 +440,7 @@ struct GenerationOptions {
     }
 };
 
-/// Stops calls from any thread. One that was moved from stops nothing, and is refused where it is used.
+/// Cancels calls from any thread. A moved-from one cancels nothing and is refused by calls.
 class Cancellation {
 public:
     Cancellation() {
@@ -448,7 +448,7 @@ public:
         t5g_error *error = t5g_cancellation_new(&made);
         handle_ = detail::Handle<t5g_cancellation, t5g_cancellation_free>(made);
 #ifdef T5GEMMA_EXPECTED
-        // Without one, its use is refused.
+        // Without a handle, its use is refused.
         t5g_error_free(error);
 #else
         if (error != nullptr) throw Error(error);
@@ -462,14 +462,14 @@ private:
     detail::Handle<t5g_cancellation, t5g_cancellation_free> handle_;
 };
 
-/// Numbers, [rows, length, width], and which tokens took part, [rows, mask_length].
+/// Numbers, [rows, length, width], and the attention mask, [rows, mask_length].
 struct States {
     std::vector<float> values;
     std::vector<std::int64_t> attention_mask;
     std::size_t rows = 0, length = 0, width = 0, mask_length = 0;
 };
 
-/// The sources of a call, which are kept here, but for encoder_outputs that are given as a view.
+/// The sources of a call. They are owned by this object, except for encoder_outputs given as a view.
 class Sources {
 public:
     static Sources texts(std::vector<std::string> texts) {
@@ -507,12 +507,12 @@ public:
         sources.rows_ = 1;
         return sources;
     }
-    /// How the targets begin.
+    /// The beginnings of the targets.
     Sources &decoder_texts(std::vector<std::string> texts) {
         decoder_texts_ = std::move(texts);
         return *this;
     }
-    /// The same as tokens, rows of one length.
+    /// The same as token ids, rows of one length.
     Sources &decoder_ids(const std::vector<std::vector<std::int64_t>> &rows) {
         decoder_ids_.emplace();
         decoder_length_ = rows.empty() ? 0 : rows.front().size();
@@ -533,7 +533,7 @@ public:
         unequal_ = std::nullopt;
         return *this;
     }
-    /// What Model::encode gave for these sources, [rows, length, width]; has to live until the call is over.
+    /// The result of Model::encode for these sources, [rows, length, width]; must outlive the call.
     Sources &encoder_outputs(Span<const float> states, std::size_t rows, std::size_t length, std::size_t width) {
         states_ = nullptr;
         outputs_ = Outputs{states, rows, length, width, false};
@@ -551,10 +551,10 @@ public:
     }
 
     std::size_t rows() const { return rows_; }
-    /// What does not belong together, if anything does not.
+    /// The first fields whose sizes contradict each other, if any.
     std::optional<Error> wrong() const {
         if ((kind_ == Kind::Ragged && lengths_.size() != rows_) || (outputs_ && outputs_->is_kept && !states_))
-            return detail::expected(T5G_ERROR_INPUT, "sources", "sources", "what was moved from");
+            return detail::expected(T5G_ERROR_INPUT, "sources", "sources", "a moved-from object");
         if (kind_ == Kind::Rectangle) {
             const auto size = product("sources.input_ids", rows_, length_);
             if (!size) return size.error();
@@ -584,7 +584,7 @@ public:
         return detail::without_zero("sources.messages", messages_);
     }
 
-    /// Calls `use` with what t5gemma.h takes.
+    /// Calls `use` with the struct of t5gemma.h.
     template <class Use>
     auto with(Use use) const {
         t5g_sources given = t5g_sources_default();
@@ -600,7 +600,7 @@ public:
             given.text_sizes = sizes.data();
         }
         if (decoder_texts_) {
-            // Libraries of ABI 1.2 know texts without their sizes.
+            // Libraries of ABI 1.2 do not have the size field.
             bool has_zero = false;
             for (const auto &text : *decoder_texts_) {
                 decoder_texts.push_back(text.c_str());
@@ -635,7 +635,7 @@ private:
     struct Outputs {
         Span<const float> values;
         std::size_t rows, length, width;
-        /// In states_.
+        /// The encoder outputs are in states_.
         bool is_kept;
     };
     static constexpr const char *EACH = "one for each source";
@@ -644,7 +644,7 @@ private:
     static Expected<std::size_t> product(const char *field, std::size_t left, std::size_t right) {
         if (right == 0 || left <= SIZE_MAX / right) return left * right;
         const auto found = std::to_string(left) + " times " + std::to_string(right);
-        return *detail::expected(T5G_ERROR_INPUT, field, "what fits into memory", found);
+        return *detail::expected(T5G_ERROR_INPUT, field, "a size that fits into memory", found);
     }
 
     Kind kind_ = Kind::Texts;
@@ -663,7 +663,7 @@ private:
 /// Targets to score, one for each source.
 class Targets {
 public:
-    /// Behind which the end token is scored too, unless `without_end`.
+    /// Texts; the end token is scored after each, unless `without_end`.
     static Targets texts(std::vector<std::string> texts, bool without_end = false) {
         Targets targets;
         targets.texts_ = std::move(texts);
@@ -679,13 +679,13 @@ public:
         }
         return targets;
     }
-    /// Tells what the targets attend to, too.
+    /// Also returns cross_attentions.
     Targets &output_attentions(bool told = true) {
         output_attentions_ = told;
         return *this;
     }
     std::size_t rows() const { return are_ids_ ? lengths_.size() : texts_.size(); }
-    /// What is wrong with them as the targets of so many sources.
+    /// The error of using them as the targets of this many sources, if there is one.
     std::optional<Error> wrong(std::size_t sources) const {
         return detail::of_size(are_ids_ ? "targets.target_ids" : "targets.texts", rows(), sources, "one for each source");
     }
@@ -726,42 +726,43 @@ struct Piece {
     std::string_view text;
 };
 
-/// Where scores belong.
+/// The position of scores in a target.
 struct Position {
     Span<const std::int64_t> source, target;
     std::size_t prompt_length;
 };
 
-/// How long a call may take, from now on. What is not more than 0 has passed already.
+/// The time limit of a call, from now. A limit of 0 or less has passed already.
 using Deadline = std::optional<std::chrono::duration<double>>;
 
-/// What concerns one call only: of a model, of an encoder or of the engine. A callback that would never be called is refused.
+/// Cancellation, deadline and callbacks of one call of a model, an encoder or the engine. A callback that would never
+/// be called is refused.
 struct Call {
-    /// Has to outlive the call.
+    /// Must outlive the call.
     Cancellation *cancellation = nullptr;
     /// None by default.
     Deadline deadline;
-    /// Whether pieces and events come with text.
+    /// Whether pieces and events have text.
     bool stream_text = true;
     /// False ends the call.
     std::function<bool(const Piece &)> on_piece;
     /// False ends the call.
     std::function<bool()> on_step;
-    /// In calls of the engine these come on its threads.
+    /// In calls of the engine, these run on its threads.
     std::function<void(const Position &, Span<float>)> logits_processor;
     std::function<std::vector<std::int64_t>(std::size_t row, Span<const std::int64_t> target)> prefix_allowed_tokens;
 };
 
 namespace detail {
 
-/// The callbacks of a call for the time of it, with what the first of them has thrown.
+/// The callbacks of a running call, and the first exception that one of them has thrown.
 class Callbacks {
 public:
-    /// Of a call that is over when the function returns.
+    /// For a call that has ended when the function returns.
     explicit Callbacks(const Call &call) : call_(call), given_(t5g_call_default()) {
         given_.user = this;
         given_.cancellation = call.cancellation ? call.cancellation->get() : nullptr;
-        // In C 0 is none.
+        // In C, 0 is no deadline.
         if (call.deadline) given_.deadline_seconds = call.deadline->count() <= 0 ? -1 : call.deadline->count();
         if (call.on_piece) {
             given_.stream_text = call.stream_text ? 1 : 0;
@@ -796,20 +797,20 @@ public:
     Callbacks(const Callbacks &) = delete;
     Callbacks &operator=(const Callbacks &) = delete;
 
-    /// Has a call of a model end by a step when a callback without a result has thrown.
+    /// Ends a call of a model at its next step after a callback without a return value has thrown.
     Callbacks &ended_by_steps() {
         if (changes_scores()) given_.on_step = step;
         return *this;
     }
 
-    /// Has a call of the engine end, told by pieces, when a callback without a result has thrown.
+    /// Ends a call of the engine at its next piece after a callback without a return value has thrown.
     void ended_by_pieces() {
         if (!changes_scores()) return;
         given_.on_piece = piece;
         if (given_.cancellation == nullptr) given_.cancellation = own_.emplace().get();
     }
 
-    /// A request that is cancelled when a callback has thrown.
+    /// The request to cancel after a callback has thrown.
     void ends(t5g_request *request) {
         request_ = request;
         if (has_thrown_) t5g_error_free(t5g_request_cancel(request));
@@ -823,7 +824,7 @@ public:
         return expected(T5G_ERROR_HANDLE, "call.cancellation", "a live t5g_cancellation", "one that was moved from");
     }
 
-    /// Throws what a callback has thrown, in place of the error that came of it.
+    /// Rethrows the exception of a callback in place of the error that it caused.
     t5g_error *passed(t5g_error *error) const {
 #if defined(__cpp_exceptions)
         if (has_thrown_) {
@@ -834,7 +835,7 @@ public:
         return error;
     }
 
-    /// What a callback has thrown as an error.
+    /// The exception of a callback as an error.
     std::optional<Error> thrown() const {
         if (!has_thrown_) return std::nullopt;
         std::string message = "call." + thrown_by_ + ": threw an exception";
@@ -869,7 +870,7 @@ private:
     template <class Work>
     std::int32_t guard(const char *name, std::int32_t otherwise, Work work) {
 #if defined(__cpp_exceptions)
-        // After the first exception nothing is asked any more: the call is about to end.
+        // After the first exception no callback is called any more: the call is about to end.
         if (has_thrown_) return otherwise;
         try {
             return work();
@@ -905,7 +906,7 @@ struct OwnCall {
     Call own;
 };
 
-/// The callbacks of a call that goes on after the function has returned.
+/// The callbacks of a call that continues after the function has returned.
 class KeptCallbacks : private OwnCall, public Callbacks {
 public:
     explicit KeptCallbacks(Call call) : OwnCall{std::move(call)}, Callbacks(own) {}
@@ -913,19 +914,19 @@ public:
 
 } // namespace detail
 
-/// A target of a result, whose views live as long as that.
+/// A target of a result; its views are valid as long as the result.
 struct Hypothesis {
     Span<const std::int64_t> tokens;
     /// T5G_FINISH_….
     std::int64_t finish_reason;
-    /// NAN where there is none, as the next two.
+    /// NAN if there is none, like the next two.
     double score, logprob, perplexity;
     Span<const float> logprobs;
-    /// How many of the likeliest tokens there are at each place, best first.
+    /// The number of likeliest tokens at each position, best first.
     std::size_t top_count;
     Span<const std::int64_t> top_tokens;
     Span<const float> top_logprobs;
-    /// How many tokens the source has, with padding of its own, and how much each token attended to each of them.
+    /// The number of source tokens as given, padding included, and the attention of each token to each of them.
     std::size_t source_length;
     Span<const float> cross_attentions;
 };
@@ -960,7 +961,7 @@ public:
                                                   [&] { return std::string_view(found, size); });
     }
     Returned<std::string_view> text(std::size_t row, std::size_t index = 0) const && = delete;
-    /// As `t5gemma generate --jsonl` writes it.
+    /// JSON, as written by `t5gemma generate --jsonl`.
     Returned<std::string> json() const {
         return detail::text([&](t5g_text **json) { return t5g_result_json(handle_.get(), json); });
     }
@@ -972,7 +973,7 @@ private:
 
 namespace detail {
 
-/// Asks for the sizes, then for the numbers.
+/// Queries the sizes, then computes the numbers.
 template <class Compute>
 Returned<States> states(const Callbacks &callbacks, Compute compute) {
     t5g_states given = t5g_states_default();
@@ -998,11 +999,11 @@ Returned<States> states(const Callbacks &callbacks, Compute compute) {
 
 } // namespace detail
 
-/// Makes text of tokens that come one by one; for one thread at a time.
+/// Decodes tokens one by one; for one thread at a time.
 class TextStream {
 public:
     explicit TextStream(t5g_stream *stream) : handle_(stream) {}
-    /// Lives until the next call.
+    /// Valid until the next call.
     Returned<std::string_view> push(std::int64_t token) & {
         const char *found = nullptr;
         std::size_t size = 0;
@@ -1060,7 +1061,7 @@ private:
     detail::Handle<t5g_tokenizer, t5g_tokenizer_free> handle_;
 };
 
-/// An opened model, for any number of threads.
+/// A model. Any number of threads may use it at once.
 class Model {
 public:
     explicit Model(t5g_model *model) : handle_(model) {}
@@ -1083,7 +1084,7 @@ public:
         if (auto wrong = detail::without_zero("messages", messages)) return detail::refused<std::string>(std::move(*wrong));
         return detail::text([&](t5g_text **given) { return t5g_model_chat(handle_.get(), messages.c_str(), given); });
     }
-    /// Does what only a first run takes time for.
+    /// Runs the usual shapes once, so that the first request does not take longer than others.
     Returned<void> warm_up(const Call &call = {}) const {
         detail::Callbacks callbacks(call);
         if (auto wrong = callbacks.wrong()) return detail::refused<void>(std::move(*wrong));
@@ -1132,13 +1133,13 @@ private:
     detail::Handle<t5g_model, t5g_model_free> handle_;
 };
 
-/// t5g_engine_options; what is empty is not given.
+/// t5g_engine_options; an empty field is unset.
 struct EngineOptions {
     std::optional<std::int64_t> max_rows, max_bytes, max_waiting;
-    /// Each with a copy of the model; all take rows from one line.
+    /// The GPUs, each with a copy of the model; all take rows from one queue.
     std::vector<std::int64_t> devices;
 
-    /// Calls `use` with what t5gemma.h takes.
+    /// Calls `use` with the struct of t5gemma.h.
     template <class Use>
     auto with(Use use) const {
         t5g_engine_options given = t5g_engine_options_default();
@@ -1153,7 +1154,7 @@ struct EngineOptions {
     }
 };
 
-/// What happened to a request: T5G_EVENT_…. The text lives until the next call with the request.
+/// An event of a request: T5G_EVENT_…. The text is valid until the next call with the request.
 struct Event {
     std::int64_t kind;
     std::size_t row;
@@ -1161,21 +1162,21 @@ struct Event {
     std::string_view text;
 };
 
-/// A request that an engine was given; for one thread at a time. It is cancelled when it goes before its end.
+/// A request submitted to an engine; for one thread at a time. Destroying it before its end cancels it.
 class Request {
 public:
     explicit Request(t5g_request *request, std::unique_ptr<detail::KeptCallbacks> callbacks = nullptr)
         : callbacks_(std::move(callbacks)), handle_(request) {}
     Request(Request &&) = default;
     Request &operator=(Request &&other) noexcept {
-        // The engine may be calling until the handle is freed.
+        // The engine may run callbacks until the handle is freed.
         handle_ = std::move(other.handle_);
         callbacks_ = std::move(other.callbacks_);
         return *this;
     }
     Returned<Event> poll(std::chrono::duration<double> wait) & {
         t5g_event event = t5g_event_default();
-        // What is left of a time that has passed is nothing.
+        // A time that has passed leaves 0.
         const double seconds = wait.count() < 0 ? 0 : wait.count();
         t5g_error *error = t5g_request_poll(handle_.get(), seconds, &event);
         if (callbacks_ && (error != nullptr || event.kind == T5G_EVENT_END)) error = callbacks_->passed(error);
@@ -1185,7 +1186,7 @@ public:
         });
     }
     Returned<Event> poll(std::chrono::duration<double> wait) && = delete;
-    /// From any thread.
+    /// May be called from any thread.
     Returned<void> cancel() const { return detail::returned(t5g_request_cancel(handle_.get())); }
     Returned<Result> result() {
         t5g_result *made = nullptr;
@@ -1200,7 +1201,7 @@ private:
     detail::Handle<t5g_request, t5g_request_free> handle_;
 };
 
-/// Generates for many requests in one batch, for any number of threads.
+/// Generates for many requests in one batch. Any number of threads may submit requests.
 class Engine {
 public:
     explicit Engine(t5g_engine *engine) : handle_(engine) {}
@@ -1210,7 +1211,7 @@ public:
             options.with([&](const t5g_engine_options *way) { return t5g_engine_new(model.get(), way, &made); });
         return detail::returned<Engine>(error, [&] { return Engine(made); });
     }
-    /// On `devices`, if there are any.
+    /// Uses `devices`, if there are any.
     static Returned<Engine> start(const Model &model, EngineOptions options, std::vector<std::int64_t> devices) {
         if (!devices.empty()) options.devices = std::move(devices);
         return start(model, options);
@@ -1239,8 +1240,8 @@ public:
         call.cancellation = cancellation;
         return submit(sources, options, std::move(call));
     }
-    /// Submits sources, to be told of on another thread: on_piece of `call` as they come, then once `on_done` with the result or
-    /// the error, behind which none of the callbacks comes any more.
+    /// Submits sources, with callbacks on another thread: on_piece of `call`, then once `on_done` with the result or
+    /// the error, after which no callback is called any more.
     Returned<void> call(const Sources &sources, const GenerationOptions &options,
                         std::function<void(Expected<Result>)> on_done, Call call = {}) const {
         struct Told : detail::KeptCallbacks {
@@ -1274,7 +1275,7 @@ public:
                                        });
             });
         });
-        // From here on it is on_done's to free.
+        // From here on, on_done frees it.
         if (error == nullptr) (void)told.release();
         return detail::returned(error);
     }
@@ -1287,7 +1288,7 @@ public:
         given.cancellation = cancellation;
         return call(sources, options, std::move(on_done), std::move(given));
     }
-    /// Submits sources, to be waited for.
+    /// Submits sources and waits for the result.
     Returned<std::future<Returned<Result>>> async(const Sources &sources, const GenerationOptions &options = {},
                                                   Call call = {}) const {
         auto promise = std::make_shared<std::promise<Returned<Result>>>();
@@ -1312,22 +1313,22 @@ public:
         t5g_engine_counts counts = t5g_engine_counts_default();
         return detail::returned<t5g_engine_counts>(t5g_engine_stats(handle_.get(), &counts), [&] { return counts; });
     }
-    /// The same with what one copy of the model has in flight and its steps.
+    /// The same for one copy of the model: its rows in flight and its steps.
     Returned<t5g_engine_counts> stats_of_copy(std::size_t copy) const {
         t5g_engine_counts counts = t5g_engine_counts_default();
         t5g_error *error = t5g_engine_stats_of_copy(handle_.get(), copy, &counts);
         return detail::returned<t5g_engine_counts>(error, [&] { return counts; });
     }
-    /// Takes no more requests, and waits until all that were taken have ended.
+    /// Accepts no more requests and waits until all accepted requests have ended.
     Returned<void> drain() const { return detail::returned(t5g_engine_drain(handle_.get())); }
-    /// Ends everything at once.
+    /// Cancels all requests and ends the engine.
     Returned<void> shutdown() const { return detail::returned(t5g_engine_shutdown(handle_.get())); }
 
 private:
     detail::Handle<t5g_engine, t5g_engine_free> handle_;
 };
 
-/// An opened encoder or classifier, for any number of threads.
+/// An encoder or classifier. Any number of threads may use it at once.
 class Encoder {
 public:
     explicit Encoder(t5g_encoder *encoder) : handle_(encoder) {}

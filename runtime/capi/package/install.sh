@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Lays out lib/, include/ and share/ under DESTDIR and PREFIX: install.sh ARCHIVE VERSION PREFIX. ARCHIVE is what cargo makes of
-# runtime/capi. It is linked here and not by cargo, because crates within it export C functions of their own, which
-# rustc would export from a shared library too. ONNXRUNTIME=FILE puts that library beside.
+# Installs lib/, include/ and share/ into PREFIX under DESTDIR: install.sh ARCHIVE VERSION PREFIX. ARCHIVE is the static library
+# that cargo builds from runtime/capi. The shared library is linked here and not by cargo, because some crates define C functions,
+# which rustc would export from it, too. ONNXRUNTIME=FILE also installs that library.
 set -euo pipefail
 archive=$1 version=$2 prefix=$3
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -29,10 +29,10 @@ Darwin)
     file=libt5gemma.so.$major.$minor soname=libt5gemma.so.$major plain=libt5gemma.so
     system="-lgcc_s -lutil -lrt -lpthread -lm -ldl -lc"
     wanted=$(printf ' -Wl,-u,%s' $functions)
-    # ONNX Runtime's threads and environment call into the library for as long as the process lives: it stays loaded.
+    # ONNX Runtime's threads and environment call into the library for as long as the process lives, so it stays loaded.
     "$cc" -shared -o "$work/$file" $wanted "$archive" -Wl,--version-script="$here/package/t5gemma.map" \
         -Wl,-soname,"$soname" -Wl,--gc-sections -Wl,-z,now,-z,relro,-z,nodelete -Wl,--no-undefined $system
-    # One object with nothing global but the ABI, so that it can stand beside other archives of Rust's.
+    # One object whose only global symbols are the ABI, so that it can be linked with other Rust archives.
     "$cc" -r -nostdlib -o "$work/all.o" $wanted "$archive" -Wl,--gc-sections
     objcopy --wildcard --keep-global-symbol='t5g_*' --remove-section=.llvmbc --remove-section=.llvmcmd "$work/all.o"
     ar rcsD "$work/libt5gemma.a" "$work/all.o"
@@ -42,7 +42,7 @@ if [ -n "${STRIP-}" ]; then
     "$STRIP" --strip-debug "$work/$file" "$work/libt5gemma.a"
 fi
 
-# Renamed over what was there, so that a program that uses it goes on with the old file.
+# Renamed over existing files, so that running programs keep the old ones.
 mv -f "$work/$file" "$work/libt5gemma.a" "$root/lib/"
 ln -sfn "$file" "$root/lib/$soname"
 ln -sfn "$soname" "$root/lib/$plain"

@@ -1,4 +1,4 @@
-"""Writes THIRD-PARTY into a folder: every crate that is linked into libt5gemma, with its licence and the text of it."""
+"""Writes THIRD-PARTY into a folder: the crates linked into libt5gemma, with their licences and licence texts."""
 
 import json
 import os

@@ -1,5 +1,5 @@
-"""Makes the wheel: the package, the header, and the library of an installed prefix, which T5GEMMA_PREFIX names. A build
-backend of its own (PEP 517) because there is nothing to compile: a wheel is a zip file with three files of metadata."""
+"""Builds the wheel: the package, the header, and the library of an installed prefix, named by T5GEMMA_PREFIX. It is a build
+backend of its own (PEP 517), because there is nothing to compile: a wheel is a zip file with three metadata files."""
 
 import base64
 import hashlib
@@ -9,7 +9,7 @@ import zipfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
-# Of the zip file's entries, so that the same files make the same bytes.
+# The time of all zip entries, so that equal files give equal bytes.
 TIME = (1980, 1, 1, 0, 0, 0)
 
 

@@ -12,9 +12,9 @@ impl Object for t5g_error {
     const NAME: &'static str = "t5g_error";
 }
 
-/// Does the work of a function, of which a panic becomes an error too.
+/// Runs the body of a function; a panic becomes an error.
 pub fn guarded<T>(work: impl FnOnce() -> Result<T, t5g_error>) -> Result<T, t5g_error> {
-    // The library's Rust runtime is its own, so this replaces no hook of the host's.
+    // The library has its own copy of the Rust runtime, so this replaces no panic hook of the host.
     t5gemma_runtime::silence_caught_panics();
     catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| Err(of_panic(panic)))
 }
@@ -22,7 +22,7 @@ pub fn guarded<T>(work: impl FnOnce() -> Result<T, t5g_error>) -> Result<T, t5g_
 fn of_panic(panic: Box<dyn Any + Send>) -> t5g_error {
     let text = panic.downcast_ref::<&str>().map(|text| text.to_string());
     let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
-    // What was thrown may itself panic when it is dropped.
+    // Dropping the payload may panic itself.
     std::mem::forget(panic);
     t5g_error::new(t5g_code::Internal, format!("a bug of t5gemma: {}", text.unwrap_or_else(|| "a panic".to_string())))
 }

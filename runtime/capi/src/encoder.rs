@@ -1,4 +1,4 @@
-//! Encoders and classifiers, and the numbers that go into buffers of the caller's.
+//! Encoders and classifiers, and results written into the caller's buffers.
 
 use std::path::PathBuf;
 use std::ptr;
@@ -30,7 +30,7 @@ pub struct t5g_states {
     mask_length: usize,
 }
 
-// SAFETY: words, of which any are a value.
+// SAFETY: fields of 8 bytes of which any bytes are a valid value.
 unsafe impl Fields for t5g_states {
     const OLDEST: usize = 72;
 
@@ -63,7 +63,8 @@ impl Shape {
     }
 }
 
-/// Puts what `compute` gives, of a shape known before, into the caller's buffers, or tells the shape where there are none.
+/// Writes the result of `compute`, whose shape is known, into the caller's buffers, or only the shape if there are
+/// none.
 pub fn put_states(
     record: Record<t5g_states>,
     given: t5g_states,
@@ -72,9 +73,10 @@ pub fn put_states(
     compute: impl FnOnce() -> Result<Vec<f32>, t5g_error>,
 ) -> Result<(), t5g_error> {
     let Shape { rows, length, width } = shape;
-    let mask = match given.attention_mask.is_null() {
-        true => None,
-        false => Some(given.attention_mask.room(given.mask_capacity, batch.mask().len(), "states.attention_mask")?),
+    let mask = if given.attention_mask.is_null() {
+        None
+    } else {
+        Some(given.attention_mask.room(given.mask_capacity, batch.mask().len(), "states.attention_mask")?)
     };
     if !given.values.is_null() {
         let place = given.values.room(given.capacity, rows * length * width, "states.values")?;
@@ -105,7 +107,7 @@ impl t5g_encoder {
     fn batch(&self, sources: Record<t5g_sources>) -> Result<Batch, t5g_error> {
         let reader = Reader {
             tokenizer: &|| self.inner.tokenizer(),
-            chat: &|| Err(t5g_error::argument("sources.messages", "NULL (conversations are for t5g_model)", "text")),
+            chat: &|| Err(t5g_error::argument("sources.messages", "NULL (conversations require a t5g_model)", "text")),
             pad_token_id: self.inner.pad_token_id(),
             hidden_size: self.inner.facts().encoder.hidden_size,
         };
@@ -184,7 +186,7 @@ pub extern "C" fn t5g_encoder_encode(
             t5g_error::argument("pooling", "T5G_POOLING_NONE to T5G_POOLING_LAST", pooling.to_string())
         })?;
         if normalize && pooling == Pooling::None {
-            return Err(t5g_error::argument("normalize", "0 without a pooling", "1"));
+            return Err(t5g_error::argument("normalize", "0 without pooling", "1"));
         }
         let (batch, encoder) = (encoder.batch(sources)?, &encoder.inner);
         encoder.features()?;
@@ -226,9 +228,12 @@ pub extern "C" fn t5g_encoder_classify(
         let of_tokens = encoder.inner.manifest().task == Task::TokenClassification;
         let shape = Shape::of(&batch, if of_tokens { batch.length() } else { 1 }, labels);
         put_states(scores, given, shape, &batch, || {
-            let logits: Vec<f32> = call.run_in_one_step(|cancel| match of_tokens {
-                true => Ok(encoder.inner.classify_tokens(&batch, cancel)?.into_iter().collect()),
-                false => Ok(encoder.inner.classify(&batch, cancel)?.into_iter().collect()),
+            let logits: Vec<f32> = call.run_in_one_step(|cancel| {
+                if of_tokens {
+                    Ok(encoder.inner.classify_tokens(&batch, cancel)?.into_iter().collect())
+                } else {
+                    Ok(encoder.inner.classify(&batch, cancel)?.into_iter().collect())
+                }
             })?;
             Ok(logits.chunks(labels.max(1)).flat_map(|logits| function.scores(logits)).collect())
         })

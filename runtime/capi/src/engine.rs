@@ -1,27 +1,22 @@
-//! The engine: requests from any thread into one batch that never stops, polled or told by callback.
+//! Engines: continuous batching of requests from any thread.
 
-use std::collections::VecDeque;
-use std::ffi::{c_char, c_void};
-use std::ptr;
-use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
+use std::ffi::c_void;
+use std::sync::Arc;
 use std::thread;
-use std::time::{Duration, Instant};
 
-use t5gemma_runtime::{
-    Canceller, Draws, Engine, EngineOptions, EngineStats, Event, Generation, Hypothesis, Model, PollResult, Request,
-    SpecialTokens, TextStream,
-};
+use t5gemma_runtime::{Draws, Engine, EngineOptions, EngineStats, Error, Request, SpecialTokens};
 
-use crate::boundary::{fallible, free, guarded, value};
-use crate::call::{Call, Gate, Listed, Role, t5g_call};
+use crate::boundary::{fallible, free, guarded};
+use crate::call::{Call, Role, t5g_call};
 use crate::error::{t5g_code, t5g_error};
+use crate::gate::Gate;
 use crate::handle::{Handle, Held, Object};
-use crate::input::{Array, Fields, Out, Record, UNSET, whole};
+use crate::input::{Array, Fields, Out, Record, UNSET, integer};
 use crate::model::{source_tokens, t5g_model};
 use crate::options::{generation_options, t5g_generation_options};
+use crate::request::{Facts, RequestEvent, Running, Submitted, t5g_request};
 use crate::result::t5g_result;
 use crate::sources::t5g_sources;
-use crate::tokenizer::t5g_text;
 
 #[derive(Clone, Copy)]
 #[repr(C)]
@@ -34,7 +29,7 @@ pub struct t5g_engine_options {
     device_count: usize,
 }
 
-// SAFETY: words, of which any are a value.
+// SAFETY: fields of 8 bytes of which any bytes are a valid value.
 unsafe impl Fields for t5g_engine_options {
     const OLDEST: usize = 32;
 
@@ -70,7 +65,7 @@ pub struct t5g_engine_counts {
     copies: usize,
 }
 
-// SAFETY: words, of which any are a value.
+// SAFETY: fields of 8 bytes of which any bytes are a valid value.
 unsafe impl Fields for t5g_engine_counts {
     const OLDEST: usize = 112;
 
@@ -92,31 +87,6 @@ unsafe impl Fields for t5g_engine_counts {
             max_waiting: 0,
             copies: 0,
         }
-    }
-}
-
-#[derive(Clone, Copy)]
-#[repr(C)]
-pub struct t5g_event {
-    size: usize,
-    kind: i64,
-    row: usize,
-    token: i64,
-    text: *const c_char,
-    text_size: usize,
-}
-
-const NOTHING: i64 = 0;
-const PIECE: i64 = 1;
-const ROW: i64 = 2;
-const END: i64 = 3;
-
-// SAFETY: words, of which any are a value.
-unsafe impl Fields for t5g_event {
-    const OLDEST: usize = 48;
-
-    fn unset() -> t5g_event {
-        t5g_event { size: 0, kind: NOTHING, row: 0, token: -1, text: ptr::null(), text_size: 0 }
     }
 }
 
@@ -155,155 +125,7 @@ impl t5g_engine {
     }
 }
 
-/// A `t5g_request`.
-pub struct t5g_request {
-    running: Mutex<Running>,
-    canceller: Canceller,
-    gate: Arc<Gate>,
-}
-
-impl Object for t5g_request {
-    const NAME: &'static str = "t5g_request";
-}
-
-/// A request and what has come of it.
-struct Running {
-    /// One for each row, where text is wanted.
-    streams: Vec<Option<TextStream>>,
-    generation: Generation,
-    /// What has been received and not been told: an event may be told as several.
-    untold: VecDeque<Told>,
-    /// The text told last, which the caller may still read.
-    text: Option<t5g_text>,
-    rows: Vec<Vec<Hypothesis>>,
-    failed: Option<t5g_error>,
-    has_ended: bool,
-    model: Arc<Model>,
-    seed: Option<u64>,
-    source_tokens: usize,
-    /// Open to the callbacks that change what is generated.
-    gate: Arc<Gate>,
-    /// The caller's cancellation reaches this request for as long as it lives.
-    _listed: Option<Listed>,
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        self.gate.close();
-    }
-}
-
-/// What a caller is told.
-enum Told {
-    Piece { row: usize, token: i64, text: Option<String> },
-    Row(usize),
-}
-
-impl Running {
-    /// The next thing to tell, within `timeout`: nothing if there is none by then.
-    fn next(&mut self, timeout: Duration) -> Result<Option<Told>, t5g_error> {
-        let until = Instant::now().checked_add(timeout);
-        loop {
-            if let Some(told) = self.untold.pop_front() {
-                return Ok(Some(told));
-            }
-            if let Some(failure) = &self.failed {
-                return Err(failure.clone());
-            }
-            let left = until.map_or(timeout, |until| until.saturating_duration_since(Instant::now()));
-            if self.has_ended {
-                return Ok(None);
-            }
-            match self.generation.next_timeout(left) {
-                PollResult::TimedOut => return Ok(None),
-                PollResult::Ended => {
-                    self.gate.close();
-                    self.has_ended = true;
-                }
-                PollResult::Event(Err(error)) => {
-                    self.gate.close();
-                    self.failed = Some(error.into());
-                }
-                PollResult::Event(Ok(event)) => {
-                    if let Err(failure) = self.take(event) {
-                        self.generation.cancel();
-                        self.gate.close();
-                        self.failed = Some(failure);
-                    }
-                }
-            }
-        }
-    }
-
-    fn take(&mut self, event: Event) -> Result<(), t5g_error> {
-        match event {
-            Event::Token { row, token } => {
-                let stream = self.streams.get_mut(row).and_then(Option::as_mut);
-                let text = stream.map(|stream| stream.push(token)).transpose()?;
-                self.untold.push_back(Told::Piece { row, token, text });
-            }
-            Event::Row { row, hypotheses } => {
-                self.rows[row] = hypotheses;
-                if let Some(stream) = self.streams.get_mut(row).and_then(Option::take) {
-                    let text = stream.finish()?;
-                    if !text.is_empty() {
-                        self.untold.push_back(Told::Piece { row, token: -1, text: Some(text) });
-                    }
-                }
-                self.untold.push_back(Told::Row(row));
-            }
-            // A new event has to get a kind in the header first.
-            _ => {}
-        }
-        Ok(())
-    }
-
-    /// Waits for the end.
-    fn finish(&mut self) -> Result<t5g_result, t5g_error> {
-        while !self.has_ended || !self.untold.is_empty() {
-            self.next(Duration::from_secs(3600))?;
-        }
-        Ok(self.result())
-    }
-
-    fn result(&self) -> t5g_result {
-        t5g_result::new(self.model.clone(), self.rows.clone(), self.seed, self.source_tokens)
-    }
-
-    fn tell(&mut self, told: Option<Told>) -> t5g_event {
-        let unset = t5g_event::unset();
-        match told {
-            None => t5g_event { kind: if self.has_ended { END } else { NOTHING }, ..unset },
-            Some(Told::Row(row)) => t5g_event { kind: ROW, row, ..unset },
-            Some(Told::Piece { row, token, text }) => {
-                self.text = text.map(t5g_text::new);
-                let text = self.text.as_ref();
-                t5g_event {
-                    kind: PIECE,
-                    row,
-                    token,
-                    text: text.map_or(ptr::null(), t5g_text::pointer),
-                    text_size: text.map_or(0, t5g_text::size),
-                    ..unset
-                }
-            }
-        }
-    }
-}
-
-impl t5g_request {
-    fn only(&self) -> Result<MutexGuard<'_, Running>, t5g_error> {
-        match self.running.try_lock() {
-            Ok(running) => Ok(running),
-            Err(TryLockError::Poisoned(poisoned)) => Ok(poisoned.into_inner()),
-            Err(TryLockError::WouldBlock) => {
-                Err(t5g_error::new(t5g_code::Busy, "request: another thread is waiting on it").at("request"))
-            }
-        }
-    }
-}
-
-/// Submits, and returns what is to be told of it.
+/// Submits a request.
 fn submit(
     engine: &Held<t5g_engine>,
     sources: Record<t5g_sources>,
@@ -320,38 +142,25 @@ fn submit(
     let seed = options.seed.filter(|_| options.do_sample);
     let batch = model.read(|reader| reader.batch(sources))?;
     let (rows, source_tokens) = (batch.rows(), source_tokens(&batch));
-    let streams = match call.wants_text() {
-        true => {
-            let tokenizer = model.inner.tokenizer()?;
-            (0..rows).map(|_| Some(tokenizer.stream(SpecialTokens::Skip))).collect()
-        }
-        false => Vec::new(),
+    let streams = if call.wants_text() {
+        let tokenizer = model.inner.tokenizer()?;
+        (0..rows).map(|_| Some(tokenizer.stream(SpecialTokens::Skip))).collect()
+    } else {
+        Vec::new()
     };
     call.check_cancellation()?;
-    let deadline = call.deadline();
     let mut request = Request::new(batch, options);
-    request.deadline = deadline;
+    request.deadline = call.deadline();
     let generation = engine.inner.submit(request)?;
     let canceller = generation.canceller();
-    Ok(Running {
-        streams,
-        generation,
-        untold: VecDeque::new(),
-        text: None,
-        rows: vec![Vec::new(); rows],
-        failed: None,
-        has_ended: false,
-        model: model.inner.clone(),
-        seed,
-        source_tokens,
-        gate,
-        _listed: call.list(move || canceller.cancel()),
-    })
+    let registered = call.register(move || canceller.cancel());
+    let submitted = Submitted { generation, streams, facts: Facts { seed, source_tokens } };
+    Ok(Running::new(submitted, model.inner.clone(), gate, registered))
 }
 
-/// A number that is a bound, if it is given.
+/// A limit, if it is set.
 fn bound(value: i64, name: &str) -> Result<Option<usize>, t5g_error> {
-    match whole(value, name)? {
+    match integer(value, name)? {
         Some(0) => Err(t5g_error::argument(name, "at least 1, or T5G_UNSET", "0")),
         bound => Ok(bound),
     }
@@ -391,8 +200,7 @@ pub extern "C" fn t5g_engine_submit(
         let (place, engine) = (request.check("request")?, engine.get("engine")?);
         let call = Call::read(call)?.of(Role::Submits)?;
         let running = submit(&engine, sources, options, &call)?;
-        let (canceller, gate) = (running.generation.canceller(), running.gate.clone());
-        place.put(Handle::new(t5g_request { running: Mutex::new(running), canceller, gate }));
+        place.put(Handle::new(t5g_request::new(running)));
         Ok(())
     })
 }
@@ -406,43 +214,33 @@ pub extern "C" fn t5g_engine_call(
     done: Option<Done>,
 ) -> Handle<t5g_error> {
     fallible(|| {
-        let (engine, call) = (engine.get("engine")?, Call::read(call)?.of(Role::Tells)?);
+        let (engine, call) = (engine.get("engine")?, Call::read(call)?.of(Role::Reports)?);
         let done = done.ok_or_else(|| t5g_error::argument("done", "a function", "NULL"))?;
         let mut running = submit(&engine, sources, options, &call)?;
-        let shown = call.shown();
-        let tell = move || {
+        let progress = call.progress();
+        let report = move || {
             let result = guarded(|| {
-                while let Some(told) = next_or_end(&mut running)? {
-                    if let Told::Piece { row, token, text } = told
-                        && shown.piece(row, token, text).is_break()
+                while let Some(event) = running.next_or_end()? {
+                    if let RequestEvent::Piece { row, token, text } = event
+                        && progress.piece(row, token, text).is_break()
                     {
-                        running.generation.cancel();
-                        return Err(t5gemma_runtime::Error::Cancelled.into());
+                        running.cancel();
+                        return Err(Error::Cancelled.into());
                     }
                 }
                 Ok(running.result())
             });
-            // The request is over before the caller is told so.
+            // Ends the request before its end is reported.
             drop(running);
             match result {
-                Ok(result) => done(shown.user(), Handle::new(result), Handle::NULL),
-                Err(failure) => done(shown.user(), Handle::NULL, Handle::new(failure)),
+                Ok(result) => done(progress.user(), Handle::new(result), Handle::NULL),
+                Err(failure) => done(progress.user(), Handle::NULL, Handle::new(failure)),
             }
         };
-        let started = thread::Builder::new().name("t5g-request".into()).spawn(tell);
-        started.map_err(|error| t5g_error::new(t5g_code::Internal, format!("no thread for the callback: {error}")))?;
+        let started = thread::Builder::new().name("t5g-request".into()).spawn(report);
+        started.map_err(|error| t5g_error::new(t5g_code::Internal, format!("no thread for the callbacks: {error}")))?;
         Ok(())
     })
-}
-
-/// Waits for the next thing, however long; nothing is the end.
-fn next_or_end(running: &mut Running) -> Result<Option<Told>, t5g_error> {
-    loop {
-        match running.next(Duration::from_secs(3600))? {
-            None if !running.has_ended => {}
-            told => return Ok(told),
-        }
-    }
 }
 
 #[unsafe(no_mangle)]
@@ -482,59 +280,4 @@ pub extern "C" fn t5g_engine_shutdown(engine: Handle<t5g_engine>) -> Handle<t5g_
 #[unsafe(no_mangle)]
 pub extern "C" fn t5g_engine_free(engine: Handle<t5g_engine>) -> i32 {
     free(engine, "engine")
-}
-
-#[unsafe(no_mangle)]
-pub extern "C" fn t5g_request_poll(
-    request: Handle<t5g_request>,
-    seconds: f64,
-    event: Record<t5g_event>,
-) -> Handle<t5g_error> {
-    fallible(|| {
-        let request = request.get("request")?;
-        event.size("event")?;
-        let refused = || t5g_error::argument("seconds", "seconds to wait, or 0", seconds.to_string());
-        if seconds.is_nan() || seconds < 0.0 {
-            return Err(refused());
-        }
-        // Longer than any clock goes is an hour, and again.
-        let timeout = Duration::try_from_secs_f64(seconds).unwrap_or(Duration::from_secs(3600));
-        let mut running = request.only()?;
-        let told = running.next(timeout)?;
-        let told = running.tell(told);
-        event.put(told, "event")
-    })
-}
-
-#[unsafe(no_mangle)]
-pub extern "C" fn t5g_request_result(
-    request: Handle<t5g_request>,
-    result: Out<Handle<t5g_result>>,
-) -> Handle<t5g_error> {
-    fallible(|| {
-        let (place, request) = (result.check("result")?, request.get("request")?);
-        let found = request.only()?.finish()?;
-        place.put(Handle::new(found));
-        Ok(())
-    })
-}
-
-#[unsafe(no_mangle)]
-pub extern "C" fn t5g_request_cancel(request: Handle<t5g_request>) -> Handle<t5g_error> {
-    fallible(|| {
-        request.get("request")?.canceller.cancel();
-        Ok(())
-    })
-}
-
-#[unsafe(no_mangle)]
-pub extern "C" fn t5g_request_free(request: Handle<t5g_request>) -> i32 {
-    // Another thread may be waiting on it; what is no live request is for `free` to tell.
-    value((), || {
-        let request = request.get("request")?;
-        request.canceller.cancel();
-        request.gate.close();
-        Ok(())
-    });
-    free(request, "request")
 }

@@ -32,7 +32,7 @@ pub enum t5g_code {
     Closed = 20,
 }
 
-/// What becomes a `t5g_error`.
+/// A `t5g_error`.
 #[derive(Clone, Debug)]
 pub struct t5g_error {
     code: t5g_code,
@@ -40,7 +40,7 @@ pub struct t5g_error {
     field: Option<CString>,
 }
 
-/// A text for C, which ends at its first zero.
+/// A zero-terminated text for C; zeros in it are replaced.
 pub fn c_string(text: impl Into<String>) -> CString {
     CString::new(text.into().replace('\0', "\u{fffd}")).unwrap_or_default()
 }
@@ -50,17 +50,17 @@ impl t5g_error {
         t5g_error { code, message: c_string(message), field: None }
     }
 
-    /// Names the field at fault.
+    /// Sets the field at fault.
     pub fn at(self, field: &str) -> t5g_error {
         t5g_error { field: Some(c_string(field)), ..self }
     }
 
-    /// An argument that the header forbids.
+    /// An argument that the header does not allow.
     pub fn argument(name: &str, expected: impl Into<String>, found: impl Into<String>) -> t5g_error {
         t5g_error::expected(t5g_code::Argument, name, expected, found)
     }
 
-    /// A handle that is none of the kind.
+    /// A handle of another type, or that is not live.
     pub fn handle(name: &str, kind: &str, found: impl Into<String>) -> t5g_error {
         t5g_error::expected(t5g_code::Handle, name, format!("a live {kind}"), found)
     }

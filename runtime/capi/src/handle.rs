@@ -1,5 +1,5 @@
-//! Handles: a number for each object that a caller holds, never given twice. Behind it is a table of what is live; freeing
-//! takes the entry out, and the object goes when the last call on it is over.
+//! Handles: an id for each object that a caller holds, never reused. A table maps ids to live objects; freeing removes
+//! the entry, and the object is dropped when the last call with it has ended.
 
 use std::any::Any;
 use std::collections::BTreeMap;
@@ -14,12 +14,12 @@ use crate::error::{t5g_code, t5g_error};
 #[cfg(not(target_pointer_width = "64"))]
 compile_error!("handles are 64 bits wide");
 
-/// What an object is called in messages: the name of its type in the header.
+/// An object behind a handle, with the name of its type in the header.
 pub trait Object: Send + Sync + 'static {
     const NAME: &'static str;
 }
 
-/// A handle as it crosses the border.
+/// A handle as C passes it.
 #[repr(transparent)]
 pub struct Handle<O>(*const Opaque, PhantomData<O>);
 
@@ -38,7 +38,7 @@ impl<O> Copy for Handle<O> {}
 struct Entry {
     object: Arc<dyn Any + Send + Sync>,
     name: &'static str,
-    /// Whether the object took part in a call that ended by a bug of ours.
+    /// Whether the object took part in a call that panicked.
     is_broken: Arc<AtomicBool>,
 }
 
@@ -46,11 +46,11 @@ type Table = BTreeMap<usize, Entry>;
 
 static TABLE: RwLock<Table> = RwLock::new(Table::new());
 static NEXT: AtomicUsize = AtomicUsize::new(1);
-/// Above every address that a process can have, so that a handle taken for a pointer faults; low bits keep it aligned.
+/// Above every address that a process can have, so that dereferencing a handle faults. The step keeps handles aligned.
 const BASE: usize = 0x0035_0000_0000_0000;
 const STEP: usize = 16;
 
-/// An object for the time of a call. If the call ends by a panic, the object serves no more.
+/// An object for the duration of a call. If the call panics, the object refuses further calls.
 pub struct Held<O> {
     object: Arc<O>,
     is_broken: Arc<AtomicBool>,
@@ -65,7 +65,7 @@ impl<O> Deref for Held<O> {
 }
 
 impl<O> Held<O> {
-    /// The object, to be kept beyond the call.
+    /// The object, to keep after the call.
     pub fn share(&self) -> Arc<O> {
         self.object.clone()
     }
@@ -83,17 +83,17 @@ impl<O: Object> Handle<O> {
     /// No object.
     pub const NULL: Handle<O> = Handle(ptr::null(), PhantomData);
 
-    /// Enters an object.
+    /// Adds an object to the table.
     pub fn new(object: O) -> Handle<O> {
         #[cfg(unix)]
-        fork::take_turns();
+        fork::register();
         let id = BASE + STEP * NEXT.fetch_add(1, Ordering::Relaxed);
         let entry = Entry { object: Arc::new(object), name: O::NAME, is_broken: Arc::default() };
         TABLE.write().unwrap_or_else(PoisonError::into_inner).insert(id, entry);
         Handle(ptr::without_provenance(id), PhantomData)
     }
 
-    /// The object of a handle that the header requires; `argument` is its name there.
+    /// The object of a required handle; `argument` is its name in the header.
     pub fn get(self, argument: &str) -> Result<Held<O>, t5g_error> {
         match self.find(argument)? {
             Some(held) => Ok(held),
@@ -101,7 +101,7 @@ impl<O: Object> Handle<O> {
         }
     }
 
-    /// The object of a handle that may be NULL.
+    /// The object of an optional handle.
     pub fn find(self, argument: &str) -> Result<Option<Held<O>>, t5g_error> {
         if self.0.is_null() {
             return Ok(None);
@@ -116,7 +116,7 @@ impl<O: Object> Handle<O> {
         Ok(Some(Held { object, is_broken }))
     }
 
-    /// Takes the object out; of NULL, nothing.
+    /// Removes the object from the table; NULL is ignored.
     pub fn free(self, argument: &str) -> Result<(), t5g_error> {
         if self.0.is_null() {
             return Ok(());
@@ -127,7 +127,7 @@ impl<O: Object> Handle<O> {
             Some(entry) if !entry.object.is::<O>() => Err(self.of_another_kind(argument, entry.name)),
             Some(_) => {
                 let entry = table.remove(&self.0.addr());
-                // The object may be large, and others wait for the table.
+                // Dropping the object may take long, and others wait for the table.
                 drop(table);
                 drop(entry);
                 Ok(())
@@ -137,7 +137,7 @@ impl<O: Object> Handle<O> {
 
     fn unknown(self, argument: &str) -> t5g_error {
         let was_given = self.0.addr() > BASE && self.0.addr() < BASE + STEP * NEXT.load(Ordering::Relaxed);
-        let found = if was_given { "a handle that was freed" } else { "something that is no handle" };
+        let found = if was_given { "a handle that was freed" } else { "a value that is not a handle" };
         t5g_error::handle(argument, O::NAME, found)
     }
 
@@ -146,7 +146,7 @@ impl<O: Object> Handle<O> {
     }
 }
 
-/// A process is forked while no other thread has the table, whose lock nobody would undo in the child.
+/// Forks wait until no other thread holds the lock of the table, which would stay locked in the child.
 #[cfg(unix)]
 mod fork {
     use std::cell::RefCell;
@@ -155,13 +155,13 @@ mod fork {
     use super::{TABLE, Table};
 
     thread_local! {
-        /// Of a thread that is about to fork.
+        /// The lock of a thread that is about to fork.
         static HELD: RefCell<Option<RwLockWriteGuard<'static, Table>>> = const { RefCell::new(None) };
     }
 
     extern "C" fn before() {
         let table = TABLE.write().unwrap_or_else(PoisonError::into_inner);
-        // A thread that is ending has no place for it, and lets the others go on.
+        // An exiting thread cannot store the guard, and drops it.
         let _ = HELD.try_with(|held| held.replace(Some(table)));
     }
 
@@ -169,17 +169,17 @@ mod fork {
         let _ = HELD.try_with(|held| held.replace(None));
     }
 
-    pub fn take_turns() {
+    pub fn register() {
         static ONCE: Once = Once::new();
         ONCE.call_once(|| {
-            // SAFETY: the functions are there as long as the process: the library is never unloaded. Without memory to list them
-            // in, forks are as they would be.
+            // SAFETY: the functions exist as long as the process, because the library is never unloaded. If registering
+            // fails for lack of memory, forks are as without it.
             unsafe { libc::pthread_atfork(Some(before), Some(after), Some(after)) };
         });
     }
 }
 
-/// How many objects callers hold.
+/// The number of live objects.
 pub fn live() -> usize {
     TABLE.read().unwrap_or_else(PoisonError::into_inner).len()
 }
@@ -217,7 +217,7 @@ mod tests {
         assert!(null.free("cup").is_ok());
         assert_eq!(message(null.get("cup")), "cup: expected a t5g_cup, found NULL");
         let stray: Handle<Cup> = Handle(ptr::without_provenance(4096), PhantomData);
-        assert_eq!(message(stray.get("cup")), "cup: expected a live t5g_cup, found something that is no handle");
+        assert_eq!(message(stray.get("cup")), "cup: expected a live t5g_cup, found a value that is not a handle");
     }
 
     #[test]

@@ -1,5 +1,5 @@
-//! What callers hand over, checked: texts, arrays, records that begin with their size, and places for outputs. All reading
-//! and writing through a caller's pointer is here. That the memory is there is what the caller promises by the call.
+//! Checked arguments: texts, arrays, structs that begin with their size, and places for outputs. All reading and
+//! writing through the caller's pointers is here. That the memory exists is the caller's promise.
 
 use std::ffi::{CStr, c_char};
 use std::mem::{align_of, size_of};
@@ -8,9 +8,9 @@ use std::slice;
 
 use crate::error::t5g_error;
 
-/// The size of a text that ends at its first zero.
+/// The size of a zero-terminated text.
 pub const ZERO_TERMINATED: usize = usize::MAX;
-/// A whole number that is not given.
+/// An unset integer.
 pub const UNSET: i64 = i64::MIN;
 /// `NAN` in C.
 const UNSET_NUMBER: u64 = 0x7ff8_0000_0000_0000;
@@ -28,12 +28,12 @@ impl Text {
         Text(text.as_ptr())
     }
 
-    /// The text, if there is one, that ends at its zero.
+    /// The zero-terminated text, if there is one.
     pub fn optional(&self, name: &str) -> Result<Option<&str>, t5g_error> {
         if self.0.is_null() { Ok(None) } else { self.get(ZERO_TERMINATED, name).map(Some) }
     }
 
-    /// The text, which the header requires, that ends at its zero.
+    /// The zero-terminated text, which is required.
     pub fn required(&self, name: &str) -> Result<&str, t5g_error> {
         self.get(ZERO_TERMINATED, name)
     }
@@ -47,17 +47,17 @@ impl Text {
             return Err(t5g_error::argument(name, "text", "NULL"));
         }
         let bytes = match size {
-            // SAFETY: the caller's text ends with a zero.
+            // SAFETY: the caller promises a zero-terminated text.
             ZERO_TERMINATED => unsafe { CStr::from_ptr(self.0) }.to_bytes(),
             _ => check_bytes(size, name)
-                // SAFETY: the caller has `size` bytes there.
+                // SAFETY: the caller promises `size` bytes there.
                 .map(|size| unsafe { slice::from_raw_parts(self.0.cast::<u8>(), size) })?,
         };
         str::from_utf8(bytes).map_err(|error| t5g_error::argument(name, "UTF-8", error.to_string()))
     }
 }
 
-/// The start of numbers or pointers.
+/// A pointer to numbers or pointers.
 #[derive(Clone, Copy)]
 #[repr(transparent)]
 pub struct Array<T>(*const T);
@@ -74,7 +74,7 @@ impl<T: Copy> Array<T> {
         self.0.is_null()
     }
 
-    /// The `count` elements, or nothing of NULL.
+    /// The `count` elements; `None` for NULL.
     pub fn optional(&self, count: usize, name: &str) -> Result<Option<&[T]>, t5g_error> {
         if self.0.is_null() { Ok(None) } else { self.get(count, name).map(Some) }
     }
@@ -86,27 +86,27 @@ impl<T: Copy> Array<T> {
         }
         check_pointer(self.0, name)?;
         let bytes = count.checked_mul(size_of::<T>());
-        let bytes =
-            bytes.ok_or_else(|| t5g_error::argument(name, "what fits into memory", format!("{count} elements")))?;
+        let bytes = bytes
+            .ok_or_else(|| t5g_error::argument(name, "a size that fits into memory", format!("{count} elements")))?;
         check_bytes(bytes, name)?;
-        // SAFETY: not NULL, aligned, not beyond what a slice may be, and the caller has `count` elements there.
+        // SAFETY: not null, aligned, not larger than a slice may be, and the caller promises `count` elements there.
         Ok(unsafe { slice::from_raw_parts(self.0, count) })
     }
 }
 
-/// What C may hand over in fields of 8 bytes, of which the first is the size of all.
+/// A struct of the header: fields of 8 bytes, the first of which is the size of the struct.
 ///
 /// # Safety
-/// `repr(C)`, every field 8 bytes wide, and of types of which any bytes are a value.
+/// The type is `repr(C)`, every field is 8 bytes wide, and any bytes are a valid value of every field.
 pub unsafe trait Fields: Copy {
-    /// Bytes of the first version of it.
+    /// The size of the struct's first version.
     const OLDEST: usize;
 
-    /// Nothing given.
+    /// The struct with all fields unset.
     fn unset() -> Self;
 }
 
-/// A record that callers hand over or have filled in.
+/// A pointer to a struct of the caller's, to read or to fill in.
 #[derive(Clone, Copy)]
 #[repr(transparent)]
 pub struct Record<T>(*mut T);
@@ -117,28 +117,28 @@ impl<T: Fields> Record<T> {
         Record(record)
     }
 
-    /// The record, of which fields that the caller's header lacks are not given; nothing of NULL.
+    /// The struct; fields that the caller's header lacks are unset. `None` for NULL.
     pub fn optional(&self, name: &str) -> Result<Option<T>, t5g_error> {
         if self.0.is_null() { Ok(None) } else { self.get(name).map(Some) }
     }
 
-    /// [`Record::optional`], where the header requires one.
+    /// [`Record::optional`] for a required struct.
     pub fn get(&self, name: &str) -> Result<T, t5g_error> {
         let size = self.size(name)?;
         let own = size_of::<T>();
-        // SAFETY: `size` has read that the caller has so many bytes there, in words.
+        // SAFETY: `size` is the size that the caller promises, a multiple of 8.
         let words = unsafe { slice::from_raw_parts(self.0.cast::<u64>(), size / 8) };
         if words.len() > own / 8 && words[own / 8..].iter().any(|word| ![0, UNSET as u64, UNSET_NUMBER].contains(word))
         {
-            let found = format!("{size} bytes that set more");
+            let found = format!("{size} bytes with more fields set");
             return Err(t5g_error::argument(
                 &format!("{name}.size"),
-                format!("what this library knows, {own} bytes"),
+                format!("the fields that this library knows, {own} bytes"),
                 found,
             ));
         }
         let mut record = T::unset();
-        // SAFETY: both are of words (see `Fields`), and so many are in both.
+        // SAFETY: both consist of 8-byte words of which any are valid (see `Fields`), and both have this many.
         unsafe {
             ptr::copy_nonoverlapping(
                 words.as_ptr(),
@@ -149,10 +149,10 @@ impl<T: Fields> Record<T> {
         Ok(record)
     }
 
-    /// Fills in the caller's record, as much of it as there is.
+    /// Fills in the caller's struct as far as it goes.
     pub fn put(&self, value: T, name: &str) -> Result<(), t5g_error> {
         let size = self.size(name)?.min(size_of::<T>());
-        // SAFETY: the caller has `size` bytes there; the first word, which says so, is left as it is.
+        // SAFETY: the caller promises `size` bytes there; the first word, the size, is not written.
         unsafe {
             let words = ptr::from_ref(&value).cast::<u64>();
             ptr::copy_nonoverlapping(words.add(1), self.0.cast::<u64>().add(1), size / 8 - 1);
@@ -160,10 +160,10 @@ impl<T: Fields> Record<T> {
         Ok(())
     }
 
-    /// The size field, if it can be one.
+    /// The size field, checked.
     pub fn size(&self, name: &str) -> Result<usize, t5g_error> {
         check_pointer(self.0.cast::<u64>(), name)?;
-        // SAFETY: not NULL, aligned, and a record begins with its size.
+        // SAFETY: not null and aligned, and a struct begins with its size.
         let size = unsafe { self.0.cast::<usize>().read() };
         if !(T::OLDEST..=4096).contains(&size) || size % 8 != 0 {
             let (field, own) = (format!("{name}.size"), size_of::<T>());
@@ -178,39 +178,39 @@ impl<T: Fields> Record<T> {
 pub struct Out<T>(*mut T);
 
 impl<T> Out<T> {
-    /// The place, before there is anything to put there.
+    /// The place of a required output, checked before the output is computed.
     pub fn check(&self, name: &str) -> Result<Place<T>, t5g_error> {
         check_pointer(self.0, name)?;
         Ok(Place(self.0))
     }
 
-    /// The place, if the output is wanted.
+    /// The place of an optional output.
     pub fn optional(&self, name: &str) -> Result<Option<Place<T>>, t5g_error> {
         if self.0.is_null() { Ok(None) } else { self.check(name).map(Some) }
     }
 }
 
-/// An [`Out`] that is not NULL.
+/// A checked [`Out`].
 pub struct Place<T>(*mut T);
 
 impl<T> Place<T> {
     pub fn put(self, value: T) {
-        // SAFETY: checked when it was made; the caller has room for one there.
+        // SAFETY: not null and aligned, and the caller promises room for one value.
         unsafe { self.0.write(value) }
     }
 }
 
 impl<T: Copy> Place<T> {
-    /// Puts many, for which the caller has told that there is room.
+    /// Writes several values, for which the caller has given a sufficient capacity.
     pub fn put_all(self, values: impl ExactSizeIterator<Item = T>) {
         for (at, value) in values.enumerate() {
-            // SAFETY: as above, for as many as the caller's capacity, which was compared with the length.
+            // SAFETY: as above, for as many values as the caller's capacity, which was compared with the length.
             unsafe { self.0.add(at).write(value) }
         }
     }
 }
 
-/// A field for an output within a record.
+/// A field of a struct that points to an output.
 #[derive(Clone, Copy)]
 #[repr(transparent)]
 pub struct Buffer<T>(pub *mut T);
@@ -220,7 +220,7 @@ impl<T> Buffer<T> {
         self.0.is_null()
     }
 
-    /// The place, after the capacity was compared with the need.
+    /// The place, if the capacity suffices.
     pub fn room(&self, capacity: usize, needed: usize, name: &str) -> Result<Place<T>, t5g_error> {
         check_pointer(self.0, name)?;
         if capacity < needed {
@@ -244,11 +244,11 @@ fn check_pointer<T>(pointer: *const T, name: &str) -> Result<(), t5g_error> {
 fn check_bytes(bytes: usize, name: &str) -> Result<usize, t5g_error> {
     match isize::try_from(bytes) {
         Ok(_) => Ok(bytes),
-        Err(_) => Err(t5g_error::argument(name, "what fits into memory", format!("{bytes} bytes"))),
+        Err(_) => Err(t5g_error::argument(name, "a size that fits into memory", format!("{bytes} bytes"))),
     }
 }
 
-/// A number that is 0 or 1.
+/// A flag: 0 or 1.
 pub fn flag(value: i64, name: &str) -> Result<bool, t5g_error> {
     match value {
         0 => Ok(false),
@@ -257,12 +257,12 @@ pub fn flag(value: i64, name: &str) -> Result<bool, t5g_error> {
     }
 }
 
-/// A number that is a size, if it is given.
-pub fn whole(value: i64, name: &str) -> Result<Option<usize>, t5g_error> {
+/// A size, if it is set.
+pub fn integer(value: i64, name: &str) -> Result<Option<usize>, t5g_error> {
     match usize::try_from(value) {
         Ok(value) => Ok(Some(value)),
         Err(_) if value == UNSET => Ok(None),
-        Err(_) => Err(t5g_error::argument(name, "a whole number, or T5G_UNSET", value.to_string())),
+        Err(_) => Err(t5g_error::argument(name, "an integer of at least 0, or T5G_UNSET", value.to_string())),
     }
 }
 
@@ -278,7 +278,7 @@ mod tests {
         new: i64,
     }
 
-    // SAFETY: words.
+    // SAFETY: fields of 8 bytes of which any bytes are a valid value.
     unsafe impl Fields for Pair {
         const OLDEST: usize = 16;
 
@@ -323,7 +323,9 @@ mod tests {
         let text = Text(c"a\xc3\xa9".as_ptr());
         assert_eq!(text.get(ZERO_TERMINATED, "text").ok(), Some("aé"));
         assert_eq!(text.get(1, "text").ok(), Some("a"));
-        for (size, expected) in [(2, "text: expected UTF-8, found "), (usize::MAX - 1, "text: expected what fits")] {
+        for (size, expected) in
+            [(2, "text: expected UTF-8, found "), (usize::MAX - 1, "text: expected a size that fits")]
+        {
             let error = text.get(size, "text").expect_err(expected);
             assert!(error.text().starts_with(expected), "{}", error.text());
         }

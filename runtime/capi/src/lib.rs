@@ -1,13 +1,13 @@
-//! The C door: `libt5gemma`. `include/t5gemma.h` is its document, in whose order the files stand; a function here converts,
-//! calls the runtime, and converts back.
+//! The C library, `libt5gemma`. Its document is `include/t5gemma.h`; the files here have its order. A function converts
+//! its arguments, calls the runtime, and converts the result.
 //!
 //! # Design
-//! What the caller hands over is taken as a type of `input.rs` (`Text`, `Array`, `Record`, `Out`) or as a `Handle`, and
-//! their methods check it: the only `unsafe` besides is where a callback gives an array and where a fork is waited for. The promise that memory is as long as
-//! the header says is the caller's, made by calling. Handles are numbers into a table, so that those that were freed, or are of
-//! another kind, are known for what they are.
+//! Arguments arrive as the types of `input.rs` (`Text`, `Array`, `Record`, `Out`) or as a `Handle`, whose methods check
+//! them. The other `unsafe` code reads the array that a callback returns, and registers handlers for fork. That memory
+//! is as long as the header says is the caller's promise. Handles are ids into a table, so that freed handles and
+//! handles of another type are recognized.
 
-// The header documents what is exported, and C has no naming conventions of Rust's.
+// The header is the documentation, with C's naming conventions.
 #![allow(missing_docs, non_camel_case_types)]
 
 mod boundary;
@@ -18,19 +18,22 @@ mod input;
 mod onnxruntime;
 
 mod call;
+mod cancellation;
+mod gate;
 mod model;
 mod options;
 mod result;
 mod sources;
 
 mod engine;
+mod request;
 
 mod encoder;
 mod tokenizer;
 
 use std::ffi::c_char;
 
-/// What `build.rs` has read in the header.
+/// The ABI version, which `build.rs` reads from the header.
 const ABI: &str = env!("T5G_ABI");
 
 #[unsafe(no_mangle)]

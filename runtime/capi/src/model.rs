@@ -1,4 +1,4 @@
-//! Models: opened, described, generated with, scored by.
+//! Models: opening, description, generation, scores and hidden states.
 
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
@@ -36,7 +36,7 @@ impl t5g_model {
         self.chat.get_or_init(open).as_ref().map_err(t5g_error::clone)
     }
 
-    /// The model on each of the devices: itself on its own, once, and copies opened as it was.
+    /// The model on each device: itself once on its own device, and copies opened with its options.
     pub fn copies(&self, devices: &[i64]) -> Result<Vec<Arc<Model>>, t5g_error> {
         let mut own = Some(self.inner.clone());
         let open = |(at, &device): (usize, &i64)| {
@@ -55,7 +55,7 @@ impl t5g_model {
         devices.iter().enumerate().map(open).collect()
     }
 
-    /// Reads sources for this model, and what a call makes of them.
+    /// Runs work with a reader of sources for this model.
     pub fn read<T>(&self, work: impl FnOnce(&Reader) -> Result<T, t5g_error>) -> Result<T, t5g_error> {
         work(&Reader {
             tokenizer: &|| self.inner.tokenizer(),
@@ -66,7 +66,7 @@ impl t5g_model {
     }
 }
 
-/// How many tokens of a batch take part.
+/// The number of source tokens that are not padding.
 pub fn source_tokens(batch: &Batch) -> usize {
     batch.mask().iter().filter(|&&visible| visible != 0).count()
 }
@@ -206,10 +206,10 @@ pub extern "C" fn t5g_model_score(
         if output_attentions {
             model.inner.check_cross_attentions()?;
         }
-        let shown = call.shown();
+        let progress = call.progress();
         let found = call.run(|cancel| {
             let scored =
-                model.inner.score_with_progress(&batch, &targets, top_logprobs, &mut || shown.step(), cancel)?;
+                model.inner.score_with_progress(&batch, &targets, top_logprobs, &mut || progress.step(), cancel)?;
             let requested = |score: TargetScore| (score.logprobs, score.cross_attentions.filter(|_| output_attentions));
             Ok(scored.into_iter().map(requested).collect())
         })?;

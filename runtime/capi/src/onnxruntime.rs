@@ -1,4 +1,4 @@
-//! ONNX Runtime: where it is looked for beside this library, what it says, and what there is of it.
+//! ONNX Runtime: the search beside this library, its log messages, and a report.
 
 use std::collections::VecDeque;
 use std::ffi::{CStr, OsStr, c_char, c_void};
@@ -17,7 +17,7 @@ use crate::tokenizer::t5g_text;
 
 type Log = extern "C" fn(*mut c_void, i32, *const c_char);
 
-/// A caller's log: from which severity on, whereto, and for whom.
+/// The caller's log function.
 #[derive(Clone, Copy)]
 struct Listener {
     severity: Severity,
@@ -25,20 +25,21 @@ struct Listener {
     user: *mut c_void,
 }
 
-// SAFETY: the header says that the log is called from any thread.
+// SAFETY: the header says that the log function is called from any thread, so the caller promises that it and `user`
+// may be.
 unsafe impl Send for Listener {}
 // SAFETY: as above.
 unsafe impl Sync for Listener {}
 
 static LISTENER: RwLock<Option<Listener>> = RwLock::new(None);
 static RECENT: Mutex<VecDeque<String>> = Mutex::new(VecDeque::new());
-/// Messages that are kept.
+/// The number of messages that are kept.
 const KEPT: usize = 64;
 
 const SEVERITIES: [Severity; 5] =
     [Severity::Verbose, Severity::Info, Severity::Warning, Severity::Error, Severity::Fatal];
 
-/// What has to be known before ONNX Runtime is loaded.
+/// Registers the log function and the folder of this library, before ONNX Runtime is loaded.
 pub fn prepare() {
     static DONE: Once = Once::new();
     DONE.call_once(|| {
@@ -49,7 +50,7 @@ pub fn prepare() {
     });
 }
 
-/// Keeps a message and gives it to the caller's log.
+/// Keeps a message and passes it to the caller's log function.
 fn take(severity: Severity, message: &str) {
     if severity >= Severity::Warning {
         let mut recent = RECENT.lock().unwrap_or_else(PoisonError::into_inner);
@@ -66,10 +67,10 @@ fn take(severity: Severity, message: &str) {
     }
 }
 
-/// The folder of the file that this code was loaded from.
+/// The folder of the library that this code was loaded from.
 fn own_folder() -> Option<PathBuf> {
     use std::os::unix::ffi::OsStrExt;
-    // SAFETY: an all-zero Dl_info is one, and dladdr fills it in for an address of code.
+    // SAFETY: an all-zero Dl_info is valid, and dladdr fills it in for the address of a function.
     let name = unsafe {
         let mut found: libc::Dl_info = std::mem::zeroed();
         if libc::dladdr(own_folder as *const c_void, &mut found) == 0 || found.dli_fname.is_null() {
@@ -78,7 +79,7 @@ fn own_folder() -> Option<PathBuf> {
         CStr::from_ptr(found.dli_fname)
     };
     let path = Path::new(OsStr::from_bytes(name.to_bytes()));
-    // As it was found, and not where a link leads: ONNX Runtime is put beside what programs name.
+    // Without resolving links: ONNX Runtime is installed beside the path that programs use.
     std::path::absolute(path).ok()?.parent().map(Path::to_path_buf)
 }
 

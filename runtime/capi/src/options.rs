@@ -1,5 +1,4 @@
-//! Options as C gives them: typed fields and JSON, which become one JSON object for the runtime to check. What an option
-//! may be is said there and nowhere here.
+//! Options of the header: typed fields and JSON become one JSON object, which the runtime checks.
 
 use std::path::PathBuf;
 
@@ -22,7 +21,7 @@ pub struct t5g_open_options {
     json: Text,
 }
 
-// SAFETY: words, of which any are a value.
+// SAFETY: fields of 8 bytes of which any bytes are a valid value.
 unsafe impl Fields for t5g_open_options {
     const OLDEST: usize = 64;
 
@@ -40,34 +39,34 @@ unsafe impl Fields for t5g_open_options {
     }
 }
 
-/// A bound, which is not 0.
+/// A limit, which is not 0.
 fn bound(value: usize) -> Option<usize> {
     Some(value).filter(|&value| value > 0)
 }
 
-/// How a model is opened.
+/// Reads the options of opening a model.
 pub fn open_options(options: Record<t5g_open_options>) -> Result<OpenOptions, t5g_error> {
     let given = options.optional("options")?.unwrap_or_else(t5g_open_options::unset);
     let mut all = Given::of_json(given.json)?;
     all.text("library", given.library)?;
     all.text("provider", given.provider)?;
-    all.whole("device", given.device)?;
-    all.whole("threads", given.threads)?;
+    all.integer("device", given.device)?;
+    all.integer("threads", given.threads)?;
     all.flag("check_weights", given.check_weights)?;
-    all.whole("encoder_cache_bytes", given.encoder_cache_bytes)?;
+    all.integer("encoder_cache_bytes", given.encoder_cache_bytes)?;
 
     let mut options = OpenOptions::default();
     for (name, value) in all.options.into_iter().filter(|(_, value)| !value.is_null()) {
         let refused = |expected: &str| t5g_error::expected(t5g_code::Options, &name, expected, value.to_string());
-        let whole =
-            || value.as_u64().and_then(|value| usize::try_from(value).ok()).ok_or_else(|| refused("a whole number"));
+        let integer =
+            || value.as_u64().and_then(|value| usize::try_from(value).ok()).ok_or_else(|| refused("an integer"));
         match name.as_str() {
             "library" => options.library = Some(PathBuf::from(value.as_str().ok_or_else(|| refused("a path"))?)),
             "engines" => options.engines = Some(PathBuf::from(value.as_str().ok_or_else(|| refused("a path"))?)),
-            "max_sources" => options.limits.max_sources = bound(whole()?).ok_or_else(|| refused("at least 1"))?,
-            "max_tokens" => options.limits.max_tokens = bound(whole()?).ok_or_else(|| refused("at least 1"))?,
+            "max_sources" => options.limits.max_sources = bound(integer()?).ok_or_else(|| refused("at least 1"))?,
+            "max_tokens" => options.limits.max_tokens = bound(integer()?).ok_or_else(|| refused("at least 1"))?,
             "max_bytes" => {
-                options.limits.max_bytes = Some(bound(whole()?).ok_or_else(|| refused("at least 1"))?);
+                options.limits.max_bytes = Some(bound(integer()?).ok_or_else(|| refused("at least 1"))?);
             }
             "provider" => {
                 let known = Provider::ALL.into_iter().find(|provider| value == provider.name());
@@ -75,7 +74,7 @@ pub fn open_options(options: Record<t5g_open_options>) -> Result<OpenOptions, t5
                 options.provider.kind = known.ok_or_else(|| refused(&names))?;
             }
             "device" => {
-                let device = whole()?.try_into();
+                let device = integer()?.try_into();
                 options.provider.device = device.map_err(|_| refused("the number of a device"))?;
             }
             "provider_options" => {
@@ -83,19 +82,19 @@ pub fn open_options(options: Record<t5g_open_options>) -> Result<OpenOptions, t5
                 let text = |value: &Value| match value {
                     Value::String(text) => Ok(text.clone()),
                     Value::Number(number) => Ok(number.to_string()),
-                    _ => Err(refused("texts and numbers in an object")),
+                    _ => Err(refused("an object of texts and numbers")),
                 };
                 let given = given.iter().map(|(name, value)| Ok((name.clone(), text(value)?)));
                 options.provider.options = given.collect::<Result<_, t5g_error>>()?;
             }
-            "threads" => options.threads = Some(whole()?),
+            "threads" => options.threads = Some(integer()?),
             "check_weights" => options.check_weights = value.as_bool().ok_or_else(|| refused("true or false"))?,
-            "encoder_cache_bytes" => options.encoder_cache_bytes = whole()?,
+            "encoder_cache_bytes" => options.encoder_cache_bytes = integer()?,
             _ => {
                 return Err(t5g_error::expected(
                     t5g_code::Options,
                     &name,
-                    "the name of an option of opening",
+                    "the name of an option of t5g_open_options",
                     "an unknown name",
                 ));
             }
@@ -105,16 +104,16 @@ pub fn open_options(options: Record<t5g_open_options>) -> Result<OpenOptions, t5
     Ok(options)
 }
 
-/// Refuses a device that the provider does not have.
+/// Refuses a device other than 0 for a provider without devices.
 pub fn check_device(options: &OpenOptions, name: &str) -> Result<(), t5g_error> {
     let provider = &options.provider;
-    match provider.kind == Provider::Cpu && provider.device != 0 {
-        true => Err(t5g_error::expected(t5g_code::Options, name, "0 (there is one cpu)", provider.device.to_string())),
-        false => Ok(()),
+    if provider.kind == Provider::Cpu && provider.device != 0 {
+        return Err(t5g_error::expected(t5g_code::Options, name, "0 (there is one cpu)", provider.device.to_string()));
     }
+    Ok(())
 }
 
-/// Options by their names, each from one place.
+/// Options by name, each set in one place.
 struct Given {
     options: Map<String, Value>,
 }
@@ -136,7 +135,7 @@ impl Given {
         }
     }
 
-    fn whole(&mut self, name: &str, value: i64) -> Result<(), t5g_error> {
+    fn integer(&mut self, name: &str, value: i64) -> Result<(), t5g_error> {
         if value == UNSET { Ok(()) } else { self.put(name, value.into()) }
     }
 
@@ -251,7 +250,7 @@ pub struct t5g_generation_options {
     output_attentions: i64,
 }
 
-// SAFETY: words, of which any are a value.
+// SAFETY: fields of 8 bytes of which any bytes are a valid value.
 unsafe impl Fields for t5g_generation_options {
     const OLDEST: usize = 56 * 8;
 
@@ -321,7 +320,7 @@ unsafe impl Fields for t5g_generation_options {
     }
 }
 
-/// The options of a request by Hugging Face's names.
+/// Reads generation options by their Hugging Face names.
 pub fn generation_options(options: Record<t5g_generation_options>) -> Result<Map<String, Value>, t5g_error> {
     let Some(given) = options.optional("options")? else { return Ok(Map::new()) };
     let mut all = Given::of_json(given.json)?;
@@ -329,7 +328,7 @@ pub fn generation_options(options: Record<t5g_generation_options>) -> Result<Map
         ($($kind:ident: $($name:ident)*;)*) => { $($(all.$kind(stringify!($name), given.$name)?;)*)* };
     }
     take! {
-        whole: max_new_tokens max_length min_new_tokens min_length num_beams num_return_sequences seed top_k
+        integer: max_new_tokens max_length min_new_tokens min_length num_beams num_return_sequences seed top_k
             num_beam_groups no_repeat_ngram_size encoder_no_repeat_ngram_size top_logprobs prompt_lookup_num_tokens
             max_matching_ngram_size decoder_start_token_id bos_token_id pad_token_id forced_bos_token_id;
         flag: do_sample return_alternatives renormalize_logits remove_invalid_values output_logprobs output_attentions;

@@ -1,4 +1,4 @@
-//! Results: targets that were generated or scored, with what is known of each.
+//! Results: generated or scored targets.
 
 use std::ffi::c_char;
 use std::ptr;
@@ -31,7 +31,7 @@ pub struct t5g_hypothesis {
     cross_attentions: *const f32,
 }
 
-// SAFETY: words, of which any are a value.
+// SAFETY: fields of 8 bytes of which any bytes are a valid value.
 unsafe impl Fields for t5g_hypothesis {
     const OLDEST: usize = 88;
 
@@ -66,7 +66,7 @@ impl Object for t5g_result {
     const NAME: &'static str = "t5g_result";
 }
 
-/// A target, laid out as C reads it.
+/// A target in the layout of the header.
 struct Answer {
     tokens: Vec<i64>,
     finish_reason: Option<FinishReason>,
@@ -96,13 +96,13 @@ impl Answer {
 }
 
 impl t5g_result {
-    /// What was generated for each row; `seed` is what was sampled from.
+    /// The targets generated for each row; `seed` is the seed of sampling.
     pub fn new(model: Arc<Model>, rows: Vec<Vec<Hypothesis>>, seed: Option<u64>, source_tokens: usize) -> t5g_result {
         let rows = rows.into_iter().map(|row| row.into_iter().map(Answer::of).collect()).collect();
         t5g_result { model, rows, seed, source_tokens }
     }
 
-    /// Targets that were scored, one for each row.
+    /// Scored targets, one for each row.
     pub fn scored(
         model: Arc<Model>,
         targets: Vec<Vec<i64>>,

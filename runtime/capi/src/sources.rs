@@ -1,4 +1,4 @@
-//! Sources and targets as C gives them, as batches and rows of tokens.
+//! Sources and targets of the header, converted to batches and rows of token ids.
 
 use ndarray::Array3;
 use serde_json::Value;
@@ -33,7 +33,7 @@ pub struct t5g_sources {
     encoder_width: usize,
 }
 
-// SAFETY: words, of which any are a value.
+// SAFETY: fields of 8 bytes of which any bytes are a valid value.
 unsafe impl Fields for t5g_sources {
     const OLDEST: usize = 104;
 
@@ -77,7 +77,7 @@ pub struct t5g_targets {
     target_ids_size: usize,
 }
 
-// SAFETY: words, of which any are a value.
+// SAFETY: fields of 8 bytes of which any bytes are a valid value.
 unsafe impl Fields for t5g_targets {
     const OLDEST: usize = 48;
 
@@ -97,20 +97,20 @@ unsafe impl Fields for t5g_targets {
 }
 
 impl t5g_targets {
-    /// Whether what they attend to is asked for.
+    /// Whether cross-attention is requested.
     pub fn output_attentions(&self) -> Result<bool, t5g_error> {
         flag(self.output_attentions, "targets.output_attentions")?;
         Ok(self.output_attentions == 1)
     }
 }
 
-/// What of an opened model makes tokens of what callers give.
+/// A model, as far as reading sources needs it.
 pub struct Reader<'a> {
     pub tokenizer: &'a dyn Fn() -> Result<&'a Tokenizer, Error>,
-    /// What makes texts of conversations.
+    /// The chat template.
     pub chat: &'a dyn Fn() -> Result<&'a ChatTemplate, t5g_error>,
     pub pad_token_id: i64,
-    /// Of the encoder.
+    /// The width of the encoder's hidden states.
     pub hidden_size: usize,
 }
 
@@ -121,7 +121,7 @@ impl Tokenize for Reader<'_> {
 }
 
 impl Reader<'_> {
-    /// The sources as a batch, with everything that was given besides.
+    /// The sources as a batch, with decoder prompts and encoder outputs.
     pub fn batch(&self, sources: Record<t5g_sources>) -> Result<Batch, t5g_error> {
         let given = sources.get("sources")?;
         let texts = given.texts.optional(given.rows, "sources.texts")?;
@@ -187,7 +187,7 @@ impl Reader<'_> {
         };
         if !given.attention_mask.is_null() || given.length > 0 {
             let name = if given.length > 0 { "sources.length" } else { "sources.attention_mask" };
-            return Err(t5g_error::expected(t5g_code::Input, name, "nothing with lengths", "something"));
+            return Err(t5g_error::expected(t5g_code::Input, name, "0 or NULL with lengths", "another value"));
         }
         let of_size = (given.input_ids_size, "sources.input_ids_size");
         let rows = ragged(&given.input_ids, lengths, "sources.input_ids", of_size)?;
@@ -221,7 +221,7 @@ impl Reader<'_> {
         }
     }
 
-    /// The targets of `rows` sources; `end` goes behind texts.
+    /// The targets of `rows` sources; `end` is appended to texts.
     pub fn targets(
         &self,
         targets: Record<t5g_targets>,
@@ -267,14 +267,14 @@ fn sized<'a>(texts: &'a [Text], sizes: Array<usize>, name: &str, of_sizes: &str)
     texts.iter().zip(sizes).enumerate().map(text).collect()
 }
 
-/// Rows of their own lengths, one after the other; `size`, if the caller tells it, is of all together.
+/// Rows of different lengths, concatenated. The total is compared with `size`, if the caller has set it.
 fn ragged<'a>(
     ids: &'a Array<i64>,
     lengths: &[usize],
     name: &str,
     (size, of_size): (usize, &str),
 ) -> Result<Vec<&'a [i64]>, t5g_error> {
-    let too_long = || t5g_error::argument(name, "what fits into memory", "more");
+    let too_long = || t5g_error::argument(name, "a size that fits into memory", "more");
     let count = lengths.iter().try_fold(0usize, |sum, &length| sum.checked_add(length)).ok_or_else(too_long)?;
     same_size(of_size, size, count, "the sum of lengths")?;
     let mut rest = ids.get(count, name)?;
@@ -286,15 +286,15 @@ fn ragged<'a>(
     Ok(lengths.iter().map(row).collect())
 }
 
-/// Compares a size that the caller tells, 0 if it does not, with the one that belongs to it.
+/// Compares a size that the caller has set, 0 if not, with the expected one.
 fn same_size(name: &str, given: usize, expected: usize, what: &str) -> Result<(), t5g_error> {
-    match given == 0 || given == expected {
-        true => Ok(()),
-        false => Err(t5g_error::expected(t5g_code::Input, name, format!("{expected} ({what})"), given.to_string())),
+    if given == 0 || given == expected {
+        return Ok(());
     }
+    Err(t5g_error::expected(t5g_code::Input, name, format!("{expected} ({what})"), given.to_string()))
 }
 
 fn product(sizes: &[usize], name: &str) -> Result<usize, t5g_error> {
     let product = sizes.iter().try_fold(1usize, |product, &size| product.checked_mul(size));
-    product.ok_or_else(|| t5g_error::argument(name, "what fits into memory", format!("{sizes:?} elements")))
+    product.ok_or_else(|| t5g_error::argument(name, "a size that fits into memory", format!("{sizes:?} elements")))
 }

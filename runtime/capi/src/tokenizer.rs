@@ -1,4 +1,4 @@
-//! Texts and tokens that callers hold, the tokenizer, and text of tokens that come one by one.
+//! Texts and tokens that callers hold, tokenizers, and streaming decoders.
 
 use std::ffi::c_char;
 use std::path::Path;
@@ -11,7 +11,7 @@ use crate::error::{t5g_code, t5g_error};
 use crate::handle::{Handle, Object};
 use crate::input::{Array, Out, Text, flag};
 
-/// A `t5g_text`: with a zero behind it, which is none of it. Zeros within stay.
+/// A `t5g_text`: a text followed by a zero. The text itself may contain zeros.
 pub struct t5g_text(Vec<u8>);
 
 impl Object for t5g_text {
@@ -152,12 +152,12 @@ pub extern "C" fn t5g_tokenizer_free(tokenizer: Handle<t5g_tokenizer>) -> i32 {
 }
 
 /// A `t5g_stream`.
-pub struct t5g_stream(Mutex<Growing>);
+pub struct t5g_stream(Mutex<Decoding>);
 
-struct Growing {
+struct Decoding {
     stream: Option<TextStream>,
     special: SpecialTokens,
-    /// What was given last, which the caller may still read.
+    /// The last text, which the caller may still read.
     given: t5g_text,
     tokenizer: Tokenizer,
 }
@@ -166,8 +166,8 @@ impl Object for t5g_stream {
     const NAME: &'static str = "t5g_stream";
 }
 
-impl Growing {
-    /// The stream, begun if there is none.
+impl Decoding {
+    /// The stream, started if there is none.
     fn stream(&mut self) -> &mut TextStream {
         self.stream.get_or_insert_with(|| self.tokenizer.stream(self.special))
     }
@@ -187,13 +187,12 @@ impl Growing {
 }
 
 impl t5g_stream {
-    fn only(&self) -> Result<MutexGuard<'_, Growing>, t5g_error> {
+    fn lock(&self) -> Result<MutexGuard<'_, Decoding>, t5g_error> {
         match self.0.try_lock() {
-            Ok(growing) => Ok(growing),
+            Ok(decoding) => Ok(decoding),
             Err(TryLockError::Poisoned(poisoned)) => Ok(poisoned.into_inner()),
             Err(TryLockError::WouldBlock) => {
-                Err(t5g_error::new(t5g_code::Busy, "stream: another thread is using it; each needs its own")
-                    .at("stream"))
+                Err(t5g_error::new(t5g_code::Busy, "stream: another thread is using it").at("stream"))
             }
         }
     }
@@ -208,8 +207,8 @@ pub extern "C" fn t5g_stream_new(
     fallible(|| {
         let (place, tokenizer) = (stream.check("stream")?, tokenizer.get("tokenizer")?);
         let (special, tokenizer) = (special(keep_special)?, tokenizer.0.clone());
-        let growing = Growing { stream: None, special, given: t5g_text::new(String::new()), tokenizer };
-        place.put(Handle::new(t5g_stream(Mutex::new(growing))));
+        let decoding = Decoding { stream: None, special, given: t5g_text::new(String::new()), tokenizer };
+        place.put(Handle::new(t5g_stream(Mutex::new(decoding))));
         Ok(())
     })
 }
@@ -223,9 +222,9 @@ pub extern "C" fn t5g_stream_push(
 ) -> Handle<t5g_error> {
     fallible(|| {
         let (place, size, stream) = (text.check("text")?, size.optional("size")?, stream.get("stream")?);
-        let mut growing = stream.only()?;
-        let text = growing.stream().push(token)?;
-        growing.give(text, place, size);
+        let mut decoding = stream.lock()?;
+        let text = decoding.stream().push(token)?;
+        decoding.give(text, place, size);
         Ok(())
     })
 }
@@ -238,9 +237,9 @@ pub extern "C" fn t5g_stream_finish(
 ) -> Handle<t5g_error> {
     fallible(|| {
         let (place, size, stream) = (text.check("text")?, size.optional("size")?, stream.get("stream")?);
-        let mut growing = stream.only()?;
-        let text = growing.stream.take().map_or(Ok(String::new()), TextStream::finish)?;
-        growing.give(text, place, size);
+        let mut decoding = stream.lock()?;
+        let text = decoding.stream.take().map_or(Ok(String::new()), TextStream::finish)?;
+        decoding.give(text, place, size);
         Ok(())
     })
 }

@@ -6,16 +6,16 @@
     for row in model.generate(["Dr. Smith paid $3.50.", "It costs $20."], num_beams=4, max_new_tokens=64):
         print(row[0].text)
 
-Sources, targets and ids have the forms that t5gemma._forms lists. Generation options are Hugging Face's, as keyword arguments:
-numbers, texts, bools and lists of these, numpy's included. What each thing means is said in t5gemma.h, which lies in this
-package.
+t5gemma._forms lists the accepted forms of sources, targets and token ids. Generation options are keyword arguments with
+their Hugging Face names: numbers, strings, bools and lists of these, numpy's included. The header t5gemma.h in this
+package is the reference.
 
-Calls do not hold the interpreter's lock but in callbacks, which come on the thread that has made the call. Ctrl-C ends a
-call of the main thread's, and what a callback raises comes out of its call. `deadline` is in seconds from now: a call that is not
-done by then, or not begun, fails with T5G_ERROR_DEADLINE.
+Calls release the interpreter lock except in callbacks, which run on the calling thread. Ctrl-C ends a call of the main
+thread, and an exception raised by a callback is raised by its call. `deadline` is in seconds from now: a call that has
+not finished by then fails with T5G_ERROR_DEADLINE.
 
-A Model, an Encoder and a Tokenizer are opened anew where a copy or a pickle of them is made. The child of a fork can use those
-of its parent if no call and no engine was running when it forked; engines and requests it has to make itself.
+Copying or unpickling a Model, an Encoder or a Tokenizer opens it again. After a fork, the child can use those of its
+parent if no call and no engine was running at the fork; it has to make its own engines and requests.
 """
 
 from __future__ import annotations
@@ -47,6 +47,10 @@ __all__ = [
     "version",
 ]
 
+# Tracebacks and pickles name the public module.
+for _public in (Cancellation, Error, Hypothesis):
+    _public.__module__ = __name__
+
 
 def version() -> str:
     """The library's version."""
@@ -54,12 +58,12 @@ def version() -> str:
 
 
 def onnxruntime_report(library: str | os.PathLike[str] | None = None) -> dict[str, Any]:
-    """Where ONNX Runtime was looked for, and which is used."""
+    """Where ONNX Runtime was looked for, and which library is used."""
     return json.loads(take_text(C.t5g_onnxruntime_report, None if library is None else _forms.path("library", library)))
 
 
 def _open(cls: Any, path: str, options: dict[str, Any]) -> Any:
-    """Opens what was pickled or copied."""
+    """Opens an object that was pickled or copied."""
     return cls.open(path, **options)
 
 
@@ -83,7 +87,7 @@ class Tokenizer(Owner):
         return _open, (type(self), self._path, {})
 
     def encode(self, text: str, target: bool = False) -> np.ndarray:
-        """The tokens of a source, int64, or of a target: without any special tokens around it."""
+        """The token ids of a text, int64: of a source, with special tokens, or of a target, without."""
         data = _forms.utf8("text", text)
         tokens = call(C.t5g_tokenizer_encode, self._handle, data, len(data), _forms.flag("target", target))
         try:
@@ -92,12 +96,12 @@ class Tokenizer(Owner):
             C.t5g_tokens_free(tokens)
 
     def decode(self, tokens: Sequence[int] | np.ndarray, special: bool = False) -> str:
-        """The text of a row of tokens, without special tokens or with them."""
+        """The text of a row of token ids, with or without special tokens."""
         ids = _forms.row("tokens", tokens)
         return take_text(C.t5g_tokenizer_decode, self._handle, ids.ctypes.data, ids.size, _forms.flag("special", special))
 
     def token(self, token: int) -> str:
-        """The piece of the vocabulary that an id stands for; empty if there is none."""
+        """The vocabulary entry of a token id; empty if there is none."""
         return take_text(C.t5g_tokenizer_token, self._handle, _forms.whole("token", token))
 
 
@@ -105,7 +109,7 @@ O = TypeVar("O", bound="_Opened")
 
 
 class _Opened(Owner):
-    """What models and encoders have in common."""
+    """The common part of models and encoders."""
 
     _after_fork = "as it was"
 
@@ -124,7 +128,7 @@ class _Opened(Owner):
         check_weights: bool = False,
         **options: Any,
     ) -> O:
-        """Opens a model folder. `library` is ONNX Runtime's file; further options are those of t5g_open_options."""
+        """Opens a model folder. `library` is the file of ONNX Runtime; other options are those of t5g_open_options."""
         folder = _forms.path("path", path)
         if library is not None:
             options["library"] = _forms.path("library", library).decode()
@@ -143,12 +147,12 @@ class _Opened(Owner):
         return _open, (type(self), self._path, self._options)
 
     def describe(self) -> dict[str, Any]:
-        """What the model is: its task, sizes, special tokens, labels."""
+        """The task, sizes, special tokens and labels of the model."""
         return json.loads(take_text(getattr(C, f"t5g_{self._name}_describe"), self._handle))
 
     @property
     def _facts(self) -> dict[str, Any]:
-        """`describe`, asked for once."""
+        """The result of `describe`, cached."""
         if self._known is None:
             self._known = self.describe()
         return self._known
@@ -160,17 +164,17 @@ class _Opened(Owner):
 
 
 class Model(_Opened):
-    """An opened model, for any number of threads."""
+    """A model. Any number of threads may use it at once."""
 
     _name = "model"
 
     def warm_up(self, *, cancellation: Cancellation | None = None, deadline: float | None = None) -> None:
-        """Generates a few tokens of random sources of usual sizes, so that the first request is as fast as the next."""
+        """Generates a few tokens for sources of the usual shapes, so that the first request is as fast as the next."""
         handle = self._handle
         Call(cancellation, deadline).run(lambda how: call(C.t5g_model_warm_up, handle, how, out=False))
 
     def chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """A conversation as the text that the model continues, by the checkpoint's own template."""
+        """Formats a conversation with the checkpoint's chat template: the text that the model continues."""
         return take_text(C.t5g_model_chat, self._handle, messages_of("messages", messages))
 
     def generate(
@@ -190,13 +194,14 @@ class Model(_Opened):
     ) -> list[list[Hypothesis]]:
         """Generates targets: for each source its hypotheses, best first.
 
-        `attention_mask` is 0 where a token takes no part. `decoder_input_ids` or `decoder_text` are how targets begin: a row for
-        each source, all equally long, or one text for all. `encoder_outputs` are what `encode` gave for these sources,
-        [rows, length, hidden_size].
+        `attention_mask` is 0 where a token is padding. `decoder_input_ids` or `decoder_text` is the beginning of the
+        targets: a row for each source, all of one length, or one text for all. `encoder_outputs` is what `encode`
+        returned for these sources, [rows, length, hidden_size].
 
-        `on_piece` is given row, token (-1 with the last text of a row) and text as they become certain; False stops.
-        `logits_processor` is given the target so far and its next token's scores, which it changes in place.
-        `prefix_allowed_tokens_fn` is given row and target so far, and returns the ids that may follow.
+        `on_piece` receives row, token (-1 with the last text of a row) and text as they become final; returning False
+        stops. `logits_processor` receives the target so far and the scores of its next token, which it changes in
+        place. `prefix_allowed_tokens_fn` receives the row and its target so far, and returns the token ids that may
+        follow.
         """
         given = Given(self, sources, attention_mask, decoder_input_ids, decoder_text, encoder_outputs)
         wanted, handle = _options(options), self._handle
@@ -217,15 +222,16 @@ class Model(_Opened):
         prefix_allowed_tokens_fn: Callable[[int, np.ndarray], Sequence[int]] | None = None,
         **options: Any,
     ) -> Iterator[str]:
-        """Generates the target of one source and gives its text piece by piece; leaving the loop stops it.
+        """Generates the target of one source and yields its text piece by piece; leaving the loop stops the generation.
 
-        It begins with the loop, and goes on while the loop does other things: callbacks come on a thread of its own.
+        Generation starts with the loop and continues while the loop does other things. Callbacks run on a separate
+        thread.
         """
         if "on_piece" in options:
-            raise TypeError("on_piece: expected none, as the loop is given the pieces; found one (generate takes it)")
+            raise TypeError("on_piece: stream yields the pieces; generate takes a callback")
         given = Given(self, source, attention_mask, decoder_input_ids, decoder_text, encoder_outputs)
         if given.rows != 1:
-            raise ValueError(f"source: expected one, found {given.rows} (generate takes them, and on_piece tells them apart)")
+            raise ValueError(f"source: expected one, found {given.rows} (generate takes several, with on_piece)")
         wanted, handle = _options(options), self._handle
         show: list[Callable[[str], None]] = []
         piece = lambda row, token, text: show[0](text) if text else None  # noqa: E731
@@ -261,7 +267,7 @@ class Model(_Opened):
         cancellation: Cancellation | None = None,
         deadline: float | None = None,
     ) -> list[Hypothesis]:
-        """How likely targets are, one for each source; the end token is scored behind texts, but for `without_end`."""
+        """Scores targets, one for each source. The end token is scored after texts, unless `without_end`."""
         given, handle = Given(self, sources, attention_mask), self._handle
         flags = {"without_end": without_end, "output_attentions": output_attentions}
         wanted = ctypes.byref(given.targets(targets, **{name: _forms.flag(name, flag) for name, flag in flags.items()}))
@@ -286,7 +292,7 @@ class Model(_Opened):
 
 
 class Request(Owner):
-    """A request that an engine was given. Freeing it cancels it. Threads may share its result; its pieces are for one of them."""
+    """A request submitted to an engine. Freeing it cancels it. Threads may share its result; one may iterate over it."""
 
     _name = "request"
     _after_fork = "refused"
@@ -296,7 +302,7 @@ class Request(Owner):
         self._waiting = threading.Lock()
 
     def __iter__(self) -> Iterator[tuple[int, int, str]]:
-        """Row, token (-1 with the last text of a row) and text as they become certain."""
+        """Row, token (-1 with the last text of a row) and text as they become final."""
         event, kinds = filled("t5g_event"), C.constants
         while True:
             call(C.t5g_request_poll, self._handle, _calls.PATIENCE, ctypes.byref(event), out=False)
@@ -307,11 +313,11 @@ class Request(Owner):
                 return
 
     def cancel(self) -> None:
-        """Ends the request, from any thread."""
+        """Cancels the request. Any thread may call it."""
         call(C.t5g_request_cancel, self._handle, out=False)
 
     def result(self) -> list[list[Hypothesis]]:
-        """Waits for the end: what Model.generate returns."""
+        """Waits for the end and returns what Model.generate returns."""
         self._check()
         with self._waiting:
             for _ in self:
@@ -320,10 +326,11 @@ class Request(Owner):
 
 
 class Engine(Owner):
-    """Generates for many requests in one batch, for any number of threads.
+    """Generates for many requests in one batch. Any number of threads may submit requests.
 
-    `devices` are the numbers of the GPUs to compute on, each with a copy of the model: all take rows from one line. The model
-    itself is that on its own device; the others are opened as it was. Bounds of rows and bytes are for each.
+    `devices` are the numbers of the GPUs to compute on, each with a copy of the model, which share one queue. On its
+    own device, the model itself is used; copies are opened with its options. `max_rows` and `max_bytes` are limits for
+    each device.
     """
 
     _name = "engine"
@@ -350,7 +357,7 @@ class Engine(Owner):
             if not numbers.size:
                 raise ValueError("devices: expected at least one, found none")
             given.devices, given.device_count = numbers.ctypes.data, numbers.size
-        # What sources are read with is known also when the model is closed, which the engine outlives.
+        # Cached, because the engine reads sources with it and may outlive the model.
         self._model, of_model = model, model._handle
         _ = model._facts
         make = lambda: call(C.t5g_engine_new, of_model, ctypes.byref(given))  # noqa: E731
@@ -369,10 +376,10 @@ class Engine(Owner):
         deadline: float | None = None,
         **options: Any,
     ) -> Request:
-        """Submits sources, as Model.generate takes them; `deadline` counts from now, waiting included."""
+        """Submits sources in the forms of Model.generate. `deadline` counts from now, waiting included."""
         for name in ("on_piece", "logits_processor", "prefix_allowed_tokens_fn", "encoder_outputs"):
             if name in options:
-                raise TypeError(f"{name}: expected none, as an engine takes none; found one (Model.generate takes it)")
+                raise TypeError(f"{name}: an engine does not take it; Model.generate does")
         given = Given(self._model, sources, attention_mask, decoder_input_ids, decoder_text)
         way = filled(
             "t5g_call",
@@ -386,14 +393,14 @@ class Engine(Owner):
 
     @property
     def stats(self) -> dict[str, int]:
-        """What the engine has done and is doing, and its bounds."""
+        """Counts of the engine's finished and current work, and its limits."""
         counts = filled("t5g_engine_counts")
         call(C.t5g_engine_stats, self._handle, ctypes.byref(counts), out=False)
         return {name: getattr(counts, name) for name, _ in counts._fields_[1:]}
 
     @property
     def stats_of_copies(self) -> list[dict[str, int]]:
-        """The same with what each copy of the model has in flight and its steps."""
+        """The same for each copy of the model: its rows in flight and its steps."""
         counts = filled("t5g_engine_counts")
         copies = []
         for copy in range(self.stats["copies"]):
@@ -402,17 +409,17 @@ class Engine(Owner):
         return copies
 
     def drain(self) -> None:
-        """Takes no more requests, and waits until all that were taken have ended."""
+        """Accepts no more requests and waits until all accepted requests have ended."""
         handle = self._handle
         _calls.unstoppable(lambda: call(C.t5g_engine_drain, handle, out=False))
 
     def shutdown(self) -> None:
-        """Ends everything at once."""
+        """Cancels all requests and ends the engine."""
         call(C.t5g_engine_shutdown, self._handle, out=False)
 
 
 class Encoder(_Opened):
-    """An opened encoder or classifier, for any number of threads."""
+    """An encoder or classifier. Any number of threads may use it at once."""
 
     _name = "encoder"
 
@@ -456,9 +463,10 @@ class Encoder(_Opened):
         cancellation: Cancellation | None = None,
         deadline: float | None = None,
     ) -> np.ndarray:
-        """The scores of each source's labels, float32 [rows, labels], or of each token's, [rows, length, labels].
+        """The label scores of each source, float32 [rows, labels], or of each token, [rows, length, labels].
 
-        `function` makes scores of logits: "none", "sigmoid" or "softmax", or "default", as transformers' pipelines choose.
+        `function` is applied to the logits: "none", "sigmoid", "softmax", or "default", the choice of transformers'
+        pipelines.
         """
         given, way = Given(self, sources, attention_mask), Call(cancellation, deadline)
         kind = _forms.choice("function", function, ("default", "none", "sigmoid", "softmax"))

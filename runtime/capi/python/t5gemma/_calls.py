@@ -1,14 +1,14 @@
-"""Calls of the library that may take long: who stops them, which callbacks they are given, and on which thread they run.
+"""Library calls that may take long: their cancellation, their callbacks, and the thread on which they run.
 
 # Design
 
-Python runs signal handlers on its main thread, between two of its own instructions: never while that thread is in the library. A
-call of the main thread's is therefore made on a thread of this module's, for which the main thread waits such that signals are
-heard; if a handler raises, as that of Ctrl-C does, the call is cancelled, and the exception raised when it has ended. Callbacks
-run on the thread that has made the call all the same. Calls of other threads are made where they are.
+Python runs signal handlers on the main thread, between two bytecode instructions: never while that thread is in the
+library. A call of the main thread is therefore made on a worker thread, while the main thread waits in a way that lets
+signal handlers run. If a handler raises, as that of Ctrl-C does, the call is cancelled, and the exception is raised
+when the call has ended. Callbacks still run on the calling thread. Calls of other threads are made directly.
 
-A native thread must not come back into an interpreter that is ending. So everything that runs is known, and is stopped and
-waited for at exit.
+A native thread must not return into an interpreter that is shutting down. All running calls are therefore registered,
+and are stopped and waited for at exit.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from ._library import C, Error, Handle, Owner, call, callback, filled
 T = TypeVar("T")
 
 PATIENCE = 0.1
-"""Seconds after which a thread that waits looks around: for what comes without a signal, such as _thread.interrupt_main."""
+"""Seconds between two checks of a waiting thread for interruptions without a signal, such as _thread.interrupt_main."""
 
 PARTING = 5.0
-"""Seconds that the interpreter's end waits for calls that have been stopped; then for callbacks that have been interrupted."""
+"""Seconds that interpreter shutdown waits for stopped calls, and then again for interrupted callbacks."""
 
 _running: set[Call] = set()
 _ended = threading.Condition()
@@ -41,11 +41,11 @@ _idle: list[_Worker] = []
 _engines: weakref.WeakSet[Any] = weakref.WeakSet()
 _is_ending = False
 _has_threads = False
-"""Whether something was opened, of which ONNX Runtime has threads."""
+"""Whether a model was opened, so that ONNX Runtime has threads."""
 
 
 class Job:
-    """Work on another thread, and what that thread has to say meanwhile."""
+    """Work on another thread, and the messages of that thread."""
 
     def __init__(self, work: Callable[[], Any]) -> None:
         self._work = work
@@ -56,9 +56,9 @@ class Job:
         self.is_done = False
 
     def start(self) -> None:
-        """Begins on a thread that has nothing to do, or a new one."""
+        """Starts on an idle worker thread, or a new one."""
         if _is_ending:
-            raise RuntimeError("the interpreter is ending: no call begins on another thread")
+            raise RuntimeError("the interpreter is shutting down: no call can start on another thread")
         try:
             worker = _idle.pop()
         except IndexError:
@@ -67,7 +67,7 @@ class Job:
         worker.jobs.put(self)
 
     def start_aside(self) -> bool:
-        """Begins if signals are handled on this thread, and there can be another: not at the interpreter's end."""
+        """Starts if this is the main thread and threads can be started; returns whether it did."""
         if not is_main():
             return False
         try:
@@ -81,17 +81,17 @@ class Job:
             self._result = self._work()
         except BaseException as error:  # raised again by `result`
             self._error = error
-        del self._work  # What it refers to may be large.
+        del self._work  # Its references may hold large objects.
         _idle.append(worker)
         self.is_done = True
         self._inbox.put(None)
 
     def tell(self, what: Any) -> None:
-        """Gives something, not None, to who waits."""
+        """Sends a message, which is not None, to the waiting thread."""
         self._inbox.put(what)
 
     def next(self) -> Any:
-        """Waits for what is told next; None at the end."""
+        """Waits for the next message; None at the end."""
         while True:
             is_done = self.is_done
             try:
@@ -103,7 +103,7 @@ class Job:
     def result(self) -> Any:
         if not self.is_done:
             end_with_the_interpreter()
-            why = "it began before a fork, in the parent, or the interpreter is ending"
+            why = "it was started in the parent before a fork, or the interpreter is shutting down"
             raise Error(C.constants["T5G_ERROR_CLOSED"], f"the call has no result: {why}")
         error, self._error = self._error, None
         try:
@@ -115,7 +115,7 @@ class Job:
 
 
 class _Worker(threading.Thread):
-    """A thread that runs jobs. It ends with the process: between jobs it waits for nothing that an ending interpreter does."""
+    """A daemon thread that runs jobs. Between jobs it waits in a queue, which does not block interpreter shutdown."""
 
     def __init__(self) -> None:
         super().__init__(name="t5gemma-call", daemon=True)
@@ -131,7 +131,7 @@ def is_main() -> bool:
 
 
 def unstoppable(work: Callable[[], T]) -> T:
-    """Opens or ends something, which nothing can stop: if a signal's handler raises, it is left to itself."""
+    """Runs work that cannot be cancelled, such as opening a model; if a signal handler raises, it continues."""
     global _has_threads
     _has_threads = True
     job = Job(work)
@@ -143,13 +143,13 @@ def unstoppable(work: Callable[[], T]) -> T:
 
 
 class Cancellation(Owner):
-    """Stops the calls that it is given to, from any thread, once and for all."""
+    """Cancels the calls that it was passed to, from any thread. It cannot be reset."""
 
     _name = "cancellation"
 
     def __init__(self) -> None:
         super().__init__(Handle(call(C.t5g_cancellation_new), C.t5g_cancellation_free))
-        # An engine's requests are stopped by the library. Calls have a cancellation of their own each, for interruptions.
+        # The library stops requests of an engine. Every other call has a cancellation of its own, for interruptions.
         self._calls: set[Call] = set()
 
     def cancel(self) -> None:
@@ -163,7 +163,7 @@ class Cancellation(Owner):
 
 
 def checked(cancellation: Any) -> Cancellation:
-    """A Cancellation that is open and has not been used."""
+    """Checks that a cancellation is open and has not been used."""
     if not isinstance(cancellation, Cancellation):
         raise TypeError(f"cancellation: expected a Cancellation, found {_forms.shown(cancellation)}")
     if cancellation.is_cancelled:
@@ -172,7 +172,7 @@ def checked(cancellation: Any) -> Cancellation:
 
 
 class Call:
-    """A t5g_call, and the exception that one of its callbacks, or who waits for it, has raised."""
+    """A t5g_call, and the exception raised by one of its callbacks or by the waiting thread."""
 
     def __init__(
         self,
@@ -205,7 +205,7 @@ class Call:
             self._allow_tokens(prefix_allowed_tokens_fn)
 
     def run(self, work: Callable[[Any], T]) -> T:
-        """Does work that is given the t5g_call, and can be interrupted if this is the main thread."""
+        """Runs work with the t5g_call; on the main thread it can be interrupted."""
         job = self._job = Job(lambda: self._do(work))
         try:
             self._begin()
@@ -223,25 +223,25 @@ class Call:
                     asked()
                 return self._ended_well(job.result)
             except BaseException as error:
-                # A second interruption leaves the call to itself.
+                # A second interruption abandons the call.
                 if self._raised is not None or job.is_done:
                     raise
                 self._fail(error)
 
     def run_here(self, work: Callable[[Any], T]) -> T:
-        """Does the work on this thread."""
+        """Runs the work on this thread."""
         self._begin()
         return self._ended_well(lambda: self._do(work))
 
     def stop(self) -> None:
-        """Ends the call as cancelled, from any thread, if it runs."""
+        """Cancels the call if it is running. Any thread may call it."""
         own = self._own
         if own is None or own.number is None:
             return
         try:
             call(C.t5g_cancellation_cancel, own.number, out=False)
         except Error:
-            pass  # It has ended.
+            pass  # The call has ended.
 
     def _begin(self) -> None:
         own = self._own = Handle(call(C.t5g_cancellation_new), C.t5g_cancellation_free)
@@ -285,7 +285,7 @@ class Call:
         finally:
             del raised
 
-    # Callbacks. Each is asked on the thread that has made the call, and nothing is asked once something has been raised.
+    # Callbacks run on the calling thread. After an exception, none is called any more.
 
     def _fail(self, error: BaseException) -> None:
         self._raised = error
@@ -307,7 +307,7 @@ class Call:
             return None
         try:
             return work()
-        except BaseException as error:  # raised again by the call that this belongs to
+        except BaseException as error:  # raised again by the call
             self._fail(error)
             return None
 
@@ -335,7 +335,7 @@ class Call:
         def change(_: int, pointer: int, scores: int, count: int) -> None:
             place = position.from_address(pointer)
             target = copied(place.target, (place.target_length,), np.int64)
-            # The library's own are gone when this returns, and whoever keeps an array may look at it later.
+            # Copied, because the library's memory is invalid after this returns and the caller may keep the array.
             seen = copied(scores, (count,), np.float32)
 
             def work() -> bool:
@@ -355,7 +355,7 @@ class Call:
             target = copied(pointer, (length,), np.int64)
             work = lambda: _forms.row("prefix_allowed_tokens_fn", prefix_allowed_tokens_fn(row, target))  # noqa: E731
             tokens = self._asked(work)
-            # They have to live until this is called again.
+            # They have to stay alive until the next call.
             self._allowed = np.empty(0, np.int64) if tokens is None else tokens
             ctypes.c_void_p.from_address(allowed).value = self._allowed.ctypes.data
             return self._allowed.size
@@ -364,7 +364,7 @@ class Call:
 
 
 def seconds_left(deadline: float | None) -> float:
-    """A deadline as the library takes it: 0 is none, and less one that has passed."""
+    """A deadline as the library takes it: 0 is none, a negative number has passed."""
     if deadline is None:
         return 0.0
     left = _forms.seconds("deadline", deadline)
@@ -372,24 +372,24 @@ def seconds_left(deadline: float | None) -> float:
 
 
 def copied(pointer: int | None, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An array of numbers of the library's."""
+    """A copy of an array of the library."""
     array = np.empty(shape, dtype)
     if array.size:
         ctypes.memmove(array.ctypes.data, pointer, array.nbytes)
     return array
 
 
-# The interpreter's end, and forks
+# Interpreter shutdown and forks
 
 
 def end_with_the_interpreter() -> None:
-    """Ends this thread, without a word as Python ends daemon threads, if the interpreter is ending on another."""
+    """Ends this thread silently, as Python ends daemon threads, if another thread is shutting the interpreter down."""
     if _is_ending and not is_main():
         raise SystemExit
 
 
 def shut_down_at_the_end(engine: Any) -> None:
-    """Has an engine shut down before the interpreter ends."""
+    """Registers an engine to be shut down before the interpreter ends."""
     _engines.add(engine)
 
 
@@ -405,9 +405,9 @@ def _part() -> None:
         try:
             engine.shutdown()
         except Error:
-            pass  # It is closed.
+            pass  # The engine is closed.
     _wait_for_calls()
-    # What is left is in callbacks that do not come to an end.
+    # The calls that are left are in callbacks that do not return.
     for one in list(_running):
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(one.thread), ctypes.py_object(SystemExit))
     _wait_for_calls()
@@ -421,15 +421,15 @@ def _wait_for_calls() -> None:
 
 
 def _forget() -> None:
-    """In the child of a fork, which has none of the parent's threads."""
+    """Resets the state in the child of a fork, which has none of the parent's threads."""
     global _ended
     _ended = threading.Condition()
     Handle.age += bool(_running or _engines)
     _running.clear()
     _idle.clear()
     _engines.clear()
-    # At the child's end ONNX Runtime's destructors would wait for ever for threads that are in the parent, so they are left
-    # out. Python's own streams are written by then; C's are closed here. Handlers run in reverse order.
+    # When the child exits, ONNX Runtime's destructors would wait forever for threads of the parent, so they are
+    # skipped. Python's own streams are flushed by then; C's are closed here. Handlers run in reverse order.
     if _has_threads and all(hasattr(_libc, name) for name in ("on_exit", "__cxa_atexit", "fcloseall")):
         _libc.on_exit(ctypes.cast(_libc._exit, ctypes.c_void_p), None)
         _libc.__cxa_atexit(ctypes.cast(_libc.fcloseall, ctypes.c_void_p), None, None)

@@ -1,19 +1,19 @@
-"""The forms in which values may be given, told apart in one place for every function that takes them.
+"""The accepted forms of arguments, recognized in one place for every function.
 
 Texts and token ids (`sources`, `targets`, `decoder_text`, `decoder_input_ids`, `tokens`), as in the lines of
 `t5gemma generate --jsonl`:
 
     "a text"                              one row
-    ["a text", "another"]                 a row each
+    ["a text", "another"]                 one row each
     [5, 6, 7]                             one row of token ids
-    [[5, 6, 7], [8]]                      a row each, of any lengths
+    [[5, 6, 7], [8]]                      one row each, of any lengths
     np.array([5, 6, 7])                   one row
-    np.array([[5, 6], [7, 8]])            a row each
-    [{"role": "user", "content": "..."}]  one row, of a conversation (`sources` only)
+    np.array([[5, 6], [7, 8]])            one row each
+    [{"role": "user", "content": "..."}]  one row: a conversation (`sources` only)
 
-A list may be any sequence. An array may have any integer type, byte order and strides, and may be whatever numpy reads as such
-an array. `attention_mask` has the form of the ids that it belongs to, and may be bool. Everything else is refused: a TypeError
-names an argument of another kind, a ValueError what is wrong inside of one.
+A list may be any sequence. An array may have any integer type, byte order and strides, and may be any object that numpy
+converts to such an array. `attention_mask` has the form of its ids, and may be bool. Everything else is refused: a
+TypeError names an argument of the wrong type, a ValueError a wrong element or size.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ INT64 = np.iinfo(np.int64)
 
 
 class Elements(NamedTuple):
-    """What rows are of: in words, and as the kinds of numpy's types."""
+    """The elements of rows: their description, and the kinds of numpy types."""
 
     one: str
     many: str
@@ -43,11 +43,11 @@ IDS = Elements("a token id", "token ids", "iu")
 MASK = Elements("0 or 1", "zeros and ones", "iub")
 
 Rows = Union[np.ndarray, "list[np.ndarray]"]
-"""int64: [rows, length], or a row each."""
+"""int64: [rows, length], or a list of rows."""
 
 
 def shown(value: Any) -> str:
-    """A value in a message: itself if it is short, else its type."""
+    """A value for a message: itself if it is short, else its type."""
     if value is None or isinstance(value, (bool, int, float, str, np.generic)):
         text = repr(value)
         return text if len(text) <= 60 else f"{text[:60]}..."
@@ -57,12 +57,12 @@ def shown(value: Any) -> str:
 
 
 def is_list(value: Any) -> bool:
-    """Whether it is a sequence, and no text, bytes or array."""
+    """Whether the value is a sequence, but not a string, bytes or an array."""
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray, memoryview, array.array))
 
 
 def is_array(value: Any) -> bool:
-    """Whether numpy reads it as an array of at least one dimension."""
+    """Whether numpy converts the value to an array of at least one dimension."""
     if isinstance(value, (array.array, np.ndarray)):
         return isinstance(value, array.array) or value.ndim > 0
     is_one = hasattr(value, "__array__") or hasattr(value, "__array_interface__")
@@ -77,7 +77,7 @@ def is_bool(value: Any) -> bool:
 
 
 def utf8(name: str, text: Any) -> bytes:
-    """A text as the library takes it."""
+    """A string as UTF-8."""
     if not isinstance(text, str):
         remedy = " (decode it first)" if isinstance(text, (bytes, bytearray)) else ""
         raise TypeError(f"{name}: expected a text, found {shown(text)}{remedy}")
@@ -89,7 +89,7 @@ def utf8(name: str, text: Any) -> bytes:
 
 
 def path(name: str, value: Any) -> bytes:
-    """A path as the library takes it."""
+    """A path as UTF-8."""
     try:
         text = os.fspath(value)
     except TypeError:
@@ -119,7 +119,7 @@ def texts(name: str, value: Any) -> list[bytes]:
 
 
 def integer(value: Any) -> int | None:
-    """What is an integer by itself: of Python's, numpy's or another kind, and no bool."""
+    """The value as an int if it is an integer of Python, numpy or another library, but not a bool."""
     try:
         return None if is_bool(value) else operator.index(value)
     except TypeError:
@@ -145,14 +145,14 @@ def flag(name: str, value: Any) -> int:
 
 
 def choice(name: str, value: Any, names: Sequence[str]) -> int:
-    """The place of one of several names."""
+    """The index of a name."""
     if not isinstance(value, str) or value not in names:
         raise ValueError(f"{name}: expected one of {', '.join(names)}, found {shown(value)}")
     return names.index(value)
 
 
 def seconds(name: str, value: Any) -> float:
-    """A time from now, which may lie in the past; never is an infinity."""
+    """Seconds from now; negative if the time has passed, infinite for no limit."""
     if is_bool(value) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected seconds from now as a number, or None, found {shown(value)}")
     try:
@@ -206,7 +206,7 @@ def rows(name: str, value: Any, elements: Elements = IDS) -> Rows:
 
 
 def lengths(found: Rows) -> list[int]:
-    """How long each row is."""
+    """The length of each row."""
     return [found.shape[1]] * found.shape[0] if isinstance(found, np.ndarray) else [row.size for row in found]
 
 
@@ -231,15 +231,15 @@ def _array(name: str, value: Any, elements: Elements) -> np.ndarray:
 
 def _read(name: str, value: Any) -> np.ndarray:
     if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
-        raise ValueError(f"{name}: expected an array without masked elements, found some (.filled() and a mask say the same)")
+        raise ValueError(f"{name}: expected an array without masked elements, found some (use .filled() and attention_mask)")
     try:
         return np.asarray(value)
-    except Exception as error:  # whatever the object's own conversion raises
-        raise ValueError(f"{name}: expected what numpy reads as an array, found {type(value).__name__}: {error}") from error
+    except Exception as error:  # any exception of the object's own conversion
+        raise ValueError(f"{name}: expected an object that numpy converts to an array, found {type(value).__name__}: {error}") from error
 
 
 def states(name: str, value: Any, shape: tuple[int, int, int]) -> np.ndarray:
-    """Floating point numbers of a shape, as float32."""
+    """Floating-point numbers of the given shape, as float32."""
     if not is_array(value):
         raise TypeError(f"{name}: expected an array of float32, found {shown(value)}")
     found = _read(name, value)
@@ -254,7 +254,7 @@ def states(name: str, value: Any, shape: tuple[int, int, int]) -> np.ndarray:
 
 
 def plain(name: str, value: Any) -> Any:
-    """A value as JSON has it: None, bool, number, text, and lists and objects of these."""
+    """A value as JSON: None, bool, number, string, and lists and objects of these."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, np.bool_):
@@ -275,7 +275,7 @@ def plain(name: str, value: Any) -> Any:
             raise TypeError(f"{name}: expected an array of numbers, found {found.dtype}")
         return plain(name, found.tolist())
     if isinstance(value, Mapping):
-        # sequence_bias, as transformers takes it: JSON has no keys that are lists.
+        # sequence_bias in the form of transformers: JSON objects cannot have lists as keys.
         if value and all(isinstance(key, tuple) for key in value):
             return [[plain(name, key), plain(f"{name}[{key}]", bias)] for key, bias in value.items()]
         for key in value:

@@ -1,5 +1,5 @@
-"""libt5gemma through ctypes, as t5gemma.h declares it: the header lies in the package and is read, so that nothing of it is
-spelled twice. Functions of a ctypes.CDLL give the interpreter's lock away while they run."""
+"""libt5gemma through ctypes. The declarations are parsed from t5gemma.h in this package, so none is written twice.
+Functions of a ctypes.CDLL release the interpreter lock while they run."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ NUMBERS = {
 
 
 class Error(Exception):
-    """A failure of the library: `code` is one of T5G_ERROR_…, `field` the argument or option at fault."""
+    """An error of the library: `code` is one of T5G_ERROR_…, `field` the argument or option at fault."""
 
     def __init__(self, code: int, message: str, field: str | None = None) -> None:
         super().__init__(message)
         self.code, self.field = code, field
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # An exception is made of its args by default, of which there is one.
+        # By default an exception is made from its args, which hold the message only.
         return type(self), (self.code, str(self), self.field), self.__dict__
 
 
@@ -48,7 +48,7 @@ def of_type(declared: str, returned: bool = False) -> Any:
 
 
 class Header:
-    """What t5gemma.h declares, and the library that it declares."""
+    """The declarations of t5gemma.h, and the library."""
 
     def __init__(self) -> None:
         text = (HERE / "t5gemma.h").read_text(encoding="utf-8")
@@ -62,7 +62,7 @@ class Header:
         self._library = ctypes.CDLL(str(library_file()))
         for returned, name, arguments in re.findall(r"^([\w ]+[ *]+)(t5g_\w+)\(([^()]*)\);", text, flags=re.M):
             function = getattr(self._library, name)
-            # A text that may hold zeros is read by its size.
+            # A text may contain zeros and is read by its size.
             function.restype = ctypes.c_void_p if name == "t5g_text_data" else of_type(returned, returned=True)
             given = [] if arguments == "void" else arguments.split(",")
             function.argtypes = [self._argument(argument.strip()) for argument in given]
@@ -91,7 +91,7 @@ class Header:
 
 
 def library_file() -> Path:
-    """T5GEMMA_LIBRARY, or the file in the package."""
+    """The file named by T5GEMMA_LIBRARY, or the one in the package."""
     named = os.environ.get("T5GEMMA_LIBRARY")
     if named:
         return Path(named)
@@ -102,7 +102,7 @@ def library_file() -> Path:
 
 
 def use_installed_onnxruntime() -> None:
-    """Has the library of the package `onnxruntime` used where none is named and none lies beside libt5gemma."""
+    """Selects the library of the package `onnxruntime` if none is named and none is beside libt5gemma."""
     if os.environ.get("ORT_DYLIB_PATH") or list(library_file().resolve().parent.glob("libonnxruntime.*")):
         return
     found = importlib.util.find_spec("onnxruntime")
@@ -119,7 +119,7 @@ if C.t5g_abi_version() >> 16 != C.constants["T5G_ABI_MAJOR"]:
 
 
 def filled(struct: str, **fields: Any) -> ctypes.Structure:
-    """A struct with its size and the fields given; the others are not given."""
+    """A struct with its size and the given fields; the others are unset."""
     made = C.structs[struct]()
     is_options = struct in ("t5g_open_options", "t5g_generation_options", "t5g_engine_options")
     for name, kind in made._fields_:
@@ -134,15 +134,15 @@ def filled(struct: str, **fields: Any) -> ctypes.Structure:
 
 
 class Handle:
-    """A handle, which is freed once: when told to, or when nothing refers to it any more.
+    """A handle, which is freed once: explicitly, or when nothing refers to it any more.
 
-    In the child of a fork it is left alone: freeing waits for threads, which are in the parent.
+    In the child of a fork it is not freed, because freeing waits for threads of the parent.
     """
 
     __slots__ = ("_age", "_free", "_process", "number")
     age = 0
-    """Forks so far during which the library was in use, so that the child has locks that nobody opens."""
-    # Of the class, because a module's names may be gone when the interpreter ends.
+    """Number of forks while the library was in use, so that locks may be held forever in the child."""
+    # In the class, because module globals may be gone during interpreter shutdown.
     _of_now = staticmethod(os.getpid)
 
     def __init__(self, number: int, free: Callable[[int], Any]) -> None:
@@ -167,12 +167,12 @@ class Handle:
 
 
 class Owner:
-    """An object of the library's, which is freed when it is closed or nothing refers to it any more."""
+    """An object of the library, freed when it is closed or when nothing refers to it any more."""
 
     _name: str
-    """What arguments of its kind are called."""
+    """The name of arguments of this type."""
     _after_fork = "good"
-    """What it is in the child of a fork: good, refused, or as it was, which is good if the library was not in use."""
+    """Use in the child of a fork: good, refused, or as it was, which is good if the library was not in use."""
     _held: Handle | None = None
 
     def __init__(self, handle: Handle) -> None:
@@ -183,20 +183,20 @@ class Owner:
         if self._held is None or self._held.number is None:
             found = "is closed"
         elif self._after_fork == "refused" and not self._held.is_of_this_process:
-            found = "is from before a fork, and its threads are in the parent: make one in the child"
+            found = "was made before a fork, and its threads are in the parent: make one in the child"
         elif self._after_fork == "as it was" and self._held.is_locked:
-            found = "was in use in the parent when that forked: make one in the child"
+            found = "was in use in the parent at the fork: make one in the child"
         else:
             return self._held.number
         message = f"{self._name}: this {type(self).__name__} {found}"
         raise Error(C.constants["T5G_ERROR_HANDLE"], message, self._name)
 
     def _check(self) -> None:
-        """Fails unless it can be used here."""
+        """Raises an error unless the object can be used here."""
         _ = self._handle
 
     def close(self) -> None:
-        """Frees the object now; calls that are under way end well. What is closed already stays so."""
+        """Frees the object; running calls finish normally. Closing twice is allowed."""
         if self._held is not None:
             self._held.free()
 
@@ -209,7 +209,7 @@ class Owner:
 
     def __reduce__(self) -> Any:
         kind = type(self).__name__
-        raise TypeError(f"cannot copy or pickle {kind}: it belongs to the process that has made it")
+        raise TypeError(f"cannot copy or pickle {kind}: it belongs to the process that made it")
 
 
 def callback(struct: str, field: str) -> Callable[[Callable[..., Any]], Any]:
@@ -218,7 +218,7 @@ def callback(struct: str, field: str) -> Callable[[Callable[..., Any]], Any]:
 
 
 def call(function: Any, *arguments: Any, out: bool = True) -> Any:
-    """Calls a function that may fail, and returns the handle that it gives as its last argument."""
+    """Calls a fallible function and returns the handle in its last, output argument."""
     given = ctypes.c_void_p()
     error = function(*arguments, *([ctypes.byref(given)] if out else []))
     if error:
@@ -230,7 +230,7 @@ def call(function: Any, *arguments: Any, out: bool = True) -> Any:
 
 
 def take_text(function: Any, *arguments: Any) -> str:
-    """The text that a function gives."""
+    """Returns the text that a function outputs."""
     text = call(function, *arguments)
     try:
         return ctypes.string_at(C.t5g_text_data(text), C.t5g_text_size(text)).decode()

@@ -1,4 +1,4 @@
-"""What the library answers, copied into Python's and numpy's own objects."""
+"""Results of the library, copied into Python and numpy objects."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ class Hypothesis:
     """[tokens, top_logprobs], best first."""
     top_logprobs: np.ndarray | None
     cross_attentions: np.ndarray | None
-    """float32 [tokens, source tokens], with output_attentions: how much each token attended to each of the source."""
+    """float32 [tokens, source tokens], with output_attentions: the attention of each token to each source token."""
 
 
 def result(handle: int) -> Handle:
-    """A result, which is freed also if nobody is left to take it."""
+    """A result, which is freed even if nothing takes it."""
     return Handle(handle, C.t5g_result_free)
 
 
 def taken(given: Handle) -> list[list[Hypothesis]]:
-    """A result's hypotheses, copied; the result is freed."""
+    """The hypotheses of a result, copied; the result is freed."""
     try:
         rows = range(C.t5g_result_rows(given.number))
         return [[_hypothesis(given.number, row, at) for at in range(C.t5g_result_count(given.number, row))] for row in rows]
@@ -80,7 +80,7 @@ def _hypothesis(result: int, row: int, index: int) -> Hypothesis:
 
 
 def states(compute: Callable[[Any], Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Asks for the sizes, then for the numbers, which are written into arrays."""
+    """Queries the sizes, then computes into arrays of these sizes."""
     found = filled("t5g_states")
     compute(ctypes.byref(found))
     values = np.empty((found.rows, found.length, found.width), np.float32)

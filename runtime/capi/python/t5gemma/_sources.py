@@ -1,4 +1,4 @@
-"""Sources and targets as t5gemma.h takes them: every size that C does not see is compared here."""
+"""Sources and targets as structs of t5gemma.h; sizes that C cannot check are checked here."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Targets = Union[str, Sequence[str], Ids]
 
 
 class Given:
-    """A t5g_sources, with what it points to."""
+    """A t5g_sources, and the memory that it points to."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class Given:
             ids = ids or [opened.tokenizer.encode(opened.chat(sources), target=True)]
             texts = messages = None
         if attention_mask is not None and not (is_array(sources) or is_list(sources) and ids is not None):
-            raise ValueError("attention_mask: expected none, which goes with token ids only, found one")
+            raise ValueError("attention_mask requires token ids as sources")
         if attention_mask is not None:
             ids, mask = _masked(ids, attention_mask, opened)
             self._given.attention_mask, self._given.attention_mask_size = self._kept(mask).ctypes.data, mask.size

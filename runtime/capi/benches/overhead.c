@@ -1,6 +1,7 @@
-/* What the door costs: overhead MODEL. A call that is refused just before the model would run has gone through everything
- * that the door does with sources and options; reading a result, with its text, is the rest of a call; making text of a token,
- * by a call of its own, is more than streaming adds to a step. Each is the least of many runs. */
+/* The overhead of the C library: overhead MODEL. Measures a call that is refused just before the model would run, which has
+ * converted sources and options; reading a result with its text, which is the rest of a call; and decoding a token by a call of its
+ * own, which is more than streaming adds to a step. Each time is the minimum of many runs, and has to be below a hundredth of the
+ * model's. */
 #define _POSIX_C_SOURCE 200809L
 #include <time.h>
 
