@@ -185,8 +185,8 @@ impl TopKHead {
         if self.for_single_pass(call).is_some() {
             return true;
         }
-        let Some(TopK { k, log_sum_exp }) = self.for_two_passes(call) else { return false };
-        let Some(pass) = CoarsePass::candidates(call.w, call.shape.rows, k, log_sum_exp).first() else { return false };
+        let Some(top_k) = self.for_two_passes(call) else { return false };
+        let Some(pass) = CoarsePass::candidates(call.w, call.shape.rows, top_k).first() else { return false };
         let prepared = self.prepared.try_lock();
         prepared.is_ok_and(|prepared| {
             matches!(prepared.get(&WeightsKey::of(call.w, pass.weights())), Some(Preparation::Ready(_)))
@@ -231,16 +231,16 @@ impl TopKHead {
     /// Computes `y [rows, n] = x · wᵀ` as far as is requested, and returns whether it did: otherwise all of it has to
     /// be computed.
     pub fn multiply(&self, call: HeadCall, scratch: &mut Scratch, y: &mut [f32]) -> Result<bool, Error> {
-        let Some(TopK { k, log_sum_exp }) = self.for_two_passes(call) else { return Ok(false) };
+        let Some(top_k) = self.for_two_passes(call) else { return Ok(false) };
         if self.for_single_pass(call).is_some() {
             return Ok(false);
         }
-        for &pass in CoarsePass::candidates(call.w, call.shape.rows, k, log_sum_exp) {
+        for &pass in CoarsePass::candidates(call.w, call.shape.rows, top_k) {
             let Some(prepared) = self.prepared(call, pass.weights())? else { return Ok(false) };
             if pass == CoarsePass::Int4 && prepared.int4_misses() >= MOST_INT4_MISSES {
                 continue;
             }
-            let two_pass = TwoPass { token: self.token, prepared: &prepared, pass, k, factor: self.factor };
+            let two_pass = TwoPass { token: self.token, prepared: &prepared, pass, k: top_k.k, factor: self.factor };
             if two_pass.multiply(call, scratch, y)? {
                 return Ok(true);
             }
@@ -439,7 +439,9 @@ mod tests {
             let of = |codes, scales, bits| Weights { codes, scales, zero_points: None, k, bits, block_size: k };
             let (int8, int4) = (of(&codes, &scales, 8), of(&pairs, &int4_scales, 4));
             for w in [HeadWeights::Float(&w), HeadWeights::Quantized(&int8), HeadWeights::Quantized(&int4)] {
-                let is_supported = !CoarsePass::candidates(w, rows, w.least_for_log_sum_exp(), true).is_empty();
+                let is_supported =
+                    !CoarsePass::candidates(w, rows, TopK { k: w.least_for_log_sum_exp(), log_sum_exp: true })
+                        .is_empty();
                 let (head, mut scratch) = (two_pass_head(n, factor), Scratch::default());
                 let mut y = vec![f32::NAN; rows * n];
                 for is_prepared in [false, true] {
@@ -499,7 +501,8 @@ mod tests {
                     assert_eq!(top_of(y, count), top_of(exact, count), "{case}");
                     assert!(exact.iter().zip(y).filter(|(a, b)| a != b).count() > n / 2, "{case}: mostly coarse");
                     // What the proof rests on: no result is further off than is held to be possible.
-                    let pass_weights = CoarsePass::candidates(w, rows, count, false)[0].weights();
+                    let pass_weights =
+                        CoarsePass::candidates(w, rows, TopK { k: count, log_sum_exp: false })[0].weights();
                     let prepared =
                         head.prepared(call(&x, w, shape, count), pass_weights).ok().flatten().expect("it was prepared");
                     let norm = x[row * k..][..k].iter().map(|x| x * x).sum::<f32>().sqrt();

@@ -5,6 +5,7 @@ mod attention;
 mod elementwise;
 mod matmul;
 
+use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
@@ -39,6 +40,12 @@ pub struct Kernels {
     reads_source: ReadsSource,
     #[cfg(target_arch = "x86_64")]
     head: Option<Arc<TopKHead>>,
+}
+
+impl fmt::Debug for Kernels {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Kernels").field("softcap", &self.softcap).finish_non_exhaustive()
+    }
 }
 
 impl Kernels {
@@ -162,26 +169,26 @@ const MICROSOFT: &str = "com.microsoft";
 /// Names of operators by domain.
 type Names = &'static [(&'static str, &'static [&'static str])];
 
-/// The operators that are registered on this machine.
-fn registered() -> Names {
-    faster_operators(level(), onnxruntime_has_vector_kernels())
-}
-
-/// The operators that kernels of this level compute faster than ONNX Runtime's, where these have vector kernels or not.
+/// The operators that are registered on this machine: those that are faster than ONNX Runtime's.
 ///
 /// Measured with size s-s: against vector kernels, portable quantized multiplications take 5 to 15 times as long, and
 /// the other operators up to twice. Against portable ones (emulated, without AVX), quantized multiplications take 0.3
 /// to 0.8 times as long and attention 0.6, while `Gelu` takes longer; there is no portable multiplication in float32.
-fn faster_operators(level: Level, against_vectors: bool) -> Names {
-    match (level, against_vectors) {
-        (Level::Generic, true) => &[],
-        (Level::Generic, false) => &[("", &["Attention"]), (MICROSOFT, &["MatMulNBits"])],
-        _ => &[
-            ("", &["Attention", "Gelu", "Tanh"]),
-            (MICROSOFT, &["MatMulNBits", "GroupQueryAttention", "TransposeMatMul"]),
-        ],
+fn registered() -> Names {
+    if level() > Level::Generic {
+        VECTOR_OPERATORS
+    } else if onnxruntime_has_vector_kernels() {
+        &[]
+    } else {
+        PORTABLE_OPERATORS
     }
 }
+
+/// The operators with vector kernels.
+const VECTOR_OPERATORS: Names =
+    &[("", &["Attention", "Gelu", "Tanh"]), (MICROSOFT, &["MatMulNBits", "GroupQueryAttention", "TransposeMatMul"])];
+/// The operators whose portable kernels are faster than ONNX Runtime's portable ones.
+const PORTABLE_OPERATORS: Names = &[("", &["Attention"]), (MICROSOFT, &["MatMulNBits"])];
 
 fn is_registered(name: &str) -> bool {
     registered().iter().any(|(_, names)| names.contains(&name))
@@ -245,18 +252,19 @@ fn missing(operator: &str, port: &str) -> ort::Error {
 mod tests {
     use super::*;
     use crate::isa::supported;
+    use crate::isa::testing::at_each_level;
 
     #[test]
     fn no_operator_is_registered_that_is_slower_than_the_one_it_replaces() {
-        let names = |level, against_vectors| -> Vec<&str> {
-            faster_operators(level, against_vectors).iter().flat_map(|(_, names)| names.iter().copied()).collect()
-        };
-        let all = ["Attention", "Gelu", "Tanh", "MatMulNBits", "GroupQueryAttention", "TransposeMatMul"];
-        for level in [Level::Avx2, Level::Vnni, Level::Amx] {
-            assert_eq!(names(level, true), all, "{level:?}");
-        }
-        assert_eq!(names(Level::Generic, true), [""; 0], "aarch64, or x86-64 that leaves AVX2 alone");
-        assert_eq!(names(Level::Generic, false), ["Attention", "MatMulNBits"], "x86-64 without AVX2");
+        at_each_level(Level::Generic, |level| {
+            let names: Vec<&str> = registered().iter().flat_map(|(_, names)| names.iter().copied()).collect();
+            let expected: &[&str] = match level {
+                Level::Generic if onnxruntime_has_vector_kernels() => &[],
+                Level::Generic => &["Attention", "MatMulNBits"],
+                _ => &["Attention", "Gelu", "Tanh", "MatMulNBits", "GroupQueryAttention", "TransposeMatMul"],
+            };
+            assert_eq!(names, expected, "{level:?}");
+        });
         // ONNX Runtime uses a processor's AVX2 whatever level the kernels here are held to.
         assert!(supported() < Level::Avx2 || onnxruntime_has_vector_kernels());
     }

@@ -316,8 +316,8 @@ mod registers {
         unsafe fn zero_where_below(self, x: Avx512, limit: f32) -> Avx512 {
             // SAFETY: the caller promises AVX-512.
             unsafe {
-                let there = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(x.0, _mm512_set1_ps(limit));
-                Avx512(_mm512_maskz_mov_ps(there, self.0))
+                let mask = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(x.0, _mm512_set1_ps(limit));
+                Avx512(_mm512_maskz_mov_ps(mask, self.0))
             }
         }
     }

@@ -150,9 +150,9 @@ unsafe fn multiply_tile<const R: usize, const C: usize, const U: usize>(
     for (at, w) in w.iter_mut().enumerate() {
         *w = weights[(column + at) * k..].as_ptr();
     }
-    let whole = depth.start + depth.len() / (8 * U) * (8 * U);
+    let tail_start = depth.start + depth.len() / (8 * U) * (8 * U);
     let mut parts = [[[_mm256_setzero_ps(); R]; C]; U];
-    for at in (depth.start..whole).step_by(8 * U) {
+    for at in (depth.start..tail_start).step_by(8 * U) {
         for (part, at) in parts.iter_mut().zip((at..).step_by(8)) {
             // SAFETY: `depth` is within the rows of both operands.
             unsafe {
@@ -192,7 +192,7 @@ unsafe fn multiply_tile<const R: usize, const C: usize, const U: usize>(
             // SAFETY: the caller promises the tile.
             unsafe {
                 let mut total = totals[at_column * R + at_row];
-                for at in whole..depth.end {
+                for at in tail_start..depth.end {
                     total += *w[at_column].add(at) * *x[at_row].add(at);
                 }
                 let to = y.at(row + at_row, column + at_column);

@@ -58,14 +58,14 @@ impl Panel {
     #[target_feature(enable = "avx2,fma")]
     fn pack(&mut self, operands: &Operands, columns: Range<usize>, depth: Range<usize>) {
         let Operands { w, shape: Shape { k, .. }, .. } = *operands;
-        let whole = depth.len() / 8 * 8;
+        let tail_start = depth.len() / 8 * 8;
         for half in (0..WIDTH).step_by(8) {
             let mut from: [&[f32]; 8] = [&[]; 8];
             for (at, from) in from.iter_mut().enumerate() {
                 let column = (columns.start + half + at).min(columns.end - 1);
                 *from = &w[column * k..][depth.clone()];
             }
-            for at in (0..whole).step_by(8) {
+            for at in (0..tail_start).step_by(8) {
                 // SAFETY: each column has eight weights at `at`, for which the panel has room: `depth` is no longer
                 // than `DEPTH`.
                 unsafe {
@@ -78,7 +78,7 @@ impl Panel {
                     }
                 }
             }
-            for at in whole..depth.len() {
+            for at in tail_start..depth.len() {
                 for (column, from) in from.iter().enumerate() {
                     self.0[at * WIDTH + half + column] = from[at];
                 }

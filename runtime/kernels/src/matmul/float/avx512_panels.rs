@@ -79,8 +79,8 @@ impl TileWriter<'_> {
             let row = (tile * height + at).min(rows - 1);
             *from = &x[row * k..][..k];
         }
-        let whole = k / 16 * 16;
-        for at in (0..whole).step_by(16) {
+        let tail_start = k / 16 * 16;
+        for at in (0..tail_start).step_by(16) {
             let mut here = [std::ptr::null(); 16];
             for (here, from) in here.iter_mut().zip(&from) {
                 *here = from[at..].as_ptr().cast();
@@ -95,7 +95,7 @@ impl TileWriter<'_> {
                 }
             }
         }
-        for at in whole..k {
+        for at in tail_start..k {
             for (to, from) in to[at * height..][..height].iter_mut().zip(&from) {
                 *to = from[at];
             }
@@ -145,14 +145,14 @@ impl Panel {
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
     fn pack(&mut self, operands: &Operands, columns: Range<usize>, depth: Range<usize>) {
         let Operands { w, shape: Shape { k, .. }, .. } = *operands;
-        let whole = depth.len() / 16 * 16;
+        let tail_start = depth.len() / 16 * 16;
         for half in (0..WIDTH).step_by(16) {
             let mut from: [&[f32]; 16] = [&[]; 16];
             for (at, from) in from.iter_mut().enumerate() {
                 let column = (columns.start + half + at).min(columns.end - 1);
                 *from = &w[column * k..][depth.clone()];
             }
-            for at in (0..whole).step_by(16) {
+            for at in (0..tail_start).step_by(16) {
                 // SAFETY: each column has sixteen weights at `at`, for which the panel has room: `depth` is no longer
                 // than `DEPTH`.
                 unsafe {
@@ -168,7 +168,7 @@ impl Panel {
                     }
                 }
             }
-            for at in whole..depth.len() {
+            for at in tail_start..depth.len() {
                 for (column, from) in from.iter().enumerate() {
                     self.0[at * WIDTH + half + column] = from[at];
                 }

@@ -59,8 +59,8 @@ fn multiply_rows<const BITS: usize, const SPAN: usize, const R: usize, const C: 
     positions: Range<usize>,
     walk: &ColumnWalk,
 ) {
-    let whole = positions.start + positions.len() / C * C;
-    for position in (positions.start..whole).step_by(C) {
+    let tail_start = positions.start + positions.len() / C * C;
+    for position in (positions.start..tail_start).step_by(C) {
         let (mut columns, mut later) = ([0; C], [std::ptr::null(); C]);
         for at in 0..C {
             (columns[at], later[at]) = (walk.column(position + at), walk.later(position + at));
@@ -68,7 +68,7 @@ fn multiply_rows<const BITS: usize, const SPAN: usize, const R: usize, const C: 
         let sums = multiply_tile::<BITS, SPAN, R, C>(operands, row, columns, later);
         write::<R, C>(operands, row, columns, sums);
     }
-    for position in whole..positions.end {
+    for position in tail_start..positions.end {
         let columns = [walk.column(position)];
         let sums = multiply_tile::<BITS, SPAN, R, 1>(operands, row, columns, [walk.later(position)]);
         write::<R, 1>(operands, row, columns, sums);

@@ -167,11 +167,11 @@ fn multiply_rows<const BITS: usize, const SIZE: usize, const R: usize, const C: 
     columns: Range<usize>,
     y: &Output,
 ) {
-    let whole = columns.start + columns.len() / C * C;
-    for column in (columns.start..whole).step_by(C) {
+    let tail_start = columns.start + columns.len() / C * C;
+    for column in (columns.start..tail_start).step_by(C) {
         write::<R, C>(y, row, column, multiply_tile::<BITS, SIZE, R, C>(x, w, row, column));
     }
-    for column in whole..columns.end {
+    for column in tail_start..columns.end {
         write::<R, 1>(y, row, column, multiply_tile::<BITS, SIZE, R, 1>(x, w, row, column));
     }
 }

@@ -48,11 +48,11 @@ fn multiply_rows<const BITS: usize, const SPAN: usize, const PLANES: usize, cons
     positions: Range<usize>,
     walk: &ColumnWalk,
 ) {
-    let whole = positions.start + positions.len() / C * C;
-    for position in (positions.start..whole).step_by(C) {
+    let tail_start = positions.start + positions.len() / C * C;
+    for position in (positions.start..tail_start).step_by(C) {
         multiply_tile::<BITS, SPAN, PLANES, R, C>(operands, row, position, walk);
     }
-    for position in whole..positions.end {
+    for position in tail_start..positions.end {
         multiply_tile::<BITS, SPAN, PLANES, R, 1>(operands, row, position, walk);
     }
 }
