@@ -2,19 +2,23 @@
 //! them and follows their links, and the charts are those of the committed results.
 
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::capi::installed;
 use crate::common::{from_make, program, stdout, tests};
 
+/// The folder of the programs.
+fn programs() -> PathBuf {
+    let program = program("t5gemma");
+    Path::new(program.get_program()).parent().expect("a program lies in a folder").to_path_buf()
+}
+
 #[test]
 fn every_block_of_the_pages_does_what_they_say() {
     let mut check = Command::new(from_make("T5GEMMA_PYTHON"));
     check.arg(tests().join("scripts/book.py"));
-    let programs = program("t5gemma");
-    let programs = Path::new(programs.get_program()).parent().expect("a program lies in a folder").to_path_buf();
-    check.arg("--programs").arg(programs);
+    check.arg("--programs").arg(programs());
     check.arg("--checkpoint").arg(tests().join("demo/checkpoint"));
     check.arg("--classifier").arg(tests().join("fixtures/tasks/sequence-decoder/checkpoint"));
     check.arg("--prefix").arg(installed().prefix()).arg("--site").arg(installed().site());
@@ -24,8 +28,8 @@ fn every_block_of_the_pages_does_what_they_say() {
 }
 
 #[test]
-fn charts_and_tables_show_the_committed_results() {
+fn generated_pages_tables_and_charts_are_current() {
     let mut check = Command::new(from_make("T5GEMMA_PYTHON"));
-    check.arg(tests().join("../docs/generate.py")).arg("--check");
+    check.arg(tests().join("../docs/generate.py")).arg("--check").arg("--programs").arg(programs());
     stdout(check.output().expect("Python runs"));
 }
