@@ -364,7 +364,7 @@ impl<'a> Field<'a> {
     fn whole(&self, least: u64) -> Result<u64> {
         // What a signed number can hold, which token ids are.
         let number = self.value.as_i64().and_then(|number| u64::try_from(number).ok());
-        number.filter(|&number| number >= least).ok_or_else(|| self.unlike(&format!("a whole number from {least}")))
+        number.filter(|&number| number >= least).ok_or_else(|| self.unlike(&format!("an integer from {least}")))
     }
 
     fn number(&self) -> Result<f64> {
@@ -439,21 +439,21 @@ mod tests {
             ("[]".to_string(), "expected a JSON object, found []"),
             ("{}".to_string(), "protocol: expected a value, found none"),
             (changed("/protocol", json!(2)), "protocol: expected 1, found 2"),
-            (changed("/threads", json!(0)), "threads: expected a whole number from 1, found 0"),
+            (changed("/threads", json!(0)), "threads: expected an integer from 1, found 0"),
             (changed("/gate", json!(5)), "gate: expected an object, found 5"),
             (changed("/gate/busy", json!(-1)), "gate.busy: expected a number from 0, found -1"),
             (changed("/gate/wait", json!(1)), "gate.wait: expected the name of a field, found an unknown one"),
-            (changed("/eos_token_id", json!([1])), "eos_token_id: expected a whole number from 0, found [1]"),
+            (changed("/eos_token_id", json!([1])), "eos_token_id: expected an integer from 0, found [1]"),
             (changed("/cases", json!([])), "cases: expected at least one, found none"),
             (changed("/cases", json!([[]])), "cases[0]: expected an object, found []"),
             (changed("/cases/0/id", Value::Null), "cases[0].id: expected a value, found none"),
             (changed("/cases/0/src", json!([5])), "cases[0].src[0]: expected a list, found 5"),
-            (changed("/cases/0/src", json!([[5, "a"]])), "cases[0].src[0][1]: expected a whole number from 0"),
-            (changed("/cases/0/src", json!([[u64::MAX]])), "cases[0].src[0][0]: expected a whole number from 0"),
-            (changed("/cases/0/beams", json!(0)), "cases[0].beams: expected a whole number from 1, found 0"),
-            (changed("/cases/0/gen", json!(1.5)), "cases[0].gen: expected a whole number from 1, found 1.5"),
+            (changed("/cases/0/src", json!([[5, "a"]])), "cases[0].src[0][1]: expected an integer from 0"),
+            (changed("/cases/0/src", json!([[u64::MAX]])), "cases[0].src[0][0]: expected an integer from 0"),
+            (changed("/cases/0/beams", json!(0)), "cases[0].beams: expected an integer from 1, found 0"),
+            (changed("/cases/0/gen", json!(1.5)), "cases[0].gen: expected an integer from 1, found 1.5"),
             (changed("/cases/0/ops", json!(["decode"])), "cases[0].ops[0]: expected encode, ttft or generate, found"),
-            (changed("/cases/0/repeats/encode", json!(0)), "cases[0].repeats.encode: expected a whole number from 1"),
+            (changed("/cases/0/repeats/encode", json!(0)), "cases[0].repeats.encode: expected an integer from 1"),
             (changed("/cases/0/repeats/decode", json!(1)), "cases[0].repeats.decode: expected the name of a field"),
             (changed("/cases/0/beam", json!(1)), "cases[0].beam: expected the name of a field, found an unknown one"),
             (changed("/repeats", json!(1)), "repeats: expected the name of a field, found an unknown one"),
