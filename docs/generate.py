@@ -102,7 +102,7 @@ def legend(drawing, x, y, entries):
 def speed(results, title):
     """Times relative to t5gemma's: a panel for float32 and one for 8 bits, the same cases in both."""
     cases = [case for case in results["cases"] if case["unit"] == "ms"]
-    types = [("float32", "float32"), ("int8", "int8; int4 of t5gemma")]
+    types = [("float32", "float32"), ("int8", "int8 (t5gemma also int4)")]
     most = {
         name: max(t / case[name]["t5gemma"] for case in cases for t in case[name].values() if t is not None)
         for name, _ in types
@@ -273,7 +273,7 @@ def pair_table(results):
 def plain_table(results):
     """Columns as they are listed."""
     columns = results["columns"]
-    lines = ["| " + " | ".join(["", *columns]) + " |", "|---|" + "--:|" * len(columns)]
+    lines = ["| " + " | ".join(["", *(NAMES.get(column, column) for column in columns)]) + " |", "|---|" + "--:|" * len(columns)]
     for case in results["cases"]:
         cells = [case["case"], *(number(v) if isinstance(v := case.get(column), (int, float)) else v or "" for column in columns)]
         lines.append("| " + " | ".join(cells) + " |")
@@ -365,11 +365,11 @@ CHARTS = {
     "speed-cascade-lake": lambda: speed(load("cascade-lake-s-s"), "s-s on AVX-512 VNNI (Intel Cascade Lake, 2 cores)"),
     "speed-emerald-rapids": lambda: speed(load("emerald-rapids-s-s"), "s-s on AMX (Intel Emerald Rapids, 2 cores)"),
     "beam-step": lambda: stacked(load("beam-step"), "One step of 8 rows of 4 beams, int8", "ms",
-                                 "Milliseconds of a step by kind of work, profiled 2026-11-28. The head includes the sums that beams need."),
+                                 "Milliseconds of a step by kind of work, profiled 2026-11-28. The head includes the sum of exponentials for beam search."),
     "memory": lambda: bars(load("memory-s-s"), "Peak resident memory of the s-s run on Cascade Lake", "GB",
                            "With 32 beams of 256 000 scores each. Less is better."),
     "gpu-memory": lambda: stacked(load("gpu-memory-chart"), "GPU memory of a serving plan, from memory.txt", "GB",
-                                  "Calculated at the plan's greatest sizes, not measured. 1 GB is 10⁹ bytes."),
+                                  "Calculated for the plan's maximum sizes, not measured. 1 GB is 10⁹ bytes."),
 }
 
 
