@@ -365,7 +365,7 @@ CHARTS = {
     "speed-cascade-lake": lambda: speed(load("cascade-lake-s-s"), "s-s on AVX-512 VNNI (Intel Cascade Lake, 2 cores)"),
     "speed-emerald-rapids": lambda: speed(load("emerald-rapids-s-s"), "s-s on AMX (Intel Emerald Rapids, 2 cores)"),
     "beam-step": lambda: stacked(load("beam-step"), "One step of 8 rows of 4 beams, int8", "ms",
-                                 "Milliseconds of a step by kind of work, profiled 2026-11-28. The head includes the sum of exponentials for beam search."),
+                                 "Milliseconds by kind of work, profiled 2026-11-28. The head includes the sum of exponentials for beam search."),
     "memory": lambda: bars(load("memory-s-s"), "Peak resident memory of the s-s run on Cascade Lake", "GB",
                            "With 32 beams of 256 000 scores each. Less is better."),
     "gpu-memory": lambda: stacked(load("gpu-memory-chart"), "GPU memory of a serving plan, from memory.txt", "GB",
