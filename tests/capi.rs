@@ -80,7 +80,7 @@ impl Installed {
     }
 
     /// Python with the wheel installed, beside the packages of `.venv`.
-    fn python(&self) -> Command {
+    pub fn python(&self) -> Command {
         let mut python = Command::new(from_make("T5GEMMA_PYTHON"));
         python.env("PYTHONPATH", self.site());
         python

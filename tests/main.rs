@@ -8,6 +8,7 @@ mod bench;
 mod book;
 mod capi;
 mod chat;
+mod conditioners;
 mod constraints;
 mod devices;
 mod engine;

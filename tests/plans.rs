@@ -258,7 +258,7 @@ fn a_plan_changes_no_vector_and_no_label() {
     };
     let lengths: [&[usize]; 3] = [&[9], &[10, 9, 20], &[8, 12, 9, 31, 8, 10, 11]];
     for pooling in [Pooling::None, Pooling::Mean, Pooling::Last] {
-        let task = Task::FeatureExtraction(Features { pooling, normalize: false, hidden_layer: -1 });
+        let task = Task::FeatureExtraction(Features { pooling, ..Features::default() });
         let both = encoders("encoder", Some(task));
         for lengths in lengths.iter().chain(&[&[1_usize, 3][..], &[2]]) {
             let [found, expected] = both.each_ref().map(|encoder| {

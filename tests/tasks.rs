@@ -17,13 +17,13 @@ use crate::common::{demo, exported, exported_from, fixture, run, stdout, tests};
 
 /// As everywhere in float32.
 const TOLERANCE: f32 = 5e-4;
-const BATCHES: [&str; 4] = ["right", "left", "hole", "one"];
+pub const BATCHES: [&str; 4] = ["right", "left", "hole", "one"];
 
-fn task_fixture(name: &str) -> PathBuf {
+pub fn task_fixture(name: &str) -> PathBuf {
     tests().join("fixtures/tasks").join(name)
 }
 
-fn checkpoint(name: &str) -> PathBuf {
+pub fn checkpoint(name: &str) -> PathBuf {
     task_fixture(name).join("checkpoint")
 }
 
@@ -40,18 +40,18 @@ fn exported_on(name: &str, target: Target) -> PathBuf {
 }
 
 fn features(pooling: Pooling, normalize: bool, hidden_layer: i64) -> Option<Task> {
-    Some(Task::FeatureExtraction(Features { pooling, normalize, hidden_layer }))
+    Some(Task::FeatureExtraction(Features { pooling, normalize, hidden_layer, ..Features::default() }))
 }
 
 /// The tensors of a file as they are needed here.
-struct Golden(Vec<u8>);
+pub struct Golden(Vec<u8>);
 
 impl Golden {
     fn read(path: &Path) -> Golden {
         Golden(fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display())))
     }
 
-    fn of(name: &str) -> Golden {
+    pub fn of(name: &str) -> Golden {
         Golden::read(&task_fixture(name).join("golden.safetensors"))
     }
 
@@ -62,11 +62,11 @@ impl Golden {
         ArrayD::from_shape_vec(view.shape(), numbers.collect()).expect("as many as the shape says")
     }
 
-    fn floats(&self, name: &str) -> ArrayD<f32> {
+    pub fn floats(&self, name: &str) -> ArrayD<f32> {
         self.numbers(name, f32::from_le_bytes)
     }
 
-    fn batch(&self, name: &str) -> Batch {
+    pub fn batch(&self, name: &str) -> Batch {
         let [ids, mask] =
             ["input_ids", "attention_mask"].map(|part| self.numbers(&format!("in.{name}.{part}"), i64::from_le_bytes));
         Batch::flat(ids.shape()[0], ids.iter().copied().collect(), mask.iter().copied().collect()).expect("a batch")
@@ -75,7 +75,7 @@ impl Golden {
 
 /// The largest difference, of the tokens that take part where `mask` is given.
 #[track_caller]
-fn check_close(what: &str, found: &ArrayD<f32>, expected: &ArrayD<f32>, mask: Option<&[i64]>) {
+pub fn check_close(what: &str, found: &ArrayD<f32>, expected: &ArrayD<f32>, mask: Option<&[i64]>) {
     assert_eq!(found.shape(), expected.shape(), "{what}");
     let width = *found.shape().last().expect("not a scalar");
     let (found, expected): (Vec<f32>, Vec<f32>) = (found.iter().copied().collect(), expected.iter().copied().collect());

@@ -1,4 +1,5 @@
-//! A Hugging Face checkpoint folder: its tensors by name, memory-mapped. The only module that uses safetensors.
+//! A Hugging Face checkpoint, a folder or a single safetensors file: its tensors by name, memory-mapped. The only module
+//! that uses safetensors.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -12,16 +13,18 @@ use serde::de::IgnoredAny;
 use t5gemma_graphs::json::{self, cut, shown};
 use t5gemma_graphs::onnx::DType;
 
+use crate::convert;
 use crate::error::{Error, Result};
 use crate::files;
 use crate::names;
+use crate::notes;
 
 /// Files that are copied into the model folder if they exist, besides `config.json`.
 pub const COMPANIONS: &[&str] = &[
     GENERATION_CONFIG,
     "tokenizer.json",
     "tokenizer_config.json",
-    "tokenizer.model",
+    SENTENCEPIECE_FILE,
     "special_tokens_map.json",
     "added_tokens.json",
     CHAT_TEMPLATE,
@@ -35,17 +38,31 @@ pub const DEFAULT_CHAT_TEMPLATE: &str = "additional_chat_templates/default.jinja
 /// The model's default generation options.
 pub const GENERATION_CONFIG: &str = "generation_config.json";
 
+/// The file of a SentencePiece model.
+pub const SENTENCEPIECE_FILE: &str = "tokenizer.model";
+/// The tensor in which repackaged checkpoints keep the bytes of a SentencePiece model.
+pub const SENTENCEPIECE_TENSOR: &str = "spiece_model";
+
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 /// More weights files than any checkpoint has.
 const MAX_SHARDS: usize = 10_000;
 
-/// An opened checkpoint folder.
+/// An opened checkpoint.
 pub struct Checkpoint {
+    /// The folder, or the single file.
+    path: PathBuf,
+    /// The folder of the weights files.
     folder: PathBuf,
+    /// The configuration, if it is not `config.json` in the folder.
+    config: Option<PathBuf>,
+    /// The folder of the tokenizer, if it is another one.
+    tokenizer: Option<PathBuf>,
     shards: Vec<Shard>,
     /// By the names that the model's classes give them.
     tensors: BTreeMap<String, Location>,
+    /// Tensors in files that are listed in the index and do not exist, by the same names.
+    absent: BTreeMap<String, Absent>,
 }
 
 struct Shard {
@@ -62,6 +79,14 @@ struct Location {
     shape: Vec<usize>,
     start: usize,
     end: usize,
+}
+
+/// A tensor in a file that does not exist.
+struct Absent {
+    /// Its name in the index.
+    stored: String,
+    /// The name of the file.
+    shard: String,
 }
 
 /// A tensor of a checkpoint.
@@ -91,19 +116,27 @@ impl fmt::Debug for Checkpoint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let shards: Vec<&str> = self.shards.iter().map(|shard| shard.name.as_str()).collect();
         let mut shown = f.debug_struct("Checkpoint");
-        shown.field("folder", &self.folder).field("shards", &shards).field("tensors", &self.tensors.len());
+        shown.field("path", &self.path).field("shards", &shards).field("tensors", &self.tensors.len());
         shown.finish()
     }
 }
 
 impl Checkpoint {
     /// Opens a folder as `save_pretrained` or a download leaves it: `config.json` with `model.safetensors`, or with
-    /// `model.safetensors.index.json` and its shards.
+    /// `model.safetensors.index.json` and its shards. `path` may also be a single `.safetensors` file of any name, with
+    /// `config.json` in its folder or from [`with_config`](Checkpoint::with_config). Shards may be missing if the export
+    /// needs none of their tensors.
     ///
     /// # Errors
     /// A file that is missing, truncated or malformed, a tensor that is not where the index says, or tensor names that
     /// fit more than one model.
-    pub fn open(folder: &Path) -> Result<Checkpoint> {
+    pub fn open(path: &Path) -> Result<Checkpoint> {
+        if path.is_file() && path.extension().is_some_and(|extension| extension == "safetensors") {
+            let mut checkpoint = Checkpoint::of_file(path)?;
+            checkpoint.rename_tensors()?;
+            return Ok(checkpoint);
+        }
+        let folder = path;
         if !folder.is_dir() {
             let found = if folder.exists() { "a file".to_string() } else { files::describe_missing(folder) };
             return Err(Error::invalid(folder.display(), "a checkpoint folder", found + &hint(folder)));
@@ -113,11 +146,18 @@ impl Checkpoint {
             None => BTreeSet::from([SINGLE]),
             Some(map) => map.values().map(String::as_str).collect(),
         };
-        let mut checkpoint = Checkpoint { folder: folder.to_path_buf(), shards: Vec::new(), tensors: BTreeMap::new() };
-        for name in names {
+        let mut checkpoint = Checkpoint::new(path, folder);
+        let (present, absent): (Vec<&str>, Vec<&str>) =
+            names.into_iter().partition(|name| weight_map.is_none() || folder.join(name).exists());
+        for name in present {
             checkpoint.add_shard(name)?;
         }
         for (tensor, shard) in weight_map.iter().flatten() {
+            if absent.contains(&shard.as_str()) {
+                let tensor = tensor.clone();
+                checkpoint.absent.insert(tensor.clone(), Absent { stored: tensor, shard: shard.clone() });
+                continue;
+            }
             let found = checkpoint.tensors.get(tensor).map(|stored| &checkpoint.shards[stored.shard].name);
             if found != Some(shard) {
                 let found = found.map_or("in no file", String::as_str);
@@ -129,16 +169,104 @@ impl Checkpoint {
         Ok(checkpoint)
     }
 
+    fn new(path: &Path, folder: &Path) -> Checkpoint {
+        Checkpoint {
+            path: path.to_path_buf(),
+            folder: folder.to_path_buf(),
+            config: None,
+            tokenizer: None,
+            shards: Vec::new(),
+            tensors: BTreeMap::new(),
+            absent: BTreeMap::new(),
+        }
+    }
+
+    /// Opens a single file, with the names that it has.
+    fn of_file(path: &Path) -> Result<Checkpoint> {
+        let name = path.file_name().and_then(|name| name.to_str());
+        let name = name.ok_or_else(|| Error::invalid(path.display(), "a file name in UTF-8", "another"))?;
+        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let mut checkpoint = Checkpoint::new(path, folder);
+        checkpoint.add_shard(name)?;
+        Ok(checkpoint)
+    }
+
     /// Renames all tensors to the names that the model's classes give them.
     fn rename_tensors(&mut self) -> Result<()> {
-        let stored: Vec<&str> = self.tensors.keys().map(String::as_str).collect();
+        let stored: Vec<&str> = self.tensors.keys().chain(self.absent.keys()).map(String::as_str).collect();
         let names = names::of_model(&stored)
-            .map_err(|ambiguous| Error::invalid(self.folder.display(), ambiguous.expected, ambiguous.found))?;
+            .map_err(|ambiguous| Error::invalid(self.path.display(), ambiguous.expected, ambiguous.found))?;
         let names: Vec<(String, String)> = names.into_iter().map(|(name, stored)| (name, stored.to_string())).collect();
-        let mut tensors = std::mem::take(&mut self.tensors);
-        let renamed = names.into_iter().filter_map(|(name, stored)| Some((name, tensors.remove(&stored)?)));
-        self.tensors = renamed.collect();
+        let (mut tensors, mut absent) = (std::mem::take(&mut self.tensors), std::mem::take(&mut self.absent));
+        for (name, stored) in names {
+            if let Some(location) = tensors.remove(&stored) {
+                self.tensors.insert(name, location);
+            } else if let Some(missing) = absent.remove(&stored) {
+                self.absent.insert(name, missing);
+            }
+        }
         Ok(())
+    }
+
+    /// Reads the configuration from this file instead of `config.json` in the checkpoint's folder.
+    pub fn with_config(self, path: &Path) -> Checkpoint {
+        Checkpoint { config: Some(path.to_path_buf()), ..self }
+    }
+
+    /// Takes the tokenizer from this folder, which must have `tokenizer.json`, instead of the checkpoint's folder.
+    ///
+    /// # Errors
+    /// There is no `tokenizer.json`.
+    pub fn with_tokenizer(self, folder: &Path) -> Result<Checkpoint> {
+        let path = folder.join("tokenizer.json");
+        if !path.is_file() {
+            return Err(Error::invalid(path.display(), "a tokenizer", files::describe_missing(&path)));
+        }
+        Ok(Checkpoint { tokenizer: Some(folder.to_path_buf()), ..self })
+    }
+
+    /// The file of the configuration.
+    pub(crate) fn config_path(&self) -> PathBuf {
+        self.config.clone().unwrap_or_else(|| self.folder.join("config.json"))
+    }
+
+    /// The folder of the configuration, which may have generation options too.
+    pub(crate) fn config_folder(&self) -> PathBuf {
+        self.config_path().parent().map_or_else(PathBuf::new, Path::to_path_buf)
+    }
+
+    /// The folder of the tokenizer.
+    pub(crate) fn tokenizer_folder(&self) -> &Path {
+        self.tokenizer.as_deref().unwrap_or(&self.folder)
+    }
+
+    /// The SentencePiece model that some repackaged checkpoints have as a tensor.
+    ///
+    /// # Errors
+    /// There is no such tensor, or it does not hold bytes.
+    pub(crate) fn sentencepiece(&self) -> Result<&[u8]> {
+        let invalid = |found: String| {
+            let expected = "a SentencePiece model, bytes (U8) in one dimension";
+            Error::invalid(self.path.display(), expected, found).of(SENTENCEPIECE_TENSOR)
+        };
+        let tensor = self.tensor(SENTENCEPIECE_TENSOR).ok_or_else(|| invalid("no such tensor".into()))?;
+        if tensor.dtype != Dtype::U8 || tensor.shape.len() != 1 || tensor.bytes.is_empty() {
+            return Err(invalid(format!("{:?} of shape {:?}", tensor.dtype, tensor.shape)));
+        }
+        Ok(tensor.bytes)
+    }
+
+    /// Refuses a checkpoint with a missing file if `is_needed` returns true for a tensor in it.
+    ///
+    /// # Errors
+    /// The first such file, with a tensor that the index lists for it.
+    pub(crate) fn check_present(&self, is_needed: impl Fn(&str) -> bool) -> Result<()> {
+        let Some((_, Absent { stored, shard })) = self.absent.iter().find(|(name, _)| is_needed(name)) else {
+            return Ok(());
+        };
+        let expected = format!("a file with {}, as {INDEX} says", cut(stored));
+        let found = files::describe_missing(&self.folder.join(shard));
+        Err(Error::invalid(self.folder.join(cut(shard)).display(), expected, found))
     }
 
     /// Remarks on a checkpoint that can be exported.
@@ -162,7 +290,12 @@ impl Checkpoint {
         notes
     }
 
-    /// The folder.
+    /// The folder or file that was opened.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The folder of the weights files.
     pub fn folder(&self) -> &Path {
         &self.folder
     }
@@ -206,9 +339,11 @@ impl Checkpoint {
         self.tensors.get(name).map(|stored| self.folder.join(&self.shards[stored.shard].name))
     }
 
-    /// Name and content of each weights file.
-    pub(crate) fn files(&self) -> impl Iterator<Item = (&str, &[u8])> {
-        self.shards.iter().map(|shard| (shard.name.as_str(), &shard.bytes[..]))
+    /// Name and content of each weights file that has a tensor for which `is_used` returns true.
+    pub(crate) fn files(&self, is_used: impl Fn(&str) -> bool) -> impl Iterator<Item = (&str, &[u8])> {
+        let used = self.tensors.iter().filter(|(name, _)| is_used(name)).map(|(_, location)| location.shard);
+        let used: BTreeSet<usize> = used.collect();
+        used.into_iter().map(|shard| (self.shards[shard].name.as_str(), &self.shards[shard].bytes[..]))
     }
 
     fn add_shard(&mut self, name: &str) -> Result<()> {
@@ -311,11 +446,6 @@ fn weight_map(folder: &Path) -> Result<Option<BTreeMap<String, String>>> {
         if seen.len() > MAX_SHARDS {
             return Err(invalid(&format!("at most {MAX_SHARDS} files"), "more".into()));
         }
-        let file = folder.join(shard);
-        if !file.exists() {
-            let expected = format!("a file with {}, as {INDEX} says", cut(tensor));
-            return Err(Error::invalid(folder.join(cut(shard)).display(), expected, files::describe_missing(&file)));
-        }
     }
     Ok(Some(map))
 }
@@ -348,6 +478,32 @@ fn no_weights(folder: &Path) -> Error {
         hint(folder)
     };
     Error::invalid(folder.display(), format!("{SINGLE} or {INDEX}"), format!("neither{hint}"))
+}
+
+/// Reads a vector of `size` numbers from a safetensors file.
+///
+/// # Errors
+/// A file that cannot be read, no such tensor, or one of another size or type.
+pub(crate) fn read_vector(path: &Path, name: &str, size: usize) -> Result<Vec<f32>> {
+    let file = Checkpoint::of_file(path)?;
+    let invalid = |expected: String, found: String| Error::invalid(path.display(), expected, found).of(cut(name));
+    let Some(tensor) = file.tensor(name) else {
+        let names: Vec<String> = file.names().map(str::to_string).collect();
+        return Err(invalid("a tensor of this name".into(), format!("none among {}", notes::list(&names))));
+    };
+    // A parameter may have axes of length 1 before its own.
+    if tensor.shape.last() != Some(&size) || tensor.shape.iter().product::<usize>() != size {
+        return Err(invalid(format!("shape [{size}]"), format!("{:?}", tensor.shape)));
+    }
+    let Some(dtype) = tensor.float() else {
+        return Err(invalid("F32, F16 or BF16".into(), format!("{:?}", tensor.dtype)));
+    };
+    let mut numbers = vec![0.0; size];
+    convert::to_float32(tensor.bytes, dtype, &mut numbers);
+    match numbers.iter().find(|number| !number.is_finite()) {
+        Some(number) => Err(invalid("finite numbers".into(), number.to_string())),
+        None => Ok(numbers),
+    }
 }
 
 /// Reads one of [`COMPANIONS`], without a byte-order mark.

@@ -48,8 +48,8 @@ pub enum Error {
     },
     /// The tensors of a checkpoint do not match its `config.json`.
     Tensors {
-        /// The folder of the checkpoint.
-        folder: PathBuf,
+        /// The folder or file of the checkpoint.
+        checkpoint: PathBuf,
         /// One line for each tensor that is missing or has another shape.
         mismatches: Vec<String>,
         /// The probable cause, or empty.
@@ -119,8 +119,8 @@ impl fmt::Display for Error {
                 write!(f, "{place}: {field}: expected {expected}, found {found}")
             }
             Error::Parse { path, expected, .. } => write!(f, "{}: not {expected}", path.display()),
-            Error::Tensors { folder, mismatches, hint } => {
-                write!(f, "{}: the tensors do not match config.json", folder.display())?;
+            Error::Tensors { checkpoint, mismatches, hint } => {
+                write!(f, "{}: the tensors do not match config.json", checkpoint.display())?;
                 if let Some(first) = mismatches.first() {
                     write!(f, ": {first}")?;
                 }
@@ -178,7 +178,7 @@ mod tests {
         let io = Error::io(Path::new("a/b"), "cannot be read")(io::Error::other("broken disk"));
         let parse = Error::Parse { path: "a.onnx".into(), expected: "an ONNX model", source: "truncated".into() };
         let mismatches = vec!["a: missing".to_string(), "b: missing".to_string()];
-        let tensors = Error::Tensors { folder: "c".into(), mismatches, hint: "merge the adapter".into() };
+        let tensors = Error::Tensors { checkpoint: "c".into(), mismatches, hint: "merge the adapter".into() };
         for (error, message, source) in [
             (io, "a/b: cannot be read", Some("broken disk")),
             (parse, "a.onnx: not an ONNX model", Some("truncated")),

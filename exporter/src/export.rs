@@ -5,7 +5,7 @@ mod prepare;
 mod rules;
 mod write;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use t5gemma_graphs::Target;
 use t5gemma_graphs::interface::{DType, Logits};
@@ -55,6 +55,10 @@ pub struct Export {
     /// Fixed capacity of the decoder's cache in target tokens, for TensorRT; `None` leaves the cache layout to the
     /// target.
     pub capacity: Option<usize>,
+    /// The vector for [`PaddingRows::Learned`](t5gemma_graphs::task::PaddingRows::Learned) of the task feature extraction.
+    pub padding_row: Option<PaddingRow>,
+    /// Whether to write the SentencePiece model that the checkpoint has as a tensor to `tokenizer.model`.
+    pub write_sentencepiece: bool,
     /// The request sizes that will be served, for TensorRT.
     pub plan: Option<ServingPlan>,
     /// GPU memory that the plan must not exceed.
@@ -77,6 +81,15 @@ pub enum Alignment {
     Layers(Vec<usize>),
 }
 
+/// Where to find the hidden state of padding, a tensor of `hidden_size` numbers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PaddingRow {
+    /// A safetensors file.
+    pub file: PathBuf,
+    /// The name of the tensor.
+    pub tensor: String,
+}
+
 impl Default for Export {
     /// The task of the checkpoint, for any ONNX runtime, in float32.
     fn default() -> Export {
@@ -91,6 +104,8 @@ impl Default for Export {
             quantization: Quantization::default(),
             activations: Activations::default(),
             capacity: None,
+            padding_row: None,
+            write_sentencepiece: false,
             plan: None,
             memory_limit: None,
             existing: Existing::Refuse,
@@ -124,6 +139,8 @@ setters! {
     quantization: Quantization,
     activations: Activations,
     capacity: Option<usize>,
+    padding_row: Option<PaddingRow>,
+    write_sentencepiece: bool,
     plan: Option<ServingPlan>,
     memory_limit: Option<MemorySize>,
     existing: Existing,
@@ -171,7 +188,7 @@ impl Export {
         let mut notes = notes::of_config(&config, generation_config.as_ref());
         if let Source::Checkpoint(checkpoint) = source {
             notes.extend(checkpoint.notes());
-            notes.extend(notes::of_tokenizer(checkpoint.folder()));
+            notes.extend(notes::of_tokenizer(checkpoint.tokenizer_folder()));
         }
         notes.extend(notes::of_blocks(&weights));
         let warnings = notes::of_capacity(self.capacity, generation_config.as_ref()).into_iter();

@@ -157,7 +157,9 @@ fn parameters(folder: &Path, manifest: &Manifest, config: &Config) -> Result<Vec
         }
         vocabulary.kept = Some(tokens.into());
     }
-    let options = Options { task: manifest.task.clone(), ..plain_options(vocabulary) };
+    // The numbers of a padding row do not matter here.
+    let padding_row = Some(vec![0.0; config.encoder.hidden_size].into());
+    let options = Options { task: manifest.task.clone(), padding_row, ..plain_options(vocabulary) };
     let weights = weights::collect(&definitions(config, &options), config, &options);
     weights::check_size(&weights, &folder.join("config.json").display().to_string())?;
     Ok(weights::parameters_by_tensor(&weights))
@@ -165,6 +167,7 @@ fn parameters(folder: &Path, manifest: &Manifest, config: &Config) -> Result<Vec
 
 fn checkpoint(folder: &Path, config: &Config) -> Result<InspectReport> {
     let checkpoint = Checkpoint::open(folder)?;
+    checkpoint.check_present(|_| true)?;
     let tensors = checkpoint.names().filter_map(|name| {
         let tensor = checkpoint.tensor(name)?;
         Some((name.to_string(), tensor.shape.iter().product::<usize>() as u64))
@@ -174,7 +177,7 @@ fn checkpoint(folder: &Path, config: &Config) -> Result<InspectReport> {
         let dtype = tensor.float().map_or_else(|| format!("{:?}", tensor.dtype), |dtype| dtype.to_string());
         *report.dtypes.entry(dtype).or_default() += 1;
     }
-    report.weights = checkpoint.files().map(|(name, bytes)| (name.to_string(), bytes.len() as u64)).collect();
+    report.weights = checkpoint.files(|_| true).map(|(name, bytes)| (name.to_string(), bytes.len() as u64)).collect();
     Ok(report)
 }
 

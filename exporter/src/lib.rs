@@ -43,7 +43,7 @@ mod tensorrt;
 
 pub use checkpoint::Checkpoint;
 pub use error::{Error, ParseError, Result};
-pub use export::{Alignment, Export, Exported};
+pub use export::{Alignment, Export, Exported, PaddingRow};
 pub use inspect::{GraphReport, InspectReport, ModelReport, inspect};
 pub use parameters::parameters;
 pub use presets::{PRESETS, preset};
@@ -57,7 +57,7 @@ pub use t5gemma_graphs::interface::{DType, Logits};
 pub use t5gemma_graphs::manifest::{EncoderWindow, Manifest};
 pub use t5gemma_graphs::onnx::Blocks;
 pub use t5gemma_graphs::quantization::{Activations, Quantization};
-pub use t5gemma_graphs::task::{Features, Pooling, Task};
+pub use t5gemma_graphs::task::{Features, PaddingRows, Pooling, Task};
 pub use tensorrt::{
     CheckReport, Finding, FindingKind, MemoryEstimate, MemorySize, ServingPlan, TensorRtVersion, check,
 };

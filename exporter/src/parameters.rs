@@ -27,6 +27,7 @@ pub(crate) fn plain_options(vocabulary: Vocabulary) -> Options {
         quantization: Quantization::default(),
         activations: Activations::Unknown,
         capacity: None,
+        padding_row: None,
         vocabulary,
     }
 }

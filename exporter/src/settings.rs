@@ -11,6 +11,16 @@ pub enum Setting {
     Task,
     /// The hidden layer of the task feature extraction.
     HiddenLayer,
+    /// The pooling of the task feature extraction.
+    Pooling,
+    /// The fixed length of the task feature extraction.
+    FixedLength,
+    /// The states at padding of the task feature extraction, or `padding_row`.
+    PaddingRows,
+    /// The output dtype of the task feature extraction.
+    OutputDtype,
+    /// Whether all hidden states of the task feature extraction are returned.
+    OutputHiddenStates,
     /// `target`.
     Target,
     /// `dtype`.
@@ -27,6 +37,8 @@ pub enum Setting {
     AlignmentLayers,
     /// `capacity`.
     Capacity,
+    /// `write_sentencepiece`.
+    WriteSentencepiece,
     /// `plan`.
     Plan,
     /// `memory_limit`.
@@ -51,12 +63,18 @@ impl Setting {
         match self {
             Setting::Task => "task",
             Setting::HiddenLayer => "task.hidden_layer",
+            Setting::Pooling => "task.pooling",
+            Setting::FixedLength => "task.fixed_length",
+            Setting::PaddingRows => "task.padding_rows",
+            Setting::OutputDtype => "task.output_dtype",
+            Setting::OutputHiddenStates => "task.output_hidden_states",
             Setting::Target => "target",
             Setting::Dtype => "dtype",
             Setting::AllLogits | Setting::Candidates => "logits",
             Setting::KeptTokens => "kept_tokens",
             Setting::Alignment | Setting::AlignmentLayers => "alignment",
             Setting::Capacity => "capacity",
+            Setting::WriteSentencepiece => "write_sentencepiece",
             Setting::Plan => "plan",
             Setting::MemoryLimit => "memory_limit",
             Setting::Observed | Setting::Ranges => "activations",

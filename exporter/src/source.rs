@@ -1,4 +1,4 @@
-//! Where an exported model comes from: a checkpoint folder, or random weights for a configuration.
+//! Where an exported model comes from: a checkpoint, or random weights for a configuration.
 
 use std::collections::BTreeMap;
 
@@ -16,7 +16,7 @@ use crate::files;
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Source {
-    /// A checkpoint folder.
+    /// A checkpoint.
     Checkpoint(Checkpoint),
     /// A configuration with random weights.
     Dummy {
@@ -43,7 +43,7 @@ impl Source {
     pub(crate) fn config(&self) -> Result<SourceConfig> {
         let (text, origin) = match self {
             Source::Checkpoint(checkpoint) => {
-                let path = checkpoint.folder().join("config.json");
+                let path = checkpoint.config_path();
                 (json::without_mark(&files::read_text(&path)?).to_string(), path.display().to_string())
             }
             Source::Dummy { config, origin, .. } => (config.clone(), origin.clone()),
@@ -52,14 +52,15 @@ impl Source {
         Ok(SourceConfig { text, config, origin })
     }
 
-    /// The manifest's record of this source. Once `is_stopped` returns true, the hashes are cut short.
-    pub(crate) fn record(&self, is_stopped: &dyn Fn() -> bool) -> manifest::Source {
+    /// The manifest's record of this source: the files of the tensors for which `is_used` returns true. Once `is_stopped`
+    /// returns true, the hashes are cut short.
+    pub(crate) fn record(&self, is_used: impl Fn(&str) -> bool, is_stopped: impl Fn() -> bool) -> manifest::Source {
         let checkpoint = match self {
             Source::Checkpoint(checkpoint) => checkpoint,
             Source::Dummy { seed, .. } => return manifest::Source::Dummy { seed: *seed },
         };
         let mut files = BTreeMap::new();
-        for (name, bytes) in checkpoint.files() {
+        for (name, bytes) in checkpoint.files(is_used) {
             let mut hash = Sha256::new();
             bytes.chunks(8 << 20).take_while(|_| !is_stopped()).for_each(|chunk| hash.update(chunk));
             let record = FileRecord { bytes: bytes.len() as u64, sha256: hex::encode(hash.finalize()) };
@@ -85,10 +86,15 @@ impl Source {
     /// A file that the programs which read it could not use.
     pub(crate) fn companions(&self) -> Result<Vec<(&'static str, Vec<u8>)>> {
         let Source::Checkpoint(checkpoint) = self else { return Ok(Vec::new()) };
-        let folder = checkpoint.folder();
+        let folder = checkpoint.tokenizer_folder();
         let exists = |name: &str| files::entry_exists(&folder.join(name));
         let read = |name: &&'static str| Ok((*name, checkpoint::companion(folder, name)?));
-        let mut companions: Vec<_> = COMPANIONS.iter().filter(|name| exists(name)).map(read).collect::<Result<_>>()?;
+        let of_tokenizer = COMPANIONS.iter().filter(|name| **name != GENERATION_CONFIG && exists(name));
+        let mut companions: Vec<_> = of_tokenizer.map(read).collect::<Result<_>>()?;
+        let settings = checkpoint.config_folder();
+        if files::entry_exists(&settings.join(GENERATION_CONFIG)) {
+            companions.push((GENERATION_CONFIG, checkpoint::companion(&settings, GENERATION_CONFIG)?));
+        }
         // A checkpoint may keep its chat template in a folder of templates for several uses; only the default is
         // copied.
         if !exists(CHAT_TEMPLATE) && exists(DEFAULT_CHAT_TEMPLATE) {
@@ -100,7 +106,7 @@ impl Source {
     /// The content of `generation_config.json`, if there is one.
     pub(crate) fn generation_config(&self) -> Result<Option<Value>> {
         let Source::Checkpoint(checkpoint) = self else { return Ok(None) };
-        let path = checkpoint.folder().join(GENERATION_CONFIG);
+        let path = checkpoint.config_folder().join(GENERATION_CONFIG);
         if path.exists() { Ok(Some(files::read_json_object(&path)?.1)) } else { Ok(None) }
     }
 }

@@ -115,7 +115,7 @@ pub fn vocabulary(config: &Config, checkpoint: &Checkpoint) -> Result<Vocabulary
     let stored = |names: &[&'static str], reason: &str| {
         let candidates = if tie { names } else { &names[..1] };
         candidates.iter().copied().find(|name| checkpoint.tensor(name).is_some()).ok_or_else(|| Error::Tensors {
-            folder: checkpoint.folder().to_path_buf(),
+            checkpoint: checkpoint.path().to_path_buf(),
             mismatches: vec![format!("{}: missing{reason}", names[0])],
             hint: checkpoint.explain_missing(&names[..1]),
         })
@@ -178,16 +178,25 @@ pub fn check(weights: &[Weight], checkpoint: &Checkpoint, config: &Config, task:
     }
     if !mismatches.is_empty() {
         let hint = if missing.is_empty() { String::new() } else { checkpoint.explain_missing(&missing) };
-        return Err(Error::Tensors { folder: checkpoint.folder().to_path_buf(), mismatches, hint });
+        return Err(Error::Tensors { checkpoint: checkpoint.path().to_path_buf(), mismatches, hint });
     }
     // A stored head that equals the tied embedding is redundant, not forgotten.
     let tensors = config.family.tensors();
     let is_redundant = |name: &str| name == tensors.head[0] && !used.contains(name);
     // An export of the encoder alone leaves the rest out on purpose.
-    let is_of_encoder = |name: &str| matches!((tensors.role)(name), Some(Role::Encoder | Role::EncoderEmbedding));
-    let is_left_out = |name: &str| matches!(task, Task::FeatureExtraction(_)) && !is_of_encoder(name);
-    let unused = checkpoint.names().filter(|name| !used.contains(name) && !is_redundant(name) && !is_left_out(name));
+    let unused =
+        checkpoint.names().filter(|name| !used.contains(name) && !is_redundant(name) && is_for(name, config, task));
     Ok(unused.map(str::to_string).collect())
+}
+
+/// Whether an export for `task` needs this tensor, if any does.
+pub fn is_for(tensor: &str, config: &Config, task: &Task) -> bool {
+    let role = (config.family.tensors().role)(tensor);
+    !matches!(task, Task::FeatureExtraction(_))
+        || !matches!(
+            role,
+            Some(Role::CrossKeyValue | Role::Decoder | Role::DecoderEmbedding | Role::Head | Role::Classifier)
+        )
 }
 
 /// A shape for messages, truncated after eight dimensions.

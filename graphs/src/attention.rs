@@ -249,13 +249,18 @@ pub fn padding_mask(attention_mask: Value<'_>) -> Value<'_> {
 }
 
 /// The pairs of positions within a bidirectional window: bool `[length, length]`, `[rows, 1, 1, length, length]` where
-/// rows have positions of their own, or none for a layer that sees all.
+/// rows have positions of their own, or none where every position sees all.
 pub fn window_mask<'g>(tokens: &Tokens<'g>, layer: LayerType, rule: EncoderWindow) -> Option<Value<'g>> {
     let LayerType::Sliding(window) = layer else { return None };
     let reach = match rule {
         EncoderWindow::Inclusive => window,
         EncoderWindow::Exclusive => window - 1,
-    } as f64;
+    };
+    // In sources that are no longer than the window, no two positions are farther apart.
+    if tokens.length.as_fixed().is_some_and(|length| length <= reach + 1) {
+        return None;
+    }
+    let reach = reach as f64;
     let (query, key) = if tokens.positions.shape().len() == 1 {
         (tokens.positions.unsqueeze(&[1]), tokens.positions.unsqueeze(&[0]))
     } else {

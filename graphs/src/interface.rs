@@ -8,7 +8,7 @@ pub use crate::onnx::{DType, Dim};
 
 use crate::facts::Facts;
 use crate::onnx::{Graph, Value};
-use crate::task::{Pooling, Task};
+use crate::task::{Features, Pooling, Task};
 
 /// File name of the graph from source tokens to hidden states.
 pub const ENCODER: &str = "encoder_model.onnx";
@@ -304,25 +304,32 @@ pub fn reorder(facts: &Facts, dtype: DType) -> Ports {
 
 /// The ports of the only graph of a model that does not generate.
 pub(crate) fn model(facts: &Facts, dtype: DType, task: &Task) -> Ports {
-    let (batch, source) = (Dim::symbol(BATCH), Dim::symbol(SOURCE_LENGTH));
+    let features = match task {
+        Task::FeatureExtraction(features) => *features,
+        _ => Features::default(),
+    };
+    let batch = Dim::symbol(BATCH);
+    let source = features.fixed_length.map_or_else(|| Dim::symbol(SOURCE_LENGTH), Dim::fixed);
     let hidden = Dim::fixed(facts.encoder.hidden_size);
     let labels = Dim::fixed(facts.classifier.as_ref().map_or(0, |classifier| classifier.labels.len()));
     let all = facts.encoder.num_hidden_layers;
     let output = match task {
-        Task::FeatureExtraction(features) if features.pooling != Pooling::None => {
+        Task::FeatureExtraction(_) if features.pooling != Pooling::None => {
             port("sentence_embedding", DType::Float32, &[&batch, &hidden])
         }
-        Task::FeatureExtraction(features) => {
+        Task::FeatureExtraction(_) => {
             let layers = features.layers(all).filter(|&layers| layers < all);
             let name = layers.map_or("last_hidden_state".into(), |layers| format!("hidden_states.{layers}"));
-            port(&name, dtype, &[&batch, &source, &hidden])
+            port(&name, features.output_dtype.unwrap_or(dtype), &[&batch, &source, &hidden])
         }
         Task::TokenClassification => port("logits", DType::Float32, &[&batch, &source, &labels]),
         Task::TextClassification | Task::Text2TextGeneration => port("logits", DType::Float32, &[&batch, &labels]),
     };
+    let others = if features.output_hidden_states { 0..all } else { 0..0 };
+    let others = others.map(|layers| Port { name: format!("hidden_states.{layers}"), ..output.clone() });
     Ports {
         inputs: ["input_ids", "attention_mask"].map(|name| port(name, DType::Int64, &[&batch, &source])).to_vec(),
-        outputs: vec![output],
+        outputs: std::iter::once(output.clone()).chain(others).collect(),
     }
 }
 

@@ -30,6 +30,9 @@ pub struct Options {
     pub activations: Activations,
     /// A fixed capacity of the cache, in target tokens; none for the layout that the target has.
     pub capacity: Option<usize>,
+    /// The hidden state at padding for [`PaddingRows::Learned`](crate::task::PaddingRows::Learned),
+    /// `[encoder.hidden_size]`.
+    pub padding_row: Option<Arc<[f32]>>,
     /// Which checkpoint tensors are the decoder's embedding and the output head.
     pub vocabulary: Vocabulary,
 }
@@ -58,11 +61,16 @@ impl Options {
     }
 
     /// Whether the numbers in the encoder's `attention_mask` say which of several sources in a row a token belongs to.
-    /// Only graphs that return states of each token can keep sources apart.
+    /// Only graphs that return states of each token can keep sources apart, and only if rows have any length and padding
+    /// has no states of its own.
     pub fn reads_side_by_side(&self) -> bool {
         let returns_tokens = match &self.task {
             Task::Text2TextGeneration => true,
-            Task::FeatureExtraction(features) => features.pooling == Pooling::None,
+            Task::FeatureExtraction(features) => {
+                features.pooling == Pooling::None
+                    && features.fixed_length.is_none()
+                    && features.padding_rows.is_unspecified()
+            }
             Task::TextClassification | Task::TokenClassification => false,
         };
         returns_tokens && self.target.capabilities().side_by_side

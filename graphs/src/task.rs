@@ -5,6 +5,8 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use crate::onnx::DType;
+
 /// What a model folder is for; it decides which graphs there are.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "name", rename_all = "kebab-case")]
@@ -32,6 +34,43 @@ pub struct Features {
     /// An index into Hugging Face's `hidden_states`: 0 is the embedding, `n` the output of the `n`-th layer, and the
     /// last one is normed. Negative indices count from the end; manifests have none.
     pub hidden_layer: i64,
+    /// The length of every source, padding included; `None` for any length.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fixed_length: Option<usize>,
+    /// The hidden states at padding; requires pooling `none`.
+    #[serde(default, skip_serializing_if = "PaddingRows::is_unspecified")]
+    pub padding_rows: PaddingRows,
+    /// The dtype of the output, float16 or float32; requires pooling `none`. `None` for the dtype of the model.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub output_dtype: Option<DType>,
+    /// Whether the graph returns the embedding and the output of every layer too; requires pooling `none` and the last
+    /// hidden layer.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub output_hidden_states: bool,
+}
+
+fn is_false(flag: &bool) -> bool {
+    !flag
+}
+
+/// The hidden states at padding.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PaddingRows {
+    /// Values without meaning.
+    #[default]
+    Unspecified,
+    /// Zeros.
+    Zero,
+    /// A learned vector, [`Options::padding_row`](crate::Options::padding_row).
+    Learned,
+}
+
+impl PaddingRows {
+    /// Whether the states at padding have no meaning.
+    pub fn is_unspecified(&self) -> bool {
+        *self == PaddingRows::Unspecified
+    }
 }
 
 /// How the states of a source are pooled to one vector.
@@ -54,7 +93,21 @@ impl fmt::Display for Task {
         f.write_str(self.name())?;
         let Task::FeatureExtraction(features) = self else { return Ok(()) };
         write!(f, " of hidden layer {}, pooling {}", features.hidden_layer, features.pooling)?;
-        if features.normalize { f.write_str(", normalized") } else { Ok(()) }
+        if features.normalize {
+            f.write_str(", normalized")?;
+        }
+        if let Some(length) = features.fixed_length {
+            write!(f, ", sources of length {length}")?;
+        }
+        match features.padding_rows {
+            PaddingRows::Unspecified => {}
+            PaddingRows::Zero => f.write_str(", zeros at padding")?,
+            PaddingRows::Learned => f.write_str(", a learned vector at padding")?,
+        }
+        if let Some(dtype) = features.output_dtype {
+            write!(f, ", output in {dtype}")?;
+        }
+        if features.output_hidden_states { f.write_str(", with all hidden states") } else { Ok(()) }
     }
 }
 
@@ -82,7 +135,15 @@ impl fmt::Display for Pooling {
 impl Default for Features {
     /// The last hidden states, unchanged.
     fn default() -> Features {
-        Features { pooling: Pooling::None, normalize: false, hidden_layer: -1 }
+        Features {
+            pooling: Pooling::None,
+            normalize: false,
+            hidden_layer: -1,
+            fixed_length: None,
+            padding_rows: PaddingRows::Unspecified,
+            output_dtype: None,
+            output_hidden_states: false,
+        }
     }
 }
 
@@ -145,5 +206,18 @@ mod tests {
             assert!(text.starts_with(&format!("{{\"name\":\"{}\"", task.name())), "{text}");
             assert_eq!(serde_json::from_str::<Task>(&text).expect("reads what was written"), task);
         }
+        let features = Features {
+            fixed_length: Some(256),
+            padding_rows: PaddingRows::Learned,
+            output_dtype: Some(DType::Float16),
+            output_hidden_states: true,
+            ..Features::default()
+        };
+        let task = Task::FeatureExtraction(features);
+        let text = serde_json::to_string(&task).expect("a task is an object");
+        assert_eq!(serde_json::from_str::<Task>(&text).expect("reads what was written"), task);
+        // Manifests of exports without these options have no fields for them.
+        let text = serde_json::to_string(&Task::FeatureExtraction(Features::default())).expect("a task is an object");
+        assert!(!text.contains("padding") && !text.contains("output"), "{text}");
     }
 }

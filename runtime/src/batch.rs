@@ -50,13 +50,13 @@ impl Prompts {
 }
 
 impl Batch {
-    /// A batch of sources of any lengths, padded on the right with `pad`, which the mask hides.
+    /// A batch of sources of any lengths, padded on the right with `pad`, which the mask hides. Sources without a token
+    /// are for encoders whose states at padding have a meaning; all other models refuse them.
     ///
     /// # Errors
-    /// No source, or a source without a token.
+    /// No source.
     pub fn padded<S: AsRef<[i64]>>(sources: &[S], pad: i64) -> Result<Batch, Error> {
-        check_rows(sources)?;
-        let length = sources.iter().map(|source| source.as_ref().len()).max().unwrap_or(0);
+        let length = sources.iter().map(|source| source.as_ref().len()).max().unwrap_or(0).max(1);
         let filled = |value: fn(i64) -> i64, fill: i64| {
             let row = move |source: &S| {
                 let ids = source.as_ref();
@@ -110,13 +110,12 @@ impl Batch {
         Ok(Batch { given, seeds, indices, prompts, states, ..Batch::flat(rows, ids, mask)? })
     }
 
-    /// A batch of sources that are padded already, on any side: a token counts where its mask is not zero.
+    /// A batch of sources that are padded already, on any side: a token counts where its mask is not zero. Rows whose
+    /// mask is all 0 are for encoders whose states at padding have a meaning; all other models refuse them.
     ///
     /// # Errors
-    /// No source, a source without a token, rows of unequal lengths, a mask of another shape, or a row whose mask is
-    /// all 0.
+    /// No source, rows of unequal lengths, or a mask of another shape.
     pub fn masked<I: AsRef<[i64]>, M: AsRef<[i64]>>(ids: &[I], mask: &[M]) -> Result<Batch, Error> {
-        check_rows(ids)?;
         let length = ids.first().map_or(0, |row| row.as_ref().len());
         let rectangle = |field: &str, found: Vec<usize>| match found.iter().position(|&tokens| tokens != length) {
             Some(row) => Err(Error::input(
@@ -132,6 +131,9 @@ impl Batch {
             let expected = format!("{} rows, as many as input_ids has", ids.len());
             return Err(Error::input("attention_mask", expected, format!("{} rows", mask.len())));
         }
+        if length == 0 {
+            return Batch::padded(ids, 0);
+        }
         let flat = |row: &[i64]| row.to_vec();
         Batch::flat(
             ids.len(),
@@ -140,10 +142,11 @@ impl Batch {
         )
     }
 
-    /// A batch of `rows` sources from the concatenation of their tokens and of their masks.
+    /// A batch of `rows` sources from the concatenation of their tokens and of their masks, which may be all 0 as in
+    /// [`Batch::masked`].
     ///
     /// # Errors
-    /// No source, rows without a token, lengths that are no multiple of `rows`, or a row whose mask is all 0.
+    /// No source, rows without a token, or lengths that are no multiple of `rows`.
     pub fn flat(rows: usize, ids: Vec<i64>, mask: Vec<i64>) -> Result<Batch, Error> {
         if rows == 0 {
             return Err(Error::input("input_ids", "at least one row", "none"));
@@ -160,9 +163,6 @@ impl Batch {
             return Err(Error::input("attention_mask", expected, format!("{} entries", mask.len())));
         }
         let length = ids.len() / rows;
-        if let Some(row) = mask.chunks(length).position(|row| row.iter().all(|&visible| visible == 0)) {
-            return Err(Error::input(format!("attention_mask[{row}]"), "at least one entry that is not 0", "all 0"));
-        }
         let mask = mask.into_iter().map(|visible| (visible != 0) as i64).collect();
         let (given, seeds, indices) = (vec![length; rows], vec![None; rows], (0..rows).collect());
         Ok(Batch { rows, length, ids, mask, given, seeds, indices, prompts: None, states: None })
@@ -217,7 +217,7 @@ impl Batch {
 
     /// Consecutive rows without decoder prompts, as long as the longest of them was given.
     pub(crate) fn piece(&self, rows: Range<usize>) -> Batch {
-        let length = self.given[rows.clone()].iter().copied().max().unwrap_or(0);
+        let length = self.given[rows.clone()].iter().copied().max().unwrap_or(0).max(1);
         let cut = |flat: &[i64]| -> Vec<i64> {
             rows.clone().flat_map(|row| flat[row * self.length..][..length].iter().copied()).collect()
         };
@@ -265,6 +265,13 @@ impl Batch {
             prompts: None,
             states,
         }
+    }
+
+    /// The same batch with padding up to `length` that belongs to the sources, as if it had been given: also the padding
+    /// that is there already.
+    pub(crate) fn with_own_padding(&self, length: usize, pad: i64) -> Batch {
+        let wide = self.widened(self.rows, length, pad);
+        Batch { given: vec![wide.length; wide.rows], ..wide }
     }
 
     /// The encoder's hidden states of the sources, if the caller has computed them.
@@ -323,8 +330,18 @@ impl Batch {
         }
     }
 
-    /// Checks what depends on the model: tokens against its vocabularies, the length of the sources, and the width of
-    /// hidden states.
+    /// Refuses sources of padding alone, which have no meaning for most models.
+    pub(crate) fn check_visible(&self) -> Result<(), Error> {
+        match self.mask.chunks(self.length).position(|row| row.iter().all(|&visible| visible == 0)) {
+            None => Ok(()),
+            Some(row) => {
+                Err(Error::input(format!("input_ids[{row}]"), "at least one token that is not padding", "none"))
+            }
+        }
+    }
+
+    /// Checks what depends on the sizes of the model: tokens against its vocabularies, the length of the sources, and
+    /// the width of hidden states.
     pub(crate) fn check(&self, facts: &Facts) -> Result<(), Error> {
         let width = facts.encoder.hidden_size;
         if let Some(found) = self.states.as_ref().map(|states| states.shape()[2]).filter(|&found| found != width) {
@@ -365,13 +382,6 @@ fn joined_states(batches: &[Batch]) -> Result<Option<Array3<f32>>, Error> {
         row = end;
     }
     Ok(Some(joined))
-}
-
-fn check_rows<S: AsRef<[i64]>>(sources: &[S]) -> Result<(), Error> {
-    match sources.iter().position(|source| source.as_ref().is_empty()) {
-        Some(row) => Err(Error::input(format!("input_ids[{row}]"), "at least one token", "none")),
-        None => Ok(()),
-    }
 }
 
 fn check_ids(field: &str, length: usize, ids: &[i64], vocab_size: usize) -> Result<(), Error> {
@@ -505,18 +515,35 @@ mod tests {
         let rows = |lengths: &[usize]| lengths.iter().map(|&length| vec![1; length]).collect::<Vec<_>>();
         let cases = [
             (error(Batch::padded(&none, 0)), "input_ids: expected at least one row, found none"),
-            (error(Batch::padded(&rows(&[2, 0]), 0)), "input_ids[1]: expected at least one token, found none"),
             (error(Batch::masked(&rows(&[2, 3]), &rows(&[2, 3]))), "input_ids[1]: expected 2 entries, as many as"),
             (error(Batch::masked(&rows(&[2, 2]), &rows(&[2, 1]))), "attention_mask[1]: expected 2 entries, as many as"),
             (error(Batch::masked(&rows(&[2, 2]), &rows(&[2]))), "attention_mask: expected 2 rows, as many as"),
-            (error(Batch::masked(&rows(&[0]), &rows(&[0]))), "input_ids[0]: expected at least one token, found none"),
-            (error(Batch::masked(&rows(&[1, 1]), &[[1], [0]])), "attention_mask[1]: expected at least one entry that"),
+            (error(Batch::masked(&rows(&[0]), &rows(&[1]))), "attention_mask[0]: expected 0 entries, as many as"),
             (error(Batch::flat(2, vec![1; 3], vec![1; 3])), "input_ids: expected a multiple of 2 entries"),
             (error(Batch::flat(2, vec![1; 4], vec![1; 3])), "attention_mask: expected 4 entries, as many as"),
         ];
         for (found, expected) in cases {
             assert!(found.starts_with(expected), "{found}\n{expected}");
         }
+    }
+
+    #[test]
+    fn sources_of_padding_alone_are_told_from_those_with_tokens() {
+        let rows = |lengths: &[usize]| lengths.iter().map(|&length| vec![1; length]).collect::<Vec<_>>();
+        for (batch, row) in [
+            (Batch::padded(&rows(&[2, 0]), 0), 1),
+            (Batch::padded(&rows(&[0]), 0), 0),
+            (Batch::masked(&rows(&[0]), &rows(&[0])), 0),
+            (Batch::masked(&rows(&[1, 1]), &[[1], [0]]), 1),
+        ] {
+            let batch = batch.expect("well-formed");
+            let error = batch.check_visible().expect_err("a source of padding").to_string();
+            assert_eq!(error, format!("input_ids[{row}]: expected at least one token that is not padding, found none"));
+            assert_eq!(batch.piece(row..row + 1).length(), 1);
+        }
+        let batch = Batch::padded(&rows(&[2, 0]), 9).expect("well-formed").with_own_padding(3, 9);
+        assert_eq!((batch.ids(), batch.mask()), ([1, 1, 9, 9, 9, 9].as_slice(), [1, 1, 0, 0, 0, 0].as_slice()));
+        assert_eq!(batch.piece(1..2).length(), 3, "padding of its own stays");
     }
 
     #[test]

@@ -7,10 +7,10 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::path::Path;
 
-use ndarray::{Array1, Array2, Array3, ArrayD, ArrayView2, Axis, IxDyn};
+use ndarray::{Array1, Array2, Array3, ArrayD, ArrayView2, Axis};
 use t5gemma_graphs::facts::Facts;
 use t5gemma_graphs::manifest::{MANIFEST, Manifest};
-use t5gemma_graphs::task::{Features, Pooling, Task};
+use t5gemma_graphs::task::{Features, PaddingRows, Pooling, Task};
 
 use crate::batch::Batch;
 use crate::cancellation::Cancellation;
@@ -114,7 +114,20 @@ impl Encoder {
         }
     }
 
-    /// The hidden states of each token, `[rows, length, hidden_size]`; those of padding are meaningless.
+    /// The batch as the graph reads it: sources padded to the length that the model was exported with. States and masks
+    /// of this batch have the same length.
+    pub fn pad<'b>(&self, batch: &'b Batch) -> Cow<'b, Batch> {
+        let Some(Features { fixed_length, padding_rows, .. }) = self.folder.features() else {
+            return Cow::Borrowed(batch);
+        };
+        if fixed_length.is_none() && padding_rows.is_unspecified() {
+            return Cow::Borrowed(batch);
+        }
+        Cow::Owned(batch.with_own_padding(fixed_length.unwrap_or(0), self.pad_token_id()))
+    }
+
+    /// The hidden states of each token, `[rows, length, hidden_size]`; `length` is that of [`pad`](Encoder::pad). Those
+    /// of padding are meaningless, unless the model was exported with states for padding; only then may sources be empty.
     ///
     /// # Errors
     /// A model of another task, or one that returns one vector for each source; otherwise as
@@ -125,6 +138,37 @@ impl Encoder {
             return Err(self.pooled_already(Pooling::None, pooling));
         }
         self.output(batch, cancel)?.into_dimensionality().map_err(wrong_rank)
+    }
+
+    /// The hidden states of each token by layer, `[rows, length, hidden_size]` each, in the order of transformers'
+    /// `hidden_states`: the embedding, the output of every layer, and of the last layer the normed output.
+    ///
+    /// # Errors
+    /// A model that was not exported with `output_hidden_states`; otherwise as [`Encoder::encode`].
+    pub fn hidden_states(&self, batch: &Batch, cancel: &Cancellation) -> Result<Vec<Array3<f32>>, Error> {
+        if !self.features()?.output_hidden_states {
+            return Err(Error::Folder {
+                path: self.path().join(MANIFEST),
+                field: "task.output_hidden_states".into(),
+                expected: "true (export with output_hidden_states)".into(),
+                found: "false".into(),
+            });
+        }
+        let outputs = self.outputs(batch, cancel)?.into_iter();
+        let mut states: Vec<Array3<f32>> =
+            outputs.map(|output| output.into_dimensionality().map_err(wrong_rank)).collect::<Result<_, _>>()?;
+        states.rotate_left(1);
+        Ok(states)
+    }
+
+    /// The names of the graph's outputs with states: those of [`Encoder::hidden_states`], or the only one.
+    pub fn output_names(&self) -> Vec<String> {
+        let manifest = &self.folder.manifest;
+        let graph = manifest.graph_specs().into_iter().next().expect("a model has a graph");
+        let of_states = graph.ports.outputs.into_iter().take(1 + self.folder.hidden_states());
+        let mut names: Vec<String> = of_states.map(|port| port.name).collect();
+        names.rotate_left(1);
+        names
     }
 
     /// One vector for each source, `[rows, hidden_size]`, as `pooling` makes it.
@@ -141,6 +185,8 @@ impl Encoder {
             return Err(self.pooled_already(pooling, own));
         }
         if own == Pooling::None {
+            batch.check_visible()?;
+            let batch = &*self.pad(batch);
             Ok(pooled(&self.encode(batch, cancel)?, batch, pooling))
         } else {
             self.output(batch, cancel)?.into_dimensionality().map_err(wrong_rank)
@@ -170,71 +216,95 @@ impl Encoder {
         self.folder.check(batch)
     }
 
-    /// The graph's output for a batch, in pieces if the batch is beyond the limits.
+    /// The graph's first output for a batch.
     pub(crate) fn output(&self, batch: &Batch, cancel: &Cancellation) -> Result<ArrayD<f32>, Error> {
+        Ok(self.outputs(batch, cancel)?.swap_remove(0))
+    }
+
+    /// The graph's outputs for a batch, in pieces if the batch is beyond the limits.
+    fn outputs(&self, batch: &Batch, cancel: &Cancellation) -> Result<Vec<ArrayD<f32>>, Error> {
         self.check(batch)?;
         cancel.check()?;
+        let batch = &*self.pad(batch);
         let (stack, dtype) = (&self.folder.manifest.facts.encoder, self.folder.manifest.dtype);
         let pieces = pieces_to_encode(batch, stack, dtype, &self.limits);
         if pieces.len() == 1 {
-            return self.output_of_piece(batch, cancel);
+            return self.outputs_of_piece(batch, cancel);
         }
-        let mut output = ArrayD::zeros(IxDyn(&[]));
+        let mut outputs: Vec<ArrayD<f32>> = Vec::new();
         for rows in pieces {
             let piece = batch.piece(rows.clone());
-            let found = self.output_of_piece(&piece, cancel)?;
-            if output.ndim() == 0 {
-                let mut shape = found.shape().to_vec();
-                shape[0] = batch.rows();
-                // An output with a vector for each token has tokens on its second axis.
-                if shape.len() == 3 {
-                    shape[1] = batch.length();
+            let found = self.outputs_of_piece(&piece, cancel)?;
+            if outputs.is_empty() {
+                let whole = |found: &ArrayD<f32>| {
+                    let mut shape = found.shape().to_vec();
+                    shape[0] = batch.rows();
+                    // An output with a vector for each token has tokens on its second axis.
+                    if shape.len() == 3 {
+                        shape[1] = batch.length();
+                    }
+                    ArrayD::zeros(shape)
+                };
+                outputs = found.iter().map(whole).collect();
+            }
+            for (output, found) in outputs.iter_mut().zip(found) {
+                let mut of_piece = output.slice_axis_mut(Axis(0), rows.clone().into());
+                if found.ndim() == 3 {
+                    of_piece.slice_axis_inplace(Axis(1), (..piece.length()).into());
                 }
-                output = ArrayD::zeros(shape);
+                of_piece.assign(&found);
             }
-            let mut of_piece = output.slice_axis_mut(Axis(0), rows.into());
-            if found.ndim() == 3 {
-                of_piece.slice_axis_inplace(Axis(1), (..piece.length()).into());
-            }
-            of_piece.assign(&found);
         }
-        Ok(output)
+        Ok(outputs)
     }
 
-    fn output_of_piece(&self, batch: &Batch, cancel: &Cancellation) -> Result<ArrayD<f32>, Error> {
+    fn outputs_of_piece(&self, batch: &Batch, cancel: &Cancellation) -> Result<Vec<ArrayD<f32>>, Error> {
         let fitting = self.folder.fit(batch);
-        let output = self.output_of_rectangle(&fitting, cancel)?;
+        let outputs = self.outputs_of_rectangle(&fitting, cancel)?;
         if matches!(fitting, Cow::Borrowed(_)) {
-            return Ok(output);
+            return Ok(outputs);
         }
-        let mut requested = output.slice_axis(Axis(0), (..batch.rows()).into());
-        if requested.ndim() == 3 {
-            requested.slice_axis_inplace(Axis(1), (..batch.length()).into());
-        }
-        Ok(requested.to_owned())
+        let requested = |output: ArrayD<f32>| {
+            let mut requested = output.slice_axis(Axis(0), (..batch.rows()).into());
+            if requested.ndim() == 3 {
+                requested.slice_axis_inplace(Axis(1), (..batch.length()).into());
+            }
+            requested.to_owned()
+        };
+        Ok(outputs.into_iter().map(requested).collect())
     }
 
-    fn output_of_rectangle(&self, batch: &Batch, cancel: &Cancellation) -> Result<ArrayD<f32>, Error> {
+    fn outputs_of_rectangle(&self, batch: &Batch, cancel: &Cancellation) -> Result<Vec<ArrayD<f32>>, Error> {
         // Classifiers are left out, because they read padding tokens too.
         if self.on_cpu
-            && let Ok(Features { pooling, .. }) = self.features()
+            && let Ok(Features {
+                pooling,
+                fixed_length: None,
+                padding_rows: PaddingRows::Unspecified,
+                output_hidden_states: false,
+                ..
+            }) = self.features()
             && let Some(groups) = ragged_batch::groups(batch, Grouping::of(&self.folder.manifest))
         {
             let unit = if pooling == Pooling::None { OutputUnit::Token } else { OutputUnit::Source };
             let output = ragged_batch::run(&self.session, batch, &groups, unit, cancel)?;
             cancel.check()?;
-            return ArrayD::from_shape_vec(output.shape, output.values).map_err(wrong_rank);
+            return Ok(vec![ArrayD::from_shape_vec(output.shape, output.values).map_err(wrong_rank)?]);
         }
         let outputs = self.session.run_on_batch(batch, "running the encoder", cancel)?;
         cancel.check()?;
-        let output = outputs.into_iter().next().expect("opening has verified that there is one output");
-        let shape: Vec<usize> = output.shape().iter().map(|&size| size as usize).collect();
-        let values = float32_values(&output).map_err(Error::onnxruntime(READING_OUTPUT))?;
-        if shape.first() != Some(&batch.rows()) {
-            let message = format!("expected an output of {} rows, found shape {shape:?}", batch.rows());
-            return Err(Error::OnnxRuntime { during: READING_OUTPUT.into(), message });
-        }
-        ArrayD::from_shape_vec(shape, values).map_err(wrong_rank)
+        // Models to be observed have one more output, the ranges.
+        let of_states = outputs.into_iter().take(1 + self.folder.hidden_states());
+        let read = of_states.map(|output| {
+            let shape: Vec<usize> = output.shape().iter().map(|&size| size as usize).collect();
+            let values = float32_values(&output).map_err(Error::onnxruntime(READING_OUTPUT))?;
+            if shape.first() != Some(&batch.rows()) {
+                let message = format!("expected an output of {} rows, found shape {shape:?}", batch.rows());
+                return Err(Error::OnnxRuntime { during: READING_OUTPUT.into(), message });
+            }
+            ArrayD::from_shape_vec(shape, values).map_err(wrong_rank)
+        });
+        read.collect()
     }
 
     /// The ranges of activations for a source: for each matrix the greatest absolute value that it is multiplied with.

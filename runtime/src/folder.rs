@@ -16,7 +16,7 @@ use t5gemma_graphs::interface::{Dim, GraphSpec, Port};
 use t5gemma_graphs::manifest::{
     FileRecord, GraphRecord, KEPT_TOKENS, MANIFEST, Manifest, ManifestError, SAMPLE_BLOCK, TensorRecord, sample_offsets,
 };
-use t5gemma_graphs::task::Task;
+use t5gemma_graphs::task::{Features, Task};
 
 use crate::batch::Batch;
 use crate::error::Error;
@@ -107,9 +107,33 @@ impl Folder {
         Ok(Folder { path, manifest, generation_config, warnings, vocabulary_subset, profiles, weights: map })
     }
 
-    /// Checks a batch against the model: see [`Batch::check`], and the sizes of the serving plan.
+    /// What the graph returns for a source, if it is an encoder.
+    pub fn features(&self) -> Option<&Features> {
+        match &self.manifest.task {
+            Task::FeatureExtraction(features) => Some(features),
+            _ => None,
+        }
+    }
+
+    /// The number of outputs with hidden states of earlier layers, beside the first output.
+    pub fn hidden_states(&self) -> usize {
+        let returns_all = self.features().is_some_and(|features| features.output_hidden_states);
+        if returns_all { self.manifest.facts.encoder.num_hidden_layers } else { 0 }
+    }
+
+    /// Checks a batch against the model: see [`Batch::check`], a fixed length of sources, and the sizes of the serving
+    /// plan.
     pub fn check(&self, batch: &Batch) -> Result<(), Error> {
+        if self.features().is_none_or(|features| features.padding_rows.is_unspecified()) {
+            batch.check_visible()?;
+        }
         batch.check(&self.manifest.facts)?;
+        if let Some(length) = self.features().and_then(|features| features.fixed_length)
+            && batch.length() > length
+        {
+            let expected = format!("at most {length} tokens a row (exported with fixed_length {length})");
+            return Err(Error::input("input_ids", expected, format!("{} tokens", batch.length())));
+        }
         self.profiles.as_ref().map_or(Ok(()), |profiles| profiles.check_source(batch.length()))
     }
 

@@ -3,13 +3,14 @@
 //! files of reference numbers is left to the caller.
 
 mod comparison;
+mod encoders;
 
 use std::collections::BTreeMap;
 use std::ops::{ControlFlow, Range};
 
 use ndarray::{Array2, Array3, ArrayD, ArrayView2, Axis, s};
 use t5gemma_graphs::interface::DType;
-use t5gemma_graphs::manifest::EncoderWindow;
+use t5gemma_graphs::manifest::{EncoderWindow, Manifest};
 use t5gemma_kernels::LogitsRequest;
 
 use crate::batch::{Batch, Prompts};
@@ -22,6 +23,7 @@ use crate::search::Search;
 use crate::step_output::StepTensors;
 
 pub use comparison::{Comparison, comparison};
+pub use encoders::{EncoderComparison, OutputComparison, encoder_comparison, encoder_consistency};
 
 /// One comparison.
 #[derive(Clone, Debug, PartialEq)]
@@ -68,7 +70,7 @@ const SOURCES: [usize; 5] = [23, 9, 1, 16, 4];
 /// # Errors
 /// As [`Model::generate_batch`].
 pub fn consistency(model: &Model, tolerance: Option<f32>, cancel: &Cancellation) -> Result<Vec<Check>, Error> {
-    let limit = |largest: f32| limit(model, tolerance, largest);
+    let limit = |largest: f32| limit(model.manifest(), tolerance, largest);
     let (encoder, decoder) = (&model.facts().encoder, &model.facts().decoder);
     let mut random = RandomTokens(7);
     let longest = encoder.max_position_embeddings;
@@ -154,7 +156,7 @@ pub fn against(
 ) -> Result<Vec<Check>, Error> {
     let mut checks: BTreeMap<&str, Check> = BTreeMap::new();
     let mut compare = |name: &'static str, largest: f32, scale: f32| {
-        let limit = limit(model, tolerance, scale);
+        let limit = limit(model.manifest(), tolerance, scale);
         let check = checks.entry(name).or_insert(Check { name: name.into(), largest: 0.0, limit });
         check.largest = check.largest.max(largest);
         check.limit = check.limit.max(limit);
@@ -230,10 +232,10 @@ pub fn against(
     Ok(checks.into_values().collect())
 }
 
-fn limit(model: &Model, tolerance: Option<f32>, largest: f32) -> f32 {
-    match model.manifest().dtype {
+fn limit(manifest: &Manifest, tolerance: Option<f32>, largest: f32) -> f32 {
+    match manifest.dtype {
         _ if tolerance.is_some() => tolerance.unwrap_or_default(),
-        DType::Float32 if model.manifest().quantization.is_any() => (largest / 1000.0).max(5e-4),
+        DType::Float32 if manifest.quantization.is_any() => (largest / 1000.0).max(5e-4),
         DType::Float32 => 5e-4,
         _ => largest / 10.0,
     }

@@ -358,7 +358,7 @@ static void check_sources(const t5g_model *model) {
     sources.decoder_length = 0;
     FAILS(t5g_model_generate(model, &sources, o, NULL, &result), T5G_ERROR_INPUT, "input_ids[1][1]", "vocabulary");
     mask[0] = mask[1] = 0;
-    FAILS(t5g_model_generate(model, &sources, o, NULL, &result), T5G_ERROR_INPUT, "attention_mask[0]", "all 0");
+    FAILS(t5g_model_generate(model, &sources, o, NULL, &result), T5G_ERROR_INPUT, "input_ids[0]", "not padding");
     sources.length = (size_t)1 << 60;
     FAILS(t5g_model_generate(model, &sources, o, NULL, &result), T5G_ERROR_ARGUMENT, "sources.input_ids", "memory");
     sources.input_ids = (const int64_t *)((const char *)padded + 1);

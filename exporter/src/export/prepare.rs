@@ -11,7 +11,7 @@ use t5gemma_graphs::task::Task;
 use t5gemma_graphs::{Options, Vocabulary, definitions};
 
 use super::{Export, rules};
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, SENTENCEPIECE_FILE, SENTENCEPIECE_TENSOR};
 use crate::error::{Error, Result};
 use crate::source::{Source, SourceConfig};
 use crate::tensorrt::MemoryEstimate;
@@ -48,9 +48,15 @@ impl<'e> Prepared<'e> {
         rules::check_task(export, &task)?;
         rules::check_sizes(export, &config)?;
         if let Source::Checkpoint(checkpoint) = source {
+            checkpoint.check_present(|tensor| weights::is_for(tensor, &config, &task))?;
             check_layers(checkpoint, &config, &task)?;
         }
-        let companions = source.companions()?;
+        let mut companions = source.companions()?;
+        if export.write_sentencepiece {
+            let Source::Checkpoint(checkpoint) = source else { return Err(rules::no_sentencepiece().into()) };
+            companions.retain(|(name, _)| *name != SENTENCEPIECE_FILE);
+            companions.push((SENTENCEPIECE_FILE, checkpoint.sentencepiece()?.to_vec()));
+        }
         let generation_config = source.generation_config()?;
         if let Some(tokens) = &export.kept_tokens {
             rules::check_kept_tokens(tokens, &config, generation_config.as_ref())?;
@@ -59,6 +65,7 @@ impl<'e> Prepared<'e> {
             Source::Checkpoint(checkpoint) if task.is_generation() => weights::vocabulary(&config, checkpoint)?,
             _ => weights::default_vocabulary(&config),
         };
+        let padding_row = rules::padding_row(export, &task, &config)?;
         let options = Options {
             task,
             target: export.target,
@@ -69,6 +76,7 @@ impl<'e> Prepared<'e> {
             quantization: export.quantization.clone(),
             activations: export.activations.clone(),
             capacity: export.capacity,
+            padding_row: padding_row.map(Arc::from),
             vocabulary: Vocabulary { kept: export.kept_tokens.clone().map(Arc::from), ..vocabulary },
         };
         if let Activations::Ranges(ranges) = &export.activations {
@@ -77,6 +85,7 @@ impl<'e> Prepared<'e> {
         let graphs = definitions(&config, &options);
         let memory = match &export.plan {
             Some(plan) => {
+                rules::check_fixed_length(plan, &options.task)?;
                 plan.check(&config, &options, &graphs)?;
                 let memory = MemoryEstimate::new(plan, &config, &options, &graphs);
                 rules::check_memory(export.memory_limit, &memory)?;
@@ -87,7 +96,11 @@ impl<'e> Prepared<'e> {
         let weights = weights::collect(&graphs, &config, &options);
         rules::check_excluded(&export.quantization.exclude, &weights)?;
         let unused = match source {
-            Source::Checkpoint(checkpoint) => weights::check(&weights, checkpoint, &config, &options.task)?,
+            Source::Checkpoint(checkpoint) => {
+                let mut unused = weights::check(&weights, checkpoint, &config, &options.task)?;
+                unused.retain(|tensor| !(export.write_sentencepiece && tensor == SENTENCEPIECE_TENSOR));
+                unused
+            }
             Source::Dummy { .. } => Vec::new(),
         };
         weights::check_size(&weights, &origin)?;
@@ -116,7 +129,7 @@ fn check_layers(checkpoint: &Checkpoint, config: &Config, task: &Task) -> Result
         return Ok(());
     }
     Err(Error::Tensors {
-        folder: checkpoint.folder().to_path_buf(),
+        checkpoint: checkpoint.path().to_path_buf(),
         mismatches: vec![format!("expected those of {layers} layers, found {tensors} tensors")],
         hint: String::new(),
     })

@@ -9,13 +9,14 @@ use t5gemma_graphs::interface::{DType, Logits};
 use t5gemma_graphs::json::cut;
 use t5gemma_graphs::onnx::{Blocks, Code};
 use t5gemma_graphs::quantization::{self, Activations, Quantization};
-use t5gemma_graphs::task::{Features, Task};
+use t5gemma_graphs::task::{Features, PaddingRows, Pooling, Task};
 use t5gemma_graphs::{Capabilities, Options, Packing, Target, definitions};
 
-use super::{Alignment, Export};
-use crate::checkpoint::GENERATION_CONFIG;
+use super::{Alignment, Export, PaddingRow};
+use crate::checkpoint::{self, GENERATION_CONFIG};
+use crate::error;
 use crate::settings::{Setting, SettingError};
-use crate::tensorrt::{MemoryEstimate, MemorySize};
+use crate::tensorrt::{MemoryEstimate, MemorySize, ServingPlan};
 use crate::weights::Weight;
 
 type Result<T, E = SettingError> = std::result::Result<T, E>;
@@ -133,7 +134,71 @@ pub(super) fn task(wanted: Option<Task>, config: &Config) -> Result<Task> {
         return Err(SettingError::invalid(Setting::HiddenLayer, expected, features.hidden_layer));
     };
     features.hidden_layer = layers as i64;
+    check_features(&features, config)?;
     Ok(Task::FeatureExtraction(features))
+}
+
+fn check_features(features: &Features, config: &Config) -> Result<()> {
+    if let Some(length) = features.fixed_length {
+        let most = config.encoder.max_position_embeddings;
+        if !(1..=most).contains(&length) {
+            let expected = format!("1 to {most} (encoder.max_position_embeddings)");
+            return Err(SettingError::invalid(Setting::FixedLength, expected, length));
+        }
+    }
+    let without_pooling = [
+        (Setting::PaddingRows, !features.padding_rows.is_unspecified()),
+        (Setting::OutputDtype, features.output_dtype.is_some()),
+    ];
+    if let Some((setting, _)) = without_pooling.into_iter().find(|(_, is_given)| *is_given)
+        && features.pooling != Pooling::None
+    {
+        return Err(requires(setting, "", Setting::Pooling, "none", features.pooling.name()));
+    }
+    if features.output_hidden_states {
+        if features.pooling != Pooling::None {
+            return Err(requires(Setting::OutputHiddenStates, "", Setting::Pooling, "none", features.pooling.name()));
+        }
+        let (layer, last) = (features.hidden_layer, config.encoder.layers.len() as i64);
+        if layer != last {
+            return Err(requires(Setting::OutputHiddenStates, "", Setting::HiddenLayer, "last", layer.to_string()));
+        }
+    }
+    match features.output_dtype {
+        None | Some(DType::Float32 | DType::Float16) => Ok(()),
+        Some(dtype) => Err(SettingError::invalid(Setting::OutputDtype, "float16 or float32", dtype)),
+    }
+}
+
+/// Reads the hidden state of padding, if the task has a learned one.
+pub(super) fn padding_row(export: &Export, task: &Task, config: &Config) -> error::Result<Option<Vec<f32>>> {
+    let is_learned = matches!(task, Task::FeatureExtraction(Features { padding_rows: PaddingRows::Learned, .. }));
+    match &export.padding_row {
+        Some(PaddingRow { file, tensor }) if is_learned => {
+            Ok(Some(checkpoint::read_vector(file, tensor, config.encoder.hidden_size)?))
+        }
+        Some(_) => Err(SettingError::invalid(Setting::PaddingRows, "learned rows for a padding_row", "others").into()),
+        None if is_learned => {
+            Err(SettingError::invalid(Setting::PaddingRows, "a padding_row for learned rows", "none").into())
+        }
+        None => Ok(None),
+    }
+}
+
+/// The error for `write_sentencepiece` with random weights.
+pub(super) fn no_sentencepiece() -> SettingError {
+    SettingError::invalid(Setting::WriteSentencepiece, "a checkpoint", "random weights")
+}
+
+/// Refuses a plan for other source lengths than the fixed one.
+pub(super) fn check_fixed_length(plan: &ServingPlan, task: &Task) -> Result<()> {
+    let Task::FeatureExtraction(Features { fixed_length: Some(length), .. }) = task else { return Ok(()) };
+    let (shortest, longest) = plan.source_lengths();
+    if shortest == *length && longest == *length {
+        return Ok(());
+    }
+    let found = if shortest == longest { format!("source={longest}") } else { format!("source={shortest}..{longest}") };
+    Err(requires(Setting::FixedLength, &length.to_string(), Setting::Plan, format!("source={length}"), found))
 }
 
 /// Refuses options of the decoder graphs for tasks without them.

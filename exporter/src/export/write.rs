@@ -1,7 +1,7 @@
 //! Writes a prepared export into its folder: the weights first, since the graphs refer to their offsets, the manifest
 //! last, since it has the hashes of all other files.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
@@ -88,7 +88,9 @@ impl Prepared<'_> {
         let failed = AtomicBool::new(false);
         let (written, source) = thread::scope(|scope| {
             let is_stopped = || failed.load(Ordering::Relaxed) || progress.is_cancelled();
-            let hashed = scope.spawn(move || self.source.record(&is_stopped));
+            let parts = self.weights.iter().flat_map(|weight| &weight.parts);
+            let used: BTreeSet<&str> = parts.map(|part| part.tensor.as_str()).collect();
+            let hashed = scope.spawn(move || self.source.record(|tensor| used.contains(tensor), is_stopped));
             let written = external_data::write(&folder.path(interface::WEIGHTS), &self.weights, self.source, progress);
             // The hashes are of no use to an export that failed.
             failed.store(written.is_err(), Ordering::Relaxed);

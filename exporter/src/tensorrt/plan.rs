@@ -140,6 +140,11 @@ impl ServingPlan {
         self.omitted.iter().filter(is_of_task).copied().collect()
     }
 
+    /// The minimum and maximum length of a source with its padding.
+    pub(crate) fn source_lengths(&self) -> (usize, usize) {
+        (self.source.min, self.source.max)
+    }
+
     /// Refuses sizes that the model cannot serve, and tensors above TensorRT's limit.
     pub(crate) fn check(&self, config: &Config, options: &Options, graphs: &[Definition]) -> Result<(), SettingError> {
         let invalid = |expected: String, found: String| SettingError::invalid(Setting::Plan, expected, found);

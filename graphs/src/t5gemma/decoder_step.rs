@@ -105,6 +105,7 @@ mod tests {
                 quantization: Quantization::default(),
                 activations: Activations::default(),
                 capacity: None,
+                padding_row: None,
                 vocabulary: Vocabulary { embedding: "embedding".into(), head: "embedding".into(), kept: None },
             };
             decoder_step(&config, &options)

@@ -52,17 +52,23 @@ impl<'g> Source<'g> {
 
 /// The output of the first `layers` layers, `[batch·source, hidden]`; normed if those are all.
 pub fn states<'g>(source: &Source<'g>, layers: usize, options: &Options, w: &Weights<'g>) -> Value<'g> {
-    let mut x = embedding(source.ids, &w.at("embed_tokens.weight"));
+    all_states(source, layers, options, w).pop().expect("there is the embedding").cast(w.dtype())
+}
+
+/// The embedding and the outputs of the first `layers` layers, `[batch·source, hidden]` each, in the dtype of the
+/// residual stream; the last layer's output is normed.
+pub fn all_states<'g>(source: &Source<'g>, layers: usize, options: &Options, w: &Weights<'g>) -> Vec<Value<'g>> {
+    let mut all = vec![embedding(source.ids, &w.at("embed_tokens.weight"))];
     for (i, &kind) in w.stack.layers[..layers].iter().enumerate() {
         let visible = match window_mask(&source.tokens, kind, options.encoder_window) {
             Some(window) => source.visible & window, // [batch, 1, 1, source, source]
             None => source.visible,
         };
-        x = layer(x, &source.tokens, visible, &w.at(&format!("layers.{i}")));
+        let y = layer(all[i], &source.tokens, visible, &w.at(&format!("layers.{i}")));
+        let is_last = i + 1 == w.stack.layers.len();
+        all.push(if is_last { rms_norm(y, &w.at("norm")) } else { y });
     }
-    let is_last = layers == w.stack.layers.len();
-    let x = if is_last { rms_norm(x, &w.at("norm")) } else { x };
-    x.cast(w.dtype())
+    all
 }
 
 /// h = x + norm(attention(norm(x)))

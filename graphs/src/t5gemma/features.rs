@@ -5,9 +5,9 @@ use super::encoder::{self, Source};
 use super::root;
 use crate::config::Config;
 use crate::interface;
-use crate::onnx::{DType, Definition, Graph, Value};
+use crate::onnx::{DType, Data, Definition, Graph, Value};
 use crate::options::Options;
-use crate::task::{Features, Pooling, Task};
+use crate::task::{Features, PaddingRows, Pooling, Task};
 
 /// The graph from source tokens to the states or the vector of each source.
 pub fn features(config: &Config, options: &Options, features: &Features) -> Definition {
@@ -19,15 +19,36 @@ pub fn features(config: &Config, options: &Options, features: &Features) -> Defi
     let source = Source::by_token(&graph, ids, mask, options);
     let layers =
         features.layers(config.encoder.layers.len()).expect("the exporter has checked the number of the layer");
-    let states = encoder::states(&source, layers, options, &w); // [batch·source, hidden]
-    let states = states.reshape(&[ids.dim(0), ids.dim(1), config.encoder.hidden_size.into()]);
-    let taken = match features.pooling {
-        Pooling::None => states,
-        pooling => pooled(states.cast(DType::Float32), mask, pooling),
-    };
-    let output = if features.normalize { normalized(taken.cast(DType::Float32)) } else { taken };
-    interface::outputs(&graph, &ports, [output.cast(ports.outputs[0].dtype)].into_iter());
+    let mut all = encoder::all_states(&source, layers, options, &w); // [batch·source, hidden] each
+    let last = all.pop().expect("there is the embedding");
+    let others = if features.output_hidden_states { all } else { Vec::new() };
+    let outputs = std::iter::once(last).chain(others).zip(&ports.outputs).map(|(states, port)| {
+        let states = states.cast(w.dtype()).reshape(&[ids.dim(0), ids.dim(1), config.encoder.hidden_size.into()]);
+        let taken = match features.pooling {
+            Pooling::None => states,
+            pooling => pooled(states.cast(DType::Float32), mask, pooling),
+        };
+        let output = if features.normalize { normalized(taken.cast(DType::Float32)) } else { taken };
+        with_padding_rows(output.cast(port.dtype), mask, features.padding_rows, options)
+    });
+    let outputs: Vec<Value<'_>> = outputs.collect();
+    interface::outputs(&graph, &ports, outputs.into_iter());
     graph.finish("model")
+}
+
+/// The states `[batch, source, hidden]` with other rows where `mask` (int64 `[batch, source]`) is 0. A source of padding
+/// alone, which no attention is defined for, gets such rows only.
+fn with_padding_rows<'g>(states: Value<'g>, mask: Value<'g>, rows: PaddingRows, options: &Options) -> Value<'g> {
+    let seen = mask.cast(DType::Bool).unsqueeze(&[2]);
+    match rows {
+        PaddingRows::Unspecified => states,
+        PaddingRows::Zero => states.zero_unless(seen),
+        PaddingRows::Learned => {
+            let row = options.padding_row.as_ref().expect("the exporter has read the vector");
+            let numbers = Data::Floats(row.iter().copied().map(f64::from).collect());
+            states.where_else(seen, states.graph().constant(states.dtype(), &[row.len()], numbers))
+        }
+    }
 }
 
 /// One vector `[batch, hidden]` of the states `[batch, source, hidden]` that `mask` (int64 `[batch, source]`) lets

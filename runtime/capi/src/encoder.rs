@@ -190,6 +190,7 @@ pub extern "C" fn t5g_encoder_encode(
         }
         let (batch, encoder) = (encoder.batch(sources)?, &encoder.inner);
         encoder.features()?;
+        let batch = encoder.pad(&batch);
         let length = if pooling == Pooling::None { batch.length() } else { 1 };
         let shape = Shape::of(&batch, length, encoder.facts().encoder.hidden_size);
         put_states(states, given, shape, &batch, || {

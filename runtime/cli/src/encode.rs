@@ -270,6 +270,8 @@ impl Encoding<'_> {
         }
         let pad = self.encoder.pad_token_id();
         let batch = t5gemma_protocol::batch(requests, pad)?;
+        let batch = self.encoder.pad(&batch);
+        let fixed = self.encoder.features()?.fixed_length;
         let output = match self.pooling {
             Pooling::None => self.encoder.encode(&batch, self.cancel)?.into_dyn(),
             pooling if self.normalize => self.encoder.embed_normalized(&batch, pooling, self.cancel)?.into_dyn(),
@@ -277,7 +279,8 @@ impl Encoding<'_> {
         };
         let mut first = 0;
         let one = |request: &&TokenizedRequest| {
-            let (rows, length) = (request.sources.len(), request.sources.iter().map(Vec::len).max().unwrap_or(0));
+            let longest = request.sources.iter().map(Vec::len).max().unwrap_or(0);
+            let (rows, length) = (request.sources.len(), fixed.unwrap_or(longest.max(1)));
             let mut output = output.slice_axis(Axis(0), (first..first + rows).into());
             if self.pooling == Pooling::None {
                 output = output.slice_axis_move(Axis(1), (..length).into());

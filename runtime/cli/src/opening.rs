@@ -122,8 +122,13 @@ impl Opening {
 
     /// Opens the encoder of the model, or its only graph.
     pub fn open_encoder(&self) -> Result<Encoder> {
+        self.open_encoder_of(self.path())
+    }
+
+    /// Opens another encoder in the same way.
+    pub fn open_encoder_of(&self, path: &Path) -> Result<Encoder> {
         ensure_usage!(!self.runtime.warm_up, "--warm-up: expected a command that generates");
-        Encoder::open_with(self.path(), &self.options(self.one_device()?)).map_err(flag_errors::of_opening)
+        Encoder::open_with(path, &self.options(self.one_device()?)).map_err(flag_errors::of_opening)
     }
 
     /// The device, for commands that use one.

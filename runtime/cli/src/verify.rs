@@ -4,11 +4,14 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, ensure};
-use serde_json::json;
-use t5gemma_runtime::Cancellation;
-use t5gemma_runtime::verify::{Check, Comparison, Golden, against, comparison, consistency};
+use serde_json::{Value, json};
+use t5gemma_runtime::verify::{
+    Check, Comparison, EncoderComparison, Golden, OutputComparison, against, comparison, consistency,
+    encoder_comparison, encoder_consistency,
+};
+use t5gemma_runtime::{Cancellation, Error, Task, Tokenizer, task_of};
 
-use crate::exit::Outcome;
+use crate::exit::{Outcome, ensure_usage};
 use crate::files;
 use crate::opening::{ModelArguments, Opening, RuntimeArguments};
 use crate::tensors::Tensors;
@@ -19,6 +22,10 @@ use crate::tensors::Tensors;
 /// padding, one beam with greedy search, and beam scores with recomputed ones. With --golden, compares it with
 /// reference tensors, too. Prints the largest error of each comparison; the exit status is 1 if one exceeds its limit.
 /// With --against, reports the difference from another model of the same checkpoint, without a limit.
+///
+/// Of a model exported with --task feature-extraction, the hidden states or embeddings are compared: a ragged batch with
+/// its rows alone, left with right padding, and with --against each output of both models. Models exported with
+/// --output-hidden-states are compared layer by layer.
 #[derive(clap::Args)]
 #[command(after_long_help = GOLDEN)]
 pub struct Arguments {
@@ -30,7 +37,7 @@ pub struct Arguments {
     /// Model of the same checkpoint to compare with, such as one with more bits
     ///
     /// Reports the errors of hidden states and logits along that model's greedy outputs, and how often both models have
-    /// the same likeliest token.
+    /// the same likeliest token; of encoders, the error and the cosine similarity of each output.
     #[arg(long, value_name = "OTHER_MODEL", help_heading = "Input", conflicts_with_all = ["golden", "tolerance"])]
     against: Option<PathBuf>,
     /// Sources for --against, one per line, like those that will be served [default: random tokens]
@@ -64,7 +71,14 @@ Examples:
     t5gemma verify model
 
   Report what 8-bit weights cost:
-    t5gemma verify model-int8 --against model --texts texts.txt";
+    t5gemma verify model-int8 --against model --texts texts.txt
+
+  Report the cosine similarity of an encoder's states by layer:
+    for q in none int8; do
+      t5gemma-export --task feature-extraction --output-hidden-states \
+        --target cpu --quantize $q t5gemma-b-b-ul2 encoder-$q
+    done
+    t5gemma verify encoder-int8 --against encoder-none --texts texts.txt";
 
 fn tolerance(text: &str) -> Result<f32, String> {
     let tolerance = text.parse().ok().filter(|x: &f32| x.is_finite() && *x >= 0.0);
@@ -73,22 +87,34 @@ fn tolerance(text: &str) -> Result<f32, String> {
 
 /// Runs the command.
 pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
-    let mut opening = Opening::new(arguments.model, arguments.runtime);
-    if let Some(other) = &arguments.against {
-        let compared = compare(&opening, other, arguments.texts.as_deref(), cancel)?;
-        let text = if arguments.json { compared.json() } else { compared.table() };
+    let Arguments { model, golden, against: other, texts, tolerance, json, runtime } = arguments;
+    let mut opening = Opening::new(model, runtime);
+    let is_encoder = matches!(task_of(opening.path())?, Task::FeatureExtraction(_));
+    if let Some(other) = &other {
+        let report = if is_encoder {
+            compare_encoders(&opening, other, texts.as_deref(), cancel)?
+        } else {
+            compare(&opening, other, texts.as_deref(), cancel)?
+        };
+        let text = if json { format!("{:#}\n", report.json) } else { report.table };
         io::stdout().write_all(text.as_bytes())?;
         return Ok(Outcome::Done);
     }
-    let golden = arguments.golden.as_deref().map(Tensors::read).transpose()?.map(|file| read(&file)).transpose()?;
     opening.model.check_weights = true;
-    let model = opening.open()?;
-    let mut checks = consistency(&model, arguments.tolerance, cancel)?;
-    if let Some(golden) = &golden {
-        let compared = against(&model, golden, arguments.tolerance, cancel)?;
-        ensure!(!compared.is_empty(), "the reference file holds nothing to compare with; see --help for the names");
-        checks.extend(compared);
-    }
+    let checks = if is_encoder {
+        ensure_usage!(golden.is_none(), "--golden requires a model that generates (got task feature-extraction)");
+        encoder_consistency(&opening.open_encoder()?, tolerance, cancel)?
+    } else {
+        let golden = golden.as_deref().map(Tensors::read).transpose()?.map(|file| read(&file)).transpose()?;
+        let model = opening.open()?;
+        let mut checks = consistency(&model, tolerance, cancel)?;
+        if let Some(golden) = &golden {
+            let compared = against(&model, golden, tolerance, cancel)?;
+            ensure!(!compared.is_empty(), "the reference file holds nothing to compare with; see --help for the names");
+            checks.extend(compared);
+        }
+        checks
+    };
     for check in &checks {
         let verdict = if check.passed() { "ok  " } else { "FAIL" };
         let Check { name, largest, limit } = check;
@@ -97,62 +123,96 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     Ok(if checks.iter().all(|check| check.passed()) { Outcome::Done } else { Outcome::SomeFailed })
 }
 
-/// The difference between two models, and the sources that it was measured with.
-struct Compared {
-    sources: String,
-    found: Comparison,
+/// The difference between two models, as a table and as JSON.
+struct Report {
+    table: String,
+    json: Value,
 }
 
-fn compare(opening: &Opening, other: &Path, texts: Option<&Path>, cancel: &Cancellation) -> Result<Compared> {
+/// Sources to compare models on.
+struct Sources {
+    ids: Vec<Vec<i64>>,
+    /// Where they come from, for people.
+    description: String,
+}
+
+impl Sources {
+    /// Reads the lines of a file. Without a file there are none, and random tokens are used.
+    fn read(texts: Option<&Path>, tokenizer: impl FnOnce() -> Result<Tokenizer, Error>) -> Result<Sources> {
+        let Some(path) = texts else {
+            let description = "random tokens; --texts FILE gives the numbers for texts like yours".to_string();
+            return Ok(Sources { ids: Vec::new(), description });
+        };
+        let (text, tokenizer) = (files::read_text(path)?, tokenizer()?);
+        let lines = text.lines().filter(|line| !line.trim().is_empty());
+        let ids: Vec<Vec<i64>> = lines.map(|line| tokenizer.encode(line)).collect::<Result<_, _>>()?;
+        ensure!(!ids.is_empty(), "{}: expected lines of text, found none", path.display());
+        let description = format!("{} texts of {}", ids.len(), path.display());
+        Ok(Sources { ids, description })
+    }
+}
+
+fn compare(opening: &Opening, other: &Path, texts: Option<&Path>, cancel: &Cancellation) -> Result<Report> {
     let model = opening.open()?;
     let other = opening.open_model(other)?;
-    let sources = match texts {
-        None => Vec::new(),
-        Some(path) => {
-            let text = files::read_text(path)?;
-            let lines = text.lines().filter(|line| !line.trim().is_empty());
-            let sources = lines.map(|line| other.tokenizer()?.encode(line)).collect::<Result<Vec<_>, _>>()?;
-            ensure!(!sources.is_empty(), "{}: expected lines of text, found none", path.display());
-            sources
-        }
-    };
-    let found = comparison(&model, &other, &sources, cancel)?;
-    let sources = match texts {
-        Some(path) => format!("{} texts of {}", sources.len(), path.display()),
-        None => "random tokens; --texts FILE gives the numbers for texts like yours".to_string(),
-    };
-    Ok(Compared { sources, found })
+    let sources = Sources::read(texts, || other.tokenizer().cloned())?;
+    let Comparison {
+        positions,
+        hidden_relative_error,
+        logits_relative_error,
+        logits_largest_error,
+        top1_agreement,
+        top1_in_top5,
+        kl_divergence,
+    } = comparison(&model, &other, &sources.ids, cancel)?;
+    let percent = |share: f64| format!("{:.2} %", 100.0 * share);
+    let rows = [
+        ("target positions", positions.to_string()),
+        ("hidden states, relative error", format!("{hidden_relative_error:.2e}")),
+        ("logits, relative error", format!("{logits_relative_error:.2e}")),
+        ("logits, largest error", format!("{logits_largest_error:.2e}")),
+        ("same likeliest token", percent(top1_agreement)),
+        ("its likeliest token among the five likeliest", percent(top1_in_top5)),
+        ("Kullback-Leibler divergence, nats", format!("{kl_divergence:.2e}")),
+    ];
+    let rows = rows.map(|(name, value)| format!("{name:<46} {value:>10}\n")).concat();
+    Ok(Report {
+        table: format!("sources: {}\n{rows}", sources.description),
+        json: json!({
+            "sources": sources.description,
+            "positions": positions,
+            "hidden_relative_error": hidden_relative_error,
+            "logits_relative_error": logits_relative_error,
+            "logits_largest_error": logits_largest_error,
+            "top1_agreement": top1_agreement,
+            "top1_in_top5": top1_in_top5,
+            "kl_divergence": kl_divergence,
+        }),
+    })
 }
 
-impl Compared {
-    fn json(&self) -> String {
-        let report = json!({
-            "sources": self.sources,
-            "positions": self.found.positions,
-            "hidden_relative_error": self.found.hidden_relative_error,
-            "logits_relative_error": self.found.logits_relative_error,
-            "logits_largest_error": self.found.logits_largest_error,
-            "top1_agreement": self.found.top1_agreement,
-            "top1_in_top5": self.found.top1_in_top5,
-            "kl_divergence": self.found.kl_divergence,
-        });
-        format!("{report:#}\n")
+fn compare_encoders(opening: &Opening, other: &Path, texts: Option<&Path>, cancel: &Cancellation) -> Result<Report> {
+    let encoder = opening.open_encoder()?;
+    let other = opening.open_encoder_of(other)?;
+    let sources = Sources::read(texts, || other.tokenizer().cloned())?;
+    let EncoderComparison { vectors, outputs } = encoder_comparison(&encoder, &other, &sources.ids, cancel)?;
+    let mut table = format!("sources: {}\nvectors: {vectors}\n", sources.description);
+    table += &format!("{:<22} {:>14} {:>14} {:>14}\n", "output", "relative error", "mean cosine", "least cosine");
+    for OutputComparison { name, relative_error, mean_cosine, min_cosine } in &outputs {
+        table += &format!("{name:<22} {relative_error:>14.2e} {mean_cosine:>14.6} {min_cosine:>14.6}\n");
     }
-
-    fn table(&self) -> String {
-        let percent = |share: f64| format!("{:.2} %", 100.0 * share);
-        let rows = [
-            ("target positions", self.found.positions.to_string()),
-            ("hidden states, relative error", format!("{:.2e}", self.found.hidden_relative_error)),
-            ("logits, relative error", format!("{:.2e}", self.found.logits_relative_error)),
-            ("logits, largest error", format!("{:.2e}", self.found.logits_largest_error)),
-            ("same likeliest token", percent(self.found.top1_agreement)),
-            ("its likeliest token among the five likeliest", percent(self.found.top1_in_top5)),
-            ("Kullback-Leibler divergence, nats", format!("{:.2e}", self.found.kl_divergence)),
-        ];
-        let rows = rows.map(|(name, value)| format!("{name:<46} {value:>10}\n")).concat();
-        format!("sources: {}\n{rows}", self.sources)
-    }
+    let outputs: Vec<Value> = outputs
+        .iter()
+        .map(|OutputComparison { name, relative_error, mean_cosine, min_cosine }| {
+            json!({
+                "name": name,
+                "relative_error": relative_error,
+                "mean_cosine": mean_cosine,
+                "min_cosine": min_cosine,
+            })
+        })
+        .collect();
+    Ok(Report { table, json: json!({"sources": sources.description, "vectors": vectors, "outputs": outputs}) })
 }
 
 /// Reads the reference tensors of a file.

@@ -194,13 +194,13 @@ impl TokenizedRequest {
 /// Makes one batch of the sources of several requests; shorter rows are padded with `pad`.
 ///
 /// # Errors
-/// Rows without a token, masks of another shape, and prompts that differ in length.
+/// Masks of another shape, and prompts that differ in length.
 pub fn batch<R: Borrow<TokenizedRequest>>(requests: &[R], pad: i64) -> Result<Batch, Error> {
     let of_one = |request: &TokenizedRequest| {
         let (mut sources, mut mask) = (request.sources.clone(), request.mask.clone());
-        // A row without tokens or with a mask that does not fit is left for the runtime to refuse by name.
-        let fits = sources.iter().zip(&mask).all(|(source, mask)| source.len() == mask.len() && !source.is_empty());
-        let length = sources.iter().map(Vec::len).max().unwrap_or(0);
+        // A mask that does not fit is left for the runtime to refuse by name.
+        let fits = sources.iter().zip(&mask).all(|(source, mask)| source.len() == mask.len());
+        let length = sources.iter().map(Vec::len).max().unwrap_or(0).max(1);
         if fits {
             sources.iter_mut().for_each(|source| source.resize(length, pad));
             mask.iter_mut().for_each(|mask| mask.resize(length, 0));

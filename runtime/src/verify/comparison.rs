@@ -31,7 +31,7 @@ pub struct Comparison {
 }
 
 /// Source lengths if no sources are given.
-const SOURCES: [usize; 8] = [48, 9, 1, 64, 24, 16, 4, 33];
+pub(super) const SOURCES: [usize; 8] = [48, 9, 1, 64, 24, 16, 4, 33];
 /// Number of target tokens of each source.
 const TARGETS: usize = 16;
 

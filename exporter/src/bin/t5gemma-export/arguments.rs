@@ -5,14 +5,14 @@ use std::path::PathBuf;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
-use t5gemma_exporter::{MemorySize, PRESETS, ServingPlan, TensorRtVersion};
+use t5gemma_exporter::{MemorySize, PRESETS, PaddingRow, ServingPlan, TensorRtVersion};
 use t5gemma_graphs::Target;
 use t5gemma_graphs::task::{Pooling, Task};
 
 /// Export the T5Gemma checkpoint in the folder CHECKPOINT to ONNX graphs in the folder OUT
 ///
-/// CHECKPOINT is a folder as Hugging Face saves or downloads it: config.json, safetensors files and the tokenizer. OUT
-/// becomes a model folder: the graphs encoder_model.onnx, decoder_model.onnx (the first decoder step) and
+/// CHECKPOINT is a folder as Hugging Face saves or downloads it: config.json, safetensors files and the tokenizer; or a
+/// single safetensors file (see --config and --tokenizer). OUT becomes a model folder: the graphs encoder_model.onnx, decoder_model.onnx (the first decoder step) and
 /// decoder_with_past_model.onnx (all later steps) over one weights file, model.onnx_data, with the settings, the
 /// tokenizer and manifest.json. `t5gemma` runs it, and with the default target any ONNX runtime does.
 #[derive(Parser)]
@@ -50,6 +50,11 @@ Examples:
 
   Export the encoder for sentence embeddings:
     t5gemma-export --task feature-extraction --pooling mean --normalize \\
+      t5gemma-b-b-ul2 model
+
+  Export the encoder as a text conditioner, for prompts padded to 256 tokens:
+    t5gemma-export --task feature-extraction --fixed-length 256 \
+      --pad-rows model.safetensors:conditioner.padding_embedding \
       t5gemma-b-b-ul2 model
 
   Measure a model size without its checkpoint:
@@ -139,7 +144,7 @@ pub struct ExportAlone {
 
 #[derive(Args)]
 pub struct ExportArgs {
-    /// Checkpoint folder (omitted with --dummy-weights) and output folder
+    /// Checkpoint (omitted with --dummy-weights) and output folder
     // One argument: of two, clap would take the first for OUT as soon as an option follows it. Hidden and not required,
     // since clap would show it as `<CHECKPOINT> [OUT]...`; usage and description name both, and `export` checks their
     // number.
@@ -180,6 +185,53 @@ pub struct ModelArgs {
     /// final norm.
     #[arg(long, value_name = "N|last", allow_negative_numbers = true, value_parser = hidden_layer)]
     pub hidden_layer: Option<i64>,
+    /// Give the sources a fixed length of N tokens, padding included (task feature-extraction)
+    ///
+    /// The graph has a static sequence axis. `t5gemma` and the libraries pad shorter sources and refuse longer ones.
+    #[arg(long, value_name = "N")]
+    pub fixed_length: Option<usize>,
+    /// Hidden states at padding (task feature-extraction) [default: values without meaning]
+    ///
+    /// `zero` returns zeros, FILE:TENSOR the vector TENSOR of the safetensors file FILE, which has as many numbers as a
+    /// hidden state. Sources may then be empty: all their states are those of padding.
+    #[arg(long, value_name = "zero|FILE:TENSOR", value_parser = pad_rows)]
+    pub pad_rows: Option<PadRows>,
+    /// Type of the hidden states that the graph returns (task feature-extraction) [default: as --dtype]
+    #[arg(long, value_enum, value_name = "TYPE")]
+    pub output_dtype: Option<OutputDTypeArg>,
+    /// Also return the embedding and the hidden states of every layer (task feature-extraction)
+    ///
+    /// The outputs are hidden_states.0 (the embedding) to hidden_states.N-1 for N layers, before last_hidden_state.
+    /// `t5gemma verify --against` compares them layer by layer.
+    #[arg(long)]
+    pub output_hidden_states: bool,
+    /// config.json of the model [default: the one in CHECKPOINT]
+    ///
+    /// For a checkpoint that is a single safetensors file without a config.json beside it. generation_config.json is
+    /// read from the same folder.
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Folder of the tokenizer [default: CHECKPOINT, or the folder of the file]
+    #[arg(long, value_name = "DIR", conflicts_with = "dummy_weights")]
+    pub tokenizer: Option<PathBuf>,
+    /// Write the SentencePiece model in the tensor spiece_model to tokenizer.model
+    ///
+    /// `t5gemma` reads tokenizer.json, other programs may read tokenizer.model.
+    #[arg(long, conflicts_with = "dummy_weights")]
+    pub write_sentencepiece: bool,
+}
+
+/// The hidden states at padding.
+#[derive(Clone)]
+pub enum PadRows {
+    Zero,
+    Learned(PaddingRow),
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub enum OutputDTypeArg {
+    Float32,
+    Float16,
 }
 
 #[derive(Args)]
@@ -311,9 +363,6 @@ pub struct DummyArgs {
         value_parser = PossibleValuesParser::new(PRESETS.iter().map(|(name, _)| *name))
     )]
     pub preset: Option<String>,
-    /// config.json of the model to export
-    #[arg(long, value_name = "FILE", requires = "dummy_weights")]
-    pub config: Option<PathBuf>,
     /// Seed of the random weights
     #[arg(long, requires = "dummy_weights", default_value_t = 0)]
     pub seed: u64,
@@ -384,6 +433,18 @@ fn poolings() -> [PossibleValue; 4] {
 fn capacity(text: &str) -> Result<usize, String> {
     let number = text.strip_prefix("static=").and_then(|number| number.parse().ok());
     number.ok_or_else(|| "expected static=N".to_string())
+}
+
+fn pad_rows(text: &str) -> Result<PadRows, String> {
+    if text == "zero" {
+        return Ok(PadRows::Zero);
+    }
+    match text.rsplit_once(':') {
+        Some((file, tensor)) if !file.is_empty() && !tensor.is_empty() => {
+            Ok(PadRows::Learned(PaddingRow { file: file.into(), tensor: tensor.into() }))
+        }
+        _ => Err("expected zero, or a safetensors file and the name of a tensor in it as FILE:TENSOR".to_string()),
+    }
 }
 
 fn hidden_layer(text: &str) -> Result<i64, String> {

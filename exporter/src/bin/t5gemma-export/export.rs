@@ -15,10 +15,10 @@ use t5gemma_graphs::json::{self, cut};
 use t5gemma_graphs::manifest::{ActivationRanges, EncoderWindow};
 use t5gemma_graphs::onnx::{Blocks, Code};
 use t5gemma_graphs::quantization::{Activations, Quantization};
-use t5gemma_graphs::task::{Features, Pooling, Task};
+use t5gemma_graphs::task::{Features, PaddingRows, Pooling, Task};
 
 use crate::arguments::{
-    DTypeArg, DummyArgs, ExportArgs, FormatArg, GraphArgs, ModelArgs, OutputArgs, QuantizeArgs, WindowArg,
+    DTypeArg, ExportArgs, FormatArg, GraphArgs, ModelArgs, OutputArgs, OutputDTypeArg, PadRows, QuantizeArgs, WindowArg,
 };
 use crate::flags::Usage;
 
@@ -33,7 +33,7 @@ pub fn export(args: ExportArgs, interrupted: &AtomicBool) -> Result<()> {
         _ => bail!(Usage("expected CHECKPOINT and OUT, found no folder; see --help".to_string())),
     };
     let export = options(&args)?;
-    let source = source(&args.dummy, checkpoint)?;
+    let source = source(&args, checkpoint)?;
     let progress = Bar::new(&args.output, interrupted);
     let exported = export.run_with(&source, out, &progress)?;
     progress.bar.finish_and_clear();
@@ -48,7 +48,10 @@ pub fn export(args: ExportArgs, interrupted: &AtomicBool) -> Result<()> {
 
 fn print_summary(exported: &Exported, plan: Option<&ServingPlan>, out: &Path) {
     if !exported.unused.is_empty() {
-        eprintln!("t5gemma-export: {} tensors of the checkpoint are not used:", exported.unused.len());
+        match exported.unused.len() {
+            1 => eprintln!("t5gemma-export: 1 tensor of the checkpoint is not used:"),
+            count => eprintln!("t5gemma-export: {count} tensors of the checkpoint are not used:"),
+        }
         exported.unused.iter().take(MAX_UNUSED).for_each(|name| eprintln!("  {}", cut(name)));
         if exported.unused.len() > MAX_UNUSED {
             eprintln!("  and {} more", exported.unused.len() - MAX_UNUSED);
@@ -81,6 +84,10 @@ fn options(args: &ExportArgs) -> Result<Export> {
         WindowArg::Inclusive => EncoderWindow::Inclusive,
         WindowArg::Exclusive => EncoderWindow::Exclusive,
     };
+    let padding_row = match &args.model.pad_rows {
+        Some(PadRows::Learned(row)) => Some(row.clone()),
+        _ => None,
+    };
     Ok(Export::default()
         .task(task(&args.model)?)
         .target(target)
@@ -89,6 +96,8 @@ fn options(args: &ExportArgs) -> Result<Export> {
         .kept_tokens(graphs.keep_tokens.as_deref().map(kept_tokens).transpose()?)
         .alignment(alignment(graphs))
         .capacity(args.tensorrt.cache)
+        .padding_row(padding_row)
+        .write_sentencepiece(args.model.write_sentencepiece)
         .plan(args.tensorrt.plan.clone())
         .memory_limit(args.tensorrt.fits)
         .encoder_window(encoder_window)
@@ -132,12 +141,27 @@ fn task(args: &ModelArgs) -> Result<Option<Task>> {
             pooling: pooling.unwrap_or(defaults.pooling),
             normalize: args.normalize,
             hidden_layer: args.hidden_layer.unwrap_or(defaults.hidden_layer),
+            fixed_length: args.fixed_length,
+            padding_rows: match args.pad_rows {
+                None => PaddingRows::Unspecified,
+                Some(PadRows::Zero) => PaddingRows::Zero,
+                Some(PadRows::Learned(_)) => PaddingRows::Learned,
+            },
+            output_dtype: args.output_dtype.map(|dtype| match dtype {
+                OutputDTypeArg::Float32 => DType::Float32,
+                OutputDTypeArg::Float16 => DType::Float16,
+            }),
+            output_hidden_states: args.output_hidden_states,
         })));
     }
     let given = [
         ("--pooling", pooling.is_some()),
         ("--normalize", args.normalize),
         ("--hidden-layer", args.hidden_layer.is_some()),
+        ("--fixed-length", args.fixed_length.is_some()),
+        ("--pad-rows", args.pad_rows.is_some()),
+        ("--output-dtype", args.output_dtype.is_some()),
+        ("--output-hidden-states", args.output_hidden_states),
     ];
     if let Some((flag, _)) = given.iter().find(|(_, given)| *given) {
         bail!(Usage(format!("{flag} requires --task feature-extraction")));
@@ -189,17 +213,31 @@ fn activations(args: &QuantizeArgs) -> Result<Activations> {
     Ok(Activations::Ranges(ranges.ranges))
 }
 
-fn source(args: &DummyArgs, checkpoint: Option<&PathBuf>) -> Result<Source> {
-    if !args.dummy_weights {
+fn source(args: &ExportArgs, checkpoint: Option<&PathBuf>) -> Result<Source> {
+    let ExportArgs { dummy, model, .. } = args;
+    if !dummy.dummy_weights {
         let Some(checkpoint) = checkpoint else {
             bail!(Usage("expected CHECKPOINT and OUT, found one folder; see --help".to_string()))
         };
-        return Ok(Source::Checkpoint(Checkpoint::open(checkpoint)?));
+        let mut opened = Checkpoint::open(checkpoint)?;
+        if let Some(config) = &model.config {
+            opened = opened.with_config(config);
+        } else if checkpoint.is_file() && !opened.folder().join("config.json").exists() {
+            bail!(Usage(format!(
+                "{} requires config.json in its folder, or --config FILE: a safetensors file does not have the sizes of \
+                 the model",
+                checkpoint.display()
+            )));
+        }
+        if let Some(folder) = &model.tokenizer {
+            opened = opened.with_tokenizer(folder)?;
+        }
+        return Ok(Source::Checkpoint(opened));
     }
     if let Some(checkpoint) = checkpoint {
         bail!(Usage(format!("--dummy-weights cannot be used with a checkpoint (got {})", checkpoint.display())));
     }
-    let (config, origin) = match (&args.preset, &args.config) {
+    let (config, origin) = match (&dummy.preset, &model.config) {
         (Some(name), _) => (preset(name).context("unknown preset")?.to_string(), format!("preset {name}")),
         (None, Some(path)) => {
             let text = fs::read_to_string(path).with_context(|| format!("{}: cannot be read", path.display()))?;
@@ -207,7 +245,7 @@ fn source(args: &DummyArgs, checkpoint: Option<&PathBuf>) -> Result<Source> {
         }
         (None, None) => bail!(Usage("--dummy-weights requires --preset or --config".to_string())),
     };
-    Ok(Source::Dummy { config, origin, seed: args.seed })
+    Ok(Source::Dummy { config, origin, seed: dummy.seed })
 }
 
 /// A progress bar that an interrupt ends.

@@ -43,8 +43,8 @@ impl Flags {
                     _ => message,
                 }
             }
-            Some(Error::Tensors { folder, mismatches, hint }) if mismatches.len() > 1 => {
-                let mut message = format!("{}: the tensors do not match config.json:", folder.display());
+            Some(Error::Tensors { checkpoint, mismatches, hint }) if mismatches.len() > 1 => {
+                let mut message = format!("{}: the tensors do not match config.json:", checkpoint.display());
                 mismatches.iter().take(MAX_TENSORS).for_each(|mismatch| message += &format!("\n  {mismatch}"));
                 if mismatches.len() > MAX_TENSORS {
                     message += &format!("\n  and {} more", mismatches.len() - MAX_TENSORS);
@@ -65,6 +65,11 @@ impl Flags {
         let flag = match setting {
             Setting::Task => "--task",
             Setting::HiddenLayer => "--hidden-layer",
+            Setting::Pooling => "--pooling",
+            Setting::FixedLength => "--fixed-length",
+            Setting::PaddingRows => "--pad-rows",
+            Setting::OutputDtype => "--output-dtype",
+            Setting::OutputHiddenStates => "--output-hidden-states",
             Setting::Target => "--target",
             Setting::Dtype => "--dtype",
             Setting::AllLogits => "--all-logits",
@@ -74,6 +79,7 @@ impl Flags {
             Setting::AlignmentLayers => "--alignment-layers",
             Setting::Capacity if value.is_empty() => return "--cache static=N".to_string(),
             Setting::Capacity => return format!("--cache static={value}"),
+            Setting::WriteSentencepiece => "--write-sentencepiece",
             Setting::Plan => "--plan",
             Setting::MemoryLimit => "--fits",
             Setting::Observed => "--observe",

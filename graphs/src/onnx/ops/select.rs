@@ -14,8 +14,15 @@ impl<'g> Value<'g> {
     /// The numbers where `kept` (bool) is true, 0 where it is false.
     #[track_caller]
     pub fn zero_unless(self, kept: Value<'g>) -> Value<'g> {
+        self.where_else(kept, self.graph.number(self.dtype(), 0.0))
+    }
+
+    /// The numbers where `kept` (bool) is true, those of `other` where it is false. `other` must not make the shape
+    /// larger.
+    #[track_caller]
+    pub fn where_else(self, kept: Value<'g>, other: Value<'g>) -> Value<'g> {
         let shape = self.broadcast("Where", kept);
-        self.one("Where", &[kept, self, self.graph.number(self.dtype(), 0.0)], self.dtype(), shape)
+        self.one("Where", &[kept, self, other], self.dtype(), shape)
     }
 
     /// The elementwise minimum.
