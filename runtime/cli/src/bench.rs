@@ -1,6 +1,7 @@
 //! `t5gemma bench`: how fast a model is on this machine, and how near to what the machine's memory allows. One case
 //! from flags, or the cases of a request file (`protocol.rs`); what the machine says of itself is `machine.rs`.
 
+mod encoder;
 mod machine;
 mod protocol;
 
@@ -14,7 +15,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use serde_json::{Value, json};
 use t5gemma_runtime::{
-    Batch, Cancellation, Controls, Error, GenerationConfig, Hypothesis, Limits, Model, Role, Streamer,
+    Batch, Cancellation, Controls, Error, GenerationConfig, Hypothesis, Limits, Model, Role, Streamer, Task, task_of,
 };
 
 use crate::exit::Outcome;
@@ -29,6 +30,8 @@ use machine::{Memory, now_ns, read_bandwidth};
 /// Measures the time to open the model and to its first token, then repeatedly the time of encoding, of the first
 /// token, of each further step and of whole calls, the memory of this process, and how fast the machine reads memory,
 /// compared with the bytes that a step must read. Of the model's own generation settings, only the token ids are used.
+///
+/// Of a model exported with --task feature-extraction, only encoding is measured.
 ///
 /// With --request, measures the cases of a JSON file and writes their times as JSON, so that one harness can compare
 /// several runtimes.
@@ -139,6 +142,9 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     let mut opening = Opening::new(arguments.model, arguments.runtime);
     // One batch is measured, whatever memory it takes.
     opening.limits = Limits::NONE;
+    if let Task::FeatureExtraction(_) = task_of(opening.path())? {
+        return encoder::run(&opening, &arguments.workload, arguments.json, cancel);
+    }
     let model = opening.open()?;
     let opened = now_ns();
     let case = Case::random(&model, &arguments.workload)?;
@@ -253,6 +259,10 @@ impl Streamer for Moments {
         self.0.push(now_ns());
         ControlFlow::Continue(())
     }
+}
+
+fn megabytes(bytes: u64) -> String {
+    format!("{:.0} MB", bytes as f64 / 1e6)
 }
 
 fn milliseconds(from: u64, to: u64) -> f64 {
@@ -382,10 +392,6 @@ impl Report {
 
     fn json(&self, model: &Model, case: &Case, workload: &Workload, opening: &Opening) -> Value {
         let (manifest, measured) = (model.manifest(), &self.measured);
-        let memory = self.memory.map(|memory| {
-            json!({"peak": memory.peak, "resident": memory.resident, "anonymous": memory.anonymous,
-                "file_backed": memory.file_backed})
-        });
         let (limit, share) = self.limit().unzip();
         json!({
             "model": {
@@ -411,7 +417,7 @@ impl Report {
             "step_ms": measured.step.as_ref().map(Times::json),
             "generate_ms": measured.call.json(),
             "tokens_per_second": self.tokens_per_second(case),
-            "memory_bytes": memory,
+            "memory_bytes": self.memory.map(Memory::json),
             "bandwidth": {
                 "read_bytes_per_second": self.bandwidth,
                 "step_weight_bytes": self.step.weights,
@@ -425,16 +431,10 @@ impl Report {
     fn table(&self, model: &Model, case: &Case, workload: &Workload, opening: &Opening) -> String {
         let (manifest, measured) = (model.manifest(), &self.measured);
         let not_available = || "not available".to_string();
-        let megabytes = |bytes: u64| format!("{:.0} MB", bytes as f64 / 1e6);
         let times = |times: Option<&Times>| match times {
             Some(times) => times.row().map(|time| format!("{time:>10.2}")).concat(),
             None => not_available(),
         };
-        let memory = self.memory.map_or_else(not_available, |memory| {
-            let [peak, resident, anonymous, file_backed] =
-                [memory.peak, memory.resident, memory.anonymous, memory.file_backed].map(megabytes);
-            format!("{peak} at its peak; now {resident}, {anonymous} of it anonymous and {file_backed} of files")
-        });
         let bandwidth = match (self.bandwidth, self.limit()) {
             (Some(bandwidth), Some((limit, share))) => {
                 let share =
@@ -456,7 +456,7 @@ impl Report {
             ("  further step", times(measured.step.as_ref())),
             ("  whole call", times(Some(&measured.call))),
             ("tokens/s", format!("{:.1}", self.tokens_per_second(case))),
-            ("memory", memory),
+            ("memory", Memory::text(self.memory)),
             (
                 "a step reads",
                 format!(

@@ -6,6 +6,7 @@ use std::hint::black_box;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use serde_json::{Value, json};
 use t5gemma_runtime::{Cancellation, Error};
 
 /// The monotonic clock in nanoseconds, comparable between processes.
@@ -37,6 +38,18 @@ impl Memory {
     /// The memory at this moment, if the system tells it.
     pub fn now() -> Option<Memory> {
         Memory::parse(&fs::read_to_string("/proc/self/status").ok()?)
+    }
+
+    pub fn json(self) -> Value {
+        let Memory { peak, resident, anonymous, file_backed } = self;
+        json!({"peak": peak, "resident": resident, "anonymous": anonymous, "file_backed": file_backed})
+    }
+
+    /// The memory in one line of a table.
+    pub fn text(memory: Option<Memory>) -> String {
+        let Some(Memory { peak, resident, anonymous, file_backed }) = memory else { return "not available".into() };
+        let [peak, resident, anonymous, file_backed] = [peak, resident, anonymous, file_backed].map(super::megabytes);
+        format!("{peak} at its peak; now {resident}, {anonymous} of it anonymous and {file_backed} of files")
     }
 
     fn parse(status: &str) -> Option<Memory> {

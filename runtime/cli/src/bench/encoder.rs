@@ -1,0 +1,125 @@
+//! `t5gemma bench` of a model that was exported for feature extraction: only encoding is measured.
+
+use std::io::{self, Write};
+
+use anyhow::Result;
+use serde_json::json;
+use t5gemma_runtime::{Batch, Cancellation, Encoder, Error, Pooling};
+
+use super::machine::{Memory, now_ns};
+use super::{Times, Workload, milliseconds, random_tokens};
+use crate::exit::{Outcome, ensure_usage};
+use crate::opening::Opening;
+use crate::progress::counter;
+
+/// Measures an encoder and prints the report.
+pub fn run(opening: &Opening, workload: &Workload, json: bool, cancel: &Cancellation) -> Result<Outcome> {
+    ensure_usage!(
+        workload.num_beams == 1 && workload.max_new_tokens == 64,
+        "--num-beams and --max-new-tokens require a model that generates (got task feature-extraction)"
+    );
+    let start = now_ns();
+    let encoder = opening.open_encoder()?;
+    let opened = now_ns();
+    let features = encoder.features()?;
+    let longest = features.fixed_length.unwrap_or(encoder.facts().encoder.max_position_embeddings);
+    let (rows, length) = (workload.batch_size as usize, workload.source_length as usize);
+    ensure_usage!(length <= longest, "--source-length: expected at most {longest} for this model, found {length}");
+    let tokens = random_tokens(encoder.facts().encoder.vocab_size, rows * length);
+    let sources: Vec<&[i64]> = tokens.chunks(length).collect();
+    let batch = Batch::padded(&sources, encoder.pad_token_id())?;
+    let encode = || -> Result<(), Error> {
+        match features.pooling {
+            Pooling::None => encoder.encode(&batch, cancel).map(drop),
+            pooling => encoder.embed(&batch, pooling, cancel).map(drop),
+        }
+    };
+    encode()?;
+    let first = now_ns();
+    let times = measure(workload, encode)?;
+    let memory = Memory::now();
+    let text = if json {
+        format!("{:#}\n", report_json(opening, &encoder, workload, &times, memory, [start, opened, first]))
+    } else {
+        table(opening, &encoder, workload, &times, memory, [start, opened, first])
+    };
+    io::stdout().lock().write_all(text.as_bytes())?;
+    Ok(Outcome::Done)
+}
+
+fn measure(workload: &Workload, encode: impl Fn() -> Result<(), Error>) -> Result<Times> {
+    let runs = counter("runs", false);
+    let mut times = Vec::new();
+    for run in 0..workload.warmup + workload.repeat {
+        let start = now_ns();
+        encode()?;
+        if run >= workload.warmup {
+            times.push(milliseconds(start, now_ns()));
+        }
+        runs.inc(1);
+    }
+    runs.finish_and_clear();
+    Ok(Times::of(times).expect("at least one run is measured"))
+}
+
+/// Source tokens per second of the median call, without padding.
+fn tokens_per_second(workload: &Workload, times: &Times) -> f64 {
+    f64::from(workload.batch_size) * f64::from(workload.source_length) / times.median() * 1e3
+}
+
+fn report_json(
+    opening: &Opening,
+    encoder: &Encoder,
+    workload: &Workload,
+    times: &Times,
+    memory: Option<Memory>,
+    [start, opened, first]: [u64; 3],
+) -> serde_json::Value {
+    let manifest = encoder.manifest();
+    json!({
+        "model": {
+            "path": opening.path().to_string_lossy(),
+            "target": manifest.target,
+            "dtype": manifest.dtype.to_string(),
+            "parameters": manifest.parameters,
+            "weights_bytes": manifest.weights.record.bytes,
+        },
+        "case": {
+            "batch_size": workload.batch_size,
+            "source_length": workload.source_length,
+            "warmup": workload.warmup,
+            "repeat": workload.repeat,
+            "threads": opening.runtime.threads,
+        },
+        "open_ms": milliseconds(start, opened),
+        "open_to_first_result_ms": milliseconds(start, first),
+        "encode_ms": times.json(),
+        "source_tokens_per_second": tokens_per_second(workload, times),
+        "memory_bytes": memory.map(Memory::json),
+    })
+}
+
+fn table(
+    opening: &Opening,
+    encoder: &Encoder,
+    workload: &Workload,
+    times: &Times,
+    memory: Option<Memory>,
+    [start, opened, first]: [u64; 3],
+) -> String {
+    let manifest = encoder.manifest();
+    let threads = opening.runtime.threads.map_or("one per core".to_string(), |threads| threads.to_string());
+    let (open, first) = (milliseconds(start, opened), milliseconds(start, first));
+    [
+        ("model", format!("{}: {}, {}", opening.path().display(), manifest.target, manifest.dtype)),
+        ("sources", format!("{} of {} tokens", workload.batch_size, workload.source_length)),
+        ("runs", format!("{} after {} for warming up; threads: {threads}", workload.repeat, workload.warmup)),
+        ("open", format!("{open:.0} ms, until the first result {first:.0} ms")),
+        ("ms", Times::COLUMNS.map(|column| format!("{column:>10}")).concat()),
+        ("  encode", times.row().map(|time| format!("{time:>10.2}")).concat()),
+        ("source tokens/s", format!("{:.1}", tokens_per_second(workload, times))),
+        ("memory", Memory::text(memory)),
+    ]
+    .map(|(name, value)| format!("{name:<16}{value}\n"))
+    .concat()
+}
