@@ -477,3 +477,25 @@ fn every_door_returns_the_padding_of_a_conditioner() {
     python.args(["-c", script]).arg(&model);
     assert_eq!(stdout(python.output().expect("Python runs")), "well\n");
 }
+
+#[test]
+fn the_speed_of_encoding_is_measured() {
+    let model = exported(Target::Cpu, conditioner(PaddingRows::Zero, Some(8)));
+    let bench = |arguments: &[&str]| {
+        let arguments = arguments.iter().map(std::ffi::OsStr::new);
+        run("t5gemma", ["bench".as_ref(), model.as_os_str()].into_iter().chain(arguments), "")
+    };
+    let text = stdout(bench(&["--source-length", "5", "--batch-size", "3", "--repeat", "4", "--json"]));
+    let report: Value = serde_json::from_str(&text).expect("JSON");
+    assert_eq!((&report["case"]["batch_size"], &report["case"]["source_length"]), (&json!(3), &json!(5)));
+    assert_eq!(report["encode_ms"]["count"], json!(4));
+    assert!(report["source_tokens_per_second"].as_f64().is_some_and(|speed| speed > 0.0), "{report}");
+    for (arguments, says) in [
+        (&["--source-length", "9"][..], "--source-length: expected at most 8 for this model, found 9"),
+        (&["--source-length", "4", "--num-beams", "2"], "require a model that generates"),
+    ] {
+        let output = bench(arguments);
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.code() == Some(2) && error.contains(says), "{arguments:?}: {error}");
+    }
+}
