@@ -267,7 +267,7 @@ def console(text):
 
 def matches(printed, expected):
     """Whether a text is the other one, in which a line `…` stands for any lines and `…` in a line for anything."""
-    pattern = re.escape(expected).replace("…\n", "…NEWLINE")
+    pattern = re.escape(expected).replace("…\\\n", "…NEWLINE")
     pattern = re.sub(r"^…NEWLINE", r"(?:.*\\n)*?", pattern, flags=re.M).replace("…NEWLINE", ".*\n").replace("…", ".*")
     return re.fullmatch(pattern, printed) is not None
 
