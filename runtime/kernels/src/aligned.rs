@@ -1,5 +1,4 @@
-//! `AlignedVec`: a vector whose first element begins a cache line, because loading a vector register takes twice as
-//! long where it spans two lines.
+//! `AlignedVec`: a vector aligned to a cache line, because a SIMD load that spans two lines takes twice as long.
 
 use std::ops::{Deref, DerefMut};
 

@@ -1,7 +1,7 @@
 //! Attention over given keys and values, `softmax(softcap(q·kᵀ·scale) where visible) · v`; with a key-value cache, see
 //! [`cached`].
 //!
-//! ONNX Runtime's kernels make several passes over the square of all scores, most of which a layer with a window throws
+//! ONNX Runtime's kernels make several passes over the full score matrix, most of which a sliding-window layer throws
 //! away, and wake threads for the few numbers of a decoder step.
 
 pub mod cached;
@@ -20,19 +20,19 @@ use single_head::{Head, PANEL, Scratch, TILES, attend, pack_keys, packed_length,
 
 /// Fewer multiplications than this are not worth waking another thread for.
 const SHARED_FROM: usize = 250_000;
-/// Multiplications that take as long as reading a number.
+/// Multiplications that take as long as reading one number from memory.
 const READING: usize = 6;
 /// Queries in a task.
 const TASK_QUERIES: usize = 4 * TILES;
 
-/// Where the rows of heads `[batch, heads, rows, dim]` lie.
+/// The memory layout of heads `[batch, heads, rows, dim]`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct HeadLayout {
     pub batch: usize,
     pub heads: usize,
     pub rows: usize,
     pub dim: usize,
-    /// Whether the heads of a row lie side by side, `[batch, rows, heads · dim]`, rather than the rows of a head.
+    /// Whether the heads of a row are adjacent, `[batch, rows, heads · dim]`, rather than the rows of a head.
     pub is_interleaved: bool,
 }
 
@@ -77,7 +77,7 @@ impl HeadLayout {
 pub struct Attention {
     scale: f32,
     cap: Option<f32>,
-    /// Packs keys for few queries too, so that a source's numbers are the same whatever is encoded beside it.
+    /// Packs keys for few queries too, so that a source's results do not depend on the rest of the batch.
     packs_always: bool,
     #[cfg(target_arch = "x86_64")]
     split: split_bf16::SplitKeysValues,
@@ -99,7 +99,7 @@ pub struct Inputs<'x> {
     pub mask: &'x [bool],
     pub mask_batch: usize,
     pub mask_rows: usize,
-    /// Whether the session's weights are quantized, beside whose error that of pairs of bfloat16 is lost.
+    /// Whether the session's weights are quantized, whose error makes that of bfloat16 pairs negligible.
     pub is_quantized: bool,
 }
 

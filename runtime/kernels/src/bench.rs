@@ -1,5 +1,5 @@
-//! The kernels by themselves, on one thread, for `benches/kernels.rs`: each function makes operands of a shape and
-//! returns what computes them once.
+//! Single-threaded entry points to the kernels for `benches/kernels.rs`: each function makes operands of a shape and
+//! returns a closure that runs the kernel once.
 
 use std::hint::black_box;
 use std::ops::Range;
@@ -17,7 +17,7 @@ use crate::matmul::{Shape, float};
 use crate::noise::noise;
 use crate::parallel::SharedSlice;
 
-/// Random numbers until they repeat: to make as many as a head has would take longer than what is timed.
+/// Random numbers before they repeat: generating as many as a head has would take longer than the benchmark.
 const PERIOD: usize = 1 << 20;
 
 /// Numbers between −1 and 1, aligned as those of ONNX Runtime and of the mapped file are.

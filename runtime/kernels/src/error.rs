@@ -1,8 +1,8 @@
-//! `Error`: what can go wrong besides the arithmetic.
+//! `Error`: errors outside the arithmetic.
 
 use std::fmt;
 
-/// What the kernels report instead of a result.
+/// An error of the kernels.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Error {

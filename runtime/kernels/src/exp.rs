@@ -1,6 +1,5 @@
-//! The exponential function, twice: [`exp`] gives the same bits at every instruction level, because candidates are
-//! chosen by what it returns; [`exp_x16`] is rounded once per step where the processor has FMA, for sums that only have
-//! to be accurate.
+//! Two exponential functions: [`exp`] gives the same bits at every instruction level, because candidates are chosen by
+//! its results; [`exp_x16`] uses FMA if the processor has it, for sums that only have to be accurate.
 
 use crate::simd::{F32x16, ROUND_TO_INTEGER};
 

@@ -1,5 +1,5 @@
-//! GELU with tanh, by several threads: half the time of ONNX Runtime's own, which shows in encoders. The other small
-//! operators of a layer wait for the memory, whatever computes them.
+//! Multithreaded GELU with tanh: half the time of ONNX Runtime's own, which matters in encoders. The other small
+//! operators of a layer are memory-bound, whatever computes them.
 
 use crate::error::Error;
 use crate::isa::dispatch;

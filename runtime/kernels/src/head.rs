@@ -1,5 +1,5 @@
-//! The head of a vocabulary, of which only the top k results count: a coarse pass over all of its rows, then exact
-//! results for those that may be among the top k.
+//! The output head when only the top k logits matter: a coarse pass over all rows, then exact results for those that
+//! may be in the top k.
 //!
 //! # Design
 //! How coarse the first pass is depends on the request and the number of rows, see [`CoarsePass`]: fewer bits mean
@@ -54,7 +54,7 @@ const MOST_ROWS: usize = 64;
 const CHUNK: usize = 32;
 /// How many results, at least, tell how great the greatest are.
 const TRIED: usize = 16;
-/// After so many passes in 4 bits that left too much to compute exactly, there are no more.
+/// Number of 4-bit passes with too many exact results after which no more are tried.
 const MOST_INT4_MISSES: u32 = 8;
 
 /// The weights of a head, `[n, k]`.
@@ -65,8 +65,7 @@ pub enum HeadWeights<'w> {
 }
 
 impl HeadWeights<'_> {
-    /// How many of the greatest results, at least, are computed exactly for a log-sum-exp: quantized weights have
-    /// greater errors of their own.
+    /// Minimum number of top results to compute exactly for a log-sum-exp: quantized weights have larger errors anyway.
     fn least_for_log_sum_exp(&self) -> usize {
         match self {
             HeadWeights::Float(_) => 256,
@@ -75,7 +74,7 @@ impl HeadWeights<'_> {
     }
 }
 
-/// A multiplication with a head, and what is requested of it.
+/// A multiplication with the head, and the requested results.
 #[derive(Clone, Copy)]
 pub struct HeadCall<'c> {
     pub request: LogitsRequest,
@@ -115,7 +114,7 @@ pub struct TopKHead {
     prepared: Mutex<HashMap<WeightsKey, Preparation>>,
 }
 
-/// What preparations are found again by.
+/// The key of a preparation.
 #[derive(PartialEq, Eq, Hash)]
 struct WeightsKey {
     address: usize,
@@ -180,7 +179,7 @@ impl TopKHead {
         pays.then_some((w, k))
     }
 
-    /// Whether [`TopKHead::sparse_rows`] is worth a try: what has yet to be prepared, [`TopKHead::multiply`] prepares.
+    /// Whether to try [`TopKHead::sparse_rows`]; if the head is not yet prepared, [`TopKHead::multiply`] prepares it.
     pub fn may_be_sparse(&self, call: HeadCall) -> bool {
         if self.for_single_pass(call).is_some() {
             return true;
@@ -500,7 +499,7 @@ mod tests {
                 for (row, (exact, y)) in exact.chunks(n).zip(y.chunks(n)).enumerate() {
                     assert_eq!(top_of(y, count), top_of(exact, count), "{case}");
                     assert!(exact.iter().zip(y).filter(|(a, b)| a != b).count() > n / 2, "{case}: mostly coarse");
-                    // What the proof rests on: no result is further off than is held to be possible.
+                    // The premise of the proof: no result exceeds its error bound.
                     let pass_weights =
                         CoarsePass::candidates(w, rows, TopK { k: count, log_sum_exp: false })[0].weights();
                     let prepared =

@@ -1,6 +1,6 @@
 //! The instruction level of the kernels. `T5GEMMA_MAX_CPU_ISA=avx512_vnni`, `=avx2` or `=generic` keeps them from using
 //! newer instructions, to compare levels or to get the same numbers on several machines. At `generic`, ONNX Runtime
-//! computes all that it has vector kernels for.
+//! runs every operator that it has vector kernels for.
 
 use std::sync::OnceLock;
 

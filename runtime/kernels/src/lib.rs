@@ -1,11 +1,11 @@
-//! CPU kernels for T5Gemma: operators that replace ONNX Runtime's in a session, run by its threads, and log-softmax.
-//! Every graph runs with ONNX Runtime's operators too; a kernel that is registered with a session takes precedence over
+//! CPU kernels for T5Gemma: operators that replace ONNX Runtime's in a session and run on its threads, and log-softmax.
+//! Every graph also runs with ONNX Runtime's own operators; a kernel registered with a session takes precedence over
 //! the built-in one of the same name.
 //!
-//! The modules in reading order: `isa`, `simd` and `parallel` are what kernels are written with; `matmul`, `attention`,
-//! `stats` and `gelu` are the arithmetic, over slices; `head` is the two-pass head, which computes only the top k of a
-//! vocabulary exactly; `ops` makes operators of them, and is the only module that uses ONNX Runtime. Nothing here knows
-//! graphs, models or the name of a tensor.
+//! The modules in reading order: `isa`, `simd` and `parallel` are the building blocks of kernels; `matmul`,
+//! `attention`, `stats` and `gelu` are the arithmetic, over slices; `head` is the two-pass head, which computes only
+//! the top k of a vocabulary exactly; `ops` turns them into operators, and is the only module that uses ONNX Runtime.
+//! Nothing here knows graphs, models or the name of a tensor.
 
 mod isa;
 mod parallel;

@@ -1,10 +1,10 @@
-//! What a caller requests of the head's logits, and the per-row statistics that come back with them.
+//! The logits that a caller requests from the head, and the per-row statistics returned with them.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::log_softmax::LogSumExp;
 
-/// What a step needs of the logits of each row.
+/// The logits that a step needs from each row.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum LogitsRequest {
     /// All of them.
@@ -16,7 +16,7 @@ pub enum LogitsRequest {
         k: usize,
         /// Whether the log-sum-exp of the whole row is needed too.
         log_sum_exp: bool,
-        /// Whether sparse rows will do, which hold the logits of some tokens beside the ids of these tokens.
+        /// Whether sparse rows are acceptable: the logits of some tokens with their token ids.
         sparse: bool,
     },
 }

@@ -131,7 +131,7 @@ unsafe fn softcap_x16<S: F32x16>(x: S, cap: f32, inverse: f32, is_small: bool) -
     }
 }
 
-/// What [`tanh_with_stats`] found.
+/// The statistics from [`tanh_with_stats`].
 pub struct TanhStats {
     /// The greatest tanh, NaN ignored.
     pub max: f32,

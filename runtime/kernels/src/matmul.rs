@@ -1,7 +1,7 @@
-//! Matrix multiplication `y [rows, n] = x [rows, k] · wᵀ`, with weights `w [n, k]` as they lie in the mapped file.
+//! Matrix multiplication `y [rows, n] = x [rows, k] · wᵀ`, with weights `w [n, k]` in place in the mapped file.
 //!
-//! Rows are always those of activations, columns those of the result: column `j` is the product with row `j` of the
-//! weights.
+//! "Rows" always means rows of activations, "columns" columns of the result: column `j` is the product with row `j` of
+//! the weights.
 
 #[cfg(target_arch = "x86_64")]
 pub mod float;
@@ -22,7 +22,7 @@ pub struct Shape {
     pub k: usize,
 }
 
-/// The result `[rows, n]`, of which several threads write different parts.
+/// The result `[rows, n]`, different parts of which several threads write.
 #[derive(Clone, Copy)]
 pub struct Output<'y> {
     values: SharedSlice<'y, f32>,

@@ -21,7 +21,7 @@ use crate::logits::{AtomicRequest, LogitsRequest, LogitsStats};
 use crate::source_mask::SourceMask;
 use crate::stats::{Softcap, StatsCell};
 
-/// What a session computes.
+/// The graph that a session runs.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum GraphKind {
     /// Hidden states of whole sources: matrix multiplications of very many rows, which are limited by the processor
@@ -31,7 +31,7 @@ pub enum GraphKind {
     Decoder,
 }
 
-/// The kernels of a session: what they share with those of the model's other sessions, and what is requested of them.
+/// The kernels of a session: state shared with the model's other sessions, and the requested results.
 pub struct Kernels {
     request: Arc<AtomicRequest>,
     stats: Arc<StatsCell>,
@@ -82,8 +82,8 @@ impl Kernels {
         }
     }
 
-    /// Requests logits of the next run; whoever calls this has the session to itself. With a request for sparse rows,
-    /// the run may return any number of logits per row, whose token ids are in the statistics.
+    /// Requests logits from the next run; the caller must have exclusive use of the session. With a request for sparse
+    /// rows, the run may return any number of logits per row, whose token ids are in the statistics.
     pub fn request_logits(&self, request: LogitsRequest) {
         let request = match request {
             // The log-sum-exp is that of logits, and sparse rows are made of the head's results: a soft-cap alone may
@@ -95,8 +95,8 @@ impl Kernels {
         self.stats.take();
     }
 
-    /// Sets the attention mask of the sources, with zeros for padding, before a run that reads their hidden states;
-    /// whoever calls this has the session to itself. Nothing is computed for padding; without a mask, no token is
+    /// Sets the attention mask of the sources, with zeros for padding, before a run that reads their hidden states; the
+    /// caller must have exclusive use of the session. Nothing is computed for padding; without a mask, no token is
     /// padding.
     pub fn set_source_mask(&self, mask: &[i64]) {
         self.source_mask.set(mask);
@@ -199,7 +199,7 @@ pub fn attention_skips_other_sources() -> bool {
     is_registered("Attention")
 }
 
-/// Whether quantized multiplications read the weights as they lie in the file. ONNX Runtime's are fast only with a copy
+/// Whether quantized multiplications read the weights in place from the file. ONNX Runtime's are fast only with a copy
 /// in another layout.
 pub fn reads_packed_weights_in_place() -> bool {
     is_registered("MatMulNBits")

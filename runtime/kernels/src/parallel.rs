@@ -1,5 +1,4 @@
-//! Work shared among threads: who runs the tasks, how work is divided into them, and memory that they write different
-//! parts of.
+//! Parallel work: who runs the tasks, how work is divided into them, and buffers that tasks write disjoint parts of.
 //!
 //! No threads are created here: tasks run on ONNX Runtime's thread pool in a session, on the calling thread in a test.
 
@@ -24,7 +23,7 @@ pub fn even_part(count: usize, most: usize) -> usize {
     count.div_ceil(count.div_ceil(most).max(1)).max(1)
 }
 
-/// The range of task `task`, where each takes `size` of `count` items and the last what is left.
+/// The range of task `task`, where each takes `size` of `count` items and the last takes the rest.
 #[inline]
 pub fn part(task: usize, size: usize, count: usize) -> Range<usize> {
     task * size..count.min((task + 1) * size)

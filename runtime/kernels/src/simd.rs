@@ -1,7 +1,7 @@
 //! `F32x16`: sixteen float32 lanes as one AVX-512 register, two AVX2 registers, or an array.
 //!
 //! # Design
-//! Whether a compiler keeps a loop over an array in vector registers changes from build to build, and with it the
+//! Whether the compiler keeps a loop over an array in vector registers changes from build to build, and with it the
 //! speed, by a factor of ten. Functions written with `F32x16` are inlined into a caller that is compiled for the
 //! instruction level, see [`dispatch`](crate::isa::dispatch), and leave nothing to chance.
 

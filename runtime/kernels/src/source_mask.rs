@@ -1,4 +1,4 @@
-//! Which source tokens are real: keys and values of padding are not computed.
+//! Which source tokens are not padding: keys and values of padding are skipped.
 
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};

@@ -1,5 +1,5 @@
-//! Statistics of soft-capped logits, computed while these are in the cache, by all threads: each row's log-sum-exp, and
-//! the maximum of each block.
+//! Statistics of soft-capped logits, computed in parallel while the logits are in the cache: each row's log-sum-exp,
+//! and the maximum of each block.
 
 use std::sync::{Mutex, PoisonError};
 
@@ -91,7 +91,7 @@ impl Softcap {
     }
 }
 
-/// What a part of a row contributes to its log-sum-exp.
+/// The contribution of a part of a row to its log-sum-exp.
 #[derive(Clone, Copy, Default)]
 pub struct PartialLogSumExp {
     max: f32,

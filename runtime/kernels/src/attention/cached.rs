@@ -1,5 +1,5 @@
-//! Causal attention with rotary positions over a key-value cache, into which it writes the new tokens:
-//! `GroupQueryAttention` of ONNX Runtime.
+//! ONNX Runtime's `GroupQueryAttention`: causal attention with rotary positions over a KV cache, into which it writes
+//! the new tokens.
 
 use std::ops::Range;
 
@@ -42,7 +42,7 @@ pub struct CachedInputs<'x> {
     /// `[positions, dim / 2]`
     pub cos: &'x [f32],
     pub sin: &'x [f32],
-    /// The cache before, of which `ends - new` positions are filled.
+    /// The cache before the step, with `ends - new` positions filled.
     pub past: Option<Past>,
 }
 
@@ -69,7 +69,7 @@ pub struct CachedOutputs<'y> {
     pub capacity: usize,
 }
 
-/// New tokens behind a past: each sees itself and what came before, within the window.
+/// New tokens after a past: each sees itself and what came before, within the window.
 struct CausalMask {
     past: usize,
     /// New tokens; further queries are the same tokens again, of further heads.

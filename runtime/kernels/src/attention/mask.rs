@@ -1,4 +1,4 @@
-//! `DenseMask`: which keys the queries see, as a rectangle of booleans.
+//! `DenseMask`: which keys the queries see, as a dense boolean matrix.
 
 use std::ops::Range;
 

@@ -1,9 +1,9 @@
-//! Attention of one head, `softmax(softcap(q·kᵀ·scale) where visible) · v`, without the square of all scores, and
-//! without those of keys that no query of a tile sees.
+//! Attention of one head, `softmax(softcap(q·kᵀ·scale) where visible) · v`, without materializing the score matrix, and
+//! without the scores of keys that no query of a tile sees.
 //!
 //! # Design
-//! A head is computed for a few queries at a time, whose scores stay in the L1 cache. Many queries take packed keys, so
-//! that the scores of adjacent keys are adjacent lanes; few queries take keys as they lie.
+//! A head is computed for a few queries at a time, whose scores stay in the L1 cache. Many queries use packed keys, so
+//! that the scores of adjacent keys are adjacent lanes; few queries read keys in place.
 //!
 //! Written for any [`F32x16`], and compiled for any processor, for AVX2, and for AVX-512.
 
@@ -25,7 +25,7 @@ const AVX512_TILE: usize = 12;
 pub const TILES: usize = AVX512_TILE;
 /// Keys of a panel of packed keys, and numbers of a value that are summed up in one [`F32x16`].
 pub const PANEL: usize = 16;
-/// From so many queries on, packing the keys pays.
+/// Minimum number of queries for which packing the keys pays.
 const MANY: usize = 8;
 
 /// A head's operands.
@@ -61,7 +61,7 @@ pub struct Scratch {
     queries: AlignedVec<f32>,
 }
 
-/// Whether packing the keys pays for so many queries.
+/// Whether packing the keys pays for this many queries.
 pub fn packing_pays(queries: usize) -> bool {
     queries >= MANY
 }
@@ -86,7 +86,7 @@ pub fn pack_keys(keys: &[f32], pitch: usize, dim: usize, to: &mut [f32]) {
 }
 
 /// Attends with the queries `queries`, which are those that `head` has, and writes `to [queries, dim]`. A query that
-/// sees no key sees all alike: the reference gives hidden keys the least finite score, not −∞.
+/// sees no key attends to all keys equally: the reference gives hidden keys the lowest finite score, not −∞.
 pub fn attend(head: Head, mask: &impl KeyMask, queries: Range<usize>, scratch: &mut Scratch, to: &mut [f32]) {
     #[cfg(target_arch = "x86_64")]
     match level() {

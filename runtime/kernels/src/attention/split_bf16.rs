@@ -1,13 +1,13 @@
-//! Attention of quantized encoders where the processor has AMX: products of float32 split into pairs of bfloat16.
+//! Attention of quantized encoders on processors with AMX: float32 products, split into pairs of bfloat16.
 //!
 //! # Design
 //! A float32 is the sum of two bfloat16, but for its last bits: `a = a₁ + a₂`, and `a·b` about `a₁·b₁ + a₁·b₂ + a₂·b₁`,
-//! off by less than 2⁻¹² of it. That is lost beside the error of activations in int8 in the matrix multiplications
-//! before and after; encoders in float32 attend in float32.
+//! off by less than 2⁻¹² of it. That is negligible next to the error of int8 activations in the surrounding matrix
+//! multiplications; float32 encoders use float32 attention.
 //!
-//! The products of a tile add up 32 keys in an order of their own. So that a source's numbers do not depend on what is
-//! beside it, keys are counted from where the source begins; queries of one source are computed together, and those
-//! that see nothing as everywhere else.
+//! A tile sums the products of 32 keys in its own order. So that a source's results do not depend on its neighbours,
+//! keys are counted from where the source begins; queries of one source are computed together, and those that see
+//! nothing as everywhere else.
 
 use std::arch::asm;
 use std::arch::x86_64::*;
@@ -116,7 +116,7 @@ impl QueryPlan {
     }
 }
 
-/// What all heads have in common.
+/// The parameters shared by all heads.
 #[derive(Clone, Copy)]
 pub struct Heads<'h> {
     pub scale: f32,
@@ -231,7 +231,7 @@ impl SplitKeysValues {
 
 /// The operands of a tile of queries.
 struct TileOperands<'t> {
-    /// The rows of the queries, and what lies between them.
+    /// The rows of the queries, and their stride.
     queries: &'t [f32],
     query_layout: HeadLayout,
     /// The groups of the head, of all sources.

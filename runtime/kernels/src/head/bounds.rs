@@ -1,4 +1,4 @@
-//! Bounds of chunks of coarse results, and the columns that may reach a limit.
+//! Upper bounds of chunks of coarse results, and the columns that may reach a limit.
 
 use std::arch::x86_64::*;
 

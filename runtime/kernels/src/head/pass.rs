@@ -1,4 +1,4 @@
-//! `CoarsePass`: how the first of two passes is computed.
+//! `CoarsePass`: the method of the first of two passes.
 
 use super::{HeadWeights, TopK};
 use crate::matmul::quantized::coarse;

@@ -1,4 +1,4 @@
-//! `Prepared`: what a coarse pass reads in place of the weights, and the norms that bound its errors.
+//! `Prepared`: the quantized copy that a coarse pass reads instead of the weights, and the norms that bound its errors.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -24,7 +24,7 @@ pub struct Norms {
     pub weights: f32,
 }
 
-/// What a coarse pass needs of weights `[n, k]`.
+/// The preparation of weights `[n, k]` for a coarse pass.
 pub struct Prepared {
     /// `[n]`: the norms of the weights.
     pub norms: Vec<f32>,

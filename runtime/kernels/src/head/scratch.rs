@@ -53,7 +53,7 @@ impl Scratch {
     }
 }
 
-/// Locks what belongs to one task at a time.
+/// Locks data that belongs to one task at a time.
 pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

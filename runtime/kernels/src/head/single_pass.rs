@@ -1,11 +1,11 @@
-//! `SinglePass`: the exact product with the head, of which only the top k leave the cache. Where the processor
-//! multiplies as fast as the memory delivers, a coarse pass gains nothing.
+//! `SinglePass`: the exact product with the head, of which only the top k leave the cache. If the processor multiplies
+//! as fast as memory delivers, a coarse pass gains nothing.
 //!
 //! # Design
-//! A thread takes some columns at a time, and looks for the greatest results while they are in its cache: writing them
-//! to memory and reading them again would take as long as the weights. Which are the top k is not known before the end,
-//! but the `k`-th greatest of the columns so far is a limit that none of the top k is below. It is found anew after a
-//! few columns, four times as many, and so on, so that few results are kept.
+//! A thread takes some columns at a time and looks for the largest results while they are in its cache: writing them to
+//! memory and reading them again would take as long as reading the weights. The top k are only known at the end, but
+//! the `k`-th largest of the columns so far is a lower bound of the top k. It is updated after a few columns, after
+//! four times as many, and so on, so that few results are kept.
 
 use std::arch::x86_64::*;
 use std::sync::Mutex;
@@ -41,7 +41,7 @@ pub struct Scratch {
     results: Mutex<Vec<AlignedVec<f32>>>,
 }
 
-/// A chunk of a row's results, of which at least one may be in the top k.
+/// A chunk of a row's results, at least one of which may be in the top k.
 struct KeptChunk {
     row: usize,
     /// The first column.

@@ -1,5 +1,5 @@
-//! Matrix multiplication with float32 weights as they lie in the mapped file: neither packed nor copied beforehand,
-//! read once for all rows. For x86-64 with AVX2 only; elsewhere ONNX Runtime's own is used.
+//! Matrix multiplication with float32 weights in place in the mapped file: neither packed nor copied beforehand, and
+//! read once for all rows. Only for x86-64 with AVX2; elsewhere ONNX Runtime's own is used.
 
 mod avx2_panels;
 mod avx512_panels;
@@ -16,7 +16,7 @@ pub use tasks::FloatMatMul;
 /// The most rows, and columns with them, that are multiplied at a time: as many as there are registers for.
 const ROWS: usize = 4;
 const COLUMNS: usize = 3;
-/// From so many rows on, packing the weights into panels pays, with AVX2 and with AVX-512.
+/// Minimum number of rows for which packing the weights into panels pays, with AVX2 and with AVX-512.
 const MANY: usize = 24;
 const MANY_FOR_AVX512: usize = 6;
 /// Numbers of a row that are multiplied before the next row is: four rows of them stay in the L1 cache.
@@ -55,12 +55,12 @@ impl<'p> Operands<'p> {
     }
 }
 
-/// Whether packing so many rows pays.
+/// Whether packing pays for this many rows.
 pub fn packs_rows(rows: usize) -> bool {
     level() >= Level::Vnni && rows >= MANY_FOR_AVX512
 }
 
-/// How many columns are computed together for so many rows: [`multiply`] is fastest for multiples of them.
+/// Number of columns computed together for this many rows: [`multiply`] is fastest for multiples of it.
 pub fn columns_together(rows: usize) -> usize {
     match level() {
         _ if packs_rows(rows) => avx512_panels::WIDTH,
@@ -131,7 +131,7 @@ unsafe fn multiply_with_avx2(operands: &Operands, rows: Range<usize>, columns: R
     }
 }
 
-/// Multiplies `R` rows with `C` columns, `U · 8` numbers of each at a time.
+/// Multiplies `R` rows by `C` columns, `U · 8` numbers of each at a time.
 ///
 /// # Safety
 /// The tile is within the operands, and no other thread reads or writes it.

@@ -29,7 +29,7 @@ use super::Output;
 #[cfg(target_arch = "x86_64")]
 use crate::isa::Level;
 
-/// What is computed: some rows of some columns of a product.
+/// The part to compute: some rows of some columns of a product.
 struct Operands<'p> {
     x: &'p Activations,
     w: &'p Weights<'p>,
@@ -81,7 +81,7 @@ pub unsafe fn multiply(
     portable::multiply(&operands);
 }
 
-/// Whether products of so many rows, in full precision, are limited by the memory rather than by the processor.
+/// Whether full-precision products of this many rows are memory-bound.
 #[cfg(target_arch = "x86_64")]
 pub fn is_memory_bound(rows: usize, w: &Weights) -> bool {
     vnni::uses_amx(rows, w)

@@ -1,4 +1,4 @@
-//! `Gelu`; and `Tanh`, which is all but the last step of a soft-cap: with it come the statistics of logits.
+//! `Gelu`, and `Tanh`, the main step of a soft-cap, which also computes the statistics of logits.
 
 use std::sync::Arc;
 

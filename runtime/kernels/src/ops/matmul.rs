@@ -1,13 +1,13 @@
-//! `MatMulNBits` and `TransposeMatMul`. Both read the weights as they lie in the mapped file, at the speed of the
-//! memory where rows are few.
+//! `MatMulNBits` and `TransposeMatMul`. Both read the weights in place from the mapped file, at memory bandwidth if
+//! rows are few.
 //!
 //! # Design
-//! ONNX Runtime's `MatMulNBits` packs the weights anew in each process, which costs the start and a second copy,
-//! quantizes activations to 8 bits, and is slower than float32 from some eight rows on. This one quantizes activations
-//! to 16 bits, an error that is lost beside that of the weights.
+//! ONNX Runtime's `MatMulNBits` packs the weights anew in each process, which slows the start and takes a second copy,
+//! quantizes activations to 8 bits, and is slower than float32 from about eight rows on. This one quantizes activations
+//! to 16 bits, an error that is negligible next to that of the weights.
 //!
-//! ONNX Runtime's `TransposeMatMul` packs the weights once, which costs the start and a second copy, or at every call,
-//! which costs several beams twice the time of one. Of the head of a vocabulary mostly the top k count: see
+//! ONNX Runtime's `TransposeMatMul` packs the weights once, which slows the start and takes a second copy, or at every
+//! call, which makes several beams take twice the time of one. Of the output head, mostly the top k matter: see
 //! [`head`](crate::head).
 
 use std::sync::Arc;

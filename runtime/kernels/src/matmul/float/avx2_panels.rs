@@ -9,7 +9,7 @@ use super::Operands;
 
 /// Columns of a panel.
 pub const WIDTH: usize = 16;
-/// The most weights of each column in a panel. It is read in order, so that it may as well lie in the L2 cache.
+/// Maximum number of weights per column in a panel. It is read sequentially, so the L2 cache is fast enough.
 const DEPTH: usize = 1024;
 /// The most rows that are multiplied at a time: as many as there are registers for.
 const ROWS: usize = 6;
@@ -35,7 +35,7 @@ pub unsafe fn multiply(operands: &Operands, rows: Range<usize>, columns: Range<u
             panel.pack(operands, columns.clone(), depth.clone());
             let mut row = rows.start;
             for left in (1..=rows.len().div_ceil(ROWS)).rev() {
-                // Tiles of equal height, but for one.
+                // Tiles of equal height, except one.
                 let height = (rows.end - row).div_ceil(left);
                 let tile = Tile { rows: row..row + height, columns: columns.clone(), depth: depth.clone() };
                 match height {

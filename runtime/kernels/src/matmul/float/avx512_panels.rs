@@ -12,12 +12,12 @@ use crate::parallel::{SharedSlice, even_part};
 
 /// Columns of a panel: two registers of sums.
 pub const WIDTH: usize = 32;
-/// The most weights of each column in a panel. It is read in order, so that it may as well lie in the L2 cache.
+/// Maximum number of weights per column in a panel. It is read sequentially, so the L2 cache is fast enough.
 const DEPTH: usize = 512;
 /// The most rows that are multiplied at a time: as many as there are registers for.
 const ROWS: usize = 12;
 
-/// Numbers from what is read of a panel to what is prefetched.
+/// Prefetch distance within a panel, in numbers.
 const PREFETCH_DISTANCE: usize = 16 * WIDTH;
 
 /// Rows of activations, interleaved in tiles of those that are multiplied at a time: `[tiles, k, rows of a tile]`,

@@ -9,15 +9,15 @@ use crate::simd::ROUND_TO_INTEGER;
 use super::vnni;
 use super::weights::Weights;
 
-/// What activations are quantized to, and how their rows are arranged.
+/// The quantization of activations, and the layout of their rows.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Format {
     /// 16 bits, for products with ranges of columns.
     Int16,
     /// 16 bits, for products with listed columns.
     Int16Listed,
-    /// 8 bits where these are faster, for products with ranges of columns. The results of a row do not depend on the
-    /// rows beside it: with so few bits, a difference in the last place of float32 would be amplified.
+    /// 8 bits where that is faster, for products with ranges of columns. The results of a row do not depend on the
+    /// other rows: with so few bits, a difference in the last place of float32 would be amplified.
     Int8,
 }
 

@@ -1,5 +1,5 @@
-//! The matrix multiplication with AVX2 for few rows: weights are read in the order in which they lie in memory, and
-//! each is widened to 16 bits for all rows of a tile at once.
+//! The matrix multiplication with AVX2 for few rows: weights are read in memory order, and each is widened to 16 bits
+//! once for all rows of a tile.
 
 use std::arch::x86_64::*;
 use std::ops::Range;

@@ -10,7 +10,7 @@ use super::{Columns, Operands, Weights};
 
 /// Columns of a panel.
 const WIDTH: usize = 16;
-/// Weights of each column in a panel: it stays in the L1 cache, beside some rows of activations.
+/// Weights per column in a panel: it stays in the L1 cache, together with some rows of activations.
 const DEPTH: usize = 512;
 /// The most rows that are multiplied at a time: as many as there are registers for.
 const ROWS: usize = 6;
@@ -59,7 +59,7 @@ fn multiply_blocks<const BITS: usize, const SIZE: usize>(operands: &Operands) {
             let mut row = rows.start;
             for left in (1..=tiles).rev() {
                 prefetch_panel::<BITS>(w, next(), tiles - left..tiles - left + 1, tiles);
-                // Tiles of equal height, but for one.
+                // Tiles of equal height, except one.
                 let height = (rows.end - row).div_ceil(left);
                 let tile = Tile { rows: row..row + height, columns: columns.clone(), depth: from..from + panel.depth };
                 match height {
@@ -82,8 +82,8 @@ struct PanelStart {
     depth: usize,
 }
 
-/// Prefetches the parts `parts` of `count` of what the next panel is packed from: the hardware prefetcher does not look
-/// so far ahead.
+/// Prefetches the parts `parts` of `count` of the next panel's source: the hardware prefetcher does not look that far
+/// ahead.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
 fn prefetch_panel<const BITS: usize>(w: &Weights, next: PanelStart, parts: Range<usize>, count: usize) {

@@ -1,11 +1,11 @@
-//! The coarse matrix multiplication of block-quantized weights with activations of 6 or 8 bits, with AVX2: half the
-//! work of the exact one, or less. Its results are off by a known bound, and so tell which of very many columns need
-//! not be computed exactly.
+//! The coarse matrix multiplication of block-quantized weights with 6-bit or 8-bit activations, with AVX2: half the
+//! work of the exact one, or less. Its results have a known error bound, which rules out most of the very many columns
+//! from exact computation.
 //!
 //! # Design
 //! Two products of 8-bit weights with 6-bit activations fit into 16 bits, and so do two such pairs: `4 · 255 · 31 <
 //! 2¹⁵`. So do eight products of 4-bit weights with 8-bit activations, `8 · 15 · 127 < 2¹⁵`: as many as meet in a block
-//! of 128. Each span of activations has a scale of its own, so that a few large ones cost the others no bits.
+//! of 128. Each span of activations has its own scale, so that a few large ones cost the others no precision.
 //!
 //! Where the processor has VNNI, 8-bit activations are as fast as any, and [`vnni`] does all this.
 
@@ -20,7 +20,7 @@ use crate::avx2::{SUMS, horizontal_sums, prefetch};
 use crate::isa::{Level, level};
 use crate::simd::ROUND_TO_INTEGER;
 
-/// The greatest integer that an activation is rounded to, for weights of so many bits.
+/// The largest integer that an activation is rounded to, for weights with this many bits.
 fn greatest(bits: usize) -> f32 {
     if bits == 4 { 127.0 } else { 31.0 }
 }

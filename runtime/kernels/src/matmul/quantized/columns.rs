@@ -15,7 +15,7 @@ pub enum Columns<'c> {
     Listed(&'c [usize]),
 }
 
-/// Bytes from what is read to what is prefetched.
+/// Prefetch distance in bytes.
 #[cfg(target_arch = "x86_64")]
 pub const PREFETCH_DISTANCE: usize = 2048;
 /// Columns that all rows are multiplied with before the next ones: their weights stay in the L1 cache.
@@ -33,7 +33,7 @@ pub struct ColumnWalk<'c> {
 
 #[cfg(target_arch = "x86_64")]
 impl<'c> ColumnWalk<'c> {
-    /// The walk, the positions in it, and how many of these all rows are multiplied with before the next ones.
+    /// The walk, the positions in it, and how many of them all rows are multiplied by before the next ones.
     pub fn new(columns: &Columns<'c>, w: &Weights) -> (ColumnWalk<'c>, Range<usize>, usize) {
         let (codes, column_bytes) = (w.codes.as_ptr(), w.row_bytes());
         match *columns {

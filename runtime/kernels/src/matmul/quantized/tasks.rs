@@ -10,9 +10,9 @@ const SHARED_FROM: usize = 96 << 10;
 /// Bytes of weights in a task: at least, and where there are many.
 const TASK_BYTES: usize = 128 << 10;
 const TASK_BYTES_OF_MANY: usize = 512 << 10;
-/// From so many rows on, the products themselves are the work, of which all threads are to have as much.
+/// Minimum number of rows for which arithmetic dominates, so that all threads should get equal shares of it.
 const MANY_ROWS: usize = 8;
-/// Bytes of weights in a task, at least, with so many rows.
+/// Minimum bytes of weights per task, with that many rows.
 const TASK_BYTES_WITH_MANY_ROWS: usize = 32 << 10;
 
 /// A matrix multiplication, with its scratch buffers.

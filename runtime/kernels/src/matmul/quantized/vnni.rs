@@ -1,11 +1,11 @@
-//! The matrix multiplication with AVX-512 VNNI, which multiplies int8, four to a lane, as fast as it adds anything
-//! else. Activations of 16 bits are two planes of int8, `256 · high + low`, both signed, so that nothing has to be
-//! unpacked; those of 8 bits are one plane.
+//! The matrix multiplication with AVX-512 VNNI, which multiplies int8, four per lane, at the throughput of an addition.
+//! 16-bit activations are two planes of int8, `256 · high + low`, both signed, so that nothing has to be unpacked;
+//! 8-bit activations are one plane.
 //!
 //! # Design
 //! Weights stay the unsigned codes that they are; accumulators start at what the zero point subtracts. Of 4-bit
 //! weights, 64 bytes hold 128 codes: those at even places in the low halves, and activations are kept in that order.
-//! Activations have a scale for each span of 64 or 128, so that a few large ones cost the others no bits. Where rows
+//! Activations have a scale per span of 64 or 128, so that a few large ones cost the others no precision. Where rows
 //! are many, the rows of a tile are interleaved, four bytes of each. Where the processor has AMX too, that takes many
 //! rows.
 
@@ -24,7 +24,7 @@ pub use layout::Planes;
 use super::{Columns, Output, Weights};
 use layout::Layout;
 
-/// Whether AMX multiplies so many rows.
+/// Whether AMX is used for this many rows.
 pub fn uses_amx(rows: usize, w: &Weights) -> bool {
     amx::token_for(w).is_some() && rows >= amx::MANY
 }
@@ -60,7 +60,7 @@ pub unsafe fn multiply(
     }
 }
 
-/// What is computed: some rows of a product.
+/// The part to compute: some rows of a product.
 struct Operands<'p> {
     x: &'p Activations,
     w: &'p Weights<'p>,

@@ -1,11 +1,11 @@
-//! Many rows where the processor has AMX, whose instruction multiplies sixteen columns of weights with sixteen rows of
-//! activations, 64 bytes of each.
+//! Many rows with AMX, whose instruction multiplies sixteen columns of weights by sixteen rows of activations, 64 bytes
+//! of each.
 //!
 //! # Design
-//! Weights are the first operand, whose tiles are loaded as they lie in memory, a pitch apart: none have to be packed,
-//! but those of 4 bits are unpacked. Sums come column by column, and are transposed before they are written. Reading
-//! back a stored tile has a long latency, so a few blocks are multiplied before their sums are added up: as integers,
-//! with the same results as panels have.
+//! Weights are the first operand, whose tiles are loaded from memory with a stride: none have to be packed, but 4-bit
+//! weights are unpacked. Sums come column by column, and are transposed before they are written. Reading back a stored
+//! tile has a long latency, so a few blocks are multiplied before their sums are added up: as integers, with the same
+//! results as panels have.
 
 use std::arch::asm;
 use std::arch::x86_64::*;
@@ -18,7 +18,7 @@ use crate::amx::{SIDE, TileConfig, WIDTH};
 use crate::avx512::{first_lanes, transpose_pitched};
 use crate::isa::AmxToken;
 
-/// From so many rows on, AMX is faster than the kernel for few rows.
+/// Minimum number of rows for which AMX is faster than the kernel for few rows.
 pub const MANY: usize = 2;
 
 /// Blocks that are multiplied before their sums are added up.
@@ -92,7 +92,7 @@ struct TileColumns {
     /// the next; 0 if they have been prefetched.
     later: *const u8,
     later_pitch: usize,
-    /// Holds codes that cannot be loaded as they lie.
+    /// Holds codes that cannot be loaded in place.
     copied: Vec<Line>,
     copied_scales: Vec<f32>,
 }

@@ -13,7 +13,7 @@ use crate::avx512::{load_up_to_32, store_up_to_32, transpose_pitched, transpose_
 
 /// Columns of a panel: two registers of sums.
 const WIDTH: usize = 32;
-/// The most weights of each column in a panel: it stays in the L1 cache, beside some rows of activations.
+/// Maximum number of weights per column in a panel: it stays in the L1 cache, together with some rows of activations.
 const DEPTH: usize = 512;
 /// The same for few tiles of rows, where both the panel that is packed and the one that is multiplied are to stay
 /// there: packing takes long compared to so few products.
@@ -32,10 +32,10 @@ struct Panel {
     zeros: [[MaybeUninit<f32>; WIDTH]; DEPTH / 16],
 }
 
-/// From so many rows on, packing the weights pays.
+/// Minimum number of rows for which packing the weights pays.
 pub const MANY: usize = 5;
 
-/// The height of tiles that uses the registers best for so many rows.
+/// The tile height that uses the registers best for this many rows.
 pub fn tile_height(rows: usize, planes: Planes) -> Option<NonZeroUsize> {
     let heights: &[usize] = match planes {
         Planes::One => &[12, 10, 8, 6],
@@ -84,7 +84,7 @@ pub fn multiply<const BITS: usize, const PLANES: usize, const R: usize>(operands
     }
 }
 
-/// What a panel holds.
+/// The contents of a panel.
 #[derive(Clone)]
 struct PanelArea {
     columns: Range<usize>,
@@ -163,12 +163,12 @@ impl Packer {
         Packer { from, to, later: from, second, pitch: 0, left: 0, half: 0, per_advance: 0 }
     };
 
-    /// Divides what is left among so many calls of [`Packer::advance`].
+    /// Divides the rest among this many calls of [`Packer::advance`].
     fn divide(&mut self, calls: usize) {
         self.per_advance = self.left.div_ceil(calls.max(1));
     }
 
-    /// Does what is left.
+    /// Packs the rest.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
     fn finish<const BITS: usize>(&mut self) {
         self.per_advance = self.left;

@@ -1,4 +1,4 @@
-//! Few rows, or listed columns: weights are read in the order in which they lie in memory, once for all rows of a tile.
+//! Few rows, or listed columns: weights are read in memory order, once for all rows of a tile.
 
 use std::arch::x86_64::*;
 use std::ops::Range;
