@@ -1,4 +1,4 @@
-//! What targets attend to: against transformers, by every way that a target comes about, and what a coverage penalty makes of it.
+//! Cross-attentions of targets: against transformers, for every generation strategy, and with a coverage penalty.
 //! `fixtures/alignment.json` is made by `fixtures/scripts/make_alignment_golden.py`.
 
 use std::path::{Path, PathBuf};
@@ -18,7 +18,7 @@ use crate::common::{FIXTURES, demo, demo_as, exported, exported_as, run, stdout,
 /// Of probabilities in float32.
 const TOLERANCE: f32 = 1e-4;
 
-/// The ways that the runtime can run a model that tells what its targets attend to on a CPU.
+/// Every way to run a model with cross-attentions on a CPU.
 fn ways(layers: &[usize]) -> Vec<(&'static str, Export)> {
     let alignment = if layers.is_empty() { Alignment::AllLayers } else { Alignment::Layers(layers.to_vec()) };
     let of = |target| Export::default().target(target).alignment(alignment.clone());
@@ -66,7 +66,7 @@ fn attended(hypothesis: &Hypothesis) -> &CrossAttentions {
     hypothesis.cross_attentions.as_ref().expect("they were asked for")
 }
 
-/// Compares what was found with a case, of which only `layers` count.
+/// Compares results with a case, averaged over `layers` only.
 fn check_case(way: &str, case: &Value, layers: &[usize], found: &[Vec<Hypothesis>]) {
     let (masks, expected_tokens) = (rows(&case["attention_mask"]), rows(&case["tokens"]));
     let expected: Vec<Vec<Vec<Vec<f32>>>> =
@@ -129,7 +129,7 @@ fn the_layers_that_were_asked_for_are_the_ones_that_count() {
     }
 }
 
-/// All cases of a fixture at once: rows of different sources, lengths and numbers of beams beside each other.
+/// All cases of a fixture at once: rows with different sources, lengths and numbers of beams in one batch.
 #[test]
 fn an_engine_tells_it_of_rows_that_share_their_steps() {
     let golden = golden();
@@ -152,7 +152,7 @@ fn an_engine_tells_it_of_rows_that_share_their_steps() {
     }
 }
 
-/// The largest difference between what two runs say that a target attends to.
+/// The largest difference between the cross-attentions of two runs.
 fn apart(a: &CrossAttentions, b: &CrossAttentions) -> f32 {
     assert_eq!((a.source_length(), a.values().len()), (b.source_length(), b.values().len()));
     a.values().iter().zip_eq(b.values()).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
@@ -164,7 +164,7 @@ fn sources() -> Vec<Vec<i64>> {
         .collect()
 }
 
-/// However targets come about, teacher forcing attends to the same.
+/// Teacher forcing gives the same cross-attentions, whatever strategy generated the targets.
 #[test]
 fn targets_of_every_strategy_attend_to_what_they_do_when_they_are_given() {
     let requests = [

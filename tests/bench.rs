@@ -1,4 +1,4 @@
-//! `t5gemma bench`: figures that agree with each other, and the request and response files of a harness.
+//! `t5gemma bench`: consistent figures, and the request and response files of a harness.
 
 use std::ops::ControlFlow;
 use std::path::Path;
@@ -69,7 +69,8 @@ fn the_figures_agree_with_each_other() {
     }
 }
 
-/// A step reads all that its graph holds, but of an embedding table that is not the head only some rows.
+/// A step reads all weights of its graph, except that it reads only a few rows of an embedding table that is not the
+/// head.
 #[test]
 fn a_step_reads_the_head_but_not_an_embedding_table_of_its_own() {
     for (model, reads_table) in [("tiny-balanced", true), ("tiny-untied", false)] {
@@ -88,7 +89,7 @@ fn a_step_reads_the_head_but_not_an_embedding_table_of_its_own() {
     }
 }
 
-/// The packed head is the embedding table under another name, at the same place of the weights file.
+/// The packed head is the embedding table under another name, at the same offset of the weights file.
 #[test]
 fn a_step_reads_a_tied_table_once() {
     let blocks = Some(Blocks::integer(8, 16));
@@ -243,7 +244,7 @@ fn a_request_that_cannot_be_read_leaves_no_response() {
     for (request, says) in [
         ("[".to_string(), "expected JSON: column 1: EOF"),
         (json!({"protocol": 2}).to_string(), "protocol: expected 1, found 2"),
-        (json!({"protocol": 1, "cases": [{}]}).to_string(), "cases[0].id: expected a value, found none"),
+        (json!({"protocol": 1, "cases": [{}]}).to_string(), "cases[0].id: missing"),
         (json!({"protocol": 1, "threads": 5000, "cases": [case]}).to_string(), "threads: expected 1 to 1024"),
         (json!({"protocol": 1, "cases": [case], "eos_token_id": 999}).to_string(), "eos_token_id: expected token ids"),
     ] {

@@ -1,5 +1,6 @@
-//! Bad input of every kind. Each case ends with exit status 1 (2 where it is the arguments that contradict each other) and an error of few lines that names the file and what of it
-//! is wrong, and leaves nothing behind. A table is run to its end, so that one run shows all cases that fail.
+//! Bad input of every kind. Each case exits with status 1 (2 for contradictory arguments) and a short error that names
+//! the file and the problem, and leaves no files behind. Every table runs to its end, so that one run shows all failing
+//! cases.
 
 mod checkpoints;
 mod libraries;
@@ -14,19 +15,19 @@ use std::process::Output;
 
 use serde_json::Value;
 
-/// Runs all cases and lists those that are not as they should be.
+/// Runs all cases and lists those that fail.
 fn check_all<C>(cases: &[C], name: impl Fn(&C) -> &str, check: impl Fn(&C) -> Result<(), String>) {
     let failed: Vec<String> =
         cases.iter().filter_map(|case| Some(format!("{}: {}", name(case), check(case).err()?))).collect();
     assert!(failed.is_empty(), "{} of {} cases:\n\n{}", failed.len(), cases.len(), failed.join("\n\n"));
 }
 
-/// Checks that a program failed with one short error that says each of `says`.
+/// Checks that a program failed with one short error that contains each of `says`.
 fn refused(output: &Output, says: &[&str]) -> Result<(), String> {
     refused_with(output, 1, says)
 }
 
-/// Checks that a program ended with this exit status and one short error that says each of `says`.
+/// Checks that a program exited with this status and one short error that contains each of `says`.
 fn refused_with(output: &Output, status: i32, says: &[&str]) -> Result<(), String> {
     let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     let wrong = |what: &str| Err(format!("{what}\nstatus: {:?}\nstdout: {out}\nstderr: {err}", output.status.code()));
@@ -45,7 +46,7 @@ fn refused_with(output: &Output, status: i32, says: &[&str]) -> Result<(), Strin
     }
 }
 
-/// Checks that a folder holds `expected` and nothing else.
+/// Checks that a folder contains `expected` and nothing else.
 fn holds(folder: &Path, expected: &[&str]) -> Result<(), String> {
     let found = names(folder);
     match found.iter().map(String::as_str).eq(expected.iter().copied()) {
@@ -64,7 +65,7 @@ fn names(folder: &Path) -> Vec<String> {
     names
 }
 
-/// A copy of a folder of files, which may be written to whatever the permissions of the originals.
+/// A writable copy of a folder of files, whatever the permissions of the originals.
 fn copy(from: &Path, to: &Path) -> PathBuf {
     fs::create_dir(to).expect("a new folder can be made");
     for name in names(from) {
@@ -88,7 +89,7 @@ fn edit(folder: &Path, name: &str, change: impl FnOnce(&mut Vec<u8>)) {
     write(folder, name, bytes);
 }
 
-/// Sets the values at some places of a JSON file, given as pointers.
+/// Sets values in a JSON file, by JSON pointer.
 fn set(folder: &Path, name: &str, changes: &[(&str, Value)]) {
     edit(folder, name, |bytes| {
         let mut document: Value = serde_json::from_slice(bytes).expect("the fixtures are JSON");

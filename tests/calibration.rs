@@ -1,4 +1,4 @@
-//! int8 and fp8 for TensorRT: ranges of activations found by the runtime, and what the exporter makes of them.
+//! int8 and fp8 for TensorRT: activation ranges measured by the runtime, and exports with them.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -22,7 +22,7 @@ fn expected() -> Vec<Value> {
     serde_json::from_str(&text).expect("expected.json is a list")
 }
 
-/// Held-out texts that are none of these, as requests.
+/// Other held-out texts, as requests.
 fn others(count: usize) -> String {
     let text = fs::read_to_string(tests().join("demo/eval.jsonl")).expect("eval.jsonl is there");
     let cases = text.lines().map(|line| serde_json::from_str::<Value>(line).expect("a JSON line"));
@@ -35,7 +35,7 @@ fn observed() -> PathBuf {
     demo_as("observed", Export::default().activations(Activations::Observed))
 }
 
-/// What `t5gemma calibrate` finds with some texts.
+/// The ranges that `t5gemma calibrate` measures with some texts.
 fn ranges(folder: &Path, texts: &str) -> ActivationRanges {
     ranges_of(&observed(), folder, texts)
 }
@@ -181,7 +181,7 @@ fn models_that_do_not_generate_compute_in_8_bits_too() {
     }
 }
 
-/// Of a fixture in fp8 the codes against another implementation, and what they make of its numbers.
+/// The codes of an fp8 fixture against another implementation, and the error of the dequantized weights.
 #[test]
 fn weights_in_fp8_are_the_nearest_and_each_part_has_its_own() {
     let folder = tempfile::tempdir().expect("a temporary folder can be made");
@@ -344,5 +344,5 @@ fn ranges_that_do_not_fit_are_refused() {
     fs::write(&texts, "{\"text\": 5}\n").expect("written");
     assert!(calibrate(&observed(), &texts).contains("texts.jsonl: line 1: text: expected"));
     fs::write(&texts, "\n").expect("written");
-    assert!(calibrate(&observed(), &texts).contains("expected a request a line, found none"));
+    assert!(calibrate(&observed(), &texts).contains("expected one request per line, found none"));
 }

@@ -1,5 +1,5 @@
-//! The C door as its users have it: installed into a prefix by `make install`, found by pkg-config, CMake and pip, and
-//! driven by the programs of `capi/` and `examples/`, plain, under valgrind, and under gcc's sanitizers.
+//! The C library as its users see it: installed into a prefix by `make install`, found by pkg-config, CMake and pip,
+//! and driven by the programs in `capi/` and `examples/`, plain, under valgrind, and with gcc's sanitizers.
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -18,11 +18,11 @@ use crate::common::{
 use crate::generation::{check_case, inputs, lists};
 
 const STRICT: [&str; 6] = ["-Wall", "-Wextra", "-pedantic", "-Wshadow", "-Werror", "-g"];
-/// What warns in headers that are found by -I, as pkg-config has them found.
+/// Warning flags that also apply to headers found by -I, as with pkg-config.
 const STRICTER: [&str; 4] = ["-Wold-style-cast", "-Wconversion", "-Wsign-conversion", "-Wdouble-promotion"];
 const SANITIZED: [&str; 2] = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"];
 
-/// What everything here is built from and into.
+/// The installation that the tests build against.
 pub struct Installed {
     folder: TempDir,
 }
@@ -108,7 +108,7 @@ fn done(mut command: Command) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
-/// A program that has to say "well".
+/// Runs a program that has to print "well".
 fn well(program: &Path, arguments: &[&Path]) {
     let mut command = Command::new(program);
     command.args(arguments);
@@ -119,7 +119,7 @@ fn classifier() -> PathBuf {
     exported_from(&tests().join("fixtures/tasks/sequence-decoder/checkpoint"), "capi-classifier", Export::default())
 }
 
-/// The demo model with a cache that is written in place, of which an engine's rows share every step.
+/// The demo model with an in-place cache, with which an engine's rows share every step.
 fn demo_for_cpu() -> PathBuf {
     exported_from(
         &tests().join("demo/checkpoint"),
@@ -128,7 +128,7 @@ fn demo_for_cpu() -> PathBuf {
     )
 }
 
-/// The demo model that tells what its targets attend to.
+/// The demo model exported with alignment.
 fn demo_with_alignment() -> PathBuf {
     demo_as("alignment", Export::default().alignment(Alignment::AllLayers))
 }
@@ -228,7 +228,7 @@ fn every_function_is_used_well_and_badly_from_c_and_cpp() {
     well(&installed.program("capi/surface.cpp", "bare", &bare), &arguments[..1]);
 }
 
-/// What on_done throws has nobody to go to: the program ends, and says why.
+/// An exception of on_done has no caller to propagate to: the program terminates and says why.
 #[test]
 fn an_exception_of_on_done_is_named_when_the_program_ends() {
     let mut program = Command::new(installed().program("capi/throws.cpp", "plain", &[]));

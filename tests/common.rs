@@ -1,4 +1,4 @@
-//! What the tests share: the fixtures, models exported from them once, the programs, and the Python beside them.
+//! Shared by the tests: the fixtures, models exported from them once, the programs, and the Python scripts.
 
 use std::collections::HashMap;
 use std::ffi::OsStr;
@@ -26,7 +26,8 @@ pub const FIXTURES: [&str; 8] = [
     "tiny-untied",
 ];
 
-/// Holds requests within a step until it is opened, or goes: what is in flight meanwhile is no matter of time.
+/// Holds requests within a step until it is opened or dropped, so that tests of what is in flight do not depend on
+/// timing.
 #[derive(Default)]
 pub struct Hold(Arc<(Mutex<Held>, Condvar)>);
 
@@ -37,7 +38,7 @@ struct Held {
 }
 
 impl Hold {
-    /// A request each of whose sources is held when so many tokens of its target are there.
+    /// A request whose sources are each held once this many target tokens exist.
     pub fn at(&self, tokens: usize, mut request: Request) -> Request {
         let held = self.0.clone();
         request.config.logits_processor.push(LogitsProcessor::new(move |place, _| {
@@ -52,14 +53,14 @@ impl Hold {
         request
     }
 
-    /// Waits until so many sources are held.
+    /// Waits until this many sources are held.
     pub fn wait_for(&self, count: usize) {
         let (held, changed) = &*self.0;
         let held = held.lock().expect("no panic");
         drop(changed.wait_while(held, |held| held.count < count).expect("no panic"));
     }
 
-    /// Lets all go on.
+    /// Lets all held sources continue.
     pub fn open(&self) {
         self.0.0.lock().expect("no panic").is_open = true;
         self.0.1.notify_all();
@@ -117,7 +118,7 @@ pub fn exported_for(name: &str, target: Target) -> PathBuf {
     exported_as(name, target.name(), Export::default().target(target))
 }
 
-/// Every fixture in every way that the runtime can run it on a CPU: the fixture's name, the way's, and the model.
+/// Every fixture in every way that the runtime can run it on a CPU: the names of fixture and way, and the model.
 pub fn exported_every_way() -> impl Iterator<Item = (&'static str, &'static str, PathBuf)> {
     let to_a_capacity = || {
         // As many candidates as most of the cases' beams need.
@@ -131,7 +132,7 @@ pub fn exported_every_way() -> impl Iterator<Item = (&'static str, &'static str,
     })
 }
 
-/// Every fixture with every target that is for a CPU.
+/// Every fixture with every target that runs on a CPU.
 pub fn fixtures_and_targets() -> impl Iterator<Item = (&'static str, Target)> {
     FIXTURES.into_iter().flat_map(|name| [Target::Portable, Target::Cpu].map(|target| (name, target)))
 }
@@ -182,7 +183,7 @@ pub fn program(name: &str) -> Command {
     Command::new(folder.join(name))
 }
 
-/// Runs a program with arguments and something, not necessarily text, on its stdin.
+/// Runs a program with arguments and `stdin`, which need not be text.
 pub fn run<S: AsRef<OsStr>>(name: &str, arguments: impl IntoIterator<Item = S>, stdin: impl AsRef<[u8]>) -> Output {
     let mut child = program(name)
         .args(arguments)
@@ -210,7 +211,7 @@ pub fn stdout(output: Output) -> String {
     out.into_owned()
 }
 
-/// What an environment variable names, which `make test` sets.
+/// The path in an environment variable that `make test` sets.
 pub fn from_make(variable: &str) -> PathBuf {
     let value = std::env::var_os(variable);
     value.unwrap_or_else(|| panic!("{variable} is not set: run the tests by `make test`")).into()

@@ -1,4 +1,4 @@
-//! Several copies of a model behind one line, and first runs before anybody waits: with the CPU for every device.
+//! Several copies of a model behind one queue, and warm-up runs, with the CPU in place of every device.
 
 use std::fs;
 use std::io::Write as _;
@@ -55,17 +55,17 @@ fn copies_share_one_line_and_none_is_idle_while_a_source_waits() {
         let model = &models[0];
         let engine = Engine::of_copies(&models, EngineOptions::default().max_rows(2));
         let engine = engine.expect("copies");
-        // The sources of one request go to both.
+        // The sources of one request are spread over both copies.
         let many = request(model, 6, 40, 1);
         let generation = engine.submit(many.clone()).expect("taken");
         assert_eq!(tokens(&generation.wait().expect("answered")), tokens(&alone(model, &many)));
-        // Each has one while both are held.
+        // Each copy has one source while both are held.
         let hold = Hold::default();
         let pair = engine.submit(hold.at(2, request(model, 2, 40, 2))).expect("taken");
         hold.wait_for(2);
         hold.open();
         pair.wait().expect("answered");
-        // While one is busy and full the other answers what comes.
+        // While one copy is full, the other serves new requests.
         let short = request(model, 1, 4, 2);
         let expected = alone(model, &short);
         let hold = Hold::default();
@@ -130,7 +130,7 @@ fn the_line_of_copies_has_one_bound_and_ends_as_one() {
         let late = long().deadline(Instant::now() + Duration::from_millis(5));
         let late = engine.submit(late).expect("taken");
         let waiting = engine.submit(long()).expect("taken");
-        // Who waits is told of its deadline, although no thread looks.
+        // A waiting caller gets its deadline error although no thread looks.
         assert!(matches!(late.wait(), Err(Error::Deadline)));
         let other = engine.submit(long()).expect("there is room");
         assert!(matches!(engine.submit(long()).err(), Some(Error::Busy { waiting: 2 })));
@@ -176,13 +176,13 @@ fn several_devices_answer_in_order_what_one_answers() {
     let model = model.to_str().expect("temporary paths are UTF-8");
     for (arguments, code, word) in [
         (&["generate", model, "--jsonl", "--device", "0,1"][..], 2, "--device 1 requires a provider with devices"),
-        (&["generate", model, "--device", "0,0", "text"], 2, "--device: expected one number, found 2"),
+        (&["generate", model, "--device", "0,0", "text"], 2, "--device: expected one GPU, found 2"),
         (
             &["generate", model, "--jsonl", "--device", "0,0", "--max-batch-tokens", "9"],
             2,
-            "--device: expected one number",
+            "--device: expected one GPU",
         ),
-        (&["score", model, "--device", "0,0"], 2, "--device: expected one number, found 2"),
+        (&["score", model, "--device", "0,0"], 2, "--device: expected one GPU, found 2"),
         (&["generate", model, "--device", "0,x"], 2, "invalid value"),
     ] {
         let output = run("t5gemma", arguments, "");
@@ -226,10 +226,10 @@ fn the_first_runs_are_those_of_the_plan() {
     let file = folder.path().join("states.safetensors");
     let file = file.to_str().expect("temporary paths are UTF-8");
     let refused = run("t5gemma", ["encode", model, "--warm-up", "-o", file, text], "");
-    assert!(String::from_utf8_lossy(&refused.stderr).contains("--warm-up: expected a command that generates"));
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("--warm-up requires a command that generates"));
 }
 
-/// A folder with the files of a model, and what it answers before and after its weights file is written over with zeros.
+/// A folder with the files of a model, and its answers before and after its weights file is overwritten with zeros.
 fn answers_around_a_lost_file(target: Target) -> [Option<Vec<Vec<i64>>>; 2] {
     let folder = tempfile::tempdir().expect("a temporary folder can be made");
     let from = exported_for("tiny-balanced", target);
@@ -256,7 +256,7 @@ fn answers_around_a_lost_file(target: Target) -> [Option<Vec<Vec<i64>>>; 2] {
 fn a_device_has_a_copy_of_the_weights_that_all_graphs_read() {
     let [before, after] = answers_around_a_lost_file(Target::Cuda);
     assert!(before.is_some() && before == after, "{before:?}, {after:?}");
-    // A model for the processor reads the file itself.
+    // A model for the CPU reads the mapped file itself.
     let [before, after] = answers_around_a_lost_file(Target::Cpu);
     assert!(before.is_some() && before != after, "{before:?}, {after:?}");
 }
@@ -273,7 +273,7 @@ fn steps_in_memory_that_stays_give_what_others_do() {
     };
     let wanted = [
         json!({"max_new_tokens": 40}),
-        // Beyond the room that there is at first, and the next.
+        // Beyond the initial capacity, and the next one.
         json!({"max_new_tokens": 200, "min_new_tokens": 200}),
         json!({"max_new_tokens": 30, "do_sample": true, "seed": 7, "num_return_sequences": 2}),
         json!({"max_new_tokens": 30, "num_beams": 3}),
@@ -298,7 +298,7 @@ fn steps_in_memory_that_stays_give_what_others_do() {
                 wanted.insert("prompt_lookup_num_tokens".into(), json!(3));
                 wanted.retain(|name, _| !name.starts_with("num_") && name != "do_sample" && name != "seed");
             }
-            // Drafts are of one source.
+            // Drafts require a single source.
             if batch.rows() > 1 {
                 wanted.remove("prompt_lookup_num_tokens");
             }
@@ -325,14 +325,14 @@ fn steps_in_memory_that_stays_give_what_others_do() {
         for (at, (request, expected)) in requests.iter().zip_eq(&expected).enumerate() {
             check(&alone(&steady, request), expected, &format!("request {at}"));
         }
-        // Memory is kept, for so many sizes at most, and not where nobody asked for it.
+        // Buffers are kept for a limited number of sizes, and only if requested.
         let sizes = steady.fixed_buffer_sets();
         assert!((2..=8).contains(&sizes) && moving.fixed_buffer_sets() == 0, "{sizes}");
         alone(&steady, &requests[0]);
         let again = steady.fixed_buffer_sets();
         alone(&steady, &requests[0]);
         assert_eq!(steady.fixed_buffer_sets(), again, "it serves the next request");
-        // Several at a time have memory of their own.
+        // Concurrent requests have their own buffers.
         if !is_attending {
             let engine = Engine::new(steady.clone(), EngineOptions::default()).expect("an engine");
             let generations: Vec<_> =

@@ -1,4 +1,4 @@
-//! Continuous batching: whatever requests meet in an engine, each gets what it gets alone.
+//! Continuous batching: every request in an engine gets the same result as alone.
 
 use std::fs;
 use std::path::PathBuf;
@@ -18,7 +18,7 @@ use t5gemma_runtime::{
 
 use crate::common::{Hold, exported_from, fixture, tests};
 
-/// Numbers that look random, the same in every run.
+/// Pseudorandom numbers, the same in every run.
 struct Noise(u64);
 
 impl Noise {
@@ -78,7 +78,7 @@ impl Noise {
         options
     }
 
-    /// One to three sources of any lengths, some with padding of their own, some with a decoder prompt.
+    /// One to three sources of any lengths, some already padded, some with a decoder prompt.
     fn batch(&mut self) -> Batch {
         let rows = self.pick(&[1, 1, 1, 2, 3]);
         let mut batch = match self.below(4) {
@@ -122,7 +122,7 @@ fn open(target: Target) -> Arc<Model> {
     Arc::new(Model::open(with_text(target)).expect("the model opens"))
 }
 
-/// Tokens and ends are equal, scores and log-probabilities up to rounding.
+/// Tokens and finish reasons are equal, scores and log-probabilities equal up to rounding.
 fn check_same(name: &str, found: &[Vec<Hypothesis>], expected: &[Vec<Hypothesis>]) {
     let parts = |rows: &[Vec<Hypothesis>]| -> Vec<Vec<_>> {
         let part = |hypothesis: &Hypothesis| (hypothesis.tokens.clone(), hypothesis.finish_reason);
@@ -178,7 +178,7 @@ fn random_requests_at_random_times_give_what_each_gives_alone() {
                                     assert_eq!(error.to_string(), expected);
                                 }
                             }
-                            // Some that nobody waits for.
+                            // Some whose results nobody waits for.
                             if noise.below(5) == 0 {
                                 drop(engine.submit(Request::new(batch.clone(), options(model, request))));
                             }
@@ -345,14 +345,14 @@ fn what_cannot_be_taken_is_refused_with_the_figures() {
     let engine = Engine::new(model.clone(), options_of(1, usize::MAX, 9)).expect("an engine");
     assert_eq!(
         refused(&engine, short(&model)),
-        "the request needs 2 target rows (num_beams or num_return_sequences), more than the 1 of the engine"
+        "the request needs 2 target rows (num_beams or num_return_sequences), but the engine's limit is 1"
     );
     let engine = Engine::new(model.clone(), options_of(9, bytes(2, 64, 2), 9)).expect("an engine");
     let needed = bytes(1, 512, 3);
     let limit = bytes(2, 64, 2);
     assert_eq!(
         refused(&engine, long(&model)),
-        format!("the request needs {needed} bytes of keys, values and logits, more than the {limit} of the engine")
+        format!("the request needs {needed} bytes of keys, values and logits, but the engine's limit is {limit}")
     );
     check_same(
         "it fits exactly",

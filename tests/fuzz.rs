@@ -1,12 +1,12 @@
-//! The fuzz targets without a fuzzer: over their seed corpus, among which are inputs that once failed, and over changes of it
-//! that are the same every time. `make fuzz` looks for new ones.
+//! The fuzz targets without a fuzzer: over their seed corpus, which includes inputs that once failed, and over
+//! reproducible mutations of it. `make fuzz` searches for new ones.
 
 use std::fs;
 
 #[path = "fuzz/src/lib.rs"]
 mod targets;
 
-/// What a linear congruential generator gives.
+/// The numbers of a linear congruential generator.
 struct Numbers(u64);
 
 impl Numbers {
@@ -16,7 +16,7 @@ impl Numbers {
     }
 }
 
-/// A seed with a few bytes changed, left out, or put in from elsewhere in it.
+/// A seed with a few bytes changed, removed, or copied in from elsewhere in it.
 fn changed(seed: &[u8], numbers: &mut Numbers) -> Vec<u8> {
     let mut bytes = seed.to_vec();
     for _ in 0..1 + numbers.below(4) {
@@ -37,7 +37,7 @@ fn changed(seed: &[u8], numbers: &mut Numbers) -> Vec<u8> {
     bytes
 }
 
-/// Runs a target over its seeds and so many changes of each.
+/// Runs a target over its seeds and `changes` mutations of each.
 fn check_target(name: &str, changes: usize) {
     let (_, target) = targets::TARGETS.iter().find(|(target, _)| *target == name).expect("a target");
     let corpus = crate::common::tests().join("fuzz/corpus").join(name);

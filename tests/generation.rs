@@ -1,5 +1,5 @@
-//! Token ids and scores against transformers: every generation case of every fixture, through the program's JSONL door and
-//! through the Rust API, and the demo model against recorded answers.
+//! Token ids and scores against transformers: every generation case of every fixture, through `t5gemma generate
+//! --jsonl` and through the Rust API, and the demo model against recorded answers.
 
 use std::fs;
 use std::path::Path;
@@ -365,7 +365,8 @@ impl Streamer for Steps {
     }
 }
 
-/// A limit decides what runs side by side, and nothing else: not what is drawn, what prompts begin with, or who is at fault.
+/// Limits only decide how much runs at a time: they change neither draws, nor decoder prompts, nor which request an
+/// error names.
 #[test]
 fn rows_in_pieces_give_what_they_give_together() {
     let sources: Vec<Vec<i64>> = (0..7).map(|row| (5..7 + (row * 5) % 4).map(|id| id + row).collect()).collect();

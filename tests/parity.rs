@@ -57,8 +57,8 @@ fn encode_writes_the_reference_hidden_states() {
     }
 }
 
-/// What weights of few bits are multiplied with is rounded, and what is rounded otherwise for the company it has would be another source
-/// in the decoder's eyes.
+/// With quantized weights, activations are rounded too; if the rounding depended on the rest of the batch, the decoder
+/// would see a different source.
 #[test]
 fn with_weights_of_few_bits_a_source_is_encoded_to_the_same_numbers_whatever_is_beside_it() {
     let levels = instruction_levels();
@@ -72,7 +72,7 @@ fn with_weights_of_few_bits_a_source_is_encoded_to_the_same_numbers_whatever_is_
             command.env("T5GEMMA_MAX_CPU_ISA", level).arg("verify").arg(&model);
             let report = stdout(command.output().expect("the program starts"));
             for compared in
-                ["hidden states of a ragged batch = of its rows alone", "hidden states padded left = padded right"]
+                ["hidden states: ragged batch = its rows alone", "hidden states: left padding = right padding"]
             {
                 let line = report.lines().find(|line| line.contains(compared)).expect("compared");
                 // At the lowest level ONNX Runtime computes, where it has vector instructions.

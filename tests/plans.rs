@@ -1,5 +1,5 @@
-//! What a serving plan lets a runtime do, with the processor for the GPU: requests are filled up and run in pieces without a
-//! change to their answers, and what an engine would not take is refused before anything runs.
+//! Serving plans, with the CPU in place of the GPU: requests are padded and run in pieces without changing their
+//! answers, and what an engine would not accept is rejected before anything runs.
 
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -57,7 +57,7 @@ fn tokens(rows: &[Vec<Hypothesis>]) -> Vec<Vec<&[i64]>> {
     rows.iter().map(|row| row.iter().map(|hypothesis| &hypothesis.tokens[..]).collect()).collect()
 }
 
-/// Of one row, which is filled up; of as many as there may be; and of more, which run in pieces.
+/// Batches of one row, which is padded; of the maximum size; and of more rows, which run in pieces.
 const BATCHES: [&[usize]; 4] = [&[2], &[1, 9, 30], &[3, 17], &[4, 32, 1, 12, 7, 8, 2]];
 
 #[test]
@@ -145,7 +145,9 @@ fn an_engine_holds_to_the_plan_too() {
         let four = Request::new(batch(&[3]), options(&planned, &json!({"max_new_tokens": 4, "num_beams": 4})));
         let error = engine.submit(four).expect_err("more than the batch").to_string();
         assert!(
-            error.contains("needs 4 target rows") && error.contains("serving plan's batch") && error.contains("the 3"),
+            error.contains("needs 4 target rows")
+                && error.contains("serving plan's batch")
+                && error.contains("limit is 3"),
             "{error}"
         );
         let long = Request::new(batch(&[33]), options(&planned, &json!({"max_new_tokens": 4})));
@@ -153,7 +155,7 @@ fn an_engine_holds_to_the_plan_too() {
     }
 }
 
-/// A cancellation that was used before: whatever runs ends with it, and what is refused is refused all the same.
+/// An already cancelled cancellation: anything that runs ends with it, and what is rejected is still rejected.
 fn stopped() -> Cancellation {
     let cancel = Cancellation::new();
     cancel.cancel();

@@ -1,4 +1,4 @@
-//! The programs as a person or another program uses them: what they print where, exit codes, and the order of results.
+//! The programs as users and other programs run them: what they print where, exit codes, and the order of results.
 
 use std::io::{BufRead, BufReader, Lines, Write};
 use std::path::{Path, PathBuf};
@@ -420,7 +420,7 @@ fn requests_with_other_options_run_beside_each_other_and_are_answered_in_order()
     }
 }
 
-/// One request of many sources is bounded by the flags that bound many requests of one.
+/// One request with many sources obeys the same limits as many requests with one.
 #[test]
 fn a_request_of_many_sources_is_answered_in_pieces_as_whole() {
     let sources: Vec<Vec<i64>> = (0..11).map(|row| vec![5 + row; 4]).collect();
@@ -482,7 +482,7 @@ fn a_request_of_many_sources_is_answered_in_pieces_as_whole() {
     }
 }
 
-/// Whoever finds it: the parser, the program or the library.
+/// Whether the parser, the program or the library finds the error.
 #[test]
 fn wrong_arguments_are_one_exit_status_and_are_told_as_they_were_typed() {
     let model = demo();
@@ -518,13 +518,13 @@ fn wrong_arguments_are_one_exit_status_and_are_told_as_they_were_typed() {
         (&["generate", "--output-logprobs", "a"], "--output-logprobs requires --jsonl"),
         (&["generate", "--system", "a", "b"], "--system requires --chat"),
         (&["generate", "--encoder-outputs", "a.safetensors", "--system", "a", "--jsonl"], "--system"),
-        (&["generate", "--device", "0,1", "a"], "--device: expected one number"),
+        (&["generate", "--device", "0,1", "a"], "--device: expected one GPU"),
         (&["generate", "--threads", "0", "a"], "t5gemma: --threads: expected 1 to 1024, found 0\n"),
         (&["generate", "--device", "1", "a"], "--device 1 requires a provider with devices"),
         (&["encode", "-o", "a.txt", "a"], "--output: expected a name that ends in .safetensors or .npy"),
         (&["encode", "-o", "a.npy", "--padding", "max_length", "a"], "--padding max_length requires --max-length"),
         (&["encode", "-o", "a.npy", "--normalize", "a"], "--normalize requires --pooling"),
-        (&["encode", "-o", "a.npy", "--warm-up", "a"], "--warm-up: expected a command that generates"),
+        (&["encode", "-o", "a.npy", "--warm-up", "a"], "--warm-up requires a command that generates"),
         (&["verify", "--tolerance", "NaN"], "--tolerance"),
         (&["verify", "--texts", "a.txt"], "--against"),
         (&["bench", "--source-length", "99999"], "--source-length: expected at most "),
@@ -634,7 +634,7 @@ fn a_comparison_says_first_what_its_sources_are() {
         let report = stdout(run("t5gemma", [&["verify", model, "--against", model], more].concat(), ""));
         report.lines().next().expect("a line").to_string()
     };
-    assert!(first(&[]).starts_with("sources: random tokens; --texts FILE "), "{}", first(&[]));
+    assert!(first(&[]).starts_with("sources: random tokens; use --texts FILE "), "{}", first(&[]));
     assert_eq!(first(&["--texts", texts]), format!("sources: 2 texts of {texts}"));
 }
 

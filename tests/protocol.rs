@@ -14,7 +14,7 @@ fn schema(name: &str) -> Value {
     serde_json::from_slice(&std::fs::read(&path).expect("the schema is committed")).expect("JSON")
 }
 
-/// Whether a value conforms to a schema. It knows the keywords that the committed ones have, and no others.
+/// Whether a value conforms to a schema. Supports only the keywords in the committed schemas.
 fn conforms(value: &Value, schema: &Value, root: &Value) -> bool {
     let Value::Object(keywords) = schema else { return schema.as_bool().expect("a schema is an object or a boolean") };
     let is = |schema: &Value, value: &Value| conforms(value, schema, root);
@@ -110,7 +110,7 @@ fn rounded(line: &str) -> String {
     value.to_string()
 }
 
-/// A line as its type writes it.
+/// A line re-serialized through its type.
 fn again<T: serde::Serialize + for<'de> serde::Deserialize<'de>>(line: &str) -> String {
     let read: T = serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}"));
     serde_json::to_string(&read).expect("it was JSON")
@@ -153,7 +153,7 @@ fn generated_lines_conform_to_the_schema() {
     let found = check_lines(&["generate", "--jsonl"], &model, &requests, schemas, again::<GenerateResponse>);
     assert_eq!(found, answered);
 
-    // Negative controls: the schema refuses what the program refuses for its form, and results without their fields.
+    // Negative controls: the schema rejects what the program rejects for its form, and results with missing fields.
     let (request, response) = (schema(schemas.0), schema(schemas.1));
     for refused in &requests[answered..] {
         assert!(!conforms(refused, &request, &request), "{refused}");

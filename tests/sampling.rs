@@ -1,6 +1,6 @@
-//! Sampling, log-probabilities and control of the generation loop on real models: that draws have the model's probabilities
-//! and depend on the request alone, that scores are those of the reference, and that targets begin and end where they are
-//! told to.
+//! Sampling, log-probabilities and control of the generation loop on real models: draws follow the model's
+//! probabilities and depend only on the request, scores match the reference, and targets begin and end where they
+//! should.
 
 use std::collections::HashMap;
 use std::ops::ControlFlow;

@@ -1,5 +1,5 @@
-//! Models that keep the head of some tokens only: what they say of these is what the whole model says, and what they
-//! generate is what the whole model does where all other tokens are suppressed.
+//! Models with an output head for a subset of the tokens: their logits equal those of the full model, and they generate
+//! what the full model does with all other tokens suppressed.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -18,7 +18,7 @@ use t5gemma_runtime::{Batch, Cancellation, Controls, LogitsProcessor, Model, Spe
 
 use crate::common::{demo, exported_as, fixture, fixtures_and_targets, run, tests};
 
-/// Every third token and the one that ends a text, and the others, of a vocabulary of some size.
+/// Splits a vocabulary into every third token plus the end token, and the others.
 fn split(vocab_size: usize) -> (Vec<usize>, Vec<usize>) {
     (0..vocab_size).partition(|&token| token % 3 == 0 || token == 1)
 }
@@ -30,7 +30,7 @@ fn vocab_size(fixture_name: &str) -> usize {
     size.expect("a number") as usize
 }
 
-/// A fixture whole and with the tokens of [`split`], in the same way otherwise.
+/// A fixture with the full vocabulary and with the tokens of [`split`], otherwise exported alike.
 fn both(name: &str, label: &str, export: Export) -> [Model; 2] {
     let kept = export.clone().kept_tokens(split(vocab_size(name)).0);
     [(format!("{label}-whole"), export), (format!("{label}-kept"), kept)]
@@ -41,7 +41,7 @@ fn batch() -> Batch {
     Batch::padded(&[&[5, 9, 17, 30, 44][..], &[7, 9], &[8, 8, 23, 45]], 0).expect("valid")
 }
 
-/// Tokens and scores of the targets that a model makes of [`batch`].
+/// Tokens and scores of the targets that a model generates for [`batch`].
 fn generated(model: &Model, options: &Value) -> Vec<(Vec<i64>, Option<f32>)> {
     let options = model.generation_config().with_json(options.as_object().expect("an object")).expect("valid");
     let found = model.generate_batch(&batch(), &options, Controls::default()).expect("generates");
@@ -93,7 +93,7 @@ fn what_is_generated_is_what_the_whole_model_does_without_the_other_tokens() {
         for case in &cases {
             let mut given = case.clone();
             given["max_new_tokens"] = json!(10);
-            // The whole model's log-softmax knows of the others.
+            // The full model's log-softmax includes the other tokens.
             given["renormalize_logits"] = json!(true);
             let found = generated(&kept, &given);
             given["suppress_tokens"] = json!(split(vocab_size(name)).1);
@@ -194,7 +194,7 @@ fn files_of_tokens_are_held_to_the_model() {
     let told = export(&folder.path().join("none.json"), &out);
     assert!(told.contains("none.json"), "{told}");
 
-    // A folder whose list is another's.
+    // A folder with the token list of another model.
     let checkpoint = Checkpoint::open(&fixture("tiny-balanced").join("checkpoint")).expect("opens");
     let kept_tokens = Some(split(vocab_size("tiny-balanced")).0);
     let exported = Export::default().kept_tokens(kept_tokens);
@@ -252,7 +252,7 @@ fn a_shortlist_of_texts_serves_those_texts() {
     assert!(told.status.success(), "{}", stderr(&told));
     assert_eq!(answers(&Model::open(out).expect("opens")), expected);
 
-    // The most frequent ones, and those that are listed in any case.
+    // The most frequent tokens, and those that are always listed.
     let texts = at("texts.txt");
     let fewer = |arguments: &[&str]| {
         let given =

@@ -43,7 +43,7 @@ fn features(pooling: Pooling, normalize: bool, hidden_layer: i64) -> Option<Task
     Some(Task::FeatureExtraction(Features { pooling, normalize, hidden_layer, ..Features::default() }))
 }
 
-/// The tensors of a file as they are needed here.
+/// The tensors of a file.
 pub struct Golden(Vec<u8>);
 
 impl Golden {
@@ -73,7 +73,7 @@ impl Golden {
     }
 }
 
-/// The largest difference, of the tokens that take part where `mask` is given.
+/// The largest difference, over unmasked tokens if `mask` is given.
 #[track_caller]
 pub fn check_close(what: &str, found: &ArrayD<f32>, expected: &ArrayD<f32>, mask: Option<&[i64]>) {
     assert_eq!(found.shape(), expected.shape(), "{what}");
@@ -124,7 +124,7 @@ fn the_encoder_of_a_generating_model_is_the_same_alone() {
     assert_eq!(states(&whole), states(&alone));
 }
 
-/// What pooling and normalisation are, in so many words.
+/// Pooling and normalization, spelled out.
 fn pooled(states: &ArrayD<f32>, mask: &[i64], pooling: Pooling, normalize: bool) -> Array2<f32> {
     let (rows, length, width) = (states.shape()[0], states.shape()[1], states.shape()[2]);
     Array2::from_shape_fn([rows, width], |(row, at)| {

@@ -1,5 +1,6 @@
-//! What is made for TensorRT, without TensorRT: `check` on ours and on graphs with planted faults, and what follows from a
-//! serving plan. Whether a builder of NVIDIA's takes the graphs is `make check-rtx`; what they compute is in `generation.rs`.
+//! Exports for TensorRT, tested without TensorRT: `check` on our graphs and on graphs with planted faults, and the
+//! files of a serving plan. `make check-rtx` tests whether NVIDIA's builder accepts the graphs; `generation.rs` tests
+//! what they compute.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -19,7 +20,7 @@ use crate::common::{
 
 const PLAN: &str = "batch=1..4,source=1..32,target=32,beams=1..4";
 
-/// A fixture as it would be served, in a cache that grows or of a capacity.
+/// A fixture as it would be served, with a growing cache or one of fixed capacity.
 fn served(name: &str, dtype: DType, capacity: Option<usize>) -> PathBuf {
     let (target, logits, plan) =
         (Target::TensorRt, Logits::Candidates(8), Some(PLAN.parse::<ServingPlan>().expect("a plan")));
@@ -95,7 +96,7 @@ fn every_planted_fault_is_found_and_named() {
     assert_eq!(found.iter().map(|finding| finding.kind).collect::<Vec<_>>(), [FindingKind::Size]);
 }
 
-/// What stands in a planned folder for people: what it was planned for, and what that takes.
+/// The human-readable parts of a planned folder: the plan and its memory estimate.
 #[test]
 fn a_planned_folder_says_what_it_was_planned_for() {
     let plan = "batch=1..4..4,source=1..16..32,target=32,beams=1..4..4,prompt=1";
@@ -120,7 +121,7 @@ fn a_planned_folder_says_what_it_was_planned_for() {
         assert!(memory.contains(word), "{word} in {memory}");
     }
     assert!(!memory.contains(" 0.000 "), "{memory}");
-    // Each row is the product that it says.
+    // Each row equals the product in its formula.
     let unit = |name: &str| match name {
         "GB" => 1e9,
         "MB" => 1e6,
@@ -151,7 +152,7 @@ fn a_planned_folder_says_what_it_was_planned_for() {
     let told = run("t5gemma-export", [&arguments[..], &paths].concat(), "");
     assert!(told.status.success());
     let told = String::from_utf8_lossy(&told.stderr);
-    assert!(told.contains("beams=1,prompt=1 (batch, beams, prompt omitted, so 1)"), "{told}");
+    assert!(told.contains("beams=1,prompt=1 (batch, beams, prompt omitted, 1 by default)"), "{told}");
 }
 
 #[test]
@@ -195,7 +196,7 @@ fn tensors_beyond_tensorrts_volume_are_found() {
     }
     fs::write(folder.path().join("profiles.json"), profiles.to_string()).expect("written");
     let found = findings(folder.path(), "tensorrt");
-    // The largest, and how many more.
+    // The largest tensor, and the number of others.
     let [finding] = &found[..] else { panic!("{found:?}") };
     assert_eq!((finding.kind, finding.graph.as_str()), (FindingKind::Volume, "encoder_model.onnx"));
     let reason = &finding.reason;
@@ -324,7 +325,7 @@ fn plans_that_do_not_fit_are_refused() {
     }
 }
 
-/// A program of this name, in `sh`.
+/// A shell script of this name.
 #[cfg(unix)]
 fn tool(folder: &Path, name: &str, text: &str) {
     use std::os::unix::fs::PermissionsExt;
@@ -334,7 +335,7 @@ fn tool(folder: &Path, name: &str, text: &str) {
     fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("made executable");
 }
 
-/// The script is run with a `trtexec` that only says what it was asked for.
+/// Runs the script with a fake `trtexec` that only prints its arguments.
 #[cfg(unix)]
 #[test]
 fn the_script_builds_once_and_refuses_what_is_stale() {
@@ -381,7 +382,7 @@ fn the_script_builds_once_and_refuses_what_is_stale() {
     assert!(code == Some(1) && error.contains("NVIDIA L4") && error.contains("H100"), "{error}");
 }
 
-/// A planned model's script and wrappers in a folder, a `trtexec` and an `nvidia-smi` that are none, and what the script says.
+/// A planned model's script and wrappers in a folder, with a fake `trtexec` and `nvidia-smi`, and the script's output.
 #[cfg(unix)]
 struct Build {
     folder: tempfile::TempDir,
@@ -401,7 +402,7 @@ impl Build {
         {
             fs::copy(served.join(name), build.path("model").join(name)).expect("copied");
         }
-        // Two GPUs, the second line of which comes late.
+        // Two GPUs, the second of which is printed late.
         build.tool(
             "nvidia-smi",
             "case \"$1$2\" in\n\
@@ -423,7 +424,7 @@ impl Build {
         tool(&self.path("tools"), name, text);
     }
 
-    /// Its help is longer than a pipe, and its exit status then is not 0.
+    /// Its help is longer than a pipe buffer, and its exit status is then not 0.
     fn trtexec(&self, version: &str, build: &str) {
         self.tool(
             "trtexec",
@@ -515,7 +516,7 @@ fn engines_can_lie_in_a_folder_of_their_own() {
     let (code, out, _) = build.run(&["--engines=of model"], &[]);
     assert_eq!((code, out.matches("is up to date").count()), (Some(0), 3), "{out}");
 
-    // The runtime looks there, and says what is wrong before ONNX Runtime could.
+    // The runtime looks there, and reports the problem before ONNX Runtime could.
     let model = served("tiny-balanced", DType::BFloat16, Some(32));
     let (model, engines) = (model.to_str().expect("UTF-8"), build.path("of model"));
     let engines = engines.to_str().expect("UTF-8");
@@ -546,7 +547,7 @@ fn engines_can_lie_in_a_folder_of_their_own() {
     );
 }
 
-/// With ranges that are as good as any, since nothing is run.
+/// With arbitrary ranges, since nothing runs.
 #[cfg(unix)]
 #[test]
 fn a_plan_in_fp8_tells_the_gpus_that_have_none() {
@@ -588,7 +589,7 @@ fn a_plan_in_fp8_tells_the_gpus_that_have_none() {
         let output = Command::new("bash").arg(&script).env("PATH", &path).output().expect("bash runs");
         let error = String::from_utf8_lossy(&output.stderr).into_owned();
         let refused = error.contains("compute in fp8") && error.contains(gpu);
-        // What is not refused gets as far as a trtexec that fails.
+        // If not rejected earlier, the script gets as far as a failing trtexec.
         assert_eq!(output.status.code(), Some(if refused { 1 } else { 3 }), "{gpu}: {error}");
         assert_eq!(folder.path().join("engines").exists(), !refused, "{gpu}");
         refused

@@ -1,5 +1,5 @@
-//! The real Gemma 2 tokenizer, which `make test` fetches: it loads, gives the ids that Python's `tokenizers` gives, and its
-//! ids become the text again.
+//! The real Gemma 2 tokenizer, which `make test` fetches: it loads, gives the same ids as Python's `tokenizers`, and
+//! decodes them back to the text.
 
 use std::fs;
 use std::path::Path;
@@ -33,7 +33,8 @@ fn gemmas_tokenizer_gives_pythons_ids_and_round_trips() {
         assert!(ids.iter().all(|id| (0..VOCAB_SIZE).contains(id)), "{name}: {ids:?}");
         let decoded = tokenizer.decode(&ids, SpecialTokens::Skip).unwrap_or_else(|error| panic!("{name}: {error}"));
         assert_eq!(decoded, expected_text, "{name}");
-        // All of a text comes back, special tokens written in it too; but Gemma's mark for a space becomes a space.
+        // The whole text round-trips, including special tokens written in it; only Gemma's space marker becomes a
+        // space.
         let after_bos =
             tokenizer.decode(&ids[1..], SpecialTokens::Keep).unwrap_or_else(|error| panic!("{name}: {error}"));
         assert_eq!(after_bos, text.replace('▁', " "), "{name}");
@@ -81,7 +82,7 @@ fn files_beside_a_tokenizer_say_what_they_say_to_transformers() {
                 wrong.push(format!("{name}: {text}: {decoded:?}, expected {}", case["decoded"][at]));
             }
         }
-        // What a template sees of the special tokens.
+        // The special tokens that a template sees.
         let special: &Map<String, Value> = case["special"].as_object().expect("names");
         let names = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
         let all = names.into_iter().chain(special.keys().map(String::as_str)).chain(["turn_token", "sot_token"]);
@@ -140,7 +141,7 @@ fn an_id_may_be_any_number_without_a_table_of_that_size() {
     let tokenizer = Tokenizer::open(&path).expect("opens");
     let mut shortlist = Shortlist::new(&tokenizer).expect("tokens have texts");
     shortlist.add("a b").expect("plain text");
-    // Special tokens, single characters, and what was counted.
+    // Special tokens, single characters, and counted tokens.
     assert_eq!(shortlist.tokens(1, None).last(), Some(&17));
 }
 

@@ -276,7 +276,7 @@ impl Checkpoint {
         if let Some((name, stored)) = renamed.next() {
             let others = renamed.count();
             notes.push(format!(
-                "the tensor names are those of a wrapped model: read {} as {name}, and {others} others likewise",
+                "the tensor names have the prefix of a wrapper: read {} as {name}, and {others} others like it",
                 cut(&stored.stored)
             ));
         }

@@ -9,7 +9,7 @@ use t5gemma_graphs::onnx::{Adjust, DType};
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Overflow(pub f32);
 
-/// What happens to the numbers of a tensor on the way into the weights file.
+/// The conversion of a tensor's numbers for the weights file.
 #[derive(Clone, Copy, Debug)]
 pub struct Conversion {
     /// The type in the checkpoint.

@@ -1,4 +1,4 @@
-//! Random weights of a sensible scale, to measure a model size without its checkpoint. Zeros would compress, and run
+//! Random weights of a realistic scale, to benchmark a model size without its checkpoint. Zeros would compress, and run
 //! faster than real numbers on some hardware.
 
 use t5gemma_graphs::config::Family;

@@ -15,7 +15,7 @@ use crate::settings::SettingError;
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Error {
-    /// Options of an [`Export`](crate::Export) contradict each other or do not suit the checkpoint.
+    /// Options of an [`Export`](crate::Export) contradict each other or do not fit the checkpoint.
     Setting(SettingError),
     /// A file or folder cannot be read or written.
     Io {
@@ -26,7 +26,7 @@ pub enum Error {
         /// The system's error.
         source: io::Error,
     },
-    /// A file or folder, or a field of a file, is not as it has to be.
+    /// A file or folder, or a field of a file, is not as expected.
     Invalid {
         /// The file or folder, or where a configuration without a file comes from.
         place: String,
@@ -55,7 +55,7 @@ pub enum Error {
         /// The probable cause, or empty.
         hint: String,
     },
-    /// The output folder exists and is not empty, and may not be replaced.
+    /// The output folder exists, is not empty, and may not be replaced.
     OutputExists {
         /// The folder.
         path: PathBuf,

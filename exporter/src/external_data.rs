@@ -1,5 +1,5 @@
-//! The weights file under all graphs: layout of the tensors, and the stream of their bytes. Memory in use is a few
-//! chunks whatever the model's size, plus the scales of one matrix if it is quantized.
+//! The weights file that all graphs share: the layout of its tensors, and streaming their bytes into it. Memory use is
+//! a few chunks, whatever the model's size, plus the scales of one quantized matrix.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -100,7 +100,7 @@ struct Writer<'w> {
     quantized: QuantizedRows,
     /// NaNs and infinities by tensor.
     not_finite: BTreeMap<String, u64>,
-    /// Makes an error of a failure of the file.
+    /// Converts an I/O error of the file.
     failed: &'w dyn Fn(std::io::Error) -> Error,
 }
 
@@ -341,7 +341,7 @@ impl Output {
     }
 }
 
-/// SHA-256 on a thread of its own, so that it overlaps with converting and writing the next chunks. Buffers are reused:
+/// SHA-256 on its own thread, so that hashing overlaps with converting and writing the next chunks. Buffers are reused:
 /// page faults of new ones would cost more than the conversion.
 struct Hashing {
     chunks: SyncSender<Vec<u8>>,

@@ -1,6 +1,5 @@
 //! Opens and reads the files of a checkpoint. Interrupted downloads and copies leave pointers, web pages, partial files
-//! and broken links in the place of files; the errors here name them, where a parser could only say that they are
-//! malformed.
+//! and broken links behind; errors here name them, where a parser could only report malformed input.
 
 use std::fs::{self, File};
 use std::io::{ErrorKind, Read};
@@ -157,7 +156,7 @@ pub fn identify_or_quote(bytes: &[u8]) -> Option<String> {
     })
 }
 
-/// A hint to the checkpoint folder that was probably meant by a path.
+/// A hint at the checkpoint folder that the user probably meant.
 pub fn nearby_checkpoint(path: &Path) -> Option<String> {
     if path.is_file() {
         return path.parent().map(|folder| format!("pass its folder, {}", Path::new(".").join(folder).display()));

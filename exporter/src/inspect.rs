@@ -1,4 +1,4 @@
-//! Summarizes a model folder or a checkpoint from its settings, manifest and headers, without reading weights.
+//! Summarizes a model folder or a checkpoint from its configuration, manifest and headers, without reading weights.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -22,7 +22,7 @@ use crate::parameters::plain_options;
 use crate::proto;
 use crate::weights;
 
-/// What a model folder or checkpoint holds.
+/// The contents of a model folder or checkpoint.
 #[derive(Clone, Debug, Serialize)]
 #[non_exhaustive]
 pub struct InspectReport {
@@ -45,7 +45,7 @@ pub struct InspectReport {
     pub model: Option<ModelReport>,
 }
 
-/// What only an exported model has.
+/// The part that only exported models have.
 #[derive(Clone, Debug, Serialize)]
 #[non_exhaustive]
 pub struct ModelReport {
@@ -141,7 +141,7 @@ fn model(folder: &Path, config: &Config) -> Result<InspectReport> {
 }
 
 /// The checkpoint tensors that a model was made of, with the number of parameters in each. The weights file does not
-/// tell: its tensors may be quantized, padded or stored twice.
+/// show them: its tensors may be quantized, padded or stored twice.
 fn parameters(folder: &Path, manifest: &Manifest, config: &Config) -> Result<Vec<(String, u64)>> {
     let is_stored = |tensor: &str| manifest.weights.tensors.iter().any(|stored| stored.name.starts_with(tensor));
     let mut vocabulary = weights::exported_vocabulary(config, is_stored);

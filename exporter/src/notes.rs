@@ -1,5 +1,5 @@
-//! Remarks and warnings for people about an export that succeeds: fields of the checkpoint without effect, what the
-//! model lacks, and numbers that are not finite. Nothing is decided here.
+//! Notes and warnings about a successful export: checkpoint fields without effect, missing files, and NaN or infinite
+//! weights. Decides nothing.
 
 use std::path::Path;
 
@@ -37,7 +37,9 @@ pub fn of_config(config: &Config, generation_config: Option<&Value>) -> Vec<Stri
     }
     if !read.is_empty() {
         let fields = list(&read);
-        notes.push(format!("config.json: used as generation options, as there is no {GENERATION_CONFIG}: {fields}"));
+        notes.push(format!(
+            "config.json: used for generation options because there is no {GENERATION_CONFIG}: {fields}"
+        ));
     }
     notes
 }
@@ -78,7 +80,7 @@ pub fn of_tokenizer(folder: &Path) -> Option<String> {
 /// Warns of tensors with NaNs or infinities.
 pub fn of_numbers(not_finite: &[(String, u64)]) -> Option<String> {
     let named: Vec<String> = not_finite.iter().map(|(tensor, count)| format!("{tensor} ({count})")).collect();
-    (!named.is_empty()).then(|| format!("weights that are NaN or infinite, by tensor: {}", list(&named)))
+    (!named.is_empty()).then(|| format!("NaN or infinite weights, by tensor: {}", list(&named)))
 }
 
 /// Warns of quantized matrices that are padded because their rows are no multiple of the block size.

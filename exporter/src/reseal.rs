@@ -1,5 +1,5 @@
-//! Updates `manifest.json` after text files of a model folder were changed on purpose. Graphs, weights and the files
-//! that decide what the graphs compute must be those of the export.
+//! Updates `manifest.json` after deliberate changes to text files of a model folder. Graphs, weights and the files that
+//! determine what the graphs compute must be unchanged since the export.
 
 use std::fs;
 use std::io::Read;
@@ -13,10 +13,10 @@ use crate::error::{Error, Result};
 use crate::files;
 use crate::model_folder::{path_of, read_manifest};
 
-/// Updates the manifest of a model folder with the sizes and hashes that its text files have now. Returns the changes.
+/// Updates the manifest of a model folder with the current sizes and hashes of its text files. Returns the changes.
 ///
 /// # Errors
-/// A folder that is not a model, a graph or weights other than those of the export, or a file that could not be used.
+/// A folder that is not a model folder, graphs or weights that differ from the export, or an unusable file.
 pub fn reseal(folder: &Path) -> Result<Vec<String>> {
     let mut manifest = read_manifest(folder)?;
     let graphs = manifest.graphs.values().map(|graph| (graph.file.as_str(), &graph.record));
@@ -26,8 +26,8 @@ pub fn reseal(folder: &Path) -> Result<Vec<String>> {
     for (name, record) in graphs.chain([weights]).chain(sealed) {
         let path = path_of(folder, name)?;
         if record_of(&path)? != *record {
-            let found = "another (export the checkpoint again)";
-            return Err(Error::invalid(path.display(), "the file of the export", found));
+            let found = "a different one (export the checkpoint again)";
+            return Err(Error::invalid(path.display(), "the exported file", found));
         }
     }
     let mut changes = Vec::new();
@@ -62,7 +62,7 @@ pub fn reseal(folder: &Path) -> Result<Vec<String>> {
     Ok(changes)
 }
 
-/// Whether a file is a graph or decides what the graphs compute.
+/// Whether a file is a graph or determines what the graphs compute.
 fn is_sealed(name: &str) -> bool {
     name == "config.json" || name == KEPT_TOKENS || name.ends_with(".onnx")
 }

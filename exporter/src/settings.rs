@@ -1,5 +1,5 @@
-//! [`SettingError`]: options of an [`Export`](crate::Export) that contradict each other or do not suit the checkpoint.
-//! It names fields; the program replaces them by flags.
+//! [`SettingError`]: options of an [`Export`](crate::Export) that contradict each other or do not fit the checkpoint.
+//! It names fields, which the program maps to flags.
 
 use std::fmt;
 
@@ -86,11 +86,11 @@ impl Setting {
     }
 }
 
-/// An option that is refused.
+/// An invalid option.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum SettingError {
-    /// The value is not one that this option can have, at least not for this checkpoint.
+    /// The value is invalid, perhaps only for this checkpoint.
     Invalid {
         /// The option.
         setting: Setting,
@@ -121,7 +121,7 @@ pub enum SettingError {
         /// The option that may not be given with it.
         other: Setting,
     },
-    /// The plan takes more GPU memory than the limit.
+    /// The plan needs more GPU memory than the limit.
     Memory {
         /// The limit in bytes.
         limit: u64,
@@ -147,7 +147,7 @@ impl SettingError {
         }
     }
 
-    /// The option that is refused.
+    /// The invalid option.
     pub fn setting(&self) -> Setting {
         match self {
             SettingError::Invalid { setting, .. }
@@ -157,8 +157,8 @@ impl SettingError {
         }
     }
 
-    /// The message with other names for the options. `name` is called with an option and the value that the message has
-    /// for it, which may be empty, and returns both as one text.
+    /// The message with other names for the options. `name` gets an option and the value that the message gives for
+    /// it, which may be empty, and returns both as one text.
     pub fn message(&self, name: impl Fn(Setting, &str) -> String) -> String {
         match self {
             SettingError::Invalid { setting, part, expected, found } => {

@@ -1,4 +1,4 @@
-//! [`StagingDir`]: the output folder while it is being written. It has another name until it is complete.
+//! [`StagingDir`]: the output folder while it is being written, under another name until it is complete.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -15,7 +15,7 @@ pub enum Existing {
     /// Stop with an error.
     #[default]
     Refuse,
-    /// Replace it if it holds an exported model and nothing else; refuse any other folder.
+    /// Replace it if it holds an exported model and nothing else; any other folder is an error.
     Overwrite,
 }
 

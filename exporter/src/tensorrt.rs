@@ -1,5 +1,5 @@
-//! Everything specific to TensorRT, none of which needs TensorRT: the check whether its parser accepts a graph, and
-//! serving plans with the files that follow from them.
+//! Everything specific to TensorRT, none of which needs TensorRT itself: checking whether its parser accepts a graph,
+//! and serving plans with the files generated from them.
 
 mod limits;
 mod operators;

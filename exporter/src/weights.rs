@@ -1,5 +1,5 @@
-//! Matches the weights of the graphs with the tensors of the checkpoint, strictly in both directions: a weight without
-//! its tensor is an error, a tensor without a weight is listed.
+//! Matches the weights of the graphs with the tensors of the checkpoint, in both directions: a weight without a tensor
+//! is an error, a tensor without a weight is listed.
 
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -1,8 +1,8 @@
-//! `Config`: a checkpoint's `config.json` as a checked value. Every field that changes what a model computes is read or
-//! refused by the family's folder, so nothing downstream meets a value that the graphs do not implement. Files of
-//! fine-tunes have many others, which transformers does not read either: they are listed.
+//! `Config`: a checkpoint's `config.json` as a checked value. Every field that changes what a model computes is either
+//! read or rejected by the family's folder, so nothing downstream sees a value that the graphs do not implement.
+//! Fine-tunes have many other fields, which transformers does not read either: they are listed.
 //!
-//! The types are here, the same for every family; what families share for reading them is in `config/`;
+//! The types, the same for every family, are here; code for reading them that families share is in `config/`;
 //! [`Config::parse`] is in `family.rs`.
 
 mod common;
@@ -34,10 +34,10 @@ pub struct Config {
     pub tokens: TokenIds,
     /// The class that the checkpoint was saved from.
     pub architecture: Architecture,
-    /// What only classifiers have.
+    /// The part that only classifiers have.
     pub classifier: Option<Classifier>,
-    /// Settings for generation, which transformers takes from here if there is no `generation_config.json`; without
-    /// those that it has defaults of its own for.
+    /// Generation settings, which transformers takes from here if there is no `generation_config.json`, except those
+    /// for which it uses its own defaults.
     pub generation: Map<String, Value>,
     /// The paths of fields without effect, sorted; without those that most checkpoints have.
     pub ignored: Vec<String>,
@@ -110,14 +110,14 @@ impl Architecture {
     }
 }
 
-/// What only classifiers have.
+/// The part that only classifiers have.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Classifier {
     /// Whether the decoder reads the source again and the labels are scored from it; otherwise from the encoder.
     pub is_encoder_decoder: bool,
     /// The name of each label.
     pub labels: Vec<String>,
-    /// What the scores of labels mean.
+    /// The meaning of label scores.
     pub problem_type: Option<ProblemType>,
     /// The token before the source that the decoder reads: `decoder.bos_token_id`.
     pub decoder_start: i64,
@@ -125,15 +125,15 @@ pub struct Classifier {
     pub decoder_pad: i64,
 }
 
-/// What the scores of labels mean, as `problem_type` says.
+/// The meaning of label scores, from `problem_type`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ProblemType {
-    /// Each is a number that is predicted.
+    /// Each is a predicted number.
     Regression,
-    /// Logits of which exactly one label holds.
+    /// Logits of mutually exclusive labels.
     SingleLabelClassification,
-    /// Logits of whether each label holds.
+    /// Logits of independent labels.
     MultiLabelClassification,
 }
 
@@ -216,7 +216,7 @@ impl LayerType {
 /// A field of `config.json` that is missing, malformed, or has a value that the graphs do not implement.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ConfigError {
-    /// The field's path, such as `decoder.rope_parameters.rope_type`; empty for the document as a whole.
+    /// The field's path, such as `decoder.rope_parameters.rope_type`; empty for the whole document.
     pub field: String,
     /// What is accepted.
     pub expected: String,

@@ -1,5 +1,5 @@
-//! `Facts`: what a runtime needs to know about a model besides its graphs, the same for every family. The exporter
-//! derives them from the configuration and writes them into the manifest, so that serving reads no `config.json`.
+//! `Facts`: what a runtime needs to know about a model besides its graphs, in one form for every family. The exporter
+//! derives them from the configuration and writes them into the manifest, so that serving does not read `config.json`.
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -22,7 +22,7 @@ pub struct Facts {
     /// `generation_config.json`.
     #[serde(default, skip_serializing_if = "Map::is_empty")]
     pub generation: Map<String, Value>,
-    /// What only classifiers have.
+    /// The part that only classifiers have.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub classifier: Option<ClassifierFacts>,
 }
@@ -49,7 +49,7 @@ pub struct StackFacts {
     pub max_position_embeddings: usize,
 }
 
-/// What only classifiers have.
+/// The part that only classifiers have.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ClassifierFacts {

@@ -1,5 +1,5 @@
-//! The one place that tells families of models apart: each has its arm here, and everything else in a folder of its
-//! name. Above it nobody asks for the family; below it nobody knows that there are several.
+//! The one place that distinguishes model families: each has a match arm here, and everything else in a folder of its
+//! own. Callers above never ask for the family; code below does not know that there are several.
 
 use crate::config::{Config, ConfigError, Family, Fields};
 use crate::onnx::Definition;

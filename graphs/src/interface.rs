@@ -1,6 +1,6 @@
 //! The contract between exporter and runtime: file names, and the name, dtype and symbolic shape of every input and
 //! output of the graphs, spelled once. Names and their order follow Optimum and transformers.js, so that other tools
-//! can run the files. The definitions declare these ports; the runtime holds opened sessions to them.
+//! can run the files. The graph definitions declare these ports; the runtime checks opened sessions against them.
 
 use serde::{Deserialize, Serialize};
 

@@ -1,5 +1,5 @@
-//! JSON as Python's `json` reads and writes it, since that writes the files of checkpoints: with the numbers `NaN`,
-//! `Infinity` and `-Infinity`, and perhaps with the byte-order mark of an editor in front.
+//! JSON as Python's `json` module, which writes the files of checkpoints, reads and writes it: with the numbers `NaN`,
+//! `Infinity` and `-Infinity`. A byte-order mark in front, which some editors add, is accepted.
 
 use std::fmt;
 
@@ -8,10 +8,10 @@ use serde_json::Value;
 /// The byte-order mark that some editors put before UTF-8 text.
 pub const BYTE_ORDER_MARK: char = '\u{feff}';
 
-/// The numbers that JSON does not have. One that begins another comes after it.
+/// The numbers that JSON does not have. A name that contains another comes before it.
 const NUMBERS: [&str; 3] = ["-Infinity", "Infinity", "NaN"];
 
-/// A text that is not JSON; displays what it is instead.
+/// A text that is not JSON; displays what was found instead.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Malformed(String);
 
@@ -26,7 +26,7 @@ impl std::error::Error for Malformed {}
 /// Parses a text. A number that JSON does not have becomes a string with its name, which no reader of numbers accepts.
 ///
 /// # Errors
-/// What a text that is not JSON is instead, with line and column.
+/// A text that is not JSON, described with line and column.
 pub fn parse(text: &str) -> Result<Value, Malformed> {
     let text = without_mark(text);
     serde_json::from_str(text).or_else(|error| {
@@ -47,22 +47,22 @@ pub fn without_mark(text: &str) -> &str {
     text.strip_prefix(BYTE_ORDER_MARK).unwrap_or(text)
 }
 
-/// Describes a text that a JSON parser has refused.
+/// Describes a text that a JSON parser has rejected.
 pub fn malformed(text: &str, error: &serde_json::Error) -> Malformed {
     let text = without_mark(text);
     let place = format!("line {}, column {}", error.line(), error.column());
     let begins = text.trim_start();
     Malformed(match begins {
         "" if text.is_empty() => "an empty file".to_string(),
-        "" => "nothing but white space".to_string(),
-        _ if text.bytes().all(|byte| byte == 0) => "nothing but zero bytes".to_string(),
-        _ if error.is_eof() => format!("a document that is cut off at {place}"),
+        "" => "only white space".to_string(),
+        _ if text.bytes().all(|byte| byte == 0) => "only zero bytes".to_string(),
+        _ if error.is_eof() => format!("JSON that is truncated at {place}"),
         _ if error.line() == 1 && !begins.starts_with(['{', '[', '"']) => {
-            format!("a text that begins with {}", shown(&Value::String(begins.chars().take(50).collect())))
+            format!("text that begins with {}", shown(&Value::String(begins.chars().take(50).collect())))
         }
         _ => {
             let words = error.to_string();
-            format!("a text that is not JSON ({} at {place})", words.split(" at line ").next().unwrap_or_default())
+            format!("invalid JSON ({} at {place})", words.split(" at line ").next().unwrap_or_default())
         }
     })
 }
@@ -122,13 +122,13 @@ mod tests {
     fn what_is_not_json_is_told_in_words() {
         for (text, expected) in [
             ("", "an empty file"),
-            (" \n", "nothing but white space"),
-            ("\0\0\0", "nothing but zero bytes"),
-            ("{\"a\": [1", "a document that is cut off at line 1, column 8"),
-            ("{'a': 1}", "a text that is not JSON (key must be a string at line 1, column 2)"),
-            ("{\"a\": NaN,}", "a text that is not JSON (trailing comma at line 1, column 11)"),
-            ("{\"a\": -Infinity,\n \"b\": nan}", "a text that is not JSON (expected ident at line 2, column 8)"),
-            ("<!DOCTYPE html>", "a text that begins with \"<!DOCTYPE html>\""),
+            (" \n", "only white space"),
+            ("\0\0\0", "only zero bytes"),
+            ("{\"a\": [1", "JSON that is truncated at line 1, column 8"),
+            ("{'a': 1}", "invalid JSON (key must be a string at line 1, column 2)"),
+            ("{\"a\": NaN,}", "invalid JSON (trailing comma at line 1, column 11)"),
+            ("{\"a\": -Infinity,\n \"b\": nan}", "invalid JSON (expected ident at line 2, column 8)"),
+            ("<!DOCTYPE html>", "text that begins with \"<!DOCTYPE html>\""),
         ] {
             assert_eq!(parse(text).map_err(|error| error.to_string()), Err(expected.to_string()), "{text}");
         }

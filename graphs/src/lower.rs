@@ -1,5 +1,5 @@
-//! How operators are written for a target: the portable form here, and in a file for each target the operators that its
-//! runtime does better. A new target is another `impl Lowering` with its [`Capabilities`], and an arm in
+//! How operators are written for a target: the portable form here, and in a file per target the operators that its
+//! runtime has better forms of. A new target is another `impl Lowering` with its [`Capabilities`], and an arm in
 //! [`Target::lowering`](crate::target::Target). Which operators make a layer is `attention.rs` and `nn.rs`: this module
 //! knows operators only.
 //!

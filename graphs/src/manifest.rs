@@ -1,5 +1,5 @@
-//! `manifest.json`: what the exporter records about a model folder, and what the runtime checks the files against and
-//! takes its facts from. Plain data; `versions.rs` reads it.
+//! `manifest.json`: the exporter's record of a model folder. The runtime checks the files against it and takes its
+//! facts from it. Plain data; `versions.rs` reads it.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -50,7 +50,7 @@ pub struct Manifest {
     pub dtype: DType,
     /// Version of the standard operator set.
     pub opset: u32,
-    /// Whether positions exactly one window apart see each other in the encoder: `inclusive` or `exclusive`.
+    /// Whether encoder positions exactly one window apart attend to each other: `inclusive` or `exclusive`.
     pub encoder_window: EncoderWindow,
     /// Whether several sources can lie side by side in a row of the encoder: `attention_mask` then has the number of
     /// each token's source, from 1 on, or 0 for padding.
@@ -116,13 +116,13 @@ impl Manifest {
 pub struct ActivationRanges {
     /// The number of texts that they were measured with.
     pub texts: usize,
-    /// The percentile, over texts, of the greatest absolute number in each text; 100 is the greatest of all.
+    /// The percentile, over texts, of the largest absolute value in each text; 100 is the overall maximum.
     pub percentile: f64,
     /// `max |x|` of the operand of each matrix, by the checkpoint's name of the matrix.
     pub ranges: BTreeMap<String, f32>,
 }
 
-/// The positions that an encoder layer with a sliding window `W` sees.
+/// The positions that an encoder layer with a sliding window `W` attends to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum EncoderWindow {

@@ -1,6 +1,5 @@
-//! Reads manifests of every version of the format that can still be read. Version 1 had no family, no facts and no
-//! roles of tensors: its readers took them from `config.json` and from the names of tensors, and so does
-//! [`Manifest::read`], once.
+//! Reads manifests of every supported format version. Version 1 had no family, facts or tensor roles: its readers
+//! derived them from `config.json` and from tensor names, and so does [`Manifest::read`], once.
 
 use serde_json::{Map, Value, json};
 
@@ -47,7 +46,7 @@ impl Manifest {
     }
 }
 
-/// Adds what version 2 says beyond version 1: the family, the facts, and the role of each tensor, by its name.
+/// Adds what version 2 has beyond version 1: the family, the facts, and the role of each tensor, derived from its name.
 fn from_version_1(manifest: &mut Map<String, Value>, config: &Config) {
     manifest.insert("format_version".into(), FORMAT_VERSION.into());
     manifest.insert("family".into(), json!(config.family));

@@ -1,5 +1,6 @@
-//! `Batch`: the tokens of one request as a checked rectangle, which encoding, generation and scoring take. Its rules
-//! need no model; those that depend on a model's sizes are checked by [`Batch::check`], once, before anything runs.
+//! `Batch`: the tokens of one request as a validated, padded rectangle: the input of encoding, generation and scoring.
+//! Constructors check what needs no model; [`Batch::check`] checks the rest against a model's sizes, once, before
+//! anything runs.
 
 use std::ops::Range;
 
@@ -9,21 +10,21 @@ use t5gemma_graphs::facts::Facts;
 use crate::draws::Draws;
 use crate::error::Error;
 
-/// Source rows of one length with their masks, and optionally decoder prompts.
+/// Source rows of equal length with their attention masks, and optionally decoder prompts.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Batch {
     rows: usize,
     length: usize,
     ids: Vec<i64>,
     mask: Vec<i64>,
-    /// The length of each row as it was given; the rest is padding added here.
+    /// The length of each row as the caller gave it; the rest is padding added here.
     given: Vec<usize>,
-    /// A seed for each row that does not sample with the seed of the options.
+    /// The seed of each row; `None` for rows that use the seed of the options.
     seeds: Vec<Option<u64>>,
     /// The index of each row in the batch that it was given in.
     indices: Vec<usize>,
     prompts: Option<Prompts>,
-    /// The encoder's hidden states of the sources, `[rows, length, hidden_size]`, if the caller has computed them.
+    /// The encoder's hidden states of the sources, `[rows, length, hidden_size]`, if the caller provided them.
     states: Option<Array3<f32>>,
 }
 
@@ -40,7 +41,7 @@ impl Prompts {
         Prompts { length: self.length, ids: self.ids[rows.start * self.length..rows.end * self.length].to_vec() }
     }
 
-    /// At least `rows` prompts; the last one is repeated.
+    /// Repeats the last prompt until there are at least `rows`.
     pub fn widened(mut self, rows: usize) -> Prompts {
         let missing = rows.saturating_sub(self.ids.len() / self.length);
         let last = self.ids[self.ids.len() - self.length..].repeat(missing);
@@ -50,8 +51,8 @@ impl Prompts {
 }
 
 impl Batch {
-    /// A batch of sources of any lengths, padded on the right with `pad`, which the mask hides. Sources without a token
-    /// are for encoders whose states at padding have a meaning; all other models refuse them.
+    /// A batch of sources of any lengths, padded on the right with `pad`; the padding is masked out. Sources without a
+    /// token are for encoders whose states at padding have a meaning; all other models refuse them.
     ///
     /// # Errors
     /// No source.
@@ -69,9 +70,9 @@ impl Batch {
         Ok(Batch { given, ..Batch::flat(sources.len(), filled(|id| id, pad), filled(|_| 1, 0))? })
     }
 
-    /// Joins several batches, without decoder prompts or with the same one for all rows. Shorter rows are padded on the
-    /// right with `pad`, which the mask hides and no logits processor sees, so that a row's result does not depend on
-    /// its neighbours. A single batch is returned as it is, prompts included.
+    /// Joins batches that have no decoder prompts, or the same one for all rows. Shorter rows are padded on the right
+    /// with `pad`; the padding is masked out and hidden from logits processors, so that a row's result does not depend
+    /// on its neighbours. A single batch is returned unchanged, prompts included.
     ///
     /// # Errors
     /// No batch, or several whose decoder prompts differ.
@@ -79,8 +80,8 @@ impl Batch {
         if batches.len() == 1 {
             return Ok(batches.remove(0));
         }
-        // The start token precedes all prompts of a batch or none, so that only equal prompts mean the same in a joined
-        // batch.
+        // The start token is prepended to all prompts of a batch or to none, so prompts keep their meaning in a joined
+        // batch only if they are equal.
         let of_all = batches.iter().flat_map(|batch| match &batch.prompts {
             Some(prompts) if prompts.length > 0 => prompts.ids.chunks(prompts.length).map(Some).collect(),
             _ => vec![None; batch.rows],
@@ -110,8 +111,8 @@ impl Batch {
         Ok(Batch { given, seeds, indices, prompts, states, ..Batch::flat(rows, ids, mask)? })
     }
 
-    /// A batch of sources that are padded already, on any side: a token counts where its mask is not zero. Rows whose
-    /// mask is all 0 are for encoders whose states at padding have a meaning; all other models refuse them.
+    /// A batch of sources that are already padded, on either side: a token counts if its mask is not 0. Rows whose mask
+    /// is all 0 are for encoders whose states at padding have a meaning; all other models refuse them.
     ///
     /// # Errors
     /// No source, rows of unequal lengths, or a mask of another shape.
@@ -189,7 +190,7 @@ impl Batch {
         Ok(Batch { prompts: Some(Prompts { length, ids }), ..self })
     }
 
-    /// Gives these rows a seed of their own, which they keep in a joined batch.
+    /// Sets a seed for these rows, which they keep in a joined batch.
     pub fn with_seed(self, seed: u64) -> Batch {
         Batch { seeds: vec![Some(seed); self.rows], ..self }
     }
@@ -210,12 +211,12 @@ impl Batch {
         Ok(Batch { states: Some(states), ..self })
     }
 
-    /// One row as it was given, without added padding and without its decoder prompt.
+    /// One row as the caller gave it, without added padding and without its decoder prompt.
     pub(crate) fn alone(&self, row: usize) -> Batch {
         self.piece(row..row + 1)
     }
 
-    /// Consecutive rows without decoder prompts, as long as the longest of them was given.
+    /// Consecutive rows without decoder prompts, padded only to the longest of them.
     pub(crate) fn piece(&self, rows: Range<usize>) -> Batch {
         let length = self.given[rows.clone()].iter().copied().max().unwrap_or(0).max(1);
         let cut = |flat: &[i64]| -> Vec<i64> {
@@ -274,7 +275,7 @@ impl Batch {
         Batch { given: vec![wide.length; wide.rows], ..wide }
     }
 
-    /// The encoder's hidden states of the sources, if the caller has computed them.
+    /// The encoder's hidden states of the sources, if the caller provided them.
     pub(crate) fn encoder_outputs(&self) -> Option<&Array3<f32>> {
         self.states.as_ref()
     }
@@ -282,7 +283,7 @@ impl Batch {
     /// The random numbers that a row samples with; `seed` is that of the options.
     pub(crate) fn draws(&self, row: usize, seed: u64) -> Draws {
         let (ids, mask) = (self.source(row), self.row_mask(row));
-        // Padding is no part of a source: the same text gets the same numbers wherever its padding is.
+        // Padding is not part of a source: the same text gets the same numbers wherever its padding is.
         let visible = ids.iter().zip(mask).filter(|(_, visible)| **visible != 0).map(|(id, _)| *id);
         Draws::new(self.seeds[row].unwrap_or(seed), self.indices[row], visible)
     }
@@ -297,22 +298,22 @@ impl Batch {
         self.length
     }
 
-    /// All sources' tokens, one source after the other.
+    /// The tokens of all sources, concatenated.
     pub fn ids(&self) -> &[i64] {
         &self.ids
     }
 
-    /// All sources' masks, 0 or 1, one source after the other.
+    /// The masks of all sources, 0 or 1, concatenated.
     pub fn mask(&self) -> &[i64] {
         &self.mask
     }
 
-    /// The tokens of one source as it was given, without added padding.
+    /// The tokens of one source as the caller gave it, without added padding.
     pub fn source(&self, row: usize) -> &[i64] {
         &self.ids[row * self.length..][..self.given[row]]
     }
 
-    /// The mask of one source as it was given.
+    /// The mask of one source as the caller gave it.
     pub fn row_mask(&self, row: usize) -> &[i64] {
         &self.mask[row * self.length..][..self.given[row]]
     }

@@ -11,18 +11,18 @@ use crate::error::Error;
 use crate::folder::Folder;
 use crate::session::{OpenOptions, Opener};
 
-/// What happens to engines that exist already.
+/// What happens to existing engines.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ExistingEngines {
-    /// They are kept.
+    /// Keep them.
     #[default]
     Keep,
-    /// They are removed and built again.
+    /// Remove them and build again.
     Replace,
 }
 
-/// Makes the provider of `options` build the engines of the model folder `path`, in its folder `engines` or in that of
-/// [`OpenOptions::engines`]. `on_graph` is called with the name of each graph before its engine is built.
+/// Builds the engines of the model folder `path` with the provider of `options`, in its folder `engines` or in
+/// [`OpenOptions::engines`]. Calls `on_graph` with the name of each graph before building its engine.
 ///
 /// # Errors
 /// A provider without engines, a model without a serving plan for it, engines that were built from other graphs, or a

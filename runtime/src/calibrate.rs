@@ -1,5 +1,5 @@
-//! `Calibration`: the ranges of the activations that a model's matrices are multiplied with, on given sources and on
-//! the targets that the model generates for them. An export that computes in 8 bits needs them.
+//! `Calibration`: collects the input ranges of a model's matrix multiplications, on given sources and on the targets
+//! that the model generates for them. An export with 8-bit activations needs them.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -23,7 +23,7 @@ pub struct Calibration<'m> {
     texts: usize,
 }
 
-/// What is calibrated.
+/// The model to calibrate.
 #[derive(Debug)]
 enum Observed<'m> {
     Model(&'m Model),
@@ -31,7 +31,7 @@ enum Observed<'m> {
 }
 
 impl<'m> Calibration<'m> {
-    /// Starts the calibration of a model that generates.
+    /// Starts the calibration of a generation model.
     ///
     /// # Errors
     /// A model that was not exported with observers.
@@ -43,7 +43,7 @@ impl<'m> Calibration<'m> {
     /// Starts the calibration of an encoder or a classifier.
     ///
     /// # Errors
-    /// A model that was not exported with observers, or one that generates, whose decoder would be missing.
+    /// A model that was not exported with observers, or a generation model, whose decoder would be missing.
     pub fn of_encoder(encoder: &'m Encoder) -> Result<Calibration<'m>, Error> {
         check(encoder.manifest(), encoder.path())?;
         let task = &encoder.manifest().task;
@@ -55,8 +55,7 @@ impl<'m> Calibration<'m> {
         Ok(Calibration { observed: Observed::Encoder(encoder), found: BTreeMap::new(), texts: 0 })
     }
 
-    /// Observes each source of a batch alone and, for a model that generates, the target that it generates for it by
-    /// `options`.
+    /// Observes each source of a batch alone and, for a generation model, the target that it generates with `options`.
     ///
     /// # Errors
     /// As [`Model::generate_batch`] or [`Encoder::encode`]; activations that are not finite.
@@ -104,8 +103,8 @@ fn check(manifest: &Manifest, folder: &Path) -> Result<(), Error> {
         return Ok(());
     }
     Err(Error::Unsupported {
-        what: format!("{}: its graphs do not return activation ranges", folder.display()),
-        remedy: "export the model with --observe".into(),
+        what: format!("{}: the graphs do not return activation ranges", folder.display()),
+        remedy: "export the model with observed activations".into(),
     })
 }
 

@@ -1,6 +1,5 @@
-//! `Cancellation`: how a call is stopped before it is done, by another thread or by a deadline. Calls check it before
-//! each run, between steps and at the end; one thread for the whole process interrupts runs of ONNX Runtime at their
-//! deadlines.
+//! `Cancellation`: stops a call early, from another thread or at a deadline. Calls check it before each run, between
+//! steps and at the end; a single timer thread per process interrupts ONNX Runtime runs at their deadlines.
 //!
 //! # Design
 //! The thread that does the work compares deadlines with the clock, so none is missed because the timer thread was not
@@ -20,7 +19,7 @@ use ort::session::RunOptions;
 
 use crate::error::Error;
 
-/// Stops the calls that it is passed to, from any thread. It cannot be reset: later calls are stopped too.
+/// Stops the calls that it was passed to, from any thread. It cannot be reset: later calls with it stop too.
 #[derive(Clone, Default)]
 pub struct Cancellation(Arc<Signal>);
 
@@ -82,8 +81,8 @@ impl Cancellation {
         if is_late { Err(Error::Deadline) } else { Ok(()) }
     }
 
-    /// The options of a run that this cancellation interrupts. The run can be interrupted before the flag and the clock
-    /// are read, so that a cancellation at any moment is noticed in one way or the other.
+    /// The options of a run that this cancellation interrupts. They are registered before the flag and the clock are
+    /// read, so that no cancellation is missed in between.
     pub(crate) fn run_options(&self) -> Result<&RunOptions, Error> {
         let run = match self.0.run.get() {
             Some(run) => run,
@@ -104,7 +103,7 @@ impl Cancellation {
     }
 }
 
-/// What an alarm calls at its time.
+/// The callback of an alarm.
 trait Ring: Send + Sync {
     fn ring(&self);
 }

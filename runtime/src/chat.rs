@@ -39,8 +39,8 @@ const PROCESSOR_FILE: &str = "chat_template.json";
 /// The name of the template in the environment, and that of the library in errors.
 const NAME: &str = "chat_template";
 const LIBRARY: &str = "minijinja";
-/// Limit on the instructions of a rendering, each worth [`python::BYTES`] of text: far more than any template needs,
-/// and less than a second.
+/// Maximum number of instructions of a rendering, each worth [`python::BYTES`] bytes of text: far more than any
+/// template needs, and less than a second of work.
 const FUEL: u64 = 2_000_000;
 /// The stack for rendering: nested values are dropped, compared and written recursively, as deep as the fuel allows.
 /// Untouched pages cost nothing.
@@ -49,8 +49,8 @@ const STACK: usize = 512 << 20;
 const REASONING: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
 
 impl ChatTemplate {
-    /// Reads the chat template of a model folder as transformers does: `chat_template.jinja`, or `chat_template` of
-    /// `tokenizer_config.json`; where there is neither, that of `chat_template.json`.
+    /// Reads the chat template of a model folder as transformers does: from `chat_template.jinja`, else from
+    /// `chat_template` in `tokenizer_config.json`, else from `chat_template.json`.
     ///
     /// # Errors
     /// The folder has none, or one that cannot be parsed.
@@ -102,7 +102,7 @@ impl ChatTemplate {
     /// are null are dropped.
     ///
     /// # Errors
-    /// No messages, messages that are no objects, or that the template refuses.
+    /// No messages, messages that are not objects, or messages that the template rejects.
     pub fn apply(&self, messages: &[Json]) -> Result<String, Error> {
         if messages.is_empty() {
             return Err(Error::input("messages", "at least one message", "none"));
@@ -119,7 +119,7 @@ impl ChatTemplate {
         let template = self.environment.get_template(NAME).expect("`environment` adds it");
         let render = || template.render(Value::from_pairs(context)).map_err(|error| described(&error));
         on_large_stack(|| panics::catch(LIBRARY, render).flatten()).flatten().map_err(|found| {
-            let expected = format!("a conversation that the template of {} takes", self.path.display());
+            let expected = format!("a conversation that the template in {} accepts", self.path.display());
             Error::input("messages", expected, found)
         })
     }
@@ -173,7 +173,7 @@ fn message_of(at: usize, message: &Json) -> Result<Value, Error> {
     };
     let mut message: Map<String, Json> = message.clone().into_iter().filter(|(_, value)| !value.is_null()).collect();
     if let Some(reasoning) = REASONING.iter().find_map(|name| message.get(*name)).cloned() {
-        // The order of fields matters to templates that write a message as a whole.
+        // The order of fields matters to templates that print a whole message.
         let first = Map::from_iter([(REASONING[1].to_string(), reasoning.clone())]);
         message = first.into_iter().chain(message).collect();
         message.insert(REASONING[0].into(), reasoning);
@@ -204,7 +204,7 @@ fn of_config(config: &Map<String, Json>) -> Result<Option<String>, String> {
 fn described(error: &minijinja::Error) -> String {
     let what = match error.kind() {
         ErrorKind::OutOfFuel => format!(
-            "that it needs more than {FUEL} units of fuel (one for each step, and for {} bytes of text)",
+            "one that takes more than {FUEL} units of fuel (one per step, and one per {} bytes of text)",
             python::BYTES
         ),
         kind => error.detail().map_or_else(|| kind.to_string(), str::to_string),
@@ -241,7 +241,7 @@ mod tests {
             (vec![json!("hello")], "messages[0]: expected an object with role and content, found \"hello\""),
             (
                 vec![turn.clone(), turn.clone()],
-                "messages: expected a conversation that the template of chat_template.jinja takes, found no (line 1",
+                "messages: expected a conversation that the template in chat_template.jinja accepts, found no (line 1",
             ),
         ] {
             let error = found.apply(&messages).expect_err(expected).to_string();

@@ -1,5 +1,5 @@
-//! Classification: the logits that a classifier gives its labels, and the function that makes scores of them, by the
-//! rules of transformers' pipelines.
+//! Classification: a classifier's logits for its labels, and the function that turns them into scores, by the rules of
+//! transformers' pipelines.
 
 use ndarray::{Array2, Array3, Axis};
 use t5gemma_graphs::config::ProblemType;
@@ -12,7 +12,7 @@ use crate::encoder::Encoder;
 use crate::error::Error;
 use crate::profiles::ProfileRange;
 
-/// The function that makes scores of logits.
+/// The function that turns logits into scores.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ScoreFunction {
@@ -37,8 +37,8 @@ impl ScoreFunction {
         }
     }
 
-    /// The function for a classifier of sources: none for regression, the sigmoid if labels are independent or there is
-    /// only one, the softmax otherwise.
+    /// The function for a sequence classifier: none for regression, sigmoid for independent labels or a single one,
+    /// softmax otherwise.
     pub fn of(classifier: &ClassifierFacts) -> ScoreFunction {
         match (classifier.problem_type, classifier.labels.len()) {
             (Some(ProblemType::Regression), _) => ScoreFunction::None,
@@ -71,14 +71,14 @@ impl Encoder {
         let task = &self.manifest().task;
         match (task, &self.facts().classifier) {
             (Task::TextClassification | Task::TokenClassification, Some(classifier)) => Ok(classifier),
-            _ => Err(self.other_task(task, "text-classification or token-classification, to be classified with")),
+            _ => Err(self.other_task(task, "text-classification or token-classification, to classify with this model")),
         }
     }
 
     /// The logits of each source's labels, `[rows, labels]`.
     ///
-    /// A classifier with a decoder reads one more token of a padded row (as in transformers), so rows that were padded
-    /// only to fit beside longer ones run without that padding: a row's result does not depend on its neighbours.
+    /// A classifier with a decoder reads one padding token of a padded row (as in transformers), so rows that were
+    /// padded only to match longer ones run without that padding: a row's result does not depend on its neighbours.
     ///
     /// # Errors
     /// The model does not classify sources; otherwise as [`Encoder::encode`].
@@ -127,7 +127,7 @@ impl Encoder {
     }
 }
 
-/// Groups of rows that were given at the same length.
+/// Groups of rows that had the same length before padding.
 fn rows_by_length(batch: &Batch) -> Vec<Vec<usize>> {
     let mut rows: Vec<usize> = (0..batch.rows()).collect();
     rows.sort_by_key(|&row| batch.source(row).len());

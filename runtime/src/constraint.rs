@@ -1,5 +1,5 @@
-//! `Constraint`: the constraints of a call on its outputs as a whole, as a filter of each next token. Compiled once for
-//! a call by a [`Compiler`]; a [`ConstraintState`] follows it along the targets of one source row.
+//! `Constraint`: a call's constraints on its outputs, as a filter of each next token. A [`Compiler`] compiles them once
+//! per call; a [`ConstraintState`] tracks them along the targets of one source row.
 //!
 //! # Design
 //! The state of a constraint is a function of the tokens generated so far. A `ConstraintState` caches it for the
@@ -48,7 +48,8 @@ impl Constraint {
 
     /// Sets the scores of the tokens that may not follow `history`, a target in the given state, to −∞.
     fn filter(&self, row: usize, state: &mut State, history: &[i64], scores: &mut [f32]) -> Result<(), String> {
-        // An end-of-sequence token is allowed where the constraints are satisfied, whatever they say of it as a token.
+        // An end-of-sequence token is allowed exactly where the constraints are satisfied, even if they forbid it as a
+        // token.
         let score = |scores: &[f32], token: i64| scores.get(usize::try_from(token).ok()?).copied();
         let mut ends: Vec<(i64, f32)> =
             self.eos.iter().filter_map(|&token| Some((token, score(scores, token)?))).collect();

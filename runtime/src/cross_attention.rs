@@ -1,5 +1,5 @@
-//! `CrossAttentionTracker`: what targets attend to in their sources while they are generated, and how much of a source
-//! each has covered. For `output_attentions`, and for beam search with a `coverage_penalty`.
+//! `CrossAttentionTracker`: collects the cross-attention of targets during generation, and how much of the source each
+//! target has covered. For `output_attentions`, and for beam search with a `coverage_penalty`.
 
 use crate::hypothesis::CrossAttentions;
 use crate::options::GenerationConfig;

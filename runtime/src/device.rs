@@ -1,5 +1,5 @@
-//! What computes a model: an execution provider of ONNX Runtime, its options and its device. Plain values and their
-//! rules; `provider` makes sessions on a provider.
+//! The execution provider that runs a model, with its options and device. Plain values and their checks; `provider`
+//! creates sessions on a provider.
 
 use std::fmt;
 
@@ -16,7 +16,7 @@ pub enum Provider {
     Cpu,
     /// ONNX Runtime's kernels for NVIDIA GPUs.
     Cuda,
-    /// TensorRT, and CUDA for the operators that it does not support.
+    /// TensorRT, with CUDA for operators that it does not support.
     TensorRt,
     /// TensorRT for RTX, a plugin library.
     NvTensorRtRtx,
@@ -68,10 +68,10 @@ impl fmt::Display for Provider {
 pub struct ProviderConfig {
     /// The provider.
     pub kind: Provider,
-    /// The number of the GPU.
+    /// The GPU index.
     pub device: u32,
-    /// Options of the provider, by ONNX Runtime's names and over those of the model folder. `library` is this crate's
-    /// own: the file of a plugin library.
+    /// Options of the provider under ONNX Runtime's names; they override those of the model folder. `library` is an
+    /// extra option: the path of a plugin library.
     pub options: Vec<(String, String)>,
 }
 
@@ -100,8 +100,8 @@ pub(crate) const CUDA_GRAPH_OPTION: &str = "enable_cuda_graph";
 /// The field that errors name.
 const PROVIDER_OPTION: &str = "provider option";
 
-/// The error of an option for CUDA graphs where they cannot be captured. A replayed graph reads and writes where its
-/// captured run did, so all inputs and outputs of a step have to stay where they are.
+/// The error of an option for CUDA graphs if they cannot be captured. A replay reads and writes the addresses of the
+/// captured run, so all inputs and outputs of a step must stay at their addresses.
 pub(crate) fn cuda_graphs_require(requirement: &str, (name, value): &(String, String)) -> Error {
     Error::requires(PROVIDER_OPTION, format!("{name}={value}"), requirement)
 }
@@ -143,7 +143,7 @@ impl ProviderConfig {
         last.filter(|(_, value)| value != "0")
     }
 
-    /// Refuses combinations that are meaningless.
+    /// Rejects meaningless combinations.
     pub(crate) fn check(&self) -> Result<(), Error> {
         if self.kind == Provider::Cpu && (self.device != 0 || !self.options.is_empty()) {
             let (field, value) = match self.options.first() {

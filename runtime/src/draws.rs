@@ -1,6 +1,5 @@
-//! Counter-based random numbers: each is a function of a seed and of the position it is used at, never of earlier
-//! draws. Neighbours in a batch, the number of threads and the order of work therefore cannot change the draws of a
-//! request.
+//! Counter-based random numbers: each depends only on a seed and on the position where it is used, never on earlier
+//! draws. Batching, the number of threads and the order of work therefore cannot change the draws of a request.
 
 use std::hash::{BuildHasher, Hasher, RandomState};
 
@@ -16,13 +15,13 @@ pub struct Draws {
 }
 
 impl Draws {
-    /// A seed for a call that sets none: another one each time.
+    /// A random seed, for a call that sets none.
     pub fn random_seed() -> u64 {
         RandomState::new().build_hasher().finish()
     }
 
-    /// The numbers of `seed` for row `row` of a request whose source is `source`. The source is part of it so that
-    /// different texts with one seed do not draw alike.
+    /// The numbers for row `row` of a request with the source `source`. They depend on the source too, so that
+    /// different texts with the same seed do not draw alike.
     pub fn new(seed: u64, row: usize, source: impl IntoIterator<Item = i64>) -> Draws {
         let stream = source.into_iter().fold(mix(row as u64), |stream, token| mix(stream ^ token as u64));
         Draws { seed, stream }

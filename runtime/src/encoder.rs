@@ -1,6 +1,5 @@
-//! `Encoder`: a model folder opened for its encoder alone, or for the only graph of a model that was exported for
-//! another task than generation. Hidden states and pooled vectors are here, classification is in `classify`, generation
-//! in `Model`.
+//! `Encoder`: a model folder opened for its encoder alone, or for the only graph of a model that was not exported for
+//! generation. Hidden states and pooled vectors are here, classification is in `classify`, generation in `Model`.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -50,7 +49,7 @@ impl Encoder {
         Encoder::open_with(path, &OpenOptions::default())
     }
 
-    /// Opens the model folder `path`, of any task; of a model that generates only the encoder is opened.
+    /// Opens the model folder `path`, of any task; of a generation model, opens only the encoder.
     ///
     /// # Errors
     /// As [`Model::open_with`](crate::Model::open_with).
@@ -102,7 +101,7 @@ impl Encoder {
         self.folder.manifest.facts.tokens.pad.unwrap_or(0)
     }
 
-    /// What the model's graph returns: unpooled last hidden states, unless it was exported otherwise.
+    /// What the model's graph returns: last hidden states without pooling, unless exported otherwise.
     ///
     /// # Errors
     /// The model is a classifier.
@@ -110,7 +109,7 @@ impl Encoder {
         match &self.folder.manifest.task {
             Task::FeatureExtraction(features) => Ok(*features),
             Task::Text2TextGeneration => Ok(Features::default()),
-            task => Err(self.other_task(task, "feature-extraction, to be encoded with")),
+            task => Err(self.other_task(task, "feature-extraction, to encode with this model")),
         }
     }
 
@@ -130,7 +129,7 @@ impl Encoder {
     /// of padding are meaningless, unless the model was exported with states for padding; only then may sources be empty.
     ///
     /// # Errors
-    /// A model of another task, or one that returns one vector for each source; otherwise as
+    /// A model of another task, or one that returns one vector per source; otherwise as
     /// [`Model::encode`](crate::Model::encode).
     pub fn encode(&self, batch: &Batch, cancel: &Cancellation) -> Result<Array3<f32>, Error> {
         let pooling = self.features()?.pooling;
@@ -171,7 +170,7 @@ impl Encoder {
         names
     }
 
-    /// One vector for each source, `[rows, hidden_size]`, as `pooling` makes it.
+    /// One vector per source, `[rows, hidden_size]`, reduced by `pooling`.
     ///
     /// # Errors
     /// [`Pooling::None`], or another pooling than the one that the model was exported with; otherwise as
@@ -193,7 +192,7 @@ impl Encoder {
         }
     }
 
-    /// [`Encoder::embed`], each vector divided by its Euclidean length.
+    /// [`Encoder::embed`] with L2-normalized vectors.
     ///
     /// # Errors
     /// As [`Encoder::embed`].
@@ -307,8 +306,8 @@ impl Encoder {
         read.collect()
     }
 
-    /// The ranges of activations for a source: for each matrix the greatest absolute value that it is multiplied with.
-    /// Only for models that were exported to be observed.
+    /// The activation ranges for a source: for each matrix, the largest absolute input value. Only for models exported
+    /// with observed activations.
     pub(crate) fn observe(&self, batch: &Batch, cancel: &Cancellation) -> Result<BTreeMap<String, f32>, Error> {
         const DURING: &str = "observing the activations";
         self.check(batch)?;
@@ -319,7 +318,7 @@ impl Encoder {
         Ok(names.zip(found.iter().copied()).collect())
     }
 
-    /// The error of a use that the model was not exported for.
+    /// The error of using the model for another task.
     pub(crate) fn other_task(&self, found: &Task, expected: &str) -> Error {
         other_task(self.path(), found, expected)
     }
@@ -338,7 +337,7 @@ fn wrong_rank(error: ndarray::ShapeError) -> Error {
     Error::OnnxRuntime { during: READING_OUTPUT.into(), message: error.to_string() }
 }
 
-/// One vector for each row of `states`, made of the tokens that its mask shows; every row of a batch has one.
+/// Pools each row of `states` over the tokens that its mask shows; every row of a batch has at least one.
 fn pooled(states: &Array3<f32>, batch: &Batch, pooling: Pooling) -> Array2<f32> {
     let mut vectors = Array2::zeros([states.shape()[0], states.shape()[2]]);
     let rows = states.outer_iter().zip(batch.mask().chunks(batch.length()));

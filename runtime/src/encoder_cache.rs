@@ -1,5 +1,5 @@
-//! `EncoderCache`: the hidden states of recently encoded batches, within a number of bytes. It holds numbers only;
-//! `Model` runs the encoder for batches that are not found.
+//! `EncoderCache`: an LRU cache of the hidden states of encoded batches, limited in bytes. `Model` runs the encoder for
+//! batches that are not in it.
 //!
 //! # Design
 //! Batches are kept whole, not row by row. How a row's states are rounded depends on the number of rows and the padding
@@ -25,7 +25,7 @@ struct Entries {
     clock: u64,
 }
 
-/// What a batch is found by.
+/// The key of a batch.
 #[derive(Clone, PartialEq, Eq, Hash)]
 struct Key {
     rows: usize,

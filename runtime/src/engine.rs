@@ -66,18 +66,18 @@ pub use generation::{Canceller, Generation, PollResult};
 use queue::{ActiveRequest, CloseOnDrop, Pending, Phase, Shared};
 use worker::Worker;
 
-/// The bounds of an [`Engine`]; those of rows, bytes and sources are for each copy of the model.
+/// The limits of an [`Engine`]; those of rows, bytes and sources apply to each copy of the model.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct EngineOptions {
-    /// Greatest number of target rows in flight: the beams or samples of all sources together. 64 by default.
+    /// Maximum number of target rows in flight: the beams or samples of all sources together. 64 by default.
     pub max_rows: usize,
-    /// Greatest number of bytes of keys, values and logits that rows in flight may come to need, each row counted with
-    /// the longest source and the longest target of all; 4 GiB by default. Weights and scratch memory come on top.
+    /// Maximum bytes of keys, values and logits that the rows in flight may eventually need, each row counted with the
+    /// longest source and the longest target of all; 4 GiB by default. Weights and scratch memory come on top.
     pub max_bytes: usize,
-    /// Greatest number of sources in flight; bounded only by the rows by default.
+    /// Maximum number of sources in flight; by default limited only by the rows.
     pub max_sources: usize,
-    /// Greatest number of requests with sources that wait to be admitted, for all copies together; 1024 by default.
+    /// Maximum number of requests with sources waiting to be admitted, for all copies together; 1024 by default.
     pub max_waiting: usize,
 }
 
@@ -108,7 +108,7 @@ impl EngineOptions {
         EngineOptions { max_waiting, ..self }
     }
 
-    /// Refuses bounds within which nothing can run.
+    /// Rejects limits within which nothing can run.
     fn check(&self) -> Result<(), Error> {
         let EngineOptions { max_rows, max_bytes, max_sources, max_waiting } = *self;
         let bounds = [
@@ -130,9 +130,9 @@ impl EngineOptions {
 pub struct Request {
     /// The sources, which are admitted one by one.
     pub batch: Batch,
-    /// How their targets are generated. The clock of `max_time` starts when the first source is admitted.
+    /// The generation options. The clock of `max_time` starts when the first source is admitted.
     pub config: GenerationConfig,
-    /// When the request ends with [`Error::Deadline`] if it is not done, waiting or in flight.
+    /// When the request, waiting or in flight, ends with [`Error::Deadline`] if it is not done.
     pub deadline: Option<Instant>,
 }
 
@@ -152,14 +152,14 @@ impl Request {
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub enum Event {
-    /// The next token of a source row's first hypothesis is certain.
+    /// The next token of a source row's first hypothesis is final.
     Token {
         /// The source's row in the request's batch.
         row: usize,
         /// The token.
         token: i64,
     },
-    /// A source row is finished; events for all its tokens came before.
+    /// A source row is finished; it follows the events of all its tokens.
     Row {
         /// The source's row in the request's batch.
         row: usize,
@@ -186,7 +186,7 @@ pub struct EngineStats {
     pub sources: usize,
     /// Target rows in flight.
     pub rows: usize,
-    /// Bytes that the rows in flight may come to need, counted as for [`EngineOptions::max_bytes`].
+    /// Bytes that the rows in flight may eventually need, counted as for [`EngineOptions::max_bytes`].
     pub planned_bytes: usize,
     /// Runs of a decoder graph.
     pub steps: u64,
@@ -194,7 +194,7 @@ pub struct EngineStats {
     pub stepped_rows: u64,
 }
 
-/// Serves many requests at once, on a thread for each copy of the model. Dropping it is [`Engine::shutdown`].
+/// Serves many requests at once, with one thread per copy of the model. Dropping it calls [`Engine::shutdown`].
 ///
 /// A forked process has none of the engine's threads: there, every call of the engine and its requests fails with
 /// [`Error::Forked`].
@@ -217,7 +217,7 @@ impl Engine {
         model.layout() == CacheLayout::InPlace
     }
 
-    /// Starts a thread that generates with `model`. Other users of the model take turns with it.
+    /// Starts a thread that generates with `model`. Other callers of the model take turns with it.
     ///
     /// # Errors
     /// Bounds of 0.
@@ -225,8 +225,8 @@ impl Engine {
         Engine::start(MemoryModel::of(&model), vec![model], options)
     }
 
-    /// Starts a thread for each of several copies of a model, which are opened on different devices. They share one
-    /// queue; the bounds are for each.
+    /// Starts one thread per copy of a model, each copy opened on another device. They share one queue; the limits
+    /// apply to each.
     ///
     /// # Errors
     /// No model, models that are not copies of one, or bounds of 0.
@@ -252,7 +252,7 @@ impl Engine {
         let worker = |copy| {
             let of_worker = shared.clone();
             thread::spawn(move || {
-                // Whether the thread returns or panics, no caller waits for it any more.
+                // Whether the thread returns or panics, no caller must keep waiting for it.
                 let _guard = CloseOnDrop { shared: of_worker.clone(), copy };
                 Worker::new(of_worker, copy).run();
             })
@@ -265,10 +265,9 @@ impl Engine {
     /// Submits a request. The caller's thread checks it and compiles its constraints.
     ///
     /// # Errors
-    /// What [`Model::generate_batch`] refuses; [`Error::TooLarge`] for a source that can never be admitted;
-    /// [`Error::Busy`] if too many requests are waiting; [`Error::Closed`] after [`Engine::drain`] or
-    /// [`Engine::shutdown`]; [`Error::Forked`]. A request whose deadline has passed is accepted and ends with
-    /// [`Error::Deadline`].
+    /// Those of [`Model::generate_batch`]; [`Error::TooLarge`] for a source that can never be admitted; [`Error::Busy`]
+    /// if too many requests are waiting; [`Error::Closed`] after [`Engine::drain`] or [`Engine::shutdown`];
+    /// [`Error::Forked`]. A request whose deadline has passed is accepted and ends with [`Error::Deadline`].
     pub fn submit(&self, request: Request) -> Result<Generation, Error> {
         self.shared.check_process()?;
         let Request { batch, config, deadline } = request;
@@ -313,7 +312,7 @@ impl Engine {
         queue.stats(&queue.copy_stats)
     }
 
-    /// The statistics for each copy of the model: rows in flight and steps are its own, requests are those of all.
+    /// The statistics per copy of the model: rows in flight and steps are its own, requests are shared by all.
     pub fn stats_of_copies(&self) -> Vec<EngineStats> {
         if self.check_process().is_err() {
             return vec![EngineStats::default(); self.copies()];
@@ -354,8 +353,7 @@ impl Engine {
         }
     }
 
-    /// Ends everything at once: requests that are not done end with [`Error::Cancelled`]. Returns when the threads have
-    /// ended.
+    /// Stops immediately: unfinished requests end with [`Error::Cancelled`]. Returns when the threads have ended.
     ///
     /// # Errors
     /// As [`Engine::drain`].
@@ -375,8 +373,8 @@ impl Engine {
         self.check_process()?;
         if self.threads.contains(&thread::current().id()) {
             return Err(Error::Unsupported {
-                what: "a function that the engine calls cannot wait for the engine to end".into(),
-                remedy: "drain it or shut it down from another thread".into(),
+                what: "a callback of the engine cannot wait for the engine to end".into(),
+                remedy: "call drain or shutdown from another thread".into(),
             });
         }
         Ok(())

@@ -1,5 +1,5 @@
-//! `EngineFiles`: the files of a provider's engines, in a model folder or beside it, and the stamps that record what
-//! they were built from. An engine of other graphs or weights is refused before a session reads it.
+//! `EngineFiles`: the engine files of a provider, in a model folder or another one, and the stamps that record what
+//! they were built from. An engine of other graphs or weights is rejected before a session reads it.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -64,7 +64,7 @@ impl<'a> EngineFiles<'a> {
         Ok(Some(wrapper))
     }
 
-    /// Refuses engines that a provider has cached for other graphs.
+    /// Rejects engines that a provider cached for other graphs.
     pub fn check_cache(&self, provider: Provider) -> Result<(), Error> {
         let path = self.folder.join(ENGINES).join(CACHE_STAMP);
         let Ok(found) = fs::read_to_string(&path) else { return Ok(()) };

@@ -14,7 +14,7 @@ use t5gemma_graphs::manifest::KEPT_TOKENS;
 use crate::options::OptionError;
 use crate::scores::InvalidScores;
 
-/// What the runtime returns instead of a result.
+/// An error of the runtime.
 ///
 /// `Display` writes one line. It leaves out a [`source`](std::error::Error::source), which [`Error::Io`] has.
 #[derive(Clone, Debug)]
@@ -36,14 +36,14 @@ pub enum Error {
         /// The system's error.
         source: Arc<io::Error>,
     },
-    /// A file with other contents than expected.
+    /// A file with unexpected contents.
     File {
         /// The file.
         path: PathBuf,
         /// What is wrong with it.
         problem: String,
     },
-    /// A model folder that does not agree with its manifest.
+    /// A model folder that does not match its manifest.
     Folder {
         /// The file.
         path: PathBuf,
@@ -54,21 +54,21 @@ pub enum Error {
         /// What is there.
         found: String,
     },
-    /// A `config.json` that this runtime does not implement.
+    /// A `config.json` that this runtime does not support.
     Config {
         /// The file.
         path: PathBuf,
         /// The field at fault.
         error: ConfigError,
     },
-    /// A `generation_config.json` with an option that is refused.
+    /// A `generation_config.json` with an invalid option.
     GenerationConfig {
         /// The file.
         path: PathBuf,
         /// The option at fault.
         error: OptionError,
     },
-    /// A graph whose inputs or outputs are not those of its configuration.
+    /// A graph whose inputs or outputs do not match its configuration.
     Interface {
         /// The graph's file.
         path: PathBuf,
@@ -95,7 +95,7 @@ pub enum Error {
         /// Its message.
         message: String,
     },
-    /// A part of a request, or an option of opening, has a value that is refused.
+    /// A part of a request, or an open option, has an invalid value.
     Input {
         /// The field, with the row and position where there is one.
         field: String,
@@ -104,7 +104,7 @@ pub enum Error {
         /// What was given.
         found: String,
     },
-    /// A part of a request, or an option of opening, requires something else.
+    /// A part of a request, or an open option, requires something else.
     Requires {
         /// The field.
         field: String,
@@ -113,7 +113,7 @@ pub enum Error {
         /// What it requires.
         requirement: String,
     },
-    /// A generation option is refused.
+    /// A generation option is invalid.
     Options(OptionError),
     /// A call needs a tokenizer, and the folder has no usable one.
     Tokenizer {
@@ -122,27 +122,27 @@ pub enum Error {
         /// What is wrong.
         problem: String,
     },
-    /// The model computed a NaN or an infinity, or a logits processor of the caller wrote scores by which no token can
-    /// be chosen.
+    /// The model computed NaN or infinity, or a caller's logits processor wrote scores from which no token can be
+    /// chosen.
     NotFinite {
         /// The source row.
         row: usize,
         /// The step, 0 for the first token.
         step: usize,
-        /// The model's element type, which decides what helps.
+        /// The model's dtype, on which the remedy depends.
         dtype: DType,
         /// The processor at fault and what it wrote; `None` if it is the model.
         processor: Option<InvalidScores>,
     },
-    /// A constraint that cannot be followed: a grammar became too complex, or `prefix_allowed_tokens` returned invalid
-    /// tokens.
+    /// A constraint failed during generation: a grammar became too complex, or `prefix_allowed_tokens` returned
+    /// invalid tokens.
     Constraint {
         /// The source row.
         row: usize,
         /// The grammar's error, or what was returned.
         problem: String,
     },
-    /// A function of the caller (a logits processor, `prefix_allowed_tokens`) panicked.
+    /// A callback (a logits processor or `prefix_allowed_tokens`) panicked.
     Panicked {
         /// The source row.
         row: usize,
@@ -153,7 +153,7 @@ pub enum Error {
         what: &'static str,
         /// How much the request needs.
         needed: usize,
-        /// How much the engine has.
+        /// The engine's limit.
         limit: usize,
     },
     /// An [`Engine`](crate::Engine) whose queue is full.
@@ -193,7 +193,7 @@ impl fmt::Display for Error {
             }
             Error::Unsupported { what, remedy } => write!(f, "{what}; {remedy}"),
             Error::Kernels(error) => error.fmt(f),
-            Error::OnnxRuntime { during, message } => write!(f, "{during}: onnx runtime: {message}"),
+            Error::OnnxRuntime { during, message } => write!(f, "{during}: ONNX Runtime: {message}"),
             Error::Input { field, expected, found } => write!(f, "{field}: expected {expected}, found {found}"),
             Error::Requires { field, value, requirement } => write!(f, "{field} {value} requires {requirement}"),
             Error::Options(error) => error.fmt(f),
@@ -205,16 +205,18 @@ impl fmt::Display for Error {
                 }
                 Ok(())
             }
-            Error::Constraint { row, problem } => write!(f, "row {row}: the constraint cannot be followed: {problem}"),
-            Error::Panicked { row } => write!(f, "row {row}: a function given with the options panicked"),
-            Error::TooLarge { what, needed, limit } => {
-                write!(f, "the request needs {needed} {what}, more than the {limit} of the engine")
+            Error::Constraint { row, problem } => write!(f, "row {row}: the constraint failed: {problem}"),
+            Error::Panicked { row } => {
+                write!(f, "row {row}: a callback (logits_processor or prefix_allowed_tokens) panicked")
             }
-            Error::Busy { waiting } => write!(f, "{waiting} requests are waiting already"),
+            Error::TooLarge { what, needed, limit } => {
+                write!(f, "the request needs {needed} {what}, but the engine's limit is {limit}")
+            }
+            Error::Busy { waiting } => write!(f, "the queue is full ({waiting} requests are waiting)"),
             Error::Closed => f.write_str("the engine accepts no more requests"),
             Error::Forked { process } => write!(
                 f,
-                "the engine's threads are in process {process}, from which this process was forked; start an engine in this process"
+                "the engine belongs to process {process}, from which this process was forked; start an engine after forking"
             ),
             Error::Deadline => f.write_str("the deadline has passed"),
             Error::Cancelled => f.write_str("cancelled"),
@@ -222,17 +224,17 @@ impl fmt::Display for Error {
     }
 }
 
-/// What to do about a file that is not the exported one.
+/// What to do about a file that differs from the exported one.
 fn advice(path: &Path, field: &str) -> &'static str {
     let extension = path.extension().and_then(OsStr::to_str).unwrap_or_default();
     let of_graphs =
         matches!(extension, "onnx" | "onnx_data") || path.ends_with("config.json") || path.ends_with(KEPT_TOKENS);
     match (field, of_graphs) {
         ("sha256" | "sample_sha256" | "size", true) => {
-            " (damaged, or of another export: copy the folder again, or export again)"
+            " (damaged, or from another export: copy the folder again, or export again)"
         }
         ("sha256" | "size", false) => {
-            " (changed since export: if that is meant, `t5gemma-export reseal MODEL` accepts it; otherwise export again)"
+            " (changed since the export: if intended, run `t5gemma-export reseal MODEL`, otherwise export again)"
         }
         _ => "",
     }

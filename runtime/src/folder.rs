@@ -1,5 +1,5 @@
-//! `Folder`: a model folder whose files were checked against its manifest. This happens before ONNX Runtime reads a
-//! byte, so that a truncated copy or a mix of two exports is an error about files, not a wrong result.
+//! `Folder`: a model folder, checked against its manifest before ONNX Runtime reads a byte, so that a truncated copy or
+//! a mix of two exports is an error about files, not a wrong result.
 
 use std::borrow::Cow;
 use std::collections::HashSet;
@@ -28,8 +28,7 @@ use crate::vocabulary_subset::VocabularySubset;
 /// The model's generation options: the one file that may differ from its hash.
 const GENERATION_CONFIG: &str = "generation_config.json";
 
-/// Weights up to this size are hashed as a whole on every opening; of larger files only samples, unless requested
-/// otherwise.
+/// Weights files up to this size are hashed completely on every opening; of larger ones, only samples by default.
 const HASHED_IN_FULL: u64 = 64 << 20;
 
 /// How the weights file is opened.
@@ -52,7 +51,7 @@ pub(crate) struct Folder {
     pub generation_config: Option<String>,
     /// Accepted differences from the export, as sentences.
     pub warnings: Vec<String>,
-    /// The tokens that the decoder graphs have logits of; `None` for all.
+    /// The tokens that the decoder graphs compute logits for; `None` for all.
     pub vocabulary_subset: Option<Arc<VocabularySubset>>,
     /// The sizes of its serving plan, if it has one.
     pub profiles: Option<Profiles>,
@@ -95,7 +94,7 @@ impl Folder {
         let generation_config = generation_config.or_else(|| {
             let facts = &manifest.facts;
             let mut of_config = facts.generation.clone();
-            // A generation_config.json without end tokens means none; a configuration has end tokens of its own.
+            // A generation_config.json without end tokens means that there are none, whereas config.json has its own.
             if !of_config.is_empty() && !facts.tokens.eos.is_empty() {
                 of_config.entry("eos_token_id").or_insert_with(|| facts.tokens.eos.clone().into());
             }
@@ -137,7 +136,7 @@ impl Folder {
         self.profiles.as_ref().map_or(Ok(()), |profiles| profiles.check_source(batch.length()))
     }
 
-    /// A batch, or a piece of one, padded with rows and tokens to the least sizes of the serving plan.
+    /// A batch, or a piece of one, padded with rows and tokens to the minimum sizes of the serving plan.
     pub fn fit<'b>(&self, batch: &'b Batch) -> Cow<'b, Batch> {
         profiles::fit(self.profiles.as_ref(), batch, self.manifest.facts.tokens.pad.unwrap_or(0))
     }
@@ -167,7 +166,7 @@ pub fn task_of(folder: impl AsRef<Path>) -> Result<Task, Error> {
     Ok(read_manifest(folder.as_ref())?.task)
 }
 
-/// The error of a use that a model was not exported for.
+/// The error of using a model for a task that it was not exported for.
 pub(crate) fn other_task(folder: &Path, found: &Task, expected: &str) -> Error {
     let path: PathBuf = folder.join(MANIFEST);
     let name = expected.split([' ', ',']).next().unwrap_or(expected);
@@ -192,7 +191,7 @@ fn read_manifest(folder: &Path) -> Result<Manifest, Error> {
             let folder = folder.display();
             format!("no such file: {folder} is a checkpoint; export it with `t5gemma-export {folder} MODEL`")
         } else {
-            "no such file: this is not a model folder, which t5gemma-export makes of a checkpoint".into()
+            "no such file: not a model folder; export a checkpoint with t5gemma-export to get one".into()
         };
         return Err(Error::File { path, problem });
     }
@@ -209,7 +208,7 @@ fn read_manifest(folder: &Path) -> Result<Manifest, Error> {
     })
 }
 
-/// The text of `generation_config.json`, which is made to be edited: it may have changed since the export, or be new.
+/// The text of `generation_config.json`, which users may edit or add after the export.
 fn generation_config(folder: &Path, manifest: &Manifest, warnings: &mut Vec<String>) -> Result<Option<String>, Error> {
     let path = folder.join(GENERATION_CONFIG);
     let record = manifest.files.get(GENERATION_CONFIG);
@@ -239,12 +238,12 @@ fn vocabulary_subset(folder: &Path, manifest: &Manifest) -> Result<Option<Vocabu
     let is_within = tokens.iter().all(|token| (0..vocab_size).contains(token));
     if tokens.len() != count || !is_within || !tokens.windows(2).all(|pair| pair[0] < pair[1]) {
         let expected = format!("{count} token ids below {vocab_size} in ascending order");
-        return Err(mismatch(path, "tokens", expected, format!("{} ids that are not", tokens.len())));
+        return Err(mismatch(path, "tokens", expected, format!("{} ids, out of range or out of order", tokens.len())));
     }
     Ok(Some(VocabularySubset::new(tokens)))
 }
 
-/// The path of a file that the manifest names, which has to be directly in the folder.
+/// The path of a file named by the manifest, which must be directly in the folder.
 fn file_in(folder: &Path, name: &str) -> Result<PathBuf, Error> {
     let path = folder.join(name);
     match path.file_name() {
@@ -357,7 +356,7 @@ fn check_tensors(manifest_path: &Path, manifest: &Manifest) -> Result<(), Error>
     for tensor in &manifest.weights.tensors {
         let field = |part: &str| format!("weights.tensors[{:?}].{part}", tensor.name);
         if !names.insert(tensor.name.as_str()) {
-            return wrong(field("name"), "a name used once".into(), "the same name again".into());
+            return wrong(field("name"), "a unique name".into(), "a repeated one".into());
         }
         let elements = tensor.shape.iter().try_fold(1_usize, |elements, &dim| elements.checked_mul(dim));
         if elements.and_then(|elements| tensor.dtype.bytes(elements)).map(|bytes| bytes as u64) != Some(tensor.bytes) {
@@ -375,7 +374,7 @@ fn check_tensors(manifest_path: &Path, manifest: &Manifest) -> Result<(), Error>
         if let Some(other) = &tensor.same_bytes_as {
             let same = manifest.weights.tensors.iter().find(|earlier| earlier.name == *other);
             if same.map(|same| (same.offset, same.bytes)) != Some((tensor.offset, tensor.bytes)) {
-                return wrong(field("same_bytes_as"), "a tensor at the same place".into(), format!("{other:?}"));
+                return wrong(field("same_bytes_as"), "a tensor at the same offset".into(), format!("{other:?}"));
             }
             continue;
         }

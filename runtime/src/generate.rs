@@ -1,6 +1,5 @@
-//! `Model::generate_batch`: the loop in which model and search meet. It runs the model for all rows in flight, hands
-//! each row's logits to its item, and tells the state which rows go on. It knows neither tensors nor how a search
-//! decides.
+//! `Model::generate_batch`: the generation loop. It runs the model for all rows in flight, hands each row's logits to
+//! its item, and tells the state which rows continue. It knows neither tensors nor how a search decides.
 
 use std::fmt;
 use std::ops::ControlFlow;
@@ -19,8 +18,8 @@ use crate::stop::StoppingCriteria;
 
 /// Receives the tokens of a generation as they are chosen. `()` ignores them; closures are streamers.
 pub trait Streamer {
-    /// Receives the next token of a source row's first hypothesis, once it is certain; [`ControlFlow::Break`] ends the
-    /// whole call as a cancellation does.
+    /// Receives the next token of a source row's first hypothesis, once it is final; [`ControlFlow::Break`] ends the
+    /// whole call like a cancellation.
     fn token(&mut self, row: usize, token: i64) -> ControlFlow<()>;
 
     /// Called after each step of the rows that run together, also in beam search; [`ControlFlow::Break`] as above.
@@ -41,7 +40,7 @@ impl<F: FnMut(usize, i64) -> ControlFlow<()>> Streamer for F {
     }
 }
 
-/// What a call of [`Model::generate_batch`] or [`Model::generate_with`] may come with besides its input and options.
+/// Optional arguments of [`Model::generate_batch`] and [`Model::generate_with`]: streaming and cancellation.
 ///
 /// ```no_run
 /// # use t5gemma_runtime::{Error, Model};
@@ -64,9 +63,9 @@ impl<F: FnMut(usize, i64) -> ControlFlow<()>> Streamer for F {
 #[derive(Default)]
 #[non_exhaustive]
 pub struct Controls<'a> {
-    /// Receives the tokens of each row's first hypothesis as soon as they are certain.
+    /// Receives the tokens of each row's first hypothesis as soon as they are final.
     pub streamer: Option<&'a mut dyn Streamer>,
-    /// Ends the call from elsewhere, or at a deadline.
+    /// Stops the call from another thread, or at a deadline.
     pub cancellation: Option<&'a Cancellation>,
 }
 
@@ -80,14 +79,14 @@ impl fmt::Debug for Controls<'_> {
 }
 
 impl<'a> Controls<'a> {
-    /// Receives the tokens of each row's first hypothesis as soon as they are certain.
+    /// Receives the tokens of each row's first hypothesis as soon as they are final.
     #[must_use]
     pub fn streamer(mut self, streamer: &'a mut dyn Streamer) -> Controls<'a> {
         self.streamer = Some(streamer);
         self
     }
 
-    /// Ends the call from elsewhere, or at a deadline.
+    /// Stops the call from another thread, or at a deadline.
     #[must_use]
     pub fn cancellation(mut self, cancellation: &'a Cancellation) -> Controls<'a> {
         self.cancellation = Some(cancellation);

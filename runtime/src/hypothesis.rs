@@ -1,6 +1,5 @@
-//! `Hypothesis`: one generated target and why it ended, with what a call may request besides its tokens:
-//! log-probabilities and cross-attentions. Plain data that the search makes and callers read; `item` fills in the
-//! latter two.
+//! `Hypothesis`: one generated target and why it ended, optionally with log-probabilities and cross-attentions. Plain
+//! data that the search makes and callers read; `item` fills in the optional parts.
 
 use std::slice::ChunksExact;
 
@@ -16,9 +15,9 @@ pub enum FinishReason {
     StopString,
     /// `max_time` has passed.
     Time,
-    /// It meets its constraint, and nothing may follow it, not even an end-of-sequence token.
+    /// It satisfies its constraint, and nothing may follow, not even an end-of-sequence token.
     Constraint,
-    /// It ended before it met its constraint, or the options forbid every token that could follow.
+    /// It ended before satisfying its constraint, or the options forbid every possible next token.
     ConstraintIncomplete,
 }
 
@@ -49,7 +48,7 @@ pub struct Hypothesis {
     pub finish_reason: FinishReason,
     /// The model's log-probabilities of the tokens, with `output_logprobs`.
     pub logprobs: Option<Logprobs>,
-    /// What the tokens attended to in the source, with `output_attentions`.
+    /// The cross-attentions of the tokens, with `output_attentions`.
     pub cross_attentions: Option<CrossAttentions>,
 }
 
@@ -116,7 +115,7 @@ impl CrossAttentions {
         self.tokens().map(move |row| row.iter().map(number).collect())
     }
 
-    /// The source token that each target token attended to most; the first of equal ones.
+    /// The source token that each target token attended to most; the first one in a tie.
     pub fn most_attended(&self) -> Vec<usize> {
         let most = |row: &[f32]| (1..row.len()).fold(0, |most, at| if row[at] > row[most] { at } else { most });
         self.tokens().map(most).collect()

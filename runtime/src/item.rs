@@ -1,6 +1,6 @@
 //! `Call` and `Item`: a request that was checked against its model, and one of its source rows in progress with
-//! everything that decides on its tokens. An item turns the logits of a step into what its rows do next;
-//! [`generate`](crate::generate) and [`engine`](crate::engine) run the model for items, alone or beside others.
+//! everything that chooses its tokens. An item turns the logits of a step into its next tokens and rows;
+//! [`generate`](crate::generate) and [`engine`](crate::engine) run the model for items.
 
 use std::sync::Arc;
 

@@ -15,13 +15,13 @@
 //! hidden states, embeddings and classifications.
 //!
 //! # Features
-//! All are enabled by default. What a build lacks is refused with an error that names the feature.
+//! All are enabled by default. Using something that a build lacks is an error that names the feature.
 //!
 //! | feature | |
 //! |---|---|
 //! | `chat` | [`ChatTemplate`] |
 //! | `constraints` | the options `json_schema`, `regex` and `grammar` |
-//! | `cuda`, `tensorrt` | these providers; the latter includes the former |
+//! | `cuda`, `tensorrt` | these providers; `tensorrt` includes `cuda` |
 //!
 //! # Modules
 //! Imports run one way, from the top of this list to its foot:

@@ -1,4 +1,4 @@
-//! `Limits`: what one call may run side by side, and splitting a batch into pieces within them, which run one after the
+//! `Limits`: how much one call may run at a time, and splitting larger batches into pieces that run one after the
 //! other.
 //!
 //! # Design
@@ -12,14 +12,14 @@ use t5gemma_graphs::interface::DType;
 
 use crate::batch::Batch;
 
-/// Upper bounds on what runs side by side in one call. The rows of a larger call run in pieces, one after the other;
-/// its result is the same.
+/// Limits on how much of one call runs at a time. The rows of a larger call run in pieces, one after the other, with
+/// the same result.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Limits {
-    /// Sources; unlimited by default.
+    /// Number of sources; unlimited by default.
     pub max_sources: usize,
-    /// Source tokens, each source counted with the length of the longest; unlimited by default.
+    /// Number of source tokens including padding; unlimited by default.
     pub max_tokens: usize,
     /// Bytes of keys, values, logits, hidden states and scratch memory, estimated from shapes. By default 4 GiB on the
     /// CPU and unlimited on a device, which reports itself when its memory is exhausted.
@@ -30,7 +30,7 @@ pub struct Limits {
 const CPU_BYTES: usize = 4 << 30;
 
 impl Limits {
-    /// No limits: calls run whole.
+    /// No limits: every call runs in one piece.
     pub const NONE: Limits = Limits { max_sources: usize::MAX, max_tokens: usize::MAX, max_bytes: Some(usize::MAX) };
 
     /// Sets [`Limits::max_sources`].

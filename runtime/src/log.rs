@@ -1,5 +1,5 @@
-//! Log messages of ONNX Runtime and of this library, for programs with a log of their own. Without a listener ONNX
-//! Runtime writes its errors to stderr.
+//! Log messages of ONNX Runtime and of this library, for programs with their own log. Without a listener, ONNX Runtime
+//! writes its errors to stderr.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -8,15 +8,15 @@ use ort::logging::{LogLevel, LoggerFunction};
 /// The severity of a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Severity {
-    /// Of interest to developers of ONNX Runtime.
+    /// Debugging messages of ONNX Runtime.
     Verbose,
     /// Progress.
     Info,
-    /// A possible problem, such as a provider that leaves work to the CPU.
+    /// A possible problem, such as operators that fall back to the CPU.
     Warning,
     /// Something failed.
     Error,
-    /// ONNX Runtime cannot go on.
+    /// ONNX Runtime cannot continue.
     Fatal,
 }
 

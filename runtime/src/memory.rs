@@ -1,5 +1,5 @@
-//! The memory that rows may come to need, estimated before they run, in rows and bytes. An engine admits rows by it,
-//! and a call that needs too much is split by it into pieces.
+//! Estimates the memory that rows may need, before they run. An engine uses it to admit rows, and a call to split
+//! itself into pieces.
 
 use std::ops::Range;
 
@@ -11,7 +11,7 @@ use crate::limits::{Scratch, pieces};
 use crate::model::Model;
 use crate::state::capacity;
 
-/// What one source takes up while it is in flight.
+/// What one source occupies while it is in flight.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Footprint {
     /// Target rows: beams or samples.

@@ -76,9 +76,9 @@ impl Model {
     /// Opens the model folder `path`.
     ///
     /// # Errors
-    /// No usable ONNX Runtime; a folder that is incomplete, altered, of another format version or of a configuration
-    /// that is not implemented; graphs whose inputs and outputs are not those of the configuration; an element type
-    /// that this machine cannot compute with.
+    /// No usable ONNX Runtime; a folder that is incomplete, altered, of another format version or of an unsupported
+    /// configuration; graphs whose inputs and outputs do not match the configuration; a dtype that this machine does
+    /// not support.
     pub fn open_with(path: impl AsRef<Path>, options: &OpenOptions) -> Result<Model, Error> {
         options.check()?;
         let folder = Folder::open(path.as_ref(), options.weights_access())?;
@@ -86,7 +86,11 @@ impl Model {
             log::write(log::Severity::Warning, &format!("{}: {warning}", folder.path.display()));
         }
         if !folder.manifest.task.is_generation() {
-            return Err(other_task(&folder.path, &folder.manifest.task, "text2text-generation, to be generated with"));
+            return Err(other_task(
+                &folder.path,
+                &folder.manifest.task,
+                "text2text-generation, to generate with this model",
+            ));
         }
         let defaults =
             GenerationConfig::of_model(folder.generation_config.as_deref(), &folder.manifest.facts.tokens)
@@ -203,7 +207,7 @@ impl Model {
         if self.is_on_device() { CacheLayout::Growing } else { self.folder.manifest.cache }
     }
 
-    /// What runs side by side in one call.
+    /// How much of one call runs at a time.
     pub(crate) fn limits(&self) -> &Limits {
         &self.limits
     }
@@ -235,7 +239,7 @@ impl Model {
         self.folder.fit(batch)
     }
 
-    /// The subset of the vocabulary that it has logits of; `None` if it has logits of all.
+    /// The subset of the vocabulary that has logits; `None` for the whole vocabulary.
     pub(crate) fn vocabulary_subset(&self) -> Option<&Arc<VocabularySubset>> {
         self.folder.vocabulary_subset.as_ref()
     }
@@ -245,7 +249,7 @@ impl Model {
         &self.folder.path
     }
 
-    /// What compiles constraints for this model.
+    /// The compiler of constraints for this model.
     pub(crate) fn constraint_compiler(&self) -> &Compiler {
         &self.constraint_compiler
     }
@@ -256,7 +260,7 @@ pub(crate) fn no_cross_attentions(option: &str) -> OptionError {
     OptionError::requires(option, "a model exported with alignment", "one without")
 }
 
-/// Refuses fixed step buffers and CUDA graphs for models whose steps cannot have them.
+/// Rejects fixed step buffers and CUDA graphs for models that do not support them.
 fn check_fixed_buffers(manifest: &Manifest, options: &OpenOptions) -> Result<(), Error> {
     let is_in_place = manifest.files.contains_key(REORDER) && manifest.cache == CacheLayout::InPlace;
     let is_float32 = manifest.dtype == DType::Float32;

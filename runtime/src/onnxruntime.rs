@@ -1,6 +1,6 @@
-//! Finding and loading the ONNX Runtime library, once per process. Users install the library, so every way in which it
-//! can be missing or wrong ends in an error that says what to do, before any other call into `ort`, which panics if it
-//! has to load the library itself.
+//! Finds and loads the ONNX Runtime library, once per process. Users install the library, so every way in which it can
+//! be missing or wrong gives an error that says what to do, before any other call into `ort`, which panics if it has to
+//! load the library itself.
 
 use std::env;
 use std::ffi::OsStr;
@@ -18,7 +18,7 @@ use crate::telemetry;
 /// The environment variable that names the library.
 pub const LIBRARY_VARIABLE: &str = "ORT_DYLIB_PATH";
 
-/// The reason for searching where the caller said.
+/// The reason for searching at the caller's path.
 const EXPLICIT: &str = "the library option";
 
 /// The required version.
@@ -30,19 +30,19 @@ const PINNED: &str = "1.31.1";
 /// Where `make onnxruntime` of the source tree puts the library.
 const FETCHED: &str = ".cache/onnxruntime/lib";
 
-/// The library in use by this process; a failed attempt leaves nothing behind and can be repeated.
+/// The library that this process uses; a failed attempt leaves nothing behind and can be retried.
 static LOADED: Mutex<Option<Loaded>> = Mutex::new(None);
 
 /// See [`also_search`].
 static BESIDE: OnceLock<PathBuf> = OnceLock::new();
 
-/// Adds `folder` to the places that are searched, before the folder of the program: for shared libraries on top of this
-/// crate. Only the first call counts.
+/// Adds `folder` to the search path, before the folder of the program: for shared libraries built on this crate. Only
+/// the first call counts.
 pub fn also_search(folder: PathBuf) {
     let _ = BESIDE.set(folder);
 }
 
-/// The library in use, with what all models of the process share.
+/// The library in use, with the state that all models of the process share.
 #[derive(Clone)]
 pub(crate) struct Loaded {
     pub environment: Environment,
@@ -54,15 +54,15 @@ pub(crate) struct Loaded {
 /// A place where the library was searched for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SearchedPath {
-    /// Why there: `ORT_DYLIB_PATH`, `beside the executable`, ….
+    /// Why it was searched: `ORT_DYLIB_PATH`, `beside the executable`, ….
     pub why: &'static str,
     /// The file, or the folder if there is no such file in it.
     pub path: PathBuf,
-    /// What is there.
+    /// What was found there.
     pub found: Found,
 }
 
-/// What is at a [`SearchedPath`].
+/// What was found at a [`SearchedPath`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Found {
     /// No library.
@@ -92,7 +92,7 @@ impl fmt::Display for Found {
     }
 }
 
-/// What a `doctor` command shows about the library.
+/// A report on the library, as `t5gemma doctor` shows it.
 #[derive(Debug)]
 pub struct Report {
     /// Every place that was searched, in order of precedence.
@@ -122,8 +122,8 @@ pub fn report(library: Option<&Path>) -> Report {
     Report { searched, library }
 }
 
-/// Loads the library on first use, with one pool of threads for all sessions: separate pools would wait for work on
-/// each other's cores. Later calls return the loaded library.
+/// Loads the library on first use, with one thread pool for all sessions: separate pools would spin on each other's
+/// cores. Later calls return the loaded library.
 ///
 /// # Errors
 /// No usable library, or a `library` other than the one this process has loaded already.

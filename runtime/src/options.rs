@@ -55,7 +55,7 @@ macro_rules! generation_options {
         #[non_exhaustive]
         pub struct GenerationConfig {
             $( $(#[$doc])* pub $name: type_in_config!($value $(, $complete)?), )*
-            /// What the model's own files say.
+            /// The settings of the model's own files.
             pub(crate) model: ModelDefaults,
         }
 
@@ -107,7 +107,7 @@ macro_rules! generation_options {
                 )*
             }
 
-            /// Checks each value by itself: those set in Rust have not been read by a form.
+            /// Checks each value alone: values set in Rust have not passed a form.
             fn check_values(&self) -> Result<(), OptionError> {
                 $(
                     $form.check(stringify!($name), Option::<&$value>::from(&self.$name))?;
@@ -146,7 +146,7 @@ generation_options! {
     num_return_sequences: usize = 1, form::AT_LEAST_1;
     /// Whether tokens are sampled instead of taking the most likely.
     do_sample: bool = false, form::FLAG;
-    /// Logits are divided by it before sampling; below 1 makes likely tokens likelier.
+    /// Logits are divided by it before sampling; below 1 makes likely tokens more likely.
     temperature: f64 = 1.0, form::NUMBER;
     /// Samples from the `top_k` most likely tokens only; 0 is off.
     top_k: usize = 50, form::AT_LEAST_0;
@@ -158,7 +158,7 @@ generation_options! {
     top_h: f64, Option<f64> = None, form::NUMBER;
     /// Samples from tokens whose logits are within this many standard deviations of the highest; 0 is off.
     top_n_sigma: f64 = 0.0, form::NUMBER;
-    /// Samples from the tokens whose information is closest to the entropy and whose probabilities add up to
+    /// Samples from the tokens whose information content is closest to the entropy, up to a total probability of
     /// `typical_p` (locally typical sampling); 1 is off.
     typical_p: f64 = 1.0, form::NUMBER;
     /// Samples from tokens of at least this probability; 0 is off.
@@ -174,7 +174,7 @@ generation_options! {
     diversity_penalty: f64 = 0.0, form::DIVERSITY_PENALTY;
     /// Texts that end a target once one of them occurs in it; a text may begin and end inside tokens.
     stop_strings: Vec<String> = Vec::new(), form::STRINGS;
-    /// Time limit in seconds, after which all targets end as they are.
+    /// Time limit in seconds, after which unfinished targets are returned as they are.
     max_time: f64, Option<f64> = None, form::SECONDS;
     /// Whether the hypotheses begin with the `num_return_sequences` most likely first tokens, each completed by greedy
     /// search or sampling.
@@ -200,7 +200,8 @@ generation_options! {
     /// Scores of tokens that occur in the target are divided by it if positive and multiplied by it if negative; 1 is
     /// off.
     repetition_penalty: f64 = 1.0, form::POSITIVE;
-    /// As `repetition_penalty` with the inverse value, for tokens of the source: above 1 makes them likelier; 1 is off.
+    /// As `repetition_penalty` with the inverse value, for tokens of the source: above 1 makes them more likely; 1 is
+    /// off.
     encoder_repetition_penalty: f64 = 1.0, form::POSITIVE;
     /// No n-gram of this size occurs twice in the target; 0 is off.
     no_repeat_ngram_size: usize = 0, form::AT_LEAST_0;
@@ -214,13 +215,13 @@ generation_options! {
     forced_bos_token_id: i64, Option<i64> = None, form::TOKEN;
     /// The last token of a target that reaches the maximum length is one of these.
     forced_eos_token_id: Vec<i64> = Vec::new(), form::TOKEN_OR_TOKENS;
-    /// Makes an end of sequence likelier with each token after a given number of them.
+    /// Makes an end of sequence more likely with each token after a given number of them.
     exponential_decay_length_penalty: ExponentialDecay, Option<ExponentialDecay> = None, form::EXPONENTIAL_DECAY;
     /// Tokens that must not be generated.
     suppress_tokens: Vec<i64> = Vec::new(), form::TOKENS;
     /// Tokens that must not be generated first.
     begin_suppress_tokens: Vec<i64> = Vec::new(), form::TOKENS;
-    /// Whether processed scores are normalized to log-probabilities again.
+    /// Whether processed scores are renormalized to log-probabilities.
     renormalize_logits: bool = false, form::FLAG;
     /// Whether NaN and infinite scores are replaced by finite ones instead of failing.
     remove_invalid_values: bool = false, form::FLAG;
@@ -235,13 +236,13 @@ generation_options! {
     /// Whether hypotheses come with the cross-attention of each token to the source. Requires a model exported with
     /// alignment.
     output_attentions: bool = false, form::FLAG;
-    /// The caller's own logits processors, applied after all others but those of sampling. Not available in JSON.
+    /// The caller's own logits processors, applied after all others except those of sampling. Not available in JSON.
     logits_processor: Vec<LogitsProcessor> = Vec::new(), form::not_json();
     /// Prompt lookup decoding: drafts of this many tokens are copied from the source. Generates the same tokens in
     /// fewer steps. Requires greedy search with `num_return_sequences` 1, and a model exported with the logits of all
     /// positions.
     prompt_lookup_num_tokens: usize, Option<usize> = None, form::AT_LEAST_1;
-    /// Maximum number of last tokens that a draft's context is matched by; 2 if not set.
+    /// Maximum size of the n-gram at the end of the target that is looked up in the source; 2 if not set.
     max_matching_ngram_size: usize, Option<usize> = None, form::AT_LEAST_1;
     /// The output is one of these; empty is off. An output satisfies all constraints that are set.
     allowed_sequences: Vec<Sequence> = Vec::new(), form::SEQUENCES;
@@ -482,7 +483,7 @@ mod tests {
             (default().temperature(0.5), "temperature requires do_sample true (got false)"),
             (
                 default().stop_strings(vec![String::new()]),
-                "stop_strings: expected a string or a list of strings, none of them empty, found [\"\"]",
+                "stop_strings: expected a non-empty string or a list of them, found [\"\"]",
             ),
         ];
         for (options, message) in cases {
@@ -610,7 +611,7 @@ mod tests {
         let error = with(&model(json!({"min_new_tokens": 4})).expect("valid"), json!({"min_length": 2}));
         assert_eq!(
             error.expect_err("it would have no effect").to_string(),
-            "min_length: expected min_new_tokens instead (it is 4 already and takes precedence), found 2"
+            "min_length: expected min_new_tokens instead (already 4, which takes precedence), found 2"
         );
     }
 

@@ -1,6 +1,6 @@
 //! The optimization profiles of a model's serving plan: TensorRT's engines accept no other sizes. Batches run in pieces
-//! and are padded to the least sizes; longer or wider requests are refused before anything runs, with every provider,
-//! so that a request that an engine would refuse is refused on a CPU too.
+//! and are padded to the minimum sizes; longer or wider requests are rejected before anything runs, with every
+//! provider, so that a CPU rejects the same requests as an engine.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -69,9 +69,9 @@ impl Profiles {
                 (Some(min), Some(opt), Some(max)) if 1 <= min && min <= opt && opt <= max => {
                     Ok(ProfileRange { min, opt, max })
                 }
-                _ => Err(format!(
-                    "{graph}: {input}: axis {axis}: expected three sizes from 1 in ascending order, found others"
-                )),
+                _ => {
+                    Err(format!("{graph}: {input}: axis {axis}: expected ascending sizes MIN, OPT, MAX of at least 1"))
+                }
             }
         };
         let first = if generates { ENCODER } else { MODEL };
@@ -179,7 +179,7 @@ mod tests {
         assert_eq!(found, Profiles { batch: sizes(4, 4, 4), source: sizes(64, 64, 64), decoder: None });
         for (text, expected) in [
             ("{", "EOF"),
-            ("{}", "encoder_model.onnx: input_ids: axis 0: expected three sizes from 1 in ascending order"),
+            ("{}", "encoder_model.onnx: input_ids: axis 0: expected ascending sizes MIN, OPT, MAX of at least 1"),
             (r#"{"encoder_model.onnx": {"input_ids": [[1, 1], [0, 32], [8, 64]]}}"#, "axis 0"),
             (r#"{"encoder_model.onnx": {"input_ids": [[1, 1], [4], [8, 64]]}}"#, "axis 1"),
             (r#"{"encoder_model.onnx": {"input_ids": [[1, 1], [4, 3], [8, 2]]}}"#, "axis 1"),

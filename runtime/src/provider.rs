@@ -1,5 +1,5 @@
-//! Sessions on an execution provider of ONNX Runtime. A provider that is not available is an error that names the
-//! missing library and the package that has it; nothing falls back to the CPU without being reported.
+//! Creates sessions on an execution provider of ONNX Runtime. A missing provider is an error that names the missing
+//! library and the package that contains it; nothing falls back to the CPU unreported.
 
 mod remedy;
 
@@ -27,7 +27,7 @@ use crate::identity_model;
 use crate::onnxruntime::{self, Loaded};
 use remedy::{missing_library, plugin, remedy};
 
-/// Operators of a graph that fall back to another provider than the requested one.
+/// Operators of a graph that fall back from the requested provider to another one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Fallback {
@@ -42,7 +42,7 @@ pub struct Fallback {
 impl fmt::Display for Fallback {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let all: usize = self.operators.values().sum();
-        write!(f, "{}: {} computes {all} operators:", self.graph, self.provider)?;
+        write!(f, "{}: {} runs {all} operators:", self.graph, self.provider)?;
         self.operators.iter().try_for_each(|(operator, count)| write!(f, " {operator} {count}"))
     }
 }
@@ -85,7 +85,7 @@ impl ProviderConfig {
         self.builder_with(self.kind, environment, options)
     }
 
-    /// A builder of a session on `computing`: the provider itself, or one that computes a part for it. Errors name the
+    /// A session builder on `computing`: the provider itself, or one that runs some operators for it. Errors name the
     /// provider.
     pub(crate) fn builder_with(
         &self,
@@ -164,7 +164,7 @@ impl ProviderConfig {
             let found = environment.devices().filter(|device| device.ep().is_ok_and(|ep| ep == name)).count();
             return Err(Error::Unsupported {
                 what: format!(
-                    "the provider {} cannot be used: {name} has no GPU number {} on this machine; it found {found}",
+                    "the provider {} cannot be used: {name} has no GPU {} on this machine, where it found {found}",
                     self.kind, self.device
                 ),
                 remedy: "use a machine with an NVIDIA RTX GPU and its driver, or the provider cpu".into(),
@@ -225,12 +225,12 @@ fn probe(environment: &Environment, provider: &ProviderConfig) -> Result<(), Err
     }
 }
 
-/// Makes a session record which provider computes which operator, for [`fallbacks`].
+/// Makes a session record which provider runs which operator, for [`fallbacks`].
 pub(crate) fn recording(builder: SessionBuilder) -> ort::Result<SessionBuilder> {
     Ok(builder.with_config_entry("session.record_ep_graph_assignment_info", "1")?)
 }
 
-/// The operators of a graph that other providers than `provider` compute.
+/// The operators of a graph that do not run on `provider`.
 pub(crate) fn fallbacks(session: &Session, provider: Provider, graph: &str) -> ort::Result<Vec<Fallback>> {
     let api = ort::api();
     let (mut subgraphs, mut count) = (ptr::null(), 0);

@@ -1,5 +1,5 @@
-//! Grouping the rows of a ragged batch for the encoder on a CPU. A GPU wants one large batch; a CPU is busy with a few
-//! dozen tokens already, and its work on padding is lost.
+//! Groups the rows of a ragged batch for the encoder on a CPU. A GPU wants one large batch; a few dozen tokens already
+//! keep a CPU busy, and work on padding is wasted.
 
 use std::ops::Range;
 

@@ -20,18 +20,18 @@ use crate::vocabulary_subset::VocabularySubset;
 pub struct TargetScore {
     /// The log-probabilities of its tokens.
     pub logprobs: Logprobs,
-    /// What its tokens attend to in the source, if the model was exported with alignment.
+    /// The cross-attentions of its tokens, if the model was exported with alignment.
     pub cross_attentions: Option<CrossAttentions>,
 }
 
 impl Model {
-    /// Scores given targets, one for each source: the log-probabilities of their tokens, of the end token too if it is
-    /// given, and of the `top` likeliest tokens at each position. Targets continue the decoder prompts of `batch`, or
-    /// the start token.
+    /// Scores given targets, one per source: the log-probabilities of their tokens (including the end token if
+    /// present), and of the `top` most likely tokens at each position. Targets continue the decoder prompts of `batch`,
+    /// or the start token.
     ///
     /// # Errors
-    /// A number of targets other than that of sources, an empty target, tokens outside the vocabularies, lengths that
-    /// do not fit the model, logits that are not finite, or a cancellation.
+    /// Not one target per source, an empty target, tokens outside the vocabularies, lengths that do not fit the model,
+    /// logits that are not finite, or a cancellation.
     pub fn score(
         &self,
         batch: &Batch,
@@ -60,7 +60,7 @@ impl Model {
         check(targets, batch.rows(), vocab_size, subset.map(|subset| &**subset))?;
         let most = subset.map_or(vocab_size, |subset| subset.tokens().len());
         if top > most {
-            let expected = format!("at most {most}, the number of tokens that the model has logits of");
+            let expected = format!("at most {most}, the number of tokens with logits");
             return Err(Error::input("top_logprobs", expected, top.to_string()));
         }
         let prompts = batch.prompts(self.generation_config().decoder_start_token_id);
@@ -71,7 +71,7 @@ impl Model {
         let TargetLimit { tokens, reason } = self.target_limit();
         if longest > tokens {
             let expected = format!("at most {tokens} target tokens ({reason})");
-            let found = format!("{longest}, of which {} are the prompt", prompts.length);
+            let found = format!("{longest} ({} of them in the prompt)", prompts.length);
             return Err(Error::input("target_ids", expected, found));
         }
 

@@ -1,4 +1,4 @@
-//! From the logits of a search's rows to its candidates: logits processors, log-softmax and the choice of the best.
+//! Turns the logits of a search's rows into its candidates: logits processors, log-softmax and top-k.
 //!
 //! Apart from the search because it is what scans whole vocabularies (256 thousand scores a row), and because its
 //! arithmetic follows Hugging Face's float32 operations one by one (except the order of the sum in log-softmax). Slices

@@ -1,6 +1,6 @@
 //! The search over the targets of one source row: candidates in, next tokens and the beams they continue out.
 //!
-//! A search is a state machine that never sees logits or a model, so that it is tested by tables of numbers, and
+//! A search is a state machine that never sees logits or a model, so that it can be tested with tables of numbers, and
 //! batching, streaming and cancellation stay with the loop that drives it. Candidates and their scores come from
 //! `scores`.
 

@@ -1,5 +1,5 @@
-//! Sessions: the graphs of a model folder as ONNX Runtime opens them, over one copy of the weights, each held to the
-//! inputs and outputs that the configuration implies. `Model` and `Encoder` decide which tensors they run on.
+//! Sessions: the graphs of a model folder, opened by ONNX Runtime over one copy of the weights, each verified to have
+//! the inputs and outputs that the configuration implies. `Model` and `Encoder` decide which tensors they run on.
 //!
 //! # Design
 //! The weights are mapped once, or copied to a device once, and given to every session as initializers, with ONNX

@@ -1,5 +1,4 @@
-//! `Shortlist`: the tokens that a model needs for the texts it is to write, to which an export can restrict the output
-//! head.
+//! `Shortlist`: the tokens that occur in example texts, to which an export can restrict the output head.
 
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
@@ -18,7 +17,7 @@ pub struct Shortlist<'t> {
 /// A token of the vocabulary.
 #[derive(Clone, Copy, Debug, Default)]
 struct Counted {
-    /// Whether it is kept in any case: special tokens, and the single bytes that can spell any text.
+    /// Always kept: special tokens, and the single bytes that can spell any text.
     always: bool,
     count: u64,
 }
@@ -27,18 +26,18 @@ impl<'t> Shortlist<'t> {
     /// An empty count.
     ///
     /// # Errors
-    /// A tokenizer whose tokens have no text of their own.
+    /// A tokenizer whose tokens have no text on their own.
     pub fn new(tokenizer: &'t Tokenizer) -> Result<Shortlist<'t>, Error> {
         let texts = tokenizer.token_texts().map_err(|problem| Error::Tokenizer {
             path: Tokenizer::FILE.into(),
-            problem: format!("cannot find the tokens that spell any text: {problem}"),
+            problem: format!("cannot find the single-byte tokens: {problem}"),
         })?;
         let known = |text: &TokenText| Counted { always: text.is_special || text.bytes.len() == 1, count: 0 };
         let tokens = texts.iter().map(|(&token, text)| (token.into(), known(text))).collect();
         Ok(Shortlist { tokenizer, tokens, texts: 0 })
     }
 
-    /// Counts the tokens of an example of the texts that the model is to write.
+    /// Counts the tokens of an example text.
     ///
     /// # Errors
     /// A text that the tokenizer cannot express.
@@ -55,8 +54,8 @@ impl<'t> Shortlist<'t> {
         self.texts
     }
 
-    /// The ids, ascending, of the tokens that occur at least `min_count` times and of those that are kept in any case;
-    /// at most `max_tokens` of them, the most frequent, unless more are kept in any case.
+    /// The ids of the tokens that occur at least `min_count` times and of those that are always kept, in ascending
+    /// order. If there are more than `max_tokens`, only the most frequent, but still all that are always kept.
     pub fn tokens(&self, min_count: u64, max_tokens: Option<usize>) -> Vec<i64> {
         let is_in = |counted: &Counted| counted.count >= min_count.max(1) || counted.always;
         let mut tokens: Vec<i64> =

@@ -1,6 +1,6 @@
-//! `State`: the decoder's keys and values of the rows in flight, and how they follow a change of rows (beams that
-//! continue another beam, items that have finished). Which row continues which is not decided here. Two caches are kept
-//! in the process's own memory, the third in the memory of a device.
+//! `State`: the KV cache of the rows in flight, and how it follows a change of rows (beams that continue another beam,
+//! items that have finished). Which row continues which is decided elsewhere. Two of the caches are in host memory, the
+//! third is in device memory.
 
 mod fixed_buffers;
 mod growing;

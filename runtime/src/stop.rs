@@ -1,5 +1,4 @@
-//! The stopping criteria besides the search's own: stop strings, which may begin and end inside tokens, and the time
-//! limit.
+//! Stopping criteria outside the search: stop strings, which may begin and end inside tokens, and the time limit.
 
 use std::time::{Duration, Instant};
 

@@ -1,5 +1,5 @@
 //! `TargetTree`: the targets that a search has considered, as a tree of tokens, because only the end shows which of
-//! them become hypotheses. Trackers store what they know of a target's tokens by node.
+//! them become hypotheses. Trackers store per-token data by node.
 
 use std::collections::HashMap;
 

@@ -4,7 +4,7 @@
 //! ONNX Runtime 1.31 begins to record telemetry when its environment is created, before `DisableTelemetryEvents` can be
 //! called: it makes a database of events under the user's cache folder and starts a thread that sends them. That thread
 //! is never joined, and it reads strings that the end of the process destroys. Nobody who runs a model has asked for
-//! either, and the environment variable `ORT_DISABLE_TELEMETRY` is the only thing that prevents it.
+//! either, and only the environment variable `ORT_DISABLE_TELEMETRY` prevents it.
 
 /// The variable that ONNX Runtime reads; what a user has set stays.
 const VARIABLE: &std::ffi::CStr = c"ORT_DISABLE_TELEMETRY";

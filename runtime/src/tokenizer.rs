@@ -1,5 +1,5 @@
-//! `Tokenizer`: text to token ids and back, by the checkpoint's `tokenizer.json`. The only user of `tokenizers`; the
-//! rest of the runtime works on ids, and without a tokenizer.
+//! `Tokenizer`: text to token ids and back, with the checkpoint's `tokenizer.json`. The only user of `tokenizers`; the
+//! rest of the runtime works on ids and needs no tokenizer.
 
 mod lazy;
 mod settings;
@@ -204,12 +204,12 @@ impl Unusable {
     }
 }
 
-/// What becomes of special tokens in decoded text.
+/// How to decode special tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SpecialTokens {
-    /// They are left out.
+    /// Leave them out.
     Skip,
-    /// They are written by their names.
+    /// Write their names.
     Keep,
 }
 

@@ -1,6 +1,6 @@
-//! Verifies a model folder: different ways to compute the same numbers must agree, with each other and with reference
-//! numbers where there are some. In the library because it runs the model in ways that generation never does; reading
-//! files of reference numbers is left to the caller.
+//! Verifies a model folder: different ways to compute the same numbers must agree with each other and, if given, with
+//! reference numbers. In the library because it runs the model in ways that generation never does; callers read the
+//! files of reference numbers.
 
 mod comparison;
 mod encoders;
@@ -59,13 +59,13 @@ const TARGETS: usize = 8;
 /// Source lengths of the ragged batch of these checks, with the shortest possible one.
 const SOURCES: [usize; 5] = [23, 9, 1, 16, 4];
 
-/// Compares the model with itself: cached steps with recomputation, one step of many tokens with many steps of one, a
-/// ragged batch with its rows alone, padding on the left with padding on the right, beam search of width 1 with greedy
-/// search, and beam scores with scores recomputed from the logits.
+/// Checks the model against itself: cached steps against recomputation, one step with many tokens against many steps
+/// with one, a ragged batch against its rows alone, left against right padding, beam search with one beam against
+/// greedy search, and beam scores against recomputed ones.
 ///
-/// `tolerance` replaces the default limit of each comparison: 5e-4 in float32; with quantized weights, whose
-/// activations are rounded too, a thousandth of the largest number compared if that is more; in half precision a tenth
-/// of it.
+/// `tolerance` replaces the default limit of each comparison: 5e-4 in float32; with quantized weights, where
+/// activations are rounded too, a thousandth of the largest number compared if that is more; in half precision, a tenth
+/// of the largest number compared.
 ///
 /// # Errors
 /// As [`Model::generate_batch`].
@@ -95,7 +95,7 @@ pub fn consistency(model: &Model, tolerance: Option<f32>, cancel: &Cancellation)
 
     let in_two = forced(model, &ragged, &targets, &[1, TARGETS - 1], cancel)?;
     let difference = max_abs_difference(&in_two.slice(s![1, .., ..]), &one_by_one.slice(s![TARGETS - 1, .., ..]));
-    check("one step of many tokens = many steps of one", difference, limit(scale));
+    check("one step with many tokens = many steps with one", difference, limit(scale));
 
     let hidden = model.encode(&ragged, cancel)?;
     let (mut of_hidden, mut of_logits) = (0.0_f32, 0.0_f32);
@@ -108,8 +108,8 @@ pub fn consistency(model: &Model, tolerance: Option<f32>, cancel: &Cancellation)
         of_logits = of_logits.max(max_abs_difference(&logits.slice(s![.., 0, ..]), &one_by_one.slice(s![.., row, ..])));
     }
     let hidden_scale = largest(hidden.iter());
-    check("hidden states of a ragged batch = of its rows alone", of_hidden, limit(hidden_scale));
-    check("logits of a ragged batch = of its rows alone", of_logits, limit(scale));
+    check("hidden states: ragged batch = its rows alone", of_hidden, limit(hidden_scale));
+    check("logits: ragged batch = its rows alone", of_logits, limit(scale));
 
     let left = padded_left(&sources)?;
     let (mut of_hidden, states) = (0.0_f32, model.encode(&left, cancel)?);
@@ -119,8 +119,8 @@ pub fn consistency(model: &Model, tolerance: Option<f32>, cancel: &Cancellation)
         of_hidden = of_hidden.max(max_abs_difference(&a, &b));
     }
     let logits = forced(model, &left, &targets, &[1; TARGETS], cancel)?;
-    check("hidden states padded left = padded right", of_hidden, limit(hidden_scale));
-    check("logits padded left = padded right", max_abs_difference(&logits, &one_by_one), limit(scale));
+    check("hidden states: left padding = right padding", of_hidden, limit(hidden_scale));
+    check("logits: left padding = right padding", max_abs_difference(&logits, &one_by_one), limit(scale));
 
     // Without the model's other options: processors act on logits in greedy search and on log-probabilities in beam
     // search, so that the two rightly differ.
@@ -135,11 +135,11 @@ pub fn consistency(model: &Model, tolerance: Option<f32>, cancel: &Cancellation)
     };
     let (by_greedy, by_beam) = (tokens(Search::new)?, tokens(Search::beam)?);
     let different = by_greedy.iter().zip(&by_beam).filter(|(a, b)| a != b).count();
-    check("rows in which a beam of width 1 differs from greedy", different as f32, 0.0);
+    check("rows that differ: one beam = greedy search", different as f32, 0.0);
 
     let beams = GenerationConfig { num_beams: 4, ..greedy };
     let difference = beam_scores(model, &ragged, &beams, cancel)?;
-    check("beam scores = recomputed from the logits", difference, limit(scale));
+    check("beam scores = recomputed from logits", difference, limit(scale));
     Ok(checks)
 }
 
@@ -222,7 +222,7 @@ pub fn against(
         let Some(expected) = golden.floats.get(&prefill) else { continue };
         let length = expected.shape().get(1).copied().unwrap_or(0);
         if !(1..=steps + 1).contains(&length) {
-            let most = format!("1 to {} positions, one more than {forced_name} has", steps + 1);
+            let most = format!("1 to {} positions, at most one more than in {forced_name}", steps + 1);
             return Err(Error::input(prefill, most, format!("shape {:?}", expected.shape())));
         }
         let prompt: Vec<i64> = targets.chunks(steps + 1).flat_map(|row| &row[..length]).copied().collect();
@@ -336,7 +336,7 @@ fn same_shape(name: &str, expected: &[usize], found: &[usize]) -> Result<(), Err
     if expected == found {
         return Ok(());
     }
-    Err(Error::input(name, format!("shape {found:?}, that of the model's tensor"), format!("{expected:?}")))
+    Err(Error::input(name, format!("shape {found:?}, as the model computes it"), format!("{expected:?}")))
 }
 
 fn max_abs_difference<D: ndarray::Dimension>(a: &ndarray::ArrayRef<f32, D>, b: &ndarray::ArrayRef<f32, D>) -> f32 {

@@ -1,4 +1,4 @@
-//! `VocabularySubset`: the tokens whose logits a model computes, where an export kept a part of the vocabulary only.
+//! `VocabularySubset`: the tokens that have logits, if an export kept only a part of the vocabulary.
 
 /// Token ids, ascending. A row of logits holds theirs, in this order.
 #[derive(Debug)]

@@ -1,5 +1,5 @@
-//! `Model::warm_up`: the first runs of a model, before a request waits for them. They allocate memory, choose and load
-//! kernels, and build missing engines for the usual sizes.
+//! `Model::warm_up`: the first runs of a model, before any request waits for them. They allocate memory, choose and
+//! load kernels, and build missing engines for typical sizes.
 
 use ndarray::Array3;
 
@@ -30,9 +30,9 @@ const UNPLANNED: WarmUpShape = WarmUpShape { batch: 1, source: 64, beams: 1 };
 const TOKENS: usize = 3;
 
 impl Model {
-    /// Generates a few tokens from made-up sources of the usual sizes, greedily and, if the sizes have beams, with
-    /// beams, so that later calls do not wait for what only first runs do. The sizes are those that the model's serving
-    /// plan is optimized for; without a plan, one source of 64 tokens. Returns the sizes.
+    /// Generates a few tokens from made-up sources of typical sizes, greedily and, if the sizes have beams, with beams,
+    /// so that later calls do not pay for one-time work. The sizes are those that the model's serving plan is optimized
+    /// for; without a plan, one source of 64 tokens. Returns the sizes.
     ///
     /// # Errors
     /// As [`Model::generate_batch`].

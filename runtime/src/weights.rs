@@ -1,5 +1,5 @@
-//! The weights as initializers of ONNX Runtime sessions: values over the mapped file, or over one copy of it in the
-//! memory of the device. Either way they exist once, however many sessions read them.
+//! The weights as initializers of ONNX Runtime sessions: views of the mapped file, or of one copy of it in device
+//! memory. Either way they exist once, however many sessions read them.
 //!
 //! # Design
 //! A session uses an initializer where it is if that is where it would have put it, and otherwise makes a copy of its

@@ -11,7 +11,7 @@ use serde_json::json;
 use super::{check_all, copy, edit, holds, names, refused, refused_with, remove, set, write};
 use crate::common::{fixture, run};
 
-/// A change of a fixture's checkpoint and what is said of it.
+/// A change to a fixture's checkpoint, and the expected error.
 struct Case {
     name: &'static str,
     fixture: &'static str,
@@ -91,7 +91,7 @@ fn folders_that_are_not_whole() {
             name: "generation_config.json is not JSON",
             fixture: "tiny-untied",
             change: |folder| write(folder, "generation_config.json", "{\"max_length\": "),
-            says: &["checkpoint/generation_config.json: expected a JSON object, found a document that is cut off"],
+            says: &["checkpoint/generation_config.json: expected a JSON object, found JSON that is truncated"],
         },
         Case {
             name: "generation_config.json is a list",
@@ -103,7 +103,7 @@ fn folders_that_are_not_whole() {
             name: "a tokenizer.json whose download was cut off",
             fixture: "tiny-untied",
             change: |folder| write(folder, "tokenizer.json", "{\"version\": \"1.0\", \"model\": {\"vocab\": {\"a"),
-            says: &["checkpoint/tokenizer.json: expected a JSON object, found a document that is cut off at line 1"],
+            says: &["checkpoint/tokenizer.json: expected a JSON object, found JSON that is truncated at line 1"],
         },
         Case {
             name: "a folder in place of a tokenizer.json",
@@ -144,7 +144,7 @@ fn folders_that_are_not_whole() {
     ]);
 }
 
-/// What downloads and copies leave in the place of a file, in the place of every one that is read.
+/// What failed downloads and copies leave behind, in place of each file that is read.
 #[test]
 fn what_lies_in_the_place_of_a_file_is_named() {
     let contents: [(&str, &[u8], &str); 8] = [
@@ -207,7 +207,7 @@ fn links_to_nothing_are_named() {
         let output = run("t5gemma-export", [&checkpoint, &folder.path().join("out")], "");
         refused(&output, &[&at, says]).unwrap_or_else(|wrong| panic!("{file}: {wrong}"));
     }
-    // A snapshot of a download cache is links to blobs all over, and a checkpoint.
+    // A snapshot in a download cache consists of links to blobs, and is a checkpoint.
     let folder = tempfile::tempdir().expect("a temporary folder can be made");
     let blobs = copy(&fixture("tiny-untied").join("checkpoint"), &folder.path().join("blobs"));
     let snapshot = folder.path().join("snapshots/0123");
@@ -238,7 +238,7 @@ fn configurations_that_are_not_implemented() {
             name: "a config.json that is not JSON",
             fixture: "tiny-untied",
             change: |folder| write(folder, "config.json", "{'model_type': 't5gemma'}"),
-            says: &["checkpoint/config.json: expected a JSON object, found a text that is not JSON (key must be"],
+            says: &["checkpoint/config.json: expected a JSON object, found invalid JSON (key must be"],
         },
         Case {
             name: "a config.json that is a list",
@@ -256,7 +256,7 @@ fn configurations_that_are_not_implemented() {
             name: "a config.json without end",
             fixture: "tiny-untied",
             change: |folder| write(folder, "config.json", "[".repeat(1 << 20)),
-            says: &["checkpoint/config.json: expected a JSON object, found a text that is not JSON (recursion limit"],
+            says: &["checkpoint/config.json: expected a JSON object, found invalid JSON (recursion limit"],
         },
         Case {
             name: "a Llama",
@@ -716,16 +716,16 @@ fn what_has_no_effect_does_not_stop_an_export() {
             },
             &["8 tensors of the checkpoint are not used", "spiece_model", "nothing", "small"],
         ),
-        ("module", &wrapped("module."), &["the tensor names are those of a wrapped model: read module."]),
+        ("module", &wrapped("module."), &["the tensor names have the prefix of a wrapper: read module."]),
         (
             "compiled",
             &wrapped("_orig_mod.module."),
-            &["the tensor names are those of a wrapped model: read _orig_mod.module."],
+            &["the tensor names have the prefix of a wrapper: read _orig_mod.module."],
         ),
         (
             "peft",
             &wrapped("base_model.model."),
-            &["the tensor names are those of a wrapped model: read base_model.model."],
+            &["the tensor names have the prefix of a wrapper: read base_model.model."],
         ),
     ];
     for (name, change, says) in cases {
@@ -767,7 +767,7 @@ fn what_a_model_will_lack_is_told() {
         bytes[8..12].copy_from_slice(&f32::INFINITY.to_le_bytes());
     });
     let err = told("odd", &["--quiet"]);
-    assert!(err.contains("weights that are NaN or infinite, by tensor: model.encoder.norm.weight (2)"), "{err}");
+    assert!(err.contains("NaN or infinite weights, by tensor: model.encoder.norm.weight (2)"), "{err}");
 }
 
 #[test]
@@ -789,7 +789,7 @@ fn tensors_that_no_graph_uses_are_listed() {
     assert!(!err.contains("model.extra.10"), "{err}");
 }
 
-/// An unreadable file cannot be made by a test that may run as root, whom permissions do not stop.
+/// A test that may run as root, which ignores permissions, cannot make an unreadable file.
 #[cfg(unix)]
 #[test]
 fn a_file_that_cannot_be_read_is_named() {
@@ -808,7 +808,7 @@ fn a_file_that_cannot_be_read_is_named() {
     checked.and_then(|()| holds(folder.path(), &["checkpoint"])).unwrap_or_else(|wrong| panic!("{wrong}"));
 }
 
-/// Exports into a folder whose parent is not there either, and checks the error and that both are still not there.
+/// Exports into a folder whose parent does not exist either, and checks the error and that neither was created.
 fn check_checkpoints(cases: &[Case]) {
     check_all(
         cases,
@@ -828,7 +828,7 @@ fn check_checkpoints(cases: &[Case]) {
 
 type Stored = (Dtype, Vec<usize>, Vec<u8>);
 
-/// Changes the tensors of a checkpoint that is one file.
+/// Changes the tensors of a single-file checkpoint.
 fn tensors(folder: &Path, change: impl FnOnce(&mut BTreeMap<String, Stored>)) {
     edit(folder, WEIGHTS, |bytes| {
         let file = SafeTensors::deserialize(bytes).expect("the fixtures are sound");
@@ -842,7 +842,7 @@ fn tensors(folder: &Path, change: impl FnOnce(&mut BTreeMap<String, Stored>)) {
     });
 }
 
-/// Says in the index that a tensor is in some file.
+/// Makes the index claim that a tensor is in some file.
 fn set_shard(folder: &Path, tensor: &str, shard: serde_json::Value) {
     edit(folder, INDEX, |bytes| {
         let mut index: serde_json::Value = serde_json::from_slice(bytes).expect("the fixtures are JSON");
@@ -851,7 +851,8 @@ fn set_shard(folder: &Path, tensor: &str, shard: serde_json::Value) {
     });
 }
 
-/// Arguments that go between the folders, and contradict each other or the checkpoint: status 2, whoever finds it.
+/// Flags that contradict each other or the checkpoint: status 2, whether the parser, the program or the library finds
+/// it.
 #[test]
 fn options_that_do_nothing_are_refused() {
     let folder = tempfile::tempdir().expect("a temporary folder can be made");

@@ -1,4 +1,4 @@
-//! No usable ONNX Runtime: one line that ends with what to do.
+//! No usable ONNX Runtime: one line that ends with the remedy.
 
 use std::fs;
 use std::process::{Output, Stdio};
@@ -6,7 +6,7 @@ use std::process::{Output, Stdio};
 use super::{check_all, refused};
 use crate::common::{exported, program};
 
-/// What `ORT_DYLIB_PATH` is set to, and what is said of it.
+/// A value of `ORT_DYLIB_PATH`, and the expected error.
 struct Case {
     name: &'static str,
     variable: Option<&'static str>,

@@ -11,7 +11,7 @@ use t5gemma_graphs::interface::DType;
 use super::{check_all, copy, edit, refused, remove, set, write};
 use crate::common::{exported, exported_as, fixture, run};
 
-/// A change of a model folder and what is said of it.
+/// A change to a model folder, and the expected error.
 struct Case {
     name: &'static str,
     change: fn(&Path),
@@ -28,12 +28,12 @@ fn files_that_are_not_those_of_the_manifest() {
         Case {
             name: "no such folder",
             change: |folder| fs::remove_dir_all(folder).expect("just made"),
-            says: &["model/manifest.json: no such file: this is not a model folder"],
+            says: &["model/manifest.json: no such file: not a model folder"],
         },
         Case {
             name: "no manifest",
             change: |folder| remove(folder, MANIFEST),
-            says: &["model/manifest.json: no such file: this is not a model folder"],
+            says: &["model/manifest.json: no such file: not a model folder"],
         },
         Case {
             name: "a checkpoint",
@@ -268,7 +268,7 @@ fn inspect_refuses_the_same_folders() {
         Case {
             name: "a manifest that is not JSON",
             change: |folder| write(folder, MANIFEST, "{"),
-            says: &["model/manifest.json: expected a JSON object, found a document that is cut off"],
+            says: &["model/manifest.json: expected a JSON object, found JSON that is truncated"],
         },
         Case {
             name: "a graph that is not ONNX",
@@ -293,7 +293,7 @@ fn inspect_refuses_the_same_folders() {
     );
 }
 
-/// The one file that is made to be edited is, and is checked as ever.
+/// The one file that users may edit is edited, and still checked.
 #[test]
 fn an_edited_generation_config_is_taken_with_a_word() {
     let folder = tempfile::tempdir().expect("a temporary folder can be made");
@@ -316,12 +316,9 @@ fn an_edited_generation_config_is_taken_with_a_word() {
     refused(&generate(), &["model/generation_config.json: max_new_tokens: expected an integer"])
         .unwrap_or_else(|wrong| panic!("{wrong}"));
     write(&model, "generation_config.json", "{");
-    refused(
-        &generate(),
-        &["model/generation_config.json: the document: expected a JSON object, found a document that is"],
-    )
-    .unwrap_or_else(|wrong| panic!("{wrong}"));
-    // Resealed, there is nothing to tell.
+    refused(&generate(), &["model/generation_config.json: the document: expected a JSON object, found JSON that is"])
+        .unwrap_or_else(|wrong| panic!("{wrong}"));
+    // After resealing, there is no warning.
     write(&model, "generation_config.json", "{\"max_new_tokens\": 2}");
     assert!(reseal(&model).contains("generation_config.json changed"));
     assert!(!said(&generate()).contains("since export"));
@@ -344,7 +341,7 @@ fn reseal_accepts_text_files_and_nothing_that_computes() {
     assert_eq!(fs::read(model.join(MANIFEST)).expect("readable"), sealed);
 
     edit(&model, "tokenizer.json", |bytes| bytes.push(b'\n'));
-    refused(&generate(), &["model/tokenizer.json: size: ", "`t5gemma-export reseal MODEL` accepts it"])
+    refused(&generate(), &["model/tokenizer.json: size: ", "run `t5gemma-export reseal MODEL`"])
         .unwrap_or_else(|wrong| panic!("{wrong}"));
     write(&model, "chat_template.jinja", "{{ messages[0].content }}");
     let said = reseal(&model);
@@ -354,10 +351,10 @@ fn reseal_accepts_text_files_and_nothing_that_computes() {
     assert!(reseal(&model).contains("chat_template.jinja removed"));
 
     let changes: [(&str, &str); 4] = [
-        ("encoder_model.onnx", "model/encoder_model.onnx: expected the file of the export, found another"),
-        (WEIGHTS, "model/model.onnx_data: expected the file of the export, found another"),
-        ("config.json", "model/config.json: expected the file of the export, found another"),
-        ("tokenizer.json", "model/tokenizer.json: expected a JSON object, found a text that is not JSON"),
+        ("encoder_model.onnx", "model/encoder_model.onnx: expected the exported file, found a different one"),
+        (WEIGHTS, "model/model.onnx_data: expected the exported file, found a different one"),
+        ("config.json", "model/config.json: expected the exported file, found a different one"),
+        ("tokenizer.json", "model/tokenizer.json: expected a JSON object, found invalid JSON"),
     ];
     for (name, says) in changes {
         let whole = fs::read(model.join(name)).expect("readable");
@@ -370,7 +367,7 @@ fn reseal_accepts_text_files_and_nothing_that_computes() {
     }
 }
 
-/// Options of the file end where the cache does; those of a request are refused where it cannot reach them.
+/// Lengths in the file are cut to the capacity of the cache; lengths in a request beyond it are errors.
 #[test]
 fn a_length_of_the_file_ends_at_the_capacity_of_the_cache() {
     let folder = tempfile::tempdir().expect("a temporary folder can be made");
@@ -386,7 +383,7 @@ fn a_length_of_the_file_ends_at_the_capacity_of_the_cache() {
     assert!(out.contains("at most 8 target tokens (the capacity of the cache)"), "{out}");
 }
 
-/// As in transformers: `config.json` is asked where there is no `generation_config.json`, and only then.
+/// As in transformers, `config.json` counts only if there is no `generation_config.json`.
 #[test]
 fn settings_for_generation_in_config_json_count_where_there_is_no_other_file() {
     let folder = tempfile::tempdir().expect("a temporary folder can be made");
@@ -407,7 +404,7 @@ fn settings_for_generation_in_config_json_count_where_there_is_no_other_file() {
     assert_eq!(defaults("without"), (7, Some(4), None));
 }
 
-/// What a checkpoint hands on and only the runtime understands.
+/// Files that the exporter copies and only the runtime interprets.
 #[test]
 fn settings_that_only_the_runtime_reads() {
     struct Case {

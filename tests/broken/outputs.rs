@@ -1,4 +1,4 @@
-//! Places that cannot be written to, and exports that are stopped.
+//! Outputs that cannot be written, and interrupted exports.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use super::{check_all, copy, holds, names, refused, remove, set, write};
 use crate::common::{exported, fixture, program, run};
 
-/// What is at `out` before, how the export is called, and what is said of it. Nothing changes.
+/// The contents of `out` before the export, its arguments, and the expected error. Nothing changes.
 struct Case {
     name: &'static str,
     before: fn(&Path),
@@ -114,7 +114,7 @@ fn places_that_cannot_be_written_to_are_named() {
     let cases = [
         (below_file.to_str().expect("UTF-8"), "/file/models: cannot be created"),
         (long.to_str().expect("UTF-8"), "cannot be created"),
-        // Nobody can make folders there, root included.
+        // Not even root can create folders there.
         #[cfg(target_os = "linux")]
         ("/proc/out", "/proc/.out.partial-"),
         ("/", "/: expected the name of a folder to create"),
@@ -131,7 +131,7 @@ fn places_that_cannot_be_written_to_are_named() {
     );
 }
 
-/// Runs an export in a shell that has prepared something; `$1` of `prepare` is the folder to export into.
+/// Runs an export in a shell after `prepare`, whose `$1` is the folder to export into.
 #[cfg(unix)]
 fn export_in_shell(mut shell: Command, prepare: &str, folder: &Path) -> Output {
     let exporter = program("t5gemma-export");
@@ -150,7 +150,7 @@ fn export_in_shell(mut shell: Command, prepare: &str, folder: &Path) -> Output {
 #[test]
 fn a_file_that_may_not_grow_leaves_nothing_behind() {
     let folder = tempfile::tempdir().expect("a temporary folder can be made");
-    // The signal of the limit is ignored, so that writing fails as on a full disk.
+    // The limit's signal is ignored, so that writing fails as on a full disk.
     let output = export_in_shell(Command::new("sh"), "trap '' XFSZ; ulimit -f 100", folder.path());
     let says = ["model.onnx_data: cannot be written (", " bytes are needed in all): File too large"];
     let checked = refused(&output, &says);
@@ -161,7 +161,7 @@ fn a_file_that_may_not_grow_leaves_nothing_behind() {
 #[test]
 fn a_full_disk_leaves_nothing_behind() {
     let folder = tempfile::tempdir().expect("a temporary folder can be made");
-    // A small file system that only this shell sees and that ends with it.
+    // A small file system that only this shell sees and that disappears with it.
     let mut shell = Command::new("unshare");
     shell.args(["--user", "--map-root-user", "--mount", "sh"]);
     let mount = "mount -t tmpfs -o size=64k tmpfs \"$1\" || exit 99\ntrap 'ls -A \"$1\"' EXIT";
@@ -196,7 +196,7 @@ fn an_interrupted_export_leaves_nothing_behind() {
     assert!(sent.success());
     let output = child.wait_with_output().expect("the program ends");
     assert_eq!(output.status.code(), Some(130));
-    assert_eq!(String::from_utf8_lossy(&output.stderr), "t5gemma-export: interrupted; nothing was left behind\n");
+    assert_eq!(String::from_utf8_lossy(&output.stderr), "t5gemma-export: interrupted; no output was left behind\n");
     holds(folder.path(), &[]).unwrap_or_else(|wrong| panic!("{wrong}"));
 }
 

@@ -1,4 +1,4 @@
-//! Reference tensors that do not belong to the model, or not to each other.
+//! Reference tensors that do not match the model or each other.
 
 use std::fs;
 
@@ -8,7 +8,7 @@ use safetensors::tensor::{Dtype, TensorView};
 use super::{check_all, refused};
 use crate::common::{exported, run};
 
-/// Tensors of token ids and of numbers, beside the source `[5, 6, 7]`, and what is said of them.
+/// Integer and float tensors, in addition to the source `[5, 6, 7]`, and the expected error.
 struct Case {
     name: &'static str,
     whole: &'static [(&'static str, &'static [usize], &'static [i64])],
@@ -21,7 +21,7 @@ const FORCED: (&str, &[usize], &[i64]) = ("dec.b.forced_ids", &[1, 2], &[5, 6]);
 #[test]
 fn verify_names_the_tensor_that_does_not_fit() {
     let cases = [
-        Case { name: "nothing", whole: &[], floats: &[], says: "the reference file holds nothing to compare with" },
+        Case { name: "nothing", whole: &[], floats: &[], says: "--golden: expected reference tensors, found none" },
         Case {
             name: "sources outside the vocabulary",
             whole: &[("in.c.input_ids", &[1, 1], &[200]), ("in.c.attention_mask", &[1, 1], &[1])],
@@ -38,49 +38,49 @@ fn verify_names_the_tensor_that_does_not_fit() {
             name: "hidden states of another rank",
             whole: &[],
             floats: &[("enc.b.last_hidden_state", &[3])],
-            says: "enc.b.last_hidden_state: expected shape [1, 3, 24], that of the model's tensor, found [3]",
+            says: "enc.b.last_hidden_state: expected shape [1, 3, 24], as the model computes it, found [3]",
         },
         Case {
             name: "logits of another vocabulary",
             whole: &[],
             floats: &[("dec.b.first.logits", &[1, 1, 3])],
-            says: "dec.b.first.logits: expected shape [1, 1, 200], that of the model's tensor, found [1, 1, 3]",
+            says: "dec.b.first.logits: expected shape [1, 1, 200], as the model computes it, found [1, 1, 3]",
         },
         Case {
             name: "logits of no position",
             whole: &[],
             floats: &[("dec.b.first.logits", &[1, 0, 200])],
-            says: "dec.b.first.logits: expected shape [1, 1, 200], that of the model's tensor, found [1, 0, 200]",
+            says: "dec.b.first.logits: expected shape [1, 1, 200], as the model computes it, found [1, 0, 200]",
         },
         Case {
             name: "targets for other rows",
             whole: &[("dec.b.forced_ids", &[2, 2], &[5, 6, 7, 8])],
             floats: &[],
-            says: "dec.b.forced_ids: expected shape [1, 2], that of the model's tensor, found [2, 2]",
+            says: "dec.b.forced_ids: expected shape [1, 2], as the model computes it, found [2, 2]",
         },
         Case {
             name: "fewer logits than targets",
             whole: &[FORCED],
             floats: &[("dec.b.forced_logits", &[1, 1, 200])],
-            says: "dec.b.forced_logits: expected shape [1, 2, 200], that of the model's tensor, found [1, 1, 200]",
+            says: "dec.b.forced_logits: expected shape [1, 2, 200], as the model computes it, found [1, 1, 200]",
         },
         Case {
             name: "a prompt longer than the targets",
             whole: &[FORCED],
             floats: &[("dec.b.prefill.logits", &[1, 4, 200])],
-            says: "dec.b.prefill.logits: expected 1 to 3 positions, one more than dec.b.forced_ids has, found shape [1, 4",
+            says: "dec.b.prefill.logits: expected 1 to 3 positions, at most one more than in dec.b.forced_ids, found shape [1, 4",
         },
         Case {
             name: "a prompt of one axis",
             whole: &[FORCED],
             floats: &[("dec.b.prefill.logits", &[4])],
-            says: "dec.b.prefill.logits: expected 1 to 3 positions, one more than dec.b.forced_ids has, found shape [4]",
+            says: "dec.b.prefill.logits: expected 1 to 3 positions, at most one more than in dec.b.forced_ids, found shape [4]",
         },
         Case {
             name: "a prompt of nothing",
             whole: &[FORCED],
             floats: &[("dec.b.prefill.logits", &[1, 0, 200])],
-            says: "dec.b.prefill.logits: expected 1 to 3 positions, one more than dec.b.forced_ids has, found shape [1, 0",
+            says: "dec.b.prefill.logits: expected 1 to 3 positions, at most one more than in dec.b.forced_ids, found shape [1, 0",
         },
     ];
     let model = exported("tiny-untied");

@@ -1,10 +1,10 @@
-//! Lines that are not requests among lines that are: each is answered in its place, and the others are not disturbed.
+//! Invalid lines among valid requests: each gets its error in its place, and the others are unaffected.
 
 use serde_json::{Value, json};
 
 use crate::common::{demo, exported, run};
 
-/// A line and what its error says; nothing for a line that is answered.
+/// A line and its expected error; empty for a valid line.
 type Line = (Vec<u8>, &'static [&'static str]);
 
 const IDS: &str = "expected integers in a list or a list of lists";
@@ -89,7 +89,7 @@ fn lines() -> Vec<Line> {
             &["temperature: expected a positive number", "found 0"],
         ),
         (options(json!({"do_sample": true, "seed": -1})), &["seed: expected an integer below 2^64, found -1"]),
-        (options(json!({"stop_strings": [7]})), &["stop_strings: expected a string or a list of strings"]),
+        (options(json!({"stop_strings": [7]})), &["stop_strings: expected a non-empty string or a list"]),
         (options(json!({"stop_strings": ["a"]})), &["tokenizer.json: no such file"]),
         (with(json!({"input_ids": [5], "decoder_text": "a"})), &["tokenizer.json: no such file"]),
         (with(json!({"input_ids": [5], "decoder_text": "a", "decoder_input_ids": [2]})), &["found both"]),
@@ -107,10 +107,10 @@ fn lines() -> Vec<Line> {
         ),
         (options(json!({"max_new_tokens": u64::MAX})), &["options.max_new_tokens: expected at most 512 target tokens"]),
         (options(json!({"eos_token_id": 200})), &["eos_token_id: expected token ids below 200", "found 200"]),
-        (options(json!({"bad_words_ids": [[]]})), &["bad_words_ids: expected a list of lists of token ids"]),
+        (options(json!({"bad_words_ids": [[]]})), &["bad_words_ids: expected a list of non-empty lists of token ids"]),
         (options(json!({"sequence_bias": [[[5], 1e300]]})), &["sequence_bias: expected a list of"]),
         (options(json!({"length_penalty": 2})), &["options.length_penalty requires num_beams above 1 (got 1)"]),
-        // Options that make no sense, but no error either.
+        // Options that make no sense but are no errors.
         (options(json!({"num_beams": 250, "max_new_tokens": 2})), &[]),
         (options(json!({"suppress_tokens": (0..200).collect::<Vec<_>>(), "max_new_tokens": 2})), &[]),
         (options(json!({"suppress_tokens": (0..200).collect::<Vec<_>>(), "num_beams": 3, "max_new_tokens": 2})), &[]),

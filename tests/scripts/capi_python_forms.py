@@ -239,7 +239,7 @@ def what_belongs_to_sources(model, engine):
         ):
             fails(kind, part, lambda: ask(decoder_text=texts), f"{door}: {texts}")
         both = {"decoder_text": "a", "decoder_input_ids": [[5]] * 2}
-        fails(ValueError, "decoder_text: expected it or decoder_input_ids", lambda: ask(**both))
+        fails(ValueError, "decoder_text cannot be used with decoder_input_ids", lambda: ask(**both))
     # A zero is a character as any other.
     prompt = model.tokenizer.encode("the\0 end", target=True)
     assert prompt.size > len(begin)
@@ -332,7 +332,7 @@ def options(model, engine):
             error = fails(kind, part, lambda: ask(**{name: value}), f"{door}: {name}={value!r}")
             assert str(error).startswith(name), error
     for name in ("on_piece", "logits_processor", "prefix_allowed_tokens_fn"):
-        fails(TypeError, f"{name}: an engine does not take it", lambda: engine.submit("a", **{name: print}))
+        fails(TypeError, f"{name}: not supported by an engine", lambda: engine.submit("a", **{name: print}))
         fails(TypeError, f"{name}: expected a function, found 5", lambda: model.generate("a", **{name: 5}))
 
     for name in ("max_rows", "max_bytes", "max_waiting"):

@@ -130,7 +130,7 @@ fn check_layers(checkpoint: &Checkpoint, config: &Config, task: &Task) -> Result
     }
     Err(Error::Tensors {
         checkpoint: checkpoint.path().to_path_buf(),
-        mismatches: vec![format!("expected those of {layers} layers, found {tensors} tensors")],
+        mismatches: vec![format!("expected tensors of {layers} layers, found {tensors} tensors in all")],
         hint: String::new(),
     })
 }

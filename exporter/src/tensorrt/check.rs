@@ -1,9 +1,10 @@
-//! Checks without TensorRT whether its parser accepts the graphs of a folder: operators and their versions, types,
-//! strong typing, rules of single operators, empty tensors, external data, and the profiles of a serving plan.
+//! Checks whether TensorRT's parser accepts the graphs of a folder, without TensorRT: operators and their versions,
+//! types, strong typing, restrictions of individual operators, empty tensors, external data, and the profiles of a
+//! serving plan.
 //!
 //! # Design
-//! What the parser accepts is a table (`tensorrt/operators.json`, with its sources). What no table tells, whether the
-//! builder finds a kernel for every part, takes a builder: `make check-rtx` compiles the graphs with TensorRT for RTX.
+//! What the parser accepts is a table (`tensorrt/operators.json`, with its sources). Whether the builder finds a kernel
+//! for every part only a builder can tell: `make check-rtx` compiles the graphs with TensorRT for RTX.
 
 mod graph;
 mod profile;
@@ -25,7 +26,7 @@ use super::version::TensorRtVersion;
 use crate::error::{Error, Result};
 use crate::proto::read::{Graph, Model, Node, read};
 
-/// A part of a graph that TensorRT would reject or misread.
+/// A part of a graph that TensorRT would reject or misinterpret.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct Finding {

@@ -13,7 +13,7 @@ use super::plan::ServingPlan;
 use super::profiles::{PROFILES, Profile, Profiles};
 use crate::proto;
 
-/// The script that builds engines, with places for what depends on the model.
+/// The template of the script that builds engines.
 const BUILD_ENGINES: &str = include_str!("../../tensorrt/build_engines.sh");
 /// Maximum scratch memory of the builder in bytes.
 const WORKSPACE: u64 = 16 << 30;

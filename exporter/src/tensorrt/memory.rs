@@ -1,5 +1,5 @@
-//! [`MemoryEstimate`]: the GPU memory that a serving plan takes at its maximum sizes, computed from shapes. The model
-//! folder has it as `memory.txt`, with the formula of each row, to be compared with `nvidia-smi`.
+//! [`MemoryEstimate`]: the GPU memory that a serving plan needs at its maximum sizes, computed from shapes. The model
+//! folder has it as `memory.txt`, with the formula of each row, for comparison with `nvidia-smi`.
 
 use std::collections::BTreeMap;
 use std::fmt;

@@ -1,5 +1,5 @@
 //! The table of the operators that TensorRT's ONNX parser imports (`tensorrt/operators.json`, with its sources), and
-//! the type rules of ONNX that the check needs beside it.
+//! ONNX type rules that the check also needs.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 

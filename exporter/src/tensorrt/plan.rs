@@ -1,5 +1,4 @@
-//! [`ServingPlan`]: the request sizes that will be served, as `--plan` takes them, and whether model and TensorRT can
-//! serve them.
+//! [`ServingPlan`]: the request sizes to be served, and checks that the model and TensorRT can serve them.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -62,7 +61,7 @@ impl fmt::Display for SizeRange {
     }
 }
 
-/// The request sizes that will be served.
+/// The request sizes to be served.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ServingPlan {
     /// Sources in a batch.

@@ -1,5 +1,5 @@
-//! The fields that transformers reads alike for every family: class, labels, padding, settings for generation, and
-//! those without effect.
+//! The fields that transformers reads in the same way for every family: class, labels, padding, generation settings,
+//! and those without effect.
 
 use serde_json::{Map, Value};
 
@@ -56,8 +56,8 @@ const GENERATION_SETTINGS: &[&str] = &[
 ];
 
 impl Fields {
-    /// The class of a checkpoint. A class that is not transformers' is taken for the one that its name ends with; a
-    /// checkpoint without any such class, for the default.
+    /// The class of a checkpoint. A custom class counts as the transformers class that its name ends with; without any,
+    /// the default applies.
     pub fn architecture(&mut self, family: Family) -> Result<Architecture, ConfigError> {
         let names = self.take("architectures", "a list of class names", |value| {
             value.as_array()?.iter().map(|name| Some(name.as_str()?.to_string())).collect::<Option<Vec<_>>>()

@@ -1,5 +1,4 @@
-//! The reader of a JSON object: takes fields one by one, each of the kind that is expected, and keeps those that were
-//! not taken.
+//! Reads a JSON object field by field, checks each field's type, and keeps track of the fields not yet taken.
 
 use serde_json::{Map, Value};
 
@@ -46,7 +45,7 @@ impl Fields {
         }
     }
 
-    /// What is wrong with one of the fields.
+    /// The error of one of the fields.
     pub fn error(&self, field: &str, expected: impl Into<String>, found: impl Into<String>) -> ConfigError {
         ConfigError { field: self.path_of(field), expected: expected.into(), found: found.into() }
     }
@@ -71,7 +70,7 @@ impl Fields {
         self.ignored.push(field.into());
     }
 
-    /// What has not been taken, but for fields that are null.
+    /// The fields that have not been taken, except nulls.
     pub fn rest(&self) -> impl Iterator<Item = &String> {
         self.left.iter().filter(|(_, value)| !value.is_null()).map(|(field, _)| field)
     }
@@ -102,7 +101,7 @@ impl Fields {
         self.take(field, expected, |value| accepts(value).then_some(())).map(|_| ())
     }
 
-    /// Takes fields that change what is computed, unless they have a value that does not.
+    /// Takes fields that change what is computed, and rejects any value that would.
     pub fn refuse(&mut self, fields: &[Refused]) -> Result<(), ConfigError> {
         fields.iter().try_for_each(|refused| self.expect(refused.field, refused.expected, refused.accepts))
     }

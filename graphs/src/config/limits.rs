@@ -1,4 +1,4 @@
-//! Limits far beyond any real model, so that damaged numbers are refused before anything of their size is built.
+//! Limits far beyond any real model, so that corrupt numbers are rejected before anything of their size is allocated.
 
 /// Of any size. Every product of two sizes stays below 2^62, so that shape arithmetic cannot overflow.
 pub(crate) const MOST_SIZE: usize = i32::MAX as usize;

@@ -1,6 +1,6 @@
-//! For ONNX Runtime on a CPU, where a decoder step is bound by the bytes of the weights and then by the number of
-//! operators: one operator for a norm and the sum before it, one for self-attention with rotary positions and a cache
-//! that is written in place, one for cross-attention.
+//! For ONNX Runtime on a CPU, where a decoder step is bound by reading the weights and then by the number of operators:
+//! one operator for a norm and the sum before it, one for self-attention with rotary positions and a cache that is
+//! written in place, one for cross-attention.
 
 use super::{Attention, Capabilities, Lowering, Matrix, Packing, Rotation, mask_by_query};
 use crate::onnx::{DType, Dim, Value};

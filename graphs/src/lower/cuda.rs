@@ -1,11 +1,11 @@
-//! For ONNX Runtime's CUDA provider, where a step is bound by the bytes it reads and by the number of kernels it
-//! launches: the CPU's norm and self-attention, which CUDA has too, and one operator for the encoder's attention as
+//! For ONNX Runtime's CUDA provider, where a step is bound by memory bandwidth and by the number of kernel launches:
+//! the CPU's norm and self-attention operators, which CUDA has too, and one operator for the encoder's attention as
 //! well.
 //!
 //! # Design
-//! In a cached step, inputs that an operator reads in host memory are made from shapes alone. A number computed on the
-//! GPU would have to be waited for in every step, and a step with such a copy cannot be captured as a CUDA graph. A
-//! test over the definition (in `t5gemma/decoder_step.rs`) holds the graph to that.
+//! In a cached step, inputs that an operator reads in host memory are computed from shapes alone. A number computed on
+//! the GPU would force a synchronization in every step, and a step with such a copy cannot be captured as a CUDA graph.
+//! A test over the definition (in `t5gemma/decoder_step.rs`) holds the graph to that.
 
 use super::{Attention, Capabilities, Cpu, Lowering, Packing};
 use crate::onnx::{DType, Value};

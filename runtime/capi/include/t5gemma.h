@@ -45,7 +45,7 @@
  * errors, not crashes: NULL for a required pointer, a handle that was freed or has another type, a wrong size field, a
  * number outside of its enum, and text that is not UTF-8 give T5G_ERROR_ARGUMENT or T5G_ERROR_HANDLE, which name the
  * argument. A bug of the library gives T5G_ERROR_INTERNAL, after which the objects that took part in the call refuse
- * further calls. The memory described by a pointer and a length has to exist; that cannot be checked.
+  * further calls. The library cannot check that a pointer and a length describe valid memory.
  *
  * LIFETIMES. A handle (t5g_model *, t5g_result *, ...) is an opaque id, not an address; ids are never reused. Each
  * belongs to the caller and has a _free function, which ignores NULL and returns T5G_ERROR_HANDLE for a handle that was
@@ -136,7 +136,7 @@ enum {
     T5G_ERROR_TOKENIZER = 9,    /* text for a model without a usable tokenizer */
     T5G_ERROR_INPUT = 10,       /* invalid sources, targets or lengths */
     T5G_ERROR_OPTIONS = 11,     /* an invalid generation option */
-    T5G_ERROR_CONSTRAINT = 12,  /* a constraint that cannot be followed, such as a too complex grammar */
+    T5G_ERROR_CONSTRAINT = 12,  /* a constraint failed, such as a grammar that became too complex */
     T5G_ERROR_NOT_FINITE = 13,  /* NaN or infinite scores, from the model or a logits_processor */
     T5G_ERROR_ONNXRUNTIME = 14, /* ONNX Runtime failed */
     T5G_ERROR_CANCELLED = 15,   /* the call was cancelled, or a callback asked to stop */
@@ -204,10 +204,10 @@ typedef struct t5g_open_options {
     size_t size;
     const char *library;         /* the file of ONNX Runtime; NULL: search */
     const char *provider;        /* "cpu", "cuda", "tensorrt" or "nv-tensorrt-rtx"; NULL: "cpu" */
-    int64_t device;              /* the number of the GPU; T5G_UNSET: 0 */
+        int64_t device;              /* the GPU index; T5G_UNSET: 0 */
     int64_t threads;             /* T5G_UNSET: one per core */
     int64_t check_weights;       /* 1: check the hash of the weights file */
-    int64_t encoder_cache_bytes; /* cache of encoder results, for sources that are used again; 0: none */
+        int64_t encoder_cache_bytes; /* size of the cache of encoder outputs, for repeated sources; 0: no cache */
     /* The options above by the same names, each in one place, and more: "provider_options", an object of provider
      * options by their ONNX Runtime names; "engines", the folder with the engines of the model's serving plan;
      * "max_sources", "max_tokens" (source tokens) and "max_bytes", limits for what one call runs at a time (its rows
@@ -223,7 +223,7 @@ static inline t5g_open_options t5g_open_options_default(void) {
     return options;
 }
 
-/* Opens a model folder that t5gemma-export has written, for generation. `options` may be NULL. Opening verifies the
+/* Opens a model folder written by t5gemma-export, for generation. `options` may be NULL. Opening verifies the
  * files against the manifest; they must not change while the model is open. */
 t5g_error *t5g_model_open(const char *path, const t5g_open_options *options, t5g_model **model);
 
@@ -358,12 +358,12 @@ typedef struct t5g_position {
 
 /* Cancellation, deadline and callbacks of one call. Callbacks return 0 to continue; any other value ends the call with
  * T5G_ERROR_CANCELLED. They receive `user`, and must return normally: no longjmp, no C++ exception (t5gemma.hpp passes
- * those on). Their arguments are valid until they return. A callback that a function would never call is refused. */
+  * those on). Their arguments are valid until they return. A callback that a function would never call is an error. */
 typedef struct t5g_call {
     size_t size;
     void *user;
     t5g_cancellation *cancellation; /* NULL: none */
-    double deadline_seconds;        /* from now; 0: none; negative: passed. Unlike max_time, nothing is returned */
+        double deadline_seconds;        /* from now; 0: none; negative: passed. Unlike with max_time, the call fails */
     int64_t stream_text;            /* 1: pieces have text */
     int32_t (*on_piece)(void *user, const t5g_piece *piece);
     int32_t (*on_step)(void *user); /* after each decoder step; calls that only encode have one step */
@@ -387,7 +387,7 @@ static inline t5g_call t5g_call_default(void) {
 /* Cancels the calls that it was passed to, from any thread. It cannot be reset. */
 t5g_error *t5g_cancellation_new(t5g_cancellation **cancellation);
 t5g_error *t5g_cancellation_cancel(t5g_cancellation *cancellation);
-/* 1 if it was used, 0 if not, -1 if the handle is not a cancellation. */
+/* 1 if it was cancelled, 0 if not, -1 if the handle is not a cancellation. */
 int32_t t5g_cancellation_is_cancelled(const t5g_cancellation *cancellation);
 t5g_code t5g_cancellation_free(t5g_cancellation *cancellation);
 
@@ -398,19 +398,19 @@ t5g_code t5g_cancellation_free(t5g_cancellation *cancellation);
 t5g_error *t5g_model_generate(const t5g_model *model, const t5g_sources *sources, const t5g_generation_options *options,
                               const t5g_call *call, t5g_result **result);
 
-/* Generates a few tokens for random sources of the usual shapes, so that the first request does not take longer than
+/* Generates a few tokens for random sources of typical shapes, so that the first request does not take longer than
  * others. `call` may be NULL; its cancellation, deadline and on_step are used. */
 t5g_error *t5g_model_warm_up(const t5g_model *model, const t5g_call *call);
 
 /* Targets to score, one for each source. */
 typedef struct t5g_targets {
     size_t size;
-    const char *const *texts;  /* [rows]; the end token is scored after each */
+        const char *const *texts;  /* [rows]; the end token is appended and scored */
     const size_t *text_sizes;  /* [rows]; NULL: zero-terminated */
     const int64_t *target_ids; /* or the token ids of all rows, concatenated */
     const size_t *lengths;     /* [rows]: the length of each row */
-    int64_t without_end;       /* 1: no end token after texts */
-    int64_t output_attentions; /* 1: return cross_attentions; requires a model exported with --alignment */
+        int64_t without_end;       /* 1: append no end token to texts */
+        int64_t output_attentions; /* 1: return cross_attentions; requires a model exported with alignment */
     size_t rows;               /* the number of targets, for a check against the sources; 0: not checked */
     size_t target_ids_size;    /* the size of target_ids, for a check against lengths; 0: not checked */
 } t5g_targets;
@@ -423,7 +423,7 @@ static inline t5g_targets t5g_targets_default(void) {
 }
 
 /* Scores given targets. The result has one hypothesis for each source, with the log-probabilities of its tokens and of
- * the `top_logprobs` likeliest tokens at each position. `call` may be NULL; its cancellation, deadline and on_step are
+ * the `top_logprobs` most likely tokens at each position. `call` may be NULL; its cancellation, deadline and on_step are
  * used. */
 t5g_error *t5g_model_score(const t5g_model *model, const t5g_sources *sources, const t5g_targets *targets,
                            size_t top_logprobs, const t5g_call *call, t5g_result **result);
@@ -444,11 +444,11 @@ typedef struct t5g_hypothesis {
     const int64_t *tokens;   /* without prompt and padding, with the end token if there is one */
     size_t token_count;
     int64_t finish_reason;
-    double score;            /* of beam search: sequences_scores; else NAN */
+        double score;            /* with beam search, Hugging Face's sequences_scores; else NAN */
     double logprob;          /* of the whole target, with output_logprobs; else NAN */
     double perplexity;       /* with output_logprobs; else NAN */
-    const float *logprobs;   /* [token_count], before any processing; NULL without output_logprobs */
-    size_t top_count;        /* the number of likeliest tokens at each position */
+        const float *logprobs;   /* [token_count], before score processing; NULL without output_logprobs */
+        size_t top_count;        /* the number of most likely tokens at each position */
     const int64_t *top_tokens; /* [token_count, top_count], best first */
     const float *top_logprobs; /* [token_count, top_count] */
     size_t source_length;      /* the number of source tokens as given, padding included; 0 without output_attentions */
@@ -486,8 +486,8 @@ typedef struct t5g_engine_options {
     int64_t max_rows;    /* target rows in flight: the beams or samples of all sources */
     int64_t max_bytes;   /* memory for keys, values and logits of the rows in flight */
     int64_t max_waiting; /* requests in the queue: those with a source that has not been admitted */
-    /* [device_count]: the numbers of the GPUs to compute on, each with a copy of the model. On the model's own device,
-     * the model itself is used once; the other copies are opened now, which takes as long */
+    /* [device_count]: the indices of the GPUs to run on, each with a copy of the model. One copy on the model's own
+     * device is the model itself; the others are opened by t5g_engine_new, which takes as long as t5g_model_open */
     const int64_t *devices;
     size_t device_count;    /* 0: the model's own device only */
 } t5g_engine_options;
@@ -501,21 +501,21 @@ static inline t5g_engine_options t5g_engine_options_default(void) {
 }
 
 /* Starts a thread that generates for many requests at once: rows join between two steps and leave when they are
- * finished, and each gets the result that t5g_model_generate gives it alone. Best with models exported with --target
+ * finished, and each gets the same result as alone with t5g_model_generate. Best with models exported for the target
  * cpu, whose rows share every step. `options` may be NULL. With several devices, each has a thread, and all take rows
  * from one queue in the order of arrival, as soon as they have room. */
 t5g_error *t5g_engine_new(const t5g_model *model, const t5g_engine_options *options, t5g_engine **engine);
 
-/* Submits sources, to be polled. `options` and `call` may be NULL. The only callbacks that `call` may have are
- * logits_processor and prefix_allowed_tokens. They run on the engine's threads, on each for one row at a time, until
- * the caller has received the end of the request or has freed it. The cancellation and the deadline apply while the
- * request waits, too; a request whose deadline has passed is accepted and then fails. Requests are refused with
- * T5G_ERROR_FULL, T5G_ERROR_TOO_LARGE, T5G_ERROR_CLOSED or, if the cancellation was used, T5G_ERROR_CANCELLED. */
+/* Submits a request, whose events the caller polls. `options` and `call` may be NULL. The only callbacks that `call`
+ * may have are logits_processor and prefix_allowed_tokens. They run on the engine's threads, on each for one row at a
+ * time, until the caller has received the end of the request or has freed it. The cancellation and the deadline also
+ * apply while the request waits; a request whose deadline has passed is accepted and then fails. Requests are rejected
+ * with T5G_ERROR_FULL, T5G_ERROR_TOO_LARGE, T5G_ERROR_CLOSED or, if already cancelled, T5G_ERROR_CANCELLED. */
 t5g_error *t5g_engine_submit(const t5g_engine *engine, const t5g_sources *sources, const t5g_generation_options *options,
                              const t5g_call *call, t5g_request **request);
 
 enum {
-    T5G_EVENT_NONE = 0,  /* nothing happened within the time */
+        T5G_EVENT_NONE = 0,  /* no event within the given time */
     T5G_EVENT_PIECE = 1, /* a token of a row, or with token -1 the rest of its text */
     T5G_EVENT_ROW = 2,   /* a row is finished */
     T5G_EVENT_END = 3    /* all rows are finished, and all events were returned */
@@ -549,17 +549,17 @@ t5g_code t5g_request_free(t5g_request *request);
 /* Receives a result or an error, which the caller frees. */
 typedef void (*t5g_done)(void *user, t5g_result *result, t5g_error *error);
 
-/* Submits sources, with callbacks: on_piece and finally, exactly once, `done` run on a thread of the request, with
- * t5g_call.user; on_step is refused. logits_processor and prefix_allowed_tokens run as with t5g_engine_submit, and no
- * more once `done` is called. If this function fails, `done` is not called. */
+/* Submits a request with callbacks: on_piece and finally, exactly once, `done` run on the request's own thread, with
+ * t5g_call.user; on_step is an error. logits_processor and prefix_allowed_tokens run as with t5g_engine_submit, but
+ * never after `done` is called. If this function fails, `done` is not called. */
 t5g_error *t5g_engine_call(const t5g_engine *engine, const t5g_sources *sources, const t5g_generation_options *options,
                            const t5g_call *call, t5g_done done);
 
 typedef struct t5g_engine_counts {
     size_t size;             /* set by the caller */
     uint64_t submitted;      /* requests accepted so far */
-    uint64_t finished;       /* of these, answered */
-    uint64_t failed;         /* of these, ended with an error */
+    uint64_t finished;       /* requests that succeeded */
+    uint64_t failed;         /* requests that ended with an error */
     size_t waiting_requests; /* requests with a source that has not been admitted */
     size_t waiting_sources;
     size_t sources;          /* in flight */
@@ -585,19 +585,19 @@ t5g_error *t5g_engine_stats(const t5g_engine *engine, t5g_engine_counts *counts)
  * all copies. */
 t5g_error *t5g_engine_stats_of_copy(const t5g_engine *engine, size_t copy, t5g_engine_counts *counts);
 
-/* Accepts no more requests and waits until all accepted requests have ended; t5g_engine_stats is final then. Refused in
- * callbacks on the engine's threads (logits_processor, prefix_allowed_tokens), as is t5g_engine_shutdown: they would
+/* Stops accepting requests and waits until all accepted ones have ended; t5g_engine_stats is final then. This and
+ * t5g_engine_shutdown fail in callbacks on the engine's threads (logits_processor, prefix_allowed_tokens), which would
  * wait for themselves. */
 t5g_error *t5g_engine_drain(const t5g_engine *engine);
-/* Ends the engine at once: unfinished requests fail with T5G_ERROR_CANCELLED or T5G_ERROR_CLOSED. */
+/* Stops the engine immediately: unfinished requests fail with T5G_ERROR_CANCELLED or T5G_ERROR_CLOSED. */
 t5g_error *t5g_engine_shutdown(const t5g_engine *engine);
-/* Shuts the engine down and frees it; in a callback on one of its threads, without waiting for the end. */
+/* Shuts the engine down and frees it; called on one of its own threads, it does not wait for the end. */
 t5g_code t5g_engine_free(t5g_engine *engine);
 
 
 /* ---- Hidden states, embeddings, labels ---- */
 
-/* Numbers in the caller's buffers. With `values` NULL, a call computes nothing and only sets the sizes. */
+/* Results in the caller's buffers. If `values` is NULL, a call computes nothing and only sets the sizes. */
 typedef struct t5g_states {
     size_t size;             /* set by the caller, like the next four */
     float *values;
@@ -617,10 +617,10 @@ static inline t5g_states t5g_states_default(void) {
     return states;
 }
 
-/* The last hidden states of the encoder, [rows, length, hidden_size]; those of padding have no meaning. */
+/* The last hidden states of the encoder, [rows, length, hidden_size]; those of padding are meaningless. */
 t5g_error *t5g_model_encode(const t5g_model *model, const t5g_sources *sources, const t5g_call *call, t5g_states *states);
 
-/* Opens the encoder of a model, or the only graph of a model that was exported for another task than generation. */
+/* Opens the encoder of a model, or the only graph of a model that was not exported for generation. */
 t5g_error *t5g_encoder_open(const char *path, const t5g_open_options *options, t5g_encoder **encoder);
 t5g_error *t5g_encoder_describe(const t5g_encoder *encoder, t5g_text **json);
 t5g_error *t5g_encoder_tokenizer(const t5g_encoder *encoder, t5g_tokenizer **tokenizer);
@@ -667,7 +667,7 @@ t5g_error *t5g_stream_new(const t5g_tokenizer *tokenizer, int32_t special, t5g_s
 /* Returns the text that became final with a token; it may be empty, and is valid until the next call. `size` may be
  * NULL. */
 t5g_error *t5g_stream_push(t5g_stream *stream, int64_t token, const char **text, size_t *size);
-/* Returns the rest of the text, after which the stream starts again. */
+/* Returns the rest of the text and resets the stream. */
 t5g_error *t5g_stream_finish(t5g_stream *stream, const char **text, size_t *size);
 t5g_code t5g_stream_free(t5g_stream *stream);
 

@@ -15,10 +15,10 @@
 //         return 1;
 //     }
 //
-// OBJECTS own their handles and can be moved. Move assignment frees the previous handle; a moved-from object is refused
-// by name. Options, sources and targets own their data, except that encoder_outputs of a named object are not copied.
-// Spans and string_views point into the object that returned them, which therefore cannot be a temporary. Sizes that
-// belong together are compared before anything is read.
+// OBJECTS own their handles and can be moved. Move assignment frees the previous handle; passing a moved-from object is
+// an error that names it. Options, sources and targets own their data, except that encoder_outputs passed as an lvalue
+// are not copied. Spans and string_views point into the object that returned them, which therefore cannot be a
+// temporary. Sizes that belong together are compared before anything is read.
 //
 // ERRORS are thrown as t5g::Error. With T5GEMMA_EXPECTED defined before this header, functions return t5g::Expected<T>
 // instead, which holds a value or an Error, and this header throws nothing (also for -fno-exceptions). Files of both
@@ -50,7 +50,7 @@
 
 #include "t5gemma.h"
 
-// The inline namespace is named for the mode, so that the linker does not merge code of different modes.
+// The inline namespace is named after the mode, so that the linker does not merge code of different modes.
 #if !defined(T5GEMMA_EXPECTED)
 #define T5GEMMA_MODE throwing
 #elif defined(__cpp_exceptions)
@@ -203,7 +203,7 @@ using Returned = T;
 
 namespace detail {
 
-/// An argument that is refused before the C function is called.
+/// The error of an argument that is invalid before any C function is called.
 template <class T>
 Returned<T> refused(Error error) {
 #ifdef T5GEMMA_EXPECTED
@@ -440,7 +440,7 @@ struct GenerationOptions {
     }
 };
 
-/// Cancels calls from any thread. A moved-from one cancels nothing and is refused by calls.
+/// Cancels calls from any thread. A moved-from one cancels nothing, and calls reject it.
 class Cancellation {
 public:
     Cancellation() {
@@ -448,7 +448,7 @@ public:
         t5g_error *error = t5g_cancellation_new(&made);
         handle_ = detail::Handle<t5g_cancellation, t5g_cancellation_free>(made);
 #ifdef T5GEMMA_EXPECTED
-        // Without a handle, its use is refused.
+        // Without a handle, using it is an error.
         t5g_error_free(error);
 #else
         if (error != nullptr) throw Error(error);
@@ -512,7 +512,7 @@ public:
         decoder_texts_ = std::move(texts);
         return *this;
     }
-    /// The same as token ids, rows of one length.
+    /// The same as token ids, rows of equal length.
     Sources &decoder_ids(const std::vector<std::vector<std::int64_t>> &rows) {
         decoder_ids_.emplace();
         decoder_length_ = rows.empty() ? 0 : rows.front().size();
@@ -551,7 +551,7 @@ public:
     }
 
     std::size_t rows() const { return rows_; }
-    /// The first fields whose sizes contradict each other, if any.
+    /// The first fields with contradictory sizes, if any.
     std::optional<Error> wrong() const {
         if ((kind_ == Kind::Ragged && lengths_.size() != rows_) || (outputs_ && outputs_->is_kept && !states_))
             return detail::expected(T5G_ERROR_INPUT, "sources", "sources", "a moved-from object");
@@ -663,7 +663,7 @@ private:
 /// Targets to score, one for each source.
 class Targets {
 public:
-    /// Texts; the end token is scored after each, unless `without_end`.
+    /// Texts; the end token is appended and scored, unless `without_end`.
     static Targets texts(std::vector<std::string> texts, bool without_end = false) {
         Targets targets;
         targets.texts_ = std::move(texts);
@@ -732,11 +732,11 @@ struct Position {
     std::size_t prompt_length;
 };
 
-/// The time limit of a call, from now. A limit of 0 or less has passed already.
+/// The time limit of a call, from now. A limit of 0 or less has already passed.
 using Deadline = std::optional<std::chrono::duration<double>>;
 
 /// Cancellation, deadline and callbacks of one call of a model, an encoder or the engine. A callback that would never
-/// be called is refused.
+/// be called is an error.
 struct Call {
     /// Must outlive the call.
     Cancellation *cancellation = nullptr;
@@ -755,7 +755,7 @@ struct Call {
 
 namespace detail {
 
-/// The callbacks of a running call, and the first exception that one of them has thrown.
+/// The callbacks of a running call, and the first exception thrown by one of them.
 class Callbacks {
 public:
     /// For a call that has ended when the function returns.
@@ -870,7 +870,7 @@ private:
     template <class Work>
     std::int32_t guard(const char *name, std::int32_t otherwise, Work work) {
 #if defined(__cpp_exceptions)
-        // After the first exception no callback is called any more: the call is about to end.
+        // After the first exception, no further callback is called: the call is about to end.
         if (has_thrown_) return otherwise;
         try {
             return work();
@@ -922,7 +922,7 @@ struct Hypothesis {
     /// NAN if there is none, like the next two.
     double score, logprob, perplexity;
     Span<const float> logprobs;
-    /// The number of likeliest tokens at each position, best first.
+    /// The number of most likely tokens at each position, best first.
     std::size_t top_count;
     Span<const std::int64_t> top_tokens;
     Span<const float> top_logprobs;
@@ -1084,7 +1084,7 @@ public:
         if (auto wrong = detail::without_zero("messages", messages)) return detail::refused<std::string>(std::move(*wrong));
         return detail::text([&](t5g_text **given) { return t5g_model_chat(handle_.get(), messages.c_str(), given); });
     }
-    /// Runs the usual shapes once, so that the first request does not take longer than others.
+    /// Runs typical shapes once, so that the first request does not take longer than others.
     Returned<void> warm_up(const Call &call = {}) const {
         detail::Callbacks callbacks(call);
         if (auto wrong = callbacks.wrong()) return detail::refused<void>(std::move(*wrong));
@@ -1201,7 +1201,7 @@ private:
     detail::Handle<t5g_request, t5g_request_free> handle_;
 };
 
-/// Generates for many requests in one batch. Any number of threads may submit requests.
+/// Continuous batching: generates for many requests at once. Any number of threads may submit requests.
 class Engine {
 public:
     explicit Engine(t5g_engine *engine) : handle_(engine) {}
@@ -1216,7 +1216,7 @@ public:
         if (!devices.empty()) options.devices = std::move(devices);
         return start(model, options);
     }
-    /// Submits sources, to be polled.
+    /// Submits a request, whose events the caller polls.
     Returned<Request> submit(const Sources &sources, const GenerationOptions &options, Call call) const {
         auto kept = std::make_unique<detail::KeptCallbacks>(std::move(call));
         if (auto wrong = detail::first(sources.wrong(), options.wrong(), kept->wrong()))
@@ -1240,8 +1240,8 @@ public:
         call.cancellation = cancellation;
         return submit(sources, options, std::move(call));
     }
-    /// Submits sources, with callbacks on another thread: on_piece of `call`, then once `on_done` with the result or
-    /// the error, after which no callback is called any more.
+    /// Submits a request with callbacks on another thread: on_piece of `call`, then once `on_done` with the result or
+    /// the error, after which no callback is called.
     Returned<void> call(const Sources &sources, const GenerationOptions &options,
                         std::function<void(Expected<Result>)> on_done, Call call = {}) const {
         struct Told : detail::KeptCallbacks {
@@ -1319,7 +1319,7 @@ public:
         t5g_error *error = t5g_engine_stats_of_copy(handle_.get(), copy, &counts);
         return detail::returned<t5g_engine_counts>(error, [&] { return counts; });
     }
-    /// Accepts no more requests and waits until all accepted requests have ended.
+    /// Stops accepting requests and waits until all accepted ones have ended.
     Returned<void> drain() const { return detail::returned(t5g_engine_drain(handle_.get())); }
     /// Cancels all requests and ends the engine.
     Returned<void> shutdown() const { return detail::returned(t5g_engine_shutdown(handle_.get())); }

@@ -1,4 +1,4 @@
-//! The wall between Rust and C: no panic crosses it, and results become error handles, values or codes.
+//! The boundary between Rust and C: no panic crosses it, and results become error handles, values or codes.
 
 use std::any::Any;
 use std::ffi::{CStr, c_char};
@@ -35,7 +35,7 @@ pub fn fallible(work: impl FnOnce() -> Result<(), t5g_error>) -> Handle<t5g_erro
     }
 }
 
-/// A function that returns a value, and `otherwise` where it cannot.
+/// A function that returns a value, or `otherwise` on failure.
 pub fn value<T>(otherwise: T, work: impl FnOnce() -> Result<T, t5g_error>) -> T {
     guarded(work).unwrap_or(otherwise)
 }

@@ -136,7 +136,7 @@ impl Call {
         })
     }
 
-    /// Refuses callbacks that would never be called.
+    /// Rejects callbacks that would never be called.
     pub fn of(self, role: Role) -> Result<Call, t5g_error> {
         let t5g_call { on_piece, on_step, logits_processor, prefix_allowed_tokens, .. } = self.given;
         let (pieces, steps) = (("on_piece", on_piece.is_some()), ("on_step", on_step.is_some()));
@@ -147,7 +147,7 @@ impl Call {
         let (refused, why): (&[(&str, bool)], _) = match role {
             Role::Scores | Role::Encodes => (&[pieces, changes[0], changes[1]], "nothing is generated"),
             Role::Submits => (&[pieces, steps], "t5g_request_poll returns these events"),
-            Role::Reports => (&[steps], "steps are those of many requests; on_piece reports this one"),
+            Role::Reports => (&[steps], "steps of an engine serve many requests; use on_piece"),
         };
         match refused.iter().find(|(_, is_given)| *is_given) {
             Some((name, _)) => Err(t5g_error::argument(&format!("call.{name}"), format!("NULL ({why})"), "a function")),
@@ -155,7 +155,7 @@ impl Call {
         }
     }
 
-    /// Fails if the caller's cancellation was used.
+    /// Fails if the caller's cancellation was cancelled.
     pub fn check_cancellation(&self) -> Result<(), Error> {
         match &self.cancellation {
             Some(cancellation) if cancellation.is_used() => Err(Error::Cancelled),

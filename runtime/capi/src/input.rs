@@ -1,5 +1,5 @@
 //! Checked arguments: texts, arrays, structs that begin with their size, and places for outputs. All reading and
-//! writing through the caller's pointers is here. That the memory exists is the caller's promise.
+//! writing through the caller's pointers is here; the caller guarantees that the memory is valid.
 
 use std::ffi::{CStr, c_char};
 use std::mem::{align_of, size_of};
@@ -130,10 +130,10 @@ impl<T: Fields> Record<T> {
         let words = unsafe { slice::from_raw_parts(self.0.cast::<u64>(), size / 8) };
         if words.len() > own / 8 && words[own / 8..].iter().any(|word| ![0, UNSET as u64, UNSET_NUMBER].contains(word))
         {
-            let found = format!("{size} bytes with more fields set");
+            let found = format!("{size} bytes with later fields set (link a newer libt5gemma)");
             return Err(t5g_error::argument(
                 &format!("{name}.size"),
-                format!("the fields that this library knows, {own} bytes"),
+                format!("at most the {own} bytes that this library knows"),
                 found,
             ));
         }
@@ -236,7 +236,11 @@ fn check_pointer<T>(pointer: *const T, name: &str) -> Result<(), t5g_error> {
         return Err(t5g_error::argument(name, "a pointer", "NULL"));
     }
     if !pointer.is_aligned() {
-        return Err(t5g_error::argument(name, format!("a pointer aligned to {} bytes", align_of::<T>()), "another"));
+        return Err(t5g_error::argument(
+            name,
+            format!("a pointer aligned to {} bytes", align_of::<T>()),
+            "a misaligned one",
+        ));
     }
     Ok(())
 }

@@ -1,10 +1,10 @@
-//! The C library, `libt5gemma`. Its document is `include/t5gemma.h`; the files here have its order. A function converts
+//! The C library, `libt5gemma`. `include/t5gemma.h` documents it; the files here follow its order. A function converts
 //! its arguments, calls the runtime, and converts the result.
 //!
 //! # Design
 //! Arguments arrive as the types of `input.rs` (`Text`, `Array`, `Record`, `Out`) or as a `Handle`, whose methods check
-//! them. The other `unsafe` code reads the array that a callback returns, and registers handlers for fork. That memory
-//! is as long as the header says is the caller's promise. Handles are ids into a table, so that freed handles and
+//! them. The other `unsafe` code reads the array that a callback returns, and registers handlers for fork. The caller
+//! guarantees that memory is as large as the header says. Handles are ids into a table, so that freed handles and
 //! handles of another type are recognized.
 
 // The header is the documentation, with C's naming conventions.

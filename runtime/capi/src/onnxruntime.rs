@@ -1,4 +1,4 @@
-//! ONNX Runtime: the search beside this library, its log messages, and a report.
+//! ONNX Runtime: the search next to this library, its log messages, and a report.
 
 use std::collections::VecDeque;
 use std::ffi::{CStr, OsStr, c_char, c_void};

@@ -75,14 +75,14 @@ pub fn open_options(options: Record<t5g_open_options>) -> Result<OpenOptions, t5
             }
             "device" => {
                 let device = integer()?.try_into();
-                options.provider.device = device.map_err(|_| refused("the number of a device"))?;
+                options.provider.device = device.map_err(|_| refused("a GPU index"))?;
             }
             "provider_options" => {
                 let given = value.as_object().ok_or_else(|| refused("an object of the provider's options"))?;
                 let text = |value: &Value| match value {
                     Value::String(text) => Ok(text.clone()),
                     Value::Number(number) => Ok(number.to_string()),
-                    _ => Err(refused("an object of texts and numbers")),
+                    _ => Err(refused("an object of strings and numbers")),
                 };
                 let given = given.iter().map(|(name, value)| Ok((name.clone(), text(value)?)));
                 options.provider.options = given.collect::<Result<_, t5g_error>>()?;
@@ -91,12 +91,8 @@ pub fn open_options(options: Record<t5g_open_options>) -> Result<OpenOptions, t5
             "check_weights" => options.check_weights = value.as_bool().ok_or_else(|| refused("true or false"))?,
             "encoder_cache_bytes" => options.encoder_cache_bytes = integer()?,
             _ => {
-                return Err(t5g_error::expected(
-                    t5g_code::Options,
-                    &name,
-                    "the name of an option of t5g_open_options",
-                    "an unknown name",
-                ));
+                let message = format!("{name}: unknown option of t5g_open_options");
+                return Err(t5g_error::new(t5g_code::Options, message).at(&name));
             }
         }
     }

@@ -104,7 +104,7 @@ impl t5g_targets {
     }
 }
 
-/// A model, as far as reading sources needs it.
+/// What reading sources needs to know about a model.
 pub struct Reader<'a> {
     pub tokenizer: &'a dyn Fn() -> Result<&'a Tokenizer, Error>,
     /// The chat template.
@@ -187,7 +187,7 @@ impl Reader<'_> {
         };
         if !given.attention_mask.is_null() || given.length > 0 {
             let name = if given.length > 0 { "sources.length" } else { "sources.attention_mask" };
-            return Err(t5g_error::expected(t5g_code::Input, name, "0 or NULL with lengths", "another value"));
+            return Err(t5g_error::expected(t5g_code::Input, name, "0 or NULL when lengths is set", "another value"));
         }
         let of_size = (given.input_ids_size, "sources.input_ids_size");
         let rows = ragged(&given.input_ids, lengths, "sources.input_ids", of_size)?;

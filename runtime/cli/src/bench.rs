@@ -1,5 +1,5 @@
-//! `t5gemma bench`: how fast a model is on this machine, and how near to what the machine's memory allows. One case
-//! from flags, or the cases of a request file (`protocol.rs`); what the machine says of itself is `machine.rs`.
+//! `t5gemma bench`: how fast a model is on this machine, and how close to the memory bandwidth limit. Measures one case
+//! from flags, or the cases of a request file (`protocol.rs`); `machine.rs` measures the machine.
 
 mod encoder;
 mod machine;
@@ -24,14 +24,14 @@ use crate::opening::{ModelArguments, Opening, RuntimeArguments};
 use crate::progress::counter;
 use machine::{Memory, now_ns, read_bandwidth};
 
-/// Measure the speed of a model on this machine
+/// Benchmark a model on this machine
 ///
-/// Sources are random and of one length, and targets have exactly --max-new-tokens tokens: no end token is chosen.
-/// Measures the time to open the model and to its first token, then repeatedly the time of encoding, of the first
-/// token, of each further step and of whole calls, the memory of this process, and how fast the machine reads memory,
-/// compared with the bytes that a step must read. Of the model's own generation settings, only the token ids are used.
+/// Sources are random tokens of equal length, and every target has exactly --max-new-tokens tokens: end tokens are
+/// suppressed. Measures the time to open the model and to its first token; then, repeatedly, the time of encoding, of
+/// the first token, of each further step and of whole calls; then the memory of this process, and the machine's read
+/// bandwidth compared with the bytes that a step must read. Uses only the token ids of the model's generation config.
 ///
-/// Of a model exported with --task feature-extraction, only encoding is measured.
+/// For a model exported with --task feature-extraction, measures only encoding.
 ///
 /// With --request, measures the cases of a JSON file and writes their times as JSON, so that one harness can compare
 /// several runtimes.
@@ -56,7 +56,7 @@ pub struct Arguments {
     runtime: RuntimeArguments,
 }
 
-/// What is measured from flags.
+/// The case to measure.
 #[derive(clap::Args)]
 struct Workload {
     /// Number of sources
@@ -123,14 +123,14 @@ const PROTOCOL: &str = r#"Files of --request and --response:
              "steps_ns"?}, ...], "ttft": [...], "generate": [...],
              "ids": [[...], ...], "scores": [...] or null, "error"?}, ...]}
 
-Times are those of the monotonic clock. With "gate", a run waits until other processes use less than "busy" of the machine, and is repeated if they used much of it ("foreign"), up to "tries" times.
+Times are from the monotonic clock. With "gate", a run waits until other processes use less than "busy" of the machine, and is repeated if they used much of it ("foreign"), up to "tries" times.
 
 Examples:
   Measure greedy search, then eight sources with four beams:
     t5gemma bench model
     t5gemma bench model --batch-size 8 --num-beams 4
 
-  Compare the numbers of threads:
+  Compare thread counts:
     for n in 1 2 4; do t5gemma bench model --threads $n --json > $n.json; done"#;
 
 /// Runs the command.
@@ -140,7 +140,7 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     }
     let start = now_ns();
     let mut opening = Opening::new(arguments.model, arguments.runtime);
-    // One batch is measured, whatever memory it takes.
+    // Measure one batch, whatever memory it takes.
     opening.limits = Limits::NONE;
     if let Task::FeatureExtraction(_) = task_of(opening.path())? {
         return encoder::run(&opening, &arguments.workload, arguments.json, cancel);
@@ -151,7 +151,7 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     case.generate(&model, 1, cancel)?;
     let first_token = now_ns();
     let measured = measure(&model, &case, &arguments.workload, cancel)?;
-    // Before the bandwidth is measured, which takes memory of its own.
+    // Before the bandwidth, since measuring that takes memory too.
     let memory = Memory::now();
     let bandwidth = read_bandwidth(opening.runtime.threads.unwrap_or(usize::MAX), cancel)?;
     let report = Report {
@@ -171,17 +171,17 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     Ok(Outcome::Done)
 }
 
-/// Something to generate, always to its full length.
+/// A batch to generate for, always to the full length.
 struct Case {
     batch: Batch,
-    /// How, but not how much.
+    /// The options except the length.
     options: GenerationConfig,
-    /// How much.
+    /// Number of tokens to generate per target.
     tokens: usize,
 }
 
 impl Case {
-    /// Random sources, the same ones every time.
+    /// Random sources, the same every time.
     fn random(model: &Model, workload: &Workload) -> Result<Case> {
         let (rows, length) = (workload.batch_size as usize, workload.source_length as usize);
         let longest = model.facts().encoder.max_position_embeddings;
@@ -202,14 +202,14 @@ impl Case {
         Ok(Case { batch, options, tokens: workload.max_new_tokens as usize })
     }
 
-    /// Plain greedy or beam search with the model's token ids and nothing else of its own.
+    /// Plain greedy or beam search; of the model's own options, only the token ids.
     fn options(model: &Model, num_beams: usize) -> GenerationConfig {
         let mut options = model.generation_config().plain();
         options.num_beams = num_beams;
         options
     }
 
-    /// Generates `tokens` tokens a row, with the moments at which each step's were chosen.
+    /// Generates `tokens` tokens per row and records when each step's tokens were chosen.
     fn generate(&self, model: &Model, tokens: usize, cancel: &Cancellation) -> Result<Generated, Error> {
         let mut options = self.options.clone();
         (options.max_new_tokens, options.min_new_tokens) = (Some(tokens), Some(tokens));
@@ -224,7 +224,7 @@ impl Case {
     }
 }
 
-/// Tokens drawn from a vocabulary without its first four, which have meanings of their own.
+/// Random tokens from a vocabulary, except its first four, which are special.
 fn random_tokens(vocab_size: usize, count: usize) -> Vec<i64> {
     let first = 4.min(vocab_size - 1);
     let mut state = 0u64;
@@ -239,7 +239,7 @@ fn random_tokens(vocab_size: usize, count: usize) -> Vec<i64> {
     (0..count).map(|_| first as i64 + (random() % (vocab_size - first) as u64) as i64).collect()
 }
 
-/// A generation with its moments, by [`now_ns`].
+/// The results of a generation, with times by [`now_ns`].
 struct Generated {
     start: u64,
     end: u64,
@@ -273,13 +273,13 @@ fn milliseconds(from: u64, to: u64) -> f64 {
 struct Times(Vec<f64>);
 
 impl Times {
-    /// None of none, and of a clock that did not tell.
+    /// `None` if there are no times.
     fn of(mut times: Vec<f64>) -> Option<Times> {
         times.sort_by(f64::total_cmp);
         (!times.is_empty()).then_some(Times(times))
     }
 
-    /// The smallest time that `share` of all do not exceed.
+    /// The smallest time that at least a fraction `share` of all times do not exceed.
     fn quantile(&self, share: f64) -> f64 {
         let rank = (share * self.0.len() as f64).ceil() as usize;
         self.0[rank.clamp(1, self.0.len()) - 1]
@@ -294,7 +294,7 @@ impl Times {
         json!({"min": min, "median": median, "p90": p90, "p99": p99, "count": self.0.len()})
     }
 
-    /// As [`Times::COLUMNS`].
+    /// The values of [`Times::COLUMNS`].
     fn row(&self) -> [f64; 4] {
         [self.0[0], self.median(), self.quantile(0.9), self.quantile(0.99)]
     }
@@ -329,7 +329,7 @@ fn measure(model: &Model, case: &Case, workload: &Workload, cancel: &Cancellatio
         runs.inc(1);
     }
     runs.finish_and_clear();
-    let measured = "every run is measured, and generates a token at least";
+    let measured = "at least one run is measured, and each generates at least one token";
     Ok(Measured {
         encode: Times::of(encode).expect(measured),
         first_token: Times::of(first_token).expect(measured),
@@ -338,10 +338,10 @@ fn measure(model: &Model, case: &Case, workload: &Workload, cancel: &Cancellatio
     })
 }
 
-/// Bytes that a step after the first cannot do without reading.
+/// Bytes that every step after the first must read.
 struct StepBytes {
     weights: u64,
-    /// Keys and values of the sources, and of the targets at half of their length.
+    /// Keys and values of the sources, and of the targets at half their length.
     caches: u64,
 }
 
@@ -349,8 +349,8 @@ impl StepBytes {
     fn of(model: &Model, case: &Case) -> StepBytes {
         let (manifest, decoder) = (model.manifest(), &model.facts().decoder);
         let used: Vec<&str> = manifest.graphs["decoder_with_past"].weights.iter().map(String::as_str).collect();
-        // Of an embedding that is not also the head, a step reads only the rows of its tokens.
-        // By place: what is the embedding table to one operator and the head to another is read once.
+        // A step reads only a few rows of an embedding that is not also the output head. Keyed by offset: a tied
+        // embedding and head are read once.
         let weights: BTreeMap<u64, u64> = (manifest.weights.tensors.iter())
             .filter(|tensor| used.contains(&tensor.name.as_str()) && tensor.role != Role::DecoderEmbedding)
             .map(|tensor| (tensor.offset, tensor.bytes))
@@ -379,12 +379,12 @@ struct Report {
 }
 
 impl Report {
-    /// New tokens of all returned rows in a second of the median call.
+    /// New tokens per second over all returned rows, in the median call.
     fn tokens_per_second(&self, case: &Case) -> f64 {
         (case.batch.rows() * case.tokens) as f64 / self.measured.call.median() * 1e3
     }
 
-    /// The least milliseconds that reading a step's bytes takes, and the share of the median step that this is.
+    /// The least time in milliseconds that reading a step's bytes takes, and its share of the median step.
     fn limit(&self) -> Option<(f64, Option<f64>)> {
         let limit = self.step.total() as f64 / self.bandwidth? * 1e3;
         Some((limit, self.measured.step.as_ref().map(|step| limit / step.median())))
@@ -439,7 +439,7 @@ impl Report {
             (Some(bandwidth), Some((limit, share))) => {
                 let share =
                     share.map_or_else(String::new, |share| format!(", {:.0}% of the median step", share * 100.0));
-                format!("{:.1} GB/s: {limit:.2} ms for what a step must read{share}", bandwidth / 1e9)
+                format!("{:.1} GB/s: {limit:.2} ms to read what a step needs{share}", bandwidth / 1e9)
             }
             _ => not_available(),
         };
@@ -448,8 +448,8 @@ impl Report {
             ("model", format!("{}: {}, {}", opening.path().display(), manifest.target, manifest.dtype)),
             ("sources", format!("{} of {} tokens", case.batch.rows(), case.batch.length())),
             ("targets", format!("{} tokens, num_beams {}", case.tokens, case.options.num_beams)),
-            ("runs", format!("{} after {} for warming up; threads: {threads}", workload.repeat, workload.warmup)),
-            ("open", format!("{:.0} ms, until the first token {:.0} ms", self.open_ms, self.open_to_first_token_ms)),
+            ("runs", format!("{} after {} warm-up runs; threads: {threads}", workload.repeat, workload.warmup)),
+            ("open", format!("{:.0} ms; first token after {:.0} ms", self.open_ms, self.open_to_first_token_ms)),
             ("ms", Times::COLUMNS.map(|column| format!("{column:>10}")).concat()),
             ("  encode", times(Some(&measured.encode))),
             ("  first token", times(Some(&measured.first_token))),

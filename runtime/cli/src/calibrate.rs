@@ -1,4 +1,4 @@
-//! `t5gemma calibrate`: activation ranges for an 8-bit export.
+//! `t5gemma calibrate`: measures activation ranges for an 8-bit export.
 
 use std::fs;
 use std::path::PathBuf;
@@ -10,6 +10,7 @@ use t5gemma_runtime::{Calibration, Cancellation, GenerationConfig, task_of};
 
 use crate::chat::Chat;
 use crate::exit::Outcome;
+use crate::flag_errors;
 use crate::opening::{ModelArguments, Opening, RuntimeArguments};
 use crate::progress::counter;
 use crate::requests::{self, Kind};
@@ -17,8 +18,8 @@ use crate::tensors::{Aside, write_text};
 
 /// Measure activation ranges for an 8-bit export
 ///
-/// The model must be exported with --observe. The texts should be like those that will be served: each is run alone, by
-/// a model that generates together with the target that it generates. `t5gemma-export --calibrate` reads the file.
+/// The model must be exported with --observe, and the texts should be representative of real requests. Each runs alone;
+/// a generation model first generates its target. `t5gemma-export --calibrate` reads the file.
 #[derive(clap::Args)]
 #[command(after_long_help = "\
 Examples:
@@ -38,9 +39,9 @@ pub struct Arguments {
     /// File to write
     #[arg(short, long, value_name = "RANGES.json", help_heading = "Output")]
     output: PathBuf,
-    /// Percentile of the texts' largest numbers to write as the range
+    /// Percentile of the per-text maxima to write as the range
     ///
-    /// Below 100, rare large numbers are cut off, so that the others are rounded less.
+    /// Values below 100 clip rare outliers, so that other activations keep more precision.
     #[arg(long, value_name = "P", help_heading = "Output", default_value_t = 100.0)]
     percentile: f64,
     #[command(flatten)]
@@ -51,7 +52,10 @@ pub struct Arguments {
 pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     let Arguments { model, runtime, texts, output, max_new_tokens, percentile } = arguments;
     let opening = Opening::new(model, runtime);
-    ensure!(percentile > 0.0 && percentile <= 100.0, "--percentile: expected more than 0 to 100, found {percentile}");
+    ensure!(
+        percentile > 0.0 && percentile <= 100.0,
+        "--percentile: expected a number above 0, up to 100, found {percentile}"
+    );
     let task = task_of(opening.path())?;
     let (model, chat, encoder);
     let (mut calibration, reader, kind, defaults): (_, &dyn Tokenize, _, _) = match task.is_generation() {
@@ -60,7 +64,7 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
             let length = json!({"max_new_tokens": max_new_tokens.unwrap_or(64)});
             let defaults = model.generation_config().with_json(length.as_object().context("written above")?)?;
             chat = Chat::new(opening.path(), &model);
-            (Calibration::new(&model)?, &chat, Kind::Generate, defaults)
+            (Calibration::new(&model).map_err(flag_errors::of_calibration)?, &chat, Kind::Generate, defaults)
         }
         false => {
             ensure!(
@@ -71,7 +75,8 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
             encoder = opening.open_encoder()?;
             let mut defaults = GenerationConfig::default();
             defaults.pad_token_id = encoder.pad_token_id();
-            (Calibration::of_encoder(&encoder)?, &encoder, Kind::Encode { truncates: false }, defaults)
+            let calibration = Calibration::of_encoder(&encoder).map_err(flag_errors::of_calibration)?;
+            (calibration, &encoder, Kind::Encode { truncates: false }, defaults)
         }
     };
     let output = Aside::create(&output)?;
@@ -92,7 +97,7 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     }
     done.finish_and_clear();
     let ranges = calibration.ranges(percentile);
-    ensure!(ranges.texts > 0, "{}: expected a request a line, found none", texts.display());
+    ensure!(ranges.texts > 0, "{}: expected one request per line, found none", texts.display());
     write_text(output, &(serde_json::to_string_pretty(&ranges)? + "\n"))?;
     Ok(Outcome::Done)
 }

@@ -1,4 +1,4 @@
-//! Conversations as sources: the chat template of a model folder, opened for the first conversation.
+//! Conversations as sources: the chat template of a model folder, opened when the first conversation needs it.
 
 use std::path::Path;
 use std::sync::OnceLock;
@@ -13,7 +13,7 @@ pub struct Chat<'a> {
     folder: &'a Path,
     template: OnceLock<ChatTemplate>,
     takes_texts: bool,
-    /// The system turn of conversations that have none.
+    /// The system turn for conversations that have none.
     system: Option<String>,
 }
 
@@ -23,8 +23,7 @@ impl<'a> Chat<'a> {
         Chat { model, folder, template: OnceLock::new(), takes_texts: false, system: None }
     }
 
-    /// Treats texts as turns of the user if `takes_texts` is set, and gives conversations without a system turn this
-    /// one.
+    /// Treats texts as user turns if `takes_texts` is set, and adds `system` to conversations without a system turn.
     pub fn with(self, takes_texts: bool, system: Option<String>) -> Chat<'a> {
         Chat { takes_texts, system, ..self }
     }

@@ -17,9 +17,9 @@ use crate::requests::{Kind, Refused, Requests};
 
 /// Label texts or their tokens
 ///
-/// A model of the task text-classification labels each text: a line with the best labels and their scores, separated by
-/// tabs. A model of the task token-classification labels each token: a line with the token, the label and the score,
-/// and an empty line after each text. With --jsonl, requests and results are JSON lines, described below.
+/// A text-classification model prints one line per text: its best labels with their scores, separated by tabs. A
+/// token-classification model prints one line per token: the token, its label and the score, with an empty line after
+/// each text. With --jsonl, requests and results are JSON lines, described below.
 #[derive(clap::Args)]
 #[command(after_long_help = JSON_LINES)]
 pub struct Arguments {
@@ -31,13 +31,13 @@ pub struct Arguments {
     /// Read requests and write results as JSON lines
     #[arg(long, help_heading = "Input", conflicts_with = "texts")]
     jsonl: bool,
-    /// Number of labels of each text or token, best first
+    /// Number of labels per text or token, best first
     #[arg(long, value_name = "N|all", help_heading = "Output", default_value = "1", value_parser = top_k)]
     top_k: usize,
-    /// Function that turns logits into scores [default: the model's, or softmax]
+    /// Function that turns logits into scores [default: depends on the model]
     ///
-    /// By the model's problem_type, the default is sigmoid for several labels at once or a single one, and none for
-    /// regression.
+    /// For text classification, the model's problem_type decides: sigmoid for multi-label models and for models with a
+    /// single label, none for regression, softmax for the others.
     #[arg(
         long,
         value_name = "NAME",
@@ -47,7 +47,7 @@ pub struct Arguments {
     function_to_apply: Option<String>,
     /// Maximum number of sources in a batch
     ///
-    /// The sources of a larger request run in several batches.
+    /// Larger requests run in several batches.
     #[arg(
         long,
         value_name = "ROWS",
@@ -69,7 +69,7 @@ Each line of stdin is a request, each line of stdout its result, in the same ord
             "score"}, ...]}, ...], ...], "usage"}
   or       {"id", "error"}
 
-"labels" has a list for each source, best first. "token" is a token's id and "text" its entry of the vocabulary; padding is left out. "usage" counts "source_tokens".
+"labels" has one list per source, best first. "token" is a token's id and "text" its vocabulary entry; padding is left out. "usage" counts "source_tokens".
 
 Examples:
   Label texts, with the scores of all labels:
@@ -134,7 +134,7 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     }
 }
 
-/// What is said of a row: of the source whole, or of its tokens.
+/// The scores of a row: of the whole source, or of each token.
 enum Row {
     Source(Vec<f32>),
     Tokens(Vec<(i64, Vec<f32>)>),
@@ -151,7 +151,7 @@ struct Classifying<'a> {
 type Answer = Result<(TokenizedRequest, Vec<Row>), Refused>;
 
 impl Classifying<'_> {
-    /// Answers requests as one batch; should it be refused, each alone, so that the error falls to the one at fault.
+    /// Answers requests as one batch; if it fails, each alone, so that only the one at fault fails.
     fn answers(&self, group: Vec<Result<TokenizedRequest, Refused>>) -> Result<Vec<Answer>> {
         let requests: Vec<&TokenizedRequest> = group.iter().flatten().collect();
         let mut together = match self.rows(&requests) {
@@ -195,7 +195,7 @@ impl Classifying<'_> {
         Ok(logits.outer_iter().enumerate().map(row).collect())
     }
 
-    /// The best labels with their scores; the first of equals comes first.
+    /// The best labels with their scores; ties keep the model's order.
     fn best(&self, scores: &[f32]) -> Vec<(&str, f32)> {
         let mut labels: Vec<(&str, f32)> = self.labels.iter().map(String::as_str).zip(scores.iter().copied()).collect();
         labels.sort_by(|(_, a), (_, b)| b.total_cmp(a));

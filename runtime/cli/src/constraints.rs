@@ -1,5 +1,5 @@
-//! Constraints on the command line: flags that hold a text or name a file, and become the JSON value of a request's
-//! option.
+//! Constraints on the command line: flags that hold a text or name a file. Their content becomes the JSON value of a
+//! request option.
 
 use std::path::Path;
 
@@ -10,7 +10,7 @@ use serde_json::Value;
 use crate::exit::bail_usage;
 use crate::files;
 
-/// The way from a flag's text to the option's value.
+/// How a flag's text becomes the option's value.
 #[derive(Clone, Copy)]
 enum Reading {
     /// The text itself.
@@ -21,7 +21,7 @@ enum Reading {
     JsonOrFile,
     /// The lines of a file, or a JSON list in it.
     Lines,
-    /// A JSON list, or else one text.
+    /// A JSON list, or a single text.
     List,
 }
 
@@ -31,10 +31,15 @@ const FLAGS: &[(&str, &str, Reading, &str)] = &[
         "json_schema",
         "FILE|JSON",
         Reading::JsonOrFile,
-        "Generate JSON that satisfies this schema, which is a file or begins with {",
+        "Generate JSON that satisfies this JSON Schema: a file, or text that begins with {",
     ),
-    ("regex", "REGEX", Reading::Text, "Generate a text that matches this regular expression as a whole"),
-    ("grammar", "FILE", Reading::File, "Generate a text of the Lark grammar in this file, in llguidance's variant"),
+    ("regex", "REGEX", Reading::Text, "Generate text that matches this regular expression in full"),
+    (
+        "grammar",
+        "FILE",
+        Reading::File,
+        "Generate text accepted by the grammar in this file, in llguidance's variant of Lark",
+    ),
     (
         "allowed_sequences",
         "FILE",
@@ -45,7 +50,7 @@ const FLAGS: &[(&str, &str, Reading, &str)] = &[
         "required_phrases",
         "TEXT|JSON",
         Reading::List,
-        "Generate a text that contains this text, or each element of a JSON list such as [\"text\", [5, 6]]",
+        "Generate text that contains this text, or every element of a JSON list such as [\"text\", [5, 6]]",
     ),
 ];
 

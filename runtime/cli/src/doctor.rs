@@ -1,4 +1,4 @@
-//! `t5gemma doctor`: which ONNX Runtime is used, and what to do if there is none.
+//! `t5gemma doctor`: which ONNX Runtime is used, and what to do if none is found.
 
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -8,20 +8,20 @@ use t5gemma_runtime::{Provider, ProviderConfig, ProviderProbe, onnxruntime, prob
 
 use crate::exit::Outcome;
 
-/// Show which ONNX Runtime is used, and what is missing
+/// Show which ONNX Runtime is used and what is missing
 ///
-/// Shows the CPU instructions of the kernels, where ONNX Runtime was searched for, its version, and for each execution
-/// provider whether it is available or why not.
+/// Shows the CPU instruction sets that the kernels use, where ONNX Runtime was searched for, its version, and for each
+/// execution provider whether it is available and, if not, why.
 #[derive(clap::Args)]
 #[command(after_long_help = "\
 Examples:
   t5gemma doctor
   t5gemma doctor --onnxruntime /opt/onnxruntime/lib/libonnxruntime.so")]
 pub struct Arguments {
-    /// ONNX Runtime library to check instead of searching
+    /// ONNX Runtime library to check, instead of searching for one
     #[arg(long, value_name = "FILE", help_heading = "Runtime")]
     onnxruntime: Option<PathBuf>,
-    /// Number of the GPU to check
+    /// GPU index to check
     #[arg(long, value_name = "N", help_heading = "Runtime", default_value_t = 0)]
     device: u32,
 }
@@ -32,13 +32,13 @@ pub fn run(arguments: Arguments) -> Result<Outcome> {
     let mut out = io::stdout().lock();
     writeln!(out, "t5gemma {}", env!("CARGO_PKG_VERSION"))?;
     match t5gemma_runtime::instructions() {
-        Ok(instructions) => writeln!(out, "kernels for a CPU use {instructions}")?,
+        Ok(instructions) => writeln!(out, "CPU kernels use {instructions}")?,
         Err(error) => {
             writeln!(out, "{error}")?;
             return Ok(Outcome::SomeFailed);
         }
     }
-    writeln!(out, "looked for ONNX Runtime, in order of precedence:")?;
+    writeln!(out, "searched for ONNX Runtime, in order of precedence:")?;
     for place in &report.searched {
         writeln!(out, "  {:<24} {}: {}", place.why, place.path.display(), place.found)?;
     }

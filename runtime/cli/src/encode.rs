@@ -1,4 +1,4 @@
-//! `t5gemma encode`: encoder hidden states, or one vector for each text, into a file.
+//! `t5gemma encode`: writes encoder hidden states, or one vector per text, to a file.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -20,12 +20,12 @@ use crate::tensors::{Aside, Numbers, write_npy, write_safetensors};
 
 /// Write hidden states or embeddings of texts to a file
 ///
-/// The texts are arguments or, without arguments, the lines of stdin; a text's id is its number from 0. With --jsonl,
-/// each line of stdin is a request {"id"?, "text" | "input_ids", "attention_mask"?}, and blank lines are skipped. The
-/// reason of a request that fails is on stderr; it is left out of a .safetensors file, and no .npy file is written,
-/// because its rows have no ids.
+/// The texts are the arguments or, without any, the lines of stdin; a text's id is its number, from 0. With --jsonl,
+/// each line of stdin is a request {"id"?, "text" | "input_ids", "attention_mask"?}, and blank lines are skipped. If a
+/// request fails, the reason is on stderr; a .safetensors file is written without it, a .npy file is not written at
+/// all, because its rows have no ids.
 ///
-/// The model may be one that generates, or one exported with --task feature-extraction.
+/// The model may be a generation model, or one exported with --task feature-extraction.
 #[derive(clap::Args)]
 #[command(after_long_help = FILES)]
 pub struct Arguments {
@@ -37,29 +37,29 @@ pub struct Arguments {
     /// Read requests as JSON lines
     #[arg(long, help_heading = "Input", conflicts_with = "texts")]
     jsonl: bool,
-    /// Maximum length of a source in tokens; a longer one fails unless --truncation is given
+    /// Maximum length of a source in tokens; longer sources fail without --truncation
     #[arg(long, value_name = "N", help_heading = "Input", value_parser = clap::value_parser!(u32).range(1..))]
     max_length: Option<u32>,
     /// Truncate longer sources on the right to --max-length
     #[arg(long, help_heading = "Input", requires = "max_length")]
     truncation: bool,
-    /// Pad the sources of a request to the longest of them, or every source to --max-length
+    /// Pad sources to the longest of their request, or to --max-length
     #[arg(long, value_name = "TO", help_heading = "Input", value_enum, default_value = "longest")]
     padding: Padding,
     /// File to write: .safetensors or .npy
     #[arg(short, long, value_name = "FILE", help_heading = "Output")]
     output: PathBuf,
-    /// Pool the hidden states of a source to one vector [default: the model's]
+    /// Pool the hidden states of each source into one vector [default: the model's]
     ///
-    /// The mean of all tokens, or the state of the first or the last token.
+    /// The mean over all tokens, or the state of the first or last token.
     #[arg(
         long,
-        value_name = "HOW",
+        value_name = "METHOD",
         help_heading = "Output",
         value_parser = PossibleValuesParser::new(Pooling::ALL.map(Pooling::name))
     )]
     pooling: Option<String>,
-    /// Divide pooled vectors by their Euclidean length
+    /// L2-normalize the pooled vectors
     #[arg(long, help_heading = "Output")]
     normalize: bool,
     #[command(flatten)]
@@ -69,14 +69,14 @@ pub struct Arguments {
 }
 
 const FILES: &str = r#"Tensors of a .safetensors file, for each request:
-  ID.last_hidden_state   float32 [rows, source tokens, hidden size], or
-                         ID.hidden_states.N of a model exported with
-                         --hidden-layer N; those of padding have no meaning
+  ID.last_hidden_state   float32 [rows, source tokens, hidden size];
+                         ID.hidden_states.N for a model exported with
+                         --hidden-layer N; meaningless at padding positions
   ID.input_ids           int64 [rows, source tokens]
   ID.attention_mask      int64 [rows, source tokens]
   ID.sentence_embedding  float32 [rows, hidden size]; with --pooling, the only one
 
-A .npy file holds the rows of all requests in order. They must have one length: pooled, padded to --max-length, or of a single request. Unless pooled, their mask is written to NAME.attention_mask.npy.
+A .npy file holds the rows of all requests in order. They must be of equal length: pooled, padded to --max-length, or from a single request. Unless pooled, their attention mask is written to NAME.attention_mask.npy.
 
 Examples:
   Write one embedding for each line of a file:
@@ -109,7 +109,7 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
         arguments.padding == Padding::Longest || arguments.max_length.is_some(),
         "--padding max_length requires --max-length N"
     );
-    // A place that cannot be written is told before anything is computed.
+    // Fail before computing anything if the file cannot be written.
     let file = Aside::create(&arguments.output)?;
     let Arguments { model, runtime, .. } = arguments;
     let mut opening = Opening::new(model, runtime);
@@ -120,7 +120,7 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     let pooling = Pooling::ALL.into_iter().find(|known| Some(known.name()) == wanted).unwrap_or(own.pooling);
     ensure_usage!(
         pooling != Pooling::None || !arguments.normalize,
-        "--normalize requires --pooling mean, first or last (a model exported with --normalize divides every token's states)"
+        "--normalize requires --pooling mean, first or last (only a model exported with --normalize normalizes unpooled states)"
     );
     let longest = encoder.facts().encoder.max_position_embeddings;
     if let (Padding::MaxLength, Some(length)) = (arguments.padding, arguments.max_length) {
@@ -154,7 +154,9 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
         let group = group.into_iter().map(|request| {
             let mut request = request?;
             match encoding.fit(&mut request) {
-                _ if !ids.insert(request.id.name()) => Err((request, "the same id was given before".to_string())),
+                _ if !ids.insert(request.id.name()) => {
+                    Err((request, "id: expected a unique id, found a repeated one".to_string()))
+                }
                 Err(error) => Err((request, error.to_string())),
                 Ok(()) => return Ok(request),
             }
@@ -185,8 +187,8 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
         write_safetensors(file, named(encoded, &output))?;
         return Ok(outcome);
     }
-    // The rows of an array are known by their place alone, which a missing one would change.
-    ensure!(outcome == Outcome::Done, "{}: not written, as a request failed", arguments.output.display());
+    // Rows of an array are identified only by position, which a missing row would shift.
+    ensure!(outcome == Outcome::Done, "{}: not written because a request failed", arguments.output.display());
     let masks = (pooling == Pooling::None).then(|| stacked(encoded.iter().map(|one| &one.mask))).transpose()?;
     let states = stacked(encoded.iter().map(|one| &one.output))?;
     if let Some(masks) = masks {
@@ -196,7 +198,7 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     Ok(outcome)
 }
 
-/// What is written of a request.
+/// The tensors written for a request.
 struct Encoded {
     name: String,
     /// Hidden states `[rows, length, hidden]` or vectors `[rows, hidden]`.
@@ -218,7 +220,7 @@ struct Encoding<'a> {
 }
 
 impl Encoding<'_> {
-    /// Cuts or pads a request's sources as the arguments ask.
+    /// Truncates or pads a request's sources as the arguments say.
     fn fit(&self, request: &mut TokenizedRequest) -> Result<()> {
         let Some(most) = self.max_length else { return Ok(()) };
         for (row, (source, mask)) in request.sources.iter_mut().zip(&mut request.mask).enumerate() {
@@ -237,7 +239,7 @@ impl Encoding<'_> {
         Ok(())
     }
 
-    /// Encodes requests as one batch; should it be refused, each alone, so that the error falls to the one at fault.
+    /// Encodes requests as one batch; if it fails, each alone, so that only the one at fault fails.
     fn answers(&self, group: Vec<Result<TokenizedRequest, Refused>>) -> Result<Vec<Result<Encoded, Refused>>> {
         let requests: Vec<&TokenizedRequest> = group.iter().flatten().collect();
         let mut together = match self.encode(&requests) {
@@ -298,7 +300,7 @@ impl Encoding<'_> {
     }
 }
 
-/// What a tensor of the model's output is called.
+/// The name of the output tensor.
 fn output_name(encoder: &Encoder, pooling: Pooling) -> String {
     let manifest = encoder.manifest();
     let graph = manifest.graphs.get("model").or(manifest.graphs.get("encoder"));
@@ -321,11 +323,11 @@ fn named(encoded: Vec<Encoded>, output: &str) -> BTreeMap<String, Numbers> {
     tensors
 }
 
-/// The rows of all tensors, one after the other.
+/// Concatenates the rows of all tensors.
 fn stacked<'t, T: Clone + 't>(tensors: impl Iterator<Item = &'t ArrayD<T>>) -> Result<ArrayD<T>> {
     let views: Vec<_> = tensors.map(|tensor| tensor.view()).collect();
     ensure!(!views.is_empty(), "there is nothing to write");
     ndarray::concatenate(Axis(0), &views).ok().context(
-        "a .npy file holds rows of one length, and these differ: write .safetensors, or give --padding max_length or --pooling",
+        "rows of a .npy file must have equal length, but these differ; write .safetensors, or pass --padding max_length or --pooling",
     )
 }

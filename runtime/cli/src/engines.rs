@@ -10,9 +10,9 @@ use crate::opening::{ModelArguments, Opening, RuntimeArguments};
 
 /// Build the TensorRT engines of a model's serving plan
 ///
-/// Builds them for the GPU of this machine, with --provider tensorrt or nv-tensorrt-rtx, into the folder `engines` of
-/// the model or the folder of --engines. The model must be exported with --target tensorrt and --plan. Engines of the
-/// same graphs are reused; engines of other graphs are refused.
+/// Builds them for this machine's GPU, with --provider tensorrt or nv-tensorrt-rtx, in MODEL/engines or in the folder
+/// given by --engines. The model must be exported with --target tensorrt and --plan. Existing engines of the same
+/// graphs are reused; engines of other graphs are an error.
 #[derive(clap::Args)]
 #[command(after_long_help = "\
 Examples:
@@ -31,10 +31,10 @@ pub struct Arguments {
 /// Runs the command.
 pub fn run(arguments: Arguments) -> Result<Outcome> {
     let opening = Opening::new(arguments.model, arguments.runtime);
-    ensure_usage!(!opening.runtime.warm_up, "--warm-up: expected a command that generates");
+    ensure_usage!(!opening.runtime.warm_up, "--warm-up requires a command that generates");
     let options = opening.options(opening.one_device()?);
     let start = Instant::now();
-    let mut tell = |graph: &str| eprintln!("{:>6.1} s  building the engine of {graph}", start.elapsed().as_secs_f32());
+    let mut tell = |graph: &str| eprintln!("{:>6.1} s  building the engine for {graph}", start.elapsed().as_secs_f32());
     let existing = if arguments.force { ExistingEngines::Replace } else { ExistingEngines::Keep };
     build_engines(opening.path(), &options, existing, &mut tell)?;
     eprintln!("{:>6.1} s  done", start.elapsed().as_secs_f32());

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use t5gemma_runtime::Error;
 
-/// How a command that did not fail as a whole ended.
+/// The outcome of a command that ran to its end.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
     /// Everything succeeded.
@@ -16,7 +16,7 @@ pub enum Outcome {
     SomeFailed,
 }
 
-/// Arguments that contradict each other, or an argument whose value is not allowed.
+/// Contradictory arguments, or an argument with an invalid value.
 #[derive(Debug)]
 pub struct Usage(pub String);
 

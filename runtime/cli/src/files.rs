@@ -1,4 +1,4 @@
-//! Files of text and of JSON, with errors that name the file and the place.
+//! Reads text and JSON files, with errors that name the file and the line.
 
 use std::fs;
 use std::path::Path;

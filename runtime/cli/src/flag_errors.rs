@@ -1,5 +1,4 @@
-//! Library errors in the words of the command line: the library names fields and options, here they become flags and
-//! the error a [`Usage`] error.
+//! Library errors in terms of the command line: fields and options become flags, and the error a [`Usage`] error.
 
 use serde_json::{Map, Value};
 use t5gemma_runtime::options::OptionProblem;
@@ -8,7 +7,7 @@ use t5gemma_runtime::{Error, OptionError};
 use crate::exit::Usage;
 use crate::options::{GenerationFlags, as_flag, has_flag, in_flags};
 
-/// What is wrong with options that flags gave.
+/// The error of an option that a flag may have set.
 pub fn of_flags(error: &OptionError, flags: &GenerationFlags) -> Usage {
     let name = match flags.gives(&error.option) {
         true => as_flag(&error.option),
@@ -17,7 +16,7 @@ pub fn of_flags(error: &OptionError, flags: &GenerationFlags) -> Usage {
     Usage(match &error.problem {
         OptionProblem::Expected(expected) => format!("{name}: expected {}, found {}", in_flags(expected), error.found),
         OptionProblem::Requires(required) => match in_flags(required) {
-            // A flag alone says true.
+            // A flag without a value means true.
             flag if required.ends_with(" true") => format!("{name} requires {flag}"),
             required => format!("{name} requires {required} (got {})", in_flags(&error.found)),
         },
@@ -25,7 +24,7 @@ pub fn of_flags(error: &OptionError, flags: &GenerationFlags) -> Usage {
     })
 }
 
-/// Why a request fails: an option is named where it was given, in the request or on the command line.
+/// Why a request fails, naming an option as it was given: in the request or as a flag.
 pub fn of_request(error: &Error, options: &Map<String, Value>, flags: &GenerationFlags) -> String {
     match &as_option(error, |name| options.contains_key(name) || flags.gives(name)) {
         Some(error) if options.contains_key(&error.option) => format!("options.{error}"),
@@ -34,14 +33,14 @@ pub fn of_request(error: &Error, options: &Map<String, Value>, flags: &Generatio
     }
 }
 
-/// Why no text can be answered, if that is for options that flags gave.
+/// Why no text can be answered, if a flag is the cause.
 pub fn of_texts(error: &Error, flags: &GenerationFlags) -> Option<Usage> {
     let error = as_option(error, |name| flags.gives(name)).filter(|error| flags.gives(&error.option))?;
     Some(of_flags(&error, flags))
 }
 
-/// An error as that of an option. What does not suit a model's sizes is told of the input; the greatest length is that
-/// of either option.
+/// The error as one about an option. Violated size limits of the model are reported as input errors; `max_length` there
+/// stands for either length option.
 fn as_option(error: &Error, gives: impl Fn(&str) -> bool) -> Option<OptionError> {
     match error {
         Error::Options(error) => Some(error.clone()),
@@ -58,7 +57,7 @@ fn as_option(error: &Error, gives: impl Fn(&str) -> bool) -> Option<OptionError>
     }
 }
 
-/// What is wrong with how a model is to be opened.
+/// An error of opening a model.
 pub fn of_opening(error: Error) -> anyhow::Error {
     match &error {
         Error::Input { field, expected, found } => match field.as_str() {
@@ -73,6 +72,14 @@ pub fn of_opening(error: Error) -> anyhow::Error {
             Usage(format!("{flag} {value} requires {requirement}")).into()
         }
         _ => error.into(),
+    }
+}
+
+/// An error of a model that cannot be calibrated, with the flag of the export that it needs.
+pub fn of_calibration(error: Error) -> anyhow::Error {
+    match error {
+        Error::Unsupported { what, .. } => anyhow::anyhow!("{what}; export the model with --observe"),
+        error => error.into(),
     }
 }
 

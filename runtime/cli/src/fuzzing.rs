@@ -1,4 +1,4 @@
-//! What the program reads besides models, for fuzzers. Not an interface: it changes with the program.
+//! Entry points for fuzzers: everything that the program reads besides models. Not a stable API.
 
 use std::path::Path;
 
@@ -11,7 +11,7 @@ use crate::requests::{self, Kind};
 use crate::tensors::Tensors;
 use crate::verify;
 
-/// Reads a line as each command does that takes requests, and makes a batch of it.
+/// Reads a line like each command that takes requests, and makes a batch of it.
 pub fn read_request(line: &[u8], model: &Model) {
     let kinds = [
         Kind::Generate,

@@ -1,4 +1,4 @@
-//! `t5gemma generate`: text in, text out; or requests in, results out, by the JSONL contract.
+//! `t5gemma generate`: text in, text out; or requests in, results out, as JSON lines.
 
 mod continuous;
 
@@ -27,13 +27,12 @@ use crate::requests::{self, Kind, Refused};
 
 /// Generate targets for texts or JSON requests
 ///
-/// The texts are arguments or, without arguments, the lines of stdin. Each target is a line of stdout, in the order of
-/// the texts; for a text that fails, the line is empty and the reason is on stderr. With --jsonl, requests and results
-/// are JSON lines, described below.
+/// The texts are the arguments or, without any, the lines of stdin. Targets are written to stdout, one per line, in the
+/// order of the texts; if a text fails, its line is empty and the reason is on stderr. With --jsonl, requests and
+/// results are JSON lines, described below.
 ///
-/// Generation options have their Hugging Face names. An option that is true or false may stand alone: `--do-sample` is
-/// `--do-sample true`. Put `--` before a text that begins with a hyphen, and between such an option and the text
-/// `true`.
+/// Generation options have their Hugging Face names. Boolean options need no value: `--do-sample` means `--do-sample
+/// true`. Put `--` before a text that begins with a hyphen, and between a boolean option and the text `true`.
 #[derive(clap::Args)]
 #[command(after_long_help = JSON_LINES)]
 pub struct Arguments {
@@ -48,17 +47,17 @@ pub struct Arguments {
     /// Format each text as a user's turn with the chat template
     #[arg(long, help_heading = "Input")]
     chat: bool,
-    /// System turn of conversations that have none
+    /// System turn for conversations that have none
     ///
     /// The chat template must support system turns.
     #[arg(long, value_name = "TEXT", help_heading = "Input")]
     system: Option<String>,
-    /// Beginning of every target; only the text after it is written
+    /// Text that every target starts with; only what follows it is printed
     #[arg(long, value_name = "TEXT", help_heading = "Input", conflicts_with = "jsonl")]
     decoder_text: Option<String>,
-    /// Read hidden states of `t5gemma encode` instead of texts
+    /// Read hidden states written by `t5gemma encode` instead of texts
     ///
-    /// They must be of this encoder or an equal one; nothing is encoded. Results are in the order of the ids.
+    /// They must come from the same encoder, which then does not run. Results are in the order of the ids.
     #[arg(
         long,
         value_name = "FILE.safetensors",
@@ -70,7 +69,7 @@ pub struct Arguments {
     flags: GenerationFlags,
     #[command(flatten)]
     packing: Packing,
-    /// Memory for encoder results of sources that are used again; 0 for none
+    /// Size of the cache of encoder outputs, for repeated sources; 0 turns it off
     #[arg(long, value_name = "BYTES", help_heading = "Runtime", default_value_t = DEFAULT_ENCODER_CACHE_BYTES)]
     encoder_cache_bytes: usize,
     #[command(flatten)]
@@ -91,29 +90,29 @@ Fields of a request:
   id                 string or number [default: the line's number from 0]
   text               string, or list of strings
   messages           conversation: list of {"role", "content"}
-  input_ids          token ids: one row, or a list of rows of one length
-  attention_mask     0 where a token of input_ids is padding
+  input_ids          token ids: one row, or a list of rows of equal length
+  attention_mask     0 for padding tokens in input_ids, 1 for others
   decoder_text       beginning of the target, without special tokens
   decoder_input_ids  the same as token ids
-  options            generation options; they take precedence over the flags
+  options            generation options, which override the flags
 
 Fields of a result:
   sequences          for each source, its targets, best first
-  tokens             generated ids with the end token, without the prompt
-  score              score of beam search
+  tokens             generated ids, with the end token but without the prompt
+  score              beam search score
   finish_reason      eos, length, stop_string, time, constraint or
-                     constraint_incomplete (ended before it met its constraint)
+                                          constraint_incomplete (ended without meeting it)
   logprobs           with output_logprobs: log-probability of each token before
                      any processing; logprob is their sum
-  top_logprobs       [token, log-probability] of the likeliest tokens
+  top_logprobs       [token, log-probability] of the most likely tokens
   cross_attentions   attention of each token to each source token
-  seed               seed of the draws, with do_sample
+  seed               random seed, with do_sample
   usage              {"source_tokens", "target_tokens"}
 
-Requests that wait together and have the same options run as one batch. With a model exported with --target cpu, requests with other options share its steps too, and later requests join. An invalid line is answered with its error; blank lines are skipped.
+Waiting requests with the same options run as one batch. With a model exported with --target cpu, requests with different options share decoder steps too, and later requests join a running batch. The result of an invalid line is its error; blank lines are skipped.
 
 Examples:
-  Generate with four beams, for arguments or for the lines of a file:
+  Generate with four beams, from arguments or from the lines of a file:
     t5gemma generate model --num-beams 4 'Dr. Smith paid $3.50.'
     t5gemma generate model --num-beams 4 < texts.txt
 
@@ -143,9 +142,9 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     let given = flags.read()?;
     let models = opening.open_all()?;
     let model = models[0].clone();
-    // Flags that cannot be right for any request are told before anything is read.
+    // Reject flags that are wrong for every request before reading any.
     let options = model.generation_config().with_json(&given).map_err(|error| flag_errors::of_flags(&error, flags))?;
-    // Requests may still give the other length.
+    // Requests may still set the other length option.
     let are_final = !arguments.jsonl || ["max_new_tokens", "max_length"].iter().any(|name| flags.gives(name));
     if let Err(error) = options.check_lengths()
         && flags.gives(&error.option)
@@ -155,7 +154,7 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     }
     let of_jsonl = [("--output-logprobs", options.output_logprobs), ("--output-attentions", options.output_attentions)];
     if let Some((flag, _)) = of_jsonl.iter().find(|(_, is_asked)| *is_asked && !arguments.jsonl) {
-        bail_usage!("{flag} requires --jsonl: lines of text have no room for it");
+        bail_usage!("{flag} requires --jsonl, since lines of text cannot hold its results");
     }
     let prompt = arguments.decoder_text.map(|text| model.tokenizer()?.encode_target(&text)).transpose()?;
     let chat = Chat::new(opening.path(), &model).with(arguments.chat, arguments.system);
@@ -168,10 +167,10 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
         return answering.given(requests::read_encoder_outputs(file)?);
     }
     if arguments.jsonl {
-        // Drafts are made for a row alone, and packs by tokens are asked for.
+        // The engine neither drafts tokens nor has a token budget.
         let can_be_shared = !answering.packing.is_by_tokens() && options.prompt_lookup_num_tokens.is_none();
         if models.len() > 1 {
-            let expected = "--device: expected one number with --max-batch-tokens or --prompt-lookup-num-tokens";
+            let expected = "--device: expected one GPU with --max-batch-tokens or --prompt-lookup-num-tokens";
             ensure_usage!(can_be_shared, "{expected}, found {}", models.len());
             return answering.continuous(&models);
         }
@@ -190,21 +189,21 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
 
 struct Answering<'a> {
     model: &'a Model,
-    /// The model as requests are read with it.
+    /// The model and chat template that requests are tokenized with.
     chat: &'a Chat<'a>,
     cancel: &'a Cancellation,
-    /// The model's own with the flags over them; a request's are laid over these.
+    /// The model's options overridden by the flags; a request's options override these.
     options: &'a GenerationConfig,
     flags: &'a GenerationFlags,
-    /// What the targets of texts begin with.
+    /// The tokens that every target starts with.
     prompt: Option<Vec<i64>>,
     packing: Packing,
-    /// Whether requests have options of their own.
+    /// Whether requests have their own options.
     jsonl: bool,
 }
 
 impl Answering<'_> {
-    /// Answers texts in batches of those that are there, or one by one as they are generated for a person to watch.
+    /// Answers waiting texts in batches, or on a terminal one by one, streamed as they are generated.
     fn texts(
         &self,
         mut next: impl FnMut() -> Result<Option<Vec<u8>>>,
@@ -245,14 +244,14 @@ impl Answering<'_> {
                             println_flushed(&text)?;
                             if hypothesis.finish_reason == FinishReason::ConstraintIncomplete {
                                 let text = number - texts.len() + i + 1;
-                                let problem = "the output ended before it met its constraint";
+                                let problem = "the output ended before meeting its constraint";
                                 done.suspend(|| eprintln!("t5gemma: text {text}: {problem}"));
                                 outcome = Outcome::SomeFailed;
                             }
                         }
                     }
                     Err(refused) => {
-                        // An empty line keeps the lines of output beside those of the input.
+                        // An empty line keeps output lines aligned with input lines.
                         println_flushed("")?;
                         let text = number - texts.len() + i + 1;
                         done.suspend(|| eprintln!("t5gemma: text {text}: {}", refused.reason));
@@ -264,7 +263,7 @@ impl Answering<'_> {
         Ok(outcome)
     }
 
-    /// Answers requests that are all there, as texts or as JSON lines.
+    /// Answers requests that have all been read, as texts or as JSON lines.
     fn given(&self, requests: Vec<TokenizedRequest>) -> Result<Outcome> {
         let jsonl = self.jsonl;
         let mut outcome = Outcome::Done;
@@ -314,7 +313,7 @@ impl Answering<'_> {
                 requests.push(requests::read_line(&line, number, Kind::Generate, self.chat));
             }
             for answer in self.answers(requests, false)? {
-                // Tokens that cannot be decoded are the fault of their request.
+                // A decoding failure affects only its own request.
                 let result = answer.and_then(|(request, rows)| {
                     self.result(&request, &rows).map_err(|error| Refused { id: request.id, reason: error.to_string() })
                 });
@@ -328,7 +327,8 @@ impl Answering<'_> {
         Ok(outcome)
     }
 
-    /// Answers requests in order: those, or neighbours, with the same options and the same decoder prompt as one batch.
+    /// Answers requests in order. Requests with the same options and decoder prompt run as one batch if they are
+    /// adjacent or, with a token budget, wherever they are.
     fn answers(&self, mut requests: Vec<Result<TokenizedRequest, Refused>>, stream: bool) -> Result<Vec<Answer>> {
         if self.packing.is_by_tokens() && !stream {
             requests.iter_mut().flatten().for_each(|request| request.seed = self.seed(request));
@@ -355,14 +355,14 @@ impl Answering<'_> {
         Ok(answers)
     }
 
-    /// What a request draws from if it samples. Options that are refused say so when it is run.
+    /// The seed of a request, if it samples. Invalid options are reported when the request runs.
     fn seed(&self, request: &TokenizedRequest) -> Option<u64> {
         let options = self.options.with_json(&request.options).ok().filter(|options| options.do_sample)?;
         Some(options.seed.unwrap_or_else(Draws::random_seed))
     }
 
-    /// Answers requests that fit into one batch. Should the batch be refused, each is tried alone, so that the error
-    /// falls to the one that is at fault.
+    /// Answers requests that fit into one batch. If the batch fails, each request runs alone, so that only the one at
+    /// fault fails.
     fn group(&self, mut group: Vec<TokenizedRequest>, stream: bool) -> Result<Vec<Answer>> {
         if group.is_empty() {
             return Ok(Vec::new());
@@ -377,7 +377,7 @@ impl Answering<'_> {
                 .collect()),
             Err(Error::Cancelled) => Err(Error::Cancelled.into()),
             Err(error) if group.len() == 1 => {
-                // Of texts, all have the options of the command line.
+                // Texts all have the options of the command line.
                 match flag_errors::of_texts(&error, self.flags).filter(|_| !self.jsonl) {
                     Some(usage) => Err(usage.into()),
                     None => Ok(vec![Err(self.refused(group.remove(0), &error))]),
@@ -419,7 +419,7 @@ impl Answering<'_> {
         if let Some(error) = failed {
             return Err(error);
         }
-        // A broken pipe shows again at the end of the line, where it is told from a cancellation.
+        // A broken pipe fails again at the end of the line, where it can be told from a cancellation.
         let _ = print_flushed(&text.finish()?);
         rows
     }
@@ -444,7 +444,7 @@ fn fits(a: &TokenizedRequest, b: &TokenizedRequest) -> bool {
     same_prompt(a, b) && without_seed(a).eq(without_seed(b))
 }
 
-/// Whether all targets of both begin alike, without which a batch cannot hold them.
+/// Whether all targets of both have the same decoder prompt, as a batch requires.
 fn same_prompt(a: &TokenizedRequest, b: &TokenizedRequest) -> bool {
     let mut all = [a, b].into_iter().flat_map(|request| match &request.prompts {
         Some(prompts) => prompts.iter().map(Some).collect(),
@@ -453,7 +453,7 @@ fn same_prompt(a: &TokenizedRequest, b: &TokenizedRequest) -> bool {
     all.next().is_some_and(|first| all.all(|prompt| prompt == first))
 }
 
-/// A request's options but for the seed, which each row of a batch has of its own.
+/// A request's options except the seed, which is per row.
 fn without_seed(request: &TokenizedRequest) -> impl Iterator<Item = (&String, &Value)> {
     request.options.iter().filter(|(name, _)| *name != "seed")
 }
@@ -468,7 +468,7 @@ fn response(answer: Result<GenerateResult, Refused>) -> Result<String> {
 
 fn print_flushed(text: &str) -> Result<()> {
     let mut out = io::stdout().lock();
-    out.write_all(text.as_bytes()).and_then(|()| out.flush()).context("stdout cannot be written")
+    out.write_all(text.as_bytes()).and_then(|()| out.flush()).context("cannot write to stdout")
 }
 
 fn println_flushed(text: &str) -> Result<()> {

@@ -1,5 +1,5 @@
-//! The program `t5gemma`: parse, run, exit code. Each command is a file; `requests.rs` reads requests for several
-//! of them, `tensors.rs` the files of numbers that are read and written. Nothing here is an interface for other crates.
+//! The program `t5gemma`: parse, run, exit code. Each command has its own file; `requests.rs` reads requests for
+//! several of them, `tensors.rs` reads and writes tensor files. Nothing here is an API for other crates.
 
 mod bench;
 mod calibrate;
@@ -41,7 +41,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 use t5gemma_runtime::Cancellation;
 
-/// Run T5Gemma models that t5gemma-export has written
+/// Run T5Gemma models exported by t5gemma-export
 ///
 /// Results are written to stdout, everything else to stderr.
 #[derive(Parser)]
@@ -60,7 +60,7 @@ Examples:
   Answer requests from a file:
     t5gemma generate model --jsonl < requests.jsonl > results.jsonl
 
-  See what is missing if a model does not open:
+  Find out why a model does not open:
     t5gemma doctor
 
 Exit status:
@@ -95,10 +95,10 @@ enum Command {
     },
 }
 
-/// How long an interrupt waits for what was asked to end.
+/// How long an interrupt waits for the cancelled call to return.
 const GRACE: Duration = Duration::from_millis(300);
 
-/// Ends the program wherever it is, without leaving files half written.
+/// Exits immediately, without leaving half-written files.
 fn end_at_once() -> ! {
     tensors::Aside::remove_all();
     std::process::exit(130);
@@ -115,13 +115,13 @@ pub fn main() -> ExitCode {
             end_at_once();
         }
         handler.cancel();
-        // Opening a model, reading a text or compiling a constraint cannot be cancelled.
+        // Opening a model, reading a file or compiling a constraint cannot be cancelled.
         thread::spawn(|| {
             thread::sleep(GRACE);
             end_at_once();
         });
     })
-    .context("the interrupt handler cannot be set")
+    .context("cannot set the interrupt handler")
     .and_then(|()| match cli.command {
         Command::Generate(arguments) => generate::run(arguments, &cancel),
         Command::Score(arguments) => score::run(arguments, &cancel),

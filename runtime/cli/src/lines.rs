@@ -1,5 +1,5 @@
-//! Lines of stdin, read ahead on a thread of their own: a program that waits for an answer before it writes on is not
-//! kept waiting, and a file is read while the model runs.
+//! Reads lines of stdin ahead on its own thread: a client that waits for each answer gets it at once, and a file is
+//! read while the model runs.
 
 use std::io::{self, BufRead, Read};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
@@ -10,11 +10,11 @@ use anyhow::{Context, Result, bail};
 use t5gemma_protocol::without_byte_order_mark;
 use t5gemma_runtime::{Cancellation, Error};
 
-/// The most bytes of a line. A longer line is answered by an error and not kept.
+/// Maximum bytes of a line. A longer one is discarded and answered with an error.
 pub const LONGEST_LINE: usize = 256 << 20;
 
-/// Reads a line without its end; the first also without a byte-order mark. Of a line that is too long, no more is
-/// returned than shows that it is.
+/// Reads a line without its line ending, and the first one also without a byte-order mark. Of an overlong line, it
+/// returns just enough to show that it is too long.
 fn next_line(from: &mut impl BufRead, is_first: bool) -> io::Result<Option<Vec<u8>>> {
     let mut line = Vec::new();
     let most = LONGEST_LINE as u64 + 2;
@@ -43,7 +43,7 @@ pub struct Lines {
 type Line = (usize, Vec<u8>);
 
 impl Lines {
-    /// Starts reading texts: every line is a text.
+    /// Starts reading texts, one per line, including blank lines.
     pub fn texts() -> Lines {
         Lines::read(|_| true)
     }
@@ -80,7 +80,7 @@ impl Lines {
         }
         loop {
             match self.received.recv_timeout(Duration::from_millis(50)) {
-                Ok(line) => return line.context("stdin cannot be read").map(Some),
+                Ok(line) => return line.context("cannot read stdin").map(Some),
                 Err(RecvTimeoutError::Disconnected) => return Ok(None),
                 Err(RecvTimeoutError::Timeout) if cancel.is_cancelled() => bail!(Error::Cancelled),
                 Err(RecvTimeoutError::Timeout) => {}
@@ -93,7 +93,7 @@ impl Lines {
         if self.pending.is_none()
             && let Ok(line) = self.received.recv_timeout(patience)
         {
-            self.pending = Some(line.context("stdin cannot be read")?);
+            self.pending = Some(line.context("cannot read stdin")?);
         }
         Ok(self.pending.is_some())
     }

@@ -1,5 +1,5 @@
-//! The program `t5gemma`; all of it is in the library beside this file, so that fuzzers reach what reads requests and
-//! files.
+//! The program `t5gemma`. All of it is in the library next to this file, so that fuzzers can call the code that reads
+//! requests and files.
 
 use std::process::ExitCode;
 

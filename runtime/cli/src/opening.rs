@@ -1,4 +1,4 @@
-//! The arguments of commands that open a model, and opening it.
+//! The arguments of commands that open a model, and how they open it.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -18,7 +18,7 @@ pub struct ModelArguments {
     /// Model folder written by t5gemma-export
     #[arg(value_name = "MODEL", help_heading = None::<&str>)]
     pub model: PathBuf,
-    /// Check the hash of the weights file before running
+    /// Verify the hash of the weights file before running
     ///
     /// By default, only its size is checked.
     #[arg(long)]
@@ -30,7 +30,7 @@ pub struct ModelArguments {
     pub engines: Option<PathBuf>,
 }
 
-/// How the model is computed.
+/// How the model runs.
 #[derive(Args)]
 #[command(next_help_heading = "Runtime")]
 pub struct RuntimeArguments {
@@ -44,38 +44,38 @@ pub struct RuntimeArguments {
     pub threads: Option<usize>,
     /// Execution provider of ONNX Runtime
     ///
-    /// `tensorrt` leaves operators that it does not support to `cuda`. A provider that is not available is an error;
-    /// `t5gemma doctor` shows the reason.
+    /// `tensorrt` falls back to `cuda` for operators that it does not support. If the provider is not available, the
+    /// command fails; `t5gemma doctor` shows why.
     #[arg(long, default_value = "cpu", value_parser = PossibleValuesParser::new(Provider::ALL.map(Provider::name)))]
     pub provider: String,
-    /// Number of the GPU, or numbers of several GPUs
+    /// GPU index, or several of them
     ///
     /// With several, as in `0,1`, `generate --jsonl` runs a copy of the model on each.
     #[arg(long, value_name = "N[,N…]", value_delimiter = ',', default_value = "0")]
     pub device: Vec<u32>,
-    /// Option of the provider by its ONNX Runtime name; may be repeated
+    /// Provider option, under its ONNX Runtime name; may be repeated
     ///
-    /// It takes precedence over the model's serving plan.
+    /// Takes precedence over the model's serving plan.
     #[arg(long, value_name = "NAME=VALUE", value_parser = provider_option)]
     pub provider_option: Vec<(String, String)>,
-    /// Run the usual shapes before the first request
+    /// Run typical shapes once before the first request
     ///
-    /// The first answer then takes no longer than the others. The shapes are those of the model's serving plan, or a
-    /// source of 64 tokens for a model without a plan.
+    /// The first request then takes no longer than later ones. The shapes come from the model's serving plan; without a
+    /// plan, a source of 64 tokens runs.
     #[arg(long)]
     pub warm_up: bool,
-    /// Write the time of each operator to PREFIX-GRAPH_TIME.json
+    /// Profile each operator and write the times to PREFIX-GRAPH_TIME.json
     ///
-    /// chrome://tracing shows these files. Measuring slows the operators down a little.
+    /// chrome://tracing shows these files. Profiling slows the operators down slightly.
     #[arg(long, value_name = "PREFIX")]
     pub profile: Option<PathBuf>,
 }
 
-/// A model to open, with everything that the command line says about it.
+/// A model to open, with all its command-line options.
 pub struct Opening {
     pub model: ModelArguments,
     pub runtime: RuntimeArguments,
-    /// For commands that encode the same source more than once.
+    /// For commands that may encode the same source more than once.
     pub encoder_cache_bytes: usize,
     /// For commands that run batches.
     pub limits: Limits,
@@ -96,7 +96,7 @@ impl Opening {
         self.open_model(self.path())
     }
 
-    /// Opens another model in the same way.
+    /// Opens another model with the same options.
     pub fn open_model(&self, path: &Path) -> Result<Model> {
         self.open_on(path, self.one_device()?)
     }
@@ -120,22 +120,22 @@ impl Opening {
         Ok(model)
     }
 
-    /// Opens the encoder of the model, or its only graph.
+    /// Opens the model's encoder, or its only graph.
     pub fn open_encoder(&self) -> Result<Encoder> {
         self.open_encoder_of(self.path())
     }
 
     /// Opens another encoder in the same way.
     pub fn open_encoder_of(&self, path: &Path) -> Result<Encoder> {
-        ensure_usage!(!self.runtime.warm_up, "--warm-up: expected a command that generates");
+        ensure_usage!(!self.runtime.warm_up, "--warm-up requires a command that generates");
         Encoder::open_with(path, &self.options(self.one_device()?)).map_err(flag_errors::of_opening)
     }
 
-    /// The device, for commands that use one.
+    /// The device, for commands that run on only one.
     pub fn one_device(&self) -> Result<u32> {
         let [device] = self.runtime.device[..] else {
             bail_usage!(
-                "--device: expected one number, found {} (several are for generate --jsonl)",
+                "--device: expected one GPU, found {} (only generate --jsonl runs on several)",
                 self.runtime.device.len()
             );
         };

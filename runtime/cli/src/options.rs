@@ -1,5 +1,5 @@
-//! Generation options on the command line: a flag for each option of the protocol. The flags become the JSON object
-//! that the `options` of a request would be; the library checks the values.
+//! Generation options on the command line: one flag per option of the protocol. The flags become a JSON object like the
+//! `options` of a request; the library checks the values.
 
 use std::ffi::OsString;
 
@@ -15,14 +15,14 @@ use crate::exit::bail_usage;
 #[derive(Clone, Default)]
 pub struct GenerationFlags {
     given: Map<String, Value>,
-    /// Constraints, whose files have not been read yet.
+    /// Constraints whose files have not been read yet.
     constraints: Vec<Constraint>,
     /// The error of a flag whose text is malformed.
     wrong: Option<String>,
 }
 
 impl GenerationFlags {
-    /// The options as the object of a request; reads the files that flags name.
+    /// The options as the JSON object of a request; reads the files that flags name.
     pub fn read(&self) -> Result<Map<String, Value>> {
         if let Some(problem) = &self.wrong {
             bail_usage!("{problem}");
@@ -51,8 +51,8 @@ pub fn has_flag(option: &str) -> bool {
     GENERATION_OPTIONS.iter().any(|known| known.name == option)
 }
 
-/// Joins flags that may stand alone with a value in the next argument: `--do-sample false` becomes `--do-sample=false`,
-/// while in `--do-sample TEXT` the text stays an argument.
+/// Joins boolean flags with a value in the next argument: `--do-sample false` becomes `--do-sample=false`, while in
+/// `--do-sample TEXT` the text stays an argument.
 pub fn joined(arguments: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
     let values_of = |argument: &str| match argument.strip_prefix("--").map(|name| name.replace('-', "_")) {
         Some(name) => flags().find(|option| option.name == name).map_or(&[][..], |option| values(option.value)),
@@ -78,7 +78,7 @@ pub fn joined(arguments: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
     out
 }
 
-/// The options with flags of this module; constraints that may be in files have theirs in `constraints`.
+/// The options whose flags are defined here; those of constraints that may be files are in `constraints`.
 fn flags() -> impl Iterator<Item = &'static GenerationOption> {
     GENERATION_OPTIONS.iter().filter(|option| !constraints::has_flag(option.name))
 }
@@ -122,7 +122,7 @@ fn heading(group: OptionGroup) -> &'static str {
     }
 }
 
-/// The values of a flag that may stand alone, which means the first of them.
+/// The values of a flag whose value may be omitted; the first is then implied.
 fn values(value: OptionValue) -> &'static [&'static str] {
     match value {
         OptionValue::Flag => &["true", "false"],
@@ -149,7 +149,8 @@ pub fn as_flag(option: &str) -> String {
     format!("--{}", option.replace('_', "-"))
 }
 
-/// A text with the options in it as flags, without `true` after them. Option names that are also words stay.
+/// Replaces option names in a text by flags and drops a `true` after them. Option names that are also English words
+/// stay.
 pub fn in_flags(text: &str) -> String {
     let is_of_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
     let mut out = String::new();

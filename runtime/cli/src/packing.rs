@@ -1,5 +1,5 @@
-//! How requests that are there together become batches: in the order in which they came, or, under a budget of tokens,
-//! packed by length, so that little is computed for padding. Answers come in the order of the requests either way.
+//! Batches waiting requests: in order of arrival or, with a token budget, sorted by length to save padding. Answers
+//! keep the order of the requests either way.
 
 use std::time::Duration;
 
@@ -7,13 +7,13 @@ use anyhow::Result;
 use t5gemma_protocol::TokenizedRequest;
 use t5gemma_runtime::Limits;
 
-/// Requests to look through for equally long ones, at most.
+/// Maximum number of requests to sort by length at a time.
 const WINDOW: usize = 1024;
 
 /// Set once the warning about sources longer than a batch was printed.
 static WARNED: std::sync::Once = std::sync::Once::new();
 
-/// Most source rows of a batch where nothing is said of it.
+/// Default maximum of source rows per batch.
 const DEFAULT_ROWS: usize = 8;
 
 /// Flags of commands that run batches.
@@ -22,7 +22,7 @@ const DEFAULT_ROWS: usize = 8;
 pub struct Packing {
     /// Maximum number of sources in a batch [default: 8, or any number with --max-batch-tokens]
     ///
-    /// The sources of a larger request run in several batches.
+    /// Larger requests run in several batches.
     #[arg(long, value_name = "ROWS", value_parser = clap::value_parser!(u32).range(1..))]
     batch_size: Option<u32>,
     /// Maximum number of source tokens in a batch, padding included
@@ -34,33 +34,34 @@ pub struct Packing {
 }
 
 impl Packing {
-    /// Batches of so many rows.
+    /// Batches of at most `rows` rows.
     pub fn of_rows(rows: u32) -> Packing {
         Packing { batch_size: Some(rows), max_batch_tokens: None }
     }
 
-    /// What a model runs at a time, also of one request.
+    /// The limits of one model call, which also apply within a single request.
     pub fn limits(&self) -> Limits {
         let max_tokens = self.max_batch_tokens.map_or(usize::MAX, |tokens| tokens as usize);
         Limits::default().max_sources(self.rows()).max_tokens(max_tokens)
     }
 
-    /// Source rows to read before they are run.
+    /// Number of source rows to read before running them.
     pub fn window(&self) -> usize {
         if self.is_by_tokens() { WINDOW } else { self.rows() }
     }
 
-    /// How long to wait for another request before those that are there are run: a moment where many are to be sorted.
+    /// How long to wait for another request before running those already read: briefly if requests are sorted, else not
+    /// at all.
     pub fn patience(&self) -> Duration {
         if self.is_by_tokens() { Duration::from_millis(20) } else { Duration::ZERO }
     }
 
-    /// Whether batches are made by tokens.
+    /// Whether batches have a token budget.
     pub fn is_by_tokens(&self) -> bool {
         self.max_batch_tokens.is_some()
     }
 
-    /// Source rows of a batch at most.
+    /// Maximum number of source rows per batch.
     pub fn rows(&self) -> usize {
         match (self.batch_size, self.max_batch_tokens) {
             (Some(rows), _) => rows as usize,
@@ -69,8 +70,8 @@ impl Packing {
         }
     }
 
-    /// Runs requests in batches that stay within the budget of tokens, and returns the answers in the order of the
-    /// requests. Requests share a batch only where `fits` holds.
+    /// Runs requests in batches within the token budget and returns the answers in the order of the requests. Requests
+    /// share a batch only if `fits` returns true.
     pub fn run<A, E>(
         &self,
         requests: Vec<Result<TokenizedRequest, E>>,
@@ -111,9 +112,9 @@ impl Packing {
             let sizes: Vec<Size> = class.iter().map(size).collect();
             if let Some(Size { length, .. }) = sizes.iter().find(|size| size.length > most_tokens) {
                 WARNED.call_once(|| {
-                    let alone = "which then runs alone, as all sources do that are longer";
                     eprintln!(
-                        "t5gemma: --max-batch-tokens {most_tokens} is less than a source of {length} tokens, {alone}"
+                        "t5gemma: a source has {length} tokens, more than --max-batch-tokens {most_tokens}; such \
+                         sources run alone"
                     );
                 });
             }
@@ -135,8 +136,8 @@ struct Size {
     length: usize,
 }
 
-/// Divides requests into packs, by index: the longest first, so that a batch that does not fit into memory fails early;
-/// requests of one length in the order in which they came.
+/// Divides requests, by index, into packs: the longest first, so that running out of memory happens early; requests of
+/// equal length in their order.
 fn packs(sizes: &[Size], most_rows: usize, most_tokens: usize) -> Vec<Vec<usize>> {
     let mut order: Vec<usize> = (0..sizes.len()).collect();
     order.sort_by_key(|&at| std::cmp::Reverse(sizes[at].length));

@@ -1,10 +1,10 @@
-//! How far a long command has come, on stderr, for a person who does not see its results on the same terminal.
+//! Progress of long commands on stderr, unless their results appear on the same terminal.
 
 use std::io::{self, IsTerminal};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-/// A count of `things` done; shows nothing unless stderr is a terminal that results are not written to.
+/// A counter of finished `things`; hidden unless stderr is a terminal to which no results are written.
 pub fn counter(things: &str, results_on_stdout: bool) -> ProgressBar {
     let hidden = !io::stderr().is_terminal() || (results_on_stdout && io::stdout().is_terminal());
     let target = if hidden { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };

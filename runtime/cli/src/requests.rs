@@ -1,5 +1,5 @@
-//! Reading requests: JSON lines, lines of text, arguments, and files of hidden states. Their form is the protocol's;
-//! what is done with them is the command's.
+//! Reads requests from JSON lines, lines of text, arguments and files of hidden states. Their format is defined by the
+//! protocol crate; commands decide what to do with them.
 
 use std::path::Path;
 
@@ -16,7 +16,7 @@ use crate::lines::{LONGEST_LINE, Lines};
 use crate::packing::Packing;
 use crate::tensors::Tensors;
 
-/// A request that cannot be answered: its `id`, or the line's number if the line has no readable one, and why.
+/// A request that failed: its `id` (or the line's number, if no id could be read) and the reason.
 pub struct Refused {
     pub id: Id,
     pub reason: String,
@@ -31,7 +31,7 @@ impl From<Refused> for ErrorResult {
 /// The kind of request that a command reads.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    /// Sources only, which the command truncates or not.
+    /// Sources only, which the command may truncate.
     Encode { truncates: bool },
     /// Sources, decoder prompts and generation options.
     Generate,
@@ -39,7 +39,7 @@ pub enum Kind {
     Score { end: Option<i64> },
 }
 
-/// Reads a text, which is a line of stdin or an argument. `number` counts texts from 0.
+/// Reads a text from a line of stdin or an argument. `number` counts texts from 0.
 pub fn read_text(text: &[u8], number: usize, kind: Kind, model: &dyn Tokenize) -> Result<TokenizedRequest, Refused> {
     let refused = |reason| Refused { id: number.into(), reason };
     if text.len() > LONGEST_LINE {
@@ -47,7 +47,7 @@ pub fn read_text(text: &[u8], number: usize, kind: Kind, model: &dyn Tokenize) -
     }
     let text = str::from_utf8(text).map_err(|error| refused(describe_invalid_utf8(text, &error)))?;
     let fields = Map::from_iter([("text".to_string(), text.into())]);
-    // The line is a text, so that errors need not name the fields that a request would have.
+    // The user gave a plain text, so errors do not name the fields of a request.
     let reason = |error: RequestError| {
         let reason = error.to_string();
         reason.strip_prefix("input_ids: ").or(reason.strip_prefix("text: ")).unwrap_or(&reason).to_string()
@@ -93,8 +93,8 @@ fn too_long() -> RequestError {
     RequestError::form("", format!("a line of at most {} MiB", LONGEST_LINE >> 20), "a longer one")
 }
 
-/// Reads requests with the hidden states of their sources from a file of `t5gemma encode`, in the order of their ids:
-/// integers first, by value.
+/// Reads requests with their hidden states from a file written by `t5gemma encode`, sorted by id: integers first, by
+/// value.
 pub fn read_encoder_outputs(path: &Path) -> Result<Vec<TokenizedRequest>> {
     let file = Tensors::read(path)?;
     let names = file.names()?;
@@ -111,11 +111,11 @@ pub fn read_encoder_outputs(path: &Path) -> Result<Vec<TokenizedRequest>> {
         let rectangle = |what: &str| -> Result<Vec<Vec<i64>>> {
             let numbers = file.whole(&format!("{id}.{what}"))?.and_then(|ids| ids.into_dimensionality::<Ix2>().ok());
             let numbers = numbers.filter(|numbers| numbers.shape() == &states.shape()[..2]);
-            let expected = format!("int64 of shape {:?}, as its last_hidden_state has", &states.shape()[..2]);
+            let expected = format!("int64 of shape {:?}, as in its last_hidden_state", &states.shape()[..2]);
             let numbers = numbers.with_context(|| wrong(what, &expected))?;
             Ok(numbers.outer_iter().map(|row| row.to_vec()).collect())
         };
-        // The tokens are not encoded again, but some options depend on them.
+        // The tokens are not encoded again, but some generation options use them.
         let (sources, mask) = (rectangle("input_ids")?, rectangle("attention_mask")?);
         let id = id.parse::<u64>().map_or_else(|_| Id::Text(id.to_string()), |number| Id::Number(number.into()));
         let encoder_outputs = Some(states);
@@ -124,10 +124,10 @@ pub fn read_encoder_outputs(path: &Path) -> Result<Vec<TokenizedRequest>> {
     ids.into_iter().map(request).collect()
 }
 
-/// Requests from the arguments or from stdin, for commands that do not stream.
+/// Requests from arguments or stdin, for commands that do not stream.
 pub struct Requests<'a> {
     texts: std::iter::Enumerate<std::slice::Iter<'a, String>>,
-    /// Where no texts are given as arguments.
+    /// Set if no texts are given as arguments.
     lines: Option<Lines>,
     jsonl: bool,
     kind: Kind,
@@ -135,7 +135,7 @@ pub struct Requests<'a> {
 }
 
 impl<'a> Requests<'a> {
-    /// Reads the texts given, or stdin where there are none.
+    /// Reads `texts`, or stdin if there are none.
     pub fn open(texts: &'a [String], jsonl: bool, kind: Kind, model: &'a dyn Tokenize) -> Requests<'a> {
         let lines = match (texts.is_empty(), jsonl) {
             (false, _) => None,
@@ -145,8 +145,8 @@ impl<'a> Requests<'a> {
         Requests { texts: texts.iter().enumerate(), lines, jsonl, kind, model }
     }
 
-    /// Waits for a request, and takes the requests after it that are there already, up to the window of `packing`;
-    /// empty at the end.
+    /// Waits for a request and takes it with those already waiting behind it, up to the window of `packing`; empty at
+    /// the end of the input.
     pub fn next_group(
         &mut self,
         packing: &Packing,

@@ -1,4 +1,4 @@
-//! `t5gemma score`: how likely given targets are.
+//! `t5gemma score`: log-probabilities of given targets.
 
 use std::io::{self, Write};
 
@@ -15,16 +15,16 @@ use crate::requests::{self, Kind, Refused};
 
 /// Score given targets
 ///
-/// Computes the log-probability of each target for its source. Requests and results are JSON lines, described below.
+/// Computes the log-probability of each target given its source. Requests and results are JSON lines, described below.
 #[derive(clap::Args)]
 #[command(after_long_help = JSON_LINES)]
 pub struct Arguments {
     #[command(flatten)]
     model: ModelArguments,
-    /// Score targets that are texts without an end token
+    /// Do not append the end token to targets given as text
     #[arg(long, help_heading = "Input")]
     no_eos: bool,
-    /// Return the log-probabilities of the N likeliest tokens at each position
+    /// Return the log-probabilities of the N most likely tokens at each position
     #[arg(long, value_name = "N", help_heading = "Output", default_value_t = 0)]
     top_logprobs: usize,
     /// Return the attention of each token to the source
@@ -48,23 +48,23 @@ Each line of stdin is a request, each line of stdout its result, in the same ord
   or       {"id", "error"}
 
 Fields of a request, besides those of `t5gemma generate`:
-  target            text, or list of texts, one for each source; the end token is
-                    scored after each unless --no-eos is given
-  target_ids        the same as token ids, scored as given
+  target            text, or list of texts, one per source; the end token is
+                    appended and scored, unless --no-eos is given
+  target_ids        the same as token ids, scored as they are
 
 Fields of a result:
-  logprobs          log-probability of each token of the target; the decoder's
-                    prompt is not scored
+  logprobs          log-probability of each token of the target, without the
+                    decoder prompt
   logprob           their sum
-  perplexity        e to the power of minus their mean
-  top_logprobs      as of `t5gemma generate`
-  cross_attentions  as of `t5gemma generate`
+  perplexity        exp(-mean of logprobs)
+  top_logprobs      as for `t5gemma generate`
+  cross_attentions  as for `t5gemma generate`
 
 Examples:
   Score a target:
     echo '{"text": "Dr. Smith", "target": "doctor smith"}' | t5gemma score model
 
-  Score the requests of a file, with the three likeliest tokens at each position:
+  Score the requests of a file, with the three most likely tokens at each position:
     t5gemma score model --top-logprobs 3 < requests.jsonl > scores.jsonl"#;
 
 /// Runs the command.
@@ -100,7 +100,7 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
             };
             let line = serde_json::to_string(&response)?;
             let mut out = io::stdout().lock();
-            writeln!(out, "{line}").and_then(|()| out.flush()).context("stdout cannot be written")?;
+            writeln!(out, "{line}").and_then(|()| out.flush()).context("cannot write to stdout")?;
             done.inc(1);
         }
     }
@@ -114,7 +114,7 @@ struct Scoring<'a> {
     output_attentions: bool,
 }
 
-/// A target's log-probabilities, and what it attends to where that is asked for.
+/// A target's log-probabilities and, if requested, cross-attentions.
 type Scored = (Logprobs, Option<CrossAttentions>);
 
 type Answer = Result<(TokenizedRequest, Vec<Scored>), Refused>;
@@ -155,8 +155,7 @@ impl Scoring<'_> {
         Ok(scored.into_iter().map(requested).collect())
     }
 
-    /// Answers requests as one batch. Should it be refused, each is tried alone, so that the error falls to the one
-    /// that is at fault.
+    /// Answers requests as one batch. If it fails, each request runs alone, so that only the one at fault fails.
     fn group(&self, mut group: Vec<TokenizedRequest>) -> Result<Vec<Answer>> {
         if group.is_empty() {
             return Ok(Vec::new());

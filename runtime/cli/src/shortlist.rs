@@ -1,4 +1,4 @@
-//! `t5gemma shortlist`: the tokens that an export keeps in the output head.
+//! `t5gemma shortlist`: lists the tokens that an export keeps in the output head.
 
 use std::path::PathBuf;
 
@@ -10,11 +10,11 @@ use crate::files::read_text;
 use crate::progress::counter;
 use crate::tensors::{Aside, write_text};
 
-/// List the tokens of texts, for an export with a smaller head
+/// List the tokens that occur in texts, to export with a smaller output head
 ///
-/// The texts should be like those that the model will generate: in the same languages, scripts and domains. Special
-/// tokens and the tokens that spell any text byte by byte are listed, too. `t5gemma-export --keep-tokens` reads the
-/// file: the model's output head then has these tokens only, and every step reads less.
+/// The texts should be representative of those to be generated: in the same languages, scripts and domains. Special
+/// tokens and single-byte tokens, which can spell any text, are always included. `t5gemma-export --keep-tokens` reads
+/// the file: the output head then has only these tokens, so that every step reads fewer weights.
 #[derive(clap::Args)]
 #[command(after_long_help = "\
 Examples:
@@ -30,7 +30,7 @@ pub struct Arguments {
     /// File to write
     #[arg(short, long, value_name = "TOKENS.json", help_heading = "Output")]
     output: PathBuf,
-    /// List tokens that occur at least this often
+    /// Minimum number of occurrences of a token
     #[arg(long, value_name = "N", help_heading = "Output", default_value_t = 1)]
     min_count: u64,
     /// Maximum number of tokens, most frequent first [default: all]
@@ -54,7 +54,7 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
         done.inc(1);
     }
     done.finish_and_clear();
-    ensure!(shortlist.texts() > 0, "{}: expected a text a line, found none", texts.display());
+    ensure!(shortlist.texts() > 0, "{}: expected one text per line, found none", texts.display());
     let tokens = shortlist.tokens(min_count, max_tokens);
     write_text(output, &(serde_json::to_string(&tokens)? + "\n"))?;
     eprintln!("{} tokens of {} texts", tokens.len(), shortlist.texts());

@@ -1,5 +1,5 @@
-//! Files of numbers: safetensors, .npy and JSON written whole or not at all, safetensors read. The runtime's only user
-//! of either.
+//! Tensor files: reads safetensors, and writes safetensors, .npy and JSON files atomically. The only place in the
+//! runtime that uses safetensors or .npy.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -40,32 +40,32 @@ pub fn write_npy(file: Aside, tensor: &Numbers) -> Result<()> {
     file.publish()
 }
 
-/// Writes a text.
+/// Writes a text file.
 pub fn write_text(file: Aside, text: &str) -> Result<()> {
     fs::write(&file.temporary, text).with_context(|| file.cannot())?;
     file.publish()
 }
 
-/// A file beside the one to be written, removed on drop unless it has taken its place.
+/// A temporary file next to the one to write; renamed to it when complete, otherwise removed on drop.
 pub struct Aside {
     temporary: PathBuf,
     path: PathBuf,
 }
 
 impl Aside {
-    /// Makes the file, empty; one that is there already is someone else's.
+    /// Creates the empty file; fails if it exists, since it then belongs to another process.
     pub fn create(path: &Path) -> Result<Aside> {
         let mut temporary = path.as_os_str().to_owned();
         temporary.push(format!(".partial-{}", std::process::id()));
         let temporary = PathBuf::from(temporary);
-        ensure!(!path.is_dir(), "{}: expected the name of a file, found a folder", path.display());
-        File::create_new(&temporary).with_context(|| format!("{}: cannot be made", temporary.display()))?;
+        ensure!(!path.is_dir(), "{}: expected a file name, found a folder", path.display());
+        File::create_new(&temporary).with_context(|| format!("{}: cannot be created", temporary.display()))?;
         unpublished().push(temporary.clone());
         Ok(Aside { temporary, path: path.to_path_buf() })
     }
 
-    /// Removes those that have not taken their places, for a program that ends without dropping them. Its other threads
-    /// can make none from then on.
+    /// Removes all temporary files, for a program that exits without dropping them. From then on, its other threads
+    /// cannot create any.
     pub fn remove_all() {
         let mut unpublished = unpublished();
         unpublished.drain(..).for_each(|temporary| drop(fs::remove_file(temporary)));
@@ -83,19 +83,20 @@ impl Aside {
 
 impl Drop for Aside {
     fn drop(&mut self) {
-        // It is gone where it has been published.
+        // Already gone if it was published.
         let _ = fs::remove_file(&self.temporary);
         unpublished().retain(|temporary| *temporary != self.temporary);
     }
 }
 
-/// The files that have not taken their places.
+/// The temporary files that exist.
 fn unpublished() -> MutexGuard<'static, Vec<PathBuf>> {
     static UNPUBLISHED: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
     UNPUBLISHED.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A tensor as safetensors asks for it: its bytes are made when it is written, so that only one is held twice.
+/// The view that safetensors writes from: bytes are made per tensor as it is written, so that only one is in memory
+/// twice.
 impl safetensors::View for Numbers {
     fn dtype(&self) -> Dtype {
         match self {

@@ -1,4 +1,4 @@
-//! `t5gemma verify`: checks the computation of a model.
+//! `t5gemma verify`: checks a model's numerics.
 
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -16,15 +16,16 @@ use crate::files;
 use crate::opening::{ModelArguments, Opening, RuntimeArguments};
 use crate::tensors::Tensors;
 
-/// Check the computation of a model
+/// Check a model's numerics
 ///
-/// Compares a model with itself: cached steps with recomputation, a ragged batch with its rows alone, left with right
-/// padding, one beam with greedy search, and beam scores with recomputed ones. With --golden, compares it with
-/// reference tensors, too. Prints the largest error of each comparison; the exit status is 1 if one exceeds its limit.
-/// With --against, reports the difference from another model of the same checkpoint, without a limit.
+/// Checks a model against itself: cached steps against recomputation, a ragged batch against its rows alone, left
+/// against right padding, beam search with one beam against greedy search, and beam scores against recomputed ones.
+/// With --golden, also checks it against reference tensors. Prints the largest error of each comparison; the exit
+/// status is 1 if one exceeds its limit. With --against, only reports the differences from another model of the same
+/// checkpoint.
 ///
-/// Of a model exported with --task feature-extraction, the hidden states or embeddings are compared: a ragged batch with
-/// its rows alone, left with right padding, and with --against each output of both models. Models exported with
+/// For a model exported with --task feature-extraction, compares hidden states or embeddings: a ragged batch against
+/// its rows alone, left against right padding and, with --against, each output of both models. Models exported with
 /// --output-hidden-states are compared layer by layer.
 #[derive(clap::Args)]
 #[command(after_long_help = GOLDEN)]
@@ -34,18 +35,18 @@ pub struct Arguments {
     /// Reference tensors to compare with, described below
     #[arg(long, value_name = "FILE.safetensors", help_heading = "Input")]
     golden: Option<PathBuf>,
-    /// Model of the same checkpoint to compare with, such as one with more bits
+    /// Model of the same checkpoint to compare with, such as the unquantized one
     ///
-    /// Reports the errors of hidden states and logits along that model's greedy outputs, and how often both models have
-    /// the same likeliest token; of encoders, the error and the cosine similarity of each output.
+    /// Reports the errors of hidden states and logits along that model's greedy outputs, and how often both models
+    /// agree on the most likely token; for encoders, the error and the cosine similarity of each output.
     #[arg(long, value_name = "OTHER_MODEL", help_heading = "Input", conflicts_with_all = ["golden", "tolerance"])]
     against: Option<PathBuf>,
-    /// Sources for --against, one per line, like those that will be served [default: random tokens]
+    /// Sources for --against, one per line, representative of real requests [default: random tokens]
     ///
-    /// The outputs for random tokens agree less.
+    /// Models agree less on random tokens than on texts.
     #[arg(long, value_name = "FILE", help_heading = "Input", requires = "against")]
     texts: Option<PathBuf>,
-    /// Largest absolute error that passes [default: depends on the element type]
+    /// Largest absolute error that passes [default: depends on the dtype]
     ///
     /// The default is 5e-4 for float32, a thousandth of the largest number for quantized weights, and a tenth of it for
     /// half precision.
@@ -59,18 +60,18 @@ pub struct Arguments {
 }
 
 const GOLDEN: &str = "\
-Tensors of --golden, for any names B of batches:
+Tensors of --golden, where B is any batch name:
   in.B.input_ids, in.B.attention_mask        the sources
   enc.B.last_hidden_state                    hidden states of the encoder
   dec.B.first.logits, dec.B.prefill.logits   logits of the first step
   dec.B.forced_ids, dec.B.forced_logits      targets, and logits along them
-All but the sources may be left out.
+Only the sources are required.
 
 Examples:
   Check a model after an export:
     t5gemma verify model
 
-  Report what 8-bit weights cost:
+  Measure the error of 8-bit weights:
     t5gemma verify model-int8 --against model --texts texts.txt
 
   Report the cosine similarity of an encoder's states by layer:
@@ -110,7 +111,10 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
         let mut checks = consistency(&model, tolerance, cancel)?;
         if let Some(golden) = &golden {
             let compared = against(&model, golden, tolerance, cancel)?;
-            ensure!(!compared.is_empty(), "the reference file holds nothing to compare with; see --help for the names");
+            ensure!(
+                !compared.is_empty(),
+                "--golden: expected reference tensors, found none to compare with; see --help for their names"
+            );
             checks.extend(compared);
         }
         checks
@@ -140,7 +144,7 @@ impl Sources {
     /// Reads the lines of a file. Without a file there are none, and random tokens are used.
     fn read(texts: Option<&Path>, tokenizer: impl FnOnce() -> Result<Tokenizer, Error>) -> Result<Sources> {
         let Some(path) = texts else {
-            let description = "random tokens; --texts FILE gives the numbers for texts like yours".to_string();
+            let description = "random tokens (use --texts FILE for your own texts)".to_string();
             return Ok(Sources { ids: Vec::new(), description });
         };
         let (text, tokenizer) = (files::read_text(path)?, tokenizer()?);
@@ -171,8 +175,8 @@ fn compare(opening: &Opening, other: &Path, texts: Option<&Path>, cancel: &Cance
         ("hidden states, relative error", format!("{hidden_relative_error:.2e}")),
         ("logits, relative error", format!("{logits_relative_error:.2e}")),
         ("logits, largest error", format!("{logits_largest_error:.2e}")),
-        ("same likeliest token", percent(top1_agreement)),
-        ("its likeliest token among the five likeliest", percent(top1_in_top5)),
+        ("same most likely token", percent(top1_agreement)),
+        ("its most likely token in the other's top 5", percent(top1_in_top5)),
         ("Kullback-Leibler divergence, nats", format!("{kl_divergence:.2e}")),
     ];
     let rows = rows.map(|(name, value)| format!("{name:<46} {value:>10}\n")).concat();
@@ -219,7 +223,7 @@ fn compare_encoders(opening: &Opening, other: &Path, texts: Option<&Path>, cance
 pub fn read(file: &Tensors) -> Result<Golden> {
     let mut golden = Golden::default();
     for name in file.names()? {
-        // Other tensors of the file, in whatever type, are not looked at.
+        // Other tensors in the file are ignored, whatever their type.
         if name.starts_with("in.") || name.ends_with(".forced_ids") {
             golden.integers.extend(file.whole(&name)?.map(|tensor| (name, tensor)));
         } else if name.starts_with("enc.") || name.starts_with("dec.") {

@@ -1,32 +1,32 @@
-//! Why a request cannot be answered: its own form, or what the runtime says of its content.
+//! Why a request cannot be answered: its form is wrong, or the runtime rejects its content.
 
 use std::fmt;
 
 use t5gemma_runtime::Error;
 
-/// An unacceptable request.
+/// An invalid request.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum RequestError {
     /// The request is not an object, or a field is missing, unknown or of the wrong form.
     Form {
-        /// The field, or the empty string for the request as a whole.
+        /// The field; empty for the whole request.
         field: String,
         /// The forms that are accepted.
         expected: String,
         /// The value that was given, abbreviated.
         found: String,
     },
-    /// The bytes are not UTF-8, as [`describe_invalid_utf8`](crate::describe_invalid_utf8) says.
+    /// The bytes are not UTF-8; the message is from [`describe_invalid_utf8`](crate::describe_invalid_utf8).
     Encoding(String),
-    /// The text is not JSON: the problem and its place.
+    /// The text is not JSON: the problem and its position.
     Json(String),
-    /// The runtime refuses the request.
+    /// The runtime rejects the request.
     Runtime(Error),
 }
 
 impl RequestError {
-    /// A field, or with an empty name the request, of the wrong form.
+    /// A field of the wrong form, or the whole request if `field` is empty.
     pub fn form(field: &str, expected: impl Into<String>, found: impl Into<String>) -> RequestError {
         RequestError::Form { field: field.to_string(), expected: expected.into(), found: found.into() }
     }
@@ -49,7 +49,7 @@ impl fmt::Display for RequestError {
 impl std::error::Error for RequestError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
-            // Its text is this error's, so that what comes next is its source.
+            // Its message is this error's message, so the next cause is its own source.
             RequestError::Runtime(error) => error.source(),
             _ => None,
         }

@@ -1,4 +1,4 @@
-//! The id of a request, by which its result is known.
+//! The id of a request, which identifies its result.
 
 use std::fmt;
 
@@ -9,7 +9,7 @@ use serde_json::{Map, Number, Value};
 use crate::error::RequestError;
 use crate::json::abbreviated;
 
-/// A number, which is returned as it was written, or a string.
+/// A number, which is returned exactly as written, or a string.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(untagged)]
 pub enum Id {
@@ -19,7 +19,7 @@ pub enum Id {
     Text(String),
 }
 
-/// 2^53: from there on, a floating-point number is not the number that was written.
+/// 2^53: from there on, float64 cannot represent every integer.
 const MAX_EXACT: f64 = 9_007_199_254_740_992.0;
 
 impl Id {

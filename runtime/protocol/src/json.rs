@@ -1,4 +1,4 @@
-//! JSON objects whose fields are unique, and errors that name their place and the character there.
+//! JSON objects with unique fields, and errors that name the position and the character there.
 
 use std::fmt;
 
@@ -10,7 +10,7 @@ use crate::error::RequestError;
 /// Reads a JSON object.
 ///
 /// # Errors
-/// Text that is not a JSON object, and an object at any depth that has a field twice, of which a parser would silently drop one.
+/// Text that is not a JSON object, or duplicate fields at any depth, of which a parser would silently drop one.
 pub fn parse_object(text: &str) -> Result<Map<String, Value>, RequestError> {
     let mut deserializer = serde_json::Deserializer::from_str(text);
     let value = UniqueFields.deserialize(&mut deserializer).and_then(|value| deserializer.end().map(|()| value));
@@ -87,7 +87,7 @@ impl<'de> Visitor<'de> for UniqueFields {
     }
 }
 
-/// A value for a message, cut off where it is long.
+/// A value for a message, truncated if it is long.
 pub fn abbreviated(value: &Value) -> String {
     let text = value.to_string();
     match text.char_indices().nth(60) {
@@ -96,7 +96,7 @@ pub fn abbreviated(value: &Value) -> String {
     }
 }
 
-/// Describes an error of `text`: its place, the parser's words, and the character there.
+/// Describes an error in `text`: its position, the parser's message, and the character there.
 pub fn describe_error(text: &str, error: &serde_json::Error) -> String {
     let whole = error.to_string();
     let (line, column) = (error.line(), error.column());

@@ -1,9 +1,9 @@
-//! Requests and results of T5Gemma models: the JSON that every door reads and writes, as types. A door turns bytes into a
-//! request, [tokenizes](Tokenize) it for a model, runs the batch, and makes a result of the answer; how it gets the bytes is its own
-//! affair.
+//! Requests and results of T5Gemma models: types for the JSON that every interface reads and writes. An interface
+//! parses bytes into a request, [tokenizes](Tokenize) it for a model, runs the batch, and turns the answer into a
+//! result; the transport is up to it.
 //!
-//! In reading order: `request` are the requests as they are written, `tokenize` makes batches of them, `result` are the
-//! results; `text` and `json` read bytes with errors that name the place; `schema` is the JSON Schema, committed in `schema/`.
+//! In reading order: `request` has the requests, `tokenize` turns them into batches, `result` has the results; `text`
+//! and `json` read bytes with errors that name the position; `schema` is the JSON Schema, committed in `schema/`.
 
 mod error;
 mod id;

@@ -1,5 +1,4 @@
-//! Generation options as data: the name, the value and the meaning of each, for command lines and schemas. Which values are accepted is
-//! the runtime's to say.
+//! Generation options as data: name, value type and meaning of each, for command lines and schemas. The runtime checks the values.
 
 use schemars::{Schema, json_schema};
 use serde_json::{Map, Value, json};
@@ -25,7 +24,7 @@ pub struct GenerationOption {
 pub enum OptionGroup {
     /// The length of targets, the search, and penalties.
     Generation,
-    /// Drawing tokens by their probabilities.
+    /// Sampling.
     Sampling,
     /// What targets must or must not contain.
     Constraints,
@@ -79,58 +78,58 @@ const fn option(name: &'static str, group: OptionGroup, value: OptionValue, summ
 pub const GENERATION_OPTIONS: &[GenerationOption] = &[
     option("max_new_tokens", Generation, Integer, "Maximum number of generated tokens [default: the model's, or 20]"),
     option("max_length", Generation, Integer, "Maximum length of a target, decoder prompt included; max_new_tokens takes precedence"),
-    option("min_new_tokens", Generation, Integer, "Minimum number of generated tokens before an end token"),
-    option("min_length", Generation, Integer, "Minimum length of a target before an end token, decoder prompt included; min_new_tokens takes precedence [default: 0]"),
+    option("min_new_tokens", Generation, Integer, "Minimum number of generated tokens before an end token is allowed"),
+    option("min_length", Generation, Integer, "Minimum length of a target before an end token is allowed, decoder prompt included; min_new_tokens takes precedence [default: 0]"),
     option("num_beams", Generation, Integer, "Number of beams, up to 256; 1 is greedy search, or sampling with do_sample [default: 1]"),
-    option("num_return_sequences", Generation, Integer, "Number of targets for each source: at most num_beams, unless with do_sample or return_alternatives [default: 1]"),
-    option("length_penalty", Generation, Number, "Exponent of the length by which beam scores are divided, from -10 to 10 [default: 1]"),
-    option("early_stopping", Generation, OptionValue::EarlyStopping, "When beam search ends after num_beams finished targets: true at once, false when no beam scores better at its present length, never when no beam can become better [default: false]"),
-    option("patience", Generation, Number, "With early_stopping true, factor of num_beams by which beam search waits for finished targets [default: 1]"),
-    option("coverage_penalty", Generation, Number, "Weight of the reward for targets that leave no part of the source out; requires a model exported with --alignment [default: 0]"),
-    option("num_beam_groups", Generation, Integer, "Number of groups of beams that avoid each other's tokens, a divisor of num_beams [default: 1]"),
-    option("diversity_penalty", Generation, Number, "Penalty of a token for each beam of an earlier group that has just chosen it [default: 0]"),
-    option("return_alternatives", Generation, Flag, "Return num_return_sequences targets that begin with the likeliest first tokens"),
-    option("stop_strings", Generation, OptionValue::TextOrTexts, "Text that ends a target, or a list of texts"),
-    option("max_time", Generation, Seconds, "Seconds after which all targets end as they are"),
-    option("exponential_decay_length_penalty", Generation, OptionValue::LengthPenalty, "Start and factor: after so many generated tokens, an end becomes likelier by the factor with each further token, such as [30, 1.05]"),
-    option("repetition_penalty", Generation, Number, "Penalty of tokens that the target contains; above 1 makes them less likely [default: 1]"),
-    option("encoder_repetition_penalty", Generation, Number, "Reward of tokens that the source contains; above 1 makes them likelier [default: 1]"),
-    option("frequency_penalty", Generation, Number, "Penalty of a token for each time it was generated, from -2 to 2 [default: 0]"),
+    option("num_return_sequences", Generation, Integer, "Number of targets per source: at most num_beams, except with do_sample or return_alternatives [default: 1]"),
+    option("length_penalty", Generation, Number, "Beam scores are divided by the length to this power, from -10 to 10 [default: 1]"),
+    option("early_stopping", Generation, OptionValue::EarlyStopping, "When beam search stops once it has num_beams finished targets: true at once, false when no running beam scores better at its current length, never when none can ever score better [default: false]"),
+    option("patience", Generation, Number, "With early_stopping true, beam search stops after num_beams times this number of finished targets [default: 1]"),
+    option("coverage_penalty", Generation, Number, "Weight of the bonus for targets that cover the whole source; requires a model exported with --alignment [default: 0]"),
+    option("num_beam_groups", Generation, Integer, "Number of beam groups for diverse beam search, a divisor of num_beams [default: 1]"),
+    option("diversity_penalty", Generation, Number, "Penalty of a token for each beam of an earlier group that chose it in the same step [default: 0]"),
+    option("return_alternatives", Generation, Flag, "Return num_return_sequences targets, one for each of the most likely first tokens"),
+    option("stop_strings", Generation, OptionValue::TextOrTexts, "Text, or list of texts, that ends a target"),
+    option("max_time", Generation, Seconds, "Time limit in seconds; unfinished targets are returned as they are"),
+    option("exponential_decay_length_penalty", Generation, OptionValue::LengthPenalty, "Start and factor, such as [30, 1.05]: after that many generated tokens, the score of the end token grows exponentially"),
+    option("repetition_penalty", Generation, Number, "Penalty of tokens already in the target; above 1 makes them less likely [default: 1]"),
+    option("encoder_repetition_penalty", Generation, Number, "Bonus for tokens of the source; above 1 makes them more likely [default: 1]"),
+    option("frequency_penalty", Generation, Number, "Penalty of a token for each time that it was generated, from -2 to 2 [default: 0]"),
     option("presence_penalty", Generation, Number, "Penalty of a token that was generated at least once, from -2 to 2 [default: 0]"),
-    option("renormalize_logits", Generation, Flag, "Normalize processed scores to log-probabilities"),
+    option("renormalize_logits", Generation, Flag, "Renormalize the processed scores to log-probabilities"),
     option("remove_invalid_values", Generation, Flag, "Replace NaN and infinite scores instead of failing"),
-    option("prompt_lookup_num_tokens", Generation, Integer, "Number of tokens that greedy search drafts from the source, for the same output in fewer steps; requires a model exported with --all-logits"),
-    option("max_matching_ngram_size", Generation, Integer, "With prompt_lookup_num_tokens, maximum number of last tokens to look up in the source [default: 2]"),
+    option("prompt_lookup_num_tokens", Generation, Integer, "Number of tokens that greedy search drafts by n-gram lookup in the source, for the same output in fewer steps; requires a model exported with --all-logits"),
+    option("max_matching_ngram_size", Generation, Integer, "With prompt_lookup_num_tokens, maximum size of the n-grams to look up [default: 2]"),
     option("eos_token_id", Generation, TokenOrTokens, "Token or tokens that end a target, such as 1 or [1, 107] [default: the model's]"),
     option("decoder_start_token_id", Generation, Token, "Token that every target starts with [default: the model's]"),
     option("bos_token_id", Generation, Token, "Beginning-of-sequence token [default: the model's]"),
     option("pad_token_id", Generation, Token, "Token that pads sources of unequal length [default: the model's]"),
-    option("do_sample", Sampling, Flag, "Draw tokens by their probabilities instead of taking the likeliest"),
-    option("seed", Sampling, Integer, "Seed of the draws, which are the same for a request alone or among others [default: another for each request]"),
-    option("temperature", Sampling, Number, "Divisor of the scores; below 1 makes likely tokens likelier [default: 1]"),
-    option("top_k", Sampling, Integer, "Keep the N likeliest tokens; 0 keeps all [default: the model's, or 50]"),
-    option("top_p", Sampling, Probability, "Keep the likeliest tokens whose probabilities add up to P [default: 1]"),
-    option("min_p", Sampling, Probability, "Keep tokens at least P times as likely as the likeliest [default: 0]"),
-    option("typical_p", Sampling, Probability, "Keep the tokens closest to the expected information whose probabilities add up to P [default: 1]"),
-    option("top_h", Sampling, Probability, "Keep the likeliest tokens that carry the part P of the entropy of the best 100"),
+    option("do_sample", Sampling, Flag, "Sample tokens instead of taking the most likely ones"),
+    option("seed", Sampling, Integer, "Random seed; the same result whether a request runs alone or in a batch [default: a new one per request]"),
+    option("temperature", Sampling, Number, "Scores are divided by it: below 1 favors likely tokens, above 1 unlikely ones [default: 1]"),
+    option("top_k", Sampling, Integer, "Keep the N most likely tokens; 0 keeps all [default: the model's, or 50]"),
+    option("top_p", Sampling, Probability, "Keep the most likely tokens whose probabilities add up to P [default: 1]"),
+    option("min_p", Sampling, Probability, "Keep tokens at least P times as likely as the most likely one [default: 0]"),
+    option("typical_p", Sampling, Probability, "Keep the tokens whose information content is closest to the entropy, up to a total probability of P [default: 1]"),
+    option("top_h", Sampling, Probability, "Keep the most likely tokens, up to a fraction P of the entropy of the top 100"),
     option("top_n_sigma", Sampling, Number, "Keep tokens within X standard deviations of the best score; 0 keeps all [default: 0]"),
-    option("epsilon_cutoff", Sampling, Probability, "Keep tokens of at least the probability P [default: 0]"),
-    option("eta_cutoff", Sampling, Probability, "Keep tokens of at least the probability P, or less where many tokens are likely [default: 0]"),
-    option("json_schema", Constraints, OptionValue::JsonSchema, "Generate JSON that satisfies this schema"),
-    option("regex", Constraints, Text, "Generate a text that matches this regular expression as a whole"),
-    option("grammar", Constraints, Text, "Generate a text of this Lark grammar, in llguidance's variant"),
+    option("epsilon_cutoff", Sampling, Probability, "Keep tokens with a probability of at least P [default: 0]"),
+    option("eta_cutoff", Sampling, Probability, "Keep tokens with a probability of at least P, or less if the entropy is high [default: 0]"),
+    option("json_schema", Constraints, OptionValue::JsonSchema, "Generate JSON that satisfies this JSON Schema"),
+    option("regex", Constraints, Text, "Generate text that matches this regular expression in full"),
+    option("grammar", Constraints, Text, "Generate text accepted by this grammar, in llguidance's variant of Lark"),
     option("allowed_sequences", Constraints, OptionValue::Phrases, "Generate one of these texts or lists of token ids"),
-    option("required_phrases", Constraints, OptionValue::Phrases, "Generate a text that contains each of these texts or lists of token ids"),
-    option("bad_words_ids", Constraints, OptionValue::Sequences, "Token sequences that are not generated, such as [[17], [5, 6]]"),
+    option("required_phrases", Constraints, OptionValue::Phrases, "Generate text that contains each of these texts or lists of token ids"),
+    option("bad_words_ids", Constraints, OptionValue::Sequences, "Token sequences that are never generated, such as [[17], [5, 6]]"),
     option("suppress_tokens", Constraints, Tokens, "Tokens that are never generated, such as [5, 6]"),
-    option("begin_suppress_tokens", Constraints, Tokens, "Tokens that are not generated first, such as [5, 6]"),
-    option("sequence_bias", Constraints, OptionValue::SequenceBias, "Token sequences and what is added to the score of their last token, such as [[[17], -2.5]]"),
-    option("no_repeat_ngram_size", Constraints, Integer, "Length of token sequences that occur only once in a target; 0 is off [default: 0]"),
-    option("encoder_no_repeat_ngram_size", Constraints, Integer, "Length of token sequences of the source that do not occur in the target; 0 is off [default: 0]"),
-    option("forced_bos_token_id", Constraints, Token, "Token that is generated first"),
-    option("forced_eos_token_id", Constraints, TokenOrTokens, "Token or tokens of which one is generated last at the maximum length"),
-    option("output_logprobs", Output, Flag, "Return the model's log-probability of each token, before any processing"),
-    option("top_logprobs", Output, Integer, "With output_logprobs, return the log-probabilities of the N likeliest tokens at each position too, up to 1000"),
+    option("begin_suppress_tokens", Constraints, Tokens, "Tokens that are never generated first, such as [5, 6]"),
+    option("sequence_bias", Constraints, OptionValue::SequenceBias, "Token sequences, each with a bias that is added to the score of its last token, such as [[[17], -2.5]]"),
+    option("no_repeat_ngram_size", Constraints, Integer, "Size of n-grams that may occur only once in a target; 0 turns it off [default: 0]"),
+    option("encoder_no_repeat_ngram_size", Constraints, Integer, "Size of n-grams of the source that may not occur in the target; 0 turns it off [default: 0]"),
+    option("forced_bos_token_id", Constraints, Token, "Token to force as the first generated token"),
+    option("forced_eos_token_id", Constraints, TokenOrTokens, "Token, or list of tokens, to force at the maximum length"),
+    option("output_logprobs", Output, Flag, "Return the model's log-probability of each token, before any score processing"),
+    option("top_logprobs", Output, Integer, "With output_logprobs, also return the log-probabilities of the N most likely tokens at each position, up to 1000"),
     option("output_attentions", Output, Flag, "Return the attention of each token to the source; requires a model exported with --alignment"),
 ];
 
@@ -166,7 +165,7 @@ impl OptionValue {
     }
 }
 
-/// The schema of an object of generation options. Other options of Hugging Face's are accepted with values that change nothing.
+/// The schema of a generation options object. Other Hugging Face options are accepted if their value has no effect.
 pub(crate) fn schema(_: &mut schemars::SchemaGenerator) -> Schema {
     let property = |option: &GenerationOption| {
         let schema = json!({"description": option.summary, "anyOf": [option.value.schema(), {"type": "null"}]});

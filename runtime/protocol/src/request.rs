@@ -1,5 +1,5 @@
-//! Requests as they are written: the lines of `t5gemma generate --jsonl`, `score`, `encode` and `classify`. Reading checks the form
-//! of every field; what depends on a model is checked when the request is tokenized.
+//! The JSON requests: lines of `t5gemma generate --jsonl`, `score`, `encode` and `classify`. Parsing checks the form of
+//! every field; checks that need a model happen when the request is tokenized.
 
 use schemars::{JsonSchema, Schema};
 use serde::{Deserialize, Deserializer, Serialize};
@@ -25,10 +25,10 @@ pub struct GenerateRequest {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<Vec<Map<String, Value>>>")]
     pub messages: Option<Vec<Value>>,
-    /// The source as token ids, or several sources of one length.
+    /// The source as token ids, or several sources of equal length.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub input_ids: Option<TokenRows>,
-    /// Of the shape of the sources: 0 where a token is padding, anywhere in the row. Default: no token is padding.
+    /// Same shape as `input_ids`: 0 where a token is padding, anywhere in the row. Default: no padding.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub attention_mask: Option<TokenRows>,
     /// The beginning of each target, without special tokens; not part of the result.
@@ -37,7 +37,7 @@ pub struct GenerateRequest {
     /// The beginning of each target as token ids; not part of the result.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub decoder_input_ids: Option<TokenRows>,
-    /// Generation options by their Hugging Face names, in preference to those of the command line and the model.
+    /// Generation options under their Hugging Face names; they override those of the command line and the model.
     #[serde(skip_serializing_if = "Map::is_empty")]
     #[schemars(default, schema_with = "crate::options::schema")]
     pub options: Map<String, Value>,
@@ -54,16 +54,16 @@ pub struct ScoreRequest {
     /// The source, or several sources.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub text: Option<Texts>,
-    /// The source as token ids, or several sources of one length.
+    /// The source as token ids, or several sources of equal length.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub input_ids: Option<TokenRows>,
-    /// Of the shape of the sources: 0 where a token is padding, anywhere in the row. Default: no token is padding.
+    /// Same shape as `input_ids`: 0 where a token is padding, anywhere in the row. Default: no padding.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub attention_mask: Option<TokenRows>,
-    /// The target of each source; the end token is scored after it.
+    /// The target of each source; the end token is appended and scored.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub target: Option<Texts>,
-    /// The target of each source as token ids, scored as given.
+    /// The target of each source as token ids, scored as they are.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub target_ids: Option<TokenRows>,
     /// The beginning of each target, without special tokens; not scored.
@@ -85,10 +85,10 @@ pub struct EncodeRequest {
     /// The source, or several sources.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub text: Option<Texts>,
-    /// The source as token ids, or several sources of one length.
+    /// The source as token ids, or several sources of equal length.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub input_ids: Option<TokenRows>,
-    /// Of the shape of the sources: 0 where a token is padding, anywhere in the row. Default: no token is padding.
+    /// Same shape as `input_ids`: 0 where a token is padding, anywhere in the row. Default: no padding.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub attention_mask: Option<TokenRows>,
 }
@@ -113,7 +113,7 @@ impl Texts {
     }
 }
 
-/// One row of integers, or several of one length.
+/// One row of integers, or several of equal length.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(untagged)]
 pub enum TokenRows {
@@ -133,16 +133,16 @@ impl TokenRows {
     }
 }
 
-/// Which sources a request has.
+/// The kind of sources in a request.
 pub(crate) struct SourcesGiven {
     pub text: bool,
     pub input_ids: bool,
-    /// `None` where the request cannot be a conversation.
+    /// `None` if the request cannot be a conversation.
     pub messages: Option<bool>,
 }
 
 impl SourcesGiven {
-    /// Refuses anything but exactly one.
+    /// Requires exactly one.
     pub fn check(self) -> Result<(), RequestError> {
         let refused = |expected, found| Err(RequestError::form("", expected, found));
         match (self.text, self.input_ids, self.messages) {
@@ -216,7 +216,7 @@ impl TryFrom<Map<String, Value>> for EncodeRequest {
     }
 }
 
-/// Refuses two beginnings of targets.
+/// Rejects two decoder prompts.
 pub(crate) fn check_prompts(text: &Option<Texts>, ids: &Option<TokenRows>) -> Result<(), RequestError> {
     match (text, ids) {
         (Some(_), Some(_)) => Err(RequestError::form("", "decoder_text or decoder_input_ids", "both")),
@@ -224,7 +224,7 @@ pub(crate) fn check_prompts(text: &Option<Texts>, ids: &Option<TokenRows>) -> Re
     }
 }
 
-/// Refuses anything but one kind of targets.
+/// Requires exactly one kind of targets.
 pub(crate) fn check_targets(text: &Option<Texts>, ids: &Option<TokenRows>) -> Result<(), RequestError> {
     match (text, ids) {
         (Some(_), Some(_)) => Err(RequestError::form("", "target or target_ids", "both")),
@@ -233,11 +233,11 @@ pub(crate) fn check_targets(text: &Option<Texts>, ids: &Option<TokenRows>) -> Re
     }
 }
 
-/// Fields that have not been read. A null is a field that is not given.
+/// Fields that have not been read yet. A null field counts as absent.
 struct Fields(Map<String, Value>);
 
 impl Fields {
-    /// Refuses a field that is not among `known`, a list for people.
+    /// Rejects a field that is not among `known`, a list for messages.
     fn new(fields: Map<String, Value>, known: &str) -> Result<Fields, RequestError> {
         let is_known = |name: &str| known.split([' ', ',']).any(|known| known == name && known != "and");
         match fields.keys().find(|name| !is_known(name)) {
@@ -328,13 +328,13 @@ fn one_of_targets(schema: &mut Schema) {
     one_of(schema, &["target", "target_ids"]);
 }
 
-/// Requires that exactly one of the fields is there and not null.
+/// Requires exactly one of the fields to be present and not null.
 fn one_of(schema: &mut Schema, fields: &[&str]) {
     let given = |field: &&str| json!({"required": [field], "properties": {*field: {"not": {"type": "null"}}}});
     require(schema, json!({"oneOf": fields.iter().map(given).collect::<Vec<_>>()}));
 }
 
-/// Requires that the beginnings of targets are given in at most one of the two ways.
+/// Requires at most one of the two forms of decoder prompts.
 fn not_both_prompts(schema: &mut Schema) {
     let fields = ["decoder_text", "decoder_input_ids"];
     let given = fields.map(|field| (field.to_string(), json!({"not": {"type": "null"}})));

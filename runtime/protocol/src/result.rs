@@ -1,5 +1,5 @@
-//! Results as they are written: the lines that `t5gemma` prints, and what the C library returns as JSON. Numbers that the model computes in
-//! float32 are written as the float64 numbers of the same value.
+//! The JSON results: the lines that `t5gemma` prints, and what the C library returns as JSON. float32 numbers are
+//! written as float64 numbers of the same value.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -13,7 +13,7 @@ use crate::id::Id;
 pub enum GenerateResponse {
     /// The generated targets.
     Result(GenerateResult),
-    /// Why there are none.
+    /// The error, if the request failed.
     Error(ErrorResult),
 }
 
@@ -23,7 +23,7 @@ pub enum GenerateResponse {
 pub enum ScoreResponse {
     /// The scores.
     Result(ScoreResult),
-    /// Why there are none.
+    /// The error, if the request failed.
     Error(ErrorResult),
 }
 
@@ -31,11 +31,11 @@ pub enum ScoreResponse {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(untagged)]
 pub enum ClassifyResponse {
-    /// The labels of each source, of a model for text classification.
+    /// The labels of each source, from a text-classification model.
     Labels(LabelsResult),
-    /// The labels of each token, of a model for token classification.
+    /// The labels of each token, from a token-classification model.
     Tokens(TokenLabelsResult),
-    /// Why there are none.
+    /// The error, if the request failed.
     Error(ErrorResult),
 }
 
@@ -59,7 +59,7 @@ pub struct GenerateResult {
     pub id: Option<Id>,
     /// For each source, its targets, best first.
     pub sequences: Vec<Vec<Sequence>>,
-    /// The seed that the tokens were drawn with, where they were sampled.
+    /// The random seed, if tokens were sampled.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub seed: Option<u64>,
     /// The size of the request.
@@ -70,12 +70,12 @@ pub struct GenerateResult {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Sequence {
-    /// The token ids, with the end token and without the prompt.
+    /// The token ids, with the end token but without the prompt.
     pub tokens: Vec<i64>,
     /// The text, without special tokens; absent for a model without a tokenizer.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub text: Option<String>,
-    /// Beam search: the summed log-probability divided by `length^length_penalty`, plus the coverage penalty.
+    /// With beam search: the summed log-probability divided by `length^length_penalty`, plus the coverage penalty.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub score: Option<f64>,
     /// Why the target ended; absent for a target that was scored.
@@ -84,14 +84,14 @@ pub struct Sequence {
     /// With `output_logprobs`: the sum of `logprobs`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub logprob: Option<f64>,
-    /// With `output_logprobs`: the model's log-probability of each token, before any processing.
+    /// With `output_logprobs`: the model's log-probability of each token, before any score processing.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub logprobs: Option<Vec<f64>>,
-    /// With `top_logprobs`: for each position, pairs of a token and its log-probability, likeliest first.
+    /// With `top_logprobs`: for each position, pairs of a token and its log-probability, most likely first.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub top_logprobs: Option<Vec<Vec<(i64, f64)>>>,
-    /// With `output_attentions`: for each token, the attention to each source token, padding included: probabilities, the
-    /// mean over the heads and over the layers that the model was exported with.
+    /// With `output_attentions`: for each token, its attention to each source token, padding included: probabilities,
+    /// averaged over heads and over the layers that the model was exported with.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cross_attentions: Option<Vec<Vec<f64>>>,
 }
@@ -111,7 +111,7 @@ pub enum FinishReason {
     Time,
     /// The target satisfies its constraint, and no token may follow, not even an end-of-sequence token.
     Constraint,
-    /// The target ended before it satisfied its constraint, or the options forbid every token that could follow.
+    /// The target ended before satisfying its constraint, or the options forbid every possible next token.
     ConstraintIncomplete,
 }
 
@@ -128,22 +128,22 @@ pub struct ScoreResult {
     pub usage: Usage,
 }
 
-/// The score of a given target. The decoder's prompt is not scored.
+/// The score of a given target. The decoder prompt is not scored.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Score {
-    /// The token ids of the target, with the end token where it was scored.
+    /// The token ids of the target, with the end token if it was scored.
     pub tokens: Vec<i64>,
     /// The sum of `logprobs`.
     pub logprob: f64,
-    /// `e` to the power of minus the mean of `logprobs`; null if that exceeds what a number can hold.
+    /// `exp(-mean)` of `logprobs`; null if that overflows.
     pub perplexity: Option<f64>,
     /// The model's log-probability of each token.
     pub logprobs: Vec<f64>,
-    /// With `--top-logprobs`: for each position, pairs of a token and its log-probability, likeliest first.
+    /// With `--top-logprobs`: for each position, pairs of a token and its log-probability, most likely first.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub top_logprobs: Option<Vec<Vec<(i64, f64)>>>,
-    /// With `--output-attentions`: for each token, the attention to each source token, as in results of generation.
+    /// With `--output-attentions`: for each token, its attention to each source token, as in generation results.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cross_attentions: Option<Vec<Vec<f64>>>,
 }
@@ -190,7 +190,7 @@ pub struct TokenLabelsResult {
 pub struct TokenLabels {
     /// The token id.
     pub token: i64,
-    /// The token as the vocabulary spells it; absent for a model without a tokenizer.
+    /// The token's vocabulary entry; absent for a model without a tokenizer.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub text: Option<String>,
     /// Its labels, best first.
@@ -203,7 +203,7 @@ pub struct TokenLabels {
 pub struct Label {
     /// The label's name in the model's configuration.
     pub label: String,
-    /// The logit, or the probability that `function_to_apply` makes of it.
+    /// The logit, or the probability that `function_to_apply` computes from it.
     pub score: f64,
 }
 
@@ -286,8 +286,8 @@ fn top_logprobs(found: &Logprobs) -> Option<Vec<Vec<(i64, f64)>>> {
     (!found.top.is_empty()).then(|| found.top.iter().map(|top| top.iter().map(pair).collect()).collect())
 }
 
-/// The attention of each target token to the first `source_length` source tokens: those that were given, without what padded
-/// the batch.
+/// The attention of each target token to the first `source_length` source tokens, which leaves out the padding of the
+/// batch.
 pub fn attention_rows(found: &CrossAttentions, source_length: usize) -> Vec<Vec<f64>> {
     let given = |mut row: Vec<f64>| {
         row.truncate(source_length);

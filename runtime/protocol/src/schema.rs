@@ -1,5 +1,5 @@
-//! The JSON Schema (draft 2020-12) of each kind of line. It is generated from the types, and committed in `schema/` for those who do not build
-//! this crate: `cargo run -p t5gemma-protocol --example schema` writes it anew.
+//! The JSON Schema (draft 2020-12) of each kind of line. It is generated from the types and committed in `schema/` for
+//! users who do not build this crate; `cargo run -p t5gemma-protocol --example schema` regenerates it.
 
 use schemars::generate::SchemaSettings;
 use schemars::transform::RecursiveTransform;

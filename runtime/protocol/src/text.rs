@@ -1,10 +1,11 @@
-//! Bytes that should be text: byte-order marks of editors, other encodings, and the place of the first byte that is not UTF-8.
+//! Decodes bytes as text: handles byte-order marks, detects other encodings, and locates the first byte that is not
+//! UTF-8.
 
 use std::str::Utf8Error;
 
 use t5gemma_runtime::BYTE_ORDER_MARK;
 
-/// Returns the text after the byte-order mark of UTF-8, or all of it where there is none.
+/// Returns the text after the UTF-8 byte-order mark, or all of it if there is none.
 ///
 /// # Errors
 /// The text begins with the mark of another encoding.

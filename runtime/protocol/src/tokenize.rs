@@ -1,5 +1,5 @@
-//! Requests as token ids: what a model's tokenizer and chat template make of texts and conversations, checked against the model's
-//! lengths, and the batches of several requests.
+//! Tokenizes requests with a model's tokenizer and chat template, checks them against the model's length limits, and
+//! joins several requests to batches.
 
 use std::borrow::Borrow;
 
@@ -13,7 +13,7 @@ use crate::request::{
     EncodeRequest, GenerateRequest, ScoreRequest, SourcesGiven, Texts, TokenRows, check_prompts, check_targets,
 };
 
-/// A model, as far as tokenizing requests needs it.
+/// What tokenizing requests needs to know about a model.
 pub trait Tokenize {
     /// The model's tokenizer.
     ///

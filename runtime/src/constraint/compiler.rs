@@ -1,4 +1,4 @@
-//! `Compiler`: from the data of a call's constraints to a [`Constraint`] for one model's tokens.
+//! `Compiler`: compiles the constraint options of a call to a [`Constraint`] on one model's tokens.
 
 use std::sync::{Arc, OnceLock};
 
@@ -15,7 +15,7 @@ use crate::error::Error;
 use crate::options::{GenerationConfig, OptionError, Sequence};
 use crate::tokenizer::{LazyTokenizer, TokenText};
 
-/// Compiles constraints for one model. What all of them share is prepared by the first that needs it.
+/// Compiles constraints for one model. Shared data is prepared on first use.
 pub(crate) struct Compiler {
     tokenizer: Arc<LazyTokenizer>,
     vocab_size: usize,
@@ -71,9 +71,9 @@ impl Compiler {
     fn grammars(&self, config: &GenerationConfig, cancel: &Cancellation) -> Result<Vec<Matcher>, Error> {
         let mut grammars = Vec::new();
         for (name, expected, source) in [
-            ("json_schema", "a JSON schema that can be compiled", config.json_schema.clone().map(Source::Schema)),
-            ("regex", "a regular expression that can be compiled", config.regex.clone().map(Source::Regex)),
-            ("grammar", "a Lark grammar that can be compiled", config.grammar.clone().map(Source::Lark)),
+            ("json_schema", "a JSON schema that compiles", config.json_schema.clone().map(Source::Schema)),
+            ("regex", "a regular expression that compiles", config.regex.clone().map(Source::Regex)),
+            ("grammar", "a Lark grammar that compiles", config.grammar.clone().map(Source::Lark)),
         ] {
             if let Some(source) = source {
                 let compiled = self.vocabulary()?.compile(source, cancel)?;
@@ -140,7 +140,7 @@ fn allowed_sequences(compiler: &Compiler, sequences: &[Sequence], eos: &[i64], r
     }
     let fitting: Vec<&[i64]> = all.iter().map(Vec::as_slice).filter(|tokens| tokens.len() <= room).collect();
     if fitting.is_empty() {
-        let expected = format!("a sequence of at most {room} tokens, as many as may be generated");
+        let expected = format!("a sequence of at most {room} tokens, the maximum to generate");
         let shortest = all.iter().map(Vec::len).min().unwrap_or(0);
         return Err(OptionError::new(NAME, expected, format!("{shortest} tokens in the shortest")).into());
     }
@@ -179,7 +179,7 @@ fn required_phrases(
     let phrases = Phrases::new(phrases);
     let least = phrases.cost(&phrases.start());
     if least > room {
-        let expected = format!("phrases of at most {room} tokens together, as many as may be generated");
+        let expected = format!("phrases of at most {room} tokens together, the maximum to generate");
         return Err(OptionError::new(NAME, expected, format!("{least} tokens")).into());
     }
     Ok((phrases, texts))

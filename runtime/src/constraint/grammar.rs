@@ -86,8 +86,8 @@ impl Vocabulary {
 
     /// Compiles a grammar, or returns why it cannot be compiled.
     ///
-    /// Takes two seconds at most whatever the grammar, due to [`check_first_bytes`] and the library's own limits. Runs
-    /// on a thread of its own, so that a cancellation does not have to wait for it.
+    /// Takes at most two seconds for any grammar, due to [`check_first_bytes`] and the library's own limits. Runs on
+    /// its own thread, so that a cancellation need not wait for it.
     pub(super) fn compile(
         self: &Arc<Self>,
         source: Source,
@@ -130,7 +130,7 @@ impl Vocabulary {
         }
         let forbidden = if names_special { Arc::new([]) } else { self.special.clone() };
         let compiled = GrammarState { matcher, forbidden };
-        // A grammar that is too complex for a first token fails now, not while others wait for the step.
+        // A grammar too complex for the first token fails now, not in a step that other requests share.
         compiled.clone().allowed_tokens()?;
         Ok(compiled)
     }

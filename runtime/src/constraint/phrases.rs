@@ -1,5 +1,5 @@
-//! Phrases that must occur in an output before it may end. They are forced where the model would end without them, and
-//! where the remaining length leaves room for nothing else.
+//! Phrases that must occur in an output before it may end. They are forced if the model would end without them, or if
+//! the remaining length leaves room for nothing else.
 //!
 //! # Design
 //! A text occurs as text, however it is split into tokens; a list of tokens occurs as these tokens. Forcing works on
@@ -20,11 +20,11 @@ pub(super) struct Phrases {
 pub(super) struct Phrase {
     /// The bytes to find, for a phrase given as text.
     pub text: Option<Vec<u8>>,
-    /// The token sequences that spell it, none of them empty.
+    /// The non-empty token sequences that spell it.
     pub spellings: Vec<Vec<i64>>,
 }
 
-/// How much of the phrases occurs in an output.
+/// How much of the phrases an output contains.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct PhrasesState {
     phrases: Vec<PhraseState>,

@@ -1,5 +1,5 @@
-//! `Source`: a grammar as a request gives it, and the checks before `llguidance` reads it: for grammars that would end
-//! the process rather than the request, and for numbers that its arithmetic cannot hold.
+//! `Source`: a grammar from a request, with the checks before `llguidance` reads it: against grammars that would crash
+//! the process, and against numbers that overflow its arithmetic.
 
 use llguidance::api::TopLevelGrammar;
 use serde_json::{Value, json};
@@ -9,7 +9,7 @@ const MAX_DEPTH: usize = 250;
 /// Maximum number of rules of a grammar or references of a schema, as each may nest the next.
 const MAX_RULES: usize = 50_000;
 
-/// A grammar as a request gives it.
+/// A grammar from a request.
 pub(super) enum Source {
     Schema(Value),
     /// In the syntax of Rust's `regex`.
@@ -19,7 +19,7 @@ pub(super) enum Source {
 }
 
 impl Source {
-    /// Refuses grammars that the library would not survive or would misread.
+    /// Rejects grammars that would crash the library or that it would misread.
     pub fn check(&self) -> Result<(), String> {
         self.check_depth()?;
         let rules = match self {
@@ -42,8 +42,9 @@ impl Source {
         }
     }
 
-    /// Refuses `multipleOf` where the library's arithmetic would overflow and allow other numbers. Where parts of a
-    /// schema combine, it takes the least common multiple of theirs, so that of all has to fit.
+    /// Rejects `multipleOf` values that overflow the library's arithmetic, which would then allow other numbers. Where
+    /// parts of a schema combine, the library takes the least common multiple of their values, so the multiple of all
+    /// of them has to fit.
     fn check_multiples(&self) -> Result<(), String> {
         let mut numbers = Vec::new();
         match self {

@@ -1,4 +1,4 @@
-//! `ConstraintState`: a [`Constraint`] along the targets of one source row, as a filter of their next tokens.
+//! `ConstraintState`: tracks a [`Constraint`] along the targets of one source row and filters their next tokens.
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
@@ -108,7 +108,7 @@ impl ConstraintState {
         }
     }
 
-    /// Marks the forbidden ones among a step's candidates as ends: their targets end as they are.
+    /// Marks forbidden candidates of a step as ends: their targets end without them.
     pub(crate) fn take(
         &self,
         candidates: &mut Vec<Candidate>,

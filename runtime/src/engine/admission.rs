@@ -1,4 +1,4 @@
-//! Refusing what an engine can never hold, before it waits for ever.
+//! Rejects requests that an engine can never hold, which would otherwise wait forever.
 
 use super::EngineOptions;
 use crate::error::Error;
@@ -12,7 +12,7 @@ impl MemoryModel {
             ("bytes of keys, values and logits", self.bytes(source), options.max_bytes),
             ("source in flight (max_sources)", 1, options.max_sources),
             (
-                "target rows (num_beams or num_return_sequences), each a source of the serving plan's batch in an engine",
+                "target rows (num_beams or num_return_sequences), which count as sources of the serving plan's batch",
                 source.rows,
                 self.max_shared_rows,
             ),
@@ -39,9 +39,12 @@ mod tests {
         for (options, expected) in [
             (
                 options(1, 140_000),
-                "the request needs 2 target rows (num_beams or num_return_sequences), more than the 1",
+                "the request needs 2 target rows (num_beams or num_return_sequences), but the engine's limit is 1",
             ),
-            (options(2, 139_999), "the request needs 140000 bytes of keys, values and logits, more than the 139999"),
+            (
+                options(2, 139_999),
+                "the request needs 140000 bytes of keys, values and logits, but the engine's limit is 139999",
+            ),
         ] {
             let error = memory.check(&Footprint::FOR_TESTS, &options).expect_err(expected).to_string();
             assert!(error.starts_with(expected), "{error}");
@@ -51,7 +54,7 @@ mod tests {
         let error = planned.check(&Footprint::FOR_TESTS, &options(2, 140_000)).expect_err("2 rows for a batch of 1");
         let error = error.to_string();
         assert!(
-            error.contains("2 target rows") && error.contains("serving plan's batch") && error.contains("the 1"),
+            error.contains("2 target rows") && error.contains("serving plan's batch") && error.contains("limit is 1"),
             "{error}"
         );
         let endless = Footprint { target: usize::MAX >> 1, ..Footprint::FOR_TESTS };

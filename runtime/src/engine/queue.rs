@@ -1,5 +1,5 @@
-//! What the engine's threads and its callers share: the queue of requests, the copies of the model, and how a request
-//! or the whole engine ends.
+//! The state that the engine's threads and callers share: the queue of requests, the copies of the model, and how a
+//! request or the whole engine ends.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::process;

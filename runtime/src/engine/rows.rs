@@ -1,5 +1,5 @@
-//! The caches of rows that share their steps, for the two ways in which cache layouts allow it. Each target row is an
-//! entry of its own, and the members of a flight are the adjacent rows of one source.
+//! The caches of rows that share steps, in the two ways that cache layouts allow. A member of a flight is the adjacent
+//! target rows of one source.
 
 use t5gemma_graphs::interface::CacheLayout;
 use t5gemma_kernels::LogitsRequest;

@@ -1,4 +1,4 @@
-//! Running the decoder: the first step (prefill), which makes a state, and the further ones, which continue it.
+//! Runs the decoder: the first step (prefill), which creates a state, and further steps, which continue it.
 
 use std::collections::BTreeMap;
 
@@ -21,7 +21,7 @@ const DECODER_STEP: &str = "running a decoder step";
 const FIRST_STEP: &str = "running the first decoder step";
 const PREPARING_CACHE: &str = "preparing the cache";
 
-/// What the first decoder step returns in the process's memory.
+/// The outputs of the first decoder step, in host memory.
 struct FirstStep {
     /// `[items, source]`.
     mask: DynValue,
@@ -190,8 +190,8 @@ impl Model {
         Ok((outputs.map_err(cancel.failed(DECODER_STEP))?, step.kernels.take_logits_stats()))
     }
 
-    /// The ranges of activations for a checked source and a whole target: for each matrix the greatest absolute value
-    /// that it is multiplied with. Only for models that were exported to be observed.
+    /// The activation ranges for a checked source and a whole target: for each matrix, the largest absolute input
+    /// value. Only for models exported with observed activations.
     pub(crate) fn observe(
         &self,
         batch: &Batch,
@@ -208,8 +208,8 @@ impl Model {
         for (graph, outputs) in [("encoder", &encoded), ("decoder", &decoded)] {
             let (Some(names), Some(last)) = (self.folder.manifest.observed.get(graph), outputs.last()) else {
                 return Err(Error::Unsupported {
-                    what: format!("{}: its graphs do not return activation ranges", self.folder.path.display()),
-                    remedy: "export the model with --observe".into(),
+                    what: format!("{}: the graphs do not return activation ranges", self.folder.path.display()),
+                    remedy: "export the model with observed activations".into(),
                 });
             };
             let (_, found) = last.try_extract_tensor::<f32>().map_err(Error::onnxruntime(DURING))?;

@@ -1,4 +1,4 @@
-//! Running the encoder: hidden states that were given, cached or computed, in pieces if a batch is beyond the limits.
+//! Runs the encoder, unless the hidden states are given or cached; in pieces if a batch exceeds the limits.
 
 use half::{bf16, f16};
 use ndarray::{Array3, s};
@@ -62,7 +62,7 @@ impl Model {
         Ok(computed)
     }
 
-    /// Encodes a checked batch, without looking into the cache.
+    /// Encodes a checked batch, bypassing the cache.
     pub(crate) fn compute_encoder(&self, batch: &Batch, cancel: &Cancellation) -> Result<Encoded, Error> {
         if self.on_cpu
             && let Some(groups) = ragged_batch::groups(batch, Grouping::of(&self.folder.manifest))

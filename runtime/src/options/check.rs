@@ -7,7 +7,7 @@ use super::unsupported::{Neutral, unsupported};
 use super::{DEFAULT_NEW_TOKENS, EarlyStopping, GenerationConfig, GenerationOptions, OptionError, OptionProblem};
 use crate::vocabulary_subset::VocabularySubset;
 
-/// Bounds what one source may cost; far above any useful number.
+/// Limits the cost of one source; far above any useful number.
 const MAX_NUM_BEAMS: usize = 256;
 /// As `MAX_NUM_BEAMS`, without beams.
 const MAX_NUM_RETURN_SEQUENCES: usize = 256;
@@ -27,7 +27,7 @@ impl GenerationConfig {
                 Some(value) => ("max_new_tokens", value),
                 None => ("max_length", self.max_length(prompt_len)),
             };
-            let expected = format!("room for at least one token after the {prompt_len} of the decoder prompt");
+            let expected = format!("room for at least one token after the {prompt_len} tokens of the decoder prompt");
             return Err(OptionError::new(name, expected, value.to_string()));
         }
         if self.num_beams > 1 && self.eos_token_id.len() >= vocab_size {
@@ -191,7 +191,7 @@ impl GenerationConfig {
                 "temperature",
                 self.temperature,
                 is_positive(self.temperature),
-                "a positive number (do_sample false takes the likeliest tokens)",
+                "a positive number (for greedy search, set do_sample false)",
             ),
             ("top_p", self.top_p, from_0_to_1(self.top_p), "a number from 0 to 1"),
             ("min_p", self.min_p, from_0_to_1(self.min_p), "a number from 0 to 1"),
@@ -215,7 +215,7 @@ impl GenerationConfig {
             ("min_length", options.min_length, "min_new_tokens", options.min_new_tokens, self.min_new_tokens),
         ] {
             if let (Some(set), None, Some(hidden_by)) = (set, preferred_set, hidden_by) {
-                let expected = format!("{preferred} instead (it is {hidden_by} already and takes precedence)");
+                let expected = format!("{preferred} instead (already {hidden_by}, which takes precedence)");
                 return Err(OptionError::new(name, expected, set.to_string()));
             }
         }
@@ -306,15 +306,15 @@ mod tests {
             ),
             (
                 json!({"bad_words_ids": [[]]}),
-                "bad_words_ids: expected a list of lists of token ids, none of them empty, found [[]]",
+                "bad_words_ids: expected a list of non-empty lists of token ids, found [[]]",
             ),
             (
                 json!({"sequence_bias": [[[], 1.0]]}),
-                "sequence_bias: expected a list of [[token ids], bias] pairs, no sequence empty, found [[[],1.0]]",
+                "sequence_bias: expected a list of [[token ids], bias] pairs without empty sequences, found [[[],1.0]]",
             ),
             (
                 json!({"sequence_bias": {"a": 1.0}}),
-                "sequence_bias: expected a list of [[token ids], bias] pairs, no sequence empty, found {\"a\":1.0}",
+                "sequence_bias: expected a list of [[token ids], bias] pairs without empty sequences, found {\"a\":1.0}",
             ),
             (
                 json!({"exponential_decay_length_penalty": 2}),
@@ -326,7 +326,7 @@ mod tests {
             (json!({"top_logprobs": 3}), "top_logprobs requires output_logprobs true (got false)"),
             (
                 json!({"stop_strings": ["a", ""]}),
-                "stop_strings: expected a string or a list of strings, none of them empty, found [\"a\",\"\"]",
+                "stop_strings: expected a non-empty string or a list of them, found [\"a\",\"\"]",
             ),
             (json!({"max_time": -1}), "max_time: expected a number of seconds, 0 or more, found -1"),
             (json!({"max_time": "NaN"}), "max_time: expected a number of seconds, 0 or more, found \"NaN\""),
@@ -351,7 +351,7 @@ mod tests {
             (json!({"top_p": "1"}), "top_p: expected a number, found \"1\""),
             (
                 json!({"temperature": 0, "do_sample": true}),
-                "temperature: expected a positive number (do_sample false takes the likeliest tokens), found 0",
+                "temperature: expected a positive number (for greedy search, set do_sample false), found 0",
             ),
             (json!({"top_p": 1.5, "do_sample": true}), "top_p: expected a number from 0 to 1, found 1.5"),
             (json!({"top_h": 0, "do_sample": true}), "top_h: expected a number above 0, at most 1, found 0"),

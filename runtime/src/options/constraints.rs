@@ -1,4 +1,4 @@
-//! The data of options that constrain the output as a whole. They become a `Constraint` when a generation begins,
+//! The data of options that constrain the whole output. They are compiled to a `Constraint` when generation begins,
 //! because texts and grammars need the model's tokenizer.
 
 use std::fmt;

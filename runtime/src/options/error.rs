@@ -1,16 +1,15 @@
-//! `OptionError`: an option that is refused, named as requests name it, so that a program can name it as its users
-//! typed it.
+//! `OptionError`: an invalid option, under its name in requests, which a program can replace by what its users typed.
 
 use std::fmt;
 
-/// An option that is refused.
+/// An invalid generation option.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OptionError {
-    /// The option's name; empty for the document as a whole.
+    /// The option's name; empty for the whole document.
     pub option: String,
     /// What is wrong with it.
     pub problem: OptionProblem,
-    /// The value that was found: the option's own, or for [`OptionProblem::Requires`] that of the option required.
+    /// The value that was found: the option's own or, for [`OptionProblem::Requires`], that of the required option.
     pub found: String,
 }
 
@@ -18,13 +17,13 @@ pub struct OptionError {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum OptionProblem {
-    /// Its value is not one of these.
+    /// Its value is invalid; says what is expected.
     Expected(String),
     /// It requires another option to have this value.
     Requires(String),
-    /// There is no option of this name.
+    /// There is no such option.
     Unknown,
-    /// transformers has this option, and this version does not; says what to do about it.
+    /// transformers has this option, but this version does not implement it; says what to do.
     Unsupported(String),
 }
 

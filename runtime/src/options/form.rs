@@ -1,4 +1,4 @@
-//! `Form`: what the value of an option may be, in words, as JSON and as a test that holds for values set in Rust too.
+//! `Form`: the accepted values of an option: in words, as JSON, and as a check that also applies to values set in Rust.
 
 use std::fmt::Debug;
 
@@ -7,7 +7,7 @@ use t5gemma_graphs::json::shown;
 
 use super::{EarlyStopping, ExponentialDecay, OptionError, Sequence, SequenceBias};
 
-/// What values of an option are.
+/// The accepted values of an option.
 pub(super) struct Form<T> {
     /// In words, after "expected"; empty for options that JSON cannot hold.
     pub expected: &'static str,
@@ -118,13 +118,13 @@ pub(super) const TOKEN_OR_TOKENS: Form<Vec<i64>> = Form {
 };
 
 pub(super) const TOKEN_SEQUENCES: Form<Vec<Vec<i64>>> = Form {
-    expected: "a list of lists of token ids, none of them empty",
+    expected: "a list of non-empty lists of token ids",
     read: |value| value.as_array()?.iter().map(tokens).collect(),
     holds: |sequences| sequences.iter().all(|ids| is_sequence(ids)),
 };
 
 pub(super) const SEQUENCE_BIAS: Form<Vec<SequenceBias>> = Form {
-    expected: "a list of [[token ids], bias] pairs, no sequence empty",
+    expected: "a list of [[token ids], bias] pairs without empty sequences",
     read: sequence_bias,
     holds: |biases| biases.iter().all(|entry| is_sequence(&entry.tokens) && entry.bias.abs() <= MAX_BIAS),
 };
@@ -139,7 +139,7 @@ pub(super) const EXPONENTIAL_DECAY: Form<ExponentialDecay> = Form {
 };
 
 pub(super) const STRINGS: Form<Vec<String>> = Form {
-    expected: "a string or a list of strings, none of them empty",
+    expected: "a non-empty string or a list of them",
     read: |value| match value {
         Value::Array(list) => list.iter().map(text).collect(),
         one => Some(vec![text(one)?]),
@@ -148,7 +148,7 @@ pub(super) const STRINGS: Form<Vec<String>> = Form {
 };
 
 pub(super) const SEQUENCES: Form<Vec<Sequence>> = Form {
-    expected: "a list of texts or lists of token ids, none of them empty",
+    expected: "a list of non-empty texts or lists of token ids",
     read: |value| {
         let sequence = |value: &Value| match value {
             Value::String(text) => Some(Sequence::Text(text.clone())),

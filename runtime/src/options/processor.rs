@@ -1,9 +1,9 @@
-//! `LogitsProcessor`: a change to scores that the caller makes, as an option among others.
+//! `LogitsProcessor`: a callback that changes scores, as a generation option.
 
 use std::fmt;
 use std::sync::Arc;
 
-/// A function of the caller's that changes scores. Equal are clones of one.
+/// A callback that changes scores. Only clones of the same processor are equal.
 #[derive(Clone)]
 pub struct LogitsProcessor(Arc<Change>);
 

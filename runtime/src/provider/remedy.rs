@@ -1,4 +1,4 @@
-//! Which library a provider lacks, and which package has it.
+//! Finds the library that a provider lacks, and the package that contains it.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -38,7 +38,7 @@ const PACKAGES: [(&str, &str); 13] = [
     ("libonnxruntime_providers_", "pip package onnxruntime-gpu"),
 ];
 
-/// How to install what a provider lacks: `library`, or if none is known, all of it.
+/// How to install what a provider lacks: `library`, or everything if the library is unknown.
 pub(super) fn remedy(provider: Provider, library: Option<&str>) -> String {
     let package = library.and_then(|library| PACKAGES.iter().find(|(prefix, _)| library.starts_with(prefix)));
     match (library, package) {
@@ -78,7 +78,7 @@ pub(super) fn plugin(options: &BTreeMap<String, String>) -> Result<PathBuf, Stri
     if path.is_file() {
         Ok(path)
     } else {
-        Err(format!("the provider nv-tensorrt-rtx cannot be used: expected {}, found none", path.display()))
+        Err(format!("the provider nv-tensorrt-rtx cannot be used: {} does not exist", path.display()))
     }
 }
 

@@ -1,4 +1,4 @@
-//! `Opener`: opens the graphs of a model folder over one copy of the weights and holds each to its ports.
+//! `Opener`: opens the graphs of a model folder over one copy of the weights and verifies the ports of each.
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashSet};
@@ -24,7 +24,7 @@ use crate::onnxruntime;
 use crate::provider::{self, Fallback};
 use crate::weights::{self, Initializers, UploadedWeights};
 
-/// What sessions of a model are opened from.
+/// The state that the sessions of a model are opened from.
 pub(crate) struct Opener<'f> {
     library: onnxruntime::Loaded,
     folder: &'f Folder,
@@ -33,7 +33,7 @@ pub(crate) struct Opener<'f> {
     kernels: Kernels,
     /// Copies of weights in ONNX Runtime's own layout, which the graphs share if it computes their quantized matmuls.
     prepacked: PrepackedWeights,
-    /// What other providers than the requested one compute, in the graphs opened so far.
+    /// Operators that do not run on the requested provider, in the graphs opened so far.
     pub fallbacks: Vec<Fallback>,
 }
 
@@ -79,7 +79,7 @@ impl<'f> Opener<'f> {
         Ok(Some(uploaded))
     }
 
-    /// Opens one graph and holds it to its ports.
+    /// Opens one graph and verifies its ports.
     pub fn open(&mut self, name: &str, ports: &Ports) -> Result<GraphSession, Error> {
         let (folder, provider) = (self.folder, &self.options.provider);
         let files = EngineFiles::new(folder, self.options.engines_beside(&folder.path));
@@ -113,7 +113,7 @@ impl<'f> Opener<'f> {
             if is_missing && self.folder.manifest.dtype == DType::BFloat16 && provider == Provider::Cpu {
                 return Error::Unsupported {
                     what: format!("{}: ONNX Runtime does not compute in bfloat16 on the CPU", file.path.display()),
-                    remedy: "export the model with dtype float32, or use the provider of a GPU".into(),
+                    remedy: "export the model with dtype float32, or use a GPU provider".into(),
                 };
             }
             Error::onnxruntime(format!("opening {}", file.path.display()))(error)
@@ -123,7 +123,7 @@ impl<'f> Opener<'f> {
         }
         if provider != Provider::Cpu {
             let fallbacks = provider::fallbacks(&session, computing, file.name);
-            self.fallbacks.extend(fallbacks.map_err(Error::onnxruntime("asking what computes the operators"))?);
+            self.fallbacks.extend(fallbacks.map_err(Error::onnxruntime("listing the operators of each provider"))?);
         }
         Ok(GraphSession::new(session, kernels))
     }

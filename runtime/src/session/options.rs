@@ -21,26 +21,26 @@ pub struct OpenOptions {
     /// The ONNX Runtime library to load; by default it is searched for, see
     /// [`onnxruntime::report`](crate::onnxruntime::report).
     pub library: Option<PathBuf>,
-    /// Threads to compute with; by default one for each core. All models of a process share the threads of the first;
-    /// one that asks for another number has its own.
+    /// Number of threads; by default one per core. All models of a process share the threads of the first one; a model
+    /// opened with another number has its own.
     pub threads: Option<usize>,
-    /// Compares the hash of the whole weights file, however large, instead of samples of it.
+    /// Verifies the hash of the whole weights file, however large, instead of samples of it.
     pub check_weights: bool,
     /// Reads the weights file into memory instead of mapping it. A mapped file that is truncated while a model is open
     /// ends the process (`SIGBUS`); a file that was read may change. Opening takes longer, and processes no longer
     /// share the memory.
     pub read_weights: bool,
-    /// Bytes of encoder results to keep, so that sources that come again (regenerated, or with other options) are not
-    /// encoded again; [`DEFAULT_ENCODER_CACHE_BYTES`] by default, 0 for none. A result from the cache is bit for bit
-    /// that of encoding again: a source is the same only with the same rows beside it. [`Model`](crate::Model) only.
+    /// Size in bytes of the cache of encoder outputs, so that repeated sources (regenerated, or with other options) are
+    /// not encoded again; [`DEFAULT_ENCODER_CACHE_BYTES`] by default, 0 turns it off. A cached output is bit for bit
+    /// what encoding again would give, because whole batches are cached. [`Model`](crate::Model) only.
     pub encoder_cache_bytes: usize,
-    /// What runs side by side in one call of [`Model::generate_batch`](crate::Model::generate_batch),
-    /// [`Model::score`](crate::Model::score) or an encoder; the rows of a larger call run in pieces.
+    /// How much of one call of [`Model::generate_batch`](crate::Model::generate_batch),
+    /// [`Model::score`](crate::Model::score) or an encoder runs at a time; the rows of a larger call run in pieces.
     pub limits: Limits,
-    /// The provider that computes the model; the CPU by default.
+    /// The provider that runs the model; the CPU by default.
     pub provider: ProviderConfig,
-    /// Makes ONNX Runtime record how long each operator of each graph takes, in files that begin with this prefix and
-    /// the graph's name. They are written when the model is closed.
+    /// Profiles each operator of each graph with ONNX Runtime, into files whose names begin with this prefix and the
+    /// graph's name. They are written when the model is closed.
     pub profile: Option<PathBuf>,
     /// Whether one-token steps run in buffers at fixed addresses, which requests reuse; false by default. For models
     /// whose cache stays on the device and is written in place (exported for the target `cuda`), in generation without
@@ -127,7 +127,7 @@ impl OpenOptions {
         OpenOptions { engines: Some(folder.into()), ..self }
     }
 
-    /// Refuses options that no machine can satisfy.
+    /// Rejects options that no machine can satisfy.
     pub(crate) fn check(&self) -> Result<(), Error> {
         self.provider.check()?;
         let provider = self.provider.kind;

@@ -1,5 +1,5 @@
-//! What the caches in the process's memory share: binding the cached decoder step once, with the self-attention tensors
-//! as both past and present, and copying the tails of rows that continue other rows.
+//! Shared by the caches in host memory: binding the cached decoder step once, with the self-attention tensors as both
+//! past and present, and copying the tails of rows that continue other rows.
 
 use ort::memory::Allocator;
 use ort::session::{IoBinding, NoSelectedOutputs, RunOptions, Session};

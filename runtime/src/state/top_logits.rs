@@ -1,5 +1,5 @@
-//! Full rows of logits made of the greatest logits of each, which are all that a graph for a device returns if no more
-//! is needed. Readers of logits then need no second form of them.
+//! Expands the top logits of each row, which are all that a graph for a device returns if no more is needed, to full
+//! rows, so that readers of logits need no second form of them.
 
 /// The greatest logits of a row.
 pub(super) struct TopLogits<'a> {

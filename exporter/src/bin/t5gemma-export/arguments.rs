@@ -9,12 +9,13 @@ use t5gemma_exporter::{MemorySize, PRESETS, PaddingRow, ServingPlan, TensorRtVer
 use t5gemma_graphs::Target;
 use t5gemma_graphs::task::{Pooling, Task};
 
-/// Export the T5Gemma checkpoint in the folder CHECKPOINT to ONNX graphs in the folder OUT
+/// Export a T5Gemma checkpoint to ONNX
 ///
-/// CHECKPOINT is a folder as Hugging Face saves or downloads it: config.json, safetensors files and the tokenizer; or a
-/// single safetensors file (see --config and --tokenizer). OUT becomes a model folder: the graphs encoder_model.onnx, decoder_model.onnx (the first decoder step) and
-/// decoder_with_past_model.onnx (all later steps) over one weights file, model.onnx_data, with the settings, the
-/// tokenizer and manifest.json. `t5gemma` runs it, and with the default target any ONNX runtime does.
+/// CHECKPOINT is a Hugging Face checkpoint folder (config.json, safetensors files and the tokenizer) or a single
+/// safetensors file (see --config and --tokenizer). OUT becomes a model folder: the graphs encoder_model.onnx,
+/// decoder_model.onnx (first decoder step) and decoder_with_past_model.onnx (all later steps), which share the weights
+/// file model.onnx_data, plus the configuration, the tokenizer and manifest.json. `t5gemma` runs it; with the default
+/// target, so does any other ONNX runtime.
 #[derive(Parser)]
 #[command(
     name = "t5gemma-export",
@@ -43,7 +44,7 @@ Examples:
   Export for an NVIDIA GPU in bfloat16, with the logits of the 16 best tokens:
     t5gemma-export --target cuda --candidates 16 t5gemma-2b-2b-ul2-it model
 
-  Export for TensorRT, with profiles for the requests that will be served:
+  Export for TensorRT, with profiles for the expected request sizes:
     t5gemma-export --target tensorrt --cache static=256 \\
       --plan batch=1..16,source=1..1024,target=256,beams=1..4 \\
       t5gemma-2b-2b-ul2-it model
@@ -57,23 +58,23 @@ Examples:
       --pad-rows model.safetensors:conditioner.padding_embedding \
       t5gemma-b-b-ul2 model
 
-  Measure a model size without its checkpoint:
+  Benchmark a model size without its checkpoint:
     t5gemma-export --dummy-weights --preset 2b-2b model
     t5gemma bench model
 
 Exit status:
   0    success
-  1    failure; the reason is on stderr, and nothing is left behind
-  2    invalid arguments, or arguments that do not suit the checkpoint
-  130  interrupted or terminated; nothing is left behind";
+  1    failure; the reason is on stderr, and no output is left behind
+  2    invalid arguments, or arguments that the checkpoint does not allow
+  130  interrupted or terminated; no output is left behind";
 
 #[derive(Subcommand)]
 pub enum Command {
-    /// Show what a model folder or checkpoint holds
+    /// Show the contents of a model folder or checkpoint
     ///
-    /// Prints the sizes of encoder and decoder, the number of parameters by part, and the element types of the tensors;
-    /// for a model folder also target, serving plan, and the operators, inputs and outputs of each graph. No weights
-    /// are read.
+    /// Prints the dimensions of encoder and decoder, parameter counts by component, and the tensors' dtypes; for a
+    /// model folder, also the target, the serving plan, and each graph's operators, inputs and outputs. Reads no
+    /// weights.
     #[command(after_long_help = "\
 Examples:
   t5gemma-export inspect t5gemma-2b-2b-ul2-it
@@ -85,10 +86,10 @@ Examples:
         #[arg(long)]
         json: bool,
     },
-    /// Check without TensorRT whether TensorRT accepts ONNX files
+    /// Check whether TensorRT will accept ONNX files; TensorRT itself is not needed
     ///
-    /// Finds operators that TensorRT's ONNX parser does not import or would misread, types that it rejects, violated
-    /// rules of single operators, empty or too large tensors, external weights that are missing, and optimization
+    /// Reports operators that TensorRT's ONNX parser cannot import or would misinterpret, unsupported types, violated
+    /// restrictions of individual operators, empty or oversized tensors, missing external weights, and optimization
     /// profiles that do not cover the inputs. Prints each finding with its graph and node; the exit status is 1 if
     /// there are any.
     #[command(after_long_help = "\
@@ -96,7 +97,7 @@ Examples:
   t5gemma-export check model
   t5gemma-export check --target tensorrt=11.1 model/encoder_model.onnx")]
     Check {
-        /// ONNX file, or folder of ONNX files such as a model folder
+        /// ONNX file, or a folder of them such as a model folder
         path: PathBuf,
         /// TensorRT version to check for: tensorrt, tensorrt=VERSION or tensorrt=rtx
         ///
@@ -108,10 +109,10 @@ Examples:
         #[arg(long)]
         json: bool,
     },
-    /// Update manifest.json after text files of a model folder were edited, added or removed
+    /// Update manifest.json after editing, adding or removing text files in a model folder
     ///
-    /// A model folder opens only if its files are those in manifest.json. This command records the current tokenizer
-    /// files and chat templates. Graphs, weights, config.json and kept_tokens.json must be those of the export.
+    /// A model folder opens only if its files match manifest.json. This command records the current tokenizer files and
+    /// chat templates. Graphs, weights, config.json and kept_tokens.json must be unchanged since the export.
     /// generation_config.json can be edited without this command.
     #[command(after_long_help = "\
 Examples:
@@ -134,7 +135,7 @@ Examples:
     },
 }
 
-/// The same without subcommands: with them, clap would take OUT after an option for a subcommand.
+/// [`Cli`] without subcommands: with them, clap would parse OUT after an option as a subcommand.
 #[derive(Parser)]
 #[command(name = "t5gemma-export", version, override_usage = USAGE)]
 pub struct ExportAlone {
@@ -145,9 +146,9 @@ pub struct ExportAlone {
 #[derive(Args)]
 pub struct ExportArgs {
     /// Checkpoint (omitted with --dummy-weights) and output folder
-    // One argument: of two, clap would take the first for OUT as soon as an option follows it. Hidden and not required,
-    // since clap would show it as `<CHECKPOINT> [OUT]...`; usage and description name both, and `export` checks their
-    // number.
+    // One argument: if there were two, clap would take the first for OUT as soon as an option follows it. Hidden and
+    // not required, since clap would show it as `<CHECKPOINT> [OUT]...`; usage and description name both, and `export`
+    // checks how many there are.
     #[arg(num_args = 1..=2, value_names = ["CHECKPOINT", "OUT"], hide = true)]
     pub folders: Vec<PathBuf>,
     #[command(flatten)]
@@ -167,36 +168,36 @@ pub struct ExportArgs {
 #[derive(Args)]
 #[command(next_help_heading = "Model")]
 pub struct ModelArgs {
-    /// Task of the exported model [default: the task that the checkpoint was saved for]
+    /// Task of the exported model [default: the checkpoint's task]
     ///
-    /// feature-extraction exports the encoder alone, from any checkpoint. The other tasks need a checkpoint that was
-    /// saved for them, as `architectures` in config.json says.
+    /// feature-extraction exports only the encoder, from any checkpoint. Every other task requires a checkpoint that
+    /// was saved for it, according to `architectures` in config.json.
     #[arg(long, value_parser = PossibleValuesParser::new(Task::all().map(|task| task.name())))]
     pub task: Option<String>,
-    /// Reduce the hidden states of each source to one vector (task feature-extraction) [default: none]
+    /// Pool the hidden states of each source into one vector (task feature-extraction) [default: none]
     #[arg(long, value_name = "METHOD", value_parser = PossibleValuesParser::new(poolings()))]
     pub pooling: Option<String>,
-    /// Divide each vector by its Euclidean length (task feature-extraction)
+    /// L2-normalize each vector (task feature-extraction)
     #[arg(long)]
     pub normalize: bool,
     /// Hidden states to return (task feature-extraction) [default: last]
     ///
-    /// 0 is the embedding and N the output of layer N; negative numbers count from the end. `last` is the output of the
-    /// final norm.
+    /// 0 is the embedding output and N the output of layer N; negative numbers count from the end. `last` is the output
+    /// of the final norm.
     #[arg(long, value_name = "N|last", allow_negative_numbers = true, value_parser = hidden_layer)]
     pub hidden_layer: Option<i64>,
-    /// Give the sources a fixed length of N tokens, padding included (task feature-extraction)
+    /// Fix the source length at N tokens, padding included (task feature-extraction)
     ///
-    /// The graph has a static sequence axis. `t5gemma` and the libraries pad shorter sources and refuse longer ones.
+    /// The graph has a static sequence axis. `t5gemma` and the libraries pad shorter sources and reject longer ones.
     #[arg(long, value_name = "N")]
     pub fixed_length: Option<usize>,
-    /// Hidden states at padding (task feature-extraction) [default: values without meaning]
+    /// Hidden states at padding positions (task feature-extraction) [default: unspecified]
     ///
-    /// `zero` returns zeros, FILE:TENSOR the vector TENSOR of the safetensors file FILE, which has as many numbers as a
-    /// hidden state. Sources may then be empty: all their states are those of padding.
+    /// `zero` returns zeros; FILE:TENSOR returns the vector TENSOR, of the hidden size, from the safetensors file FILE.
+    /// Sources may then be empty: they consist of padding only.
     #[arg(long, value_name = "zero|FILE:TENSOR", value_parser = pad_rows)]
     pub pad_rows: Option<PadRows>,
-    /// Type of the hidden states that the graph returns (task feature-extraction) [default: as --dtype]
+    /// Data type of the returned hidden states (task feature-extraction) [default: same as --dtype]
     #[arg(long, value_enum, value_name = "TYPE")]
     pub output_dtype: Option<OutputDTypeArg>,
     /// Also return the embedding and the hidden states of every layer (task feature-extraction)
@@ -207,7 +208,7 @@ pub struct ModelArgs {
     pub output_hidden_states: bool,
     /// config.json of the model [default: the one in CHECKPOINT]
     ///
-    /// For a checkpoint that is a single safetensors file without a config.json beside it. generation_config.json is
+    /// For a checkpoint that is a single safetensors file without a config.json next to it. generation_config.json is
     /// read from the same folder.
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
@@ -237,40 +238,39 @@ pub enum OutputDTypeArg {
 #[derive(Args)]
 #[command(next_help_heading = "Graphs")]
 pub struct GraphArgs {
-    /// Runtime to write the graphs for
+    /// Runtime that the graphs are for
     #[arg(long, default_value = "portable", value_parser = PossibleValuesParser::new(targets()))]
     pub target: String,
-    /// Type of weights, activations and caches [default: float32; bfloat16 for cuda and tensorrt]
+    /// Data type of weights, activations and KV caches [default: float32; bfloat16 for cuda and tensorrt]
     ///
-    /// Norms, soft-caps, softmax and logits are computed in float32 with every type, and with float16 the residual
-    /// stream is too.
+    /// Norms, soft-capping, softmax and logits are always computed in float32; with float16, so is the residual stream.
     #[arg(long, value_enum)]
     pub dtype: Option<DTypeArg>,
-    /// Return the logits of all target positions, not only of the last
+    /// Return the logits of all target positions, not only of the last one one
     #[arg(long)]
     pub all_logits: bool,
-    /// Also return the N best tokens of the last position with their logits
+    /// Also return the top N tokens of the last position with their logits
     ///
-    /// The graphs also return the log-sum-exp of all logits, so that the logits themselves need not leave the GPU.
+    /// The graphs also return the log-sum-exp of all logits, so that the logits themselves can stay on the GPU.
     #[arg(long, value_name = "N", conflicts_with = "all_logits")]
     pub candidates: Option<usize>,
-    /// Restrict generation to the token ids in this JSON file; shrinks the output head, scores unchanged
+    /// Shrink the output head to the token ids in this JSON file; their logits do not change
     ///
-    /// The file holds an array of ids, as `t5gemma shortlist` writes it. Other tokens have no logits.
+    /// The file is an array of ids, such as `t5gemma shortlist` writes. Other tokens cannot be generated.
     #[arg(long, value_name = "TOKENS.json")]
     pub keep_tokens: Option<PathBuf>,
-    /// Also return how much each target token attends to each source token
+    /// Also return the attention of each target token to each source token
     ///
-    /// The output cross_attentions has probabilities, the mean over heads and layers. `t5gemma` needs it for the
-    /// generation options output_attentions and coverage_penalty.
+    /// The output cross_attentions holds attention probabilities, averaged over heads and layers. The generation
+    /// options output_attentions and coverage_penalty of `t5gemma` require it.
     #[arg(long)]
     pub alignment: bool,
-    /// Decoder layers that --alignment averages, such as 0,3 [default: all]
+    /// Decoder layers that --alignment averages over, such as 0,3 [default: all]
     #[arg(long, value_name = "LAYERS", value_delimiter = ',', requires = "alignment")]
     pub alignment_layers: Vec<usize>,
-    /// Whether encoder positions exactly one window apart see each other
+    /// Whether encoder positions exactly one sliding window apart attend to each other
     ///
-    /// This makes no difference for sources up to the window, 4096 tokens in Google's checkpoints.
+    /// Only matters for sources longer than the window, which is 4096 tokens in Google's checkpoints.
     #[arg(long, value_name = "MODE", value_enum, default_value = "inclusive")]
     pub encoder_window: WindowArg,
 }
@@ -280,17 +280,17 @@ pub struct GraphArgs {
 pub struct QuantizeArgs {
     /// Quantize the weight matrices
     ///
-    /// Targets cpu and cuda keep activations in their type; so does tensorrt with int4. int8 and fp8 for tensorrt also
-    /// compute in 8 bits, which requires activation ranges (--calibrate).
+    /// With targets cpu and cuda, and with int4 for tensorrt, only weights are quantized. int8 and fp8 for tensorrt
+    /// quantize activations too, which requires their ranges (--calibrate).
     #[arg(long, value_name = "FORMAT", value_enum, default_value = "none")]
     pub quantize: FormatArg,
-    /// Quantize the encoder's layers in another format [default: as --quantize]
+    /// Format of the encoder's layers [default: same as --quantize]
     #[arg(long, value_name = "FORMAT", value_enum, hide_possible_values = true)]
     pub quantize_encoder: Option<FormatArg>,
-    /// Quantize the decoder's layers in another format [default: as --quantize]
+    /// Format of the decoder's layers [default: same as --quantize]
     #[arg(long, value_name = "FORMAT", value_enum, hide_possible_values = true)]
     pub quantize_decoder: Option<FormatArg>,
-    /// Quantize the output head, and an embedding tied to it, in another format [default: as --quantize]
+    /// Format of the output head, and of an embedding tied to it [default: same as --quantize]
     #[arg(long, value_name = "FORMAT", value_enum, hide_possible_values = true)]
     pub quantize_head: Option<FormatArg>,
     /// Number of weights that share a scale [default: 128 for int8, 32 for int4]
@@ -300,19 +300,19 @@ pub struct QuantizeArgs {
         value_parser = PossibleValuesParser::new(["16", "32", "64", "128"]).try_map(|size| size.parse::<usize>())
     )]
     pub block_size: Option<usize>,
-    /// Give every block a zero point (targets cpu and cuda)
+    /// Quantize asymmetrically, with a zero point per block (targets cpu and cuda)
     #[arg(long)]
     pub asymmetric: bool,
-    /// Do not quantize matrices with this checkpoint name; * matches any text; may be repeated
+    /// Do not quantize matrices whose checkpoint name matches PATTERN; * matches any text; may be repeated
     #[arg(long, value_name = "PATTERN")]
     pub quantize_exclude: Vec<String>,
     /// Also output activation ranges, for `t5gemma calibrate` (target portable)
     #[arg(long)]
     pub observe: bool,
-    /// Compute int8 and fp8 matrices in 8 bits, with these activation ranges (target tensorrt)
+    /// Quantize the activations of int8 and fp8 matrices with these ranges (target tensorrt)
     ///
-    /// `t5gemma calibrate` writes the file, by running a model that was exported with --observe. int8 matrices have a
-    /// scale for each row, fp8 matrices a single one.
+    /// `t5gemma calibrate` writes the file by running a model exported with --observe. int8 matrices have a scale per
+    /// row, fp8 matrices a single one.
     #[arg(long, value_name = "RANGES.json", conflicts_with = "observe")]
     pub calibrate: Option<PathBuf>,
 }
@@ -320,30 +320,31 @@ pub struct QuantizeArgs {
 #[derive(Args)]
 #[command(next_help_heading = "TensorRT")]
 pub struct TensorRtArgs {
-    /// Give the decoder's cache a fixed capacity of N target tokens (target tensorrt)
+    /// Give the decoder's KV cache a fixed capacity of N target tokens (target tensorrt)
     ///
-    /// decoder_model.onnx then only computes the keys and values of the source, and decoder_with_past_model.onnx runs
-    /// every step, so that one engine holds the only copy of the decoder's weights.
+    /// decoder_model.onnx then computes only the keys and values of the source, and decoder_with_past_model.onnx runs
+    /// every step, so only one engine holds the decoder's weights.
     #[arg(long, value_name = "static=N", value_parser = capacity)]
     pub cache: Option<usize>,
     /// Prepare the model for these request sizes (target tensorrt)
     ///
-    /// PLAN lists sizes such as batch=1..16,source=1..1024,target=256,beams=1..4. `batch` is the number of sources in a
-    /// batch, `source` the tokens of a source with padding, `target` the maximum tokens of a target, `beams` the target
-    /// rows of a source, and `prompt` the tokens given to the first decoder step. Each is N, MIN..MAX or MIN..OPT..MAX;
-    /// `target` is N. `source` is required, and `target` too if the model generates; the others are 1 if omitted.
+    /// PLAN lists sizes such as batch=1..16,source=1..1024,target=256,beams=1..4. `batch` is the number of sources per
+    /// batch, `source` the padded length of a source, `target` the maximum length of a target, `beams` the number of
+    /// target rows per source, and `prompt` the number of tokens in the first decoder step. Each is N, MIN..MAX or
+    /// MIN..OPT..MAX; `target` is N. `source` is required, and for generation `target` too; the others default to 1.
     ///
-    /// TensorRT selects kernels for OPT. Without it, OPT is MAX for batch and beams, and half of MAX, but at least MIN,
-    /// for source and prompt.
+    /// TensorRT selects its kernels for OPT, which defaults to MAX for batch and beams, and to half of MAX, but at
+    /// least MIN, for source and prompt.
     ///
-    /// The model folder gets optimization profiles, options for ONNX Runtime's providers, the script build_engines.sh,
-    /// wrappers for the engines, and memory.txt, an estimate of the GPU memory. `t5gemma` applies the plan with every
-    /// provider: it pads requests to MIN, splits batches above MAX, and refuses longer sources and targets.
+    /// Adds to the model folder: optimization profiles, options for ONNX Runtime's providers, the script
+    /// build_engines.sh, wrapper graphs for the engines, and memory.txt, an estimate of the GPU memory. `t5gemma`
+    /// applies the plan with every provider: it pads requests to MIN, splits batches above MAX, and rejects longer
+    /// sources and targets.
     #[arg(long, value_name = "PLAN")]
     pub plan: Option<ServingPlan>,
-    /// Refuse a plan that takes more GPU memory than this, such as 24GB or 22.5GiB
+    /// Fail if the plan needs more GPU memory than this, such as 24GB or 22.5GiB
     ///
-    /// The estimate is the one in memory.txt.
+    /// Compares with the estimate in memory.txt.
     #[arg(long, value_name = "SIZE", requires = "plan")]
     pub fits: Option<MemorySize>,
 }
@@ -351,10 +352,10 @@ pub struct TensorRtArgs {
 #[derive(Args)]
 #[command(next_help_heading = "Random weights")]
 pub struct DummyArgs {
-    /// Export random weights instead of a checkpoint, to measure a model size (with --preset or --config)
+    /// Export random weights instead of a checkpoint, to benchmark a model size (with --preset or --config)
     #[arg(long)]
     pub dummy_weights: bool,
-    /// Configuration of one of Google's checkpoints, with the size of the encoder first
+    /// Google checkpoint whose configuration to use, as ENCODER-DECODER sizes
     #[arg(
         long,
         value_name = "SIZE",
@@ -374,7 +375,7 @@ pub struct OutputArgs {
     /// Replace OUT if it holds an exported model and nothing else
     #[arg(long)]
     pub overwrite: bool,
-    /// Print errors and warnings only, neither progress nor notes
+    /// Print only errors and warnings, no progress or notes
     #[arg(short, long)]
     pub quiet: bool,
 }

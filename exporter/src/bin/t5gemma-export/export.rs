@@ -1,4 +1,5 @@
-//! An export from arguments: reads the files that arguments name, shows progress, prints notes and warnings.
+//! Runs an export from the command-line arguments: reads the files that they name, shows progress, prints notes and
+//! warnings.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -22,7 +23,7 @@ use crate::arguments::{
 };
 use crate::flags::Usage;
 
-/// Maximum number of unused tensors that are listed.
+/// Maximum number of unused tensors to list.
 const MAX_UNUSED: usize = 10;
 
 /// Exports as the arguments say.
@@ -65,7 +66,7 @@ fn print_summary(exported: &Exported, plan: Option<&ServingPlan>, out: &Path) {
     if let Some(plan) = plan {
         let omitted = match &plan.omitted()[..] {
             [] => String::new(),
-            names => format!(" ({} omitted, so 1)", names.join(", ")),
+            names => format!(" ({} omitted, 1 by default)", names.join(", ")),
         };
         eprintln!("planned for {plan}{omitted}");
     }
@@ -122,7 +123,7 @@ fn alignment(args: &GraphArgs) -> Alignment {
     }
 }
 
-/// Reads a file of token ids. Returns them ascending.
+/// Reads a file of token ids and returns them in ascending order.
 fn kept_tokens(path: &Path) -> Result<Vec<usize>> {
     let place = format!("--keep-tokens {}", path.display());
     let text = fs::read_to_string(path).with_context(|| format!("{place}: cannot be read"))?;
@@ -248,7 +249,7 @@ fn source(args: &ExportArgs, checkpoint: Option<&PathBuf>) -> Result<Source> {
     Ok(Source::Dummy { config, origin, seed: dummy.seed })
 }
 
-/// A progress bar that an interrupt ends.
+/// A progress bar that cancels the export on an interrupt.
 struct Bar<'i> {
     bar: ProgressBar,
     interrupted: &'i AtomicBool,

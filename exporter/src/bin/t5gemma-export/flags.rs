@@ -1,4 +1,4 @@
-//! Errors in terms of the command line: the library names options by their fields, a user knows their flags.
+//! Library errors in terms of the command line: the library names fields, which become flags here.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -7,10 +7,10 @@ use t5gemma_exporter::{Error, Setting, SettingError};
 
 use crate::arguments::ExportArgs;
 
-/// Most tensors listed in an error.
+/// Maximum number of tensors to list in an error.
 const MAX_TENSORS: usize = 10;
 
-/// Arguments that contradict each other.
+/// Contradictory or missing arguments.
 #[derive(Debug)]
 pub struct Usage(pub String);
 
@@ -22,7 +22,7 @@ impl fmt::Display for Usage {
 
 impl std::error::Error for Usage {}
 
-/// The flags that were given, as far as messages need their values.
+/// The values of flags that messages need.
 pub struct Flags {
     keep_tokens: Option<PathBuf>,
     calibrate: Option<PathBuf>,
@@ -33,7 +33,7 @@ impl Flags {
         Flags { keep_tokens: args.graphs.keep_tokens.clone(), calibrate: args.quantize.calibrate.clone() }
     }
 
-    /// The message of an error with its causes.
+    /// The message of an error, with its causes.
     pub fn message(&self, error: &anyhow::Error) -> String {
         match error.downcast_ref::<Error>() {
             Some(Error::Setting(refused)) => {
@@ -56,7 +56,7 @@ impl Flags {
         }
     }
 
-    /// The flag for an option, with the value that a message has for it.
+    /// The flag of an option, followed by the value that the message gives for it.
     fn flag(&self, setting: Setting, value: &str) -> String {
         let with_file = |flag: &str, file: &Option<PathBuf>| match file {
             Some(file) => format!("{flag} {}", file.display()),
@@ -96,8 +96,8 @@ impl Flags {
     }
 }
 
-/// The exit status for an error: 2 for arguments, 1 for everything else, the content of files that arguments name
-/// included.
+/// The exit status for an error: 2 for invalid arguments, 1 for everything else, including invalid files that arguments
+/// name.
 pub fn exit_status(error: &anyhow::Error) -> u8 {
     let is_of_arguments = match error.downcast_ref::<Error>() {
         Some(Error::Setting(SettingError::Invalid { setting, .. })) => {

@@ -25,13 +25,13 @@ fn main() -> ExitCode {
     let interrupted = Arc::new(AtomicBool::new(false));
     let flag = Arc::clone(&interrupted);
     let result = ctrlc::set_handler(move || flag.store(true, Ordering::Relaxed))
-        .context("the interrupt handler cannot be set")
+        .context("cannot set the interrupt handler")
         .and_then(|()| run(cli, &interrupted));
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(_) if interrupted.load(Ordering::Relaxed) => {
-            eprintln!("t5gemma-export: interrupted; nothing was left behind");
+            eprintln!("t5gemma-export: interrupted; no output was left behind");
             ExitCode::from(130)
         }
         Err(error) => {

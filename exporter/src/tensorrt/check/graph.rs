@@ -77,7 +77,7 @@ impl Checker<'_> {
                 if let (Some(inferred), Some(declared)) = (inferred, declared.dtype)
                     && inferred != declared
                 {
-                    let reason = format!("{output} is declared {declared}, but is {inferred} by its inputs");
+                    let reason = format!("{output} is declared as {declared}, but its inputs imply {inferred}");
                     self.report_node(node, StrongTyping, reason);
                 }
                 if declared.shape.as_ref().is_some_and(|shape| shape.contains(&Some(0))) {

@@ -24,7 +24,7 @@ struct NodeInScope<'n> {
 }
 
 impl<'n> NodeInScope<'n> {
-    /// The name of an input that is given.
+    /// The name of an input, if it is present.
     fn input(&self, index: usize) -> Option<&'n String> {
         self.node.inputs.get(index).filter(|input| !input.is_empty())
     }
@@ -33,7 +33,7 @@ impl<'n> NodeInScope<'n> {
         self.scope.known.get(self.input(index)?)?.shape.as_deref()
     }
 
-    /// The constant that an input is.
+    /// The value of an input, if it is constant.
     fn constant(&self, index: usize) -> Option<&'n Initializer> {
         let (name, graph) = (self.input(index)?, self.scope.graph);
         graph.initializers.get(name).or_else(|| {
@@ -50,7 +50,7 @@ impl<'n> NodeInScope<'n> {
         self.constant(index)?.ints.as_deref()
     }
 
-    /// Whether an attribute is given and not 0.
+    /// Whether an attribute is set and not 0.
     fn has_attribute(&self, name: &str) -> bool {
         self.node.attributes.get(name).is_some_and(|value| !matches!(value, Attribute::Int(0)))
     }
@@ -65,11 +65,11 @@ impl<'n> NodeInScope<'n> {
                 _ => false,
             };
             if differs {
-                wrong.push(format!("{name} is not {expected}"));
+                wrong.push(format!("attribute {name} is not {expected}"));
             }
         }
         for name in rules.attrs_absent.iter().filter(|name| self.has_attribute(name)) {
-            wrong.push(format!("{name} is given"));
+            wrong.push(format!("attribute {name} is not supported"));
         }
         for pair in &rules.exclusive {
             let is_given = |what: &String| match what.split_once(':') {
@@ -78,7 +78,7 @@ impl<'n> NodeInScope<'n> {
                 None => false,
             };
             if pair.iter().all(is_given) {
-                wrong.push(format!("{} and {} exclude each other", pair[0], pair[1]));
+                wrong.push(format!("{} and {} cannot be used together", pair[0], pair[1]));
             }
         }
         wrong
@@ -87,7 +87,7 @@ impl<'n> NodeInScope<'n> {
     fn inputs(&self, rules: &Rules) -> Vec<String> {
         let mut wrong = Vec::new();
         for &index in rules.forbid_inputs.iter().filter(|&&index| self.input(index).is_some()) {
-            wrong.push(format!("input {index} is given"));
+            wrong.push(format!("input {index} is not supported"));
         }
         for (&index, ranks) in &rules.rank_in {
             if let Some(shape) = self.shape(index).filter(|shape| !ranks.contains(&shape.len())) {

@@ -60,7 +60,7 @@ class Given:
         else:
             self._given.input_ids, self._given.input_ids_size, self._given.lengths = self._ragged(ids)
         if decoder_input_ids is not None and decoder_text is not None:
-            raise ValueError("decoder_text: expected it or decoder_input_ids, found both")
+            raise ValueError("decoder_text cannot be used with decoder_input_ids")
         if decoder_input_ids is not None:
             prompts = self._kept(_rectangle("decoder_input_ids", decoder_input_ids, self.rows))
             self._given.decoder_input_ids = prompts.ctypes.data
@@ -152,7 +152,7 @@ def messages(name: str, given: Any) -> bytes:
 
 
 def _masked(ids: Rows, attention_mask: Any, opened: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids and a mask of the same sizes; shorter rows are padded, which the mask hides."""
+        """Token ids and a mask of the same sizes; shorter rows are padded and the padding masked out."""
     mask = _forms.rows("attention_mask", attention_mask, MASK)
     expected, found = _forms.lengths(ids), _forms.lengths(mask)
     if len(expected) != len(found):

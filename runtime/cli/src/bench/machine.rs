@@ -1,5 +1,5 @@
-//! What the machine says of itself: its clock, this process's memory, how busy its processors are, and how fast its
-//! memory can be read. Memory and processors are read from `/proc` and are unknown elsewhere than on Linux.
+//! Measurements of the machine: its clock, this process's memory, CPU usage, and memory read bandwidth. Memory and CPU
+//! usage come from `/proc` and are available only on Linux.
 
 use std::fs;
 use std::hint::black_box;
@@ -26,16 +26,16 @@ pub fn now_ns() -> u64 {
 /// Resident memory of this process, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Memory {
-    /// The most there ever was.
+    /// Peak resident memory.
     pub peak: u64,
     pub resident: u64,
     pub anonymous: u64,
-    /// Mapped files, the weights above all; the system can take it back.
+    /// Mapped files, mostly weights; the system can reclaim it.
     pub file_backed: u64,
 }
 
 impl Memory {
-    /// The memory at this moment, if the system tells it.
+    /// The current memory, if the system reports it.
     pub fn now() -> Option<Memory> {
         Memory::parse(&fs::read_to_string("/proc/self/status").ok()?)
     }
@@ -66,21 +66,21 @@ impl Memory {
     }
 }
 
-/// What the machine's processors have computed up to a moment, in seconds.
+/// CPU seconds used up to a point in time.
 pub struct Processors {
-    /// For anyone; what a hypervisor took for others counts as busy.
+    /// By all processes; time stolen by a hypervisor counts as busy.
     machine: f64,
-    /// For this process.
+    /// By this process.
     own: f64,
     number: usize,
     at: Instant,
 }
 
-/// Processor time is counted in ticks: so much may be another's by mere rounding.
+/// CPU time is counted in ticks; up to this many seconds may look foreign just by rounding.
 const ROUNDING: f64 = 0.02;
 
 impl Processors {
-    /// The counts at this moment, if the system tells them.
+    /// The current counts, if the system reports them.
     #[cfg(unix)]
     pub fn now() -> Option<Processors> {
         let ticks = rustix::param::clock_ticks_per_second() as f64;
@@ -89,7 +89,7 @@ impl Processors {
         Some(Processors { machine: machine as f64 / ticks, own: own as f64 / ticks, number, at: Instant::now() })
     }
 
-    /// Not told by this system.
+    /// Not available on this system.
     #[cfg(not(unix))]
     pub fn now() -> Option<Processors> {
         None
@@ -100,7 +100,7 @@ impl Processors {
         (self.machine - before.machine) / self.capacity_since(before)
     }
 
-    /// The share of the machine that others used since `before`, 0 to 1.
+    /// The share of the machine that other processes used since `before`, 0 to 1.
     pub fn foreign_since(&self, before: &Processors) -> f64 {
         let foreign = (self.machine - before.machine) - (self.own - before.own) - ROUNDING;
         foreign.max(0.0) / self.capacity_since(before)
@@ -111,7 +111,7 @@ impl Processors {
     }
 }
 
-/// Of `/proc/stat`: user, nice, system, irq, softirq and steal, neither idle nor waiting for disks; and how many
+/// Busy ticks in `/proc/stat` (user, nice, system, irq, softirq and steal, but not idle or iowait), and the number of
 /// processors.
 fn busy_ticks(stat: &str) -> Option<(u64, usize)> {
     let line = stat.lines().next()?.strip_prefix("cpu ")?;
@@ -120,7 +120,7 @@ fn busy_ticks(stat: &str) -> Option<(u64, usize)> {
     Some((busy, stat.lines().skip(1).filter(|line| line.starts_with("cpu")).count()))
 }
 
-/// Of `/proc/self/stat`: utime and stime. The name before them may hold anything, parentheses included.
+/// utime and stime in `/proc/self/stat`. The process name before them may contain anything, even parentheses.
 fn own_ticks(stat: &str) -> Option<u64> {
     let mut fields = stat.rsplit_once(')')?.1.split_whitespace().skip(11);
     Some(fields.next()?.parse::<u64>().ok()? + fields.next()?.parse::<u64>().ok()?)
@@ -131,15 +131,15 @@ pub fn cores() -> usize {
     thread::available_parallelism().map_or(1, usize::from)
 }
 
-/// Memory that the reading goes over; much more than caches hold.
+/// Size of the buffer to read, much larger than the caches.
 const READ_BYTES: usize = 512 << 20;
-/// What is read between two looks at the clock.
+/// Numbers to read between two looks at the clock.
 const BLOCK: usize = (1 << 20) / size_of::<u64>();
 const WINDOW: Duration = Duration::from_millis(50);
 const WINDOWS: usize = 20;
 
-/// Bytes that `threads` threads, no more than there are cores, together read from memory in a second: the best of
-/// several windows. `None` if the memory for it cannot be had.
+/// Memory read bandwidth in bytes per second of `threads` threads, at most one per core: the best of several windows.
+/// `None` if the buffer cannot be allocated.
 ///
 /// # Errors
 /// [`Error::Cancelled`].
@@ -150,7 +150,8 @@ pub fn read_bandwidth(threads: usize, cancel: &Cancellation) -> Result<Option<f6
     if parts.iter_mut().any(|numbers| numbers.try_reserve_exact(part).is_err()) {
         return Ok(None);
     }
-    // Who reads a page first writes it, so that it lies near; zeros never written would all be one page.
+    // Each thread first writes the pages it will read, so that they are NUMA-local; zero pages never written would all
+    // map to one physical page.
     if on_threads(parts.iter_mut(), |numbers| numbers.resize(part, 1)).is_none() {
         return Ok(None);
     }
@@ -177,7 +178,7 @@ pub fn read_bandwidth(threads: usize, cancel: &Cancellation) -> Result<Option<f6
     Ok(counts.map(|counts| best(counts) as f64 / WINDOW.as_secs_f64()))
 }
 
-/// Runs `work` on each part, each on a thread of its own. `None` if a thread cannot be had.
+/// Runs `work` on each part, each on its own thread. `None` if a thread cannot be started.
 fn on_threads<P: Send, T: Send>(parts: impl Iterator<Item = P>, work: impl Fn(P) -> T + Sync) -> Option<Vec<T>> {
     thread::scope(|scope| {
         let work = &work;
@@ -187,7 +188,7 @@ fn on_threads<P: Send, T: Send>(parts: impl Iterator<Item = P>, work: impl Fn(P)
     })
 }
 
-/// The sum of all numbers, in lanes so that memory and not the additions is what takes time.
+/// The sum of all numbers, in lanes so that memory and not addition is the bottleneck.
 fn sum(block: &[u64]) -> u64 {
     let (chunks, rest) = block.as_chunks::<16>();
     let mut lanes = [0u64; 16];

@@ -1,5 +1,5 @@
-//! A request file in, a response file out: how one harness measures this runtime and others alike. The cases, how often
-//! each is run and what a run is are the request's; the harness makes of the times what it wants.
+//! Request file in, response file out, so that one benchmark harness can compare several runtimes. The request defines
+//! the cases, their operations and repeats; the harness evaluates the times.
 
 use std::path::Path;
 use std::thread;
@@ -21,19 +21,19 @@ use crate::tensors::{Aside, write_text};
 
 /// The version of requests and responses.
 const PROTOCOL: u64 = 1;
-/// A run of which others used more of the machine is repeated.
+/// A run is repeated if other processes used more than this share of the machine.
 const MOST_FOREIGN: f64 = 0.08;
 
 /// Runs the cases of the file `request` and writes the file `response`.
 pub fn run(mut opening: Opening, request: &Path, response: &Path, cancel: &Cancellation) -> Result<Outcome> {
     let text = files::read_text(request)?;
     let request = Request::parse(&text).with_context(|| request.display().to_string())?;
-    // A place that cannot be written is told before anything is computed.
+    // Fail before computing anything if the file cannot be written.
     let file = Aside::create(response)?;
     opening.runtime.threads = request.threads;
     opening.limits = Limits::NONE;
     let model = opening.open().map_err(|error| match error.downcast::<Usage>() {
-        // The number of threads is the request's.
+        // The request sets the number of threads, not a flag.
         Ok(usage) if request.threads.is_some() => anyhow!("{}", usage.to_string().trim_start_matches('-')),
         Ok(usage) => usage.into(),
         Err(error) => error,
@@ -78,7 +78,7 @@ pub fn run(mut opening: Opening, request: &Path, response: &Path, cancel: &Cance
     Ok(outcome)
 }
 
-/// Runs the operations of a case and tells the fields of its result.
+/// Runs the operations of a case and returns the fields of its result.
 fn run_case(
     model: &Model,
     planned: &Planned,
@@ -122,7 +122,7 @@ fn run_case(
     Ok(fields)
 }
 
-/// What is measured of a case.
+/// An operation to measure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Op {
     /// Token ids to the encoder's hidden states.
@@ -142,7 +142,7 @@ impl Op {
         }
     }
 
-    /// How many tokens the run before the measured ones generates.
+    /// Number of tokens to generate in the warm-up run.
     fn warm_up(self, case: &Case) -> usize {
         case.tokens.min(2)
     }
@@ -160,12 +160,12 @@ impl Op {
     }
 }
 
-/// Waits for a machine that others leave alone.
+/// Waits until other processes leave the machine idle.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 struct Gate {
-    /// Share of the machine in use that is quiet enough.
+    /// Maximum share of the machine in use.
     busy: f64,
-    /// Seconds to wait before one run.
+    /// Maximum seconds to wait before a run.
     max_wait: f64,
     /// Seconds left for all runs.
     total_wait: f64,
@@ -198,16 +198,16 @@ impl Gate {
     }
 }
 
-/// A request, checked as far as it can be without a model.
+/// A request, checked as far as possible without a model.
 #[derive(Debug, PartialEq)]
 struct Request {
     threads: Option<usize>,
-    /// The model's own where they are left out.
+    /// The token ids default to the model's.
     decoder_start_token_id: Option<i64>,
     eos_token_id: Option<i64>,
     pad_token_id: Option<i64>,
     gate: Gate,
-    /// At least one.
+    /// Never empty.
     cases: Vec<Planned>,
 }
 
@@ -218,13 +218,13 @@ struct Planned {
     sources: Vec<Vec<i64>>,
     num_beams: usize,
     tokens: usize,
-    /// In order, with the number of timed runs.
+    /// In order, each with its number of timed runs.
     ops: Vec<(Op, u64)>,
-    /// Runs may be repeated until there are so many times as many.
+    /// Disturbed runs are repeated, up to this multiple of the number of runs.
     tries: u64,
 }
 
-/// Timed runs of an operation whose number is left out, and tries where they are.
+/// Default number of timed runs of an operation, and default of `tries`.
 const RUNS: u64 = 3;
 
 /// Whether a text is a request.
@@ -256,7 +256,7 @@ impl Request {
         let listed = cases.list()?;
         ensure!(!listed.is_empty(), "cases: expected at least one, found none");
         let cases = listed.into_iter().map(Planned::parse).collect::<Result<Vec<_>>>()?;
-        // Of use to others: where their models lie, and when they were started.
+        // For other runtimes: where their models are, and when they were started.
         for name in ["model", "paths", "t0_ns"] {
             top.optional(name);
         }
@@ -272,7 +272,7 @@ impl Request {
         })
     }
 
-    /// What is to be run of a planned case: plain greedy or beam search.
+    /// The case to run: plain greedy or beam search.
     fn case(&self, planned: &Planned, model: &Model) -> Result<Case> {
         let mut options = Case::options(model, planned.num_beams);
         options.decoder_start_token_id = self.decoder_start_token_id.unwrap_or(options.decoder_start_token_id);
@@ -301,7 +301,7 @@ impl Planned {
             Some(number) => number.whole(1),
             None => Ok(RUNS),
         };
-        // Taken whether asked for or not: a harness gives the same numbers to every case.
+        // Accepted for operations that are not requested too: a harness gives every case the same numbers.
         let all = [Op::Encode, Op::FirstToken, Op::Generate];
         let numbers = [number(all[0])?, number(all[1])?, number(all[2])?];
         if let Some(repeats) = repeats {
@@ -318,13 +318,13 @@ impl Planned {
     }
 }
 
-/// An object whose fields are taken one by one, so that those that nobody knows are left.
+/// An object whose fields are taken one by one; those left over are unknown.
 struct Fields<'a> {
     path: String,
     left: Vec<(&'a String, &'a Value)>,
 }
 
-/// A value and where it stands.
+/// A value and its path.
 struct Field<'a> {
     path: String,
     value: &'a Value,
@@ -345,12 +345,12 @@ impl<'a> Fields<'a> {
     }
 
     fn required(&mut self, name: &str) -> Result<Field<'a>> {
-        self.optional(name).with_context(|| format!("{}: expected a value, found none", self.path_of(name)))
+        self.optional(name).with_context(|| format!("{}: missing", self.path_of(name)))
     }
 
     fn nothing_else(&self) -> Result<()> {
         match self.left.first() {
-            Some((name, _)) => bail!("{}: expected the name of a field, found an unknown one", self.path_of(name)),
+            Some((name, _)) => bail!("{}: unknown field", self.path_of(name)),
             None => Ok(()),
         }
     }
@@ -362,13 +362,13 @@ impl<'a> Fields<'a> {
 
 impl<'a> Field<'a> {
     fn whole(&self, least: u64) -> Result<u64> {
-        // What a signed number can hold, which token ids are.
+        // At most i64::MAX, since token ids are signed.
         let number = self.value.as_i64().and_then(|number| u64::try_from(number).ok());
-        number.filter(|&number| number >= least).ok_or_else(|| self.unlike(&format!("an integer from {least}")))
+        number.filter(|&number| number >= least).ok_or_else(|| self.unlike(&format!("an integer of at least {least}")))
     }
 
     fn number(&self) -> Result<f64> {
-        self.value.as_f64().filter(|number| *number >= 0.0).ok_or_else(|| self.unlike("a number from 0"))
+        self.value.as_f64().filter(|number| *number >= 0.0).ok_or_else(|| self.unlike("a number of at least 0"))
     }
 
     fn list(&self) -> Result<Vec<Field<'a>>> {
@@ -437,26 +437,29 @@ mod tests {
         let cases = [
             ("".to_string(), "expected JSON: column 0: EOF"),
             ("[]".to_string(), "expected a JSON object, found []"),
-            ("{}".to_string(), "protocol: expected a value, found none"),
+            ("{}".to_string(), "protocol: missing"),
             (changed("/protocol", json!(2)), "protocol: expected 1, found 2"),
-            (changed("/threads", json!(0)), "threads: expected an integer from 1, found 0"),
+            (changed("/threads", json!(0)), "threads: expected an integer of at least 1, found 0"),
             (changed("/gate", json!(5)), "gate: expected an object, found 5"),
-            (changed("/gate/busy", json!(-1)), "gate.busy: expected a number from 0, found -1"),
-            (changed("/gate/wait", json!(1)), "gate.wait: expected the name of a field, found an unknown one"),
-            (changed("/eos_token_id", json!([1])), "eos_token_id: expected an integer from 0, found [1]"),
+            (changed("/gate/busy", json!(-1)), "gate.busy: expected a number of at least 0, found -1"),
+            (changed("/gate/wait", json!(1)), "gate.wait: unknown field"),
+            (changed("/eos_token_id", json!([1])), "eos_token_id: expected an integer of at least 0, found [1]"),
             (changed("/cases", json!([])), "cases: expected at least one, found none"),
             (changed("/cases", json!([[]])), "cases[0]: expected an object, found []"),
-            (changed("/cases/0/id", Value::Null), "cases[0].id: expected a value, found none"),
+            (changed("/cases/0/id", Value::Null), "cases[0].id: missing"),
             (changed("/cases/0/src", json!([5])), "cases[0].src[0]: expected a list, found 5"),
-            (changed("/cases/0/src", json!([[5, "a"]])), "cases[0].src[0][1]: expected an integer from 0"),
-            (changed("/cases/0/src", json!([[u64::MAX]])), "cases[0].src[0][0]: expected an integer from 0"),
-            (changed("/cases/0/beams", json!(0)), "cases[0].beams: expected an integer from 1, found 0"),
-            (changed("/cases/0/gen", json!(1.5)), "cases[0].gen: expected an integer from 1, found 1.5"),
+            (changed("/cases/0/src", json!([[5, "a"]])), "cases[0].src[0][1]: expected an integer of at least 0"),
+            (changed("/cases/0/src", json!([[u64::MAX]])), "cases[0].src[0][0]: expected an integer of at least 0"),
+            (changed("/cases/0/beams", json!(0)), "cases[0].beams: expected an integer of at least 1, found 0"),
+            (changed("/cases/0/gen", json!(1.5)), "cases[0].gen: expected an integer of at least 1, found 1.5"),
             (changed("/cases/0/ops", json!(["decode"])), "cases[0].ops[0]: expected encode, ttft or generate, found"),
-            (changed("/cases/0/repeats/encode", json!(0)), "cases[0].repeats.encode: expected an integer from 1"),
-            (changed("/cases/0/repeats/decode", json!(1)), "cases[0].repeats.decode: expected the name of a field"),
-            (changed("/cases/0/beam", json!(1)), "cases[0].beam: expected the name of a field, found an unknown one"),
-            (changed("/repeats", json!(1)), "repeats: expected the name of a field, found an unknown one"),
+            (
+                changed("/cases/0/repeats/encode", json!(0)),
+                "cases[0].repeats.encode: expected an integer of at least 1",
+            ),
+            (changed("/cases/0/repeats/decode", json!(1)), "cases[0].repeats.decode: unknown field"),
+            (changed("/cases/0/beam", json!(1)), "cases[0].beam: unknown field"),
+            (changed("/repeats", json!(1)), "repeats: unknown field"),
         ];
         for (text, expected) in cases {
             let error = format!("{:#}", Request::parse(&text).expect_err(expected));

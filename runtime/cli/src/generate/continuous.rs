@@ -1,5 +1,5 @@
-//! Requests as JSON lines through an engine: what is read joins what is being generated, whatever its options. Answers
-//! come in the order of the requests all the same.
+//! JSON-lines requests through an engine: new requests join running ones, whatever their options. Answers still come in
+//! the order of the requests.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -16,10 +16,10 @@ use crate::lines::Lines;
 use crate::progress::counter;
 use crate::requests::{self, Kind, Refused};
 
-/// Requests that may have been read and not been answered.
+/// Maximum number of requests read but not yet answered.
 const WINDOW: usize = 256;
 
-/// How long to look at one request before looking at the others.
+/// How long to wait for the first request's events before polling the others.
 const PATIENCE: Duration = Duration::from_millis(1);
 
 /// A request in its place in the order of answers.
@@ -31,14 +31,14 @@ enum Place {
 struct Pending {
     request: TokenizedRequest,
     generation: Generation,
-    /// What is known of its rows; nothing of those that are in flight.
+    /// The results of its rows; empty for rows in flight.
     rows: Vec<Vec<Hypothesis>>,
 }
 
 impl Answering<'_> {
     /// Answers requests with `--batch-size` sources in flight on each device.
     pub(super) fn continuous(&self, models: &[Arc<Model>]) -> Result<Outcome> {
-        // As many rows as so many sources need.
+        // As many rows as that many sources need.
         let max_sources = self.packing.rows();
         let unbounded = EngineOptions::default()
             .max_rows(usize::MAX)
@@ -110,7 +110,7 @@ impl Answering<'_> {
         }
     }
 
-    /// Takes what has happened to a request, and tells how many of its sources are not in flight any more.
+    /// Processes a request's new events and returns how many of its sources are no longer in flight.
     fn look(&self, place: &mut Place, patience: Duration) -> Result<usize> {
         let Place::Pending(pending) = place else { return Ok(0) };
         let Pending { request, generation, rows } = &mut **pending;
