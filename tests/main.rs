@@ -3,6 +3,7 @@
 
 mod common;
 
+mod adapters;
 mod alignment;
 mod bench;
 mod book;

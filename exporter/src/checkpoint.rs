@@ -1,23 +1,27 @@
 //! A Hugging Face checkpoint, a folder or a single safetensors file: its tensors by name, memory-mapped. The only module
 //! that uses safetensors.
 
+mod adapters;
+mod mapping;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use memmap2::Mmap;
-use safetensors::{Dtype, SafeTensorError, SafeTensors};
-use serde::Deserialize;
+use safetensors::Dtype;
 use serde::de::IgnoredAny;
 use t5gemma_graphs::json::{self, cut, shown};
 use t5gemma_graphs::onnx::DType;
 
-use crate::convert;
 use crate::error::{Error, Result};
 use crate::files;
 use crate::names;
-use crate::notes;
+use adapters::{OpenedAdapter, StoredChange};
+use mapping::{SAFETENSORS, map_file};
+
+pub use mapping::read_vector;
 
 /// Files that are copied into the model folder if they exist, besides `config.json`.
 pub const COMPANIONS: &[&str] = &[
@@ -63,14 +67,23 @@ pub struct Checkpoint {
     tensors: BTreeMap<String, Location>,
     /// Tensors in files that are listed in the index and do not exist, by the same names.
     absent: BTreeMap<String, Absent>,
+    /// The adapters that are merged.
+    adapters: Vec<OpenedAdapter>,
+    /// What they change, by the same names, in this order.
+    changes: BTreeMap<String, Vec<StoredChange>>,
 }
 
+/// A mapped weights file.
 struct Shard {
     name: String,
+    path: PathBuf,
     bytes: Mmap,
+    /// Whether it is the file of an adapter rather than of the checkpoint.
+    is_adapter: bool,
 }
 
 /// Where a tensor is stored.
+#[derive(Clone)]
 struct Location {
     /// Its name in the file.
     stored: String,
@@ -103,12 +116,23 @@ pub struct Tensor<'c> {
 impl Tensor<'_> {
     /// The element type, if weights can be exported from it: float32, float16 or bfloat16.
     pub fn float(&self) -> Option<DType> {
-        match self.dtype {
-            Dtype::F32 => Some(DType::Float32),
-            Dtype::F16 => Some(DType::Float16),
-            Dtype::BF16 => Some(DType::BFloat16),
-            _ => None,
-        }
+        float(self.dtype)
+    }
+}
+
+impl Location {
+    /// As [`Tensor::float`].
+    fn float(&self) -> Option<DType> {
+        float(self.dtype)
+    }
+}
+
+fn float(dtype: Dtype) -> Option<DType> {
+    match dtype {
+        Dtype::F32 => Some(DType::Float32),
+        Dtype::F16 => Some(DType::Float16),
+        Dtype::BF16 => Some(DType::BFloat16),
+        _ => None,
     }
 }
 
@@ -178,6 +202,8 @@ impl Checkpoint {
             shards: Vec::new(),
             tensors: BTreeMap::new(),
             absent: BTreeMap::new(),
+            adapters: Vec::new(),
+            changes: BTreeMap::new(),
         }
     }
 
@@ -271,8 +297,14 @@ impl Checkpoint {
 
     /// Remarks on a checkpoint that can be exported.
     pub(crate) fn notes(&self) -> Vec<String> {
-        let mut notes = Vec::new();
-        let mut renamed = self.tensors.iter().filter(|(name, stored)| !name.ends_with(&stored.stored));
+        let mut notes: Vec<String> = self.adapter_notes().collect();
+        let is_own = |stored: &Location| !self.shards[stored.shard].is_adapter;
+        // A tied table that was made two tensors has the name of the other.
+        let is_tied = |stored: &Location| self.tensors.contains_key(&stored.stored);
+        let mut renamed = self
+            .tensors
+            .iter()
+            .filter(|(name, stored)| is_own(stored) && !is_tied(stored) && !name.ends_with(&stored.stored));
         if let Some((name, stored)) = renamed.next() {
             let others = renamed.count();
             notes.push(format!(
@@ -284,7 +316,7 @@ impl Checkpoint {
         if let Some(name) = of_adapter.next() {
             let others = of_adapter.count();
             notes.push(format!("the tensors of a PEFT adapter are not applied: {}, and {others} others", cut(name)));
-        } else if self.folder.join("adapter_model.safetensors").exists() {
+        } else if self.folder.join("adapter_model.safetensors").exists() && !self.merges(&self.folder) {
             notes.push("the PEFT adapter in adapter_model.safetensors is not applied".to_string());
         }
         notes
@@ -303,8 +335,11 @@ impl Checkpoint {
     /// A tensor by its name.
     pub(crate) fn tensor(&self, name: &str) -> Option<Tensor<'_>> {
         let stored = self.tensors.get(name)?;
-        let bytes = &self.shards[stored.shard].bytes[stored.start..stored.end];
-        Some(Tensor { dtype: stored.dtype, shape: &stored.shape, bytes })
+        Some(Tensor { dtype: stored.dtype, shape: &stored.shape, bytes: self.bytes_of(stored) })
+    }
+
+    fn bytes_of(&self, location: &Location) -> &[u8] {
+        &self.shards[location.shard].bytes[location.start..location.end]
     }
 
     /// The probable reason why these tensors are missing, or an empty text.
@@ -336,84 +371,37 @@ impl Checkpoint {
 
     /// The file that holds a tensor.
     pub(crate) fn file_of(&self, name: &str) -> Option<PathBuf> {
-        self.tensors.get(name).map(|stored| self.folder.join(&self.shards[stored.shard].name))
+        self.tensors.get(name).map(|stored| self.shards[stored.shard].path.clone())
     }
 
     /// Name and content of each weights file that has a tensor for which `is_used` returns true.
     pub(crate) fn files(&self, is_used: impl Fn(&str) -> bool) -> impl Iterator<Item = (&str, &[u8])> {
         let used = self.tensors.iter().filter(|(name, _)| is_used(name)).map(|(_, location)| location.shard);
         let used: BTreeSet<usize> = used.collect();
-        used.into_iter().map(|shard| (self.shards[shard].name.as_str(), &self.shards[shard].bytes[..]))
+        used.into_iter()
+            .filter(|&shard| !self.shards[shard].is_adapter)
+            .map(|shard| (self.shards[shard].name.as_str(), &self.shards[shard].bytes[..]))
     }
 
     fn add_shard(&mut self, name: &str) -> Result<()> {
         let path = self.folder.join(name);
-        let invalid = |expected: &str, found: String| Error::invalid(path.display(), expected, found);
-        let file = files::open(&path)?;
-        if file.metadata().is_ok_and(|metadata| metadata.len() == 0) {
-            return Err(invalid(SAFETENSORS, "an empty file".into()));
-        }
-        // SAFETY: the mapping is only read. If another process truncates the file, this process ends with SIGBUS, as
-        // with every memory-mapped file; nothing is written through the mapping.
-        let bytes = unsafe { Mmap::map(&file) }.map_err(Error::io(&path, "cannot be mapped"))?;
-        // Checks the header against the file's length, so that the ranges below are within the file.
-        let views = SafeTensors::deserialize(&bytes).map_err(|error| match identify(&bytes) {
-            Some(found) => invalid(SAFETENSORS, found),
-            None => {
-                let reason = explain_truncation(&bytes, &error).unwrap_or_else(|| cut(&error.to_string()));
-                invalid("a complete safetensors file", format!("{} bytes: {reason}", bytes.len()))
-            }
-        })?;
+        let (bytes, tensors) = map_file(&path)?;
         let shard = self.shards.len();
-        for (tensor, view) in views.iter() {
-            let start = view.data().as_ptr() as usize - bytes.as_ptr() as usize;
-            let (shape, end) = (view.shape().to_vec(), start + view.data().len());
-            let stored = tensor.to_string();
-            let location = Location { stored: stored.clone(), shard, dtype: view.dtype(), shape, start, end };
-            if let Some(other) = self.tensors.insert(stored, location) {
+        for location in tensors {
+            let tensor = location.stored.clone();
+            if let Some(other) = self.tensors.insert(tensor.clone(), Location { shard, ..location }) {
                 let found = format!("another in {}", self.shards[other.shard].name);
-                return Err(invalid("one tensor of this name", found).of(cut(tensor)));
+                return Err(Error::invalid(path.display(), "one tensor of this name", found).of(cut(&tensor)));
             }
         }
-        self.shards.push(Shard { name: name.to_string(), bytes });
+        self.shards.push(Shard { name: name.to_string(), path, bytes, is_adapter: false });
         Ok(())
     }
 }
 
-const SAFETENSORS: &str = "a safetensors file";
-
 /// A hint to the folder that was probably meant, in parentheses.
 fn hint(folder: &Path) -> String {
     files::nearby_checkpoint(folder).map_or_else(String::new, |hint| format!(" ({hint})"))
-}
-
-/// Identifies a file that is not a safetensors file at all.
-fn identify(bytes: &[u8]) -> Option<String> {
-    let length = bytes.first_chunk::<8>().map(|length| u64::from_le_bytes(*length));
-    // A header of a sane length, truncated or not, is one.
-    let has_header = length.is_some_and(|length| length < 1 << 32) && bytes.get(8).is_none_or(|first| *first == b'{');
-    if has_header { None } else { files::identify_or_quote(bytes) }
-}
-
-/// Explains an error that a truncated file leads to.
-fn explain_truncation(bytes: &[u8], error: &SafeTensorError) -> Option<String> {
-    #[derive(Deserialize)]
-    struct Info {
-        data_offsets: (u64, u64),
-    }
-    match error {
-        SafeTensorError::MetadataIncompleteBuffer => {
-            let length = u64::from_le_bytes(*bytes.first_chunk()?);
-            let header = bytes.get(8..)?.get(..usize::try_from(length).ok()?)?;
-            let tensors: BTreeMap<String, serde_json::Value> = serde_json::from_slice(header).ok()?;
-            let ends = tensors.into_values().filter_map(|info| serde_json::from_value::<Info>(info).ok());
-            let size = 8 + length + ends.map(|info| info.data_offsets.1).max()?;
-            Some(format!("the header describes {size} bytes; copy or download the file again"))
-        }
-        SafeTensorError::HeaderTooSmall => Some("the file ends before its header".to_string()),
-        SafeTensorError::InvalidHeaderLength => Some("the file ends within its header".to_string()),
-        _ => None,
-    }
 }
 
 /// Reads the index of a sharded checkpoint, the file of each tensor. `None` if the checkpoint is a single file.
@@ -478,32 +466,6 @@ fn no_weights(folder: &Path) -> Error {
         hint(folder)
     };
     Error::invalid(folder.display(), format!("{SINGLE} or {INDEX}"), format!("neither{hint}"))
-}
-
-/// Reads a vector of `size` numbers from a safetensors file.
-///
-/// # Errors
-/// A file that cannot be read, no such tensor, or one of another size or type.
-pub(crate) fn read_vector(path: &Path, name: &str, size: usize) -> Result<Vec<f32>> {
-    let file = Checkpoint::of_file(path)?;
-    let invalid = |expected: String, found: String| Error::invalid(path.display(), expected, found).of(cut(name));
-    let Some(tensor) = file.tensor(name) else {
-        let names: Vec<String> = file.names().map(str::to_string).collect();
-        return Err(invalid("a tensor of this name".into(), format!("none among {}", notes::list(&names))));
-    };
-    // A parameter may have axes of length 1 before its own.
-    if tensor.shape.last() != Some(&size) || tensor.shape.iter().product::<usize>() != size {
-        return Err(invalid(format!("shape [{size}]"), format!("{:?}", tensor.shape)));
-    }
-    let Some(dtype) = tensor.float() else {
-        return Err(invalid("F32, F16 or BF16".into(), format!("{:?}", tensor.dtype)));
-    };
-    let mut numbers = vec![0.0; size];
-    convert::to_float32(tensor.bytes, dtype, &mut numbers);
-    match numbers.iter().find(|number| !number.is_finite()) {
-        Some(number) => Err(invalid("finite numbers".into(), number.to_string())),
-        None => Ok(numbers),
-    }
 }
 
 /// Reads one of [`COMPANIONS`], without a byte-order mark.

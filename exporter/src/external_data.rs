@@ -15,6 +15,7 @@ use sha2::{Digest, Sha256};
 use t5gemma_graphs::manifest::{FileRecord, SAMPLE_BLOCK, TensorRecord, WeightsRecord, sample_offsets};
 use t5gemma_graphs::onnx::{Adjust, Blocks, Code, DType, Part};
 
+use crate::adapter::MergedTensor;
 use crate::convert::{Conversion, Overflow, count_not_finite, round, to_float32};
 use crate::dummy::RandomTensor;
 use crate::error::{Error, Result};
@@ -254,6 +255,7 @@ struct Elements<'s> {
 
 enum Origin<'s> {
     Stored { dtype: DType, bytes: &'s [u8] },
+    Merged(MergedTensor<'s>),
     Random(RandomTensor),
 }
 
@@ -264,7 +266,10 @@ impl<'s> Elements<'s> {
                 let missing = || Error::invalid(checkpoint.folder().display(), "a tensor", "none").of(&part.tensor);
                 let tensor = checkpoint.tensor(&part.tensor).ok_or_else(missing)?;
                 let dtype = tensor.float().ok_or_else(missing)?;
-                Origin::Stored { dtype, bytes: tensor.bytes }
+                match checkpoint.merged(&part.tensor) {
+                    Some(merged) => Origin::Merged(merged),
+                    None => Origin::Stored { dtype, bytes: tensor.bytes },
+                }
             }
             Source::Dummy { seed, .. } => Origin::Random(RandomTensor::new(part, adjust, *seed)),
         };
@@ -317,10 +322,16 @@ impl<'s> Elements<'s> {
             return to_float32(&self.stored(out.len(), dtype, bytes), dtype, out);
         }
         let (ranges, mut out) = (self.ranges(out.len()), out);
-        let Origin::Random(random) = &self.origin else { unreachable!("stored elements were read above") };
         for range in ranges {
             let (here, rest) = out.split_at_mut(range.len());
-            random.fill(range.start, here);
+            match &self.origin {
+                Origin::Random(random) => random.fill(range.start, here),
+                Origin::Merged(merged) => {
+                    merged.fill(range.start, here);
+                    self.not_finite += here.iter().filter(|x| !x.is_finite()).count() as u64;
+                }
+                Origin::Stored { .. } => unreachable!("stored elements were read above"),
+            }
             out = rest;
         }
     }

@@ -20,6 +20,7 @@ mod settings;
 mod export;
 mod source;
 
+mod adapter;
 mod checkpoint;
 mod files;
 mod names;

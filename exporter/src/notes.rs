@@ -5,24 +5,12 @@ use std::path::Path;
 
 use serde_json::Value;
 use t5gemma_graphs::config::Config;
-use t5gemma_graphs::json::cut;
 use t5gemma_graphs::onnx::{Adjust, Blocks, Part};
 
 use crate::checkpoint::GENERATION_CONFIG;
 use crate::files;
+use crate::names::list;
 use crate::weights::Weight;
-
-/// Maximum number of names in a list.
-const SHOWN: usize = 10;
-
-/// Joins names, and counts those beyond [`SHOWN`].
-pub fn list(names: &[String]) -> String {
-    let mut shown: Vec<String> = names.iter().take(SHOWN).map(|name| cut(name)).collect();
-    if names.len() > SHOWN {
-        shown.push(format!("and {} more", names.len() - SHOWN));
-    }
-    shown.join(", ")
-}
 
 /// Fields of `config.json` that have no effect, and generation options that are read from it.
 pub fn of_config(config: &Config, generation_config: Option<&Value>) -> Vec<String> {
@@ -123,11 +111,5 @@ mod tests {
             assert_eq!(note.is_some(), word.is_some(), "{defaults}");
             assert!(note.unwrap_or_default().contains(word.unwrap_or_default()), "{defaults}");
         }
-    }
-
-    #[test]
-    fn long_lists_are_truncated() {
-        let names: Vec<String> = (0..12).map(|number| format!("n{number}")).collect();
-        assert_eq!(list(&names), "n0, n1, n2, n3, n4, n5, n6, n7, n8, n9, and 2 more");
     }
 }

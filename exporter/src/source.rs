@@ -69,6 +69,14 @@ impl Source {
         manifest::Source::Checkpoint(files)
     }
 
+    /// The manifest's records of the merged adapters.
+    pub(crate) fn adapters(&self) -> Vec<manifest::AdapterRecord> {
+        match self {
+            Source::Checkpoint(checkpoint) => checkpoint.adapter_records(),
+            Source::Dummy { .. } => Vec::new(),
+        }
+    }
+
     /// A tensor and the file it is in, for messages.
     pub(crate) fn place(&self, tensor: &str) -> String {
         match self {

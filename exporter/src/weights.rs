@@ -122,11 +122,7 @@ pub fn vocabulary(config: &Config, checkpoint: &Checkpoint) -> Result<Vocabulary
     };
     let embedding = stored(tensors.decoder_embedding, "")?;
     let head = stored(tensors.head, ", though config.json has tie_word_embeddings false")?;
-    let is_copy = match (checkpoint.tensor(embedding), checkpoint.tensor(head)) {
-        (Some(embedding), Some(head)) => embedding.dtype == head.dtype && embedding.bytes == head.bytes,
-        _ => false,
-    };
-    let head = if tie && is_copy { embedding } else { head };
+    let head = if tie && checkpoint.is_same(embedding, head) { embedding } else { head };
     Ok(Vocabulary { embedding: embedding.into(), head: head.into(), kept: None })
 }
 

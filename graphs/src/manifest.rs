@@ -84,12 +84,31 @@ pub struct Manifest {
     pub facts: Facts,
     /// Where the weights came from.
     pub source: Source,
+    /// The adapters that were merged into them, in this order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub adapters: Vec<AdapterRecord>,
     /// The graphs: `encoder`, `decoder` and `decoder_with_past`, or for tasks other than generation one `model`.
     pub graphs: BTreeMap<String, GraphRecord>,
     /// The weights file that all graphs share.
     pub weights: WeightsRecord,
     /// Every other file of the folder but this one.
     pub files: BTreeMap<String, FileRecord>,
+}
+
+/// An adapter that was merged into the weights.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct AdapterRecord {
+    /// The name of its folder.
+    pub name: String,
+    /// The factor that it was merged with, besides its own.
+    pub scale: f32,
+    /// Its rank, for modules without their own.
+    pub r: u64,
+    /// Its alpha, for modules without their own.
+    pub lora_alpha: f64,
+    /// Its weights file.
+    #[serde(flatten)]
+    pub record: FileRecord,
 }
 
 impl Manifest {

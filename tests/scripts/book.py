@@ -22,6 +22,7 @@ Without --prefix or --site, blocks that need them are parsed only. The last line
 import argparse
 import collections
 import json
+import math
 import os
 import pathlib
 import re
@@ -225,15 +226,23 @@ class Checker:
         raise Wrong(f"expected a language that is checked, found {block.language!r}")
 
     def stand_ins(self, folder):
-        """Small checkpoints under the names of published ones, and the vector that Stable Audio 3 has learned for padding."""
+        """Small checkpoints under the names of published ones, the vector that Stable Audio 3 has learned for padding, and a LoRA
+        adapter of the checkpoint."""
         for name in ("t5gemma-b-b-ul2", "t5gemma-9b-9b-ul2"):
             (folder / name).symlink_to(self.arguments.checkpoint.resolve())
-        width = json.loads((self.arguments.checkpoint / "config.json").read_text())["encoder"]["hidden_size"]
-        tensor = {"dtype": "F32", "shape": [width], "data_offsets": [0, 4 * width]}
-        header = json.dumps({"conditioner.conditioners.prompt.padding_embedding": tensor}).encode()
+        encoder = json.loads((self.arguments.checkpoint / "config.json").read_text())["encoder"]
+        width, queries = encoder["hidden_size"], encoder["num_attention_heads"] * encoder["head_dim"]
         (folder / "stable-audio-3").mkdir()
-        data = struct.pack(f"<Q{len(header)}s{width}f", len(header), header, *range(width))
-        (folder / "stable-audio-3/model.safetensors").write_bytes(data)
+        padding = {"conditioner.conditioners.prompt.padding_embedding": [width]}
+        (folder / "stable-audio-3/model.safetensors").write_bytes(safetensors(padding))
+        tensors = {}
+        for layer in range(encoder["num_hidden_layers"]):
+            module = f"base_model.model.model.encoder.layers.{layer}.self_attn.q_proj"
+            tensors |= {f"{module}.lora_A.weight": [2, width], f"{module}.lora_B.weight": [queries, 2]}
+        (folder / "lora-adapter").mkdir()
+        (folder / "lora-adapter/adapter_model.safetensors").write_bytes(safetensors(tensors))
+        config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": r".*\.encoder\..*\.q_proj"}
+        (folder / "lora-adapter/adapter_config.json").write_text(json.dumps(config))
 
     def page(self, page, problems):
         found, _ = blocks(page)
@@ -248,6 +257,17 @@ class Checker:
                 except (Wrong, SyntaxError, ValueError, subprocess.TimeoutExpired) as error:
                     self.counts[block.language, "WRONG"] += 1
                     problems.append(f"{block}: {block.language}: {error}")
+
+
+def safetensors(shapes):
+    """A safetensors file of float32 tensors, whose numbers are small."""
+    header, count = {}, 0
+    for name, shape in shapes.items():
+        size = math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [4 * count, 4 * (count + size)]}
+        count += size
+    text = json.dumps(header).encode()
+    return struct.pack(f"<Q{len(text)}s{count}f", len(text), text, *(at % 7 / 1000 for at in range(count)))
 
 
 def console(text):

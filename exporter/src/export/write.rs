@@ -64,6 +64,7 @@ impl Prepared<'_> {
             parameters: weights::parameters(&self.weights),
             facts: self.config.facts(),
             source,
+            adapters: self.source.adapters(),
             graphs,
             weights,
             files: self.write_files(folder)?,

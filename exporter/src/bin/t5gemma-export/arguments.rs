@@ -1,6 +1,6 @@
 //! The command line: subcommands and options with their help.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -57,6 +57,9 @@ Examples:
     t5gemma-export --task feature-extraction --fixed-length 256 \
       --pad-rows model.safetensors:conditioner.padding_embedding \
       t5gemma-b-b-ul2 model
+
+  Merge a LoRA adapter into the model:
+    t5gemma-export --adapter my-lora t5gemma-2b-2b-ul2 model
 
   Benchmark a model size without its checkpoint:
     t5gemma-export --dummy-weights --preset 2b-2b model
@@ -215,11 +218,24 @@ pub struct ModelArgs {
     /// Folder of the tokenizer [default: CHECKPOINT, or the folder of the file]
     #[arg(long, value_name = "DIR", conflicts_with = "dummy_weights")]
     pub tokenizer: Option<PathBuf>,
+    /// Merge the PEFT LoRA adapter in DIR into the weights; may be repeated
+    ///
+    /// DIR has adapter_config.json and adapter_model.safetensors. SCALE multiplies the adapter's own scale. Several adapters are
+    /// merged in the order given. Weights are merged in float32 while they are written, and quantized afterwards.
+    #[arg(long, value_name = "DIR[=SCALE]", value_parser = adapter, conflicts_with = "dummy_weights")]
+    pub adapter: Vec<AdapterArg>,
     /// Write the SentencePiece model in the tensor spiece_model to tokenizer.model
     ///
     /// `t5gemma` reads tokenizer.json, other programs may read tokenizer.model.
     #[arg(long, conflicts_with = "dummy_weights")]
     pub write_sentencepiece: bool,
+}
+
+/// An adapter to merge.
+#[derive(Clone)]
+pub struct AdapterArg {
+    pub folder: PathBuf,
+    pub scale: f32,
 }
 
 /// The hidden states at padding.
@@ -446,6 +462,15 @@ fn pad_rows(text: &str) -> Result<PadRows, String> {
         }
         _ => Err("expected zero, or a safetensors file and the name of a tensor in it as FILE:TENSOR".to_string()),
     }
+}
+
+fn adapter(text: &str) -> Result<AdapterArg, String> {
+    // A folder may have a = in its name.
+    let scaled = text.rsplit_once('=').filter(|_| !Path::new(text).exists());
+    let Some((folder, scale)) = scaled else { return Ok(AdapterArg { folder: text.into(), scale: 1.0 }) };
+    let scale = scale.parse().ok().filter(|scale: &f32| scale.is_finite());
+    let scale = scale.ok_or_else(|| "expected DIR, or DIR=SCALE with a number for SCALE".to_string())?;
+    Ok(AdapterArg { folder: folder.into(), scale })
 }
 
 fn hidden_layer(text: &str) -> Result<i64, String> {

@@ -233,6 +233,9 @@ fn source(args: &ExportArgs, checkpoint: Option<&PathBuf>) -> Result<Source> {
         if let Some(folder) = &model.tokenizer {
             opened = opened.with_tokenizer(folder)?;
         }
+        for adapter in &model.adapter {
+            opened = opened.with_adapter(&adapter.folder, adapter.scale)?;
+        }
         return Ok(Source::Checkpoint(opened));
     }
     if let Some(checkpoint) = checkpoint {
