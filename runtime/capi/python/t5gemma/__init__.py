@@ -58,7 +58,7 @@ def version() -> str:
 
 
 def onnxruntime_report(library: str | os.PathLike[str] | None = None) -> dict[str, Any]:
-        """Where ONNX Runtime was searched for, and which library is used."""
+    """Where ONNX Runtime was searched for, and which library is used."""
     return json.loads(take_text(C.t5g_onnxruntime_report, None if library is None else _forms.path("library", library)))
 
 
@@ -169,7 +169,7 @@ class Model(_Opened):
     _name = "model"
 
     def warm_up(self, *, cancellation: Cancellation | None = None, deadline: float | None = None) -> None:
-                """Generates a few tokens for sources of typical shapes, so that the first request is as fast as later ones."""
+        """Generates a few tokens for sources of typical shapes, so that the first request is as fast as later ones."""
         handle = self._handle
         Call(cancellation, deadline).run(lambda how: call(C.t5g_model_warm_up, handle, how, out=False))
 
@@ -267,7 +267,7 @@ class Model(_Opened):
         cancellation: Cancellation | None = None,
         deadline: float | None = None,
     ) -> list[Hypothesis]:
-                """Scores targets, one per source. The end token is appended to texts and scored, unless `without_end`."""
+        """Scores targets, one per source. The end token is appended to texts and scored, unless `without_end`."""
         given, handle = Given(self, sources, attention_mask), self._handle
         flags = {"without_end": without_end, "output_attentions": output_attentions}
         wanted = ctypes.byref(given.targets(targets, **{name: _forms.flag(name, flag) for name, flag in flags.items()}))
@@ -326,7 +326,7 @@ class Request(Owner):
 
 
 class Engine(Owner):
-        """Continuous batching: generates for many requests at once. Any number of threads may submit requests.
+    """Continuous batching: generates for many requests at once. Any number of threads may submit requests.
 
     `devices` are the numbers of the GPUs to compute on, each with a copy of the model, which share one queue. On its
     own device, the model itself is used; copies are opened with its options. `max_rows` and `max_bytes` are limits for
@@ -409,7 +409,7 @@ class Engine(Owner):
         return copies
 
     def drain(self) -> None:
-                """Stops accepting requests and waits until all accepted ones have ended."""
+        """Stops accepting requests and waits until all accepted ones have ended."""
         handle = self._handle
         _calls.unstoppable(lambda: call(C.t5g_engine_drain, handle, out=False))
 
@@ -445,7 +445,7 @@ class Encoder(_Opened):
         cancellation: Cancellation | None = None,
         deadline: float | None = None,
     ) -> np.ndarray:
-                """One vector per source, float32 [rows, hidden_size], L2-normalized with `normalize`.
+        """One vector per source, float32 [rows, hidden_size], L2-normalized with `normalize`.
 
         `pooling` is "mean", "first" or "last".
         """

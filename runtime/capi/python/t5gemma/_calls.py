@@ -163,7 +163,7 @@ class Cancellation(Owner):
 
 
 def checked(cancellation: Any) -> Cancellation:
-        """Checks that a cancellation is open and not yet cancelled."""
+    """Checks that a cancellation is open and not yet cancelled."""
     if not isinstance(cancellation, Cancellation):
         raise TypeError(f"cancellation: expected a Cancellation, found {_forms.shown(cancellation)}")
     if cancellation.is_cancelled:
@@ -364,7 +364,7 @@ class Call:
 
 
 def seconds_left(deadline: float | None) -> float:
-        """A deadline in the library's form: 0 is none, a negative number has passed."""
+    """A deadline in the library's form: 0 is none, a negative number has passed."""
     if deadline is None:
         return 0.0
     left = _forms.seconds("deadline", deadline)

@@ -102,7 +102,7 @@ def library_file() -> Path:
 
 
 def use_installed_onnxruntime() -> None:
-        """Selects the library of the package `onnxruntime` if none is named and none is next to libt5gemma."""
+    """Selects the library of the package `onnxruntime` if none is named and none is next to libt5gemma."""
     if os.environ.get("ORT_DYLIB_PATH") or list(library_file().resolve().parent.glob("libonnxruntime.*")):
         return
     found = importlib.util.find_spec("onnxruntime")
@@ -172,7 +172,7 @@ class Owner:
     _name: str
     """The name of arguments of this type."""
     _after_fork = "good"
-        """Use in the child of a fork: allowed, an error, or allowed only if the library was not in use at the fork."""
+    """Use in the child of a fork: allowed, an error, or allowed only if the library was not in use at the fork."""
     _held: Handle | None = None
 
     def __init__(self, handle: Handle) -> None:

@@ -152,7 +152,7 @@ def messages(name: str, given: Any) -> bytes:
 
 
 def _masked(ids: Rows, attention_mask: Any, opened: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids and a mask of the same sizes; shorter rows are padded and the padding masked out."""
+    """Token ids and a mask of the same sizes; shorter rows are padded and the padding masked out."""
     mask = _forms.rows("attention_mask", attention_mask, MASK)
     expected, found = _forms.lengths(ids), _forms.lengths(mask)
     if len(expected) != len(found):
