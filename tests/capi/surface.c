@@ -923,11 +923,12 @@ static void check_engine(const t5g_model *model) {
     WELL(t5g_engine_drain(engine));
     for (size_t copy = 0; copy < 2; copy++) {
         WELL(t5g_engine_stats_of_copy(engine, copy, &counts));
-        CHECK(counts.copies == 2 && counts.finished == 1 && counts.stepped_rows > 0);
+        CHECK(counts.copies == 2 && counts.finished == 1);
         copy_rows += counts.stepped_rows;
     }
     WELL(t5g_engine_stats(engine, &counts));
-    CHECK(counts.stepped_rows == copy_rows && counts.copies == 2);
+    /* Which copy takes a row is the system's affair: one that is slow to wake finds none. */
+    CHECK(copy_rows > 0 && counts.stepped_rows == copy_rows && counts.copies == 2);
     FAILS(t5g_engine_stats_of_copy(engine, 2, &counts), T5G_ERROR_ARGUMENT, "copy", "less than 2");
     FAILS(t5g_engine_stats_of_copy(NULL, 0, &counts), T5G_ERROR_ARGUMENT, "engine", "NULL");
     t5g_engine_free(engine);
