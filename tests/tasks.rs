@@ -415,7 +415,7 @@ fn encode_writes_rows_of_one_length_into_one_array() {
     assert!(header("padded.attention_mask.npy").contains("(3, 6)"), "{}", header("padded.attention_mask.npy"));
 
     let refused = encode(&at("ragged.npy"), &[]);
-    assert!(String::from_utf8_lossy(&refused.stderr).contains("a .npy file holds rows of one length"));
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("rows of a .npy file must have equal length"));
     let refused = encode(&at("short.safetensors"), &["--max-length", "1"]);
     assert_eq!(refused.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&refused.stderr).contains("input_ids[0]: expected at most 1 tokens"));

@@ -45,7 +45,7 @@
  * errors, not crashes: NULL for a required pointer, a handle that was freed or has another type, a wrong size field, a
  * number outside of its enum, and text that is not UTF-8 give T5G_ERROR_ARGUMENT or T5G_ERROR_HANDLE, which name the
  * argument. A bug of the library gives T5G_ERROR_INTERNAL, after which the objects that took part in the call refuse
-  * further calls. The library cannot check that a pointer and a length describe valid memory.
+ * further calls. The library cannot check that a pointer and a length describe valid memory.
  *
  * LIFETIMES. A handle (t5g_model *, t5g_result *, ...) is an opaque id, not an address; ids are never reused. Each
  * belongs to the caller and has a _free function, which ignores NULL and returns T5G_ERROR_HANDLE for a handle that was
@@ -204,10 +204,10 @@ typedef struct t5g_open_options {
     size_t size;
     const char *library;         /* the file of ONNX Runtime; NULL: search */
     const char *provider;        /* "cpu", "cuda", "tensorrt" or "nv-tensorrt-rtx"; NULL: "cpu" */
-        int64_t device;              /* the GPU index; T5G_UNSET: 0 */
+    int64_t device;              /* the GPU index; T5G_UNSET: 0 */
     int64_t threads;             /* T5G_UNSET: one per core */
     int64_t check_weights;       /* 1: check the hash of the weights file */
-        int64_t encoder_cache_bytes; /* size of the cache of encoder outputs, for repeated sources; 0: no cache */
+    int64_t encoder_cache_bytes; /* size of the cache of encoder outputs, for repeated sources; 0: no cache */
     /* The options above by the same names, each in one place, and more: "provider_options", an object of provider
      * options by their ONNX Runtime names; "engines", the folder with the engines of the model's serving plan;
      * "max_sources", "max_tokens" (source tokens) and "max_bytes", limits for what one call runs at a time (its rows
@@ -358,12 +358,12 @@ typedef struct t5g_position {
 
 /* Cancellation, deadline and callbacks of one call. Callbacks return 0 to continue; any other value ends the call with
  * T5G_ERROR_CANCELLED. They receive `user`, and must return normally: no longjmp, no C++ exception (t5gemma.hpp passes
-  * those on). Their arguments are valid until they return. A callback that a function would never call is an error. */
+ * those on). Their arguments are valid until they return. A callback that a function would never call is an error. */
 typedef struct t5g_call {
     size_t size;
     void *user;
     t5g_cancellation *cancellation; /* NULL: none */
-        double deadline_seconds;        /* from now; 0: none; negative: passed. Unlike with max_time, the call fails */
+    double deadline_seconds;        /* from now; 0: none; negative: passed. Unlike with max_time, the call fails */
     int64_t stream_text;            /* 1: pieces have text */
     int32_t (*on_piece)(void *user, const t5g_piece *piece);
     int32_t (*on_step)(void *user); /* after each decoder step; calls that only encode have one step */
@@ -405,12 +405,12 @@ t5g_error *t5g_model_warm_up(const t5g_model *model, const t5g_call *call);
 /* Targets to score, one for each source. */
 typedef struct t5g_targets {
     size_t size;
-        const char *const *texts;  /* [rows]; the end token is appended and scored */
+    const char *const *texts;  /* [rows]; the end token is appended and scored */
     const size_t *text_sizes;  /* [rows]; NULL: zero-terminated */
     const int64_t *target_ids; /* or the token ids of all rows, concatenated */
     const size_t *lengths;     /* [rows]: the length of each row */
-        int64_t without_end;       /* 1: append no end token to texts */
-        int64_t output_attentions; /* 1: return cross_attentions; requires a model exported with alignment */
+    int64_t without_end;       /* 1: append no end token to texts */
+    int64_t output_attentions; /* 1: return cross_attentions; requires a model exported with alignment */
     size_t rows;               /* the number of targets, for a check against the sources; 0: not checked */
     size_t target_ids_size;    /* the size of target_ids, for a check against lengths; 0: not checked */
 } t5g_targets;
@@ -444,11 +444,11 @@ typedef struct t5g_hypothesis {
     const int64_t *tokens;   /* without prompt and padding, with the end token if there is one */
     size_t token_count;
     int64_t finish_reason;
-        double score;            /* with beam search, Hugging Face's sequences_scores; else NAN */
+    double score;            /* with beam search, Hugging Face's sequences_scores; else NAN */
     double logprob;          /* of the whole target, with output_logprobs; else NAN */
     double perplexity;       /* with output_logprobs; else NAN */
-        const float *logprobs;   /* [token_count], before score processing; NULL without output_logprobs */
-        size_t top_count;        /* the number of most likely tokens at each position */
+    const float *logprobs;   /* [token_count], before score processing; NULL without output_logprobs */
+    size_t top_count;        /* the number of most likely tokens at each position */
     const int64_t *top_tokens; /* [token_count, top_count], best first */
     const float *top_logprobs; /* [token_count, top_count] */
     size_t source_length;      /* the number of source tokens as given, padding included; 0 without output_attentions */
@@ -515,7 +515,7 @@ t5g_error *t5g_engine_submit(const t5g_engine *engine, const t5g_sources *source
                              const t5g_call *call, t5g_request **request);
 
 enum {
-        T5G_EVENT_NONE = 0,  /* no event within the given time */
+    T5G_EVENT_NONE = 0,  /* no event within the given time */
     T5G_EVENT_PIECE = 1, /* a token of a row, or with token -1 the rest of its text */
     T5G_EVENT_ROW = 2,   /* a row is finished */
     T5G_EVENT_END = 3    /* all rows are finished, and all events were returned */
@@ -628,7 +628,7 @@ t5g_error *t5g_encoder_tokenizer(const t5g_encoder *encoder, t5g_tokenizer **tok
 enum { T5G_POOLING_NONE = 0, T5G_POOLING_MEAN = 1, T5G_POOLING_FIRST = 2, T5G_POOLING_LAST = 3 };
 
 /* Hidden states, [rows, length, hidden_size], or with pooling one vector for each source, [rows, 1, hidden_size], of
- * Euclidean length 1 if `normalize` is 1. `length` includes the padding up to the fixed length of a model that was
+ * L2-normalized if `normalize` is 1. `length` includes the padding up to the fixed length of a model that was
  * exported with one; the mask has the same length. */
 t5g_error *t5g_encoder_encode(const t5g_encoder *encoder, const t5g_sources *sources, int32_t pooling, int32_t normalize,
                               const t5g_call *call, t5g_states *states);

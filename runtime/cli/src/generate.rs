@@ -101,7 +101,7 @@ Fields of a result:
   tokens             generated ids, with the end token but without the prompt
   score              beam search score
   finish_reason      eos, length, stop_string, time, constraint or
-                                          constraint_incomplete (ended without meeting it)
+                     constraint_incomplete (ended without meeting it)
   logprobs           with output_logprobs: log-probability of each token before
                      any processing; logprob is their sum
   top_logprobs       [token, log-probability] of the most likely tokens

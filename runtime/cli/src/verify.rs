@@ -144,7 +144,7 @@ impl Sources {
     /// Reads the lines of a file. Without a file there are none, and random tokens are used.
     fn read(texts: Option<&Path>, tokenizer: impl FnOnce() -> Result<Tokenizer, Error>) -> Result<Sources> {
         let Some(path) = texts else {
-            let description = "random tokens (use --texts FILE for your own texts)".to_string();
+            let description = "random tokens; use --texts FILE for your own texts".to_string();
             return Ok(Sources { ids: Vec::new(), description });
         };
         let (text, tokenizer) = (files::read_text(path)?, tokenizer()?);
