@@ -449,6 +449,7 @@ mod tests {
             parameters: 12,
             facts: Config::parse(r#"{"encoder": {}, "decoder": {}}"#).expect("a minimal config").facts(),
             source: Source::Dummy { seed: 0 },
+            adapters: Vec::new(),
             graphs: BTreeMap::from([("encoder".to_string(), graph)]),
             weights: WeightsRecord {
                 file: "model.onnx_data".into(),

@@ -627,9 +627,9 @@ t5g_error *t5g_encoder_tokenizer(const t5g_encoder *encoder, t5g_tokenizer **tok
 
 enum { T5G_POOLING_NONE = 0, T5G_POOLING_MEAN = 1, T5G_POOLING_FIRST = 2, T5G_POOLING_LAST = 3 };
 
-/* Hidden states, [rows, length, hidden_size], or with pooling one vector for each source, [rows, 1, hidden_size], of
- * L2-normalized if `normalize` is 1. `length` includes the padding up to the fixed length of a model that was
- * exported with one; the mask has the same length. */
+/* Hidden states, [rows, length, hidden_size], or with pooling one vector per source, [rows, 1, hidden_size],
+ * L2-normalized if `normalize` is 1. `length` includes the padding up to the fixed length of a model that was exported
+ * with one; the mask has the same length. */
 t5g_error *t5g_encoder_encode(const t5g_encoder *encoder, const t5g_sources *sources, int32_t pooling, int32_t normalize,
                               const t5g_call *call, t5g_states *states);
 
