@@ -7,7 +7,7 @@
 #   gpu_check.sh EXPORTER T5GEMMA OUT [--sizes "2b-2b 9b-2b"] [--device N] [--quick]
 #
 # Every step is a line of OUT/summary.txt: ok, FAIL, or skip with the reason. The exit status is 1 if a step fails, or if no
-# GPU provider is available. The README says which of this was run on which machine.
+# GPU provider is available. docs/src/gpu.md says which of this was run on which machine.
 set -uo pipefail
 exporter=$1 t5gemma=$2 out=$3
 shift 3

@@ -134,7 +134,8 @@ fn weights(graphs: &[Definition], task: &Task) -> Vec<Row> {
     }
     let copies: Vec<u64> = graphs.iter().map(gathered_and_multiplied).filter(|&bytes| bytes > 0).collect();
     if !copies.is_empty() {
-        let formula = format!("in {} engines, which may store it in another layout for the head", copies.len());
+        let formula =
+            format!("in {} engine(s), if TensorRT stores the head in another layout than the embedding", copies.len());
         rows.push(Row { formula, ..Row::new("tied embedding and head, second copy", copies.iter().sum()) });
     }
     rows
@@ -151,7 +152,7 @@ fn generation(plan: &ServingPlan, config: &Config, options: &Options, input: Inp
     let targets = factor(plan.batch.max.saturating_mul(plan.beams.max), "rows");
     let cache = |name: &str, items: &[Factor]| {
         let (layers, heads) = (factor(decoder.layers.len(), "layers"), factor(decoder.num_key_value_heads, "heads"));
-        let size = [layers, factor(2, "(keys, values)"), heads, factor(decoder.head_dim, "wide"), element];
+        let size = [layers, factor(2, "(keys, values)"), heads, factor(decoder.head_dim, "head_dim"), element];
         Row::product(name, &[items, &size].concat())
     };
     let vocabulary = options.vocabulary.kept.as_ref().map_or(decoder.vocab_size, |kept| kept.len());
@@ -164,7 +165,7 @@ fn generation(plan: &ServingPlan, config: &Config, options: &Options, input: Inp
         // A step reads one copy and writes another, and so does a reordering of rows.
         cache("keys and values of targets, twice", &[factor(2, ""), targets, factor(capacity, "tokens")]),
         cache("keys and values of sources", &[sources, tokens]),
-        Row::product("encoder hidden states", &[sources, tokens, factor(encoder.hidden_size, "wide"), element]),
+        Row::product("encoder hidden states", &[sources, tokens, factor(encoder.hidden_size, "hidden_size"), element]),
         Row::product("logits", &logits),
         Row::product("scratch for the logits of a step (estimate)", &scratch),
     ]
@@ -173,9 +174,12 @@ fn generation(plan: &ServingPlan, config: &Config, options: &Options, input: Inp
 /// The largest scratch memory of a layer over whole sources: its attention scores, twice, and its feed-forward.
 fn scratch(side: &str, sizes: &Stack, input: Input) -> Row {
     let Input { sources, tokens, element } = input;
-    let bytes = factor(DType::Float32.size() + element.count, "bytes");
+    let bytes = factor(DType::Float32.size() + element.count, "bytes (float32 and the model's type)");
     let scores = [sources, factor(sizes.num_attention_heads, "heads"), tokens, tokens, bytes];
-    let wide = factor(2 * sizes.intermediate_size + 4 * sizes.hidden_size, "wide");
+    let wide = factor(
+        2 * sizes.intermediate_size + 4 * sizes.hidden_size,
+        "(intermediate_size twice, hidden_size four times)",
+    );
     let name = format!("scratch for the {side} layers (estimate)");
     Row::product(name, &scores).plus(Row::product("", &[sources, tokens, wide, element]))
 }

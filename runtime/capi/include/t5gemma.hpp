@@ -7,7 +7,7 @@
 //         auto model = t5g::Model::open(argv[1]);
 //         t5g::GenerationOptions options;
 //         options.num_beams = 4;
-//         auto sources = t5g::Sources::texts({"Dr. Smith paid $3.50 on May 3, 2019.", "Prof. Lee lives in Boston."});
+//         auto sources = t5g::Sources::texts({"Dr. Smith paid $3.50 on May 3, 2019.", "The meeting starts at 9:05 am."});
 //         auto result = model.generate(sources, options);
 //         for (std::size_t row = 0; row < result.rows(); row++) std::cout << result.text(row) << '\n';
 //     } catch (const t5g::Error &error) {

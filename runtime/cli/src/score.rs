@@ -62,7 +62,8 @@ Fields of a result:
 
 Examples:
   Score a target:
-    echo '{"text": "Dr. Smith", "target": "doctor smith"}' | t5gemma score model
+    echo '{"text": "Mr. Brown paid $5.", "target": "mister brown paid five dollars"}' |
+      t5gemma score model
 
   Score the requests of a file, with the three most likely tokens at each position:
     t5gemma score model --top-logprobs 3 < requests.jsonl > scores.jsonl"#;

@@ -76,7 +76,7 @@ Examples:
 
   Report the cosine similarity of an encoder's states by layer:
     for q in none int8; do
-      t5gemma-export --task feature-extraction --output-hidden-states \
+      t5gemma-export --task feature-extraction --output-hidden-states \\
         --target cpu --quantize $q t5gemma-b-b-ul2 encoder-$q
     done
     t5gemma verify encoder-int8 --against encoder-none --texts texts.txt";

@@ -54,8 +54,8 @@ Examples:
       t5gemma-b-b-ul2 model
 
   Export the encoder as a text conditioner, for prompts padded to 256 tokens:
-    t5gemma-export --task feature-extraction --fixed-length 256 \
-      --pad-rows model.safetensors:conditioner.padding_embedding \
+    t5gemma-export --task feature-extraction --fixed-length 256 \\
+      --pad-rows model.safetensors:conditioner.padding_embedding \\
       t5gemma-b-b-ul2 model
 
   Merge a LoRA adapter into the model:
@@ -345,17 +345,18 @@ pub struct TensorRtArgs {
     /// Prepare the model for these request sizes (target tensorrt)
     ///
     /// PLAN lists sizes such as batch=1..16,source=1..1024,target=256,beams=1..4. `batch` is the number of sources per
-    /// batch, `source` the padded length of a source, `target` the maximum length of a target, `beams` the number of
-    /// target rows per source, and `prompt` the number of tokens in the first decoder step. Each is N, MIN..MAX or
-    /// MIN..OPT..MAX; `target` is N. `source` is required, and for generation `target` too; the others default to 1.
+    /// batch, `source` the padded length of a source, `target` the maximum length of a target with its prompt (N + 1 for
+    /// N new tokens after the start token), `beams` the number of target rows per source, and `prompt` the number of
+    /// tokens in the first decoder step. Each is N, MIN..MAX or MIN..OPT..MAX; `target` is N. `source` is required, and
+    /// for generation `target` too; the others default to 1.
     ///
     /// TensorRT selects its kernels for OPT, which defaults to MAX for batch and beams, and to half of MAX, but at
     /// least MIN, for source and prompt.
     ///
     /// Adds to the model folder: optimization profiles, options for ONNX Runtime's providers, the script
     /// build_engines.sh, wrapper graphs for the engines, and memory.txt, an estimate of the GPU memory. `t5gemma`
-    /// applies the plan with every provider: it pads requests to MIN, splits batches above MAX, and rejects longer
-    /// sources and targets.
+    /// applies the plan with every provider: it pads batches and sources to MIN, splits batches above MAX, and rejects
+    /// longer sources, longer targets, more beams, and prompts outside their range.
     #[arg(long, value_name = "PLAN")]
     pub plan: Option<ServingPlan>,
     /// Fail if the plan needs more GPU memory than this, such as 24GB or 22.5GiB

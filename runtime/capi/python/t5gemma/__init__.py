@@ -3,7 +3,8 @@
     import t5gemma
 
     model = t5gemma.Model.open("model")
-    for row in model.generate(["Dr. Smith paid $3.50.", "It costs $20."], num_beams=4, max_new_tokens=64):
+    texts = ["Dr. Smith paid $3.50.", "Prof. Lee lives at 1420 Elm St. in Boston."]
+    for row in model.generate(texts, num_beams=4, max_new_tokens=64):
         print(row[0].text)
 
 t5gemma._forms lists the accepted forms of sources, targets and token ids. Generation options are keyword arguments with
