@@ -7,12 +7,13 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use serde_json::{Value, json};
-use t5gemma_exporter::{Export, Finding, FindingKind, ServingPlan, TensorRtVersion, check};
+use t5gemma_exporter::{Checkpoint, Export, Finding, FindingKind, ServingPlan, Source, TensorRtVersion, check};
 use t5gemma_graphs::Target;
 use t5gemma_graphs::interface::{DType, Logits};
 use t5gemma_graphs::onnx::Blocks;
 use t5gemma_graphs::quantization::{Activations, Quantization};
 use t5gemma_graphs::task::{Features, Pooling, Task};
+use t5gemma_runtime::Model;
 
 use crate::common::{
     FIXTURES, exported, exported_as, exported_for, exported_from, fixture, python, run, stdout, tests,
@@ -614,4 +615,17 @@ fn wrappers_have_the_ports_of_their_graphs() {
     let model = served("tiny-balanced", DType::BFloat16, Some(32));
     stdout(run("t5gemma-export", ["check", model.to_str().expect("UTF-8"), "--json"], ""));
     python("check_wrappers.py", [model]);
+}
+
+#[test]
+fn engines_that_another_provider_has_cached_do_not_concern_the_cpu() {
+    let folder = tempfile::tempdir().expect("a temporary folder can be made");
+    let out = folder.path().join("model");
+    let checkpoint = fixture("tiny-balanced").join("checkpoint");
+    let export = Export::default().target(Target::TensorRt).dtype(DType::Float32);
+    let source = Source::Checkpoint(Checkpoint::open(&checkpoint).expect("opens"));
+    export.run(&source, &out).expect("exports");
+    fs::create_dir(out.join("engines")).expect("a new folder");
+    fs::write(out.join("engines/cache.stamp"), "provider tensorrt, of other graphs\n").expect("written");
+    Model::open(&out).expect("the CPU reads no engines");
 }

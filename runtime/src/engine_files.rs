@@ -64,8 +64,11 @@ impl<'a> EngineFiles<'a> {
         Ok(Some(wrapper))
     }
 
-    /// Rejects engines that a provider cached for other graphs.
+    /// Rejects engines that were cached for other graphs or by another provider, if this provider reads them.
     pub fn check_cache(&self, provider: Provider) -> Result<(), Error> {
+        if !matches!(provider, Provider::TensorRt | Provider::NvTensorRtRtx) {
+            return Ok(());
+        }
         let path = self.folder.join(ENGINES).join(CACHE_STAMP);
         let Ok(found) = fs::read_to_string(&path) else { return Ok(()) };
         let stamp = self.cache_stamp(provider);
