@@ -273,6 +273,49 @@ fn a_closed_pipe_is_success() {
     assert!(child.wait().expect("the program ends").success());
 }
 
+/// Messages are for people, and a result does not depend on them.
+#[test]
+fn a_stderr_that_cannot_be_written_changes_neither_results_nor_exit_codes() {
+    let model = demo();
+    let model = model.to_str().expect("temporary paths are UTF-8");
+    let checkpoint = fixture("tiny-balanced").join("checkpoint");
+    let checkpoint = checkpoint.to_str().expect("paths of the repository are UTF-8");
+    let folder = tempfile::tempdir().expect("a temporary folder can be made");
+    let out = folder.path().join("out");
+    let out = out.to_str().expect("temporary paths are UTF-8");
+    let cases: [(&str, &[&str], i32); 11] = [
+        ("t5gemma-export", &[checkpoint, out, "--target", "cpu", "--overwrite"], 0),
+        ("t5gemma-export", &["check", out], 1),
+        ("t5gemma-export", &["reseal", out], 0),
+        ("t5gemma-export", &["inspect", "nope"], 1),
+        ("t5gemma-export", &[checkpoint, out], 1),
+        ("t5gemma-export", &[checkpoint, out, "--unknown"], 2),
+        ("t5gemma", &["generate", "nope", "x"], 1),
+        ("t5gemma", &["generate", model, "--num-beams", "0", "x"], 2),
+        ("t5gemma", &["generate", model, "--max-new-tokens", "2", "x"], 0),
+        ("t5gemma", &["score", model, "--unknown"], 2),
+        ("t5gemma", &["encode", model, "x", &"y ".repeat(5000), "-o", &format!("{out}.safetensors")], 1),
+    ];
+    let closed = || {
+        let (reader, writer) = std::io::pipe().expect("a pipe");
+        drop(reader);
+        Stdio::from(writer)
+    };
+    let full = || Stdio::from(std::fs::OpenOptions::new().write(true).open("/dev/full").expect("a Linux device"));
+    for (name, arguments, expected) in cases {
+        for (what, stderr) in [("closed", closed()), ("full", full())] {
+            let ended = program(name).args(arguments).stdin(Stdio::null()).stderr(stderr).output().expect("it runs");
+            assert_eq!(ended.status.code(), Some(expected), "{name} {arguments:?}, {what}");
+        }
+    }
+    // As `2>&1 | head -0`: nobody reads the findings, nor that there are any.
+    let (reader, writer) = std::io::pipe().expect("a pipe");
+    drop(reader);
+    let both = writer.try_clone().expect("a pipe");
+    let ended = program("t5gemma-export").args(["check", out]).stdout(writer).stderr(both).status().expect("it runs");
+    assert_eq!(ended.code(), Some(0));
+}
+
 #[test]
 fn the_smallest_official_size_exports_and_generates() {
     let folder = tempfile::tempdir().expect("a temporary folder can be made");

@@ -14,6 +14,7 @@ use crate::opening::{ModelArguments, Opening, RuntimeArguments};
 use crate::packing::Packing;
 use crate::progress::counter;
 use crate::requests::{Kind, Refused, Requests};
+use crate::stderr::note;
 
 /// Label texts or their tokens
 ///
@@ -122,7 +123,7 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
                     if arguments.jsonl {
                         serde_json::to_string(&ClassifyResponse::Error(refused.into()))?
                     } else {
-                        done.suspend(|| eprintln!("t5gemma: text {number}: {}", refused.reason));
+                        done.suspend(|| note!("t5gemma: text {number}: {}", refused.reason));
                         String::new()
                     }
                 }

@@ -16,6 +16,7 @@ use crate::opening::{ModelArguments, Opening, RuntimeArguments};
 use crate::packing::Packing;
 use crate::progress::counter;
 use crate::requests::{Kind, Refused, Requests};
+use crate::stderr::note;
 use crate::tensors::{Aside, Numbers, write_npy, write_safetensors};
 
 /// Write hidden states or embeddings of texts to a file
@@ -176,7 +177,7 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
                     done.inc(1);
                 }
                 Err(refused) => {
-                    done.suspend(|| eprintln!("t5gemma: request {}: {}", refused.id, refused.reason));
+                    done.suspend(|| note!("t5gemma: request {}: {}", refused.id, refused.reason));
                     outcome = Outcome::SomeFailed;
                 }
             }

@@ -7,6 +7,7 @@ use t5gemma_runtime::{ExistingEngines, build_engines};
 
 use crate::exit::{Outcome, ensure_usage};
 use crate::opening::{ModelArguments, Opening, RuntimeArguments};
+use crate::stderr::note;
 
 /// Build the TensorRT engines of a model's serving plan
 ///
@@ -34,9 +35,9 @@ pub fn run(arguments: Arguments) -> Result<Outcome> {
     ensure_usage!(!opening.runtime.warm_up, "--warm-up requires a command that generates");
     let options = opening.options(opening.one_device()?);
     let start = Instant::now();
-    let mut tell = |graph: &str| eprintln!("{:>6.1} s  building the engine for {graph}", start.elapsed().as_secs_f32());
+    let mut tell = |graph: &str| note!("{:>6.1} s  building the engine for {graph}", start.elapsed().as_secs_f32());
     let existing = if arguments.force { ExistingEngines::Replace } else { ExistingEngines::Keep };
     build_engines(opening.path(), &options, existing, &mut tell)?;
-    eprintln!("{:>6.1} s  done", start.elapsed().as_secs_f32());
+    note!("{:>6.1} s  done", start.elapsed().as_secs_f32());
     Ok(Outcome::Done)
 }

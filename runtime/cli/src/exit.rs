@@ -7,6 +7,8 @@ use std::process::ExitCode;
 use anyhow::Result;
 use t5gemma_runtime::Error;
 
+use crate::stderr::note;
+
 /// The outcome of a command that ran to its end.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
@@ -54,7 +56,7 @@ pub fn status(result: Result<Outcome>) -> ExitCode {
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) if matches!(error.downcast_ref(), Some(Error::Cancelled)) => ExitCode::from(130),
         Err(error) => {
-            eprintln!("t5gemma: {error:#}");
+            note!("t5gemma: {error:#}");
             match error.downcast_ref::<Usage>() {
                 Some(_) => ExitCode::from(2),
                 None => ExitCode::FAILURE,

@@ -24,6 +24,7 @@ use crate::options::GenerationFlags;
 use crate::packing::Packing;
 use crate::progress::counter;
 use crate::requests::{self, Kind, Refused};
+use crate::stderr::note;
 
 /// Generate targets for texts or JSON requests
 ///
@@ -245,7 +246,7 @@ impl Answering<'_> {
                             if hypothesis.finish_reason == FinishReason::ConstraintIncomplete {
                                 let text = number - texts.len() + i + 1;
                                 let problem = "the output ended before meeting its constraint";
-                                done.suspend(|| eprintln!("t5gemma: text {text}: {problem}"));
+                                done.suspend(|| note!("t5gemma: text {text}: {problem}"));
                                 outcome = Outcome::SomeFailed;
                             }
                         }
@@ -254,7 +255,7 @@ impl Answering<'_> {
                         // An empty line keeps output lines aligned with input lines.
                         println_flushed("")?;
                         let text = number - texts.len() + i + 1;
-                        done.suspend(|| eprintln!("t5gemma: text {text}: {}", refused.reason));
+                        done.suspend(|| note!("t5gemma: text {text}: {}", refused.reason));
                         outcome = Outcome::SomeFailed;
                     }
                 }
@@ -289,7 +290,7 @@ impl Answering<'_> {
                             println_flushed(&response(Err(refused))?)?;
                         } else {
                             println_flushed("")?;
-                            eprintln!("t5gemma: text {}: {}", refused.id, refused.reason);
+                            note!("t5gemma: text {}: {}", refused.id, refused.reason);
                         }
                     }
                 }

@@ -26,6 +26,7 @@ mod documents;
 mod exit;
 mod files;
 mod progress;
+mod stderr;
 mod tensors;
 
 #[doc(hidden)]

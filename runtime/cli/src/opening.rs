@@ -10,6 +10,7 @@ use t5gemma_runtime::{Cancellation, Encoder, Limits, Model, OpenOptions, Provide
 
 use crate::exit::{bail_usage, ensure_usage};
 use crate::flag_errors;
+use crate::stderr::note;
 
 /// The model.
 #[derive(Args)]
@@ -109,10 +110,10 @@ impl Opening {
     fn open_on(&self, path: &Path, device: u32) -> Result<Model> {
         let model = Model::open_with(path, &self.options(device)).map_err(flag_errors::of_opening)?;
         for fallback in model.fallbacks() {
-            eprintln!("t5gemma: {fallback}");
+            note!("t5gemma: {fallback}");
         }
         for warning in model.warnings() {
-            eprintln!("t5gemma: {}: {warning}", path.display());
+            note!("t5gemma: {}: {warning}", path.display());
         }
         if self.runtime.warm_up {
             model.warm_up(&Cancellation::new())?;

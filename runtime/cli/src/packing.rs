@@ -7,6 +7,8 @@ use anyhow::Result;
 use t5gemma_protocol::TokenizedRequest;
 use t5gemma_runtime::Limits;
 
+use crate::stderr::note;
+
 /// Maximum number of requests to sort by length at a time.
 const WINDOW: usize = 1024;
 
@@ -112,7 +114,7 @@ impl Packing {
             let sizes: Vec<Size> = class.iter().map(size).collect();
             if let Some(Size { length, .. }) = sizes.iter().find(|size| size.length > most_tokens) {
                 WARNED.call_once(|| {
-                    eprintln!(
+                    note!(
                         "t5gemma: a source has {length} tokens, more than --max-batch-tokens {most_tokens}; such \
                          sources run alone"
                     );

@@ -8,6 +8,7 @@ use t5gemma_runtime::{Cancellation, Error, Shortlist, Tokenizer};
 use crate::exit::Outcome;
 use crate::files::read_text;
 use crate::progress::counter;
+use crate::stderr::note;
 use crate::tensors::{Aside, write_text};
 
 /// List the tokens that occur in texts, to export with a smaller output head
@@ -57,6 +58,6 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     ensure!(shortlist.texts() > 0, "{}: expected one text per line, found none", texts.display());
     let tokens = shortlist.tokens(min_count, max_tokens);
     write_text(output, &(serde_json::to_string(&tokens)? + "\n"))?;
-    eprintln!("{} tokens of {} texts", tokens.len(), shortlist.texts());
+    note!("{} tokens of {} texts", tokens.len(), shortlist.texts());
     Ok(Outcome::Done)
 }

@@ -22,6 +22,7 @@ use crate::arguments::{
     DTypeArg, ExportArgs, FormatArg, GraphArgs, ModelArgs, OutputArgs, OutputDTypeArg, PadRows, QuantizeArgs, WindowArg,
 };
 use crate::flags::Usage;
+use crate::stderr::note;
 
 /// Maximum number of unused tensors to list.
 const MAX_UNUSED: usize = 10;
@@ -39,7 +40,7 @@ pub fn export(args: ExportArgs, interrupted: &AtomicBool) -> Result<()> {
     let exported = export.run_with(&source, out, &progress)?;
     progress.bar.finish_and_clear();
     for warning in &exported.warnings {
-        eprintln!("t5gemma-export: warning: {warning}");
+        note!("t5gemma-export: warning: {warning}");
     }
     if !args.output.quiet {
         print_summary(&exported, export.plan.as_ref(), out);
@@ -50,25 +51,25 @@ pub fn export(args: ExportArgs, interrupted: &AtomicBool) -> Result<()> {
 fn print_summary(exported: &Exported, plan: Option<&ServingPlan>, out: &Path) {
     if !exported.unused.is_empty() {
         match exported.unused.len() {
-            1 => eprintln!("t5gemma-export: 1 tensor of the checkpoint is not used:"),
-            count => eprintln!("t5gemma-export: {count} tensors of the checkpoint are not used:"),
+            1 => note!("t5gemma-export: 1 tensor of the checkpoint is not used:"),
+            count => note!("t5gemma-export: {count} tensors of the checkpoint are not used:"),
         }
-        exported.unused.iter().take(MAX_UNUSED).for_each(|name| eprintln!("  {}", cut(name)));
+        exported.unused.iter().take(MAX_UNUSED).for_each(|name| note!("  {}", cut(name)));
         if exported.unused.len() > MAX_UNUSED {
-            eprintln!("  and {} more", exported.unused.len() - MAX_UNUSED);
+            note!("  and {} more", exported.unused.len() - MAX_UNUSED);
         }
     }
     for note in &exported.notes {
-        eprintln!("t5gemma-export: {note}");
+        note!("t5gemma-export: {note}");
     }
     let (parameters, weights) = (exported.manifest.parameters, &exported.manifest.weights.record);
-    eprintln!("wrote {}: {parameters} parameters, {} bytes of weights", out.display(), weights.bytes);
+    note!("wrote {}: {parameters} parameters, {} bytes of weights", out.display(), weights.bytes);
     if let Some(plan) = plan {
         let omitted = match &plan.omitted()[..] {
             [] => String::new(),
             names => format!(" ({} omitted, 1 by default)", names.join(", ")),
         };
-        eprintln!("planned for {plan}{omitted}");
+        note!("planned for {plan}{omitted}");
     }
 }
 

@@ -4,6 +4,7 @@ mod arguments;
 mod documents;
 mod export;
 mod flags;
+mod stderr;
 
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -18,6 +19,7 @@ use t5gemma_exporter::{check, inspect, reseal};
 
 use arguments::{Cli, Command, ExportAlone};
 use flags::Flags;
+use stderr::note;
 
 fn main() -> ExitCode {
     let cli = parse();
@@ -31,11 +33,11 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(_) if interrupted.load(Ordering::Relaxed) => {
-            eprintln!("t5gemma-export: interrupted; no output was left behind");
+            note!("t5gemma-export: interrupted; no output was left behind");
             ExitCode::from(130)
         }
         Err(error) => {
-            eprintln!("t5gemma-export: {}", flags.message(&error));
+            note!("t5gemma-export: {}", flags.message(&error));
             ExitCode::from(flags::exit_status(&error))
         }
     }
@@ -74,7 +76,7 @@ fn run(cli: Cli, interrupted: &AtomicBool) -> Result<()> {
         Some(Command::Reseal { dir }) => {
             let changes = reseal(&dir)?;
             let changes = if changes.is_empty() { "no changes".to_string() } else { changes.join(", ") };
-            eprintln!("resealed {}: {changes}", dir.display());
+            note!("resealed {}: {changes}", dir.display());
             Ok(())
         }
         Some(Command::Completions { shell }) => documents::completions(shell),

@@ -17,6 +17,7 @@ use crate::exit::Usage;
 use crate::files;
 use crate::opening::Opening;
 use crate::progress::counter;
+use crate::stderr::note;
 use crate::tensors::{Aside, write_text};
 
 /// The version of requests and responses.
@@ -56,7 +57,7 @@ pub fn run(mut opening: Opening, request: &Path, response: &Path, cancel: &Cance
             Ok(fields) => result.extend(fields),
             Err(error) if matches!(error.downcast_ref(), Some(Error::Cancelled)) => return Err(error),
             Err(error) => {
-                done.suspend(|| eprintln!("t5gemma: case {}: {error:#}", planned.id));
+                done.suspend(|| note!("t5gemma: case {}: {error:#}", planned.id));
                 result.insert("error".into(), format!("{error:#}").into());
                 outcome = Outcome::SomeFailed;
             }
