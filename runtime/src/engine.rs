@@ -270,6 +270,7 @@ impl Engine {
     /// [`Error::Forked`]. A request whose deadline has passed is accepted and ends with [`Error::Deadline`].
     pub fn submit(&self, request: Request) -> Result<Generation, Error> {
         self.shared.check_process()?;
+        let in_call = self.shared.copies[0].model.enter()?;
         let Request { batch, config, deadline } = request;
         let cancel = deadline.map_or_else(Cancellation::new, Cancellation::until);
         let call = Call::new(&self.shared.copies[0].model, &batch, &config, &cancel)?;
@@ -287,7 +288,7 @@ impl Engine {
         }
         let id = queue.submitted;
         queue.submitted += 1;
-        let request = Arc::new(ActiveRequest::new(id, call, cancel.clone(), events));
+        let request = Arc::new(ActiveRequest::new(id, call, cancel.clone(), events, in_call));
         queue.requests.insert(id, Pending { request: request.clone(), next: 0, unfinished: rows });
         queue.waiting.push_back(id);
         drop(queue);

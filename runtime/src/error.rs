@@ -168,6 +168,9 @@ pub enum Error {
         /// The process that has the engine's threads.
         process: u32,
     },
+    /// Something opened before a process was forked during a call, in the child, where its locks may be held by threads
+    /// that do not exist.
+    ForkedInCall,
     /// The request's deadline passed before it was done.
     Deadline,
     /// The caller cancelled the call.
@@ -217,6 +220,9 @@ impl fmt::Display for Error {
             Error::Forked { process } => write!(
                 f,
                 "the engine belongs to process {process}, from which this process was forked; start an engine after forking"
+            ),
+            Error::ForkedInCall => f.write_str(
+                "this process was forked during a call that uses ONNX Runtime; open the model again in this process",
             ),
             Error::Deadline => f.write_str("the deadline has passed"),
             Error::Cancelled => f.write_str("cancelled"),

@@ -94,6 +94,7 @@ mod cancellation;
 mod device;
 mod draws;
 mod error;
+pub mod fork;
 mod hypothesis;
 mod limits;
 pub mod log;

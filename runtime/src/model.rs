@@ -19,6 +19,7 @@ use crate::device::{Device, Provider, cuda_graphs_require};
 use crate::encoder_cache::EncoderCache;
 use crate::error::Error;
 use crate::folder::{Folder, other_task};
+use crate::fork::{InCall, Origin};
 use crate::limits::Limits;
 use crate::log;
 use crate::options::{GenerationConfig, OptionError};
@@ -50,6 +51,7 @@ pub struct Model {
     tokenizer: Arc<LazyTokenizer>,
     constraint_compiler: Compiler,
     folder: Folder,
+    origin: Origin,
 }
 
 impl fmt::Debug for Model {
@@ -132,7 +134,13 @@ impl Model {
             constraint_compiler: Compiler::new(tokenizer.clone(), folder.manifest.facts.decoder.vocab_size),
             tokenizer,
             folder,
+            origin: Origin::now(),
         })
+    }
+
+    /// Begins a call; [`Error::ForkedInCall`] if that cannot be in this process.
+    pub(crate) fn enter(&self) -> Result<InCall, Error> {
+        self.origin.enter()
     }
 
     /// The model's generation options: those of its `generation_config.json`, with Hugging Face's defaults.

@@ -12,6 +12,7 @@ use ort::environment::{Environment, GlobalThreadPoolOptions};
 use ort::ep::ExecutionProvider;
 
 use crate::error::Error;
+use crate::fork::Origin;
 use crate::log;
 use crate::telemetry;
 
@@ -49,6 +50,8 @@ pub(crate) struct Loaded {
     path: PathBuf,
     /// The number of threads of the environment's pool; `None` for one for each core.
     pub threads: Option<usize>,
+    /// When the threads were started.
+    pub origin: Origin,
 }
 
 /// A place where the library was searched for.
@@ -170,7 +173,7 @@ pub(crate) fn initialise(library: Option<&Path>, threads: Option<usize>) -> Resu
     if let Some((level, _)) = logger {
         environment.set_log_level(level);
     }
-    Ok(slot.insert(Loaded { environment, path, threads }).clone())
+    Ok(slot.insert(Loaded { environment, path, threads, origin: Origin::now() }).clone())
 }
 
 /// The first usable library. If the user named a library, no other is used in its place.

@@ -11,7 +11,8 @@ mod open;
 mod options;
 mod ports;
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::ops::{Deref, DerefMut};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use half::{bf16, f16};
 use ort::session::{Session, SessionInputValue};
@@ -21,30 +22,69 @@ use t5gemma_kernels::{Kernels, LogitsRequest};
 use crate::batch::Batch;
 use crate::cancellation::Cancellation;
 use crate::error::Error;
+use crate::fork::{InCall, Origin};
 pub(crate) use open::Opener;
 pub use options::{DEFAULT_ENCODER_CACHE_BYTES, OpenOptions};
 
 /// An opened graph, which runs one call at a time.
 pub(crate) struct GraphSession {
-    session: Mutex<Session>,
+    session: Arc<Mutex<Session>>,
     pub kernels: Kernels,
+    origin: Origin,
+}
+
+impl Drop for GraphSession {
+    fn drop(&mut self) {
+        // Dropping a session waits for its threads, which a forked process does not have.
+        if !self.origin.is_this_process() {
+            std::mem::forget(self.session.clone());
+        }
+    }
+}
+
+/// The session of a graph during a call.
+pub(crate) struct Locked<'s> {
+    // Unlocked before the call is over.
+    session: MutexGuard<'s, Session>,
+    _in_call: InCall,
+}
+
+impl Deref for Locked<'_> {
+    type Target = Session;
+
+    fn deref(&self) -> &Session {
+        &self.session
+    }
+}
+
+impl DerefMut for Locked<'_> {
+    fn deref_mut(&mut self) -> &mut Session {
+        &mut self.session
+    }
 }
 
 impl GraphSession {
     fn new(session: Session, kernels: Kernels) -> GraphSession {
-        GraphSession { session: Mutex::new(session), kernels }
+        GraphSession { session: Arc::new(Mutex::new(session)), kernels, origin: Origin::now() }
     }
 
     /// The session, for a run whose logits come in dense rows.
-    pub fn lock(&self, request: LogitsRequest) -> MutexGuard<'_, Session> {
+    ///
+    /// # Errors
+    /// [`Error::ForkedInCall`].
+    pub fn lock(&self, request: LogitsRequest) -> Result<Locked<'_>, Error> {
         self.lock_sparse(request.dense())
     }
 
     /// The session, for a run whose logits may come in sparse rows if the request allows it.
-    pub fn lock_sparse(&self, request: LogitsRequest) -> MutexGuard<'_, Session> {
+    ///
+    /// # Errors
+    /// As [`GraphSession::lock`].
+    pub fn lock_sparse(&self, request: LogitsRequest) -> Result<Locked<'_>, Error> {
+        let in_call = self.origin.enter()?;
         let session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
         self.kernels.request_logits(request);
-        session
+        Ok(Locked { session, _in_call: in_call })
     }
 
     /// Runs the graph and returns its outputs in order, logits in dense rows. Errors name `during`.
@@ -55,7 +95,7 @@ impl GraphSession {
         during: &'static str,
         cancel: &Cancellation,
     ) -> Result<Vec<DynValue>, Error> {
-        run(self.lock(request), inputs, during, cancel)
+        run(self.lock(request)?, inputs, during, cancel)
     }
 
     /// Runs a graph that takes sources with their mask.
@@ -73,7 +113,7 @@ impl GraphSession {
 
 /// Runs a locked session and returns its outputs in order.
 pub(crate) fn run(
-    mut session: MutexGuard<'_, Session>,
+    mut session: Locked<'_>,
     inputs: &[SessionInputValue],
     during: &'static str,
     cancel: &Cancellation,

@@ -63,9 +63,11 @@
  *
  * FORK. A forked process has none of its parent's threads. In the child, t5g_engine_new makes engines that work; with
  * an engine of the parent and its requests, everything but freeing fails at once with T5G_ERROR_CLOSED, and callbacks
- * of t5g_engine_call do not run. A model opened before the fork can be used if no call was using it at the fork; ONNX
- * Runtime's own threads are missing, so calls compute with one thread. It is better to fork before the first model is
- * opened, or to exec.
+ * of t5g_engine_call do not run. After a fork during a call of any thread, the objects of that call fail in the child at
+ * once with T5G_ERROR_CLOSED, and so do all models and encoders opened before if it was a model's call; a request of an
+ * engine counts as a call until it has ended and the engine is drained. Models that the child opens work. After other
+ * forks, models opened before can be used too; ONNX Runtime's own threads are missing, so their calls compute with one
+ * thread. It is better to fork before the first model is opened, or to exec.
  *
  * STRUCTS. The first field of each struct is its size, so that structs can grow: t5g_..._default() sets it, and
  * everything else to "unset". All fields are 8 bytes wide. A program runs with every library of the same T5G_ABI_MAJOR,

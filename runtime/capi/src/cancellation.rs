@@ -1,5 +1,6 @@
 //! Cancellations, each of which can stop many calls.
 
+use std::process;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::boundary::{fallible, free, value};
@@ -46,7 +47,7 @@ impl t5g_cancellation {
         calls.next += 1;
         calls.running.push((number, stop));
         drop(calls);
-        Registered { all, number }
+        Registered { process: process::id(), all, number }
     }
 
     fn cancel(&self) {
@@ -58,12 +59,17 @@ impl t5g_cancellation {
 
 /// A registered call.
 pub struct Registered {
+    /// In a forked process another thread of the parent may hold the lock for ever.
+    process: u32,
     all: Arc<t5g_cancellation>,
     number: usize,
 }
 
 impl Drop for Registered {
     fn drop(&mut self) {
+        if self.process != process::id() {
+            return;
+        }
         self.all.calls().running.retain(|(number, _)| *number != self.number);
     }
 }

@@ -38,8 +38,18 @@ impl<O> Copy for Handle<O> {}
 struct Entry {
     object: Arc<dyn Any + Send + Sync>,
     name: &'static str,
+    state: Arc<State>,
+}
+
+/// What calls with an object have left behind.
+#[derive(Default)]
+struct State {
+    /// Calls in progress.
+    calls: AtomicUsize,
     /// Whether the object took part in a call that panicked.
-    is_broken: Arc<AtomicBool>,
+    is_broken: AtomicBool,
+    /// Whether this process was forked during a call with the object, so that its locks may stay locked for ever.
+    is_lost: AtomicBool,
 }
 
 type Table = BTreeMap<usize, Entry>;
@@ -53,7 +63,7 @@ const STEP: usize = 16;
 /// An object for the duration of a call. If the call panics, the object refuses further calls.
 pub struct Held<O> {
     object: Arc<O>,
-    is_broken: Arc<AtomicBool>,
+    state: Arc<State>,
 }
 
 impl<O> Deref for Held<O> {
@@ -74,8 +84,9 @@ impl<O> Held<O> {
 impl<O> Drop for Held<O> {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            self.is_broken.store(true, Ordering::SeqCst);
+            self.state.is_broken.store(true, Ordering::SeqCst);
         }
+        self.state.calls.fetch_sub(1, Ordering::SeqCst);
     }
 }
 
@@ -88,7 +99,7 @@ impl<O: Object> Handle<O> {
         #[cfg(unix)]
         fork::register();
         let id = BASE + STEP * NEXT.fetch_add(1, Ordering::Relaxed);
-        let entry = Entry { object: Arc::new(object), name: O::NAME, is_broken: Arc::default() };
+        let entry = Entry { object: Arc::new(object), name: O::NAME, state: Arc::default() };
         TABLE.write().unwrap_or_else(PoisonError::into_inner).insert(id, entry);
         Handle(ptr::without_provenance(id), PhantomData)
     }
@@ -106,14 +117,29 @@ impl<O: Object> Handle<O> {
         if self.0.is_null() {
             return Ok(None);
         }
-        let entry = TABLE.read().unwrap_or_else(PoisonError::into_inner).get(&self.0.addr()).cloned();
-        let Some(Entry { object, name, is_broken }) = entry else { return Err(self.unknown(argument)) };
-        let object = object.downcast::<O>().map_err(|_| self.of_another_kind(argument, name))?;
-        if is_broken.load(Ordering::SeqCst) {
+        let entry = TABLE.read().unwrap_or_else(PoisonError::into_inner).get(&self.0.addr()).map(|entry| {
+            // Forks wait for the table, so a call either is counted or has not used the object yet.
+            entry.state.calls.fetch_add(1, Ordering::SeqCst);
+            entry.clone()
+        });
+        let Some(Entry { object, name, state }) = entry else { return Err(self.unknown(argument)) };
+        let object = match object.downcast::<O>() {
+            Ok(object) => object,
+            Err(_) => {
+                state.calls.fetch_sub(1, Ordering::SeqCst);
+                return Err(self.of_another_kind(argument, name));
+            }
+        };
+        let held = Held { object, state };
+        if held.state.is_lost.load(Ordering::SeqCst) {
+            let message = format!("{argument}: this {name} was in a call when this process was forked; make another");
+            return Err(t5g_error::new(t5g_code::Closed, message).at(argument));
+        }
+        if held.state.is_broken.load(Ordering::SeqCst) {
             let message = format!("{argument}: this {name} was left in an unknown state by a bug; free it");
             return Err(t5g_error::new(t5g_code::Internal, message).at(argument));
         }
-        Ok(Some(Held { object, is_broken }))
+        Ok(Some(held))
     }
 
     /// Removes the object from the table; NULL is ignored.
@@ -129,7 +155,10 @@ impl<O: Object> Handle<O> {
                 let entry = table.remove(&self.0.addr());
                 // Dropping the object may take long, and others wait for the table.
                 drop(table);
-                drop(entry);
+                if entry.as_ref().is_some_and(|entry| entry.state.is_lost.load(Ordering::SeqCst)) {
+                    // Dropping it might wait for a lock.
+                    std::mem::forget(entry);
+                }
                 Ok(())
             }
         }
@@ -146,10 +175,12 @@ impl<O: Object> Handle<O> {
     }
 }
 
-/// Forks wait until no other thread holds the lock of the table, which would stay locked in the child.
+/// Forks wait until no other thread holds the lock of the table, which would stay locked in the child. The child marks
+/// the objects that were in calls.
 #[cfg(unix)]
 mod fork {
     use std::cell::RefCell;
+    use std::sync::atomic::Ordering;
     use std::sync::{Once, PoisonError, RwLockWriteGuard};
 
     use super::{TABLE, Table};
@@ -165,8 +196,20 @@ mod fork {
         let _ = HELD.try_with(|held| held.replace(Some(table)));
     }
 
-    extern "C" fn after() {
+    extern "C" fn in_parent() {
         let _ = HELD.try_with(|held| held.replace(None));
+    }
+
+    extern "C" fn in_child() {
+        t5gemma_runtime::fork::in_child();
+        let _ = HELD.try_with(|held| {
+            let table = held.replace(None);
+            for entry in table.iter().flat_map(|table| table.values()) {
+                if entry.state.calls.load(Ordering::SeqCst) > 0 {
+                    entry.state.is_lost.store(true, Ordering::SeqCst);
+                }
+            }
+        });
     }
 
     pub fn register() {
@@ -174,7 +217,7 @@ mod fork {
         ONCE.call_once(|| {
             // SAFETY: the functions exist as long as the process, because the library is never unloaded. If registering
             // fails for lack of memory, forks are as without it.
-            unsafe { libc::pthread_atfork(Some(before), Some(after), Some(after)) };
+            unsafe { libc::pthread_atfork(Some(before), Some(in_parent), Some(in_child)) };
         });
     }
 }

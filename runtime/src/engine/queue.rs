@@ -10,6 +10,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use super::{EngineOptions, EngineStats, Event};
 use crate::cancellation::Cancellation;
 use crate::error::Error;
+use crate::fork::InCall;
 use crate::item::Call;
 use crate::memory::MemoryModel;
 use crate::model::Model;
@@ -36,11 +37,20 @@ pub(super) struct ActiveRequest {
     stops: OnceLock<Arc<StoppingCriteria>>,
     /// Set with the queue locked, when the last message is sent.
     has_ended: AtomicBool,
+    /// From its submission until the engine's threads are done with it.
+    _in_call: InCall,
 }
 
 impl ActiveRequest {
-    pub fn new(id: RequestId, call: Call, cancel: Cancellation, events: Sender<Message>) -> ActiveRequest {
-        ActiveRequest { id, call, cancel, events, stops: OnceLock::new(), has_ended: AtomicBool::new(false) }
+    pub fn new(
+        id: RequestId,
+        call: Call,
+        cancel: Cancellation,
+        events: Sender<Message>,
+        in_call: InCall,
+    ) -> ActiveRequest {
+        let (stops, has_ended) = (OnceLock::new(), AtomicBool::new(false));
+        ActiveRequest { id, call, cancel, events, stops, has_ended, _in_call: in_call }
     }
 
     pub fn has_ended(&self) -> bool {

@@ -63,7 +63,7 @@ impl Model {
         let rows = prompts.ids.len() / prompts.length;
         let ids = int64_tensor(rows, prompts.ids.clone())?;
         let started = {
-            let mut session = self.decoder.lock(LogitsRequest::All);
+            let mut session = self.decoder.lock(LogitsRequest::All)?;
             let inputs = PrefillInputs { mask, ids: &ids, hidden: &hidden };
             State::on_device(config, &mut session, inputs, request, cancel.run_options()?)
         };
@@ -101,7 +101,7 @@ impl Model {
         let ids = int64_tensor(rows, prompts.ids)?;
         let inputs = [(&mask).into(), (&ids).into(), (&hidden).into()];
         let (_, seen) = mask.try_extract_tensor::<i64>().map_err(Error::onnxruntime("reading the mask"))?;
-        let session = self.decoder.lock(request);
+        let session = self.decoder.lock(request)?;
         self.decoder.kernels.set_source_mask(seen);
         let mut outputs = run(session, &inputs, FIRST_STEP, cancel)?;
         let cross_attentions = if self.has_cross_attentions() { outputs.pop() } else { None };
@@ -153,7 +153,7 @@ impl Model {
         request: LogitsRequest,
         cancel: &Cancellation,
     ) -> Result<StepTensors, Error> {
-        let mut session = self.decoder_with_past.lock_sparse(request);
+        let mut session = self.decoder_with_past.lock_sparse(request)?;
         let options = cancel.run_options()?;
         let outputs = cache.step(&mut session, tokens, request, options).map_err(cancel.failed(DECODER_STEP))?;
         StepTensors::last_positions(outputs, tokens.len(), self.decoder_with_past.kernels.take_logits_stats())
@@ -180,7 +180,7 @@ impl Model {
             cache.grow(outputs);
             return Ok((DecoderOutputs { logits, cross_attentions }, None));
         }
-        let mut session = step.lock_sparse(request);
+        let mut session = step.lock_sparse(request)?;
         let options = cancel.run_options()?;
         let outputs = match state.cache_mut() {
             Cache::InPlace(cache) => cache.step(&mut session, &tokens, request, options),

@@ -53,6 +53,7 @@ impl Model {
             return self.encoded(batch, states.iter().copied().collect());
         }
         let Some(cache) = &self.encoder_cache else { return self.compute_encoder(batch, cancel) };
+        let _in_call = self.enter()?;
         if let Some(states) = cache.get(batch.rows(), batch.ids(), batch.mask()) {
             return self.encoded(batch, states.to_vec());
         }

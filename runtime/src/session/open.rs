@@ -144,10 +144,11 @@ impl<'f> Opener<'f> {
             path.push(format!("-{}", file.name));
             builder = builder.with_profiling(path)?;
         }
-        if let Some(threads) = self.options.threads.filter(|_| self.options.threads != self.library.threads) {
+        let is_pool_here = self.library.origin.is_this_process();
+        if !is_pool_here || (self.options.threads.is_some() && self.options.threads != self.library.threads) {
             builder = builder
                 .with_independent_thread_pool()?
-                .with_intra_threads(threads)?
+                .with_intra_threads(self.options.threads.or(self.library.threads).unwrap_or(0))?
                 // Spinning between calls would keep the threads of the other graphs from their cores.
                 .with_config_entry("session.force_spinning_stop", "1")?;
         }

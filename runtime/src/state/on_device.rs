@@ -438,7 +438,7 @@ impl DeviceCache {
         Gather { rows, positions }: Gather,
         mut bind: impl FnMut(&mut IoBinding, &str, usize) -> ort::Result<()>,
     ) -> ort::Result<Vec<DynValue>> {
-        let mut session = self.config.reorder.lock(LogitsRequest::All);
+        let mut session = self.config.reorder.lock(LogitsRequest::All).map_err(ort::Error::wrap)?;
         let mut binding = session.create_binding()?;
         let parents = Tensor::from_array(([rows.len()], rows.iter().map(|&row| row as i64).collect::<Vec<_>>()))?;
         let positions = Tensor::from_array(([positions.len()], positions))?;

@@ -6,17 +6,19 @@ use std::sync::OnceLock;
 
 use super::{Tokenizer, Unusable};
 use crate::error::Error;
+use crate::fork::Origin;
 
 /// The tokenizer of a model folder.
 pub(crate) struct LazyTokenizer {
     path: PathBuf,
     loaded: OnceLock<Result<Tokenizer, Unusable>>,
+    origin: Origin,
 }
 
 impl LazyTokenizer {
     /// The tokenizer of the model folder `folder`, not loaded yet.
     pub fn in_folder(folder: &Path) -> LazyTokenizer {
-        LazyTokenizer { path: folder.join(Tokenizer::FILE), loaded: OnceLock::new() }
+        LazyTokenizer { path: folder.join(Tokenizer::FILE), loaded: OnceLock::new(), origin: Origin::now() }
     }
 
     /// The tokenizer's file.
@@ -29,7 +31,13 @@ impl LazyTokenizer {
     /// # Errors
     /// The folder has no `tokenizer.json`, or an unusable one.
     pub fn get(&self) -> Result<&Tokenizer, Error> {
-        let loaded = self.loaded.get_or_init(|| Tokenizer::read(&self.path));
+        let loaded = match self.loaded.get() {
+            Some(loaded) => loaded,
+            None => {
+                let _in_call = self.origin.enter()?;
+                self.loaded.get_or_init(|| Tokenizer::read(&self.path))
+            }
+        };
         loaded.as_ref().map_err(|error| error.at(&self.path))
     }
 }

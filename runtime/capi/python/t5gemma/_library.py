@@ -180,8 +180,9 @@ class Owner:
 
     @property
     def _handle(self) -> int:
+        code = "T5G_ERROR_CLOSED"
         if self._held is None or self._held.number is None:
-            found = "is closed"
+            code, found = "T5G_ERROR_HANDLE", "is closed"
         elif self._after_fork == "refused" and not self._held.is_of_this_process:
             found = "was made before a fork, and its threads are in the parent: make one in the child"
         elif self._after_fork == "as it was" and self._held.is_locked:
@@ -189,7 +190,7 @@ class Owner:
         else:
             return self._held.number
         message = f"{self._name}: this {type(self).__name__} {found}"
-        raise Error(C.constants["T5G_ERROR_HANDLE"], message, self._name)
+        raise Error(C.constants[code], message, self._name)
 
     def _check(self) -> None:
         """Raises an error unless the object can be used here."""
