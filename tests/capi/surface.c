@@ -127,7 +127,7 @@ static void check_opening(const char *demo, const char *classifier, const char *
     FAILS(t5g_model_open(demo, &options, &model), T5G_ERROR_OPTIONS, "device", "found 1");
     options.device = T5G_UNSET;
     options.json = "{\"provider_options\": {\"arena\": [1]}}";
-    FAILS(t5g_model_open(demo, &options, &model), T5G_ERROR_OPTIONS, "provider_options", "texts and numbers");
+    FAILS(t5g_model_open(demo, &options, &model), T5G_ERROR_OPTIONS, "provider_options", "strings and numbers");
     options.json = NULL;
     options.threads = 0;
     FAILS(t5g_model_open(demo, &options, &model), T5G_ERROR_INPUT, "threads", "found 0");
