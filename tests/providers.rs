@@ -73,7 +73,11 @@ fn what_means_nothing_to_a_provider_is_refused() {
         (&["--provider-option", "device_id=0"], 2, "--provider-option device_id=0 requires a provider"),
         (&["--provider", "cuda", "--provider-option", "nothing"], 2, "expected NAME=VALUE"),
         (&["--provider", "rocm"], 2, "nv-tensorrt-rtx"),
-        (&["--provider", "nv-tensorrt-rtx", "--provider-option", "library=/nowhere.so"], 1, "/nowhere.so does not exist"),
+        (
+            &["--provider", "nv-tensorrt-rtx", "--provider-option", "library=/nowhere.so"],
+            1,
+            "/nowhere.so does not exist",
+        ),
         (
             &["--provider", "cuda", "--provider-option", "enable_cuda_graph=1"],
             2,

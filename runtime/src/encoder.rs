@@ -276,16 +276,15 @@ impl Encoder {
     fn outputs_of_rectangle(&self, batch: &Batch, cancel: &Cancellation) -> Result<Vec<ArrayD<f32>>, Error> {
         // Classifiers are left out, because they read padding tokens too.
         if self.on_cpu
-            && let Ok(Features {
-                pooling,
-                fixed_length: None,
-                padding_rows: PaddingRows::Unspecified,
-                output_hidden_states: false,
-                ..
-            }) = self.features()
+            && let Ok(Features { pooling, padding_rows, fixed_length: None, output_hidden_states: false, .. }) =
+                self.features()
             && let Some(groups) = ragged_batch::groups(batch, Grouping::of(&self.folder.manifest))
         {
-            let unit = if pooling == Pooling::None { OutputUnit::Token } else { OutputUnit::Source };
+            let unit = match (pooling, padding_rows) {
+                (Pooling::None, PaddingRows::Learned) => OutputUnit::TokenOrPadding,
+                (Pooling::None, PaddingRows::Unspecified | PaddingRows::Zero) => OutputUnit::Token,
+                _ => OutputUnit::Source,
+            };
             let output = ragged_batch::run(&self.session, batch, &groups, unit, cancel)?;
             cancel.check()?;
             return Ok(vec![ArrayD::from_shape_vec(output.shape, output.values).map_err(wrong_rank)?]);

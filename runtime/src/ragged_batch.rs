@@ -98,6 +98,8 @@ pub(crate) enum OutputUnit {
     Source,
     /// A token: the output is `[rows, length, …]`.
     Token,
+    /// As `Token`, of a graph that returns one state for all padding.
+    TokenOrPadding,
 }
 
 /// The output of all groups together.
@@ -107,7 +109,7 @@ pub(crate) struct Output {
 }
 
 /// Runs the encoder on each group and puts its outputs together as if it had run once. Tokens that are in no group get
-/// zeros.
+/// zeros, or with [`OutputUnit::TokenOrPadding`] the state of padding.
 pub(crate) fn run(
     encoder: &GraphSession,
     batch: &Batch,
@@ -116,13 +118,20 @@ pub(crate) fn run(
     cancel: &Cancellation,
 ) -> Result<Output, Error> {
     let (length, mut shape, mut values) = (batch.length(), Vec::new(), Vec::new());
+    let mut padding: Option<Vec<f32>> = None;
+    let mut is_written = vec![false; batch.rows() * length];
     for group in groups {
+        let rows = group.lines.len();
+        // The state of padding stands behind the tokens of a shorter line. Where all are full, one more token makes room.
+        let tokens_of = |line: &Vec<Span>| line.iter().map(|span| span.tokens.len()).sum::<usize>();
+        let needs_padding = unit == OutputUnit::TokenOrPadding && padding.is_none();
+        let is_full = group.lines.iter().all(|line| tokens_of(line) == group.length);
+        let run_length = group.length + usize::from(needs_padding && is_full && group.length < length);
         // Each row begins with its first visible token and is padded with zeros after its last. The mask numbers the
         // sources that are side by side.
-        let rows = group.lines.len();
-        let (mut ids, mut mask) = (vec![0; rows * group.length], vec![0; rows * group.length]);
+        let (mut ids, mut mask) = (vec![0; rows * run_length], vec![0; rows * run_length]);
         for (line, spans) in group.lines.iter().enumerate() {
-            let mut at = line * group.length;
+            let mut at = line * run_length;
             for (number, Span { row, tokens }) in (1..).zip(spans) {
                 let from = row * length + tokens.start..row * length + tokens.end;
                 ids[at..at + tokens.len()].copy_from_slice(&batch.ids()[from.clone()]);
@@ -140,9 +149,9 @@ pub(crate) fn run(
         let found_shape: Vec<usize> = output.shape().iter().map(|&size| size as usize).collect();
         let outer = |rows: usize, tokens: usize| match unit {
             OutputUnit::Source => vec![rows],
-            OutputUnit::Token => vec![rows, tokens],
+            OutputUnit::Token | OutputUnit::TokenOrPadding => vec![rows, tokens],
         };
-        let expected = outer(rows, group.length);
+        let expected = outer(rows, run_length);
         if !found_shape.starts_with(&expected) {
             let message = format!("expected an output of shape {expected:?} and more, found {found_shape:?}");
             return Err(Error::OnnxRuntime { during: "reading the output".into(), message });
@@ -158,12 +167,21 @@ pub(crate) fn run(
             for Span { row, tokens } in line {
                 let (to, count) = match unit {
                     OutputUnit::Source => (*row, 1),
-                    OutputUnit::Token => (row * length + tokens.start, tokens.len()),
+                    OutputUnit::Token | OutputUnit::TokenOrPadding => (row * length + tokens.start, tokens.len()),
                 };
                 values[to * width..][..count * width].copy_from_slice(&found[from * width..][..count * width]);
+                is_written[to..to + count].fill(true);
                 from += count;
             }
         }
+        let shorter = group.lines.iter().position(|line| tokens_of(line) < run_length);
+        if let Some(line) = shorter.filter(|_| needs_padding) {
+            padding = Some(found[((line + 1) * run_length - 1) * width..][..width].to_vec());
+        }
+    }
+    if let Some(padding) = padding {
+        let states = values.chunks_mut(padding.len()).zip(is_written);
+        states.filter(|(_, is_written)| !is_written).for_each(|(state, _)| state.copy_from_slice(&padding));
     }
     Ok(Output { shape, values })
 }
