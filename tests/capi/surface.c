@@ -279,7 +279,7 @@ static void check_generation(const t5g_model *model) {
     WELL(t5g_model_generate(model, &sources, &newer.known, NULL, &result));
     t5g_result_free(result);
     newer.unknown = 5;
-    FAILS(t5g_model_generate(model, &sources, &newer.known, NULL, &result), T5G_ERROR_ARGUMENT, "options.size", "more");
+    FAILS(t5g_model_generate(model, &sources, &newer.known, NULL, &result), T5G_ERROR_ARGUMENT, "options.size", "later fields set");
 
     /* A constraint, and stop strings. */
     const char *stops[] = {"five"};
