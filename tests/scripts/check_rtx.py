@@ -4,7 +4,7 @@
 
 Exports into FOLDER, each with a serving plan: the tiny fixtures and Google's sizes with dummy weights, in bfloat16 and
 float16, with a growing and a static cache; the fixtures (without --sizes only two of them) also in fp8; the sizes and the
-demo also in int4 and fp8, the demo in int8; encoders and classifiers also in int8 and fp8. Every graph is parsed, and
+demo also in int4 and fp8, the demo in int8; encoders and classifiers also in int8 and fp8, an encoder as a conditioner too. Every graph is parsed, and
 compiled for SM80, SM89 and SM120 with its profiles. Graphs in fp8 must be refused for SM80, which has no fp8. The exit status
 is 1 if another graph is refused, or if the time is over before all are compiled. TensorRT for data centers has another
 parser and compiler, closely related to these: it may still refuse a graph that passes here.
@@ -125,6 +125,10 @@ def exports(sizes, capacity):
                 for bits in ("int8", "fp8") if sizes or task == "encoder" else []:
                     packed = [*ways_of_task, "--quantize", bits, *source]
                     yield f"{task} {dtype} {bits}", packed, (task, source)
+                if task == "encoder":
+                    conditioner = ["--fixed-length", "32", "--pad-rows", "zero", "--output-dtype", "float16"]
+                    fixed = ["--target", "tensorrt", "--dtype", dtype, "--plan", "batch=1..4,source=32"]
+                    yield f"{task} {dtype} conditioner", ["--task", "feature-extraction", *fixed, *conditioner, *source], None
             for size in sizes:
                 yield f"{size} {label}", [*ways, "--plan", plan, "--dummy-weights", "--preset", size], None
             # The types differ by their casts only.
