@@ -256,6 +256,11 @@ impl Checkpoint {
         self.config.clone().unwrap_or_else(|| self.folder.join("config.json"))
     }
 
+    /// The text of the configuration, without a byte-order mark.
+    pub(crate) fn config_text(&self) -> Result<String> {
+        Ok(json::without_mark(&files::read_text(&self.config_path())?).to_string())
+    }
+
     /// The folder of the configuration, which may have generation options too.
     pub(crate) fn config_folder(&self) -> PathBuf {
         self.config_path().parent().map_or_else(PathBuf::new, Path::to_path_buf)

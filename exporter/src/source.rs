@@ -5,7 +5,6 @@ use std::collections::BTreeMap;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use t5gemma_graphs::config::Config;
-use t5gemma_graphs::json;
 use t5gemma_graphs::manifest::{self, FileRecord};
 
 use crate::checkpoint::{self, CHAT_TEMPLATE, COMPANIONS, Checkpoint, DEFAULT_CHAT_TEMPLATE, GENERATION_CONFIG};
@@ -43,8 +42,7 @@ impl Source {
     pub(crate) fn config(&self) -> Result<SourceConfig> {
         let (text, origin) = match self {
             Source::Checkpoint(checkpoint) => {
-                let path = checkpoint.config_path();
-                (json::without_mark(&files::read_text(&path)?).to_string(), path.display().to_string())
+                (checkpoint.config_text()?, checkpoint.config_path().display().to_string())
             }
             Source::Dummy { config, origin, .. } => (config.clone(), origin.clone()),
         };

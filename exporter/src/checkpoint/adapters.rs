@@ -81,7 +81,7 @@ impl Checkpoint {
 
         let model = self.config_path();
         let model_config =
-            Config::parse(&files::read_text(&model)?).map_err(|error| Error::config(model.display(), error))?;
+            Config::parse(&self.config_text()?).map_err(|error| Error::config(model.display(), error))?;
         let notes = self.untie(&sorted, &model_config);
         let mut merging = Merging { checkpoint: &mut self, config: &config, weights: &weights, tensors, scale };
         merging.replace(&sorted.replacements)?;

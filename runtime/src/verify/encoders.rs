@@ -46,12 +46,15 @@ pub fn encoder_consistency(
     let ragged = named_states(encoder, &Batch::padded(&sources, encoder.pad_token_id())?, cancel)?;
     let left_batch = padded_left(&sources)?;
     let left = named_states(encoder, &left_batch, cancel)?;
+    let alone = |source: &Vec<i64>| {
+        named_states(encoder, &Batch::padded(std::slice::from_ref(source), encoder.pad_token_id())?, cancel)
+    };
+    let alone: Vec<_> = sources.iter().map(alone).collect::<Result<_, Error>>()?;
     let mut checks = Vec::new();
     for (at, (name, together)) in ragged.iter().enumerate() {
         let (mut of_ragged, mut of_left) = (0.0_f32, 0.0_f32);
         for (row, source) in sources.iter().enumerate() {
-            let alone = Batch::padded(std::slice::from_ref(source), encoder.pad_token_id())?;
-            let alone = tokens_of(&named_states(encoder, &alone, cancel)?[at].1, 0, 0, source.len());
+            let alone = tokens_of(&alone[row][at].1, 0, 0, source.len());
             of_ragged = of_ragged.max(max_abs_difference(&alone, &tokens_of(together, row, 0, source.len())));
             let padding = left_batch.length() - source.len();
             of_left = of_left.max(max_abs_difference(&alone, &tokens_of(&left[at].1, row, padding, source.len())));
