@@ -15,7 +15,8 @@ use std::path::PathBuf;
 use anyhow::Result;
 use serde_json::{Value, json};
 use t5gemma_runtime::{
-    Batch, Cancellation, Controls, Error, GenerationConfig, Hypothesis, Limits, Model, Role, Streamer, Task, task_of,
+    Batch, Cancellation, Controls, Error, GenerationConfig, Hypothesis, Limits, Manifest, Model, Role, Streamer, Task,
+    task_of,
 };
 
 use crate::exit::Outcome;
@@ -261,6 +262,17 @@ impl Streamer for Moments {
     }
 }
 
+/// The model of a report.
+fn model_json(opening: &Opening, manifest: &Manifest) -> Value {
+    json!({
+        "path": opening.path().to_string_lossy(),
+        "target": manifest.target,
+        "dtype": manifest.dtype.to_string(),
+        "parameters": manifest.parameters,
+        "weights_bytes": manifest.weights.record.bytes,
+    })
+}
+
 fn megabytes(bytes: u64) -> String {
     format!("{:.0} MB", bytes as f64 / 1e6)
 }
@@ -394,13 +406,7 @@ impl Report {
         let (manifest, measured) = (model.manifest(), &self.measured);
         let (limit, share) = self.limit().unzip();
         json!({
-            "model": {
-                "path": opening.path().to_string_lossy(),
-                "target": manifest.target,
-                "dtype": manifest.dtype.to_string(),
-                "parameters": manifest.parameters,
-                "weights_bytes": manifest.weights.record.bytes,
-            },
+            "model": model_json(opening, manifest),
             "case": {
                 "batch_size": case.batch.rows(),
                 "num_beams": case.options.num_beams,

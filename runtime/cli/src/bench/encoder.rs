@@ -3,11 +3,11 @@
 use std::io::{self, Write};
 
 use anyhow::Result;
-use serde_json::json;
+use serde_json::{Value, json};
 use t5gemma_runtime::{Batch, Cancellation, Encoder, Error, Pooling};
 
 use super::machine::{Memory, now_ns};
-use super::{Times, Workload, milliseconds, random_tokens};
+use super::{Times, Workload, milliseconds, model_json, random_tokens};
 use crate::exit::{Outcome, ensure_usage};
 use crate::opening::Opening;
 use crate::progress::counter;
@@ -37,11 +37,16 @@ pub fn run(opening: &Opening, workload: &Workload, json: bool, cancel: &Cancella
     encode()?;
     let first = now_ns();
     let times = measure(workload, encode)?;
-    let memory = Memory::now();
+    let report = Report {
+        open_ms: milliseconds(start, opened),
+        open_to_first_result_ms: milliseconds(start, first),
+        times,
+        memory: Memory::now(),
+    };
     let text = if json {
-        format!("{:#}\n", report_json(opening, &encoder, workload, &times, memory, [start, opened, first]))
+        format!("{:#}\n", report.json(&encoder, workload, opening))
     } else {
-        table(opening, &encoder, workload, &times, memory, [start, opened, first])
+        report.table(&encoder, workload, opening)
     };
     io::stdout().lock().write_all(text.as_bytes())?;
     Ok(Outcome::Done)
@@ -62,64 +67,52 @@ fn measure(workload: &Workload, encode: impl Fn() -> Result<(), Error>) -> Resul
     Ok(Times::of(times).expect("at least one run is measured"))
 }
 
-/// Source tokens per second of the median call, without padding.
-fn tokens_per_second(workload: &Workload, times: &Times) -> f64 {
-    f64::from(workload.batch_size) * f64::from(workload.source_length) / times.median() * 1e3
+struct Report {
+    open_ms: f64,
+    open_to_first_result_ms: f64,
+    times: Times,
+    memory: Option<Memory>,
 }
 
-fn report_json(
-    opening: &Opening,
-    encoder: &Encoder,
-    workload: &Workload,
-    times: &Times,
-    memory: Option<Memory>,
-    [start, opened, first]: [u64; 3],
-) -> serde_json::Value {
-    let manifest = encoder.manifest();
-    json!({
-        "model": {
-            "path": opening.path().to_string_lossy(),
-            "target": manifest.target,
-            "dtype": manifest.dtype.to_string(),
-            "parameters": manifest.parameters,
-            "weights_bytes": manifest.weights.record.bytes,
-        },
-        "case": {
-            "batch_size": workload.batch_size,
-            "source_length": workload.source_length,
-            "warmup": workload.warmup,
-            "repeat": workload.repeat,
-            "threads": opening.runtime.threads,
-        },
-        "open_ms": milliseconds(start, opened),
-        "open_to_first_result_ms": milliseconds(start, first),
-        "encode_ms": times.json(),
-        "source_tokens_per_second": tokens_per_second(workload, times),
-        "memory_bytes": memory.map(Memory::json),
-    })
-}
+impl Report {
+    /// Source tokens per second of the median call, without padding.
+    fn tokens_per_second(&self, workload: &Workload) -> f64 {
+        f64::from(workload.batch_size) * f64::from(workload.source_length) / self.times.median() * 1e3
+    }
 
-fn table(
-    opening: &Opening,
-    encoder: &Encoder,
-    workload: &Workload,
-    times: &Times,
-    memory: Option<Memory>,
-    [start, opened, first]: [u64; 3],
-) -> String {
-    let manifest = encoder.manifest();
-    let threads = opening.runtime.threads.map_or("one per core".to_string(), |threads| threads.to_string());
-    let (open, first) = (milliseconds(start, opened), milliseconds(start, first));
-    [
-        ("model", format!("{}: {}, {}", opening.path().display(), manifest.target, manifest.dtype)),
-        ("sources", format!("{} of {} tokens", workload.batch_size, workload.source_length)),
-        ("runs", format!("{} after {} for warming up; threads: {threads}", workload.repeat, workload.warmup)),
-        ("open", format!("{open:.0} ms, until the first result {first:.0} ms")),
-        ("ms", Times::COLUMNS.map(|column| format!("{column:>10}")).concat()),
-        ("  encode", times.row().map(|time| format!("{time:>10.2}")).concat()),
-        ("source tokens/s", format!("{:.1}", tokens_per_second(workload, times))),
-        ("memory", Memory::text(memory)),
-    ]
-    .map(|(name, value)| format!("{name:<16}{value}\n"))
-    .concat()
+    fn json(&self, encoder: &Encoder, workload: &Workload, opening: &Opening) -> Value {
+        json!({
+            "model": model_json(opening, encoder.manifest()),
+            "case": {
+                "batch_size": workload.batch_size,
+                "source_length": workload.source_length,
+                "warmup": workload.warmup,
+                "repeat": workload.repeat,
+                "threads": opening.runtime.threads,
+            },
+            "open_ms": self.open_ms,
+            "open_to_first_result_ms": self.open_to_first_result_ms,
+            "encode_ms": self.times.json(),
+            "source_tokens_per_second": self.tokens_per_second(workload),
+            "memory_bytes": self.memory.map(Memory::json),
+        })
+    }
+
+    fn table(&self, encoder: &Encoder, workload: &Workload, opening: &Opening) -> String {
+        let manifest = encoder.manifest();
+        let threads = opening.runtime.threads.map_or("one per core".to_string(), |threads| threads.to_string());
+        let Report { open_ms, open_to_first_result_ms, times, memory } = self;
+        [
+            ("model", format!("{}: {}, {}", opening.path().display(), manifest.target, manifest.dtype)),
+            ("sources", format!("{} of {} tokens", workload.batch_size, workload.source_length)),
+            ("runs", format!("{} after {} for warming up; threads: {threads}", workload.repeat, workload.warmup)),
+            ("open", format!("{open_ms:.0} ms, until the first result {open_to_first_result_ms:.0} ms")),
+            ("ms", Times::COLUMNS.map(|column| format!("{column:>10}")).concat()),
+            ("  encode", times.row().map(|time| format!("{time:>10.2}")).concat()),
+            ("source tokens/s", format!("{:.1}", self.tokens_per_second(workload))),
+            ("memory", Memory::text(*memory)),
+        ]
+        .map(|(name, value)| format!("{name:<16}{value}\n"))
+        .concat()
+    }
 }
