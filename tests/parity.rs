@@ -12,6 +12,7 @@ use t5gemma_graphs::interface::{DType, Logits};
 use t5gemma_graphs::manifest::EncoderWindow;
 use t5gemma_graphs::onnx::Blocks;
 use t5gemma_graphs::quantization::Quantization;
+use t5gemma_runtime::{Batch, Cancellation, Model};
 
 use crate::common::{FIXTURES, exported, exported_as, fixture, instruction_levels, program, run, stdout};
 
@@ -80,6 +81,39 @@ fn with_weights_of_few_bits_a_source_is_encoded_to_the_same_numbers_whatever_is_
                 assert!(is_well, "{bits} bits by {block_size}, {level}: {line}");
             }
         }
+    }
+}
+
+/// A symmetric matrix has no zero points, so that the bias follows two inputs that are not there.
+#[test]
+fn quantized_matrices_may_have_biases() {
+    let states = |label: &str, quantization: Quantization| {
+        let model = exported_as("tiny-bias", label, Export::default().target(Target::Cpu).quantization(quantization));
+        for level in instruction_levels() {
+            let mut command = program("t5gemma");
+            command.env("T5GEMMA_MAX_CPU_ISA", level).arg("bench").arg(&model).args([
+                "--source-length",
+                "9",
+                "--max-new-tokens",
+                "4",
+                "--repeat",
+                "1",
+            ]);
+            stdout(command.output().expect("starts"));
+        }
+        let batch = Batch::padded(&[[5, 80, 7, 120, 9, 33]], 0).expect("a source");
+        let states = Model::open(model).expect("opens").encode(&batch, &Cancellation::new()).expect("encodes");
+        states.into_iter().collect::<Vec<f32>>()
+    };
+    let exact = states("biases", Quantization::default());
+    let norm = |x: &[f32]| x.iter().map(|x| x * x).sum::<f32>().sqrt();
+    for (bits, symmetric, most) in [(8, true, 0.06), (8, false, 0.06), (4, true, 0.3), (4, false, 0.3)] {
+        let blocks = Some(Blocks { symmetric, ..Blocks::integer(bits, 32) });
+        let quantization = Quantization { encoder: blocks, decoder: blocks, head: blocks, ..Quantization::default() };
+        let found = states(&format!("biases-{bits}-{symmetric}"), quantization);
+        let apart: Vec<f32> = found.iter().zip(&exact).map(|(found, exact)| found - exact).collect();
+        let lost = norm(&apart) / norm(&exact);
+        assert!(lost > 0.0 && lost < most, "{bits} bits, symmetric {symmetric}: {lost}");
     }
 }
 

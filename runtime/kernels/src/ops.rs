@@ -9,6 +9,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
+use ort::AsPointer;
 use ort::operator::{ComputeContext, KernelContext, OperatorDomain};
 
 use crate::error::Error;
@@ -159,8 +160,32 @@ struct ReadsSource(Arc<dyn Fn(&str) -> bool + Send + Sync>);
 impl ReadsSource {
     /// Whether one of the node's inputs is such a weight.
     fn is_true_of(&self, node: &KernelContext) -> ort::Result<bool> {
-        Ok(node.inputs()?.iter().any(|input| (self.0)(input.name())))
+        Ok(input_names(node)?.iter().any(|name| (self.0)(name)))
     }
+}
+
+/// The names of a node's inputs; those of optional inputs that it does not have are empty. [`KernelContext::inputs`] also
+/// reads their types, which such inputs do not have.
+fn input_names(node: &KernelContext) -> ort::Result<Vec<String>> {
+    let (info, api) = (node.ptr(), ort::api());
+    let mut count = 0;
+    // SAFETY: ONNX Runtime keeps the node for as long as the kernel is created, and writes one number.
+    unsafe { ort::Error::result_from_status((api.KernelInfo_GetInputCount)(info, &mut count)) }?;
+    let name = |at: usize| {
+        let mut size = 0;
+        // SAFETY: as above; without a buffer, only the size of the name is written.
+        let status = unsafe { (api.KernelInfo_GetInputName)(info, at, std::ptr::null_mut(), &mut size) };
+        // SAFETY: the status was just returned, and is passed on once.
+        unsafe { ort::Error::result_from_status(status) }?;
+        let mut name = vec![0_u8; size];
+        // SAFETY: the buffer has the size that was just returned, the final zero included.
+        let status = unsafe { (api.KernelInfo_GetInputName)(info, at, name.as_mut_ptr().cast(), &mut size) };
+        // SAFETY: as above.
+        unsafe { ort::Error::result_from_status(status) }?;
+        name.truncate(size.saturating_sub(1));
+        String::from_utf8(name).map_err(ort::Error::wrap)
+    };
+    (0..count).map(name).collect()
 }
 
 /// ONNX Runtime's own domain of operators.
