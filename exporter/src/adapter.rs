@@ -1,195 +1,257 @@
-//! PEFT LoRA adapters: which tensor of an adapter changes which tensor of the checkpoint, and how. `config` reads
-//! `adapter_config.json`, `merge` computes the changed rows while they are streamed. The files of an adapter are opened by
-//! `checkpoint`.
-//!
-//! # Design
-//! The rules are those of PEFT's unmerged forward pass, not of its `merge_and_unload`, which changes a tied output head
-//! together with the embedding although training did not.
+//! The rows of a tensor with the changes of its LoRA adapters, computed in float32 while they are streamed. Which adapter
+//! changes which tensor is [`t5gemma_graphs::adapter`]'s; the files of an adapter are opened by `checkpoint`.
 
-mod config;
-mod merge;
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::thread;
 
-use std::collections::{BTreeMap, BTreeSet};
+use t5gemma_graphs::onnx::DType;
 
-use t5gemma_graphs::json::cut;
+use crate::convert::to_float32;
 
-pub use config::{AdapterConfig, ModuleKind};
-pub use merge::{Change, MergedTensor};
-
-/// What the names of an adapter's tensors begin with.
-const PREFIX: &str = "base_model.model.";
-
-/// The parts of an adapter for one module, each by the name of its tensor.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub struct ModuleParts {
-    /// `[rank, in]`, or for an embedding `[rank, vocabulary]`.
-    pub a: Option<String>,
-    /// `[out, rank]`.
-    pub b: Option<String>,
-    /// `[out]`, added to the module's bias.
-    pub bias: Option<String>,
-    /// DoRA's magnitudes: `[out]`.
-    pub magnitude: Option<String>,
-    /// Whether the parts are those of an embedding.
-    pub is_embedding: bool,
+/// A change of a tensor by an adapter, with its numbers in float32.
+#[derive(Clone, Debug)]
+pub enum Change {
+    /// `W + scale·(B·A)`; with DoRA each row is then scaled to the length of `magnitude`.
+    Matrix { a: Vec<f32>, b: Vec<f32>, scale: f32, magnitude: Option<Vec<f32>> },
+    /// `E + scale·(B·A)ᵀ`, of an embedding; with DoRA each column is then scaled to the length of `magnitude`.
+    Embedding { a: Vec<f32>, b: Vec<f32>, scale: f32, magnitude: Option<Vec<f32>> },
+    /// `b + scale·x`, of a bias.
+    Bias { values: Vec<f32>, scale: f32 },
+    /// Rows in the place of those of the tensor, by their index.
+    Rows { rows: BTreeMap<usize, Vec<f32>> },
 }
 
-/// The tensors of an adapter by what they change.
-#[derive(Debug, Default)]
-pub struct AdapterTensors {
-    /// By module.
-    pub modules: BTreeMap<String, ModuleParts>,
-    /// Whole tensors by the tensor that they replace.
-    pub replacements: BTreeMap<String, String>,
-    /// Rows of embeddings by module: the rows that replace those of `trainable_token_indices`.
-    pub token_rows: BTreeMap<String, String>,
+/// A tensor that adapters change.
+pub struct MergedTensor<'c> {
+    dtype: DType,
+    bytes: &'c [u8],
+    /// Elements in a row.
+    width: usize,
+    rows: usize,
+    changes: Vec<Change>,
+    /// For each change of an embedding with DoRA, the factors of the columns.
+    column_factors: Vec<Option<Vec<f32>>>,
 }
 
-impl AdapterTensors {
-    /// Sorts the names of an adapter's tensors.
-    ///
-    /// # Errors
-    /// What was expected of a name, and the name.
-    pub fn of<'n>(names: impl Iterator<Item = &'n str>) -> Result<AdapterTensors, (String, String)> {
-        let mut tensors = AdapterTensors::default();
-        for name in names {
-            let Some(plain) = name.strip_prefix(PREFIX) else {
-                return Err((format!("a tensor name that begins with {PREFIX}"), cut(name)));
-            };
-            // Adapters of the classes without a head have names without the `model.` of the others.
-            let is_bare = plain.starts_with("encoder.") || plain.starts_with("decoder.");
-            let plain = if is_bare { format!("model.{plain}") } else { plain.to_string() };
-            let stored = name.to_string();
-            if let Some(module) = plain.strip_suffix(".token_adapter.trainable_tokens_delta") {
-                tensors.token_rows.insert(module.to_string(), stored);
-                continue;
-            }
-            let parts = [
-                (".lora_A.weight", false),
-                (".lora_B.weight", false),
-                (".lora_B.bias", false),
-                (".lora_magnitude_vector", false),
-                (".lora_magnitude_vector.weight", false),
-                (".lora_embedding_A", true),
-                (".lora_embedding_B", true),
-            ];
-            let part = parts
-                .iter()
-                .find_map(|(suffix, is_embedding)| Some((plain.strip_suffix(suffix)?, *suffix, *is_embedding)));
-            let Some((module, suffix, is_embedding)) = part else {
-                if plain.contains(".lora_") || plain.contains(".ia3_") {
-                    return Err(("a tensor of a LoRA adapter".into(), cut(name)));
-                }
-                let replaced = plain.replace(".base_layer.", ".").replace(".modules_to_save.", ".");
-                if let Some(other) = tensors.replacements.insert(replaced.clone(), stored.clone()) {
-                    return Err((format!("one tensor for {replaced}"), format!("{other} and {stored}")));
-                }
-                continue;
-            };
-            let parts = tensors.modules.entry(module.to_string()).or_default();
-            parts.is_embedding |= is_embedding;
-            let place = match suffix {
-                ".lora_A.weight" | ".lora_embedding_A" => &mut parts.a,
-                ".lora_B.weight" | ".lora_embedding_B" => &mut parts.b,
-                ".lora_B.bias" => &mut parts.bias,
-                _ => &mut parts.magnitude,
-            };
-            if let Some(other) = place.replace(stored.clone()) {
-                return Err((format!("one tensor for {module}{suffix}"), format!("{other} and {stored}")));
-            }
-        }
-        Ok(tensors)
+impl<'c> MergedTensor<'c> {
+    /// A tensor of a shape, whose unchanged elements are `bytes`.
+    pub fn new(dtype: DType, bytes: &'c [u8], shape: &[usize], changes: Vec<Change>) -> MergedTensor<'c> {
+        let width = if shape.len() > 1 { shape[1..].iter().product() } else { 1 };
+        let rows = shape.first().copied().unwrap_or(1);
+        let mut merged = MergedTensor { dtype, bytes, width, rows, changes, column_factors: Vec::new() };
+        merged.column_factors = merged.changes.iter().map(|change| merged.factors_of_columns(change)).collect();
+        merged
     }
-}
 
-/// The modules of a checkpoint that LoRA can change, by name.
-pub fn modules_of<'n>(tensors: impl Iterator<Item = &'n str>, head: &str) -> BTreeMap<String, ModuleKind> {
-    const LINEAR: [&str; 7] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
-    let mut modules = BTreeMap::new();
-    for name in tensors {
-        let Some(module) = name.strip_suffix(".weight") else { continue };
-        let last = module.rsplit('.').next().unwrap_or(module);
-        if last == "embed_tokens" {
-            modules.insert(module.to_string(), ModuleKind::Embedding);
-        } else if LINEAR.contains(&last) {
-            modules.insert(module.to_string(), ModuleKind::Linear);
-        } else if last == "out_proj" || last == "score" || last == "classifier" {
-            modules.insert(module.to_string(), ModuleKind::Head);
+    /// Fills `out` with the elements from `first` on.
+    pub fn fill(&self, first: usize, out: &mut [f32]) {
+        let range = first..first + out.len();
+        let threads = thread::available_parallelism().map_or(1, Into::into);
+        let rows = range.start / self.width..range.end.div_ceil(self.width);
+        let share = rows.len().div_ceil(threads).max(1);
+        thread::scope(|scope| {
+            let mut out = out;
+            for first_row in rows.clone().step_by(share) {
+                let of_share = first_row * self.width..((first_row + share).min(rows.end)) * self.width;
+                let of_share = of_share.start.max(range.start)..of_share.end.min(range.end);
+                let (here, rest) = out.split_at_mut(of_share.len());
+                out = rest;
+                scope.spawn(move || self.fill_range(of_share, here));
+            }
+        });
+    }
+
+    fn fill_range(&self, range: Range<usize>, mut out: &mut [f32]) {
+        let (mut base, mut row) = (vec![0.0; self.width], vec![0.0; self.width]);
+        let mut changed = vec![0.0; self.width];
+        let mut at = range.start;
+        while at < range.end {
+            let index = at / self.width;
+            self.base_row(index, &mut base);
+            self.merge_row(index, &base, &mut changed, &mut row);
+            let within = at - index * self.width;
+            let count = (self.width - within).min(range.end - at);
+            let (here, rest) = out.split_at_mut(count);
+            here.copy_from_slice(&row[within..within + count]);
+            out = rest;
+            at += count;
         }
     }
-    // A tied head is a module without a tensor of its own.
-    if let Some(module) = head.strip_suffix(".weight") {
-        modules.insert(module.to_string(), ModuleKind::Head);
+
+    /// A row before products and biases: the stored one, or the one in its place.
+    fn base_row(&self, index: usize, row: &mut [f32]) {
+        let replaced = self.changes.iter().rev().find_map(|change| match change {
+            Change::Rows { rows } => rows.get(&index),
+            _ => None,
+        });
+        match replaced {
+            Some(replaced) => row.copy_from_slice(replaced),
+            None => {
+                let size = self.width * self.dtype.size();
+                to_float32(&self.bytes[index * size..][..size], self.dtype, row);
+            }
+        }
     }
-    modules
+
+    /// The sum of a row and what each change adds to it.
+    fn merge_row(&self, index: usize, base: &[f32], changed: &mut [f32], row: &mut [f32]) {
+        row.copy_from_slice(base);
+        let mut is_first = true;
+        for (change, factors) in self.changes.iter().zip(&self.column_factors) {
+            if matches!(change, Change::Rows { .. }) {
+                continue;
+            }
+            self.change_row(index, change, factors.as_deref(), base, changed);
+            if is_first {
+                row.copy_from_slice(changed);
+            } else {
+                // Each change is one of the original row.
+                row.iter_mut().zip(base).zip(changed.iter()).for_each(|((x, base), changed)| *x += changed - base);
+            }
+            is_first = false;
+        }
+    }
+
+    /// A row with one change.
+    fn change_row(&self, index: usize, change: &Change, factors: Option<&[f32]>, base: &[f32], changed: &mut [f32]) {
+        match change {
+            Change::Matrix { a, b, scale, magnitude } => {
+                let rank = a.len() / self.width;
+                add_product(base, &b[index * rank..][..rank], a, *scale, changed);
+                if let Some(magnitude) = magnitude {
+                    let norm = changed.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>().sqrt() as f32;
+                    let factor = magnitude[index] / norm;
+                    changed.iter_mut().for_each(|x| *x *= factor);
+                }
+            }
+            Change::Embedding { a, b, scale, .. } => {
+                self.add_embedding(index, base, a, b, *scale, changed);
+                if let Some(factors) = factors {
+                    changed.iter_mut().zip(factors).for_each(|(x, factor)| *x *= factor);
+                }
+            }
+            Change::Bias { values, scale } => changed[0] = base[0] + scale * values[index],
+            Change::Rows { .. } => changed.copy_from_slice(base),
+        }
+    }
+
+    /// `base + scale·(B·A)ᵀ`, one row: `a` is `[rank, rows]` and `b` is `[width, rank]`.
+    fn add_embedding(&self, index: usize, base: &[f32], a: &[f32], b: &[f32], scale: f32, changed: &mut [f32]) {
+        let rank = a.len() / self.rows;
+        for ((x, &base), b) in changed.iter_mut().zip(base).zip(b.chunks_exact(rank)) {
+            let sum: f32 = b.iter().enumerate().map(|(k, b)| b * a[k * self.rows + index]).sum();
+            *x = base + scale * sum;
+        }
+    }
+
+    /// DoRA's factors for the columns of an embedding: their magnitudes divided by their lengths.
+    fn factors_of_columns(&self, change: &Change) -> Option<Vec<f32>> {
+        let Change::Embedding { a, b, scale, magnitude: Some(magnitude) } = change else { return None };
+        let threads = thread::available_parallelism().map_or(1, Into::into);
+        let share = self.rows.div_ceil(threads).max(1);
+        let squares: Vec<Vec<f64>> = thread::scope(|scope| {
+            let of_share = |first: usize| {
+                let rows = first..(first + share).min(self.rows);
+                scope.spawn(move || {
+                    let (mut base, mut row) = (vec![0.0; self.width], vec![0.0; self.width]);
+                    let mut squares = vec![0.0; self.width];
+                    for index in rows {
+                        self.base_row(index, &mut base);
+                        self.add_embedding(index, &base, a, b, *scale, &mut row);
+                        squares.iter_mut().zip(&row).for_each(|(sum, &x)| *sum += f64::from(x) * f64::from(x));
+                    }
+                    squares
+                })
+            };
+            let shares: Vec<_> = (0..self.rows).step_by(share).map(of_share).collect();
+            shares.into_iter().map(|share| share.join().expect("sums do not panic")).collect()
+        });
+        let norm = |column: usize| squares.iter().map(|squares| squares[column]).sum::<f64>().sqrt() as f32;
+        Some(magnitude.iter().enumerate().map(|(column, magnitude)| magnitude / norm(column)).collect())
+    }
 }
 
-/// Compares the modules that `adapter_config.json` names with those that have tensors.
-///
-/// # Errors
-/// What was expected, and the modules that are missing or too many.
-pub fn check_modules(expected: &BTreeSet<String>, found: &BTreeSet<String>) -> Result<(), (String, String)> {
-    let list = |names: Vec<&String>| crate::names::list(&names.into_iter().cloned().collect::<Vec<_>>());
-    let missing: Vec<&String> = expected.difference(found).collect();
-    if !missing.is_empty() {
-        return Err(("tensors for all modules of adapter_config.json".into(), format!("none for {}", list(missing))));
+/// `base + scale·(b·A)`, where `b` is `[rank]` and `a` is `[rank, width]`.
+fn add_product(base: &[f32], b: &[f32], a: &[f32], scale: f32, out: &mut [f32]) {
+    out.fill(0.0);
+    for (&b, a) in b.iter().zip(a.chunks_exact(base.len())) {
+        out.iter_mut().zip(a).for_each(|(x, a)| *x += b * a);
     }
-    let others: Vec<&String> = found.difference(expected).collect();
-    if !others.is_empty() {
-        let expected = "tensors for the modules of adapter_config.json and of this checkpoint alone".into();
-        return Err((expected, format!("tensors for {}", list(others))));
-    }
-    Ok(())
+    out.iter_mut().zip(base).for_each(|(x, base)| *x = base + scale * *x);
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    #[test]
-    fn tensors_are_sorted_by_what_they_change() {
-        let names = [
-            "base_model.model.model.encoder.layers.0.self_attn.q_proj.lora_A.weight",
-            "base_model.model.model.encoder.layers.0.self_attn.q_proj.lora_B.weight",
-            "base_model.model.encoder.layers.1.self_attn.q_proj.lora_magnitude_vector",
-            "base_model.model.model.encoder.embed_tokens.lora_embedding_A",
-            "base_model.model.model.encoder.embed_tokens.base_layer.weight",
-            "base_model.model.model.decoder.embed_tokens.token_adapter.trainable_tokens_delta",
-            "base_model.model.lm_head.modules_to_save.out_proj.weight",
-        ];
-        let tensors = AdapterTensors::of(names.into_iter()).expect("an adapter");
-        let modules: Vec<&str> = tensors.modules.keys().map(String::as_str).collect();
-        assert_eq!(
-            modules,
-            [
-                "model.encoder.embed_tokens",
-                "model.encoder.layers.0.self_attn.q_proj",
-                "model.encoder.layers.1.self_attn.q_proj"
-            ]
-        );
-        assert!(tensors.modules["model.encoder.embed_tokens"].is_embedding);
-        assert_eq!(tensors.modules["model.encoder.layers.0.self_attn.q_proj"].a.as_deref(), Some(names[0]));
-        let replaced: Vec<&str> = tensors.replacements.keys().map(String::as_str).collect();
-        assert_eq!(replaced, ["lm_head.out_proj.weight", "model.encoder.embed_tokens.weight"]);
-        assert_eq!(tensors.token_rows["model.decoder.embed_tokens"], names[5]);
-        for (name, expected) in [
-            ("model.encoder.x.lora_A.weight", "a tensor name that begins with base_model.model."),
-            ("base_model.model.model.encoder.x.lora_C.weight", "a tensor of a LoRA adapter"),
-            ("base_model.model.model.encoder.x.ia3_l", "a tensor of a LoRA adapter"),
-        ] {
-            assert_eq!(AdapterTensors::of([name].into_iter()).expect_err(expected).0, expected, "{name}");
+    /// A tensor of `[rows, 2]` with the numbers 1, 2, 3, …
+    fn merged(rows: usize, changes: Vec<Change>) -> Vec<f32> {
+        let numbers: Vec<f32> = (1..=2 * rows).map(|x| x as f32).collect();
+        let bytes: Vec<u8> = numbers.iter().flat_map(|x| x.to_le_bytes()).collect();
+        let tensor = MergedTensor::new(DType::Float32, &bytes, &[rows, 2], changes);
+        let mut whole = vec![0.0; 2 * rows];
+        tensor.fill(0, &mut whole);
+        // Any part is the same part of the whole.
+        for first in 0..whole.len() {
+            for end in first..=whole.len() {
+                let mut part = vec![0.0; end - first];
+                tensor.fill(first, &mut part);
+                assert_eq!(part, whole[first..end], "{first}..{end}");
+            }
         }
+        whole
+    }
+
+    fn matrix(scale: f32, magnitude: Option<Vec<f32>>) -> Change {
+        // B·A = [[1, -1], [2, -2], [0, 0]]
+        Change::Matrix { a: vec![1.0, -1.0], b: vec![1.0, 2.0, 0.0], scale, magnitude }
     }
 
     #[test]
-    fn modules_are_those_with_matrices() {
-        let names = [
-            "model.encoder.embed_tokens.weight",
-            "model.encoder.layers.0.self_attn.q_proj.weight",
-            "model.encoder.layers.0.self_attn.q_proj.bias",
-            "model.encoder.norm.weight",
-        ];
-        let modules = modules_of(names.into_iter(), "lm_head.out_proj.weight");
-        assert_eq!(modules.keys().collect::<Vec<_>>(), ["lm_head.out_proj", &names[0][..26], &names[1][..39]]);
+    fn products_are_added_row_by_row() {
+        assert_eq!(merged(3, vec![matrix(0.5, None)]), [1.5, 1.5, 4.0, 3.0, 5.0, 6.0]);
+        let rank_2 = Change::Matrix { a: vec![1.0, 0.0, 0.0, 1.0], b: vec![1.0, 10.0], scale: 1.0, magnitude: None };
+        assert_eq!(merged(1, vec![rank_2]), [2.0, 12.0]);
+    }
+
+    #[test]
+    fn several_changes_are_each_of_the_original() {
+        assert_eq!(merged(3, vec![matrix(0.5, None), matrix(1.0, None)]), [2.5, 0.5, 6.0, 1.0, 5.0, 6.0]);
+        // (3, 4) of length 5 becomes 10 long, beside (0.5, -0.5) more.
+        let half = Change::Matrix { a: vec![0.5, -0.5], b: vec![0.0, 1.0], scale: 1.0, magnitude: None };
+        let doubled =
+            Change::Matrix { a: vec![0.0, 0.0], b: vec![1.0, 1.0], scale: 1.0, magnitude: Some(vec![0.0, 10.0]) };
+        assert_eq!(merged(2, vec![doubled, half])[2..], [6.5, 7.5]);
+    }
+
+    #[test]
+    fn magnitudes_are_lengths_of_rows_or_of_columns_of_embeddings() {
+        // The rows (1.5, 1.5) and (4, 3) and (5, 6).
+        let rows = merged(3, vec![matrix(0.5, Some(vec![3.0, 10.0, 61.0_f32.sqrt()]))]);
+        let expected = [2.121_320_3, 2.121_320_3, 8.0, 6.0, 5.0, 6.0];
+        assert!(rows.iter().zip(expected).all(|(x, y)| (x - y).abs() < 1e-6), "{rows:?}");
+        // The columns (1, 3) and (2, 4) with (0, 1) and (0, 0) added: (1, 4) and (2, 4).
+        let change = |magnitude| Change::Embedding { a: vec![0.0, 1.0], b: vec![1.0, 0.0], scale: 1.0, magnitude };
+        assert_eq!(merged(2, vec![change(None)]), [1.0, 2.0, 4.0, 4.0]);
+        let columns = merged(2, vec![change(Some(vec![2.0 * 17.0_f32.sqrt(), 20.0_f32.sqrt()]))]);
+        assert!(columns.iter().zip([2.0, 2.0, 8.0, 4.0]).all(|(x, y)| (x - y).abs() < 1e-5), "{columns:?}");
+    }
+
+    #[test]
+    fn rows_are_replaced_before_products_are_added() {
+        let rows = Change::Rows { rows: BTreeMap::from([(1, vec![10.0, 20.0])]) };
+        assert_eq!(merged(2, vec![rows.clone()]), [1.0, 2.0, 10.0, 20.0]);
+        assert_eq!(merged(2, vec![matrix(1.0, None), rows]), [2.0, 1.0, 12.0, 18.0]);
+    }
+
+    #[test]
+    fn biases_are_vectors() {
+        let bytes: Vec<u8> = [1.0_f32, 2.0].iter().flat_map(|x| x.to_le_bytes()).collect();
+        let bias = Change::Bias { values: vec![10.0, 20.0], scale: 0.5 };
+        let tensor = MergedTensor::new(DType::Float32, &bytes, &[2], vec![bias]);
+        let mut out = [0.0; 2];
+        tensor.fill(0, &mut out);
+        assert_eq!(out, [6.0, 12.0]);
     }
 }

@@ -59,6 +59,9 @@ pub struct Export {
     pub padding_row: Option<PaddingRow>,
     /// Whether to write the SentencePiece model that the checkpoint has as a tensor to `tokenizer.model`.
     pub write_sentencepiece: bool,
+    /// The greatest rank of the LoRA adapters that the model can be given at run time; `None` for a model without
+    /// graphs that take adapters.
+    pub lora_inputs: Option<usize>,
     /// The request sizes that will be served, for TensorRT.
     pub plan: Option<ServingPlan>,
     /// GPU memory that the plan must not exceed.
@@ -106,6 +109,7 @@ impl Default for Export {
             capacity: None,
             padding_row: None,
             write_sentencepiece: false,
+            lora_inputs: None,
             plan: None,
             memory_limit: None,
             existing: Existing::Refuse,
@@ -141,6 +145,7 @@ setters! {
     capacity: Option<usize>,
     padding_row: Option<PaddingRow>,
     write_sentencepiece: bool,
+    lora_inputs: Option<usize>,
     plan: Option<ServingPlan>,
     memory_limit: Option<MemorySize>,
     existing: Existing,

@@ -119,7 +119,9 @@ fn model(folder: &Path, config: &Config) -> Result<InspectReport> {
     }
     report.weights.insert(manifest.weights.file.clone(), manifest.weights.record.bytes);
     let mut graphs = Vec::new();
-    for part in ["model", "encoder", "decoder", "decoder_with_past"] {
+    let parts = ["model", "encoder", "decoder", "decoder_with_past"];
+    let parts = parts.into_iter().chain(["encoder_lora", "decoder_lora", "decoder_with_past_lora"]);
+    for part in parts {
         let Some(record) = manifest.graphs.get(part) else { continue };
         let path = path_of(folder, &record.file)?;
         let bytes = fs::read(&path).map_err(Error::io(&path, "cannot be read"))?;

@@ -5,7 +5,6 @@
 use std::collections::BTreeMap;
 
 use t5gemma_graphs::config::Family;
-use t5gemma_graphs::json::cut;
 
 /// Name components that wrappers insert anywhere and no T5Gemma has.
 const WRAPPERS: [&str; 5] =
@@ -98,18 +97,6 @@ pub fn nearest<'n>(name: &str, others: impl Iterator<Item = &'n str>) -> Option<
         .map(|(_, other)| other)
 }
 
-/// Maximum number of names in a list.
-const SHOWN: usize = 10;
-
-/// Joins names, and counts those beyond [`SHOWN`].
-pub fn list(names: &[String]) -> String {
-    let mut shown: Vec<String> = names.iter().take(SHOWN).map(|name| cut(name)).collect();
-    if names.len() > SHOWN {
-        shown.push(format!("and {} more", names.len() - SHOWN));
-    }
-    shown.join(", ")
-}
-
 fn unwrapped(name: &str) -> String {
     name.split('.').filter(|part| !WRAPPERS.contains(part)).collect::<Vec<_>>().join(".")
 }
@@ -181,11 +168,5 @@ mod tests {
         let others = ["encoder.block.0.self_attn.q_proj.weight", "encoder.block.0.mlp.up_proj.weight", "a.weight"];
         assert_eq!(nearest(QUERY, others.into_iter()), Some(others[0]));
         assert_eq!(nearest(EMBEDDING, others.into_iter()), None);
-    }
-
-    #[test]
-    fn long_lists_are_truncated() {
-        let names: Vec<String> = (0..12).map(|number| format!("n{number}")).collect();
-        assert_eq!(list(&names), "n0, n1, n2, n3, n4, n5, n6, n7, n8, n9, and 2 more");
     }
 }

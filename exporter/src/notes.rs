@@ -9,8 +9,8 @@ use t5gemma_graphs::onnx::{Adjust, Blocks, Part};
 
 use crate::checkpoint::GENERATION_CONFIG;
 use crate::files;
-use crate::names::list;
 use crate::weights::Weight;
+use t5gemma_graphs::json::list;
 
 /// Fields of `config.json` that have no effect, and generation options that are read from it.
 pub fn of_config(config: &Config, generation_config: Option<&Value>) -> Vec<String> {

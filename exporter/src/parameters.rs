@@ -29,5 +29,6 @@ pub(crate) fn plain_options(vocabulary: Vocabulary) -> Options {
         capacity: None,
         padding_row: None,
         vocabulary,
+        takes_adapters: false,
     }
 }

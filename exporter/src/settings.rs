@@ -39,6 +39,8 @@ pub enum Setting {
     Capacity,
     /// `write_sentencepiece`.
     WriteSentencepiece,
+    /// `lora_inputs`.
+    LoraInputs,
     /// `plan`.
     Plan,
     /// `memory_limit`.
@@ -75,6 +77,7 @@ impl Setting {
             Setting::Alignment | Setting::AlignmentLayers => "alignment",
             Setting::Capacity => "capacity",
             Setting::WriteSentencepiece => "write_sentencepiece",
+            Setting::LoraInputs => "lora_inputs",
             Setting::Plan => "plan",
             Setting::MemoryLimit => "memory_limit",
             Setting::Observed | Setting::Ranges => "activations",

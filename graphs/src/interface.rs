@@ -2,12 +2,14 @@
 //! output of the graphs, spelled once. Names and their order follow Optimum and transformers.js, so that other tools
 //! can run the files. The graph definitions declare these ports; the runtime checks opened sessions against them.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 pub use crate::onnx::{DType, Dim};
 
 use crate::facts::Facts;
-use crate::onnx::{Graph, Value};
+use crate::onnx::{Definition, Graph, Value, ValueInfo};
 use crate::task::{Features, Pooling, Task};
 
 /// File name of the graph from source tokens to hidden states.
@@ -18,6 +20,12 @@ pub const DECODER: &str = "decoder_model.onnx";
 pub const DECODER_WITH_PAST: &str = "decoder_with_past_model.onnx";
 /// File name of the only graph of a model that does not generate.
 pub const MODEL: &str = "model.onnx";
+/// File name of [`ENCODER`] with an adapter among its inputs.
+pub const ENCODER_LORA: &str = "encoder_lora_model.onnx";
+/// File name of [`DECODER`] with an adapter among its inputs.
+pub const DECODER_LORA: &str = "decoder_lora_model.onnx";
+/// File name of [`DECODER_WITH_PAST`] with adapters among its inputs.
+pub const DECODER_WITH_PAST_LORA: &str = "decoder_with_past_lora_model.onnx";
 /// File name of the graph that reorders the rows of a cache on a device: see [`reorder`].
 pub const REORDER: &str = "reorder_model.onnx";
 /// File name of the weights that all graphs share.
@@ -46,6 +54,13 @@ pub const PRESENT_LENGTH: &str = "present_decoder_sequence_length";
 /// The dimension of target rows after they were reordered.
 pub const PARENTS: &str = "num_parents";
 
+/// The dimension of the rank of a LoRA adapter, or of several side by side.
+pub const LORA_RANK: &str = "lora_rank";
+
+/// The input with the adapter that each target row uses: see [`lora`].
+pub const ADAPTER_MASK: &str = "adapter_mask";
+/// The input with the adapter that each source row uses, where the keys and values of sources are computed.
+pub const ENCODER_ADAPTER_MASK: &str = "encoder_adapter_mask";
 /// The output with the greatest logits of [`Logits::Candidates`], greatest first.
 pub const TOP_SCORES: &str = "top_scores";
 /// The output with the token ids of [`TOP_SCORES`].
@@ -279,6 +294,81 @@ pub fn graphs(
     ]
 }
 
+/// A linear layer that takes a LoRA adapter.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LoraModule {
+    /// Its name in the checkpoint, such as `model.encoder.layers.0.self_attn.q_proj`.
+    pub name: String,
+    /// Columns of its weight.
+    pub input: usize,
+    /// Rows of its weight.
+    pub output: usize,
+}
+
+impl LoraModule {
+    /// The ports with its adapter: `A`, `[input, rank]`, and `B`, `[rank, output]`. The layer returns
+    /// `x·Wᵀ + (x·A)·B`, so `B` has the adapter's scale in it.
+    pub fn ports(&self, dtype: DType) -> [Port; 2] {
+        let (input, rank, output) = (Dim::fixed(self.input), Dim::symbol(LORA_RANK), Dim::fixed(self.output));
+        let name = &self.name;
+        [
+            port(&format!("{name}{LORA_A}"), dtype, &[&input, &rank]),
+            port(&format!("{name}{LORA_B}"), dtype, &[&rank, &output]),
+        ]
+    }
+
+    /// The modules of a graph, in the order of its inputs.
+    pub fn of_graph(definition: &Definition) -> Vec<LoraModule> {
+        let inputs = definition.inputs.iter().map(|&input| definition.value(input));
+        let inputs: Vec<_> = inputs.skip_while(|input| !input.name.ends_with(LORA_A)).collect();
+        let size = |dim: &Dim| dim.as_fixed().expect("sizes come from the configuration");
+        let module = |pair: &[&ValueInfo]| {
+            let name = pair[0].name.strip_suffix(LORA_A).expect("A comes before B").to_string();
+            LoraModule { name, input: size(&pair[0].shape[0]), output: size(&pair[1].shape[1]) }
+        };
+        inputs.chunks_exact(2).map(module).collect()
+    }
+}
+
+const LORA_A: &str = ".lora_A";
+const LORA_B: &str = ".lora_B";
+
+/// The names of the graphs that take LoRA adapters, and the modules of each.
+pub type LoraModules = BTreeMap<String, Vec<LoraModule>>;
+
+/// The graph with the ports of `graph` and an adapter behind its other inputs: a pair of ports for each of its modules
+/// ([`LoraModule::ports`]). All sources of a run of the encoder have the same adapter. The rows of the decoder may have
+/// different ones, which lie side by side along the rank: [`ADAPTER_MASK`] (`[batch_size * num_beams, lora_rank]`) is 1 in
+/// the columns of a row's own adapter and 0 elsewhere, or all 0 for a row without one; [`ENCODER_ADAPTER_MASK`]
+/// (`[batch_size, lora_rank]`) is the same for sources.
+pub fn lora(graph: &GraphSpec, dtype: DType, modules: &LoraModules) -> GraphSpec {
+    let (name, file) = match graph.name {
+        "encoder" => ("encoder_lora", ENCODER_LORA),
+        "decoder" => ("decoder_lora", DECODER_LORA),
+        _ => ("decoder_with_past_lora", DECODER_WITH_PAST_LORA),
+    };
+    let mut ports = graph.ports.clone();
+    match file {
+        ENCODER_LORA => {}
+        DECODER_LORA => ports.inputs.extend([adapter_mask(dtype), encoder_adapter_mask(dtype)]),
+        _ => ports.inputs.push(adapter_mask(dtype)),
+    }
+    let modules = modules.get(name).map_or(&[][..], Vec::as_slice);
+    ports.inputs.extend(modules.iter().flat_map(|module| module.ports(dtype)));
+    GraphSpec { name, file, ports }
+}
+
+/// The port [`ADAPTER_MASK`].
+pub(crate) fn adapter_mask(dtype: DType) -> Port {
+    port(ADAPTER_MASK, dtype, &[&Dim::symbol(BATCH).times(&Dim::symbol(BEAMS)), &Dim::symbol(LORA_RANK)])
+}
+
+/// The port [`ENCODER_ADAPTER_MASK`].
+pub(crate) fn encoder_adapter_mask(dtype: DType) -> Port {
+    port(ENCODER_ADAPTER_MASK, dtype, &[&Dim::symbol(BATCH), &Dim::symbol(LORA_RANK)])
+}
+
 /// The last output of a graph with observed activations, float32 `[count]`: `max |x|` over the run for the operand of
 /// each observed matrix.
 pub fn activation_ranges(count: usize) -> Port {
@@ -339,7 +429,12 @@ fn port(name: &str, dtype: DType, shape: &[&Dim]) -> Port {
 
 /// Declares a graph's inputs.
 pub(crate) fn all_inputs<'g>(graph: &'g Graph, ports: &Ports) -> Vec<Value<'g>> {
-    ports.inputs.iter().map(|port| graph.input(&port.name, port.dtype, &port.shape)).collect()
+    ports.inputs.iter().map(|port| input(graph, port)).collect()
+}
+
+/// Declares one more input.
+pub(crate) fn input<'g>(graph: &'g Graph, port: &Port) -> Value<'g> {
+    graph.input(&port.name, port.dtype, &port.shape)
 }
 
 /// Declares the inputs of a graph with `N` of them.

@@ -101,6 +101,18 @@ fn replaced(text: &str, by: impl Fn(&str) -> String) -> Option<String> {
     found.then_some(out)
 }
 
+/// Maximum number of names in a list.
+const MOST_NAMES: usize = 10;
+
+/// Joins names, and counts those beyond [`MOST_NAMES`].
+pub fn list(names: &[String]) -> String {
+    let mut shown: Vec<String> = names.iter().take(MOST_NAMES).map(|name| cut(name)).collect();
+    if names.len() > MOST_NAMES {
+        shown.push(format!("and {} more", names.len() - MOST_NAMES));
+    }
+    shown.join(", ")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -132,5 +144,11 @@ mod tests {
         ] {
             assert_eq!(parse(text).map_err(|error| error.to_string()), Err(expected.to_string()), "{text}");
         }
+    }
+
+    #[test]
+    fn long_lists_are_truncated() {
+        let names: Vec<String> = (0..12).map(|number| format!("n{number}")).collect();
+        assert_eq!(list(&names), "n0, n1, n2, n3, n4, n5, n6, n7, n8, n9, and 2 more");
     }
 }

@@ -22,6 +22,7 @@
 //! differs gets its difference as data (a field of [`Stack`](config::Stack)) or is another function. A new target is
 //! another `impl Lowering` with its [`Capabilities`].
 
+pub mod adapter;
 pub mod config;
 pub mod facts;
 pub mod interface;

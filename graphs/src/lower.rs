@@ -50,6 +50,8 @@ pub struct Capabilities {
     /// Whether the encoder's attention takes heads side by side in a row, as they come out of the projections, instead
     /// of on an axis of their own.
     pub attends_in_rows: bool,
+    /// Whether graphs can take LoRA adapters as inputs.
+    pub lora_inputs: bool,
     /// Whether an export can carry a serving plan: optimization profiles for the engines that are built from it.
     pub serving_plans: bool,
 }

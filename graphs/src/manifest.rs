@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::{ConfigError, Family};
 use crate::facts::Facts;
-use crate::interface::{self, CacheLayout, DType, DecoderOutputs, GraphSpec, Logits, Ports};
+use crate::interface::{self, CacheLayout, DType, DecoderOutputs, GraphSpec, Logits, LoraModules, Ports};
 use crate::quantization::Quantization;
 use crate::task::Task;
 use crate::tensors::Role;
@@ -87,12 +87,25 @@ pub struct Manifest {
     /// The adapters that were merged into them, in this order.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub adapters: Vec<AdapterRecord>,
+    /// The adapters that the graphs take as inputs, if they take any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lora_inputs: Option<LoraInputs>,
     /// The graphs: `encoder`, `decoder` and `decoder_with_past`, or for tasks other than generation one `model`.
     pub graphs: BTreeMap<String, GraphRecord>,
     /// The weights file that all graphs share.
     pub weights: WeightsRecord,
     /// Every other file of the folder but this one.
     pub files: BTreeMap<String, FileRecord>,
+}
+
+/// The LoRA adapters that graphs take as inputs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LoraInputs {
+    /// The greatest rank of an adapter.
+    pub rank: usize,
+    /// The linear layers that an adapter can change, for each graph in the order of its inputs.
+    pub modules: LoraModules,
 }
 
 /// An adapter that was merged into the weights.
@@ -124,6 +137,10 @@ impl Manifest {
         for spec in &mut specs {
             let observed = self.observed.get(spec.name).map(|names| interface::activation_ranges(names.len()));
             spec.ports.outputs.extend(observed);
+        }
+        if let Some(LoraInputs { modules, .. }) = &self.lora_inputs {
+            let lora: Vec<GraphSpec> = specs.iter().map(|spec| interface::lora(spec, self.dtype, modules)).collect();
+            specs.extend(lora);
         }
         specs
     }

@@ -1,7 +1,7 @@
 //! The blocks besides attention: one equation each, over a residual stream `[tokens, hidden]`.
 
 use crate::onnx::{DType, Data, Value};
-use crate::weights::{StackedPart, Weights};
+use crate::weights::{Adapter, StackedPart, Weights};
 
 /// The shape of a linear layer.
 #[derive(Clone, Copy)]
@@ -39,13 +39,23 @@ pub fn embedding<'g>(ids: Value<'g>, w: &Weights<'g>) -> Value<'g> {
     x.cast(w.residual_dtype()) * factor.cast(w.residual_dtype())
 }
 
-/// `x · Wᵀ (+ b)`, computed and returned in the weights' dtype.
+/// `x · Wᵀ (+ b) (+ adapter(x))`, computed and returned in the weights' dtype.
 pub fn linear<'g>(x: Value<'g>, Linear { input, output, bias }: Linear, w: &Weights<'g>) -> Value<'g> {
     let at = w.at("weight");
     let weight = at.matrix([output, input]);
     let dtype = at.operand_dtype();
     let bias = bias.then(|| w.at("bias").tensor(&[output]).cast(dtype));
-    w.lowering.linear(at.operand(x.cast(dtype)), weight, bias).cast(w.dtype())
+    let y = w.lowering.linear(at.operand(x.cast(dtype)), weight, bias).cast(w.dtype());
+    match w.adapter(input, output) {
+        Some(adapter) => y + low_rank(x.cast(w.dtype()), adapter),
+        None => y,
+    }
+}
+
+/// `(x·A ∘ mask) · B`, what a LoRA adapter adds to a linear layer: `[tokens, out]`.
+fn low_rank<'g>(x: Value<'g>, Adapter { a, b, mask }: Adapter<'g>) -> Value<'g> {
+    let projected = x.matmul(a); // [tokens, rank]
+    mask.map_or(projected, |mask| projected * mask).matmul(b)
 }
 
 /// Several [`linear`]s of one input as one product: their outputs side by side.
@@ -53,7 +63,13 @@ pub fn stacked<'g>(x: Value<'g>, stacked: &Stacked, w: &Weights<'g>) -> Value<'g
     let Stacked { name, parts, linear } = stacked;
     let weight = w.stacked_matrix(name, parts, linear.input);
     let bias = linear.bias.then(|| w.stacked_bias(name, parts));
-    w.lowering.linear(x.cast(w.dtype()), weight, bias)
+    let x = x.cast(w.dtype());
+    let y = w.lowering.linear(x, weight, bias);
+    let adapted = parts.iter().map(|part| Some(low_rank(x, w.at(part.name).adapter(linear.input, part.rows)?)));
+    match adapted.collect::<Option<Vec<_>>>() {
+        Some(adapted) => y + Value::concat(&adapted, -1),
+        None => y,
+    }
 }
 
 /// `x / √(mean(x²) + ε) · (1 + w)`, computed and returned in float32.

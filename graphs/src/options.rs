@@ -35,6 +35,8 @@ pub struct Options {
     pub padding_row: Option<Arc<[f32]>>,
     /// Which checkpoint tensors are the decoder's embedding and the output head.
     pub vocabulary: Vocabulary,
+    /// Whether the graphs take LoRA adapters as inputs.
+    pub takes_adapters: bool,
 }
 
 /// The checkpoint's names of the decoder's two vocabulary-wide tensors; equal where the head is tied.

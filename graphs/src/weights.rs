@@ -5,6 +5,7 @@
 use std::sync::Arc;
 
 use crate::config::Stack;
+use crate::interface::{self, LoraModule};
 use crate::lower::{Lowering, Matrix, Packing};
 use crate::onnx::{Adjust, Blocks, Code, DType, Graph, Packed, Part, Scope, Value};
 use crate::options::Options;
@@ -23,6 +24,19 @@ pub struct Weights<'g> {
     path: String,
     /// The rows of the head that are taken; all if none.
     kept: Option<Arc<[usize]>>,
+    /// Which columns of the adapters each token uses, `[tokens, rank]`; all if none.
+    adapter_mask: Option<Value<'g>>,
+}
+
+/// The LoRA adapter of a linear layer.
+#[derive(Clone, Copy)]
+pub struct Adapter<'g> {
+    /// `[in, rank]`
+    pub a: Value<'g>,
+    /// `[rank, out]`
+    pub b: Value<'g>,
+    /// `[tokens, rank]`, 1 in the columns that a token uses and 0 in the others; all if none.
+    pub mask: Option<Value<'g>>,
 }
 
 /// One of several matrices that are stored as one, concatenated along the rows.
@@ -42,7 +56,23 @@ impl<'g> Weights<'g> {
         options: &'g Options,
         role: fn(&str) -> Option<Role>,
     ) -> Weights<'g> {
-        Weights { graph, stack, lowering: options.target.lowering(), options, role, path: String::new(), kept: None }
+        let (lowering, path) = (options.target.lowering(), String::new());
+        Weights { graph, stack, lowering, options, role, path, kept: None, adapter_mask: None }
+    }
+
+    /// The same path, with adapters that tokens use by this mask, `[tokens, rank]`.
+    pub fn masking_adapters(&self, mask: Option<Value<'g>>) -> Weights<'g> {
+        Weights { adapter_mask: mask, ..self.clone() }
+    }
+
+    /// The adapter of the linear layer at this path, if the graph takes adapters.
+    pub fn adapter(&self, input: usize, output: usize) -> Option<Adapter<'g>> {
+        if !self.options.takes_adapters {
+            return None;
+        }
+        let module = LoraModule { name: self.path.clone(), input, output };
+        let [a, b] = module.ports(self.dtype()).map(|port| interface::input(self.graph, &port));
+        Some(Adapter { a, b, mask: self.adapter_mask })
     }
 
     /// The path extended by `name`.

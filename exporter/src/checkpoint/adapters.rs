@@ -5,21 +5,19 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 use sha2::{Digest, Sha256};
+use t5gemma_graphs::adapter::{
+    AdapterConfig, AdapterTensors, CONFIG_FILE as CONFIG, ModuleKind, ModuleParts, PICKLE_FILE as PICKLE,
+    WEIGHTS_FILE as WEIGHTS, check_modules, modules_of,
+};
 use t5gemma_graphs::config::Config;
 use t5gemma_graphs::json::cut;
 use t5gemma_graphs::manifest::{AdapterRecord, FileRecord};
 
 use super::{Checkpoint, Location, Shard, map_file};
-use crate::adapter::{
-    AdapterConfig, AdapterTensors, Change, MergedTensor, ModuleKind, ModuleParts, check_modules, modules_of,
-};
+use crate::adapter::{Change, MergedTensor};
 use crate::convert::to_float32;
 use crate::error::{Error, Result};
 use crate::files;
-
-const CONFIG: &str = "adapter_config.json";
-const WEIGHTS: &str = "adapter_model.safetensors";
-const PICKLE: &str = "adapter_model.bin";
 
 /// An adapter that was opened.
 pub(super) struct OpenedAdapter {

@@ -6,13 +6,12 @@ use std::path::Path;
 use memmap2::Mmap;
 use safetensors::{SafeTensorError, SafeTensors};
 use serde::Deserialize;
-use t5gemma_graphs::json::cut;
+use t5gemma_graphs::json::{cut, list};
 
 use super::Location;
 use crate::convert::to_float32;
 use crate::error::{Error, Result};
 use crate::files;
-use crate::names;
 
 /// Maps a safetensors file. Returns its tensors with shard 0.
 pub fn map_file(path: &Path) -> Result<(Mmap, Vec<Location>)> {
@@ -51,7 +50,7 @@ pub fn read_vector(path: &Path, name: &str, size: usize) -> Result<Vec<f32>> {
     let Some(tensor) = tensors.iter().find(|tensor| tensor.stored == name) else {
         let mut names: Vec<String> = tensors.into_iter().map(|tensor| tensor.stored).collect();
         names.sort();
-        return Err(invalid("a tensor of this name".into(), format!("none among {}", names::list(&names))));
+        return Err(invalid("a tensor of this name".into(), format!("none among {}", list(&names))));
     };
     // A parameter may have axes of length 1 before its own.
     if tensor.shape.last() != Some(&size) || tensor.shape.iter().product::<usize>() != size {

@@ -32,7 +32,8 @@ pub(super) struct Prepared<'e> {
     /// Files to copy into the model folder.
     pub companions: Vec<(&'static str, Vec<u8>)>,
     pub options: Options,
-    /// The graphs of the task, in the order of `interface::graphs`.
+    /// The graphs of the task, in the order of `interface::graphs`; then the same graphs with adapters as inputs, if the
+    /// model can be given any.
     pub graphs: Vec<Definition>,
     pub weights: Vec<Weight>,
     /// Tensors of the checkpoint that no graph uses.
@@ -78,11 +79,15 @@ impl<'e> Prepared<'e> {
             capacity: export.capacity,
             padding_row: padding_row.map(Arc::from),
             vocabulary: Vocabulary { kept: export.kept_tokens.clone().map(Arc::from), ..vocabulary },
+            takes_adapters: false,
         };
         if let Activations::Ranges(ranges) = &export.activations {
             rules::check_ranges(&config, &options, ranges)?;
         }
-        let graphs = definitions(&config, &options);
+        let mut graphs = definitions(&config, &options);
+        if export.lora_inputs.is_some() {
+            graphs.extend(definitions(&config, &Options { takes_adapters: true, ..options.clone() }));
+        }
         let memory = match &export.plan {
             Some(plan) => {
                 rules::check_fixed_length(plan, &options.task)?;

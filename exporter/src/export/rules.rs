@@ -23,6 +23,8 @@ type Result<T, E = SettingError> = std::result::Result<T, E>;
 
 /// Maximum number of candidates: the limit of TensorRT's TopK.
 const MAX_CANDIDATES: usize = 3839;
+/// Maximum rank of adapters, beyond which merging is the better choice in any model.
+const MAX_LORA_RANK: usize = 1024;
 
 /// Refuses options that contradict each other, whatever the checkpoint.
 pub(super) fn check(export: &Export) -> Result<()> {
@@ -39,6 +41,7 @@ pub(super) fn check(export: &Export) -> Result<()> {
         requires_target(export, Setting::Capacity, "", &|target| target.static_cache)?;
     }
     check_activations(export)?;
+    check_lora(export)?;
     let has_ranges = matches!(export.activations, Activations::Ranges(_));
     for blocks in export.quantization.formats() {
         if target.capabilities().quantizes_activations && blocks.bits == 8 && !has_ranges {
@@ -88,6 +91,18 @@ fn check_activations(export: &Export) -> Result<()> {
                 return Err(requires(Setting::Ranges, "", Setting::Quantization, "int8 or fp8", found.join(", ")));
             }
         }
+    }
+    Ok(())
+}
+
+fn check_lora(export: &Export) -> Result<()> {
+    let Some(rank) = export.lora_inputs else { return Ok(()) };
+    requires_target(export, Setting::LoraInputs, "", &|target| target.lora_inputs)?;
+    if !(1..=MAX_LORA_RANK).contains(&rank) {
+        return Err(SettingError::invalid(Setting::LoraInputs, format!("a rank from 1 to {MAX_LORA_RANK}"), rank));
+    }
+    if export.activations == Activations::Observed {
+        return Err(SettingError::Excludes { setting: Setting::LoraInputs, other: Setting::Observed });
     }
     Ok(())
 }
@@ -212,6 +227,7 @@ pub(super) fn check_task(export: &Export, task: &Task) -> Result<()> {
         (Setting::KeptTokens, export.kept_tokens.is_some()),
         (Setting::Alignment, export.alignment != Alignment::None),
         (Setting::Capacity, export.capacity.is_some()),
+        (Setting::LoraInputs, export.lora_inputs.is_some()),
     ];
     let Some((setting, _)) = of_decoder.into_iter().find(|(_, is_given)| *is_given) else { return Ok(()) };
     let by = if export.task.is_some() { "" } else { ", the task of the checkpoint" };

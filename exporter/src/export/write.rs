@@ -5,9 +5,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-use t5gemma_graphs::interface::{self, CacheLayout, GraphSpec};
+use t5gemma_graphs::interface::{self, CacheLayout, GraphSpec, LoraModule, LoraModules};
 use t5gemma_graphs::manifest::{
-    self, FORMAT, FORMAT_VERSION, FileRecord, GraphRecord, KEPT_TOKENS, MANIFEST, Manifest, WeightsRecord,
+    self, FORMAT, FORMAT_VERSION, FileRecord, GraphRecord, KEPT_TOKENS, LoraInputs, MANIFEST, Manifest, WeightsRecord,
 };
 use t5gemma_graphs::reorder;
 
@@ -32,6 +32,8 @@ struct WrittenGraphs {
     records: BTreeMap<String, GraphRecord>,
     /// For graphs that report activation ranges, the names of the matrices.
     observed: BTreeMap<String, Vec<String>>,
+    /// For graphs that take adapters, the modules that these can change.
+    lora_modules: LoraModules,
 }
 
 impl Prepared<'_> {
@@ -41,7 +43,7 @@ impl Prepared<'_> {
         let WrittenWeights { record: weights, not_finite } = written;
         let is_generation = self.options.task.is_generation();
         let cache = if is_generation { self.options.cache(&self.config) } else { CacheLayout::default() };
-        let WrittenGraphs { records: graphs, observed } = self.write_graphs(folder, &weights, cache)?;
+        let WrittenGraphs { records: graphs, observed, lora_modules } = self.write_graphs(folder, &weights, cache)?;
         let export = self.export;
         let mut manifest = Manifest {
             format: FORMAT.into(),
@@ -65,6 +67,7 @@ impl Prepared<'_> {
             facts: self.config.facts(),
             source,
             adapters: self.source.adapters(),
+            lora_inputs: export.lora_inputs.map(|rank| LoraInputs { rank, modules: lora_modules }),
             graphs,
             weights,
             files: self.write_files(folder)?,
@@ -102,9 +105,16 @@ impl Prepared<'_> {
 
     /// Writes the graphs of the task.
     fn write_graphs(&self, folder: &StagingDir, weights: &WeightsRecord, cache: CacheLayout) -> Result<WrittenGraphs> {
-        let (mut records, mut observed) = (BTreeMap::new(), BTreeMap::new());
+        let (mut records, mut observed, mut lora_modules) = (BTreeMap::new(), BTreeMap::new(), LoraModules::new());
         let Prepared { export, config, options, .. } = self;
-        let parts = interface::graphs(&config.facts(), export.dtype, options.decoder_outputs(), cache, &options.task);
+        let mut parts =
+            interface::graphs(&config.facts(), export.dtype, options.decoder_outputs(), cache, &options.task);
+        for at in parts.len()..self.graphs.len() {
+            let (base, modules) = (&parts[at - self.graphs.len() / 2], LoraModule::of_graph(&self.graphs[at]));
+            let name = interface::lora(base, export.dtype, &lora_modules).name;
+            lora_modules.insert(name.to_string(), modules);
+            parts.push(interface::lora(base, export.dtype, &lora_modules));
+        }
         for (GraphSpec { name, file, mut ports }, graph) in parts.into_iter().zip(&self.graphs) {
             if !graph.observed.is_empty() {
                 ports.outputs.push(interface::activation_ranges(graph.observed.len()));
@@ -119,7 +129,7 @@ impl Prepared<'_> {
             let record = folder.write(file, &bytes)?;
             records.insert(name.to_string(), GraphRecord { file: file.to_string(), record, ports, weights });
         }
-        Ok(WrittenGraphs { records, observed })
+        Ok(WrittenGraphs { records, observed, lora_modules })
     }
 
     /// Writes the other files: settings, tokenizer, and for GPUs the graph that reorders cache rows.

@@ -26,6 +26,7 @@ impl Lowering for Cpu {
             static_cache: false,
             side_by_side: true,
             attends_in_rows: true,
+            lora_inputs: true,
             serving_plans: false,
         }
     }

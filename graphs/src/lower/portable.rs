@@ -22,6 +22,7 @@ impl Lowering for Portable {
             static_cache: false,
             side_by_side: false,
             attends_in_rows: false,
+            lora_inputs: true,
             serving_plans: false,
         }
     }

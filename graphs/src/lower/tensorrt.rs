@@ -25,6 +25,7 @@ impl Lowering for TensorRt {
             static_cache: true,
             side_by_side: false,
             attends_in_rows: false,
+            lora_inputs: false,
             serving_plans: true,
         }
     }

@@ -87,6 +87,13 @@ fn layer<'g>(x: Value<'g>, context: &Context<'g>, layer: Layer<'g>, w: &Weights<
     LayerOutput { x: y, present, source, weights }
 }
 
+/// A mask of adapters for each of `length` tokens of a row, `[rows·length, rank]`, from one for each row, `[rows, rank]`.
+pub fn mask_by_token<'g>(mask: Value<'g>, length: &Dim) -> Value<'g> {
+    let [rows, rank] = [0, 1].map(|axis| mask.dim(axis));
+    let by_token = mask.unsqueeze(&[1]).expand(&[rows.clone(), length.clone(), rank.clone()]);
+    by_token.reshape(&[rows.times(length), rank])
+}
+
 /// Declares the outputs of a decoder graph: logits, the `cached` keys and values, candidates and alignment. `x` is the
 /// residual stream behind the last layer, `root` the root of the checkpoint.
 pub fn outputs<'g>(

@@ -1,15 +1,16 @@
 //! The first decoder step: hidden states and the first target tokens → logits, the target's keys and values, and the
 //! source's, which are computed here once. A graph of its own so that no past of length zero is ever passed.
 
-use super::decoder::{Memory, outputs, stack};
+use super::decoder::{Memory, mask_by_token, outputs, stack};
 use super::root;
 use crate::attention::{cross_key_value, padding_mask};
 use crate::config::Config;
 use crate::interface::{self, CacheLayout};
 use crate::nn::embedding;
-use crate::onnx::{Definition, Graph};
+use crate::onnx::{Definition, Graph, Value};
 use crate::options::Options;
-use crate::sequence::{Context, Tokens};
+use crate::sequence::{Context, KeyValue, Tokens};
+use crate::weights::Weights;
 
 /// The graph of the first decoder step. With a cache of fixed capacity the first step is a cached one, and only the
 /// source's keys and values are left to be computed here.
@@ -25,20 +26,30 @@ fn first_step(config: &Config, options: &Options, cache: CacheLayout) -> Definit
     let ports = options.interface(config).decoder;
     let [mask, ids, hidden] = interface::inputs(&graph, &ports);
 
+    let adapter_masks = options.takes_adapters.then(|| {
+        [interface::adapter_mask(options.dtype), interface::encoder_adapter_mask(options.dtype)]
+            .map(|port| interface::input(&graph, &port))
+    });
     let root = root(&graph, &config.decoder, options);
     let tokens = Tokens::from_start(&graph, ids);
     let context = Context { tokens, source_mask: padding_mask(mask), target_mask: None, cache };
+    let adapter_mask = adapter_masks.map(|[target, _]| mask_by_token(target, &context.tokens.length));
+    let source_adapter_mask = adapter_masks.map(|[_, source]| mask_by_token(source, &hidden.dim(1)));
     let x = embedding(ids, &root.at(&options.vocabulary.embedding));
     let (x, layers) = stack(
         x,
         &context,
         &options.alignment_layers,
-        |_, w| Memory { past: None, source: cross_key_value(hidden, &w.at("cross_attn")) },
-        &root.at("model.decoder"),
+        |_, w| Memory { past: None, source: source_key_value(hidden, source_adapter_mask, w) },
+        &root.at("model.decoder").masking_adapters(adapter_mask),
     );
     let cached = layers.iter().flat_map(|layer| [layer.present, layer.source]).flat_map(|pair| [pair.key, pair.value]);
     outputs(&ports, x, &layers, cached.collect(), &context.tokens, options, &root);
     graph.finish("decoder")
+}
+
+fn source_key_value<'g>(hidden: Value<'g>, adapter_mask: Option<Value<'g>>, layer: &Weights<'g>) -> KeyValue<'g> {
+    cross_key_value(hidden, &layer.at("cross_attn").masking_adapters(adapter_mask))
 }
 
 fn source_only(config: &Config, options: &Options) -> Definition {

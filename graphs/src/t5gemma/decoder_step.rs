@@ -1,7 +1,7 @@
 //! The cached decoder steps: next target tokens, past, and the source's keys and values → logits and the present. Any
 //! number of new tokens, so that a draft can be verified or a prefix appended in one run.
 
-use super::decoder::{Memory, outputs, stack};
+use super::decoder::{Memory, mask_by_token, outputs, stack};
 use super::root;
 use crate::attention::padding_mask;
 use crate::config::Config;
@@ -17,6 +17,8 @@ pub fn decoder_step(config: &Config, options: &Options) -> Definition {
     let graph = Graph::new();
     let ports = options.interface(config).decoder_with_past;
     let inputs = interface::all_inputs(&graph, &ports);
+    let adapter_mask =
+        options.takes_adapters.then(|| interface::input(&graph, &interface::adapter_mask(options.dtype)));
     let (&[mask, ids], cached) = inputs.split_first_chunk().expect("a mask and ids come before the cache");
     let cache = options.cache(config);
 
@@ -28,13 +30,15 @@ pub fn decoder_step(config: &Config, options: &Options) -> Definition {
             (Tokens { rows: ids.dim(0), length: ids.dim(1), positions }, cached)
         }
     };
-    let context = Context { tokens, source_mask: padding_mask(mask), target_mask: None, cache };
     let x = embedding(ids, &root.at(&options.vocabulary.embedding));
+    let adapter_mask = adapter_mask.map(|mask| mask_by_token(mask, &tokens.length));
+    let context = Context { tokens, source_mask: padding_mask(mask), target_mask: None, cache };
     let memory = |i: usize, _: &Weights<'_>| {
         let [past_key, past_value, key, value] = *cached[4 * i..].first_chunk().expect("four tensors of each layer");
         Memory { past: Some(KeyValue { key: past_key, value: past_value }), source: KeyValue { key, value } }
     };
-    let (x, layers) = stack(x, &context, &options.alignment_layers, memory, &root.at("model.decoder"));
+    let (x, layers) =
+        stack(x, &context, &options.alignment_layers, memory, &root.at("model.decoder").masking_adapters(adapter_mask));
     let presents = layers.iter().flat_map(|layer| [layer.present.key, layer.present.value]);
     outputs(&ports, x, &layers, presents.collect(), &context.tokens, options, &root);
     graph.finish("decoder_with_past")
@@ -107,6 +111,7 @@ mod tests {
                 capacity: None,
                 padding_row: None,
                 vocabulary: Vocabulary { embedding: "embedding".into(), head: "embedding".into(), kept: None },
+                takes_adapters: false,
             };
             decoder_step(&config, &options)
         };

@@ -224,6 +224,13 @@ pub struct ModelArgs {
     /// merged in the order given. Weights are merged in float32 while they are written, and quantized afterwards.
     #[arg(long, value_name = "DIR[=SCALE]", value_parser = adapter, conflicts_with = "dummy_weights")]
     pub adapter: Vec<AdapterArg>,
+    /// Write graphs that take LoRA adapters of up to this rank at run time (targets portable, cpu and cuda)
+    ///
+    /// Adapters are loaded and unloaded while the model runs, and each request chooses one (`t5gemma generate --adapter
+    /// NAME=DIR`). Requests without an adapter run the same graphs as without this option. DoRA, biases, embeddings and
+    /// tensors that are replaced as a whole can only be merged, with --adapter.
+    #[arg(long, value_name = "RANK")]
+    pub lora_inputs: Option<usize>,
     /// Write the SentencePiece model in the tensor spiece_model to tokenizer.model
     ///
     /// `t5gemma` reads tokenizer.json, other programs may read tokenizer.model.

@@ -100,6 +100,7 @@ fn options(args: &ExportArgs) -> Result<Export> {
         .capacity(args.tensorrt.cache)
         .padding_row(padding_row)
         .write_sentencepiece(args.model.write_sentencepiece)
+        .lora_inputs(args.model.lora_inputs)
         .plan(args.tensorrt.plan.clone())
         .memory_limit(args.tensorrt.fits)
         .encoder_window(encoder_window)

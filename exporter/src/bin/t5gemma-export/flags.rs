@@ -75,6 +75,7 @@ impl Flags {
             Setting::AllLogits => "--all-logits",
             Setting::Candidates => "--candidates",
             Setting::KeptTokens => return with_file("--keep-tokens", &self.keep_tokens),
+            Setting::LoraInputs => "--lora-inputs",
             Setting::Alignment => "--alignment",
             Setting::AlignmentLayers => "--alignment-layers",
             Setting::Capacity if value.is_empty() => return "--cache static=N".to_string(),

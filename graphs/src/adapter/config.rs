@@ -5,23 +5,19 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use regex::Regex;
 use serde_json::{Map, Value};
-use t5gemma_graphs::json::shown;
+
+use crate::config::ConfigError;
+use crate::json::shown;
 
 /// What a module is to PEFT.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ModuleKind {
+    /// A linear layer.
     Linear,
     /// The output head or a classifier, which `all-linear` leaves out.
     Head,
+    /// An embedding.
     Embedding,
-}
-
-/// A field that is not as it has to be.
-#[derive(Debug, PartialEq, Eq)]
-pub struct ConfigError {
-    pub field: String,
-    pub expected: String,
-    pub found: String,
 }
 
 type Result<T> = std::result::Result<T, ConfigError>;
