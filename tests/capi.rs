@@ -13,7 +13,7 @@ use t5gemma_graphs::Target;
 use tempfile::TempDir;
 
 use crate::common::{
-    cases, demo, demo_as, exported_for, exported_from, fixtures_and_targets, from_make, stdout, tests,
+    cases, demo, demo_as, exported_for, exported_from, fixtures_and_targets, from_make, program, stdout, tests,
 };
 use crate::generation::{check_case, inputs, lists};
 
@@ -501,5 +501,44 @@ fn an_installation_can_be_moved_and_packed() {
         "share/t5gemma/valgrind.supp",
     ] {
         assert!(folder.join(file).exists(), "{file}");
+    }
+}
+
+#[test]
+fn adapters_are_loaded_from_c_cpp_and_python() {
+    let (installed, folder) = (installed(), TempDir::new().expect("a temporary folder can be made"));
+    let fixture = tests().join("fixtures/lora");
+    let (model, adapter) = (folder.path().join("model"), fixture.join("adapters/plain"));
+    let mut export = program("t5gemma-export");
+    export.arg(fixture.join("checkpoint")).arg(&model).args(["--target", "cpu", "--lora-inputs", "4"]);
+    done(export);
+    let cases = std::fs::read(fixture.join("cases.json")).expect("the fixture is there");
+    let cases: Value = serde_json::from_slice(&cases).expect("JSON");
+    let tokens = cases["adapters"]["plain"]["generate"][0]["tokens"].as_array().expect("rows").iter();
+    let expected: Vec<&Value> = tokens.flat_map(|row| row.as_array().expect("a row")).collect();
+    let golden = std::fs::read(fixture.join("golden.safetensors")).expect("the fixture is there");
+    let golden = safetensors::SafeTensors::deserialize(&golden).expect("a safetensors file");
+    let numbers = ["in.input_ids", "in.attention_mask"].into_iter().flat_map(|name| {
+        let data = golden.tensor(name).expect("it is there").data().to_vec();
+        let numbers: Vec<i64> = data.as_chunks().0.iter().map(|bytes| i64::from_le_bytes(*bytes)).collect();
+        numbers
+    });
+    let numbers = numbers.map(|number| number.to_string()).collect::<Vec<_>>().join(" ");
+    let input = folder.path().join("input");
+    std::fs::write(&input, format!("3 11 {numbers}\n")).expect("written");
+    let (c, cpp) = (
+        installed.program("capi/adapters.c", "sanitized", &SANITIZED),
+        installed.program("capi/adapters.cpp", "sanitized", &SANITIZED),
+    );
+    let mut python = installed.python();
+    python.arg(tests().join("scripts/capi_adapters.py"));
+    for (door, mut command) in [("C", Command::new(c)), ("C++", Command::new(cpp)), ("Python", python)] {
+        command.arg(&model).arg(&adapter).stdin(std::fs::File::open(&input).expect("just written"));
+        let found = stdout(command.output().expect("the program runs"));
+        assert_eq!(found.lines().count(), 4, "{door}: {found}");
+        for line in found.lines() {
+            let found: Vec<Value> = line.split_whitespace().map(|token| token.parse().expect("a token")).collect();
+            assert_eq!(found.iter().collect::<Vec<_>>(), expected, "{door}");
+        }
     }
 }

@@ -26,6 +26,7 @@ mod protocol;
 mod providers;
 mod python;
 mod random;
+mod run_time_adapters;
 mod sampling;
 mod shortlist;
 mod speculation;

@@ -7,6 +7,7 @@ use std::ops::Range;
 use ndarray::{Array3, s};
 use t5gemma_graphs::facts::Facts;
 
+use crate::adapter::Adapter;
 use crate::draws::Draws;
 use crate::error::Error;
 
@@ -26,6 +27,8 @@ pub struct Batch {
     prompts: Option<Prompts>,
     /// The encoder's hidden states of the sources, `[rows, length, hidden_size]`, if the caller provided them.
     states: Option<Array3<f32>>,
+    /// The LoRA adapter of each row, if it uses one.
+    adapters: Vec<Option<Adapter>>,
 }
 
 /// The decoder prompts, `[rows, length]`.
@@ -107,8 +110,9 @@ impl Batch {
         let given = batches.iter().flat_map(|batch| batch.given.clone()).collect();
         let seeds = batches.iter().flat_map(|batch| batch.seeds.clone()).collect();
         let indices = batches.iter().flat_map(|batch| batch.indices.clone()).collect();
+        let adapters = batches.iter().flat_map(|batch| batch.adapters.clone()).collect();
         let rows = batches.iter().map(|batch| batch.rows).sum();
-        Ok(Batch { given, seeds, indices, prompts, states, ..Batch::flat(rows, ids, mask)? })
+        Ok(Batch { given, seeds, indices, prompts, states, adapters, ..Batch::flat(rows, ids, mask)? })
     }
 
     /// A batch of sources that are already padded, on either side: a token counts if its mask is not 0. Rows whose mask
@@ -166,7 +170,18 @@ impl Batch {
         let length = ids.len() / rows;
         let mask = mask.into_iter().map(|visible| (visible != 0) as i64).collect();
         let (given, seeds, indices) = (vec![length; rows], vec![None; rows], (0..rows).collect());
-        Ok(Batch { rows, length, ids, mask, given, seeds, indices, prompts: None, states: None })
+        Ok(Batch {
+            rows,
+            length,
+            ids,
+            mask,
+            given,
+            seeds,
+            indices,
+            prompts: None,
+            states: None,
+            adapters: vec![None; rows],
+        })
     }
 
     /// Sets the decoder prompt of each row, which generation continues.
@@ -193,6 +208,12 @@ impl Batch {
     /// Sets a seed for these rows, which they keep in a joined batch.
     pub fn with_seed(self, seed: u64) -> Batch {
         Batch { seeds: vec![Some(seed); self.rows], ..self }
+    }
+
+    /// Sets the LoRA adapter that the model computes these rows with, which they keep in a joined batch. The option
+    /// `adapter` does the same for a call.
+    pub fn with_adapter(self, adapter: &Adapter) -> Batch {
+        Batch { adapters: vec![Some(adapter.clone()); self.rows], ..self }
     }
 
     /// Sets the encoder's hidden states of these sources, `[rows, length, hidden_size]` as [`Model::encode`] and
@@ -233,6 +254,7 @@ impl Batch {
             indices: self.indices[rows.clone()].to_vec(),
             prompts: None,
             states,
+            adapters: self.adapters[rows].to_vec(),
         }
     }
 
@@ -265,6 +287,7 @@ impl Batch {
             indices: rows.iter().map(|&row| self.indices[row]).collect(),
             prompts: None,
             states,
+            adapters: rows.iter().map(|&row| self.adapters[row].clone()).collect(),
         }
     }
 
@@ -278,6 +301,21 @@ impl Batch {
     /// The encoder's hidden states of the sources, if the caller provided them.
     pub(crate) fn encoder_outputs(&self) -> Option<&Array3<f32>> {
         self.states.as_ref()
+    }
+
+    /// The LoRA adapter of each row.
+    pub(crate) fn adapters(&self) -> &[Option<Adapter>] {
+        &self.adapters
+    }
+
+    /// Consecutive rows with the same LoRA adapter or none.
+    pub(crate) fn runs_by_adapter(&self) -> impl Iterator<Item = Range<usize>> {
+        let mut first = 0;
+        self.adapters.chunk_by(|one, next| one == next).map(move |run| {
+            let rows = first..first + run.len();
+            first = rows.end;
+            rows
+        })
     }
 
     /// The random numbers that a row samples with; `seed` is that of the options.

@@ -285,11 +285,11 @@ impl Encoder {
                 (Pooling::None, PaddingRows::Unspecified | PaddingRows::Zero) => OutputUnit::Token,
                 _ => OutputUnit::Source,
             };
-            let output = ragged_batch::run(&self.session, batch, &groups, unit, cancel)?;
+            let output = ragged_batch::run(&self.session, &[], batch, &groups, unit, cancel)?;
             cancel.check()?;
             return Ok(vec![ArrayD::from_shape_vec(output.shape, output.values).map_err(wrong_rank)?]);
         }
-        let outputs = self.session.run_on_batch(batch, "running the encoder", cancel)?;
+        let outputs = self.session.run_on_batch(batch, &[], "running the encoder", cancel)?;
         cancel.check()?;
         // Models to be observed have one more output, the ranges.
         let of_states = outputs.into_iter().take(1 + self.folder.hidden_states());
@@ -310,7 +310,7 @@ impl Encoder {
     pub(crate) fn observe(&self, batch: &Batch, cancel: &Cancellation) -> Result<BTreeMap<String, f32>, Error> {
         const DURING: &str = "observing the activations";
         self.check(batch)?;
-        let outputs = self.session.run_on_batch(batch, DURING, cancel)?;
+        let outputs = self.session.run_on_batch(batch, &[], DURING, cancel)?;
         let last = outputs.last().expect("opening has verified that there are outputs");
         let (_, found) = last.try_extract_tensor::<f32>().map_err(Error::onnxruntime(DURING))?;
         let names = self.folder.manifest.observed.values().flatten().cloned();

@@ -8,6 +8,9 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use crate::adapter::Adapter;
+use crate::batch::Batch;
+
 /// Hidden states of one batch, `rows · length · hidden_size` numbers.
 pub(crate) type States = Arc<[f32]>;
 
@@ -28,14 +31,18 @@ struct Entries {
 /// The key of a batch.
 #[derive(Clone, PartialEq, Eq, Hash)]
 struct Key {
+    /// The adapter that the states were computed with.
+    adapter: Option<u64>,
     rows: usize,
     ids: Box<[i64]>,
     mask: Box<[i64]>,
 }
 
 impl Key {
-    fn new(rows: usize, ids: &[i64], mask: &[i64]) -> Key {
-        Key { rows, ids: ids.into(), mask: mask.into() }
+    /// Of a batch whose sources have the same adapter or none.
+    fn new(batch: &Batch) -> Key {
+        let adapter = batch.adapters()[0].as_ref().map(Adapter::id);
+        Key { adapter, rows: batch.rows(), ids: batch.ids().into(), mask: batch.mask().into() }
     }
 
     fn bytes(&self) -> usize {
@@ -55,18 +62,18 @@ impl EncoderCache {
     }
 
     /// The hidden states of a batch, if they are cached.
-    pub fn get(&self, rows: usize, ids: &[i64], mask: &[i64]) -> Option<States> {
+    pub fn get(&self, batch: &Batch) -> Option<States> {
         let mut entries = self.entries();
         entries.clock += 1;
         let now = entries.clock;
-        let entry = entries.by_batch.get_mut(&Key::new(rows, ids, mask))?;
+        let entry = entries.by_batch.get_mut(&Key::new(batch))?;
         entry.used = now;
         Some(Arc::clone(&entry.states))
     }
 
     /// Caches the hidden states of a batch, in place of the least recently used ones.
-    pub fn put(&self, rows: usize, ids: &[i64], mask: &[i64], states: &[f32]) {
-        let key = Key::new(rows, ids, mask);
+    pub fn put(&self, batch: &Batch, states: &[f32]) {
+        let key = Key::new(batch);
         let bytes = key.bytes() + size_of_val(states);
         if bytes > self.max_bytes {
             return;
@@ -103,35 +110,39 @@ mod tests {
         2 * 8 + 4 * numbers
     }
 
+    fn batch(rows: usize, ids: &[i64], mask: &[i64]) -> Batch {
+        Batch::flat(rows, ids.to_vec(), mask.to_vec()).expect("a rectangle")
+    }
+
     #[test]
     fn the_least_recently_used_entry_goes_first() {
         let cache = EncoderCache::new(2 * bytes(3));
-        cache.put(1, &[1], &[1], &[1.0; 3]);
-        cache.put(1, &[2], &[1], &[2.0; 3]);
-        assert_eq!(cache.get(1, &[1], &[1]).as_deref(), Some([1.0; 3].as_slice()));
-        cache.put(1, &[3], &[1], &[3.0; 3]);
-        assert_eq!(cache.get(1, &[2], &[1]), None);
-        assert!(cache.get(1, &[1], &[1]).is_some() && cache.get(1, &[3], &[1]).is_some());
+        cache.put(&batch(1, &[1], &[1]), &[1.0; 3]);
+        cache.put(&batch(1, &[2], &[1]), &[2.0; 3]);
+        assert_eq!(cache.get(&batch(1, &[1], &[1])).as_deref(), Some([1.0; 3].as_slice()));
+        cache.put(&batch(1, &[3], &[1]), &[3.0; 3]);
+        assert_eq!(cache.get(&batch(1, &[2], &[1])), None);
+        assert!(cache.get(&batch(1, &[1], &[1])).is_some() && cache.get(&batch(1, &[3], &[1])).is_some());
     }
 
     #[test]
     fn the_cache_stays_within_its_bytes() {
         let cache = EncoderCache::new(bytes(3));
-        cache.put(1, &[1], &[1], &[1.0; 4]);
-        assert_eq!(cache.get(1, &[1], &[1]), None, "larger than the whole cache");
+        cache.put(&batch(1, &[1], &[1]), &[1.0; 4]);
+        assert_eq!(cache.get(&batch(1, &[1], &[1])), None, "larger than the whole cache");
         for _ in 0..3 {
-            cache.put(1, &[1], &[1], &[1.0; 3]);
+            cache.put(&batch(1, &[1], &[1]), &[1.0; 3]);
             assert_eq!(cache.entries().bytes, bytes(3), "the same again replaces itself");
         }
-        cache.put(1, &[2], &[1], &[]);
-        assert_eq!((cache.get(1, &[1], &[1]), cache.entries().bytes), (None, bytes(0)));
+        cache.put(&batch(1, &[2], &[1]), &[]);
+        assert_eq!((cache.get(&batch(1, &[1], &[1])), cache.entries().bytes), (None, bytes(0)));
     }
 
     #[test]
     fn a_mask_or_a_shape_makes_another_batch() {
         let cache = EncoderCache::new(1000);
-        cache.put(1, &[1, 2], &[1, 1], &[1.0]);
-        assert_eq!(cache.get(1, &[1, 2], &[0, 1]), None);
-        assert_eq!(cache.get(2, &[1, 2], &[1, 1]), None, "the same numbers in other rows");
+        cache.put(&batch(1, &[1, 2], &[1, 1]), &[1.0]);
+        assert_eq!(cache.get(&batch(1, &[1, 2], &[0, 1])), None);
+        assert_eq!(cache.get(&batch(2, &[1, 2], &[1, 1])), None, "the same numbers in other rows");
     }
 }

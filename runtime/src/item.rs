@@ -75,7 +75,11 @@ impl Call {
         }
         let seed = options.seed.unwrap_or_else(Draws::random_seed);
         let vocabulary_subset = model.vocabulary_subset().cloned();
-        let (batch, options) = (batch.clone(), Arc::new(options.clone()));
+        let batch = match &options.adapter {
+            Some(name) => batch.clone().with_adapter(&model.adapter(name)?),
+            None => batch.clone(),
+        };
+        let options = Arc::new(options.clone());
         Ok(Call { batch, prompts, options, max_length, constraint, vocabulary_subset, seed })
     }
 

@@ -89,6 +89,7 @@ mod panics;
 mod shortlist;
 mod tokenizer;
 
+mod adapter;
 mod batch;
 mod cancellation;
 mod device;
@@ -101,6 +102,7 @@ pub mod log;
 pub mod options;
 mod vocabulary_subset;
 
+pub use adapter::Adapter;
 pub use batch::Batch;
 pub use build_engines::{ExistingEngines, build_engines};
 pub use calibrate::Calibration;

@@ -7,12 +7,14 @@ mod encode;
 use std::borrow::Cow;
 use std::fmt;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
+use ort::session::builder::PrepackedWeights;
 use t5gemma_graphs::facts::Facts;
 use t5gemma_graphs::interface::{self, BATCH, CacheLayout, DType, Dim, Logits, Ports, REORDER};
 use t5gemma_graphs::manifest::Manifest;
 
+use crate::adapter::{Adapter, Adapters};
 use crate::batch::Batch;
 use crate::constraint::Compiler;
 use crate::device::{Device, Provider, cuda_graphs_require};
@@ -35,9 +37,12 @@ use crate::weights::UploadedWeights;
 pub struct Model {
     // The sessions read the weights that `folder` maps or `_uploaded` owns, so they come first: fields are dropped in
     // order.
-    encoder: GraphSession,
-    decoder: GraphSession,
-    decoder_with_past: GraphSession,
+    base: Graphs,
+    /// The graphs that take adapters, opened when the first adapter is loaded.
+    lora: OnceLock<Graphs>,
+    /// The state of opening them.
+    lora_opener: Mutex<LoraOpener>,
+    adapters: Adapters,
     /// For each cached tensor, in the order of the graphs, whether it is of cross-attention.
     is_cross: Vec<bool>,
     on_cpu: bool,
@@ -58,6 +63,19 @@ impl fmt::Debug for Model {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Model").field("path", &self.folder.path).finish_non_exhaustive()
     }
+}
+
+/// The graphs of a model that generates.
+struct Graphs {
+    encoder: GraphSession,
+    decoder: GraphSession,
+    decoder_with_past: GraphSession,
+}
+
+/// What the graphs that take adapters are opened with.
+struct LoraOpener {
+    options: OpenOptions,
+    prepacked: PrepackedWeights,
 }
 
 /// The greatest length of a target, and what limits it.
@@ -112,17 +130,21 @@ impl Model {
         } else {
             None
         };
-        let encoder = opener.open("encoder", ports("encoder"))?;
-        let decoder = opener.open("decoder", ports("decoder"))?;
-        let decoder_with_past = opener.open("decoder_with_past", ports("decoder_with_past"))?;
+        let base = Graphs {
+            encoder: opener.open("encoder", ports("encoder"))?,
+            decoder: opener.open("decoder", ports("decoder"))?,
+            decoder_with_past: opener.open("decoder_with_past", ports("decoder_with_past"))?,
+        };
         let fallbacks = std::mem::take(&mut opener.fallbacks);
+        let lora_opener = LoraOpener { options: options.clone(), prepacked: opener.prepacked() };
         drop(opener);
         let on_cpu = options.provider.kind == Provider::Cpu;
         let tokenizer = Arc::new(LazyTokenizer::in_folder(&folder.path));
         Ok(Model {
-            encoder,
-            decoder,
-            decoder_with_past,
+            base,
+            lora: OnceLock::new(),
+            lora_opener: Mutex::new(lora_opener),
+            adapters: Adapters::default(),
             is_cross,
             on_cpu,
             limits: folder.limits(options.limits.resolved(on_cpu)),
@@ -191,6 +213,81 @@ impl Model {
         self.buffer_pool().map_or(0, |pool| pool.unused_sets())
     }
 
+    /// Loads the PEFT LoRA adapter in `folder` (`adapter_config.json` and `adapter_model.safetensors`) as `name`, which the
+    /// option `adapter` of further calls can then have. The model has to be exported for it, with
+    /// `t5gemma-export --lora-inputs RANK`. The first adapter takes longer: the graphs that take adapters are opened for it.
+    ///
+    /// Copies of a model that an [`Engine`](crate::Engine) runs share the adapters of the first copy.
+    ///
+    /// # Errors
+    /// A model that takes no adapters, a name that a loaded adapter has, a folder that cannot be read, an adapter for
+    /// another base model or of a greater rank, or one that changes more than linear layers.
+    pub fn load_adapter(&self, name: &str, folder: impl AsRef<Path>) -> Result<(), Error> {
+        let _in_call = self.enter()?;
+        let unsupported = |what: &str, remedy: &str| Error::Unsupported {
+            what: format!("{}: {what}", self.folder.path.display()),
+            remedy: remedy.into(),
+        };
+        if self.folder.manifest.lora_inputs.is_none() {
+            return Err(unsupported("the model takes no adapters", "export it with lora_inputs"));
+        }
+        if self.buffer_pool().is_some() {
+            let remedy = "open it without CUDA graphs and fixed_step_buffers";
+            return Err(unsupported("steps with fixed buffers take no adapters", remedy));
+        }
+        self.adapters.load(name, folder.as_ref(), &self.folder.manifest)?;
+        self.graphs(true).map(drop)
+    }
+
+    /// Removes the adapter `name`. Calls and rows in flight that use it are not disturbed.
+    ///
+    /// # Errors
+    /// No loaded adapter of that name.
+    pub fn unload_adapter(&self, name: &str) -> Result<(), Error> {
+        let _in_call = self.enter()?;
+        self.adapters.unload(name)
+    }
+
+    /// The names of the loaded adapters, in alphabetical order.
+    pub fn adapters(&self) -> Vec<String> {
+        self.adapters.names()
+    }
+
+    /// The loaded adapter `name`, for [`Batch::with_adapter`].
+    ///
+    /// # Errors
+    /// No loaded adapter of that name.
+    pub fn adapter(&self, name: &str) -> Result<Adapter, Error> {
+        Ok(self.adapters.get(name)?)
+    }
+
+    /// The graphs for rows with or without adapters.
+    fn graphs(&self, take_adapters: bool) -> Result<&Graphs, Error> {
+        if !take_adapters {
+            return Ok(&self.base);
+        }
+        if let Some(graphs) = self.lora.get() {
+            return Ok(graphs);
+        }
+        let opener = self.lora_opener.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.lora.get().is_none() {
+            let LoraOpener { options, prepacked } = &*opener;
+            let specs = self.folder.manifest.graph_specs();
+            let mut opener = Opener::with_weights(&self.folder, options, prepacked.clone(), self._uploaded.as_ref())?;
+            let mut open = |name: &str| {
+                let spec = specs.iter().find(|spec| spec.name == name);
+                opener.open(name, &spec.expect("a model that takes adapters has these graphs").ports)
+            };
+            let graphs = Graphs {
+                encoder: open("encoder_lora")?,
+                decoder: open("decoder_lora")?,
+                decoder_with_past: open("decoder_with_past_lora")?,
+            };
+            self.lora.get_or_init(|| graphs);
+        }
+        Ok(self.lora.get().expect("opened just now"))
+    }
+
     /// Whether the decoder returns cross-attentions.
     pub(crate) fn has_cross_attentions(&self) -> bool {
         self.folder.manifest.decoder_outputs().cross_attentions
@@ -237,8 +334,9 @@ impl Model {
         self.folder.profiles.as_ref()
     }
 
-    /// See [`Folder::check`].
+    /// See [`Folder::check`]. Adapters must have been loaded for this model.
     pub(crate) fn check(&self, batch: &Batch) -> Result<(), Error> {
+        batch.adapters().iter().flatten().try_for_each(|adapter| adapter.check(&self.folder.manifest))?;
         self.folder.check(batch)
     }
 

@@ -254,6 +254,8 @@ generation_options! {
     regex: String, Option<String> = None, form::REGEX;
     /// The output matches this grammar, in llguidance's variant of Lark.
     grammar: String, Option<String> = None, form::GRAMMAR;
+    /// The name of the LoRA adapter to generate with, which the model has to have loaded.
+    adapter: String, Option<String> = None, form::NAME;
     /// Tells which tokens may come next. Not available in JSON.
     prefix_allowed_tokens: PrefixAllowedTokens, Option<PrefixAllowedTokens> = None, form::not_json();
 }

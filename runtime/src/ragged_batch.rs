@@ -2,14 +2,16 @@
 //! keep a CPU busy, and work on padding is wasted.
 
 use std::ops::Range;
+use std::sync::Arc;
 
+use ort::value::DynValue;
 use t5gemma_graphs::manifest::Manifest;
 use t5gemma_kernels::{LogitsRequest, attention_skips_other_sources};
 
 use crate::batch::Batch;
 use crate::cancellation::Cancellation;
 use crate::error::Error;
-use crate::session::{GraphSession, float32_values, int64_tensor};
+use crate::session::{GraphSession, float32_values, int64_tensor, with_others};
 
 /// Tokens of padding in a row that cost no more than another run of the graph.
 const MOST_PADDING: usize = 24;
@@ -108,10 +110,11 @@ pub(crate) struct Output {
     pub values: Vec<f32>,
 }
 
-/// Runs the encoder on each group and puts its outputs together as if it had run once. Tokens that are in no group get
+/// Runs the encoder, with `others` behind its inputs, on each group and puts its outputs together as if it had run once. Tokens that are in no group get
 /// zeros, or with [`OutputUnit::TokenOrPadding`] the state of padding.
 pub(crate) fn run(
     encoder: &GraphSession,
+    others: &[Arc<DynValue>],
     batch: &Batch,
     groups: &[Group],
     unit: OutputUnit,
@@ -142,7 +145,7 @@ pub(crate) fn run(
             }
         }
         let (ids, mask) = (int64_tensor(rows, ids)?, int64_tensor(rows, mask)?);
-        let inputs = [(&ids).into(), (&mask).into()];
+        let inputs = with_others([&ids, &mask], others);
         let outputs = encoder.run(LogitsRequest::All, &inputs, "running the encoder", cancel)?;
         let output = outputs.into_iter().next().expect("opening has verified that there is one output");
         let found = float32_values(&output).map_err(Error::onnxruntime("reading the output"))?;

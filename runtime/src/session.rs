@@ -98,17 +98,26 @@ impl GraphSession {
         run(self.lock(request)?, inputs, during, cancel)
     }
 
-    /// Runs a graph that takes sources with their mask.
+    /// Runs a graph that takes sources with their mask, and `others` behind them.
     pub fn run_on_batch(
         &self,
         batch: &Batch,
+        others: &[Arc<DynValue>],
         during: &'static str,
         cancel: &Cancellation,
     ) -> Result<Vec<DynValue>, Error> {
         let ids = int64_tensor(batch.rows(), batch.ids().to_vec())?;
         let mask = int64_tensor(batch.rows(), batch.mask().to_vec())?;
-        self.run(LogitsRequest::All, &[(&ids).into(), (&mask).into()], during, cancel)
+        self.run(LogitsRequest::All, &with_others([&ids, &mask], others), during, cancel)
     }
+}
+
+/// The inputs of a run, with `others` behind the first.
+pub(crate) fn with_others<'v, const N: usize>(
+    first: [&'v DynValue; N],
+    others: &'v [Arc<DynValue>],
+) -> Vec<SessionInputValue<'v>> {
+    first.into_iter().chain(others.iter().map(|other| &**other)).map(SessionInputValue::from).collect()
 }
 
 /// Runs a locked session and returns its outputs in order.

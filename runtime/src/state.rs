@@ -17,6 +17,7 @@ use ort::value::{DynValue, PrimitiveTensorElementType, Tensor, TensorElementType
 use t5gemma_graphs::interface::CROSS_ATTENTIONS;
 use t5gemma_kernels::LogitsRequest;
 
+use crate::adapter::RowAdapters;
 use crate::error::Error;
 pub(crate) use fixed_buffers::BufferPool;
 use growing::GrowingCache;
@@ -33,6 +34,8 @@ pub(crate) struct State {
     cache: Cache,
     items: usize,
     rows: usize,
+    /// The LoRA adapters of the target rows, if any has one.
+    adapters: Option<RowAdapters>,
 }
 
 /// The keys and values.
@@ -99,13 +102,14 @@ impl State {
     /// of cross-attention, with source items on its first axis, or of self-attention, with target rows.
     pub fn growing(mask: DynValue, cached: Vec<DynValue>, is_cross: Vec<bool>) -> State {
         let items = mask.shape()[0] as usize;
-        State { cache: Cache::Growing(GrowingCache::new(mask, cached, is_cross)), items, rows: items }
+        State { cache: Cache::Growing(GrowingCache::new(mask, cached, is_cross)), items, rows: items, adapters: None }
     }
 
     /// [`State::growing`] for a model whose steps write into the cache.
     pub fn in_place(mask: DynValue, cached: Vec<DynValue>, is_cross: &[bool]) -> ort::Result<State> {
         let items = mask.shape()[0] as usize;
-        Ok(State { cache: Cache::InPlace(Box::new(InPlaceCache::new(mask, cached, is_cross)?)), items, rows: items })
+        let cache = Cache::InPlace(Box::new(InPlaceCache::new(mask, cached, is_cross)?));
+        Ok(State { cache, items, rows: items, adapters: None })
     }
 
     /// Runs the first decoder graph and keeps its keys and values on the device. If that graph is a step, its outputs
@@ -119,7 +123,12 @@ impl State {
     ) -> ort::Result<(State, Option<DecoderOutputs>)> {
         let items = inputs.mask.shape()[0] as usize;
         let (cache, outputs) = DeviceCache::prefill(config, session, inputs, request, options)?;
-        Ok((State { cache: Cache::Device(Box::new(cache)), items, rows: items }, outputs))
+        Ok((State { cache: Cache::Device(Box::new(cache)), items, rows: items, adapters: None }, outputs))
+    }
+
+    /// The same state, whose rows use these adapters.
+    pub fn with_adapters(self, adapters: Option<RowAdapters>) -> State {
+        State { adapters, ..self }
     }
 
     /// The number of source items in flight.
@@ -132,9 +141,9 @@ impl State {
         self.rows
     }
 
-    /// The keys and values, for a step.
-    pub fn cache_mut(&mut self) -> &mut Cache {
-        &mut self.cache
+    /// The keys and values for a step, and the adapters of its rows.
+    pub fn parts_mut(&mut self) -> (&mut Cache, Option<&RowAdapters>) {
+        (&mut self.cache, self.adapters.as_ref())
     }
 
     /// Changes the rows: see [`Selection`].
@@ -145,6 +154,7 @@ impl State {
             Cache::InPlace(cache) => cache.select(&selection),
             Cache::Device(cache) => cache.select(&selection),
         }
+        .and_then(|()| self.adapters.as_mut().map_or(Ok(()), |adapters| adapters.select(parents)))
         .map_err(Error::onnxruntime("reordering the cache"))?;
         (self.items, self.rows) = (items.len(), parents.len());
         Ok(())

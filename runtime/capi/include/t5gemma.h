@@ -88,7 +88,7 @@ extern "C" {
 #endif
 
 #define T5G_ABI_MAJOR 1
-#define T5G_ABI_MINOR 3
+#define T5G_ABI_MINOR 4
 
 /* The size of a zero-terminated text. */
 #define T5G_ZERO_TERMINATED SIZE_MAX
@@ -242,6 +242,18 @@ t5g_error *t5g_model_tokenizer(const t5g_model *model, t5g_tokenizer **tokenizer
  * is a JSON list of {"role", "content"}. */
 t5g_error *t5g_model_chat(const t5g_model *model, const char *messages, t5g_text **text);
 
+/* Loads the PEFT LoRA adapter in `folder` (adapter_config.json and adapter_model.safetensors) as `name`, which calls can
+ * then choose. The model must be exported with `t5gemma-export --lora-inputs RANK`. T5G_ERROR_INPUT if a loaded adapter
+ * has the name; T5G_ERROR_FILE for a folder that cannot be read, or an adapter of another base model, of a greater rank,
+ * or that changes more than linear layers. An engine uses the adapters of the model that it was created with. */
+t5g_error *t5g_model_load_adapter(const t5g_model *model, const char *name, const char *folder);
+
+/* Unloads an adapter. Calls and requests that use it already are not disturbed. */
+t5g_error *t5g_model_unload_adapter(const t5g_model *model, const char *name);
+
+/* The names of the loaded adapters: a JSON list of strings. */
+t5g_error *t5g_model_adapters(const t5g_model *model, t5g_text **json);
+
 t5g_code t5g_model_free(t5g_model *model);
 
 
@@ -271,6 +283,7 @@ typedef struct t5g_sources {
     size_t encoder_rows;        /* of encoder_outputs, as in t5g_states */
     size_t encoder_length;
     size_t encoder_width;
+    const char *adapter; /* the name of the LoRA adapter of all rows; NULL: none. As t5g_generation_options.adapter */
 } t5g_sources;
 
 static inline t5g_sources t5g_sources_default(void) {
@@ -319,6 +332,7 @@ typedef struct t5g_generation_options {
     const char *json_schema, *regex, *grammar;
     double coverage_penalty, patience;
     int64_t output_attentions;
+    const char *adapter; /* the name that the adapter was loaded under */
 } t5g_generation_options;
 
 static inline t5g_generation_options t5g_generation_options_default(void) {

@@ -365,13 +365,15 @@ struct GenerationOptions {
     std::optional<std::string> json_schema, regex, grammar;
     std::optional<double> coverage_penalty, patience;
     std::optional<std::int64_t> output_attentions;
+    std::optional<std::string> adapter;
 
     std::optional<Error> wrong() const {
         for (std::size_t at = 0; stop_strings && at < stop_strings->size(); at++)
             if (auto found = detail::without_zero("stop_strings[" + std::to_string(at) + "]", (*stop_strings)[at]))
                 return found;
         return detail::first(detail::without_zero("json", json), detail::without_zero("json_schema", json_schema),
-                             detail::without_zero("regex", regex), detail::without_zero("grammar", grammar));
+                             detail::without_zero("regex", regex), detail::without_zero("grammar", grammar),
+                             detail::without_zero("adapter", adapter));
     }
     /// Calls `use` with the struct of t5gemma.h.
     template <class Use>
@@ -426,6 +428,7 @@ struct GenerationOptions {
         detail::set(given.coverage_penalty, coverage_penalty);
         detail::set(given.patience, patience);
         detail::set(given.output_attentions, output_attentions);
+        detail::set(given.adapter, adapter);
         detail::set(given.eos_token_id, given.eos_token_id_count, eos_token_id);
         detail::set(given.forced_eos_token_id, given.forced_eos_token_id_count, forced_eos_token_id);
         detail::set(given.suppress_tokens, given.suppress_tokens_count, suppress_tokens);
@@ -550,6 +553,12 @@ public:
         return *this;
     }
 
+    /// The LoRA adapter of all rows, by the name that it was loaded under.
+    Sources &adapter(std::string name) {
+        adapter_ = std::move(name);
+        return *this;
+    }
+
     std::size_t rows() const { return rows_; }
     /// The first fields with contradictory sizes, if any.
     std::optional<Error> wrong() const {
@@ -581,7 +590,8 @@ public:
             const char *what = "rows times length times width";
             if (auto found = detail::of_size("sources.encoder_outputs", outputs_->values.size(), *size, what)) return found;
         }
-        return detail::without_zero("sources.messages", messages_);
+        return detail::first(detail::without_zero("sources.messages", messages_),
+                             detail::without_zero("sources.adapter", adapter_));
     }
 
     /// Calls `use` with the struct of t5gemma.h.
@@ -621,6 +631,7 @@ public:
             given.decoder_length = decoder_length_;
         }
         if (messages_) given.messages = messages_->c_str();
+        if (adapter_) given.adapter = adapter_->c_str();
         if (outputs_) {
             given.encoder_outputs = outputs_->values.data();
             given.encoder_rows = outputs_->rows;
@@ -651,7 +662,7 @@ private:
     std::size_t rows_ = 0, length_ = 0, decoder_length_ = 0;
     std::vector<std::string> texts_;
     std::optional<std::vector<std::string>> decoder_texts_;
-    std::optional<std::string> messages_;
+    std::optional<std::string> messages_, adapter_;
     std::vector<std::int64_t> ids_, mask_;
     std::vector<std::size_t> lengths_;
     std::optional<std::vector<std::int64_t>> decoder_ids_;
@@ -1083,6 +1094,20 @@ public:
     Returned<std::string> chat(const std::string &messages) const {
         if (auto wrong = detail::without_zero("messages", messages)) return detail::refused<std::string>(std::move(*wrong));
         return detail::text([&](t5g_text **given) { return t5g_model_chat(handle_.get(), messages.c_str(), given); });
+    }
+    /// Loads the PEFT LoRA adapter in `folder` as `name`, for GenerationOptions::adapter and Sources::adapter.
+    Returned<void> load_adapter(const std::string &name, const std::string &folder) const {
+        if (auto wrong = detail::first(detail::without_zero("name", name), detail::without_zero("folder", folder)))
+            return detail::refused<void>(std::move(*wrong));
+        return detail::returned(t5g_model_load_adapter(handle_.get(), name.c_str(), folder.c_str()));
+    }
+    Returned<void> unload_adapter(const std::string &name) const {
+        if (auto wrong = detail::without_zero("name", name)) return detail::refused<void>(std::move(*wrong));
+        return detail::returned(t5g_model_unload_adapter(handle_.get(), name.c_str()));
+    }
+    /// The names of the loaded adapters: a JSON list of strings.
+    Returned<std::string> adapters() const {
+        return detail::text([&](t5g_text **json) { return t5g_model_adapters(handle_.get(), json); });
     }
     /// Runs typical shapes once, so that the first request does not take longer than others.
     Returned<void> warm_up(const Call &call = {}) const {

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::ptr;
 
 use serde_json::{Value, json};
-use t5gemma_runtime::{Batch, Encoder, Pooling, ScoreFunction, Task};
+use t5gemma_runtime::{Batch, Encoder, Error, Pooling, ScoreFunction, Task};
 
 use crate::boundary::{fallible, free};
 use crate::call::{Call, Role, t5g_call};
@@ -110,6 +110,10 @@ impl t5g_encoder {
             chat: &|| Err(t5g_error::argument("sources.messages", "NULL (conversations require a t5g_model)", "text")),
             pad_token_id: self.inner.pad_token_id(),
             hidden_size: self.inner.facts().encoder.hidden_size,
+            adapter: &|name| {
+                let expected = "NULL (adapters require a t5g_model)".to_string();
+                Err(Error::Input { field: "sources.adapter".into(), expected, found: format!("{name:?}") })
+            },
         };
         reader.batch(sources)
     }

@@ -62,6 +62,7 @@ impl t5g_model {
             chat: &|| self.chat(),
             pad_token_id: self.inner.generation_config().pad_token_id,
             hidden_size: self.inner.facts().encoder.hidden_size,
+            adapter: &|name| self.inner.adapter(name),
         })
     }
 }
@@ -137,6 +138,32 @@ pub extern "C" fn t5g_model_chat(
         let (place, model) = (text.check("text")?, model.get("model")?);
         let messages = list(messages.required("messages")?, "messages")?;
         place.put(t5g_text::handle(model.chat()?.apply(&messages)?));
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn t5g_model_load_adapter(model: Handle<t5g_model>, name: Text, folder: Text) -> Handle<t5g_error> {
+    fallible(|| {
+        let model = model.get("model")?;
+        let (name, folder) = (name.required("name")?, PathBuf::from(folder.required("folder")?));
+        Ok(model.inner.load_adapter(name, folder)?)
+    })
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn t5g_model_unload_adapter(model: Handle<t5g_model>, name: Text) -> Handle<t5g_error> {
+    fallible(|| {
+        let (model, name) = (model.get("model")?, name.required("name")?);
+        Ok(model.inner.unload_adapter(name)?)
+    })
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn t5g_model_adapters(model: Handle<t5g_model>, json: Out<Handle<t5g_text>>) -> Handle<t5g_error> {
+    fallible(|| {
+        let (place, model) = (json.check("json")?, model.get("model")?);
+        place.put(t5g_text::handle(json!(model.inner.adapters()).to_string()));
         Ok(())
     })
 }

@@ -244,6 +244,7 @@ pub struct t5g_generation_options {
     coverage_penalty: f64,
     patience: f64,
     output_attentions: i64,
+    adapter: Text,
 }
 
 // SAFETY: fields of 8 bytes of which any bytes are a valid value.
@@ -312,6 +313,7 @@ unsafe impl Fields for t5g_generation_options {
             coverage_penalty: NAN,
             patience: NAN,
             output_attentions: UNSET,
+            adapter: Text::NULL,
         }
     }
 }
@@ -332,7 +334,7 @@ pub fn generation_options(options: Record<t5g_generation_options>) -> Result<Map
             length_penalty repetition_penalty encoder_repetition_penalty frequency_penalty presence_penalty max_time
             coverage_penalty patience;
         json: json_schema;
-        text: regex grammar;
+        text: regex grammar adapter;
     }
     all.tokens("eos_token_id", given.eos_token_id, given.eos_token_id_count)?;
     all.tokens("forced_eos_token_id", given.forced_eos_token_id, given.forced_eos_token_id_count)?;

@@ -3,7 +3,7 @@
 use ndarray::Array3;
 use serde_json::Value;
 use t5gemma_protocol::{Tokenize, conversation};
-use t5gemma_runtime::{Batch, ChatTemplate, Error, Tokenizer};
+use t5gemma_runtime::{Adapter, Batch, ChatTemplate, Error, Tokenizer};
 
 use crate::error::{t5g_code, t5g_error};
 use crate::input::{Array, Fields, Record, Text, ZERO_TERMINATED, flag};
@@ -31,6 +31,7 @@ pub struct t5g_sources {
     encoder_rows: usize,
     encoder_length: usize,
     encoder_width: usize,
+    adapter: Text,
 }
 
 // SAFETY: fields of 8 bytes of which any bytes are a valid value.
@@ -59,6 +60,7 @@ unsafe impl Fields for t5g_sources {
             encoder_rows: 0,
             encoder_length: 0,
             encoder_width: 0,
+            adapter: Text::NULL,
         }
     }
 }
@@ -112,11 +114,17 @@ pub struct Reader<'a> {
     pub pad_token_id: i64,
     /// The width of the encoder's hidden states.
     pub hidden_size: usize,
+    /// The loaded adapter of a name.
+    pub adapter: &'a dyn Fn(&str) -> Result<Adapter, Error>,
 }
 
 impl Tokenize for Reader<'_> {
     fn tokenizer(&self) -> Result<&Tokenizer, Error> {
         (self.tokenizer)()
+    }
+
+    fn adapter(&self, name: &str) -> Result<Adapter, Error> {
+        (self.adapter)(name)
     }
 }
 
@@ -153,6 +161,10 @@ impl Reader<'_> {
             }
         };
         let batch = self.with_prompts(batch, &given)?;
+        let batch = match given.adapter.optional("sources.adapter")? {
+            Some(name) => batch.with_adapter(&(self.adapter)(name)?),
+            None => batch,
+        };
         let shape = [batch.rows(), batch.length(), self.hidden_size];
         let count = product(&shape, "sources.encoder_outputs")?;
         let [rows, length, width] = shape;

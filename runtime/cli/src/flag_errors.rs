@@ -75,6 +75,17 @@ pub fn of_opening(error: Error) -> anyhow::Error {
     }
 }
 
+/// An error of an adapter that cannot be loaded.
+pub fn of_adapter(error: Error) -> anyhow::Error {
+    match error {
+        Error::Input { expected, found, .. } => Usage(format!("--adapter: expected {expected}, found {found}")).into(),
+        Error::Unsupported { what, remedy } => {
+            Usage(format!("--adapter: {what}; {}", remedy.replace("lora_inputs", "--lora-inputs"))).into()
+        }
+        error => error.into(),
+    }
+}
+
 /// An error of a model that cannot be calibrated, with the flag of the export that it needs.
 pub fn of_calibration(error: Error) -> anyhow::Error {
     match error {

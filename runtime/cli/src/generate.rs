@@ -19,7 +19,7 @@ use crate::exit::Outcome;
 use crate::exit::{bail_usage, ensure_usage};
 use crate::flag_errors;
 use crate::lines::Lines;
-use crate::opening::{ModelArguments, Opening, RuntimeArguments};
+use crate::opening::{AdapterArguments, ModelArguments, Opening, RuntimeArguments};
 use crate::options::GenerationFlags;
 use crate::packing::Packing;
 use crate::progress::counter;
@@ -66,6 +66,8 @@ pub struct Arguments {
         conflicts_with_all = ["texts", "chat", "system"]
     )]
     encoder_outputs: Option<PathBuf>,
+    #[command(flatten)]
+    adapters: AdapterArguments,
     #[command(flatten)]
     flags: GenerationFlags,
     #[command(flatten)]
@@ -123,6 +125,9 @@ Examples:
   Answer JSON requests on two GPUs:
     t5gemma generate model --jsonl --provider cuda --device 0,1 < requests.jsonl
 
+  Answer requests that choose one of two LoRA adapters, or none:
+    t5gemma generate model --jsonl --adapter law=law-lora --adapter news=news-lora < requests.jsonl
+
   Generate JSON that satisfies a schema:
     t5gemma generate model --json-schema schema.json 'Room 12 costs $80.'"#;
 
@@ -140,8 +145,14 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
         "--system requires --chat, or --jsonl with requests that have messages"
     );
     let flags = &arguments.flags;
-    let given = flags.read()?;
+    let mut given = flags.read()?;
+    if !arguments.jsonl
+        && let Some(name) = arguments.adapters.of_texts()?
+    {
+        given.insert("adapter".into(), name.into());
+    }
     let models = opening.open_all()?;
+    arguments.adapters.load(&models)?;
     let model = models[0].clone();
     // Reject flags that are wrong for every request before reading any.
     let options = model.generation_config().with_json(&given).map_err(|error| flag_errors::of_flags(&error, flags))?;

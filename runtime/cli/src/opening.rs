@@ -31,6 +31,41 @@ pub struct ModelArguments {
     pub engines: Option<PathBuf>,
 }
 
+/// The adapters to load.
+#[derive(Args)]
+#[command(next_help_heading = "Model")]
+pub struct AdapterArguments {
+    /// Load the PEFT LoRA adapter in DIR as NAME; may be repeated
+    ///
+    /// The model must be exported with --lora-inputs. JSON requests choose an adapter by its name. Texts use the only
+    /// one that is given.
+    #[arg(long, value_name = "NAME=DIR", value_parser = adapter)]
+    pub adapter: Vec<(String, PathBuf)>,
+}
+
+impl AdapterArguments {
+    /// Loads the adapters.
+    pub fn load(&self, models: &[Arc<Model>]) -> Result<()> {
+        for (name, folder) in &self.adapter {
+            for model in models {
+                model.load_adapter(name, folder).map_err(flag_errors::of_adapter)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The name of the adapter that texts use.
+    pub fn of_texts(&self) -> Result<Option<&str>> {
+        match &self.adapter[..] {
+            [] => Ok(None),
+            [(name, _)] => Ok(Some(name)),
+            several => {
+                bail_usage!("--adapter: expected one for texts, found {} (--jsonl takes several)", several.len())
+            }
+        }
+    }
+}
+
 /// How the model runs.
 #[derive(Args)]
 #[command(next_help_heading = "Runtime")]
@@ -158,6 +193,13 @@ impl Opening {
         options.profile = runtime.profile.clone();
         options.engines = model.engines.clone();
         options
+    }
+}
+
+fn adapter(text: &str) -> Result<(String, PathBuf), String> {
+    match text.split_once('=') {
+        Some((name, folder)) if !name.is_empty() && !folder.is_empty() => Ok((name.to_string(), folder.into())),
+        _ => Err(format!("expected NAME=DIR, found {text}")),
     }
 }
 

@@ -80,7 +80,8 @@ pub fn joined(arguments: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
 
 /// The options whose flags are defined here; those of constraints that may be files are in `constraints`.
 fn flags() -> impl Iterator<Item = &'static GenerationOption> {
-    GENERATION_OPTIONS.iter().filter(|option| !constraints::has_flag(option.name))
+    // Flags load adapters: see `AdapterArguments`.
+    GENERATION_OPTIONS.iter().filter(|option| !constraints::has_flag(option.name) && option.name != "adapter")
 }
 
 /// The value name of a flag.

@@ -1,6 +1,7 @@
 //! `t5gemma score`: log-probabilities of given targets.
 
 use std::io::{self, Write};
+use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use t5gemma_protocol::{Score, ScoreResponse, ScoreResult, TokenizedRequest, Usage, batch};
@@ -8,7 +9,7 @@ use t5gemma_runtime::{Batch, Cancellation, CrossAttentions, Error, Logprobs, Mod
 
 use crate::exit::Outcome;
 use crate::lines::Lines;
-use crate::opening::{ModelArguments, Opening, RuntimeArguments};
+use crate::opening::{AdapterArguments, ModelArguments, Opening, RuntimeArguments};
 use crate::packing::Packing;
 use crate::progress::counter;
 use crate::requests::{self, Kind, Refused};
@@ -33,6 +34,8 @@ pub struct Arguments {
     #[arg(long, help_heading = "Output")]
     output_attentions: bool,
     #[command(flatten)]
+    adapters: AdapterArguments,
+    #[command(flatten)]
     packing: Packing,
     #[command(flatten)]
     runtime: RuntimeArguments,
@@ -42,7 +45,8 @@ const JSON_LINES: &str = r#"JSON lines:
 Each line of stdin is a request, each line of stdout its result, in the same order:
 
   request  {"id"?, "text" | "input_ids", "attention_mask"?,
-            "target" | "target_ids", "decoder_text"? | "decoder_input_ids"?}
+            "target" | "target_ids", "decoder_text"? | "decoder_input_ids"?,
+            "adapter"?}
   result   {"id", "scores": [{"tokens", "logprob", "perplexity", "logprobs",
             "top_logprobs"?, "cross_attentions"?}, ...], "usage"}
   or       {"id", "error"}
@@ -51,6 +55,7 @@ Fields of a request, besides those of `t5gemma generate`:
   target            text, or list of texts, one per source; the end token is
                     appended and scored, unless --no-eos is given
   target_ids        the same as token ids, scored as they are
+  adapter           name of the LoRA adapter to score with
 
 Fields of a result:
   logprobs          log-probability of each token of the target, without the
@@ -72,20 +77,22 @@ Examples:
 pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     let mut opening = Opening::new(arguments.model, arguments.runtime);
     opening.limits = arguments.packing.limits();
-    let model = opening.open()?;
+    let models = [Arc::new(opening.open()?)];
+    arguments.adapters.load(&models)?;
+    let [model] = &models;
     let end = model.generation_config().eos_token_id.first().copied().filter(|_| !arguments.no_eos);
     let kind = Kind::Score { end };
     let packing = &arguments.packing;
     let (top, output_attentions) = (arguments.top_logprobs, arguments.output_attentions);
-    let scoring = Scoring { model: &model, cancel, top, output_attentions };
+    let scoring = Scoring { model, cancel, top, output_attentions };
     let mut lines = Lines::requests();
     let mut outcome = Outcome::Done;
     let done = counter("requests", true);
     while let Some((number, line)) = lines.next(cancel)? {
-        let mut requests = vec![requests::read_line(&line, number, kind, &model)];
+        let mut requests = vec![requests::read_line(&line, number, kind, &**model)];
         while requests.len() < packing.window() && lines.is_ready(packing.patience())? {
             let Some((number, line)) = lines.next(cancel)? else { break };
-            requests.push(requests::read_line(&line, number, kind, &model));
+            requests.push(requests::read_line(&line, number, kind, &**model));
         }
         let answers = match packing.is_by_tokens() {
             true => packing.run(requests, fits, |pack| scoring.group(pack)),

@@ -104,6 +104,7 @@ pub const GENERATION_OPTIONS: &[GenerationOption] = &[
     option("decoder_start_token_id", Generation, Token, "Token that every target starts with [default: the model's]"),
     option("bos_token_id", Generation, Token, "Beginning-of-sequence token [default: the model's]"),
     option("pad_token_id", Generation, Token, "Token that pads sources of unequal length [default: the model's]"),
+    option("adapter", Generation, Text, "Name of the loaded LoRA adapter to generate with; requires a model exported with --lora-inputs [default: none]"),
     option("do_sample", Sampling, Flag, "Sample tokens instead of taking the most likely ones"),
     option("seed", Sampling, Integer, "Random seed; the same result whether a request runs alone or in a batch [default: a new one per request]"),
     option("temperature", Sampling, Number, "Scores are divided by it: below 1 favors likely tokens, above 1 unlikely ones [default: 1]"),

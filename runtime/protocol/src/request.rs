@@ -72,6 +72,9 @@ pub struct ScoreRequest {
     /// The beginning of each target as token ids; not scored.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub decoder_input_ids: Option<TokenRows>,
+    /// Name of the loaded LoRA adapter to score with. Default: none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub adapter: Option<String>,
 }
 
 /// A request to encode or classify sources. Exactly one of `text` and `input_ids` is given.
@@ -182,7 +185,8 @@ impl TryFrom<Map<String, Value>> for ScoreRequest {
     type Error = RequestError;
 
     fn try_from(fields: Map<String, Value>) -> Result<ScoreRequest, RequestError> {
-        let known = "id, text, input_ids, attention_mask, target, target_ids, decoder_text and decoder_input_ids";
+        let known =
+            "id, text, input_ids, attention_mask, target, target_ids, decoder_text, decoder_input_ids and adapter";
         let mut fields = Fields::new(fields, known)?;
         SourcesGiven { text: fields.has("text"), input_ids: fields.has("input_ids"), messages: None }.check()?;
         let request = ScoreRequest {
@@ -194,6 +198,7 @@ impl TryFrom<Map<String, Value>> for ScoreRequest {
             target_ids: fields.rows("target_ids")?,
             decoder_text: fields.texts("decoder_text")?,
             decoder_input_ids: fields.rows("decoder_input_ids")?,
+            adapter: fields.text("adapter")?,
         };
         check_prompts(&request.decoder_text, &request.decoder_input_ids)?;
         check_targets(&request.target, &request.target_ids)?;
@@ -270,6 +275,14 @@ impl Fields {
         };
         let refused = || RequestError::form(field, "a string or a list of strings", abbreviated(&value));
         texts.ok_or_else(refused).map(Some)
+    }
+
+    fn text(&mut self, field: &str) -> Result<Option<String>, RequestError> {
+        match self.take(field) {
+            None => Ok(None),
+            Some(Value::String(text)) => Ok(Some(text)),
+            Some(other) => Err(RequestError::form(field, "a string", abbreviated(&other))),
+        }
     }
 
     /// `[1, 2]` or `[[1, 2], [3, 4]]`.

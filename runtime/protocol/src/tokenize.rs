@@ -5,7 +5,7 @@ use std::borrow::Borrow;
 
 use ndarray::Array3;
 use serde_json::{Map, Value, json};
-use t5gemma_runtime::{Batch, ChatTemplate, Encoder, Error, Model, Tokenizer};
+use t5gemma_runtime::{Adapter, Batch, ChatTemplate, Encoder, Error, Model, Tokenizer};
 
 use crate::error::RequestError;
 use crate::id::Id;
@@ -26,6 +26,15 @@ pub trait Tokenize {
         None
     }
 
+    /// The loaded LoRA adapter `name`.
+    ///
+    /// # Errors
+    /// No loaded adapter of that name, or a model that takes none.
+    fn adapter(&self, name: &str) -> Result<Adapter, Error> {
+        let expected = "none (this model takes no adapters)".to_string();
+        Err(Error::Input { field: "adapter".into(), expected, found: format!("{name:?}") })
+    }
+
     /// The most tokens of a source. Texts that are much longer are refused before they are tokenized.
     fn longest_source(&self) -> usize {
         usize::MAX
@@ -40,6 +49,10 @@ pub trait Tokenize {
 impl Tokenize for Model {
     fn tokenizer(&self) -> Result<&Tokenizer, Error> {
         Model::tokenizer(self)
+    }
+
+    fn adapter(&self, name: &str) -> Result<Adapter, Error> {
+        Model::adapter(self, name)
     }
 
     fn longest_source(&self) -> usize {
@@ -105,6 +118,8 @@ pub struct TokenizedRequest {
     pub seed: Option<u64>,
     /// The encoder's hidden states of the sources, where they are known already.
     pub encoder_outputs: Option<Array3<f32>>,
+    /// The LoRA adapter of all rows, if it is no option.
+    pub adapter: Option<Adapter>,
 }
 
 impl GenerateRequest {
@@ -156,7 +171,8 @@ impl ScoreRequest {
             let expected = format!("{} rows, one for each source", sources.len());
             return Err(RequestError::form("target", expected, targets.len().to_string()));
         }
-        TokenizedRequest { prompts, targets, ..TokenizedRequest::new(id, sources, mask) }.checked()
+        let adapter = self.adapter.as_ref().map(|name| model.adapter(name)).transpose()?;
+        TokenizedRequest { prompts, targets, adapter, ..TokenizedRequest::new(id, sources, mask) }.checked()
     }
 }
 
@@ -176,7 +192,8 @@ impl TokenizedRequest {
     /// Sources alone.
     pub fn new(id: Id, sources: Vec<Vec<i64>>, mask: Vec<Vec<i64>>) -> TokenizedRequest {
         let (targets, options) = (Vec::new(), Map::new());
-        TokenizedRequest { id, sources, mask, prompts: None, options, targets, seed: None, encoder_outputs: None }
+        let (prompts, seed, encoder_outputs, adapter) = (None, None, None, None);
+        TokenizedRequest { id, sources, mask, prompts, options, targets, seed, encoder_outputs, adapter }
     }
 
     /// Refuses what the runtime refuses of this request alone, before it shares a batch with others.
@@ -212,6 +229,10 @@ pub fn batch<R: Borrow<TokenizedRequest>>(requests: &[R], pad: i64) -> Result<Ba
         };
         let batch = match &request.encoder_outputs {
             Some(states) => batch.with_encoder_outputs(states.clone())?,
+            None => batch,
+        };
+        let batch = match &request.adapter {
+            Some(adapter) => batch.with_adapter(adapter),
             None => batch,
         };
         match &request.prompts {

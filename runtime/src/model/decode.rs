@@ -9,6 +9,7 @@ use t5gemma_kernels::{LogitsRequest, LogitsStats};
 
 use super::Model;
 use super::encode::Encoded;
+use crate::adapter::RowAdapters;
 use crate::batch::{Batch, Prompts};
 use crate::cancellation::Cancellation;
 use crate::error::Error;
@@ -28,6 +29,7 @@ struct FirstStep {
     /// Keys and values of sources and targets, in the order of the graph.
     cached: Vec<DynValue>,
     tensors: StepTensors,
+    adapters: Option<RowAdapters>,
 }
 
 impl Model {
@@ -42,32 +44,35 @@ impl Model {
         if let Some(config) = &self.device_cache {
             return self.prefill_on_device(config, encoded, prompts, request, cancel);
         }
-        let FirstStep { mask, cached, tensors } = self.first_step(encoded, prompts, request, cancel)?;
+        let FirstStep { mask, cached, tensors, adapters } = self.first_step(encoded, prompts, request, cancel)?;
         let state = match self.folder.manifest.cache {
             CacheLayout::Growing => Ok(State::growing(mask, cached, self.is_cross.clone())),
             CacheLayout::Static(_) => Err(ort::Error::new(format!("a cache of fixed capacity without {REORDER}"))),
             CacheLayout::InPlace => State::in_place(mask, cached, &self.is_cross),
         };
-        Ok((state.map_err(Error::onnxruntime(PREPARING_CACHE))?, tensors))
+        Ok((state.map_err(Error::onnxruntime(PREPARING_CACHE))?.with_adapters(adapters), tensors))
     }
 
     /// [`Model::prefill`] of a model whose cache stays on its device.
     fn prefill_on_device(
         &self,
         config: &DeviceCacheConfig,
-        Encoded { hidden, mask }: Encoded,
+        Encoded { hidden, mask, adapters }: Encoded,
         prompts: Prompts,
         request: LogitsRequest,
         cancel: &Cancellation,
     ) -> Result<(State, StepTensors), Error> {
         let rows = prompts.ids.len() / prompts.length;
         let ids = int64_tensor(rows, prompts.ids.clone())?;
+        let adapters = self.adapters.of_rows(&adapters, &self.folder.manifest)?;
         let started = {
-            let mut session = self.decoder.lock(LogitsRequest::All)?;
-            let inputs = PrefillInputs { mask, ids: &ids, hidden: &hidden };
+            let mut session = self.graphs(adapters.is_some())?.decoder.lock(LogitsRequest::All)?;
+            let others = adapters.iter().flat_map(RowAdapters::of_first_step).collect();
+            let inputs = PrefillInputs { mask, ids: &ids, hidden: &hidden, others };
             State::on_device(config, &mut session, inputs, request, cancel.run_options()?)
         };
-        let (mut state, outputs) = started.map_err(cancel.failed(FIRST_STEP))?;
+        let (state, outputs) = started.map_err(cancel.failed(FIRST_STEP))?;
+        let mut state = state.with_adapters(adapters);
         let outputs = match outputs {
             Some(outputs) => outputs,
             None => self.run_step(&mut state, prompts.ids, request, cancel)?.0,
@@ -84,8 +89,10 @@ impl Model {
         request: LogitsRequest,
         cancel: &Cancellation,
     ) -> Result<(Prefilled, StepTensors), Error> {
-        let FirstStep { mask, cached, tensors } = self.first_step(encoded, prompts, request, cancel)?;
-        let prefilled = Prefilled::new(mask, cached, &self.is_cross).map_err(Error::onnxruntime(PREPARING_CACHE))?;
+        let adapters = encoded.adapters.clone();
+        let FirstStep { mask, cached, tensors, .. } = self.first_step(encoded, prompts, request, cancel)?;
+        let prefilled =
+            Prefilled::new(mask, cached, &self.is_cross, adapters).map_err(Error::onnxruntime(PREPARING_CACHE))?;
         Ok((prefilled, tensors))
     }
 
@@ -96,20 +103,23 @@ impl Model {
         request: LogitsRequest,
         cancel: &Cancellation,
     ) -> Result<FirstStep, Error> {
-        let Encoded { hidden, mask } = encoded;
+        let Encoded { hidden, mask, adapters } = encoded;
         let rows = prompts.ids.len() / prompts.length;
         let ids = int64_tensor(rows, prompts.ids)?;
-        let inputs = [(&mask).into(), (&ids).into(), (&hidden).into()];
+        let adapters = self.adapters.of_rows(&adapters, &self.folder.manifest)?;
+        let decoder = &self.graphs(adapters.is_some())?.decoder;
+        let others = adapters.iter().flat_map(RowAdapters::of_first_step);
+        let inputs: Vec<SessionInputValue> = [&mask, &ids, &hidden].into_iter().chain(others).map(Into::into).collect();
         let (_, seen) = mask.try_extract_tensor::<i64>().map_err(Error::onnxruntime("reading the mask"))?;
-        let session = self.decoder.lock(request)?;
-        self.decoder.kernels.set_source_mask(seen);
+        let session = decoder.lock(request)?;
+        decoder.kernels.set_source_mask(seen);
         let mut outputs = run(session, &inputs, FIRST_STEP, cancel)?;
         let cross_attentions = if self.has_cross_attentions() { outputs.pop() } else { None };
         let mut outputs = outputs.into_iter();
         let logits = outputs.next().expect("opening has verified that the logits come first");
         let tensors = StepTensors::last_positions(DecoderOutputs { logits, cross_attentions }, rows, None);
         let tensors = tensors.map_err(Error::onnxruntime(READING_LOGITS))?;
-        Ok(FirstStep { mask, cached: outputs.take(self.is_cross.len()).collect(), tensors })
+        Ok(FirstStep { mask, cached: outputs.take(self.is_cross.len()).collect(), tensors, adapters })
     }
 
     /// Runs a further decoder step: the same number of new tokens for each target row.
@@ -153,10 +163,14 @@ impl Model {
         request: LogitsRequest,
         cancel: &Cancellation,
     ) -> Result<StepTensors, Error> {
-        let mut session = self.decoder_with_past.lock_sparse(request)?;
+        if let Some(rows) = cache.rows_without_inputs() {
+            cache.set_adapters(self.adapters.of_rows(&rows, &self.folder.manifest)?);
+        }
+        let step = &self.graphs(cache.has_adapters())?.decoder_with_past;
+        let mut session = step.lock_sparse(request)?;
         let options = cancel.run_options()?;
         let outputs = cache.step(&mut session, tokens, request, options).map_err(cancel.failed(DECODER_STEP))?;
-        StepTensors::last_positions(outputs, tokens.len(), self.decoder_with_past.kernels.take_logits_stats())
+        StepTensors::last_positions(outputs, tokens.len(), step.kernels.take_logits_stats())
             .map_err(Error::onnxruntime(READING_LOGITS))
     }
 
@@ -167,11 +181,14 @@ impl Model {
         request: LogitsRequest,
         cancel: &Cancellation,
     ) -> Result<(DecoderOutputs, Option<LogitsStats>), Error> {
-        let (rows, step) = (state.rows(), &self.decoder_with_past);
-        if let Cache::Growing(cache) = state.cache_mut() {
+        let rows = state.rows();
+        let (cache, adapters) = state.parts_mut();
+        let step = &self.graphs(adapters.is_some())?.decoder_with_past;
+        if let Cache::Growing(cache) = cache {
             let ids = int64_tensor(rows, tokens)?;
             let mut inputs: Vec<SessionInputValue> = vec![cache.mask().into(), (&ids).into()];
-            inputs.extend(cache.past().iter().map(SessionInputValue::from));
+            let others = adapters.into_iter().flat_map(RowAdapters::of_step);
+            inputs.extend(cache.past().iter().chain(others).map(SessionInputValue::from));
             let mut outputs = step.run(request, &inputs, DECODER_STEP, cancel)?;
             drop(inputs);
             let cross_attentions = if self.has_cross_attentions() { outputs.pop() } else { None };
@@ -182,9 +199,9 @@ impl Model {
         }
         let mut session = step.lock_sparse(request)?;
         let options = cancel.run_options()?;
-        let outputs = match state.cache_mut() {
-            Cache::InPlace(cache) => cache.step(&mut session, &tokens, request, options),
-            Cache::Device(cache) => cache.step(&mut session, &tokens, request, options),
+        let outputs = match cache {
+            Cache::InPlace(cache) => cache.step(&mut session, &tokens, adapters, request, options),
+            Cache::Device(cache) => cache.step(&mut session, &tokens, adapters, request, options),
             Cache::Growing(_) => unreachable!("returned above"),
         };
         Ok((outputs.map_err(cancel.failed(DECODER_STEP))?, step.kernels.take_logits_stats()))
@@ -201,9 +218,9 @@ impl Model {
         const DURING: &str = "observing the activations";
         let mask = int64_tensor(batch.rows(), batch.mask().to_vec())?;
         let target = int64_tensor(batch.rows(), target.ids)?;
-        let encoded = self.encoder.run_on_batch(batch, DURING, cancel)?;
+        let encoded = self.base.encoder.run_on_batch(batch, &[], DURING, cancel)?;
         let inputs = [(&mask).into(), (&target).into(), (&encoded[0]).into()];
-        let decoded = self.decoder.run(LogitsRequest::All, &inputs, DURING, cancel)?;
+        let decoded = self.base.decoder.run(LogitsRequest::All, &inputs, DURING, cancel)?;
         let mut ranges = BTreeMap::new();
         for (graph, outputs) in [("encoder", &encoded), ("decoder", &decoded)] {
             let (Some(names), Some(last)) = (self.folder.manifest.observed.get(graph), outputs.last()) else {

@@ -1,11 +1,14 @@
 //! Runs the encoder, unless the hidden states are given or cached; in pieces if a batch exceeds the limits.
 
+use std::ops::Range;
+
 use half::{bf16, f16};
 use ndarray::{Array3, s};
 use ort::value::{DynValue, Tensor};
 use t5gemma_graphs::interface::DType;
 
 use super::Model;
+use crate::adapter::Adapter;
 use crate::batch::Batch;
 use crate::cancellation::Cancellation;
 use crate::error::Error;
@@ -21,6 +24,8 @@ pub(crate) struct Encoded {
     pub hidden: DynValue,
     /// `[items, source]`.
     pub(super) mask: DynValue,
+    /// The adapter of each item.
+    pub(super) adapters: Vec<Option<Adapter>>,
 }
 
 impl Model {
@@ -52,28 +57,54 @@ impl Model {
         if let Some(states) = batch.encoder_outputs() {
             return self.encoded(batch, states.iter().copied().collect());
         }
+        let runs: Vec<_> = batch.runs_by_adapter().collect();
+        if runs.len() > 1 {
+            return self.encode_runs(batch, &runs, cancel);
+        }
         let Some(cache) = &self.encoder_cache else { return self.compute_encoder(batch, cancel) };
         let _in_call = self.enter()?;
-        if let Some(states) = cache.get(batch.rows(), batch.ids(), batch.mask()) {
+        if let Some(states) = cache.get(batch) {
             return self.encoded(batch, states.to_vec());
         }
         let computed = self.compute_encoder(batch, cancel)?;
         let states = float32_values(&computed.hidden).map_err(Error::onnxruntime(READING_STATES))?;
-        cache.put(batch.rows(), batch.ids(), batch.mask(), &states);
+        cache.put(batch, &states);
         Ok(computed)
     }
 
-    /// Encodes a checked batch, bypassing the cache.
+    /// Encodes a batch whose sources have different adapters: the encoder takes one at a time.
+    fn encode_runs(&self, batch: &Batch, runs: &[Range<usize>], cancel: &Cancellation) -> Result<Encoded, Error> {
+        let (length, width) = (batch.length(), self.folder.manifest.facts.encoder.hidden_size);
+        let mut states = vec![0.0; batch.rows() * length * width];
+        for rows in runs {
+            let piece = batch.piece(rows.clone());
+            let hidden = self.run_encoder(&piece, cancel)?.hidden;
+            let found = float32_values(&hidden).map_err(Error::onnxruntime(READING_STATES))?;
+            for (row, found) in rows.clone().zip(found.chunks(piece.length() * width)) {
+                states[row * length * width..][..found.len()].copy_from_slice(found);
+            }
+        }
+        self.encoded(batch, states)
+    }
+
+    /// Encodes a checked batch, whose sources have the same adapter or none, bypassing the cache.
     pub(crate) fn compute_encoder(&self, batch: &Batch, cancel: &Cancellation) -> Result<Encoded, Error> {
+        let adapter = batch.adapters()[0].as_ref();
+        let others = match adapter {
+            Some(adapter) => self.adapters.of_sources(adapter, &self.folder.manifest)?,
+            None => Vec::new(),
+        };
+        let encoder = &self.graphs(adapter.is_some())?.encoder;
         if self.on_cpu
             && let Some(groups) = ragged_batch::groups(batch, Grouping::of(&self.folder.manifest))
         {
-            let output = ragged_batch::run(&self.encoder, batch, &groups, OutputUnit::Token, cancel)?;
+            let output = ragged_batch::run(encoder, &others, batch, &groups, OutputUnit::Token, cancel)?;
             return self.encoded(batch, output.values);
         }
-        let outputs = self.encoder.run_on_batch(batch, "running the encoder", cancel)?;
+        let outputs = encoder.run_on_batch(batch, &others, "running the encoder", cancel)?;
         let hidden = outputs.into_iter().next().expect("opening has verified that the encoder has one output");
-        Ok(Encoded { hidden, mask: int64_tensor(batch.rows(), batch.mask().to_vec())? })
+        let mask = int64_tensor(batch.rows(), batch.mask().to_vec())?;
+        Ok(Encoded { hidden, mask, adapters: batch.adapters().to_vec() })
     }
 
     /// Hidden states as the decoder takes them.
@@ -87,6 +118,7 @@ impl Model {
             _ => Tensor::from_array((shape, states)).map(Tensor::into_dyn),
         };
         let hidden = hidden.map_err(Error::onnxruntime("preparing a run"))?;
-        Ok(Encoded { hidden, mask: int64_tensor(batch.rows(), batch.mask().to_vec())? })
+        let mask = int64_tensor(batch.rows(), batch.mask().to_vec())?;
+        Ok(Encoded { hidden, mask, adapters: batch.adapters().to_vec() })
     }
 }

@@ -170,6 +170,8 @@ pub(super) const JSON_SCHEMA: Form<Value> = Form {
     holds: |value| value.is_object() || value.is_boolean(),
 };
 
+pub(super) const NAME: Form<String> = Form { expected: "a name", read: text, holds: |name| !name.is_empty() };
+
 pub(super) const REGEX: Form<String> =
     Form { expected: "a regular expression as a string", read: text, holds: |_| true };
 

@@ -65,6 +65,25 @@ impl<'f> Opener<'f> {
         Ok(Opener { library, folder, weights, options, kernels, prepacked, fallbacks: Vec::new() })
     }
 
+    /// [`Opener::new`] for further graphs of a model that was opened before, over the same copies of its weights.
+    pub fn with_weights(
+        folder: &'f Folder,
+        options: &'f OpenOptions,
+        prepacked: PrepackedWeights,
+        uploaded: Option<&UploadedWeights>,
+    ) -> Result<Opener<'f>, Error> {
+        let mut opener = Opener { prepacked, ..Opener::new(folder, options)? };
+        if let Some(uploaded) = uploaded {
+            opener.weights = uploaded.initializers(folder).map_err(Error::onnxruntime("sharing the weights"))?;
+        }
+        Ok(opener)
+    }
+
+    /// The copies of weights that graphs opened later can share.
+    pub fn prepacked(&self) -> PrepackedWeights {
+        self.prepacked.clone()
+    }
+
     /// Copies the weights to the device, if the provider can use them there, for all graphs opened from here on. The
     /// returned copy has to outlive them.
     pub fn upload(&mut self) -> Result<Option<UploadedWeights>, Error> {
@@ -156,7 +175,7 @@ impl<'f> Opener<'f> {
         // in.
         if is_cpu {
             // Sparse logits are fewer than the graph declares, and ONNX Runtime would warn about that in every step.
-            if file.name == "decoder_with_past" && !log::wants_more_than_warnings() {
+            if file.name.starts_with("decoder_with_past") && !log::wants_more_than_warnings() {
                 builder = builder.with_log_level(LogLevel::Error)?;
             }
             let kind = if file.name.starts_with("decoder") { GraphKind::Decoder } else { GraphKind::Encoder };

@@ -13,6 +13,7 @@ use t5gemma_kernels::LogitsRequest;
 
 use super::step_binding::{StepBinding, TailCopy, copy_tails};
 use super::{DecoderOutputs, Selection, keep_rows, one_token_at_a_time};
+use crate::adapter::RowAdapters;
 
 /// The initial capacity, in target tokens.
 const INITIAL_CAPACITY: usize = 64;
@@ -56,17 +57,19 @@ impl InPlaceCache {
         &mut self,
         session: &mut Session,
         tokens: &[i64],
+        adapters: Option<&RowAdapters>,
         request: LogitsRequest,
         options: &RunOptions<NoSelectedOutputs>,
     ) -> ort::Result<DecoderOutputs> {
         let rows = self.rows();
         let count = tokens.len() / rows;
         if count > 1 && rows > 1 {
-            return one_token_at_a_time(tokens, count, |tokens| self.step(session, tokens, request, options));
+            return one_token_at_a_time(tokens, count, |tokens| self.step(session, tokens, adapters, request, options));
         }
         self.reserve(count)?;
         if self.binding.as_ref().is_none_or(|binding| binding.tokens() != count) {
-            self.binding = Some(StepBinding::new(session, &self.mask, &self.sources, &mut self.targets, count)?);
+            let (mask, sources) = (&self.mask, &self.sources);
+            self.binding = Some(StepBinding::new(session, mask, sources, &mut self.targets, adapters, count)?);
         }
         let Some(binding) = &mut self.binding else { unreachable!("bound just above") };
         let length = self.length;

@@ -17,6 +17,7 @@ use t5gemma_kernels::LogitsRequest;
 use super::fixed_buffers::{BufferPool, BufferSize, FixedBuffers, FixedStep, SOURCE_MULTIPLE, cut_source, pad_mask};
 use super::top_logits::{TopLogits, expand};
 use super::{DecoderOutputs, Selection, cross_attentions_output, keep_rows, one_token_at_a_time};
+use crate::adapter::RowAdapters;
 use crate::device::Device;
 use crate::session::GraphSession;
 
@@ -95,6 +96,8 @@ pub(crate) struct PrefillInputs<'a> {
     pub ids: &'a DynValue,
     /// `[items, source, hidden_size]`.
     pub hidden: &'a DynValue,
+    /// The adapters of the rows, for a graph that takes adapters.
+    pub others: Vec<&'a DynValue>,
 }
 
 /// The memory of the cached decoder step.
@@ -137,7 +140,7 @@ impl DeviceCache {
     pub(super) fn prefill(
         config: &DeviceCacheConfig,
         session: &mut Session,
-        PrefillInputs { mask, ids, hidden }: PrefillInputs,
+        PrefillInputs { mask, ids, hidden, others }: PrefillInputs,
         request: LogitsRequest,
         options: &RunOptions<NoSelectedOutputs>,
     ) -> ort::Result<(DeviceCache, Option<DecoderOutputs>)> {
@@ -145,7 +148,8 @@ impl DeviceCache {
         let source = mask.shape()[1] as usize;
         let mut binding = session.create_binding()?;
         let is_static = matches!(config.layout, CacheLayout::Static(_));
-        let inputs: Vec<&DynValue> = if is_static { vec![hidden] } else { vec![&mask, ids, hidden] };
+        let mut inputs: Vec<&DynValue> = if is_static { vec![hidden] } else { vec![&mask, ids, hidden] };
+        inputs.extend(others);
         bind_inputs(&mut binding, session, &inputs)?;
         let mut names = session.outputs().iter().map(|port| port.name().to_string()).collect::<Vec<_>>();
         let logits = (!is_static).then(|| config.logits_outputs(names.remove(0), request));
@@ -205,13 +209,14 @@ impl DeviceCache {
         &mut self,
         session: &mut Session,
         tokens: &[i64],
+        adapters: Option<&RowAdapters>,
         request: LogitsRequest,
         options: &RunOptions<NoSelectedOutputs>,
     ) -> ort::Result<DecoderOutputs> {
         let count = tokens.len() / self.rows;
         let in_place = self.config.layout == CacheLayout::InPlace;
         if in_place && count > 1 && self.rows > 1 {
-            return one_token_at_a_time(tokens, count, |tokens| self.step(session, tokens, request, options));
+            return one_token_at_a_time(tokens, count, |tokens| self.step(session, tokens, adapters, request, options));
         }
         self.reserve(count)?;
         let vocab_size = vocab_size(session);
@@ -227,7 +232,7 @@ impl DeviceCache {
         let options = uncaptured.as_ref().unwrap_or(options);
         let mut binding = match self.bound.take() {
             Some(bound) if bound.logits == logits => bound.binding,
-            _ => self.bind(session)?,
+            _ => self.bind(session, adapters)?,
         };
         // Bound anew for each run: inputs are copied to the device when they are bound, and the outputs now belong to
         // the caller.
@@ -366,12 +371,13 @@ impl DeviceCache {
     }
 
     /// Binds what stays the same from step to step: in place, everything but the tokens.
-    fn bind(&mut self, session: &Session) -> ort::Result<IoBinding> {
+    fn bind(&mut self, session: &Session, adapters: Option<&RowAdapters>) -> ort::Result<IoBinding> {
         let mut binding = session.create_binding()?;
         let positions = usize::from(self.config.layout != CacheLayout::Growing);
         binding.bind_input(session.inputs()[0].name(), &self.mask)?;
         let cached = self.targets.chunks_exact(2).zip(self.sources.chunks_exact(2));
         let cached = cached.flat_map(|(targets, sources)| targets.iter().chain(sources));
+        let cached = cached.chain(adapters.into_iter().flat_map(RowAdapters::of_step));
         for (port, value) in session.inputs()[2 + positions..].iter().zip(cached) {
             binding.bind_input(port.name(), value)?;
         }

@@ -17,6 +17,7 @@ use t5gemma_kernels::LogitsRequest;
 
 use super::DecoderOutputs;
 use super::step_binding::{StepBinding, TailCopy, copy_tails};
+use crate::adapter::{Adapter, RowAdapters};
 
 /// The least capacity, in target tokens.
 const LEAST_CAPACITY: usize = 64;
@@ -36,6 +37,8 @@ pub(crate) struct RaggedCache {
     /// Self-attention keys and values, layer by layer: `[rows, kv_heads, capacity, head_dim]`.
     targets: Vec<Tensor<f32>>,
     members: Vec<Member>,
+    /// The inputs of the members' adapters; `None` if no member has one, or after a change of the rows.
+    adapters: Option<RowAdapters>,
     /// The bound session; `None` after a change of the tensors.
     binding: Option<StepBinding>,
     /// Scratch memory of [`copy_tails`].
@@ -45,6 +48,7 @@ pub(crate) struct RaggedCache {
 /// The rows of one source.
 #[derive(Clone, Debug, PartialEq)]
 struct Member {
+    adapter: Option<Adapter>,
     rows: usize,
     /// Target tokens in the cache.
     length: usize,
@@ -59,17 +63,24 @@ pub(crate) struct Prefilled {
     mask: Tensor<i64>,
     sources: Vec<Tensor<f32>>,
     targets: Vec<Tensor<f32>>,
+    /// Of each item.
+    adapters: Vec<Option<Adapter>>,
 }
 
 impl Prefilled {
     /// `mask` is `[items, source]`; `is_cross` says of each of `cached` whether it is of cross-attention.
-    pub fn new(mask: DynValue, cached: Vec<DynValue>, is_cross: &[bool]) -> ort::Result<Prefilled> {
+    pub fn new(
+        mask: DynValue,
+        cached: Vec<DynValue>,
+        is_cross: &[bool],
+        adapters: Vec<Option<Adapter>>,
+    ) -> ort::Result<Prefilled> {
         let (mut sources, mut targets) = (Vec::new(), Vec::new());
         for (value, &is_cross) in cached.into_iter().zip(is_cross) {
             let value = value.downcast::<TensorValueType<f32>>()?;
             if is_cross { sources.push(value) } else { targets.push(value) }
         }
-        Ok(Prefilled { mask: mask.downcast::<TensorValueType<i64>>()?, sources, targets })
+        Ok(Prefilled { mask: mask.downcast::<TensorValueType<i64>>()?, sources, targets, adapters })
     }
 }
 
@@ -115,7 +126,8 @@ impl RaggedCache {
         let mut members = self.members.clone();
         for &Joining { item, source, rows } in joining {
             from.extend(std::iter::repeat_n(Origin::Item(item), rows));
-            members.push(Member { rows, length, source, common: vec![length; rows * rows] });
+            let adapter = prefilled.adapters[item].clone();
+            members.push(Member { adapter, rows, length, source, common: vec![length; rows * rows] });
         }
         self.rebuild(&from, members, Some(prefilled))
     }
@@ -154,6 +166,23 @@ impl RaggedCache {
         self.rebuild(&from, members, None)
     }
 
+    /// The adapter of each row if the inputs of these adapters are to be set before the next step.
+    pub fn rows_without_inputs(&self) -> Option<Vec<Option<Adapter>>> {
+        let is_missing = self.adapters.is_none() && self.members.iter().any(|member| member.adapter.is_some());
+        let of_member = |member: &Member| std::iter::repeat_n(member.adapter.clone(), member.rows);
+        is_missing.then(|| self.members.iter().flat_map(of_member).collect())
+    }
+
+    /// Sets the inputs of the rows' adapters.
+    pub fn set_adapters(&mut self, adapters: Option<RowAdapters>) {
+        (self.adapters, self.binding) = (adapters, None);
+    }
+
+    /// Whether the next step takes adapters.
+    pub fn has_adapters(&self) -> bool {
+        self.adapters.is_some()
+    }
+
     /// Runs the cached step for one token of each row and returns its outputs.
     pub fn step(
         &mut self,
@@ -169,7 +198,8 @@ impl RaggedCache {
         }
         if self.binding.is_none() {
             let mask = self.mask.as_ref().ok_or_else(|| ort::Error::new("a step without rows"))?;
-            self.binding = Some(StepBinding::new(session, mask, &self.sources, &mut self.targets, 1)?);
+            let (sources, adapters) = (&self.sources, self.adapters.as_ref());
+            self.binding = Some(StepBinding::new(session, mask, sources, &mut self.targets, adapters, 1)?);
         }
         let Some(binding) = &mut self.binding else { unreachable!("bound just above") };
         let positions = self.members.iter().flat_map(|member| std::iter::repeat_n(member.length as i64, member.rows));
@@ -210,6 +240,9 @@ impl RaggedCache {
             to[..source].copy_from_slice(&data[row * shape[1] as usize..][..source]);
             to[source..].fill(0);
         }
+        if self.members.iter().map(Member::of_adapter).ne(members.iter().map(Member::of_adapter)) {
+            self.adapters = None;
+        }
         (self.mask, self.members) = (Some(mask), members);
         Ok(())
     }
@@ -236,7 +269,12 @@ impl Member {
     fn continued(&self, parents: &[usize]) -> Member {
         let pair = |a: usize, b: usize| if a == b { self.length } else { self.common[a * self.rows + b] };
         let common = parents.iter().flat_map(|&a| parents.iter().map(move |&b| pair(a, b))).collect();
-        Member { rows: parents.len(), common, ..*self }
+        Member { adapter: self.adapter.clone(), rows: parents.len(), common, ..*self }
+    }
+
+    /// What the inputs of adapters depend on.
+    fn of_adapter(&self) -> (Option<&Adapter>, usize) {
+        (self.adapter.as_ref(), self.rows)
     }
 }
 

@@ -8,6 +8,7 @@ use t5gemma_kernels::LogitsRequest;
 
 use super::logits_output::LogitsOutput;
 use super::{DecoderOutputs, cross_attentions_output};
+use crate::adapter::RowAdapters;
 
 /// The cached decoder step, bound to memory that stays the same from run to run.
 pub(super) struct StepBinding {
@@ -23,12 +24,14 @@ pub(super) struct StepBinding {
 
 impl StepBinding {
     /// Binds steps of `tokens` tokens for each row of `targets`. `sources` and `targets` hold keys and values in turn,
-    /// layer by layer; the graph reads `targets` and writes the new tokens into them.
+    /// layer by layer; the graph reads `targets` and writes the new tokens into them. `adapters` are those of the rows, for
+    /// a graph that takes adapters.
     pub fn new<M: TensorValueTypeMarker, S: TensorValueTypeMarker>(
         session: &Session,
         mask: &Value<M>,
         sources: &[Value<S>],
         targets: &mut [Tensor<f32>],
+        adapters: Option<&RowAdapters>,
         tokens: usize,
     ) -> ort::Result<StepBinding> {
         let allocator = Allocator::default();
@@ -58,6 +61,9 @@ impl StepBinding {
             for source in sources {
                 binding.bind_input(next("input", &mut inputs)?, source)?;
             }
+        }
+        for value in adapters.into_iter().flat_map(RowAdapters::of_step) {
+            binding.bind_input(next("input", &mut inputs)?, value)?;
         }
         Ok(StepBinding { binding, ids, positions, logits, cross_attentions })
     }

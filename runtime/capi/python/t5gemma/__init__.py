@@ -63,9 +63,12 @@ def onnxruntime_report(library: str | os.PathLike[str] | None = None) -> dict[st
     return json.loads(take_text(C.t5g_onnxruntime_report, None if library is None else _forms.path("library", library)))
 
 
-def _open(cls: Any, path: str, options: dict[str, Any]) -> Any:
+def _open(cls: Any, path: str, options: dict[str, Any], adapters: Mapping[str, str] = {}) -> Any:
     """Opens an object that was pickled or copied."""
-    return cls.open(path, **options)
+    opened = cls.open(path, **options)
+    for name, folder in adapters.items():
+        opened.load_adapter(name, folder)
+    return opened
 
 
 class Tokenizer(Owner):
@@ -118,6 +121,7 @@ class _Opened(Owner):
         super().__init__(handle)
         self._path, self._options = path, options
         self._known: dict[str, Any] | None = None
+        self._adapters: dict[str, str] = {}
 
     @classmethod
     def open(
@@ -145,7 +149,7 @@ class _Opened(Owner):
 
     def __reduce__(self) -> Any:
         self._check()
-        return _open, (type(self), self._path, self._options)
+        return _open, (type(self), self._path, self._options, dict(self._adapters))
 
     def describe(self) -> dict[str, Any]:
         """The task, sizes, special tokens and labels of the model."""
@@ -173,6 +177,26 @@ class Model(_Opened):
         """Generates a few tokens for sources of typical shapes, so that the first request is as fast as later ones."""
         handle = self._handle
         Call(cancellation, deadline).run(lambda how: call(C.t5g_model_warm_up, handle, how, out=False))
+
+    def load_adapter(self, name: str, folder: str | os.PathLike[str]) -> None:
+        """Loads the PEFT LoRA adapter in `folder` as `name`, for the argument `adapter` of other methods.
+
+        The model must be exported with `t5gemma-export --lora-inputs RANK`. An engine uses the adapters of the model that
+        it was created with.
+        """
+        given, path, handle = _forms.plain_name("name", name), _forms.path("folder", folder), self._handle
+        _calls.unstoppable(lambda: call(C.t5g_model_load_adapter, handle, given, path, out=False))
+        self._adapters[name] = os.path.abspath(folder)
+
+    def unload_adapter(self, name: str) -> None:
+        """Unloads an adapter. Calls and requests that use it already are not disturbed."""
+        call(C.t5g_model_unload_adapter, self._handle, _forms.plain_name("name", name), out=False)
+        self._adapters.pop(name, None)
+
+    @property
+    def adapters(self) -> list[str]:
+        """The names of the loaded adapters."""
+        return json.loads(take_text(C.t5g_model_adapters, self._handle))
 
     def chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """Formats a conversation with the checkpoint's chat template: the text that the model continues."""
@@ -265,11 +289,12 @@ class Model(_Opened):
         without_end: bool = False,
         output_attentions: bool = False,
         attention_mask: Ids | None = None,
+        adapter: str | None = None,
         cancellation: Cancellation | None = None,
         deadline: float | None = None,
     ) -> list[Hypothesis]:
         """Scores targets, one per source. The end token is appended to texts and scored, unless `without_end`."""
-        given, handle = Given(self, sources, attention_mask), self._handle
+        given, handle = Given(self, sources, attention_mask, adapter=adapter), self._handle
         flags = {"without_end": without_end, "output_attentions": output_attentions}
         wanted = ctypes.byref(given.targets(targets, **{name: _forms.flag(name, flag) for name, flag in flags.items()}))
         top, way = _forms.whole("top_logprobs", top_logprobs, 0), Call(cancellation, deadline)
@@ -281,11 +306,12 @@ class Model(_Opened):
         sources: Sources,
         *,
         attention_mask: Ids | None = None,
+        adapter: str | None = None,
         cancellation: Cancellation | None = None,
         deadline: float | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """The encoder's last hidden states, float32 [rows, length, hidden_size], and the mask, int64 [rows, length]."""
-        given, handle = Given(self, sources, attention_mask), self._handle
+        given, handle = Given(self, sources, attention_mask, adapter=adapter), self._handle
         way = Call(cancellation, deadline)
         return way.run(
             lambda how: states(lambda found: call(C.t5g_model_encode, handle, given.pointer, how, found, out=False))

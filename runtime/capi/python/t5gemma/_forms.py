@@ -88,6 +88,14 @@ def utf8(name: str, text: Any) -> bytes:
         raise ValueError(f"{name}: expected text that can be written as UTF-8, found {found}") from None
 
 
+def plain_name(name: str, text: Any) -> bytes:
+    """A text as UTF-8, without the zero that ends texts in C."""
+    encoded = utf8(name, text)
+    if 0 in encoded:
+        raise ValueError(f"{name}: expected no zero character, found one at {encoded.index(0)}")
+    return encoded
+
+
 def path(name: str, value: Any) -> bytes:
     """A path as UTF-8."""
     try:
@@ -97,10 +105,7 @@ def path(name: str, value: Any) -> bytes:
     if not isinstance(text, str):
         remedy = " (os.fsdecode makes a str of it)" if isinstance(text, bytes) else ""
         raise TypeError(f"{name}: expected str or os.PathLike, found {shown(value)}{remedy}")
-    encoded = utf8(name, text)
-    if 0 in encoded:
-        raise ValueError(f"{name}: expected no zero character, found one at {encoded.index(0)}")
-    return encoded
+    return plain_name(name, text)
 
 
 def texts(name: str, value: Any) -> list[bytes]:

@@ -34,6 +34,7 @@ class Given:
         decoder_input_ids: Ids | None = None,
         decoder_text: str | Sequence[str] | None = None,
         encoder_outputs: np.ndarray | None = None,
+        adapter: str | None = None,
     ) -> None:
         self._keep: list[Any] = []
         self._given = filled("t5g_sources")
@@ -67,6 +68,8 @@ class Given:
             self._given.decoder_rows, self._given.decoder_length = prompts.shape
         if decoder_text is not None:
             self._begin(decoder_text)
+        if adapter is not None:
+            self._given.adapter = self._kept(_forms.plain_name("adapter", adapter))
         if encoder_outputs is not None:
             shape = self.rows, max(_forms.lengths(ids)), opened._facts["hidden_size"]
             states = self._kept(_forms.states("encoder_outputs", encoder_outputs, shape))
