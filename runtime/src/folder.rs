@@ -450,6 +450,7 @@ mod tests {
             facts: Config::parse(r#"{"encoder": {}, "decoder": {}}"#).expect("a minimal config").facts(),
             source: Source::Dummy { seed: 0 },
             adapters: Vec::new(),
+            lora_inputs: None,
             graphs: BTreeMap::from([("encoder".to_string(), graph)]),
             weights: WeightsRecord {
                 file: "model.onnx_data".into(),

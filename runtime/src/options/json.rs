@@ -130,6 +130,7 @@ mod tests {
             output_attentions: true,
             logits_processor: vec![],
             prompt_lookup_num_tokens: None,
+            adapter: None,
             max_matching_ngram_size: None,
             allowed_sequences: vec![],
             required_phrases: vec![],
