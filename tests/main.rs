@@ -17,6 +17,7 @@ mod export;
 mod front_door;
 mod fuzz;
 mod generation;
+mod hub;
 mod imports;
 mod parity;
 mod plans;

@@ -2,6 +2,7 @@
 //! that uses safetensors.
 
 mod adapters;
+mod index;
 mod mapping;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -12,15 +13,16 @@ use std::path::{Path, PathBuf};
 use memmap2::Mmap;
 use safetensors::Dtype;
 use serde::de::IgnoredAny;
-use t5gemma_graphs::json::{self, cut, shown};
+use t5gemma_graphs::json::{self, cut};
 use t5gemma_graphs::onnx::DType;
 
 use crate::error::{Error, Result};
 use crate::files;
 use crate::names;
 use adapters::{OpenedAdapter, StoredChange};
-use mapping::{SAFETENSORS, map_file};
+use mapping::map_file;
 
+pub use index::{INDEX, SINGLE, weight_map};
 pub use mapping::read_vector;
 
 /// Files that are copied into the model folder if they exist, besides `config.json`.
@@ -46,11 +48,6 @@ pub const GENERATION_CONFIG: &str = "generation_config.json";
 pub const SENTENCEPIECE_FILE: &str = "tokenizer.model";
 /// The tensor in which repackaged checkpoints keep the bytes of a SentencePiece model.
 pub const SENTENCEPIECE_TENSOR: &str = "spiece_model";
-
-const SINGLE: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
-/// More weights files than any checkpoint has.
-const MAX_SHARDS: usize = 10_000;
 
 /// An opened checkpoint.
 pub struct Checkpoint {
@@ -407,70 +404,6 @@ impl Checkpoint {
 /// A hint to the folder that was probably meant, in parentheses.
 fn hint(folder: &Path) -> String {
     files::nearby_checkpoint(folder).map_or_else(String::new, |hint| format!(" ({hint})"))
-}
-
-/// Reads the index of a sharded checkpoint, the file of each tensor. `None` if the checkpoint is a single file.
-fn weight_map(folder: &Path) -> Result<Option<BTreeMap<String, String>>> {
-    let path = folder.join(INDEX);
-    if folder.join(SINGLE).exists() {
-        return Ok(None);
-    }
-    if !path.exists() {
-        return Err(no_weights(folder));
-    }
-    let (_, index) = files::read_json_object(&path)?;
-    let invalid = |expected: &str, found: String| Error::invalid(path.display(), expected, found);
-    let expected = "an object of file names by tensor";
-    let Some(map) = index.get("weight_map") else { return Err(invalid(expected, "none".into()).of("weight_map")) };
-    let map: BTreeMap<String, String> =
-        serde_json::from_value(map.clone()).map_err(|_| invalid(expected, shown(map)).of("weight_map"))?;
-    if map.is_empty() {
-        return Err(invalid("tensors", "none".into()).of("weight_map"));
-    }
-    let mut seen = BTreeSet::new();
-    for (tensor, shard) in &map {
-        if !seen.insert(shard) {
-            continue;
-        }
-        if Path::new(shard).file_name().is_none_or(|name| name != shard.as_str()) {
-            let found = shown(&shard.as_str().into());
-            return Err(invalid("a file name without a folder", found).of(cut(tensor)));
-        }
-        if seen.len() > MAX_SHARDS {
-            return Err(invalid(&format!("at most {MAX_SHARDS} files"), "more".into()));
-        }
-    }
-    Ok(Some(map))
-}
-
-/// The error for a folder with neither a weights file nor an index.
-fn no_weights(folder: &Path) -> Error {
-    // A broken link or an unfinished download explains more than what else is there.
-    let broken = [SINGLE, INDEX].map(|name| folder.join(name)).into_iter();
-    let mut broken = broken.filter(|path| files::entry_exists(path) || files::partial_download(path).is_some());
-    if let Some(path) = broken.next() {
-        return Error::invalid(path.display(), SAFETENSORS, files::describe_missing(&path));
-    }
-    let exists = |name: &str| folder.join(name).exists();
-    let first_file = |start: &str, end: &str| {
-        let names = folder.read_dir().ok()?.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
-        names.filter(|name| name.starts_with(start) && name.ends_with(end)).min()
-    };
-    let hint = if exists("manifest.json") {
-        " (this is an exported model, not a checkpoint)".to_string()
-    } else if exists("adapter_config.json") {
-        " (this is a LoRA adapter: merge it into its base model and save the result)".to_string()
-    } else if exists("pytorch_model.bin") || exists("pytorch_model.bin.index.json") {
-        let name = first_file("pytorch_model.bin", "").unwrap_or_default();
-        format!(" (there is {name}: load the model and save it with safe_serialization=True)")
-    } else if let Some(shard) = first_file("model-", ".safetensors") {
-        format!(" (there is {shard}, a shard without its index)")
-    } else if let Some(other) = first_file("", ".safetensors") {
-        format!(" (there is {other}: rename it)")
-    } else {
-        hint(folder)
-    };
-    Error::invalid(folder.display(), format!("{SINGLE} or {INDEX}"), format!("neither{hint}"))
 }
 
 /// Reads one of [`COMPANIONS`], without a byte-order mark.

@@ -37,6 +37,10 @@ mod weights;
 mod proto;
 mod staging;
 
+#[cfg(feature = "hub")]
+pub mod hub;
+mod repository;
+
 mod inspect;
 mod model_folder;
 mod reseal;
@@ -49,6 +53,7 @@ pub use inspect::{GraphReport, InspectReport, ModelReport, inspect};
 pub use parameters::parameters;
 pub use presets::{PRESETS, preset};
 pub use progress::Progress;
+pub use repository::Repository;
 pub use reseal::reseal;
 pub use settings::{Setting, SettingError};
 pub use source::Source;

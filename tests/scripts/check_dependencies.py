@@ -57,6 +57,8 @@ def problems(packages, rules):
     """What is wrong, a line each."""
     found = []
     allowed = set(rules["licenses"]["allow"])
+    exceptions = {entry["crate"]: set(entry["allow"]) for entry in rules["licenses"].get("exceptions", [])}
+    unused = set(exceptions) - {package["name"] for package in packages}
     skipped = {tuple(entry["crate"].split("@")): False for entry in rules["bans"]["skip"]}
     versions = {}
     for package in packages:
@@ -65,7 +67,7 @@ def problems(packages, rules):
             continue
         if package["source"] != REGISTRY:
             found.append(f"{name} {version}: source {package['source']} is not crates.io")
-        if not package["license"] or not is_allowed(package["license"], allowed):
+        if not package["license"] or not is_allowed(package["license"], allowed | exceptions.get(name, set())):
             found.append(f"{name} {version}: licence {package['license']} is not allowed by deny.toml")
         entry = next((entry for entry in skipped if entry[0] == name and matches(version, entry[1])), None)
         if entry:
@@ -74,6 +76,7 @@ def problems(packages, rules):
             versions.setdefault(name, []).append(version)
     found += [f"{name}: versions {', '.join(sorted(v))}; keep one, or list the others in deny.toml" for name, v in versions.items() if len(v) > 1]
     found += [f"deny.toml: nothing needs {name} {version} any more" for (name, version), is_used in skipped.items() if not is_used]
+    found += [f"deny.toml: nothing needs an exception for {name} any more" for name in sorted(unused)]
     return found
 
 
@@ -91,6 +94,14 @@ def test():
         ([{**package, "source": "git+https://example.com/a"}, old], ["a 1.0.0: source git+https://example.com/a is not crates.io"]),
         ([package, {**package, "version": "2.0.0"}, old], ["a: versions 1.0.0, 2.0.0; keep one, or list the others in deny.toml"]),
         ([package], ["deny.toml: nothing needs old 0.1 any more"]),
+    ]
+    for packages, expected in cases:
+        assert problems(packages, rules) == expected, (packages, problems(packages, rules))
+    rules["licenses"]["exceptions"] = [{"crate": "b", "allow": ["MPL-2.0"]}]
+    cases = [
+        ([{**package, "name": "b", "license": "MPL-2.0"}, old], []),
+        ([{**package, "license": "MPL-2.0"}, {**package, "name": "b"}, old], ["a 1.0.0: licence MPL-2.0 is not allowed by deny.toml"]),
+        ([package, old], ["deny.toml: nothing needs an exception for b any more"]),
     ]
     for packages, expected in cases:
         assert problems(packages, rules) == expected, (packages, problems(packages, rules))

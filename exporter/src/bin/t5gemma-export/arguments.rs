@@ -11,8 +11,9 @@ use t5gemma_graphs::task::{Pooling, Task};
 
 /// Export a T5Gemma checkpoint to ONNX
 ///
-/// CHECKPOINT is a Hugging Face checkpoint folder (config.json, safetensors files and the tokenizer) or a single
-/// safetensors file (see --config and --tokenizer). OUT becomes a model folder: the graphs encoder_model.onnx,
+/// CHECKPOINT is a Hugging Face checkpoint folder (config.json, safetensors files and the tokenizer), a single
+/// safetensors file (see --config and --tokenizer), or a repository on the Hugging Face hub as ORG/NAME,
+/// ORG/NAME@REVISION or hf://ORG/NAME, whose files are downloaded into the hub's cache. OUT becomes a model folder: the graphs encoder_model.onnx,
 /// decoder_model.onnx (first decoder step) and decoder_with_past_model.onnx (all later steps), which share the weights
 /// file model.onnx_data, plus the configuration, the tokenizer and manifest.json. `t5gemma` runs it; with the default
 /// target, so does any other ONNX runtime.
@@ -38,7 +39,10 @@ const USAGE: &str = "t5gemma-export [OPTIONS] CHECKPOINT OUT
 
 const EXAMPLES: &str = "\
 Examples:
-  Export for ONNX Runtime on a CPU, with 8-bit weights:
+  Export a checkpoint of the Hugging Face hub, after accepting its licence there:
+    HF_TOKEN=hf_... t5gemma-export google/t5gemma-2b-2b-ul2-it model
+
+  Export a folder for ONNX Runtime on a CPU, with 8-bit weights:
     t5gemma-export --target cpu --quantize int8 t5gemma-2b-2b-ul2-it model
 
   Export for an NVIDIA GPU in bfloat16, with the logits of the 16 best tokens:
@@ -64,6 +68,16 @@ Examples:
   Benchmark a model size without its checkpoint:
     t5gemma-export --dummy-weights --preset 2b-2b model
     t5gemma bench model
+
+Environment variables, as huggingface_hub reads them:
+  HF_TOKEN, HF_TOKEN_PATH     token for gated and private repositories, or a file with it
+                              [default: HF_HOME/token, which `hf auth login` writes]
+  HF_HOME, HF_HUB_CACHE       folder of the cache [default: ~/.cache/huggingface, and hub in it]
+  HF_HUB_OFFLINE=1            use the cache only
+  HF_ENDPOINT                 another server [default: https://huggingface.co]
+  HF_HUB_DOWNLOAD_TIMEOUT     seconds to wait for data [default: 10]
+  HTTPS_PROXY, NO_PROXY       proxy
+  SSL_CERT_FILE               certificates to trust instead of Mozilla's
 
 Exit status:
   0    success
@@ -220,7 +234,7 @@ pub struct ModelArgs {
     pub tokenizer: Option<PathBuf>,
     /// Merge the PEFT LoRA adapter in DIR into the weights; may be repeated
     ///
-    /// DIR has adapter_config.json and adapter_model.safetensors. SCALE multiplies the adapter's own scale. Several adapters are
+    /// DIR has adapter_config.json and adapter_model.safetensors; it may be a repository on the hub, as CHECKPOINT may. SCALE multiplies the adapter's own scale. Several adapters are
     /// merged in the order given. Weights are merged in float32 while they are written, and quantized afterwards.
     #[arg(long, value_name = "DIR[=SCALE]", value_parser = adapter, conflicts_with = "dummy_weights")]
     pub adapter: Vec<AdapterArg>,

@@ -35,10 +35,10 @@ pub fn export(args: ExportArgs, interrupted: &AtomicBool) -> Result<()> {
         _ => bail!(Usage("expected CHECKPOINT and OUT, found no folder; see --help".to_string())),
     };
     let export = options(&args)?;
-    let source = source(&args, checkpoint)?;
     let progress = Bar::new(&args.output, interrupted);
+    let source = source(&args, checkpoint, export.task.as_ref(), &progress)?;
     let exported = export.run_with(&source, out, &progress)?;
-    progress.bar.finish_and_clear();
+    progress.finish();
     for warning in &exported.warnings {
         note!("t5gemma-export: warning: {warning}");
     }
@@ -216,12 +216,13 @@ fn activations(args: &QuantizeArgs) -> Result<Activations> {
     Ok(Activations::Ranges(ranges.ranges))
 }
 
-fn source(args: &ExportArgs, checkpoint: Option<&PathBuf>) -> Result<Source> {
+fn source(args: &ExportArgs, checkpoint: Option<&PathBuf>, task: Option<&Task>, bar: &Bar) -> Result<Source> {
     let ExportArgs { dummy, model, .. } = args;
     if !dummy.dummy_weights {
         let Some(checkpoint) = checkpoint else {
             bail!(Usage("expected CHECKPOINT and OUT, found one folder; see --help".to_string()))
         };
+        let checkpoint = &checkpoint_folder(checkpoint, task, bar)?;
         let mut opened = Checkpoint::open(checkpoint)?;
         if let Some(config) = &model.config {
             opened = opened.with_config(config);
@@ -236,7 +237,7 @@ fn source(args: &ExportArgs, checkpoint: Option<&PathBuf>) -> Result<Source> {
             opened = opened.with_tokenizer(folder)?;
         }
         for adapter in &model.adapter {
-            opened = opened.with_adapter(&adapter.folder, adapter.scale)?;
+            opened = opened.with_adapter(&adapter_folder(&adapter.folder, bar)?, adapter.scale)?;
         }
         return Ok(Source::Checkpoint(opened));
     }
@@ -254,9 +255,41 @@ fn source(args: &ExportArgs, checkpoint: Option<&PathBuf>) -> Result<Source> {
     Ok(Source::Dummy { config, origin, seed: dummy.seed })
 }
 
+/// The folder of a checkpoint, which may be a repository on the hub.
+fn checkpoint_folder(path: &Path, task: Option<&Task>, bar: &Bar) -> Result<PathBuf> {
+    #[cfg(feature = "hub")]
+    return crate::hub::folder(path, t5gemma_exporter::hub::Wanted::Checkpoint(task), bar);
+    #[cfg(not(feature = "hub"))]
+    {
+        let _ = (task, bar);
+        local_folder(path)
+    }
+}
+
+/// The folder of an adapter, which may be a repository on the hub.
+fn adapter_folder(path: &Path, bar: &Bar) -> Result<PathBuf> {
+    #[cfg(feature = "hub")]
+    return crate::hub::folder(path, t5gemma_exporter::hub::Wanted::Adapter, bar);
+    #[cfg(not(feature = "hub"))]
+    {
+        let _ = bar;
+        local_folder(path)
+    }
+}
+
+#[cfg(not(feature = "hub"))]
+fn local_folder(path: &Path) -> Result<PathBuf> {
+    let repository = path.to_str().and_then(|name| t5gemma_exporter::Repository::unless_local(name).transpose());
+    if repository.is_some() {
+        bail!("{}: this program was built without downloads from the hub (the feature `hub`)", path.display());
+    }
+    Ok(path.to_path_buf())
+}
+
 /// A progress bar that cancels the export on an interrupt.
-struct Bar<'i> {
+pub struct Bar<'i> {
     bar: ProgressBar,
+    is_quiet: bool,
     interrupted: &'i AtomicBool,
 }
 
@@ -266,7 +299,21 @@ impl Bar<'_> {
         let target = if is_shown { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
         let style = ProgressStyle::with_template("{bar:40} {bytes}/{total_bytes} {bytes_per_sec} {eta}")
             .unwrap_or_else(|_| ProgressStyle::default_bar());
-        Bar { bar: ProgressBar::with_draw_target(None, target).with_style(style), interrupted }
+        let bar = ProgressBar::with_draw_target(None, target).with_style(style);
+        Bar { bar, is_quiet: args.quiet, interrupted }
+    }
+
+    /// Prints a line above the bar, unless only errors and warnings are wanted.
+    pub fn note(&self, message: &str) {
+        if !self.is_quiet {
+            self.bar.suspend(|| note!("t5gemma-export: {message}"));
+        }
+    }
+
+    /// Removes the bar; the next [`Progress::started`] shows it again.
+    pub fn finish(&self) {
+        self.bar.finish_and_clear();
+        self.bar.reset();
     }
 }
 
@@ -277,6 +324,10 @@ impl Progress for Bar<'_> {
 
     fn advanced(&self, bytes: u64) {
         self.bar.inc(bytes);
+    }
+
+    fn noted(&self, message: &str) {
+        self.note(message);
     }
 
     fn is_cancelled(&self) -> bool {

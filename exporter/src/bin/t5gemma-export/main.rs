@@ -4,6 +4,8 @@ mod arguments;
 mod documents;
 mod export;
 mod flags;
+#[cfg(feature = "hub")]
+mod hub;
 mod stderr;
 
 use std::io::{self, Write};
