@@ -19,6 +19,7 @@ mod fuzz;
 mod generation;
 mod hub;
 mod imports;
+mod model_card;
 mod parity;
 mod plans;
 mod processors;

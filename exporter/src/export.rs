@@ -62,6 +62,9 @@ pub struct Export {
     /// The greatest rank of the LoRA adapters that the model can be given at run time; `None` for a model without
     /// graphs that take adapters.
     pub lora_inputs: Option<usize>,
+    /// Whether to write what a model repository on the Hugging Face hub has besides the model: the card `README.md`,
+    /// `.gitattributes` and the notice of Gemma's licence.
+    pub model_card: bool,
     /// The request sizes that will be served, for TensorRT.
     pub plan: Option<ServingPlan>,
     /// GPU memory that the plan must not exceed.
@@ -110,6 +113,7 @@ impl Default for Export {
             padding_row: None,
             write_sentencepiece: false,
             lora_inputs: None,
+            model_card: false,
             plan: None,
             memory_limit: None,
             existing: Existing::Refuse,
@@ -146,6 +150,7 @@ setters! {
     padding_row: Option<PaddingRow>,
     write_sentencepiece: bool,
     lora_inputs: Option<usize>,
+    model_card: bool,
     plan: Option<ServingPlan>,
     memory_limit: Option<MemorySize>,
     existing: Existing,

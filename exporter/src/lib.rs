@@ -42,6 +42,7 @@ pub mod hub;
 mod repository;
 
 mod inspect;
+mod model_card;
 mod model_folder;
 mod reseal;
 mod tensorrt;

@@ -6,7 +6,7 @@ use std::io::Read;
 use std::path::Path;
 
 use sha2::{Digest, Sha256};
-use t5gemma_graphs::manifest::{FileRecord, KEPT_TOKENS, MANIFEST, Manifest};
+use t5gemma_graphs::manifest::{DOCUMENTS, FileRecord, KEPT_TOKENS, MANIFEST, Manifest};
 
 use crate::checkpoint::{COMPANIONS, companion};
 use crate::error::{Error, Result};
@@ -35,7 +35,7 @@ pub fn reseal(folder: &Path) -> Result<Vec<String>> {
     for name in names {
         let path = path_of(folder, &name)?;
         if !files::entry_exists(&path) {
-            if !COMPANIONS.contains(&name.as_str()) {
+            if !COMPANIONS.contains(&name.as_str()) && !DOCUMENTS.contains(&name.as_str()) {
                 return Err(Error::invalid(path.display(), "a file", files::describe_missing(&path)));
             }
             manifest.files.remove(&name);

@@ -18,6 +18,14 @@ pub const MANIFEST: &str = "manifest.json";
 /// The name of the file with the tokens that a model can generate, if that is not the whole vocabulary: a JSON array of
 /// ids, ascending, in the order of the logits.
 pub const KEPT_TOKENS: &str = "kept_tokens.json";
+/// The model card, for people and the Hugging Face hub.
+pub const CARD: &str = "README.md";
+/// Which files Git LFS holds.
+pub const GIT_ATTRIBUTES: &str = ".gitattributes";
+/// The notice of the model's licence.
+pub const NOTICE: &str = "NOTICE";
+/// Files that nothing is computed from. Unlike the others, they may be edited or removed after the export.
+pub const DOCUMENTS: [&str; 3] = [CARD, GIT_ATTRIBUTES, NOTICE];
 /// The value of `format`.
 pub const FORMAT: &str = "t5gemma-onnx";
 /// The version that this code writes; raised when an older reader would misread a folder.

@@ -14,7 +14,8 @@ use sha2::{Digest, Sha256};
 use t5gemma_graphs::config::Config;
 use t5gemma_graphs::interface::{Dim, GraphSpec, Port};
 use t5gemma_graphs::manifest::{
-    FileRecord, GraphRecord, KEPT_TOKENS, MANIFEST, Manifest, ManifestError, SAMPLE_BLOCK, TensorRecord, sample_offsets,
+    DOCUMENTS, FileRecord, GraphRecord, KEPT_TOKENS, MANIFEST, Manifest, ManifestError, SAMPLE_BLOCK, TensorRecord,
+    sample_offsets,
 };
 use t5gemma_graphs::task::{Features, Task};
 
@@ -25,7 +26,7 @@ use crate::profiles::{self, Profiles};
 use crate::tokenizer;
 use crate::vocabulary_subset::VocabularySubset;
 
-/// The model's generation options: the one file that may differ from its hash.
+/// The model's generation options: the one file with an effect that may differ from its hash.
 const GENERATION_CONFIG: &str = "generation_config.json";
 
 /// Weights files up to this size are hashed completely on every opening; of larger ones, only samples by default.
@@ -67,7 +68,7 @@ impl Folder {
 
         for (file, record) in manifest.graphs.values().map(|graph| (&graph.file, &graph.record)).chain(&manifest.files)
         {
-            if file != GENERATION_CONFIG {
+            if file != GENERATION_CONFIG && !DOCUMENTS.contains(&file.as_str()) {
                 check_file(path, file, record)?;
             }
         }

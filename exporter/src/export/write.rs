@@ -14,6 +14,7 @@ use t5gemma_graphs::reorder;
 use super::prepare::Prepared;
 use crate::error::Result;
 use crate::external_data::{self, WrittenWeights};
+use crate::model_card;
 use crate::progress::Progress;
 use crate::proto;
 use crate::staging::StagingDir;
@@ -76,6 +77,13 @@ impl Prepared<'_> {
             for (name, bytes) in tensorrt::files(plan, &manifest, memory) {
                 let record = folder.write(&name, &bytes)?;
                 manifest.files.insert(name, record);
+            }
+        }
+        if export.model_card {
+            let base = model_card::base_model(self.source, &self.config_text);
+            for (name, text) in model_card::files(&manifest, base.as_ref()) {
+                let record = folder.write(name, text.as_bytes())?;
+                manifest.files.insert(name.to_string(), record);
             }
         }
         let text = serde_json::to_string_pretty(&manifest).expect("a manifest has string keys only") + "\n";

@@ -413,6 +413,13 @@ pub struct OutputArgs {
     /// Replace OUT if it holds an exported model and nothing else
     #[arg(long)]
     pub overwrite: bool,
+    /// Add a model card, .gitattributes and NOTICE, to upload OUT to the Hugging Face hub
+    ///
+    /// README.md describes the model and how to run it. Its metadata has the licence (gemma), the task, and the base
+    /// model if CHECKPOINT is from the hub or config.json names one. NOTICE is the text that Gemma's terms require with
+    /// every copy. The three files may be edited or removed; `t5gemma` does not read them.
+    #[arg(long)]
+    pub push_layout: bool,
     /// Print only errors and warnings, no progress or notes
     #[arg(short, long)]
     pub quiet: bool,

@@ -101,6 +101,7 @@ fn options(args: &ExportArgs) -> Result<Export> {
         .padding_row(padding_row)
         .write_sentencepiece(args.model.write_sentencepiece)
         .lora_inputs(args.model.lora_inputs)
+        .model_card(args.output.push_layout)
         .plan(args.tensorrt.plan.clone())
         .memory_limit(args.tensorrt.fits)
         .encoder_window(encoder_window)
