@@ -442,6 +442,17 @@ fn connections_are_encrypted() {
 }
 
 #[test]
+fn proxies_are_used() {
+    let hub = Hub::start(json!([]));
+    // The stand-in answers for any host. It is its own storage server, which is not reached by the proxy.
+    let mut command = hub.command();
+    command.args(["google/tiny", "out"]).env("HF_ENDPOINT", "http://hub.invalid").env("HTTP_PROXY", &hub.endpoint);
+    stdout(command.env("NO_PROXY", "localhost").output().expect("starts"));
+    let hosts: Vec<Value> = hub.requests().into_iter().map(|request| request["host"].clone()).collect();
+    assert!(hosts.contains(&json!("hub.invalid")), "{hosts:?}");
+}
+
+#[test]
 fn huggingface_hub_uses_the_same_cache() {
     let hub = Hub::start(json!([]));
     stdout(hub.export(&["google/tiny", "first"]));

@@ -37,6 +37,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
+    def do_CONNECT(self):
+        """As a proxy, it is every other host."""
+        self.send_response(200)
+        self.end_headers()
+
     def do_HEAD(self):
         self.answer()
 

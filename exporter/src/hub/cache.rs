@@ -141,8 +141,11 @@ impl Blob {
         Ok((found != *etag).then(|| format!("expected SHA-256 {etag}, found {found}")))
     }
 
-    /// Links the snapshot's file to the blob.
+    /// Links the snapshot's file to the blob. Another program may be reading the file if it is there.
     pub fn link(&self) -> Result<(), HubError> {
+        if self.link.exists() {
+            return Ok(());
+        }
         let failed = |error| HubError::io(&self.link, "cannot be linked")(error);
         match fs::remove_file(&self.link) {
             Err(error) if error.kind() != ErrorKind::NotFound => return Err(failed(error)),

@@ -35,7 +35,8 @@ pub(super) fn fetch(
     }
     let sizes: BTreeMap<&str, u64> =
         listing.siblings.iter().map(|file| (file.rfilename.as_str(), file.size.unwrap_or(0))).collect();
-    let mut fetch = Fetch { client: &client, cache, progress, commit: &listing.sha, sizes: &sizes, files: 0, bytes: 0 };
+    let mut fetch =
+        Fetch { client: &client, cache, progress, commit: &listing.sha, sizes: &sizes, files: 0, bytes: 0, total: 0 };
     let folder = cache.snapshot(&listing.sha);
     let present: Vec<&str> = sizes.keys().copied().collect();
     let first = needed::first(repository, wanted, &present)?;
@@ -63,15 +64,17 @@ struct Fetch<'f> {
     files: usize,
     /// Their size.
     bytes: u64,
+    /// The size of all files that the snapshot lacked.
+    total: u64,
 }
 
 impl Fetch<'_> {
     fn files(&mut self, names: &[String]) -> Result<(), HubError> {
         let folder = self.cache.snapshot(self.commit);
         let missing: Vec<&String> = names.iter().filter(|name| !folder.join(name).exists()).collect();
-        let bytes: u64 = missing.iter().filter_map(|name| self.sizes.get(name.as_str())).sum();
+        self.total += missing.iter().filter_map(|name| self.sizes.get(name.as_str())).sum::<u64>();
         if !missing.is_empty() {
-            self.progress.started(self.bytes + bytes);
+            self.progress.started(self.total);
         }
         missing.into_iter().try_for_each(|name| self.file(name))
     }
@@ -88,8 +91,8 @@ impl Fetch<'_> {
             self.progress.advanced(if length > size { 0 } else { length });
             retrying(self.client, self.progress, |has_advanced| self.content(name, &blob, size, has_advanced))?;
             self.files += 1;
+            self.bytes += size;
         }
-        self.bytes += size;
         blob.link()
     }
 
