@@ -1,8 +1,8 @@
 //! Converts numbers between float types, chunk by chunk. Rounding is to nearest, ties to even; a finite number beyond
 //! the range of the new type is an error, never an infinity.
 
+use half::f16;
 use half::slice::HalfFloatSliceExt;
-use half::{bf16, f16};
 use t5gemma_graphs::onnx::{Adjust, DType};
 
 /// A finite number beyond the range of float16, the only type narrower than those of checkpoints.
@@ -69,24 +69,45 @@ pub fn count_not_finite(bytes: &[u8], from: DType) -> u64 {
 /// Writes `numbers`, rounded to `to`, to `out`, which has just enough room.
 ///
 /// # Errors
-/// A finite number beyond the range of `to`.
+/// A finite number beyond the range of float16.
 pub fn round(numbers: &[f32], to: DType, out: &mut [u8]) -> Result<(), Overflow> {
+    let overflows = |number: &f32| number.is_finite() && f16::from_f32(*number).is_infinite();
+    match round_to_infinity(numbers, to, out) {
+        1.. if to == DType::Float16 => Err(Overflow(numbers.iter().copied().find(overflows).expect("one was counted"))),
+        _ => Ok(()),
+    }
+}
+
+/// Writes `numbers`, rounded to `to`, to `out`, which has just enough room. A number beyond the range of `to` becomes infinite; returns
+/// the count of those that were not infinite before. bfloat16 gets a single NaN.
+pub fn round_to_infinity(numbers: &[f32], to: DType, out: &mut [u8]) -> u64 {
     match to {
-        DType::Float32 => write(out, numbers, f32::to_le_bytes),
+        DType::Float32 => {
+            write(out, numbers, f32::to_le_bytes);
+            0
+        }
         DType::Float16 => {
             let mut halves = vec![f16::ZERO; numbers.len()];
             halves.convert_from_f32_slice(numbers);
-            for (&number, half) in numbers.iter().zip(&halves) {
-                if half.is_infinite() && number.is_finite() {
-                    return Err(Overflow(number));
-                }
-            }
             write(out, &halves, f16::to_le_bytes);
+            let pairs = numbers.iter().zip(&halves);
+            pairs.filter(|(number, half)| half.is_infinite() && number.is_finite()).count() as u64
         }
-        DType::BFloat16 => write(out, numbers, |number| bf16::from_f32(number).to_le_bytes()),
+        DType::BFloat16 => {
+            write(out, numbers, |number| bfloat16(number).to_le_bytes());
+            // From half a step behind the largest number on.
+            let overflows = |number: &&f32| (0x7f7f_8000..0x7f80_0000).contains(&number.abs().to_bits());
+            numbers.iter().filter(overflows).count() as u64
+        }
         _ => unreachable!("unquantized weights are floats, not {to}"),
     }
-    Ok(())
+}
+
+/// The bits of the nearest bfloat16, of two the even one.
+fn bfloat16(number: f32) -> u16 {
+    let bits = number.to_bits();
+    let odd = bits >> 16 & 1;
+    if number.is_nan() { 0x7fc0 } else { (bits.wrapping_add(0x7fff + odd) >> 16) as u16 }
 }
 
 // Chunks of a constant size let the compiler vectorize these loops.
@@ -144,6 +165,20 @@ mod tests {
     #[test]
     fn numbers_beyond_float16_are_refused() {
         assert_eq!(converted(&[1.0, 70000.0], &[DType::Float16], Adjust::AsIs), Err(Overflow(70000.0)));
+    }
+
+    #[test]
+    fn numbers_out_of_range_become_infinite_and_are_counted() {
+        let numbers =
+            [70000.0, -65520.0, 65519.0, f32::INFINITY, f32::NAN, f32::MAX, f32::from_bits(0x7f7f_7fff), -f32::NAN];
+        for (to, expected, count) in [
+            (DType::Float16, [0x7c00_u16, 0xfc00, 0x7bff, 0x7c00, 0x7e00, 0x7c00, 0x7c00, 0xfe00], 4),
+            (DType::BFloat16, [0x4789, 0xc780, 0x4780, 0x7f80, 0x7fc0, 0x7f80, 0x7f7f, 0x7fc0], 1),
+        ] {
+            let mut out = [0; 16];
+            let found = round_to_infinity(&numbers, to, &mut out);
+            assert_eq!((out.as_chunks().0, found), (&expected.map(u16::to_le_bytes)[..], count), "{to}");
+        }
     }
 
     #[test]

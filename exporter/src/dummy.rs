@@ -4,8 +4,7 @@
 use t5gemma_graphs::config::Family;
 use t5gemma_graphs::onnx::{Adjust, Part};
 
-/// The increment of the generator's state.
-const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
+use crate::splitmix::{STEP, fnv1a, mix};
 
 /// The random elements of one tensor. They follow from the seed and the tensor's name alone, not from order or
 /// chunking.
@@ -19,11 +18,6 @@ impl RandomTensor {
     /// The elements are uniform around 0 (1 for norm factors): matrices preserve the variance of their inputs,
     /// embeddings have unit variance once scaled by `√hidden`.
     pub fn new(part: &Part, adjust: Adjust, seed: u64) -> RandomTensor {
-        // FNV-1a of the name, so that different tensors have different streams.
-        let name = part
-            .tensor
-            .bytes()
-            .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
         let is_decoder_norm = Family::ALL.into_iter().any(|family| family.tensors().decoder_norm == part.tensor);
         let (center, deviation) = match (adjust, part.shape.as_slice()) {
             // With a head tied to the embedding, the last token would be most similar to itself and repeat forever,
@@ -33,7 +27,7 @@ impl RandomTensor {
             (_, [_, columns]) => (0.0, (*columns as f32).powf(-0.5)),
             _ => (0.0, 0.02),
         };
-        RandomTensor { start: name ^ seed.wrapping_mul(STEP), center, range: deviation * 3f32.sqrt() }
+        RandomTensor { start: fnv1a(&part.tensor) ^ seed.wrapping_mul(STEP), center, range: deviation * 3f32.sqrt() }
     }
 
     /// Fills `out` with the elements from index `first` on.
@@ -50,12 +44,8 @@ impl RandomTensor {
     }
 
     fn pair(&self, state: &mut u64) -> [f32; 2] {
-        // SplitMix64 (Steele, Lea, Flood 2014).
         *state = state.wrapping_add(STEP);
-        let mut bits = *state;
-        bits = (bits ^ (bits >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        bits = (bits ^ (bits >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        bits ^= bits >> 31;
+        let bits = mix(*state);
         [bits as u32, (bits >> 32) as u32].map(|half| {
             // 24 bits make an odd multiple of 2^-24 in (-1, 1): never zero.
             let unit = (2 * (half >> 8) as i32 + 1 - (1 << 24)) as f32 / (1 << 24) as f32;

@@ -1,4 +1,4 @@
-//! [`Error`]: why an export, an inspection or a check failed.
+//! [`Error`]: why an export, an adaptation, an inspection or a check failed.
 
 use std::error::Error as StdError;
 use std::fmt;
@@ -9,7 +9,7 @@ use t5gemma_graphs::config::ConfigError;
 
 use crate::settings::SettingError;
 
-/// Why an export, an inspection or a check failed.
+/// Why an export, an adaptation, an inspection or a check failed.
 ///
 /// `Display` writes one line without the cause, which is the [`source`](StdError::source).
 #[derive(Debug)]
@@ -55,6 +55,15 @@ pub enum Error {
         /// The probable cause, or empty.
         hint: String,
     },
+    /// The checkpoints that should become one have different tokenizers.
+    TokenizersDiffer {
+        /// The file in which they differ.
+        file: String,
+        /// The bytes of the encoder's; `None` if there is no such file.
+        encoder: Option<u64>,
+        /// The same for the decoder's.
+        decoder: Option<u64>,
+    },
     /// The output folder exists, is not empty, and may not be replaced.
     OutputExists {
         /// The folder.
@@ -67,7 +76,7 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
-    /// The caller cancelled the export.
+    /// The caller cancelled the export or adaptation.
     Cancelled,
 }
 
@@ -95,6 +104,20 @@ impl Error {
         match self {
             Error::Invalid { place, expected, found, .. } => {
                 Error::Invalid { place, field: Some(name.into()), expected, found }
+            }
+            error => error,
+        }
+    }
+
+    /// The same with what the file or tensors are for, such as `encoder`.
+    pub(crate) fn on(self, side: impl fmt::Display) -> Error {
+        match self {
+            Error::Invalid { place, field, expected, found } => {
+                Error::Invalid { place: format!("{side}: {place}"), field, expected, found }
+            }
+            Error::Tensors { checkpoint, mismatches, hint } => {
+                let mismatches = mismatches.into_iter().map(|mismatch| format!("{side}: {mismatch}")).collect();
+                Error::Tensors { checkpoint, mismatches, hint }
             }
             error => error,
         }
@@ -128,6 +151,14 @@ impl fmt::Display for Error {
                     write!(f, " (and {} more)", mismatches.len() - 1)?;
                 }
                 if hint.is_empty() { Ok(()) } else { write!(f, "; {hint}") }
+            }
+            Error::TokenizersDiffer { file, encoder, decoder } => {
+                let size = |bytes: &Option<u64>| bytes.map_or("no file".to_string(), |bytes| format!("{bytes} bytes"));
+                let (encoder, decoder) = (size(encoder), size(decoder));
+                write!(
+                    f,
+                    "{file}: expected the same in both checkpoints, found different ones: {encoder} (encoder), {decoder} (decoder)"
+                )
             }
             Error::OutputExists { path } => write!(f, "{}: exists and is not empty", path.display()),
             Error::NotReplaced { path, reason } => write!(f, "{}: not replaced: {reason}", path.display()),

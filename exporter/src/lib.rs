@@ -11,7 +11,7 @@
 //!
 //! Read `export.rs` first, then `checkpoint.rs` (input), `weights.rs` (which tensor becomes which weight),
 //! `external_data.rs` and `proto.rs` (output). The graphs themselves come from `t5gemma_graphs`. Nothing here needs
-//! ONNX Runtime.
+//! ONNX Runtime. `adapt.rs` makes checkpoints of Gemma 2 checkpoints, before all of this.
 
 mod error;
 mod progress;
@@ -19,6 +19,8 @@ mod settings;
 
 mod export;
 mod source;
+
+mod adapt;
 
 mod adapter;
 mod checkpoint;
@@ -32,6 +34,7 @@ mod dummy;
 mod external_data;
 mod parameters;
 mod quantize;
+mod splitmix;
 mod weights;
 
 mod proto;
@@ -47,6 +50,7 @@ mod model_folder;
 mod reseal;
 mod tensorrt;
 
+pub use adapt::{Adapt, Adapted, CrossInit, CrossNorms, Resolved, Side};
 pub use checkpoint::Checkpoint;
 pub use error::{Error, ParseError, Result};
 pub use export::{Alignment, Export, Exported, PaddingRow};

@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use memmap2::Mmap;
+#[cfg(unix)]
+use memmap2::UncheckedAdvice;
 use safetensors::{SafeTensorError, SafeTensors};
 use serde::Deserialize;
 use t5gemma_graphs::json::{cut, list};
@@ -38,6 +40,21 @@ pub fn map_file(path: &Path) -> Result<(Mmap, Vec<Location>)> {
     };
     let tensors = views.iter().map(location).collect();
     Ok((bytes, tensors))
+}
+
+/// Lets the system take back the memory of a part of a mapping that is not read again soon.
+pub fn release(mapping: &Mmap, part: &[u8]) {
+    #[cfg(unix)]
+    {
+        let start = (part.as_ptr() as usize).wrapping_sub(mapping.as_ptr() as usize);
+        if start.checked_add(part.len()).is_some_and(|end| end <= mapping.len()) {
+            // SAFETY: the mapping is of a file and only read, so that dropping its pages loses nothing: when they are read again, they
+            // come from the file. A failure changes nothing.
+            let _ = unsafe { mapping.unchecked_advise_range(UncheckedAdvice::DontNeed, start, part.len()) };
+        }
+    }
+    #[cfg(not(unix))]
+    let _ = (mapping, part);
 }
 
 /// Reads a vector of `size` numbers from a safetensors file.

@@ -9,6 +9,8 @@ use t5gemma_exporter::{MemorySize, PRESETS, PaddingRow, ServingPlan, TensorRtVer
 use t5gemma_graphs::Target;
 use t5gemma_graphs::task::{Pooling, Task};
 
+use crate::adapt::AdaptArgs;
+
 /// Export a T5Gemma checkpoint to ONNX
 ///
 /// CHECKPOINT is a Hugging Face checkpoint folder (config.json, safetensors files and the tokenizer), a single
@@ -87,6 +89,16 @@ Exit status:
 
 #[derive(Subcommand)]
 pub enum Command {
+    /// Make a T5Gemma checkpoint of Gemma 2 checkpoints, to be trained
+    ///
+    /// The first checkpoint becomes the encoder, with bidirectional attention, the second the decoder, with
+    /// cross-attention added to every layer. OUT becomes a checkpoint folder that transformers loads. It is where
+    /// training starts: until then it does not answer questions.
+    #[command(after_long_help = "\
+Examples:
+  t5gemma-export adapt gemma-2-2b gemma-2-2b t5gemma-2b-2b
+  t5gemma-export adapt --seed 1 gemma-2-9b gemma-2-2b t5gemma-9b-2b")]
+    Adapt(AdaptArgs),
     /// Show the contents of a model folder or checkpoint
     ///
     /// Prints the dimensions of encoder and decoder, parameter counts by component, and the tensors' dtypes; for a

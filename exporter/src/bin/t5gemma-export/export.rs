@@ -3,13 +3,11 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::io::{self, IsTerminal};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, Result, anyhow, bail};
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use t5gemma_exporter::{Alignment, Checkpoint, Existing, Export, Exported, Progress, ServingPlan, Source, preset};
+use t5gemma_exporter::{Alignment, Checkpoint, Existing, Export, Exported, ServingPlan, Source, preset};
 use t5gemma_graphs::Target;
 use t5gemma_graphs::interface::{DType, Logits};
 use t5gemma_graphs::json::{self, cut};
@@ -19,9 +17,10 @@ use t5gemma_graphs::quantization::{Activations, Quantization};
 use t5gemma_graphs::task::{Features, PaddingRows, Pooling, Task};
 
 use crate::arguments::{
-    DTypeArg, ExportArgs, FormatArg, GraphArgs, ModelArgs, OutputArgs, OutputDTypeArg, PadRows, QuantizeArgs, WindowArg,
+    DTypeArg, ExportArgs, FormatArg, GraphArgs, ModelArgs, OutputDTypeArg, PadRows, QuantizeArgs, WindowArg,
 };
 use crate::flags::Usage;
+use crate::progress::Bar;
 use crate::stderr::note;
 
 /// Maximum number of unused tensors to list.
@@ -35,7 +34,7 @@ pub fn export(args: ExportArgs, interrupted: &AtomicBool) -> Result<()> {
         _ => bail!(Usage("expected CHECKPOINT and OUT, found no folder; see --help".to_string())),
     };
     let export = options(&args)?;
-    let progress = Bar::new(&args.output, interrupted);
+    let progress = if args.output.quiet { Bar::quiet(interrupted) } else { Bar::new(interrupted) };
     let source = source(&args, checkpoint, export.task.as_ref(), &progress)?;
     let exported = export.run_with(&source, out, &progress)?;
     progress.finish();
@@ -78,9 +77,7 @@ fn options(args: &ExportArgs) -> Result<Export> {
     let target = Target::ALL.into_iter().find(|target| target.name() == graphs.target).context("unknown target")?;
     let dtype = match graphs.dtype {
         None => target.capabilities().default_dtype,
-        Some(DTypeArg::Float32) => DType::Float32,
-        Some(DTypeArg::Float16) => DType::Float16,
-        Some(DTypeArg::Bfloat16) => DType::BFloat16,
+        Some(dtype) => dtype.into(),
     };
     let encoder_window = match graphs.encoder_window {
         WindowArg::Inclusive => EncoderWindow::Inclusive,
@@ -108,6 +105,16 @@ fn options(args: &ExportArgs) -> Result<Export> {
         .quantization(quantization(&args.quantize)?)
         .activations(activations(&args.quantize)?)
         .existing(if args.output.overwrite { Existing::Overwrite } else { Existing::Refuse }))
+}
+
+impl From<DTypeArg> for DType {
+    fn from(dtype: DTypeArg) -> DType {
+        match dtype {
+            DTypeArg::Float32 => DType::Float32,
+            DTypeArg::Float16 => DType::Float16,
+            DTypeArg::Bfloat16 => DType::BFloat16,
+        }
+    }
 }
 
 fn logits(args: &GraphArgs) -> Logits {
@@ -285,53 +292,4 @@ fn local_folder(path: &Path) -> Result<PathBuf> {
         bail!("{}: this program was built without downloads from the hub (the feature `hub`)", path.display());
     }
     Ok(path.to_path_buf())
-}
-
-/// A progress bar that cancels the export on an interrupt.
-pub struct Bar<'i> {
-    bar: ProgressBar,
-    is_quiet: bool,
-    interrupted: &'i AtomicBool,
-}
-
-impl Bar<'_> {
-    fn new<'i>(args: &OutputArgs, interrupted: &'i AtomicBool) -> Bar<'i> {
-        let is_shown = !args.quiet && io::stderr().is_terminal();
-        let target = if is_shown { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
-        let style = ProgressStyle::with_template("{bar:40} {bytes}/{total_bytes} {bytes_per_sec} {eta}")
-            .unwrap_or_else(|_| ProgressStyle::default_bar());
-        let bar = ProgressBar::with_draw_target(None, target).with_style(style);
-        Bar { bar, is_quiet: args.quiet, interrupted }
-    }
-
-    /// Prints a line above the bar, unless only errors and warnings are wanted.
-    pub fn note(&self, message: &str) {
-        if !self.is_quiet {
-            self.bar.suspend(|| note!("t5gemma-export: {message}"));
-        }
-    }
-
-    /// Removes the bar; the next [`Progress::started`] shows it again.
-    pub fn finish(&self) {
-        self.bar.finish_and_clear();
-        self.bar.reset();
-    }
-}
-
-impl Progress for Bar<'_> {
-    fn started(&self, bytes: u64) {
-        self.bar.set_length(bytes);
-    }
-
-    fn advanced(&self, bytes: u64) {
-        self.bar.inc(bytes);
-    }
-
-    fn noted(&self, message: &str) {
-        self.note(message);
-    }
-
-    fn is_cancelled(&self) -> bool {
-        self.interrupted.load(Ordering::Relaxed)
-    }
 }

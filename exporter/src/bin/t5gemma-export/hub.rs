@@ -6,7 +6,7 @@ use anyhow::{Result, bail};
 use t5gemma_exporter::Repository;
 use t5gemma_exporter::hub::{HubSettings, Wanted, download};
 
-use crate::export::Bar;
+use crate::progress::Bar;
 use crate::flags::Usage;
 use crate::stderr::note;
 

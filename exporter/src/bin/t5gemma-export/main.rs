@@ -1,11 +1,13 @@
 //! The program `t5gemma-export`: parse, run, exit status.
 
+mod adapt;
 mod arguments;
 mod documents;
 mod export;
 mod flags;
 #[cfg(feature = "hub")]
 mod hub;
+mod progress;
 mod stderr;
 
 use std::io::{self, Write};
@@ -62,6 +64,7 @@ fn parse() -> Cli {
 fn run(cli: Cli, interrupted: &AtomicBool) -> Result<()> {
     match cli.command {
         None => export::export(cli.export, interrupted),
+        Some(Command::Adapt(args)) => adapt::adapt(args, interrupted),
         Some(Command::Inspect { dir, json }) => {
             let report = inspect(&dir)?;
             if json { print_json(&report) } else { print(&report) }
