@@ -2,6 +2,7 @@
 //! the file and the problem, and leaves no files behind. Every table runs to its end, so that one run shows all failing
 //! cases.
 
+mod adaptations;
 mod checkpoints;
 mod libraries;
 mod models;

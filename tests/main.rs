@@ -3,6 +3,7 @@
 
 mod common;
 
+mod adapt;
 mod adapters;
 mod alignment;
 mod bench;

@@ -826,10 +826,10 @@ fn check_checkpoints(cases: &[Case]) {
     );
 }
 
-type Stored = (Dtype, Vec<usize>, Vec<u8>);
+pub type Stored = (Dtype, Vec<usize>, Vec<u8>);
 
 /// Changes the tensors of a single-file checkpoint.
-fn tensors(folder: &Path, change: impl FnOnce(&mut BTreeMap<String, Stored>)) {
+pub fn tensors(folder: &Path, change: impl FnOnce(&mut BTreeMap<String, Stored>)) {
     edit(folder, WEIGHTS, |bytes| {
         let file = SafeTensors::deserialize(bytes).expect("the fixtures are sound");
         let stored = |view: &TensorView| (view.dtype(), view.shape().to_vec(), view.data().to_vec());
