@@ -178,8 +178,12 @@ sanitize: $(LIBRARY) ## run unit tests under AddressSanitizer at every instructi
 	    T5GEMMA_MAX_CPU_ISA=$$level $(SANITIZE) -p t5gemma-runtime || exit 1; \
 	done
 
+.PHONY: train-adapted
+train-adapted: build $(LIBRARY) .cache/training/complete ## adapt, train, export and run tiny checkpoints; fetches PyTorch (6 GB) into .cache
+	PYTHONPATH=.cache/training $(PYTHON) tests/scripts/train_adapted.py $(PROGRAMS)/t5gemma-export $(PROGRAMS)/t5gemma .cache/trained
+
 .PHONY: nightly
-nightly: deny sanitize fuzz ## what takes too long, or too much network, for every change
+nightly: deny sanitize fuzz train-adapted ## what takes too long, or too much network, for every change
 
 .PHONY: check-rtx
 check-rtx: .venv/complete .cache/tensorrt-rtx/complete ## compile graphs with NVIDIA's builder for RTX; needs no GPU, but x86-64 Linux
@@ -228,6 +232,12 @@ $(TOKENIZER)/tokenizer.json: tests/scripts/fetch.py
 .cache/tensorrt-rtx/complete: tests/scripts/tensorrt_rtx.txt
 	rm -rf $(@D)
 	$(PYTHON) -m pip install --quiet --no-deps --only-binary=:all: --target $(@D) --require-hashes --requirement $<
+	touch $@
+
+# PyTorch and transformers, of the versions that made the fixtures.
+.cache/training/complete: tests/fixtures/scripts/requirements.txt
+	rm -rf $(@D)
+	$(PYTHON) -m pip install --quiet --only-binary=:all: --target $(@D) --requirement $<
 	touch $@
 
 # Exported anew when the checkpoint or the exporter has changed.

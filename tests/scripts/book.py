@@ -6,7 +6,7 @@ The blocks of a page run in order in one scratch folder, with `checkpoint` and `
 published checkpoints (`Checker.stand_ins`). What a block's language is decides what is done with it:
 
   sh, console         run; in a console block, lines that begin with `$ ` are commands and the others their output
-  python              run, with the package t5gemma of --site
+  python              run, with the package t5gemma of --site; with the word `example` behind it, compared with the examples
   c, cpp              compiled against the library in --prefix; a block with a `main` is run with the argument `model`
   rust                left to rustdoc: tests/lib.rs has to include the page
   cmake, make         compared with the examples
@@ -160,6 +160,8 @@ class Checker:
 
     def python_block(self, block, folder):
         compile(block.text, str(block), "exec")
+        if block.words:
+            return self.example(block)
         if "t5gemma" in block.text and not self.arguments.site:
             return "parsed only (no --site)"
         self.run([self.python, "-"], folder, block.text)
@@ -184,7 +186,9 @@ class Checker:
 
     def example(self, block):
         """That each line stands in one of the examples, in this order."""
-        files = [*ROOT.glob("examples/*/CMakeLists.txt"), *ROOT.glob("examples/*/Makefile")]
+        if set(block.words) - {"example"}:
+            raise Wrong(f"expected example behind the language, found {' '.join(block.words)}")
+        files = [*ROOT.glob("examples/*/CMakeLists.txt"), *ROOT.glob("examples/*/Makefile"), *ROOT.glob("examples/*/*.py")]
         if not any(block.text.strip() in file.read_text() for file in files):
             raise Wrong("no example has these lines")
         return "compared"
@@ -230,6 +234,8 @@ class Checker:
         adapter of the checkpoint."""
         for name in ("t5gemma-b-b-ul2", "t5gemma-9b-9b-ul2"):
             (folder / name).symlink_to(self.arguments.checkpoint.resolve())
+        for name, source in (("gemma-2-2b", "balanced/gemma2-a"), ("gemma-2-9b", "unbalanced/gemma2-b")):
+            (folder / name).symlink_to(ROOT / "tests/fixtures/adapt" / source)
         encoder = json.loads((self.arguments.checkpoint / "config.json").read_text())["encoder"]
         width, queries = encoder["hidden_size"], encoder["num_attention_heads"] * encoder["head_dim"]
         (folder / "stable-audio-3").mkdir()
