@@ -1,4 +1,4 @@
-//! [`Adapt`]: makes a T5Gemma checkpoint of Gemma 2 checkpoints, as a start for training (arXiv 2504.06225, section 3).
+//! [`Adapt`]: makes a T5Gemma checkpoint from Gemma 2 checkpoints, as a start for training (arXiv 2504.06225, section 3).
 //!
 //! The encoder is a Gemma 2 whose self-attention becomes bidirectional. The decoder is a Gemma 2 with cross-attention in each layer,
 //! behind self-attention, which is copied from self-attention if the widths allow it, and random otherwise.
@@ -168,6 +168,8 @@ impl Adapt {
         // Nothing is written that could not be exported.
         Config::parse(&text).map_err(|error| Error::config("the configuration of the new model", error))?;
         let tokenizer = tokenizer::files(encoder, decoder, self.tokenizer_from)?;
+        let planned = tensors::plan(encoder, decoder, &choices);
+        tensors::check_size(&planned)?;
 
         let folder = StagingDir::create(out, Existing::Refuse)?;
         folder.write("config.json", text.as_bytes())?;
@@ -175,7 +177,6 @@ impl Adapt {
         for (name, bytes) in &tokenizer {
             folder.write(name, bytes)?;
         }
-        let planned = tensors::plan(encoder, decoder, &choices);
         let written = write::write(&folder, &planned, choices.dtype, self.max_shard_size, progress)?;
         if progress.is_cancelled() {
             return Err(Error::Cancelled);

@@ -11,7 +11,7 @@
 //!
 //! Read `export.rs` first, then `checkpoint.rs` (input), `weights.rs` (which tensor becomes which weight),
 //! `external_data.rs` and `proto.rs` (output). The graphs themselves come from `t5gemma_graphs`. Nothing here needs
-//! ONNX Runtime. `adapt.rs` makes checkpoints of Gemma 2 checkpoints, before all of this.
+//! ONNX Runtime. `adapt.rs` makes T5Gemma checkpoints from Gemma 2 checkpoints, before all of this.
 
 mod error;
 mod progress;

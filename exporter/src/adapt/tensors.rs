@@ -7,6 +7,7 @@ use super::random::NormalTensor;
 use super::source::{EMBEDDING, HEAD, Source};
 use super::{CrossInit, CrossNorms, Resolved};
 use crate::checkpoint::Tensor;
+use crate::error::{Error, Result};
 
 /// The tensors of a stack outside of its layers, behind `model.` in Gemma 2 and behind `model.encoder.` or `model.decoder.` in T5Gemma.
 const OF_STACK: [(&str, &[Axis]); 2] = [("embed_tokens", &[Vocabulary, Hidden]), ("norm", &[Hidden])];
@@ -140,6 +141,17 @@ pub fn plan<'s>(encoder: &'s Source, decoder: &'s Source, choices: &Resolved) ->
     }
     planned.sort_by(|a, b| a.name.cmp(&b.name));
     planned
+}
+
+/// Refuses tensors that no file can hold: those of cross-attention have rows from one source and columns from the other.
+pub fn check_size(planned: &[Planned<'_>]) -> Result<()> {
+    let elements = |tensor: &Planned<'_>| tensor.shape.iter().map(|&size| size as u128).product::<u128>();
+    let (all, most) = (planned.iter().map(elements).sum::<u128>(), i64::MAX as u128 / 4);
+    if all <= most {
+        Ok(())
+    } else {
+        Err(Error::invalid("decoder", format!("at most {most} parameters"), all.to_string()))
+    }
 }
 
 fn plan_cross_attention<'s>(

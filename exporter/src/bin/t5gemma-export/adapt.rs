@@ -34,7 +34,7 @@ pub struct AdaptArgs {
     /// Data type of all tensors [default: that of the checkpoints, or float32 if they have several]
     #[arg(long, value_enum)]
     dtype: Option<DTypeArg>,
-    /// Most bytes of tensors in a weights file
+    /// Maximum bytes of tensors in each weights file
     #[arg(long, value_name = "BYTES", default_value_t = Adapt::default().max_shard_size)]
     max_shard_size: u64,
     /// Whose tokenizer to copy; required if the checkpoints have different ones
@@ -58,11 +58,11 @@ enum CrossInitArg {
 enum CrossNormsArg {
     /// copy if all matrices are copied, ones otherwise
     Auto,
-    /// copies of the norms around self-attention
+    /// copies of the norms around the decoder's self-attention
     Copy,
-    /// factors 1
+    /// scale factors of 1
     Ones,
-    /// factors 0 behind cross-attention, so that the decoder starts as its Gemma 2
+    /// scale factors of 0 after cross-attention, so that the decoder starts as its Gemma 2
     Closed,
 }
 

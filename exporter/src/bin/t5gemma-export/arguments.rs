@@ -89,7 +89,7 @@ Exit status:
 
 #[derive(Subcommand)]
 pub enum Command {
-    /// Make a T5Gemma checkpoint of Gemma 2 checkpoints, to be trained
+    /// Make a T5Gemma checkpoint from Gemma 2 checkpoints, to be trained
     ///
     /// The first checkpoint becomes the encoder, with bidirectional attention, the second the decoder, with
     /// cross-attention added to every layer. OUT becomes a checkpoint folder that transformers loads. It is where
