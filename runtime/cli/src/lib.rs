@@ -102,7 +102,14 @@ const GRACE: Duration = Duration::from_millis(300);
 /// Exits immediately, without leaving half-written files.
 fn end_at_once() -> ! {
     tensors::Aside::remove_all();
-    std::process::exit(130);
+    // Other threads may be within ONNX Runtime, whose destructors `exit` would run beside them.
+    #[cfg(unix)]
+    // SAFETY: the call has no preconditions and does not return.
+    unsafe {
+        libc::_exit(130)
+    }
+    #[cfg(not(unix))]
+    std::process::exit(130)
 }
 
 /// Runs the program.
