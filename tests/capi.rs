@@ -44,7 +44,7 @@ impl Installed {
     }
 
     /// A program of `capi/` or `examples/`, compiled as its users would.
-    fn program(&self, source: &str, label: &str, flags: &[&str]) -> PathBuf {
+    pub fn program(&self, source: &str, label: &str, flags: &[&str]) -> PathBuf {
         let source = tests().join(source);
         let is_c = source.extension() == Some(OsStr::new("c"));
         let out = self.folder.path().join(format!("{}-{label}", source.file_name().unwrap_or_default().display()));

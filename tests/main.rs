@@ -38,6 +38,7 @@ mod tensorrt;
 mod tokenizer;
 mod versions;
 mod vocabulary;
+mod voice;
 
 mod broken;
 mod calibration;

@@ -365,6 +365,33 @@ impl InPlace {
     }
 }
 
+/// Models whose positions say how far a sequence has come take them as inputs before the adapters.
+#[test]
+fn models_with_inputs_of_their_own_take_adapters() {
+    let folder = tempfile::tempdir().expect("a temporary folder can be made");
+    let checkpoint = tests().join("fixtures/voice/progress/checkpoint");
+    for target in ["portable", "cpu", "cuda"] {
+        let base = folder.path().join(target);
+        export(&checkpoint, &base, &["--target", target, "--dtype", "float32", "--lora-inputs", "8"]);
+        let manifest = fs::read(base.join("manifest.json")).expect("written");
+        let manifest: Value = serde_json::from_slice(&manifest).expect("JSON");
+        let adapter = random_adapter(&folder.path().join("adapter"), 5, 8, &ALL, &manifest);
+        let merged = folder.path().join(format!("{target}-merged"));
+        let path = adapter.display().to_string();
+        export(&checkpoint, &merged, &["--target", target, "--dtype", "float32", "--adapter", &path]);
+        let generate = |model: &Model, adapter: Value| {
+            let batch = Batch::padded(&[vec![5, 9, 11, 20, 3], vec![7, 8]], 0).expect("sources");
+            let batch = batch.with_progress_totals(&[19, 12]).expect("a length for each");
+            let options = json!({"max_new_tokens": 16, "suppress_tokens": [73], "adapter": adapter});
+            tokens(&model.generate_batch(&batch, &config(model, &options), Controls::default()).expect("generates"))
+        };
+        let (base, merged) = (Model::open(base).expect("opens"), Model::open(merged).expect("opens"));
+        base.load_adapter("mine", adapter).expect("loads");
+        assert_eq!(generate(&base, json!("mine")), generate(&merged, json!(null)), "{target}");
+        assert_ne!(generate(&base, json!("mine")), generate(&base, json!(null)), "{target}");
+    }
+}
+
 #[test]
 fn adapters_come_and_go_while_requests_run() {
     let model = InPlace::new(&[]);

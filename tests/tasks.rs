@@ -47,7 +47,7 @@ fn features(pooling: Pooling, normalize: bool, hidden_layer: i64) -> Option<Task
 pub struct Golden(Vec<u8>);
 
 impl Golden {
-    fn read(path: &Path) -> Golden {
+    pub fn read(path: &Path) -> Golden {
         Golden(fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display())))
     }
 
@@ -64,6 +64,10 @@ impl Golden {
 
     pub fn floats(&self, name: &str) -> ArrayD<f32> {
         self.numbers(name, f32::from_le_bytes)
+    }
+
+    pub fn integers(&self, name: &str) -> ArrayD<i64> {
+        self.numbers(name, i64::from_le_bytes)
     }
 
     pub fn batch(&self, name: &str) -> Batch {

@@ -5,6 +5,7 @@ mod adapters;
 mod companions;
 mod index;
 mod mapping;
+mod renaming;
 mod written;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -40,6 +41,8 @@ pub struct Checkpoint {
     config: Option<PathBuf>,
     /// The folder of the tokenizer, if it is another one.
     tokenizer: Option<PathBuf>,
+    /// Whether its names had a prefix that the caller gave.
+    has_weights_prefix: bool,
     shards: Vec<Shard>,
     /// By the names that the model's classes give them.
     tensors: BTreeMap<String, Location>,
@@ -177,6 +180,7 @@ impl Checkpoint {
             folder: folder.to_path_buf(),
             config: None,
             tokenizer: None,
+            has_weights_prefix: false,
             shards: Vec::new(),
             tensors: BTreeMap::new(),
             absent: BTreeMap::new(),
@@ -193,23 +197,6 @@ impl Checkpoint {
         let mut checkpoint = Checkpoint::new(path, folder);
         checkpoint.add_shard(name)?;
         Ok(checkpoint)
-    }
-
-    /// Renames all tensors to the names that the model's classes give them.
-    fn rename_tensors(&mut self) -> Result<()> {
-        let stored: Vec<&str> = self.tensors.keys().chain(self.absent.keys()).map(String::as_str).collect();
-        let names = names::of_model(&stored)
-            .map_err(|ambiguous| Error::invalid(self.path.display(), ambiguous.expected, ambiguous.found))?;
-        let names: Vec<(String, String)> = names.into_iter().map(|(name, stored)| (name, stored.to_string())).collect();
-        let (mut tensors, mut absent) = (std::mem::take(&mut self.tensors), std::mem::take(&mut self.absent));
-        for (name, stored) in names {
-            if let Some(location) = tensors.remove(&stored) {
-                self.tensors.insert(name, location);
-            } else if let Some(missing) = absent.remove(&stored) {
-                self.absent.insert(name, missing);
-            }
-        }
-        Ok(())
     }
 
     /// Reads the configuration from this file instead of `config.json` in the checkpoint's folder.
@@ -236,7 +223,8 @@ impl Checkpoint {
 
     /// The text of the configuration, without a byte-order mark.
     pub(crate) fn config_text(&self) -> Result<String> {
-        Ok(json::without_mark(&files::read_text(&self.config_path())?).to_string())
+        let text = json::without_mark(&files::read_text(&self.config_path())?).to_string();
+        Ok(if self.has_weights_prefix { renaming::inner_config(&text).unwrap_or(text) } else { text })
     }
 
     /// The folder of the configuration, which may have generation options too.

@@ -1,6 +1,7 @@
 //! [`Export`]: the options of an export, and the way from a checkpoint to a model folder: check the options, prepare
 //! everything that needs no weights, write the folder, rename it.
 
+mod custom;
 mod prepare;
 mod rules;
 mod write;
@@ -20,6 +21,7 @@ use crate::source::Source;
 use crate::staging::{Existing, StagingDir};
 use crate::tensorrt::{MemorySize, ServingPlan};
 
+pub use custom::{CustomHead, CustomInterface};
 use prepare::Prepared;
 use write::WrittenModel;
 
@@ -57,6 +59,8 @@ pub struct Export {
     pub capacity: Option<usize>,
     /// The vector for [`PaddingRows::Learned`](t5gemma_graphs::task::PaddingRows::Learned) of the task feature extraction.
     pub padding_row: Option<PaddingRow>,
+    /// How the interface of the graphs differs from what `config.json` says.
+    pub custom: CustomInterface,
     /// Whether to write the SentencePiece model that the checkpoint has as a tensor to `tokenizer.model`.
     pub write_sentencepiece: bool,
     /// The greatest rank of the LoRA adapters that the model can be given at run time; `None` for a model without
@@ -111,6 +115,7 @@ impl Default for Export {
             activations: Activations::default(),
             capacity: None,
             padding_row: None,
+            custom: CustomInterface::default(),
             write_sentencepiece: false,
             lora_inputs: None,
             model_card: false,
@@ -148,6 +153,7 @@ setters! {
     activations: Activations,
     capacity: Option<usize>,
     padding_row: Option<PaddingRow>,
+    custom: CustomInterface,
     write_sentencepiece: bool,
     lora_inputs: Option<usize>,
     model_card: bool,

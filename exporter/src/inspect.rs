@@ -40,6 +40,12 @@ pub struct InspectReport {
     pub dtypes: BTreeMap<String, usize>,
     /// Size in bytes of each weights file.
     pub weights: BTreeMap<String, u64>,
+    /// The differences from T5Gemma's own interface, in words.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub interface: Vec<String>,
+    /// Fast operators that graphs of such an interface do without, in words.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub left_aside: Vec<String>,
     /// The exported model; `None` for a checkpoint.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub model: Option<ModelReport>,
@@ -100,12 +106,16 @@ pub fn inspect(folder: &Path) -> Result<InspectReport> {
         return Err(Error::invalid(folder.display(), expected, format!("neither{hint}")));
     }
     let text = files::read_text(&path)?;
-    let config = Config::parse(&text).map_err(|error| Error::config(path.display(), error))?;
-    if is_model { model(folder, &config) } else { checkpoint(folder, &config) }
+    let mut config = Config::parse(&text).map_err(|error| Error::config(path.display(), error))?;
+    if is_model { model(folder, &mut config) } else { checkpoint(folder, &config) }
 }
 
-fn model(folder: &Path, config: &Config) -> Result<InspectReport> {
+fn model(folder: &Path, config: &mut Config) -> Result<InspectReport> {
     let manifest = read_manifest(folder)?;
+    // What export options said of the interface is not in the configuration.
+    config.custom = manifest.facts.custom.clone();
+    config.decoder.vocab_size = manifest.facts.decoder.vocab_size;
+    config.decoder.final_logit_softcapping = manifest.facts.final_logit_softcapping;
     let mut report = InspectReport::new("model", config, parameters(folder, &manifest, config)?.into_iter());
     for tensor in &manifest.weights.tensors {
         let numbers = tensor.shape.iter().try_fold(1_u64, |numbers, &size| numbers.checked_mul(size as u64));
@@ -193,6 +203,8 @@ impl InspectReport {
             parts: BTreeMap::new(),
             dtypes: BTreeMap::new(),
             weights: BTreeMap::new(),
+            interface: config.custom.describe(),
+            left_aside: config.custom.left_aside(),
             model: None,
         };
         for (name, count) in tensors {
@@ -204,7 +216,7 @@ impl InspectReport {
 }
 
 fn part(config: &Config, tensor: &str) -> &'static str {
-    match (config.family.tensors().role)(tensor) {
+    match config.role(tensor) {
         Some(Role::EncoderEmbedding) => "encoder embedding",
         Some(Role::Encoder) => "encoder",
         Some(Role::DecoderEmbedding) => "decoder embedding",
@@ -243,6 +255,12 @@ impl fmt::Display for InspectReport {
         writeln!(f, "{}", self.kind)?;
         writeln!(f, "  encoder     {}", self.encoder)?;
         writeln!(f, "  decoder     {}", self.decoder)?;
+        for difference in &self.interface {
+            writeln!(f, "  interface   {difference}")?;
+        }
+        for operator in &self.left_aside {
+            writeln!(f, "  left aside  {operator}")?;
+        }
         writeln!(f, "  parameters  {}", self.parameters)?;
         for (part, count) in &self.parts {
             writeln!(f, "    {part:<18} {count:>14}")?;

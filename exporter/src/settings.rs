@@ -37,6 +37,14 @@ pub enum Setting {
     AlignmentLayers,
     /// `capacity`.
     Capacity,
+    /// The source positions of `custom`.
+    SourcePositions,
+    /// The target positions of `custom`.
+    TargetPositions,
+    /// The decoder's table of `custom`.
+    DecoderEmbedding,
+    /// The head of `custom`.
+    Head,
     /// `write_sentencepiece`.
     WriteSentencepiece,
     /// `lora_inputs`.
@@ -76,6 +84,10 @@ impl Setting {
             Setting::KeptTokens => "kept_tokens",
             Setting::Alignment | Setting::AlignmentLayers => "alignment",
             Setting::Capacity => "capacity",
+            Setting::SourcePositions => "custom.float_source_positions",
+            Setting::TargetPositions => "custom.float_target_positions",
+            Setting::DecoderEmbedding => "custom.decoder_embedding",
+            Setting::Head => "custom.head",
             Setting::WriteSentencepiece => "write_sentencepiece",
             Setting::LoraInputs => "lora_inputs",
             Setting::Plan => "plan",

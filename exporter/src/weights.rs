@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use t5gemma_graphs::config::Config;
+use t5gemma_graphs::config::{Config, Head, StackInput};
 use t5gemma_graphs::onnx::{Adjust, DType, Definition, Part};
 use t5gemma_graphs::task::Task;
 use t5gemma_graphs::tensors::Role;
@@ -71,7 +71,7 @@ fn role(part: &Part, config: &Config, options: &Options) -> Role {
     if options.task.is_generation() && part.tensor == *head && part.kept == *kept {
         return Role::Head;
     }
-    (config.family.tensors().role)(&part.tensor).expect("a family knows the tensors of its graphs")
+    config.role(&part.tensor).expect("a family knows the tensors of its graphs")
 }
 
 impl Weight {
@@ -112,6 +112,9 @@ pub fn check_size(weights: &[Weight], origin: &str) -> Result<()> {
 /// used even where the config says tied, unless it equals the embedding; where only one is stored, it serves as both.
 pub fn vocabulary(config: &Config, checkpoint: &Checkpoint) -> Result<Vocabulary> {
     let (tensors, tie) = (config.family.tensors(), config.tie_word_embeddings);
+    if !config.custom.has_text_targets() {
+        return Ok(custom_vocabulary(config, |name| checkpoint.tensor(name).is_some()));
+    }
     let stored = |names: &[&'static str], reason: &str| {
         let candidates = if tie { names } else { &names[..1] };
         candidates.iter().copied().find(|name| checkpoint.tensor(name).is_some()).ok_or_else(|| Error::Tensors {
@@ -123,22 +126,47 @@ pub fn vocabulary(config: &Config, checkpoint: &Checkpoint) -> Result<Vocabulary
     let embedding = stored(tensors.decoder_embedding, "")?;
     let head = stored(tensors.head, ", though config.json has tie_word_embeddings false")?;
     let head = if tie && checkpoint.is_same(embedding, head) { embedding } else { head };
-    Ok(Vocabulary { embedding: embedding.into(), head: head.into(), kept: None })
+    Ok(of_names(embedding, head))
+}
+
+fn of_names(embedding: &str, head: &str) -> Vocabulary {
+    Vocabulary { embedding: embedding.into(), head: head.into(), kept: None, custom_head: Head::Stock }
+}
+
+/// The names where the table, the head or both are not the family's own. `is_stored` returns whether there is such a
+/// tensor: without a head of its own, a model has the table for one.
+fn custom_vocabulary(config: &Config, is_stored: impl Fn(&str) -> bool) -> Vocabulary {
+    let (tensors, custom) = (config.family.tensors(), &config.custom);
+    let embedding = custom.decoder_embedding.as_deref().unwrap_or(tensors.decoder_embedding[0]);
+    let head = match &custom.head {
+        Head::Linear { weight, .. } => weight,
+        Head::Mlp { tensors: [_, _, last, _], .. } => last,
+        Head::None => tensors.head[0],
+        Head::Stock if config.tie_word_embeddings && !is_stored(tensors.head[0]) => embedding,
+        Head::Stock => tensors.head[0],
+    };
+    Vocabulary { custom_head: custom.head.clone(), ..of_names(embedding, head) }
 }
 
 /// The names used without a checkpoint.
 pub fn default_vocabulary(config: &Config) -> Vocabulary {
+    if !config.custom.has_text_targets() {
+        return custom_vocabulary(config, |_| false);
+    }
     let tensors = config.family.tensors();
     let head = if config.tie_word_embeddings { tensors.decoder_embedding[0] } else { tensors.head[0] };
-    Vocabulary { embedding: tensors.decoder_embedding[0].into(), head: head.into(), kept: None }
+    of_names(tensors.decoder_embedding[0], head)
 }
 
 /// The names of the tensors that an exported model was made of. `is_stored` returns whether the model has a tensor.
 pub fn exported_vocabulary(config: &Config, is_stored: impl Fn(&str) -> bool) -> Vocabulary {
+    if !config.custom.has_text_targets() {
+        return custom_vocabulary(config, is_stored);
+    }
     let tensors = config.family.tensors();
-    let stored = |names: &[&'static str]| names.iter().find(|name| is_stored(name)).map(|name| name.to_string());
+    let stored = |names: &[&'static str]| names.iter().find(|name| is_stored(name)).copied();
     match (stored(tensors.decoder_embedding), stored(tensors.head)) {
-        (Some(embedding), Some(head)) => Vocabulary { embedding, head, kept: None },
+        (Some(embedding), Some(head)) => of_names(embedding, head),
         _ => default_vocabulary(config),
     }
 }
@@ -176,9 +204,13 @@ pub fn check(weights: &[Weight], checkpoint: &Checkpoint, config: &Config, task:
         let hint = if missing.is_empty() { String::new() } else { checkpoint.explain_missing(&missing) };
         return Err(Error::Tensors { checkpoint: checkpoint.path().to_path_buf(), mismatches, hint });
     }
-    // A stored head that equals the tied embedding is redundant, not forgotten.
-    let tensors = config.family.tensors();
-    let is_redundant = |name: &str| name == tensors.head[0] && !used.contains(name);
+    // A stored head that equals the tied embedding is redundant, not forgotten; so is what a custom interface replaces.
+    let (tensors, custom) = (config.family.tensors(), &config.custom);
+    let replaces_embedding = custom.decoder_embedding.is_some() || custom.decoder_input == StackInput::InputsEmbeds;
+    let is_redundant = |name: &str| {
+        let is_embedding = replaces_embedding && name == tensors.decoder_embedding[0];
+        (is_embedding || name == tensors.head[0]) && !used.contains(name)
+    };
     // An export of the encoder alone leaves the rest out on purpose.
     let unused =
         checkpoint.names().filter(|name| !used.contains(name) && !is_redundant(name) && is_for(name, config, task));
@@ -187,7 +219,7 @@ pub fn check(weights: &[Weight], checkpoint: &Checkpoint, config: &Config, task:
 
 /// Whether an export for `task` needs this tensor, if any does.
 pub fn is_for(tensor: &str, config: &Config, task: &Task) -> bool {
-    let role = (config.family.tensors().role)(tensor);
+    let role = config.role(tensor);
     !matches!(task, Task::FeatureExtraction(_))
         || !matches!(
             role,

@@ -16,7 +16,8 @@ use crate::weights::{StackedPart, Weights};
 /// before and after it.
 pub fn bidirectional<'g>(x: Value<'g>, tokens: &Tokens<'g>, visible: Value<'g>, w: &Weights<'g>) -> Value<'g> {
     let _scope = w.scope();
-    if w.lowering.capabilities().attends_in_rows {
+    // The operator that rotates heads in a row looks angles up by integer positions.
+    if w.lowering.capabilities().attends_in_rows && tokens.rotary.dtype() == DType::Int64 {
         return bidirectional_in_rows(x, tokens, visible, w);
     }
     let (query, key_value) = projections(x, tokens, w);
@@ -145,7 +146,7 @@ fn causal_in_place<'g>(
     (output_projection(attended, w), KeyValue { key, value })
 }
 
-/// The decoder's attention to the source, without rotary positions and without a window: x and the result
+/// The decoder's attention to the source, without a window, and mostly without rotary positions: x and the result
 /// `[rows·length, hidden]`. `source` is at batch size; the beams of a source row lie along its query axis, so that keys
 /// and values are not repeated for them.
 pub fn cross<'g>(x: Value<'g>, context: &Context<'g>, source: KeyValue<'g>, w: &Weights<'g>) -> Value<'g> {
@@ -170,25 +171,35 @@ pub fn cross_with_weights<'g>(
 fn cross_query<'g>(x: Value<'g>, context: &Context<'g>, source: KeyValue<'g>, w: &Weights<'g>) -> Value<'g> {
     let (batch, tokens) = (source.key.dim(0), &context.tokens);
     let queries = if tokens.rows == batch { tokens.length.clone() } else { Dim::symbol(BEAMS).times(&tokens.length) };
-    split_heads(x, [&batch, &queries], w.stack.num_attention_heads, &w.at("q_proj"))
+    let (heads, w) = (w.stack.num_attention_heads, w.at("q_proj"));
+    match context.cross_rotary {
+        None => split_heads(x, [&batch, &queries], heads, &w),
+        Some(positions) => {
+            let query = split_heads(x, [&tokens.rows, &tokens.length], heads, &w);
+            rotary(query, positions, &w).reshape(&[batch, queries, heads.into(), w.stack.head_dim.into()])
+        }
+    }
 }
 
-/// The keys and values that [`cross`] attends to, from the encoder's hidden states `[batch, source, width]`.
-pub fn cross_key_value<'g>(hidden: Value<'g>, w: &Weights<'g>) -> KeyValue<'g> {
+/// The keys and values that [`cross`] attends to, from the encoder's hidden states `[batch, source, width]`; keys are
+/// rotated by `positions`, `[source]` or `[batch, source]`, if there are any.
+pub fn cross_key_value<'g>(hidden: Value<'g>, positions: Option<Value<'g>>, w: &Weights<'g>) -> KeyValue<'g> {
     let _scope = w.scope();
     let [batch, source, width] = [0, 1, 2].map(|axis| hidden.dim(axis));
     let flat = hidden.reshape(&[batch.times(&source), width]);
-    let project = |name: &str| {
-        split_heads(flat, [&batch, &source], w.stack.num_key_value_heads, &w.at(name)).transpose(&[0, 2, 1, 3])
+    let project = |name: &str| split_heads(flat, [&batch, &source], w.stack.num_key_value_heads, &w.at(name));
+    let key = match positions {
+        None => project("k_proj"),
+        Some(positions) => rotary(project("k_proj"), positions, w),
     };
-    KeyValue { key: project("k_proj"), value: project("v_proj") }
+    KeyValue { key: key.transpose(&[0, 2, 1, 3]), value: project("v_proj").transpose(&[0, 2, 1, 3]) }
 }
 
 /// Rotated queries `[rows, length, heads, head_dim]`, and the rotated keys and the values of the given tokens.
 fn projections<'g>(x: Value<'g>, tokens: &Tokens<'g>, w: &Weights<'g>) -> (Value<'g>, KeyValue<'g>) {
     let project = |name: &str, count| split_heads(x, [&tokens.rows, &tokens.length], count, &w.at(name));
-    let query = rotary(project("q_proj", w.stack.num_attention_heads), tokens, w);
-    let key = rotary(project("k_proj", w.stack.num_key_value_heads), tokens, w);
+    let query = rotary(project("q_proj", w.stack.num_attention_heads), tokens.rotary, w);
+    let key = rotary(project("k_proj", w.stack.num_key_value_heads), tokens.rotary, w);
     let value = project("v_proj", w.stack.num_key_value_heads);
     (query, KeyValue { key: key.transpose(&[0, 2, 1, 3]), value: value.transpose(&[0, 2, 1, 3]) })
 }

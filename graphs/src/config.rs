@@ -6,9 +6,11 @@
 //! [`Config::parse`] is in `family.rs`.
 
 mod common;
+mod custom;
 mod fields;
 mod limits;
 
+pub use custom::{Activation, Custom, Head, Positions, Progress, StackInput};
 pub(crate) use fields::{Fields, Refused, is_empty};
 pub(crate) use limits::{MOST_HEAD_DIM, MOST_LABELS, MOST_LAYERS, MOST_SIZE};
 
@@ -18,6 +20,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::task::{Features, Task};
+use crate::tensors::Role;
 
 /// A model's shape: an encoder and a decoder, which may differ in everything but the token ids.
 #[derive(Clone, Debug, PartialEq)]
@@ -36,6 +39,8 @@ pub struct Config {
     pub architecture: Architecture,
     /// The part that only classifiers have.
     pub classifier: Option<Classifier>,
+    /// How its interface differs from the family's own.
+    pub custom: Custom,
     /// Generation settings, which transformers takes from here if there is no `generation_config.json`, except those
     /// for which it uses its own defaults.
     pub generation: Map<String, Value>,
@@ -192,6 +197,11 @@ pub enum LayerType {
 }
 
 impl Config {
+    /// What a tensor is for, by its name; none for tensors that the graphs of no task have.
+    pub fn role(&self, tensor: &str) -> Option<Role> {
+        self.custom.role(self.family, tensor)
+    }
+
     /// What the checkpoint was made for.
     pub fn task(&self) -> Task {
         match self.architecture {

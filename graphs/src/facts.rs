@@ -4,7 +4,7 @@
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::config::{Config, ConfigError, MOST_HEAD_DIM, MOST_LAYERS, MOST_SIZE, ProblemType, Stack, TokenIds};
+use crate::config::{Config, ConfigError, Custom, MOST_HEAD_DIM, MOST_LAYERS, MOST_SIZE, ProblemType, Stack, TokenIds};
 
 /// What a runtime needs to know about a model besides its graphs. Fields have the names that `config.json` gives them.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -25,6 +25,9 @@ pub struct Facts {
     /// The part that only classifiers have.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub classifier: Option<ClassifierFacts>,
+    /// How the interface differs from the family's own.
+    #[serde(default, skip_serializing_if = "Custom::is_stock")]
+    pub custom: Custom,
 }
 
 /// The sizes of one stack.
@@ -76,6 +79,7 @@ impl Config {
                 labels: classifier.labels.clone(),
                 problem_type: classifier.problem_type,
             }),
+            custom: self.custom.clone(),
         }
     }
 }
@@ -123,6 +127,7 @@ impl Facts {
             let (field, expected) = ("final_logit_softcapping".to_string(), "a positive number or null".to_string());
             return Err(ConfigError { field, expected, found: cap.to_string() });
         }
+        self.custom.check()?;
         let TokenIds { bos, eos, pad } = &self.tokens;
         let fields = [("bos", bos.as_slice()), ("eos", eos.as_slice()), ("pad", pad.as_slice())];
         for (field, tokens) in fields {

@@ -6,6 +6,9 @@ use crate::onnx::Definition;
 use crate::options::Options;
 use crate::tensors::Tensors;
 
+/// The `model_type` of T5Gemma-TTS, a T5Gemma with another interface.
+const VOICE: &str = "t5gemma_voice";
+
 impl Config {
     /// Reads the text of a `config.json`.
     ///
@@ -16,13 +19,15 @@ impl Config {
         let model_type = top.text("model_type")?;
         match model_type.as_deref() {
             None | Some("t5gemma") => crate::t5gemma::config::parse(top),
+            Some(VOICE) => crate::t5gemma::voice::parse(top),
             Some(other) => {
                 let hint = match other {
                     "t5gemma2" => " (T5Gemma 2 is another architecture)",
                     "t5_gemma_module" => " (one stack of a T5Gemma; the whole model's config.json is needed)",
                     _ => "",
                 };
-                let expected = Family::ALL.map(|family| format!("{:?}", family.name())).join(" or ");
+                let names = Family::ALL.map(Family::name).into_iter().chain([VOICE]);
+                let expected = names.map(|name| format!("{name:?}")).collect::<Vec<_>>().join(" or ");
                 Err(top.error("model_type", expected, format!("{other:?}{hint}")))
             }
         }
@@ -61,6 +66,9 @@ mod tests {
         }
         assert_eq!(parsed("").expect("without a name").family, Family::T5Gemma);
         let error = parsed("\"model_type\": \"t5gemma2\",").expect_err("another family").to_string();
-        assert_eq!(error, "model_type: expected \"t5gemma\", found \"t5gemma2\" (T5Gemma 2 is another architecture)");
+        assert_eq!(
+            error,
+            "model_type: expected \"t5gemma\" or \"t5gemma_voice\", found \"t5gemma2\" (T5Gemma 2 is another architecture)"
+        );
     }
 }

@@ -2,14 +2,17 @@
 //! output of the graphs, spelled once. Names and their order follow Optimum and transformers.js, so that other tools
 //! can run the files. The graph definitions declare these ports; the runtime checks opened sessions against them.
 
-use std::collections::BTreeMap;
+mod lora;
 
 use serde::{Deserialize, Serialize};
 
 pub use crate::onnx::{DType, Dim};
+pub use lora::{LoraModule, LoraModules, lora};
+pub(crate) use lora::{adapter_mask, encoder_adapter_mask};
 
+use crate::config::{Head, Positions, StackInput};
 use crate::facts::Facts;
-use crate::onnx::{Definition, Graph, Value, ValueInfo};
+use crate::onnx::{Graph, Value};
 use crate::task::{Features, Pooling, Task};
 
 /// File name of the graph from source tokens to hidden states.
@@ -69,6 +72,12 @@ pub const TOP_IDS: &str = "top_ids";
 pub const LOG_SUM_EXP: &str = "log_sum_exp";
 /// The output of [`DecoderOutputs::cross_attentions`].
 pub const CROSS_ATTENTIONS: &str = "cross_attentions";
+/// The input with the float positions of source tokens.
+pub const POSITION_IDS: &str = "position_ids";
+/// The input with the float positions of target tokens.
+pub const DECODER_POSITION_IDS: &str = "decoder_position_ids";
+/// The output of a decoder without a head, in the place of the logits.
+pub const DECODER_LAST_HIDDEN_STATE: &str = "decoder_last_hidden_state";
 /// The output of [`activation_ranges`].
 pub const ACTIVATION_RANGES: &str = "activation_ranges";
 
@@ -186,14 +195,28 @@ impl Interface {
         let rows = batch.times(&Dim::symbol(BEAMS));
         let hidden = |name| port(name, dtype, &[&batch, &source, &fixed(facts.encoder.hidden_size)]);
         let mask = |name| port(name, DType::Int64, &[&batch, &source]);
-        let target_ids = || port("input_ids", DType::Int64, &[&rows, &step]);
+        let custom = &facts.custom;
+        let target_ids = || match custom.decoder_input {
+            StackInput::InputIds => port("input_ids", DType::Int64, &[&rows, &step]),
+            StackInput::InputsEmbeds => {
+                port("decoder_inputs_embeds", dtype, &[&rows, &step, &fixed(facts.decoder.hidden_size)])
+            }
+        };
+        let source_positions = source_positions(facts, &batch, &source);
+        // The keys of the cross cache are rotated by the positions of the source.
+        let cross_positions = || source_positions.clone().filter(|_| custom.cross_rope);
+        let target_positions = (custom.target_positions == Positions::Float)
+            .then(|| port(DECODER_POSITION_IDS, DType::Float32, &[&rows, &step]));
         let (scored, candidates) = match logits {
             Logits::Last => (fixed(1), None),
             Logits::All => (step.clone(), None),
             Logits::Candidates(count) => (fixed(1), Some(count)),
         };
         let tokens = fixed(kept_tokens.unwrap_or(facts.decoder.vocab_size));
-        let logits = || port("logits", DType::Float32, &[&rows, &scored, &tokens]);
+        let logits = || match custom.head {
+            Head::None => port(DECODER_LAST_HIDDEN_STATE, dtype, &[&rows, &scored, &fixed(facts.decoder.hidden_size)]),
+            _ => port("logits", DType::Float32, &[&rows, &scored, &tokens]),
+        };
 
         let (kv_heads, head_dim) = (fixed(facts.decoder.num_key_value_heads), fixed(facts.decoder.head_dim));
         let cached = |prefix: &str, layer, cache: Cache, rows: &Dim, length: &Dim| {
@@ -217,13 +240,17 @@ impl Interface {
         let attended = cross_attentions.then(|| port(CROSS_ATTENTIONS, DType::Float32, &[&rows, &step, &source]));
         let first = match cache {
             CacheLayout::Static(_) => Ports {
-                inputs: vec![hidden("encoder_hidden_states")],
+                inputs: [hidden("encoder_hidden_states")].into_iter().chain(cross_positions()).collect(),
                 outputs: (layers.clone())
                     .flat_map(|layer| cached("present", layer, Cache::CrossAttention, &batch, &source))
                     .collect(),
             },
             _ => Ports {
-                inputs: vec![mask("encoder_attention_mask"), target_ids(), hidden("encoder_hidden_states")],
+                inputs: [mask("encoder_attention_mask"), target_ids(), hidden("encoder_hidden_states")]
+                    .into_iter()
+                    .chain(target_positions.clone())
+                    .chain(cross_positions())
+                    .collect(),
                 outputs: [logits()]
                     .into_iter()
                     .chain(layers.clone().flat_map(|layer| {
@@ -239,7 +266,7 @@ impl Interface {
 
         Interface {
             encoder: Ports {
-                inputs: vec![port("input_ids", DType::Int64, &[&batch, &source]), mask("attention_mask")],
+                inputs: source_inputs(facts, dtype, &batch, &source),
                 outputs: vec![hidden("last_hidden_state")],
             },
             decoder: first,
@@ -247,6 +274,7 @@ impl Interface {
                 inputs: [mask("encoder_attention_mask"), target_ids()]
                     .into_iter()
                     .chain(position.map(|shape| port("cache_position", DType::Int64, &shape)))
+                    .chain(target_positions)
                     .chain(layers.clone().flat_map(|layer| {
                         let own = cached("past_key_values", layer, Cache::SelfAttention, &rows, &past);
                         let cross = cached("past_key_values", layer, Cache::CrossAttention, &batch, &source);
@@ -292,81 +320,6 @@ pub fn graphs(
         GraphSpec { name: "decoder", file: DECODER, ports: decoder },
         GraphSpec { name: "decoder_with_past", file: DECODER_WITH_PAST, ports: decoder_with_past },
     ]
-}
-
-/// A linear layer that takes a LoRA adapter.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct LoraModule {
-    /// Its name in the checkpoint, such as `model.encoder.layers.0.self_attn.q_proj`.
-    pub name: String,
-    /// Columns of its weight.
-    pub input: usize,
-    /// Rows of its weight.
-    pub output: usize,
-}
-
-impl LoraModule {
-    /// The ports with its adapter: `A`, `[input, rank]`, and `B`, `[rank, output]`. The layer returns
-    /// `x·Wᵀ + (x·A)·B`, so `B` has the adapter's scale in it.
-    pub fn ports(&self, dtype: DType) -> [Port; 2] {
-        let (input, rank, output) = (Dim::fixed(self.input), Dim::symbol(LORA_RANK), Dim::fixed(self.output));
-        let name = &self.name;
-        [
-            port(&format!("{name}{LORA_A}"), dtype, &[&input, &rank]),
-            port(&format!("{name}{LORA_B}"), dtype, &[&rank, &output]),
-        ]
-    }
-
-    /// The modules of a graph, in the order of its inputs.
-    pub fn of_graph(definition: &Definition) -> Vec<LoraModule> {
-        let inputs = definition.inputs.iter().map(|&input| definition.value(input));
-        let inputs: Vec<_> = inputs.skip_while(|input| !input.name.ends_with(LORA_A)).collect();
-        let size = |dim: &Dim| dim.as_fixed().expect("sizes come from the configuration");
-        let module = |pair: &[&ValueInfo]| {
-            let name = pair[0].name.strip_suffix(LORA_A).expect("A comes before B").to_string();
-            LoraModule { name, input: size(&pair[0].shape[0]), output: size(&pair[1].shape[1]) }
-        };
-        inputs.chunks_exact(2).map(module).collect()
-    }
-}
-
-const LORA_A: &str = ".lora_A";
-const LORA_B: &str = ".lora_B";
-
-/// The names of the graphs that take LoRA adapters, and the modules of each.
-pub type LoraModules = BTreeMap<String, Vec<LoraModule>>;
-
-/// The graph with the ports of `graph` and an adapter behind its other inputs: a pair of ports for each of its modules
-/// ([`LoraModule::ports`]). All sources of a run of the encoder have the same adapter. The rows of the decoder may have
-/// different ones, which lie side by side along the rank: [`ADAPTER_MASK`] (`[batch_size * num_beams, lora_rank]`) is 1 in
-/// the columns of a row's own adapter and 0 elsewhere, or all 0 for a row without one; [`ENCODER_ADAPTER_MASK`]
-/// (`[batch_size, lora_rank]`) is the same for sources.
-pub fn lora(graph: &GraphSpec, dtype: DType, modules: &LoraModules) -> GraphSpec {
-    let (name, file) = match graph.name {
-        "encoder" => ("encoder_lora", ENCODER_LORA),
-        "decoder" => ("decoder_lora", DECODER_LORA),
-        _ => ("decoder_with_past_lora", DECODER_WITH_PAST_LORA),
-    };
-    let mut ports = graph.ports.clone();
-    match file {
-        ENCODER_LORA => {}
-        DECODER_LORA => ports.inputs.extend([adapter_mask(dtype), encoder_adapter_mask(dtype)]),
-        _ => ports.inputs.push(adapter_mask(dtype)),
-    }
-    let modules = modules.get(name).map_or(&[][..], Vec::as_slice);
-    ports.inputs.extend(modules.iter().flat_map(|module| module.ports(dtype)));
-    GraphSpec { name, file, ports }
-}
-
-/// The port [`ADAPTER_MASK`].
-pub(crate) fn adapter_mask(dtype: DType) -> Port {
-    port(ADAPTER_MASK, dtype, &[&Dim::symbol(BATCH).times(&Dim::symbol(BEAMS)), &Dim::symbol(LORA_RANK)])
-}
-
-/// The port [`ENCODER_ADAPTER_MASK`].
-pub(crate) fn encoder_adapter_mask(dtype: DType) -> Port {
-    port(ENCODER_ADAPTER_MASK, dtype, &[&Dim::symbol(BATCH), &Dim::symbol(LORA_RANK)])
 }
 
 /// The last output of a graph with observed activations, float32 `[count]`: `max |x|` over the run for the operand of
@@ -418,9 +371,26 @@ pub(crate) fn model(facts: &Facts, dtype: DType, task: &Task) -> Ports {
     let others = if features.output_hidden_states { 0..all } else { 0..0 };
     let others = others.map(|layers| Port { name: format!("hidden_states.{layers}"), ..output.clone() });
     Ports {
-        inputs: ["input_ids", "attention_mask"].map(|name| port(name, DType::Int64, &[&batch, &source])).to_vec(),
+        inputs: source_inputs(facts, dtype, &batch, &source),
         outputs: std::iter::once(output.clone()).chain(others).collect(),
     }
+}
+
+/// What a graph that reads sources takes: ids or vectors, the mask, and float positions if there are any.
+fn source_inputs(facts: &Facts, dtype: DType, batch: &Dim, source: &Dim) -> Vec<Port> {
+    let ids = match facts.custom.encoder_input {
+        StackInput::InputIds => port("input_ids", DType::Int64, &[batch, source]),
+        StackInput::InputsEmbeds => {
+            port("inputs_embeds", dtype, &[batch, source, &Dim::fixed(facts.encoder.hidden_size)])
+        }
+    };
+    let mask = port("attention_mask", DType::Int64, &[batch, source]);
+    [ids, mask].into_iter().chain(source_positions(facts, batch, source)).collect()
+}
+
+fn source_positions(facts: &Facts, batch: &Dim, source: &Dim) -> Option<Port> {
+    let are_float = facts.custom.source_positions == Positions::Float;
+    are_float.then(|| port(POSITION_IDS, DType::Float32, &[batch, source]))
 }
 
 fn port(name: &str, dtype: DType, shape: &[&Dim]) -> Port {

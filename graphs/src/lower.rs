@@ -129,8 +129,7 @@ pub trait Lowering {
     /// sin in x's dtype, `[length, 1, head_dim / 2]` or, where every row has positions of its own, `[rows, length, 1,
     /// head_dim / 2]`.
     fn rotary<'g>(&self, x: Value<'g>, Rotation { cos, sin }: Rotation<'g>) -> Value<'g> {
-        let (x1, x2) = x.split_halves();
-        x * Value::concat(&[cos, cos], -1) + Value::concat(&[x2, x1], -1) * Value::concat(&[-sin, sin], -1)
+        rotated(x, Rotation { cos, sin })
     }
 
     /// `softmax(softcap(q·kᵀ·scale) + (visible ? 0 : min)) · v`, as `[batch, queries, heads, head_dim]`.
@@ -144,6 +143,12 @@ pub trait Lowering {
     fn longest_row<'g>(&self, last: Value<'g>, _past: Option<Value<'g>>) -> Value<'g> {
         last.reduce_max(0) + last.graph().constant(DType::Int32, &[1], Data::Ints(vec![1]))
     }
+}
+
+/// The portable form of [`Lowering::rotary`].
+pub fn rotated<'g>(x: Value<'g>, Rotation { cos, sin }: Rotation<'g>) -> Value<'g> {
+    let (x1, x2) = x.split_halves();
+    x * Value::concat(&[cos, cos], -1) + Value::concat(&[x2, x1], -1) * Value::concat(&[-sin, sin], -1)
 }
 
 /// `cap · tanh(x / cap)`, or `x` where there is no cap.

@@ -25,15 +25,20 @@ pub struct Stacked<'a> {
 }
 
 /// `Embed[ids] · √hidden`, `[tokens, hidden]`, with the factor rounded to the weights' dtype as transformers rounds it.
+/// In the place of ids there may be vectors `[rows, length, hidden]`, which are not looked up.
 pub fn embedding<'g>(ids: Value<'g>, w: &Weights<'g>) -> Value<'g> {
     let _scope = w.scope();
     let (vocab_size, hidden_size) = (w.stack.vocab_size, w.stack.hidden_size);
     let factor = w.graph.constant(w.dtype(), &[], Data::Floats(vec![(hidden_size as f64).sqrt()]));
     let [rows, length] = [0, 1].map(|axis| ids.dim(axis));
     let shape = [vocab_size, hidden_size];
-    let looked_up = match w.packed_table(shape) {
-        Some(table) => ids.gather_packed(table),
-        None => w.tensor(&shape).gather(ids),
+    let looked_up = if ids.shape().len() == 3 {
+        ids
+    } else {
+        match w.packed_table(shape) {
+            Some(table) => ids.gather_packed(table),
+            None => w.tensor(&shape).gather(ids),
+        }
     };
     let x = looked_up.reshape(&[rows.times(&length), hidden_size.into()]); // [tokens, hidden]
     x.cast(w.residual_dtype()) * factor.cast(w.residual_dtype())

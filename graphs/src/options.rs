@@ -2,12 +2,13 @@
 
 use std::sync::Arc;
 
-use crate::config::Config;
+use crate::config::{Config, Head, Positions};
 use crate::interface::{CacheLayout, DType, DecoderOutputs, Interface, Logits};
 use crate::manifest::EncoderWindow;
 use crate::quantization::{Activations, Quantization};
 use crate::target::Target;
 use crate::task::{Pooling, Task};
+use crate::tensors::Role;
 
 /// Everything that decides the graphs besides the configuration and the numbers of the weights.
 #[derive(Clone, Debug)]
@@ -48,6 +49,15 @@ pub struct Vocabulary {
     pub head: String,
     /// The tokens that can be generated, ascending; all if none. The others have no logits.
     pub kept: Option<Arc<[usize]>>,
+    /// A head that is not the family's own; `head` is then its last matrix.
+    pub custom_head: Head,
+}
+
+impl Vocabulary {
+    /// What a tensor is for; `family` knows the family's own.
+    pub fn role(&self, tensor: &str, family: impl Fn(&str) -> Option<Role>) -> Option<Role> {
+        self.custom_head.role(Some(&self.embedding), tensor, family)
+    }
 }
 
 impl Options {
@@ -65,7 +75,7 @@ impl Options {
     /// Whether the numbers in the encoder's `attention_mask` say which of several sources in a row a token belongs to.
     /// Only graphs that return states of each token can keep sources apart, and only if rows have any length and padding
     /// has no states of its own.
-    pub fn reads_side_by_side(&self) -> bool {
+    pub fn reads_side_by_side(&self, config: &Config) -> bool {
         let returns_tokens = match &self.task {
             Task::Text2TextGeneration => true,
             Task::FeatureExtraction(features) => {
@@ -75,12 +85,15 @@ impl Options {
             }
             Task::TextClassification | Task::TokenClassification => false,
         };
-        returns_tokens && self.target.capabilities().side_by_side
+        let are_integer = config.custom.source_positions == Positions::Integer;
+        returns_tokens && are_integer && self.target.capabilities().side_by_side
     }
 
     /// How the keys and values of the target tokens pass from step to step.
     pub fn cache(&self, config: &Config) -> CacheLayout {
-        let in_place = self.target.capabilities().in_place_head_dim;
+        // The operators over a cache in place rotate by integer positions.
+        let are_integer = config.custom.target_positions == Positions::Integer;
+        let in_place = self.target.capabilities().in_place_head_dim.filter(|_| are_integer);
         match self.capacity {
             Some(capacity) => CacheLayout::Static(capacity),
             None if in_place.is_some_and(|unit| config.decoder.head_dim.is_multiple_of(unit)) => CacheLayout::InPlace,

@@ -2,12 +2,13 @@
 
 use crate::lower::Rotation;
 use crate::onnx::{DType, Data, Value};
-use crate::sequence::Tokens;
 use crate::weights::Weights;
 
-/// x rotated by the angles of its tokens' positions: x and the result `[rows, length, heads, head_dim]`.
-pub fn rotary<'g>(x: Value<'g>, tokens: &Tokens<'g>, w: &Weights<'g>) -> Value<'g> {
-    let angles = angles(tokens.positions, &[1, 2], w); // [length, 1, head_dim / 2]
+/// x rotated by the angles of its tokens' positions, `[length]` or `[rows, length]`: x and the result `[rows, length,
+/// heads, head_dim]`.
+pub fn rotary<'g>(x: Value<'g>, positions: Value<'g>, w: &Weights<'g>) -> Value<'g> {
+    let first = positions.shape().len() as isize;
+    let angles = angles(positions, &[first, first + 1], w); // [(rows,) length, 1, head_dim / 2]
     w.lowering.rotary(x, Rotation { cos: angles.cos().cast(x.dtype()), sin: angles.sin().cast(x.dtype()) })
 }
 

@@ -18,6 +18,8 @@ pub struct Tokens<'g> {
     pub length: Dim,
     /// int64 `[length]`; `[rows, length]` where a cache is written in place and where sources lie side by side.
     pub positions: Value<'g>,
+    /// What rotary angles are computed from: the positions, or float32 `[rows, length]`.
+    pub rotary: Value<'g>,
 }
 
 impl<'g> Tokens<'g> {
@@ -26,7 +28,7 @@ impl<'g> Tokens<'g> {
         let (rows, length) = (ids.dim(0), ids.dim(1));
         let (start, end) = (graph.size(&Dim::fixed(0)), graph.size(&length));
         let positions = graph.range(start, end, &length);
-        Tokens { rows, length, positions }
+        Tokens { rows, length, positions, rotary: positions }
     }
 
     /// The tokens of `[rows, length]` ids that follow `past` others.
@@ -34,7 +36,7 @@ impl<'g> Tokens<'g> {
         let (rows, length) = (ids.dim(0), ids.dim(1));
         let (start, end) = (graph.size(past), graph.size(past) + graph.size(&length));
         let positions = graph.range(start, end, &length);
-        Tokens { rows, length, positions }
+        Tokens { rows, length, positions, rotary: positions }
     }
 
     /// The tokens of several sources side by side in a row, and which of them see each other, bool `[rows, 1, 1,
@@ -45,7 +47,12 @@ impl<'g> Tokens<'g> {
         let visible = mask.clamp_min(1.0).unsqueeze(&[2]).equal(mask.unsqueeze(&[1])); // [rows, length, length]
         // Each source has the positions that it would have alone, so that its states are the same numbers.
         let positions = (tokens.positions.unsqueeze(&[0]) - visible.first_true()).clamp_min(0.0);
-        (Tokens { positions, ..tokens }, visible.unsqueeze(&[1, 2]))
+        (Tokens { positions, rotary: positions, ..tokens }, visible.unsqueeze(&[1, 2]))
+    }
+
+    /// The same tokens, rotated by the float positions `[rows, length]` if there are any.
+    pub fn rotated_by(self, positions: Option<Value<'g>>) -> Tokens<'g> {
+        Tokens { rotary: positions.unwrap_or(self.rotary), ..self }
     }
 }
 
@@ -57,6 +64,8 @@ pub struct Context<'g> {
     pub source_mask: Value<'g>,
     /// Which target tokens are not padding, bool `[batch, 1, 1, 1, target]`; none if all of them.
     pub target_mask: Option<Value<'g>>,
+    /// What the queries of cross-attention are rotated by, as [`Tokens::rotary`]; none if they are not.
+    pub cross_rotary: Option<Value<'g>>,
     /// How their keys and values pass to the next step.
     pub cache: CacheLayout,
 }

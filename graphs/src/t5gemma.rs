@@ -1,12 +1,13 @@
 //! The first family, T5Gemma (arXiv 2504.06225): two Gemma 2 stacks (arXiv 2408.00118), the decoder's with
 //! cross-attention. The equations are those of transformers 5.23 with eager attention.
 //!
-//! Read `config.rs` for what varies from model to model, `encoder.rs` and `decoder.rs` for the layers, then
+//! Read `config.rs` for what varies from model to model and `voice.rs` for T5Gemma-TTS, `encoder.rs` and `decoder.rs` for the layers, then
 //! `decoder_init.rs` and `decoder_step.rs`, the two graphs of the decoder; `features.rs` and `classifier.rs` are the
 //! graphs of the other tasks.
 
 pub mod config;
 mod tensors;
+pub mod voice;
 
 mod encoder;
 

@@ -24,6 +24,8 @@ pub struct Weights<'g> {
     path: String,
     /// The rows of the head that are taken; all if none.
     kept: Option<Arc<[usize]>>,
+    /// Whether linear layers take adapters.
+    takes_adapters: bool,
     /// Which columns of the adapters each token uses, `[tokens, rank]`; all if none.
     adapter_mask: Option<Value<'g>>,
 }
@@ -57,17 +59,19 @@ impl<'g> Weights<'g> {
         role: fn(&str) -> Option<Role>,
     ) -> Weights<'g> {
         let (lowering, path) = (options.target.lowering(), String::new());
-        Weights { graph, stack, lowering, options, role, path, kept: None, adapter_mask: None }
+        let (takes_adapters, adapter_mask) = (false, None);
+        Weights { graph, stack, lowering, options, role, path, kept: None, takes_adapters, adapter_mask }
     }
 
-    /// The same path, with adapters that tokens use by this mask, `[tokens, rank]`.
-    pub fn masking_adapters(&self, mask: Option<Value<'g>>) -> Weights<'g> {
-        Weights { adapter_mask: mask, ..self.clone() }
+    /// The same path, whose linear layers take adapters if the graph does; tokens use them by this mask, `[tokens,
+    /// rank]`, or without one use them all.
+    pub fn taking_adapters(&self, mask: Option<Value<'g>>) -> Weights<'g> {
+        Weights { takes_adapters: self.options.takes_adapters, adapter_mask: mask, ..self.clone() }
     }
 
-    /// The adapter of the linear layer at this path, if the graph takes adapters.
+    /// The adapter of the linear layer at this path, if it takes one.
     pub fn adapter(&self, input: usize, output: usize) -> Option<Adapter<'g>> {
-        if !self.options.takes_adapters {
+        if !self.takes_adapters {
             return None;
         }
         let module = LoraModule { name: self.path.clone(), input, output };
@@ -215,7 +219,8 @@ impl<'g> Weights<'g> {
 
     /// The format of the matrix at this path, if it is quantized.
     fn quantization(&self) -> Option<Blocks> {
-        self.options.quantization.of(&self.path, (self.role)(&self.path))
+        let role = self.options.vocabulary.role(&self.path, self.role);
+        self.options.quantization.of(&self.path, role)
     }
 
     fn is_signed(&self) -> bool {

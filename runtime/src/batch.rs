@@ -5,6 +5,7 @@
 use std::ops::Range;
 
 use ndarray::{Array3, s};
+use t5gemma_graphs::config::Custom;
 use t5gemma_graphs::facts::Facts;
 
 use crate::adapter::Adapter;
@@ -25,6 +26,8 @@ pub struct Batch {
     /// The index of each row in the batch that it was given in.
     indices: Vec<usize>,
     prompts: Option<Prompts>,
+    /// The expected length of each row's target, the start token included.
+    totals: Vec<Option<usize>>,
     /// The encoder's hidden states of the sources, `[rows, length, hidden_size]`, if the caller provided them.
     states: Option<Array3<f32>>,
     /// The LoRA adapter of each row, if it uses one.
@@ -110,9 +113,10 @@ impl Batch {
         let given = batches.iter().flat_map(|batch| batch.given.clone()).collect();
         let seeds = batches.iter().flat_map(|batch| batch.seeds.clone()).collect();
         let indices = batches.iter().flat_map(|batch| batch.indices.clone()).collect();
+        let totals = batches.iter().flat_map(|batch| batch.totals.clone()).collect();
         let adapters = batches.iter().flat_map(|batch| batch.adapters.clone()).collect();
         let rows = batches.iter().map(|batch| batch.rows).sum();
-        Ok(Batch { given, seeds, indices, prompts, states, adapters, ..Batch::flat(rows, ids, mask)? })
+        Ok(Batch { given, seeds, indices, prompts, totals, states, adapters, ..Batch::flat(rows, ids, mask)? })
     }
 
     /// A batch of sources that are already padded, on either side: a token counts if its mask is not 0. Rows whose mask
@@ -179,6 +183,7 @@ impl Batch {
             seeds,
             indices,
             prompts: None,
+            totals: vec![None; rows],
             states: None,
             adapters: vec![None; rows],
         })
@@ -214,6 +219,33 @@ impl Batch {
     /// `adapter` does the same for a call.
     pub fn with_adapter(self, adapter: &Adapter) -> Batch {
         Batch { adapters: vec![Some(adapter.clone()); self.rows], ..self }
+    }
+
+    /// Sets the expected length of each row's target in tokens, the start token included: `progress_total`, for models
+    /// whose positions depend on it.
+    ///
+    /// # Errors
+    /// Not one length per source, or one below 1.
+    pub fn with_progress_totals(self, totals: &[i64]) -> Result<Batch, Error> {
+        let length = |(row, &total): (usize, &i64)| match usize::try_from(total) {
+            Ok(total) if total > 0 => Ok(Some(total)),
+            _ => Err(Error::input(format!("progress_total[{row}]"), "a length of at least 1", total.to_string())),
+        };
+        if totals.len() != self.rows {
+            let expected = format!("{} lengths, as many as input_ids has rows", self.rows);
+            return Err(Error::input("progress_total", expected, totals.len().to_string()));
+        }
+        Ok(Batch { totals: totals.iter().enumerate().map(length).collect::<Result<_, Error>>()?, ..self })
+    }
+
+    /// The same batch with `total` as the expected length of each target that has none, for models whose positions
+    /// depend on it.
+    pub(crate) fn with_expected_lengths(self, custom: &Custom, total: usize) -> Batch {
+        if custom.target_scale().is_none() {
+            return self;
+        }
+        let totals = self.totals.iter().map(|given| Some(given.unwrap_or(total))).collect();
+        Batch { totals, ..self }
     }
 
     /// Sets the encoder's hidden states of these sources, `[rows, length, hidden_size]` as [`Model::encode`] and
@@ -253,6 +285,7 @@ impl Batch {
             seeds: self.seeds[rows.clone()].to_vec(),
             indices: self.indices[rows.clone()].to_vec(),
             prompts: None,
+            totals: self.totals[rows.clone()].to_vec(),
             states,
             adapters: self.adapters[rows].to_vec(),
         }
@@ -286,6 +319,7 @@ impl Batch {
             seeds: rows.iter().map(|&row| self.seeds[row]).collect(),
             indices: rows.iter().map(|&row| self.indices[row]).collect(),
             prompts: None,
+            totals: rows.iter().map(|&row| self.totals[row]).collect(),
             states,
             adapters: rows.iter().map(|&row| self.adapters[row].clone()).collect(),
         }
@@ -324,6 +358,11 @@ impl Batch {
         // Padding is not part of a source: the same text gets the same numbers wherever its padding is.
         let visible = ids.iter().zip(mask).filter(|(_, visible)| **visible != 0).map(|(id, _)| *id);
         Draws::new(self.seeds[row].unwrap_or(seed), self.indices[row], visible)
+    }
+
+    /// The expected length of each row's target, where the caller gave one.
+    pub(crate) fn progress_totals(&self) -> &[Option<usize>] {
+        &self.totals
     }
 
     /// The number of sources.

@@ -1,6 +1,8 @@
 //! `Folder`: a model folder, checked against its manifest before ONNX Runtime reads a byte, so that a truncated copy or
 //! a mix of two exports is an error about files, not a wrong result.
 
+mod custom;
+
 use std::borrow::Cow;
 use std::collections::HashSet;
 use std::fs::File;
@@ -25,6 +27,7 @@ use crate::limits::Limits;
 use crate::profiles::{self, Profiles};
 use crate::tokenizer;
 use crate::vocabulary_subset::VocabularySubset;
+pub(crate) use custom::no_progress_total;
 
 /// The model's generation options: the one file with an effect that may differ from its hash.
 const GENERATION_CONFIG: &str = "generation_config.json";
@@ -124,6 +127,7 @@ impl Folder {
     /// Checks a batch against the model: see [`Batch::check`], a fixed length of sources, and the sizes of the serving
     /// plan.
     pub fn check(&self, batch: &Batch) -> Result<(), Error> {
+        self.check_source_inputs()?;
         if self.features().is_none_or(|features| features.padding_rows.is_unspecified()) {
             batch.check_visible()?;
         }

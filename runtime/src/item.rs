@@ -2,8 +2,10 @@
 //! everything that chooses its tokens. An item turns the logits of a step into its next tokens and rows;
 //! [`generate`](crate::generate) and [`engine`](crate::engine) run the model for items.
 
+use std::ops::Range;
 use std::sync::Arc;
 
+use t5gemma_graphs::config::Progress as Estimate;
 use t5gemma_graphs::interface::Logits;
 use t5gemma_kernels::{LogitsRequest, LogitsStatsView};
 
@@ -34,6 +36,8 @@ pub(crate) struct Call {
     pub options: Arc<GenerationConfig>,
     /// The greatest length of a target, prompt included.
     pub max_length: usize,
+    /// The greatest number of new tokens of each row, where it follows from the row's expected length.
+    max_new_tokens: Vec<Option<usize>>,
     constraint: Option<Arc<Constraint>>,
     vocabulary_subset: Option<Arc<VocabularySubset>>,
     seed: u64,
@@ -44,6 +48,7 @@ impl Call {
     pub fn new(model: &Model, batch: &Batch, options: &GenerationConfig, cancel: &Cancellation) -> Result<Call, Error> {
         model.check(batch)?;
         let prompts = batch.prompts(options.decoder_start_token_id);
+        model.check_targets(batch, prompts.length)?;
         let TargetLimit { tokens: longest, reason } = model.target_limit();
         let options = &options.clone().clipped_to(longest, prompts.length);
         options.check(model.facts().decoder.vocab_size, prompts.length)?;
@@ -53,7 +58,13 @@ impl Call {
         if let Some(profiles) = model.profiles() {
             profiles.check_targets(prompts.length, options.num_beams, options.num_return_sequences)?;
         }
-        let max_length = options.max_length(prompts.length);
+        check_target_tokens(model, options)?;
+        let max_new_tokens = new_tokens_of_rows(model, batch, options, prompts.length..longest);
+        let of_row = |new_tokens: &Option<usize>| match new_tokens {
+            Some(new_tokens) => prompts.length + new_tokens,
+            None => options.max_length(prompts.length),
+        };
+        let max_length = max_new_tokens.iter().map(of_row).max().unwrap_or(prompts.length);
         if max_length > longest {
             let expected = format!("at most {longest} target tokens ({reason})");
             let found = format!("{max_length}, of which {} are the prompt", prompts.length);
@@ -80,7 +91,7 @@ impl Call {
             None => batch.clone(),
         };
         let options = Arc::new(options.clone());
-        Ok(Call { batch, prompts, options, max_length, constraint, vocabulary_subset, seed })
+        Ok(Call { batch, prompts, options, max_length, max_new_tokens, constraint, vocabulary_subset, seed })
     }
 
     /// The prompt of a row's target.
@@ -90,7 +101,11 @@ impl Call {
 
     /// Begins a row.
     pub fn item(&self, row: usize, new_search: NewSearch, stops: &Arc<StoppingCriteria>) -> Item {
-        let (options, source) = (&self.options, self.batch.source(row));
+        let source = self.batch.source(row);
+        let options = &match self.max_new_tokens[row] {
+            None => self.options.clone(),
+            max_new_tokens => Arc::new(GenerationConfig { max_new_tokens, ..(*self.options).clone() }),
+        };
         let constraint = self.constraint.as_ref().map(|constraint| Arc::new(ConstraintState::new(constraint, row)));
         // The constraint decides which hypotheses are the best, so a search with beams has to return all it has.
         let of_search = match &constraint {
@@ -123,6 +138,48 @@ impl Call {
             constraint,
             stops: stops.clone(),
             options: options.clone(),
+        }
+    }
+}
+
+/// The greatest number of new tokens of each row, for rows with an expected length in a call without a maximum: as many
+/// as are expected, and those of some seconds more. `room` is from the end of the prompts to that of the longest target.
+fn new_tokens_of_rows(
+    model: &Model,
+    batch: &Batch,
+    options: &GenerationConfig,
+    room: Range<usize>,
+) -> Vec<Option<usize>> {
+    let progress = model.facts().custom.progress.filter(|_| options.has_no_length() && !room.is_empty());
+    let of_row = |total: &Option<usize>| {
+        let Estimate { tokens_per_second, extra_seconds, .. } = progress?;
+        // A target ends with the first token that is too much.
+        let extra = ((extra_seconds * tokens_per_second).floor() as usize).saturating_add(1);
+        Some(total.as_ref()?.saturating_sub(room.start).saturating_add(extra).min(room.len()))
+    };
+    batch.progress_totals().iter().map(of_row).collect()
+}
+
+/// Refuses options that take targets for text, or for tokens that sources have too, of a model with others.
+fn check_target_tokens(model: &Model, options: &GenerationConfig) -> Result<(), OptionError> {
+    if model.facts().custom.has_text_targets() {
+        return Ok(());
+    }
+    let of_text = [
+        ("stop_strings", !options.stop_strings.is_empty()),
+        ("json_schema", options.json_schema.is_some()),
+        ("regex", options.regex.is_some()),
+        ("grammar", options.grammar.is_some()),
+        ("allowed_sequences", !options.allowed_sequences.is_empty()),
+        ("required_phrases", !options.required_phrases.is_empty()),
+        ("prompt_lookup_num_tokens", options.prompt_lookup_num_tokens.is_some()),
+        ("encoder_repetition_penalty", options.encoder_repetition_penalty != 1.0),
+        ("encoder_no_repeat_ngram_size", options.encoder_no_repeat_ngram_size > 0),
+    ];
+    match of_text.into_iter().find(|(_, is_set)| *is_set) {
+        None => Ok(()),
+        Some((option, _)) => {
+            Err(OptionError::requires(option, "a model whose targets are text", "one whose targets have other tokens"))
         }
     }
 }

@@ -86,6 +86,7 @@ mod chat;
 #[path = "chat/disabled.rs"]
 mod chat;
 mod panics;
+mod positions;
 mod shortlist;
 mod tokenizer;
 

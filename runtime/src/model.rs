@@ -115,6 +115,11 @@ impl Model {
         let defaults =
             GenerationConfig::of_model(folder.generation_config.as_deref(), &folder.manifest.facts.tokens)
                 .map_err(|error| Error::GenerationConfig { path: folder.path.join("generation_config.json"), error })?;
+        let mut defaults = defaults;
+        if !folder.manifest.facts.custom.has_text_targets() {
+            // Padding is that of sources, whose tokens are not those of targets.
+            defaults.pad_token_id = folder.manifest.facts.tokens.pad.unwrap_or(0);
+        }
         check_fixed_buffers(&folder.manifest, options)?;
         let parts = folder.manifest.graph_specs();
         let ports = |name: &str| {
@@ -186,6 +191,20 @@ impl Model {
     /// The folder has no `tokenizer.json`, or an unusable one.
     pub fn tokenizer(&self) -> Result<&Tokenizer, Error> {
         self.tokenizer.get()
+    }
+
+    /// The tokenizer of targets, which is that of sources.
+    ///
+    /// # Errors
+    /// As [`Model::tokenizer`], and if targets are not text.
+    pub fn target_tokenizer(&self) -> Result<&Tokenizer, Error> {
+        if self.facts().custom.has_text_targets() {
+            return self.tokenizer();
+        }
+        Err(Error::Tokenizer {
+            path: self.folder.path.clone(),
+            problem: "the model's targets are not text: use token ids, in JSON lines or from a library".into(),
+        })
     }
 
     /// The operators that fall back to another provider than the requested one. Shapes and the like always fall back to
@@ -340,6 +359,11 @@ impl Model {
         self.folder.check(batch)
     }
 
+    /// See [`Folder::check_targets`].
+    pub(crate) fn check_targets(&self, batch: &Batch, prompt: usize) -> Result<(), Error> {
+        self.folder.check_targets(batch, prompt)
+    }
+
     /// See [`Folder::fit`].
     pub(crate) fn fit<'b>(&self, batch: &'b Batch) -> Cow<'b, Batch> {
         self.folder.fit(batch)
@@ -372,7 +396,10 @@ fn check_fixed_buffers(manifest: &Manifest, options: &OpenOptions) -> Result<(),
     let is_float32 = manifest.dtype == DType::Float32;
     if let Some(option) = options.provider.cuda_graph_option() {
         if !is_in_place {
-            return Err(cuda_graphs_require("a cache in place (a model exported for the target cuda)", option));
+            return Err(cuda_graphs_require(
+                "a cache in place (a model exported for the target cuda, without float positions)",
+                option,
+            ));
         }
         if is_float32 {
             return Err(cuda_graphs_require("float16 or bfloat16 (the CPU computes float32 self-attention)", option));
@@ -381,7 +408,9 @@ fn check_fixed_buffers(manifest: &Manifest, options: &OpenOptions) -> Result<(),
     if options.fixed_step_buffers {
         let refused = |requirement: &str| Err(Error::requires("fixed_step_buffers", "true", requirement));
         if !is_in_place {
-            return refused("a cache in place on the device (a model exported for the target cuda)");
+            return refused(
+                "a cache in place on the device (a model exported for the target cuda, without float positions)",
+            );
         }
         if is_float32 && options.provider.target_device() != Device::Cpu {
             return refused("float16 or bfloat16 on a GPU (the CPU computes float32 self-attention)");

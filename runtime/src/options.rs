@@ -165,6 +165,9 @@ generation_options! {
     epsilon_cutoff: f64 = 0.0, form::NUMBER;
     /// As `epsilon_cutoff`, with a threshold that falls as the entropy rises (eta sampling); 0 is off.
     eta_cutoff: f64 = 0.0, form::NUMBER;
+    /// Whether a target ends as soon as an end-of-sequence token is the most likely, whatever would be drawn. Without
+    /// beams.
+    eos_on_argmax: bool = false, form::FLAG;
     /// Seed of sampling: the same seed, source and position in the request give the same draws. Random for each call if
     /// not set.
     seed: u64, Option<u64> = None, form::SEED;
@@ -412,6 +415,11 @@ impl GenerationConfig {
             (None, Some(length)) => length,
             (None, None) => prompt_len.saturating_add(DEFAULT_NEW_TOKENS),
         }
+    }
+
+    /// Whether neither the model nor a call limits the length.
+    pub(crate) fn has_no_length(&self) -> bool {
+        self.max_new_tokens.is_none() && self.max_length.is_none()
     }
 
     /// Clips a maximum length that comes from the model's own files to `longest`, the longest target that the model can

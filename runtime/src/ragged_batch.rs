@@ -6,12 +6,12 @@ use std::sync::Arc;
 
 use ort::value::DynValue;
 use t5gemma_graphs::manifest::Manifest;
-use t5gemma_kernels::{LogitsRequest, attention_skips_other_sources};
+use t5gemma_kernels::attention_skips_other_sources;
 
 use crate::batch::Batch;
 use crate::cancellation::Cancellation;
 use crate::error::Error;
-use crate::session::{GraphSession, float32_values, int64_tensor, with_others};
+use crate::session::{GraphSession, float32_values};
 
 /// Tokens of padding in a row that cost no more than another run of the graph.
 const MOST_PADDING: usize = 24;
@@ -144,9 +144,7 @@ pub(crate) fn run(
                 at += tokens.len();
             }
         }
-        let (ids, mask) = (int64_tensor(rows, ids)?, int64_tensor(rows, mask)?);
-        let inputs = with_others([&ids, &mask], others);
-        let outputs = encoder.run(LogitsRequest::All, &inputs, "running the encoder", cancel)?;
+        let outputs = encoder.run_on_sources(rows, [ids, mask], others, "running the encoder", cancel)?;
         let output = outputs.into_iter().next().expect("opening has verified that there is one output");
         let found = float32_values(&output).map_err(Error::onnxruntime("reading the output"))?;
         let found_shape: Vec<usize> = output.shape().iter().map(|&size| size as usize).collect();

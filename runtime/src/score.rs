@@ -64,6 +64,7 @@ impl Model {
             return Err(Error::input("top_logprobs", expected, top.to_string()));
         }
         let prompts = batch.prompts(self.generation_config().decoder_start_token_id);
+        self.check_targets(batch, prompts.length)?;
         if let Some(profiles) = self.profiles() {
             profiles.check_targets(prompts.length, 1, 1)?;
         }

@@ -116,6 +116,9 @@ impl Processors {
             source: source.to_vec(),
             prompt_len,
         }));
+        if config.eos_on_argmax && config.do_sample && config.num_beams == 1 {
+            processors.push(Processor::EndOnArgmax { eos: eos.clone() });
+        }
         processors.extend(warpers::warpers(config).into_iter().map(Processor::Warp));
         if config.renormalize_logits {
             processors.push(Processor::Renormalize);
@@ -246,6 +249,27 @@ mod tests {
                 1,
                 &[2, 3, 3],
                 [1.0, -1.0, 1.0, -4.0, 3.0, -3.0],
+            ),
+            (
+                "eos_on_argmax leaves an end that is the most likely alone",
+                GenerationConfig { eos_on_argmax: true, do_sample: true, eos_token_id: vec![2, 4], ..default() },
+                1,
+                &[2],
+                [-INF, -INF, -INF, -INF, 3.0, -INF],
+            ),
+            (
+                "eos_on_argmax leaves the draw where another token is more likely",
+                GenerationConfig { eos_on_argmax: true, do_sample: true, eos_token_id: vec![2], ..default() },
+                1,
+                &[2],
+                scores,
+            ),
+            (
+                "eos_on_argmax is of sampling",
+                GenerationConfig { eos_on_argmax: true, eos_token_id: vec![4], ..default() },
+                1,
+                &[2],
+                scores,
             ),
             (
                 "frequency_penalty counts what was generated, not the prompt",

@@ -23,6 +23,7 @@ use crate::batch::Batch;
 use crate::cancellation::Cancellation;
 use crate::error::Error;
 use crate::fork::{InCall, Origin};
+use crate::positions;
 pub(crate) use open::Opener;
 pub use options::{DEFAULT_ENCODER_CACHE_BYTES, OpenOptions};
 
@@ -30,6 +31,8 @@ pub use options::{DEFAULT_ENCODER_CACHE_BYTES, OpenOptions};
 pub(crate) struct GraphSession {
     session: Arc<Mutex<Session>>,
     pub kernels: Kernels,
+    /// The scale of the float positions that the graph takes with sources, if it takes any.
+    source_scale: Option<f32>,
     origin: Origin,
 }
 
@@ -64,8 +67,8 @@ impl DerefMut for Locked<'_> {
 }
 
 impl GraphSession {
-    fn new(session: Session, kernels: Kernels) -> GraphSession {
-        GraphSession { session: Arc::new(Mutex::new(session)), kernels, origin: Origin::now() }
+    fn new(session: Session, kernels: Kernels, source_scale: Option<f32>) -> GraphSession {
+        GraphSession { session: Arc::new(Mutex::new(session)), kernels, source_scale, origin: Origin::now() }
     }
 
     /// The session, for a run whose logits come in dense rows.
@@ -106,18 +109,30 @@ impl GraphSession {
         during: &'static str,
         cancel: &Cancellation,
     ) -> Result<Vec<DynValue>, Error> {
-        let ids = int64_tensor(batch.rows(), batch.ids().to_vec())?;
-        let mask = int64_tensor(batch.rows(), batch.mask().to_vec())?;
-        self.run(LogitsRequest::All, &with_others([&ids, &mask], others), during, cancel)
+        self.run_on_sources(batch.rows(), [batch.ids().to_vec(), batch.mask().to_vec()], others, during, cancel)
     }
-}
 
-/// The inputs of a run, with `others` behind the first.
-pub(crate) fn with_others<'v, const N: usize>(
-    first: [&'v DynValue; N],
-    others: &'v [Arc<DynValue>],
-) -> Vec<SessionInputValue<'v>> {
-    first.into_iter().chain(others.iter().map(|other| &**other)).map(SessionInputValue::from).collect()
+    /// [`GraphSession::run_on_batch`] for ids and a mask, `[rows, length]` each, and `others` behind them.
+    pub fn run_on_sources(
+        &self,
+        rows: usize,
+        [ids, mask]: [Vec<i64>; 2],
+        others: &[Arc<DynValue>],
+        during: &'static str,
+        cancel: &Cancellation,
+    ) -> Result<Vec<DynValue>, Error> {
+        let positions = self.source_positions(rows, &mask)?;
+        let (ids, mask) = (int64_tensor(rows, ids)?, int64_tensor(rows, mask)?);
+        let inputs = [&ids, &mask].into_iter().chain(&positions).chain(others.iter().map(|other| &**other));
+        let inputs: Vec<SessionInputValue> = inputs.map(SessionInputValue::from).collect();
+        self.run(LogitsRequest::All, &inputs, during, cancel)
+    }
+
+    /// The float positions of sources with this mask, `[rows, length]`; `None` for a graph that takes none.
+    pub fn source_positions(&self, rows: usize, mask: &[i64]) -> Result<Option<DynValue>, Error> {
+        let positions = self.source_scale.map(|scale| positions::of_sources(mask, mask.len() / rows, scale));
+        positions.map(|positions| float32_tensor(rows, positions)).transpose()
+    }
 }
 
 /// Runs a locked session and returns its outputs in order.
@@ -134,6 +149,13 @@ pub(crate) fn run(
 
 /// `[rows, values.len() / rows]`.
 pub(crate) fn int64_tensor(rows: usize, values: Vec<i64>) -> Result<DynValue, Error> {
+    let shape = [rows, values.len() / rows];
+    let tensor = Tensor::from_array((shape, values)).map_err(Error::onnxruntime("preparing a run"))?;
+    Ok(tensor.into_dyn())
+}
+
+/// `[rows, values.len() / rows]`.
+pub(crate) fn float32_tensor(rows: usize, values: Vec<f32>) -> Result<DynValue, Error> {
     let shape = [rows, values.len() / rows];
     let tensor = Tensor::from_array((shape, values)).map_err(Error::onnxruntime("preparing a run"))?;
     Ok(tensor.into_dyn())

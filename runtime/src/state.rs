@@ -19,6 +19,7 @@ use t5gemma_kernels::LogitsRequest;
 
 use crate::adapter::RowAdapters;
 use crate::error::Error;
+use crate::positions::TargetPositions;
 pub(crate) use fixed_buffers::BufferPool;
 use growing::GrowingCache;
 use in_place::InPlaceCache;
@@ -34,6 +35,8 @@ pub(crate) struct State {
     cache: Cache,
     items: usize,
     rows: usize,
+    /// The float positions of models that take them.
+    positions: Option<TargetPositions>,
     /// The LoRA adapters of the target rows, if any has one.
     adapters: Option<RowAdapters>,
 }
@@ -102,14 +105,20 @@ impl State {
     /// of cross-attention, with source items on its first axis, or of self-attention, with target rows.
     pub fn growing(mask: DynValue, cached: Vec<DynValue>, is_cross: Vec<bool>) -> State {
         let items = mask.shape()[0] as usize;
-        State { cache: Cache::Growing(GrowingCache::new(mask, cached, is_cross)), items, rows: items, adapters: None }
+        State {
+            cache: Cache::Growing(GrowingCache::new(mask, cached, is_cross)),
+            items,
+            rows: items,
+            positions: None,
+            adapters: None,
+        }
     }
 
     /// [`State::growing`] for a model whose steps write into the cache.
     pub fn in_place(mask: DynValue, cached: Vec<DynValue>, is_cross: &[bool]) -> ort::Result<State> {
         let items = mask.shape()[0] as usize;
         let cache = Cache::InPlace(Box::new(InPlaceCache::new(mask, cached, is_cross)?));
-        Ok(State { cache, items, rows: items, adapters: None })
+        Ok(State { cache, items, rows: items, positions: None, adapters: None })
     }
 
     /// Runs the first decoder graph and keeps its keys and values on the device. If that graph is a step, its outputs
@@ -123,7 +132,10 @@ impl State {
     ) -> ort::Result<(State, Option<DecoderOutputs>)> {
         let items = inputs.mask.shape()[0] as usize;
         let (cache, outputs) = DeviceCache::prefill(config, session, inputs, request, options)?;
-        Ok((State { cache: Cache::Device(Box::new(cache)), items, rows: items, adapters: None }, outputs))
+        Ok((
+            State { cache: Cache::Device(Box::new(cache)), items, rows: items, positions: None, adapters: None },
+            outputs,
+        ))
     }
 
     /// The same state, whose rows use these adapters.
@@ -141,6 +153,20 @@ impl State {
         self.rows
     }
 
+    /// The same rows with float positions; the first step has been counted.
+    pub fn with_positions(self, positions: Option<TargetPositions>) -> State {
+        State { positions, ..self }
+    }
+
+    /// The float positions of the next `count` tokens of each row, `[rows, count]`, and counts them; `None` for a model
+    /// that takes none.
+    pub fn next_positions(&mut self, count: usize) -> Option<Vec<f32>> {
+        let positions = self.positions.as_mut()?;
+        let next = positions.next(self.rows, count);
+        positions.advance(count);
+        Some(next)
+    }
+
     /// The keys and values for a step, and the adapters of its rows.
     pub fn parts_mut(&mut self) -> (&mut Cache, Option<&RowAdapters>) {
         (&mut self.cache, self.adapters.as_ref())
@@ -156,12 +182,14 @@ impl State {
         }
         .and_then(|()| self.adapters.as_mut().map_or(Ok(()), |adapters| adapters.select(parents)))
         .map_err(Error::onnxruntime("reordering the cache"))?;
+        self.positions.iter_mut().for_each(|positions| positions.select(items));
         (self.items, self.rows) = (items.len(), parents.len());
         Ok(())
     }
 
     /// Drops the target tokens after the first `length`. Only with one row.
     pub fn truncate(&mut self, length: usize) -> Result<(), Error> {
+        self.positions.iter_mut().for_each(|positions| positions.truncate(length));
         match &mut self.cache {
             Cache::Growing(cache) => cache.truncate(length),
             Cache::InPlace(cache) => {

@@ -106,7 +106,7 @@ impl Model {
         config: &GenerationConfig,
         controls: Controls,
     ) -> Result<Vec<Generated>, Error> {
-        let tokenizer = self.tokenizer()?;
+        let tokenizer = self.target_tokenizer()?;
         let rows = self.generate_batch(batch, config, controls)?.into_iter();
         rows.map(|hypotheses| {
             let text = |hypothesis: &Hypothesis| tokenizer.decode(&hypothesis.tokens, SpecialTokens::Skip);

@@ -59,6 +59,9 @@ const TARGETS: usize = 8;
 /// Source lengths of the ragged batch of these checks, with the shortest possible one.
 const SOURCES: [usize; 5] = [23, 9, 1, 16, 4];
 
+/// The expected length of targets, for models whose positions depend on it.
+const EXPECTED_LENGTH: usize = 20;
+
 /// Checks the model against itself: cached steps against recomputation, one step with many tokens against many steps
 /// with one, a ragged batch against its rows alone, left against right padding, beam search with one beam against
 /// greedy search, and beam scores against recomputed ones.
@@ -78,6 +81,7 @@ pub fn consistency(model: &Model, tolerance: Option<f32>, cancel: &Cancellation)
     let rows = sources.len();
     let targets = random.tokens(rows * TARGETS, decoder.vocab_size);
     let ragged = Batch::padded(&sources, model.generation_config().pad_token_id)?;
+    let ragged = ragged.with_expected_lengths(&model.facts().custom, EXPECTED_LENGTH);
 
     let one_by_one = forced(model, &ragged, &targets, &[1; TARGETS], cancel)?;
     let scale = largest(one_by_one.iter());
@@ -269,7 +273,7 @@ fn forced(
     let most = model.limits().max_sources;
     let runs = (0..rows).step_by(most.min(rows)).map(|first| first..first.saturating_add(most).min(rows));
     for of_run in runs {
-        let run = batch.piece(of_run.clone());
+        let run = batch.piece(of_run.clone()).with_expected_lengths(&model.facts().custom, EXPECTED_LENGTH);
         let run = model.fit(&run);
         let encoded = model.run_encoder(&run, cancel)?;
         let prompts = Prompts { length: pieces[0], ids: part(0, pieces[0]) };

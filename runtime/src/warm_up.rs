@@ -52,6 +52,7 @@ impl Model {
         let prompt = self.profiles().and_then(|profiles| profiles.decoder.as_ref()).map_or(1, |it| it.prompt.opt);
         let start = self.generation_config().decoder_start_token_id;
         let batch = batch.with_decoder_input_ids(&vec![vec![start; prompt]; shape.batch])?;
+        let batch = batch.with_expected_lengths(&self.facts().custom, prompt + TOKENS);
         let mut widths = vec![1, shape.beams];
         widths.dedup();
         for num_beams in widths {

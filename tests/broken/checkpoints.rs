@@ -262,13 +262,15 @@ fn configurations_that_are_not_implemented() {
             name: "a Llama",
             fixture: "tiny-untied",
             change: |folder| set(folder, "config.json", &[("/model_type", json!("llama"))]),
-            says: &["checkpoint/config.json: model_type: expected \"t5gemma\", found \"llama\""],
+            says: &["checkpoint/config.json: model_type: expected \"t5gemma\" or \"t5gemma_voice\", found \"llama\""],
         },
         Case {
             name: "a T5Gemma 2",
             fixture: "tiny-untied",
             change: |folder| set(folder, "config.json", &[("/model_type", json!("t5gemma2"))]),
-            says: &["config.json: model_type: expected \"t5gemma\", found \"t5gemma2\" (T5Gemma 2 is another"],
+            says: &[
+                "config.json: model_type: expected \"t5gemma\" or \"t5gemma_voice\", found \"t5gemma2\" (T5Gemma 2 is another",
+            ],
         },
         Case {
             name: "layers of different sizes",

@@ -99,6 +99,7 @@ static void check_sizes(const t5g::Model &model, const std::vector<std::int64_t>
     use("sources.decoder_texts", each, "1", with([&](auto &to) { to.decoder_texts(one); }));
     use("sources.decoder_texts", each, "3", with([&](auto &to) { to.decoder_texts(three); }));
     use("sources.decoder_texts", each, "0", with([&](auto &to) { to.decoder_texts({}); }));
+    use("sources.progress_totals", each, "1", with([&](auto &to) { to.progress_totals({9}); }));
     use("sources.decoder_input_ids[1]", "2 (tokens, as many as row 0 has)", "1",
         with([&](auto &to) { to.decoder_ids(Rows{{2, 40}, {2}}); }));
     use("sources.decoder_input_ids", "4 (as many tokens for each source)", "2",

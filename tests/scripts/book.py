@@ -236,6 +236,7 @@ class Checker:
             (folder / name).symlink_to(self.arguments.checkpoint.resolve())
         for name, source in (("gemma-2-2b", "balanced/gemma2-a"), ("gemma-2-9b", "unbalanced/gemma2-b")):
             (folder / name).symlink_to(ROOT / "tests/fixtures/adapt" / source)
+        (folder / "T5Gemma-TTS-2b-2b").symlink_to(ROOT / "tests/fixtures/voice/progress/checkpoint")
         encoder = json.loads((self.arguments.checkpoint / "config.json").read_text())["encoder"]
         width, queries = encoder["hidden_size"], encoder["num_attention_heads"] * encoder["head_dim"]
         (folder / "stable-audio-3").mkdir()

@@ -10,8 +10,8 @@ use t5gemma_graphs::quantization::Activations;
 use t5gemma_graphs::task::Task;
 use t5gemma_graphs::{Options, Vocabulary, definitions};
 
-use super::{Export, rules};
-use crate::checkpoint::{Checkpoint, SENTENCEPIECE_FILE, SENTENCEPIECE_TENSOR};
+use super::{Export, custom, rules};
+use crate::checkpoint::{Checkpoint, GENERATION_CONFIG, SENTENCEPIECE_FILE, SENTENCEPIECE_TENSOR};
 use crate::error::{Error, Result};
 use crate::source::{Source, SourceConfig};
 use crate::tensorrt::MemoryEstimate;
@@ -44,8 +44,10 @@ pub(super) struct Prepared<'e> {
 
 impl<'e> Prepared<'e> {
     pub fn new(export: &'e Export, source: &'e Source) -> Result<Prepared<'e>> {
-        let SourceConfig { text: config_text, config, origin } = source.config()?;
+        let SourceConfig { text: config_text, mut config, origin } = source.config()?;
+        export.custom.lay_over(&mut config, source)?;
         let task = rules::task(export.task.clone(), &config)?;
+        custom::check(export, &config, &task)?;
         rules::check_task(export, &task)?;
         rules::check_sizes(export, &config)?;
         if let Source::Checkpoint(checkpoint) = source {
@@ -58,7 +60,12 @@ impl<'e> Prepared<'e> {
             companions.retain(|(name, _)| *name != SENTENCEPIECE_FILE);
             companions.push((SENTENCEPIECE_FILE, checkpoint.sentencepiece()?.to_vec()));
         }
-        let generation_config = source.generation_config()?;
+        let mut generation_config = source.generation_config()?;
+        if config.custom.progress.is_some() {
+            // The published loop of such models reads config.json alone; this file is the text model's.
+            companions.retain(|(name, _)| *name != GENERATION_CONFIG);
+            generation_config = None;
+        }
         if let Some(tokens) = &export.kept_tokens {
             rules::check_kept_tokens(tokens, &config, generation_config.as_ref())?;
         }

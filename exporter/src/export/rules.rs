@@ -323,8 +323,8 @@ pub(super) fn check_ranges(config: &Config, options: &Options, ranges: &BTreeMap
     let refused = |expected: String, found: String| Err(SettingError::invalid(Setting::Ranges, expected, found));
     let observed = definitions(config, &Options { activations: Activations::Observed, ..options.clone() });
     let known: BTreeSet<&str> = observed.iter().flat_map(|graph| &graph.observed).map(String::as_str).collect();
-    let role = config.family.tensors().role;
-    let needs_range = |name: &str| options.quantization.of(name, role(name)).is_some_and(|blocks| blocks.bits == 8);
+    let needs_range =
+        |name: &str| options.quantization.of(name, config.role(name)).is_some_and(|blocks| blocks.bits == 8);
     for &name in known.iter().filter(|name| needs_range(name)) {
         match ranges.get(name) {
             Some(range) if range.is_finite() && *range >= 0.0 => {}

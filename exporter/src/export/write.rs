@@ -56,7 +56,7 @@ impl Prepared<'_> {
             dtype: export.dtype,
             opset: export.target.capabilities().opset,
             encoder_window: export.encoder_window,
-            side_by_side: self.options.reads_side_by_side(),
+            side_by_side: self.options.reads_side_by_side(&self.config),
             logits: export.logits,
             kept_tokens: export.kept_tokens.as_ref().map(Vec::len),
             alignment_layers: self.options.alignment_layers.clone(),

@@ -2,7 +2,7 @@
 //! one operator for a norm and the sum before it, one for self-attention with rotary positions and a cache that is
 //! written in place, one for cross-attention.
 
-use super::{Attention, Capabilities, Lowering, Matrix, Packing, Rotation, mask_by_query};
+use super::{Attention, Capabilities, Lowering, Matrix, Packing, Rotation, mask_by_query, rotated};
 use crate::onnx::{DType, Dim, Value};
 
 pub struct Cpu;
@@ -52,7 +52,11 @@ impl Lowering for Cpu {
         x.simplified_layer_norm(factor, eps)
     }
 
+    /// The operator looks cosines up by integer positions.
     fn rotary<'g>(&self, x: Value<'g>, Rotation { cos, sin }: Rotation<'g>) -> Value<'g> {
+        if cos.shape().len() == 4 {
+            return rotated(x, Rotation { cos, sin });
+        }
         let [rows, length, heads, head_dim] = [0, 1, 2, 3].map(|axis| x.dim(axis));
         let flat = x.reshape(&[rows, length, heads.times(&head_dim)]);
         flat.rotary_embedding(None, [cos, sin].map(|table| table.squeeze(1))).reshape(&x.shape())

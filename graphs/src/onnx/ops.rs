@@ -1,5 +1,6 @@
 //! The standard ONNX operators that model definitions use, each with its rule for dtypes and shapes.
 
+mod activation;
 mod indexing;
 mod quantized;
 mod select;
@@ -120,11 +121,6 @@ impl<'g> Value<'g> {
     /// `sin x`.
     pub fn sin(self) -> Value<'g> {
         self.unary("Sin")
-    }
-
-    /// `½x(1 + tanh(√(2/π)(x + 0.044715x³)))`.
-    pub fn gelu_tanh(self) -> Value<'g> {
-        self.with("Gelu", &[("approximate", Attribute::Text("tanh"))])
     }
 
     /// `exp(x) / Σ exp(x)` over the last axis.

@@ -56,8 +56,9 @@ fn read_again<'g>(hidden: Value<'g>, source: &Source<'g>, classifier: &Classifie
     let target_mask = Some((!ids.equal(pad)).unsqueeze(&[1, 2, 3]));
     let hidden = hidden.reshape(&[ids.dim(0), ids.dim(1), hidden.dim(-1)]);
     let x = embedding(ids, &w.at("embed_tokens.weight"));
-    let context = Context { tokens, source_mask: source.visible, target_mask, cache: CacheLayout::Growing };
-    let memory = |_, w: &Weights<'g>| Memory { past: None, source: cross_key_value(hidden, &w.at("cross_attn")) };
+    let context =
+        Context { tokens, source_mask: source.visible, target_mask, cross_rotary: None, cache: CacheLayout::Growing };
+    let memory = |_, w: &Weights<'g>| Memory { past: None, source: cross_key_value(hidden, None, &w.at("cross_attn")) };
     let (x, _) = stack(x, &context, &[], memory, w);
     rms_norm(x, &w.at("norm")).cast(w.dtype())
 }

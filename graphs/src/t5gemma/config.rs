@@ -5,8 +5,8 @@
 use serde_json::Value;
 
 use crate::config::{
-    Architecture, Classifier, Config, ConfigError, Family, Fields, LayerType, MOST_HEAD_DIM, MOST_LAYERS, Refused,
-    Stack, TokenIds, is_empty,
+    Architecture, Classifier, Config, ConfigError, Custom, Family, Fields, LayerType, MOST_HEAD_DIM, MOST_LAYERS,
+    Refused, Stack, TokenIds, is_empty,
 };
 
 /// Fields that change what transformers computes without the model's own code reading them.
@@ -81,6 +81,7 @@ pub fn parse(mut top: Fields) -> Result<Config, ConfigError> {
         tokens,
         architecture,
         classifier,
+        custom: Custom::default(),
         generation,
         ignored,
     })
@@ -100,7 +101,7 @@ fn parse_stack(top: &mut Fields, name: &str) -> Result<ParsedStack, ConfigError>
     let Some(value) = top.remove(name) else {
         return Err(top.error(name, format!("the settings of the {name}"), "nothing"));
     };
-    let mut fields = Fields::of(name, value)?;
+    let mut fields = Fields::of(&top.path_of(name), value)?;
     // transformers reads either object as a T5Gemma stack, whatever it calls itself.
     if fields.get("model_type").is_some_and(|kind| kind == "t5_gemma_module") {
         fields.remove("model_type");

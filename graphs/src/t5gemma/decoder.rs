@@ -1,10 +1,11 @@
 //! The decoder, shared by the graphs that have one: the layer, the stack of layers, and the outputs.
 
 use crate::attention::{causal, cross, cross_with_weights};
-use crate::config::LayerType;
+use crate::config::{Activation, Head, LayerType};
 use crate::interface::{self, Logits, Ports};
+use crate::lower::softcap;
 use crate::nn::{gated_mlp, residual, rms_norm};
-use crate::onnx::{Dim, Value};
+use crate::onnx::{DType, Dim, Value};
 use crate::options::Options;
 use crate::sequence::{Context, KeyValue, Tokens};
 use crate::weights::Weights;
@@ -105,8 +106,7 @@ pub fn outputs<'g>(
     options: &Options,
     root: &Weights<'g>,
 ) {
-    let head = root.at(&options.vocabulary.head).keeping(options.vocabulary.kept.as_ref());
-    let logits = logits(x, tokens, options.logits, &root.at("model.decoder.norm"), &head);
+    let logits = logits(x, tokens, options, root);
     let candidates = candidates(logits, options.logits);
     let alignment = alignment(layers.iter().filter_map(|layer| layer.weights).collect(), tokens);
     let all = [logits].into_iter().chain(cached).chain(candidates).chain(alignment);
@@ -115,21 +115,46 @@ pub fn outputs<'g>(
 
 /// `softcap(head · norm(x))` in float32, `[rows, positions, vocab_size]` (or the number of kept tokens): x
 /// `[rows·length, hidden]`.
-fn logits<'g>(x: Value<'g>, tokens: &Tokens<'g>, which: Logits, norm: &Weights<'g>, head: &Weights<'g>) -> Value<'g> {
-    let (rows, hidden_size) = (&tokens.rows, head.stack.hidden_size);
-    let (x, positions) = match which {
+/// Other heads have layers of their own, or return the normed states, in the dtype of the model.
+fn logits<'g>(x: Value<'g>, tokens: &Tokens<'g>, options: &Options, root: &Weights<'g>) -> Value<'g> {
+    let (rows, hidden_size) = (&tokens.rows, root.stack.hidden_size);
+    let (x, positions) = match options.logits {
         Logits::All => (x, tokens.length.clone()),
         Logits::Last | Logits::Candidates(_) => {
             let last = x.reshape(&[rows.clone(), tokens.length.clone(), hidden_size.into()]).last(1);
             (last.reshape(&[rows.clone(), hidden_size.into()]), Dim::fixed(1))
         }
     };
-    let normed = rms_norm(x, norm);
-    let _scope = head.scope();
-    let scored = head.kept().unwrap_or(head.stack.vocab_size);
-    let table = head.matrix([scored, hidden_size]);
-    let (x, cap) = (head.operand(normed.cast(head.operand_dtype())), head.stack.final_logit_softcapping);
-    head.lowering.logits(x, table, cap, [rows.clone(), positions])
+    let normed = rms_norm(x, &root.at("model.decoder.norm"));
+    let (vocab_size, cap) = (root.stack.vocab_size, root.stack.final_logit_softcapping);
+    let biased = |x: Value<'g>, weight: &str, bias: Option<&str>, [output, input]: [usize; 2]| {
+        let at = root.at(weight);
+        let _scope = at.scope();
+        let (matrix, dtype) = (at.matrix([output, input]), at.operand_dtype());
+        let bias = bias.map(|bias| root.at(bias).tensor(&[output]).cast(dtype));
+        root.lowering.linear(at.operand(x.cast(dtype)), matrix, bias).cast(root.dtype())
+    };
+    let scores = match &options.vocabulary.custom_head {
+        Head::Stock | Head::Linear { bias: None, .. } => {
+            let head = root.at(&options.vocabulary.head).keeping(options.vocabulary.kept.as_ref());
+            let _scope = head.scope();
+            let table = head.matrix([head.kept().unwrap_or(vocab_size), hidden_size]);
+            let x = head.operand(normed.cast(head.operand_dtype()));
+            return head.lowering.logits(x, table, cap, [rows.clone(), positions]);
+        }
+        Head::None => return normed.cast(root.dtype()).reshape(&[rows.clone(), positions, hidden_size.into()]),
+        Head::Linear { weight, bias } => biased(normed, weight, bias.as_deref(), [vocab_size, hidden_size]),
+        Head::Mlp { tensors: [first, first_bias, second, second_bias], size, activation } => {
+            let inner = biased(normed, first, Some(first_bias), [*size, hidden_size]);
+            let inner = match activation {
+                Activation::Gelu => inner.gelu(),
+                Activation::GeluTanh => inner.gelu_tanh(),
+                Activation::Silu => inner.silu(),
+            };
+            biased(inner, second, Some(second_bias), [vocab_size, *size])
+        }
+    };
+    softcap(scores.cast(DType::Float32), cap).reshape(&[rows.clone(), positions, vocab_size.into()])
 }
 
 /// The outputs of [`Logits::Candidates`]: the greatest logits float32 `[rows, count]`, their tokens int64 `[rows,

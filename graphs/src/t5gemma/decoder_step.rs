@@ -4,7 +4,7 @@
 use super::decoder::{Memory, mask_by_token, outputs, stack};
 use super::root;
 use crate::attention::padding_mask;
-use crate::config::Config;
+use crate::config::{Config, Positions};
 use crate::interface::{self, CacheLayout, PAST_LENGTH};
 use crate::nn::embedding;
 use crate::onnx::{Definition, Dim, Graph};
@@ -27,18 +27,22 @@ pub fn decoder_step(config: &Config, options: &Options) -> Definition {
         CacheLayout::Growing => (Tokens::after(&graph, &Dim::symbol(PAST_LENGTH), ids), cached),
         CacheLayout::InPlace | CacheLayout::Static(_) => {
             let (&positions, cached) = cached.split_first().expect("positions come before a cache of fixed capacity");
-            (Tokens { rows: ids.dim(0), length: ids.dim(1), positions }, cached)
+            (Tokens { rows: ids.dim(0), length: ids.dim(1), positions, rotary: positions }, cached)
         }
     };
-    let x = embedding(ids, &root.at(&options.vocabulary.embedding));
+    let has_float_positions = config.custom.target_positions == Positions::Float;
+    let (floats, cached) = cached.split_at(usize::from(has_float_positions));
+    let tokens = tokens.rotated_by(floats.first().copied());
+    let cross_rotary = config.custom.cross_rope.then_some(tokens.rotary);
     let adapter_mask = adapter_mask.map(|mask| mask_by_token(mask, &tokens.length));
-    let context = Context { tokens, source_mask: padding_mask(mask), target_mask: None, cache };
+    let context = Context { tokens, source_mask: padding_mask(mask), target_mask: None, cross_rotary, cache };
+    let x = embedding(ids, &root.at(&options.vocabulary.embedding));
     let memory = |i: usize, _: &Weights<'_>| {
         let [past_key, past_value, key, value] = *cached[4 * i..].first_chunk().expect("four tensors of each layer");
         Memory { past: Some(KeyValue { key: past_key, value: past_value }), source: KeyValue { key, value } }
     };
     let (x, layers) =
-        stack(x, &context, &options.alignment_layers, memory, &root.at("model.decoder").masking_adapters(adapter_mask));
+        stack(x, &context, &options.alignment_layers, memory, &root.at("model.decoder").taking_adapters(adapter_mask));
     let presents = layers.iter().flat_map(|layer| [layer.present.key, layer.present.value]);
     outputs(&ports, x, &layers, presents.collect(), &context.tokens, options, &root);
     graph.finish("decoder_with_past")
@@ -49,6 +53,7 @@ mod tests {
     use std::collections::HashMap;
 
     use super::*;
+    use crate::config::Head;
     use crate::interface::Logits;
     use crate::manifest::EncoderWindow;
     use crate::onnx::{DType, Node};
@@ -110,7 +115,12 @@ mod tests {
                 activations: Activations::default(),
                 capacity: None,
                 padding_row: None,
-                vocabulary: Vocabulary { embedding: "embedding".into(), head: "embedding".into(), kept: None },
+                vocabulary: Vocabulary {
+                    embedding: "embedding".into(),
+                    head: "embedding".into(),
+                    kept: None,
+                    custom_head: Head::Stock,
+                },
                 takes_adapters: false,
             };
             decoder_step(&config, &options)

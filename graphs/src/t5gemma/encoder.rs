@@ -14,10 +14,10 @@ use crate::weights::Weights;
 pub fn encoder(config: &Config, options: &Options) -> Definition {
     let graph = Graph::new();
     let ports = options.interface(config).encoder;
-    let [ids, mask] = interface::inputs(&graph, &ports);
+    let inputs = interface::all_inputs(&graph, &ports);
 
-    let w = root(&graph, &config.encoder, options).at("model.encoder");
-    let source = Source::by_token(&graph, ids, mask, options);
+    let w = root(&graph, &config.encoder, options).at("model.encoder").taking_adapters(None);
+    let source = Source::by_token(&graph, &inputs, config, options);
     let hidden = states(&source, config.encoder.layers.len(), options, &w);
     interface::outputs(&graph, &ports, [hidden.reshape(&ports.outputs[0].shape)].into_iter());
     graph.finish("encoder")
@@ -25,7 +25,7 @@ pub fn encoder(config: &Config, options: &Options) -> Definition {
 
 /// What the encoder reads.
 pub struct Source<'g> {
-    /// int64 `[batch, source]`
+    /// Ids int64 `[batch, source]`, or vectors `[batch, source, hidden]`.
     pub ids: Value<'g>,
     pub tokens: Tokens<'g>,
     /// Which tokens take part, bool `[batch, 1, 1, 1, source]`; or which tokens see each other, bool
@@ -40,10 +40,12 @@ impl<'g> Source<'g> {
     }
 
     /// As [`Source::by_row`], for graphs that return the state of every token: where the options allow it, several
-    /// sources can lie side by side in a row.
-    pub fn by_token(graph: &'g Graph, ids: Value<'g>, mask: Value<'g>, options: &Options) -> Source<'g> {
-        if !options.reads_side_by_side() {
-            return Source::by_row(graph, ids, mask);
+    /// sources can lie side by side in a row. `inputs` are the graph's: ids, mask, and float positions if there are any.
+    pub fn by_token(graph: &'g Graph, inputs: &[Value<'g>], config: &Config, options: &Options) -> Source<'g> {
+        let (&[ids, mask], positions) = inputs.split_first_chunk().expect("ids and a mask come first");
+        if !options.reads_side_by_side(config) {
+            let source = Source::by_row(graph, ids, mask);
+            return Source { tokens: source.tokens.rotated_by(positions.first().copied()), ..source };
         }
         let (tokens, visible) = Tokens::side_by_side(graph, ids, mask);
         Source { ids, tokens, visible }

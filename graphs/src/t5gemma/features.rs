@@ -13,10 +13,11 @@ use crate::task::{Features, PaddingRows, Pooling, Task};
 pub fn features(config: &Config, options: &Options, features: &Features) -> Definition {
     let graph = Graph::new();
     let ports = interface::model(&config.facts(), options.dtype, &Task::FeatureExtraction(*features));
-    let [ids, mask] = interface::inputs(&graph, &ports);
+    let inputs = interface::all_inputs(&graph, &ports);
 
     let w = root(&graph, &config.encoder, options).at("model.encoder");
-    let source = Source::by_token(&graph, ids, mask, options);
+    let source = Source::by_token(&graph, &inputs, config, options);
+    let [ids, mask] = [0, 1].map(|at| inputs[at]);
     let layers =
         features.layers(config.encoder.layers.len()).expect("the exporter has checked the number of the layer");
     let mut all = encoder::all_states(&source, layers, options, &w); // [batch·source, hidden] each

@@ -284,6 +284,9 @@ typedef struct t5g_sources {
     size_t encoder_length;
     size_t encoder_width;
     const char *adapter; /* the name of the LoRA adapter of all rows; NULL: none. As t5g_generation_options.adapter */
+    const int64_t *progress_totals; /* [rows], for models whose positions depend on it: the expected length of each target
+                                     * in tokens, the start token included; NULL: none */
+    size_t progress_rows;           /* of progress_totals; 0: not checked */
 } t5g_sources;
 
 static inline t5g_sources t5g_sources_default(void) {
@@ -295,7 +298,7 @@ static inline t5g_sources t5g_sources_default(void) {
 
 /* Generation options with their Hugging Face names and meanings; `t5gemma generate --help` describes each. Unset
  * options have the model's own setting. `json` is an object with the same options and the remaining ones
- * (bad_words_ids, sequence_bias, allowed_sequences, required_phrases); each option may be set in one of the two
+ * (bad_words_ids, sequence_bias, allowed_sequences, required_phrases, eos_on_argmax); each option may be set in one of the two
  * places. */
 typedef struct t5g_generation_options {
     size_t size;

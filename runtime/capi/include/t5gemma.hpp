@@ -536,6 +536,11 @@ public:
         unequal_ = std::nullopt;
         return *this;
     }
+    /// The expected length of each target in tokens, the start token included, for models whose positions depend on it.
+    Sources &progress_totals(std::vector<std::int64_t> totals) {
+        totals_ = std::move(totals);
+        return *this;
+    }
     /// The result of Model::encode for these sources, [rows, length, width]; must outlive the call.
     Sources &encoder_outputs(Span<const float> states, std::size_t rows, std::size_t length, std::size_t width) {
         states_ = nullptr;
@@ -581,6 +586,8 @@ public:
             const char *what = "as many tokens for each source";
             if (auto found = detail::of_size("sources.decoder_input_ids", decoder_ids_->size(), *size, what)) return found;
         }
+        if (totals_)
+            if (auto found = detail::of_size("sources.progress_totals", totals_->size(), rows_, EACH)) return found;
         if (outputs_) {
             if (auto found = detail::of_size("sources.encoder_outputs", outputs_->rows, rows_, EACH)) return found;
             const auto vectors = product("sources.encoder_outputs", outputs_->rows, outputs_->length);
@@ -632,6 +639,7 @@ public:
         }
         if (messages_) given.messages = messages_->c_str();
         if (adapter_) given.adapter = adapter_->c_str();
+        if (totals_ && !totals_->empty()) given.progress_totals = totals_->data();
         if (outputs_) {
             given.encoder_outputs = outputs_->values.data();
             given.encoder_rows = outputs_->rows;
@@ -665,7 +673,7 @@ private:
     std::optional<std::string> messages_, adapter_;
     std::vector<std::int64_t> ids_, mask_;
     std::vector<std::size_t> lengths_;
-    std::optional<std::vector<std::int64_t>> decoder_ids_;
+    std::optional<std::vector<std::int64_t>> decoder_ids_, totals_;
     std::optional<Error> unequal_;
     std::optional<Outputs> outputs_;
     std::shared_ptr<const States> states_;

@@ -242,7 +242,7 @@ impl Call {
     /// The streamer that reports a generation of `rows` sources to the caller.
     pub fn watch(&self, model: &Model, rows: usize) -> Result<Pieces, t5g_error> {
         let streams = if self.stream_text && self.given.on_piece.is_some() {
-            let tokenizer = model.tokenizer()?;
+            let tokenizer = model.target_tokenizer()?;
             (0..rows).map(|_| tokenizer.stream(SpecialTokens::Skip)).collect()
         } else {
             Vec::new()

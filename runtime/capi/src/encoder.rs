@@ -107,6 +107,7 @@ impl t5g_encoder {
     fn batch(&self, sources: Record<t5g_sources>) -> Result<Batch, t5g_error> {
         let reader = Reader {
             tokenizer: &|| self.inner.tokenizer(),
+            target_tokenizer: &|| self.inner.tokenizer(),
             chat: &|| Err(t5g_error::argument("sources.messages", "NULL (conversations require a t5g_model)", "text")),
             pad_token_id: self.inner.pad_token_id(),
             hidden_size: self.inner.facts().encoder.hidden_size,

@@ -143,7 +143,7 @@ fn submit(
     let batch = model.read(|reader| reader.batch(sources))?;
     let (rows, source_tokens) = (batch.rows(), source_tokens(&batch));
     let streams = if call.wants_text() {
-        let tokenizer = model.inner.tokenizer()?;
+        let tokenizer = model.inner.target_tokenizer()?;
         (0..rows).map(|_| Some(tokenizer.stream(SpecialTokens::Skip))).collect()
     } else {
         Vec::new()

@@ -59,6 +59,7 @@ impl t5g_model {
     pub fn read<T>(&self, work: impl FnOnce(&Reader) -> Result<T, t5g_error>) -> Result<T, t5g_error> {
         work(&Reader {
             tokenizer: &|| self.inner.tokenizer(),
+            target_tokenizer: &|| self.inner.target_tokenizer(),
             chat: &|| self.chat(),
             pad_token_id: self.inner.generation_config().pad_token_id,
             hidden_size: self.inner.facts().encoder.hidden_size,

@@ -125,14 +125,14 @@ impl t5g_result {
 
     fn text<'a>(&self, answer: &'a Answer) -> Result<&'a t5g_text, t5g_error> {
         let decode = || {
-            let tokenizer = self.model.tokenizer()?;
+            let tokenizer = self.model.target_tokenizer()?;
             Ok(t5g_text::new(tokenizer.decode(&answer.tokens, SpecialTokens::Skip)?))
         };
         answer.text.get_or_init(decode).as_ref().map_err(t5g_error::clone)
     }
 
     fn sequence(&self, answer: &Answer) -> Sequence {
-        let tokenizer = self.model.tokenizer().ok();
+        let tokenizer = self.model.target_tokenizer().ok();
         let attentions = answer.cross_attentions.as_ref();
         Sequence {
             tokens: answer.tokens.clone(),

@@ -32,6 +32,8 @@ pub struct t5g_sources {
     encoder_length: usize,
     encoder_width: usize,
     adapter: Text,
+    progress_totals: Array<i64>,
+    progress_rows: usize,
 }
 
 // SAFETY: fields of 8 bytes of which any bytes are a valid value.
@@ -61,6 +63,8 @@ unsafe impl Fields for t5g_sources {
             encoder_length: 0,
             encoder_width: 0,
             adapter: Text::NULL,
+            progress_totals: Array::NULL,
+            progress_rows: 0,
         }
     }
 }
@@ -109,6 +113,8 @@ impl t5g_targets {
 /// What reading sources needs to know about a model.
 pub struct Reader<'a> {
     pub tokenizer: &'a dyn Fn() -> Result<&'a Tokenizer, Error>,
+    /// The tokenizer of targets.
+    pub target_tokenizer: &'a dyn Fn() -> Result<&'a Tokenizer, Error>,
     /// The chat template.
     pub chat: &'a dyn Fn() -> Result<&'a ChatTemplate, t5g_error>,
     pub pad_token_id: i64,
@@ -125,6 +131,10 @@ impl Tokenize for Reader<'_> {
 
     fn adapter(&self, name: &str) -> Result<Adapter, Error> {
         (self.adapter)(name)
+    }
+
+    fn target_tokenizer(&self) -> Result<&Tokenizer, Error> {
+        (self.target_tokenizer)()
     }
 }
 
@@ -164,6 +174,14 @@ impl Reader<'_> {
         let batch = match given.adapter.optional("sources.adapter")? {
             Some(name) => batch.with_adapter(&(self.adapter)(name)?),
             None => batch,
+        };
+        let totals = given.progress_totals.optional(batch.rows(), "sources.progress_totals")?;
+        let batch = match totals {
+            None => batch,
+            Some(totals) => {
+                same_size("sources.progress_rows", given.progress_rows, batch.rows(), "one for each source")?;
+                batch.with_progress_totals(totals)?
+            }
         };
         let shape = [batch.rows(), batch.length(), self.hidden_size];
         let count = product(&shape, "sources.encoder_outputs")?;

@@ -200,7 +200,19 @@ impl Case {
             "--max-new-tokens: expected less than {longest} (decoder.max_position_embeddings), found {}",
             workload.max_new_tokens
         );
-        Ok(Case { batch, options, tokens: workload.max_new_tokens as usize })
+        Case::new(model, batch, options, workload.max_new_tokens as usize)
+    }
+
+    /// A case whose targets have their full length, for models that have to know it.
+    fn new(model: &Model, batch: Batch, options: GenerationConfig, tokens: usize) -> Result<Case> {
+        let batch = match model.facts().custom.target_scale() {
+            None => batch,
+            Some(_) => {
+                let totals = vec![tokens as i64 + 1; batch.rows()];
+                batch.with_progress_totals(&totals)?
+            }
+        };
+        Ok(Case { batch, options, tokens })
     }
 
     /// Plain greedy or beam search; of the model's own options, only the token ids.

@@ -56,6 +56,10 @@ impl Tokenize for Chat<'_> {
         self.model.tokenizer()
     }
 
+    fn target_tokenizer(&self) -> Result<&Tokenizer, Error> {
+        self.model.target_tokenizer()
+    }
+
     fn conversations(&self) -> Option<&dyn Conversations> {
         Some(self)
     }

@@ -83,7 +83,8 @@ const JSON_LINES: &str = r#"JSON lines (--jsonl):
 Each line of stdin is a request, each line of stdout its result, in the same order:
 
   request  {"id"?, "text" | "messages" | "input_ids", "attention_mask"?,
-            "decoder_text"? | "decoder_input_ids"?, "options"?}
+            "decoder_text"? | "decoder_input_ids"?, "progress_total"?,
+            "options"?}
   result   {"id", "sequences": [[{"tokens", "text"?, "score"?,
             "finish_reason", "logprob"?, "logprobs"?, "top_logprobs"?,
             "cross_attentions"?}, ...], ...], "seed"?, "usage"}
@@ -97,6 +98,9 @@ Fields of a request:
   attention_mask     0 for padding tokens in input_ids, 1 for others
   decoder_text       beginning of the target, without special tokens
   decoder_input_ids  the same as token ids
+  progress_total     expected length of the target in tokens, the start token
+                     included, for models that require it: an integer, or a
+                     list of them
   options            generation options, which override the flags
 
 Fields of a result:
@@ -168,7 +172,7 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     if let Some((flag, _)) = of_jsonl.iter().find(|(_, is_asked)| *is_asked && !arguments.jsonl) {
         bail_usage!("{flag} requires --jsonl, since lines of text cannot hold its results");
     }
-    let prompt = arguments.decoder_text.map(|text| model.tokenizer()?.encode_target(&text)).transpose()?;
+    let prompt = arguments.decoder_text.map(|text| model.target_tokenizer()?.encode_target(&text)).transpose()?;
     let chat = Chat::new(opening.path(), &model).with(arguments.chat, arguments.system);
     if arguments.chat {
         chat.template()?;
@@ -189,7 +193,7 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
         let is_shared = Engine::shares_all_steps(&model) && answering.packing.rows() > 1;
         return if is_shared && can_be_shared { answering.continuous(&models) } else { answering.jsonl() };
     }
-    model.tokenizer()?;
+    model.target_tokenizer()?;
     if !arguments.texts.is_empty() {
         let mut texts = arguments.texts.into_iter();
         return answering.texts(|| Ok(texts.next().map(String::into_bytes)), || Ok(true));
@@ -251,7 +255,7 @@ impl Answering<'_> {
                             let text = if streaming {
                                 String::new()
                             } else {
-                                self.model.tokenizer()?.decode(&hypothesis.tokens, SpecialTokens::Skip)?
+                                self.model.target_tokenizer()?.decode(&hypothesis.tokens, SpecialTokens::Skip)?
                             };
                             println_flushed(&text)?;
                             if hypothesis.finish_reason == FinishReason::ConstraintIncomplete {
@@ -291,7 +295,8 @@ impl Answering<'_> {
                     Ok((request, rows)) if jsonl => println_flushed(&response(Ok(self.result(&request, &rows)?))?)?,
                     Ok((_, rows)) => {
                         for hypothesis in rows.iter().flatten() {
-                            let text = self.model.tokenizer()?.decode(&hypothesis.tokens, SpecialTokens::Skip)?;
+                            let text =
+                                self.model.target_tokenizer()?.decode(&hypothesis.tokens, SpecialTokens::Skip)?;
                             println_flushed(&text)?;
                         }
                     }
@@ -413,7 +418,7 @@ impl Answering<'_> {
         if !stream {
             return self.model.generate_batch(&batch, &options, Controls::default().cancellation(self.cancel));
         }
-        let mut text = self.model.tokenizer()?.stream(SpecialTokens::Skip);
+        let mut text = self.model.target_tokenizer()?.stream(SpecialTokens::Skip);
         let mut failed = None;
         let mut show = |_row: usize, token: i64| match text.push(token).map(|piece| print_flushed(&piece)) {
             Ok(Ok(())) => ControlFlow::Continue(()),
@@ -438,7 +443,7 @@ impl Answering<'_> {
 
     /// The result of a request.
     fn result(&self, request: &TokenizedRequest, rows: &[Vec<Hypothesis>]) -> Result<GenerateResult, Error> {
-        let tokenizer = self.model.tokenizer().ok();
+        let tokenizer = self.model.target_tokenizer().ok();
         let of_row = |(row, source): (&Vec<Hypothesis>, &Vec<i64>)| {
             row.iter().map(|hypothesis| Sequence::generated(hypothesis, source.len(), tokenizer)).collect()
         };

@@ -19,7 +19,7 @@ pub use error::RequestError;
 pub use id::Id;
 pub use json::{abbreviated, describe_error, parse_object};
 pub use options::{GENERATION_OPTIONS, GenerationOption, OptionGroup, OptionValue};
-pub use request::{EncodeRequest, GenerateRequest, ScoreRequest, Texts, TokenRows};
+pub use request::{EncodeRequest, GenerateRequest, Integers, ScoreRequest, Texts, TokenRows};
 pub use result::{
     ClassifyResponse, EncoderUsage, ErrorResult, FinishReason, GenerateResponse, GenerateResult, Label, LabelsResult,
     Score, ScoreResponse, ScoreResult, Sequence, TokenLabels, TokenLabelsResult, Usage, attention_rows,

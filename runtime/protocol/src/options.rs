@@ -116,6 +116,7 @@ pub const GENERATION_OPTIONS: &[GenerationOption] = &[
     option("top_n_sigma", Sampling, Number, "Keep tokens within X standard deviations of the best score; 0 keeps all [default: 0]"),
     option("epsilon_cutoff", Sampling, Probability, "Keep tokens with a probability of at least P [default: 0]"),
     option("eta_cutoff", Sampling, Probability, "Keep tokens with a probability of at least P, or less if the entropy is high [default: 0]"),
+    option("eos_on_argmax", Sampling, Flag, "End a target as soon as an end token is the most likely one, whatever would be drawn"),
     option("json_schema", Constraints, OptionValue::JsonSchema, "Generate JSON that satisfies this JSON Schema"),
     option("regex", Constraints, Text, "Generate text that matches this regular expression in full"),
     option("grammar", Constraints, Text, "Generate text accepted by this grammar, in llguidance's variant of Lark"),

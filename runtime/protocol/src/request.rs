@@ -37,6 +37,9 @@ pub struct GenerateRequest {
     /// The beginning of each target as token ids; not part of the result.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub decoder_input_ids: Option<TokenRows>,
+    /// The expected length of each target in tokens, the start token included, for models whose positions depend on it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub progress_total: Option<Integers>,
     /// Generation options under their Hugging Face names; they override those of the command line and the model.
     #[serde(skip_serializing_if = "Map::is_empty")]
     #[schemars(default, schema_with = "crate::options::schema")]
@@ -72,6 +75,9 @@ pub struct ScoreRequest {
     /// The beginning of each target as token ids; not scored.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub decoder_input_ids: Option<TokenRows>,
+    /// The expected length of each target in tokens, the start token included, for models whose positions depend on it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub progress_total: Option<Integers>,
     /// Name of the loaded LoRA adapter to score with. Default: none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub adapter: Option<String>,
@@ -136,6 +142,26 @@ impl TokenRows {
     }
 }
 
+/// One integer for all rows, or one for each.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(untagged)]
+pub enum Integers {
+    /// One for all rows.
+    One(i64),
+    /// One for each row.
+    Several(Vec<i64>),
+}
+
+impl Integers {
+    /// One integer for each of `rows` rows, if one was given for all.
+    pub fn of_rows(&self, rows: usize) -> Vec<i64> {
+        match self {
+            Integers::One(integer) => vec![*integer; rows],
+            Integers::Several(integers) => integers.clone(),
+        }
+    }
+}
+
 /// The kind of sources in a request.
 pub(crate) struct SourcesGiven {
     pub text: bool,
@@ -162,7 +188,8 @@ impl TryFrom<Map<String, Value>> for GenerateRequest {
     type Error = RequestError;
 
     fn try_from(fields: Map<String, Value>) -> Result<GenerateRequest, RequestError> {
-        let known = "id, text, messages, input_ids, attention_mask, decoder_text, decoder_input_ids and options";
+        let known = "id, text, messages, input_ids, attention_mask, decoder_text, decoder_input_ids, progress_total and \
+                     options";
         let mut fields = Fields::new(fields, known)?;
         let messages = Some(fields.has("messages"));
         SourcesGiven { text: fields.has("text"), input_ids: fields.has("input_ids"), messages }.check()?;
@@ -174,6 +201,7 @@ impl TryFrom<Map<String, Value>> for GenerateRequest {
             attention_mask: fields.rows("attention_mask")?,
             decoder_text: fields.texts("decoder_text")?,
             decoder_input_ids: fields.rows("decoder_input_ids")?,
+            progress_total: fields.integers("progress_total")?,
             options: fields.options()?,
         };
         check_prompts(&request.decoder_text, &request.decoder_input_ids)?;
@@ -185,8 +213,8 @@ impl TryFrom<Map<String, Value>> for ScoreRequest {
     type Error = RequestError;
 
     fn try_from(fields: Map<String, Value>) -> Result<ScoreRequest, RequestError> {
-        let known =
-            "id, text, input_ids, attention_mask, target, target_ids, decoder_text, decoder_input_ids and adapter";
+        let known = "id, text, input_ids, attention_mask, target, target_ids, decoder_text, decoder_input_ids, \
+                     progress_total and adapter";
         let mut fields = Fields::new(fields, known)?;
         SourcesGiven { text: fields.has("text"), input_ids: fields.has("input_ids"), messages: None }.check()?;
         let request = ScoreRequest {
@@ -198,6 +226,7 @@ impl TryFrom<Map<String, Value>> for ScoreRequest {
             target_ids: fields.rows("target_ids")?,
             decoder_text: fields.texts("decoder_text")?,
             decoder_input_ids: fields.rows("decoder_input_ids")?,
+            progress_total: fields.integers("progress_total")?,
             adapter: fields.text("adapter")?,
         };
         check_prompts(&request.decoder_text, &request.decoder_input_ids)?;
@@ -298,6 +327,17 @@ impl Fields {
         };
         let refused = || RequestError::form(field, "integers in a list or a list of lists", abbreviated(&value));
         rows.ok_or_else(refused).map(Some)
+    }
+
+    /// `1` or `[1, 2]`.
+    fn integers(&mut self, field: &str) -> Result<Option<Integers>, RequestError> {
+        let Some(value) = self.take(field) else { return Ok(None) };
+        let integers = match &value {
+            Value::Array(list) => list.iter().map(Value::as_i64).collect::<Option<_>>().map(Integers::Several),
+            one => one.as_i64().map(Integers::One),
+        };
+        let refused = || RequestError::form(field, "an integer or a list of integers", abbreviated(&value));
+        integers.ok_or_else(refused).map(Some)
     }
 
     fn messages(&mut self) -> Result<Option<Vec<Value>>, RequestError> {

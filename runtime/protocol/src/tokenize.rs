@@ -21,6 +21,14 @@ pub trait Tokenize {
     /// The model has no usable one.
     fn tokenizer(&self) -> Result<&Tokenizer, Error>;
 
+    /// The tokenizer of targets.
+    ///
+    /// # Errors
+    /// The model has no usable one, or its targets are not text.
+    fn target_tokenizer(&self) -> Result<&Tokenizer, Error> {
+        self.tokenizer()
+    }
+
     /// Tokenizes conversations; `None` where they are not taken.
     fn conversations(&self) -> Option<&dyn Conversations> {
         None
@@ -55,6 +63,10 @@ impl Tokenize for Model {
         Model::adapter(self, name)
     }
 
+    fn target_tokenizer(&self) -> Result<&Tokenizer, Error> {
+        Model::target_tokenizer(self)
+    }
+
     fn longest_source(&self) -> usize {
         self.facts().encoder.max_position_embeddings
     }
@@ -80,6 +92,10 @@ pub struct AnyLength<'a>(pub &'a dyn Tokenize);
 impl Tokenize for AnyLength<'_> {
     fn tokenizer(&self) -> Result<&Tokenizer, Error> {
         self.0.tokenizer()
+    }
+
+    fn target_tokenizer(&self) -> Result<&Tokenizer, Error> {
+        self.0.target_tokenizer()
     }
 
     fn conversations(&self) -> Option<&dyn Conversations> {
@@ -110,6 +126,8 @@ pub struct TokenizedRequest {
     pub mask: Vec<Vec<i64>>,
     /// The beginning of each source's target.
     pub prompts: Option<Vec<Vec<i64>>>,
+    /// The expected length of each source's target.
+    pub progress_totals: Option<Vec<i64>>,
     /// Generation options by their Hugging Face names.
     pub options: Map<String, Value>,
     /// The targets to score, one for each source.
@@ -143,8 +161,9 @@ impl GenerateRequest {
         };
         let mask = mask(&self.attention_mask, &sources);
         let prompts = prompts(&self.decoder_text, &self.decoder_input_ids, model)?;
-        TokenizedRequest { prompts, options: self.options.clone(), ..TokenizedRequest::new(id, sources, mask) }
-            .checked()
+        let progress_totals = self.progress_total.as_ref().map(|totals| totals.of_rows(sources.len()));
+        let options = self.options.clone();
+        TokenizedRequest { prompts, progress_totals, options, ..TokenizedRequest::new(id, sources, mask) }.checked()
     }
 }
 
@@ -172,7 +191,9 @@ impl ScoreRequest {
             return Err(RequestError::form("target", expected, targets.len().to_string()));
         }
         let adapter = self.adapter.as_ref().map(|name| model.adapter(name)).transpose()?;
-        TokenizedRequest { prompts, targets, adapter, ..TokenizedRequest::new(id, sources, mask) }.checked()
+        let progress_totals = self.progress_total.as_ref().map(|totals| totals.of_rows(sources.len()));
+        let alone = TokenizedRequest::new(id, sources, mask);
+        TokenizedRequest { prompts, targets, progress_totals, adapter, ..alone }.checked()
     }
 }
 
@@ -191,9 +212,18 @@ impl EncodeRequest {
 impl TokenizedRequest {
     /// Sources alone.
     pub fn new(id: Id, sources: Vec<Vec<i64>>, mask: Vec<Vec<i64>>) -> TokenizedRequest {
-        let (targets, options) = (Vec::new(), Map::new());
-        let (prompts, seed, encoder_outputs, adapter) = (None, None, None, None);
-        TokenizedRequest { id, sources, mask, prompts, options, targets, seed, encoder_outputs, adapter }
+        TokenizedRequest {
+            id,
+            sources,
+            mask,
+            prompts: None,
+            progress_totals: None,
+            options: Map::new(),
+            targets: Vec::new(),
+            seed: None,
+            encoder_outputs: None,
+            adapter: None,
+        }
     }
 
     /// Refuses what the runtime refuses of this request alone, before it shares a batch with others.
@@ -235,6 +265,10 @@ pub fn batch<R: Borrow<TokenizedRequest>>(requests: &[R], pad: i64) -> Result<Ba
             Some(adapter) => batch.with_adapter(adapter),
             None => batch,
         };
+        let batch = match &request.progress_totals {
+            Some(totals) => batch.with_progress_totals(totals)?,
+            None => batch,
+        };
         match &request.prompts {
             Some(prompts) => batch.with_decoder_input_ids(prompts),
             None => Ok(batch),
@@ -262,7 +296,7 @@ pub fn sources<T: AsRef<str>>(texts: &[T], model: &dyn Tokenize) -> Result<Vec<V
 pub fn targets<T: AsRef<str>>(field: &str, texts: &[T], model: &dyn Tokenize) -> Result<Vec<Vec<i64>>, RequestError> {
     let encode = |text: &T| {
         check_length(field, text.as_ref(), model.longest_target())?;
-        Ok(model.tokenizer()?.encode_target(text.as_ref())?)
+        Ok(model.target_tokenizer()?.encode_target(text.as_ref())?)
     };
     texts.iter().map(encode).collect()
 }

@@ -13,7 +13,9 @@ use crate::adapter::RowAdapters;
 use crate::batch::{Batch, Prompts};
 use crate::cancellation::Cancellation;
 use crate::error::Error;
-use crate::session::{int64_tensor, run};
+use crate::folder::no_progress_total;
+use crate::positions::TargetPositions;
+use crate::session::{float32_tensor, int64_tensor, run};
 use crate::state::{Cache, DecoderOutputs, DeviceCacheConfig, PrefillInputs, Prefilled, RaggedCache, State};
 use crate::step_output::{READING_LOGITS, StepTensors};
 
@@ -29,6 +31,8 @@ struct FirstStep {
     /// Keys and values of sources and targets, in the order of the graph.
     cached: Vec<DynValue>,
     tensors: StepTensors,
+    /// The float positions of what follows, if the model takes any.
+    positions: Option<TargetPositions>,
     adapters: Option<RowAdapters>,
 }
 
@@ -44,35 +48,43 @@ impl Model {
         if let Some(config) = &self.device_cache {
             return self.prefill_on_device(config, encoded, prompts, request, cancel);
         }
-        let FirstStep { mask, cached, tensors, adapters } = self.first_step(encoded, prompts, request, cancel)?;
+        let first = self.first_step(encoded, prompts, request, cancel)?;
+        let FirstStep { mask, cached, tensors, positions, adapters } = first;
         let state = match self.folder.manifest.cache {
             CacheLayout::Growing => Ok(State::growing(mask, cached, self.is_cross.clone())),
             CacheLayout::Static(_) => Err(ort::Error::new(format!("a cache of fixed capacity without {REORDER}"))),
             CacheLayout::InPlace => State::in_place(mask, cached, &self.is_cross),
         };
-        Ok((state.map_err(Error::onnxruntime(PREPARING_CACHE))?.with_adapters(adapters), tensors))
+        let state = state.map_err(Error::onnxruntime(PREPARING_CACHE))?;
+        Ok((state.with_positions(positions).with_adapters(adapters), tensors))
     }
 
     /// [`Model::prefill`] of a model whose cache stays on its device.
     fn prefill_on_device(
         &self,
         config: &DeviceCacheConfig,
-        Encoded { hidden, mask, adapters }: Encoded,
+        encoded: Encoded,
         prompts: Prompts,
         request: LogitsRequest,
         cancel: &Cancellation,
     ) -> Result<(State, StepTensors), Error> {
         let rows = prompts.ids.len() / prompts.length;
+        let mut target_positions = self.target_positions(&encoded)?;
+        let positions = self.first_positions(&encoded, target_positions.as_ref(), prompts.length)?;
+        let Encoded { hidden, mask, adapters, .. } = encoded;
         let ids = int64_tensor(rows, prompts.ids.clone())?;
         let adapters = self.adapters.of_rows(&adapters, &self.folder.manifest)?;
         let started = {
             let mut session = self.graphs(adapters.is_some())?.decoder.lock(LogitsRequest::All)?;
             let others = adapters.iter().flat_map(RowAdapters::of_first_step).collect();
-            let inputs = PrefillInputs { mask, ids: &ids, hidden: &hidden, others };
+            let inputs = PrefillInputs { mask, ids: &ids, hidden: &hidden, positions: &positions, others };
             State::on_device(config, &mut session, inputs, request, cancel.run_options()?)
         };
         let (state, outputs) = started.map_err(cancel.failed(FIRST_STEP))?;
-        let mut state = state.with_adapters(adapters);
+        if outputs.is_some() {
+            target_positions.iter_mut().for_each(|positions| positions.advance(prompts.length));
+        }
+        let mut state = state.with_positions(target_positions).with_adapters(adapters);
         let outputs = match outputs {
             Some(outputs) => outputs,
             None => self.run_step(&mut state, prompts.ids, request, cancel)?.0,
@@ -96,6 +108,28 @@ impl Model {
         Ok((prefilled, tensors))
     }
 
+    /// The float positions of the targets of some sources, before their first step, if the model takes any.
+    fn target_positions(&self, encoded: &Encoded) -> Result<Option<TargetPositions>, Error> {
+        let Some(scale) = self.facts().custom.target_scale() else { return Ok(None) };
+        let total = |(row, total): (usize, &Option<usize>)| total.ok_or_else(|| no_progress_total(row));
+        let totals = encoded.totals.iter().enumerate().map(total).collect::<Result<_, Error>>()?;
+        Ok(Some(TargetPositions::new(totals, scale)))
+    }
+
+    /// The float positions that the first step takes, of `count` tokens of each target and of the sources.
+    fn first_positions(
+        &self,
+        encoded: &Encoded,
+        targets: Option<&TargetPositions>,
+        count: usize,
+    ) -> Result<Vec<DynValue>, Error> {
+        let rows = encoded.totals.len();
+        let of_targets = targets.map(|positions| float32_tensor(rows, positions.next(rows, count))).transpose()?;
+        let (_, mask) = encoded.mask.try_extract_tensor::<i64>().map_err(Error::onnxruntime("reading the mask"))?;
+        let of_sources = self.base.decoder.source_positions(rows, mask)?;
+        Ok(of_targets.into_iter().chain(of_sources).collect())
+    }
+
     fn first_step(
         &self,
         encoded: Encoded,
@@ -103,12 +137,15 @@ impl Model {
         request: LogitsRequest,
         cancel: &Cancellation,
     ) -> Result<FirstStep, Error> {
-        let Encoded { hidden, mask, adapters } = encoded;
+        let mut positions = self.target_positions(&encoded)?;
+        let floats = self.first_positions(&encoded, positions.as_ref(), prompts.length)?;
+        positions.iter_mut().for_each(|positions| positions.advance(prompts.length));
+        let Encoded { hidden, mask, adapters, .. } = encoded;
         let rows = prompts.ids.len() / prompts.length;
         let ids = int64_tensor(rows, prompts.ids)?;
         let adapters = self.adapters.of_rows(&adapters, &self.folder.manifest)?;
         let decoder = &self.graphs(adapters.is_some())?.decoder;
-        let others = adapters.iter().flat_map(RowAdapters::of_first_step);
+        let others = floats.iter().chain(adapters.iter().flat_map(RowAdapters::of_first_step));
         let inputs: Vec<SessionInputValue> = [&mask, &ids, &hidden].into_iter().chain(others).map(Into::into).collect();
         let (_, seen) = mask.try_extract_tensor::<i64>().map_err(Error::onnxruntime("reading the mask"))?;
         let session = decoder.lock(request)?;
@@ -119,7 +156,8 @@ impl Model {
         let logits = outputs.next().expect("opening has verified that the logits come first");
         let tensors = StepTensors::last_positions(DecoderOutputs { logits, cross_attentions }, rows, None);
         let tensors = tensors.map_err(Error::onnxruntime(READING_LOGITS))?;
-        Ok(FirstStep { mask, cached: outputs.take(self.is_cross.len()).collect(), tensors, adapters })
+        let cached = outputs.take(self.is_cross.len()).collect();
+        Ok(FirstStep { mask, cached, tensors, positions, adapters })
     }
 
     /// Runs a further decoder step: the same number of new tokens for each target row.
@@ -182,13 +220,15 @@ impl Model {
         cancel: &Cancellation,
     ) -> Result<(DecoderOutputs, Option<LogitsStats>), Error> {
         let rows = state.rows();
+        let floats = state.next_positions(tokens.len() / rows);
+        let floats = floats.map(|floats| float32_tensor(rows, floats)).transpose()?;
         let (cache, adapters) = state.parts_mut();
         let step = &self.graphs(adapters.is_some())?.decoder_with_past;
         if let Cache::Growing(cache) = cache {
             let ids = int64_tensor(rows, tokens)?;
             let mut inputs: Vec<SessionInputValue> = vec![cache.mask().into(), (&ids).into()];
             let others = adapters.into_iter().flat_map(RowAdapters::of_step);
-            inputs.extend(cache.past().iter().chain(others).map(SessionInputValue::from));
+            inputs.extend(floats.iter().chain(cache.past()).chain(others).map(SessionInputValue::from));
             let mut outputs = step.run(request, &inputs, DECODER_STEP, cancel)?;
             drop(inputs);
             let cross_attentions = if self.has_cross_attentions() { outputs.pop() } else { None };
@@ -201,7 +241,7 @@ impl Model {
         let options = cancel.run_options()?;
         let outputs = match cache {
             Cache::InPlace(cache) => cache.step(&mut session, &tokens, adapters, request, options),
-            Cache::Device(cache) => cache.step(&mut session, &tokens, adapters, request, options),
+            Cache::Device(cache) => cache.step(&mut session, &tokens, floats.as_ref(), adapters, request, options),
             Cache::Growing(_) => unreachable!("returned above"),
         };
         Ok((outputs.map_err(cancel.failed(DECODER_STEP))?, step.kernels.take_logits_stats()))

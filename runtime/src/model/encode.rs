@@ -24,6 +24,8 @@ pub(crate) struct Encoded {
     pub hidden: DynValue,
     /// `[items, source]`.
     pub(super) mask: DynValue,
+    /// The expected lengths of the targets, where they were given.
+    pub(super) totals: Vec<Option<usize>>,
     /// The adapter of each item.
     pub(super) adapters: Vec<Option<Adapter>>,
 }
@@ -103,8 +105,12 @@ impl Model {
         }
         let outputs = encoder.run_on_batch(batch, &others, "running the encoder", cancel)?;
         let hidden = outputs.into_iter().next().expect("opening has verified that the encoder has one output");
+        self.with_mask(batch, hidden)
+    }
+
+    fn with_mask(&self, batch: &Batch, hidden: DynValue) -> Result<Encoded, Error> {
         let mask = int64_tensor(batch.rows(), batch.mask().to_vec())?;
-        Ok(Encoded { hidden, mask, adapters: batch.adapters().to_vec() })
+        Ok(Encoded { hidden, mask, totals: batch.progress_totals().to_vec(), adapters: batch.adapters().to_vec() })
     }
 
     /// Hidden states as the decoder takes them.
@@ -118,7 +124,6 @@ impl Model {
             _ => Tensor::from_array((shape, states)).map(Tensor::into_dyn),
         };
         let hidden = hidden.map_err(Error::onnxruntime("preparing a run"))?;
-        let mask = int64_tensor(batch.rows(), batch.mask().to_vec())?;
-        Ok(Encoded { hidden, mask, adapters: batch.adapters().to_vec() })
+        self.with_mask(batch, hidden)
     }
 }

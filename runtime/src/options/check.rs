@@ -245,8 +245,12 @@ impl GenerationConfig {
             ("typical_p", changes(options.typical_p, default.typical_p)),
             ("epsilon_cutoff", changes(options.epsilon_cutoff, default.epsilon_cutoff)),
             ("eta_cutoff", changes(options.eta_cutoff, default.eta_cutoff)),
+            ("eos_on_argmax", changes(options.eos_on_argmax, default.eos_on_argmax)),
             ("seed", options.seed.is_some()),
         ];
+        if options.eos_on_argmax == Some(true) && self.num_beams > 1 {
+            return Err(OptionError::requires("eos_on_argmax", "num_beams 1", self.num_beams.to_string()));
+        }
         let of_groups = [("diversity_penalty", changes(options.diversity_penalty, default.diversity_penalty))];
         let of_logprobs = [("top_logprobs", changes(options.top_logprobs, default.top_logprobs))];
         for (acts, required, found, options) in [

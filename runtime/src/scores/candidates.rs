@@ -27,7 +27,7 @@ impl Processors {
                 }
                 Processor::NoRepeatNgram(_) => length,
                 Processor::EncoderNoRepeatNgram { source, .. } => source.len(),
-                Processor::Warp(Warper::Temperature(_)) => 0,
+                Processor::EndOnArgmax { .. } | Processor::Warp(Warper::Temperature(_)) => 0,
                 // Behind top_k, sampling no longer depends on the other tokens.
                 Processor::Warp(Warper::TopK(top_k)) => {
                     depends_on_k = true;
@@ -41,7 +41,7 @@ impl Processors {
             };
             k = k.saturating_add(lowered);
             // Warpers index rows by token.
-            sparse &= !matches!(processor, Processor::Warp(_));
+            sparse &= !matches!(processor, Processor::EndOnArgmax { .. } | Processor::Warp(_));
         }
         if depends_on_k { LogitsRequest::TopK { k, log_sum_exp, sparse } } else { LogitsRequest::All }
     }

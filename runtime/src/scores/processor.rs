@@ -43,6 +43,8 @@ pub(super) enum Processor {
     ExponentialDecay { eos: Vec<i64>, start: usize, factor: f64 },
     /// A processor of the caller's, with its index among them.
     Caller { processor: LogitsProcessor, index: usize, source: Vec<i64>, prompt_len: usize },
+    /// Forbids all other tokens where an end-of-sequence token has the highest score.
+    EndOnArgmax { eos: Vec<i64> },
     /// Forbids the tokens that a constraint on the whole output does not allow.
     Filter(Arc<dyn TokenFilter>),
     /// Prepares the scores for sampling.
@@ -99,6 +101,7 @@ impl Processor {
             | Processor::RepetitionPenalty(_)
             | Processor::RemoveInvalid
             | Processor::Caller { .. }
+            | Processor::EndOnArgmax { .. }
             | Processor::Warp(_)
             | Processor::Filter(_)
             | Processor::Renormalize => true,
@@ -112,7 +115,7 @@ impl Processor {
 
     /// Whether it prepares the scores that are left for the choice, and runs after everything that forbids tokens.
     pub fn is_final(&self) -> bool {
-        matches!(self, Processor::Warp(_) | Processor::Renormalize)
+        matches!(self, Processor::EndOnArgmax { .. } | Processor::Warp(_) | Processor::Renormalize)
     }
 
     /// Replaces token ids by others, such as indices in a
@@ -134,6 +137,7 @@ impl Processor {
             }
             Processor::Forbid { tokens, .. }
             | Processor::Force { tokens, .. }
+            | Processor::EndOnArgmax { eos: tokens }
             | Processor::ExponentialDecay { eos: tokens, .. } => replace(tokens),
             Processor::Caller { .. } | Processor::Filter(_) => unreachable!("these need rows of the whole vocabulary"),
             Processor::Diversity(_)
@@ -196,6 +200,18 @@ impl Processor {
             }
             Processor::Caller { processor, source, prompt_len, .. } => {
                 processor.apply(&Position { source, history, prompt_len: *prompt_len }, row.scores);
+            }
+            Processor::EndOnArgmax { eos } => {
+                let mut best = f32::NEG_INFINITY;
+                let ends: Vec<(i64, f32)> = eos.iter().filter_map(|&end| Some((end, *row.at(end)?))).collect();
+                row.scores.iter().for_each(|&score| best = best.max(score));
+                // Of equal scores the lowest token counts, as in greedy search.
+                let first = row.scores.iter().position(|&score| score == best);
+                let first = first.map(|at| row.tokens.get(at).map_or(at as i64, |&token| i64::from(token)));
+                if let Some((end, score)) = ends.into_iter().find(|(end, _)| Some(*end) == first) {
+                    row.scores.fill(f32::NEG_INFINITY);
+                    set(row, &[end], score);
+                }
             }
             Processor::Warp(warper) => warper.apply(row.scores),
             Processor::Filter(filter) => filter.apply(row.scores, history),

@@ -8,7 +8,8 @@ use ort::logging::LogLevel;
 use ort::session::Session;
 use ort::session::builder::{PrepackedWeights, SessionBuilder};
 use t5gemma_graphs::Target;
-use t5gemma_graphs::interface::{DType, Ports, REORDER};
+use t5gemma_graphs::config::Head;
+use t5gemma_graphs::interface::{DType, POSITION_IDS, Ports, REORDER};
 use t5gemma_graphs::manifest::{Manifest, WeightsRecord};
 use t5gemma_graphs::tensors::Role;
 use t5gemma_kernels::{self as kernels, GraphKind, Kernels};
@@ -56,7 +57,11 @@ impl<'f> Opener<'f> {
         let weights = weights::in_place(folder).map_err(Error::onnxruntime("sharing the weights"))?;
         EngineFiles::new(folder, options.engines_beside(&folder.path)).check_cache(options.provider.kind)?;
         let Manifest { facts, kept_tokens, weights: WeightsRecord { tensors, .. }, .. } = &folder.manifest;
-        let vocab_size = kept_tokens.unwrap_or(facts.decoder.vocab_size);
+        let vocab_size = match facts.custom.head {
+            Head::Stock | Head::Linear { bias: None, .. } => kept_tokens.unwrap_or(facts.decoder.vocab_size),
+            // Something lies between the product and the logits, so that no product is that of a head.
+            _ => 0,
+        };
         let cross_key_values = tensors.iter().filter(|tensor| tensor.role == Role::CrossKeyValue);
         let cross_key_values: HashSet<String> = cross_key_values.map(|tensor| tensor.name.clone()).collect();
         let reads_source = move |weight: &str| cross_key_values.contains(weight);
@@ -144,7 +149,9 @@ impl<'f> Opener<'f> {
             let fallbacks = provider::fallbacks(&session, computing, file.name);
             self.fallbacks.extend(fallbacks.map_err(Error::onnxruntime("listing the operators of each provider"))?);
         }
-        Ok(GraphSession::new(session, kernels))
+        let takes_positions = file.ports.inputs.iter().any(|port| port.name == POSITION_IDS);
+        let source_scale = self.folder.manifest.facts.custom.source_scale().filter(|_| takes_positions);
+        Ok(GraphSession::new(session, kernels, source_scale))
     }
 
     fn build(&self, builder: SessionBuilder, kernels: &Kernels, file: &GraphFile) -> ort::Result<Session> {

@@ -6,87 +6,20 @@
 //! The device is one value, [`Device`]: with the CPU as the device the same code runs, and is tested, on a machine
 //! without a GPU.
 
-use std::sync::Arc;
+mod config;
 
 use half::{bf16, f16};
 use ort::session::{IoBinding, NoSelectedOutputs, RunOptions, Session};
 use ort::value::{DynValue, Tensor};
-use t5gemma_graphs::interface::{CacheLayout, DType, LOG_SUM_EXP, TOP_IDS, TOP_SCORES};
+use t5gemma_graphs::interface::{CacheLayout, DECODER_POSITION_IDS, DType};
 use t5gemma_kernels::LogitsRequest;
 
-use super::fixed_buffers::{BufferPool, BufferSize, FixedBuffers, FixedStep, SOURCE_MULTIPLE, cut_source, pad_mask};
-use super::top_logits::{TopLogits, expand};
+use super::fixed_buffers::{BufferSize, FixedBuffers, FixedStep, SOURCE_MULTIPLE, cut_source, pad_mask};
 use super::{DecoderOutputs, Selection, cross_attentions_output, keep_rows, one_token_at_a_time};
 use crate::adapter::RowAdapters;
 use crate::device::Device;
-use crate::session::GraphSession;
-
-/// The initial capacity, in target tokens, of a cache that can grow.
-const INITIAL_CAPACITY: usize = 64;
-
-/// The properties of a model's cache that are known when the model is opened.
-#[derive(Clone)]
-pub(crate) struct DeviceCacheConfig {
-    /// How it passes from step to step.
-    pub layout: CacheLayout,
-    /// Where it is.
-    pub device: Device,
-    /// Its element type.
-    pub dtype: DType,
-    /// For each cached tensor, in the order of the graphs, whether it is of cross-attention.
-    pub is_cross: Vec<bool>,
-    /// Heads of keys and values.
-    pub kv_heads: usize,
-    /// The width of a head.
-    pub head_dim: usize,
-    /// Target tokens that the model has positions for.
-    pub max_positions: usize,
-    /// The graph that changes rows.
-    pub reorder: Arc<GraphSession>,
-    /// How many of the greatest logits the graphs return besides all of them.
-    pub top_logits: Option<usize>,
-    /// Buffers for steps at fixed addresses, if steps use them; only with [`CacheLayout::InPlace`].
-    pub buffers: Option<Arc<BufferPool>>,
-}
-
-impl DeviceCacheConfig {
-    /// The capacity for `needed` target tokens.
-    fn capacity(&self, needed: usize) -> usize {
-        // The attention operator refuses a capacity beyond the model's positions.
-        needed.next_power_of_two().max(INITIAL_CAPACITY).min(self.max_positions).max(needed)
-    }
-
-    /// The outputs that satisfy the request; `logits` is the one with all. An output that is not bound is not copied
-    /// from the device.
-    fn logits_outputs(&self, logits: String, request: LogitsRequest) -> Vec<String> {
-        match (request, self.top_logits) {
-            (LogitsRequest::TopK { k, .. }, Some(most)) if k <= most => {
-                [TOP_SCORES, TOP_IDS, LOG_SUM_EXP].map(String::from).to_vec()
-            }
-            _ => vec![logits],
-        }
-    }
-}
-
-/// Full rows of logits, from the outputs named by [`DeviceCacheConfig::logits_outputs`].
-fn full_rows(mut outputs: Vec<DynValue>, vocab_size: usize) -> ort::Result<DynValue> {
-    let [scores, tokens, sums] = &outputs[..] else { return Ok(outputs.swap_remove(0)) };
-    let (shape, scores) = scores.try_extract_tensor::<f32>()?;
-    let (tokens, sums) = (tokens.try_extract_tensor::<i64>()?.1, sums.try_extract_tensor::<f32>()?.1);
-    let (rows, count) = (shape[0] as usize, shape[1] as usize);
-    let mut logits = vec![0.0_f32; rows * vocab_size];
-    let top = scores.chunks_exact(count).zip(tokens.chunks_exact(count)).zip(sums);
-    for (((scores, tokens), &log_sum_exp), row) in top.zip(logits.chunks_exact_mut(vocab_size)) {
-        expand(&TopLogits { scores, tokens, log_sum_exp }, row);
-    }
-    Ok(Tensor::from_array(([rows, 1, vocab_size], logits))?.into_dyn())
-}
-
-/// The length of a row of logits.
-fn vocab_size(session: &Session) -> usize {
-    let shape = session.outputs().first().and_then(|port| port.dtype().tensor_shape());
-    shape.and_then(|shape| shape.last().copied()).map_or(0, |size| size.max(0) as usize)
-}
+pub(crate) use config::DeviceCacheConfig;
+use config::{full_rows, vocab_size};
 
 /// The inputs of the first decoder graph.
 pub(crate) struct PrefillInputs<'a> {
@@ -96,6 +29,8 @@ pub(crate) struct PrefillInputs<'a> {
     pub ids: &'a DynValue,
     /// `[items, source, hidden_size]`.
     pub hidden: &'a DynValue,
+    /// Float positions of targets and sources, for models that take them.
+    pub positions: &'a [DynValue],
     /// The adapters of the rows, for a graph that takes adapters.
     pub others: Vec<&'a DynValue>,
 }
@@ -140,7 +75,7 @@ impl DeviceCache {
     pub(super) fn prefill(
         config: &DeviceCacheConfig,
         session: &mut Session,
-        PrefillInputs { mask, ids, hidden, others }: PrefillInputs,
+        PrefillInputs { mask, ids, hidden, positions, others }: PrefillInputs,
         request: LogitsRequest,
         options: &RunOptions<NoSelectedOutputs>,
     ) -> ort::Result<(DeviceCache, Option<DecoderOutputs>)> {
@@ -149,6 +84,7 @@ impl DeviceCache {
         let mut binding = session.create_binding()?;
         let is_static = matches!(config.layout, CacheLayout::Static(_));
         let mut inputs: Vec<&DynValue> = if is_static { vec![hidden] } else { vec![&mask, ids, hidden] };
+        inputs.extend(positions);
         inputs.extend(others);
         bind_inputs(&mut binding, session, &inputs)?;
         let mut names = session.outputs().iter().map(|port| port.name().to_string()).collect::<Vec<_>>();
@@ -204,11 +140,13 @@ impl DeviceCache {
         Ok((cache, outputs_of_step))
     }
 
-    /// Runs the cached step for `tokens`, the same number for each row, and returns its outputs.
+    /// Runs the cached step for `tokens`, the same number for each row, and returns its outputs. `floats` are their float
+    /// positions, for models that take them.
     pub fn step(
         &mut self,
         session: &mut Session,
         tokens: &[i64],
+        floats: Option<&DynValue>,
         adapters: Option<&RowAdapters>,
         request: LogitsRequest,
         options: &RunOptions<NoSelectedOutputs>,
@@ -216,7 +154,9 @@ impl DeviceCache {
         let count = tokens.len() / self.rows;
         let in_place = self.config.layout == CacheLayout::InPlace;
         if in_place && count > 1 && self.rows > 1 {
-            return one_token_at_a_time(tokens, count, |tokens| self.step(session, tokens, adapters, request, options));
+            return one_token_at_a_time(tokens, count, |tokens| {
+                self.step(session, tokens, None, adapters, request, options)
+            });
         }
         self.reserve(count)?;
         let vocab_size = vocab_size(session);
@@ -238,6 +178,9 @@ impl DeviceCache {
         // the caller.
         let ids = Tensor::from_array(([self.rows, count], tokens.to_vec()))?;
         binding.bind_input(session.inputs()[1].name(), &ids)?;
+        if let Some(floats) = floats {
+            binding.bind_input(DECODER_POSITION_IDS, floats)?;
+        }
         if self.config.layout != CacheLayout::Growing {
             // In place, each row has positions of its own; with a static cache all rows share them.
             let shape = if in_place { vec![self.rows, count] } else { vec![count] };
@@ -373,12 +316,18 @@ impl DeviceCache {
     /// Binds what stays the same from step to step: in place, everything but the tokens.
     fn bind(&mut self, session: &Session, adapters: Option<&RowAdapters>) -> ort::Result<IoBinding> {
         let mut binding = session.create_binding()?;
-        let positions = usize::from(self.config.layout != CacheLayout::Growing);
+        let has_four_axes =
+            |port: &ort::value::Outlet| port.dtype().tensor_shape().is_some_and(|shape| shape.len() == 4);
         binding.bind_input(session.inputs()[0].name(), &self.mask)?;
         let cached = self.targets.chunks_exact(2).zip(self.sources.chunks_exact(2));
         let cached = cached.flat_map(|(targets, sources)| targets.iter().chain(sources));
-        let cached = cached.chain(adapters.into_iter().flat_map(RowAdapters::of_step));
-        for (port, value) in session.inputs()[2 + positions..].iter().zip(cached) {
+        // Only keys and values have four axes.
+        for (port, value) in session.inputs().iter().filter(|port| has_four_axes(port)).zip(cached) {
+            binding.bind_input(port.name(), value)?;
+        }
+        let others: Vec<&DynValue> = adapters.into_iter().flat_map(RowAdapters::of_step).collect();
+        let first = session.inputs().len().saturating_sub(others.len());
+        for (port, value) in session.inputs()[first..].iter().zip(others) {
             binding.bind_input(port.name(), value)?;
         }
         if self.config.layout == CacheLayout::InPlace {

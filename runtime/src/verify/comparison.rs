@@ -3,7 +3,7 @@
 
 use ndarray::{Array3, Axis};
 
-use super::{RandomTokens, forced};
+use super::{EXPECTED_LENGTH, RandomTokens, forced};
 use crate::batch::Batch;
 use crate::cancellation::Cancellation;
 use crate::error::Error;
@@ -73,6 +73,7 @@ pub fn comparison(
     let (mut positions, mut same, mut among, mut divergence) = (0_usize, 0_usize, 0_usize, 0.0_f64);
     for source in sources {
         let batch = Batch::padded(std::slice::from_ref(source), own.pad_token_id)?;
+        let batch = batch.with_expected_lengths(&model.facts().custom, EXPECTED_LENGTH);
         hidden.add(model.encode(&batch, cancel)?.iter(), other.encode(&batch, cancel)?.iter());
         let answer = other
             .generate_batch(&batch, &greedy, Controls::default().cancellation(cancel))?

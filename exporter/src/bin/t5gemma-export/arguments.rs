@@ -1,15 +1,16 @@
 //! The command line: subcommands and options with their help.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use t5gemma_exporter::{MemorySize, PRESETS, PaddingRow, ServingPlan, TensorRtVersion};
-use t5gemma_graphs::Target;
-use t5gemma_graphs::task::{Pooling, Task};
+use t5gemma_graphs::task::Task;
 
 use crate::adapt::AdaptArgs;
+use crate::custom::CustomArgs;
+use crate::values::{adapter, capacity, hidden_layer, pad_rows, poolings, targets};
 
 /// Export a T5Gemma checkpoint to ONNX
 ///
@@ -63,6 +64,9 @@ Examples:
     t5gemma-export --task feature-extraction --fixed-length 256 \\
       --pad-rows model.safetensors:conditioner.padding_embedding \\
       t5gemma-b-b-ul2 model
+
+  Export T5Gemma-TTS, whose config.json says how it differs from T5Gemma:
+    t5gemma-export --target cpu T5Gemma-TTS-2b-2b model
 
   Merge a LoRA adapter into the model:
     t5gemma-export --adapter my-lora t5gemma-2b-2b-ul2 model
@@ -184,6 +188,8 @@ pub struct ExportArgs {
     pub model: ModelArgs,
     #[command(flatten)]
     pub graphs: GraphArgs,
+    #[command(flatten)]
+    pub custom: CustomArgs,
     #[command(flatten)]
     pub quantize: QuantizeArgs,
     #[command(flatten)]
@@ -464,56 +470,4 @@ pub enum WindowArg {
     Inclusive,
     /// they do not, as in Google's code and earlier transformers
     Exclusive,
-}
-
-fn targets() -> [PossibleValue; 4] {
-    Target::ALL.map(|target| {
-        PossibleValue::new(target.name()).help(match target {
-            Target::Portable => "any ONNX runtime",
-            Target::Cpu => "ONNX Runtime on a CPU",
-            Target::Cuda => "ONNX Runtime on an NVIDIA GPU, with its CUDA provider",
-            Target::TensorRt => "TensorRT, alone or as a provider of ONNX Runtime",
-        })
-    })
-}
-
-fn poolings() -> [PossibleValue; 4] {
-    Pooling::ALL.map(|pooling| {
-        PossibleValue::new(pooling.name()).help(match pooling {
-            Pooling::None => "return the hidden state of every token",
-            Pooling::Mean => "mean over the tokens",
-            Pooling::First => "state of the first token",
-            Pooling::Last => "state of the last token",
-        })
-    })
-}
-
-fn capacity(text: &str) -> Result<usize, String> {
-    let number = text.strip_prefix("static=").and_then(|number| number.parse().ok());
-    number.ok_or_else(|| "expected static=N".to_string())
-}
-
-fn pad_rows(text: &str) -> Result<PadRows, String> {
-    if text == "zero" {
-        return Ok(PadRows::Zero);
-    }
-    match text.rsplit_once(':') {
-        Some((file, tensor)) if !file.is_empty() && !tensor.is_empty() => {
-            Ok(PadRows::Learned(PaddingRow { file: file.into(), tensor: tensor.into() }))
-        }
-        _ => Err("expected zero, or a safetensors file and the name of a tensor in it as FILE:TENSOR".to_string()),
-    }
-}
-
-fn adapter(text: &str) -> Result<AdapterArg, String> {
-    // A folder may have a = in its name.
-    let scaled = text.rsplit_once('=').filter(|_| !Path::new(text).exists());
-    let Some((folder, scale)) = scaled else { return Ok(AdapterArg { folder: text.into(), scale: 1.0 }) };
-    let scale = scale.parse().ok().filter(|scale: &f32| scale.is_finite());
-    let scale = scale.ok_or_else(|| "expected DIR, or DIR=SCALE with a number for SCALE".to_string())?;
-    Ok(AdapterArg { folder: folder.into(), scale })
-}
-
-fn hidden_layer(text: &str) -> Result<i64, String> {
-    if text == "last" { Ok(-1) } else { text.parse().map_err(|_| "expected an integer or last".to_string()) }
 }

@@ -96,6 +96,7 @@ fn options(args: &ExportArgs) -> Result<Export> {
         .alignment(alignment(graphs))
         .capacity(args.tensorrt.cache)
         .padding_row(padding_row)
+        .custom(args.custom.options())
         .write_sentencepiece(args.model.write_sentencepiece)
         .lora_inputs(args.model.lora_inputs)
         .model_card(args.output.push_layout)
@@ -243,6 +244,9 @@ fn source(args: &ExportArgs, checkpoint: Option<&PathBuf>, task: Option<&Task>, 
         }
         if let Some(folder) = &model.tokenizer {
             opened = opened.with_tokenizer(folder)?;
+        }
+        if let Some(prefix) = &args.custom.weights_prefix {
+            opened = opened.with_weights_prefix(prefix)?;
         }
         for adapter in &model.adapter {
             opened = opened.with_adapter(&adapter_folder(&adapter.folder, bar)?, adapter.scale)?;

@@ -6,8 +6,8 @@ use anyhow::{Result, bail};
 use t5gemma_exporter::Repository;
 use t5gemma_exporter::hub::{HubSettings, Wanted, download};
 
-use crate::progress::Bar;
 use crate::flags::Usage;
+use crate::progress::Bar;
 use crate::stderr::note;
 
 /// The folder of a checkpoint or adapter: the path itself, or where the files of the repository are that it names.

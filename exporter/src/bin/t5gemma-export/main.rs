@@ -2,6 +2,7 @@
 
 mod adapt;
 mod arguments;
+mod custom;
 mod documents;
 mod export;
 mod flags;
@@ -9,6 +10,7 @@ mod flags;
 mod hub;
 mod progress;
 mod stderr;
+mod values;
 
 use std::io::{self, Write};
 use std::process::ExitCode;

@@ -209,6 +209,7 @@ class Model(_Opened):
         attention_mask: Ids | None = None,
         decoder_input_ids: Ids | None = None,
         decoder_text: str | Sequence[str] | None = None,
+        progress_total: int | Sequence[int] | None = None,
         encoder_outputs: np.ndarray | None = None,
         cancellation: Cancellation | None = None,
         deadline: float | None = None,
@@ -221,14 +222,15 @@ class Model(_Opened):
 
         `attention_mask` is 0 where a token is padding. `decoder_input_ids` or `decoder_text` is the beginning of the
         targets: a row for each source, all of one length, or one text for all. `encoder_outputs` is what `encode`
-        returned for these sources, [rows, length, hidden_size].
+        returned for these sources, [rows, length, hidden_size]. `progress_total` is the expected length of each target
+        in tokens, the start token included, for models whose positions depend on it.
 
         `on_piece` receives row, token (-1 with the last text of a row) and text as they become final; returning False
         stops. `logits_processor` receives the target so far and the scores of its next token, which it changes in
         place. `prefix_allowed_tokens_fn` receives the row and its target so far, and returns the token ids that may
         follow.
         """
-        given = Given(self, sources, attention_mask, decoder_input_ids, decoder_text, encoder_outputs)
+        given = Given(self, sources, attention_mask, decoder_input_ids, decoder_text, encoder_outputs, progress_total)
         wanted, handle = _options(options), self._handle
         way = Call(cancellation, deadline, on_piece, logits_processor, prefix_allowed_tokens_fn)
         return taken(way.run(lambda how: result(call(C.t5g_model_generate, handle, given.pointer, wanted, how))))
@@ -240,6 +242,7 @@ class Model(_Opened):
         attention_mask: Ids | None = None,
         decoder_input_ids: Ids | None = None,
         decoder_text: str | Sequence[str] | None = None,
+        progress_total: int | Sequence[int] | None = None,
         encoder_outputs: np.ndarray | None = None,
         cancellation: Cancellation | None = None,
         deadline: float | None = None,
@@ -254,7 +257,7 @@ class Model(_Opened):
         """
         if "on_piece" in options:
             raise TypeError("on_piece: stream yields the pieces; generate takes a callback")
-        given = Given(self, source, attention_mask, decoder_input_ids, decoder_text, encoder_outputs)
+        given = Given(self, source, attention_mask, decoder_input_ids, decoder_text, encoder_outputs, progress_total)
         if given.rows != 1:
             raise ValueError(f"source: expected one, found {given.rows} (generate takes several, with on_piece)")
         wanted, handle = _options(options), self._handle
@@ -289,12 +292,13 @@ class Model(_Opened):
         without_end: bool = False,
         output_attentions: bool = False,
         attention_mask: Ids | None = None,
+        progress_total: int | Sequence[int] | None = None,
         adapter: str | None = None,
         cancellation: Cancellation | None = None,
         deadline: float | None = None,
     ) -> list[Hypothesis]:
         """Scores targets, one per source. The end token is appended to texts and scored, unless `without_end`."""
-        given, handle = Given(self, sources, attention_mask, adapter=adapter), self._handle
+        given, handle = Given(self, sources, attention_mask, progress_total=progress_total, adapter=adapter), self._handle
         flags = {"without_end": without_end, "output_attentions": output_attentions}
         wanted = ctypes.byref(given.targets(targets, **{name: _forms.flag(name, flag) for name, flag in flags.items()}))
         top, way = _forms.whole("top_logprobs", top_logprobs, 0), Call(cancellation, deadline)
@@ -398,6 +402,7 @@ class Engine(Owner):
         attention_mask: Ids | None = None,
         decoder_input_ids: Ids | None = None,
         decoder_text: str | Sequence[str] | None = None,
+        progress_total: int | Sequence[int] | None = None,
         stream_text: bool = False,
         cancellation: Cancellation | None = None,
         deadline: float | None = None,
@@ -407,7 +412,9 @@ class Engine(Owner):
         for name in ("on_piece", "logits_processor", "prefix_allowed_tokens_fn", "encoder_outputs"):
             if name in options:
                 raise TypeError(f"{name}: not supported by an engine; pass it to Model.generate")
-        given = Given(self._model, sources, attention_mask, decoder_input_ids, decoder_text)
+        given = Given(
+            self._model, sources, attention_mask, decoder_input_ids, decoder_text, progress_total=progress_total
+        )
         way = filled(
             "t5g_call",
             deadline_seconds=_calls.seconds_left(deadline),

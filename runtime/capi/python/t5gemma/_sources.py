@@ -34,6 +34,7 @@ class Given:
         decoder_input_ids: Ids | None = None,
         decoder_text: str | Sequence[str] | None = None,
         encoder_outputs: np.ndarray | None = None,
+        progress_total: int | Sequence[int] | None = None,
         adapter: str | None = None,
     ) -> None:
         self._keep: list[Any] = []
@@ -68,6 +69,9 @@ class Given:
             self._given.decoder_rows, self._given.decoder_length = prompts.shape
         if decoder_text is not None:
             self._begin(decoder_text)
+        if progress_total is not None:
+            totals = self._kept(_totals(progress_total, self.rows))
+            self._given.progress_totals, self._given.progress_rows = totals.ctypes.data, totals.size
         if adapter is not None:
             self._given.adapter = self._kept(_forms.plain_name("adapter", adapter))
         if encoder_outputs is not None:
@@ -186,6 +190,15 @@ def _rectangle(name: str, value: Any, count: int) -> np.ndarray:
         if length != lengths[0]:
             raise ValueError(f"{name}[{at}]: expected {lengths[0]} tokens, as {name}[0] has, found {length}")
     return rows if isinstance(rows, np.ndarray) else np.stack(rows)
+
+
+def _totals(value: Any, count: int) -> np.ndarray:
+    """One length for all sources, or one for each."""
+    one = _forms.integer(value)
+    totals = np.full(count, one, np.int64) if one is not None else _forms.row("progress_total", value)
+    if len(totals) != count:
+        raise ValueError(f"progress_total: expected {count}, one for each source, found {len(totals)}")
+    return totals
 
 
 def _counted(rows: int) -> str:

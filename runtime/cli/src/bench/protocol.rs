@@ -282,7 +282,7 @@ impl Request {
         }
         options.pad_token_id = self.pad_token_id.unwrap_or(options.pad_token_id);
         let batch = Batch::padded(&planned.sources, options.pad_token_id)?;
-        Ok(Case { batch, options, tokens: planned.tokens })
+        Case::new(model, batch, options, planned.tokens)
     }
 }
 
