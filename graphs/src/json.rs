@@ -104,7 +104,7 @@ fn replaced(text: &str, by: impl Fn(&str) -> String) -> Option<String> {
 /// Maximum number of names in a list.
 const MOST_NAMES: usize = 10;
 
-/// Joins names, and counts those beyond [`MOST_NAMES`].
+/// Joins names, and counts those beyond ten.
 pub fn list(names: &[String]) -> String {
     let mut shown: Vec<String> = names.iter().take(MOST_NAMES).map(|name| cut(name)).collect();
     if names.len() > MOST_NAMES {

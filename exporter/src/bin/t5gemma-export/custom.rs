@@ -36,8 +36,8 @@ pub struct CustomArgs {
     decoder_embedding: Option<String>,
     /// Replace the output head by tensors of the checkpoint
     ///
-    /// HEAD is linear:W or linear:W,B, with W [vocabulary, hidden size]; mlp:W1,B1,ACTIVATION,W2,B2, two layers with gelu (exact),
-    /// gelu_tanh or silu between them; or none, with which the decoder graphs return decoder_last_hidden_state.
+    /// HEAD is linear:W or linear:W,B, with W [vocabulary, hidden size]; mlp:W1,B1,ACTIVATION,W2,B2, two layers with
+    /// gelu (exact), gelu_tanh or silu between them; or none, with which the decoder graphs return decoder_last_hidden_state.
     #[arg(long, value_name = "HEAD", value_parser = head)]
     head: Option<CustomHead>,
     /// Whether logits have the soft-cap that config.json says
