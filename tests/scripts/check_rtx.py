@@ -4,8 +4,8 @@
 
 Exports into FOLDER, each with a serving plan: the tiny fixtures and Google's sizes with dummy weights, in bfloat16 and
 float16, with a growing and a static cache; the fixtures (without --sizes only two of them) also in fp8; the sizes and the
-demo also in int4 and fp8, the demo in int8; encoders and classifiers also in int8 and fp8, an encoder as a conditioner too. Every graph is parsed, and
-compiled for SM80, SM89 and SM120 with its profiles. Graphs in fp8 must be refused for SM80, which has no fp8. The exit status
+demo also in int4 and fp8, the demo in int8; encoders and classifiers also in int8 and fp8, an encoder as a conditioner too; a
+model with a merged adapter. Every graph is parsed, and compiled for SM80, SM89 and SM120 with its profiles. Graphs in fp8 must be refused for SM80, which has no fp8. The exit status
 is 1 if another graph is refused, or if the time is over before all are compiled. TensorRT for data centers has another
 parser and compiler, closely related to these: it may still refuse a graph that passes here.
 """
@@ -27,6 +27,7 @@ WITHOUT_FP8 = ["SM80"]
 TESTS = Path(__file__).resolve().parent.parent
 FIXTURES = TESTS / "fixtures/public"
 DEMO = TESTS / "demo/checkpoint"
+LORA = TESTS / "fixtures/lora"
 TASKS = ["encoder", "sequence-encoder", "sequence-decoder", "token-decoder"]
 GRAPHS = ["encoder", "decoder", "decoder_with_past", "model"]
 
@@ -111,6 +112,9 @@ def exports(sizes, capacity):
                 if sizes or fixture.name in ("tiny-balanced", "tiny-unbalanced"):
                     fp8 = [*ways, "--quantize", "fp8", "--plan", plan, *source]
                     yield f"{fixture.name} {label} fp8", fp8, (fixture.name, source)
+                if fixture.name == "tiny-balanced" and not cache:
+                    merged = [*ways, "--plan", plan, "--adapter", str(LORA / "adapters/dora"), str(LORA / "checkpoint")]
+                    yield f"lora {label} merged", merged, None
                 if fixture.name == "tiny-unbalanced":
                     aligned = [*ways, "--alignment", "--plan", plan, str(fixture / "checkpoint")]
                     yield f"{fixture.name} {label} aligned", aligned, None
