@@ -449,6 +449,11 @@ fn models_without_adapters_are_as_they_were() {
             );
         }
     }
+    let inspect =
+        |folder: PathBuf| stdout(program("t5gemma-export").arg("inspect").arg(folder).output().expect("starts"));
+    let told = inspect(folder.path().join("cpu-with"));
+    assert!(told.contains("MODULE.lora_A, MODULE.lora_B of 27 layers"), "{told}");
+    assert!(!inspect(folder.path().join("cpu-without")).contains("lora"));
     let without = Model::open(folder.path().join("cpu-without")).expect("opens");
     let error = without.load_adapter("plain", adapter("plain")).expect_err("takes none").to_string();
     assert!(error.ends_with("cpu-without: the model takes no adapters; export it with lora_inputs"), "{error}");

@@ -282,9 +282,15 @@ impl fmt::Display for InspectReport {
             writeln!(f, "{}  {} bytes, opset {opset}, IR {ir}", graph.file, graph.bytes)?;
             let operators: Vec<String> = graph.operators.iter().map(|(op, count)| format!("{op} {count}")).collect();
             writeln!(f, "  operators  {}", operators.join(", "))?;
+            let is_of_adapter = |port: &&Port| port.name.ends_with(".lora_A") || port.name.ends_with(".lora_B");
             for (direction, ports) in [("in ", &graph.inputs), ("out", &graph.outputs)] {
-                for port in ports {
+                for port in ports.iter().filter(|port| !is_of_adapter(port)) {
                     writeln!(f, "  {direction}  {:<34} {:<8} {}", port.name, port.dtype, Dim::list(&port.shape))?;
+                }
+                let of_adapters = ports.iter().filter(is_of_adapter).count();
+                if of_adapters > 0 {
+                    let names = format!("MODULE.lora_A, MODULE.lora_B of {} layers", of_adapters / 2);
+                    writeln!(f, "  {direction}  {names:<43} [in, lora_rank], [lora_rank, out]")?;
                 }
             }
         }

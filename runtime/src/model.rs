@@ -255,7 +255,11 @@ impl Model {
             return Err(unsupported("steps with fixed buffers take no adapters", remedy));
         }
         self.adapters.load(name, folder.as_ref(), &self.folder.manifest)?;
-        self.graphs(true).map(drop)
+        if let Err(error) = self.graphs(true) {
+            self.adapters.unload(name)?;
+            return Err(error);
+        }
+        Ok(())
     }
 
     /// Removes the adapter `name`. Calls and rows in flight that use it are not disturbed.
