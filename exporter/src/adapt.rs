@@ -3,8 +3,8 @@
 //! The encoder is a Gemma 2 whose self-attention becomes bidirectional. The decoder is a Gemma 2 with cross-attention in each layer,
 //! behind self-attention, which is copied from self-attention if the widths allow it, and random otherwise.
 //!
-//! Read `config.rs` and `tensors.rs` for what becomes of each field and tensor, `random.rs` for the numbers of new matrices, and
-//! `source.rs` for what is checked.
+//! `config.rs` maps the fields and `tensors.rs` the tensors, `random.rs` generates new matrices, and `source.rs` opens and checks the
+//! checkpoints.
 
 mod config;
 mod random;

@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 
 use memmap2::Mmap;
 use safetensors::Dtype;
+use t5gemma_graphs::adapter::WEIGHTS_FILE;
 use t5gemma_graphs::json::{self, cut};
 use t5gemma_graphs::onnx::DType;
 
@@ -287,7 +288,7 @@ impl Checkpoint {
         if let Some(name) = of_adapter.next() {
             let others = of_adapter.count();
             notes.push(format!("the tensors of a PEFT adapter are not applied: {}, and {others} others", cut(name)));
-        } else if self.folder.join("adapter_model.safetensors").exists() && !self.merges(&self.folder) {
+        } else if self.folder.join(WEIGHTS_FILE).exists() && !self.merges(&self.folder) {
             notes.push("the PEFT adapter in adapter_model.safetensors is not applied".to_string());
         }
         notes

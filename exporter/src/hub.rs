@@ -49,7 +49,7 @@ pub struct Downloaded {
     pub warning: Option<String>,
 }
 
-/// Downloads what is wanted of a repository, unless the cache has it.
+/// Downloads the files of a repository that the cache does not have.
 ///
 /// If the server cannot be reached, or [`HubSettings::offline`] is set, the cache must have the revision. A download
 /// that was interrupted continues where it stopped. [`Progress::started`] is called again when more is known of the

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use serde::Serialize;
 use t5gemma_graphs::config::{Config, LayerType, Stack};
-use t5gemma_graphs::interface::Port;
+use t5gemma_graphs::interface::{LoraModule, Port};
 use t5gemma_graphs::manifest::{KEPT_TOKENS, MANIFEST, Manifest};
 use t5gemma_graphs::onnx::Dim;
 use t5gemma_graphs::task::Task;
@@ -282,12 +282,11 @@ impl fmt::Display for InspectReport {
             writeln!(f, "{}  {} bytes, opset {opset}, IR {ir}", graph.file, graph.bytes)?;
             let operators: Vec<String> = graph.operators.iter().map(|(op, count)| format!("{op} {count}")).collect();
             writeln!(f, "  operators  {}", operators.join(", "))?;
-            let is_of_adapter = |port: &&Port| port.name.ends_with(".lora_A") || port.name.ends_with(".lora_B");
             for (direction, ports) in [("in ", &graph.inputs), ("out", &graph.outputs)] {
-                for port in ports.iter().filter(|port| !is_of_adapter(port)) {
+                for port in ports.iter().filter(|port| !LoraModule::has_port(port)) {
                     writeln!(f, "  {direction}  {:<34} {:<8} {}", port.name, port.dtype, Dim::list(&port.shape))?;
                 }
-                let of_adapters = ports.iter().filter(is_of_adapter).count();
+                let of_adapters = ports.iter().filter(|port| LoraModule::has_port(port)).count();
                 if of_adapters > 0 {
                     let names = format!("MODULE.lora_A, MODULE.lora_B of {} layers", of_adapters / 2);
                     writeln!(f, "  {direction}  {names:<43} [in, lora_rank], [lora_rank, out]")?;

@@ -7,7 +7,7 @@ mod lora;
 use serde::{Deserialize, Serialize};
 
 pub use crate::onnx::{DType, Dim};
-pub use lora::{LoraModule, LoraModules, lora};
+pub use lora::{LoraModule, LoraModules, lora, lora_graph};
 pub(crate) use lora::{adapter_mask, encoder_adapter_mask};
 
 use crate::config::{Head, Positions, StackInput};

@@ -21,7 +21,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use ort::value::DynValue;
-use t5gemma_graphs::interface::{DType, LoraModule};
+use t5gemma_graphs::interface::LoraModule;
 use t5gemma_graphs::manifest::{LoraInputs, Manifest};
 
 use crate::error::Error;
@@ -205,21 +205,6 @@ impl Adapters {
 }
 
 const PREPARING: &str = "preparing the adapters of a run";
-
-/// A tensor `[rows, columns]` in the model's dtype.
-fn matrix(dtype: DType, shape: [usize; 2], numbers: Vec<f32>) -> ort::Result<DynValue> {
-    use half::{bf16, f16};
-    use ort::value::Tensor;
-    Ok(match dtype {
-        DType::Float16 => {
-            Tensor::from_array((shape, numbers.into_iter().map(f16::from_f32).collect::<Vec<_>>()))?.into_dyn()
-        }
-        DType::BFloat16 => {
-            Tensor::from_array((shape, numbers.into_iter().map(bf16::from_f32).collect::<Vec<_>>()))?.into_dyn()
-        }
-        _ => Tensor::from_array((shape, numbers))?.into_dyn(),
-    })
-}
 
 /// The modules of all graphs by name.
 fn modules_by_name(inputs: &LoraInputs) -> BTreeMap<&str, &LoraModule> {

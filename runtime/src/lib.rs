@@ -78,6 +78,7 @@ mod profiles;
 mod provider;
 mod session;
 mod telemetry;
+mod tensors;
 mod weights;
 
 #[cfg(feature = "chat")]

@@ -14,9 +14,8 @@ mod ports;
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use half::{bf16, f16};
 use ort::session::{Session, SessionInputValue};
-use ort::value::{DynValue, Tensor, TensorElementType};
+use ort::value::DynValue;
 use t5gemma_kernels::{Kernels, LogitsRequest};
 
 use crate::batch::Batch;
@@ -24,6 +23,7 @@ use crate::cancellation::Cancellation;
 use crate::error::Error;
 use crate::fork::{InCall, Origin};
 use crate::positions;
+pub(crate) use crate::tensors::{float32_tensor, float32_values, int64_tensor};
 pub(crate) use open::Opener;
 pub use options::{DEFAULT_ENCODER_CACHE_BYTES, OpenOptions};
 
@@ -145,27 +145,4 @@ pub(crate) fn run(
     let options = cancel.run_options()?;
     let outputs = session.run_with_options(inputs, options).map_err(cancel.failed(during))?;
     Ok(outputs.into_iter().map(|(_, value)| value).collect())
-}
-
-/// `[rows, values.len() / rows]`.
-pub(crate) fn int64_tensor(rows: usize, values: Vec<i64>) -> Result<DynValue, Error> {
-    let shape = [rows, values.len() / rows];
-    let tensor = Tensor::from_array((shape, values)).map_err(Error::onnxruntime("preparing a run"))?;
-    Ok(tensor.into_dyn())
-}
-
-/// `[rows, values.len() / rows]`.
-pub(crate) fn float32_tensor(rows: usize, values: Vec<f32>) -> Result<DynValue, Error> {
-    let shape = [rows, values.len() / rows];
-    let tensor = Tensor::from_array((shape, values)).map_err(Error::onnxruntime("preparing a run"))?;
-    Ok(tensor.into_dyn())
-}
-
-/// The numbers of a float32, float16 or bfloat16 tensor.
-pub(crate) fn float32_values(value: &DynValue) -> ort::Result<Vec<f32>> {
-    Ok(match value.data_type() {
-        TensorElementType::Float16 => value.try_extract_tensor::<f16>()?.1.iter().map(|x| x.to_f32()).collect(),
-        TensorElementType::Bfloat16 => value.try_extract_tensor::<bf16>()?.1.iter().map(|x| x.to_f32()).collect(),
-        _ => value.try_extract_tensor::<f32>()?.1.to_vec(),
-    })
 }

@@ -13,7 +13,6 @@ import sys
 import tomllib
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-REGISTRY = "registry+https://github.com/rust-lang/crates.io-index"
 
 
 def is_allowed(expression, allowed):
@@ -53,8 +52,8 @@ def matches(version, prefix):
     return version.split(".")[: prefix.count(".") + 1] == prefix.split(".")
 
 
-def problems(packages, rules):
-    """What is wrong, a line each."""
+def problems(packages, rules, registry):
+    """What is wrong, a line each. `registry` is the source of packages from crates.io."""
     found = []
     allowed = set(rules["licenses"]["allow"])
     exceptions = {entry["crate"]: set(entry["allow"]) for entry in rules["licenses"].get("exceptions", [])}
@@ -65,7 +64,7 @@ def problems(packages, rules):
         name, version = package["name"], package["version"]
         if package["source"] is None:
             continue
-        if package["source"] != REGISTRY:
+        if package["source"] != registry:
             found.append(f"{name} {version}: source {package['source']} is not crates.io")
         if not package["license"] or not is_allowed(package["license"], allowed | exceptions.get(name, set())):
             found.append(f"{name} {version}: licence {package['license']} is not allowed by deny.toml")
@@ -81,8 +80,9 @@ def problems(packages, rules):
 
 
 def test():
+    registry = "registry+https://example.com/index"
     rules = {"licenses": {"allow": ["MIT", "Apache-2.0 WITH LLVM-exception"]}, "bans": {"skip": [{"crate": "old@0.1"}]}}
-    package = {"name": "a", "version": "1.0.0", "license": "MIT", "source": REGISTRY}
+    package = {"name": "a", "version": "1.0.0", "license": "MIT", "source": registry}
     old = {**package, "name": "old", "version": "0.1.2"}
     cases = [
         ([package, old], []),
@@ -96,7 +96,7 @@ def test():
         ([package], ["deny.toml: nothing needs old 0.1 any more"]),
     ]
     for packages, expected in cases:
-        assert problems(packages, rules) == expected, (packages, problems(packages, rules))
+        assert problems(packages, rules, registry) == expected, (packages, problems(packages, rules, registry))
     rules["licenses"]["exceptions"] = [{"crate": "b", "allow": ["MPL-2.0"]}]
     cases = [
         ([{**package, "name": "b", "license": "MPL-2.0"}, old], []),
@@ -104,7 +104,20 @@ def test():
         ([package, old], ["deny.toml: nothing needs an exception for b any more"]),
     ]
     for packages, expected in cases:
-        assert problems(packages, rules) == expected, (packages, problems(packages, rules))
+        assert problems(packages, rules, registry) == expected, (packages, problems(packages, rules, registry))
+
+
+def crates_io(packages):
+    """The source of crates.io: that of the workspace's dependencies that name no registry, repository or path."""
+    members = [package for package in packages if package["source"] is None]
+    sources = {
+        entry["source"]
+        for package in members
+        for entry in package["dependencies"]
+        if entry["registry"] is None and (entry["source"] or "").startswith("registry+")
+    }
+    (source,) = sources
+    return source
 
 
 def main():
@@ -112,7 +125,7 @@ def main():
         return test()
     command = ["cargo", "metadata", "--format-version", "1", "--locked", "--all-features"]
     packages = json.loads(subprocess.run(command, cwd=ROOT, check=True, capture_output=True).stdout)["packages"]
-    found = problems(packages, tomllib.loads((ROOT / "deny.toml").read_text()))
+    found = problems(packages, tomllib.loads((ROOT / "deny.toml").read_text()), crates_io(packages))
     print("\n".join(found) or f"{len(packages)} packages: licences, versions and sources are as deny.toml has them")
     sys.exit(bool(found))
 

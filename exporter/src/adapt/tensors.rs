@@ -73,7 +73,7 @@ impl Axis {
     }
 }
 
-/// A tensor of Gemma 2, and what it becomes.
+/// A tensor of Gemma 2 and its place in T5Gemma.
 pub struct Renamed {
     /// Behind `model.`.
     pub from: String,

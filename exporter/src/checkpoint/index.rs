@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
+use t5gemma_graphs::adapter::CONFIG_FILE;
 use t5gemma_graphs::json::{cut, shown};
 
 use super::mapping::SAFETENSORS;
@@ -65,7 +66,7 @@ fn no_weights(folder: &Path) -> Error {
     };
     let hint = if exists("manifest.json") {
         " (this is an exported model, not a checkpoint)".to_string()
-    } else if exists("adapter_config.json") {
+    } else if exists(CONFIG_FILE) {
         " (this is a LoRA adapter: merge it into its base model and save the result)".to_string()
     } else if exists("pytorch_model.bin") || exists("pytorch_model.bin.index.json") {
         let name = first_file("pytorch_model.bin", "").unwrap_or_default();

@@ -118,9 +118,9 @@ impl Prepared<'_> {
         let mut parts =
             interface::graphs(&config.facts(), export.dtype, options.decoder_outputs(), cache, &options.task);
         for at in parts.len()..self.graphs.len() {
-            let (base, modules) = (&parts[at - self.graphs.len() / 2], LoraModule::of_graph(&self.graphs[at]));
-            let name = interface::lora(base, export.dtype, &lora_modules).name;
-            lora_modules.insert(name.to_string(), modules);
+            let base = &parts[at - self.graphs.len() / 2];
+            let (name, _) = interface::lora_graph(base.name);
+            lora_modules.insert(name.to_string(), LoraModule::of_graph(&self.graphs[at]));
             parts.push(interface::lora(base, export.dtype, &lora_modules));
         }
         for (GraphSpec { name, file, mut ports }, graph) in parts.into_iter().zip(&self.graphs) {

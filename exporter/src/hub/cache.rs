@@ -8,6 +8,7 @@ use std::thread;
 use std::time::Duration;
 
 use sha2::{Digest, Sha256};
+use t5gemma_graphs::adapter::CONFIG_FILE;
 
 use super::{Downloaded, HubError};
 use crate::progress::Progress;
@@ -48,7 +49,7 @@ impl Cache {
         let commit = fs::read_to_string(reference).map(|commit| commit.trim().to_string());
         let commit = commit.ok().or_else(|| is_commit(revision).then(|| revision.to_string()))?;
         let folder = self.snapshot(&commit);
-        let is_usable = ["config.json", "adapter_config.json"].iter().any(|name| folder.join(name).exists());
+        let is_usable = ["config.json", CONFIG_FILE].iter().any(|name| folder.join(name).exists());
         is_usable.then_some(Downloaded { folder, commit, files: 0, bytes: 0, warning: None })
     }
 

@@ -1,4 +1,4 @@
-//! Downloads what the cache lacks, continues what was interrupted, and tries again what failed for a passing reason.
+//! Downloads missing files into the cache, resumes interrupted downloads, and retries after temporary failures.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -20,7 +20,7 @@ const FIRST_PAUSE: Duration = Duration::from_millis(500);
 /// The longest pause that a server may ask for.
 const LONGEST_PAUSE: Duration = Duration::from_secs(300);
 
-/// Downloads what is wanted and the cache lacks.
+/// Downloads the needed files that the cache does not have.
 pub(super) fn fetch(
     repository: &Repository,
     wanted: Wanted<'_>,

@@ -3,8 +3,8 @@
 //!
 //! # Design
 //! The crate hf-hub has the layout of the cache, but not these requests: version 0.5 asks for compressed ranges, which
-//! the hub refuses, and does not check what it continues; 1.0 starts an interrupted download anew, and brings a hundred
-//! crates.
+//! the hub refuses, and does not verify a partial file before it resumes; 1.0 restarts interrupted downloads and adds a
+//! hundred crates.
 
 use std::io::{ErrorKind, Read};
 use std::time::Duration;

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
+use t5gemma_graphs::adapter::{CONFIG_FILE, WEIGHTS_FILE};
 use t5gemma_graphs::config::Config;
 use t5gemma_graphs::task::Task;
 
@@ -14,17 +15,27 @@ use crate::names;
 use crate::repository::Repository;
 use crate::weights::is_for;
 
+/// The names of the files that a kind of repository has.
+struct Needed {
+    required: &'static str,
+    /// One of these is required.
+    weights: &'static [&'static str],
+    others: Vec<&'static str>,
+}
+
 /// The files to download first, of those that the repository has: all but shards.
 ///
 /// # Errors
 /// The repository holds something else.
 pub fn first(repository: &Repository, wanted: Wanted<'_>, present: &[&str]) -> Result<Vec<String>, HubError> {
     let has = |name: &str| present.contains(&name);
-    let (required, weights, others): (_, &[&str], Vec<&str>) = match wanted {
-        Wanted::Adapter => ("adapter_config.json", &["adapter_model.safetensors"], Vec::new()),
-        Wanted::Checkpoint(_) => {
-            ("config.json", &[SINGLE, INDEX], COMPANIONS.iter().copied().chain([DEFAULT_CHAT_TEMPLATE]).collect())
-        }
+    let Needed { required, weights, others } = match wanted {
+        Wanted::Adapter => Needed { required: CONFIG_FILE, weights: &[WEIGHTS_FILE], others: Vec::new() },
+        Wanted::Checkpoint(_) => Needed {
+            required: "config.json",
+            weights: &[SINGLE, INDEX],
+            others: COMPANIONS.iter().copied().chain([DEFAULT_CHAT_TEMPLATE]).collect(),
+        },
     };
     let weights_file = weights.iter().find(|name| has(name));
     let Some(weights_file) = weights_file.filter(|_| has(required)) else {
@@ -38,7 +49,7 @@ pub fn first(repository: &Repository, wanted: Wanted<'_>, present: &[&str]) -> R
 /// Describes a repository that is not what is wanted.
 fn describe(wanted: Wanted<'_>, present: &[&str]) -> String {
     let has = |name: &str| present.contains(&name);
-    let is_adapter = has("adapter_config.json");
+    let is_adapter = has(CONFIG_FILE);
     if has("manifest.json") && has("model.onnx_data") {
         return "an exported model".to_string();
     }

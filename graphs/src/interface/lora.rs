@@ -34,6 +34,11 @@ impl LoraModule {
         ]
     }
 
+    /// Whether a port is one of a module's.
+    pub fn has_port(port: &Port) -> bool {
+        port.name.ends_with(LORA_A) || port.name.ends_with(LORA_B)
+    }
+
     /// The modules of a graph, in the order of its inputs.
     pub fn of_graph(definition: &Definition) -> Vec<LoraModule> {
         let inputs = definition.inputs.iter().map(|&input| definition.value(input));
@@ -44,6 +49,15 @@ impl LoraModule {
             LoraModule { name, input: size(&pair[0].shape[0]), output: size(&pair[1].shape[1]) }
         };
         inputs.chunks_exact(2).map(module).collect()
+    }
+}
+
+/// The name and the file of the graph that is `graph` with adapters among its inputs.
+pub fn lora_graph(graph: &str) -> (&'static str, &'static str) {
+    match graph {
+        "encoder" => ("encoder_lora", ENCODER_LORA),
+        "decoder" => ("decoder_lora", DECODER_LORA),
+        _ => ("decoder_with_past_lora", DECODER_WITH_PAST_LORA),
     }
 }
 
@@ -59,11 +73,7 @@ pub type LoraModules = BTreeMap<String, Vec<LoraModule>>;
 /// the columns of a row's own adapter and 0 elsewhere, or all 0 for a row without one; [`ENCODER_ADAPTER_MASK`]
 /// (`[batch_size, lora_rank]`) is the same for sources.
 pub fn lora(graph: &GraphSpec, dtype: DType, modules: &LoraModules) -> GraphSpec {
-    let (name, file) = match graph.name {
-        "encoder" => ("encoder_lora", ENCODER_LORA),
-        "decoder" => ("decoder_lora", DECODER_LORA),
-        _ => ("decoder_with_past_lora", DECODER_WITH_PAST_LORA),
-    };
+    let (name, file) = lora_graph(graph.name);
     let mut ports = graph.ports.clone();
     match file {
         ENCODER_LORA => {}

@@ -190,7 +190,7 @@ fn layers(fields: &mut Fields, count: usize, window: usize) -> Result<Vec<LayerT
 }
 
 #[cfg(test)]
-mod tests {
+pub mod tests {
     use super::*;
     use serde_json::json;
 
@@ -250,13 +250,7 @@ mod tests {
             ("/encoder/rms_norm_eps", json!("NaN"), "encoder.rms_norm_eps"),
             ("/encoder", json!([]), "encoder"),
         ];
-        for (pointer, value, field) in cases {
-            let mut json = minimal();
-            let (parent, key) = pointer.rsplit_once('/').expect("pointers start with a slash");
-            json.pointer_mut(parent).expect("the parent exists")[key] = value;
-            let error = Config::parse(&json.to_string()).expect_err(field);
-            assert_eq!(error.field, field, "{error}");
-        }
+        check_refused(minimal, &cases);
     }
 
     #[test]
@@ -366,5 +360,16 @@ mod tests {
     fn a_side_must_be_there() {
         let error = Config::parse(r#"{"model_type": "t5gemma", "encoder": {}}"#).expect_err("no decoder");
         assert_eq!(error.to_string(), "decoder: expected the settings of the decoder, found nothing");
+    }
+
+    /// Checks that each value at its place makes the configuration wrong, in the field named.
+    pub fn check_refused(minimal: fn() -> Value, cases: &[(&str, Value, &str)]) {
+        for (pointer, value, field) in cases {
+            let mut json = minimal();
+            let (parent, key) = pointer.rsplit_once('/').expect("pointers start with a slash");
+            json.pointer_mut(parent).expect("the parent exists")[key] = value.clone();
+            let error = Config::parse(&json.to_string()).expect_err(field);
+            assert_eq!(error.field, *field, "{error}");
+        }
     }
 }

@@ -17,8 +17,9 @@ use t5gemma_graphs::interface::{DType, LoraModule};
 use t5gemma_graphs::json::{cut, list, parse, shown};
 use t5gemma_graphs::manifest::LoraInputs;
 
-use super::{Pair, matrix, modules_by_name};
+use super::{Pair, modules_by_name};
 use crate::error::Error;
+use crate::tensors::float_tensor;
 
 /// What to do with an adapter that graphs cannot take as inputs.
 const MERGE: &str = "merge it with t5gemma-export --adapter instead";
@@ -125,7 +126,7 @@ impl Reader<'_> {
         let tensor = |shape: [usize; 2], numbers: &[f32]| {
             let [rows, columns] = shape;
             let transposed = (0..columns).flat_map(|column| (0..rows).map(move |row| numbers[row * columns + column]));
-            matrix(self.dtype, [columns, rows], transposed.collect())
+            float_tensor(self.dtype, [columns, rows], transposed.collect())
                 .map(Arc::new)
                 .map_err(Error::onnxruntime("preparing an adapter"))
         };

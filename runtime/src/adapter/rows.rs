@@ -8,7 +8,8 @@ use half::{bf16, f16};
 use ort::value::{DynValue, PrimitiveTensorElementType, Tensor};
 use t5gemma_graphs::interface::{DType, LoraModule, LoraModules};
 
-use super::{Adapter, Pair, matrix};
+use super::{Adapter, Pair};
+use crate::tensors::float_tensor;
 
 /// Tensors of zeros by their shapes.
 type Zeros = HashMap<[usize; 2], Arc<DynValue>>;
@@ -63,7 +64,7 @@ impl SideBySide {
                 if let Some(zeros) = zeros.get(&shape) {
                     return Ok(zeros.clone());
                 }
-                let made = Arc::new(matrix(self.dtype, shape, vec![0.0; shape[0] * shape[1]])?);
+                let made = Arc::new(float_tensor(self.dtype, shape, vec![0.0; shape[0] * shape[1]])?);
                 zeros.insert(shape, made.clone());
                 Ok(made)
             };
@@ -157,5 +158,5 @@ fn mask(all: &SideBySide, rows: &[Option<usize>]) -> ort::Result<DynValue> {
             row[all.columns(*member)].fill(1.0);
         }
     }
-    matrix(all.dtype, [rows.len(), all.rank], numbers)
+    float_tensor(all.dtype, [rows.len(), all.rank], numbers)
 }

@@ -2,10 +2,8 @@
 
 use std::ops::Range;
 
-use half::{bf16, f16};
 use ndarray::{Array3, s};
-use ort::value::{DynValue, Tensor};
-use t5gemma_graphs::interface::DType;
+use ort::value::DynValue;
 
 use super::Model;
 use crate::adapter::Adapter;
@@ -15,6 +13,7 @@ use crate::error::Error;
 use crate::limits::pieces_to_encode;
 use crate::ragged_batch::{self, Grouping, OutputUnit};
 use crate::session::{float32_values, int64_tensor};
+use crate::tensors::float_tensor;
 
 const READING_STATES: &str = "reading the hidden states";
 
@@ -116,13 +115,7 @@ impl Model {
     /// Hidden states as the decoder takes them.
     fn encoded(&self, batch: &Batch, states: Vec<f32>) -> Result<Encoded, Error> {
         let shape = [batch.rows(), batch.length(), self.folder.manifest.facts.encoder.hidden_size];
-        let hidden = match self.folder.manifest.dtype {
-            DType::Float16 => Tensor::from_array((shape, states.into_iter().map(f16::from_f32).collect::<Vec<_>>()))
-                .map(Tensor::into_dyn),
-            DType::BFloat16 => Tensor::from_array((shape, states.into_iter().map(bf16::from_f32).collect::<Vec<_>>()))
-                .map(Tensor::into_dyn),
-            _ => Tensor::from_array((shape, states)).map(Tensor::into_dyn),
-        };
+        let hidden = float_tensor(self.folder.manifest.dtype, shape, states);
         let hidden = hidden.map_err(Error::onnxruntime("preparing a run"))?;
         self.with_mask(batch, hidden)
     }

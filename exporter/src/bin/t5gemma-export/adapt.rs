@@ -1,4 +1,4 @@
-//! The subcommand `adapt`: its arguments, and what it says in the end.
+//! The subcommand `adapt`: its arguments and its final message.
 
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
