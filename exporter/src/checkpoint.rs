@@ -304,6 +304,11 @@ impl Checkpoint {
         &self.folder
     }
 
+    /// Whether there is a tensor for which `is_wanted` returns true, be it in a file that is missing.
+    pub(crate) fn lists(&self, is_wanted: impl Fn(&str) -> bool) -> bool {
+        self.tensors.keys().chain(self.absent.keys()).any(|name| is_wanted(name))
+    }
+
     /// A tensor by its name.
     pub(crate) fn tensor(&self, name: &str) -> Option<Tensor<'_>> {
         let stored = self.tensors.get(name)?;

@@ -50,6 +50,8 @@ pub struct Export {
     pub alignment: Alignment,
     /// Whether positions exactly one window apart see each other in the encoder.
     pub encoder_window: EncoderWindow,
+    /// Whether the model reads images, if the checkpoint has the weights for it.
+    pub vision: bool,
     /// Which matrices to quantize, for targets that can read them.
     pub quantization: Quantization,
     /// Activation ranges, or whether the graphs are to report them. 8-bit matrices for TensorRT require ranges.
@@ -111,6 +113,7 @@ impl Default for Export {
             kept_tokens: None,
             alignment: Alignment::None,
             encoder_window: EncoderWindow::default(),
+            vision: true,
             quantization: Quantization::default(),
             activations: Activations::default(),
             capacity: None,
@@ -149,6 +152,7 @@ setters! {
     kept_tokens: Option<Vec<usize>>,
     alignment: Alignment,
     encoder_window: EncoderWindow,
+    vision: bool,
     quantization: Quantization,
     activations: Activations,
     capacity: Option<usize>,
@@ -200,12 +204,13 @@ impl Export {
             return Err(Error::Cancelled);
         }
         folder.publish()?;
-        let Prepared { config, generation_config, weights, unused, .. } = prepared;
+        let Prepared { config, generation_config, options, weights, unused, .. } = prepared;
         let mut notes = notes::of_config(&config, generation_config.as_ref());
         if let Source::Checkpoint(checkpoint) = source {
             notes.extend(checkpoint.notes());
             notes.extend(notes::of_tokenizer(checkpoint.tokenizer_folder()));
         }
+        notes.extend(notes::of_end_of_image(&config, &options.vocabulary));
         notes.extend(notes::of_blocks(&weights));
         let warnings = notes::of_capacity(self.capacity, generation_config.as_ref()).into_iter();
         let warnings = warnings.chain(notes::of_numbers(&not_finite)).collect();

@@ -222,6 +222,7 @@ fn part(config: &Config, tensor: &str) -> &'static str {
         Some(Role::DecoderEmbedding) => "decoder embedding",
         Some(Role::Decoder | Role::CrossKeyValue) => "decoder",
         Some(Role::Head | Role::Classifier) => "head",
+        Some(Role::Vision) => "vision",
         None => "other",
     }
 }

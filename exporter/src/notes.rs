@@ -4,6 +4,7 @@
 use std::path::Path;
 
 use serde_json::Value;
+use t5gemma_graphs::Vocabulary;
 use t5gemma_graphs::config::Config;
 use t5gemma_graphs::onnx::{Adjust, Blocks, Part};
 
@@ -63,6 +64,12 @@ pub fn of_tokenizer(folder: &Path) -> Option<String> {
         "no tokenizer.json{instead}: the model accepts and returns token ids, not text; to create the file with \
          transformers, call AutoTokenizer.from_pretrained({folder:?}).save_pretrained({folder:?})"
     ))
+}
+
+/// Says that the vector of the token behind an image is not stored, where a model has one.
+pub fn of_end_of_image(config: &Config, vocabulary: &Vocabulary) -> Option<String> {
+    let is_missing = config.end_of_image.is_some() && vocabulary.end_of_image.is_none();
+    is_missing.then(|| "no eoi_embedding in the checkpoint: zeros are used, as in transformers".to_string())
 }
 
 /// Warns of tensors with NaNs or infinities.

@@ -1,6 +1,6 @@
 //! The configurations of Google's checkpoints, to measure a size without downloading its weights.
 
-/// Name and `config.json` of each size. Names have the encoder first.
+/// Name and `config.json` of each size, of T5Gemma and then of T5Gemma 2. Names have the encoder first.
 pub const PRESETS: &[(&str, &str)] = &[
     ("s-s", include_str!("../presets/s-s.json")),
     ("b-b", include_str!("../presets/b-b.json")),
@@ -10,6 +10,9 @@ pub const PRESETS: &[(&str, &str)] = &[
     ("2b-2b", include_str!("../presets/2b-2b.json")),
     ("9b-2b", include_str!("../presets/9b-2b.json")),
     ("9b-9b", include_str!("../presets/9b-9b.json")),
+    ("270m-270m", include_str!("../presets/270m-270m.json")),
+    ("1b-1b", include_str!("../presets/1b-1b.json")),
+    ("4b-4b", include_str!("../presets/4b-4b.json")),
 ];
 
 /// The `config.json` of a size in [`PRESETS`].

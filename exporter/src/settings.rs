@@ -45,6 +45,10 @@ pub enum Setting {
     DecoderEmbedding,
     /// The head of `custom`.
     Head,
+    /// `custom`.
+    Custom,
+    /// `encoder_window`.
+    EncoderWindow,
     /// `write_sentencepiece`.
     WriteSentencepiece,
     /// `lora_inputs`.
@@ -88,6 +92,8 @@ impl Setting {
             Setting::TargetPositions => "custom.float_target_positions",
             Setting::DecoderEmbedding => "custom.decoder_embedding",
             Setting::Head => "custom.head",
+            Setting::Custom => "custom",
+            Setting::EncoderWindow => "encoder_window",
             Setting::WriteSentencepiece => "write_sentencepiece",
             Setting::LoraInputs => "lora_inputs",
             Setting::Plan => "plan",

@@ -67,8 +67,7 @@ pub fn collect(graphs: &[Definition], config: &Config, options: &Options) -> Vec
 
 /// What a tensor is for: the family knows it by name, except for a table that is both embedding and head.
 fn role(part: &Part, config: &Config, options: &Options) -> Role {
-    let (head, kept) = (&options.vocabulary.head, &options.vocabulary.kept);
-    if options.task.is_generation() && part.tensor == *head && part.kept == *kept {
+    if options.is_head(&part.tensor) && part.kept == options.vocabulary.kept {
         return Role::Head;
     }
     config.role(&part.tensor).expect("a family knows the tensors of its graphs")
@@ -108,29 +107,60 @@ pub fn check_size(weights: &[Weight], origin: &str) -> Result<()> {
     Err(Error::invalid(origin, "the sizes of a model", format!("more than {most} bytes of weights")))
 }
 
-/// Finds the decoder's embedding and the head among the stored tensors, as transformers 5 ties them: a stored head is
-/// used even where the config says tied, unless it equals the embedding; where only one is stored, it serves as both.
-pub fn vocabulary(config: &Config, checkpoint: &Checkpoint) -> Result<Vocabulary> {
+/// Finds the embeddings and the head among the stored tensors, as transformers 5 ties them: a stored tensor is used even
+/// where the config says tied, unless it equals the one that it would be tied to; where it is not stored, another one
+/// serves as both.
+pub fn vocabulary(config: &Config, checkpoint: &Checkpoint, task: &Task) -> Result<Vocabulary> {
     let (tensors, tie) = (config.family.tensors(), config.tie_word_embeddings);
-    if !config.custom.has_text_targets() {
-        return Ok(custom_vocabulary(config, |name| checkpoint.tensor(name).is_some()));
-    }
+    let is_stored = |name: &str| checkpoint.tensor(name).is_some();
+    let end_of_image = end_of_image(config, is_stored);
     let stored = |names: &[&'static str], reason: &str| {
         let candidates = if tie { names } else { &names[..1] };
-        candidates.iter().copied().find(|name| checkpoint.tensor(name).is_some()).ok_or_else(|| Error::Tensors {
+        candidates.iter().copied().find(|name| is_stored(name)).ok_or_else(|| Error::Tensors {
             checkpoint: checkpoint.path().to_path_buf(),
             mismatches: vec![format!("{}: missing{reason}", names[0])],
             hint: checkpoint.explain_missing(&names[..1]),
         })
     };
+    // One of several equal tensors that could stand for each other is enough.
+    let shared = |name: &'static str, with: &[&'static str], names: &[&'static str]| {
+        let is_equal = |other: &&&'static str| names.contains(*other) && checkpoint.is_same(other, name);
+        if tie { with.iter().find(is_equal).copied().unwrap_or(name) } else { name }
+    };
+    let source = match config.custom.encoder_input {
+        StackInput::InputIds => stored(tensors.encoder_embedding, "")?,
+        StackInput::InputsEmbeds => tensors.encoder_embedding[0],
+    };
+    if !task.is_generation() {
+        return Ok(Vocabulary { source_embedding: source.into(), end_of_image, ..default_vocabulary(config) });
+    }
+    if !config.custom.has_text_targets() {
+        return Ok(custom_vocabulary(config, is_stored));
+    }
+    let untied = ", though config.json has tie_word_embeddings false";
     let embedding = stored(tensors.decoder_embedding, "")?;
-    let head = stored(tensors.head, ", though config.json has tie_word_embeddings false")?;
-    let head = if tie && checkpoint.is_same(embedding, head) { embedding } else { head };
-    Ok(of_names(embedding, head))
+    let embedding = shared(embedding, &[source], tensors.decoder_embedding);
+    let head = stored(tensors.head, untied)?;
+    let head = shared(head, &[source, embedding], tensors.head);
+    Ok(Vocabulary { end_of_image, ..of_names([source, embedding, head]) })
 }
 
-fn of_names(embedding: &str, head: &str) -> Vocabulary {
-    Vocabulary { embedding: embedding.into(), head: head.into(), kept: None, custom_head: Head::Stock }
+fn of_names([source, embedding, head]: [&str; 3]) -> Vocabulary {
+    Vocabulary {
+        source_embedding: source.into(),
+        embedding: embedding.into(),
+        head: head.into(),
+        kept: None,
+        custom_head: Head::Stock,
+        end_of_image: None,
+    }
+}
+
+/// The vectors of the token behind an image, of source and target; each stands for the other where it is not stored.
+fn end_of_image(config: &Config, is_stored: impl Fn(&str) -> bool) -> Option<[String; 2]> {
+    let [source, target] = config.family.tensors().end_of_image?;
+    let either = |own: &'static str, other| [own, other].into_iter().find(|name| is_stored(name)).map(String::from);
+    Some([either(source, target)?, either(target, source)?])
 }
 
 /// The names where the table, the head or both are not the family's own. `is_stored` returns whether there is such a
@@ -145,17 +175,22 @@ fn custom_vocabulary(config: &Config, is_stored: impl Fn(&str) -> bool) -> Vocab
         Head::Stock if config.tie_word_embeddings && !is_stored(tensors.head[0]) => embedding,
         Head::Stock => tensors.head[0],
     };
-    Vocabulary { custom_head: custom.head.clone(), ..of_names(embedding, head) }
+    let names = of_names([tensors.encoder_embedding[0], embedding, head]);
+    Vocabulary { custom_head: custom.head.clone(), ..names }
 }
 
-/// The names used without a checkpoint.
+/// The names used without a checkpoint: those of published ones, which store tied tensors once.
 pub fn default_vocabulary(config: &Config) -> Vocabulary {
-    if !config.custom.has_text_targets() {
-        return custom_vocabulary(config, |_| false);
-    }
     let tensors = config.family.tensors();
-    let head = if config.tie_word_embeddings { tensors.decoder_embedding[0] } else { tensors.head[0] };
-    of_names(tensors.decoder_embedding[0], head)
+    let source = tensors.encoder_embedding[0];
+    let names = match config.custom.has_text_targets() {
+        false => return custom_vocabulary(config, |_| false),
+        true if !config.tie_word_embeddings => [source, tensors.decoder_embedding[0], tensors.head[0]],
+        // The encoder's table serves for all, or the decoder's for both.
+        true if tensors.decoder_embedding.contains(&source) => [source; 3],
+        true => [source, tensors.decoder_embedding[0], tensors.decoder_embedding[0]],
+    };
+    Vocabulary { end_of_image: end_of_image(config, |name| name.starts_with("model.encoder.")), ..of_names(names) }
 }
 
 /// The names of the tensors that an exported model was made of. `is_stored` returns whether the model has a tensor.
@@ -165,8 +200,11 @@ pub fn exported_vocabulary(config: &Config, is_stored: impl Fn(&str) -> bool) ->
     }
     let tensors = config.family.tensors();
     let stored = |names: &[&'static str]| names.iter().find(|name| is_stored(name)).copied();
+    let source = stored(tensors.encoder_embedding).unwrap_or(tensors.encoder_embedding[0]);
     match (stored(tensors.decoder_embedding), stored(tensors.head)) {
-        (Some(embedding), Some(head)) => of_names(embedding, head),
+        (Some(embedding), Some(head)) => {
+            Vocabulary { end_of_image: end_of_image(config, is_stored), ..of_names([source, embedding, head]) }
+        }
         _ => default_vocabulary(config),
     }
 }
@@ -209,12 +247,21 @@ pub fn check(weights: &[Weight], checkpoint: &Checkpoint, config: &Config, task:
     let replaces_embedding = custom.decoder_embedding.is_some() || custom.decoder_input == StackInput::InputsEmbeds;
     let is_redundant = |name: &str| {
         let is_embedding = replaces_embedding && name == tensors.decoder_embedding[0];
-        (is_embedding || name == tensors.head[0]) && !used.contains(name)
+        // Where tables stand for each other, those that are left over are equal to those used.
+        let is_table = tensors.decoder_embedding.contains(&tensors.encoder_embedding[0])
+            && tensors.encoder_embedding.contains(&name);
+        (is_embedding || is_table || name == tensors.head[0]) && !used.contains(name)
     };
-    // An export of the encoder alone leaves the rest out on purpose.
-    let unused =
-        checkpoint.names().filter(|name| !used.contains(name) && !is_redundant(name) && is_for(name, config, task));
+    // An export of the encoder alone leaves the rest out on purpose, and one without vision the tower.
+    let is_left_out =
+        |name: &str| !is_for(name, config, task) || (config.vision.is_none() && is_of_vision(name, config));
+    let unused = checkpoint.names().filter(|name| !used.contains(name) && !is_redundant(name) && !is_left_out(name));
     Ok(unused.map(str::to_string).collect())
+}
+
+/// Whether a tensor is part of what reads images.
+pub fn is_of_vision(name: &str, config: &Config) -> bool {
+    config.family.tensors().vision.iter().any(|start| name.starts_with(start))
 }
 
 /// Whether an export for `task` needs this tensor, if any does.

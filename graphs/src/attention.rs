@@ -2,11 +2,11 @@
 //! and what each of them sees. Projections, positions and masks are here; the operator over queries, keys and values is
 //! the target's ([`Lowering::attention`](crate::lower::Lowering::attention)).
 
-use crate::config::{LayerType, Stack};
+use crate::config::{LayerType, Rope, Stack};
 use crate::interface::{BEAMS, CacheLayout, PRESENT_LENGTH};
 use crate::lower::{Attention, attention_with_weights, mask_by_query};
 use crate::manifest::EncoderWindow;
-use crate::nn::{Linear, Stacked, linear, stacked};
+use crate::nn::{Linear, Stacked, head_norm, linear, stacked};
 use crate::onnx::{DType, Dim, Graph, GroupQuery, Heads, Value};
 use crate::rotary::{self, rotary};
 use crate::sequence::{Context, KeyValue, Tokens};
@@ -14,33 +14,55 @@ use crate::weights::{StackedPart, Weights};
 
 /// The encoder's self-attention: x and the result `[rows·length, hidden]`; every token sees what is `visible` to it,
 /// before and after it.
-pub fn bidirectional<'g>(x: Value<'g>, tokens: &Tokens<'g>, visible: Value<'g>, w: &Weights<'g>) -> Value<'g> {
+pub fn bidirectional<'g>(
+    x: Value<'g>,
+    tokens: &Tokens<'g>,
+    visible: Value<'g>,
+    layer: LayerType,
+    w: &Weights<'g>,
+) -> Value<'g> {
     let _scope = w.scope();
+    let rope = w.stack.rope(layer);
     // The operator that rotates heads in a row looks angles up by integer positions.
     if w.lowering.capabilities().attends_in_rows && tokens.rotary.dtype() == DType::Int64 {
-        return bidirectional_in_rows(x, tokens, visible, w);
+        return bidirectional_in_rows(x, tokens, visible, rope, w);
     }
-    let (query, key_value) = projections(x, tokens, w);
+    let (query, key_value) = projections(x, tokens, rope, w);
     attend(query, key_value, visible, w)
 }
 
 /// [`bidirectional`] with heads side by side, `[rows, length, heads·head_dim]`, as they come out of the projections.
-fn bidirectional_in_rows<'g>(x: Value<'g>, tokens: &Tokens<'g>, visible: Value<'g>, w: &Weights<'g>) -> Value<'g> {
+fn bidirectional_in_rows<'g>(
+    x: Value<'g>,
+    tokens: &Tokens<'g>,
+    visible: Value<'g>,
+    rope: Rope,
+    w: &Weights<'g>,
+) -> Value<'g> {
     let (stack, length) = (w.stack, &tokens.length);
     let heads = heads(stack, None);
-    let [query, key, value] =
-        [("q_proj", heads.count), ("k_proj", heads.kv_count), ("v_proj", heads.kv_count)].map(|(name, count)| {
-            let output = count * stack.head_dim;
-            let projected = linear(x, projection(stack.hidden_size, output, stack), &w.at(name));
-            projected.reshape(&[tokens.rows.clone(), length.clone(), output.into()])
-        });
+    let norms = [Some("q_norm"), Some("k_norm"), None].map(|norm| norm.filter(|_| stack.qk_norm));
+    let parts = [("q_proj", heads.count), ("k_proj", heads.kv_count), ("v_proj", heads.kv_count)];
+    let [query, key, value] = [0, 1, 2].map(|at| {
+        let (name, count) = parts[at];
+        let output = count * stack.head_dim;
+        let projected = linear(x, projection(stack.hidden_size, output, stack), &w.at(name));
+        let normed = match norms[at] {
+            None => projected,
+            Some(norm) => {
+                let heads = [tokens.rows.clone(), length.clone(), count.into(), stack.head_dim.into()];
+                head_norm(projected.reshape(&heads), &w.at(norm))
+            }
+        };
+        normed.reshape(&[tokens.rows.clone(), length.clone(), output.into()])
+    });
     // Positions of each row are looked up in tables of all positions up to the length.
     let (places, positions) = if tokens.positions.shape().len() == 1 {
         (None, tokens.positions)
     } else {
         (Some(tokens.positions), w.graph.range(w.graph.size(&0.into()), w.graph.size(length), length))
     };
-    let angles = rotary::angles(positions, &[1], w); // [length, head_dim / 2]
+    let angles = rotary::angles(positions, &[1], rope, w); // [length, head_dim / 2]
     let tables = [angles.cos(), angles.sin()].map(|table| table.cast(x.dtype()));
     let [query, key] = [query, key].map(|x| x.rotary_embedding(places, tables));
     let attended = query.attention_3d([key, value], mask_by_query(visible, &query.dim(1)), heads);
@@ -75,7 +97,7 @@ fn causal_growing<'g>(
     past: Option<KeyValue<'g>>,
     w: &Weights<'g>,
 ) -> (Value<'g>, KeyValue<'g>) {
-    let (query, new) = projections(x, &context.tokens, w);
+    let (query, new) = projections(x, &context.tokens, w.stack.rope(layer), w);
     let present = match past {
         None => new,
         Some(past) => {
@@ -100,7 +122,7 @@ fn causal_static<'g>(
     capacity: usize,
     w: &Weights<'g>,
 ) -> (Value<'g>, KeyValue<'g>) {
-    let (query, new) = projections(x, &context.tokens, w);
+    let (query, new) = projections(x, &context.tokens, w.stack.rope(layer), w);
     let at = context.tokens.positions.unsqueeze(&[0, 1, 3]).expand(&new.key.shape());
     let present = KeyValue {
         key: past.key.scatter_elements(at, new.key, 2),
@@ -136,7 +158,7 @@ fn causal_in_place<'g>(
     let projected = stacked(x, &Stacked { name: "qkv_proj", parts: &parts, linear }, w);
     let packed = projected.reshape(&[tokens.rows.clone(), tokens.length.clone(), (q + 2 * kv).into()]);
     let heads = heads(stack, layer.window());
-    let tables = rotary::tables(w);
+    let tables = rotary::tables(stack.rope(layer), w);
     let [cos, sin] = [tables.cos, tables.sin].map(|table| table.cast(projected.dtype()));
     let present = if past.is_some() { Dim::symbol(PRESENT_LENGTH) } else { tokens.length.clone() };
     let past = past.map(|past| [past.key, past.value]);
@@ -176,7 +198,12 @@ fn cross_query<'g>(x: Value<'g>, context: &Context<'g>, source: KeyValue<'g>, w:
         None => split_heads(x, [&batch, &queries], heads, &w),
         Some(positions) => {
             let query = split_heads(x, [&tokens.rows, &tokens.length], heads, &w);
-            rotary(query, positions, &w).reshape(&[batch, queries, heads.into(), w.stack.head_dim.into()])
+            rotary(query, positions, w.stack.full_rope, &w).reshape(&[
+                batch,
+                queries,
+                heads.into(),
+                w.stack.head_dim.into(),
+            ])
         }
     }
 }
@@ -188,20 +215,26 @@ pub fn cross_key_value<'g>(hidden: Value<'g>, positions: Option<Value<'g>>, w: &
     let [batch, source, width] = [0, 1, 2].map(|axis| hidden.dim(axis));
     let flat = hidden.reshape(&[batch.times(&source), width]);
     let project = |name: &str| split_heads(flat, [&batch, &source], w.stack.num_key_value_heads, &w.at(name));
+    let key = normed(project("k_proj"), "k_norm", w);
     let key = match positions {
-        None => project("k_proj"),
-        Some(positions) => rotary(project("k_proj"), positions, w),
+        None => key,
+        Some(positions) => rotary(key, positions, w.stack.full_rope, w),
     };
     KeyValue { key: key.transpose(&[0, 2, 1, 3]), value: project("v_proj").transpose(&[0, 2, 1, 3]) }
 }
 
 /// Rotated queries `[rows, length, heads, head_dim]`, and the rotated keys and the values of the given tokens.
-fn projections<'g>(x: Value<'g>, tokens: &Tokens<'g>, w: &Weights<'g>) -> (Value<'g>, KeyValue<'g>) {
+pub fn projections<'g>(x: Value<'g>, tokens: &Tokens<'g>, rope: Rope, w: &Weights<'g>) -> (Value<'g>, KeyValue<'g>) {
     let project = |name: &str, count| split_heads(x, [&tokens.rows, &tokens.length], count, &w.at(name));
-    let query = rotary(project("q_proj", w.stack.num_attention_heads), tokens.rotary, w);
-    let key = rotary(project("k_proj", w.stack.num_key_value_heads), tokens.rotary, w);
+    let query = rotary(normed(project("q_proj", w.stack.num_attention_heads), "q_norm", w), tokens.rotary, rope, w);
+    let key = rotary(normed(project("k_proj", w.stack.num_key_value_heads), "k_norm", w), tokens.rotary, rope, w);
     let value = project("v_proj", w.stack.num_key_value_heads);
     (query, KeyValue { key: key.transpose(&[0, 2, 1, 3]), value: value.transpose(&[0, 2, 1, 3]) })
+}
+
+/// Heads `[rows, length, heads, head_dim]`, normed if the stack norms queries and keys.
+fn normed<'g>(x: Value<'g>, norm: &str, w: &Weights<'g>) -> Value<'g> {
+    if w.stack.qk_norm { head_norm(x, &w.at(norm)) } else { x }
 }
 
 /// A projection of x `[rows·length, in]` into `count` heads, `[rows, length, count, head_dim]`.
@@ -232,7 +265,7 @@ fn merged<'g>(x: Value<'g>, w: &Weights<'g>) -> Value<'g> {
 }
 
 /// `context · o_projᵀ (+ b)`, the last step of attention.
-fn output_projection<'g>(context: Value<'g>, w: &Weights<'g>) -> Value<'g> {
+pub fn output_projection<'g>(context: Value<'g>, w: &Weights<'g>) -> Value<'g> {
     let width = w.stack.num_attention_heads * w.stack.head_dim;
     linear(context, projection(width, w.stack.hidden_size, w.stack), &w.at("o_proj"))
 }
@@ -242,7 +275,7 @@ fn projection(input: usize, output: usize, stack: &Stack) -> Linear {
 }
 
 /// The heads of a stack, whose queries see `window` positions, themselves included, or all before them.
-fn heads(stack: &Stack, window: Option<usize>) -> Heads {
+pub fn heads(stack: &Stack, window: Option<usize>) -> Heads {
     Heads {
         count: stack.num_attention_heads,
         kv_count: stack.num_key_value_heads,
@@ -263,21 +296,17 @@ pub fn padding_mask(attention_mask: Value<'_>) -> Value<'_> {
 /// rows have positions of their own, or none where every position sees all.
 pub fn window_mask<'g>(tokens: &Tokens<'g>, layer: LayerType, rule: EncoderWindow) -> Option<Value<'g>> {
     let LayerType::Sliding(window) = layer else { return None };
-    let reach = match rule {
-        EncoderWindow::Inclusive => window,
-        EncoderWindow::Exclusive => window - 1,
-    };
+    let (back, ahead) = rule.reach(window);
     // In sources that are no longer than the window, no two positions are farther apart.
-    if tokens.length.as_fixed().is_some_and(|length| length <= reach + 1) {
+    if tokens.length.as_fixed().is_some_and(|length| length <= back.min(ahead) + 1) {
         return None;
     }
-    let reach = reach as f64;
     let (query, key) = if tokens.positions.shape().len() == 1 {
         (tokens.positions.unsqueeze(&[1]), tokens.positions.unsqueeze(&[0]))
     } else {
         (tokens.positions.unsqueeze(&[1, 2, 4]), tokens.positions.unsqueeze(&[1, 2, 3]))
     };
-    Some(key.less_or_equal(query + reach) & query.less_or_equal(key + reach))
+    Some(key.less_or_equal(query + ahead as f64) & query.less_or_equal(key + back as f64))
 }
 
 /// `key <= query`, and `key > query − window` in a sliding layer: bool `[length, keys]`.

@@ -9,10 +9,13 @@ mod common;
 mod custom;
 mod fields;
 mod limits;
+mod vision;
 
+pub(crate) use common::{IS_CAUSAL, PER_LAYER_CONFIG, QUANTIZATION_CONFIG, TRANSFORMERS_WEIGHTS};
 pub use custom::{Activation, Custom, Head, Positions, Progress, StackInput};
 pub(crate) use fields::{Fields, Refused, is_empty};
 pub(crate) use limits::{MOST_HEAD_DIM, MOST_LABELS, MOST_LAYERS, MOST_SIZE};
+pub use vision::Vision;
 
 use std::fmt;
 
@@ -31,6 +34,8 @@ pub struct Config {
     pub encoder: Stack,
     /// The causal stack, which writes the target and attends to the encoder's output.
     pub decoder: Stack,
+    /// Whether the decoder attends to target and source in one softmax, instead of one after the other.
+    pub merged_attention: bool,
     /// Whether the output head shares the decoder's embedding table when the checkpoint stores no head of its own.
     pub tie_word_embeddings: bool,
     /// Special token ids; those of `generation_config.json` take precedence.
@@ -39,6 +44,10 @@ pub struct Config {
     pub architecture: Architecture,
     /// The part that only classifiers have.
     pub classifier: Option<Classifier>,
+    /// The part that reads images; none if there is none, or if it is not exported.
+    pub vision: Option<Vision>,
+    /// The token whose embedding is a vector of its own, in both stacks: the one behind an image.
+    pub end_of_image: Option<i64>,
     /// How its interface differs from the family's own.
     pub custom: Custom,
     /// Generation settings, which transformers takes from here if there is no `generation_config.json`, except those
@@ -55,16 +64,19 @@ pub struct Config {
 pub enum Family {
     /// Two Gemma 2 stacks (arXiv 2504.06225).
     T5Gemma,
+    /// Two Gemma 3 stacks and a SigLIP tower (arXiv 2512.14856).
+    T5Gemma2,
 }
 
 impl Family {
     /// Every family.
-    pub const ALL: [Family; 1] = [Family::T5Gemma];
+    pub const ALL: [Family; 2] = [Family::T5Gemma, Family::T5Gemma2];
 
     /// The name in manifests, and `model_type` in `config.json`.
     pub fn name(self) -> &'static str {
         match self {
             Family::T5Gemma => "t5gemma",
+            Family::T5Gemma2 => "t5gemma2",
         }
     }
 
@@ -72,6 +84,7 @@ impl Family {
     pub fn class_prefix(self) -> &'static str {
         match self {
             Family::T5Gemma => "T5Gemma",
+            Family::T5Gemma2 => "T5Gemma2",
         }
     }
 }
@@ -179,12 +192,25 @@ pub struct Stack {
     pub attention_bias: bool,
     /// Added to the mean square in RMSNorm.
     pub rms_norm_eps: f64,
-    /// Base of the rotary frequencies.
-    pub rope_theta: f64,
+    /// Whether queries and keys are normed, each head by itself, before they are rotated.
+    pub qk_norm: bool,
+    /// Rotary positions of the layers that see every position.
+    pub full_rope: Rope,
+    /// Rotary positions of the layers with a window.
+    pub sliding_rope: Rope,
     /// The longest sequence, in tokens.
     pub max_position_embeddings: usize,
     /// What the self-attention of each layer sees; there are `num_hidden_layers`.
     pub layers: Vec<LayerType>,
+}
+
+/// Rotary frequencies: `θ^(−2j/head_dim) / factor`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Rope {
+    /// The base `θ`.
+    pub theta: f64,
+    /// What every frequency is divided by.
+    pub factor: f64,
 }
 
 /// What the self-attention of a layer sees.
@@ -209,6 +235,16 @@ impl Config {
             Architecture::Model | Architecture::EncoderModel => Task::FeatureExtraction(Features::default()),
             Architecture::SequenceClassification => Task::TextClassification,
             Architecture::TokenClassification => Task::TokenClassification,
+        }
+    }
+}
+
+impl Stack {
+    /// The rotary positions of a layer.
+    pub fn rope(&self, layer: LayerType) -> Rope {
+        match layer {
+            LayerType::Full => self.full_rope,
+            LayerType::Sliding(_) => self.sliding_rope,
         }
     }
 }

@@ -25,6 +25,9 @@ pub struct Facts {
     /// The part that only classifiers have.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub classifier: Option<ClassifierFacts>,
+    /// The part that reads images, if there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vision: Option<VisionFacts>,
     /// How the interface differs from the family's own.
     #[serde(default, skip_serializing_if = "Custom::is_stock")]
     pub custom: Custom,
@@ -65,6 +68,30 @@ pub struct ClassifierFacts {
     pub problem_type: Option<ProblemType>,
 }
 
+/// The part that reads images.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VisionFacts {
+    /// Pixels of a side of the square image.
+    pub image_size: usize,
+    /// Tokens of an image.
+    pub tokens_per_image: usize,
+    /// The token that stands for a token of an image.
+    pub image_token: i64,
+    /// The token before an image.
+    pub start_of_image: i64,
+    /// The token behind an image.
+    pub end_of_image: i64,
+    /// Width of the tower.
+    pub hidden_size: usize,
+    /// Width between the two layers of its feed-forward blocks.
+    pub intermediate_size: usize,
+    /// Heads of the tower.
+    pub num_attention_heads: usize,
+    /// Patches of an image.
+    pub patches: usize,
+}
+
 impl Config {
     /// What a runtime needs to know.
     pub fn facts(&self) -> Facts {
@@ -78,6 +105,17 @@ impl Config {
                 is_encoder_decoder: classifier.is_encoder_decoder,
                 labels: classifier.labels.clone(),
                 problem_type: classifier.problem_type,
+            }),
+            vision: self.vision.as_ref().map(|vision| VisionFacts {
+                image_size: vision.image_size,
+                tokens_per_image: vision.tokens_per_image,
+                image_token: vision.image_token,
+                start_of_image: vision.start_of_image,
+                end_of_image: self.end_of_image.unwrap_or_default(),
+                hidden_size: vision.hidden_size,
+                intermediate_size: vision.intermediate_size,
+                num_attention_heads: vision.num_attention_heads,
+                patches: vision.grid() * vision.grid(),
             }),
             custom: self.custom.clone(),
         }
@@ -126,6 +164,26 @@ impl Facts {
         if let Some(cap) = self.final_logit_softcapping.filter(|cap| !(cap.is_finite() && *cap > 0.0)) {
             let (field, expected) = ("final_logit_softcapping".to_string(), "a positive number or null".to_string());
             return Err(ConfigError { field, expected, found: cap.to_string() });
+        }
+        if let Some(vision) = &self.vision {
+            for (field, size) in [
+                ("image_size", vision.image_size),
+                ("tokens_per_image", vision.tokens_per_image),
+                ("hidden_size", vision.hidden_size),
+                ("intermediate_size", vision.intermediate_size),
+                ("num_attention_heads", vision.num_attention_heads),
+                ("patches", vision.patches),
+            ] {
+                // Squares of these are allocated.
+                if !(1..=MOST_HEAD_DIM * MOST_HEAD_DIM / 4).contains(&size) {
+                    let field = format!("vision.{field}");
+                    return Err(ConfigError {
+                        field,
+                        expected: "the size of an image".into(),
+                        found: size.to_string(),
+                    });
+                }
+            }
         }
         self.custom.check()?;
         let TokenIds { bos, eos, pad } = &self.tokens;

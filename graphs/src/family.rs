@@ -2,6 +2,7 @@
 //! own. Callers above never ask for the family; code below does not know that there are several.
 
 use crate::config::{Config, ConfigError, Family, Fields};
+use crate::manifest::EncoderWindow;
 use crate::onnx::Definition;
 use crate::options::Options;
 use crate::tensors::Tensors;
@@ -19,10 +20,10 @@ impl Config {
         let model_type = top.text("model_type")?;
         match model_type.as_deref() {
             None | Some("t5gemma") => crate::t5gemma::config::parse(top),
+            Some("t5gemma2") => crate::t5gemma2::config::parse(top),
             Some(VOICE) => crate::t5gemma::voice::parse(top),
             Some(other) => {
                 let hint = match other {
-                    "t5gemma2" => " (T5Gemma 2 is another architecture)",
                     "t5_gemma_module" => " (one stack of a T5Gemma; the whole model's config.json is needed)",
                     _ => "",
                 };
@@ -38,14 +39,24 @@ impl Config {
 pub fn definitions(config: &Config, options: &Options) -> Vec<Definition> {
     match config.family {
         Family::T5Gemma => crate::t5gemma::definitions(config, options),
+        Family::T5Gemma2 => crate::t5gemma2::definitions(config, options),
     }
 }
 
 impl Family {
+    /// The window of its encoder, if that is the same in every version of transformers.
+    pub fn encoder_window(self) -> Option<EncoderWindow> {
+        match self {
+            Family::T5Gemma => None,
+            Family::T5Gemma2 => Some(EncoderWindow::Total),
+        }
+    }
+
     /// The names of its tensors.
     pub fn tensors(self) -> &'static Tensors {
         match self {
             Family::T5Gemma => &crate::t5gemma::TENSORS,
+            Family::T5Gemma2 => &crate::t5gemma2::TENSORS,
         }
     }
 }
@@ -65,10 +76,7 @@ mod tests {
             assert_eq!(config.family, family);
         }
         assert_eq!(parsed("").expect("without a name").family, Family::T5Gemma);
-        let error = parsed("\"model_type\": \"t5gemma2\",").expect_err("another family").to_string();
-        assert_eq!(
-            error,
-            "model_type: expected \"t5gemma\" or \"t5gemma_voice\", found \"t5gemma2\" (T5Gemma 2 is another architecture)"
-        );
+        let error = parsed("\"model_type\": \"t5\",").expect_err("another family").to_string();
+        assert_eq!(error, "model_type: expected \"t5gemma\" or \"t5gemma2\" or \"t5gemma_voice\", found \"t5\"");
     }
 }

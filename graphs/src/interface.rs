@@ -21,6 +21,8 @@ pub const ENCODER: &str = "encoder_model.onnx";
 pub const DECODER: &str = "decoder_model.onnx";
 /// File name of the graph of the cached decoder steps.
 pub const DECODER_WITH_PAST: &str = "decoder_with_past_model.onnx";
+/// File name of the graph from images to what the encoder reads of them.
+pub const VISION_ENCODER: &str = "vision_encoder.onnx";
 /// File name of the only graph of a model that does not generate.
 pub const MODEL: &str = "model.onnx";
 /// File name of [`ENCODER`] with an adapter among its inputs.
@@ -45,6 +47,8 @@ pub const ENGINES: &str = "engines";
 pub const BATCH: &str = "batch_size";
 /// The dimension of target rows per source row.
 pub const BEAMS: &str = "num_beams";
+/// The dimension of images.
+pub const IMAGES: &str = "num_images";
 /// The dimension of source tokens, padding included.
 pub const SOURCE_LENGTH: &str = "encoder_sequence_length";
 /// The dimension of the target tokens that a step is given.
@@ -72,6 +76,10 @@ pub const TOP_IDS: &str = "top_ids";
 pub const LOG_SUM_EXP: &str = "log_sum_exp";
 /// The output of [`DecoderOutputs::cross_attentions`].
 pub const CROSS_ATTENTIONS: &str = "cross_attentions";
+/// The input of the graph in [`VISION_ENCODER`].
+pub const PIXEL_VALUES: &str = "pixel_values";
+/// The output of the graph in [`VISION_ENCODER`], and the last input of a graph that reads sources with images.
+pub const IMAGE_FEATURES: &str = "image_features";
 /// The input with the float positions of source tokens.
 pub const POSITION_IDS: &str = "position_ids";
 /// The input with the float positions of target tokens.
@@ -311,15 +319,41 @@ pub fn graphs(
     cache: CacheLayout,
     task: &Task,
 ) -> Vec<GraphSpec> {
+    let vision = facts.vision.as_ref().map(|_| {
+        let ports = vision_encoder(facts, dtype);
+        GraphSpec { name: "vision_encoder", file: VISION_ENCODER, ports }
+    });
     if !task.is_generation() {
-        return vec![GraphSpec { name: "model", file: MODEL, ports: model(facts, dtype, task) }];
+        let model = GraphSpec { name: "model", file: MODEL, ports: model(facts, dtype, task) };
+        return [model].into_iter().chain(vision).collect();
     }
     let Interface { encoder, decoder, decoder_with_past } = Interface::of(facts, dtype, outputs, cache);
-    vec![
+    let graphs = [
         GraphSpec { name: "encoder", file: ENCODER, ports: encoder },
         GraphSpec { name: "decoder", file: DECODER, ports: decoder },
         GraphSpec { name: "decoder_with_past", file: DECODER_WITH_PAST, ports: decoder_with_past },
-    ]
+    ];
+    graphs.into_iter().chain(vision).collect()
+}
+
+/// The ports of the graph in [`VISION_ENCODER`].
+///
+/// # Panics
+/// If the model reads no images.
+pub(crate) fn vision_encoder(facts: &Facts, dtype: DType) -> Ports {
+    let vision = facts.vision.as_ref().expect("a model that reads images");
+    let (images, side) = (Dim::symbol(IMAGES), Dim::fixed(vision.image_size));
+    Ports {
+        inputs: vec![port(PIXEL_VALUES, DType::Float32, &[&images, &Dim::fixed(3), &side, &side])],
+        outputs: image_features(facts, dtype).into_iter().collect(),
+    }
+}
+
+/// The features of images, which may be none, in reading order: none if the model reads none.
+fn image_features(facts: &Facts, dtype: DType) -> Option<Port> {
+    let vision = facts.vision.as_ref()?;
+    let (tokens, hidden) = (Dim::fixed(vision.tokens_per_image), Dim::fixed(facts.encoder.hidden_size));
+    Some(port(IMAGE_FEATURES, dtype, &[&Dim::symbol(IMAGES), &tokens, &hidden]))
 }
 
 /// The last output of a graph with observed activations, float32 `[count]`: `max |x|` over the run for the operand of
@@ -376,7 +410,8 @@ pub(crate) fn model(facts: &Facts, dtype: DType, task: &Task) -> Ports {
     }
 }
 
-/// What a graph that reads sources takes: ids or vectors, the mask, and float positions if there are any.
+/// What a graph that reads sources takes: ids or vectors, the mask, float positions if there are any, and the features
+/// of images if it reads them.
 fn source_inputs(facts: &Facts, dtype: DType, batch: &Dim, source: &Dim) -> Vec<Port> {
     let ids = match facts.custom.encoder_input {
         StackInput::InputIds => port("input_ids", DType::Int64, &[batch, source]),
@@ -385,7 +420,8 @@ fn source_inputs(facts: &Facts, dtype: DType, batch: &Dim, source: &Dim) -> Vec<
         }
     };
     let mask = port("attention_mask", DType::Int64, &[batch, source]);
-    [ids, mask].into_iter().chain(source_positions(facts, batch, source)).collect()
+    let positions = source_positions(facts, batch, source);
+    [ids, mask].into_iter().chain(positions).chain(image_features(facts, dtype)).collect()
 }
 
 fn source_positions(facts: &Facts, batch: &Dim, source: &Dim) -> Option<Port> {

@@ -38,8 +38,14 @@ mod reorder;
 mod versions;
 
 mod t5gemma;
+mod t5gemma2;
+
+mod encoder;
+mod features;
+mod outputs;
 
 mod attention;
+mod merged_attention;
 mod nn;
 mod rotary;
 mod sequence;

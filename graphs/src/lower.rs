@@ -16,7 +16,9 @@ pub use cuda::Cuda;
 pub use portable::Portable;
 pub use tensorrt::TensorRt;
 
+use crate::interface::BEAMS;
 use crate::onnx::{DType, Data, Dim, Packed, Value};
+use crate::sequence::KeyValue;
 
 /// What a target's runtime can do. The exporter and the blocks read these fields; none of them compares targets.
 #[derive(Clone, Copy, Debug)]
@@ -42,6 +44,8 @@ pub struct Capabilities {
     /// Self-attention over a cache that is written in place: the number that `head_dim` has to be a multiple of. None
     /// if the target has no such operator.
     pub in_place_head_dim: Option<usize>,
+    /// Whether attention to target and source in one softmax is an operator over such a cache.
+    pub merges_in_place: bool,
     /// Whether the cache can be given a fixed capacity.
     pub static_cache: bool,
     /// Whether several sources can lie side by side in a row of the encoder, which pays where padding is computed for
@@ -90,6 +94,22 @@ pub struct Attention<'g> {
     pub cap: Option<f64>,
 }
 
+/// Attention to two sets of keys in one softmax.
+pub struct MergedAttention<'g> {
+    /// `[rows, length, heads, head_dim]`
+    pub query: Value<'g>,
+    /// Of each row by itself: `[rows, kv_heads, keys, head_dim]`.
+    pub own: KeyValue<'g>,
+    /// Which of its own keys a query sees: bool, broadcast against `[rows, kv_heads, group, length, keys]`.
+    pub own_visible: Value<'g>,
+    /// Of a source, which `rows / batch` beams share: `[batch, kv_heads, source, head_dim]`.
+    pub source: KeyValue<'g>,
+    /// Which keys of the source are seen: bool `[batch, 1, 1, 1, source]`.
+    pub source_visible: Value<'g>,
+    /// Factor of the scores.
+    pub scale: f64,
+}
+
 /// Cosines and sines of rotary angles, float.
 #[derive(Clone, Copy)]
 pub struct Rotation<'g> {
@@ -135,6 +155,11 @@ pub trait Lowering {
     /// `softmax(softcap(q·kᵀ·scale) + (visible ? 0 : min)) · v`, as `[batch, queries, heads, head_dim]`.
     fn attention<'g>(&self, attention: Attention<'g>) -> Value<'g> {
         attention_with_weights(attention).0
+    }
+
+    /// `softmax([q·k_ownᵀ, q·k_sourceᵀ]·scale + mask) · [v_own, v_source]`, as `[rows, length, heads, head_dim]`.
+    fn merged_attention<'g>(&self, attention: MergedAttention<'g>) -> Value<'g> {
+        merged_attention_with_weights(attention).0
     }
 
     /// An upper bound of the target tokens in any row, int32 `[1]`, for attention over a cache that is written in
@@ -191,6 +216,58 @@ pub fn attention_with_weights(a: Attention<'_>) -> (Value<'_>, Value<'_>) {
         .transpose(&[0, 3, 1, 2, 4])
         .reshape(&[batch, queries, heads, head_dim]);
     (read, weights)
+}
+
+/// The portable form of [`Lowering::merged_attention`], and the softmax over the source: float32 `[batch, kv_heads,
+/// beams, group·length, source]`.
+pub fn merged_attention_with_weights(a: MergedAttention<'_>) -> (Value<'_>, Value<'_>) {
+    let [rows, length, heads, head_dim] = [0, 1, 2, 3].map(|axis| a.query.dim(axis));
+    let [batch, kv_heads, source] = [0, 1, 2].map(|axis| a.source.key.dim(axis));
+    let keys = a.own.key.dim(2);
+    let group = match (heads.as_fixed(), kv_heads.as_fixed()) {
+        (Some(heads), Some(kv_heads)) => Dim::fixed(heads / kv_heads),
+        _ => unreachable!("the numbers of heads come from the config"),
+    };
+    let beams = if rows == batch { Dim::fixed(1) } else { Dim::symbol(BEAMS) };
+    let (graph, dtype, queries) = (a.query.graph(), a.query.dtype(), group.times(&length));
+    let of_rows = |last: &Dim| [rows.clone(), kv_heads.clone(), queries.clone(), last.clone()];
+    let by_beam = |last: &Dim| [batch.clone(), beams.clone(), kv_heads.clone(), queries.clone(), last.clone()];
+    let by_head = |last: &Dim| [batch.clone(), kv_heads.clone(), beams.clone(), queries.clone(), last.clone()];
+    let of_source = |last: &Dim| [batch.clone(), kv_heads.clone(), beams.times(&queries), last.clone()];
+    /// Between the heads of the beams of a source, and the beams of each of its heads.
+    fn swapped(x: Value<'_>) -> Value<'_> {
+        x.transpose(&[0, 2, 1, 3, 4])
+    }
+
+    let q = (a.query * a.scale)
+        .reshape(&[rows.clone(), length.clone(), kv_heads.clone(), group.clone(), head_dim.clone()])
+        .transpose(&[0, 2, 3, 1, 4]) // [rows, kv_heads, group, length, head_dim]
+        .reshape(&of_rows(&head_dim));
+    let own = q.matmul(a.own.key.transpose(&[0, 1, 3, 2])).cast(DType::Float32);
+    let own_bias = a.own_visible.select(DType::Float32, 0.0, f32::MIN.into());
+    let grouped = [rows.clone(), kv_heads.clone(), group.clone(), length.clone(), keys.clone()];
+    let own = (own.reshape(&grouped) + own_bias).reshape(&of_rows(&keys));
+    let own = swapped(own.reshape(&by_beam(&keys)));
+
+    let q = swapped(q.reshape(&by_beam(&head_dim))).reshape(&of_source(&head_dim));
+    let read = q.matmul(a.source.key.transpose(&[0, 1, 3, 2])).cast(DType::Float32);
+    let bias = a.source_visible.select(DType::Float32, 0.0, f32::MIN.into());
+    let read = read.reshape(&by_head(&source)) + bias;
+
+    let weights = Value::concat(&[own, read], -1).softmax();
+    let (none, middle) = (graph.size(&Dim::fixed(0)), graph.size(&keys));
+    let end = middle + graph.size(&source);
+    let own = weights.slice([none, middle], &keys, -1);
+    let of_source_keys = weights.slice([middle, end], &source, -1);
+
+    let own = swapped(own.cast(dtype)).reshape(&of_rows(&keys)).matmul(a.own.value);
+    let read = of_source_keys.cast(dtype).reshape(&of_source(&source)).matmul(a.source.value);
+    let read = swapped(read.reshape(&by_head(&head_dim))).reshape(&of_rows(&head_dim));
+    let read = (own + read)
+        .reshape(&[rows.clone(), kv_heads, group, length.clone(), head_dim.clone()])
+        .transpose(&[0, 3, 1, 2, 4])
+        .reshape(&[rows, length, heads, head_dim]);
+    (read, of_source_keys)
 }
 
 /// A mask of rank 4 at most, with an entry for each of `queries`: from bool that is broadcast along the head axes

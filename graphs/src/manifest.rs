@@ -58,7 +58,7 @@ pub struct Manifest {
     pub dtype: DType,
     /// Version of the standard operator set.
     pub opset: u32,
-    /// Whether encoder positions exactly one window apart attend to each other: `inclusive` or `exclusive`.
+    /// The positions that encoder layers with a sliding window attend to: `inclusive`, `exclusive` or `total`.
     pub encoder_window: EncoderWindow,
     /// Whether several sources can lie side by side in a row of the encoder: `attention_mask` then has the number of
     /// each token's source, from 1 on, or 0 for padding.
@@ -175,6 +175,20 @@ pub enum EncoderWindow {
     Inclusive,
     /// `|query - key| < W`: Google's own code, transformers up to 5.3, and flash attention.
     Exclusive,
+    /// `W` positions in all, `-(W / 2) <= query - key < (W + 1) / 2`, of which one more lies ahead if `W` is even:
+    /// T5Gemma 2.
+    Total,
+}
+
+impl EncoderWindow {
+    /// How many positions a query sees before and after its own.
+    pub fn reach(self, window: usize) -> (usize, usize) {
+        match self {
+            EncoderWindow::Inclusive => (window, window),
+            EncoderWindow::Exclusive => (window - 1, window - 1),
+            EncoderWindow::Total => (window.div_ceil(2) - 1, window / 2),
+        }
+    }
 }
 
 /// Where the weights came from.

@@ -84,6 +84,13 @@ pub fn rms_norm<'g>(x: Value<'g>, w: &Weights<'g>) -> Value<'g> {
     w.lowering.rms_norm(x.cast(DType::Float32), factor, w.stack.rms_norm_eps)
 }
 
+/// [`rms_norm`] of each head of x, `[…, head_dim]`, returned in the dtype of x.
+pub fn head_norm<'g>(x: Value<'g>, w: &Weights<'g>) -> Value<'g> {
+    let _scope = w.scope();
+    let factor = w.at("weight").one_plus(w.stack.head_dim);
+    w.lowering.rms_norm(x.cast(DType::Float32), factor, w.stack.rms_norm_eps).cast(x.dtype())
+}
+
 /// `down(gelu(gate(x)) ⊙ up(x))`
 pub fn gated_mlp<'g>(x: Value<'g>, w: &Weights<'g>) -> Value<'g> {
     let _scope = w.scope();

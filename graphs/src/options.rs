@@ -40,9 +40,11 @@ pub struct Options {
     pub takes_adapters: bool,
 }
 
-/// The checkpoint's names of the decoder's two vocabulary-wide tensors; equal where the head is tied.
+/// The checkpoint's names of the vocabulary-wide tensors; equal where they are tied.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Vocabulary {
+    /// `[vocab_size, hidden_size]`, looked up by source tokens.
+    pub source_embedding: String,
     /// `[vocab_size, hidden_size]`, looked up by target tokens.
     pub embedding: String,
     /// `[vocab_size, hidden_size]`, multiplied with the last hidden state.
@@ -51,16 +53,25 @@ pub struct Vocabulary {
     pub kept: Option<Arc<[usize]>>,
     /// A head that is not the family's own; `head` is then its last matrix.
     pub custom_head: Head,
-}
-
-impl Vocabulary {
-    /// What a tensor is for; `family` knows the family's own.
-    pub fn role(&self, tensor: &str, family: impl Fn(&str) -> Option<Role>) -> Option<Role> {
-        self.custom_head.role(Some(&self.embedding), tensor, family)
-    }
+    /// The vectors of the token behind an image, by which source and target tokens are embedded: `[hidden_size]`. None
+    /// if they are zeros.
+    pub end_of_image: Option<[String; 2]>,
 }
 
 impl Options {
+    /// What a tensor is for; `family` knows the family's own. A table that is both embedding and head is the head.
+    pub fn role(&self, tensor: &str, family: impl Fn(&str) -> Option<Role>) -> Option<Role> {
+        if self.is_head(tensor) {
+            return Some(Role::Head);
+        }
+        self.vocabulary.custom_head.role(Some(&self.vocabulary.embedding), tensor, family)
+    }
+
+    /// Whether a tensor is the output head, whatever else it is.
+    pub fn is_head(&self, tensor: &str) -> bool {
+        self.task.is_generation() && tensor == self.vocabulary.head
+    }
+
     /// The ports of the graphs that these options give.
     pub fn interface(&self, config: &Config) -> Interface {
         Interface::of(&config.facts(), self.dtype, self.decoder_outputs(), self.cache(config))
@@ -93,10 +104,14 @@ impl Options {
     pub fn cache(&self, config: &Config) -> CacheLayout {
         // The operators over a cache in place rotate by integer positions.
         let are_integer = config.custom.target_positions == Positions::Integer;
-        let in_place = self.target.capabilities().in_place_head_dim.filter(|_| are_integer);
+        let capabilities = self.target.capabilities();
+        let is_in_place = match capabilities.in_place_head_dim {
+            _ if config.merged_attention => capabilities.merges_in_place,
+            unit => unit.is_some_and(|unit| are_integer && config.decoder.head_dim.is_multiple_of(unit)),
+        };
         match self.capacity {
             Some(capacity) => CacheLayout::Static(capacity),
-            None if in_place.is_some_and(|unit| config.decoder.head_dim.is_multiple_of(unit)) => CacheLayout::InPlace,
+            None if is_in_place => CacheLayout::InPlace,
             None => CacheLayout::Growing,
         }
     }

@@ -31,8 +31,8 @@ impl Quantization {
             Role::Encoder | Role::EncoderEmbedding => self.encoder,
             Role::Decoder | Role::CrossKeyValue => self.decoder,
             Role::Head | Role::DecoderEmbedding => self.head,
-            // A row for each label: nothing to save, and it decides the answer.
-            Role::Classifier => None,
+            // A row for each label: nothing to save, and it decides the answer. Images are read once in a request.
+            Role::Classifier | Role::Vision => None,
         }
     }
 

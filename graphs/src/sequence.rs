@@ -11,6 +11,13 @@ pub struct KeyValue<'g> {
     pub value: Value<'g>,
 }
 
+/// What a decoder's layer attends to: the target so far (none at the first step), and the source.
+#[derive(Clone, Copy)]
+pub struct Memory<'g> {
+    pub past: Option<KeyValue<'g>>,
+    pub source: KeyValue<'g>,
+}
+
 /// The tokens that a graph runs on, `rows × length` of them, and their positions in their sequences.
 #[derive(Clone)]
 pub struct Tokens<'g> {

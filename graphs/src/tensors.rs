@@ -22,16 +22,25 @@ pub enum Role {
     Head,
     /// Multiplied with hidden states, for the scores of labels.
     Classifier,
+    /// The tower that reads images, and what projects its output to the encoder's width.
+    Vision,
 }
 
 /// The names of a family's tensors.
 #[derive(Debug)]
 pub struct Tensors {
-    /// The decoder's embedding, `[vocab_size, hidden_size]`: first its own name, then the tensors that stand for it, in
+    /// The encoder's embedding, `[vocab_size, hidden_size]`: first its own name, then the tensors that stand for it, in
     /// this order, where embeddings are tied and it is not stored.
+    pub encoder_embedding: &'static [&'static str],
+    /// The decoder's embedding, `[vocab_size, hidden_size]`: as for the encoder's.
     pub decoder_embedding: &'static [&'static str],
     /// The output head, `[vocab_size, hidden_size]`: as for the embedding.
     pub head: &'static [&'static str],
+    /// The vectors of the token behind an image, `[hidden_size]`, of the encoder and of the decoder; each stands for the
+    /// other where it is not stored.
+    pub end_of_image: Option<[&'static str; 2]>,
+    /// What the names of the tensors that read images begin with; nothing else has such names.
+    pub vision: &'static [&'static str],
     /// The norm behind the decoder's last layer, `[hidden_size]`.
     pub decoder_norm: &'static str,
     /// What the names of both stacks' tensors begin with. The classes with a head put `model.` before it.

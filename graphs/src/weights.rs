@@ -105,6 +105,11 @@ impl<'g> Weights<'g> {
         self.graph.parameter(&self.name(), &self.source(shape), self.dtype(), shape, Adjust::AsIs)
     }
 
+    /// The vector at this path, in float32 whatever dtype the matrices have.
+    pub fn float32(&self, shape: &[usize]) -> Value<'g> {
+        self.graph.parameter(&self.name(), &self.source(shape), DType::Float32, shape, Adjust::AsIs)
+    }
+
     /// `1 +` the vector at this path, in float32 whatever dtype the matrices have.
     pub fn one_plus(&self, size: usize) -> Value<'g> {
         self.graph.parameter(&self.path, &self.source(&[size]), DType::Float32, &[size], Adjust::OnePlus)
@@ -145,7 +150,7 @@ impl<'g> Weights<'g> {
     /// because a row is not a multiple of blocks. If the table is also the head, its packed bytes get a second name
     /// with the shape that the lookup takes.
     pub fn packed_table(&self, [n, k]: [usize; 2]) -> Option<Packed<'g>> {
-        let is_head = self.path == self.options.vocabulary.head;
+        let is_head = self.options.is_head(&self.path);
         let blocks = self.quantization().map(|blocks| if is_head { blocks } else { blocks.for_embedding() });
         // Standard operators would have to unpack the whole table.
         let blocks = blocks.filter(|blocks| k.is_multiple_of(blocks.size) && !self.is_signed())?;
@@ -219,7 +224,7 @@ impl<'g> Weights<'g> {
 
     /// The format of the matrix at this path, if it is quantized.
     fn quantization(&self) -> Option<Blocks> {
-        let role = self.options.vocabulary.role(&self.path, self.role);
+        let role = self.options.role(&self.path, self.role);
         self.options.quantization.of(&self.path, role)
     }
 

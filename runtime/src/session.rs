@@ -16,6 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use ort::session::{Session, SessionInputValue};
 use ort::value::DynValue;
+use t5gemma_graphs::interface::Port;
 use t5gemma_kernels::{Kernels, LogitsRequest};
 
 use crate::batch::Batch;
@@ -23,7 +24,7 @@ use crate::cancellation::Cancellation;
 use crate::error::Error;
 use crate::fork::{InCall, Origin};
 use crate::positions;
-pub(crate) use crate::tensors::{float32_tensor, float32_values, int64_tensor};
+pub(crate) use crate::tensors::{float_tensor, float32_tensor, float32_values, int64_tensor};
 pub(crate) use open::Opener;
 pub use options::{DEFAULT_ENCODER_CACHE_BYTES, OpenOptions};
 
@@ -33,6 +34,8 @@ pub(crate) struct GraphSession {
     pub kernels: Kernels,
     /// The scale of the float positions that the graph takes with sources, if it takes any.
     source_scale: Option<f32>,
+    /// The input for the features of images, if the graph reads sources with images.
+    image_features: Option<Port>,
     origin: Origin,
 }
 
@@ -67,8 +70,14 @@ impl DerefMut for Locked<'_> {
 }
 
 impl GraphSession {
-    fn new(session: Session, kernels: Kernels, source_scale: Option<f32>) -> GraphSession {
-        GraphSession { session: Arc::new(Mutex::new(session)), kernels, source_scale, origin: Origin::now() }
+    fn new(
+        session: Session,
+        kernels: Kernels,
+        source_scale: Option<f32>,
+        image_features: Option<Port>,
+    ) -> GraphSession {
+        let session = Arc::new(Mutex::new(session));
+        GraphSession { session, kernels, source_scale, image_features, origin: Origin::now() }
     }
 
     /// The session, for a run whose logits come in dense rows.
@@ -122,8 +131,10 @@ impl GraphSession {
         cancel: &Cancellation,
     ) -> Result<Vec<DynValue>, Error> {
         let positions = self.source_positions(rows, &mask)?;
+        let images = self.image_features.as_ref().map(no_images).transpose()?;
         let (ids, mask) = (int64_tensor(rows, ids)?, int64_tensor(rows, mask)?);
-        let inputs = [&ids, &mask].into_iter().chain(&positions).chain(others.iter().map(|other| &**other));
+        let inputs = [&ids, &mask].into_iter().chain(&positions).chain(&images);
+        let inputs = inputs.chain(others.iter().map(|other| &**other));
         let inputs: Vec<SessionInputValue> = inputs.map(SessionInputValue::from).collect();
         self.run(LogitsRequest::All, &inputs, during, cancel)
     }
@@ -133,6 +144,12 @@ impl GraphSession {
         let positions = self.source_scale.map(|scale| positions::of_sources(mask, mask.len() / rows, scale));
         positions.map(|positions| float32_tensor(rows, positions)).transpose()
     }
+}
+
+/// The features of no images.
+fn no_images(port: &Port) -> Result<DynValue, Error> {
+    let [tokens, width] = [1, 2].map(|axis| port.shape[axis].as_fixed().unwrap_or(0));
+    float_tensor(port.dtype, [0, tokens, width], Vec::new()).map_err(Error::onnxruntime("preparing a run"))
 }
 
 /// Runs a locked session and returns its outputs in order.

@@ -45,7 +45,14 @@ pub(super) struct Prepared<'e> {
 impl<'e> Prepared<'e> {
     pub fn new(export: &'e Export, source: &'e Source) -> Result<Prepared<'e>> {
         let SourceConfig { text: config_text, mut config, origin } = source.config()?;
+        rules::check_family(export, &config)?;
         export.custom.lay_over(&mut config, source)?;
+        if !reads_images(export, &config, source) {
+            config.vision = None;
+        }
+        if let Some(vision) = &config.vision {
+            vision.check().map_err(|error| Error::config(&origin, error))?;
+        }
         let task = rules::task(export.task.clone(), &config)?;
         custom::check(export, &config, &task)?;
         rules::check_task(export, &task)?;
@@ -70,8 +77,8 @@ impl<'e> Prepared<'e> {
             rules::check_kept_tokens(tokens, &config, generation_config.as_ref())?;
         }
         let vocabulary = match source {
-            Source::Checkpoint(checkpoint) if task.is_generation() => weights::vocabulary(&config, checkpoint)?,
-            _ => weights::default_vocabulary(&config),
+            Source::Checkpoint(checkpoint) => weights::vocabulary(&config, checkpoint, &task)?,
+            Source::Dummy { .. } => weights::default_vocabulary(&config),
         };
         let padding_row = rules::padding_row(export, &task, &config)?;
         let options = Options {
@@ -80,7 +87,7 @@ impl<'e> Prepared<'e> {
             dtype: export.dtype,
             logits: export.logits,
             alignment_layers: rules::alignment_layers(&export.alignment, &config)?,
-            encoder_window: export.encoder_window,
+            encoder_window: config.family.encoder_window().unwrap_or(export.encoder_window),
             quantization: export.quantization.clone(),
             activations: export.activations.clone(),
             capacity: export.capacity,
@@ -130,6 +137,16 @@ impl<'e> Prepared<'e> {
             memory,
         })
     }
+}
+
+/// Whether the model is to read images, and has the weights for it: a text-only checkpoint may have a configuration of
+/// the part that does, with the defaults.
+fn reads_images(export: &Export, config: &Config, source: &Source) -> bool {
+    export.vision
+        && match source {
+            Source::Checkpoint(checkpoint) => checkpoint.lists(|name| weights::is_of_vision(name, config)),
+            Source::Dummy { .. } => true,
+        }
 }
 
 /// Refuses a configuration with more layers than the checkpoint can have, before graphs with that many layers are

@@ -7,12 +7,13 @@ use serde_json::Value;
 use t5gemma_graphs::config::{Config, Stack};
 use t5gemma_graphs::interface::{DType, Logits};
 use t5gemma_graphs::json::cut;
+use t5gemma_graphs::manifest::EncoderWindow;
 use t5gemma_graphs::onnx::{Blocks, Code};
 use t5gemma_graphs::quantization::{self, Activations, Quantization};
 use t5gemma_graphs::task::{Features, PaddingRows, Pooling, Task};
 use t5gemma_graphs::{Capabilities, Options, Packing, Target, definitions};
 
-use super::{Alignment, Export, PaddingRow};
+use super::{Alignment, CustomInterface, Export, PaddingRow};
 use crate::checkpoint::{self, GENERATION_CONFIG};
 use crate::error;
 use crate::settings::{Setting, SettingError};
@@ -214,6 +215,21 @@ pub(super) fn check_fixed_length(plan: &ServingPlan, task: &Task) -> Result<()> 
     }
     let found = if shortest == longest { format!("source={longest}") } else { format!("source={shortest}..{longest}") };
     Err(requires(Setting::FixedLength, &length.to_string(), Setting::Plan, format!("source={length}"), found))
+}
+
+/// Refuses options that a family of models does not have.
+pub(super) fn check_family(export: &Export, config: &Config) -> Result<()> {
+    let Some(window) = config.family.encoder_window() else { return Ok(()) };
+    let family = config.family.class_prefix();
+    if export.encoder_window == EncoderWindow::Exclusive {
+        let expected = format!("the window of {family} ({window:?})").to_lowercase();
+        return Err(SettingError::invalid(Setting::EncoderWindow, expected, "exclusive"));
+    }
+    if export.custom != CustomInterface::default() {
+        let expected = "a T5Gemma";
+        return Err(SettingError::invalid(Setting::Custom, expected, family));
+    }
+    Ok(())
 }
 
 /// Refuses options of the decoder graphs for tasks without them.

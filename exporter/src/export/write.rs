@@ -55,7 +55,7 @@ impl Prepared<'_> {
             target: export.target.name().into(),
             dtype: export.dtype,
             opset: export.target.capabilities().opset,
-            encoder_window: export.encoder_window,
+            encoder_window: self.options.encoder_window,
             side_by_side: self.options.reads_side_by_side(&self.config),
             logits: export.logits,
             kept_tokens: export.kept_tokens.as_ref().map(Vec::len),

@@ -9,7 +9,6 @@ use t5gemma_graphs::Options;
 use t5gemma_graphs::config::{Config, Stack};
 use t5gemma_graphs::interface::{BATCH, CacheLayout, DType, SOURCE_LENGTH};
 use t5gemma_graphs::onnx::{Definition, Dim, ValueInfo};
-use t5gemma_graphs::task::Task;
 
 use super::plan::ServingPlan;
 use crate::error::ParseError;
@@ -67,7 +66,7 @@ impl MemoryEstimate {
     /// The estimate for the graphs that these options give.
     pub(crate) fn new(plan: &ServingPlan, config: &Config, options: &Options, graphs: &[Definition]) -> MemoryEstimate {
         let is_generation = options.task.is_generation();
-        let mut rows = weights(graphs, &options.task);
+        let mut rows = weights(graphs);
         let input = Input::new(plan, options);
         if is_generation {
             rows.extend(generation(plan, config, options, input));
@@ -83,9 +82,20 @@ impl MemoryEstimate {
             let factors: Vec<Factor> = output.shape.iter().map(size).chain([bytes]).collect();
             rows.push(Row::product(output.name.clone(), &factors));
         }
-        rows.push(scratch("encoder", &config.encoder, input));
+        rows.push(scratch("encoder", Widths::of(&config.encoder), input));
+        if let Some(vision) = &config.vision {
+            let patches = vision.grid() * vision.grid();
+            let images = factor(plan.images().max, "images");
+            let input = Input { sources: images, tokens: factor(patches, "patches"), ..input };
+            let widths = Widths {
+                heads: vision.num_attention_heads,
+                intermediate_size: vision.intermediate_size,
+                hidden_size: vision.hidden_size,
+            };
+            rows.push(scratch("vision", widths, input));
+        }
         if !is_generation && config.classifier.as_ref().is_some_and(|classifier| classifier.is_encoder_decoder) {
-            rows.push(scratch("decoder", &config.decoder, input));
+            rows.push(scratch("decoder", Widths::of(&config.decoder), input));
         }
         rows.push(Row::new("CUDA and ONNX Runtime (allowance)", ALLOWANCE));
         let cache = match options.cache(config) {
@@ -124,11 +134,16 @@ impl Input {
 }
 
 /// The weights of the engines.
-fn weights(graphs: &[Definition], task: &Task) -> Vec<Row> {
+fn weights(graphs: &[Definition]) -> Vec<Row> {
     let mut rows = Vec::new();
-    for (at, graph) in graphs.iter().enumerate() {
-        let engine = ["encoder engine", "first decoder engine", "step engine"][at];
-        let engine = if task.is_generation() { engine } else { "engine" };
+    for graph in graphs {
+        let engine = match graph.name.as_str() {
+            "encoder" => "encoder engine",
+            "decoder" => "first decoder engine",
+            "decoder_with_past" => "step engine",
+            "vision_encoder" => "vision engine",
+            _ => "engine",
+        };
         let bytes = graph.parameters.iter().map(|parameter| bytes(graph.value(parameter.value))).sum();
         rows.push(Row::new(format!("weights of the {engine}"), bytes));
     }
@@ -171,11 +186,26 @@ fn generation(plan: &ServingPlan, config: &Config, options: &Options, input: Inp
     ]
 }
 
+/// The sizes that the scratch memory of a layer depends on.
+#[derive(Clone, Copy)]
+struct Widths {
+    heads: usize,
+    intermediate_size: usize,
+    hidden_size: usize,
+}
+
+impl Widths {
+    fn of(stack: &Stack) -> Widths {
+        let Stack { num_attention_heads: heads, intermediate_size, hidden_size, .. } = *stack;
+        Widths { heads, intermediate_size, hidden_size }
+    }
+}
+
 /// The largest scratch memory of a layer over whole sources: its attention scores, twice, and its feed-forward.
-fn scratch(side: &str, sizes: &Stack, input: Input) -> Row {
+fn scratch(side: &str, sizes: Widths, input: Input) -> Row {
     let Input { sources, tokens, element } = input;
     let bytes = factor(DType::Float32.size() + element.count, "bytes (float32 and the model's type)");
-    let scores = [sources, factor(sizes.num_attention_heads, "heads"), tokens, tokens, bytes];
+    let scores = [sources, factor(sizes.heads, "heads"), tokens, tokens, bytes];
     let wide = factor(
         2 * sizes.intermediate_size + 4 * sizes.hidden_size,
         "(intermediate_size twice, hidden_size four times)",

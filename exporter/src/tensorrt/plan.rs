@@ -6,7 +6,9 @@ use std::str::FromStr;
 
 use t5gemma_graphs::Options;
 use t5gemma_graphs::config::Config;
-use t5gemma_graphs::interface::{self, BATCH, BEAMS, CacheLayout, GraphSpec, PAST_LENGTH, SOURCE_LENGTH, STEP_LENGTH};
+use t5gemma_graphs::interface::{
+    self, BATCH, BEAMS, CacheLayout, GraphSpec, IMAGES, PAST_LENGTH, SOURCE_LENGTH, STEP_LENGTH,
+};
 use t5gemma_graphs::onnx::Definition;
 use t5gemma_graphs::task::Task;
 
@@ -68,6 +70,8 @@ pub struct ServingPlan {
     pub(super) batch: SizeRange,
     /// Tokens of a source with its padding.
     pub(super) source: SizeRange,
+    /// Images in a batch; only for models that read images, with 1 if they are omitted.
+    images: Option<SizeRange>,
     /// Maximum tokens of a target with its prompt; only for models that generate.
     pub(super) target: Option<usize>,
     /// Target rows of a source.
@@ -79,7 +83,7 @@ pub struct ServingPlan {
 }
 
 /// The names of the sizes in a plan; the last three are those of a decoder.
-const NAMES: [&str; 5] = ["batch", "source", "target", "beams", "prompt"];
+const NAMES: [&str; 6] = ["batch", "source", "images", "target", "beams", "prompt"];
 
 impl FromStr for ServingPlan {
     type Err = ParseError;
@@ -103,6 +107,7 @@ impl FromStr for ServingPlan {
         let plan = ServingPlan {
             batch: or_one("batch"),
             source: source.ok_or_else(|| ParseError::expected("source=SIZE", "none"))?,
+            images: given.get("images").copied(),
             target: given.get("target").map(|target| target.max),
             beams: or_one("beams"),
             prompt: or_one("prompt"),
@@ -123,8 +128,11 @@ impl FromStr for ServingPlan {
 /// As [`ServingPlan::from_str`] reads it, with the sizes that were omitted.
 impl fmt::Display for ServingPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let ServingPlan { batch, source, target, beams, prompt, .. } = self;
+        let ServingPlan { batch, source, images, target, beams, prompt, .. } = self;
         write!(f, "batch={batch},source={source}")?;
+        if let Some(images) = images {
+            write!(f, ",images={images}")?;
+        }
         match target {
             Some(target) => write!(f, ",target={target},beams={beams},prompt={prompt}"),
             None => Ok(()),
@@ -137,6 +145,11 @@ impl ServingPlan {
     pub fn omitted(&self) -> Vec<&'static str> {
         let is_of_task = |name: &&&str| self.target.is_some() || **name == "batch";
         self.omitted.iter().filter(is_of_task).copied().collect()
+    }
+
+    /// Images in a batch.
+    pub(super) fn images(&self) -> SizeRange {
+        self.images.unwrap_or(SizeRange::fixed(1))
     }
 
     /// The minimum and maximum length of a source with its padding.
@@ -152,6 +165,9 @@ impl ServingPlan {
             let expected = format!("at most {longest} (encoder.max_position_embeddings)");
             return Err(invalid(expected, max.to_string()).of("source"));
         }
+        if self.images.is_some() && config.vision.is_none() {
+            return Err(invalid("only sizes of text for a model that reads no images".into(), "images".into()));
+        }
         let (task, cache) = (options.task.name(), options.cache(config));
         match (&options.task, self.target) {
             (Task::Text2TextGeneration, None) => {
@@ -160,7 +176,7 @@ impl ServingPlan {
             (Task::Text2TextGeneration, Some(target)) => check_target(target, config, cache)?,
             (_, found) => {
                 let is_given = |name: &&&str| !self.omitted.contains(name);
-                let of_decoder = NAMES[3..].iter().find(is_given).copied();
+                let of_decoder = NAMES[4..].iter().find(is_given).copied();
                 if let Some(name) = found.map(|_| "target").or(of_decoder) {
                     return Err(invalid(format!("only batch and source for the task {task}"), name.into()));
                 }
@@ -199,6 +215,7 @@ impl ServingPlan {
             BATCH => self.batch,
             BEAMS => SizeRange { min: 1, ..self.beams },
             SOURCE_LENGTH => self.source,
+            IMAGES => self.images(),
             STEP_LENGTH => match (is_step, cache) {
                 (false, _) => self.prompt,
                 (true, CacheLayout::Static(_)) => SizeRange { min: 1, opt: 1, max: self.prompt.max },

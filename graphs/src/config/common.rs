@@ -3,7 +3,7 @@
 
 use serde_json::{Map, Value};
 
-use super::{Architecture, ConfigError, Family, Fields, MOST_LABELS, ProblemType};
+use super::{Architecture, ConfigError, Family, Fields, LayerType, MOST_LABELS, ProblemType, Refused, Stack, is_empty};
 use crate::json::cut;
 
 /// Fields without effect that transformers itself writes, or that many checkpoints have: training settings, output
@@ -54,6 +54,26 @@ const GENERATION_SETTINGS: &[&str] = &[
     "top_h",
     "watermarking_config",
 ];
+
+// Fields that change what transformers computes without the model's own code reading them.
+
+pub(crate) const QUANTIZATION_CONFIG: Refused = Refused {
+    field: "quantization_config",
+    expected: "null (only weights in float32, float16 or bfloat16 can be exported)",
+    accepts: Value::is_null,
+};
+pub(crate) const PER_LAYER_CONFIG: Refused = Refused {
+    field: "per_layer_config",
+    expected: "null or {} (all layers of a stack have the same sizes)",
+    accepts: is_empty,
+};
+pub(crate) const TRANSFORMERS_WEIGHTS: Refused = Refused {
+    field: "transformers_weights",
+    expected: "\"model.safetensors\" or null",
+    accepts: |value| value == "model.safetensors",
+};
+pub(crate) const IS_CAUSAL: Refused =
+    Refused { field: "is_causal", expected: "true or null", accepts: |value| value == &Value::Bool(true) };
 
 impl Fields {
     /// The class of a checkpoint. A custom class counts as the transformers class that its name ends with; without any,
@@ -127,6 +147,49 @@ impl Fields {
             self.ignore("pad_token_id");
         }
         self.token("pad_token_id")
+    }
+
+    /// What each of `count` layers sees: `layer_types`, or a window but where `is_full`.
+    pub fn layer_types(
+        &mut self,
+        count: usize,
+        window: usize,
+        is_full: impl Fn(usize) -> bool,
+    ) -> Result<Vec<LayerType>, ConfigError> {
+        let named = self.take("layer_types", "a list of \"sliding_attention\" and \"full_attention\"", |value| {
+            value
+                .as_array()?
+                .iter()
+                .map(|name| match name.as_str()? {
+                    "sliding_attention" => Some(LayerType::Sliding(window)),
+                    // The second is an older name, which transformers reads too.
+                    "full_attention" | "attention" => Some(LayerType::Full),
+                    _ => None,
+                })
+                .collect::<Option<Vec<_>>>()
+        })?;
+        match named {
+            None => Ok((0..count)
+                .map(|layer| if is_full(layer) { LayerType::Full } else { LayerType::Sliding(window) })
+                .collect()),
+            Some(layers) if layers.len() == count => Ok(layers),
+            Some(layers) => {
+                let expected = format!("one entry per layer (num_hidden_layers is {count})");
+                Err(self.error("layer_types", expected, format!("{} entries", layers.len())))
+            }
+        }
+    }
+
+    /// Checks the sizes of heads, which were taken from here.
+    pub fn check_heads(&self, stack: &Stack) -> Result<(), ConfigError> {
+        if !stack.num_attention_heads.is_multiple_of(stack.num_key_value_heads) {
+            let expected = format!("a divisor of num_attention_heads ({})", stack.num_attention_heads);
+            return Err(self.error("num_key_value_heads", expected, stack.num_key_value_heads.to_string()));
+        }
+        if !stack.head_dim.is_multiple_of(2) {
+            return Err(self.error("head_dim", "an even number (rotary halves)", stack.head_dim.to_string()));
+        }
+        Ok(())
     }
 
     /// The settings for generation that transformers takes where there is no `generation_config.json`.

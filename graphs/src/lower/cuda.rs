@@ -27,6 +27,7 @@ impl Lowering for Cuda {
             has_device_memory: true,
             // As on the CPU.
             in_place_head_dim: Some(16),
+            merges_in_place: false,
             static_cache: false,
             side_by_side: false,
             attends_in_rows: false,

@@ -19,6 +19,7 @@ impl Lowering for Portable {
             observes_activations: true,
             has_device_memory: false,
             in_place_head_dim: None,
+            merges_in_place: false,
             static_cache: false,
             side_by_side: false,
             attends_in_rows: false,

@@ -22,6 +22,7 @@ impl Lowering for TensorRt {
             observes_activations: false,
             has_device_memory: true,
             in_place_head_dim: None,
+            merges_in_place: false,
             static_cache: true,
             side_by_side: false,
             attends_in_rows: false,

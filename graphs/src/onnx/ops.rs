@@ -1,6 +1,7 @@
 //! The standard ONNX operators that model definitions use, each with its rule for dtypes and shapes.
 
 mod activation;
+mod image;
 mod indexing;
 mod quantized;
 mod select;
@@ -140,6 +141,12 @@ impl<'g> Value<'g> {
     #[track_caller]
     pub fn less_or_equal(self, other: Value<'g>) -> Value<'g> {
         self.binary("LessOrEqual", other, DType::Bool)
+    }
+
+    /// `self > number`, bool.
+    #[track_caller]
+    pub fn greater_than(self, number: f64) -> Value<'g> {
+        self.greater(self.graph.number(self.dtype(), number))
     }
 
     /// `self > other`, bool.

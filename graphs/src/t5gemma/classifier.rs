@@ -1,17 +1,17 @@
 //! Classification: scores of labels for each source or for each of its tokens, from the encoder's states or from those
 //! of a decoder that reads the source again. One graph without a cache, as nothing is generated.
 
-use super::decoder::{Memory, stack};
-use super::encoder::{self, Source};
-use super::features::last_true;
+use super::decoder::stack;
 use super::root;
 use crate::attention::cross_key_value;
 use crate::config::{Classifier, Config};
+use crate::encoder::{self, Source};
+use crate::features::last_true;
 use crate::interface::{self, CacheLayout};
 use crate::nn::{Linear, embedding, linear, rms_norm};
 use crate::onnx::{DType, Data, Definition, Graph, Value};
 use crate::options::Options;
-use crate::sequence::{Context, Tokens};
+use crate::sequence::{Context, Memory, Tokens};
 use crate::task::Task;
 use crate::weights::Weights;
 
@@ -24,7 +24,8 @@ pub fn classifier(config: &Config, options: &Options) -> Definition {
 
     let encoder = root(&graph, &config.encoder, options);
     let source = Source::by_row(&graph, ids, mask);
-    let hidden = encoder::states(&source, config.encoder.layers.len(), options, &encoder.at("model.encoder"));
+    let at = encoder.at("model.encoder");
+    let hidden = encoder::states(embedding(ids, &at.at("embed_tokens.weight")), &source, options, &at);
     let (states, w) = if classifier.is_encoder_decoder {
         let decoder = root(&graph, &config.decoder, options);
         (read_again(hidden, &source, classifier, &decoder.at("model.decoder")), decoder)

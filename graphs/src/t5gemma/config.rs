@@ -5,8 +5,8 @@
 use serde_json::Value;
 
 use crate::config::{
-    Architecture, Classifier, Config, ConfigError, Custom, Family, Fields, LayerType, MOST_HEAD_DIM, MOST_LAYERS,
-    Refused, Stack, TokenIds, is_empty,
+    Architecture, Classifier, Config, ConfigError, Custom, Family, Fields, IS_CAUSAL, MOST_HEAD_DIM, MOST_LAYERS,
+    PER_LAYER_CONFIG, QUANTIZATION_CONFIG, Refused, Rope, Stack, TRANSFORMERS_WEIGHTS, TokenIds, is_empty,
 };
 
 /// Fields that change what transformers computes without the model's own code reading them.
@@ -16,23 +16,6 @@ const REFUSED_IN_ENCODER: &[Refused] = &[QUANTIZATION_CONFIG, PER_LAYER_CONFIG];
 /// See [`REFUSED`].
 const REFUSED_IN_DECODER: &[Refused] = &[QUANTIZATION_CONFIG, PER_LAYER_CONFIG, IS_CAUSAL, KV_SHARING_MODES];
 
-const QUANTIZATION_CONFIG: Refused = Refused {
-    field: "quantization_config",
-    expected: "null (only weights in float32, float16 or bfloat16 can be exported)",
-    accepts: Value::is_null,
-};
-const PER_LAYER_CONFIG: Refused = Refused {
-    field: "per_layer_config",
-    expected: "null or {} (all layers of a stack have the same sizes)",
-    accepts: is_empty,
-};
-const TRANSFORMERS_WEIGHTS: Refused = Refused {
-    field: "transformers_weights",
-    expected: "\"model.safetensors\" or null",
-    accepts: |value| value == "model.safetensors",
-};
-const IS_CAUSAL: Refused =
-    Refused { field: "is_causal", expected: "true or null", accepts: |value| value == &Value::Bool(true) };
 const KV_SHARING_MODES: Refused = Refused {
     field: "kv_sharing_modes",
     expected: "null (every layer has keys and values of its own)",
@@ -77,10 +60,13 @@ pub fn parse(mut top: Fields) -> Result<Config, ConfigError> {
         family,
         encoder: encoder.stack,
         decoder: decoder.stack,
+        merged_attention: false,
         tie_word_embeddings,
         tokens,
         architecture,
         classifier,
+        vision: None,
+        end_of_image: None,
         custom: Custom::default(),
         generation,
         ignored,
@@ -111,6 +97,7 @@ fn parse_stack(top: &mut Fields, name: &str) -> Result<ParsedStack, ConfigError>
     let num_hidden_layers = fields.size_up_to(MOST_LAYERS, "num_hidden_layers")?.unwrap_or(26);
     let has_no_window = fields.get("sliding_window").is_some_and(Value::is_null);
     let sliding_window = fields.size("sliding_window")?;
+    let rope = Rope { theta: rope_theta(&mut fields)?, factor: 1.0 };
     let stack = Stack {
         vocab_size: fields.size("vocab_size")?.unwrap_or(256_000),
         hidden_size: fields.size("hidden_size")?.unwrap_or(2304),
@@ -123,17 +110,14 @@ fn parse_stack(top: &mut Fields, name: &str) -> Result<ParsedStack, ConfigError>
         final_logit_softcapping: fields.softcap("final_logit_softcapping", 30.0)?,
         attention_bias: fields.boolean("attention_bias")?.unwrap_or(false),
         rms_norm_eps: fields.positive("rms_norm_eps")?.unwrap_or(1e-6),
-        rope_theta: rope_theta(&mut fields)?,
+        qk_norm: false,
+        full_rope: rope,
+        sliding_rope: rope,
         max_position_embeddings: fields.size("max_position_embeddings")?.unwrap_or(8192),
-        layers: layers(&mut fields, num_hidden_layers, sliding_window.unwrap_or(4096))?,
+        // By default, every other layer has a window, from the first on.
+        layers: fields.layer_types(num_hidden_layers, sliding_window.unwrap_or(4096), |layer| layer % 2 == 1)?,
     };
-    if !stack.num_attention_heads.is_multiple_of(stack.num_key_value_heads) {
-        let expected = format!("a divisor of num_attention_heads ({})", stack.num_attention_heads);
-        return Err(fields.error("num_key_value_heads", expected, stack.num_key_value_heads.to_string()));
-    }
-    if !stack.head_dim.is_multiple_of(2) {
-        return Err(fields.error("head_dim", "an even number (rotary halves)", stack.head_dim.to_string()));
-    }
+    fields.check_heads(&stack)?;
     if has_no_window && stack.layers.iter().any(|layer| layer.window().is_some()) {
         return Err(fields.error("sliding_window", "a window for the layers of sliding_attention", "null"));
     }
@@ -163,35 +147,10 @@ fn rope_theta(fields: &mut Fields) -> Result<f64, ConfigError> {
     Ok(theta)
 }
 
-/// What each layer sees: `layer_types`, or every other layer a window from the first on.
-fn layers(fields: &mut Fields, count: usize, window: usize) -> Result<Vec<LayerType>, ConfigError> {
-    let named = fields.take("layer_types", "a list of \"sliding_attention\" and \"full_attention\"", |value| {
-        value
-            .as_array()?
-            .iter()
-            .map(|name| match name.as_str()? {
-                "sliding_attention" => Some(LayerType::Sliding(window)),
-                // The second is an older name, which transformers reads too.
-                "full_attention" | "attention" => Some(LayerType::Full),
-                _ => None,
-            })
-            .collect::<Option<Vec<_>>>()
-    })?;
-    match named {
-        None => Ok((0..count)
-            .map(|layer| if layer % 2 == 0 { LayerType::Sliding(window) } else { LayerType::Full })
-            .collect()),
-        Some(layers) if layers.len() == count => Ok(layers),
-        Some(layers) => {
-            let expected = format!("one entry per layer (num_hidden_layers is {count})");
-            Err(fields.error("layer_types", expected, format!("{} entries", layers.len())))
-        }
-    }
-}
-
 #[cfg(test)]
 pub mod tests {
     use super::*;
+    use crate::config::LayerType;
     use serde_json::json;
 
     fn minimal() -> Value {
@@ -303,7 +262,7 @@ pub mod tests {
         ] {
             let mut json = minimal();
             json["decoder"].as_object_mut().expect("an object").extend(changes.as_object().expect("an object").clone());
-            assert_eq!(Config::parse(&json.to_string()).expect("valid").decoder.rope_theta, theta, "{changes}");
+            assert_eq!(Config::parse(&json.to_string()).expect("valid").decoder.full_rope.theta, theta, "{changes}");
         }
     }
 

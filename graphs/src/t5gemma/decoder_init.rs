@@ -1,7 +1,7 @@
 //! The first decoder step: hidden states and the first target tokens → logits, the target's keys and values, and the
 //! source's, which are computed here once. A graph of its own so that no past of length zero is ever passed.
 
-use super::decoder::{Memory, mask_by_token, outputs, stack};
+use super::decoder::stack;
 use super::root;
 use crate::attention::{cross_key_value, padding_mask};
 use crate::config::{Config, Positions};
@@ -9,7 +9,8 @@ use crate::interface::{self, CacheLayout};
 use crate::nn::embedding;
 use crate::onnx::{Definition, Graph, Value};
 use crate::options::Options;
-use crate::sequence::{Context, Tokens};
+use crate::outputs::{mask_by_token, outputs};
+use crate::sequence::{Context, Memory, Tokens};
 
 /// The graph of the first decoder step. With a cache of fixed capacity the first step is a cached one, and only the
 /// source's keys and values are left to be computed here.
@@ -51,7 +52,8 @@ fn first_step(config: &Config, options: &Options, cache: CacheLayout) -> Definit
         &root.at("model.decoder").taking_adapters(adapter_mask),
     );
     let cached = layers.iter().flat_map(|layer| [layer.present, layer.source]).flat_map(|pair| [pair.key, pair.value]);
-    outputs(&ports, x, &layers, cached.collect(), &context.tokens, options, &root);
+    let weights = layers.iter().filter_map(|layer| layer.weights).collect();
+    outputs(&ports, x, weights, cached.collect(), &context.tokens, options, &root);
     graph.finish("decoder")
 }
 

@@ -1,7 +1,7 @@
 //! The cached decoder steps: next target tokens, past, and the source's keys and values → logits and the present. Any
 //! number of new tokens, so that a draft can be verified or a prefix appended in one run.
 
-use super::decoder::{Memory, mask_by_token, outputs, stack};
+use super::decoder::stack;
 use super::root;
 use crate::attention::padding_mask;
 use crate::config::{Config, Positions};
@@ -9,7 +9,8 @@ use crate::interface::{self, CacheLayout, PAST_LENGTH};
 use crate::nn::embedding;
 use crate::onnx::{Definition, Dim, Graph};
 use crate::options::Options;
-use crate::sequence::{Context, KeyValue, Tokens};
+use crate::outputs::{mask_by_token, outputs};
+use crate::sequence::{Context, KeyValue, Memory, Tokens};
 use crate::weights::Weights;
 
 /// The graph of the cached decoder steps.
@@ -44,7 +45,8 @@ pub fn decoder_step(config: &Config, options: &Options) -> Definition {
     let (x, layers) =
         stack(x, &context, &options.alignment_layers, memory, &root.at("model.decoder").taking_adapters(adapter_mask));
     let presents = layers.iter().flat_map(|layer| [layer.present.key, layer.present.value]);
-    outputs(&ports, x, &layers, presents.collect(), &context.tokens, options, &root);
+    let weights = layers.iter().filter_map(|layer| layer.weights).collect();
+    outputs(&ports, x, weights, presents.collect(), &context.tokens, options, &root);
     graph.finish("decoder_with_past")
 }
 
@@ -116,10 +118,12 @@ mod tests {
                 capacity: None,
                 padding_row: None,
                 vocabulary: Vocabulary {
+                    source_embedding: "source".into(),
                     embedding: "embedding".into(),
                     head: "embedding".into(),
                     kept: None,
                     custom_head: Head::Stock,
+                    end_of_image: None,
                 },
                 takes_adapters: false,
             };

@@ -1,85 +1,23 @@
 //! The encoder: source tokens → hidden states, `[batch, source, hidden]`.
 
 use super::root;
-use crate::attention::{bidirectional, padding_mask, window_mask};
 use crate::config::Config;
+use crate::encoder::{Source, states};
 use crate::interface;
-use crate::nn::{embedding, gated_mlp, residual, rms_norm};
-use crate::onnx::{Definition, Graph, Value};
+use crate::nn::embedding;
+use crate::onnx::{Definition, Graph};
 use crate::options::Options;
-use crate::sequence::Tokens;
-use crate::weights::Weights;
 
 /// The graph from source tokens to hidden states.
 pub fn encoder(config: &Config, options: &Options) -> Definition {
     let graph = Graph::new();
     let ports = options.interface(config).encoder;
     let inputs = interface::all_inputs(&graph, &ports);
+    let (&[ids, mask], positions) = inputs.split_first_chunk().expect("ids and a mask come first");
 
     let w = root(&graph, &config.encoder, options).at("model.encoder").taking_adapters(None);
-    let source = Source::by_token(&graph, &inputs, config, options);
-    let hidden = states(&source, config.encoder.layers.len(), options, &w);
+    let source = Source::by_token(&graph, [ids, mask], positions.first().copied(), config, options);
+    let hidden = states(embedding(ids, &w.at("embed_tokens.weight")), &source, options, &w);
     interface::outputs(&graph, &ports, [hidden.reshape(&ports.outputs[0].shape)].into_iter());
     graph.finish("encoder")
-}
-
-/// What the encoder reads.
-pub struct Source<'g> {
-    /// Ids int64 `[batch, source]`, or vectors `[batch, source, hidden]`.
-    pub ids: Value<'g>,
-    pub tokens: Tokens<'g>,
-    /// Which tokens take part, bool `[batch, 1, 1, 1, source]`; or which tokens see each other, bool
-    /// `[batch, 1, 1, source, source]`.
-    pub visible: Value<'g>,
-}
-
-impl<'g> Source<'g> {
-    /// One source per row: `mask` int64 `[batch, source]` is 0 for padding.
-    pub fn by_row(graph: &'g Graph, ids: Value<'g>, mask: Value<'g>) -> Source<'g> {
-        Source { ids, tokens: Tokens::from_start(graph, ids), visible: padding_mask(mask) }
-    }
-
-    /// As [`Source::by_row`], for graphs that return the state of every token: where the options allow it, several
-    /// sources can lie side by side in a row. `inputs` are the graph's: ids, mask, and float positions if there are any.
-    pub fn by_token(graph: &'g Graph, inputs: &[Value<'g>], config: &Config, options: &Options) -> Source<'g> {
-        let (&[ids, mask], positions) = inputs.split_first_chunk().expect("ids and a mask come first");
-        if !options.reads_side_by_side(config) {
-            let source = Source::by_row(graph, ids, mask);
-            return Source { tokens: source.tokens.rotated_by(positions.first().copied()), ..source };
-        }
-        let (tokens, visible) = Tokens::side_by_side(graph, ids, mask);
-        Source { ids, tokens, visible }
-    }
-}
-
-/// The output of the first `layers` layers, `[batch·source, hidden]`; normed if those are all.
-pub fn states<'g>(source: &Source<'g>, layers: usize, options: &Options, w: &Weights<'g>) -> Value<'g> {
-    all_states(source, layers, options, w).pop().expect("there is the embedding").cast(w.dtype())
-}
-
-/// The embedding and the outputs of the first `layers` layers, `[batch·source, hidden]` each, in the dtype of the
-/// residual stream; the last layer's output is normed.
-pub fn all_states<'g>(source: &Source<'g>, layers: usize, options: &Options, w: &Weights<'g>) -> Vec<Value<'g>> {
-    let mut all = vec![embedding(source.ids, &w.at("embed_tokens.weight"))];
-    for (i, &kind) in w.stack.layers[..layers].iter().enumerate() {
-        let visible = match window_mask(&source.tokens, kind, options.encoder_window) {
-            Some(window) => source.visible & window, // [batch, 1, 1, source, source]
-            None => source.visible,
-        };
-        let y = layer(all[i], &source.tokens, visible, &w.at(&format!("layers.{i}")));
-        let is_last = i + 1 == w.stack.layers.len();
-        all.push(if is_last { rms_norm(y, &w.at("norm")) } else { y });
-    }
-    all
-}
-
-/// h = x + norm(attention(norm(x)))
-/// y = h + norm(mlp(norm(h)))
-fn layer<'g>(x: Value<'g>, tokens: &Tokens<'g>, visible: Value<'g>, w: &Weights<'g>) -> Value<'g> {
-    let normed = rms_norm(x, &w.at("pre_self_attn_layernorm"));
-    let attended = bidirectional(normed, tokens, visible, &w.at("self_attn"));
-    let h = residual(x, attended, &w.at("post_self_attn_layernorm"));
-
-    let normed = rms_norm(h, &w.at("pre_feedforward_layernorm"));
-    residual(h, gated_mlp(normed, &w.at("mlp")), &w.at("post_feedforward_layernorm"))
 }

@@ -2,12 +2,16 @@
 
 use crate::tensors::{Role, Tensors};
 
+pub const ENCODER_EMBEDDING: &str = "model.encoder.embed_tokens.weight";
 const EMBEDDING: &str = "model.decoder.embed_tokens.weight";
 const HEAD: &str = "lm_head.out_proj.weight";
 
 pub static TENSORS: Tensors = Tensors {
+    encoder_embedding: &[ENCODER_EMBEDDING],
     decoder_embedding: &[EMBEDDING, HEAD],
     head: &[HEAD, EMBEDDING],
+    end_of_image: None,
+    vision: &[],
     decoder_norm: "model.decoder.norm.weight",
     stacks: &[
         "encoder.layers.",

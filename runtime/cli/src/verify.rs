@@ -224,7 +224,10 @@ pub fn read(file: &Tensors) -> Result<Golden> {
     let mut golden = Golden::default();
     for name in file.names()? {
         // Other tensors in the file are ignored, whatever their type.
-        if name.starts_with("in.") || name.ends_with(".forced_ids") {
+        let is_pixels = name.starts_with("in.") && name.ends_with(".pixel_values");
+        if is_pixels {
+            golden.floats.extend(file.floats(&name)?.map(|tensor| (name, tensor)));
+        } else if name.starts_with("in.") || name.ends_with(".forced_ids") {
             golden.integers.extend(file.whole(&name)?.map(|tensor| (name, tensor)));
         } else if name.starts_with("enc.") || name.starts_with("dec.") {
             golden.floats.extend(file.floats(&name)?.map(|tensor| (name, tensor)));

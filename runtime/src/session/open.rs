@@ -9,7 +9,7 @@ use ort::session::Session;
 use ort::session::builder::{PrepackedWeights, SessionBuilder};
 use t5gemma_graphs::Target;
 use t5gemma_graphs::config::Head;
-use t5gemma_graphs::interface::{DType, POSITION_IDS, Ports, REORDER};
+use t5gemma_graphs::interface::{DType, IMAGE_FEATURES, POSITION_IDS, Ports, REORDER};
 use t5gemma_graphs::manifest::{Manifest, WeightsRecord};
 use t5gemma_graphs::tensors::Role;
 use t5gemma_kernels::{self as kernels, GraphKind, Kernels};
@@ -151,7 +151,8 @@ impl<'f> Opener<'f> {
         }
         let takes_positions = file.ports.inputs.iter().any(|port| port.name == POSITION_IDS);
         let source_scale = self.folder.manifest.facts.custom.source_scale().filter(|_| takes_positions);
-        Ok(GraphSession::new(session, kernels, source_scale))
+        let image_features = file.ports.inputs.iter().find(|port| port.name == IMAGE_FEATURES).cloned();
+        Ok(GraphSession::new(session, kernels, source_scale, image_features))
     }
 
     fn build(&self, builder: SessionBuilder, kernels: &Kernels, file: &GraphFile) -> ort::Result<Session> {

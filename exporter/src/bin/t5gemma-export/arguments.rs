@@ -263,6 +263,12 @@ pub struct ModelArgs {
     /// tensors that are replaced as a whole can only be merged, with --adapter.
     #[arg(long, value_name = "RANK")]
     pub lora_inputs: Option<usize>,
+    /// Leave out the part that reads images (T5Gemma 2)
+    ///
+    /// The model then takes text only. Without this option, the folder has it if the checkpoint does, as a graph of its
+    /// own, which is opened when the first image comes.
+    #[arg(long)]
+    pub no_vision: bool,
     /// Write the SentencePiece model in the tensor spiece_model to tokenizer.model
     ///
     /// `t5gemma` reads tokenizer.json, other programs may read tokenizer.model.
@@ -301,7 +307,7 @@ pub struct GraphArgs {
     /// Norms, soft-capping, softmax and logits are always computed in float32; with float16, so is the residual stream.
     #[arg(long, value_enum)]
     pub dtype: Option<DTypeArg>,
-    /// Return the logits of all target positions, not only of the last one one
+    /// Return the logits of all target positions, not only of the last one
     #[arg(long)]
     pub all_logits: bool,
     /// Also return the top N tokens of the last position with their logits
@@ -325,7 +331,7 @@ pub struct GraphArgs {
     pub alignment_layers: Vec<usize>,
     /// Whether encoder positions exactly one sliding window apart attend to each other
     ///
-    /// Only matters for sources longer than the window, which is 4096 tokens in Google's checkpoints.
+    /// Only matters for T5Gemma, and for sources longer than the window, which is 4096 tokens in Google's checkpoints.
     #[arg(long, value_name = "MODE", value_enum, default_value = "inclusive")]
     pub encoder_window: WindowArg,
 }

@@ -103,6 +103,7 @@ fn options(args: &ExportArgs) -> Result<Export> {
         .plan(args.tensorrt.plan.clone())
         .memory_limit(args.tensorrt.fits)
         .encoder_window(encoder_window)
+        .vision(!args.model.no_vision)
         .quantization(quantization(&args.quantize)?)
         .activations(activations(&args.quantize)?)
         .existing(if args.output.overwrite { Existing::Overwrite } else { Existing::Refuse }))

@@ -84,6 +84,8 @@ impl Flags {
             Setting::TargetPositions => "--target-positions",
             Setting::DecoderEmbedding => "--decoder-embedding",
             Setting::Head => "--head",
+            Setting::Custom => "a custom interface",
+            Setting::EncoderWindow => "--encoder-window",
             Setting::WriteSentencepiece => "--write-sentencepiece",
             Setting::Plan => "--plan",
             Setting::MemoryLimit => "--fits",

@@ -33,6 +33,22 @@ impl<'g> Value<'g> {
         self.graph.node("Gather", &[self, indices], &axis, &[(self.dtype(), shape)])[0]
     }
 
+    /// The sums of the entries up to each along an axis.
+    #[track_caller]
+    pub fn cumulative_sum(self, axis: isize) -> Value<'g> {
+        let at = self.graph.constant(DType::Int64, &[], Data::Ints(vec![self.axis(axis) as i64]));
+        self.one("CumSum", &[self, at], self.dtype(), self.shape())
+    }
+
+    /// The entries from `start` up to `end` (int64 `[1]` each) along an axis, whose length becomes `length`.
+    #[track_caller]
+    pub fn slice(self, [start, end]: [Value<'g>; 2], length: &Dim, axis: isize) -> Value<'g> {
+        let (mut shape, at) = (self.shape(), self.axis(axis));
+        shape[at] = length.clone();
+        let axes = self.graph.constant(DType::Int64, &[1], Data::Ints(vec![at as i64]));
+        self.one("Slice", &[self, start, end, axes], self.dtype(), shape)
+    }
+
     /// The `count` greatest entries of the last axis, greatest first, and their indices (int64).
     #[track_caller]
     pub fn top_k(self, count: usize) -> [Value<'g>; 2] {
