@@ -7,7 +7,7 @@ use std::path::Path;
 use half::{bf16, f16};
 use prost::Message;
 use t5gemma_graphs::interface::{Port, Ports};
-use t5gemma_graphs::onnx::{Attribute, Constant, DType, Data, Definition, Dim, ValueInfo};
+use t5gemma_graphs::onnx::{Attribute, Constant, DType, Data, Definition, Dim, Function, Node, ValueInfo};
 
 use crate::error::{Error, Result};
 use crate::quantize::float8_code;
@@ -15,8 +15,8 @@ use crate::quantize::float8_code;
 use onnx::attribute_proto::AttributeType;
 use onnx::tensor_proto::{DataLocation, DataType};
 use onnx::{
-    AttributeProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, StringStringEntryProto, TensorProto,
-    TensorShapeProto, TypeProto, ValueInfoProto, tensor_shape_proto, type_proto,
+    AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, StringStringEntryProto,
+    TensorProto, TensorShapeProto, TypeProto, ValueInfoProto, tensor_shape_proto, type_proto,
 };
 
 pub mod read;
@@ -63,17 +63,6 @@ pub fn encode(graph: &Definition, opset: u32, location: impl Fn(&str) -> Locatio
             ..tensor(info)
         }
     });
-    let name = |id: &Option<usize>| id.map_or_else(String::new, |id| graph.value(id).name.clone());
-    let names = |ids: &[Option<usize>]| ids.iter().map(name).collect();
-    let nodes = graph.nodes.iter().map(|node| NodeProto {
-        name: Some(node.name.clone()),
-        op_type: Some(node.operator().1.into()),
-        domain: Some(node.operator().0).filter(|domain| !domain.is_empty()).map(Into::into),
-        input: names(&node.inputs),
-        output: names(&node.outputs),
-        attribute: node.attributes.iter().map(|(name, value)| attribute(name, value)).collect(),
-        ..Default::default()
-    });
     let infos = |ids: &[usize]| ids.iter().map(|&id| value_info(graph.value(id))).collect();
     let intermediate: Vec<usize> = graph
         .nodes
@@ -81,28 +70,78 @@ pub fn encode(graph: &Definition, opset: u32, location: impl Fn(&str) -> Locatio
         .flat_map(|node| node.outputs.iter().copied().flatten())
         .filter(|id| !graph.outputs.contains(id))
         .collect();
-    let others: BTreeSet<&str> = graph.nodes.iter().map(|node| node.operator().0).collect();
-    let others = others.into_iter().filter(|domain| !domain.is_empty()).map(|domain| (domain, 1));
-    let opsets = [("", opset)].into_iter().chain(others);
-    let opsets = opsets
-        .map(|(domain, version)| OperatorSetIdProto { domain: Some(domain.into()), version: Some(version.into()) });
+    let bodies = graph.functions.iter().map(|function| &function.body);
+    let opsets = opsets([graph].into_iter().chain(bodies), opset);
     let model = ModelProto {
         ir_version: Some(ir_version(opset)),
-        opset_import: opsets.collect(),
+        opset_import: opsets,
         producer_name: Some(env!("CARGO_PKG_NAME").into()),
         producer_version: Some(env!("CARGO_PKG_VERSION").into()),
         graph: Some(GraphProto {
             name: Some(graph.name.clone()),
-            node: nodes.collect(),
+            node: graph.nodes.iter().map(|node| node_proto(graph, node)).collect(),
             initializer: constants.chain(weights).collect(),
             input: infos(&graph.inputs),
             output: infos(&graph.outputs),
             value_info: infos(&intermediate),
             ..Default::default()
         }),
+        functions: graph.functions.iter().map(|function| function_proto(function, opset)).collect(),
         ..Default::default()
     };
     model.encode_to_vec()
+}
+
+/// The operator sets of graphs: the standard one in version `opset`, and the others that they use.
+fn opsets<'g>(graphs: impl Iterator<Item = &'g Definition>, opset: u32) -> Vec<OperatorSetIdProto> {
+    let nodes = graphs.flat_map(|graph| &graph.nodes);
+    let others: BTreeSet<&str> = nodes.map(|node| node.operator().0).filter(|domain| !domain.is_empty()).collect();
+    let all = [("", opset)].into_iter().chain(others.into_iter().map(|domain| (domain, 1)));
+    all.map(|(domain, version)| OperatorSetIdProto { domain: Some(domain.into()), version: Some(version.into()) })
+        .collect()
+}
+
+fn node_proto(graph: &Definition, node: &Node) -> NodeProto {
+    let name = |id: &Option<usize>| id.map_or_else(String::new, |id| graph.value(id).name.clone());
+    let names = |ids: &[Option<usize>]| ids.iter().map(name).collect();
+    NodeProto {
+        name: Some(node.name.clone()),
+        op_type: Some(node.operator().1.into()),
+        domain: Some(node.operator().0).filter(|domain| !domain.is_empty()).map(Into::into),
+        input: names(&node.inputs),
+        output: names(&node.outputs),
+        attribute: node.attributes.iter().map(|(name, value)| attribute(name, value)).collect(),
+        ..Default::default()
+    }
+}
+
+/// A function, whose constants are nodes: it has no initializers.
+fn function_proto(function: &Function, opset: u32) -> FunctionProto {
+    let Function { op, attributes, body } = function;
+    let (domain, name) = op.rsplit_once('.').unwrap_or(("", op));
+    let constants = body.constants.iter().map(|constant| NodeProto {
+        name: Some(body.value(constant.value).name.clone()),
+        op_type: Some("Constant".into()),
+        output: vec![body.value(constant.value).name.clone()],
+        attribute: vec![AttributeProto {
+            name: Some("value".into()),
+            r#type: Some(AttributeType::Tensor as i32),
+            t: Some(TensorProto { name: None, ..inline(body, constant) }),
+            ..Default::default()
+        }],
+        ..Default::default()
+    });
+    let names = |ids: &[usize]| ids.iter().map(|&id| body.value(id).name.clone()).collect();
+    FunctionProto {
+        name: Some(name.into()),
+        domain: Some(domain.into()),
+        input: names(&body.inputs),
+        output: names(&body.outputs),
+        attribute: attributes.iter().map(|&name| name.into()).collect(),
+        node: constants.chain(body.nodes.iter().map(|node| node_proto(body, node))).collect(),
+        opset_import: opsets([body].into_iter(), opset),
+        ..Default::default()
+    }
 }
 
 /// Encodes a model of one `EPContext` node, through which ONNX Runtime runs a prebuilt engine of the graph in the file
@@ -253,6 +292,9 @@ fn attribute(name: &str, value: &Attribute) -> AttributeProto {
         }
         Attribute::Text(s) => {
             AttributeProto { r#type: Some(AttributeType::String as i32), s: Some(s.as_bytes().to_vec()), ..named }
+        }
+        Attribute::Reference(of) => {
+            AttributeProto { r#type: Some(AttributeType::Int as i32), ref_attr_name: Some((*of).into()), ..named }
         }
     }
 }

@@ -2,12 +2,12 @@
 //! and what each of them sees. Projections, positions and masks are here; the operator over queries, keys and values is
 //! the target's ([`Lowering::attention`](crate::lower::Lowering::attention)).
 
-use crate::config::{LayerType, Rope, Stack};
+use crate::config::{LayerType, MOST_SIZE, Rope, Stack};
 use crate::interface::{BEAMS, CacheLayout, PRESENT_LENGTH};
 use crate::lower::{Attention, attention_with_weights, mask_by_query};
 use crate::manifest::EncoderWindow;
 use crate::nn::{Linear, Stacked, head_norm, linear, stacked};
-use crate::onnx::{DType, Dim, Graph, GroupQuery, Heads, Value};
+use crate::onnx::{Attribute, DType, Dim, Graph, GroupQuery, Heads, Value};
 use crate::rotary::{self, rotary};
 use crate::sequence::{Context, KeyValue, Tokens};
 use crate::weights::{StackedPart, Weights};
@@ -39,6 +39,64 @@ fn bidirectional_in_rows<'g>(
     rope: Rope,
     w: &Weights<'g>,
 ) -> Value<'g> {
+    let [query, key, value] = heads_in_rows(x, tokens, rope, w);
+    let attended = query.attention_3d([key, value], mask_by_query(visible, &query.dim(1)), heads(w.stack, None));
+    output_projection(attended.reshape(&[tokens.rows.times(&tokens.length), attended.dim(-1)]), w)
+}
+
+/// Whether [`bidirectional_in_windows`] is the form of the encoder's attention.
+pub fn attends_in_windows(tokens: &Tokens, w: &Weights) -> bool {
+    // The operator that rotates heads in a row looks angles up by integer positions.
+    w.lowering.capabilities().attends_in_windows
+        && tokens.rotary.dtype() == DType::Int64
+        && w.stack.attn_logit_softcapping.is_none()
+}
+
+/// The operator of [`bidirectional_in_windows`]: queries, keys and values `[rows, length, heads·head_dim]`, and the number
+/// of each token's source, int64 `[rows, length]`.
+const WINDOW_ATTENTION: &str = "ai.t5gemma.WindowAttention";
+/// How many tokens before itself a query sees.
+const BACK: &str = "back";
+/// How many tokens behind itself a query sees.
+const AHEAD: &str = "ahead";
+
+/// [`bidirectional`] by one operator, which needs no memory for pairs of tokens. `numbers`, int64 `[rows, length]`, are
+/// those of [`Tokens::side_by_side`].
+pub fn bidirectional_in_windows<'g>(
+    x: Value<'g>,
+    tokens: &Tokens<'g>,
+    numbers: Value<'g>,
+    (layer, rule): (LayerType, EncoderWindow),
+    w: &Weights<'g>,
+) -> Value<'g> {
+    let _scope = w.scope();
+    let [query, key, value] = heads_in_rows(x, tokens, w.stack.rope(layer), w);
+    let heads = heads(w.stack, None);
+    let (back, ahead) = layer.window().map_or((MOST_SIZE, MOST_SIZE), |window| rule.reach(window));
+    let number = |number: usize| Attribute::Int(number as i64);
+    let attributes = [
+        ("q_num_heads", number(heads.count)),
+        ("kv_num_heads", number(heads.kv_count)),
+        ("scale", Attribute::float(heads.scale)),
+        (BACK, number(back)),
+        (AHEAD, number(ahead)),
+    ];
+    let inputs = [("query", query), ("key", key), ("value", value), ("sources", numbers)];
+    let output = (query.dtype(), query.shape());
+    let attended = w.graph.call(WINDOW_ATTENTION, &inputs, &attributes, &[output], |graph, inputs| {
+        let &[query, key, value, numbers] = inputs.first_chunk().expect("there are four inputs");
+        let (tokens, visible) = Tokens::side_by_side(graph, numbers, numbers);
+        // Within a source, places differ as positions do.
+        let place = graph.range(graph.size(&Dim::fixed(0)), graph.size(&tokens.length), &tokens.length);
+        let (from, to) = (place.unsqueeze(&[1]), place.unsqueeze(&[0]));
+        let near = to.less_or_equal(from + graph.attribute(AHEAD)) & from.less_or_equal(to + graph.attribute(BACK));
+        vec![query.attention_3d([key, value], mask_by_query(visible & near, &query.dim(1)), heads)]
+    });
+    output_projection(attended[0].reshape(&[tokens.rows.times(&tokens.length), query.dim(-1)]), w)
+}
+
+/// Queries, keys and values, normed and rotated, with heads side by side: `[rows, length, heads·head_dim]` each.
+fn heads_in_rows<'g>(x: Value<'g>, tokens: &Tokens<'g>, rope: Rope, w: &Weights<'g>) -> [Value<'g>; 3] {
     let (stack, length) = (w.stack, &tokens.length);
     let heads = heads(stack, None);
     let norms = [Some("q_norm"), Some("k_norm"), None].map(|norm| norm.filter(|_| stack.qk_norm));
@@ -65,8 +123,7 @@ fn bidirectional_in_rows<'g>(
     let angles = rotary::angles(positions, &[1], rope, w); // [length, head_dim / 2]
     let tables = [angles.cos(), angles.sin()].map(|table| table.cast(x.dtype()));
     let [query, key] = [query, key].map(|x| x.rotary_embedding(places, tables));
-    let attended = query.attention_3d([key, value], mask_by_query(visible, &query.dim(1)), heads);
-    output_projection(attended.reshape(&[tokens.rows.times(length), attended.dim(-1)]), w)
+    [query, key, value]
 }
 
 /// The decoder's self-attention: x and the result `[rows·length, hidden]`; every token sees itself and what came before
@@ -270,7 +327,7 @@ pub fn output_projection<'g>(context: Value<'g>, w: &Weights<'g>) -> Value<'g> {
     linear(context, projection(width, w.stack.hidden_size, w.stack), &w.at("o_proj"))
 }
 
-fn projection(input: usize, output: usize, stack: &Stack) -> Linear {
+pub fn projection(input: usize, output: usize, stack: &Stack) -> Linear {
     Linear { input, output, bias: stack.attention_bias }
 }
 

@@ -1,9 +1,10 @@
 //! The encoder, shared by the graphs that have one: what it reads, the layer, and the stack of layers.
 
-use crate::attention::{bidirectional, padding_mask, window_mask};
+use crate::attention::{attends_in_windows, bidirectional, bidirectional_in_windows, padding_mask, window_mask};
 use crate::config::{Config, LayerType};
+use crate::manifest::EncoderWindow;
 use crate::nn::{gated_mlp, residual, rms_norm};
-use crate::onnx::{Graph, Value};
+use crate::onnx::{DType, Graph, Value};
 use crate::options::Options;
 use crate::sequence::Tokens;
 use crate::weights::Weights;
@@ -16,12 +17,15 @@ pub struct Source<'g> {
     /// Which tokens take part, bool `[batch, 1, 1, 1, source]`; or which tokens see each other, bool
     /// `[batch, 1, 1, source, source]`.
     pub visible: Value<'g>,
+    /// The number of each token's source, from 1 on, or 0 for padding: int64 `[batch, source]`.
+    pub numbers: Value<'g>,
 }
 
 impl<'g> Source<'g> {
     /// One source per row: `mask` int64 `[batch, source]` is 0 for padding.
     pub fn by_row(graph: &'g Graph, ids: Value<'g>, mask: Value<'g>) -> Source<'g> {
-        Source { ids, tokens: Tokens::from_start(graph, ids), visible: padding_mask(mask) }
+        let numbers = mask.cast(DType::Bool).cast(DType::Int64);
+        Source { ids, tokens: Tokens::from_start(graph, ids), visible: padding_mask(mask), numbers }
     }
 
     /// As [`Source::by_row`], for graphs that return the state of every token: where the options allow it, several
@@ -38,7 +42,12 @@ impl<'g> Source<'g> {
             return Source { tokens: source.tokens.rotated_by(rotary), ..source };
         }
         let (tokens, visible) = Tokens::side_by_side(graph, ids, mask);
-        Source { ids, tokens, visible }
+        let is_in_windows = options.target.capabilities().attends_in_windows;
+        let tokens = match config.encoder.attn_logit_softcapping {
+            None if is_in_windows => Tokens::in_sources(graph, ids, mask),
+            _ => tokens,
+        };
+        Source { ids, tokens, visible, numbers: mask }
     }
 }
 
@@ -59,11 +68,7 @@ pub fn all_states<'g>(
 ) -> Vec<Value<'g>> {
     let mut all = vec![embedded];
     for (i, &kind) in w.stack.layers[..layers].iter().enumerate() {
-        let visible = match window_mask(&source.tokens, kind, options.encoder_window) {
-            Some(window) => source.visible & window, // [batch, 1, 1, source, source]
-            None => source.visible,
-        };
-        let y = layer(all[i], &source.tokens, visible, kind, &w.at(&format!("layers.{i}")));
+        let y = layer(all[i], source, (kind, options.encoder_window), &w.at(&format!("layers.{i}")));
         let is_last = i + 1 == w.stack.layers.len();
         all.push(if is_last { rms_norm(y, &w.at("norm")) } else { y });
     }
@@ -72,9 +77,23 @@ pub fn all_states<'g>(
 
 /// h = x + norm(attention(norm(x)))
 /// y = h + norm(mlp(norm(h)))
-fn layer<'g>(x: Value<'g>, tokens: &Tokens<'g>, visible: Value<'g>, kind: LayerType, w: &Weights<'g>) -> Value<'g> {
+fn layer<'g>(
+    x: Value<'g>,
+    source: &Source<'g>,
+    (kind, rule): (LayerType, EncoderWindow),
+    w: &Weights<'g>,
+) -> Value<'g> {
     let normed = rms_norm(x, &w.at("pre_self_attn_layernorm"));
-    let attended = bidirectional(normed, tokens, visible, kind, &w.at("self_attn"));
+    let (tokens, at) = (&source.tokens, w.at("self_attn"));
+    let attended = if attends_in_windows(tokens, &at) {
+        bidirectional_in_windows(normed, tokens, source.numbers, (kind, rule), &at)
+    } else {
+        let visible = match window_mask(tokens, kind, rule) {
+            Some(window) => source.visible & window, // [batch, 1, 1, source, source]
+            None => source.visible,
+        };
+        bidirectional(normed, tokens, visible, kind, &at)
+    };
     let h = residual(x, attended, &w.at("post_self_attn_layernorm"));
 
     let normed = rms_norm(h, &w.at("pre_feedforward_layernorm"));

@@ -54,6 +54,9 @@ pub struct Capabilities {
     /// Whether the encoder's attention takes heads side by side in a row, as they come out of the projections, instead
     /// of on an axis of their own.
     pub attends_in_rows: bool,
+    /// Whether the encoder's attention is an operator that takes sources and a window instead of a mask of pairs of
+    /// tokens. It knows no soft-cap.
+    pub attends_in_windows: bool,
     /// Whether graphs can take LoRA adapters as inputs.
     pub lora_inputs: bool,
     /// Whether an export can carry a serving plan: optimization profiles for the engines that are built from it.
@@ -218,17 +221,50 @@ pub fn attention_with_weights(a: Attention<'_>) -> (Value<'_>, Value<'_>) {
     (read, weights)
 }
 
-/// The portable form of [`Lowering::merged_attention`], and the softmax over the source: float32 `[batch, kv_heads,
-/// beams, group·length, source]`.
-pub fn merged_attention_with_weights(a: MergedAttention<'_>) -> (Value<'_>, Value<'_>) {
+/// What [`read_both`] returns.
+pub struct Read<'g> {
+    /// `[rows, length, heads, head_dim]`
+    pub read: Value<'g>,
+    /// The softmax over the source: float32 `[batch, kv_heads, beams, group·length, source]`.
+    pub source_weights: Value<'g>,
+    /// The log-sum-exp of the scores: float32 `[rows, length, heads, 1]`.
+    pub log_sum: Value<'g>,
+}
+
+/// The portable form of [`Lowering::merged_attention`], and the softmax over the source, as in [`Read`].
+pub fn merged_attention_with_weights(attention: MergedAttention<'_>) -> (Value<'_>, Value<'_>) {
+    let Read { read, source_weights, .. } = read_both(attention);
+    (read, source_weights)
+}
+
+/// `[rows, length, heads, n]` with the beams of a source together: `[batch, kv_heads, beams, group·length, n]`.
+pub fn by_source<'g>(x: Value<'g>, batch: &Dim, kv_heads: &Dim) -> Value<'g> {
+    let [rows, length, heads, last] = [0, 1, 2, 3].map(|axis| x.dim(axis));
+    let (beams, group) = (beams_of(&rows, batch), group_of(&heads, kv_heads));
+    x.reshape(&[rows.clone(), length.clone(), kv_heads.clone(), group.clone(), last.clone()])
+        .transpose(&[0, 2, 3, 1, 4]) // [rows, kv_heads, group, length, n]
+        .reshape(&[rows, kv_heads.clone(), group.times(&length), last.clone()])
+        .reshape(&[batch.clone(), beams, kv_heads.clone(), group.times(&length), last])
+        .transpose(&[0, 2, 1, 3, 4])
+}
+
+fn beams_of(rows: &Dim, batch: &Dim) -> Dim {
+    if rows == batch { Dim::fixed(1) } else { Dim::symbol(BEAMS) }
+}
+
+fn group_of(heads: &Dim, kv_heads: &Dim) -> Dim {
+    match (heads.as_fixed(), kv_heads.as_fixed()) {
+        (Some(heads), Some(kv_heads)) => Dim::fixed(heads / kv_heads),
+        _ => unreachable!("the numbers of heads come from the config"),
+    }
+}
+
+/// The portable form of [`Lowering::merged_attention`], with what belongs to it.
+pub fn read_both<'g>(a: MergedAttention<'g>) -> Read<'g> {
     let [rows, length, heads, head_dim] = [0, 1, 2, 3].map(|axis| a.query.dim(axis));
     let [batch, kv_heads, source] = [0, 1, 2].map(|axis| a.source.key.dim(axis));
     let keys = a.own.key.dim(2);
-    let group = match (heads.as_fixed(), kv_heads.as_fixed()) {
-        (Some(heads), Some(kv_heads)) => Dim::fixed(heads / kv_heads),
-        _ => unreachable!("the numbers of heads come from the config"),
-    };
-    let beams = if rows == batch { Dim::fixed(1) } else { Dim::symbol(BEAMS) };
+    let (beams, group) = (beams_of(&rows, &batch), group_of(&heads, &kv_heads));
     let (graph, dtype, queries) = (a.query.graph(), a.query.dtype(), group.times(&length));
     let of_rows = |last: &Dim| [rows.clone(), kv_heads.clone(), queries.clone(), last.clone()];
     let by_beam = |last: &Dim| [batch.clone(), beams.clone(), kv_heads.clone(), queries.clone(), last.clone()];
@@ -239,35 +275,35 @@ pub fn merged_attention_with_weights(a: MergedAttention<'_>) -> (Value<'_>, Valu
         x.transpose(&[0, 2, 1, 3, 4])
     }
 
-    let q = (a.query * a.scale)
-        .reshape(&[rows.clone(), length.clone(), kv_heads.clone(), group.clone(), head_dim.clone()])
-        .transpose(&[0, 2, 3, 1, 4]) // [rows, kv_heads, group, length, head_dim]
-        .reshape(&of_rows(&head_dim));
-    let own = q.matmul(a.own.key.transpose(&[0, 1, 3, 2])).cast(DType::Float32);
+    let q = by_source(a.query * a.scale, &batch, &kv_heads);
+    let own = swapped(q).reshape(&of_rows(&head_dim)).matmul(a.own.key.transpose(&[0, 1, 3, 2])).cast(DType::Float32);
     let own_bias = a.own_visible.select(DType::Float32, 0.0, f32::MIN.into());
     let grouped = [rows.clone(), kv_heads.clone(), group.clone(), length.clone(), keys.clone()];
     let own = (own.reshape(&grouped) + own_bias).reshape(&of_rows(&keys));
     let own = swapped(own.reshape(&by_beam(&keys)));
 
-    let q = swapped(q.reshape(&by_beam(&head_dim))).reshape(&of_source(&head_dim));
-    let read = q.matmul(a.source.key.transpose(&[0, 1, 3, 2])).cast(DType::Float32);
+    let read = q.reshape(&of_source(&head_dim)).matmul(a.source.key.transpose(&[0, 1, 3, 2])).cast(DType::Float32);
     let bias = a.source_visible.select(DType::Float32, 0.0, f32::MIN.into());
     let read = read.reshape(&by_head(&source)) + bias;
 
-    let weights = Value::concat(&[own, read], -1).softmax();
+    let scores = Value::concat(&[own, read], -1);
+    let weights = scores.softmax();
     let (none, middle) = (graph.size(&Dim::fixed(0)), graph.size(&keys));
     let end = middle + graph.size(&source);
     let own = weights.slice([none, middle], &keys, -1);
-    let of_source_keys = weights.slice([middle, end], &source, -1);
+    let source_weights = weights.slice([middle, end], &source, -1);
 
     let own = swapped(own.cast(dtype)).reshape(&of_rows(&keys)).matmul(a.own.value);
-    let read = of_source_keys.cast(dtype).reshape(&of_source(&source)).matmul(a.source.value);
+    let read = source_weights.cast(dtype).reshape(&of_source(&source)).matmul(a.source.value);
     let read = swapped(read.reshape(&by_head(&head_dim))).reshape(&of_rows(&head_dim));
-    let read = (own + read)
-        .reshape(&[rows.clone(), kv_heads, group, length.clone(), head_dim.clone()])
-        .transpose(&[0, 3, 1, 2, 4])
-        .reshape(&[rows, length, heads, head_dim]);
-    (read, of_source_keys)
+    let by_token = |x: Value<'g>| {
+        let last = x.dim(-1);
+        x.reshape(&[rows.clone(), kv_heads.clone(), group.clone(), length.clone(), last.clone()])
+            .transpose(&[0, 3, 1, 2, 4])
+            .reshape(&[rows.clone(), length.clone(), heads.clone(), last])
+    };
+    let log_sum = swapped(scores.log_sum_exp()).reshape(&of_rows(&Dim::fixed(1)));
+    Read { read: by_token(own + read), source_weights, log_sum: by_token(log_sum) }
 }
 
 /// A mask of rank 4 at most, with an entry for each of `queries`: from bool that is broadcast along the head axes

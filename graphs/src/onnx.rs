@@ -15,6 +15,6 @@ mod shape;
 
 pub use blocks::{Blocks, Code};
 pub use contrib::{GroupQuery, Heads, Packed};
-pub use definition::{Adjust, Attribute, Constant, Data, Definition, Node, Parameter, Part, ValueInfo};
+pub use definition::{Adjust, Attribute, Constant, Data, Definition, Function, Node, Parameter, Part, ValueInfo};
 pub use graph::{Graph, Scope, Value};
 pub use shape::{DType, Dim};

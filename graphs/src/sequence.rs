@@ -1,6 +1,7 @@
 //! The inputs of attention besides the residual stream: tokens with their positions, keys and values, and the context
 //! that the layers of a decoder share.
 
+use crate::config::MOST_SIZE;
 use crate::interface::CacheLayout;
 use crate::onnx::{Dim, Graph, Value};
 
@@ -55,6 +56,19 @@ impl<'g> Tokens<'g> {
         // Each source has the positions that it would have alone, so that its states are the same numbers.
         let positions = (tokens.positions.unsqueeze(&[0]) - visible.first_true()).clamp_min(0.0);
         (Tokens { positions, rotary: positions, ..tokens }, visible.unsqueeze(&[1, 2]))
+    }
+
+    /// The tokens of [`Tokens::side_by_side`], without a tensor of pairs of them.
+    pub fn in_sources(graph: &'g Graph, ids: Value<'g>, mask: Value<'g>) -> Tokens<'g> {
+        let tokens = Tokens::from_start(graph, ids);
+        let source = mask.clamp_min(1.0) - 1.0;
+        let place = tokens.positions.unsqueeze(&[0]).expand(&mask.shape());
+        let nowhere = mask * 0.0 + MOST_SIZE as f64;
+        // Padding is no place of the first source.
+        let of_tokens = place.where_else(mask.greater_than(0.0), nowhere);
+        let firsts = nowhere.scatter_min(source, of_tokens, 1); // of each source
+        let positions = (place - firsts.gather_elements(source, 1)).clamp_min(0.0);
+        Tokens { positions, rotary: positions, ..tokens }
     }
 
     /// The same tokens, rotated by the float positions `[rows, length]` if there are any.

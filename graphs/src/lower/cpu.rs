@@ -23,10 +23,11 @@ impl Lowering for Cpu {
             has_device_memory: false,
             // `GroupQueryAttention` rotates heads of multiples of this width only.
             in_place_head_dim: Some(16),
-            merges_in_place: false,
+            merges_in_place: true,
             static_cache: false,
             side_by_side: true,
             attends_in_rows: true,
+            attends_in_windows: true,
             lora_inputs: true,
             serving_plans: false,
         }

@@ -31,6 +31,7 @@ impl Lowering for Cuda {
             static_cache: false,
             side_by_side: false,
             attends_in_rows: false,
+            attends_in_windows: false,
             lora_inputs: true,
             serving_plans: false,
         }

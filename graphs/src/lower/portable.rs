@@ -23,6 +23,7 @@ impl Lowering for Portable {
             static_cache: false,
             side_by_side: false,
             attends_in_rows: false,
+            attends_in_windows: false,
             lora_inputs: true,
             serving_plans: false,
         }

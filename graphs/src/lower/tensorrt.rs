@@ -26,6 +26,7 @@ impl Lowering for TensorRt {
             static_cache: true,
             side_by_side: false,
             attends_in_rows: false,
+            attends_in_windows: false,
             lora_inputs: false,
             serving_plans: true,
         }

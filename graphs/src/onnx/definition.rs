@@ -21,8 +21,21 @@ pub struct Definition {
     pub constants: Vec<Constant>,
     /// Tensors whose numbers are the model's weights, in order of first use.
     pub parameters: Vec<Parameter>,
+    /// The functions that nodes call.
+    pub functions: Vec<Function>,
     /// The names of the observed tensors, in order: see [`Graph::observe`](super::Graph::observe).
     pub observed: Vec<String>,
+}
+
+/// An operator that is defined by others: a runtime that has no better form of it computes the body.
+#[derive(Clone, Debug)]
+pub struct Function {
+    /// As [`Node::op`].
+    pub op: &'static str,
+    /// The names of its attributes.
+    pub attributes: Vec<&'static str>,
+    /// What it computes. It has no parameters; attributes are referred to by [`Attribute::Reference`].
+    pub body: Definition,
 }
 
 /// A tensor's name and type.
@@ -62,6 +75,8 @@ pub enum Attribute {
     Ints(Vec<i64>),
     /// Text.
     Text(&'static str),
+    /// The integer that an attribute of the function's node has, by its name.
+    Reference(&'static str),
 }
 
 /// The numbers of a constant, before they are rounded to its dtype.

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::panic::Location;
 
 use super::definition::domain_and_name;
-use super::{Adjust, Attribute, Constant, DType, Data, Definition, Dim, Node, Parameter, Part, ValueInfo};
+use super::{Adjust, Attribute, Constant, DType, Data, Definition, Dim, Function, Node, Parameter, Part, ValueInfo};
 
 /// A graph under construction.
 pub struct Graph {
@@ -46,6 +46,7 @@ struct State {
     names: HashMap<String, usize>,
     /// See [`Graph::observe`].
     observed: Vec<(String, usize)>,
+    functions: Vec<Function>,
 }
 
 impl State {
@@ -262,6 +263,39 @@ impl Graph {
         ids.iter().map(value).collect()
     }
 
+    /// An operator that `body` defines, given a graph and its inputs there, which have the names `input_names`. Every node
+    /// of this operator in a graph has the same body; what differs between them is in the attributes, see
+    /// [`Graph::attribute`].
+    pub fn call<'g>(
+        &'g self,
+        op: &'static str,
+        inputs: &[(&'static str, Value<'g>)],
+        attributes: &[(&'static str, Attribute)],
+        outputs: &[(DType, Vec<Dim>)],
+        body: impl for<'b> FnOnce(&'b Graph, &[Value<'b>]) -> Vec<Value<'b>>,
+    ) -> Vec<Value<'g>> {
+        if self.state.borrow().functions.iter().all(|known| known.op != op) {
+            let graph = Graph::new();
+            let own: Vec<Value<'_>> =
+                inputs.iter().map(|(name, input)| graph.input(name, input.dtype(), &input.shape())).collect();
+            let made = body(&graph, &own);
+            assert_eq!(made.len(), outputs.len(), "outputs of {op}");
+            for (at, value) in made.into_iter().enumerate() {
+                graph.output(&format!("output_{at}"), value);
+            }
+            let attributes = attributes.iter().map(|(name, _)| *name).collect();
+            let function = Function { op, attributes, body: graph.finish(op) };
+            self.state.borrow_mut().functions.push(function);
+        }
+        let inputs: Vec<Value<'g>> = inputs.iter().map(|(_, input)| *input).collect();
+        self.node(op, &inputs, attributes, outputs)
+    }
+
+    /// In the body of a function, the integer attribute of its node with this name: int64 `[]`.
+    pub fn attribute(&self, name: &'static str) -> Value<'_> {
+        self.node("Constant", &[], &[("value_int", Attribute::Reference(name))], &[(DType::Int64, Vec::new())])[0]
+    }
+
     /// The inputs of the node that computes `value`, if that is an `op`.
     pub(super) fn inputs_of<'g>(&'g self, value: Value<'g>, op: &str) -> Option<Vec<Value<'g>>> {
         let state = self.state.borrow();
@@ -320,6 +354,7 @@ impl Graph {
             outputs: state.outputs,
             constants: state.constants.into_iter().filter(|constant| needed[constant.value]).collect(),
             parameters: state.parameters.into_iter().filter(|parameter| needed[parameter.value]).collect(),
+            functions: state.functions,
             observed: state.observed.into_iter().map(|(name, _)| name).collect(),
         }
     }

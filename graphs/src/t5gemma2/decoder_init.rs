@@ -4,9 +4,10 @@
 use super::decoder::stack;
 use super::embedding::{Side, embedding};
 use super::root;
-use crate::attention::{cross_key_value, padding_mask};
+use crate::attention::padding_mask;
 use crate::config::Config;
 use crate::interface::{self, CacheLayout};
+use crate::merged_attention::source_key_value;
 use crate::onnx::{Definition, Graph};
 use crate::options::Options;
 use crate::outputs::{mask_by_token, outputs};
@@ -16,7 +17,7 @@ use crate::sequence::{Context, Memory, Tokens};
 /// source's keys and values are left to be computed here.
 pub fn decoder_init(config: &Config, options: &Options) -> Definition {
     match options.cache(config) {
-        CacheLayout::Static(_) => source_only(config, options),
+        cache @ CacheLayout::Static(_) => source_only(config, options, cache),
         cache => first_step(config, options, cache),
     }
 }
@@ -42,7 +43,7 @@ fn first_step(config: &Config, options: &Options, cache: CacheLayout) -> Definit
         &options.alignment_layers,
         |_, w| {
             let at = w.at("self_attn").taking_adapters(source_adapter_mask);
-            Memory { past: None, source: cross_key_value(hidden, None, &at) }
+            Memory { past: None, source: source_key_value(hidden, cache, &at) }
         },
         &root.at("model.decoder").taking_adapters(adapter_mask),
     );
@@ -52,12 +53,12 @@ fn first_step(config: &Config, options: &Options, cache: CacheLayout) -> Definit
     graph.finish("decoder")
 }
 
-fn source_only(config: &Config, options: &Options) -> Definition {
+fn source_only(config: &Config, options: &Options, cache: CacheLayout) -> Definition {
     let graph = Graph::new();
     let ports = options.interface(config).decoder;
     let [hidden] = interface::inputs(&graph, &ports);
     let w = root(&graph, &config.decoder, options).at("model.decoder");
-    let source = |layer| cross_key_value(hidden, None, &w.at(&format!("layers.{layer}")).at("self_attn"));
+    let source = |layer| source_key_value(hidden, cache, &w.at(&format!("layers.{layer}")).at("self_attn"));
     let made = (0..config.decoder.layers.len()).map(source).flat_map(|source| [source.key, source.value]);
     interface::outputs(&graph, &ports, made.collect::<Vec<_>>().into_iter());
     graph.finish("decoder")

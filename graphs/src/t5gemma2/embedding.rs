@@ -38,7 +38,8 @@ pub fn with_images<'g>(x: Value<'g>, ids: Value<'g>, features: Value<'g>, vision
     let (graph, width) = (x.graph(), x.dim(1));
     let image = graph.constant(DType::Int64, &[], Data::Ints(vec![vision.image_token]));
     let is_image = ids.equal(image).reshape(&[x.dim(0)]); // [tokens]
-    let place = is_image.cast(DType::Int64).cumulative_sum(0) - 1.0;
+    // TensorRT adds up floats only; they count exactly to 2²⁴.
+    let place = is_image.cast(DType::Float32).cumulative_sum(0).cast(DType::Int64) - 1.0;
     let images = features.dim(0);
     let rows = features.reshape(&[images.times(&vision.tokens_per_image.into()), width.clone()]);
     // A row of zeros at the end, so that there is one to look up where there are no images.

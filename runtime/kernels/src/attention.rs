@@ -6,6 +6,7 @@
 
 pub mod cached;
 mod mask;
+pub mod merged;
 pub mod single_head;
 #[cfg(target_arch = "x86_64")]
 mod split_bf16;
@@ -15,7 +16,7 @@ use std::ops::Range;
 use crate::aligned::AlignedVec;
 use crate::error::Error;
 use crate::parallel::{ParallelFor, SharedSlice, part};
-use mask::{DenseMask, VisibleKeys};
+use mask::{DenseMask, SourceWindows, VisibleKeys};
 use single_head::{Head, PANEL, Scratch, TILES, attend, pack_keys, packed_length, packing_pays};
 
 /// Fewer multiplications than this are not worth waking another thread for.
@@ -85,8 +86,25 @@ pub struct Attention {
     packed: Packed,
 }
 
-/// The operands of attention. Batches are equal, or 1 for the mask; heads of queries are a multiple of those of
-/// keys.
+/// A mask `[batch, rows, keys]`: whether a query sees a key. One item may be for the whole batch, and one row for all
+/// queries.
+#[derive(Clone, Copy)]
+pub struct Mask<'x> {
+    pub mask: &'x [bool],
+    pub batch: usize,
+    pub rows: usize,
+}
+
+/// Sources in which the queries see the keys within a window: see [`SourceWindows::new`].
+#[derive(Clone, Copy)]
+pub struct Windows<'x> {
+    /// `[batch, rows]`
+    pub numbers: &'x [i64],
+    pub back: usize,
+    pub ahead: usize,
+}
+
+/// The operands of attention. Batches are equal; heads of queries are a multiple of those of keys.
 #[derive(Clone, Copy)]
 pub struct Inputs<'x> {
     pub queries: &'x [f32],
@@ -95,10 +113,6 @@ pub struct Inputs<'x> {
     pub values: &'x [f32],
     /// Of keys and values; as the queries' but for heads and rows.
     pub key_layout: HeadLayout,
-    /// `[mask_batch, mask_rows, keys]`: whether a query sees a key; one row may be for all queries.
-    pub mask: &'x [bool],
-    pub mask_batch: usize,
-    pub mask_rows: usize,
     /// Whether the session's weights are quantized, whose error makes that of bfloat16 pairs negligible.
     pub is_quantized: bool,
 }
@@ -138,8 +152,9 @@ impl Attention {
     }
 
     /// Writes the attended values to `to`, in the layout of the queries.
-    pub fn run(&mut self, inputs: Inputs, to: &mut [f32], parallel_for: ParallelFor) -> Result<(), Error> {
-        let Inputs { query_layout, key_layout, mask, mask_batch, mask_rows, .. } = inputs;
+    pub fn run(&mut self, inputs: Inputs, mask: Mask, to: &mut [f32], parallel_for: ParallelFor) -> Result<(), Error> {
+        let Inputs { query_layout, key_layout, .. } = inputs;
+        let Mask { mask, batch: mask_batch, rows: mask_rows } = mask;
         let length = key_layout.rows;
         if to.is_empty() {
             return Ok(());
@@ -151,15 +166,46 @@ impl Attention {
         let visible_keys: Vec<VisibleKeys> = mask.chunks_exact(length).map(VisibleKeys::of).collect();
         let masks: Vec<DenseMask> = (mask.chunks_exact(mask_rows * length).zip(visible_keys.chunks_exact(mask_rows)))
             .take(mask_batch)
-            .map(|(mask, rows)| DenseMask { mask, keys: length, rows, queries: query_layout.rows })
+            .map(|(mask, rows)| DenseMask { mask, keys: length, rows, of_rows: None, queries: query_layout.rows })
             .collect();
+        self.run_masked(inputs, &masks, to, parallel_for)
+    }
+
+    /// [`Attention::run`] where queries and keys are the tokens of sources, `[batch, rows]`: see [`SourceWindows::new`].
+    pub fn run_in_windows(
+        &mut self,
+        inputs: Inputs,
+        Windows { numbers, back, ahead }: Windows,
+        to: &mut [f32],
+        parallel_for: ParallelFor,
+    ) -> Result<(), Error> {
+        let length = inputs.key_layout.rows;
+        if to.is_empty() || length == 0 {
+            return Ok(());
+        }
+        let windows: Vec<SourceWindows> =
+            numbers.chunks_exact(length).map(|numbers| SourceWindows::new(numbers, back, ahead)).collect();
+        let masks: Vec<DenseMask> = windows.iter().map(SourceWindows::mask).collect();
+        self.run_masked(inputs, &masks, to, parallel_for)
+    }
+
+    /// [`Attention::run`] with a mask for each item of the batch, or one for all.
+    fn run_masked(
+        &mut self,
+        inputs: Inputs,
+        masks: &[DenseMask],
+        to: &mut [f32],
+        parallel_for: ParallelFor,
+    ) -> Result<(), Error> {
+        let Inputs { query_layout, key_layout, .. } = inputs;
+        let (length, mask_batch) = (key_layout.rows, masks.len());
         #[cfg(target_arch = "x86_64")]
         if self.packs_always
             && inputs.is_quantized
             && let Some(token) = split_bf16::token_for(query_layout.dim)
             && let Some(plans) = masks.iter().map(split_bf16::QueryPlan::of).collect::<Option<Vec<_>>>()
         {
-            let heads = split_bf16::Heads { scale: self.scale, cap: self.cap, masks: &masks, plans: &plans };
+            let heads = split_bf16::Heads { scale: self.scale, cap: self.cap, masks, plans: &plans };
             return self.split.attend(token, heads, inputs, to, parallel_for);
         }
         let packs = self.packs_always || packing_pays(query_layout.rows) || key_layout.is_interleaved;
@@ -285,8 +331,9 @@ mod tests {
     }
 
     /// By definition, in float64, `[batch, heads, queries, dim]`.
-    fn reference(scale: f32, inputs: Inputs) -> Vec<f64> {
-        let Inputs { queries, query_layout, keys, values, key_layout, mask, mask_batch, mask_rows, .. } = inputs;
+    fn reference(scale: f32, inputs: Inputs, mask: Mask) -> Vec<f64> {
+        let Inputs { queries, query_layout, keys, values, key_layout, .. } = inputs;
+        let Mask { mask, batch: mask_batch, rows: mask_rows } = mask;
         let dim = query_layout.dim;
         let mut all = Vec::new();
         for (item, head, query) in (0..query_layout.batch)
@@ -334,21 +381,12 @@ mod tests {
                 let mask: Vec<bool> = (0..mask_batch * mask_rows * length).map(|at| at % 7 != 3).collect();
                 let (queries, keys, values, mask) = (&queries[..], &keys[..], &values[..], &mask[..]);
                 let is_quantized = false;
-                let inputs = Inputs {
-                    queries,
-                    query_layout,
-                    keys,
-                    values,
-                    key_layout,
-                    mask,
-                    mask_batch,
-                    mask_rows,
-                    is_quantized,
-                };
-                let expected = reference(0.3, inputs);
+                let inputs = Inputs { queries, query_layout, keys, values, key_layout, is_quantized };
+                let mask = Mask { mask, batch: mask_batch, rows: mask_rows };
+                let expected = reference(0.3, inputs, mask);
                 for mut attention in [Attention::of_encoder(0.3, None), Attention::of_decoder(0.3, None)] {
                     let mut found = vec![f32::NAN; queries.len()];
-                    attention.run(inputs, &mut found, &sequential).expect("it runs");
+                    attention.run(inputs, mask, &mut found, &sequential).expect("it runs");
                     for (at, expected) in expected.chunks(dim).enumerate() {
                         let (item, head, row) = (at / rows / heads, at / rows % heads, at % rows);
                         let start = query_layout.row_start(item, head, row);

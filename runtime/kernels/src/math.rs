@@ -181,19 +181,26 @@ pub unsafe fn tanh_with_stats<S: F32x16>(x: &[f32], mut to: Option<&mut [f32]>, 
     }
 }
 
-/// Replaces every `x` by `exp(x − max(x))` and returns their sum; zeros if all are −∞.
+/// What the numerators of a softmax are relative to, and what they are divided by.
+#[derive(Clone, Copy)]
+pub struct Denominator {
+    pub max: f32,
+    pub sum: f32,
+}
+
+/// Replaces every `x` by `exp(x − max(x))` and returns the maximum and their sum; zeros if all are −∞.
 ///
 /// # Safety
 /// The processor has the instructions of `S`.
 #[inline(always)]
-pub unsafe fn softmax_numerators<S: F32x16>(x: &mut [f32]) -> f32 {
+pub unsafe fn softmax_numerators<S: F32x16>(x: &mut [f32]) -> Denominator {
     // SAFETY: chunks have sixteen numbers; the caller promises the instructions of `S`.
     unsafe {
         let max = maximum::<S>(x, f32::NEG_INFINITY, |x| x);
         if max == f32::NEG_INFINITY {
             let sum = x.iter().sum::<f32>();
             x.fill(0.0);
-            return if sum.is_nan() { sum } else { 0.0 };
+            return Denominator { max, sum: if sum.is_nan() { sum } else { 0.0 } };
         }
         let shift = S::splat(-max);
         let (chunks, rest) = x.as_chunks_mut::<LANES>();
@@ -208,7 +215,7 @@ pub unsafe fn softmax_numerators<S: F32x16>(x: &mut [f32]) -> f32 {
             sums = sums.add(numerators);
         }
         sums.store(last.as_mut_ptr());
-        last.iter().sum()
+        Denominator { max, sum: last.iter().sum() }
     }
 }
 
@@ -256,7 +263,7 @@ mod tests {
         fn softcap_of(x: &mut [f32], cap: f32) = softcap
     }
     dispatch! {
-        fn softmax_numerators_of(x: &mut [f32]) -> f32 = softmax_numerators
+        fn softmax_numerators_of(x: &mut [f32]) -> Denominator = softmax_numerators
     }
     dispatch! {
         fn gelu_of(x: &[f32], y: &mut [f32]) = gelu
@@ -288,7 +295,7 @@ mod tests {
 
             let mut numerators: Vec<f32> = xs.iter().map(|x| x - xs[xs.len() - 1]).collect();
             let expected: Vec<f64> = numerators.iter().map(|&x| f64::from(x).exp()).collect();
-            let sum = softmax_numerators_of(&mut numerators);
+            let sum = softmax_numerators_of(&mut numerators).sum;
             for (&found, expected) in numerators.iter().zip(&expected) {
                 let apart = (f64::from(found) - expected).abs();
                 let is_tiny = *expected < 1.1 * (-87.0_f64).exp();
@@ -319,12 +326,12 @@ mod tests {
     fn nan_and_infinity_are_not_hidden() {
         at_each_level(Level::Generic, |level| {
             for mut x in [[f32::NAN; 3], [0.0, f32::NAN, 1.0], [f32::NEG_INFINITY, f32::NAN, f32::NEG_INFINITY]] {
-                assert!(softmax_numerators_of(&mut x).is_nan(), "{level:?}");
+                assert!(softmax_numerators_of(&mut x).sum.is_nan(), "{level:?}");
             }
             let mut none = [f32::NEG_INFINITY; 9];
-            assert!(softmax_numerators_of(&mut none) == 0.0 && none == [0.0; 9], "{level:?}");
+            assert!(softmax_numerators_of(&mut none).sum == 0.0 && none == [0.0; 9], "{level:?}");
             let mut one = [f32::NEG_INFINITY, 3.0];
-            assert!(softmax_numerators_of(&mut one) == 1.0 && one == [0.0, 1.0], "{level:?}");
+            assert!(softmax_numerators_of(&mut one).sum == 1.0 && one == [0.0, 1.0], "{level:?}");
         });
     }
 }

@@ -4,6 +4,7 @@
 mod attention;
 mod elementwise;
 mod matmul;
+mod merged_attention;
 
 use std::fmt;
 use std::sync::Arc;
@@ -137,6 +138,10 @@ impl Kernels {
                         #[cfg(target_arch = "x86_64")]
                         head: self.head(),
                     })?,
+                    attention::WINDOW => {
+                        operators.add(attention::WindowAttention { is_quantized: is_quantized.clone() })?
+                    }
+                    merged_attention::MERGED => operators.add(merged_attention::MergedAttention)?,
                     "GroupQueryAttention" => operators.add(attention::GroupQueryAttention)?,
                     #[cfg(target_arch = "x86_64")]
                     "TransposeMatMul" => operators.add(matmul::TransposeMatMul {
@@ -191,6 +196,9 @@ fn input_names(node: &KernelContext) -> ort::Result<Vec<String>> {
 /// ONNX Runtime's own domain of operators.
 const MICROSOFT: &str = "com.microsoft";
 
+/// The domain of operators that graphs have as functions.
+const T5GEMMA: &str = "ai.t5gemma";
+
 /// Names of operators by domain.
 type Names = &'static [(&'static str, &'static [&'static str])];
 
@@ -203,17 +211,21 @@ fn registered() -> Names {
     if level() > Level::Generic {
         VECTOR_OPERATORS
     } else if onnxruntime_has_vector_kernels() {
-        &[]
+        &[(T5GEMMA, &[merged_attention::MERGED, attention::WINDOW])]
     } else {
         PORTABLE_OPERATORS
     }
 }
 
 /// The operators with vector kernels.
-const VECTOR_OPERATORS: Names =
-    &[("", &["Attention", "Gelu", "Tanh"]), (MICROSOFT, &["MatMulNBits", "GroupQueryAttention", "TransposeMatMul"])];
+const VECTOR_OPERATORS: Names = &[
+    ("", &["Attention", "Gelu", "Tanh"]),
+    (MICROSOFT, &["MatMulNBits", "GroupQueryAttention", "TransposeMatMul"]),
+    (T5GEMMA, &[merged_attention::MERGED, attention::WINDOW]),
+];
 /// The operators whose portable kernels are faster than ONNX Runtime's portable ones.
-const PORTABLE_OPERATORS: Names = &[("", &["Attention"]), (MICROSOFT, &["MatMulNBits"])];
+const PORTABLE_OPERATORS: Names =
+    &[("", &["Attention"]), (MICROSOFT, &["MatMulNBits"]), (T5GEMMA, &[merged_attention::MERGED, attention::WINDOW])];
 
 fn is_registered(name: &str) -> bool {
     registered().iter().any(|(_, names)| names.contains(&name))
@@ -284,9 +296,18 @@ mod tests {
         at_each_level(Level::Generic, |level| {
             let names: Vec<&str> = registered().iter().flat_map(|(_, names)| names.iter().copied()).collect();
             let expected: &[&str] = match level {
-                Level::Generic if onnxruntime_has_vector_kernels() => &[],
-                Level::Generic => &["Attention", "MatMulNBits"],
-                _ => &["Attention", "Gelu", "Tanh", "MatMulNBits", "GroupQueryAttention", "TransposeMatMul"],
+                Level::Generic if onnxruntime_has_vector_kernels() => &["MergedAttention", "WindowAttention"],
+                Level::Generic => &["Attention", "MatMulNBits", "MergedAttention", "WindowAttention"],
+                _ => &[
+                    "Attention",
+                    "Gelu",
+                    "Tanh",
+                    "MatMulNBits",
+                    "GroupQueryAttention",
+                    "TransposeMatMul",
+                    "MergedAttention",
+                    "WindowAttention",
+                ],
             };
             assert_eq!(names, expected, "{level:?}");
         });

@@ -14,6 +14,11 @@ impl<'g> Value<'g> {
         self * 0.5 * (erf + 1.0)
     }
 
+    /// `exp(x)`.
+    pub fn exp(self) -> Value<'g> {
+        self.unary("Exp")
+    }
+
     /// `x / (1 + exp(−x))`.
     pub fn silu(self) -> Value<'g> {
         self * self.unary("Sigmoid")

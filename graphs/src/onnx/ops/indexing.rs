@@ -21,6 +21,27 @@ impl<'g> Value<'g> {
         self.graph.node("ScatterElements", &[self, indices, updates], &axis, &[(self.dtype(), shape)])[0]
     }
 
+    /// The lesser of each entry and of the `updates` that `indices` (int64, of their shape) give it along `axis`.
+    #[track_caller]
+    pub fn scatter_min(self, indices: Value<'g>, updates: Value<'g>, axis: isize) -> Value<'g> {
+        let at = self.axis(axis);
+        if indices.shape() != updates.shape() || updates.dtype() != self.dtype() {
+            let (of, by) = (Dim::list(&updates.shape()), Dim::list(&indices.shape()));
+            self.graph.mistake(format!("ScatterElements of {of} at {by}"));
+        }
+        let attributes = [("axis", Attribute::Int(at as i64)), ("reduction", Attribute::Text("min"))];
+        let output = (self.dtype(), self.shape());
+        self.graph.node("ScatterElements", &[self, indices, updates], &attributes, &[output])[0]
+    }
+
+    /// For each of the `indices` (int64), the entry at it along `axis`, in the same place of the other axes.
+    #[track_caller]
+    pub fn gather_elements(self, indices: Value<'g>, axis: isize) -> Value<'g> {
+        let attributes = [("axis", Attribute::Int(self.axis(axis) as i64))];
+        let output = (self.dtype(), indices.shape());
+        self.graph.node("GatherElements", &[self, indices], &attributes, &[output])[0]
+    }
+
     /// The entries `indices` (int64 `[n]`) along an axis, whose length becomes `n`.
     #[track_caller]
     pub fn gather_along(self, indices: Value<'g>, axis: isize) -> Value<'g> {
@@ -65,7 +86,7 @@ impl<'g> Value<'g> {
     #[track_caller]
     pub fn log_sum_exp(self) -> Value<'g> {
         let greatest = self.reduce_max(-1);
-        (self - greatest).unary("Exp").reduce_sum(-1).unary("Log") + greatest
+        (self - greatest).exp().reduce_sum(-1).unary("Log") + greatest
     }
 }
 

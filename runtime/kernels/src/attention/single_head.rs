@@ -12,7 +12,7 @@ use std::ops::Range;
 use crate::aligned::AlignedVec;
 #[cfg(target_arch = "x86_64")]
 use crate::isa::{Level, level};
-use crate::math::{dot_products, softcap, softmax_numerators};
+use crate::math::{Denominator, dot_products, softcap, softmax_numerators};
 #[cfg(target_arch = "x86_64")]
 use crate::simd::{Avx2, Avx512};
 use crate::simd::{F32x16, Portable};
@@ -59,6 +59,8 @@ pub struct Scratch {
     scores: AlignedVec<f32>,
     /// `[queries of a tile, dim]`: scaled.
     queries: AlignedVec<f32>,
+    /// `[queries]`: the log-sum-exp of the scores that each query sees, after a call of [`attend`]; −∞ if it sees none.
+    pub log_sums: Vec<f32>,
 }
 
 /// Whether packing the keys pays for this many queries.
@@ -88,6 +90,7 @@ pub fn pack_keys(keys: &[f32], pitch: usize, dim: usize, to: &mut [f32]) {
 /// Attends with the queries `queries`, which are those that `head` has, and writes `to [queries, dim]`. A query that
 /// sees no key attends to all keys equally: the reference gives hidden keys the lowest finite score, not −∞.
 pub fn attend(head: Head, mask: &impl KeyMask, queries: Range<usize>, scratch: &mut Scratch, to: &mut [f32]) {
+    scratch.log_sums.clear();
     #[cfg(target_arch = "x86_64")]
     match level() {
         // SAFETY: the processor supports the level in use.
@@ -162,9 +165,10 @@ unsafe fn attend_tile<S: F32x16, const R: usize>(
     let end = seeing.map(|range| range.end).max().unwrap_or(0);
     if start == end {
         to.chunks_exact_mut(dim).for_each(|to| mean(head.values.chunks_exact(dim), to));
+        scratch.log_sums.extend([f32::NEG_INFINITY; R]);
         return R;
     }
-    let Scratch { scores, queries } = scratch;
+    let Scratch { scores, queries, log_sums } = scratch;
     queries.resize(R * dim, 0.0);
     for (to, x) in queries.iter_mut().zip(&head.queries[..R * dim]) {
         *to = x * head.scale;
@@ -203,7 +207,9 @@ unsafe fn attend_tile<S: F32x16, const R: usize>(
         let own = range.start.max(start) - start..range.end.max(start) - start;
         let mask = mask.mask(first + at, range.clone());
         // SAFETY: the caller promises the instructions of `S`.
-        sums[at] = unsafe { scores_to_numerators::<S>(&mut scores[..count], own, head.cap, mask) };
+        let Denominator { max, sum } = unsafe { scores_to_numerators::<S>(&mut scores[..count], own, head.cap, mask) };
+        sums[at] = sum;
+        log_sums.push(if range.is_empty() { f32::NEG_INFINITY } else { max + sum.ln() });
     }
 
     let values = &head.values[start * dim..end * dim];
@@ -239,7 +245,7 @@ unsafe fn attend_tile<S: F32x16, const R: usize>(
     R
 }
 
-/// Turns the scores of a query into the numerators of its softmax, and returns their sum; it sees its `own` keys, or
+/// Turns the scores of a query into the numerators of its softmax, and returns what belongs to them; it sees its `own` keys, or
 /// those that `mask` shows of them.
 ///
 /// # Safety
@@ -250,7 +256,7 @@ pub unsafe fn scores_to_numerators<S: F32x16>(
     own: Range<usize>,
     cap: Option<f32>,
     mask: Option<&[bool]>,
-) -> f32 {
+) -> Denominator {
     if let Some(cap) = cap {
         // Of its own keys alone: how these are computed must not depend on others.
         // SAFETY: the caller promises the instructions of `S`.

@@ -291,7 +291,7 @@ fn attend_tile(
         let (scores, range) = (&mut scores[at * score_pitch..][..count], mask.range(query));
         let own = range.start - first..range.end - first;
         // SAFETY: this function is compiled for AVX-512.
-        sums[at] = unsafe { scores_to_numerators::<Avx512>(scores, own, cap, mask.mask(query, range)) };
+        sums[at] = unsafe { scores_to_numerators::<Avx512>(scores, own, cap, mask.mask(query, range)).sum };
     }
     let numerator_pitch = count + GROUP;
     numerators.iter_mut().for_each(|part| part.resize(SIDE * numerator_pitch, 0));
@@ -528,7 +528,7 @@ mod tests {
             let (count, dim) = (self.source_of.len(), self.dim);
             let mask: Vec<bool> = (0..count * count).map(|at| self.sees(window, at / count, at % count)).collect();
             let rows: Vec<VisibleKeys> = mask.chunks_exact(count).map(VisibleKeys::of).collect();
-            let masks = [DenseMask { mask: &mask, keys: count, rows: &rows, queries: count }];
+            let masks = [DenseMask { mask: &mask, keys: count, rows: &rows, of_rows: None, queries: count }];
             let plans = [QueryPlan::of(&masks[0]).expect("an encoder's mask")];
             let layout = |heads| HeadLayout { batch: 1, heads, rows: count, dim, is_interleaved: true };
             let [queries, keys, values] = self.x.each_ref().map(|x| &x[..]);
@@ -538,9 +538,6 @@ mod tests {
                 keys,
                 values,
                 key_layout: layout(KV_HEADS),
-                mask: &mask,
-                mask_batch: 1,
-                mask_rows: count,
                 is_quantized: true,
             };
             let mut to = vec![f32::NAN; count * HEADS * dim];

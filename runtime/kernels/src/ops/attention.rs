@@ -8,7 +8,7 @@ use ort::value::{Shape, TensorElementType};
 
 use super::{GraphKind, missing, parallel_for, required_usize_attribute, usize_attribute};
 use crate::attention::cached::{CachedAttention, CachedInputs, CachedOutputs, Past};
-use crate::attention::{self, HeadLayout, Inputs};
+use crate::attention::{self, HeadLayout, Inputs, Mask, Windows};
 
 fn soft_cap(node: &KernelContext) -> Option<f32> {
     node.get::<f32>("softcap").filter(|&cap| cap > 0.0)
@@ -105,9 +105,92 @@ impl Kernel for AttentionKernel {
         let mut output = context.output(0, query_shape.to_vec())?.ok_or_else(|| missing("Attention", "Y"))?;
         let (_, to) = output.try_extract_tensor_mut::<f32>()?;
         let is_quantized = self.is_quantized.load(Ordering::Relaxed);
-        let inputs =
-            Inputs { queries, query_layout, keys, values, key_layout, mask, mask_batch, mask_rows, is_quantized };
-        self.attention.run(inputs, to, &|count, task| parallel_for(context, count, task))?;
+        let inputs = Inputs { queries, query_layout, keys, values, key_layout, is_quantized };
+        let mask = Mask { mask, batch: mask_batch, rows: mask_rows };
+        self.attention.run(inputs, mask, to, &|count, task| parallel_for(context, count, task))?;
+        Ok(())
+    }
+}
+
+/// `ai.t5gemma.WindowAttention`: attention within sources and a window, `[batch, tokens, heads · dim]`, of queries, keys
+/// and values with the number of each token's source, int64 `[batch, tokens]`. It needs no memory for pairs of tokens.
+/// Graphs have it as a function of standard operators.
+pub struct WindowAttention {
+    /// As for [`Attention`].
+    pub is_quantized: Arc<AtomicBool>,
+}
+
+/// The name of [`WindowAttention`].
+pub const WINDOW: &str = "WindowAttention";
+
+impl Operator for WindowAttention {
+    type Kernel<'attr> = WindowAttentionKernel;
+
+    fn name(&self) -> &str {
+        WINDOW
+    }
+
+    fn inputs(&self) -> impl IntoIterator<Item = OperatorInput> {
+        let float = || OperatorInput::required(TensorElementType::Float32);
+        [float(), float(), float(), OperatorInput::required(TensorElementType::Int64)]
+    }
+
+    fn outputs(&self) -> impl IntoIterator<Item = OperatorOutput> {
+        [OperatorOutput::required(TensorElementType::Float32)]
+    }
+
+    fn create_kernel<'attr>(&self, node: &KernelContext<'attr>) -> ort::Result<WindowAttentionKernel> {
+        let number = |name| required_usize_attribute(node, WINDOW, name);
+        let scale = node.get::<f32>("scale").ok_or_else(|| missing(WINDOW, "attribute scale"))?;
+        Ok(WindowAttentionKernel {
+            heads: number("q_num_heads")?,
+            kv_heads: number("kv_num_heads")?,
+            back: number("back")?,
+            ahead: number("ahead")?,
+            is_quantized: self.is_quantized.clone(),
+            attention: attention::Attention::of_encoder(scale, None),
+        })
+    }
+}
+
+/// The kernel of a node.
+pub struct WindowAttentionKernel {
+    heads: usize,
+    kv_heads: usize,
+    back: usize,
+    ahead: usize,
+    is_quantized: Arc<AtomicBool>,
+    attention: attention::Attention,
+}
+
+impl Kernel for WindowAttentionKernel {
+    fn compute(&mut self, context: &ComputeContext) -> ort::Result<()> {
+        let input = |at: usize| context.input(at)?.ok_or_else(|| missing(WINDOW, "an input"));
+        let (query, key, value, sources) = (input(0)?, input(1)?, input(2)?, input(3)?);
+        let (query_shape, queries) = query.try_extract_tensor::<f32>()?;
+        let (key_shape, keys) = key.try_extract_tensor::<f32>()?;
+        let (value_shape, values) = value.try_extract_tensor::<f32>()?;
+        let (_, numbers) = sources.try_extract_tensor::<i64>()?;
+        let misshapen = || ort::Error::new(format!("{WINDOW} of {query_shape} over {key_shape} and {value_shape}"));
+        let query_layout = HeadLayout::of(query_shape, self.heads).ok_or_else(misshapen)?;
+        let key_layout = HeadLayout::of(key_shape, self.kv_heads).ok_or_else(misshapen)?;
+        let fits = key_shape == value_shape
+            && query_layout.is_interleaved
+            && key_layout.is_interleaved
+            && (key_layout.batch, key_layout.rows, key_layout.dim)
+                == (query_layout.batch, query_layout.rows, query_layout.dim)
+            && key_layout.heads > 0
+            && query_layout.heads.is_multiple_of(key_layout.heads)
+            && numbers.len() == query_layout.batch * query_layout.rows;
+        if !fits {
+            return Err(misshapen());
+        }
+        let mut output = context.output(0, query_shape.to_vec())?.ok_or_else(|| missing(WINDOW, "the output"))?;
+        let (_, to) = output.try_extract_tensor_mut::<f32>()?;
+        let is_quantized = self.is_quantized.load(Ordering::Relaxed);
+        let inputs = Inputs { queries, query_layout, keys, values, key_layout, is_quantized };
+        let windows = Windows { numbers, back: self.back, ahead: self.ahead };
+        self.attention.run_in_windows(inputs, windows, to, &|count, task| parallel_for(context, count, task))?;
         Ok(())
     }
 }
