@@ -80,7 +80,10 @@ fn check_case(way: &str, case: &Value, layers: &[usize], found: &[Vec<Hypothesis
         assert_eq!(attended.source_length(), mask.len(), "{way}");
         assert_eq!(attended.tokens().len(), hypothesis.tokens.len(), "{way}");
         for (token, row) in attended.tokens().enumerate() {
-            assert!((row.iter().sum::<f32>() - 1.0).abs() < 1e-5, "{way}: {row:?}");
+            // In a T5Gemma 2, the rest is attention to the target.
+            let total: f32 = layers.iter().flat_map(|&layer| &expected[layer][token]).sum();
+            let total = total / layers.len() as f32;
+            assert!((row.iter().sum::<f32>() - total).abs() < 1e-4 && total < 1.0 + 1e-4, "{way}: {row:?}");
             for (place, (&x, &visible)) in row.iter().zip_eq(mask).enumerate() {
                 let sum: f32 = layers.iter().map(|&layer| expected[layer][token][place]).sum();
                 let mean = sum / layers.len() as f32;

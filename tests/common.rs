@@ -15,7 +15,14 @@ use t5gemma_runtime::{LogitsProcessor, Request};
 use tempfile::TempDir;
 
 /// The checkpoints with reference tensors and generation cases.
-pub const FIXTURES: [&str; 8] = [
+pub const FIXTURES: [&str; 15] = [
+    "t2-balanced",
+    "t2-bf16",
+    "t2-fiveone",
+    "t2-mha",
+    "t2-sharded",
+    "t2-unbalanced",
+    "t2-untied",
     "tiny-balanced",
     "tiny-bf16",
     "tiny-bias",

@@ -166,7 +166,7 @@ fn check_encoded(model: &Path, name: &str, suffix: &str) {
         assert!(apart <= TOLERANCE, "{name} {input}: {apart}");
         compared += 1;
     }
-    assert!(compared >= 4, "{name}: {compared} inputs compared");
+    assert!(compared >= 3, "{name}: {compared} inputs compared");
 }
 
 /// The hidden states that `t5gemma encode --jsonl` writes for an input of a fixture.
