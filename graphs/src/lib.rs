@@ -25,6 +25,7 @@
 pub mod adapter;
 pub mod config;
 pub mod facts;
+pub mod images;
 pub mod interface;
 pub mod json;
 pub mod manifest;

@@ -86,6 +86,7 @@ mod chat;
 #[cfg(not(feature = "chat"))]
 #[path = "chat/disabled.rs"]
 mod chat;
+mod images;
 mod panics;
 mod positions;
 mod shortlist;
@@ -119,6 +120,7 @@ pub use error::Error;
 pub use folder::task_of;
 pub use generate::{Controls, Streamer};
 pub use hypothesis::{CrossAttentions, FinishReason, Hypothesis, Logprobs};
+pub use images::{Image, ImageLimits, PixelValues};
 pub use limits::Limits;
 pub use model::Model;
 pub use options::{
@@ -131,6 +133,7 @@ pub use score::TargetScore;
 pub use session::{DEFAULT_ENCODER_CACHE_BYTES, OpenOptions};
 pub use shortlist::Shortlist;
 pub use t5gemma_graphs::facts::{ClassifierFacts, Facts, StackFacts};
+pub use t5gemma_graphs::images::{ImageSettings, ImageTokens, PanAndScan};
 pub use t5gemma_graphs::json::BYTE_ORDER_MARK;
 pub use t5gemma_graphs::manifest::{ActivationRanges, Manifest};
 pub use t5gemma_graphs::task::{Features, Pooling, Task};

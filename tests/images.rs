@@ -1,0 +1,192 @@
+//! Pictures: decoding against Pillow, pixel values and prompts against transformers, and what is refused.
+
+use std::fs;
+use std::path::PathBuf;
+
+use safetensors::SafeTensors;
+use serde_json::Value;
+use t5gemma_runtime::{Image, ImageLimits, ImageSettings, ImageTokens, PanAndScan, PixelValues, Tokenizer};
+
+use crate::common::tests;
+
+/// How far pixels of lossy formats may be from Pillow's decoders, in levels of 255: at most, and on average.
+const LOSSY: (u8, f64) = (8, 0.5);
+
+fn folder() -> PathBuf {
+    tests().join("fixtures/images")
+}
+
+fn cases() -> Value {
+    let text = fs::read_to_string(folder().join("cases.json")).expect("a fixture");
+    serde_json::from_str(&text).expect("JSON")
+}
+
+fn read(file: &str) -> Vec<u8> {
+    fs::read(folder().join("files").join(file)).expect("a fixture")
+}
+
+/// A size, and rows of RGB.
+type Pixels = (usize, usize, Vec<u8>);
+
+fn pixels(golden: &SafeTensors, name: &str) -> Pixels {
+    let tensor = golden.tensor(name).expect("named by a case");
+    (tensor.shape()[1], tensor.shape()[0], tensor.data().to_vec())
+}
+
+fn settings() -> ImageSettings {
+    ImageSettings::new(28, 4, ImageTokens { image: 7, start_of_image: 5, end_of_image: 6 })
+}
+
+#[test]
+fn pictures_are_decoded_as_by_pillow() {
+    let golden = fs::read(folder().join("golden.safetensors")).expect("a fixture");
+    let golden = SafeTensors::deserialize(&golden).expect("safetensors");
+    let cases = cases();
+    let cases = cases["decode"].as_array().expect("cases");
+    assert!(cases.len() > 40);
+    for case in cases {
+        let name = case["file"].as_str().expect("a name");
+        let image =
+            Image::decode(&read(name), ImageLimits::default()).unwrap_or_else(|error| panic!("{name}: {error}"));
+        let (width, height, expected) = pixels(&golden, &format!("rgb.{name}"));
+        assert_eq!((image.width(), image.height()), (width, height), "{name}");
+        let differences = image.rgb().iter().zip(&expected).map(|(found, expected)| found.abs_diff(*expected));
+        let most = differences.clone().max().unwrap_or(0);
+        let mean = differences.map(f64::from).sum::<f64>() / expected.len() as f64;
+        println!("{name}: {most} levels at most, {mean:.3} on average");
+        let is_lossy = case["lossy"].as_bool().expect("a bool");
+        let (accepted, accepted_mean) = if is_lossy { LOSSY } else { (0, 0.0) };
+        assert!(most <= accepted && mean <= accepted_mean, "{name}: {most} levels, {mean} on average");
+    }
+}
+
+#[test]
+fn pixel_values_are_those_of_transformers() {
+    let golden = fs::read(folder().join("golden.safetensors")).expect("a fixture");
+    let golden = SafeTensors::deserialize(&golden).expect("safetensors");
+    let cases = cases();
+    let cases = cases["pixel_values"].as_array().expect("cases");
+    assert!(cases.len() > 20);
+    for case in cases {
+        let (width, height, rgb) = pixels(&golden, case["image"].as_str().expect("a name"));
+        let image = Image::from_rgb(width, height, rgb).expect("a picture");
+        let mut settings = settings();
+        settings.image_size = case["image_size"].as_u64().expect("a size") as usize;
+        let crops = &case["pan_and_scan"];
+        if let Some(crops) = crops.as_array() {
+            let whole = |at: usize| crops[at].as_u64().expect("a size") as usize;
+            let (min_crop_size, max_num_crops) = (whole(0), whole(1));
+            let min_ratio_to_activate = crops[2].as_f64().expect("a ratio");
+            settings.pan_and_scan =
+                PanAndScan { min_crop_size, max_num_crops, min_ratio_to_activate, ..PanAndScan::default() };
+        }
+        let found = image.pixel_values(&settings, crops.is_array());
+        let expected = golden.tensor(case["expected"].as_str().expect("a name")).expect("named by a case");
+        assert_eq!(expected.shape(), [found.len(), 3, settings.image_size, settings.image_size], "{case}");
+        let found: Vec<f32> = found.iter().flat_map(|image| image.values().to_vec()).collect();
+        let expected = expected.data().chunks_exact(4).map(|bytes| f32::from_le_bytes(bytes.try_into().expect("four")));
+        let most = found.iter().zip(expected).map(|(found, expected)| (found - expected).abs()).fold(0.0, f32::max);
+        assert!(most <= 1e-6, "{case}: {most}");
+    }
+}
+
+#[test]
+fn prompts_are_those_of_transformers() {
+    let tokenizer = Tokenizer::open(&folder().join("tokenizer.json")).expect("a tokenizer");
+    let cases = cases();
+    for case in cases["prompts"].as_array().expect("cases") {
+        let text = case["text"].as_str().expect("a text");
+        let numbers = |field: &str| case[field].as_array().expect("numbers").iter().filter_map(Value::as_i64);
+        let crops: Vec<usize> = numbers("crops").map(|count| count as usize).collect();
+        let found = tokenizer.encode_with_images(text, &settings(), &crops).expect(text);
+        assert_eq!(found, numbers("ids").collect::<Vec<_>>(), "{text}");
+    }
+    let missing = ImageSettings { end_of_image_token_id: 999, ..settings() };
+    let error = tokenizer.encode_with_images("<start_of_image>", &missing, &[0]).expect_err("no such token");
+    assert_eq!(error.to_string(), "images: expected a tokenizer with the token 999, found none with it");
+}
+
+#[test]
+fn what_cannot_be_used_is_refused() {
+    let cut = |file: &str, bytes: usize| read(file)[..bytes].to_vec();
+    let without_end = |file: &str| cut(file, read(file).len() - 2);
+    let jpeg_of_a_size = |size: [u8; 4]| {
+        let mut bytes = read("grey.jpg");
+        let header = bytes.windows(2).position(|pair| pair == [0xff, 0xc0]).expect("a header");
+        bytes[header + 5..header + 9].copy_from_slice(&size);
+        bytes
+    };
+    let mut png_without_pixels = read("rgb8.png");
+    png_without_pixels[16..20].fill(0);
+    let cases = [
+        ("animated.webp", read("animated.webp"), "expected an image without animation, found an animated WebP"),
+        ("animated.png", read("animated.png"), "expected an image without animation, found an animated PNG"),
+        ("animated.gif", read("animated.gif"), "expected a JPEG, PNG or WebP image, found GIF"),
+        ("bomb.png", read("bomb.png"), "expected an image of at most 89478485 pixels, found 20000 x 20000"),
+        ("a JPEG bomb", jpeg_of_a_size([0xff; 4]), "expected an image of at most 89478485 pixels, found 65535 x 65535"),
+        ("a PNG without pixels", png_without_pixels, "expected at least one pixel, found 0 x 19"),
+        ("checksum.png", read("checksum.png"), "expected a PNG image that can be decoded, found CRC error"),
+        (
+            "a JPEG without its end",
+            without_end("rgb420.jpg"),
+            "expected a JPEG image with its end, found one truncated at",
+        ),
+        // What is missing is behind the end of a preview.
+        (
+            "half of a JPEG",
+            cut("preview.jpg", 1300),
+            "expected a JPEG image with its end, found one truncated at 1300 bytes",
+        ),
+        (
+            "the start of a JPEG",
+            cut("rgb420.jpg", 3),
+            "expected a JPEG image with its end, found one truncated at 3 bytes",
+        ),
+        ("half of a PNG", cut("rgb8.png", 900), "expected a PNG image that can be decoded, found "),
+        ("the start of a PNG", cut("rgb8.png", 20), "expected a PNG image, found one truncated at 20 bytes"),
+        ("half of a WebP", cut("lossy.webp", 200), "expected a WebP image that can be decoded, found "),
+        ("half of a lossless WebP", cut("lossless.webp", 500), "expected a WebP image that can be decoded, found "),
+        ("nothing", Vec::new(), "expected a JPEG, PNG or WebP image, found an empty file"),
+        ("a page", b"\n<svg>".to_vec(), "found text that begins with \"<\" (SVG or a web page)"),
+        ("noise", vec![7; 100], "expected a JPEG, PNG or WebP image, found something else"),
+    ];
+    for (name, bytes, message) in cases {
+        let error = Image::decode(&bytes, ImageLimits::default()).expect_err(name).to_string();
+        assert!(error.starts_with("image: expected ") && error.contains(message), "{name}: {error}");
+    }
+
+    let png = read("rgb8.png");
+    let error = Image::decode(&png, ImageLimits::default().max_bytes(1000)).expect_err("too long").to_string();
+    assert_eq!(error, "image: expected an image of at most 1000 bytes, found more than 1000 bytes");
+    let error = Image::decode(&png, ImageLimits::default().max_pixels(26 * 19 - 1)).expect_err("too large").to_string();
+    assert_eq!(error, "image: expected an image of at most 493 pixels, found 26 x 19");
+    Image::decode(&png, ImageLimits::default().max_pixels(26 * 19)).expect("exactly within the limit");
+
+    let path = folder().join("files/animated.gif");
+    let error = Image::open(&path, ImageLimits::default()).expect_err("a GIF").to_string();
+    assert_eq!(error, format!("{}: expected a JPEG, PNG or WebP image, found GIF", path.display()));
+    assert!(Image::open("no/such/file.png", ImageLimits::default()).is_err());
+    assert!(Image::from_rgb(2, 2, vec![0; 11]).is_err() && Image::from_rgb(0, 2, Vec::new()).is_err());
+    assert!(PixelValues::new(2, vec![0.0; 11]).is_err() && PixelValues::new(1, vec![0.0, f32::NAN, 0.0]).is_err());
+}
+
+#[test]
+fn no_byte_of_a_file_can_do_harm() {
+    let limits = ImageLimits::default().max_pixels(1 << 20);
+    for file in [
+        "rgb420.jpg",
+        "progressive.jpg",
+        "orientation6.jpg",
+        "palette8-transparent.png",
+        "lossless-alpha.webp",
+        "lossy-alpha.webp",
+    ] {
+        let bytes = read(file);
+        for at in 0..bytes.len() {
+            let mut changed = bytes.clone();
+            changed[at] ^= 0xa5;
+            let _ = Image::decode(&changed, limits);
+            let _ = Image::decode(&bytes[..at], limits);
+        }
+    }
+}
