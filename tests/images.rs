@@ -190,3 +190,35 @@ fn no_byte_of_a_file_can_do_harm() {
         }
     }
 }
+
+#[test]
+fn a_checkpoint_says_how_it_wants_its_images() {
+    let folder = tempfile::TempDir::new().expect("a temporary folder");
+    let read = || t5gemma_exporter::image_settings(folder.path(), settings());
+    assert_eq!(read().expect("no files"), settings());
+
+    let write = |name: &str, text: &str| fs::write(folder.path().join(name), text).expect("written");
+    write("preprocessor_config.json", r#"{"image_mean": [0.25, 0.5, 0.75], "size": {"height": 28, "width": 28}}"#);
+    let expected = ImageSettings { image_mean: [0.25, 0.5, 0.75], ..settings() };
+    assert_eq!(read().expect("one file"), expected);
+    write("processor_config.json", r#"{"processor_class": "Gemma3Processor", "image_seq_length": 4}"#);
+    assert_eq!(read().expect("a processor without an image processor"), expected);
+    write("processor_config.json", r#"{"image_processor": {"image_std": 0.25}}"#);
+    assert_eq!(read().expect("a processor with one"), ImageSettings { image_std: [0.25; 3], ..settings() });
+
+    for (text, message) in [
+        (
+            r#"{"image_processor": {"resample": 3}}"#,
+            "processor_config.json: image_processor.resample: expected 2 (bilinear), found 3",
+        ),
+        (
+            r#"{"image_seq_length": 256}"#,
+            "processor_config.json: image_seq_length: expected 4 (mm_tokens_per_image of config.json), found 256",
+        ),
+        ("[1]", "processor_config.json: expected a JSON object, found [1]"),
+    ] {
+        write("processor_config.json", text);
+        let error = read().expect_err(message).to_string();
+        assert!(error.ends_with(message), "{error}");
+    }
+}

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::{ConfigError, Family};
 use crate::facts::Facts;
+use crate::images::ImageSettings;
 use crate::interface::{self, CacheLayout, DType, DecoderOutputs, GraphSpec, Logits, LoraModules, Ports};
 use crate::quantization::Quantization;
 use crate::task::Task;
@@ -90,6 +91,9 @@ pub struct Manifest {
     pub parameters: u64,
     /// What a runtime needs to know of the model besides its graphs.
     pub facts: Facts,
+    /// How images become pixel values and tokens, if the model reads images.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub images: Option<ImageSettings>,
     /// Where the weights came from.
     pub source: Source,
     /// The adapters that were merged into them, in this order.

@@ -453,6 +453,7 @@ mod tests {
             observed: BTreeMap::new(),
             parameters: 12,
             facts: Config::parse(r#"{"encoder": {}, "decoder": {}}"#).expect("a minimal config").facts(),
+            images: None,
             source: Source::Dummy { seed: 0 },
             adapters: Vec::new(),
             lora_inputs: None,
