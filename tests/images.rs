@@ -2,12 +2,21 @@
 
 use std::fs;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use safetensors::SafeTensors;
-use serde_json::Value;
-use t5gemma_runtime::{Image, ImageLimits, ImageSettings, ImageTokens, PanAndScan, PixelValues, Tokenizer};
+use serde_json::{Value, json};
+use t5gemma_exporter::Export;
+use t5gemma_graphs::Target;
+use t5gemma_runtime::{
+    Batch, Cancellation, Controls, Encoder, Engine, EngineOptions, GenerationOptions, Image, ImageLimits,
+    ImageSettings, ImageTokens, Model, OpenOptions, PanAndScan, PixelValues, Request, TextWithImages, Tokenizer,
+};
+use tempfile::TempDir;
 
-use crate::common::tests;
+use crate::common::{cases as common_cases, exported_from, fixture, tests};
+use crate::generation::check_case;
+use crate::tasks::Golden;
 
 /// How far pixels of lossy formats may be from Pillow's decoders, in levels of 255: at most, and on average.
 const LOSSY: (u8, f64) = (8, 0.5);
@@ -221,4 +230,140 @@ fn a_checkpoint_says_how_it_wants_its_images() {
         let error = read().expect_err(message).to_string();
         assert!(error.ends_with(message), "{error}");
     }
+}
+
+/// The model with a vision tower, with the tokenizer of the prompts.
+fn model_with_vision(label: &str, export: Export) -> PathBuf {
+    let checkpoint = TempDir::new().expect("a temporary folder");
+    let from = fixture("t2-vision").join("checkpoint");
+    for file in fs::read_dir(&from).expect("a fixture").map(|file| file.expect("listed")) {
+        fs::copy(file.path(), checkpoint.path().join(file.file_name())).expect("copied");
+    }
+    fs::copy(folder().join("tokenizer.json"), checkpoint.path().join("tokenizer.json")).expect("copied");
+    exported_from(checkpoint.path(), &format!("t2-vision-{label}"), export)
+}
+
+/// The inputs of the fixture, by name, with pixel values where they have any.
+fn inputs_with_vision(model: &Model, name: &str) -> Batch {
+    let bytes = fs::read(fixture("t2-vision").join("golden.safetensors")).expect("a fixture");
+    let golden = SafeTensors::deserialize(&bytes).expect("safetensors");
+    let integers = |field: &str| {
+        let tensor = golden.tensor(&format!("in.{name}.{field}")).expect("an input");
+        let numbers = tensor.data().chunks_exact(8).map(|bytes| i64::from_le_bytes(bytes.try_into().expect("eight")));
+        (tensor.shape()[0], numbers.collect::<Vec<_>>())
+    };
+    let ((rows, ids), (_, mask)) = (integers("input_ids"), integers("attention_mask"));
+    let batch = Batch::flat(rows, ids, mask).expect("the fixture's inputs are valid");
+    let Ok(tensor) = golden.tensor(&format!("in.{name}.pixel_values")) else { return batch };
+    let values = tensor.data().chunks_exact(4).map(|bytes| f32::from_le_bytes(bytes.try_into().expect("four")));
+    let images = PixelValues::of_tensor(tensor.shape(), values.collect()).expect("the fixture's images are valid");
+    batch.with_images_in_order(model.facts(), images).expect("as many as there are tokens for")
+}
+
+#[test]
+fn images_give_the_reference_tokens_and_states() {
+    for target in [Target::Portable, Target::Cpu] {
+        let model = Model::open(model_with_vision(target.name(), Export::default().target(target))).expect("opens");
+        let golden = Golden::read(&fixture("t2-vision").join("golden.safetensors"));
+        for name in ["images", "images_left", "two_images", "text"] {
+            let batch = inputs_with_vision(&model, name);
+            let states = model.encode(&batch, &Cancellation::new()).expect(name);
+            let expected = golden.floats(&format!("enc.{name}.last_hidden_state"));
+            let width = states.shape()[2];
+            let visible = batch.mask().iter().flat_map(|&visible| vec![visible != 0; width]);
+            let pairs = states.iter().zip(&expected).zip(visible).filter(|(_, visible)| *visible);
+            let most = pairs.map(|((found, expected), _)| (found - expected).abs()).fold(0.0, f32::max);
+            assert!(most < 5e-4, "{name}: {most}");
+        }
+        for case in common_cases("t2-vision")["cases"].as_array().expect("cases") {
+            let mut batch = inputs_with_vision(&model, case["input"].as_str().expect("a name"));
+            if let Ok(prompts) = serde_json::from_value::<Vec<Vec<i64>>>(case["decoder_input_ids"].clone()) {
+                batch = batch.with_decoder_input_ids(&prompts).expect("the fixture's prompts are valid");
+            }
+            let options = case["options"].as_object().expect("options are an object");
+            let options = model.generation_config().with_json(options).expect("the fixture's options are valid");
+            let rows = model.generate_batch(&batch, &options, Controls::default()).expect("generates");
+            let found: Vec<(Value, Option<f64>)> = rows
+                .iter()
+                .flatten()
+                .map(|hypothesis| (json!(hypothesis.tokens), hypothesis.score.map(f64::from)))
+                .collect();
+            check_case(&format!("t2-vision for {} {}", target.name(), case["id"]), case, &found);
+        }
+    }
+}
+
+#[test]
+fn rows_with_and_without_images_do_not_change_each_other() {
+    let path = model_with_vision("default", Export::default());
+    let model = Model::open(&path).expect("opens");
+    let picture = Image::decode(&read("rgb420.jpg"), ImageLimits::default()).expect("a picture");
+    let other = Image::decode(&read("palette8.png"), ImageLimits::default()).expect("a picture");
+    let text = |text: &str, images: &[&Image]| {
+        let source = TextWithImages::new(text, images.iter().map(|image| (*image).clone()).collect());
+        model.tokenize_with_images(&[source]).expect(text)
+    };
+    // The token of an image in a text without images is an ordinary token.
+    let plain = Batch::padded(&[[9, 7, 7, 10]], 0).expect("a row");
+    let alone = [
+        text("<start_of_image> a", &[&picture]),
+        plain.clone(),
+        text("b<start_of_image><start_of_image>", &[&other, &picture]),
+        text("no image", &[]),
+    ];
+    assert_eq!(alone[2].images()[0].len(), 2);
+    let options = GenerationOptions::default().max_new_tokens(12);
+    let config = model.generation_config().with(&options).expect("valid");
+    let tokens = |batch: &Batch| -> Vec<Vec<i64>> {
+        let rows = model.generate_batch(batch, &config, Controls::default()).expect("generates");
+        rows.into_iter().flatten().map(|hypothesis| hypothesis.tokens).collect()
+    };
+    let expected: Vec<Vec<i64>> = alone.iter().flat_map(&tokens).collect();
+    let joined = Batch::joined(alone.to_vec(), 0).expect("they have no prompts");
+    assert_eq!(tokens(&joined), expected);
+    assert_ne!(tokens(&text("<start_of_image> a", &[&other]))[0], expected[0], "another picture");
+
+    // Without a cache, with the encoder alone, and with an engine.
+    let uncached = Model::open_with(&path, &OpenOptions::default().encoder_cache_bytes(0)).expect("opens");
+    let states = uncached.encode(&joined, &Cancellation::new()).expect("encodes");
+    let encoder = Encoder::open(&path).expect("opens");
+    let found = encoder.encode(&joined, &Cancellation::new()).expect("encodes");
+    assert!(states.iter().zip(&found).all(|(one, other)| (one - other).abs() < 1e-5));
+    let engine = Engine::new(Arc::new(uncached), EngineOptions::default()).expect("starts");
+    let generation = engine.submit(Request::new(joined.clone(), config.clone())).expect("accepted");
+    let found: Vec<Vec<i64>> =
+        generation.wait().expect("generates").into_iter().flatten().map(|hypothesis| hypothesis.tokens).collect();
+    assert_eq!(found, expected);
+}
+
+#[test]
+fn images_are_checked_against_the_model() {
+    let model = Model::open(model_with_vision("default", Export::default())).expect("opens");
+    let image = |side: usize| PixelValues::new(side, vec![0.5; 3 * side * side]).expect("finite");
+    let with = |ids: &[i64], images: Vec<PixelValues>| {
+        let batch = Batch::padded(&[ids], 0).and_then(|batch| batch.with_images(vec![images])).expect("one row");
+        model.encode(&batch, &Cancellation::new())
+    };
+    with(&[5, 7, 7, 7, 7, 6], vec![image(28)]).expect("four tokens of one image");
+    for (ids, images, message) in [
+        (vec![5, 7, 7, 7, 6], vec![image(28)], "input_ids[0]: expected 4 tokens 7 (4 for each of 1 images), found 3"),
+        (vec![7; 4], vec![image(28); 2], "input_ids[0]: expected 8 tokens 7 (4 for each of 2 images), found 4"),
+        (vec![7; 4], vec![image(14)], "images[0][0]: expected 28 x 28 pixels, found 14 x 14 pixels"),
+    ] {
+        assert_eq!(with(&ids, images).expect_err(message).to_string(), message);
+    }
+    let plain = Batch::padded(&[vec![7; 4], vec![9]], 0).expect("rows");
+    let error = plain.clone().with_images_in_order(model.facts(), vec![image(28); 2]).expect_err("one too many");
+    assert_eq!(error.to_string(), "pixel_values: expected 8 tokens 7 (4 for each of 2 images), found 4 in input_ids");
+    assert!(plain.clone().with_images(vec![vec![image(28)]]).is_err(), "not one list per row");
+    let source = TextWithImages::new("a <start_of_image>", Vec::new());
+    let error = model.tokenize_with_images(&[source]).expect_err("an image is missing").to_string();
+    assert_eq!(error, "images: expected 1 images, as many as the text has <start_of_image>, found 0");
+
+    let blind = Model::open(model_with_vision("blind", Export::default().vision(false))).expect("opens");
+    let refused = "images: the model reads none; export a checkpoint with a vision tower, and without --no-vision";
+    let source = TextWithImages::new("", Vec::new());
+    assert_eq!(blind.tokenize_with_images(&[source]).expect_err("no tower").to_string(), refused);
+    let batch = plain.with_images(vec![vec![image(28)], Vec::new()]).expect("two lists");
+    assert_eq!(blind.encode(&batch, &Cancellation::new()).expect_err("no tower").to_string(), refused);
 }

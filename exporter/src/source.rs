@@ -5,11 +5,13 @@ use std::collections::BTreeMap;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use t5gemma_graphs::config::Config;
+use t5gemma_graphs::images::ImageSettings;
 use t5gemma_graphs::manifest::{self, FileRecord};
 
 use crate::checkpoint::{self, CHAT_TEMPLATE, COMPANIONS, Checkpoint, DEFAULT_CHAT_TEMPLATE, GENERATION_CONFIG};
 use crate::error::{Error, Result};
 use crate::files;
+use crate::images::image_settings;
 
 /// Where a model comes from.
 #[derive(Debug)]
@@ -107,6 +109,13 @@ impl Source {
             companions.push((CHAT_TEMPLATE, checkpoint::companion(folder, DEFAULT_CHAT_TEMPLATE)?));
         }
         Ok(companions)
+    }
+
+    /// How the model wants its images: `defaults`, unless the checkpoint says otherwise.
+    pub(crate) fn image_settings(&self, defaults: ImageSettings) -> Result<ImageSettings> {
+        let Source::Checkpoint(checkpoint) = self else { return Ok(defaults) };
+        // Beside the tokenizer where that is elsewhere: a processor is both.
+        image_settings(checkpoint.tokenizer_folder(), defaults)
     }
 
     /// The content of `generation_config.json`, if there is one.

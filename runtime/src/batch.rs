@@ -2,6 +2,8 @@
 //! Constructors check what needs no model; [`Batch::check`] checks the rest against a model's sizes, once, before
 //! anything runs.
 
+mod images;
+
 use std::ops::Range;
 
 use ndarray::{Array3, s};
@@ -11,6 +13,9 @@ use t5gemma_graphs::facts::Facts;
 use crate::adapter::Adapter;
 use crate::draws::Draws;
 use crate::error::Error;
+use crate::images::PixelValues;
+
+pub(crate) use images::reads_no_images;
 
 /// Source rows of equal length with their attention masks, and optionally decoder prompts.
 #[derive(Clone, Debug, PartialEq)]
@@ -32,6 +37,8 @@ pub struct Batch {
     states: Option<Array3<f32>>,
     /// The LoRA adapter of each row, if it uses one.
     adapters: Vec<Option<Adapter>>,
+    /// The images of each row, in the order of their tokens.
+    images: Vec<Vec<PixelValues>>,
 }
 
 /// The decoder prompts, `[rows, length]`.
@@ -115,8 +122,9 @@ impl Batch {
         let indices = batches.iter().flat_map(|batch| batch.indices.clone()).collect();
         let totals = batches.iter().flat_map(|batch| batch.totals.clone()).collect();
         let adapters = batches.iter().flat_map(|batch| batch.adapters.clone()).collect();
+        let images = batches.iter().flat_map(|batch| batch.images.clone()).collect();
         let rows = batches.iter().map(|batch| batch.rows).sum();
-        Ok(Batch { given, seeds, indices, prompts, totals, states, adapters, ..Batch::flat(rows, ids, mask)? })
+        Ok(Batch { given, seeds, indices, prompts, totals, states, adapters, images, ..Batch::flat(rows, ids, mask)? })
     }
 
     /// A batch of sources that are already padded, on either side: a token counts if its mask is not 0. Rows whose mask
@@ -186,6 +194,7 @@ impl Batch {
             totals: vec![None; rows],
             states: None,
             adapters: vec![None; rows],
+            images: vec![Vec::new(); rows],
         })
     }
 
@@ -287,7 +296,8 @@ impl Batch {
             prompts: None,
             totals: self.totals[rows.clone()].to_vec(),
             states,
-            adapters: self.adapters[rows].to_vec(),
+            adapters: self.adapters[rows.clone()].to_vec(),
+            images: self.images[rows].to_vec(),
         }
     }
 
@@ -322,6 +332,7 @@ impl Batch {
             totals: rows.iter().map(|&row| self.totals[row]).collect(),
             states,
             adapters: rows.iter().map(|&row| self.adapters[row].clone()).collect(),
+            images: rows.iter().map(|&row| self.images[row].clone()).collect(),
         }
     }
 
@@ -342,13 +353,15 @@ impl Batch {
         &self.adapters
     }
 
-    /// Consecutive rows with the same LoRA adapter or none.
-    pub(crate) fn runs_by_adapter(&self) -> impl Iterator<Item = Range<usize>> {
+    /// Consecutive rows that the encoder can run on at once: with the same LoRA adapter or none, and all with images or
+    /// none, since image tokens of a row without images are ordinary ones.
+    pub(crate) fn encoder_runs(&self) -> impl Iterator<Item = Range<usize>> {
+        let kinds: Vec<_> = self.adapters.iter().zip(self.images.iter().map(|images| images.is_empty())).collect();
         let mut first = 0;
-        self.adapters.chunk_by(|one, next| one == next).map(move |run| {
-            let rows = first..first + run.len();
-            first = rows.end;
-            rows
+        let lengths: Vec<usize> = kinds.chunk_by(|one, next| one == next).map(<[_]>::len).collect();
+        lengths.into_iter().map(move |length| {
+            first += length;
+            first - length..first
         })
     }
 
@@ -432,6 +445,7 @@ impl Batch {
             return Err(Error::input("input_ids", expected, format!("{} tokens", self.length)));
         }
         check_ids("input_ids", self.length, &self.ids, facts.encoder.vocab_size)?;
+        self.check_images(facts)?;
         match &self.prompts {
             Some(prompts) => check_ids("decoder_input_ids", prompts.length, &prompts.ids, facts.decoder.vocab_size),
             None => Ok(()),

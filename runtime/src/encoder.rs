@@ -4,16 +4,21 @@
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fmt;
+use std::ops::Range;
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 
 use ndarray::{Array1, Array2, Array3, ArrayD, ArrayView2, Axis};
+use ort::session::builder::PrepackedWeights;
 use t5gemma_graphs::facts::Facts;
+use t5gemma_graphs::images::ImageSettings;
 use t5gemma_graphs::manifest::{MANIFEST, Manifest};
 use t5gemma_graphs::task::{Features, PaddingRows, Pooling, Task};
 
 use crate::batch::Batch;
 use crate::cancellation::Cancellation;
 use crate::device::{Provider, cuda_graphs_require};
+use crate::encoder_cache::States;
 use crate::error::Error;
 use crate::folder::{Folder, other_task};
 use crate::limits::{Limits, pieces_to_encode};
@@ -21,6 +26,7 @@ use crate::profiles::Profiles;
 use crate::ragged_batch::{self, Grouping, OutputUnit};
 use crate::session::{GraphSession, OpenOptions, Opener, float32_values};
 use crate::tokenizer::{LazyTokenizer, Tokenizer};
+use crate::vision::VisionTower;
 
 const READING_OUTPUT: &str = "reading the output";
 
@@ -28,6 +34,9 @@ const READING_OUTPUT: &str = "reading the output";
 pub struct Encoder {
     // The session reads the weights that `folder` maps, so it comes first: fields are dropped in order.
     session: GraphSession,
+    vision: VisionTower,
+    options: OpenOptions,
+    prepacked: Mutex<PrepackedWeights>,
     on_cpu: bool,
     limits: Limits,
     tokenizer: LazyTokenizer,
@@ -61,11 +70,15 @@ impl Encoder {
         let folder = Folder::open(path.as_ref(), options.weights_access())?;
         let parts = folder.manifest.graph_specs();
         let first = parts.first().expect("a model has a graph, and its encoder comes first");
-        let session = Opener::new(&folder, options)?.open(first.name, &first.ports)?;
+        let mut opener = Opener::new(&folder, options)?;
+        let session = opener.open(first.name, &first.ports)?;
+        let prepacked = Mutex::new(opener.prepacked());
+        drop(opener);
         let on_cpu = options.provider.kind == Provider::Cpu;
         let limits = folder.limits(options.limits.resolved(on_cpu));
         let tokenizer = LazyTokenizer::in_folder(&folder.path);
-        Ok(Encoder { session, on_cpu, limits, tokenizer, folder })
+        let (vision, options) = (VisionTower::default(), options.clone());
+        Ok(Encoder { session, vision, options, prepacked, on_cpu, limits, tokenizer, folder })
     }
 
     /// The sizes, special tokens and labels of the model.
@@ -76,6 +89,14 @@ impl Encoder {
     /// The exporter's description of the model.
     pub fn manifest(&self) -> &Manifest {
         &self.folder.manifest
+    }
+
+    /// How images become pixel values and tokens.
+    ///
+    /// # Errors
+    /// A model that reads no images.
+    pub fn image_settings(&self) -> Result<&ImageSettings, Error> {
+        self.folder.image_settings()
     }
 
     /// The sizes of the model's serving plan, if it has one.
@@ -227,6 +248,12 @@ impl Encoder {
         let batch = &*self.pad(batch);
         let (stack, dtype) = (&self.folder.manifest.facts.encoder, self.folder.manifest.dtype);
         let pieces = pieces_to_encode(batch, stack, dtype, &self.limits);
+        let runs: Vec<_> = batch.encoder_runs().collect();
+        let of_run = |piece: Range<usize>| {
+            let common = |run: &Range<usize>| run.start.max(piece.start)..run.end.min(piece.end);
+            runs.iter().map(common).filter(|rows| !rows.is_empty()).collect::<Vec<_>>()
+        };
+        let pieces: Vec<Range<usize>> = pieces.into_iter().flat_map(of_run).collect();
         if pieces.len() == 1 {
             return self.outputs_of_piece(batch, cancel);
         }
@@ -274,8 +301,10 @@ impl Encoder {
     }
 
     fn outputs_of_rectangle(&self, batch: &Batch, cancel: &Cancellation) -> Result<Vec<ArrayD<f32>>, Error> {
+        let features = self.image_features(batch, cancel)?;
         // Classifiers are left out, because they read padding tokens too.
         if self.on_cpu
+            && !batch.hides_image_tokens(self.facts())
             && let Ok(Features { pooling, padding_rows, fixed_length: None, output_hidden_states: false, .. }) =
                 self.features()
             && let Some(groups) = ragged_batch::groups(batch, Grouping::of(&self.folder.manifest))
@@ -285,11 +314,11 @@ impl Encoder {
                 (Pooling::None, PaddingRows::Unspecified | PaddingRows::Zero) => OutputUnit::Token,
                 _ => OutputUnit::Source,
             };
-            let output = ragged_batch::run(&self.session, &[], batch, &groups, unit, cancel)?;
+            let output = ragged_batch::run(&self.session, &[], batch, &features, &groups, unit, cancel)?;
             cancel.check()?;
             return Ok(vec![ArrayD::from_shape_vec(output.shape, output.values).map_err(wrong_rank)?]);
         }
-        let outputs = self.session.run_on_batch(batch, &[], "running the encoder", cancel)?;
+        let outputs = self.session.run_on_batch(batch, &features, &[], "running the encoder", cancel)?;
         cancel.check()?;
         // Models to be observed have one more output, the ranges.
         let of_states = outputs.into_iter().take(1 + self.folder.hidden_states());
@@ -305,12 +334,22 @@ impl Encoder {
         read.collect()
     }
 
+    /// The features of the images of each row; empty without images.
+    fn image_features(&self, batch: &Batch, cancel: &Cancellation) -> Result<Vec<Vec<States>>, Error> {
+        let Some(vision) = self.facts().vision.as_ref().filter(|_| batch.has_images()) else { return Ok(Vec::new()) };
+        let open = || {
+            let prepacked = self.prepacked.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            Opener::with_weights(&self.folder, &self.options, prepacked, None)?.open_vision()
+        };
+        self.vision.features(batch, vision, None, self.on_cpu, open, cancel)
+    }
+
     /// The activation ranges for a source: for each matrix, the largest absolute input value. Only for models exported
     /// with observed activations.
     pub(crate) fn observe(&self, batch: &Batch, cancel: &Cancellation) -> Result<BTreeMap<String, f32>, Error> {
         const DURING: &str = "observing the activations";
         self.check(batch)?;
-        let outputs = self.session.run_on_batch(batch, &[], DURING, cancel)?;
+        let outputs = self.session.run_on_batch(batch, &self.image_features(batch, cancel)?, &[], DURING, cancel)?;
         let last = outputs.last().expect("opening has verified that there are outputs");
         let (_, found) = last.try_extract_tensor::<f32>().map_err(Error::onnxruntime(DURING))?;
         let names = self.folder.manifest.observed.values().flatten().cloned();

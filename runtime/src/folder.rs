@@ -14,6 +14,7 @@ use memmap2::{Mmap, MmapMut};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use t5gemma_graphs::config::Config;
+use t5gemma_graphs::images::ImageSettings;
 use t5gemma_graphs::interface::{Dim, GraphSpec, Port};
 use t5gemma_graphs::manifest::{
     DOCUMENTS, FileRecord, GraphRecord, KEPT_TOKENS, MANIFEST, Manifest, ManifestError, SAMPLE_BLOCK, TensorRecord,
@@ -21,7 +22,7 @@ use t5gemma_graphs::manifest::{
 };
 use t5gemma_graphs::task::{Features, Task};
 
-use crate::batch::Batch;
+use crate::batch::{Batch, reads_no_images};
 use crate::error::Error;
 use crate::limits::Limits;
 use crate::profiles::{self, Profiles};
@@ -92,6 +93,7 @@ impl Folder {
             return Err(mismatch(path.join(MANIFEST), "files", "config.json", "no such entry"));
         }
         check_task(&path.join(MANIFEST), &manifest)?;
+        check_images(&path.join(MANIFEST), &manifest)?;
         check_ports(&path.join(MANIFEST), &manifest)?;
         let mut warnings = Vec::new();
         let generation_config = generation_config(path, &manifest, &mut warnings)?;
@@ -139,6 +141,14 @@ impl Folder {
             return Err(Error::input("input_ids", expected, format!("{} tokens", batch.length())));
         }
         self.profiles.as_ref().map_or(Ok(()), |profiles| profiles.check_source(batch.length()))
+    }
+
+    /// How images become pixel values and tokens.
+    ///
+    /// # Errors
+    /// A model that reads no images.
+    pub fn image_settings(&self) -> Result<&ImageSettings, Error> {
+        self.manifest.images.as_ref().ok_or_else(reads_no_images)
     }
 
     /// A batch, or a piece of one, padded with rows and tokens to the minimum sizes of the serving plan.
@@ -326,6 +336,32 @@ fn check_task(manifest_path: &Path, manifest: &Manifest) -> Result<(), Error> {
         }
         _ => Ok(()),
     }
+}
+
+/// Checks that images are prepared as the vision tower takes them.
+fn check_images(manifest_path: &Path, manifest: &Manifest) -> Result<(), Error> {
+    let wrong = |field: &str, expected: String, found: String| {
+        Err(mismatch(manifest_path.to_path_buf(), &format!("images{field}"), expected, found))
+    };
+    let (images, vision) = match (&manifest.images, &manifest.facts.vision) {
+        (Some(images), Some(vision)) => (images, vision),
+        (None, None) => return Ok(()),
+        (None, Some(_)) => return wrong("", "settings, as the model reads images".into(), "none".into()),
+        (Some(_), None) => return wrong("", "none, as the model reads no images".into(), "settings".into()),
+    };
+    images.check().or_else(|error| wrong(&format!(".{}", error.field), error.expected, error.found))?;
+    for (field, found, of_tower) in [
+        (".image_size", images.image_size, vision.image_size),
+        (".tokens_per_image", images.tokens_per_image, vision.tokens_per_image),
+    ] {
+        if found != of_tower {
+            return wrong(field, format!("{of_tower}, as the vision tower has"), found.to_string());
+        }
+    }
+    if images.image_token_id != vision.image_token {
+        return wrong(".image_token_id", vision.image_token.to_string(), images.image_token_id.to_string());
+    }
+    Ok(())
 }
 
 /// Checks that the manifest records the inputs and outputs that its facts imply.

@@ -68,6 +68,7 @@ mod encoder_cache;
 mod ragged_batch;
 mod state;
 mod step_output;
+mod vision;
 
 mod build_engines;
 mod engine_files;
@@ -139,7 +140,7 @@ pub use t5gemma_graphs::manifest::{ActivationRanges, Manifest};
 pub use t5gemma_graphs::task::{Features, Pooling, Task};
 pub use t5gemma_graphs::tensors::Role;
 pub use t5gemma_kernels::instructions;
-pub use text::Generated;
+pub use text::{Generated, TextWithImages};
 pub use tokenizer::{SpecialTokens, TextStream, Tokenizer};
 pub use warm_up::WarmUpShape;
 

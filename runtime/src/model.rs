@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use ort::session::builder::PrepackedWeights;
 use t5gemma_graphs::facts::Facts;
+use t5gemma_graphs::images::ImageSettings;
 use t5gemma_graphs::interface::{self, BATCH, CacheLayout, DType, Dim, Logits, Ports, REORDER};
 use t5gemma_graphs::manifest::Manifest;
 
@@ -30,6 +31,7 @@ use crate::provider::Fallback;
 use crate::session::{GraphSession, OpenOptions, Opener};
 use crate::state::{BufferPool, DeviceCacheConfig};
 use crate::tokenizer::{LazyTokenizer, Tokenizer};
+use crate::vision::VisionTower;
 use crate::vocabulary_subset::VocabularySubset;
 use crate::weights::UploadedWeights;
 
@@ -40,8 +42,10 @@ pub struct Model {
     base: Graphs,
     /// The graphs that take adapters, opened when the first adapter is loaded.
     lora: OnceLock<Graphs>,
-    /// The state of opening them.
-    lora_opener: Mutex<LoraOpener>,
+    /// The graph that reads images, opened for the first image.
+    vision: VisionTower,
+    /// The state of opening these.
+    lazy_opener: Mutex<LazyOpener>,
     adapters: Adapters,
     /// For each cached tensor, in the order of the graphs, whether it is of cross-attention.
     is_cross: Vec<bool>,
@@ -72,8 +76,8 @@ struct Graphs {
     decoder_with_past: GraphSession,
 }
 
-/// What the graphs that take adapters are opened with.
-struct LoraOpener {
+/// What graphs that are opened late are opened with.
+struct LazyOpener {
     options: OpenOptions,
     prepacked: PrepackedWeights,
 }
@@ -141,14 +145,15 @@ impl Model {
             decoder_with_past: opener.open("decoder_with_past", ports("decoder_with_past"))?,
         };
         let fallbacks = std::mem::take(&mut opener.fallbacks);
-        let lora_opener = LoraOpener { options: options.clone(), prepacked: opener.prepacked() };
+        let lazy_opener = LazyOpener { options: options.clone(), prepacked: opener.prepacked() };
         drop(opener);
         let on_cpu = options.provider.kind == Provider::Cpu;
         let tokenizer = Arc::new(LazyTokenizer::in_folder(&folder.path));
         Ok(Model {
             base,
             lora: OnceLock::new(),
-            lora_opener: Mutex::new(lora_opener),
+            vision: VisionTower::default(),
+            lazy_opener: Mutex::new(lazy_opener),
             adapters: Adapters::default(),
             is_cross,
             on_cpu,
@@ -183,6 +188,14 @@ impl Model {
     /// The exporter's description of the model.
     pub fn manifest(&self) -> &Manifest {
         &self.folder.manifest
+    }
+
+    /// How images become pixel values and tokens.
+    ///
+    /// # Errors
+    /// A model that reads no images.
+    pub fn image_settings(&self) -> Result<&ImageSettings, Error> {
+        self.folder.image_settings()
     }
 
     /// The model's tokenizer, loaded by the first call.
@@ -292,9 +305,9 @@ impl Model {
         if let Some(graphs) = self.lora.get() {
             return Ok(graphs);
         }
-        let opener = self.lora_opener.lock().unwrap_or_else(PoisonError::into_inner);
+        let opener = self.lazy_opener.lock().unwrap_or_else(PoisonError::into_inner);
         if self.lora.get().is_none() {
-            let LoraOpener { options, prepacked } = &*opener;
+            let LazyOpener { options, prepacked } = &*opener;
             let specs = self.folder.manifest.graph_specs();
             let mut opener = Opener::with_weights(&self.folder, options, prepacked.clone(), self._uploaded.as_ref())?;
             let mut open = |name: &str| {

@@ -10,6 +10,7 @@ use t5gemma_kernels::attention_skips_other_sources;
 
 use crate::batch::Batch;
 use crate::cancellation::Cancellation;
+use crate::encoder_cache::States;
 use crate::error::Error;
 use crate::session::{GraphSession, float32_values};
 
@@ -111,11 +112,12 @@ pub(crate) struct Output {
 }
 
 /// Runs the encoder, with `others` behind its inputs, on each group and puts its outputs together as if it had run once. Tokens that are in no group get
-/// zeros, or with [`OutputUnit::TokenOrPadding`] the state of padding.
+/// zeros, or with [`OutputUnit::TokenOrPadding`] the state of padding. `features` are those of the images of each row, or none.
 pub(crate) fn run(
     encoder: &GraphSession,
     others: &[Arc<DynValue>],
     batch: &Batch,
+    features: &[Vec<States>],
     groups: &[Group],
     unit: OutputUnit,
     cancel: &Cancellation,
@@ -144,7 +146,10 @@ pub(crate) fn run(
                 at += tokens.len();
             }
         }
-        let outputs = encoder.run_on_sources(rows, [ids, mask], others, "running the encoder", cancel)?;
+        // In the order of the rows in the group.
+        let of_span = |span: &Span| features.get(span.row).into_iter().flatten().cloned().collect::<Vec<_>>();
+        let of_group = group.lines.iter().flatten().flat_map(of_span).collect();
+        let outputs = encoder.run_on_sources(rows, [ids, mask], of_group, others, "running the encoder", cancel)?;
         let output = outputs.into_iter().next().expect("opening has verified that there is one output");
         let found = float32_values(&output).map_err(Error::onnxruntime("reading the output"))?;
         let found_shape: Vec<usize> = output.shape().iter().map(|&size| size as usize).collect();

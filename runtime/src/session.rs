@@ -21,6 +21,7 @@ use t5gemma_kernels::{Kernels, LogitsRequest};
 
 use crate::batch::Batch;
 use crate::cancellation::Cancellation;
+use crate::encoder_cache::States;
 use crate::error::Error;
 use crate::fork::{InCall, Origin};
 use crate::positions;
@@ -110,28 +111,32 @@ impl GraphSession {
         run(self.lock(request)?, inputs, during, cancel)
     }
 
-    /// Runs a graph that takes sources with their mask, and `others` behind them.
+    /// Runs a graph that takes sources with their mask, the features of the images of each row, and `others` behind them.
     pub fn run_on_batch(
         &self,
         batch: &Batch,
+        features: &[Vec<States>],
         others: &[Arc<DynValue>],
         during: &'static str,
         cancel: &Cancellation,
     ) -> Result<Vec<DynValue>, Error> {
-        self.run_on_sources(batch.rows(), [batch.ids().to_vec(), batch.mask().to_vec()], others, during, cancel)
+        let sources = [batch.ids().to_vec(), batch.mask().to_vec()];
+        let features = features.iter().flatten().cloned().collect();
+        self.run_on_sources(batch.rows(), sources, features, others, during, cancel)
     }
 
-    /// [`GraphSession::run_on_batch`] for ids and a mask, `[rows, length]` each, and `others` behind them.
+    /// [`GraphSession::run_on_batch`] for ids and a mask, `[rows, length]` each, with the features of all images.
     pub fn run_on_sources(
         &self,
         rows: usize,
         [ids, mask]: [Vec<i64>; 2],
+        features: Vec<States>,
         others: &[Arc<DynValue>],
         during: &'static str,
         cancel: &Cancellation,
     ) -> Result<Vec<DynValue>, Error> {
         let positions = self.source_positions(rows, &mask)?;
-        let images = self.image_features.as_ref().map(no_images).transpose()?;
+        let images = self.image_features.as_ref().map(|port| features_tensor(port, &features)).transpose()?;
         let (ids, mask) = (int64_tensor(rows, ids)?, int64_tensor(rows, mask)?);
         let inputs = [&ids, &mask].into_iter().chain(&positions).chain(&images);
         let inputs = inputs.chain(others.iter().map(|other| &**other));
@@ -146,10 +151,11 @@ impl GraphSession {
     }
 }
 
-/// The features of no images.
-fn no_images(port: &Port) -> Result<DynValue, Error> {
+/// The features of images, of which there may be none.
+fn features_tensor(port: &Port, features: &[States]) -> Result<DynValue, Error> {
     let [tokens, width] = [1, 2].map(|axis| port.shape[axis].as_fixed().unwrap_or(0));
-    float_tensor(port.dtype, [0, tokens, width], Vec::new()).map_err(Error::onnxruntime("preparing a run"))
+    let values = features.iter().flat_map(|features| features.iter().copied()).collect();
+    float_tensor(port.dtype, [features.len(), tokens, width], values).map_err(Error::onnxruntime("preparing a run"))
 }
 
 /// Runs a locked session and returns its outputs in order.

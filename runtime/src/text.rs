@@ -2,12 +2,15 @@
 
 use std::fmt;
 
+use t5gemma_graphs::images::ImageSettings;
+
 use crate::batch::Batch;
 use crate::chat::ChatTemplate;
 use crate::encoder::Encoder;
 use crate::error::Error;
 use crate::generate::Controls;
 use crate::hypothesis::Hypothesis;
+use crate::images::{Image, PixelValues};
 use crate::model::Model;
 use crate::options::{GenerationConfig, GenerationOptions};
 use crate::tokenizer::{SpecialTokens, Tokenizer};
@@ -26,6 +29,58 @@ impl Generated {
     /// The text of the first hypothesis, which is the best one.
     pub fn text(&self) -> &str {
         self.texts.first().map_or("", String::as_str)
+    }
+}
+
+/// A source with images. Each start-of-image token in the text stands for one of them, in their order; a text without a
+/// character is one of nothing but the images.
+///
+/// ```no_run
+/// use t5gemma_runtime::{Controls, Image, ImageLimits, Model, TextWithImages};
+///
+/// let model = Model::open("model")?;
+/// let photo = Image::open("photo.jpg", ImageLimits::default())?;
+/// let source = TextWithImages::new("<start_of_image> What is this?", vec![photo]);
+/// let batch = model.tokenize_with_images(&[source])?;
+/// let hypotheses = model.generate_batch(&batch, model.generation_config(), Controls::default())?;
+/// # Ok::<(), t5gemma_runtime::Error>(())
+/// ```
+#[derive(Clone, Debug, Default, PartialEq)]
+#[non_exhaustive]
+pub struct TextWithImages {
+    /// The text.
+    pub text: String,
+    /// The images.
+    pub images: Vec<Image>,
+    /// Whether crops follow images that are much wider than high or the reverse; by default as the model's settings say.
+    pub pan_and_scan: Option<bool>,
+}
+
+impl TextWithImages {
+    /// A text with these images.
+    pub fn new(text: impl Into<String>, images: Vec<Image>) -> TextWithImages {
+        TextWithImages { text: text.into(), images, pan_and_scan: None }
+    }
+
+    /// Sets [`TextWithImages::pan_and_scan`].
+    pub fn pan_and_scan(self, pan_and_scan: bool) -> TextWithImages {
+        TextWithImages { pan_and_scan: Some(pan_and_scan), ..self }
+    }
+
+    /// The tokens of the source, and the pixel values of its images and their crops.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode_with_images`].
+    pub fn tokenize(
+        &self,
+        tokenizer: &Tokenizer,
+        settings: &ImageSettings,
+    ) -> Result<(Vec<i64>, Vec<PixelValues>), Error> {
+        let pan_and_scan = self.pan_and_scan.unwrap_or(settings.pan_and_scan.enabled);
+        let images: Vec<_> = self.images.iter().map(|image| image.pixel_values(settings, pan_and_scan)).collect();
+        let crops: Vec<usize> = images.iter().map(|image| image.len() - 1).collect();
+        let ids = tokenizer.encode_with_images(&self.text, settings, &crops)?;
+        Ok((ids, images.into_iter().flatten().collect()))
     }
 }
 
@@ -100,6 +155,14 @@ impl Model {
         padded(self.tokenizer()?, texts, self.generation_config().pad_token_id)
     }
 
+    /// Tokenizes texts with images into a batch, padded on the right with the model's padding token.
+    ///
+    /// # Errors
+    /// A model that reads no images, and those of [`TextWithImages::tokenize`] and [`Model::tokenize`].
+    pub fn tokenize_with_images(&self, sources: &[TextWithImages]) -> Result<Batch, Error> {
+        with_images(self.tokenizer()?, self.image_settings()?, sources, self.generation_config().pad_token_id)
+    }
+
     fn generate_texts(
         &self,
         batch: &Batch,
@@ -134,6 +197,25 @@ impl Encoder {
     pub fn tokenize<T: AsRef<str>>(&self, texts: &[T]) -> Result<Batch, Error> {
         padded(self.tokenizer()?, texts, self.pad_token_id())
     }
+
+    /// Tokenizes texts with images into a batch, padded on the right with the model's padding token.
+    ///
+    /// # Errors
+    /// As [`Model::tokenize_with_images`].
+    pub fn tokenize_with_images(&self, sources: &[TextWithImages]) -> Result<Batch, Error> {
+        with_images(self.tokenizer()?, self.image_settings()?, sources, self.pad_token_id())
+    }
+}
+
+fn with_images(
+    tokenizer: &Tokenizer,
+    settings: &ImageSettings,
+    sources: &[TextWithImages],
+    pad: i64,
+) -> Result<Batch, Error> {
+    let tokenized = sources.iter().map(|source| source.tokenize(tokenizer, settings));
+    let (ids, images): (Vec<_>, Vec<_>) = tokenized.collect::<Result<Vec<_>, Error>>()?.into_iter().unzip();
+    Batch::padded(&ids, pad)?.with_images(images)
 }
 
 fn padded<T: AsRef<str>>(tokenizer: &Tokenizer, texts: &[T], pad: i64) -> Result<Batch, Error> {

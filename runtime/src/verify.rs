@@ -17,6 +17,7 @@ use crate::batch::{Batch, Prompts};
 use crate::cancellation::Cancellation;
 use crate::error::Error;
 use crate::generate::{self, Controls};
+use crate::images::PixelValues;
 use crate::model::Model;
 use crate::options::GenerationConfig;
 use crate::search::Search;
@@ -171,13 +172,17 @@ pub fn against(
         let Some(batch_name) = name.strip_prefix("in.").and_then(|name| name.strip_suffix(".input_ids")) else {
             continue;
         };
-        if golden.floats.contains_key(&format!("in.{batch_name}.pixel_values")) {
-            continue;
-        }
         let mask_name = format!("in.{batch_name}.attention_mask");
         let mask = golden.integers.get(&mask_name).ok_or_else(|| Error::input(&mask_name, "a tensor", "none"))?;
         let rows = ids.shape().first().copied().unwrap_or(0);
         let batch = Batch::flat(rows, ids.iter().copied().collect(), mask.iter().copied().collect())?;
+        let batch = match golden.floats.get(&format!("in.{batch_name}.pixel_values")) {
+            Some(values) => {
+                let images = PixelValues::of_tensor(values.shape(), values.iter().copied().collect())?;
+                batch.with_images_in_order(model.facts(), images)?
+            }
+            None => batch,
+        };
         batch.check(model.facts())?;
 
         let suffix = if is_exclusive { ".window_exclusive" } else { "" };

@@ -5,6 +5,8 @@ use std::sync::Arc;
 
 use serde_json::Value;
 use t5gemma_graphs::config::Config;
+use t5gemma_graphs::facts::VisionFacts;
+use t5gemma_graphs::images::{ImageSettings, ImageTokens};
 use t5gemma_graphs::onnx::Definition;
 use t5gemma_graphs::quantization::Activations;
 use t5gemma_graphs::task::Task;
@@ -31,6 +33,8 @@ pub(super) struct Prepared<'e> {
     pub generation_config: Option<Value>,
     /// Files to copy into the model folder.
     pub companions: Vec<(&'static str, Vec<u8>)>,
+    /// How images become pixel values and tokens, if the model reads images.
+    pub images: Option<ImageSettings>,
     pub options: Options,
     /// The graphs of the task, in the order of `interface::graphs`; then the same graphs with adapters as inputs, if the
     /// model can be given any.
@@ -61,6 +65,13 @@ impl<'e> Prepared<'e> {
             checkpoint.check_present(|tensor| weights::is_for(tensor, &config, &task))?;
             check_layers(checkpoint, &config, &task)?;
         }
+        let images = config.facts().vision.map(|vision| {
+            let VisionFacts { image_size, tokens_per_image, image_token: image, start_of_image, end_of_image, .. } =
+                vision;
+            let tokens = ImageTokens { image, start_of_image, end_of_image };
+            source.image_settings(ImageSettings::new(image_size, tokens_per_image, tokens))
+        });
+        let images = images.transpose()?;
         let mut companions = source.companions()?;
         if export.write_sentencepiece {
             let Source::Checkpoint(checkpoint) = source else { return Err(rules::no_sentencepiece().into()) };
@@ -130,6 +141,7 @@ impl<'e> Prepared<'e> {
             config,
             generation_config,
             companions,
+            images,
             options,
             graphs,
             weights,

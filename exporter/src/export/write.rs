@@ -66,7 +66,7 @@ impl Prepared<'_> {
             observed,
             parameters: weights::parameters(&self.weights),
             facts: self.config.facts(),
-            images: None,
+            images: self.images.clone(),
             source,
             adapters: self.source.adapters(),
             lora_inputs: export.lora_inputs.map(|rank| LoraInputs { rank, modules: lora_modules }),

@@ -42,6 +42,23 @@ impl PixelValues {
         Ok(PixelValues::of(image_size, values))
     }
 
+    /// The images of a tensor `[images, 3, image_size, image_size]`, row-major.
+    ///
+    /// # Errors
+    /// Another shape, another number of values, or one that is not finite.
+    pub fn of_tensor(shape: &[usize], values: Vec<f32>) -> Result<Vec<PixelValues>, Error> {
+        let &[images, 3, image_size, width] = shape else {
+            let expected = "a tensor of the shape [images, 3, image_size, image_size]";
+            return Err(Error::input("pixel_values", expected, format!("shape {shape:?}")));
+        };
+        let one = values.len().checked_div(images).unwrap_or(0);
+        if image_size != width || one * images != values.len() {
+            let expected = "as many values as the shape has, of square images";
+            return Err(Error::input("pixel_values", expected, format!("{} of shape {shape:?}", values.len())));
+        }
+        values.chunks(one.max(1)).map(|values| PixelValues::new(image_size, values.to_vec())).collect()
+    }
+
     fn of(image_size: usize, values: Vec<f32>) -> PixelValues {
         let mut sha = Sha256::new();
         let mut bytes = Vec::new();

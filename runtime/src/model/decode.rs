@@ -258,7 +258,7 @@ impl Model {
         const DURING: &str = "observing the activations";
         let mask = int64_tensor(batch.rows(), batch.mask().to_vec())?;
         let target = int64_tensor(batch.rows(), target.ids)?;
-        let encoded = self.base.encoder.run_on_batch(batch, &[], DURING, cancel)?;
+        let encoded = self.base.encoder.run_on_batch(batch, &[], &[], DURING, cancel)?;
         let inputs = [(&mask).into(), (&target).into(), (&encoded[0]).into()];
         let decoded = self.base.decoder.run(LogitsRequest::All, &inputs, DURING, cancel)?;
         let mut ranges = BTreeMap::new();

@@ -1,18 +1,20 @@
 //! Runs the encoder, unless the hidden states are given or cached; in pieces if a batch exceeds the limits.
 
 use std::ops::Range;
+use std::sync::PoisonError;
 
 use ndarray::{Array3, s};
 use ort::value::DynValue;
 
-use super::Model;
+use super::{LazyOpener, Model};
 use crate::adapter::Adapter;
 use crate::batch::Batch;
 use crate::cancellation::Cancellation;
+use crate::encoder_cache::States;
 use crate::error::Error;
 use crate::limits::pieces_to_encode;
 use crate::ragged_batch::{self, Grouping, OutputUnit};
-use crate::session::{float32_values, int64_tensor};
+use crate::session::{Opener, float32_values, int64_tensor};
 use crate::tensors::float_tensor;
 
 const READING_STATES: &str = "reading the hidden states";
@@ -58,7 +60,7 @@ impl Model {
         if let Some(states) = batch.encoder_outputs() {
             return self.encoded(batch, states.iter().copied().collect());
         }
-        let runs: Vec<_> = batch.runs_by_adapter().collect();
+        let runs: Vec<_> = batch.encoder_runs().collect();
         if runs.len() > 1 {
             return self.encode_runs(batch, &runs, cancel);
         }
@@ -73,7 +75,8 @@ impl Model {
         Ok(computed)
     }
 
-    /// Encodes a batch whose sources have different adapters: the encoder takes one at a time.
+    /// Encodes a batch whose sources have different adapters, of which the encoder takes one at a time, or some of which have
+    /// images.
     fn encode_runs(&self, batch: &Batch, runs: &[Range<usize>], cancel: &Cancellation) -> Result<Encoded, Error> {
         let (length, width) = (batch.length(), self.folder.manifest.facts.encoder.hidden_size);
         let mut states = vec![0.0; batch.rows() * length * width];
@@ -88,7 +91,7 @@ impl Model {
         self.encoded(batch, states)
     }
 
-    /// Encodes a checked batch, whose sources have the same adapter or none, bypassing the cache.
+    /// Encodes a checked batch, all of whose sources have the same adapter or none, and images or none, bypassing the cache.
     pub(crate) fn compute_encoder(&self, batch: &Batch, cancel: &Cancellation) -> Result<Encoded, Error> {
         let adapter = batch.adapters()[0].as_ref();
         let others = match adapter {
@@ -96,15 +99,28 @@ impl Model {
             None => Vec::new(),
         };
         let encoder = &self.graphs(adapter.is_some())?.encoder;
+        let features = self.image_features(batch, cancel)?;
         if self.on_cpu
+            && !batch.hides_image_tokens(self.facts())
             && let Some(groups) = ragged_batch::groups(batch, Grouping::of(&self.folder.manifest))
         {
-            let output = ragged_batch::run(encoder, &others, batch, &groups, OutputUnit::Token, cancel)?;
+            let output = ragged_batch::run(encoder, &others, batch, &features, &groups, OutputUnit::Token, cancel)?;
             return self.encoded(batch, output.values);
         }
-        let outputs = encoder.run_on_batch(batch, &others, "running the encoder", cancel)?;
+        let outputs = encoder.run_on_batch(batch, &features, &others, "running the encoder", cancel)?;
         let hidden = outputs.into_iter().next().expect("opening has verified that the encoder has one output");
         self.with_mask(batch, hidden)
+    }
+
+    /// The features of the images of each row; empty without images.
+    fn image_features(&self, batch: &Batch, cancel: &Cancellation) -> Result<Vec<Vec<States>>, Error> {
+        let Some(vision) = self.facts().vision.as_ref().filter(|_| batch.has_images()) else { return Ok(Vec::new()) };
+        let open = || {
+            let opener = self.lazy_opener.lock().unwrap_or_else(PoisonError::into_inner);
+            let LazyOpener { options, prepacked } = &*opener;
+            Opener::with_weights(&self.folder, options, prepacked.clone(), self._uploaded.as_ref())?.open_vision()
+        };
+        self.vision.features(batch, vision, self.encoder_cache.as_ref(), self.on_cpu, open, cancel)
     }
 
     fn with_mask(&self, batch: &Batch, hidden: DynValue) -> Result<Encoded, Error> {

@@ -9,7 +9,7 @@ use ort::session::Session;
 use ort::session::builder::{PrepackedWeights, SessionBuilder};
 use t5gemma_graphs::Target;
 use t5gemma_graphs::config::Head;
-use t5gemma_graphs::interface::{DType, IMAGE_FEATURES, POSITION_IDS, Ports, REORDER};
+use t5gemma_graphs::interface::{DType, IMAGE_FEATURES, POSITION_IDS, Ports, REORDER, VISION_ENCODER};
 use t5gemma_graphs::manifest::{Manifest, WeightsRecord};
 use t5gemma_graphs::tensors::Role;
 use t5gemma_kernels::{self as kernels, GraphKind, Kernels};
@@ -114,6 +114,17 @@ impl<'f> Opener<'f> {
         let record = folder.graph(name);
         let path = folder.path.join(&record.file).into();
         self.open_file(GraphFile { name, path, ports, weights: &record.weights, provider_options })
+    }
+
+    /// Opens the graph that reads images.
+    ///
+    /// # Panics
+    /// If the model has none.
+    pub fn open_vision(&mut self) -> Result<GraphSession, Error> {
+        let specs = self.folder.manifest.graph_specs();
+        let spec =
+            specs.iter().find(|spec| spec.file == VISION_ENCODER).expect("a model that reads images has this graph");
+        self.open(spec.name, &spec.ports)
     }
 
     /// Opens the graph that changes rows, to which the provider's options do not apply.
