@@ -550,7 +550,7 @@ fn estimates_pass_through_cpp_and_python() {
 }
 
 /// Runs a command with `stdin`, which is short.
-fn fed(mut command: Command, stdin: &str) -> Output {
+pub fn fed(mut command: Command, stdin: &str) -> Output {
     let mut child = command
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())

@@ -88,7 +88,7 @@ extern "C" {
 #endif
 
 #define T5G_ABI_MAJOR 1
-#define T5G_ABI_MINOR 4
+#define T5G_ABI_MINOR 5
 
 /* The size of a zero-terminated text. */
 #define T5G_ZERO_TERMINATED SIZE_MAX
@@ -287,6 +287,18 @@ typedef struct t5g_sources {
     const int64_t *progress_totals; /* [rows], for models whose positions depend on it: the expected length of each target
                                      * in tokens, the start token included; NULL: none */
     size_t progress_rows;           /* of progress_totals; 0: not checked */
+    /* Images, for models that read them. In a text, each start-of-image token (`<start_of_image>`) stands for one of its
+     * row's; a text of no characters is one of nothing but the images. input_ids have the image tokens themselves */
+    const uint8_t *const *images; /* [images_count], of all rows in their order: JPEG, PNG or WebP files; NULL: none */
+    const size_t *image_sizes;    /* [images_count]: bytes of each */
+    const size_t *image_widths;   /* [images_count]: 0 for a file, or the width of rows of red, green and blue, a byte
+                                   * each; NULL: files */
+    const size_t *image_counts;   /* [rows]: images of each row; NULL: rows is 1 */
+    size_t images_count;
+    const float *pixel_values;    /* exact numbers instead, for the image tokens of input_ids: [images, 3, size, size] */
+    size_t pixel_values_size;     /* numbers in pixel_values */
+    int64_t pan_and_scan; /* whether crops follow images that are much wider than high or the reverse: 0 as the model's
+                           * settings say, 1 yes, 2 no */
 } t5g_sources;
 
 static inline t5g_sources t5g_sources_default(void) {

@@ -472,6 +472,14 @@ struct States {
     std::size_t rows = 0, length = 0, width = 0, mask_length = 0;
 };
 
+/// A picture: a JPEG, PNG or WebP file, or rows of red, green and blue.
+struct Image {
+    /// The bytes of the file, or 3 a pixel.
+    std::vector<std::uint8_t> bytes;
+    /// 0 for a file; the pixels of a row otherwise.
+    std::size_t width = 0;
+};
+
 /// The sources of a call. They are owned by this object, except for encoder_outputs given as a view.
 class Sources {
 public:
@@ -558,6 +566,22 @@ public:
         return *this;
     }
 
+    /// The images of each row, in the order of the start-of-image tokens of its text.
+    Sources &images(std::vector<std::vector<Image>> images) {
+        images_ = std::move(images);
+        return *this;
+    }
+    /// Exact numbers for the image tokens of all rows, [images, 3, image_size, image_size].
+    Sources &pixel_values(std::vector<float> values) {
+        pixel_values_ = std::move(values);
+        return *this;
+    }
+    /// Whether crops follow images that are much wider than high or the reverse.
+    Sources &pan_and_scan(bool value) {
+        pan_and_scan_ = value ? 1 : 2;
+        return *this;
+    }
+
     /// The LoRA adapter of all rows, by the name that it was loaded under.
     Sources &adapter(std::string name) {
         adapter_ = std::move(name);
@@ -586,6 +610,8 @@ public:
             const char *what = "as many tokens for each source";
             if (auto found = detail::of_size("sources.decoder_input_ids", decoder_ids_->size(), *size, what)) return found;
         }
+        if (images_)
+            if (auto found = detail::of_size("sources.images", images_->size(), rows_, EACH)) return found;
         if (totals_)
             if (auto found = detail::of_size("sources.progress_totals", totals_->size(), rows_, EACH)) return found;
         if (outputs_) {
@@ -640,6 +666,30 @@ public:
         if (messages_) given.messages = messages_->c_str();
         if (adapter_) given.adapter = adapter_->c_str();
         if (totals_ && !totals_->empty()) given.progress_totals = totals_->data();
+        std::vector<const std::uint8_t *> images;
+        std::vector<std::size_t> image_sizes, image_widths, image_counts;
+        if (images_) {
+            for (const auto &row : *images_) {
+                image_counts.push_back(row.size());
+                for (const auto &image : row) {
+                    images.push_back(image.bytes.data());
+                    image_sizes.push_back(image.bytes.size());
+                    image_widths.push_back(image.width);
+                }
+            }
+            // A list without images is given too: the library checks that the texts have no places for any.
+            if (images.empty()) images.reserve(1);
+            given.images = images.data();
+            given.image_sizes = image_sizes.data();
+            given.image_widths = image_widths.data();
+            given.image_counts = image_counts.data();
+            given.images_count = images.size();
+        }
+        if (pixel_values_) {
+            given.pixel_values = pixel_values_->data();
+            given.pixel_values_size = pixel_values_->size();
+        }
+        given.pan_and_scan = pan_and_scan_;
         if (outputs_) {
             given.encoder_outputs = outputs_->values.data();
             given.encoder_rows = outputs_->rows;
@@ -677,6 +727,9 @@ private:
     std::optional<Error> unequal_;
     std::optional<Outputs> outputs_;
     std::shared_ptr<const States> states_;
+    std::optional<std::vector<std::vector<Image>>> images_;
+    std::optional<std::vector<float>> pixel_values_;
+    std::int64_t pan_and_scan_ = 0;
 };
 
 /// Targets to score, one for each source.

@@ -110,7 +110,8 @@ impl t5g_encoder {
             target_tokenizer: &|| self.inner.tokenizer(),
             chat: &|| Err(t5g_error::argument("sources.messages", "NULL (conversations require a t5g_model)", "text")),
             pad_token_id: self.inner.pad_token_id(),
-            hidden_size: self.inner.facts().encoder.hidden_size,
+            facts: self.inner.facts(),
+            image_settings: &|| self.inner.image_settings(),
             adapter: &|name| {
                 let expected = "NULL (adapters require a t5g_model)".to_string();
                 Err(Error::Input { field: "sources.adapter".into(), expected, found: format!("{name:?}") })

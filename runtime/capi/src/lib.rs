@@ -20,6 +20,7 @@ mod onnxruntime;
 mod call;
 mod cancellation;
 mod gate;
+mod images;
 mod model;
 mod options;
 mod result;

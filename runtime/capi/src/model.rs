@@ -62,7 +62,8 @@ impl t5g_model {
             target_tokenizer: &|| self.inner.target_tokenizer(),
             chat: &|| self.chat(),
             pad_token_id: self.inner.generation_config().pad_token_id,
-            hidden_size: self.inner.facts().encoder.hidden_size,
+            facts: self.inner.facts(),
+            image_settings: &|| self.inner.image_settings(),
             adapter: &|name| self.inner.adapter(name),
         })
     }

@@ -3,9 +3,10 @@
 use ndarray::Array3;
 use serde_json::Value;
 use t5gemma_protocol::{Tokenize, conversation};
-use t5gemma_runtime::{Adapter, Batch, ChatTemplate, Error, Tokenizer};
+use t5gemma_runtime::{Adapter, Batch, ChatTemplate, Error, Facts, ImageSettings, Tokenizer};
 
 use crate::error::{t5g_code, t5g_error};
+use crate::images::{self, Files, GivenImages};
 use crate::input::{Array, Fields, Record, Text, ZERO_TERMINATED, flag};
 
 #[derive(Clone, Copy)]
@@ -34,6 +35,14 @@ pub struct t5g_sources {
     adapter: Text,
     progress_totals: Array<i64>,
     progress_rows: usize,
+    pub images: Files,
+    pub image_sizes: Array<usize>,
+    pub image_widths: Array<usize>,
+    pub image_counts: Array<usize>,
+    pub images_count: usize,
+    pub pixel_values: Array<f32>,
+    pub pixel_values_size: usize,
+    pub pan_and_scan: i64,
 }
 
 // SAFETY: fields of 8 bytes of which any bytes are a valid value.
@@ -65,6 +74,14 @@ unsafe impl Fields for t5g_sources {
             adapter: Text::NULL,
             progress_totals: Array::NULL,
             progress_rows: 0,
+            images: Array::NULL,
+            image_sizes: Array::NULL,
+            image_widths: Array::NULL,
+            image_counts: Array::NULL,
+            images_count: 0,
+            pixel_values: Array::NULL,
+            pixel_values_size: 0,
+            pan_and_scan: 0,
         }
     }
 }
@@ -118,8 +135,9 @@ pub struct Reader<'a> {
     /// The chat template.
     pub chat: &'a dyn Fn() -> Result<&'a ChatTemplate, t5g_error>,
     pub pad_token_id: i64,
-    /// The width of the encoder's hidden states.
-    pub hidden_size: usize,
+    pub facts: &'a Facts,
+    /// How images become pixel values and tokens.
+    pub image_settings: &'a dyn Fn() -> Result<&'a ImageSettings, Error>,
     /// The loaded adapter of a name.
     pub adapter: &'a dyn Fn(&str) -> Result<Adapter, Error>,
 }
@@ -147,10 +165,26 @@ impl Reader<'_> {
         if given.rows == 0 && (texts.is_some() || messages.is_none()) {
             return Err(t5g_error::expected(t5g_code::Input, "sources.rows", "at least one row", "0"));
         }
+        let images = GivenImages::read(&given, given.rows)?;
+        let pan_and_scan = images::pan_and_scan(&given)?;
         let batch = match (texts, messages, given.input_ids.is_null()) {
             (Some(texts), None, true) => {
                 let texts = sized(texts, given.text_sizes, "sources.texts", "sources.text_sizes")?;
-                Batch::padded(&t5gemma_protocol::sources(&texts, self)?, self.pad_token_id)?
+                match images {
+                    None => Batch::padded(&t5gemma_protocol::sources(&texts, self)?, self.pad_token_id)?,
+                    Some(GivenImages::Pictures(pictures)) => {
+                        let (settings, pad) = ((self.image_settings)()?, self.pad_token_id);
+                        images::batch_of_texts(&texts, pictures, pan_and_scan, settings, self, pad)?
+                    }
+                    Some(GivenImages::Pixels(_)) => {
+                        let expected = "input_ids, whose image tokens they are for";
+                        return Err(t5g_error::expected(t5g_code::Input, "sources.pixel_values", expected, "texts"));
+                    }
+                }
+            }
+            (None, Some(_), true) if images.is_some() => {
+                let (expected, found) = ("texts or input_ids", "messages");
+                return Err(t5g_error::expected(t5g_code::Input, "sources.images", expected, found));
             }
             (None, Some(messages), true) => {
                 if given.rows > 1 {
@@ -160,7 +194,20 @@ impl Reader<'_> {
                 let (template, messages) = ((self.chat)()?, list(messages, "sources.messages")?);
                 Batch::padded(&[conversation(&messages, template, self)?], self.pad_token_id)?
             }
-            (None, None, false) => self.of_ids(&given)?,
+            (None, None, false) => {
+                let batch = self.of_ids(&given)?;
+                match images {
+                    None => batch,
+                    Some(GivenImages::Pictures(pictures)) => {
+                        let settings = (self.image_settings)()?;
+                        batch.with_images(images::pixel_values(pictures, pan_and_scan, settings))?
+                    }
+                    Some(GivenImages::Pixels(numbers)) => {
+                        let images = images::exact(numbers, (self.image_settings)()?)?;
+                        batch.with_images_in_order(self.facts, images)?
+                    }
+                }
+            }
             (None, None, true) => {
                 let (expected, found) = ("texts, messages or input_ids", "none of them");
                 return Err(t5g_error::expected(t5g_code::Input, "sources", expected, found));
@@ -183,7 +230,7 @@ impl Reader<'_> {
                 batch.with_progress_totals(totals)?
             }
         };
-        let shape = [batch.rows(), batch.length(), self.hidden_size];
+        let shape = [batch.rows(), batch.length(), self.facts.encoder.hidden_size];
         let count = product(&shape, "sources.encoder_outputs")?;
         let [rows, length, width] = shape;
         for (name, given, expected, what) in [

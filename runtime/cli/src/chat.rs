@@ -5,7 +5,9 @@ use std::sync::OnceLock;
 
 use serde_json::{Value, json};
 use t5gemma_protocol::{Conversations, RequestError, Tokenize, conversation};
-use t5gemma_runtime::{ChatTemplate, Error, Model, Tokenizer};
+use t5gemma_runtime::{ChatTemplate, Error, Image, ImageSettings, Model, Tokenizer};
+
+use crate::images;
 
 /// A model whose requests may be conversations.
 pub struct Chat<'a> {
@@ -62,6 +64,18 @@ impl Tokenize for Chat<'_> {
 
     fn conversations(&self) -> Option<&dyn Conversations> {
         Some(self)
+    }
+
+    fn image_settings(&self) -> Result<&ImageSettings, Error> {
+        self.model.image_settings()
+    }
+
+    fn image_file(&self, name: &str) -> Result<Image, RequestError> {
+        images::image_file(name, self.image_limits())
+    }
+
+    fn tensor_file(&self, file: &str, tensor: &str) -> Result<(Vec<usize>, Vec<f32>), RequestError> {
+        images::tensor_file(file, tensor)
     }
 
     fn longest_source(&self) -> usize {

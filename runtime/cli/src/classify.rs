@@ -10,6 +10,7 @@ use t5gemma_protocol::{
 use t5gemma_runtime::{Cancellation, Encoder, Error, ScoreFunction, Task};
 
 use crate::exit::Outcome;
+use crate::images::WithFiles;
 use crate::opening::{ModelArguments, Opening, RuntimeArguments};
 use crate::packing::Packing;
 use crate::progress::counter;
@@ -106,7 +107,8 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
 
     let mut outcome = Outcome::Done;
     let done = counter("classified", true);
-    let mut read = Requests::open(&arguments.texts, arguments.jsonl, Kind::Encode { truncates: false }, &encoder);
+    let with_files = WithFiles(&encoder);
+    let mut read = Requests::open(&arguments.texts, arguments.jsonl, Kind::Encode { truncates: false }, &with_files);
     let mut number = 0;
     loop {
         let group = read.next_group(&packing, cancel)?;

@@ -12,6 +12,7 @@ use t5gemma_runtime::{Cancellation, Encoder, Error, Pooling};
 
 use crate::exit::Outcome;
 use crate::exit::{bail_usage, ensure_usage};
+use crate::images::{ImageArguments, WithFiles};
 use crate::opening::{ModelArguments, Opening, RuntimeArguments};
 use crate::packing::Packing;
 use crate::progress::counter;
@@ -22,8 +23,8 @@ use crate::tensors::{Aside, Numbers, write_npy, write_safetensors};
 /// Write hidden states or embeddings of texts to a file
 ///
 /// The texts are the arguments or, without any, the lines of stdin; a text's id is its number, from 0. With --jsonl,
-/// each line of stdin is a request {"id"?, "text" | "input_ids", "attention_mask"?}, and blank lines are skipped. If a
-/// request fails, the reason is on stderr; a .safetensors file is written without it, a .npy file is not written at
+/// each line of stdin is a request {"id"?, "text" | "input_ids", "attention_mask"?, "images"? | "pixel_values"?,
+/// "pan_and_scan"?} with fields as for `t5gemma generate`, and blank lines are skipped. If a request fails, the reason is on stderr; a .safetensors file is written without it, a .npy file is not written at
 /// all, because its rows have no ids.
 ///
 /// The model may be a generation model, or one exported with --task feature-extraction.
@@ -38,6 +39,8 @@ pub struct Arguments {
     /// Read requests as JSON lines
     #[arg(long, help_heading = "Input", conflicts_with = "texts")]
     jsonl: bool,
+    #[command(flatten)]
+    images: ImageArguments,
     /// Maximum length of a source in tokens; longer sources fail without --truncation
     #[arg(long, value_name = "N", help_heading = "Input", value_parser = clap::value_parser!(u32).range(1..))]
     max_length: Option<u32>,
@@ -146,7 +149,9 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     let mut ids = std::collections::BTreeSet::new();
     let done = counter("encoded", false);
     let kind = Kind::Encode { truncates: arguments.truncation };
-    let mut read = Requests::open(&arguments.texts, arguments.jsonl, kind, &encoder);
+    let with_files = WithFiles(&encoder);
+    let read = Requests::open(&arguments.texts, arguments.jsonl, kind, &with_files);
+    let mut read = read.with_images(arguments.images.fields());
     loop {
         let group = read.next_group(&arguments.packing, cancel)?;
         if group.is_empty() {

@@ -7,7 +7,7 @@ use std::ops::ControlFlow;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
-use serde_json::Value;
+use serde_json::{Map, Value};
 use t5gemma_protocol::{GenerateResponse, GenerateResult, Sequence, TokenizedRequest, Usage};
 use t5gemma_runtime::{
     Cancellation, Controls, DEFAULT_ENCODER_CACHE_BYTES, Draws, Engine, Error, FinishReason, GenerationConfig,
@@ -18,6 +18,7 @@ use crate::chat::Chat;
 use crate::exit::Outcome;
 use crate::exit::{bail_usage, ensure_usage};
 use crate::flag_errors;
+use crate::images::ImageArguments;
 use crate::lines::Lines;
 use crate::opening::{AdapterArguments, ModelArguments, Opening, RuntimeArguments};
 use crate::options::GenerationFlags;
@@ -63,9 +64,11 @@ pub struct Arguments {
         long,
         value_name = "FILE.safetensors",
         help_heading = "Input",
-        conflicts_with_all = ["texts", "chat", "system"]
+        conflicts_with_all = ["texts", "chat", "system", "images"]
     )]
     encoder_outputs: Option<PathBuf>,
+    #[command(flatten)]
+    images: ImageArguments,
     #[command(flatten)]
     adapters: AdapterArguments,
     #[command(flatten)]
@@ -83,6 +86,7 @@ const JSON_LINES: &str = r#"JSON lines (--jsonl):
 Each line of stdin is a request, each line of stdout its result, in the same order:
 
   request  {"id"?, "text" | "messages" | "input_ids", "attention_mask"?,
+            "images"? | "pixel_values"?, "pan_and_scan"?,
             "decoder_text"? | "decoder_input_ids"?, "progress_total"?,
             "options"?}
   result   {"id", "sequences": [[{"tokens", "text"?, "score"?,
@@ -96,6 +100,13 @@ Fields of a request:
   messages           conversation: list of {"role", "content"}
   input_ids          token ids: one row, or a list of rows of equal length
   attention_mask     0 for padding tokens in input_ids, 1 for others
+  images             an image for each <start_of_image> of the text, or for the
+                     image tokens of input_ids: a list of files (JPEG, PNG,
+                     WebP) and data URIs, or for several sources a list of lists
+  pixel_values       exact pixel values instead, {"file", "tensor"}: float32
+                     [images, 3, size, size] of a safetensors file
+  pan_and_scan       whether crops follow images that are much wider than high
+                     or the reverse [default: as the model's settings say]
   decoder_text       beginning of the target, without special tokens
   decoder_input_ids  the same as token ids
   progress_total     expected length of the target in tokens, the start token
@@ -131,6 +142,9 @@ Examples:
 
   Answer requests that choose one of two LoRA adapters, or none:
     t5gemma generate model --jsonl --adapter law=law-lora --adapter news=news-lora < requests.jsonl
+
+  Ask about an image, with a model that reads images:
+    t5gemma generate model --image photo.jpg '<start_of_image> in this image, there is'
 
   Generate JSON that satisfies a schema:
     t5gemma generate model --json-schema schema.json 'Room 12 costs $80.'"#;
@@ -177,8 +191,10 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     if arguments.chat {
         chat.template()?;
     }
-    let jsonl = arguments.jsonl;
-    let answering = Answering { model: &model, chat: &chat, cancel, options: &options, flags, prompt, packing, jsonl };
+    let (jsonl, images) = (arguments.jsonl, arguments.images.fields());
+    ensure_usage!(images.is_empty() || !arguments.chat, "--image cannot be used with --chat");
+    let (model, chat, options) = (&*model, &chat, &options);
+    let answering = Answering { model, chat, cancel, options, flags, images, prompt, packing, jsonl };
     if let Some(file) = &arguments.encoder_outputs {
         return answering.given(requests::read_encoder_outputs(file)?);
     }
@@ -211,6 +227,8 @@ struct Answering<'a> {
     /// The model's options overridden by the flags; a request's options override these.
     options: &'a GenerationConfig,
     flags: &'a GenerationFlags,
+    /// The fields of the images of every text.
+    images: Map<String, Value>,
     /// The tokens that every target starts with.
     prompt: Option<Vec<i64>>,
     packing: Packing,
@@ -242,7 +260,7 @@ impl Answering<'_> {
                 .iter()
                 .enumerate()
                 .map(|(i, text)| {
-                    let request = requests::read_text(text, number + i, Kind::Generate, self.chat)?;
+                    let request = requests::read_text(text, &self.images, number + i, Kind::Generate, self.chat)?;
                     Ok(TokenizedRequest { prompts: self.prompt.clone().map(|prompt| vec![prompt]), ..request })
                 })
                 .collect();

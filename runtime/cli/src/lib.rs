@@ -13,6 +13,7 @@ mod shortlist;
 mod verify;
 
 mod chat;
+mod images;
 mod lines;
 mod requests;
 

@@ -39,14 +39,21 @@ pub enum Kind {
     Score { end: Option<i64> },
 }
 
-/// Reads a text from a line of stdin or an argument. `number` counts texts from 0.
-pub fn read_text(text: &[u8], number: usize, kind: Kind, model: &dyn Tokenize) -> Result<TokenizedRequest, Refused> {
+/// Reads a text from a line of stdin or an argument; `images` are the fields of its images. `number` counts texts from 0.
+pub fn read_text(
+    text: &[u8],
+    images: &Map<String, Value>,
+    number: usize,
+    kind: Kind,
+    model: &dyn Tokenize,
+) -> Result<TokenizedRequest, Refused> {
     let refused = |reason| Refused { id: number.into(), reason };
     if text.len() > LONGEST_LINE {
         return Err(refused(too_long().to_string()));
     }
     let text = str::from_utf8(text).map_err(|error| refused(describe_invalid_utf8(text, &error)))?;
-    let fields = Map::from_iter([("text".to_string(), text.into())]);
+    let mut fields = images.clone();
+    fields.insert("text".into(), text.into());
     // The user gave a plain text, so errors do not name the fields of a request.
     let reason = |error: RequestError| {
         let reason = error.to_string();
@@ -130,6 +137,8 @@ pub struct Requests<'a> {
     /// Set if no texts are given as arguments.
     lines: Option<Lines>,
     jsonl: bool,
+    /// The fields of the images of every text.
+    images: Map<String, Value>,
     kind: Kind,
     model: &'a dyn Tokenize,
 }
@@ -142,7 +151,12 @@ impl<'a> Requests<'a> {
             (true, true) => Some(Lines::requests()),
             (true, false) => Some(Lines::texts()),
         };
-        Requests { texts: texts.iter().enumerate(), lines, jsonl, kind, model }
+        Requests { texts: texts.iter().enumerate(), lines, jsonl, images: Map::new(), kind, model }
+    }
+
+    /// Gives every text these fields of its images.
+    pub fn with_images(self, images: Map<String, Value>) -> Requests<'a> {
+        Requests { images, ..self }
     }
 
     /// Waits for a request and takes it with those already waiting behind it, up to the window of `packing`; empty at
@@ -165,7 +179,7 @@ impl<'a> Requests<'a> {
             let request = if self.jsonl {
                 read_line(&line, number, self.kind, self.model)
             } else {
-                read_text(&line, number, self.kind, self.model)
+                read_text(&line, &self.images, number, self.kind, self.model)
             };
             taken += request.as_ref().map_or(1, |request| request.sources.len());
             group.push(request);

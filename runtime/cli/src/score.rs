@@ -8,6 +8,7 @@ use t5gemma_protocol::{Score, ScoreResponse, ScoreResult, TokenizedRequest, Usag
 use t5gemma_runtime::{Batch, Cancellation, CrossAttentions, Error, Logprobs, Model, TargetScore};
 
 use crate::exit::Outcome;
+use crate::images::WithFiles;
 use crate::lines::Lines;
 use crate::opening::{AdapterArguments, ModelArguments, Opening, RuntimeArguments};
 use crate::packing::Packing;
@@ -45,6 +46,7 @@ const JSON_LINES: &str = r#"JSON lines:
 Each line of stdin is a request, each line of stdout its result, in the same order:
 
   request  {"id"?, "text" | "input_ids", "attention_mask"?,
+            "images"? | "pixel_values"?, "pan_and_scan"?,
             "target" | "target_ids", "decoder_text"? | "decoder_input_ids"?,
             "adapter"?}
   result   {"id", "scores": [{"tokens", "logprob", "perplexity", "logprobs",
@@ -85,14 +87,15 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     let packing = &arguments.packing;
     let (top, output_attentions) = (arguments.top_logprobs, arguments.output_attentions);
     let scoring = Scoring { model, cancel, top, output_attentions };
+    let with_files = WithFiles(&**model);
     let mut lines = Lines::requests();
     let mut outcome = Outcome::Done;
     let done = counter("requests", true);
     while let Some((number, line)) = lines.next(cancel)? {
-        let mut requests = vec![requests::read_line(&line, number, kind, &**model)];
+        let mut requests = vec![requests::read_line(&line, number, kind, &with_files)];
         while requests.len() < packing.window() && lines.is_ready(packing.patience())? {
             let Some((number, line)) = lines.next(cancel)? else { break };
-            requests.push(requests::read_line(&line, number, kind, &**model));
+            requests.push(requests::read_line(&line, number, kind, &with_files));
         }
         let answers = match packing.is_by_tokens() {
             true => packing.run(requests, fits, |pack| scoring.group(pack)),

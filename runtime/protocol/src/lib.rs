@@ -7,6 +7,7 @@
 
 mod error;
 mod id;
+mod images;
 mod json;
 mod options;
 mod request;
@@ -17,6 +18,7 @@ mod tokenize;
 
 pub use error::RequestError;
 pub use id::Id;
+pub use images::{ImageFields, Images, TensorFile};
 pub use json::{abbreviated, describe_error, parse_object};
 pub use options::{GENERATION_OPTIONS, GenerationOption, OptionGroup, OptionValue};
 pub use request::{EncodeRequest, GenerateRequest, Integers, ScoreRequest, Texts, TokenRows};

@@ -7,6 +7,7 @@ use serde_json::{Map, Value, json};
 
 use crate::error::RequestError;
 use crate::id::Id;
+use crate::images::{ImageFields, Images, TensorFile};
 use crate::json::abbreviated;
 
 /// A request to generate targets. Exactly one of `text`, `messages` and `input_ids` is given.
@@ -37,6 +38,9 @@ pub struct GenerateRequest {
     /// The beginning of each target as token ids; not part of the result.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub decoder_input_ids: Option<TokenRows>,
+    /// The images of the sources.
+    #[serde(flatten)]
+    pub images: ImageFields,
     /// The expected length of each target in tokens, the start token included, for models whose positions depend on it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub progress_total: Option<Integers>,
@@ -78,6 +82,9 @@ pub struct ScoreRequest {
     /// The expected length of each target in tokens, the start token included, for models whose positions depend on it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub progress_total: Option<Integers>,
+    /// The images of the sources.
+    #[serde(flatten)]
+    pub images: ImageFields,
     /// Name of the loaded LoRA adapter to score with. Default: none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub adapter: Option<String>,
@@ -100,6 +107,9 @@ pub struct EncodeRequest {
     /// Same shape as `input_ids`: 0 where a token is padding, anywhere in the row. Default: no padding.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub attention_mask: Option<TokenRows>,
+    /// The images of the sources.
+    #[serde(flatten)]
+    pub images: ImageFields,
 }
 
 /// One text, or several.
@@ -188,8 +198,8 @@ impl TryFrom<Map<String, Value>> for GenerateRequest {
     type Error = RequestError;
 
     fn try_from(fields: Map<String, Value>) -> Result<GenerateRequest, RequestError> {
-        let known = "id, text, messages, input_ids, attention_mask, decoder_text, decoder_input_ids, progress_total and \
-                     options";
+        let known = "id, text, messages, input_ids, attention_mask, images, pixel_values, pan_and_scan, decoder_text, \
+                     decoder_input_ids, progress_total and options";
         let mut fields = Fields::new(fields, known)?;
         let messages = Some(fields.has("messages"));
         SourcesGiven { text: fields.has("text"), input_ids: fields.has("input_ids"), messages }.check()?;
@@ -199,6 +209,7 @@ impl TryFrom<Map<String, Value>> for GenerateRequest {
             messages: fields.messages()?,
             input_ids: fields.rows("input_ids")?,
             attention_mask: fields.rows("attention_mask")?,
+            images: fields.images()?,
             decoder_text: fields.texts("decoder_text")?,
             decoder_input_ids: fields.rows("decoder_input_ids")?,
             progress_total: fields.integers("progress_total")?,
@@ -213,8 +224,8 @@ impl TryFrom<Map<String, Value>> for ScoreRequest {
     type Error = RequestError;
 
     fn try_from(fields: Map<String, Value>) -> Result<ScoreRequest, RequestError> {
-        let known = "id, text, input_ids, attention_mask, target, target_ids, decoder_text, decoder_input_ids, \
-                     progress_total and adapter";
+        let known = "id, text, input_ids, attention_mask, images, pixel_values, pan_and_scan, target, target_ids, \
+                     decoder_text, decoder_input_ids, progress_total and adapter";
         let mut fields = Fields::new(fields, known)?;
         SourcesGiven { text: fields.has("text"), input_ids: fields.has("input_ids"), messages: None }.check()?;
         let request = ScoreRequest {
@@ -222,6 +233,7 @@ impl TryFrom<Map<String, Value>> for ScoreRequest {
             text: fields.texts("text")?,
             input_ids: fields.rows("input_ids")?,
             attention_mask: fields.rows("attention_mask")?,
+            images: fields.images()?,
             target: fields.texts("target")?,
             target_ids: fields.rows("target_ids")?,
             decoder_text: fields.texts("decoder_text")?,
@@ -239,13 +251,15 @@ impl TryFrom<Map<String, Value>> for EncodeRequest {
     type Error = RequestError;
 
     fn try_from(fields: Map<String, Value>) -> Result<EncodeRequest, RequestError> {
-        let mut fields = Fields::new(fields, "id, text, input_ids and attention_mask")?;
+        let known = "id, text, input_ids, attention_mask, images, pixel_values and pan_and_scan";
+        let mut fields = Fields::new(fields, known)?;
         SourcesGiven { text: fields.has("text"), input_ids: fields.has("input_ids"), messages: None }.check()?;
         Ok(EncodeRequest {
             id: Id::take(&mut fields.0)?,
             text: fields.texts("text")?,
             input_ids: fields.rows("input_ids")?,
             attention_mask: fields.rows("attention_mask")?,
+            images: fields.images()?,
         })
     }
 }
@@ -338,6 +352,19 @@ impl Fields {
         };
         let refused = || RequestError::form(field, "an integer or a list of integers", abbreviated(&value));
         integers.ok_or_else(refused).map(Some)
+    }
+
+    fn images(&mut self) -> Result<ImageFields, RequestError> {
+        let pan_and_scan = match self.take("pan_and_scan") {
+            None => None,
+            Some(Value::Bool(pan_and_scan)) => Some(pan_and_scan),
+            Some(other) => return Err(RequestError::form("pan_and_scan", "true or false", abbreviated(&other))),
+        };
+        let images = self.take("images").map(|value| Images::parse(&value)).transpose()?;
+        let pixel_values = self.take("pixel_values").map(TensorFile::parse).transpose()?;
+        let fields = ImageFields { images, pixel_values, pan_and_scan };
+        fields.check()?;
+        Ok(fields)
     }
 
     fn messages(&mut self) -> Result<Option<Vec<Value>>, RequestError> {

@@ -5,10 +5,14 @@ use std::borrow::Borrow;
 
 use ndarray::Array3;
 use serde_json::{Map, Value, json};
-use t5gemma_runtime::{Adapter, Batch, ChatTemplate, Encoder, Error, Model, Tokenizer};
+use t5gemma_runtime::{
+    Adapter, Batch, ChatTemplate, Encoder, Error, Image, ImageLimits, ImageSettings, Model, PixelValues, Tokenizer,
+};
 
 use crate::error::RequestError;
 use crate::id::Id;
+use crate::images::{ImageFields, SourcesWithImages};
+use crate::json::abbreviated;
 use crate::request::{
     EncodeRequest, GenerateRequest, ScoreRequest, SourcesGiven, Texts, TokenRows, check_prompts, check_targets,
 };
@@ -43,6 +47,38 @@ pub trait Tokenize {
         Err(Error::Input { field: "adapter".into(), expected, found: format!("{name:?}") })
     }
 
+    /// How the model takes images.
+    ///
+    /// # Errors
+    /// A model that reads none.
+    fn image_settings(&self) -> Result<&ImageSettings, Error> {
+        let remedy = "use an interface that does, or a request without images";
+        Err(Error::Unsupported { what: "images: this interface takes none".into(), remedy: remedy.into() })
+    }
+
+    /// Limits on the images of requests.
+    fn image_limits(&self) -> ImageLimits {
+        ImageLimits::default()
+    }
+
+    /// Reads an image file that a request names. An interface whose requests come from elsewhere must not read files for
+    /// them: by default, images are data URIs.
+    ///
+    /// # Errors
+    /// A file that is not read, or no picture.
+    fn image_file(&self, name: &str) -> Result<Image, RequestError> {
+        Err(RequestError::form("images", "a data URI (files are not read here)", abbreviated(&name.into())))
+    }
+
+    /// Reads the shape and the numbers of a float32 tensor of a safetensors file that a request names. By default, none
+    /// is read, as in [`Tokenize::image_file`].
+    ///
+    /// # Errors
+    /// A file that is not read, or no such tensor.
+    fn tensor_file(&self, file: &str, _tensor: &str) -> Result<(Vec<usize>, Vec<f32>), RequestError> {
+        Err(RequestError::form("pixel_values", "images (files are not read here)", abbreviated(&file.into())))
+    }
+
     /// The most tokens of a source. Texts that are much longer are refused before they are tokenized.
     fn longest_source(&self) -> usize {
         usize::MAX
@@ -67,6 +103,10 @@ impl Tokenize for Model {
         Model::target_tokenizer(self)
     }
 
+    fn image_settings(&self) -> Result<&ImageSettings, Error> {
+        Model::image_settings(self)
+    }
+
     fn longest_source(&self) -> usize {
         self.facts().encoder.max_position_embeddings
     }
@@ -79,6 +119,10 @@ impl Tokenize for Model {
 impl Tokenize for Encoder {
     fn tokenizer(&self) -> Result<&Tokenizer, Error> {
         Encoder::tokenizer(self)
+    }
+
+    fn image_settings(&self) -> Result<&ImageSettings, Error> {
+        Encoder::image_settings(self)
     }
 
     fn longest_source(&self) -> usize {
@@ -100,6 +144,22 @@ impl Tokenize for AnyLength<'_> {
 
     fn conversations(&self) -> Option<&dyn Conversations> {
         self.0.conversations()
+    }
+
+    fn image_settings(&self) -> Result<&ImageSettings, Error> {
+        self.0.image_settings()
+    }
+
+    fn image_limits(&self) -> ImageLimits {
+        self.0.image_limits()
+    }
+
+    fn image_file(&self, name: &str) -> Result<Image, RequestError> {
+        self.0.image_file(name)
+    }
+
+    fn tensor_file(&self, file: &str, tensor: &str) -> Result<(Vec<usize>, Vec<f32>), RequestError> {
+        self.0.tensor_file(file, tensor)
     }
 }
 
@@ -134,6 +194,8 @@ pub struct TokenizedRequest {
     pub targets: Vec<Vec<i64>>,
     /// The seed of all rows, if they sample.
     pub seed: Option<u64>,
+    /// The pixel values of the images of each source; empty without images.
+    pub images: Vec<Vec<PixelValues>>,
     /// The encoder's hidden states of the sources, where they are known already.
     pub encoder_outputs: Option<Array3<f32>>,
     /// The LoRA adapter of all rows, if it is no option.
@@ -149,7 +211,18 @@ impl GenerateRequest {
         let messages = Some(self.messages.is_some());
         SourcesGiven { text: self.text.is_some(), input_ids: self.input_ids.is_some(), messages }.check()?;
         let chat = model.conversations();
+        let mut images = Vec::new();
+        let is_conversation =
+            self.messages.is_some() || self.text.is_some() && chat.is_some_and(|chat| chat.takes_texts());
+        if is_conversation && self.images.is_given() {
+            return Err(RequestError::form("images", "text or input_ids beside them", "a conversation"));
+        }
         let sources = match (&self.text, &self.messages, &self.input_ids, chat) {
+            (text, _, ids, _) if self.images.is_given() => {
+                let with_images = self.images.tokenize(text, ids, model)?;
+                images = with_images.images;
+                with_images.ids
+            }
             (Some(texts), _, _, Some(chat)) if chat.takes_texts() => {
                 let turn = |text: &String| chat.tokens(&[json!({"role": "user", "content": text})]);
                 texts.rows().iter().map(turn).collect::<Result<_, _>>()?
@@ -163,7 +236,8 @@ impl GenerateRequest {
         let prompts = prompts(&self.decoder_text, &self.decoder_input_ids, model)?;
         let progress_totals = self.progress_total.as_ref().map(|totals| totals.of_rows(sources.len()));
         let options = self.options.clone();
-        TokenizedRequest { prompts, progress_totals, options, ..TokenizedRequest::new(id, sources, mask) }.checked()
+        let alone = TokenizedRequest::new(id, sources, mask);
+        TokenizedRequest { images, prompts, progress_totals, options, ..alone }.checked()
     }
 }
 
@@ -174,7 +248,7 @@ impl ScoreRequest {
     /// A request that does not have exactly one kind of source and of target, or not one target for each source, and what the
     /// tokenizer or the runtime refuses.
     pub fn tokenize(&self, id: Id, model: &dyn Tokenize, end: Option<i64>) -> Result<TokenizedRequest, RequestError> {
-        let sources = sources_of(&self.text, &self.input_ids, model)?;
+        let (sources, images) = sources_of(&self.text, &self.input_ids, &self.images, model)?;
         let mask = mask(&self.attention_mask, &sources);
         let prompts = prompts(&self.decoder_text, &self.decoder_input_ids, model)?;
         check_targets(&self.target, &self.target_ids)?;
@@ -193,7 +267,7 @@ impl ScoreRequest {
         let adapter = self.adapter.as_ref().map(|name| model.adapter(name)).transpose()?;
         let progress_totals = self.progress_total.as_ref().map(|totals| totals.of_rows(sources.len()));
         let alone = TokenizedRequest::new(id, sources, mask);
-        TokenizedRequest { prompts, targets, progress_totals, adapter, ..alone }.checked()
+        TokenizedRequest { images, prompts, targets, progress_totals, adapter, ..alone }.checked()
     }
 }
 
@@ -203,9 +277,9 @@ impl EncodeRequest {
     /// # Errors
     /// A request that does not have exactly one kind of source, and what the tokenizer or the runtime refuses.
     pub fn tokenize(&self, id: Id, model: &dyn Tokenize) -> Result<TokenizedRequest, RequestError> {
-        let sources = sources_of(&self.text, &self.input_ids, model)?;
+        let (sources, images) = sources_of(&self.text, &self.input_ids, &self.images, model)?;
         let mask = mask(&self.attention_mask, &sources);
-        TokenizedRequest::new(id, sources, mask).checked()
+        TokenizedRequest { images, ..TokenizedRequest::new(id, sources, mask) }.checked()
     }
 }
 
@@ -221,6 +295,7 @@ impl TokenizedRequest {
             options: Map::new(),
             targets: Vec::new(),
             seed: None,
+            images: Vec::new(),
             encoder_outputs: None,
             adapter: None,
         }
@@ -260,6 +335,10 @@ pub fn batch<R: Borrow<TokenizedRequest>>(requests: &[R], pad: i64) -> Result<Ba
         let batch = match &request.encoder_outputs {
             Some(states) => batch.with_encoder_outputs(states.clone())?,
             None => batch,
+        };
+        let batch = match request.images.is_empty() {
+            true => batch,
+            false => batch.with_images(request.images.clone())?,
         };
         let batch = match &request.adapter {
             Some(adapter) => batch.with_adapter(adapter),
@@ -315,16 +394,23 @@ pub fn conversation(
     Ok(model.tokenizer()?.encode_target(&text)?)
 }
 
+/// Sources with the pixel values of their images, if there are any.
 fn sources_of(
     text: &Option<Texts>,
     ids: &Option<TokenRows>,
+    images: &ImageFields,
     model: &dyn Tokenize,
-) -> Result<Vec<Vec<i64>>, RequestError> {
+) -> Result<(Vec<Vec<i64>>, Vec<Vec<PixelValues>>), RequestError> {
     SourcesGiven { text: text.is_some(), input_ids: ids.is_some(), messages: None }.check()?;
-    match text {
-        Some(texts) => sources(texts.rows(), model),
-        None => Ok(ids.as_ref().map(TokenRows::rows).unwrap_or_default().to_vec()),
+    if images.is_given() {
+        let SourcesWithImages { ids, images } = images.tokenize(text, ids, model)?;
+        return Ok((ids, images));
     }
+    let sources = match text {
+        Some(texts) => sources(texts.rows(), model)?,
+        None => ids.as_ref().map(TokenRows::rows).unwrap_or_default().to_vec(),
+    };
+    Ok((sources, Vec::new()))
 }
 
 fn mask(given: &Option<TokenRows>, sources: &[Vec<i64>]) -> Vec<Vec<i64>> {
@@ -354,7 +440,7 @@ fn prompts(
 const MAX_TOKEN_BYTES: usize = 256;
 
 /// Refuses a text that is too long whatever its tokens are.
-fn check_length(field: &str, text: &str, longest: usize) -> Result<(), RequestError> {
+pub(crate) fn check_length(field: &str, text: &str, longest: usize) -> Result<(), RequestError> {
     let bytes = text.len();
     if bytes / MAX_TOKEN_BYTES <= longest {
         return Ok(());

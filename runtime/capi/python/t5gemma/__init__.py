@@ -33,6 +33,7 @@ from . import _calls, _forms
 from ._calls import Call, Cancellation, copied
 from ._library import C, Error, Handle, Owner, call, filled, take_text
 from ._results import Hypothesis, result, states, taken
+from ._images import Images
 from ._sources import Given, Ids, Sources, Targets, messages as messages_of
 
 __all__ = [
@@ -207,6 +208,9 @@ class Model(_Opened):
         sources: Sources,
         *,
         attention_mask: Ids | None = None,
+        images: Images | None = None,
+        pixel_values: np.ndarray | None = None,
+        pan_and_scan: bool | None = None,
         decoder_input_ids: Ids | None = None,
         decoder_text: str | Sequence[str] | None = None,
         progress_total: int | Sequence[int] | None = None,
@@ -225,12 +229,19 @@ class Model(_Opened):
         returned for these sources, [rows, length, hidden_size]. `progress_total` is the expected length of each target
         in tokens, the start token included, for models whose positions depend on it.
 
+        `images` are those of a source, or a list for each: paths, bytes of JPEG, PNG and WebP files, PIL images, or
+        arrays [height, width, 3] of uint8. In a text, each "<start_of_image>" stands for one. `pixel_values`, float32
+        [images, 3, image_size, image_size], are exact numbers instead, for token ids. With `pan_and_scan`, crops follow
+        images that are much wider than high or the reverse.
+
         `on_piece` receives row, token (-1 with the last text of a row) and text as they become final; returning False
         stops. `logits_processor` receives the target so far and the scores of its next token, which it changes in
         place. `prefix_allowed_tokens_fn` receives the row and its target so far, and returns the token ids that may
         follow.
         """
-        given = Given(self, sources, attention_mask, decoder_input_ids, decoder_text, encoder_outputs, progress_total)
+        seen = {"images": images, "pixel_values": pixel_values, "pan_and_scan": pan_and_scan}
+        begun = attention_mask, decoder_input_ids, decoder_text, encoder_outputs, progress_total
+        given = Given(self, sources, *begun, **seen)
         wanted, handle = _options(options), self._handle
         way = Call(cancellation, deadline, on_piece, logits_processor, prefix_allowed_tokens_fn)
         return taken(way.run(lambda how: result(call(C.t5g_model_generate, handle, given.pointer, wanted, how))))
@@ -240,6 +251,9 @@ class Model(_Opened):
         source: Sources,
         *,
         attention_mask: Ids | None = None,
+        images: Images | None = None,
+        pixel_values: np.ndarray | None = None,
+        pan_and_scan: bool | None = None,
         decoder_input_ids: Ids | None = None,
         decoder_text: str | Sequence[str] | None = None,
         progress_total: int | Sequence[int] | None = None,
@@ -257,7 +271,9 @@ class Model(_Opened):
         """
         if "on_piece" in options:
             raise TypeError("on_piece: stream yields the pieces; generate takes a callback")
-        given = Given(self, source, attention_mask, decoder_input_ids, decoder_text, encoder_outputs, progress_total)
+        seen = {"images": images, "pixel_values": pixel_values, "pan_and_scan": pan_and_scan}
+        begun = attention_mask, decoder_input_ids, decoder_text, encoder_outputs, progress_total
+        given = Given(self, source, *begun, **seen)
         if given.rows != 1:
             raise ValueError(f"source: expected one, found {given.rows} (generate takes several, with on_piece)")
         wanted, handle = _options(options), self._handle
@@ -292,13 +308,18 @@ class Model(_Opened):
         without_end: bool = False,
         output_attentions: bool = False,
         attention_mask: Ids | None = None,
+        images: Images | None = None,
+        pixel_values: np.ndarray | None = None,
+        pan_and_scan: bool | None = None,
         progress_total: int | Sequence[int] | None = None,
         adapter: str | None = None,
         cancellation: Cancellation | None = None,
         deadline: float | None = None,
     ) -> list[Hypothesis]:
         """Scores targets, one per source. The end token is appended to texts and scored, unless `without_end`."""
-        given, handle = Given(self, sources, attention_mask, progress_total=progress_total, adapter=adapter), self._handle
+        seen = {"images": images, "pixel_values": pixel_values, "pan_and_scan": pan_and_scan}
+        given = Given(self, sources, attention_mask, progress_total=progress_total, adapter=adapter, **seen)
+        handle = self._handle
         flags = {"without_end": without_end, "output_attentions": output_attentions}
         wanted = ctypes.byref(given.targets(targets, **{name: _forms.flag(name, flag) for name, flag in flags.items()}))
         top, way = _forms.whole("top_logprobs", top_logprobs, 0), Call(cancellation, deadline)
@@ -310,12 +331,16 @@ class Model(_Opened):
         sources: Sources,
         *,
         attention_mask: Ids | None = None,
+        images: Images | None = None,
+        pixel_values: np.ndarray | None = None,
+        pan_and_scan: bool | None = None,
         adapter: str | None = None,
         cancellation: Cancellation | None = None,
         deadline: float | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """The encoder's last hidden states, float32 [rows, length, hidden_size], and the mask, int64 [rows, length]."""
-        given, handle = Given(self, sources, attention_mask, adapter=adapter), self._handle
+        seen = {"images": images, "pixel_values": pixel_values, "pan_and_scan": pan_and_scan}
+        given, handle = Given(self, sources, attention_mask, adapter=adapter, **seen), self._handle
         way = Call(cancellation, deadline)
         return way.run(
             lambda how: states(lambda found: call(C.t5g_model_encode, handle, given.pointer, how, found, out=False))
@@ -400,6 +425,9 @@ class Engine(Owner):
         sources: Sources,
         *,
         attention_mask: Ids | None = None,
+        images: Images | None = None,
+        pixel_values: np.ndarray | None = None,
+        pan_and_scan: bool | None = None,
         decoder_input_ids: Ids | None = None,
         decoder_text: str | Sequence[str] | None = None,
         progress_total: int | Sequence[int] | None = None,
@@ -412,9 +440,9 @@ class Engine(Owner):
         for name in ("on_piece", "logits_processor", "prefix_allowed_tokens_fn", "encoder_outputs"):
             if name in options:
                 raise TypeError(f"{name}: not supported by an engine; pass it to Model.generate")
-        given = Given(
-            self._model, sources, attention_mask, decoder_input_ids, decoder_text, progress_total=progress_total
-        )
+        seen = {"images": images, "pixel_values": pixel_values, "pan_and_scan": pan_and_scan}
+        seen["progress_total"] = progress_total
+        given = Given(self._model, sources, attention_mask, decoder_input_ids, decoder_text, **seen)
         way = filled(
             "t5g_call",
             deadline_seconds=_calls.seconds_left(deadline),
@@ -462,11 +490,15 @@ class Encoder(_Opened):
         sources: Sources,
         *,
         attention_mask: Ids | None = None,
+        images: Images | None = None,
+        pixel_values: np.ndarray | None = None,
+        pan_and_scan: bool | None = None,
         cancellation: Cancellation | None = None,
         deadline: float | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Hidden states, float32 [rows, length, hidden_size], and the mask, int64 [rows, length]."""
-        given, way = Given(self, sources, attention_mask), Call(cancellation, deadline)
+        seen = {"images": images, "pixel_values": pixel_values, "pan_and_scan": pan_and_scan}
+        given, way = Given(self, sources, attention_mask, **seen), Call(cancellation, deadline)
         return self._states(C.t5g_encoder_encode, way, given, 0, 0)
 
     def embed(
@@ -476,6 +508,9 @@ class Encoder(_Opened):
         *,
         normalize: bool = False,
         attention_mask: Ids | None = None,
+        images: Images | None = None,
+        pixel_values: np.ndarray | None = None,
+        pan_and_scan: bool | None = None,
         cancellation: Cancellation | None = None,
         deadline: float | None = None,
     ) -> np.ndarray:
@@ -483,7 +518,8 @@ class Encoder(_Opened):
 
         `pooling` is "mean", "first" or "last".
         """
-        given, way = Given(self, sources, attention_mask), Call(cancellation, deadline)
+        seen = {"images": images, "pixel_values": pixel_values, "pan_and_scan": pan_and_scan}
+        given, way = Given(self, sources, attention_mask, **seen), Call(cancellation, deadline)
         kind = 1 + _forms.choice("pooling", pooling, ("mean", "first", "last"))
         values, _ = self._states(C.t5g_encoder_encode, way, given, kind, _forms.flag("normalize", normalize))
         return values[:, 0]
@@ -494,6 +530,9 @@ class Encoder(_Opened):
         function: str = "default",
         *,
         attention_mask: Ids | None = None,
+        images: Images | None = None,
+        pixel_values: np.ndarray | None = None,
+        pan_and_scan: bool | None = None,
         cancellation: Cancellation | None = None,
         deadline: float | None = None,
     ) -> np.ndarray:
@@ -502,7 +541,8 @@ class Encoder(_Opened):
         `function` is applied to the logits: "none", "sigmoid", "softmax", or "default", the choice of transformers'
         pipelines.
         """
-        given, way = Given(self, sources, attention_mask), Call(cancellation, deadline)
+        seen = {"images": images, "pixel_values": pixel_values, "pan_and_scan": pan_and_scan}
+        given, way = Given(self, sources, attention_mask, **seen), Call(cancellation, deadline)
         kind = _forms.choice("function", function, ("default", "none", "sigmoid", "softmax"))
         values, _ = self._states(C.t5g_encoder_classify, way, given, kind)
         return values if self._facts["task"] == "token-classification" else values[:, 0]

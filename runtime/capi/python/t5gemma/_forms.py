@@ -255,6 +255,18 @@ def states(name: str, value: Any, shape: tuple[int, int, int]) -> np.ndarray:
     return np.ascontiguousarray(found, np.float32)
 
 
+def pixels(name: str, value: Any) -> np.ndarray:
+    """Floating-point numbers [images, 3, image_size, image_size], as float32."""
+    if not is_array(value):
+        raise TypeError(f"{name}: expected an array of float32, found {shown(value)}")
+    found = _read(name, value)
+    if found.dtype.kind != "f":
+        raise ValueError(f"{name}: expected float32, found {found.dtype}")
+    if found.ndim != 4 or found.shape[1] != 3 or found.shape[2] != found.shape[3] or not found.size:
+        raise ValueError(f"{name}: expected [images, 3, image_size, image_size], found shape {found.shape}")
+    return np.ascontiguousarray(found, np.float32)
+
+
 # Options
 
 

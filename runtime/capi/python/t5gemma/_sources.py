@@ -9,8 +9,9 @@ from typing import Any, Sequence, Union
 
 import numpy as np
 
-from . import _forms
+from . import _forms, _images
 from ._forms import IDS, MASK, Rows, is_array, is_list, shown
+from ._images import Images
 from ._library import filled
 
 Ids = Union[Sequence[int], Sequence[Sequence[int]], Sequence[np.ndarray], np.ndarray]
@@ -36,6 +37,9 @@ class Given:
         encoder_outputs: np.ndarray | None = None,
         progress_total: int | Sequence[int] | None = None,
         adapter: str | None = None,
+        images: Images | None = None,
+        pixel_values: np.ndarray | None = None,
+        pan_and_scan: bool | None = None,
     ) -> None:
         self._keep: list[Any] = []
         self._given = filled("t5g_sources")
@@ -74,6 +78,15 @@ class Given:
             self._given.progress_totals, self._given.progress_rows = totals.ctypes.data, totals.size
         if adapter is not None:
             self._given.adapter = self._kept(_forms.plain_name("adapter", adapter))
+        if images is not None:
+            self._with_images(images)
+        if pixel_values is not None:
+            if texts is not None or messages is not None:
+                raise ValueError("pixel_values requires token ids as sources")
+            values = self._kept(_forms.pixels("pixel_values", pixel_values))
+            self._given.pixel_values, self._given.pixel_values_size = values.ctypes.data, values.size
+        if pan_and_scan is not None:
+            self._given.pan_and_scan = 1 if _forms.flag("pan_and_scan", pan_and_scan) else 2
         if encoder_outputs is not None:
             shape = self.rows, max(_forms.lengths(ids)), opened._facts["hidden_size"]
             states = self._kept(_forms.states("encoder_outputs", encoder_outputs, shape))
@@ -101,6 +114,20 @@ class Given:
             raise ValueError(f"decoder_text: expected {_counted(self.rows)}, one for each source, found {len(texts)}")
         self._given.decoder_texts, self._given.decoder_text_sizes = self._texts(texts)
         self._given.decoder_rows = self.rows
+
+    def _with_images(self, images: Images) -> None:
+        rows = _images.rows(images, self.rows)
+        found = [image for row in rows for image in row]
+        # Never NULL, which would be no images at all: the library then checks that the texts have no places for any.
+        count = max(len(found), 1)
+        files = self._kept([self._kept(image.data) for image in found])
+        pointers = self._kept((ctypes.c_void_p * count)(*(data.ctypes.data for data in files)))
+        sizes = self._kept((ctypes.c_size_t * count)(*(data.size for data in files)))
+        widths = self._kept((ctypes.c_size_t * count)(*(image.width for image in found)))
+        counts = self._kept((ctypes.c_size_t * len(rows))(*map(len, rows)))
+        self._given.images, self._given.image_sizes = ctypes.addressof(pointers), ctypes.addressof(sizes)
+        self._given.image_widths, self._given.image_counts = ctypes.addressof(widths), ctypes.addressof(counts)
+        self._given.images_count = len(found)
 
     def _texts(self, texts: Sequence[bytes]) -> tuple[int, int]:
         pointers = self._kept((ctypes.c_char_p * len(texts))(*texts))
