@@ -9,3 +9,8 @@ pub struct RustPage;
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 pub struct Readme;
+
+/// Holds the page.
+#[cfg(doctest)]
+#[doc = include_str!("../docs/src/images.md")]
+pub struct ImagesPage;

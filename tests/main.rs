@@ -19,6 +19,7 @@ mod front_door;
 mod fuzz;
 mod generation;
 mod hub;
+mod image_requests;
 mod images;
 mod imports;
 mod model_card;

@@ -230,13 +230,19 @@ class Checker:
         raise Wrong(f"expected a language that is checked, found {block.language!r}")
 
     def stand_ins(self, folder):
-        """Small checkpoints under the names of published ones, the vector that Stable Audio 3 has learned for padding, and a LoRA
-        adapter of the checkpoint."""
+        """Small checkpoints under the names of published ones, the vector that Stable Audio 3 has learned for padding, a LoRA
+        adapter of the checkpoint, and a photo."""
         for name in ("t5gemma-b-b-ul2", "t5gemma-9b-9b-ul2"):
             (folder / name).symlink_to(self.arguments.checkpoint.resolve())
         for name, source in (("gemma-2-2b", "balanced/gemma2-a"), ("gemma-2-9b", "unbalanced/gemma2-b")):
             (folder / name).symlink_to(ROOT / "tests/fixtures/adapt" / source)
         (folder / "T5Gemma-TTS-2b-2b").symlink_to(ROOT / "tests/fixtures/voice/progress/checkpoint")
+        with_images = folder / "t5gemma-2-270m-270m"
+        with_images.mkdir()
+        for file in (ROOT / "tests/fixtures/public/t2-vision/checkpoint").iterdir():
+            (with_images / file.name).symlink_to(file)
+        (with_images / "tokenizer.json").symlink_to(ROOT / "tests/fixtures/images/tokenizer.json")
+        (folder / "photo.jpg").symlink_to(ROOT / "tests/fixtures/images/files/rgb420.jpg")
         encoder = json.loads((self.arguments.checkpoint / "config.json").read_text())["encoder"]
         width, queries = encoder["hidden_size"], encoder["num_attention_heads"] * encoder["head_dim"]
         (folder / "stable-audio-3").mkdir()

@@ -20,7 +20,6 @@ mod onnxruntime;
 mod call;
 mod cancellation;
 mod gate;
-mod images;
 mod model;
 mod options;
 mod result;

@@ -1,13 +1,16 @@
 //! Sources and targets of the header, converted to batches and rows of token ids.
 
+mod images;
+
 use ndarray::Array3;
 use serde_json::Value;
 use t5gemma_protocol::{Tokenize, conversation};
 use t5gemma_runtime::{Adapter, Batch, ChatTemplate, Error, Facts, ImageSettings, Tokenizer};
 
 use crate::error::{t5g_code, t5g_error};
-use crate::images::{self, Files, GivenImages};
 use crate::input::{Array, Fields, Record, Text, ZERO_TERMINATED, flag};
+
+use images::{Files, GivenImages};
 
 #[derive(Clone, Copy)]
 #[repr(C)]
@@ -35,14 +38,14 @@ pub struct t5g_sources {
     adapter: Text,
     progress_totals: Array<i64>,
     progress_rows: usize,
-    pub images: Files,
-    pub image_sizes: Array<usize>,
-    pub image_widths: Array<usize>,
-    pub image_counts: Array<usize>,
-    pub images_count: usize,
-    pub pixel_values: Array<f32>,
-    pub pixel_values_size: usize,
-    pub pan_and_scan: i64,
+    images: Files,
+    image_sizes: Array<usize>,
+    image_widths: Array<usize>,
+    image_counts: Array<usize>,
+    images_count: usize,
+    pixel_values: Array<f32>,
+    pixel_values_size: usize,
+    pan_and_scan: i64,
 }
 
 // SAFETY: fields of 8 bytes of which any bytes are a valid value.

@@ -1,6 +1,8 @@
 //! Tokenizes requests with a model's tokenizer and chat template, checks them against the model's length limits, and
 //! joins several requests to batches.
 
+mod images;
+
 use std::borrow::Borrow;
 
 use ndarray::Array3;
@@ -11,11 +13,13 @@ use t5gemma_runtime::{
 
 use crate::error::RequestError;
 use crate::id::Id;
-use crate::images::{ImageFields, SourcesWithImages};
+use crate::images::ImageFields;
 use crate::json::abbreviated;
 use crate::request::{
     EncodeRequest, GenerateRequest, ScoreRequest, SourcesGiven, Texts, TokenRows, check_prompts, check_targets,
 };
+
+use images::SourcesWithImages;
 
 /// What tokenizing requests needs to know about a model.
 pub trait Tokenize {
@@ -440,7 +444,7 @@ fn prompts(
 const MAX_TOKEN_BYTES: usize = 256;
 
 /// Refuses a text that is too long whatever its tokens are.
-pub(crate) fn check_length(field: &str, text: &str, longest: usize) -> Result<(), RequestError> {
+fn check_length(field: &str, text: &str, longest: usize) -> Result<(), RequestError> {
     let bytes = text.len();
     if bytes / MAX_TOKEN_BYTES <= longest {
         return Ok(());

@@ -3,9 +3,9 @@
 use t5gemma_protocol::Tokenize;
 use t5gemma_runtime::{Batch, Error, Image, ImageLimits, ImageSettings, PixelValues, TextWithImages};
 
+use super::t5g_sources;
 use crate::error::{t5g_code, t5g_error};
 use crate::input::Array;
-use crate::sources::t5g_sources;
 
 /// A pointer to the bytes of each image.
 pub type Files = Array<Array<u8>>;
