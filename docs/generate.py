@@ -332,6 +332,7 @@ TABLES = {
     "generate-request": lambda: fields("generate-request"),
     "score-request": lambda: fields("score-request"),
     "encode-request": lambda: fields("encode-request"),
+    "tensor-file": lambda: fields("encode-request", "TensorFile"),
     "generate-result": lambda: fields("generate-response", "GenerateResult"),
     "sequence": lambda: fields("generate-response", "Sequence"),
     "finish-reason": lambda: values("generate-response", "FinishReason"),
