@@ -141,7 +141,7 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
             ensure_usage!(can_be_shared, "{expected}, found {}", models.len());
             return answering.continuous(&models);
         }
-        let is_shared = Engine::shares_all_steps(&model) && answering.packing.rows() > 1;
+        let is_shared = Engine::shares_all_steps(model) && answering.packing.rows() > 1;
         return if is_shared && can_be_shared { answering.continuous(&models) } else { answering.jsonl() };
     }
     model.target_tokenizer()?;

@@ -252,7 +252,7 @@ impl ScoreRequest {
     /// A request that does not have exactly one kind of source and of target, or not one target for each source, and what the
     /// tokenizer or the runtime refuses.
     pub fn tokenize(&self, id: Id, model: &dyn Tokenize, end: Option<i64>) -> Result<TokenizedRequest, RequestError> {
-        let (sources, images) = sources_of(&self.text, &self.input_ids, &self.images, model)?;
+        let SourcesWithImages { ids: sources, images } = sources_of(&self.text, &self.input_ids, &self.images, model)?;
         let mask = mask(&self.attention_mask, &sources);
         let prompts = prompts(&self.decoder_text, &self.decoder_input_ids, model)?;
         check_targets(&self.target, &self.target_ids)?;
@@ -281,7 +281,7 @@ impl EncodeRequest {
     /// # Errors
     /// A request that does not have exactly one kind of source, and what the tokenizer or the runtime refuses.
     pub fn tokenize(&self, id: Id, model: &dyn Tokenize) -> Result<TokenizedRequest, RequestError> {
-        let (sources, images) = sources_of(&self.text, &self.input_ids, &self.images, model)?;
+        let SourcesWithImages { ids: sources, images } = sources_of(&self.text, &self.input_ids, &self.images, model)?;
         let mask = mask(&self.attention_mask, &sources);
         TokenizedRequest { images, ..TokenizedRequest::new(id, sources, mask) }.checked()
     }
@@ -404,17 +404,16 @@ fn sources_of(
     ids: &Option<TokenRows>,
     images: &ImageFields,
     model: &dyn Tokenize,
-) -> Result<(Vec<Vec<i64>>, Vec<Vec<PixelValues>>), RequestError> {
+) -> Result<SourcesWithImages, RequestError> {
     SourcesGiven { text: text.is_some(), input_ids: ids.is_some(), messages: None }.check()?;
     if images.is_given() {
-        let SourcesWithImages { ids, images } = images.tokenize(text, ids, model)?;
-        return Ok((ids, images));
+        return images.tokenize(text, ids, model);
     }
-    let sources = match text {
+    let ids = match text {
         Some(texts) => sources(texts.rows(), model)?,
         None => ids.as_ref().map(TokenRows::rows).unwrap_or_default().to_vec(),
     };
-    Ok((sources, Vec::new()))
+    Ok(SourcesWithImages { ids, images: Vec::new() })
 }
 
 fn mask(given: &Option<TokenRows>, sources: &[Vec<i64>]) -> Vec<Vec<i64>> {
