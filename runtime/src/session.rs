@@ -36,7 +36,7 @@ pub(crate) struct GraphSession {
     /// The scale of the float positions that the graph takes with sources, if it takes any.
     source_scale: Option<f32>,
     /// The input for the features of images, if the graph reads sources with images.
-    image_features: Option<Port>,
+    image_features: Option<ImageInput>,
     origin: Origin,
 }
 
@@ -47,6 +47,14 @@ impl Drop for GraphSession {
             std::mem::forget(self.session.clone());
         }
     }
+}
+
+/// The input for the features of images.
+pub(crate) struct ImageInput {
+    pub port: Port,
+    /// The token in whose places features are put, if the graph runs with at least one image: engines of TensorRT take
+    /// no empty tensor. Without images, they get one of zeros, which sources without the token do not read.
+    pub placeholder_token: Option<i64>,
 }
 
 /// The session of a graph during a call.
@@ -75,7 +83,7 @@ impl GraphSession {
         session: Session,
         kernels: Kernels,
         source_scale: Option<f32>,
-        image_features: Option<Port>,
+        image_features: Option<ImageInput>,
     ) -> GraphSession {
         let session = Arc::new(Mutex::new(session));
         GraphSession { session, kernels, source_scale, image_features, origin: Origin::now() }
@@ -136,7 +144,7 @@ impl GraphSession {
         cancel: &Cancellation,
     ) -> Result<Vec<DynValue>, Error> {
         let positions = self.source_positions(rows, &mask)?;
-        let images = self.image_features.as_ref().map(|port| features_tensor(port, &features)).transpose()?;
+        let images = self.image_features.as_ref().map(|input| features_tensor(input, &features, &ids)).transpose()?;
         let (ids, mask) = (int64_tensor(rows, ids)?, int64_tensor(rows, mask)?);
         let inputs = [&ids, &mask].into_iter().chain(&positions).chain(&images);
         let inputs = inputs.chain(others.iter().map(|other| &**other));
@@ -151,11 +159,22 @@ impl GraphSession {
     }
 }
 
-/// The features of images, of which there may be none.
-fn features_tensor(port: &Port, features: &[States]) -> Result<DynValue, Error> {
+/// The features of images, of which there may be none, for sources with these ids.
+fn features_tensor(input: &ImageInput, features: &[States], ids: &[i64]) -> Result<DynValue, Error> {
+    let ImageInput { port, placeholder_token } = input;
     let [tokens, width] = [1, 2].map(|axis| port.shape[axis].as_fixed().unwrap_or(0));
-    let values = features.iter().flat_map(|features| features.iter().copied()).collect();
-    float_tensor(port.dtype, [features.len(), tokens, width], values).map_err(Error::onnxruntime("preparing a run"))
+    let mut values: Vec<f32> = features.iter().flat_map(|features| features.iter().copied()).collect();
+    let mut images = features.len();
+    if let (0, Some(token)) = (images, placeholder_token) {
+        if ids.contains(token) {
+            return Err(Error::Unsupported {
+                what: format!("input_ids: the image token {token} without an image in an engine of TensorRT"),
+                remedy: "leave the token out, pass an image, or use another provider".into(),
+            });
+        }
+        (images, values) = (1, vec![0.0; tokens * width]);
+    }
+    float_tensor(port.dtype, [images, tokens, width], values).map_err(Error::onnxruntime("preparing a run"))
 }
 
 /// Runs a locked session and returns its outputs in order.

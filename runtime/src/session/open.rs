@@ -15,7 +15,7 @@ use t5gemma_graphs::tensors::Role;
 use t5gemma_kernels::{self as kernels, GraphKind, Kernels};
 
 use super::ports::{Difference, first_difference};
-use super::{GraphSession, OpenOptions};
+use super::{GraphSession, ImageInput, OpenOptions};
 use crate::device::Provider;
 use crate::engine_files::EngineFiles;
 use crate::error::Error;
@@ -162,7 +162,11 @@ impl<'f> Opener<'f> {
         }
         let takes_positions = file.ports.inputs.iter().any(|port| port.name == POSITION_IDS);
         let source_scale = self.folder.manifest.facts.custom.source_scale().filter(|_| takes_positions);
-        let image_features = file.ports.inputs.iter().find(|port| port.name == IMAGE_FEATURES).cloned();
+        let port = file.ports.inputs.iter().find(|port| port.name == IMAGE_FEATURES).cloned();
+        let takes_empty = matches!(provider, Provider::Cpu | Provider::Cuda);
+        let vision = self.folder.manifest.facts.vision.as_ref().filter(|_| !takes_empty);
+        let placeholder_token = vision.map(|vision| vision.image_token);
+        let image_features = port.map(|port| ImageInput { port, placeholder_token });
         Ok(GraphSession::new(session, kernels, source_scale, image_features))
     }
 
