@@ -133,7 +133,7 @@ fn the_line_of_copies_has_one_bound_and_ends_as_one() {
         // A waiting caller gets its deadline error although no thread looks.
         assert!(matches!(late.wait(), Err(Error::Deadline)));
         let other = engine.submit(long()).expect("there is room");
-        assert!(matches!(engine.submit(long()).err(), Some(Error::Busy { waiting: 2 })));
+        assert!(matches!(engine.submit(long()).err(), Some(Error::Full { waiting: 2, .. })));
         thread::scope(|scope| {
             scope.spawn(|| engine.shutdown().expect("from outside"));
             while !matches!(engine.submit(long()).err(), Some(Error::Closed)) {

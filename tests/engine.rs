@@ -19,10 +19,10 @@ use t5gemma_runtime::{
 use crate::common::{Hold, exported_from, fixture, tests};
 
 /// Pseudorandom numbers, the same in every run.
-struct Noise(u64);
+pub struct Noise(pub u64);
 
 impl Noise {
-    fn below(&mut self, limit: usize) -> usize {
+    pub fn below(&mut self, limit: usize) -> usize {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut x = self.0;
         x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -79,7 +79,7 @@ impl Noise {
     }
 
     /// One to three sources of any lengths, some already padded, some with a decoder prompt.
-    fn batch(&mut self) -> Batch {
+    pub fn batch(&mut self) -> Batch {
         let rows = self.pick(&[1, 1, 1, 2, 3]);
         let mut batch = match self.below(4) {
             0 => {
@@ -98,7 +98,7 @@ impl Noise {
     }
 }
 
-fn options(model: &Model, request: &Value) -> GenerationConfig {
+pub fn options(model: &Model, request: &Value) -> GenerationConfig {
     model
         .generation_config()
         .with_json(request.as_object().expect("an object"))
@@ -118,12 +118,12 @@ fn with_text(target: Target) -> PathBuf {
     exported_from(folder.path(), &format!("tiny-balanced-text-{}", target.name()), export)
 }
 
-fn open(target: Target) -> Arc<Model> {
+pub fn open(target: Target) -> Arc<Model> {
     Arc::new(Model::open(with_text(target)).expect("the model opens"))
 }
 
 /// Tokens and finish reasons are equal, scores and log-probabilities equal up to rounding.
-fn check_same(name: &str, found: &[Vec<Hypothesis>], expected: &[Vec<Hypothesis>]) {
+pub fn check_same(name: &str, found: &[Vec<Hypothesis>], expected: &[Vec<Hypothesis>]) {
     let parts = |rows: &[Vec<Hypothesis>]| -> Vec<Vec<_>> {
         let part = |hypothesis: &Hypothesis| (hypothesis.tokens.clone(), hypothesis.finish_reason);
         rows.iter().map(|row| row.iter().map(part).collect()).collect()
@@ -235,20 +235,20 @@ fn rows_that_are_admitted_together_share_their_steps() {
     }
 }
 
-const TARGETS: [Target; 2] = [Target::Portable, Target::Cpu];
+pub const TARGETS: [Target; 2] = [Target::Portable, Target::Cpu];
 
 /// A request that takes many steps.
-fn long(model: &Model) -> Request {
+pub fn long(model: &Model) -> Request {
     let options = options(model, &json!({"max_new_tokens": 450, "min_new_tokens": 450}));
     Request::new(Batch::padded(&[[5, 6, 7]], 0).expect("well-formed"), options)
 }
 
-fn short(model: &Model) -> Request {
+pub fn short(model: &Model) -> Request {
     let options = options(model, &json!({"max_new_tokens": 6, "num_beams": 2}));
     Request::new(Batch::padded(&[[8, 9]], 0).expect("well-formed"), options)
 }
 
-fn alone(model: &Model, Request { batch, config, .. }: &Request) -> Vec<Vec<Hypothesis>> {
+pub fn alone(model: &Model, Request { batch, config, .. }: &Request) -> Vec<Vec<Hypothesis>> {
     model.generate_batch(batch, config, Controls::default()).expect("generates")
 }
 
@@ -278,6 +278,7 @@ fn tokens_are_told_as_they_come_and_rows_as_they_finish() {
                         check_same("events", &[hypotheses], &expected[row..=row]);
                         finished.push(row);
                     }
+                    Event::Admitted { row } => assert!(told[row].is_empty()),
                     other => panic!("{other:?}"),
                 }
             }
@@ -297,6 +298,7 @@ fn requests_end_when_they_are_cancelled_or_late_and_others_go_on() {
         // Held in flight until one is cancelled and the other too late, which its caller is told while it is held.
         let hold = Hold::default();
         let mut cancelled = engine.submit(hold.at(2, long(&model))).expect("taken");
+        assert!(matches!(cancelled.next(), Some(Ok(Event::Admitted { row: 0 }))));
         assert!(matches!(cancelled.next(), Some(Ok(Event::Token { row: 0, .. }))), "in flight");
         hold.wait_for(1);
         let late = long(&model).deadline(Instant::now() + Duration::from_millis(30));
@@ -366,7 +368,7 @@ fn what_cannot_be_taken_is_refused_with_the_figures() {
     let in_flight = engine.submit(hold.at(2, long(&model))).expect("taken");
     hold.wait_for(1);
     let waiting = engine.submit(long(&model)).expect("taken");
-    assert!(matches!(engine.submit(long(&model)).err(), Some(Error::Busy { waiting: 1 })));
+    assert!(matches!(engine.submit(long(&model)).err(), Some(Error::Full { waiting: 1, .. })));
     drop(in_flight);
     hold.open();
     assert_eq!(waiting.wait().expect("generates")[0][0].tokens.len(), 450);
@@ -380,6 +382,9 @@ fn bounds_of_nothing_are_refused_by_name() {
         ("max_bytes", EngineOptions::default().max_bytes(0)),
         ("max_sources", EngineOptions::default().max_sources(0)),
         ("max_waiting", EngineOptions::default().max_waiting(0)),
+        ("max_waiting_rows", EngineOptions::default().max_waiting_rows(0)),
+        ("max_waiting_tokens", EngineOptions::default().max_waiting_tokens(0)),
+        ("max_waiting_bytes", EngineOptions::default().max_waiting_bytes(0)),
     ] {
         for refused in
             [Engine::new(model.clone(), options.clone()), Engine::of_copies(std::slice::from_ref(&model), options)]

@@ -14,6 +14,7 @@ mod conditioners;
 mod constraints;
 mod devices;
 mod engine;
+mod engine_sinks;
 mod export;
 mod front_door;
 mod fuzz;

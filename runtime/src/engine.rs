@@ -43,156 +43,35 @@
 
 mod admission;
 mod generation;
+mod line;
+mod options;
 mod queue;
+mod request;
 mod rows;
+mod sink;
+mod stats;
 mod worker;
 
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread::{self, JoinHandle, ThreadId};
-use std::time::Instant;
+use std::time::Duration;
 
 use t5gemma_graphs::interface::CacheLayout;
 
-use crate::batch::Batch;
 use crate::cancellation::Cancellation;
 use crate::error::Error;
-use crate::hypothesis::Hypothesis;
 use crate::item::Call;
 use crate::memory::{Footprint, MemoryModel};
 use crate::model::Model;
-use crate::options::GenerationConfig;
 pub use generation::{Canceller, Generation, PollResult};
+use line::{Load, RequestId, Waiting};
+pub use options::EngineOptions;
 use queue::{ActiveRequest, CloseOnDrop, Pending, Phase, Shared};
+pub use request::{Event, Message, Priority, Request, RequestStats};
+use sink::{Outlet, Sink};
+pub use stats::EngineStats;
 use worker::Worker;
-
-/// The limits of an [`Engine`]; those of rows, bytes and sources apply to each copy of the model.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct EngineOptions {
-    /// Maximum number of target rows in flight: the beams or samples of all sources together. 64 by default.
-    pub max_rows: usize,
-    /// Maximum bytes of keys, values and logits that the rows in flight may eventually need, each row counted with the
-    /// longest source and the longest target of all; 4 GiB by default. Weights and scratch memory come on top.
-    pub max_bytes: usize,
-    /// Maximum number of sources in flight; by default limited only by the rows.
-    pub max_sources: usize,
-    /// Maximum number of requests with sources waiting to be admitted, for all copies together; 1024 by default.
-    pub max_waiting: usize,
-}
-
-impl Default for EngineOptions {
-    fn default() -> EngineOptions {
-        EngineOptions { max_rows: 64, max_bytes: 4 << 30, max_sources: usize::MAX, max_waiting: 1024 }
-    }
-}
-
-impl EngineOptions {
-    /// Sets [`EngineOptions::max_rows`].
-    pub fn max_rows(self, max_rows: usize) -> EngineOptions {
-        EngineOptions { max_rows, ..self }
-    }
-
-    /// Sets [`EngineOptions::max_bytes`].
-    pub fn max_bytes(self, max_bytes: usize) -> EngineOptions {
-        EngineOptions { max_bytes, ..self }
-    }
-
-    /// Sets [`EngineOptions::max_sources`].
-    pub fn max_sources(self, max_sources: usize) -> EngineOptions {
-        EngineOptions { max_sources, ..self }
-    }
-
-    /// Sets [`EngineOptions::max_waiting`].
-    pub fn max_waiting(self, max_waiting: usize) -> EngineOptions {
-        EngineOptions { max_waiting, ..self }
-    }
-
-    /// Rejects limits within which nothing can run.
-    fn check(&self) -> Result<(), Error> {
-        let EngineOptions { max_rows, max_bytes, max_sources, max_waiting } = *self;
-        let bounds = [
-            ("max_rows", max_rows),
-            ("max_bytes", max_bytes),
-            ("max_sources", max_sources),
-            ("max_waiting", max_waiting),
-        ];
-        match bounds.into_iter().find(|&(_, bound)| bound == 0) {
-            Some((name, _)) => Err(Error::input(name, "at least 1", "0")),
-            None => Ok(()),
-        }
-    }
-}
-
-/// A request to an [`Engine`].
-#[derive(Clone, Debug)]
-#[non_exhaustive]
-pub struct Request {
-    /// The sources, which are admitted one by one.
-    pub batch: Batch,
-    /// The generation options. The clock of `max_time` starts when the first source is admitted.
-    pub config: GenerationConfig,
-    /// When the request, waiting or in flight, ends with [`Error::Deadline`] if it is not done.
-    pub deadline: Option<Instant>,
-}
-
-impl Request {
-    /// A request without a deadline.
-    pub fn new(batch: Batch, config: GenerationConfig) -> Request {
-        Request { batch, config, deadline: None }
-    }
-
-    /// Sets [`Request::deadline`].
-    pub fn deadline(self, deadline: Instant) -> Request {
-        Request { deadline: Some(deadline), ..self }
-    }
-}
-
-/// An event of a request.
-#[derive(Clone, Debug, PartialEq)]
-#[non_exhaustive]
-pub enum Event {
-    /// The next token of a source row's first hypothesis is final.
-    Token {
-        /// The source's row in the request's batch.
-        row: usize,
-        /// The token.
-        token: i64,
-    },
-    /// A source row is finished; it follows the events of all its tokens.
-    Row {
-        /// The source's row in the request's batch.
-        row: usize,
-        /// The `num_return_sequences` hypotheses; those of beam search are best first.
-        hypotheses: Vec<Hypothesis>,
-    },
-}
-
-/// Statistics of an [`Engine`].
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct EngineStats {
-    /// Requests that were accepted, including those that have ended.
-    pub submitted: u64,
-    /// Requests that succeeded.
-    pub finished: u64,
-    /// Requests that ended with an error, including cancellations and deadlines.
-    pub failed: u64,
-    /// Requests with a source that has not been admitted.
-    pub waiting_requests: usize,
-    /// Sources that have not been admitted.
-    pub waiting_sources: usize,
-    /// Sources in flight.
-    pub sources: usize,
-    /// Target rows in flight.
-    pub rows: usize,
-    /// Bytes that the rows in flight may eventually need, counted as for [`EngineOptions::max_bytes`].
-    pub planned_bytes: usize,
-    /// Runs of a decoder graph.
-    pub steps: u64,
-    /// Target rows of all these runs; divided by `steps`, the average number of rows that shared a step.
-    pub stepped_rows: u64,
-}
 
 /// Serves many requests at once, with one thread per copy of the model. Dropping it calls [`Engine::shutdown`].
 ///
@@ -265,38 +144,75 @@ impl Engine {
     /// Submits a request. The caller's thread checks it and compiles its constraints.
     ///
     /// # Errors
-    /// Those of [`Model::generate_batch`]; [`Error::TooLarge`] for a source that can never be admitted; [`Error::Busy`]
-    /// if too many requests are waiting; [`Error::Closed`] after [`Engine::drain`] or [`Engine::shutdown`];
-    /// [`Error::Forked`]. A request whose deadline has passed is accepted and ends with [`Error::Deadline`].
+    /// Those of [`Model::generate_batch`]; [`Error::TooLarge`] for a source that can never be admitted, or a request that
+    /// the queue can never hold; [`Error::Full`] if too much is waiting; [`Error::Closed`] after [`Engine::drain`] or
+    /// [`Engine::shutdown`]; [`Error::Forked`]. A request whose deadline has passed is accepted and ends with
+    /// [`Error::Deadline`].
     pub fn submit(&self, request: Request) -> Result<Generation, Error> {
-        self.shared.check_process()?;
-        let in_call = self.shared.copies[0].model.enter()?;
-        let Request { batch, config, deadline } = request;
-        let cancel = deadline.map_or_else(Cancellation::new, Cancellation::until);
-        let call = Call::new(&self.shared.copies[0].model, &batch, &config, &cancel)?;
-        for row in 0..call.batch.rows() {
-            self.shared.memory.check(&Footprint::of(&call, row), &self.shared.options)?;
-        }
-        let rows = call.batch.rows();
+        let rows = request.batch.rows();
         let (events, received) = mpsc::channel();
-        let mut queue = self.shared.queue();
+        let sink = move |message| {
+            // A caller that no longer receives has cancelled the request.
+            let _ = events.send(message);
+        };
+        let (id, cancel) = self.enqueue(request, Box::new(sink))?;
+        Ok(Generation::new(self.shared.clone(), id, rows, cancel, received))
+    }
+
+    /// Submits a request that needs no thread of its own: its messages go to `sink`, whose last one is
+    /// [`Message::Ended`], exactly once. The request goes on if the returned [`Canceller`] is dropped; once it is
+    /// cancelled or its deadline has passed, it ends before the next step, in flight or waiting.
+    ///
+    /// The threads of the engine call the sink between steps, one at a time. It must not block, because every row in
+    /// flight waits for it: let it hand the message on, for example into an unbounded channel (a request has at most
+    /// one event per new token and two per row). It may submit and cancel requests, but not wait for the engine. If it
+    /// panics, the request ends and the sink is not called again; other requests are not disturbed. It is not called
+    /// in a forked process.
+    ///
+    /// # Errors
+    /// As [`Engine::submit`]; the sink is not called then.
+    pub fn submit_to(&self, request: Request, sink: impl FnMut(Message) + Send + 'static) -> Result<Canceller, Error> {
+        let (_, cancel) = self.enqueue(request, Box::new(sink))?;
+        Ok(Canceller::new(cancel, self.shared.clone()))
+    }
+
+    fn enqueue(&self, request: Request, sink: Sink) -> Result<(RequestId, Cancellation), Error> {
+        let shared = &*self.shared;
+        shared.check_process()?;
+        let in_call = shared.copies[0].model.enter()?;
+        let Request { batch, config, deadline, priority, tenant } = request;
+        let cancel = deadline.map_or_else(Cancellation::new, Cancellation::until);
+        let call = Call::new(&shared.copies[0].model, &batch, &config, &cancel)?;
+        let sources: Vec<Waiting> = (0..call.batch.rows())
+            .map(|row| {
+                let footprint = Footprint::of(&call, row);
+                shared.memory.check(&footprint, &shared.options)?;
+                Ok(shared.memory.waiting(&call, &footprint))
+            })
+            .collect::<Result<_, Error>>()?;
+        let load = Load::of(&sources);
+        shared.options.check_alone(&load)?;
+        let mut queue = shared.queue();
         if queue.phase != Phase::Open {
             return Err(Error::Closed);
         }
-        if queue.waiting.len() >= self.shared.options.max_waiting {
-            return Err(Error::Busy { waiting: queue.waiting.len() });
-        }
+        let retry_after = queue.retry_after();
+        shared.options.check_room(&queue.line.load(), &load, retry_after)?;
         let id = queue.submitted;
         queue.submitted += 1;
-        let request = Arc::new(ActiveRequest::new(id, call, cancel.clone(), events, in_call));
-        queue.requests.insert(id, Pending { request: request.clone(), next: 0, unfinished: rows });
-        queue.waiting.push_back(id);
+        let unfinished = sources.len();
+        let request = ActiveRequest::new(id, call, cancel.clone(), Outlet::new(sink, load.tokens), in_call);
+        queue.requests.insert(id, Pending { request: Arc::new(request), next: 0, unfinished });
+        queue.line.push(id, priority, tenant.map(Arc::from), sources);
         drop(queue);
-        if let Err(error) = cancel.check() {
-            self.shared.end(&request, Err(error));
-        }
-        self.shared.changed.notify_all();
-        Ok(Generation::new(self.shared.clone(), id, rows, cancel, received))
+        shared.changed.notify_all();
+        Ok((id, cancel))
+    }
+
+    /// When to submit again if the queue is full: about when the sources that wait now will have been admitted, judging
+    /// by how long recent ones were in flight. [`Error::Full`] carries it too.
+    pub fn retry_after(&self) -> Duration {
+        if self.check_process().is_err() { Duration::ZERO } else { self.shared.queue().retry_after() }
     }
 
     /// The number of copies of the model.

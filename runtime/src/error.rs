@@ -6,6 +6,7 @@ use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use t5gemma_graphs::config::ConfigError;
 use t5gemma_graphs::interface::DType;
@@ -157,9 +158,15 @@ pub enum Error {
         limit: usize,
     },
     /// An [`Engine`](crate::Engine) whose queue is full.
-    Busy {
-        /// The number of waiting requests.
+    Full {
+        /// The resource whose limit is reached: requests, rows, tokens or bytes.
+        what: &'static str,
+        /// How much of it is waiting.
         waiting: usize,
+        /// The engine's limit.
+        limit: usize,
+        /// When to submit again: see [`Engine::retry_after`](crate::Engine::retry_after).
+        retry_after: Duration,
     },
     /// An [`Engine`](crate::Engine) that accepts no more requests.
     Closed,
@@ -215,7 +222,13 @@ impl fmt::Display for Error {
             Error::TooLarge { what, needed, limit } => {
                 write!(f, "the request needs {needed} {what}, but the engine's limit is {limit}")
             }
-            Error::Busy { waiting } => write!(f, "the queue is full ({waiting} requests are waiting)"),
+            Error::Full { what, waiting, limit, retry_after } => {
+                let seconds = retry_after.as_secs_f64().ceil().max(1.0);
+                write!(
+                    f,
+                    "the queue is full ({waiting} {what} are waiting, the limit is {limit}); try again in {seconds} s"
+                )
+            }
             Error::Closed => f.write_str("the engine accepts no more requests"),
             Error::Forked { process } => write!(
                 f,

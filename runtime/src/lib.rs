@@ -116,7 +116,10 @@ pub use classify::ScoreFunction;
 pub use device::{Provider, ProviderConfig};
 pub use draws::Draws;
 pub use encoder::Encoder;
-pub use engine::{Canceller, Engine, EngineOptions, EngineStats, Event, Generation, PollResult, Request};
+pub use engine::{
+    Canceller, Engine, EngineOptions, EngineStats, Event, Generation, Message, PollResult, Priority, Request,
+    RequestStats,
+};
 pub use error::Error;
 pub use folder::task_of;
 pub use generate::{Controls, Streamer};

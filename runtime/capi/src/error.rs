@@ -114,7 +114,7 @@ impl From<Error> for t5g_error {
             Error::Cancelled => (t5g_code::Cancelled, None),
             Error::Deadline => (t5g_code::Deadline, Some("deadline_seconds".to_string())),
             Error::TooLarge { .. } => (t5g_code::TooLarge, None),
-            Error::Busy { .. } => (t5g_code::Full, None),
+            Error::Full { .. } => (t5g_code::Full, None),
             Error::Closed | Error::Forked { .. } | Error::ForkedInCall => (t5g_code::Closed, None),
             _ => (t5g_code::Internal, None),
         };

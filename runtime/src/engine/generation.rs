@@ -5,8 +5,9 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
-use super::Event;
-use super::queue::{Message, RequestId, Shared};
+use super::line::RequestId;
+use super::queue::Shared;
+use super::request::{Event, Message, RequestStats};
 use crate::cancellation::Cancellation;
 use crate::error::Error;
 use crate::hypothesis::Hypothesis;
@@ -20,6 +21,7 @@ pub struct Generation {
     cancel: Cancellation,
     shared: Arc<Shared>,
     has_ended: bool,
+    stats: Option<RequestStats>,
 }
 
 impl fmt::Debug for Generation {
@@ -41,7 +43,7 @@ impl Generation {
         cancel: Cancellation,
         events: Receiver<Message>,
     ) -> Generation {
-        Generation { events, rows, id, cancel, shared, has_ended: false }
+        Generation { events, rows, id, cancel, shared, has_ended: false, stats: None }
     }
 
     /// The number of source rows.
@@ -56,7 +58,13 @@ impl Generation {
 
     /// A way to cancel the request from another thread.
     pub fn canceller(&self) -> Canceller {
-        Canceller { cancel: self.cancel.clone(), shared: self.shared.clone() }
+        Canceller::new(self.cancel.clone(), self.shared.clone())
+    }
+
+    /// Times and counts of the request, once its last event or error was returned; `None` before, and if the engine
+    /// could not tell them, as in a forked process.
+    pub fn stats(&self) -> Option<&RequestStats> {
+        self.stats.as_ref()
     }
 
     /// Waits for the next event for at most `timeout`.
@@ -73,8 +81,9 @@ impl Generation {
     /// The next message, if it comes within `timeout`. At its deadline the request is ended, whatever the engine is
     /// doing.
     fn receive(&self, timeout: Option<Duration>) -> Option<Message> {
+        let lost = |error| Message::Ended { result: Err(error), stats: RequestStats::default() };
         if let Err(error) = self.shared.check_process() {
-            return Some(Message::Ended(Err(error)));
+            return Some(lost(error));
         }
         let left = self.cancel.deadline().map(|deadline| deadline.saturating_duration_since(Instant::now()));
         let received = match [timeout, left].into_iter().flatten().min() {
@@ -91,10 +100,10 @@ impl Generation {
                     self.shared.end(&request, Err(Error::Deadline));
                 }
                 // Whoever has ended it sends the last message.
-                Some(self.events.recv().unwrap_or(Message::Ended(Err(Error::Closed))))
+                Some(self.events.recv().unwrap_or_else(|_| lost(Error::Closed)))
             }
             Err(RecvTimeoutError::Timeout) => None,
-            Err(RecvTimeoutError::Disconnected) => Some(Message::Ended(Err(Error::Closed))),
+            Err(RecvTimeoutError::Disconnected) => Some(lost(Error::Closed)),
         }
     }
 
@@ -116,8 +125,9 @@ impl Generation {
     fn take(&mut self, message: Message) -> Option<Result<Event, Error>> {
         match message {
             Message::Event(event) => Some(Ok(event)),
-            Message::Ended(result) => {
+            Message::Ended { result, stats } => {
                 self.has_ended = true;
+                self.stats = Some(stats);
                 result.err().map(Err)
             }
         }
@@ -169,6 +179,10 @@ impl fmt::Debug for Canceller {
 }
 
 impl Canceller {
+    pub(super) fn new(cancel: Cancellation, shared: Arc<Shared>) -> Canceller {
+        Canceller { cancel, shared }
+    }
+
     /// See [`Generation::cancel`].
     pub fn cancel(&self) {
         if self.shared.check_process().is_err() {

@@ -1,12 +1,14 @@
 //! The state that the engine's threads and callers share: the queue of requests, the copies of the model, and how a
 //! request or the whole engine ends.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::process;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::Sender;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
+use super::line::{Line, Load, RequestId};
+use super::sink::Outlet;
 use super::{EngineOptions, EngineStats, Event};
 use crate::cancellation::Cancellation;
 use crate::error::Error;
@@ -16,23 +18,13 @@ use crate::memory::MemoryModel;
 use crate::model::Model;
 use crate::stop::StoppingCriteria;
 
-/// Identifies a request; ascending in the order of submission.
-pub(super) type RequestId = u64;
-
-/// What a caller receives.
-pub(super) enum Message {
-    Event(Event),
-    /// The last message.
-    Ended(Result<(), Error>),
-}
-
 /// A request as the threads that serve it share it.
 pub(super) struct ActiveRequest {
     pub id: RequestId,
     pub call: Call,
     /// Cancelled by its caller, by its deadline, or with the whole engine.
     pub cancel: Cancellation,
-    pub events: Sender<Message>,
+    pub outlet: Outlet,
     /// Set when its first source is admitted.
     stops: OnceLock<Arc<StoppingCriteria>>,
     /// Set with the queue locked, when the last message is sent.
@@ -42,15 +34,9 @@ pub(super) struct ActiveRequest {
 }
 
 impl ActiveRequest {
-    pub fn new(
-        id: RequestId,
-        call: Call,
-        cancel: Cancellation,
-        events: Sender<Message>,
-        in_call: InCall,
-    ) -> ActiveRequest {
+    pub fn new(id: RequestId, call: Call, cancel: Cancellation, outlet: Outlet, in_call: InCall) -> ActiveRequest {
         let (stops, has_ended) = (OnceLock::new(), AtomicBool::new(false));
-        ActiveRequest { id, call, cancel, events, stops, has_ended, _in_call: in_call }
+        ActiveRequest { id, call, cancel, outlet, stops, has_ended, _in_call: in_call }
     }
 
     pub fn has_ended(&self) -> bool {
@@ -62,9 +48,11 @@ impl ActiveRequest {
         self.stops.get_or_init(|| Arc::new(StoppingCriteria::new(&self.call.options)))
     }
 
+    /// Tells the caller; a request whose sink has panicked is cancelled.
     pub fn send(&self, event: Event) {
-        // A caller that no longer receives has cancelled the request.
-        let _ = self.events.send(Message::Event(event));
+        if !self.outlet.send(event) {
+            self.cancel.cancel();
+        }
     }
 }
 
@@ -93,8 +81,8 @@ pub(super) struct Shared {
 #[derive(Default)]
 pub(super) struct Queue {
     pub requests: BTreeMap<RequestId, Pending>,
-    /// Requests with sources to be admitted; the next source is the first one's.
-    pub waiting: VecDeque<RequestId>,
+    /// Requests with sources to be admitted.
+    pub line: Line,
     pub phase: Phase,
     /// Threads that wait, because they have no rows in flight and there are none to admit.
     pub idle: usize,
@@ -103,6 +91,8 @@ pub(super) struct Queue {
     pub submitted: u64,
     finished: u64,
     failed: u64,
+    /// How long a source is in flight, on average of the recent ones.
+    mean_flight: Option<Duration>,
     /// For each copy of the model, the statistics that are its own.
     pub copy_stats: Vec<EngineStats>,
 }
@@ -127,32 +117,41 @@ pub(super) enum Phase {
 }
 
 impl Queue {
-    /// Sources that have not been admitted.
-    pub fn waiting_sources(&self) -> usize {
-        let waiting = self.waiting.iter().filter_map(|id| self.requests.get(id));
-        waiting.map(|pending| pending.request.call.batch.rows() - pending.next).sum()
-    }
-
     /// The statistics of the queue and of these copies of the model together.
     pub fn stats(&self, copies: &[EngineStats]) -> EngineStats {
+        let Load { requests, sources, rows, tokens, bytes } = self.line.load();
         let of_queue = EngineStats {
             submitted: self.submitted,
             finished: self.finished,
             failed: self.failed,
-            waiting_requests: self.waiting.len(),
-            waiting_sources: self.waiting_sources(),
+            waiting_requests: requests,
+            waiting_sources: sources,
+            waiting_rows: rows,
+            waiting_tokens: tokens,
+            waiting_bytes: bytes,
             ..EngineStats::default()
         };
-        copies.iter().fold(of_queue, |sum, copy| EngineStats {
-            sources: sum.sources + copy.sources,
-            rows: sum.rows + copy.rows,
-            planned_bytes: sum.planned_bytes + copy.planned_bytes,
-            steps: sum.steps + copy.steps,
-            stepped_rows: sum.stepped_rows + copy.stepped_rows,
-            ..sum
-        })
+        of_queue.with_copies(copies)
+    }
+
+    /// Counts a source that was in flight since `admitted`.
+    pub fn count_flight(&mut self, admitted: Instant) {
+        let time = admitted.elapsed();
+        self.mean_flight = Some(self.mean_flight.map_or(time, |mean| (mean * 15 + time) / 16));
+    }
+
+    /// When the sources that wait now will have been admitted, judging by the recent ones: as many leave in the mean
+    /// time of a flight as are in flight.
+    pub fn retry_after(&self) -> Duration {
+        let sources: usize = self.copy_stats.iter().map(|copy| copy.sources).sum();
+        let mean = self.mean_flight.unwrap_or(Duration::from_secs(1)).as_secs_f64();
+        let seconds = mean * self.line.load().sources as f64 / sources.max(1) as f64;
+        Duration::try_from_secs_f64(seconds).unwrap_or(LONGEST_HINT).min(LONGEST_HINT)
     }
 }
+
+/// The longest time after which callers are told to try again.
+const LONGEST_HINT: Duration = Duration::from_secs(3600);
 
 impl Shared {
     pub fn new(models: Vec<Arc<Model>>, memory: MemoryModel, options: EngineOptions) -> Shared {
@@ -183,7 +182,7 @@ impl Shared {
         if queue.requests.remove(&request.id).is_none() {
             return;
         }
-        queue.waiting.retain(|&waiting| waiting != request.id);
+        queue.line.remove(request.id);
         let result = result.and_then(|()| request.cancel.check());
         match &result {
             Ok(()) => queue.finished += 1,
@@ -191,7 +190,7 @@ impl Shared {
         }
         request.has_ended.store(true, Ordering::SeqCst);
         drop(queue);
-        let _ = request.events.send(Message::Ended(result));
+        request.outlet.end(result);
         self.ended.notify_all();
     }
 
@@ -219,12 +218,13 @@ impl Drop for CloseOnDrop {
         queue.phase = Phase::Closed;
         queue.alive -= 1;
         queue.failed += queue.requests.len() as u64;
-        queue.waiting.clear();
-        // Their callers notice that the sender is gone.
-        queue.requests.clear();
+        queue.line.clear();
+        let left = std::mem::take(&mut queue.requests);
+        left.values().for_each(|pending| pending.request.has_ended.store(true, Ordering::SeqCst));
         let stats = &mut queue.copy_stats[self.copy];
         (stats.sources, stats.rows, stats.planned_bytes) = (0, 0, 0);
         drop(queue);
+        left.values().for_each(|pending| pending.request.outlet.end(Err(Error::Closed)));
         self.shared.changed.notify_all();
         self.shared.ended.notify_all();
     }

@@ -4,6 +4,7 @@
 use std::collections::HashSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, PoisonError};
+use std::time::Instant;
 
 use super::queue::{ActiveRequest, ModelCopy, Phase, Shared};
 use super::rows::{ContinuedMember, NewRows, Rows};
@@ -39,6 +40,7 @@ struct ActiveSource {
     request: Arc<ActiveRequest>,
     item: Item,
     footprint: Footprint,
+    admitted: Instant,
     /// The number of its next step.
     step: usize,
 }
@@ -91,7 +93,7 @@ impl Worker {
     fn wait(&self) -> bool {
         let mut queue = self.shared.queue();
         queue.idle += 1;
-        while queue.phase != Phase::Closed && self.flights.is_empty() && queue.waiting.is_empty() {
+        while queue.phase != Phase::Closed && self.flights.is_empty() && queue.line.is_empty() {
             self.shared.ended.notify_all();
             queue = self.shared.changed.wait(queue).unwrap_or_else(PoisonError::into_inner);
         }
@@ -123,10 +125,10 @@ impl Worker {
         let sources: usize = self.flights.iter().map(|flight| flight.members.len()).sum();
         let mut queue = shared.queue();
         let queue = &mut *queue;
-        let share = queue.waiting_sources().div_ceil(shared.copies.len());
-        while let Some(&id) = queue.waiting.front() {
+        let share = queue.line.load().sources.div_ceil(shared.copies.len());
+        while let Some(id) = queue.line.first() {
             let Some(pending) = queue.requests.get_mut(&id) else {
-                queue.waiting.pop_front();
+                queue.line.remove(id);
                 continue;
             };
             let has_work = !self.flights.is_empty() || !admitted.is_empty();
@@ -150,11 +152,7 @@ impl Worker {
             own = Some(with);
             admitted.push(Admitted { request: pending.request.clone(), row: pending.next, footprint });
             pending.next += 1;
-            let has_more = pending.next < call.batch.rows();
-            queue.waiting.pop_front();
-            if has_more {
-                queue.waiting.push_back(id);
-            }
+            queue.line.take();
         }
         admitted
     }
@@ -183,11 +181,14 @@ impl Worker {
         let mut members = Vec::new();
         let mut batches = Vec::new();
         let mut prompts = Prompts { length: 0, ids: Vec::new() };
+        let mut source_tokens = 0;
         for Admitted { request, row, footprint } in sources {
             // Another source of the request may have failed.
             if request.has_ended() {
                 continue;
             }
+            request.send(Event::Admitted { row });
+            let admitted = Instant::now();
             let call = &request.call;
             let stops = request.stops();
             let alone = call.batch.alone(row);
@@ -195,6 +196,7 @@ impl Worker {
                 Some(_) => Ok(alone),
                 None => model.encode(&alone, &request.cancel).and_then(|states| alone.with_encoder_outputs(states)),
             };
+            request.outlet.encoded(admitted.elapsed());
             match encoded {
                 Ok(batch) => batches.push(batch),
                 Err(error) => {
@@ -205,11 +207,13 @@ impl Worker {
             let item = call.item(row, Search::new, stops);
             prompts.length = call.prompts.length;
             prompts.ids.extend_from_slice(call.prompt(row));
-            members.push(ActiveSource { request, item, footprint, step: 0 });
+            source_tokens += footprint.source as u64;
+            members.push(ActiveSource { request, item, footprint, admitted, step: 0 });
         }
         if members.is_empty() {
             return;
         }
+        shared.queue().copy_stats[self.copy].source_tokens += source_tokens;
         let lengths: Vec<usize> = batches.iter().map(Batch::length).collect();
         let logits_request = Item::joint_request(members.iter().map(|member| &member.item), 0);
         let begun = Batch::joined(batches, 0).and_then(|batch| {
@@ -339,7 +343,7 @@ impl Worker {
 
     /// Sends the results of a source, unless its request has ended.
     fn finish(&self, member: ActiveSource) {
-        let ActiveSource { request, item, .. } = member;
+        let ActiveSource { request, item, admitted, .. } = member;
         if request.has_ended() {
             return;
         }
@@ -348,9 +352,12 @@ impl Worker {
         for &token in item.unshown() {
             request.send(Event::Token { row, token });
         }
+        let new_tokens: usize = item.hypotheses.iter().map(|hypothesis| hypothesis.tokens.len()).sum();
         request.send(Event::Row { row, hypotheses: item.hypotheses });
         let is_last = {
             let mut queue = self.shared.queue();
+            queue.count_flight(admitted);
+            queue.copy_stats[self.copy].new_tokens += new_tokens as u64;
             let pending = queue.requests.get_mut(&request.id);
             pending.is_some_and(|pending| {
                 pending.unfinished -= 1;
