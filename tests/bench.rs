@@ -112,6 +112,28 @@ fn a_step_reads_a_tied_table_once() {
 }
 
 #[test]
+fn clients_of_an_engine_are_measured() {
+    let arguments = ["--clients", "3", "--long-sources", "200", "--source-length", "17", "--max-new-tokens", "6"];
+    let more = ["--repeat", "4", "--threads", "1"];
+    let report = stdout(bench("tiny-balanced", &[&arguments[..], &more, &["--json"]].concat()));
+    let report: Value = serde_json::from_str(&report).expect("JSON");
+    assert_eq!((&report["case"]["clients"], &report["case"]["long_sources"]), (&json!(3), &json!(200)));
+    let number = |pointer: &str| report.pointer(pointer).and_then(Value::as_f64).expect(pointer);
+    assert_eq!(number("/requests"), 12.0);
+    for times in ["queued_ms", "first_token_ms", "request_ms"] {
+        assert_eq!(number(&format!("/{times}/count")), 12.0);
+        assert!(number(&format!("/{times}/min")) <= number(&format!("/{times}/p99")), "{report:#}");
+    }
+    assert!(number("/queued_ms/median") <= number("/first_token_ms/median"));
+    assert!(number("/first_token_ms/min") <= number("/request_ms/min"));
+    // Five gaps between the six tokens of each request, and those of requests that began before.
+    assert!((60.0..100.0).contains(&number("/token_gap_ms/count")), "{report:#}");
+    assert!(number("/tokens_per_second") * number("/seconds") >= 72.0 && number("/rows_per_step") >= 1.0);
+    let table = stdout(bench("tiny-balanced", &[&arguments[..], &more].concat()));
+    assert!(table.contains("3 with sources of 3 to 17 tokens, and one with sources of 200"), "{table}");
+}
+
+#[test]
 fn the_table_says_what_is_not_there() {
     let table = stdout(bench("tiny-balanced", &["--max-new-tokens", "1", "--repeat", "1", "--warmup", "0"]));
     let line = |name: &str| {
@@ -134,6 +156,10 @@ fn arguments_that_cannot_be_measured_are_refused() {
         (&["--num-beams", "257"], 2, "--num-beams"),
         (&["--repeat", "0"], 2, "--repeat"),
         (&["--batch-size", "4294967295"], 2, "--batch-size"),
+        (&["--clients", "0"], 2, "--clients"),
+        (&["--clients", "2", "--batch-size", "2"], 2, "--batch-size"),
+        (&["--long-sources", "9"], 2, "--clients"),
+        (&["--clients", "2", "--long-sources", "9999"], 2, "--long-sources: expected at most 512"),
         (&["--request", "a.json"], 2, "--response"),
         (&["--response", "a.json"], 2, "--request"),
         (&["--request", "a.json", "--response", "b.json", "--threads", "1"], 2, "--threads"),

@@ -1,9 +1,11 @@
 //! `t5gemma bench`: how fast a model is on this machine, and how close to the memory bandwidth limit. Measures one case
 //! from flags, or the cases of a request file (`protocol.rs`); `machine.rs` measures the machine.
 
+mod clients;
 mod encoder;
 mod machine;
 mod protocol;
+mod times;
 
 pub use protocol::check as check_request;
 
@@ -24,6 +26,7 @@ use crate::exit::ensure_usage;
 use crate::opening::{ModelArguments, Opening, RuntimeArguments};
 use crate::progress::counter;
 use machine::{Memory, now_ns, read_bandwidth};
+use times::Times;
 
 /// Benchmark a model on this machine
 ///
@@ -33,6 +36,10 @@ use machine::{Memory, now_ns, read_bandwidth};
 /// bandwidth compared with the bytes that a step must read. Uses only the token ids of the model's generation config.
 ///
 /// For a model exported with --task feature-extraction, measures only encoding.
+///
+/// With --clients, measures continuous batching: clients that each send their next request when the last one is
+/// answered, with sources from an eighth of --source-length to --source-length; --repeat and --warmup are requests of
+/// each client.
 ///
 /// With --request, measures the cases of a JSON file and writes their times as JSON, so that one harness can compare
 /// several runtimes.
@@ -45,7 +52,7 @@ pub struct Arguments {
     workload: Workload,
     /// Measure the cases of a JSON file, described below
     #[arg(long, value_name = "FILE", help_heading = "Input", requires = "response", conflicts_with_all =
-        ["threads", "json", "batch_size", "num_beams", "source_length", "max_new_tokens", "repeat", "warmup"])]
+        ["threads", "json", "batch_size", "num_beams", "source_length", "max_new_tokens", "repeat", "warmup", "clients"])]
     request: Option<PathBuf>,
     /// Print JSON instead of a table
     #[arg(long, help_heading = "Output")]
@@ -108,6 +115,24 @@ struct Workload {
     /// Number of runs before the measured ones
     #[arg(long, value_name = "N", help_heading = "Generation", default_value_t = 1)]
     warmup: u32,
+    /// Measure an engine with this many clients at once
+    #[arg(
+        long,
+        value_name = "N",
+        help_heading = "Input",
+        conflicts_with = "batch_size",
+        value_parser = clap::value_parser!(u32).range(1..=4096)
+    )]
+    clients: Option<u32>,
+    /// With --clients, also serve a client with sources of N tokens, whose requests are not measured
+    #[arg(
+        long,
+        value_name = "N",
+        help_heading = "Input",
+        requires = "clients",
+        value_parser = clap::value_parser!(u32).range(1..)
+    )]
+    long_sources: Option<u32>,
 }
 
 const PROTOCOL: &str = r#"Files of --request and --response:
@@ -131,6 +156,9 @@ Examples:
     t5gemma bench model
     t5gemma bench model --batch-size 8 --num-beams 4
 
+  Serve 32 clients, while another sends sources of 4096 tokens:
+    t5gemma bench model --clients 32 --long-sources 4096
+
   Compare thread counts:
     for n in 1 2 4; do t5gemma bench model --threads $n --json > $n.json; done"#;
 
@@ -145,6 +173,9 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     opening.limits = Limits::NONE;
     if let Task::FeatureExtraction(_) = task_of(opening.path())? {
         return encoder::run(&opening, &arguments.workload, arguments.json, cancel);
+    }
+    if let Some(clients) = arguments.workload.clients {
+        return clients::run(&opening, &arguments.workload, clients, arguments.json, cancel);
     }
     let model = opening.open()?;
     let opened = now_ns();
@@ -291,39 +322,6 @@ fn megabytes(bytes: u64) -> String {
 
 fn milliseconds(from: u64, to: u64) -> f64 {
     (to - from) as f64 / 1e6
-}
-
-/// Times in milliseconds, sorted; never empty.
-struct Times(Vec<f64>);
-
-impl Times {
-    /// `None` if there are no times.
-    fn of(mut times: Vec<f64>) -> Option<Times> {
-        times.sort_by(f64::total_cmp);
-        (!times.is_empty()).then_some(Times(times))
-    }
-
-    /// The smallest time that at least a fraction `share` of all times do not exceed.
-    fn quantile(&self, share: f64) -> f64 {
-        let rank = (share * self.0.len() as f64).ceil() as usize;
-        self.0[rank.clamp(1, self.0.len()) - 1]
-    }
-
-    fn median(&self) -> f64 {
-        self.quantile(0.5)
-    }
-
-    fn json(&self) -> Value {
-        let [min, median, p90, p99] = self.row();
-        json!({"min": min, "median": median, "p90": p90, "p99": p99, "count": self.0.len()})
-    }
-
-    /// The values of [`Times::COLUMNS`].
-    fn row(&self) -> [f64; 4] {
-        [self.0[0], self.median(), self.quantile(0.9), self.quantile(0.99)]
-    }
-
-    const COLUMNS: [&str; 4] = ["min", "median", "p90", "p99"];
 }
 
 /// The times of the measured runs, in milliseconds.
@@ -493,16 +491,6 @@ impl Report {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn quantiles_are_times_that_were_measured() {
-        let times = |count: u32| Times::of((1..=count).rev().map(f64::from).collect()).expect("some times");
-        assert_eq!(times(1).row(), [1.0, 1.0, 1.0, 1.0]);
-        assert_eq!(times(2).row(), [1.0, 1.0, 2.0, 2.0]);
-        assert_eq!(times(100).row(), [1.0, 50.0, 90.0, 99.0]);
-        assert_eq!(times(1000).quantile(1.0), 1000.0);
-        assert!(Times::of(Vec::new()).is_none());
-    }
 
     #[test]
     fn random_tokens_are_of_the_vocabulary_and_always_the_same() {
