@@ -42,6 +42,7 @@
 //! sources wait, each takes only its share and leaves the next to an idle one.
 
 mod admission;
+mod begin;
 mod generation;
 mod line;
 mod options;
@@ -204,6 +205,7 @@ impl Engine {
         let request = ActiveRequest::new(id, call, cancel.clone(), Outlet::new(sink, load.tokens), in_call);
         queue.requests.insert(id, Pending { request: Arc::new(request), next: 0, unfinished });
         queue.line.push(id, priority, tenant.map(Arc::from), sources);
+        queue.changes += 1;
         drop(queue);
         shared.changed.notify_all();
         Ok((id, cancel))

@@ -11,7 +11,7 @@ use crate::error::Error;
 use crate::hypothesis::Hypothesis;
 use crate::item::{Call, Item, ItemStatus, NewSearch};
 use crate::memory::{Footprint, pieces_to_decode};
-use crate::model::Model;
+use crate::model::{Lane, Model};
 use crate::options::GenerationConfig;
 use crate::search::Search;
 use crate::stop::StoppingCriteria;
@@ -166,10 +166,10 @@ impl Piece {
         let mut results: Vec<Vec<Hypothesis>> = vec![Vec::new(); items.len()];
         // Rows that a serving plan adds to those of the items leave after the first step.
         let sources = model.fit(&sources);
-        let encoded = model.run_encoder(&sources, cancel)?;
+        let encoded = model.run_encoder(Lane::Main, &sources, cancel)?;
         let prompts = prompts.widened(sources.rows());
         let request = Item::joint_request(items.iter(), 0);
-        let (mut state, mut tensors) = model.prefill(encoded, prompts, request, cancel)?;
+        let (mut state, mut tensors) = model.prefill(Lane::Main, encoded, prompts, request, cancel)?;
 
         // The position of the search among the positions of the logits.
         let mut position = 0;

@@ -3,13 +3,13 @@
 
 mod decode;
 mod encode;
+mod graphs;
 
 use std::borrow::Cow;
 use std::fmt;
 use std::path::Path;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock};
 
-use ort::session::builder::PrepackedWeights;
 use t5gemma_graphs::facts::Facts;
 use t5gemma_graphs::images::ImageSettings;
 use t5gemma_graphs::interface::{self, BATCH, CacheLayout, DType, Dim, Logits, Ports, REORDER};
@@ -34,6 +34,8 @@ use crate::tokenizer::{LazyTokenizer, Tokenizer};
 use crate::vision::VisionTower;
 use crate::vocabulary_subset::VocabularySubset;
 use crate::weights::UploadedWeights;
+pub(crate) use graphs::Lane;
+use graphs::{FirstGraphs, Graphs, LazyOpener};
 
 /// An opened model, for use from any number of threads. Each graph runs one call at a time.
 pub struct Model {
@@ -44,6 +46,8 @@ pub struct Model {
     lora: OnceLock<Graphs>,
     /// The graph that reads images, opened for the first image.
     vision: VisionTower,
+    /// The graphs of [`Lane::Aside`], opened when they are first needed.
+    aside: OnceLock<FirstGraphs>,
     /// The state of opening these.
     lazy_opener: Mutex<LazyOpener>,
     adapters: Adapters,
@@ -67,19 +71,6 @@ impl fmt::Debug for Model {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Model").field("path", &self.folder.path).finish_non_exhaustive()
     }
-}
-
-/// The graphs of a model that generates.
-struct Graphs {
-    encoder: GraphSession,
-    decoder: GraphSession,
-    decoder_with_past: GraphSession,
-}
-
-/// What graphs that are opened late are opened with.
-struct LazyOpener {
-    options: OpenOptions,
-    prepacked: PrepackedWeights,
 }
 
 /// The greatest length of a target, and what limits it.
@@ -153,6 +144,7 @@ impl Model {
             base,
             lora: OnceLock::new(),
             vision: VisionTower::default(),
+            aside: OnceLock::new(),
             lazy_opener: Mutex::new(lazy_opener),
             adapters: Adapters::default(),
             is_cross,
@@ -295,33 +287,6 @@ impl Model {
     /// No loaded adapter of that name.
     pub fn adapter(&self, name: &str) -> Result<Adapter, Error> {
         Ok(self.adapters.get(name)?)
-    }
-
-    /// The graphs for rows with or without adapters.
-    fn graphs(&self, take_adapters: bool) -> Result<&Graphs, Error> {
-        if !take_adapters {
-            return Ok(&self.base);
-        }
-        if let Some(graphs) = self.lora.get() {
-            return Ok(graphs);
-        }
-        let opener = self.lazy_opener.lock().unwrap_or_else(PoisonError::into_inner);
-        if self.lora.get().is_none() {
-            let LazyOpener { options, prepacked } = &*opener;
-            let specs = self.folder.manifest.graph_specs();
-            let mut opener = Opener::with_weights(&self.folder, options, prepacked.clone(), self._uploaded.as_ref())?;
-            let mut open = |name: &str| {
-                let spec = specs.iter().find(|spec| spec.name == name);
-                opener.open(name, &spec.expect("a model that takes adapters has these graphs").ports)
-            };
-            let graphs = Graphs {
-                encoder: open("encoder_lora")?,
-                decoder: open("decoder_lora")?,
-                decoder_with_past: open("decoder_with_past_lora")?,
-            };
-            self.lora.get_or_init(|| graphs);
-        }
-        Ok(self.lora.get().expect("opened just now"))
     }
 
     /// Whether the decoder returns cross-attentions.

@@ -10,7 +10,7 @@ use crate::cancellation::Cancellation;
 use crate::error::Error;
 use crate::hypothesis::{CrossAttentions, Logprobs};
 use crate::memory::{Footprint, pieces_to_decode};
-use crate::model::{Model, TargetLimit};
+use crate::model::{Lane, Model, TargetLimit};
 use crate::step_output::StepOutput;
 use crate::vocabulary_subset::VocabularySubset;
 
@@ -115,9 +115,9 @@ impl ScoreCall<'_> {
         let mut scores: Vec<TargetScore> = piece.clone().map(empty).collect();
         let sources = batch.piece(piece.clone());
         let sources = model.fit(&sources);
-        let encoded = model.run_encoder(&sources, cancel)?;
+        let encoded = model.run_encoder(Lane::Main, &sources, cancel)?;
         let prompts = self.prompts.piece(piece.clone()).widened(sources.rows());
-        let (mut state, mut tensors) = model.prefill(encoded, prompts, LogitsRequest::All, cancel)?;
+        let (mut state, mut tensors) = model.prefill(Lane::Main, encoded, prompts, LogitsRequest::All, cancel)?;
         let mut rows: Vec<usize> = piece.clone().collect();
         for step in 0.. {
             let mut output = tensors.output()?;

@@ -18,7 +18,7 @@ use crate::cancellation::Cancellation;
 use crate::error::Error;
 use crate::generate::{self, Controls};
 use crate::images::PixelValues;
-use crate::model::Model;
+use crate::model::{Lane, Model};
 use crate::options::GenerationConfig;
 use crate::search::Search;
 use crate::step_output::StepTensors;
@@ -283,10 +283,10 @@ fn forced(
     for of_run in runs {
         let run = batch.piece(of_run.clone()).with_expected_lengths(&model.facts().custom, EXPECTED_LENGTH);
         let run = model.fit(&run);
-        let encoded = model.run_encoder(&run, cancel)?;
+        let encoded = model.run_encoder(Lane::Main, &run, cancel)?;
         let prompts = Prompts { length: pieces[0], ids: part(0, pieces[0]) };
         let prompts = prompts.piece(of_run.clone()).widened(run.rows());
-        let (mut state, mut tensors) = model.prefill(encoded, prompts, LogitsRequest::All, cancel)?;
+        let (mut state, mut tensors) = model.prefill(Lane::Main, encoded, prompts, LogitsRequest::All, cancel)?;
         take(0, &of_run, &mut tensors)?;
         let kept: Vec<usize> = (0..of_run.len()).collect();
         state.select(&kept, &kept)?;

@@ -7,7 +7,7 @@ use crate::batch::Batch;
 use crate::cancellation::Cancellation;
 use crate::error::Error;
 use crate::generate::Controls;
-use crate::model::Model;
+use crate::model::{Lane, Model};
 use crate::options::GenerationConfig;
 use crate::profiles::Profiles;
 use crate::session::float32_values;
@@ -43,7 +43,7 @@ impl Model {
         let batch = Batch::padded(&(0..shape.batch).map(rows).collect::<Vec<Vec<i64>>>(), 0)?;
         self.check(&batch)?;
         // Without the cache: no request will have these sources.
-        let encoded = self.compute_encoder(&batch, cancel)?;
+        let encoded = self.compute_encoder(Lane::Main, &batch, cancel)?;
         let during = "reading the hidden states";
         let states = float32_values(&encoded.hidden).map_err(Error::onnxruntime(during))?;
         let states = Array3::from_shape_vec([shape.batch, shape.source, width], states)

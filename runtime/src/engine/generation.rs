@@ -189,8 +189,6 @@ impl Canceller {
             return;
         }
         self.cancel.cancel();
-        // With the lock taken, each thread is either about to look at the queue or waiting for `changed`.
-        drop(self.shared.queue());
-        self.shared.changed.notify_all();
+        self.shared.wake();
     }
 }

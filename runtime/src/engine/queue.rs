@@ -84,6 +84,8 @@ pub(super) struct Queue {
     /// Requests with sources to be admitted.
     pub line: Line,
     pub phase: Phase,
+    /// Counts what was submitted, cancelled, or begun by another thread.
+    pub changes: u64,
     /// Threads that wait, because they have no rows in flight and there are none to admit.
     pub idle: usize,
     /// Threads that have not ended.
@@ -174,6 +176,13 @@ impl Shared {
     /// Checks that this is the process of the engine's threads. In a forked one the queue may be locked for ever.
     pub fn check_process(&self) -> Result<(), Error> {
         if self.process == process::id() { Ok(()) } else { Err(Error::Forked { process: self.process }) }
+    }
+
+    /// Lets the threads look at what has changed.
+    pub fn wake(&self) {
+        // With the lock taken, each thread is either about to look at the queue or waiting for `changed`.
+        self.queue().changes += 1;
+        self.changed.notify_all();
     }
 
     /// Ends a request, unless it has ended. A result that comes after the deadline becomes [`Error::Deadline`].

@@ -7,7 +7,7 @@ use t5gemma_kernels::LogitsRequest;
 use crate::batch::{Batch, Prompts};
 use crate::cancellation::Cancellation;
 use crate::error::Error;
-use crate::model::Model;
+use crate::model::{Lane, Model};
 use crate::state::{Continued, Joining, Prefilled, RaggedCache, State};
 use crate::step_output::StepTensors;
 
@@ -41,19 +41,20 @@ impl NewRows {
     /// Runs the first step of sources that are encoded already.
     pub fn prefill(
         model: &Model,
+        lane: Lane,
         sources: &Batch,
         prompts: Prompts,
         request: LogitsRequest,
         cancel: &Cancellation,
     ) -> Result<(NewRows, StepTensors), Error> {
-        let encoded = model.run_encoder(sources, cancel)?;
+        let encoded = model.run_encoder(lane, sources, cancel)?;
         Ok(match model.layout() {
             CacheLayout::Growing | CacheLayout::Static(_) => {
-                let (state, tensors) = model.prefill(encoded, prompts, request, cancel)?;
+                let (state, tensors) = model.prefill(lane, encoded, prompts, request, cancel)?;
                 (NewRows::Cohort(state), tensors)
             }
             CacheLayout::InPlace => {
-                let (prefilled, tensors) = model.prefill_ragged(encoded, prompts, request, cancel)?;
+                let (prefilled, tensors) = model.prefill_ragged(lane, encoded, prompts, request, cancel)?;
                 (NewRows::Ragged(prefilled), tensors)
             }
         })
@@ -79,6 +80,14 @@ impl Rows {
                 join(&mut cache, &prefilled)?;
                 Ok(Some(Rows::Ragged(Box::new(cache))))
             }
+        }
+    }
+
+    /// The first row of each member in the outputs of a step; `widths` are the numbers of their rows.
+    pub fn firsts(&self, widths: &[usize]) -> Vec<usize> {
+        match self {
+            Rows::Cohort(_) => widths.iter().scan(0, |row, width| Some(std::mem::replace(row, *row + width))).collect(),
+            Rows::Ragged(cache) => cache.firsts().collect(),
         }
     }
 

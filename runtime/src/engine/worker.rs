@@ -4,51 +4,34 @@
 use std::collections::HashSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use super::begin::{ActiveSource, Admitted, Aside, Beginning, Begun, Pace, begin};
 use super::queue::{ActiveRequest, ModelCopy, Phase, Shared};
-use super::rows::{ContinuedMember, NewRows, Rows};
+use super::rows::{ContinuedMember, Rows};
 use super::{Engine, EngineStats, Event};
-use crate::batch::{Batch, Prompts};
 use crate::error::Error;
 use crate::item::{Item, ItemStatus};
 use crate::memory::Footprint;
-use crate::model::Model;
-use crate::search::Search;
+use crate::model::{Lane, Model};
 use crate::state::Joining;
 use crate::step_output::StepOutput;
 
 /// Upper bound on cohorts: each reads the weights for itself, and later ones would be smaller still.
 const MOST_COHORTS: usize = 4;
 
-/// A source that leaves the queue.
-struct Admitted {
-    request: Arc<ActiveRequest>,
-    /// Its row in the request.
-    row: usize,
-    footprint: Footprint,
-}
+/// Sources up to these lengths, and longer ones, are in different flights of a model whose rows share steps.
+const CLASSES: [usize; 2] = [512, 2048];
 
-impl Admitted {
-    fn prompt_length(&self) -> usize {
-        self.request.call.prompts.length
-    }
-}
+/// How often deadlines are looked at while the other thread begins sources and there are no steps.
+const PATIENCE: Duration = Duration::from_millis(20);
 
-/// A source in flight.
-struct ActiveSource {
-    request: Arc<ActiveRequest>,
-    item: Item,
-    footprint: Footprint,
-    admitted: Instant,
-    /// The number of its next step.
-    step: usize,
-}
-
-/// Rows that share their steps.
+/// Rows that share their steps. If rows of all lengths can, sources of similar length still have flights of their own:
+/// the memory of a flight is a rectangle, and one long source would multiply that of all its rows.
 struct Flight {
     rows: Rows,
     members: Vec<ActiveSource>,
+    class: usize,
 }
 
 impl Flight {
@@ -63,11 +46,20 @@ pub(super) struct Worker {
     /// The index of its copy of the model.
     copy: usize,
     flights: Vec<Flight>,
+    aside: Option<Aside>,
+    pace: Pace,
+    /// Whether there was no room for the first source of the queue.
+    is_full: bool,
+    /// The count of changes when it last looked at the queue.
+    seen: u64,
 }
 
 impl Worker {
     pub fn new(shared: Arc<Shared>, copy: usize) -> Worker {
-        Worker { shared, copy, flights: Vec::new() }
+        // A capture of CUDA graphs fails if another thread allocates memory meanwhile.
+        let is_alone = shared.copies[copy].model.captures_cuda_graphs();
+        let aside = if is_alone { None } else { Aside::start(&shared, copy) };
+        Worker { shared, copy, flights: Vec::new(), aside, pace: Pace::default(), is_full: false, seen: 0 }
     }
 
     /// Runs until the engine is closed.
@@ -75,8 +67,13 @@ impl Worker {
         while self.wait() {
             self.end_cancelled();
             self.admit();
+            self.update_stats();
+            let start = Instant::now();
             for at in 0..self.flights.len() {
                 self.step(at);
+            }
+            if !self.flights.is_empty() {
+                self.pace.count_step(start.elapsed());
             }
             self.flights.retain(|flight| !flight.members.is_empty());
             self.update_stats();
@@ -86,19 +83,38 @@ impl Worker {
             self.end(&request, Err(Error::Cancelled));
         }
         self.flights.clear();
+        self.aside = None;
         self.update_stats();
     }
 
     /// Waits while there is nothing to do, and returns whether the engine is still open.
-    fn wait(&self) -> bool {
-        let mut queue = self.shared.queue();
-        queue.idle += 1;
-        while queue.phase != Phase::Closed && self.flights.is_empty() && queue.line.is_empty() {
-            self.shared.ended.notify_all();
-            queue = self.shared.changed.wait(queue).unwrap_or_else(PoisonError::into_inner);
+    fn wait(&mut self) -> bool {
+        let shared = self.shared.clone();
+        let mut queue = shared.queue();
+        loop {
+            if queue.phase == Phase::Closed {
+                return false;
+            }
+            let is_changed = std::mem::replace(&mut self.seen, queue.changes) != queue.changes;
+            let is_beginning = !self.beginning().is_empty();
+            let can_admit = !queue.line.is_empty() && (is_changed || !(self.is_full && is_beginning));
+            if !self.flights.is_empty() || can_admit || (is_beginning && is_changed) {
+                return true;
+            }
+            if is_beginning {
+                let (locked, waited) =
+                    shared.changed.wait_timeout(queue, PATIENCE).unwrap_or_else(PoisonError::into_inner);
+                if waited.timed_out() {
+                    return true;
+                }
+                queue = locked;
+            } else {
+                queue.idle += 1;
+                shared.ended.notify_all();
+                queue = shared.changed.wait(queue).unwrap_or_else(PoisonError::into_inner);
+                queue.idle -= 1;
+            }
         }
-        queue.idle -= 1;
-        queue.phase != Phase::Closed
     }
 
     /// Ends the requests that were cancelled or whose deadline has passed.
@@ -111,18 +127,49 @@ impl Worker {
         }
     }
 
-    /// Takes the sources from the queue that there is room for.
-    fn take_admissible(&self) -> Vec<Admitted> {
+    /// The sources that the other thread begins, with their classes.
+    fn beginning(&self) -> &[(usize, Footprint)] {
+        self.aside.as_ref().map_or(&[], Aside::waiting)
+    }
+
+    /// The class of a source.
+    fn class(&self, footprint: &Footprint) -> usize {
+        let is_shared = Engine::shares_all_steps(self.model());
+        if is_shared { CLASSES.iter().filter(|&&longest| footprint.source > longest).count() } else { 0 }
+    }
+
+    /// The rectangles of memory that are taken, with the class of each. Only those of rows that can share steps grow.
+    fn rectangles(&self) -> Vec<(usize, Footprint)> {
+        let flights = self.flights.iter().filter_map(|flight| Some((flight.class, flight.footprint()?)));
+        let all = flights.chain(self.beginning().iter().copied());
+        if !Engine::shares_all_steps(self.model()) {
+            return all.collect();
+        }
+        let mut merged: Vec<(usize, Footprint)> = Vec::new();
+        for (class, footprint) in all {
+            match merged.iter_mut().find(|(other, _)| *other == class) {
+                Some((_, with)) => *with = with.beside(footprint),
+                None => merged.push((class, footprint)),
+            }
+        }
+        merged
+    }
+
+    /// Takes the sources from the queue that there is room for: those to begin now, which take no longer than a step if
+    /// others wait for them, and those that take longer.
+    fn take_admissible(&self) -> (Vec<Admitted>, Vec<Admitted>) {
         let shared = &*self.shared;
         let is_shared = Engine::shares_all_steps(self.model());
-        let mut admitted = Vec::new();
-        if !is_shared && self.flights.len() >= MOST_COHORTS {
-            return admitted;
+        let (mut now, mut long) = (Vec::new(), Vec::new());
+        if !is_shared && self.flights.len() + self.beginning().len() >= MOST_COHORTS {
+            return (now, long);
         }
-        // Each flight is a rectangle; sources that can join one become part of it.
-        let mut others: Vec<Footprint> = self.flights.iter().filter_map(Flight::footprint).collect();
-        let mut own = if is_shared { others.pop() } else { None };
-        let sources: usize = self.flights.iter().map(|flight| flight.members.len()).sum();
+        let mut rectangles = self.rectangles();
+        // New sources of a model whose rows cannot join others are a rectangle of their own.
+        let fixed = if is_shared { 0 } else { rectangles.len() };
+        let in_flight: usize = self.flights.iter().map(|flight| flight.members.len()).sum();
+        let sources = in_flight + self.beginning().len();
+        let (budget, mut spent) = (self.pace.budget(), Duration::ZERO);
         let mut queue = shared.queue();
         let queue = &mut *queue;
         let share = queue.line.load().sources.div_ceil(shared.copies.len());
@@ -131,42 +178,79 @@ impl Worker {
                 queue.line.remove(id);
                 continue;
             };
-            let has_work = !self.flights.is_empty() || !admitted.is_empty();
-            if admitted.len() == share || (has_work && queue.idle > 0) {
+            let taken = now.len() + long.len();
+            let has_work = sources + taken > 0;
+            if taken == share || (has_work && queue.idle > 0) {
                 break;
             }
             let call = &pending.request.call;
             let footprint = Footprint::of(call, pending.next);
-            let with = own.map_or(footprint, |own| own.beside(footprint));
-            let rows = others.iter().map(|other| other.rows).sum::<usize>().saturating_add(with.rows);
-            let bytes = others.iter().map(|other| shared.memory.bytes(other)).sum::<usize>();
+            let class = self.class(&footprint);
+            let own = rectangles[fixed..].iter().position(|(other, _)| *other == class).map(|at| fixed + at);
+            let with = own.map_or(footprint, |own| rectangles[own].1.beside(footprint));
+            let others = || rectangles.iter().enumerate().filter(|(at, _)| Some(*at) != own).map(|(_, other)| &other.1);
+            let rows = others().map(|other| other.rows).sum::<usize>().saturating_add(with.rows);
+            let bytes = others().map(|other| shared.memory.bytes(other)).sum::<usize>();
             let bytes = bytes.saturating_add(shared.memory.bytes(&with));
-            let is_full = sources + admitted.len() >= shared.options.max_sources;
-            if is_full
+            if sources + taken >= shared.options.max_sources
                 || with.rows > shared.memory.max_shared_rows
                 || rows > shared.options.max_rows
                 || bytes > shared.options.max_bytes
             {
                 break;
             }
-            own = Some(with);
-            admitted.push(Admitted { request: pending.request.clone(), row: pending.next, footprint });
+            let time = self.pace.beginning(footprint.source);
+            let is_long = self.aside.is_some() && time > budget && has_work;
+            // Cohorts are begun together, since each reads the weights for itself.
+            let waits = is_shared && in_flight > 0 && !now.is_empty() && spent + time > budget;
+            if !is_long && waits {
+                break;
+            }
+            match own {
+                Some(own) => rectangles[own].1 = with,
+                None => rectangles.push((class, with)),
+            }
+            let request = pending.request.clone();
+            let admitted = Admitted { request, row: pending.next, footprint, at: Instant::now(), class };
+            if is_long {
+                long.push(admitted);
+            } else {
+                spent += time;
+                now.push(admitted);
+            }
             pending.next += 1;
             queue.line.take();
         }
-        admitted
+        (now, long)
     }
 
-    /// Begins the sources that there is room for.
+    /// Begins the sources that there is room for, and lets those join that the other thread has begun.
     fn admit(&mut self) {
-        let mut admitted = self.take_admissible();
-        // Sources whose prompts have the same length share their first step.
-        while let Some(first) = admitted.first() {
-            let length = first.prompt_length();
-            let (now, later) = admitted.into_iter().partition(|admitted| admitted.prompt_length() == length);
-            admitted = later;
-            self.begin(now);
+        let begun = self.aside.as_mut().map(Aside::take).unwrap_or_default();
+        begun.into_iter().for_each(|beginning| self.join(beginning));
+        let (mut now, long) = self.take_admissible();
+        self.is_full = now.is_empty() && long.is_empty();
+        let tokens: usize = now.iter().chain(&long).map(|source| source.footprint.source).sum();
+        self.shared.queue().copy_stats[self.copy].source_tokens += tokens as u64;
+        for Admitted { request, row, .. } in now.iter().chain(&long) {
+            // The clock of `max_time` starts here.
+            request.stops();
+            request.send(Event::Admitted { row: *row });
         }
+        for source in long {
+            now.extend(match &mut self.aside {
+                Some(aside) => aside.give(source),
+                None => Some(source),
+            });
+        }
+        if now.is_empty() {
+            return;
+        }
+        let (start, shared) = (Instant::now(), self.shared.clone());
+        let tokens: usize = now.iter().map(|source| source.footprint.source).sum();
+        let beginning = begin(&shared.copies[self.copy], Lane::Main, now);
+        self.pace.count_beginning(tokens, start.elapsed());
+        self.join(beginning);
     }
 
     /// The copy of the model.
@@ -174,54 +258,19 @@ impl Worker {
         &self.shared.copies[self.copy].model
     }
 
-    /// Runs the first step of sources whose prompts have the same length.
-    fn begin(&mut self, sources: Vec<Admitted>) {
-        let shared = self.shared.clone();
-        let ModelCopy { model, stop } = &shared.copies[self.copy];
-        let mut members = Vec::new();
-        let mut batches = Vec::new();
-        let mut prompts = Prompts { length: 0, ids: Vec::new() };
-        let mut source_tokens = 0;
-        for Admitted { request, row, footprint } in sources {
-            // Another source of the request may have failed.
-            if request.has_ended() {
-                continue;
-            }
-            request.send(Event::Admitted { row });
-            let admitted = Instant::now();
-            let call = &request.call;
-            let stops = request.stops();
-            let alone = call.batch.alone(row);
-            let encoded = match alone.encoder_outputs() {
-                Some(_) => Ok(alone),
-                None => model.encode(&alone, &request.cancel).and_then(|states| alone.with_encoder_outputs(states)),
-            };
-            request.outlet.encoded(admitted.elapsed());
-            match encoded {
-                Ok(batch) => batches.push(batch),
-                Err(error) => {
-                    self.end(&request, Err(error));
-                    continue;
-                }
-            }
-            let item = call.item(row, Search::new, stops);
-            prompts.length = call.prompts.length;
-            prompts.ids.extend_from_slice(call.prompt(row));
-            source_tokens += footprint.source as u64;
-            members.push(ActiveSource { request, item, footprint, admitted, step: 0 });
+    /// Adds sources to the rows in flight.
+    fn join(&mut self, beginning: Beginning) {
+        for (request, error) in beginning.failed {
+            self.end(&request, Err(error));
         }
-        if members.is_empty() {
-            return;
+        for begun in beginning.begun {
+            self.join_begun(begun);
         }
-        shared.queue().copy_stats[self.copy].source_tokens += source_tokens;
-        let lengths: Vec<usize> = batches.iter().map(Batch::length).collect();
-        let logits_request = Item::joint_request(members.iter().map(|member| &member.item), 0);
-        let begun = Batch::joined(batches, 0).and_then(|batch| {
-            // At most the serving plan's batch is admitted at a time.
-            let run = model.fit(&batch);
-            NewRows::prefill(model, &run, prompts.widened(run.rows()), logits_request, stop)
-        });
-        let begun = begun.and_then(|(new, mut tensors)| {
+    }
+
+    fn join_begun(&mut self, begun: Begun) {
+        let Begun { mut members, lengths, class, result } = begun;
+        let advanced = result.and_then(|(new, mut tensors)| {
             let statuses: Vec<ItemStatus> = {
                 let mut output = tensors.output()?;
                 let rows = members.iter_mut().enumerate();
@@ -230,8 +279,8 @@ impl Worker {
             Ok((new, statuses))
         });
         self.count_step(members.len());
-        let (new, statuses) = match begun {
-            Ok(begun) => begun,
+        let (new, statuses) = match advanced {
+            Ok(advanced) => advanced,
             Err(error) => return self.fail(members, &error),
         };
         let (mut joining, mut running) = (Vec::new(), Vec::new());
@@ -247,11 +296,12 @@ impl Worker {
         if running.is_empty() {
             return;
         }
-        let flight = self.flights.iter_mut().find(|flight| matches!(flight.rows, Rows::Ragged(_)));
+        let is_its = |flight: &&mut Flight| matches!(flight.rows, Rows::Ragged(_)) && flight.class == class;
+        let flight = self.flights.iter_mut().find(is_its);
         match Rows::join(flight.map(|flight| &mut flight.rows), new, &joining) {
-            Ok(Some(rows)) => self.flights.push(Flight { rows, members: running }),
+            Ok(Some(rows)) => self.flights.push(Flight { rows, members: running, class }),
             Ok(None) => {
-                let flight = self.flights.iter_mut().find(|flight| matches!(flight.rows, Rows::Ragged(_)));
+                let flight = self.flights.iter_mut().find(is_its);
                 flight.expect("rows have just joined it").members.extend(running);
             }
             Err(error) => {
@@ -272,12 +322,12 @@ impl Worker {
         self.count_step(tokens.len());
         let logits_request = Item::joint_request(members.iter().map(|member| &member.item), 0);
         let stepped = self.flights[at].rows.step(model, tokens, logits_request, stop);
+        let firsts = self.flights[at].rows.firsts(&widths);
         let statuses = stepped.and_then(|mut tensors| {
-            let (mut output, mut first) = (tensors.output()?, 0);
+            let mut output = tensors.output()?;
             let mut statuses = Vec::with_capacity(members.len());
-            for (member, width) in members.iter_mut().zip(&widths) {
-                statuses.push(self.advance(member, output.rows(first, *width)));
-                first += width;
+            for (member, (&first, &width)) in members.iter_mut().zip(firsts.iter().zip(&widths)) {
+                statuses.push(self.advance(member, output.rows(first, width)));
             }
             Ok(statuses)
         });
@@ -387,13 +437,14 @@ impl Worker {
     }
 
     fn update_stats(&self) {
-        let footprints: Vec<Footprint> = self.flights.iter().filter_map(Flight::footprint).collect();
+        let (rectangles, beginning) = (self.rectangles(), self.beginning());
         let members = || self.flights.iter().flat_map(|flight| &flight.members);
         let stats = &mut self.shared.queue().copy_stats[self.copy];
         *stats = EngineStats {
-            sources: members().count(),
-            rows: members().map(|member| member.item.search.width()).sum(),
-            planned_bytes: footprints.iter().map(|footprint| self.shared.memory.bytes(footprint)).sum(),
+            sources: members().count() + beginning.len(),
+            rows: members().map(|member| member.item.search.width()).sum::<usize>()
+                + beginning.iter().map(|(_, footprint)| footprint.rows).sum::<usize>(),
+            planned_bytes: rectangles.iter().map(|(_, footprint)| self.shared.memory.bytes(footprint)).sum(),
             ..*stats
         };
     }

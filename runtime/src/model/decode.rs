@@ -7,8 +7,8 @@ use ort::value::DynValue;
 use t5gemma_graphs::interface::{CacheLayout, REORDER};
 use t5gemma_kernels::{LogitsRequest, LogitsStats};
 
-use super::Model;
 use super::encode::Encoded;
+use super::{Lane, Model};
 use crate::adapter::RowAdapters;
 use crate::batch::{Batch, Prompts};
 use crate::cancellation::Cancellation;
@@ -40,6 +40,7 @@ impl Model {
     /// Runs the first decoder step, with one target row for each source item. The request is for its logits.
     pub(crate) fn prefill(
         &self,
+        lane: Lane,
         encoded: Encoded,
         prompts: Prompts,
         request: LogitsRequest,
@@ -48,7 +49,7 @@ impl Model {
         if let Some(config) = &self.device_cache {
             return self.prefill_on_device(config, encoded, prompts, request, cancel);
         }
-        let first = self.first_step(encoded, prompts, request, cancel)?;
+        let first = self.first_step(lane, encoded, prompts, request, cancel)?;
         let FirstStep { mask, cached, tensors, positions, adapters } = first;
         let state = match self.folder.manifest.cache {
             CacheLayout::Growing => Ok(State::growing(mask, cached, self.is_cross.clone())),
@@ -96,13 +97,14 @@ impl Model {
     /// [`Model::prefill`], to be continued among rows of other lengths; only with [`CacheLayout::InPlace`].
     pub(crate) fn prefill_ragged(
         &self,
+        lane: Lane,
         encoded: Encoded,
         prompts: Prompts,
         request: LogitsRequest,
         cancel: &Cancellation,
     ) -> Result<(Prefilled, StepTensors), Error> {
         let adapters = encoded.adapters.clone();
-        let FirstStep { mask, cached, tensors, .. } = self.first_step(encoded, prompts, request, cancel)?;
+        let FirstStep { mask, cached, tensors, .. } = self.first_step(lane, encoded, prompts, request, cancel)?;
         let prefilled =
             Prefilled::new(mask, cached, &self.is_cross, adapters).map_err(Error::onnxruntime(PREPARING_CACHE))?;
         Ok((prefilled, tensors))
@@ -132,6 +134,7 @@ impl Model {
 
     fn first_step(
         &self,
+        lane: Lane,
         encoded: Encoded,
         prompts: Prompts,
         request: LogitsRequest,
@@ -144,7 +147,7 @@ impl Model {
         let rows = prompts.ids.len() / prompts.length;
         let ids = int64_tensor(rows, prompts.ids)?;
         let adapters = self.adapters.of_rows(&adapters, &self.folder.manifest)?;
-        let decoder = &self.graphs(adapters.is_some())?.decoder;
+        let (_, decoder) = self.first_graphs(lane, adapters.is_some())?;
         let others = floats.iter().chain(adapters.iter().flat_map(RowAdapters::of_first_step));
         let inputs: Vec<SessionInputValue> = [&mask, &ids, &hidden].into_iter().chain(others).map(Into::into).collect();
         let (_, seen) = mask.try_extract_tensor::<i64>().map_err(Error::onnxruntime("reading the mask"))?;
@@ -208,7 +211,7 @@ impl Model {
         let mut session = step.lock_sparse(request)?;
         let options = cancel.run_options()?;
         let outputs = cache.step(&mut session, tokens, request, options).map_err(cancel.failed(DECODER_STEP))?;
-        StepTensors::last_positions(outputs, tokens.len(), step.kernels.take_logits_stats())
+        StepTensors::last_positions(outputs, cache.rows(), step.kernels.take_logits_stats())
             .map_err(Error::onnxruntime(READING_LOGITS))
     }
 

@@ -6,7 +6,7 @@ use std::sync::PoisonError;
 use ndarray::{Array3, s};
 use ort::value::DynValue;
 
-use super::{LazyOpener, Model};
+use super::{Lane, LazyOpener, Model};
 use crate::adapter::Adapter;
 use crate::batch::Batch;
 use crate::cancellation::Cancellation;
@@ -37,6 +37,11 @@ impl Model {
     /// # Errors
     /// Tokens outside the vocabulary, too many of them, or a cancellation.
     pub fn encode(&self, batch: &Batch, cancel: &Cancellation) -> Result<Array3<f32>, Error> {
+        self.encode_in(Lane::Main, batch, cancel)
+    }
+
+    /// [`Model::encode`] with the sessions of a lane.
+    pub(crate) fn encode_in(&self, lane: Lane, batch: &Batch, cancel: &Cancellation) -> Result<Array3<f32>, Error> {
         self.check(batch)?;
         cancel.check()?;
         let encoder = &self.folder.manifest.facts.encoder;
@@ -44,7 +49,7 @@ impl Model {
         for rows in pieces_to_encode(batch, encoder, self.folder.manifest.dtype, &self.limits) {
             let piece = batch.piece(rows.clone());
             let run = self.fit(&piece);
-            let hidden = self.run_encoder(&run, cancel)?.hidden;
+            let hidden = self.run_encoder(lane, &run, cancel)?.hidden;
             let values = float32_values(&hidden).map_err(Error::onnxruntime(READING_STATES))?;
             let found = Array3::from_shape_vec([run.rows(), run.length(), encoder.hidden_size], values)
                 .map_err(|error| Error::onnxruntime(READING_STATES)(ort::Error::wrap(error)))?;
@@ -56,20 +61,20 @@ impl Model {
     }
 
     /// Encodes a checked batch, unless its hidden states were given with it or are cached.
-    pub(crate) fn run_encoder(&self, batch: &Batch, cancel: &Cancellation) -> Result<Encoded, Error> {
+    pub(crate) fn run_encoder(&self, lane: Lane, batch: &Batch, cancel: &Cancellation) -> Result<Encoded, Error> {
         if let Some(states) = batch.encoder_outputs() {
             return self.encoded(batch, states.iter().copied().collect());
         }
         let runs: Vec<_> = batch.encoder_runs().collect();
         if runs.len() > 1 {
-            return self.encode_runs(batch, &runs, cancel);
+            return self.encode_runs(lane, batch, &runs, cancel);
         }
-        let Some(cache) = &self.encoder_cache else { return self.compute_encoder(batch, cancel) };
+        let Some(cache) = &self.encoder_cache else { return self.compute_encoder(lane, batch, cancel) };
         let _in_call = self.enter()?;
         if let Some(states) = cache.get(batch) {
             return self.encoded(batch, states.to_vec());
         }
-        let computed = self.compute_encoder(batch, cancel)?;
+        let computed = self.compute_encoder(lane, batch, cancel)?;
         let states = float32_values(&computed.hidden).map_err(Error::onnxruntime(READING_STATES))?;
         cache.put(batch, &states);
         Ok(computed)
@@ -77,12 +82,18 @@ impl Model {
 
     /// Encodes a batch whose sources have different adapters, of which the encoder takes one at a time, or some of which have
     /// images.
-    fn encode_runs(&self, batch: &Batch, runs: &[Range<usize>], cancel: &Cancellation) -> Result<Encoded, Error> {
+    fn encode_runs(
+        &self,
+        lane: Lane,
+        batch: &Batch,
+        runs: &[Range<usize>],
+        cancel: &Cancellation,
+    ) -> Result<Encoded, Error> {
         let (length, width) = (batch.length(), self.folder.manifest.facts.encoder.hidden_size);
         let mut states = vec![0.0; batch.rows() * length * width];
         for rows in runs {
             let piece = batch.piece(rows.clone());
-            let hidden = self.run_encoder(&piece, cancel)?.hidden;
+            let hidden = self.run_encoder(lane, &piece, cancel)?.hidden;
             let found = float32_values(&hidden).map_err(Error::onnxruntime(READING_STATES))?;
             for (row, found) in rows.clone().zip(found.chunks(piece.length() * width)) {
                 states[row * length * width..][..found.len()].copy_from_slice(found);
@@ -92,13 +103,13 @@ impl Model {
     }
 
     /// Encodes a checked batch, all of whose sources have the same adapter or none, and images or none, bypassing the cache.
-    pub(crate) fn compute_encoder(&self, batch: &Batch, cancel: &Cancellation) -> Result<Encoded, Error> {
+    pub(crate) fn compute_encoder(&self, lane: Lane, batch: &Batch, cancel: &Cancellation) -> Result<Encoded, Error> {
         let adapter = batch.adapters()[0].as_ref();
         let others = match adapter {
             Some(adapter) => self.adapters.of_sources(adapter, &self.folder.manifest)?,
             None => Vec::new(),
         };
-        let encoder = &self.graphs(adapter.is_some())?.encoder;
+        let (encoder, _) = self.first_graphs(lane, adapter.is_some())?;
         let features = self.image_features(batch, cancel)?;
         if self.on_cpu
             && !batch.hides_image_tokens(self.facts())
