@@ -230,6 +230,40 @@ fn a_sink_may_submit_and_cancel_but_not_wait_for_the_engine() {
 }
 
 #[test]
+fn long_sources_join_rows_in_flight_and_give_what_each_gives_alone() {
+    let noise = |length: usize| (0..length).map(|at| 5 + (at * 37 % 190) as i64).collect::<Vec<_>>();
+    for target in TARGETS {
+        let model = open(target);
+        let engine = Engine::new(model.clone(), EngineOptions::default()).expect("an engine");
+        let request = |length: usize, beams: usize| {
+            let config = json!({"max_new_tokens": 30, "min_new_tokens": 30, "num_beams": beams});
+            Request::new(Batch::padded(&[noise(length)], 0).expect("well-formed"), options(&model, &config))
+        };
+        let requests: Vec<Request> = (0..24)
+            .map(|at| match at % 4 {
+                0 => request(511 - at, 1 + at % 3),
+                _ => request(3 + at, 1 + at % 2),
+            })
+            .collect();
+        let running = submit(&engine, long(&model));
+        let told: Vec<_> = requests.iter().map(|request| submit(&engine, request.clone())).collect();
+        // One that ends while it is encoded or waits for that.
+        let left = submit(&engine, request(512, 1));
+        left.canceller.cancel();
+        for (told, request) in told.into_iter().zip(&requests) {
+            let (story, result, _) = told.wait(1);
+            result.expect("generates");
+            check_same("beside a long source", &story.rows, &alone(&model, request));
+        }
+        assert!(matches!(left.wait(1).1, Err(Error::Cancelled)));
+        running.canceller.cancel();
+        engine.drain().expect("from outside");
+        let stats = engine.stats();
+        assert_eq!((stats.rows, stats.sources, stats.planned_bytes), (0, 0, 0));
+    }
+}
+
+#[test]
 fn a_shutdown_tells_every_sink() {
     let model = open(Target::Portable);
     let engine = Engine::new(model.clone(), EngineOptions::default().max_rows(2)).expect("an engine");

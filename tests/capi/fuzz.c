@@ -326,6 +326,7 @@ static void step(void) {
         t5g_call *c = call(&way);
         /* Callbacks would be of this program's bytes, on another thread. */
         if (c != NULL && byte() % 8) c->on_piece = NULL, c->on_step = NULL;
+        if (c != NULL) c->priority = byte() % 4 ? 0 : number(), c->tenant = byte() % 2 ? text() : NULL;
         KEEP(t5g_engine_submit(likely(ENGINE), s, o, c, (t5g_request **)&out), REQUEST);
         break;
     }

@@ -838,9 +838,16 @@ static void check_engine(const t5g_model *model) {
     call.on_step = on_step;
     FAILS(t5g_engine_call(engine, &sources, &options, &call, done), T5G_ERROR_ARGUMENT, "call.on_step", "on_piece");
     call.on_step = NULL;
+    call.priority = T5G_PRIORITY_LOW;
+    call.tenant = "a client";
     WELL(t5g_engine_call(engine, &sources, &options, &call, done));
     wait_for(&answered);
     WELL(answered.error);
+    t5g_request_stats stats = t5g_request_stats_default();
+    WELL(t5g_result_stats(answered.result, &stats));
+    CHECK(0 <= stats.queued_seconds && stats.queued_seconds < stats.total_seconds && stats.new_tokens > 2);
+    stats.size = 1;
+    FAILS(t5g_result_stats(answered.result, &stats), T5G_ERROR_ARGUMENT, "stats.size", "found 1");
     CHECK(strcmp(answered.seen.text[1], SPOKEN[1]) == 0 && t5g_result_rows(answered.result) == 2);
     t5g_result_free(answered.result);
 

@@ -273,6 +273,34 @@ static void check_engine_callbacks(const t5g::Model &model) {
     CHECK(last.result().json() == alone);
     CHECK(last.poll(std::chrono::seconds(-1)).kind == T5G_EVENT_END);
     CHECK(thrown([&] { request.result(); }).code() == T5G_ERROR_ARGUMENT);
+    // Times, counts and what the queue is told.
+    call = {};
+    std::atomic<int> admitted{0};
+    call.priority = T5G_PRIORITY_HIGH;
+    call.tenant = "a client";
+    call.on_admitted = [&](std::size_t row) { return row == static_cast<std::size_t>(admitted++); };
+    const auto timed = engine.async(sources, two, call).get();
+    const auto times = timed.stats();
+    CHECK(admitted == 2 && times.new_tokens == 4 && times.source_tokens > 4);
+    CHECK(times.queued_seconds <= times.first_token_seconds && times.first_token_seconds <= times.total_seconds);
+    CHECK(times.encoding_seconds > 0);
+    CHECK(std::isnan(model.generate(sources, two).stats().total_seconds));
+    call.priority = 3;
+    CHECK(thrown([&] { engine.async(sources, two, call); }).field() == "call.priority");
+    call.priority = T5G_PRIORITY_LOW;
+    CHECK(thrown([&] { engine.submit(sources, two, call); }).field() == "call.on_admitted");
+    CHECK(thrown([&] { model.generate(sources, two, call); }).field() == "call.on_admitted");
+    call.on_admitted = [](std::size_t) { return false; };
+    CHECK(thrown([&] { engine.async(sources, two, call).get(); }).code() == T5G_ERROR_CANCELLED);
+    call.on_admitted = [](std::size_t) -> bool { throw std::runtime_error("as asked"); };
+    auto refused = engine.async(sources, two, call);
+    std::string told;
+    try {
+        refused.get();
+    } catch (const std::runtime_error &error) {
+        told = error.what();
+    }
+    CHECK(told == "as asked");
     std::atomic<int> asked{0};
     call = {};
     call.logits_processor = [&](const t5g::Position &, t5g::Span<float> scores) {

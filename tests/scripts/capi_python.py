@@ -1,5 +1,7 @@
 """The Python package as its users have it: capi_python.py DEMO CLASSIFIER."""
 
+import asyncio
+import pickle
 import sys
 import threading
 import time
@@ -18,6 +20,30 @@ def fails(kind, part, work):
         assert part in str(error), f"expected {part!r} in {error!r}"
         return error
     raise AssertionError(f"expected {kind.__name__} with {part!r}")
+
+
+def futures(engine, endless):
+    """Futures need no thread each, fail like calls, and cancel their requests."""
+    before = threading.active_count()
+    waiting = [engine.future(TEXTS, max_new_tokens=40, tenant=str(at % 3)) for at in range(49)]
+    assert threading.active_count() <= before + 1
+    assert all([row[0].text for row in one.result()] == SPOKEN for one in waiting)
+
+    async def awaited():
+        return await asyncio.wrap_future(engine.future(TEXTS[0], max_new_tokens=40))
+
+    assert asyncio.run(awaited())[0][0].text == SPOKEN[0]
+    late = engine.future(TEXTS * 8, deadline=0.001, **endless | {"num_beams": 1})
+    fails(t5gemma.Error, "deadline", late.result)
+    endless = engine.future(TEXTS, **endless | {"num_beams": 1})
+    failed = engine.stats["failed"]
+    assert endless.cancel() and endless.cancelled()
+    while engine.stats["failed"] == failed:
+        time.sleep(0.001)
+    fails(t5gemma.Error, "num_beams", lambda: engine.future("x", num_beams=0))
+    for wrong in ({"priority": "urgent"}, {"tenant": "a\0b"}):
+        fails(ValueError, next(iter(wrong)), lambda: engine.future("x", **wrong))
+    fails(TypeError, "tenant", lambda: engine.submit("x", tenant=1))
 
 
 def main(demo, classifier):
@@ -114,9 +140,24 @@ def main(demo, classifier):
         [thread.start() for thread in threads], [thread.join() for thread in threads]
         assert found == [SPOKEN[1]] * 3
         fails(t5gemma.Error, "num_beams", lambda: engine.submit("x", num_beams=0))
+        times = engine.submit(TEXTS, max_new_tokens=40, priority="high", tenant="a").stats()
+        assert 0 <= times["queued_seconds"] < times["first_token_seconds"] <= times["total_seconds"], times
+        assert times["source_tokens"] > 2 and times["new_tokens"] > 2, times
+        futures(engine, endless)
         fails(t5gemma.Error, "deadline", engine.submit(TEXTS * 8, deadline=0.001, **endless | {"num_beams": 1}).result)
         engine.drain()
-        assert engine.stats["finished"] == 3 and engine.stats["max_rows"] == 8
+        assert engine.stats["finished"] == 54 and engine.stats["max_rows"] == 8
+    with t5gemma.Engine(model, max_rows=2, max_waiting_tokens=500) as engine:
+        held = [engine.submit(TEXTS, **endless | {"num_beams": 1}) for _ in range(2)]
+        try:
+            while True:
+                held.append(engine.submit(TEXTS, **endless | {"num_beams": 1}))
+        except t5gemma.Error as full:
+            assert full.code == 19 and full.retry_after > 0 and "source tokens" in str(full), full
+            assert pickle.loads(pickle.dumps(full)).retry_after == full.retry_after
+        [request.cancel() for request in held]
+    with t5gemma.Engine(model) as engine:
+        engine.drain()
         fails(t5gemma.Error, "no more", lambda: engine.submit("x"))
 
     with t5gemma.Engine(model, max_rows=1, devices=[0, 0]) as engine:

@@ -159,6 +159,10 @@ const char *t5g_error_message(const t5g_error *error);
  * none. */
 const char *t5g_error_field(const t5g_error *error);
 
+/* With T5G_ERROR_FULL, in how many seconds the requests that wait now will have been admitted, so that the caller can
+ * try again then; 0 for other errors. */
+double t5g_error_retry_after(const t5g_error *error);
+
 t5g_code t5g_error_free(t5g_error *error);
 
 
@@ -406,7 +410,20 @@ typedef struct t5g_call {
      * number. The array has to stay valid until the next call on the same thread or the end of the call. An empty
      * array, or an id outside of the vocabulary, gives T5G_ERROR_CONSTRAINT. */
     size_t (*prefix_allowed_tokens)(void *user, size_t row, const int64_t *target, size_t length, const int64_t **allowed);
+    /* Only for t5g_engine_call: a row has left the queue and is about to be encoded. */
+    int32_t (*on_admitted)(void *user, size_t row);
+    /* For requests of an engine, while they wait; other functions ignore these. The highest T5G_PRIORITY_... goes first,
+     * and while it waits, a lower one gets one turn for every eight of the next higher one. Tenants (users or clients;
+     * NULL is one too) with requests of one priority get equal shares, however many each submits. */
+    int64_t priority;
+    const char *tenant;
 } t5g_call;
+
+enum {
+    T5G_PRIORITY_NORMAL = 0, /* the default */
+    T5G_PRIORITY_HIGH = 1,
+    T5G_PRIORITY_LOW = 2
+};
 
 static inline t5g_call t5g_call_default(void) {
     t5g_call call;
@@ -503,6 +520,26 @@ size_t t5g_result_count(const t5g_result *result, size_t row);
 t5g_error *t5g_result_get(const t5g_result *result, size_t row, size_t index, t5g_hypothesis *hypothesis);
 /* The text of a hypothesis without special tokens, valid as long as the result. `size` may be NULL. */
 t5g_error *t5g_result_text(const t5g_result *result, size_t row, size_t index, const char **text, size_t *size);
+/* Times and counts of a result. Times are from the submission of a request to an engine, NaN for results of other
+ * functions. */
+typedef struct t5g_request_stats {
+    size_t size;                /* set by the caller */
+    double queued_seconds;      /* until the first source was admitted */
+    double encoding_seconds;    /* encoding the sources, all together */
+    double first_token_seconds; /* until the first token was final; NaN if there was none */
+    double total_seconds;       /* until the end */
+    size_t source_tokens;       /* without padding */
+    size_t new_tokens;          /* of all hypotheses */
+} t5g_request_stats;
+
+static inline t5g_request_stats t5g_request_stats_default(void) {
+    t5g_request_stats stats;
+    memset(&stats, 0, sizeof stats);
+    stats.size = sizeof stats;
+    return stats;
+}
+
+t5g_error *t5g_result_stats(const t5g_result *result, t5g_request_stats *stats);
 /* The result as JSON, as written by `t5gemma generate --jsonl`: {"sequences": ..., "seed", "usage"}. */
 t5g_error *t5g_result_json(const t5g_result *result, t5g_text **json);
 t5g_code t5g_result_free(t5g_result *result);
@@ -521,6 +558,11 @@ typedef struct t5g_engine_options {
      * device is the model itself; the others are opened by t5g_engine_new, which takes as long as t5g_model_open */
     const int64_t *devices;
     size_t device_count;    /* 0: the model's own device only */
+    /* More limits of the queue, unlimited by default: target rows, source tokens, and memory as counted by max_bytes
+     * with each source alone */
+    int64_t max_waiting_rows;
+    int64_t max_waiting_tokens;
+    int64_t max_waiting_bytes;
 } t5g_engine_options;
 
 static inline t5g_engine_options t5g_engine_options_default(void) {
@@ -528,13 +570,14 @@ static inline t5g_engine_options t5g_engine_options_default(void) {
     memset(&options, 0, sizeof options);
     options.size = sizeof options;
     options.max_rows = options.max_bytes = options.max_waiting = T5G_UNSET;
+    options.max_waiting_rows = options.max_waiting_tokens = options.max_waiting_bytes = T5G_UNSET;
     return options;
 }
 
 /* Starts a thread that generates for many requests at once: rows join between two steps and leave when they are
  * finished, and each gets the same result as alone with t5g_model_generate. Best with models exported for the target
  * cpu, whose rows share every step. `options` may be NULL. With several devices, each has a thread, and all take rows
- * from one queue in the order of arrival, as soon as they have room. */
+ * from one queue, as soon as they have room. */
 t5g_error *t5g_engine_new(const t5g_model *model, const t5g_engine_options *options, t5g_engine **engine);
 
 /* Submits a request, whose events the caller polls. `options` and `call` may be NULL. The only callbacks that `call`
@@ -580,9 +623,11 @@ t5g_code t5g_request_free(t5g_request *request);
 /* Receives a result or an error, which the caller frees. */
 typedef void (*t5g_done)(void *user, t5g_result *result, t5g_error *error);
 
-/* Submits a request with callbacks: on_piece and finally, exactly once, `done` run on the request's own thread, with
- * t5g_call.user; on_step is an error. logits_processor and prefix_allowed_tokens run as with t5g_engine_submit, but
- * never after `done` is called. If this function fails, `done` is not called. */
+/* Submits a request with callbacks: on_admitted, on_piece and finally, exactly once, `done` run on the engine's threads
+ * between two steps, one at a time, with t5g_call.user; on_step is an error. They must not block, because all rows in
+ * flight wait for them, and cannot wait for the engine (t5g_engine_drain, t5g_engine_shutdown); they may submit and
+ * cancel requests. logits_processor and prefix_allowed_tokens run as with t5g_engine_submit, but never after `done` is
+ * called. `done` may be called before this function returns. If this function fails, `done` is not called. */
 t5g_error *t5g_engine_call(const t5g_engine *engine, const t5g_sources *sources, const t5g_generation_options *options,
                            const t5g_call *call, t5g_done done);
 
@@ -602,6 +647,12 @@ typedef struct t5g_engine_counts {
     size_t max_bytes;
     size_t max_waiting;
     size_t copies;           /* copies of the model, one for each device */
+    size_t waiting_rows;     /* target rows that the waiting sources will have */
+    size_t waiting_tokens;   /* tokens of the waiting sources */
+    size_t waiting_bytes;    /* memory for these, as counted by max_waiting_bytes */
+    uint64_t source_tokens;  /* tokens of all sources that were admitted */
+    uint64_t new_tokens;     /* tokens of all hypotheses of the rows that were finished */
+    double retry_after_seconds; /* as t5g_error_retry_after */
 } t5g_engine_counts;
 
 static inline t5g_engine_counts t5g_engine_counts_default(void) {
@@ -617,8 +668,8 @@ t5g_error *t5g_engine_stats(const t5g_engine *engine, t5g_engine_counts *counts)
 t5g_error *t5g_engine_stats_of_copy(const t5g_engine *engine, size_t copy, t5g_engine_counts *counts);
 
 /* Stops accepting requests and waits until all accepted ones have ended; t5g_engine_stats is final then. This and
- * t5g_engine_shutdown fail in callbacks on the engine's threads (logits_processor, prefix_allowed_tokens), which would
- * wait for themselves. */
+ * t5g_engine_shutdown fail in callbacks on the engine's threads (logits_processor, prefix_allowed_tokens, and those of
+ * t5g_engine_call), which would wait for themselves. */
 t5g_error *t5g_engine_drain(const t5g_engine *engine);
 /* Stops the engine immediately: unfinished requests fail with T5G_ERROR_CANCELLED or T5G_ERROR_CLOSED. */
 t5g_error *t5g_engine_shutdown(const t5g_engine *engine);

@@ -89,6 +89,7 @@ public:
     explicit Error(t5g_error *error)
         : std::runtime_error(t5g_error_message(error)), code_(t5g_error_code(error)) {
         if (const char *name = t5g_error_field(error)) field_ = name;
+        retry_after_ = t5g_error_retry_after(error);
         t5g_error_free(error);
     }
     Error(t5g_code code, const std::string &message, std::string field = {}, std::exception_ptr cause = nullptr)
@@ -100,10 +101,13 @@ public:
     std::string field() && { return std::move(field_); }
     /// The exception of the callback that ended the call, if there is one.
     std::exception_ptr cause() const { return cause_; }
+    /// With T5G_ERROR_FULL, in how many seconds to try again; 0 for other errors.
+    double retry_after() const { return retry_after_; }
 
 private:
     t5g_code code_;
     std::string field_;
+    double retry_after_ = 0;
     std::exception_ptr cause_;
 };
 
@@ -823,6 +827,12 @@ struct Call {
     /// In calls of the engine, these run on its threads.
     std::function<void(const Position &, Span<float>)> logits_processor;
     std::function<std::vector<std::int64_t>(std::size_t row, Span<const std::int64_t> target)> prefix_allowed_tokens;
+    /// Only for Engine::call and Engine::async: a row has left the queue. False ends the call.
+    std::function<bool(std::size_t row)> on_admitted;
+    /// T5G_PRIORITY_…, for requests of an engine while they wait.
+    std::int64_t priority = T5G_PRIORITY_NORMAL;
+    /// The user or client of a request of an engine: tenants get equal shares.
+    std::string tenant;
 };
 
 namespace detail {
@@ -841,6 +851,9 @@ public:
             given_.on_piece = piece;
         }
         if (call.on_step) given_.on_step = step;
+        if (call.on_admitted) given_.on_admitted = admitted;
+        given_.priority = call.priority;
+        if (!call.tenant.empty()) given_.tenant = call.tenant.c_str();
         if (call.logits_processor) {
             given_.logits_processor = [](void *user, const t5g_position *at, float *scores, std::size_t count) {
                 auto *own = static_cast<Callbacks *>(user);
@@ -939,6 +952,12 @@ private:
         return own->guard("on_step", 1, [&] { return !own->call_.on_step || own->call_.on_step() ? 0 : 1; });
     }
 
+    static std::int32_t admitted(void *user, std::size_t row) {
+        auto *own = static_cast<Callbacks *>(user);
+        if (own->has_thrown_) return 1;
+        return own->guard("on_admitted", 1, [&] { return own->call_.on_admitted(row) ? 0 : 1; });
+    }
+
     template <class Work>
     std::int32_t guard(const char *name, std::int32_t otherwise, Work work) {
 #if defined(__cpp_exceptions)
@@ -1008,6 +1027,11 @@ public:
     explicit Result(t5g_result *result) : handle_(result) {}
     std::size_t rows() const { return t5g_result_rows(handle_.get()); }
     std::size_t count(std::size_t row) const { return t5g_result_count(handle_.get(), row); }
+    /// Times and counts; times are NAN unless an engine made the result.
+    Returned<t5g_request_stats> stats() const {
+        t5g_request_stats stats = t5g_request_stats_default();
+        return detail::returned<t5g_request_stats>(t5g_result_stats(handle_.get(), &stats), [&] { return stats; });
+    }
     Returned<Hypothesis> hypothesis(std::size_t row, std::size_t index = 0) const & {
         t5g_hypothesis found = t5g_hypothesis_default();
         return detail::returned<Hypothesis>(t5g_result_get(handle_.get(), row, index, &found), [&] {
@@ -1222,6 +1246,8 @@ private:
 /// t5g_engine_options; an empty field is unset.
 struct EngineOptions {
     std::optional<std::int64_t> max_rows, max_bytes, max_waiting;
+    /// More limits of the queue, unlimited by default.
+    std::optional<std::int64_t> max_waiting_rows, max_waiting_tokens, max_waiting_bytes;
     /// The GPUs, each with a copy of the model; all take rows from one queue.
     std::vector<std::int64_t> devices;
 
@@ -1232,6 +1258,9 @@ struct EngineOptions {
         detail::set(given.max_rows, max_rows);
         detail::set(given.max_bytes, max_bytes);
         detail::set(given.max_waiting, max_waiting);
+        detail::set(given.max_waiting_rows, max_waiting_rows);
+        detail::set(given.max_waiting_tokens, max_waiting_tokens);
+        detail::set(given.max_waiting_bytes, max_waiting_bytes);
         if (!devices.empty()) {
             given.devices = devices.data();
             given.device_count = devices.size();
@@ -1326,8 +1355,9 @@ public:
         call.cancellation = cancellation;
         return submit(sources, options, std::move(call));
     }
-    /// Submits a request with callbacks on another thread: on_piece of `call`, then once `on_done` with the result or
-    /// the error, after which no callback is called.
+    /// Submits a request with callbacks on the engine's threads, which must not block, because all rows in flight wait
+    /// for them: on_admitted and on_piece of `call`, then once `on_done` with the result or the error, after which no
+    /// callback is called.
     Returned<void> call(const Sources &sources, const GenerationOptions &options,
                         std::function<void(Expected<Result>)> on_done, Call call = {}) const {
         struct Told : detail::KeptCallbacks {

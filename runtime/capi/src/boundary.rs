@@ -65,6 +65,11 @@ pub extern "C" fn t5g_error_field(error: Handle<t5g_error>) -> *const c_char {
 }
 
 #[unsafe(no_mangle)]
+pub extern "C" fn t5g_error_retry_after(error: Handle<t5g_error>) -> f64 {
+    value(0.0, || Ok(error.get("error")?.retry_after().as_secs_f64()))
+}
+
+#[unsafe(no_mangle)]
 pub extern "C" fn t5g_error_free(error: Handle<t5g_error>) -> i32 {
     free(error, "error")
 }

@@ -7,18 +7,19 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use t5gemma_runtime::{
-    Cancellation, Error, GenerationConfig, LogitsProcessor, Model, Position, PrefixAllowedTokens, SpecialTokens,
-    Streamer, TextStream,
+    Cancellation, Error, GenerationConfig, LogitsProcessor, Model, Position, PrefixAllowedTokens, Priority,
+    SpecialTokens, Streamer, TextStream,
 };
 
 use crate::cancellation::{Registered, t5g_cancellation};
 use crate::error::t5g_error;
 use crate::gate::Gate;
 use crate::handle::{Handle, Held};
-use crate::input::{Fields, Record, flag};
+use crate::input::{Fields, Record, Text, flag};
 use crate::tokenizer::t5g_text;
 
 type OnPiece = extern "C" fn(*mut c_void, *const t5g_piece) -> i32;
+type OnAdmitted = extern "C" fn(*mut c_void, usize) -> i32;
 type OnStep = extern "C" fn(*mut c_void) -> i32;
 
 #[derive(Clone, Copy)]
@@ -33,6 +34,9 @@ pub struct t5g_call {
     on_step: Option<OnStep>,
     logits_processor: Option<extern "C" fn(*mut c_void, *const t5g_position, *mut f32, usize)>,
     prefix_allowed_tokens: Option<extern "C" fn(*mut c_void, usize, *const i64, usize, *mut *const i64) -> usize>,
+    on_admitted: Option<OnAdmitted>,
+    priority: i64,
+    tenant: Text,
 }
 
 // SAFETY: fields of 8 bytes. A null function pointer is `None`, and the caller promises that any other is such a
@@ -51,6 +55,9 @@ unsafe impl Fields for t5g_call {
             on_step: None,
             logits_processor: None,
             prefix_allowed_tokens: None,
+            on_admitted: None,
+            priority: 0,
+            tenant: Text::NULL,
         }
     }
 }
@@ -93,6 +100,8 @@ impl User {
 /// The kind of function that a call is passed to, which decides which callbacks it may have.
 #[derive(Clone, Copy)]
 pub enum Role {
+    /// Generates with a model.
+    Generates,
     /// Scores targets.
     Scores,
     /// Encodes sources.
@@ -109,6 +118,8 @@ pub struct Call {
     cancellation: Option<Held<t5g_cancellation>>,
     deadline: Option<Instant>,
     stream_text: bool,
+    priority: Priority,
+    tenant: Option<String>,
 }
 
 /// The time `seconds` from now; `None` for 0, and beyond the range of the clock. A negative number, which a caller may
@@ -125,6 +136,16 @@ fn deadline(seconds: f64) -> Result<Option<Instant>, t5g_error> {
     Ok(left.and_then(|left| Instant::now().checked_add(left)))
 }
 
+/// The priority of the header's number.
+fn priority(number: i64) -> Result<Priority, t5g_error> {
+    match number {
+        1 => Ok(Priority::High),
+        0 => Ok(Priority::Normal),
+        2 => Ok(Priority::Low),
+        other => Err(t5g_error::argument("call.priority", "T5G_PRIORITY_HIGH, _NORMAL or _LOW", other.to_string())),
+    }
+}
+
 impl Call {
     pub fn read(call: Record<t5g_call>) -> Result<Call, t5g_error> {
         let given = call.optional("call")?.unwrap_or_else(t5g_call::unset);
@@ -133,20 +154,24 @@ impl Call {
             cancellation: given.cancellation.find("call.cancellation")?,
             deadline: deadline(given.deadline_seconds)?,
             stream_text: flag(given.stream_text, "call.stream_text")?,
+            priority: priority(given.priority)?,
+            tenant: given.tenant.optional("call.tenant")?.map(str::to_string),
         })
     }
 
     /// Rejects callbacks that would never be called.
     pub fn of(self, role: Role) -> Result<Call, t5g_error> {
-        let t5g_call { on_piece, on_step, logits_processor, prefix_allowed_tokens, .. } = self.given;
+        let t5g_call { on_piece, on_step, on_admitted, logits_processor, prefix_allowed_tokens, .. } = self.given;
+        let admitted = ("on_admitted", on_admitted.is_some());
         let (pieces, steps) = (("on_piece", on_piece.is_some()), ("on_step", on_step.is_some()));
         let changes = [
             ("logits_processor", logits_processor.is_some()),
             ("prefix_allowed_tokens", prefix_allowed_tokens.is_some()),
         ];
         let (refused, why): (&[(&str, bool)], _) = match role {
-            Role::Scores | Role::Encodes => (&[pieces, changes[0], changes[1]], "nothing is generated"),
-            Role::Submits => (&[pieces, steps], "t5g_request_poll returns these events"),
+            Role::Scores | Role::Encodes => (&[pieces, changes[0], changes[1], admitted], "nothing is generated"),
+            Role::Generates => (&[admitted], "there is no queue"),
+            Role::Submits => (&[pieces, steps, admitted], "the caller polls the request"),
             Role::Reports => (&[steps], "steps of an engine serve many requests; use on_piece"),
         };
         match refused.iter().find(|(_, is_given)| *is_given) {
@@ -168,6 +193,16 @@ impl Call {
         self.deadline
     }
 
+    /// The priority of a request.
+    pub fn priority(&self) -> Priority {
+        self.priority
+    }
+
+    /// The tenant of a request.
+    pub fn tenant(&self) -> Option<&str> {
+        self.tenant.as_deref()
+    }
+
     /// Whether pieces have text.
     pub fn wants_text(&self) -> bool {
         self.stream_text
@@ -180,8 +215,8 @@ impl Call {
 
     /// The callbacks that report progress.
     pub fn progress(&self) -> Progress {
-        let t5g_call { user, on_piece, on_step, .. } = self.given;
-        Progress { user: User(user), on_piece, on_step }
+        let t5g_call { user, on_piece, on_step, on_admitted, .. } = self.given;
+        Progress { user: User(user), on_piece, on_step, on_admitted }
     }
 
     /// Runs work that the caller's cancellation and deadline can stop.
@@ -257,6 +292,7 @@ pub struct Progress {
     user: User,
     on_piece: Option<OnPiece>,
     on_step: Option<OnStep>,
+    on_admitted: Option<OnAdmitted>,
 }
 
 impl Progress {
@@ -267,6 +303,11 @@ impl Progress {
     /// Reports a decoder step.
     pub fn step(&self) -> ControlFlow<()> {
         self.on_step.map_or(ControlFlow::Continue(()), |on_step| continues(on_step(self.user())))
+    }
+
+    /// Reports that a row has left the queue.
+    pub fn admitted(&self, row: usize) -> ControlFlow<()> {
+        self.on_admitted.map_or(ControlFlow::Continue(()), |on_admitted| continues(on_admitted(self.user(), row)))
     }
 
     /// Reports a token, with its text if that is wanted.

@@ -1,21 +1,20 @@
 //! Engines: continuous batching of requests from any thread.
 
-use std::ffi::c_void;
 use std::sync::Arc;
-use std::thread;
 
-use t5gemma_runtime::{Draws, Engine, EngineOptions, EngineStats, Error, Request, SpecialTokens};
+use t5gemma_runtime::{Draws, Engine, EngineOptions, EngineStats, Request, SpecialTokens};
 
-use crate::boundary::{fallible, free, guarded};
+use crate::boundary::{fallible, free};
 use crate::call::{Call, Role, t5g_call};
-use crate::error::{t5g_code, t5g_error};
+use crate::error::t5g_error;
 use crate::gate::Gate;
 use crate::handle::{Handle, Held, Object};
 use crate::input::{Array, Fields, Out, Record, UNSET, integer};
 use crate::model::{source_tokens, t5g_model};
 use crate::options::{generation_options, t5g_generation_options};
-use crate::request::{Facts, RequestEvent, Running, Submitted, t5g_request};
-use crate::result::t5g_result;
+use crate::reports::{Done, Link, Reports};
+use crate::request::{Running, Submitted, Texts, t5g_request};
+use crate::result::Facts;
 use crate::sources::t5g_sources;
 
 #[derive(Clone, Copy)]
@@ -27,6 +26,9 @@ pub struct t5g_engine_options {
     max_waiting: i64,
     devices: Array<i64>,
     device_count: usize,
+    max_waiting_rows: i64,
+    max_waiting_tokens: i64,
+    max_waiting_bytes: i64,
 }
 
 // SAFETY: fields of 8 bytes of which any bytes are a valid value.
@@ -41,6 +43,9 @@ unsafe impl Fields for t5g_engine_options {
             max_waiting: UNSET,
             devices: Array::NULL,
             device_count: 0,
+            max_waiting_rows: UNSET,
+            max_waiting_tokens: UNSET,
+            max_waiting_bytes: UNSET,
         }
     }
 }
@@ -63,6 +68,12 @@ pub struct t5g_engine_counts {
     max_bytes: usize,
     max_waiting: usize,
     copies: usize,
+    waiting_rows: usize,
+    waiting_tokens: usize,
+    waiting_bytes: usize,
+    source_tokens: u64,
+    new_tokens: u64,
+    retry_after_seconds: f64,
 }
 
 // SAFETY: fields of 8 bytes of which any bytes are a valid value.
@@ -86,11 +97,15 @@ unsafe impl Fields for t5g_engine_counts {
             max_bytes: 0,
             max_waiting: 0,
             copies: 0,
+            waiting_rows: 0,
+            waiting_tokens: 0,
+            waiting_bytes: 0,
+            source_tokens: 0,
+            new_tokens: 0,
+            retry_after_seconds: 0.0,
         }
     }
 }
-
-type Done = extern "C" fn(*mut c_void, Handle<t5g_result>, Handle<t5g_error>);
 
 /// A `t5g_engine`.
 pub struct t5g_engine {
@@ -121,17 +136,30 @@ impl t5g_engine {
             max_bytes: self.options.max_bytes,
             max_waiting: self.options.max_waiting,
             copies: self.inner.copies(),
+            waiting_rows: found.waiting_rows,
+            waiting_tokens: found.waiting_tokens,
+            waiting_bytes: found.waiting_bytes,
+            source_tokens: found.source_tokens,
+            new_tokens: found.new_tokens,
+            retry_after_seconds: self.inner.retry_after().as_secs_f64(),
         }
     }
 }
 
-/// Submits a request.
-fn submit(
+/// A request for an engine, with what reading its events takes.
+struct Prepared {
+    request: Request,
+    texts: Texts,
+    facts: Facts,
+    gate: Arc<Gate>,
+}
+
+fn prepare(
     engine: &Held<t5g_engine>,
     sources: Record<t5g_sources>,
     options: Record<t5g_generation_options>,
     call: &Call,
-) -> Result<Running, t5g_error> {
+) -> Result<Prepared, t5g_error> {
     let model = &engine.model;
     let given = generation_options(options)?;
     let gate = Arc::new(Gate::default());
@@ -141,21 +169,18 @@ fn submit(
     }
     let seed = options.seed.filter(|_| options.do_sample);
     let batch = model.read(|reader| reader.batch(sources))?;
-    let (rows, source_tokens) = (batch.rows(), source_tokens(&batch));
-    let streams = if call.wants_text() {
+    let facts = Facts { seed, source_tokens: source_tokens(&batch), stats: None };
+    let texts = if call.wants_text() {
         let tokenizer = model.inner.target_tokenizer()?;
-        (0..rows).map(|_| Some(tokenizer.stream(SpecialTokens::Skip))).collect()
+        (0..batch.rows()).map(|_| Some(tokenizer.stream(SpecialTokens::Skip))).collect()
     } else {
         Vec::new()
     };
     call.check_cancellation()?;
-    let mut request = Request::new(batch, options);
+    let mut request = Request::new(batch, options).priority(call.priority());
     request.deadline = call.deadline();
-    let generation = engine.inner.submit(request)?;
-    let canceller = generation.canceller();
-    let registered = call.register(move || canceller.cancel());
-    let submitted = Submitted { generation, streams, facts: Facts { seed, source_tokens } };
-    Ok(Running::new(submitted, model.inner.clone(), gate, registered))
+    request.tenant = call.tenant().map(str::to_string);
+    Ok(Prepared { request, texts: Texts(texts), facts, gate })
 }
 
 /// A limit, if it is set.
@@ -179,7 +204,16 @@ pub extern "C" fn t5g_engine_new(
         let options = EngineOptions::default()
             .max_rows(bound(given.max_rows, "options.max_rows")?.unwrap_or(default.max_rows))
             .max_bytes(bound(given.max_bytes, "options.max_bytes")?.unwrap_or(default.max_bytes))
-            .max_waiting(bound(given.max_waiting, "options.max_waiting")?.unwrap_or(default.max_waiting));
+            .max_waiting(bound(given.max_waiting, "options.max_waiting")?.unwrap_or(default.max_waiting))
+            .max_waiting_rows(
+                bound(given.max_waiting_rows, "options.max_waiting_rows")?.unwrap_or(default.max_waiting_rows),
+            )
+            .max_waiting_tokens(
+                bound(given.max_waiting_tokens, "options.max_waiting_tokens")?.unwrap_or(default.max_waiting_tokens),
+            )
+            .max_waiting_bytes(
+                bound(given.max_waiting_bytes, "options.max_waiting_bytes")?.unwrap_or(default.max_waiting_bytes),
+            );
         let devices = given.devices.get(given.device_count, "options.devices")?;
         let models = if devices.is_empty() { vec![model.inner.clone()] } else { model.copies(devices)? };
         let inner = Engine::of_copies(&models, options.clone())?;
@@ -199,7 +233,12 @@ pub extern "C" fn t5g_engine_submit(
     fallible(|| {
         let (place, engine) = (request.check("request")?, engine.get("engine")?);
         let call = Call::read(call)?.of(Role::Submits)?;
-        let running = submit(&engine, sources, options, &call)?;
+        let Prepared { request, texts, facts, gate } = prepare(&engine, sources, options, &call)?;
+        let generation = engine.inner.submit(request)?;
+        let canceller = generation.canceller();
+        let registered = call.register(move || canceller.cancel());
+        let running =
+            Running::new(Submitted { generation, texts, facts }, engine.model.inner.clone(), gate, registered);
         place.put(Handle::new(t5g_request::new(running)));
         Ok(())
     })
@@ -216,29 +255,23 @@ pub extern "C" fn t5g_engine_call(
     fallible(|| {
         let (engine, call) = (engine.get("engine")?, Call::read(call)?.of(Role::Reports)?);
         let done = done.ok_or_else(|| t5g_error::argument("done", "a function", "NULL"))?;
-        let mut running = submit(&engine, sources, options, &call)?;
-        let progress = call.progress();
-        let report = move || {
-            let result = guarded(|| {
-                while let Some(event) = running.next_or_end()? {
-                    if let RequestEvent::Piece { row, token, text } = event
-                        && progress.piece(row, token, text).is_break()
-                    {
-                        running.cancel();
-                        return Err(Error::Cancelled.into());
-                    }
-                }
-                Ok(running.result())
-            });
-            // Ends the request before its end is reported.
-            drop(running);
-            match result {
-                Ok(result) => done(progress.user(), Handle::new(result), Handle::NULL),
-                Err(failure) => done(progress.user(), Handle::NULL, Handle::new(failure)),
-            }
+        let Prepared { request, texts, facts, gate } = prepare(&engine, sources, options, &call)?;
+        let link = Arc::new(Link::default());
+        let mut reports = Reports {
+            progress: call.progress(),
+            done,
+            texts,
+            rows: vec![Vec::new(); request.batch.rows()],
+            facts,
+            model: engine.model.inner.clone(),
+            gate,
+            link: link.clone(),
+            failed: None,
         };
-        let started = thread::Builder::new().name("t5g-request".into()).spawn(report);
-        started.map_err(|error| t5g_error::new(t5g_code::Internal, format!("no thread for the callbacks: {error}")))?;
+        let canceller = engine.inner.submit_to(request, move |message| reports.receive(message))?;
+        let to_cancel = canceller.clone();
+        let registered = call.register(move || to_cancel.cancel());
+        link.accept(canceller, registered);
         Ok(())
     })
 }

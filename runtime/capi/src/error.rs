@@ -1,6 +1,7 @@
 //! Errors as values: a code, a message, and the field at fault.
 
 use std::ffi::{CStr, CString};
+use std::time::Duration;
 
 use t5gemma_protocol::RequestError;
 use t5gemma_runtime::{Error, OptionError};
@@ -38,6 +39,7 @@ pub struct t5g_error {
     code: t5g_code,
     message: CString,
     field: Option<CString>,
+    retry_after: Duration,
 }
 
 /// A zero-terminated text for C; zeros in it are replaced.
@@ -47,7 +49,7 @@ pub fn c_string(text: impl Into<String>) -> CString {
 
 impl t5g_error {
     pub fn new(code: t5g_code, message: impl Into<String>) -> t5g_error {
-        t5g_error { code, message: c_string(message), field: None }
+        t5g_error { code, message: c_string(message), field: None, retry_after: Duration::ZERO }
     }
 
     /// Sets the field at fault.
@@ -77,6 +79,11 @@ impl t5g_error {
         &self.message
     }
 
+    /// When to try again; zero if that is unknown.
+    pub fn retry_after(&self) -> Duration {
+        self.retry_after
+    }
+
     /// The message as text.
     #[cfg(test)]
     pub fn text(&self) -> &str {
@@ -97,6 +104,7 @@ fn with_sources(error: &dyn std::error::Error) -> String {
 impl From<Error> for t5g_error {
     fn from(error: Error) -> t5g_error {
         let message = with_sources(&error);
+        let retry_after = if let Error::Full { retry_after, .. } = &error { *retry_after } else { Duration::ZERO };
         let (code, field) = match error {
             Error::Library { .. } => (t5g_code::Library, None),
             Error::Io { .. } | Error::File { .. } => (t5g_code::File, None),
@@ -118,7 +126,7 @@ impl From<Error> for t5g_error {
             Error::Closed | Error::Forked { .. } | Error::ForkedInCall => (t5g_code::Closed, None),
             _ => (t5g_code::Internal, None),
         };
-        let error = t5g_error::new(code, message);
+        let error = t5g_error { retry_after, ..t5g_error::new(code, message) };
         match field.filter(|field| !field.is_empty()) {
             Some(field) => error.at(&field),
             None => error,

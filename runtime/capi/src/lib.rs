@@ -26,6 +26,7 @@ mod result;
 mod sources;
 
 mod engine;
+mod reports;
 mod request;
 
 mod encoder;

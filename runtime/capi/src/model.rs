@@ -14,7 +14,7 @@ use crate::handle::{Handle, Object};
 use crate::input::{Out, Record, Text};
 use crate::onnxruntime;
 use crate::options::{check_device, generation_options, open_options, t5g_generation_options, t5g_open_options};
-use crate::result::t5g_result;
+use crate::result::{Facts, t5g_result};
 use crate::sources::{Reader, list, t5g_sources, t5g_targets};
 use crate::tokenizer::{t5g_text, t5g_tokenizer};
 
@@ -195,7 +195,7 @@ pub extern "C" fn t5g_model_generate(
 ) -> Handle<t5g_error> {
     fallible(|| {
         let (place, model) = (result.check("result")?, model.get("model")?);
-        let (call, given) = (Call::read(call)?, generation_options(options)?);
+        let (call, given) = (Call::read(call)?.of(Role::Generates)?, generation_options(options)?);
         let mut options = call.add_to(model.inner.generation_config().with_json(&given)?, &Arc::default());
         if options.do_sample {
             options.seed = Some(options.seed.unwrap_or_else(Draws::random_seed));
@@ -208,7 +208,8 @@ pub extern "C" fn t5g_model_generate(
             pieces.finish(rows)
         })?;
         let seed = options.seed.filter(|_| options.do_sample);
-        place.put(Handle::new(t5g_result::new(model.inner.clone(), rows, seed, source_tokens(&batch))));
+        let facts = Facts { seed, source_tokens: source_tokens(&batch), stats: None };
+        place.put(Handle::new(t5g_result::new(model.inner.clone(), rows, facts)));
         Ok(())
     })
 }

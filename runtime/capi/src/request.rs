@@ -14,7 +14,7 @@ use crate::error::{t5g_code, t5g_error};
 use crate::gate::Gate;
 use crate::handle::{Handle, Object};
 use crate::input::{Fields, Out, Record};
-use crate::result::t5g_result;
+use crate::result::{Facts, t5g_result};
 use crate::tokenizer::t5g_text;
 
 #[derive(Clone, Copy)]
@@ -55,8 +55,7 @@ impl Object for t5g_request {
 
 /// A request in flight and its results so far.
 pub struct Running {
-    /// One for each row if text is wanted.
-    streams: Vec<Option<TextStream>>,
+    texts: Texts,
     generation: Generation,
     /// Events that were received and not returned yet: one of the runtime may be several of the caller.
     pending: VecDeque<RequestEvent>,
@@ -90,26 +89,33 @@ pub enum RequestEvent {
 /// A generation that an engine has accepted.
 pub struct Submitted {
     pub generation: Generation,
-    /// One for each row if text is wanted.
-    pub streams: Vec<Option<TextStream>>,
+    pub texts: Texts,
     pub facts: Facts,
 }
 
-/// What the result of a request reports besides its targets.
-#[derive(Clone, Copy)]
-pub struct Facts {
-    /// The seed, if it samples.
-    pub seed: Option<u64>,
-    /// Source tokens that are not padding.
-    pub source_tokens: usize,
+/// The text of rows in progress: a stream for each row, if text is wanted.
+pub struct Texts(pub Vec<Option<TextStream>>);
+
+impl Texts {
+    /// The text that a token adds to its row.
+    pub fn token(&mut self, row: usize, token: i64) -> Result<Option<String>, t5g_error> {
+        let stream = self.0.get_mut(row).and_then(Option::as_mut);
+        Ok(stream.map(|stream| stream.push(token)).transpose()?)
+    }
+
+    /// The rest of a row's text, if there is any.
+    pub fn rest(&mut self, row: usize) -> Result<Option<String>, t5g_error> {
+        let Some(stream) = self.0.get_mut(row).and_then(Option::take) else { return Ok(None) };
+        Ok(Some(stream.finish()?).filter(|text| !text.is_empty()))
+    }
 }
 
 impl Running {
     /// A request that was submitted. `registered` is its registration with the caller's cancellation.
     pub fn new(submitted: Submitted, model: Arc<Model>, gate: Arc<Gate>, registered: Option<Registered>) -> Running {
-        let Submitted { generation, streams, facts } = submitted;
+        let Submitted { generation, texts, facts } = submitted;
         Running {
-            streams,
+            texts,
             rows: vec![Vec::new(); generation.rows()],
             generation,
             pending: VecDeque::new(),
@@ -121,21 +127,6 @@ impl Running {
             gate,
             _registered: registered,
         }
-    }
-
-    /// Waits for the next event, however long; `None` after the end.
-    pub fn next_or_end(&mut self) -> Result<Option<RequestEvent>, t5g_error> {
-        loop {
-            match self.next(Duration::from_secs(3600))? {
-                None if !self.has_ended => {}
-                event => return Ok(event),
-            }
-        }
-    }
-
-    /// Cancels the generation.
-    pub fn cancel(&self) {
-        self.generation.cancel();
     }
 
     /// Waits up to `timeout` for the next event; `None` if there is none, or after the end.
@@ -176,21 +167,17 @@ impl Running {
     fn take(&mut self, event: Event) -> Result<(), t5g_error> {
         match event {
             Event::Token { row, token } => {
-                let stream = self.streams.get_mut(row).and_then(Option::as_mut);
-                let text = stream.map(|stream| stream.push(token)).transpose()?;
+                let text = self.texts.token(row, token)?;
                 self.pending.push_back(RequestEvent::Piece { row, token, text });
             }
             Event::Row { row, hypotheses } => {
                 self.rows[row] = hypotheses;
-                if let Some(stream) = self.streams.get_mut(row).and_then(Option::take) {
-                    let text = stream.finish()?;
-                    if !text.is_empty() {
-                        self.pending.push_back(RequestEvent::Piece { row, token: -1, text: Some(text) });
-                    }
+                if let Some(text) = self.texts.rest(row)? {
+                    self.pending.push_back(RequestEvent::Piece { row, token: -1, text: Some(text) });
                 }
                 self.pending.push_back(RequestEvent::Row(row));
             }
-            // A new event has to get a kind in the header first.
+            // Callers of the first version know no other kinds; the result tells how long the request waited.
             _ => {}
         }
         Ok(())
@@ -206,7 +193,8 @@ impl Running {
 
     /// The result.
     pub fn result(&self) -> t5g_result {
-        t5g_result::new(self.model.clone(), self.rows.clone(), self.facts.seed, self.facts.source_tokens)
+        let facts = Facts { stats: self.generation.stats().copied(), ..self.facts };
+        t5g_result::new(self.model.clone(), self.rows.clone(), facts)
     }
 
     /// An event as C reads it; its text lives until the next one.

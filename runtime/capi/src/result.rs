@@ -5,7 +5,7 @@ use std::ptr;
 use std::sync::{Arc, OnceLock};
 
 use t5gemma_protocol::{GenerateResult, Sequence, Usage, attention_rows};
-use t5gemma_runtime::{CrossAttentions, FinishReason, Hypothesis, Logprobs, Model, SpecialTokens};
+use t5gemma_runtime::{CrossAttentions, FinishReason, Hypothesis, Logprobs, Model, RequestStats, SpecialTokens};
 
 use crate::boundary::{fallible, free, value};
 use crate::error::t5g_error;
@@ -54,12 +54,51 @@ unsafe impl Fields for t5g_hypothesis {
     }
 }
 
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct t5g_request_stats {
+    size: usize,
+    queued_seconds: f64,
+    encoding_seconds: f64,
+    first_token_seconds: f64,
+    total_seconds: f64,
+    source_tokens: usize,
+    new_tokens: usize,
+}
+
+// SAFETY: fields of 8 bytes of which any bytes are a valid value.
+unsafe impl Fields for t5g_request_stats {
+    const OLDEST: usize = 56;
+
+    fn unset() -> t5g_request_stats {
+        t5g_request_stats {
+            size: 0,
+            queued_seconds: f64::NAN,
+            encoding_seconds: f64::NAN,
+            first_token_seconds: f64::NAN,
+            total_seconds: f64::NAN,
+            source_tokens: 0,
+            new_tokens: 0,
+        }
+    }
+}
+
+/// What the result of a request reports besides its targets.
+#[derive(Clone, Copy, Default)]
+pub struct Facts {
+    /// The seed, if it samples.
+    pub seed: Option<u64>,
+    /// Source tokens that are not padding.
+    pub source_tokens: usize,
+    /// Times and counts, if an engine served it.
+    pub stats: Option<RequestStats>,
+}
+
 /// A `t5g_result`.
 pub struct t5g_result {
     model: Arc<Model>,
     rows: Vec<Vec<Answer>>,
-    seed: Option<u64>,
-    source_tokens: usize,
+    facts: Facts,
 }
 
 impl Object for t5g_result {
@@ -96,10 +135,10 @@ impl Answer {
 }
 
 impl t5g_result {
-    /// The targets generated for each row; `seed` is the seed of sampling.
-    pub fn new(model: Arc<Model>, rows: Vec<Vec<Hypothesis>>, seed: Option<u64>, source_tokens: usize) -> t5g_result {
+    /// The targets generated for each row.
+    pub fn new(model: Arc<Model>, rows: Vec<Vec<Hypothesis>>, facts: Facts) -> t5g_result {
         let rows = rows.into_iter().map(|row| row.into_iter().map(Answer::of).collect()).collect();
-        t5g_result { model, rows, seed, source_tokens }
+        t5g_result { model, rows, facts }
     }
 
     /// Scored targets, one for each row.
@@ -112,7 +151,12 @@ impl t5g_result {
         let rows = targets.into_iter().zip(found).map(|(tokens, (logprobs, cross_attentions))| {
             vec![Answer { cross_attentions, ..Answer::new(tokens, Some(logprobs)) }]
         });
-        t5g_result { model, rows: rows.collect(), seed: None, source_tokens }
+        t5g_result { model, rows: rows.collect(), facts: Facts { source_tokens, ..Facts::default() } }
+    }
+
+    /// The number of tokens of all targets.
+    fn target_tokens(&self) -> usize {
+        self.rows.iter().flatten().map(|answer| answer.tokens.len()).sum()
     }
 
     fn answer(&self, row: usize, index: usize) -> Result<&Answer, t5g_error> {
@@ -219,14 +263,36 @@ pub extern "C" fn t5g_result_text(
 }
 
 #[unsafe(no_mangle)]
+pub extern "C" fn t5g_result_stats(result: Handle<t5g_result>, stats: Record<t5g_request_stats>) -> Handle<t5g_error> {
+    fallible(|| {
+        let result = result.get("result")?;
+        let found = t5g_request_stats {
+            source_tokens: result.facts.source_tokens,
+            new_tokens: result.target_tokens(),
+            ..t5g_request_stats::unset()
+        };
+        let found = match &result.facts.stats {
+            Some(times) => t5g_request_stats {
+                queued_seconds: times.queued.as_secs_f64(),
+                encoding_seconds: times.encoding.as_secs_f64(),
+                first_token_seconds: times.first_token.map_or(f64::NAN, |first| first.as_secs_f64()),
+                total_seconds: times.total.as_secs_f64(),
+                ..found
+            },
+            None => found,
+        };
+        stats.put(found, "stats")
+    })
+}
+
+#[unsafe(no_mangle)]
 pub extern "C" fn t5g_result_json(result: Handle<t5g_result>, json: Out<Handle<t5g_text>>) -> Handle<t5g_error> {
     fallible(|| {
         let (place, result) = (json.check("json")?, result.get("result")?);
         let rows = result.rows.iter();
         let sequences = rows.map(|row| row.iter().map(|answer| result.sequence(answer)).collect()).collect();
-        let target_tokens = result.rows.iter().flatten().map(|answer| answer.tokens.len()).sum();
-        let usage = Usage { source_tokens: result.source_tokens, target_tokens };
-        let written = GenerateResult { id: None, sequences, seed: result.seed, usage };
+        let usage = Usage { source_tokens: result.facts.source_tokens, target_tokens: result.target_tokens() };
+        let written = GenerateResult { id: None, sequences, seed: result.facts.seed, usage };
         place.put(t5g_text::handle(serde_json::to_string(&written).expect("its maps have text keys")));
         Ok(())
     })

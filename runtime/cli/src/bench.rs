@@ -5,11 +5,11 @@ mod clients;
 mod encoder;
 mod machine;
 mod protocol;
+mod step_bytes;
 mod times;
 
 pub use protocol::check as check_request;
 
-use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::ops::ControlFlow;
 use std::path::PathBuf;
@@ -17,7 +17,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use serde_json::{Value, json};
 use t5gemma_runtime::{
-    Batch, Cancellation, Controls, Error, GenerationConfig, Hypothesis, Limits, Manifest, Model, Role, Streamer, Task,
+    Batch, Cancellation, Controls, Error, GenerationConfig, Hypothesis, Limits, Manifest, Model, Streamer, Task,
     task_of,
 };
 
@@ -26,6 +26,7 @@ use crate::exit::ensure_usage;
 use crate::opening::{ModelArguments, Opening, RuntimeArguments};
 use crate::progress::counter;
 use machine::{Memory, now_ns, read_bandwidth};
+use step_bytes::StepBytes;
 use times::Times;
 
 /// Benchmark a model on this machine
@@ -358,36 +359,6 @@ fn measure(model: &Model, case: &Case, workload: &Workload, cancel: &Cancellatio
         step: Times::of(step),
         call: Times::of(call).expect(measured),
     })
-}
-
-/// Bytes that every step after the first must read.
-struct StepBytes {
-    weights: u64,
-    /// Keys and values of the sources, and of the targets at half their length.
-    caches: u64,
-}
-
-impl StepBytes {
-    fn of(model: &Model, case: &Case) -> StepBytes {
-        let (manifest, decoder) = (model.manifest(), &model.facts().decoder);
-        let used: Vec<&str> = manifest.graphs["decoder_with_past"].weights.iter().map(String::as_str).collect();
-        // A step reads only a few rows of an embedding that is not also the output head. Keyed by offset: a tied
-        // embedding and head are read once.
-        let weights: BTreeMap<u64, u64> = (manifest.weights.tensors.iter())
-            .filter(|tensor| used.contains(&tensor.name.as_str()) && tensor.role != Role::DecoderEmbedding)
-            .map(|tensor| (tensor.offset, tensor.bytes))
-            .collect();
-
-        let position =
-            2 * decoder.num_hidden_layers * decoder.num_key_value_heads * decoder.head_dim * manifest.dtype.size();
-        let targets = case.batch.rows() * case.options.num_beams * case.tokens / 2;
-        let sources = case.batch.rows() * case.batch.length();
-        StepBytes { weights: weights.values().sum(), caches: (position * (targets + sources)) as u64 }
-    }
-
-    fn total(&self) -> u64 {
-        self.weights + self.caches
-    }
 }
 
 struct Report {

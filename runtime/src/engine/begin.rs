@@ -2,8 +2,9 @@
 //!
 //! # Design
 //! The rows in flight wait for everything that their thread does between two steps. So there it encodes only as much at
-//! a time as takes about as long as a step, and leaves longer sources to a second thread, which has sessions of its own.
-//! That thread takes them in the order of admission; the rows join when they are ready.
+//! a time as takes about as long as a step, or two if more sources wait than are in flight. It leaves longer sources to a
+//! second thread, which has sessions of its own and takes them in the order of admission; the rows join when they are
+//! ready. Short sources share a first step, since each first step reads the weights.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -21,8 +22,11 @@ use crate::model::Lane;
 use crate::search::Search;
 use crate::step_output::StepTensors;
 
+/// The most source tokens that the second thread begins together, unless one source has more.
+const MOST_TOKENS: usize = 512;
+
 /// Encoding that takes no longer than this is never too long between two steps.
-const LEAST_BUDGET: Duration = Duration::from_millis(5);
+const LEAST_BUDGET: Duration = Duration::from_millis(20);
 
 /// A source that has left the queue.
 pub(super) struct Admitted {
@@ -146,12 +150,23 @@ impl Aside {
         let (to_take, begun) = mpsc::channel();
         let shared = shared.clone();
         let work = move || {
-            for source in given {
-                let request = source.request.clone();
-                let footprints = vec![(source.class, source.footprint)];
-                let work = || begin(&shared.copies[copy], Lane::Aside, vec![source]);
+            let mut next = None;
+            while let Some(first) = next.take().or_else(|| given.recv().ok()) {
+                let mut sources = vec![first];
+                let mut tokens = sources[0].footprint.source;
+                while let Ok(more) = given.try_recv() {
+                    tokens += more.footprint.source;
+                    if tokens > MOST_TOKENS {
+                        next = Some(more);
+                        break;
+                    }
+                    sources.push(more);
+                }
+                let requests: Vec<_> = sources.iter().map(|source| source.request.clone()).collect();
+                let footprints = sources.iter().map(|source| (source.class, source.footprint)).collect();
+                let work = || begin(&shared.copies[copy], Lane::Aside, sources);
                 let beginning = catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| {
-                    let failed = vec![(request, Error::Closed)];
+                    let failed = requests.into_iter().map(|request| (request, Error::Closed)).collect();
                     Beginning { failed, footprints, begun: Vec::new() }
                 });
                 if to_take.send(beginning).is_err() {
@@ -226,9 +241,15 @@ impl Pace {
         self.token.unwrap_or_default().saturating_mul(u32::try_from(tokens).unwrap_or(u32::MAX))
     }
 
-    /// How much time may pass between two steps.
-    pub fn budget(&self) -> Duration {
-        self.step.unwrap_or_default().max(LEAST_BUDGET)
+    /// How long sources may be begun between two steps, if this many wait and this many are in flight.
+    pub fn budget(&self, waiting: usize, in_flight: usize) -> Duration {
+        let step = self.step.unwrap_or_default().max(LEAST_BUDGET);
+        if waiting > in_flight { 2 * step } else { step }
+    }
+
+    /// Whether a source of this length takes too long between two steps.
+    pub fn is_long(&self, tokens: usize) -> bool {
+        self.beginning(tokens) > self.budget(1, 0)
     }
 }
 
@@ -243,13 +264,15 @@ mod tests {
     #[test]
     fn the_budget_is_a_step_and_long_sources_exceed_it() {
         let mut pace = Pace::default();
-        assert_eq!((pace.budget(), pace.beginning(4096)), (LEAST_BUDGET, Duration::ZERO), "nothing is known yet");
+        assert_eq!(pace.budget(1, 1), LEAST_BUDGET);
+        assert!(!pace.is_long(4096), "nothing is known yet");
         pace.count_beginning(100, Duration::from_millis(20));
         (0..9).for_each(|_| pace.count_step(Duration::from_millis(30)));
-        assert_eq!((pace.budget(), pace.beginning(100)), (Duration::from_millis(30), Duration::from_millis(20)));
-        assert!(pace.beginning(200) > pace.budget());
+        assert_eq!((pace.budget(2, 2), pace.budget(3, 2)), (Duration::from_millis(30), Duration::from_millis(60)));
+        assert_eq!(pace.beginning(100), Duration::from_millis(20));
+        assert!(!pace.is_long(300) && pace.is_long(301));
         // One slow step is not the new measure.
         pace.count_step(Duration::from_millis(110));
-        assert_eq!(pace.budget(), Duration::from_millis(40));
+        assert_eq!(pace.budget(1, 1), Duration::from_millis(40));
     }
 }

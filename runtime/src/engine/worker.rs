@@ -169,9 +169,10 @@ impl Worker {
         let fixed = if is_shared { 0 } else { rectangles.len() };
         let in_flight: usize = self.flights.iter().map(|flight| flight.members.len()).sum();
         let sources = in_flight + self.beginning().len();
-        let (budget, mut spent) = (self.pace.budget(), Duration::ZERO);
         let mut queue = shared.queue();
         let queue = &mut *queue;
+        let budget = self.pace.budget(queue.line.load().sources, in_flight);
+        let mut spent = Duration::ZERO;
         let share = queue.line.load().sources.div_ceil(shared.copies.len());
         while let Some(id) = queue.line.first() {
             let Some(pending) = queue.requests.get_mut(&id) else {
@@ -200,7 +201,7 @@ impl Worker {
                 break;
             }
             let time = self.pace.beginning(footprint.source);
-            let is_long = self.aside.is_some() && time > budget && has_work;
+            let is_long = self.aside.is_some() && has_work && self.pace.is_long(footprint.source);
             // Cohorts are begun together, since each reads the weights for itself.
             let waits = is_shared && in_flight > 0 && !now.is_empty() && spent + time > budget;
             if !is_long && waits {

@@ -32,8 +32,9 @@ import numpy as np
 from . import _calls, _forms
 from ._calls import Call, Cancellation, copied
 from ._library import C, Error, Handle, Owner, call, filled, take_text
-from ._results import Hypothesis, result, states, taken
+from ._futures import Future, future
 from ._images import Images
+from ._results import Hypothesis, result, states, stats_of, taken
 from ._sources import Given, Ids, Sources, Targets, messages as messages_of
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "Encoder",
     "Engine",
     "Error",
+    "Future",
     "Hypothesis",
     "Model",
     "Request",
@@ -50,7 +52,7 @@ __all__ = [
 ]
 
 # Tracebacks and pickles name the public module.
-for _public in (Cancellation, Error, Hypothesis):
+for _public in (Cancellation, Error, Future, Hypothesis):
     _public.__module__ = __name__
 
 
@@ -380,6 +382,17 @@ class Request(Owner):
                 pass
             return taken(result(call(C.t5g_request_result, self._handle)))
 
+    def stats(self) -> dict[str, float | int | None]:
+        """Waits for the end and returns the request's times in seconds since its submission, and its token counts."""
+        self._check()
+        with self._waiting:
+            for _ in self:
+                pass
+            return stats_of(result(call(C.t5g_request_result, self._handle)))
+
+
+PRIORITIES = {name: C.constants[f"T5G_PRIORITY_{name.upper()}"] for name in ("high", "normal", "low")}
+
 
 class Engine(Owner):
     """Continuous batching: generates for many requests at once. Any number of threads may submit requests.
@@ -399,11 +412,21 @@ class Engine(Owner):
         max_rows: int | None = None,
         max_bytes: int | None = None,
         max_waiting: int | None = None,
+        max_waiting_rows: int | None = None,
+        max_waiting_tokens: int | None = None,
+        max_waiting_bytes: int | None = None,
         devices: Sequence[int] | None = None,
     ) -> None:
         if not isinstance(model, Model):
             raise TypeError(f"model: expected a Model, found {_forms.shown(model)}")
-        bounds = {"max_rows": max_rows, "max_bytes": max_bytes, "max_waiting": max_waiting}
+        bounds = {
+            "max_rows": max_rows,
+            "max_bytes": max_bytes,
+            "max_waiting": max_waiting,
+            "max_waiting_rows": max_waiting_rows,
+            "max_waiting_tokens": max_waiting_tokens,
+            "max_waiting_bytes": max_waiting_bytes,
+        }
         given = filled(
             "t5g_engine_options",
             **{name: _forms.whole(name, value, 1) for name, value in bounds.items() if value is not None},
@@ -432,26 +455,73 @@ class Engine(Owner):
         decoder_text: str | Sequence[str] | None = None,
         progress_total: int | Sequence[int] | None = None,
         stream_text: bool = False,
+        priority: str = "normal",
+        tenant: str | None = None,
         cancellation: Cancellation | None = None,
         deadline: float | None = None,
         **options: Any,
     ) -> Request:
-        """Submits sources in the forms of Model.generate. `deadline` counts from now, waiting included."""
-        for name in ("on_piece", "logits_processor", "prefix_allowed_tokens_fn", "encoder_outputs"):
-            if name in options:
-                raise TypeError(f"{name}: not supported by an engine; pass it to Model.generate")
+        """Submits sources in the forms of Model.generate. `deadline` counts from now, waiting included.
+
+        While requests wait, those of `priority` "high" are admitted before "normal" and "low" ones, which get fewer
+        turns, and each `tenant` gets an equal share, however many requests it submits.
+        """
         seen = {"images": images, "pixel_values": pixel_values, "pan_and_scan": pan_and_scan}
         seen["progress_total"] = progress_total
-        given = Given(self._model, sources, attention_mask, decoder_input_ids, decoder_text, **seen)
-        way = filled(
-            "t5g_call",
-            deadline_seconds=_calls.seconds_left(deadline),
-            stream_text=_forms.flag("stream_text", stream_text),
-        )
+        given = self._given(sources, attention_mask, decoder_input_ids, decoder_text, seen, options)
+        way = self._way(deadline, priority, tenant, stream_text=_forms.flag("stream_text", stream_text))
         if cancellation is not None:
             way.cancellation = _calls.checked(cancellation)._handle
         request = call(C.t5g_engine_submit, self._handle, given.pointer, _options(options), ctypes.byref(way))
         return Request(Handle(request, C.t5g_request_free))
+
+    def future(
+        self,
+        sources: Sources,
+        *,
+        attention_mask: Ids | None = None,
+        images: Images | None = None,
+        pixel_values: np.ndarray | None = None,
+        pan_and_scan: bool | None = None,
+        decoder_input_ids: Ids | None = None,
+        decoder_text: str | Sequence[str] | None = None,
+        progress_total: int | Sequence[int] | None = None,
+        priority: str = "normal",
+        tenant: str | None = None,
+        deadline: float | None = None,
+        **options: Any,
+    ) -> Future:
+        """Like submit, but returns a concurrent.futures.Future of what Model.generate returns; no thread waits for it.
+
+        Cancelling the future cancels the request. With asyncio: `await asyncio.wrap_future(engine.future(text))`.
+        """
+        seen = {"images": images, "pixel_values": pixel_values, "pan_and_scan": pan_and_scan}
+        seen["progress_total"] = progress_total
+        given = self._given(sources, attention_mask, decoder_input_ids, decoder_text, seen, options)
+        way, wanted, handle = self._way(deadline, priority, tenant), _options(options), self._handle
+        return future(way, lambda how, done: call(C.t5g_engine_call, handle, given.pointer, wanted, how, done, out=False))
+
+    def _given(self, sources: Any, mask: Any, ids: Any, text: Any, seen: dict[str, Any], options: dict[str, Any]) -> Given:
+        for name in ("on_piece", "logits_processor", "prefix_allowed_tokens_fn", "encoder_outputs"):
+            if name in options:
+                raise TypeError(f"{name}: not supported by an engine; pass it to Model.generate")
+        return Given(self._model, sources, mask, ids, text, **seen)
+
+    @staticmethod
+    def _way(deadline: float | None, priority: str, tenant: str | None, **fields: Any) -> ctypes.Structure:
+        if priority not in PRIORITIES:
+            raise ValueError(f"priority: expected one of {', '.join(PRIORITIES)}, found {_forms.shown(priority)}")
+        if tenant is not None and not isinstance(tenant, str):
+            raise TypeError(f"tenant: expected text, found {_forms.shown(tenant)}")
+        if tenant is not None and "\0" in tenant:
+            raise ValueError("tenant: expected text without zeros, found one")
+        return filled(
+            "t5g_call",
+            deadline_seconds=_calls.seconds_left(deadline),
+            priority=PRIORITIES[priority],
+            tenant=None if tenant is None else tenant.encode(),
+            **fields,
+        )
 
     @property
     def stats(self) -> dict[str, int]:

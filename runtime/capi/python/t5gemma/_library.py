@@ -27,15 +27,18 @@ NUMBERS = {
 
 
 class Error(Exception):
-    """An error of the library: `code` is one of T5G_ERROR_…, `field` the argument or option at fault."""
+    """An error of the library: `code` is one of T5G_ERROR_…, `field` the argument or option at fault.
 
-    def __init__(self, code: int, message: str, field: str | None = None) -> None:
+    With T5G_ERROR_FULL, `retry_after` is the number of seconds after which to try again.
+    """
+
+    def __init__(self, code: int, message: str, field: str | None = None, retry_after: float = 0.0) -> None:
         super().__init__(message)
-        self.code, self.field = code, field
+        self.code, self.field, self.retry_after = code, field, retry_after
 
     def __reduce__(self) -> tuple[Any, ...]:
         # By default an exception is made from its args, which hold the message only.
-        return type(self), (self.code, str(self), self.field), self.__dict__
+        return type(self), (self.code, str(self), self.field, self.retry_after), self.__dict__
 
 
 def of_type(declared: str, returned: bool = False) -> Any:
@@ -223,11 +226,17 @@ def call(function: Any, *arguments: Any, out: bool = True) -> Any:
     given = ctypes.c_void_p()
     error = function(*arguments, *([ctypes.byref(given)] if out else []))
     if error:
-        field = C.t5g_error_field(error)
-        failure = Error(C.t5g_error_code(error), C.t5g_error_message(error).decode(), field.decode() if field else None)
-        C.t5g_error_free(error)
-        raise failure
+        raise failure(error)
     return given.value
+
+
+def failure(error: int) -> Error:
+    """An error of the library as an exception; the error is freed."""
+    field = C.t5g_error_field(error)
+    message, after = C.t5g_error_message(error).decode(), C.t5g_error_retry_after(error)
+    made = Error(C.t5g_error_code(error), message, field.decode() if field else None, after)
+    C.t5g_error_free(error)
+    return made
 
 
 def take_text(function: Any, *arguments: Any) -> str:

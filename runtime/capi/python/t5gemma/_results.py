@@ -41,6 +41,14 @@ def result(handle: int) -> Handle:
     return Handle(handle, C.t5g_result_free)
 
 
+def stats_of(given: Handle) -> dict[str, float | int | None]:
+    """Times in seconds and counts of a result; a time is None if there is none."""
+    found = filled("t5g_request_stats")
+    call(C.t5g_result_stats, given.number, ctypes.byref(found), out=False)
+    fields = ((name, getattr(found, name)) for name, _ in found._fields_[1:])
+    return {name: None if value != value else value for name, value in fields}
+
+
 def taken(given: Handle) -> list[list[Hypothesis]]:
     """The hypotheses of a result, copied; the result is freed."""
     try:
