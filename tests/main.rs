@@ -34,6 +34,8 @@ mod python;
 mod random;
 mod run_time_adapters;
 mod sampling;
+mod serve;
+mod serve_doors;
 mod shortlist;
 mod speculation;
 mod tasks;

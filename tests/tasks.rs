@@ -242,7 +242,7 @@ fn arguments<'a>(command: &'a str, model: &'a Path, rest: &[&'a str]) -> Vec<&'a
 }
 
 /// A task fixture with the demo's tokenizer, whose ids are cut to its vocabulary by the texts used here.
-fn with_tokenizer(folder: &Path, name: &str) -> PathBuf {
+pub fn with_tokenizer(folder: &Path, name: &str) -> PathBuf {
     let (from, out) = (folder.join("checkpoint"), folder.join("model"));
     fs::create_dir(&from).expect("a new folder");
     for file in ["config.json", "model.safetensors"] {

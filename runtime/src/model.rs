@@ -318,6 +318,11 @@ impl Model {
         &self.limits
     }
 
+    /// The greatest length of a target in tokens, decoder prompt included.
+    pub fn max_target_length(&self) -> usize {
+        self.target_limit().tokens
+    }
+
     /// The greatest length of a target.
     pub(crate) fn target_limit(&self) -> TargetLimit {
         let planned = self.profiles().and_then(|profiles| profiles.decoder.as_ref()).and_then(|decoder| decoder.target);

@@ -10,7 +10,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use serde_json::Value;
-use tokenizers::{AddedToken, ModelWrapper};
+use tokenizers::{AddedToken, EncodeInput, ModelWrapper};
 
 use crate::error::Error;
 use crate::panics;
@@ -108,7 +108,20 @@ impl Tokenizer {
         self.ids(text, true)
     }
 
+    /// The tokens of two texts that are read together, with the special tokens that the tokenizer's post-processor adds.
+    ///
+    /// # Errors
+    /// Texts that the tokenizer cannot express.
+    pub fn encode_pair(&self, first: &str, second: &str) -> Result<Vec<i64>, Error> {
+        self.encoded((first, second), true)
+    }
+
     fn ids(&self, text: &str, special: bool) -> Result<Vec<i64>, Error> {
+        self.encoded(text, special)
+    }
+
+    fn encoded<'t>(&self, text: impl Into<EncodeInput<'t>>, special: bool) -> Result<Vec<i64>, Error> {
+        let text = text.into();
         let encode = || self.inner.encode_fast(text, special).map_err(|error| error.to_string());
         let encoding = panics::catch(LIBRARY, encode)
             .flatten()

@@ -29,7 +29,7 @@ FIXTURES = TESTS / "fixtures/public"
 DEMO = TESTS / "demo/checkpoint"
 LORA = TESTS / "fixtures/lora"
 TASKS = ["encoder", "sequence-encoder", "sequence-decoder", "token-decoder"]
-GRAPHS = ["encoder", "decoder", "decoder_with_past", "model"]
+GRAPHS = ["encoder", "decoder", "decoder_with_past", "model", "vision_encoder"]
 
 
 def load():

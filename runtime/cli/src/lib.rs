@@ -9,6 +9,8 @@ mod encode;
 mod engines;
 mod generate;
 mod score;
+#[cfg(all(feature = "server", unix))]
+mod serve;
 mod shortlist;
 mod verify;
 
@@ -77,6 +79,8 @@ enum Command {
     Score(score::Arguments),
     Encode(encode::Arguments),
     Classify(classify::Arguments),
+    #[cfg(all(feature = "server", unix))]
+    Serve(Box<serve::Arguments>),
     Verify(verify::Arguments),
     Bench(bench::Arguments),
     Calibrate(calibrate::Arguments),
@@ -117,6 +121,11 @@ fn end_at_once() -> ! {
 pub fn main() -> ExitCode {
     let cli = Cli::parse_from(options::joined(std::env::args_os()));
     t5gemma_runtime::silence_caught_panics();
+    #[cfg(all(feature = "server", unix))]
+    if let Command::Serve(arguments) = cli.command {
+        // It has its own way to end.
+        return exit::status(serve::run(*arguments));
+    }
     let cancel = Cancellation::new();
     let handler = cancel.clone();
     let result = ctrlc::set_handler(move || {
@@ -136,6 +145,8 @@ pub fn main() -> ExitCode {
         Command::Score(arguments) => score::run(arguments, &cancel),
         Command::Encode(arguments) => encode::run(arguments, &cancel),
         Command::Classify(arguments) => classify::run(arguments, &cancel),
+        #[cfg(all(feature = "server", unix))]
+        Command::Serve(_) => unreachable!("run above"),
         Command::Verify(arguments) => verify::run(arguments, &cancel),
         Command::Bench(arguments) => bench::run(arguments, &cancel),
         Command::Calibrate(arguments) => calibrate::run(arguments, &cancel),
