@@ -7,7 +7,7 @@ use t5gemma_graphs::Target;
 use t5gemma_graphs::interface::Logits;
 use t5gemma_runtime::{Batch, Controls, Model};
 
-use crate::common::{FIXTURES, cases, demo_as, exported, exported_as, exported_for, tests};
+use crate::common::{FIXTURES, demo_as, exported, exported_as, exported_for, tests};
 
 fn all_logits(target: Target) -> Export {
     Export::default().logits(Logits::All).target(target)
