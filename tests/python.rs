@@ -17,9 +17,9 @@ fn in_half(name: &str, dtype: DType) -> PathBuf {
 
 #[test]
 fn onnx_checks_every_graph_in_every_type() {
-    let mut models: Vec<PathBuf> = FIXTURES.iter().map(|name| exported(name)).collect();
+    let mut models: Vec<PathBuf> = FIXTURES.iter().chain(&["t2-vision"]).map(|name| exported(name)).collect();
     for dtype in [DType::Float16, DType::BFloat16] {
-        models.extend(["tiny-balanced", "tiny-unbalanced"].map(|name| in_half(name, dtype)));
+        models.extend(["tiny-balanced", "tiny-unbalanced", "t2-vision"].map(|name| in_half(name, dtype)));
     }
     models.push(exported_as("tiny-balanced", "all-logits", Export::default().logits(Logits::All)));
     for target in [Target::Portable, Target::TensorRt] {
@@ -41,7 +41,7 @@ fn onnx_checks_every_graph_in_every_type() {
 
 #[test]
 fn pythons_onnxruntime_agrees_with_transformers() {
-    for name in FIXTURES {
+    for name in FIXTURES.into_iter().chain(["t2-vision"]) {
         python("run_onnxruntime.py", [exported(name), fixture(name)]);
     }
 }
@@ -49,7 +49,7 @@ fn pythons_onnxruntime_agrees_with_transformers() {
 /// This project's runtime has kernels of its own for these graphs; they are ONNX Runtime's to run all the same.
 #[test]
 fn pythons_onnxruntime_alone_runs_what_is_written_for_a_cpu() {
-    for name in FIXTURES {
+    for name in FIXTURES.into_iter().chain(["t2-vision"]) {
         let export = Export::default().target(Target::Cpu);
         python("run_onnxruntime.py", [exported_as(name, "cpu", export), fixture(name)]);
     }
@@ -57,7 +57,7 @@ fn pythons_onnxruntime_alone_runs_what_is_written_for_a_cpu() {
 
 #[test]
 fn onnxs_reference_evaluator_agrees_with_transformers() {
-    for name in ["tiny-balanced", "tiny-unbalanced", "tiny-untied"] {
+    for name in ["tiny-balanced", "tiny-unbalanced", "tiny-untied", "t2-vision", "t2-untied"] {
         python("run_reference.py", [exported(name), fixture(name)]);
     }
 }

@@ -401,7 +401,10 @@ fn the_preset_is_its_options() {
     let (checkpoint, out) = (folder.path().join("checkpoint"), folder.path().join("model"));
     foreign(&checkpoint);
     let refused = export(&checkpoint, &out, &[]).expect_err("an unknown model");
-    assert!(refused.contains("model_type: expected \"t5gemma\" or \"t5gemma_voice\", found \"my_voice\""), "{refused}");
+    assert!(
+        refused.contains("model_type: expected \"t5gemma\" or \"t5gemma2\" or \"t5gemma_voice\", found \"my_voice\""),
+        "{refused}"
+    );
     let options = [
         "--target",
         "cpu",

@@ -262,14 +262,46 @@ fn configurations_that_are_not_implemented() {
             name: "a Llama",
             fixture: "tiny-untied",
             change: |folder| set(folder, "config.json", &[("/model_type", json!("llama"))]),
-            says: &["checkpoint/config.json: model_type: expected \"t5gemma\" or \"t5gemma_voice\", found \"llama\""],
+            says: &[
+                "checkpoint/config.json: model_type: expected \"t5gemma\" or \"t5gemma2\" or \"t5gemma_voice\", found \"llama\"",
+            ],
         },
         Case {
-            name: "a T5Gemma 2",
+            name: "a T5Gemma that calls itself a T5Gemma 2",
             fixture: "tiny-untied",
             change: |folder| set(folder, "config.json", &[("/model_type", json!("t5gemma2"))]),
+            says: &["checkpoint/config.json: decoder.rope_parameters: expected full_attention and sliding_attention"],
+        },
+        Case {
+            name: "a T5Gemma 2 without a head, untied",
+            fixture: "t2-untied",
+            change: |folder| {
+                set(folder, "config.json", &[("/tie_word_embeddings", json!(false))]);
+                tensors(folder, |all| drop(all.remove("lm_head.out_proj.weight")));
+            },
+            says: &["lm_head.out_proj.weight: missing, though config.json has tie_word_embeddings false"],
+        },
+        Case {
+            name: "rotary positions that transformers ignores",
+            fixture: "t2-balanced",
+            change: |folder| {
+                set(
+                    folder,
+                    "config.json",
+                    &[("/decoder/rope_parameters", json!({"rope_type": "linear", "factor": 8.0}))],
+                )
+            },
             says: &[
-                "config.json: model_type: expected \"t5gemma\" or \"t5gemma_voice\", found \"t5gemma2\" (T5Gemma 2 is another",
+                "checkpoint/config.json: decoder.rope_parameters: expected full_attention and sliding_attention",
+                "transformers ignores such parameters",
+            ],
+        },
+        Case {
+            name: "tokens of an image that are no square of its patches",
+            fixture: "t2-balanced",
+            change: |folder| set(folder, "config.json", &[("/encoder/mm_tokens_per_image", json!(3))]),
+            says: &[
+                "checkpoint/config.json: encoder.mm_tokens_per_image: expected the square of a number that divides",
             ],
         },
         Case {
@@ -459,7 +491,7 @@ fn tensors_that_do_not_fit() {
             fixture: "tiny-untied",
             change: |folder| tensors(folder, BTreeMap::clear),
             says: &[
-                "checkpoint: the tensors do not match config.json: model.decoder.embed_tokens.weight: missing; the checkpoint has no",
+                "checkpoint: the tensors do not match config.json: model.encoder.embed_tokens.weight: missing; the checkpoint has no",
             ],
         },
         Case {
@@ -507,7 +539,7 @@ fn tensors_that_do_not_fit() {
                 });
             },
             says: &[
-                "model.decoder.embed_tokens.weight: missing; none of the ",
+                "model.encoder.embed_tokens.weight: missing; none of the ",
                 "tensors has a T5Gemma name",
                 ".block.",
             ],

@@ -167,8 +167,8 @@ fn manifests_that_are_not_right() {
         },
         Case {
             name: "a tensor's role that there is not",
-            change: |folder| set(folder, MANIFEST, &[("/weights/tensors/0/role", json!("vision"))]),
-            says: &["model/manifest.json: unknown variant `vision`"],
+            change: |folder| set(folder, MANIFEST, &[("/weights/tensors/0/role", json!("speech"))]),
+            says: &["model/manifest.json: unknown variant `speech`"],
         },
         Case {
             name: "a graph missing",

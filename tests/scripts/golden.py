@@ -11,8 +11,6 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
-# The decoder's first token in every fixture.
-START = 2
 # A row whose beams are all alike must score as the row alone.
 BEAMS = 2
 # Tokens that a cache which is written in place has room for.
@@ -39,6 +37,10 @@ def compare(model, golden, engine):
     tensors = load_file(golden / "golden.safetensors")
     manifest = json.loads((model / "manifest.json").read_text())
     exclusive, in_place = manifest["encoder_window"] == "exclusive", manifest.get("cache") == "in_place"
+    settings = json.loads((model / "generation_config.json").read_text())
+    first_id = settings.get("decoder_start_token_id", settings["bos_token_id"])
+    vision = manifest["facts"].get("vision")
+    vision_encoder = engine(model / "vision_encoder.onnx") if vision else None
     encoder = engine(model / "encoder_model.onnx")
     decoder = engine(model / "decoder_model.onnx")
     decoder_with_past = engine(model / "decoder_with_past_model.onnx")
@@ -47,7 +49,14 @@ def compare(model, golden, engine):
 
     for batch in sorted(name.split(".")[1] for name in tensors if name.endswith(".input_ids")):
         ids, mask = tensors[f"in.{batch}.input_ids"], tensors[f"in.{batch}.attention_mask"]
-        hidden = encoder({"input_ids": ids, "attention_mask": mask})["last_hidden_state"]
+        images = {}
+        if vision:
+            width = manifest["facts"]["encoder"]["hidden_size"]
+            images["image_features"] = np.zeros((0, vision["tokens_per_image"], width), np.float32)
+        if f"in.{batch}.pixel_values" in tensors:
+            images = vision_encoder({"pixel_values": tensors[f"in.{batch}.pixel_values"]})
+            close("image features", images["image_features"], tensors[f"img.{batch}.features"])
+        hidden = encoder({"input_ids": ids, "attention_mask": mask, **images})["last_hidden_state"]
         expected = tensors[f"enc.{batch}.last_hidden_state{'.window_exclusive' if exclusive else ''}"]
         close("hidden states", hidden, expected, mask[:, :, None] == 1)
         if exclusive:
@@ -77,7 +86,7 @@ def compare(model, golden, engine):
             inputs = {"encoder_attention_mask": mask, "input_ids": tokens, "cache_position": positions, **past}
             return {**cached, **decoder_with_past(inputs), "length": length + tokens.shape[1]}
 
-        first_token = np.full((len(ids), 1), START)
+        first_token = np.full((len(ids), 1), first_id)
         first = start(first_token)
         close("first logits", first["logits"], tensors[f"dec.{batch}.first.logits"])
         for name, value in first.items():

@@ -261,3 +261,126 @@ impl Parts {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::t5gemma::config::tests::check_refused;
+    use serde_json::json;
+
+    fn minimal() -> Value {
+        let stack = json!({"num_hidden_layers": 7, "hidden_size": 32, "vocab_size": 60, "sliding_window": 8});
+        json!({"model_type": "t5gemma2", "encoder": {"text_config": stack}, "decoder": stack})
+    }
+
+    fn parsed(change: impl FnOnce(&mut Value)) -> Config {
+        let mut json = minimal();
+        change(&mut json);
+        Config::parse(&json.to_string()).unwrap_or_else(|error| panic!("{json}: {error}"))
+    }
+
+    #[test]
+    fn missing_fields_take_the_documented_defaults() {
+        let config = parsed(|_| ());
+        let is_full = |layer: &LayerType| *layer == LayerType::Full;
+        assert_eq!(config.encoder.layers.iter().position(is_full), Some(5));
+        assert_eq!(config.decoder.layers[0], LayerType::Sliding(8));
+        assert_eq!(config.decoder.full_rope, Rope { theta: 1e6, factor: 1.0 });
+        assert_eq!(config.decoder.sliding_rope, Rope { theta: 1e4, factor: 1.0 });
+        assert_eq!(config.decoder.final_logit_softcapping, None);
+        assert_eq!(config.end_of_image, Some(256_000));
+        let vision = config.vision.expect("a model may read images");
+        assert_eq!((vision.image_token, vision.start_of_image, vision.image_size), (256_001, 255_999, 224));
+        assert_eq!((config.tokens.bos, config.tokens.eos), (Some(2), vec![1]));
+        assert!(config.tie_word_embeddings && config.ignored.is_empty());
+    }
+
+    #[test]
+    fn rotary_positions_are_where_transformers_finds_them() {
+        let linear = |factor: f64| json!({"rope_type": "linear", "factor": factor});
+        let both = |full: Value, sliding: Value| json!({"full_attention": full, "sliding_attention": sliding});
+        let none = || json!({"rope_type": "default"});
+        for (changes, full, sliding) in [
+            (json!({"rope_theta": 5.0, "rope_local_base_freq": 3.0}), (5.0, 1.0), 3.0),
+            (json!({"rope_scaling": linear(8.0)}), (1e6, 8.0), 1e4),
+            (json!({"rope_theta": 5.0, "rope_scaling": linear(4.0)}), (5.0, 4.0), 1e4),
+            (json!({"rope_parameters": both(linear(8.0), none())}), (1e6, 8.0), 1e4),
+            (
+                json!({"rope_parameters": both(json!({"rope_type": "linear", "factor": 2.0, "rope_theta": 7.0}),
+                json!({"rope_theta": 9.0}))}),
+                (7.0, 2.0),
+                9.0,
+            ),
+            (json!({"rope_theta": 5.0, "rope_parameters": both(json!({"rope_theta": 7.0}), none())}), (7.0, 1.0), 1e4),
+            (json!({"rope_scaling": null, "rope_parameters": {}}), (1e6, 1.0), 1e4),
+        ] {
+            let config = parsed(|json| {
+                let decoder = json["decoder"].as_object_mut().expect("an object");
+                decoder.extend(changes.as_object().expect("an object").clone());
+            });
+            let Rope { theta, factor } = config.decoder.full_rope;
+            assert_eq!(((theta, factor), config.decoder.sliding_rope.theta), (full, sliding), "{changes}");
+            assert_eq!(config.encoder.full_rope.theta, 1e6, "the other stack has its own");
+        }
+    }
+
+    #[test]
+    fn what_is_not_implemented_is_refused_by_name() {
+        let both = json!({"full_attention": {"rope_type": "yarn"}, "sliding_attention": {}});
+        let cases = [
+            ("/decoder/hidden_activation", json!("silu"), "decoder.hidden_activation"),
+            ("/decoder/hidden_size", json!(48), "decoder.hidden_size"),
+            ("/encoder/text_config/vocab_size", json!(61), "decoder.vocab_size"),
+            ("/decoder/rope_scaling", json!({"type": "linear", "factor": 8.0}), "decoder.rope_scaling.rope_type"),
+            ("/decoder/rope_scaling", json!({"rope_type": "linear"}), "decoder.rope_scaling.factor"),
+            ("/decoder/rope_parameters", json!({"rope_type": "default"}), "decoder.rope_parameters"),
+            ("/decoder/rope_parameters", both, "decoder.rope_parameters.full_attention.rope_type"),
+            ("/decoder/num_key_value_heads", json!(3), "decoder.num_key_value_heads"),
+            ("/decoder/head_dim", json!(7), "decoder.head_dim"),
+            ("/decoder/layer_types", json!(["full_attention"]), "decoder.layer_types"),
+            ("/decoder/sliding_window", Value::Null, "decoder.sliding_window"),
+            ("/decoder/is_causal", json!(false), "decoder.is_causal"),
+            ("/encoder/vision_config", json!({"hidden_act": "gelu"}), "encoder.vision_config.hidden_act"),
+            ("/encoder/vision_config", json!({"num_channels": 1}), "encoder.vision_config.num_channels"),
+            ("/encoder/eoi_token_index", json!(-1), "encoder.eoi_token_index"),
+            ("/quantization_config", json!({"quant_method": "bitsandbytes"}), "quantization_config"),
+            ("/architectures", json!(["T5Gemma2ForSequenceClassification"]), "architectures"),
+        ];
+        check_refused(minimal, &cases);
+    }
+
+    #[test]
+    fn the_top_level_names_the_image_token_and_the_encoder_the_one_behind() {
+        let config = parsed(|json| {
+            json["encoder"]["image_token_index"] = json!(40);
+            json["encoder"]["eoi_token_index"] = json!(41);
+            json["eoi_token_index"] = json!(42);
+            json["decoder"]["attn_logit_softcapping"] = json!(50.0);
+            json["decoder"]["_sliding_window_pattern"] = json!(6);
+        });
+        assert_eq!((config.vision.map(|vision| vision.image_token), config.end_of_image), (Some(256_001), Some(41)));
+        let expected = ["decoder.attn_logit_softcapping", "encoder.image_token_index", "eoi_token_index"];
+        assert_eq!(config.ignored, expected);
+    }
+
+    #[test]
+    fn the_tokens_of_an_image_are_a_square_of_its_patches() {
+        let vision = |image: usize, patch: usize, tokens: usize| {
+            let config = parsed(|json| {
+                json["encoder"]["vision_config"] = json!({"image_size": image, "patch_size": patch});
+                json["encoder"]["mm_tokens_per_image"] = json!(tokens);
+            });
+            config.vision.expect("it has one").check().map_err(|error| error.field)
+        };
+        for (image, patch, tokens, field) in [
+            (896, 14, 256, None),
+            (28, 7, 4, None),
+            (224, 16, 256, Some("encoder.mm_tokens_per_image")),
+            (28, 7, 5, Some("encoder.mm_tokens_per_image")),
+            (35, 7, 16, Some("encoder.mm_tokens_per_image")),
+            (8, 16, 1, Some("encoder.vision_config.patch_size")),
+        ] {
+            assert_eq!(vision(image, patch, tokens).err().as_deref(), field, "{image}, {patch}, {tokens}");
+        }
+    }
+}

@@ -120,6 +120,7 @@ impl Kernels {
     /// The operators to register with the session.
     pub fn operators(&self, kind: GraphKind) -> ort::Result<Vec<OperatorDomain>> {
         let is_quantized = Arc::new(AtomicBool::new(false));
+        let shared = attention::SharedAttention::default();
         let mut domains = Vec::new();
         for &(domain, names) in registered() {
             let mut operators = OperatorDomain::new(domain)?;
@@ -138,9 +139,10 @@ impl Kernels {
                         #[cfg(target_arch = "x86_64")]
                         head: self.head(),
                     })?,
-                    attention::WINDOW => {
-                        operators.add(attention::WindowAttention { is_quantized: is_quantized.clone() })?
-                    }
+                    attention::WINDOW => operators.add(attention::WindowAttention {
+                        is_quantized: is_quantized.clone(),
+                        shared: shared.clone(),
+                    })?,
                     merged_attention::MERGED => operators.add(merged_attention::MergedAttention)?,
                     "GroupQueryAttention" => operators.add(attention::GroupQueryAttention)?,
                     #[cfg(target_arch = "x86_64")]

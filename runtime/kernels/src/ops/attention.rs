@@ -1,7 +1,8 @@
 //! `Attention`, over given keys and values, and `GroupQueryAttention`, over a key-value cache.
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use ort::operator::{ComputeContext, Kernel, KernelContext, Operator, OperatorInput, OperatorOutput};
 use ort::value::{Shape, TensorElementType};
@@ -118,7 +119,12 @@ impl Kernel for AttentionKernel {
 pub struct WindowAttention {
     /// As for [`Attention`].
     pub is_quantized: Arc<AtomicBool>,
+    /// The attention of the nodes that were created, by the bits of its scale.
+    pub shared: SharedAttention,
 }
+
+/// Attention that the nodes of a session share: one runs at a time, and the buffers for a long source are large.
+pub type SharedAttention = Arc<Mutex<BTreeMap<u32, Arc<Mutex<attention::Attention>>>>>;
 
 /// The name of [`WindowAttention`].
 pub const WINDOW: &str = "WindowAttention";
@@ -148,8 +154,16 @@ impl Operator for WindowAttention {
             back: number("back")?,
             ahead: number("ahead")?,
             is_quantized: self.is_quantized.clone(),
-            attention: attention::Attention::of_encoder(scale, None),
+            attention: self.of_scale(scale),
         })
+    }
+}
+
+impl WindowAttention {
+    fn of_scale(&self, scale: f32) -> Arc<Mutex<attention::Attention>> {
+        let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
+        let new = || Arc::new(Mutex::new(attention::Attention::of_encoder(scale, None)));
+        shared.entry(scale.to_bits()).or_insert_with(new).clone()
     }
 }
 
@@ -160,7 +174,7 @@ pub struct WindowAttentionKernel {
     back: usize,
     ahead: usize,
     is_quantized: Arc<AtomicBool>,
-    attention: attention::Attention,
+    attention: Arc<Mutex<attention::Attention>>,
 }
 
 impl Kernel for WindowAttentionKernel {
@@ -190,7 +204,8 @@ impl Kernel for WindowAttentionKernel {
         let is_quantized = self.is_quantized.load(Ordering::Relaxed);
         let inputs = Inputs { queries, query_layout, keys, values, key_layout, is_quantized };
         let windows = Windows { numbers, back: self.back, ahead: self.ahead };
-        self.attention.run_in_windows(inputs, windows, to, &|count, task| parallel_for(context, count, task))?;
+        let mut attention = self.attention.lock().unwrap_or_else(PoisonError::into_inner);
+        attention.run_in_windows(inputs, windows, to, &|count, task| parallel_for(context, count, task))?;
         Ok(())
     }
 }
