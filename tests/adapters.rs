@@ -340,3 +340,20 @@ fn rows_of_tokens_are_replaced() {
     let output = export(&folder.path().join("outside"), &["--adapter", outside.folder.path().to_str().expect("UTF-8")]);
     assert!(told(&output).contains("expected token ids below 64, found 64"), "{}", told(&output));
 }
+
+#[test]
+fn a_t5gemma_2_is_exported_without_what_only_the_first_family_has() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let out = folder.path().join("model");
+    for (arguments, says) in [
+        (&["--target", "cpu", "--lora-inputs", "4"][..], "--lora-inputs: expected a T5Gemma (the adapters of other"),
+        (&["--encoder-window", "exclusive"], "--encoder-window: expected the window of t5gemma2"),
+        (&["--source-positions", "float"], "a custom interface: expected a T5Gemma, found T5Gemma2"),
+    ] {
+        let mut command = program("t5gemma-export");
+        let checkpoint = tests().join("fixtures/public/t2-balanced/checkpoint");
+        let output = command.arg(checkpoint).arg(&out).args(arguments).output().expect("starts");
+        let message = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && message.contains(says) && !out.exists(), "{arguments:?}: {message}");
+    }
+}

@@ -229,6 +229,10 @@ pub(super) fn check_family(export: &Export, config: &Config) -> Result<()> {
         let expected = "a T5Gemma";
         return Err(SettingError::invalid(Setting::Custom, expected, family));
     }
+    if export.lora_inputs.is_some() {
+        let expected = "a T5Gemma (the adapters of other families can only be merged)";
+        return Err(SettingError::invalid(Setting::LoraInputs, expected, family));
+    }
     Ok(())
 }
 
