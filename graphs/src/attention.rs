@@ -4,7 +4,7 @@
 
 use crate::config::{LayerType, MOST_SIZE, Rope, Stack};
 use crate::interface::{BEAMS, CacheLayout, PRESENT_LENGTH};
-use crate::lower::{Attention, attention_with_weights, mask_by_query};
+use crate::lower::{Attention, Capabilities, attention_with_weights, mask_by_query};
 use crate::manifest::EncoderWindow;
 use crate::nn::{Linear, Stacked, head_norm, linear, stacked};
 use crate::onnx::{Attribute, DType, Dim, Graph, GroupQuery, Heads, Value};
@@ -47,9 +47,12 @@ fn bidirectional_in_rows<'g>(
 /// Whether [`bidirectional_in_windows`] is the form of the encoder's attention.
 pub fn attends_in_windows(tokens: &Tokens, w: &Weights) -> bool {
     // The operator that rotates heads in a row looks angles up by integer positions.
-    w.lowering.capabilities().attends_in_windows
-        && tokens.rotary.dtype() == DType::Int64
-        && w.stack.attn_logit_softcapping.is_none()
+    takes_windows(w.lowering.capabilities(), w.stack) && tokens.rotary.dtype() == DType::Int64
+}
+
+/// Whether the target has an operator for [`bidirectional_in_windows`] that suits the stack.
+pub fn takes_windows(target: &Capabilities, stack: &Stack) -> bool {
+    target.attends_in_windows && stack.attn_logit_softcapping.is_none()
 }
 
 /// The operator of [`bidirectional_in_windows`]: queries, keys and values `[rows, length, heads·head_dim]`, and the number

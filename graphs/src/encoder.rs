@@ -1,6 +1,8 @@
 //! The encoder, shared by the graphs that have one: what it reads, the layer, and the stack of layers.
 
-use crate::attention::{attends_in_windows, bidirectional, bidirectional_in_windows, padding_mask, window_mask};
+use crate::attention::{
+    attends_in_windows, bidirectional, bidirectional_in_windows, padding_mask, takes_windows, window_mask,
+};
 use crate::config::{Config, LayerType};
 use crate::manifest::EncoderWindow;
 use crate::nn::{gated_mlp, residual, rms_norm};
@@ -42,11 +44,8 @@ impl<'g> Source<'g> {
             return Source { tokens: source.tokens.rotated_by(rotary), ..source };
         }
         let (tokens, visible) = Tokens::side_by_side(graph, ids, mask);
-        let is_in_windows = options.target.capabilities().attends_in_windows;
-        let tokens = match config.encoder.attn_logit_softcapping {
-            None if is_in_windows => Tokens::in_sources(graph, ids, mask),
-            _ => tokens,
-        };
+        let in_windows = takes_windows(options.target.capabilities(), &config.encoder);
+        let tokens = if in_windows { Tokens::in_sources(graph, ids, mask) } else { tokens };
         Source { ids, tokens, visible, numbers: mask }
     }
 }

@@ -41,6 +41,7 @@ mod versions;
 mod t5gemma;
 mod t5gemma2;
 
+mod decoder;
 mod encoder;
 mod features;
 mod outputs;

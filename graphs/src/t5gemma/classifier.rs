@@ -1,10 +1,11 @@
 //! Classification: scores of labels for each source or for each of its tokens, from the encoder's states or from those
 //! of a decoder that reads the source again. One graph without a cache, as nothing is generated.
 
-use super::decoder::stack;
+use super::decoder::layer;
 use super::root;
 use crate::attention::cross_key_value;
 use crate::config::{Classifier, Config};
+use crate::decoder::stack;
 use crate::encoder::{self, Source};
 use crate::features::last_true;
 use crate::interface::{self, CacheLayout};
@@ -60,7 +61,7 @@ fn read_again<'g>(hidden: Value<'g>, source: &Source<'g>, classifier: &Classifie
     let context =
         Context { tokens, source_mask: source.visible, target_mask, cross_rotary: None, cache: CacheLayout::Growing };
     let memory = |_, w: &Weights<'g>| Memory { past: None, source: cross_key_value(hidden, None, &w.at("cross_attn")) };
-    let (x, _) = stack(x, &context, &[], memory, w);
+    let (x, _) = stack(x, &context, &[], memory, layer, w);
     rms_norm(x, &w.at("norm")).cast(w.dtype())
 }
 

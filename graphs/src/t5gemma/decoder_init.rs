@@ -1,10 +1,11 @@
 //! The first decoder step: hidden states and the first target tokens → logits, the target's keys and values, and the
 //! source's, which are computed here once. A graph of its own so that no past of length zero is ever passed.
 
-use super::decoder::stack;
+use super::decoder::layer;
 use super::root;
 use crate::attention::{cross_key_value, padding_mask};
 use crate::config::{Config, Positions};
+use crate::decoder::stack;
 use crate::interface::{self, CacheLayout};
 use crate::nn::embedding;
 use crate::onnx::{Definition, Graph, Value};
@@ -49,6 +50,7 @@ fn first_step(config: &Config, options: &Options, cache: CacheLayout) -> Definit
             let at = w.at("cross_attn").taking_adapters(source_adapter_mask);
             Memory { past: None, source: cross_key_value(hidden, of_source, &at) }
         },
+        layer,
         &root.at("model.decoder").taking_adapters(adapter_mask),
     );
     let cached = layers.iter().flat_map(|layer| [layer.present, layer.source]).flat_map(|pair| [pair.key, pair.value]);

@@ -1,10 +1,11 @@
 //! The cached decoder steps: next target tokens, past, and the source's keys and values → logits and the present. Any
 //! number of new tokens, so that a draft can be verified or a prefix appended in one run.
 
-use super::decoder::stack;
+use super::decoder::layer;
 use super::root;
 use crate::attention::padding_mask;
 use crate::config::{Config, Positions};
+use crate::decoder::stack;
 use crate::interface::{self, CacheLayout, PAST_LENGTH};
 use crate::nn::embedding;
 use crate::onnx::{Definition, Dim, Graph};
@@ -42,8 +43,14 @@ pub fn decoder_step(config: &Config, options: &Options) -> Definition {
         let [past_key, past_value, key, value] = *cached[4 * i..].first_chunk().expect("four tensors of each layer");
         Memory { past: Some(KeyValue { key: past_key, value: past_value }), source: KeyValue { key, value } }
     };
-    let (x, layers) =
-        stack(x, &context, &options.alignment_layers, memory, &root.at("model.decoder").taking_adapters(adapter_mask));
+    let (x, layers) = stack(
+        x,
+        &context,
+        &options.alignment_layers,
+        memory,
+        layer,
+        &root.at("model.decoder").taking_adapters(adapter_mask),
+    );
     let presents = layers.iter().flat_map(|layer| [layer.present.key, layer.present.value]);
     let weights = layers.iter().filter_map(|layer| layer.weights).collect();
     outputs(&ports, x, weights, presents.collect(), &context.tokens, options, &root);

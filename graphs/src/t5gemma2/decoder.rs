@@ -1,54 +1,16 @@
-//! The decoder, shared by the graphs that have one: the layer, and the stack of layers.
+//! The decoder's layer, shared by the graphs that have one.
 
-use crate::config::LayerType;
+use crate::decoder::{Layer, LayerOutput};
 use crate::merged_attention::{merged, merged_with_weights};
 use crate::nn::{gated_mlp, residual, rms_norm};
 use crate::onnx::Value;
-use crate::sequence::{Context, KeyValue, Memory};
+use crate::sequence::Context;
 use crate::weights::Weights;
-
-/// What a layer returns.
-pub struct LayerOutput<'g> {
-    /// The residual stream behind it, `[rows·length, hidden]`.
-    pub x: Value<'g>,
-    /// The keys and values of past and new target tokens.
-    pub present: KeyValue<'g>,
-    /// The keys and values of the source, as they were given.
-    pub source: KeyValue<'g>,
-    /// Its attention weights of the source, if they are returned, the mean over heads: float32 `[batch, queries,
-    /// source]`, the beams of a source row along the queries.
-    pub weights: Option<Value<'g>>,
-}
-
-/// All layers, over the embedded target tokens x `[rows·length, hidden]`. `memory` returns the memory of the `i`-th
-/// layer, whose weights are at the given path. The layers in `alignment_layers` return their attention weights.
-pub fn stack<'g>(
-    x: Value<'g>,
-    context: &Context<'g>,
-    alignment_layers: &[usize],
-    memory: impl Fn(usize, &Weights<'g>) -> Memory<'g>,
-    w: &Weights<'g>,
-) -> (Value<'g>, Vec<LayerOutput<'g>>) {
-    let (mut x, mut outputs) = (x, Vec::new());
-    for (i, &kind) in w.stack.layers.iter().enumerate() {
-        let w = w.at(&format!("layers.{i}"));
-        let output = layer(x, context, kind, memory(i, &w), alignment_layers.contains(&i), &w);
-        x = output.x;
-        outputs.push(output);
-    }
-    (x, outputs)
-}
 
 /// h = x + norm(attention(norm(x)))
 /// y = h + norm(mlp(norm(h)))
-fn layer<'g>(
-    x: Value<'g>,
-    context: &Context<'g>,
-    kind: LayerType,
-    memory: Memory<'g>,
-    returns_weights: bool,
-    w: &Weights<'g>,
-) -> LayerOutput<'g> {
+pub fn layer<'g>(x: Value<'g>, context: &Context<'g>, layer: Layer<'g>, w: &Weights<'g>) -> LayerOutput<'g> {
+    let Layer { kind, memory, returns_weights } = layer;
     let normed = rms_norm(x, &w.at("pre_self_attn_layernorm"));
     let at = w.at("self_attn");
     let (attended, present, weights) = if returns_weights {

@@ -1,11 +1,12 @@
 //! The first decoder step: hidden states and the first target tokens → logits, the target's keys and values, and the
 //! source's, which are computed here once. A graph of its own so that no past of length zero is ever passed.
 
-use super::decoder::stack;
+use super::decoder::layer;
 use super::embedding::{Side, embedding};
 use super::root;
 use crate::attention::padding_mask;
 use crate::config::Config;
+use crate::decoder::stack;
 use crate::interface::{self, CacheLayout};
 use crate::merged_attention::source_key_value;
 use crate::onnx::{Definition, Graph};
@@ -45,6 +46,7 @@ fn first_step(config: &Config, options: &Options, cache: CacheLayout) -> Definit
             let at = w.at("self_attn").taking_adapters(source_adapter_mask);
             Memory { past: None, source: source_key_value(hidden, cache, &at) }
         },
+        layer,
         &root.at("model.decoder").taking_adapters(adapter_mask),
     );
     let cached = layers.iter().flat_map(|layer| [layer.present, layer.source]).flat_map(|pair| [pair.key, pair.value]);

@@ -150,7 +150,7 @@ impl MergedAttention {
         let capacity = outputs.capacity;
         assert!(ends.iter().all(|&end| end >= new && end <= capacity && end - new <= past_capacity), "positions");
 
-        // SAFETY: the caller promises what is promised there.
+        // SAFETY: the caller of this function promises the past that `write` reads.
         unsafe { self.write(inputs, outputs.keys, outputs.values, capacity) };
         let Buffers { queries, parts, log_sums } = &mut self.buffers;
         let piece = PIECE.max(source.div_ceil(PIECES).next_multiple_of(super::PANEL));
