@@ -4,6 +4,7 @@
 //! ONNX Runtime's kernels make several passes over the full score matrix, most of which a sliding-window layer throws
 //! away, and wake threads for the few numbers of a decoder step.
 
+mod blocks;
 pub mod cached;
 mod mask;
 pub mod merged;
@@ -17,14 +18,15 @@ use crate::aligned::AlignedVec;
 use crate::error::Error;
 use crate::parallel::{ParallelFor, SharedSlice, part};
 use mask::{DenseMask, SourceWindows, VisibleKeys};
-use single_head::{Head, PANEL, Scratch, TILES, attend, pack_keys, packed_length, packing_pays};
+use single_head::{Head, PANEL, Scratch, TILES, pack_keys, packed_length, packing_pays};
 
 /// Fewer multiplications than this are not worth waking another thread for.
 const SHARED_FROM: usize = 250_000;
 /// Multiplications that take as long as reading one number from memory.
 const READING: usize = 6;
-/// Queries in a task.
+/// Queries in a task, and in one that reads keys in blocks.
 const TASK_QUERIES: usize = 4 * TILES;
+const TASK_QUERIES_OF_BLOCKS: usize = 8 * TILES;
 
 /// The memory layout of heads `[batch, heads, rows, dim]`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -131,6 +133,8 @@ struct Packed {
 struct HeadScratch {
     scratch: Scratch,
     context: AlignedVec<f32>,
+    /// What a block of keys gives.
+    part: AlignedVec<f32>,
 }
 
 impl Attention {
@@ -226,7 +230,6 @@ impl Attention {
         let to = SharedSlice::new(to);
         let (packed_keys, scale, cap) = (&self.packed.keys, self.scale, self.cap);
         let compute = |pair: usize, range: Range<usize>, scratch: &mut HeadScratch| {
-            let HeadScratch { scratch, context } = scratch;
             let first = pair * together;
             let mask = &masks[if mask_batch == 1 { 0 } else { pair / kv_heads }];
             let head = Head {
@@ -242,24 +245,27 @@ impl Attention {
             if !is_interleaved {
                 // SAFETY: every query of a pair is computed by one task.
                 let to = unsafe { to.slice_mut((first + range.start) * dim..(first + range.end) * dim) };
-                return attend(head, mask, range, scratch, to);
+                return blocks::attend(head, mask, range, scratch, to);
             }
+            let mut context = std::mem::take(&mut scratch.context);
             context.resize(range.len() * dim, 0.0);
-            attend(head, mask, range.clone(), scratch, context);
+            blocks::attend(head, mask, range.clone(), scratch, &mut context);
             for (query, from) in range.zip(context.chunks_exact(dim)) {
                 let (head, row) = (pair % kv_heads * group + query / count, query % count);
                 let start = query_layout.row_start(pair / kv_heads, head, row);
                 // SAFETY: every query of a pair is computed by one task.
                 unsafe { to.slice_mut(start..start + dim) }.copy_from_slice(from);
             }
+            scratch.context = context;
         };
         if pairs * together.max(READING) * head_length < SHARED_FROM {
             (0..pairs).for_each(|pair| compute(pair, 0..together, &mut self.scratch));
             return Ok(());
         }
-        let tasks = together.div_ceil(TASK_QUERIES);
+        let queries = if length > blocks::MANY { TASK_QUERIES_OF_BLOCKS } else { TASK_QUERIES };
+        let tasks = together.div_ceil(queries);
         parallel_for(pairs * tasks, &|task| {
-            compute(task / tasks, part(task % tasks, TASK_QUERIES, together), &mut HeadScratch::default());
+            compute(task / tasks, part(task % tasks, queries, together), &mut HeadScratch::default());
         })
     }
 }

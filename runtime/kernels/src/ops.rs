@@ -5,6 +5,7 @@ mod attention;
 mod elementwise;
 mod matmul;
 mod merged_attention;
+mod shared;
 
 use std::fmt;
 use std::sync::Arc;
@@ -120,13 +121,20 @@ impl Kernels {
     /// The operators to register with the session.
     pub fn operators(&self, kind: GraphKind) -> ort::Result<Vec<OperatorDomain>> {
         let is_quantized = Arc::new(AtomicBool::new(false));
-        let shared = attention::SharedAttention::default();
+        let shared_attention = attention::SharedAttention::default();
+        let shared_matmul = shared::Shared::default();
+        #[cfg(target_arch = "x86_64")]
+        let shared_float_matmul = shared::Shared::default();
         let mut domains = Vec::new();
         for &(domain, names) in registered() {
             let mut operators = OperatorDomain::new(domain)?;
             for &name in names {
                 operators = match name {
-                    "Attention" => operators.add(attention::Attention { kind, is_quantized: is_quantized.clone() })?,
+                    "Attention" => operators.add(attention::Attention {
+                        kind,
+                        is_quantized: is_quantized.clone(),
+                        shared: shared_attention.clone(),
+                    })?,
                     "Gelu" => operators.add(elementwise::Gelu)?,
                     "Tanh" if kind == GraphKind::Decoder => {
                         operators.add(elementwise::Tanh { softcap: self.softcap, stats: self.stats.clone() })?
@@ -134,6 +142,7 @@ impl Kernels {
                     "MatMulNBits" => operators.add(matmul::MatMulNBits {
                         kind,
                         is_quantized: is_quantized.clone(),
+                        shared: shared_matmul.clone(),
                         source_mask: self.source_mask.clone(),
                         reads_source: self.reads_source.clone(),
                         #[cfg(target_arch = "x86_64")]
@@ -141,12 +150,13 @@ impl Kernels {
                     })?,
                     attention::WINDOW => operators.add(attention::WindowAttention {
                         is_quantized: is_quantized.clone(),
-                        shared: shared.clone(),
+                        shared: shared_attention.clone(),
                     })?,
                     merged_attention::MERGED => operators.add(merged_attention::MergedAttention)?,
                     "GroupQueryAttention" => operators.add(attention::GroupQueryAttention)?,
                     #[cfg(target_arch = "x86_64")]
                     "TransposeMatMul" => operators.add(matmul::TransposeMatMul {
+                        shared: shared_float_matmul.clone(),
                         source_mask: self.source_mask.clone(),
                         reads_source: self.reads_source.clone(),
                         head: self.head(),

@@ -155,7 +155,7 @@ impl CachedAttention {
                 values[(before + at) * dim..][..dim].copy_from_slice(token(at, heads + kv_heads + kv_head));
             }
             // The heads of a group are treated as more queries of one head.
-            let CachedScratch { scratch: HeadScratch { scratch, context }, queries, packed_keys } = scratch;
+            let CachedScratch { scratch: HeadScratch { scratch, context, .. }, queries, packed_keys } = scratch;
             queries.resize(group * new * dim, 0.0);
             context.resize(group * new * dim, 0.0);
             for (at, to) in queries.chunks_exact_mut(dim).enumerate() {

@@ -1,12 +1,12 @@
 //! `Attention`, over given keys and values, and `GroupQueryAttention`, over a key-value cache.
 
-use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 
 use ort::operator::{ComputeContext, Kernel, KernelContext, Operator, OperatorInput, OperatorOutput};
 use ort::value::{Shape, TensorElementType};
 
+use super::shared::{OfNode, Shared};
 use super::{GraphKind, missing, parallel_for, required_usize_attribute, usize_attribute};
 use crate::attention::cached::{CachedAttention, CachedInputs, CachedOutputs, Past};
 use crate::attention::{self, HeadLayout, Inputs, Mask, Windows};
@@ -22,6 +22,18 @@ pub struct Attention {
     pub kind: GraphKind,
     /// Whether the session has quantized multiplications, once all of its kernels have been created.
     pub is_quantized: Arc<AtomicBool>,
+    pub shared: SharedAttention,
+}
+
+/// Attention that the nodes of a session share, by the bits of its scale and its soft-cap.
+pub type SharedAttention = Shared<(u32, Option<u32>), attention::Attention>;
+
+/// What a node shares that has these parameters.
+fn shared(all: &SharedAttention, kind: GraphKind, scale: f32, cap: Option<f32>) -> OfNode<attention::Attention> {
+    all.of((scale.to_bits(), cap.map(f32::to_bits)), || match kind {
+        GraphKind::Encoder => attention::Attention::of_encoder(scale, cap),
+        GraphKind::Decoder => attention::Attention::of_decoder(scale, cap),
+    })
 }
 
 impl Operator for Attention {
@@ -51,10 +63,7 @@ impl Operator for Attention {
             heads: attribute("q_num_heads")?,
             kv_heads: attribute("kv_num_heads")?,
             is_quantized: self.is_quantized.clone(),
-            attention: match self.kind {
-                GraphKind::Encoder => attention::Attention::of_encoder(scale, cap),
-                GraphKind::Decoder => attention::Attention::of_decoder(scale, cap),
-            },
+            attention: shared(&self.shared, self.kind, scale, cap),
         })
     }
 }
@@ -65,7 +74,7 @@ pub struct AttentionKernel {
     heads: usize,
     kv_heads: usize,
     is_quantized: Arc<AtomicBool>,
-    attention: attention::Attention,
+    attention: OfNode<attention::Attention>,
 }
 
 impl Kernel for AttentionKernel {
@@ -108,7 +117,7 @@ impl Kernel for AttentionKernel {
         let is_quantized = self.is_quantized.load(Ordering::Relaxed);
         let inputs = Inputs { queries, query_layout, keys, values, key_layout, is_quantized };
         let mask = Mask { mask, batch: mask_batch, rows: mask_rows };
-        self.attention.run(inputs, mask, to, &|count, task| parallel_for(context, count, task))?;
+        self.attention.lock().run(inputs, mask, to, &|count, task| parallel_for(context, count, task))?;
         Ok(())
     }
 }
@@ -119,12 +128,8 @@ impl Kernel for AttentionKernel {
 pub struct WindowAttention {
     /// As for [`Attention`].
     pub is_quantized: Arc<AtomicBool>,
-    /// The attention of the nodes that were created, by the bits of its scale.
     pub shared: SharedAttention,
 }
-
-/// Attention that the nodes of a session share: one runs at a time, and the buffers for a long source are large.
-pub type SharedAttention = Arc<Mutex<BTreeMap<u32, Arc<Mutex<attention::Attention>>>>>;
 
 /// The name of [`WindowAttention`].
 pub const WINDOW: &str = "WindowAttention";
@@ -154,16 +159,8 @@ impl Operator for WindowAttention {
             back: number("back")?,
             ahead: number("ahead")?,
             is_quantized: self.is_quantized.clone(),
-            attention: self.of_scale(scale),
+            attention: shared(&self.shared, GraphKind::Encoder, scale, None),
         })
-    }
-}
-
-impl WindowAttention {
-    fn of_scale(&self, scale: f32) -> Arc<Mutex<attention::Attention>> {
-        let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
-        let new = || Arc::new(Mutex::new(attention::Attention::of_encoder(scale, None)));
-        shared.entry(scale.to_bits()).or_insert_with(new).clone()
     }
 }
 
@@ -174,7 +171,7 @@ pub struct WindowAttentionKernel {
     back: usize,
     ahead: usize,
     is_quantized: Arc<AtomicBool>,
-    attention: Arc<Mutex<attention::Attention>>,
+    attention: OfNode<attention::Attention>,
 }
 
 impl Kernel for WindowAttentionKernel {
@@ -204,8 +201,8 @@ impl Kernel for WindowAttentionKernel {
         let is_quantized = self.is_quantized.load(Ordering::Relaxed);
         let inputs = Inputs { queries, query_layout, keys, values, key_layout, is_quantized };
         let windows = Windows { numbers, back: self.back, ahead: self.ahead };
-        let mut attention = self.attention.lock().unwrap_or_else(PoisonError::into_inner);
-        attention.run_in_windows(inputs, windows, to, &|count, task| parallel_for(context, count, task))?;
+        let parallel_for = &|count, task: &(dyn Fn(usize) + Send + Sync)| parallel_for(context, count, task);
+        self.attention.lock().run_in_windows(inputs, windows, to, parallel_for)?;
         Ok(())
     }
 }

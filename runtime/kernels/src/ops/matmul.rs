@@ -16,6 +16,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use ort::operator::{ComputeContext, Kernel, KernelContext, Operator, OperatorInput, OperatorOutput};
 use ort::value::TensorElementType;
 
+use super::shared::{OfNode, Shared};
 use super::{GraphKind, ReadsSource, missing, parallel_for, required_usize_attribute};
 #[cfg(target_arch = "x86_64")]
 use crate::head::{self, HeadCall, HeadWeights, SparseRows, TopKHead};
@@ -117,6 +118,7 @@ pub struct MatMulNBits {
     pub kind: GraphKind,
     /// Becomes true if the session has such an operator.
     pub is_quantized: Arc<AtomicBool>,
+    pub shared: Shared<Format, QuantizedMatMul>,
     pub source_mask: Arc<SourceMask>,
     pub reads_source: ReadsSource,
     #[cfg(target_arch = "x86_64")]
@@ -158,13 +160,14 @@ impl Operator for MatMulNBits {
         self.is_quantized.store(true, Ordering::Relaxed);
         // What is computed once of a source is worth no more bits in the decoder than in the encoder.
         let is_of_source = self.kind == GraphKind::Encoder || source_mask.is_some();
+        let format = if is_of_source { Format::Int8 } else { Format::Int16 };
         Ok(MatMulNBitsKernel {
             n,
             k,
             bits,
             block_size,
             source_mask,
-            matmul: QuantizedMatMul::new(if is_of_source { Format::Int8 } else { Format::Int16 }),
+            matmul: self.shared.of(format, || QuantizedMatMul::new(format)),
             #[cfg(target_arch = "x86_64")]
             head: self.head.clone(),
             #[cfg(target_arch = "x86_64")]
@@ -181,7 +184,7 @@ pub struct MatMulNBitsKernel {
     block_size: usize,
     /// For multiplications with hidden states of sources.
     source_mask: Option<Arc<SourceMask>>,
-    matmul: QuantizedMatMul,
+    matmul: OfNode<QuantizedMatMul>,
     #[cfg(target_arch = "x86_64")]
     head: Option<HeadMatMul>,
     #[cfg(target_arch = "x86_64")]
@@ -237,7 +240,7 @@ impl Kernel for MatMulNBitsKernel {
             return Ok(());
         }
         let parallel_for = &|count, task: &(dyn Fn(usize) + Send + Sync)| parallel_for(context, count, task);
-        self.matmul.run(x, &weights, bias, self.source_mask.as_deref(), y, parallel_for)?;
+        self.matmul.lock().run(x, &weights, bias, self.source_mask.as_deref(), y, parallel_for)?;
         Ok(())
     }
 }
@@ -245,6 +248,7 @@ impl Kernel for MatMulNBitsKernel {
 /// `y = x · wᵀ` with `w [n, k]` in float32.
 #[cfg(target_arch = "x86_64")]
 pub struct TransposeMatMul {
+    pub shared: Shared<(), FloatMatMul>,
     pub source_mask: Arc<SourceMask>,
     pub reads_source: ReadsSource,
     pub head: Option<HeadMatMul>,
@@ -281,7 +285,7 @@ impl Operator for TransposeMatMul {
             head,
             scratch: head::Scratch::default(),
             source_mask: self.reads_source.is_true_of(node)?.then(|| self.source_mask.clone()),
-            matmul: FloatMatMul::new(token),
+            matmul: self.shared.of((), || FloatMatMul::new(token)),
         })
     }
 }
@@ -293,7 +297,7 @@ pub struct TransposeMatMulKernel {
     scratch: head::Scratch,
     /// For multiplications with hidden states of sources.
     source_mask: Option<Arc<SourceMask>>,
-    matmul: FloatMatMul,
+    matmul: OfNode<FloatMatMul>,
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -323,7 +327,7 @@ impl Kernel for TransposeMatMulKernel {
             return Ok(());
         }
         let parallel_for = &|count, task: &(dyn Fn(usize) + Send + Sync)| parallel_for(context, count, task);
-        self.matmul.run(x, w, self.source_mask.as_deref(), y, shape, parallel_for)?;
+        self.matmul.lock().run(x, w, self.source_mask.as_deref(), y, shape, parallel_for)?;
         Ok(())
     }
 }

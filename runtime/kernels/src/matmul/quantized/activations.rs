@@ -10,7 +10,7 @@ use super::vnni;
 use super::weights::Weights;
 
 /// The quantization of activations, and the layout of their rows.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Format {
     /// 16 bits, for products with ranges of columns.
     Int16,
