@@ -20,7 +20,7 @@ use crate::common::{exported_from, program, python, stdout, tests};
 
 const FIXTURES: [&str; 3] = ["balanced", "unbalanced", "untied"];
 /// As everywhere in float32.
-const TOLERANCE: f32 = 5e-4;
+pub const TOLERANCE: f32 = 5e-4;
 
 /// A fixture with its cases.
 struct Fixture {
@@ -95,7 +95,7 @@ fn arguments(options: &Value) -> Vec<String> {
 }
 
 /// The number of rows and the elements of a tensor of integers.
-fn integers(path: &Path, name: &str) -> (usize, Vec<i64>) {
+pub fn integers(path: &Path, name: &str) -> (usize, Vec<i64>) {
     let bytes = fs::read(path).expect("the fixture is there");
     let file = SafeTensors::deserialize(&bytes).expect("a safetensors file");
     let view = file.tensor(name).expect("it is there");
@@ -103,7 +103,7 @@ fn integers(path: &Path, name: &str) -> (usize, Vec<i64>) {
 }
 
 /// Type, shape and bytes of every tensor of a checkpoint, whatever its files.
-fn tensors(checkpoint: &Path) -> BTreeMap<String, (String, Vec<usize>, Vec<u8>)> {
+pub fn tensors(checkpoint: &Path) -> BTreeMap<String, (String, Vec<usize>, Vec<u8>)> {
     let mut tensors = BTreeMap::new();
     for name in names(checkpoint).iter().filter(|name| name.ends_with(".safetensors")) {
         let bytes = fs::read(checkpoint.join(name)).expect("readable");
@@ -115,7 +115,7 @@ fn tensors(checkpoint: &Path) -> BTreeMap<String, (String, Vec<usize>, Vec<u8>)>
     tensors
 }
 
-fn names(folder: &Path) -> Vec<String> {
+pub fn names(folder: &Path) -> Vec<String> {
     let entries = fs::read_dir(folder).expect("listed");
     let mut names: Vec<_> =
         entries.map(|entry| entry.expect("listed").file_name().into_string().expect("UTF-8")).collect();
@@ -123,13 +123,13 @@ fn names(folder: &Path) -> Vec<String> {
     names
 }
 
-fn json_of(path: &Path) -> Value {
+pub fn json_of(path: &Path) -> Value {
     let text = fs::read_to_string(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     serde_json::from_str(&text).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
 /// Largest differences of a model's hidden states and logits from those of golden tensors.
-fn apart(model: &Path, golden: &Path, name: &str) -> [f32; 2] {
+pub fn apart(model: &Path, golden: &Path, name: &str) -> [f32; 2] {
     let told = python("adapter_logits.py", [model.as_os_str(), golden.as_os_str(), name.as_ref()]);
     let numbers: Vec<f32> = told.split_whitespace().map(|number| number.parse().expect("a number")).collect();
     numbers.try_into().expect("two numbers")

@@ -4,6 +4,7 @@
 mod common;
 
 mod adapt;
+mod adapt_gemma3;
 mod adapters;
 mod alignment;
 mod bench;

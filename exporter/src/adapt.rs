@@ -1,12 +1,16 @@
-//! [`Adapt`]: makes a T5Gemma checkpoint from Gemma 2 checkpoints, as a start for training (arXiv 2504.06225, section 3).
+//! [`Adapt`]: makes a T5Gemma checkpoint from Gemma 2 checkpoints, as a start for training (arXiv 2504.06225, section 3), or a T5Gemma 2
+//! checkpoint from Gemma 3 checkpoints.
 //!
 //! The encoder is a Gemma 2 whose self-attention becomes bidirectional. The decoder is a Gemma 2 with cross-attention in each layer,
-//! behind self-attention, which is copied from self-attention if the widths allow it, and random otherwise.
+//! behind self-attention, which is copied from self-attention if the widths allow it, and random otherwise. T5Gemma 2 merges
+//! cross-attention with self-attention, so that nothing is random.
 //!
 //! `config.rs` maps the fields and `tensors.rs` the tensors, `random.rs` generates new matrices, and `source.rs` opens and checks the
-//! checkpoints.
+//! checkpoints; `gemma3.rs` does all this for Gemma 3.
 
 mod config;
+mod gemma3;
+mod gemma3_vision;
 mod random;
 mod source;
 mod tensors;
@@ -23,12 +27,16 @@ use t5gemma_graphs::json::list;
 
 use crate::checkpoint::GENERATION_CONFIG;
 use crate::error::{Error, Result};
+use crate::files;
+use crate::images;
 use crate::notes;
 use crate::progress::Progress;
 use crate::staging::{Existing, StagingDir};
 
-use config::Common;
+use config::{Common, TokenIds};
+use gemma3::Gemma3;
 use source::Source;
+use tensors::Planned;
 
 /// The options of an adaptation.
 #[derive(Clone, Debug)]
@@ -91,9 +99,9 @@ pub enum CrossNorms {
 /// A source of the checkpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Side {
-    /// The Gemma 2 that becomes the encoder.
+    /// The Gemma that becomes the encoder.
     Encoder,
-    /// The Gemma 2 that becomes the decoder.
+    /// The Gemma that becomes the decoder.
     Decoder,
 }
 
@@ -110,18 +118,26 @@ impl fmt::Display for Side {
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Resolved {
-    /// The matrices of cross-attention.
-    pub cross_init: CrossInit,
-    /// The norms around it.
-    pub cross_norms: CrossNorms,
-    /// Seed of random matrices.
-    pub seed: u64,
-    /// Their standard deviation.
-    pub std: f64,
+    /// Cross-attention; none in T5Gemma 2.
+    pub cross_attention: Option<CrossAttention>,
     /// Type of all tensors.
     pub dtype: DType,
     /// Whether the head is the decoder's embedding.
     pub tied: bool,
+}
+
+/// What cross-attention is made of.
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
+pub struct CrossAttention {
+    /// The matrices.
+    pub init: CrossInit,
+    /// The norms around it.
+    pub norms: CrossNorms,
+    /// Seed of random matrices.
+    pub seed: u64,
+    /// Their standard deviation.
+    pub std: f64,
 }
 
 /// The result of an adaptation.
@@ -145,7 +161,8 @@ impl Adapt {
     /// The two folders may be the same.
     ///
     /// # Errors
-    /// Folders that are no Gemma 2 checkpoints or do not go together, options that they do not allow, or a folder that cannot be written.
+    /// Folders that are no Gemma 2 or Gemma 3 checkpoints or do not go together, options that they do not allow, or a folder that cannot
+    /// be written.
     pub fn run(&self, encoder: &Path, decoder: &Path, out: &Path) -> Result<Adapted> {
         self.run_with(encoder, decoder, out, &())
     }
@@ -155,61 +172,134 @@ impl Adapt {
     /// # Errors
     /// The same, and [`Error::Cancelled`].
     pub fn run_with(&self, encoder: &Path, decoder: &Path, out: &Path, progress: &dyn Progress) -> Result<Adapted> {
+        if [encoder, decoder].into_iter().any(is_gemma3) {
+            return self.run_gemma3(encoder, decoder, out, progress);
+        }
         let of_encoder = Source::open(encoder, Side::Encoder)?;
         let other = if is_same(encoder, decoder) { None } else { Some(Source::open(decoder, Side::Decoder)?) };
         let (encoder, decoder) = (&of_encoder, other.as_ref().unwrap_or(&of_encoder));
         decoder.check_decoder()?;
-        check_vocabularies(encoder, decoder)?;
-        let choices = self.resolve(encoder, decoder)?;
+        check_equal("vocab_size", encoder.config.sizes.vocab_size, decoder.config.sizes.vocab_size)?;
+        let cross = self.resolve(encoder, decoder)?;
+        let tied = tensors::is_tied(decoder);
+        let dtype = self.dtype.unwrap_or_else(|| tensors::common_dtype([encoder, decoder], !tied));
         let tokens = decoder.config.tokens.of_decoder().map_err(|error| decoder.error(Side::Decoder, error))?;
-        let common = Common { dtype: choices.dtype, tied: choices.tied, tokens };
-        let config = common.config(&encoder.config, &decoder.config);
-        let text = text_of(&config);
-        // Nothing is written that could not be exported.
-        Config::parse(&text).map_err(|error| Error::config("the configuration of the new model", error))?;
-        let tokenizer = tokenizer::files(encoder, decoder, self.tokenizer_from)?;
-        let planned = tensors::plan(encoder, decoder, &choices);
+        let common = Common { dtype, tied, tokens };
+        let folders = [encoder, decoder].map(|source| source.checkpoint().folder());
+        let files = tokenizer::files(folders, self.tokenizer_from)?;
+        let mut notes = notes_of(encoder, decoder);
+        if files.is_empty() {
+            notes.extend(notes::of_tokenizer(folders[1]));
+        }
+        let planned = tensors::plan(encoder, decoder, &cross, tied);
         tensors::check_size(&planned)?;
-
-        let folder = StagingDir::create(out, Existing::Refuse)?;
-        folder.write("config.json", text.as_bytes())?;
-        folder.write(GENERATION_CONFIG, text_of(&common.generation_config()).as_bytes())?;
-        for (name, bytes) in &tokenizer {
-            folder.write(name, bytes)?;
-        }
-        let written = write::write(&folder, &planned, choices.dtype, self.max_shard_size, progress)?;
-        if progress.is_cancelled() {
-            return Err(Error::Cancelled);
-        }
-        folder.publish()?;
-
-        let parameters = planned.iter().map(|tensor| tensor.elements() as u64).sum();
-        let mut warnings = differing_tokens(encoder, &common);
-        warnings.extend(overflow(choices.dtype, &written.overflows));
-        let notes = notes_of(encoder, decoder, tokenizer.is_empty());
-        Ok(Adapted { choices, parameters, bytes: written.bytes, notes, warnings })
+        let choices = Resolved { cross_attention: Some(cross), dtype, tied };
+        let new = NewCheckpoint { config: common.config(&encoder.config, &decoder.config), common, files, planned };
+        let warnings = differing_tokens(&encoder.config.tokens, &new.common);
+        let mut adapted = new.write(out, self.max_shard_size, choices, progress)?;
+        adapted.warnings.splice(0..0, warnings);
+        adapted.notes = notes;
+        Ok(adapted)
     }
 
-    fn resolve(&self, encoder: &Source, decoder: &Source) -> Result<Resolved> {
-        let (of_encoder, of_decoder) = (encoder.config.hidden_size, decoder.config.hidden_size);
+    fn run_gemma3(&self, encoder: &Path, decoder: &Path, out: &Path, progress: &dyn Progress) -> Result<Adapted> {
+        let given = [
+            ("cross_init", self.cross_init.map(|init| format!("{init:?}"))),
+            ("cross_norms", self.cross_norms.map(|norms| format!("{norms:?}"))),
+            ("std", self.std.map(|std| std.to_string())),
+        ];
+        if let Some((option, Some(found))) = given.into_iter().find(|(_, given)| given.is_some()) {
+            let expected = "nothing (Gemma 3 adapts to T5Gemma 2, in which no tensor is random)";
+            return Err(Error::invalid("options", expected, found).of(option));
+        }
+        let of_encoder = Gemma3::open(encoder, Side::Encoder)?;
+        let other = if is_same(encoder, decoder) { None } else { Some(Gemma3::open(decoder, Side::Decoder)?) };
+        let (encoder, decoder) = (&of_encoder, other.as_ref().unwrap_or(&of_encoder));
+        decoder.check_decoder()?;
+        check_equal("hidden_size", encoder.sizes.hidden_size, decoder.sizes.hidden_size)?;
+        check_equal("vocab_size", encoder.sizes.vocab_size, decoder.sizes.vocab_size)?;
+        let dtype = self.dtype.unwrap_or_else(|| gemma3::common_dtype(encoder, decoder));
+        let tokens = decoder.tokens.of_decoder().map_err(|error| decoder.error(Side::Decoder, error))?;
+        // Of tables that are stored separately, each counts.
+        let common = Common { dtype, tied: true, tokens };
+        let mut files = tokenizer::files([encoder.folder(), decoder.folder()], self.tokenizer_from)?;
+        let mut notes = Vec::new();
+        if files.is_empty() {
+            notes.extend(notes::of_tokenizer(decoder.folder()));
+        }
+        if encoder.reads_images() {
+            for name in [images::PREPROCESSOR, images::PROCESSOR] {
+                files.extend(tokenizer::read(encoder.folder(), name)?.map(|bytes| (name, bytes)));
+            }
+        } else {
+            notes.push(
+                "the encoder reads no images: transformers adds a tower with random weights when it loads it".into(),
+            );
+        }
+        let (planned, tied) = gemma3::plan(encoder, decoder);
+        tensors::check_size(&planned)?;
+        let choices = Resolved { cross_attention: None, dtype, tied };
+        let new = NewCheckpoint { config: gemma3::config(&common, encoder, decoder), common, files, planned };
+        let warnings = differing_tokens(&encoder.tokens, &new.common);
+        let mut adapted = new.write(out, self.max_shard_size, choices, progress)?;
+        adapted.warnings.splice(0..0, warnings);
+        adapted.notes = notes;
+        Ok(adapted)
+    }
+
+    fn resolve(&self, encoder: &Source, decoder: &Source) -> Result<CrossAttention> {
+        let (of_encoder, of_decoder) = (encoder.config.sizes.hidden_size, decoder.config.sizes.hidden_size);
         let default = if of_encoder == of_decoder { CrossInit::Copy } else { CrossInit::Random };
-        let cross_init = self.cross_init.unwrap_or(default);
-        if cross_init == CrossInit::Copy && of_encoder != of_decoder {
+        let init = self.cross_init.unwrap_or(default);
+        if init == CrossInit::Copy && of_encoder != of_decoder {
             let expected =
                 format!("the encoder's hidden_size ({of_encoder}), to copy cross-attention from self-attention");
             return Err(Error::invalid("decoder", expected, of_decoder.to_string()).of("hidden_size"));
         }
-        let default = if cross_init == CrossInit::Copy { CrossNorms::Copy } else { CrossNorms::Ones };
-        let tied = tensors::is_tied(decoder);
-        Ok(Resolved {
-            cross_init,
-            cross_norms: self.cross_norms.unwrap_or(default),
+        let default = if init == CrossInit::Copy { CrossNorms::Copy } else { CrossNorms::Ones };
+        Ok(CrossAttention {
+            init,
+            norms: self.cross_norms.unwrap_or(default),
             seed: self.seed,
             std: self.std.unwrap_or(decoder.config.initializer_range),
-            dtype: self.dtype.unwrap_or_else(|| tensors::common_dtype([encoder, decoder], !tied)),
-            tied,
         })
     }
+}
+
+/// A checkpoint that is ready to be written.
+struct NewCheckpoint<'s> {
+    config: serde_json::Value,
+    common: Common,
+    /// Files beside the weights.
+    files: Vec<(&'static str, Vec<u8>)>,
+    planned: Vec<Planned<'s>>,
+}
+
+impl NewCheckpoint<'_> {
+    fn write(&self, out: &Path, shard_size: u64, choices: Resolved, progress: &dyn Progress) -> Result<Adapted> {
+        let text = text_of(&self.config);
+        // Nothing is written that could not be exported.
+        Config::parse(&text).map_err(|error| Error::config("the configuration of the new model", error))?;
+        let folder = StagingDir::create(out, Existing::Refuse)?;
+        folder.write("config.json", text.as_bytes())?;
+        folder.write(GENERATION_CONFIG, text_of(&self.common.generation_config()).as_bytes())?;
+        for (name, bytes) in &self.files {
+            folder.write(name, bytes)?;
+        }
+        let written = write::write(&folder, &self.planned, choices.dtype, shard_size, progress)?;
+        if progress.is_cancelled() {
+            return Err(Error::Cancelled);
+        }
+        folder.publish()?;
+        let parameters = self.planned.iter().map(|tensor| tensor.elements() as u64).sum();
+        let warnings = overflow(choices.dtype, &written.overflows).into_iter().collect();
+        Ok(Adapted { choices, parameters, bytes: written.bytes, notes: Vec::new(), warnings })
+    }
+}
+
+/// Whether a folder is of a Gemma 3, as far as can be told before it is opened.
+fn is_gemma3(folder: &Path) -> bool {
+    files::read_json_object(&folder.join("config.json")).is_ok_and(|(_, config)| gemma3::is_gemma3(&config))
 }
 
 /// Whether two paths are of one folder, which is read once.
@@ -221,18 +311,18 @@ fn text_of(value: &serde_json::Value) -> String {
     serde_json::to_string_pretty(value).expect("a JSON value has string keys") + "\n"
 }
 
-fn check_vocabularies(encoder: &Source, decoder: &Source) -> Result<()> {
-    let (of_encoder, of_decoder) = (encoder.config.vocab_size, decoder.config.vocab_size);
+/// Requires a size of the decoder to be the encoder's.
+fn check_equal(field: &str, of_encoder: usize, of_decoder: usize) -> Result<()> {
     if of_encoder == of_decoder {
         return Ok(());
     }
-    let expected = format!("the encoder's vocab_size ({of_encoder})");
-    Err(Error::invalid("decoder", expected, of_decoder.to_string()).of("vocab_size"))
+    let expected = format!("the encoder's {field} ({of_encoder})");
+    Err(Error::invalid("decoder", expected, of_decoder.to_string()).of(field))
 }
 
 /// Warns of special tokens of the encoder that the model does not use.
-fn differing_tokens(encoder: &Source, common: &Common) -> Vec<String> {
-    let (theirs, ours) = (&encoder.config.tokens, &common.tokens);
+fn differing_tokens(theirs: &TokenIds, common: &Common) -> Vec<String> {
+    let ours = &common.tokens;
     let pairs = [("bos_token_id", &theirs.bos, &ours.bos), ("pad_token_id", &theirs.pad, &ours.pad)];
     let differing = pairs.into_iter().filter(|(_, theirs, ours)| !theirs.is_null() && theirs != ours);
     differing
@@ -249,7 +339,7 @@ fn overflow(dtype: DType, overflows: &[(String, u64)]) -> Option<String> {
     (!named.is_empty()).then(|| format!("numbers beyond {dtype} became infinite, by tensor: {list}"))
 }
 
-fn notes_of(encoder: &Source, decoder: &Source, has_no_tokenizer: bool) -> Vec<String> {
+fn notes_of(encoder: &Source, decoder: &Source) -> Vec<String> {
     let field = "query_pre_attn_scalar";
     // It was wrong for some days in a published checkpoint.
     let mut notes =
@@ -259,9 +349,6 @@ fn notes_of(encoder: &Source, decoder: &Source, has_no_tokenizer: bool) -> Vec<S
             let dropped = list(&source.config.dropped);
             notes.push(format!("config.json of the {side}: fields without a place in T5Gemma: {dropped}"));
         }
-    }
-    if has_no_tokenizer {
-        notes.extend(notes::of_tokenizer(decoder.checkpoint().folder()));
     }
     notes
 }

@@ -315,6 +315,21 @@ impl Checkpoint {
         Some(Tensor { dtype: stored.dtype, shape: &stored.shape, bytes: self.bytes_of(stored) })
     }
 
+    /// A tensor by the name that its file has for it.
+    pub(crate) fn stored_tensor(&self, stored: &str) -> Option<Tensor<'_>> {
+        // Most tensors are known by this name.
+        let known = self.tensors.get(stored).filter(|location| location.stored == stored);
+        let found = known.or_else(|| self.tensors.values().find(|location| location.stored == stored))?;
+        Some(Tensor { dtype: found.dtype, shape: &found.shape, bytes: self.bytes_of(found) })
+    }
+
+    /// Every tensor, with the name that its file has for it.
+    pub(crate) fn stored_tensors(&self) -> impl Iterator<Item = (&str, Tensor<'_>)> {
+        self.tensors.values().map(|found| {
+            (&*found.stored, Tensor { dtype: found.dtype, shape: &found.shape, bytes: self.bytes_of(found) })
+        })
+    }
+
     fn bytes_of(&self, location: &Location) -> &[u8] {
         &self.shards[location.shard].bytes[location.start..location.end]
     }

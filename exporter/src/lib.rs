@@ -51,7 +51,7 @@ mod model_folder;
 mod reseal;
 mod tensorrt;
 
-pub use adapt::{Adapt, Adapted, CrossInit, CrossNorms, Resolved, Side};
+pub use adapt::{Adapt, Adapted, CrossAttention, CrossInit, CrossNorms, Resolved, Side};
 pub use checkpoint::Checkpoint;
 pub use error::{Error, ParseError, Result};
 pub use export::{Alignment, CustomHead, CustomInterface, Export, Exported, PaddingRow};

@@ -238,6 +238,7 @@ class Checker:
             (folder / name).symlink_to(self.arguments.checkpoint.resolve())
         for name, source in (("gemma-2-2b", "balanced/gemma2-a"), ("gemma-2-9b", "unbalanced/gemma2-b")):
             (folder / name).symlink_to(ROOT / "tests/fixtures/adapt" / source)
+        (folder / "gemma-3-4b-pt").symlink_to(ROOT / "tests/fixtures/adapt_gemma3/gemma3-images")
         (folder / "T5Gemma-TTS-2b-2b").symlink_to(ROOT / "tests/fixtures/voice/progress/checkpoint")
         with_images = folder / "t5gemma-2-270m-270m"
         with_images.mkdir()

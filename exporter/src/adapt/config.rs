@@ -12,15 +12,15 @@ pub struct FieldError {
     pub found: String,
 }
 
-type Result<T, E = FieldError> = std::result::Result<T, E>;
+pub type Result<T, E = FieldError> = std::result::Result<T, E>;
 
-fn error(field: impl Into<String>, expected: impl Into<String>, found: impl Into<String>) -> FieldError {
+pub fn error(field: impl Into<String>, expected: impl Into<String>, found: impl Into<String>) -> FieldError {
     FieldError { field: field.into(), expected: expected.into(), found: found.into() }
 }
 
 /// What a field may be.
 #[derive(Clone, Copy)]
-enum Kind {
+pub enum Kind {
     Size,
     Positive,
     NotNegative,
@@ -33,7 +33,7 @@ enum Kind {
     Activation,
 }
 
-const ACTIVATION: &str = "gelu_pytorch_tanh";
+pub const ACTIVATION: &str = "gelu_pytorch_tanh";
 /// As in `graphs`, which refuses larger ones: any size, and `num_hidden_layers`.
 const MOST_SIZE: u64 = i32::MAX as u64;
 const MOST_LAYERS: usize = 4096;
@@ -87,14 +87,7 @@ const KNOWN: &[&str] = &[
 pub struct Gemma2Config {
     /// The fields of [`copied`] and `layer_types`, as they are in the file or by default.
     stack: Map<String, Value>,
-    pub vocab_size: usize,
-    pub hidden_size: usize,
-    pub intermediate_size: usize,
-    pub num_hidden_layers: usize,
-    pub num_attention_heads: usize,
-    pub num_key_value_heads: usize,
-    pub head_dim: usize,
-    pub attention_bias: bool,
+    pub sizes: Sizes,
     pub initializer_range: f64,
     pub tie_word_embeddings: bool,
     /// `use_bidirectional_attention`, if it is on.
@@ -103,6 +96,19 @@ pub struct Gemma2Config {
     rope_theta: f64,
     /// Fields that T5Gemma does not have.
     pub dropped: Vec<String>,
+}
+
+/// The sizes that the shapes of a stack's tensors follow from.
+#[derive(Clone, Copy)]
+pub struct Sizes {
+    pub vocab_size: usize,
+    pub hidden_size: usize,
+    pub intermediate_size: usize,
+    pub num_hidden_layers: usize,
+    pub num_attention_heads: usize,
+    pub num_key_value_heads: usize,
+    pub head_dim: usize,
+    pub attention_bias: bool,
 }
 
 /// The special tokens, null where there is none.
@@ -118,33 +124,12 @@ impl Gemma2Config {
     /// Reads a `config.json`, and the token ids of `generation_config.json`, which take precedence.
     pub fn read(config: &Map<String, Value>, generation: Option<&Map<String, Value>>) -> Result<Gemma2Config> {
         check_kind_of_model(config)?;
-        let mut stack = Map::new();
-        for (field, kind, default) in copied() {
-            let value = match config.get(field) {
-                None => default,
-                Some(Value::Null) if matches!(kind, Kind::Activation) => default,
-                Some(value) => kind.check(field, value)?,
-            };
-            stack.insert(field.to_string(), value);
-        }
-        let size = |field: &str| stack[field].as_u64().expect("sizes were checked") as usize;
-        let num_hidden_layers = size("num_hidden_layers");
-        if num_hidden_layers > MOST_LAYERS {
-            return Err(error("num_hidden_layers", format!("at most {MOST_LAYERS}"), num_hidden_layers.to_string()));
-        }
-        let layer_types = layer_types(config, num_hidden_layers)?;
-        if stack["sliding_window"].is_null() && layer_types.iter().any(|layer| layer == SLIDING) {
-            return Err(error("sliding_window", "a window for the layers of sliding_attention", "null"));
-        }
-        let read = Gemma2Config {
-            vocab_size: size("vocab_size"),
-            hidden_size: size("hidden_size"),
-            intermediate_size: size("intermediate_size"),
-            num_hidden_layers,
-            num_attention_heads: size("num_attention_heads"),
-            num_key_value_heads: size("num_key_value_heads"),
-            head_dim: size("head_dim"),
-            attention_bias: stack["attention_bias"] == true,
+        let mut stack = stack(config, &copied())?;
+        let sizes = Sizes::of(&stack)?;
+        let layer_types = layer_types(config, sizes.num_hidden_layers, 2)?;
+        check_window(&stack, &layer_types)?;
+        Ok(Gemma2Config {
+            sizes,
             initializer_range: stack["initializer_range"].as_f64().expect("it was checked"),
             tie_word_embeddings: match config.get("tie_word_embeddings") {
                 None => true,
@@ -162,17 +147,60 @@ impl Gemma2Config {
                 stack.insert("layer_types".into(), layer_types.into());
                 stack
             },
-        };
-        read.check_heads()?;
-        Ok(read)
+        })
     }
 
     /// A field that is copied, as it is written.
     pub fn field(&self, name: &str) -> &Value {
         &self.stack[name]
     }
+}
 
-    fn check_heads(&self) -> Result<()> {
+/// The fields of a stack, as they are in `config.json` or by default.
+pub fn stack(config: &Map<String, Value>, fields: &[(&str, Kind, Value)]) -> Result<Map<String, Value>> {
+    let mut stack = Map::new();
+    for (field, kind, default) in fields {
+        let value = match config.get(*field) {
+            None => default.clone(),
+            Some(Value::Null) if matches!(kind, Kind::Activation) => default.clone(),
+            Some(value) => kind.check(field, value)?,
+        };
+        stack.insert(field.to_string(), value);
+    }
+    Ok(stack)
+}
+
+/// Requires a window where layers have one.
+pub fn check_window(stack: &Map<String, Value>, layer_types: &[Value]) -> Result<()> {
+    if stack["sliding_window"].is_null() && layer_types.iter().any(|layer| layer == SLIDING) {
+        return Err(error("sliding_window", "a window for the layers of sliding_attention", "null"));
+    }
+    Ok(())
+}
+
+impl Sizes {
+    /// The sizes of a stack that was read.
+    pub fn of(stack: &Map<String, Value>) -> Result<Sizes> {
+        let size = |field: &str| stack[field].as_u64().expect("sizes were checked") as usize;
+        let sizes = Sizes {
+            vocab_size: size("vocab_size"),
+            hidden_size: size("hidden_size"),
+            intermediate_size: size("intermediate_size"),
+            num_hidden_layers: size("num_hidden_layers"),
+            num_attention_heads: size("num_attention_heads"),
+            num_key_value_heads: size("num_key_value_heads"),
+            head_dim: size("head_dim"),
+            attention_bias: stack["attention_bias"] == true,
+        };
+        sizes.check()?;
+        Ok(sizes)
+    }
+
+    fn check(&self) -> Result<()> {
+        let layers = self.num_hidden_layers;
+        if layers > MOST_LAYERS {
+            return Err(error("num_hidden_layers", format!("at most {MOST_LAYERS}"), layers.to_string()));
+        }
         let (heads, kv_heads) = (self.num_attention_heads, self.num_key_value_heads);
         if !self.hidden_size.is_multiple_of(heads) {
             let expected = format!("a multiple of num_attention_heads ({heads})");
@@ -191,7 +219,7 @@ impl Gemma2Config {
 
 impl Kind {
     /// Returns a field's value, as it is written, if it is of this kind.
-    fn check(self, field: &str, value: &Value) -> Result<Value> {
+    pub fn check(self, field: &str, value: &Value) -> Result<Value> {
         let number = value.as_f64().filter(|x| x.is_finite());
         let is_size = value.as_u64().is_some_and(|size| (1..=MOST_SIZE).contains(&size));
         let is_positive = number.is_some_and(|x| x > 0.0);
@@ -209,7 +237,7 @@ impl Kind {
 }
 
 /// Whether Python would take a value for true.
-fn is_on(value: &Value) -> bool {
+pub fn is_on(value: &Value) -> bool {
     !matches!(value, Value::Null | Value::Bool(false)) && value != 0 && value != ""
 }
 
@@ -220,13 +248,17 @@ fn check_kind_of_model(config: &Map<String, Value>) -> Result<()> {
         let why = match kind.as_str().unwrap_or_default() {
             "gemma" => " (Gemma 1 has no norms behind attention and feed-forward)",
             kind if kind.starts_with("gemma3") => {
-                " (Gemma 3 has norms of queries and keys, and adapts to T5Gemma 2, which is not supported)"
+                " (Gemma 3 has norms of queries and keys: two of them adapt to T5Gemma 2)"
             }
             kind if kind.starts_with("t5gemma") => " (it is an encoder-decoder already)",
             _ => "",
         };
         return Err(error("model_type", "\"gemma2\"", shown(kind) + why));
     }
+    check_is_not_quantized(config)
+}
+
+pub fn check_is_not_quantized(config: &Map<String, Value>) -> Result<()> {
     match config.get("quantization_config").filter(|value| is_on(value)) {
         None => Ok(()),
         Some(value) => {
@@ -236,12 +268,13 @@ fn check_kind_of_model(config: &Map<String, Value>) -> Result<()> {
     }
 }
 
-const SLIDING: &str = "sliding_attention";
-const FULL: &str = "full_attention";
+pub const SLIDING: &str = "sliding_attention";
+pub const FULL: &str = "full_attention";
 
-/// `layer_types`, or every other layer sliding from the first on.
-fn layer_types(config: &Map<String, Value>, count: usize) -> Result<Vec<Value>> {
-    let default = || (0..count).map(|layer| if layer % 2 == 0 { SLIDING } else { FULL }.into()).collect();
+/// `layer_types`, or all sliding but every `pattern`th.
+pub fn layer_types(config: &Map<String, Value>, count: usize, pattern: usize) -> Result<Vec<Value>> {
+    let is_sliding = |layer: usize| !(layer + 1).is_multiple_of(pattern);
+    let default = || (0..count).map(|layer| if is_sliding(layer) { SLIDING } else { FULL }.into()).collect();
     let layers = match config.get("layer_types") {
         None | Some(Value::Null) => return Ok(default()),
         Some(Value::Array(layers)) if layers.iter().all(|layer| layer == SLIDING || layer == FULL) => layers,
@@ -284,7 +317,7 @@ fn rope_theta(config: &Map<String, Value>) -> Result<f64> {
 }
 
 impl TokenIds {
-    fn read(config: &Map<String, Value>, generation: Option<&Map<String, Value>>) -> Result<TokenIds> {
+    pub fn read(config: &Map<String, Value>, generation: Option<&Map<String, Value>>) -> Result<TokenIds> {
         let id = |field: &str, default: i64| {
             let given = generation.and_then(|generation| generation.get(field)).filter(|value| !value.is_null());
             let value = given.or_else(|| config.get(field)).cloned().unwrap_or(default.into());
@@ -327,7 +360,7 @@ pub struct Common {
 
 impl Common {
     /// The name of the dtype in `config.json`.
-    fn dtype(&self) -> &'static str {
+    pub fn dtype(&self) -> &'static str {
         match self.dtype {
             DType::BFloat16 => "bfloat16",
             DType::Float16 => "float16",
@@ -342,14 +375,14 @@ impl Common {
     /// places are written.
     pub fn config(&self, encoder: &Gemma2Config, decoder: &Gemma2Config) -> Value {
         let mut of_decoder = self.stack(decoder, true);
-        of_decoder.insert("cross_attention_hidden_size".into(), encoder.hidden_size.into());
+        of_decoder.insert("cross_attention_hidden_size".into(), encoder.sizes.hidden_size.into());
         let mut config = json!({
             "architectures": ["T5GemmaForConditionalGeneration"],
             "model_type": "t5gemma",
             "is_encoder_decoder": true,
             "encoder": self.stack(encoder, false),
             "decoder": of_decoder,
-            "vocab_size": decoder.vocab_size,
+            "vocab_size": decoder.sizes.vocab_size,
             "initializer_range": decoder.field("initializer_range"),
             "torch_dtype": self.dtype(),
         });
@@ -370,7 +403,7 @@ impl Common {
     }
 
     /// The fields that both stacks and the whole have.
-    fn put(&self, fields: &mut Map<String, Value>) {
+    pub fn put(&self, fields: &mut Map<String, Value>) {
         for dropout in ["attention_dropout", "classifier_dropout_rate", "dropout_rate"] {
             fields.insert(dropout.into(), json!(0.0));
         }

@@ -94,7 +94,7 @@ impl Source {
     }
 
     fn check_tensors(&self) -> Result<()> {
-        let (expected, mut mismatches) = (renamed(&self.config), Vec::new());
+        let (expected, mut mismatches) = (renamed(&self.config.sizes), Vec::new());
         for Renamed { from, shape, .. } in &expected {
             let name = format!("model.{from}");
             match self.tensor(&name) {
@@ -136,10 +136,10 @@ impl Source {
 }
 
 /// Whether a tensor is of no use: a classifier's head, rotary frequencies that older versions stored.
-fn is_ignored(name: &str) -> bool {
+pub fn is_ignored(name: &str) -> bool {
     name.starts_with("score.") || name.ends_with(".rotary_emb.inv_freq")
 }
 
-fn field_error(path: &Path, side: Side, FieldError { field, expected, found }: FieldError) -> Error {
+pub fn field_error(path: &Path, side: Side, FieldError { field, expected, found }: FieldError) -> Error {
     Error::invalid(path.display(), expected, found).of(field).on(side)
 }

@@ -2,11 +2,11 @@
 
 use t5gemma_graphs::interface::DType;
 
-use super::config::Gemma2Config;
+use super::config::Sizes;
 use super::random::NormalTensor;
 use super::source::{EMBEDDING, HEAD, Source};
-use super::{CrossInit, CrossNorms, Resolved};
-use crate::checkpoint::Tensor;
+use super::{CrossAttention, CrossInit, CrossNorms};
+use crate::checkpoint::{Checkpoint, Tensor};
 use crate::error::{Error, Result};
 
 /// The tensors of a stack outside of its layers, behind `model.` in Gemma 2 and behind `model.encoder.` or `model.decoder.` in T5Gemma.
@@ -61,7 +61,7 @@ enum Axis {
 }
 
 impl Axis {
-    fn size(self, config: &Gemma2Config, encoder_hidden: usize) -> usize {
+    fn size(self, config: &Sizes, encoder_hidden: usize) -> usize {
         match self {
             Vocabulary => config.vocab_size,
             Hidden => config.hidden_size,
@@ -78,12 +78,12 @@ pub struct Renamed {
     /// Behind `model.`.
     pub from: String,
     /// Behind `model.encoder.` or `model.decoder.`.
-    to: String,
+    pub to: String,
     pub shape: Vec<usize>,
 }
 
-/// All tensors of a Gemma 2 but for the head.
-pub fn renamed(config: &Gemma2Config) -> Vec<Renamed> {
+/// All tensors of a Gemma 2 but for the head. Gemma 3 has them too, with some more.
+pub fn renamed(config: &Sizes) -> Vec<Renamed> {
     let shape = |axes: &[Axis]| axes.iter().map(|axis| axis.size(config, 0)).collect::<Vec<_>>();
     let same = |name: String, shape: Vec<usize>| Renamed { from: name.clone(), to: name, shape };
     let mut tensors: Vec<Renamed> =
@@ -114,30 +114,46 @@ pub struct Planned<'s> {
 /// Where the elements of a tensor come from.
 #[derive(Clone, Copy)]
 pub enum Origin<'s> {
-    Stored { source: &'s Source, dtype: DType, tensor: Tensor<'s> },
+    Stored {
+        checkpoint: &'s Checkpoint,
+        dtype: DType,
+        tensor: Tensor<'s>,
+    },
+    /// A stored one, each element multiplied.
+    Scaled {
+        dtype: DType,
+        tensor: Tensor<'s>,
+        factor: f32,
+    },
     Random(NormalTensor),
     Constant(f32),
 }
 
-impl Planned<'_> {
+impl<'s> Planned<'s> {
+    /// A copy of a tensor of a checkpoint whose dtypes were checked.
+    pub fn copy(checkpoint: &'s Checkpoint, tensor: Tensor<'s>, name: String) -> Planned<'s> {
+        let dtype = tensor.float().expect("the dtypes of a source were checked");
+        Planned { name, shape: tensor.shape.to_vec(), origin: Origin::Stored { checkpoint, dtype, tensor } }
+    }
+
     pub fn elements(&self) -> usize {
         self.shape.iter().product()
     }
 }
 
 /// All tensors of the new checkpoint, by name.
-pub fn plan<'s>(encoder: &'s Source, decoder: &'s Source, choices: &Resolved) -> Vec<Planned<'s>> {
+pub fn plan<'s>(encoder: &'s Source, decoder: &'s Source, cross: &CrossAttention, tied: bool) -> Vec<Planned<'s>> {
     let mut planned = Vec::new();
     for (source, stack) in [(encoder, "model.encoder"), (decoder, "model.decoder")] {
-        for Renamed { from, to, .. } in renamed(&source.config) {
+        for Renamed { from, to, .. } in renamed(&source.config.sizes) {
             planned.push(stored(source, &format!("model.{from}"), format!("{stack}.{to}")));
         }
     }
-    if !choices.tied {
+    if !tied {
         planned.push(stored(decoder, HEAD, "lm_head.out_proj.weight".into()));
     }
-    for i in 0..decoder.config.num_hidden_layers {
-        plan_cross_attention(&mut planned, i, encoder.config.hidden_size, decoder, choices);
+    for i in 0..decoder.config.sizes.num_hidden_layers {
+        plan_cross_attention(&mut planned, i, encoder.config.sizes.hidden_size, decoder, cross);
     }
     planned.sort_by(|a, b| a.name.cmp(&b.name));
     planned
@@ -159,13 +175,13 @@ fn plan_cross_attention<'s>(
     i: usize,
     encoder_hidden: usize,
     decoder: &'s Source,
-    choices: &Resolved,
+    cross: &CrossAttention,
 ) {
     let (from, to) = (format!("model.layers.{i}"), format!("model.decoder.layers.{i}"));
     let new = |name: String, shape: Vec<usize>, origin| Planned { name, shape, origin };
     for (matrix, axes, is_of_target) in CROSS {
-        let shape = axes.map(|axis| axis.size(&decoder.config, encoder_hidden)).to_vec();
-        let is_copied = match choices.cross_init {
+        let shape = axes.map(|axis| axis.size(&decoder.config.sizes, encoder_hidden)).to_vec();
+        let is_copied = match cross.init {
             CrossInit::Copy => true,
             CrossInit::CopyQo => is_of_target,
             CrossInit::Random => false,
@@ -175,10 +191,10 @@ fn plan_cross_attention<'s>(
         planned.push(if is_copied {
             stored(decoder, &format!("{from}.self_attn.{matrix}.weight"), weight)
         } else {
-            let random = NormalTensor::new(&weight, choices.seed, choices.std);
+            let random = NormalTensor::new(&weight, cross.seed, cross.std);
             new(weight, shape, Origin::Random(random))
         });
-        if decoder.config.attention_bias {
+        if decoder.config.sizes.attention_bias {
             planned.push(if is_copied {
                 stored(decoder, &format!("{from}.self_attn.{matrix}.bias"), bias)
             } else {
@@ -188,7 +204,7 @@ fn plan_cross_attention<'s>(
     }
     for (norm, copied) in CROSS_NORMS {
         // A norm multiplies by 1 + w.
-        let constant = match choices.cross_norms {
+        let constant = match cross.norms {
             CrossNorms::Copy => None,
             CrossNorms::Ones => Some(0.0),
             CrossNorms::Closed => (norm == POST_CROSS_NORM).then_some(-1.0),
@@ -196,22 +212,21 @@ fn plan_cross_attention<'s>(
         let name = format!("{to}.{norm}.weight");
         planned.push(match constant {
             None => stored(decoder, &format!("{from}.{copied}.weight"), name),
-            Some(constant) => new(name, vec![decoder.config.hidden_size], Origin::Constant(constant)),
+            Some(constant) => new(name, vec![decoder.config.sizes.hidden_size], Origin::Constant(constant)),
         });
     }
 }
 
 fn stored<'s>(source: &'s Source, from: &str, to: String) -> Planned<'s> {
     let tensor = source.tensor(from).expect("all tensors of a source were checked");
-    let dtype = tensor.float().expect("the dtypes of a source were checked");
-    Planned { name: to, shape: tensor.shape.to_vec(), origin: Origin::Stored { source, dtype, tensor } }
+    Planned::copy(source.checkpoint(), tensor, to)
 }
 
 /// The dtype that holds every number of a plan's sources: their own if they have the same, or else float32.
 pub fn common_dtype(sources: [&Source; 2], reads_head: bool) -> DType {
     let decoder_head = reads_head.then(|| (sources[1], HEAD.to_string()));
     let of_stacks = sources.into_iter().flat_map(|source| {
-        renamed(&source.config).into_iter().map(move |tensor| (source, format!("model.{}", tensor.from)))
+        renamed(&source.config.sizes).into_iter().map(move |tensor| (source, format!("model.{}", tensor.from)))
     });
     let mut dtypes = of_stacks.chain(decoder_head).filter_map(|(source, name)| source.tensor(&name)?.float());
     let first = dtypes.next().unwrap_or(DType::Float32);

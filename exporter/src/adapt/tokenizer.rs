@@ -4,7 +4,6 @@ use std::io::Read;
 use std::path::Path;
 
 use super::Side;
-use super::source::Source;
 use crate::checkpoint::{COMPANIONS, GENERATION_CONFIG, SENTENCEPIECE_FILE};
 use crate::error::{Error, Result};
 use crate::files;
@@ -12,12 +11,11 @@ use crate::files;
 /// The files that decide what the ids of tokens mean, in which both sources must agree.
 const VOCABULARIES: [&str; 2] = ["tokenizer.json", SENTENCEPIECE_FILE];
 
-/// The files of the tokenizer and chat template, and their content.
+/// The files of the tokenizer and chat template in the folder of the encoder or of the decoder, and their content.
 ///
 /// # Errors
 /// Different tokenizers without a choice between them, or a file that cannot be read.
-pub fn files(encoder: &Source, decoder: &Source, from: Option<Side>) -> Result<Vec<(&'static str, Vec<u8>)>> {
-    let folders = [encoder, decoder].map(|source| source.checkpoint().folder());
+pub fn files(folders: [&Path; 2], from: Option<Side>) -> Result<Vec<(&'static str, Vec<u8>)>> {
     if from.is_none() && folders[0] != folders[1] {
         for name in VOCABULARIES {
             let [of_encoder, of_decoder] = folders.map(|folder| read(folder, name));
@@ -38,7 +36,7 @@ pub fn files(encoder: &Source, decoder: &Source, from: Option<Side>) -> Result<V
 }
 
 /// The content of a file, if there is one.
-fn read(folder: &Path, name: &str) -> Result<Option<Vec<u8>>> {
+pub fn read(folder: &Path, name: &str) -> Result<Option<Vec<u8>>> {
     let path = folder.join(name);
     if !files::entry_exists(&path) {
         return Ok(None);

@@ -67,9 +67,9 @@ pub fn write(
                 };
                 file.write_all(bytes).map_err(failed)?;
                 progress.advanced(bytes.len() as u64);
-                if let Origin::Stored { source, dtype, tensor } = tensor.origin {
+                if let Origin::Stored { checkpoint, dtype, tensor } = tensor.origin {
                     let read = elements.start * dtype.size()..elements.end * dtype.size();
-                    source.checkpoint().release(&tensor.bytes[read]);
+                    checkpoint.release(&tensor.bytes[read]);
                 }
             }
             if infinite > 0 {
@@ -102,6 +102,11 @@ fn fill(origin: Origin<'_>, first: usize, dtype: DType, out: &mut [u8]) -> u64 {
         Origin::Stored { dtype, tensor, .. } => {
             let (start, end) = (first * dtype.size(), (first + numbers.len()) * dtype.size());
             to_float32(&tensor.bytes[start..end], dtype, &mut numbers);
+        }
+        Origin::Scaled { dtype, tensor, factor } => {
+            let (start, end) = (first * dtype.size(), (first + numbers.len()) * dtype.size());
+            to_float32(&tensor.bytes[start..end], dtype, &mut numbers);
+            numbers.iter_mut().for_each(|number| *number *= factor);
         }
         Origin::Random(random) => random.fill(first, &mut numbers),
         Origin::Constant(constant) => numbers.fill(constant),

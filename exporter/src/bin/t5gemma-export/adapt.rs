@@ -13,9 +13,9 @@ use crate::stderr::note;
 
 #[derive(Args)]
 pub struct AdaptArgs {
-    /// Gemma 2 checkpoint that becomes the encoder
+    /// Gemma 2 or Gemma 3 checkpoint that becomes the encoder
     encoder: PathBuf,
-    /// Gemma 2 checkpoint that becomes the decoder; may be the same
+    /// Checkpoint of the same family that becomes the decoder; may be the same
     decoder: PathBuf,
     /// Checkpoint folder to write; must be empty or not exist
     out: PathBuf,
@@ -121,25 +121,27 @@ fn print_summary(adapted: &Adapted, args: &AdaptArgs) {
     for note in notes {
         note!("t5gemma-export: {note}");
     }
-    let random = format!("random (seed {}, standard deviation {})", choices.seed, choices.std);
-    let matrices = match choices.cross_init {
-        CrossInit::Copy => "copied from the decoder's self-attention".to_string(),
-        CrossInit::CopyQo => format!("queries and outputs copied from self-attention, keys and values {random}"),
-        _ => random,
-    };
-    let norms = match choices.cross_norms {
-        CrossNorms::Copy => "copied",
-        CrossNorms::Ones => "ones",
-        _ => "closed",
-    };
-    note!("cross-attention: {matrices}; its norms: {norms}");
+    if let Some(cross) = &choices.cross_attention {
+        let random = format!("random (seed {}, standard deviation {})", cross.seed, cross.std);
+        let matrices = match cross.init {
+            CrossInit::Copy => "copied from the decoder's self-attention".to_string(),
+            CrossInit::CopyQo => format!("queries and outputs copied from self-attention, keys and values {random}"),
+            _ => random,
+        };
+        let norms = match cross.norms {
+            CrossNorms::Copy => "copied",
+            CrossNorms::Ones => "ones",
+            _ => "closed",
+        };
+        note!("cross-attention: {matrices}; its norms: {norms}");
+    }
     let head = if choices.tied { "tied to the embedding" } else { "of its own" };
     note!("wrote {}: {parameters} parameters, {bytes} bytes in {}, the head {head}", args.out.display(), choices.dtype);
     note!(
         "This checkpoint is where training starts: it is adapted but not trained, and does not answer questions.{}",
-        match choices.cross_init {
-            CrossInit::Copy => "",
-            _ => " Train its cross-attention alone for the first steps.",
+        match choices.cross_attention.map(|cross| cross.init) {
+            None | Some(CrossInit::Copy) => "",
+            Some(_) => " Train its cross-attention alone for the first steps.",
         }
     );
 }

@@ -93,15 +93,16 @@ Exit status:
 
 #[derive(Subcommand)]
 pub enum Command {
-    /// Make a T5Gemma checkpoint from Gemma 2 checkpoints, to be trained
+    /// Make a T5Gemma checkpoint from Gemma checkpoints, to be trained
     ///
     /// The first checkpoint becomes the encoder, with bidirectional attention, the second the decoder, with
-    /// cross-attention added to every layer. OUT becomes a checkpoint folder that transformers loads. It is where
-    /// training starts: until then it does not answer questions.
+    /// cross-attention added to every layer. Gemma 2 becomes T5Gemma, Gemma 3 becomes T5Gemma 2. OUT becomes a
+    /// checkpoint folder that transformers loads. It is where training starts: until then it does not answer questions.
     #[command(after_long_help = "\
 Examples:
   t5gemma-export adapt gemma-2-2b gemma-2-2b t5gemma-2b-2b
-  t5gemma-export adapt --seed 1 gemma-2-9b gemma-2-2b t5gemma-9b-2b")]
+  t5gemma-export adapt --seed 1 gemma-2-9b gemma-2-2b t5gemma-9b-2b
+  t5gemma-export adapt gemma-3-4b-pt gemma-3-4b-pt t5gemma-2-4b-4b")]
     Adapt(AdaptArgs),
     /// Show the contents of a model folder or checkpoint
     ///
