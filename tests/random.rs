@@ -6,7 +6,7 @@ use std::sync::Arc;
 use itertools::Itertools as _;
 use serde_json::Value;
 use t5gemma_graphs::Target;
-use t5gemma_runtime::{Batch, Engine, EngineOptions, Model, Request};
+use t5gemma_runtime::{Batch, Engine, EngineOptions, Model, PixelValues, Request};
 
 use crate::common::{exported_for, tests};
 
@@ -14,6 +14,15 @@ const SCORE_TOLERANCE: f64 = 5e-4;
 
 fn rows(value: &Value) -> Vec<Vec<i64>> {
     serde_json::from_value(value.clone()).expect("rows of tokens")
+}
+
+/// The image of a seed, as `make_random_golden.py` draws it.
+fn image(mut seed: u32, side: usize) -> PixelValues {
+    let mut pixel = || {
+        seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (f64::from(seed >> 24) / 127.5 - 1.0) as f32
+    };
+    PixelValues::new(side, (0..3 * side * side).map(|_| pixel()).collect()).expect("finite")
 }
 
 #[test]
@@ -31,6 +40,15 @@ fn random_requests_give_the_reference_tokens_among_each_other() {
                 let batch = Batch::masked(&rows(&case["input_ids"]), &rows(&case["attention_mask"])).expect("valid");
                 let batch = match case.get("decoder_input_ids") {
                     Some(prompts) => batch.with_decoder_input_ids(&rows(prompts)).expect("valid"),
+                    None => batch,
+                };
+                let batch = match case.get("image_seeds") {
+                    Some(seeds) => {
+                        let seeds: Vec<u32> = serde_json::from_value(seeds.clone()).expect("seeds");
+                        let side = model.facts().vision.as_ref().expect("a model with a tower").image_size;
+                        let images = seeds.into_iter().map(|seed| image(seed, side)).collect();
+                        batch.with_images_in_order(model.facts(), images).expect("as many as there are tokens for")
+                    }
                     None => batch,
                 };
                 let options = model.generation_config().with_json(case["options"].as_object().expect("an object"));
@@ -67,5 +85,5 @@ fn random_requests_give_the_reference_tokens_among_each_other() {
         }
     }
     assert!(wrong.is_empty(), "{} of {count}:\n{}", wrong.len(), wrong.join("\n"));
-    assert_eq!(count, 2 * 375);
+    assert_eq!(count, 2 * 400);
 }
