@@ -231,9 +231,10 @@ impl Encoder {
         Ok(vectors)
     }
 
-    /// See [`Folder::check`].
+    /// See [`Folder::check`] and [`Limits::check_source`].
     pub(crate) fn check(&self, batch: &Batch) -> Result<(), Error> {
-        self.folder.check(batch)
+        self.folder.check(batch)?;
+        self.limits.check_source(&self.folder.manifest, batch.length())
     }
 
     /// The graph's first output for a batch.
@@ -246,8 +247,7 @@ impl Encoder {
         self.check(batch)?;
         cancel.check()?;
         let batch = &*self.pad(batch);
-        let (stack, dtype) = (&self.folder.manifest.facts.encoder, self.folder.manifest.dtype);
-        let pieces = pieces_to_encode(batch, stack, dtype, &self.limits);
+        let pieces = pieces_to_encode(batch, &self.folder.manifest, &self.limits);
         let runs: Vec<_> = batch.encoder_runs().collect();
         let of_run = |piece: Range<usize>| {
             let common = |run: &Range<usize>| run.start.max(piece.start)..run.end.min(piece.end);

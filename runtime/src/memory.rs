@@ -111,8 +111,8 @@ pub(crate) fn pieces_to_decode(
     prompt: usize,
     footprint: impl Fn(usize) -> Footprint,
 ) -> Vec<Range<usize>> {
-    let (facts, dtype, limits) = (model.facts(), model.manifest().dtype, model.limits());
-    let [encoder, decoder] = [&facts.encoder, &facts.decoder].map(|stack| Scratch::of(stack, dtype));
+    let (manifest, limits) = (model.manifest(), model.limits());
+    let (encoder, decoder) = (Scratch::of_encoder(manifest), Scratch::of_decoder(manifest));
     let memory = MemoryModel::of(model);
     pieces(batch, limits, |rows, longest| {
         let (sources, footprints) = (rows.len(), rows.map(&footprint).reduce(Footprint::beside));

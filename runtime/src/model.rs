@@ -340,10 +340,14 @@ impl Model {
         self.folder.profiles.as_ref()
     }
 
-    /// See [`Folder::check`]. Adapters must have been loaded for this model.
+    /// See [`Folder::check`] and [`Limits::check_source`]. Adapters must have been loaded for this model.
     pub(crate) fn check(&self, batch: &Batch) -> Result<(), Error> {
         batch.adapters().iter().flatten().try_for_each(|adapter| adapter.check(&self.folder.manifest))?;
-        self.folder.check(batch)
+        self.folder.check(batch)?;
+        match batch.encoder_outputs() {
+            Some(_) => Ok(()),
+            None => self.limits.check_source(&self.folder.manifest, batch.length()),
+        }
     }
 
     /// See [`Folder::check_targets`].

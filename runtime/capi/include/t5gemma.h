@@ -217,7 +217,8 @@ typedef struct t5g_open_options {
     /* The options above by the same names, each in one place, and more: "provider_options", an object of provider
      * options by their ONNX Runtime names; "engines", the folder with the engines of the model's serving plan;
      * "max_sources", "max_tokens" (source tokens) and "max_bytes", limits for what one call runs at a time (its rows
-     * run in pieces that fit; the default on the CPU is 4 GiB). NULL: none */
+     * run in pieces that fit; the default on the CPU is 4 GiB); "max_source_bytes", the estimated memory beyond which a
+     * source is refused (the default on the CPU is what the machine or control group has). NULL: none */
     const char *json;
 } t5g_open_options;
 

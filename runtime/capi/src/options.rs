@@ -68,6 +68,9 @@ pub fn open_options(options: Record<t5g_open_options>) -> Result<OpenOptions, t5
             "max_bytes" => {
                 options.limits.max_bytes = Some(bound(integer()?).ok_or_else(|| refused("at least 1"))?);
             }
+            "max_source_bytes" => {
+                options.limits.max_source_bytes = Some(bound(integer()?).ok_or_else(|| refused("at least 1"))?);
+            }
             "provider" => {
                 let known = Provider::ALL.into_iter().find(|provider| value == provider.name());
                 let names = Provider::ALL.map(|provider| format!("{:?}", provider.name())).join(", ");
@@ -387,8 +390,11 @@ mod tests {
             let read = open_options(Record::to(&mut options)).map_err(|error| error.text().to_string());
             read.map(|options| options.limits)
         };
-        let read = open(Text::of(c"{\"max_sources\": 3, \"max_tokens\": 500, \"max_bytes\": 1000000}"));
-        assert_eq!(read, Ok(Limits::NONE.max_sources(3).max_tokens(500).max_bytes(1_000_000)));
+        let read = open(Text::of(
+            c"{\"max_sources\": 3, \"max_tokens\": 500, \"max_bytes\": 1000000, \"max_source_bytes\": 2000000}",
+        ));
+        let expected = Limits::NONE.max_sources(3).max_tokens(500).max_bytes(1_000_000).max_source_bytes(2_000_000);
+        assert_eq!(read, Ok(expected));
         assert_eq!(open(Text::of(c"{}")), Ok(Limits::default()));
         let refused = open(Text::of(c"{\"max_bytes\": 0}"));
         assert_eq!(refused, Err("max_bytes: expected at least 1, found 0".into()));

@@ -46,7 +46,7 @@ impl Model {
         cancel.check()?;
         let encoder = &self.folder.manifest.facts.encoder;
         let mut states = Array3::zeros([batch.rows(), batch.length(), encoder.hidden_size]);
-        for rows in pieces_to_encode(batch, encoder, self.folder.manifest.dtype, &self.limits) {
+        for rows in pieces_to_encode(batch, &self.folder.manifest, &self.limits) {
             let piece = batch.piece(rows.clone());
             let run = self.fit(&piece);
             let hidden = self.run_encoder(lane, &run, cancel)?.hidden;
