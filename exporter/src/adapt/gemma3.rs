@@ -243,6 +243,8 @@ impl Gemma3 {
         let mut stack = self.stack.clone();
         stack.insert("model_type".into(), kind.into());
         common.put(&mut stack);
+        // It would win over the dtype that transformers is asked for; that of the whole is enough.
+        stack.remove("dtype");
         stack
     }
 
