@@ -27,6 +27,7 @@ MODEL := .cache/demo-model
 export ORT_DYLIB_PATH := $(abspath $(LIBRARY))
 export T5GEMMA_PYTHON := $(CURDIR)/.venv/bin/python
 export T5GEMMA_GEMMA_TOKENIZER := $(CURDIR)/$(TOKENIZER)
+export T5GEMMA_TRITON := $(CURDIR)/.cache/triton
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # For the tests' Python; the runtime sets it itself.
 export ORT_DISABLE_TELEMETRY := 1
@@ -92,6 +93,15 @@ wheel: ## make the Python package t5gemma in WHEELS
 MDBOOK_VERSION := 0.5.4
 MDBOOK := .cache/mdbook-$(MDBOOK_VERSION)/bin/mdbook
 
+# An installed libt5gemma to build the backend over; empty: one is built.
+TRITON_PREFIX ?=
+BACKENDS ?= target/triton/backends
+
+.PHONY: triton
+triton: $(LIBRARY) ## build the backend for Triton Inference Server into target/triton/backends/t5gemma
+	$(if $(TRITON_PREFIX),,$(MAKE) install PREFIX=$(STAGE)/triton DESTDIR= ONNXRUNTIME=$(LIBRARY) STRIP=strip)
+	ONNXRUNTIME=$(LIBRARY) STRIP=strip runtime/triton/build.sh $(or $(TRITON_PREFIX),$(STAGE)/triton) $(BACKENDS)/t5gemma
+
 .PHONY: book
 book: $(MDBOOK) ## build the book of docs into target/book; installs mdbook into .cache
 	$(PYTHON) docs/generate.py --check
@@ -115,6 +125,13 @@ onnxruntime: $(LIBRARY) ## fetch libonnxruntime into .cache/onnxruntime/lib
 .PHONY: tokenizer
 tokenizer: $(TOKENIZER)/tokenizer.json ## fetch Gemma's tokenizer, for the tests, into .cache/tokenizer-gemma2
 
+# NVIDIA's server is there for x86-64 Linux only.
+TRITON := $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),.cache/triton/pytriton/tritonserver/bin/tritonserver)
+
+.PHONY: tritonserver
+tritonserver: $(TRITON) ## fetch Triton Inference Server and its headers, for the tests, into .cache/triton
+	$(if $(TRITON),,@echo "make tritonserver: there is none for this machine, only for x86-64 Linux")
+
 .PHONY: python
 python: .venv/complete ## set up .venv with the packages that the tests' Python scripts need
 
@@ -131,7 +148,7 @@ check: ## formatting, dependencies, imports, lints and the documentation of the 
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --locked
 
 .PHONY: test
-test: check onnxruntime tokenizer python ## everything that CI runs but check-rtx
+test: check onnxruntime tokenizer tritonserver python ## everything that CI runs but check-rtx
 	$(CARGO) build --workspace --locked
 	set -o pipefail; $(CARGO) test --workspace --locked --no-fail-fast | tee .cache/tests.log
 	$(MAKE) demo PROFILE=dev
@@ -217,6 +234,9 @@ $(DENY):
 
 $(TOKENIZER)/tokenizer.json: tests/scripts/fetch.py
 	$(PYTHON) tests/scripts/fetch.py tokenizer $(@D)
+
+.cache/triton/pytriton/tritonserver/bin/tritonserver: tests/scripts/triton.txt
+	$(PYTHON) tests/scripts/fetch.py triton .cache/triton
 
 # The packages are put in from outside, so that neither ensurepip nor a pip of its own is needed.
 .venv/complete: tests/requirements.txt tests/scripts/onnxruntime.txt

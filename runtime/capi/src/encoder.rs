@@ -157,6 +157,7 @@ pub extern "C" fn t5g_encoder_describe(encoder: Handle<t5g_encoder>, json: Out<H
             "hidden_size": facts.encoder.hidden_size,
             "max_source_length": facts.encoder.max_position_embeddings,
             "pad_token_id": encoder.inner.pad_token_id(),
+            "pooling": encoder.inner.features().ok().map(|features| features.pooling.name()),
             "labels": labels,
         });
         place.put(t5g_text::handle(described.to_string()));
