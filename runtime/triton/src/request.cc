@@ -15,8 +15,8 @@ namespace {
 std::string name_of(const char *key) {
     if (strcasecmp(key, "x-priority") == 0) return "queue_priority";
     if (strcasecmp(key, "x-tenant") == 0) return "tenant";
-    // No generation option has a dash. triton_... are those of Triton and its clients.
-    if (std::strchr(key, '-') || std::strncmp(key, "triton_", 7) == 0) return {};
+    // No generation option has a dash. triton_... are those of Triton and its clients; `id` comes with the generate extension.
+    if (std::strchr(key, '-') || std::strncmp(key, "triton_", 7) == 0 || std::strcmp(key, "id") == 0) return {};
     return key;
 }
 
@@ -163,7 +163,10 @@ void Request::end(std::unique_ptr<Request> request, const std::function<std::vec
     }
     if (success) {
         try {
-            success = request->respond(made, TRITONSERVER_RESPONSE_COMPLETE_FINAL);
+            // Clients of streams take the final response for an empty one.
+            const bool is_decoupled = request->hosted_.settings().is_decoupled;
+            success = request->respond(made, is_decoupled ? 0 : TRITONSERVER_RESPONSE_COMPLETE_FINAL);
+            if (is_decoupled) take(TRITONBACKEND_ResponseFactorySendFlags(request->factory_, TRITONSERVER_RESPONSE_COMPLETE_FINAL));
         } catch (...) {
             success = false;
             log_failed(error_of(std::current_exception()));

@@ -3,6 +3,7 @@
 #include <sys/stat.h>
 
 #include <cstdlib>
+#include <set>
 
 #include "failure.h"
 
@@ -75,7 +76,9 @@ Served::Served(const Settings &settings, const std::shared_ptr<const Families> &
     if (!model) {
         encoder_ = t5g::Encoder::open(settings.folder, settings.open);
         describe(Json::parse(encoder_->describe()));
-        if (settings.warms_up) (void)encoder_->encode(t5g::Sources::ids({{pad_token_id_}}));
+        const t5g::Sources sources = t5g::Sources::ids({{pad_token_id_}});
+        if (settings.warms_up && labels_.empty()) (void)encoder_->encode(sources, pooling_);
+        if (settings.warms_up && !labels_.empty()) (void)encoder_->classify(sources);
         return;
     }
     has_tokenizer_ = is_there([&] { (void)model->tokenizer(); });
@@ -99,13 +102,20 @@ void Served::describe(const Json &described) {
 }
 
 void Served::check_same(const Settings &settings) const {
-    for (const auto &[key, value] : settings.shared) {
-        const auto own = options_.find(key);
-        if (own != options_.end() && own->second == value) continue;
+    // Not only those of `settings`: which model opens the folder is a matter of chance.
+    std::set<std::string> keys;
+    for (const auto *options : {&settings.shared, &options_})
+        for (const auto &[key, value] : *options) keys.insert(key);
+    const auto written = [](const std::map<std::string, std::string> &options, const std::string &key) {
+        const auto found = options.find(key);
+        return found == options.end() ? "none" : "'" + found->second + "'";
+    };
+    for (const std::string &key : keys) {
+        const std::string own = written(options_, key), other = written(settings.shared, key);
+        if (own == other) continue;
         throw Failure::invalid("parameters." + key,
-                               (own == options_.end() ? "none" : "'" + own->second + "'") + " as in model '" + opened_by_ +
-                                   "', which has opened the same folder (unload that first)",
-                               "'" + value + "'");
+                               own + " as in model '" + opened_by_ + "', with which this one shares the engine of " + settings.folder,
+                               other);
     }
 }
 
