@@ -42,6 +42,7 @@ mod speculation;
 mod tasks;
 mod tensorrt;
 mod tokenizer;
+mod triton;
 mod versions;
 mod vocabulary;
 mod voice;
