@@ -20,6 +20,7 @@ use crate::progress::Progress;
 use crate::source::Source;
 use crate::staging::{Existing, StagingDir};
 use crate::tensorrt::{MemorySize, ServingPlan};
+use crate::triton::TritonRepository;
 
 pub use custom::{CustomHead, CustomInterface};
 use prepare::Prepared;
@@ -71,6 +72,8 @@ pub struct Export {
     /// Whether to write what a model repository on the Hugging Face hub has besides the model: the card `README.md`,
     /// `.gitattributes` and the notice of Gemma's licence.
     pub model_card: bool,
+    /// A folder to add models of Triton Inference Server to, which name the exported folder.
+    pub triton_repository: Option<PathBuf>,
     /// The request sizes that will be served, for TensorRT.
     pub plan: Option<ServingPlan>,
     /// GPU memory that the plan must not exceed.
@@ -122,6 +125,7 @@ impl Default for Export {
             write_sentencepiece: false,
             lora_inputs: None,
             model_card: false,
+            triton_repository: None,
             plan: None,
             memory_limit: None,
             existing: Existing::Refuse,
@@ -161,6 +165,7 @@ setters! {
     write_sentencepiece: bool,
     lora_inputs: Option<usize>,
     model_card: bool,
+    triton_repository: Option<PathBuf>,
     plan: Option<ServingPlan>,
     memory_limit: Option<MemorySize>,
     existing: Existing,
@@ -198,12 +203,17 @@ impl Export {
     pub fn run_with(&self, source: &Source, out: &Path, progress: &dyn Progress) -> Result<Exported> {
         rules::check(self)?;
         let prepared = Prepared::new(self, source)?;
+        let triton = self.triton_repository.as_deref();
+        let triton = triton.map(|folder| TritonRepository::new(folder, out, self.existing)).transpose()?;
         let folder = StagingDir::create(out, self.existing)?;
         let WrittenModel { manifest, not_finite } = prepared.write(&folder, progress)?;
         if progress.is_cancelled() {
             return Err(Error::Cancelled);
         }
         folder.publish()?;
+        if let Some(triton) = triton {
+            triton.write(&manifest)?;
+        }
         let Prepared { config, generation_config, options, weights, unused, .. } = prepared;
         let mut notes = notes::of_config(&config, generation_config.as_ref());
         if let Source::Checkpoint(checkpoint) = source {

@@ -50,6 +50,7 @@ mod model_card;
 mod model_folder;
 mod reseal;
 mod tensorrt;
+mod triton;
 
 pub use adapt::{Adapt, Adapted, CrossAttention, CrossInit, CrossNorms, Resolved, Side};
 pub use checkpoint::Checkpoint;

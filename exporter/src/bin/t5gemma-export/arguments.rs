@@ -445,6 +445,13 @@ pub struct OutputArgs {
     /// every copy. The three files may be edited or removed; `t5gemma` does not read them.
     #[arg(long)]
     pub push_layout: bool,
+    /// Add OUT to a model repository of Triton Inference Server, for the backend t5gemma
+    ///
+    /// DIR gets the models NAME, which answers a request at once, and NAME_stream, which answers token by token, where
+    /// NAME is the name of OUT. Their configurations name OUT by its path from there, so that both can be moved
+    /// together. OUT may also lie in DIR as DIR/NAME/1. Models of other tasks have no NAME_stream.
+    #[arg(long, value_name = "DIR")]
+    pub triton_repository: Option<PathBuf>,
     /// Print only errors and warnings, no progress or notes
     #[arg(short, long)]
     pub quiet: bool,

@@ -43,6 +43,9 @@ pub fn export(args: ExportArgs, interrupted: &AtomicBool) -> Result<()> {
     }
     if !args.output.quiet {
         print_summary(&exported, export.plan.as_ref(), out);
+        if let Some(folder) = &args.output.triton_repository {
+            note!("added it to {}", folder.display());
+        }
     }
     Ok(())
 }
@@ -100,6 +103,7 @@ fn options(args: &ExportArgs) -> Result<Export> {
         .write_sentencepiece(args.model.write_sentencepiece)
         .lora_inputs(args.model.lora_inputs)
         .model_card(args.output.push_layout)
+        .triton_repository(args.output.triton_repository.clone())
         .plan(args.tensorrt.plan.clone())
         .memory_limit(args.tensorrt.fits)
         .encoder_window(encoder_window)
