@@ -12,13 +12,16 @@ use t5gemma_graphs::task::{Features, Pooling, Task};
 use tempfile::TempDir;
 
 use crate::capi::installed;
-use crate::common::{demo_as, exported_from, from_make, python, stdout, tests};
+use crate::common::{demo_as, exported_from, from_make, program, python, stdout, tests};
 
 /// Whether there is a server for this machine. Says so past the capture of the test harness.
 fn is_there(test: &str) -> bool {
     let is_there = cfg!(all(target_os = "linux", target_arch = "x86_64"));
     if !is_there {
-        let _ = writeln!(std::io::stderr(), "triton::{test}: SKIPPED, there is a Triton Inference Server for x86-64 Linux only");
+        let _ = writeln!(
+            std::io::stderr(),
+            "triton::{test}: SKIPPED, there is a Triton Inference Server for x86-64 Linux only"
+        );
     }
     is_there
 }
@@ -41,14 +44,16 @@ fn task(checkpoint: &str, label: &str, export: Export) -> PathBuf {
     exported_from(&tests().join(checkpoint), &format!("triton-{label}"), export)
 }
 
-/// Runs a check of the script.
+/// Runs a check of the script in a folder.
 fn check(name: &str) {
-    if !is_there(name) {
-        return;
+    if is_there(name) {
+        check_in(name, TempDir::new().expect("a temporary folder can be made"));
     }
+}
+
+fn check_in(name: &str, work: TempDir) {
     // Rows of this model share every step; it tells the attention of its tokens, too.
     let demo = demo_as("triton", Export::default().target(Target::Cpu).alignment(Alignment::AllLayers));
-    let work = TempDir::new().expect("a temporary folder can be made");
     let tasks = work.path().join("tasks");
     std::fs::create_dir(&tasks).expect("it is new");
     let first = Task::FeatureExtraction(Features { pooling: Pooling::First, ..Features::default() });
@@ -107,4 +112,45 @@ fn models_reload_and_end_while_they_are_asked() {
 #[test]
 fn held_out_sentences_are_exact() {
     check("exact");
+}
+
+#[test]
+fn exported_repositories_are_served() {
+    let work = TempDir::new().expect("a temporary folder can be made");
+    let folder = |name: &str| work.path().join(name).display().to_string();
+    let repository = folder("repository");
+    let export = |checkpoint: &str, out: &str, more: &[&str]| {
+        let checkpoint = tests().join(checkpoint).display().to_string();
+        let out = folder(out);
+        let arguments = [&[&*checkpoint, &*out, "--quiet", "--triton-repository", &*repository], more].concat();
+        program("t5gemma-export").args(arguments).output().expect("the program runs")
+    };
+    let demo = "demo/checkpoint";
+    for (checkpoint, out) in [
+        (demo, "models/beside"),
+        (demo, "repository/inside/1"),
+        ("fixtures/tasks/sequence-decoder/checkpoint", "models/labels"),
+    ] {
+        stdout(export(checkpoint, out, &[]));
+    }
+    for (out, words) in [
+        ("models/beside", "repository/beside/config.pbtxt: exists"),
+        ("repository/demo", "OUT: expected a folder outside of"),
+        ("repository/demo/v2", "OUT: expected a folder outside of"),
+        ("models/not a name", "OUT: expected a name of letters"),
+        ("models/other/../inside", "repository/inside/config.pbtxt: exists"),
+    ] {
+        let refused = export(demo, out, &[]);
+        let message = String::from_utf8_lossy(&refused.stderr);
+        assert!(refused.status.code() == Some(1) && message.contains(words), "{out}: {message}");
+    }
+    let entries = |folder: &str| std::fs::read_dir(work.path().join(folder)).expect("it is there").count();
+    assert_eq!((entries("models"), entries("repository")), (2, 5), "what is refused leaves nothing");
+    let before = std::fs::read(work.path().join("repository/beside/1/exported")).expect("it is there");
+    stdout(export(demo, "models/beside", &["--overwrite", "--target", "cpu"]));
+    let after = std::fs::read(work.path().join("repository/beside/1/exported")).expect("it is there");
+    assert_ne!(before, after, "Triton sees another version");
+    if is_there("exported_repositories_are_served") {
+        check_in("exported", work);
+    }
 }

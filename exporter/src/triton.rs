@@ -212,7 +212,14 @@ mod tests {
             let found = new(&out).expect("fine");
             assert_eq!((&*found.name, found.version.as_deref()), (name, version));
         }
-        for out in ["repository/demo", "repository/demo/v1", "repository/demo/01", "repository/a/demo/1", "de mo", "repository"] {
+        for out in [
+            "repository/demo",
+            "repository/demo/v1",
+            "repository/demo/01",
+            "repository/a/demo/1",
+            "de mo",
+            "repository",
+        ] {
             assert!(new(&folder.path().join(out)).is_err(), "{out}");
         }
     }

@@ -572,6 +572,35 @@ def exact(server_folder, backends, demo, tasks, work):
         assert server.stop() == 0
 
 
+def exported(server_folder, backends, demo, tasks, work):
+    """The repository that `t5gemma-export --triton-repository` has written, moved together with the model folder."""
+    from google.protobuf import text_format
+    from tritonclient.grpc import model_config_pb2
+
+    found = {}
+    for file in sorted((work / "repository").glob("*/config.pbtxt")):
+        config = text_format.Parse(file.read_text(), model_config_pb2.ModelConfig())
+        found[config.name] = config.model_transaction_policy.decoupled
+        assert config.name == file.parent.name and config.backend == "t5gemma" and len(config.model_warmup) == 1, config
+    assert found == {"beside": False, "beside_stream": True, "inside": False, "inside_stream": True, "labels": False}, found
+    assert not [file for file in work.rglob("*.partial*")]
+    (work / "moved").mkdir()
+    for folder in ("repository", "models"):
+        (work / folder).rename(work / "moved" / folder)
+    # Everything may be said by the configuration and the backend's own completion of it.
+    with Server(server_folder, backends, work / "moved/repository") as server:
+        text = CASES[0]["text"]
+        rpc = grpc.InferenceServerClient(f"127.0.0.1:{server.grpc}")
+        for name in ("beside", "inside"):
+            assert rpc.infer(name, [texts(grpc, text)]).as_numpy("output_ids")[0].tolist() == CASES[0]["greedy"]
+            assert events(server, f"{name}_stream", {"text_input": text})[-1]["finish_reason"] == "eos"
+            # One request of the warm-up, and one of this check.
+            assert server.statistics(name)["success"]["count"] >= 1 and server.statistics(name)["fail"]["count"] == 0
+        assert rpc.infer("labels", [numbers(grpc, "input_ids", [[5, 6]])]).as_numpy("label").shape == (1,)
+        rpc.close()
+        assert server.stop() == 0
+
+
 if __name__ == "__main__":
     name, *folders = sys.argv[1:]
     globals()[name](*map(Path, folders))
