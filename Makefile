@@ -102,6 +102,20 @@ triton: $(LIBRARY) ## build the backend for Triton Inference Server into target/
 	$(if $(TRITON_PREFIX),,$(MAKE) install PREFIX=$(STAGE)/triton DESTDIR= ONNXRUNTIME=$(LIBRARY) STRIP=strip)
 	ONNXRUNTIME=$(LIBRARY) STRIP=strip runtime/triton/build.sh $(or $(TRITON_PREFIX),$(STAGE)/triton) $(BACKENDS)/t5gemma
 
+.PHONY: triton-dist
+triton-dist: triton ## pack the backend for Triton with licences and checksums into DIST
+	$(eval package := t5gemma-triton-$(VERSION)-$(shell uname -s | tr A-Z a-z)-$(shell uname -m))
+	CARGO=$(CARGO) $(PYTHON) runtime/capi/package/licences.py $(BACKENDS)/t5gemma
+	for file in LICENSE ThirdPartyNotices.txt; do \
+	    if [ -e $(dir $(LIBRARY))$$file ]; then cp $(dir $(LIBRARY))$$file $(BACKENDS)/t5gemma/onnxruntime-$$file; fi; \
+	done
+	rm -rf $(STAGE)/$(package)
+	mkdir -p $(STAGE)/$(package) $(DIST)
+	cp -a $(BACKENDS)/t5gemma $(STAGE)/$(package)/
+	cd $(STAGE)/$(package) && find . -type f ! -name SHA256SUMS | LC_ALL=C sort | xargs sha256sum > SHA256SUMS
+	tar -C $(STAGE) --sort=name --owner=0 --group=0 --numeric-owner --mtime=@0 -cf - $(package) | gzip -n > $(DIST)/$(package).tar.gz
+	@echo "packed $(DIST)/$(package).tar.gz"
+
 .PHONY: book
 book: $(MDBOOK) ## build the book of docs into target/book; installs mdbook into .cache
 	$(PYTHON) docs/generate.py --check

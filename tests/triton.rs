@@ -154,3 +154,29 @@ fn exported_repositories_are_served() {
         check_in("exported", work);
     }
 }
+
+#[test]
+fn the_plain_repository_generates() {
+    let work = TempDir::new().expect("a temporary folder can be made");
+    let folder = |name: &str| work.path().join(name).display().to_string();
+    let (out, repository) = (folder("demo"), folder("repository"));
+    let export = |checkpoint: &str, more: &[&str]| {
+        let checkpoint = tests().join(checkpoint).display().to_string();
+        let plain = ["--triton-repository", &repository, "--triton-backend", "onnxruntime"];
+        let arguments = [&[&*checkpoint, &*out, "--quiet"], &plain[..], more].concat();
+        program("t5gemma-export").args(arguments).output().expect("the program runs")
+    };
+    for (checkpoint, more) in [
+        ("demo/checkpoint", ["--target", "cpu"].as_slice()),
+        ("demo/checkpoint", &["--task", "feature-extraction"]),
+        ("fixtures/tasks/sequence-decoder/checkpoint", &[]),
+    ] {
+        let refused = export(checkpoint, more);
+        let message = String::from_utf8_lossy(&refused.stderr);
+        assert!(message.contains("expected target portable with logits, and a task that generates"), "{message}");
+        assert_eq!(std::fs::read_dir(work.path()).expect("it is there").count(), 0, "nothing is left behind");
+    }
+    stdout(export("demo/checkpoint", &[]));
+    stdout(export("demo/checkpoint", &["--overwrite"]));
+    assert_eq!(python("triton_plain.py", [&*repository, "demo"]), "plain\n");
+}

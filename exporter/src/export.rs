@@ -20,7 +20,7 @@ use crate::progress::Progress;
 use crate::source::Source;
 use crate::staging::{Existing, StagingDir};
 use crate::tensorrt::{MemorySize, ServingPlan};
-use crate::triton::TritonRepository;
+use crate::triton::{TritonBackend, TritonRepository};
 
 pub use custom::{CustomHead, CustomInterface};
 use prepare::Prepared;
@@ -74,6 +74,8 @@ pub struct Export {
     pub model_card: bool,
     /// A folder to add models of Triton Inference Server to, which name the exported folder.
     pub triton_repository: Option<PathBuf>,
+    /// The backend that these are for.
+    pub triton_backend: TritonBackend,
     /// The request sizes that will be served, for TensorRT.
     pub plan: Option<ServingPlan>,
     /// GPU memory that the plan must not exceed.
@@ -126,6 +128,7 @@ impl Default for Export {
             lora_inputs: None,
             model_card: false,
             triton_repository: None,
+            triton_backend: TritonBackend::default(),
             plan: None,
             memory_limit: None,
             existing: Existing::Refuse,
@@ -166,6 +169,7 @@ setters! {
     lora_inputs: Option<usize>,
     model_card: bool,
     triton_repository: Option<PathBuf>,
+    triton_backend: TritonBackend,
     plan: Option<ServingPlan>,
     memory_limit: Option<MemorySize>,
     existing: Existing,
@@ -203,8 +207,16 @@ impl Export {
     pub fn run_with(&self, source: &Source, out: &Path, progress: &dyn Progress) -> Result<Exported> {
         rules::check(self)?;
         let prepared = Prepared::new(self, source)?;
+        let is_plain = self.triton_repository.is_some() && self.triton_backend == TritonBackend::OnnxRuntime;
+        let is_greedy = self.target == Target::Portable && !matches!(self.logits, Logits::Candidates(_));
+        if is_plain && !(is_greedy && prepared.options.task.is_generation()) {
+            let expected = "target portable with logits, and a task that generates";
+            let found = format!("target {}, task {}", self.target.name(), prepared.options.task);
+            return Err(Error::invalid("triton_backend onnxruntime", expected, found));
+        }
         let triton = self.triton_repository.as_deref();
-        let triton = triton.map(|folder| TritonRepository::new(folder, out, self.existing)).transpose()?;
+        let triton = triton.map(|folder| TritonRepository::new(folder, out, self.existing, self.triton_backend));
+        let triton = triton.transpose()?;
         let folder = StagingDir::create(out, self.existing)?;
         let WrittenModel { manifest, not_finite } = prepared.write(&folder, progress)?;
         if progress.is_cancelled() {

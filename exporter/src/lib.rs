@@ -76,3 +76,4 @@ pub use t5gemma_graphs::task::{Features, PaddingRows, Pooling, Task};
 pub use tensorrt::{
     CheckReport, Finding, FindingKind, MemoryEstimate, MemorySize, ServingPlan, TensorRtVersion, check,
 };
+pub use triton::TritonBackend;

@@ -1,6 +1,8 @@
 //! [`TritonRepository`]: the folders that make a model folder a model of Triton Inference Server: configurations, versions and
 //! requests that warm the model up. The backend itself, `t5gemma`, is in `runtime/triton`; it fills in inputs and outputs.
 
+mod plain;
+
 use std::fmt::Write as _;
 use std::fs;
 use std::path::{Component, Path, PathBuf};
@@ -18,6 +20,16 @@ const EXPORTED: &str = "exported";
 /// Triton takes the data of its warm-up requests from this folder.
 const WARM_UP: &str = "warmup";
 
+/// The backend that runs the models of a repository.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum TritonBackend {
+    /// That of this project.
+    #[default]
+    T5Gemma,
+    /// Triton's `onnxruntime` for the graphs and its `python` for generation, which is slower.
+    OnnxRuntime,
+}
+
 /// Where a model of a repository is written.
 struct Entry {
     /// Its name, and that of its folder.
@@ -34,11 +46,12 @@ pub(crate) struct TritonRepository {
     name: String,
     /// The version that the model folder is, if it lies in the repository.
     version: Option<String>,
+    backend: TritonBackend,
 }
 
 impl TritonRepository {
     /// Checks that the files may be written, before anything is exported.
-    pub fn new(folder: &Path, out: &Path, existing: Existing) -> Result<TritonRepository> {
+    pub fn new(folder: &Path, out: &Path, existing: Existing, backend: TritonBackend) -> Result<TritonRepository> {
         let (folder, out) = (absolute(folder)?, absolute(out)?);
         if folder.exists() && !folder.is_dir() {
             return Err(Error::invalid(folder.display(), "the folder of a model repository", "a file"));
@@ -47,6 +60,8 @@ impl TritonRepository {
         let (parent, grandparent) = (out.parent(), out.parent().and_then(Path::parent));
         let is_inside = out.starts_with(&folder);
         let version = name(&out).filter(|version| is_version(version) && grandparent == Some(&*folder));
+        // The version of a model of three graphs is that of none.
+        let version = version.filter(|_| backend == TritonBackend::T5Gemma);
         if is_inside && version.is_none() {
             let expected = format!("a folder outside of {0}, or {0}/NAME/VERSION with a number", folder.display());
             return Err(Error::invalid("OUT", expected, out.display().to_string()));
@@ -56,9 +71,13 @@ impl TritonRepository {
             let expected = "a name of letters, digits, '.', '_' and '-', which becomes the model's";
             return Err(Error::invalid("OUT", expected, out.display().to_string()));
         };
-        let repository = TritonRepository { folder, out, name, version };
-        for name in [repository.name.clone(), format!("{}_stream", repository.name)] {
-            let config = repository.folder.join(name).join(CONFIG);
+        let repository = TritonRepository { folder, out, name, version, backend };
+        let ends: &[&str] = match backend {
+            TritonBackend::T5Gemma => &["", "_stream"],
+            TritonBackend::OnnxRuntime => &["", "_encoder", "_decoder", "_decoder_with_past"],
+        };
+        for end in ends {
+            let config = repository.folder.join(format!("{}{end}", repository.name)).join(CONFIG);
             if config.exists() && existing == Existing::Refuse {
                 return Err(Error::OutputExists { path: config });
             }
@@ -68,6 +87,13 @@ impl TritonRepository {
 
     /// Writes the models of an exported model folder.
     pub fn write(&self, manifest: &Manifest) -> Result<()> {
+        if self.backend == TritonBackend::OnnxRuntime {
+            for (name, config) in plain::models(self, manifest) {
+                plain::version(self, &name)?;
+                put(&self.folder.join(&name).join(CONFIG), config.as_bytes())?;
+            }
+            return Ok(());
+        }
         let stream = Entry { name: format!("{}_stream", self.name), is_decoupled: true };
         let whole = Entry { name: self.name.clone(), is_decoupled: false };
         let entries = if manifest.task.is_generation() { vec![whole, stream] } else { vec![whole] };
@@ -203,7 +229,7 @@ mod tests {
     fn folders_that_triton_would_not_find_are_refused() {
         let folder = tempfile::tempdir().expect("a temporary folder can be created");
         let repository = folder.path().join("repository");
-        let new = |out: &Path| TritonRepository::new(&repository, out, Existing::Refuse);
+        let new = |out: &Path| TritonRepository::new(&repository, out, Existing::Refuse, TritonBackend::T5Gemma);
         for (out, name, version) in [
             (folder.path().join("demo"), "demo", None),
             (folder.path().join("x/../demo"), "demo", None),

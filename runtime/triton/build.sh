@@ -21,9 +21,6 @@ onnxruntime=$prefix/lib/libonnxruntime.so
 [ -e "$onnxruntime" ] || onnxruntime=${ONNXRUNTIME:?PREFIX has no libonnxruntime.so, and ONNXRUNTIME does not name one}
 install -m 755 "$(readlink -f "$onnxruntime")" "$work/libonnxruntime.so"
 install -m 644 "$root/LICENSE" "$work/"
-for file in "$prefix"/share/doc/t5gemma/onnxruntime-* "$prefix"/share/doc/t5gemma/licences.*; do
-    [ ! -e "$file" ] || install -m 644 "$file" "$work/"
-done
 chmod 755 "$work"
 # A server that runs keeps the files that it has open.
 rm -rf "$folder"

@@ -452,9 +452,22 @@ pub struct OutputArgs {
     /// together. OUT may also lie in DIR as DIR/NAME/1. Models of other tasks have no NAME_stream.
     #[arg(long, value_name = "DIR")]
     pub triton_repository: Option<PathBuf>,
+    /// The backend that the models of --triton-repository are for
+    #[arg(long, value_name = "NAME", value_enum, default_value_t, requires = "triton_repository")]
+    pub triton_backend: TritonBackendArg,
     /// Print only errors and warnings, no progress or notes
     #[arg(short, long)]
     pub quiet: bool,
+}
+
+/// A backend of Triton Inference Server.
+#[derive(Clone, Copy, Default, ValueEnum)]
+pub enum TritonBackendArg {
+    /// this project's, with every option and continuous batching
+    #[default]
+    T5gemma,
+    /// Triton's own onnxruntime for the graphs and python for a greedy loop, which is slower (target portable)
+    Onnxruntime,
 }
 
 /// A format of quantized weights.

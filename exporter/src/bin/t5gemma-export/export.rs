@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, Result, anyhow, bail};
-use t5gemma_exporter::{Alignment, Checkpoint, Existing, Export, Exported, ServingPlan, Source, preset};
+use t5gemma_exporter::{Alignment, Checkpoint, Existing, Export, Exported, ServingPlan, Source, TritonBackend, preset};
 use t5gemma_graphs::Target;
 use t5gemma_graphs::interface::{DType, Logits};
 use t5gemma_graphs::json::{self, cut};
@@ -17,7 +17,8 @@ use t5gemma_graphs::quantization::{Activations, Quantization};
 use t5gemma_graphs::task::{Features, PaddingRows, Pooling, Task};
 
 use crate::arguments::{
-    DTypeArg, ExportArgs, FormatArg, GraphArgs, ModelArgs, OutputDTypeArg, PadRows, QuantizeArgs, WindowArg,
+    DTypeArg, ExportArgs, FormatArg, GraphArgs, ModelArgs, OutputDTypeArg, PadRows, QuantizeArgs, TritonBackendArg,
+    WindowArg,
 };
 use crate::flags::Usage;
 use crate::progress::Bar;
@@ -104,6 +105,7 @@ fn options(args: &ExportArgs) -> Result<Export> {
         .lora_inputs(args.model.lora_inputs)
         .model_card(args.output.push_layout)
         .triton_repository(args.output.triton_repository.clone())
+        .triton_backend(args.output.triton_backend)
         .plan(args.tensorrt.plan.clone())
         .memory_limit(args.tensorrt.fits)
         .encoder_window(encoder_window)
@@ -119,6 +121,15 @@ impl From<DTypeArg> for DType {
             DTypeArg::Float32 => DType::Float32,
             DTypeArg::Float16 => DType::Float16,
             DTypeArg::Bfloat16 => DType::BFloat16,
+        }
+    }
+}
+
+impl From<TritonBackendArg> for TritonBackend {
+    fn from(backend: TritonBackendArg) -> TritonBackend {
+        match backend {
+            TritonBackendArg::T5gemma => TritonBackend::T5Gemma,
+            TritonBackendArg::Onnxruntime => TritonBackend::OnnxRuntime,
         }
     }
 }
