@@ -7,6 +7,7 @@ mod adapt;
 mod adapt_gemma3;
 mod adapters;
 mod alignment;
+mod batch;
 mod bench;
 mod book;
 mod capi;

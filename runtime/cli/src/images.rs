@@ -56,7 +56,7 @@ pub fn tensor_file(file: &str, tensor: &str) -> Result<(Vec<usize>, Vec<f32>), R
 }
 
 /// A model whose requests may name files.
-pub struct WithFiles<'a>(pub &'a dyn Tokenize);
+pub struct WithFiles<'a>(pub &'a (dyn Tokenize + Sync));
 
 impl Tokenize for WithFiles<'_> {
     fn tokenizer(&self) -> Result<&Tokenizer, Error> {

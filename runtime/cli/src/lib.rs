@@ -1,6 +1,7 @@
 //! The program `t5gemma`: parse, run, exit code. Each command has its own file; `requests.rs` reads requests for
 //! several of them, `tensors.rs` reads and writes tensor files. Nothing here is an API for other crates.
 
+mod batch;
 mod bench;
 mod calibrate;
 mod classify;
@@ -79,6 +80,7 @@ enum Command {
     Score(score::Arguments),
     Encode(encode::Arguments),
     Classify(classify::Arguments),
+    Batch(Box<batch::Arguments>),
     #[cfg(all(feature = "server", unix))]
     Serve(Box<serve::Arguments>),
     Verify(verify::Arguments),
@@ -107,6 +109,7 @@ const GRACE: Duration = Duration::from_millis(300);
 /// Exits immediately, without leaving half-written files.
 fn end_at_once() -> ! {
     tensors::Aside::remove_all();
+    t5gemma_batch::discard_unfinished();
     // Other threads may be within ONNX Runtime, whose destructors `exit` would run beside them.
     #[cfg(unix)]
     // SAFETY: the call has no preconditions and does not return.
@@ -145,6 +148,7 @@ pub fn main() -> ExitCode {
         Command::Score(arguments) => score::run(arguments, &cancel),
         Command::Encode(arguments) => encode::run(arguments, &cancel),
         Command::Classify(arguments) => classify::run(arguments, &cancel),
+        Command::Batch(arguments) => batch::run(*arguments, &cancel),
         #[cfg(all(feature = "server", unix))]
         Command::Serve(_) => unreachable!("run above"),
         Command::Verify(arguments) => verify::run(arguments, &cancel),

@@ -13,7 +13,7 @@ use crate::flag_errors;
 use crate::stderr::note;
 
 /// The model.
-#[derive(Args)]
+#[derive(Args, Clone)]
 #[command(next_help_heading = "Model")]
 pub struct ModelArguments {
     /// Model folder written by t5gemma-export
@@ -67,7 +67,7 @@ impl AdapterArguments {
 }
 
 /// How the model runs.
-#[derive(Args)]
+#[derive(Args, Clone)]
 #[command(next_help_heading = "Runtime")]
 pub struct RuntimeArguments {
     /// ONNX Runtime library to load [default: the first that `t5gemma doctor` finds]

@@ -7,12 +7,12 @@ use anyhow::{Context, Result, bail};
 use ndarray::{Ix2, Ix3};
 use serde_json::{Map, Value};
 use t5gemma_protocol::{
-    AnyLength, EncodeRequest, ErrorResult, GenerateRequest, Id, RequestError, ScoreRequest, Tokenize, TokenizedRequest,
-    describe_invalid_utf8, parse_object,
+    AnyLength, EncodeRequest, ErrorResult, GenerateRequest, Id, LONGEST_LINE, RequestError, ScoreRequest, Tokenize,
+    TokenizedRequest, describe_invalid_utf8, parse_object,
 };
 use t5gemma_runtime::Cancellation;
 
-use crate::lines::{LONGEST_LINE, Lines};
+use crate::lines::Lines;
 use crate::packing::Packing;
 use crate::tensors::Tensors;
 

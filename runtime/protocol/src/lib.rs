@@ -27,5 +27,5 @@ pub use result::{
     Score, ScoreResponse, ScoreResult, Sequence, TokenLabels, TokenLabelsResult, Usage, attention_rows,
 };
 pub use schema::schemas;
-pub use text::{describe_invalid_utf8, without_byte_order_mark};
+pub use text::{LONGEST_LINE, describe_invalid_utf8, next_line, without_byte_order_mark};
 pub use tokenize::{AnyLength, Conversations, Tokenize, TokenizedRequest, batch, conversation, sources, targets};

@@ -1,0 +1,211 @@
+//! Reads shards, one after the other, into windows of tokenized rows, on a thread of its own.
+
+use std::fs::File;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::Receiver;
+
+use arrow_array::RecordBatch;
+use serde_json::{Map, Value};
+use t5gemma_protocol::TokenizedRequest;
+
+use crate::answer::ResultColumn;
+use crate::columns::{Columns, Task};
+use crate::json_lines::{self, Compression, Line};
+use crate::records;
+use crate::shards::Shard;
+
+/// Rows of a chunk; windows consist of whole chunks.
+pub const CHUNK_ROWS: usize = 128;
+
+/// Bytes of rows from which a window gets no further chunk.
+const WINDOW_BYTES: usize = 32 << 20;
+
+/// The format of a shard.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    JsonLines(Compression),
+    Parquet,
+}
+
+impl Format {
+    /// The format that a file name says.
+    pub fn of(name: &str) -> Result<Format, String> {
+        let formats = [
+            (".jsonl", Format::JsonLines(Compression::None)),
+            (".jsonl.gz", Format::JsonLines(Compression::Gzip)),
+            (".jsonl.zst", Format::JsonLines(Compression::Zstd)),
+            (".parquet", Format::Parquet),
+        ];
+        let found = formats.into_iter().find(|(suffix, _)| name.ends_with(suffix));
+        let expected = "expected a name that ends in .jsonl, .jsonl.gz, .jsonl.zst or .parquet";
+        found.map(|(_, format)| format).ok_or_else(|| expected.to_string())
+    }
+}
+
+/// What is carried along of a chunk's rows.
+#[derive(Debug)]
+pub enum Carried {
+    Lines(Vec<Line>),
+    Record(RecordBatch),
+}
+
+/// Rows that are answered together.
+#[derive(Debug)]
+pub struct Window {
+    pub chunks: Vec<Carried>,
+    /// The rows of all chunks.
+    pub rows: Vec<Result<TokenizedRequest, String>>,
+    /// How much of the shard has been read, from 0 to 1.
+    pub part_read: f64,
+}
+
+/// What the reader tells, in the order of the shards.
+#[derive(Debug)]
+pub enum Read {
+    /// A shard begins; in Parquet, with an empty record of the columns that are carried along.
+    Begin {
+        shard: usize,
+        carried: Option<RecordBatch>,
+    },
+    Window {
+        shard: usize,
+        window: Window,
+    },
+    /// A shard has been read, or the reason why it cannot be.
+    End {
+        shard: usize,
+        result: Result<(), String>,
+    },
+    /// There is no further shard.
+    Finished,
+}
+
+/// What a reader needs to know.
+pub struct Reading<'a> {
+    pub shards: &'a [Shard],
+    /// Set for shards whose outputs cannot be finished.
+    pub abandoned: &'a [AtomicBool],
+    pub columns: &'a Columns,
+    pub task: Task,
+    pub results: &'a [ResultColumn],
+    pub window_rows: usize,
+    pub tokenize: &'a (dyn Fn(Map<String, Value>) -> Result<TokenizedRequest, String> + Sync),
+}
+
+impl Reading<'_> {
+    /// Reads all shards; waits for a permit before each window. Ends early if nobody grants any, or if `tell` says that
+    /// nobody listens.
+    pub fn run(&self, permits: &Receiver<()>, tell: &dyn Fn(Read) -> bool) {
+        for (shard, source) in self.shards.iter().enumerate() {
+            let result = match self.open(source) {
+                Ok((mut rows, carried)) => {
+                    if !tell(Read::Begin { shard, carried }) {
+                        return;
+                    }
+                    loop {
+                        if permits.recv().is_err() {
+                            return;
+                        }
+                        if self.abandoned[shard].load(Ordering::Relaxed) {
+                            break Ok(());
+                        }
+                        match self.window(&mut rows) {
+                            Ok(window) if window.rows.is_empty() => break Ok(()),
+                            Ok(window) => {
+                                if !tell(Read::Window { shard, window }) {
+                                    return;
+                                }
+                            }
+                            Err(problem) => break Err(problem),
+                        }
+                    }
+                }
+                Err(problem) => {
+                    if permits.recv().is_err() {
+                        return;
+                    }
+                    Err(problem)
+                }
+            };
+            if !tell(Read::End { shard, result }) {
+                return;
+            }
+        }
+        tell(Read::Finished);
+    }
+
+    fn open(&self, shard: &Shard) -> Result<(Rows, Option<RecordBatch>), String> {
+        let format = Format::of(&shard.name)?;
+        let file: File = shard.source.open().map_err(|error| match error {
+            crate::BatchError::File { problem, .. } => format!("cannot be read: {problem}"),
+            error => error.to_string(),
+        })?;
+        let (columns, task, results) = (self.columns, self.task, self.results);
+        Ok(match format {
+            Format::JsonLines(compression) => {
+                let reader = json_lines::Reader::new(file, compression, columns, task, results)?;
+                (Rows::JsonLines { reader, bytes: shard.bytes }, None)
+            }
+            Format::Parquet => {
+                let reader = records::Reader::new(file, CHUNK_ROWS, columns, task, results)?;
+                let carried = reader.schema()?;
+                (Rows::Parquet(Box::new(reader)), Some(carried))
+            }
+        })
+    }
+
+    /// The next window; without rows at the end of the shard.
+    fn window(&self, rows: &mut Rows) -> Result<Window, String> {
+        let mut window = Window { chunks: Vec::new(), rows: Vec::new(), part_read: 0.0 };
+        let mut bytes = 0;
+        while window.rows.len() < self.window_rows && bytes < WINDOW_BYTES {
+            let Some((requests, carried)) = rows.next()? else { break };
+            bytes += match &carried {
+                Carried::Lines(lines) => lines.iter().map(Line::bytes).sum(),
+                Carried::Record(record) => record.get_array_memory_size(),
+            };
+            for request in requests {
+                let row = request.and_then(|request| (self.tokenize)(request));
+                bytes += row.as_ref().map_or(0, bytes_of);
+                window.rows.push(row);
+            }
+            window.chunks.push(carried);
+        }
+        window.part_read = rows.part_read();
+        Ok(window)
+    }
+}
+
+/// The memory of a request, roughly.
+fn bytes_of(request: &TokenizedRequest) -> usize {
+    let tokens: usize = request.sources.iter().chain(&request.targets).map(Vec::len).sum();
+    let pixels: usize = request.images.iter().flatten().map(|image| image.values().len()).sum();
+    16 * tokens + 4 * pixels
+}
+
+/// The rows of a shard.
+enum Rows {
+    JsonLines { reader: json_lines::Reader, bytes: u64 },
+    Parquet(Box<records::Reader>),
+}
+
+impl Rows {
+    /// The next chunk; `None` at the end.
+    #[expect(clippy::type_complexity, reason = "a list and what is carried along of it")]
+    fn next(&mut self) -> Result<Option<(Vec<Result<Map<String, Value>, String>>, Carried)>, String> {
+        match self {
+            Rows::JsonLines { reader, .. } => {
+                let (requests, lines) = reader.next(CHUNK_ROWS)?;
+                Ok((!requests.is_empty()).then_some((requests, Carried::Lines(lines))))
+            }
+            Rows::Parquet(reader) => Ok(reader.next()?.map(|(requests, record)| (requests, Carried::Record(record)))),
+        }
+    }
+
+    fn part_read(&self) -> f64 {
+        match self {
+            Rows::JsonLines { reader, bytes } => reader.bytes_read() as f64 / (*bytes).max(1) as f64,
+            Rows::Parquet(reader) => reader.part_read(),
+        }
+    }
+}
