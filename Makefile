@@ -213,8 +213,12 @@ sanitize: $(LIBRARY) ## run unit tests under AddressSanitizer at every instructi
 train-adapted: build $(LIBRARY) .cache/training/complete ## adapt, train, export and run tiny checkpoints; fetches PyTorch (6 GB) into .cache
 	PYTHONPATH=.cache/training $(PYTHON) tests/scripts/train_adapted.py $(PROGRAMS)/t5gemma-export $(PROGRAMS)/t5gemma .cache/trained
 
+.PHONY: batch-kills
+batch-kills: onnxruntime python ## kill `t5gemma batch` 200 times and compare its outputs with those of an undisturbed run
+	T5GEMMA_BATCH_KILLS=200 $(CARGO) test --locked -p t5gemma-tests --test all batch::faults::kills
+
 .PHONY: nightly
-nightly: deny sanitize fuzz train-adapted ## what takes too long, or too much network, for every change
+nightly: deny sanitize fuzz train-adapted batch-kills ## what takes too long, or too much network, for every change
 
 .PHONY: check-rtx
 check-rtx: .venv/complete .cache/tensorrt-rtx/complete ## compile graphs with NVIDIA's builder for RTX; needs no GPU, but x86-64 Linux

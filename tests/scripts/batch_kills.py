@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 
-SHARDS, ROWS = 6, 40
+SHARDS, ROWS = 6, 12
 
 
 def texts(shard, count):

@@ -10,7 +10,7 @@ published checkpoints (`Checker.stand_ins`). What a block's language is decides 
   c, cpp              compiled against the library in --prefix; a block with a `main` is run with the argument `model`
   rust                left to rustdoc: tests/lib.rs has to include the page
   cmake, make         compared with the examples
-  json, jsonl, toml   parsed
+  json, jsonl, toml, yaml   parsed
   imports             left to check_imports.py
   text                nothing: it is prose
 
@@ -224,6 +224,12 @@ class Checker:
                 return "parsed"
             case "toml":
                 tomllib.loads(block.text)
+                return "parsed"
+            case "yaml":
+                # The Python that checks links alone may lack it.
+                import yaml
+
+                list(yaml.safe_load_all(block.text))
                 return "parsed"
             case "imports":
                 return "checked by check_imports.py"

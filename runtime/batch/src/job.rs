@@ -127,7 +127,7 @@ pub fn run(job: &Job, cancel: &Cancellation, on_event: &mut dyn FnMut(Event)) ->
     job.store.prepare()?;
     job.settings.begin(job.store)?;
     let engine = match &job.worker {
-        Worker::Generate(generating) => Some(start(generating)?),
+        Worker::Generate(generating) if generating.fixed_batches.is_none() => Some(start(generating)?),
         _ => None,
     };
     let results = job.worker.results(job.columns);
@@ -265,7 +265,8 @@ impl Running<'_, '_> {
     /// places is ever empty.
     fn most_in_flight(&self) -> usize {
         match &self.job.worker {
-            Worker::Generate(Generating { engine, options, models, .. }) => {
+            Worker::Generate(generating) if generating.fixed_batches.is_none() => {
+                let Generating { engine, options, models, .. } = &**generating;
                 let of_source = options.num_beams.max(options.num_return_sequences).max(1);
                 let sources = engine.max_sources.min(engine.max_rows.div_ceil(of_source)).clamp(1, 1 << 16);
                 (2 * sources).max(64) * models.len()

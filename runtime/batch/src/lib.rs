@@ -34,4 +34,4 @@ pub use job::{Event, Job, Progress, Summary, run};
 pub use settings::Settings;
 pub use shards::{Part, Shard, Shards, find};
 pub use store::{Store, discard_unfinished};
-pub use worker::{Classifying, Encoding, Explain, Generating, Scoring, Worker};
+pub use worker::{Classifying, Encoding, Explain, Generating, Scoring, Worker, has_scores};

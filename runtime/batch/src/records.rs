@@ -12,7 +12,7 @@ use arrow_array::cast::AsArray;
 use arrow_array::types::{
     Float32Type, Float64Type, Int8Type, Int16Type, Int32Type, Int64Type, UInt8Type, UInt16Type, UInt32Type, UInt64Type,
 };
-use arrow_array::{Array, ArrayRef, RecordBatch, RecordBatchOptions, new_empty_array};
+use arrow_array::{Array, ArrayRef, RecordBatch, RecordBatchOptions};
 use arrow_schema::{DataType, Field, FieldRef, Schema, SchemaRef};
 use parquet::arrow::ArrowWriter;
 use parquet::arrow::arrow_reader::{ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder};
@@ -39,6 +39,8 @@ pub struct Reader {
     fields: Vec<(usize, String)>,
     /// The positions of the columns that are carried along.
     kept: Vec<usize>,
+    /// With the metadata of the file, which its records do not have.
+    schema: SchemaRef,
     rows_read: u64,
     rows: u64,
 }
@@ -76,7 +78,7 @@ impl Reader {
         }
         let all = builder.metadata().file_metadata().num_rows() as u64;
         let records = builder.with_batch_size(rows).build().map_err(|error| problem(&error))?;
-        Ok(Reader { records, fields, kept, rows_read: 0, rows: all })
+        Ok(Reader { records, fields, kept, schema, rows_read: 0, rows: all })
     }
 
     /// The part of the rows that has been read.
@@ -86,14 +88,7 @@ impl Reader {
 
     /// An empty record with the schema of the columns that are carried along.
     pub fn schema(&self) -> Result<RecordBatch, String> {
-        let columns = self.records_schema().fields().iter().map(|field| new_empty_array(field.data_type())).collect();
-        let whole = RecordBatch::try_new(self.records_schema(), columns).map_err(|error| error.to_string())?;
-        self.carried(&whole)
-    }
-
-    fn records_schema(&self) -> SchemaRef {
-        use arrow_array::RecordBatchReader;
-        self.records.schema()
+        self.carried(&RecordBatch::new_empty(self.schema.clone()))
     }
 
     fn carried(&self, record: &RecordBatch) -> Result<RecordBatch, String> {
@@ -225,8 +220,7 @@ impl Writer {
         self.out.write(&record)
     }
 
-    pub fn finish(mut self) -> Result<Aside, ParquetError> {
-        self.out.finish()?;
+    pub fn finish(self) -> Result<Aside, ParquetError> {
         self.out.into_inner()
     }
 }

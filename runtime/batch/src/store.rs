@@ -98,10 +98,20 @@ impl Store {
         }
     }
 
-    /// Makes the folder, and removes what processes that no longer run have left there.
+    /// Removes what processes that no longer run have left in a folder that was begun.
     ///
     /// # Errors
-    /// It cannot be made or read.
+    /// It cannot be read.
+    pub fn sweep(&self) -> Result<(), BatchError> {
+        match &self.0 {
+            Place::Folder(folder) => folder.sweep(),
+        }
+    }
+
+    /// Makes the folder.
+    ///
+    /// # Errors
+    /// It cannot be made.
     pub(crate) fn prepare(&self) -> Result<(), BatchError> {
         match &self.0 {
             Place::Folder(folder) => folder.prepare(),

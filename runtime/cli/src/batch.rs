@@ -122,7 +122,13 @@ pub struct Arguments {
     /// Maximum bytes of keys, values and logits that they may come to need
     #[arg(long, value_name = "BYTES", help_heading = "Runtime", default_value_t = EngineOptions::default().max_bytes)]
     max_bytes: usize,
-    /// Number of rows in a batch, for the other tasks than generate
+    /// Generate in batches of --batch-size rows that depend on the input alone
+    ///
+    /// This is slower, but the last bits of scores then do not depend on time. It is always so if scores are returned: with --details
+    /// and several beams, log-probabilities or attentions.
+    #[arg(long, help_heading = "Runtime")]
+    fixed_batches: bool,
+    /// Number of rows in a batch, for other tasks than generate and with --fixed-batches
     #[arg(long, value_name = "ROWS", help_heading = "Runtime", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
     batch_size: u32,
     /// Number of rows to sort by length at a time; at most three times as many are in memory
@@ -191,6 +197,9 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     let columns = columns(&arguments);
     let settings = settings(&arguments, task, &columns, &given)?;
     let is_begun = settings.check(&store).map_err(error)?;
+    if is_begun {
+        store.sweep().map_err(error)?;
+    }
     let names = store.names().map_err(error)?;
     let (done, missing): (Vec<Shard>, Vec<Shard>) =
         found.shards.into_iter().partition(|shard| names.contains(&shard.name));
@@ -255,6 +264,8 @@ fn settings(arguments: &Arguments, task: Task, columns: &Columns, given: &Map<St
     }
     let mut options = given.clone();
     options.sort_keys();
+    // Last bits may depend on them.
+    let batches = (task != Task::Generate || is_in_fixed_batches(arguments, given)).then_some(arguments.batch_size);
     let settings = json!({
         "task": task.name(),
         "model": {"sha256": sha256(&[model.join("manifest.json")])?},
@@ -265,6 +276,7 @@ fn settings(arguments: &Arguments, task: Task, columns: &Columns, given: &Map<St
         "chat": {"texts": arguments.chat, "system": arguments.system},
         "max_source_length": arguments.max_source_length,
         "truncation": arguments.truncation,
+        "batches": batches.map(|rows| json!({"rows": rows, "window": arguments.window})),
         "of_task": match task {
             Task::Generate => json!({}),
             Task::Score => json!({"no_eos": arguments.no_eos}),
@@ -277,6 +289,14 @@ fn settings(arguments: &Arguments, task: Task, columns: &Columns, given: &Map<St
     });
     let Value::Object(settings) = settings else { unreachable!("an object") };
     Ok(Settings(settings))
+}
+
+/// Whether targets are generated in fixed batches.
+fn is_in_fixed_batches(arguments: &Arguments, given: &Map<String, Value>) -> bool {
+    let is_given = |name: &str| given.get(name).is_some_and(|value| *value != json!(false) && *value != json!(0));
+    let has_beams = given.get("num_beams").is_some_and(|beams| *beams != json!(1));
+    let has_scores = has_beams || ["output_logprobs", "top_logprobs", "output_attentions"].into_iter().any(is_given);
+    arguments.fixed_batches || arguments.details && has_scores
 }
 
 /// The SHA-256 of files, one after the other.
@@ -318,6 +338,9 @@ impl Run<'_> {
     fn generate(&self, given: &Map<String, Value>, cancel: &Cancellation) -> Result<Summary> {
         let (arguments, flags) = (self.arguments, &self.arguments.flags);
         let opening = self.opening();
+        if is_in_fixed_batches(arguments, given) {
+            opening.one_device()?;
+        }
         let models = opening.open_all()?;
         arguments.adapters.load(&models)?;
         let model = models[0].clone();
@@ -333,19 +356,25 @@ impl Run<'_> {
             !options.do_sample || options.seed.is_some(),
             "--do-sample requires --seed, since another run must give the same results"
         );
+        let is_fixed = is_in_fixed_batches(arguments, given);
+        ensure_usage!(
+            is_fixed || !arguments.details || !t5gemma_batch::has_scores(&options),
+            "--details requires --fixed-batches with the scores that generation_config.json asks for"
+        );
         let chat = Chat::new(opening.path(), &model).with(arguments.chat, arguments.system.clone());
         if arguments.chat {
             chat.template()?;
         }
-        let worker = Worker::Generate(Generating {
+        let generating = Generating {
             models,
             tokenize: &chat,
             options,
             engine: EngineOptions::default().max_rows(arguments.max_rows).max_bytes(arguments.max_bytes),
+            fixed_batches: is_fixed.then_some(arguments.batch_size as usize),
             details: arguments.details,
             explain: Box::new(|error, options| flag_errors::of_request(error, options, flags)),
-        });
-        self.job(worker, cancel)
+        };
+        self.job(Worker::Generate(Box::new(generating)), cancel)
     }
 
     fn score(&self, cancel: &Cancellation) -> Result<Summary> {

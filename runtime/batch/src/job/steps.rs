@@ -54,18 +54,21 @@ impl Active {
         self.left -= 1;
     }
 
-    /// Takes the rows of the next batch: neighbours with equal decoder prompts.
+    /// Takes the rows of the next batch: neighbours with equal options and decoder prompts.
     pub fn batch(&mut self, most: usize) -> Vec<usize> {
-        let prompts = |active: &Active, row: usize| {
+        // Seeds are of rows, not of batches.
+        let kind = |active: &Active, row: usize| {
             let request = active.requests[row].as_ref().expect("rows to do have requests");
-            (request.prompts.clone(), request.adapter.is_some(), request.progress_totals.is_some())
+            let mut options = request.options.clone();
+            options.remove("seed");
+            (request.prompts.clone(), request.adapter.is_some(), request.progress_totals.is_some(), options)
         };
         let Some(first) = self.todo.pop_front() else { return Vec::new() };
-        let of_first = prompts(self, first);
+        let of_first = kind(self, first);
         let mut rows = vec![first];
         while rows.len() < most
             && let Some(&next) = self.todo.front()
-            && prompts(self, next) == of_first
+            && kind(self, next) == of_first
         {
             rows.extend(self.todo.pop_front());
         }

@@ -58,8 +58,12 @@ impl Folder {
 
     pub fn prepare(&self) -> Result<(), BatchError> {
         let records = self.records();
+        fs::create_dir_all(&records).map_err(|error| BatchError::file(records.display(), error))
+    }
+
+    pub fn sweep(&self) -> Result<(), BatchError> {
+        let records = self.records();
         let failed = |error: io::Error| BatchError::file(records.display(), error);
-        fs::create_dir_all(&records).map_err(failed)?;
         for entry in fs::read_dir(&records).map_err(failed)? {
             let path = entry.map_err(failed)?.path();
             if is_left_behind(&path) {

@@ -7,7 +7,7 @@ use serde_json::{Map, Value, json};
 use t5gemma_protocol::{
     GenerateRequest, RequestError, Score, ScoreRequest, Sequence, Tokenize, TokenizedRequest, Usage, batch,
 };
-use t5gemma_runtime::{Cancellation, EngineOptions, Error, GenerationConfig, Hypothesis, Model};
+use t5gemma_runtime::{Cancellation, Controls, EngineOptions, Error, GenerationConfig, Hypothesis, Model};
 
 use super::refused;
 use crate::answer::{Answer, Answered, Cell, Kind, ResultColumn};
@@ -16,7 +16,7 @@ use crate::columns::{Columns, Task};
 /// Why a row fails, in the words of whoever gave its options.
 pub type Explain<'a> = Box<dyn Fn(&Error, &Map<String, Value>) -> String + Send + Sync + 'a>;
 
-/// Generates targets with an engine.
+/// Generates targets, with an engine or in fixed batches.
 pub struct Generating<'a> {
     /// Copies of a model, each on its own device.
     pub models: Vec<Arc<Model>>,
@@ -26,6 +26,9 @@ pub struct Generating<'a> {
     pub options: GenerationConfig,
     /// The engine's limits; those of its queue are not used.
     pub engine: EngineOptions,
+    /// Runs this many rows at a time with the first model instead. How rows share an engine's steps depends on time, and the
+    /// last bits of scores depend on that.
+    pub fixed_batches: Option<usize>,
     /// Whether results have all details.
     pub details: bool,
     /// The messages of rows that fail.
@@ -82,6 +85,13 @@ impl Generating<'_> {
             let expected = format!("{}, as for all rows", self.options.num_return_sequences);
             return Err(refused("options.num_return_sequences", &expected, options.num_return_sequences.to_string()));
         }
+        if self.details && self.fixed_batches.is_none() && has_scores(options) {
+            return Err(refused(
+                "options",
+                "none that return scores (without --fixed-batches)",
+                "beams, logprobs or attentions",
+            ));
+        }
         request.seed = options.seed.filter(|_| options.do_sample);
         Ok(request)
     }
@@ -91,6 +101,14 @@ impl Generating<'_> {
         let options = self.options.with_json(&row.options)?;
         let batch = batch(std::slice::from_ref(row), options.pad_token_id)?;
         Ok(t5gemma_runtime::Request::new(batch, options))
+    }
+
+    /// The answers to rows with the same options that run as one batch.
+    pub(super) fn answers(&self, rows: &[&TokenizedRequest], cancel: &Cancellation) -> Result<Vec<Answered>, Error> {
+        let options = self.options.with_json(&rows[0].options)?;
+        let batch = batch(rows, options.pad_token_id)?;
+        let found = self.models[0].generate_batch(&batch, &options, Controls::default().cancellation(cancel))?;
+        Ok(rows.iter().zip(found).map(|(row, hypotheses)| self.answer(row, &hypotheses)).collect())
     }
 
     /// The answer to a row, from its hypotheses.
@@ -120,6 +138,11 @@ impl Generating<'_> {
         }
         Ok(Answer { cells, source_tokens: usage.source_tokens, target_tokens })
     }
+}
+
+/// Whether details of results with these options have scores, whose last bits depend on the rows that share a step.
+pub fn has_scores(options: &GenerationConfig) -> bool {
+    options.num_beams > 1 || options.output_logprobs || options.top_logprobs > 0 || options.output_attentions
 }
 
 /// Scores given targets.
