@@ -1,6 +1,7 @@
 """The Python package in processes that end, are interrupted, fork, or are given its objects, each case in a process of its own:
 capi_python_process.py DEMO CLASSIFIER."""
 
+import asyncio
 import concurrent.futures
 import copy
 import multiprocessing
@@ -190,6 +191,16 @@ def in_a_child(work):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+async def streamed(engine):
+    stream = engine.stream(TEXT, **ENDLESS)
+    assert await anext(stream)
+    return stream
+
+
+async def awaited(future):
+    return await future
+
+
 def forks(model):
     expected = model.generate(TEXT, max_new_tokens=5)[0][0].text
     tokenizer = model.tokenizer
@@ -209,10 +220,18 @@ def forks(model):
 
     engine = t5gemma.Engine(model)
     request = engine.submit(TEXT, **ENDLESS)
+    future = engine.future(TEXT, **ENDLESS)
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    stream = loop.run_until_complete(streamed(engine))
     pieces = model.stream(TEXT, **ENDLESS)
     next(pieces)
 
     def refused():
+        for work in (anext(stream), stream.result(), stream.stats()):
+            fails(t5gemma.Error, "stream: this Stream was made before a fork", lambda: asyncio.run(work))
+        for work in (future.result, future.exception, lambda: asyncio.run(awaited(future))):
+            fails(t5gemma.Error, "future: this Future was made before a fork", work)
         for work in (lambda: engine.submit("x"), engine.drain, lambda: engine.stats, engine.shutdown):
             fails(t5gemma.Error, "engine: this Engine was made before a fork", work)
         for work in (request.result, request.cancel, lambda: next(iter(request))):
@@ -225,6 +244,8 @@ def forks(model):
     assert [in_a_child(work) for work in (refused, anew)] == [0, 0]
     pieces.close()
     request.cancel()
+    stream.cancel()
+    future.cancel()
     assert engine.submit(TEXT, max_new_tokens=5).result()[0][0].text == expected, "the parent's go on"
 
 
@@ -250,7 +271,8 @@ def copies(model):
         with t5gemma.Encoder.open(sys.argv[1], threads=1) as encoder:
             assert make(encoder).encode("x")[0].shape == encoder.encode("x")[0].shape
         engine = t5gemma.Engine(model)
-        for owner in (engine, engine.submit("x", max_new_tokens=1), t5gemma.Cancellation()):
+        of_engine = engine.submit("x", max_new_tokens=1), engine.future("x", max_new_tokens=1)
+        for owner in (engine, *of_engine, t5gemma.Cancellation()):
             fails(TypeError, type(owner).__name__, lambda: make(owner))
         result = make(model.generate("x", max_new_tokens=2, output_logprobs=True)[0][0])
         assert result.tokens.size == 2 == result.logprobs.size

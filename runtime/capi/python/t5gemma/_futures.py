@@ -9,16 +9,17 @@ the result and running callbacks of futures is left to the other thread.
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import itertools
 import os
 import queue
 import threading
 from concurrent import futures
-from typing import Any, Callable
+from typing import Any, Callable, Generator
 
-from ._library import C, Error, Handle, call, failure
-from ._results import result, taken
+from ._library import C, Error, Handle, Owner, call, failure
+from ._results import Hypothesis, result, taken
 
 _numbers = itertools.count(1)
 _pending: dict[int, Future] = {}
@@ -29,11 +30,15 @@ _process = 0
 
 
 class Future(futures.Future):
-    """The result of a request of an engine: what Model.generate returns."""
+    """The result of a request of an engine: what Model.generate returns. With asyncio it can be awaited."""
 
     def __init__(self) -> None:
         super().__init__()
         self._stop = Handle(call(C.t5g_cancellation_new), C.t5g_cancellation_free)
+
+    def __await__(self) -> Generator[Any, None, list[list[Hypothesis]]]:
+        self._check()
+        return asyncio.wrap_future(self).__await__()
 
     def cancel(self) -> bool:
         """Cancels the request, unless it has ended."""
@@ -41,6 +46,22 @@ class Future(futures.Future):
         if is_cancelled and self._stop.number is not None and self._stop.is_of_this_process:
             call(C.t5g_cancellation_cancel, self._stop.number, out=False)
         return is_cancelled
+
+    def result(self, timeout: float | None = None) -> list[list[Hypothesis]]:
+        """Waits for the end and returns what Model.generate returns."""
+        self._check()
+        return super().result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Waits for the end and returns the exception that `result` raises, if any."""
+        self._check()
+        return super().exception(timeout)
+
+    def _check(self) -> None:
+        # Whether it had ended at the fork cannot be asked: its lock may be held forever in the child.
+        self._stop.check_process("future", self)
+
+    __reduce__ = Owner.__reduce__
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)

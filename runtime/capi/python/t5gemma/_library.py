@@ -160,6 +160,12 @@ class Handle:
     def is_locked(self) -> bool:
         return self._age != Handle.age
 
+    def check_process(self, name: str, owner: Any) -> None:
+        """Raises an error in the child of a fork, in which nothing that the engines of the parent do arrives."""
+        if not self.is_of_this_process:
+            found = "was made before a fork, and its engine is in the parent: make one in the child"
+            raise Error(C.constants["T5G_ERROR_CLOSED"], f"{name}: this {type(owner).__name__} {found}", name)
+
     def free(self) -> None:
         number, self.number = self.number, None
         if number is not None and self.is_of_this_process:

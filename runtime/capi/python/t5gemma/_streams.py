@@ -1,0 +1,179 @@
+"""Streams of an engine's requests for asyncio: the engine's threads wake the event loop, and no thread waits.
+
+# Design
+
+Callbacks on the engine's threads hold up the rows in flight, so they only append to an inbox and wake its event loop, once
+for everything that the loop has not looked at yet. A reader takes all text that has come as one piece: a slow reader holds at
+most the text of its target, and never delays the engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import itertools
+import os
+from collections import deque
+from typing import Any, Callable
+
+from ._library import C, Error, Handle, Owner, call, callback, failure
+from ._results import Hypothesis, result, stats_of, taken
+
+_numbers = itertools.count(1)
+_inboxes: dict[int, _Inbox] = {}
+"""Of the requests that have not ended."""
+
+
+class _Inbox:
+    """What an engine's threads have for a stream. It does not keep the stream alive."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.texts: deque[str] = deque()
+        self.end: Handle | Error | None = None
+        self.readers: list[asyncio.Future[None]] = []
+        self._is_woken = False
+
+    def wake(self) -> None:
+        """Has the event loop look here. A loop that is closed raises RuntimeError."""
+        if not self._is_woken:
+            self._is_woken = True
+            self.loop.call_soon_threadsafe(self._look)
+
+    def _look(self) -> None:
+        self._is_woken = False
+        readers, self.readers = self.readers, []
+        for reader in readers:
+            if not reader.done():
+                reader.set_result(None)
+
+
+@callback("t5g_call", "on_piece")
+def _piece(number: int, pointer: int) -> int:
+    inbox = _inboxes.get(number)
+    if inbox is None:
+        return 1
+    shown = C.structs["t5g_piece"].from_address(pointer)
+    if not shown.text_size:
+        return 0
+    inbox.texts.append(ctypes.string_at(shown.text, shown.text_size).decode())
+    try:
+        inbox.wake()
+    except RuntimeError:  # The loop is closed: nobody reads any more.
+        return 1
+    return 0
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+def _done(number: int, found: int | None, error: int | None) -> None:
+    end = failure(error) if error else result(found)
+    inbox = _inboxes.pop(number, None)
+    if inbox is not None:
+        inbox.end = end
+        try:
+            inbox.wake()
+        except RuntimeError:
+            pass
+
+
+class Stream:
+    """The text of a request of an engine, as an asynchronous iterator over its pieces.
+
+    Cancelling the task that waits for a piece cancels the request, and so does dropping or closing the stream, as leaving an
+    `async for` over it does.
+    """
+
+    def __init__(self) -> None:
+        self._inbox = _Inbox()
+        self._stop = Handle(call(C.t5g_cancellation_new), C.t5g_cancellation_free)
+        self._is_closed = False
+        self._outcome: tuple[list[list[Hypothesis]], dict[str, float | int | None]] | None = None
+
+    def __aiter__(self) -> Stream:
+        return self
+
+    async def __anext__(self) -> str:
+        inbox = self._own()
+        while not inbox.texts and not self._is_closed:
+            if inbox.end is None:
+                await self._news()
+            elif isinstance(inbox.end, Error):
+                self._is_closed = True
+                raise inbox.end
+            else:
+                self._is_closed = True
+        if self._is_closed and not inbox.texts:
+            raise StopAsyncIteration
+        text = "".join(inbox.texts)
+        inbox.texts.clear()
+        return text
+
+    def cancel(self) -> None:
+        """Cancels the request, unless it has ended: who waits for it gets an Error. Any thread may call it."""
+        if self._inbox.end is None and self._stop.is_of_this_process:
+            call(C.t5g_cancellation_cancel, self._stop.number, out=False)
+
+    async def aclose(self) -> None:
+        """Cancels the request, unless it has ended, and ends the iteration."""
+        self._is_closed = True
+        self._inbox.texts.clear()
+        self.cancel()
+
+    async def result(self) -> list[list[Hypothesis]]:
+        """Waits for the end and returns what Model.generate returns. The pieces can still be read."""
+        return (await self._ended())[0]
+
+    async def stats(self) -> dict[str, float | int | None]:
+        """Waits for the end and returns the same as Request.stats."""
+        return (await self._ended())[1]
+
+    async def _ended(self) -> tuple[list[list[Hypothesis]], dict[str, float | int | None]]:
+        inbox = self._own()
+        while inbox.end is None:
+            await self._news()
+        if isinstance(inbox.end, Error):
+            raise inbox.end
+        if self._outcome is None:
+            stats = stats_of(inbox.end)
+            self._outcome = taken(inbox.end), stats
+        return self._outcome
+
+    async def _news(self) -> None:
+        reader = self._inbox.loop.create_future()
+        self._inbox.readers.append(reader)
+        try:
+            await reader
+        except BaseException:
+            self.cancel()
+            raise
+
+    def _own(self) -> _Inbox:
+        self._stop.check_process("stream", self)
+        if asyncio.get_running_loop() is not self._inbox.loop:
+            raise RuntimeError("stream: expected the event loop that it was made in, found another one")
+        return self._inbox
+
+    __reduce__ = Owner.__reduce__
+
+    def __del__(self) -> None:
+        if getattr(self, "_stop", None) is not None:
+            self.cancel()
+
+
+def stream(way: ctypes.Structure, submit: Callable[[Any, Any], None]) -> Stream:
+    """Submits a request with a t5g_call and the function that receives its end."""
+    made, number = Stream(), next(_numbers)
+    way.user, way.cancellation, way.stream_text = number, made._stop.number, 1
+    way.on_piece = ctypes.cast(_piece, ctypes.c_void_p)
+    _inboxes[number] = made._inbox
+    try:
+        submit(ctypes.byref(way), ctypes.cast(_done, ctypes.c_void_p))
+    except BaseException:
+        del _inboxes[number]
+        raise
+    return made
+
+
+# In the child of a fork, requests of the parent do not end.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_inboxes.clear)
