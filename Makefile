@@ -217,8 +217,18 @@ train-adapted: build $(LIBRARY) .cache/training/complete ## adapt, train, export
 batch-kills: onnxruntime python ## kill `t5gemma batch` 200 times and compare its outputs with those of an undisturbed run
 	T5GEMMA_BATCH_KILLS=200 $(CARGO) test --locked -p t5gemma-tests --test all batch::faults::kills
 
+# Ray listens on more than the loopback, whatever it is told, so its tests leave the network where they may.
+.PHONY: check-scale
+check-scale: build $(LIBRARY) $(MODEL)/manifest.json .cache/ray/complete .cache/beam/complete ## run shards and requests through Ray and Beam; fetches them (1 GB) into .cache
+	$(MAKE) wheel WHEELS=$(STAGE)/scale DESTDIR=
+	rm -rf .cache/scale
+	$(PYTHON) -m pip install --quiet --no-deps --no-index --target .cache/scale $(STAGE)/scale/t5gemma-*.whl
+	PYTHONPATH=.cache/scale .cache/ray/bin/python tests/scripts/ray_shards.py $(abspath $(PROGRAMS))/t5gemma $(MODEL) tests/demo/eval.jsonl 984
+	PYTHONPATH=.cache/scale .cache/ray/bin/python tests/scripts/ray_serve.py $(abspath $(MODEL)) tests/demo/eval.jsonl 984
+	PYTHONPATH=.cache/scale .cache/beam/bin/python tests/scripts/beam_example.py $(MODEL) tests/demo/eval.jsonl 984
+
 .PHONY: nightly
-nightly: deny sanitize fuzz train-adapted batch-kills ## what takes too long, or too much network, for every change
+nightly: deny sanitize fuzz train-adapted batch-kills check-scale ## what takes too long, or too much network, for every change
 
 .PHONY: check-rtx
 check-rtx: .venv/complete .cache/tensorrt-rtx/complete ## compile graphs with NVIDIA's builder for RTX; needs no GPU, but x86-64 Linux
@@ -270,6 +280,14 @@ $(TOKENIZER)/tokenizer.json: tests/scripts/fetch.py
 .cache/tensorrt-rtx/complete: tests/scripts/tensorrt_rtx.txt
 	rm -rf $(@D)
 	$(PYTHON) -m pip install --quiet --no-deps --only-binary=:all: --target $(@D) --require-hashes --requirement $<
+	touch $@
+
+# Environments of their own, because they pin other versions.
+.cache/ray/complete .cache/beam/complete: .cache/%/complete: tests/scripts/%.txt
+	rm -rf $(@D)
+	$(PYTHON) -m venv --without-pip $(@D)
+	packages=$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+	$(PYTHON) -m pip install --quiet --no-deps --only-binary=:all: --target "$$packages" --require-hashes --requirement $<
 	touch $@
 
 # PyTorch and transformers, of the versions that made the fixtures.

@@ -16,6 +16,8 @@ import subprocess
 import sys
 from html import escape
 
+import plan
+
 DOCS = pathlib.Path(__file__).resolve().parent
 NAMES = {"t5gemma": "t5gemma", "onnxruntime": "ONNX Runtime", "ctranslate2": "CTranslate2"}
 
@@ -328,7 +330,51 @@ def values(name, part):
     return lines + [f"| `{one['const']}` | {one['description'].rstrip('.')} |" for one in document["$defs"][part]["oneOf"]]
 
 
+# What the page of plans plans for.
+DOCUMENTS, SOURCE_TOKENS, NEW_TOKENS, WORKERS = 1e9, 512, 64, 1000
+PLANNED = {
+    "s-s, Cascade Lake": "cascade-lake-s-s",
+    "s-s, Emerald Rapids": "emerald-rapids-s-s",
+    "b-b, Cascade Lake": "cascade-lake-b-b",
+    "b-b, Emerald Rapids": "emerald-rapids-b-b",
+}
+
+
+def planned_speed(name):
+    rates = plan.measured(load(name), "int8")
+    return rates, plan.documents_per_second(SOURCE_TOKENS, NEW_TOKENS, *rates)
+
+
+def plan_speeds():
+    """What a worker of two cores does, and what a run takes of them."""
+    lines = [
+        "| int8, 2 cores | source tokens/s | new tokens/s | documents/s | worker hours for 10⁹ documents |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for label, name in PLANNED.items():
+        (encoded, decoded), rate = planned_speed(name)
+        made = plan.plan(plan.Speed(rate), DOCUMENTS, WORKERS)
+        lines.append(f"| {label} | {encoded:.0f} | {decoded:.0f} | {rate:.2f} | {made.worker_seconds / 3600:,.0f} |")
+    return lines
+
+
+def plan_failures():
+    """The same run with workers that live longer and shorter."""
+    _, rate = planned_speed("cascade-lake-s-s")
+    lines = [
+        "| hours between failures of a worker | documents of a shard | minutes | shards | failures | not computing | hours of the run |",
+        "|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for hours in (720, 168, 24, 6, 2):
+        made = plan.plan(plan.Speed(rate, between_failures=hours * 3600), DOCUMENTS, WORKERS)
+        cells = f"{made.shard_documents:,} | {made.shard_seconds / 60:.0f} | {made.shards:,} | {made.failures:,.0f}"
+        lines.append(f"| {hours} | {cells} | {made.lost:.1%} | {made.seconds / 3600:.1f} |")
+    return lines
+
+
 TABLES = {
+    "plan-speeds": plan_speeds,
+    "plan-failures": plan_failures,
     "generate-request": lambda: fields("generate-request"),
     "score-request": lambda: fields("score-request"),
     "encode-request": lambda: fields("encode-request"),

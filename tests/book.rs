@@ -1,12 +1,12 @@
 //! The book, README.md and the other pages for people: `scripts/book.py` runs, compiles or parses every fenced block of
-//! them and follows their links, and the charts are those of the committed results.
+//! them and follows their links, the charts are those of the committed results, and its plan holds in a simulation.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::capi::installed;
-use crate::common::{from_make, program, stdout, tests};
+use crate::common::{from_make, program, python, stdout, tests};
 
 /// The folder of the programs.
 fn programs() -> PathBuf {
@@ -32,4 +32,9 @@ fn generated_pages_tables_and_charts_are_current() {
     let mut check = Command::new(from_make("T5GEMMA_PYTHON"));
     check.arg(tests().join("../docs/generate.py")).arg("--check").arg("--programs").arg(programs());
     stdout(check.output().expect("Python runs"));
+}
+
+#[test]
+fn the_plan_for_many_documents_holds_in_a_simulation() {
+    python::<&str>("simulate_shards.py", []);
 }

@@ -333,9 +333,10 @@ fn every_case_gives_the_reference_tokens_through_c_cpp_and_python() {
 
 #[test]
 fn python_users_have_what_the_package_promises() {
-    for script in ["capi_python.py", "capi_python_forms.py", "capi_python_asyncio.py", "capi_python_process.py"] {
+    let scripts = ["", "_forms", "_asyncio", "_shards", "_process"].map(|part| format!("capi_python{part}.py"));
+    for script in scripts {
         let mut python = installed().python();
-        python.arg(tests().join("scripts").join(script)).arg(demo_with_alignment()).arg(classifier());
+        python.arg(tests().join("scripts").join(&script)).arg(demo_with_alignment()).arg(classifier());
         assert_eq!(done(python), "well\n", "{script}");
     }
 }

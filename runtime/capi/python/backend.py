@@ -32,6 +32,7 @@ def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
     contents[f"{info}/METADATA"] = (
         f"Metadata-Version: 2.4\nName: t5gemma\nVersion: {version}\nSummary: Runs T5Gemma models with ONNX Runtime\n"
         "License-Expression: Apache-2.0\nLicense-File: LICENSE\nRequires-Python: >=3.9\nRequires-Dist: numpy\n"
+        'Provides-Extra: ray\nRequires-Dist: ray[serve]>=2.60; extra == "ray"\n'
     ).encode()
     contents[f"{info}/WHEEL"] = (
         f"Wheel-Version: 1.0\nGenerator: t5gemma\nRoot-Is-Purelib: false\nTag: {tag}\n"

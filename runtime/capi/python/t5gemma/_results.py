@@ -49,11 +49,16 @@ def stats_of(given: Handle) -> dict[str, float | int | None]:
     return {name: None if value != value else value for name, value in fields}
 
 
+def rows_of(given: Handle) -> list[list[Hypothesis]]:
+    """The hypotheses of a result, copied."""
+    rows = range(C.t5g_result_rows(given.number))
+    return [[_hypothesis(given.number, row, at) for at in range(C.t5g_result_count(given.number, row))] for row in rows]
+
+
 def taken(given: Handle) -> list[list[Hypothesis]]:
-    """The hypotheses of a result, copied; the result is freed."""
+    """The same; the result is freed."""
     try:
-        rows = range(C.t5g_result_rows(given.number))
-        return [[_hypothesis(given.number, row, at) for at in range(C.t5g_result_count(given.number, row))] for row in rows]
+        return rows_of(given)
     finally:
         given.free()
 

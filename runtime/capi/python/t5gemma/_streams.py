@@ -17,7 +17,7 @@ from collections import deque
 from typing import Any, Callable
 
 from ._library import C, Error, Handle, Owner, call, callback, failure
-from ._results import Hypothesis, result, stats_of, taken
+from ._results import Hypothesis, result, rows_of, stats_of
 
 _numbers = itertools.count(1)
 _inboxes: dict[int, _Inbox] = {}
@@ -87,7 +87,6 @@ class Stream:
         self._inbox = _Inbox()
         self._stop = Handle(call(C.t5g_cancellation_new), C.t5g_cancellation_free)
         self._is_closed = False
-        self._outcome: tuple[list[list[Hypothesis]], dict[str, float | int | None]] | None = None
 
     def __aiter__(self) -> Stream:
         return self
@@ -121,22 +120,20 @@ class Stream:
 
     async def result(self) -> list[list[Hypothesis]]:
         """Waits for the end and returns what Model.generate returns. The pieces can still be read."""
-        return (await self._ended())[0]
+        return rows_of(await self._ended())
 
     async def stats(self) -> dict[str, float | int | None]:
         """Waits for the end and returns the same as Request.stats."""
-        return (await self._ended())[1]
+        return stats_of(await self._ended())
 
-    async def _ended(self) -> tuple[list[list[Hypothesis]], dict[str, float | int | None]]:
+    async def _ended(self) -> Handle:
+        """The request's result."""
         inbox = self._own()
         while inbox.end is None:
             await self._news()
         if isinstance(inbox.end, Error):
             raise inbox.end
-        if self._outcome is None:
-            stats = stats_of(inbox.end)
-            self._outcome = taken(inbox.end), stats
-        return self._outcome
+        return inbox.end
 
     async def _news(self) -> None:
         reader = self._inbox.loop.create_future()
