@@ -142,7 +142,10 @@ async def _events(stream: Stream, identity: dict[str, Any]) -> AsyncIterator[str
 
 
 def _refusal(error: Exception) -> Response:
-    status = STATUS_OF_CODE.get(error.code, 500) if isinstance(error, Error) else 400
-    headers = {"Retry-After": str(max(1, math.ceil(error.retry_after)))} if status == 429 else {}
+    headers, status = {}, 400
+    if isinstance(error, Error):
+        status = STATUS_OF_CODE.get(error.code, 500)
+        if status == 429:
+            headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
     body = json.dumps({"error": str(error)}, ensure_ascii=False)
     return Response(body, status_code=status, headers=headers, media_type="application/json")

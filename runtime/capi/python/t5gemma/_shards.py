@@ -121,10 +121,16 @@ def compute(named: str | None, given: Sequence[str], shard: Shard) -> Shard:
     command = [_program(named), "batch", model, "--input", shard.input, "--output", os.path.dirname(shard.output), *arguments]
     began = time.monotonic()
     with tempfile.TemporaryFile("w+", encoding="utf-8") as printed:
-        streams = {"stdin": subprocess.DEVNULL, "stdout": printed, "stderr": subprocess.PIPE}
-        forms = {"encoding": "utf-8", "errors": "replace"}
-        with subprocess.Popen(command, preexec_fn=_end_with(os.getpid()), **forms, **streams) as process:
-            said = "".join(collections.deque(process.stderr, SAID)).strip()
+        with subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=printed,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            errors="replace",
+            preexec_fn=_end_with(os.getpid()),
+        ) as process:
+            said = "".join(collections.deque(process.stderr or [], SAID)).strip()
         printed.seek(0)
         summary = printed.read()
     status, seconds = process.returncode, time.monotonic() - began

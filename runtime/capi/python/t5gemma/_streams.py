@@ -3,16 +3,18 @@
 # Design
 
 Callbacks on the engine's threads hold up the rows in flight, so they only append to an inbox and wake its event loop, once
-for everything that the loop has not looked at yet. A reader takes all text that has come as one piece: a slow reader holds at
+for all inboxes that the loop has not looked at. A reader takes all text that has come as one piece: a slow reader holds at
 most the text of its target, and never delays the engine.
 """
 
 from __future__ import annotations
 
 import asyncio
+import copy
 import ctypes
 import itertools
 import os
+import weakref
 from collections import deque
 from typing import Any, Callable
 
@@ -24,28 +26,52 @@ _inboxes: dict[int, _Inbox] = {}
 """Of the requests that have not ended."""
 
 
-class _Inbox:
-    """What an engine's threads have for a stream. It does not keep the stream alive."""
+class _Post:
+    """What an engine's threads have for an event loop, which is woken once for all that it has not looked at."""
 
-    def __init__(self) -> None:
-        self.loop = asyncio.get_running_loop()
-        self.texts: deque[str] = deque()
-        self.end: Handle | Error | None = None
-        self.readers: list[asyncio.Future[None]] = []
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = weakref.ref(loop)
+        self._news: deque[_Inbox] = deque()
         self._is_woken = False
 
-    def wake(self) -> None:
-        """Has the event loop look here. A loop that is closed raises RuntimeError."""
+    def tell(self, inbox: _Inbox) -> bool:
+        """Has the readers of an inbox look there; returns whether the loop is open."""
+        self._news.append(inbox)
+        loop = self._loop()
+        if loop is None or loop.is_closed():
+            return False
         if not self._is_woken:
             self._is_woken = True
-            self.loop.call_soon_threadsafe(self._look)
+            try:
+                loop.call_soon_threadsafe(self._look)
+            except RuntimeError:  # It was closed just now.
+                return False
+        return True
 
     def _look(self) -> None:
         self._is_woken = False
-        readers, self.readers = self.readers, []
-        for reader in readers:
-            if not reader.done():
-                reader.set_result(None)
+        while self._news:
+            inbox = self._news.popleft()
+            readers, inbox.readers = inbox.readers, []
+            for reader in readers:
+                if not reader.done():
+                    reader.set_result(None)
+
+
+_posts: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Post] = weakref.WeakKeyDictionary()
+
+
+class _Inbox:
+    """What an engine's threads have for a stream. It does not keep the stream alive."""
+
+    __slots__ = ("end", "loop", "post", "readers", "texts")
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.post = _posts.get(self.loop) or _posts.setdefault(self.loop, _Post(self.loop))
+        self.texts: deque[str] = deque()
+        self.end: Handle | Error | None = None
+        self.readers: list[asyncio.Future[None]] = []
 
 
 @callback("t5g_call", "on_piece")
@@ -57,11 +83,7 @@ def _piece(number: int, pointer: int) -> int:
     if not shown.text_size:
         return 0
     inbox.texts.append(ctypes.string_at(shown.text, shown.text_size).decode())
-    try:
-        inbox.wake()
-    except RuntimeError:  # The loop is closed: nobody reads any more.
-        return 1
-    return 0
+    return 0 if inbox.post.tell(inbox) else 1
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
@@ -70,10 +92,7 @@ def _done(number: int, found: int | None, error: int | None) -> None:
     inbox = _inboxes.pop(number, None)
     if inbox is not None:
         inbox.end = end
-        try:
-            inbox.wake()
-        except RuntimeError:
-            pass
+        inbox.post.tell(inbox)
 
 
 class Stream:
@@ -98,7 +117,7 @@ class Stream:
                 await self._news()
             elif isinstance(inbox.end, Error):
                 self._is_closed = True
-                raise inbox.end
+                raise copy.copy(inbox.end)
             else:
                 self._is_closed = True
         if self._is_closed and not inbox.texts:
@@ -132,7 +151,8 @@ class Stream:
         while inbox.end is None:
             await self._news()
         if isinstance(inbox.end, Error):
-            raise inbox.end
+            # A copy, because a traceback refers to this stream.
+            raise copy.copy(inbox.end)
         return inbox.end
 
     async def _news(self) -> None:
@@ -171,6 +191,11 @@ def stream(way: ctypes.Structure, submit: Callable[[Any, Any], None]) -> Stream:
     return made
 
 
-# In the child of a fork, requests of the parent do not end.
+def _forget() -> None:
+    """Resets the state in the child of a fork, in which requests of the parent do not end."""
+    _inboxes.clear()
+    _posts.clear()
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_inboxes.clear)
+    os.register_at_fork(after_in_child=_forget)

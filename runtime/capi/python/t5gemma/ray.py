@@ -67,7 +67,8 @@ def run_shards(
     )
     most = UNDER_WAY if concurrency is None else _forms.whole("concurrency", concurrency, 1)
     ended: dict[str, Shard] = {}
-    waiting, under_way = collections.deque(found), {}
+    waiting = collections.deque(found)
+    under_way: dict[Any, Shard] = {}
     try:
         while waiting or under_way:
             while waiting and len(under_way) < most:
