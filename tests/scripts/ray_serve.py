@@ -28,9 +28,9 @@ def ask(request, accept="application/json"):
 
 
 def wait_for(what, condition):
-    until = time.monotonic() + 20
+    until = time.monotonic() + 60
     while not condition():
-        assert time.monotonic() < until, f"20 seconds, and not {what}"
+        assert time.monotonic() < until, f"a minute, and not {what}"
         time.sleep(0.05)
 
 
@@ -101,6 +101,25 @@ def overload():
     return collections.Counter(status for status, *_ in found)
 
 
+def autoscaling(serve):
+    """Requests that wait start a second replica."""
+    running = lambda: serve.status().applications["t5gemma"].deployments["Deployment"].replica_states.get("RUNNING", 0)  # noqa: E731
+    wait_for("one replica", lambda: running() == 1)
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        is_over = False
+
+        def client():
+            while not is_over:
+                assert ask({"text": TEXT, "options": ENDLESS})[0] == 200
+
+        clients = [pool.submit(client) for _ in range(16)]
+        try:
+            wait_for("two replicas", lambda: running() == 2 or any(one.done() for one in clients))
+        finally:
+            is_over = True
+        [one.result() for one in clients]
+
+
 def main(model, lines, exact):
     ray_local.leave_the_network()
     with open(lines, encoding="utf-8") as file:
@@ -133,6 +152,11 @@ def main(model, lines, exact):
             counts = overload()
             assert counts[200] >= 2 and counts[429] >= 20, (name, counts)
             print(f"{name}: {counts[200]} answered, {counts[429]} refused with Retry-After")
+        scale = {"min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 4, "upscale_delay_s": 1, "look_back_period_s": 2}
+        deployment = deployment.options(autoscaling_config={**scale, "metrics_interval_s": 1}, graceful_shutdown_timeout_s=1)
+        serve.run(deployment.bind(model), name="t5gemma", route_prefix="/")
+        autoscaling(serve)
+        print("a second replica has come")
         serve.shutdown()
     print("well")
 
