@@ -98,8 +98,14 @@ def main(program, model, lines, exact):
         changed = [output for output in outputs if output.stat().st_mtime_ns != times[output]]
         assert changed == outputs[4:5], changed
 
+        # An exception of the caller's, such as that of Ctrl-C, ends all programs.
+        for output in outputs:
+            output.unlink()
+        fails(ZeroDivisionError, "", lambda: run(on_shard=lambda shard: 1 / 0))
+        wait_for("the programs have ended", lambda: not processes(str(results)))
+        assert len(list(results.glob("*.jsonl"))) < SHARDS
+
         # A shard that cannot be done does not disturb the others.
-        outputs[5].unlink()
         report = run([sources / "part-00005.jsonl", sources / "missing.jsonl"])
         assert [shard.is_done for shard in report.shards] == [True, False] and "missing.jsonl" in report.failed[0].message, report
         assert "1 of 2 shards are done" in str(report)

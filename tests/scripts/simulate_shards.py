@@ -16,6 +16,7 @@ import heapq
 import math
 import pathlib
 import random
+import subprocess
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "docs"))
@@ -172,7 +173,24 @@ def broken_protocol():
     assert not outputs.complete(1000)
 
 
+def command_line():
+    """The calculator prints what its functions return, and refuses what it cannot calculate with."""
+    script = pathlib.Path(__file__).resolve().parents[2] / "docs/plan.py"
+    run = lambda *words: subprocess.run([sys.executable, script, *words], capture_output=True, text=True)  # noqa: E731
+    asked = ["--documents", "1e9", "--workers", "1000"]
+    made = plan(Speed(4), 1e9, 1000)
+    printed = run(*asked, "--documents-per-second", "4", "--price-per-hour", "2").stdout
+    for expected in (f"{made.shards:,}", f"{made.seconds / 3600:,.0f}", f"{made.worker_seconds / 3600 * 2:,.0f}", f"{made.lost:.1%}"):
+        assert expected in printed.split(), (expected, printed)
+    by_tokens = ["--source-tokens", "100", "--new-tokens", "10", "--encoded-per-second", "800", "--decoded-per-second", "80"]
+    assert run(*asked, *by_tokens, "--price-per-hour", "2").stdout == printed
+    for wrong in ([], by_tokens[:6], [*by_tokens, "--documents-per-second", "4"], ["--documents-per-second", "-1"]):
+        done = run(*asked, *wrong)
+        assert done.returncode == 2 and "--documents-per-second" in done.stderr, done
+
+
 def main():
+    command_line()
     best_size()
     broken_protocol()
     check("steady", Speed(3.4, start=10, between_failures=24 * 3600, restart=120), 100_000, 1000, 3, seed=1)

@@ -13,7 +13,8 @@ package is the reference.
 
 Calls release the interpreter lock except in callbacks, which run on the calling thread. Ctrl-C ends a call of the main
 thread, and an exception raised by a callback is raised by its call. `deadline` is in seconds from now: a call that has
-not finished by then fails with T5G_ERROR_DEADLINE.
+not finished by then fails with T5G_ERROR_DEADLINE. In an event loop, `await engine.future(…)` and iterate over
+`engine.stream(…)`.
 
 Copying or unpickling a Model, an Encoder or a Tokenizer opens it again. After a fork, the child can use those of its
 parent if no call and no engine was running at the fork; it has to make its own engines and requests.

@@ -74,7 +74,8 @@ def run_shards(
             while waiting and len(under_way) < most:
                 shard = waiting.popleft()
                 under_way[task.remote(named, given, shard)] = shard
-            ready, _ = ray.wait(list(under_way), num_returns=1)
+            ray.wait(list(under_way), num_returns=1)
+            ready, _ = ray.wait(list(under_way), num_returns=len(under_way), timeout=0)
             for reference in ready:
                 shard = under_way.pop(reference)
                 ended[shard.input] = end = _end(shard, reference)
