@@ -190,6 +190,8 @@ async def all_of(model, engine):
 
 
 def main(demo, _):
+    # The engine's threads and the loop take turns as often as they can.
+    sys.setswitchinterval(1e-6)
     model = t5gemma.Model.open(demo)
     with t5gemma.Engine(model, max_rows=16) as engine:
         # Streams are ended by the count of references, not by the garbage collector.

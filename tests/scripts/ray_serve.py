@@ -103,7 +103,7 @@ def overload():
 
 def autoscaling(serve):
     """Requests that wait start a second replica."""
-    running = lambda: serve.status().applications["t5gemma"].deployments["Deployment"].replica_states.get("RUNNING", 0)  # noqa: E731
+    running = lambda: serve.status().applications["t5gemma"].deployments["t5gemma"].replica_states.get("RUNNING", 0)  # noqa: E731
     wait_for("one replica", lambda: running() == 1)
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         is_over = False

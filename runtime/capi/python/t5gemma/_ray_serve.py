@@ -45,6 +45,7 @@ FIELDS = ("attention_mask", "decoder_text", "decoder_input_ids", "progress_total
 
 
 @serve.deployment(
+    name="t5gemma",
     autoscaling_config={"min_replicas": 1, "max_replicas": 4, "target_ongoing_requests": 32},
     max_ongoing_requests=128,
     max_queued_requests=512,

@@ -122,9 +122,11 @@ class Stream:
                 self._is_closed = True
         if self._is_closed and not inbox.texts:
             raise StopAsyncIteration
-        text = "".join(inbox.texts)
-        inbox.texts.clear()
-        return text
+        # One by one, since the engine's threads add to them meanwhile.
+        pieces = []
+        while inbox.texts:
+            pieces.append(inbox.texts.popleft())
+        return "".join(pieces)
 
     def cancel(self) -> None:
         """Cancels the request, unless it has ended: who waits for it gets an Error. Any thread may call it."""
