@@ -101,6 +101,22 @@ def overload():
     return collections.Counter(status for status, *_ in found)
 
 
+def replacement(serve, model):
+    """A replica whose engine has ended is replaced."""
+    import t5gemma.ray
+
+    class Breakable(t5gemma.ray.Deployment.func_or_class):
+        def end(self):
+            self._engine.shutdown()
+
+    deployment = serve.deployment(Breakable, health_check_period_s=1, ray_actor_options={"num_cpus": 1})
+    handle = serve.run(deployment.bind(model), name="t5gemma", route_prefix="/")
+    assert ask({"text": TEXT})[0] == 200
+    handle.end.remote().result()
+    assert ask({"text": TEXT})[0] == 503
+    wait_for("another replica", lambda: ask({"text": TEXT})[0] == 200)
+
+
 def autoscaling(serve):
     """Requests that wait start a second replica."""
     running = lambda: serve.status().applications["t5gemma"].deployments["t5gemma"].replica_states.get("RUNNING", 0)  # noqa: E731
@@ -157,6 +173,8 @@ def main(model, lines, exact):
         serve.run(deployment.bind(model), name="t5gemma", route_prefix="/")
         autoscaling(serve)
         print("a second replica has come")
+        replacement(serve, model)
+        print("a replica with an engine that has ended was replaced")
         serve.shutdown()
     print("well")
 

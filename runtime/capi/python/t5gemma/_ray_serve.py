@@ -6,10 +6,12 @@ A request is one of the JSON lines of `t5gemma generate --jsonl`, and so is the 
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import inspect
 import json
 import math
-from typing import Any, AsyncIterator, Mapping
+from typing import Any, AsyncIterator, Iterator, Mapping
 
 import ray
 from ray import serve
@@ -38,6 +40,9 @@ STATUS = {
 }
 """The HTTP status of T5G_ERROR_…; of others it is 500."""
 STATUS_OF_CODE = {C.constants[f"T5G_ERROR_{name}"]: status for name, status in STATUS.items()}
+
+BROKEN = [C.constants["T5G_ERROR_INTERNAL"], C.constants["T5G_ERROR_CLOSED"]]
+"""After these, an engine answers nothing any more."""
 
 SOURCES = ("text", "messages", "input_ids")
 ARGUMENTS = frozenset(inspect.signature(Engine.stream).parameters) - {"options"}
@@ -69,10 +74,22 @@ class Deployment:
             self._model.load_adapter(name, folder)
         self._model.warm_up()
         self._engine = Engine(self._model, **engine)
+        self._broken: Error | None = None
 
     def check_health(self) -> None:
-        """Raises an error if the engine takes no requests."""
-        _ = self._engine.stats
+        """Raises an error if the engine has ended, so that Serve replaces the replica."""
+        if self._broken is not None:
+            raise self._broken
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Notices an engine that has ended."""
+        try:
+            yield
+        except Error as error:
+            if error.code in BROKEN:
+                self._broken = copy.copy(error)
+            raise
 
     def stats(self) -> dict[str, Any]:
         """The engine's counts, for handles."""
@@ -80,26 +97,38 @@ class Deployment:
 
     async def generate(self, sources: Any, **options: Any) -> list[list[Hypothesis]]:
         """For handles of other deployments: what Model.generate returns, with the arguments of Engine.future."""
-        return await self._engine.future(sources, **options)
+        with self._watched():
+            return await self._engine.future(sources, **options)
 
     async def stream(self, source: Any, **options: Any) -> AsyncIterator[str]:
         """For handles with stream=True: the pieces of the text, with the arguments of Engine.stream."""
-        async for piece in self._engine.stream(source, **options):
-            yield piece
+        with self._watched():
+            async for piece in self._engine.stream(source, **options):
+                yield piece
 
     async def __call__(self, request: Request) -> Response:
         """Answers over HTTP; with `Accept: text/event-stream` as server-sent events: the text as it comes, then the result."""
         try:
             identity, arguments = _read(await request.body())
-            stream = self._engine.stream(**arguments)
+            with self._watched():
+                stream = self._engine.stream(**arguments)
+                if "text/event-stream" in request.headers.get("accept", ""):
+                    return StreamingResponse(self._events(stream, identity), media_type="text/event-stream")
+                return Response(await _result(stream, identity), media_type="application/json")
         except (Error, TypeError, ValueError) as error:
             return _refusal(error)
-        if "text/event-stream" in request.headers.get("accept", ""):
-            return StreamingResponse(_events(stream, identity), media_type="text/event-stream")
+
+    async def _events(self, stream: Stream, identity: dict[str, Any]) -> AsyncIterator[str]:
+        # A client that leaves cancels the task, and with it the stream.
         try:
-            return Response(await _result(stream, identity), media_type="application/json")
+            with self._watched():
+                async for piece in stream:
+                    yield f"data: {json.dumps({'text': piece}, ensure_ascii=False)}\n\n"
+                yield f"data: {await _result(stream, identity)}\n\n"
         except Error as error:
-            return _refusal(error)
+            yield f"data: {json.dumps({'error': str(error)}, ensure_ascii=False)}\n\n"
+        finally:
+            stream.cancel()
 
 
 def _read(body: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -128,18 +157,6 @@ def _read(body: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
 async def _result(stream: Stream, identity: dict[str, Any]) -> str:
     text = take_text(C.t5g_result_json, (await stream._ended()).number)
     return json.dumps({**identity, **json.loads(text)}, ensure_ascii=False, separators=(",", ":"))
-
-
-async def _events(stream: Stream, identity: dict[str, Any]) -> AsyncIterator[str]:
-    # A client that leaves cancels the task, and with it the stream.
-    try:
-        async for piece in stream:
-            yield f"data: {json.dumps({'text': piece}, ensure_ascii=False)}\n\n"
-        yield f"data: {await _result(stream, identity)}\n\n"
-    except Error as error:
-        yield f"data: {json.dumps({'error': str(error)}, ensure_ascii=False)}\n\n"
-    finally:
-        stream.cancel()
 
 
 def _refusal(error: Exception) -> Response:
