@@ -76,11 +76,29 @@ impl TextWithImages {
         tokenizer: &Tokenizer,
         settings: &ImageSettings,
     ) -> Result<(Vec<i64>, Vec<PixelValues>), Error> {
+        let (images, crops) = self.pixel_values(settings);
+        Ok((tokenizer.encode_with_images(&self.text, settings, &crops)?, images))
+    }
+
+    /// [`TextWithImages::tokenize`] for the text of a conversation, whose template has written the special tokens.
+    ///
+    /// # Errors
+    /// As [`TextWithImages::tokenize`].
+    pub fn tokenize_conversation(
+        &self,
+        tokenizer: &Tokenizer,
+        settings: &ImageSettings,
+    ) -> Result<(Vec<i64>, Vec<PixelValues>), Error> {
+        let (images, crops) = self.pixel_values(settings);
+        Ok((tokenizer.encode_conversation_with_images(&self.text, settings, &crops)?, images))
+    }
+
+    /// The images with their crops, and the number of crops of each.
+    fn pixel_values(&self, settings: &ImageSettings) -> (Vec<PixelValues>, Vec<usize>) {
         let pan_and_scan = self.pan_and_scan.unwrap_or(settings.pan_and_scan.enabled);
         let images: Vec<_> = self.images.iter().map(|image| image.pixel_values(settings, pan_and_scan)).collect();
-        let crops: Vec<usize> = images.iter().map(|image| image.len() - 1).collect();
-        let ids = tokenizer.encode_with_images(&self.text, settings, &crops)?;
-        Ok((ids, images.into_iter().flatten().collect()))
+        let crops = images.iter().map(|image| image.len() - 1).collect();
+        (images.into_iter().flatten().collect(), crops)
     }
 }
 

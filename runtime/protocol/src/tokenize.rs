@@ -177,6 +177,14 @@ pub trait Conversations {
     /// # Errors
     /// Messages that the model's chat template refuses.
     fn tokens(&self, messages: &[Value]) -> Result<Vec<i64>, RequestError>;
+
+    /// The text of a conversation with images, in which each start-of-image token stands for one.
+    ///
+    /// # Errors
+    /// Messages that the model's chat template refuses, or an interface whose conversations have no images.
+    fn text_with_images(&self, _messages: &[Value]) -> Result<String, RequestError> {
+        Err(RequestError::form("images", "text or input_ids beside them", "a conversation"))
+    }
 }
 
 /// A request as token ids.
@@ -218,11 +226,20 @@ impl GenerateRequest {
         let mut images = Vec::new();
         let is_conversation =
             self.messages.is_some() || self.text.is_some() && chat.is_some_and(|chat| chat.takes_texts());
-        if is_conversation && self.images.is_given() {
-            return Err(RequestError::form("images", "text or input_ids beside them", "a conversation"));
-        }
         let sources = match (&self.text, &self.messages, &self.input_ids, chat) {
-            (text, _, ids, _) if self.images.is_given() => {
+            (_, messages, _, Some(chat)) if is_conversation && self.images.is_given() => {
+                let Some(messages) = messages else {
+                    return Err(RequestError::form(
+                        "images",
+                        "messages beside them",
+                        "a text as a turn of a conversation",
+                    ));
+                };
+                let with_images = self.images.conversation(&chat.text_with_images(messages)?, model)?;
+                images = with_images.images;
+                with_images.ids
+            }
+            (text, None, ids, _) if self.images.is_given() => {
                 let with_images = self.images.tokenize(text, ids, model)?;
                 images = with_images.images;
                 with_images.ids

@@ -13,6 +13,30 @@ impl Tokenizer {
     /// Another number of images than of such tokens, a tokenizer without the tokens of images, and those of
     /// [`Tokenizer::encode`].
     pub fn encode_with_images(&self, text: &str, settings: &ImageSettings, crops: &[usize]) -> Result<Vec<i64>, Error> {
+        self.around_images(text, settings, crops, Tokenizer::encode)
+    }
+
+    /// [`Tokenizer::encode_with_images`] without special tokens but those of images, for the text of a conversation, whose
+    /// template has written the others.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode_with_images`].
+    pub fn encode_conversation_with_images(
+        &self,
+        text: &str,
+        settings: &ImageSettings,
+        crops: &[usize],
+    ) -> Result<Vec<i64>, Error> {
+        self.around_images(text, settings, crops, Tokenizer::encode_target)
+    }
+
+    fn around_images(
+        &self,
+        text: &str,
+        settings: &ImageSettings,
+        crops: &[usize],
+        encode: fn(&Tokenizer, &str) -> Result<Vec<i64>, Error>,
+    ) -> Result<Vec<i64>, Error> {
         let spelled = |id: i64| {
             let missing = || Error::input("images", format!("a tokenizer with the token {id}"), "none with it");
             self.token(id).ok_or_else(missing)
@@ -20,7 +44,7 @@ impl Tokenizer {
         let start = spelled(settings.start_of_image_token_id)?;
         // The image tokens are put between these two afterwards: they may have no text of their own.
         let image = format!("\n\n{start}{}\n\n", spelled(settings.end_of_image_token_id)?);
-        let ids = self.encode(&expanded(text, &start, &image, crops)?)?;
+        let ids = encode(self, &expanded(text, &start, &image, crops)?)?;
         let images = crops.iter().map(|crops| 1 + crops).sum::<usize>();
         let found = ids.iter().filter(|id| **id == settings.start_of_image_token_id).count();
         if found != images {

@@ -47,6 +47,28 @@ impl ImageFields {
         }
     }
 
+    /// The source that is a conversation, of this text.
+    pub(super) fn conversation(&self, text: &str, model: &dyn Tokenize) -> Result<SourcesWithImages, RequestError> {
+        self.check()?;
+        let settings = model.image_settings()?;
+        let Some(images) = &self.images else {
+            return Err(RequestError::form("pixel_values", "images beside messages", "numbers"));
+        };
+        check_length("messages", text, model.longest_source())?;
+        let pictures = loaded(images.rows(), 1, model)?.remove(0);
+        let source = self.with_images(text, pictures);
+        let (ids, images) = source.tokenize_conversation(model.tokenizer()?, settings)?;
+        Ok(SourcesWithImages { ids: vec![ids], images: vec![images] })
+    }
+
+    fn with_images(&self, text: &str, images: Vec<Image>) -> TextWithImages {
+        let source = TextWithImages::new(text, images);
+        match self.pan_and_scan {
+            Some(pan_and_scan) => source.pan_and_scan(pan_and_scan),
+            None => source,
+        }
+    }
+
     fn texts(
         &self,
         images: &[Vec<String>],
@@ -58,11 +80,7 @@ impl ImageFields {
         let mut sources = SourcesWithImages { ids: Vec::new(), images: Vec::new() };
         for (text, pictures) in texts.iter().zip(pictures) {
             check_length("text", text, model.longest_source())?;
-            let source = TextWithImages::new(text, pictures);
-            let source = match self.pan_and_scan {
-                Some(pan_and_scan) => source.pan_and_scan(pan_and_scan),
-                None => source,
-            };
+            let source = self.with_images(text, pictures);
             let (ids, images) = source.tokenize(model.tokenizer()?, settings)?;
             sources.ids.push(ids);
             sources.images.push(images);
