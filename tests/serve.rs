@@ -14,7 +14,7 @@ use tempfile::TempDir;
 use crate::common::{demo, program, run};
 
 /// How long anything here may take on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A running server; ended when it is dropped.
 pub struct Serving {
@@ -86,7 +86,13 @@ pub fn ask(port: u16, method: &str, path: &str, body: impl AsRef<[u8]>) -> Answe
 
 impl Serving {
     pub fn start(arguments: &[&str]) -> Serving {
+        Serving::start_with(&[], arguments)
+    }
+
+    /// Starts with environment variables.
+    pub fn start_with(environment: &[(&str, &str)], arguments: &[&str]) -> Serving {
         let mut child = program("t5gemma")
+            .envs(environment.iter().copied())
             .args(["serve", "--port", "0"])
             .args(arguments)
             .stdin(Stdio::null())
@@ -107,7 +113,7 @@ impl Serving {
     }
 
     /// The next line of the log with `part` in it.
-    fn logged(&self, part: &str) -> String {
+    pub fn logged(&self, part: &str) -> String {
         let end = Instant::now() + PATIENCE;
         loop {
             let left = end.saturating_duration_since(Instant::now());
@@ -127,14 +133,14 @@ impl Serving {
     }
 
     /// The number of a series.
-    fn metric(&self, series: &str) -> f64 {
+    pub fn metric(&self, series: &str) -> f64 {
         let text = self.get("/metrics").text();
         let line = text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
         line.unwrap_or_else(|| panic!("{series} in\n{text}")).parse().expect("a number")
     }
 
     /// Waits until a series has a number.
-    fn wait_for(&self, series: &str, expected: impl Fn(f64) -> bool, within: Duration) {
+    pub fn wait_for(&self, series: &str, expected: impl Fn(f64) -> bool, within: Duration) {
         let begun = Instant::now();
         while !expected(self.metric(series)) {
             assert!(begun.elapsed() < within, "{series} is {} after {within:?}", self.metric(series));
@@ -142,12 +148,16 @@ impl Serving {
         }
     }
 
-    fn signal(&self, name: &str) {
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    pub fn signal(&self, name: &str) {
         let sent = std::process::Command::new("kill").args([name, &self.child.id().to_string()]).status();
         assert!(sent.expect("kill runs").success());
     }
 
-    fn ended(&mut self) -> ExitStatus {
+    pub fn ended(&mut self) -> ExitStatus {
         let end = Instant::now() + PATIENCE;
         loop {
             if let Some(status) = self.child.try_wait().expect("it can be waited for") {
@@ -171,11 +181,11 @@ pub fn path(folder: &Path) -> &str {
 }
 
 /// A request that takes some hundred steps of several rows.
-fn long() -> Value {
+pub fn long() -> Value {
     json!({"inputs": "Dr. Lee paid $3.50.", "parameters": {"max_new_tokens": 500, "min_new_tokens": 500, "num_beams": 8}})
 }
 
-const ROWS: &str = "t5gemma_rows_in_flight{model=\"demo\"}";
+pub const ROWS: &str = "t5gemma_rows_in_flight{model=\"demo\"}";
 
 #[test]
 fn a_full_server_says_when_to_come_again() {
@@ -287,7 +297,7 @@ fn keys_are_needed_and_read_again() {
     }
     std::fs::write(&keys, "three\n").expect("written");
     serving.signal("-HUP");
-    serving.logged("the keys were read again");
+    serving.logged("the file of keys was read again");
     assert_eq!((with("/generate", "Bearer one").status, with("/generate", "Bearer three").status), (401, 200));
     // A line for each request, without a word of it.
     let line: Value = serde_json::from_str(&serving.logged("\"status\":200")).expect("JSON");

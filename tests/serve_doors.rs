@@ -283,6 +283,25 @@ fn real_clients_are_served() {
     }
 }
 
+/// Requests as clients have sent them, recorded: those of clients that are too large to be installed for every run.
+#[test]
+fn recorded_requests_of_clients_are_answered() {
+    let folder = TempDir::new().expect("a temporary folder");
+    let chat = chat_model(folder.path());
+    let serving = Serving::start(&["--model", &format!("chat={}", path(&chat))]);
+    let recorded = std::fs::read_to_string(tests().join("fixtures/clients/requests.jsonl")).expect("the fixture");
+    assert!(recorded.lines().count() > 20);
+    for line in recorded.lines() {
+        let request: Value = serde_json::from_str(line).expect("JSON");
+        let text = |name: &str| request[name].as_str().unwrap_or_default();
+        let body = if request["body"].is_null() { String::new() } else { request["body"].to_string() };
+        let answer = ask(serving.port, text("method"), text("path"), body);
+        assert_eq!(json!(answer.status), request["status"], "{line}: {answer:?}");
+        let read = if request["stream"] == true { answer.events()[0].clone() } else { answer.json() };
+        assert!(read.pointer(text("reads")).is_some_and(|it| !it.is_null()), "{line}: {read}");
+    }
+}
+
 /// The demo model with a chat template.
 fn chat_model(folder: &Path) -> PathBuf {
     let checkpoint = folder.join("chat-checkpoint");

@@ -157,6 +157,43 @@ def tritonclient_http(address, text, expected):
         raise AssertionError("a model that is not served")
 
 
+def check_reflection(channels, address):
+    """The service's descriptors: every message and field has the number and type of Triton's own."""
+    from google.protobuf import descriptor_pb2
+    from tritonclient.grpc import service_pb2
+
+    def text(number, value):
+        return bytes([number << 3 | 2, len(value)]) + value
+
+    with channels.insecure_channel(address) as channel:
+        for version in (b"v1", b"v1alpha"):
+            ask = channel.stream_stream(f"/grpc.reflection.{version.decode()}.ServerReflection/ServerReflectionInfo")
+            services, found = ask(iter([text(7, b"*"), text(4, b"inference.GRPCInferenceService")]))
+            assert b"inference.GRPCInferenceService" in services and b"grpc.health.v1.Health" in services, services
+    theirs = descriptor_pb2.FileDescriptorProto()
+    service_pb2.DESCRIPTOR.CopyToProto(theirs)
+    config = {field.name: field for field in theirs.message_type}
+    (begin,) = [at for at in range(len(found)) if found[at : at + 17] == b"\x0a\x0finference.proto"]
+    own = descriptor_pb2.FileDescriptorProto.FromString(found[begin:])
+
+    def compare(message, known):
+        numbers = {field.name: (field.number, field.type, field.label) for field in known.field}
+        for field in message.field:
+            assert numbers[field.name] == (field.number, field.type, field.label), (message.name, field)
+        nested = {inner.name: inner for inner in known.nested_type}
+        for inner in message.nested_type:
+            compare(inner, nested[inner.name])
+
+    for message in own.message_type:
+        compare(message, config[message.name])
+    (service,), (known,) = own.service, theirs.service
+    methods = {method.name: method for method in known.method}
+    assert len(service.method) == 10
+    for method in service.method:
+        form = lambda it: (it.input_type, it.output_type, it.client_streaming, it.server_streaming)
+        assert form(methods[method.name]) == form(method), method
+
+
 def tritonclient_grpc(address, text, expected):
     import grpc as channels
     import tritonclient.grpc as grpc
@@ -212,6 +249,7 @@ def tritonclient_grpc(address, text, expected):
             assert {result.as_numpy("text_output")[0] for result in results} == {expected.encode()}
 
     asyncio.run(many())
+    check_reflection(channels, address)
     with channels.insecure_channel(address) as channel:
         health = "/grpc.health.v1.Health/"
         # HealthCheckResponse with the status SERVING.

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use t5gemma_runtime::{EngineOptions, OpenOptions, Provider, ProviderConfig};
-use t5gemma_server::{Config, Drain, Keys, Limits, ModelConfig, ServeError, Server, log};
+use t5gemma_server::{Config, Drain, Keys, Limits, ModelConfig, ServeError, Server, Tls, Traces, log};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::oneshot;
@@ -45,7 +45,7 @@ pub struct Arguments {
     pipeline_tag: Option<String>,
     /// Address to listen on
     ///
-    /// Requests are not encrypted: use 0.0.0.0 only in a network that you trust, with --api-keys.
+    /// Use 0.0.0.0 with --api-keys, and with --tls-certificate or a proxy that encrypts.
     #[arg(long, value_name = "ADDRESS", help_heading = "Network", default_value = "127.0.0.1")]
     host: IpAddr,
     /// Port to listen on; 0 for a free one, which is printed
@@ -56,9 +56,22 @@ pub struct Arguments {
     admin_port: Option<u16>,
     /// File with the keys that requests need, one a line
     ///
-    /// Requests have a key in the header `Authorization: Bearer KEY`. Health needs none. SIGHUP reads the file again.
+    /// Requests have a key in the header `Authorization: Bearer KEY`. Health needs none. Limits may follow a key on its
+    /// line: `tenant=NAME`, `max-requests=N` at once, and `priority=high|normal|low` at most. SIGHUP reads the file again.
     #[arg(long, value_name = "FILE", help_heading = "Network")]
     api_keys: Option<PathBuf>,
+    /// Encrypt by TLS with the certificates in FILE (PEM), the server's first; SIGHUP reads them again
+    #[arg(long, value_name = "FILE", help_heading = "Network", requires = "tls_key")]
+    tls_certificate: Option<PathBuf>,
+    /// The certificate's private key (PEM)
+    #[arg(long, value_name = "FILE", help_heading = "Network", requires = "tls_certificate")]
+    tls_key: Option<PathBuf>,
+    /// Seconds that the headers of a request may take to arrive, and for which a connection may be idle
+    #[arg(long, value_name = "SECONDS", help_heading = "Network", default_value_t = 75.0, value_parser = seconds)]
+    header_timeout: f64,
+    /// Seconds for which a client may read nothing of its answer
+    #[arg(long, value_name = "SECONDS", help_heading = "Network", default_value_t = 60.0, value_parser = seconds)]
+    read_timeout: f64,
     /// Maximum number of open connections
     #[arg(long, value_name = "N", help_heading = "Limits", default_value_t = Limits::default().max_connections)]
     max_connections: usize,
@@ -80,6 +93,15 @@ pub struct Arguments {
     /// Maximum length of a request's body in bytes
     #[arg(long, value_name = "BYTES", help_heading = "Limits", default_value_t = Limits::default().max_body_bytes)]
     max_body_bytes: usize,
+    /// Maximum number of images of one request, crops included
+    #[arg(long, value_name = "N", help_heading = "Limits", default_value_t = Limits::default().max_request_images)]
+    max_request_images: usize,
+    /// Maximum number of images of the accepted and unfinished requests
+    #[arg(long, value_name = "N", help_heading = "Limits", default_value_t = Limits::default().max_images)]
+    max_images: usize,
+    /// Maximum number of pixels of an image
+    #[arg(long, value_name = "N", help_heading = "Limits", default_value_t = Limits::default().max_image_pixels)]
+    max_image_pixels: usize,
     /// Maximum time of a request in seconds
     ///
     /// Requests set shorter ones by the field `timeout` or the header `X-Request-Timeout`.
@@ -207,6 +229,11 @@ fn config(arguments: &Arguments) -> Result<Config> {
     config.limits.max_rows = arguments.max_waiting_rows;
     config.limits.max_source_tokens = arguments.max_waiting_tokens;
     config.limits.max_connections = arguments.max_connections;
+    config.limits.max_request_images = arguments.max_request_images;
+    config.limits.max_images = arguments.max_images;
+    config.limits.max_image_pixels = arguments.max_image_pixels;
+    config.limits.header_timeout = Duration::from_secs_f64(arguments.header_timeout);
+    config.limits.read_timeout = Duration::from_secs_f64(arguments.read_timeout);
     config.limits.timeout = Duration::from_secs_f64(arguments.request_timeout);
     config.max_new_tokens = arguments.max_new_tokens.map(|count| count as usize);
     config.pipeline_tag = arguments.pipeline_tag.clone();
@@ -215,6 +242,10 @@ fn config(arguments: &Arguments) -> Result<Config> {
     if let Some(path) = &arguments.api_keys {
         config.keys = Some(Keys::read(path).map_err(anyhow::Error::msg)?);
     }
+    if let (Some(certificate), Some(key)) = (&arguments.tls_certificate, &arguments.tls_key) {
+        config.tls = Some(Tls::read(certificate, key).map_err(anyhow::Error::msg)?);
+    }
+    config.traces = Traces::from_environment().map_err(anyhow::Error::msg)?;
     Ok(config)
 }
 
@@ -237,12 +268,13 @@ async fn serve(server: &Server, arguments: &Arguments) -> Result<()> {
         Some(port) => Some(listen(arguments.host, port).await?),
         None => None,
     };
-    log::note(&format!("listening on http://{}", listener.local_addr()?));
+    let scheme = if arguments.tls_certificate.is_some() { "https" } else { "http" };
+    log::note(&format!("listening on {scheme}://{}", listener.local_addr()?));
     if !arguments.host.is_loopback() && arguments.api_keys.is_none() {
         log::note("whoever reaches this port may use the models: --api-keys keeps others out");
     }
     if let Some(admin) = &admin {
-        log::note(&format!("metrics and administration on http://{}", admin.local_addr()?));
+        log::note(&format!("metrics and administration on {scheme}://{}", admin.local_addr()?));
     }
     let drain = Drain {
         delay: Duration::from_secs_f64(arguments.drain_delay),
@@ -276,7 +308,7 @@ fn signals(server: Server, drain: Drain) -> Result<oneshot::Receiver<Drain>> {
                 // Someone waits at the keyboard.
                 _ = next(&mut interrupt) => Drain { delay: Duration::ZERO, ..drain },
                 _ = next(&mut hangup) => {
-                    server.reload_keys();
+                    server.reload();
                     continue;
                 }
             };

@@ -1,12 +1,14 @@
-//! `Admission`: how much accepted and unfinished work there may be, counted in requests, rows and source tokens. What
+//! `Admission`: how much accepted and unfinished work there may be, counted in requests, rows, source tokens and images. What
 //! exceeds it is refused at once with the time after which to try again, so that memory stays bounded and the waiting line
 //! short.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
 
+use crate::auth::Tenant;
 use crate::config::Limits;
 use crate::failure::{Failure, Reason};
 
@@ -24,6 +26,9 @@ struct Counts {
     requests: usize,
     rows: usize,
     tokens: usize,
+    images: usize,
+    /// Requests of each tenant that has some.
+    tenants: BTreeMap<String, usize>,
     /// The mean time from acceptance to the end, of recent requests.
     mean: Duration,
     is_closed: bool,
@@ -34,8 +39,19 @@ struct Counts {
 pub struct Permit {
     admission: Arc<Admission>,
     since: Instant,
-    rows: usize,
-    tokens: usize,
+    tenant: Option<Arc<Tenant>>,
+    size: Size,
+}
+
+/// How large a request is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Size {
+    /// Target rows.
+    pub rows: usize,
+    /// Source tokens.
+    pub tokens: usize,
+    /// Images.
+    pub images: usize,
 }
 
 impl Admission {
@@ -49,7 +65,7 @@ impl Admission {
     }
 
     /// Accepts a request, whose size is not known yet.
-    pub fn enter(self: &Arc<Admission>) -> Result<Permit, Failure> {
+    pub fn enter(self: &Arc<Admission>, tenant: Option<&Arc<Tenant>>) -> Result<Permit, Failure> {
         let mut counts = self.counts();
         if counts.is_closed {
             return Err(Failure::new(Reason::Unavailable, "the server is shutting down").retry_after(1));
@@ -57,8 +73,17 @@ impl Admission {
         if counts.requests >= self.limits.max_requests {
             return Err(counts.full("requests", counts.requests, self.limits.max_requests));
         }
+        if let Some(tenant) = tenant {
+            let count = counts.tenants.get(&tenant.name).copied().unwrap_or(0);
+            if count >= tenant.max_requests {
+                let most = tenant.max_requests;
+                let message = format!("the key's share is in use: {count} of {most} requests");
+                return Err(Failure { message, ..counts.full("requests", count, most) });
+            }
+            counts.tenants.insert(tenant.name.clone(), count + 1);
+        }
         counts.requests += 1;
-        Ok(Permit { admission: self.clone(), since: Instant::now(), rows: 0, tokens: 0 })
+        Ok(Permit { admission: self.clone(), since: Instant::now(), tenant: tenant.cloned(), size: Size::default() })
     }
 
     /// Accepts nothing more.
@@ -94,8 +119,9 @@ impl Counts {
 
 impl Permit {
     /// Adds the size of the request, once it is known.
-    pub fn grow(&mut self, rows: usize, tokens: usize) -> Result<(), Failure> {
-        let Limits { max_rows, max_source_tokens, max_request_rows, .. } = self.admission.limits;
+    pub fn grow(&mut self, size: Size) -> Result<(), Failure> {
+        let Size { rows, tokens, images } = size;
+        let Limits { max_rows, max_source_tokens, max_request_rows, max_images, .. } = self.admission.limits;
         let too_large = |what, needed: usize, limit: usize| {
             let message = format!("the request has {needed} {what}, but the server takes at most {limit}");
             Err(Failure::new(Reason::TooLarge, message))
@@ -106,7 +132,13 @@ impl Permit {
         if tokens > max_source_tokens {
             return too_large("source tokens", tokens, max_source_tokens);
         }
+        if images > max_images {
+            return too_large("images", images, max_images);
+        }
         let mut counts = self.admission.counts();
+        if counts.images + images > max_images {
+            return Err(counts.full("images", counts.images, max_images));
+        }
         if counts.rows + rows > max_rows {
             return Err(counts.full("rows", counts.rows, max_rows));
         }
@@ -115,9 +147,9 @@ impl Permit {
         }
         counts.rows += rows;
         counts.tokens += tokens;
+        counts.images += images;
         drop(counts);
-        self.rows += rows;
-        self.tokens += tokens;
+        self.size = size;
         Ok(())
     }
 
@@ -131,9 +163,18 @@ impl Drop for Permit {
     fn drop(&mut self) {
         let mut counts = self.admission.counts();
         counts.requests -= 1;
-        counts.rows -= self.rows;
-        counts.tokens -= self.tokens;
-        if self.rows > 0 {
+        counts.rows -= self.size.rows;
+        counts.tokens -= self.size.tokens;
+        counts.images -= self.size.images;
+        if let Some(tenant) = &self.tenant
+            && let Some(count) = counts.tenants.get_mut(&tenant.name)
+        {
+            *count -= 1;
+            if *count == 0 {
+                counts.tenants.remove(&tenant.name);
+            }
+        }
+        if self.size.rows > 0 {
             counts.mean = (counts.mean * 7 + self.since.elapsed()) / 8;
         }
         if counts.requests == 0 {
@@ -146,25 +187,51 @@ impl Drop for Permit {
 mod tests {
     use super::*;
 
+    fn size(rows: usize, tokens: usize, images: usize) -> Size {
+        Size { rows, tokens, images }
+    }
+
     #[test]
     fn what_exceeds_a_limit_is_refused_until_something_ends() {
-        let limits = Limits { max_requests: 2, max_rows: 10, max_source_tokens: 100, ..Limits::default() };
+        let limits =
+            Limits { max_requests: 2, max_rows: 10, max_source_tokens: 100, max_images: 3, ..Limits::default() };
         let admission = Admission::new(limits);
-        let mut first = admission.enter().expect("room");
-        first.grow(8, 10).expect("room");
-        let mut second = admission.enter().expect("room");
-        let third = admission.enter().expect_err("full");
+        let mut first = admission.enter(None).expect("room");
+        first.grow(size(8, 10, 2)).expect("room");
+        let mut second = admission.enter(None).expect("room");
+        let third = admission.enter(None).expect_err("full");
         assert_eq!((third.reason, third.retry_after), (Reason::Full, Some(1)));
         assert_eq!(third.message, "the server is full: 2 of 2 requests are taken");
-        assert_eq!(second.grow(3, 1).expect_err("full").message, "the server is full: 8 of 10 rows are taken");
-        assert_eq!(second.grow(2, 91).expect_err("full").reason, Reason::Full);
-        let large = second.grow(11, 1).expect_err("can never fit");
-        assert_eq!((large.reason, large.retry_after), (Reason::TooLarge, None));
+        let mut full = |size| second.grow(size).expect_err("full").message;
+        assert_eq!(full(size(3, 1, 0)), "the server is full: 8 of 10 rows are taken");
+        assert_eq!(full(size(2, 91, 0)), "the server is full: 10 of 100 source tokens are taken");
+        assert_eq!(full(size(2, 1, 2)), "the server is full: 2 of 3 images are taken");
+        for (given, what) in [(size(11, 1, 0), "11 rows"), (size(1, 1, 4), "4 images")] {
+            let large = second.grow(given).expect_err("can never fit");
+            assert_eq!((large.reason, large.retry_after), (Reason::TooLarge, None));
+            assert!(large.message.contains(what), "{}", large.message);
+        }
         drop(first);
-        second.grow(10, 100).expect("room again");
+        second.grow(size(10, 100, 3)).expect("room again");
         drop(second);
         assert_eq!(admission.requests(), 0);
         admission.close();
-        assert_eq!(admission.enter().expect_err("closed").reason, Reason::Unavailable);
+        assert_eq!(admission.enter(None).expect_err("closed").reason, Reason::Unavailable);
+    }
+
+    #[test]
+    fn a_tenant_has_its_own_limit() {
+        let admission = Admission::new(Limits::default());
+        let priority = t5gemma_runtime::Priority::High;
+        let tenant = |name: &str, max_requests| Arc::new(Tenant { name: name.into(), max_requests, priority });
+        let (one, same, other) = (tenant("a", 2), tenant("a", 2), tenant("b", 1));
+        let first = admission.enter(Some(&one)).expect("room");
+        let _second = admission.enter(Some(&same)).expect("room");
+        let third = admission.enter(Some(&one)).expect_err("its share is in use");
+        assert_eq!((third.reason, third.retry_after), (Reason::Full, Some(1)));
+        assert_eq!(third.message, "the key's share is in use: 2 of 2 requests");
+        let _other = admission.enter(Some(&other)).expect("room for others");
+        drop(first);
+        admission.enter(Some(&one)).expect("room again");
     }
 }

@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
+use tokio::sync::Semaphore;
+
 use crate::admission::Admission;
 use crate::config::Config;
 use crate::metrics::{Engine, Metrics};
@@ -19,6 +21,8 @@ pub struct App {
     pub admission: Arc<Admission>,
     /// What is counted.
     pub metrics: Metrics,
+    /// One request's images are decoded at a time.
+    pub decoding: Arc<Semaphore>,
     phase: AtomicU8,
 }
 
@@ -32,7 +36,8 @@ impl App {
         let names = config.models.iter().map(|model| model.name.as_str());
         let metrics = Metrics::new(names, doors);
         let admission = Admission::new(config.limits);
-        Arc::new(App { models, metrics, admission, config, phase: AtomicU8::new(SERVING) })
+        let decoding = Arc::new(Semaphore::new(1));
+        Arc::new(App { models, metrics, admission, config, decoding, phase: AtomicU8::new(SERVING) })
     }
 
     /// Whether new requests should be sent here.

@@ -2,6 +2,7 @@
 //! the log and a place in the metrics.
 
 use std::future::Future;
+use std::io::Read;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -12,12 +13,15 @@ use axum::extract::{RawPathParams, Request, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodFilter, MethodRouter, on};
+use flate2::read::{MultiGzDecoder, ZlibDecoder};
 use serde_json::{Value, json};
 use t5gemma_runtime::Priority;
 
 use crate::app::App;
+use crate::auth::Tenant;
 use crate::failure::{Failure, Form, Reason};
 use crate::fields::Fields;
+use crate::traces::Trace;
 
 /// One request.
 #[derive(Debug)]
@@ -36,8 +40,10 @@ pub struct Call {
     pub id: String,
     /// Which of the waiting requests come first.
     pub priority: Priority,
-    /// Whose key it came with: those of one key share the models as one.
-    pub tenant: Option<String>,
+    /// Its span.
+    pub trace: Trace,
+    /// Whose key it came with: those of one tenant share the models as one.
+    pub tenant: Option<Arc<Tenant>>,
 }
 
 /// The header with the id of a request.
@@ -96,8 +102,14 @@ impl Door {
         let start = Instant::now();
         let id = request_id(request.headers());
         let mut left = Left { app: app.clone(), is_answered: false };
+        let trace = match &app.config.traces {
+            Some(traces) if self.needs_key => traces.begin(self.name, &id, request.headers()),
+            _ => Trace::default(),
+        };
         let answer = async {
-            let call = Call::read(app.clone(), self, path, request, id.clone(), start).await?;
+            let mut call = Call::read(app.clone(), self, path, request, start).await?;
+            call.id = id.clone();
+            call.trace = trace.clone();
             run(call).await
         };
         let mut response = match answer.await {
@@ -110,6 +122,7 @@ impl Door {
         }
         let status = response.status().as_u16();
         app.metrics.answered(self.name, status);
+        trace.answered(status);
         let reason = response.extensions().get::<Reason>().map(|reason| reason.name());
         if let Some(reason) = reason {
             app.metrics.refused(reason);
@@ -156,17 +169,20 @@ impl Call {
         door: Door,
         path: Vec<(String, String)>,
         request: Request,
-        id: String,
         start: Instant,
     ) -> Result<Call, Failure> {
         let (parts, body) = request.into_parts();
         let mut call = Call::begin(app, door, parts.headers, path, start)?;
-        call.id = id;
-        if let Some(encoding) = call.headers.get(header::CONTENT_ENCODING).filter(|encoding| *encoding != "identity") {
-            let found = String::from_utf8_lossy(encoding.as_bytes()).into_owned();
-            return Err(Failure::field("content-encoding", "a body that is not compressed", found));
-        }
-        call.body = read_body(body, call.app.config.limits.max_body_bytes).await?;
+        let coding = Coding::of(&call.headers)?;
+        let most = call.app.config.limits.max_body_bytes;
+        let body = read_body(body, most).await?;
+        call.body = match coding {
+            Coding::Identity => body,
+            coding => {
+                let decoded = tokio::task::spawn_blocking(move || coding.decode(&body, most)).await;
+                decoded.map_err(|_| Failure::new(Reason::Internal, "the body could not be decompressed"))??
+            }
+        };
         Ok(call)
     }
 
@@ -185,16 +201,21 @@ impl Call {
         let tenant = match app.config.keys.as_ref().filter(|_| door.needs_key) {
             None => None,
             Some(keys) => match keys.find(&headers) {
-                Some(number) => Some(format!("key {number}")),
+                Some(tenant) => Some(tenant),
                 None => {
                     let message = "expected a valid key in the header `Authorization: Bearer KEY`";
                     return Err(Failure::new(Reason::Unauthorized, message));
                 }
             },
         };
-        let priority = priority(&headers)?;
+        let mut priority = priority(&headers)?;
+        if let Some(tenant) = &tenant {
+            // Lower ones are greater.
+            priority = priority.max(tenant.priority);
+        }
         let deadline = start + timeout(&headers, app.config.limits.timeout)?;
-        Ok(Call { app, headers, body: Bytes::new(), path, deadline, id: String::new(), priority, tenant })
+        let (body, id, trace) = (Bytes::new(), String::new(), Trace::default());
+        Ok(Call { app, headers, body, path, deadline, id, trace, priority, tenant })
     }
 
     /// The part of the path of this name.
@@ -251,15 +272,54 @@ fn check_origin(headers: &HeaderMap) -> Result<(), Failure> {
     }
 }
 
+/// How a body is compressed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Coding {
+    Identity,
+    Gzip,
+    /// In the format of zlib, as HTTP has it.
+    Deflate,
+}
+
+impl Coding {
+    fn of(headers: &HeaderMap) -> Result<Coding, Failure> {
+        let Some(value) = headers.get(header::CONTENT_ENCODING) else { return Ok(Coding::Identity) };
+        match value.to_str().unwrap_or_default().to_ascii_lowercase().as_str() {
+            "" | "identity" => Ok(Coding::Identity),
+            "gzip" | "x-gzip" => Ok(Coding::Gzip),
+            "deflate" => Ok(Coding::Deflate),
+            other => Err(Failure::field("content-encoding", "gzip, deflate or identity", format_args!("{other:?}"))),
+        }
+    }
+
+    /// The body of at most `most` bytes.
+    fn decode(self, body: &[u8], most: usize) -> Result<Bytes, Failure> {
+        let decoder: Box<dyn Read> = match self {
+            Coding::Identity => Box::new(body),
+            Coding::Gzip => Box::new(MultiGzDecoder::new(body)),
+            Coding::Deflate => Box::new(ZlibDecoder::new(body)),
+        };
+        let mut decoded = Vec::new();
+        match decoder.take((most as u64).saturating_add(1)).read_to_end(&mut decoded) {
+            Ok(_) if decoded.len() > most => Err(too_large(most)),
+            Ok(_) => Ok(decoded.into()),
+            Err(error) => Err(Failure::new(Reason::Invalid, format!("the body cannot be decompressed: {error}"))),
+        }
+    }
+}
+
+fn too_large(most: usize) -> Failure {
+    Failure::new(Reason::BodyTooLarge, format!("the body is longer than {most} bytes"))
+}
+
 async fn read_body(body: Body, most: usize) -> Result<Bytes, Failure> {
-    let too_large = || Failure::new(Reason::BodyTooLarge, format!("the body is longer than {most} bytes"));
     match tokio::time::timeout(BODY_TIMEOUT, axum::body::to_bytes(body, most)).await {
         Ok(Ok(body)) => Ok(body),
         Ok(Err(error)) => {
             let is_length =
                 std::error::Error::source(&error).is_some_and(|it| it.is::<http_body_util::LengthLimitError>());
             match is_length {
-                true => Err(too_large()),
+                true => Err(too_large(most)),
                 false => Err(Failure::new(Reason::Invalid, "the body did not arrive in full")),
             }
         }

@@ -6,6 +6,8 @@ use std::time::Duration;
 use t5gemma_runtime::{EngineOptions, OpenOptions};
 
 use crate::auth::Keys;
+use crate::tls::Tls;
+use crate::traces::Traces;
 
 /// What to serve, and how.
 #[derive(Clone, Debug)]
@@ -23,6 +25,10 @@ pub struct Config {
     pub limits: Limits,
     /// The keys that callers need; `None` lets everyone in.
     pub keys: Option<Keys>,
+    /// The certificate of the ports; `None` does not encrypt.
+    pub tls: Option<Tls>,
+    /// Where the spans of requests are sent.
+    pub traces: Option<Traces>,
     /// Maximum number of generated tokens where a request does not say.
     pub max_new_tokens: Option<usize>,
     /// What the answers to Hugging Face's tasks are called.
@@ -73,6 +79,16 @@ pub struct Limits {
     pub max_rows: usize,
     /// Source tokens of these requests.
     pub max_source_tokens: usize,
+    /// Images of one request, crops included.
+    pub max_request_images: usize,
+    /// Images of the accepted and unfinished requests.
+    pub max_images: usize,
+    /// Pixels of an image. The limit of a body bounds its bytes.
+    pub max_image_pixels: usize,
+    /// How long the headers of a request may take to arrive, and a connection may be idle.
+    pub header_timeout: Duration,
+    /// How long a client may read nothing of an answer.
+    pub read_timeout: Duration,
     /// Open connections.
     pub max_connections: usize,
     /// How long a request may take, whatever it says itself.
@@ -88,6 +104,11 @@ impl Default for Limits {
             max_requests: 512,
             max_rows: 4096,
             max_source_tokens: 1 << 20,
+            max_request_images: 16,
+            max_images: 64,
+            max_image_pixels: 16 << 20,
+            header_timeout: Duration::from_secs(75),
+            read_timeout: Duration::from_secs(60),
             max_connections: 1024,
             timeout: Duration::from_secs(600),
         }
@@ -104,6 +125,8 @@ impl Config {
             engine: EngineOptions::default(),
             limits: Limits::default(),
             keys: None,
+            tls: None,
+            traces: None,
             max_new_tokens: None,
             pipeline_tag: None,
             vllm_metrics: false,

@@ -2,7 +2,7 @@
 //! clients send it for what was not given.
 
 use serde_json::{Map, Value};
-use t5gemma_protocol::abbreviated;
+use t5gemma_protocol::{Images, abbreviated};
 
 use crate::failure::{Failure, Reason};
 
@@ -83,6 +83,17 @@ impl Fields {
     /// A text or a list of texts.
     pub fn texts(&mut self, name: &str) -> Result<Option<Vec<String>>, Failure> {
         self.as_form(name, "a string or a list of strings", texts)
+    }
+
+    /// The images of one source, or those of each: data URIs.
+    pub fn images(&mut self) -> Result<Option<Images>, Failure> {
+        let list = |value: &Value| value.as_array()?.iter().map(|uri| uri.as_str().map(str::to_string)).collect();
+        self.as_form("images", "data URIs in a list or a list of lists", |value| match value.as_array()? {
+            rows if rows.first().is_some_and(Value::is_array) => {
+                rows.iter().map(list).collect::<Option<Vec<Vec<String>>>>().map(Images::Several)
+            }
+            _ => list(value).map(Images::One),
+        })
     }
 
     /// The names of the fields that are left and not null.

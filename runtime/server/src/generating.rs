@@ -3,22 +3,24 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use serde_json::Value;
-use t5gemma_protocol::{GENERATION_OPTIONS, GenerateRequest, Id, OptionGroup, TokenizedRequest};
+use t5gemma_protocol::{GENERATION_OPTIONS, GenerateRequest, Id, OptionGroup, TokenRows, TokenizedRequest};
 use t5gemma_runtime::{
     Draws, Event, GenerationConfig, Hypothesis, Message, Priority, Request, RequestStats, SpecialTokens, TextStream,
     Tokenizer,
 };
 
-use crate::admission::Permit;
+use crate::admission::{Permit, Size};
 use crate::app::App;
 use crate::call::Call;
 use crate::events::Events;
 use crate::failure::{Failure, Reason};
 use crate::served::{Generator, Served};
+use crate::traces::Trace;
 use crate::truncation;
+use crate::uploads::{Uploads, WithUploads};
 
 /// A request for targets.
 #[derive(Clone, Debug, Default)]
@@ -27,6 +29,8 @@ pub struct Ask {
     pub request: GenerateRequest,
     /// Sources as token ids, which need not be of equal length; in place of those of the request.
     pub tokens: Option<Vec<Vec<i64>>>,
+    /// What its images are, where they have no URI.
+    pub uploads: Uploads,
     /// Sources that are texts keep only their last tokens, this many.
     pub keep_last: Option<usize>,
     /// Whether options of sampling are ignored where nothing is sampled, as clients send them always.
@@ -53,6 +57,8 @@ pub struct Generating {
     app: Arc<App>,
     events: Events,
     permit: Permit,
+    trace: Trace,
+    submitted: SystemTime,
     /// From acceptance until the engine had the request.
     prepared: Duration,
     last_tokens: Vec<Option<Instant>>,
@@ -65,17 +71,33 @@ impl Call {
     /// # Errors
     /// A request that is invalid, too large, or too much now.
     pub async fn generate(&self, served: Arc<Served>, ask: Ask) -> Result<Generating, Failure> {
-        let permit = self.app.admission.enter()?;
+        let permit = self.app.admission.enter(self.tenant.as_ref())?;
         let app = self.app.clone();
-        let caller = Caller { deadline: self.deadline, priority: self.priority, tenant: self.tenant.clone() };
+        // Each needs several times the memory of its pixels while it is decoded.
+        let turn = match ask.request.images.is_given() {
+            true => Some(self.app.decoding.clone().acquire_owned().await.expect("nobody closes it")),
+            false => None,
+        };
+        let trace = self.trace.clone();
+        let caller = Caller {
+            trace,
+            deadline: self.deadline,
+            priority: self.priority,
+            tenant: self.tenant.as_ref().map(|it| it.name.clone()),
+        };
         // Tokenizing and compiling constraints take their time.
-        let begun = tokio::task::spawn_blocking(move || begin(app, served, ask, permit, caller));
+        let begun = tokio::task::spawn_blocking(move || {
+            let begun = begin(app, served, ask, permit, caller);
+            drop(turn);
+            begun
+        });
         begun.await.map_err(|_| Failure::new(Reason::Internal, "the request could not be prepared"))?.map_err(named)
     }
 }
 
 /// What the engine is told of the caller.
 struct Caller {
+    trace: Trace,
     deadline: Instant,
     priority: Priority,
     tenant: Option<String>,
@@ -103,6 +125,8 @@ fn begin(
     let Some(generator) = served.generator() else {
         return Err(Failure::new(Reason::Invalid, format!("{} does not generate", served.name)));
     };
+    let images = ask.request.images.images.iter().flat_map(|images| images.rows()).flatten().count();
+    check_images(images, &app)?;
     let mut request = tokenized(&ask, generator)?;
     let limit = app.config.limits.max_request_sources;
     if request.sources.len() > limit {
@@ -115,11 +139,13 @@ fn begin(
         request.seed = Some(config.seed.unwrap_or_else(Draws::random_seed));
     }
     let rows = request.sources.len() * config.num_beams.max(config.num_return_sequences);
-    permit.grow(rows, request.sources.iter().map(Vec::len).sum())?;
+    let images = request.images.iter().map(Vec::len).sum();
+    check_images(images, &app)?;
+    permit.grow(Size { rows, tokens: request.sources.iter().map(Vec::len).sum(), images })?;
     let batch = t5gemma_protocol::batch(std::slice::from_ref(&request), config.pad_token_id)?;
     let mut engine_request = Request::new(batch, config.clone()).deadline(caller.deadline).priority(caller.priority);
     engine_request.tenant = caller.tenant;
-    let prepared = permit.age();
+    let (prepared, submitted) = (permit.age(), SystemTime::now());
     let events = Events::submit(&generator.engine, engine_request)?;
     let source_lengths: Vec<usize> = request.sources.iter().map(Vec::len).collect();
     Ok(Generating {
@@ -129,6 +155,8 @@ fn begin(
         seed: request.seed,
         last_tokens: vec![None; source_lengths.len()],
         source_lengths,
+        trace: caller.trace,
+        submitted,
         prepared,
         has_ended: false,
         app,
@@ -138,6 +166,15 @@ fn begin(
     })
 }
 
+fn check_images(count: usize, app: &App) -> Result<(), Failure> {
+    let limit = app.config.limits.max_request_images;
+    if count > limit {
+        let message = format!("the request has {count} images, but the server takes at most {limit}");
+        return Err(Failure::new(Reason::TooLarge, message));
+    }
+    Ok(())
+}
+
 fn tokenized(ask: &Ask, generator: &Generator) -> Result<TokenizedRequest, Failure> {
     let of = |sources: Vec<Vec<i64>>| {
         let mask = sources.iter().map(|source| vec![1; source.len()]).collect();
@@ -145,6 +182,15 @@ fn tokenized(ask: &Ask, generator: &Generator) -> Result<TokenizedRequest, Failu
         TokenizedRequest { options, ..TokenizedRequest::new(0.into(), sources, mask) }
     };
     match (&ask.tokens, ask.keep_last, &ask.request.text) {
+        (tokens, keep, _) if ask.request.images.is_given() => {
+            if keep.is_some() {
+                return Err(Failure::field("truncate", "no images beside it", "images"));
+            }
+            let input_ids = tokens.clone().map(TokenRows::Several).or(ask.request.input_ids.clone());
+            let request = GenerateRequest { input_ids, ..ask.request.clone() };
+            let id = request.id.clone().unwrap_or(Id::from(0));
+            Ok(request.tokenize(id, &WithUploads(generator, &ask.uploads))?)
+        }
         (Some(tokens), ..) => Ok(of(tokens.clone())),
         (None, Some(keep), Some(texts)) => {
             let keep_last = |text: &String| truncation::keep(text, keep, truncation::Side::Left, generator);
@@ -200,8 +246,11 @@ impl Generating {
             }
             Some(Message::Ended { result, stats }) => {
                 self.has_ended = true;
+                let result = result.map_err(Failure::from);
+                let failure = result.as_ref().err().map(|failure| failure.reason.name());
+                self.trace.generated(&self.served.name, self.submitted, &stats, failure);
                 self.count_end(&stats, result.is_ok());
-                result.map_err(Failure::from).map(|()| None)
+                result.map(|()| None)
             }
             None => {
                 self.has_ended = true;

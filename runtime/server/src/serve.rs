@@ -136,13 +136,17 @@ impl Server {
         self.app.is_ready()
     }
 
-    /// Reads the keys again. If that fails, the old ones stay.
-    pub fn reload_keys(&self) {
+    /// Reads the keys and the certificate again. If that fails, the old ones stay.
+    pub fn reload(&self) {
+        let note = |what: &str, reloaded: Result<(), String>| match reloaded {
+            Ok(()) => log::note(&format!("the {what} was read again")),
+            Err(error) => log::note(&format!("the old {what} stays: {error}")),
+        };
         if let Some(keys) = &self.app.config.keys {
-            match keys.reload() {
-                Ok(()) => log::note("the keys were read again"),
-                Err(error) => log::note(&format!("the old keys stay: {error}")),
-            }
+            note("file of keys", keys.reload());
+        }
+        if let Some(tls) = &self.app.config.tls {
+            note("certificate", tls.reload());
         }
     }
 
@@ -187,6 +191,9 @@ impl Server {
             }
         };
         let _ = tokio::time::timeout(Duration::from_secs(2), flushed).await;
+        if let Some(traces) = app.config.traces.clone() {
+            let _ = tokio::task::spawn_blocking(move || traces.end()).await;
+        }
         match drained {
             Ok(()) => Ok(()),
             Err(_) => Err(ServeError::NotDrained { requests: app.admission.requests() }),

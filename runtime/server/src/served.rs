@@ -7,13 +7,15 @@ use std::sync::{Arc, OnceLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
-use t5gemma_protocol::{Conversations, RequestError, Tokenize, conversation};
+use t5gemma_protocol::{Conversations, RequestError, Tokenize, abbreviated, conversation};
 use t5gemma_runtime::{
-    Cancellation, ChatTemplate, Encoder, Engine, EngineOptions, Error, Manifest, Model, Task, Tokenizer, task_of,
+    Cancellation, ChatTemplate, Encoder, Engine, EngineOptions, Error, Image, ImageLimits, ImageSettings, Manifest,
+    Model, Task, Tokenizer, task_of,
 };
 use tokio::sync::Semaphore;
 
 use crate::config::{Config, ModelConfig};
+use crate::pictures;
 
 /// An opened model.
 pub struct Served {
@@ -40,6 +42,7 @@ pub struct Generator {
     /// Its encoder alone, for embeddings; opened by the first request for one.
     encoder: OnceLock<Result<EncoderWork, Error>>,
     open: t5gemma_runtime::OpenOptions,
+    image_limits: ImageLimits,
 }
 
 /// A model that embeds or classifies.
@@ -88,6 +91,9 @@ impl Served {
                     template: OnceLock::new(),
                     encoder: OnceLock::new(),
                     open: config.open.clone(),
+                    image_limits: ImageLimits::default()
+                        .max_bytes(config.limits.max_body_bytes)
+                        .max_pixels(config.limits.max_image_pixels),
                 }))
             }
             _ => {
@@ -190,6 +196,18 @@ impl Tokenize for Generator {
         Some(self)
     }
 
+    fn image_settings(&self) -> Result<&ImageSettings, Error> {
+        self.model.image_settings()
+    }
+
+    fn image_limits(&self) -> ImageLimits {
+        self.image_limits
+    }
+
+    fn image_file(&self, name: &str) -> Result<Image, RequestError> {
+        Err(RequestError::form("images", pictures::A_DATA_URI, abbreviated(&name.into())))
+    }
+
     fn longest_source(&self) -> usize {
         self.model.longest_source()
     }
@@ -205,14 +223,40 @@ impl Conversations for Generator {
     }
 
     fn tokens(&self, messages: &[Value]) -> Result<Vec<i64>, RequestError> {
+        conversation(messages, self.template()?, self)
+    }
+
+    fn text_with_images(&self, messages: &[Value]) -> Result<String, RequestError> {
+        let template = self.template()?;
+        let start = self.start_of_image()?;
+        let is_image = |part: &&Value| part["type"] == "image";
+        let parts = messages.iter().filter_map(|message| message["content"].as_array()).flatten();
+        let images = parts.filter(is_image).count();
+        // Templates of models for images read parts; others write texts only.
+        match template.apply(messages) {
+            Ok(text) if images == 0 || text.matches(&start).count() == images => Ok(text),
+            _ => Ok(template.apply(&pictures::flattened(messages, &start))?),
+        }
+    }
+}
+
+impl Generator {
+    fn template(&self) -> Result<&ChatTemplate, RequestError> {
         let open = || {
             ChatTemplate::open(&self.folder).map_err(|error| {
                 crate::log::note(&format!("no conversations: {error}"));
             })
         };
-        let Ok(template) = self.template.get_or_init(open) else {
-            return Err(RequestError::form("messages", "a model with a chat template", "none (it takes plain text)"));
-        };
-        conversation(messages, template, self)
+        let missing = || RequestError::form("messages", "a model with a chat template", "none (it takes plain text)");
+        self.template.get_or_init(open).as_ref().map_err(|()| missing())
+    }
+
+    /// What stands for an image in a text.
+    ///
+    /// # Errors
+    /// A model that reads no images.
+    pub fn start_of_image(&self) -> Result<String, Error> {
+        let settings = self.model.image_settings()?;
+        Ok(self.model.tokenizer()?.token(settings.start_of_image_token_id).unwrap_or_default())
     }
 }

@@ -23,7 +23,11 @@ const KEEP_ALIVE: Duration = Duration::from_secs(10);
 
 /// Where the task writes.
 #[derive(Clone, Debug)]
-pub struct Out(Sender<Bytes>);
+pub struct Out {
+    pieces: Sender<Bytes>,
+    /// How long a client may read nothing.
+    patience: Duration,
+}
 
 /// The client has left.
 #[derive(Clone, Copy, Debug)]
@@ -49,9 +53,12 @@ impl Out {
     /// Writes text as it is.
     ///
     /// # Errors
-    /// The client has left.
+    /// The client has left, or reads nothing.
     pub async fn raw(&self, text: String) -> Result<(), ClientLeft> {
-        self.0.send(text.into()).await.map_err(|_| ClientLeft)
+        match tokio::time::timeout(self.patience, self.pieces.send(text.into())).await {
+            Ok(Ok(())) => Ok(()),
+            _ => Err(ClientLeft),
+        }
     }
 }
 
@@ -122,12 +129,12 @@ where
     R: Future<Output = Result<(), Stop>> + Send + 'static,
 {
     let (send, receive) = channel(BUFFERED);
-    let (out, app) = (Out(send), app.clone());
+    let (out, app) = (Out { pieces: send, patience: app.config.limits.read_timeout }, app.clone());
     let work = task(out.clone());
     tokio::spawn(async move {
         let has_left = tokio::select! {
             // Dropping the work ends its request.
-            () = out.0.closed() => true,
+            () = out.pieces.closed() => true,
             ended = work => match ended {
                 Ok(()) => false,
                 Err(Stop::ClientLeft) => true,

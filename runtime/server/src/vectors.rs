@@ -6,6 +6,7 @@ use ndarray::{Array2, Axis, s};
 use t5gemma_protocol::TokenizedRequest;
 use t5gemma_runtime::{Batch, Cancellation, Pooling, ScoreFunction, Task};
 
+use crate::admission::Size;
 use crate::call::Call;
 use crate::failure::{Failure, Reason};
 use crate::served::{EncoderWork, Served};
@@ -96,11 +97,11 @@ impl Call {
             }
             _ => {}
         }
-        let mut permit = self.app.admission.enter()?;
+        let mut permit = self.app.admission.enter(self.tenant.as_ref())?;
         let of_task = served.clone();
         let sources = blocking(move || tokens(&of_task, inputs, truncate)).await?;
         let source_tokens = sources.iter().map(Vec::len).sum();
-        permit.grow(sources.len(), source_tokens)?;
+        permit.grow(Size { rows: sources.len(), tokens: source_tokens, images: 0 })?;
         // Opening an encoder reads files.
         let of_task = served.clone();
         blocking(move || of_task.encoder().map(drop).map_err(Failure::from)).await?;

@@ -1,8 +1,9 @@
 //! gRPC on the port of HTTP: `inference.GRPCInferenceService` with Triton's streams and repository calls, and
-//! `grpc.health.v1.Health`.
+//! `grpc.health.v1.Health`, and reflection.
 
 mod health;
 mod messages;
+mod reflection;
 mod stream;
 
 use std::sync::Arc;
@@ -17,6 +18,7 @@ use axum::routing::post;
 use prost::Message;
 use serde_json::{Map, Value};
 use tonic::Status;
+use tonic::codec::CompressionEncoding;
 use tonic_prost::ProstCodec;
 
 use self::messages::{
@@ -36,7 +38,7 @@ const GRPC: Door = Door::new("grpc", Form::Plain);
 
 /// Adds the routes.
 pub fn routes(router: Router<Arc<App>>) -> Router<Arc<App>> {
-    router
+    reflection::routes(router)
         .route("/inference.GRPCInferenceService/{method}", post(inference))
         .route("/grpc.health.v1.Health/{method}", post(health::answer))
 }
@@ -125,13 +127,16 @@ where
         }
     });
     let mut grpc = tonic::server::Grpc::new(ProstCodec::<A, Q>::default());
-    grpc = grpc.apply_max_message_size_config(Some(most), None);
+    grpc = grpc.apply_max_message_size_config(Some(most), None).accept_compressed(CompressionEncoding::Gzip);
     grpc.unary(service, request).await.map(Body::new)
 }
 
 /// Checks the key and reads the deadline of a request.
 fn begin(app: &Arc<App>, door: Door, headers: HeaderMap) -> Result<Call, Failure> {
     let mut call = Call::begin(app.clone(), door, headers, Vec::new(), Instant::now())?;
+    if let Some(traces) = &app.config.traces {
+        call.trace = traces.begin(door.name, "", &call.headers);
+    }
     if let Some(timeout) = call.headers.get("grpc-timeout").and_then(|value| value.to_str().ok()) {
         let timeout = timeout_of(timeout).ok_or_else(|| Failure::field("grpc-timeout", "a time", timeout))?;
         call.deadline = call.deadline.min(Instant::now() + timeout);
@@ -248,6 +253,7 @@ fn read(asked: InferRequest) -> Result<Infer, Failure> {
                     "BYTES" => Data::Bytes(contents.bytes),
                     "INT64" => Data::Integers(contents.int64s),
                     "INT32" => Data::Integers(contents.ints.into_iter().map(i64::from).collect()),
+                    "FP32" => Data::Floats(contents.floats),
                     other => return Err(other_type(&input.name, other)),
                 }
             }

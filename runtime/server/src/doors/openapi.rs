@@ -125,8 +125,10 @@ fn document(app: &App) -> Value {
         if may_stream {
             content["text/event-stream"] = json!({});
         }
-        if path == "/metrics" {
-            content = json!({"text/plain": {}});
+        match (path, body) {
+            ("/metrics", _) => content = json!({"text/plain": {}}),
+            (_, Body::Lines) => content = json!({"application/x-ndjson": {}, "text/event-stream": {}}),
+            _ => {}
         }
         let error = json!({"description": "an error", "content": {"application/json": {"schema": {"type": "object"}}}});
         let mut operation = json!({

@@ -19,7 +19,7 @@ pub fn routes(router: Router<Arc<App>>) -> Router<Arc<App>> {
 }
 
 async fn page(_: Call) -> Result<Response, Failure> {
-    let rules = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; \
+    let rules = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; \
                  frame-ancestors 'none'; base-uri 'none'; form-action 'none'";
     let headers = [
         (header::CONTENT_TYPE, HeaderValue::from_static("text/html; charset=utf-8")),

@@ -295,7 +295,7 @@ async fn tokenize(mut call: Call) -> Result<Response, Failure> {
         };
         given.iter().map(one).collect::<Result<Vec<_>, Failure>>()
     };
-    let _permit = call.app.admission.enter()?;
+    let _permit = call.app.admission.enter(call.tenant.as_ref())?;
     let rows = tokio::task::spawn_blocking(work).await;
     let rows = rows.map_err(|_| Failure::new(Reason::Internal, "the texts could not be tokenized"))??;
     Ok(json_response(&json!(rows)))

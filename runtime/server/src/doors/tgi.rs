@@ -7,7 +7,7 @@ use axum::Router;
 use axum::response::Response;
 use axum::routing::MethodFilter;
 use serde_json::{Map, Value, json};
-use t5gemma_protocol::{GENERATION_OPTIONS, Texts};
+use t5gemma_protocol::{GENERATION_OPTIONS, Images, Texts};
 use t5gemma_runtime::{Event, FinishReason, Hypothesis, Tokenizer};
 
 use super::sampling::samples;
@@ -19,6 +19,7 @@ use crate::fields::Fields;
 use crate::generating::{Ask, Generating};
 use crate::live_text::LiveText;
 use crate::models::Purpose;
+use crate::pictures;
 use crate::served::Served;
 use crate::sse::{self, Out, Stop};
 
@@ -132,8 +133,9 @@ impl Asked {
     ///
     /// # Errors
     /// Why the request failed.
-    pub async fn answers(self, mut call: Call, served: Arc<Served>) -> Result<Vec<Value>, Failure> {
+    pub async fn answers(mut self, mut call: Call, served: Arc<Served>) -> Result<Vec<Value>, Failure> {
         call.limit(self.timeout)?;
+        self.find_images(&served);
         let mut generating = call.generate(served, self.ask.clone()).await?;
         let rows = generating.rows().await?;
         let mut answers = Vec::new();
@@ -161,6 +163,18 @@ impl Asked {
         Ok(answers)
     }
 
+    /// Takes the images out of the texts, where the model reads some.
+    fn find_images(&mut self, served: &Served) {
+        let Some(start) = served.generator().and_then(|generator| generator.start_of_image().ok()) else { return };
+        let Some(texts) = &self.ask.request.text else { return };
+        let found = texts.rows().iter().map(|text| pictures::in_markdown(text, &start));
+        let (texts, images): (Vec<String>, Vec<Vec<String>>) = found.unzip();
+        if images.iter().any(|images| !images.is_empty()) {
+            self.ask.request.text = Some(Texts::Several(texts));
+            self.ask.request.images.images = Some(Images::Several(images));
+        }
+    }
+
     fn answer(&self, generating: &Generating, hypothesis: &Hypothesis) -> Result<Value, Failure> {
         let mut answer = json!({"generated_text": generating.text(&hypothesis.tokens)?});
         if self.details {
@@ -173,8 +187,9 @@ impl Asked {
     ///
     /// # Errors
     /// Why the request is not begun.
-    pub async fn stream(self, mut call: Call, served: Arc<Served>) -> Result<Response, Failure> {
+    pub async fn stream(mut self, mut call: Call, served: Arc<Served>) -> Result<Response, Failure> {
         call.limit(self.timeout)?;
+        self.find_images(&served);
         if self.best_of {
             return Err(Failure::unsupported("parameters.best_of", "a stream has one target"));
         }

@@ -34,13 +34,18 @@ async fn begin(call: &mut Call) -> Result<(String, Generating), Failure> {
     let mut fields = call.fields()?;
     let id = fields.text("id")?.unwrap_or_default();
     let text = fields.texts("text_input")?.ok_or_else(|| Failure::field("text_input", "a text", "none"))?;
+    let images = fields.texts("images")?;
     // Some clients say by which path they came.
     fields.flag("stream")?;
     let mut parameters = fields.object("parameters")?.map(crate::fields::Fields::into_rest).unwrap_or_default();
     parameters.extend(fields.into_rest());
     let shape = vec![text.len() as i64];
     let data = Data::Bytes(text.into_iter().map(String::into_bytes).collect());
-    let inputs = vec![Tensor { name: "text_input".into(), shape, data }];
+    let mut inputs = vec![Tensor { name: "text_input".into(), shape, data }];
+    if let Some(uris) = images {
+        let data = Data::Bytes(uris.into_iter().map(String::into_bytes).collect::<Vec<_>>());
+        inputs.push(Tensor { name: "images".into(), shape: vec![data.len() as i64], data });
+    }
     let generating = generate(call, served, Request { parameters, inputs, ..Request::default() }).await?;
     Ok((id, generating))
 }

@@ -113,6 +113,9 @@ pub struct Contents {
     /// Of `INT64`.
     #[prost(int64, repeated, tag = "3")]
     pub int64s: Vec<i64>,
+    /// Of `FP32`.
+    #[prost(float, repeated, tag = "6")]
+    pub floats: Vec<f32>,
     /// Of `BYTES`.
     #[prost(bytes = "vec", repeated, tag = "8")]
     pub bytes: Vec<Vec<u8>>,

@@ -12,6 +12,7 @@ use futures_util::stream;
 use t5gemma_runtime::{Event, Task};
 use tokio::sync::Semaphore;
 use tokio::sync::mpsc::{Sender, channel};
+use tonic::codec::CompressionEncoding;
 use tonic::{Status, Streaming};
 use tonic_prost::ProstCodec;
 
@@ -21,7 +22,7 @@ use crate::app::App;
 use crate::call::Call;
 use crate::doors::oip::infer;
 use crate::doors::oip::tensor::{Data, Tensor};
-use crate::failure::Failure;
+use crate::failure::{Failure, Reason};
 use crate::live_text::LiveText;
 
 /// Requests of one stream that are answered at once.
@@ -50,7 +51,7 @@ pub async fn answer(app: Arc<App>, request: Request) -> Response {
         }
     });
     let mut grpc = tonic::server::Grpc::new(ProstCodec::<StreamResponse, InferRequest>::default());
-    grpc = grpc.apply_max_message_size_config(Some(most), None);
+    grpc = grpc.apply_max_message_size_config(Some(most), None).accept_compressed(CompressionEncoding::Gzip);
     grpc.streaming(service, request).await.map(Body::new)
 }
 
@@ -99,16 +100,19 @@ async fn parts(call: &mut Call, request: InferRequest, out: &Out) -> Result<(), 
     let has_empty_final =
         matches!(request.parameters.get(EMPTY_FINAL), Some(Parameter { choice: Some(Choice::Bool(true)) }));
     let served = model(&call.app, &request.model_name, &request.model_version)?;
+    let patience = call.app.config.limits.read_timeout;
     let (name, id) = (served.name.clone(), request.id.clone());
     let send = async |outputs: Vec<Tensor>, is_final: bool| {
         let response = InferResponse { parameters: marked(is_final), ..write(name.clone(), id.clone(), outputs) };
-        // If the client has left, this task ends anyway.
-        let _ = out.send(Ok(StreamResponse { error_message: String::new(), infer_response: Some(response) })).await;
+        // If the client has left, this task ends anyway; it ends as well if the client reads nothing.
+        let message = Ok(StreamResponse { error_message: String::new(), infer_response: Some(response) });
+        let sent = tokio::time::timeout(patience, out.send(message)).await;
+        sent.map(drop).map_err(|_| Failure::new(Reason::Slow, "the client reads nothing"))
     };
     let asked = read(request)?;
     if *served.task() != Task::Text2TextGeneration {
         let outputs = infer::infer(call, served, asked).await?;
-        send(outputs, !has_empty_final).await;
+        send(outputs, !has_empty_final).await?;
     } else {
         let mut generating = infer::generate(call, served, asked).await?;
         let targets = generating.source_lengths.len() * generating.config.num_return_sequences;
@@ -125,7 +129,7 @@ async fn parts(call: &mut Call, request: InferRequest, out: &Out) -> Result<(), 
                 Event::Token { token, .. } => {
                     let piece = live.push(token)?;
                     if !piece.is_empty() {
-                        send(vec![tensor("text_output", &piece)], false).await;
+                        send(vec![tensor("text_output", &piece)], false).await?;
                     }
                 }
                 Event::Row { hypotheses, .. } => {
@@ -133,14 +137,14 @@ async fn parts(call: &mut Call, request: InferRequest, out: &Out) -> Result<(), 
                     let rest = live.rest(&generating.text(&hypothesis.tokens)?);
                     let reason = hypothesis.finish_reason.as_str();
                     let outputs = vec![tensor("text_output", &rest), tensor("finish_reason", reason)];
-                    send(outputs, !has_empty_final).await;
+                    send(outputs, !has_empty_final).await?;
                 }
                 _ => {}
             }
         }
     }
     if has_empty_final {
-        send(Vec::new(), true).await;
+        send(Vec::new(), true).await?;
     }
     Ok(())
 }

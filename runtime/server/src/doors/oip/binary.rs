@@ -96,6 +96,7 @@ fn elements(name: &str, datatype: &str, data: &Value) -> Result<Data, Failure> {
     let expected = match datatype {
         "BYTES" => "strings",
         "INT64" | "INT32" => "integers",
+        "FP32" => "numbers",
         other => return Err(other_type(name, other)),
     };
     let refused = || Failure::field(&format!("inputs.{name}.data"), expected, t5gemma_protocol::abbreviated(data));
@@ -103,6 +104,10 @@ fn elements(name: &str, datatype: &str, data: &Value) -> Result<Data, Failure> {
         "BYTES" => {
             let texts = flat.iter().map(|text| Some(text.as_str()?.as_bytes().to_vec()));
             Ok(Data::Bytes(texts.collect::<Option<_>>().ok_or_else(refused)?))
+        }
+        "FP32" => {
+            let numbers = flat.iter().map(|number| Some(number.as_f64()? as f32));
+            Ok(Data::Floats(numbers.collect::<Option<_>>().ok_or_else(refused)?))
         }
         _ => {
             let numbers = flat.iter().map(|number| number.as_i64());
@@ -182,7 +187,8 @@ mod tests {
             (input(json!({})), b"x".as_slice(), "1 bytes more"),
             (input(json!({"shape": [2]})), b"", "as many elements"),
             (input(json!({"shape": "x"})), b"", "a list of integers"),
-            (input(json!({"datatype": "FP32"})), b"", "BYTES, INT64 or INT32"),
+            (input(json!({"datatype": "FP16"})), b"", "BYTES, INT64, INT32 or FP32"),
+            (input(json!({"datatype": "FP32"})), b"", "expected numbers"),
             (input(json!({"data": [1]})), b"", "expected strings"),
             (input(json!({"data": null})), b"", "neither"),
             (input(json!({"parameters": {"binary_data_size": 5}})), b"", "both"),

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use serde_json::{Map, Value};
-use t5gemma_protocol::{GENERATION_OPTIONS, OptionValue, Texts};
+use t5gemma_protocol::{GENERATION_OPTIONS, Images, OptionValue, TensorFile, Texts};
 use t5gemma_runtime::Task;
 
 use super::tensor::{Data, Tensor};
@@ -33,8 +33,15 @@ enum Sources {
     Tokens(Vec<Vec<i64>>),
 }
 
-fn sources(inputs: Vec<Tensor>) -> Result<Sources, Failure> {
-    let (mut texts, mut ids, mut mask) = (None, None, None);
+/// The inputs of a request: its sources, and the tensors of images.
+struct Given {
+    sources: Sources,
+    images: Option<Tensor>,
+    pixel_values: Option<Tensor>,
+}
+
+fn given(inputs: Vec<Tensor>) -> Result<Given, Failure> {
+    let (mut texts, mut ids, mut mask, mut images, mut pixel_values) = (None, None, None, None, None);
     for tensor in inputs {
         match (tensor.name.as_str(), &tensor.data) {
             ("text_input", Data::Bytes(elements)) => {
@@ -45,24 +52,61 @@ fn sources(inputs: Vec<Tensor>) -> Result<Sources, Failure> {
             }
             ("input_ids", Data::Integers(_)) => ids = Some(tensor),
             ("attention_mask", Data::Integers(_)) => mask = Some(tensor),
-            (name @ ("text_input" | "input_ids" | "attention_mask"), data) => {
+            ("images", Data::Bytes(_)) => images = Some(tensor),
+            ("pixel_values", Data::Floats(_)) => pixel_values = Some(tensor),
+            (name @ ("text_input" | "input_ids" | "attention_mask" | "images" | "pixel_values"), data) => {
                 return Err(Failure::field(
                     &format!("inputs.{name}"),
-                    "BYTES for texts, INT64 for ids",
+                    "BYTES for texts and images, INT64 for ids, FP32 for pixel_values",
                     data.datatype(),
                 ));
             }
             (name, _) => {
-                let message = format!("inputs: expected text_input, or input_ids and attention_mask, found {name:?}");
+                let message = format!(
+                    "inputs: expected text_input, or input_ids and attention_mask, and images or pixel_values beside them, \
+                     found {name:?}"
+                );
                 return Err(Failure::new(Reason::Invalid, message));
             }
         }
     }
-    match (texts, ids) {
-        (Some(texts), None) if mask.is_none() => Ok(Sources::Texts(texts)),
-        (None, Some(ids)) => Ok(Sources::Tokens(rows(&ids, mask.as_ref())?)),
-        (None, None) => Err(Failure::new(Reason::Invalid, "inputs: expected text_input or input_ids, found neither")),
-        _ => Err(Failure::new(Reason::Invalid, "inputs: expected text_input or input_ids, found both")),
+    let sources = match (texts, ids) {
+        (Some(texts), None) if mask.is_none() => Sources::Texts(texts),
+        (None, Some(ids)) => Sources::Tokens(rows(&ids, mask.as_ref())?),
+        (None, None) => {
+            return Err(Failure::new(Reason::Invalid, "inputs: expected text_input or input_ids, found neither"));
+        }
+        _ => return Err(Failure::new(Reason::Invalid, "inputs: expected text_input or input_ids, found both")),
+    };
+    Ok(Given { sources, images, pixel_values })
+}
+
+/// Adds tensors of images to a request: files, or data URIs where elements are texts, `[images]` for one source or
+/// `[sources, images]`, in which empty elements are no images; or numbers of all sources in order.
+fn add_images(ask: &mut Ask, images: Option<Tensor>, pixel_values: Option<Tensor>) {
+    if let Some(tensor) = images {
+        let (width, is_of_one) = (tensor.row_length(), tensor.shape.len() < 2);
+        let Data::Bytes(elements) = tensor.data else { unreachable!("looked at above") };
+        let width = if is_of_one { elements.len() } else { width };
+        // No image is a text: JPEG, PNG and WebP have bytes that UTF-8 has not, or zeros.
+        let name = |bytes: &Vec<u8>| match str::from_utf8(bytes) {
+            Ok(text) if !bytes.contains(&0) && text.parse::<usize>().is_err() => text.to_string(),
+            _ => {
+                ask.uploads.files.push(bytes.clone());
+                (ask.uploads.files.len() - 1).to_string()
+            }
+        };
+        let names: Vec<String> = elements.iter().filter(|bytes| !bytes.is_empty()).map(name).collect();
+        let mut names = names.into_iter();
+        let counts = elements.chunks(width.max(1)).map(|row| row.iter().filter(|bytes| !bytes.is_empty()).count());
+        ask.request.images.images =
+            Some(Images::Several(counts.map(|count| names.by_ref().take(count).collect()).collect()));
+    }
+    if let Some(tensor) = pixel_values {
+        let Data::Floats(numbers) = tensor.data else { unreachable!("looked at above") };
+        let shape = tensor.shape.iter().map(|&size| size as usize).collect();
+        ask.uploads.pixel_values = Some((shape, numbers));
+        ask.request.images.pixel_values = Some(TensorFile { file: String::new(), tensor: String::new() });
     }
 }
 
@@ -119,10 +163,16 @@ pub async fn generate(call: &mut Call, served: Arc<Served>, mut request: Request
     let timeout = request.parameters.remove("timeout");
     call.limit(timeout.as_ref().and_then(Value::as_f64))?;
     let mut ask = Ask { is_lenient: true, ..Ask::default() };
-    match sources(std::mem::take(&mut request.inputs))? {
+    let given = given(std::mem::take(&mut request.inputs))?;
+    match given.sources {
         Sources::Texts(texts) => ask.request.text = Some(Texts::Several(texts)),
         Sources::Tokens(rows) => ask.tokens = Some(rows),
     }
+    if let Some(value) = request.parameters.remove("pan_and_scan") {
+        let refused = || Failure::field("parameters.pan_and_scan", "true or false", &value);
+        ask.request.images.pan_and_scan = Some(value.as_bool().ok_or_else(refused)?);
+    }
+    add_images(&mut ask, given.images, given.pixel_values);
     ask.request.options = options(request.parameters)?;
     call.generate(served, ask).await
 }
@@ -203,7 +253,11 @@ async fn encoded(call: &mut Call, served: Arc<Served>, mut request: Request) -> 
         let message = format!("parameters.{name}: no such parameter");
         return Err(Failure::new(Reason::Invalid, message));
     }
-    let inputs = match sources(request.inputs)? {
+    let given = given(request.inputs)?;
+    if given.images.is_some() || given.pixel_values.is_some() {
+        return Err(Failure::unsupported("inputs.images", "a model that embeds or classifies takes none here"));
+    }
+    let inputs = match given.sources {
         Sources::Texts(texts) => Inputs::Texts(texts),
         Sources::Tokens(rows) => Inputs::Tokens(rows),
     };

@@ -89,6 +89,10 @@ impl Data {
                 let numbers = bytes.as_chunks().0.iter().map(|chunk| i64::from(i32::from_le_bytes(*chunk)));
                 Ok(Data::Integers(numbers.collect()))
             }
+            "FP32" => {
+                whole(4)?;
+                Ok(Data::Floats(bytes.as_chunks().0.iter().map(|chunk| f32::from_le_bytes(*chunk)).collect()))
+            }
             other => Err(other_type(name, other)),
         }
     }
@@ -96,7 +100,7 @@ impl Data {
 
 /// The error for a type that no input has.
 pub fn other_type(name: &str, datatype: &str) -> Failure {
-    Failure::field(&format!("inputs.{name}.datatype"), "BYTES, INT64 or INT32", format_args!("{datatype:?}"))
+    Failure::field(&format!("inputs.{name}.datatype"), "BYTES, INT64, INT32 or FP32", format_args!("{datatype:?}"))
 }
 
 impl Tensor {
@@ -128,12 +132,13 @@ mod tests {
 
     #[test]
     fn bytes_that_are_no_tensor_are_refused() {
-        let cases: [(&str, &[u8]); 6] = [
+        let cases: [(&str, &[u8]); 7] = [
             ("BYTES", &[1, 0, 0]),
             ("BYTES", &[2, 0, 0, 0, 65]),
             ("BYTES", &[255, 255, 255, 255, 65]),
             ("INT64", &[1, 0, 0, 0]),
             ("INT32", &[1, 0, 0]),
+            ("FP32", &[1, 0, 0]),
             ("FP16", &[1, 0]),
         ];
         for (datatype, bytes) in cases {
@@ -158,7 +163,7 @@ mod tests {
         }
 
         #[test]
-        fn no_bytes_panic(bytes: Vec<u8>, datatype in prop::sample::select(vec!["BYTES", "INT64", "INT32", "BOOL"])) {
+        fn no_bytes_panic(bytes: Vec<u8>, datatype in prop::sample::select(vec!["BYTES", "INT64", "INT32", "FP32", "BOOL"])) {
             let _ = Data::from_bytes("x", datatype, &bytes);
         }
     }

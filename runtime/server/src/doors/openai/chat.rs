@@ -2,6 +2,7 @@
 
 use axum::response::Response;
 use serde_json::{Value, json};
+use t5gemma_protocol::Images;
 use t5gemma_runtime::{Event, Hypothesis, Tokenizer};
 
 use super::options::{self, Asked};
@@ -12,6 +13,7 @@ use crate::failure::{Failure, Form};
 use crate::generating::{Ask, Generating};
 use crate::live_text::LiveText;
 use crate::models::Purpose;
+use crate::pictures;
 use crate::sse::{self, Out, Stop};
 use crate::stop_text::cut;
 
@@ -32,11 +34,19 @@ pub async fn answer(mut call: Call) -> Result<Response, Failure> {
         Some(other) => return Err(fields.refused("messages", "a list of messages", &other)),
         None => return Err(Failure::field("messages", "a list of messages", "none")),
     };
-    let messages = messages.into_iter().enumerate().map(|(at, message)| plain(at, message));
+    let reads_images = served.generator().is_some_and(|generator| generator.start_of_image().is_ok());
+    let mut images = Vec::new();
+    let messages = messages.into_iter().enumerate().map(|(at, message)| read(at, message, reads_images, &mut images));
     let messages = messages.collect::<Result<Vec<_>, Failure>>()?;
     let asked = options::take(fields, true)?;
     let mut ask = Ask { is_lenient: true, default_new_tokens: Some(NEW_TOKENS), ..Ask::default() };
-    ask.request.messages = Some(messages);
+    if images.is_empty() {
+        ask.request.messages = Some(pictures::flattened(&messages, ""));
+    } else {
+        ask.request.messages = Some(messages);
+        ask.request.images.images = Some(Images::One(images));
+        ask.request.images.pan_and_scan = asked.pan_and_scan;
+    }
     ask.request.options = asked.options.clone();
     let mut generating = call.generate(served, ask).await?;
     let head = Head { id: format!("chatcmpl-{}", call.id), created: now() };
@@ -60,22 +70,26 @@ pub async fn answer(mut call: Call) -> Result<Response, Failure> {
     Ok(json_response(&body))
 }
 
-/// The message with its content as one text, as chat templates read it.
-fn plain(at: usize, mut message: Value) -> Result<Value, Failure> {
+/// The message with the parts of its content as chat templates read them. The URIs of its images go to `images`.
+fn read(at: usize, mut message: Value, reads_images: bool, images: &mut Vec<String>) -> Result<Value, Failure> {
     let Some(parts) = message.get("content").and_then(Value::as_array) else { return Ok(message) };
-    let mut text = String::new();
+    let mut read = Vec::with_capacity(parts.len());
     for (part_at, part) in parts.iter().enumerate() {
-        let field = || format!("messages[{at}].content[{part_at}]");
+        let field = format!("messages[{at}].content[{part_at}]");
         match part.get("type").and_then(Value::as_str) {
             Some("text") => match part.get("text").and_then(Value::as_str) {
-                Some(piece) => text.push_str(piece),
-                None => return Err(Failure::field(&field(), "a part with a text", "none")),
+                Some(text) => read.push(json!({"type": "text", "text": text})),
+                None => return Err(Failure::field(&field, "a part with a text", "none")),
             },
-            Some(other) => return Err(Failure::unsupported(&field(), format_args!("the model reads no {other}"))),
-            None => return Err(Failure::field(&field(), "a part with a type", "none")),
+            Some("image_url") if reads_images => {
+                images.push(pictures::of_part(&field, part)?);
+                read.push(json!({"type": "image"}));
+            }
+            Some(other) => return Err(Failure::unsupported(&field, format_args!("the model reads no {other}"))),
+            None => return Err(Failure::field(&field, "a part with a type", "none")),
         }
     }
-    message["content"] = text.into();
+    message["content"] = read.into();
     Ok(message)
 }
 

@@ -2,7 +2,7 @@
 
 use axum::response::Response;
 use serde_json::{Map, Value, json};
-use t5gemma_protocol::{GenerateRequest, Texts};
+use t5gemma_protocol::{ImageFields, Texts};
 use t5gemma_runtime::{Event, Hypothesis, Tokenizer};
 
 use super::options::{self, Asked};
@@ -38,7 +38,9 @@ pub async fn answer(mut call: Call) -> Result<Response, Failure> {
         },
     }
     let asked = options::take(fields, false)?;
-    ask.request = GenerateRequest { options: asked.options.clone(), ..ask.request };
+    ask.request.options = asked.options.clone();
+    ask.request.images =
+        ImageFields { images: asked.images.clone(), pan_and_scan: asked.pan_and_scan, pixel_values: None };
     let mut generating = call.generate(served, ask).await?;
     let head = Head { id: format!("cmpl-{}", call.id), created: now() };
     if asked.stream {

@@ -1,7 +1,7 @@
 //! OpenAI's options as generation options. Those of Hugging Face's names may stand beside them.
 
 use serde_json::{Map, Value, json};
-use t5gemma_protocol::GENERATION_OPTIONS;
+use t5gemma_protocol::{GENERATION_OPTIONS, Images};
 
 use crate::doors::sampling::samples;
 use crate::failure::Failure;
@@ -22,6 +22,10 @@ pub struct Asked {
     pub logprobs: Option<u64>,
     /// The texts that end a choice.
     pub stops: Vec<String>,
+    /// Images of a completion, which OpenAI's API does not have: as in JSON lines.
+    pub images: Option<Images>,
+    /// Whether crops follow images.
+    pub pan_and_scan: Option<bool>,
 }
 
 /// Fields without an effect on a result.
@@ -112,6 +116,10 @@ pub fn take(mut fields: Fields, is_chat: bool) -> Result<Asked, Failure> {
         }
     }
     samples(&mut options);
+    asked.pan_and_scan = fields.flag("pan_and_scan")?;
+    if !is_chat {
+        asked.images = fields.images()?;
+    }
     for (name, why) in UNSUPPORTED {
         if let Some(value) = fields.take(name) {
             let is_off =

@@ -1,0 +1,228 @@
+//! Images through every door of `t5gemma serve`: the ids are those of the library. What is not here is refused.
+
+use std::fs;
+use std::path::Path;
+
+use serde_json::{Value, json};
+use t5gemma_exporter::Export;
+use t5gemma_runtime::{
+    Batch, Controls, GenerationOptions, Image, ImageLimits, Model, PixelValues, SpecialTokens, TextWithImages,
+};
+use tempfile::TempDir;
+
+use crate::common::python;
+use crate::images::{folder, model_with_vision};
+use crate::serve::{Answer, Serving, path, receive, send};
+
+/// Parts as templates of models for images read them.
+const PARTS: &str = "{% for message in messages %}{% if message['content'] is string %}{{ message['content'] }}{% else %}\
+                     {% for part in message['content'] %}{% if part['type'] == 'image' %}<start_of_image>{% else %}\
+                     {{ part['text'] }}{% endif %}{% endfor %}{% endif %}{% endfor %}";
+/// Texts only.
+const TEXTS: &str = "{% for message in messages %}{{ message['content'] }}{% endfor %}";
+
+/// The model with a chat template.
+fn with_template(model: &Path, template: &str) -> TempDir {
+    let folder = TempDir::new().expect("a temporary folder");
+    for file in fs::read_dir(model).expect("a model").map(|file| file.expect("listed")) {
+        fs::copy(file.path(), folder.path().join(file.file_name())).expect("copied");
+    }
+    fs::write(folder.path().join("chat_template.jinja"), template).expect("written");
+    folder
+}
+
+struct Expected<'a> {
+    model: &'a Model,
+}
+
+impl Expected<'_> {
+    /// The tokens of the library's target, and their text.
+    fn of(&self, (ids, images): (Vec<i64>, Vec<PixelValues>)) -> (Value, String) {
+        let batch = Batch::masked(&[&ids[..]], &[vec![1; ids.len()]]).expect("fits").with_images(vec![images]);
+        let config = self.model.generation_config().with(&GenerationOptions::default().max_new_tokens(8));
+        let rows = self.model.generate_batch(&batch.expect("fits"), &config.expect("valid"), Controls::default());
+        let tokens = rows.expect("generates").swap_remove(0).swap_remove(0).tokens;
+        let text = self.model.tokenizer().expect("there").decode(&tokens, SpecialTokens::Skip).expect("decodes");
+        (json!(tokens), text)
+    }
+}
+
+fn own(answer: &Answer) -> Value {
+    answer.json()["sequences"][0][0]["tokens"].clone()
+}
+
+#[test]
+fn images_come_in_by_every_door() {
+    let exported = model_with_vision("default", Export::default());
+    let (parts, texts) = (with_template(&exported, PARTS), with_template(&exported, TEXTS));
+    let model = Model::open(&exported).expect("opens");
+    let (file, other) = (folder().join("files/rgb420.jpg"), folder().join("files/palette8.png"));
+    let [uri, other_uri] = [&file, &other].map(|file| python("data_uri.py", [file]).trim().to_string());
+    let picture = |file: &Path| Image::open(file, ImageLimits::default()).expect("decodes");
+    let settings = model.image_settings().expect("reads images");
+    let tokenizer = model.tokenizer().expect("there");
+    let expected = Expected { model: &model };
+    let source =
+        |text: &str, files: &[&Path]| TextWithImages::new(text, files.iter().map(|file| picture(file)).collect());
+    let one = source("<start_of_image> a", &[&file]).tokenize(tokenizer, settings).expect("fits");
+    let pixels: Vec<f32> = one.1[0].values().to_vec();
+    let ids = one.0.clone();
+    let (one, one_text) = expected.of(one);
+    let both = source("<start_of_image>b<start_of_image>", &[&file, &other]).tokenize(tokenizer, settings);
+    let (both, both_text) = expected.of(both.expect("fits"));
+    let chat = source("<start_of_image> a", &[&file]).tokenize_conversation(tokenizer, settings).expect("fits");
+    let (chat, chat_text) = expected.of(chat);
+    assert_ne!(one, both);
+
+    let named = [("plain", path(&exported)), ("parts", path(parts.path())), ("texts", path(texts.path()))];
+    let named = named.map(|(name, folder)| format!("{name}={folder}"));
+    let serving = Serving::start(&["--model", &named[0], "--model", &named[1], "--model", &named[2]]);
+    let options = json!({"max_new_tokens": 8});
+
+    // JSON lines, with texts, ids and messages.
+    let messages = json!([{"role": "user", "content": "<start_of_image> a"}]);
+    for (model, request, tokens) in [
+        ("plain", json!({"text": "<start_of_image> a", "images": [uri], "options": options}), &one),
+        ("plain", json!({"text": ["<start_of_image> a"], "images": [[uri]], "options": options}), &one),
+        ("plain", json!({"input_ids": ids, "images": [uri], "options": options}), &one),
+        (
+            "plain",
+            json!({"text": "<start_of_image>b<start_of_image>", "images": [uri, other_uri], "options": options}),
+            &both,
+        ),
+        ("texts", json!({"messages": messages, "images": [uri], "options": options}), &chat),
+    ] {
+        let answer = serving.post(&format!("/v1/t5gemma/{model}"), &request);
+        assert_eq!(own(&answer), *tokens, "{request}: {answer:?}");
+    }
+
+    // OpenAI: parts of a message, for templates of either kind, and a completion.
+    let content =
+        json!([{"type": "image_url", "image_url": {"url": uri, "detail": "auto"}}, {"type": "text", "text": " a"}]);
+    for model in ["parts", "texts"] {
+        let mut request =
+            json!({"model": model, "messages": [{"role": "user", "content": content}], "max_completion_tokens": 8});
+        let answer = serving.post("/v1/chat/completions", &request);
+        assert_eq!(answer.json()["choices"][0]["message"]["content"], chat_text, "{model}: {answer:?}");
+        request["stream"] = true.into();
+        let events = serving.post("/v1/chat/completions", &request).events();
+        let streamed: String = events.iter().filter_map(|it| it["choices"][0]["delta"]["content"].as_str()).collect();
+        assert_eq!(streamed, chat_text, "{model}");
+    }
+    let completion = json!({"model": "plain", "prompt": "<start_of_image>b<start_of_image>", "images": [uri, other_uri], "max_tokens": 8});
+    let answer = serving.post("/v1/completions", &completion);
+    assert_eq!(answer.json()["choices"][0]["text"], both_text, "{answer:?}");
+
+    // TGI's clients write images into the text.
+    let request = json!({"inputs": format!("![]({uri}) a"), "parameters": {"max_new_tokens": 8}});
+    let answer = serving.post("/generate", &request);
+    assert_eq!(answer.json()["generated_text"], one_text, "{answer:?}");
+    let events = serving.post("/generate_stream", &request).events();
+    assert_eq!(events.last().expect("events")["generated_text"], one_text);
+
+    // The Open Inference Protocol: bytes, data URIs, numbers.
+    let infer = |request: &Value, raw: &[u8]| {
+        let body = request.to_string();
+        let length = body.len().to_string();
+        let headers = [("inference-header-content-length", length.as_str())];
+        receive(send(serving.port, "POST", "/v2/models/plain/infer", &headers, &[body.as_bytes(), raw].concat()))
+    };
+    let text = json!({"name": "text_input", "datatype": "BYTES", "shape": [1], "data": ["<start_of_image> a"]});
+    let bytes = fs::read(&file).expect("a fixture");
+    let raw = [&(bytes.len() as u32).to_le_bytes()[..], &bytes].concat();
+    let image =
+        json!({"name": "images", "datatype": "BYTES", "shape": [1], "parameters": {"binary_data_size": raw.len()}});
+    let given_ids = json!({"name": "input_ids", "datatype": "INT64", "shape": [1, ids.len()], "data": ids});
+    let numbers = json!({"name": "pixel_values", "datatype": "FP32", "shape": [1, 3, 28, 28], "data": pixels});
+    let by_uri = json!({"name": "images", "datatype": "BYTES", "shape": [1, 1], "data": [uri]});
+    let (mut two_texts, mut two_images) = (text.clone(), by_uri.clone());
+    two_texts["shape"] = json!([2]);
+    two_texts["data"] = json!(["no image", "<start_of_image> a"]);
+    two_images["shape"] = json!([2, 1]);
+    two_images["data"] = json!(["", uri]);
+    for (inputs, raw, row) in [
+        (json!([text, image]), &raw[..], 0),
+        (json!([given_ids, image]), &raw, 0),
+        (json!([text, by_uri]), &[], 0),
+        (json!([text, numbers]), &[], 0),
+        (json!([given_ids, numbers]), &[], 0),
+        (json!([two_texts, two_images]), &[], 1),
+    ] {
+        let request = json!({"inputs": inputs, "outputs": [{"name": "output_ids"}], "parameters": options});
+        let answer = infer(&request, raw);
+        let output = answer.json()["outputs"][0].clone();
+        let width = output["shape"][1].as_u64().unwrap_or_else(|| panic!("{answer:?}")) as usize;
+        let found = output["data"].as_array().expect("numbers")[row * width..].to_vec();
+        assert_eq!(json!(found[..one.as_array().expect("tokens").len()]), one, "{inputs}");
+    }
+    let names: Vec<Value> = serving.get("/v2/models/plain").json()["inputs"].as_array().expect("inputs").clone();
+    assert!(
+        names
+            .iter()
+            .any(|input| *input == json!({"name": "pixel_values", "datatype": "FP32", "shape": [-1, 3, 28, 28]}))
+    );
+    let triton = json!({"text_input": "<start_of_image> a", "images": [uri], "max_new_tokens": 8});
+    assert_eq!(serving.post("/v2/models/plain/generate", &triton).json()["text_output"], one_text);
+}
+
+#[test]
+fn images_that_are_not_in_the_request_are_refused() {
+    let exported = model_with_vision("default", Export::default());
+    let parts = with_template(&exported, PARTS);
+    let named = [format!("plain={}", path(&exported)), format!("parts={}", path(parts.path()))];
+    let flags = ["--max-request-images", "2", "--max-image-pixels", "400", "--max-body-bytes", "100000"];
+    let serving = Serving::start(&[&["--model", &named[0], "--model", &named[1]], &flags[..]].concat());
+    let file = folder().join("files/rgb420.jpg");
+    let uri = python("data_uri.py", [&file]);
+    let small = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==";
+    let line = |images: Value| ("/v1/t5gemma/plain", json!({"text": "<start_of_image>", "images": images}), "/error");
+    let chat = |url: &str| {
+        let content = json!([{"type": "image_url", "image_url": {"url": url}}]);
+        (
+            "/v1/chat/completions",
+            json!({"model": "parts", "messages": [{"role": "user", "content": content}]}),
+            "/error/message",
+        )
+    };
+    let infer = |data: Value| {
+        let text = json!({"name": "text_input", "datatype": "BYTES", "shape": [1], "data": ["<start_of_image>"]});
+        let images = json!({"name": "images", "datatype": "BYTES", "shape": [1], "data": data});
+        ("/v2/models/plain/infer", json!({"inputs": [text, images]}), "/error")
+    };
+    let no_files = "expected a data URI (the server opens no files and no connections), found";
+    for ((path, request, at), expected) in [
+        (line(json!([path(&file)])), no_files),
+        (line(json!(["https://example.com/a.png"])), no_files),
+        (line(json!(["0"])), no_files),
+        (line(json!([small, small, small])), "the request has 3 images, but the server takes at most 2"),
+        (line(json!([uri.trim()])), "images[0]: expected an image of at most 400 pixels"),
+        (line(json!(["data:image/png;base64,AAAA"])), "images[0]: expected a JPEG, PNG or WebP image"),
+        (
+            ("/v1/t5gemma/plain", json!({"text": "a", "pixel_values": {"file": path(&file), "tensor": "a"}}), "/error"),
+            "pixel_values: expected images (files are not read here)",
+        ),
+        (chat("https://example.com/a.png"), "messages[0].content[0].image_url.url: expected a data URI"),
+        (chat(path(&file)), no_files),
+        (infer(json!([path(&file)])), no_files),
+        (infer(json!(["http://example.com/a.png"])), no_files),
+        (("/generate", json!({"model": "plain", "inputs": "![](https://example.com/a.png)"}), "/error"), no_files),
+        (
+            (
+                "/generate",
+                json!({"model": "plain", "inputs": format!("![]({small})"), "parameters": {"truncate": 5}}),
+                "/error",
+            ),
+            "truncate: expected no images beside it",
+        ),
+    ] {
+        let answer = serving.post(path, &request);
+        let message = answer.json().pointer(at).and_then(Value::as_str).unwrap_or_default().to_string();
+        assert!(message.contains(expected), "{request}: {answer:?}");
+        assert!(matches!(answer.status, 200 | 400 | 422), "{answer:?}");
+    }
+    let answer = serving.post(
+        "/v1/t5gemma/plain",
+        &json!({"text": "<start_of_image>", "images": [small], "options": {"max_new_tokens": 2}}),
+    );
+    assert!(answer.json()["sequences"].is_array(), "{answer:?}");
+}
