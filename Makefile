@@ -227,8 +227,30 @@ check-scale: build $(LIBRARY) $(MODEL)/manifest.json .cache/ray/complete .cache/
 	PYTHONPATH=.cache/scale .cache/ray/bin/python tests/scripts/ray_serve.py $(abspath $(MODEL)) tests/demo/eval.jsonl 984
 	PYTHONPATH=.cache/scale .cache/beam/bin/python tests/scripts/beam_example.py $(MODEL) tests/demo/eval.jsonl 984
 
+# How long `soak` takes.
+SOAK_SECONDS ?= 1800
+
+.PHONY: soak
+soak: $(LIBRARY) $(MODEL)/manifest.json .venv/complete ## load the server for SOAK_SECONDS; its memory has to stay flat
+	.venv/bin/python tests/scripts/with_server.py $(PROGRAMS)/t5gemma $(MODEL) -- \
+	    .venv/bin/python tests/scripts/serve_load.py soak ADDRESS PID $(SOAK_SECONDS)
+
+CHROMIUM ?= chromium
+
+.PHONY: page
+page: build $(LIBRARY) .venv/complete ## use the server's page in CHROMIUM, without a window; screenshots in .cache/page
+	mkdir -p .cache/page
+	$(PROGRAMS)/t5gemma-export --overwrite --alignment $(CHECKPOINT) .cache/page/demo
+	.venv/bin/python tests/scripts/with_server.py $(PROGRAMS)/t5gemma .cache/page/demo -- \
+	    .venv/bin/python tests/scripts/page.py $(CHROMIUM) ADDRESS .cache/page
+
+.PHONY: more-clients
+more-clients: $(LIBRARY) $(MODEL)/manifest.json .cache/clients/complete ## ask the server with further clients, and fuzz it; installs them into .cache
+	.cache/clients/bin/python tests/scripts/with_server.py $(PROGRAMS)/t5gemma $(MODEL) -- \
+	    .cache/clients/bin/python tests/scripts/more_clients.py $(PROGRAMS)/t5gemma ADDRESS
+
 .PHONY: nightly
-nightly: deny sanitize fuzz train-adapted batch-kills check-scale ## what takes too long, or too much network, for every change
+nightly: deny sanitize fuzz train-adapted batch-kills check-scale soak page more-clients ## what takes too long, or too much network, for every change
 
 .PHONY: check-rtx
 check-rtx: .venv/complete .cache/tensorrt-rtx/complete ## compile graphs with NVIDIA's builder for RTX; needs no GPU, but x86-64 Linux
@@ -294,6 +316,12 @@ $(TOKENIZER)/tokenizer.json: tests/scripts/fetch.py
 .cache/training/complete: tests/fixtures/scripts/requirements.txt
 	rm -rf $(@D)
 	$(PYTHON) -m pip install --quiet --only-binary=:all: --target $(@D) --requirement $<
+	touch $@
+
+.cache/clients/complete: tests/scripts/more_clients.txt
+	rm -rf $(@D)
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --only-binary=:all: --requirement $<
 	touch $@
 
 # Exported anew when the checkpoint or the exporter has changed.
