@@ -13,8 +13,11 @@ use t5gemma_runtime::Priority;
 #[derive(Clone)]
 pub struct Keys {
     path: PathBuf,
-    keys: Arc<RwLock<Vec<(Vec<u8>, Arc<Tenant>)>>>,
+    keys: Arc<RwLock<Vec<Entry>>>,
 }
+
+/// A key, and whose it is.
+type Entry = (Vec<u8>, Arc<Tenant>);
 
 /// Whose key a request came with.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -82,7 +85,7 @@ impl Keys {
 }
 
 /// The key of a line, and what it allows.
-fn entry(line: &str, number: usize) -> Result<(Vec<u8>, Arc<Tenant>), String> {
+fn entry(line: &str, number: usize) -> Result<Entry, String> {
     let mut words = line.split_whitespace();
     let key = words.next().unwrap_or_default().as_bytes().to_vec();
     let mut tenant = Tenant { name: format!("line {number}"), max_requests: usize::MAX, priority: Priority::High };
