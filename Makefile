@@ -159,6 +159,7 @@ check: ## formatting, dependencies, imports, lints and the documentation of the 
 	    $(CARGO) clippy -p t5gemma-runtime --no-default-features --features "$$feature" --locked -- -D warnings || exit 1; \
 	done
 	$(CARGO) clippy -p t5gemma-exporter -p t5gemma-cli --no-default-features --locked -- -D warnings
+	$(CARGO) clippy -p t5gemma-server --locked -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --locked
 
 .PHONY: test

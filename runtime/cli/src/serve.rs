@@ -98,7 +98,7 @@ pub struct Arguments {
     max_request_images: usize,
     /// Maximum number of images of the accepted and unfinished requests
     #[arg(long, value_name = "N", help_heading = "Limits", default_value_t = Limits::default().max_images)]
-    max_images: usize,
+    max_waiting_images: usize,
     /// Maximum number of pixels of an image
     #[arg(long, value_name = "N", help_heading = "Limits", default_value_t = Limits::default().max_image_pixels)]
     max_image_pixels: usize,
@@ -230,7 +230,7 @@ fn config(arguments: &Arguments) -> Result<Config> {
     config.limits.max_source_tokens = arguments.max_waiting_tokens;
     config.limits.max_connections = arguments.max_connections;
     config.limits.max_request_images = arguments.max_request_images;
-    config.limits.max_images = arguments.max_images;
+    config.limits.max_images = arguments.max_waiting_images;
     config.limits.max_image_pixels = arguments.max_image_pixels;
     config.limits.header_timeout = Duration::from_secs_f64(arguments.header_timeout);
     config.limits.read_timeout = Duration::from_secs_f64(arguments.read_timeout);

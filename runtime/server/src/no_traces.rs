@@ -11,7 +11,7 @@ pub enum Traces {}
 
 /// Nothing is noted.
 #[derive(Clone, Debug, Default)]
-pub struct Trace;
+pub struct Trace(());
 
 impl Traces {
     /// None.
