@@ -1,10 +1,13 @@
 #!/usr/bin/env python3
 """What `t5gemma serve` costs over its engine: `serve_bench.py T5GEMMA MODEL [ROUNDS]`. Interleaves runs of `t5gemma bench --clients`, which
 has the engine in its process, with the same requests over HTTP, and prints medians of both and of their ratios. With wrk, also the requests a
-second of a handler that does nothing."""
+second of a handler that does nothing. Last, the CPU time of the server's threads other than the engine's, for each request and each
+token, which a busy machine changes less."""
 
 import asyncio
+import contextlib
 import json
+import pathlib
 import random
 import shutil
 import statistics
@@ -49,6 +52,32 @@ async def over_http(port, clients, source, tokens, repeat, is_stream):
     return clients * repeat * tokens / (time.perf_counter() - begun), statistics.median(times)
 
 
+def cpu_times(pid):
+    """Nanoseconds that each thread has run."""
+    times = {}
+    for thread in pathlib.Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(OSError):
+            times[thread.name] = int((thread / "schedstat").read_text().split()[0])
+    return times
+
+
+def door_costs(server, port):
+    """Microseconds of CPU that a request and a token cost outside of the engine."""
+
+    def run(count, tokens, is_stream):
+        before = cpu_times(server.pid)
+        asyncio.run(client(port, 16, tokens, count, is_stream, []))
+        after = cpu_times(server.pid)
+        return {thread: (time - before.get(thread, 0)) / 1e3 for thread, time in after.items()}
+
+    # Threads that work for tens of milliseconds on a request are the engine's.
+    run(5, 1, False)
+    engine = {thread for thread, time in run(5, 200, False).items() if time / 5 > 15_000}
+    door = lambda *of: sum(time for thread, time in run(*of).items() if thread not in engine)
+    one, whole, stream = door(200, 1, False) / 200, door(10, 200, False) / 10, door(10, 200, True) / 10
+    print(f"outside of the engine: {one:.0f} us of CPU a request, {(whole - one) / 200:.0f} us a token, {(stream - one) / 200:.0f} us a streamed token")
+
+
 def main():
     program, model, *more = sys.argv[1:]
     rounds = int(more[0]) if more else 3
@@ -75,6 +104,7 @@ def main():
         if shutil.which("wrk"):
             done = subprocess.run(["wrk", "-t1", "-c32", "-d5s", f"http://127.0.0.1:{port}/v2/health/live"], capture_output=True, text=True)
             print([line.strip() for line in done.stdout.splitlines() if "Requests/sec" in line or "Non-2xx" in line])
+        door_costs(server, port)
     finally:
         server.terminate()
         server.wait()

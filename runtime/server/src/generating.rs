@@ -61,7 +61,6 @@ pub struct Generating {
     submitted: SystemTime,
     /// From acceptance until the engine had the request.
     prepared: Duration,
-    last_tokens: Vec<Option<Instant>>,
     has_ended: bool,
 }
 
@@ -146,14 +145,22 @@ fn begin(
     let mut engine_request = Request::new(batch, config.clone()).deadline(caller.deadline).priority(caller.priority);
     engine_request.tenant = caller.tenant;
     let (prepared, submitted) = (permit.age(), SystemTime::now());
-    let events = Events::submit(&generator.engine, engine_request)?;
+    let (counted, name) = (app.clone(), served.name.clone());
+    let mut last_tokens = vec![None; request.sources.len()];
+    let on_token = move |row: usize| {
+        let now = Instant::now();
+        let before: Option<Instant> = last_tokens.get_mut(row).and_then(|last| last.replace(now));
+        if let (Some(metrics), Some(before)) = (counted.metrics.model(&name), before) {
+            metrics.between_tokens.observe(now - before);
+        }
+    };
+    let events = Events::submit(&generator.engine, engine_request, on_token)?;
     let source_lengths: Vec<usize> = request.sources.iter().map(Vec::len).collect();
     Ok(Generating {
         config,
         source_tokens: request.source_tokens(),
         target_tokens: 0,
         seed: request.seed,
-        last_tokens: vec![None; source_lengths.len()],
         source_lengths,
         trace: caller.trace,
         submitted,
@@ -260,23 +267,10 @@ impl Generating {
     }
 
     fn count(&mut self, event: &Event) {
-        let metrics = self.app.metrics.model(&self.served.name);
-        match event {
-            Event::Token { row, .. } => {
-                let now = Instant::now();
-                let before = self.last_tokens.get_mut(*row).and_then(|last| last.replace(now));
-                if let (Some(metrics), Some(before)) = (metrics, before) {
-                    metrics.between_tokens.observe(now - before);
-                }
-            }
-            Event::Row { hypotheses, .. } => {
-                let tokens: usize = hypotheses.iter().map(|hypothesis| hypothesis.tokens.len()).sum();
-                self.target_tokens += tokens;
-                let Some(metrics) = metrics else { return };
-                hypotheses.iter().for_each(|hypothesis| metrics.finished(hypothesis.finish_reason.as_str()));
-            }
-            _ => {}
-        }
+        let Event::Row { hypotheses, .. } = event else { return };
+        self.target_tokens += hypotheses.iter().map(|hypothesis| hypothesis.tokens.len()).sum::<usize>();
+        let Some(metrics) = self.app.metrics.model(&self.served.name) else { return };
+        hypotheses.iter().for_each(|hypothesis| metrics.finished(hypothesis.finish_reason.as_str()));
     }
 
     /// Counts a request at its end. What its preparation took counts as well.
@@ -299,6 +293,7 @@ impl Generating {
     /// # Errors
     /// Why the request failed.
     pub async fn rows(&mut self) -> Result<Vec<Vec<Hypothesis>>, Failure> {
+        self.events.skip_tokens();
         let mut rows = vec![Vec::new(); self.source_lengths.len()];
         while let Some(event) = self.next().await? {
             if let Event::Row { row, hypotheses } = event {
