@@ -191,7 +191,7 @@ fn parquet_keeps_its_columns() {
     let folders = Folders::new();
     let input = tests().join("fixtures/batch/documents.parquet");
     fs::copy(&input, folders.path("in/documents.parquet")).expect("the fixture is there");
-    let options = ["--text-column", "body", "--max-new-tokens", "40", "--details", "--result-column", "spoken"];
+    let options = ["--text-column", "body", "--max-new-tokens", "100", "--details", "--result-column", "spoken"];
     let summary = summary(folders.batch(&demo(), "out", &options));
     assert_eq!((&summary["rows"], &summary["errors"]), (&json!(60), &json!(1)));
     let [before] = &records(&input)[..] else { panic!("one record") };
@@ -207,7 +207,7 @@ fn parquet_keeps_its_columns() {
     assert_eq!((metadata.get("author").map(String::as_str), metadata.get("huggingface")), (Some("demo"), None));
     // The same as from JSON lines.
     folders.write("same.jsonl", text_of(&sentences(60)));
-    stdout(folders.batch_of(&demo(), &["same.jsonl"], "lines", &["--max-new-tokens", "40"]));
+    stdout(folders.batch_of(&demo(), &["same.jsonl"], "lines", &["--max-new-tokens", "100"]));
     let found = after.column(width).as_string::<i32>();
     let details = after.column(width + 1).as_string::<i32>();
     for (row, line) in folders.rows("lines", "same.jsonl").iter().enumerate() {
