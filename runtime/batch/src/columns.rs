@@ -31,7 +31,7 @@ impl Task {
         }
     }
 
-    /// The column of results unless [`Columns::result`] names another.
+    /// The column of results unless the option `--result-column` names another.
     pub fn result_column(self) -> &'static str {
         match self {
             Task::Generate => "generated_text",
