@@ -51,16 +51,20 @@ void Hosted::watch() {
     for (int period = 0; !ends_; period++) {
         for (Request *request : asked_) request->cancel_if_told();
         const bool is_idle = asked_.empty();
+        bool is_at_rest = true;
         if (is_idle || period % METRICS == 0) {
             lock.unlock();
             try {
-                served_->update_metrics();
+                is_at_rest = served_->update_metrics();
             } catch (...) {
                 // An engine that fails says so to its requests.
             }
             lock.lock();
         }
-        if (is_idle) changed_.wait(lock, [&] { return ends_ || !asked_.empty(); });
-        else changed_.wait_for(lock, PERIOD);
+        const auto is_awake = [&] { return ends_ || !asked_.empty(); };
+        if (!is_idle) changed_.wait_for(lock, PERIOD);
+        else if (is_at_rest) changed_.wait(lock, is_awake);
+        // The engine counts a row as in flight until after its request has ended.
+        else changed_.wait_for(lock, METRICS * PERIOD, is_awake);
     }
 }

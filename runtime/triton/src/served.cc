@@ -119,8 +119,10 @@ void Served::check_same(const Settings &settings) const {
     }
 }
 
-void Served::update_metrics() {
-    if (!generator_) return;
+bool Served::update_metrics() {
+    if (!generator_) return true;
     const std::lock_guard<std::mutex> lock(updating_);
-    metrics_->update(generator_->engine.stats());
+    const auto stats = generator_->engine.stats();
+    metrics_->update(stats);
+    return stats.sources == 0 && stats.waiting_requests == 0;
 }

@@ -31,8 +31,8 @@ public:
     std::int64_t pad_token_id() const { return pad_token_id_; }
     std::int64_t hidden_size() const { return hidden_size_; }
     const std::vector<std::string> &labels() const { return labels_; }
-    /// Brings the engine's numbers to Triton's metrics port.
-    void update_metrics();
+    /// Brings the engine's numbers to Triton's metrics port. Returns whether nothing is in flight and nothing waits.
+    bool update_metrics();
 
 private:
     struct Generator {
