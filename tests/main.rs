@@ -25,6 +25,7 @@ mod hub;
 mod image_requests;
 mod images;
 mod imports;
+mod limits;
 mod model_card;
 mod parity;
 mod plans;
