@@ -194,12 +194,10 @@ impl Adapt {
         let planned = tensors::plan(encoder, decoder, &cross, tied);
         tensors::check_size(&planned)?;
         let choices = Resolved { cross_attention: Some(cross), dtype, tied };
-        let new = NewCheckpoint { config: common.config(&encoder.config, &decoder.config), common, files, planned };
-        let warnings = differing_tokens(&encoder.config.tokens, &new.common);
-        let mut adapted = new.write(out, self.max_shard_size, choices, progress)?;
-        adapted.warnings.splice(0..0, warnings);
-        adapted.notes = notes;
-        Ok(adapted)
+        let warnings = differing_tokens(&encoder.config.tokens, &common);
+        let config = common.config(&encoder.config, &decoder.config);
+        let new = NewCheckpoint { config, common, files, planned, notes, warnings };
+        new.write(out, self.max_shard_size, choices, progress)
     }
 
     fn run_gemma3(&self, encoder: &Path, decoder: &Path, out: &Path, progress: &dyn Progress) -> Result<Adapted> {
@@ -239,12 +237,10 @@ impl Adapt {
         let (planned, tied) = gemma3::plan(encoder, decoder);
         tensors::check_size(&planned)?;
         let choices = Resolved { cross_attention: None, dtype, tied };
-        let new = NewCheckpoint { config: gemma3::config(&common, encoder, decoder), common, files, planned };
-        let warnings = differing_tokens(&encoder.tokens, &new.common);
-        let mut adapted = new.write(out, self.max_shard_size, choices, progress)?;
-        adapted.warnings.splice(0..0, warnings);
-        adapted.notes = notes;
-        Ok(adapted)
+        let warnings = differing_tokens(&encoder.tokens, &common);
+        let config = gemma3::config(&common, encoder, decoder);
+        let new = NewCheckpoint { config, common, files, planned, notes, warnings };
+        new.write(out, self.max_shard_size, choices, progress)
     }
 
     fn resolve(&self, encoder: &Source, decoder: &Source) -> Result<CrossAttention> {
@@ -273,10 +269,13 @@ struct NewCheckpoint<'s> {
     /// Files beside the weights.
     files: Vec<(&'static str, Vec<u8>)>,
     planned: Vec<Planned<'s>>,
+    /// See [`Adapted`].
+    notes: Vec<String>,
+    warnings: Vec<String>,
 }
 
 impl NewCheckpoint<'_> {
-    fn write(&self, out: &Path, shard_size: u64, choices: Resolved, progress: &dyn Progress) -> Result<Adapted> {
+    fn write(mut self, out: &Path, shard_size: u64, choices: Resolved, progress: &dyn Progress) -> Result<Adapted> {
         let text = text_of(&self.config);
         // Nothing is written that could not be exported.
         Config::parse(&text).map_err(|error| Error::config("the configuration of the new model", error))?;
@@ -292,8 +291,9 @@ impl NewCheckpoint<'_> {
         }
         folder.publish()?;
         let parameters = self.planned.iter().map(|tensor| tensor.elements() as u64).sum();
-        let warnings = overflow(choices.dtype, &written.overflows).into_iter().collect();
-        Ok(Adapted { choices, parameters, bytes: written.bytes, notes: Vec::new(), warnings })
+        self.warnings.extend(overflow(choices.dtype, &written.overflows));
+        let NewCheckpoint { notes, warnings, .. } = self;
+        Ok(Adapted { choices, parameters, bytes: written.bytes, notes, warnings })
     }
 }
 

@@ -38,8 +38,8 @@ pub const ACTIVATION: &str = "gelu_pytorch_tanh";
 const MOST_SIZE: u64 = i32::MAX as u64;
 const MOST_LAYERS: usize = 4096;
 
-/// The fields that each stack takes from its Gemma 2 as they are, with Gemma 2's default; `layer_types` is another.
-fn copied() -> [(&'static str, Kind, Value); 16] {
+/// The fields that each stack takes from its Gemma as they are, with Gemma 2's default; `layer_types` is another.
+pub fn copied() -> [(&'static str, Kind, Value); 16] {
     [
         ("vocab_size", Kind::Size, json!(256_000)),
         ("hidden_size", Kind::Size, json!(2304)),

@@ -11,15 +11,14 @@ use t5gemma_graphs::interface::DType;
 use t5gemma_graphs::json::{cut, shown};
 
 use super::config::{
-    ACTIVATION, Common, FULL, FieldError, Kind, Result as FieldResult, SLIDING, Sizes, TokenIds,
-    check_is_not_quantized, check_window, error, is_on, layer_types, stack,
+    self, Common, FULL, FieldError, Kind, Result as FieldResult, SLIDING, Sizes, TokenIds, check_is_not_quantized,
+    check_window, error, is_on, layer_types, stack,
 };
-use super::source::{field_error, is_ignored};
+use super::source::{self, Configs, field_error, is_ignored, same_bytes};
 use super::tensors::{Origin, Planned, renamed};
 use super::{Side, gemma3_vision as vision};
-use crate::checkpoint::{Checkpoint, GENERATION_CONFIG, Tensor};
+use crate::checkpoint::{Checkpoint, Tensor};
 use crate::error::{Error, Result};
-use crate::files;
 
 /// What stands before the name of a text tensor: in files of text-only models, and in those of models with images, new and old.
 const TEXT_PREFIXES: [&str; 4] = ["model.language_model.", "language_model.model.", "model.", ""];
@@ -32,26 +31,22 @@ const HEAD_NORMS: [&str; 2] = ["self_attn.q_norm.weight", "self_attn.k_norm.weig
 const IMAGE_TOKENS: [(&str, u64); 3] =
     [("image_token_index", 256_001), ("boi_token_index", 255_999), ("eoi_token_index", 256_000)];
 
+/// The defaults that are not Gemma 2's.
+fn defaults() -> [(&'static str, Value); 4] {
+    [
+        ("vocab_size", json!(262_208)),
+        ("max_position_embeddings", json!(131_072)),
+        ("final_logit_softcapping", Value::Null),
+        ("attn_logit_softcapping", Value::Null),
+    ]
+}
+
 /// The fields that each stack takes from its Gemma 3 as they are, with Gemma 3's default.
 fn copied() -> [(&'static str, Kind, Value); 16] {
-    [
-        ("vocab_size", Kind::Size, json!(262_208)),
-        ("hidden_size", Kind::Size, json!(2304)),
-        ("intermediate_size", Kind::Size, json!(9216)),
-        ("num_hidden_layers", Kind::Size, json!(26)),
-        ("num_attention_heads", Kind::Size, json!(8)),
-        ("num_key_value_heads", Kind::Size, json!(4)),
-        ("head_dim", Kind::Size, json!(256)),
-        ("hidden_activation", Kind::Activation, json!(ACTIVATION)),
-        ("max_position_embeddings", Kind::Size, json!(131_072)),
-        ("initializer_range", Kind::NotNegative, json!(0.02)),
-        ("rms_norm_eps", Kind::Positive, json!(1e-6)),
-        ("attention_bias", Kind::Flag, json!(false)),
-        ("query_pre_attn_scalar", Kind::Positive, json!(256)),
-        ("sliding_window", Kind::Window, json!(4096)),
-        ("final_logit_softcapping", Kind::SoftCap, Value::Null),
-        ("attn_logit_softcapping", Kind::SoftCap, Value::Null),
-    ]
+    config::copied().map(|(field, kind, default)| {
+        let other = defaults().into_iter().find(|(name, _)| *name == field);
+        (field, kind, other.map_or(default, |(_, default)| default))
+    })
 }
 
 /// A Gemma 3 checkpoint, opened and checked, so that a plan of its tensors cannot fail.
@@ -77,16 +72,9 @@ impl Gemma3 {
     /// # Errors
     /// Not a Gemma 3 checkpoint, or one that T5Gemma 2 cannot be made of; with the side.
     pub fn open(folder: &Path, side: Side) -> Result<Gemma3> {
-        let checkpoint = Checkpoint::open(folder).map_err(|error| error.on(side))?;
-        let is_needed = |tensor: &str| !is_ignored(tensor);
-        checkpoint.check_present(is_needed).map_err(|error| error.on(side))?;
-        let (path, generation_path) = (checkpoint.config_path(), checkpoint.folder().join(GENERATION_CONFIG));
-        let read = |path: &Path| files::read_json_object(path).map(|(_, value)| value).map_err(|error| error.on(side));
-        let config = read(&path)?;
-        let generation = if files::entry_exists(&generation_path) { Some(read(&generation_path)?) } else { None };
-        let config = config.as_object().expect("it was read as an object");
-        let generation = generation.as_ref().and_then(|generation| generation.as_object());
-        let source = Gemma3::read(checkpoint, config, generation).map_err(|error| field_error(&path, side, error))?;
+        let (checkpoint, Configs { path, config, generation }) = source::open(folder, side)?;
+        let source =
+            Gemma3::read(checkpoint, &config, generation.as_ref()).map_err(|error| field_error(&path, side, error))?;
         source.check_tensors(side)?;
         Ok(source)
     }
@@ -180,14 +168,7 @@ impl Gemma3 {
     /// The head, if it is not the table.
     fn head(&self) -> Option<Tensor<'_>> {
         let head = HEADS.iter().find_map(|name| self.checkpoint.stored_tensor(name))?;
-        (!self.is_same(head, self.text(EMBEDDING))).then_some(head)
-    }
-
-    fn is_same(&self, a: Tensor, b: Tensor) -> bool {
-        let is_same = a.dtype == b.dtype && a.bytes == b.bytes;
-        self.checkpoint.release(a.bytes);
-        self.checkpoint.release(b.bytes);
-        is_same
+        (!is_same((self, head), (self, self.text(EMBEDDING)))).then_some(head)
     }
 
     fn check_tensors(&self, side: Side) -> Result<()> {
@@ -201,16 +182,12 @@ impl Gemma3 {
         let mut mismatches = Vec::new();
         for (name, shape) in &expected {
             match self.checkpoint.stored_tensor(name) {
-                None => mismatches.push(format!("{name}: missing (expected shape {shape:?})")),
-                Some(tensor) if tensor.shape != *shape => {
-                    mismatches.push(format!("{name}: expected shape {shape:?}, found {:?}", tensor.shape));
-                }
-                Some(tensor) if tensor.float().is_none() => {
+                Some(tensor) if tensor.shape == *shape && tensor.float().is_none() => {
                     let found = format!("{:?}", tensor.dtype);
                     let path = self.checkpoint.path().display();
                     return Err(Error::invalid(path, "F32, BF16 or F16", found).of(name).on(side));
                 }
-                Some(_) => {}
+                tensor => mismatches.extend(source::mismatch(name, shape, tensor)),
             }
         }
         let heads: BTreeSet<&str> = HEADS.into();
@@ -262,6 +239,11 @@ impl Gemma3 {
     fn dtypes(&self) -> impl Iterator<Item = DType> {
         self.checkpoint.stored_tensors().filter_map(|(_, tensor)| tensor.float())
     }
+}
+
+/// Whether two tensors are the same.
+fn is_same((of_a, a): (&Gemma3, Tensor), (of_b, b): (&Gemma3, Tensor)) -> bool {
+    a.dtype == b.dtype && same_bytes((&of_a.checkpoint, a.bytes), (&of_b.checkpoint, b.bytes))
 }
 
 /// `rope_parameters` by layer type, from this field or from the older flat ones.
@@ -336,7 +318,7 @@ pub fn common_dtype(encoder: &Gemma3, decoder: &Gemma3) -> DType {
 pub fn plan<'s>(encoder: &'s Gemma3, decoder: &'s Gemma3) -> (Vec<Planned<'s>>, bool) {
     let (table, other) = (encoder.text(EMBEDDING), decoder.text(EMBEDDING));
     let head = decoder.head();
-    let is_shared = head.is_none() && encoder.is_same(table, other);
+    let is_shared = head.is_none() && is_same((encoder, table), (decoder, other));
     let mut planned = Vec::new();
     for (source, stack, has_table) in [(encoder, "model.encoder", true), (decoder, "model.decoder", !is_shared)] {
         for (from, to, _) in source.text_tensors() {

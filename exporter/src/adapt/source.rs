@@ -1,8 +1,9 @@
 //! [`Source`]: a Gemma 2 checkpoint, opened and checked, so that a plan of its tensors cannot fail.
 
 use std::collections::BTreeSet;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
+use serde_json::{Map, Value};
 use t5gemma_graphs::json::cut;
 
 use super::Side;
@@ -31,15 +32,9 @@ impl Source {
     /// # Errors
     /// Not a Gemma 2 checkpoint, or one that T5Gemma cannot be made of; with the side.
     pub fn open(folder: &Path, side: Side) -> Result<Source> {
-        let checkpoint = Checkpoint::open(folder).map_err(|error| error.on(side))?;
-        checkpoint.check_present(|tensor| !is_ignored(tensor)).map_err(|error| error.on(side))?;
-        let (path, generation_path) = (checkpoint.config_path(), checkpoint.folder().join(GENERATION_CONFIG));
-        let read = |path: &Path| files::read_json_object(path).map(|(_, value)| value).map_err(|error| error.on(side));
-        let config = read(&path)?;
-        let generation = if files::entry_exists(&generation_path) { Some(read(&generation_path)?) } else { None };
-        let config = config.as_object().expect("it was read as an object");
-        let config = Gemma2Config::read(config, generation.as_ref().and_then(|generation| generation.as_object()))
-            .map_err(|error| field_error(&path, side, error))?;
+        let (checkpoint, Configs { path, config, generation }) = open(folder, side)?;
+        let config =
+            Gemma2Config::read(&config, generation.as_ref()).map_err(|error| field_error(&path, side, error))?;
         let source = Source { side, checkpoint, config };
         source.check_tensors()?;
         Ok(source)
@@ -58,17 +53,6 @@ impl Source {
     pub fn tensor(&self, name: &str) -> Option<Tensor<'_>> {
         let without = || self.checkpoint.tensor(name.strip_prefix("model.")?);
         self.checkpoint.tensor(name).or_else(without)
-    }
-
-    /// Whether two tensors, or parts of them, are the same bytes.
-    pub fn same_bytes(&self, a: &[u8], b: &[u8]) -> bool {
-        let is_same = |(a, b): (&[u8], &[u8])| {
-            let is_same = a == b;
-            self.checkpoint.release(a);
-            self.checkpoint.release(b);
-            is_same
-        };
-        a.len() == b.len() && a.chunks(CHUNK).zip(b.chunks(CHUNK)).all(is_same)
     }
 
     /// What the decoder must have besides.
@@ -98,11 +82,8 @@ impl Source {
         for Renamed { from, shape, .. } in &expected {
             let name = format!("model.{from}");
             match self.tensor(&name) {
-                None => mismatches.push(format!("{name}: missing (expected shape {shape:?})")),
-                Some(tensor) if tensor.shape != *shape => {
-                    mismatches.push(format!("{name}: expected shape {shape:?}, found {:?}", tensor.shape));
-                }
-                Some(tensor) => self.check_dtype(self.side, &name, tensor)?,
+                Some(tensor) if tensor.shape == *shape => self.check_dtype(self.side, &name, tensor)?,
+                tensor => mismatches.extend(mismatch(&name, shape, tensor)),
             }
         }
         let known: BTreeSet<&str> = expected.iter().map(|tensor| tensor.from.as_str()).collect();
@@ -132,6 +113,50 @@ impl Source {
     fn mismatches(&self, side: Side, mismatches: Vec<String>) -> Error {
         let checkpoint = self.checkpoint.path().to_path_buf();
         Error::Tensors { checkpoint, mismatches, hint: String::new() }.on(side)
+    }
+}
+
+/// The configurations of a checkpoint.
+pub struct Configs {
+    /// Of `config.json`.
+    pub path: PathBuf,
+    pub config: Map<String, Value>,
+    pub generation: Option<Map<String, Value>>,
+}
+
+/// Opens a folder and reads its configurations.
+pub fn open(folder: &Path, side: Side) -> Result<(Checkpoint, Configs)> {
+    let checkpoint = Checkpoint::open(folder).map_err(|error| error.on(side))?;
+    checkpoint.check_present(|tensor| !is_ignored(tensor)).map_err(|error| error.on(side))?;
+    let read = |path: &Path| -> Result<Map<String, Value>> {
+        let (_, value) = files::read_json_object(path).map_err(|error| error.on(side))?;
+        Ok(value.as_object().expect("it was read as an object").clone())
+    };
+    let (path, generation_path) = (checkpoint.config_path(), checkpoint.folder().join(GENERATION_CONFIG));
+    let config = read(&path)?;
+    let generation = if files::entry_exists(&generation_path) { Some(read(&generation_path)?) } else { None };
+    Ok((checkpoint, Configs { path, config, generation }))
+}
+
+/// Whether two tensors, or parts of them, are the same bytes.
+pub fn same_bytes((of_a, a): (&Checkpoint, &[u8]), (of_b, b): (&Checkpoint, &[u8])) -> bool {
+    let is_same = |(a, b): (&[u8], &[u8])| {
+        let is_same = a == b;
+        of_a.release(a);
+        of_b.release(b);
+        is_same
+    };
+    a.len() == b.len() && a.chunks(CHUNK).zip(b.chunks(CHUNK)).all(is_same)
+}
+
+/// What is wrong with a tensor that has to have a shape, if anything is.
+pub fn mismatch(name: &str, shape: &[usize], tensor: Option<Tensor>) -> Option<String> {
+    match tensor {
+        None => Some(format!("{name}: missing (expected shape {shape:?})")),
+        Some(tensor) if tensor.shape != shape => {
+            Some(format!("{name}: expected shape {shape:?}, found {:?}", tensor.shape))
+        }
+        Some(_) => None,
     }
 }
 

@@ -4,7 +4,7 @@ use t5gemma_graphs::interface::DType;
 
 use super::config::Sizes;
 use super::random::NormalTensor;
-use super::source::{EMBEDDING, HEAD, Source};
+use super::source::{EMBEDDING, HEAD, Source, same_bytes};
 use super::{CrossAttention, CrossInit, CrossNorms};
 use crate::checkpoint::{Checkpoint, Tensor};
 use crate::error::{Error, Result};
@@ -236,5 +236,6 @@ pub fn common_dtype(sources: [&Source; 2], reads_head: bool) -> DType {
 /// Whether the head is the decoder's embedding: as Gemma 2 computes it, whatever its `tie_word_embeddings` says.
 pub fn is_tied(decoder: &Source) -> bool {
     let (Some(head), Some(embedding)) = (decoder.tensor(HEAD), decoder.tensor(EMBEDDING)) else { return true };
-    head.dtype == embedding.dtype && decoder.same_bytes(head.bytes, embedding.bytes)
+    let checkpoint = decoder.checkpoint();
+    head.dtype == embedding.dtype && same_bytes((checkpoint, head.bytes), (checkpoint, embedding.bytes))
 }
