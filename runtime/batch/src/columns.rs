@@ -4,6 +4,9 @@ use serde_json::{Map, Value};
 
 use crate::answer::{Kind, ResultColumn};
 
+/// The fields of requests, row by row, or what is wrong with a row.
+pub(crate) type Requests = Vec<Result<Map<String, Value>, String>>;
+
 /// What is computed for each row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Task {

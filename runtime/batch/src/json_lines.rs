@@ -17,7 +17,7 @@ use serde_json::{Map, Value};
 use t5gemma_protocol::{LONGEST_LINE, describe_invalid_utf8, next_line, parse_object};
 
 use crate::answer::{Answered, ResultColumn};
-use crate::columns::{Columns, Task};
+use crate::columns::{Columns, Requests, Task};
 use crate::store::Aside;
 
 /// How a shard is compressed.
@@ -82,8 +82,7 @@ impl Reader {
     }
 
     /// The next rows, at most `most`: the fields of their requests, and what is carried along. Empty at the end.
-    #[expect(clippy::type_complexity, reason = "two lists of equal length")]
-    pub fn next(&mut self, most: usize) -> Result<(Vec<Result<Map<String, Value>, String>>, Vec<Line>), String> {
+    pub fn next(&mut self, most: usize) -> Result<(Requests, Vec<Line>), String> {
         let (mut requests, mut carried) = (Vec::new(), Vec::new());
         while requests.len() < most {
             let number = self.number;

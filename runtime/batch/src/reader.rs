@@ -9,7 +9,7 @@ use serde_json::{Map, Value};
 use t5gemma_protocol::TokenizedRequest;
 
 use crate::answer::ResultColumn;
-use crate::columns::{Columns, Task};
+use crate::columns::{Columns, Requests, Task};
 use crate::json_lines::{self, Compression, Line};
 use crate::records;
 use crate::shards::Shard;
@@ -191,8 +191,7 @@ enum Rows {
 
 impl Rows {
     /// The next chunk; `None` at the end.
-    #[expect(clippy::type_complexity, reason = "a list and what is carried along of it")]
-    fn next(&mut self) -> Result<Option<(Vec<Result<Map<String, Value>, String>>, Carried)>, String> {
+    fn next(&mut self) -> Result<Option<(Requests, Carried)>, String> {
         match self {
             Rows::JsonLines { reader, .. } => {
                 let (requests, lines) = reader.next(CHUNK_ROWS)?;

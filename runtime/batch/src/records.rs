@@ -19,10 +19,10 @@ use parquet::arrow::arrow_reader::{ParquetRecordBatchReader, ParquetRecordBatchR
 use parquet::basic::{Compression, ZstdLevel};
 use parquet::errors::ParquetError;
 use parquet::file::properties::WriterProperties;
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 use crate::answer::{Answered, Cell, Kind, ResultColumn};
-use crate::columns::{Columns, Task};
+use crate::columns::{Columns, Requests, Task};
 use crate::store::Aside;
 
 /// The most rows and bytes of a row group, which a writer holds in memory.
@@ -96,8 +96,7 @@ impl Reader {
     }
 
     /// The next rows; `None` at the end.
-    #[expect(clippy::type_complexity, reason = "a list and the record of its rows")]
-    pub fn next(&mut self) -> Result<Option<(Vec<Result<Map<String, Value>, String>>, RecordBatch)>, String> {
+    pub fn next(&mut self) -> Result<Option<(Requests, RecordBatch)>, String> {
         let Some(record) = self.records.next() else { return Ok(None) };
         let record = record.map_err(|error| format!("row {}: cannot be read: {error}", self.rows_read + 1))?;
         self.rows_read += record.num_rows() as u64;

@@ -76,9 +76,6 @@ pub fn find(patterns: &[String], output: &Store, part: Part) -> Result<Shards, B
 
 /// The files of a pattern with their sizes.
 fn sources(pattern: &str) -> Result<Vec<(Source, u64)>, BatchError> {
-    if let Some(listed) = Store::list_remote(pattern) {
-        return listed;
-    }
     let size = |path: &Path| fs::metadata(path).map_err(|error| BatchError::file(path.display(), error));
     let path = Path::new(pattern);
     // A name may itself have brackets.
@@ -87,7 +84,7 @@ fn sources(pattern: &str) -> Result<Vec<(Source, u64)>, BatchError> {
             let problem = format!("--input: expected files, found the folder {pattern} (write {pattern}/*)");
             return Err(BatchError::Arguments(problem));
         }
-        return Ok(vec![(Source::file(path), metadata.len())]);
+        return Ok(vec![(Source(path.to_path_buf()), metadata.len())]);
     }
     let paths = glob::glob(pattern).map_err(|error| {
         BatchError::Arguments(format!("--input {pattern}: {} at character {}", error.msg, error.pos + 1))
@@ -98,7 +95,7 @@ fn sources(pattern: &str) -> Result<Vec<(Source, u64)>, BatchError> {
         let metadata = size(&path)?;
         let is_hidden = path.file_name().is_some_and(|name| name.to_string_lossy().starts_with('.'));
         if metadata.is_file() && !is_hidden {
-            files.push((Source::file(&path), metadata.len()));
+            files.push((Source(path), metadata.len()));
         }
     }
     Ok(files)

@@ -24,7 +24,7 @@ static UNFINISHED: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 
 /// Removes the files that this process has not finished, for a process that ends at once.
 pub fn discard_unfinished() {
-    // The lock is never held for long, and a process that ends takes what it can get.
+    // A thread that panicked while it held the lock has left a complete list.
     for path in UNFINISHED.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
         let _ = fs::remove_file(path);
     }
@@ -41,7 +41,7 @@ pub struct Aside {
 }
 
 impl Aside {
-    /// Creates an empty file in `folder`, named after what it will be.
+    /// Creates an empty file in `folder`; its name begins with `name`, that of the finished file.
     ///
     /// Its lock tells processes of this machine that it is still written, and its time tells those of others.
     pub fn create(folder: &Path, name: &str) -> io::Result<Aside> {
