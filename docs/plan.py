@@ -100,7 +100,7 @@ def plan(speed: Speed, documents: float, workers: int, shard_documents: int | No
 
 
 def documents_per_second(source_tokens: float, new_tokens: float, encoded_per_second: float, decoded_per_second: float) -> float:
-    """Of a worker that encodes and decodes so many tokens a second."""
+    """The documents a second of a worker, from the tokens a second that it encodes and decodes."""
     return 1 / (source_tokens / encoded_per_second + new_tokens / decoded_per_second)
 
 

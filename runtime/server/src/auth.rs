@@ -22,7 +22,7 @@ type Entry = (Vec<u8>, Arc<Tenant>);
 /// Whose key a request came with.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Tenant {
-    /// Its name; keys of one tenant share what it may use.
+    /// The tenant's name. Keys with the same tenant share its limits.
     pub name: String,
     /// How many of its requests may be accepted and unfinished.
     pub max_requests: usize,

@@ -2,9 +2,9 @@
 
 # Design
 
-That a shard is computed once, and is there whole or not at all, is what the program does: a scheduler may begin a shard twice, lose
-its worker, or run it beside one that was taken for dead. So nothing here looks into outputs or remembers what is done, and computing
-the same shards again computes what is missing.
+The program `t5gemma batch` makes sure that each shard is computed once and published whole. A scheduler may start a shard twice, lose
+its worker, or run it beside a worker that it believes dead. So this module keeps no record of finished shards: run the same shards
+again to compute those that are missing.
 """
 
 from __future__ import annotations
