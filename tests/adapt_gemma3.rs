@@ -3,17 +3,18 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 use t5gemma_exporter::Export;
 use t5gemma_graphs::Target;
 use t5gemma_graphs::interface::Logits;
-use t5gemma_runtime::{Batch, Controls, Model};
+use t5gemma_runtime::{Batch, Controls, Engine, EngineOptions, Hypothesis, Model, Request};
 use tempfile::TempDir;
 
 use crate::adapt::{TOLERANCE, apart, integers, json_of, names, tensors};
-use crate::common::{exported_from, program, tests};
+use crate::common::{exported_as, exported_from, program, tests};
 
 fn folder(name: &str) -> PathBuf {
     tests().join("fixtures/adapt_gemma3").join(name)
@@ -65,6 +66,38 @@ fn gemma_3_becomes_t5gemma_2_bit_for_bit_and_computes_what_transformers_computes
             let tokens = json!(rows.iter().map(|row| row[0].tokens.clone()).collect::<Vec<_>>());
             assert_eq!(tokens, cases["tokens"], "{name} for {}", target.name());
             assert_eq!(model.facts().vision.is_some(), name == "images");
+        }
+    }
+}
+
+/// The decoder by itself, which is a Gemma 3.
+#[test]
+fn a_hidden_source_changes_nothing() {
+    for target in [Target::Portable, Target::Cpu] {
+        let model = exported_as("t2-balanced", target.name(), Export::default().target(target));
+        let model = Arc::new(Model::open(model).expect("opens"));
+        let row = |ids: &[i64], visible: i64| {
+            let batch = Batch::masked(&[ids], &[vec![visible; ids.len()]]).expect("a source");
+            batch.with_decoder_input_ids(&[[9, 30, 41]]).expect("a prompt")
+        };
+        for options in [json!({"max_new_tokens": 16}), json!({"max_new_tokens": 9, "num_beams": 3})] {
+            let options = options.as_object().expect("an object");
+            let config = model.generation_config().with_json(options).expect("valid");
+            let tokens =
+                |rows: Vec<Vec<Hypothesis>>| rows.into_iter().flatten().map(|row| row.tokens).collect::<Vec<_>>();
+            let alone =
+                |batch: &Batch| tokens(model.generate_batch(batch, &config, Controls::default()).expect("generates"));
+            let hidden = alone(&row(&[20, 21, 22, 23], 0));
+            assert_eq!(alone(&row(&[77], 0)), hidden, "{}", target.name());
+            assert_ne!(alone(&row(&[20, 21, 22, 23], 1)), hidden, "{}", target.name());
+            let empty = Batch::padded(&[Vec::new()], 0).expect("a row");
+            let error = model.generate_batch(&empty, &config, Controls::default()).expect_err("no source").to_string();
+            assert_eq!(error, "input_ids[0]: expected at least one token, found none");
+            let engine = Engine::new(model.clone(), EngineOptions::default()).expect("starts");
+            let submit = |batch| engine.submit(Request::new(batch, config.clone())).expect("accepted");
+            let running = [submit(row(&[20; 9], 1)), submit(row(&[77; 30], 0)), submit(row(&[5], 0))];
+            let [seen, far, near] = running.map(|generation| tokens(generation.wait().expect("generates")));
+            assert_eq!((seen, far, near), (alone(&row(&[20; 9], 1)), hidden.clone(), hidden), "{}", target.name());
         }
     }
 }

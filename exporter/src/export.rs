@@ -200,6 +200,35 @@ impl Export {
         self.run_with(source, out, &())
     }
 
+    /// Refuses models that Triton's own backends and the loop over them do not run.
+    fn check_triton(&self, task: &Task) -> Result<()> {
+        let has_logits = !matches!(self.logits, Logits::Candidates(_)) && task.is_generation();
+        let (is_suitable, expected) = match self.triton_backend {
+            _ if self.triton_repository.is_none() => return Ok(()),
+            TritonBackend::T5Gemma => return Ok(()),
+            TritonBackend::OnnxRuntime => (
+                self.target == Target::Portable && has_logits,
+                "target portable with logits, and a task that generates",
+            ),
+            // NumPy, which the loop is written with, has no bfloat16.
+            TritonBackend::TensorRt => {
+                let has_type = matches!(self.dtype, DType::Float32 | DType::Float16);
+                let begins_at_one = self.plan.as_ref().is_some_and(ServingPlan::begins_at_one);
+                let is_suitable =
+                    self.target == Target::TensorRt && has_type && begins_at_one && self.capacity.is_none();
+                let expected = "target tensorrt in float16 or float32 with logits, a plan from batch 1 and source 1 on, a growing \
+                                cache, and a task that generates";
+                (is_suitable && has_logits, expected)
+            }
+        };
+        if is_suitable {
+            return Ok(());
+        }
+        let plan = self.plan.as_ref().map_or("none".to_string(), ServingPlan::to_string);
+        let found = format!("target {} in {}, plan {plan}, task {task}", self.target.name(), self.dtype);
+        Err(Error::invalid(format!("triton_backend {}", self.triton_backend.name()), expected, found))
+    }
+
     /// As [`run`](Export::run), followed by `progress`, which can cancel the export.
     ///
     /// # Errors
@@ -207,13 +236,7 @@ impl Export {
     pub fn run_with(&self, source: &Source, out: &Path, progress: &dyn Progress) -> Result<Exported> {
         rules::check(self)?;
         let prepared = Prepared::new(self, source)?;
-        let is_plain = self.triton_repository.is_some() && self.triton_backend == TritonBackend::OnnxRuntime;
-        let is_greedy = self.target == Target::Portable && !matches!(self.logits, Logits::Candidates(_));
-        if is_plain && !(is_greedy && prepared.options.task.is_generation()) {
-            let expected = "target portable with logits, and a task that generates";
-            let found = format!("target {}, task {}", self.target.name(), prepared.options.task);
-            return Err(Error::invalid("triton_backend onnxruntime", expected, found));
-        }
+        self.check_triton(&prepared.options.task)?;
         let triton = self.triton_repository.as_deref();
         let triton = triton.map(|folder| TritonRepository::new(folder, out, self.existing, self.triton_backend));
         let triton = triton.transpose()?;

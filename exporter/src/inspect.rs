@@ -129,7 +129,7 @@ fn model(folder: &Path, config: &mut Config) -> Result<InspectReport> {
     }
     report.weights.insert(manifest.weights.file.clone(), manifest.weights.record.bytes);
     let mut graphs = Vec::new();
-    let parts = ["model", "encoder", "decoder", "decoder_with_past"];
+    let parts = ["model", "encoder", "decoder", "decoder_with_past", "vision_encoder"];
     let parts = parts.into_iter().chain(["encoder_lora", "decoder_lora", "decoder_with_past_lora"]);
     for part in parts {
         let Some(record) = manifest.graphs.get(part) else { continue };

@@ -6,6 +6,7 @@ use std::fmt::Write;
 use serde_json::Value;
 use t5gemma_graphs::manifest::{self, CARD, GIT_ATTRIBUTES, Manifest, NOTICE};
 use t5gemma_graphs::onnx::Code;
+use t5gemma_graphs::quantization::Quantization;
 use t5gemma_graphs::task::Task;
 
 use crate::repository::Repository;
@@ -138,7 +139,8 @@ fn target(name: &str) -> String {
 
 fn quantization(manifest: &Manifest) -> Option<String> {
     let quantization = &manifest.quantization;
-    let parts = [("encoder", quantization.encoder), ("decoder", quantization.decoder), ("head", quantization.head)];
+    let Quantization { encoder, decoder, head, vision, .. } = quantization;
+    let parts = [("encoder", *encoder), ("decoder", *decoder), ("head", *head), ("vision tower", *vision)];
     let parts = parts.into_iter().filter_map(|(name, blocks)| {
         let blocks = blocks?;
         let format = match blocks.code {

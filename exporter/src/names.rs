@@ -5,13 +5,11 @@
 use std::collections::BTreeMap;
 
 use t5gemma_graphs::config::Family;
+use t5gemma_graphs::tensors::without_levels;
 
 /// Name components that wrappers insert anywhere and no T5Gemma has.
 const WRAPPERS: [&str; 5] =
     ["_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"];
-
-/// Levels of names, with the one above, that some files of T5Gemma 2 have and others do not.
-const LEVELS: [(&str, &str); 2] = [("encoder", "text_model"), ("vision_tower", "vision_model")];
 
 /// Parts of names that only unmerged PEFT adapters have.
 const ADAPTERS: [&str; 4] = [".lora_", ".base_layer.", ".modules_to_save.", ".original_module."];
@@ -101,15 +99,8 @@ pub fn nearest<'n>(name: &str, others: impl Iterator<Item = &'n str>) -> Option<
 }
 
 fn unwrapped(name: &str) -> String {
-    let parts = name.split('.').filter(|part| !WRAPPERS.contains(part));
-    let mut kept: Vec<&str> = Vec::new();
-    for part in parts {
-        let before = kept.last().copied();
-        if !LEVELS.iter().any(|(parent, level)| *level == part && before == Some(*parent)) {
-            kept.push(part);
-        }
-    }
-    kept.join(".")
+    let parts: Vec<&str> = name.split('.').filter(|part| !WRAPPERS.contains(part)).collect();
+    without_levels(&parts.join("."))
 }
 
 /// The prefix before the name of a stack's tensor, without the `model.` that is part of the name.

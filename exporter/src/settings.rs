@@ -65,6 +65,8 @@ pub enum Setting {
     Quantization,
     /// The block size of `quantization`.
     BlockSize,
+    /// `quantization.vision`.
+    VisionQuantization,
     /// Whether blocks of `quantization` have zero points.
     Asymmetric,
     /// `quantization.exclude`.
@@ -101,6 +103,7 @@ impl Setting {
             Setting::Observed | Setting::Ranges => "activations",
             Setting::Quantization => "quantization",
             Setting::BlockSize => "quantization.size",
+            Setting::VisionQuantization => "quantization.vision",
             Setting::Asymmetric => "quantization.symmetric",
             Setting::Exclude => "quantization.exclude",
         }

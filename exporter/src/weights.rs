@@ -132,7 +132,13 @@ pub fn vocabulary(config: &Config, checkpoint: &Checkpoint, task: &Task) -> Resu
         StackInput::InputsEmbeds => tensors.encoder_embedding[0],
     };
     if !task.is_generation() {
-        return Ok(Vocabulary { source_embedding: source.into(), end_of_image, ..default_vocabulary(config) });
+        let mut vocabulary = Vocabulary { source_embedding: source.into(), end_of_image, ..default_vocabulary(config) };
+        // A classifier's decoder may share the encoder's table.
+        if config.classifier.is_some() && tensors.decoder_embedding.contains(&tensors.encoder_embedding[0]) {
+            let embedding = stored(tensors.decoder_embedding, "")?;
+            vocabulary.embedding = shared(embedding, &[source], tensors.decoder_embedding).into();
+        }
+        return Ok(vocabulary);
     }
     if !config.custom.has_text_targets() {
         return Ok(custom_vocabulary(config, is_stored));

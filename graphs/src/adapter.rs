@@ -7,12 +7,16 @@
 //! together with the embedding although training did not.
 
 mod config;
+mod spelling;
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use crate::config::Family;
 use crate::json::{cut, list};
+use crate::tensors::without_levels;
 
 pub use config::{AdapterConfig, ModuleKind};
+pub use spelling::Spelling;
 
 /// The file with the settings of an adapter.
 pub const CONFIG_FILE: &str = "adapter_config.json";
@@ -48,22 +52,26 @@ pub struct AdapterTensors {
     pub replacements: BTreeMap<String, String>,
     /// Rows of embeddings by module: the rows that replace those of `trainable_token_indices`.
     pub token_rows: BTreeMap<String, String>,
+    /// What PEFT calls modules.
+    pub spelling: Spelling,
 }
 
 impl AdapterTensors {
-    /// Sorts the names of an adapter's tensors.
+    /// Sorts the names of the tensors of an adapter for a model of a family.
     ///
     /// # Errors
     /// What was expected of a name, and the name.
-    pub fn of<'n>(names: impl Iterator<Item = &'n str>) -> Result<AdapterTensors, (String, String)> {
-        let mut tensors = AdapterTensors::default();
+    pub fn of<'n>(names: impl Iterator<Item = &'n str>, family: Family) -> Result<AdapterTensors, (String, String)> {
+        let names: Vec<&str> = names.collect();
+        let plain = names.iter().filter_map(|name| name.strip_prefix(PREFIX));
+        let mut tensors = AdapterTensors { spelling: Spelling::of(plain, family), ..AdapterTensors::default() };
         for name in names {
             let Some(plain) = name.strip_prefix(PREFIX) else {
                 return Err((format!("a tensor name that begins with {PREFIX}"), cut(name)));
             };
             // Adapters of the classes without a head have names without the `model.` of the others.
             let is_bare = plain.starts_with("encoder.") || plain.starts_with("decoder.");
-            let plain = if is_bare { format!("model.{plain}") } else { plain.to_string() };
+            let plain = without_levels(&if is_bare { format!("model.{plain}") } else { plain.to_string() });
             let stored = name.to_string();
             if let Some(module) = plain.strip_suffix(".token_adapter.trainable_tokens_delta") {
                 tensors.token_rows.insert(module.to_string(), stored);
@@ -108,13 +116,19 @@ impl AdapterTensors {
 }
 
 /// The modules of a checkpoint that LoRA can change, by name.
-pub fn modules_of<'n>(tensors: impl Iterator<Item = &'n str>, head: &str) -> BTreeMap<String, ModuleKind> {
+pub fn modules_of<'n>(tensors: impl Iterator<Item = &'n str>, family: Family) -> BTreeMap<String, ModuleKind> {
     const LINEAR: [&str; 7] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
+    const OF_VISION: [&str; 6] = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"];
+    let names = family.tensors();
     let mut modules = BTreeMap::new();
     for name in tensors {
         let Some(module) = name.strip_suffix(".weight") else { continue };
         let last = module.rsplit('.').next().unwrap_or(module);
-        if last == "embed_tokens" {
+        if names.vision.iter().any(|start| module.starts_with(start)) {
+            if OF_VISION.contains(&last) {
+                modules.insert(module.to_string(), ModuleKind::Linear);
+            }
+        } else if last == "embed_tokens" {
             modules.insert(module.to_string(), ModuleKind::Embedding);
         } else if LINEAR.contains(&last) {
             modules.insert(module.to_string(), ModuleKind::Linear);
@@ -123,7 +137,7 @@ pub fn modules_of<'n>(tensors: impl Iterator<Item = &'n str>, head: &str) -> BTr
         }
     }
     // A tied head is a module without a tensor of its own.
-    if let Some(module) = head.strip_suffix(".weight") {
+    if let Some(module) = names.head[0].strip_suffix(".weight") {
         modules.insert(module.to_string(), ModuleKind::Head);
     }
     modules
@@ -162,7 +176,7 @@ mod tests {
             "base_model.model.model.decoder.embed_tokens.token_adapter.trainable_tokens_delta",
             "base_model.model.lm_head.modules_to_save.out_proj.weight",
         ];
-        let tensors = AdapterTensors::of(names.into_iter()).expect("an adapter");
+        let tensors = AdapterTensors::of(names.into_iter(), Family::T5Gemma).expect("an adapter");
         let modules: Vec<&str> = tensors.modules.keys().map(String::as_str).collect();
         assert_eq!(
             modules,
@@ -182,7 +196,8 @@ mod tests {
             ("base_model.model.model.encoder.x.lora_C.weight", "a tensor of a LoRA adapter"),
             ("base_model.model.model.encoder.x.ia3_l", "a tensor of a LoRA adapter"),
         ] {
-            assert_eq!(AdapterTensors::of([name].into_iter()).expect_err(expected).0, expected, "{name}");
+            let error = AdapterTensors::of([name].into_iter(), Family::T5Gemma).expect_err(expected);
+            assert_eq!(error.0, expected, "{name}");
         }
     }
 
@@ -194,7 +209,7 @@ mod tests {
             "model.encoder.layers.0.self_attn.q_proj.bias",
             "model.encoder.norm.weight",
         ];
-        let modules = modules_of(names.into_iter(), "lm_head.out_proj.weight");
+        let modules = modules_of(names.into_iter(), Family::T5Gemma2);
         assert_eq!(modules.keys().collect::<Vec<_>>(), ["lm_head.out_proj", &names[0][..26], &names[1][..39]]);
     }
 }

@@ -52,6 +52,15 @@ impl Family {
         }
     }
 
+    /// Whether its decoder attends to target and source in one softmax, so that a source of padding alone has a meaning: the
+    /// decoder by itself.
+    pub fn sees_target_beside_source(self) -> bool {
+        match self {
+            Family::T5Gemma => false,
+            Family::T5Gemma2 => true,
+        }
+    }
+
     /// The names of its tensors.
     pub fn tensors(self) -> &'static Tensors {
         match self {

@@ -151,7 +151,8 @@ impl Manifest {
             spec.ports.outputs.extend(observed);
         }
         if let Some(LoraInputs { modules, .. }) = &self.lora_inputs {
-            let lora: Vec<GraphSpec> = specs.iter().map(|spec| interface::lora(spec, self.dtype, modules)).collect();
+            let lora = specs.iter().filter_map(|spec| interface::lora(spec, self.dtype, modules));
+            let lora: Vec<GraphSpec> = lora.collect();
             specs.extend(lora);
         }
         specs

@@ -17,6 +17,9 @@ pub struct Quantization {
     pub decoder: Option<Blocks>,
     /// The output head and the decoder's embedding.
     pub head: Option<Blocks>,
+    /// The layers of the vision tower.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vision: Option<Blocks>,
     /// Checkpoint names of matrices that are not quantized; `*` matches any text.
     pub exclude: Vec<String>,
 }
@@ -31,14 +34,15 @@ impl Quantization {
             Role::Encoder | Role::EncoderEmbedding => self.encoder,
             Role::Decoder | Role::CrossKeyValue => self.decoder,
             Role::Head | Role::DecoderEmbedding => self.head,
-            // A row for each label: nothing to save, and it decides the answer. Images are read once in a request.
-            Role::Classifier | Role::Vision => None,
+            Role::Vision => self.vision,
+            // A row for each label: nothing to save, and it decides the answer.
+            Role::Classifier => None,
         }
     }
 
     /// The formats in use, one for each part of the model that is quantized.
     pub fn formats(&self) -> impl Iterator<Item = Blocks> {
-        [self.encoder, self.decoder, self.head].into_iter().flatten()
+        [self.encoder, self.decoder, self.head, self.vision].into_iter().flatten()
     }
 
     /// Whether any part of the model is quantized.
@@ -98,8 +102,12 @@ mod tests {
     #[test]
     fn a_matrix_is_quantized_as_its_part_of_the_model() {
         let blocks = |bits| Some(Blocks::integer(bits, 32));
-        let quantization =
-            Quantization { encoder: blocks(8), decoder: blocks(4), head: None, exclude: vec!["*.layers.0.*".into()] };
+        let quantization = Quantization {
+            encoder: blocks(8),
+            decoder: blocks(4),
+            exclude: vec!["*.layers.0.*".into()],
+            ..Quantization::default()
+        };
         let of = |quantization: &Quantization, name: &str, role| quantization.of(name, Some(role));
         assert_eq!(of(&quantization, "model.encoder.layers.1.mlp.up_proj.weight", Role::Encoder), blocks(8));
         assert_eq!(of(&quantization, "model.decoder.layers.1.mlp.up_proj.weight", Role::Decoder), blocks(4));
@@ -108,5 +116,8 @@ mod tests {
         let quantization = Quantization { head: blocks(8), ..quantization };
         assert_eq!(of(&quantization, "model.decoder.embed_tokens.weight", Role::DecoderEmbedding), blocks(8));
         assert_eq!(of(&quantization, "score.out_proj.weight", Role::Classifier), None);
+        let tower = "model.encoder.vision_tower.encoder.layers.1.mlp.fc1.weight";
+        assert_eq!(of(&quantization, tower, Role::Vision), None);
+        assert_eq!(of(&Quantization { vision: blocks(8), ..quantization }, tower, Role::Vision), blocks(8));
     }
 }

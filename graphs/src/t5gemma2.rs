@@ -4,7 +4,7 @@
 //!
 //! Read `config.rs` for what varies from model to model, `embedding.rs` for how tokens and images become vectors,
 //! `decoder.rs` for the decoder's layer, and `vision.rs` for the tower; the encoder's layers are those of every family.
-//! `decoder_init.rs` and `decoder_step.rs` are the two graphs of the decoder.
+//! `decoder_init.rs` and `decoder_step.rs` are the two graphs of the decoder, `classifier.rs` is the graph of classification.
 
 pub mod config;
 mod tensors;
@@ -16,6 +16,7 @@ mod decoder;
 mod decoder_init;
 mod decoder_step;
 
+mod classifier;
 mod vision;
 
 pub use tensors::TENSORS;
@@ -27,9 +28,6 @@ use crate::task::Task;
 use crate::weights::Weights;
 
 /// The graphs of the options' task, in the order of [`interface::graphs`](crate::interface::graphs).
-///
-/// # Panics
-/// For the tasks of classification, which `config.rs` refuses.
 pub fn definitions(config: &Config, options: &Options) -> Vec<Definition> {
     let mut all = match &options.task {
         Task::Text2TextGeneration => vec![
@@ -38,9 +36,11 @@ pub fn definitions(config: &Config, options: &Options) -> Vec<Definition> {
             decoder_step::decoder_step(config, options),
         ],
         Task::FeatureExtraction(wanted) => vec![encoder::features(config, options, wanted)],
-        Task::TextClassification | Task::TokenClassification => unreachable!("no configuration has a classifier"),
+        Task::TextClassification | Task::TokenClassification => vec![classifier::classifier(config, options)],
     };
-    all.extend(config.vision.as_ref().map(|vision| vision::vision_encoder(config, vision, options)));
+    // Adapters change the text stacks alone.
+    let vision = config.vision.as_ref().filter(|_| !options.takes_adapters);
+    all.extend(vision.map(|vision| vision::vision_encoder(config, vision, options)));
     all
 }
 

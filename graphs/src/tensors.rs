@@ -26,6 +26,22 @@ pub enum Role {
     Vision,
 }
 
+/// Levels of module names, each with the one above it, that transformers' classes have and [`Tensors`] leave out. Some
+/// files have them in the names of tensors, others do not.
+pub const LEVELS: [(&str, &str); 2] = [("encoder", "text_model"), ("vision_tower", "vision_model")];
+
+/// A name without [`LEVELS`].
+pub fn without_levels(name: &str) -> String {
+    let mut kept: Vec<&str> = Vec::new();
+    for part in name.split('.') {
+        let above = kept.last().copied();
+        if !LEVELS.iter().any(|(parent, level)| *level == part && above == Some(*parent)) {
+            kept.push(part);
+        }
+    }
+    kept.join(".")
+}
+
 /// The names of a family's tensors.
 #[derive(Debug)]
 pub struct Tensors {

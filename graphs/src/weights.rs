@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use crate::config::Stack;
-use crate::interface::{self, LoraModule};
+use crate::interface::{self, LoraModule, Port};
 use crate::lower::{Lowering, Matrix, Packing};
 use crate::onnx::{Adjust, Blocks, Code, DType, Graph, Packed, Part, Scope, Value};
 use crate::options::Options;
@@ -75,7 +75,10 @@ impl<'g> Weights<'g> {
             return None;
         }
         let module = LoraModule { name: self.path.clone(), input, output };
-        let [a, b] = module.ports(self.dtype()).map(|port| interface::input(self.graph, &port));
+        // The same layer may be computed more than once, of other operands.
+        let input =
+            |port: Port| self.graph.declared_input(&port.name).unwrap_or_else(|| interface::input(self.graph, &port));
+        let [a, b] = module.ports(self.dtype()).map(input);
         Some(Adapter { a, b, mask: self.adapter_mask })
     }
 

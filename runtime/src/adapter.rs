@@ -66,7 +66,7 @@ impl Adapter {
     /// Reads the PEFT adapter in `folder`, for a model that takes adapters.
     fn read(name: &str, folder: &Path, manifest: &Manifest, inputs: &LoraInputs) -> Result<Adapter, Error> {
         static NEXT: AtomicU64 = AtomicU64::new(0);
-        let (modules, rank) = file::read(folder, manifest.dtype, inputs)?;
+        let (modules, rank) = file::read(folder, manifest, inputs)?;
         let (id, model) = (NEXT.fetch_add(1, Ordering::Relaxed), manifest.weights.record.sha256.clone());
         Ok(Adapter(Arc::new(Loaded { name: name.to_string(), id, rank, modules, model, is_loaded: true.into() })))
     }

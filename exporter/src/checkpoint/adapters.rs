@@ -9,7 +9,7 @@ use t5gemma_graphs::adapter::{
     AdapterConfig, AdapterTensors, CONFIG_FILE as CONFIG, ModuleKind, ModuleParts, PICKLE_FILE as PICKLE,
     WEIGHTS_FILE as WEIGHTS, check_modules, modules_of,
 };
-use t5gemma_graphs::config::Config;
+use t5gemma_graphs::config::{Config, Family};
 use t5gemma_graphs::json::cut;
 use t5gemma_graphs::manifest::{AdapterRecord, FileRecord};
 
@@ -74,17 +74,18 @@ impl Checkpoint {
             let found = format!("{:?}", location.dtype);
             return Err(Error::invalid(weights.display(), "F32, F16 or BF16", found).of(cut(&location.stored)));
         }
-        let sorted = AdapterTensors::of(tensors.keys().map(String::as_str))
-            .map_err(|(expected, found)| Error::invalid(weights.display(), expected, found))?;
-
         let model = self.config_path();
         let model_config =
             Config::parse(&self.config_text()?).map_err(|error| Error::config(model.display(), error))?;
+        let family = model_config.family;
+        let sorted = AdapterTensors::of(tensors.keys().map(String::as_str), family)
+            .map_err(|(expected, found)| Error::invalid(weights.display(), expected, found))?;
+        let config = config.spelled(&sorted.spelling);
         let notes = self.untie(&sorted, &model_config);
-        let mut merging = Merging { checkpoint: &mut self, config: &config, weights: &weights, tensors, scale };
+        let mut merging = Merging { checkpoint: &mut self, config: &config, family, weights: &weights, tensors, scale };
         merging.replace(&sorted.replacements)?;
         merging.replace_rows(&sorted.token_rows)?;
-        merging.add_products(&sorted.modules, model_config.family.tensors().head[0])?;
+        merging.add_products(&sorted.modules)?;
 
         let (rank, alpha) = config.defaults();
         let mut adapter = OpenedAdapter { folder: folder.to_path_buf(), scale, rank, alpha, shard, notes };
@@ -101,32 +102,48 @@ impl Checkpoint {
         Ok(self)
     }
 
-    /// Stores a tied embedding and output head as two tensors if the adapter changes one of them.
+    /// Stores tied embeddings and the output head as tensors of their own if the adapter changes one of them, and so the
+    /// vectors of the token behind an image.
     fn untie(&mut self, adapter: &AdapterTensors, config: &Config) -> Vec<String> {
         let tensors = config.family.tensors();
         let touches = |name: &str| {
-            let module = name.strip_suffix(".weight").unwrap_or(name);
+            let module = name.rsplit_once('.').map_or(name, |(module, _)| module);
             adapter.replacements.contains_key(name)
                 || adapter.modules.contains_key(module)
                 || adapter.token_rows.contains_key(module)
         };
-        let both = [tensors.decoder_embedding, tensors.head];
-        if !config.tie_word_embeddings || !both.iter().any(|names| touches(names[0])) {
-            return Vec::new();
+        let tables = [tensors.encoder_embedding, tensors.decoder_embedding, tensors.head];
+        let shared: Vec<&[&str]> = tables.into_iter().filter(|names| names.len() > 1).collect();
+        let vectors = tensors.end_of_image.map(|[source, target]| [[source, target], [target, source]]);
+        let mut is_untied = false;
+        if config.tie_word_embeddings && shared.iter().any(|names| touches(names[0])) {
+            for names in shared.into_iter().chain(vectors.iter().flatten().map(|names| &names[..])) {
+                let stored = names.iter().find_map(|name| self.tensors.get(*name)).cloned();
+                if let Some(stored) = stored
+                    && !self.tensors.contains_key(names[0])
+                {
+                    self.tensors.insert(names[0].to_string(), stored);
+                    is_untied = true;
+                }
+            }
         }
         let mut notes = Vec::new();
-        for names in both {
-            let stored = names.iter().find_map(|name| self.tensors.get(*name)).cloned();
-            if let Some(stored) = stored
-                && !self.tensors.contains_key(names[0])
-            {
-                self.tensors.insert(names[0].to_string(), stored);
-                notes.push(
-                    "the adapter changes the embedding or the output head, which are tied in the base model: both are \
-                     exported, as PEFT computes them without merging"
-                        .to_string(),
-                );
-            }
+        if is_untied {
+            notes.push(
+                "the adapter changes embeddings or the output head, which are tied in the base model: all are exported, as \
+                 PEFT computes them without merging"
+                    .to_string(),
+            );
+        }
+        let changes_rows = |name: &&str| {
+            let module = name.rsplit_once('.').map_or(*name, |(module, _)| module);
+            adapter.modules.contains_key(module) || adapter.token_rows.contains_key(module)
+        };
+        if tensors.end_of_image.iter().flatten().any(changes_rows) {
+            notes.push(
+                "the adapter changes rows of an embedding; the vector of the token behind an image stays as it is"
+                    .to_string(),
+            );
         }
         notes
     }
@@ -202,6 +219,7 @@ impl Checkpoint {
 struct Merging<'m> {
     checkpoint: &'m mut Checkpoint,
     config: &'m AdapterConfig,
+    family: Family,
     weights: &'m Path,
     /// By their names in the file.
     tensors: BTreeMap<String, Location>,
@@ -213,14 +231,18 @@ impl Merging<'_> {
         Error::invalid(self.weights.display(), expected, found).of(cut(name))
     }
 
-    /// The shape of a tensor of the base model. None for tensors that this checkpoint lacks with its whole decoder.
+    /// The shape of a tensor of the base model. None for tensors that this checkpoint lacks with its whole decoder, or
+    /// with its whole vision tower.
     fn base_shape(&self, base: &str, stored: &str) -> Result<Option<Vec<usize>>> {
         if let Some(location) = self.checkpoint.tensors.get(base) {
             return Ok(Some(location.shape.clone()));
         }
         let is_of_decoder = |name: &str| !name.starts_with("model.encoder.");
         let has_decoder = self.checkpoint.names().any(|name| name.starts_with("model.decoder."));
-        if self.checkpoint.absent.contains_key(base) || is_of_decoder(base) && !has_decoder {
+        let is_of_vision = |name: &str| self.family.tensors().vision.iter().any(|start| name.starts_with(start));
+        let has_vision = self.checkpoint.names().any(is_of_vision);
+        let is_left_out = is_of_decoder(base) && !has_decoder || is_of_vision(base) && !has_vision;
+        if self.checkpoint.absent.contains_key(base) || is_left_out {
             return Ok(None);
         }
         let found = format!("no {} in {}", cut(base), self.checkpoint.path.display());
@@ -272,9 +294,9 @@ impl Merging<'_> {
         Ok(())
     }
 
-    fn add_products(&mut self, modules: &BTreeMap<String, ModuleParts>, head: &str) -> Result<()> {
+    fn add_products(&mut self, modules: &BTreeMap<String, ModuleParts>) -> Result<()> {
         let names = self.checkpoint.names().chain(self.checkpoint.absent.keys().map(String::as_str));
-        let all = modules_of(names, head);
+        let all = modules_of(names, self.family);
         let mut found = BTreeSet::new();
         for (module, parts) in modules {
             let base = format!("{module}.weight");

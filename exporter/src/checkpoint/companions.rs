@@ -1,4 +1,4 @@
-//! The files of a checkpoint besides its weights: tokenizer, chat template and generation options.
+//! The files of a checkpoint besides its weights: tokenizer, chat template, generation options, and how it takes images.
 
 use std::collections::BTreeMap;
 use std::io::Read;
@@ -9,6 +9,7 @@ use t5gemma_graphs::json;
 
 use crate::error::{Error, Result};
 use crate::files;
+use crate::images::{PREPROCESSOR, PROCESSOR};
 
 /// Files that are copied into the model folder if they exist, besides `config.json`.
 pub const COMPANIONS: &[&str] = &[
@@ -20,6 +21,8 @@ pub const COMPANIONS: &[&str] = &[
     "added_tokens.json",
     CHAT_TEMPLATE,
     "chat_template.json",
+    PREPROCESSOR,
+    PROCESSOR,
 ];
 
 /// The chat template.

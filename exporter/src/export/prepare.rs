@@ -15,6 +15,7 @@ use t5gemma_graphs::{Options, Vocabulary, definitions};
 use super::{Export, custom, rules};
 use crate::checkpoint::{Checkpoint, GENERATION_CONFIG, SENTENCEPIECE_FILE, SENTENCEPIECE_TENSOR};
 use crate::error::{Error, Result};
+use crate::images::{PREPROCESSOR, PROCESSOR};
 use crate::source::{Source, SourceConfig};
 use crate::tensorrt::MemoryEstimate;
 use crate::weights::{self, Weight};
@@ -54,6 +55,7 @@ impl<'e> Prepared<'e> {
         if !reads_images(export, &config, source) {
             config.vision = None;
         }
+        rules::check_vision(export, &config)?;
         if let Some(vision) = &config.vision {
             vision.check().map_err(|error| Error::config(&origin, error))?;
         }
@@ -73,6 +75,9 @@ impl<'e> Prepared<'e> {
         });
         let images = images.transpose()?;
         let mut companions = source.companions()?;
+        if images.is_none() {
+            companions.retain(|(name, _)| ![PREPROCESSOR, PROCESSOR].contains(name));
+        }
         if export.write_sentencepiece {
             let Source::Checkpoint(checkpoint) = source else { return Err(rules::no_sentencepiece().into()) };
             companions.retain(|(name, _)| *name != SENTENCEPIECE_FILE);

@@ -41,6 +41,11 @@ pub(super) fn check(export: &Export) -> Result<()> {
     if export.capacity.is_some() {
         requires_target(export, Setting::Capacity, "", &|target| target.static_cache)?;
     }
+    if export.quantization.vision.is_some() {
+        // In eight bits, the others compute with quantized activations too, for which the tower has no ranges.
+        let suits = |target: &Capabilities| target.packing == Some(Packing::Blocks);
+        requires_target(export, Setting::VisionQuantization, "", &suits)?;
+    }
     check_activations(export)?;
     check_lora(export)?;
     let has_ranges = matches!(export.activations, Activations::Ranges(_));
@@ -229,11 +234,18 @@ pub(super) fn check_family(export: &Export, config: &Config) -> Result<()> {
         let expected = "a T5Gemma";
         return Err(SettingError::invalid(Setting::Custom, expected, family));
     }
-    if export.lora_inputs.is_some() {
-        let expected = "a T5Gemma (the adapters of other families can only be merged)";
-        return Err(SettingError::invalid(Setting::LoraInputs, expected, family));
-    }
     Ok(())
+}
+
+/// Refuses a format for a vision tower that the model does not have.
+pub(super) fn check_vision(export: &Export, config: &Config) -> Result<()> {
+    match export.quantization.vision {
+        Some(blocks) if config.vision.is_none() => {
+            let expected = "none for a model that reads no images";
+            Err(SettingError::invalid(Setting::VisionQuantization, expected, blocks.name()))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Refuses options of the decoder graphs for tasks without them.

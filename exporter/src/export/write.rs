@@ -118,11 +118,11 @@ impl Prepared<'_> {
         let Prepared { export, config, options, .. } = self;
         let mut parts =
             interface::graphs(&config.facts(), export.dtype, options.decoder_outputs(), cache, &options.task);
-        for at in parts.len()..self.graphs.len() {
-            let base = &parts[at - self.graphs.len() / 2];
-            let (name, _) = interface::lora_graph(base.name);
-            lora_modules.insert(name.to_string(), LoraModule::of_graph(&self.graphs[at]));
-            parts.push(interface::lora(base, export.dtype, &lora_modules));
+        let bases = parts.clone();
+        let with_adapters = bases.iter().filter_map(|base| Some((base, interface::lora_graph(base.name)?.0)));
+        for ((base, name), graph) in with_adapters.zip(&self.graphs[bases.len()..]) {
+            lora_modules.insert(name.to_string(), LoraModule::of_graph(graph));
+            parts.extend(interface::lora(base, export.dtype, &lora_modules));
         }
         for (GraphSpec { name, file, mut ports }, graph) in parts.into_iter().zip(&self.graphs) {
             if !graph.observed.is_empty() {

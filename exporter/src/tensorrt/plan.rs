@@ -85,6 +85,13 @@ pub struct ServingPlan {
 /// The names of the sizes in a plan; the last three are those of a decoder.
 const NAMES: [&str; 6] = ["batch", "source", "images", "target", "beams", "prompt"];
 
+impl ServingPlan {
+    /// Whether one source of any length up to the longest needs no padding.
+    pub(crate) fn begins_at_one(&self) -> bool {
+        self.batch.min == 1 && self.source.min == 1 && self.prompt.min == 1 && self.beams.min == 1
+    }
+}
+
 impl FromStr for ServingPlan {
     type Err = ParseError;
 

@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use regex::Regex;
 use serde_json::{Map, Value};
 
+use super::Spelling;
 use crate::config::ConfigError;
 use crate::json::shown;
 
@@ -41,6 +42,8 @@ pub struct AdapterConfig {
     layers: Option<LayerFilter>,
     /// The rows of embeddings that `trainable_token_indices` names.
     token_indices: Option<TokenIndices>,
+    /// What PEFT calls modules, which patterns are written for.
+    spelling: Spelling,
     /// Whether modules have magnitudes.
     pub use_dora: bool,
     /// Whether modules have biases of their own.
@@ -202,12 +205,18 @@ impl AdapterConfig {
             modules_to_save: modules_to_save.collect::<Result<_>>()?,
             layers,
             token_indices,
+            spelling: Spelling::default(),
             use_dora: flag(&mut fields, "use_dora")?,
             lora_bias: flag(&mut fields, "lora_bias")?,
             ignored: Vec::new(),
         };
         ignored.extend(fields.into_iter().filter(|(_, value)| is_given(value)).map(|(name, _)| name));
         Ok(AdapterConfig { ignored, ..config })
+    }
+
+    /// The settings with this spelling of modules' names, that of the adapter's tensors.
+    pub fn spelled(self, spelling: &Spelling) -> AdapterConfig {
+        AdapterConfig { spelling: spelling.clone(), ..self }
     }
 
     /// The modules that the adapter changes by products of low rank.
@@ -222,23 +231,25 @@ impl AdapterConfig {
             let is_exact = matches!(&self.target, Modules::Names(names) if names.iter().any(|given| given == name));
             is_exact || self.layers.as_ref().is_none_or(|layers| layers.contains(name))
         };
-        all.iter().filter(|(name, kind)| is_target(name, **kind)).map(|(name, _)| name.clone()).collect()
+        let is_target = |(name, kind): &(&String, &ModuleKind)| is_target(&self.spelling.of_module(name), **kind);
+        all.iter().filter(is_target).map(|(name, _)| name.clone()).collect()
     }
 
     /// The rank that a module must have.
     pub fn rank_of(&self, module: &str) -> u64 {
-        first_match(&self.rank_pattern, module).map_or(self.rank, |rank| rank as u64)
+        first_match(&self.rank_pattern, &self.spelling.of_module(module)).map_or(self.rank, |rank| rank as u64)
     }
 
     /// The factor of a module's product.
     pub fn scale_of(&self, module: &str) -> f64 {
-        let alpha = first_match(&self.alpha_pattern, module).unwrap_or(self.alpha);
+        let alpha = first_match(&self.alpha_pattern, &self.spelling.of_module(module)).unwrap_or(self.alpha);
         let rank = self.rank_of(module) as f64;
         alpha / if self.use_rslora { rank.sqrt() } else { rank }
     }
 
     /// The rows of an embedding that the adapter replaces.
     pub fn token_rows_of(&self, module: &str) -> Option<&[usize]> {
+        let module = &self.spelling.of_module(module);
         match self.token_indices.as_ref()? {
             TokenIndices::Rows(rows) => Some(rows),
             TokenIndices::ByModule(by_module) => {

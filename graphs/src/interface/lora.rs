@@ -52,12 +52,13 @@ impl LoraModule {
     }
 }
 
-/// The name and the file of the graph that is `graph` with adapters among its inputs.
-pub fn lora_graph(graph: &str) -> (&'static str, &'static str) {
+/// The name and the file of the graph that is `graph` with adapters among its inputs; none for one that takes none.
+pub fn lora_graph(graph: &str) -> Option<(&'static str, &'static str)> {
     match graph {
-        "encoder" => ("encoder_lora", ENCODER_LORA),
-        "decoder" => ("decoder_lora", DECODER_LORA),
-        _ => ("decoder_with_past_lora", DECODER_WITH_PAST_LORA),
+        "encoder" => Some(("encoder_lora", ENCODER_LORA)),
+        "decoder" => Some(("decoder_lora", DECODER_LORA)),
+        "decoder_with_past" => Some(("decoder_with_past_lora", DECODER_WITH_PAST_LORA)),
+        _ => None,
     }
 }
 
@@ -71,9 +72,9 @@ pub type LoraModules = BTreeMap<String, Vec<LoraModule>>;
 /// ([`LoraModule::ports`]). All sources of a run of the encoder have the same adapter. The rows of the decoder may have
 /// different ones, which lie side by side along the rank: [`ADAPTER_MASK`] (`[batch_size * num_beams, lora_rank]`) is 1 in
 /// the columns of a row's own adapter and 0 elsewhere, or all 0 for a row without one; [`ENCODER_ADAPTER_MASK`]
-/// (`[batch_size, lora_rank]`) is the same for sources.
-pub fn lora(graph: &GraphSpec, dtype: DType, modules: &LoraModules) -> GraphSpec {
-    let (name, file) = lora_graph(graph.name);
+/// (`[batch_size, lora_rank]`) is the same for sources. The vision tower takes none.
+pub fn lora(graph: &GraphSpec, dtype: DType, modules: &LoraModules) -> Option<GraphSpec> {
+    let (name, file) = lora_graph(graph.name)?;
     let mut ports = graph.ports.clone();
     match file {
         ENCODER_LORA => {}
@@ -82,7 +83,7 @@ pub fn lora(graph: &GraphSpec, dtype: DType, modules: &LoraModules) -> GraphSpec
     }
     let modules = modules.get(name).map_or(&[][..], Vec::as_slice);
     ports.inputs.extend(modules.iter().flat_map(|module| module.ports(dtype)));
-    GraphSpec { name, file, ports }
+    Some(GraphSpec { name, file, ports })
 }
 
 /// The port [`ADAPTER_MASK`].

@@ -85,6 +85,13 @@ impl Graph {
         Value { graph: self, id }
     }
 
+    /// The input of this name, if it has been declared.
+    pub fn declared_input(&self, name: &str) -> Option<Value<'_>> {
+        let state = self.state.borrow();
+        let id = state.inputs.iter().copied().find(|&id| state.values[id].name == name)?;
+        Some(Value { graph: self, id })
+    }
+
     /// Declares `value` as the next output, called `name`.
     pub fn output(&self, name: &str, value: Value<'_>) {
         let terminal = self.state.borrow().is_terminal(value.id);

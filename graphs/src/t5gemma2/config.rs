@@ -5,8 +5,9 @@
 use serde_json::Value;
 
 use crate::config::{
-    Architecture, Config, ConfigError, Custom, Family, Fields, IS_CAUSAL, LayerType, MOST_HEAD_DIM, MOST_LAYERS,
-    PER_LAYER_CONFIG, QUANTIZATION_CONFIG, Refused, Rope, Stack, TRANSFORMERS_WEIGHTS, TokenIds, Vision, is_empty,
+    Architecture, Classifier, Config, ConfigError, Custom, Family, Fields, IS_CAUSAL, LayerType, MOST_HEAD_DIM,
+    MOST_LAYERS, PER_LAYER_CONFIG, QUANTIZATION_CONFIG, Refused, Rope, Stack, TRANSFORMERS_WEIGHTS, TokenIds, Vision,
+    is_empty,
 };
 
 /// Fields that change what transformers computes without the model's own code reading them.
@@ -31,10 +32,6 @@ const WITHOUT_EFFECT: &[&str] = &[
 pub fn parse(mut top: Fields) -> Result<Config, ConfigError> {
     let family = Family::T5Gemma2;
     let architecture = top.architecture(family)?;
-    if matches!(architecture, Architecture::SequenceClassification | Architecture::TokenClassification) {
-        let expected = format!("{} (a T5Gemma 2 classifier cannot be exported)", Architecture::default().name(family));
-        return Err(top.error("architectures", expected, architecture.name(family)));
-    }
     top.is_encoder_decoder(family, architecture)?;
 
     let mut of_encoder = object(&mut top, "encoder")?;
@@ -49,6 +46,17 @@ pub fn parse(mut top: Fields) -> Result<Config, ConfigError> {
             return Err(decoder.fields.error(field, expected, of_decoder.to_string()));
         }
     }
+    let classifier = match architecture {
+        Architecture::SequenceClassification | Architecture::TokenClassification => Some(Classifier {
+            // The classes have no other kind.
+            is_encoder_decoder: true,
+            labels: top.labels()?,
+            problem_type: top.problem_type()?,
+            decoder_start: decoder.bos.unwrap_or(2),
+            decoder_pad: decoder.pad.unwrap_or(0),
+        }),
+        _ => None,
+    };
     let (image_token, end_of_image) = image_tokens(&mut top, &mut of_encoder)?;
     let vision = vision(&mut of_encoder, image_token)?;
     let tie_word_embeddings = top.boolean("tie_word_embeddings")?.unwrap_or(true);
@@ -79,7 +87,7 @@ pub fn parse(mut top: Fields) -> Result<Config, ConfigError> {
         tie_word_embeddings,
         tokens,
         architecture,
-        classifier: None,
+        classifier,
         vision: Some(vision.vision),
         end_of_image: Some(end_of_image),
         custom: Custom::default(),
@@ -344,9 +352,20 @@ mod tests {
             ("/encoder/vision_config", json!({"num_channels": 1}), "encoder.vision_config.num_channels"),
             ("/encoder/eoi_token_index", json!(-1), "encoder.eoi_token_index"),
             ("/quantization_config", json!({"quant_method": "bitsandbytes"}), "quantization_config"),
-            ("/architectures", json!(["T5Gemma2ForSequenceClassification"]), "architectures"),
         ];
         check_refused(minimal, &cases);
+    }
+
+    #[test]
+    fn classifiers_score_labels_from_the_decoder() {
+        let config = parsed(|json| {
+            json["architectures"] = json!(["T5Gemma2ForSequenceClassification"]);
+            json["decoder"]["bos_token_id"] = json!(3);
+            json["id2label"] = json!({"0": "bad", "1": "good"});
+        });
+        let classifier = config.classifier.expect("a classifier");
+        assert_eq!((classifier.labels, classifier.decoder_start), (vec!["bad".to_string(), "good".to_string()], 3));
+        assert!(classifier.is_encoder_decoder && config.vision.is_some());
     }
 
     #[test]

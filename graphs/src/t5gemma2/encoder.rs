@@ -39,7 +39,12 @@ pub fn features(config: &Config, options: &Options, wanted: &Features) -> Defini
 
 /// The embedded source, `[batch·source, hidden]`, and its tokens: `inputs` are ids, mask and, if the model reads images,
 /// their features.
-fn read<'g>(inputs: &[Value<'g>], config: &Config, options: &Options, root: &Weights<'g>) -> (Value<'g>, Source<'g>) {
+pub fn read<'g>(
+    inputs: &[Value<'g>],
+    config: &Config,
+    options: &Options,
+    root: &Weights<'g>,
+) -> (Value<'g>, Source<'g>) {
     let (&[ids, mask], images) = inputs.split_first_chunk().expect("ids and a mask come first");
     let source = Source::by_token(root.graph, [ids, mask], None, config, options);
     let x = embedding(ids, Side::Source, config, options, root);

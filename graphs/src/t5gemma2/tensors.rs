@@ -38,6 +38,7 @@ pub fn role(tensor: &str) -> Option<Role> {
         _ if tensor.starts_with("model.decoder.embed_tokens") => Some(Role::DecoderEmbedding),
         _ if tensor.starts_with("model.decoder.") => Some(Role::Decoder),
         _ if tensor.starts_with("lm_head.") => Some(Role::Head),
+        _ if tensor.starts_with("score.") => Some(Role::Classifier),
         _ => None,
     }
 }
@@ -57,6 +58,7 @@ mod tests {
             ("model.decoder.layers.0.self_attn.k_proj.weight", Some(Role::Decoder)),
             ("model.decoder.embed_tokens.eoi_embedding", Some(Role::DecoderEmbedding)),
             ("lm_head.out_proj.weight", Some(Role::Head)),
+            ("score.out_proj.weight", Some(Role::Classifier)),
             ("spiece_model", None),
         ] {
             assert_eq!(role(tensor), expected, "{tensor}");

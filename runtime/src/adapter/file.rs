@@ -15,7 +15,7 @@ use t5gemma_graphs::adapter::{
 };
 use t5gemma_graphs::interface::{DType, LoraModule};
 use t5gemma_graphs::json::{cut, list, parse, shown};
-use t5gemma_graphs::manifest::LoraInputs;
+use t5gemma_graphs::manifest::{LoraInputs, Manifest};
 
 use super::{Pair, modules_by_name};
 use crate::error::Error;
@@ -25,7 +25,12 @@ use crate::tensors::float_tensor;
 const MERGE: &str = "merge it with t5gemma-export --adapter instead";
 
 /// Reads an adapter: its modules, and its greatest rank.
-pub(super) fn read(folder: &Path, dtype: DType, inputs: &LoraInputs) -> Result<(HashMap<String, Pair>, usize), Error> {
+pub(super) fn read(
+    folder: &Path,
+    manifest: &Manifest,
+    inputs: &LoraInputs,
+) -> Result<(HashMap<String, Pair>, usize), Error> {
+    let Manifest { dtype, family, .. } = *manifest;
     let config = read_config(&folder.join(CONFIG_FILE))?;
     let path = folder.join(WEIGHTS_FILE);
     if !path.exists() && folder.join(PICKLE_FILE).exists() {
@@ -40,8 +45,17 @@ pub(super) fn read(folder: &Path, dtype: DType, inputs: &LoraInputs) -> Result<(
     let file = SafeTensors::deserialize(&bytes)
         .map_err(|error| problem(format!("expected a complete safetensors file: {}", cut(&error.to_string()))))?;
     let tensors: BTreeMap<&str, TensorView> = file.iter().collect();
-    let sorted = AdapterTensors::of(tensors.keys().copied())
+    let mut sorted = AdapterTensors::of(tensors.keys().copied(), family)
         .map_err(|(expected, found)| problem(format!("expected {expected}, found {found}")))?;
+    let config = config.spelled(&sorted.spelling);
+    let is_of_vision = |name: &str| family.tensors().vision.iter().any(|start| name.starts_with(start));
+    if manifest.facts.vision.is_none() {
+        sorted.modules.retain(|name, _| !is_of_vision(name));
+    }
+    if let Some(name) = sorted.modules.keys().find(|name| is_of_vision(name)) {
+        let expected = "a linear layer of the text stacks";
+        return Err(problem(format!("{}: expected {expected}, found one of the vision tower ({MERGE})", cut(name))));
+    }
     let only_mergeable = sorted.replacements.values().chain(sorted.token_rows.values());
     let only_mergeable: Vec<String> = only_mergeable.cloned().collect();
     if !only_mergeable.is_empty() {

@@ -355,6 +355,11 @@ pub struct QuantizeArgs {
     /// Format of the output head, and of an embedding tied to it [default: same as --quantize]
     #[arg(long, value_name = "FORMAT", value_enum, hide_possible_values = true)]
     pub quantize_head: Option<FormatArg>,
+    /// Format of the vision tower's layers [default: none]
+    ///
+    /// Not set by --quantize, since the tower runs once for an image. T5Gemma 2 with images and targets cpu and cuda only.
+    #[arg(long, value_name = "FORMAT", value_enum, hide_possible_values = true)]
+    pub quantize_vision: Option<FormatArg>,
     /// Number of weights that share a scale [default: 128 for int8, 32 for int4]
     #[arg(
         long,
@@ -468,6 +473,8 @@ pub enum TritonBackendArg {
     T5gemma,
     /// Triton's own onnxruntime for the graphs and python for a greedy loop, which is slower (target portable)
     Onnxruntime,
+    /// the same with Triton's tensorrt, for plans that build_engines.sh builds of OUT later (target tensorrt with --plan)
+    Tensorrt,
 }
 
 /// A format of quantized weights.

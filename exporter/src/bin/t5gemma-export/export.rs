@@ -130,6 +130,7 @@ impl From<TritonBackendArg> for TritonBackend {
         match backend {
             TritonBackendArg::T5gemma => TritonBackend::T5Gemma,
             TritonBackendArg::Onnxruntime => TritonBackend::OnnxRuntime,
+            TritonBackendArg::Tensorrt => TritonBackend::TensorRt,
         }
     }
 }
@@ -211,6 +212,7 @@ fn quantization(args: &QuantizeArgs) -> Result<Quantization> {
         encoder: blocks(args.quantize_encoder),
         decoder: blocks(args.quantize_decoder),
         head: blocks(args.quantize_head),
+        vision: blocks(Some(args.quantize_vision.unwrap_or(FormatArg::None))),
         exclude: args.quantize_exclude.clone(),
     };
     let of_blocks = [
@@ -219,7 +221,7 @@ fn quantization(args: &QuantizeArgs) -> Result<Quantization> {
         ("--quantize-exclude", !args.quantize_exclude.is_empty()),
     ];
     if let Some((flag, _)) = of_blocks.iter().find(|(_, given)| *given && !quantization.is_any()) {
-        bail!(Usage(format!("{flag} requires --quantize, or --quantize-encoder, -decoder or -head")));
+        bail!(Usage(format!("{flag} requires --quantize, or --quantize-encoder, -decoder, -head or -vision")));
     }
     let is_blocked = quantization.formats().any(|blocks| blocks.code == Code::Integer);
     if let Some((flag, _)) = of_blocks[..2].iter().find(|(_, given)| *given && !is_blocked) {

@@ -93,6 +93,7 @@ impl Flags {
             Setting::Ranges => return with_file("--calibrate", &self.calibrate),
             Setting::Quantization => "--quantize",
             Setting::BlockSize => "--block-size",
+            Setting::VisionQuantization => "--quantize-vision",
             Setting::Asymmetric => "--asymmetric",
             Setting::Exclude => "--quantize-exclude",
             _ => setting.field(),
