@@ -35,8 +35,8 @@ fn the_figures_agree_with_each_other() {
         let number = report.pointer(pointer).and_then(Value::as_f64);
         number.unwrap_or_else(|| panic!("{pointer} is no number: {report:#}"))
     };
-    let case = json!({"batch_size": 2, "num_beams": 3, "source_length": 9, "max_new_tokens": 6, "warmup": 1,
-        "repeat": 4, "threads": 1});
+    let case = json!({"batch_size": 2, "num_beams": 3, "source_length": 9, "images": 0, "max_new_tokens": 6,
+        "warmup": 1, "repeat": 4, "threads": 1});
     assert_eq!(report["case"], case);
     assert_eq!(report["model"]["parameters"], manifest("tiny-balanced")["parameters"]);
 

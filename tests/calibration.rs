@@ -59,7 +59,7 @@ fn ways() -> [Blocks; 2] {
 
 fn in_8_bits(blocks: Blocks, ranges: ActivationRanges, dtype: DType) -> Export {
     let blocks = Some(blocks);
-    let quantization = Quantization { encoder: blocks, decoder: blocks, head: blocks, exclude: Vec::new() };
+    let quantization = Quantization { encoder: blocks, decoder: blocks, head: blocks, ..Quantization::default() };
     let activations = Activations::Ranges(ranges.ranges);
     Export::default().target(Target::TensorRt).dtype(dtype).quantization(quantization).activations(activations)
 }

@@ -269,7 +269,7 @@ fn tokens_are_told_as_they_come_and_rows_as_they_finish() {
             let mut finished = Vec::new();
             for event in engine.submit(request).expect("taken") {
                 match event.expect("nothing fails") {
-                    Event::Token { row, token } => {
+                    Event::Token { row, token, .. } => {
                         assert!(!finished.contains(&row), "a row that is finished says nothing more");
                         told[row].push(token);
                     }

@@ -44,7 +44,7 @@ impl Told {
             assert!(ended.is_none(), "nothing follows the end: {message:?}");
             match message {
                 Message::Event(Event::Admitted { row }) => story.admitted.push(row),
-                Message::Event(Event::Token { row, token }) => story.tokens[row].push(token),
+                Message::Event(Event::Token { row, token, .. }) => story.tokens[row].push(token),
                 Message::Event(Event::Row { row, hypotheses }) => story.rows[row] = hypotheses,
                 Message::Event(other) => panic!("{other:?}"),
                 Message::Ended { result, stats } => ended = Some((result, stats)),

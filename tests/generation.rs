@@ -200,7 +200,7 @@ fn the_demo_keeps_its_answers_in_few_bits() {
         [(Target::Cpu, 8, 128, 1), (Target::Cpu, 4, 32, 3), (Target::TensorRt, 4, 32, 3)]
     {
         let blocks = Some(Blocks::integer(bits, size));
-        let quantization = Quantization { encoder: blocks, decoder: blocks, head: blocks, exclude: Vec::new() };
+        let quantization = Quantization { encoder: blocks, decoder: blocks, head: blocks, ..Quantization::default() };
         let export = Export::default().target(target).quantization(quantization);
         let model = demo_as(&format!("{}-int{bits}", target.name()), export);
         let model = model.to_str().expect("temporary paths are UTF-8");

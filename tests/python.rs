@@ -33,7 +33,7 @@ fn onnx_checks_every_graph_in_every_type() {
         models.push(exported_as("tiny-unbalanced", &label, export));
     }
     let blocks = Some(Blocks::integer(4, 16));
-    let quantization = Quantization { encoder: blocks, decoder: blocks, head: blocks, exclude: Vec::new() };
+    let quantization = Quantization { encoder: blocks, decoder: blocks, head: blocks, ..Quantization::default() };
     let export = Export::default().target(Target::TensorRt).dtype(DType::BFloat16).quantization(quantization);
     models.push(exported_as("tiny-balanced", "tensorrt-int4", export));
     python("check_onnx.py", &models);

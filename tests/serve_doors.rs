@@ -97,6 +97,16 @@ fn json_lines_are_those_of_the_program() {
     let tokens: Vec<&Value> = events.iter().filter_map(|it| it.get("token")).collect();
     assert_eq!(json!(tokens), printed[1]["sequences"][0][0]["tokens"]);
     assert_eq!(events.last(), Some(&printed[1]));
+    let scored =
+        json!({"input_ids": [5, 6, 7], "options": {"output_logprobs": true, "top_logprobs": 2, "max_new_tokens": 5}});
+    let accept = [("accept", "text/event-stream")];
+    let answer = receive(send(serving.port, "POST", "/v1/t5gemma", &accept, scored.to_string().as_bytes()));
+    let (events, of) = (answer.events(), |events: &[Value], field: &str| -> Value {
+        events.iter().filter_map(|event| event.get(field)).cloned().collect()
+    });
+    let whole = &events.last().expect("a result")["sequences"][0][0];
+    assert_eq!(of(&events, "logprob"), whole["logprobs"], "{whole}");
+    assert_eq!(of(&events, "top_logprobs"), whole["top_logprobs"], "{whole}");
 }
 
 #[test]

@@ -6,7 +6,8 @@ use std::path::Path;
 use serde_json::{Value, json};
 use t5gemma_exporter::Export;
 use t5gemma_runtime::{
-    Batch, Controls, GenerationOptions, Image, ImageLimits, Model, PixelValues, SpecialTokens, TextWithImages,
+    Batch, Cancellation, Controls, Encoder, Features, GenerationOptions, Image, ImageLimits, Model, PixelValues,
+    Pooling, SpecialTokens, Task, TextWithImages,
 };
 use tempfile::TempDir;
 
@@ -163,6 +164,61 @@ fn images_come_in_by_every_door() {
     );
     let triton = json!({"text_input": "<start_of_image> a", "images": [uri], "max_new_tokens": 8});
     assert_eq!(serving.post("/v2/models/plain/generate", &triton).json()["text_output"], one_text);
+}
+
+#[test]
+fn vectors_are_those_of_texts_with_images() {
+    let exported = model_with_vision("default", Export::default());
+    let pooled = model_with_vision("pooled", {
+        let features = Features { pooling: Pooling::Mean, ..Features::default() };
+        Export::default().task(Some(Task::FeatureExtraction(features)))
+    });
+    let (file, other) = (folder().join("files/rgb420.jpg"), folder().join("files/palette8.png"));
+    let [uri, other_uri] = [&file, &other].map(|file| python("data_uri.py", [file]).trim().to_string());
+    let model = Model::open(&exported).expect("opens");
+    let picture = Image::open(&file, ImageLimits::default()).expect("decodes");
+    let sources =
+        [TextWithImages::new("<start_of_image> a", vec![picture]), TextWithImages::new("no image", Vec::new())];
+    let batch = model.tokenize_with_images(&sources).expect("tokenizes");
+    let encoder = Encoder::open(&pooled).expect("opens");
+    let expected = encoder.embed_normalized(&batch, Pooling::Mean, &Cancellation::new()).expect("encodes");
+    let named = [format!("model={}", path(&exported)), format!("pooled={}", path(&pooled))];
+    let flags = ["--max-request-images", "2"];
+    let serving = Serving::start(&[&["--model", &named[0], "--model", &named[1]], &flags[..]].concat());
+    let close = |found: &Value, row: usize| {
+        let found = found.as_array().unwrap_or_else(|| panic!("{found}"));
+        let pairs = found.iter().zip(expected.row(row));
+        assert_eq!(found.len(), expected.ncols());
+        pairs.fold(0.0, |most: f64, (a, b)| most.max((a.as_f64().expect("a number") - f64::from(*b)).abs())) < 1e-5
+    };
+    let texts = json!(["<start_of_image> a", "no image"]);
+    for model in ["model", "pooled"] {
+        let request = json!({"model": model, "inputs": texts, "images": [[uri], []]});
+        let vectors = serving.post("/embed", &request).json();
+        assert!(close(&vectors[0], 0) && close(&vectors[1], 1), "{model}");
+        let request = json!({"model": model, "input": "<start_of_image> a", "images": [uri]});
+        let answer = serving.post("/v1/embeddings", &request).json();
+        assert!(close(&answer["data"][0]["embedding"], 0), "{answer}");
+        let request = json!({"model": model, "input": [batch.source(0)], "images": [[uri]]});
+        assert!(close(&serving.post("/v1/embeddings", &request).json()["data"][0]["embedding"], 0), "{model}");
+        let request = json!({"model": model, "input": "<start_of_image> a", "images": [other_uri]});
+        assert!(!close(&serving.post("/v1/embeddings", &request).json()["data"][0]["embedding"], 0), "{model}");
+    }
+    let tokens =
+        serving.post("/embed_all", &json!({"model": "model", "inputs": "<start_of_image> a", "images": [uri]}));
+    assert_eq!(tokens.json()[0].as_array().map(Vec::len), Some(batch.length()), "{tokens:?}");
+    for (request, expected) in [
+        (json!({"inputs": "a", "images": [path(&file)]}), "expected a data URI (the server opens no files"),
+        (json!({"inputs": "a", "images": [uri, uri, uri]}), "the request has 3 images, but the server takes at most 2"),
+        (json!({"inputs": "a", "images": [uri]}), "as many as the text has <start_of_image>, found 1"),
+        (
+            json!({"inputs": "<start_of_image>", "images": [uri], "truncate": true}),
+            "truncate: expected no images beside it",
+        ),
+    ] {
+        let answer = serving.post("/embed", &request);
+        assert!(answer.json()["error"].as_str().is_some_and(|error| error.contains(expected)), "{request}: {answer:?}");
+    }
 }
 
 #[test]

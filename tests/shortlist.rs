@@ -55,7 +55,7 @@ fn logits_are_those_of_the_whole_model() {
         encoder: Some(eight),
         decoder: Some(eight),
         head: Some(Blocks { bits: 4, ..eight }),
-        exclude: Vec::new(),
+        ..Quantization::default()
     };
     let ways = [
         ("plain", Export::default()),

@@ -237,7 +237,7 @@ fn quantized_heads_may_have_biases() {
     let checkpoints = [fixture("progress"), fixture("integer"), stock_fixture("tiny-bias")];
     for (checkpoint, bits) in checkpoints.iter().flat_map(|checkpoint| [8, 4].map(|bits| (checkpoint, bits))) {
         let blocks = Some(Blocks::integer(bits, 16));
-        let quantization = Quantization { encoder: blocks, decoder: blocks, head: blocks, exclude: Vec::new() };
+        let quantization = Quantization { encoder: blocks, decoder: blocks, head: blocks, ..Quantization::default() };
         let export = Export::default().target(Target::Cpu).quantization(quantization);
         let name = checkpoint.file_name().expect("it has a name").display();
         let label = format!("voice-{name}-int{bits}");

@@ -15,7 +15,7 @@ use crate::draws::Draws;
 use crate::error::Error;
 use crate::images::PixelValues;
 
-pub(crate) use images::reads_no_images;
+pub(crate) use images::{check_alone, reads_no_images};
 
 /// Source rows of equal length with their attention masks, and optionally decoder prompts.
 #[derive(Clone, Debug, PartialEq)]
@@ -418,6 +418,14 @@ impl Batch {
                 length: prompts.length + 1,
                 ids: prompts.ids.chunks(prompts.length).flat_map(|prompt| [&[start], prompt].concat()).collect(),
             },
+        }
+    }
+
+    /// Refuses sources without any token.
+    pub(crate) fn check_given(&self) -> Result<(), Error> {
+        match self.given.iter().position(|&given| given == 0) {
+            None => Ok(()),
+            Some(row) => Err(Error::input(format!("input_ids[{row}]"), "at least one token", "none")),
         }
     }
 

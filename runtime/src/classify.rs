@@ -107,7 +107,9 @@ impl Encoder {
         for rows in rows_by_length(batch) {
             let of = |part: fn(&Batch, usize) -> &[i64]| rows.iter().map(move |&row| part(batch, row));
             let (ids, mask): (Vec<_>, Vec<_>) = (of(Batch::source).collect(), of(Batch::row_mask).collect());
-            for (&row, found) in rows.iter().zip(run(&Batch::masked(&ids, &mask)?)?.outer_iter()) {
+            let images = rows.iter().map(|&row| batch.images()[row].clone()).collect();
+            let of_length = Batch::masked(&ids, &mask)?.with_images(images)?;
+            for (&row, found) in rows.iter().zip(run(&of_length)?.outer_iter()) {
                 logits.index_axis_mut(Axis(0), row).assign(&found);
             }
         }

@@ -15,18 +15,19 @@ use t5gemma_graphs::images::ImageSettings;
 use t5gemma_graphs::manifest::{MANIFEST, Manifest};
 use t5gemma_graphs::task::{Features, PaddingRows, Pooling, Task};
 
-use crate::batch::Batch;
+use crate::batch::{Batch, check_alone};
 use crate::cancellation::Cancellation;
 use crate::device::{Provider, cuda_graphs_require};
 use crate::encoder_cache::States;
 use crate::error::Error;
 use crate::folder::{Folder, other_task};
+use crate::images::PixelValues;
 use crate::limits::{Limits, pieces_to_encode};
 use crate::profiles::Profiles;
 use crate::ragged_batch::{self, Grouping, OutputUnit};
 use crate::session::{GraphSession, OpenOptions, Opener, float32_values};
 use crate::tokenizer::{LazyTokenizer, Tokenizer};
-use crate::vision::VisionTower;
+use crate::vision::{self, VisionTower};
 
 const READING_OUTPUT: &str = "reading the output";
 
@@ -158,6 +159,16 @@ impl Encoder {
             return Err(self.pooled_already(Pooling::None, pooling));
         }
         self.output(batch, cancel)?.into_dimensionality().map_err(wrong_rank)
+    }
+
+    /// The features of images, as [`Model::encode_images`](crate::Model::encode_images).
+    ///
+    /// # Errors
+    /// As there.
+    pub fn encode_images(&self, images: &[PixelValues], cancel: &Cancellation) -> Result<Array3<f32>, Error> {
+        check_alone(images, self.facts())?;
+        let features = self.features_of(&[images.to_vec()], cancel)?;
+        vision::stacked(&features[0], self.facts())
     }
 
     /// The hidden states of each token by layer, `[rows, length, hidden_size]` each, in the order of transformers'
@@ -336,12 +347,16 @@ impl Encoder {
 
     /// The features of the images of each row; empty without images.
     fn image_features(&self, batch: &Batch, cancel: &Cancellation) -> Result<Vec<Vec<States>>, Error> {
-        let Some(vision) = self.facts().vision.as_ref().filter(|_| batch.has_images()) else { return Ok(Vec::new()) };
+        if batch.has_images() { self.features_of(batch.images(), cancel) } else { Ok(Vec::new()) }
+    }
+
+    fn features_of(&self, images: &[Vec<PixelValues>], cancel: &Cancellation) -> Result<Vec<Vec<States>>, Error> {
+        let Some(vision) = &self.facts().vision else { return Ok(Vec::new()) };
         let open = || {
             let prepacked = self.prepacked.lock().unwrap_or_else(PoisonError::into_inner).clone();
             Opener::with_weights(&self.folder, &self.options, prepacked, None)?.open_vision()
         };
-        self.vision.features(batch, vision, None, self.on_cpu, open, cancel)
+        self.vision.features(images, vision, None, self.on_cpu, open, cancel)
     }
 
     /// The activation ranges for a source: for each matrix, the largest absolute input value. Only for models exported

@@ -130,7 +130,11 @@ impl Folder {
     /// plan.
     pub fn check(&self, batch: &Batch) -> Result<(), Error> {
         self.check_source_inputs()?;
-        if self.features().is_none_or(|features| features.padding_rows.is_unspecified()) {
+        let Manifest { family, task, .. } = &self.manifest;
+        let is_decoder_alone = family.sees_target_beside_source() && task.is_generation();
+        if is_decoder_alone {
+            batch.check_given()?;
+        } else if self.features().is_none_or(|features| features.padding_rows.is_unspecified()) {
             batch.check_visible()?;
         }
         batch.check(&self.manifest.facts)?;

@@ -68,6 +68,20 @@ impl Logprobs {
         self.tokens.iter().map(|&logprob| f64::from(logprob)).sum()
     }
 
+    /// Those of the tokens from `from` on.
+    pub(crate) fn after(&self, from: usize) -> Logprobs {
+        let (tokens, top) = (self.tokens.get(from..), self.top.get(from..));
+        Logprobs { tokens: tokens.unwrap_or_default().to_vec(), top: top.unwrap_or_default().to_vec() }
+    }
+
+    /// Each token's own.
+    pub(crate) fn each(self) -> impl Iterator<Item = Logprobs> {
+        let mut top = self.top.into_iter();
+        self.tokens
+            .into_iter()
+            .map(move |token| Logprobs { tokens: vec![token], top: top.next().into_iter().collect() })
+    }
+
     /// `e^(−mean)` of the tokens' log-probabilities; 1 without tokens.
     pub fn perplexity(&self) -> f64 {
         (-self.sum() / self.tokens.len().max(1) as f64).exp()

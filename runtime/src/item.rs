@@ -15,7 +15,7 @@ use crate::constraint::{Constraint, ConstraintState};
 use crate::cross_attention::CrossAttentionTracker;
 use crate::draws::Draws;
 use crate::error::Error;
-use crate::hypothesis::Hypothesis;
+use crate::hypothesis::{Hypothesis, Logprobs};
 use crate::logprobs::LogprobTracker;
 use crate::model::{Model, TargetLimit, no_cross_attentions};
 use crate::options::{GenerationConfig, OptionError};
@@ -97,6 +97,11 @@ impl Call {
     /// The prompt of a row's target.
     pub fn prompt(&self, row: usize) -> &[i64] {
         &self.prompts.ids[row * self.prompts.length..][..self.prompts.length]
+    }
+
+    /// Whether its rows take nothing but logits from the first step, and so can take them from a later one.
+    pub fn takes_logits_alone(&self) -> bool {
+        !self.options.output_attentions && self.options.coverage_penalty == 0.0
     }
 
     /// Begins a row.
@@ -242,6 +247,12 @@ impl FinishedItem {
     pub fn unshown(&self) -> &[i64] {
         self.hypotheses[0].tokens.get(self.shown..).unwrap_or(&[])
     }
+
+    /// [`FinishedItem::unshown`], each with its log-probability if those are wanted.
+    pub fn unshown_with_logprobs(&self) -> Vec<(i64, Option<Logprobs>)> {
+        let logprobs = self.hypotheses[0].logprobs.as_ref().map(|logprobs| logprobs.after(self.shown));
+        with_logprobs(self.unshown(), logprobs)
+    }
 }
 
 impl Item {
@@ -330,6 +341,15 @@ impl Item {
         settled
     }
 
+    /// [`Item::settled`], each with its log-probability if those are wanted.
+    pub fn settled_with_logprobs(&mut self) -> Vec<(i64, Option<Logprobs>)> {
+        let from = self.shown;
+        let settled = self.settled().to_vec();
+        let logprobs = self.logprobs.as_ref().filter(|_| !settled.is_empty());
+        let logprobs = logprobs.map(|tracker| tracker.of(&self.search.settled(0)[..from + settled.len()]).after(from));
+        with_logprobs(&settled, logprobs)
+    }
+
     /// The hypotheses.
     pub fn finish(self) -> FinishedItem {
         let found = self.search.finish();
@@ -348,6 +368,11 @@ impl Item {
         }
         FinishedItem { row: self.row, hypotheses, shown: self.shown }
     }
+}
+
+fn with_logprobs(tokens: &[i64], logprobs: Option<Logprobs>) -> Vec<(i64, Option<Logprobs>)> {
+    let mut each = logprobs.into_iter().flat_map(Logprobs::each);
+    tokens.iter().map(|&token| (token, each.next())).collect()
 }
 
 /// Whether no number is NaN or infinite. In blocks, so that the compiler can compare many at once.

@@ -9,7 +9,7 @@ use std::ops::Range;
 
 use sysinfo::System;
 use t5gemma_graphs::Target;
-use t5gemma_graphs::facts::StackFacts;
+use t5gemma_graphs::facts::{StackFacts, VisionFacts};
 use t5gemma_graphs::interface::DType;
 use t5gemma_graphs::manifest::{EncoderWindow, Manifest};
 
@@ -140,6 +140,18 @@ impl Scratch {
             // Two masks of bytes, and no scores.
             (true, _) => 2,
             (false, _) => scratch.per_pair,
+        };
+        Scratch { per_token, per_pair }
+    }
+
+    /// Of the vision tower, whose tokens are patches.
+    pub fn of_tower(vision: &VisionFacts, manifest: &Manifest) -> Scratch {
+        let size = manifest.dtype.size();
+        let per_token = (2 * vision.intermediate_size + 5 * vision.hidden_size) * size;
+        let per_pair = match manifest.target == Target::Cpu.name() {
+            // Two masks of bytes, and no scores.
+            true => 2,
+            false => vision.num_attention_heads * (DType::Float32.size() + size),
         };
         Scratch { per_token, per_pair }
     }

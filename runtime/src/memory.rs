@@ -20,6 +20,8 @@ pub(crate) struct Footprint {
     pub target: usize,
     /// Tokens of the source.
     pub source: usize,
+    /// Images of the source.
+    pub images: usize,
     /// Bytes of cross-attentions, if they are kept.
     pub cross_attention_bytes: usize,
 }
@@ -34,12 +36,14 @@ impl Footprint {
         let new_tokens = call.max_length.saturating_sub(call.prompts.length);
         let numbers = rows.saturating_mul(new_tokens).saturating_mul(source);
         let cross_attention_bytes = if keeps_attentions { numbers.saturating_mul(size_of::<f32>()) } else { 0 };
-        Footprint { rows, target: call.max_length, source, cross_attention_bytes }
+        let images = call.batch.images()[row].len();
+        Footprint { rows, target: call.max_length, source, images, cross_attention_bytes }
     }
 
     /// The footprint of a row whose target is given; `target` is its length, prompt included.
     pub fn of_target(batch: &Batch, row: usize, target: usize) -> Footprint {
-        Footprint { rows: 1, target, source: batch.source(row).len(), cross_attention_bytes: 0 }
+        let images = batch.images()[row].len();
+        Footprint { rows: 1, target, source: batch.source(row).len(), images, cross_attention_bytes: 0 }
     }
 
     /// The footprint of both in memory that is one rectangle.
@@ -48,6 +52,7 @@ impl Footprint {
             rows: self.rows.saturating_add(other.rows),
             target: self.target.max(other.target),
             source: self.source.max(other.source),
+            images: self.images.saturating_add(other.images),
             cross_attention_bytes: self.cross_attention_bytes.saturating_add(other.cross_attention_bytes),
         }
     }
@@ -65,6 +70,10 @@ pub(crate) struct MemoryModel {
     tensors: usize,
     /// Bytes of a row of logits.
     logits_bytes: usize,
+    /// Bytes of an image's pixel values and features.
+    image_bytes: usize,
+    /// Scratch memory of the vision tower, which reads the images of all sources one after the other.
+    tower_bytes: usize,
     /// Rows of an engine that can share steps, each with its source's keys and values: those of the serving plan's
     /// batch.
     pub max_shared_rows: usize,
@@ -78,6 +87,9 @@ impl MemoryModel {
             _ => 4,
         };
         let tensors = 2 * decoder.num_hidden_layers;
+        let vision = model.facts().vision.as_ref();
+        let features = vision.map_or(0, |vision| vision.tokens_per_image * model.facts().encoder.hidden_size);
+        let pixels = vision.map_or(0, |vision| 3 * vision.image_size * vision.image_size);
         MemoryModel {
             layout: model.manifest().cache,
             // On a device one run of a graph moves all of them.
@@ -85,6 +97,10 @@ impl MemoryModel {
             token_bytes: decoder.num_key_value_heads * decoder.head_dim * width,
             tensors,
             logits_bytes: 4 * model.manifest().kept_tokens.unwrap_or(decoder.vocab_size),
+            image_bytes: (pixels + features).saturating_mul(size_of::<f32>()),
+            tower_bytes: vision.map_or(0, |vision| {
+                Scratch::of_tower(vision, model.manifest()).bytes(1, vision.patches, vision.patches)
+            }),
             max_shared_rows: model.profiles().map_or(usize::MAX, |profiles| profiles.batch.max),
         }
     }
@@ -100,7 +116,9 @@ impl MemoryModel {
         };
         let source = times(footprint.source, self.tensors.saturating_add(self.moved));
         let row = times(target.saturating_add(source), self.token_bytes).saturating_add(self.logits_bytes);
-        times(footprint.rows, row).saturating_add(footprint.cross_attention_bytes)
+        let tower = if footprint.images > 0 { self.tower_bytes } else { 0 };
+        let images = times(footprint.images, self.image_bytes).saturating_add(tower);
+        times(footprint.rows, row).saturating_add(footprint.cross_attention_bytes).saturating_add(images)
     }
 }
 
@@ -127,14 +145,23 @@ pub(crate) fn pieces_to_decode(
 #[cfg(test)]
 impl Footprint {
     /// A source with two rows.
-    pub const FOR_TESTS: Footprint = Footprint { rows: 2, target: 65, source: 10, cross_attention_bytes: 0 };
+    pub const FOR_TESTS: Footprint = Footprint { rows: 2, target: 65, source: 10, images: 0, cross_attention_bytes: 0 };
 }
 
 #[cfg(test)]
 impl MemoryModel {
     /// Of a model with a cache of four small tensors.
     pub fn for_tests(layout: CacheLayout) -> MemoryModel {
-        MemoryModel { layout, moved: 1, token_bytes: 100, tensors: 4, logits_bytes: 1000, max_shared_rows: usize::MAX }
+        MemoryModel {
+            layout,
+            moved: 1,
+            token_bytes: 100,
+            tensors: 4,
+            logits_bytes: 1000,
+            image_bytes: 300,
+            tower_bytes: 5000,
+            max_shared_rows: usize::MAX,
+        }
     }
 }
 
@@ -150,12 +177,15 @@ mod tests {
         assert_eq!(in_process(CacheLayout::InPlace).bytes(&ONE), 2 * ((128 + 10) * 5 * 100 + 1000));
         // Or the past and the present of 65 tokens.
         assert_eq!(in_process(CacheLayout::Growing).bytes(&ONE), 2 * ((65 * 8 + 10 * 5) * 100 + 1000));
-        let other = Footprint { rows: 1, target: 9, source: 20, cross_attention_bytes: 720 };
-        let both = Footprint { rows: 3, target: 65, source: 20, cross_attention_bytes: 720 };
+        let other = Footprint { rows: 1, target: 9, source: 20, images: 2, cross_attention_bytes: 720 };
+        let both = Footprint { rows: 3, target: 65, source: 20, images: 2, cross_attention_bytes: 720 };
         assert_eq!(ONE.beside(other), both);
         let attending = Footprint { cross_attention_bytes: 5200, ..ONE };
-        let bytes = |footprint| in_process(CacheLayout::InPlace).bytes(footprint);
+        let bytes = |footprint: &Footprint| in_process(CacheLayout::InPlace).bytes(footprint);
         assert_eq!(bytes(&attending), bytes(&ONE) + 5200);
+        // The tower reads the images of all rows one after the other.
+        let seeing = |images| bytes(&Footprint { images, ..ONE });
+        assert_eq!([1, 3].map(seeing), [5300, 5900].map(|images| bytes(&ONE) + images));
         // On a device all 4 tensors are moved at once; a static cache has its capacity whatever the target's length.
         let on_device = |layout| MemoryModel { moved: 4, ..in_process(layout) };
         assert_eq!(on_device(CacheLayout::InPlace).bytes(&ONE), 2 * ((128 + 10) * 8 * 100 + 1000));

@@ -4,6 +4,7 @@
 
 mod comparison;
 mod encoders;
+mod images;
 
 use std::collections::BTreeMap;
 use std::ops::{ControlFlow, Range};
@@ -65,7 +66,7 @@ const EXPECTED_LENGTH: usize = 20;
 
 /// Checks the model against itself: cached steps against recomputation, one step with many tokens against many steps
 /// with one, a ragged batch against its rows alone, left against right padding, beam search with one beam against
-/// greedy search, and beam scores against recomputed ones.
+/// greedy search, and beam scores against recomputed ones; and rows with images beside others against the same alone.
 ///
 /// `tolerance` replaces the default limit of each comparison: 5e-4 in float32; with quantized weights, where
 /// activations are rounded too, a thousandth of the largest number compared if that is more; in half precision, a tenth
@@ -126,6 +127,12 @@ pub fn consistency(model: &Model, tolerance: Option<f32>, cancel: &Cancellation)
     let logits = forced(model, &left, &targets, &[1; TARGETS], cancel)?;
     check("hidden states: left padding = right padding", of_hidden, limit(hidden_scale));
     check("logits: left padding = right padding", max_abs_difference(&logits, &one_by_one), limit(scale));
+
+    if model.facts().vision.is_some() {
+        let encode = |batch: &Batch| model.encode(batch, cancel);
+        let (difference, scale) = images::beside_texts(model.facts(), encode)?;
+        check("hidden states: rows with and without images = alone", difference, limit(scale));
+    }
 
     // Without the model's other options: processors act on logits in greedy search and on log-probabilities in beam
     // search, so that the two rightly differ.

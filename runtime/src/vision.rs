@@ -4,12 +4,12 @@
 use std::collections::HashMap;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
+use ndarray::Array3;
 use ort::session::SessionInputValue;
-use t5gemma_graphs::facts::VisionFacts;
+use t5gemma_graphs::facts::{Facts, VisionFacts};
 use t5gemma_graphs::interface::DType;
 use t5gemma_kernels::LogitsRequest;
 
-use crate::batch::Batch;
 use crate::cancellation::Cancellation;
 use crate::encoder_cache::{EncoderCache, States};
 use crate::error::Error;
@@ -28,10 +28,10 @@ pub(crate) struct VisionTower {
 }
 
 impl VisionTower {
-    /// The features of the images of each row of a checked batch; `open` opens the graph.
+    /// The features of the images of each row, which have been checked; `open` opens the graph.
     pub fn features(
         &self,
-        batch: &Batch,
+        rows: &[Vec<PixelValues>],
         vision: &VisionFacts,
         cache: Option<&EncoderCache>,
         on_cpu: bool,
@@ -41,7 +41,7 @@ impl VisionTower {
         // By digest: a picture may stand in several rows.
         let mut known: HashMap<[u8; 32], States> = HashMap::new();
         let mut missing: Vec<&PixelValues> = Vec::new();
-        for image in batch.images().iter().flatten() {
+        for image in rows.iter().flatten() {
             if known.contains_key(&image.digest()) || missing.iter().any(|other| other.digest() == image.digest()) {
                 continue;
             }
@@ -62,7 +62,7 @@ impl VisionTower {
             }
         }
         let of_row = |images: &Vec<PixelValues>| images.iter().map(|image| known[&image.digest()].clone()).collect();
-        Ok(batch.images().iter().map(of_row).collect())
+        Ok(rows.iter().map(of_row).collect())
     }
 
     fn session(&self, open: impl FnOnce() -> Result<GraphSession, Error>) -> Result<&GraphSession, Error> {
@@ -76,6 +76,15 @@ impl VisionTower {
         let session = open()?;
         Ok(self.session.get_or_init(|| session))
     }
+}
+
+/// Features of images as an array, `[images, tokens_per_image, hidden_size]`.
+pub(crate) fn stacked(features: &[States], facts: &Facts) -> Result<Array3<f32>, Error> {
+    let tokens = facts.vision.as_ref().map_or(0, |vision| vision.tokens_per_image);
+    let shape = [features.len(), tokens, facts.encoder.hidden_size];
+    let numbers = features.iter().flat_map(|features| features.iter().copied()).collect();
+    Array3::from_shape_vec(shape, numbers)
+        .map_err(|error| Error::OnnxRuntime { during: DURING.into(), message: error.to_string() })
 }
 
 /// The features of each image.

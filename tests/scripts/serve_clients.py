@@ -24,6 +24,13 @@ def openai(address, text, expected):
     (choice,) = answer.choices
     assert (choice.text, choice.finish_reason) == (expected, "stop"), answer
     assert "".join(choice.logprobs.tokens[:-1]) == expected and len(choice.logprobs.top_logprobs) == answer.usage.completion_tokens, choice
+    for beams in (2, 1):
+        asked = dict(model="demo", prompt=text, logprobs=2, max_tokens=30, extra_body={"num_beams": beams})
+        whole, chunks = complete(**asked).choices[0].logprobs, list(complete(stream=True, **asked))
+        pieces = [chunk.choices[0].logprobs for chunk in chunks if chunk.choices[0].logprobs]
+        assert len(pieces) > 10 and [chunk.choices[0].text for chunk in chunks if not chunk.choices[0].logprobs] in ([], [""]), chunks
+        for field in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+            assert sum((getattr(piece, field) for piece in pieces), []) == getattr(whole, field), (field, chunks)
     answer = complete(model="demo", prompt=[text, "a"], n=2, temperature=0.7, seed=1, max_tokens=5)
     assert [choice.index for choice in answer.choices] == [0, 1, 2, 3], answer
     assert complete(model="demo", prompt=text, temperature=0, seed=3, top_p=0.5).choices[0].text == expected
@@ -46,6 +53,9 @@ def openai(address, text, expected):
     assert chunks[0].choices[0].delta.role == "assistant", chunks
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == expected, chunks
     assert chunks[-2].choices[0].finish_reason == "stop" and chunks[-1].usage.total_tokens > 0, chunks
+    chunks = list(chat(model="chat", messages=messages, logprobs=True, top_logprobs=2, stream=True))
+    pieces = [chunk.choices[0].logprobs.content for chunk in chunks if chunk.choices[0].logprobs]
+    assert len(pieces) > 10 and sum(pieces, []) == logprobs, chunks
     schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
     answer = chat(model="chat", messages=messages, response_format=form, max_completion_tokens=30).choices[0].message.content
@@ -89,7 +99,10 @@ def huggingface_hub(address, text, expected):
     assert (details.details.finish_reason, details.details.generated_tokens, details.details.seed) == ("length", 4, 3), details
     assert expected.startswith(details.generated_text) and details.details.tokens[0].logprob <= 0, details
     assert "".join(client.text_generation(text, stream=True)) == expected
-    *others, last = client.text_generation(text, stream=True, details=True)
+    whole = client.text_generation(text, details=True, top_n_tokens=2).details
+    *others, last = client.text_generation(text, stream=True, details=True, top_n_tokens=2)
+    assert [event.token.logprob for event in [*others, last]] == [token.logprob for token in whole.tokens], others
+    assert [event.top_tokens for event in [*others, last]] == whole.top_tokens, others
     assert all(event.generated_text is None for event in others) and len(others) > 10, others
     assert (last.generated_text, last.details.finish_reason) == (expected, "eos_token"), last
     assert client.text_generation(text, grammar={"type": "regex", "value": "a[bc]"}, max_new_tokens=5) in ("ab", "ac")

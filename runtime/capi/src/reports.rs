@@ -118,7 +118,7 @@ impl Reports {
         let (progress, texts) = (self.progress, &mut self.texts);
         let answer = match event {
             Event::Admitted { row } => progress.admitted(row),
-            Event::Token { row, token } => progress.piece(row, token, texts.token(row, token)?),
+            Event::Token { row, token, .. } => progress.piece(row, token, texts.token(row, token)?),
             Event::Row { row, hypotheses } => {
                 self.rows[row] = hypotheses;
                 match texts.rest(row)? {

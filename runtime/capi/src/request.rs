@@ -166,7 +166,7 @@ impl Running {
 
     fn take(&mut self, event: Event) -> Result<(), t5g_error> {
         match event {
-            Event::Token { row, token } => {
+            Event::Token { row, token, .. } => {
                 let text = self.texts.token(row, token)?;
                 self.pending.push_back(RequestEvent::Piece { row, token, text });
             }

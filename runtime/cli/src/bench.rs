@@ -3,6 +3,7 @@
 
 mod clients;
 mod encoder;
+mod images;
 mod machine;
 mod protocol;
 mod step_bytes;
@@ -27,7 +28,7 @@ use crate::opening::{ModelArguments, Opening, RuntimeArguments};
 use crate::progress::counter;
 use machine::{Memory, now_ns, read_bandwidth};
 use step_bytes::StepBytes;
-use times::Times;
+use times::{Times, megabytes, milliseconds};
 
 /// Benchmark a model on this machine
 ///
@@ -53,7 +54,7 @@ pub struct Arguments {
     workload: Workload,
     /// Measure the cases of a JSON file, described below
     #[arg(long, value_name = "FILE", help_heading = "Input", requires = "response", conflicts_with_all =
-        ["threads", "json", "batch_size", "num_beams", "source_length", "max_new_tokens", "repeat", "warmup", "clients"])]
+        ["threads", "json", "batch_size", "num_beams", "source_length", "images","max_new_tokens", "repeat", "warmup", "clients"])]
     request: Option<PathBuf>,
     /// Print JSON instead of a table
     #[arg(long, help_heading = "Output")]
@@ -86,6 +87,18 @@ struct Workload {
         value_parser = clap::value_parser!(u32).range(1..)
     )]
     source_length: u32,
+    /// Number of images in each source, whose tokens come on top of --source-length
+    ///
+    /// Also measures the vision tower for one image. Images are random numbers, the same every time.
+    #[arg(
+        long,
+        value_name = "N",
+        help_heading = "Input",
+        default_value_t = 0,
+        value_parser = clap::value_parser!(u32).range(0..=64),
+        conflicts_with = "clients"
+    )]
+    images: u32,
     /// Number of beams; 1 is greedy search
     #[arg(
         long,
@@ -225,7 +238,7 @@ impl Case {
         let tokens = random_tokens(model.facts().encoder.vocab_size, rows * length);
         let options = Case::options(model, workload.num_beams as usize);
         let sources: Vec<&[i64]> = tokens.chunks(length).collect();
-        let batch = Batch::padded(&sources, options.pad_token_id)?;
+        let batch = images::sources(&sources, workload.images as usize, model.facts(), options.pad_token_id)?;
         let longest = model.facts().decoder.max_position_embeddings;
         ensure_usage!(
             (workload.max_new_tokens as usize) < longest,
@@ -317,16 +330,10 @@ fn model_json(opening: &Opening, manifest: &Manifest) -> Value {
     })
 }
 
-fn megabytes(bytes: u64) -> String {
-    format!("{:.0} MB", bytes as f64 / 1e6)
-}
-
-fn milliseconds(from: u64, to: u64) -> f64 {
-    (to - from) as f64 / 1e6
-}
-
 /// The times of the measured runs, in milliseconds.
 struct Measured {
+    /// Of the vision tower, for one image.
+    image: Option<Times>,
     encode: Times,
     first_token: Times,
     /// None if there is no step after the first token.
@@ -337,8 +344,14 @@ struct Measured {
 fn measure(model: &Model, case: &Case, workload: &Workload, cancel: &Cancellation) -> Result<Measured> {
     let runs = counter("runs", false);
     let (mut encode, mut first_token, mut step, mut call) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let (pixels, mut image) = (case.batch.images()[0].first().cloned(), Vec::new());
     for run in 0..u64::from(workload.warmup) + u64::from(workload.repeat) {
         let is_measured = run >= u64::from(workload.warmup);
+        if let Some(pixels) = &pixels {
+            let start = now_ns();
+            model.encode_images(std::slice::from_ref(pixels), cancel)?;
+            image.extend(is_measured.then(|| milliseconds(start, now_ns())));
+        }
         let start = now_ns();
         model.encode(&case.batch, cancel)?;
         let encoded = now_ns();
@@ -354,6 +367,7 @@ fn measure(model: &Model, case: &Case, workload: &Workload, cancel: &Cancellatio
     runs.finish_and_clear();
     let measured = "at least one run is measured, and each generates at least one token";
     Ok(Measured {
+        image: Times::of(image),
         encode: Times::of(encode).expect(measured),
         first_token: Times::of(first_token).expect(measured),
         step: Times::of(step),
@@ -392,6 +406,7 @@ impl Report {
                 "batch_size": case.batch.rows(),
                 "num_beams": case.options.num_beams,
                 "source_length": case.batch.length(),
+                "images": case.batch.images()[0].len(),
                 "max_new_tokens": case.tokens,
                 "warmup": workload.warmup,
                 "repeat": workload.repeat,
@@ -399,6 +414,7 @@ impl Report {
             },
             "open_ms": self.open_ms,
             "open_to_first_token_ms": self.open_to_first_token_ms,
+            "image_ms": measured.image.as_ref().map(Times::json),
             "encode_ms": measured.encode.json(),
             "first_token_ms": measured.first_token.json(),
             "step_ms": measured.step.as_ref().map(Times::json),
@@ -431,13 +447,14 @@ impl Report {
             _ => not_available(),
         };
         let threads = opening.runtime.threads.map_or("one per core".to_string(), |threads| threads.to_string());
-        [
+        let rows = [
             ("model", format!("{}: {}, {}", opening.path().display(), manifest.target, manifest.dtype)),
-            ("sources", format!("{} of {} tokens", case.batch.rows(), case.batch.length())),
+            ("sources", images::text(&case.batch)),
             ("targets", format!("{} tokens, num_beams {}", case.tokens, case.options.num_beams)),
             ("runs", format!("{} after {} warm-up runs; threads: {threads}", workload.repeat, workload.warmup)),
             ("open", format!("{:.0} ms; first token after {:.0} ms", self.open_ms, self.open_to_first_token_ms)),
             ("ms", Times::COLUMNS.map(|column| format!("{column:>10}")).concat()),
+            ("  image", times(measured.image.as_ref())),
             ("  encode", times(Some(&measured.encode))),
             ("  first token", times(Some(&measured.first_token))),
             ("  further step", times(measured.step.as_ref())),
@@ -453,9 +470,9 @@ impl Report {
                 ),
             ),
             ("memory reads", bandwidth),
-        ]
-        .map(|(name, value)| format!("{name:<16}{value}\n"))
-        .concat()
+        ];
+        let rows = rows.into_iter().filter(|(name, _)| *name != "  image" || measured.image.is_some());
+        rows.map(|(name, value)| format!("{name:<16}{value}\n")).collect()
     }
 }
 

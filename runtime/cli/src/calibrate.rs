@@ -4,7 +4,7 @@ use std::fs;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use serde_json::json;
+use serde_json::{Map, json};
 use t5gemma_protocol::{Tokenize, without_byte_order_mark};
 use t5gemma_runtime::{Calibration, Cancellation, GenerationConfig, task_of};
 
@@ -86,7 +86,7 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     let done = counter("texts", true);
     for (number, line) in lines {
         let place = || format!("{}: line {}", texts.display(), number + 1);
-        let request = match requests::read_line(line, number, kind, reader) {
+        let request = match requests::read_line(line, &Map::new(), number, kind, reader) {
             Ok(request) => request,
             Err(refused) => bail!("{}: {}", place(), refused.reason),
         };

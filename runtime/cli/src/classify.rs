@@ -10,7 +10,7 @@ use t5gemma_protocol::{
 use t5gemma_runtime::{Cancellation, Encoder, Error, ScoreFunction, Task};
 
 use crate::exit::Outcome;
-use crate::images::WithFiles;
+use crate::images::{ImageArguments, WithFiles};
 use crate::opening::{ModelArguments, Opening, RuntimeArguments};
 use crate::packing::Packing;
 use crate::progress::counter;
@@ -33,6 +33,8 @@ pub struct Arguments {
     /// Read requests and write results as JSON lines
     #[arg(long, help_heading = "Input", conflicts_with = "texts")]
     jsonl: bool,
+    #[command(flatten)]
+    images: ImageArguments,
     /// Number of labels per text or token, best first
     #[arg(long, value_name = "N|all", help_heading = "Output", default_value = "1", value_parser = top_k)]
     top_k: usize,
@@ -65,7 +67,8 @@ pub struct Arguments {
 const JSON_LINES: &str = r#"JSON lines (--jsonl):
 Each line of stdin is a request, each line of stdout its result, in the same order:
 
-  request  {"id"?, "text" | "input_ids", "attention_mask"?}
+  request  {"id"?, "text" | "input_ids", "attention_mask"?,
+            "images"? | "pixel_values"?, "pan_and_scan"?}
   result   {"id", "labels": [[{"label", "score"}, ...], ...], "usage"}
   or       {"id", "tokens": [[{"token", "text"?, "labels": [{"label",
             "score"}, ...]}, ...], ...], "usage"}
@@ -108,7 +111,9 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     let mut outcome = Outcome::Done;
     let done = counter("classified", true);
     let with_files = WithFiles(&encoder);
-    let mut read = Requests::open(&arguments.texts, arguments.jsonl, Kind::Encode { truncates: false }, &with_files);
+    let kind = Kind::Encode { truncates: false };
+    let read = Requests::open(&arguments.texts, arguments.jsonl, kind, &with_files);
+    let mut read = read.with_images(arguments.images.fields());
     let mut number = 0;
     loop {
         let group = read.next_group(&packing, cancel)?;

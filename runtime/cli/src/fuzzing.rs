@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use serde_json::Map;
 use t5gemma_runtime::Model;
 
 use crate::bench;
@@ -20,7 +21,7 @@ pub fn read_request(line: &[u8], model: &Model) {
         Kind::Encode { truncates: true },
     ];
     for kind in kinds {
-        if let Ok(request) = requests::read_line(line, 0, kind, model) {
+        if let Ok(request) = requests::read_line(line, &Map::new(), 0, kind, model) {
             let _ = t5gemma_protocol::batch(&[request], 0);
         }
     }

@@ -162,7 +162,7 @@ struct Answering<'a> {
     /// The model's options overridden by the flags; a request's options override these.
     options: &'a GenerationConfig,
     flags: &'a GenerationFlags,
-    /// The fields of the images of every text.
+    /// The fields of the images of every request that has none of its own.
     images: Map<String, Value>,
     /// The tokens that every target starts with.
     prompt: Option<Vec<i64>>,
@@ -273,14 +273,14 @@ impl Answering<'_> {
         let mut outcome = Outcome::Done;
         let done = counter("requests", true);
         while let Some((number, line)) = lines.next(self.cancel)? {
-            let mut requests = vec![requests::read_line(&line, number, Kind::Generate, self.chat)];
+            let mut requests = vec![requests::read_line(&line, &self.images, number, Kind::Generate, self.chat)];
             let rows = |requests: &[Result<TokenizedRequest, Refused>]| {
                 requests.iter().flatten().map(|request| request.sources.len()).sum::<usize>()
             };
             let window = self.packing.window();
             while rows(&requests) < window && requests.len() < window && lines.is_ready(self.packing.patience())? {
                 let Some((number, line)) = lines.next(self.cancel)? else { break };
-                requests.push(requests::read_line(&line, number, Kind::Generate, self.chat));
+                requests.push(requests::read_line(&line, &self.images, number, Kind::Generate, self.chat));
             }
             for answer in self.answers(requests, false)? {
                 // A decoding failure affects only its own request.

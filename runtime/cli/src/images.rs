@@ -14,8 +14,8 @@ pub struct ImageArguments {
     /// Image for every text; repeat for a text with several
     ///
     /// A JPEG, PNG or WebP file, or a data URI. The images stand where the text has <start_of_image>; an empty text
-    /// is one of nothing but the images.
-    #[arg(long = "image", value_name = "FILE", help_heading = "Input", conflicts_with = "jsonl")]
+    /// is one of nothing but the images. JSON requests without images of their own get them, too.
+    #[arg(long = "image", value_name = "FILE", help_heading = "Input")]
     images: Vec<String>,
     /// Whether crops follow images that are much wider than high or the reverse [default: as the model's settings say]
     #[arg(

@@ -156,7 +156,7 @@ pub fn main() -> ExitCode {
         Command::Calibrate(arguments) => calibrate::run(arguments, &cancel),
         Command::Shortlist(arguments) => shortlist::run(arguments, &cancel),
         Command::BuildEngines(arguments) => engines::run(arguments),
-        Command::Doctor(arguments) => doctor::run(arguments),
+        Command::Doctor(arguments) => doctor::run(arguments, &cancel),
         Command::Completions { shell } => documents::completions(&mut Cli::command(), shell),
         Command::Man { dir } => documents::man_pages(Cli::command(), &dir),
     });

@@ -62,10 +62,21 @@ pub fn read_text(
     tokenized(fields, number.into(), kind, model).map_err(|error| refused(reason(error)))
 }
 
-/// Reads a line of JSON. `number` counts lines from 0.
-pub fn read_line(line: &[u8], number: usize, kind: Kind, model: &dyn Tokenize) -> Result<TokenizedRequest, Refused> {
+/// Reads a line of JSON; `images` are the fields of the images of requests without their own. `number` counts lines
+/// from 0.
+pub fn read_line(
+    line: &[u8],
+    images: &Map<String, Value>,
+    number: usize,
+    kind: Kind,
+    model: &dyn Tokenize,
+) -> Result<TokenizedRequest, Refused> {
     let mut id = number.into();
     let request = fields(line).and_then(|mut fields| {
+        if !["images", "pixel_values"].iter().any(|field| fields.contains_key(*field)) {
+            let given = images.iter().filter(|(field, _)| !fields.contains_key(*field));
+            fields.extend(given.map(|(field, value)| (field.clone(), value.clone())).collect::<Vec<_>>());
+        }
         if let Some(given) = Id::take(&mut fields)? {
             id = given;
         }
@@ -137,7 +148,7 @@ pub struct Requests<'a> {
     /// Set if no texts are given as arguments.
     lines: Option<Lines>,
     jsonl: bool,
-    /// The fields of the images of every text.
+    /// The fields of the images of every request that has none of its own.
     images: Map<String, Value>,
     kind: Kind,
     model: &'a dyn Tokenize,
@@ -154,7 +165,7 @@ impl<'a> Requests<'a> {
         Requests { texts: texts.iter().enumerate(), lines, jsonl, images: Map::new(), kind, model }
     }
 
-    /// Gives every text these fields of its images.
+    /// Gives every request without images of its own these fields of its images.
     pub fn with_images(self, images: Map<String, Value>) -> Requests<'a> {
         Requests { images, ..self }
     }
@@ -177,7 +188,7 @@ impl<'a> Requests<'a> {
             };
             let Some((number, line)) = read else { break };
             let request = if self.jsonl {
-                read_line(&line, number, self.kind, self.model)
+                read_line(&line, &self.images, number, self.kind, self.model)
             } else {
                 read_text(&line, &self.images, number, self.kind, self.model)
             };

@@ -8,7 +8,7 @@ use t5gemma_protocol::{Score, ScoreResponse, ScoreResult, TokenizedRequest, Usag
 use t5gemma_runtime::{Batch, Cancellation, CrossAttentions, Error, Logprobs, Model, TargetScore};
 
 use crate::exit::Outcome;
-use crate::images::WithFiles;
+use crate::images::{ImageArguments, WithFiles};
 use crate::lines::Lines;
 use crate::opening::{AdapterArguments, ModelArguments, Opening, RuntimeArguments};
 use crate::packing::Packing;
@@ -34,6 +34,8 @@ pub struct Arguments {
     /// The model must be exported with --alignment.
     #[arg(long, help_heading = "Output")]
     output_attentions: bool,
+    #[command(flatten)]
+    images: ImageArguments,
     #[command(flatten)]
     adapters: AdapterArguments,
     #[command(flatten)]
@@ -72,6 +74,9 @@ Examples:
     echo '{"text": "Mr. Brown paid $5.", "target": "mister brown paid five dollars"}' |
       t5gemma score model
 
+  Score captions of an image:
+    t5gemma score model --image photo.jpg < captions.jsonl
+
   Score the requests of a file, with the three most likely tokens at each position:
     t5gemma score model --top-logprobs 3 < requests.jsonl > scores.jsonl"#;
 
@@ -88,14 +93,16 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     let (top, output_attentions) = (arguments.top_logprobs, arguments.output_attentions);
     let scoring = Scoring { model, cancel, top, output_attentions };
     let with_files = WithFiles(&**model);
+    let images = arguments.images.fields();
+    let read = |line: &[u8], number| requests::read_line(line, &images, number, kind, &with_files);
     let mut lines = Lines::requests();
     let mut outcome = Outcome::Done;
     let done = counter("requests", true);
     while let Some((number, line)) = lines.next(cancel)? {
-        let mut requests = vec![requests::read_line(&line, number, kind, &with_files)];
+        let mut requests = vec![read(&line, number)];
         while requests.len() < packing.window() && lines.is_ready(packing.patience())? {
             let Some((number, line)) = lines.next(cancel)? else { break };
-            requests.push(requests::read_line(&line, number, kind, &with_files));
+            requests.push(read(&line, number));
         }
         let answers = match packing.is_by_tokens() {
             true => packing.run(requests, fits, |pack| scoring.group(pack)),

@@ -19,7 +19,8 @@ use crate::tensors::Tensors;
 /// Check a model's numerics
 ///
 /// Checks a model against itself: cached steps against recomputation, a ragged batch against its rows alone, left
-/// against right padding, beam search with one beam against greedy search, and beam scores against recomputed ones.
+/// against right padding, beam search with one beam against greedy search, beam scores against recomputed ones, and
+/// rows with images beside others against the same alone.
 /// With --golden, also checks it against reference tensors. Prints the largest error of each comparison; the exit
 /// status is 1 if one exceeds its limit. With --against, only reports the differences from another model of the same
 /// checkpoint.
@@ -38,7 +39,8 @@ pub struct Arguments {
     /// Model of the same checkpoint to compare with, such as the unquantized one
     ///
     /// Reports the errors of hidden states and logits along that model's greedy outputs, and how often both models
-    /// agree on the most likely token; for encoders, the error and the cosine similarity of each output.
+    /// agree on the most likely token; for encoders, the error and the cosine similarity of each output. Both report the
+    /// same of image features, of three synthetic images.
     #[arg(long, value_name = "OTHER_MODEL", help_heading = "Input", conflicts_with_all = ["golden", "tolerance"])]
     against: Option<PathBuf>,
     /// Sources for --against, one per line, representative of real requests [default: random tokens]
@@ -168,6 +170,7 @@ fn compare(opening: &Opening, other: &Path, texts: Option<&Path>, cancel: &Cance
         top1_agreement,
         top1_in_top5,
         kl_divergence,
+        image_features,
     } = comparison(&model, &other, &sources.ids, cancel)?;
     let percent = |share: f64| format!("{:.2} %", 100.0 * share);
     let rows = [
@@ -179,10 +182,16 @@ fn compare(opening: &Opening, other: &Path, texts: Option<&Path>, cancel: &Cance
         ("its most likely token in the other's top 5", percent(top1_in_top5)),
         ("Kullback-Leibler divergence, nats", format!("{kl_divergence:.2e}")),
     ];
-    let rows = rows.map(|(name, value)| format!("{name:<46} {value:>10}\n")).concat();
-    Ok(Report {
-        table: format!("sources: {}\n{rows}", sources.description),
-        json: json!({
+    let of_images = image_features.as_ref().map(|features| {
+        [
+            ("image features, relative error", format!("{:.2e}", features.relative_error)),
+            ("image features, mean cosine", format!("{:.6}", features.mean_cosine)),
+            ("image features, least cosine", format!("{:.6}", features.min_cosine)),
+        ]
+    });
+    let rows = rows.into_iter().chain(of_images.into_iter().flatten());
+    let rows: String = rows.map(|(name, value)| format!("{name:<46} {value:>10}\n")).collect();
+    let mut json = json!({
             "sources": sources.description,
             "positions": positions,
             "hidden_relative_error": hidden_relative_error,
@@ -191,8 +200,12 @@ fn compare(opening: &Opening, other: &Path, texts: Option<&Path>, cancel: &Cance
             "top1_agreement": top1_agreement,
             "top1_in_top5": top1_in_top5,
             "kl_divergence": kl_divergence,
-        }),
-    })
+    });
+    if let Some(OutputComparison { relative_error, mean_cosine, min_cosine, .. }) = image_features {
+        json["image_features"] =
+            json!({"relative_error": relative_error, "mean_cosine": mean_cosine, "min_cosine": min_cosine});
+    }
+    Ok(Report { table: format!("sources: {}\n{rows}", sources.description), json })
 }
 
 fn compare_encoders(opening: &Opening, other: &Path, texts: Option<&Path>, cancel: &Cancellation) -> Result<Report> {

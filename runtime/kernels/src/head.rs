@@ -162,7 +162,7 @@ impl TopKHead {
     }
 
     /// Whether a matrix of this shape is the head, and large enough.
-    fn is_head(&self, Shape { n, k, .. }: Shape) -> bool {
+    pub fn is_head(&self, Shape { n, k, .. }: Shape) -> bool {
         n == self.vocab_size && n * k >= self.large
     }
 

@@ -10,6 +10,8 @@ pub enum LogitsRequest {
     /// All of them.
     #[default]
     All,
+    /// None: the run is for its keys and values. The logits may be empty.
+    Nothing,
     /// The greatest `k`; of the others only that they are no greater.
     TopK {
         /// How many.
@@ -24,8 +26,9 @@ pub enum LogitsRequest {
 impl LogitsRequest {
     /// The request that satisfies both.
     pub fn union(self, other: LogitsRequest) -> LogitsRequest {
-        use LogitsRequest::{All, TopK};
+        use LogitsRequest::{All, Nothing, TopK};
         match (self, other) {
+            (Nothing, request) | (request, Nothing) => request,
             (TopK { k, log_sum_exp, sparse }, TopK { k: other_k, log_sum_exp: other_sum, sparse: other_sparse }) => {
                 TopK { k: k.max(other_k), log_sum_exp: log_sum_exp || other_sum, sparse: sparse && other_sparse }
             }
@@ -37,7 +40,7 @@ impl LogitsRequest {
     pub fn dense(self) -> LogitsRequest {
         match self {
             LogitsRequest::TopK { k, log_sum_exp, .. } => LogitsRequest::TopK { k, log_sum_exp, sparse: false },
-            LogitsRequest::All => LogitsRequest::All,
+            request => request,
         }
     }
 }
@@ -50,6 +53,7 @@ impl AtomicRequest {
     pub fn set(&self, request: LogitsRequest) {
         let bits = match request {
             LogitsRequest::All => 0,
+            LogitsRequest::Nothing => u64::MAX,
             LogitsRequest::TopK { k, log_sum_exp, sparse } => {
                 (k.clamp(1, u32::MAX as usize) as u64) << 2 | u64::from(sparse) << 1 | u64::from(log_sum_exp)
             }
@@ -61,6 +65,7 @@ impl AtomicRequest {
     pub fn get(&self) -> LogitsRequest {
         match self.0.load(Ordering::Acquire) {
             0 => LogitsRequest::All,
+            u64::MAX => LogitsRequest::Nothing,
             bits => LogitsRequest::TopK { k: (bits >> 2) as usize, log_sum_exp: bits & 1 == 1, sparse: bits & 2 == 2 },
         }
     }
@@ -224,8 +229,10 @@ mod tests {
                 }
             }
         }
-        request.set(LogitsRequest::All);
-        assert_eq!(request.get(), LogitsRequest::All);
+        for expected in [LogitsRequest::Nothing, LogitsRequest::All] {
+            request.set(expected);
+            assert_eq!(request.get(), expected);
+        }
     }
 
     #[test]
@@ -233,6 +240,8 @@ mod tests {
         let top_k = |k, log_sum_exp, sparse| LogitsRequest::TopK { k, log_sum_exp, sparse };
         let cases = [
             (LogitsRequest::All, top_k(3, false, true), LogitsRequest::All),
+            (LogitsRequest::All, LogitsRequest::Nothing, LogitsRequest::All),
+            (top_k(3, true, false), LogitsRequest::Nothing, top_k(3, true, false)),
             (top_k(3, false, true), top_k(5, true, true), top_k(5, true, true)),
             (top_k(3, false, true), top_k(1, false, false), top_k(3, false, false)),
         ];

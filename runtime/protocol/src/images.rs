@@ -83,6 +83,11 @@ impl ImageFields {
         self.images.is_some() || self.pixel_values.is_some()
     }
 
+    /// The number of images that are named.
+    pub fn count(&self) -> usize {
+        self.images.iter().flat_map(|images| images.rows()).map(Vec::len).sum()
+    }
+
     /// Refuses two kinds of images.
     pub(crate) fn check(&self) -> Result<(), RequestError> {
         match (&self.images, &self.pixel_values, self.pan_and_scan) {

@@ -2,7 +2,7 @@
 //! clients send it for what was not given.
 
 use serde_json::{Map, Value};
-use t5gemma_protocol::{Images, abbreviated};
+use t5gemma_protocol::{ImageFields, Images, abbreviated};
 
 use crate::failure::{Failure, Reason};
 
@@ -83,6 +83,11 @@ impl Fields {
     /// A text or a list of texts.
     pub fn texts(&mut self, name: &str) -> Result<Option<Vec<String>>, Failure> {
         self.as_form(name, "a string or a list of strings", texts)
+    }
+
+    /// The fields of the images of sources.
+    pub fn image_fields(&mut self) -> Result<ImageFields, Failure> {
+        Ok(ImageFields { images: self.images()?, pan_and_scan: self.flag("pan_and_scan")?, pixel_values: None })
     }
 
     /// The images of one source, or those of each: data URIs.

@@ -124,8 +124,7 @@ fn begin(
     let Some(generator) = served.generator() else {
         return Err(Failure::new(Reason::Invalid, format!("{} does not generate", served.name)));
     };
-    let images = ask.request.images.images.iter().flat_map(|images| images.rows()).flatten().count();
-    check_images(images, &app)?;
+    check_images(ask.request.images.count(), &app)?;
     let mut request = tokenized(&ask, generator)?;
     let limit = app.config.limits.max_request_sources;
     if request.sources.len() > limit {
@@ -173,7 +172,8 @@ fn begin(
     })
 }
 
-fn check_images(count: usize, app: &App) -> Result<(), Failure> {
+/// Refuses a request with more images than the server takes in one.
+pub fn check_images(count: usize, app: &App) -> Result<(), Failure> {
     let limit = app.config.limits.max_request_images;
     if count > limit {
         let message = format!("the request has {count} images, but the server takes at most {limit}");

@@ -51,6 +51,7 @@ pub struct EncoderWork {
     pub encoder: Encoder,
     /// One call runs at a time: the model's threads are all at work for it.
     pub turn: Semaphore,
+    image_limits: ImageLimits,
 }
 
 impl fmt::Debug for Served {
@@ -67,6 +68,8 @@ impl Served {
     pub fn open(model: &ModelConfig, config: &Config) -> Result<Served, Error> {
         let cancel = Cancellation::new();
         let folder = &model.folder;
+        let image_limits =
+            ImageLimits::default().max_bytes(config.limits.max_body_bytes).max_pixels(config.limits.max_image_pixels);
         let work = match task_of(folder)? {
             Task::Text2TextGeneration => {
                 let mut copies = Vec::new();
@@ -91,13 +94,11 @@ impl Served {
                     template: OnceLock::new(),
                     encoder: OnceLock::new(),
                     open: config.open.clone(),
-                    image_limits: ImageLimits::default()
-                        .max_bytes(config.limits.max_body_bytes)
-                        .max_pixels(config.limits.max_image_pixels),
+                    image_limits,
                 }))
             }
             _ => {
-                let work = EncoderWork::open(folder, &config.open)?;
+                let work = EncoderWork::open(folder, &config.open, image_limits)?;
                 work.warm_up(&cancel)?;
                 Work::Encode(Box::new(work))
             }
@@ -132,7 +133,7 @@ impl Served {
     pub fn encoder(&self) -> Result<&EncoderWork, Error> {
         match &self.work {
             Work::Generate(generator) => {
-                let open = || EncoderWork::open(&generator.folder, &generator.open);
+                let open = || EncoderWork::open(&generator.folder, &generator.open, generator.image_limits);
                 generator.encoder.get_or_init(open).as_ref().map_err(Error::clone)
             }
             Work::Encode(work) => Ok(work),
@@ -143,7 +144,7 @@ impl Served {
     pub fn tokenize(&self) -> &dyn Tokenize {
         match &self.work {
             Work::Generate(generator) => &**generator,
-            Work::Encode(work) => &work.encoder,
+            Work::Encode(work) => &**work,
         }
     }
 
@@ -164,8 +165,12 @@ impl Served {
 }
 
 impl EncoderWork {
-    fn open(folder: &Path, options: &t5gemma_runtime::OpenOptions) -> Result<EncoderWork, Error> {
-        Ok(EncoderWork { encoder: Encoder::open_with(folder, options)?, turn: Semaphore::new(1) })
+    fn open(
+        folder: &Path,
+        options: &t5gemma_runtime::OpenOptions,
+        image_limits: ImageLimits,
+    ) -> Result<EncoderWork, Error> {
+        Ok(EncoderWork { encoder: Encoder::open_with(folder, options)?, turn: Semaphore::new(1), image_limits })
     }
 
     fn warm_up(&self, cancel: &Cancellation) -> Result<(), Error> {
@@ -180,6 +185,28 @@ impl EncoderWork {
                 pooling => encoder.embed(&batch, pooling, cancel).map(drop),
             },
         }
+    }
+}
+
+impl Tokenize for EncoderWork {
+    fn tokenizer(&self) -> Result<&Tokenizer, Error> {
+        self.encoder.tokenizer()
+    }
+
+    fn image_settings(&self) -> Result<&ImageSettings, Error> {
+        self.encoder.image_settings()
+    }
+
+    fn image_limits(&self) -> ImageLimits {
+        self.image_limits
+    }
+
+    fn image_file(&self, name: &str) -> Result<Image, RequestError> {
+        Err(RequestError::form("images", pictures::A_DATA_URI, abbreviated(&name.into())))
+    }
+
+    fn longest_source(&self) -> usize {
+        self.encoder.facts().encoder.max_position_embeddings
     }
 }
 

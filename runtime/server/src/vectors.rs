@@ -3,12 +3,13 @@
 use std::sync::Arc;
 
 use ndarray::{Array2, Axis, s};
-use t5gemma_protocol::TokenizedRequest;
+use t5gemma_protocol::{EncodeRequest, ImageFields, Texts, TokenRows, TokenizedRequest};
 use t5gemma_runtime::{Batch, Cancellation, Pooling, ScoreFunction, Task};
 
 use crate::admission::Size;
 use crate::call::Call;
 use crate::failure::{Failure, Reason};
+use crate::generating::check_images;
 use crate::served::{EncoderWork, Served};
 use crate::truncation::{self, Side};
 
@@ -19,13 +20,33 @@ pub enum Inputs {
     Texts(Vec<String>),
     /// Token ids.
     Tokens(Vec<Vec<i64>>),
+    /// Texts with images.
+    TextsWithImages(Vec<String>, ImageFields),
+    /// Token ids, image tokens among them, with images.
+    TokensWithImages(Vec<Vec<i64>>, ImageFields),
 }
 
 impl Inputs {
     fn len(&self) -> usize {
         match self {
-            Inputs::Texts(texts) => texts.len(),
-            Inputs::Tokens(rows) => rows.len(),
+            Inputs::Texts(texts) | Inputs::TextsWithImages(texts, _) => texts.len(),
+            Inputs::Tokens(rows) | Inputs::TokensWithImages(rows, _) => rows.len(),
+        }
+    }
+
+    /// The same sources with these images, if there are any.
+    pub fn with_images(self, images: ImageFields) -> Inputs {
+        match self {
+            Inputs::Texts(texts) if images.is_given() => Inputs::TextsWithImages(texts, images),
+            Inputs::Tokens(rows) if images.is_given() => Inputs::TokensWithImages(rows, images),
+            other => other,
+        }
+    }
+
+    fn images(&self) -> usize {
+        match self {
+            Inputs::Texts(_) | Inputs::Tokens(_) => 0,
+            Inputs::TextsWithImages(_, fields) | Inputs::TokensWithImages(_, fields) => fields.count(),
         }
     }
 }
@@ -97,14 +118,17 @@ impl Call {
             }
             _ => {}
         }
+        check_images(inputs.images(), &self.app)?;
         let mut permit = self.app.admission.enter(self.tenant.as_ref())?;
-        let of_task = served.clone();
-        let sources = blocking(move || tokens(&of_task, inputs, truncate)).await?;
-        let source_tokens = sources.iter().map(Vec::len).sum();
-        permit.grow(Size { rows: sources.len(), tokens: source_tokens, images: 0 })?;
         // Opening an encoder reads files.
         let of_task = served.clone();
         blocking(move || of_task.encoder().map(drop).map_err(Failure::from)).await?;
+        let of_task = served.clone();
+        let request = blocking(move || request(&of_task, inputs, truncate)).await?;
+        let source_tokens = request.sources.iter().map(Vec::len).sum();
+        let images = request.images.iter().map(Vec::len).sum();
+        check_images(images, &self.app)?;
+        permit.grow(Size { rows: request.sources.len(), tokens: source_tokens, images })?;
         let deadline = tokio::time::Instant::from_std(self.deadline);
         let turn = tokio::time::timeout_at(deadline, served.encoder()?.turn.acquire()).await;
         let _turn = match turn {
@@ -115,7 +139,7 @@ impl Call {
         let _guard = CancelOnDrop(cancel.clone());
         let of_task = served.clone();
         let rows = blocking(move || {
-            let rows = compute(of_task.encoder()?, sources, wanted, &cancel);
+            let rows = compute(of_task.encoder()?, request, wanted, &cancel);
             drop(permit);
             rows
         });
@@ -141,7 +165,28 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, Failure> +
     done.map_err(|_| Failure::new(Reason::Internal, "the request could not be computed"))?
 }
 
-/// The token ids of the sources.
+/// The sources with their images.
+fn request(served: &Served, inputs: Inputs, truncate: Option<Side>) -> Result<TokenizedRequest, Failure> {
+    let request = match inputs {
+        Inputs::TextsWithImages(texts, images) => {
+            EncodeRequest { text: Some(Texts::Several(texts)), images, ..EncodeRequest::default() }
+        }
+        Inputs::TokensWithImages(rows, images) => {
+            EncodeRequest { input_ids: Some(TokenRows::Several(rows)), images, ..EncodeRequest::default() }
+        }
+        inputs => {
+            let sources = tokens(served, inputs, truncate)?;
+            let mask = sources.iter().map(|source| vec![1; source.len()]).collect();
+            return Ok(TokenizedRequest::new(0.into(), sources, mask));
+        }
+    };
+    if truncate.is_some() {
+        return Err(Failure::field("truncate", "no images beside it", "images"));
+    }
+    Ok(request.tokenize(0.into(), served.tokenize())?)
+}
+
+/// The token ids of sources without images.
 pub fn tokens(served: &Served, inputs: Inputs, truncate: Option<Side>) -> Result<Vec<Vec<i64>>, Failure> {
     let model = served.tokenize();
     let longest = served.longest_source();
@@ -166,18 +211,19 @@ pub fn tokens(served: &Served, inputs: Inputs, truncate: Option<Side>) -> Result
             }
             Ok(rows)
         }
+        (Inputs::TextsWithImages(..) | Inputs::TokensWithImages(..), _) => {
+            Err(Failure::new(Reason::Unsupported, "images are not taken here"))
+        }
     }
 }
 
 fn compute(
     work: &EncoderWork,
-    sources: Vec<Vec<i64>>,
+    request: TokenizedRequest,
     wanted: Wanted,
     cancel: &Cancellation,
 ) -> Result<Vec<Row>, Failure> {
     let encoder = &work.encoder;
-    let mask = sources.iter().map(|source| vec![1; source.len()]).collect();
-    let request = TokenizedRequest::new(0.into(), sources, mask);
     let batch = t5gemma_protocol::batch(&[request], encoder.pad_token_id())?;
     match wanted {
         Wanted::Vectors { normalize } => {

@@ -63,13 +63,7 @@ impl Batch {
                     found.to_string(),
                 ));
             }
-            if let Some((at, image)) =
-                images.iter().enumerate().find(|(_, image)| image.image_size() != vision.image_size)
-            {
-                let size = |side: usize| format!("{side} x {side} pixels");
-                let field = format!("images[{row}][{at}]");
-                return Err(Error::input(field, size(vision.image_size), size(image.image_size())));
-            }
+            check_sizes(images, vision, |at| format!("images[{row}][{at}]"))?;
         }
         Ok(())
     }
@@ -83,6 +77,20 @@ impl Batch {
     fn image_tokens(&self, row: usize, vision: &VisionFacts) -> usize {
         self.source(row).iter().filter(|id| **id == vision.image_token).count()
     }
+}
+
+/// Checks that images have the size that the model reads; `field` names one.
+fn check_sizes(images: &[PixelValues], vision: &VisionFacts, field: impl Fn(usize) -> String) -> Result<(), Error> {
+    let size = |side: usize| format!("{side} x {side} pixels");
+    match images.iter().enumerate().find(|(_, image)| image.image_size() != vision.image_size) {
+        Some((at, image)) => Err(Error::input(field(at), size(vision.image_size), size(image.image_size()))),
+        None => Ok(()),
+    }
+}
+
+/// Checks images of no source: that the model reads images, and that they have its size.
+pub(crate) fn check_alone(images: &[PixelValues], facts: &Facts) -> Result<(), Error> {
+    check_sizes(images, vision(facts)?, |at| format!("images[{at}]"))
 }
 
 /// The part of the model that reads images.

@@ -4,7 +4,8 @@
 //! The rows in flight wait for everything that their thread does between two steps. So there it encodes only as much at
 //! a time as takes about as long as a step, or two if more sources wait than are in flight. It leaves longer sources to a
 //! second thread, which has sessions of its own and takes them in the order of admission; the rows join when they are
-//! ready. Short sources share a first step, since each first step reads the weights.
+//! ready. Short sources share a first step, since each first step reads the weights. Sources that join rows in flight
+//! run it without the head, the most of the weights: the next step of those rows takes the last tokens of their prompts.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -37,12 +38,14 @@ pub(super) struct Admitted {
     pub at: Instant,
     /// The flight that it will join: see [`Flight`](super::worker::Flight).
     pub class: usize,
+    /// Whether that flight has rows, whose next step takes the last token of its prompt.
+    pub shares_step: bool,
 }
 
 impl Admitted {
     /// Sources for which this is equal share their first step.
-    fn group(&self) -> (usize, usize) {
-        (self.request.call.prompts.length, self.class)
+    fn group(&self) -> (usize, usize, bool) {
+        (self.request.call.prompts.length, self.class, self.shares_step)
     }
 }
 
@@ -62,7 +65,8 @@ pub(super) struct Begun {
     /// The lengths of their sources.
     pub lengths: Vec<usize>,
     pub class: usize,
-    pub result: Result<(NewRows, StepTensors), Error>,
+    /// With the logits, unless they come from the next step of the rows in flight.
+    pub result: Result<(NewRows, Option<StepTensors>), Error>,
 }
 
 /// What became of sources that were admitted together.
@@ -92,8 +96,8 @@ pub(super) fn begin(copy: &ModelCopy, lane: Lane, sources: Vec<Admitted>) -> Beg
 fn begin_group(ModelCopy { model, stop }: &ModelCopy, lane: Lane, sources: Vec<Admitted>, to: &mut Beginning) {
     let (mut members, mut batches) = (Vec::new(), Vec::new());
     let mut prompts = Prompts { length: 0, ids: Vec::new() };
-    let mut group = 0;
-    for Admitted { request, row, footprint, at, class } in sources {
+    let (mut group, mut is_shared) = (0, false);
+    for Admitted { request, row, footprint, at, class, shares_step } in sources {
         // Cancelled meanwhile, or another source of the request has failed.
         if request.has_ended() {
             continue;
@@ -117,7 +121,7 @@ fn begin_group(ModelCopy { model, stop }: &ModelCopy, lane: Lane, sources: Vec<A
             }
         }
         let item = call.item(row, Search::new, request.stops());
-        (prompts.length, group) = (call.prompts.length, class);
+        (prompts.length, group, is_shared) = (call.prompts.length, class, shares_step);
         prompts.ids.extend_from_slice(call.prompt(row));
         members.push(ActiveSource { request, item, footprint, admitted: at, step: 0 });
     }
@@ -129,7 +133,12 @@ fn begin_group(ModelCopy { model, stop }: &ModelCopy, lane: Lane, sources: Vec<A
     let result = Batch::joined(batches, 0).and_then(|batch| {
         // At most the serving plan's batch is admitted at a time.
         let run = model.fit(&batch);
-        NewRows::prefill(model, lane, &run, prompts.widened(run.rows()), request, stop)
+        let prompts = prompts.widened(run.rows());
+        if is_shared {
+            return Ok((NewRows::prefill_up_to_last(model, lane, &run, prompts, stop)?, None));
+        }
+        let (new, tensors) = NewRows::prefill(model, lane, &run, prompts, request, stop)?;
+        Ok((new, Some(tensors)))
     });
     to.begun.push(Begun { members, lengths, class: group, result });
 }

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use crate::batch::Batch;
 use crate::error::Error;
-use crate::hypothesis::Hypothesis;
+use crate::hypothesis::{Hypothesis, Logprobs};
 use crate::options::GenerationConfig;
 
 /// A request to an [`Engine`](crate::Engine).
@@ -95,6 +95,8 @@ pub enum Event {
         row: usize,
         /// The token.
         token: i64,
+        /// Its log-probability, with `output_logprobs`, and with `top_logprobs` the likeliest tokens in its place.
+        logprobs: Option<Logprobs>,
     },
     /// A source row is finished; it follows the events of all its tokens.
     Row {

@@ -37,6 +37,19 @@ pub(super) struct ContinuedMember<'a> {
     pub parents: &'a [usize],
 }
 
+impl<'a> ContinuedMember<'a> {
+    /// Those of the members that go on, which have `parents`; `widths` are the numbers of rows of all.
+    pub fn of(widths: &[usize], parents: impl Iterator<Item = Option<&'a [usize]>>) -> Vec<ContinuedMember<'a>> {
+        let mut first = 0;
+        let mut continued = Vec::new();
+        for (member, (&rows, parents)) in widths.iter().zip(parents).enumerate() {
+            continued.extend(parents.map(|parents| ContinuedMember { first, rows, member, parents }));
+            first += rows;
+        }
+        continued
+    }
+}
+
 impl NewRows {
     /// Runs the first step of sources that are encoded already.
     pub fn prefill(
@@ -58,6 +71,19 @@ impl NewRows {
                 (NewRows::Ragged(prefilled), tensors)
             }
         })
+    }
+
+    /// The same for rows that join others before the last tokens of their prompts, whose logits come from the step that
+    /// they share; only of a model whose rows share steps.
+    pub fn prefill_up_to_last(
+        model: &Model,
+        lane: Lane,
+        sources: &Batch,
+        prompts: Prompts,
+        cancel: &Cancellation,
+    ) -> Result<NewRows, Error> {
+        let encoded = model.run_encoder(lane, sources, cancel)?;
+        Ok(NewRows::Ragged(model.prefill_up_to_last(lane, encoded, prompts, cancel)?))
     }
 }
 

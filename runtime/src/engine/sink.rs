@@ -104,11 +104,11 @@ mod tests {
         assert!(outlet.send(Event::Admitted { row: 0 }));
         outlet.encoded(Duration::from_millis(3));
         for token in [5, 6] {
-            assert!(outlet.send(Event::Token { row: 0, token }));
+            assert!(outlet.send(Event::Token { row: 0, token, logprobs: None }));
         }
         outlet.end(Ok(()));
         outlet.end(Err(Error::Cancelled));
-        outlet.send(Event::Token { row: 0, token: 9 });
+        outlet.send(Event::Token { row: 0, token: 9, logprobs: None });
         let told = told.lock().expect("no panic");
         let [Message::Event(_), Message::Event(_), Message::Event(_), Message::Ended { result: Ok(()), stats }] =
             told.as_slice()

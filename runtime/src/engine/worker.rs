@@ -35,6 +35,11 @@ struct Flight {
 }
 
 impl Flight {
+    /// Whether a request of its rows has not ended.
+    fn goes_on(&self) -> bool {
+        self.members.iter().any(|member| !member.request.has_ended())
+    }
+
     fn footprint(&self) -> Option<Footprint> {
         self.members.iter().map(|member| member.footprint).reduce(Footprint::beside)
     }
@@ -69,7 +74,9 @@ impl Worker {
             self.admit();
             self.update_stats();
             let start = Instant::now();
+            self.end_cancelled();
             for at in 0..self.flights.len() {
+                self.remove_ended(at);
                 self.step(at);
             }
             if !self.flights.is_empty() {
@@ -212,7 +219,11 @@ impl Worker {
                 None => rectangles.push((class, with)),
             }
             let request = pending.request.clone();
-            let admitted = Admitted { request, row: pending.next, footprint, at: Instant::now(), class };
+            let shares_step = is_shared
+                && request.call.takes_logits_alone()
+                && self.flights.iter().any(|flight| flight.class == class && flight.goes_on());
+            let at = Instant::now();
+            let admitted = Admitted { request, row: pending.next, footprint, at, class, shares_step };
             if is_long {
                 long.push(admitted);
             } else {
@@ -271,7 +282,10 @@ impl Worker {
 
     fn join_begun(&mut self, begun: Begun) {
         let Begun { mut members, lengths, class, result } = begun;
-        let advanced = result.and_then(|(new, mut tensors)| {
+        let advanced = result.and_then(|(new, tensors)| {
+            let Some(mut tensors) = tensors else {
+                return Ok((new, vec![ItemStatus::Running; members.len()]));
+            };
             let statuses: Vec<ItemStatus> = {
                 let mut output = tensors.output()?;
                 let rows = members.iter_mut().enumerate();
@@ -313,8 +327,32 @@ impl Worker {
         }
     }
 
+    /// Removes the rows of requests that have ended since the last step, so that the next one is without them.
+    fn remove_ended(&mut self, at: usize) {
+        let Flight { rows, members, .. } = &mut self.flights[at];
+        // Other threads end requests too, so this is asked once.
+        let goes_on: Vec<bool> = members.iter().map(|member| !member.request.has_ended()).collect();
+        if goes_on.iter().all(|&goes_on| goes_on) {
+            return;
+        }
+        let widths: Vec<usize> = members.iter().map(|member| member.item.search.width()).collect();
+        let same: Vec<usize> = (0..widths.iter().copied().max().unwrap_or(0)).collect();
+        let parents = widths.iter().zip(&goes_on).map(|(&rows, &goes_on)| goes_on.then(|| &same[..rows]));
+        let kept = ContinuedMember::of(&widths, parents);
+        let selected = if kept.is_empty() { Ok(()) } else { rows.select(&kept) };
+        let members = std::mem::take(members).into_iter().zip(goes_on);
+        let left = members.filter_map(|(member, goes_on)| goes_on.then_some(member)).collect();
+        match selected {
+            Ok(()) => self.flights[at].members = left,
+            Err(error) => self.fail(left, &error),
+        }
+    }
+
     /// Runs a step of a flight.
     fn step(&mut self, at: usize) {
+        if self.flights[at].members.is_empty() {
+            return;
+        }
         let shared = self.shared.clone();
         let ModelCopy { model, stop } = &shared.copies[self.copy];
         let mut members = std::mem::take(&mut self.flights[at].members);
@@ -335,15 +373,11 @@ impl Worker {
         // A request that fails takes its other sources with it, and one that was cancelled leaves as soon as possible.
         self.end_cancelled();
         let continued = statuses.and_then(|statuses| {
-            let mut first = 0;
-            let mut continued = Vec::new();
-            for (index, (member, &rows)) in members.iter().zip(&widths).enumerate() {
-                if statuses[index] == ItemStatus::Running && !member.request.has_ended() {
-                    let parents = member.item.search.parents();
-                    continued.push(ContinuedMember { first, rows, member: index, parents });
-                }
-                first += rows;
-            }
+            let parents = members.iter().zip(&statuses).map(|(member, &status)| {
+                let goes_on = status == ItemStatus::Running && !member.request.has_ended();
+                goes_on.then(|| member.item.search.parents())
+            });
+            let continued = ContinuedMember::of(&widths, parents);
             let kept: HashSet<usize> = continued.iter().map(|member| member.member).collect();
             if !kept.is_empty() {
                 self.flights[at].rows.select(&continued)?;
@@ -380,8 +414,8 @@ impl Worker {
             Ok(ItemStatus::Finished) => ItemStatus::Finished,
             Ok(ItemStatus::Running) => {
                 let row = item.row;
-                for &token in item.settled() {
-                    member.request.send(Event::Token { row, token });
+                for (token, logprobs) in item.settled_with_logprobs() {
+                    member.request.send(Event::Token { row, token, logprobs });
                 }
                 ItemStatus::Running
             }
@@ -400,8 +434,8 @@ impl Worker {
         }
         let item = item.finish();
         let row = item.row;
-        for &token in item.unshown() {
-            request.send(Event::Token { row, token });
+        for (token, logprobs) in item.unshown_with_logprobs() {
+            request.send(Event::Token { row, token, logprobs });
         }
         let new_tokens: usize = item.hypotheses.iter().map(|hypothesis| hypothesis.tokens.len()).sum();
         request.send(Event::Row { row, hypotheses: item.hypotheses });

@@ -30,10 +30,15 @@ struct FirstStep {
     mask: DynValue,
     /// Keys and values of sources and targets, in the order of the graph.
     cached: Vec<DynValue>,
-    tensors: StepTensors,
+    outputs: DecoderOutputs,
     /// The float positions of what follows, if the model takes any.
     positions: Option<TargetPositions>,
     adapters: Option<RowAdapters>,
+}
+
+/// The logits at the last positions of `rows` prompts.
+fn first_logits(outputs: DecoderOutputs, rows: usize) -> Result<StepTensors, Error> {
+    StepTensors::last_positions(outputs, rows, None).map_err(Error::onnxruntime(READING_LOGITS))
 }
 
 impl Model {
@@ -50,14 +55,15 @@ impl Model {
             return self.prefill_on_device(config, encoded, prompts, request, cancel);
         }
         let first = self.first_step(lane, encoded, prompts, request, cancel)?;
-        let FirstStep { mask, cached, tensors, positions, adapters } = first;
+        let FirstStep { mask, cached, outputs, positions, adapters } = first;
+        let items = mask.shape()[0] as usize;
         let state = match self.folder.manifest.cache {
             CacheLayout::Growing => Ok(State::growing(mask, cached, self.is_cross.clone())),
             CacheLayout::Static(_) => Err(ort::Error::new(format!("a cache of fixed capacity without {REORDER}"))),
             CacheLayout::InPlace => State::in_place(mask, cached, &self.is_cross),
         };
         let state = state.map_err(Error::onnxruntime(PREPARING_CACHE))?;
-        Ok((state.with_positions(positions).with_adapters(adapters), tensors))
+        Ok((state.with_positions(positions).with_adapters(adapters), first_logits(outputs, items)?))
     }
 
     /// [`Model::prefill`] of a model whose cache stays on its device.
@@ -90,8 +96,7 @@ impl Model {
             Some(outputs) => outputs,
             None => self.run_step(&mut state, prompts.ids, request, cancel)?.0,
         };
-        let tensors = StepTensors::last_positions(outputs, rows, None);
-        Ok((state, tensors.map_err(Error::onnxruntime(READING_LOGITS))?))
+        Ok((state, first_logits(outputs, rows)?))
     }
 
     /// [`Model::prefill`], to be continued among rows of other lengths; only with [`CacheLayout::InPlace`].
@@ -104,10 +109,26 @@ impl Model {
         cancel: &Cancellation,
     ) -> Result<(Prefilled, StepTensors), Error> {
         let adapters = encoded.adapters.clone();
-        let FirstStep { mask, cached, tensors, .. } = self.first_step(lane, encoded, prompts, request, cancel)?;
+        let FirstStep { mask, cached, outputs, .. } = self.first_step(lane, encoded, prompts, request, cancel)?;
+        let tensors = first_logits(outputs, adapters.len())?;
         let prefilled =
             Prefilled::new(mask, cached, &self.is_cross, adapters).map_err(Error::onnxruntime(PREPARING_CACHE))?;
         Ok((prefilled, tensors))
+    }
+
+    /// [`Model::prefill_ragged`] without logits, and without the last tokens of the prompts: the next step of the rows
+    /// that these join takes them, so that the head, most of a step of few rows, is not read for them alone.
+    pub(crate) fn prefill_up_to_last(
+        &self,
+        lane: Lane,
+        encoded: Encoded,
+        prompts: Prompts,
+        cancel: &Cancellation,
+    ) -> Result<Prefilled, Error> {
+        let adapters = encoded.adapters.clone();
+        let first = self.first_step(lane, encoded, prompts, LogitsRequest::Nothing, cancel)?;
+        let prefilled = Prefilled::new(first.mask, first.cached, &self.is_cross, adapters);
+        Ok(prefilled.map_err(Error::onnxruntime(PREPARING_CACHE))?.without_last_token())
     }
 
     /// The float positions of the targets of some sources, before their first step, if the model takes any.
@@ -144,8 +165,7 @@ impl Model {
         let floats = self.first_positions(&encoded, positions.as_ref(), prompts.length)?;
         positions.iter_mut().for_each(|positions| positions.advance(prompts.length));
         let Encoded { hidden, mask, adapters, .. } = encoded;
-        let rows = prompts.ids.len() / prompts.length;
-        let ids = int64_tensor(rows, prompts.ids)?;
+        let ids = int64_tensor(prompts.ids.len() / prompts.length, prompts.ids)?;
         let adapters = self.adapters.of_rows(&adapters, &self.folder.manifest)?;
         let (_, decoder) = self.first_graphs(lane, adapters.is_some())?;
         let others = floats.iter().chain(adapters.iter().flat_map(RowAdapters::of_first_step));
@@ -157,10 +177,9 @@ impl Model {
         let cross_attentions = if self.has_cross_attentions() { outputs.pop() } else { None };
         let mut outputs = outputs.into_iter();
         let logits = outputs.next().expect("opening has verified that the logits come first");
-        let tensors = StepTensors::last_positions(DecoderOutputs { logits, cross_attentions }, rows, None);
-        let tensors = tensors.map_err(Error::onnxruntime(READING_LOGITS))?;
         let cached = outputs.take(self.is_cross.len()).collect();
-        Ok(FirstStep { mask, cached, tensors, positions, adapters })
+        let outputs = DecoderOutputs { logits, cross_attentions };
+        Ok(FirstStep { mask, cached, outputs, positions, adapters })
     }
 
     /// Runs a further decoder step: the same number of new tokens for each target row.

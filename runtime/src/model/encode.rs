@@ -8,14 +8,16 @@ use ort::value::DynValue;
 
 use super::{Lane, LazyOpener, Model};
 use crate::adapter::Adapter;
-use crate::batch::Batch;
+use crate::batch::{Batch, check_alone};
 use crate::cancellation::Cancellation;
 use crate::encoder_cache::States;
 use crate::error::Error;
+use crate::images::PixelValues;
 use crate::limits::pieces_to_encode;
 use crate::ragged_batch::{self, Grouping, OutputUnit};
 use crate::session::{Opener, float32_values, int64_tensor};
 use crate::tensors::float_tensor;
+use crate::vision;
 
 const READING_STATES: &str = "reading the hidden states";
 
@@ -38,6 +40,17 @@ impl Model {
     /// Tokens outside the vocabulary, too many of them, or a cancellation.
     pub fn encode(&self, batch: &Batch, cancel: &Cancellation) -> Result<Array3<f32>, Error> {
         self.encode_in(Lane::Main, batch, cancel)
+    }
+
+    /// The features of images, `[images, tokens_per_image, hidden_size]`, which the encoder takes in the places of image
+    /// tokens.
+    ///
+    /// # Errors
+    /// A model that reads no images, images of another size than it reads, or a cancellation.
+    pub fn encode_images(&self, images: &[PixelValues], cancel: &Cancellation) -> Result<Array3<f32>, Error> {
+        check_alone(images, self.facts())?;
+        let features = self.features(&[images.to_vec()], cancel)?;
+        vision::stacked(&features[0], self.facts())
     }
 
     /// [`Model::encode`] with the sessions of a lane.
@@ -125,13 +138,17 @@ impl Model {
 
     /// The features of the images of each row; empty without images.
     fn image_features(&self, batch: &Batch, cancel: &Cancellation) -> Result<Vec<Vec<States>>, Error> {
-        let Some(vision) = self.facts().vision.as_ref().filter(|_| batch.has_images()) else { return Ok(Vec::new()) };
+        if batch.has_images() { self.features(batch.images(), cancel) } else { Ok(Vec::new()) }
+    }
+
+    fn features(&self, images: &[Vec<PixelValues>], cancel: &Cancellation) -> Result<Vec<Vec<States>>, Error> {
+        let Some(vision) = &self.facts().vision else { return Ok(Vec::new()) };
         let open = || {
             let opener = self.lazy_opener.lock().unwrap_or_else(PoisonError::into_inner);
             let LazyOpener { options, prepacked } = &*opener;
             Opener::with_weights(&self.folder, options, prepacked.clone(), self._uploaded.as_ref())?.open_vision()
         };
-        self.vision.features(batch, vision, self.encoder_cache.as_ref(), self.on_cpu, open, cancel)
+        self.vision.features(images, vision, self.encoder_cache.as_ref(), self.on_cpu, open, cancel)
     }
 
     fn with_mask(&self, batch: &Batch, hidden: DynValue) -> Result<Encoded, Error> {

@@ -69,7 +69,7 @@ impl Rows {
     }
 
     pub(super) fn next_tokens(&self) -> &[i64] {
-        &self.next_tokens
+        &self.next_tokens[..self.width()]
     }
 
     pub(super) fn parents(&self) -> &[usize] {

@@ -67,11 +67,13 @@ struct Member {
     common: Vec<usize>,
 }
 
-/// What the first decoder step of some sources has put into the cache.
+/// What the first decoder step of some sources puts into the cache.
 pub(crate) struct Prefilled {
     mask: Tensor<i64>,
     sources: Vec<Tensor<f32>>,
     targets: Vec<Tensor<f32>>,
+    /// How many target tokens of each item, the first ones.
+    length: usize,
     /// Of each item.
     adapters: Vec<Option<Adapter>>,
 }
@@ -89,7 +91,13 @@ impl Prefilled {
             let value = value.downcast::<TensorValueType<f32>>()?;
             if is_cross { sources.push(value) } else { targets.push(value) }
         }
-        Ok(Prefilled { mask: mask.downcast::<TensorValueType<i64>>()?, sources, targets, adapters })
+        let length = targets.first().map_or(0, |target: &Tensor<f32>| target.shape()[2] as usize);
+        Ok(Prefilled { mask: mask.downcast::<TensorValueType<i64>>()?, sources, targets, length, adapters })
+    }
+
+    /// The same without the last target token.
+    pub fn without_last_token(self) -> Prefilled {
+        Prefilled { length: self.length.saturating_sub(1), ..self }
     }
 }
 
@@ -135,7 +143,7 @@ impl RaggedCache {
 
     /// Adds members for items of a first step, after the others.
     pub fn join(&mut self, prefilled: &Prefilled, joining: &[Joining]) -> ort::Result<()> {
-        let length = prefilled.targets.first().map_or(0, |target| target.shape()[2] as usize);
+        let length = prefilled.length;
         let before = self.members.len();
         let mut members = self.members.clone();
         for &Joining { item, source, rows } in joining {

@@ -3,7 +3,8 @@
 
 use ndarray::{Array3, Axis};
 
-use super::{EXPECTED_LENGTH, RandomTokens, forced};
+use super::images::{self, sample_images};
+use super::{EXPECTED_LENGTH, OutputComparison, RandomTokens, forced};
 use crate::batch::Batch;
 use crate::cancellation::Cancellation;
 use crate::error::Error;
@@ -28,6 +29,8 @@ pub struct Comparison {
     pub top1_in_top5: f64,
     /// The mean over positions of `Σ p_b · (ln p_b − ln p_a)`, in nats.
     pub kl_divergence: f64,
+    /// The features of images, of models that read images.
+    pub image_features: Option<OutputComparison>,
 }
 
 /// Source lengths if no sources are given.
@@ -99,6 +102,13 @@ pub fn comparison(
             divergence += terms.sum::<f64>();
         }
     }
+    let image_features = match images::of_both(model.facts(), other.facts()) {
+        Some(vision) => {
+            let images = sample_images(vision)?;
+            Some(images::compared(&model.encode_images(&images, cancel)?, &other.encode_images(&images, cancel)?))
+        }
+        None => None,
+    };
     let share = |count: usize| count as f64 / positions as f64;
     Ok(Comparison {
         positions,
@@ -108,6 +118,7 @@ pub fn comparison(
         top1_agreement: share(same),
         top1_in_top5: share(among),
         kl_divergence: divergence / positions as f64,
+        image_features,
     })
 }
 

@@ -4,6 +4,7 @@
 use ndarray::{Array2, ArrayD, ArrayView2, Axis};
 use t5gemma_graphs::task::Pooling;
 
+use super::images::{self, sample_images};
 use super::{Check, RandomTokens, SOURCES, limit, max_abs_difference, padded_left};
 use crate::batch::Batch;
 use crate::cancellation::Cancellation;
@@ -15,7 +16,7 @@ use crate::error::Error;
 pub struct EncoderComparison {
     /// Number of vectors compared in each output: of tokens, or of sources with pooling.
     pub vectors: usize,
-    /// The outputs that both encoders have, from the embedding to the last hidden state.
+    /// The outputs that both encoders have, from the embedding to the last hidden state, and the features of images.
     pub outputs: Vec<OutputComparison>,
 }
 
@@ -62,6 +63,11 @@ pub fn encoder_consistency(
         let limit = limit(encoder.manifest(), tolerance, super::largest(together.iter()));
         checks.push(Check { name: format!("{name} of a ragged batch = of its rows alone"), largest: of_ragged, limit });
         checks.push(Check { name: format!("{name} padded left = padded right"), largest: of_left, limit });
+    }
+    if encoder.facts().vision.is_some() && encoder.features()?.pooling == Pooling::None {
+        let (largest, scale) = images::beside_texts(encoder.facts(), |batch| encoder.encode(batch, cancel))?;
+        let limit = limit(encoder.manifest(), tolerance, scale);
+        checks.push(Check { name: "rows with and without images = alone".into(), largest, limit });
     }
     Ok(checks)
 }
@@ -110,10 +116,15 @@ pub fn encoder_comparison(
         let names = |encoder: &Encoder| encoder.output_names().join(", ");
         return Err(Error::input("against", format!("an encoder that returns {}", names(encoder)), names(other)));
     }
-    Ok(EncoderComparison {
-        vectors: sums[0].1.vectors,
-        outputs: sums.into_iter().map(|(name, sums)| sums.finish(name)).collect(),
-    })
+    let vectors = sums[0].1.vectors;
+    let mut outputs: Vec<OutputComparison> = sums.into_iter().map(|(name, sums)| sums.finish(name)).collect();
+    if let Some(vision) = images::of_both(encoder.facts(), other.facts()) {
+        let images = sample_images(vision)?;
+        let features = [encoder, other].map(|encoder| encoder.encode_images(&images, cancel));
+        let [own, others] = features;
+        outputs.push(images::compared(&own?, &others?));
+    }
+    Ok(EncoderComparison { vectors, outputs })
 }
 
 /// Sources of random tokens, no longer than the encoder takes them.
@@ -150,8 +161,9 @@ fn tokens_of(states: &ArrayD<f32>, row: usize, first: usize, length: usize) -> A
     vectors.expect("outputs have two or three axes").to_owned()
 }
 
+/// Vectors of a model compared with those of another.
 #[derive(Default)]
-struct Sums {
+pub(super) struct Sums {
     vectors: usize,
     squares: f64,
     of_other: f64,
@@ -160,7 +172,7 @@ struct Sums {
 }
 
 impl Sums {
-    fn add<'n>(&mut self, pairs: impl Iterator<Item = (&'n f32, &'n f32)>) {
+    pub(super) fn add<'n>(&mut self, pairs: impl Iterator<Item = (&'n f32, &'n f32)>) {
         let (mut dot, mut a_squares, mut b_squares) = (0.0, 0.0, 0.0);
         for (&a, &b) in pairs {
             let (a, b) = (f64::from(a), f64::from(b));
@@ -177,7 +189,7 @@ impl Sums {
         self.vectors += 1;
     }
 
-    fn finish(self, name: String) -> OutputComparison {
+    pub(super) fn finish(self, name: String) -> OutputComparison {
         OutputComparison {
             name,
             relative_error: if self.squares == 0.0 { 0.0 } else { (self.squares / self.of_other).sqrt() },

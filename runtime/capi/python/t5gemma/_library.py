@@ -8,6 +8,8 @@ import importlib.util
 import math
 import os
 import re
+import signal
+import threading
 from pathlib import Path
 from typing import Any, Callable, TypeVar
 
@@ -136,6 +138,14 @@ def filled(struct: str, **fields: Any) -> ctypes.Structure:
     return made
 
 
+def interrupt_again() -> None:
+    """Repeats a Ctrl-C that came in a finalizer, where Python prints a KeyboardInterrupt and goes on, once that has returned."""
+    # A signal to the thread also ends a wait that it is in by then.
+    again = threading.Timer(0.01, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
+    again.daemon = True
+    again.start()
+
+
 class Handle:
     """A handle, which is freed once: explicitly, or when nothing refers to it any more.
 
@@ -147,6 +157,7 @@ class Handle:
     """Number of forks while the library was in use, so that locks may be held forever in the child."""
     # In the class, because module globals may be gone during interpreter shutdown.
     _of_now = staticmethod(os.getpid)
+    _interrupt_again = staticmethod(interrupt_again)
 
     def __init__(self, number: int, free: Callable[[int], Any]) -> None:
         self.number: int | None = number
@@ -172,7 +183,10 @@ class Handle:
             self._free(number)
 
     def __del__(self) -> None:
-        self.free()
+        try:
+            self.free()
+        except KeyboardInterrupt:
+            self._interrupt_again()
 
 
 class Owner:

@@ -93,6 +93,8 @@ def shards(inputs: Any, output: str) -> list[Shard]:
     """The shards to compute: of a glob pattern, or of paths."""
     if isinstance(inputs, (str, os.PathLike)):
         pattern = place("inputs", inputs)
+        if "://" in pattern and glob.has_magic(pattern):
+            raise ValueError(f"inputs: expected the URLs of objects (patterns are for files), found {pattern}")
         found = sorted(glob.glob(pattern)) if "://" not in pattern else [pattern]
         if not found:
             raise ValueError(f"inputs: expected files, found none that match {pattern}")

@@ -18,7 +18,7 @@ import weakref
 from collections import deque
 from typing import Any, Callable
 
-from ._library import C, Error, Handle, Owner, call, callback, failure
+from ._library import C, Error, Handle, Owner, call, callback, failure, interrupt_again
 from ._results import Hypothesis, result, rows_of, stats_of
 
 _numbers = itertools.count(1)
@@ -176,7 +176,10 @@ class Stream:
 
     def __del__(self) -> None:
         if getattr(self, "_stop", None) is not None:
-            self.cancel()
+            try:
+                self.cancel()
+            except KeyboardInterrupt:
+                interrupt_again()
 
 
 def stream(way: ctypes.Structure, submit: Callable[[Any, Any], None]) -> Stream:

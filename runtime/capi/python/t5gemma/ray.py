@@ -8,7 +8,8 @@
     report = t5gemma.ray.run_shards("in/*.jsonl", "out", model="model", num_cpus=4)
     serve.run(t5gemma.ray.Deployment.options(max_ongoing_requests=64).bind("model"))
 
-Models, inputs and outputs are paths that every node of the cluster sees.
+Models, inputs and outputs are paths that every node of the cluster sees; inputs and outputs may be s3:// URLs, with the variables AWS_… in
+the environment of the nodes.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def run_shards(
 ) -> Report:
     """Computes each input with `t5gemma batch MODEL --input FILE --output DIR`, in tasks of the Ray cluster.
 
-    `inputs` are a glob pattern or paths, whose names must differ: an output has the name of its input. `arguments` are further ones
+    `inputs` are a glob pattern of files, or paths and URLs, whose names must differ: an output has the name of its input. `arguments` are further ones
     of the program, such as `["--max-new-tokens", "64"]`. A task has `num_cpus` and `num_gpus`, and the program as many threads as
     CPUs, unless `arguments` say otherwise. `concurrency` bounds the shards that are computed at a time.
 

@@ -4,10 +4,10 @@ use std::io::{self, Write};
 
 use anyhow::Result;
 use serde_json::{Value, json};
-use t5gemma_runtime::{Batch, Cancellation, Encoder, Error, Pooling};
+use t5gemma_runtime::{Cancellation, Encoder, Error, Pooling};
 
 use super::machine::{Memory, now_ns};
-use super::{Times, Workload, milliseconds, model_json, random_tokens};
+use super::{Times, Workload, images, milliseconds, model_json, random_tokens};
 use crate::exit::{Outcome, ensure_usage};
 use crate::opening::Opening;
 use crate::progress::counter;
@@ -27,7 +27,7 @@ pub fn run(opening: &Opening, workload: &Workload, json: bool, cancel: &Cancella
     ensure_usage!(length <= longest, "--source-length: expected at most {longest} for this model, found {length}");
     let tokens = random_tokens(encoder.facts().encoder.vocab_size, rows * length);
     let sources: Vec<&[i64]> = tokens.chunks(length).collect();
-    let batch = Batch::padded(&sources, encoder.pad_token_id())?;
+    let batch = images::sources(&sources, workload.images as usize, encoder.facts(), encoder.pad_token_id())?;
     let encode = || -> Result<(), Error> {
         match features.pooling {
             Pooling::None => encoder.encode(&batch, cancel).map(drop),
@@ -36,10 +36,17 @@ pub fn run(opening: &Opening, workload: &Workload, json: bool, cancel: &Cancella
     };
     encode()?;
     let first = now_ns();
+    let image = match batch.images()[0].first() {
+        Some(pixels) => {
+            Some(measure(workload, || encoder.encode_images(std::slice::from_ref(pixels), cancel).map(drop))?)
+        }
+        None => None,
+    };
     let times = measure(workload, encode)?;
     let report = Report {
         open_ms: milliseconds(start, opened),
         open_to_first_result_ms: milliseconds(start, first),
+        image,
         times,
         memory: Memory::now(),
     };
@@ -70,6 +77,8 @@ fn measure(workload: &Workload, encode: impl Fn() -> Result<(), Error>) -> Resul
 struct Report {
     open_ms: f64,
     open_to_first_result_ms: f64,
+    /// Of the vision tower, for one image.
+    image: Option<Times>,
     times: Times,
     memory: Option<Memory>,
 }
@@ -86,12 +95,14 @@ impl Report {
             "case": {
                 "batch_size": workload.batch_size,
                 "source_length": workload.source_length,
+                "images": workload.images,
                 "warmup": workload.warmup,
                 "repeat": workload.repeat,
                 "threads": opening.runtime.threads,
             },
             "open_ms": self.open_ms,
             "open_to_first_result_ms": self.open_to_first_result_ms,
+            "image_ms": self.image.as_ref().map(Times::json),
             "encode_ms": self.times.json(),
             "source_tokens_per_second": self.tokens_per_second(workload),
             "memory_bytes": self.memory.map(Memory::json),
@@ -101,18 +112,20 @@ impl Report {
     fn table(&self, encoder: &Encoder, workload: &Workload, opening: &Opening) -> String {
         let manifest = encoder.manifest();
         let threads = opening.runtime.threads.map_or("one per core".to_string(), |threads| threads.to_string());
-        let Report { open_ms, open_to_first_result_ms, times, memory } = self;
-        [
+        let Report { open_ms, open_to_first_result_ms, image, times, memory } = self;
+        let numbers = |times: &Times| times.row().map(|time| format!("{time:>10.2}")).concat();
+        let rows = [
             ("model", format!("{}: {}, {}", opening.path().display(), manifest.target, manifest.dtype)),
             ("sources", format!("{} of {} tokens", workload.batch_size, workload.source_length)),
             ("runs", format!("{} after {} for warming up; threads: {threads}", workload.repeat, workload.warmup)),
             ("open", format!("{open_ms:.0} ms, until the first result {open_to_first_result_ms:.0} ms")),
             ("ms", Times::COLUMNS.map(|column| format!("{column:>10}")).concat()),
-            ("  encode", times.row().map(|time| format!("{time:>10.2}")).concat()),
+            ("  image", image.as_ref().map(numbers).unwrap_or_default()),
+            ("  encode", numbers(times)),
             ("source tokens/s", format!("{:.1}", self.tokens_per_second(workload))),
             ("memory", Memory::text(*memory)),
-        ]
-        .map(|(name, value)| format!("{name:<16}{value}\n"))
-        .concat()
+        ];
+        let rows = rows.into_iter().filter(|(_, value)| !value.is_empty());
+        rows.map(|(name, value)| format!("{name:<16}{value}\n")).collect()
     }
 }

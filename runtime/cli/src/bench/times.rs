@@ -35,6 +35,16 @@ impl Times {
     pub const COLUMNS: [&str; 4] = ["min", "median", "p90", "p99"];
 }
 
+/// Bytes for people.
+pub fn megabytes(bytes: u64) -> String {
+    format!("{:.0} MB", bytes as f64 / 1e6)
+}
+
+/// The time between two moments in nanoseconds.
+pub fn milliseconds(from: u64, to: u64) -> f64 {
+    (to - from) as f64 / 1e6
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

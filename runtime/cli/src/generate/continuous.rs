@@ -57,10 +57,12 @@ impl Answering<'_> {
                 if next.is_none() && !at_end && (places.is_empty() || lines.is_ready(self.packing.patience())?) {
                     match lines.next(self.cancel)? {
                         None => at_end = true,
-                        Some((number, line)) => match requests::read_line(&line, number, Kind::Generate, self.chat) {
-                            Ok(request) => next = Some(request),
-                            Err(refused) => places.push_back(Place::Answered(Err(refused))),
-                        },
+                        Some((number, line)) => {
+                            match requests::read_line(&line, &self.images, number, Kind::Generate, self.chat) {
+                                Ok(request) => next = Some(request),
+                                Err(refused) => places.push_back(Place::Answered(Err(refused))),
+                            }
+                        }
                     }
                     continue;
                 }

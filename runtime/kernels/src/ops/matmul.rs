@@ -54,8 +54,8 @@ impl HeadMatMul {
         HeadMatMul { head, request, stats, softcap }
     }
 
-    /// Makes sparse rows the output if they are requested and can be computed, and leaves their statistics; returns
-    /// false if there is no output yet. `to_shape` is that of the output in full.
+    /// Makes sparse rows the output if they are requested and can be computed, and leaves their statistics, or rows of
+    /// no logits if none are requested; returns false if there is no output yet. `to_shape` is that of the output in full.
     fn write_sparse_rows(
         &self,
         context: &ComputeContext,
@@ -66,6 +66,11 @@ impl HeadMatMul {
         let request = self.request.get();
         let parallel_for = &|count, task: &(dyn Fn(usize) + Send + Sync)| parallel_for(context, count, task);
         let call = operands.call(request, parallel_for);
+        if request == LogitsRequest::Nothing && self.head.is_head(call.shape) {
+            let mut shape = to_shape.to_vec();
+            *shape.last_mut().expect("the output has the axis of columns") = 0;
+            return Ok(context.output(0, shape)?.is_some());
+        }
         if !matches!(request, LogitsRequest::TopK { sparse: true, .. }) || !self.head.may_be_sparse(call) {
             return Ok(false);
         }

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use t5gemma_protocol::{
     ErrorResult, GenerateRequest, GenerateResponse, GenerateResult, Id, RequestError, Sequence, Usage, parse_object,
 };
-use t5gemma_runtime::{Event, Hypothesis};
+use t5gemma_runtime::{Event, Hypothesis, Logprobs};
 
 use crate::app::App;
 use crate::call::{Call, Door};
@@ -130,9 +130,17 @@ async fn stream(out: Out, id: Option<Id>, mut generating: Generating) -> Result<
     let mut rows = vec![Vec::new(); generating.source_lengths.len()];
     while let Some(event) = generating.next().await? {
         match event {
-            Event::Token { row, token } => {
+            Event::Token { row, token, logprobs } => {
                 let text = live[row].as_mut().map(|live| live.push(token)).transpose()?;
-                out.json(&json!({"row": row, "token": token, "text": text})).await?;
+                let mut piece = json!({"row": row, "token": token, "text": text});
+                if let Some(Logprobs { tokens, top }) = logprobs {
+                    piece["logprob"] = json!(tokens.first().copied().map(f64::from));
+                    if let Some(top) = top.first() {
+                        let top = top.iter().map(|&(token, logprob)| json!([token, f64::from(logprob)]));
+                        piece["top_logprobs"] = top.collect();
+                    }
+                }
+                out.json(&piece).await?;
             }
             Event::Row { row, hypotheses } => rows[row] = hypotheses,
             _ => {}

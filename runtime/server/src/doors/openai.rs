@@ -11,7 +11,7 @@ use axum::Router;
 use axum::response::Response;
 use axum::routing::MethodFilter;
 use serde_json::{Value, json};
-use t5gemma_runtime::FinishReason;
+use t5gemma_runtime::{FinishReason, Hypothesis, Logprobs};
 
 use crate::app::App;
 use crate::call::{Call, Door, json_response};
@@ -44,6 +44,34 @@ fn finish_reason(reason: FinishReason) -> &'static str {
     match reason {
         FinishReason::Length | FinishReason::Time | FinishReason::ConstraintIncomplete => "length",
         _ => "stop",
+    }
+}
+
+/// Tokens of a target with their log-probabilities.
+#[derive(Default)]
+struct Scored {
+    tokens: Vec<i64>,
+    logprobs: Logprobs,
+}
+
+impl Scored {
+    /// Those of a whole target; `None` if its log-probabilities were not asked for.
+    fn of(hypothesis: &Hypothesis) -> Option<Scored> {
+        let logprobs = hypothesis.logprobs.clone()?;
+        Some(Scored { tokens: hypothesis.tokens.clone(), logprobs })
+    }
+
+    fn push(&mut self, token: i64, logprobs: Option<Logprobs>) {
+        if let Some(Logprobs { tokens, top }) = logprobs {
+            self.tokens.push(token);
+            self.logprobs.tokens.extend(tokens);
+            self.logprobs.top.extend(top);
+        }
+    }
+
+    /// What was pushed since the last call, if anything was.
+    fn take(&mut self) -> Option<Scored> {
+        (!self.tokens.is_empty()).then(|| std::mem::take(self))
     }
 }
 

@@ -83,7 +83,7 @@ async fn embed(call: Call) -> Result<Response, Failure> {
 /// # Errors
 /// Why the request failed.
 pub async fn embedded(mut call: Call, mut fields: Fields, served: Arc<Served>) -> Result<Response, Failure> {
-    let inputs = inputs(&mut fields)?;
+    let inputs = inputs(&mut fields)?.with_images(fields.image_fields()?);
     let normalize = fields.flag("normalize")?.unwrap_or(true);
     let truncate = truncation(&mut fields)?;
     finish(&mut call, fields)?;
@@ -95,7 +95,7 @@ async fn embed_all(mut call: Call) -> Result<Response, Failure> {
     let mut fields = call.fields()?;
     let model = fields.text("model")?;
     let served = call.app.models.get(model.as_deref(), Purpose::Embed)?;
-    let inputs = inputs(&mut fields)?;
+    let inputs = inputs(&mut fields)?.with_images(fields.image_fields()?);
     let truncate = truncation(&mut fields)?;
     finish(&mut call, fields)?;
     let rows = call.encode(served, inputs, truncate, Wanted::TokenVectors).await?;

@@ -260,14 +260,15 @@ fn details(generating: &Generating, hypothesis: &Hypothesis, top_tokens: bool) -
         "tokens": tokens,
     });
     if let Some(found) = logprobs.filter(|_| top_tokens) {
-        let row = |row: &Vec<(i64, f32)>| -> Value {
-            let one =
-                |&(token, logprob): &(i64, f32)| entry(tokenizer, token, &token_text(tokenizer, token), Some(logprob));
-            row.iter().map(one).collect()
-        };
-        details["top_tokens"] = found.top.iter().map(row).collect();
+        details["top_tokens"] = found.top.iter().map(|top| entries(tokenizer, top)).collect();
     }
     Ok(details)
+}
+
+/// The likeliest tokens in one place.
+fn entries(tokenizer: &Tokenizer, top: &[(i64, f32)]) -> Value {
+    let one = |&(token, logprob): &(i64, f32)| entry(tokenizer, token, &token_text(tokenizer, token), Some(logprob));
+    top.iter().map(one).collect()
 }
 
 fn entry(tokenizer: &Tokenizer, token: i64, text: &str, logprob: Option<f32>) -> Value {
@@ -289,7 +290,7 @@ async fn stream(out: Out, mut generating: Generating) -> Result<(), Stop> {
     let (mut waiting, mut count, mut text) = (None, 0, String::new());
     while let Some(event) = generating.next().await? {
         match event {
-            Event::Token { token, .. } => {
+            Event::Token { token, logprobs, .. } => {
                 if let Some(before) = waiting.take() {
                     out.json(&before).await?;
                 }
@@ -298,12 +299,16 @@ async fn stream(out: Out, mut generating: Generating) -> Result<(), Stop> {
                 text.push_str(&piece);
                 // A special token has no text, so that the texts of all events make the whole one.
                 let shown = if is_special(&tokenizer, token) { String::new() } else { piece };
-                let event = json!({
+                let logprob = logprobs.as_ref().and_then(|found| found.tokens.first().copied());
+                let mut event = json!({
                     "index": count,
-                    "token": entry(&tokenizer, token, &shown, None),
+                    "token": entry(&tokenizer, token, &shown, logprob),
                     "generated_text": null,
                     "details": null,
                 });
+                if let Some(top) = logprobs.as_ref().and_then(|found| found.top.first()) {
+                    event["top_tokens"] = entries(&tokenizer, top);
+                }
                 let may_be_last = may_end_anywhere
                     || config.eos_token_id.contains(&token)
                     || count >= most
@@ -316,11 +321,10 @@ async fn stream(out: Out, mut generating: Generating) -> Result<(), Stop> {
             Event::Row { hypotheses, .. } => {
                 let Some(hypothesis) = hypotheses.first() else { continue };
                 let token = hypothesis.tokens.last().copied().unwrap_or(config.pad_token_id);
-                let mut last = waiting
-                    .take()
-                    .unwrap_or_else(|| json!({"index": count, "token": entry(&tokenizer, token, "", None)}));
-                let logprob = hypothesis.logprobs.as_ref().and_then(|found| found.tokens.last());
-                last["token"]["logprob"] = json!(logprob);
+                let mut last = waiting.take().unwrap_or_else(|| {
+                    let logprob = hypothesis.logprobs.as_ref().and_then(|found| found.tokens.last().copied());
+                    json!({"index": count, "token": entry(&tokenizer, token, "", logprob)})
+                });
                 let whole = generating.text(&hypothesis.tokens)?;
                 // Bytes of a character that the target ended in.
                 let rest = live.rest(&whole);

@@ -3,10 +3,10 @@
 use axum::response::Response;
 use serde_json::{Value, json};
 use t5gemma_protocol::Images;
-use t5gemma_runtime::{Event, Hypothesis, Tokenizer};
+use t5gemma_runtime::{Event, Tokenizer};
 
 use super::options::{self, Asked};
-use super::{error_event, fingerprint, finish_reason, usage};
+use super::{Scored, error_event, fingerprint, finish_reason, usage};
 use crate::call::{Call, Door, json_response};
 use crate::doors::{now, token_bytes, token_text};
 use crate::failure::{Failure, Form};
@@ -61,7 +61,7 @@ pub async fn answer(mut call: Call) -> Result<Response, Failure> {
         choices.push(json!({
             "index": index,
             "message": {"role": "assistant", "content": text, "refusal": null},
-            "logprobs": logprobs(&generating, &asked, hypothesis)?,
+            "logprobs": logprobs(&generating, Scored::of(hypothesis))?,
             "finish_reason": finish_reason(hypothesis.finish_reason),
         }));
     }
@@ -111,15 +111,15 @@ impl Head {
     }
 }
 
-fn logprobs(generating: &Generating, asked: &Asked, hypothesis: &Hypothesis) -> Result<Value, Failure> {
-    let (Some(_), Some(found)) = (asked.logprobs, &hypothesis.logprobs) else { return Ok(Value::Null) };
+fn logprobs(generating: &Generating, scored: Option<Scored>) -> Result<Value, Failure> {
+    let Some(Scored { tokens, logprobs }) = scored else { return Ok(Value::Null) };
     let tokenizer = generating.tokenizer()?;
     let entry = |tokenizer: &Tokenizer, token: i64, logprob: f32| {
         let text = token_text(tokenizer, token);
         json!({"token": text, "logprob": logprob, "bytes": token_bytes(&text)})
     };
-    let content = hypothesis.tokens.iter().zip(&found.tokens).enumerate().map(|(at, (&token, &logprob))| {
-        let top = found.top.get(at).map(Vec::as_slice).unwrap_or_default().iter();
+    let content = tokens.iter().zip(&logprobs.tokens).enumerate().map(|(at, (&token, &logprob))| {
+        let top = logprobs.top.get(at).map(Vec::as_slice).unwrap_or_default().iter();
         let mut one = entry(tokenizer, token, logprob);
         one["top_logprobs"] = top.map(|&(token, logprob)| entry(tokenizer, token, logprob)).collect();
         one
@@ -129,6 +129,8 @@ fn logprobs(generating: &Generating, asked: &Asked, hypothesis: &Hypothesis) -> 
 
 async fn stream(out: Out, mut generating: Generating, asked: Asked, head: Head) -> Result<(), Stop> {
     let mut live = LiveText::new(generating.text_stream()?, &asked.stops);
+    // The tokens of the text that was not sent yet.
+    let mut unsent = Scored::default();
     let chunk = |generating: &Generating, index: usize, delta: Value, logprobs: Value, reason: Option<&str>| {
         let choice = json!({"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason});
         let mut chunk = head.object("chat.completion.chunk", generating, vec![choice]);
@@ -143,18 +145,22 @@ async fn stream(out: Out, mut generating: Generating, asked: Asked, head: Head) 
     }
     while let Some(event) = generating.next().await? {
         match event {
-            // Log-probabilities come with the finished choice.
-            Event::Token { token, .. } if asked.logprobs.is_none() => {
+            Event::Token { token, logprobs: of_token, .. } => {
+                unsent.push(token, of_token);
                 let piece = live.push(token)?;
                 if !piece.is_empty() {
-                    out.json(&chunk(&generating, 0, json!({"content": piece}), Value::Null, None)).await?;
+                    let logprobs = logprobs(&generating, unsent.take())?;
+                    out.json(&chunk(&generating, 0, json!({"content": piece}), logprobs, None)).await?;
                 }
             }
             Event::Row { hypotheses, .. } => {
                 for (index, hypothesis) in hypotheses.iter().enumerate() {
                     let text = generating.text(&hypothesis.tokens)?;
-                    let rest = if index == 0 { live.rest(&text) } else { cut(&text, &asked.stops) };
-                    let logprobs = logprobs(&generating, &asked, hypothesis)?;
+                    let (rest, scored) = match index {
+                        0 => (live.rest(&text), unsent.take()),
+                        _ => (cut(&text, &asked.stops), Scored::of(hypothesis)),
+                    };
+                    let logprobs = logprobs(&generating, scored)?;
                     if !rest.is_empty() || !logprobs.is_null() {
                         out.json(&chunk(&generating, index, json!({"content": rest}), logprobs, None)).await?;
                     }

@@ -6,7 +6,7 @@ use t5gemma_protocol::{ImageFields, Texts};
 use t5gemma_runtime::{Event, Hypothesis, Tokenizer};
 
 use super::options::{self, Asked};
-use super::{error_event, fingerprint, finish_reason, usage};
+use super::{Scored, error_event, fingerprint, finish_reason, usage};
 use crate::call::{Call, Door, json_response};
 use crate::doors::{now, token_text};
 use crate::failure::{Failure, Form};
@@ -51,7 +51,7 @@ pub async fn answer(mut call: Call) -> Result<Response, Failure> {
     let mut choices = Vec::new();
     for (index, hypothesis) in rows.iter().flatten().enumerate() {
         let text = cut(&generating.text(&hypothesis.tokens)?, &asked.stops);
-        choices.push(choice(&generating, &asked, index, text, Some(hypothesis))?);
+        choices.push(choice(index, text, logprobs_of(&generating, hypothesis)?, Some(hypothesis)));
     }
     let mut body = head.object(&generating, choices);
     body["usage"] = usage(&generating);
@@ -77,45 +77,48 @@ impl Head {
 }
 
 /// A choice, or a piece of one; `hypothesis` if it is finished.
-fn choice(
-    generating: &Generating,
-    asked: &Asked,
-    index: usize,
-    text: String,
-    hypothesis: Option<&Hypothesis>,
-) -> Result<Value, Failure> {
-    let logprobs = match (hypothesis, asked.logprobs) {
-        (Some(hypothesis), Some(_)) => logprobs(generating.tokenizer()?, hypothesis),
-        _ => Value::Null,
-    };
+fn choice(index: usize, text: String, logprobs: Option<Value>, hypothesis: Option<&Hypothesis>) -> Value {
     let reason = hypothesis.map(|hypothesis| finish_reason(hypothesis.finish_reason));
-    Ok(json!({"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}))
+    json!({"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason})
 }
 
-fn logprobs(tokenizer: &Tokenizer, hypothesis: &Hypothesis) -> Value {
-    let Some(found) = &hypothesis.logprobs else { return Value::Null };
-    let mut offset = 0;
+/// The log-probabilities of some tokens. `offset` is where the first one's text begins, in characters; it becomes where
+/// the last one's ends.
+fn logprobs(tokenizer: &Tokenizer, Scored { tokens, logprobs }: &Scored, offset: &mut usize) -> Value {
     let (mut pieces, mut offsets) = (Vec::new(), Vec::new());
-    for &token in &hypothesis.tokens {
+    for &token in tokens {
         let text = token_text(tokenizer, token);
-        offsets.push(offset);
-        offset += text.chars().count();
+        offsets.push(*offset);
+        *offset += text.chars().count();
         pieces.push(text);
     }
     let top = |row: &Vec<(i64, f32)>| -> Value {
         let pair = |&(token, logprob): &(i64, f32)| (token_text(tokenizer, token), json!(logprob));
         row.iter().map(pair).collect::<Map<String, Value>>().into()
     };
-    let top: Value = match found.top.is_empty() {
+    let top: Value = match logprobs.top.is_empty() {
         true => Value::Null,
-        false => found.top.iter().map(top).collect(),
+        false => logprobs.top.iter().map(top).collect(),
     };
-    json!({"tokens": pieces, "token_logprobs": found.tokens, "top_logprobs": top, "text_offset": offsets})
+    json!({"tokens": pieces, "token_logprobs": logprobs.tokens, "top_logprobs": top, "text_offset": offsets})
+}
+
+/// The log-probabilities of a whole target, if they were asked for.
+fn logprobs_of(generating: &Generating, hypothesis: &Hypothesis) -> Result<Option<Value>, Failure> {
+    let scored = Scored::of(hypothesis);
+    scored.map(|scored| Ok(logprobs(generating.tokenizer()?, &scored, &mut 0))).transpose()
+}
+
+/// The log-probabilities of the tokens that were not sent yet, if they were asked for.
+fn unsent_logprobs(generating: &Generating, (scored, offset): &mut (Scored, usize)) -> Result<Option<Value>, Failure> {
+    scored.take().map(|scored| Ok(logprobs(generating.tokenizer()?, &scored, offset))).transpose()
 }
 
 async fn stream(out: Out, mut generating: Generating, asked: Asked, head: Head) -> Result<(), Stop> {
     let live = |_| Ok(LiveText::new(generating.text_stream()?, &asked.stops));
     let mut live = (0..generating.source_lengths.len()).map(live).collect::<Result<Vec<_>, Failure>>()?;
+    // The tokens of the text that was not sent yet, and where that begins.
+    let mut unsent: Vec<(Scored, usize)> = live.iter().map(|_| Default::default()).collect();
     let chunk = |generating: &Generating, choices: Vec<Value>| {
         let mut chunk = head.object(generating, choices);
         if asked.include_usage {
@@ -125,19 +128,22 @@ async fn stream(out: Out, mut generating: Generating, asked: Asked, head: Head) 
     };
     while let Some(event) = generating.next().await? {
         match event {
-            // Log-probabilities come with the finished choice.
-            Event::Token { row, token } if asked.logprobs.is_none() => {
+            Event::Token { row, token, logprobs } => {
+                unsent[row].0.push(token, logprobs);
                 let piece = live[row].push(token)?;
                 if !piece.is_empty() {
-                    let choice = choice(&generating, &asked, row * asked.n, piece, None)?;
+                    let choice = choice(row * asked.n, piece, unsent_logprobs(&generating, &mut unsent[row])?, None);
                     out.json(&chunk(&generating, vec![choice])).await?;
                 }
             }
             Event::Row { row, hypotheses } => {
                 for (at, hypothesis) in hypotheses.iter().enumerate() {
                     let text = generating.text(&hypothesis.tokens)?;
-                    let rest = if at == 0 { live[row].rest(&text) } else { cut(&text, &asked.stops) };
-                    let choice = choice(&generating, &asked, row * asked.n + at, rest, Some(hypothesis))?;
+                    let (rest, logprobs) = match at {
+                        0 => (live[row].rest(&text), unsent_logprobs(&generating, &mut unsent[row])?),
+                        _ => (cut(&text, &asked.stops), logprobs_of(&generating, hypothesis)?),
+                    };
+                    let choice = choice(row * asked.n + at, rest, logprobs, Some(hypothesis));
                     out.json(&chunk(&generating, vec![choice])).await?;
                 }
             }

@@ -29,6 +29,7 @@ pub async fn answer(mut call: Call) -> Result<Response, Failure> {
             _ => return Err(fields.refused("input", expected, &given)),
         },
     };
+    let inputs = inputs.with_images(fields.image_fields()?);
     let is_base64 = match fields.text("encoding_format")?.as_deref() {
         None | Some("float") => false,
         Some("base64") => true,
