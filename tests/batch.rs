@@ -1,6 +1,7 @@
 //! `t5gemma batch`: every format and task, the same bytes however it is run and interrupted, and what it refuses.
 
 mod faults;
+mod objects;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -326,6 +327,112 @@ fn other_tasks_find_what_their_commands_find() {
             check_close(&row["label_score"], &json!(scores));
         }
     }
+}
+
+/// A NumPy array of float32.
+fn array(bytes: &[u8]) -> ndarray::Array2<f32> {
+    let (magic, rest) = bytes.split_at(8);
+    assert_eq!(magic, b"\x93NUMPY\x01\x00");
+    let length = usize::from(u16::from_le_bytes([rest[0], rest[1]]));
+    let (header, data) = rest[2..].split_at(length);
+    assert_eq!((10 + length) % 64, 0);
+    let header = str::from_utf8(header).expect("ASCII");
+    let shape =
+        header.strip_prefix("{'descr': '<f4', 'fortran_order': False, 'shape': (").expect("a header of float32");
+    let shape = shape.split_once("), }").map(|(shape, _)| shape).expect("a shape");
+    let shape: Vec<usize> = shape.split(", ").map(|size| size.parse().expect("a size")).collect();
+    let numbers = data.chunks(4).map(|bytes| f32::from_le_bytes(bytes.try_into().expect("four bytes")));
+    ndarray::Array2::from_shape_vec((shape[0], shape[1]), numbers.collect()).expect("as many numbers as the shape says")
+}
+
+#[test]
+fn vectors_are_arrays_beside_their_outputs() {
+    let folders = Folders::new();
+    let body = |row: Value| json!({"id": row["id"], "body": row["text"]});
+    let rows: Vec<Value> = sentences(20).into_iter().map(body).collect();
+    folders.write("a.b.jsonl.gz", gzipped(&(text_of(&rows) + "no object\n")));
+    fs::copy(tests().join("fixtures/batch/documents.parquet"), folders.path("in/c.parquet")).expect("the fixture");
+    folders.write("empty.jsonl", "");
+    let options = ["--task", "encode", "--pooling", "mean", "--text-column", "body", "--keep-columns", "id"];
+    let arrays = [&options[..], &["--vectors", "npy"]].concat();
+    stdout(folders.batch(&demo(), "lists", &options));
+    let first = summary(folders.batch(&demo(), "arrays", &arrays));
+    assert_eq!((&first["written"], &first["errors"]), (&json!(3), &json!(2)));
+    let outputs = folders.outputs("arrays");
+    let names = ["a.b.jsonl.gz", "a.b.npy", "c.npy", "c.parquet", "empty.jsonl", "empty.npy"];
+    assert_eq!(outputs.keys().collect::<Vec<_>>(), names);
+    let array = |name: &str| array(&outputs[name]);
+    let width = array("a.b.npy").ncols();
+    assert_eq!(
+        (array("a.b.npy").nrows(), array("c.npy").dim(), array("empty.npy").dim()),
+        (21, (60, width), (0, width))
+    );
+    let text = |folder: &str| {
+        let mut text = String::new();
+        let bytes = folders.outputs(folder)["a.b.jsonl.gz"].clone();
+        MultiGzDecoder::new(bytes.as_slice()).read_to_string(&mut text).expect("gzip");
+        lines(text.as_bytes())
+    };
+    for ((list, row), vector) in text("lists").iter().zip(&text("arrays")).zip(array("a.b.npy").rows()) {
+        match &list["embedding"] {
+            Value::Null => assert!(vector.iter().all(|number| number.is_nan()) && row["error"] == list["error"]),
+            numbers => {
+                let number = |number: &Value| number.as_f64().expect("a number") as f32;
+                let numbers: Vec<f32> = numbers.as_array().expect("a list").iter().map(number).collect();
+                assert_eq!(numbers, vector.to_vec());
+                assert_eq!(*row, json!({"id": list["id"]}));
+            }
+        }
+    }
+    let [lists] = &records(&folders.path("lists/c.parquet"))[..] else { panic!("one record") };
+    let [without] = &records(&folders.path("arrays/c.parquet"))[..] else { panic!("one record") };
+    let names: Vec<&String> = without.schema_ref().fields().iter().map(|field| field.name()).collect();
+    assert_eq!(names, ["id", "error"]);
+    let vectors = lists.column_by_name("embedding").expect("a column").as_list::<i32>();
+    for (row, vector) in array("c.npy").rows().into_iter().enumerate() {
+        match vectors.is_null(row) {
+            true => assert!(row == 17 && vector.iter().all(|number| number.is_nan())),
+            false => {
+                let list = vectors.value(row);
+                assert_eq!(list.as_primitive::<arrow_array::types::Float32Type>().values()[..], vector.to_vec());
+            }
+        }
+    }
+    let record = &folders.record("arrays", "c.parquet.json")["vectors"];
+    assert_eq!((&record["output"], &record["shape"]), (&json!("c.npy"), &json!([60, width])));
+    assert_eq!(record["sha256"], hex::encode(<sha2::Sha256 as sha2::Digest>::digest(&outputs["c.npy"])));
+    // A lost array is computed again.
+    fs::remove_file(folders.path("arrays/c.npy")).expect("an array");
+    let again = summary(folders.batch(&demo(), "arrays", &arrays));
+    assert_eq!((&again["skipped"], &again["rows"]), (&json!(3), &json!(60)));
+    assert_eq!(folders.outputs("arrays"), outputs);
+    let refused = |options: &[&str], expected: &str| {
+        let output = folders.batch(&demo(), "other", options);
+        assert_eq!((output.status.code(), stderr(&output).contains(expected)), (Some(2), true), "{}", stderr(&output));
+    };
+    refused(&["--vectors", "npy"], "--vectors npy requires --task encode (got generate)");
+    folders.write("c.jsonl", "");
+    refused(&arrays, "expected files with vectors of their own, found c.jsonl and c.parquet, both for c.npy");
+}
+
+#[test]
+fn ids_are_carried_along_as_they_are() {
+    let folders = Folders::new();
+    folders.write("a.jsonl", "{\"doc\": 1.0, \"text\": \"Mt. Bell\"}\n{\"id\": [7], \"text\": \"Mt. Bell\"}\nx\n");
+    let ids = |output: &str, options: &[&str]| -> Vec<Value> {
+        stdout(folders.batch(&demo(), output, &[options, &["--max-new-tokens", "1"]].concat()));
+        let rows = folders.rows(output, "a.jsonl");
+        rows.iter().map(|row| json!([row.get("id"), row.get("doc"), row.get("text").is_some()])).collect()
+    };
+    let text = |has_text: bool| move |ids: [Value; 2]| json!([ids[0], ids[1], has_text]);
+    let default = [[Value::Null, json!(1.0)], [json!([7]), Value::Null]].map(text(true));
+    assert_eq!(ids("default", &[]), [&default[..], &[json!([2, null, false])]].concat());
+    let named = [[Value::Null, json!(1.0)], [Value::Null, Value::Null], [Value::Null, json!(2)]].map(text(false));
+    assert_eq!(ids("named", &["--id-column", "doc", "--keep-columns", "other"]), named);
+    fs::remove_file(folders.path("in/a.jsonl")).expect("an input");
+    fs::copy(tests().join("fixtures/batch/documents.parquet"), folders.path("in/c.parquet")).expect("the fixture");
+    let output = folders.batch(&demo(), "parquet", &["--text-column", "body", "--id-column", "doc"]);
+    assert!(stderr(&output).contains("c.parquet: expected a column \"doc\", found "), "{}", stderr(&output));
 }
 
 #[test]

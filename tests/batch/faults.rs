@@ -64,6 +64,45 @@ fn a_shard_that_fails_is_named_and_the_others_go_on() {
     assert_eq!((&summary[0]["written"], &summary[0]["failed"]), (&json!(2), &json!(7)));
 }
 
+/// A limit on the size of files stands for a full disk, whose error differs in its number only.
+#[cfg(target_os = "linux")]
+#[test]
+fn what_cannot_be_read_or_written_fails_alone() {
+    let folders = Folders::new();
+    folders.write("good.jsonl", text_of(&sentences(3)));
+    let large = json!({"text": 5, "padding": "x".repeat(1 << 16)});
+    folders.write("large.jsonl", format!("{large}\n").repeat(64));
+    std::os::unix::fs::symlink("/proc/self/mem", folders.path("in/torn.jsonl")).expect("a new link");
+    let mut command = std::process::Command::new("bash");
+    command.args(["-c", "trap '' XFSZ; ulimit -f 1024; exec \"$@\"", "bash"]).arg(program("t5gemma").get_program());
+    command.envs(program("t5gemma").get_envs().filter_map(|(name, value)| Some((name, value?))));
+    command.args(["batch", &demo().display().to_string(), "--max-new-tokens", "9", "--input"]);
+    command.arg(folders.path("in").join("*")).arg("--output").arg(folders.path("out"));
+    let output = command.output().expect("bash runs");
+    let told = stderr(&output);
+    assert_eq!(output.status.code(), Some(1), "{told}");
+    for expected in [
+        "large.jsonl: cannot be written: File too large (os error 27)",
+        "torn.jsonl: line 1: cannot be read: Input/output error (os error 5)",
+        "2 of 3 shards failed",
+    ] {
+        assert!(told.contains(expected), "{expected}\n{told}");
+    }
+    assert_eq!(folders.outputs("out").into_keys().collect::<Vec<_>>(), ["good.jsonl"]);
+    let left = fs::read_dir(folders.path("out/_batch")).expect("records").count();
+    assert_eq!(left, 2, "settings and one record");
+    // Once there is room, the rest is done.
+    fs::remove_file(folders.path("in/torn.jsonl")).expect("a link");
+    let output = folders.batch(&demo(), "out", &["--max-new-tokens", "9"]);
+    assert_eq!(lines(&output.stdout)[0]["written"], 1, "{}", stderr(&output));
+    // A place where nobody may write, root included.
+    let mut command = program("t5gemma");
+    command.args(["batch", &demo().display().to_string(), "--output", "/sys/t5gemma/out", "--input"]);
+    let output = command.arg(folders.path("in/good.jsonl")).output().expect("the program starts");
+    let told = stderr(&output);
+    assert!(output.status.code() == Some(1) && told.contains("t5gemma: /sys/t5gemma/out/_batch: "), "{told}");
+}
+
 #[test]
 fn contradictory_arguments_are_refused_before_anything_runs() {
     let folders = Folders::new();

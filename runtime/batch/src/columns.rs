@@ -3,6 +3,7 @@
 use serde_json::{Map, Value};
 
 use crate::answer::{Kind, ResultColumn};
+use crate::format;
 
 /// The fields of requests, row by row, or what is wrong with a row.
 pub(crate) type Requests = Vec<Result<Map<String, Value>, String>>;
@@ -76,10 +77,35 @@ impl Task {
     }
 }
 
+/// Where vectors go.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum VectorFormat {
+    /// Into the column of results, as lists.
+    #[default]
+    Column,
+    /// Into a NumPy array beside the output.
+    Npy,
+}
+
+impl VectorFormat {
+    /// Every format.
+    pub const ALL: [VectorFormat; 2] = [VectorFormat::Column, VectorFormat::Npy];
+
+    /// `column` or `npy`.
+    pub fn name(self) -> &'static str {
+        match self {
+            VectorFormat::Column => "column",
+            VectorFormat::Npy => "npy",
+        }
+    }
+}
+
 /// The columns of a job's shards.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Columns {
+    /// The column that identifies rows, which is carried along in any case; `id` by default, like any other column.
+    pub id: Option<String>,
     /// The column with the text of each row. If it is given, the row's other sources, such as `messages`, are carried
     /// along like any other column; by default a row is a request, with `text`, `messages` or `input_ids`.
     pub text: Option<String>,
@@ -93,11 +119,15 @@ pub struct Columns {
     pub kept: Option<Vec<String>>,
     /// Whether all details of results have a column too.
     pub details: bool,
+    /// Where vectors go.
+    pub vectors: VectorFormat,
 }
 
 impl Default for Columns {
     fn default() -> Columns {
-        Columns { text: None, target: None, result: None, error: "error".into(), kept: None, details: false }
+        let vectors = VectorFormat::Column;
+        let error = "error".into();
+        Columns { id: None, text: None, target: None, result: None, error, kept: None, details: false, vectors }
     }
 }
 
@@ -117,7 +147,18 @@ impl Columns {
 
     /// Whether a column is carried along.
     pub(crate) fn keeps(&self, column: &str) -> bool {
-        self.kept.as_ref().is_none_or(|kept| kept.iter().any(|name| name == column))
+        let is_id = self.id.as_deref() == Some(column);
+        is_id || self.kept.as_ref().is_none_or(|kept| kept.iter().any(|name| name == column))
+    }
+
+    /// The column with the numbers of lines that are no rows.
+    pub(crate) fn id(&self) -> &str {
+        self.id.as_deref().unwrap_or("id")
+    }
+
+    /// The files of a shard's output besides the one of its name.
+    pub fn beside(&self, output: &str) -> Option<String> {
+        (self.vectors == VectorFormat::Npy).then(|| format::array_beside(output))
     }
 
     /// The name of the column of results.
@@ -135,6 +176,7 @@ impl Columns {
     /// What of them decides on results, for the settings of an output folder.
     pub fn to_json(&self, task: Task) -> Map<String, Value> {
         let mut fields = Map::new();
+        fields.insert("id".into(), self.id.clone().into());
         fields.insert("text".into(), self.text.clone().into());
         if task == Task::Score {
             fields.insert("target".into(), self.target.clone().into());
@@ -143,6 +185,9 @@ impl Columns {
         fields.insert("error".into(), self.error.clone().into());
         fields.insert("kept".into(), self.kept.clone().into());
         fields.insert("details".into(), self.details.into());
+        if task == Task::Encode {
+            fields.insert("vectors".into(), self.vectors.name().into());
+        }
         fields
     }
 }

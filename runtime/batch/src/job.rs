@@ -150,6 +150,7 @@ pub fn run(job: &Job, cancel: &Cancellation, on_event: &mut dyn FnMut(Event)) ->
         let mut running = Running {
             job,
             results: &results,
+            vectors: job.worker.width_beside(job.columns),
             abandoned: &abandoned,
             engine: engine.as_ref(),
             in_flight: 0,
@@ -182,6 +183,8 @@ fn start(generating: &Generating) -> Result<Engine, Error> {
 struct Running<'a, 'j> {
     job: &'a Job<'j>,
     results: &'a [ResultColumn],
+    /// The numbers of a vector that is written beside the output, if any is.
+    vectors: Option<usize>,
     abandoned: &'a [AtomicBool],
     engine: Option<&'a Engine>,
     /// Rows that were submitted and have not ended.
@@ -385,7 +388,7 @@ impl Running<'_, '_> {
             match step {
                 Step::Begin { shard, carried } => {
                     let name = &job.shards[shard].name;
-                    match Writer::new(job.store, name, carried.as_ref(), job.columns, self.results) {
+                    match Writer::new(job.store, name, carried.as_ref(), job.columns, self.results, self.vectors) {
                         Ok(writer) => self.current = Some(writer),
                         Err(error) => self.fail(shard, error.to_string()),
                     }

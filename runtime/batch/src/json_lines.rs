@@ -3,7 +3,6 @@
 
 use std::borrow::Cow;
 use std::fmt;
-use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -18,15 +17,8 @@ use t5gemma_protocol::{LONGEST_LINE, describe_invalid_utf8, next_line, parse_obj
 
 use crate::answer::{Answered, ResultColumn};
 use crate::columns::{Columns, Requests, Task};
-use crate::store::Aside;
-
-/// How a shard is compressed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Compression {
-    None,
-    Gzip,
-    Zstd,
-}
+use crate::format::Compression;
+use crate::store::Output;
 
 /// A row's own object.
 #[derive(Clone, Debug)]
@@ -56,14 +48,14 @@ pub struct Reader {
 
 impl Reader {
     pub fn new(
-        file: File,
+        input: Box<dyn Read + Send>,
         compression: Compression,
         columns: &Columns,
         task: Task,
         results: &[ResultColumn],
     ) -> Result<Reader, String> {
         let read = Arc::new(AtomicU64::new(0));
-        let counted = Counted { file, read: read.clone() };
+        let counted = Counted { input, read: read.clone() };
         let lines: Box<dyn BufRead + Send> = match compression {
             Compression::None => Box::new(BufReader::with_capacity(1 << 18, counted)),
             Compression::Gzip => Box::new(BufReader::with_capacity(1 << 18, MultiGzDecoder::new(counted))),
@@ -76,7 +68,7 @@ impl Reader {
         Ok(Reader { lines, read, number: 0, columns: columns.clone(), task, taken })
     }
 
-    /// The bytes of the file that have been read.
+    /// The bytes of the input that have been read.
     pub fn bytes_read(&self) -> u64 {
         self.read.load(Ordering::Relaxed)
     }
@@ -105,7 +97,8 @@ impl Reader {
                     requests.push(Ok(self.request(fields)));
                 }
                 Err(problem) => {
-                    carried.push(Line { open: format!("{{\"id\":{number}") });
+                    let id = Value::from(self.columns.id());
+                    carried.push(Line { open: format!("{{{id}:{number}") });
                     requests.push(Err(problem));
                 }
             }
@@ -179,24 +172,24 @@ pub struct Writer {
 }
 
 enum Encoder {
-    Plain(Aside),
-    Gzip(GzEncoder<Aside>),
-    Zstd(zstd::stream::write::Encoder<'static, Aside>),
+    Plain(Output),
+    Gzip(GzEncoder<Output>),
+    Zstd(zstd::stream::write::Encoder<'static, Output>),
 }
 
 impl Writer {
     pub fn new(
-        aside: Aside,
+        output: Output,
         compression: Compression,
         columns: &Columns,
         results: &[ResultColumn],
     ) -> io::Result<Writer> {
         let out = match compression {
-            Compression::None => Encoder::Plain(aside),
+            Compression::None => Encoder::Plain(output),
             // Without a time, so that the bytes are always the same.
-            Compression::Gzip => Encoder::Gzip(GzEncoder::new(aside, flate2::Compression::default())),
+            Compression::Gzip => Encoder::Gzip(GzEncoder::new(output, flate2::Compression::default())),
             Compression::Zstd => {
-                let mut encoder = zstd::stream::write::Encoder::new(aside, zstd::DEFAULT_COMPRESSION_LEVEL)?;
+                let mut encoder = zstd::stream::write::Encoder::new(output, zstd::DEFAULT_COMPRESSION_LEVEL)?;
                 encoder.include_checksum(true)?;
                 Encoder::Zstd(encoder)
             }
@@ -207,9 +200,9 @@ impl Writer {
     }
 
     /// The file.
-    pub fn aside(&mut self) -> &mut Aside {
+    pub fn output(&mut self) -> &mut Output {
         match &mut self.out {
-            Encoder::Plain(aside) => aside,
+            Encoder::Plain(output) => output,
             Encoder::Gzip(encoder) => encoder.get_mut(),
             Encoder::Zstd(encoder) => encoder.get_mut(),
         }
@@ -239,24 +232,24 @@ impl Writer {
         Ok(())
     }
 
-    pub fn finish(self) -> io::Result<Aside> {
+    pub fn finish(self) -> io::Result<Output> {
         match self.out {
-            Encoder::Plain(aside) => Ok(aside),
+            Encoder::Plain(output) => Ok(output),
             Encoder::Gzip(encoder) => encoder.finish(),
             Encoder::Zstd(encoder) => encoder.finish(),
         }
     }
 }
 
-/// A file whose bytes are counted as they are read.
+/// An input whose bytes are counted as they are read.
 struct Counted {
-    file: File,
+    input: Box<dyn Read + Send>,
     read: Arc<AtomicU64>,
 }
 
 impl Read for Counted {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let count = self.file.read(buffer)?;
+        let count = self.input.read(buffer)?;
         self.read.fetch_add(count as u64, Ordering::Relaxed);
         Ok(count)
     }

@@ -6,7 +6,8 @@
 //!
 //! In reading order: `job` is what to run and its loop; `shards` finds the inputs, `settings` is what an output folder
 //! was begun with, `store` is where outputs lie; `reader` turns shards into windows of rows, `worker` answers them by
-//! the task, `writer` writes the answers; `json_lines` and `records` are the two formats. Nothing here knows flags or
+//! the task, `writer` writes the answers; `json_lines` and `records` are the two formats, and `npy`
+//! is one of vectors; `format` is what the names of files say. Nothing here knows flags or
 //! prints: the program does.
 
 #![warn(missing_debug_implementations)]
@@ -21,14 +22,16 @@ mod settings;
 mod shards;
 mod store;
 
+mod format;
 mod json_lines;
+mod npy;
 mod records;
 
 mod answer;
 mod columns;
 mod error;
 
-pub use columns::{Columns, Task};
+pub use columns::{Columns, Task, VectorFormat};
 pub use error::BatchError;
 pub use job::{Event, Job, Progress, Summary, run};
 pub use settings::Settings;

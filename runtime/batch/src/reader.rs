@@ -1,6 +1,6 @@
 //! Reads shards, one after the other, into windows of tokenized rows, on a thread of its own.
 
-use std::fs::File;
+use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Receiver;
 
@@ -10,7 +10,8 @@ use t5gemma_protocol::TokenizedRequest;
 
 use crate::answer::ResultColumn;
 use crate::columns::{Columns, Requests, Task};
-use crate::json_lines::{self, Compression, Line};
+use crate::format::Format;
+use crate::json_lines::{self, Line};
 use crate::records;
 use crate::shards::Shard;
 
@@ -19,28 +20,6 @@ pub const CHUNK_ROWS: usize = 128;
 
 /// Bytes of rows from which a window gets no further chunk.
 const WINDOW_BYTES: usize = 32 << 20;
-
-/// The format of a shard.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Format {
-    JsonLines(Compression),
-    Parquet,
-}
-
-impl Format {
-    /// The format that a file name says.
-    pub fn of(name: &str) -> Result<Format, String> {
-        let formats = [
-            (".jsonl", Format::JsonLines(Compression::None)),
-            (".jsonl.gz", Format::JsonLines(Compression::Gzip)),
-            (".jsonl.zst", Format::JsonLines(Compression::Zstd)),
-            (".parquet", Format::Parquet),
-        ];
-        let found = formats.into_iter().find(|(suffix, _)| name.ends_with(suffix));
-        let expected = "expected a name that ends in .jsonl, .jsonl.gz, .jsonl.zst or .parquet";
-        found.map(|(_, format)| format).ok_or_else(|| expected.to_string())
-    }
-}
 
 /// What is carried along of a chunk's rows.
 #[derive(Debug)]
@@ -136,18 +115,22 @@ impl Reading<'_> {
 
     fn open(&self, shard: &Shard) -> Result<(Rows, Option<RecordBatch>), String> {
         let format = Format::of(&shard.name)?;
-        let file: File = shard.source.open().map_err(|error| match error {
-            crate::BatchError::File { problem, .. } => format!("cannot be read: {problem}"),
-            error => error.to_string(),
-        })?;
+        let failed = |error: io::Error| format!("cannot be read: {error}");
         let (columns, task, results) = (self.columns, self.task, self.results);
         Ok(match format {
             Format::JsonLines(compression) => {
-                let reader = json_lines::Reader::new(file, compression, columns, task, results)?;
-                (Rows::JsonLines { reader, bytes: shard.bytes }, None)
+                let reader =
+                    json_lines::Reader::new(shard.source.open().map_err(failed)?, compression, columns, task, results)?;
+                (Rows::JsonLines { reader: Box::new(reader), bytes: shard.bytes }, None)
             }
             Format::Parquet => {
-                let reader = records::Reader::new(file, CHUNK_ROWS, columns, task, results)?;
+                let reader = records::Reader::new(
+                    shard.source.open_file().map_err(failed)?,
+                    CHUNK_ROWS,
+                    columns,
+                    task,
+                    results,
+                )?;
                 let carried = reader.schema()?;
                 (Rows::Parquet(Box::new(reader)), Some(carried))
             }
@@ -185,7 +168,7 @@ fn bytes_of(request: &TokenizedRequest) -> usize {
 
 /// The rows of a shard.
 enum Rows {
-    JsonLines { reader: json_lines::Reader, bytes: u64 },
+    JsonLines { reader: Box<json_lines::Reader>, bytes: u64 },
     Parquet(Box<records::Reader>),
 }
 

@@ -23,7 +23,7 @@ use serde_json::Value;
 
 use crate::answer::{Answered, Cell, Kind, ResultColumn};
 use crate::columns::{Columns, Requests, Task};
-use crate::store::Aside;
+use crate::store::Output;
 
 /// The most rows and bytes of a row group, which a writer holds in memory.
 const GROUP_ROWS: usize = 1 << 16;
@@ -71,7 +71,8 @@ impl Reader {
             }
         }
         let is_missing = |name: &String| schema.column_with_name(name).is_none();
-        let named = columns.text.iter().chain(&columns.target).chain(columns.kept.iter().flatten());
+        let named = [&columns.id, &columns.text, &columns.target].into_iter().flatten();
+        let named = named.chain(columns.kept.iter().flatten());
         if let Some(missing) = { named }.find(|name| is_missing(name)) {
             let found: Vec<&str> = schema.fields().iter().map(|field| field.name().as_str()).collect();
             return Err(format!("expected a column {missing:?}, found {}", found.join(", ")));
@@ -170,7 +171,7 @@ fn value(column: &dyn Array, row: usize) -> Option<Value> {
 
 /// Writes a shard.
 pub struct Writer {
-    out: ArrowWriter<Aside>,
+    out: ArrowWriter<Output>,
     schema: SchemaRef,
     results: Vec<ResultColumn>,
 }
@@ -178,7 +179,7 @@ pub struct Writer {
 impl Writer {
     /// Begins a file with the columns of `carried`, an empty record, and of the results.
     pub fn new(
-        aside: Aside,
+        output: Output,
         carried: &RecordBatch,
         columns: &Columns,
         results: &[ResultColumn],
@@ -196,12 +197,12 @@ impl Writer {
             .set_max_row_group_bytes(Some(GROUP_BYTES))
             .set_created_by(concat!("t5gemma-batch version ", env!("CARGO_PKG_VERSION")).into())
             .build();
-        let out = ArrowWriter::try_new(aside, schema.clone(), Some(properties))?;
+        let out = ArrowWriter::try_new(output, schema.clone(), Some(properties))?;
         Ok(Writer { out, schema, results: results.to_vec() })
     }
 
     /// The file.
-    pub fn aside(&mut self) -> &mut Aside {
+    pub fn output(&mut self) -> &mut Output {
         self.out.inner_mut()
     }
 
@@ -219,7 +220,7 @@ impl Writer {
         self.out.write(&record)
     }
 
-    pub fn finish(self) -> Result<Aside, ParquetError> {
+    pub fn finish(self) -> Result<Output, ParquetError> {
         self.out.into_inner()
     }
 }

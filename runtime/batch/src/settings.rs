@@ -21,7 +21,7 @@ impl Settings {
     pub fn check(&self, store: &Store) -> Result<bool, BatchError> {
         let Some(bytes) = store.read_record(NAME)? else { return Ok(false) };
         let begun = serde_json::from_slice(&bytes)
-            .map_err(|error| BatchError::file(store.record(NAME).display(), format!("expected JSON: {error}")))?;
+            .map_err(|error| BatchError::file(store.record(NAME), format!("expected JSON: {error}")))?;
         match difference("", &begun, &Value::Object(self.0.clone())) {
             None => Ok(true),
             Some((field, begun, found)) => Err(BatchError::Arguments(format!(

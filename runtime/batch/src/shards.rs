@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use crate::columns::Columns;
 use crate::error::BatchError;
-use crate::store::{Source, Store};
+use crate::store::{Location, Source, Store, refused};
 
 /// An input shard.
 #[derive(Clone, Debug)]
@@ -37,11 +38,11 @@ pub struct Part {
     pub count: usize,
 }
 
-/// Finds the shards that `patterns` match: paths, or globs with `*`, `?`, `[…]` and `**`.
+/// Finds the shards that `patterns` match: paths or URLs, or globs of them with `*`, `?`, `[…]` and `**`.
 ///
 /// # Errors
-/// Two files of one name, a file within the output folder, a malformed pattern, or a folder that cannot be read.
-pub fn find(patterns: &[String], output: &Store, part: Part) -> Result<Shards, BatchError> {
+/// Two files of one name, or with the same file beside their outputs, a file within the output folder, a malformed pattern, or a folder that cannot be read.
+pub fn find(patterns: &[String], output: &Store, columns: &Columns, part: Part) -> Result<Shards, BatchError> {
     let mut found: BTreeMap<String, Shard> = BTreeMap::new();
     let mut unmatched = Vec::new();
     for pattern in patterns {
@@ -68,6 +69,17 @@ pub fn find(patterns: &[String], output: &Store, part: Part) -> Result<Shards, B
             }
         }
     }
+    let mut beside = BTreeMap::new();
+    for name in found.keys() {
+        if let Some(file) = columns.beside(name)
+            && let Some(other) = beside.insert(file.clone(), name)
+        {
+            return Err(refused(
+                "--input",
+                format!("expected files with vectors of their own, found {other} and {name}, both for {file}"),
+            ));
+        }
+    }
     let all = found.len();
     let of_part = |(number, _): &(usize, Shard)| number % part.count == part.index;
     let shards = found.into_values().enumerate().filter(of_part).map(|(_, shard)| shard).collect();
@@ -76,6 +88,15 @@ pub fn find(patterns: &[String], output: &Store, part: Part) -> Result<Shards, B
 
 /// The files of a pattern with their sizes.
 fn sources(pattern: &str) -> Result<Vec<(Source, u64)>, BatchError> {
+    match Location::of(pattern).map_err(|problem| refused("--input", problem))? {
+        Location::Path(path) => files(path),
+        #[cfg(feature = "object-stores")]
+        Location::Object { bucket, key } => crate::store::matching_objects(pattern, bucket, key),
+    }
+}
+
+/// The files that a path or pattern of paths matches, with their sizes.
+fn files(pattern: &str) -> Result<Vec<(Source, u64)>, BatchError> {
     let size = |path: &Path| fs::metadata(path).map_err(|error| BatchError::file(path.display(), error));
     let path = Path::new(pattern);
     // A name may itself have brackets.
@@ -84,7 +105,7 @@ fn sources(pattern: &str) -> Result<Vec<(Source, u64)>, BatchError> {
             let problem = format!("--input: expected files, found the folder {pattern} (write {pattern}/*)");
             return Err(BatchError::Arguments(problem));
         }
-        return Ok(vec![(Source(path.to_path_buf()), metadata.len())]);
+        return Ok(vec![(Source::File(path.to_path_buf()), metadata.len())]);
     }
     let paths = glob::glob(pattern).map_err(|error| {
         BatchError::Arguments(format!("--input {pattern}: {} at character {}", error.msg, error.pos + 1))
@@ -95,7 +116,7 @@ fn sources(pattern: &str) -> Result<Vec<(Source, u64)>, BatchError> {
         let metadata = size(&path)?;
         let is_hidden = path.file_name().is_some_and(|name| name.to_string_lossy().starts_with('.'));
         if metadata.is_file() && !is_hidden {
-            files.push((Source(path), metadata.len()));
+            files.push((Source::File(path), metadata.len()));
         }
     }
     Ok(files)

@@ -13,7 +13,7 @@ use t5gemma_protocol::{RequestError, TokenizedRequest};
 use t5gemma_runtime::{Cancellation, Error};
 
 use crate::answer::{Answer, Answered, ResultColumn};
-use crate::columns::{Columns, Task};
+use crate::columns::{Columns, Task, VectorFormat};
 pub use generate::{Explain, Generating, Scoring, has_scores};
 pub use vectors::{Classifying, Encoding};
 
@@ -48,6 +48,14 @@ impl Worker<'_> {
             Worker::Score(scoring) => scoring.results(columns),
             Worker::Encode(encoding) => encoding.results(columns),
             Worker::Classify(classifying) => classifying.results(columns),
+        }
+    }
+
+    /// The numbers of a vector that is written beside the output, if any is.
+    pub(crate) fn width_beside(&self, columns: &Columns) -> Option<usize> {
+        match self {
+            Worker::Encode(encoding) if columns.vectors == VectorFormat::Npy => Some(encoding.width()),
+            _ => None,
         }
     }
 

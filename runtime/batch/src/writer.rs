@@ -6,16 +6,20 @@ use serde_json::{Map, Value, json};
 use crate::answer::{Answered, ResultColumn};
 use crate::columns::Columns;
 use crate::error::BatchError;
+use crate::format::Format;
 use crate::json_lines;
-use crate::reader::{Carried, Format};
+use crate::npy::Vectors;
+use crate::reader::Carried;
 use crate::records;
 use crate::settings::Settings;
-use crate::store::{Aside, Store};
+use crate::store::{Output, Store};
 
 /// The output of a shard in progress.
 pub struct Writer {
     name: String,
     out: Out,
+    /// What is written beside it.
+    vectors: Option<Vectors>,
     pub totals: Totals,
 }
 
@@ -34,28 +38,31 @@ enum Out {
 }
 
 impl Writer {
-    /// Begins the output `name`; `carried` is an empty record of the columns that are carried along, in Parquet.
+    /// Begins the output `name`; `carried` is an empty record of the columns that are carried along, in Parquet, and
+    /// `vectors` the width of those beside it.
     pub fn new(
         store: &Store,
         name: &str,
         carried: Option<&RecordBatch>,
         columns: &Columns,
         results: &[ResultColumn],
+        vectors: Option<usize>,
     ) -> Result<Writer, BatchError> {
         let failed = |problem: &dyn std::fmt::Display| cannot(store, name, problem);
-        let aside = store.create(name)?;
+        let vectors = vectors.map(|width| Vectors::new(store, name, width)).transpose()?;
+        let output = store.create(name)?;
         let out = match (Format::of(name), carried) {
             (Ok(Format::JsonLines(compression)), _) => {
-                let writer = json_lines::Writer::new(aside, compression, columns, results);
+                let writer = json_lines::Writer::new(output, compression, columns, results);
                 Out::JsonLines(Box::new(writer.map_err(|error| failed(&error))?))
             }
             (Ok(Format::Parquet), Some(carried)) => {
-                let writer = records::Writer::new(aside, carried, columns, results);
+                let writer = records::Writer::new(output, carried, columns, results);
                 Out::Parquet(Box::new(writer.map_err(|error| failed(&error))?))
             }
             _ => unreachable!("the reader has opened a shard of this name"),
         };
-        Ok(Writer { name: name.to_string(), out, totals: Totals::default() })
+        Ok(Writer { name: name.to_string(), out, vectors, totals: Totals::default() })
     }
 
     /// Writes the rows of the chunks with their answers.
@@ -78,6 +85,9 @@ impl Writer {
                 _ => unreachable!("a shard and its output have the same format"),
             }
         }
+        if let Some(vectors) = &mut self.vectors {
+            vectors.write(answers).map_err(|error| cannot(store, &self.name, &error))?;
+        }
         for answer in answers {
             self.totals.rows += 1;
             match answer {
@@ -94,33 +104,41 @@ impl Writer {
     /// Tells other processes that the output is still being written.
     pub fn renew(&mut self) {
         match &mut self.out {
-            Out::JsonLines(out) => out.aside().renew(),
-            Out::Parquet(out) => out.aside().renew(),
+            Out::JsonLines(out) => out.output().renew(),
+            Out::Parquet(out) => out.output().renew(),
         }
     }
 
     /// Publishes the output after its record. Returns whether it is new: another process may have been faster.
     pub fn finish(self, store: &Store, settings: &Settings) -> Result<bool, BatchError> {
         let failed = |problem: &dyn std::fmt::Display| cannot(store, &self.name, problem);
-        let mut aside: Aside = match self.out {
+        let mut output: Output = match self.out {
             Out::JsonLines(out) => out.finish().map_err(|error| failed(&error))?,
             Out::Parquet(out) => out.finish().map_err(|error| failed(&error))?,
         };
-        aside.sync().map_err(|error| failed(&error))?;
+        output.sync().map_err(|error| failed(&error))?;
         let Totals { rows, errors, source_tokens, target_tokens } = self.totals;
-        let record = json!({
+        let vectors = self.vectors.map(|vectors| vectors.finish(store)).transpose()?;
+        let mut record = json!({
             "output": self.name,
             "rows": rows,
             "errors": errors,
             "source_tokens": source_tokens,
             "target_tokens": target_tokens,
-            "bytes": aside.bytes(),
-            "sha256": aside.sha256(),
+            "bytes": output.bytes(),
+            "sha256": output.sha256(),
             "version": env!("CARGO_PKG_VERSION"),
             "settings": settings.0,
         });
+        if let Some((_, of_vectors)) = &vectors {
+            record["vectors"] = of_vectors.clone();
+        }
         store.put_record(&format!("{}.json", self.name), format!("{record}\n").as_bytes())?;
-        store.publish(aside, &self.name)
+        // The output says that the shard is complete, so it comes last.
+        if let Some((vectors, _)) = vectors {
+            vectors.publish().map_err(|error| failed(&error))?;
+        }
+        output.publish().map_err(|error| failed(&error))
     }
 }
 

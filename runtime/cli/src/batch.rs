@@ -14,7 +14,7 @@ use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 use t5gemma_batch::{
     BatchError, Classifying, Columns, Encoding, Generating, Job, Part, Scoring, Settings, Shard, Store, Summary, Task,
-    Worker,
+    VectorFormat, Worker,
 };
 use t5gemma_runtime::{Cancellation, EngineOptions, Error, Limits, Pooling, ScoreFunction, Task as ModelTask, task_of};
 
@@ -40,7 +40,10 @@ use shown::Shown;
 pub struct Arguments {
     #[command(flatten)]
     model: ModelArguments,
-    /// Shards to read: files, or patterns with *, ?, [...] and **
+    /// Shards to read: files, or patterns with *, ?, [...] and **; s3://BUCKET/PATTERN reads objects
+    ///
+    /// Objects are those of a store that speaks S3, with the settings of the variables AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY,
+    /// AWS_REGION, AWS_ENDPOINT_URL and so on.
     #[arg(long, value_name = "GLOB", help_heading = "Input", required = true, num_args = 1..)]
     input: Vec<String>,
     /// Run only every Nth shard in the order of names, from number I, counted from 0
@@ -48,6 +51,11 @@ pub struct Arguments {
     /// `auto/N` takes I from JOB_COMPLETION_INDEX (Kubernetes) or SLURM_ARRAY_TASK_ID (Slurm).
     #[arg(long, value_name = "I/N", help_heading = "Input", value_parser = part, default_value = "0/1")]
     shard: Part,
+    /// Column that identifies rows [default: id]
+    ///
+    /// It is carried along whatever --keep-columns says, and gets the number of a line that is no JSON object.
+    #[arg(long, value_name = "NAME", help_heading = "Input")]
+    id_column: Option<String>,
     /// Column with the text of each row [default: text]
     ///
     /// By default a row is a request, as for `t5gemma generate --jsonl`: text, messages or input_ids, with decoder_text, options
@@ -69,7 +77,7 @@ pub struct Arguments {
     /// Truncate longer sources on the right to --max-source-length
     #[arg(long, help_heading = "Encoding", requires = "max_source_length")]
     truncation: bool,
-    /// Folder to write into
+    /// Folder to write into, or s3://BUCKET/PREFIX
     #[arg(short, long, value_name = "DIR", help_heading = "Output")]
     output: String,
     /// What to compute [default: what the model was exported for]
@@ -98,6 +106,17 @@ pub struct Arguments {
         value_parser = PossibleValuesParser::new(["mean", "first", "last"])
     )]
     pooling: Option<String>,
+    /// With --task encode: where vectors go, a column of lists or the NumPy array X.npy beside the output
+    ///
+    /// An array has float32 of the shape [rows, width]. Its row n belongs to row n of the output; for a row with an error it has NaNs.
+    #[arg(
+        long,
+        value_name = "FORMAT",
+        help_heading = "Encoding",
+        default_value = VectorFormat::default().name(),
+        value_parser = PossibleValuesParser::new(VectorFormat::ALL.map(VectorFormat::name))
+    )]
+    vectors: String,
     /// With --task encode: L2-normalize the vectors
     #[arg(long, help_heading = "Encoding")]
     normalize: bool,
@@ -145,12 +164,16 @@ const EXAMPLES: &str = r#"Examples:
   The same in an array of 100 jobs:
     t5gemma batch model --input 'data/*.parquet' --output out --max-new-tokens 64 --shard auto/100
 
-  Compute normalized vectors of the column "abstract", and keep only the ids beside them:
+  The same from and into buckets:
+    export AWS_ACCESS_KEY_ID=... AWS_SECRET_ACCESS_KEY=... AWS_REGION=eu-central-1
+    t5gemma batch model --input 's3://documents/2026/*.jsonl.gz' --output s3://results/2026 --max-new-tokens 64
+
+  Compute normalized vectors of the column "abstract" as papers.npy, with only the ids in papers.jsonl.gz beside it:
     t5gemma batch encoder --input papers.jsonl.gz --output vectors --task encode --pooling mean --normalize \
-      --text-column abstract --keep-columns id
+      --text-column abstract --keep-columns id --vectors npy
 
 Files in the output folder:
-  X.jsonl, …             the outputs, each complete
+  X.jsonl, …             the outputs, each complete; with --vectors npy, X.npy is complete before them
   _batch/settings.json   model and options that the folder was begun with; a run with others is refused
   _batch/X.jsonl.json    rows, errors, tokens and SHA-256 of an output
   _batch/*.tmp           outputs in progress
@@ -183,7 +206,8 @@ fn part(text: &str) -> Result<Part, String> {
 pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
     let start = Instant::now();
     let store = Store::open(&arguments.output).map_err(error)?;
-    let found = t5gemma_batch::find(&arguments.input, &store, arguments.shard).map_err(error)?;
+    let columns = columns(&arguments);
+    let found = t5gemma_batch::find(&arguments.input, &store, &columns, arguments.shard).map_err(error)?;
     let mut outcome = Outcome::Done;
     for pattern in &found.unmatched {
         note!("t5gemma: --input {pattern}: no file matches");
@@ -194,15 +218,18 @@ pub fn run(arguments: Arguments, cancel: &Cancellation) -> Result<Outcome> {
         given.insert("adapter".into(), name.into());
     }
     let task = task(&arguments)?;
-    let columns = columns(&arguments);
+    if columns.vectors != VectorFormat::Column && task != Task::Encode {
+        bail_usage!("--vectors {} requires --task encode (got {})", arguments.vectors, task.name());
+    }
     let settings = settings(&arguments, task, &columns, &given)?;
     let is_begun = settings.check(&store).map_err(error)?;
     if is_begun {
         store.sweep().map_err(error)?;
     }
     let names = store.names().map_err(error)?;
-    let (done, missing): (Vec<Shard>, Vec<Shard>) =
-        found.shards.into_iter().partition(|shard| names.contains(&shard.name));
+    let is_done =
+        |name: &String| names.contains(name) && columns.beside(name).is_none_or(|beside| names.contains(&beside));
+    let (done, missing): (Vec<Shard>, Vec<Shard>) = found.shards.into_iter().partition(|shard| is_done(&shard.name));
     if let (false, Some(shard)) = (is_begun, done.first()) {
         bail_usage!("--output {store}: holds {}, which no batch has written; choose another folder", shard.name);
     }
@@ -245,12 +272,15 @@ fn task(arguments: &Arguments) -> Result<Task> {
 
 fn columns(arguments: &Arguments) -> Columns {
     let mut columns = Columns::default();
+    columns.id = arguments.id_column.clone();
     columns.text = arguments.text_column.clone();
     columns.target = arguments.target_column.clone();
     columns.result = arguments.result_column.clone();
     columns.error = arguments.error_column.clone();
     columns.kept = arguments.keep_columns.clone();
     columns.details = arguments.details;
+    let vectors = VectorFormat::ALL.into_iter().find(|format| format.name() == arguments.vectors);
+    columns.vectors = vectors.unwrap_or_default();
     columns
 }
 

@@ -1,14 +1,13 @@
-//! `Aside`: a file that is written under a temporary name, with its size and SHA-256, and removed unless it is
-//! published.
+//! `Aside`: a file that is written under a temporary name, and removed unless it is published.
 
 use std::fs::{self, File};
 use std::hash::{BuildHasher, Hasher, RandomState};
-use std::io::{self, BufWriter, Write};
+use std::io::{self, BufWriter, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
-use sha2::{Digest, Sha256};
+use super::Unpublished;
 
 /// How temporary names end.
 const SUFFIX: &str = ".tmp";
@@ -35,16 +34,17 @@ pub fn discard_unfinished() {
 pub struct Aside {
     out: BufWriter<File>,
     path: PathBuf,
-    bytes: u64,
-    hash: Sha256,
+    /// The path that it gets.
+    target: PathBuf,
     renewed: Instant,
 }
 
 impl Aside {
-    /// Creates an empty file in `folder`; its name begins with `name`, that of the finished file.
+    /// Creates an empty file in `folder`, to become `target` later.
     ///
     /// Its lock tells processes of this machine that it is still written, and its time tells those of others.
-    pub fn create(folder: &Path, name: &str) -> io::Result<Aside> {
+    pub fn create(folder: &Path, target: PathBuf) -> io::Result<Aside> {
+        let name = target.file_name().unwrap_or_default().to_string_lossy().into_owned();
         loop {
             let random = RandomState::new().build_hasher().finish();
             let path = folder.join(format!("{name}.{}.{random:016x}{SUFFIX}", host()));
@@ -54,7 +54,7 @@ impl Aside {
             if is_locked && path.exists() {
                 UNFINISHED.lock().unwrap_or_else(PoisonError::into_inner).push(path.clone());
                 let out = BufWriter::with_capacity(1 << 18, file);
-                return Ok(Aside { out, path, bytes: 0, hash: Sha256::new(), renewed: Instant::now() });
+                return Ok(Aside { out, path, target, renewed: Instant::now() });
             }
         }
     }
@@ -63,38 +63,32 @@ impl Aside {
     pub fn path(&self) -> &Path {
         &self.path
     }
+}
 
-    /// The number of bytes written.
-    pub fn bytes(&self) -> u64 {
-        self.bytes
-    }
-
-    /// The SHA-256 of the bytes written, in hexadecimal.
-    pub fn sha256(&self) -> String {
-        hex::encode(self.hash.clone().finalize())
-    }
-
-    /// Renews the file's time now and then, so that nobody takes it for one that was left behind.
-    pub fn renew(&mut self) {
+impl Unpublished for Aside {
+    fn renew(&mut self) {
         if self.renewed.elapsed() >= RENEWAL {
             self.renewed = Instant::now();
             let _ = self.out.get_ref().set_modified(SystemTime::now());
         }
     }
 
-    /// Writes everything to the disk.
-    pub fn sync(&mut self) -> io::Result<()> {
+    fn sync(&mut self) -> io::Result<()> {
         self.out.flush()?;
         self.out.get_ref().sync_all()
+    }
+
+    fn publish(mut self: Box<Self>) -> io::Result<bool> {
+        self.sync()?;
+        let is_new = rename_if_absent(&self.path, &self.target)?;
+        sync_folder(self.target.parent().unwrap_or(Path::new(".")))?;
+        Ok(is_new)
     }
 }
 
 impl Write for Aside {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let written = self.out.write(bytes)?;
-        self.hash.update(&bytes[..written]);
-        self.bytes += written as u64;
-        Ok(written)
+        self.out.write(bytes)
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -131,4 +125,30 @@ fn host() -> &'static str {
         let name = name.unwrap_or_else(|_| "host".into());
         name.trim().chars().map(|c| if c.is_ascii_alphanumeric() || c == '-' { c } else { '_' }).collect()
     })
+}
+
+/// Gives a complete file its name unless there is one of that name, in one step. Returns whether it has. The old name
+/// may remain.
+pub fn rename_if_absent(from: &Path, to: &Path) -> io::Result<bool> {
+    match fs::hard_link(from, to) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(false),
+        // File systems without hard links. Whoever else writes the file writes the same bytes.
+        Err(error) if [ErrorKind::Unsupported, ErrorKind::PermissionDenied].contains(&error.kind()) => {
+            if to.exists() {
+                return Ok(false);
+            }
+            fs::rename(from, to).map(|()| true)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Makes the names in a folder outlast a crash of the machine.
+pub fn sync_folder(folder: &Path) -> io::Result<()> {
+    #[cfg(unix)]
+    File::open(folder)?.sync_all()?;
+    #[cfg(not(unix))]
+    let _ = (folder, File::open);
+    Ok(())
 }

@@ -8,7 +8,7 @@ use t5gemma_runtime::{Cancellation, Encoder, Error, Pooling, ScoreFunction, Task
 
 use super::refused;
 use crate::answer::{Answer, Cell, Kind, ResultColumn};
-use crate::columns::{Columns, Task};
+use crate::columns::{Columns, Task, VectorFormat};
 
 /// Computes one vector for each row.
 pub struct Encoding<'a> {
@@ -36,7 +36,14 @@ impl fmt::Debug for Encoding<'_> {
 
 impl Encoding<'_> {
     pub(super) fn results(&self, columns: &Columns) -> Vec<ResultColumn> {
-        columns.results(Task::Encode, Kind::Vector, &[])
+        match columns.vectors {
+            VectorFormat::Column => columns.results(Task::Encode, Kind::Vector, &[]),
+            VectorFormat::Npy => Vec::new(),
+        }
+    }
+
+    pub(super) fn width(&self) -> usize {
+        self.encoder.facts().encoder.hidden_size
     }
 
     pub(super) fn tokenize(&self, fields: Map<String, Value>) -> Result<TokenizedRequest, RequestError> {
