@@ -159,24 +159,47 @@ fn exported_repositories_are_served() {
 fn the_plain_repository_generates() {
     let work = TempDir::new().expect("a temporary folder can be made");
     let folder = |name: &str| work.path().join(name).display().to_string();
-    let (out, repository) = (folder("demo"), folder("repository"));
-    let export = |checkpoint: &str, more: &[&str]| {
+    let export = |backend: &str, checkpoint: &str, more: &[&str]| {
         let checkpoint = tests().join(checkpoint).display().to_string();
-        let plain = ["--triton-repository", &repository, "--triton-backend", "onnxruntime"];
+        let (out, repository) = (folder("demo"), folder(backend));
+        let plain = ["--triton-repository", &repository, "--triton-backend", backend];
         let arguments = [&[&*checkpoint, &*out, "--quiet"], &plain[..], more].concat();
         program("t5gemma-export").args(arguments).output().expect("the program runs")
     };
-    for (checkpoint, more) in [
-        ("demo/checkpoint", ["--target", "cpu"].as_slice()),
-        ("demo/checkpoint", &["--task", "feature-extraction"]),
-        ("fixtures/tasks/sequence-decoder/checkpoint", &[]),
+    let plan = ["--target", "tensorrt", "--dtype", "float32", "--plan", "source=1..64,target=65"];
+    let planned = |more: &[&'static str]| [&plan[..], more].concat();
+    for (backend, checkpoint, more, expected) in [
+        (
+            "onnxruntime",
+            "demo/checkpoint",
+            vec!["--target", "cpu"],
+            "expected target portable with logits, and a task that generates",
+        ),
+        ("onnxruntime", "demo/checkpoint", vec!["--task", "feature-extraction"], "expected target portable"),
+        ("onnxruntime", "fixtures/tasks/sequence-decoder/checkpoint", vec![], "expected target portable"),
+        (
+            "tensorrt",
+            "demo/checkpoint",
+            vec![],
+            "expected target tensorrt in float16 or float32 with logits, a plan from batch 1",
+        ),
+        ("tensorrt", "demo/checkpoint", vec!["--target", "tensorrt", "--dtype", "float32"], "plan none"),
+        (
+            "tensorrt",
+            "demo/checkpoint",
+            vec!["--target", "tensorrt", "--dtype", "bfloat16", "--plan", "source=1..64,target=65"],
+            "found target tensorrt in bfloat16",
+        ),
+        ("tensorrt", "demo/checkpoint", planned(&["--cache", "static=65"]), "a growing cache"),
     ] {
-        let refused = export(checkpoint, more);
+        let refused = export(backend, checkpoint, &more);
         let message = String::from_utf8_lossy(&refused.stderr);
-        assert!(message.contains("expected target portable with logits, and a task that generates"), "{message}");
+        assert!(message.contains(expected), "{message}");
         assert_eq!(std::fs::read_dir(work.path()).expect("it is there").count(), 0, "nothing is left behind");
     }
-    stdout(export("demo/checkpoint", &[]));
-    stdout(export("demo/checkpoint", &["--overwrite"]));
-    assert_eq!(python("triton_plain.py", [&*repository, "demo"]), "plain\n");
+    for (backend, more) in [("onnxruntime", &[][..]), ("tensorrt", &plan[..])] {
+        stdout(export(backend, "demo/checkpoint", &[&["--overwrite"], more].concat()));
+        stdout(export(backend, "demo/checkpoint", &[&["--overwrite"], more].concat()));
+        assert_eq!(python("triton_plain.py", [&*folder(backend), "demo", backend]), "plain\n");
+    }
 }

@@ -28,6 +28,19 @@ pub enum TritonBackend {
     T5Gemma,
     /// Triton's `onnxruntime` for the graphs and its `python` for generation, which is slower.
     OnnxRuntime,
+    /// The same with Triton's `tensorrt`, for plans that are built of the model folder later.
+    TensorRt,
+}
+
+impl TritonBackend {
+    /// As in the option `--triton-backend`, and as Triton calls it.
+    pub fn name(self) -> &'static str {
+        match self {
+            TritonBackend::T5Gemma => "t5gemma",
+            TritonBackend::OnnxRuntime => "onnxruntime",
+            TritonBackend::TensorRt => "tensorrt",
+        }
+    }
 }
 
 /// Where a model of a repository is written.
@@ -74,7 +87,7 @@ impl TritonRepository {
         let repository = TritonRepository { folder, out, name, version, backend };
         let ends: &[&str] = match backend {
             TritonBackend::T5Gemma => &["", "_stream"],
-            TritonBackend::OnnxRuntime => &["", "_encoder", "_decoder", "_decoder_with_past"],
+            TritonBackend::OnnxRuntime | TritonBackend::TensorRt => &["", "_encoder", "_decoder", "_decoder_with_past"],
         };
         for end in ends {
             let config = repository.folder.join(format!("{}{end}", repository.name)).join(CONFIG);
@@ -87,9 +100,9 @@ impl TritonRepository {
 
     /// Writes the models of an exported model folder.
     pub fn write(&self, manifest: &Manifest) -> Result<()> {
-        if self.backend == TritonBackend::OnnxRuntime {
+        if self.backend != TritonBackend::T5Gemma {
             for (name, config) in plain::models(self, manifest) {
-                plain::version(self, &name)?;
+                plain::version(self, manifest, &name)?;
                 put(&self.folder.join(&name).join(CONFIG), config.as_bytes())?;
             }
             return Ok(());

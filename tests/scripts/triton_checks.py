@@ -6,6 +6,7 @@ answers are right."""
 import asyncio
 import concurrent.futures
 import json
+import re
 import shutil
 import sys
 import time
@@ -176,6 +177,12 @@ def check_encoders(web, rpc):
     assert np.allclose(own, plain, atol=1e-5)
 
 
+def refused_request(call, *words):
+    """Where files lie is nothing for clients."""
+    message = refused(call, *words)
+    assert not re.search(r"(^|[\s'\"(:])/\w+/", message), message
+
+
 def check_refusals(server, web, rpc):
     text = texts(http, CASES[0]["text"])
     infer = "/v2/models/demo/infer"
@@ -194,8 +201,8 @@ def check_refusals(server, web, rpc):
         ([text, numbers(http, "image_counts", [1])], ["image_counts: expected images"]),
         ([texts(http, '[{"role": "user", "content": "a"}]', name="messages")], ["chat"]),
     ]:
-        refused(lambda inputs=inputs: web.infer("demo", inputs), *words)
-    refused(lambda: web.infer("demo", [texts(http, *"ab", shape=[1, 2])]), "text_input")
+        refused_request(lambda inputs=inputs: web.infer("demo", inputs), *words)
+    refused_request(lambda: web.infer("demo", [texts(http, *"ab", shape=[1, 2])]), "text_input")
     one = {"name": "text_input", "shape": [1], "datatype": "BYTES", "data": ["a"]}
     for body, words in [
         ({"inputs": [one | {"shape": [2]}]}, []),
@@ -229,13 +236,13 @@ def check_refusals(server, web, rpc):
         ({"regex": "("}, ["regex"]),
         ({"adapter": "none"}, ["adapter"]),
     ]:
-        refused(lambda parameters=parameters: rpc.infer("demo", [texts(grpc, "a")], parameters=parameters), "INVALID_ARGUMENT", *words)
-    refused(lambda: web.infer("demo", [text], headers={"X-Priority": "highest"}), "parameters.queue_priority: expected high, normal or low")
+        refused_request(lambda parameters=parameters: rpc.infer("demo", [texts(grpc, "a")], parameters=parameters), "INVALID_ARGUMENT", *words)
+    refused_request(lambda: web.infer("demo", [text], headers={"X-Priority": "highest"}), "parameters.queue_priority: expected high, normal or low")
     assert only(web.infer("demo", [text], headers={"X-Tenant": "a", "X-Priority": "low"}))
-    refused(lambda: rpc.infer("labels", [numbers(grpc, "input_ids", [[7]])], parameters={"num_beams": 2}), "INVALID_ARGUMENT", "num_beams")
-    refused(lambda: rpc.infer("states", [texts(grpc, "a")], parameters={"pooling": "most"}), "parameters.pooling: expected none, mean, first or last")
-    refused(lambda: web.infer("demo_stream", [text]), "decoupled")
-    refused(lambda: Stream(rpc, "demo_stream", [texts(grpc, "a")], parameters={"num_beams": 0}).all(), "num_beams")
+    refused_request(lambda: rpc.infer("labels", [numbers(grpc, "input_ids", [[7]])], parameters={"num_beams": 2}), "INVALID_ARGUMENT", "num_beams")
+    refused_request(lambda: rpc.infer("states", [texts(grpc, "a")], parameters={"pooling": "most"}), "parameters.pooling: expected none, mean, first or last")
+    refused_request(lambda: web.infer("demo_stream", [text]), "decoupled")
+    refused_request(lambda: Stream(rpc, "demo_stream", [texts(grpc, "a")], parameters={"num_beams": 0}).all(), "num_beams")
     rpc.stop_stream()
     refused_json(server, "/v2/models/demo_stream/generate", {"text_input": "a"}, 200, "error")
     refused_json(server, "/v2/models/none/infer", {"inputs": [one]}, 404)
@@ -273,6 +280,20 @@ def check_times(server, rpc):
     # Four waited until others had ended, whatever the machine does.
     assert spent["queue"] > 0.1 * spent["success"] and spent["compute_infer"] > 0.1 * spent["success"], spent
     assert server.statistics("demo")["fail"]["count"] > 20
+    # Of a decoupled model each response is counted: here only those of streams, and the empty ones at their ends.
+    before, pieces = server.response_statistics("demo_stream"), len(events(server, "demo_stream", {"text_input": CASES[0]["text"]}))
+    assert pieces > 10, pieces
+    expected = {str(index): ("success" if index < pieces else "empty_response") for index in range(pieces + 1)}
+    none = {"success": {"count": 0}, "empty_response": {"count": 0}}
+    # Statistics follow when a response was sent.
+    end = time.monotonic() + PATIENCE
+    while True:
+        after = server.response_statistics("demo_stream")
+        counts = {index: after.get(index, none)[kind]["count"] - before.get(index, none)[kind]["count"] for index, kind in expected.items()}
+        if set(counts.values()) == {1}:
+            break
+        assert time.monotonic() < end, (counts, after)
+        time.sleep(0.05)
     # Metrics follow within some tenths of a second.
     end = time.monotonic() + PATIENCE
     while (metrics := server.metrics())['t5gemma_rows_in_flight{engine="bare.t5gemma"}']:

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""Runs the model that `t5gemma-export --triton-backend onnxruntime` writes for Triton's `python` backend without Triton: its requests
-to the graphs' models go to Python's onnxruntime. `triton_plain.py REPOSITORY NAME` compares it with the reference's greedy tokens."""
+"""Runs the model that `t5gemma-export --triton-backend onnxruntime` (or tensorrt) writes for Triton's `python` backend without Triton:
+its requests to the graphs' models go to Python's onnxruntime. `triton_plain.py REPOSITORY NAME BACKEND` compares it with the reference's
+greedy tokens."""
 
 import json
 import runpy
@@ -14,8 +15,8 @@ from google.protobuf import json_format, text_format
 from tritonclient.grpc import model_config_pb2
 
 CASES = json.loads((Path(__file__).resolve().parents[1] / "demo/expected.json").read_text())
-TYPES = {"tensor(float)": model_config_pb2.TYPE_FP32, "tensor(int64)": model_config_pb2.TYPE_INT64}
-repository, name = Path(sys.argv[1]), sys.argv[2]
+TYPES = {"tensor(float)": model_config_pb2.TYPE_FP32, "tensor(int64)": model_config_pb2.TYPE_INT64, "tensor(int32)": model_config_pb2.TYPE_INT32}
+repository, name, backend = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 
 
 def config_of(model):
@@ -46,14 +47,20 @@ class Request:
 
     sessions = {}
 
-    def __init__(self, model_name, requested_output_names, inputs):
+    def __init__(self, model_name, requested_output_names, inputs, preferred_memory):
+        assert preferred_memory == "CPU"
         self.model, self.wanted, self.inputs = model_name, requested_output_names, inputs
 
     def exec(self):
         if self.model not in self.sessions:
             config = config_of(self.model)
-            assert (config.name, config.backend) == (self.model, "onnxruntime"), config
+            assert (config.name, config.backend) == (self.model, backend), config
             graph = repository / self.model / "1" / config.default_model_filename
+            if backend == "tensorrt":
+                # A link to the plan, which nobody has built; the graph that it is built of runs on CPUs too.
+                assert list(config.instance_group[0].profile) == ["0"] and not graph.exists(), config
+                plan = graph.parent / graph.readlink()
+                graph = plan.parent.parent / f"{plan.stem}.onnx"
             session = self.sessions[self.model] = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
             for listed, found in ((config.input, session.get_inputs()), (config.output, session.get_outputs())):
                 ports = [(port.name, port.data_type, len(port.dims), [size for size in port.dims if size > 0]) for port in listed]
@@ -77,7 +84,7 @@ def tensor_of(owner, name):
 
 
 sys.modules["triton_python_backend_utils"] = types.SimpleNamespace(
-    Tensor=Tensor, InferenceRequest=Request, InferenceResponse=Response, TritonError=Exception, TritonModelException=Exception,
+    PreferredMemory=lambda kind: kind, TRITONSERVER_MEMORY_CPU="CPU", Tensor=Tensor, InferenceRequest=Request, InferenceResponse=Response, TritonError=Exception, TritonModelException=Exception,
     get_input_tensor_by_name=tensor_of, get_output_tensor_by_name=tensor_of,
 )
 model = runpy.run_path(str(repository / name / "1/model.py"))["TritonPythonModel"]()

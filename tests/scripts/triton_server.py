@@ -80,6 +80,10 @@ class Server:
         (found,) = json.loads(self.get(f"/v2/models/{model}/stats")[1])["model_stats"]
         return found["inference_stats"]
 
+    def response_statistics(self, model):
+        (found,) = json.loads(self.get(f"/v2/models/{model}/stats")[1])["model_stats"]
+        return found["response_stats"]
+
     def memory(self):
         """Resident bytes."""
         fields = Path(f"/proc/{self.process.pid}/statm").read_text().split()

@@ -1,5 +1,5 @@
 """Greedy generation over the three graphs of a model folder, as a model of Triton's `python` backend that calls those of its
-`onnxruntime` backend. It needs the packages numpy and tokenizers. The backend t5gemma is faster: here every step passes the cache
+`onnxruntime` or `tensorrt` backend. It needs the packages numpy and tokenizers. The backend t5gemma is faster: here every step passes the cache
 through Triton, requests share no steps, and there is no other search."""
 
 import json
@@ -30,8 +30,12 @@ class TritonPythonModel:
     def run(self, graph, inputs):
         """The outputs of a graph by name."""
         tensors = [triton.Tensor(name, value) for name, value in inputs.items()]
+        # A model on a GPU leaves its outputs there unless it is asked for others.
         request = triton.InferenceRequest(
-            model_name=f"{self.name}_{graph}", requested_output_names=self.outputs[graph], inputs=tensors
+            model_name=f"{self.name}_{graph}",
+            requested_output_names=self.outputs[graph],
+            inputs=tensors,
+            preferred_memory=triton.PreferredMemory(triton.TRITONSERVER_MEMORY_CPU),
         )
         response = request.exec()
         if response.has_error():

@@ -20,6 +20,17 @@ std::string name_of(const char *key) {
     return key;
 }
 
+/// An error for a client, who need not know where files lie.
+TRITONSERVER_Error *without_path(TRITONSERVER_Error *error, const std::string &folder) {
+    std::string message = TRITONSERVER_ErrorMessage(error);
+    for (const auto &[path, instead] : {std::pair<std::string, const char *>{folder + "/", ""}, {folder, "the model folder"}})
+        for (std::size_t at = 0; (at = message.find(path, at)) != std::string::npos; at += std::strlen(instead))
+            message.replace(at, path.size(), instead);
+    TRITONSERVER_Error *shown = TRITONSERVER_ErrorNew(TRITONSERVER_ErrorCode(error), message.c_str());
+    TRITONSERVER_ErrorDelete(error);
+    return shown;
+}
+
 std::int64_t priority_of(const std::string &name) {
     if (name == "high") return T5G_PRIORITY_HIGH;
     if (name == "low") return T5G_PRIORITY_LOW;
@@ -117,6 +128,7 @@ void Request::cancel_if_told() {
 bool Request::respond(const std::vector<Output> &outputs, std::uint32_t flags) {
     TRITONBACKEND_Response *response = nullptr;
     take(TRITONBACKEND_ResponseNewFromFactory(&response, factory_));
+    const std::uint64_t written = now();
     TRITONSERVER_Error *failed = guarded([&] {
         for (const Output &output : outputs)
             if (wants(output.name)) output.write(response);
@@ -124,6 +136,7 @@ bool Request::respond(const std::vector<Output> &outputs, std::uint32_t flags) {
     // Triton takes the response, but not the error.
     TRITONSERVER_Error *unsent = TRITONBACKEND_ResponseSend(response, flags, failed);
     const bool well = !failed;
+    report(written, failed);
     if (failed) TRITONSERVER_ErrorDelete(failed);
     take(unsent);
     return well;
@@ -131,10 +144,31 @@ bool Request::respond(const std::vector<Output> &outputs, std::uint32_t flags) {
 
 void Request::respond(std::exception_ptr error) noexcept {
     TRITONBACKEND_Response *response = nullptr;
-    TRITONSERVER_Error *failed = error_of(error);
+    TRITONSERVER_Error *failed = without_path(error_of(error), hosted_.settings().folder);
     if (TRITONSERVER_Error *none = TRITONBACKEND_ResponseNewFromFactory(&response, factory_)) log_failed(none);
     else log_failed(TRITONBACKEND_ResponseSend(response, TRITONSERVER_RESPONSE_COMPLETE_FINAL, failed));
+    report(now(), failed);
     TRITONSERVER_ErrorDelete(failed);
+}
+
+void Request::report(std::uint64_t written, TRITONSERVER_Error *error) noexcept {
+    if (!hosted_.settings().is_decoupled || !TRITONBACKEND_ModelInstanceResponseStatisticsNew) return;
+    const std::uint64_t end = now();
+    const std::uint64_t begun = responded_ ? responded_ : admitted_ ? admitted_ : written ? written : end;
+    responded_ = end;
+    TRITONBACKEND_ModelInstanceResponseStatistics *statistics = nullptr;
+    TRITONSERVER_Error *failed = guarded([&] {
+        take(TRITONBACKEND_ModelInstanceResponseStatisticsNew(&statistics));
+        take(TRITONBACKEND_ModelInstanceResponseStatisticsSetModelInstance(statistics, instance_));
+        take(TRITONBACKEND_ModelInstanceResponseStatisticsSetResponseFactory(statistics, factory_));
+        take(TRITONBACKEND_ModelInstanceResponseStatisticsSetResponseStart(statistics, begun));
+        if (written) take(TRITONBACKEND_ModelInstanceResponseStatisticsSetComputeOutputStart(statistics, written));
+        take(TRITONBACKEND_ModelInstanceResponseStatisticsSetResponseEnd(statistics, end));
+        if (error) take(TRITONBACKEND_ModelInstanceResponseStatisticsSetError(statistics, error));
+        take(TRITONBACKEND_ModelInstanceReportResponseStatistics(statistics));
+    });
+    log_failed(failed);
+    if (statistics) log_failed(TRITONBACKEND_ModelInstanceResponseStatisticsDelete(statistics));
 }
 
 // Any other order crashes or loses statistics: the watcher asks the factory until `forget`, the statistics read the request,
@@ -166,7 +200,10 @@ void Request::end(std::unique_ptr<Request> request, const std::function<std::vec
             // Clients of streams take the final response for an empty one.
             const bool is_decoupled = request->hosted_.settings().is_decoupled;
             success = request->respond(made, is_decoupled ? 0 : TRITONSERVER_RESPONSE_COMPLETE_FINAL);
-            if (is_decoupled) take(TRITONBACKEND_ResponseFactorySendFlags(request->factory_, TRITONSERVER_RESPONSE_COMPLETE_FINAL));
+            if (is_decoupled) {
+                take(TRITONBACKEND_ResponseFactorySendFlags(request->factory_, TRITONSERVER_RESPONSE_COMPLETE_FINAL));
+                request->report(0, nullptr);
+            }
         } catch (...) {
             success = false;
             log_failed(error_of(std::current_exception()));

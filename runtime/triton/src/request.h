@@ -51,6 +51,9 @@ private:
     /// False if an error was sent in their place.
     bool respond(const std::vector<Output> &outputs, std::uint32_t flags);
     void respond(std::exception_ptr error) noexcept;
+    /// Tells Triton's statistics of a response of a decoupled model that was sent, whose outputs were written from `written` on
+    /// (0: it has none).
+    void report(std::uint64_t written, TRITONSERVER_Error *error) noexcept;
     /// Gives the request back.
     void close(bool success, std::uint64_t computed) noexcept;
 
@@ -60,6 +63,8 @@ private:
     TRITONBACKEND_ResponseFactory *factory_ = nullptr;
     std::set<std::string> named_;
     std::uint64_t admitted_ = 0;
+    /// When the last response was sent.
+    std::uint64_t responded_ = 0;
     t5g::Cancellation cancellation_;
     bool is_cancelled_ = false;
 };

@@ -165,6 +165,34 @@ TRITONSERVER_Error *TRITONBACKEND_OutputBuffer(TRITONBACKEND_Output *output, voi
                                                TRITONSERVER_MemoryType *memory, int64_t *memory_id);
 TRITONSERVER_Error *TRITONBACKEND_ResponseSend(TRITONBACKEND_Response *response, const uint32_t flags,
                                                TRITONSERVER_Error *error);
+
+// Statistics of single responses, since 1.19: null in an older server.
+struct TRITONBACKEND_ModelInstanceResponseStatistics;
+#define T5GEMMA_SINCE_1_19 __attribute__((weak))
+T5GEMMA_SINCE_1_19 TRITONSERVER_Error *
+TRITONBACKEND_ModelInstanceResponseStatisticsNew(TRITONBACKEND_ModelInstanceResponseStatistics **statistics);
+T5GEMMA_SINCE_1_19 TRITONSERVER_Error *
+TRITONBACKEND_ModelInstanceResponseStatisticsDelete(TRITONBACKEND_ModelInstanceResponseStatistics *statistics);
+T5GEMMA_SINCE_1_19 TRITONSERVER_Error *
+TRITONBACKEND_ModelInstanceResponseStatisticsSetModelInstance(TRITONBACKEND_ModelInstanceResponseStatistics *statistics,
+                                                              TRITONBACKEND_ModelInstance *instance);
+T5GEMMA_SINCE_1_19 TRITONSERVER_Error *
+TRITONBACKEND_ModelInstanceResponseStatisticsSetResponseFactory(TRITONBACKEND_ModelInstanceResponseStatistics *statistics,
+                                                                TRITONBACKEND_ResponseFactory *factory);
+T5GEMMA_SINCE_1_19 TRITONSERVER_Error *
+TRITONBACKEND_ModelInstanceResponseStatisticsSetResponseStart(TRITONBACKEND_ModelInstanceResponseStatistics *statistics,
+                                                              uint64_t start);
+T5GEMMA_SINCE_1_19 TRITONSERVER_Error *
+TRITONBACKEND_ModelInstanceResponseStatisticsSetComputeOutputStart(
+    TRITONBACKEND_ModelInstanceResponseStatistics *statistics, uint64_t start);
+T5GEMMA_SINCE_1_19 TRITONSERVER_Error *
+TRITONBACKEND_ModelInstanceResponseStatisticsSetResponseEnd(TRITONBACKEND_ModelInstanceResponseStatistics *statistics,
+                                                            uint64_t end);
+T5GEMMA_SINCE_1_19 TRITONSERVER_Error *
+TRITONBACKEND_ModelInstanceResponseStatisticsSetError(TRITONBACKEND_ModelInstanceResponseStatistics *statistics,
+                                                      TRITONSERVER_Error *error);
+T5GEMMA_SINCE_1_19 TRITONSERVER_Error *
+TRITONBACKEND_ModelInstanceReportResponseStatistics(TRITONBACKEND_ModelInstanceResponseStatistics *statistics);
 #endif
 
 } // extern "C"
