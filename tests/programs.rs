@@ -218,6 +218,10 @@ fn an_id_given_twice_costs_only_its_own_request() {
 fn doctor_names_the_library_it_uses() {
     let report = stdout(run("t5gemma", ["doctor"], ""));
     assert!(report.contains("using ") && report.contains("CPUExecutionProvider"), "{report}");
+    let model = exported("tiny-balanced");
+    let model = model.to_str().expect("temporary paths are UTF-8");
+    let report = stdout(run("t5gemma", ["doctor", model], ""));
+    assert!(report.ends_with(&format!("{model} runs: encoder, decoder, decoder_with_past\n")), "{report}");
 }
 
 #[test]

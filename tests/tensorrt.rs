@@ -45,7 +45,7 @@ fn every_graph_for_tensorrt_passes_the_check() {
         }
     }
     let blocks = Some(Blocks::integer(4, 16));
-    let quantization = Quantization { encoder: blocks, decoder: blocks, head: blocks, exclude: Vec::new() };
+    let quantization = Quantization { encoder: blocks, decoder: blocks, head: blocks, ..Quantization::default() };
     for dtype in [DType::BFloat16, DType::Float16] {
         let export = Export::default().target(Target::TensorRt).dtype(dtype).quantization(quantization.clone());
         let model = exported_as("tiny-balanced", &format!("int4-{dtype}"), export);
@@ -559,7 +559,7 @@ fn a_plan_in_fp8_tells_the_gpus_that_have_none() {
     let names = names.flat_map(|names| names.as_array().expect("a list")).filter_map(Value::as_str);
     let ranges = Activations::Ranges(names.map(|name| (name.to_string(), 8.0)).collect());
     let blocks = Some(Blocks::float8());
-    let quantization = Quantization { encoder: blocks, decoder: blocks, head: blocks, exclude: Vec::new() };
+    let quantization = Quantization { encoder: blocks, decoder: blocks, head: blocks, ..Quantization::default() };
     let (target, plan) = (Target::TensorRt, Some(PLAN.parse::<ServingPlan>().expect("a plan")));
     let export = Export::default().target(target).plan(plan).quantization(quantization).activations(ranges);
     let memory = |model: &Path| fs::read_to_string(model.join("memory.txt")).expect("memory.txt");

@@ -28,7 +28,13 @@ TESTS = Path(__file__).resolve().parent.parent
 FIXTURES = TESTS / "fixtures/public"
 DEMO = TESTS / "demo/checkpoint"
 LORA = TESTS / "fixtures/lora"
-TASKS = ["encoder", "sequence-encoder", "sequence-decoder", "token-decoder"]
+TASKS = [
+    TESTS / "fixtures/tasks/encoder",
+    TESTS / "fixtures/tasks/sequence-encoder",
+    TESTS / "fixtures/tasks/sequence-decoder",
+    TESTS / "fixtures/tasks/token-decoder",
+    TESTS / "fixtures/tasks_t5gemma2/sequence",
+]
 GRAPHS = ["encoder", "decoder", "decoder_with_past", "model", "vision_encoder"]
 
 
@@ -119,11 +125,12 @@ def exports(sizes, capacity):
                     aligned = [*ways, "--alignment", "--plan", plan, str(fixture / "checkpoint")]
                     yield f"{fixture.name} {label} aligned", aligned, None
             # Encoders and classifiers have neither a cache nor candidates.
-            for task in TASKS if not cache else []:
+            for folder in TASKS if not cache else []:
+                task = folder.name if "t5gemma2" not in folder.parent.name else f"t2-{folder.name}"
                 # Runs without --sizes must be short.
                 if not sizes and (dtype != "bfloat16" or task == "sequence-encoder"):
                     continue
-                source = (str(TESTS / "fixtures/tasks" / task / "checkpoint"),)
+                source = (str(folder / "checkpoint"),)
                 ways_of_task = ["--target", "tensorrt", "--dtype", dtype, "--plan", "batch=1..4,source=1..32"]
                 yield f"{task} {dtype}", [*ways_of_task, *source], None
                 for bits in ("int8", "fp8") if sizes or task == "encoder" else []:
