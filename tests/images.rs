@@ -1,7 +1,7 @@
 //! Pictures: decoding against Pillow, pixel values and prompts against transformers, and what is refused.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use safetensors::SafeTensors;
@@ -234,13 +234,17 @@ fn a_checkpoint_says_how_it_wants_its_images() {
 
 /// The model with a vision tower, with the tokenizer of the prompts.
 pub fn model_with_vision(label: &str, export: Export) -> PathBuf {
+    with_tokenizer(&fixture("t2-vision").join("checkpoint"), &format!("t2-vision-{label}"), export)
+}
+
+/// The model of a checkpoint that has no tokenizer, with that of the prompts.
+pub fn with_tokenizer(from: &Path, label: &str, export: Export) -> PathBuf {
     let checkpoint = TempDir::new().expect("a temporary folder");
-    let from = fixture("t2-vision").join("checkpoint");
-    for file in fs::read_dir(&from).expect("a fixture").map(|file| file.expect("listed")) {
+    for file in fs::read_dir(from).expect("a fixture").map(|file| file.expect("listed")) {
         fs::copy(file.path(), checkpoint.path().join(file.file_name())).expect("copied");
     }
     fs::copy(folder().join("tokenizer.json"), checkpoint.path().join("tokenizer.json")).expect("copied");
-    exported_from(checkpoint.path(), &format!("t2-vision-{label}"), export)
+    exported_from(checkpoint.path(), label, export)
 }
 
 /// The inputs of the fixture, by name, with pixel values where they have any.

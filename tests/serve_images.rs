@@ -11,9 +11,10 @@ use t5gemma_runtime::{
 };
 use tempfile::TempDir;
 
-use crate::common::python;
-use crate::images::{folder, model_with_vision};
+use crate::common::{python, run, stdout};
+use crate::images::{folder, model_with_vision, with_tokenizer};
 use crate::serve::{Answer, Serving, path, receive, send};
+use crate::tasks_t5gemma2::task_fixture;
 
 /// Parts as templates of models for images read them.
 const PARTS: &str = "{% for message in messages %}{% if message['content'] is string %}{{ message['content'] }}{% else %}\
@@ -204,6 +205,14 @@ fn vectors_are_those_of_texts_with_images() {
         let request = json!({"model": model, "input": "<start_of_image> a", "images": [other_uri]});
         assert!(!close(&serving.post("/v1/embeddings", &request).json()["data"][0]["embedding"], 0), "{model}");
     }
+    let text = json!({"name": "text_input", "datatype": "BYTES", "shape": [2], "data": texts});
+    let images = json!({"name": "images", "datatype": "BYTES", "shape": [2, 1], "data": [uri, ""]});
+    let answer = serving.post("/v2/models/pooled/infer", &json!({"inputs": [text, images]})).json();
+    let numbers = answer["outputs"][0]["data"].as_array().unwrap_or_else(|| panic!("{answer}")).clone();
+    let rows: Vec<Value> = numbers.chunks(expected.ncols()).map(|row| json!(row)).collect();
+    assert!(close(&rows[0], 0) && close(&rows[1], 1), "{answer}");
+    let names = serving.get("/v2/models/pooled").json()["inputs"].to_string();
+    assert!(names.contains("pixel_values"), "{names}");
     let tokens =
         serving.post("/embed_all", &json!({"model": "model", "inputs": "<start_of_image> a", "images": [uri]}));
     assert_eq!(tokens.json()[0].as_array().map(Vec::len), Some(batch.length()), "{tokens:?}");
@@ -219,6 +228,48 @@ fn vectors_are_those_of_texts_with_images() {
         let answer = serving.post("/embed", &request);
         assert!(answer.json()["error"].as_str().is_some_and(|error| error.contains(expected)), "{request}: {answer:?}");
     }
+}
+
+#[test]
+fn labels_are_those_of_texts_with_images() {
+    let model =
+        with_tokenizer(&task_fixture("sequence").join("checkpoint"), "t2-sequence-tokenizer", Export::default());
+    let (file, other) = (folder().join("files/rgb420.jpg"), folder().join("files/palette8.png"));
+    let [uri, other_uri] = [&file, &other].map(|file| python("data_uri.py", [file]).trim().to_string());
+    let request = json!({"text": "<start_of_image> a", "images": [file]});
+    let printed = stdout(run("t5gemma", ["classify", path(&model), "--jsonl", "--top-k", "all"], request.to_string()));
+    let printed: Value = serde_json::from_str(&printed).expect("JSON");
+    let score = |labels: &Value, label: &str| -> f64 {
+        let labels = labels.as_array().unwrap_or_else(|| panic!("{labels}"));
+        let found = labels.iter().find(|it| it["label"] == label).expect("every label");
+        found["score"].as_f64().expect("a number")
+    };
+    let labels: Vec<String> = ["bad", "so-so", "good"].map(String::from).to_vec();
+    let close =
+        |found: &Value| labels.iter().all(|it| (score(found, it) - score(&printed["labels"][0], it)).abs() < 1e-5);
+    let serving = Serving::start(&[path(&model)]);
+    let name = model.file_name().and_then(|name| name.to_str()).expect("UTF-8");
+    let one = json!({"inputs": "<start_of_image> a", "images": [uri]});
+    let answer = serving.post("/predict", &one).json();
+    assert!(close(&answer), "{answer} {printed}");
+    let answer = serving.post("/predict", &json!({"inputs": "<start_of_image> a", "images": [other_uri]})).json();
+    assert!(!close(&answer), "{answer}");
+    let both = json!({"inputs": [["no image"], ["<start_of_image> a"]], "images": [[], [uri]]});
+    let answer = serving.post("/predict", &both).json();
+    assert!(close(&answer[1]) && !close(&answer[0]), "{answer}");
+    let text = json!({"name": "text_input", "datatype": "BYTES", "shape": [1], "data": ["<start_of_image> a"]});
+    let images = json!({"name": "images", "datatype": "BYTES", "shape": [1], "data": [uri]});
+    let answer = serving.post(&format!("/v2/models/{name}/infer"), &json!({"inputs": [text, images]})).json();
+    let scores = answer["outputs"][0]["data"].as_array().unwrap_or_else(|| panic!("{answer}"));
+    for (label, found) in labels.iter().zip(scores) {
+        assert!((found.as_f64().expect("a number") - score(&printed["labels"][0], label)).abs() < 1e-5, "{answer}");
+    }
+    let pair = json!({"inputs": ["<start_of_image> a", "b"], "images": [uri]});
+    let refused = serving.post("/predict", &pair);
+    assert!(
+        refused.json()["error"].as_str().is_some_and(|it| it.contains("images: expected single texts")),
+        "{refused:?}"
+    );
 }
 
 #[test]

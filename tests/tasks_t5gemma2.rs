@@ -13,7 +13,7 @@ use crate::tasks::{Golden, check_close};
 
 const BATCHES: [&str; 4] = ["images", "images_left", "text", "two_images"];
 
-fn task_fixture(name: &str) -> PathBuf {
+pub fn task_fixture(name: &str) -> PathBuf {
     tests().join("fixtures/tasks_t5gemma2").join(name)
 }
 

@@ -3,8 +3,6 @@
 use t5gemma_protocol::{Conversations, RequestError, Tokenize};
 use t5gemma_runtime::{Error, Image, ImageLimits, ImageSettings, Tokenizer};
 
-use crate::served::Generator;
-
 /// Images that came as bytes or as numbers. Requests name the bytes by their position.
 #[derive(Clone, Debug, Default)]
 pub struct Uploads {
@@ -15,7 +13,7 @@ pub struct Uploads {
 }
 
 /// A model for the request that these came with.
-pub struct WithUploads<'a>(pub &'a Generator, pub &'a Uploads);
+pub struct WithUploads<'a>(pub &'a dyn Tokenize, pub &'a Uploads);
 
 impl Tokenize for WithUploads<'_> {
     fn tokenizer(&self) -> Result<&Tokenizer, Error> {

@@ -12,42 +12,40 @@ use crate::failure::{Failure, Reason};
 use crate::generating::check_images;
 use crate::served::{EncoderWork, Served};
 use crate::truncation::{self, Side};
+use crate::uploads::{Uploads, WithUploads};
 
 /// Sources of a request.
 #[derive(Clone, Debug)]
-pub enum Inputs {
+pub enum Sources {
     /// Texts.
     Texts(Vec<String>),
-    /// Token ids.
+    /// Token ids, image tokens among them.
     Tokens(Vec<Vec<i64>>),
-    /// Texts with images.
-    TextsWithImages(Vec<String>, ImageFields),
-    /// Token ids, image tokens among them, with images.
-    TokensWithImages(Vec<Vec<i64>>, ImageFields),
 }
 
-impl Inputs {
+impl Sources {
     fn len(&self) -> usize {
         match self {
-            Inputs::Texts(texts) | Inputs::TextsWithImages(texts, _) => texts.len(),
-            Inputs::Tokens(rows) | Inputs::TokensWithImages(rows, _) => rows.len(),
+            Sources::Texts(texts) => texts.len(),
+            Sources::Tokens(rows) => rows.len(),
         }
     }
+}
 
-    /// The same sources with these images, if there are any.
-    pub fn with_images(self, images: ImageFields) -> Inputs {
-        match self {
-            Inputs::Texts(texts) if images.is_given() => Inputs::TextsWithImages(texts, images),
-            Inputs::Tokens(rows) if images.is_given() => Inputs::TokensWithImages(rows, images),
-            other => other,
-        }
-    }
+/// Sources with their images, if they have any.
+#[derive(Clone, Debug)]
+pub struct Inputs {
+    /// The sources.
+    pub sources: Sources,
+    /// Their images.
+    pub images: ImageFields,
+    /// What the images are, where they have no URI.
+    pub uploads: Uploads,
+}
 
-    fn images(&self) -> usize {
-        match self {
-            Inputs::Texts(_) | Inputs::Tokens(_) => 0,
-            Inputs::TextsWithImages(_, fields) | Inputs::TokensWithImages(_, fields) => fields.count(),
-        }
+impl From<Sources> for Inputs {
+    fn from(sources: Sources) -> Inputs {
+        Inputs { sources, images: ImageFields::default(), uploads: Uploads::default() }
     }
 }
 
@@ -110,7 +108,7 @@ impl Call {
         wanted: Wanted,
     ) -> Result<Rows, Failure> {
         let limit = self.app.config.limits.max_request_sources;
-        match inputs.len() {
+        match inputs.sources.len() {
             0 => return Err(Failure::new(Reason::Empty, "expected at least one text, found none")),
             count if count > limit => {
                 let message = format!("the request has {count} texts, but the server takes at most {limit}");
@@ -118,7 +116,7 @@ impl Call {
             }
             _ => {}
         }
-        check_images(inputs.images(), &self.app)?;
+        check_images(inputs.images.count(), &self.app)?;
         let mut permit = self.app.admission.enter(self.tenant.as_ref())?;
         // Opening an encoder reads files.
         let of_task = served.clone();
@@ -165,33 +163,31 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, Failure> +
     done.map_err(|_| Failure::new(Reason::Internal, "the request could not be computed"))?
 }
 
-/// The sources with their images.
+/// The sources as token ids, with their images.
 fn request(served: &Served, inputs: Inputs, truncate: Option<Side>) -> Result<TokenizedRequest, Failure> {
-    let request = match inputs {
-        Inputs::TextsWithImages(texts, images) => {
-            EncodeRequest { text: Some(Texts::Several(texts)), images, ..EncodeRequest::default() }
-        }
-        Inputs::TokensWithImages(rows, images) => {
-            EncodeRequest { input_ids: Some(TokenRows::Several(rows)), images, ..EncodeRequest::default() }
-        }
-        inputs => {
-            let sources = tokens(served, inputs, truncate)?;
-            let mask = sources.iter().map(|source| vec![1; source.len()]).collect();
-            return Ok(TokenizedRequest::new(0.into(), sources, mask));
-        }
-    };
+    let Inputs { sources, images, uploads } = inputs;
+    if !images.is_given() {
+        let sources = tokens(served, sources, truncate)?;
+        let mask = sources.iter().map(|source| vec![1; source.len()]).collect();
+        return Ok(TokenizedRequest::new(0.into(), sources, mask));
+    }
     if truncate.is_some() {
         return Err(Failure::field("truncate", "no images beside it", "images"));
     }
-    Ok(request.tokenize(0.into(), served.tokenize())?)
+    let (text, input_ids) = match sources {
+        Sources::Texts(texts) => (Some(Texts::Several(texts)), None),
+        Sources::Tokens(rows) => (None, Some(TokenRows::Several(rows))),
+    };
+    let request = EncodeRequest { text, input_ids, images, ..EncodeRequest::default() };
+    Ok(request.tokenize(0.into(), &WithUploads(served.tokenize(), &uploads))?)
 }
 
 /// The token ids of sources without images.
-pub fn tokens(served: &Served, inputs: Inputs, truncate: Option<Side>) -> Result<Vec<Vec<i64>>, Failure> {
+pub fn tokens(served: &Served, sources: Sources, truncate: Option<Side>) -> Result<Vec<Vec<i64>>, Failure> {
     let model = served.tokenize();
     let longest = served.longest_source();
-    match (inputs, truncate) {
-        (Inputs::Texts(texts), None) => {
+    match (sources, truncate) {
+        (Sources::Texts(texts), None) => {
             let sources = t5gemma_protocol::sources(&texts, model)?;
             match sources.iter().find(|source| source.len() > longest) {
                 Some(source) => {
@@ -202,17 +198,14 @@ pub fn tokens(served: &Served, inputs: Inputs, truncate: Option<Side>) -> Result
                 None => Ok(sources),
             }
         }
-        (Inputs::Texts(texts), Some(side)) => {
+        (Sources::Texts(texts), Some(side)) => {
             texts.iter().map(|text| truncation::keep(text, longest, side, model)).collect()
         }
-        (Inputs::Tokens(mut rows), truncate) => {
+        (Sources::Tokens(mut rows), truncate) => {
             if truncate.is_some() {
                 rows.iter_mut().for_each(|row| row.truncate(longest));
             }
             Ok(rows)
-        }
-        (Inputs::TextsWithImages(..) | Inputs::TokensWithImages(..), _) => {
-            Err(Failure::new(Reason::Unsupported, "images are not taken here"))
         }
     }
 }

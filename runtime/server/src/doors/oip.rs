@@ -83,7 +83,7 @@ pub type Port = (&'static str, &'static str, Vec<i64>);
 /// The inputs and outputs of a model. Either of the inputs is given.
 pub fn ports(served: &Served) -> (Vec<Port>, Vec<Port>) {
     let mut inputs = vec![("text_input", "BYTES", vec![-1]), ("input_ids", "INT64", vec![-1, -1])];
-    if let Some(settings) = served.generator().and_then(|generator| generator.model.image_settings().ok()) {
+    if let Ok(settings) = served.tokenize().image_settings() {
         let size = settings.image_size as i64;
         inputs.extend([("images", "BYTES", vec![-1, -1]), ("pixel_values", "FP32", vec![-1, 3, size, size])]);
     }

@@ -18,7 +18,7 @@ use crate::fields::{Fields, texts, tokens};
 use crate::models::Purpose;
 use crate::served::Served;
 use crate::truncation::Side;
-use crate::vectors::{Inputs, Row, Wanted, cosine};
+use crate::vectors::{Inputs, Row, Sources, Wanted, cosine};
 
 const EMBED: Door = Door::new("embed", Form::Tei);
 const PREDICT: Door = Door::new("predict", Form::Tei);
@@ -52,13 +52,13 @@ fn truncation(fields: &mut Fields) -> Result<Option<Side>, Failure> {
     Ok(is_on.then_some(side))
 }
 
-fn inputs(fields: &mut Fields) -> Result<Inputs, Failure> {
+fn sources(fields: &mut Fields) -> Result<Sources, Failure> {
     let expected = "a text, a list of texts, token ids or a list of those";
     let Some(given) = fields.take("inputs") else { return Err(Failure::field("inputs", expected, "none")) };
     match (texts(&given), tokens(&given)) {
-        (Some(texts), _) if texts.iter().all(|text| !text.is_empty()) => Ok(Inputs::Texts(texts)),
+        (Some(texts), _) if texts.iter().all(|text| !text.is_empty()) => Ok(Sources::Texts(texts)),
         (Some(_), _) => Err(Failure::new(Reason::Empty, "inputs: expected texts, found an empty one")),
-        (_, Some(rows)) => Ok(Inputs::Tokens(rows)),
+        (_, Some(rows)) => Ok(Sources::Tokens(rows)),
         _ => Err(fields.refused("inputs", expected, &given)),
     }
 }
@@ -83,7 +83,7 @@ async fn embed(call: Call) -> Result<Response, Failure> {
 /// # Errors
 /// Why the request failed.
 pub async fn embedded(mut call: Call, mut fields: Fields, served: Arc<Served>) -> Result<Response, Failure> {
-    let inputs = inputs(&mut fields)?.with_images(fields.image_fields()?);
+    let inputs = Inputs { images: fields.image_fields()?, ..sources(&mut fields)?.into() };
     let normalize = fields.flag("normalize")?.unwrap_or(true);
     let truncate = truncation(&mut fields)?;
     finish(&mut call, fields)?;
@@ -95,7 +95,7 @@ async fn embed_all(mut call: Call) -> Result<Response, Failure> {
     let mut fields = call.fields()?;
     let model = fields.text("model")?;
     let served = call.app.models.get(model.as_deref(), Purpose::Embed)?;
-    let inputs = inputs(&mut fields)?.with_images(fields.image_fields()?);
+    let inputs = Inputs { images: fields.image_fields()?, ..sources(&mut fields)?.into() };
     let truncate = truncation(&mut fields)?;
     finish(&mut call, fields)?;
     let rows = call.encode(served, inputs, truncate, Wanted::TokenVectors).await?;
@@ -143,7 +143,7 @@ async fn scores(
     truncate: Option<Side>,
 ) -> Result<Vec<f32>, Failure> {
     let all = std::iter::once(text).chain(others).collect();
-    let rows = call.encode(served, Inputs::Texts(all), truncate, Wanted::Vectors { normalize: true }).await?;
+    let rows = call.encode(served, Sources::Texts(all).into(), truncate, Wanted::Vectors { normalize: true }).await?;
     let vectors = rows.of_sources();
     Ok(vectors[1..].iter().map(|vector| cosine(&vectors[0], vector)).collect())
 }
@@ -173,12 +173,21 @@ pub async fn predicted(mut call: Call, mut fields: Fields, served: Arc<Served>) 
     let top_k = parameters.count("top_k")?;
     parameters.end()?;
     let truncate = truncation(&mut fields)?;
+    let images = fields.image_fields()?;
     finish(&mut call, fields)?;
     let of_tokens = *served.task() == Task::TokenClassification;
-    let pairs = rows.iter().map(|row| (row[0].clone(), row.get(1).cloned())).collect();
-    let inputs = Inputs::Tokens(encoded_pairs(served.clone(), pairs, truncate).await?);
+    let (inputs, truncate) = match images.is_given() {
+        true if rows.iter().any(|row| row.len() > 1) => {
+            return Err(Failure::field("images", "single texts beside them", "a pair of texts"));
+        }
+        true => (Inputs { images, ..Sources::Texts(rows.into_iter().flatten().collect()).into() }, truncate),
+        false => {
+            let pairs = rows.iter().map(|row| (row[0].clone(), row.get(1).cloned())).collect();
+            (Sources::Tokens(encoded_pairs(served.clone(), pairs, truncate).await?).into(), None)
+        }
+    };
     let labels = served.encoder()?.encoder.classifier()?.labels.clone();
-    let found = call.encode(served.clone(), inputs, None, Wanted::Labels { raw }).await?;
+    let found = call.encode(served.clone(), inputs, truncate, Wanted::Labels { raw }).await?;
     let best = |scores: &[f32]| -> Value {
         let mut pairs: Vec<(&String, f32)> = labels.iter().zip(scores.iter().copied()).collect();
         pairs.sort_by(|(_, a), (_, b)| b.total_cmp(a));
@@ -219,7 +228,7 @@ async fn encoded_pairs(
         let one = |(text, second): &(String, Option<String>)| {
             let mut tokens = match second {
                 None => {
-                    return crate::vectors::tokens(&served, Inputs::Texts(vec![text.clone()]), truncate)
+                    return crate::vectors::tokens(&served, Sources::Texts(vec![text.clone()]), truncate)
                         .map(|mut rows| rows.swap_remove(0));
                 }
                 Some(second) => model.tokenizer()?.encode_pair(text, second)?,
@@ -260,7 +269,7 @@ async fn rerank(mut call: Call) -> Result<Response, Failure> {
     let scores = match is_reranker(&served) {
         true => {
             let pairs = others.iter().map(|text| (query.clone(), Some(text.clone()))).collect();
-            let inputs = Inputs::Tokens(encoded_pairs(served.clone(), pairs, truncate).await?);
+            let inputs = Sources::Tokens(encoded_pairs(served.clone(), pairs, truncate).await?).into();
             let rows = call.encode(served, inputs, None, Wanted::Labels { raw }).await?;
             rows.of_sources().into_iter().map(|scores| scores[0]).collect()
         }

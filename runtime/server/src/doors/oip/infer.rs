@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use serde_json::{Map, Value};
-use t5gemma_protocol::{GENERATION_OPTIONS, Images, OptionValue, TensorFile, Texts};
+use t5gemma_protocol::{GENERATION_OPTIONS, ImageFields, Images, OptionValue, TensorFile, Texts};
 use t5gemma_runtime::Task;
 
 use super::tensor::{Data, Tensor};
@@ -12,7 +12,8 @@ use crate::doors::sampling::samples;
 use crate::failure::{Failure, Reason};
 use crate::generating::{Ask, Generating};
 use crate::served::Served;
-use crate::vectors::{Inputs, Row, Wanted};
+use crate::uploads::Uploads;
+use crate::vectors::{Inputs, Row, Sources, Wanted};
 
 /// A request.
 #[derive(Clone, Debug, Default)]
@@ -25,12 +26,6 @@ pub struct Request {
     pub inputs: Vec<Tensor>,
     /// The names of the wanted outputs; all if empty.
     pub outputs: Vec<String>,
-}
-
-/// The sources of a request.
-enum Sources {
-    Texts(Vec<String>),
-    Tokens(Vec<Vec<i64>>),
 }
 
 /// The inputs of a request: its sources, and the tensors of images.
@@ -81,9 +76,10 @@ fn given(inputs: Vec<Tensor>) -> Result<Given, Failure> {
     Ok(Given { sources, images, pixel_values })
 }
 
-/// Adds tensors of images to a request: files, or data URIs where elements are texts, `[images]` for one source or
+/// Tensors of images as fields of a request: files, or data URIs where elements are texts, `[images]` for one source or
 /// `[sources, images]`, in which empty elements are no images; or numbers of all sources in order.
-fn add_images(ask: &mut Ask, images: Option<Tensor>, pixel_values: Option<Tensor>) {
+fn pictures(images: Option<Tensor>, pixel_values: Option<Tensor>) -> (ImageFields, Uploads) {
+    let (mut fields, mut uploads) = (ImageFields::default(), Uploads::default());
     if let Some(tensor) = images {
         let (width, is_of_one) = (tensor.row_length(), tensor.shape.len() < 2);
         let Data::Bytes(elements) = tensor.data else { unreachable!("looked at above") };
@@ -92,22 +88,30 @@ fn add_images(ask: &mut Ask, images: Option<Tensor>, pixel_values: Option<Tensor
         let name = |bytes: &Vec<u8>| match str::from_utf8(bytes) {
             Ok(text) if !bytes.contains(&0) && text.parse::<usize>().is_err() => text.to_string(),
             _ => {
-                ask.uploads.files.push(bytes.clone());
-                (ask.uploads.files.len() - 1).to_string()
+                uploads.files.push(bytes.clone());
+                (uploads.files.len() - 1).to_string()
             }
         };
         let names: Vec<String> = elements.iter().filter(|bytes| !bytes.is_empty()).map(name).collect();
         let mut names = names.into_iter();
         let counts = elements.chunks(width.max(1)).map(|row| row.iter().filter(|bytes| !bytes.is_empty()).count());
-        ask.request.images.images =
-            Some(Images::Several(counts.map(|count| names.by_ref().take(count).collect()).collect()));
+        fields.images = Some(Images::Several(counts.map(|count| names.by_ref().take(count).collect()).collect()));
     }
     if let Some(tensor) = pixel_values {
         let Data::Floats(numbers) = tensor.data else { unreachable!("looked at above") };
         let shape = tensor.shape.iter().map(|&size| size as usize).collect();
-        ask.uploads.pixel_values = Some((shape, numbers));
-        ask.request.images.pixel_values = Some(TensorFile { file: String::new(), tensor: String::new() });
+        uploads.pixel_values = Some((shape, numbers));
+        fields.pixel_values = Some(TensorFile { file: String::new(), tensor: String::new() });
     }
+    (fields, uploads)
+}
+
+/// Takes the parameter `pan_and_scan`.
+fn pan_and_scan(parameters: &mut Map<String, Value>) -> Result<Option<bool>, Failure> {
+    let read = |value: Value| {
+        value.as_bool().ok_or_else(|| Failure::field("parameters.pan_and_scan", "true or false", &value))
+    };
+    parameters.remove("pan_and_scan").map(read).transpose()
 }
 
 /// The ids of each row that are not padding.
@@ -168,11 +172,8 @@ pub async fn generate(call: &mut Call, served: Arc<Served>, mut request: Request
         Sources::Texts(texts) => ask.request.text = Some(Texts::Several(texts)),
         Sources::Tokens(rows) => ask.tokens = Some(rows),
     }
-    if let Some(value) = request.parameters.remove("pan_and_scan") {
-        let refused = || Failure::field("parameters.pan_and_scan", "true or false", &value);
-        ask.request.images.pan_and_scan = Some(value.as_bool().ok_or_else(refused)?);
-    }
-    add_images(&mut ask, given.images, given.pixel_values);
+    (ask.request.images, ask.uploads) = pictures(given.images, given.pixel_values);
+    ask.request.images.pan_and_scan = pan_and_scan(&mut request.parameters)?;
     ask.request.options = options(request.parameters)?;
     call.generate(served, ask).await
 }
@@ -249,18 +250,14 @@ async fn encoded(call: &mut Call, served: Arc<Served>, mut request: Request) -> 
         true => Wanted::Labels { raw: flag("raw_scores", false)? },
         false => Wanted::Vectors { normalize: flag("normalize", true)? },
     };
+    let crops = pan_and_scan(&mut request.parameters)?;
     if let Some(name) = request.parameters.keys().next() {
         let message = format!("parameters.{name}: no such parameter");
         return Err(Failure::new(Reason::Invalid, message));
     }
     let given = given(request.inputs)?;
-    if given.images.is_some() || given.pixel_values.is_some() {
-        return Err(Failure::unsupported("inputs.images", "a model that embeds or classifies takes none here"));
-    }
-    let inputs = match given.sources {
-        Sources::Texts(texts) => Inputs::Texts(texts),
-        Sources::Tokens(rows) => Inputs::Tokens(rows),
-    };
+    let (images, uploads) = pictures(given.images, given.pixel_values);
+    let inputs = Inputs { sources: given.sources, images: ImageFields { pan_and_scan: crops, ..images }, uploads };
     let rows = call.encode(served.clone(), inputs, None, wanted).await?.rows;
     let count = rows.len() as i64;
     let numbers: Vec<Vec<f32>> = rows

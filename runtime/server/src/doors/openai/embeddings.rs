@@ -9,7 +9,7 @@ use crate::call::{Call, Door, json_response};
 use crate::failure::{Failure, Form};
 use crate::fields::{texts, tokens};
 use crate::models::Purpose;
-use crate::vectors::{Inputs, Wanted};
+use crate::vectors::{Inputs, Sources, Wanted};
 
 /// The door.
 pub const DOOR: Door = Door::new("embeddings", Form::OpenAi);
@@ -21,15 +21,15 @@ pub async fn answer(mut call: Call) -> Result<Response, Failure> {
     let served = call.app.models.get(name.as_deref(), Purpose::Embed)?;
     call.limit(fields.number("timeout")?)?;
     let expected = "a text, a list of texts, token ids or a list of those";
-    let inputs = match fields.take("input") {
+    let sources = match fields.take("input") {
         None => return Err(Failure::field("input", expected, "none")),
         Some(given) => match (texts(&given), tokens(&given)) {
-            (Some(texts), _) if !texts.is_empty() => Inputs::Texts(texts),
-            (_, Some(rows)) if rows.iter().all(|row| !row.is_empty()) => Inputs::Tokens(rows),
+            (Some(texts), _) if !texts.is_empty() => Sources::Texts(texts),
+            (_, Some(rows)) if rows.iter().all(|row| !row.is_empty()) => Sources::Tokens(rows),
             _ => return Err(fields.refused("input", expected, &given)),
         },
     };
-    let inputs = inputs.with_images(fields.image_fields()?);
+    let inputs = Inputs { images: fields.image_fields()?, ..sources.into() };
     let is_base64 = match fields.text("encoding_format")?.as_deref() {
         None | Some("float") => false,
         Some("base64") => true,
