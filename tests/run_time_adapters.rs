@@ -156,7 +156,7 @@ fn rows_of_a_batch_have_adapters_of_their_own() {
         for (row, found) in mixed.iter().enumerate() {
             for (other, alone) in alone.iter().enumerate() {
                 let difference = found.iter().zip(&alone[row]).map(|(a, b)| (a - b).abs()).fold(0.0_f32, f32::max);
-                assert_eq!(difference < 2e-5, other == row, "{target} row {row} and adapter {other}: {difference}");
+                assert_eq!(difference < 5e-4, other == row, "{target} row {row} and adapter {other}: {difference}");
             }
         }
     }
