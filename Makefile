@@ -155,11 +155,10 @@ check: ## formatting, dependencies, imports, lints and the documentation of the 
 	$(PYTHON) tests/scripts/check_dependencies.py
 	$(PYTHON) tests/scripts/check_imports.py
 	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
-	for feature in "" chat constraints cuda tensorrt; do \
-	    $(CARGO) clippy -p t5gemma-runtime --no-default-features --features "$$feature" --locked -- -D warnings || exit 1; \
+	for features in "" chat,cuda constraints,tensorrt; do \
+	    $(CARGO) clippy -p t5gemma-runtime --no-default-features --features "$$features" --locked -- -D warnings || exit 1; \
 	done
-	$(CARGO) clippy -p t5gemma-exporter -p t5gemma-cli --no-default-features --locked -- -D warnings
-	$(CARGO) clippy -p t5gemma-server --locked -- -D warnings
+	$(CARGO) clippy -p t5gemma-exporter -p t5gemma-cli -p t5gemma-server --no-default-features --locked -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --locked
 
 .PHONY: test
