@@ -219,6 +219,7 @@ fn vectors_are_those_of_texts_with_images() {
     for (request, expected) in [
         (json!({"inputs": "a", "images": [path(&file)]}), "expected a data URI (the server opens no files"),
         (json!({"inputs": "a", "images": [uri, uri, uri]}), "the request has 3 images, but the server takes at most 2"),
+        (json!({"inputs": "a", "pan_and_scan": true}), "pan_and_scan: expected images beside it, found none"),
         (json!({"inputs": "a", "images": [uri]}), "as many as the text has <start_of_image>, found 1"),
         (
             json!({"inputs": "<start_of_image>", "images": [uri], "truncate": true}),
@@ -265,6 +266,8 @@ fn labels_are_those_of_texts_with_images() {
         assert!((found.as_f64().expect("a number") - score(&printed["labels"][0], label)).abs() < 1e-5, "{answer}");
     }
     let pair = json!({"inputs": ["<start_of_image> a", "b"], "images": [uri]});
+    let alone = serving.post("/predict", &json!({"inputs": "a", "pan_and_scan": true}));
+    assert!(alone.json()["error"].as_str().is_some_and(|it| it.contains("pan_and_scan: expected images")), "{alone:?}");
     let refused = serving.post("/predict", &pair);
     assert!(
         refused.json()["error"].as_str().is_some_and(|it| it.contains("images: expected single texts")),

@@ -88,8 +88,11 @@ impl ImageFields {
         self.images.iter().flat_map(|images| images.rows()).map(Vec::len).sum()
     }
 
-    /// Refuses two kinds of images.
-    pub(crate) fn check(&self) -> Result<(), RequestError> {
+    /// Refuses two kinds of images, and settings without images.
+    ///
+    /// # Errors
+    /// Fields that do not go together.
+    pub fn check(&self) -> Result<(), RequestError> {
         match (&self.images, &self.pixel_values, self.pan_and_scan) {
             (Some(_), Some(_), _) => Err(RequestError::form("", "images or pixel_values", "both")),
             (None, _, Some(_)) => Err(RequestError::form("pan_and_scan", "images beside it", "none")),

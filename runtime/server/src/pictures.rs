@@ -2,12 +2,17 @@
 //! places.
 
 use serde_json::{Value, json};
-use t5gemma_protocol::abbreviated;
+use t5gemma_protocol::{RequestError, abbreviated};
 
 use crate::failure::Failure;
 
 /// What an image has to be, where it is named.
 pub const A_DATA_URI: &str = "a data URI (the server opens no files and no connections)";
+
+/// The error of an image that is named instead of sent.
+pub fn no_file(name: &str) -> RequestError {
+    RequestError::form("images", A_DATA_URI, abbreviated(&name.into()))
+}
 
 /// A text without the images that stand in it as TGI's clients write them, `![](URI)`, and their URIs; `start` takes the
 /// place of each.

@@ -7,7 +7,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
-use t5gemma_protocol::{Conversations, RequestError, Tokenize, abbreviated, conversation};
+use t5gemma_protocol::{Conversations, RequestError, Tokenize, conversation};
 use t5gemma_runtime::{
     Cancellation, ChatTemplate, Encoder, Engine, EngineOptions, Error, Image, ImageLimits, ImageSettings, Manifest,
     Model, Task, Tokenizer, task_of,
@@ -202,7 +202,7 @@ impl Tokenize for EncoderWork {
     }
 
     fn image_file(&self, name: &str) -> Result<Image, RequestError> {
-        Err(RequestError::form("images", pictures::A_DATA_URI, abbreviated(&name.into())))
+        Err(pictures::no_file(name))
     }
 
     fn longest_source(&self) -> usize {
@@ -232,7 +232,7 @@ impl Tokenize for Generator {
     }
 
     fn image_file(&self, name: &str) -> Result<Image, RequestError> {
-        Err(RequestError::form("images", pictures::A_DATA_URI, abbreviated(&name.into())))
+        Err(pictures::no_file(name))
     }
 
     fn longest_source(&self) -> usize {

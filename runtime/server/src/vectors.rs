@@ -116,6 +116,7 @@ impl Call {
             }
             _ => {}
         }
+        inputs.images.check()?;
         check_images(inputs.images.count(), &self.app)?;
         let mut permit = self.app.admission.enter(self.tenant.as_ref())?;
         // Opening an encoder reads files.

@@ -176,16 +176,17 @@ pub async fn predicted(mut call: Call, mut fields: Fields, served: Arc<Served>) 
     let images = fields.image_fields()?;
     finish(&mut call, fields)?;
     let of_tokens = *served.task() == Task::TokenClassification;
-    let (inputs, truncate) = match images.is_given() {
+    let (sources, truncate) = match images.is_given() {
         true if rows.iter().any(|row| row.len() > 1) => {
             return Err(Failure::field("images", "single texts beside them", "a pair of texts"));
         }
-        true => (Inputs { images, ..Sources::Texts(rows.into_iter().flatten().collect()).into() }, truncate),
+        true => (Sources::Texts(rows.into_iter().flatten().collect()), truncate),
         false => {
             let pairs = rows.iter().map(|row| (row[0].clone(), row.get(1).cloned())).collect();
-            (Sources::Tokens(encoded_pairs(served.clone(), pairs, truncate).await?).into(), None)
+            (Sources::Tokens(encoded_pairs(served.clone(), pairs, truncate).await?), None)
         }
     };
+    let inputs = Inputs { images, ..sources.into() };
     let labels = served.encoder()?.encoder.classifier()?.labels.clone();
     let found = call.encode(served.clone(), inputs, truncate, Wanted::Labels { raw }).await?;
     let best = |scores: &[f32]| -> Value {
