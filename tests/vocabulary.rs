@@ -1,6 +1,6 @@
-//! A vocabulary so large that a model for a CPU computes most of its scores only roughly: what is chosen, and the scores of
-//! what is chosen, are those of the portable graphs, which compute all. Rows that join others in an engine get the same
-//! results as alone.
+//! A vocabulary so large that a model for a CPU computes most of its scores only roughly. The tokens that it chooses, and
+//! their scores, must equal those of the portable graphs, which compute every score exactly. Rows that join others in an
+//! engine must get the same results as alone.
 
 use std::path::PathBuf;
 use std::sync::Arc;

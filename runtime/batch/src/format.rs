@@ -1,4 +1,4 @@
-//! The format and the compression of a shard, by the name of its file, and what is written beside its output.
+//! A shard's format and compression, which its file name tells, and the name of the array of vectors beside an output.
 
 /// The format of a shard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

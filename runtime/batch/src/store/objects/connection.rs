@@ -148,8 +148,8 @@ impl Connection {
     }
 }
 
-/// Why there is no answer, and whether to ask again. Every request may be repeated: puts are either conditional or
-/// replace what is there, and a part of an upload has a number.
+/// Why there is no answer, and whether to ask again. Every request is safe to repeat: a put is conditional or overwrites,
+/// and a part of an upload is identified by its number.
 fn failure(error: ureq::Error, host: &str) -> HttpError {
     use ureq::Error;
     if host == METADATA {
