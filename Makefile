@@ -13,6 +13,9 @@ LIBRARY := $(or $(ORT_DYLIB_PATH),$(FETCHED))
 VERSION := $(shell sed -n 's/^version = "\(.*\)"$$/\1/p' Cargo.toml)
 # Where `install` and `install-programs` put files; a DESTDIR before it is not written into anything.
 PREFIX ?= /usr/local
+# The packages that `install` builds. The tests set it to --workspace, which is built by then: with fewer packages the
+# dependencies have fewer features, and all of them would be built again.
+LIBRARY_PACKAGES ?= -p t5gemma-capi
 # The programs with the hidden subcommands `man DIR` and `completions SHELL`.
 DOCUMENTED := t5gemma-export t5gemma
 # Where packages are put together, and where they come to lie.
@@ -52,7 +55,7 @@ build: ## build the programs t5gemma-export and t5gemma
 
 .PHONY: install
 install: ## install libt5gemma with its headers into PREFIX (under DESTDIR); ONNXRUNTIME=FILE puts that library beside it
-	$(CARGO) build --profile $(PROFILE) --locked -p t5gemma-capi
+	$(CARGO) build --profile $(PROFILE) --locked $(LIBRARY_PACKAGES)
 	DESTDIR=$(DESTDIR) runtime/capi/package/install.sh $(PROGRAMS)/libt5gemma.a $(VERSION) $(abspath $(PREFIX))
 
 .PHONY: install-programs
@@ -259,11 +262,10 @@ more-clients: $(LIBRARY) $(MODEL)/manifest.json .cache/clients/complete ## ask t
 	    .cache/clients/bin/python tests/scripts/more_clients.py $(PROGRAMS)/t5gemma ADDRESS
 
 .PHONY: nightly
-nightly: deny sanitize fuzz train-adapted real-text batch-kills check-objects check-scale soak page more-clients ## what takes too long, or too much network, for every change
+nightly: deny sanitize fuzz train-adapted real-text batch-kills check-objects check-scale check-rtx soak page more-clients ## what takes too long, or too much network, for every change
 
 .PHONY: check-rtx
-check-rtx: .venv/complete .cache/tensorrt-rtx/complete ## compile graphs with NVIDIA's builder for RTX; needs no GPU, but x86-64 Linux
-	$(CARGO) build --locked --profile $(PROFILE) -p t5gemma-exporter
+check-rtx: build .venv/complete .cache/tensorrt-rtx/complete ## compile graphs with NVIDIA's builder for RTX; needs no GPU, but x86-64 Linux
 	PYTHONPATH=.cache/tensorrt-rtx .venv/bin/python tests/scripts/check_rtx.py $(PROGRAMS)/t5gemma-export .cache/check-rtx \
 	    $(CHECK_RTX)
 

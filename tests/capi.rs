@@ -33,7 +33,7 @@ pub fn installed() -> &'static Installed {
     INSTALLED.get_or_init(|| {
         let folder = TempDir::new().expect("a temporary folder can be made");
         let prefix = folder.path().join("prefix");
-        done(make(["install", "PROFILE=dev", &format!("PREFIX={}", prefix.display())]));
+        done(make(["install", &format!("PREFIX={}", prefix.display())]));
         Installed { folder }
     })
 }
@@ -70,7 +70,7 @@ impl Installed {
         let (wheels, site) = (self.folder.path().join("wheels"), self.folder.path().join("site"));
         WHEEL.get_or_init(|| {
             let stage = format!("STAGE={}", self.folder.path().join("stage").display());
-            done(make(["wheel", "PROFILE=dev", &stage, &format!("WHEELS={}", wheels.display())]));
+            done(make(["wheel", &stage, &format!("WHEELS={}", wheels.display())]));
             let wheel = std::fs::read_dir(&wheels).expect("made").next().expect("a wheel").expect("readable").path();
             let mut pip = Command::new(std::env::var_os("PYTHON").unwrap_or("python3".into()));
             pip.args(["-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target"]).arg(&site).arg(wheel);
@@ -90,6 +90,8 @@ impl Installed {
 fn make<const N: usize>(arguments: [&str; N]) -> Command {
     let mut make = Command::new("make");
     make.arg("--silent").arg("-C").arg(tests().join("..")).args(arguments).env("CARGO", env!("CARGO"));
+    // What `cargo test` has built is used.
+    make.args(["PROFILE=dev", "LIBRARY_PACKAGES=--workspace"]);
     // What a make above has told its children is not for this one.
     make.env_remove("MAKEFLAGS").env_remove("MAKELEVEL").env_remove("MFLAGS");
     make
