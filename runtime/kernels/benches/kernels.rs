@@ -43,12 +43,13 @@ fn matmul(c: &mut Criterion) {
 
 fn attention(c: &mut Criterion) {
     let mut group = c.benchmark_group("attention head");
-    for (length, window) in [(64, None), (512, None), (4096, Some(512))] {
+    // Heads of a decoder's or encoder's layers, and of a vision tower's.
+    for (length, dim, window) in [(64, 64, None), (512, 64, None), (4096, 64, Some(512)), (4096, 72, None)] {
         let pairs = length * window.map_or(length, |window| 2 * window + 1);
-        group.throughput(Throughput::Elements((2 * pairs * 64) as u64));
+        group.throughput(Throughput::Elements((2 * pairs * dim) as u64));
         let name = window.map_or(String::new(), |window| format!(" within {window}"));
-        group.bench_function(format!("{length} tokens{name}"), |bencher| {
-            bencher.iter(bench::attention(length, 64, window));
+        group.bench_function(format!("{length} tokens of {dim}{name}"), |bencher| {
+            bencher.iter(bench::attention(length, dim, window));
         });
     }
     group.finish();

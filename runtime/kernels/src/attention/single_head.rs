@@ -225,7 +225,13 @@ unsafe fn attend_tile<S: F32x16, const R: usize>(
             (2 | 3, _) | (_, PANEL..) => weighted_sums::<S, R, 2>(numerators, values, dim, 0, to),
             _ => 0,
         };
-        weighted_sums::<S, R, 1>(numerators, values, dim, from, to)
+        let from = weighted_sums::<S, R, 1>(numerators, values, dim, from, to);
+        // The last numbers of a value, if they are fewer: with some of those before them once more.
+        if (PANEL..dim).contains(&from) {
+            weighted_sums::<S, R, 1>(numerators, values, dim, dim - PANEL, to)
+        } else {
+            from
+        }
     };
     for (numerators, to) in numerators.iter().zip(to.chunks_exact_mut(dim)) {
         for (at, to) in to.iter_mut().enumerate().skip(from) {
@@ -462,6 +468,7 @@ mod tests {
                 (20, 33, 256, None),
                 (64, 64, 64, Some(50.0)),
                 (13, 7, 20, None),
+                (14, 50, 72, None),
             ] {
                 let [q, k, v] = [(queries, 3), (keys, 5), (keys, 7)].map(|(count, seed)| wide_noise(count * dim, seed));
                 // A window with holes; the second query sees nothing.
