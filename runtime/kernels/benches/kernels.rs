@@ -6,10 +6,10 @@ use std::time::Duration;
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use t5gemma_kernels::bench;
 
-/// Rows of activations: a step, its beams, a batch, its beams, a source.
-const ROWS: [usize; 5] = [1, 4, 8, 32, 512];
-/// Weights that stay in the caches, and a head that does not.
-const SHAPES: [[usize; 2]; 2] = [[1024, 512], [256_000, 512]];
+/// Rows of activations: a step, its beams, a batch, its beams, a source, an image.
+const ROWS: [usize; 6] = [1, 4, 8, 32, 512, 4096];
+/// Weights that stay in the caches, a head that does not, and two matrices of a vision tower.
+const SHAPES: [[usize; 2]; 4] = [[1024, 512], [256_000, 512], [1152, 1152], [1152, 4304]];
 
 fn matmul(c: &mut Criterion) {
     for [n, k] in SHAPES {

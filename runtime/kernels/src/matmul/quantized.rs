@@ -145,7 +145,7 @@ mod tests {
             (4, 64, true),
             (4, 32, false),
         ];
-        const SHAPES: [(usize, usize, usize, Format); 12] = [
+        const SHAPES: [(usize, usize, usize, Format); 13] = [
             (1, 5, 64, Format::Int16),
             (1, 13, 512, Format::Int16),
             (2, 9, 192, Format::Int16),
@@ -158,6 +158,7 @@ mod tests {
             (2, 9, 192, Format::Int8),
             (23, 70, 200, Format::Int8),
             (45, 32, 640, Format::Int8),
+            (263, 24, 640, Format::Int8),
         ];
         let of = |(bits, block_size, symmetric)| {
             let quantization = Quantization { bits, block_size, symmetric };

@@ -14,6 +14,9 @@ const WIDTH: usize = 16;
 const DEPTH: usize = 512;
 /// The most rows that are multiplied at a time: as many as there are registers for.
 const ROWS: usize = 6;
+/// Rows that all panels of a task's columns are multiplied by before the next rows: `DEPTH` of their activations stay in
+/// a part of the L2 cache.
+const ROWS_OF_PANEL: usize = 256;
 
 /// `DEPTH` weights of sixteen columns.
 #[repr(align(32))]
@@ -47,32 +50,55 @@ fn multiply_blocks<const BITS: usize, const SIZE: usize>(operands: &Operands) {
     const { assert!(DEPTH.is_multiple_of(SIZE) && SIZE.is_multiple_of(16)) };
     assert!(w.block_size == SIZE && x.values.len() == x.rows * length);
     let mut panel = Panel { weights: [0; WIDTH * DEPTH], scales: [[0.0; WIDTH]; DEPTH / 16], depth: 0 };
-    let tiles = rows.len().div_ceil(ROWS);
-    for first in columns.clone().step_by(WIDTH) {
-        let columns = first..columns.end.min(first + WIDTH);
+    for first_row in rows.clone().step_by(ROWS_OF_PANEL) {
+        let rows = first_row..rows.end.min(first_row + ROWS_OF_PANEL);
         for from in (0..length).step_by(DEPTH) {
-            panel.pack::<BITS>(w, columns.clone(), from..length.min(from + DEPTH));
-            let next = || match from + DEPTH {
-                depth if depth < length => PanelStart { column: first, depth },
-                _ => PanelStart { column: first + WIDTH, depth: 0 },
-            };
-            let mut row = rows.start;
-            for left in (1..=tiles).rev() {
-                prefetch_panel::<BITS>(w, next(), tiles - left..tiles - left + 1, tiles);
-                // Tiles of equal height, except one.
-                let height = (rows.end - row).div_ceil(left);
-                let tile = Tile { rows: row..row + height, columns: columns.clone(), depth: from..from + panel.depth };
-                match height {
-                    1 => multiply_tile::<SIZE, 1>(operands, &panel, tile),
-                    2 => multiply_tile::<SIZE, 2>(operands, &panel, tile),
-                    3 => multiply_tile::<SIZE, 3>(operands, &panel, tile),
-                    4 => multiply_tile::<SIZE, 4>(operands, &panel, tile),
-                    5 => multiply_tile::<SIZE, 5>(operands, &panel, tile),
-                    _ => multiply_tile::<SIZE, ROWS>(operands, &panel, tile),
-                }
-                row += height;
+            for first in columns.clone().step_by(WIDTH) {
+                let columns_here = first..columns.end.min(first + WIDTH);
+                panel.pack::<BITS>(w, columns_here.clone(), from..length.min(from + DEPTH));
+                let next = match from + DEPTH {
+                    _ if columns_here.end < columns.end => PanelStart { column: columns_here.end, depth: from },
+                    depth if depth < length => PanelStart { column: columns.start, depth },
+                    _ if rows.end < operands.rows.end => PanelStart { column: columns.start, depth: 0 },
+                    _ => PanelStart { column: columns.end, depth: 0 },
+                };
+                let depth = from..from + panel.depth;
+                multiply_panel::<BITS, SIZE>(
+                    operands,
+                    &panel,
+                    Tile { rows: rows.clone(), columns: columns_here, depth },
+                    next,
+                );
             }
         }
+    }
+}
+
+/// Multiplies the rows of `area` by a panel, in tiles of equal height except one, and prefetches the next panel.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn multiply_panel<const BITS: usize, const SIZE: usize>(
+    operands: &Operands,
+    panel: &Panel,
+    area: Tile,
+    next: PanelStart,
+) {
+    let Tile { rows, columns, depth } = area;
+    let tiles = rows.len().div_ceil(ROWS);
+    let mut row = rows.start;
+    for left in (1..=tiles).rev() {
+        prefetch_panel::<BITS>(operands.w, &next, tiles - left..tiles - left + 1, tiles);
+        let height = (rows.end - row).div_ceil(left);
+        let tile = Tile { rows: row..row + height, columns: columns.clone(), depth: depth.clone() };
+        match height {
+            1 => multiply_tile::<SIZE, 1>(operands, panel, tile),
+            2 => multiply_tile::<SIZE, 2>(operands, panel, tile),
+            3 => multiply_tile::<SIZE, 3>(operands, panel, tile),
+            4 => multiply_tile::<SIZE, 4>(operands, panel, tile),
+            5 => multiply_tile::<SIZE, 5>(operands, panel, tile),
+            _ => multiply_tile::<SIZE, ROWS>(operands, panel, tile),
+        }
+        row += height;
     }
 }
 
@@ -86,7 +112,7 @@ struct PanelStart {
 /// ahead.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-fn prefetch_panel<const BITS: usize>(w: &Weights, next: PanelStart, parts: Range<usize>, count: usize) {
+fn prefetch_panel<const BITS: usize>(w: &Weights, next: &PanelStart, parts: Range<usize>, count: usize) {
     const LINE: usize = 64;
     let (bytes, lines) = (w.row_bytes(), const { DEPTH * BITS / 8 / LINE });
     let all = WIDTH * lines;
